@@ -1,0 +1,273 @@
+"""Prompts to tensors: the one function that decides token ids, supervised tokens and the read-out position.
+
+Shapes: B rows, T tokens (left-padded), N pictures, P patches, C features of a patch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from traceir.errors import InputError, ModelError, PictureError
+from traceir.pictures import Picture
+from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, Prompt, Special, UserText
+
+ReadOut = Literal["before_token", "at_token", "last"]
+READ_OUTS: Final[tuple[ReadOut, ...]] = ("before_token", "at_token", "last")
+IGNORE: Final = -100
+Pixels = npt.NDArray[np.uint8]
+# OpenAI's CLIP statistics, the ones in Qwen2.5-VL's preprocessor_config.json.
+CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One row before padding.
+
+    `ids` [T] is what the model reads; `targets` [T] the token to be predicted at each position, IGNORE where none is supervised;
+    `positions` [3, T] the M-RoPE positions (time, height, width); `readout` the index whose state is the embedding; `cut` the
+    number of text tokens the budget removed.
+    """
+
+    ids: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    positions: npt.NDArray[np.int64]
+    pixels: tuple[Pixels, ...]
+    readout: int
+    cut: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Left-padded rows: ids, mask, targets [B, T]; positions [3, B, T]; patches [P, C]; grids [N, 3]; readout [B]."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    targets: torch.Tensor
+    positions: torch.Tensor
+    patches: torch.Tensor | None
+    grids: torch.Tensor | None
+    readout: torch.Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class ImageBudget:
+    """How pictures become patches: Qwen's smart resize between `min_pixels` and `max_pixels`, patches of `patch` px."""
+
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+    min_pixels: int = 56 * 56
+    max_pixels: int = 28 * 28 * 1280
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+class Processor:
+    """Tokenizer and picture settings of one checkpoint, turning Prompts into Layouts and Layouts into a Batch.
+
+    `pixel_store` maps a picture's name to already resized pixels (training fills it so that no picture is decoded twice).
+    Thread-safe for reading.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image: ImageBudget,
+        *,
+        read_out: ReadOut = "before_token",
+        max_text_tokens: int = 1024,
+        pixel_store: Mapping[str, Pixels] | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.image = image
+        self.read_out = read_out
+        self.max_text_tokens = max_text_tokens
+        self.pixel_store = pixel_store
+        self.special = {token: _id_of(tokenizer, token) for token in (PAD, TURN_END, IMAGE_PAD, EMB)}
+        core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        core.encode_special_tokens = True
+        core.no_truncation()
+        core.no_padding()
+        self._core = core
+        self.plain_ids = lru_cache(maxsize=65536)(self._encode_plain)
+
+    @property
+    def emb_id(self) -> int:
+        return self.special[EMB]
+
+    def lay_out(self, prompt: Prompt, completion: str | None = None, *, end: str = EMB) -> Layout:
+        """Token ids, supervised targets and read-out of a prompt and, in training, of the completion that should follow it.
+
+        `completion` None lays out a prompt to be continued (read-out: the last token, which predicts the next). A string, "" for
+        the bypass, is followed by `<|emb|>`; completion and `<|emb|>` are supervised, the prompt never is. Under `before_token`
+        the read-out is the position that predicts `<|emb|>` (paper, section 1); under `at_token` `<|emb|>` is read too and its own
+        state counts; under `last` (peers that know no such token) the last token of all.
+        `end` replaces `<|emb|>` where a plain answer is taught (pretraining lessons end the turn).
+        """
+        ids, positions, pixels, cut = self._prompt_ids(prompt)
+        targets = [IGNORE] * len(ids)
+        if completion is not None:
+            written = [*(self.plain_ids(completion) if completion.strip() else ()), self.special[end]]
+            targets[-1] = written[0]
+            kept = written if self.read_out == "at_token" else written[:-1]
+            ids += kept
+            targets += [*written[1:], IGNORE][: len(kept)]
+            start = int(positions[:, -1].max()) + 1
+            positions = np.concatenate([positions, _text_positions(start, len(kept))], axis=1)
+        return Layout(np.array(ids), np.array(targets), positions, tuple(pixels), len(ids) - 1, cut)
+
+    def forced(self, prompt: Prompt) -> Layout:
+        """The layout of the direct road: nothing is written before the embedding, whatever the model would like."""
+        return self.lay_out(prompt, "" if self.read_out == "at_token" else None)
+
+    def collate(self, layouts: Sequence[Layout]) -> Batch:
+        """Left-padded tensors on the CPU; the read-out index counts from the left edge of the padded row."""
+        width, rows = max(len(layout) for layout in layouts), len(layouts)
+        ids = np.full((rows, width), self.special[PAD], dtype=np.int64)
+        targets = np.full((rows, width), IGNORE, dtype=np.int64)
+        mask = np.zeros((rows, width), dtype=np.int64)
+        positions = np.zeros((3, rows, width), dtype=np.int64)
+        for row, layout in enumerate(layouts):
+            start = width - len(layout)
+            ids[row, start:], targets[row, start:], mask[row, start:] = layout.ids, layout.targets, 1
+            positions[:, row, start:] = layout.positions
+        readout = [width - len(layout) + layout.readout for layout in layouts]
+        pixels = [picture for layout in layouts for picture in layout.pixels]
+        patches, grids = self._patches(pixels) if pixels else (None, None)
+        return Batch(
+            torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets), torch.from_numpy(positions),
+            patches, grids, torch.tensor(readout),
+        )  # fmt: skip
+
+    def pixels(self, picture: Picture) -> Pixels:
+        """The picture at the model's budget: uint8 [H, W, 3], H and W multiples of patch x merge (Qwen's smart resize)."""
+        if self.pixel_store is not None:
+            stored = self.pixel_store.get(picture.name)
+            if stored is not None:
+                return stored
+        image = picture.load()
+        height, width = smart_resize(image.height, image.width, self.image, picture.name)
+        if (image.height, image.width) != (height, width):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(image, dtype=np.uint8)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Written tokens as text, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[list[int], npt.NDArray[np.int64], list[Pixels], int]:
+        ids: list[int] = []
+        blocks: list[npt.NDArray[np.int64]] = []
+        pixels: list[Pixels] = []
+        left, cut, place = self.max_text_tokens, 0, 0
+        for piece in prompt.pieces:
+            if isinstance(piece, Picture):
+                shown = self.pixels(piece)
+                pixels.append(shown)
+                unit = self.image.patch * self.image.merge
+                block = _grid_positions(place, shown.shape[0] // unit, shown.shape[1] // unit)
+                token_ids = [self.special[IMAGE_PAD]] * block.shape[1]
+            else:
+                if isinstance(piece, Special):
+                    token_ids = [_id_of(self.tokenizer, piece.token)]
+                elif isinstance(piece, UserText):
+                    whole = self.plain_ids(piece.text)
+                    token_ids = list(whole[:left])
+                    cut += len(whole) - len(token_ids)
+                    left -= len(token_ids)
+                else:
+                    token_ids = list(self.plain_ids(piece))
+                block = _text_positions(place, len(token_ids))
+            ids += token_ids
+            blocks.append(block)
+            place = int(block.max()) + 1 if block.size else place
+        return ids, np.concatenate(blocks, axis=1), pixels, cut
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        return tuple(self._core.encode(text, add_special_tokens=False).ids)
+
+    def _patches(self, pixels: Sequence[Pixels]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches [P, 3 * temporal * patch * patch] in Qwen's order (merge groups together) and grids [N, 3] in patches."""
+        grids = torch.tensor([[1, p.shape[0] // self.image.patch, p.shape[1] // self.image.patch] for p in pixels])
+        mean = torch.tensor(self.image.mean, dtype=torch.float32).view(3, 1, 1)
+        std = torch.tensor(self.image.std, dtype=torch.float32).view(3, 1, 1)
+        done: dict[int, torch.Tensor] = {}
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for number, picture in enumerate(pixels):
+            shapes.setdefault(picture.shape, []).append(number)
+        for numbers in shapes.values():
+            image = torch.from_numpy(np.stack([pixels[n] for n in numbers])).permute(0, 3, 1, 2).float()
+            cut = self._cut(((image / 255.0) - mean) / std)
+            done.update(zip(numbers, cut, strict=True))
+        return torch.cat([done[n] for n in range(len(pixels))]), grids
+
+    def _cut(self, image: torch.Tensor) -> torch.Tensor:
+        count, channels, height, width = image.shape
+        patch, merge = self.image.patch, self.image.merge
+        rows, columns = height // (patch * merge), width // (patch * merge)
+        cells = image.view(count, channels, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        frames = cells.unsqueeze(6).expand(*cells.shape[:6], self.image.temporal, patch, patch)
+        return frames.reshape(count, rows * columns * merge**2, -1)
+
+
+def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "picture") -> tuple[int, int]:
+    """Height and width, multiples of patch x merge, whose product lies within the budget and whose ratio stays close.
+
+    The rule is Qwen2-VL's. Raises PictureError for an aspect ratio beyond 200, which that rule refuses as well.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise PictureError(f"{place}: aspect ratio {width}x{height} is beyond 200; crop the picture")
+    unit = budget.patch * budget.merge
+    high, wide = round(height / unit) * unit, round(width / unit) * unit
+    if high * wide > budget.max_pixels:
+        shrink = math.sqrt(height * width / budget.max_pixels)
+        high = max(unit, math.floor(height / shrink / unit) * unit)
+        wide = max(unit, math.floor(width / shrink / unit) * unit)
+    elif high * wide < budget.min_pixels:
+        grow = math.sqrt(budget.min_pixels / (height * width))
+        high, wide = math.ceil(height * grow / unit) * unit, math.ceil(width * grow / unit) * unit
+    return high, wide
+
+
+def check_read_out(name: str) -> ReadOut:
+    for known in READ_OUTS:
+        if name == known:
+            return known
+    raise InputError(f"read-out {name!r} is unknown; choose one of {', '.join(READ_OUTS)}")
+
+
+def _text_positions(start: int, length: int) -> npt.NDArray[np.int64]:
+    return np.broadcast_to(np.arange(start, start + length, dtype=np.int64), (3, length))
+
+
+@lru_cache(maxsize=4096)
+def _grid_positions(start: int, rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """M-RoPE positions [3, rows * columns] of one picture: one time, its rows, its columns, all offset by `start`."""
+    high, wide = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    return np.stack([np.zeros(rows * columns, dtype=np.int64), high.ravel(), wide.ravel()]) + start
+
+
+@lru_cache(maxsize=256)
+def _id_of(tokenizer: Any, token: str) -> int:
+    found = tokenizer.convert_tokens_to_ids(token)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ModelError(f"the tokenizer has no token {token!r}; is this a Qwen2.5-VL checkpoint prepared by traceir?")
+    return int(found)

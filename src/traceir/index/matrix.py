@@ -1,0 +1,160 @@
+"""Vectors of one modality in memory, and exact search over them.
+
+Shapes: N rows, D width, Q queries. A row is never changed once written; it dies when its item goes or is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from traceir.index.store import StoredType, Vectors
+from traceir.items import Vector
+
+Rows = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+Cells = npt.NDArray[np.int32]
+Scores = npt.NDArray[np.float32]
+Matrix = npt.NDArray[np.floating[Any]]
+NO_CELL: Final = -1
+_BLOCK_SCORES: Final = 1 << 22
+_GATHER_BELOW: Final = 0.3
+_COMPACT_ABOVE: Final = 0.25
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A fixed view of one modality's rows; later writes make a new Shard and leave this one as it was."""
+
+    vectors_ND: Matrix
+    numbers_N: Rows  # ascending
+    ids: Sequence[str]  # may be longer than N
+    alive_N: Mask
+    cells_N: Cells  # NO_CELL where the approximate search has not placed the row
+
+    @cached_property
+    def by_cell(self) -> tuple[Rows, Rows]:
+        """Row indexes sorted by cell, and where each cell starts among them; unplaced rows come first."""
+        order = np.argsort(self.cells_N, kind="stable").astype(np.int64)
+        top = int(self.cells_N.max(initial=NO_CELL))
+        starts = np.searchsorted(self.cells_N[order], np.arange(NO_CELL, top + 2)).astype(np.int64)
+        return order, starts
+
+    def mask_of(self, numbers: Rows) -> Mask:
+        """Which rows carry one of these numbers."""
+        return np.isin(self.numbers_N, numbers)
+
+
+class Growing:
+    """The rows of one modality, appended to in place; `view` hands out what is there now."""
+
+    def __init__(self, dim: int, dtype: StoredType) -> None:
+        self._dtype = np.float16 if dtype == "float16" else np.float32
+        self._buffer: Matrix = np.empty((0, dim), dtype=self._dtype)
+        self._numbers: Rows = np.empty(0, dtype=np.int64)
+        self._ids: list[str] = []
+        self._alive: Mask = np.empty(0, dtype=np.bool_)
+        self._cells: Cells = np.empty(0, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for this many rows in all, so that a load does not copy its rows over and over."""
+        if rows > len(self._buffer):
+            grown: Matrix = np.empty((rows, self._buffer.shape[1]), dtype=self._dtype)
+            grown[: len(self)] = self._buffer[: len(self)]
+            self._buffer = grown
+
+    def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Matrix, cells: Sequence[int]) -> None:
+        start, end = len(self), len(self) + len(ids)
+        if end > len(self._buffer):
+            self.reserve(max(end, 2 * start))
+        self._buffer[start:end] = vectors_ND
+        self._numbers = np.concatenate([self._numbers, np.asarray(numbers, dtype=np.int64)])
+        self._alive = np.concatenate([self._alive, np.ones(len(ids), dtype=np.bool_)])
+        self._cells = np.concatenate([self._cells, np.asarray(cells, dtype=np.int32)])
+        self._ids.extend(ids)
+
+    def keep_only(self, live: Rows) -> None:
+        """Let every row die whose number is not among `live`; copy the survivors together once a quarter is dead."""
+        self._alive = np.isin(self._numbers, live)
+        if len(self) and np.count_nonzero(~self._alive) > _COMPACT_ABOVE * len(self):
+            rows = np.flatnonzero(self._alive)
+            self._buffer = self._buffer[rows]
+            self._numbers, self._cells = self._numbers[rows], self._cells[rows]
+            self._ids = [self._ids[row] for row in rows]
+            self._alive = np.ones(len(rows), dtype=np.bool_)
+
+    def place(self, numbers: Rows, cells: Cells) -> None:
+        """Set the cells of the rows with these numbers (ascending); every other row becomes unplaced."""
+        placed = np.full(len(self), NO_CELL, dtype=np.int32)
+        if len(numbers):
+            at = np.minimum(np.searchsorted(numbers, self._numbers), len(numbers) - 1)
+            found = numbers[at] == self._numbers
+            placed[found] = cells[at[found]]
+        self._cells = placed
+
+    def view(self) -> Shard:
+        return Shard(self._buffer[: len(self)], self._numbers, self._ids, self._alive, self._cells)
+
+
+def margin(dim: int) -> float:
+    """More than twice the worst rounding error of a float32 product of two unit vectors of this width."""
+    return 2.1 * dim * 2.0**-24 + 1e-6
+
+
+def exact_rows(shard: Shard, queries_QD: Vectors, k: int, allowed_N: Mask | None) -> list[Rows]:
+    """For each query the rows that can be among its best k: a superset, whatever the order of float32 additions."""
+    usable_N = shard.alive_N if allowed_N is None else shard.alive_N & allowed_N
+    share = np.count_nonzero(usable_N) / max(1, len(usable_N))
+    gathered = np.flatnonzero(usable_N) if share < _GATHER_BELOW else None
+    total = len(usable_N) if gathered is None else len(gathered)
+    step = max(1024, _BLOCK_SCORES // max(1, len(queries_QD)))
+    floors = np.full(len(queries_QD), -np.inf, dtype=np.float32)
+    slack = np.float32(margin(queries_QD.shape[1]))
+    found: list[tuple[Rows, Rows, Scores]] = []
+    for start in range(0, total, step):
+        rows = np.arange(start, min(start + step, total)) if gathered is None else gathered[start : start + step]
+        block = shard.vectors_ND[start : start + step] if gathered is None else shard.vectors_ND[rows]
+        scores_QN = queries_QD @ block.astype(np.float32, copy=False).T
+        if gathered is None:
+            scores_QN[:, ~usable_N[start : start + step]] = -np.inf
+        if scores_QN.shape[1] >= k:
+            floors = np.maximum(floors, np.partition(scores_QN, -k, axis=1)[:, -k])
+        keep_QN = (scores_QN >= (floors - slack)[:, None]) & (scores_QN > -np.inf)
+        query_at, row_at = np.nonzero(keep_QN)
+        found.append((query_at, rows[row_at], scores_QN[keep_QN]))
+    return _narrow(found, len(queries_QD), k, slack)
+
+
+def _narrow(found: list[tuple[Rows, Rows, Scores]], queries: int, k: int, slack: np.float32) -> list[Rows]:
+    """Drop what later blocks have overtaken, query by query."""
+    if not found:
+        return [np.empty(0, dtype=np.int64) for _ in range(queries)]
+    query_at = np.concatenate([part[0] for part in found])
+    rows = np.concatenate([part[1] for part in found])
+    scores = np.concatenate([part[2] for part in found])
+    order = np.argsort(query_at, kind="stable")
+    rows, scores = rows[order], scores[order]
+    ends = np.searchsorted(query_at[order], np.arange(queries + 1))
+    kept: list[Rows] = []
+    for start, end in pairwise(ends):
+        own_rows, own_scores = rows[start:end], scores[start:end]
+        if len(own_rows) > k:
+            own_rows = own_rows[own_scores >= np.partition(own_scores, -k)[-k] - slack]
+        kept.append(own_rows)
+    return kept
+
+
+def rescore(vectors_ND: Matrix, query_D: Vector) -> Scores:
+    """Cosines added up in float64 in one fixed order, so that equal vectors score equally wherever they are stored."""
+    products = vectors_ND.astype(np.float64) * query_D.astype(np.float64)
+    scores: Scores = np.clip(products.sum(axis=1), -1.0, 1.0).astype(np.float32)
+    return scores

@@ -1,0 +1,215 @@
+"""The SQLite file behind the embedded index: tables, opening and creating, rows, filters as SQL, errors in words."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from traceir.errors import InputError, StoreError
+from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of
+from traceir.index.store import MAX_DIM, Stored, image_of
+from traceir.items import Item, Vector
+
+FORMAT: Final = 1
+APPLICATION_ID: Final = 0x54524958  # "TRIX", at byte 68 of the file
+SCHEMA: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+    # n is never used twice: a replaced item gets a new one, so a row once read never changes.
+    "CREATE TABLE items (n INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, modality TEXT NOT NULL, "
+    "text TEXT, image TEXT, fields TEXT NOT NULL, content_hash TEXT NOT NULL)",
+    "CREATE INDEX items_modality ON items (modality)",
+    "CREATE TABLE vectors (n INTEGER PRIMARY KEY, vector BLOB NOT NULL)",
+    "CREATE TABLE fields (name TEXT NOT NULL, kind TEXT NOT NULL, value NOT NULL, n INTEGER NOT NULL, "
+    "PRIMARY KEY (name, kind, value, n)) WITHOUT ROWID",
+    "CREATE INDEX fields_n ON fields (n)",
+    "CREATE TABLE cells (n INTEGER PRIMARY KEY, cell INTEGER NOT NULL)",
+    "CREATE TABLE centroids (modality TEXT NOT NULL, cell INTEGER NOT NULL, vector BLOB NOT NULL, "
+    "PRIMARY KEY (modality, cell)) WITHOUT ROWID",
+)
+COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
+_META: Final = ("dim", "dtype", "fingerprint", "prompt_version", "created")
+
+
+def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection:
+    """A connection in autocommit mode whose commits reach the disk before they return."""
+    address = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
+    try:
+        connection = sqlite3.connect(address, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+    except sqlite3.Error as error:
+        raise explain_error(error, path, timeout) from error
+
+
+def create_tables(
+    connection: sqlite3.Connection,
+    path: Path,
+    *,
+    fingerprint: str | None,
+    prompt_version: str | None,
+    dim: int | None,
+    dtype: str,
+    timeout: float,
+) -> None:
+    """Make the tables in an empty file; where another process was quicker, or the file is in use, leave it alone."""
+    if _has_tables(connection):
+        return
+    if not fingerprint or not prompt_version or dim is None:
+        raise InputError(f"a new index at {path.parent} needs the encoder's fingerprint, prompt version and width")
+    if not 1 <= dim <= MAX_DIM or dtype not in ("float32", "float16"):
+        raise InputError(f"an index cannot hold {dtype} of width {dim}; choose float32 or float16 and 1 to {MAX_DIM}")
+    _enter_wal(connection, path, timeout)
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    described = {
+        "format": FORMAT,
+        "dim": dim,
+        "dtype": dtype,
+        "fingerprint": fingerprint,
+        "prompt_version": prompt_version,
+        "created": created,
+    }
+    connection.execute("BEGIN IMMEDIATE")
+    if not _has_tables(connection):
+        for statement in SCHEMA:
+            connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        rows = [(name, str(value)) for name, value in described.items()]
+        connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
+    connection.execute("COMMIT")
+    _sync_folder(path.parent)
+    _sync_folder(path.parent.parent)
+
+
+def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
+    """What the index says of itself; StoreError for a file of another program, another format, or a damaged one."""
+    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+        raise StoreError(
+            f"{path} is not an index of TraceIR, or its creation was cut off; "
+            "choose another folder, or remove the file and fill the index again"
+        )
+    meta: dict[str, str] = dict(connection.execute("SELECT name, value FROM meta").fetchall())
+    found = meta.get("format", "none")
+    if found != str(FORMAT):
+        raise StoreError(
+            f"{path} has index format {found} but this version reads format {FORMAT}; "
+            "use the version of TraceIR that made it, or fill a new index"
+        )
+    missing = [name for name in _META if name not in meta]
+    if missing or not meta["dim"].isdigit():
+        raise StoreError(f"{path} is damaged: {', '.join(missing) or 'dim'} cannot be read; fill a new index")
+    return meta
+
+
+def compile_filter(where: Filter | None) -> tuple[str, list[Scalar]]:
+    """A filter as a condition on the table `items i`, with `?` for every value."""
+    if where is None:
+        return "1", []
+    if isinstance(where, And):
+        parts = [compile_filter(part) for part in where.parts]
+        condition = " AND ".join(f"({text})" for text, _ in parts) or "1"
+        return condition, [value for _, values in parts for value in values]
+    if isinstance(where, Eq):
+        return _compile_in(where.name, (where.value,))
+    if isinstance(where, In):
+        return _compile_in(where.name, where.values)
+    if isinstance(where, Range):
+        bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
+        test = " AND ".join(f"value {sign} ?" for sign, _ in bounds)
+        return _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds])
+    raise InputError(f"{where!r} is not a filter; build one from Eq, In, Range and And")
+
+
+def row_of(item: Item) -> tuple[str | None, str, str | None, str | None, str, str]:
+    fields = json.dumps(dict(item.fields), ensure_ascii=False)
+    return item.id, item.modality, item.text or None, image_of(item), fields, item.content_hash()
+
+
+def field_rows(items: Sequence[Item], first: int) -> Iterator[tuple[int, str, str, Scalar]]:
+    for n, item in enumerate(items, start=first):
+        for name, value in item.fields.items():
+            if value is not None:
+                yield n, name, kind_of(value), value
+
+
+def stored_of(row: tuple[Any, ...], vector: Vector | None) -> Stored:
+    _, id, modality, text, image, fields, content_hash = row[:7]
+    return Stored(id, modality, text, image, json.loads(fields), content_hash, vector)
+
+
+def explain_error(error: sqlite3.Error, path: Path, timeout: float) -> StoreError:
+    """What went wrong, and what to do, for an error of the database."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreError(
+            f"index {path} is locked: another process has been writing for {timeout:g} seconds; "
+            "wait for it to end, or open the index with a longer timeout"
+        )
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return StoreError(f"index {path} is damaged ({error}); restore it from a copy, or remove it and fill it again")
+    if code == sqlite3.SQLITE_FULL:
+        return StoreError(
+            f"the disk of index {path} is full; nothing of this call was written: make room and repeat it"
+        )
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return StoreError(f"index {path} cannot be opened for writing ({error}); check its folder and rights")
+    return StoreError(f"index {path} failed: {error}; check the disk, or restore the index from a copy")
+
+
+def marks(values: Sequence[object]) -> str:
+    return ", ".join("?" * len(values))
+
+
+def _compile_in(name: str, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
+    conditions: list[str] = []
+    given: list[Scalar] = []
+    for kind in ("text", "number", "boolean"):
+        own = [value for value in values if kind_of(value) == kind]
+        if own:
+            condition, bound = _compile_test(name, kind, f"value IN ({marks(own)})", own)
+            conditions.append(condition)
+            given += bound
+    if any(value is None for value in values) and name not in ("id", "modality"):
+        conditions.append("i.n NOT IN (SELECT n FROM fields WHERE name = ?)")
+        given.append(name)
+    return " OR ".join(f"({condition})" for condition in conditions) or "0", given
+
+
+def _compile_test(name: str, kind: Kind, test: str, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
+    if name in ("id", "modality"):
+        return (test.replace("value", f"i.{name}"), list(values)) if kind == "text" else ("0", [])
+    return f"i.n IN (SELECT n FROM fields WHERE name = ? AND kind = ? AND {test})", [name, kind, *values]
+
+
+def _has_tables(connection: sqlite3.Connection) -> bool:
+    return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+
+
+def _enter_wal(connection: sqlite3.Connection, path: Path, timeout: float) -> None:
+    """Switch the file to a write-ahead log; where two processes do so at once, SQLite says `busy` without waiting."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise StoreError(f"the file system of {path} keeps no write-ahead log; put the index on a local disk")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the new file's name durable, where the system can sync folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,483 @@
+"""The embedded index: one SQLite file, loaded into one matrix a modality when it is first searched.
+
+Durability: write-ahead log with `synchronous=FULL`, so what a call wrote is on disk when it returns.
+Processes: any number read while one writes; a second writer waits `timeout` seconds, then gets StoreError.
+Threads: safe; database calls take turns, the products of a search run beside others.
+Precision: `float32` storage is exact; `float16` halves file and memory and moves scores by up to about 0.001.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import RLock
+from types import TracebackType
+from typing import Final, Self, TypeVar, cast
+
+import numpy as np
+
+from traceir.errors import InputError, StoreError
+from traceir.index.cells import assign_cells, default_cells, default_probes, fit_centroids, rows_of_nearest_cells
+from traceir.index.filters import Filter, Scalar
+from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, rescore
+from traceir.index.sql import (
+    COLUMNS,
+    FORMAT,
+    compile_filter,
+    connect,
+    create_tables,
+    explain_error,
+    field_rows,
+    marks,
+    read_meta,
+    row_of,
+    stored_of,
+)
+from traceir.index.store import (
+    IndexInfo,
+    Stored,
+    StoredType,
+    Vectors,
+    check_ids,
+    check_items,
+    check_maker,
+    check_search,
+    check_vectors,
+)
+from traceir.items import Hit, Item, Modality, Vector
+
+FILE_NAME: Final = "index.sqlite"
+_CHUNK: Final = 2000
+_TRIES: Final = 5
+_Found = tuple[float, str, int]  # score, id, number
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The rows of each modality at one moment, the numbers of those that pass a filter, and the cells."""
+
+    shards: dict[Modality, Shard]
+    passing: Rows | None
+    centroids: dict[Modality, Vectors]
+    probes: int
+
+
+class SqliteIndex:
+    """An `Index` in DIR/index.sqlite; made by `open_index`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fingerprint: str | None,
+        prompt_version: str | None,
+        dim: int | None = None,
+        create: bool = False,
+        dtype: StoredType = "float32",
+        timeout: float = 10.0,
+    ) -> None:
+        self._folder, self._path, self._timeout = folder, folder / FILE_NAME, timeout
+        self._lock = RLock()
+        self._closed = False
+        self._has_maker = fingerprint is not None
+        self._forget_rows()
+        if create:
+            _make_folder(folder)
+        elif not self._path.is_file():
+            raise StoreError(f"there is no index at {folder}; check the path, or fill one with `traceir index add`")
+        self._connection = connect(self._path, timeout, create)
+        try:
+            if create:
+                create_tables(
+                    self._connection,
+                    self._path,
+                    fingerprint=fingerprint,
+                    prompt_version=prompt_version,
+                    dim=dim,
+                    dtype=dtype,
+                    timeout=timeout,
+                )
+            self._meta = read_meta(self._connection, self._path)
+            self._dim = int(self._meta["dim"])
+            self._dtype = cast(StoredType, self._meta["dtype"])
+            check_maker(str(folder), "model", self._meta["fingerprint"], fingerprint)
+            check_maker(str(folder), "prompt version", self._meta["prompt_version"], prompt_version)
+            if dim is not None and dim != self._dim:
+                raise StoreError(f"index {folder} holds vectors of width {self._dim}, not {dim}; use the same encoder")
+        except sqlite3.Error as error:
+            self._connection.close()
+            raise explain_error(error, self._path, timeout) from error
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
+        self._need_maker("add to")
+        check_items(items)
+        ids = [cast(str, item.id) for item in items]
+        unit = check_vectors(vectors, len(items), self._dim, ids)
+        rows = [row_of(item) for item in items]  # reads pictures, so before the lock
+        stored: Matrix = unit.astype("<f2" if self._dtype == "float16" else "<f4")
+        if not items:
+            return 0
+        with self._transaction(write=True):
+            self._remove_ids(ids)
+            first = 1 + self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'items'")
+            insert = self._connection.executemany
+            insert(
+                "INSERT INTO items (n, id, modality, text, image, fields, content_hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
+                ((n, *row) for n, row in enumerate(rows, start=first)),
+            )
+            insert("INSERT INTO vectors VALUES (?, ?)", ((n, v.tobytes()) for n, v in enumerate(stored, start=first)))
+            insert("INSERT INTO fields (n, name, kind, value) VALUES (?, ?, ?, ?)", field_rows(items, first))
+            self._place_new(items, first, stored)
+        return len(items)
+
+    def delete(self, which: Sequence[str] | Filter) -> int:
+        if isinstance(which, Sequence):
+            ids = check_ids(which)
+            with self._transaction(write=True):
+                return self._remove_ids(ids)
+        clause, values = compile_filter(which)
+        with self._transaction(write=True):
+            return self._remove_numbers(self._numbers(f"SELECT i.n FROM items i WHERE {clause}", values))
+
+    def build_approximate(self, cells: int | None = None, probes: int | None = None, seed: int = 0) -> None:
+        """Group the vectors of each modality into cells, so that `search(exact=False)` works; replaces earlier cells.
+
+        Defaults: 2 sqrt(N) cells, of which a search visits one in 16, at least 8. Later items are placed as they come;
+        build again once an index has grown severalfold. Deterministic for equal contents and seed.
+        """
+        for name, value in (("cells", cells), ("probes", probes)):
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; give at least 1, or leave it out")
+        shards = self._snapshot(None).shards
+        fitted: dict[Modality, tuple[Vectors, Cells]] = {}
+        for modality, shard in shards.items():
+            live = np.flatnonzero(shard.alive_N)
+            if len(live):
+                wanted = min(cells or default_cells(len(live)), len(live))
+                centroids = fit_centroids(shard.vectors_ND, live, wanted, seed)
+                fitted[modality] = centroids, assign_cells(shard.vectors_ND, centroids)
+        visits = probes or default_probes(max((len(part) for part, _ in fitted.values()), default=1))
+        with self._transaction(write=True):
+            self._connection.execute("DELETE FROM cells")
+            self._connection.execute("DELETE FROM centroids")
+            for modality, (centroids, placed) in fitted.items():
+                self._write_cells(modality, centroids, shards[modality].numbers_N, placed)
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('probes', ?)", (str(visits),))
+            self._bump("built")
+
+    def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        *,
+        where: Filter | None = None,
+        modality: Modality | None = None,
+        exact: bool = True,
+    ) -> list[list[Hit]]:
+        """As `Index.search`; a modality that had no items at `build_approximate` is searched exactly all the same."""
+        self._need_maker("search")
+        check_search(k, modality)
+        queries = check_vectors(vectors, None, self._dim)
+        best: list[list[_Found]] = []
+        kept: dict[int, Stored] = {}
+        for _ in range(_TRIES):
+            best = self._best(self._snapshot(where), queries, k, modality, exact)
+            wanted = {number for found in best for _, _, number in found}
+            kept = self._stored_by_number(wanted)
+            if len(kept) == len(wanted):
+                break  # otherwise a hit was replaced or deleted meanwhile: look again
+        answers = [[(score, kept[number]) for score, _, number in found if number in kept] for found in best]
+        return [[_hit(row, score, rank) for rank, (score, row) in enumerate(found, start=1)] for found in answers]
+
+    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
+        found: dict[str, Stored] = {}
+        for part in _chunks(check_ids(ids)):
+            rows = self._select(f"i.id IN ({marks(part)})", part, with_vectors)
+            found |= {stored.id: stored for _, stored in rows}
+        return {id: found[id] for id in ids if id in found}
+
+    def count(self, where: Filter | None = None) -> int:
+        clause, values = compile_filter(where)
+        with self._transaction():
+            return self._one(f"SELECT count(*) FROM items i WHERE {clause}", values)
+
+    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+        clause, values = compile_filter(where)
+        after = ""
+        while page := self._select(
+            f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {_CHUNK}", [after, *values], with_vectors
+        ):
+            yield from (stored for _, stored in page)
+            after = page[-1][1].id
+
+    def info(self) -> IndexInfo:
+        with self._transaction():
+            counts = self._connection.execute("SELECT modality, count(*) FROM items GROUP BY modality").fetchall()
+            cells = self._one("SELECT count(*) FROM centroids")
+            probes = self._counter("probes")
+        files = (self._folder / (FILE_NAME + ending) for ending in ("", "-wal"))
+        return IndexInfo(
+            uri=str(self._folder),
+            format=FORMAT,
+            dim=self._dim,
+            dtype=self._dtype,
+            fingerprint=self._meta["fingerprint"],
+            prompt_version=self._meta["prompt_version"],
+            created=self._meta["created"],
+            counts=dict(counts),
+            cells=cells,
+            probes=probes,
+            bytes=sum(file.stat().st_size for file in files if file.exists()),
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._forget_rows()
+                self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The rows in memory
+
+    def _forget_rows(self) -> None:
+        self._shards: dict[Modality, Growing] = {}
+        self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
+        self._probes = 0
+        self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
+
+    def _snapshot(self, where: Filter | None) -> _Snapshot:
+        clause, values = compile_filter(where)
+        with self._transaction():
+            self._refresh()
+            passing = None if where is None else self._numbers(f"SELECT i.n FROM items i WHERE {clause}", values)
+            shards = {modality: growing.view() for modality, growing in self._shards.items()}
+            return _Snapshot(shards, passing, self._centroids_of(self._seen[2]), self._probes)
+
+    def _refresh(self) -> None:
+        """Bring the rows in memory up to the transaction this runs in; three look-ups where nothing has changed."""
+        top, deletions, built = (
+            self._one("SELECT max(n) FROM items"),
+            self._counter("deletions"),
+            self._counter("built"),
+        )
+        seen_top, seen_deletions, seen_built = self._seen
+        try:
+            if top > seen_top:
+                self._load_rows(seen_top)
+            if deletions != seen_deletions:
+                live = self._numbers("SELECT n FROM items")
+                for growing in self._shards.values():
+                    growing.keep_only(live)
+            if built != seen_built:
+                self._probes = self._counter("probes")
+                pairs = self._connection.execute("SELECT n, cell FROM cells ORDER BY n").fetchall()
+                table = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
+                for growing in self._shards.values():
+                    growing.place(table[:, 0], table[:, 1].astype(np.int32))
+        except BaseException:
+            self._forget_rows()
+            raise
+        self._seen = (max(top, seen_top), deletions, built)
+
+    def _load_rows(self, after: int) -> None:
+        counts = self._connection.execute("SELECT modality, count(*) FROM items WHERE n > ? GROUP BY 1", (after,))
+        for modality, count in counts.fetchall():
+            growing = self._shards.setdefault(modality, Growing(self._dim, self._dtype))
+            if not len(growing):
+                growing.reserve(count)
+        cursor = self._connection.execute(
+            "SELECT i.n, i.id, i.modality, v.vector, coalesce(c.cell, ?) FROM items i "
+            "LEFT JOIN vectors v ON v.n = i.n LEFT JOIN cells c ON c.n = i.n WHERE i.n > ? ORDER BY i.n",
+            (NO_CELL, after),
+        )
+        while rows := cursor.fetchmany(_CHUNK):
+            for modality, growing in self._shards.items():
+                own = [row for row in rows if row[2] == modality]
+                if own:
+                    numbers, ids, _, blobs, cells = zip(*own, strict=True)
+                    growing.append(numbers, ids, self._vectors_of(ids, blobs), cells)
+
+    def _vectors_of(self, ids: Sequence[str], blobs: Sequence[bytes | None]) -> Matrix:
+        """[N, D] from stored bytes; StoreError naming the first item whose vector is missing or of the wrong length."""
+        dtype = np.dtype("<f2" if self._dtype == "float16" else "<f4")
+        for id, blob in zip(ids, blobs, strict=True):
+            if blob is None or len(blob) != self._dim * dtype.itemsize:
+                raise StoreError(f"index {self._folder} is damaged: item {id!r} has no whole vector; remove and add it")
+        return np.frombuffer(b"".join(blob or b"" for blob in blobs), dtype=dtype).reshape(-1, self._dim)
+
+    def _centroids_of(self, built: int) -> dict[Modality, Vectors]:
+        """The centroids of the current build, read once."""
+        if self._centroids[0] != built:
+            parts: dict[Modality, list[bytes]] = {}
+            rows = self._connection.execute("SELECT modality, vector FROM centroids ORDER BY modality, cell")
+            for modality, blob in rows:
+                parts.setdefault(modality, []).append(blob)
+            read: dict[Modality, Vectors] = {
+                modality: np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim)
+                for modality, blobs in parts.items()
+            }
+            self._centroids = built, read
+        return self._centroids[1]
+
+    # Steps of a search
+
+    def _best(
+        self, snapshot: _Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool
+    ) -> list[list[_Found]]:
+        """For each query its best k, best first, equal scores in order of id."""
+        if not exact and not snapshot.probes:
+            raise StoreError(
+                f"index {self._folder} has no cells for approximate search; "
+                "call build_approximate() once, or search with exact=True"
+            )
+        found: list[list[_Found]] = [[] for _ in queries]
+        for name, shard in snapshot.shards.items():
+            if modality is not None and name != modality:
+                continue
+            allowed = None if snapshot.passing is None else shard.mask_of(snapshot.passing)
+            if exact or name not in snapshot.centroids:
+                rows_of = exact_rows(shard, queries, k, allowed)
+            else:
+                near, probes = snapshot.centroids[name], snapshot.probes
+                rows_of = [rows_of_nearest_cells(shard, near, query, k, allowed, probes) for query in queries]
+            for query, rows, best in zip(queries, rows_of, found, strict=True):
+                best += _score_rows(shard, rows, query, k)
+        return [sorted(best, key=lambda one: (-one[0], one[1]))[:k] for best in found]
+
+    def _stored_by_number(self, numbers: Iterable[int]) -> dict[int, Stored]:
+        kept: dict[int, Stored] = {}
+        for part in _chunks(sorted(numbers)):
+            kept |= dict(self._select(f"i.n IN ({marks(part)})", part, False))
+        return kept
+
+    # Steps of a write
+
+    def _remove_ids(self, ids: Sequence[str]) -> int:
+        return sum(
+            self._remove_numbers(self._numbers(f"SELECT n FROM items WHERE id IN ({marks(part)})", part))
+            for part in _chunks(ids)
+        )
+
+    def _remove_numbers(self, numbers: Rows) -> int:
+        for table in ("items", "vectors", "fields", "cells"):
+            self._connection.executemany(f"DELETE FROM {table} WHERE n = ?", ((n,) for n in numbers.tolist()))
+        if len(numbers):
+            self._bump("deletions")
+        return len(numbers)
+
+    def _place_new(self, items: Sequence[Item], first: int, vectors: Matrix) -> None:
+        """Put rows that are being written into the nearest cells, where their modality has any."""
+        for modality, centroids in self._centroids_of(self._counter("built")).items():
+            at = np.asarray([row for row, item in enumerate(items) if item.modality == modality], dtype=np.int64)
+            if len(at):
+                self._insert_cells(at + first, assign_cells(vectors[at], centroids))
+
+    def _write_cells(self, modality: Modality, centroids: Vectors, numbers: Rows, cells: Cells) -> None:
+        """Store centroids and the cells of the rows still there; place rows added since `numbers` were read."""
+        self._connection.executemany(
+            "INSERT INTO centroids VALUES (?, ?, ?)",
+            ((modality, cell, part.astype("<f4").tobytes()) for cell, part in enumerate(centroids)),
+        )
+        live = self._numbers("SELECT n FROM items WHERE modality = ?", [modality])
+        known = np.isin(numbers, live)
+        self._insert_cells(numbers[known], cells[known])
+        for part in _chunks(np.setdiff1d(live, numbers).tolist()):
+            rows = self._connection.execute(
+                f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part
+            ).fetchall()
+            added = np.asarray([row[0] for row in rows], dtype=np.int64)
+            vectors = self._vectors_of([f"number {row[0]}" for row in rows], [row[1] for row in rows])
+            self._insert_cells(added, assign_cells(vectors, centroids))
+
+    def _insert_cells(self, numbers: Rows, cells: Cells) -> None:
+        pairs = zip(numbers.tolist(), cells.tolist(), strict=True)
+        self._connection.executemany("INSERT INTO cells VALUES (?, ?)", pairs)
+
+    # The database
+
+    @contextmanager
+    def _transaction(self, write: bool = False) -> Iterator[None]:
+        with self._lock:
+            if self._closed:
+                raise StoreError(f"index {self._folder} is closed; open it again")
+            try:
+                self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
+                yield
+                self._connection.execute("COMMIT")
+            except sqlite3.Error as error:
+                raise explain_error(error, self._path, self._timeout) from error
+            finally:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+
+    def _select(self, clause: str, values: Sequence[Scalar], with_vectors: bool) -> list[tuple[int, Stored]]:
+        column, join = ("v.vector", "LEFT JOIN vectors v ON v.n = i.n") if with_vectors else ("NULL", "")
+        with self._transaction():
+            rows = self._connection.execute(
+                f"SELECT {COLUMNS}, {column} FROM items i {join} WHERE {clause}", values
+            ).fetchall()
+        if not with_vectors:
+            return [(row[0], stored_of(row, None)) for row in rows]
+        vectors = self._vectors_of([row[1] for row in rows], [row[7] for row in rows]).astype(np.float32)
+        return [(row[0], stored_of(row, vector)) for row, vector in zip(rows, vectors, strict=True)]
+
+    def _numbers(self, statement: str, values: Sequence[Scalar] = ()) -> Rows:
+        rows = self._connection.execute(statement, values)
+        return np.fromiter((row[0] for row in rows), dtype=np.int64)
+
+    def _one(self, statement: str, values: Sequence[Scalar] = ()) -> int:
+        row = self._connection.execute(statement, values).fetchone()
+        return int(row[0] or 0) if row else 0
+
+    def _counter(self, name: str) -> int:
+        return self._one("SELECT value FROM meta WHERE name = ?", [name])
+
+    def _bump(self, name: str) -> None:
+        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(self._counter(name) + 1)))
+
+    def _need_maker(self, action: str) -> None:
+        if not self._has_maker:
+            raise StoreError(
+                f"index {self._folder} was opened without a model, only to look at it; "
+                f"to {action} it, open it with the fingerprint of the model in use"
+            )
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"folder {folder} for an index cannot be made: {error.strerror}; choose another") from error
+
+
+def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(values), _CHUNK):
+        yield values[start : start + _CHUNK]
+
+
+def _score_rows(shard: Shard, rows: Rows, query: Vector, k: int) -> list[_Found]:
+    """The rows that score at least as high as the k-th best of them; ties beyond k are kept for the caller to order."""
+    scores = rescore(shard.vectors_ND[rows], query)
+    if len(rows) > k:
+        best = np.flatnonzero(scores >= np.partition(scores, -k)[-k])
+        rows, scores = rows[best], scores[best]
+    return [(float(score), shard.ids[row], int(shard.numbers_N[row])) for row, score in zip(rows, scores, strict=True)]
+
+
+def _hit(stored: Stored, score: float, rank: int) -> Hit:
+    return Hit(stored.id, score, rank, stored.modality, stored.text, stored.image, stored.fields)

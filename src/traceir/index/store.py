@@ -1,0 +1,191 @@
+"""The interface every index keeps, what it returns, and the checks made before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Literal, Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from traceir.errors import InputError, StoreError
+from traceir.index.filters import OWN_NAMES, Filter, check_name, check_value
+from traceir.items import MODALITIES, Hit, Item, Modality, Vector
+
+MAX_ID_BYTES: Final = 1024
+MAX_DIM: Final = 65_536
+StoredType = Literal["float32", "float16"]
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What an index keeps of one item. `vector` ([D], unit length) only where it was asked for."""
+
+    id: str
+    modality: Modality
+    text: str | None
+    image: str | None
+    fields: Mapping[str, str | int | float | bool | None]
+    content_hash: str
+    vector: Vector | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo:
+    """A description of an index: items by modality, and the cells of its approximate search (0: not built)."""
+
+    uri: str
+    format: int
+    dim: int
+    dtype: StoredType
+    fingerprint: str
+    prompt_version: str
+    created: str
+    counts: Mapping[Modality, int]
+    cells: int
+    probes: int
+    bytes: int
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts.values())
+
+
+class Index(Protocol):
+    """Vectors of unit length and what belongs to them, keyed by id; other lengths are normalised on the way in.
+
+    Every argument is checked before anything is written (InputError); damage, locks and foreign files raise StoreError.
+    """
+
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
+        """Add or replace items by id, all or none; `vectors` is [N, D]. Durable on disk when it returns N."""
+
+    def delete(self, which: Sequence[str] | Filter) -> int:
+        """Remove items by id or by filter, durably; returns how many were there."""
+
+    def search(
+        self,
+        vectors: Vectors,
+        k: int,
+        *,
+        where: Filter | None = None,
+        modality: Modality | None = None,
+        exact: bool = True,
+    ) -> list[list[Hit]]:
+        """The k items of highest cosine for each row of `vectors` [Q, D], best first; equal scores in order of id."""
+
+    def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
+        """What is kept under these ids; ids that are not there are left out."""
+
+    def count(self, where: Filter | None = None) -> int: ...
+
+    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+        """Every item in order of id (code points); writes made meanwhile may or may not be seen."""
+
+    def info(self) -> IndexInfo: ...
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def image_of(item: Item) -> str | None:
+    """What an index keeps of the first picture: its path, or its name, or None."""
+    picture = item.pictures[0] if item.pictures else None
+    return None if picture is None else str(picture.path) if picture.path else picture.name or None
+
+
+def check_id(id: str | None) -> str:
+    """The id, or InputError where it is missing, longer than MAX_ID_BYTES in UTF-8, or not plain text."""
+    if not isinstance(id, str) or not id:
+        raise InputError(f"id {id!r} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
+    try:
+        size = len(id.encode())
+    except UnicodeEncodeError as error:
+        raise InputError(f"id {id[:80]!r} is not valid Unicode text; rename it") from error
+    if size > MAX_ID_BYTES:
+        raise InputError(f"id {id[:80]!r}... has {size} bytes, more than {MAX_ID_BYTES}; give a shorter one")
+    if "\0" in id:
+        raise InputError(f"id {id[:80]!r} contains a zero character; remove it")
+    return id
+
+
+def check_ids(ids: Sequence[str]) -> list[str]:
+    if isinstance(ids, str):
+        raise InputError(f"ids is the single text {ids[:80]!r}; give a list of ids")
+    return [check_id(id) for id in ids]
+
+
+def check_items(items: Sequence[Item]) -> None:
+    """Raise InputError for missing, unusable or repeated ids and for fields that cannot be kept."""
+    seen: set[str] = set()
+    for item in items:
+        id = check_id(item.id)
+        if id in seen:
+            raise InputError(f"id {id!r} occurs twice in one call; ids must differ, nothing was written")
+        seen.add(id)
+        check_text(id, item.text)
+        check_text(id, image_of(item) or "")
+        for name, value in item.fields.items():
+            if name in OWN_NAMES:
+                raise InputError(f"item {id!r} has a field called {name!r}, which an index keeps itself; rename it")
+            check_name(name)
+            check_value(name, value)
+
+
+def check_text(id: str, text: str) -> None:
+    """Raise InputError where a text holds half a surrogate pair and so has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text of item {id!r} is not valid Unicode at character {error.start}; repair it"
+        ) from error
+
+
+def check_vectors(vectors: Vectors, rows: int | None, dim: int, ids: Sequence[str | None] = ()) -> Vectors:
+    """Unit-length float32 [N, D], contiguous; InputError for a wrong shape, NaN, infinity or a zero vector."""
+    array = np.asarray(vectors)
+    if array.ndim != 2 or array.dtype.kind not in "fiu" or (rows is not None and array.shape[0] != rows):
+        expected = f"[{'N' if rows is None else rows}, {dim}]"
+        raise InputError(f"vectors are {array.dtype} of shape {list(array.shape)}; give float32 of shape {expected}")
+    if array.shape[1] != dim:
+        raise InputError(f"vectors are {array.shape[1]} wide but the index holds {dim}; use the encoder that filled it")
+    wide = array.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1)
+    bad = np.flatnonzero(~np.isfinite(norms) | (norms < 1e-12))
+    if len(bad):
+        row = int(bad[0])
+        name = f" of item {ids[row]!r}" if ids else ""
+        what = "has length zero" if math.isfinite(norms[row]) else "contains NaN or infinity"
+        raise InputError(f"vector {row}{name} {what}; nothing was written, check the encoder")
+    off = np.abs(norms - 1.0) > 1e-6
+    unit = np.ascontiguousarray(array, dtype=np.float32)
+    if off.any():
+        unit = unit.copy() if unit is array else unit
+        unit[off] = (wide[off] / norms[off, None]).astype(np.float32)
+    return unit
+
+
+def check_search(k: int, modality: str | None) -> None:
+    if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+        raise InputError(f"k is {k!r}; ask for at least 1 hit")
+    if modality is not None and modality not in MODALITIES:
+        raise InputError(f"modality {modality!r} is unknown; choose one of {', '.join(MODALITIES)}")
+
+
+def check_maker(uri: str, what: str, stored: str, given: str | None) -> None:
+    """Raise StoreError where the index was made by another model or prompt than the one in use."""
+    if given is not None and stored != given:
+        raise StoreError(
+            f"index {uri} was made with {what} {stored!r} but {given!r} is in use; "
+            "search it with the model that filled it, or fill a new index"
+        )

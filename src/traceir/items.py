@@ -1,0 +1,165 @@
+"""The nouns of the serving road: Item, Query, Encoding, Hit, Route.
+
+An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or a Picture, so that text, image,
+image+text and interleaved inputs are one type.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from traceir.errors import InputError
+from traceir.pictures import Picture
+
+Part = str | Picture
+Modality = Literal["text", "image", "image,text"]
+Route = Literal["auto", "reason", "direct"]
+MODALITIES: tuple[Modality, ...] = ("text", "image", "image,text")
+ROUTES: tuple[Route, ...] = ("auto", "reason", "direct")
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing that can be found: parts in reading order, an id, and free fields kept beside it in an index."""
+
+    parts: tuple[Part, ...]
+    id: str | None = None
+    fields: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.parts or all(isinstance(part, str) and not part.strip() for part in self.parts):
+            raise InputError(f"item {self.id or '(no id)'} is empty: give it a text, a picture, or both")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        text: str | None = None,
+        image: Picture | None = None,
+        id: str | None = None,
+        fields: Mapping[str, str | int | float | bool | None] | None = None,
+    ) -> Item:
+        """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`)."""
+        return cls(_parts(text, image), id=id, fields=fields or {})
+
+    @property
+    def modality(self) -> Modality:
+        return _modality(self.parts)
+
+    @property
+    def text(self) -> str:
+        return _text(self.parts)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over the parts alone: equal content has an equal hash, whatever the id or fields."""
+        return _content_hash(self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A question: an instruction that says what is wanted, and parts. `target` is the modality looked for (None: any)."""
+
+    parts: tuple[Part, ...] = ()
+    instruction: str | None = None
+    target: Modality | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parts and not (self.instruction or "").strip():
+            raise InputError(f"query {self.id or '(no id)'} is empty: give it a text, a picture, or both")
+        if self.target is not None and self.target not in MODALITIES:
+            raise InputError(f"target modality {self.target!r} is unknown; choose one of {', '.join(MODALITIES)}")
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        text: str | None = None,
+        image: Picture | None = None,
+        instruction: str | None = None,
+        target: Modality | None = None,
+        id: str | None = None,
+    ) -> Query:
+        return cls(_parts(text, image), instruction=instruction, target=target, id=id)
+
+    @property
+    def modality(self) -> Modality:
+        return _modality(self.parts) if self.parts else "text"
+
+    @property
+    def text(self) -> str:
+        return _text(self.parts)
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) over instruction, target and parts."""
+        return _content_hash((self.instruction or "", self.target or "", *self.parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """What the encoder returns for one input.
+
+    `vector` is float32 of shape [D] and unit length. `route` is the road taken. `reasoning` is the text written before
+    `<|emb|>` ("" on the direct road), `tokens` the number of reasoning tokens, `emb_probability` the probability of `<|emb|>`
+    at the first step, `truncated` true where the budget ended before the model wrote `<|emb|>`.
+    """
+
+    vector: Vector
+    route: Literal["reason", "direct"]
+    reasoning: str
+    tokens: int
+    emb_probability: float
+    truncated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """One found item: its cosine similarity to the query in [-1, 1], its rank from 1, and what the index keeps of it."""
+
+    id: str
+    score: float
+    rank: int
+    modality: Modality
+    text: str | None
+    image: str | None
+    fields: Mapping[str, str | int | float | bool | None]
+
+
+def _parts(text: str | None, image: Picture | None) -> tuple[Part, ...]:
+    parts: list[Part] = []
+    if image is not None:
+        parts.append(image)
+    if text is not None and text.strip():
+        parts.append(text)
+    return tuple(parts)
+
+
+def _modality(parts: tuple[Part, ...]) -> Modality:
+    has_image = any(isinstance(part, Picture) for part in parts)
+    has_text = any(isinstance(part, str) and part.strip() for part in parts)
+    return "image,text" if has_image and has_text else "image" if has_image else "text"
+
+
+def _text(parts: tuple[Part, ...]) -> str:
+    return " ".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
+
+
+def _content_hash(parts: tuple[Part, ...]) -> str:
+    described = [["text", part] if isinstance(part, str) else ["image", part.sha256] for part in parts]
+    return hashlib.sha256(json.dumps(described, ensure_ascii=False).encode()).hexdigest()

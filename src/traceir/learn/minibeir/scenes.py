@@ -1,0 +1,631 @@
+"""The world of table-top scenes: three objects side by side; captions, near-identical pairs, and chains of edits.
+
+Rows: mscoco_task0 (text to picture), mscoco_task3 (picture to text), nights_task4 (picture to picture) and cirr_task7
+(picture and edits to picture). What the garments share, chains of edits and the posing of queries, stands here too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Generic, Protocol, TypeVar
+
+from traceir.errors import InputError
+from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
+from traceir.learn.minibeir.drawing import (
+    COLOURS,
+    SHAPES,
+    VARIANTS,
+    canonical_variant,
+    derive_seed,
+    draw_scene,
+    split_of,
+)
+
+COLOUR_NAMES = tuple(COLOURS)
+SLOTS = ("left", "middle", "right")
+TWINS = 10  # near twins beside the target of a chain of edits
+BESIDE = 14  # what stands beside the target of a plain row
+_PLACES = ("on the left", "in the middle", "on the right")
+_PAIRS = {(0, 1): "the left two", (1, 2): "the right two", (0, 2): "the outer two"}
+_COLOUR_LETTERS = dict(zip(COLOUR_NAMES, "rygbpw", strict=True))
+_SHAPE_LETTERS = dict(zip(SHAPES, "cbnosm", strict=True))
+_STYLES = 4
+
+
+# --- what worlds of edits share ---------------------------------------------------------------------------------------
+
+
+class Composition(Protocol):
+    """A picture's content: everything that must be told apart, and nothing else."""
+
+    @property
+    def code(self) -> str: ...
+
+    @property
+    def attributes(self) -> tuple[str, ...]: ...
+
+    def state(self) -> str: ...
+
+    def caption(self, style: int) -> str: ...
+
+    def sketch(self, variant: int) -> Sketch: ...
+
+
+C = TypeVar("C", bound=Composition)
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Generic[C]):
+    """A source and the edits upon it: `states` has one more entry than `ops` (resolved) and `words` (as asked)."""
+
+    states: tuple[C, ...]
+    ops: tuple[str, ...]
+    words: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.ops)
+
+    @property
+    def text(self) -> str:
+        return ", then ".join(self.words)
+
+    @property
+    def reasoning(self) -> str:
+        """Source state, then op and state in turn, up to the last op; the last state is the answer."""
+        told = [f"{op}; {state.state()}" for op, state in zip(self.ops[:-1], self.states[1:-1], strict=True)]
+        return "; ".join([f"see {self.states[0].state()}", *told, self.ops[-1]])
+
+    @property
+    def answer(self) -> str:
+        return self.states[-1].state()
+
+    def cut(self, steps: int) -> Chain[C]:
+        """The chain's first `steps` edits."""
+        return Chain(self.states[: steps + 1], self.ops[:steps], self.words[:steps])
+
+
+Grow = Callable[[C, int, random.Random], Chain[C]]
+
+
+def pose_candidate(composition: Composition) -> CandidateDraft:
+    """The picture in which a composition stands in every pool."""
+    return CandidateDraft(sketch=composition.sketch(canonical_variant(composition.code)))
+
+
+def count_differences(one: Composition, other: Composition) -> int:
+    """In how many attributes two compositions differ."""
+    return sum(a != b for a, b in zip(one.attributes, other.attributes, strict=True))
+
+
+def keep_apart(target: Composition, others: Iterable[C]) -> list[C]:
+    """`others` in their order, without repeats and without what equals the target."""
+    unique = {other.code: other for other in others}
+    unique.pop(target.code, None)
+    return list(unique.values())
+
+
+def pose_chain(chain: Chain[C], query: Sketch, distractors: Iterable[C] = ()) -> QueryDraft:
+    """The query of a chain of edits; from two edits on it carries reasoning and answer."""
+    target = chain.states[-1]
+    complex_ = chain.steps >= 2
+    return QueryDraft(
+        text=chain.text,
+        sketch=query,
+        positives=(pose_candidate(target),),
+        distractors=tuple(pose_candidate(other) for other in keep_apart(target, distractors)),
+        steps=chain.steps,
+        reasoning=chain.reasoning if complex_ else None,
+        answer=chain.answer if complex_ else None,
+    )
+
+
+def grow_family(lengths: Sequence[int], draw: Callable[[], C], grow: Grow[C], rng: random.Random) -> list[Chain[C]]:
+    """Chains of the given lengths that are hard against each other, every source and target a training composition.
+
+    They share a source; their targets are stations of one chain, or near each other, or one is the others' source.
+    """
+    while True:
+        source, mode = draw(), rng.randrange(3)
+        family: list[Chain[C]] = []
+        longest = grow(source, max(lengths), rng)
+        for place, length in enumerate(lengths):
+            taken = {chain.states[-1].code for chain in family}
+            if mode == 2 and place == 0:
+                options = [grow(draw(), length, rng)]
+                source = options[0].states[-1]
+            elif mode == 0 and length not in lengths[:place]:
+                options = [longest.cut(length)]
+            else:
+                options = [grow(source, length, rng) for _ in range(8)]
+            options = [o for o in options if o.states[-1].code not in taken and split_of(o.states[-1].code) == "train"]
+            if not options:
+                break
+            anchor = family[0].states[-1] if family else longest.states[-1]
+            family.append(min(options, key=lambda option: count_differences(option.states[-1], anchor)))
+        if len(family) == len(lengths):
+            return family
+
+
+def draw_chains(
+    split: Split, lengths: Iterable[int], draw: Callable[[random.Random], C], grow: Grow[C], rng: random.Random
+) -> Iterator[tuple[Chain[C], list[C]]]:
+    """For val and test: chains with unlike targets of the split, and with each three other outcomes of its source."""
+    seen: set[str] = set()
+    for length in lengths:
+        for _ in range(2000):
+            chain = grow(draw(rng), length, rng)
+            if split_of(chain.states[-1].code) == split and chain.states[-1].code not in seen:
+                break
+        else:
+            raise InputError(f"split {split!r} has no unlike targets left after {len(seen)}: ask for a smaller count")
+        seen.add(chain.states[-1].code)
+        others: dict[str, C] = {}
+        taken = {state.code for state in chain.states}
+        while len(others) < 3:
+            other = grow(chain.states[0], rng.randint(1, 3), rng).states[-1]
+            if other.code not in taken:
+                others[other.code] = other
+        yield chain, list(others.values())
+
+
+def teach_chain(chain: Chain[C], sketch: Sketch | None) -> LessonDraft:
+    """A lesson in editing: from the picture, or without one from the source's state in words."""
+    prompt = chain.text if sketch is not None else f"{chain.states[0].state()}: {chain.text}"
+    return LessonDraft(sketch, prompt, f"{chain.reasoning}; {chain.answer}")
+
+
+def draw_family(rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]) -> list[C]:
+    """Four training compositions that differ from the first in one or two attributes."""
+    base = draw()
+    family = {base.code: base}
+    while len(family) < 4:
+        twin = vary(rng.choice(list(family.values())))
+        if split_of(twin.code) == "train" and count_differences(base, twin) <= 2:
+            family[twin.code] = twin
+    return list(family.values())
+
+
+def draw_targets(
+    split: Split, count: int, rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]
+) -> Iterator[C]:
+    """Targets of plain rows: in train in families of four near ones, else all unlike."""
+    if split == "train":
+        families = (draw_family(rng, draw, vary) for _ in itertools.count())
+        yield from itertools.islice(itertools.chain.from_iterable(families), count)
+        return
+    seen: set[str] = set()
+    for _ in range(count):
+        target = draw()
+        for _ in range(2000):
+            if target.code not in seen:
+                break
+            target = draw()
+        else:
+            raise InputError(f"count {count} exceeds the compositions of split {split!r}: ask for a smaller count")
+        seen.add(target.code)
+        yield target
+
+
+def pose_captions(
+    split: Split, targets: Iterable[C], near: Callable[[C], list[C]], styles: int, rng: random.Random
+) -> Iterator[QueryDraft]:
+    """Picture to text. The distractors speak in the positive's phrasing; none is right for another query of the row."""
+    chosen = targets if split == "train" else list(targets)
+    taken = set() if split == "train" else {target.code for target in chosen}
+    style = 0
+    for place, target in enumerate(chosen):
+        if split != "train" or place % 4 == 0:
+            style = rng.randrange(styles)
+        others = [] if split == "train" else [other for other in near(target) if other.code not in taken][:BESIDE]
+        texts = tuple(CandidateDraft(text=other.caption(style)) for other in others)
+        positive = CandidateDraft(text=target.caption(style))
+        yield QueryDraft(None, target.sketch(rng.randrange(VARIANTS)), (positive,), texts, 0)
+
+
+def pose_beside(split: Split, target: C, near: Callable[[C], list[C]]) -> tuple[CandidateDraft, ...]:
+    """The pictures that stand beside a target in val and test; in train none."""
+    return () if split == "train" else tuple(pose_candidate(other) for other in near(target)[:BESIDE])
+
+
+# --- scenes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Three (colour, shape) objects, left to right."""
+
+    objects: tuple[tuple[str, str], ...]
+
+    @property
+    def code(self) -> str:
+        """Six letters, colour and shape by turns: the composition's name for ever."""
+        return "".join(_COLOUR_LETTERS[colour] + _SHAPE_LETTERS[shape] for colour, shape in self.objects)
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(value for item in self.objects for value in item)
+
+    def state(self) -> str:
+        return ", ".join(f"{colour} {shape}" for colour, shape in self.objects)
+
+    def caption(self, style: int) -> str:
+        """The scene in one of four phrasings."""
+        a, b, c = (f"a {colour} {shape}" for colour, shape in self.objects)
+        return (
+            f"{a}, {b} and {c} on a table",
+            f"from left to right: {a}, {b}, {c}",
+            f"{b} between {a} on the left and {c} on the right",
+            f"on the left {a}, in the middle {b}, on the right {c}",
+        )[style % _STYLES]
+
+    def sketch(self, variant: int) -> Sketch:
+        return Sketch(f"scene_{self.code}_{variant}", partial(draw_scene, self.objects, variant))
+
+    def alter(self, slot: int, value: str) -> Scene:
+        """The scene with another colour or shape (told by the word) in a slot."""
+        colour, shape = self.objects[slot]
+        item = (value, shape) if value in COLOURS else (colour, value)
+        return Scene((*self.objects[:slot], item, *self.objects[slot + 1 :]))
+
+    def swap(self, one: int, other: int) -> Scene:
+        items = list(self.objects)
+        items[one], items[other] = items[other], items[one]
+        return Scene(tuple(items))
+
+    def apply(self, op: str) -> Scene:
+        """The scene after a resolved op: `swap left middle`, `left green` or `middle star`."""
+        words = op.split()
+        if words[0] == "swap":
+            return self.swap(SLOTS.index(words[1]), SLOTS.index(words[2]))
+        return self.alter(SLOTS.index(words[0]), words[1])
+
+
+def draw_composition(rng: random.Random, split: Split | None = None) -> Scene:
+    """A random scene, of one split or of any."""
+    while True:
+        scene = Scene(tuple((rng.choice(COLOUR_NAMES), rng.choice(SHAPES)) for _ in SLOTS))
+        if split is None or split_of(scene.code) == split:
+            return scene
+
+
+def list_twins(scene: Scene, rng: random.Random) -> list[Scene]:
+    """The 30 scenes that differ from this one in one attribute, shuffled."""
+    every = [scene.alter(slot, value) for slot in range(3) for value in (*COLOUR_NAMES, *SHAPES)]
+    twins = keep_apart(scene, every)
+    rng.shuffle(twins)
+    return twins
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Progress:
+    """A chain in the making: where each of the source's objects stands now, and what was written on it."""
+
+    scene: Scene
+    order: list[int] = field(default_factory=lambda: [0, 1, 2])
+    written: set[tuple[int, str]] = field(default_factory=set)
+    swapped: set[tuple[int, int]] = field(default_factory=set)
+
+    def is_touched(self, slot: int) -> bool:
+        return self.has_moved(slot) or any(who == self.order[slot] for who, _ in self.written)
+
+    def has_moved(self, slot: int) -> bool:
+        return any(slot in pair for pair in self.swapped)
+
+
+def _refer(progress: _Progress, slot: int, rng: random.Random) -> str:
+    """Words for the object now in a slot, which fit no other; where they can, they need the edits before."""
+    colour, shape = progress.scene.objects[slot]
+    colours, shapes = zip(*progress.scene.objects, strict=True)
+    moved = progress.has_moved(slot)
+    plain: list[str] = []
+    bound: list[str] = []
+    if moved:
+        bound += [f"the one now {_PLACES[slot]}", f"the one that is now {_PLACES[slot]}"]
+    else:
+        plain += [f"the {SLOTS[slot]} one", f"the one {_PLACES[slot]}"]
+    if colours.count(colour) == 1:
+        if (progress.order[slot], "colour") in progress.written:
+            bound += [f"the one that is now {colour}", f"the new {colour} one"]
+        else:
+            (bound if moved else plain).append(f"the {colour} one")
+    if shapes.count(shape) == 1:
+        if (progress.order[slot], "shape") in progress.written:
+            bound += [f"the one that is now a {shape}", f"the new {shape}"]
+        else:
+            (bound if moved else plain).append(f"the {shape}")
+    elif colours.count(colour) > 1 and progress.scene.objects.count((colour, shape)) == 1:
+        (bound if moved else plain).append(f"the {colour} {shape}")
+    if bound and (not plain or rng.random() < 0.85):
+        return rng.choice(bound)
+    return rng.choice(plain)
+
+
+def _say_swap(progress: _Progress, pair: tuple[int, int], rng: random.Random) -> str:
+    both = _PAIRS[pair]
+    if rng.random() < 0.4:
+        one, other = (_refer(progress, slot, rng) for slot in rng.sample(pair, 2))
+        both = f"{one} and {other}"
+    return rng.choice((f"swap {both}", f"exchange {both}", f"let {both} trade places"))
+
+
+def _say_value(progress: _Progress, slot: int, value: str, rng: random.Random) -> str:
+    ref = _refer(progress, slot, rng)
+    if value in COLOURS:
+        return rng.choice((f"make {ref} {value}", f"paint {ref} {value}", f"turn {ref} {value}"))
+    return rng.choice((f"make {ref} a {value}", f"turn {ref} into a {value}", f"change {ref} into a {value}"))
+
+
+def _say_copy(progress: _Progress, slot: int, origin: int, kind: str, rng: random.Random) -> str:
+    ref, model = _refer(progress, slot, rng), _refer(progress, origin, rng)
+    return rng.choice((f"give {ref} the {kind} of {model}", f"make {ref} the same {kind} as {model}"))
+
+
+def _propose(progress: _Progress, rng: random.Random) -> tuple[str, str] | None:
+    """One more edit as (resolved op, words), noted in `progress`; None if it would undo or overwrite an earlier one."""
+    touched = [slot for slot in range(3) if progress.is_touched(slot)]
+    slot = rng.choice(touched) if touched and rng.random() < 0.8 else rng.randrange(3)
+    kind = rng.choice(("colour", "shape"))
+    draw = rng.random()
+    if draw < 0.25:
+        other = rng.choice([place for place in range(3) if place != slot])
+        pair = (min(slot, other), max(slot, other))
+        alike = progress.scene.objects[slot] == progress.scene.objects[other]
+        if alike or pair in progress.swapped or len(progress.swapped) == 2:
+            return None
+        words = _say_swap(progress, pair, rng)
+        progress.swapped.add(pair)
+        progress.order[slot], progress.order[other] = progress.order[other], progress.order[slot]
+        return f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words
+    if draw < 0.5:
+        origins = [place for place in range(3) if place != slot]
+        if touched and rng.random() < 0.5:  # copy from what an earlier edit made
+            slot, origins = rng.choice(origins), [slot]
+        origin = rng.choice(origins)
+        value = progress.scene.objects[origin][kind == "shape"]
+        words = _say_copy(progress, slot, origin, kind, rng)
+    else:
+        value = rng.choice(COLOUR_NAMES if kind == "colour" else SHAPES)
+        words = _say_value(progress, slot, value, rng)
+    mark = (progress.order[slot], kind)
+    if mark in progress.written or value in progress.scene.objects[slot]:
+        return None
+    progress.written.add(mark)
+    return f"{SLOTS[slot]} {value}", words
+
+
+def grow_chain(source: Scene, steps: int, rng: random.Random) -> Chain[Scene]:
+    """A chain of edits in which no state repeats, no written attribute is overwritten, and no swap is undone."""
+    while True:
+        progress = _Progress(source)
+        states, ops, words = [source], [], []
+        for _ in range(12 * steps):
+            edit = _propose(progress, rng)
+            if edit is None:
+                continue
+            progress.scene = progress.scene.apply(edit[0])
+            states.append(progress.scene)
+            ops.append(edit[0])
+            words.append(edit[1])
+            if len(ops) == steps:
+                break
+        if len(ops) == steps and len({state.code for state in states}) == steps + 1:
+            return Chain(tuple(states), tuple(ops), tuple(words))
+
+
+# --- indirect descriptions --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Riddle:
+    """A scene told by reference: `colours` and `shapes` hold a word, or the slot whose colour or shape it shares.
+
+    `order` lists the slots so that every reference points to an earlier one.
+    """
+
+    order: tuple[int, ...]
+    colours: tuple[str | int, ...]
+    shapes: tuple[str | int, ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(isinstance(part, int) for part in (*self.colours, *self.shapes))
+
+    def solve(self) -> Scene:
+        found: dict[int, tuple[str, str]] = {}
+        for slot in self.order:
+            colour, shape = self.colours[slot], self.shapes[slot]
+            found[slot] = (
+                found[colour][0] if isinstance(colour, int) else colour,
+                found[shape][1] if isinstance(shape, int) else shape,
+            )
+        return Scene(tuple(found[slot] for slot in range(3)))
+
+    def reason(self) -> str:
+        """The objects resolved one by one, each after those it refers to."""
+        scene = self.solve()
+        return "; ".join(f"{SLOTS[slot]} {' '.join(scene.objects[slot])}" for slot in self.order)
+
+    def ask(self, style: int) -> str:
+        a, b, c = (self._tell(slot) for slot in range(3))
+        return (
+            f"on the left {a}, in the middle {b}, on the right {c}",
+            f"from left to right: {a}, {b}, {c}",
+            f"left: {a}; middle: {b}; right: {c}",
+        )[style % 3]
+
+    def _tell(self, slot: int) -> str:
+        colour, shape = self.colours[slot], self.shapes[slot]
+        if isinstance(colour, int) and isinstance(shape, int):
+            return f"an object with the colour of the {SLOTS[colour]} one and the shape of the {SLOTS[shape]} one"
+        if isinstance(colour, int):
+            return f"a {shape} in the colour of the {SLOTS[colour]} one"
+        if isinstance(shape, int):
+            return f"the same shape as the {SLOTS[shape]} one in {colour}"
+        return f"a {colour} {shape}"
+
+
+def _draw_riddle(rng: random.Random) -> Riddle:
+    """Two or three references; an object never takes both colour and shape from the same other."""
+    order = rng.sample(range(3), 3)
+    colours: list[str | int] = [rng.choice(COLOUR_NAMES) for _ in SLOTS]
+    shapes: list[str | int] = [rng.choice(SHAPES) for _ in SLOTS]
+    (colours if rng.random() < 0.5 else shapes)[order[1]] = order[0]
+    origins = rng.sample(order[:2], 2)
+    wanted = rng.choice(((True, False), (False, True), (True, True)))
+    for parts, origin, wants in zip((colours, shapes), origins, wanted, strict=True):
+        if wants:
+            parts[order[2]] = origin
+    return Riddle(tuple(order), tuple(colours), tuple(shapes))
+
+
+def _vary_riddle(riddle: Riddle, rng: random.Random) -> Riddle:
+    """The riddle with one of its words replaced."""
+    spots = [(place, slot) for place in range(2) for slot in range(3)]
+    parts = [list(riddle.colours), list(riddle.shapes)]
+    place, slot = rng.choice([(p, s) for p, s in spots if isinstance(parts[p][s], str)])
+    parts[place][slot] = rng.choice(SHAPES if place else COLOUR_NAMES)
+    return Riddle(riddle.order, tuple(parts[0]), tuple(parts[1]))
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _draw_scenes(split: Split, count: int, rng: random.Random) -> Iterator[Scene]:
+    draw = partial(draw_composition, rng, split)
+    return draw_targets(split, count, rng, draw, lambda scene: list_twins(scene, rng)[0])
+
+
+def _list_near(target: Scene, rng: random.Random) -> list[Scene]:
+    """What stands beside a target of a plain row: the same objects in another order, and its twins."""
+    mixed = [target.swap(one, other) for one, other in _PAIRS]
+    return keep_apart(target, [*mixed, *list_twins(target, rng)])
+
+
+def _pose_riddle(riddle: Riddle, style: int, distractors: tuple[CandidateDraft, ...]) -> QueryDraft:
+    scene = riddle.solve()
+    positive = (pose_candidate(scene),)
+    return QueryDraft(
+        riddle.ask(style), None, positive, distractors, riddle.steps, reasoning=riddle.reason(), answer=scene.state()
+    )
+
+
+def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
+    """Riddles of the split without end; in train four at a time that differ in a word."""
+    while True:
+        base = _draw_riddle(rng)
+        if split_of(base.solve().code) != split:
+            continue
+        family = {base.solve().code: base}
+        while split == "train" and len(family) < 4:
+            twin = _vary_riddle(base, rng)
+            if split_of(twin.solve().code) == "train":
+                family[twin.solve().code] = twin
+        yield from family.values()
+
+
+def mscoco_task0(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
+    """Text to picture: captions, and 12 % descriptions by reference."""
+    rng = random.Random(derive_seed("mscoco_task0", split, seed))
+    near = partial(_list_near, rng=rng)
+    run = 4 if split == "train" else 1
+    scenes, riddles = _draw_scenes(split, count, rng), _draw_riddles(split, rng)
+    for place in range(count):
+        unit = place // run
+        if (unit + 1) * 12 // 100 > unit * 12 // 100:
+            riddle = next(riddles)
+            yield _pose_riddle(riddle, rng.randrange(3), pose_beside(split, riddle.solve(), near))
+        else:
+            scene = next(scenes)
+            text, beside = scene.caption(rng.randrange(_STYLES)), pose_beside(split, scene, near)
+            yield QueryDraft(text, None, (pose_candidate(scene),), beside, 0)
+
+
+def mscoco_task3(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
+    """Picture to caption."""
+    rng = random.Random(derive_seed("mscoco_task3", split, seed))
+    return pose_captions(split, _draw_scenes(split, count, rng), partial(_list_near, rng=rng), _STYLES, rng)
+
+
+def nights_task4(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
+    """Picture to picture: the same composition in another rendering."""
+    rng = random.Random(derive_seed("nights_task4", split, seed))
+    for scene in _draw_scenes(split, count, rng):
+        variant = (canonical_variant(scene.code) + rng.randrange(1, VARIANTS)) % VARIANTS
+        beside = pose_beside(split, scene, partial(_list_near, rng=rng))
+        yield QueryDraft(None, scene.sketch(variant), (pose_candidate(scene),), beside, 0)
+
+
+def cirr_task7(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
+    """Picture and a chain of one to four edits to picture; each length is a quarter of the row."""
+    rng = random.Random(derive_seed("cirr_task7", split, seed))
+    if split == "train":
+        for start in range(0, count, 4):
+            draw = partial(draw_composition, rng, "train")
+            family = grow_family(rng.sample((1, 2, 3, 4), 4), draw, grow_chain, rng)
+            for chain in family[: count - start]:
+                yield pose_chain(chain, chain.states[0].sketch(rng.randrange(VARIANTS)))
+        return
+    lengths = [place % 4 + 1 for place in range(count)]
+    for chain, others in draw_chains(split, lengths, draw_composition, grow_chain, rng):
+        target = chain.states[-1]
+        source = chain.states[0]
+        near = [*chain.states[:-1], *others, *list_twins(target, rng)[:TWINS]]
+        yield pose_chain(chain, source.sketch(canonical_variant(source.code)), near)
+
+
+_ROWS: dict[str, Callable[[Split, int, int], Iterator[QueryDraft]]] = {
+    "mscoco_task0": mscoco_task0,
+    "mscoco_task3": mscoco_task3,
+    "nights_task4": nights_task4,
+    "cirr_task7": cirr_task7,
+}
+
+
+def row_names() -> tuple[str, ...]:
+    return tuple(_ROWS)
+
+
+def pool_fill(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
+    """Unlike training compositions in the row's modality: they are no answer to any val or test query."""
+    if row not in _ROWS:
+        raise InputError(f"row {row!r} is not of the scenes: use one of {', '.join(_ROWS)}")
+    rng = random.Random(derive_seed("fill", row, seed))
+    seen: set[str] = set()
+    while len(seen) < count:
+        scene = draw_composition(rng, "train")
+        if scene.code not in seen:
+            seen.add(scene.code)
+            text = scene.caption(rng.randrange(_STYLES))
+            yield CandidateDraft(text=text) if row == "mscoco_task3" else pose_candidate(scene)
+
+
+def _draw_lesson_chain(rng: random.Random) -> Chain[Scene]:
+    while True:
+        chain = grow_chain(draw_composition(rng, "train"), rng.randint(1, 4), rng)
+        if split_of(chain.states[-1].code) == "train":
+            return chain
+
+
+def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
+    """40 % naming, 10 % describing, 35 % editing in words alone, 15 % editing from the picture; all of training."""
+    rng = random.Random(derive_seed("scene lessons", seed))
+    for _ in range(count):
+        draw = rng.random()
+        if draw < 0.5:
+            scene = draw_composition(rng, "train")
+            sketch = scene.sketch(rng.randrange(VARIANTS))
+            if draw < 0.4:
+                yield LessonDraft(sketch, "name the objects", scene.state())
+            else:
+                yield LessonDraft(sketch, "describe the picture", scene.caption(rng.randrange(_STYLES)))
+        else:
+            chain = _draw_lesson_chain(rng)
+            yield teach_chain(chain, None if draw < 0.85 else chain.states[0].sketch(rng.randrange(VARIANTS)))

@@ -1,0 +1,338 @@
+"""The checkpoint: load, create, save, add `<|emb|>`, fingerprint, and the two forward passes everything else is built on.
+
+A checkpoint is an ordinary Hugging Face directory of Qwen2_5_VLForConditionalGeneration plus `traceir.json` (docs/formats.md).
+Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.nn import functional
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.cache_utils import DynamicCache
+
+from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
+from traceir.errors import ModelError
+from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START, PromptVersion
+from traceir.prompts import check_version as check_prompt_version
+
+FORMAT: Final = 1
+WHOLE_HASH_BYTES: Final = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TraceSettings:
+    """What traceir.json holds beside the weights: how the checkpoint was taught to read and to be read."""
+
+    prompt_version: PromptVersion = "trace-1"
+    read_out: ReadOut = "before_token"
+    max_reasoning_tokens: int = 256
+    max_text_tokens: int = 1024
+    closing: str = ""
+    fingerprint: str = ""
+
+
+class TraceModel:
+    """One loaded checkpoint: the Hugging Face model, its Processor and its TraceSettings.
+
+    The forward passes are pure: position ids come from the batch, so nothing is kept on the module between calls and threads
+    may share one TraceModel.
+    """
+
+    def __init__(self, network: Any, processor: Processor, settings: TraceSettings) -> None:
+        self.network = network
+        self.processor = processor
+        self.settings = settings
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.network.device)
+
+    @property
+    def width(self) -> int:
+        """D, the number of components of an embedding."""
+        return int(self.network.config.text_config.hidden_size)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.settings.fingerprint
+
+    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> torch.Tensor:
+        """Last-layer states after the final norm, [B, T, D]; fills `cache` if given."""
+        text = self.network.model.language_model
+        embedded_BTD = text.embed_tokens(batch.ids)
+        if batch.patches is not None and batch.grids is not None:
+            features = self.picture_features(batch.patches, batch.grids).to(embedded_BTD.dtype)
+            slots = (batch.ids == self.network.config.image_token_id).unsqueeze(-1)
+            embedded_BTD = embedded_BTD.masked_scatter(slots, features)
+        mask = None if bool(batch.mask.all()) else batch.mask
+        out = text(
+            inputs_embeds=embedded_BTD,
+            attention_mask=mask,
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
+        return out.last_hidden_state  # type: ignore[no-any-return]
+
+    def step(
+        self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache
+    ) -> torch.Tensor:
+        """One decoding step: tokens [B] at M-RoPE positions [B] over a filled cache; states [B, D]."""
+        text = self.network.model.language_model
+        out = text(
+            inputs_embeds=text.embed_tokens(token_B[:, None]),
+            attention_mask=mask_BT,
+            position_ids=place_B.view(1, -1, 1).expand(3, -1, 1),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Next-token scores for states [..., D]: [..., V]."""
+        return self.network.lm_head(hidden)  # type: ignore[no-any-return]
+
+    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+        """Merged vision tokens of N pictures, concatenated: [sum of tokens, D].
+
+        Pictures of one small grid run as one batch; the stock class walks picture by picture. A picture larger than the
+        attention window takes the stock road. Both give the same numbers (tests/test_model.py).
+        """
+        visual = self.network.model.visual
+        patches = patches.to(visual.dtype)
+        shapes = [tuple(int(side) for side in grid) for grid in grids.tolist()]
+        window = visual.window_size // visual.patch_size
+        small = all(time == 1 and high <= window and wide <= window for time, high, wide in shapes)
+        if not small or len(shapes) == 1:
+            return torch.cat(self.network.model.get_image_features(patches, grids, return_dict=True).pooler_output)
+        pieces = list(patches.split([high * wide for _, high, wide in shapes]))
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for number, shape in enumerate(shapes):
+            groups.setdefault(shape, []).append(number)
+        done: dict[int, torch.Tensor] = {}
+        for shape, numbers in groups.items():
+            features = _vision_batch(visual, torch.stack([pieces[n] for n in numbers]), shape[1], shape[2])
+            done.update(zip(numbers, features, strict=True))
+        return torch.cat([done[number] for number in range(len(shapes))])
+
+
+def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any) -> TraceModel:
+    """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
+
+    Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
+    `overrides` replace fields of TraceSettings. Raises ModelError for other architectures and damaged directories.
+    """
+    name = str(source)
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
+    try:
+        config = Qwen2_5_VLConfig.from_pretrained(name)
+        if config.model_type != "qwen2_5_vl":
+            raise ModelError(f"{name} is a {config.model_type!r} checkpoint; TRACE runs on qwen2_5_vl")
+        network = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype or torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load {name}: {error}") from error
+    settings = _read_settings(Path(name))
+    known = {field.name for field in fields(TraceSettings)}
+    if unknown := set(overrides) - known:
+        raise ModelError(f"unknown settings {sorted(unknown)}; traceir.json has {sorted(known)}")
+    settings = replace(settings or TraceSettings(), **overrides)
+    add_emb_token(network, tokenizer)
+    if not settings.fingerprint:
+        settings = replace(settings, fingerprint=fingerprint(Path(name)) if Path(name).is_dir() else f"hub:{name}")
+    network.eval().to(device)
+    return wrap(network, tokenizer, settings, _image_budget(Path(name), config))
+
+
+def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:
+    """A TraceModel around a network in memory; swaps the patch convolution for an equal matrix product."""
+    _linear_patches(network.model.visual.patch_embed)
+    read_out = check_read_out(settings.read_out)
+    check_prompt_version(settings.prompt_version)
+    processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=settings.max_text_tokens)
+    return TraceModel(network, processor, settings)
+
+
+def save(model: TraceModel, target: Path) -> Path:
+    """An ordinary Hugging Face checkpoint plus traceir.json, written beside the target and renamed: never half there.
+
+    The stored fingerprint is that of the weights as written; the folder's own is returned through `load`.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        fresh = Path(folder) / "checkpoint"
+        model.network.save_pretrained(fresh, safe_serialization=True)
+        model.processor.tokenizer.save_pretrained(fresh)
+        image = model.processor.image
+        preprocessor = {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": image.patch,
+            "merge_size": image.merge,
+            "temporal_patch_size": image.temporal,
+            "size": {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels},
+            "min_pixels": image.min_pixels,
+            "max_pixels": image.max_pixels,
+            "image_mean": list(image.mean),
+            "image_std": list(image.std),
+        }
+        (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+        generation = {"do_sample": False, "eos_token_id": [model.processor.emb_id, model.processor.special[TURN_END]]}
+        (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(fresh)))}
+        (fresh / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
+        if target.exists():
+            os.replace(target, Path(folder) / "old")
+        os.replace(fresh, target)
+    return target
+
+
+def add_emb_token(network: Any, tokenizer: Any) -> int:
+    """Makes `<|emb|>` a token of model and tokenizer and returns its id; a no-op where it is there already.
+
+    Qwen's embedding matrix is padded beyond its tokenizer, so the new id usually has a row; the matrix grows only if it has
+    none and is never shrunk. A new row starts as the mean of the real rows, in input and output alike (they learn in training).
+    """
+    known = tokenizer.convert_tokens_to_ids(EMB)
+    if known is not None and known != tokenizer.unk_token_id:
+        return int(known)
+    tokenizer.add_special_tokens({"additional_special_tokens": [EMB]}, replace_extra_special_tokens=False)
+    new = int(tokenizer.convert_tokens_to_ids(EMB))
+    rows = network.get_input_embeddings().weight.shape[0]
+    if new >= rows:
+        network.resize_token_embeddings(new + 1, mean_resizing=False)
+    with torch.no_grad():
+        for matrix in {network.get_input_embeddings().weight, network.get_output_embeddings().weight}:
+            matrix[new] = matrix[:new].mean(dim=0)
+    return new
+
+
+def create(
+    config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int
+) -> TraceModel:
+    """A model with random weights: `config` names the sizes, token ids are taken from the tokenizer."""
+    torch.manual_seed(seed)
+    for field, token in (
+        ("image_token_id", IMAGE_PAD),
+        ("video_token_id", VIDEO_PAD),
+        ("vision_start_token_id", VISION_START),
+        ("vision_end_token_id", VISION_END),
+    ):
+        setattr(config, field, tokenizer.convert_tokens_to_ids(token))
+    config.text_config.pad_token_id = None
+    config.text_config.bos_token_id = tokenizer.convert_tokens_to_ids(PAD)
+    config.text_config.eos_token_id = tokenizer.convert_tokens_to_ids(TURN_END)
+    network = Qwen2_5_VLForConditionalGeneration(config)
+    add_emb_token(network, tokenizer)
+    return wrap(network.eval(), tokenizer, settings, image)
+
+
+def fingerprint(folder: Path) -> str:
+    """16 hex digits that name the weights in a folder, whatever the folder is called.
+
+    Weight files of up to 256 MB count whole; of larger ones the size, the header and 64 evenly spaced blocks of 64 KB.
+    """
+    digest = hashlib.sha256()
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")])
+    if not files:
+        raise ModelError(f"{folder} holds no .safetensors weights; convert the checkpoint to safetensors first")
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE_HASH_BYTES:
+                while block := stream.read(2**20):
+                    digest.update(block)
+            else:
+                for part in range(64):
+                    stream.seek(part * (size - 65536) // 63)
+                    digest.update(stream.read(65536))
+    return digest.hexdigest()[:16]
+
+
+def _read_settings(folder: Path) -> TraceSettings | None:
+    file = folder / "traceir.json"
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{file}:{error.lineno}: not JSON ({error.msg}); save the checkpoint again") from error
+    if found.pop("format", None) != FORMAT:
+        raise ModelError(f"{file}: format is not {FORMAT}; this checkpoint needs another release of traceir")
+    try:
+        return TraceSettings(**found)
+    except TypeError as error:
+        raise ModelError(f"{file}: {error}") from error
+
+
+def _image_budget(folder: Path, config: Qwen2_5_VLConfig) -> ImageBudget:
+    vision = config.vision_config
+    budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    file = folder / "preprocessor_config.json"
+    if not file.is_file():
+        return budget
+    found = json.loads(file.read_text())
+    size = found.get("size") or {}
+    return replace(
+        budget,
+        min_pixels=size.get("shortest_edge") or found.get("min_pixels", budget.min_pixels),
+        max_pixels=size.get("longest_edge") or found.get("max_pixels", budget.max_pixels),
+        mean=tuple(found.get("image_mean", budget.mean)),
+        std=tuple(found.get("image_std", budget.std)),
+    )
+
+
+def _linear_patches(patch_embed: Any) -> None:
+    """Patch embedding as one matrix product: stride equals kernel, so the 3-D convolution is the same sum, slower on CPUs."""
+    projection = patch_embed.proj
+
+    def forward(patches: torch.Tensor) -> torch.Tensor:
+        return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1))
+
+    patch_embed.forward = forward
+
+
+def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.Tensor:
+    """The vision tower over N pictures of one grid that fits the attention window: [N, tokens, D]."""
+    count, per_picture = patches_NPC.shape[:2]
+    merge = visual.spatial_merge_size
+    rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
+    grouped = [
+        side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns)
+    ]
+    places = torch.stack(grouped, dim=-1).to(patches_NPC.device)
+    states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_picture, -1)
+    cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
+    for block in visual.blocks:
+        states = states + _vision_attention(block.attn, block.norm1(states), cosine, sine)
+        states = states + block.mlp(block.norm2(states))
+    return visual.merger(states).view(count, per_picture // merge**2, -1)  # type: ignore[no-any-return]
+
+
+def _vision_attention(
+    attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
+) -> torch.Tensor:
+    count, length, _ = states_NPD.shape
+    query, key, value = attention.qkv(states_NPD).view(count, length, 3, attention.num_heads, -1).unbind(2)
+    query, key = (part * cosine + _rotate_half(part) * sine for part in (query, key))
+    mixed = functional.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scaling
+    )
+    return attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))  # type: ignore[no-any-return]
+
+
+def _rotate_half(part: torch.Tensor) -> torch.Tensor:
+    first, second = part.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

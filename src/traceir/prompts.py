@@ -1,0 +1,162 @@
+"""The only home of special tokens and templates: what a model reads for a query and for a candidate, and what it should write.
+
+A Prompt is a sequence of pieces: literal text, special tokens, pictures. Text that comes from users is never parsed for special
+tokens, so a caption that holds `<|emb|>` or `<|im_start|>` is harmless. The two styles share one chat layout (Qwen's):
+
+- `trace-1` follows the paper (section 3, prompts): a system turn with role, modality, strategy and output rules.
+- `brief-1` says the same in a handful of words, for small models whose compute is counted in prompt tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from traceir.errors import InputError
+from traceir.items import Item, Modality, Part, Query
+from traceir.pictures import Picture
+
+EMB: Final = "<|emb|>"
+PAD: Final = "<|endoftext|>"
+TURN_START: Final = "<|im_start|>"
+TURN_END: Final = "<|im_end|>"
+VISION_START: Final = "<|vision_start|>"
+VISION_END: Final = "<|vision_end|>"
+IMAGE_PAD: Final = "<|image_pad|>"
+VIDEO_PAD: Final = "<|video_pad|>"
+SPECIAL_TOKENS: Final = (PAD, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+
+PromptVersion = Literal["trace-1", "brief-1"]
+PROMPT_VERSIONS: Final[tuple[PromptVersion, ...]] = ("trace-1", "brief-1")
+Role = Literal["query", "candidate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """One special token, by name."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class UserText:
+    """Text from outside: tokenised without special tokens, and the only piece that a token budget may cut."""
+
+    text: str
+
+
+Piece = str | Special | UserText | Picture
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """All that the model reads before it writes. `role` decides whether it may reason: candidates never do."""
+
+    pieces: tuple[Piece, ...]
+    role: Role
+    version: PromptVersion
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(piece for piece in self.pieces if isinstance(piece, Picture))
+
+    def show(self) -> str:
+        """The prompt as one readable string; pictures stand as `[picture NAME]`."""
+        shown = {
+            Special: lambda piece: piece.token,
+            UserText: lambda piece: piece.text,
+            Picture: lambda piece: f"[picture {piece.name}]",
+        }
+        return "".join(piece if isinstance(piece, str) else shown[type(piece)](piece) for piece in self.pieces)
+
+
+_NOUN: Final[dict[str, str]] = {
+    "text": "a text",
+    "image": "an image",
+    "image,text": "an image together with a text",
+    "any": "an item of any modality",
+}
+_STRATEGY: Final[dict[tuple[str, str], str]] = {
+    (
+        "text",
+        "image",
+    ): "Attend to the objects, attributes and places that the text names and that a picture would show.",
+    ("text", "text"): "Attend to what the question asks for and to the facts a passage must hold to answer it.",
+    ("text", "image,text"): "Attend to what the picture must show and to what the words beside it must say.",
+    ("image", "text"): "Attend to the main objects, their attributes and relations, and the event shown.",
+    ("image", "image"): "Attend to layout, objects and fine detail that set near-identical pictures apart.",
+    (
+        "image,text",
+        "text",
+    ): "Recognise the entity in the image, then work out step by step what the question asks about it.",
+    ("image,text", "image"): "Name the source state, the change the text asks for, and what must stay the same.",
+    ("image,text", "image,text"): "Recognise the entity in the image, then work out which entity and facts are sought.",
+}
+
+
+def render_query(query: Query, version: PromptVersion) -> Prompt:
+    """The prompt of a query: role, modality, strategy and output rules, then instruction, pictures and text in their order."""
+    target = query.target or "any"
+    if version == "trace-1":
+        strategy = _STRATEGY.get((query.modality, target), "Attend to whatever identifies the item sought.")
+        system = (
+            f"You are a multimodal retrieval encoder. The input is a query: {_NOUN[query.modality]}. It looks for "
+            f"{_NOUN[target]}. {strategy} If the query is simple, output only the embedding token. If it is complex, first "
+            "write a concise description of the target, then the embedding token. Write nothing after it."
+        )
+        opening: tuple[Piece, ...] = (*_turn("system", system), *_open("user"))
+    else:
+        words = f"query {query.modality.replace(',', ' ')} find {target.replace(',', ' ')}."
+        opening = (*_open("user"), words + " ")
+    instruction = (
+        [UserText(query.instruction.strip() + "\n")] if query.instruction and query.instruction.strip() else []
+    )
+    return _finish(opening, (*instruction, *_body(query.parts)), "query", version)
+
+
+def render_candidate(item: Item, version: PromptVersion) -> Prompt:
+    """The prompt of a candidate: role, modality and output rules, then its pictures and text. Candidates never reason."""
+    if version == "trace-1":
+        system = (
+            f"You are a multimodal retrieval encoder. The input is a candidate: {_NOUN[item.modality]}. Attend to everything "
+            "that a query could ask of it. Output only the embedding token."
+        )
+        opening: tuple[Piece, ...] = (*_turn("system", system), *_open("user"))
+    else:
+        opening = (*_open("user"), f"candidate {item.modality.replace(',', ' ')}. ")
+    return _finish(opening, _body(item.parts), "candidate", version)
+
+
+def completion_text(reasoning: str | None, answer: str | None) -> str:
+    """What a query's model should write before `<|emb|>`: reasoning and answer without their tags (paper, section 2)."""
+    return " ".join(part.strip() for part in (reasoning, answer) if part and part.strip())
+
+
+def check_version(version: str) -> PromptVersion:
+    for known in PROMPT_VERSIONS:
+        if version == known:
+            return known
+    raise InputError(f"prompt version {version!r} is unknown; this release has {', '.join(PROMPT_VERSIONS)}")
+
+
+def _finish(opening: tuple[Piece, ...], body: tuple[Piece, ...], role: Role, version: PromptVersion) -> Prompt:
+    closing: tuple[Piece, ...] = (Special(TURN_END), "\n", *_open("assistant"))
+    return Prompt((*opening, *body, *closing), role, version)
+
+
+def _open(who: str) -> tuple[Piece, ...]:
+    return (Special(TURN_START), f"{who}\n")
+
+
+def _turn(who: str, text: str) -> tuple[Piece, ...]:
+    return (*_open(who), text, Special(TURN_END), "\n")
+
+
+def _body(parts: tuple[Part, ...]) -> tuple[Piece, ...]:
+    pieces: list[Piece] = []
+    for part in parts:
+        if isinstance(part, Picture):
+            pieces += [Special(VISION_START), part, Special(VISION_END)]
+        elif part.strip():
+            pieces.append(UserText(part.strip()))
+    return tuple(pieces)

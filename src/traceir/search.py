@@ -1,0 +1,113 @@
+"""Searcher: an encoder and an index made one, from Query to hits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from traceir.errors import InputError, ModelError, StoreError
+from traceir.index.filters import Filter
+from traceir.index.store import Index
+from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
+
+
+class EncoderLike(Protocol):
+    """What the serving road asks of an encoder: in this process, behind a network, or a stand-in for tests."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def prompt_version(self) -> str: ...
+
+    @property
+    def width(self) -> int:
+        """The length D of its vectors."""
+
+    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoding]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Wall time by stage; of a batch, each result carries its share (the batch's time divided by its queries)."""
+
+    encode: float
+    search: float
+
+
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """Hits, best first, with the query's encoding (route, reasoning) and the time spent."""
+
+    hits: tuple[Hit, ...]
+    encoding: Encoding
+    seconds: Seconds
+
+
+class Searcher:
+    """Searches one index with the encoder that filled it; raises StoreError where another model filled it.
+
+    As thread-safe as its encoder; the index takes care of itself.
+    """
+
+    def __init__(self, encoder: EncoderLike, index: Index) -> None:
+        info = index.info()
+        used = (encoder.fingerprint, encoder.prompt_version, encoder.width)
+        filled = (info.fingerprint, info.prompt_version, info.dim)
+        if used != filled:
+            raise StoreError(
+                f"index {info.uri} was filled by model {filled[0]!r}, prompt version {filled[1]!r}, width {filled[2]}, "
+                f"but the encoder is {used[0]!r}, {used[1]!r}, {used[2]}; use the same model, or fill a new index"
+            )
+        self.encoder = encoder
+        self.index = index
+
+    def search(
+        self, query: Query, *, k: int = 10, route: Route = "auto", where: Filter | None = None, exact: bool = True
+    ) -> SearchResult:
+        """The k best items for a query, only of its target modality where it names one."""
+        return self.search_many([query], k=k, route=route, where=where, exact=exact)[0]
+
+    def search_many(
+        self,
+        queries: Sequence[Query],
+        *,
+        k: int = 10,
+        route: Route = "auto",
+        where: Filter | None = None,
+        exact: bool = True,
+    ) -> list[SearchResult]:
+        """As `search` for each query, in order; encoded in one call and searched in one call a target modality."""
+        if route not in ROUTES:
+            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+        if k < 1:
+            raise InputError(f"k is {k}; ask for at least 1 hit")
+        if not queries:
+            return []
+        start = time.perf_counter()
+        encodings = self.encoder.encode_queries(queries, route=route)
+        if len(encodings) != len(queries):
+            raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
+        encoded = time.perf_counter()
+        hits: list[tuple[Hit, ...]] = [()] * len(queries)
+        for target, rows in _rows_by_target(queries).items():
+            vectors = np.stack([encodings[row].vector for row in rows])
+            found = self.index.search(vectors, k, where=where, modality=target, exact=exact)
+            for row, own in zip(rows, found, strict=True):
+                hits[row] = tuple(own)
+        searched = time.perf_counter()
+        seconds = Seconds((encoded - start) / len(queries), (searched - encoded) / len(queries))
+        return [SearchResult(own, encoding, seconds) for own, encoding in zip(hits, encodings, strict=True)]
+
+
+def _rows_by_target(queries: Sequence[Query]) -> dict[Modality | None, list[int]]:
+    rows: dict[Modality | None, list[int]] = {}
+    for row, query in enumerate(queries):
+        rows.setdefault(query.target, []).append(row)
+    return rows

@@ -1,0 +1,79 @@
+"""Shared fixtures: a small random model whose `<|emb|>` comes at different steps, and pictures of several shapes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from traceir.items import Query
+from traceir.learn.small import SmallSize, small_model, train_tokenizer
+from traceir.model import TraceModel, TraceSettings
+from traceir.pictures import Picture
+from traceir.prompts import render_query
+
+WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
+
+
+def picture(seed: int, width: int = 48, height: int = 48) -> Picture:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Picture.from_image(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
+
+
+def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: str = "before_token") -> TraceModel:
+    """A random model with untied output rows; `emb_scale` makes `<|emb|>` win at about every third step."""
+    draw = np.random.default_rng(seed)
+    lines = [" ".join(draw.choice(WORDS, 8)) for _ in range(200)]
+    tokenizer = train_tokenizer(lines, 400)
+    size = SmallSize(hidden=48, layers=2, heads=4, inner=96, vision_hidden=32, vision_layers=2, vision_heads=2,
+                     vision_inner=48, vocabulary=400)  # fmt: skip
+    settings = TraceSettings(prompt_version="brief-1", read_out=read_out, max_reasoning_tokens=12, fingerprint="random")  # type: ignore[arg-type]
+    model = small_model(tokenizer, size, settings, seed)
+    torch.manual_seed(seed)
+    head = model.network.lm_head
+    head.weight = torch.nn.Parameter(torch.randn_like(head.weight))
+    direction = torch.randn(head.weight.shape[1])
+    with torch.no_grad():
+        head.weight[model.processor.emb_id] = emb_scale * direction
+        head.weight[model.processor.special["<|im_end|>"]] = 0.0
+    return model
+
+
+def both_roads(model: TraceModel, queries: list[Query]) -> TraceModel:
+    """Turns the `<|emb|>` row so that every other query bypasses; what the rest write stays as random as before."""
+    batch = model.processor.collate([model.processor.lay_out(render_query(q, "brief-1")) for q in queries])
+    with torch.no_grad():
+        states = model.hidden(batch)[:, -1]
+        row = model.network.lm_head.weight[model.processor.emb_id]
+        wanted = torch.where(torch.arange(len(queries)) % 2 == 0, 40.0, -40.0)
+        row += torch.linalg.lstsq(states, (wanted - states @ row)[:, None]).solution[:, 0]
+    return model
+
+
+@pytest.fixture(scope="session")
+def model(queries: list[Query]) -> TraceModel:
+    return both_roads(random_model(), queries)
+
+
+@pytest.fixture(scope="session")
+def queries() -> list[Query]:
+    """Text, image, image+text and interleaved queries of different lengths."""
+    return make_queries()
+
+
+def make_queries() -> list[Query]:
+    draw = np.random.default_rng(7)
+    found: list[Query] = []
+    for number in range(24):
+        words = " ".join(draw.choice(WORDS, 2 + number % 9))
+        kind = number % 4
+        if kind == 0:
+            found.append(Query.of(text=words, target="image", instruction="find the image"))
+        elif kind == 1:
+            found.append(Query.of(image=picture(number), target="text"))
+        elif kind == 2:
+            found.append(Query.of(text=words, image=picture(number, 96, 48), target="image"))
+        else:
+            found.append(Query((picture(number), words, picture(number + 100, 48, 96), "then make one red")))
+    return found

@@ -1,0 +1,161 @@
+"""The forward pass against the stock Hugging Face classes; checkpoints saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, random_model
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from traceir.batch import Batch, ImageBudget, Processor, smart_resize
+from traceir.errors import ModelError, PictureError
+from traceir.items import Item, Query
+from traceir.model import TraceModel, add_emb_token, load, save
+from traceir.prompts import EMB, render_candidate, render_query
+
+
+def stock_states(model: TraceModel, batch: Batch) -> torch.Tensor:
+    """Last-layer states by the stock forward, which derives the M-RoPE positions itself."""
+    types = (batch.ids == model.network.config.image_token_id).int()
+    with torch.no_grad():
+        out = model.network.model(
+            input_ids=batch.ids, attention_mask=batch.mask, mm_token_type_ids=types,
+            pixel_values=batch.patches, image_grid_thw=batch.grids,
+        )  # fmt: skip
+    return out.last_hidden_state
+
+
+def test_hidden_equals_the_stock_forward_for_mixed_left_padded_rows(model: TraceModel, queries: list[Query]) -> None:
+    layouts = [model.processor.lay_out(render_query(query, "brief-1")) for query in queries]
+    batch = model.processor.collate(layouts)
+    assert len({tuple(grid) for grid in batch.grids.tolist()}) > 1, "the test needs pictures of several shapes"
+    with torch.no_grad():
+        ours = model.hidden(batch)
+    stock = stock_states(model, batch)
+    shown = batch.mask.bool()
+    assert torch.allclose(ours[shown], stock[shown], atol=2e-5)
+
+
+def test_positions_equal_the_stock_rope_index(model: TraceModel, queries: list[Query]) -> None:
+    batch = model.processor.collate([model.processor.lay_out(render_query(q, "brief-1"), "a red cube") for q in queries])
+    types = (batch.ids == model.network.config.image_token_id).int()
+    stock, _ = model.network.model.get_rope_index(
+        batch.ids, types, image_grid_thw=batch.grids, attention_mask=batch.mask
+    )
+    shown = batch.mask.bool()
+    assert torch.equal(stock[:, shown], batch.positions[:, shown])
+
+
+@pytest.mark.parametrize("size", [(48, 48), (97, 31), (640, 480), (33, 200)])
+def test_pixels_equal_the_stock_image_processor(size: tuple[int, int]) -> None:
+    budget = ImageBudget(patch=8, merge=2, min_pixels=48 * 48, max_pixels=96 * 96)
+    processor = Processor(random_model().processor.tokenizer, budget)
+    shown = picture(3, *size)
+    patches, grids = processor._patches([processor.pixels(shown)])
+    stock = Qwen2VLImageProcessorPil(
+        patch_size=8, merge_size=2, size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96}
+    )(images=[shown.load()], return_tensors="pt")
+    assert grids.tolist() == stock["image_grid_thw"].tolist()
+    assert torch.allclose(patches, torch.as_tensor(stock["pixel_values"]), atol=2e-5)
+
+
+def test_smart_resize_refuses_a_ribbon() -> None:
+    with pytest.raises(PictureError, match="aspect ratio"):
+        smart_resize(1, 201, ImageBudget())
+
+
+def test_text_from_users_is_never_a_special_token(model: TraceModel) -> None:
+    plain = model.processor.lay_out(render_candidate(Item.of(text=f"red {EMB} <|im_start|> <|image_pad|>"), "brief-1"))
+    assert model.processor.emb_id not in plain.ids
+    assert int((plain.ids == model.processor.special["<|image_pad|>"]).sum()) == 0
+
+
+def test_supervision_covers_completion_and_emb_only(model: TraceModel) -> None:
+    prompt = render_query(Query.of(text="red cube", instruction="find"), "brief-1")
+    bare = model.processor.lay_out(prompt)
+    direct = model.processor.lay_out(prompt, "")
+    reasoned = model.processor.lay_out(prompt, "a green ball")
+    written = list(model.processor.plain_ids("a green ball"))
+    assert direct.ids.tolist() == bare.ids.tolist()
+    assert direct.targets.tolist() == [-100] * (len(bare) - 1) + [model.processor.emb_id]
+    assert reasoned.ids.tolist() == [*bare.ids.tolist(), *written]
+    assert reasoned.targets[len(bare) - 1 :].tolist() == [*written, model.processor.emb_id]
+    assert reasoned.readout == len(reasoned) - 1
+
+
+def test_the_text_budget_cuts_user_text_and_says_so(model: TraceModel) -> None:
+    tight = Processor(model.processor.tokenizer, model.processor.image, max_text_tokens=3)
+    prompt = render_candidate(Item.of(text="red green blue cube ball"), "brief-1")
+    cut, whole = tight.lay_out(prompt), model.processor.lay_out(prompt)
+    assert cut.cut > 0 and len(cut) == len(whole) - cut.cut
+    assert cut.ids[-1] == whole.ids[-1], "the template behind the text survives the cut"
+
+
+def test_save_and_load_give_the_same_vectors_and_an_ordinary_checkpoint(model: TraceModel, tmp_path: Path) -> None:
+    folder = save(model, tmp_path / "checkpoint")
+    again = load(folder)
+    batch = model.processor.collate([model.processor.lay_out(render_candidate(Item.of(image=picture(1)), "brief-1"))])
+    with torch.no_grad():
+        assert torch.allclose(model.hidden(batch), again.hidden(batch), atol=1e-6)
+    assert again.settings.prompt_version == "brief-1"
+    assert again.fingerprint == json.loads((folder / "traceir.json").read_text())["fingerprint"] != "random"
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    assert torch.equal(stock.lm_head.weight, model.network.lm_head.weight)
+    assert not list(tmp_path.glob(".checkpoint*")), "no scratch folder is left"
+
+
+def test_fingerprint_follows_the_weights(model: TraceModel, tmp_path: Path) -> None:
+    first = load(save(model, tmp_path / "a")).fingerprint
+    other = random_model(1)
+    assert load(save(other, tmp_path / "b")).fingerprint != first
+    assert load(save(model, tmp_path / "c")).fingerprint == first
+
+
+def test_adding_emb_never_shrinks_the_vocabulary(tmp_path: Path) -> None:
+    """A checkpoint as transformers saves it, with spare rows and without `<|emb|>`, as Qwen publishes its own."""
+    made = random_model()
+    tokenizer = made.processor.tokenizer
+    folder = tmp_path / "published"
+    made.network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    text = json.loads(file.read_text())
+    text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != EMB]
+    emb = text["model"]["vocab"].pop(EMB)
+    moved = [name for name, place in text["model"]["vocab"].items() if place > emb]
+    assert not [name for name in moved if name.startswith("<|")]
+    file.write_text(json.dumps(text))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("extra_special_tokens", None)
+    settings.pop("additional_special_tokens", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    bare = AutoTokenizer.from_pretrained(folder)
+    assert EMB not in bare.get_vocab()
+    rows = made.network.get_input_embeddings().weight.shape[0]
+    network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
+    new = add_emb_token(network, bare)
+    assert network.get_input_embeddings().weight.shape[0] == max(rows, new + 1)
+    assert add_emb_token(network, bare) == new, "adding twice changes nothing"
+    assert bool(torch.isfinite(network.lm_head.weight[new]).all())
+
+
+def test_errors_name_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="config.json"):
+        load(tmp_path)
+    folder = save(random_model(), tmp_path / "x")
+    (folder / "traceir.json").write_text("{")
+    with pytest.raises(ModelError, match=r"traceir.json:1"):
+        load(folder)
+
+
+def test_pixel_store_is_used_instead_of_the_file(model: TraceModel) -> None:
+    blank = np.zeros((48, 48, 3), dtype=np.uint8)
+    stored = Processor(model.processor.tokenizer, model.processor.image, pixel_store={"noise-1-48x48": blank})
+    assert not stored.pixels(picture(1)).any()
+    assert replace(model.processor.image).patch == 8

@@ -1,0 +1,271 @@
+"""Pictures: every guard refuses what it should, and every readable mode becomes upright RGB."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from traceir.errors import InputError, PictureError
+from traceir.pictures import MAX_FILE_BYTES, Picture, PictureLimits
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 10)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def pixel(picture: Picture, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    image = picture.load()
+    assert image.mode == "RGB"
+    value = image.getpixel((x, y))
+    assert isinstance(value, tuple)
+    return value
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_every_format_is_read(format: str) -> None:
+    image = Picture.from_bytes(encode(Image.new("RGB", (20, 10), RED), format)).load()
+    assert (image.mode, image.size) == ("RGB", (20, 10))
+    assert np.abs(np.asarray(image, dtype=int) - RED).max() <= 4
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_truncated_files_are_refused(format: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(noise(), format)
+    cut = Picture.from_bytes(data[: int(len(data) * share)], name="cut")
+    with pytest.raises(PictureError, match="cut"):
+        cut.load()
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_a_missing_end_is_refused_even_where_the_decoder_is_told_to_accept_it(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encode(noise(), format)
+    tail = {"PNG": 12, "JPEG": 2, "WEBP": 8, "GIF": 1}[format]
+    with pytest.raises(PictureError, match="truncated"):
+        Picture.from_bytes(data[:-tail]).load()
+    assert Picture.from_bytes(data).load().size == (64, 48)
+
+
+def test_bytes_after_the_end_do_no_harm() -> None:
+    for format in ("PNG", "JPEG"):
+        assert Picture.from_bytes(encode(noise(), format) + b"\0" * 5000).load().size == (64, 48)
+
+
+def test_bombs_are_refused_from_the_header_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    for side in (8001, 12_000, 60_000):  # beyond our limit, Pillow's warning, Pillow's error
+        with pytest.raises(PictureError, match=r"large|limit"):
+            Picture.from_bytes(png_header(side, side)).load()
+
+
+def test_limits_can_be_set_for_a_call() -> None:
+    picture = Picture.from_bytes(encode(noise(64, 48), "PNG"), name="small.png")
+    with pytest.raises(PictureError, match=r"small\.png is 64 x 48 pixels, more than the limit of 100"):
+        picture.load(limits=PictureLimits(pixels=100))
+    with pytest.raises(PictureError, match="bytes, more than the limit of 100"):
+        picture.load(limits=PictureLimits(file_bytes=100))
+    assert picture.load(limits=PictureLimits(pixels=64 * 48)).size == (64, 48)
+
+
+def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    with path.open("wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    with pytest.raises(PictureError, match=r"huge\.png has 67108865 bytes"):
+        Picture.open(path).load()
+    with pytest.raises(PictureError, match=r"huge\.png"):
+        _ = Picture.open(path).sha256
+
+
+def test_aspect_ratio_ends_at_200() -> None:
+    assert Picture.from_bytes(encode(Image.new("RGB", (400, 2)), "PNG")).load().size == (400, 2)
+    for size in ((401, 2), (1, 201)):
+        with pytest.raises(PictureError, match="aspect ratio"):
+            Picture.from_bytes(encode(Image.new("RGB", size), "PNG")).load()
+    with pytest.raises(PictureError, match="aspect ratio"):
+        Picture.from_image(Image.new("RGB", (401, 2)))
+
+
+def test_missing_empty_folder_and_garbage(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "words.png").write_text("these are only words")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in [
+        ("none.png", "does not exist"),
+        ("empty.png", "is empty"),
+        ("words.png", "not a picture"),
+        ("", "not a regular file"),
+        ("pipe.png", "not a regular file"),
+    ]:
+        path = tmp_path / name
+        with pytest.raises(PictureError, match=reason) as caught:
+            Picture.open(path).load()
+        assert str(path) in str(caught.value)
+        assert isinstance(caught.value, InputError)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://a.example/b.png", "https://a.example/b.png", "file:///b.png", "s3://a/b.png", "data:image/png,x"]
+)
+def test_addresses_are_refused_at_once(address: str) -> None:
+    with pytest.raises(PictureError, match="address"):
+        Picture.open(address)
+
+
+def test_other_pillow_formats_are_refused() -> None:
+    for format in ("PPM", "PDF", "ICO"):
+        with pytest.raises(PictureError, match="not a picture"):
+            Picture.from_bytes(encode(Image.new("RGB", (32, 32)), format)).load()
+
+
+def test_transparency_is_composited_on_white() -> None:
+    half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    assert pixel(Picture.from_bytes(encode(half, "PNG"))) == (255, 127, 127)
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    assert pixel(Picture.from_bytes(encode(clear, "PNG"))) == WHITE
+    assert pixel(Picture.from_bytes(encode(clear, "WEBP", lossless=True))) == WHITE
+    assert pixel(Picture.from_image(clear)) == WHITE
+    grey = Image.new("LA", (8, 8), (0, 0))
+    assert pixel(Picture.from_bytes(encode(grey, "PNG"))) == WHITE
+
+
+def test_palettes_with_and_without_a_transparent_entry() -> None:
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert pixel(Picture.from_bytes(encode(palette, "PNG"))) == RED
+    assert pixel(Picture.from_bytes(encode(palette, "PNG", transparency=1))) == WHITE
+    assert pixel(Picture.from_bytes(encode(palette, "GIF"))) == RED
+    keyed = encode(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED)
+    assert pixel(Picture.from_bytes(keyed)) == WHITE
+
+
+def test_cmyk_grey_bilevel_and_sixteen_bits() -> None:
+    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    red = pixel(Picture.from_bytes(encode(cmyk, "JPEG", quality=95)))
+    assert red[0] > 240 and max(red[1:]) < 15
+    assert pixel(Picture.from_bytes(encode(Image.new("L", (8, 8), 77), "PNG"))) == (77, 77, 77)
+    assert pixel(Picture.from_bytes(encode(Image.new("1", (8, 8), 1), "PNG"))) == WHITE
+    deep = Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16))
+    assert pixel(Picture.from_bytes(encode(deep, "PNG"))) == (128, 128, 128)
+    floats = Image.fromarray(np.linspace(-1, 3, 64, dtype=np.float32).reshape(8, 8))
+    stretched = np.asarray(Picture.from_bytes(encode(floats, "TIFF")).load())
+    assert stretched.min() == 0 and stretched.max() == 255
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(orientation: int) -> None:
+    upright = Image.new("RGB", (32, 16), WHITE)
+    upright.paste(RED, (0, 0, 8, 8))
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation in inverse else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Picture.from_bytes(encode(stored, "PNG", exif=exif))
+    np.testing.assert_array_equal(np.asarray(picture.load()), np.asarray(upright))
+
+
+def test_broken_exif_is_no_reason_to_refuse() -> None:
+    data = encode(Image.new("RGB", (16, 16), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    assert Picture.from_bytes(data).load().size == (16, 16)
+
+
+def test_animations_give_their_first_frame() -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
+    for format in ("GIF", "WEBP", "PNG"):
+        data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
+        red = pixel(Picture.from_bytes(data))
+        assert red[0] > 250 and red[2] < 5
+
+
+def test_a_large_jpeg_may_be_decoded_smaller_but_not_too_small() -> None:
+    picture = Picture.from_bytes(encode(noise(800, 640), "JPEG"))
+    assert picture.load().size == (800, 640)
+    assert picture.load(shrink_to=160).size == (200, 160)
+    assert picture.load(shrink_to=161).size == (400, 320)
+    assert picture.load(shrink_to=10_000).size == (800, 640)
+    with pytest.raises(PictureError, match="shrink_to"):
+        picture.load(shrink_to=0)
+
+
+def test_hashes_name_and_equality(tmp_path: Path) -> None:
+    data = encode(noise(), "PNG")
+    path = tmp_path / "a.png"
+    path.write_bytes(data)
+    opened, given = Picture.open(path), Picture.from_bytes(data, name="b")
+    assert opened.sha256 == given.sha256 == hashlib.sha256(data).hexdigest()
+    assert (opened.name, opened.path, given.name, given.path) == ("a.png", path, "b", None)
+    assert opened == given and hash(opened) == hash(given)
+    drawn = Picture.from_image(noise())
+    assert drawn == Picture.from_image(noise()) and drawn != Picture.from_image(noise(seed=1)) and drawn != given
+    tall = Picture.from_image(Image.new("RGB", (2, 8)))
+    assert tall != Picture.from_image(Image.new("RGB", (8, 2)))
+
+
+def test_a_picture_does_not_change() -> None:
+    source = Image.new("RGB", (8, 8), RED)
+    picture = Picture.from_image(source)
+    source.paste(WHITE, (0, 0, 8, 8))
+    picture.load().paste(WHITE, (0, 0, 8, 8))
+    assert pixel(picture) == RED
+
+
+def test_a_file_that_changes_under_a_known_hash_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(noise(seed=1), "PNG"))
+    picture = Picture.open(path)
+    _ = picture.sha256
+    path.write_bytes(encode(noise(seed=2), "PNG"))
+    with pytest.raises(PictureError, match="changed while in use"):
+        picture.load()
+
+
+def test_threads_may_share_a_picture(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    path.write_bytes(encode(noise(), "JPEG"))
+    picture = Picture.open(path)
+    with ThreadPoolExecutor(4) as pool:
+        images = list(pool.map(lambda _: picture.load().tobytes(), range(16)))
+    assert len(set(images)) == 1
