@@ -108,7 +108,9 @@ def test_the_closing_text_is_read_before_a_truncated_embedding(queries: list[Que
 
 
 def test_candidates_never_reason(model: TraceModel) -> None:
-    found = Encoder(model).encode_items([Item.of(text="red cube"), Item.of(image=picture(5)), Item.of(text="a", image=picture(6))])
+    found = Encoder(model).encode_items(
+        [Item.of(text="red cube"), Item.of(image=picture(5)), Item.of(text="a", image=picture(6))]
+    )
     assert all(e.route == "direct" and e.reasoning == "" for e in found)
 
 

@@ -45,9 +45,7 @@ def test_hidden_equals_the_stock_forward_for_mixed_left_padded_rows(model: Trace
 def test_positions_equal_the_stock_rope_index(model: TraceModel, queries: list[Query]) -> None:
     batch = model.processor.collate([model.processor.lay_out(render_query(q, "brief-1"), "a red cube") for q in queries])
     types = (batch.ids == model.network.config.image_token_id).int()
-    stock, _ = model.network.model.get_rope_index(
-        batch.ids, types, image_grid_thw=batch.grids, attention_mask=batch.mask
-    )
+    stock, _ = model.network.model.get_rope_index(batch.ids, types, image_grid_thw=batch.grids, attention_mask=batch.mask)
     shown = batch.mask.bool()
     assert torch.equal(stock[:, shown], batch.positions[:, shown])
 
@@ -58,9 +56,9 @@ def test_pixels_equal_the_stock_image_processor(size: tuple[int, int]) -> None:
     processor = Processor(random_model().processor.tokenizer, budget)
     shown = picture(3, *size)
     patches, grids = processor._patches([processor.pixels(shown)])
-    stock = Qwen2VLImageProcessorPil(
-        patch_size=8, merge_size=2, size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96}
-    )(images=[shown.load()], return_tensors="pt")
+    stock = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96})(
+        images=[shown.load()], return_tensors="pt"
+    )
     assert grids.tolist() == stock["image_grid_thw"].tolist()
     assert torch.allclose(patches, torch.as_tensor(stock["pixel_values"]), atol=2e-5)
 

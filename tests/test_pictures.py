@@ -59,7 +59,7 @@ def test_every_format_is_read(format: str) -> None:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
-def test_truncated_files_are_refused(format: str, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_files_are_refused(format: str, share: float) -> None:
     data = encode(noise(), format)
     cut = Picture.from_bytes(data[: int(len(data) * share)], name="cut")
     with pytest.raises(PictureError, match="cut"):
@@ -140,7 +140,8 @@ def test_missing_empty_folder_and_garbage(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["http://a.example/b.png", "https://a.example/b.png", "file:///b.png", "s3://a/b.png", "data:image/png,x"]
+    "address",
+    ["http://a.example/b.png", "https://a.example/b.png", "file:///b.png", "s3://a/b.png", "data:image/png,x"],
 )
 def test_addresses_are_refused_at_once(address: str) -> None:
     with pytest.raises(PictureError, match="address"):

@@ -63,8 +63,15 @@ class Batch:
     readout: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Batch(**{name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()})
+        return Batch(
+            self.ids.to(device),
+            self.mask.to(device),
+            self.targets.to(device),
+            self.positions.to(device),
+            None if self.patches is None else self.patches.to(device),
+            None if self.grids is None else self.grids.to(device),
+            self.readout.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)

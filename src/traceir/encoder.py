@@ -92,9 +92,7 @@ class Encoder:
         prompts = (render_candidate(item, self.model.settings.prompt_version) for item in items)
         return self._encode(prompts, len(items), "direct", progress, keep_probability=False)
 
-    def encode_queries(
-        self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False
-    ) -> list[Encoding]:
+    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         """Queries by the given route: `auto` lets the model decide, `reason` and `direct` force it. Order is kept."""
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
@@ -185,8 +183,7 @@ class Encoder:
         if len(keep) < len(numbers):
             cache.batch_select_indices(keep)
         rows = [
-            _Row(numbers[row], float(probability_B[row]), place=int(layouts[row].positions.max()) + 1)
-            for row in keep.tolist()
+            _Row(numbers[row], float(probability_B[row]), place=int(layouts[row].positions.max()) + 1) for row in keep.tolist()
         ]
         return _Wave(rows, cache, batch.mask[keep], logits_BV[keep].argmax(dim=-1))
 
@@ -202,9 +199,7 @@ class Encoder:
             chosen_B = self.model.logits(state_BD).argmax(dim=-1)
             vectors: Vector | None = None
             live: list[int] = []
-            for number, (row, fed, chosen) in enumerate(
-                zip(wave.rows, wave.next_B.tolist(), chosen_B.tolist(), strict=True)
-            ):
+            for number, (row, fed, chosen) in enumerate(zip(wave.rows, wave.next_B.tolist(), chosen_B.tolist(), strict=True)):
                 row.written.append(fed)
                 read_now = fed == emb if at_token else chosen == emb
                 spent = len(row.written) >= self.budget or chosen == turn_end

@@ -83,9 +83,7 @@ class TraceModel:
         )
         return out.last_hidden_state  # type: ignore[no-any-return]
 
-    def step(
-        self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache
-    ) -> torch.Tensor:
+    def step(self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """One decoding step: tokens [B] at M-RoPE positions [B] over a filled cache; states [B, D]."""
         text = self.network.model.language_model
         out = text(
@@ -218,9 +216,7 @@ def add_emb_token(network: Any, tokenizer: Any) -> int:
     return new
 
 
-def create(
-    config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int
-) -> TraceModel:
+def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:
     """A model with random weights: `config` names the sizes, token ids are taken from the tokenizer."""
     torch.manual_seed(seed)
     for field, token in (
@@ -309,9 +305,7 @@ def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) 
     count, per_picture = patches_NPC.shape[:2]
     merge = visual.spatial_merge_size
     rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
-    grouped = [
-        side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns)
-    ]
+    grouped = [side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns)]
     places = torch.stack(grouped, dim=-1).to(patches_NPC.device)
     states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_picture, -1)
     cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
@@ -321,9 +315,7 @@ def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) 
     return visual.merger(states).view(count, per_picture // merge**2, -1)  # type: ignore[no-any-return]
 
 
-def _vision_attention(
-    attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor
-) -> torch.Tensor:
+def _vision_attention(attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     count, length, _ = states_NPD.shape
     query, key, value = attention.qkv(states_NPD).view(count, length, 3, attention.num_heads, -1).unbind(2)
     query, key = (part * cosine + _rotate_half(part) * sine for part in (query, key))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from traceir.errors import InputError
-from traceir.items import Item, Modality, Part, Query
+from traceir.items import Item, Part, Query
 from traceir.pictures import Picture
 
 EMB: Final = "<|emb|>"
@@ -62,12 +62,15 @@ class Prompt:
 
     def show(self) -> str:
         """The prompt as one readable string; pictures stand as `[picture NAME]`."""
-        shown = {
-            Special: lambda piece: piece.token,
-            UserText: lambda piece: piece.text,
-            Picture: lambda piece: f"[picture {piece.name}]",
-        }
-        return "".join(piece if isinstance(piece, str) else shown[type(piece)](piece) for piece in self.pieces)
+        return "".join(_show(piece) for piece in self.pieces)
+
+
+def _show(piece: Piece) -> str:
+    if isinstance(piece, Special):
+        return piece.token
+    if isinstance(piece, UserText):
+        return piece.text
+    return piece if isinstance(piece, str) else f"[picture {piece.name}]"
 
 
 _NOUN: Final[dict[str, str]] = {
@@ -108,9 +111,7 @@ def render_query(query: Query, version: PromptVersion) -> Prompt:
     else:
         words = f"query {query.modality.replace(',', ' ')} find {target.replace(',', ' ')}."
         opening = (*_open("user"), words + " ")
-    instruction = (
-        [UserText(query.instruction.strip() + "\n")] if query.instruction and query.instruction.strip() else []
-    )
+    instruction = [UserText(query.instruction.strip() + "\n")] if query.instruction and query.instruction.strip() else []
     return _finish(opening, (*instruction, *_body(query.parts)), "query", version)
 
 

@@ -25,8 +25,16 @@ from tqdm import tqdm
 from traceir import __version__
 from traceir.batch import Layout
 from traceir.errors import TrainError
-from traceir.learn.data import Example, LessonData, PairData, Schedule, TaskData
-from traceir.learn.data import picture_names, pixel_store, read_lessons, read_pairs, texts
+from traceir.learn.data import (
+    Example,
+    Schedule,
+    TaskData,
+    picture_names,
+    pixel_store,
+    read_lessons,
+    read_pairs,
+    texts,
+)
 from traceir.learn.losses import generation_loss, retrieval_loss
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings, load, save
@@ -131,18 +139,14 @@ def _loop(
             _save_step(model, optimiser, out, done, config)
 
 
-def update(
-    model: TraceModel, optimiser: Any, examples: list[Example], config: TrainConfig, step: int
-) -> dict[str, float]:
+def update(model: TraceModel, optimiser: Any, examples: list[Example], config: TrainConfig, step: int) -> dict[str, float]:
     """One optimiser step on one batch; returns the losses. Raises TrainError naming the batch if a loss is not finite."""
     device = model.device.type
     with torch.autocast(device, dtype=torch.bfloat16, enabled=config.mixed_precision):
         total, losses = objective(model, examples, config, np.random.default_rng((config.seed, 3, step)))
     if not torch.isfinite(total):
         asked = [example.query.id for example in examples]
-        raise TrainError(
-            f"step {step}: loss is {float(total)} on queries {asked}; lower the learning rate or check them"
-        )
+        raise TrainError(f"step {step}: loss is {float(total)} on queries {asked}; lower the learning rate or check them")
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.network.parameters(), config.clip)
     optimiser.step()
@@ -316,9 +320,7 @@ def _claim(out: Path, config: TrainConfig) -> None:
     written = json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
     if file.is_file():
         old, new = json.loads(file.read_text()), json.loads(written)
-        changed = sorted(
-            key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache")
-        )
+        changed = sorted(key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache"))
         if changed:
             pairs = ", ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
             raise TrainError(f"{out} holds a run with another configuration ({pairs}); choose another --out")

@@ -48,7 +48,7 @@ TWINS: Final = 8
 JPEG_QUALITY: Final = 92
 LESSON_FILE: Final = "lessons/mini_train.jsonl"
 
-_PENDING = 4096  # pictures drawn at a time: bounds memory and the number of forks
+_PENDING = 8192  # pictures drawn at a time: bounds memory and the number of forks
 _MARK = "building.json"
 _SAFE_KEY = re.compile(r"[a-z0-9][a-z0-9_.,=-]{0,99}")
 
@@ -132,17 +132,21 @@ class _Gallery:
         return name
 
     def draw(self) -> None:
-        """Draws what is queued. What a worker leaves undone is drawn here, so that its error is raised here."""
+        """Draws what is queued. What a worker leaves undone is drawn here, so that its error is raised here.
+
+        This process draws a share of its own: forks inherit what the worlds have cached of earlier drawing.
+        """
         for folder in {path.parent for _, path in self.pending}:
             folder.mkdir(parents=True, exist_ok=True)
-        if self.workers > 1 and len(self.pending) > self.workers:
-            fork = multiprocessing.get_context("fork")
-            shards = [self.pending[start :: self.workers] for start in range(self.workers)]
-            processes = [fork.Process(target=_draw_shard, args=(shard, os.getpid())) for shard in shards]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join()
+        fork = multiprocessing.get_context("fork" if self.workers > 1 else None)
+        shards = [self.pending[start :: self.workers] for start in range(self.workers)]
+        processes = [fork.Process(target=_draw_shard, args=(shard, os.getpid())) for shard in shards[1:] if shard]
+        for process in processes:
+            process.start()
+        for sketch, path in tqdm(shards[0], desc="pictures", unit="picture", leave=False, disable=None):
+            _draw(sketch, path)
+        for process in processes:
+            process.join()
         for sketch, path in self.pending:
             if not path.exists():
                 _draw(sketch, path)

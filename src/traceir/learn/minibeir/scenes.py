@@ -306,12 +306,16 @@ def list_twins(scene: Scene, rng: random.Random) -> list[Scene]:
 
 @dataclass(slots=True)
 class _Progress:
-    """A chain in the making: where each of the source's objects stands now, and what was written on it."""
+    """A chain in the making: where each of the source's objects stands now, and what was written on it.
+
+    `leans` tells whether the words drawn last can be understood only after the edits before.
+    """
 
     scene: Scene
     order: list[int] = field(default_factory=lambda: [0, 1, 2])
     written: set[tuple[int, str]] = field(default_factory=set)
     swapped: set[tuple[int, int]] = field(default_factory=set)
+    leans: bool = False
 
     def is_touched(self, slot: int) -> bool:
         return self.has_moved(slot) or any(who == self.order[slot] for who, _ in self.written)
@@ -344,6 +348,7 @@ def _refer(progress: _Progress, slot: int, rng: random.Random) -> str:
     elif colours.count(colour) > 1 and progress.scene.objects.count((colour, shape)) == 1:
         (bound if moved else plain).append(f"the {colour} {shape}")
     if bound and (not plain or rng.random() < 0.85):
+        progress.leans = True
         return rng.choice(bound)
     return rng.choice(plain)
 
@@ -368,37 +373,50 @@ def _say_copy(progress: _Progress, slot: int, origin: int, kind: str, rng: rando
     return rng.choice((f"give {ref} the {kind} of {model}", f"make {ref} the same {kind} as {model}"))
 
 
-def _propose(progress: _Progress, rng: random.Random) -> tuple[str, str] | None:
-    """One more edit as (resolved op, words), noted in `progress`; None if it would undo or overwrite an earlier one."""
-    touched = [slot for slot in range(3) if progress.is_touched(slot)]
-    slot = rng.choice(touched) if touched and rng.random() < 0.8 else rng.randrange(3)
+def _propose_swap(progress: _Progress, slot: int, rng: random.Random) -> tuple[str, str] | None:
+    other = rng.choice([place for place in range(3) if place != slot])
+    pair = (min(slot, other), max(slot, other))
+    alike = progress.scene.objects[slot] == progress.scene.objects[other]
+    if alike or pair in progress.swapped or len(progress.swapped) == 2:
+        return None
+    words = _say_swap(progress, pair, rng)
+    progress.swapped.add(pair)
+    progress.order[slot], progress.order[other] = progress.order[other], progress.order[slot]
+    return f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words
+
+
+def _propose_value(progress: _Progress, slot: int, copies: bool, rng: random.Random) -> tuple[str, str] | None:
+    """Another colour or shape in a slot (or, half the time, copied from it); mostly one that leans on earlier edits."""
     kind = rng.choice(("colour", "shape"))
-    draw = rng.random()
-    if draw < 0.25:
-        other = rng.choice([place for place in range(3) if place != slot])
-        pair = (min(slot, other), max(slot, other))
-        alike = progress.scene.objects[slot] == progress.scene.objects[other]
-        if alike or pair in progress.swapped or len(progress.swapped) == 2:
-            return None
-        words = _say_swap(progress, pair, rng)
-        progress.swapped.add(pair)
-        progress.order[slot], progress.order[other] = progress.order[other], progress.order[slot]
-        return f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words
-    if draw < 0.5:
-        origins = [place for place in range(3) if place != slot]
-        if touched and rng.random() < 0.5:  # copy from what an earlier edit made
-            slot, origins = rng.choice(origins), [slot]
-        origin = rng.choice(origins)
+    late = bool(progress.written or progress.swapped)
+    progress.leans = False
+    if copies:
+        origin = rng.choice([place for place in range(3) if place != slot])
+        if rng.random() < 0.5:
+            slot, origin = origin, slot
         value = progress.scene.objects[origin][kind == "shape"]
         words = _say_copy(progress, slot, origin, kind, rng)
+        progress.leans |= (progress.order[origin], kind) in progress.written
     else:
         value = rng.choice(COLOUR_NAMES if kind == "colour" else SHAPES)
         words = _say_value(progress, slot, value, rng)
     mark = (progress.order[slot], kind)
     if mark in progress.written or value in progress.scene.objects[slot]:
         return None
+    if late and not progress.leans and rng.random() < 0.85:
+        return None
     progress.written.add(mark)
     return f"{SLOTS[slot]} {value}", words
+
+
+def _propose(progress: _Progress, rng: random.Random) -> tuple[str, str] | None:
+    """One more edit as (resolved op, words), noted in `progress`; None if it would undo or overwrite an earlier one."""
+    touched = [slot for slot in range(3) if progress.is_touched(slot)]
+    slot = rng.choice(touched) if touched and rng.random() < 0.9 else rng.randrange(3)
+    draw = rng.random()
+    if draw < (0.12 if touched else 0.25):
+        return _propose_swap(progress, slot, rng)
+    return _propose_value(progress, slot, draw < 0.5, rng)
 
 
 def grow_chain(source: Scene, steps: int, rng: random.Random) -> Chain[Scene]:
@@ -406,7 +424,7 @@ def grow_chain(source: Scene, steps: int, rng: random.Random) -> Chain[Scene]:
     while True:
         progress = _Progress(source)
         states, ops, words = [source], [], []
-        for _ in range(12 * steps):
+        for _ in range(25 * steps):
             edit = _propose(progress, rng)
             if edit is None:
                 continue

@@ -1,0 +1,305 @@
+"""From paths to an index: every source, bad files beside good ones, running again, and kill -9 at any moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeEncoder, vector_of
+from PIL import Image
+
+from traceir.errors import InputError
+from traceir.index import SqliteIndex, open_index
+from traceir.ingest import AddReport, Failure, Source, add, find_sources
+from traceir.items import Item
+from traceir.pictures import Picture
+
+
+def opened(folder: Path) -> SqliteIndex:
+    return open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True)
+
+
+def paint(path: Path, shade: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (shade, 0, 255 - shade)).save(path)
+    return path
+
+
+def lines(path: Path, *records: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def ids(*paths: Path) -> list[str]:
+    return [source.id for source in find_sources(paths) if isinstance(source, Source)]
+
+
+def failures(*paths: Path) -> list[Failure]:
+    return [source for source in find_sources(paths) if isinstance(source, Failure)]
+
+
+def counts(report: AddReport) -> tuple[int, int, int, int]:
+    return report.added, report.updated, report.skipped, len(report.failed)
+
+
+@pytest.fixture
+def gallery(tmp_path: Path) -> Path:
+    root = tmp_path / "gallery"
+    for number, name in enumerate(["b.png", "a.JPG", "deep/er/c.webp", "deep/d.gif", "e.bmp", "f.tiff", "g.jpeg"]):
+        paint(root / name, 10 * number)
+    (root / "deep" / "notes.txt").write_text("a short note", encoding="utf-8")
+    (root / "page.md").write_text("# a page", encoding="utf-8")
+    (root / ".hidden.png").write_bytes(b"x")
+    (root / "table.csv").write_text("1,2")
+    return root
+
+
+def test_a_folder_gives_pictures_and_texts_with_stable_ids(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = ["a.JPG", "b.png", "e.bmp", "f.tiff", "g.jpeg", "page.md", "deep/d.gif", "deep/notes.txt", "deep/er/c.webp"]
+    assert ids(gallery) == expected
+    monkeypatch.chdir(gallery.parent)
+    assert ids(Path("gallery")) == expected
+    assert ids(gallery / "b.png") == ["b.png"]
+    with pytest.raises(InputError, match=r"table\.csv has a suffix"):
+        ids(gallery / "table.csv")
+    with pytest.raises(InputError, match="does not exist"):
+        ids(gallery / "none")
+
+
+def test_what_is_added_can_be_found_and_is_skipped_the_second_time(gallery: Path, tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with opened(tmp_path / "index") as index:
+        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (9, 0, 0, 0)
+        stored = index.get(["deep/notes.txt", "b.png"], with_vectors=True)
+        assert stored["deep/notes.txt"].text == "a short note" and stored["b.png"].modality == "image"
+        assert stored["b.png"].image == str((gallery / "b.png").resolve())
+        expected = Item.of(image=Picture.open(gallery / "b.png")).content_hash()
+        np.testing.assert_array_equal(stored["b.png"].vector, vector_of(expected, 16))
+        encoder.encoded.clear()
+        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (0, 0, 9, 0)
+        assert encoder.encoded == []
+        paint(gallery / "b.png", 200)
+        paint(gallery / "new.png", 201)
+        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (1, 1, 8, 0)
+        assert sorted(map(str, encoder.encoded)) == ["b.png", "new.png"]
+        assert index.count() == 10
+
+
+def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, tmp_path: Path) -> None:
+    whole = (gallery / "b.png").read_bytes()
+    (gallery / "cut.png").write_bytes(whole[:-20])
+    (gallery / "empty.jpg").touch()
+    (gallery / "words.gif").write_text("words")
+    (gallery / "blank.txt").write_text(" \n")
+    (gallery / "latin.txt").write_bytes(b"caf\xe9")
+    encoder = FakeEncoder()
+    with opened(tmp_path / "index") as index:
+        report = add([gallery], index, encoder, batch=4, progress=False)
+        assert counts(report) == (9, 0, 0, 5)
+        named = {Path(failure.place).name: failure.reason for failure in report.failed}
+        assert set(named) == {"cut.png", "empty.jpg", "words.gif", "blank.txt", "latin.txt"}
+        assert "not a picture" in named["words.gif"] and "UTF-8" in named["latin.txt"]
+        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (0, 0, 9, 5)
+        (gallery / "cut.png").write_bytes(whole)
+        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (1, 0, 9, 4)
+
+
+def test_lines_with_text_image_and_fields(gallery: Path, tmp_path: Path) -> None:
+    path = lines(
+        gallery / "items.jsonl",
+        {"id": "one", "text": "words", "year": 1999, "ok": True, "by": None},
+        {"id": 2, "image": "deep/d.gif"},
+        {"id": "three", "text": "both", "image": "a.JPG", "modality": "image,text"},
+        "",
+    )
+    with opened(tmp_path / "index") as index:
+        encoder = FakeEncoder()
+        assert counts(add([path], index, encoder, progress=False)) == (3, 0, 0, 0)
+        stored = index.get(["one", "2", "three"])
+        assert dict(stored["one"].fields) == {"year": 1999, "ok": True, "by": None}
+        assert stored["2"].image == str((gallery / "deep/d.gif").resolve())
+        assert [stored[id].modality for id in ("one", "2", "three")] == ["text", "image", "image,text"]
+        lines(path, {"id": "one", "text": "words", "year": 2000})
+        calls = encoder.calls
+        assert counts(add([path], index, encoder, progress=False)) == (0, 1, 0, 0)
+        assert encoder.calls == calls  # a changed field alone costs no encoding
+        assert dict(index.get(["one"])["one"].fields) == {"year": 2000}
+
+
+BAD_LINES: list[tuple[Any, str]] = [
+    ("{broken", "not JSON"),
+    ("[1]", "not a JSON object"),
+    ({"text": "x"}, "id None is missing"),
+    ({"id": True, "text": "x"}, "missing"),
+    ({"id": "empty"}, "empty"),
+    ({"id": "list", "text": "x", "tags": [1]}, "tags"),
+    ({"id": "number", "text": 5}, "text of 'number' is 5"),
+    ({"id": "gone", "image": "none.png"}, "does not exist"),
+    ({"id": "far", "image": "http://a.example/x.png"}, "address"),
+    ({"id": "nan", "text": "x", "n": float("nan")}, "finite"),
+    ({"id": "half", "text": "\ud800"}, "Unicode"),
+    ({"id": "odd", "image": "\ud800.png"}, "file name"),
+    ({"id": "wrong", "text": "x", "modality": "image"}, "says it is 'image'"),
+    ('{"id": "digits", "text": "x", "n": ' + "9" * 5000 + "}", "cannot be read"),
+    ({"did": "1:1", "txt": None, "img_path": "mbeir_images/none.jpg", "modality": "image"}, "unpack the images"),
+]
+
+
+def test_bad_lines_are_named_by_file_and_line(tmp_path: Path) -> None:
+    path = lines(tmp_path / "items.jsonl", *(line for line, _ in BAD_LINES), {"id": "good", "text": "x"})
+    with opened(tmp_path / "index") as index:
+        report = add([path], index, FakeEncoder(), progress=False)
+        assert counts(report) == (1, 0, 0, len(BAD_LINES))
+        found = {failure.place: failure.reason for failure in report.failed}
+        for number, (_, reason) in enumerate(BAD_LINES, start=1):
+            assert reason in found[f"{path}:{number}"]
+
+
+def test_a_pool_of_mbeir_finds_its_pictures_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "M-BEIR"
+    paint(root / "mbeir_images" / "x_images" / "a.jpg", 5)
+    pool = lines(
+        root / "cand_pool" / "local" / "mbeir_x_task0_cand_pool.jsonl",
+        {"txt": None, "img_path": "mbeir_images/x_images/a.jpg", "modality": "image", "did": "9:1", "src_content": None},
+        {"txt": "words", "img_path": None, "modality": "text", "did": "9:2", "src_content": None},
+        {"txt": "w", "img_path": "mbeir_images/x_images/a.jpg", "modality": "text,image", "did": "9:3"},
+        {"txt": "w", "img_path": None, "modality": "image,text", "did": "9:4"},
+    )
+    monkeypatch.chdir(root)
+    with opened(tmp_path / "index") as index:
+        report = add([pool.relative_to(root)], index, FakeEncoder(), progress=False)
+        assert counts(report) == (3, 0, 0, 1) and "9:4" in report.failed[0].reason
+        stored = index.get(["9:1", "9:2", "9:3"])
+        assert [row.modality for row in stored.values()] == ["image", "text", "image,text"]
+        assert stored["9:1"].image == str((root / "mbeir_images/x_images/a.jpg").resolve())
+
+
+def test_one_id_from_two_sources_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    paint(tmp_path / "one" / "a.png", 1)
+    paint(tmp_path / "two" / "a.png", 2)
+    with opened(tmp_path / "index") as index:
+        with pytest.raises(InputError, match=r"'a\.png' is given twice.*one/a\.png.*two/a\.png"):
+            add([tmp_path / "one", tmp_path / "two"], index, FakeEncoder(), batch=1, progress=False)
+        assert index.count() == 0
+        twice = lines(tmp_path / "t.jsonl", {"id": "x", "text": "1"}, {"id": "y", "text": "2"}, {"id": "x", "text": "3"})
+        with pytest.raises(InputError, match=r"t\.jsonl:1 and .*t\.jsonl:3"):
+            add([twice], index, FakeEncoder(), batch=1, progress=False)
+        add([tmp_path / "one"], index, FakeEncoder(), progress=False)
+        report = add([tmp_path / "two"], index, FakeEncoder(), progress=False)
+        assert counts(report) == (0, 0, 0, 1) and "already belongs to" in report.failed[0].reason
+        (tmp_path / "one" / "a.png").unlink()
+        assert counts(add([tmp_path / "two"], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
+
+
+def test_batches_commit_as_they_go(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", *({"id": f"{n}", "text": f"t{n}"} for n in range(10)))
+
+    class Stops(FakeEncoder):
+        def encode_items(self, items: Any) -> Any:
+            if self.calls == 2:
+                raise KeyboardInterrupt
+            return super().encode_items(items)
+
+    with opened(tmp_path / "index") as index:
+        with pytest.raises(KeyboardInterrupt):
+            add([path], index, Stops(), batch=4, progress=False)
+        assert index.count() == 8
+        assert counts(add([path], index, FakeEncoder(), batch=4, progress=False)) == (2, 0, 8, 0)
+        with pytest.raises(InputError, match="batch is 0"):
+            add([path], index, FakeEncoder(), batch=0)
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+from fakes import FakeEncoder
+from traceir.index import SqliteIndex, open_index
+from traceir.ingest import add
+
+source, folder, acks = sys.argv[1:]
+plain = SqliteIndex.upsert
+
+def upsert(self, items, vectors):
+    count = plain(self, items, vectors)
+    with open(acks, "a") as file:
+        file.write("".join(item.id + "\\n" for item in items))
+        file.flush()
+        os.fsync(file.fileno())
+    return count
+
+SqliteIndex.upsert = upsert
+with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:
+    add([source], index, FakeEncoder(delay=0.004), batch=8, progress=False)
+print("done", flush=True)
+"""
+
+
+def start_child(tmp_path: Path, source: Path) -> subprocess.Popen[bytes]:
+    tests = Path(__file__).parent
+    roads = os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")])
+    arguments = [str(source), str(tmp_path / "index"), str(tmp_path / "acks")]
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, *arguments],
+        env={**os.environ, "PYTHONPATH": roads},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def acknowledged(tmp_path: Path) -> list[str]:
+    path = tmp_path / "acks"
+    text = path.read_text() if path.exists() else ""
+    return text[: text.rfind("\n") + 1].split()
+
+
+def test_kill_nine_at_any_moment_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
+    expected = {f"n{n:03d}": f"thing {n}" for n in range(320)}
+    source = lines(tmp_path / "t.jsonl", *({"id": id, "text": text} for id, text in expected.items()))
+    randomness = random.Random(5)
+    kills = 0
+    kills_while_writing = 0
+    while True:
+        before = len(acknowledged(tmp_path))
+        child = start_child(tmp_path, source)
+        if kills < 12:
+            # Wait until it writes, so that kills fall into the work and not into the start of Python.
+            wait_for_acks(tmp_path, child, before + randomness.choice([0, 1, 1, 1]))
+            time.sleep(randomness.uniform(0.0, 0.03))
+            child.send_signal(signal.SIGKILL)
+        output, errors = child.communicate(timeout=60)
+        done = child.returncode == 0
+        assert done or child.returncode == -signal.SIGKILL, errors.decode()
+        kills += not done
+        kills_while_writing += not done and len(acknowledged(tmp_path)) > before
+        if (tmp_path / "index" / "index.sqlite").exists():
+            with opened(tmp_path / "index") as index:
+                acks = acknowledged(tmp_path)
+                assert set(acks) <= index.get(acks).keys() if acks else True
+                assert len(acks) == len(set(acks))  # nothing acknowledged is encoded again
+        if done:
+            break
+    assert kills >= 12 and kills_while_writing >= 6
+    with opened(tmp_path / "index") as index:
+        rows = list(index.scan(with_vectors=True))
+        assert {row.id: row.text for row in rows} == expected and len(rows) == len(expected)
+        for row in rows:
+            np.testing.assert_array_equal(row.vector, vector_of(Item.of(text=row.text).content_hash(), 16))
+        for table in ("items", "vectors"):
+            assert index._one(f"SELECT count(*) FROM {table}") == len(expected)
+        assert index._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+
+
+def wait_for_acks(tmp_path: Path, child: subprocess.Popen[bytes], count: int) -> None:
+    deadline = time.monotonic() + 30
+    while len(acknowledged(tmp_path)) < count and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
