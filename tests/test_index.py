@@ -257,6 +257,29 @@ def test_bad_searches_are_refused(tmp_path: Path) -> None:
         assert index.search(np.empty((0, 4), dtype=np.float32), 3) == []
 
 
+def test_texts_numbers_and_booleans_never_mix_in_filters(tmp_path: Path) -> None:
+    values: list[Any] = [1, 1.0, True, "1", None, 0, False, "", 2**53 + 1, float(2**53)]
+    with opened(tmp_path) as index:
+        items = [Item.of(text="x", id=f"{n}", fields={"v": value}) for n, value in enumerate(values)]
+        index.upsert([*items, Item.of(text="x", id="none")], drawn(11, 4))
+        for where, expected in [
+            (Eq("v", 1), "0 1"),
+            (Eq("v", True), "2"),
+            (Eq("v", "1"), "3"),
+            (Eq("v", None), "4 none"),
+            (Eq("v", False), "6"),
+            (In("v", (0, "")), "5 7"),
+            (Eq("v", 2**53), "9"),
+            (Range("v", 0, 1), "0 1 5"),
+            (Range("v", "", None), "3 7"),
+            (And(()), "0 1 2 3 4 5 6 7 8 9 none"),
+            (In("v", ()), ""),
+            (Eq("id", 1), ""),
+            (Eq("id", None), ""),
+        ]:
+            assert " ".join(stored.id for stored in index.scan(where)) == expected, where
+
+
 def test_bad_filters_are_refused() -> None:
     for make in (
         lambda: Range("a"),
@@ -398,7 +421,7 @@ def clustered(rows: int, dim: int = 24) -> Vectors:
 
 def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_few(tmp_path: Path) -> None:
     vectors = clustered(3000)
-    items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 500 == 0}) for n in range(3000)]
+    items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 100 == 0}) for n in range(3000)]
     with opened(tmp_path, dim=24) as index:
         index.upsert(items[:2900], vectors[:2900])
         with pytest.raises(StoreError, match="build_approximate"):
@@ -413,6 +436,10 @@ def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_f
             assert [len(hits) for hits in near] == [len(hits) for hits in true]
             shared = [len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(near, true, strict=True)]
             assert np.mean(shared) >= least
+        # Fewer rows pass than the probes would visit, but more than k: all of them are compared.
+        exact = [pairs(hits) for hits in index.search(vectors[::30], 3, where=Eq("rare", True))]
+        near = index.search(vectors[::30], 3, where=Eq("rare", True), exact=False)
+        assert [pairs(hits) for hits in near] == exact
         assert index.info().cells == 60 and index.info().probes == 6
     with opened(tmp_path, dim=24) as index:
         shard = index._snapshot(None)

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
@@ -228,7 +227,8 @@ class Encoder:
             place = torch.tensor([row.place + len(row.written) + offset], device=mask_BT.device)
             state_BD = self.model.step(torch.tensor([token], device=mask_BT.device), place, mask_BT, cache)
         assert state_BD is not None
-        return _unit(state_BD)[0]
+        vector: Vector = _unit(state_BD)[0]
+        return vector
 
     def _encoding(self, row: _Row, vector: Vector, *, truncated: bool) -> Encoding:
         written = [token for token in row.written if token != self.model.processor.emb_id]
@@ -281,4 +281,5 @@ def _copy_row(cache: DynamicCache, number: int) -> DynamicCache:
 
 
 def _unit(state_BD: torch.Tensor) -> Vector:
-    return functional.normalize(state_BD.float(), dim=-1).cpu().numpy().astype(np.float32)
+    vectors: Vector = functional.normalize(state_BD.float(), dim=-1).cpu().numpy()
+    return vectors

@@ -309,9 +309,7 @@ class _Roots:
             if os.path.exists(folder / image):  # noqa: PTH110 - unlike Path.exists never an error for odd names
                 self._last = folder
                 return str(folder / image)
-        raise InputError(
-            f"picture {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool"
-        )
+        raise InputError(f"picture {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool")
 
 
 def _plain_record(record: Mapping[str, Any], roots: _Roots) -> dict[str, Any]:

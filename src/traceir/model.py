@@ -112,7 +112,7 @@ class TraceModel:
         small = all(time == 1 and high <= window and wide <= window for time, high, wide in shapes)
         if not small or len(shapes) == 1:
             return torch.cat(self.network.model.get_image_features(patches, grids, return_dict=True).pooler_output)
-        pieces = list(patches.split([high * wide for _, high, wide in shapes]))
+        pieces = torch.split(patches, [high * wide for _, high, wide in shapes])
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, shape in enumerate(shapes):
             groups.setdefault(shape, []).append(number)

@@ -129,8 +129,14 @@ def render_candidate(item: Item, version: PromptVersion) -> Prompt:
 
 
 def completion_text(reasoning: str | None, answer: str | None) -> str:
-    """What a query's model should write before `<|emb|>`: reasoning and answer without their tags (paper, section 2)."""
-    return " ".join(part.strip() for part in (reasoning, answer) if part and part.strip())
+    """What a query's model should write before `<|emb|>`: reasoning and answer without their tags (paper, section 2).
+
+    A reasoning that does not end in punctuation is set off from the answer by "; ".
+    """
+    parts = [part.strip() for part in (reasoning, answer) if part and part.strip()]
+    if len(parts) == 2 and parts[0][-1] not in ".;:!?":
+        return "; ".join(parts)
+    return " ".join(parts)
 
 
 def check_version(version: str) -> PromptVersion:

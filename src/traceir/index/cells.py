@@ -41,8 +41,10 @@ def fit_centroids(vectors_ND: Matrix, rows: Rows, cells: int, seed: int) -> Vect
     centroids: Vectors = points[generator.choice(size, size=cells, replace=False)]
     for _ in range(_ROUNDS):
         nearest = assign_cells(points, centroids)
+        order = np.argsort(nearest, kind="stable")
+        present, starts = np.unique(nearest[order], return_index=True)
         sums = np.zeros((cells, points.shape[1]), dtype=np.float64)
-        np.add.at(sums, nearest, points)
+        sums[present] = np.add.reduceat(points[order], starts, axis=0, dtype=np.float64)
         norms = np.linalg.norm(sums, axis=1)
         empty = norms < 1e-9
         moved = (sums / np.where(empty, 1.0, norms)[:, None]).astype(np.float32)
@@ -60,9 +62,7 @@ def assign_cells(vectors_ND: Matrix, centroids: Vectors) -> Cells:
     return cells
 
 
-def rows_of_nearest_cells(
-    shard: Shard, centroids: Vectors, query_D: Vector, k: int, allowed_N: Mask | None, probes: int
-) -> Rows:
+def rows_of_nearest_cells(shard: Shard, centroids: Vectors, query_D: Vector, k: int, allowed_N: Mask | None, probes: int) -> Rows:
     """The usable rows of the nearest `probes` cells, of more cells while there are fewer than k, and unplaced rows.
 
     Where a filter leaves no more rows than the probes would visit, all of them: exact search is then the cheaper one.

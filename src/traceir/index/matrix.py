@@ -61,6 +61,7 @@ class Growing:
         self._ids: list[str] = []
         self._alive: Mask = np.empty(0, dtype=np.bool_)
         self._cells: Cells = np.empty(0, dtype=np.int32)
+        self._view: Shard | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -73,6 +74,7 @@ class Growing:
             self._buffer = grown
 
     def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Matrix, cells: Sequence[int]) -> None:
+        self._view = None
         start, end = len(self), len(self) + len(ids)
         if end > len(self._buffer):
             self.reserve(max(end, 2 * start))
@@ -84,6 +86,7 @@ class Growing:
 
     def keep_only(self, live: Rows) -> None:
         """Let every row die whose number is not among `live`; copy the survivors together once a quarter is dead."""
+        self._view = None
         self._alive = np.isin(self._numbers, live)
         if len(self) and np.count_nonzero(~self._alive) > _COMPACT_ABOVE * len(self):
             rows = np.flatnonzero(self._alive)
@@ -99,10 +102,13 @@ class Growing:
             at = np.minimum(np.searchsorted(numbers, self._numbers), len(numbers) - 1)
             found = numbers[at] == self._numbers
             placed[found] = cells[at[found]]
+        self._view = None
         self._cells = placed
 
     def view(self) -> Shard:
-        return Shard(self._buffer[: len(self)], self._numbers, self._ids, self._alive, self._cells)
+        if self._view is None:
+            self._view = Shard(self._buffer[: len(self)], self._numbers, self._ids, self._alive, self._cells)
+        return self._view
 
 
 def margin(dim: int) -> float:
@@ -150,6 +156,15 @@ def _narrow(found: list[tuple[Rows, Rows, Scores]], queries: int, k: int, slack:
         if len(own_rows) > k:
             own_rows = own_rows[own_scores >= np.partition(own_scores, -k)[-k] - slack]
         kept.append(own_rows)
+    return kept
+
+
+def promising_rows(shard: Shard, rows: Rows, query_D: Vector, k: int) -> Rows:
+    """Those of `rows` that can be among the best k of them; cheaper than to rescore them all."""
+    if len(rows) <= 2 * k:
+        return rows
+    scores = shard.vectors_ND[rows].astype(np.float32, copy=False) @ query_D
+    kept: Rows = rows[scores >= np.partition(scores, -k)[-k] - np.float32(margin(len(query_D)))]
     return kept
 
 

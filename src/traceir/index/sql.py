@@ -153,9 +153,7 @@ def explain_error(error: sqlite3.Error, path: Path, timeout: float) -> StoreErro
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return StoreError(f"index {path} is damaged ({error}); restore it from a copy, or remove it and fill it again")
     if code == sqlite3.SQLITE_FULL:
-        return StoreError(
-            f"the disk of index {path} is full; nothing of this call was written: make room and repeat it"
-        )
+        return StoreError(f"the disk of index {path} is full; nothing of this call was written: make room and repeat it")
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
         return StoreError(f"index {path} cannot be opened for writing ({error}); check its folder and rights")
     return StoreError(f"index {path} failed: {error}; check the disk, or restore the index from a copy")

@@ -22,7 +22,7 @@ import numpy as np
 from traceir.errors import InputError, StoreError
 from traceir.index.cells import assign_cells, default_cells, default_probes, fit_centroids, rows_of_nearest_cells
 from traceir.index.filters import Filter, Scalar
-from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, rescore
+from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, promising_rows, rescore
 from traceir.index.sql import (
     COLUMNS,
     FORMAT,
@@ -211,9 +211,7 @@ class SqliteIndex:
     def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         clause, values = compile_filter(where)
         after = ""
-        while page := self._select(
-            f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {_CHUNK}", [after, *values], with_vectors
-        ):
+        while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {_CHUNK}", [after, *values], with_vectors):
             yield from (stored for _, stored in page)
             after = page[-1][1].id
 
@@ -247,9 +245,7 @@ class SqliteIndex:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     # The rows in memory
@@ -328,17 +324,14 @@ class SqliteIndex:
             for modality, blob in rows:
                 parts.setdefault(modality, []).append(blob)
             read: dict[Modality, Vectors] = {
-                modality: np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim)
-                for modality, blobs in parts.items()
+                modality: np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim) for modality, blobs in parts.items()
             }
             self._centroids = built, read
         return self._centroids[1]
 
     # Steps of a search
 
-    def _best(
-        self, snapshot: _Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool
-    ) -> list[list[_Found]]:
+    def _best(self, snapshot: _Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool) -> list[list[_Found]]:
         """For each query its best k, best first, equal scores in order of id."""
         if not exact and not snapshot.probes:
             raise StoreError(
@@ -354,7 +347,10 @@ class SqliteIndex:
                 rows_of = exact_rows(shard, queries, k, allowed)
             else:
                 near, probes = snapshot.centroids[name], snapshot.probes
-                rows_of = [rows_of_nearest_cells(shard, near, query, k, allowed, probes) for query in queries]
+                rows_of = [
+                    promising_rows(shard, rows_of_nearest_cells(shard, near, query, k, allowed, probes), query, k)
+                    for query in queries
+                ]
             for query, rows, best in zip(queries, rows_of, found, strict=True):
                 best += _score_rows(shard, rows, query, k)
         return [sorted(best, key=lambda one: (-one[0], one[1]))[:k] for best in found]
@@ -369,8 +365,7 @@ class SqliteIndex:
 
     def _remove_ids(self, ids: Sequence[str]) -> int:
         return sum(
-            self._remove_numbers(self._numbers(f"SELECT n FROM items WHERE id IN ({marks(part)})", part))
-            for part in _chunks(ids)
+            self._remove_numbers(self._numbers(f"SELECT n FROM items WHERE id IN ({marks(part)})", part)) for part in _chunks(ids)
         )
 
     def _remove_numbers(self, numbers: Rows) -> int:
@@ -397,9 +392,7 @@ class SqliteIndex:
         known = np.isin(numbers, live)
         self._insert_cells(numbers[known], cells[known])
         for part in _chunks(np.setdiff1d(live, numbers).tolist()):
-            rows = self._connection.execute(
-                f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part
-            ).fetchall()
+            rows = self._connection.execute(f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part).fetchall()
             added = np.asarray([row[0] for row in rows], dtype=np.int64)
             vectors = self._vectors_of([f"number {row[0]}" for row in rows], [row[1] for row in rows])
             self._insert_cells(added, assign_cells(vectors, centroids))
@@ -428,9 +421,7 @@ class SqliteIndex:
     def _select(self, clause: str, values: Sequence[Scalar], with_vectors: bool) -> list[tuple[int, Stored]]:
         column, join = ("v.vector", "LEFT JOIN vectors v ON v.n = i.n") if with_vectors else ("NULL", "")
         with self._transaction():
-            rows = self._connection.execute(
-                f"SELECT {COLUMNS}, {column} FROM items i {join} WHERE {clause}", values
-            ).fetchall()
+            rows = self._connection.execute(f"SELECT {COLUMNS}, {column} FROM items i {join} WHERE {clause}", values).fetchall()
         if not with_vectors:
             return [(row[0], stored_of(row, None)) for row in rows]
         vectors = self._vectors_of([row[1] for row in rows], [row[7] for row in rows]).astype(np.float32)

@@ -92,9 +92,7 @@ class Index(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
 
 
 def image_of(item: Item) -> str | None:
@@ -146,9 +144,7 @@ def check_text(id: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(
-            f"the text of item {id!r} is not valid Unicode at character {error.start}; repair it"
-        ) from error
+        raise InputError(f"the text of item {id!r} is not valid Unicode at character {error.start}; repair it") from error
 
 
 def check_vectors(vectors: Vectors, rows: int | None, dim: int, ids: Sequence[str | None] = ()) -> Vectors:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from traceir.batch import ImageBudget, Pixels, Processor
@@ -121,7 +122,10 @@ def read_pairs(root: Path, *, reasoning: bool) -> list[PairData]:
 
 
 def read_lessons(root: Path) -> LessonData:
-    """lessons/*.jsonl of a folder, shuffled once by a fixed seed."""
+    """lessons/*.jsonl of a folder, shuffled once by a fixed seed, then sorted by length within windows of 4,096.
+
+    So neighbours are of like length: a family as large as the batch gives batches with little padding.
+    """
     lines = []
     for file in sorted((root / "lessons").glob("*.jsonl")):
         with file.open() as stream:
@@ -134,7 +138,14 @@ def read_lessons(root: Path) -> LessonData:
     if not lines:
         raise TrainError(f"{root} has no lessons; only folders built by `traceir minibeir build` do")
     order = np.random.default_rng(0).permutation(len(lines))
-    return LessonData(root, [lines[place] for place in order])
+    mixed = [lines[place] for place in order]
+    windows = [mixed[first : first + 4096] for first in range(0, len(mixed), 4096)]
+    return LessonData(root, [line for window in windows for line in sorted(window, key=_lesson_length)])
+
+
+def _lesson_length(line: tuple[str | None, str, str]) -> tuple[bool, int]:
+    image, prompt, target = line
+    return image is not None, len(prompt) + len(target)
 
 
 class Schedule:
@@ -157,6 +168,7 @@ class Schedule:
             chosen[step] = int(credit.argmax())
             credit[chosen[step]] -= 1.0
         self.chosen = chosen
+        self._orders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
         self.turn = np.zeros(steps, dtype=np.int64)
         seen = np.zeros(len(tasks), dtype=np.int64)
         for step, task in enumerate(chosen):
@@ -164,7 +176,7 @@ class Schedule:
             seen[task] += 1
 
     def task(self, step: int) -> TaskData:
-        return self.tasks[self.chosen[step]]
+        return self.tasks[int(self.chosen[step])]
 
     def examples(self, step: int) -> list[Example]:
         number, task = int(self.chosen[step]), self.task(step)
@@ -179,15 +191,14 @@ class Schedule:
         rows = [place * self.family + offset for place in places for offset in range(self.family)]
         return [task.example(row % len(task), draw) for row in rows]
 
-    def _order(self, task: int, epoch: int, families: int) -> np.ndarray:  # type: ignore[type-arg]
-        if getattr(self, "_cached", None) is None:
-            self._cached: dict[tuple[int, int], np.ndarray] = {}  # type: ignore[type-arg]
+    def _order(self, task: int, epoch: int, families: int) -> npt.NDArray[np.int64]:
+        """The order of a task's families in one epoch; the newest two epochs of each task are remembered."""
         key = (task, epoch)
-        if key not in self._cached:
-            for old in [known for known in self._cached if known[0] == task and known[1] < epoch - 1]:
-                del self._cached[old]
-            self._cached[key] = np.random.default_rng((self.seed, 2, task, epoch)).permutation(families)
-        return self._cached[key]
+        if key not in self._orders:
+            for old in [known for known in self._orders if known[0] == task and known[1] < epoch - 1]:
+                del self._orders[old]
+            self._orders[key] = np.random.default_rng((self.seed, 2, task, epoch)).permutation(families)
+        return self._orders[key]
 
 
 class PixelStore(Mapping[str, Pixels]):

@@ -150,7 +150,8 @@ def rank_positives(scores_QN: npt.NDArray[np.float32], relevant_QN: npt.NDArray[
     """Rank (from 1) of the best positive of each query; N + 1 where the pool holds none. Ties count against the query."""
     best = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1)
     above = ((scores_QN >= best[:, None]) & ~relevant_QN).sum(axis=1)
-    return np.where(relevant_QN.any(axis=1), above + 1, scores_QN.shape[1] + 1)
+    ranks: npt.NDArray[np.int64] = np.where(relevant_QN.any(axis=1), above + 1, scores_QN.shape[1] + 1)
+    return ranks
 
 
 def read_judged(file: Path) -> list[Judged]:

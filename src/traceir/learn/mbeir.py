@@ -205,9 +205,7 @@ def read_queries(path: Path) -> Iterator[Record]:
         positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
         task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
         source = line.fields.get("query_src_content")
-        yield Record(
-            qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None
-        )
+        yield Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
 
 
 def read_pool(path: Path) -> Iterator[Candidate]:
@@ -369,9 +367,7 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
 
 def to_item(candidate: Candidate, root: Path | str) -> Item:
     """The candidate as an Item. Reads no picture yet."""
-    return Item.of(
-        text=candidate_text(candidate) or None, image=_open_picture(candidate.image_path, root), id=candidate.did
-    )
+    return Item.of(text=candidate_text(candidate) or None, image=_open_picture(candidate.image_path, root), id=candidate.did)
 
 
 def _open_picture(image_path: str | None, root: Path | str) -> Picture | None:
@@ -383,9 +379,7 @@ def _describe(root: Path, path: Path, split: Split) -> Task:
     match = _TASK_NAME.fullmatch(name)
     task_id = int(match["task"]) if match else -1
     if match is None or task_id not in TASK_MODALITIES:
-        raise DataError(
-            f"{path}: the name has no task id from 0 to 8; rename it mbeir_{{dataset}}_task{{N}}_{split}.jsonl"
-        )
+        raise DataError(f"{path}: the name has no task id from 0 to 8; rename it mbeir_{{dataset}}_task{{N}}_{split}.jsonl")
     dataset = match["dataset"]
     query, candidate = TASK_MODALITIES[task_id]
     return Task(
@@ -426,9 +420,7 @@ def _new_identifier(line: _Line, name: str, seen: set[str]) -> str:
     return value
 
 
-def _check_modality(
-    line: _Line, modality: Modality, text: tuple[str, str | None], image: tuple[str, str | None]
-) -> None:
+def _check_modality(line: _Line, modality: Modality, text: tuple[str, str | None], image: tuple[str, str | None]) -> None:
     """Refuse a modality whose picture, or whose only text, is not there; a picture may lack the text beside it."""
     if modality != "text" and image[1] is None:
         raise line.fail(image[0], f"a path, because the modality is {modality}")

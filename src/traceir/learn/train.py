@@ -147,7 +147,7 @@ def update(model: TraceModel, optimiser: Any, examples: list[Example], config: T
     if not torch.isfinite(total):
         asked = [example.query.id for example in examples]
         raise TrainError(f"step {step}: loss is {float(total)} on queries {asked}; lower the learning rate or check them")
-    total.backward()
+    torch.autograd.backward(total)
     torch.nn.utils.clip_grad_norm_(model.network.parameters(), config.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)

@@ -296,9 +296,7 @@ class _Builder:
         for draft in self.worlds[row.world].rows[row.name](split, wanted, self.plan.seed):
             made += 1
             if made > wanted:
-                raise DataError(
-                    f"world {row.world} makes more than {wanted} {split} queries for {row.name}; stop there"
-                )
+                raise DataError(f"world {row.world} makes more than {wanted} {split} queries for {row.name}; stop there")
             check_query(draft, row, f"{row.name} {split} query {made}")
             self.bar.update()
             yield draft
@@ -393,9 +391,7 @@ def _verify_train(root: Path, pictures: set[str]) -> tuple[dict[str, set[_Conten
                     raise DataError(f"{mbeir.train_pool_path(root)}: positive {did} of {record.qid} is not in the pool")
                 trained[world].add((pool[did].text, pool[did].image_path))
     pictures.update(candidate.image_path for candidate in pool.values() if candidate.image_path)
-    pictures.update(
-        lesson["img_path"] for lesson in map(json.loads, (root / LESSON_FILE).open("rb")) if lesson["img_path"]
-    )
+    pictures.update(lesson["img_path"] for lesson in map(json.loads, (root / LESSON_FILE).open("rb")) if lesson["img_path"])
     return trained, counts
 
 
@@ -412,9 +408,7 @@ def _verify_task(task: mbeir.Task, pool_least: int, trained: set[_Content], pict
         pictures.update(name for name in (record.image_path,) if name)
         positives, negatives = set(record.positives), set(record.negatives)
         if not positives or relevant.get(record.qid) != positives:
-            raise DataError(
-                f"{where} has the positives {sorted(positives)}, its qrels differ; write both from one list"
-            )
+            raise DataError(f"{where} has the positives {sorted(positives)}, its qrels differ; write both from one list")
         if not positives | negatives <= pool.keys():
             missing = sorted((positives | negatives) - pool.keys())[0]
             raise DataError(f"{where}: candidate {missing} is not in {task.pool_path.name}; add it to the pool")
@@ -554,8 +548,5 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
 def _write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8", newline="\n")
     temporary.replace(path)

@@ -219,9 +219,7 @@ def _shape_relief(shape: str) -> tuple[Relief, Image.Image]:
     shine = shine * inner
     shadow = Image.new("L", solid.size, 0)
     middle, floor = _CANVAS * _OVER / 2, (_CANVAS / 2 + 25) * _OVER
-    ImageDraw.Draw(shadow).ellipse(
-        (middle - 27 * _OVER, floor - 5 * _OVER, middle + 32 * _OVER, floor + 6 * _OVER), fill=120
-    )
+    ImageDraw.Draw(shadow).ellipse((middle - 27 * _OVER, floor - 5 * _OVER, middle + 32 * _OVER, floor + 6 * _OVER), fill=120)
     return (mask, shade, shine), shadow.filter(ImageFilter.GaussianBlur(2.5 * _OVER))
 
 
@@ -433,12 +431,8 @@ def draw_garment(
     `pattern` is plain, stripes, dots or checks; `sleeves` sleeveless, short or long; `collar` round, v or high.
     """
     if (pattern == "plain") != (pattern_colour is None):
-        raise InputError(
-            f"pattern {pattern!r} with colour {pattern_colour!r}: give a colour exactly where there is a pattern"
-        )
-    rng = random.Random(
-        derive_seed("garment", kind, colour, pattern, pattern_colour, length, sleeves, collar, belt, variant)
-    )
+        raise InputError(f"pattern {pattern!r} with colour {pattern_colour!r}: give a colour exactly where there is a pattern")
+    rng = random.Random(derive_seed("garment", kind, colour, pattern, pattern_colour, length, sleeves, collar, belt, variant))
     mask, ink, shadow, box = _garment_sprite(kind, length, sleeves, collar, belt)
     cloth = Image.new("RGB", mask.size, COLOURS[colour])
     if pattern_colour is not None:

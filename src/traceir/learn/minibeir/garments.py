@@ -100,9 +100,7 @@ class Garment:
     def _draw(self, variant: int) -> Image.Image:
         sleeves, collar = self.sleeves.split()[0], self.collar.replace("-", " ").split()[0]
         figure = self.figure or "plain"
-        return draw_garment(
-            self.kind, self.colour, figure, self.figure_colour, self.length, sleeves, collar, self.belt, variant
-        )
+        return draw_garment(self.kind, self.colour, figure, self.figure_colour, self.length, sleeves, collar, self.belt, variant)
 
     def apply(self, op: str) -> Garment:
         """The garment after a resolved op: one or more of `coat`, `base blue`, `white dots`, `plain`, `pattern dots`,
@@ -283,16 +281,21 @@ def _values(garment: Garment) -> dict[str, str | None]:
     return dict(zip("bfcklsnw", values, strict=True))
 
 
+def _fits(edit: _Edit, states: list[Garment], written: str) -> bool:
+    """Whether an edit overwrites only what it reads, and sets nothing back to what it was."""
+    overwrites = set(edit.writes) & set(written)
+    if not overwrites:
+        return True
+    if not overwrites <= set(edit.reads) - {"f"}:
+        return False
+    after, before = _values(states[-1].apply(edit.op)), [_values(state) for state in states]
+    return all(after[letter] != values[letter] for letter in overwrites for values in before)
+
+
 def _choose_edit(states: list[Garment], written: str, alone: bool, rng: random.Random) -> _Edit | None:
     """An edit that fits after the states so far; if it can, one that builds on what was written."""
     rich, poor = _list_edits(states[-1], rng)
-    fitting: list[_Edit] = []
-    for edit in (*rich, *poor):
-        after = _values(states[-1].apply(edit.op))
-        overwrites = set(edit.writes) & set(written)
-        returns = any(after[letter] == _values(state)[letter] for letter in overwrites for state in states)
-        if overwrites <= set(edit.reads) - {"f"} and not returns:
-            fitting.append(edit)
+    fitting = [edit for edit in (*rich, *poor) if _fits(edit, states, written)]
     bound = [edit for edit in fitting if set(edit.reads) & set(written)]
     if bound and rng.random() < 0.85:
         return rng.choice(bound)

@@ -190,9 +190,7 @@ def draw_family(rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C
     return list(family.values())
 
 
-def draw_targets(
-    split: Split, count: int, rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]
-) -> Iterator[C]:
+def draw_targets(split: Split, count: int, rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]) -> Iterator[C]:
     """Targets of plain rows: in train in families of four near ones, else all unlike."""
     if split == "train":
         families = (draw_family(rng, draw, vary) for _ in itertools.count())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -14,13 +13,13 @@ from traceir.learn.mbeir import Candidate, Record, Task, find_tasks, read_labels
 from traceir.pictures import Picture
 
 _PANEL = 132  # pixels: width and height of one panel
-_CAPTION = 66  # height of the text below a picture
+_CAPTION = 78  # height of the text below a picture
 _GAP = 12
 _MARGIN = 24
 _LABEL = 150  # width of the row's name
 _PAPER, _CARD, _INK, _PALE, _EDGE = "#f5f4f0", "#ffffff", "#22252b", "#7b808a", "#dcdad2"
 _ARROW = 36  # width between the two panels
-_CELL: Final = (2 * _PANEL + 2 * _GAP + _ARROW, _PANEL + _CAPTION + 2 * _GAP)
+_CELL_WIDTH = 2 * _PANEL + 2 * _GAP + _ARROW
 
 
 def write_sheet(root: Path, out: Path, per_row: int = 6) -> Path:
@@ -28,18 +27,25 @@ def write_sheet(root: Path, out: Path, per_row: int = 6) -> Path:
     if per_row < 1:
         raise InputError(f"per_row is {per_row}; give at least 1")
     tasks = find_tasks(root, "test")
-    width = _MARGIN * 2 + _LABEL + per_row * (_CELL[0] + _GAP)
-    height = _MARGIN * 2 + len(tasks) * (_CELL[1] + _GAP)
+    width = _MARGIN * 2 + _LABEL + per_row * (_CELL_WIDTH + _GAP)
+    height = _MARGIN * 2 + sum(_measure_height(task) + _GAP for task in tasks)
     sheet = Image.new("RGB", (width, height), _PAPER)
-    for line, task in enumerate(tasks):
-        top = _MARGIN + line * (_CELL[1] + _GAP)
+    top = _MARGIN
+    for task in tasks:
         _draw_label(sheet, (_MARGIN, top), task)
         for place, (record, answer, steps) in enumerate(_choose(task, per_row)):
-            left = _MARGIN + _LABEL + place * (_CELL[0] + _GAP)
+            left = _MARGIN + _LABEL + place * (_CELL_WIDTH + _GAP)
             _draw_cell(sheet, (left, top), task, record, answer, steps)
+        top += _measure_height(task) + _GAP
     out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.quantize(256, dither=Image.Dither.NONE).save(out, format="PNG", optimize=True)
+    sheet.save(out, format="PNG", optimize=True)
     return out
+
+
+def _measure_height(task: Task) -> int:
+    """Height of a row's cells: with room for captions only where a picture and a text come together."""
+    captioned = "image,text" in (task.query_modality, task.cand_modality)
+    return _PANEL + 2 * _GAP + (_CAPTION if captioned else 0)
 
 
 def _choose(task: Task, count: int) -> list[tuple[Record, Candidate, int | None]]:
@@ -48,11 +54,9 @@ def _choose(task: Task, count: int) -> list[tuple[Record, Candidate, int | None]
     labels = read_labels(task.labels_path)
     records = [record for record in read_queries(task.query_path) if any(did in pool for did in record.positives)]
     if not records:
-        raise DataError(
-            f"{task.query_path}: no query has a positive in {task.pool_path}; check that both belong together"
-        )
+        raise DataError(f"{task.query_path}: no query has a positive in {task.pool_path}; check that both belong together")
     ordered = sorted(records, key=lambda record: labels[record.qid].steps if record.qid in labels else 0)
-    places = sorted({place * len(ordered) // count for place in range(count)})
+    places = sorted({(2 * place + 1) * len(ordered) // (2 * count) for place in range(count)})
     chosen = []
     for record in (ordered[place] for place in places):
         did = next(did for did in record.positives if did in pool)
@@ -74,7 +78,7 @@ def _draw_cell(
 ) -> None:
     draw = ImageDraw.Draw(sheet)
     left, top = corner
-    draw.rounded_rectangle((left, top, left + _CELL[0], top + _CELL[1]), 8, fill=_CARD, outline=_EDGE)
+    draw.rounded_rectangle((left, top, left + _CELL_WIDTH, top + _measure_height(task)), 8, fill=_CARD, outline=_EDGE)
     _draw_panel(sheet, (left + _GAP, top + _GAP), task.root, record.text, record.image_path)
     arrow = left + _GAP + _PANEL + 5
     middle = top + _GAP + _PANEL // 2
@@ -85,9 +89,7 @@ def _draw_cell(
     _draw_panel(sheet, (left + _GAP + _PANEL + _ARROW, top + _GAP), task.root, answer.text, answer.image_path)
 
 
-def _draw_panel(
-    sheet: Image.Image, corner: tuple[int, int], root: Path, text: str | None, image_path: str | None
-) -> None:
+def _draw_panel(sheet: Image.Image, corner: tuple[int, int], root: Path, text: str | None, image_path: str | None) -> None:
     """A picture with its text below, or the text alone over the whole height."""
     left, top = corner
     if image_path is not None:
@@ -95,7 +97,7 @@ def _draw_panel(
         picture.thumbnail((_PANEL, _PANEL), Image.Resampling.LANCZOS)
         sheet.paste(picture, (left + (_PANEL - picture.width) // 2, top + (_PANEL - picture.height) // 2))
         top += _PANEL + 4
-    lines = _wrap(text or "", 22, 4 if image_path is not None else 9)
+    lines = _wrap(text or "", 22, 5 if image_path is not None else 9)
     if image_path is None:
         top += (_PANEL - 15 * len(lines)) // 2
     ImageDraw.Draw(sheet).multiline_text((left, top), "\n".join(lines), fill=_INK, font=_font(12), spacing=3)

@@ -1,0 +1,48 @@
+# Two commands on a fresh machine: `make demo` runs the main job, `make test` passes the tests. Both set everything up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := data/minibeir
+RUNS := out/runs
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test check format data model model-direct evaluate evidence clean
+
+demo: $(VENV)/ready
+	$(BIN)/traceir demo --out out/demo
+
+test: $(VENV)/ready
+	$(BIN)/pytest
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/mypy
+
+format: $(VENV)/ready
+	$(BIN)/ruff format src tests benchmarks
+	$(BIN)/ruff check --fix src tests benchmarks
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,dev]"
+	touch $@
+
+data: $(DATA)/meta.json
+
+$(DATA)/meta.json: | $(VENV)/ready
+	$(BIN)/traceir minibeir build --scale full --seed 0 --out $(DATA)
+
+# The bundled checkpoint from nothing: lessons, then the single stage of TRACE (hours on one core; resumes where it stopped).
+model: data
+	$(BIN)/traceir --threads 1 train --preset mini-pretrain --data $(DATA) --out $(RUNS)/mini-pretrain
+	$(BIN)/traceir --threads 1 train --preset mini --data $(DATA) --init $(RUNS)/mini-pretrain/checkpoint --out $(RUNS)/mini
+
+evaluate: data
+	$(BIN)/traceir --threads 1 evaluate --data $(DATA) --route auto,direct,reason --out out/evaluate/mini
+
+evidence: $(VENV)/ready
+	$(BIN)/python -m benchmarks.evidence
+
+clean:
+	rm -rf $(VENV) out

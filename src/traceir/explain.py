@@ -1,0 +1,126 @@
+"""What a model is given and what it makes of it: the rendered prompt, its tokens, the supervised ones, the read-out, the route."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Literal
+
+import torch
+
+from traceir.batch import IGNORE, Layout
+from traceir.errors import InputError
+from traceir.model import TraceModel
+from traceir.prompts import EMB, IMAGE_PAD, Prompt, Role
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One position: the token read there, the token taught to be written next (None: not supervised), the read-out."""
+
+    place: int
+    id: int
+    text: str
+    target: str | None
+    readout: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """How one input is read.
+
+    `emb_probability` is that of `<|emb|>` as the first token written, `route` what `auto` makes of it. `readout` is the
+    position of the embedding: of the completion where one was given, else of the direct road.
+    """
+
+    role: Role
+    prompt_version: str
+    read_out: str
+    prompt: str
+    completion: str | None
+    tokens: tuple[Token, ...]
+    readout: int
+    emb_probability: float
+    route: Literal["reason", "direct"]
+    cut: int
+
+
+def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) -> Explanation:
+    """Lays a prompt out as training and serving do, with the completion as the model would be taught to write it.
+
+    A completion of "" stands for the bypass. Raises InputError for a candidate's completion: candidates never reason.
+    """
+    if completion is not None and prompt.role == "candidate":
+        raise InputError("a candidate has no completion, because candidates never reason; explain it as a query instead")
+    processor = model.processor
+    layout = processor.forced(prompt) if completion is None else processor.lay_out(prompt, completion)
+    probability, bypass = _first_step(model, processor.lay_out(prompt))
+    direct = bypass or prompt.role == "candidate" or model.settings.read_out == "last"
+    return Explanation(
+        role=prompt.role,
+        prompt_version=model.settings.prompt_version,
+        read_out=model.settings.read_out,
+        prompt=prompt.show(),
+        completion=completion,
+        tokens=tuple(_tokens(model, layout)),
+        readout=layout.readout,
+        emb_probability=probability,
+        route="direct" if direct else "reason",
+        cut=layout.cut,
+    )
+
+
+def describe(explanation: Explanation) -> str:
+    """The explanation for people: one line a token, the cells of a picture in one line."""
+    lines = [
+        f"{explanation.role}, prompt version {explanation.prompt_version}, read-out {explanation.read_out}",
+        "",
+        "prompt:",
+        *(f"  {line}" for line in explanation.prompt.splitlines()),
+        "",
+        f"{len(explanation.tokens)} tokens (* read-out, -> supervised: what the model learns to write next):",
+        *_token_lines(explanation.tokens),
+        "",
+        f"read-out position: {explanation.readout}",
+        f"P({EMB}) at the first step: {explanation.emb_probability:.4f}",
+        f"route: {explanation.route}",
+        f"text tokens cut: {explanation.cut}",
+    ]
+    if explanation.route == "reason" and explanation.completion is None:
+        lines.append("The model reasons first, so its own read-out lies behind what it writes; --completion shows it.")
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def _first_step(model: TraceModel, layout: Layout) -> tuple[float, bool]:
+    """P(`<|emb|>`) after the prompt alone, and whether it is the arg-max."""
+    batch = model.processor.collate([layout]).to(model.device)
+    logits_V = model.logits(model.hidden(batch)[0, -1]).float()
+    emb = model.processor.emb_id
+    return float(torch.softmax(logits_V, dim=-1)[emb]), int(logits_V.argmax()) == emb
+
+
+def _tokens(model: TraceModel, layout: Layout) -> Iterator[Token]:
+    for place, (number, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True)):
+        wanted = None if target == IGNORE else _token_text(model, target)
+        yield Token(place, number, _token_text(model, number), wanted, place == layout.readout)
+
+
+def _token_text(model: TraceModel, number: int) -> str:
+    """The token as text; a piece of a character stands in the tokenizer's own spelling."""
+    tokenizer = model.processor.tokenizer
+    text = str(tokenizer.decode([number], skip_special_tokens=False))
+    return str(tokenizer.convert_ids_to_tokens(number)) if "\ufffd" in text or not text else text
+
+
+def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
+    for plain, group in groupby(tokens, key=lambda one: one.text == IMAGE_PAD and not one.readout and one.target is None):
+        run = list(group)
+        if plain and len(run) > 1:
+            yield f"  {run[0].place:4d}   {IMAGE_PAD} x {len(run)}"
+            continue
+        for token in run:
+            shown = token.text if token.text.startswith("<|") else repr(token.text)
+            taught = "" if token.target is None else f"  -> {token.target!r}"
+            yield f"  {token.place:4d} {'*' if token.readout else ' '} {shown}{taught}"

@@ -1,0 +1,168 @@
+"""Training configurations by name, and `--set key=value`, which overrides any field of one with a checked value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Final, get_type_hints
+
+from traceir.errors import InputError
+from traceir.learn.small import SmallSize
+from traceir.learn.train import TrainConfig
+
+MINI_DATA: Final = "data/minibeir"
+PRETRAINED: Final = "out/mini-pretrain/checkpoint"
+
+
+def mini_pretrain() -> TrainConfig:
+    """From random weights: name what is in a picture, carry out single edits, recite the encyclopedia (lessons)."""
+    return TrainConfig(
+        data=MINI_DATA,
+        out="out/mini-pretrain",
+        cache="out/minibeir-pixels",
+        teach="lessons",
+        steps=5000,
+        batch=64,
+        family=1,
+    )
+
+
+def mini() -> TrainConfig:
+    """The bundled model: the joint objective on MiniBEIR's pairs, from the pretrained checkpoint."""
+    return TrainConfig(
+        data=MINI_DATA,
+        out="out/mini",
+        cache="out/minibeir-pixels",
+        init=PRETRAINED,
+        steps=8000,
+        batch=32,
+        learning_rate=7e-4,
+    )
+
+
+def mini_direct() -> TrainConfig:
+    """The baseline of `mini`: same pairs, same order, same start, nothing to reason."""
+    return replace(mini(), out="out/mini-direct", reasoning=False)
+
+
+def emoji() -> TrainConfig:
+    """A small model from random weights on a few thousand real pictures."""
+    return TrainConfig(
+        data="data/emoji",
+        out="out/emoji",
+        steps=2600,
+        batch=64,
+        family=2,
+        size=SmallSize(
+            hidden=128, layers=3, inner=352, vision_hidden=96, vision_inner=192, pixels=48, vocabulary=2600
+        ),
+        weight_decay=0.1,
+        temperature=0.05,
+        augment=3,
+        decay=0.4,
+    )  # fmt: skip
+
+
+PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
+    "mini-pretrain": mini_pretrain,
+    "mini": mini,
+    "mini-direct": mini_direct,
+    "emoji": emoji,
+}
+
+
+def resolve(
+    name: str,
+    *,
+    data: str | None = None,
+    out: str | None = None,
+    init: str | None = None,
+    settings: Sequence[str] = (),
+) -> TrainConfig:
+    """The preset with its places and settings replaced; InputError where its data or its own start is not there.
+
+    Other data than the preset's get a pixel cache of their own run, unless `settings` name one.
+    """
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]()
+    config = preset
+    if data is not None and data != preset.data:
+        config = replace(config, data=data, cache="")
+    config = replace(config, out=out or config.out, init=init or config.init)
+    config = override(config, settings)
+    if not Path(config.data).is_dir():
+        remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
+        raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
+    if config.init == PRETRAINED and not Path(config.init).is_dir():
+        raise InputError(f"{config.init} does not exist; run `traceir train --preset mini-pretrain` first, or give --init")
+    return config
+
+
+def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
+    """`key=value` applied in order; `size.hidden` reaches into a field, `weights.TASK` into a table.
+
+    Values are read as the field's type. InputError for an unknown key, which lists the known ones, and for a value of
+    another type.
+    """
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--set {setting!r} is not of the form key=value; write for instance steps=500")
+        config = _replaced(config, key.strip(), key.strip(), value.strip())
+    return config
+
+
+def known_keys(config: Any) -> list[str]:
+    """The keys that `override` takes, nested ones in full."""
+    found: list[str] = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            found += [f"{field.name}.{key}" for key in known_keys(value)]
+        else:
+            found.append(f"{field.name}.NAME" if isinstance(value, dict) else field.name)
+    return found
+
+
+def _replaced(config: Any, path: str, key: str, text: str) -> Any:
+    """`config`, a dataclass, with the field that `path` names replaced; `key` is the whole key, for messages."""
+    name, _, rest = path.partition(".")
+    kinds = get_type_hints(type(config))
+    if name not in kinds:
+        raise InputError(f"--set {key}: {name!r} is unknown; known are {', '.join(known_keys(config))}")
+    value = getattr(config, name)
+    if is_dataclass(value):
+        if not rest:
+            raise InputError(f"--set {key}: it has parts; set one of {', '.join(f'{key}.{k}' for k in known_keys(value))}")
+        return replace(config, **{name: _replaced(value, rest, key, text)})
+    if isinstance(value, dict):
+        if not rest:
+            raise InputError(f"--set {key}: it is a table; set one entry at a time, as in {name}.NAME=2")
+        return replace(config, **{name: {**value, rest: _parse(text, float, key)}})
+    if rest:
+        raise InputError(f"--set {key}: {name} has no parts; known are {', '.join(known_keys(config))}")
+    return replace(config, **{name: _parse(text, kinds[name], key)})
+
+
+def _parse(text: str, kind: Any, key: str) -> Any:
+    if kind is str:
+        return text
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"--set {key}={text}: write true or false")
+        return text.lower() == "true"
+    if kind is int or kind is float:
+        try:
+            number = kind(text)
+        except ValueError as error:
+            wanted = "a whole number" if kind is int else "a number"
+            raise InputError(f"--set {key}={text}: write {wanted}") from error
+        if not math.isfinite(number):
+            raise InputError(f"--set {key}={text}: write a finite number")
+        return number
+    if kind == tuple[int, ...]:
+        return tuple(_parse(part.strip(), int, key) for part in text.split(",") if part.strip())
+    raise InputError(f"--set {key}: a field of type {kind} cannot be set here; change the preset in learn/presets.py")
