@@ -14,7 +14,7 @@ from typing import Final
 
 from traceir.encoder import Encoder
 from traceir.errors import DataError
-from traceir.gallery import Entry, first_right, reasoning_steps, verdict, write_gallery
+from traceir.gallery import Entry, cost, first_right, reasoning_steps, verdict, write_gallery
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.items import Query
@@ -144,12 +144,10 @@ def describe(number: int, answer: Answer, *, top: int = 3) -> str:
     question, encoding = answer.question, answer.result.encoding
     picture = ", ".join(picture.name for picture in question.query.pictures)
     asked = " + ".join(part for part in (f"[{picture}]" if picture else "", question.query.text) if part)
-    tokens = f", {encoding.tokens} tokens" if encoding.tokens else ""
-    cut = ", cut off at the budget" if encoding.truncated else ""
     lines = [
         f"{number}. {question.title} ({question.row}, {_steps(question.steps)})",
         f"   query      {asked}",
-        f"   route      {encoding.route} (P(<|emb|>) {encoding.emb_probability:.2f}{tokens}{cut})",
+        f"   route      {encoding.route} ({cost(encoding)})",
     ]
     for place, step in enumerate(reasoning_steps(encoding.reasoning)):
         lines.append(f"   {'reasoning' if place == 0 else '':9}  {step}")
@@ -174,11 +172,11 @@ def _choose(task: mbeir.Task, wishes: Sequence[Wish]) -> Iterator[tuple[Wish, mb
 def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> Mapping[str, str]:
     """did -> pool line: all positives and distractors of the records, then others in the pool's order up to PER_ROW."""
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
-    needed = dict.fromkeys(did for record in records for did in (*record.positives, *record.negatives) if did in pool)
+    needed = {did for record in records for did in (*record.positives, *record.negatives) if did in pool}
     others = [did for did in pool if did not in needed]
-    chosen = [*needed, *others[: max(0, PER_ROW - len(needed))]]
+    chosen = {*needed, *others[: max(0, PER_ROW - len(needed))]}
     # In the pool's order, which is scattered, so that equal scores favour nobody.
-    return {did: _line(pool[did]) for did in pool if did in set(chosen)}
+    return {did: _line(pool[did]) for did in pool if did in chosen}
 
 
 def _line(candidate: mbeir.Candidate) -> str:

@@ -1,4 +1,4 @@
-"""What a model is given and what it makes of it: the rendered prompt, its tokens, the supervised ones, the read-out, the route."""
+"""What a model is given and what it makes of it: prompt, tokens, the supervised ones among them, read-out, route."""
 
 from __future__ import annotations
 

@@ -69,6 +69,13 @@ def reasoning_steps(reasoning: str) -> list[str]:
     return [step for step in re.split(r";\s+", tidy) if step]
 
 
+def cost(encoding: Encoding) -> str:
+    """What routing saw and what reasoning cost, in words."""
+    tokens = f", {encoding.tokens} token{'' if encoding.tokens == 1 else 's'}" if encoding.tokens else ""
+    cut = ", cut off at the budget" if encoding.truncated else ""
+    return f"P(<|emb|>) {encoding.emb_probability:.3f}{tokens}{cut}"
+
+
 def first_right(hits: Sequence[Hit], right: frozenset[str]) -> int | None:
     """Rank of the first right hit, from 1; None where none of them is."""
     return next((hit.rank for hit in hits if hit.id in right), None)
@@ -98,16 +105,14 @@ def _section(number: int, entry: Entry, cards: int) -> str:
     shown = "".join(_card(hit, entry.right) for hit in entry.hits[:cards]) or '<p class="none">no hits</p>'
     return (
         f'<section><header><h2><span class="number">{number}</span> {_text(entry.title)}</h2>{_badge(entry.encoding)}{judged}'
-        f'{f"<small>{_text(entry.note)}</small>" if entry.note else ""}</header>'
+        f"{f'<small>{_text(entry.note)}</small>' if entry.note else ''}</header>"
         f'<div class="row"><div class="asked">{_query(entry.query)}{_reasoning(entry.encoding)}</div>'
         f'<div class="hits">{shown}</div></div></section>'
     )
 
 
 def _badge(encoding: Encoding) -> str:
-    tokens = f", {encoding.tokens} tokens" if encoding.tokens else ""
-    cut = ", cut off at the budget" if encoding.truncated else ""
-    hint = f"P(&lt;|emb|&gt;) {encoding.emb_probability:.3f}{tokens}{cut}"
+    hint = _text(cost(encoding))
     return f'<span class="badge {encoding.route}" title="{hint}">{encoding.route}</span><small>{hint}</small>'
 
 

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
 from traceir.errors import ModelError
-from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START, PromptVersion
+from traceir.prompts import EMB, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START, PromptVersion
 from traceir.prompts import check_version as check_prompt_version
 
 FORMAT: Final = 1
@@ -227,8 +227,6 @@ def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, im
     ):
         setattr(config, field, tokenizer.convert_tokens_to_ids(token))
     config.text_config.pad_token_id = None
-    config.text_config.bos_token_id = tokenizer.convert_tokens_to_ids(PAD)
-    config.text_config.eos_token_id = tokenizer.convert_tokens_to_ids(TURN_END)
     network = Qwen2_5_VLForConditionalGeneration(config)
     add_emb_token(network, tokenizer)
     return wrap(network.eval(), tokenizer, settings, image)

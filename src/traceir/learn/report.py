@@ -113,7 +113,8 @@ def steps_report(runs: Mapping[str, tuple[Path, str]], out: Path) -> Path:
         "R@k: share of queries with a right candidate among the first k, in percent, pooled over rows. [low, high]: 95 % "
         f"percentile bootstrap interval over queries ({RESAMPLES:,} resamples, seed {SEED}). Differences are in points and "
         "their intervals paired: both runs are resampled by the same queries. Exactly right: of the queries whose label holds "
-        "a reasoning, those where the model wrote it to the letter.\n",
+        "a reasoning, those where the model wrote it to the letter. An interval without width (all queries alike) says only that "
+        "resampling cannot look beyond these queries.\n",
     ]
     _write(file, "\n".join(part for part in parts if part))
     return file
@@ -173,7 +174,8 @@ def routes_report(folder: Path) -> str:
         )
         parts += ["\n".join(lines), f"\nqueries/s: {speed}.\n"]
     parts.append(
-        "Row metric: hit@5, on fashion rows hit@10, pooled over queries. [low, high]: 95 % bootstrap interval, paired for the difference.\n"
+        "Row metric: hit@5, on fashion rows hit@10, pooled over queries. [low, high]: 95 % bootstrap interval, paired for the "
+        "difference. The routes were timed one after the other; benchmarks/encoder.py times them in pairs.\n"
     )
     return "\n".join(parts)
 
@@ -316,9 +318,10 @@ def _route_line(run: Run, first: Run, keys: Sequence[Key], rows: Sequence[str]) 
     speeds = [(scored[row]["queries"], scored[row]["queries_per_second"]) for row in rows]
     known = speeds and all(speed > 0 for _, speed in speeds)
     speed = sum(count for count, _ in speeds) / sum(count / speed for count, speed in speeds) if known else None
+    hits = f"{_mean(run.hits(keys, 1))} | {_difference(run, first, keys, 1)} | {_percent(run.metric_hits(keys).mean())}"
     return (
-        f"| {run.route} | {_mean(run.hits(keys, 1))} | {_difference(run, first, keys, 1)} | {_percent(run.metric_hits(keys).mean())} "
-        f"| {tokens:.1f} | {_share(run.reasoned(keys).mean())} | {'–' if speed is None else f'{speed:.1f}'} |"
+        f"| {run.route} | {hits} | {tokens:.1f} "
+        f"| {_share(run.reasoned(keys).mean())} | {'–' if speed is None else f'{speed:.1f}'} |"
     )
 
 
@@ -367,9 +370,8 @@ def _plot(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]], file: Path) ->
 
 def _header(runs: Sequence[Run]) -> str:
     about = runs[0].results
-    lines = [
-        f"Data {about.get('data') or '(no fingerprint)'}, split {about.get('split')}, first {about.get('limit') or 'all'} queries.\n"
-    ]
+    extent = f"the first {about['limit']} queries of each row" if about.get("limit") else "all queries"
+    lines = [f"Data {about.get('data') or '(no fingerprint)'}, split {about.get('split')}, {extent}.\n"]
     for run in runs:
         threshold = run.results.get("threshold")
         knob = "" if threshold is None else f", threshold {threshold}"

@@ -85,6 +85,8 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "num_hidden_layers": size.layers,
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.key_heads,
+            "bos_token_id": tokenizer.convert_tokens_to_ids(PAD),
+            "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END),
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
             "tie_word_embeddings": True,
