@@ -90,7 +90,7 @@ class ImageBudget:
 class Processor:
     """Tokenizer and picture settings of one checkpoint, turning Prompts into Layouts and Layouts into a Batch.
 
-    `pixel_store` maps a picture's name to already resized pixels (training fills it so that no picture is decoded twice).
+    `pixel_store` maps a picture's path to already resized pixels (training fills it so that no picture is decoded twice).
     Thread-safe for reading.
     """
 
@@ -167,7 +167,7 @@ class Processor:
     def pixels(self, picture: Picture) -> Pixels:
         """The picture at the model's budget: uint8 [H, W, 3], H and W multiples of patch x merge (Qwen's smart resize)."""
         if self.pixel_store is not None:
-            stored = self.pixel_store.get(picture.name)
+            stored = self.pixel_store.get(str(picture.path or picture.name))
             if stored is not None:
                 return stored
         image = picture.load()

@@ -144,8 +144,10 @@ class Encoder:
         self, numbers: list[int], batch: Batch, finish: Callable[[int, Encoding], None], keep_probability: bool
     ) -> None:
         hidden_BTD = self.model.hidden(batch)
-        state_BD = hidden_BTD[torch.arange(len(numbers), device=hidden_BTD.device), batch.readout]
-        probability_B = self._emb_probability(self.model.logits(state_BD)) if keep_probability else None
+        rows = torch.arange(len(numbers), device=hidden_BTD.device)
+        state_BD = hidden_BTD[rows, batch.readout]
+        predicting = batch.readout - 1 if self.model.settings.read_out == "at_token" else batch.readout
+        probability_B = self._emb_probability(self.model.logits(hidden_BTD[rows, predicting])) if keep_probability else None
         for row, vector in enumerate(_unit(state_BD)):
             chance = float(probability_B[row]) if probability_B is not None else 1.0
             finish(numbers[row], Encoding(vector, "direct", "", 0, chance, False))

@@ -66,7 +66,7 @@ def write_gallery(
 def reasoning_steps(reasoning: str) -> list[str]:
     """A reasoning split into its steps at each "; ", without the blanks that a tokenizer leaves before punctuation."""
     tidy = re.sub(r"\s+([,.;:?!])", r"\1", reasoning.strip())
-    return [step for step in re.split(r";\s+", tidy) if step]
+    return [step for step in re.split(r";(?:\s+|$)", tidy) if step]
 
 
 def cost(encoding: Encoding) -> str:

@@ -111,7 +111,7 @@ def render_query(query: Query, version: PromptVersion) -> Prompt:
     else:
         words = f"query {query.modality.replace(',', ' ')} find {target.replace(',', ' ')}."
         opening = (*_open("user"), words + " ")
-    instruction = [UserText(query.instruction.strip() + "\n")] if query.instruction and query.instruction.strip() else []
+    instruction = [UserText(normalise(query.instruction) + "\n")] if normalise(query.instruction) else []
     return _finish(opening, (*instruction, *_body(query.parts)), "query", version)
 
 
@@ -126,6 +126,17 @@ def render_candidate(item: Item, version: PromptVersion) -> Prompt:
     else:
         opening = (*_open("user"), f"candidate {item.modality.replace(',', ' ')}. ")
     return _finish(opening, _body(item.parts), "candidate", version)
+
+
+def normalise(text: str | None) -> str:
+    """M-BEIR's text form: no carriage returns, outer blanks or quotation marks; a capital first, a full stop last.
+
+    Every text passes through it on its way into a prompt, so that training, evaluation and search read the same form.
+    """
+    kept = (text or "").replace("\r", "").strip().strip('"')
+    if not kept:
+        return ""
+    return kept[0].upper() + kept[1:] + ("" if kept[-1] in ".?!" else ".")
 
 
 def completion_text(reasoning: str | None, answer: str | None) -> str:
@@ -164,6 +175,6 @@ def _body(parts: tuple[Part, ...]) -> tuple[Piece, ...]:
     for part in parts:
         if isinstance(part, Picture):
             pieces += [Special(VISION_START), part, Special(VISION_END)]
-        elif part.strip():
-            pieces.append(UserText(part.strip()))
+        elif normalise(part):
+            pieces.append(UserText(normalise(part)))
     return tuple(pieces)

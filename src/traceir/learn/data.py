@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +66,12 @@ class PairData(TaskData):
         prompts: Sequence[str],
         candidates: Mapping[str, mbeir.Candidate],
         labels: Mapping[str, mbeir.Label],
+        any_target: float = 0.0,
     ) -> None:
         super().__init__(name, records)
         self.pairs, self.root, self.prompts = records, root, prompts
         self.candidates, self.labels = candidates, labels
+        self.any_target = any_target
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
         record = self.pairs[number]
@@ -79,8 +81,11 @@ class PairData(TaskData):
             raise DataError(f"query {record.qid}: positive {chosen} is not in the train pool of {self.root}")
         label = self.labels.get(record.qid)
         completion = completion_text(label.reasoning, label.answer) if label and label.z else ""
+        query = mbeir.to_query(record, prompt, self.root)
+        if self.any_target and draw.random() < self.any_target:
+            query = replace(query, target=None)
         return Example(
-            mbeir.to_query(record, prompt, self.root),
+            query,
             completion,
             mbeir.to_item(self.candidates[chosen], self.root),
             frozenset(record.positives),
@@ -100,8 +105,11 @@ class LessonData(TaskData):
         return Example(Query.of(text=prompt or None, image=picture), target, None, frozenset())
 
 
-def read_pairs(root: Path, *, reasoning: bool) -> list[PairData]:
-    """The train split of an M-BEIR folder, one PairData a task; `reasoning` false drops the labels (the direct baseline)."""
+def read_pairs(root: Path, *, reasoning: bool, any_target: float = 0.0) -> list[PairData]:
+    """The train split of an M-BEIR folder, one PairData a task; `reasoning` false drops the labels (the direct baseline).
+
+    `any_target` is the share of examples that do not say which modality they look for.
+    """
     pool_file = root / "cand_pool" / "global" / "mbeir_union_train_cand_pool.jsonl"
     candidates = {candidate.did: candidate for candidate in mbeir.read_pool(pool_file)}
     instructions = mbeir.read_instructions(root)
@@ -115,7 +123,7 @@ def read_pairs(root: Path, *, reasoning: bool) -> list[PairData]:
         for task_id, records in sorted(by_task.items()):
             asked, sought = mbeir.TASK_MODALITIES[task_id]
             prompts = instructions.prompts(int(records[0].qid.split(":")[0]), asked, sought)
-            found.append(PairData(f"{dataset}_task{task_id}", records, root, prompts, candidates, labels))
+            found.append(PairData(f"{dataset}_task{task_id}", records, root, prompts, candidates, labels, any_target))
     if not found:
         raise TrainError(f"{root} has no query/train/*.jsonl; build or download the train split first")
     return found
@@ -205,7 +213,7 @@ class PixelStore(Mapping[str, Pixels]):
     """Resized pictures of a folder in one memory-mapped file, so that no run decodes a picture twice.
 
     Lies in `<cache>/<budget>/`: pixels.bin (uint8), names.json [[path, offset, height, width], ...]
-    written last. Keys are absolute paths as Picture.name gives them.
+    written last. Keys are the pictures' full paths.
     """
 
     def __init__(self, folder: Path, root: Path) -> None:

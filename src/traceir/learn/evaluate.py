@@ -1,7 +1,7 @@
 """Scores a checkpoint on any folder in M-BEIR's layout: hit@k in local pools, routing, reasoning and cost, for each route.
 
 A query is hit at k if any of its positives is among the first k (M-BEIR's rule). Ties are pessimistic: a candidate that is not
-right and scores the same as a right one counts as ranked above it.
+right and scores the same as a right one, to within TIE, counts as ranked above it.
 """
 
 from __future__ import annotations
@@ -14,19 +14,22 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from traceir.encoder import Encoder
-from traceir.errors import DataError, InputError
+from traceir.errors import DataError, InputError, ModelError
 from traceir.items import Encoding, Route, Vector
 from traceir.learn import mbeir
 from traceir.prompts import completion_text
 
 log = logging.getLogger(__name__)
+
+# Cosines closer than this are one score: equal candidates encoded in different batches differ by rounding.
+TIE: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ def evaluate(
         if not missing:
             continue
         pool_ids, pool_ND, seconds = _encode_pool(encoder, task, data, progress)
+        if not np.isfinite(pool_ND).all():
+            raise ModelError(f"{task.name}: the model's vectors are not finite; the checkpoint has diverged")
         for route in missing:
             judged, spent = _judge(encoder, task, data, instructions, route, pool_ids, pool_ND, limit, progress)
             _append(out / f"queries-{route}.jsonl", task.name, judged)
@@ -95,9 +100,7 @@ def evaluate(
             results["routes"].setdefault(route, {})[task.name] = row
             log.info("%s %s: hit@%d %.1f", task.name, route, task.metric_k, 100 * row[f"hit@{task.metric_k}"])
             _write_json(out / "results.json", results)
-    for route in routes:
-        named = {task.name: results["routes"][route][task.name] for task in tasks}
-        results["average"] = {**results.get("average", {}), route: average(named)}
+    results["average"] = {route: average(scored) for route, scored in results["routes"].items()}
     _write_json(out / "results.json", results)
     return results
 
@@ -149,7 +152,7 @@ def average(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
 def rank_positives(scores_QN: npt.NDArray[np.float32], relevant_QN: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
     """Rank (from 1) of the best positive of each query; N + 1 where the pool holds none. Ties count against the query."""
     best = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1)
-    above = ((scores_QN >= best[:, None]) & ~relevant_QN).sum(axis=1)
+    above = (~(scores_QN < best[:, None] - TIE) & ~relevant_QN).sum(axis=1)  # a score that is not a number counts as above
     ranks: npt.NDArray[np.int64] = np.where(relevant_QN.any(axis=1), above + 1, scores_QN.shape[1] + 1)
     return ranks
 

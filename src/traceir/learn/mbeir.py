@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from traceir.errors import DataError
 from traceir.items import Item, Modality, Query
 from traceir.pictures import Picture
+from traceir.prompts import normalise
 
 Split = Literal["train", "val", "test"]
 
@@ -334,14 +335,6 @@ def pool_path(root: Path | str, dataset: str, task_id: int, split: Split) -> Pat
     own = folder / f"mbeir_{dataset}_task{task_id}_{split}_cand_pool.jsonl"
     shared = folder / f"mbeir_{dataset}_task{task_id}_cand_pool.jsonl"
     return own if own.exists() or (dataset == "mscoco" and not shared.exists()) else shared
-
-
-def normalise(text: str | None) -> str:
-    """M-BEIR's text form: no carriage returns, outer blanks or quotation marks; a capital first, a full stop last."""
-    kept = (text or "").replace("\r", "").strip().strip('"')
-    if not kept:
-        return ""
-    return kept[0].upper() + kept[1:] + ("" if kept[-1] in ".?!" else ".")
 
 
 def query_text(record: Record, prompt: str) -> str:

@@ -33,6 +33,8 @@ class SmallSize:
     patch: int = 8
     pixels: int = 48
     vocabulary: int = 2048
+    initial: float = 0.02
+    """Standard deviation of the random weights."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -85,6 +87,7 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "num_hidden_layers": size.layers,
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.key_heads,
+            "initializer_range": size.initial,
             "bos_token_id": tokenizer.convert_tokens_to_ids(PAD),
             "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END),
             "max_position_embeddings": 4096,
@@ -92,6 +95,7 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "tie_word_embeddings": True,
         },
         vision_config={
+            "initializer_range": size.initial,
             "depth": size.vision_layers,
             "hidden_size": size.vision_hidden,
             "intermediate_size": size.vision_inner,

@@ -69,6 +69,8 @@ class TrainConfig:
     temperature: float = 0.04
     lambda_gen: float = 1.0
     lambda_ret: float = 1.0
+    any_target: float = 0.1
+    """Share of queries that do not name the modality they look for, so that a search without one is no surprise."""
     augment: int = 0
     """Pictures are shifted by up to this many pixels (of the model's view) in training; 0 shows them as they are."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -211,7 +213,7 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
     if config.teach in ("lessons", "both"):
         tasks.append(read_lessons(root))
     if config.teach in ("pairs", "both"):
-        tasks += read_pairs(root, reasoning=config.reasoning)
+        tasks += read_pairs(root, reasoning=config.reasoning, any_target=config.any_target)
     if not tasks:
         raise TrainError(f"teach={config.teach!r} is unknown; choose pairs, lessons or both")
     names = {task.name for task in tasks}

@@ -1,0 +1,352 @@
+"""The command line: verbs end to end on a small random model, streams and exit codes, presets and their overrides."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import both_roads, make_queries, picture, random_model
+
+from traceir import cli, items
+from traceir.batch import IGNORE
+from traceir.encoder import Encoder
+from traceir.errors import InputError, ModelError
+from traceir.explain import describe, explain
+from traceir.index.filters import matches
+from traceir.items import Item, Query
+from traceir.learn.minibeir import rows
+from traceir.learn.presets import PRESETS, known_keys, override, resolve
+from traceir.learn.small import SmallSize
+from traceir.learn.train import TrainConfig
+from traceir.model import TraceModel, load, save
+from traceir.prompts import EMB, render_candidate, render_query
+
+SMALL = "hidden=48 layers=1 heads=4 inner=64 vision_hidden=32 vision_layers=1 vision_heads=2 vision_inner=32 vocabulary=400"
+HINT = "(unexpected; run it again with -v for the traceback)"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(both_roads(random_model(), make_queries()), tmp_path_factory.mktemp("models") / "random")
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint: Path) -> TraceModel:
+    return load(checkpoint)
+
+
+@pytest.fixture
+def things(tmp_path: Path) -> Path:
+    """Two pictures, a text, lines with fields; one file that is no picture."""
+    folder = tmp_path / "things"
+    folder.mkdir()
+    for number in range(2):
+        picture(number).load().save(folder / f"{number}.png")
+    (folder / "note.txt").write_text("a green cone")
+    (folder / "broken.png").write_bytes(b"no picture")
+    lines = [{"id": f"line{n}", "text": f"cube {n}", "year": 1990 + n, "code": str(1990 + n)} for n in range(3)]
+    (folder / "more.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def write_benchmark(root: Path) -> Path:
+    """Four pairs of picture+words and picture in M-BEIR's layout, the same for training and for testing."""
+    (root / "mbeir_images").mkdir(parents=True)
+    queries, pool, labels = [], [], []
+    for number in range(4):
+        picture(number).load().save(root / "mbeir_images" / f"{number}.png")
+        queries.append({"qid": f"8:{number}", "query_txt": f"make it red then {number}", "query_modality": "image,text",
+                        "query_img_path": f"mbeir_images/{number}.png", "pos_cand_list": [f"8:{number}"],
+                        "neg_cand_list": [], "task_id": 7})  # fmt: skip
+        pool.append({"did": f"8:{number}", "txt": None, "img_path": f"mbeir_images/{number}.png", "modality": "image"})
+        labels.append({"qid": f"8:{number}", "steps": 2, "z": 1, "reasoning": "see a cube; red", "answer": "red cube"})
+    for name, lines in {
+        "query/test/mbeir_cirr_task7_test.jsonl": queries,
+        "query/train/mbeir_cirr_train.jsonl": queries,
+        "cot/test/mbeir_cirr_task7_test_cot.jsonl": labels,
+        "cot/train/mbeir_cirr_train_cot.jsonl": labels,
+        "cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl": pool,
+        "cand_pool/global/mbeir_union_train_cand_pool.jsonl": pool,
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (root / "instructions").mkdir()
+    (root / "instructions" / "query_instructions.tsv").write_text(
+        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\nimage,text\timage\tCIRR\t8\tFind the change.\n"
+    )
+    return root
+
+
+def run(*arguments: object) -> int:
+    return cli.main([str(argument) for argument in arguments])
+
+
+def fill(things: Path, index: Path, checkpoint: Path) -> int:
+    return run("index", "add", things, things / "more.jsonl", "--index", index, "--model", checkpoint, "--batch", 3)
+
+
+def test_help_loads_nothing_heavy() -> None:
+    script = """
+import sys
+from traceir.cli import main
+for words in ([], ["index", "add"], ["search"], ["explain"], ["evaluate"], ["minibeir", "build"], ["train"], ["demo"]):
+    try:
+        main([*words, "--help"])
+    except SystemExit as done:
+        assert done.code == 0, words
+print("heavy:", sorted({"torch", "numpy", "PIL", "transformers"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("heavy: []\n") and "--preset" in done.stdout
+
+
+def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
+    assert cli.ROUTES == items.ROUTES and set(cli.MODALITIES) == set(items.MODALITIES)
+    assert tuple(PRESETS) == cli.PRESETS and cli.SCALES == rows.SCALES
+
+
+def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "src" / "traceir" / "cli.py"))
+    monkeypatch.delenv("TRACEIR_MODEL", raising=False)
+    with pytest.raises(ModelError, match="--model"):
+        cli.bundled_model()
+    (tmp_path / "models" / "mini").mkdir(parents=True)
+    (tmp_path / "models" / "mini" / "config.json").write_text("{}")
+    assert cli.bundled_model() == tmp_path / "models" / "mini"
+    monkeypatch.setenv("TRACEIR_MODEL", "/elsewhere")
+    assert cli.bundled_model() == Path("/elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("two\nlines"), 2, "traceir: error: two lines\n"),
+        (KeyboardInterrupt(), 130, "traceir: error: interrupted\n"),
+        (ZeroDivisionError("odd"), 1, f"traceir: error: ZeroDivisionError: odd {HINT}\n"),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line_and_an_exit_code(
+    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise error
+
+    monkeypatch.setattr(cli, "_index_info", fail)
+    assert run("index", "info", "--index", "x") == code
+    assert capsys.readouterr() == ("", said)
+    assert run("index", "info", "--index", "x", "-v") == code
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_index_is_filled_described_searched_and_pruned(
+    things: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    assert fill(things, index, checkpoint) == 1
+    seen = capsys.readouterr()
+    assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 1; 6 items")
+    assert "broken.png" in seen.err
+    (things / "broken.png").unlink()
+    assert fill(things, index, checkpoint) == 0
+    assert capsys.readouterr().out.startswith("added 0, updated 0, skipped 6")
+
+    assert run("index", "info", "--index", index, "--json") == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["count"] == 6 and info["counts"] == {"image": 2, "text": 4} and info["cells"] == 0
+    assert run("index", "optimise", "--index", index) == 0
+    assert run("index", "info", "--index", index) == 0
+    assert "6 (2 image, 4 text)" in capsys.readouterr().out
+
+    assert run("index", "rm", "--index", index, "note.txt", "line1") == 0
+    assert run("index", "rm", "--index", index, "note.txt") == 1
+    seen = capsys.readouterr()
+    assert seen.out == "removed 2\nremoved 0\n" and "note.txt" in seen.err
+
+
+def test_a_search_prints_what_the_encoder_and_the_index_say(
+    things: Path, tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    fill(things, index, checkpoint)
+    capsys.readouterr()
+    words = ("--index", index, "--model", checkpoint, "--image", things / "0.png", "--text", "then a ball", "-k", 2)
+    assert run("search", *words, "--modality", "text", "--route", "reason", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    query = Query.of(text="then a ball", image=picture(0), target="text")
+    (encoding,) = Encoder(loaded).encode_queries([query], route="reason")
+    assert found["route"] == "reason" and found["reasoning"] == encoding.reasoning and found["tokens"] == encoding.tokens > 0
+    assert [hit["rank"] for hit in found["hits"]] == [1, 2] and {hit["modality"] for hit in found["hits"]} == {"text"}
+    assert found["hits"][0]["score"] >= found["hits"][1]["score"]
+
+    assert run("search", *words, "--route", "direct", "--modality", "image") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("route      direct") and len(printed) == 3
+    assert {"0.png", "1.png"} == {line.split()[2] for line in printed[1:]}
+
+    assert run("search", *words, "--where", "year=1991", "--json") == 0
+    assert [hit["id"] for hit in json.loads(capsys.readouterr().out)["hits"]] == ["line1"]
+    assert run("search", *words, "--approximate") == 2
+    assert "build_approximate" in capsys.readouterr().err
+
+
+def test_wrong_input_is_refused_before_a_model_is_loaded(
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_model(*_: object) -> Any:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_encoder", no_model)
+    index = tmp_path / "index"
+    assert run("search", "--index", index) == 2
+    assert run("search", "--index", index, "--text", "a") == 2
+    assert run("search", "--index", index, "--image", tmp_path / "none.png") == 2
+    assert run("search", "--index", index, "--text", "a", "--where", "year") == 2
+    assert run("index", "add", things, tmp_path / "none", "--index", index) == 2
+    assert run("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast") == 2
+    assert run("evaluate", "--data", tmp_path / "none", "--out", tmp_path / "out") == 2
+    assert run("explain", "--candidate", "--text", "a", "--modality", "text") == 2
+    assert not index.exists()
+    assert "'fast'" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run("search", "--index", index, "--text", "a", "-k", 0)
+
+
+def test_conditions_match_text_and_what_it_reads_as() -> None:
+    where = cli.parse_where(["year=1991", "code=a=b"])
+    assert where is not None
+    assert matches(where, "x", "text", {"year": 1991, "code": "a=b"})
+    assert matches(where, "x", "text", {"year": "1991", "code": "a=b"})
+    assert not matches(where, "x", "text", {"year": 1992, "code": "a=b"})
+    assert not matches(where, "x", "text", {"year": 1991, "code": "a"})
+    none = cli.parse_where(["gone=null"])
+    assert none is not None and matches(none, "x", "text", {}) and not matches(none, "x", "text", {"gone": 0})
+    assert cli.parse_where([]) is None
+
+
+def test_stored_text_cannot_steer_the_terminal(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "red\x1b[31m\ncube"}) + "\n")
+    assert run("index", "add", tmp_path / "a.jsonl", "--index", tmp_path / "i", "--model", checkpoint) == 0
+    assert run("search", "--index", tmp_path / "i", "--model", checkpoint, "--text", "a", "--route", "direct") == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.splitlines()[-1].endswith("red [31m cube")
+
+
+def test_an_explanation_shows_what_is_supervised_and_read(
+    loaded: TraceModel, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    query = Query.of(text="then make one red", image=picture(3), instruction="find it", target="image")
+    prompt = render_query(query, "brief-1")
+    found = explain(loaded, prompt, "red cube")
+    layout = loaded.processor.lay_out(prompt, "red cube")
+    assert [token.target is not None for token in found.tokens] == (layout.targets != IGNORE).tolist()
+    taught = [token.target for token in found.tokens if token.target is not None]
+    assert taught[-1] == EMB and "".join(taught[:-1]).split() == ["red", "cube"]
+    assert [token.place for token in found.tokens if token.readout] == [found.readout] == [len(found.tokens) - 1]
+    (encoding,) = Encoder(loaded).encode_queries([query])
+    assert found.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and found.route == encoding.route
+    assert found.cut == 0 and "-> '<|emb|>'" in describe(found) and "<|image_pad|> x 9" in describe(found)
+
+    candidate = explain(loaded, render_candidate(Item.of(text="red"), "brief-1"))
+    assert candidate.route == "direct" and all(token.target is None for token in candidate.tokens)
+    with pytest.raises(InputError, match="never reason"):
+        explain(loaded, render_candidate(Item.of(text="red"), "brief-1"), "red")
+    assert run("explain", "--model", checkpoint, "--text", "red " * 2000, "--modality", "text") == 0
+    cut = int(capsys.readouterr().out.partition("text tokens cut: ")[2].split()[0])
+    assert cut == len(loaded.processor.plain_ids(("red " * 2000).strip())) - loaded.processor.max_text_tokens > 0
+
+
+def test_evaluate_prints_a_table_and_writes_the_results(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = write_benchmark(tmp_path / "data"), tmp_path / "out"
+    words = ("evaluate", "--data", data, "--model", checkpoint, "--out", out, "--rows", "cirr", "--limit", 3)
+    assert run(*words, "--route", "direct", "--route", "auto,reason") == 0
+    printed = capsys.readouterr()
+    results = json.loads((out / "results.json").read_text())
+    assert list(results["routes"]) == ["direct", "auto", "reason"] and "results.json" in printed.err
+    assert printed.out.count("| cirr_task7 |") == 3
+    assert {row["cirr_task7"]["queries"] for row in results["routes"].values()} == {3}
+    assert run(*words[:-4], "--rows", "cirr,none") == 2
+
+
+def test_the_benchmark_verbs_pass_their_options_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("traceir.learn.minibeir.build.build", lambda out, **options: asked.update(options) or out)
+    assert run("minibeir", "build", "--out", tmp_path / "m", "--scale", "full", "--seed", 3, "--workers", 2) == 0
+    assert asked == {"scale": "full", "seed": 3, "workers": 2} and capsys.readouterr().out == f"{tmp_path / 'm'}\n"
+    data = write_benchmark(tmp_path / "data")
+    assert run("minibeir", "sheet", "--data", data, "--out", tmp_path / "sheet.png") == 0
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_runs_a_preset_with_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_benchmark(tmp_path / "data")
+    settings = [f"size.{one}" for one in SMALL.split()] + ["steps=2", "batch=2", "family=1", "mixed_precision=false"]
+    words = ["train", "--preset", "emoji", "--data", data, "--out", tmp_path / "run"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    assert run(*words) == 0
+    assert Path(capsys.readouterr().out.strip()) == tmp_path / "run" / "checkpoint"
+    meta = json.loads((tmp_path / "run" / "meta.json").read_text())
+    assert meta["config"]["steps"] == 2 and meta["config"]["size"]["hidden"] == 48 and meta["config"]["temperature"] == 0.05
+    assert load(tmp_path / "run" / "checkpoint").width == 48
+    assert run(*words, "--resume-from", tmp_path) == 2
+
+
+def test_overrides_take_their_type_from_the_field() -> None:
+    config = TrainConfig(data="d", out="o")
+    settings = [
+        "steps=7",
+        "learning_rate=3e-4",
+        "reasoning=False",
+        "keep=10,20",
+        "size.hidden=128",
+        "weights.cirr_task7=4",
+        "init=a=b",
+    ]
+    found = override(config, settings)
+    assert (found.steps, found.learning_rate, found.reasoning, found.keep) == (7, 3e-4, False, (10, 20))
+    assert found.size == SmallSize(hidden=128) and found.weights == {"cirr_task7": 4.0} and found.init == "a=b"
+    assert config == TrainConfig(data="d", out="o")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("stepz=3", "stepz.*steps.*weights.NAME.*size.hidden"),
+        ("size.wide=3", "wide.*hidden"),
+        ("size=3", "size.hidden"),
+        ("steps.a=3", "steps has no parts"),
+        ("weights=3", "weights.NAME"),
+        ("steps=3.5", "whole number"),
+        ("temperature=nan", "finite"),
+        ("reasoning=1", "true or false"),
+        ("steps", "key=value"),
+    ],
+)
+def test_a_wrong_override_names_the_remedy(setting: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        override(TrainConfig(data="d", out="o"), [setting])
+
+
+def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, preset in PRESETS.items():
+        config = preset()
+        assert config.batch % config.family == 0 and "size.hidden" in known_keys(config), name
+        with pytest.raises(InputError, match="does not exist"):
+            resolve(name)
+    with pytest.raises(InputError, match="mini-pretrain"):
+        resolve("mini", data=str(tmp_path))
+    mini, direct = (resolve(name, data=str(tmp_path), init="random", out="o") for name in ("mini", "mini-direct"))
+    assert mini.reasoning and not direct.reasoning and mini == override(direct, ["reasoning=true"])
+    assert mini.cache == "" and PRESETS["mini"]().cache != ""  # pixels of other data are not mixed in

@@ -1,0 +1,138 @@
+"""The documents against the code: links resolve, commands parse, Python examples name what exists, the file list is whole."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from traceir.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "traceir"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+EDGE = {"cli.py", "demo.py"}
+"""The outer edge of the serving road, which may import the learning road."""
+
+_FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INDENTED = re.compile(r"^(?: {4,}|\t).*$", re.MULTILINE)
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_VERB = re.compile(r"\btraceir((?: +[a-z]+)+)")
+
+page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+
+
+def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The verbs of a parser; {} where it has none."""
+    found: dict[str, argparse.ArgumentParser] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found.update(action.choices)
+    return found
+
+
+def named_verbs(text: str) -> Iterator[list[str]]:
+    """The words after `traceir` in inline code."""
+    for span in re.findall(r"`([^`\n]+)`", _FENCED.sub("", text)):
+        if match := _VERB.match(span):
+            yield match[1].split()
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every `traceir` command line in a fenced shell block or an indented block."""
+    shell = "\n".join(body for language, body in _FENCED.findall(text) if language in ("", "sh"))
+    indented = "\n".join(_INDENTED.findall(_FENCED.sub("", text)))
+    for line in f"{shell}\n{indented}".replace("\\\n", " ").splitlines():
+        if line.strip().startswith("traceir "):
+            yield shlex.split(line, comments=True)[1:]
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def missing_verbs(words: list[str]) -> list[str]:
+    """The words, up to the first one that is no verb; [] where all verbs exist."""
+    parser = build_parser()
+    for number, word in enumerate(words, start=1):
+        known = choices(parser)
+        if not known:
+            return []
+        if word not in known:
+            return words[:number]
+        parser = known[word]
+    return []
+
+
+@page
+def test_relative_links_resolve(path: Path) -> None:
+    targets = [target.partition("#")[0] for target in _LINK.findall(path.read_text(encoding="utf-8"))]
+    relative = [target for target in targets if target and not re.match(r"[a-z]+:", target)]
+    broken = [target for target in relative if not (path.parent / target).exists()]
+    assert not broken, f"{path.name} links to {broken}, which do not exist"
+
+
+@page
+def test_named_verbs_exist(path: Path) -> None:
+    wrong = [missing for words in named_verbs(path.read_text(encoding="utf-8")) if (missing := missing_verbs(words))]
+    assert not wrong, f"{path.name} names {wrong}, which the command line does not have"
+
+
+@page
+def test_commands_parse(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in commands(path.read_text(encoding="utf-8")):
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"{path.name}: traceir {shlex.join(arguments)}\n{capsys.readouterr().err}")
+
+
+@page
+def test_python_examples_import_what_exists(path: Path) -> None:
+    for language, body in _FENCED.findall(path.read_text(encoding="utf-8")):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(body)):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "traceir":
+                module = importlib.import_module(node.module)
+                absent = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not absent, f"{path.name}: {node.module} has no {absent}"
+
+
+def test_the_readers_above_find_something() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(_LINK.findall(readme)) >= 5 and list(commands(readme))
+    assert list(named_verbs((ROOT / "docs" / "engineers.md").read_text(encoding="utf-8")))
+    assert list(commands("    traceir search --index a\n")) == [["search", "--index", "a"]]
+    assert missing_verbs(["index", "ad"]) == ["index", "ad"] and not missing_verbs(["index", "add", "photos"])
+
+
+def test_the_file_list_of_the_architecture_is_true_and_whole() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `([\w/]+\.py)` \|", text, re.MULTILINE))
+    assert not {name for name in listed if not (SOURCE / name).is_file()}
+    there = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert there and not there - listed, f"ARCHITECTURE.md does not list {sorted(there - listed)}"
+
+
+def test_the_import_rule_holds() -> None:
+    files = [path for path in SOURCE.rglob("*.py") if "learn" not in path.relative_to(SOURCE).parts]
+    serving = [path for path in files if path.relative_to(SOURCE).as_posix() not in EDGE]
+    back = {path.name for path in serving if any(name.startswith("traceir.learn") for name in imported_modules(path))}
+    assert len(serving) > 10 and not back, f"{sorted(back)} import the learning road"
+    outwards = {path.name for path in SOURCE.rglob("*.py") if imported_modules(path) & {"traceir.cli", "traceir.demo"}}
+    assert outwards <= {"cli.py"}, f"{sorted(outwards)} import the outer edge"
