@@ -162,7 +162,7 @@ def test_reading_joins_labels_and_drops_them_for_the_baseline(folder: Path) -> N
     assert example.completion == "see 24; a thing" and example.candidate is not None
     assert example.query.instruction in ("Change it.", "Edit it.") and example.query.target == "image"
     assert bare["cirr_task7"].example(0, draw).completion == ""
-    lengths = [len(lesson[2]) for lesson in read_lessons(folder).lines]
+    lengths = [len(lesson[2]) for lesson in read_lessons(folder)[0].lines]
     assert lengths == sorted(lengths), "one window of lessons is sorted by length"
 
 

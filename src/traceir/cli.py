@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 # Copies, so that the parser imports nothing; tests/test_cli.py holds them to the originals.
 ROUTES: Final = ("auto", "reason", "direct")
 MODALITIES: Final = ("image", "text", "image,text")
+REPORTS: Final = ("steps", "routing", "routes")
 PRESETS: Final = ("mini-pretrain", "mini", "mini-direct", "emoji")
 SCALES: Final = ("small", "full")
 
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_search(verbs, shared)
     _add_explain(verbs, shared)
     _add_evaluate(verbs, shared)
+    _add_report(verbs, shared)
     _add_minibeir(verbs, shared)
     _add_train(verbs, shared)
     _add_demo(verbs, shared)
@@ -149,6 +151,13 @@ def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser) -> None:
     evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N queries of each row")
     evaluate.add_argument("--split", choices=("val", "test"), default="test")
     _add_model(evaluate)
+
+
+def _add_report(verbs: Any, shared: argparse.ArgumentParser) -> None:
+    parser = _verb(verbs, shared, "report", _report, "tables and plots from evaluation folders")
+    parser.add_argument("kind", choices=REPORTS, help="steps: recall by reasoning steps; routing; routes: the cost of each")
+    parser.add_argument("folders", nargs="+", metavar="[LABEL=]FOLDER[:ROUTE]", help="what `traceir evaluate --out` wrote")
+    parser.add_argument("--out", metavar="FILE.md", help="write the report here too, plots beside it")
 
 
 def _add_minibeir(verbs: Any, shared: argparse.ArgumentParser) -> None:
@@ -323,6 +332,13 @@ def _explain(args: argparse.Namespace) -> int:
     prompt = render_candidate(item, version) if item else render_query(query, version) if query else None
     assert prompt is not None
     print(describe(explain(model, prompt, args.completion)))
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from traceir.learn.report import run_report
+
+    print(run_report(args.kind, args.folders, Path(args.out) if args.out else None))
     return 0
 
 

@@ -80,7 +80,9 @@ class Encoder:
 
     @property
     def prompt_version(self) -> str:
-        return self.model.settings.prompt_version
+        """Prompt version, and the read-out where it is not the usual one: both change every vector."""
+        version, read_out = self.model.settings.prompt_version, self.model.settings.read_out
+        return version if read_out == "before_token" else f"{version}, read {read_out}"
 
     @property
     def width(self) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import DynamicCache
+from transformers.utils import cached_file
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
 from traceir.errors import ModelError
@@ -140,7 +141,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
-    settings = _read_settings(Path(name))
+    settings = _read_settings(_companion(name, "traceir.json"))
     known = {field.name for field in fields(TraceSettings)}
     if unknown := set(overrides) - known:
         raise ModelError(f"unknown settings {sorted(unknown)}; traceir.json has {sorted(known)}")
@@ -149,7 +150,7 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(Path(name)) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
-    return wrap(network, tokenizer, settings, _image_budget(Path(name), config))
+    return wrap(network, tokenizer, settings, _image_budget(_companion(name, "preprocessor_config.json"), config))
 
 
 def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:
@@ -255,9 +256,17 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_settings(folder: Path) -> TraceSettings | None:
-    file = folder / "traceir.json"
-    if not file.is_file():
+def _companion(name: str, file: str) -> Path | None:
+    """A file beside the weights, in a directory or on the hub; None where the checkpoint has none."""
+    if Path(name).is_dir():
+        found: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
+    else:
+        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def _read_settings(file: Path | None) -> TraceSettings | None:
+    if file is None:
         return None
     try:
         found = json.loads(file.read_text())
@@ -271,11 +280,10 @@ def _read_settings(folder: Path) -> TraceSettings | None:
         raise ModelError(f"{file}: {error}") from error
 
 
-def _image_budget(folder: Path, config: Qwen2_5_VLConfig) -> ImageBudget:
+def _image_budget(file: Path | None, config: Qwen2_5_VLConfig) -> ImageBudget:
     vision = config.vision_config
     budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    file = folder / "preprocessor_config.json"
-    if not file.is_file():
+    if file is None:
         return budget
     found = json.loads(file.read_text())
     size = found.get("size") or {}

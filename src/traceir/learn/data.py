@@ -1,7 +1,8 @@
 """Training data as Examples: an M-BEIR folder's train split joined with its reasoning labels, in batches fixed by (seed, step).
 
 A batch comes from one task, so that its in-batch negatives are hard; tasks take turns by weight (the paper's task-aware
-sampling). Neighbours in a train file stay together in families, since builders write near twins side by side.
+sampling). Neighbours in a train file stay together in families, since builders write near twins side by side; a batch of lessons
+is one run of neighbours, which are of like length.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ class PairData(TaskData):
 class LessonData(TaskData):
     """Pretraining lessons: picture and prompt in, text out (format: lessons/*.jsonl, docs/formats.md)."""
 
-    def __init__(self, root: Path, lines: Sequence[tuple[str | None, str, str]]) -> None:
-        super().__init__("lessons", lines)
+    def __init__(self, name: str, root: Path, lines: Sequence[tuple[str | None, str, str]]) -> None:
+        super().__init__(name, lines)
         self.lines, self.root = lines, root
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
@@ -129,26 +130,32 @@ def read_pairs(root: Path, *, reasoning: bool, any_target: float = 0.0) -> list[
     return found
 
 
-def read_lessons(root: Path) -> LessonData:
-    """lessons/*.jsonl of a folder, shuffled once by a fixed seed, then sorted by length within windows of 4,096.
+def read_lessons(root: Path) -> list[LessonData]:
+    """lessons/*.jsonl of a folder as up to three tasks: `lessons_naming` (say what a picture shows), `lessons_facts` (recite)
+    and `lessons_steps` (write a chain of states or facts, with or without a picture).
 
-    So neighbours are of like length: a family as large as the batch gives batches with little padding.
+    Each is shuffled once by a fixed seed, then sorted by length within windows of 4,096, so that neighbours are of like length
+    and a family as large as the batch gives batches with little padding.
     """
-    lines = []
+    kinds: dict[str, list[tuple[str | None, str, str]]] = {}
     for file in sorted((root / "lessons").glob("*.jsonl")):
         with file.open() as stream:
             for number, line in enumerate(stream, 1):
                 try:
                     found = json.loads(line)
-                    lines.append((found["img_path"], found["prompt"], found["target"]))
+                    lesson = (found["img_path"], found["prompt"], found["target"])
                 except (json.JSONDecodeError, KeyError) as error:
                     raise DataError(f"{file}:{number}: not a lesson ({error}); rebuild the folder") from error
-    if not lines:
+                kind = "steps" if ";" in lesson[2] else "naming" if lesson[0] else "facts"
+                kinds.setdefault(f"lessons_{kind}", []).append(lesson)
+    if not kinds:
         raise TrainError(f"{root} has no lessons; only folders built by `traceir minibeir build` do")
-    order = np.random.default_rng(0).permutation(len(lines))
-    mixed = [lines[place] for place in order]
-    windows = [mixed[first : first + 4096] for first in range(0, len(mixed), 4096)]
-    return LessonData(root, [line for window in windows for line in sorted(window, key=_lesson_length)])
+    found_tasks = []
+    for name, lines in sorted(kinds.items()):
+        mixed = [lines[place] for place in np.random.default_rng(0).permutation(len(lines))]
+        windows = [mixed[first : first + 4096] for first in range(0, len(mixed), 4096)]
+        found_tasks.append(LessonData(name, root, [one for window in windows for one in sorted(window, key=_lesson_length)]))
+    return found_tasks
 
 
 def _lesson_length(line: tuple[str | None, str, str]) -> tuple[bool, int]:
@@ -188,15 +195,16 @@ class Schedule:
 
     def examples(self, step: int) -> list[Example]:
         number, task = int(self.chosen[step]), self.task(step)
-        families = max(1, len(task) // self.family)
-        need = self.batch // self.family
+        family = self.batch if isinstance(task, LessonData) else self.family
+        families = max(1, len(task) // family)
+        need = self.batch // family
         first = int(self.turn[step]) * need
         places = []
         for place in range(first, first + need):
             epoch, within = divmod(place, families)
             places.append(int(self._order(number, epoch, families)[within]))
         draw = np.random.default_rng((self.seed, 1, step))
-        rows = [place * self.family + offset for place in places for offset in range(self.family)]
+        rows = [place * family + offset for place in places for offset in range(family)]
         return [task.example(row % len(task), draw) for row in rows]
 
     def _order(self, task: int, epoch: int, families: int) -> npt.NDArray[np.int64]:

@@ -52,11 +52,11 @@ def emoji() -> TrainConfig:
     return TrainConfig(
         data="data/emoji",
         out="out/emoji",
-        steps=2600,
+        steps=1600,
         batch=64,
         family=2,
         size=SmallSize(
-            hidden=128, layers=3, inner=352, vision_hidden=96, vision_inner=192, pixels=48, vocabulary=2600
+            hidden=128, layers=3, inner=352, vision_hidden=96, vision_inner=192, pixels=48, vocabulary=2600, initial=0.05
         ),
         weight_decay=0.1,
         temperature=0.05,

@@ -75,9 +75,12 @@ CHAT_TEMPLATE = (
 
 def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: int) -> TraceModel:
     """A random TraceModel of the given size. The vocabulary is padded to a multiple of 64, as Qwen pads its own."""
-    head = size.hidden // size.heads
-    rotary = head // 2
-    sections = [rotary - 2 * (rotary // 3), rotary // 3, rotary // 3]
+    rotary = size.hidden // size.heads // 2
+    # M-RoPE gives time the fastest frequencies, then height, then width. At Qwen's base of 1e6 and with few dimensions, width
+    # would turn by a thousandth of a radian a cell and left could not be told from right; base 100 and unequal sections
+    # give a cell of width about a quarter of a radian.
+    time, high = max(1, rotary // 12), max(1, rotary // 5)
+    sections = [time, high, rotary - time - high]
     config = Qwen2_5_VLConfig(
         tie_word_embeddings=True,
         text_config={
@@ -91,7 +94,7 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "bos_token_id": tokenizer.convert_tokens_to_ids(PAD),
             "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END),
             "max_position_embeddings": 4096,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": sections},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections},
             "tie_word_embeddings": True,
         },
         vision_config={

@@ -77,6 +77,7 @@ class TrainConfig:
     """Weight of a task in the rotation; tasks not named count 1, 0 leaves a task out."""
     seed: int = 0
     mixed_precision: bool = True
+    device: str = "cpu"
     threads: int = 1
     save_every: int = 500
     keep: tuple[int, ...] = ()
@@ -105,6 +106,7 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
         return finished
     tasks = _tasks(config)
     model = _initial(config, tasks)
+    model.network.to(config.device)
     _attach_pixels(model, tasks, Path(config.data), Path(config.cache or out / "pixels"))
     schedule = _schedule(config, tasks)
     optimiser = _optimiser(model, config)
@@ -112,8 +114,8 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
     started = time.monotonic()
     with (out / "log.jsonl").open("a") as journal:
         _loop(model, optimiser, schedule, config, step, out, journal)
-    save(model, finished)
     _write_meta(out, config, tasks, seconds=time.monotonic() - started, first_step=step)
+    save(model, finished)
     return finished
 
 
@@ -211,7 +213,7 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
     root = Path(config.data)
     tasks: list[TaskData] = []
     if config.teach in ("lessons", "both"):
-        tasks.append(read_lessons(root))
+        tasks += read_lessons(root)
     if config.teach in ("pairs", "both"):
         tasks += read_pairs(root, reasoning=config.reasoning, any_target=config.any_target)
     if not tasks:
@@ -229,7 +231,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     root = Path(config.data)
     readable: list[TaskData] = [*read_pairs(root, reasoning=True)]
     if (root / "lessons").is_dir():
-        readable.append(read_lessons(root))
+        readable += read_lessons(root)
     tokenizer = train_tokenizer([*texts(readable), *TEMPLATE_WORDS], config.size.vocabulary)
     settings = TraceSettings(
         prompt_version="brief-1" if config.prompt_version == "brief-1" else "trace-1",
@@ -319,7 +321,7 @@ def _claim(out: Path, config: TrainConfig) -> None:
     written = json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
     if file.is_file():
         old, new = json.loads(file.read_text()), json.loads(written)
-        changed = sorted(key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache"))
+        changed = sorted(key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache", "device"))
         if changed:
             pairs = ", ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
             raise TrainError(f"{out} holds a run with another configuration ({pairs}); choose another --out")

@@ -1,0 +1,1 @@
+"""Measurements: run as modules from the repository's root, never as tests."""
