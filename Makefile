@@ -33,10 +33,14 @@ data: $(DATA)/meta.json
 $(DATA)/meta.json: | $(VENV)/ready
 	$(BIN)/traceir minibeir build --scale full --seed 0 --out $(DATA)
 
-# The bundled checkpoint from nothing: lessons, then the single stage of TRACE (hours on one core; resumes where it stopped).
+# The bundled checkpoint from nothing (hours on one core; each command goes on where it was cut off), and its baseline.
 model: data
-	$(BIN)/traceir --threads 1 train --preset mini-pretrain --data $(DATA) --out $(RUNS)/mini-pretrain
-	$(BIN)/traceir --threads 1 train --preset mini --data $(DATA) --init $(RUNS)/mini-pretrain/checkpoint --out $(RUNS)/mini
+	$(BIN)/traceir --threads 1 train --preset mini-naming
+	$(BIN)/traceir --threads 1 train --preset mini-lessons
+	$(BIN)/traceir --threads 1 train --preset mini
+
+model-direct: data
+	$(BIN)/traceir --threads 1 train --preset mini-direct
 
 evaluate: data
 	$(BIN)/traceir --threads 1 evaluate --data $(DATA) --route auto,direct,reason --out out/evaluate/mini

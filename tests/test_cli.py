@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
-from traceir import cli, items
+from traceir import cli, items, parser
 from traceir.batch import IGNORE
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
@@ -105,8 +105,8 @@ print("heavy:", sorted({"torch", "numpy", "PIL", "transformers"} & set(sys.modul
 
 
 def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
-    assert cli.ROUTES == items.ROUTES and set(cli.MODALITIES) == set(items.MODALITIES)
-    assert tuple(PRESETS) == cli.PRESETS and cli.SCALES == rows.SCALES
+    assert parser.ROUTES == items.ROUTES and set(parser.MODALITIES) == set(items.MODALITIES)
+    assert tuple(PRESETS) == parser.PRESETS and parser.SCALES == rows.SCALES
 
 
 def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_repository(
@@ -345,7 +345,7 @@ def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatc
         assert config.batch % config.family == 0 and "size.hidden" in known_keys(config), name
         with pytest.raises(InputError, match="does not exist"):
             resolve(name)
-    with pytest.raises(InputError, match="mini-pretrain"):
+    with pytest.raises(InputError, match="mini-lessons"):
         resolve("mini", data=str(tmp_path))
     mini, direct = (resolve(name, data=str(tmp_path), init="random", out="o") for name in ("mini", "mini-direct"))
     assert mini.reasoning and not direct.reasoning and mini == override(direct, ["reasoning=true"])

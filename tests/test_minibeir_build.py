@@ -17,10 +17,11 @@ from PIL import Image
 
 from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
+from traceir.learn.minibeir import album
 from traceir.learn.minibeir import build as building
 from traceir.learn.minibeir.build import build, fingerprint
 from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
-from traceir.learn.minibeir.rows import FAMILY, ROWS, WORLDS, Row, World, row_named
+from traceir.learn.minibeir.rows import FAMILY, LESSON_FILE, ROWS, WORLDS, Row, World, row_named
 from traceir.learn.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
@@ -184,7 +185,7 @@ def test_the_global_pool_is_the_union_of_the_local_ones(root: Path) -> None:
 
 
 def test_a_picture_is_drawn_once_for_queries_pools_and_lessons(root: Path) -> None:
-    lessons = [json.loads(line) for line in (root / building.LESSON_FILE).read_text().splitlines()]
+    lessons = [json.loads(line) for line in (root / LESSON_FILE).read_text().splitlines()]
     assert len(lessons) == 4 * 64 and lessons[0] == {"img_path": None, "prompt": "see", "target": "a thing 0"}
     shared = {lesson["img_path"] for lesson in lessons} & {record.image_path for record in mbeir.read_train(root, "cirr")}
     assert shared
@@ -346,8 +347,8 @@ def test_large_pools_keep_sources_states_and_twins() -> None:
 
 
 def test_keys_that_file_systems_refuse_become_digests() -> None:
-    assert building._file_name("scene-1_a.b") == "scene-1_a.b.jpg"
-    odd = [building._file_name(key) for key in ("A/B", "a/b", "..", "x" * 300)]
+    assert album._file_name("scene-1_a.b") == "scene-1_a.b.jpg"
+    odd = [album._file_name(key) for key in ("A/B", "a/b", "..", "x" * 300)]
     assert len(set(odd)) == 4 and all(len(name) == 36 and "/" not in name for name in odd)
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from traceir.errors import InputError
-from traceir.learn.minibeir import news
+from traceir.learn.minibeir import news, photos
 from traceir.learn.minibeir.draft import CandidateDraft, Split
 from traceir.learn.minibeir.encyclopedia import NAMES, WORDS
 
@@ -19,28 +19,28 @@ def show(draft: CandidateDraft) -> tuple[str | None, str | None]:
     return draft.text, draft.sketch.key if draft.sketch else None
 
 
-def read_scene(key: str) -> news.Scene:
+def read_scene(key: str) -> photos.Scene:
     """The scene behind a picture's key, which holds its parts in lower case."""
     _, left, right, event, place, time, _ = key.split("-")
-    return news.Scene(left.capitalize(), right.capitalize(), event.replace("_", " "), place.capitalize(), time)
+    return photos.Scene(left.capitalize(), right.capitalize(), event.replace("_", " "), place.capitalize(), time)
 
 
 def find_split(caption: str) -> Split:
     """The split of the scene of a caption, found by reading which names stand in it."""
-    people = sorted((name for name in news.PERSONS if name in caption), key=caption.index)
-    [event] = [event for event in news.EVENTS if f"at the {event}" in caption]
-    [place] = [place for place in news.PLACES if place in caption]
+    people = sorted((name for name in photos.PERSONS if name in caption), key=caption.index)
+    [event] = [event for event in photos.EVENTS if f"at the {event}" in caption]
+    [place] = [place for place in photos.PLACES if place in caption]
     [time] = [time for time, words in news.TIME_WORDS.items() if words in caption.lower()]
-    return news.assign_split(news.Scene(people[0], people[1], event, place, time))
+    return news.assign_split(photos.Scene(people[0], people[1], event, place, time))
 
 
 def test_names_and_looks_are_all_different() -> None:
-    names = [*news.PERSONS, *news.PLACES, *(name for kind in NAMES.values() for name in kind)]
+    names = [*photos.PERSONS, *photos.PLACES, *(name for kind in NAMES.values() for name in kind)]
     lowered = [name.lower() for name in names]
     assert len(set(lowered)) == len(names) == 16 + 12 + 202
     assert not set(lowered) & {word for words in WORDS.values() for word in words}
-    assert len(set(news.PERSONS.values())) == 16
-    assert len(set(news.PLACES.values())) == len(news.PLACE_PENS) == 12
+    assert len(set(photos.PERSONS.values())) == 16
+    assert len(set(photos.PLACES.values())) == len(photos.PLACE_PENS) == 12
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -78,18 +78,18 @@ def test_lessons_show_training_compositions_and_answer_truly() -> None:
             assert lesson.target == scene.right
 
 
-def list_parts(scene: news.Scene) -> tuple[str, ...]:
+def list_parts(scene: photos.Scene) -> tuple[str, ...]:
     return scene.left, scene.right, scene.event, scene.place, scene.time
 
 
 def test_splits_are_about_80_5_15() -> None:
     dice = random.Random(0)
-    people = tuple(news.PERSONS)
+    people = tuple(photos.PERSONS)
     counts: Counter[str] = Counter()
     for _ in range(4000):
         left, right = dice.sample(people, 2)
-        place, event, time = dice.choice(tuple(news.PLACES)), dice.choice(news.EVENTS), dice.choice(news.TIMES)
-        counts[news.assign_split(news.Scene(left, right, event, place, time))] += 1
+        place, event, time = dice.choice(tuple(photos.PLACES)), dice.choice(photos.EVENTS), dice.choice(photos.TIMES)
+        counts[news.assign_split(photos.Scene(left, right, event, place, time))] += 1
     assert counts["train"] / 4000 == pytest.approx(0.80, abs=0.03)
     assert counts["test"] / 4000 == pytest.approx(0.15, abs=0.03)
 
@@ -123,7 +123,7 @@ def test_training_families_differ_in_one_part_of_the_photo() -> None:
 
 
 def test_pools_hold_one_rendering_and_one_caption_of_a_composition() -> None:
-    keys: dict[news.Scene, set[str]] = {}
+    keys: dict[photos.Scene, set[str]] = {}
     for split in ("val", "test"):
         for draft in news.visualnews_task0(split, 60, 0):
             for candidate in (*draft.positives, *draft.distractors):
@@ -141,14 +141,14 @@ def test_pool_fill_matches_the_row_and_refuses_others() -> None:
 
 
 def test_equal_keys_have_equal_pixels_and_parts_show() -> None:
-    scene = news.Scene("Hupu", "Vupi", "race", "Wobbis", "day")
-    photo = news.sketch_photo(scene, 3).draw()
+    scene = photos.Scene("Hupu", "Vupi", "race", "Wobbis", "day")
+    photo = photos.sketch_photo(scene, 3).draw()
     assert (photo.size, photo.mode) == ((192, 192), "RGB")
-    assert photo.tobytes() == news.sketch_photo(scene, 3).draw().tobytes()
-    assert photo.tobytes() != news.sketch_photo(scene, 4).draw().tobytes()
+    assert photo.tobytes() == photos.sketch_photo(scene, 3).draw().tobytes()
+    assert photo.tobytes() != photos.sketch_photo(scene, 4).draw().tobytes()
     dice = random.Random(0)
     for part in (*news.PARTS, "swap"):
         altered = news.alter_scene(scene, part, dice)
         assert altered != scene
-        small, other = photo.resize((48, 48)), news.draw_photo(altered, 3).resize((48, 48))
+        small, other = photo.resize((48, 48)), photos.draw_photo(altered, 3).resize((48, 48))
         assert sum(abs(a - b) > 40 for a, b in zip(small.tobytes(), other.tobytes(), strict=True)) > 150

@@ -48,13 +48,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         composed = number >= 24
         text = f"make it {colours[number % 6]} then {colours[number % 5]}" if composed else None
         queries.append(
-            {"qid": f"8:{number}", "query_txt": text, "query_img_path": name, "query_src_content": None,
-             "query_modality": "image,text" if composed else "image", "pos_cand_list": [f"8:{number + 100}"],
-             "neg_cand_list": [], "task_id": 7 if composed else 3}  # fmt: skip
+            {
+                "qid": f"8:{number}",
+                "query_txt": text,
+                "query_img_path": name,
+                "query_src_content": None,
+                "query_modality": "image,text" if composed else "image",
+                "pos_cand_list": [f"8:{number + 100}"],
+                "neg_cand_list": [],
+                "task_id": 7 if composed else 3,
+            }  # fmt: skip
         )
         pool.append(
-            {"did": f"8:{number + 100}", "txt": None if composed else f"a {colours[number % 6]} thing {number}",
-             "img_path": name if composed else None, "modality": "image" if composed else "text", "src_content": None}  # fmt: skip
+            {
+                "did": f"8:{number + 100}",
+                "txt": None if composed else f"a {colours[number % 6]} thing {number}",
+                "img_path": name if composed else None,
+                "modality": "image" if composed else "text",
+                "src_content": None,
+            }  # fmt: skip
         )
         if composed:
             labels.append({"qid": f"8:{number}", "steps": 2, "z": 1, "reasoning": f"see {number}", "answer": "a thing"})
@@ -74,7 +86,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: object) -> TrainConfig:
-    base = TrainConfig(data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2)
+    base = TrainConfig(
+        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2
+    )
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
@@ -108,7 +122,12 @@ def test_generation_loss_is_cross_entropy_and_zero_without_targets() -> None:
 
 def test_the_objective_joins_both_terms_and_supervises_the_bypass(model: TraceModel) -> None:
     examples = [
-        Example(Query.of(text=f"red {n}"), "a red cube" if n % 2 else "", Item.of(text=f"cube {n}", id=f"1:{n}"), frozenset({f"1:{n}"}))
+        Example(
+            Query.of(text=f"red {n}"),
+            "a red cube" if n % 2 else "",
+            Item.of(text=f"cube {n}", id=f"1:{n}"),
+            frozenset({f"1:{n}"}),
+        )
         for n in range(4)
     ]
     draw = np.random.default_rng(0)

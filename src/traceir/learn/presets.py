@@ -13,45 +13,81 @@ from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 
 MINI_DATA: Final = "data/minibeir"
-PRETRAINED: Final = "out/mini-pretrain/checkpoint"
+NAMED: Final = "out/runs/mini-naming/checkpoint"
+PRETRAINED: Final = "out/runs/mini-lessons/checkpoint"
+SIZE: Final = SmallSize(initial=0.05)
+# What a row counts in the rotation: composed and multi-hop rows need more turns than captions; lessons go on beside the pairs.
+WEIGHTS: Final = {
+    "cirr_task7": 5.0,
+    "fashioniq_task7": 3.0,
+    "mscoco_task0": 2.0,
+    "nights_task4": 0.5,
+    "oven_task6": 0.7,
+    "oven_task8": 0.7,
+    "infoseek_task6": 1.5,
+    "infoseek_task8": 1.5,
+    "lessons_naming": 1.0,
+    "lessons_facts": 2.0,
+    "lessons_steps": 3.0,
+}
 
 
-def mini_pretrain() -> TrainConfig:
-    """From random weights: name what is in a picture, carry out single edits, recite the encyclopedia (lessons)."""
+def mini_naming() -> TrainConfig:
+    """From random weights: say what a picture shows."""
     return TrainConfig(
         data=MINI_DATA,
-        out="out/mini-pretrain",
-        cache="out/minibeir-pixels",
+        out="out/runs/mini-naming",
+        cache="data/pixels",
         teach="lessons",
-        steps=5000,
-        batch=64,
-        family=1,
+        weights={"lessons_facts": 0.0, "lessons_steps": 0.0},
+        steps=1000,
+        learning_rate=2e-3,
+        warmup=100,
+        decay=0.0,
+        size=SIZE,
+    )
+
+
+def mini_lessons() -> TrainConfig:
+    """Then also recite the encyclopedia and write chains of states: what a pretrained Qwen2.5-VL would bring along."""
+    return replace(
+        mini_naming(),
+        out="out/runs/mini-lessons",
+        init=NAMED,
+        weights={"lessons_naming": 0.3, "lessons_facts": 0.3, "lessons_steps": 0.4},
+        steps=1500,
+        warmup=50,
     )
 
 
 def mini() -> TrainConfig:
-    """The bundled model: the joint objective on MiniBEIR's pairs, from the pretrained checkpoint."""
+    """The bundled model: the joint objective on MiniBEIR's pairs, from the pretrained checkpoint, lessons going on beside."""
     return TrainConfig(
         data=MINI_DATA,
-        out="out/mini",
-        cache="out/minibeir-pixels",
+        out="out/runs/mini",
+        cache="data/pixels",
         init=PRETRAINED,
-        steps=8000,
-        batch=32,
+        teach="both",
+        weights=WEIGHTS,
+        steps=4000,
         learning_rate=7e-4,
+        warmup=100,
+        decay=0.2,
+        save_every=200,
+        size=SIZE,
     )
 
 
 def mini_direct() -> TrainConfig:
     """The baseline of `mini`: same pairs, same order, same start, nothing to reason."""
-    return replace(mini(), out="out/mini-direct", reasoning=False)
+    return replace(mini(), out="out/runs/mini-direct", reasoning=False)
 
 
 def emoji() -> TrainConfig:
     """A small model from random weights on a few thousand real pictures."""
     return TrainConfig(
         data="data/emoji",
-        out="out/emoji",
+        out="out/runs/emoji",
         steps=1600,
         batch=64,
         family=2,
@@ -66,7 +102,8 @@ def emoji() -> TrainConfig:
 
 
 PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
-    "mini-pretrain": mini_pretrain,
+    "mini-naming": mini_naming,
+    "mini-lessons": mini_lessons,
     "mini": mini,
     "mini-direct": mini_direct,
     "emoji": emoji,
@@ -96,8 +133,9 @@ def resolve(
     if not Path(config.data).is_dir():
         remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
         raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
-    if config.init == PRETRAINED and not Path(config.init).is_dir():
-        raise InputError(f"{config.init} does not exist; run `traceir train --preset mini-pretrain` first, or give --init")
+    if config.init in (NAMED, PRETRAINED) and not Path(config.init).is_dir():
+        first = Path(config.init).parent.name
+        raise InputError(f"{config.init} does not exist; run `traceir train --preset {first}` first, or give --init")
     return config
 
 

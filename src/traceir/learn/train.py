@@ -59,8 +59,11 @@ class TrainConfig:
     """False trains the baseline that never reasons: same pairs, every completion empty."""
     steps: int = 1000
     batch: int = 32
+    """Pairs of one sub-batch, which is of one task: its in-batch negatives."""
+    accumulate: int = 1
+    """Sub-batches, of different tasks as far as the rotation goes, whose gradients make one step."""
     family: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
     warmup: int = 200
     decay: float = 0.2
     """Share of the steps, at the end, over which the learning rate falls linearly to zero; it is constant before."""
@@ -128,10 +131,11 @@ def _loop(
     for step in tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", mininterval=5.0):
         for group in optimiser.param_groups:
             group["lr"] = config.learning_rate * rate(step, config)
-        losses = update(model, optimiser, schedule.examples(step), config, step)
-        task = schedule.task(step).name
-        for name, value in losses.items():
-            sums.setdefault(f"{task}/{name}", []).append(value)
+        turns = range(step * config.accumulate, (step + 1) * config.accumulate)
+        parts = update(model, optimiser, [schedule.examples(turn) for turn in turns], config, step)
+        for turn, losses in zip(turns, parts, strict=True):
+            for name, value in losses.items():
+                sums.setdefault(f"{schedule.task(turn).name}/{name}", []).append(value)
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             line = {key: round(sum(values) / len(values), 4) for key, values in sums.items()}
@@ -143,19 +147,28 @@ def _loop(
             _save_step(model, optimiser, out, done, config)
 
 
-def update(model: TraceModel, optimiser: Any, examples: list[Example], config: TrainConfig, step: int) -> dict[str, float]:
-    """One optimiser step on one batch; returns the losses. Raises TrainError naming the batch if a loss is not finite."""
-    device = model.device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=config.mixed_precision):
-        total, losses = objective(model, examples, config, np.random.default_rng((config.seed, 3, step)))
-    if not torch.isfinite(total):
-        asked = [example.query.id for example in examples]
-        raise TrainError(f"step {step}: loss is {float(total)} on queries {asked}; lower the learning rate or check them")
-    torch.autograd.backward(total)
+def update(
+    model: TraceModel, optimiser: Any, batches: list[list[Example]], config: TrainConfig, step: int
+) -> list[dict[str, float]]:
+    """One optimiser step on the mean gradient of the sub-batches; returns their losses.
+
+    Raises TrainError naming the queries if a loss is not finite.
+    """
+    draw = np.random.default_rng((config.seed, 3, step))
+    parts = []
+    for examples in batches:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.mixed_precision):
+            total, losses = objective(model, examples, config, draw)
+        if not torch.isfinite(total):
+            asked = [example.query.id for example in examples]
+            remedy = "lower the learning rate or check them"
+            raise TrainError(f"step {step}: loss is {float(total.detach())} on queries {asked}; {remedy}")
+        torch.autograd.backward(total / len(batches))
+        parts.append(losses)
     torch.nn.utils.clip_grad_norm_(model.network.parameters(), config.clip)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return losses
+    return parts
 
 
 def objective(
@@ -252,7 +265,8 @@ def _attach_pixels(model: TraceModel, tasks: list[TaskData], root: Path, cache: 
 
 def _schedule(config: TrainConfig, tasks: list[TaskData]) -> Schedule:
     weights = [config.weights.get(task.name, 1.0) for task in tasks]
-    return Schedule(tasks, weights, batch=config.batch, family=config.family, steps=config.steps, seed=config.seed)
+    turns = config.steps * config.accumulate
+    return Schedule(tasks, weights, batch=config.batch, family=config.family, steps=turns, seed=config.seed)
 
 
 def _optimiser(model: TraceModel, config: TrainConfig) -> torch.optim.AdamW:
@@ -321,7 +335,9 @@ def _claim(out: Path, config: TrainConfig) -> None:
     written = json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
     if file.is_file():
         old, new = json.loads(file.read_text()), json.loads(written)
-        changed = sorted(key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache", "device"))
+        changed = sorted(
+            key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache", "device")
+        )
         if changed:
             pairs = ", ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
             raise TrainError(f"{out} holds a run with another configuration ({pairs}); choose another --out")
@@ -342,7 +358,7 @@ def _write_meta(out: Path, config: TrainConfig, tasks: list[TaskData], *, second
         "config": asdict(config),
         "data_fingerprint": about.get("fingerprint"),
         "tasks": {task.name: len(task) for task in tasks},
-        "examples_seen": config.steps * config.batch,
+        "examples_seen": config.steps * config.accumulate * config.batch,
         "seconds_since_last_start": round(seconds, 1),
         "last_start_at_step": first_step,
     }

@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,15 +19,16 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from traceir.errors import DataError, InputError
-from traceir.learn import mbeir
-from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
+from traceir.learn.minibeir.album import Album
+from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Split
 from traceir.learn.minibeir.rows import (
     FAMILY,
-    HELD_OUT_WORLDS,
+    LESSON_FILE,
     LESSONS,
     ROWS,
     SCALES,
     SPLITS,
+    TWINS,
     WORLDS,
     Row,
     Scale,
@@ -41,16 +39,11 @@ from traceir.learn.minibeir.rows import (
     instructions_table,
     load_worlds,
 )
+from traceir.learn.minibeir.verify import verify
 
 FORMAT: Final = 1
-TWINS: Final = 8
-"""Distractors that every test query has at least."""
-JPEG_QUALITY: Final = 92
-LESSON_FILE: Final = "lessons/mini_train.jsonl"
 
-_PENDING = 8192  # pictures drawn at a time: bounds memory and the number of forks
 _MARK = "building.json"
-_SAFE_KEY = re.compile(r"[a-z0-9][a-z0-9_.,=-]{0,99}")
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +78,9 @@ def build(
     if _claim(out, plan):
         return out
     with tqdm(total=_work(plan), unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
-        builder = _Builder(out, plan, load_worlds() if worlds is None else worlds, _Gallery(out, workers), bar)
+        builder = _Builder(out, plan, load_worlds() if worlds is None else worlds, Album(out, workers), bar)
         builder.write()
-    counts = verify(out, plan)
+    counts = verify(out, plan.scale, plan.splits)
     meta = plan.manifest() | counts | {"fingerprint": fingerprint(out)}
     _write_text(out / "meta.json", json.dumps(meta, indent=1) + "\n")
     (out / _MARK).unlink(missing_ok=True)
@@ -106,75 +99,6 @@ def fingerprint(root: Path) -> str:
     return digest.hexdigest()
 
 
-class _Gallery:
-    """The picture files: each (world, key) is drawn once and shared by all rows, pools and lessons that show it."""
-
-    def __init__(self, root: Path, workers: int) -> None:
-        can_fork = "fork" in multiprocessing.get_all_start_methods()
-        self.root = root
-        self.workers = workers if can_fork else 1
-        self.paths: dict[tuple[str, str], str] = {}
-        self.pending: list[tuple[Sketch, Path]] = []
-
-    def place(self, sketch: Sketch | None, world: str, folder: str) -> str | None:
-        """The picture's path relative to the root; new pictures are queued for drawing."""
-        if sketch is None:
-            return None
-        known = self.paths.get((world, sketch.key))
-        if known is not None:
-            return known
-        name = f"mbeir_images/{folder}/{_file_name(sketch.key)}"
-        self.paths[world, sketch.key] = name
-        if not (self.root / name).exists():
-            self.pending.append((sketch, self.root / name))
-        if len(self.pending) >= _PENDING:
-            self.draw()
-        return name
-
-    def draw(self) -> None:
-        """Draws what is queued. What a worker leaves undone is drawn here, so that its error is raised here.
-
-        This process draws a share of its own: forks inherit what the worlds have cached of earlier drawing.
-        """
-        for folder in {path.parent for _, path in self.pending}:
-            folder.mkdir(parents=True, exist_ok=True)
-        fork = multiprocessing.get_context("fork" if self.workers > 1 else None)
-        shards = [self.pending[start :: self.workers] for start in range(self.workers)]
-        processes = [fork.Process(target=_draw_shard, args=(shard, os.getpid())) for shard in shards[1:] if shard]
-        for process in processes:
-            process.start()
-        for sketch, path in tqdm(shards[0], desc="pictures", unit="picture", leave=False, disable=None):
-            _draw(sketch, path)
-        for process in processes:
-            process.join()
-        for sketch, path in self.pending:
-            if not path.exists():
-                _draw(sketch, path)
-        self.pending.clear()
-
-
-def _draw_shard(shard: Sequence[tuple[Sketch, Path]], parent: int) -> None:
-    for sketch, path in shard:
-        if os.getppid() != parent:
-            return  # the build was killed; leave the rest to the next one
-        _draw(sketch, path)
-
-
-def _draw(sketch: Sketch, path: Path) -> None:
-    image = sketch.draw()
-    if image.mode != "RGB":
-        raise DataError(f"sketch {sketch.key!r} draws a picture of mode {image.mode}; it must be RGB")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    image.save(temporary, format="JPEG", quality=JPEG_QUALITY)
-    temporary.replace(path)
-
-
-def _file_name(key: str) -> str:
-    """The key itself where every file system takes it, else its digest."""
-    stem = key if _SAFE_KEY.fullmatch(key) else hashlib.sha256(key.encode()).hexdigest()[:32]
-    return f"{stem}.jpg"
-
-
 @dataclass
 class _Shelf:
     """The candidates of one data set: equal drafts are one candidate with one did."""
@@ -188,7 +112,7 @@ class _Shelf:
         self.queries += 1
         return f"{self.dataset_id}:{self.queries}"
 
-    def did(self, draft: CandidateDraft, row: Row, gallery: _Gallery) -> str:
+    def did(self, draft: CandidateDraft, row: Row, album: Album) -> str:
         key = _content(draft)
         known = self.lines.get(key)
         if known is not None:
@@ -196,7 +120,7 @@ class _Shelf:
         did = f"{self.dataset_id}:{len(self.lines) + 1}"
         line = {
             "txt": draft.text,
-            "img_path": gallery.place(draft.sketch, row.world, f"{self.dataset}_images"),
+            "img_path": album.place(draft.sketch, row.world, f"{self.dataset}_images"),
             "modality": row.cand_modality,
             "did": did,
             "src_content": None,
@@ -224,11 +148,11 @@ class _Sheet:
 
 
 class _Builder:
-    def __init__(self, root: Path, plan: Plan, worlds: Mapping[str, World], gallery: _Gallery, bar: tqdm[Any]) -> None:
+    def __init__(self, root: Path, plan: Plan, worlds: Mapping[str, World], album: Album, bar: tqdm[Any]) -> None:
         self.root = root
         self.plan = plan
         self.worlds = worlds
-        self.gallery = gallery
+        self.album = album
         self.bar = bar
         self.union: dict[Split, list[str]] = {split: [] for split in plan.splits}
 
@@ -237,7 +161,7 @@ class _Builder:
             self._write_dataset([row for row in ROWS if row.dataset == dataset])
         if "train" in self.plan.splits:
             self._write_lessons()
-        self.gallery.draw()
+        self.album.draw()
         for split, lines in self.union.items():
             path = self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
             _write_lines(path, list(dict.fromkeys(lines)))
@@ -281,7 +205,7 @@ class _Builder:
             if len(pool) >= sizes.pool_least:
                 break
             check_candidate(candidate, row, "pool fill")
-            pool[shelf.did(candidate, row, self.gallery)] = None
+            pool[shelf.did(candidate, row, self.album)] = None
         lines = sorted(shelf.pool(pool), key=_scatter)
         name = f"{row.name}_{splits[0]}" if row.split_pools else row.name
         _write_lines(self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl", lines)
@@ -308,13 +232,13 @@ class _Builder:
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         qid = shelf.next_qid()
         positives, negatives = (
-            tuple(dict.fromkeys(shelf.did(candidate, row, self.gallery) for candidate in candidates))
+            tuple(dict.fromkeys(shelf.did(candidate, row, self.album) for candidate in candidates))
             for candidates in (draft.positives, distractors)
         )
         query = {
             "qid": qid,
             "query_txt": draft.text,
-            "query_img_path": self.gallery.place(draft.sketch, row.world, f"{row.dataset}_images"),
+            "query_img_path": self.album.place(draft.sketch, row.world, f"{row.dataset}_images"),
             "query_modality": row.query_modality,
             "query_src_content": json.dumps({"steps": draft.steps}),
             "pos_cand_list": positives,
@@ -346,85 +270,10 @@ class _Builder:
     def _lesson(self, lesson: LessonDraft, world: str) -> dict[str, str | None]:
         folder = f"lessons_images/{world}"
         return {
-            "img_path": self.gallery.place(lesson.sketch, world, folder),
+            "img_path": self.album.place(lesson.sketch, world, folder),
             "prompt": lesson.prompt,
             "target": lesson.target,
         }
-
-
-def verify(root: Path, plan: Plan) -> dict[str, Any]:
-    """Reads the files back, checks what the benchmark promises, and counts. Raises DataError naming the file."""
-    counts: dict[str, Any] = {"rows": {row.name: {} for row in ROWS}, "lessons": 0}
-    pictures: set[str] = set()
-    trained, train_counts = _verify_train(root, pictures) if "train" in plan.splits else ({}, Counter())
-    for split in plan.splits:
-        for task in [] if split == "train" else mbeir.find_tasks(root, split):
-            row = next(row for row in ROWS if row.name == task.name)
-            seen = trained.get(row.world, set()) if split == "test" and row.world in HELD_OUT_WORLDS else set()
-            counts["rows"][task.name][split] = _verify_task(task, row.sizes(plan.scale).pool_least, seen, pictures)
-    if "train" in plan.splits:
-        for row in ROWS:
-            counts["rows"][row.name]["train"] = {"queries": train_counts[row.name]}
-        counts["lessons"] = sum(1 for _ in (root / LESSON_FILE).open(encoding="utf-8"))
-    counts["pictures"] = len(pictures)
-    for name in sorted(pictures):
-        if not (root / name).is_file():
-            raise DataError(f"{root / name}: the picture is named by a file but missing; remove {root} and build again")
-    return counts
-
-
-_Content = tuple[str | None, str | None]
-
-
-def _verify_train(root: Path, pictures: set[str]) -> tuple[dict[str, set[_Content]], Counter[str]]:
-    """World -> contents of its training answers and lesson pictures; training queries for each row."""
-    pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
-    trained: dict[str, set[_Content]] = {world: set() for world in WORLDS}
-    counts: Counter[str] = Counter()
-    for dataset in mbeir.train_datasets(root):
-        world = next(row.world for row in ROWS if row.dataset == dataset)
-        for record in mbeir.read_train(root, dataset):
-            counts[f"{dataset}_task{record.task_id}"] += 1
-            pictures.update(name for name in (record.image_path,) if name)
-            for did in record.positives:
-                if did not in pool:
-                    raise DataError(f"{mbeir.train_pool_path(root)}: positive {did} of {record.qid} is not in the pool")
-                trained[world].add((pool[did].text, pool[did].image_path))
-    pictures.update(candidate.image_path for candidate in pool.values() if candidate.image_path)
-    pictures.update(lesson["img_path"] for lesson in map(json.loads, (root / LESSON_FILE).open("rb")) if lesson["img_path"])
-    return trained, counts
-
-
-def _verify_task(task: mbeir.Task, pool_least: int, trained: set[_Content], pictures: set[str]) -> dict[str, Any]:
-    pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
-    pictures.update(candidate.image_path for candidate in pool.values() if candidate.image_path)
-    relevant = mbeir.read_qrels(task.qrels_path)
-    labels = mbeir.read_labels(task.labels_path)
-    steps: Counter[int] = Counter()
-    if len(pool) < pool_least:
-        raise DataError(f"{task.pool_path}: {len(pool)} candidates, fewer than {pool_least}; make more pool fill")
-    for record in mbeir.read_queries(task.query_path):
-        where = f"{task.query_path}: query {record.qid}"
-        pictures.update(name for name in (record.image_path,) if name)
-        positives, negatives = set(record.positives), set(record.negatives)
-        if not positives or relevant.get(record.qid) != positives:
-            raise DataError(f"{where} has the positives {sorted(positives)}, its qrels differ; write both from one list")
-        if not positives | negatives <= pool.keys():
-            missing = sorted((positives | negatives) - pool.keys())[0]
-            raise DataError(f"{where}: candidate {missing} is not in {task.pool_path.name}; add it to the pool")
-        if positives & negatives:
-            raise DataError(f"{where}: {min(positives & negatives)} is both positive and distractor; make them differ")
-        if task.split == "test" and len(negatives) < TWINS:
-            raise DataError(f"{where} has {len(negatives)} distractors, fewer than {TWINS}; make more near twins")
-        leaked = [did for did in positives if (pool[did].text, pool[did].image_path) in trained]
-        if leaked:
-            raise DataError(f"{where}: positive {leaked[0]} is a training answer too; hold its composition out")
-        steps[labels[record.qid].steps] += 1
-    return {
-        "queries": sum(steps.values()),
-        "pool": len(pool),
-        "steps": {str(count): steps[count] for count in sorted(steps)},
-    }
 
 
 def _check_plan(scale: Scale, seed: int, splits: Sequence[Split], workers: int) -> Plan:

@@ -29,6 +29,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (150, 52, 192),
     "white": (248, 248, 244),
 }
+COLOUR_NAMES = tuple(COLOURS)
 SHAPES = ("cube", "ball", "cone", "ring", "star", "mug")
 VARIANTS = 1000
 

@@ -147,9 +147,7 @@ def _list_paths(group: Group) -> tuple[Path, ...]:
             if facet in RELATIONS
         ]
     return tuple(
-        Path(start, hops, facet)
-        for start, hops, end in routes
-        for facet in ((INTRO,) if group.intro else FACETS[end.kind])
+        Path(start, hops, facet) for start, hops, end in routes for facet in ((INTRO,) if group.intro else FACETS[end.kind])
     )
 
 
@@ -311,11 +309,7 @@ class _Deck:
 
 def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Group, Path, int]]:
     """Val and test: complex queries alternate between held-out edges and seen ones; simple ones keep to seen edges."""
-    decks = {
-        (group, held): _Deck(list_paths(group, split, held), dice)
-        for group, _ in recipe.shares
-        for held in (False, True)
-    }
+    decks = {(group, held): _Deck(list_paths(group, split, held), dice) for group, _ in recipe.shares for held in (False, True)}
     given: dict[Group, int] = {}
     for group in _spread_groups(recipe.shares, count):
         given[group] = given.get(group, 0) + 1
@@ -342,9 +336,7 @@ def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
     return list(twins)[:TWINS]
 
 
-def _draft_query(
-    recipe: Recipe, group: Group, path: Path, words: int, variant: int, twins: Sequence[Passage]
-) -> QueryDraft:
+def _draft_query(recipe: Recipe, group: Group, path: Path, words: int, variant: int, twins: Sequence[Passage]) -> QueryDraft:
     steps = recipe.count_steps(group)
     return QueryDraft(
         text=ask_path(path, words, seen=recipe.seen),

@@ -14,17 +14,7 @@ from functools import partial
 from PIL import Image
 
 from traceir.errors import InputError
-from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
-from traceir.learn.minibeir.drawing import (
-    GARMENT_TYPES,
-    VARIANTS,
-    canonical_variant,
-    derive_seed,
-    draw_garment,
-    split_of,
-)
-from traceir.learn.minibeir.scenes import (
-    COLOUR_NAMES,
+from traceir.learn.minibeir.chains import (
     TWINS,
     Chain,
     draw_chains,
@@ -36,6 +26,16 @@ from traceir.learn.minibeir.scenes import (
     pose_captions,
     pose_chain,
     teach_chain,
+)
+from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
+from traceir.learn.minibeir.drawing import (
+    COLOUR_NAMES,
+    GARMENT_TYPES,
+    VARIANTS,
+    canonical_variant,
+    derive_seed,
+    draw_garment,
+    split_of,
 )
 
 PATTERNS = ("stripes", "dots", "checks")

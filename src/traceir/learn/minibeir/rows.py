@@ -18,6 +18,9 @@ SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")
 WORLDS: Final = ("scenes", "garments", "news", "entities")
 FAMILY: Final = 4
 """A world yields training queries in families of this many that share a source; a family is never torn apart."""
+TWINS: Final = 8
+"""Distractors that every test query has at least."""
+LESSON_FILE: Final = "lessons/mini_train.jsonl"
 
 HELD_OUT_WORLDS: Final = frozenset({"scenes", "garments", "news"})
 """Worlds whose test answers never occur among training answers; the encyclopedia of `entities` must be known before."""

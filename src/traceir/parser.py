@@ -1,0 +1,174 @@
+"""The command line of `traceir` as argparse sees it: verbs, options, defaults and help. What a verb does is in `cli.py`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from traceir import __version__
+
+# Copies, so that the parser imports nothing; tests/test_cli.py holds them to the originals.
+ROUTES: Final = ("auto", "reason", "direct")
+MODALITIES: Final = ("image", "text", "image,text")
+REPORTS: Final = ("steps", "routing", "routes")
+PRESETS: Final = ("mini-naming", "mini-lessons", "mini", "mini-direct", "emoji")
+SCALES: Final = ("small", "full")
+MODEL_VARIABLE: Final = "TRACEIR_MODEL"
+
+Run = Callable[[argparse.Namespace], int]
+"""What runs a verb: parsed arguments to exit code."""
+
+
+def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
+    """The whole command line; imports nothing heavy.
+
+    `runs` gives for every verb ("search", "index add") what runs it; the parsed arguments name it as `verb`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="traceir", description="Universal multimodal retrieval that thinks when a query needs it."
+    )
+    parser.add_argument("--version", action="version", version=f"traceir {__version__}")
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    for where in (parser, shared):
+        where.add_argument("--threads", type=_count, metavar="N", help="CPU threads for the model (default: torch's choice)")
+        where.add_argument("-v", "--verbose", action="store_true", help="log what happens; show tracebacks")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    _add_index(verbs, shared, runs)
+    _add_search(verbs, shared, runs)
+    _add_explain(verbs, shared, runs)
+    _add_evaluate(verbs, shared, runs)
+    _add_report(verbs, shared, runs)
+    _add_minibeir(verbs, shared, runs)
+    _add_train(verbs, shared, runs)
+    _add_demo(verbs, shared, runs)
+    return parser
+
+
+# The parsers of the verbs
+
+
+def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    parts = verbs.add_parser("index", help="fill, describe, prune an index").add_subparsers(required=True, metavar="VERB")
+    add = _verb(parts, shared, "add", runs["index add"], "add folders, pictures, texts, .jsonl files or M-BEIR pools")
+    add.add_argument("paths", nargs="+", metavar="PATH", help="folder, picture, .txt, .md, or .jsonl of {id, text, image}")
+    add.add_argument("--index", required=True, metavar="DIR", help="folder of the index, made if it is not there")
+    add.add_argument("--batch", type=_count, default=64, metavar="N", help="items encoded and stored at a time (default: 64)")
+    _add_model(add)
+    info = _verb(parts, shared, "info", runs["index info"], "describe an index")
+    info.add_argument("--index", required=True, metavar="DIR")
+    info.add_argument("--json", action="store_true", help="one JSON object")
+    remove = _verb(parts, shared, "rm", runs["index rm"], "remove items by id")
+    remove.add_argument("--index", required=True, metavar="DIR")
+    remove.add_argument("ids", nargs="+", metavar="ID")
+    optimise = _verb(parts, shared, "optimise", runs["index optimise"], "build what `search --approximate` needs")
+    optimise.add_argument("--index", required=True, metavar="DIR")
+
+
+def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    search = _verb(verbs, shared, "search", runs["search"], "search an index by words, a picture, or both")
+    search.add_argument("--index", required=True, metavar="DIR")
+    _add_query(search)
+    search.add_argument("--route", choices=ROUTES, default="auto", help="who decides about reasoning (default: auto, the model)")
+    search.add_argument("-k", type=_count, default=10, metavar="N", help="number of hits (default: 10)")
+    search.add_argument("--approximate", action="store_true", help="faster on large indexes; needs `index optimise`")
+    search.add_argument(
+        "--where", action="append", default=[], metavar="FIELD=VALUE", help="only items whose field has the value; repeatable"
+    )
+    search.add_argument("--json", action="store_true", help="one JSON object")
+    _add_model(search)
+
+
+def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    explain = _verb(
+        verbs, shared, "explain", runs["explain"], "show the prompt, its tokens, the read-out and the route of an input"
+    )
+    _add_query(explain)
+    explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
+    explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
+    _add_model(explain)
+
+
+def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    evaluate = _verb(verbs, shared, "evaluate", runs["evaluate"], "score a model on a folder in M-BEIR's layout")
+    evaluate.add_argument("--data", required=True, metavar="DIR")
+    evaluate.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and the outcome of each query")
+    evaluate.add_argument("--route", action="append", metavar="ROUTE[,ROUTE]", help="auto, reason, direct (default: auto)")
+    evaluate.add_argument("--rows", metavar="A,B", help="rows such as cirr_task7, or whole data sets such as cirr (default: all)")
+    evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N queries of each row")
+    evaluate.add_argument("--split", choices=("val", "test"), default="test")
+    _add_model(evaluate)
+
+
+def _add_report(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    parser = _verb(verbs, shared, "report", runs["report"], "tables and plots from evaluation folders")
+    parser.add_argument("kind", choices=REPORTS, help="steps: recall by reasoning steps; routing; routes: the cost of each")
+    parser.add_argument("folders", nargs="+", metavar="[LABEL=]FOLDER[:ROUTE]", help="what `traceir evaluate --out` wrote")
+    parser.add_argument("--out", metavar="FILE.md", help="write the report here too, plots beside it")
+
+
+def _add_minibeir(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    parts = verbs.add_parser("minibeir", help="build and look at the benchmark in miniature")
+    parts = parts.add_subparsers(required=True, metavar="VERB")
+    build = _verb(parts, shared, "build", runs["minibeir build"], "write the benchmark; goes on where it was cut off")
+    build.add_argument("--out", required=True, metavar="DIR")
+    build.add_argument("--scale", choices=SCALES, default="small")
+    build.add_argument("--seed", type=int, default=0, metavar="N")
+    build.add_argument("--workers", type=_count, default=1, metavar="N", help="processes that draw pictures (default: 1)")
+    sheet = _verb(parts, shared, "sheet", runs["minibeir sheet"], "draw a contact sheet of a folder's queries and answers")
+    sheet.add_argument("--data", required=True, metavar="DIR")
+    sheet.add_argument("--out", required=True, metavar="FILE", help="a .png file")
+
+
+def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    train = _verb(verbs, shared, "train", runs["train"], "train a model; the same command again resumes")
+    train.add_argument("--preset", required=True, choices=PRESETS)
+    train.add_argument("--data", metavar="DIR", help="folder in M-BEIR's layout (default: the preset's)")
+    train.add_argument("--out", metavar="DIR", help="folder of the run (default: the preset's)")
+    train.add_argument("--init", metavar="MODEL", help="checkpoint to start from, or random (default: the preset's)")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="override a field: steps=500, size.hidden=128, weights.cirr_task7=4; repeatable",
+    )  # fmt: skip
+    train.add_argument("--resume-from", type=Path, metavar="STEPDIR", help="start at another run's steps/NNNNNN")
+
+
+def _add_demo(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    demo = _verb(verbs, shared, "demo", runs["demo"], "search a small gallery in every way, and write a contact sheet")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="working folder (default: out/demo)")
+    _add_model(demo)
+
+
+def _verb(parts: Any, shared: argparse.ArgumentParser, name: str, run: Run, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parts.add_parser(name, help=help, description=help, parents=[shared])
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _add_query(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", metavar="FILE", help="a picture to search with")
+    parser.add_argument("--text", metavar="T", help="words to search with, or what to change in the picture")
+    parser.add_argument("--instruction", metavar="I", help="what kind of thing is wanted, in words")
+    parser.add_argument(
+        "--modality", choices=MODALITIES, metavar="image|text|image,text", help="the modality looked for (default: any)"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
+    )
+    parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
+
+
+def _count(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
