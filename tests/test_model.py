@@ -144,11 +144,11 @@ def test_adding_emb_never_shrinks_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_errors_name_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         load(tmp_path)
     folder = save(random_model(), tmp_path / "x")
     (folder / "traceir.json").write_text("{")
-    with pytest.raises(ModelError, match=r"traceir.json:1"):
+    with pytest.raises(ModelError, match=r"traceir\.json:1"):
         load(folder)
 
 

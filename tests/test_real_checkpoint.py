@@ -1,4 +1,4 @@
-"""A checkpoint with the field names of Qwen2.5-VL-7B's own config.json (not its sizes), saved by transformers, through `--model`."""
+"""A checkpoint with the field names of Qwen2.5-VL-7B's own config.json, not its sizes, saved by transformers, by `--model`."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "pos_cand_list": [f"8:{number + 100}"],
                 "neg_cand_list": [],
                 "task_id": 7 if composed else 3,
-            }  # fmt: skip
+            }
         )
         pool.append(
             {
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 "img_path": name if composed else None,
                 "modality": "image" if composed else "text",
                 "src_content": None,
-            }  # fmt: skip
+            }
         )
         if composed:
             labels.append({"qid": f"8:{number}", "steps": 2, "z": 1, "reasoning": f"see {number}", "answer": "a thing"})

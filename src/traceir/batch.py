@@ -125,8 +125,8 @@ class Processor:
 
         `completion` None lays out a prompt to be continued (read-out: the last token, which predicts the next). A string, "" for
         the bypass, is followed by `<|emb|>`; completion and `<|emb|>` are supervised, the prompt never is. Under `before_token`
-        the read-out is the position that predicts `<|emb|>` (paper, section 1); under `at_token` `<|emb|>` is read too and its own
-        state counts; under `last` (peers that know no such token) the last token of all.
+        the read-out is the position that predicts `<|emb|>` (paper, section 1); under `at_token` `<|emb|>` is read too and its
+        own state counts; under `last` (peers that know no such token) the last token of all.
         `end` replaces `<|emb|>` where a plain answer is taught (pretraining lessons end the turn).
         """
         ids, positions, pixels, cut = self._prompt_ids(prompt)
