@@ -23,7 +23,7 @@ from traceir.learn.presets import PRESETS, known_keys, override, resolve
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel, load, save
-from traceir.prompts import EMB, render_candidate, render_query
+from traceir.prompts import EMB, normalise, render_candidate, render_query
 
 SMALL = "hidden=48 layers=1 heads=4 inner=64 vision_hidden=32 vision_layers=1 vision_heads=2 vision_inner=32 vocabulary=400"
 HINT = "(unexpected; run it again with -v for the traceback)"
@@ -258,7 +258,7 @@ def test_an_explanation_shows_what_is_supervised_and_read(
         explain(loaded, render_candidate(Item.of(text="red"), "brief-1"), "red")
     assert run("explain", "--model", checkpoint, "--text", "red " * 2000, "--modality", "text") == 0
     cut = int(capsys.readouterr().out.partition("text tokens cut: ")[2].split()[0])
-    assert cut == len(loaded.processor.plain_ids(("red " * 2000).strip())) - loaded.processor.max_text_tokens > 0
+    assert cut == len(loaded.processor.plain_ids(normalise("red " * 2000))) - loaded.processor.max_text_tokens > 0
 
 
 def test_evaluate_prints_a_table_and_writes_the_results(
