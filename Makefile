@@ -33,10 +33,8 @@ data: $(DATA)/meta.json
 $(DATA)/meta.json: | $(VENV)/ready
 	$(BIN)/traceir minibeir build --scale full --seed 0 --out $(DATA)
 
-# The bundled checkpoint from nothing (hours on one core; each command goes on where it was cut off), and its baseline.
+# The bundled checkpoint from nothing (about half an hour on one core; goes on where it was cut off), and its baseline.
 model: data
-	$(BIN)/traceir --threads 1 train --preset mini-naming
-	$(BIN)/traceir --threads 1 train --preset mini-lessons
 	$(BIN)/traceir --threads 1 train --preset mini
 
 model-direct: data

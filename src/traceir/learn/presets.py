@@ -13,9 +13,7 @@ from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 
 MINI_DATA: Final = "data/minibeir"
-NAMED: Final = "out/runs/mini-naming/checkpoint"
-PRETRAINED: Final = "out/runs/mini-lessons/checkpoint"
-SIZE: Final = SmallSize(initial=0.05)
+SIZE: Final = SmallSize(hidden=128, layers=4, inner=352, vision_hidden=96, vision_inner=192, initial=0.05)
 # What a row counts in the rotation: composed and multi-hop rows need more turns than captions; lessons go on beside the pairs.
 WEIGHTS: Final = {
     "cirr_task7": 5.0,
@@ -26,54 +24,28 @@ WEIGHTS: Final = {
     "oven_task8": 0.7,
     "infoseek_task6": 1.5,
     "infoseek_task8": 1.5,
-    "lessons_naming": 1.0,
-    "lessons_facts": 2.0,
+    "lessons_naming": 3.0,
+    "lessons_facts": 2.5,
     "lessons_steps": 3.0,
 }
 
 
-def mini_naming() -> TrainConfig:
-    """From random weights: say what a picture shows."""
-    return TrainConfig(
-        data=MINI_DATA,
-        out="out/runs/mini-naming",
-        cache="data/pixels",
-        teach="lessons",
-        weights={"lessons_facts": 0.0, "lessons_steps": 0.0},
-        steps=1000,
-        learning_rate=2e-3,
-        warmup=100,
-        decay=0.0,
-        size=SIZE,
-    )
-
-
-def mini_lessons() -> TrainConfig:
-    """Then also recite the encyclopedia and write chains of states: what a pretrained Qwen2.5-VL would bring along."""
-    return replace(
-        mini_naming(),
-        out="out/runs/mini-lessons",
-        init=NAMED,
-        weights={"lessons_naming": 0.3, "lessons_facts": 0.3, "lessons_steps": 0.4},
-        steps=1500,
-        warmup=50,
-    )
-
-
 def mini() -> TrainConfig:
-    """The bundled model: the joint objective on MiniBEIR's pairs, from the pretrained checkpoint, lessons going on beside."""
+    """The bundled model, from random weights: the joint objective on MiniBEIR's pairs, lessons in turn with them.
+
+    The lessons stand for what a pretrained Qwen2.5-VL brings along: it can name what it sees and has read the encyclopedia.
+    """
     return TrainConfig(
         data=MINI_DATA,
         out="out/runs/mini",
         cache="data/pixels",
-        init=PRETRAINED,
         teach="both",
         weights=WEIGHTS,
-        steps=4000,
-        learning_rate=7e-4,
-        warmup=100,
-        decay=0.2,
-        save_every=200,
+        steps=3840,
+        learning_rate=1e-3,
+        decay=1 / 6,
+        save_every=100,
+        keep=(400, 800, 1200, 1600, 2000, 2400, 2800, 3200, 3600),
         size=SIZE,
     )
 
@@ -102,8 +74,6 @@ def emoji() -> TrainConfig:
 
 
 PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
-    "mini-naming": mini_naming,
-    "mini-lessons": mini_lessons,
     "mini": mini,
     "mini-direct": mini_direct,
     "emoji": emoji,
@@ -118,7 +88,7 @@ def resolve(
     init: str | None = None,
     settings: Sequence[str] = (),
 ) -> TrainConfig:
-    """The preset with its places and settings replaced; InputError where its data or its own start is not there.
+    """The preset with its places and settings replaced; InputError where its data is not there.
 
     Other data than the preset's get a pixel cache of their own run, unless `settings` name one.
     """
@@ -133,9 +103,6 @@ def resolve(
     if not Path(config.data).is_dir():
         remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
         raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
-    if config.init in (NAMED, PRETRAINED) and not Path(config.init).is_dir():
-        first = Path(config.init).parent.name
-        raise InputError(f"{config.init} does not exist; run `traceir train --preset {first}` first, or give --init")
     return config
 
 
