@@ -27,10 +27,30 @@ Vector = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class Content:
+    """Parts in reading order: what Item and Query have in common."""
+
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def modality(self) -> Modality:
+        """`text` also where there are no parts: such a query consists of its instruction."""
+        has_image = any(isinstance(part, Picture) for part in self.parts)
+        return "text" if not has_image else "image,text" if self.text else "image"
+
+    @property
+    def text(self) -> str:
+        return " ".join(part.strip() for part in self.parts if isinstance(part, str) and part.strip())
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Picture))
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Content):
     """One thing that can be found: parts in reading order, an id, and free fields kept beside it in an index."""
 
-    parts: tuple[Part, ...]
     id: str | None = None
     fields: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
@@ -50,28 +70,15 @@ class Item:
         """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`)."""
         return cls(_parts(text, image), id=id, fields=fields or {})
 
-    @property
-    def modality(self) -> Modality:
-        return _modality(self.parts)
-
-    @property
-    def text(self) -> str:
-        return _text(self.parts)
-
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(part for part in self.parts if isinstance(part, Picture))
-
     def content_hash(self) -> str:
         """SHA-256 (hex) over the parts alone: equal content has an equal hash, whatever the id or fields."""
         return _content_hash(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class Query(Content):
     """A question: an instruction that says what is wanted, and parts. `target` is the modality looked for (None: any)."""
 
-    parts: tuple[Part, ...] = ()
     instruction: str | None = None
     target: Modality | None = None
     id: str | None = None
@@ -93,18 +100,6 @@ class Query:
         id: str | None = None,
     ) -> Query:
         return cls(_parts(text, image), instruction=instruction, target=target, id=id)
-
-    @property
-    def modality(self) -> Modality:
-        return _modality(self.parts) if self.parts else "text"
-
-    @property
-    def text(self) -> str:
-        return _text(self.parts)
-
-    @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(part for part in self.parts if isinstance(part, Picture))
 
     def content_hash(self) -> str:
         """SHA-256 (hex) over instruction, target and parts."""
@@ -148,16 +143,6 @@ def _parts(text: str | None, image: Picture | None) -> tuple[Part, ...]:
     if text is not None and text.strip():
         parts.append(text)
     return tuple(parts)
-
-
-def _modality(parts: tuple[Part, ...]) -> Modality:
-    has_image = any(isinstance(part, Picture) for part in parts)
-    has_text = any(isinstance(part, str) and part.strip() for part in parts)
-    return "image,text" if has_image and has_text else "image" if has_image else "text"
-
-
-def _text(parts: tuple[Part, ...]) -> str:
-    return " ".join(part.strip() for part in parts if isinstance(part, str) and part.strip())
 
 
 def _content_hash(parts: tuple[Part, ...]) -> str:
