@@ -33,12 +33,12 @@ data: $(DATA)/meta.json
 $(DATA)/meta.json: | $(VENV)/ready
 	$(BIN)/traceir minibeir build --scale full --seed 0 --out $(DATA)
 
-# The bundled checkpoint from nothing (about half an hour on one core; goes on where it was cut off), and its baseline.
-model: data
-	$(BIN)/traceir --threads 1 train --preset mini
+# The bundled checkpoint from nothing (under an hour on one core; goes on where it was cut off), and the baseline without reasoning.
+model: $(VENV)/ready
+	TRACEIR=$(BIN)/traceir runs/mini.sh
 
-model-direct: data
-	$(BIN)/traceir --threads 1 train --preset mini-direct
+model-direct: $(VENV)/ready
+	TRACEIR=$(BIN)/traceir runs/mini.sh mini-direct
 
 evaluate: data
 	$(BIN)/traceir --threads 1 evaluate --data $(DATA) --route auto,direct,reason --out out/evaluate/mini
