@@ -1,7 +1,7 @@
 """Recomputes the README's quick claims on the bundled model and says which still hold; exit status 1 if one does not.
 
-`python -m benchmarks.evidence` builds MiniBEIR's full test split (a few minutes, once), scores the bundled checkpoint by every
-route, and measures the encoder. `--write` also rewrites the measured part of docs/evidence.md.
+`python -m benchmarks.evidence` takes data/minibeir, or builds MiniBEIR's full test split (a few minutes, once), scores the bundled
+checkpoint by every route, and measures the encoder. `--write` also rewrites the measured part of docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from traceir.encoder import Encoder
 from traceir.learn.evaluate import Judged, evaluate, read_judged
 from traceir.learn.minibeir.build import build
 
-DATA = Path("data/minibeir-test")
+WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")
 OUT = Path("out/evidence")
 DOC = Path("docs/evidence.md")
 OPENING, CLOSING = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"rewrite the measured part of {DOC}")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    build(DATA, scale="full", splits=("test",))
+    data = WHOLE if (WHOLE / "meta.json").is_file() else build(TEST, scale="full", splits=("test",))
     encoder = Encoder.from_pretrained(bundled_model())
-    results = evaluate(encoder, DATA, OUT / encoder.fingerprint, routes=ROUTES)
+    results = evaluate(encoder, data, OUT / encoder.fingerprint, routes=ROUTES)
     judged = {route: read_judged(OUT / encoder.fingerprint / f"queries-{route}.jsonl") for route in ROUTES}
-    figures = [*quality(results), *routing(judged["auto"]), *forced(judged), *speed()]
+    figures = [*quality(results), *routing(judged["auto"]), *forced(judged), *speed(data)]
     text = table(figures, encoder.fingerprint, str(results["data"]))
     print(text)
     if options.write:
@@ -90,12 +90,12 @@ def forced(judged: dict[str, list[Judged]]) -> list[Figure]:
     return [Figure("complex queries, R@1: auto against forced bypass", "auto higher", value, gain > 0)]
 
 
-def speed() -> list[Figure]:
+def speed(data: Path) -> list[Figure]:
     """The encoder benchmark on fewer queries than its own default run."""
     file = OUT / "encoder.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     encoder_benchmark.main(
-        ["--model", str(bundled_model()), "--data", str(DATA), "--queries", "192", "--threads", "1", "--out", str(file)]
+        ["--model", str(bundled_model()), "--data", str(data), "--queries", "192", "--threads", "1", "--out", str(file)]
     )
     parts = json.loads(file.read_text())["parts"]
     auto, batch = parts["auto_to_direct"], parts["batch_to_generate"]
