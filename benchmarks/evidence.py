@@ -1,6 +1,6 @@
 """Recomputes the README's quick claims on the bundled model and says which still hold; exit status 1 if one does not.
 
-`python -m benchmarks.evidence` takes data/minibeir, or builds MiniBEIR's full test split (a few minutes, once), scores the bundled
+`python -m benchmarks.evidence` takes data/minibeir, or builds MiniBEIR's full test split (minutes, once), scores the bundled
 checkpoint by every route, and measures the encoder. `--write` also rewrites the measured part of docs/evidence.md.
 """
 
