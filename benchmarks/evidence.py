@@ -95,7 +95,7 @@ def speed(data: Path) -> list[Figure]:
     file = OUT / "encoder.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     encoder_benchmark.main(
-        ["--model", str(bundled_model()), "--data", str(data), "--queries", "192", "--threads", "1", "--out", str(file)]
+        ["--model", str(bundled_model()), "--data", str(data), "--queries", "64", "--threads", "1", "--out", str(file)]
     )
     parts = json.loads(file.read_text())["parts"]
     auto, batch = parts["auto_to_direct"], parts["batch_to_generate"]

@@ -67,6 +67,7 @@ def emoji() -> TrainConfig:
         data="data/emoji",
         out="out/runs/emoji",
         steps=1600,
+        learning_rate=1e-3,
         batch=64,
         family=2,
         size=SmallSize(
