@@ -62,7 +62,7 @@ def quality(results: dict[str, Any]) -> list[Figure]:
     """The average over the 16 rows and the lowest row."""
     mean, lowest = results["average"]["auto"]["mean"], results["average"]["auto"]["lowest"]
     return [
-        Figure("MiniBEIR, 16 rows, route auto: average (hit@5; hit@10 fashion)", ">= 80", f"{100 * mean:.1f}", mean >= 0.80),
+        Figure("MiniBEIR, 16 rows, route auto: average (hit@5; hit@10 fashion)", ">= 80", f"{100 * mean:.2f}", mean >= 0.80),
         Figure("its lowest row", ">= 50", f"{100 * lowest:.1f}", lowest >= 0.50),
     ]
 
