@@ -28,7 +28,7 @@ def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: str = "befo
     tokenizer = train_tokenizer(lines, 400)
     size = SmallSize(hidden=48, layers=2, heads=4, inner=96, vision_hidden=32, vision_layers=2, vision_heads=2,
                      vision_inner=48, vocabulary=400)  # fmt: skip
-    settings = TraceSettings(prompt_version="brief-1", read_out=read_out, max_reasoning_tokens=12, fingerprint="random")  # type: ignore[arg-type]
+    settings = TraceSettings(prompt_version="brief-1", read_out=read_out, max_reasoning_tokens=12, fingerprint="random")
     model = small_model(tokenizer, size, settings, seed)
     torch.manual_seed(seed)
     head = model.network.lm_head

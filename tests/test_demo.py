@@ -49,7 +49,7 @@ class Page(HTMLParser):
 
 def encoding(reasoning: str = "", probability: float = 0.25) -> Encoding:
     route = "reason" if reasoning else "direct"
-    return Encoding(np.ones(1, dtype=np.float32), route, reasoning, len(reasoning.split()), probability, False)  # type: ignore[arg-type]
+    return Encoding(np.ones(1, dtype=np.float32), route, reasoning, len(reasoning.split()), probability, False)
 
 
 def hit(rank: int, id: str, text: str | None = "a text", image: str | None = None) -> Hit:

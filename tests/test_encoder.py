@@ -56,9 +56,9 @@ def test_auto_equals_generate_for_bypassed_and_reasoned_queries(model: TraceMode
 @pytest.mark.parametrize("route", ["auto", "reason", "direct"])
 def test_a_batch_equals_its_singles(model: TraceModel, queries: list[Query], route: str) -> None:
     encoder = Encoder(model, token_budget=300, wave_rows=5, batch_rows=7)
-    together = encoder.encode_queries(queries, route=route)  # type: ignore[arg-type]
+    together = encoder.encode_queries(queries, route=route)
     for query, encoding in zip(queries, together, strict=True):
-        alone = encoder.encode_queries([query], route=route)[0]  # type: ignore[arg-type]
+        alone = encoder.encode_queries([query], route=route)[0]
         assert (alone.reasoning, alone.route, alone.truncated) == (
             encoding.reasoning, encoding.route, encoding.truncated)  # fmt: skip
         assert cosine(alone.vector, encoding.vector) > 0.99999
@@ -67,7 +67,7 @@ def test_a_batch_equals_its_singles(model: TraceModel, queries: list[Query], rou
 
 def test_direct_reads_the_prefill_and_reason_never_bypasses(model: TraceModel, queries: list[Query]) -> None:
     encoder = Encoder(model)
-    auto, direct, reason = (encoder.encode_queries(queries, route=r) for r in ("auto", "direct", "reason"))  # type: ignore[arg-type]
+    auto, direct, reason = (encoder.encode_queries(queries, route=r) for r in ("auto", "direct", "reason"))
     assert all(e.route == "direct" and e.tokens == 0 for e in direct)
     assert all(e.route == "reason" and e.tokens > 0 for e in reason)
     for chosen, forced in zip(auto, direct, strict=True):
@@ -149,5 +149,5 @@ def test_eight_threads_share_one_model(model: TraceModel, queries: list[Query]) 
 
 def test_an_unknown_route_is_refused(model: TraceModel, queries: list[Query]) -> None:
     with pytest.raises(InputError, match="sideways"):
-        Encoder(model).encode_queries(queries, route="sideways")  # type: ignore[arg-type]
+        Encoder(model).encode_queries(queries, route="sideways")
     assert Encoder(model).encode_queries([]) == []

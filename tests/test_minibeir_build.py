@@ -78,7 +78,7 @@ def fake_worlds(change: Change = lambda row, split, draft: draft) -> dict[str, W
 
 
 def build_fake(out: Path, change: Change = lambda row, split, draft: draft, **options: object) -> Path:
-    return build(out, scale="small", worlds=fake_worlds(change), **options)  # type: ignore[arg-type]
+    return build(out, scale="small", worlds=fake_worlds(change), **options)
 
 
 def text_files(root: Path) -> dict[str, bytes]:
@@ -263,7 +263,7 @@ def test_a_killed_build_goes_on(root: Path, tmp_path: Path) -> None:
 
 def bad_split(wanted: Split, **changes: object) -> Change:
     def change(row: Row, split: Split, draft: QueryDraft) -> QueryDraft:
-        return dataclasses.replace(draft, **changes) if split == wanted and row.name == "cirr_task7" else draft  # type: ignore[arg-type]
+        return dataclasses.replace(draft, **changes) if split == wanted and row.name == "cirr_task7" else draft
 
     return change
 
@@ -357,7 +357,7 @@ def test_options_that_cannot_be(tmp_path: Path) -> None:
         with pytest.raises(InputError):
             build_fake(tmp_path / "none", **options)
     with pytest.raises(InputError, match="scale 'huge'"):
-        build(tmp_path / "none", scale="huge")  # type: ignore[arg-type]
+        build(tmp_path / "none", scale="huge")
     assert not (tmp_path / "none").exists()
 
 

@@ -188,7 +188,7 @@ def check_told(told: list[str], edits: list[str], start: Look) -> Look:
 
 def all_queries() -> Iterator[tuple[str, str, QueryDraft]]:
     for (row, make), split in itertools.product(ROWS.items(), ("train", "val", "test")):
-        for query in make(split, 100, 3):  # type: ignore[arg-type]
+        for query in make(split, 100, 3):
             yield row, split, query
 
 
@@ -251,7 +251,7 @@ def test_descriptions_are_right_and_style_gives_nothing_away() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_edits_do_what_their_words_say(split: str) -> None:
-    queries = list(garments.fashioniq_task7(split, 400, 11))  # type: ignore[arg-type]
+    queries = list(garments.fashioniq_task7(split, 400, 11))
     assert Counter(query.steps for query in queries) == {1: 160, 2: 120, 3: 120}
     for query in queries:
         assert query.text is not None

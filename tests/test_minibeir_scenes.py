@@ -116,7 +116,7 @@ def check_told(told: list[str], edits: list[str], start: Objects) -> Objects:
 
 def all_queries() -> Iterator[tuple[str, str, QueryDraft]]:
     for (row, make), split in itertools.product(ROWS.items(), ("train", "val", "test")):
-        for query in make(split, 120, 3):  # type: ignore[arg-type]
+        for query in make(split, 120, 3):
             yield row, split, query
 
 
@@ -194,7 +194,7 @@ def test_nights_show_the_same_thing_in_another_rendering() -> None:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_edits_do_what_their_words_say(split: str) -> None:
-    queries = list(scenes.cirr_task7(split, 400, 11))  # type: ignore[arg-type]
+    queries = list(scenes.cirr_task7(split, 400, 11))
     assert Counter(query.steps for query in queries) == {1: 100, 2: 100, 3: 100, 4: 100}
     for query in queries:
         assert query.text is not None
@@ -278,7 +278,7 @@ def solve_riddle(text: str) -> Objects:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_indirect_descriptions_resolve_to_their_target(split: str) -> None:
-    queries = list(scenes.mscoco_task0(split, 400, 9))  # type: ignore[arg-type]
+    queries = list(scenes.mscoco_task0(split, 400, 9))
     riddles = [query for query in queries if query.steps]
     assert len(riddles) == 48
     for query in riddles:

@@ -272,4 +272,4 @@ def test_run_report_writes_what_it_returns_and_refuses_the_rest(tmp_path: Path) 
         ("steps", [folder], tmp_path / "table.txt", r"table\.txt must name a Markdown file"),
     ):
         with pytest.raises(InputError, match=message):
-            run_report(kind, folders, out)  # type: ignore[arg-type]
+            run_report(kind, folders, out)

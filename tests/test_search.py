@@ -47,7 +47,7 @@ def test_routes_filters_and_targets_are_passed_on(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="build_approximate"):
             searcher.search(Query.of(text="thing 4"), exact=False)
         with pytest.raises(InputError, match="'fast' is unknown"):
-            searcher.search(Query.of(text="x"), route="fast")  # type: ignore[arg-type]
+            searcher.search(Query.of(text="x"), route="fast")
         with pytest.raises(InputError, match="k is 0"):
             searcher.search(Query.of(text="x"), k=0)
 
@@ -57,7 +57,7 @@ def test_many_queries_keep_their_order_across_targets(tmp_path: Path) -> None:
     with filled(tmp_path, encoder) as index:
         searcher = Searcher(encoder, index)
         targets = [None, "text", "image"]
-        queries = [Query.of(text=f"thing {n}", target=targets[n % 3]) for n in range(12)]  # type: ignore[arg-type]
+        queries = [Query.of(text=f"thing {n}", target=targets[n % 3]) for n in range(12)]
         results = searcher.search_many(queries, k=2)
         for n, (query, result) in enumerate(zip(queries, results, strict=True)):
             assert result.hits == searcher.search(query, k=2).hits

@@ -89,7 +89,7 @@ def config(folder: Path, out: Path, **changes: object) -> TrainConfig:
     base = TrainConfig(
         data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2
     )
-    return replace(base, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)
 
 
 def test_retrieval_loss_by_hand() -> None:
@@ -111,7 +111,7 @@ def test_a_shared_positive_is_not_a_negative() -> None:
     candidate.requires_grad_()
     rows = retrieval_loss(query, candidate, 0.1, shared)
     rows.backward()
-    assert torch.isfinite(candidate.grad).all()  # type: ignore[arg-type]
+    assert torch.isfinite(candidate.grad).all()
 
 
 def test_generation_loss_is_cross_entropy_and_zero_without_targets() -> None:

@@ -82,7 +82,8 @@ class TraceModel:
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        return out.last_hidden_state  # type: ignore[no-any-return]
+        states: torch.Tensor = out.last_hidden_state
+        return states
 
     def step(self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         """One decoding step: tokens [B] at M-RoPE positions [B] over a filled cache; states [B, D]."""
@@ -94,11 +95,13 @@ class TraceModel:
             past_key_values=cache,
             use_cache=True,
         )
-        return out.last_hidden_state[:, -1]  # type: ignore[no-any-return]
+        states: torch.Tensor = out.last_hidden_state[:, -1]
+        return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Next-token scores for states [..., D]: [..., V]."""
-        return self.network.lm_head(hidden)  # type: ignore[no-any-return]
+        scores: torch.Tensor = self.network.lm_head(hidden)
+        return scores
 
     def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """Merged vision tokens of N pictures, concatenated: [sum of tokens, D].
@@ -318,7 +321,8 @@ def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) 
     for block in visual.blocks:
         states = states + _vision_attention(block.attn, block.norm1(states), cosine, sine)
         states = states + block.mlp(block.norm2(states))
-    return visual.merger(states).view(count, per_picture // merge**2, -1)  # type: ignore[no-any-return]
+    merged: torch.Tensor = visual.merger(states).view(count, per_picture // merge**2, -1)
+    return merged
 
 
 def _vision_attention(attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -328,7 +332,8 @@ def _vision_attention(attention: Any, states_NPD: torch.Tensor, cosine: torch.Te
     mixed = functional.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scaling
     )
-    return attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))  # type: ignore[no-any-return]
+    projected: torch.Tensor = attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))
+    return projected
 
 
 def _rotate_half(part: torch.Tensor) -> torch.Tensor:

@@ -145,4 +145,5 @@ def _within(found: Scalar, low: Scalar, high: Scalar) -> bool:
     bound = low if low is not None else high
     if kind_of(found) != kind_of(bound):
         return False
+    # kind_of has shown that both sides are of one ordered kind, which mypy cannot follow.
     return (low is None or low <= found) and (high is None or found <= high)  # type: ignore[operator]
