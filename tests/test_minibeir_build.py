@@ -21,7 +21,7 @@ from traceir.learn.minibeir import album
 from traceir.learn.minibeir import build as building
 from traceir.learn.minibeir.build import build, fingerprint
 from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
-from traceir.learn.minibeir.rows import FAMILY, LESSON_FILE, ROWS, WORLDS, Row, World, row_named
+from traceir.learn.minibeir.rows import FAMILY, LESSON_FOLDER, ROWS, WORLDS, Row, World, row_named
 from traceir.learn.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
@@ -70,7 +70,12 @@ def fill(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
 
 def teach(count: int, seed: int) -> Iterator[LessonDraft]:
     for number in range(count):
-        yield LessonDraft(sketch(f"train-7-{seed}-{number // 8}") if number % 2 else None, "see", f"a thing {number}")
+        yield LessonDraft(
+            sketch(f"train-7-{seed}-{number // 8}") if number % 2 else None,
+            "see",
+            f"a thing {number}",
+            "naming" if number % 2 else "facts",
+        )
 
 
 def fake_worlds(change: Change = lambda row, split, draft: draft) -> dict[str, World]:
@@ -185,7 +190,9 @@ def test_the_global_pool_is_the_union_of_the_local_ones(root: Path) -> None:
 
 
 def test_a_picture_is_drawn_once_for_queries_pools_and_lessons(root: Path) -> None:
-    lessons = [json.loads(line) for line in (root / LESSON_FILE).read_text().splitlines()]
+    files = sorted((root / LESSON_FOLDER).iterdir())
+    assert [file.name for file in files] == [f"{world}_{kind}.jsonl" for world in sorted(WORLDS) for kind in ("facts", "naming")]
+    lessons = [json.loads(line) for file in files for line in file.read_text().splitlines()]
     assert len(lessons) == 4 * 64 and lessons[0] == {"img_path": None, "prompt": "see", "target": "a thing 0"}
     shared = {lesson["img_path"] for lesson in lessons} & {record.image_path for record in mbeir.read_train(root, "cirr")}
     assert shared

@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
     write_lines(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)
     write_lines(
-        root / "lessons/mini_train.jsonl",
+        root / "lessons/counting.jsonl",
         [{"img_path": None, "prompt": f"count {n}", "target": " ".join(["one"] * (n % 7 + 1))} for n in range(40)],
     )
     (root / "instructions").mkdir()
@@ -181,7 +181,9 @@ def test_reading_joins_labels_and_drops_them_for_the_baseline(folder: Path) -> N
     assert example.completion == "see 24; a thing" and example.candidate is not None
     assert example.query.instruction in ("Change it.", "Edit it.") and example.query.target == "image"
     assert bare["cirr_task7"].example(0, draw).completion == ""
-    lengths = [len(lesson[2]) for lesson in read_lessons(folder)[0].lines]
+    (counting,) = read_lessons(folder)
+    assert counting.name == "lessons_counting"
+    lengths = [len(lesson[2]) for lesson in counting.lines]
     assert lengths == sorted(lengths), "one window of lessons is sorted by length"
 
 

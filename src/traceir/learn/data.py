@@ -131,23 +131,21 @@ def read_pairs(root: Path, *, reasoning: bool, any_target: float = 0.0) -> list[
 
 
 def read_lessons(root: Path) -> list[LessonData]:
-    """lessons/*.jsonl of a folder as up to three tasks: `lessons_naming` (say what a picture shows), `lessons_facts` (recite)
-    and `lessons_steps` (write a chain of states or facts, with or without a picture).
+    """lessons/*.jsonl of a folder, each file one task: of NAME.jsonl comes `lessons_NAME`.
 
     Each is shuffled once by a fixed seed, then sorted by length within windows of 4,096, so that neighbours are of like length
     and a family as large as the batch gives batches with little padding.
     """
     kinds: dict[str, list[tuple[str | None, str, str]]] = {}
     for file in sorted((root / "lessons").glob("*.jsonl")):
+        lessons = kinds.setdefault(f"lessons_{file.stem}", [])
         with file.open() as stream:
             for number, line in enumerate(stream, 1):
                 try:
                     found = json.loads(line)
-                    lesson = (found["img_path"], found["prompt"], found["target"])
+                    lessons.append((found["img_path"], found["prompt"], found["target"]))
                 except (json.JSONDecodeError, KeyError) as error:
                     raise DataError(f"{file}:{number}: not a lesson ({error}); rebuild the folder") from error
-                kind = "steps" if ";" in lesson[2] else "naming" if lesson[0] else "facts"
-                kinds.setdefault(f"lessons_{kind}", []).append(lesson)
     if not kinds:
         raise TrainError(f"{root} has no lessons; only folders built by `traceir minibeir build` do")
     found_tasks = []

@@ -24,40 +24,114 @@ WEIGHTS: Final = {
     "oven_task8": 0.7,
     "infoseek_task6": 1.5,
     "infoseek_task8": 1.5,
-    "lessons_naming": 3.0,
-    "lessons_facts": 2.5,
-    "lessons_steps": 3.0,
 }
+LESSONS: Final = (
+    "scenes_naming",
+    "scenes_edits",
+    "scenes_views",
+    "garments_naming",
+    "garments_edits",
+    "garments_views",
+    "news_naming",
+    "entities_naming",
+    "entities_facts",
+    "entities_chains",
+)
+
+
+def teaching(**weights: float) -> dict[str, float]:
+    """A weight for every lesson of MiniBEIR; 0 for those not named."""
+    return {f"lessons_{name}": weights.get(name, 0.0) for name in LESSONS}
 
 
 def mini() -> TrainConfig:
-    """The bundled model, from random weights: the joint objective on MiniBEIR's pairs, lessons in turn with them.
+    """The bundled model's one stage of training, after the lessons: the joint objective on MiniBEIR's pairs.
 
-    The lessons stand for what a pretrained Qwen2.5-VL brings along: it can name what it sees and has read the encyclopedia.
+    Lessons go on in turn with the pairs. They stand for what a pretrained Qwen2.5-VL brings along: it can name what it sees, has
+    read the encyclopedia and can follow a list of edits.
     """
+    beside = teaching(
+        scenes_naming=1.0,
+        scenes_edits=0.7,
+        scenes_views=1.3,
+        garments_naming=0.5,
+        garments_edits=0.4,
+        garments_views=0.6,
+        news_naming=0.7,
+        entities_naming=0.8,
+        entities_facts=1.5,
+        entities_chains=0.5,
+    )
     return TrainConfig(
         data=MINI_DATA,
         out="out/runs/mini",
+        init="out/runs/mini-lessons/checkpoint",
         cache="data/pixels",
         teach="both",
-        weights=WEIGHTS,
-        steps=1600,
+        weights={**WEIGHTS, **beside},
+        steps=7000,
         warmup=50,
         learning_rate=1e-3,
         decay=0.4,
-        save_every=100,
+        save_every=250,
         size=SIZE,
     )
 
 
+def mini_naming() -> TrainConfig:
+    """The first lessons, from random weights: say what a picture shows. One skill at a time is learnt fastest."""
+    weights = teaching(scenes_naming=1.5, garments_naming=1.0, news_naming=1.0, entities_naming=1.0)
+    return replace(
+        mini(), out="out/runs/mini-naming", init="random", teach="lessons", weights=weights, steps=1500, warmup=100, decay=0.0
+    )
+
+
+def mini_words() -> TrainConfig:
+    """The second lessons, nearly all without pictures: chains of edits upon a state in words, facts, chains of facts."""
+    weights = teaching(
+        scenes_naming=0.3,
+        scenes_edits=2.0,
+        garments_naming=0.2,
+        garments_edits=1.0,
+        news_naming=0.2,
+        entities_naming=0.3,
+        entities_facts=1.0,
+        entities_chains=0.3,
+    )
+    before = "out/runs/mini-naming/checkpoint"
+    return replace(mini_naming(), out="out/runs/mini-words", init=before, weights=weights, steps=1200, warmup=20, seed=1)
+
+
 def mini_lessons() -> TrainConfig:
-    """Lessons alone, as in the middle of `runs/mini.sh`: what the model writes is learnt fastest where nothing else is taught."""
-    lessons = {"lessons_naming": 1.0, "lessons_facts": 1.0, "lessons_steps": 1.0}
-    return replace(mini(), out="out/runs/mini-lessons", teach="lessons", weights=lessons, warmup=20, decay=0.0)
+    """The last lessons: all kinds within each step, chains of edits from pictures among them."""
+    weights = teaching(
+        scenes_naming=1.0,
+        scenes_edits=1.0,
+        scenes_views=2.0,
+        garments_naming=0.7,
+        garments_edits=0.5,
+        garments_views=1.0,
+        news_naming=0.7,
+        entities_naming=0.7,
+        entities_facts=1.5,
+        entities_chains=0.7,
+    )
+    before = "out/runs/mini-words/checkpoint"
+    return replace(
+        mini_naming(),
+        out="out/runs/mini-lessons",
+        init=before,
+        weights=weights,
+        steps=400,
+        warmup=20,
+        batch=16,
+        accumulate=4,
+        seed=2,
+    )
 
 
 def mini_direct() -> TrainConfig:
-    """The baseline of `mini`: same pairs, same order, same start, nothing to reason."""
+    """The baseline of `mini`: same start, pairs, order and lessons; no pair reasons."""
     return replace(mini(), out="out/runs/mini-direct", reasoning=False)
 
 
@@ -82,6 +156,8 @@ def emoji() -> TrainConfig:
 
 PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
     "mini": mini,
+    "mini-naming": mini_naming,
+    "mini-words": mini_words,
     "mini-lessons": mini_lessons,
     "mini-direct": mini_direct,
     "emoji": emoji,

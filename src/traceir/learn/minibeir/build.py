@@ -23,7 +23,7 @@ from traceir.learn.minibeir.album import Album
 from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Split
 from traceir.learn.minibeir.rows import (
     FAMILY,
-    LESSON_FILE,
+    LESSON_FOLDER,
     LESSONS,
     ROWS,
     SCALES,
@@ -259,13 +259,15 @@ class _Builder:
         return positives, negatives
 
     def _write_lessons(self) -> None:
-        lines = []
+        """A file for each world and kind of lesson, in the order of their first lessons."""
+        lines: dict[str, list[str]] = {}
         for world in WORLDS:
             wanted = LESSONS[self.plan.scale][world]
             for lesson in self.worlds[world].lessons(wanted, self.plan.seed):
-                lines.append(_dump(self._lesson(lesson, world)))
+                lines.setdefault(f"{world}_{lesson.kind}", []).append(_dump(self._lesson(lesson, world)))
                 self.bar.update()
-        _write_lines(self.root / LESSON_FILE, lines)
+        for name, told in lines.items():
+            _write_lines(self.root / LESSON_FOLDER / f"{name}.jsonl", told)
 
     def _lesson(self, lesson: LessonDraft, world: str) -> dict[str, str | None]:
         folder = f"lessons_images/{world}"

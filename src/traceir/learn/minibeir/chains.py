@@ -156,7 +156,7 @@ def draw_chains(
 def teach_chain(chain: Chain[C], sketch: Sketch | None) -> LessonDraft:
     """A lesson in editing: from the picture, or without one from the source's state in words."""
     prompt = chain.text if sketch is not None else f"{chain.states[0].state()}: {chain.text}"
-    return LessonDraft(sketch, prompt, f"{chain.reasoning}; {chain.answer}")
+    return LessonDraft(sketch, prompt, f"{chain.reasoning}; {chain.answer}", "views" if sketch is not None else "edits")
 
 
 def draw_family(rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]) -> list[C]:

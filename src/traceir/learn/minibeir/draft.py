@@ -52,6 +52,8 @@ class QueryDraft:
 class LessonDraft:
     """One pretraining lesson: given an optional picture and an optional prompt text, write `target`.
 
+    Lessons of one `kind` of a world exercise one skill, and are one task of training.
+
     Lessons give the small model what a pretrained Qwen2.5-VL has before TRACE's training starts: it can name what it sees and
     has read the encyclopedia. They come from training compositions only.
     """
@@ -59,3 +61,4 @@ class LessonDraft:
     sketch: Sketch | None
     prompt: str
     target: str
+    kind: str

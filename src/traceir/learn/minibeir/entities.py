@@ -418,21 +418,21 @@ def _tell_fact(passage: Passage, dice: random.Random) -> LessonDraft:
     name, facet = passage.entity.name.lower(), passage.facet
     target = state_fact(passage.entity, facet)
     if facet == INTRO:
-        return LessonDraft(None, f"tell me about {name}", target)
+        return LessonDraft(None, f"tell me about {name}", target, "facts")
     path = Path(passage.entity, (), facet)
     if assign_split(path) == "train" and dice.random() < 0.5:
-        return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target)
-    return LessonDraft(None, f"tell me about {name}: {facet}", target)
+        return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target, "facts")
+    return LessonDraft(None, f"tell me about {name}: {facet}", target, "facts")
 
 
 def _tell_chain(path: Path, dice: random.Random) -> LessonDraft:
     target = f"{path.explain(seen=False)}; {path.answer()}"
-    return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target)
+    return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target, "chains")
 
 
 def _tell_emblem(entity: Entity, dice: random.Random) -> LessonDraft:
     variant = RENDERINGS["lessons"] + dice.randrange(1_000_000)
-    return LessonDraft(sketch_emblem(entity, variant), "what is this", f"this is {entity.name.lower()}")
+    return LessonDraft(sketch_emblem(entity, variant), "what is this", f"this is {entity.name.lower()}", "naming")
 
 
 def _list_lessons(kind: str, dice: random.Random) -> Iterator[LessonDraft]:

@@ -394,13 +394,13 @@ def _draw_lesson_chain(rng: random.Random) -> Chain[Garment]:
 
 
 def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
-    """45 % naming, 35 % editing in words alone, 20 % editing from the picture; all of training."""
+    """30 % naming, 50 % editing in words alone, 20 % editing from the picture; all of training."""
     rng = random.Random(derive_seed("garment lessons", seed))
     for _ in range(count):
         draw = rng.random()
-        if draw < 0.45:
+        if draw < 0.3:
             garment = draw_composition(rng, "train")
-            yield LessonDraft(garment.sketch(rng.randrange(VARIANTS)), "name the garment", garment.state())
+            yield LessonDraft(garment.sketch(rng.randrange(VARIANTS)), "name the garment", garment.state(), "naming")
         else:
             chain = _draw_lesson_chain(rng)
             yield teach_chain(chain, None if draw < 0.8 else chain.states[0].sketch(rng.randrange(VARIANTS)))

@@ -250,7 +250,7 @@ def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
         scene = _invent_scene_of("train", dice)
         sketch = sketch_photo(scene, dice.randrange(100_000))
         if dice.random() < 0.7:
-            yield LessonDraft(sketch, "describe the photo", write_caption(scene, 0))
+            yield LessonDraft(sketch, "describe the photo", write_caption(scene, 0), "naming")
             continue
         answers = {
             "who is on the left": scene.left,
@@ -260,4 +260,4 @@ def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
             "what is happening": scene.event,
         }
         prompt = dice.choice(tuple(answers))
-        yield LessonDraft(sketch, prompt, answers[prompt])
+        yield LessonDraft(sketch, prompt, answers[prompt], "naming")

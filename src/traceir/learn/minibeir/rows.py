@@ -20,7 +20,7 @@ FAMILY: Final = 4
 """A world yields training queries in families of this many that share a source; a family is never torn apart."""
 TWINS: Final = 8
 """Distractors that every test query has at least."""
-LESSON_FILE: Final = "lessons/mini_train.jsonl"
+LESSON_FOLDER: Final = "lessons"
 
 HELD_OUT_WORLDS: Final = frozenset({"scenes", "garments", "news"})
 """Worlds whose test answers never occur among training answers; the encyclopedia of `entities` must be known before."""
@@ -178,7 +178,7 @@ ROWS: Final[tuple[Row, ...]] = (
 
 LESSONS: Final[Mapping[Scale, Mapping[str, int]]] = {
     "small": {"scenes": 64, "garments": 64, "news": 64, "entities": 64},
-    "full": {"scenes": 30_000, "garments": 20_000, "news": 12_000, "entities": 24_000},
+    "full": {"scenes": 60_000, "garments": 30_000, "news": 12_000, "entities": 24_000},
 }
 """Pretraining lessons for each world."""
 

@@ -443,17 +443,17 @@ def _draw_lesson_chain(rng: random.Random) -> Chain[Scene]:
 
 
 def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
-    """40 % naming, 10 % describing, 35 % editing in words alone, 15 % editing from the picture; all of training."""
+    """20 % naming, 5 % describing, 60 % editing in words alone, 15 % editing from the picture; all of training."""
     rng = random.Random(derive_seed("scene lessons", seed))
     for _ in range(count):
         draw = rng.random()
-        if draw < 0.5:
+        if draw < 0.25:
             scene = draw_composition(rng, "train")
             sketch = scene.sketch(rng.randrange(VARIANTS))
-            if draw < 0.4:
-                yield LessonDraft(sketch, "name the objects", scene.state())
+            if draw < 0.2:
+                yield LessonDraft(sketch, "name the objects", scene.state(), "naming")
             else:
-                yield LessonDraft(sketch, "describe the picture", scene.caption(rng.randrange(_STYLES)))
+                yield LessonDraft(sketch, "describe the picture", scene.caption(rng.randrange(_STYLES)), "naming")
         else:
             chain = _draw_lesson_chain(rng)
             yield teach_chain(chain, None if draw < 0.85 else chain.states[0].sketch(rng.randrange(VARIANTS)))

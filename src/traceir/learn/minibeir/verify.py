@@ -11,7 +11,7 @@ from typing import Any
 from traceir.errors import DataError
 from traceir.learn import mbeir
 from traceir.learn.minibeir.draft import Split
-from traceir.learn.minibeir.rows import HELD_OUT_WORLDS, LESSON_FILE, ROWS, TWINS, WORLDS, Scale
+from traceir.learn.minibeir.rows import HELD_OUT_WORLDS, LESSON_FOLDER, ROWS, TWINS, WORLDS, Scale
 
 _Content = tuple[str | None, str | None]
 """Text and picture path of a candidate."""
@@ -30,7 +30,7 @@ def verify(root: Path, scale: Scale, splits: Sequence[Split]) -> dict[str, Any]:
     if "train" in splits:
         for row in ROWS:
             counts["rows"][row.name]["train"] = {"queries": train_counts[row.name]}
-        counts["lessons"] = sum(1 for _ in (root / LESSON_FILE).open(encoding="utf-8"))
+        counts["lessons"] = sum(1 for file in _lesson_files(root) for _ in file.open(encoding="utf-8"))
     counts["pictures"] = len(pictures)
     for name in sorted(pictures):
         if not (root / name).is_file():
@@ -53,8 +53,13 @@ def _verify_train(root: Path, pictures: set[str]) -> tuple[dict[str, set[_Conten
                     raise DataError(f"{mbeir.train_pool_path(root)}: positive {did} of {record.qid} is not in the pool")
                 trained[world].add((pool[did].text, pool[did].image_path))
     pictures.update(candidate.image_path for candidate in pool.values() if candidate.image_path)
-    pictures.update(lesson["img_path"] for lesson in map(json.loads, (root / LESSON_FILE).open("rb")) if lesson["img_path"])
+    for file in _lesson_files(root):
+        pictures.update(lesson["img_path"] for lesson in map(json.loads, file.open("rb")) if lesson["img_path"])
     return trained, counts
+
+
+def _lesson_files(root: Path) -> list[Path]:
+    return sorted((root / LESSON_FOLDER).glob("*.jsonl"))
 
 
 def _verify_task(task: mbeir.Task, pool_least: int, trained: set[_Content], pictures: set[str]) -> dict[str, Any]:
