@@ -345,6 +345,8 @@ def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatc
         assert config.batch % config.family == 0 and "size.hidden" in known_keys(config), name
         with pytest.raises(InputError, match="does not exist"):
             resolve(name)
+    with pytest.raises(InputError, match="train --preset mini-lessons first"):
+        resolve("mini", data=str(tmp_path))
     mini, direct = (resolve(name, data=str(tmp_path), init="random", out="o") for name in ("mini", "mini-direct"))
     assert mini.reasoning and not direct.reasoning and mini == override(direct, ["reasoning=true"])
     assert mini.cache == "" and PRESETS["mini"]().cache != ""  # pixels of other data are not mixed in

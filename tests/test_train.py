@@ -18,13 +18,13 @@ import torch
 from conftest import picture
 from safetensors.torch import load_file
 
-from traceir.errors import TrainError
+from traceir.errors import DataError, TrainError
 from traceir.items import Item, Query
-from traceir.learn.data import Example, Schedule, TaskData, read_lessons, read_pairs
+from traceir.learn.data import Example, Schedule, TaskData, pixel_store, read_lessons, read_pairs
 from traceir.learn.losses import generation_loss, retrieval_loss
-from traceir.learn.small import SmallSize
+from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.learn.train import TrainConfig, objective, rate, train
-from traceir.model import TraceModel
+from traceir.model import TraceModel, TraceSettings
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
                  vision_inner=32, vocabulary=420)  # fmt: skip
@@ -185,6 +185,21 @@ def test_reading_joins_labels_and_drops_them_for_the_baseline(folder: Path) -> N
     assert counting.name == "lessons_counting"
     lengths = [len(lesson[2]) for lesson in counting.lines]
     assert lengths == sorted(lengths), "one window of lessons is sorted by length"
+
+
+def test_a_pixel_store_is_completed_without_what_it_holds_already(folder: Path, tmp_path: Path) -> None:
+    model = small_model(train_tokenizer(["a thing"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
+    names = []
+    for number in (1, 2):
+        names.append(f"{number}.png")
+        picture(number).load().save(tmp_path / names[-1])
+    first = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[:1])[str(tmp_path / "1.png")].copy()
+    (tmp_path / "1.png").unlink()
+    store = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[1:])
+    assert len(store) == 2 and (store[str(tmp_path / "1.png")] == first).all()
+    assert (store[str(tmp_path / "2.png")] != first).any()
+    with pytest.raises(DataError, match=r"3\.png"):
+        pixel_store(tmp_path, tmp_path / "cache", model.processor, ["3.png"])
 
 
 def test_rate_warms_up_holds_and_falls(folder: Path) -> None:

@@ -13,7 +13,7 @@ from traceir import __version__
 ROUTES: Final = ("auto", "reason", "direct")
 MODALITIES: Final = ("image", "text", "image,text")
 REPORTS: Final = ("steps", "routing", "routes")
-PRESETS: Final = ("mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "emoji")
+PRESETS: Final = ("mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "mini-direct-long", "emoji")
 SCALES: Final = ("small", "full")
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
 

@@ -239,9 +239,12 @@ class PixelStore(Mapping[str, Pixels]):
 
 
 def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[str]) -> PixelStore:
-    """The PixelStore for these pictures (paths relative to root) at the processor's budget, built or completed if needed."""
+    """The PixelStore for these pictures (paths relative to root) at the processor's budget, built or completed if needed.
+
+    What it holds already is taken over as it is, whether or not its file is still there.
+    """
     folder = cache / _budget_name(processor.image)
-    wanted = sorted(set(names))
+    wanted, store = sorted(set(names)), None
     if (folder / "names.json").is_file():
         store = PixelStore(folder, root)
         if all(str(root / name) in store.places for name in wanted):
@@ -252,10 +255,7 @@ def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[s
     offset, fresh = 0, folder / f"pixels.{os.getpid()}.tmp"
     with fresh.open("wb") as stream:
         for name in tqdm(wanted, desc="decoding pictures", unit="picture", mininterval=2.0):
-            try:
-                shown = processor.pixels(Picture.open(root / name))
-            except PictureError as error:
-                raise DataError(f"{root / name}: {error}") from error
+            shown = store[str(root / name)] if store and str(root / name) in store.places else _decode(root / name, processor)
             stream.write(shown.tobytes())
             listed.append((name, offset, shown.shape[0], shown.shape[1]))
             offset += shown.size
@@ -265,6 +265,13 @@ def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[s
     os.replace(fresh, folder / "pixels.bin")
     os.replace(names_fresh, folder / "names.json")
     return PixelStore(folder, root)
+
+
+def _decode(file: Path, processor: Processor) -> Pixels:
+    try:
+        return processor.pixels(Picture.open(file))
+    except PictureError as error:
+        raise DataError(f"{file}: {error}") from error
 
 
 def picture_names(tasks: Sequence[TaskData]) -> list[str]:

@@ -69,7 +69,7 @@ def mini() -> TrainConfig:
         cache="data/pixels",
         teach="both",
         weights={**WEIGHTS, **beside},
-        steps=7000,
+        steps=5000,
         warmup=50,
         learning_rate=1e-3,
         decay=0.4,
@@ -131,8 +131,18 @@ def mini_lessons() -> TrainConfig:
 
 
 def mini_direct() -> TrainConfig:
-    """The baseline of `mini`: same start, pairs, order and lessons; no pair reasons."""
+    """The baseline of `mini`: same start, pairs, order, lessons and updates; no pair reasons."""
     return replace(mini(), out="out/runs/mini-direct", reasoning=False)
+
+
+def mini_direct_long() -> TrainConfig:
+    """The baseline with more updates, since its steps are cheaper: about the wall time of `mini`.
+
+    Until the learning rate of `mini-direct` falls, the two are one run; that step is kept, to resume `mini-direct` from.
+    """
+    short = mini_direct()
+    falls = round(short.steps * (1 - short.decay))
+    return replace(short, out="out/runs/mini-direct-long", steps=round(short.steps * 1.27), keep=(falls,))
 
 
 def emoji() -> TrainConfig:
@@ -160,6 +170,7 @@ PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
     "mini-words": mini_words,
     "mini-lessons": mini_lessons,
     "mini-direct": mini_direct,
+    "mini-direct-long": mini_direct_long,
     "emoji": emoji,
 }
 
@@ -187,6 +198,12 @@ def resolve(
     if not Path(config.data).is_dir():
         remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
         raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
+    if config.init == preset.init != "random" and not Path(config.init).is_dir():
+        before = Path(config.init).parent.name
+        raise InputError(
+            f"preset {name} starts from {config.init}, which is not there; train --preset {before} first, or run"
+            " runs/mini.sh, which runs all stages, or name another start with --init"
+        )
     return config
 
 

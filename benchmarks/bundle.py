@@ -1,0 +1,87 @@
+"""Makes a finished `runs/mini.sh` the bundled model, and writes every result of it that the docs show.
+
+`python -m benchmarks.bundle` copies out/runs/mini/checkpoint to models/mini with a meta.json that tells how it was made, then
+scores it, and the two baselines that are there (`mini-direct`, same updates; `mini-direct-long`, same wall time), and writes
+docs/results/{minibeir,routing,routes,steps}.md. What is scored already is not scored again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from traceir.encoder import Encoder
+from traceir.items import Route
+from traceir.learn.evaluate import evaluate, table
+from traceir.learn.report import run_report
+
+RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
+DATA, MODEL = Path("data/minibeir"), Path("models/mini")
+STAGES = ("mini-naming", "mini-words", "mini-lessons", "mini")
+BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "no reasoning, same wall time"}
+ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    bundle(RUNS / "mini" / "checkpoint")
+    encoder = Encoder.from_pretrained(MODEL)
+    scores = OUT / encoder.fingerprint
+    results = evaluate(encoder, DATA, scores, routes=ROUTES)
+    (MODEL / "meta.json").write_text(json.dumps(describe(results), indent=1) + "\n")
+    write_scores(results, encoder.fingerprint)
+    run_report("routing", [scores], RESULTS / "routing.md")
+    run_report("routes", [scores], RESULTS / "routes.md")
+    compared = [f"TRACE={scores}:auto", f"TRACE bypassed={scores}:direct"]
+    for name, label in BASELINES.items():
+        if (RUNS / name / "checkpoint" / "traceir.json").is_file():
+            baseline = Encoder.from_pretrained(RUNS / name / "checkpoint")
+            evaluate(baseline, DATA, OUT / baseline.fingerprint, routes=("direct",))
+            compared.insert(0, f"{label}={OUT / baseline.fingerprint}:direct")
+    run_report("steps", compared, RESULTS / "steps.md")
+
+
+def bundle(checkpoint: Path) -> None:
+    """The checkpoint's files in place of the bundled ones."""
+    if not (checkpoint / "traceir.json").is_file():
+        raise SystemExit(f"{checkpoint} is not there; run runs/mini.sh first")
+    MODEL.mkdir(parents=True, exist_ok=True)
+    for file in MODEL.iterdir():
+        file.unlink()
+    for file in checkpoint.iterdir():
+        shutil.copyfile(file, MODEL / file.name)
+
+
+def describe(results: dict[str, Any]) -> dict[str, Any]:
+    """How the bundled model was made, stage by stage, and its scores."""
+    metas = {name: json.loads((RUNS / name / "meta.json").read_text()) for name in STAGES}
+    last = metas["mini"]
+    rows = {
+        route: {name: row[f"hit@{row['metric_k']}"] for name, row in scored.items()}
+        for route, scored in results["routes"].items()
+    }
+    return {
+        "format": 2,
+        "command": "runs/mini.sh",
+        "data": "MiniBEIR full, seed 0",
+        "data_fingerprint": last["data_fingerprint"],
+        "torch": last["torch"],
+        "machine": last["machine"],
+        "stages": {name: {"seconds": meta["seconds_since_last_start"], "config": meta["config"]} for name, meta in metas.items()},
+        "results": {"average": results["average"], "rows": rows},
+    }
+
+
+def write_scores(results: dict[str, Any], fingerprint: str) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    head = "# The bundled model on MiniBEIR full, test split\n\n"
+    made = f"`python -m benchmarks.bundle`; model `{fingerprint}`, data `{results['data'][:16]}`, seed 0, {results['machine']}."
+    (RESULTS / "minibeir.md").write_text(f"{head}{made}\n\n{table(results)}\n")
+
+
+if __name__ == "__main__":
+    main()
