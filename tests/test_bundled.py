@@ -11,8 +11,10 @@ import torch
 
 from traceir.cli import bundled_model
 from traceir.encoder import Encoder
+from traceir.errors import InputError
 from traceir.learn import mbeir
 from traceir.learn.evaluate import Judged, evaluate, read_judged
+from traceir.learn.faithful import probe
 from traceir.learn.minibeir.build import build
 
 LIMIT = 12
@@ -40,9 +42,7 @@ def test_it_finds_in_every_row(judged: list[Judged]) -> None:
     assert all(len(hits) == LIMIT for hits in rows.values())
     means = {row: float(np.mean(hits)) for row, hits in rows.items()}
     assert np.mean(list(means.values())) > 0.85, means
-    # cirr_task7 falls short of the aim of 0.5 (docs/evidence.md says so); every other row must reach it.
-    assert min(mean for row, mean in means.items() if row != "cirr_task7") > 0.5, means
-    assert means["cirr_task7"] > 0.25, means
+    assert min(means.values()) > 0.5, means
 
 
 def test_it_thinks_when_a_query_needs_it(judged: list[Judged]) -> None:
@@ -70,6 +70,16 @@ def test_a_mixed_batch_equals_its_singles(encoder: Encoder, folder: Path) -> Non
         alone = encoder.encode_queries([query])[0]
         assert alone.reasoning == one.reasoning
         assert float(alone.vector @ one.vector) >= 0.9999
+
+
+def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    found = {one.kind: one for one in probe(encoder, folder, tmp_path, rows=["infoseek_task6"], limit=10, progress=False)}
+    assert found["own"].cosine > 0.9999, "its own reasoning, read again, gives its own vector"
+    assert found["label"].hit_k >= found["own"].hit_k > found["swapped"].hit_k
+    assert found["swapped"].hit_1_of_other is not None and found["swapped"].hit_1_of_other > found["swapped"].hit_1
+    assert "swapped" in (tmp_path / "faithful.md").read_text() and (tmp_path / "faithful.json").is_file()
+    with pytest.raises(InputError, match="no row"):
+        probe(encoder, folder, tmp_path, rows=["nights_task4"], progress=False)
 
 
 def test_the_checkpoint_is_small_and_ordinary() -> None:

@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
             "search": _search,
             "explain": _explain,
             "evaluate": _evaluate,
+            "faithfulness": _faithfulness,
             "report": _report,
             "minibeir build": _minibeir_build,
             "minibeir sheet": _minibeir_sheet,
@@ -219,6 +220,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     )  # fmt: skip
     print(table(results))
     print(f"wrote {Path(args.out) / 'results.json'}", file=sys.stderr)
+    return 0
+
+
+def _faithfulness(args: argparse.Namespace) -> int:
+    from traceir.learn.faithful import probe, table
+
+    rows = _split(args.rows) if args.rows is not None else None
+    encoder = _encoder(args)
+    found = probe(
+        encoder, Path(args.data), Path(args.out), split=args.split, rows=rows, limit=args.limit, progress=_shows_progress()
+    )
+    print(table(found, encoder.fingerprint))
     return 0
 
 

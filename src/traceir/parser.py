@@ -39,6 +39,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
+    _add_faithfulness(verbs, shared, runs)
     _add_report(verbs, shared, runs)
     _add_minibeir(verbs, shared, runs)
     _add_train(verbs, shared, runs)
@@ -99,6 +100,18 @@ def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str
     evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N queries of each row")
     evaluate.add_argument("--split", choices=("val", "test"), default="test")
     _add_model(evaluate)
+
+
+def _add_faithfulness(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    faithful = _verb(
+        verbs, shared, "faithfulness", runs["faithfulness"], "is the reasoning used? swap it, blank it, give the label's"
+    )
+    faithful.add_argument("--data", required=True, metavar="DIR")
+    faithful.add_argument("--out", required=True, metavar="DIR", help="folder for faithful.json and faithful.md")
+    faithful.add_argument("--rows", metavar="A,B", help="rows or whole data sets (default: all that hold labelled reasoning)")
+    faithful.add_argument("--limit", type=_count, metavar="N", help="only the first N complex queries of each row")
+    faithful.add_argument("--split", choices=("val", "test"), default="test")
+    _add_model(faithful)
 
 
 def _add_report(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

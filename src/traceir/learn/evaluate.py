@@ -66,7 +66,7 @@ def evaluate(
     instruction is each row's first prompt. Pools are encoded once, whatever the number of routes. A row already scored in `out`
     by the same model, data, route and limit is not scored again, so an interrupted evaluation goes on where it stopped.
     """
-    tasks = _chosen(mbeir.find_tasks(data, split), rows, data)
+    tasks = choose_tasks(mbeir.find_tasks(data, split), rows, data)
     out.mkdir(parents=True, exist_ok=True)
     about = data / "meta.json"
     header = {
@@ -88,7 +88,7 @@ def evaluate(
         missing = [route for route in routes if task.name not in results["routes"].get(route, {})]
         if not missing:
             continue
-        pool_ids, pool_ND, seconds = _encode_pool(encoder, task, data, progress)
+        pool_ids, pool_ND, seconds = encode_pool(encoder, task, data, progress)
         if not np.isfinite(pool_ND).all():
             raise ModelError(f"{task.name}: the model's vectors are not finite; the checkpoint has diverged")
         for route in missing:
@@ -235,7 +235,8 @@ def _compare(encoder: Encoder, row: str, qid: str, rank: int, encoding: Encoding
     )  # fmt: skip
 
 
-def _encode_pool(encoder: Encoder, task: mbeir.Task, data: Path, progress: bool) -> tuple[list[str], Vector, float]:
+def encode_pool(encoder: Encoder, task: mbeir.Task, data: Path, progress: bool) -> tuple[list[str], Vector, float]:
+    """The dids of a row's local pool, their vectors [N, D] and the seconds that encoding took."""
     candidates = list(mbeir.read_pool(task.pool_path))
     if not candidates:
         raise DataError(f"{task.pool_path} is empty; rebuild or download it again")
@@ -250,7 +251,8 @@ def _encode_pool(encoder: Encoder, task: mbeir.Task, data: Path, progress: bool)
     return ids, np.concatenate(blocks), time.perf_counter() - started
 
 
-def _chosen(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path) -> list[mbeir.Task]:
+def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path) -> list[mbeir.Task]:
+    """The tasks of the named rows, or of the named data sets; InputError for a name that is not there."""
     if not tasks:
         raise DataError(f"{data} has no query files of this split; expected query/SPLIT/mbeir_DATASET_taskN_SPLIT.jsonl")
     if rows is None:

@@ -69,7 +69,7 @@ def mini() -> TrainConfig:
         cache="data/pixels",
         teach="both",
         weights={**WEIGHTS, **beside},
-        steps=5000,
+        steps=4000,
         warmup=50,
         learning_rate=1e-3,
         decay=0.4,
@@ -99,7 +99,7 @@ def mini_words() -> TrainConfig:
         entities_chains=0.3,
     )
     before = "out/runs/mini-naming/checkpoint"
-    return replace(mini_naming(), out="out/runs/mini-words", init=before, weights=weights, steps=1200, warmup=20, seed=1)
+    return replace(mini_naming(), out="out/runs/mini-words", init=before, weights=weights, steps=2400, warmup=20, seed=1)
 
 
 def mini_lessons() -> TrainConfig:
@@ -122,7 +122,7 @@ def mini_lessons() -> TrainConfig:
         out="out/runs/mini-lessons",
         init=before,
         weights=weights,
-        steps=400,
+        steps=600,
         warmup=20,
         batch=16,
         accumulate=4,

@@ -47,7 +47,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Punctuation("isolated"), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)]
     )
-    core.decoder = decoders.ByteLevel()
+    # Every piece begins with a blank; those before punctuation are not written back, so that text read again gives the same ids.
+    core.decoder = decoders.Sequence(
+        [decoders.ByteLevel(), *(decoders.Replace(f" {mark}", mark) for mark in ",;:.!?"), decoders.Replace(" - ", "-")]
+    )
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[*SPECIAL_TOKENS, EMB],
