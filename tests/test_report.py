@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from traceir.errors import DataError, InputError
+from traceir.learn.compare import compare
 from traceir.learn.evaluate import Judged
 from traceir.learn.report import (
     interval,
@@ -273,3 +274,19 @@ def test_run_report_writes_what_it_returns_and_refuses_the_rest(tmp_path: Path) 
     ):
         with pytest.raises(InputError, match=message):
             run_report(kind, folders, out)
+
+
+def test_a_comparison_names_what_was_won_and_lost(tmp_path: Path) -> None:
+    plain, thinks = direct_run(tmp_path / "plain"), reasoning_run(tmp_path / "thinks")
+    text = compare(f"plain={plain}", f"thinks={thinks}", k=1, out=tmp_path / "deep" / "compare.md")
+    # At 1: won 8:5 and 8:6, lost 8:1; both 8:0, 8:2, 8:4; neither 8:3, 8:7. McNemar: 2 of 3 either way, p = 1.
+    n, first, second, difference, won, lost, both, neither, p = cells(text, "cirr_task7")
+    assert (n, first, second, difference.split()[0]) == ("8", "50.0", "62.5", "+12.5")
+    assert (won, lost, both, neither, p) == ("2", "1", "3", "2", "1.000")
+    assert "Won: 2, the 2 furthest" in text and "- cirr_task7 8:5: rank 9 to 1\n  - thinks wrote: a" in text
+    assert text.index("8:5: rank") < text.index("8:6: rank"), "the furthest first"
+    assert (tmp_path / "deep" / "compare.md").read_text() == text
+    with pytest.raises(InputError, match="two runs are called"):
+        compare(str(plain), str(plain))
+    with pytest.raises(InputError, match="k is 0"):
+        compare(str(plain), str(thinks), k=0)

@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             "evaluate": _evaluate,
             "faithfulness": _faithfulness,
             "report": _report,
+            "compare": _compare,
             "minibeir build": _minibeir_build,
             "minibeir sheet": _minibeir_sheet,
             "train": _train,
@@ -184,17 +185,15 @@ def _explain(args: argparse.Namespace) -> int:
     from traceir.explain import describe, explain
     from traceir.items import Item
     from traceir.pictures import Picture
-    from traceir.prompts import render_candidate, render_query
 
     if args.candidate and (args.instruction or args.modality):
         raise InputError("--candidate takes neither --instruction nor --modality; those belong to queries")
     item = Item.of(text=args.text, image=Picture.open(args.image) if args.image else None) if args.candidate else None
     query = None if args.candidate else _query(args)
     model = _encoder(args).model
-    version = model.settings.prompt_version
-    prompt = render_candidate(item, version) if item else render_query(query, version) if query else None
-    assert prompt is not None
-    print(describe(explain(model, prompt, args.completion)))
+    content = item or query
+    assert content is not None
+    print(describe(explain(model, model.prompt(content), args.completion)))
     return 0
 
 
@@ -202,6 +201,13 @@ def _report(args: argparse.Namespace) -> int:
     from traceir.learn.report import run_report
 
     print(run_report(args.kind, args.folders, Path(args.out) if args.out else None))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from traceir.learn.compare import compare
+
+    print(compare(args.first, args.second, k=args.k, out=Path(args.out) if args.out else None, shown=args.shown))
     return 0
 
 
@@ -343,7 +349,7 @@ def _encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
         raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
-    return Encoder(load(name, device=str(device), dtype=getattr(torch, args.dtype)))
+    return Encoder(load(name, device=str(device), dtype=getattr(torch, args.dtype), profile=args.profile))
 
 
 def _result_as_json(found: SearchResult) -> dict[str, Any]:

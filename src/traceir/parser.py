@@ -41,6 +41,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_evaluate(verbs, shared, runs)
     _add_faithfulness(verbs, shared, runs)
     _add_report(verbs, shared, runs)
+    _add_compare(verbs, shared, runs)
     _add_minibeir(verbs, shared, runs)
     _add_train(verbs, shared, runs)
     _add_demo(verbs, shared, runs)
@@ -121,6 +122,15 @@ def _add_report(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     parser.add_argument("--out", metavar="FILE.md", help="write the report here too, plots beside it")
 
 
+def _add_compare(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    compare = _verb(verbs, shared, "compare", runs["compare"], "what one evaluation won and lost against another, query by query")
+    compare.add_argument("first", metavar="[LABEL=]FOLDER[:ROUTE]", help="what `traceir evaluate --out` wrote")
+    compare.add_argument("second", metavar="[LABEL=]FOLDER[:ROUTE]", help="another model, or another route of the same")
+    compare.add_argument("-k", type=_count, metavar="N", help="depth of a hit (default: each row's own)")
+    compare.add_argument("--shown", type=_count, default=5, metavar="N", help="won and lost queries to name (default: 5)")
+    compare.add_argument("--out", metavar="FILE.md", help="write it here too")
+
+
 def _add_minibeir(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     parts = verbs.add_parser("minibeir", help="build and look at the benchmark in miniature")
     parts = parts.add_subparsers(required=True, metavar="VERB")
@@ -172,6 +182,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
     )
+    parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
 

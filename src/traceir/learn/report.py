@@ -74,7 +74,7 @@ def run_report(kind: str, folders: Sequence[str | Path], out: Path | None = None
     if kind == "steps":
         if out is None:
             raise InputError("report steps writes a table and a plot; name the Markdown file with --out")
-        return steps_report(_named_runs(folders), out).read_text(encoding="utf-8")
+        return steps_report(named_runs(folders), out).read_text(encoding="utf-8")
     one = routing_report if kind == "routing" else routes_report
     text = "\n".join(one(Path(folder)) for folder in folders)
     if out is not None:
@@ -92,7 +92,7 @@ def steps_report(runs: Mapping[str, tuple[Path, str]], out: Path) -> Path:
         raise InputError("no run to compare; give at least one evaluation folder")
     file = _markdown_file(out)
     read = [read_run(Path(folder), route, label) for label, (folder, route) in runs.items()]
-    keys = _labelled(read[0], _same_queries(read))
+    keys = _labelled(read[0], same_queries(read))
     by_group = {name: _between(read[0], keys, low, high) for name, low, high in GROUPS}
     steps = sorted({read[0].steps(key) for key in keys})
     by_steps = {str(count): _between(read[0], keys, count, count) for count in steps}
@@ -210,7 +210,7 @@ def interval(values: Values) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
+def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
     runs: dict[str, tuple[Path, str]] = {}
     for given in folders:
         label, named, rest = str(given).partition("=")
@@ -225,7 +225,7 @@ def _named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
     return runs
 
 
-def _same_queries(runs: Sequence[Run]) -> list[Key]:
+def same_queries(runs: Sequence[Run]) -> list[Key]:
     """The queries all runs judged, in the first run's order; InputError where they differ."""
     first = runs[0]
     for run in runs[1:]:
