@@ -16,7 +16,8 @@ import torch
 
 from traceir.encoder import Encoder
 from traceir.items import Route
-from traceir.learn.evaluate import evaluate, table
+from traceir.learn.evaluate import evaluate
+from traceir.learn.judged import table
 from traceir.learn.report import run_report
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
@@ -31,7 +32,8 @@ def main() -> None:
     bundle(RUNS / "mini" / "checkpoint")
     encoder = Encoder.from_pretrained(MODEL)
     scores = OUT / encoder.fingerprint
-    results = evaluate(encoder, DATA, scores, routes=ROUTES)
+    results = evaluate(encoder, DATA, scores, routes=ROUTES, pools=("local", "global"))
+    assert results is not None
     (MODEL / "meta.json").write_text(json.dumps(describe(results), indent=1) + "\n")
     write_scores(results, encoder.fingerprint)
     run_report("routing", [scores], RESULTS / "routing.md")

@@ -21,7 +21,8 @@ import torch
 from benchmarks import encoder as encoder_benchmark
 from traceir.cli import bundled_model
 from traceir.encoder import Encoder
-from traceir.learn.evaluate import Judged, evaluate, read_judged
+from traceir.learn.evaluate import evaluate
+from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.build import build
 
 WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")
@@ -49,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = WHOLE if (WHOLE / "meta.json").is_file() else build(TEST, scale="full", splits=("test",))
     encoder = Encoder.from_pretrained(bundled_model())
     results = evaluate(encoder, data, OUT / encoder.fingerprint, routes=ROUTES)
+    assert results is not None
     judged = {route: read_judged(OUT / encoder.fingerprint / f"queries-{route}.jsonl") for route in ROUTES}
     figures = [*quality(results), *routing(judged["auto"]), *forced(judged), *speed(data)]
     text = table(figures, encoder.fingerprint, str(results["data"]))

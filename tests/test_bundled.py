@@ -13,8 +13,9 @@ from traceir.cli import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.learn import mbeir
-from traceir.learn.evaluate import Judged, evaluate, read_judged
+from traceir.learn.evaluate import evaluate
 from traceir.learn.faithful import probe
+from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.build import build
 
 LIMIT = 12

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,10 @@ from conftest import WORDS, both_roads, picture, random_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.items import Encoding, Item, Query, Vector
-from traceir.learn import evaluate as module
 from traceir.learn import mbeir
-from traceir.learn.evaluate import average, evaluate, rank_positives, read_judged, table
+from traceir.learn.embeddings import EmbeddingStore
+from traceir.learn.evaluate import evaluate as evaluate_share
+from traceir.learn.judged import average, read_judged, table
 
 HEADER = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
 TEXT_ROW, FASHION_ROW = "webqa_task1", "fashioniq_task7"
@@ -88,12 +90,20 @@ def encoder(data: Path) -> Encoder:
     return Encoder(both_roads(random_model(), asked))
 
 
+def evaluate(*arguments: Any, **options: Any) -> dict[str, Any]:
+    """The results of an evaluation that is not one share of several."""
+    found = evaluate_share(*arguments, **options)
+    assert found is not None
+    return found
+
+
 class PlannedEncoder(Encoder):
     """Gives every text the vector planned for it (of its last word), and queries the reasoning planned for them."""
 
     def __init__(self, plan: dict[str, list[float]], reasoning: dict[str, str] | None = None) -> None:
         super().__init__(random_model())
-        self.plan = {name: np.array(vector, dtype=np.float32) for name, vector in plan.items()}
+        rest = [0.0] * (self.width - 2)
+        self.plan = {name: np.array([*vector, *rest], dtype=np.float32) for name, vector in plan.items()}
         self.said = reasoning or {}
 
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:
@@ -185,12 +195,6 @@ def test_ties_count_against_the_query_and_foreign_positives_never_count(tmp_path
     assert ranks == {"2:10": 2, "2:11": 1, "2:12": 2, "2:13": 5}
 
 
-def test_rank_positives_by_hand() -> None:
-    scores = np.array([[0.9, 0.5, 0.5, 0.1], [0.1, 0.2, 0.3, 0.4], [0.1, 0.2, 0.3, 0.4], [0.7, 0.7, 0.7, 0.7]], dtype=np.float32)
-    relevant = np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [0, 0, 1, 0]], dtype=bool)
-    assert rank_positives(scores, relevant).tolist() == [3, 2, 5, 4]
-
-
 def test_written_reasoning_is_compared_with_its_label(tmp_path: Path) -> None:
     plan = {"east": [1.0, 0.0]}
     asked = [query(f"2:{n}", "east", ["2:1"], 1) for n in range(4)]
@@ -223,48 +227,128 @@ def whole(data: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory
 
 
 def assert_same_files(out: Path, whole: Path) -> None:
-    assert sorted(file.name for file in out.iterdir()) == sorted(file.name for file in whole.iterdir())
-    for route in ("auto", "direct"):
-        assert (out / f"queries-{route}.jsonl").read_text() == (whole / f"queries-{route}.jsonl").read_text()
+    names = sorted(file.relative_to(whole).as_posix() for file in whole.rglob("*") if "embeddings" not in file.parts)
+    assert sorted(file.relative_to(out).as_posix() for file in out.rglob("*") if "embeddings" not in file.parts) == names
+    for name in names:
+        if (whole / name).suffix in (".jsonl", ".txt"):
+            assert (out / name).read_text() == (whole / name).read_text(), name
     assert untimed(out) == untimed(whole)
 
 
-def test_rows_scored_before_are_kept_and_not_scored_again(
+def test_rows_scored_before_are_kept_and_nothing_is_encoded_twice(
     data: Path, encoder: Encoder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(encoder, data, tmp_path, rows=[TEXT_ROW], routes=["auto", "direct"], progress=False)
-    scored: list[str] = []
-    judge = module._judge
+    encoded: list[str] = []
+    write = EmbeddingStore._write
 
-    def spy(*arguments: Any) -> Any:
-        scored.append(arguments[1].name)
-        return judge(*arguments)
+    def spy(self: EmbeddingStore, key: str, chunk: Any, encodings: Any, seconds: float) -> None:
+        encoded.append(f"{self.maker.kind} {len(chunk)}")
+        write(self, key, chunk, encodings, seconds)
 
-    monkeypatch.setattr(module, "_judge", spy)
+    monkeypatch.setattr(EmbeddingStore, "_write", spy)
     evaluate(encoder, data, tmp_path, routes=["auto", "direct"], progress=False)
-    assert scored == [FASHION_ROW, FASHION_ROW]
+    assert encoded == ["candidates 24", "queries-auto 6", "queries-direct 6"], "only the other row is encoded"
     assert_same_files(tmp_path, whole)
-    evaluate(encoder, data, tmp_path, routes=["auto", "direct"], progress=False)
-    assert len(scored) == 2
+    evaluate(encoder, data, tmp_path / "again", routes=["auto", "direct"], cache=tmp_path / "embeddings", progress=False)
+    assert len(encoded) == 3, "a cache serves any number of evaluations"
 
 
-@pytest.mark.parametrize("place", ["_judge", "_append", "_write_json"])
-@pytest.mark.parametrize("call", [0, 1, 2, 3])
+@pytest.mark.parametrize("call", [0, 1, 2, 4, 5])
 def test_an_interrupted_evaluation_goes_on_where_it_stopped(
-    data: Path, encoder: Encoder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, call: int
+    data: Path, encoder: Encoder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    inner, calls = getattr(module, place), iter(range(99))
+    write, calls = EmbeddingStore._write, iter(range(99))
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(self: EmbeddingStore, *arguments: Any) -> None:
         if next(calls) == call:
             raise KeyboardInterrupt
-        return inner(*arguments)
+        write(self, *arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, place, interrupted)
+        patch.setattr(EmbeddingStore, "_write", interrupted)
         evaluate(encoder, data, tmp_path, routes=["auto", "direct"], progress=False)
     evaluate(encoder, data, tmp_path, routes=["auto", "direct"], progress=False)
     assert_same_files(tmp_path, whole)
+
+
+@pytest.mark.parametrize("shards", [2, 3])
+def test_shards_share_the_encoding_and_the_last_one_scores(
+    data: Path, encoder: Encoder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    found = [
+        evaluate_share(encoder, data, tmp_path, routes=["auto", "direct"], shard=(number, shards), progress=False)
+        for number in range(shards)
+    ]
+    assert found[0] is None and found[-1] is not None and (tmp_path / "results.json").is_file()
+    assert_same_files(tmp_path, whole)
+
+
+def test_the_global_pool_is_all_local_pools_and_counts_positives_anywhere(tmp_path: Path) -> None:
+    """A text row and a second one share a candidate; a positive of the other pool counts in the global pool only."""
+    plan = {"east": [1.0, 0.0], "north": [0.0, 1.0], "between": [0.6, 0.8], "west": [-1.0, 0.0]}
+    data = planned_folder(
+        tmp_path / "data", [query("2:10", "north", ["9:7"], 1)], [candidate("2:1", "a east"), candidate("2:3", "c between")]
+    )
+    write_row(data, "edis_task1", [query("2:20", "west", ["2:1"], 1)], [candidate("9:7", "d north"), candidate("2:1", "a east")])
+    results = evaluate(PlannedEncoder(plan), data, tmp_path / "out", pools=["local", "global"], progress=False)
+    ranks = [{one.qid: one.rank for one in read_judged(tmp_path / "out" / f"queries-auto{end}.jsonl")} for end in ("", "-global")]
+    assert ranks == [{"2:10": 3, "2:20": 2}, {"2:10": 1, "2:20": 3}]
+    assert results["global"]["auto"][TEXT_ROW]["pool"] == 3 and results["routes"]["auto"][TEXT_ROW]["pool"] == 2
+    run = (tmp_path / "out/runs" / f"{TEXT_ROW}-auto-global.txt").read_text().splitlines()
+    assert [line.split()[2] for line in run] == ["9:7", "2:3", "2:1"] and run[0].split()[:2] == ["2:10", "Q0"]
+    only = evaluate(PlannedEncoder(plan), data, tmp_path / "one", pools=["global"], rows=[TEXT_ROW], progress=False)
+    assert only["global"]["auto"][TEXT_ROW] == results["global"]["auto"][TEXT_ROW] | {
+        name: only["global"]["auto"][TEXT_ROW][name] for name in ("queries_per_second", "candidates_per_second")
+    }, "pools of rows that are not scored are in the global pool all the same"
+
+
+def test_the_instruction_is_the_first_one_drawn_or_each_in_turn(data: Path, encoder: Encoder, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    prompts = "Find it\tShow a red one\tOne cube then\tAny green ball"
+    (folder / "instructions/query_instructions.tsv").write_text(
+        f"{HEADER}text\ttext\tWebQA\t2\t{prompts}\nimage,text\timage\tFashionIQ\t7\t{prompts}\n", encoding="utf-8"
+    )
+    every = evaluate(encoder, folder, tmp_path / "all", prompt="all", progress=False)
+    seeded = evaluate(encoder, folder, tmp_path / "seed1", prompt="seeded", seed=1, progress=False)
+    row = every["routes"]["auto"][TEXT_ROW]
+    ranks = [{one.qid: one.rank for one in read_judged(tmp_path / "all" / f"queries-auto-prompt{n}.jsonl")} for n in (1, 2, 3, 4)]
+    each = [round(sum(own[f"2:{n}"] <= 5 for n in range(10)) / 10, 4) for own in ranks]
+    assert row["prompts"] == each and row["hit@5"] == pytest.approx(sum(each) / 4, abs=1e-4)
+    assert row["prompt_spread"] == pytest.approx(max(each) - min(each), abs=1e-9)
+    drawn = {one.qid: one.rank for one in read_judged(tmp_path / "seed1" / "queries-auto.jsonl")}
+    assert all(any(own[qid] == rank for own in ranks) for qid, rank in drawn.items())
+    assert len({tuple(own.items()) for own in ranks}) > 1, "the instructions make a difference to this encoder"
+    assert every["prompt"] == "all" and seeded["prompt"] == "seeded 1"
+
+
+def test_a_broken_folder_is_told_by_file_and_line_or_scored_without_the_broken_parts(
+    data: Path, encoder: Encoder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    pool = folder / f"cand_pool/local/mbeir_{FASHION_ROW}_cand_pool.jsonl"
+    lines = pool.read_text().splitlines()
+    lines[22] = '{"did": "7:22", "txt": '
+    pool.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"{FASHION_ROW}_cand_pool\.jsonl:23: not JSON .*--on-error skip"):
+        evaluate(encoder, folder, tmp_path / "out", progress=False)
+    (folder / "mbeir_images/23.png").unlink()
+    (folder / "mbeir_images/5.png").unlink()
+    qrels = folder / f"qrels/test/mbeir_{FASHION_ROW}_test_qrels.txt"
+    qrels.parent.mkdir(parents=True)
+    qrels.write_text("7:0 0 7:6 1 7\n7:77 0 7:6 1 7\n")
+    results = evaluate(encoder, folder, tmp_path / "out", on_error="skip", progress=False)
+    row, found = results["routes"]["auto"][FASHION_ROW], results["problems"]
+    assert row["pool"] == 24 - 3 and row["queries"] == 5, "7:22, 7:23 and 7:5 left the pool, query 7:5 left the row"
+    assert found["broken_lines"] == 2 and found["missing_pictures"] == 3
+    assert any("7:77" in text and "_test_qrels.txt:2" in text for text in found["first"])
+    lines[22] = json.dumps(candidate("7:22", image="mbeir_images/22.png"))
+    pool.write_text("\n".join(lines) + "\n")
+    qrels.unlink()
+    with pytest.raises(DataError, match=r"3 pictures are missing: .*7:5: mbeir_images/5\.png"):
+        evaluate(encoder, folder, tmp_path / "other", progress=False)
 
 
 def test_results_of_another_model_or_limit_are_not_mixed_in(data: Path, encoder: Encoder, whole: Path, tmp_path: Path) -> None:
@@ -291,7 +375,7 @@ def test_empty_files_are_refused_by_name(encoder: Encoder, tmp_path: Path) -> No
     with pytest.raises(DataError, match="query/test"):
         evaluate(encoder, tmp_path, tmp_path / "out", progress=False)
     data = planned_folder(tmp_path / "data", [query("2:1", "east", ["2:1"], 1)], [])
-    with pytest.raises(DataError, match=r"webqa_task1_cand_pool\.jsonl is empty"):
+    with pytest.raises(DataError, match=r"webqa_task1_cand_pool\.jsonl holds no candidate"):
         evaluate(encoder, data, tmp_path / "out", progress=False)
     write_row(data, TEXT_ROW, [], [candidate("2:1", "east")])
     with pytest.raises(DataError, match=r"webqa_task1_test\.jsonl: the file has no query"):
@@ -304,6 +388,6 @@ def test_table_and_average_by_hand() -> None:
     rows = {TEXT_ROW: row | {"metric_k": 5}, FASHION_ROW: row | {"metric_k": 10}}
     assert average(rows) == {"mean": 0.625, "lowest": 0.5}
     lines = table({"routes": {"auto": rows}, "average": {"auto": average(rows)}}).splitlines()
-    assert lines[2] == f"| {TEXT_ROW} | auto | 40 | 8 | 25.0 | **50.0** | 75.0 | 12 % | 1.5 | 10 |"
-    assert lines[3].startswith(f"| {FASHION_ROW} | auto | 40 | 8 | 25.0 | 50.0 | **75.0** |")
+    assert lines[2] == f"| {TEXT_ROW} | auto | local 40 | 8 | 25.0 | **50.0** | 75.0 | 12 % | 1.5 | 10 |"
+    assert lines[3].startswith(f"| {FASHION_ROW} | auto | local 40 | 8 | 25.0 | 50.0 | **75.0** |")
     assert "**62.5**" in lines[4]

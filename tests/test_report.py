@@ -12,7 +12,7 @@ import pytest
 
 from traceir.errors import DataError, InputError
 from traceir.learn.compare import compare
-from traceir.learn.evaluate import Judged
+from traceir.learn.judged import Judged
 from traceir.learn.report import (
     interval,
     read_run,
@@ -33,7 +33,7 @@ def write_run(
 ) -> Path:
     """An evaluation folder as evaluate() leaves it, as far as reports read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = {"format": 1, "model": f"model-{folder.name}", "data": "data-1", "split": "test", "limit": None, "threshold": None}
+    header = {"format": 2, "model": f"model-{folder.name}", "data": "data-1", "split": "test", "limit": None, "threshold": None}
     found: dict[str, Any] = {**header, **about, "routes": {}}
     for route, ones in routes.items():
         (folder / f"queries-{route}.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in ones))
@@ -242,8 +242,8 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     (folder / "results.json").write_text("{")
     with pytest.raises(DataError, match=r"results\.json: not JSON"):
         routes_report(folder)
-    (folder / "results.json").write_text('{"format": 2}')
-    with pytest.raises(DataError, match="format is 2, this release reads 1"):
+    (folder / "results.json").write_text('{"format": 3}')
+    with pytest.raises(DataError, match="format is 3, this release reads 2"):
         routes_report(folder)
 
 

@@ -212,7 +212,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from traceir.learn.evaluate import evaluate, table
+    from traceir.learn.embeddings import shard_from_environment
+    from traceir.learn.evaluate import evaluate, rehearse
+    from traceir.learn.judged import table
 
     routes: list[Any] = list(dict.fromkeys(_split(",".join(args.route or ["auto"]))))
     if unknown := [route for route in routes if route not in ROUTES]:
@@ -220,13 +222,29 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not Path(args.data).is_dir():
         raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
     rows = _split(args.rows) if args.rows is not None else None
+    data, out = Path(args.data), Path(args.out)
+    if args.dry_run:
+        print(rehearse(_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
+        return 0
+    pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
     results = evaluate(
-        _encoder(args), Path(args.data), Path(args.out), split=args.split, routes=routes, rows=rows, limit=args.limit,
-        progress=_shows_progress(),
+        _encoder(args), data, out, split=args.split, routes=routes, pools=pools, prompt=args.prompt, seed=args.seed, rows=rows,
+        limit=args.limit, cache=Path(args.cache) if args.cache else None,
+        shard=_shard(args.shard) if args.shard else shard_from_environment(), on_error=args.on_error, progress=_shows_progress(),
     )  # fmt: skip
+    if results is None:
+        print("this share is encoded; what others encode is not all there yet, the last to finish scores", file=sys.stderr)
+        return 0
     print(table(results))
     print(f"wrote {Path(args.out) / 'results.json'}", file=sys.stderr)
     return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal():
+        raise InputError(f"--shard {text!r} is not of the form I/N; write 0/4 for the first of four")
+    return int(number), int(count)
 
 
 def _faithfulness(args: argparse.Namespace) -> int:

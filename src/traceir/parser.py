@@ -100,6 +100,22 @@ def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str
     evaluate.add_argument("--rows", metavar="A,B", help="rows such as cirr_task7, or whole data sets such as cirr (default: all)")
     evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N queries of each row")
     evaluate.add_argument("--split", choices=("val", "test"), default="test")
+    evaluate.add_argument(
+        "--pool", choices=("local", "global", "both"), default="local", help="pools to rank in (default: local)"
+    )
+    evaluate.add_argument(
+        "--prompt", choices=("first", "seeded", "all"), default="first",
+        help="each row's first instruction, one drawn for each query, or the mean over all (default: first)",
+    )  # fmt: skip
+    evaluate.add_argument("--seed", type=int, default=0, metavar="N", help="of --prompt seeded (default: 0)")
+    evaluate.add_argument("--cache", metavar="DIR", help="folder of embeddings, for any evaluations (default: OUT/embeddings)")
+    evaluate.add_argument(
+        "--shard", metavar="I/N", help="encode the I-th of N shares, from 0 (default: from RANK or SLURM variables, else all)"
+    )
+    evaluate.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="broken lines, missing pictures: stop, or leave out and tell"
+    )
+    evaluate.add_argument("--dry-run", action="store_true", help="look at the whole folder, count, time a sample; score nothing")
     _add_model(evaluate)
 
 

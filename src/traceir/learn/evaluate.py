@@ -1,52 +1,57 @@
-"""Scores a checkpoint on any folder in M-BEIR's layout: hit@k in local pools, routing, reasoning and cost, for each route.
+"""Scores a checkpoint on any folder in M-BEIR's layout: local and global pools, each route, routing, reasoning and cost.
 
-A query is hit at k if any of its positives is among the first k (M-BEIR's rule). Ties are pessimistic: a candidate that is not
-right and scores the same as a right one, to within TIE, counts as ranked above it.
+A query is hit at k if any of its positives is among the first k (M-BEIR's rule). Ties are pessimistic (metrics.py). The global
+pool is all local pools of the split together, each candidate once, as UniIR scores it. The whole folder is looked at first
+(folder.py), then everything is encoded into a store on disk (embeddings.py), then ranked from there (ranking.py): an
+interruption costs at most one block of encoding, and any number of processes can share the work.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from traceir.encoder import Encoder
-from traceir.errors import DataError, InputError, ModelError
-from traceir.items import Encoding, Route, Vector
+from traceir.errors import InputError
+from traceir.items import Encoding, Query, Route
 from traceir.learn import mbeir
+from traceir.learn.embedder import Embedder
+from traceir.learn.embeddings import Embeddings, Shard
+from traceir.learn.folder import Listing, Policy, Problems, Row, read_row, survey
+from traceir.learn.judged import Judged, average, read_judged, summarise
+from traceir.learn.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.prompts import completion_text
 
 log = logging.getLogger(__name__)
 
-# Cosines closer than this are one score: equal candidates encoded in different batches differ by rounding.
-TIE: Final = 1e-6
+PoolKind = Literal["local", "global"]
+PromptChoice = Literal["first", "seeded", "all"]
+POOLS: Final[tuple[PoolKind, ...]] = ("local", "global")
+PROMPTS: Final[tuple[PromptChoice, ...]] = ("first", "seeded", "all")
+FORMAT: Final = 2
+TOP_K: Final = 50
+TOGETHER: Final = 40_000
+"""Queries that are ranked in one pass over a global pool."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """The outcome of one query: rank of its best positive (from 1), the road it took, and how it compares with its label."""
+class Variant:
+    """One way to choose the instruction of each query; `suffix` goes into the names of its files."""
 
-    row: str
-    qid: str
-    rank: int
-    route: str
-    tokens: int
-    truncated: bool
-    emb_probability: float
-    steps: int | None
-    exact: bool | None
-    answer_exact: bool | None
-    reasoning: str
+    suffix: str
+    choose: Callable[[Sequence[str], str], str]
 
 
 def evaluate(
@@ -56,168 +61,216 @@ def evaluate(
     *,
     split: mbeir.Split = "test",
     routes: Sequence[Route] = ("auto",),
+    pools: Sequence[PoolKind] = ("local",),
+    prompt: PromptChoice = "first",
+    seed: int = 0,
     rows: Sequence[str] | None = None,
     limit: int | None = None,
+    cache: Path | None = None,
+    shard: Shard = (0, 1),
+    on_error: Policy = "stop",
     progress: bool = True,
-) -> dict[str, Any]:
-    """Scores every row found under `data` and writes results.json and queries-ROUTE.jsonl to `out`; returns the results.
+) -> dict[str, Any] | None:
+    """Scores rows of `data` and writes results.json, queries-ROUTE.jsonl and runs/ to `out`; returns the results.
 
-    `rows` keeps the named rows, or all rows of a named data set. `limit` takes the first so many queries of a row. The
-    instruction is each row's first prompt. Pools are encoded once, whatever the number of routes. A row already scored in `out`
-    by the same model, data, route and limit is not scored again, so an interrupted evaluation goes on where it stopped.
+    `rows` keeps the named rows, or all rows of a named data set; `limit` the first so many queries of a row; pools stay whole.
+    `prompt` is each row's first instruction, one drawn for each query by `seed` and qid alone, or all (mean and spread over
+    them). `cache` holds the embeddings (default: `out`/embeddings) and may be shared by any evaluations. `shard` (i, n) encodes
+    the i-th of n shares; whoever finds everything encoded scores, the others return None. Routes and pools scored earlier into
+    the same `out` are kept. Raises DataError by the policy `on_error` (folder.py), InputError where `out` holds other results.
     """
-    tasks = choose_tasks(mbeir.find_tasks(data, split), rows, data)
+    tasks = mbeir.find_tasks(data, split)
+    chosen = choose_tasks(tasks, rows, data)
+    results = _previous(out, _header(encoder, data, split, prompt, seed, limit))
+    problems, listing = Problems(on_error), Listing(data)
+    read = [read_row(task, problems, listing, limit) for task in (tasks if "global" in pools else chosen)]
+    problems.settle()
+    results["problems"] = problems.summary()
+    names = {task.name for task in chosen}
+    work = _Work(encoder, data, cache or out / "embeddings", shard, progress)
+    encoded = work.encode(read, [row for row in read if row.task.name in names], routes, variants(prompt, seed))
+    if encoded is None:
+        return None
     out.mkdir(parents=True, exist_ok=True)
-    about = data / "meta.json"
-    header = {
-        "format": 1,
-        "model": encoder.fingerprint,
-        "data": json.loads(about.read_text()).get("fingerprint") if about.is_file() else None,
-        "split": split,
-        "pool": "local",
-        "prompt": "first",
-        "limit": limit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
-        "token_budget": encoder.token_budget,
-        "threshold": encoder.threshold,
-        "max_reasoning_tokens": encoder.budget,
-    }
-    results = _previous(out, header)
-    instructions = mbeir.read_instructions(data)
-    for task in tasks:
-        missing = [route for route in routes if task.name not in results["routes"].get(route, {})]
-        if not missing:
-            continue
-        pool_ids, pool_ND, seconds = encode_pool(encoder, task, data, progress)
-        if not np.isfinite(pool_ND).all():
-            raise ModelError(f"{task.name}: the model's vectors are not finite; the checkpoint has diverged")
-        for route in missing:
-            judged, spent = _judge(encoder, task, data, instructions, route, pool_ids, pool_ND, limit, progress)
-            _append(out / f"queries-{route}.jsonl", task.name, judged)
-            row = summarise(judged, task.metric_k)
-            row |= {"pool": len(pool_ids), "queries_per_second": round(len(judged) / spent, 2)}
-            row["candidates_per_second"] = round(len(pool_ids) / seconds, 2)
-            results["routes"].setdefault(route, {})[task.name] = row
-            log.info("%s %s: hit@%d %.1f", task.name, route, task.metric_k, 100 * row[f"hit@{task.metric_k}"])
-            _write_json(out / "results.json", results)
-    results["average"] = {route: average(scored) for route, scored in results["routes"].items()}
-    _write_json(out / "results.json", results)
+    for kind in pools:
+        for route in routes:
+            sums = results["routes" if kind == "local" else "global"].setdefault(route, {})
+            sums |= _score(encoder, encoded, kind, route, out, progress)
+    _finish(out, results)
     return results
 
 
-def summarise(judged: Sequence[Judged], metric_k: int) -> dict[str, Any]:
-    """Shares over one row: hits, routing, reasoning length; with labels also hits by steps and the share of exact reasoning."""
-    ranks = np.array([j.rank for j in judged])
-    reasoned = np.array([j.route == "reason" for j in judged])
-    found: dict[str, Any] = {
-        "queries": len(judged),
-        "metric_k": metric_k,
-        **{f"hit@{k}": round(float((ranks <= k).mean()), 4) for k in (1, 5, 10)},
-        "reasoned": round(float(reasoned.mean()), 4),
-        "tokens_per_query": round(float(np.mean([j.tokens for j in judged])), 2),
-        "truncated": round(float(np.mean([j.truncated for j in judged])), 4),
-    }
-    labelled = [j for j in judged if j.steps is not None]
-    if labelled:
-        found["by_steps"] = by_steps(labelled)
-    return found
-
-
-def by_steps(judged: Iterable[Judged]) -> dict[str, dict[str, Any]]:
-    """Hits, routing and exactness grouped by the number of steps a query needs."""
-    groups: dict[int, list[Judged]] = {}
-    for one in judged:
-        if one.steps is not None:
-            groups.setdefault(one.steps, []).append(one)
-    found: dict[str, dict[str, Any]] = {}
-    for steps, group in sorted(groups.items()):
-        exact = [one.exact for one in group if one.exact is not None]
-        answers = [one.answer_exact for one in group if one.answer_exact is not None]
-        found[str(steps)] = {
-            "queries": len(group),
-            **{f"hit@{k}": round(float(np.mean([one.rank <= k for one in group])), 4) for k in (1, 5, 10)},
-            "reasoned": round(float(np.mean([one.route == "reason" for one in group])), 4),
-            "exact": round(float(np.mean(exact)), 4) if exact else None,
-            "answer_exact": round(float(np.mean(answers)), 4) if answers else None,
-        }
-    return found
-
-
-def average(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Plain mean over rows of each row's own metric (hit@5, or hit@10 for the fashion rows), and the lowest row."""
-    values = {name: row[f"hit@{row['metric_k']}"] for name, row in rows.items()}
-    return {"mean": round(float(np.mean(list(values.values()))), 4), "lowest": min(values.values())}
-
-
-def rank_positives(scores_QN: npt.NDArray[np.float32], relevant_QN: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Rank (from 1) of the best positive of each query; N + 1 where the pool holds none. Ties count against the query."""
-    best = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1)
-    above = (~(scores_QN < best[:, None] - TIE) & ~relevant_QN).sum(axis=1)  # a score that is not a number counts as above
-    ranks: npt.NDArray[np.int64] = np.where(relevant_QN.any(axis=1), above + 1, scores_QN.shape[1] + 1)
-    return ranks
-
-
-def read_judged(file: Path) -> list[Judged]:
-    """The lines of a queries-ROUTE.jsonl file."""
-    with file.open() as stream:
-        return [Judged(**json.loads(line)) for line in stream]
-
-
-def table(results: dict[str, Any]) -> str:
-    """The results as a Markdown table, one line a row and route."""
-    lines = ["| row | route | pool | queries | hit@1 | hit@5 | hit@10 | reasoned | tokens/query | queries/s |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for route, rows in results["routes"].items():
-        for name, row in rows.items():
-            hits = " | ".join(
-                f"**{100 * row[f'hit@{k}']:.1f}**" if k == row["metric_k"] else f"{100 * row[f'hit@{k}']:.1f}" for k in (1, 5, 10)
-            )
-            lines.append(
-                f"| {name} | {route} | {row['pool']} | {row['queries']} | {hits} | {100 * row['reasoned']:.0f} % "
-                f"| {row['tokens_per_query']:.1f} | {row['queries_per_second']:.0f} |"
-            )
-        mean = results.get("average", {}).get(route)
-        if mean:
-            lines.append(f"| **average** (hit@5, fashion hit@10) | {route} | | | | **{100 * mean['mean']:.1f}** | | | | |")
-    return "\n".join(lines)
-
-
-def _judge(
+def rehearse(
     encoder: Encoder,
-    task: mbeir.Task,
     data: Path,
-    instructions: mbeir.Instructions,
-    route: Route,
-    pool_ids: list[str],
-    pool_ND: Vector,
-    limit: int | None,
-    progress: bool,
-) -> tuple[list[Judged], float]:
-    records = list(mbeir.read_queries(task.query_path))[:limit]
-    if not records:
-        raise DataError(f"{task.query_path} holds no queries; rebuild or download it again")
-    prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
-    queries = [mbeir.to_query(record, prompts[0] if prompts else None, data) for record in records]
-    started = time.perf_counter()
-    encodings = encoder.encode_queries(queries, route=route, progress=progress)
-    spent = time.perf_counter() - started
-    relevant = mbeir.read_relevant(task)
-    place = {did: number for number, did in enumerate(pool_ids)}
-    labels = mbeir.read_labels(task.labels_path) if task.labels_path.is_file() else {}
-    judged: list[Judged] = []
-    for first in range(0, len(records), 256):
-        chunk = records[first : first + 256]
-        scores_QN = np.stack([e.vector for e in encodings[first : first + 256]]) @ pool_ND.T
-        relevant_QN = np.zeros(scores_QN.shape, dtype=bool)
-        for number, record in enumerate(chunk):
-            for did in relevant.get(record.qid, set()) | set(record.positives):
-                if did in place:  # M-BEIR's qrels name documents of other pools too; they are never counted
-                    relevant_QN[number, place[did]] = True
-        for record, encoding, rank in zip(
-            chunk, encodings[first : first + 256], rank_positives(scores_QN, relevant_QN), strict=True
-        ):
-            judged.append(_compare(encoder, task.name, record.qid, int(rank), encoding, labels.get(record.qid)))
-    return judged, spent
+    *,
+    split: mbeir.Split = "test",
+    routes: Sequence[Route] = ("auto",),
+    rows: Sequence[str] | None = None,
+    limit: int | None = None,
+    sample: int = 64,
+) -> str:
+    """A dry run: what `evaluate` would score, everything wrong with the folder, and how long encoding would take, as Markdown.
+
+    The time is that of `sample` candidates and queries of each row, so it knows nothing of longer texts further down.
+    """
+    problems, listing = Problems("skip"), Listing(data)
+    read = [read_row(task, problems, listing, limit) for task in choose_tasks(mbeir.find_tasks(data, split), rows, data)]
+    instructions, total = mbeir.read_instructions(data), 0.0
+    for row in read:
+        prompts = instructions.prompts(row.task.dataset_id, row.task.query_modality, row.task.cand_modality)
+        items = list(islice(row.items(), sample))
+        queries = [mbeir.to_query(record, prompts[0], data) for record in row.records[:sample]]
+        started = time.perf_counter()
+        encoder.encode_items(items)
+        middle = time.perf_counter()
+        for route in routes:
+            encoder.encode_queries(queries, route=route)
+        ended = time.perf_counter()
+        total += (middle - started) * len(row.dids) / len(items) + (ended - middle) * len(row.records) / len(queries)
+    return f"{survey(read, problems)}\nEncoding all of it takes about {_clock(total)} on this machine.\n"
+
+
+def _clock(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def variants(prompt: PromptChoice, seed: int) -> list[Variant]:
+    """The ways to choose instructions: one, or for `all` one for each of M-BEIR's four."""
+    if prompt == "first":
+        return [Variant("", lambda prompts, _: prompts[0])]
+    if prompt == "seeded":
+        return [Variant("", lambda prompts, qid: prompts[_draw(seed, qid) % len(prompts)])]
+    if prompt != "all":
+        raise InputError(f"prompt {prompt!r} is unknown; choose one of {', '.join(PROMPTS)}")
+    return [Variant(f"-prompt{number + 1}", _pick(number)) for number in range(4)]
+
+
+def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path) -> list[mbeir.Task]:
+    """The tasks of the named rows, or of the named data sets; InputError for a name that is not there."""
+    if rows is None:
+        return tasks
+    known = {task.name for task in tasks} | {task.dataset for task in tasks}
+    if unknown := set(rows) - known:
+        raise InputError(f"rows {sorted(unknown)} are not in {data}; it has {sorted(known)}")
+    return [task for task in tasks if task.name in rows or task.dataset in rows]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """All vectors of an evaluation: pools by row, queries by (route, suffix of the variant, row)."""
+
+    rows: Sequence[Row]
+    scored: Sequence[Row]
+    suffixes: tuple[str, ...]
+    candidates: Mapping[str, Embeddings]
+    queries: Mapping[tuple[Route, str, str], Embeddings]
+
+    def pools(self, kind: PoolKind) -> dict[str, Pool]:
+        """The pool that each scored row is ranked in; under `global` it is one and the same."""
+        if kind == "global":
+            union = Pool([(row.dids, self.candidates[row.task.name]) for row in self.rows])
+            return {row.task.name: union for row in self.scored}
+        return {row.task.name: Pool([(row.dids, self.candidates[row.task.name])]) for row in self.scored}
+
+
+class _Work:
+    """The encoding of one evaluation."""
+
+    def __init__(self, encoder: Encoder, data: Path, cache: Path, shard: Shard, progress: bool) -> None:
+        self.embedder = Embedder(encoder, cache, shard=shard, progress=progress)
+        self.instructions = mbeir.read_instructions(data)
+
+    def encode(
+        self, rows: Sequence[Row], scored: Sequence[Row], routes: Sequence[Route], chosen: Sequence[Variant]
+    ) -> _Encoded | None:
+        """This shard's share of the pools of `rows` and the queries of `scored`; None while other shares are missing."""
+        candidates = {row.task.name: self.candidates(row) for row in rows}
+        queries = {
+            (route, variant.suffix, row.task.name): self.queries(row, route, variant)
+            for route in routes
+            for variant in chosen
+            for row in scored
+        }
+        whole = {name: found for name, found in candidates.items() if found is not None}
+        asked = {key: found for key, found in queries.items() if found is not None}
+        if len(whole) < len(candidates) or len(asked) < len(queries):
+            log.info("shard %d of %d is done; others are not", *self.embedder.shard)
+            return None
+        return _Encoded(rows, scored, tuple(variant.suffix for variant in chosen), whole, asked)
+
+    def candidates(self, row: Row) -> Embeddings | None:
+        """The row's local pool, in the order of its dids; None while other shards are not done."""
+        log.info("%s: %d candidates", row.task.name, len(row.dids))
+        return self.embedder.items(row.items, len(row.dids))
+
+    def queries(self, row: Row, route: Route, variant: Variant) -> Embeddings | None:
+        """The row's queries by one route, in the order of its records; None while other shards are not done."""
+        prompts = self.instructions.prompts(row.task.dataset_id, row.task.query_modality, row.task.cand_modality)
+
+        def make() -> Iterator[Query]:
+            for record in row.records:
+                yield mbeir.to_query(record, variant.choose(prompts, record.qid), row.task.root)
+
+        log.info("%s: %d queries, route %s", row.task.name, len(row.records), route)
+        return self.embedder.queries(make, len(row.records), route)
+
+
+def _score(
+    encoder: Encoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
+) -> dict[str, dict[str, Any]]:
+    """Ranks one route in one kind of pool, writes its files, and returns its entries of results.json by row."""
+    pools = encoded.pools(kind)
+    judged: dict[str, list[list[Judged]]] = {row.task.name: [] for row in encoded.scored}
+    for suffix in encoded.suffixes:
+        name = f"{route}{'-global' if kind == 'global' else ''}{suffix}"
+        for row, ranking in _rank(encoded, pools, route, suffix, progress):
+            _write_run(out, row, ranking, pools[row.task.name], name, encoder.fingerprint)
+            judged[row.task.name].append(_judge(encoder, row, encoded.queries[route, suffix, row.task.name], ranking))
+        _append(out / f"queries-{name}.jsonl", [one for own in judged.values() for one in own[-1]])
+    sums = {}
+    for row in encoded.scored:
+        name = row.task.name
+        spent = sum(encoded.queries[route, suffix, name].seconds for suffix in encoded.suffixes)
+        sums[name] = _sum(judged[name], row.task.metric_k) | {
+            "pool": len(pools[name]),
+            "queries_per_second": round(sum(len(own) for own in judged[name]) / max(spent, 1e-9), 2),
+            "candidates_per_second": round(len(row.dids) / max(encoded.candidates[name].seconds, 1e-9), 2),
+        }
+    return sums
+
+
+def _rank(
+    encoded: _Encoded, pools: Mapping[str, Pool], route: Route, suffix: str, progress: bool
+) -> Iterator[tuple[Row, Ranking]]:
+    """Each row with its ranking; rows that share a pool are ranked in one pass, up to TOGETHER queries."""
+    groups: list[list[Row]] = []
+    for row in encoded.scored:
+        last = groups[-1] if groups else []
+        shared = last and pools[last[0].task.name] is pools[row.task.name]
+        if shared and sum(len(one.records) for one in last) + len(row.records) <= TOGETHER:
+            last.append(row)
+        else:
+            groups.append([row])
+    for group in groups:
+        pool = pools[group[0].task.name]
+        vectors_QD = np.concatenate([encoded.queries[route, suffix, row.task.name].matrix() for row in group])
+        right = [pool.places(row.relevant[record.qid]) for row in group for record in row.records]
+        ranking = rank_queries(vectors_QD, pool, right, top_k=min(TOP_K, len(pool)), progress=progress)
+        first = 0
+        for row in group:
+            last_one = first + len(row.records)
+            own = slice(first, last_one)
+            yield row, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
+            first = last_one
+
+
+def _judge(encoder: Encoder, row: Row, embedded: Embeddings, ranking: Ranking) -> list[Judged]:
+    return [
+        _compare(encoder, row.task.name, record.qid, int(rank), encoding, row.labels.get(record.qid))
+        for record, rank, encoding in zip(row.records, ranking.best, embedded.encodings(), strict=True)
+    ]
 
 
 def _compare(encoder: Encoder, row: str, qid: str, rank: int, encoding: Encoding, label: mbeir.Label | None) -> Judged:
@@ -235,32 +288,40 @@ def _compare(encoder: Encoder, row: str, qid: str, rank: int, encoding: Encoding
     )  # fmt: skip
 
 
-def encode_pool(encoder: Encoder, task: mbeir.Task, data: Path, progress: bool) -> tuple[list[str], Vector, float]:
-    """The dids of a row's local pool, their vectors [N, D] and the seconds that encoding took."""
-    candidates = list(mbeir.read_pool(task.pool_path))
-    if not candidates:
-        raise DataError(f"{task.pool_path} is empty; rebuild or download it again")
-    started = time.perf_counter()
-    ids: list[str] = []
-    blocks: list[Vector] = []
-    for first in range(0, len(candidates), 2048):
-        chunk = candidates[first : first + 2048]
-        encodings = encoder.encode_items([mbeir.to_item(c, data) for c in chunk], progress=progress)
-        ids += [candidate.did for candidate in chunk]
-        blocks.append(np.stack([encoding.vector for encoding in encodings]))
-    return ids, np.concatenate(blocks), time.perf_counter() - started
+def _sum(judged: Sequence[list[Judged]], k: int) -> dict[str, Any]:
+    """Sums of a row: of one choice of instructions, or the mean of the hits over several, with each and their spread."""
+    every = [summarise(own, k) for own in judged]
+    found = every[0]
+    if len(every) > 1:
+        each = [one[f"hit@{k}"] for one in every]
+        found |= {name: round(float(np.mean([one[name] for one in every])), 4) for name in found if name.startswith("hit@")}
+        found |= {"prompts": each, "prompt_spread": round(max(each) - min(each), 4)}
+    return found
 
 
-def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path) -> list[mbeir.Task]:
-    """The tasks of the named rows, or of the named data sets; InputError for a name that is not there."""
-    if not tasks:
-        raise DataError(f"{data} has no query files of this split; expected query/SPLIT/mbeir_DATASET_taskN_SPLIT.jsonl")
-    if rows is None:
-        return tasks
-    known = {task.name for task in tasks} | {task.dataset for task in tasks}
-    if unknown := set(rows) - known:
-        raise InputError(f"rows {sorted(unknown)} are not in {data}; it has {sorted(known)}")
-    return [task for task in tasks if task.name in rows or task.dataset in rows]
+def _write_run(out: Path, row: Row, ranking: Ranking, pool: Pool, name: str, fingerprint: str) -> None:
+    qids = [record.qid for record in row.records]
+    file = out / "runs" / f"{row.task.name}-{name}.txt"
+    write_run(file, qids, ranking, pool, run_id=fingerprint.replace(" ", "_"), task_ids=row.task.task_id)
+
+
+def _header(
+    encoder: Encoder, data: Path, split: mbeir.Split, prompt: PromptChoice, seed: int, limit: int | None
+) -> dict[str, Any]:
+    about = data / "meta.json"
+    return {
+        "format": FORMAT,
+        "model": encoder.fingerprint,
+        "prompt_version": encoder.prompt_version,
+        "data": json.loads(about.read_text()).get("fingerprint") if about.is_file() else None,
+        "split": split,
+        "prompt": prompt if prompt != "seeded" else f"seeded {seed}",
+        "limit": limit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "token_budget": encoder.token_budget,
+        "threshold": encoder.threshold,
+        "max_reasoning_tokens": encoder.budget,
+    }
 
 
 def _previous(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -271,18 +332,37 @@ def _previous(out: Path, header: dict[str, Any]) -> dict[str, Any]:
         if different:
             raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
         return found
-    return {**header, "routes": {}}
+    return {**header, "routes": {}, "global": {}}
 
 
-def _append(file: Path, row: str, judged: Sequence[Judged]) -> None:
-    """Replaces the lines of one row, so that a row scored again after an interruption is not there twice."""
-    kept = [one for one in read_judged(file) if one.row != row] if file.is_file() else []
+def _finish(out: Path, results: dict[str, Any]) -> None:
+    for pool, name in (("routes", "average"), ("global", "average_global")):
+        results[pool] = {
+            route: dict(sorted(scored.items(), key=lambda row: _place(row[0]))) for route, scored in results[pool].items()
+        }
+        results[name] = {route: average(scored) for route, scored in results[pool].items()}
+    fresh = out / "results.tmp"
+    fresh.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(fresh, out / "results.json")
+
+
+def _append(file: Path, judged: Sequence[Judged]) -> None:
+    """Replaces the lines of the rows judged, so that a row scored again is not there twice."""
+    rows = {one.row for one in judged}
+    kept = [one for one in read_judged(file) if one.row not in rows] if file.is_file() else []
+    ordered = sorted([*kept, *judged], key=lambda one: _place(one.row))
     fresh = file.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(asdict(one)) + "\n" for one in [*kept, *judged]))
+    fresh.write_text("".join(json.dumps(asdict(one)) + "\n" for one in ordered))
     os.replace(fresh, file)
 
 
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(fresh, file)
+def _place(row: str) -> tuple[int, str]:
+    return mbeir.EVAL_ROWS.index(row) if row in mbeir.EVAL_ROWS else len(mbeir.EVAL_ROWS), row
+
+
+def _draw(seed: int, qid: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {qid}".encode()).digest()[:8], "big")
+
+
+def _pick(number: int) -> Callable[[Sequence[str], str], str]:
+    return lambda prompts, _: prompts[number % len(prompts)]

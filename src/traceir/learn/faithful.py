@@ -23,7 +23,8 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Query, Vector
 from traceir.learn import mbeir
-from traceir.learn.evaluate import choose_tasks, encode_pool, rank_positives
+from traceir.learn.evaluate import choose_tasks
+from traceir.learn.metrics import rank_positives
 from traceir.prompts import completion_text, render_query
 
 log = logging.getLogger(__name__)
@@ -122,14 +123,17 @@ def _probe_row(
     if len(kept) < 2:
         log.info("%s: fewer than two of %d complex queries reason; left out", task.name, len(queries))
         return []
-    pool_ids, pool_ND, _ = encode_pool(encoder, task, data, progress)
+    candidates = list(mbeir.read_pool(task.pool_path))
+    pool_ND = np.stack(
+        [one.vector for one in encoder.encode_items([mbeir.to_item(c, data) for c in candidates], progress=progress)]
+    )
     records, queries = [records[n] for n in kept], [queries[n] for n in kept]
     own_QD = np.stack([encodings[n].vector for n in kept])
     written = [encodings[n].reasoning for n in kept]
     wanted = [completion_text(labels[record.qid].reasoning, labels[record.qid].answer) for record in records]
-    place = {did: number for number, did in enumerate(pool_ids)}
+    place = {candidate.did: number for number, candidate in enumerate(candidates)}
     relevant = mbeir.read_relevant(task)
-    relevant_QN = np.zeros((len(records), len(pool_ids)), dtype=bool)
+    relevant_QN = np.zeros((len(records), len(candidates)), dtype=bool)
     for number, record in enumerate(records):
         known = [place[did] for did in relevant.get(record.qid, set()) | set(record.positives) if did in place]
         relevant_QN[number, known] = True

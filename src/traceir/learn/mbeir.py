@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from traceir.errors import DataError
 from traceir.items import Item, Modality, Query
@@ -19,6 +19,7 @@ from traceir.pictures import Picture
 from traceir.prompts import normalise
 
 Split = Literal["train", "val", "test"]
+Parsed = TypeVar("Parsed")
 
 TASK_MODALITIES: Final[Mapping[int, tuple[Modality, Modality]]] = {
     0: ("text", "image"),
@@ -195,10 +196,15 @@ class _Line:
         return value
 
 
-def read_queries(path: Path) -> Iterator[Record]:
+OnBroken = Callable[[DataError], None]
+"""Told of each broken line, which is then left out; without one, the first broken line is raised."""
+
+
+def read_queries(path: Path, on_broken: OnBroken | None = None) -> Iterator[Record]:
     """The queries of one file, streamed. Raises DataError on a broken line and on a qid met before."""
     seen: set[str] = set()
-    for line in _read_lines(path):
+
+    def parse(line: _Line) -> Record:
         qid = _new_identifier(line, "qid", seen)
         text, image = line.optional("query_txt"), line.image("query_img_path")
         modality = line.modality("query_modality")
@@ -206,36 +212,52 @@ def read_queries(path: Path) -> Iterator[Record]:
         positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
         task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
         source = line.fields.get("query_src_content")
-        yield Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
+        return Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
+
+    return _parse_lines(path, parse, on_broken)
 
 
-def read_pool(path: Path) -> Iterator[Candidate]:
+def read_pool(path: Path, on_broken: OnBroken | None = None) -> Iterator[Candidate]:
     """The candidates of one pool, streamed. Raises DataError on a broken line and on a did met before."""
     seen: set[str] = set()
-    for line in _read_lines(path):
+
+    def parse(line: _Line) -> Candidate:
         did = _new_identifier(line, "did", seen)
         text, image = line.optional("txt"), line.image("img_path")
         modality = line.modality("modality")
         _check_modality(line, modality, ("txt", text), ("img_path", image))
-        yield Candidate(did, text, image, modality)
+        return Candidate(did, text, image, modality)
+
+    return _parse_lines(path, parse, on_broken)
 
 
-def read_qrels(path: Path) -> dict[str, set[str]]:
+def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, set[str]]:
     """qid -> dids with a relevance above 0, from lines `qid 0 did relevance task_id` (the last column may be absent).
 
     Dids may be absent from the local pool: the positives of OVEN and InfoSeek name each other's candidates.
     """
-    relevant: dict[str, set[str]] = {}
+    return {qid: set(dids) for qid, dids in read_judgements(path, on_broken).items()}
+
+
+def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
+    """As `read_qrels`, with the number of the line that names each did."""
+    relevant: dict[str, dict[str, int]] = {}
     for number, raw in _read_raw(path):
         columns = raw.split()
-        if len(columns) not in (4, 5):
-            raise DataError(f"{path}:{number}: {len(columns)} columns; write `qid 0 did relevance task_id`")
         try:
-            relevance = int(columns[3])
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: relevance is {columns[3]!r}; it must be an integer") from error
+            if len(columns) not in (4, 5):
+                raise DataError(f"{path}:{number}: {len(columns)} columns; write `qid 0 did relevance task_id`")
+            try:
+                relevance = int(columns[3])
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: relevance is {columns[3]!r}; it must be an integer") from error
+        except DataError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+            continue
         if relevance > 0:
-            relevant.setdefault(columns[0], set()).add(columns[2])
+            relevant.setdefault(columns[0], {}).setdefault(columns[2], number)
     return relevant
 
 
@@ -246,13 +268,13 @@ def read_relevant(task: Task) -> dict[str, set[str]]:
     return {record.qid: set(record.positives) for record in read_queries(task.query_path)}
 
 
-def read_labels(path: Path) -> dict[str, Label]:
+def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Label]:
     """qid -> label, from lines `{"qid", "steps", "z", "reasoning", "answer"}`; {} where the file is absent."""
     if not path.exists():
         return {}
-    labels: dict[str, Label] = {}
     seen: set[str] = set()
-    for line in _read_lines(path):
+
+    def parse(line: _Line) -> Label:
         qid = _new_identifier(line, "qid", seen)
         steps, z = line.integer("steps", 0, 99), line.integer("z", 0, 1)
         reasoning, answer = line.optional("reasoning"), line.optional("answer")
@@ -260,8 +282,9 @@ def read_labels(path: Path) -> dict[str, Label]:
             raise line.fail("reasoning", "a text where z is 1")
         if z == 0 and (reasoning or answer):
             raise line.fail("reasoning" if reasoning else "answer", "null where z is 0")
-        labels[qid] = Label(qid, steps, z, reasoning, answer)
-    return labels
+        return Label(qid, steps, z, reasoning, answer)
+
+    return {label.qid: label for label in _parse_lines(path, parse, on_broken)}
 
 
 def read_instructions(root: Path | str) -> Instructions:
@@ -436,13 +459,23 @@ def _read_raw(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
 
 
-def _read_lines(path: Path) -> Iterator[_Line]:
+def _parse_lines(path: Path, parse: Callable[[_Line], Parsed], on_broken: OnBroken | None) -> Iterator[Parsed]:
     for number, raw in _read_raw(path):
-        where = f"{path}:{number}"
         try:
-            fields = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON ({error}): {raw[:80].strip()!r}; write one object per line") from error
-        if not isinstance(fields, dict):
-            raise DataError(f"{where}: {raw[:80].strip()!r} is not an object; write one JSON object per line")
-        yield _Line(fields, where)
+            parsed = parse(_read_line(f"{path}:{number}", raw))
+        except DataError as error:
+            if on_broken is None:
+                raise
+            on_broken(error)
+            continue
+        yield parsed
+
+
+def _read_line(where: str, raw: str) -> _Line:
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not JSON ({error}): {raw[:80].strip()!r}; write one object per line") from error
+    if not isinstance(fields, dict):
+        raise DataError(f"{where}: {raw[:80].strip()!r} is not an object; write one JSON object per line")
+    return _Line(fields, where)

@@ -69,7 +69,7 @@ def mini() -> TrainConfig:
         cache="data/pixels",
         teach="both",
         weights={**WEIGHTS, **beside},
-        steps=4000,
+        steps=3000,
         warmup=50,
         learning_rate=1e-3,
         decay=0.4,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from traceir.errors import DataError, InputError
 from traceir.items import ROUTES
-from traceir.learn.evaluate import Judged
+from traceir.learn.judged import Judged
 
 Key = tuple[str, str]
 Values = npt.NDArray[np.float64]
@@ -387,8 +387,8 @@ def _read_results(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); evaluate again") from error
-    if found.get("format") != 1 or not isinstance(found.get("routes"), dict):
-        raise DataError(f"{file}: format is {found.get('format')!r}, this release reads 1; evaluate again")
+    if found.get("format") != 2 or not isinstance(found.get("routes"), dict):
+        raise DataError(f"{file}: format is {found.get('format')!r}, this release reads 2; evaluate again")
     return found
 
 

@@ -1,0 +1,1 @@
+"""The 13 zero-shot columns: readers of the published files, their protocols, and scores (docs/unseen.md)."""
