@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from traceir.batch import ReadOut
+from traceir.cli import bundled_model
+from traceir.encoder import Encoder
 from traceir.items import Query
+from traceir.learn.minibeir.build import build
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings
 from traceir.pictures import Picture
@@ -21,7 +27,7 @@ def picture(seed: int, width: int = 48, height: int = 48) -> Picture:
     return Picture.from_image(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
 
 
-def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: str = "before_token") -> TraceModel:
+def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: ReadOut = "before_token") -> TraceModel:
     """A random model with untied output rows; `emb_scale` makes `<|emb|>` win at about every third step."""
     draw = np.random.default_rng(seed)
     lines = [" ".join(draw.choice(WORDS, 8)) for _ in range(200)]
@@ -77,3 +83,15 @@ def make_queries() -> list[Query]:
         else:
             found.append(Query((picture(number), words, picture(number + 100, 48, 96), "then make one red")))
     return found
+
+
+@pytest.fixture(scope="session")
+def encoder() -> Encoder:
+    """The bundled model."""
+    return Encoder.from_pretrained(bundled_model())
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The test split of the small MiniBEIR."""
+    return build(tmp_path_factory.mktemp("mini") / "data", scale="small", splits=("test",))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,24 +13,17 @@ import torch
 
 from traceir.cli import bundled_model
 from traceir.encoder import Encoder
-from traceir.errors import InputError
+from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
-from traceir.learn.evaluate import evaluate
+from traceir.learn.evaluate import evaluate, rehearse
+from traceir.learn.examples import choose, write_examples
 from traceir.learn.faithful import probe
 from traceir.learn.judged import Judged, read_judged
-from traceir.learn.minibeir.build import build
+from traceir.learn.minibeir.unseen.build import build_unseen
+from traceir.learn.unseen.catalogue import COLUMNS
+from traceir.learn.unseen.run import evaluate_unseen, submit_circo, table
 
 LIMIT = 12
-
-
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    return Encoder.from_pretrained(bundled_model())
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("mini") / "data", scale="small", splits=("test",))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +76,46 @@ def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder:
     assert "swapped" in (tmp_path / "faithful.md").read_text() and (tmp_path / "faithful.json").is_file()
     with pytest.raises(InputError, match="no row"):
         probe(encoder, folder, tmp_path, rows=["nights_task4"], progress=False)
+
+
+def test_a_page_of_hits_and_misses_shows_them(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    evaluate(encoder, folder, tmp_path / "scores", rows=["mscoco", "infoseek_task6"], limit=8, progress=False)
+    page = write_examples(tmp_path / "scores", folder, tmp_path / "page").read_text()
+    judged = read_judged(tmp_path / "scores" / "queries-auto.jsonl")
+    shown = [
+        one
+        for row in ("mscoco_task0", "mscoco_task3", "infoseek_task6")
+        for one in choose([j for j in judged if j.row == row], 5)
+    ]
+    assert len(shown) >= 4 and all(f"query {one.qid}<" in page for one in shown)
+    assert page.count("<section>") == len(shown) and page.count('class="mark"') >= sum(one.rank == 1 for one in shown)
+    with pytest.raises(DataError, match=r"runs/.*-auto\.txt"):
+        shutil.rmtree(tmp_path / "scores" / "runs")
+        write_examples(tmp_path / "scores", folder, tmp_path / "page")
+
+
+def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, tmp_path: Path) -> None:
+    root = build_unseen(tmp_path / "unseen", scale="small", seed=0, progress=False)
+    results = evaluate_unseen(encoder, root, tmp_path / "out", routes=["auto", "direct"], progress=False)
+    assert list(results["routes"]["auto"]) == list(COLUMNS) == list(results["routes"]["direct"])
+    assert all(0.0 <= one["value"] <= 1.0 and one["queries"] > 0 for one in results["routes"]["auto"].values())
+    assert results["data"] and all(one["reasoned"] == 0.0 for one in results["routes"]["direct"].values())
+    text = table(results)
+    assert all(f"| {name} |" in text for name in COLUMNS) and "published" in text
+    again = evaluate_unseen(encoder, root, tmp_path / "out", routes=["auto"], columns=["circo"], progress=False)
+    assert again["routes"] == results["routes"], "columns scored before are kept"
+    with pytest.raises(InputError, match="holds results of another missing"):
+        evaluate_unseen(encoder, root, tmp_path / "out", missing="skip", progress=False)
+    with pytest.raises(InputError, match="no zero-shot set"):
+        evaluate_unseen(encoder, tmp_path, tmp_path / "other", progress=False)
+    file = submit_circo(encoder, root, tmp_path / "submission.json", cache=tmp_path / "out" / "embeddings", progress=False)
+    assert {len(ids) for ids in json.loads(file.read_text()).values()} == {50}
+
+
+def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
+    text = rehearse(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
+    assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
+    assert "Encoding all of it takes about" in text
 
 
 def test_the_checkpoint_is_small_and_ordinary() -> None:

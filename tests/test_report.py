@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from traceir.errors import DataError, InputError
 from traceir.learn.compare import compare
+from traceir.learn.examples import choose
 from traceir.learn.judged import Judged
 from traceir.learn.report import (
     interval,
@@ -21,6 +23,7 @@ from traceir.learn.report import (
     run_report,
     steps_report,
 )
+from traceir.learn.scoreboard import write_scoreboard
 
 
 def judged(row: str, qid: str, rank: int, steps: int | None, *, said: str = "", exact: bool | None = None) -> Judged:
@@ -290,3 +293,34 @@ def test_a_comparison_names_what_was_won_and_lost(tmp_path: Path) -> None:
         compare(str(plain), str(plain))
     with pytest.raises(InputError, match="k is 0"):
         compare(str(plain), str(thinks), k=0)
+
+
+def test_a_scoreboard_is_one_table_one_page_and_one_file_of_figures(tmp_path: Path) -> None:
+    plain, thinks = direct_run(tmp_path / "plain"), reasoning_run(tmp_path / "thinks")
+    text = write_scoreboard([f"plain={plain}", f"a <b>={thinks}"], tmp_path / "board" / "board.md")
+    # At 5: plain misses rank 9 only, thinks misses ranks 6 and 7. The average is over the one row there is.
+    own, other, *beside = cells(text, "cirr_task7")
+    assert own.startswith("87.5 [") and other.startswith("75.0 [") and beside == ["44.6", "53.1", "57.3"]
+    assert "TRACE (published)" in text and cells(text, "**average**")[:2] == ["**87.5**", "**75.0**"]
+    assert cells(text, "a <b>", "complex") == ["0 (0.0 %)", "4 (100.0 %)", "2.0"]
+    lines = list(csv.DictReader((tmp_path / "board" / "board.csv").open()))
+    measured = [line for line in lines if line["source"] == "measured"]
+    assert [(line["run"], line["metric"], line["value"]) for line in measured] == [
+        ("plain", "hit@5", "0.8750"), ("a <b>", "hit@5", "0.7500")
+    ]  # fmt: skip
+    assert sum(line["source"].startswith("published, real M-BEIR") for line in lines) == 5 * 16
+    page = (tmp_path / "board" / "board.html").read_text()
+    assert page.count("<svg") == 2 and "a &lt;b&gt;" in page and "<b>=" not in page and "http-equiv" in page
+    with pytest.raises(InputError, match="must name a Markdown file"):
+        write_scoreboard([plain], tmp_path / "board.html")
+
+
+def test_examples_are_the_first_hit_and_the_first_miss_of_each_road() -> None:
+    ones = [
+        judged("r", "a", 3, 0),
+        judged("r", "b", 9, 0),
+        judged("r", "c", 1, 0),
+        judged("r", "d", 7, 2, said="x"),
+        judged("r", "e", 8, 0),
+    ]
+    assert [one.qid for one in choose(ones, 5)] == ["c", "b", "d"]

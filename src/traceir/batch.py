@@ -6,6 +6,7 @@ Shapes: B rows, T tokens (left-padded), N pictures, P patches, C features of a p
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,10 +20,12 @@ from tokenizers import Tokenizer
 
 from traceir.errors import InputError, ModelError, PictureError
 from traceir.pictures import Picture
-from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, Prompt, Special, UserText
+from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, Joined, Prompt, Special, UserText
 
 ReadOut = Literal["before_token", "at_token", "last"]
 READ_OUTS: Final[tuple[ReadOut, ...]] = ("before_token", "at_token", "last")
+Rope = Literal["mrope", "sequential"]
+ROPES: Final[tuple[Rope, ...]] = ("mrope", "sequential")
 IGNORE: Final = -100
 Pixels = npt.NDArray[np.uint8]
 # OpenAI's CLIP statistics, the ones in Qwen2.5-VL's preprocessor_config.json.
@@ -91,7 +94,8 @@ class Processor:
     """Tokenizer and picture settings of one checkpoint, turning Prompts into Layouts and Layouts into a Batch.
 
     `pixel_store` maps a picture's path to already resized pixels (training fills it so that no picture is decoded twice).
-    Thread-safe for reading.
+    `emb_token` is the token written before or at the read-out, None for checkpoints that have none; `rope` "sequential" counts
+    a picture's tokens one by one, as peers trained without M-RoPE positions expect. Thread-safe for reading.
     """
 
     def __init__(
@@ -102,22 +106,31 @@ class Processor:
         read_out: ReadOut = "before_token",
         max_text_tokens: int = 1024,
         pixel_store: Mapping[str, Pixels] | None = None,
+        emb_token: str | None = EMB,
+        rope: Rope = "mrope",
     ) -> None:
         self.tokenizer = tokenizer
         self.image = image
         self.read_out = read_out
         self.max_text_tokens = max_text_tokens
         self.pixel_store = pixel_store
-        self.special = {token: _id_of(tokenizer, token) for token in (PAD, TURN_END, IMAGE_PAD, EMB)}
+        self.rope = rope
+        self.special = {token: _id_of(tokenizer, token) for token in (PAD, TURN_END, IMAGE_PAD)}
+        if emb_token is not None:
+            self.special[EMB] = _id_of(tokenizer, emb_token)
         core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         core.encode_special_tokens = True
         core.no_truncation()
         core.no_padding()
         self._core = core
         self.plain_ids = lru_cache(maxsize=65536)(self._encode_plain)
+        self.split_template = lru_cache(maxsize=4096)(self._split_template)
 
     @property
     def emb_id(self) -> int:
+        """The id of the embedding token. Raises ModelError for checkpoints that are read at their last token and have none."""
+        if EMB not in self.special:
+            raise ModelError("this checkpoint is read at the last token of its prompt; it has no embedding token to ask for")
         return self.special[EMB]
 
     def lay_out(self, prompt: Prompt, completion: str | None = None, *, end: str = EMB) -> Layout:
@@ -143,7 +156,7 @@ class Processor:
 
     def forced(self, prompt: Prompt) -> Layout:
         """The layout of the direct road: nothing is written before the embedding, whatever the model would like."""
-        return self.lay_out(prompt, "" if self.read_out == "at_token" else None)
+        return self.lay_out(prompt, "" if self.read_out == "at_token" and not prompt.closed else None)
 
     def collate(self, layouts: Sequence[Layout]) -> Batch:
         """Left-padded tensors on the CPU; the read-out index counts from the left edge of the padded row."""
@@ -200,13 +213,58 @@ class Processor:
                     token_ids = list(whole[:left])
                     cut += len(whole) - len(token_ids)
                     left -= len(token_ids)
+                elif isinstance(piece, Joined):
+                    token_ids, used, lost = self._joined_ids(piece, left)
+                    left, cut = left - used, cut + lost
                 else:
                     token_ids = list(self.plain_ids(piece))
                 block = _text_positions(place, len(token_ids))
             ids += token_ids
             blocks.append(block)
             place = int(block.max()) + 1 if block.size else place
+        if self.rope == "sequential":
+            return ids, _text_positions(0, len(ids)), pixels, cut
         return ids, np.concatenate(blocks, axis=1), pixels, cut
+
+    def _joined_ids(self, piece: Joined, left: int) -> tuple[list[int], int, int]:
+        """Token ids, and how many of the user's tokens were used and cut: at most `left` are kept."""
+        runs: list[list[str | UserText]] = [[]]
+        marks: list[int] = []
+        for part in piece.parts:
+            if isinstance(part, UserText):
+                runs[-1].append(part)
+                continue
+            plain, *rest = self.split_template(part)
+            runs[-1].append(plain)
+            for token, text in zip(rest[::2], rest[1::2], strict=True):
+                marks.append(_id_of(self.tokenizer, token))
+                runs.append([text])
+        ids, used, cut = self._run_ids(runs[0], left)
+        for mark, run in zip(marks, runs[1:], strict=True):
+            more, here, lost = self._run_ids(run, left - used)
+            ids, used, cut = [*ids, mark, *more], used + here, cut + lost
+        return ids, used, cut
+
+    def _run_ids(self, run: Sequence[str | UserText], left: int) -> tuple[list[int], int, int]:
+        """Parts without special tokens, as one text where the user's fit into `left`, else part by part and cut."""
+        texts = [part.text if isinstance(part, UserText) else part for part in run]
+        asked = sum(len(self.plain_ids(part.text)) for part in run if isinstance(part, UserText))
+        if asked <= left:
+            return list(self.plain_ids("".join(texts))), asked, 0
+        ids: list[int] = []
+        room = left
+        for part, text in zip(run, texts, strict=True):
+            found = self.plain_ids(text)
+            if isinstance(part, UserText):
+                found = found[:room]
+                room -= len(found)
+            ids += found
+        return ids, left - room, asked - (left - room)
+
+    def _split_template(self, text: str) -> tuple[str, ...]:
+        """Template text around the tokens that the tokenizer knows by name: text, token, text, ..., text."""
+        names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
+        return tuple(re.split(f"({'|'.join(re.escape(name) for name in names)})", text)) if names else (text,)
 
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._core.encode(text, add_special_tokens=False).ids)
@@ -276,5 +334,7 @@ def _grid_positions(start: int, rows: int, columns: int) -> npt.NDArray[np.int64
 def _id_of(tokenizer: Any, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
     if found is None or found == tokenizer.unk_token_id:
-        raise ModelError(f"the tokenizer has no token {token!r}; is this a Qwen2.5-VL checkpoint prepared by traceir?")
+        raise ModelError(
+            f"the tokenizer has no token {token!r}; is this a Qwen-VL checkpoint, and is its --profile the right one?"
+        )
     return int(found)

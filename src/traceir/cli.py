@@ -81,11 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
             "search": _search,
             "explain": _explain,
             "evaluate": _evaluate,
+            "unseen": _unseen,
             "faithfulness": _faithfulness,
             "report": _report,
             "compare": _compare,
             "minibeir build": _minibeir_build,
             "minibeir sheet": _minibeir_sheet,
+            "minibeir unseen": _minibeir_unseen,
             "train": _train,
             "demo": _demo,
         }
@@ -198,8 +200,25 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from traceir.learn.report import run_report
+    from traceir.learn.report import named_runs, run_report
 
+    if args.kind == "scoreboard":
+        from traceir.learn.scoreboard import write_scoreboard
+
+        if not args.out:
+            raise InputError("report scoreboard writes a page and a table too; name the Markdown file with --out")
+        print(write_scoreboard(args.folders, Path(args.out)))
+        return 0
+    if args.kind == "examples":
+        from traceir.learn.examples import write_examples
+
+        if not args.out or not args.data or len(args.folders) != 1:
+            raise InputError(
+                "report examples takes one evaluation, the folder it was made of (--data), and --out DIR for the page"
+            )
+        ((folder, route),) = named_runs(args.folders).values()
+        print(write_examples(folder, Path(args.data), Path(args.out), route=route))
+        return 0
     print(run_report(args.kind, args.folders, Path(args.out) if args.out else None))
     return 0
 
@@ -216,9 +235,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from traceir.learn.evaluate import evaluate, rehearse
     from traceir.learn.judged import table
 
-    routes: list[Any] = list(dict.fromkeys(_split(",".join(args.route or ["auto"]))))
-    if unknown := [route for route in routes if route not in ROUTES]:
-        raise InputError(f"route {unknown[0]!r} is unknown; choose among {', '.join(ROUTES)}")
+    routes = _routes(args)
     if not Path(args.data).is_dir():
         raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
     rows = _split(args.rows) if args.rows is not None else None
@@ -238,6 +255,30 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(table(results))
     print(f"wrote {Path(args.out) / 'results.json'}", file=sys.stderr)
     return 0
+
+
+def _unseen(args: argparse.Namespace) -> int:
+    from traceir.learn.unseen.run import evaluate_unseen, submit_circo, table
+
+    data, out, encoder = Path(args.data), Path(args.out), _encoder(args)
+    cache = Path(args.cache) if args.cache else out / "embeddings"
+    if args.circo_submission:
+        print(submit_circo(encoder, data, Path(args.circo_submission), cache=cache, progress=_shows_progress()))
+        return 0
+    columns = _split(args.columns) if args.columns is not None else None
+    results = evaluate_unseen(
+        encoder, data, out, routes=_routes(args), columns=columns, missing=args.on_error, cache=cache, progress=_shows_progress()
+    )
+    print(table(results))
+    print(f"wrote {out / 'results.json'}", file=sys.stderr)
+    return 0
+
+
+def _routes(args: argparse.Namespace) -> list[Any]:
+    routes: list[Any] = list(dict.fromkeys(_split(",".join(args.route or ["auto"]))))
+    if unknown := [route for route in routes if route not in ROUTES]:
+        raise InputError(f"route {unknown[0]!r} is unknown; choose among {', '.join(ROUTES)}")
+    return routes
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -263,6 +304,13 @@ def _minibeir_build(args: argparse.Namespace) -> int:
     from traceir.learn.minibeir.build import build
 
     print(build(Path(args.out), scale=args.scale, seed=args.seed, workers=args.workers))
+    return 0
+
+
+def _minibeir_unseen(args: argparse.Namespace) -> int:
+    from traceir.learn.minibeir.unseen.build import build_unseen
+
+    print(build_unseen(Path(args.out), scale=args.scale, seed=args.seed, progress=_shows_progress()))
     return 0
 
 

@@ -20,7 +20,7 @@ from traceir.batch import Batch, Layout
 from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route, Vector
 from traceir.model import TraceModel, load
-from traceir.prompts import TURN_END, Prompt, render_candidate, render_query
+from traceir.prompts import TURN_END, Prompt
 
 
 @dataclass(slots=True)
@@ -80,8 +80,10 @@ class Encoder:
 
     @property
     def prompt_version(self) -> str:
-        """Prompt version, and the read-out where it is not the usual one: both change every vector."""
+        """Prompt version, and the read-out where it is not the usual one, or the profile: they change every vector."""
         version, read_out = self.model.settings.prompt_version, self.model.settings.read_out
+        if self.model.settings.profile is not None:
+            return self.model.settings.profile.version
         return version if read_out == "before_token" else f"{version}, read {read_out}"
 
     @property
@@ -89,28 +91,27 @@ class Encoder:
         return self.model.width
 
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:
-        """Candidates: one prefill each, never any reasoning (paper, section 1, asymmetry)."""
-        prompts = (render_candidate(item, self.model.settings.prompt_version) for item in items)
-        return self._encode(prompts, len(items), "direct", progress, keep_probability=False)
+        """Candidates: one prefill each, never any reasoning (paper, section 1, asymmetry), unless a profile lets them write."""
+        route: Route = "auto" if self.model.writes("candidate") else "direct"
+        prompts = [self.model.prompt(item, direct=route == "direct") for item in items]
+        return self._encode(prompts, route, progress, keep_probability=False)
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         """Queries by the given route: `auto` lets the model decide, `reason` and `direct` force it. Order is kept."""
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
-        prompts = (render_query(query, self.model.settings.prompt_version) for query in queries)
-        return self._encode(prompts, len(queries), route, progress, keep_probability=True)
+        if not self.model.writes("query"):
+            route = "direct"  # there is no token for the model to predict
+        prompts = [self.model.prompt(query, direct=route == "direct") for query in queries]
+        return self._encode(prompts, route, progress, keep_probability=not any(prompt.closed for prompt in prompts))
 
     @torch.inference_mode()
-    def _encode(
-        self, prompts: Iterator[Prompt], count: int, route: Route, progress: bool, *, keep_probability: bool
-    ) -> list[Encoding]:
-        if self.model.settings.read_out == "last":
-            route = "direct"  # checkpoints read at their last prompt token have no <|emb|> to predict
+    def _encode(self, prompts: Sequence[Prompt], route: Route, progress: bool, *, keep_probability: bool) -> list[Encoding]:
         lay_out = self.model.processor.forced if route == "direct" else self.model.processor.lay_out
         layouts = [lay_out(prompt) for prompt in prompts]
         done: dict[int, Encoding] = {}
         waiting: list[_Wave] = []
-        with tqdm(total=count, desc="encoding", disable=not progress, mininterval=2.0) as bar:
+        with tqdm(total=len(layouts), desc="encoding", disable=not progress, mininterval=2.0) as bar:
 
             def finish(number: int, encoding: Encoding) -> None:
                 done[number] = encoding
@@ -129,7 +130,7 @@ class Encoder:
                     waiting = []
             if waiting:
                 self._decode(merge_waves(waiting), finish)
-        return [done[number] for number in range(count)]
+        return [done[number] for number in range(len(layouts))]
 
     def _chunks(self, layouts: Sequence[Layout]) -> Iterator[list[int]]:
         """Row numbers, sorted by length, in chunks of at most `batch_rows` rows and `token_budget` padded tokens."""

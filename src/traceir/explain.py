@@ -55,7 +55,8 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
         raise InputError("a candidate has no completion, because candidates never reason; explain it as a query instead")
     processor = model.processor
     layout = processor.forced(prompt) if completion is None else processor.lay_out(prompt, completion)
-    probability, bypass = _first_step(model, processor.lay_out(prompt))
+    # A closed prompt leaves nothing to write: token-less peers are read at its end.
+    probability, bypass = (1.0, True) if prompt.closed else _first_step(model, processor.lay_out(prompt))
     direct = bypass or prompt.role == "candidate" or model.settings.read_out == "last"
     return Explanation(
         role=prompt.role,

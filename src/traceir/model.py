@@ -1,12 +1,14 @@
 """The checkpoint: load, create, save, add `<|emb|>`, fingerprint, and the two forward passes everything else is built on.
 
 A checkpoint is an ordinary Hugging Face directory of Qwen2_5_VLForConditionalGeneration plus `traceir.json` (docs/formats.md).
+Checkpoints of other projects, also over Qwen2-VL and Qwen3-VL, are read by a profile (profiles.py).
 Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -16,16 +18,36 @@ from typing import Any, Final
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.cache_utils import DynamicCache
 from transformers.utils import cached_file
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
 from traceir.errors import ModelError
-from traceir.prompts import EMB, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START, PromptVersion
+from traceir.items import Item, Query
+from traceir.profiles import Profile, profile_of, resolve_profile
+from traceir.prompts import (
+    EMB,
+    IMAGE_PAD,
+    TURN_END,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+    Prompt,
+    PromptVersion,
+    Role,
+    render_candidate,
+    render_query,
+)
 from traceir.prompts import check_version as check_prompt_version
 
 FORMAT: Final = 1
+NETWORKS: Final = {
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+"""Model type in config.json -> class in transformers."""
 WHOLE_HASH_BYTES: Final = 256 * 2**20
 
 
@@ -39,6 +61,8 @@ class TraceSettings:
     max_text_tokens: int = 1024
     closing: str = ""
     fingerprint: str = ""
+    profile: Profile | None = None
+    """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
 
 class TraceModel:
@@ -66,14 +90,33 @@ class TraceModel:
     def fingerprint(self) -> str:
         return self.settings.fingerprint
 
+    def prompt(self, content: Query | Item, *, direct: bool = False) -> Prompt:
+        """What the model reads for a query or an item; `direct` where it shall write nothing (profiles may put that in words)."""
+        if self.settings.profile is not None:
+            return self.settings.profile.render(content, direct=direct)
+        if isinstance(content, Query):
+            return render_query(content, self.settings.prompt_version)
+        return render_candidate(content, self.settings.prompt_version)
+
+    def writes(self, role: Role) -> bool:
+        """Whether this side may write before its embedding: queries under TRACE, whoever the profile names otherwise."""
+        if self.settings.profile is not None:
+            return role in self.settings.profile.writes
+        return role == "query" and self.settings.read_out != "last"
+
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> torch.Tensor:
         """Last-layer states after the final norm, [B, T, D]; fills `cache` if given."""
         text = self.network.model.language_model
         embedded_BTD = text.embed_tokens(batch.ids)
+        deeper: dict[str, Any] = {}
         if batch.patches is not None and batch.grids is not None:
-            features = self.picture_features(batch.patches, batch.grids).to(embedded_BTD.dtype)
-            slots = (batch.ids == self.network.config.image_token_id).unsqueeze(-1)
-            embedded_BTD = embedded_BTD.masked_scatter(slots, features)
+            slots_BT = batch.ids == self.network.config.image_token_id
+            if self.network.config.model_type == "qwen3_vl":
+                features, layers = self._deep_features(batch.patches, batch.grids)
+                deeper = {"visual_pos_masks": slots_BT, "deepstack_visual_embeds": layers}
+            else:
+                features = self.picture_features(batch.patches, batch.grids)
+            embedded_BTD = embedded_BTD.masked_scatter(slots_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
         mask = None if bool(batch.mask.all()) else batch.mask
         out = text(
             inputs_embeds=embedded_BTD,
@@ -81,6 +124,7 @@ class TraceModel:
             position_ids=batch.positions,
             past_key_values=cache,
             use_cache=cache is not None,
+            **deeper,
         )
         states: torch.Tensor = out.last_hidden_state
         return states
@@ -112,7 +156,8 @@ class TraceModel:
         visual = self.network.model.visual
         patches = patches.to(visual.dtype)
         shapes = [tuple(int(side) for side in grid) for grid in grids.tolist()]
-        window = visual.window_size // visual.patch_size
+        # Only Qwen2.5-VL has a window; its relatives always take the stock road.
+        window = visual.window_size // visual.patch_size if self.network.config.model_type == "qwen2_5_vl" else 0
         small = all(time == 1 and high <= window and wide <= window for time, high, wide in shapes)
         if not small or len(shapes) == 1:
             return torch.cat(self.network.model.get_image_features(patches, grids, return_dict=True).pooler_output)
@@ -126,21 +171,36 @@ class TraceModel:
             done.update(zip(numbers, features, strict=True))
         return torch.cat([done[number] for number in range(len(shapes))])
 
+    def _deep_features(self, patches: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Qwen3-VL: merged vision tokens [sum of tokens, D], and those that its first layers add to the same positions."""
+        found = self.network.model.get_image_features(patches.to(self.network.model.visual.dtype), grids, return_dict=True)
+        return torch.cat(found.pooler_output), [torch.cat(layer) for layer in found.deepstack_features]
 
-def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any) -> TraceModel:
+
+def load(
+    source: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    profile: Profile | str | Path | None = None,
+    **overrides: Any,
+) -> TraceModel:
     """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
 
     Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
+    `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
     `overrides` replace fields of TraceSettings. Raises ModelError for other architectures and damaged directories.
     """
     name = str(source)
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
     try:
-        config = Qwen2_5_VLConfig.from_pretrained(name)
-        if config.model_type != "qwen2_5_vl":
-            raise ModelError(f"{name} is a {config.model_type!r} checkpoint; TRACE runs on qwen2_5_vl")
-        network = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=dtype or torch.float32)
+        kind = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
+        if kind not in NETWORKS:
+            raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
+        network_class = getattr(importlib.import_module("transformers"), NETWORKS[kind])
+        config = network_class.config_class.from_pretrained(name)
+        network = network_class.from_pretrained(name, dtype=dtype or torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
@@ -148,8 +208,12 @@ def load(source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None =
     known = {field.name for field in fields(TraceSettings)}
     if unknown := set(overrides) - known:
         raise ModelError(f"unknown settings {sorted(unknown)}; traceir.json has {sorted(known)}")
-    settings = replace(settings or TraceSettings(), **overrides)
-    add_emb_token(network, tokenizer)
+    settings = settings or TraceSettings()
+    if profile is not None:
+        settings = _under_profile(settings, resolve_profile(profile))
+    settings = replace(settings, **overrides)
+    if settings.profile is None:
+        add_emb_token(network, tokenizer)
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(Path(name)) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
@@ -161,7 +225,11 @@ def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudg
     _linear_patches(network.model.visual.patch_embed)
     read_out = check_read_out(settings.read_out)
     check_prompt_version(settings.prompt_version)
-    processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=settings.max_text_tokens)
+    profile, budget = settings.profile, settings.max_text_tokens
+    if profile is None:
+        return TraceModel(network, Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget), settings)
+    image = replace(image, min_pixels=profile.min_pixels or image.min_pixels, max_pixels=profile.max_pixels or image.max_pixels)
+    processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget, emb_token=profile.token, rope=profile.rope)
     return TraceModel(network, processor, settings)
 
 
@@ -179,7 +247,7 @@ def save(model: TraceModel, target: Path) -> Path:
         image = model.processor.image
         preprocessor = {
             "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
+            "processor_class": NETWORKS[model.network.config.model_type].replace("ForConditionalGeneration", "Processor"),
             "patch_size": image.patch,
             "merge_size": image.merge,
             "temporal_patch_size": image.temporal,
@@ -190,9 +258,12 @@ def save(model: TraceModel, target: Path) -> Path:
             "image_std": list(image.std),
         }
         (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-        generation = {"do_sample": False, "eos_token_id": [model.processor.emb_id, model.processor.special[TURN_END]]}
+        ends = [model.processor.special[token] for token in (EMB, TURN_END) if token in model.processor.special]
+        generation = {"do_sample": False, "eos_token_id": ends}
         (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(fresh)))}
+        if model.settings.profile is None:
+            del written["profile"]  # as in every checkpoint from before there were profiles
         (fresh / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
         if target.exists():
             os.replace(target, Path(folder) / "old")
@@ -277,13 +348,25 @@ def _read_settings(file: Path | None) -> TraceSettings | None:
         raise ModelError(f"{file}:{error.lineno}: not JSON ({error.msg}); save the checkpoint again") from error
     if found.pop("format", None) != FORMAT:
         raise ModelError(f"{file}: format is not {FORMAT}; this checkpoint needs another release of traceir")
+    if found.get("profile") is not None:
+        found["profile"] = profile_of(found["profile"], str(file))
     try:
         return TraceSettings(**found)
     except TypeError as error:
         raise ModelError(f"{file}: {error}") from error
 
 
-def _image_budget(file: Path | None, config: Qwen2_5_VLConfig) -> ImageBudget:
+def _under_profile(settings: TraceSettings, profile: Profile) -> TraceSettings:
+    return replace(
+        settings,
+        profile=profile,
+        read_out=profile.read_out,
+        max_text_tokens=profile.max_text_tokens or settings.max_text_tokens,
+        max_reasoning_tokens=profile.max_reasoning_tokens or settings.max_reasoning_tokens,
+    )
+
+
+def _image_budget(file: Path | None, config: Any) -> ImageBudget:
     vision = config.vision_config
     budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     if file is None:
@@ -304,7 +387,7 @@ def _linear_patches(patch_embed: Any) -> None:
     projection = patch_embed.proj
 
     def forward(patches: torch.Tensor) -> torch.Tensor:
-        return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1))
+        return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
     patch_embed.forward = forward
 

@@ -12,7 +12,7 @@ from traceir import __version__
 # Copies, so that the parser imports nothing; tests/test_cli.py holds them to the originals.
 ROUTES: Final = ("auto", "reason", "direct")
 MODALITIES: Final = ("image", "text", "image,text")
-REPORTS: Final = ("steps", "routing", "routes")
+REPORTS: Final = ("steps", "routing", "routes", "scoreboard", "examples")
 PRESETS: Final = ("mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "mini-direct-long", "emoji")
 SCALES: Final = ("small", "full")
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
@@ -39,6 +39,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
+    _add_unseen(verbs, shared, runs)
     _add_faithfulness(verbs, shared, runs)
     _add_report(verbs, shared, runs)
     _add_compare(verbs, shared, runs)
@@ -119,6 +120,20 @@ def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str
     _add_model(evaluate)
 
 
+def _add_unseen(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    unseen = _verb(verbs, shared, "unseen", runs["unseen"], "score a model on the 13 zero-shot columns, or those that are there")
+    unseen.add_argument("--data", required=True, metavar="DIR", help="folder of the sets, laid out as in docs/unseen.md")
+    unseen.add_argument("--out", required=True, metavar="DIR", help="folder for results.json and the outcome of each query")
+    unseen.add_argument("--route", action="append", metavar="ROUTE[,ROUTE]", help="auto, reason, direct (default: auto)")
+    unseen.add_argument("--columns", metavar="A,B", help="for instance circo,vist (default: all that are there)")
+    unseen.add_argument(
+        "--on-error", choices=("stop", "skip"), default="stop", help="missing pictures: stop, or leave out and tell"
+    )
+    unseen.add_argument("--cache", metavar="DIR", help="folder of embeddings (default: OUT/embeddings)")
+    unseen.add_argument("--circo-submission", metavar="FILE.json", help="write CIRCO's test submission instead of scoring")
+    _add_model(unseen)
+
+
 def _add_faithfulness(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     faithful = _verb(
         verbs, shared, "faithfulness", runs["faithfulness"], "is the reasoning used? swap it, blank it, give the label's"
@@ -133,9 +148,15 @@ def _add_faithfulness(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping
 
 def _add_report(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     parser = _verb(verbs, shared, "report", runs["report"], "tables and plots from evaluation folders")
-    parser.add_argument("kind", choices=REPORTS, help="steps: recall by reasoning steps; routing; routes: the cost of each")
+    parser.add_argument(
+        "kind",
+        choices=REPORTS,
+        help="steps: recall by reasoning steps; routing; routes: the cost of each; scoreboard: all rows, "
+        "published figures, plots; examples: hits and misses with pictures",
+    )
     parser.add_argument("folders", nargs="+", metavar="[LABEL=]FOLDER[:ROUTE]", help="what `traceir evaluate --out` wrote")
     parser.add_argument("--out", metavar="FILE.md", help="write the report here too, plots beside it")
+    parser.add_argument("--data", metavar="DIR", help="examples only: the folder that was evaluated")
 
 
 def _add_compare(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
@@ -158,6 +179,10 @@ def _add_minibeir(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str
     sheet = _verb(parts, shared, "sheet", runs["minibeir sheet"], "draw a contact sheet of a folder's queries and answers")
     sheet.add_argument("--data", required=True, metavar="DIR")
     sheet.add_argument("--out", required=True, metavar="FILE", help="a .png file")
+    unseen = _verb(parts, shared, "unseen", runs["minibeir unseen"], "write the 13 zero-shot columns in miniature")
+    unseen.add_argument("--out", required=True, metavar="DIR")
+    unseen.add_argument("--scale", choices=SCALES, default="small")
+    unseen.add_argument("--seed", type=int, default=0, metavar="N")
 
 
 def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

@@ -45,16 +45,30 @@ class UserText:
     text: str
 
 
-Piece = str | Special | UserText | Picture
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """Template and user text side by side, tokenised as one text, because a tokenizer's merges cross the border between them.
+
+    Special tokens are read in the template's parts (str) and never in the user's (UserText).
+    """
+
+    parts: tuple[str | UserText, ...]
+
+
+Piece = str | Special | UserText | Joined | Picture
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """All that the model reads before it writes. `role` decides whether it may reason: candidates never do."""
+    """All that the model reads before it writes. `role` decides whether it may reason: candidates never do.
+
+    `closed`: the prompt ends at its own read-out (profiles.py), so nothing is put or written behind it.
+    """
 
     pieces: tuple[Piece, ...]
     role: Role
-    version: PromptVersion
+    version: str
+    closed: bool = False
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -70,6 +84,8 @@ def _show(piece: Piece) -> str:
         return piece.token
     if isinstance(piece, UserText):
         return piece.text
+    if isinstance(piece, Joined):
+        return "".join(part.text if isinstance(part, UserText) else part for part in piece.parts)
     return piece if isinstance(piece, str) else f"[picture {piece.name}]"
 
 

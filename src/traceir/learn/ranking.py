@@ -283,7 +283,7 @@ class _Chunk:
         self.limited = np.flatnonzero(limited)
 
     def __len__(self) -> int:
-        return self.columns.shape[1]
+        return int(self.columns.shape[1])
 
     def start_counting(self, level: Places, column: Places, floors: Scores) -> None:
         levels = int(level.max(initial=-1)) + 1

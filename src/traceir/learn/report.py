@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import DataError, InputError
-from traceir.items import ROUTES
+from traceir.items import ROUTES, Route
 from traceir.learn.judged import Judged
 
 Key = tuple[str, str]
@@ -210,14 +210,16 @@ def interval(values: Values) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, str]]:
-    runs: dict[str, tuple[Path, str]] = {}
+def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Route]]:
+    """`[LABEL=]FOLDER[:ROUTE]` as label -> folder and route; InputError where two have one label."""
+    runs: dict[str, tuple[Path, Route]] = {}
     for given in folders:
         label, named, rest = str(given).partition("=")
         label, rest = (label, rest) if named else ("", label)
-        folder, colon, route = rest.rpartition(":")
-        if not colon or route not in ROUTES:
-            folder, route = rest, "auto"
+        folder, colon, ending = rest.rpartition(":")
+        route = next((known for known in ROUTES if colon and known == ending), None)
+        if route is None:
+            folder, colon, route = rest, "", "auto"
         label = label or (f"{Path(folder).name} ({route})" if colon else Path(folder).name)
         if label in runs:
             raise InputError(f"two runs are called {label!r}; name them: LABEL=FOLDER:ROUTE")

@@ -239,7 +239,12 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
 
 def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
-        return load(config.init, max_reasoning_tokens=config.max_reasoning_tokens)
+        model = load(config.init, max_reasoning_tokens=config.max_reasoning_tokens)
+        if model.settings.profile is not None:
+            raise TrainError(
+                f"{config.init} is read by the profile of another project; training goes on from TRACE's checkpoints only"
+            )
+        return model
     # The tokenizer reads everything the folder teaches, so that a model pretrained on lessons can go on with pairs.
     root = Path(config.data)
     readable: list[TaskData] = [*read_pairs(root, reasoning=True)]

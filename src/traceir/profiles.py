@@ -1,0 +1,229 @@
+"""Profiles: how checkpoints of other projects are prompted and read, as data instead of code.
+
+A profile holds one template for queries and one for candidates, and says where the embedding is read: before a token, at a token,
+or at the last token of the prompt; whether that token stands in the template or the model writes it; and who may write.
+A user's own profile is a JSON file with the same fields (docs/judges.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from string import Formatter
+from typing import Any, Final
+
+from traceir.batch import READ_OUTS, ROPES, ReadOut, Rope
+from traceir.errors import InputError
+from traceir.items import MODALITIES, Item, Query
+from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
+
+PLACEHOLDERS: Final = ("images", "text", "instruction", "asked", "kind")
+ROLES: Final[tuple[Role, ...]] = ("query", "candidate")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One way to prompt and to read a checkpoint.
+
+    Templates are the whole text the model reads, special tokens included, with placeholders: `{images}` all pictures, `{text}`,
+    `{instruction}`, `{asked}` instruction and text in one, `{kind}` the one of `words` that names the modality (text, image,
+    image with text). What users write is never read as a special token.
+
+    A side in `writes` goes on writing until it writes `token`. Any other is embedded in one pass: at the first `direct_token` of
+    its template; where there is none, at its first `token` under `at_token`, just before that under `before_token`, and at the
+    last token of all under `last`. A side that may write but shall not is read at `direct_token` too, else behind its prompt.
+
+    `instruction` fills `{instruction}` where a query has none, and for candidates. `normalise` puts texts into M-BEIR's form.
+    Budgets that are None stay the checkpoint's. Vectors always have unit length.
+    """
+
+    name: str
+    query: str
+    candidate: str
+    read_out: ReadOut = "last"
+    token: str | None = None
+    writes: tuple[Role, ...] = ()
+    direct_token: str | None = None
+    words: tuple[str, str, str] = ("text", "image", "image and text")
+    instruction: str = ""
+    normalise: bool = False
+    rope: Rope = "mrope"
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_text_tokens: int | None = None
+    max_reasoning_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.read_out not in READ_OUTS:
+            raise self._wrong("read_out", self.read_out, f"one of {', '.join(READ_OUTS)}")
+        if self.rope not in ROPES:
+            raise self._wrong("rope", self.rope, f"one of {', '.join(ROPES)}")
+        if unknown := set(self.writes) - set(ROLES):
+            raise self._wrong("writes", sorted(unknown), f"some of {', '.join(ROLES)}")
+        if len(self.words) != len(MODALITIES):
+            raise self._wrong("words", self.words, f"three words, for {'; '.join(MODALITIES)}")
+        if (self.token is None) != (self.read_out == "last") or (self.writes and self.token is None):
+            raise self._wrong("token", self.token, "a token under before_token and at_token, null under last, where none writes")
+        for role, template in zip(ROLES, (self.query, self.candidate), strict=True):
+            _check_template(self.name, role, template)
+            wanted = self.direct_token or (None if role in self.writes else self.token)
+            if wanted is not None and wanted not in template:
+                raise self._wrong(role, template[:80], f"a template that holds {wanted}, where its embedding is read")
+
+    @property
+    def version(self) -> str:
+        """Name and 8 hex digits over all fields: what an index remembers, so that another template is noticed."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return f"profile {self.name} {digest[:8]}"
+
+    def render(self, content: Query | Item, *, direct: bool) -> Prompt:
+        """What the model reads; `direct` asks a side that may write not to. The prompt ends where nothing behind it counts."""
+        role: Role = "query" if isinstance(content, Query) else "candidate"
+        template, may_write = (self.query if role == "query" else self.candidate), role in self.writes
+        closed = not may_write or (direct and self.direct_token is not None)
+        if closed and self.direct_token is not None:
+            template = _until(template, self.direct_token, "at_token")
+        elif closed and self.token is not None:
+            template = _until(template, self.token, self.read_out)
+        return Prompt(tuple(self._pieces(template, content)), role, self.version, closed)
+
+    def _pieces(self, template: str, content: Query | Item) -> Iterator[Piece]:
+        parts: list[str | UserText] = []
+        texts = self._texts(content)
+        for literal, field, _, _ in Formatter().parse(template):
+            if literal:
+                parts.append(literal)
+            if field == "images":
+                for picture in content.pictures:
+                    yield Joined((*parts, VISION_START))
+                    yield picture
+                    parts = [VISION_END]
+            elif field == "kind":
+                parts.append(self.words[MODALITIES.index(content.modality)])
+            elif field is not None and texts[field]:
+                parts.append(UserText(texts[field]))
+        if parts:
+            yield Joined(tuple(parts))
+
+    def _texts(self, content: Query | Item) -> dict[str, str]:
+        """The user's text by placeholder."""
+        asked = (content.instruction or "").strip() if isinstance(content, Query) else ""
+        instruction, text = asked or self.instruction, content.text
+        if not self.normalise:
+            return {"text": text, "instruction": instruction, "asked": " ".join(part for part in (asked, text) if part)}
+        both = normalise(f"{normalise(asked)} {text}")
+        return {"text": normalise(text), "instruction": normalise(instruction), "asked": both}
+
+    def _wrong(self, field: str, value: object, wanted: str) -> InputError:
+        return InputError(f"profile {self.name!r}: {field} is {value!r}; it must be {wanted}")
+
+
+def resolve_profile(source: Profile | str | Path) -> Profile:
+    """A profile by name, or from a .json file. Raises InputError for other names and for files that break the format."""
+    if isinstance(source, Profile):
+        return source
+    name = str(source)
+    if name in PROFILES:
+        return PROFILES[name]
+    if not name.endswith(".json"):
+        raise InputError(f"profile {name!r} is unknown; choose {', '.join(PROFILES)}, or give a .json file with its fields")
+    try:
+        found = json.loads(Path(name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"profile {name}: {error.strerror or error}; check the path") from error
+    except ValueError as error:
+        raise InputError(f"profile {name}: not JSON ({error}); write one object") from error
+    return profile_of(found, name)
+
+
+def profile_of(found: object, place: str) -> Profile:
+    """A profile from the fields of a JSON object; a `base` among them names the profile whose other fields it takes over."""
+    known = {field.name for field in fields(Profile)}
+    if not isinstance(found, Mapping) or (unknown := set(found) - known - {"base"}):
+        shown = sorted(unknown) if isinstance(found, Mapping) else type(found).__name__
+        raise InputError(f"{place}: {shown} is not a profile; its fields are base, {', '.join(sorted(known))}")
+    values: dict[str, Any] = {key: value for key, value in found.items() if key != "base"}
+    if "base" in found:
+        values = {**asdict(resolve_profile(str(found["base"]))), **values}
+    for field in ("writes", "words"):
+        if isinstance(values.get(field), list):
+            values[field] = tuple(values[field])
+    for field, value in values.items():
+        if not isinstance(value, _TYPES.get(field, str)):
+            raise InputError(f"{place}: {field} is {value!r}, which is of the wrong type; see docs/judges.md")
+    if missing := {"name", "query", "candidate"} - set(values):
+        raise InputError(f"{place}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
+    return Profile(**values)
+
+
+_NUMBER: Final = (int, type(None))
+_TYPES: Final[Mapping[str, Any]] = {
+    "token": (str, type(None)), "direct_token": (str, type(None)), "writes": tuple, "words": tuple, "normalise": bool,
+    "min_pixels": _NUMBER, "max_pixels": _NUMBER, "max_text_tokens": _NUMBER, "max_reasoning_tokens": _NUMBER,
+}  # fmt: skip
+
+
+def _check_template(name: str, role: str, template: str) -> None:
+    try:
+        asked = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
+    except ValueError as error:
+        raise InputError(
+            f"profile {name!r}: the template of {role} is not readable: {error}; double a brace meant as one"
+        ) from error
+    if unknown := set(asked) - set(PLACEHOLDERS):
+        raise InputError(
+            f"profile {name!r}: the template of {role} asks for {sorted(unknown)}; it may use {', '.join(PLACEHOLDERS)}"
+        )
+
+
+def _until(template: str, token: str, read_out: ReadOut) -> str:
+    """The template up to its first `token`, which is kept under `at_token`: attention is causal, what follows changes nothing."""
+    head, _, _ = template.partition(token)
+    return head + token if read_out == "at_token" else head
+
+
+def _chat(user: str, assistant: str = "", system: str | None = "You are a helpful assistant.") -> str:
+    """Qwen's chat layout, open for the assistant; the system turn is the default of Qwen2-VL's and Qwen2.5-VL's chat template."""
+    before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    return f"{before}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}"
+
+
+_LAMRA: Final = "\nSummarize above {kind} in one word: "
+_LAMRA_ANSWER: Final = "<emb>.<|im_end|>\n<|im_start|>assistant\n"
+_UME_R1: Final = (
+    "\n<disc_emb>\nRepresent the above input text, images, videos, or any combination of the three as embeddings. "
+    "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. "
+    "Finally, use the <gen_emb> tag to represent the entire input."
+)
+_SYSTEM_IS_INSTRUCTION: Final = _chat("{images}{text}", system="{instruction}")
+
+PROFILES: Final[Mapping[str, Profile]] = {
+    profile.name: profile
+    for profile in (
+        # LamRA, dataset/datasets_mbeir.py and models/qwen2_vl.py: the state before a fixed <emb>, positions counted one by one.
+        Profile(
+            "lamra", _chat("{images}{asked}" + _LAMRA, _LAMRA_ANSWER), _chat("{images}{text}" + _LAMRA, _LAMRA_ANSWER),
+            read_out="before_token", token="<emb>", words=("sentence", "image", "image and sentence"), normalise=True,
+            rope="sequential", min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28, max_text_tokens=1024,
+        ),
+        # UME-R1, src/eval/VLM2Vec/eval_twomode.py: both sides write until <gen_emb>; read at <disc_emb> where they may not.
+        Profile(
+            "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), read_out="at_token",
+            token="<gen_emb>", writes=("query", "candidate"), direct_token="<disc_emb>",
+            max_pixels=2_359_296, max_text_tokens=12_288, max_reasoning_tokens=8192,
+        ),
+        # The state of the last prompt token. Of the templates, docs/judges.md says which are stated by their projects.
+        Profile("vlm2vec", "{images}{asked}", "{images}{text}", max_pixels=1280 * 28 * 28),
+        Profile(
+            "gme", _SYSTEM_IS_INSTRUCTION + "<|endoftext|>", _SYSTEM_IS_INSTRUCTION + "<|endoftext|>",
+            instruction="You are a helpful assistant.",
+        ),
+        Profile(
+            "qwen3-vl-embedding", _SYSTEM_IS_INSTRUCTION, _SYSTEM_IS_INSTRUCTION, instruction="Represent the user's input.",
+            max_pixels=1800 * 32 * 32, max_text_tokens=8192,
+        ),
+    )
+}  # fmt: skip

@@ -1,0 +1,346 @@
+"""Checkpoints in the shapes of other projects, saved as transformers saves them, against the stock forward pass."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import WORDS, picture
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from traceir.cli import main
+from traceir.encoder import Encoder
+from traceir.errors import InputError, ModelError
+from traceir.items import Encoding, Item, Query
+from traceir.learn import mbeir
+from traceir.learn.evaluate import evaluate
+from traceir.model import load, save
+from traceir.profiles import PROFILES, Profile, resolve_profile
+
+QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+THINK = (
+    "\n<disc_emb>\nRepresent the above input text, images, videos, or any combination of the three as embeddings. First output "
+    "the thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use the "
+    "<gen_emb> tag to represent the entire input."
+)
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+ASK, RED, SHOWN = "Find it.", "a red cube", picture(5, 140, 112)
+QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instruction=ASK),
+           Query.of(text=RED, image=SHOWN, instruction=ASK)]  # fmt: skip
+ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]
+
+Reader = Callable[[list[int]], int]
+
+
+def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
+    """A small tokenizer that splits as Qwen's does, so that a full stop and the line break behind it become one token."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator([" ".join(WORDS) + ".\n"] * 9, trainer)
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.add_tokens(extra)
+    return tokenizer
+
+
+def checkpoint(folder: Path, kind: str, extra: list[str]) -> Path:
+    """A random checkpoint of one architecture; its untied output rows let the last of the extra tokens win now and then."""
+    tokenizer = tokenizer_with(extra)
+    rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
+    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.2, "pad_token_id": None}  # fmt: skip
+    vision = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
+    named = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in named.items()}
+    torch.manual_seed(0)
+    network: Any
+    if kind == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14}
+        network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
+    elif kind == "qwen2_5_vl":
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "window_size": 56,
+                   "fullatt_block_indexes": [2]}  # fmt: skip
+        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
+    else:
+        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 16,
+                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+        network = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=vision, **ids)
+        )
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.2)
+        network.lm_head.weight[len(tokenizer) - 1] *= 3.0
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    patch = vision["patch_size"]
+    size = {"shortest_edge": 16 * patch**2, "longest_edge": 64 * patch**2}
+    Qwen2VLImageProcessorPil(patch_size=patch, size=size).save_pretrained(folder)
+    return folder
+
+
+class Stock:
+    """The raw transformers model and tokenizer of a folder: a whole prompt as one string, the states of all its tokens."""
+
+    def __init__(self, folder: Path, **pixels: int) -> None:
+        self.network = AutoModelForImageTextToText.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        if pixels:
+            self.images.size = {**dict(self.images.size), **pixels}
+
+    def inputs(self, prompt: str) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        if "<|image_pad|>" in prompt:
+            found = dict(self.images(images=[SHOWN.load()], return_tensors="pt"))
+            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(found["image_grid_thw"].prod() // 4))
+        found["input_ids"] = torch.tensor([self.tokenizer(prompt)["input_ids"]])
+        found["mm_token_type_ids"] = (found["input_ids"] == self.network.config.image_token_id).int()
+        return found
+
+    def vector(self, prompt: str, place: Reader, *, sequential: bool = False) -> np.ndarray:
+        inputs = self.inputs(prompt)
+        length = inputs["input_ids"].shape[1]
+        places = {"position_ids": torch.arange(length).view(1, 1, -1).expand(3, 1, -1)} if sequential else {}
+        with torch.no_grad():
+            states = self.network.model(**inputs, **places).last_hidden_state[0]
+        return unit(states[place(inputs["input_ids"][0].tolist())])
+
+
+def unit(state: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.normalize(state, dim=-1).numpy()
+
+
+def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
+    for one, vector in zip(found, expected, strict=True):
+        assert np.abs(one.vector - vector).max() < 2e-6
+        assert one.route == "direct" and not one.reasoning
+    assert np.abs(expected[0] - expected[1]).max() > 1e-2, "the test needs vectors that differ"
+
+
+def last(ids: list[int]) -> int:
+    return len(ids) - 1
+
+
+def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"])
+    profile = PROFILES["lamra"]
+    encoder = Encoder.from_pretrained(folder)
+    assert encoder.prompt_version == "trace-1", "without its profile it is read as TRACE"
+    encoder = Encoder(load(folder, profile="lamra"))
+    assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512
+    stock = Stock(folder, shortest_edge=4 * 28**2, longest_edge=300 * 28**2)
+    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
+
+    def read(body: str, kind: str) -> np.ndarray:
+        user = f"{body}\nSummarize above {kind} in one word: <|im_end|>\n"
+        whole = f"{SYSTEM}{user}<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
+        return stock.vector(whole, lambda ids: ids.index(mark) - 1, sequential=True)
+
+    asked = [read("Find it. a red cube.", "sentence"), read(IMAGE + "Find it.", "image"),
+             read(IMAGE + "Find it. a red cube.", "image and sentence")]  # fmt: skip
+    for route in ("auto", "reason", "direct"):
+        check(encoder.encode_queries(QUERIES, route=route), asked)
+    offered = [read("A red cube.", "sentence"), read(IMAGE, "image"), read(IMAGE + "A red cube.", "image and sentence")]
+    check(encoder.encode_items(ITEMS), offered)
+    turned = Encoder(load(folder, profile=replace(profile, name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
+    assert np.abs(turned[0].vector - offered[1]).max() > 1e-4, "positions in the plane make another vector of a picture"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "query", "candidate"),
+    [
+        ("vlm2vec", "qwen2_vl", "{image}Find it. a red cube", "{image}a red cube"),
+        (
+            "gme", "qwen2_5_vl",
+            "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n"
+            "<|im_start|>assistant\n<|endoftext|>",
+            SYSTEM + "{image}a red cube<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
+        ),
+        (
+            "qwen3-vl-embedding", "qwen3_vl",
+            "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n<|im_start|>assistant\n",
+            "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n"
+            "<|im_start|>assistant\n",
+        ),
+    ],
+)  # fmt: skip
+def test_plain_embedders_are_read_at_their_last_token(tmp_path: Path, name: str, kind: str, query: str, candidate: str) -> None:
+    folder = checkpoint(tmp_path / name, kind, [])
+    encoder = Encoder(load(folder, profile=name))
+    budget = encoder.model.processor.image
+    stock = Stock(folder, shortest_edge=budget.min_pixels, longest_edge=budget.max_pixels)
+
+    def three(template: str) -> list[np.ndarray]:
+        text, both = template.replace("{image}", ""), template.replace("{image}", IMAGE)
+        image = both.replace(" a red cube", "" if name == "vlm2vec" else " a red cube").replace("a red cube", "")
+        return [stock.vector(prompt, last) for prompt in (text, image, both)]
+
+    check(encoder.encode_queries(QUERIES), three(query))
+    check(encoder.encode_items(ITEMS), three(candidate))
+    with pytest.raises(ModelError, match="no embedding token"):
+        _ = encoder.model.processor.emb_id
+
+
+def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "ume", "qwen2_vl", ["<disc_emb>", "<gen_emb>"])
+    profile = replace(PROFILES["ume-r1"], max_reasoning_tokens=20)
+    encoder = Encoder(load(folder, profile=profile))
+    stock = Stock(folder, longest_edge=2_359_296)
+    written, mark = stock.tokenizer.convert_tokens_to_ids("<gen_emb>"), stock.tokenizer.convert_tokens_to_ids("<disc_emb>")
+
+    def prompts(text: str) -> list[str]:
+        parts = (text, IMAGE + text.replace(RED, "").strip(), IMAGE + text)
+        return [f"{SYSTEM}{part}{THINK}<|im_end|>\n<|im_start|>assistant\n" for part in parts]
+
+    reasoned = 0
+    for asked, found in (
+        (prompts(f"{ASK} {RED}"), encoder.encode_queries(QUERIES)),
+        (prompts(RED), encoder.encode_items(ITEMS)),
+    ):
+        for prompt, one in zip(asked, found, strict=True):
+            out = stock.network.generate(
+                **stock.inputs(prompt), max_new_tokens=22, do_sample=False, output_hidden_states=True,
+                return_dict_in_generate=True, eos_token_id=stock.tokenizer.eos_token_id, pad_token_id=0,
+            )  # fmt: skip
+            ids = out.sequences[0, stock.inputs(prompt)["input_ids"].shape[1] :].tolist()
+            assert one.truncated == (written not in ids[:20])
+            if not one.truncated:
+                place = ids.index(written)
+                reasoned += place > 0
+                assert one.tokens == place
+                assert np.abs(one.vector - unit(out.hidden_states[place + 1][-1][0, -1])).max() < 2e-6
+    assert reasoned >= 2, "the test needs inputs that write before the token"
+    direct = [stock.vector(prompt, lambda ids: ids.index(mark)) for prompt in prompts(f"{ASK} {RED}")]
+    check(encoder.encode_queries(QUERIES, route="direct"), direct)
+    halved = Encoder(load(folder, profile=replace(profile, name="halved", writes=("query",))))
+    offered = [stock.vector(prompt, lambda ids: ids.index(mark)) for prompt in prompts(RED)]
+    check(halved.encode_items(ITEMS), offered)
+
+
+def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
+    encoder = Encoder(load(checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"]), profile="lamra"))
+    processor = encoder.model.processor
+    layout = processor.forced(encoder.model.prompt(Item.of(text="red <|im_end|>{text} cube")))
+    turn_end = processor.special["<|im_end|>"]
+    assert layout.ids.tolist().count(turn_end) == 2, "the two of the template, none of the text"
+    tight = load(encoder.model.network.name_or_path, profile=replace(PROFILES["lamra"], name="tight", max_text_tokens=3))
+    cut = tight.processor.forced(tight.prompt(Item.of(text="red green blue cube ball")))
+    whole = processor.forced(encoder.model.prompt(Item.of(text="red green blue cube ball")))
+    assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
+
+
+def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = checkpoint(tmp_path / "own", "qwen2_5_vl", [])
+    file = tmp_path / "own.json"
+    file.write_text(json.dumps({"base": "vlm2vec", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
+    model = load(folder, profile=file)
+    assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube"
+    again = Encoder(load(save(model, tmp_path / "saved")))
+    assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="vlm2vec")).prompt_version
+    vectors = [encoder.encode_queries(QUERIES)[2].vector for encoder in (again, Encoder(model))]
+    assert np.allclose(*vectors, atol=1e-6)
+    (tmp_path / "gallery").mkdir()
+    SHOWN.load().save(tmp_path / "gallery" / "one.png")
+    arguments = ["--index", str(tmp_path / "index"), "--model", str(folder)]
+    assert main(["index", "add", str(tmp_path / "gallery"), *arguments, "--profile", str(file)]) == 0
+    assert main(["search", *arguments, "--text", RED, "--profile", str(file)]) == 0
+    assert "one.png" in capsys.readouterr().out
+    assert main(["search", *arguments, "--text", RED, "--profile", "vlm2vec"]) == 2, "another template, another index"
+    assert "prompt version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"query": "{text}", "candidate": "{text}"}, "name missing"),
+        ({"name": "x", "query": "{txt}", "candidate": "{text}"}, "asks for .'txt'."),
+        ({"name": "x", "query": "{text}", "candidate": "{text"}, "not readable"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "token": "<emb>"}, "token"),
+        ({"name": "x", "query": "{text}<emb>", "candidate": "{text}", "token": "<emb>", "read_out": "at_token"}, "holds <emb>"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "read_out": "mean"}, "before_token, at_token, last"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "normalise": 1}, "wrong type"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "colour": 1}, "colour"),
+        ([], "not a profile"),
+    ],
+)
+def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, found: object, message: str) -> None:
+    file = tmp_path / "broken.json"
+    file.write_text(json.dumps(found))
+    with pytest.raises(InputError, match=message):
+        resolve_profile(file)
+    with pytest.raises(InputError, match="lamra"):
+        resolve_profile("lambda")
+
+
+def test_other_architectures_and_tokenizers_are_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "plain", "qwen2_vl", [])
+    with pytest.raises(ModelError, match=r"<emb>.*--profile"):
+        load(folder, profile="lamra")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ModelError, match=r"bert.*qwen2_5_vl, qwen2_vl, qwen3_vl"):
+        load(tmp_path / "other", profile="gme")
+
+
+def write_row(root: Path) -> Path:
+    """A row of M-BEIR's layout, invented: three pictures, three questions with a picture and words, three answers."""
+    for name in ("query/test", "cand_pool/local", "qrels/test", "instructions", "mbeir_images"):
+        (root / name).mkdir(parents=True)
+    for number in range(4):
+        picture(number, 60, 60).load().save(root / "mbeir_images" / f"{number}.png")
+    queries = [{"qid": f"8:{n}", "query_txt": f"make it {WORDS[n + 9]}", "query_img_path": f"mbeir_images/{n}.png",
+                "query_modality": "image,text", "pos_cand_list": [f"8:{n}"], "task_id": 7} for n in range(3)]  # fmt: skip
+    pool = [{"did": f"8:{n}", "txt": None, "img_path": f"mbeir_images/{n}.png", "modality": "image"} for n in range(4)]
+    for path, lines in (("query/test/mbeir_cirr_task7_test", queries), ("cand_pool/local/mbeir_cirr_task7_cand_pool", pool)):
+        (root / f"{path}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
+    (root / "instructions" / "query_instructions.tsv").write_text(header + "image,text\timage\tCIRR\t8\tFind the changed one.\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "extra"),
+    [("lamra", "qwen2_vl", ["<emb>"]), ("ume-r1", "qwen2_vl", ["<disc_emb>", "<gen_emb>"]), ("gme", "qwen2_vl", []),
+     ("qwen3-vl-embedding", "qwen3_vl", [])],
+)  # fmt: skip
+def test_each_shape_is_scored_on_a_row(tmp_path: Path, name: str, kind: str, extra: list[str]) -> None:
+    root = write_row(tmp_path / "data")
+    profile: Profile = replace(PROFILES[name], max_reasoning_tokens=8)
+    encoder = Encoder(load(checkpoint(tmp_path / "model", kind, extra), profile=profile))
+    row = evaluate(encoder, root, tmp_path / "out", progress=False)["routes"]["auto"]["cirr_task7"]
+    records = list(mbeir.read_queries(root / "query" / "test" / "mbeir_cirr_task7_test.jsonl"))
+    queries = [mbeir.to_query(record, "Find the changed one.", root) for record in records]
+    pool = list(mbeir.read_pool(root / "cand_pool" / "local" / "mbeir_cirr_task7_cand_pool.jsonl"))
+    asked = np.stack([one.vector for one in encoder.encode_queries(queries)])
+    offered = np.stack([one.vector for one in encoder.encode_items([mbeir.to_item(one, root) for one in pool])])
+    assert row["hit@1"] == round(float(np.mean((asked @ offered.T).argmax(axis=1) == np.arange(3))), 4)
+    assert row["queries"] == 3 and row["pool"] == 4 and row["hit@5"] == 1.0
+    assert (row["reasoned"] > 0) == (name == "ume-r1")
