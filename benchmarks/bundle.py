@@ -2,7 +2,8 @@
 
 `python -m benchmarks.bundle` copies out/runs/mini/checkpoint to models/mini with a meta.json that tells how it was made, then
 scores it, and the two baselines that are there (`mini-direct`, same updates; `mini-direct-long`, same wall time), and writes
-docs/results/{minibeir,routing,routes,steps}.md. What is scored already is not scored again.
+docs/results/: minibeir, routing, routes, steps, scoreboard, unseen, faithful, and a page of examples. What is encoded already is
+not encoded again.
 """
 
 from __future__ import annotations
@@ -17,11 +18,17 @@ import torch
 from traceir.encoder import Encoder
 from traceir.items import Route
 from traceir.learn.evaluate import evaluate
+from traceir.learn.examples import write_examples
+from traceir.learn.faithful import probe
 from traceir.learn.judged import table
+from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.report import run_report
+from traceir.learn.scoreboard import write_scoreboard
+from traceir.learn.unseen.run import evaluate_unseen
+from traceir.learn.unseen.run import table as unseen_table
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
-DATA, MODEL = Path("data/minibeir"), Path("models/mini")
+DATA, UNSEEN, MODEL = Path("data/minibeir"), Path("data/minibeir-unseen"), Path("models/mini")
 STAGES = ("mini-naming", "mini-words", "mini-lessons", "mini")
 BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "no reasoning, same wall time"}
 ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
@@ -45,6 +52,11 @@ def main() -> None:
             evaluate(baseline, DATA, OUT / baseline.fingerprint, routes=("direct",))
             compared.insert(0, f"{label}={OUT / baseline.fingerprint}:direct")
     run_report("steps", compared, RESULTS / "steps.md")
+    write_scoreboard([*compared, f"TRACE, always reasoning={scores}:reason"], RESULTS / "scoreboard.md")
+    write_examples(scores, DATA, RESULTS / "examples")
+    probe(encoder, DATA, OUT / "faithful")
+    shutil.copyfile(OUT / "faithful" / "faithful.md", RESULTS / "faithful.md")
+    write_unseen(encoder)
 
 
 def bundle(checkpoint: Path) -> None:
@@ -76,6 +88,18 @@ def describe(results: dict[str, Any]) -> dict[str, Any]:
         "stages": {name: {"seconds": meta["seconds_since_last_start"], "config": meta["config"]} for name, meta in metas.items()},
         "results": {"average": results["average"], "rows": rows},
     }
+
+
+def write_unseen(encoder: Encoder) -> None:
+    """The 13 zero-shot columns in miniature, by every route."""
+    if not (UNSEEN / "unseen.json").is_file():
+        build_unseen(UNSEEN, scale="full", seed=0)
+    results = evaluate_unseen(encoder, UNSEEN, OUT / "unseen" / encoder.fingerprint, routes=ROUTES)
+    head = "# The bundled model on the 13 unseen columns in miniature\n\nNo query of these kinds is in its training data "
+    head += "([minibeir-unseen.md](../minibeir-unseen.md)).\n\n"
+    made = f"`python -m benchmarks.bundle`; model `{encoder.fingerprint}`, data `{results['data'][:16]}`, seed 0, "
+    made += f"{results['machine']}."
+    (RESULTS / "unseen.md").write_text(f"{head}{made}\n\n{unseen_table(results)}\n")
 
 
 def write_scores(results: dict[str, Any], fingerprint: str) -> None:

@@ -41,7 +41,7 @@ from traceir.learn.ranking import Ranking, rank_queries
 GIB = 2**30
 MEMORY_LIMIT = 2 * GIB
 FORMER_THRESHOLD = 20
-ONE_THREAD = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 STAGES = ("write", "stream", "compare")
 
 
@@ -100,8 +100,8 @@ def report(setup: Setup, folder: Path) -> int:
     print(f"setup:   {asdict(setup)}")
     written, streamed, compared = (in_child(stage, folder, setup) for stage in STAGES)
     print(f"store:   {written['seconds']:.1f} s to write {written['blocks']} blocks")
-    print(f"stream:  {streamed['seconds']:.2f} s with ranks of one positive a query, peak memory {streamed['peak'] / GIB:.3f} GiB "
-          f"(of {setup.rows * setup.width * 4 / GIB:.3f} GiB of vectors)")  # fmt: skip
+    print(f"stream:  {streamed['seconds']:.2f} s with ranks of one positive a query; peak resident memory "
+          f"{streamed['peak'] / GIB:.3f} GiB, over {setup.rows * setup.width * 4 / GIB:.3f} GiB of vectors")  # fmt: skip
     for name, seconds in compared["seconds"].items():
         print(f"search:  {statistics.median(seconds):7.2f} s  {name}  ({', '.join(f'{one:.2f}' for one in seconds)})")
     for name in list(compared["seconds"])[2:]:

@@ -14,7 +14,7 @@ import pytest
 from conftest import WORDS, both_roads, picture, random_model
 
 from traceir.encoder import Encoder
-from traceir.errors import DataError, InputError
+from traceir.errors import DataError, InputError, StoreError
 from traceir.items import Encoding, Item, Query, Vector
 from traceir.learn import mbeir
 from traceir.learn.embeddings import EmbeddingStore
@@ -344,6 +344,13 @@ def test_a_broken_folder_is_told_by_file_and_line_or_scored_without_the_broken_p
     assert row["pool"] == 24 - 3 and row["queries"] == 5, "7:22, 7:23 and 7:5 left the pool, query 7:5 left the row"
     assert found["broken_lines"] == 2 and found["missing_pictures"] == 3
     assert any("7:77" in text and "_test_qrels.txt:2" in text for text in found["first"])
+    block = next((tmp_path / "out" / "embeddings").glob("candidates-*/blocks/*/vectors.npy"))
+    block.write_bytes(block.read_bytes()[:-8])
+    with pytest.raises(StoreError, match=r"vectors\.npy .* bytes long|vectors\.npy cannot be read"):
+        evaluate(encoder, data, tmp_path / "whole", cache=tmp_path / "out" / "embeddings", progress=False)
+        evaluate(encoder, folder, tmp_path / "out", rows=[FASHION_ROW], progress=False)
+    mended = evaluate(encoder, folder, tmp_path / "out", on_error="skip", progress=False)
+    assert mended["routes"]["auto"][FASHION_ROW]["hit@10"] == row["hit@10"]
     lines[22] = json.dumps(candidate("7:22", image="mbeir_images/22.png"))
     pool.write_text("\n".join(lines) + "\n")
     qrels.unlink()

@@ -15,10 +15,16 @@ AT_ONCE: Final = 512
 
 
 class Embedder:
-    """Embeddings of items and queries by one encoder, kept below `cache`; the i-th of n shares is encoded here (`shard`)."""
+    """Embeddings of items and queries by one encoder, kept below `cache`; the i-th of n shares is encoded here (`shard`).
 
-    def __init__(self, encoder: EncoderLike, cache: Path, *, shard: Shard = (0, 1), progress: bool = False) -> None:
+    `repair` encodes damaged blocks again and logs them; without it they are a StoreError that names the file.
+    """
+
+    def __init__(
+        self, encoder: EncoderLike, cache: Path, *, shard: Shard = (0, 1), repair: bool = False, progress: bool = False
+    ) -> None:
         self.encoder, self.cache, self.shard, self.progress = encoder, cache, check_shard(shard), progress
+        self.repair = repair
         self._turn = 0
 
     def items(self, make: Callable[[], Iterator[Item]], count: int) -> Embeddings | None:
@@ -39,7 +45,7 @@ class Embedder:
     def _embed(
         self, store: EmbeddingStore, inputs: _Inputs, encode: Callable[[Sequence[Any]], Sequence[Encoding]]
     ) -> Embeddings | None:
-        plan = store.fill(inputs, in_pieces(encode), shard=self._share(), progress=self.progress)
+        plan = store.fill(inputs, in_pieces(encode), shard=self._share(), repair=self.repair, progress=self.progress)
         if self.shard[1] > 1:
             plan = store.plan(inputs)
         return None if store.missing(plan) else store.open(plan)

@@ -77,7 +77,8 @@ def evaluate(
     `prompt` is each row's first instruction, one drawn for each query by `seed` and qid alone, or all (mean and spread over
     them). `cache` holds the embeddings (default: `out`/embeddings) and may be shared by any evaluations. `shard` (i, n) encodes
     the i-th of n shares; whoever finds everything encoded scores, the others return None. Routes and pools scored earlier into
-    the same `out` are kept. Raises DataError by the policy `on_error` (folder.py), InputError where `out` holds other results.
+    the same `out` are kept. Raises DataError by the policy `on_error` (folder.py), StoreError for a damaged block of the cache
+    (under `skip` it is encoded again), InputError where `out` holds other results.
     """
     tasks = mbeir.find_tasks(data, split)
     chosen = choose_tasks(tasks, rows, data)
@@ -87,7 +88,7 @@ def evaluate(
     problems.settle()
     results["problems"] = problems.summary()
     names = {task.name for task in chosen}
-    work = _Work(encoder, data, cache or out / "embeddings", shard, progress)
+    work = _Work(encoder, data, cache or out / "embeddings", shard, on_error == "skip", progress)
     encoded = work.encode(read, [row for row in read if row.task.name in names], routes, variants(prompt, seed))
     if encoded is None:
         return None
@@ -178,8 +179,8 @@ class _Encoded:
 class _Work:
     """The encoding of one evaluation."""
 
-    def __init__(self, encoder: Encoder, data: Path, cache: Path, shard: Shard, progress: bool) -> None:
-        self.embedder = Embedder(encoder, cache, shard=shard, progress=progress)
+    def __init__(self, encoder: Encoder, data: Path, cache: Path, shard: Shard, repair: bool, progress: bool) -> None:
+        self.embedder = Embedder(encoder, cache, shard=shard, repair=repair, progress=progress)
         self.instructions = mbeir.read_instructions(data)
 
     def encode(
