@@ -25,7 +25,7 @@ from traceir.items import Query, Vector
 from traceir.learn import mbeir
 from traceir.learn.evaluate import choose_tasks
 from traceir.learn.metrics import rank_positives
-from traceir.prompts import completion_text, render_query
+from traceir.prompts import completion_text
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,10 @@ def probe(
     """Probes every row with at least two queries that reason by themselves and have a reasoning in their label.
 
     `limit` counts such queries of each row. Writes faithful.json and faithful.md to `out`. Raises InputError where no row has
-    any, and for a checkpoint that cannot reason (read-out `last`).
+    any, and for a checkpoint whose queries write nothing.
     """
-    if encoder.model.settings.read_out == "last":
-        raise InputError("this checkpoint is read at its last prompt token and writes no reasoning; there is nothing to probe")
+    if not encoder.model.writes("query"):
+        raise InputError("this checkpoint is read at the end of its prompt and writes no reasoning; there is nothing to probe")
     instructions = mbeir.read_instructions(data)
     found: list[Probe] = []
     for task in choose_tasks(mbeir.find_tasks(data, split), rows, data):
@@ -85,10 +85,9 @@ def probe(
 @torch.inference_mode()
 def encode_given(encoder: Encoder, queries: Sequence[Query], reasonings: Sequence[str]) -> Vector:
     """Vectors [Q, D] of queries as if the model had written these reasonings ("" for none) and then `<|emb|>`."""
-    model, version = encoder.model, encoder.model.settings.prompt_version
+    model = encoder.model
     layouts = [
-        model.processor.lay_out(render_query(query, version), reasoning)
-        for query, reasoning in zip(queries, reasonings, strict=True)
+        model.processor.lay_out(model.prompt(query), reasoning) for query, reasoning in zip(queries, reasonings, strict=True)
     ]
     vectors = np.empty((len(layouts), encoder.width), dtype=np.float32)
     order = sorted(range(len(layouts)), key=lambda number: len(layouts[number]))
