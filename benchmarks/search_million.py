@@ -1,9 +1,9 @@
 """Exact search over a million stored vectors against faiss, on one thread each, and the memory it takes.
 
 Random unit vectors are written through the embedding store, block by block. One child process streams them from disk and reports
-its peak resident memory. Another searches them with `rank_queries`, from memory-mapped blocks, and with faiss's IndexFlatIP, from
-memory, in turn; the order changes from one repetition to the next and the figure is the median of the repetitions' ratios, so
-that a machine that slows down for a while slows both.
+its peak resident memory. Another searches them with `rank_queries`, from one array in memory and from memory-mapped blocks, and
+with faiss's IndexFlatIP, from memory, in turn; the order changes from one repetition to the next and the figure is the median of
+the repetitions' ratios, so that a machine that slows down for a while slows all.
 
 faiss is timed as it is installed and with `distance_compute_blas_threshold` at 20, its default of former releases: recent ones
 compute inner products of this many queries without BLAS, which is several times slower. The second is the one to compare with.
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.items import Encoding, Item, Vector
-from traceir.learn.embeddings import Embeddings, EmbeddingStore, Maker
+from traceir.learn.embeddings import Embeddings, EmbeddingStore, Maker, Matrix
 from traceir.learn.metrics import TIE
 from traceir.learn.ranking import Ranking, rank_queries
 
@@ -104,8 +104,8 @@ def report(setup: Setup, folder: Path) -> int:
           f"{streamed['peak'] / GIB:.3f} GiB, over {setup.rows * setup.width * 4 / GIB:.3f} GiB of vectors")  # fmt: skip
     for name, seconds in compared["seconds"].items():
         print(f"search:  {statistics.median(seconds):7.2f} s  {name}  ({', '.join(f'{one:.2f}' for one in seconds)})")
-    for name in list(compared["seconds"])[2:]:
-        for ours in list(compared["seconds"])[:2]:
+    for name in list(compared["seconds"])[3:]:
+        for ours in list(compared["seconds"])[:3]:
             paired = zip(compared["seconds"][ours], compared["seconds"][name], strict=True)
             print(f"ratio:   {statistics.median(a / b for a, b in paired):7.3f}    {ours} / {name}")
     print(f"best k:  {compared['same']} of {compared['places']} places are the same; {compared['tied']} differ with scores "
@@ -152,12 +152,15 @@ def compare(found: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, An
 
         return search
 
-    def with_ours(relevant: list[list[int]]) -> Callable[[], Ranking]:
-        return lambda: rank_queries(queries_QD, found, relevant, top_k=setup.k)
+    def with_ours(blocks: Iterable[Matrix], relevant: list[list[int]]) -> Callable[[], Ranking]:
+        return lambda: rank_queries(queries_QD, blocks, relevant, top_k=setup.k)
 
+    nothing: list[list[int]] = [[] for _ in range(setup.queries)]
+    one_each = [[query] for query in range(setup.queries)]
     sides: dict[str, Callable[[], Any]] = {
-        "ours": with_ours([[] for _ in range(setup.queries)]),
-        "ours, with ranks of one positive a query": with_ours([[query] for query in range(setup.queries)]),
+        "ours, from memory": with_ours([found.matrix()], nothing),
+        "ours, from disk": with_ours(found, nothing),
+        "ours, from disk, with ranks of one positive a query": with_ours(found, one_each),
         f"faiss with BLAS (threshold {FORMER_THRESHOLD})": with_faiss(FORMER_THRESHOLD),
         f"faiss as installed (threshold {as_installed})": with_faiss(as_installed),
     }
@@ -168,7 +171,7 @@ def compare(found: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, An
             started = time.perf_counter()
             answers[name] = sides[name]()
             seconds[name].append(time.perf_counter() - started)
-    ours, (scores, places) = answers["ours"], list(answers.values())[-1]
+    ours, (scores, places) = answers["ours, from disk"], list(answers.values())[-1]
     same = ours.places == places
     tied = ~same & (np.abs(ours.scores - scores) <= TIE)
     counts = {"same": same, "tied": tied, "different": ~same & ~tied}

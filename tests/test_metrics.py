@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 from itertools import product
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +16,9 @@ from traceir.errors import InputError
 from traceir.learn import metrics
 from traceir.learn.metrics import TIE, positive_ranks, rank_positives
 
-pytrec_eval = pytest.importorskip("pytrec_eval", reason="the reference of the metrics; installed with the [dev] extra")
-binomtest = pytest.importorskip("scipy.stats").binomtest
+# The references: trec_eval's own code, which brings scipy along.
+pytrec_eval: Any = importlib.import_module("pytrec_eval")
+binomtest: Any = importlib.import_module("scipy.stats").binomtest
 
 DEPTHS = (1, 3, 5, 10, 50)
 

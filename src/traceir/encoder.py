@@ -90,6 +90,18 @@ class Encoder:
     def width(self) -> int:
         return self.model.width
 
+    @property
+    def vector_settings(self) -> dict[str, str | int | float | None]:
+        """What else decides a vector: budgets of text and pictures, the closing text, the type of the weights."""
+        image, settings = self.model.processor.image, self.model.settings
+        return {
+            "max_text_tokens": settings.max_text_tokens,
+            "closing": settings.closing,
+            "min_pixels": image.min_pixels,
+            "max_pixels": image.max_pixels,
+            "dtype": str(next(self.model.network.parameters()).dtype),
+        }
+
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning (paper, section 1, asymmetry), unless a profile lets them write."""
         route: Route = "auto" if self.model.writes("candidate") else "direct"

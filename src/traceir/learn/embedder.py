@@ -29,18 +29,23 @@ class Embedder:
 
     def items(self, make: Callable[[], Iterator[Item]], count: int) -> Embeddings | None:
         """Candidates, in order; None while other shares are not encoded. `make` begins the inputs anew."""
-        store = EmbeddingStore(self.cache, Maker.of(self.encoder))
+        store = EmbeddingStore(self.cache, Maker.of(self.encoder, more=self._more()))
         return self._embed(store, _Inputs(make, count), self.encoder.encode_items)
 
     def queries(self, make: Callable[[], Iterator[Query]], count: int, route: Route) -> Embeddings | None:
         """Queries by one route, in order; None while other shares are not encoded."""
         threshold, budget = getattr(self.encoder, "threshold", None), getattr(self.encoder, "budget", None)
-        store = EmbeddingStore(self.cache, Maker.of(self.encoder, route, threshold=threshold, max_reasoning_tokens=budget))
+        maker = Maker.of(self.encoder, route, threshold=threshold, max_reasoning_tokens=budget, more=self._more())
+        store = EmbeddingStore(self.cache, maker)
 
         def encode(queries: Sequence[Query]) -> list[Encoding]:
             return self.encoder.encode_queries(queries, route=route)
 
         return self._embed(store, _Inputs(make, count), encode)
+
+    def _more(self) -> dict[str, str | int | float | None]:
+        """Settings of the encoder that decide vectors, where it tells them."""
+        return dict(getattr(self.encoder, "vector_settings", {}))
 
     def _embed(
         self, store: EmbeddingStore, inputs: _Inputs, encode: Callable[[Sequence[Any]], Sequence[Encoding]]

@@ -234,7 +234,7 @@ def _score(
     for row in encoded.scored:
         name = row.task.name
         spent = sum(encoded.queries[route, suffix, name].seconds for suffix in encoded.suffixes)
-        sums[name] = _sum(judged[name], row.task.metric_k) | {
+        sums[name] = _sum(judged[name], row.task.metric_k, len(pools[name])) | {
             "pool": len(pools[name]),
             "queries_per_second": round(sum(len(own) for own in judged[name]) / max(spent, 1e-9), 2),
             "candidates_per_second": round(len(row.dids) / max(encoded.candidates[name].seconds, 1e-9), 2),
@@ -289,9 +289,9 @@ def _compare(encoder: Encoder, row: str, qid: str, rank: int, encoding: Encoding
     )  # fmt: skip
 
 
-def _sum(judged: Sequence[list[Judged]], k: int) -> dict[str, Any]:
+def _sum(judged: Sequence[list[Judged]], k: int, pool: int) -> dict[str, Any]:
     """Sums of a row: of one choice of instructions, or the mean of the hits over several, with each and their spread."""
-    every = [summarise(own, k) for own in judged]
+    every = [summarise(own, k, pool) for own in judged]
     found = every[0]
     if len(every) > 1:
         each = [one[f"hit@{k}"] for one in every]

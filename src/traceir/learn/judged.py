@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from traceir.learn.metrics import hit_at
+
 
 @dataclass(frozen=True, slots=True)
 class Judged:
@@ -31,25 +33,25 @@ class Judged:
     reasoning: str
 
 
-def summarise(judged: Sequence[Judged], metric_k: int) -> dict[str, Any]:
+def summarise(judged: Sequence[Judged], metric_k: int, pool: int) -> dict[str, Any]:
     """Shares over one row: hits, routing, reasoning length; with labels also hits by steps and the share of exact reasoning."""
     ranks = np.array([j.rank for j in judged])
     reasoned = np.array([j.route == "reason" for j in judged])
     found: dict[str, Any] = {
         "queries": len(judged),
         "metric_k": metric_k,
-        **{f"hit@{k}": round(float((ranks <= k).mean()), 4) for k in (1, 5, 10)},
+        **{f"hit@{k}": round(float(hit_at(ranks, k, pool).mean()), 4) for k in (1, 5, 10)},
         "reasoned": round(float(reasoned.mean()), 4),
         "tokens_per_query": round(float(np.mean([j.tokens for j in judged])), 2),
         "truncated": round(float(np.mean([j.truncated for j in judged])), 4),
     }
     labelled = [j for j in judged if j.steps is not None]
     if labelled:
-        found["by_steps"] = by_steps(labelled)
+        found["by_steps"] = by_steps(labelled, pool)
     return found
 
 
-def by_steps(judged: Iterable[Judged]) -> dict[str, dict[str, Any]]:
+def by_steps(judged: Iterable[Judged], pool: int) -> dict[str, dict[str, Any]]:
     """Hits, routing and exactness grouped by the number of steps a query needs."""
     groups: dict[int, list[Judged]] = {}
     for one in judged:
@@ -61,7 +63,7 @@ def by_steps(judged: Iterable[Judged]) -> dict[str, dict[str, Any]]:
         answers = [one.answer_exact for one in group if one.answer_exact is not None]
         found[str(steps)] = {
             "queries": len(group),
-            **{f"hit@{k}": round(float(np.mean([one.rank <= k for one in group])), 4) for k in (1, 5, 10)},
+            **{f"hit@{k}": round(float(np.mean([one.rank <= min(k, pool) for one in group])), 4) for k in (1, 5, 10)},
             "reasoned": round(float(np.mean([one.route == "reason" for one in group])), 4),
             "exact": round(float(np.mean(exact)), 4) if exact else None,
             "answer_exact": round(float(np.mean(answers)), 4) if answers else None,

@@ -10,8 +10,8 @@ vectors, and the scores of equal candidates in other blocks are therefore equal 
 that, so equal candidates always tie. A candidate whose score is below a positive's by TIE to within rounding may fall on either
 side, here as in metrics.rank_positives itself.
 
-Shapes: Q queries, N candidates, D width, K best. Within a search, Q and N are those of one chunk and of one
-slice.
+Shapes: Q queries, N candidates, D width, K best, L levels. Within a search, Q and N are those of one chunk and one slice, and
+`scores` are [N, Q].
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SLICE: Final = 512
 """Candidates multiplied at once: the scores of a slice and a chunk stay in the processor's cache while they are read again."""
 _FOLD: Final = 16
 NO_PLACE: Final = -1
+"""Where a pool holds fewer than k candidates."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,26 +78,28 @@ def rank_queries(
 ) -> Ranking:
     """Ranks the positives of each query among all candidates of its pool, and finds the best k.
 
-    `blocks` is read twice, so no generator: once the rows of positives, once all. `relevant` are places of positives; of each
-    query, `allowed` are the places of its pool (None: all), `excluded` those left out of it. A positive outside the pool is as
-    if it were not there. Memory: the queries twice, a slice of
-    scores, Q x K results, a few numbers for each positive; vectors of candidates are not kept.
+    `relevant` are places of positives. Of each query, `allowed` are the places of its pool (None: all), `excluded` those left out
+    of it; a positive outside the pool is as if it were not there. `blocks` is iterated twice, once for the rows of positives,
+    once for all, so it must not be a generator. Memory: the queries twice, one slice of candidates and its scores, Q x K
+    results, a few numbers for each positive.
     """
     _check(queries_QD, blocks, relevant, top_k, allowed, excluded, chunk)
     search = _Search(queries_QD, relevant, allowed, excluded, top_k, chunk)
-    size = 0
-    for block_ND in blocks:
-        search.score_positives(block_ND, size)
-        size += len(block_ND)
-    search.start_counting(size)
-    first = 0
-    with tqdm(total=size, desc="searching", unit=" candidates", unit_scale=True, disable=not progress, mininterval=2.0) as bar:
+    seen: int | None = None
+    if len(search.positives):
+        seen = 0
         for block_ND in blocks:
-            search.count(block_ND, first)
-            first += len(block_ND)
+            search.score_positives(block_ND, seen)
+            seen += len(block_ND)
+    search.start_counting(seen)
+    size = 0
+    with tqdm(total=seen, desc="searching", unit=" candidates", unit_scale=True, disable=not progress, mininterval=2.0) as bar:
+        for block_ND in blocks:
+            search.count(block_ND, size)
+            size += len(block_ND)
             bar.update(len(block_ND))
-    if first != size:
-        raise StoreError(f"the blocks held {size} vectors when first read and {first} then; is something writing them?")
+    if seen not in (None, size):
+        raise StoreError(f"the blocks held {seen} vectors when first read and {size} then; is something writing them?")
     return search.result(size)
 
 
@@ -209,6 +212,7 @@ class _Search:
         for first in range(0, count, chunk):
             rows = self.order[first : first + chunk]
             self.chunks.append(_Chunk(first, np.ascontiguousarray(queries_QD[rows].T), limited[rows], _Top(len(rows), top_k)))
+        self.values_ND: Vector = np.empty((SLICE, queries_QD.shape[1]), dtype=np.float32)
         cells = SLICE * (len(self.chunks[0]) if self.chunks else 0)
         self.scores_buffer: Scores = np.empty(cells, dtype=np.float32)
         self.mask_buffer: Mask = np.empty(cells, dtype=np.bool_)
@@ -228,12 +232,10 @@ class _Search:
                 scores = values_ND[used] @ chunk.columns
                 self.scores[own.numbers[span]] = scores[used_at, own.queries[span] - chunk.first]
 
-    def start_counting(self, size: int) -> None:
+    def start_counting(self, size: int | None) -> None:
         """Sorts each query's positives, best first, and sets below which score a candidate is below each of them."""
-        for pairs, name in ((self.positives, "relevant"), (self.allowed, "allowed"), (self.excluded, "excluded")):
-            if len(pairs) and not 0 <= int(pairs.places.min()) <= int(pairs.places.max()) < size:
-                wrong = pairs.places[(pairs.places < 0) | (pairs.places >= size)][0]
-                raise InputError(f"{name} place {wrong} does not exist; the pool has places 0 to {size - 1}")
+        if size is not None:
+            self._check_places(size)
         order = np.lexsort((-self.scores, self.positives.queries))  # a score that is not a number comes last
         queries, scores = self.positives.queries[order], self.scores[order]
         unknown = np.isin(queries, queries[np.isnan(scores)])
@@ -248,14 +250,15 @@ class _Search:
         """Counts what is above each positive in one block, and takes what may be among the best k."""
         block_ND = np.asarray(block_ND)
         for start in range(0, len(block_ND), SLICE):
-            values_ND = block_ND[start : start + SLICE].astype(np.float32, copy=False)
-            place, rows = first + start, len(values_ND)
+            place, rows = first + start, min(SLICE, len(block_ND) - start)
+            values_ND = self.values_ND[:rows]
+            np.copyto(values_ND, block_ND[start : start + rows])  # a product of what is in the cache is faster
             own = [pairs.between(place, place + rows) for pairs in (self.positives, self.allowed, self.excluded)]
             for chunk in self.chunks:
                 cells, shape = rows * len(chunk), (rows, len(chunk))
                 scores = self.scores_buffer[:cells].reshape(shape)
                 np.matmul(values_ND, chunk.columns, out=scores)
-                positives, allowed, excluded = (_cells(pairs, place, chunk) for pairs in own)
+                positives, allowed, excluded = [_cells(pairs, place, chunk) for pairs in own]
                 chunk.leave_out(scores, allowed, excluded)
                 chunk.top.add(scores, place, self.mask_buffer[:cells].reshape(shape))
                 if positives is not None:
@@ -263,6 +266,7 @@ class _Search:
                 chunk.count_above(scores, self.mask_buffer)
 
     def result(self, size: int) -> Ranking:
+        self._check_places(size)
         scores = np.empty((len(self.order), self.top_k), dtype=np.float32)
         places = np.empty((len(self.order), self.top_k), dtype=np.int64)
         ranks: list[Ranks] = [np.empty(0, dtype=np.int64)] * len(self.order)
@@ -273,6 +277,12 @@ class _Search:
                 own = chunk.above_LQ[: np.count_nonzero(chunk.widths > column), column]
                 ranks[row] = own + np.arange(1, len(own) + 1)
         return Ranking(tuple(ranks), scores, places, size)
+
+    def _check_places(self, size: int) -> None:
+        for pairs, name in ((self.positives, "relevant"), (self.allowed, "allowed"), (self.excluded, "excluded")):
+            if len(pairs) and not 0 <= int(pairs.places.min()) <= int(pairs.places.max()) < size:
+                wrong = pairs.places[(pairs.places < 0) | (pairs.places >= size)][0]
+                raise InputError(f"{name} place {wrong} does not exist; the pool has places 0 to {size - 1}")
 
 
 class _Chunk:

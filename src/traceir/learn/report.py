@@ -19,6 +19,7 @@ import numpy.typing as npt
 from traceir.errors import DataError, InputError
 from traceir.items import ROUTES, Route
 from traceir.learn.judged import Judged
+from traceir.learn.metrics import RESAMPLES, SEED, bootstrap_mean
 
 Key = tuple[str, str]
 Values = npt.NDArray[np.float64]
@@ -28,8 +29,6 @@ GROUPS: Final[tuple[tuple[str, int, int], ...]] = (("0-1", 0, 1), ("2", 2, 2), (
 
 MAX_SIMPLE_REASON: Final = 0.05
 MIN_COMPLEX_REASON: Final = 0.90
-RESAMPLES: Final = 10_000
-SEED: Final = 20_240
 KINDS: Final = ("steps", "routing", "routes")
 
 
@@ -45,12 +44,14 @@ class Run:
 
     def hits(self, keys: Sequence[Key], k: int) -> Values:
         """1.0 where the query is hit at k, else 0.0; shape [len(keys)]."""
-        return np.array([float(self.judged[key].rank <= k) for key in keys])
+        rows = self.results["routes"][self.route]
+        return np.array([float(self.judged[key].rank <= min(k, rows[key[0]].get("pool", k))) for key in keys])
 
     def metric_hits(self, keys: Sequence[Key]) -> Values:
         """As `hits`, each query at its own row's k."""
         rows = self.results["routes"][self.route]
-        return np.array([float(self.judged[key].rank <= rows[key[0]]["metric_k"]) for key in keys])
+        depths = {name: min(row["metric_k"], row.get("pool", row["metric_k"])) for name, row in rows.items()}
+        return np.array([float(self.judged[key].rank <= depths[key[0]]) for key in keys])
 
     def reasoned(self, keys: Sequence[Key]) -> Values:
         return np.array([float(self.judged[key].route == "reason") for key in keys])
@@ -200,14 +201,9 @@ def read_run(folder: Path, route: str, label: str = "") -> Run:
 
 
 def interval(values: Values) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `values`.
-
-    Resampling n values with replacement is a multinomial draw over the distinct values, which is what is drawn here.
-    """
-    distinct, counts = np.unique(values, return_counts=True)
-    drawn = np.random.default_rng(SEED).multinomial(len(values), counts / len(values), RESAMPLES)
-    low, high = np.percentile(drawn @ distinct / len(values), (2.5, 97.5))
-    return float(low), float(high)
+    """95 % percentile bootstrap interval of the mean of `values`."""
+    found = bootstrap_mean(values)
+    return found.low, found.high
 
 
 def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Route]]:
