@@ -11,8 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
-import torch
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
@@ -30,7 +27,7 @@ from traceir.learn import mbeir
 from traceir.learn.embedder import Embedder
 from traceir.learn.embeddings import Embeddings, Shard
 from traceir.learn.folder import Listing, Policy, Problems, Row, read_row, survey
-from traceir.learn.judged import Judged, average, read_judged, summarise
+from traceir.learn.judged import Judged, average, continue_results, describe_machine, read_judged, summarise, write_whole
 from traceir.learn.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.prompts import completion_text
 
@@ -82,7 +79,7 @@ def evaluate(
     """
     tasks = mbeir.find_tasks(data, split)
     chosen = choose_tasks(tasks, rows, data)
-    results = _previous(out, _header(encoder, data, split, prompt, seed, limit))
+    results = continue_results(out, _header(encoder, data, split, prompt, seed, limit))
     problems, listing = Problems(on_error), Listing(data)
     read = [read_row(task, problems, listing, limit) for task in (tasks if "global" in pools else chosen)]
     problems.settle()
@@ -95,7 +92,7 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     for kind in pools:
         for route in routes:
-            sums = results["routes" if kind == "local" else "global"].setdefault(route, {})
+            sums = results.setdefault("routes" if kind == "local" else "global", {}).setdefault(route, {})
             sums |= _score(encoder, encoded, kind, route, out, progress)
     _finish(out, results)
     return results
@@ -318,33 +315,21 @@ def _header(
         "split": split,
         "prompt": prompt if prompt != "seeded" else f"seeded {seed}",
         "limit": limit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "machine": describe_machine(),
         "token_budget": encoder.token_budget,
         "threshold": encoder.threshold,
         "max_reasoning_tokens": encoder.budget,
     }
 
 
-def _previous(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    file = out / "results.json"
-    if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text())
-        different = sorted(key for key in header if key != "machine" and found.get(key) != header[key])
-        if different:
-            raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
-        return found
-    return {**header, "routes": {}, "global": {}}
-
-
 def _finish(out: Path, results: dict[str, Any]) -> None:
+    results.setdefault("global", {})
     for pool, name in (("routes", "average"), ("global", "average_global")):
         results[pool] = {
             route: dict(sorted(scored.items(), key=lambda row: _place(row[0]))) for route, scored in results[pool].items()
         }
         results[name] = {route: average(scored) for route, scored in results[pool].items()}
-    fresh = out / "results.tmp"
-    fresh.write_text(json.dumps(results, indent=1) + "\n")
-    os.replace(fresh, out / "results.json")
+    write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
 def _append(file: Path, judged: Sequence[Judged]) -> None:
@@ -352,9 +337,7 @@ def _append(file: Path, judged: Sequence[Judged]) -> None:
     rows = {one.row for one in judged}
     kept = [one for one in read_judged(file) if one.row not in rows] if file.is_file() else []
     ordered = sorted([*kept, *judged], key=lambda one: _place(one.row))
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text("".join(json.dumps(asdict(one)) + "\n" for one in ordered))
-    os.replace(fresh, file)
+    write_whole(file, "".join(json.dumps(asdict(one)) + "\n" for one in ordered))
 
 
 def _place(row: str) -> tuple[int, str]:

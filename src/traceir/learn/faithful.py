@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from traceir.errors import InputError
 from traceir.items import Query, Vector
 from traceir.learn import mbeir
 from traceir.learn.evaluate import choose_tasks
+from traceir.learn.judged import write_whole
 from traceir.learn.metrics import rank_positives
 from traceir.prompts import completion_text
 
@@ -75,10 +75,9 @@ def probe(
             found += _probe_row(encoder, task, data, records[:limit], queries[:limit], labels, progress)
     if not found:
         raise InputError(f"{data}: no row of split {split} has two queries that reason and have a reasoning label")
-    out.mkdir(parents=True, exist_ok=True)
     header = {"format": 1, "model": encoder.fingerprint, "data": str(data.name), "split": split, "limit": limit}
-    _write(out / "faithful.json", json.dumps({**header, "probes": [asdict(one) for one in found]}, indent=1) + "\n")
-    _write(out / "faithful.md", table(found, encoder.fingerprint))
+    write_whole(out / "faithful.json", json.dumps({**header, "probes": [asdict(one) for one in found]}, indent=1) + "\n")
+    write_whole(out / "faithful.md", table(found, encoder.fingerprint))
     return found
 
 
@@ -170,9 +169,3 @@ def _pool(probes: Sequence[Probe]) -> Probe:
     other = mean([one.hit_1_of_other for one in probes]) if probes[0].hit_1_of_other is not None else None
     hits = mean([one.hit_1 for one in probes]), mean([one.hit_k for one in probes])
     return Probe("**all**", probes[0].kind, sum(weights), *hits, mean([one.cosine for one in probes]), other)
-
-
-def _write(file: Path, text: str) -> None:
-    fresh = file.with_suffix(file.suffix + ".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)

@@ -6,13 +6,17 @@ Files (docs/formats.md): `queries-ROUTE.jsonl` has one Judged a line, `results.j
 from __future__ import annotations
 
 import json
+import os
+import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from traceir.errors import InputError
 from traceir.learn.metrics import hit_at
 
 
@@ -81,6 +85,32 @@ def read_judged(file: Path) -> list[Judged]:
     """The lines of a queries-ROUTE.jsonl file."""
     with file.open() as stream:
         return [Judged(**json.loads(line)) for line in stream]
+
+
+def continue_results(out: Path, header: dict[str, Any]) -> dict[str, Any]:
+    """The results that `out` holds, or new ones with this header and no routes.
+
+    Raises InputError where those that it holds are of another model, data or setting; the machine may be another.
+    """
+    file = out / "results.json"
+    if not file.is_file():
+        return {**header, "routes": {}}
+    found: dict[str, Any] = json.loads(file.read_text())
+    if different := sorted(key for key in header if key != "machine" and found.get(key) != header[key]):
+        raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
+    return found
+
+
+def describe_machine() -> str:
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Written beside its place and renamed: the file is there as a whole or as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_name(f"{file.name}.tmp")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, file)
 
 
 def table(results: dict[str, Any]) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +17,7 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.learn import published
+from traceir.learn.judged import write_whole
 from traceir.learn.mbeir import EVAL_ROWS
 from traceir.learn.metrics import Interval, bootstrap_mean
 from traceir.learn.report import Key, Run, named_runs, read_run, same_queries
@@ -39,10 +39,9 @@ def write_scoreboard(folders: Sequence[str | Path], out: Path) -> str:
     text = "\n".join(
         [_head(runs, keys), "## Rows\n", *_rows_table(scores), "", _NOTE, "## Routing\n", *_routing_table(runs, keys)]
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _write(out.with_suffix(".csv"), _as_csv(runs, keys, scores))
-    _write(out.with_suffix(".html"), _page(runs, keys, scores))
-    _write(out, text + "\n")
+    write_whole(out.with_suffix(".csv"), _as_csv(runs, keys, scores))
+    write_whole(out.with_suffix(".html"), _page(runs, keys, scores))
+    write_whole(out, text + "\n")
     return text
 
 
@@ -222,12 +221,6 @@ def _svg(figure: Any) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
     return f"<div class=wide>{text[text.index('<svg') :]}</div>"
-
-
-def _write(file: Path, text: str) -> None:
-    fresh = file.with_name(f"{file.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
 
 
 _PAGE: Final = """<!doctype html>

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Route
+from traceir.learn.judged import continue_results, describe_machine, write_whole
 from traceir.learn.published import UNSEEN
 from traceir.learn.unseen.catalogue import COLUMNS, find_columns, read_columns
 from traceir.learn.unseen.circo import read_circo, write_submission
@@ -48,7 +45,7 @@ def evaluate_unseen(
     chosen = list(columns) if columns is not None else find_columns(root)
     if not chosen:
         raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(COLUMNS)}")
-    results = _previous(out, _header(encoder, root, missing))
+    results = continue_results(out, _header(encoder, root, missing))
     for task in read_columns(root, chosen, missing):
         for route in routes:
             outcomes, summary = score(encoder, task, route=route, cache=cache or out / "embeddings", progress=progress)
@@ -57,7 +54,7 @@ def evaluate_unseen(
             scored = results["routes"].setdefault(route, {})
             scored[task.name] = summary
             results["routes"][route] = {name: scored[name] for name in COLUMNS if name in scored}
-            _write(out / "results.json", json.dumps(results, indent=1) + "\n")
+            write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
 
 
@@ -101,28 +98,10 @@ def _header(encoder: Encoder, root: Path, missing: Missing) -> dict[str, Any]:
         "missing": missing,
         "threshold": encoder.threshold,
         "max_reasoning_tokens": encoder.budget,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "machine": describe_machine(),
     }
-
-
-def _previous(out: Path, header: dict[str, Any]) -> dict[str, Any]:
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "results.json"
-    if file.is_file():
-        found: dict[str, Any] = json.loads(file.read_text())
-        different = sorted(key for key in header if key != "machine" and found.get(key) != header[key])
-        if different:
-            raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
-        return found
-    return {**header, "routes": {}}
 
 
 def _write_outcomes(file: Path, task: str, outcomes: Sequence[Outcome]) -> None:
     kept = [line for line in file.read_text().splitlines() if json.loads(line)["task"] != task] if file.is_file() else []
-    _write(file, "".join(f"{line}\n" for line in [*kept, *(json.dumps(asdict(one)) for one in outcomes)]))
-
-
-def _write(file: Path, text: str) -> None:
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
+    write_whole(file, "".join(f"{line}\n" for line in [*kept, *(json.dumps(asdict(one)) for one in outcomes)]))
