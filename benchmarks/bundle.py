@@ -45,14 +45,14 @@ def main() -> None:
     write_scores(results, encoder.fingerprint)
     run_report("routing", [scores], RESULTS / "routing.md")
     run_report("routes", [scores], RESULTS / "routes.md")
-    compared = [f"TRACE={scores}:auto", f"TRACE bypassed={scores}:direct"]
+    compared = [f"ours={scores}:auto", f"ours, bypassed={scores}:direct"]
     for name, label in BASELINES.items():
         if (RUNS / name / "checkpoint" / "traceir.json").is_file():
             baseline = Encoder.from_pretrained(RUNS / name / "checkpoint")
             evaluate(baseline, DATA, OUT / baseline.fingerprint, routes=("direct",))
             compared.insert(0, f"{label}={OUT / baseline.fingerprint}:direct")
     run_report("steps", compared, RESULTS / "steps.md")
-    write_scoreboard([*compared, f"TRACE, always reasoning={scores}:reason"], RESULTS / "scoreboard.md")
+    write_scoreboard([*compared, f"ours, always reasoning={scores}:reason"], RESULTS / "scoreboard.md")
     write_examples(scores, DATA, RESULTS / "examples")
     probe(encoder, DATA, OUT / "faithful")
     shutil.copyfile(OUT / "faithful" / "faithful.md", RESULTS / "faithful.md")

@@ -177,10 +177,10 @@ def _bars(scores: Mapping[str, Mapping[str, Interval]]) -> str:
         above = [max(0.0, 100 * (own[row].high - own[row].mean)) for row in rows]
         axes.barh(places, means, height=height, xerr=[below, above], label=label, error_kw={"linewidth": 0.8})
     axes.set_yticks([place + height * (len(scores) - 1) / 2 for place in range(len(rows))], rows)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.2 - height / 2, -0.2 - height / 2)
     axes.set(xlim=(0, 100), xlabel="the row's metric, %")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="lower right", framealpha=0.9)
+    figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure)
 
 
@@ -195,7 +195,7 @@ def _frontier(runs: Sequence[Run], keys: Sequence[Key]) -> str:
         axes.plot(_tokens(run, keys), 100 * run.metric_hits(keys).mean(), "o", color=colour, markersize=10, label=run.label)
     axes.set(xlabel="reasoning tokens a query", ylabel="the rows' metric, %", ylim=(0, 102))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure)
 
 
