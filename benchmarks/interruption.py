@@ -63,7 +63,7 @@ def kill_and_resume(command: list[str], draw: random.Random, seconds: float, kil
     for killed in range(kills + 1):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            if process.wait(draw.uniform(0.3, 1.0) * seconds if killed < kills else None) == 0:
+            if process.wait(draw.uniform(0.25, 0.6) * seconds if killed < kills else None) == 0:
                 return killed
             raise SystemExit(f"the evaluation ended with {process.returncode}")
         except subprocess.TimeoutExpired:
