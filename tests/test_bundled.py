@@ -21,7 +21,7 @@ from traceir.learn.faithful import probe
 from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.unseen.catalogue import COLUMNS
-from traceir.learn.unseen.run import evaluate_unseen, submit_circo, table
+from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
 
 LIMIT = 12
 
@@ -108,6 +108,8 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, tmp_path: P
         evaluate_unseen(encoder, root, tmp_path / "out", missing="skip", progress=False)
     with pytest.raises(InputError, match="no zero-shot set"):
         evaluate_unseen(encoder, tmp_path, tmp_path / "other", progress=False)
+    dry = rehearse_unseen(root)
+    assert all(f"| {name} | {results['routes']['auto'][name]['queries']} |" in dry for name in COLUMNS)
     file = submit_circo(encoder, root, tmp_path / "submission.json", cache=tmp_path / "out" / "embeddings", progress=False)
     assert {len(ids) for ids in json.loads(file.read_text()).values()} == {50}
 

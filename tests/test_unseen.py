@@ -19,6 +19,7 @@ from traceir.learn.unseen.genecis import SAME_WANTED, read_genecis
 from traceir.learn.unseen.mtfiq import read_mtfiq
 from traceir.learn.unseen.originals import read_cirr, read_fashioniq
 from traceir.learn.unseen.pairs import read_ccneg, read_sugarcrepe
+from traceir.learn.unseen.run import rehearse_unseen
 from traceir.learn.unseen.task import Missing, Task
 from traceir.learn.unseen.visdial import read_visdial
 from traceir.learn.unseen.vist import read_vist
@@ -379,3 +380,22 @@ def test_a_query_id_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     write(path, json.loads(path.read_text()) * 2)
     with pytest.raises(DataError, match="query id '0' occurs a second time"):
         read_circo(tmp_path)
+
+
+def test_annotations_alone_are_counted_in_a_dry_run(tmp_path: Path) -> None:
+    """The authors' folders side by side, without a picture: SugarCrepe's files by themselves, CIRR, one FashionIQ category."""
+    for folder in ("sugar-crepe", "cirr", "fashion-iq"):
+        (tmp_path / folder).mkdir()
+    pair = {"0": {"filename": "1.jpg", "caption": "a dog", "negative_caption": "a cat"}}
+    (tmp_path / "sugar-crepe" / "swap_obj.json").write_text(json.dumps(pair))
+    members = ["dev-1", "dev-2", "dev-3"]
+    asked = {"pairid": 7, "reference": "dev-1", "target_hard": "dev-2", "caption": "in red", "img_set": {"members": members}}
+    (tmp_path / "cirr" / "cap.rc2.val.json").write_text(json.dumps([asked]))
+    (tmp_path / "cirr" / "split.rc2.val.json").write_text(json.dumps({name: f"./dev/{name}.png" for name in members}))
+    names = ["sugarcrepe", "cirr", "cirr_subset"]
+    text = rehearse_unseen(tmp_path, names)
+    assert "| sugarcrepe | 1 | 2 | accuracy | 1 | 0 | 6 |" in text
+    assert "| cirr | 1 | 3 | hit@5 | 3 | 0 | 0 |" in text and "| cirr_subset | 1 | 3 | hit@1 | 3 | 0 | 0 |" in text
+    assert catalogue.find_columns(tmp_path) == [*names, "fashioniq_dress", "fashioniq_shirt", "fashioniq_toptee"]
+    with pytest.raises(DataError, match=r"cap\.dress\.val\.json"):
+        rehearse_unseen(tmp_path)

@@ -258,14 +258,17 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _unseen(args: argparse.Namespace) -> int:
-    from traceir.learn.unseen.run import evaluate_unseen, submit_circo, table
+    from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
 
+    columns = _split(args.columns) if args.columns is not None else None
+    if args.dry_run:
+        print(rehearse_unseen(Path(args.data), columns))
+        return 0
     data, out, encoder = Path(args.data), Path(args.out), _encoder(args)
     cache = Path(args.cache) if args.cache else out / "embeddings"
     if args.circo_submission:
         print(submit_circo(encoder, data, Path(args.circo_submission), cache=cache, progress=_shows_progress()))
         return 0
-    columns = _split(args.columns) if args.columns is not None else None
     results = evaluate_unseen(
         encoder, data, out, routes=_routes(args), columns=columns, missing=args.on_error, cache=cache, progress=_shows_progress()
     )

@@ -130,6 +130,7 @@ def _add_unseen(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
         "--on-error", choices=("stop", "skip"), default="stop", help="missing pictures: stop, or leave out and tell"
     )
     unseen.add_argument("--cache", metavar="DIR", help="folder of embeddings (default: OUT/embeddings)")
+    unseen.add_argument("--dry-run", action="store_true", help="read all annotations, count, say what is missing; score nothing")
     unseen.add_argument("--circo-submission", metavar="FILE.json", help="write CIRCO's test submission instead of scoring")
     _add_model(unseen)
 

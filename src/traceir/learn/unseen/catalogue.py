@@ -11,6 +11,7 @@ from traceir.learn.unseen.captions import read_flickr30k, read_sharegpt4v, read_
 from traceir.learn.unseen.circo import read_circo
 from traceir.learn.unseen.genecis import read_genecis
 from traceir.learn.unseen.mtfiq import read_mtfiq
+from traceir.learn.unseen.originals import read_cirr, read_fashioniq
 from traceir.learn.unseen.pairs import read_ccneg, read_sugarcrepe
 from traceir.learn.unseen.task import Missing, Task
 from traceir.learn.unseen.visdial import read_visdial
@@ -30,14 +31,20 @@ _READERS: Final[Mapping[str, tuple[str, Callable[[Path, Missing], Task]]]] = {
     "mtfiq": ("multiturnfashion", read_mtfiq),
     "ccneg": ("ccneg", read_ccneg),
     "sugarcrepe": ("sugar-crepe", read_sugarcrepe),
+    "cirr": ("cirr", lambda root, missing: _read_cirr(root, missing)[0]),
+    "cirr_subset": ("cirr", lambda root, missing: _read_cirr(root, missing)[1]),
+    "fashioniq_dress": ("fashion-iq", lambda root, missing: _read_fashioniq("dress", root, missing)),
+    "fashioniq_shirt": ("fashion-iq", lambda root, missing: _read_fashioniq("shirt", root, missing)),
+    "fashioniq_toptee": ("fashion-iq", lambda root, missing: _read_fashioniq("toptee", root, missing)),
 }
-"""Name of the task -> its folder below the root, and its reader."""
+"""Name of the task -> its folder below the root, and its reader: the 13 columns of the paper, then others."""
 
-COLUMNS: Final = tuple(_READERS)
+TASKS: Final = tuple(_READERS)
+COLUMNS: Final = TASKS[:13]
 
 
 def find_columns(root: Path) -> list[str]:
-    """The columns whose folder is below `root`, in the order of the table. Nothing is read."""
+    """The tasks whose folder is below `root`, in the order of the table. Nothing is read."""
     return [name for name, (folder, _) in _READERS.items() if (root / folder).is_dir()]
 
 
@@ -45,6 +52,17 @@ def read_columns(root: Path, names: Iterable[str], missing: Missing = "stop") ->
     """The tasks of the named columns, each read when its turn comes, so that only one set is in memory."""
     chosen = list(names)
     if unknown := [name for name in chosen if name not in _READERS]:
-        raise InputError(f"columns {unknown} are unknown; choose from {', '.join(COLUMNS)}")
+        raise InputError(f"columns {unknown} are unknown; choose from {', '.join(TASKS)}")
     for name in chosen:
         yield _READERS[name][1](root, missing)
+
+
+def _read_cirr(root: Path, missing: Missing) -> tuple[Task, Task]:
+    folder = root / "cirr"
+    return read_cirr(folder / "cap.rc2.val.json", folder / "split.rc2.val.json", folder / "images", missing)
+
+
+def _read_fashioniq(category: str, root: Path, missing: Missing) -> Task:
+    folder = root / "fashion-iq"
+    captions, split = folder / f"cap.{category}.val.json", folder / f"split.{category}.val.json"
+    return read_fashioniq(category, captions, split, folder / "images", missing)

@@ -39,6 +39,8 @@ def read_ccneg(root: Path, missing: Missing = "stop") -> Task:
 def read_sugarcrepe(root: Path, missing: Missing = "stop") -> Task:
     """SugarCrepe, its files as groups. The authors give one accuracy a file; ours in one number is over all items."""
     folder = root / "sugar-crepe" / "data"
+    if not folder.is_dir():
+        folder = folder.parent  # the authors' folder `data` by itself
     absent = tuple(path for kind in SUGARCREPE_FILES if not (path := folder / f"{kind}.json").is_file())
     pairs = _sugarcrepe_pairs(folder, root / "sugar-crepe" / "val2017")
     return _choose("sugarcrepe", "SugarCrepe", folder, pairs, LeftOut(files=absent), missing)

@@ -14,7 +14,7 @@ from traceir.errors import InputError
 from traceir.items import Route
 from traceir.learn.judged import continue_results, describe_machine, write_whole
 from traceir.learn.published import UNSEEN
-from traceir.learn.unseen.catalogue import COLUMNS, find_columns, read_columns
+from traceir.learn.unseen.catalogue import TASKS, find_columns, read_columns
 from traceir.learn.unseen.circo import read_circo, write_submission
 from traceir.learn.unseen.score import Outcome, rank_pool, score
 from traceir.learn.unseen.task import Missing
@@ -44,7 +44,7 @@ def evaluate_unseen(
     """
     chosen = list(columns) if columns is not None else find_columns(root)
     if not chosen:
-        raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(COLUMNS)}")
+        raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
     results = continue_results(out, _header(encoder, root, missing))
     for task in read_columns(root, chosen, missing):
         for route in routes:
@@ -53,9 +53,21 @@ def evaluate_unseen(
             _write_outcomes(out / f"outcomes-{route}.jsonl", task.name, outcomes)
             scored = results["routes"].setdefault(route, {})
             scored[task.name] = summary
-            results["routes"][route] = {name: scored[name] for name in COLUMNS if name in scored}
+            results["routes"][route] = {name: scored[name] for name in TASKS if name in scored}
             write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
     return results
+
+
+def rehearse_unseen(root: Path, columns: Iterable[str] | None = None) -> str:
+    """A dry run: reads every annotation file, counts, and says what is missing, as Markdown. Nothing is encoded."""
+    lines = ["| column | queries | pool | metric | missing pictures | ids not in the pool | missing files |"]
+    lines.append("|---|---:|---:|---|---:|---:|---:|")
+    chosen = list(columns) if columns is not None else find_columns(root)
+    for task in read_columns(root, chosen, "keep"):
+        gone = task.left_out
+        counts = f"{len(gone.pictures)} | {len(gone.unknown)} | {len(gone.files)}"
+        lines.append(f"| {task.name} | {len(task.cases)} | {len(task.pool)} | {task.main} | {counts} |")
+    return "\n".join(lines)
 
 
 def submit_circo(encoder: Encoder, root: Path, file: Path, *, route: Route = "auto", cache: Path, progress: bool = True) -> Path:
@@ -70,7 +82,7 @@ def table(results: dict[str, Any]) -> str:
     routes = list(results["routes"])
     lines = [f"| column | queries | pool | metric | {' | '.join(routes)} | reasoned (auto) | TRACE, published, real set |"]
     lines.append("|---|---:|---:|---|" + "---:|" * (len(routes) + 2))
-    for name in COLUMNS:
+    for name in TASKS:
         found = [results["routes"][route].get(name) for route in routes]
         known = [one for one in found if one]
         if known:
@@ -79,13 +91,17 @@ def table(results: dict[str, Any]) -> str:
             reasoned = f"{100 * auto['reasoned']:.0f} %" if auto else "–"
             first = known[0]
             lines.append(
-                f"| {name} | {first['queries']} | {first['pool']} | {first['main']} | {cells} | {reasoned} | {UNSEEN[name]:.1f} |"
+                f"| {name} | {first['queries']} | {first['pool']} | {first['main']} | {cells} | {reasoned} | {_published(name)} |"
             )
     lost = []
     for name, one in next(iter(results["routes"].values()), {}).items():
         if counts := [f"{what} {about['count']}" for what, about in one.get("left_out", {}).items()]:
             lost.append(f"- {name}: {', '.join(counts)}")
     return "\n".join([*lines, *(["", "Left out, because files were missing:", *lost] if lost else [])])
+
+
+def _published(name: str) -> str:
+    return f"{UNSEEN[name]:.1f}" if name in UNSEEN else "–"
 
 
 def _header(encoder: Encoder, root: Path, missing: Missing) -> dict[str, Any]:

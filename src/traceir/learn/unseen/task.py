@@ -19,8 +19,9 @@ from traceir.pictures import Picture
 
 log = logging.getLogger(__name__)
 
-Missing = Literal["stop", "skip"]
-"""What to do about missing pictures and unknown ids: refuse the set, or leave out and count the queries they touch."""
+Missing = Literal["stop", "skip", "keep"]
+"""What to do about missing pictures and unknown ids: refuse the set; leave out and count the queries they touch; or only count
+(`keep`, for dry runs: such a task cannot be scored)."""
 
 Source = str | Path
 """A text, or the file of a picture."""
@@ -94,7 +95,8 @@ def settle(task: Task, missing: Missing) -> Task:
 
     A query is left out where one of its pictures or one of its right candidates is gone, or one of its gallery, because a smaller
     gallery is another question. A candidate of a whole pool is left out by itself. Raises DataError where the pool or the queries
-    are empty, before or after that, where a query id occurs twice, and, with `missing="stop"`, where anything is gone.
+    are empty, before or after that, where a query id occurs twice, and, with `missing="stop"`, where anything is gone. With
+    `keep` everything stays, and what is gone is only noted.
     """
     if missing == "stop":
         _refuse(task, task.left_out)
@@ -110,8 +112,8 @@ def settle(task: Task, missing: Missing) -> Task:
     absent = replace(task.left_out, pictures=tuple(gone), unknown=unknown)
     if missing == "stop":
         _refuse(task, absent)
-    if not absent:
-        return task
+    if not absent or missing == "keep":
+        return replace(task, left_out=absent)
     left_out = tuple(case.id for case in task.cases if not _whole(case, task.pool, gone, lost))
     dropped = set(left_out)
     cases = tuple(case for case in task.cases if case.id not in dropped)
