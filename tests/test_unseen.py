@@ -397,5 +397,5 @@ def test_annotations_alone_are_counted_in_a_dry_run(tmp_path: Path) -> None:
     assert "| sugarcrepe | 1 | 2 | accuracy | 1 | 0 | 6 |" in text
     assert "| cirr | 1 | 3 | hit@5 | 3 | 0 | 0 |" in text and "| cirr_subset | 1 | 3 | hit@1 | 3 | 0 | 0 |" in text
     assert catalogue.find_columns(tmp_path) == [*names, "fashioniq_dress", "fashioniq_shirt", "fashioniq_toptee"]
-    with pytest.raises(DataError, match=r"cap\.dress\.val\.json"):
+    with pytest.raises(DataError, match=r"split\.dress\.val\.json"):
         rehearse_unseen(tmp_path)
