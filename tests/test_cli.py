@@ -19,7 +19,7 @@ from traceir.explain import describe, explain
 from traceir.index.filters import matches
 from traceir.items import Item, Query
 from traceir.learn.minibeir import rows
-from traceir.learn.presets import PRESETS, known_keys, override, resolve
+from traceir.learn.presets import PRESETS, known_keys, override, resolve, stages_before
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel, load, save
@@ -347,6 +347,11 @@ def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatc
             resolve(name)
     with pytest.raises(InputError, match="train --preset mini-lessons first"):
         resolve("mini", data=str(tmp_path))
+    assert stages_before("mini") == ["mini-naming", "mini-words", "mini-lessons"] and stages_before("emoji") == []
+    finished = tmp_path / "out/runs/mini-words/checkpoint"
+    finished.mkdir(parents=True)
+    (finished / "traceir.json").write_text("{}")
+    assert stages_before("mini-direct") == ["mini-lessons"] and stages_before("mini-lessons") == []
     mini, direct = (resolve(name, data=str(tmp_path), init="random", out="o") for name in ("mini", "mini-direct"))
     assert mini.reasoning and not direct.reasoning and mini == override(direct, ["reasoning=true"])
     assert mini.cache == "" and PRESETS["mini"]().cache != ""  # pixels of other data are not mixed in

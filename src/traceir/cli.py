@@ -325,10 +325,13 @@ def _minibeir_sheet(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from traceir.learn.presets import resolve
+    from traceir.learn.presets import resolve, stages_before
     from traceir.learn.train import train
 
     threads = [f"threads={args.threads}"] if args.threads else []
+    for stage in stages_before(args.preset) if args.init is None and args.data is None else ():
+        print(f"preset {args.preset} starts from {stage}, which is trained first", file=sys.stderr)
+        train(resolve(stage, settings=threads))
     config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")

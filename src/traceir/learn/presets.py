@@ -201,10 +201,19 @@ def resolve(
     if config.init == preset.init != "random" and not Path(config.init).is_dir():
         before = Path(config.init).parent.name
         raise InputError(
-            f"preset {name} starts from {config.init}, which is not there; train --preset {before} first, or run"
-            " runs/mini.sh, which runs all stages, or name another start with --init"
+            f"preset {name} starts from {config.init}, which is not there; train --preset {before} first, or name another start"
+            " with --init"
         )
     return config
+
+
+def stages_before(name: str) -> list[str]:
+    """The unfinished presets to train before this one, in order: each starts from the checkpoint of the one before."""
+    found: list[str] = []
+    while (start := Path(PRESETS[name]().init)).parent.name in PRESETS and not (start / "traceir.json").is_file():
+        name = start.parent.name
+        found.insert(0, name)
+    return found
 
 
 def override(config: TrainConfig, settings: Sequence[str]) -> TrainConfig:
