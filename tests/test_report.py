@@ -279,6 +279,11 @@ def test_run_report_writes_what_it_returns_and_refuses_the_rest(tmp_path: Path) 
             run_report(kind, folders, out)
 
 
+def test_an_evaluation_of_every_instruction_is_no_single_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="tried every instruction"):
+        read_run(reasoning_run(tmp_path / "all", prompt="all"), "auto")
+
+
 def test_a_comparison_names_what_was_won_and_lost(tmp_path: Path) -> None:
     plain, thinks = direct_run(tmp_path / "plain"), reasoning_run(tmp_path / "thinks")
     text = compare(f"plain={plain}", f"thinks={thinks}", k=1, out=tmp_path / "deep" / "compare.md")

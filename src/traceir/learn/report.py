@@ -191,6 +191,8 @@ def read_run(folder: Path, route: str, label: str = "") -> Run:
     if not rows:
         have = ", ".join(results["routes"]) or "none"
         raise InputError(f"{folder} has no route {route!r} (it has: {have}); run `traceir evaluate --route {route}`")
+    if results.get("prompt") == "all":
+        raise InputError(f"{folder} tried every instruction; reports read an evaluation with --prompt first or seeded")
     file = folder / f"queries-{route}.jsonl"
     judged = {(one.row, one.qid): one for one in _read_judged(file) if one.row in rows}
     for name, row in rows.items():
