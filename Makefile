@@ -11,20 +11,25 @@ export OMP_NUM_THREADS ?= 2
 demo: $(VENV)/ready
 	$(BIN)/traceir demo --out out/demo
 
-test: $(VENV)/ready
+test: $(VENV)/dev
 	$(BIN)/pytest
 
-check: $(VENV)/ready
+check: $(VENV)/dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
 
-format: $(VENV)/ready
+format: $(VENV)/dev
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve]"
+	touch $@
+
+# The tests also need the outside judges (mteb, sentence-transformers): several hundred megabytes that a user of the product does not.
+$(VENV)/dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,dev]"
 	touch $@
 
