@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := data/minibeir
 RUNS := out/runs
-export OMP_NUM_THREADS ?= 2
+# One thread: two on a machine that does anything else are several times slower.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test check format data model model-direct bundle evaluate evidence clean
 
