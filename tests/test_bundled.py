@@ -106,6 +106,8 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, tmp_path: P
     assert again["routes"] == results["routes"], "columns scored before are kept"
     with pytest.raises(InputError, match="holds results of another missing"):
         evaluate_unseen(encoder, root, tmp_path / "out", missing="skip", progress=False)
+    with pytest.raises(InputError, match="is for dry runs"):
+        evaluate_unseen(encoder, root, tmp_path / "kept", missing="keep", progress=False)
     with pytest.raises(InputError, match="no zero-shot set"):
         evaluate_unseen(encoder, tmp_path, tmp_path / "other", progress=False)
     dry = rehearse_unseen(root)

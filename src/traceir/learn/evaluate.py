@@ -35,7 +35,6 @@ log = logging.getLogger(__name__)
 
 PoolKind = Literal["local", "global"]
 PromptChoice = Literal["first", "seeded", "all"]
-POOLS: Final[tuple[PoolKind, ...]] = ("local", "global")
 PROMPTS: Final[tuple[PromptChoice, ...]] = ("first", "seeded", "all")
 FORMAT: Final = 2
 TOP_K: Final = 50

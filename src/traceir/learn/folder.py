@@ -22,7 +22,6 @@ from traceir.learn import mbeir
 log = logging.getLogger(__name__)
 
 Policy = Literal["stop", "skip"]
-POLICIES: Final[tuple[Policy, ...]] = ("stop", "skip")
 SHOWN: Final = 5
 
 

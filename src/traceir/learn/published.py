@@ -1,6 +1,6 @@
 """Figures that others published, to stand beside ours; every table that shows one says "published".
 
-Source: TRACE, arXiv 2603.02929v2, Tables 1 to 3, and the figures of its peers as that paper gives them. They are scores on the
+Source: TRACE, arXiv 2603.02929v2, Tables 1 and 3, and the figures of its peers as that paper gives them. They are scores on the
 real M-BEIR (local pools, hit@5, hit@10 for the fashion rows) and unseen sets, in per cent; beside scores on a miniature they
 show the shape of a result, not a rank.
 """
@@ -43,13 +43,6 @@ UNSEEN: Final[Mapping[str, float]] = {
     "sugarcrepe": 87.5,
 }
 """Column -> TRACE's score on the unseen set (Table 3), each by its own metric, in per cent."""
-
-EFFICIENCY: Final[Mapping[str, Mapping[str, float]]] = {
-    "direct": {"mscoco_qps": 15.68, "mscoco": 87.40, "cirr_qps": 12.15, "cirr": 53.06},
-    "reason": {"mscoco_qps": 4.45, "mscoco": 63.90, "cirr_qps": 3.42, "cirr": 54.73},
-    "auto": {"mscoco_qps": 8.25, "mscoco": 89.10, "cirr_qps": 6.48, "cirr": 57.03},
-}
-"""Route -> queries a second on one H20 GPU, and R@5 (Table 2)."""
 
 
 def average(method: str) -> float:

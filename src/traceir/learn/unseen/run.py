@@ -42,6 +42,8 @@ def evaluate_unseen(
     `columns` names some of them. `cache` holds the embeddings (default: `out`/embeddings), so that an interruption costs a block.
     Columns and routes scored earlier into the same `out` are kept. Raises InputError where `root` has no column.
     """
+    if missing == "keep":
+        raise InputError("missing='keep' is for dry runs; choose stop or skip to score")
     chosen = list(columns) if columns is not None else find_columns(root)
     if not chosen:
         raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
