@@ -1,30 +1,32 @@
-"""Losses by hand, batches by rule, and a run that is killed and goes on to the same weights."""
+"""Losses by hand; runs that are killed, resumed, split over two processes, or stopped with a reason."""
 
 from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
-import signal
+import random
+import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import picture
 from safetensors.torch import load_file
 
-from traceir.errors import DataError, TrainError
+from traceir.errors import InputError, TrainError
 from traceir.items import Item, Query
-from traceir.learn.data import Example, Schedule, TaskData, pixel_store, read_lessons, read_pairs
-from traceir.learn.losses import generation_loss, retrieval_loss
-from traceir.learn.small import SmallSize, small_model, train_tokenizer
-from traceir.learn.train import TrainConfig, objective, rate, train
-from traceir.model import TraceModel, TraceSettings
+from traceir.learn.batches import Turns
+from traceir.learn.data import Example, Schedule, TaskData
+from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
+from traceir.learn.small import SmallSize
+from traceir.learn.train import TrainConfig, rate, train
+from traceir.model import load
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
                  vision_inner=32, vocabulary=420)  # fmt: skip
@@ -87,9 +89,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, out: Path, **changes: object) -> TrainConfig:
     base = TrainConfig(
-        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2
+        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2, decay=0.0
     )
     return replace(base, **changes)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    one, other = weights(first), weights(second)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_retrieval_loss_by_hand() -> None:
@@ -98,6 +109,17 @@ def test_retrieval_loss_by_hand() -> None:
     half = math.sqrt(0.5)
     rows = [-math.log(math.exp(2) / (math.exp(2) + math.exp(2 * half))), -math.log(math.exp(2 * half) / (math.exp(2 * half) + 1))]
     assert retrieval_loss(query, candidate, 0.5).item() == pytest.approx(sum(rows) / 2, abs=1e-6)
+    back = [-math.log(math.exp(2) / (math.exp(2) + 1)), -math.log(math.exp(2 * half) / (2 * math.exp(2 * half)))]
+    both = retrieval_loss(query, candidate, 0.5, symmetric=True)
+    assert both.item() == pytest.approx((sum(rows) + sum(back)) / 4, abs=1e-6)
+    further = torch.cat([candidate, torch.tensor([[0.0, 1.0]])])
+    third = [
+        -math.log(math.exp(2) / (math.exp(2) + math.exp(2 * half) + 1)),
+        -math.log(math.exp(2 * half) / (math.exp(2 * half) + 1 + math.exp(2))),
+    ]
+    assert retrieval_loss(query, further, 0.5).item() == pytest.approx(sum(third) / 2, abs=1e-6)
+    only = retrieval_loss(query, candidate, 0.5, rows_B=torch.tensor([False, True]))
+    assert only.item() == pytest.approx(rows[1], abs=1e-6)
 
 
 def test_a_shared_positive_is_not_a_negative() -> None:
@@ -116,119 +138,151 @@ def test_a_shared_positive_is_not_a_negative() -> None:
 
 def test_generation_loss_is_cross_entropy_and_zero_without_targets() -> None:
     logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
-    assert generation_loss(logits, torch.tensor([1, 0])).item() == pytest.approx((math.log(4 / 3) + math.log(2)) / 2)
+    assert generation_loss(logits, torch.tensor([1, 0])).item() == pytest.approx(math.log(4 / 3) + math.log(2))
     assert generation_loss(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long)).item() == 0.0
 
 
-def test_the_objective_joins_both_terms_and_supervises_the_bypass(model: TraceModel) -> None:
-    examples = [
-        Example(
-            Query.of(text=f"red {n}"),
-            "a red cube" if n % 2 else "",
-            Item.of(text=f"cube {n}", id=f"1:{n}"),
-            frozenset({f"1:{n}"}),
-        )
-        for n in range(4)
-    ]
-    draw = np.random.default_rng(0)
-    plain = TrainConfig(data="", out="")
-    with torch.no_grad():
-        both, parts = objective(model, examples, plain, draw)
-        gen_only, _ = objective(model, examples, replace(plain, lambda_ret=0.0), draw)
-        ret_only, _ = objective(model, examples, replace(plain, lambda_gen=0.0), draw)
-    assert both.item() == pytest.approx(gen_only.item() + ret_only.item(), rel=1e-5)
-    assert parts["gen"] == pytest.approx(gen_only.item(), rel=1e-5) and parts["gen"] > 0
-    simple = [replace(example, completion="") for example in examples]
-    with torch.no_grad():
-        _, bypass = objective(model, simple, plain, draw)
-    assert bypass["gen"] > 0, "<|emb|> itself is a target of simple samples"
+def test_distillation_moves_the_direct_side_alone() -> None:
+    direct = torch.tensor([[1.0, 0.0], [1.0, 0.0]], requires_grad=True)
+    reasoned = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+    loss = distillation_loss(direct, reasoned, torch.tensor([True, False]))
+    loss.backward()
+    assert loss.item() == pytest.approx(1.0) and reasoned.grad is None
+    assert direct.grad is not None and direct.grad[0].abs().sum() > 0 and direct.grad[1].abs().sum() == 0
 
 
-class Numbered(TaskData):
-    def example(self, number: int, draw: np.random.Generator) -> Example:
-        return Example(Query.of(text=f"{self.name} {number}"), "", None, frozenset())
+def turns_of(model_folder: Path, rows: int, **changes: int) -> Turns:
+    model = load(model_folder)
+    schedule = Schedule([TaskData("made up", range(rows))], [1.0], batch=rows, family=1, steps=1, seed=0)
+    return Turns(schedule, model.processor, "brief-1", turns=1, chunk_tokens=200, seed=0, **changes)
 
 
-def test_the_schedule_keeps_shares_families_and_epochs() -> None:
-    tasks = [Numbered("a", range(16)), Numbered("b", range(8))]
-    schedule = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
-    names = [schedule.task(step).name for step in range(40)]
-    assert names.count("a") == 30 and names.count("b") == 10
-    rows = [[int(e.query.text.split()[1]) for e in schedule.examples(step)] for step in range(40) if names[step] == "a"]
-    for first, second in zip(rows[::2], rows[1::2], strict=True):
-        assert sorted(first + second) == list(range(16)), "two batches of 8 make one epoch of 16"
-    for batch in rows:
-        for start in (0, 4):
-            family = batch[start : start + 4]
-            assert family == list(range(family[0], family[0] + 4)) and family[0] % 4 == 0
-    again = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
-    assert [e.query for e in again.examples(17)] == [e.query for e in schedule.examples(17)], "a step needs no history"
+def test_chunks_hold_every_row_once_longest_first_within_the_budget(trained: Path) -> None:
+    words = ["red " * (1 + 7 * number % 31) for number in range(16)]
+    rows = [Example(Query.of(text=text), "", Item.of(text="a thing", id=f"1:{n}"), frozenset()) for n, text in enumerate(words)]
+    turn = turns_of(trained, 16).turn(0, "made up", rows)
+    for side in (turn.queries, turn.candidates):
+        assert sorted(place for chunk in side for place in chunk.places.tolist()) == list(range(16))
+        widths = [chunk.batch.ids.shape[1] for chunk in side]
+        assert widths == sorted(widths, reverse=True)
+        assert all(chunk.batch.ids.numel() <= 200 or len(chunk.places) == 1 for chunk in side)
+    assert turn.tokens == 16, "<|emb|> is a target of every simple query, and of no candidate"
 
 
-def test_schedule_refuses_what_cannot_be() -> None:
-    with pytest.raises(TrainError, match="multiple of family"):
-        Schedule([Numbered("a", range(9))], [1.0], batch=9, family=2, steps=1, seed=0)
-    with pytest.raises(TrainError, match="weights"):
-        Schedule([Numbered("a", range(9))], [0.0], batch=8, family=2, steps=1, seed=0)
-
-
-def test_reading_joins_labels_and_drops_them_for_the_baseline(folder: Path) -> None:
-    taught = {task.name: task for task in read_pairs(folder, reasoning=True)}
-    bare = {task.name: task for task in read_pairs(folder, reasoning=False)}
-    assert set(taught) == {"cirr_task3", "cirr_task7"} == set(bare)
-    draw = np.random.default_rng(0)
-    example = taught["cirr_task7"].example(0, draw)
-    assert example.completion == "see 24; a thing" and example.candidate is not None
-    assert example.query.instruction in ("Change it.", "Edit it.") and example.query.target == "image"
-    assert bare["cirr_task7"].example(0, draw).completion == ""
-    (counting,) = read_lessons(folder)
-    assert counting.name == "lessons_counting"
-    lengths = [len(lesson[2]) for lesson in counting.lines]
-    assert lengths == sorted(lengths), "one window of lessons is sorted by length"
-
-
-def test_a_pixel_store_is_completed_without_what_it_holds_already(folder: Path, tmp_path: Path) -> None:
-    model = small_model(train_tokenizer(["a thing"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
-    names = []
-    for number in (1, 2):
-        names.append(f"{number}.png")
-        picture(number).load().save(tmp_path / names[-1])
-    first = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[:1])[str(tmp_path / "1.png")].copy()
-    (tmp_path / "1.png").unlink()
-    store = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[1:])
-    assert len(store) == 2 and (store[str(tmp_path / "1.png")] == first).all()
-    assert (store[str(tmp_path / "2.png")] != first).any()
-    with pytest.raises(DataError, match=r"3\.png"):
-        pixel_store(tmp_path, tmp_path / "cache", model.processor, ["3.png"])
+def test_a_turn_is_shared_out_in_the_order_of_the_rows(trained: Path) -> None:
+    rows = [Example(Query.of(text=f"red {n}", id=f"q{n}"), "", Item.of(text="x", id=f"1:{n}"), frozenset()) for n in range(6)]
+    parts = [turns_of(trained, 6, rank=rank, world=3).turn(0, "made up", rows) for rank in range(3)]
+    assert [name for part in parts for name in part.asked] == [f"q{n}" for n in range(6)]
+    assert all(part.sizes == ((2, 0), (2, 0), (2, 0)) and part.collision_BN.shape == (6, 6) for part in parts)
+    with pytest.raises(TrainError, match="4 processes"):
+        turns_of(trained, 6, rank=0, world=4)
 
 
 def test_rate_warms_up_holds_and_falls(folder: Path) -> None:
     plan = config(folder, folder, steps=100, warmup=10, decay=0.2)
     assert rate(0, plan) == pytest.approx(0.1) and rate(50, plan) == 1.0
     assert rate(90, plan) == pytest.approx(0.5) and rate(99, plan) == pytest.approx(0.05)
+    round_ = replace(plan, curve="cosine")
+    assert rate(0, round_) == pytest.approx(0.1) and rate(10, round_) == 1.0
+    assert rate(55, round_) == pytest.approx(0.5) and rate(100, round_) == pytest.approx(0.0)
 
 
-def test_killed_and_resumed_equals_uninterrupted(folder: Path, tmp_path: Path) -> None:
-    whole = train(config(folder, tmp_path / "whole"))
-    broken = config(folder, tmp_path / "broken")
-    script = "import json,sys\nfrom dataclasses import replace\nfrom traceir.learn.train import *\n" \
-        "from traceir.learn.small import SmallSize\nplan=json.loads(sys.argv[1])\nplan['size']=SmallSize(**plan['size'])\n" \
-        "plan['keep']=tuple(plan['keep'])\ntrain(TrainConfig(**plan))\n"  # fmt: skip
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, json.dumps(asdict(broken))], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    deadline = time.monotonic() + 60
-    while not list((tmp_path / "broken/steps").glob("00*")) and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 12 steps, undisturbed."""
+    return train(config(folder, tmp_path_factory.mktemp("trained") / "run"))
+
+
+def test_killed_ten_times_and_resumed_equals_undisturbed(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at ten moments drawn anew each time; dropout of the adapter's kind is off, shifted pictures are on."""
+    settings = {"steps": 24, "save_every": 1, "augment": 2, "accumulate": 2}
+    whole = train(config(folder, tmp_path / "whole", **settings))
+    broken = config(folder, tmp_path / "broken", **settings)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["traceir.learn.train"])
+    draw, kills = random.Random(), 0
+    for target in sorted(draw.sample(range(1, 24), 10)):
+        child = context.Process(target=train, args=(broken,))
+        child.start()
+        deadline = time.monotonic() + 120
+        while _steps_of(tmp_path / "broken") < target and child.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(draw.random() * 0.1)
+        child.kill()
+        child.join()
+        kills += child.exitcode == -9
+    assert kills >= 8, "a kill that came too late is no test"
     resumed = train(broken)
-    first, second = load_file(whole / "model.safetensors"), load_file(resumed / "model.safetensors")
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "broken/log.jsonl").read_text().splitlines()]
-    assert steps == [2, 4, 6, 8, 10, 12]
+    assert same(whole, resumed)
+    curves = [
+        [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in file.read_text().splitlines()]
+        for file in (tmp_path / "whole/log.jsonl", tmp_path / "broken/log.jsonl")
+    ]
+    assert curves[0] == curves[1], "the loss curve is the same, to the last digit"
+    assert [line["step"] for line in curves[0]] == list(range(2, 25, 2))
     assert train(broken) == resumed, "a finished run is left alone"
+
+
+def _steps_of(run: Path) -> int:
+    return max((int(place.name) for place in (run / "steps").glob("[0-9]*")), default=0)
+
+
+def test_an_adapter_with_dropout_resumes_to_the_same_weights(folder: Path, trained: Path, tmp_path: Path) -> None:
+    settings = {"init": str(trained), "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.2, "steps": 6, "save_every": 3}
+    whole = train(config(folder, tmp_path / "whole", **settings, keep=(3,)))
+    again = train(config(folder, tmp_path / "again", **settings), resume_from=tmp_path / "whole/steps/000003")
+    first, second = (load_file(place / "adapter_model.safetensors") for place in (whole, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    untouched = load_file(tmp_path / "whole/steps/000003/adapter_model.safetensors")
+    assert any(not torch.equal(first[name], untouched[name]) for name in first)
+    assert load(whole).settings.read_out == "before_token", "an adapter folder loads like any checkpoint"
+
+
+def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path) -> None:
+    """The command itself under the environment that torchrun sets, DDP over gloo; with several chunks a side."""
+    settings = ["steps=6", "batch=8", "family=4", "save_every=100", "mixed_precision=false", "grad_cache=true",
+                "chunk_tokens=120", "learn_temperature=true", "warmup=2", "log_every=2", "augment=0"]  # fmt: skip
+    sets = [word for setting in settings for word in ("--set", setting)]
+    command = [sys.executable, "-m", "traceir", "--threads", "1", "train", "--preset", "emoji", "--data", str(folder), "--init",
+               str(trained), *sets]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, "--out", str(tmp_path / "one")], env=plain, stderr=subprocess.PIPE, text=True)]
+    for rank in range(2):
+        shared = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        two = [*command, "--out", str(tmp_path / "two")]
+        running.append(subprocess.Popen(two, env=plain | shared, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=240)[1][-2000:] for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], "\n".join(told)
+    before, one, two_ = (weights(place) for place in (trained, tmp_path / "one/checkpoint", tmp_path / "two/checkpoint"))
+    moved = math.sqrt(sum(float((one[n] - before[n]).square().sum()) for n in one))
+    apart = math.sqrt(sum(float((one[n] - two_[n]).square().sum()) for n in one))
+    assert moved > 0.01 and apart < 1e-3 * moved, (moved, apart)
+    lines = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
+    for first, second in zip(*lines, strict=True):
+        assert first.keys() == second.keys()
+        assert all(first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-4) for key in first if key != "seconds")
+
+
+def test_workers_and_chunks_change_nothing_that_is_learnt(folder: Path, trained: Path, tmp_path: Path) -> None:
+    plan = config(folder, tmp_path / "workers", workers=2, store_pixels=False)
+    assert same(train(plan), trained)
+
+
+def test_frozen_parts_stay_as_they_were(folder: Path, trained: Path, tmp_path: Path) -> None:
+    frozen = train(config(folder, tmp_path / "run", init=str(trained), steps=2, train_vision=False, learning_rate=0.01))
+    before, after = weights(trained), weights(frozen)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("visual.merger" in name for name in changed) and any("self_attn" in name for name in changed)
+    assert not [name for name in changed if "visual" in name and "merger" not in name]
 
 
 def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -239,12 +293,71 @@ def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> Non
         train(config(folder, tmp_path / "other", weights={"nosuch_task9": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"curve": "round"}, "hold or cosine"),
+        ({"dtype": "bfloat16"}, "lora_rank"),
+        ({"read_out": "at_token", "distil": 0.5}, "before_token"),
+        ({"lora_rank": 4}, "--init"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"cot": "most"}, "most"),
+        ({"report_to": ("nosuchtracker",)}, "nosuchtracker"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises((InputError, TrainError), match=said):
+        train(config(folder, tmp_path / "run", **changes))
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_batch_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainError, match="8:"):
-        train(config(folder, tmp_path / "run", temperature=float("nan")))
+    with pytest.raises(TrainError, match=r"loss of cirr_task\d is nan on queries 8:"):
+        train(config(folder, tmp_path / "run", lambda_ret=float("nan"), precheck=False))
+
+
+def test_a_loss_that_runs_away_stops_with_the_batch_named(folder: Path, trained: Path, tmp_path: Path) -> None:
+    plan = config(
+        folder, tmp_path / "run", init=str(trained), steps=60, learning_rate=5.0, warmup=45, clip=1e9, diverged=3.0, log_every=1
+    )  # fmt: skip
+    with pytest.raises(TrainError, match=r"step \d+: loss of cirr_task\d is .* on queries 8:.* times what it was"):
+        train(plan)
+
+
+def test_memory_that_runs_out_is_told_before_the_first_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> dict[str, float]:
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr("traceir.learn.trainer.step", full)
+    with pytest.raises(TrainError, match=r"longest samples \(task cirr_task7, \d+ tokens, queries 8:.*chunk_tokens"):
+        train(config(folder, tmp_path / "run"))
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_the_tracker_gets_every_line_of_the_log(folder: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(config(folder, tmp_path / "run", steps=4, report_to=("tensorboard",)))
+    (events,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents*")}
+    found = EventAccumulator(str(events))
+    found.Reload()
+    told = {(one.step, round(one.value, 4)) for one in found.Scalars("train/norm")}
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert told == {(line["step"], round(line["norm"], 4)) for line in lines}
+
+
+def test_epochs_decide_the_steps(folder: Path, tmp_path: Path) -> None:
+    train(config(folder, tmp_path / "run", epochs=0.5, steps=1000))
+    assert json.loads((tmp_path / "run/meta.json").read_text())["config"]["steps"] == 3, "48 pairs, half of them, 8 a step"
 
 
 def test_lessons_then_pairs_share_one_tokenizer(folder: Path, tmp_path: Path) -> None:
     first = train(config(folder, tmp_path / "lessons", teach="lessons", steps=3))
     second = train(config(folder, tmp_path / "pairs", init=str(first), steps=3))
     assert (first / "tokenizer.json").read_bytes() == (second / "tokenizer.json").read_bytes()
+
+
+def test_runs_leave_no_pickles(folder: Path, trained: Path) -> None:
+    files = [file.suffix for file in trained.parent.rglob("*") if file.is_file() and file.name != "pixels.bin"]
+    assert files and not {".bin", ".pt", ".pth", ".pkl"} & set(files)

@@ -55,7 +55,11 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Left-padded rows: ids, mask, targets [B, T]; positions [3, B, T]; patches [P, C]; grids [N, 3]; readout [B]."""
+    """Left-padded rows: ids, mask, targets [B, T]; positions [3, B, T]; patches [P, C]; grids [N, 3]; readout [B].
+
+    Patches are float32 as the vision tower reads them, or uint8 [P, 3 * patch * patch] (an eighth of the size), which the model
+    brings into that form on its own device.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -158,8 +162,11 @@ class Processor:
         """The layout of the direct road: nothing is written before the embedding, whatever the model would like."""
         return self.lay_out(prompt, "" if self.read_out == "at_token" and not prompt.closed else None)
 
-    def collate(self, layouts: Sequence[Layout]) -> Batch:
-        """Left-padded tensors on the CPU; the read-out index counts from the left edge of the padded row."""
+    def collate(self, layouts: Sequence[Layout], *, raw: bool = False) -> Batch:
+        """Left-padded tensors on the CPU; the read-out index counts from the left edge of the padded row.
+
+        `raw` leaves the patches as uint8, to be sent to the model's device so.
+        """
         width, rows = max(len(layout) for layout in layouts), len(layouts)
         ids = np.full((rows, width), self.special[PAD], dtype=np.int64)
         targets = np.full((rows, width), IGNORE, dtype=np.int64)
@@ -171,7 +178,7 @@ class Processor:
             positions[:, row, start:] = layout.positions
         readout = [width - len(layout) + layout.readout for layout in layouts]
         pixels = [picture for layout in layouts for picture in layout.pixels]
-        patches, grids = self._patches(pixels) if pixels else (None, None)
+        patches, grids = self._patches(pixels, raw) if pixels else (None, None)
         return Batch(
             torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets), torch.from_numpy(positions),
             patches, grids, torch.tensor(readout),
@@ -269,28 +276,32 @@ class Processor:
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._core.encode(text, add_special_tokens=False).ids)
 
-    def _patches(self, pixels: Sequence[Pixels]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches [P, 3 * temporal * patch * patch] in Qwen's order (merge groups together) and grids [N, 3] in patches."""
+    def _patches(self, pixels: Sequence[Pixels], raw: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches in Qwen's order (merge groups together), float32 or `raw`, and grids [N, 3] in patches."""
         grids = torch.tensor([[1, p.shape[0] // self.image.patch, p.shape[1] // self.image.patch] for p in pixels])
-        mean = torch.tensor(self.image.mean, dtype=torch.float32).view(3, 1, 1)
-        std = torch.tensor(self.image.std, dtype=torch.float32).view(3, 1, 1)
         done: dict[int, torch.Tensor] = {}
         shapes: dict[tuple[int, ...], list[int]] = {}
         for number, picture in enumerate(pixels):
             shapes.setdefault(picture.shape, []).append(number)
         for numbers in shapes.values():
-            image = torch.from_numpy(np.stack([pixels[n] for n in numbers])).permute(0, 3, 1, 2).float()
-            cut = self._cut(((image / 255.0) - mean) / std)
+            cut = self._cut(torch.from_numpy(np.stack([pixels[n] for n in numbers])).permute(0, 3, 1, 2))
             done.update(zip(numbers, cut, strict=True))
-        return torch.cat([done[n] for n in range(len(pixels))]), grids
+        patches = torch.cat([done[n] for n in range(len(pixels))])
+        return patches if raw else self.normalise(patches), grids
+
+    def normalise(self, patches_PC: torch.Tensor) -> torch.Tensor:
+        """Raw patches, uint8 [P, 3 * patch**2], as the vision tower reads them: float32 [P, 3 * temporal * patch**2]."""
+        mean = torch.tensor(self.image.mean, dtype=torch.float32, device=patches_PC.device).view(3, 1)
+        std = torch.tensor(self.image.std, dtype=torch.float32, device=patches_PC.device).view(3, 1)
+        values = (patches_PC.view(len(patches_PC), 3, -1).float() / 255.0 - mean) / std
+        return values.unsqueeze(2).expand(-1, -1, self.image.temporal, -1).reshape(len(patches_PC), -1)
 
     def _cut(self, image: torch.Tensor) -> torch.Tensor:
         count, channels, height, width = image.shape
         patch, merge = self.image.patch, self.image.merge
         rows, columns = height // (patch * merge), width // (patch * merge)
-        cells = image.view(count, channels, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-        frames = cells.unsqueeze(6).expand(*cells.shape[:6], self.image.temporal, patch, patch)
-        return frames.reshape(count, rows * columns * merge**2, -1)
+        cells = image.reshape(count, channels, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+        return cells.reshape(count, rows * columns * merge**2, -1)
 
 
 def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "picture") -> tuple[int, int]:

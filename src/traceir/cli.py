@@ -89,6 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
             "minibeir sheet": _minibeir_sheet,
             "minibeir unseen": _minibeir_unseen,
             "train": _train,
+            "ablate": _ablate,
+            "merge": _merge,
+            "push": _push,
             "demo": _demo,
         }
     )
@@ -325,17 +328,81 @@ def _minibeir_sheet(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from traceir.learn.presets import resolve, stages_before
+    from traceir.learn.presets import resolve
     from traceir.learn.train import train
 
+    if args.init is None and args.data is None:
+        _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
-    for stage in stages_before(args.preset) if args.init is None and args.data is None else ():
-        print(f"preset {args.preset} starts from {stage}, which is trained first", file=sys.stderr)
-        train(resolve(stage, settings=threads))
     config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
     print(train(config, resume_from=args.resume_from))
+    return 0
+
+
+def _train_before(preset: str, threads: int | None) -> None:
+    """Trains the presets whose checkpoints this one starts from, where they are not there."""
+    from traceir.learn.presets import resolve, stages_before
+    from traceir.learn.train import train
+
+    for stage in stages_before(preset):
+        print(f"preset {preset} starts from {stage}, which is trained first", file=sys.stderr)
+        train(resolve(stage, settings=[f"threads={threads}"] if threads else []))
+
+
+def _ablate(args: argparse.Namespace) -> int:
+    from traceir.learn.ablate import ablate, list_tables
+    from traceir.learn.ablate_report import write_report
+    from traceir.learn.ablations import choose_tables
+    from traceir.learn.presets import resolve
+
+    if not all(part.isdecimal() for part in _split(args.seeds)):
+        raise InputError(f"--seeds {args.seeds!r} is not a list of whole numbers; write 0,1,2")
+    tables, seeds = choose_tables(_split(args.tables)), [int(part) for part in _split(args.seeds)]
+    if args.list:
+        print(list_tables(tables, seeds))
+        return 0
+    if not args.out:
+        raise InputError("name the folder of the runs with --out")
+    if args.report_only and not args.report:
+        raise InputError("--report-only needs the folder to write to; name it with --report")
+    out, code = Path(args.out), 0
+    if not args.report_only:
+        if args.data is None:
+            _train_before("ablation", args.threads)
+        threads = [f"threads={args.threads}"] if args.threads else []
+        base = resolve("ablation", data=args.data, out=args.out, settings=[*threads, *args.settings])
+        outcome = ablate(tables, out, base, seeds=seeds, jobs=args.jobs)
+        print(f"{outcome.done} of {outcome.planned} runs are done, {len(outcome.skipped)} variants skipped")
+        for name, reason in outcome.failed.items():
+            print(_line(f"failed: {name}: {reason}"), file=sys.stderr)
+        code = PARTLY if outcome.failed else 0
+    if args.report:
+        data = f" --data {args.data}" if args.data else ""
+        settings = "".join(f" --set {one}" for one in args.settings)
+        command = f"traceir ablate {args.tables} --out {args.out} --seeds {args.seeds}{data}{settings}"
+        print(write_report(out, Path(args.report), tables=tables, command=command))
+    return code
+
+
+def _merge(args: argparse.Namespace) -> int:
+    import torch
+
+    from traceir.adapter import merge
+
+    print(merge(args.adapter, args.out, dtype=getattr(torch, args.dtype)))
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from traceir.learn.card import push, write_card
+
+    readme = args.folder / "README.md"
+    if args.run or args.evaluation or args.licence or not readme.is_file():
+        write_card(args.folder, run=args.run, evaluations=args.evaluation, repo=args.repo, licence=args.licence)
+        print(f"wrote {readme}", file=sys.stderr)
+    print(push(args.folder, args.repo, private=args.private, dry_run=args.dry_run, revision=args.revision))
     return 0
 
 

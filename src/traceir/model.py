@@ -12,6 +12,8 @@ import importlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +50,8 @@ NETWORKS: Final = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 """Model type in config.json -> class in transformers."""
+ADAPTER: Final = "adapter_config.json"
+"""PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
 WHOLE_HASH_BYTES: Final = 256 * 2**20
 
 
@@ -57,6 +61,8 @@ class TraceSettings:
 
     prompt_version: PromptVersion = "trace-1"
     read_out: ReadOut = "before_token"
+    candidates_write: bool = False
+    """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
     max_reasoning_tokens: int = 256
     max_text_tokens: int = 1024
     closing: str = ""
@@ -102,7 +108,7 @@ class TraceModel:
         """Whether this side may write before its embedding: queries under TRACE, whoever the profile names otherwise."""
         if self.settings.profile is not None:
             return role in self.settings.profile.writes
-        return role == "query" and self.settings.read_out != "last"
+        return (role == "query" or self.settings.candidates_write) and self.settings.read_out != "last"
 
     def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> torch.Tensor:
         """Last-layer states after the final norm, [B, T, D]; fills `cache` if given."""
@@ -110,12 +116,13 @@ class TraceModel:
         embedded_BTD = text.embed_tokens(batch.ids)
         deeper: dict[str, Any] = {}
         if batch.patches is not None and batch.grids is not None:
+            patches = self.processor.normalise(batch.patches) if batch.patches.dtype == torch.uint8 else batch.patches
             slots_BT = batch.ids == self.network.config.image_token_id
             if self.network.config.model_type == "qwen3_vl":
-                features, layers = self._deep_features(batch.patches, batch.grids)
+                features, layers = self._deep_features(patches, batch.grids)
                 deeper = {"visual_pos_masks": slots_BT, "deepstack_visual_embeds": layers}
             else:
-                features = self.picture_features(batch.patches, batch.grids)
+                features = self.picture_features(patches, batch.grids)
             embedded_BTD = embedded_BTD.masked_scatter(slots_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
         mask = None if bool(batch.mask.all()) else batch.mask
         out = text(
@@ -189,12 +196,19 @@ def load(
 
     Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
     `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
-    `overrides` replace fields of TraceSettings. Raises ModelError for other architectures and damaged directories.
+    An adapter folder loads with its base and is merged in memory (adapter.py). `overrides` replace fields of TraceSettings.
+    Raises ModelError for other architectures and damaged directories.
     """
+    from traceir.adapter import adapter_folder, load_adapter  # which imports this module
+
     name = str(source)
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", ADAPTER)):
         raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
     try:
+        if (folder := adapter_folder(name)) is not None:
+            if profile is not None:
+                raise ModelError(f"{name} is an adapter, and --profile is for whole checkpoints of other projects; leave it out")
+            return load_adapter(folder, device=device, dtype=dtype, **overrides)
         kind = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
         if kind not in NETWORKS:
             raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
@@ -204,20 +218,16 @@ def load(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
-    settings = _read_settings(_companion(name, "traceir.json"))
-    known = {field.name for field in fields(TraceSettings)}
-    if unknown := set(overrides) - known:
-        raise ModelError(f"unknown settings {sorted(unknown)}; traceir.json has {sorted(known)}")
-    settings = settings or TraceSettings()
+    settings = read_settings(_companion(name, "traceir.json")) or TraceSettings()
     if profile is not None:
         settings = _under_profile(settings, resolve_profile(profile))
-    settings = replace(settings, **overrides)
+    settings = overridden(settings, overrides)
     if settings.profile is None:
         add_emb_token(network, tokenizer)
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(Path(name)) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
-    return wrap(network, tokenizer, settings, _image_budget(_companion(name, "preprocessor_config.json"), config))
+    return wrap(network, tokenizer, settings, image_budget(_companion(name, "preprocessor_config.json"), config))
 
 
 def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:
@@ -233,42 +243,58 @@ def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudg
     return TraceModel(network, processor, settings)
 
 
-def save(model: TraceModel, target: Path) -> Path:
+def save(model: TraceModel, target: Path, *, state: dict[str, torch.Tensor] | None = None) -> Path:
     """An ordinary Hugging Face checkpoint plus traceir.json, written beside the target and renamed: never half there.
 
+    `state` are the weights to write where the network in memory holds only a part of them (training over several processes).
     The stored fingerprint is that of the weights as written; the folder's own is returned through `load`.
     """
+    if hasattr(model.network, "peft_config"):
+        raise ModelError(f"cannot save {target} as a checkpoint: an adapter is attached; save it by `save_adapter`, then merge")
+    with written_whole(target) as fresh:
+        model.network.save_pretrained(fresh, safe_serialization=True, state_dict=state)
+        ends = [model.processor.special[token] for token in (EMB, TURN_END) if token in model.processor.special]
+        generation = {"do_sample": False, "eos_token_id": ends}
+        (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        save_companions(model, fresh)
+    return Path(target)
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, renamed into its place when the block ends without an error."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         fresh = Path(folder) / "checkpoint"
-        model.network.save_pretrained(fresh, safe_serialization=True)
-        model.processor.tokenizer.save_pretrained(fresh)
-        image = model.processor.image
-        preprocessor = {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": NETWORKS[model.network.config.model_type].replace("ForConditionalGeneration", "Processor"),
-            "patch_size": image.patch,
-            "merge_size": image.merge,
-            "temporal_patch_size": image.temporal,
-            "size": {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels},
-            "min_pixels": image.min_pixels,
-            "max_pixels": image.max_pixels,
-            "image_mean": list(image.mean),
-            "image_std": list(image.std),
-        }
-        (fresh / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-        ends = [model.processor.special[token] for token in (EMB, TURN_END) if token in model.processor.special]
-        generation = {"do_sample": False, "eos_token_id": ends}
-        (fresh / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-        written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(fresh)))}
-        if model.settings.profile is None:
-            del written["profile"]  # as in every checkpoint from before there were profiles
-        (fresh / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
+        fresh.mkdir()
+        yield fresh
         if target.exists():
             os.replace(target, Path(folder) / "old")
         os.replace(fresh, target)
-    return target
+
+
+def save_companions(model: TraceModel, folder: Path) -> None:
+    """Tokenizer, preprocessor_config.json and, last, traceir.json with the fingerprint of the weights in the folder."""
+    model.processor.tokenizer.save_pretrained(folder)
+    image = model.processor.image
+    preprocessor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": NETWORKS[model.network.config.model_type].replace("ForConditionalGeneration", "Processor"),
+        "patch_size": image.patch,
+        "merge_size": image.merge,
+        "temporal_patch_size": image.temporal,
+        "size": {"shortest_edge": image.min_pixels, "longest_edge": image.max_pixels},
+        "min_pixels": image.min_pixels,
+        "max_pixels": image.max_pixels,
+        "image_mean": list(image.mean),
+        "image_std": list(image.std),
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
+    # What is not used is left out, so that earlier releases read the file too.
+    written = {name: value for name, value in written.items() if not (name in ("profile", "candidates_write") and not value)}
+    (folder / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def add_emb_token(network: Any, tokenizer: Any) -> int:
@@ -339,7 +365,15 @@ def _companion(name: str, file: str) -> Path | None:
     return Path(found) if found else None
 
 
-def _read_settings(file: Path | None) -> TraceSettings | None:
+def overridden(settings: TraceSettings, overrides: Mapping[str, Any]) -> TraceSettings:
+    known = {field.name for field in fields(TraceSettings)}
+    if unknown := set(overrides) - known:
+        raise ModelError(f"unknown settings {sorted(unknown)}; traceir.json has {sorted(known)}")
+    return replace(settings, **overrides)
+
+
+def read_settings(file: Path | None) -> TraceSettings | None:
+    """What a traceir.json says, without the `base` of an adapter; None where there is no file."""
     if file is None:
         return None
     try:
@@ -348,6 +382,7 @@ def _read_settings(file: Path | None) -> TraceSettings | None:
         raise ModelError(f"{file}:{error.lineno}: not JSON ({error.msg}); save the checkpoint again") from error
     if found.pop("format", None) != FORMAT:
         raise ModelError(f"{file}: format is not {FORMAT}; this checkpoint needs another release of traceir")
+    found.pop("base", None)
     if found.get("profile") is not None:
         found["profile"] = profile_of(found["profile"], str(file))
     try:
@@ -366,7 +401,7 @@ def _under_profile(settings: TraceSettings, profile: Profile) -> TraceSettings:
     )
 
 
-def _image_budget(file: Path | None, config: Any) -> ImageBudget:
+def image_budget(file: Path | None, config: Any) -> ImageBudget:
     vision = config.vision_config
     budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     if file is None:

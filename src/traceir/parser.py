@@ -13,7 +13,10 @@ from traceir import __version__
 ROUTES: Final = ("auto", "reason", "direct")
 MODALITIES: Final = ("image", "text", "image,text")
 REPORTS: Final = ("steps", "routing", "routes", "scoreboard", "examples")
-PRESETS: Final = ("mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "mini-direct-long", "emoji")
+PRESETS: Final = (
+    "mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "mini-direct-long", "ablation", "emoji", "qwen2-vl-2b",
+    "qwen2.5-vl-3b", "qwen2.5-vl-7b",
+)  # fmt: skip
 SCALES: Final = ("small", "full")
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
 
@@ -45,6 +48,9 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_compare(verbs, shared, runs)
     _add_minibeir(verbs, shared, runs)
     _add_train(verbs, shared, runs)
+    _add_ablate(verbs, shared, runs)
+    _add_merge(verbs, shared, runs)
+    _add_push(verbs, shared, runs)
     _add_demo(verbs, shared, runs)
     return parser
 
@@ -197,6 +203,48 @@ def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
         help="override a field: steps=500, size.hidden=128, weights.cirr_task7=4; repeatable",
     )  # fmt: skip
     train.add_argument("--resume-from", type=Path, metavar="STEPDIR", help="start at another run's steps/NNNNNN")
+
+
+def _add_ablate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    ablate = _verb(
+        verbs, shared, "ablate", runs["ablate"], "test the paper's claims in miniature; the same command again resumes"
+    )
+    ablate.add_argument("tables", nargs="?", default="all", metavar="TABLE[,TABLE]", help="table4, share, ... (default: all)")
+    ablate.add_argument("--out", metavar="DIR", help="folder of the runs; the same one twice shares the work")
+    ablate.add_argument("--data", metavar="DIR", help="folder in M-BEIR's layout (default: the preset's)")
+    ablate.add_argument("--seeds", default="0,1,2", metavar="N,N", help="seeds of every variant (default: 0,1,2)")
+    ablate.add_argument("--jobs", type=_count, default=1, metavar="N", help="processes that work side by side (default: 1)")
+    ablate.add_argument("--report", metavar="DIR", help="write pages, plots and runs.json here")
+    ablate.add_argument("--report-only", action="store_true", help="run nothing; report what is there")
+    ablate.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="override a field of the base configuration; repeatable",
+    )  # fmt: skip
+    ablate.add_argument("--list", action="store_true", help="name the tables and their runs, and do nothing")
+
+
+def _add_merge(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    merge = _verb(verbs, shared, "merge", runs["merge"], "make an adapter and its base one plain checkpoint")
+    merge.add_argument("adapter", metavar="ADAPTER", help="adapter folder, such as RUN/checkpoint, or hub id")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the checkpoint; must not exist yet")
+    merge.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="stored weights (default: float32; bfloat16 rounds)"
+    )
+
+
+def _add_push(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    push = _verb(verbs, shared, "push", runs["push"], "upload a checkpoint or adapter to the hub, with a model card")
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="what training, `traceir merge` or both have made")
+    push.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME on the hub, made if it is not there")
+    push.add_argument("--run", type=Path, metavar="RUN", help="folder of the training, for the card")
+    push.add_argument(
+        "--evaluation", action="append", default=[], type=Path, metavar="DIR",
+        help="what `traceir evaluate --out` wrote for this very folder, for the card; repeatable",
+    )  # fmt: skip
+    push.add_argument("--licence", metavar="ID", help="the hub's word for it, such as apache-2.0")
+    push.add_argument("--revision", metavar="BRANCH", help="branch to upload to (default: main)")
+    push.add_argument("--private", action="store_true", help="only you can see it; refused where a public one exists")
+    push.add_argument("--dry-run", action="store_true", help="write the card, check and list the files; upload nothing")
 
 
 def _add_demo(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

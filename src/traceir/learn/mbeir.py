@@ -205,14 +205,8 @@ def read_queries(path: Path, on_broken: OnBroken | None = None) -> Iterator[Reco
     seen: set[str] = set()
 
     def parse(line: _Line) -> Record:
-        qid = _new_identifier(line, "qid", seen)
-        text, image = line.optional("query_txt"), line.image("query_img_path")
-        modality = line.modality("query_modality")
-        _check_modality(line, modality, ("query_txt", text), ("query_img_path", image))
-        positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
-        task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
-        source = line.fields.get("query_src_content")
-        return Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
+        _new_identifier(line, "qid", seen)
+        return _to_record(line)
 
     return _parse_lines(path, parse, on_broken)
 
@@ -222,11 +216,8 @@ def read_pool(path: Path, on_broken: OnBroken | None = None) -> Iterator[Candida
     seen: set[str] = set()
 
     def parse(line: _Line) -> Candidate:
-        did = _new_identifier(line, "did", seen)
-        text, image = line.optional("txt"), line.image("img_path")
-        modality = line.modality("modality")
-        _check_modality(line, modality, ("txt", text), ("img_path", image))
-        return Candidate(did, text, image, modality)
+        _new_identifier(line, "did", seen)
+        return _to_candidate(line)
 
     return _parse_lines(path, parse, on_broken)
 
@@ -275,14 +266,8 @@ def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Labe
     seen: set[str] = set()
 
     def parse(line: _Line) -> Label:
-        qid = _new_identifier(line, "qid", seen)
-        steps, z = line.integer("steps", 0, 99), line.integer("z", 0, 1)
-        reasoning, answer = line.optional("reasoning"), line.optional("answer")
-        if z == 1 and reasoning is None:
-            raise line.fail("reasoning", "a text where z is 1")
-        if z == 0 and (reasoning or answer):
-            raise line.fail("reasoning" if reasoning else "answer", "null where z is 0")
-        return Label(qid, steps, z, reasoning, answer)
+        _new_identifier(line, "qid", seen)
+        return _to_label(line)
 
     return {label.qid: label for label in _parse_lines(path, parse, on_broken)}
 
@@ -331,8 +316,13 @@ def train_datasets(root: Path | str) -> list[str]:
     """Names of the data sets that have a training file, in the order in which the paper's rows name them."""
     found = [path.name for path in (Path(root) / "query" / "train").glob("mbeir_*_train.jsonl")]
     names = [name.removeprefix("mbeir_").removesuffix("_train.jsonl") for name in found]
+    return sorted(names, key=dataset_order)
+
+
+def dataset_order(dataset: str) -> tuple[int, str]:
+    """Sort key of data sets: in the order in which the paper's rows name them, then others by name."""
     order = {row.rsplit("_task", 1)[0]: place for place, row in reversed(list(enumerate(EVAL_ROWS)))}
-    return sorted(names, key=lambda name: (order.get(name, len(EVAL_ROWS)), name))
+    return order.get(dataset, len(EVAL_ROWS)), dataset
 
 
 def train_path(root: Path | str, dataset: str) -> Path:
@@ -358,6 +348,29 @@ def pool_path(root: Path | str, dataset: str, task_id: int, split: Split) -> Pat
     own = folder / f"mbeir_{dataset}_task{task_id}_{split}_cand_pool.jsonl"
     shared = folder / f"mbeir_{dataset}_task{task_id}_cand_pool.jsonl"
     return own if own.exists() or (dataset == "mscoco" and not shared.exists()) else shared
+
+
+def record_of(fields: dict[str, Any], where: str) -> Record:
+    """One query from the fields of a query line; `where` names its place in the DataError of a broken one."""
+    return _to_record(_Line(fields, where))
+
+
+def candidate_of(fields: dict[str, Any], where: str) -> Candidate:
+    """One candidate from the fields of a pool line; `where` as in `record_of`."""
+    return _to_candidate(_Line(fields, where))
+
+
+def label_of(fields: dict[str, Any], where: str) -> Label:
+    """One label from the fields of a label line; `where` as in `record_of`."""
+    return _to_label(_Line(fields, where))
+
+
+def candidate_in(raw: bytes, where: str) -> Candidate:
+    """One candidate from the bytes of its line; `where` as in `record_of`."""
+    try:
+        return _to_candidate(_read_line(where, raw.decode("utf-8-sig")))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
 def query_text(record: Record, prompt: str) -> str:
@@ -388,6 +401,36 @@ def to_item(candidate: Candidate, root: Path | str) -> Item:
 
 def _open_picture(image_path: str | None, root: Path | str) -> Picture | None:
     return None if image_path is None else Picture.open(Path(root) / image_path)
+
+
+def _to_record(line: _Line) -> Record:
+    qid = line.identifier("qid")
+    text, image = line.optional("query_txt"), line.image("query_img_path")
+    modality = line.modality("query_modality")
+    _check_modality(line, modality, ("query_txt", text), ("query_img_path", image))
+    positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
+    task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
+    source = line.fields.get("query_src_content")
+    return Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
+
+
+def _to_candidate(line: _Line) -> Candidate:
+    did = line.identifier("did")
+    text, image = line.optional("txt"), line.image("img_path")
+    modality = line.modality("modality")
+    _check_modality(line, modality, ("txt", text), ("img_path", image))
+    return Candidate(did, text, image, modality)
+
+
+def _to_label(line: _Line) -> Label:
+    qid = line.identifier("qid")
+    steps, z = line.integer("steps", 0, 99), line.integer("z", 0, 1)
+    reasoning, answer = line.optional("reasoning"), line.optional("answer")
+    if z == 1 and reasoning is None:
+        raise line.fail("reasoning", "a text where z is 1")
+    if z == 0 and (reasoning or answer):
+        raise line.fail("reasoning" if reasoning else "answer", "null where z is 0")
+    return Label(qid, steps, z, reasoning, answer)
 
 
 def _describe(root: Path, path: Path, split: Split) -> Task:

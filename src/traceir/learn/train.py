@@ -1,46 +1,57 @@
-"""Single-stage training (paper, section 2) for models that fit one process: joint loss, task-aware batches, exact resume.
+"""Single-stage training (paper, section 2): a configuration to a checkpoint, on one process or many, with exact resume.
 
-A run is a folder: `log.jsonl` (one line every few steps), `steps/NNNNNN/` (a checkpoint with optimiser state, renamed into
-place when whole), `checkpoint/` (the result, an ordinary checkpoint) and `meta.json` (configuration, data, outcome).
+A run is a folder: `log.jsonl` (one line every few steps), `steps/NNNNNN/` (resume points, renamed into place when whole),
+`checkpoint/` (the result: an ordinary checkpoint, or an adapter) and `meta.json` (configuration, data, outcome). What a turn
+holds is in batches.py, how it goes forward and backward in gradcache.py, the loop in trainer.py.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
-import shutil
-import tempfile
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from traceir import __version__
-from traceir.batch import Layout
-from traceir.errors import TrainError
-from traceir.learn.data import (
-    Example,
-    Schedule,
-    TaskData,
-    picture_names,
-    pixel_store,
-    read_lessons,
-    read_pairs,
-    texts,
-)
-from traceir.learn.losses import generation_loss, retrieval_loss
+from traceir.adapter import attach, save_adapter
+from traceir.batch import ReadOut
+from traceir.errors import InputError, TrainError
+from traceir.learn.batches import Turns
+from traceir.learn.cot import is_cot, read_cot
+from traceir.learn.data import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
+from traceir.learn.gradcache import Objective, Reader
+from traceir.learn.judged import write_whole
+from traceir.learn.pixels import pixel_store
+from traceir.learn.precheck import precheck
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
+from traceir.learn.trainer import TraceTrainer, barrier, newest_step, step_of
 from traceir.model import TraceModel, TraceSettings, load, save
-from traceir.prompts import EMB, TURN_END, render_candidate, render_query
 
 log = logging.getLogger(__name__)
+
+FREE = (
+    "threads",
+    "log_every",
+    "cache",
+    "device",
+    "workers",
+    "report_to",
+    "precheck",
+    "keep",
+    "fsdp",
+    "deepspeed",
+    "chunk_tokens",
+)
+"""Fields that may change when a run goes on: they decide where and how it runs, not what it learns."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +66,93 @@ class TrainConfig:
     """`random`, or the checkpoint to start from."""
     teach: str = "pairs"
     """`pairs` (the TRACE objective), `lessons` (pretraining: language-model loss on lessons/), or `both`."""
-    reasoning: bool = True
-    """False trains the baseline that never reasons: same pairs, every completion empty."""
+    cot: str = "both"
+    """What a complex query writes before `<|emb|>` (paper, Table 5): reasoning and answer (`both`), `reasoning`, `answer`;
+    `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""
+    candidates: str = "direct"
+    """What candidates write (Table 6): nothing (`direct`), `answer`, or `reason`."""
+    reasoned: float = 1.0
+    """Share of the complex queries that keep their reasoning; the others are taught as simple ones."""
+    read_out: ReadOut = "before_token"
+    """Which state is the embedding (Table 4): the one that predicts `<|emb|>`, or `at_token`, that of `<|emb|>` itself."""
     steps: int = 1000
+    epochs: float = 0.0
+    """If above 0, the steps are as many as it takes to draw that many times the number of pairs; `steps` says nothing then."""
     batch: int = 32
-    """Pairs of one sub-batch, which is of one task: its in-batch negatives."""
+    """Pairs of one turn over all processes, all of one task: its in-batch negatives."""
     accumulate: int = 1
-    """Sub-batches, of different tasks as far as the rotation goes, whose gradients make one step."""
+    """Turns, of different tasks as far as the rotation goes, whose gradients make one step."""
     family: int = 4
+    """Neighbours in a train file that stay together in a batch; builders write near twins side by side."""
+    negatives: int = 0
+    """Hard negatives of a query, from its neg_cand_list."""
+    sampling: str = "balanced"
+    """A task's share of the turns: weight times size^0 (`balanced`), times size (`proportional`), size^(1/T) (`temperature`)."""
+    sampling_temperature: float = 2.0
+    grad_cache: bool = False
+    """Two passes over chunks of `chunk_tokens`, in the memory of one chunk whatever the batch (gradcache.py)."""
+    chunk_tokens: int = 8192
+    """Padded tokens of one forward."""
+    checkpointing: bool = False
+    """Activations are computed again in the backward pass: less memory, about a third more work."""
     learning_rate: float = 7e-4
     warmup: int = 200
+    curve: str = "hold"
+    """After the warm-up: `hold`, then a linear fall to zero over the last `decay` of the steps; or `cosine` to zero (paper)."""
     decay: float = 0.2
-    """Share of the steps, at the end, over which the learning rate falls linearly to zero; it is constant before."""
     weight_decay: float = 0.01
+    beta: float = 0.98
+    """AdamW's second beta; the first is 0.9."""
     clip: float = 1.0
     temperature: float = 0.04
+    learn_temperature: bool = False
+    """Its logarithm trains too, at the rate of everything else; `temperature` is where it starts."""
     lambda_gen: float = 1.0
     lambda_ret: float = 1.0
+    symmetric: bool = False
+    """Candidates look for their queries as well; the mean of both directions."""
+    distil: float = 0.0
+    """Weight of 1 - cosine between the prefill state of a query that reasons and its embedding (not in the paper)."""
+    direct_ret: float = 0.0
+    """Weight of InfoNCE from that prefill state (not in the paper)."""
+    lora_rank: int = 0
+    """0 trains all weights; otherwise LoRA on the linears of the language model, and the row of `<|emb|>`."""
+    lora_alpha: int = 256
+    lora_dropout: float = 0.0
+    train_vision: bool = True
+    """False freezes the vision encoder (paper); with LoRA it is always frozen."""
+    train_projector: bool = True
     any_target: float = 0.1
     """Share of queries that do not name the modality they look for, so that a search without one is no surprise."""
+    min_pixels: int = 0
+    max_pixels: int = 0
+    """Picture budget in pixels; 0 keeps the checkpoint's own."""
     augment: int = 0
     """Pictures are shifted by up to this many pixels (of the model's view) in training; 0 shows them as they are."""
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of a task in the rotation; tasks not named count 1, 0 leaves a task out."""
     seed: int = 0
     mixed_precision: bool = True
+    """Forward and backward in bfloat16; weights that train stay float32."""
+    dtype: str = "float32"
+    """Of the weights in memory; `bfloat16` halves a frozen base under LoRA."""
     device: str = "cpu"
+    """`cpu`, or `auto`: the accelerator that is there."""
     threads: int = 1
+    workers: int = 0
+    """Processes that decode pictures and lay out turns ahead of the loop; 0 does it in the loop."""
+    store_pixels: bool = True
+    """All pictures are decoded once, before the first step, into `cache`; False decodes them as they come, in the workers."""
+    precheck: bool = True
+    """A trial of the longest samples before the first step, so that memory runs out in the first minute or not at all."""
+    diverged: float = 10.0
+    """A loss this many times a task's usual one (at least 1) stops the run; 0 never does."""
+    report_to: tuple[str, ...] = ()
+    """Trackers: tensorboard, trackio, wandb, as Hugging Face's Trainer knows them; each must be installed."""
+    fsdp: str = ""
+    """A JSON file of FSDP settings (Trainer's fsdp_config), to shard weights over processes."""
+    deepspeed: str = ""
+    """A JSON file of DeepSpeed's configuration."""
     save_every: int = 500
     keep: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for good; of the others only the newest is."""
@@ -97,129 +168,173 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
 
     Restarting with the same configuration goes on from the newest whole step and ends in the same weights as an uninterrupted
     run. `resume_from` starts at another run's step folder instead, for instance to decay from the middle of a longer run.
-    Raises TrainError for a changed configuration, a loss that is not finite, or an empty folder.
+    Under torchrun or accelerate every process calls it. Raises TrainError for a changed configuration, a loss that is not
+    finite or runs away, too little memory, or an empty folder.
     """
-    torch.set_num_threads(config.threads)
-    torch.set_flush_denormal(True)
+    if config.device == "cpu":
+        torch.set_num_threads(config.threads)
+        torch.set_flush_denormal(True)
     out = Path(config.out)
     finished = out / "checkpoint"
-    _claim(out, config)
+    args = _arguments(check(config), out)
+    if args.process_index == 0:
+        _claim(out, config)
+    barrier()
     if (finished / "traceir.json").is_file():
         log.info("%s is finished already", out)
         return finished
-    tasks = _tasks(config)
-    model = _initial(config, tasks)
-    model.network.to(config.device)
-    _attach_pixels(model, tasks, Path(config.data), Path(config.cache or out / "pixels"))
-    schedule = _schedule(config, tasks)
-    optimiser = _optimiser(model, config)
-    step = _restore(model, optimiser, out, resume_from, config)
-    started = time.monotonic()
-    with (out / "log.jsonl").open("a") as journal:
-        _loop(model, optimiser, schedule, config, step, out, journal)
-    _write_meta(out, config, tasks, seconds=time.monotonic() - started, first_step=step)
-    save(model, finished)
+    run = _Run(config, args)
+    resumed = run.restore(newest_step(out) or resume_from)
+    trainer, started, first = run.trainer(), time.monotonic(), step_of(resumed)
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    run.finish(trainer, seconds=time.monotonic() - started, first=first)
     return finished
 
 
-def _loop(
-    model: TraceModel, optimiser: Any, schedule: Schedule, config: TrainConfig, first: int, out: Path, journal: Any
-) -> None:
-    model.network.train()
-    sums: dict[str, list[float]] = {}
-    started = time.monotonic()
-    for step in tqdm(range(first, config.steps), initial=first, total=config.steps, desc="training", mininterval=5.0):
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * rate(step, config)
-        turns = range(step * config.accumulate, (step + 1) * config.accumulate)
-        parts = update(model, optimiser, [schedule.examples(turn) for turn in turns], config, step)
-        for turn, losses in zip(turns, parts, strict=True):
-            for name, value in losses.items():
-                sums.setdefault(f"{schedule.task(turn).name}/{name}", []).append(value)
-        done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            line = {key: round(sum(values) / len(values), 4) for key, values in sums.items()}
-            spent = round(time.monotonic() - started, 1)
-            journal.write(json.dumps({"step": done, "seconds": spent, **line}) + "\n")
-            journal.flush()
-            sums.clear()
-        if (done % config.save_every == 0 or done in config.keep) and done < config.steps:
-            _save_step(model, optimiser, out, done, config)
+class _Run:
+    """What one process holds of a run: data, model, and what it takes to write them."""
+
+    def __init__(self, config: TrainConfig, args: TrainingArguments) -> None:
+        self.tasks = _tasks(config)
+        self.config, self.args, self.out = config, args, Path(config.out)
+        if config.epochs > 0:
+            pairs = sum(len(task) for task in self.tasks)
+            steps = max(1, math.ceil(config.epochs * pairs / (config.batch * config.accumulate)))
+            self.config, args.max_steps = replace(config, steps=steps), steps
+        self.model = _initial(config, self.tasks)
+        self.adapter = _trainable(self.model, config)
+        names = picture_names(self.tasks) if config.store_pixels else []
+        if names:
+            with args.main_process_first(local=False, desc="decoding pictures"):
+                store = pixel_store(self.tasks[0].root, Path(config.cache or self.out / "pixels"), self.model.processor, names)
+            self.model.processor.pixel_store = store
+        temperature = config.temperature
+        self.reader = Reader(self.model, temperature, learn_temperature=config.learn_temperature)
+
+    def turns(self) -> Turns:
+        config = self.config
+        weights = [config.weights.get(task.name, 1.0) for task in self.tasks]
+        sizes = [len(task) for task in self.tasks]
+        shares = task_shares(sizes, weights, config.sampling, config.sampling_temperature)
+        turns = config.steps * config.accumulate
+        schedule = Schedule(
+            self.tasks, shares, batch=config.batch, family=config.family, steps=turns, seed=config.seed
+        )  # fmt: skip
+        return Turns(
+            schedule, self.model.processor, self.model.settings.prompt_version, turns=turns, chunk_tokens=config.chunk_tokens,
+            seed=config.seed, augment=config.augment, teach_candidates=config.candidates != "direct",
+            rank=self.args.process_index, world=self.args.world_size,
+        )  # fmt: skip
+
+    def trainer(self) -> TraceTrainer:
+        config = self.config
+        objective = Objective(config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret)
+        return TraceTrainer(
+            self.reader, self.turns(), self.args, objective=objective, grad_cache=config.grad_cache,
+            rate=lambda step: rate(step, config), groups=_groups(self.reader, config), betas=(0.9, config.beta),
+            keep=config.keep, diverged=config.diverged, save_model=self.save, out=self.out,
+            check_memory=precheck if config.precheck else None,
+        )  # fmt: skip
+
+    def save(self, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+        """The checkpoint as it stands; `state` are the whole weights where this process holds only a part of them."""
+        if self.adapter is None:
+            save(self.model, target, state=state)
+        else:
+            save_adapter(self.model, self.adapter, target, self.config.init)
+
+    def restore(self, folder: Path | None) -> Path | None:
+        """Loads the weights of a step folder; checks that it lies within this run."""
+        if folder is None:
+            return None
+        step = step_of(folder)
+        if step > self.config.steps:
+            raise TrainError(f"{folder} is at step {step}, beyond the {self.config.steps} of this run; raise steps")
+        if self.adapter is None:
+            self.model.network.load_state_dict(load(folder).network.state_dict())
+        else:
+            import peft
+
+            peft.set_peft_model_state_dict(self.adapter, load_file(folder / "adapter_model.safetensors"))
+        if self.args.process_index == 0:
+            _cut_log(self.out / "log.jsonl", step)
+        log.info("going on from %s", folder)
+        return folder
+
+    def finish(self, trainer: TraceTrainer, *, seconds: float, first: int) -> None:
+        if self.args.process_index == 0:
+            _write_meta(self.out, self.config, self.tasks, seconds=seconds, first_step=first, world=self.args.world_size)
+        trainer.save_model(str(self.out / "checkpoint"), _internal_call=True)
+        barrier()
 
 
-def update(
-    model: TraceModel, optimiser: Any, batches: list[list[Example]], config: TrainConfig, step: int
-) -> list[dict[str, float]]:
-    """One optimiser step on the mean gradient of the sub-batches; returns their losses.
-
-    Raises TrainError naming the queries if a loss is not finite.
-    """
-    draw = np.random.default_rng((config.seed, 3, step))
-    parts = []
-    for examples in batches:
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.mixed_precision):
-            total, losses = objective(model, examples, config, draw)
-        if not torch.isfinite(total):
-            asked = [example.query.id for example in examples]
-            remedy = "lower the learning rate or check them"
-            raise TrainError(f"step {step}: loss is {float(total.detach())} on queries {asked}; {remedy}")
-        torch.autograd.backward(total / len(batches))
-        parts.append(losses)
-    torch.nn.utils.clip_grad_norm_(model.network.parameters(), config.clip)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
-    return parts
+def check(config: TrainConfig) -> TrainConfig:
+    """The configuration itself; InputError for fields that do not go together."""
+    if config.curve not in ("hold", "cosine"):
+        raise InputError(f"curve {config.curve!r} is unknown; choose hold or cosine")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {config.dtype!r} is unknown; choose float32 or bfloat16")
+    if config.dtype == "bfloat16" and not config.lora_rank:
+        raise InputError("dtype bfloat16 is for a frozen base: set lora_rank, or dtype=float32 with mixed_precision=true")
+    if config.read_out == "at_token" and (config.distil or config.direct_ret):
+        raise InputError("distil and direct_ret compare with the state that predicts <|emb|>; set read_out=before_token")
+    if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels:
+        raise InputError(f"min_pixels {config.min_pixels} is above max_pixels {config.max_pixels}; swap them")
+    if config.lora_rank and config.init == "random":
+        raise InputError("lora_rank adapts a checkpoint, and init is random; name one with --init")
+    for name in ("temperature", "batch", "accumulate", "chunk_tokens", "learning_rate", "log_every", "save_every"):
+        if not getattr(config, name) > 0:
+            raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
+    if config.epochs <= 0 and config.steps < 1:
+        raise InputError(f"steps is {config.steps}; give at least 1, or epochs")
+    return config
 
 
-def objective(
-    model: TraceModel, examples: list[Example], config: TrainConfig, draw: np.random.Generator
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """The joint loss of one batch (paper, section 2) and its two terms."""
-    processor, version = model.processor, model.settings.prompt_version
-    lessons = examples[0].candidate is None
-    end = TURN_END if lessons else EMB
-    asked = [processor.lay_out(render_query(e.query, version), e.completion, end=end) for e in examples]
-    asked = [_shifted(layout, config.augment, draw) for layout in asked]
-    batch = processor.collate(asked).to(model.device)
-    hidden_BTD = model.hidden(batch)
-    supervised = batch.targets >= 0
-    generation = generation_loss(model.logits(hidden_BTD[supervised]), batch.targets[supervised])
-    if lessons:
-        return config.lambda_gen * generation, {"gen": float(generation.detach())}
-    offered = [processor.forced(render_candidate(e.candidate, version)) for e in examples if e.candidate is not None]
-    offered = [_shifted(layout, config.augment, draw) for layout in offered]
-    candidates = processor.collate(offered).to(model.device)
-    rows = torch.arange(len(examples), device=model.device)
-    query_BD = hidden_BTD[rows, batch.readout].float()
-    candidate_BD = model.hidden(candidates)[rows, candidates.readout].float()
-    with torch.autocast(model.device.type, enabled=False):
-        retrieval = retrieval_loss(query_BD, candidate_BD, config.temperature, _collisions(examples).to(model.device))
-    total = config.lambda_gen * generation + config.lambda_ret * retrieval
-    return total, {"gen": float(generation.detach()), "ret": float(retrieval.detach())}
-
-
-def _shifted(layout: Layout, reach: int, draw: np.random.Generator) -> Layout:
-    """The layout with each picture moved by up to `reach` pixels, its edge repeated into the gap."""
-    if not reach or not layout.pixels:
-        return layout
-    moved = []
-    for picture in layout.pixels:
-        down, right = (int(value) for value in draw.integers(0, 2 * reach + 1, size=2))
-        padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-        moved.append(padded[down : down + picture.shape[0], right : right + picture.shape[1]])
-    return replace(layout, pixels=tuple(moved))
+def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+    """What Hugging Face's Trainer is told; how processes are launched and wrapped comes from torchrun or accelerate."""
+    if config.workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        args = TrainingArguments(
+            output_dir=str(out),
+            max_steps=max(1, config.steps),
+            gradient_accumulation_steps=config.accumulate,
+            learning_rate=config.learning_rate,
+            max_grad_norm=config.clip,
+            seed=config.seed,
+            bf16=config.mixed_precision,
+            use_cpu=config.device == "cpu",
+            logging_steps=config.log_every,
+            save_strategy="steps",
+            save_steps=config.save_every,
+            dataloader_num_workers=config.workers,
+            dataloader_prefetch_factor=4 if config.workers else None,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            logging_nan_inf_filter=False,
+            ddp_find_unused_parameters=False,
+            ddp_broadcast_buffers=False,
+            report_to=list(config.report_to) or "none",
+            fsdp="full_shard" if config.fsdp else None,
+            fsdp_config=config.fsdp or None,
+            deepspeed=config.deepspeed or None,
+            log_level="warning",
+        )
+    except (ImportError, RuntimeError, ValueError, OSError) as error:
+        raise TrainError(f"the training cannot be set up as asked: {error}") from error
+    args.per_device_train_batch_size = max(1, config.batch // args.world_size)
+    return args
 
 
 def rate(step: int, config: TrainConfig) -> float:
-    """Learning-rate factor in [0, 1]: linear warm-up, constant, linear decay over the last `decay` of the steps."""
+    """Learning-rate factor in [0, 1] of step 0, 1, ...: linear warm-up, then `hold` and a linear fall, or `cosine` (paper)."""
+    if config.curve == "cosine":
+        warm = min(config.warmup, config.steps)
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
     falling = max(1, round(config.steps * config.decay))
-    return min(1.0, (step + 1) / max(1, config.warmup), (config.steps - step) / falling)
-
-
-def _collisions(examples: list[Example]) -> torch.Tensor:
-    """[B, B], true where candidate j is among all positives of query i (not only the sampled one)."""
-    dids = [example.candidate.id if example.candidate else None for example in examples]
-    return torch.tensor([[did in example.right for did in dids] for example in examples])
+    return max(0.0, min(1.0, (step + 1) / max(1, config.warmup), (config.steps - step) / falling))
 
 
 def _tasks(config: TrainConfig) -> list[TaskData]:
@@ -228,7 +343,11 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
     if config.teach in ("lessons", "both"):
         tasks += read_lessons(root)
     if config.teach in ("pairs", "both"):
-        tasks += read_pairs(root, reasoning=config.reasoning, any_target=config.any_target)
+        read: Any = read_cot if is_cot(root) else read_pairs
+        tasks += read(
+            root, cot=config.cot, candidates=config.candidates, reasoned=config.reasoned, negatives=config.negatives,
+            any_target=config.any_target, seed=config.seed,
+        )  # fmt: skip
     if not tasks:
         raise TrainError(f"teach={config.teach!r} is unknown; choose pairs, lessons or both")
     names = {task.name for task in tasks}
@@ -239,22 +358,31 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
 
 def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
-        model = load(config.init, max_reasoning_tokens=config.max_reasoning_tokens)
+        dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+        model = load(
+            config.init, dtype=dtype, max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
+            candidates_write=config.candidates != "direct",
+        )  # fmt: skip
         if model.settings.profile is not None:
             raise TrainError(
                 f"{config.init} is read by the profile of another project; training goes on from TRACE's checkpoints only"
             )
+        own = model.processor.image
+        least, most = config.min_pixels or own.min_pixels, config.max_pixels or own.max_pixels
+        model.processor.image = replace(own, min_pixels=least, max_pixels=most)
         return model
     # The tokenizer reads everything the folder teaches, so that a model pretrained on lessons can go on with pairs.
     root = Path(config.data)
-    readable: list[TaskData] = [*read_pairs(root, reasoning=True)]
+    readable: list[TaskData] = [*(tasks if is_cot(root) else read_pairs(root))]
     if (root / "lessons").is_dir():
         readable += read_lessons(root)
     tokenizer = train_tokenizer([*texts(readable), *TEMPLATE_WORDS], config.size.vocabulary)
     settings = TraceSettings(
         prompt_version="brief-1" if config.prompt_version == "brief-1" else "trace-1",
+        read_out=config.read_out,
         max_reasoning_tokens=config.max_reasoning_tokens,
         max_text_tokens=config.max_text_tokens,
+        candidates_write=config.candidates != "direct",
     )
     return small_model(tokenizer, config.size, settings, config.seed)
 
@@ -262,63 +390,28 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
 TEMPLATE_WORDS = ("query text find image. candidate text. user assistant system image any",) * 100
 
 
-def _attach_pixels(model: TraceModel, tasks: list[TaskData], root: Path, cache: Path) -> None:
-    names = picture_names(tasks)
-    if names:
-        model.processor.pixel_store = pixel_store(root, cache, model.processor, names)
+def _trainable(model: TraceModel, config: TrainConfig) -> Any:
+    """Marks what trains; returns the PEFT model with LoRA, else None."""
+    network = model.network
+    if config.checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_rank:
+        return attach(
+            model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
+            train_projector=config.train_projector, seed=config.seed,
+        )  # fmt: skip
+    network.requires_grad_(True)
+    network.model.visual.requires_grad_(config.train_vision)
+    network.model.visual.merger.requires_grad_(config.train_projector)
+    return None
 
 
-def _schedule(config: TrainConfig, tasks: list[TaskData]) -> Schedule:
-    weights = [config.weights.get(task.name, 1.0) for task in tasks]
-    turns = config.steps * config.accumulate
-    return Schedule(tasks, weights, batch=config.batch, family=config.family, steps=turns, seed=config.seed)
-
-
-def _optimiser(model: TraceModel, config: TrainConfig) -> torch.optim.AdamW:
-    matrices = [p for p in model.network.parameters() if p.ndim >= 2]
-    others = [p for p in model.network.parameters() if p.ndim < 2]
+def _groups(reader: Reader, config: TrainConfig) -> list[dict[str, Any]]:
+    """Matrices decay, vectors do not; nor does the temperature."""
+    trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
+    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-8)
-
-
-def _save_step(model: TraceModel, optimiser: Any, out: Path, step: int, config: TrainConfig) -> None:
-    folder = out / "steps"
-    folder.mkdir(exist_ok=True)
-    state = optimiser.state_dict()
-    flat = {f"{n}.{key}": value for n, entry in state["state"].items() for key, value in entry.items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing.") as scratch:
-        fresh = Path(scratch) / "step"
-        save(model, fresh)
-        save_file({key: value.contiguous() for key, value in flat.items()}, fresh / "optimiser.safetensors")
-        (fresh / "step.json").write_text(json.dumps({"step": step}))
-        target = folder / f"{step:06d}"
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(fresh, target)
-    for old in sorted(folder.iterdir()):
-        if old.name.isdigit() and int(old.name) < step and int(old.name) not in config.keep:
-            shutil.rmtree(old)
-
-
-def _restore(model: TraceModel, optimiser: Any, out: Path, resume_from: Path | None, config: TrainConfig) -> int:
-    """Loads the newest whole step of this run, else `resume_from`; returns the step to go on from."""
-    steps = sorted(p for p in (out / "steps").glob("[0-9]*") if (p / "step.json").is_file())
-    folder = steps[-1] if steps else resume_from
-    if folder is None:
-        return 0
-    step = int(json.loads((folder / "step.json").read_text())["step"])
-    if step >= config.steps:
-        raise TrainError(f"{folder} is at step {step}, beyond the {config.steps} of this run; raise steps")
-    model.network.load_state_dict(load(folder).network.state_dict())
-    flat = load_file(folder / "optimiser.safetensors")
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in flat.items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({**optimiser.state_dict(), "state": state})
-    _cut_log(out / "log.jsonl", step)
-    log.info("going on from %s", folder)
-    return step
+    return [group for group in groups if group["params"]]
 
 
 def _cut_log(file: Path, step: int) -> None:
@@ -340,33 +433,28 @@ def _claim(out: Path, config: TrainConfig) -> None:
     written = json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
     if file.is_file():
         old, new = json.loads(file.read_text()), json.loads(written)
-        changed = sorted(
-            key for key in new if old.get(key) != new[key] and key not in ("threads", "log_every", "cache", "device")
-        )
+        changed = sorted(key for key in new if key in old and old[key] != new[key] and key not in FREE)
         if changed:
             pairs = ", ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
             raise TrainError(f"{out} holds a run with another configuration ({pairs}); choose another --out")
         return
-    fresh = file.with_suffix(".tmp")
-    fresh.write_text(written)
-    os.replace(fresh, file)
+    write_whole(file, written)
 
 
-def _write_meta(out: Path, config: TrainConfig, tasks: list[TaskData], *, seconds: float, first_step: int) -> None:
-    data_meta = Path(config.data) / "meta.json"
+def _write_meta(out: Path, config: TrainConfig, tasks: list[TaskData], *, seconds: float, first_step: int, world: int) -> None:
+    data_meta = Path(config.data) / ("manifest.json" if is_cot(Path(config.data)) else "meta.json")
     about = json.loads(data_meta.read_text()) if data_meta.is_file() else {}
     meta = {
         "format": 1,
         "traceir": __version__,
         "torch": torch.__version__,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.threads} thread(s) used",
+        "processes": world,
         "config": asdict(config),
-        "data_fingerprint": about.get("fingerprint"),
+        "data_fingerprint": about.get("fingerprint") or about.get("source_fingerprint"),
         "tasks": {task.name: len(task) for task in tasks},
         "examples_seen": config.steps * config.accumulate * config.batch,
         "seconds_since_last_start": round(seconds, 1),
         "last_start_at_step": first_step,
     }
-    fresh = out / "meta.json.tmp"
-    fresh.write_text(json.dumps(meta, indent=2) + "\n")
-    os.replace(fresh, out / "meta.json")
+    write_whole(out / "meta.json", json.dumps(meta, indent=2) + "\n")

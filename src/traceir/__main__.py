@@ -1,0 +1,8 @@
+"""`python -m traceir`, for launchers such as torchrun."""
+
+import sys
+
+from traceir.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

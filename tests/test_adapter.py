@@ -1,0 +1,340 @@
+"""Adapters: what trains and what does not, save, load and merge, which base is taken; cards and pushing."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_queries, picture, random_model
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+from traceir.adapter import PROJECTOR, attach, load_adapter, merge, save_adapter, weights_fingerprint
+from traceir.encoder import Encoder
+from traceir.errors import InputError, ModelError, TraceError
+from traceir.items import Item, Query
+from traceir.learn.card import push, write_card
+from traceir.model import TraceModel, load, save
+
+pytest.importorskip("peft")
+
+
+class Trained(NamedTuple):
+    """Base folder, adapter folder, and the model in memory with the adapter attached."""
+
+    base: Path
+    folder: Path
+    model: TraceModel
+    adapter: Any
+
+
+def base_model(*, tied: bool) -> TraceModel:
+    """A random model whose input and output rows are one matrix, or two."""
+    model = random_model(3)
+    network = model.network
+    if tied:
+        network.lm_head.weight = network.model.language_model.embed_tokens.weight
+    for config in (network.config, network.config.text_config):
+        config.tie_word_embeddings = tied
+    return model
+
+
+def learn(model: TraceModel, adapter: Any, steps: int = 4) -> None:
+    """A few steps on a made-up loss that reaches every part: words, pictures and next-token scores."""
+    trainable = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.AdamW(trainable, lr=0.02, weight_decay=0.1)
+    prompts = [model.prompt(query) for query in make_queries()[:4]]
+    batch = model.processor.collate([model.processor.lay_out(prompt, "a red cube") for prompt in prompts])
+    model.network.train()
+    for _ in range(steps):
+        hidden = model.hidden(batch)
+        logits = model.logits(hidden[batch.targets >= 0])
+        loss = torch.nn.functional.cross_entropy(logits, batch.targets[batch.targets >= 0]) + hidden.square().mean()
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.network.eval()
+
+
+def vectors(model: TraceModel) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Text, image and image+text, as queries by the direct route and as candidates: one unit vector a row."""
+    encoder, shown = Encoder(model), picture(5)
+    contents: list[dict[str, Any]] = [{"text": "red cube"}, {"image": shown}, {"text": "make one red", "image": shown}]
+    found = encoder.encode_queries([Query.of(**content) for content in contents], route="direct")
+    found += encoder.encode_items([Item.of(**content) for content in contents])
+    return np.stack([one.vector for one in found])
+
+
+@pytest.fixture(params=["tied", "untied"])
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
+    base = save(base_model(tied=request.param == "tied"), tmp_path / "base")
+    model = load(base)
+    adapter = attach(model, rank=4, alpha=8, dropout=0.1, train_projector=True, seed=1)
+    learn(model, adapter)
+    return Trained(base, save_adapter(model, adapter, tmp_path / "adapter", str(base)), model, adapter)
+
+
+def test_only_lora_projector_and_emb_rows_change(tmp_path: Path) -> None:
+    for tied in (True, False):
+        model = load(save(base_model(tied=tied), tmp_path / f"tied-{tied}"))
+        before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+        frozen = dict(model.network.named_parameters())
+        plain = vectors(model)
+        adapter = attach(model, rank=4, alpha=8, dropout=0.1, train_projector=True, seed=1)
+        assert adapter.base_model.model is model.network
+        np.testing.assert_array_equal(vectors(model), plain)  # nothing has been learnt yet, and no dropout is on
+        names = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
+        rest = [name for name in names if ".lora_" not in name and f"{PROJECTOR}.modules_to_save" not in name]
+        assert len(rest) == (1 if tied else 2) and all(name.endswith("trainable_tokens_delta.default") for name in rest)
+        learn(model, adapter)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+        after = adapter.merge_and_unload().state_dict()
+        assert set(after) == set(before)
+        changed = {name for name in after if not torch.equal(after[name], before[name])}
+        linears = {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
+        projector = {name for name in before if PROJECTOR in name}
+        rows = {name for name in before if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+        assert changed == linears | projector | rows
+        for name in rows:
+            different = (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
+            assert different == [model.processor.emb_id]
+        head, words = model.network.lm_head.weight, model.network.model.language_model.embed_tokens.weight
+        assert (head is words) == tied
+
+
+def test_projector_stays_frozen_if_told() -> None:
+    model = base_model(tied=True)
+    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=0)
+    assert not [name for name, parameter in adapter.named_parameters() if parameter.requires_grad and "visual" in name]
+
+
+def test_two_matrices_are_two_rows_whatever_the_configuration_says() -> None:
+    model = random_model(3)  # its configuration says tied, its matrices are not
+    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=0)
+    assert sum("trainable_tokens_delta" in name for name, _ in adapter.named_parameters()) == 2
+
+
+def test_save_load_and_merge_give_the_same_embeddings(trained: Trained, tmp_path: Path) -> None:
+    base, folder, model, _ = trained
+    assert vectors(load(base)).shape == vectors(model).shape
+    assert ((vectors(load(base)) * vectors(model)).sum(axis=1) < 0.999).all()  # learning has moved each of them
+    loaded, merged = load(folder), load(merge(folder, tmp_path / "merged"))
+    for other in (loaded, merged):
+        assert ((vectors(other) * vectors(model)).sum(axis=1) >= 0.999999).all()
+        assert not hasattr(other.network, "peft_config")
+    assert loaded.fingerprint == load(shutil.copytree(folder, tmp_path / "elsewhere")).fingerprint != load(base).fingerprint
+    assert merged.fingerprint == weights_fingerprint(tmp_path / "merged")
+    encodings = [Encoder(one).encode_queries(make_queries()) for one in (loaded, merged)]
+    assert [one.reasoning for one in encodings[0]] == [one.reasoning for one in encodings[1]]
+
+
+def test_adapter_over_an_adapter(trained: Trained, tmp_path: Path) -> None:
+    folder = trained.folder
+    model = load(folder)
+    learn(model, adapter := attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=2))
+    second = save_adapter(model, adapter, tmp_path / "second", str(folder))
+    assert ((vectors(load(second)) * vectors(model)).sum(axis=1) >= 0.999999).all()
+
+
+def test_stock_peft_reads_the_folder(trained: Trained) -> None:
+    import peft
+
+    base, folder, model, _ = trained
+    stock = load(base)
+    peft.PeftModel.from_pretrained(stock.network, str(folder))
+    stock.network.eval()
+    assert ((vectors(stock) * vectors(model)).sum(axis=1) >= 0.999999).all()
+
+
+def test_bfloat16_base_trains_float32_adapters() -> None:
+    model = base_model(tied=True)
+    model.network.bfloat16()
+    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
+    assert {parameter.dtype for parameter in adapter.parameters() if parameter.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        learn(model, adapter, steps=1)
+    assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters())
+
+
+def test_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:
+    base, folder = trained.base, trained.folder
+    other = random_model(9)
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"not at .*base"):
+        load(folder)
+    save(other, base)
+    with pytest.raises(ModelError, match="is an adapter over weights"):
+        load(folder)
+
+
+def test_base_beside_the_adapter(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = trained.folder
+    written = json.loads((folder / "traceir.json").read_text())
+    written["base"]["source"] = "../base"
+    (folder / "traceir.json").write_text(json.dumps(written))
+    monkeypatch.chdir("/")
+    assert load_adapter(folder).fingerprint == written["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: (folder / "adapter_model.safetensors").unlink(),
+        lambda folder: (folder / "traceir.json").unlink(),
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 100),
+        lambda folder: (folder / "adapter_config.json").write_text(
+            (folder / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 9')
+        ),
+    ],
+    ids=["no weights", "no settings", "damaged weights", "other alpha"],
+)
+@pytest.mark.parametrize("trained", ["tied"], indirect=True)
+def test_a_folder_that_is_not_whole_does_not_load(trained: Trained, harm: Callable[[Path], Any]) -> None:
+    harm(trained.folder)
+    with pytest.raises(ModelError):
+        load(trained.folder)
+
+
+@pytest.mark.parametrize("trained", ["tied"], indirect=True)
+def test_nothing_half_written_and_nothing_overwritten(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, folder, model, _ = trained
+    with pytest.raises(ModelError, match="exists already"):
+        merge(folder, base)
+    with pytest.raises(ModelError, match="nothing to merge"):
+        merge(base, tmp_path / "merged")
+    with pytest.raises(ModelError, match="adapter is attached"):
+        save(model, tmp_path / "wrong")
+    monkeypatch.setattr("traceir.adapter.save_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(model, trained.adapter, tmp_path / "cut", str(base))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# Cards and pushing
+
+
+def evaluation(folder: Path, fingerprint: str, row: str = "cirr_task7") -> Path:
+    """What `traceir evaluate` leaves, with made-up scores."""
+    scores = {"queries": 8, "pool": 20, "metric_k": 5, "hit@1": 0.25, "hit@5": 0.625, "hit@10": 0.75, "reasoned": 0.5,
+              "tokens_per_query": 4.5, "truncated": 0.0}  # fmt: skip
+    results = {
+        "format": 2,
+        "model": fingerprint,
+        "data": "d" * 64,
+        "split": "test",
+        "limit": None,
+        "routes": {"auto": {row: scores}},
+        "average": {"auto": {"mean": 0.625, "lowest": 0.625}},
+    }
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+@pytest.fixture
+def ready(tmp_path: Path) -> tuple[Path, Path]:
+    """A plain checkpoint and the folder of its run, with text that would break Markdown and YAML."""
+    checkpoint = save(base_model(tied=True), tmp_path / "checkpoint")
+    run, data = tmp_path / "run", tmp_path / "data"
+    run.mkdir()
+    data.mkdir()
+    (data / "meta.json").write_text(json.dumps({"name": "Bad | `name`\n---\n- [x](y): <b>", "seed": 3}))
+    config = {"data": str(data), "init": "Qwen/Qwen2.5-VL-3B-Instruct", "lora_rank": 128, "note": "```\nend"}
+    meta = {"format": 1, "config": config, "data_fingerprint": "d" * 64, "tasks": {"cirr|7": 11}}
+    (run / "meta.json").write_text(json.dumps(meta))
+    return checkpoint, run
+
+
+def test_card_is_valid_and_says_what_the_folder_says(ready: tuple[Path, Path], tmp_path: Path) -> None:
+    checkpoint, run = ready
+    scored = evaluation(tmp_path / "scored", load(checkpoint).fingerprint, row="odd|row\n---\n")
+    text = write_card(checkpoint, run=run, evaluations=[scored], repo="somebody/trace-test", licence="apache-2.0")
+    assert (checkpoint / "README.md").read_text() == text
+    write_card(checkpoint, run=run)  # its own card may be replaced
+    assert "None were given" in (checkpoint / "README.md").read_text()
+    card = ModelCard(text)
+    assert (card.data.library_name, card.data.license) == ("traceir", "apache-2.0")
+    assert card.data.base_model == "Qwen/Qwen2.5-VL-3B-Instruct"
+    [result] = card.data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_revision) == ("hit_at_5", 0.625, "d" * 64)
+    assert '"lora_rank": 128' in card.text and "62.5" in card.text and "**all rows**" in card.text
+    assert "odd\\|row" in card.text and "\\<b\\>" in card.text and str(tmp_path) not in text
+    assert card.text.count("\n````") == 2  # the fence is longer than any in the configuration
+    with pytest.raises(InputError, match="evaluate this very one"):
+        write_card(checkpoint, evaluations=[evaluation(tmp_path / "other", "0123456789abcdef")])
+    (checkpoint / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="not written by traceir"):
+        write_card(checkpoint)
+
+
+class FakeHub:
+    """Stands for HfApi: remembers what it was asked, as HfApi's methods are named."""
+
+    public = False
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*_: Any, **options: Any) -> Any:
+            self.calls.append((name, options))
+            return SimpleNamespace(private=not self.public, commit_url="https://hub.test/commit/1")
+
+        return call
+
+
+def test_push(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, _ = ready
+    monkeypatch.setattr("traceir.learn.card.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    (checkpoint / ".secret").write_text("stays here")
+    told = push(checkpoint, "somebody/trace-test")
+    assert "model.safetensors" in told and "nothing was uploaded" in told and ".secret" not in told and not FakeHub.calls
+    assert push(checkpoint, "somebody/trace-test", private=True, dry_run=False).endswith("/commit/1")
+    assert [name for name, _ in FakeHub.calls] == ["create_repo", "model_info", "upload_folder"]
+    assert FakeHub.calls[0][1]["private"] is True
+    assert set(FakeHub.calls[-1][1]["allow_patterns"]) == {path.name for path in checkpoint.iterdir()} - {".secret"}
+    monkeypatch.setattr(FakeHub, "public", True)
+    with pytest.raises(TraceError, match="is public"):
+        push(checkpoint, "somebody/trace-test", private=True, dry_run=False)
+    with pytest.raises(InputError, match="OWNER/NAME"):
+        push(checkpoint, "no good name")
+
+
+def test_push_without_network_names_the_remedy(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(TraceError, match="hf auth login"):
+        push(ready[0], "somebody/trace-test", dry_run=False)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "extra.PKL", "optimiser.safetensors", "training_args.bin", "run.sh"])
+def test_push_refuses(ready: tuple[Path, Path], name: str) -> None:
+    (ready[0] / name).write_bytes(b"made up")
+    with pytest.raises(ModelError, match=re.escape(name)):
+        push(ready[0], "somebody/trace-test", dry_run=True)
+
+
+def test_push_refuses_folders_that_are_not_whole(ready: tuple[Path, Path]) -> None:
+    checkpoint, run = ready
+    with pytest.raises(ModelError, match="lacks"):
+        push(run, "somebody/trace-test")
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="damaged"):
+        push(checkpoint, "somebody/trace-test")
+
+
+@pytest.mark.parametrize("trained", ["tied"], indirect=True)
+def test_push_of_an_adapter_needs_a_base_that_others_have(trained: Trained) -> None:
+    assert "peft" in (ModelCard(write_card(trained.folder, repo="somebody/adapter")).data.tags or [])
+    with pytest.raises(ModelError, match="traceir merge"):
+        push(trained.folder, "somebody/adapter")

@@ -1,0 +1,413 @@
+"""What becomes of samples: labels, negatives and shares by hand, batches by rule, and the same Examples from every format."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import picture
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from traceir.errors import DataError, TrainError
+from traceir.items import Query
+from traceir.learn import mbeir
+from traceir.learn.cot import PoolFile, is_cot, read_cot, write_cot
+from traceir.learn.data import (
+    Example,
+    Pairs,
+    Schedule,
+    TaskData,
+    completion,
+    keeps_reasoning,
+    picture_names,
+    read_lessons,
+    read_pairs,
+    task_shares,
+    texts,
+)
+from traceir.learn.pixels import pixel_store
+from traceir.learn.small import SmallSize, small_model, train_tokenizer
+from traceir.model import TraceSettings
+
+TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
+                 vision_inner=32, vocabulary=420)  # fmt: skip
+COLOURS = ("red", "green", "blue", "white", "black", "pink")
+
+
+def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def query(qid: str, task_id: int, image: str, text: str | None, right: list[str], wrong: list[str]) -> dict[str, Any]:
+    return {
+        "qid": qid,
+        "query_txt": text,
+        "query_img_path": image,
+        "query_src_content": None,
+        "query_modality": "image,text" if text else "image",
+        "pos_cand_list": right,
+        "neg_cand_list": wrong,
+        "task_id": task_id,
+    }
+
+
+def make_folder(root: Path) -> Path:
+    """Invented data in M-BEIR's layout: 8 pictures to be named and 8 to be changed, in one file in turn; 5 to be matched.
+
+    Query 8:N+1 is right at 8:101+N and, if it is a change, at 8:101 and at 8:999, which is not in the pool. Of the changes,
+    every other one is complex.
+    """
+    (root / "mbeir_images").mkdir(parents=True)
+    queries, labels = [], []
+    pool: list[dict[str, Any]] = [{"did": "8:500", "txt": "a wrong thing", "img_path": None, "modality": "text"}]
+    for number in range(16):
+        name, composed = f"mbeir_images/{number}.png", number % 2 == 1
+        picture(number).load().save(root / name)
+        text = f"make it {COLOURS[number % 6]}" if composed else None
+        right = [f"8:{number + 101}", *(["8:101", "8:999"] if composed else [])]
+        wrong = [f"8:{other + 101}" for other in (number, (number + 1) % 16, (number + 2) % 16)] + ["8:500", "8:500"]
+        queries.append(query(f"8:{number + 1}", 7 if composed else 3, name, text, right, wrong[: number % 6]))
+        pool.append({"did": f"8:{number + 101}", "txt": f"thing {number}", "img_path": name, "modality": "image,text"})
+        if composed:
+            z = number // 2 % 2
+            told = {"reasoning": f"see {number}", "answer": f"thing {number}"} if z else {"reasoning": None, "answer": None}
+            labels.append({"qid": f"8:{number + 1}", "steps": 1 + z, "z": z, **told})
+    queries.insert(0, queries.pop())  # the file is not in the order of qids
+    write_lines(root / "query/train/mbeir_cirr_train.jsonl", queries)
+    write_lines(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)
+    matches = [query(f"4:{n}", 4, f"mbeir_images/{n}.png", None, [f"8:{n + 101}"], []) for n in range(5)]
+    write_lines(root / "query/train/mbeir_nights_train.jsonl", matches)
+    write_lines(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
+    (root / "instructions").mkdir()
+    (root / "instructions/query_instructions.tsv").write_text(
+        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\n"
+        "image\ttext\tcirr\t8\tname it\tsay it\nimage,text\timage\tcirr\t8\tchange it\tedit it\nimage\timage\tnights\t4\tmatch\n"
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("data") / "m")
+
+
+def named(tasks: list[Any], name: str) -> Pairs:
+    (found,) = [task for task in tasks if task.name == name]
+    assert isinstance(found, Pairs)
+    return found
+
+
+def examples(task: TaskData) -> list[Example]:
+    return [task.example(number, np.random.default_rng((5, number))) for number in range(len(task))]
+
+
+# Labels
+
+
+def test_what_a_query_writes_by_hand() -> None:
+    label = mbeir.Label("8:1", 2, 1, "see red; make blue.", "a blue cube")
+    written = {cot: completion(label, cot) for cot in ("both", "reasoning", "answer", "tagged", "none")}
+    assert written == {
+        "both": "see red; make blue. a blue cube",
+        "reasoning": "see red; make blue.",
+        "answer": "a blue cube",
+        "tagged": "see red; make blue. a blue cube </answer>",
+        "none": "",
+    }
+    assert completion(replace(label, answer=None), "answer") == ""
+    assert completion(mbeir.Label("8:1", 1, 0, None, None), "tagged") == ""
+
+
+def test_reasoned_shares_are_kept_in_expectation_and_nested() -> None:
+    qids = [f"8:{number}" for number in range(4000)]
+    quarter, half = ({q for q in qids if keeps_reasoning(q, share, 3)} for share in (0.25, 0.5))
+    assert quarter < half and abs(len(quarter) / 4000 - 0.25) < 0.03 and abs(len(half) / 4000 - 0.5) < 0.03
+    assert half != {q for q in qids if keeps_reasoning(q, 0.5, 4)}, "another seed keeps other queries"
+    assert all(keeps_reasoning(q, 1.0, 3) and not keeps_reasoning(q, 0.0, 3) for q in qids)
+
+
+def test_reading_joins_labels_and_leaves_out_what_is_not_reasoned(folder: Path) -> None:
+    tasks = read_pairs(folder)
+    assert [(task.name, len(task)) for task in tasks] == [("nights_task4", 5), ("cirr_task3", 8), ("cirr_task7", 8)]
+    taught = examples(named(tasks, "cirr_task7"))
+    assert [e.completion for e in taught[:4]] == ["see 15; thing 15", "", "see 3; thing 3", ""]
+    assert all(e.query.instruction in ("Change it.", "Edit it.") and e.query.target == "image" for e in taught)
+    assert taught[1].right == {"8:102", "8:101", "8:999"}, "right names positives that are not in the pool, too"
+    assert {e.candidate.id for e in taught if e.candidate} <= {"8:101", *(f"8:{n + 101}" for n in range(16))}
+    kept = {e.query.id for e in examples(named(read_pairs(folder, reasoned=0.5, seed=1), "cirr_task7")) if e.completion}
+    assert kept == {f"8:{n + 1}" for n in (3, 7, 11, 15) if keeps_reasoning(f"8:{n + 1}", 0.5, 1)}
+    assert not any(e.completion for e in examples(named(read_pairs(folder, cot="none"), "cirr_task7")))
+    assert all(e.query.target is None for e in examples(named(read_pairs(folder, any_target=1.0), "cirr_task7")))
+
+
+def test_candidates_write_what_the_first_query_by_number_tells(folder: Path) -> None:
+    answer, reason = (named(read_pairs(folder, cot="none", candidates=kind), "cirr_task7") for kind in ("answer", "reason"))
+    assert (answer.description("8:104"), reason.description("8:104")) == ("thing 3", "see 3; thing 3")
+    assert answer.description("8:101") == "thing 3", "8:4 comes before 8:12 and 8:16"
+    assert answer.description("8:102") == "", "its only label is of a simple query"
+    for example in examples(answer):
+        assert example.candidate and example.described == answer.description(example.candidate.id or "")
+    assert not any(e.described for e in examples(named(read_pairs(folder), "cirr_task7")))
+
+
+def test_settings_that_mean_nothing_are_refused(folder: Path) -> None:
+    for wrong in ({"cot": "some"}, {"candidates": "all"}, {"reasoned": 1.5}, {"negatives": -1}, {"any_target": -0.1}):
+        with pytest.raises(TrainError, match=next(iter(wrong))):
+            read_pairs(folder, **wrong)
+
+
+# Negatives
+
+
+def test_negatives_are_never_right_and_each_once(folder: Path) -> None:
+    met: Counter[str] = Counter()
+    for seed in range(8):
+        for task in read_pairs(folder, negatives=3):
+            for number, record in enumerate(task.pairs):
+                example = task.example(number, np.random.default_rng(seed))
+                dids = [item.id or "" for item in example.negatives]
+                listed = set(record.negatives) - set(record.positives)
+                assert set(dids) <= listed and len(set(dids)) == len(dids) == min(3, len(listed))
+                met.update(dids)
+    assert met["8:500"] and len(met) > 8
+    plain, more = (named(read_pairs(folder, negatives=n), "cirr_task7") for n in (0, 2))
+    assert [replace(e, negatives=()) for e in examples(more)] == examples(plain), "negatives change no other draw"
+
+
+def test_what_the_pool_lacks_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "m")
+    lines = [query("4:0", 4, "mbeir_images/0.png", None, ["8:101"], ["8:777"])]
+    lines.append(query("4:1", 4, "mbeir_images/1.png", None, ["8:999"], []))
+    write_lines(root / "query/train/mbeir_nights_train.jsonl", lines)
+    assert named(read_pairs(root), "nights_task4").sample(0).negatives == ()
+    with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
+        named(read_pairs(root, negatives=1), "nights_task4").sample(0)
+    with pytest.raises(DataError, match=r"query 4:1: no positive \(8:999\)"):
+        named(read_pairs(root), "nights_task4").sample(1)
+    with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
+        write_cot(root, tmp_path / "cot")
+    assert not is_cot(tmp_path / "cot")
+
+
+# Schedule
+
+
+def test_shares_by_hand() -> None:
+    sizes, weights = [100, 400, 900], [1.0, 2.0, 0.0]
+    assert task_shares(sizes, weights) == pytest.approx([1 / 3, 2 / 3, 0])
+    assert task_shares(sizes, weights, "proportional") == pytest.approx([1 / 9, 8 / 9, 0])
+    assert task_shares(sizes, weights, "temperature", 2.0) == pytest.approx([1 / 5, 4 / 5, 0])
+    assert task_shares(sizes, [1.0] * 3, "temperature", 1.0) == pytest.approx(task_shares(sizes, [1.0] * 3, "proportional"))
+    with pytest.raises(TrainError, match="sampling is 'even'"):
+        task_shares(sizes, weights, "even")
+    for temperature in (0.0, -1.0, float("nan")):
+        with pytest.raises(TrainError, match="above 0"):
+            task_shares(sizes, weights, "temperature", temperature)
+    with pytest.raises(TrainError, match="weights"):
+        task_shares(sizes, [0.0] * 3)
+
+
+class Numbered(TaskData):
+    def example(self, number: int, draw: np.random.Generator) -> Example:
+        return Example(Query.of(text=f"{self.name} {number}"), "", None, frozenset())
+
+
+def test_the_schedule_keeps_shares_families_and_epochs() -> None:
+    tasks = [Numbered("a", range(16)), Numbered("b", range(8))]
+    schedule = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
+    names = [schedule.task(step).name for step in range(40)]
+    assert names.count("a") == 30 and names.count("b") == 10
+    rows = [[int(e.query.text.split()[1]) for e in schedule.examples(step)] for step in range(40) if names[step] == "a"]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert sorted(first + second) == list(range(16)), "two batches of 8 make one epoch of 16"
+    for batch in rows:
+        for start in (0, 4):
+            family = batch[start : start + 4]
+            assert family == list(range(family[0], family[0] + 4)) and family[0] % 4 == 0
+    again = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
+    assert [e.query for e in again.examples(17)] == [e.query for e in schedule.examples(17)], "a step needs no history"
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 60), family=st.integers(1, 9), families=st.integers(1, 5), seed=st.integers(0, 3))
+def test_every_example_is_seen_in_every_epoch(size: int, family: int, families: int, seed: int) -> None:
+    per_epoch = -(-size // family)
+    schedule = Schedule(
+        [Numbered("a", range(size))], [1.0], batch=family * families, family=family, steps=per_epoch * 3, seed=seed
+    )
+    rows = [row for step in range(per_epoch * 3) for row in schedule.rows(step)]
+    for epoch in range(3 * families):
+        seen = rows[epoch * per_epoch * family : (epoch + 1) * per_epoch * family]
+        assert set(seen) == set(range(size))
+    if size >= family:
+        starts = range(0, len(rows), family)
+        assert all(len(set(rows[start : start + family])) == family for start in starts), "no example beside itself"
+
+
+def test_schedule_refuses_what_cannot_be() -> None:
+    with pytest.raises(TrainError, match="multiple of family"):
+        Schedule([Numbered("a", range(9))], [1.0], batch=9, family=2, steps=1, seed=0)
+    with pytest.raises(TrainError, match="weights"):
+        Schedule([Numbered("a", range(9))], [0.0], batch=8, family=2, steps=1, seed=0)
+    with pytest.raises(TrainError, match="task a has no examples"):
+        Schedule([Numbered("a", range(0))], [1.0], batch=8, family=2, steps=1, seed=0)
+
+
+def test_lessons_are_sorted_by_length_within_a_window(tmp_path: Path) -> None:
+    lines = [{"img_path": None, "prompt": f"count {n}", "target": " ".join(["one"] * (n % 7 + 1))} for n in range(40)]
+    write_lines(tmp_path / "lessons/counting.jsonl", lines)
+    (counting,) = read_lessons(tmp_path)
+    assert counting.name == "lessons_counting"
+    lengths = [len(prompt) + len(target) for _, prompt, target in counting.lines]
+    assert lengths == sorted(lengths)
+    assert sorted(texts([counting])) == sorted(f"{line['prompt']} {line['target']}" for line in lines)
+
+
+# M-BEIR-CoT
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("reading local files asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_both_formats_give_the_examples_of_the_folder(folder: Path, tmp_path: Path, format: str, no_network: None) -> None:
+    manifest = write_cot(folder, tmp_path / "cot", format=format, rows_per_file=8)
+    assert [file["name"] for file in manifest["files"]] == [f"train-0000{n}-of-00003.{format}" for n in range(3)]
+    assert manifest["samples"] == 21 and sum(file["rows"] for file in manifest["files"]) == 21
+    assert manifest["tasks"]["cirr_task7"] == {"samples": 8, "complex": 4, "negatives": 11, "positives_outside_pool": 8}
+    assert is_cot(tmp_path / "cot") and not is_cot(folder)
+    for taught in (
+        {},
+        {"cot": "tagged", "negatives": 2, "any_target": 0.5},
+        {"cot": "reasoning", "candidates": "reason", "reasoned": 0.5, "seed": 1},
+        {"cot": "none", "candidates": "answer", "negatives": 1},
+        {"cot": "none"},
+    ):
+        plain, inline = read_pairs(folder, **taught), read_cot(tmp_path / "cot", **taught)
+        assert [(task.name, len(task), task.root.resolve()) for task in inline] == [
+            (task.name, len(task), folder.resolve()) for task in plain
+        ]
+        assert [examples(task) for task in inline] == [examples(task) for task in plain]
+        assert picture_names(inline) == picture_names(plain) and list(texts(inline)) == list(texts(plain))
+
+
+def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:
+    write_cot(folder, tmp_path / "cot", rows_per_file=8, negatives=False)
+    file = tmp_path / "alone.parquet"
+    (tmp_path / "cot/train-00002-of-00003.parquet").rename(file)
+    assert is_cot(file)
+    (task3, task7) = read_cot(file, root=folder, cache=tmp_path / "cache", negatives=2)
+    assert (len(task3), len(task7)) == (3, 2) and not any(e.negatives for e in examples(task7))
+    with pytest.raises(DataError, match=r"no manifest\.json; give the folder"):
+        read_cot(file)
+    with pytest.raises(DataError, match=r"train-00002.* is missing"):
+        read_cot(tmp_path / "cot")
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ({"query_modality": "sound"}, "query_modality is 'sound'"),
+        ({"reasoning": None, "z": 1}, "reasoning is None; it must be a text where z is 1"),
+        ({"positives": []}, "at least one candidate"),
+        ({"negatives": [{"did": "8:101", "txt": "thing", "img_path": None, "modality": "text"}]}, "8:101 is a positive"),
+        ({"task": "cirr_task3"}, "do not agree"),
+        ({"z": "many"}, "not a row"),
+        ({"colour": "red"}, "not known: .'colour'"),
+        ("{broken", "not a row"),
+    ],
+)
+def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: dict[str, Any] | str, found: str) -> None:
+    write_cot(folder, tmp_path / "cot", format="jsonl", rows_per_file=8)
+    file = tmp_path / "cot/train-00001-of-00003.jsonl"
+    lines = file.read_text().splitlines()
+    row = json.loads(lines[3])
+    assert row["qid"] == "8:6" and row["task"] == "cirr_task7"
+    lines[3] = line if isinstance(line, str) else json.dumps(row | line)
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{found}"):
+        read_cot(tmp_path / "cot")
+
+
+def test_a_broken_parquet_row_is_named_also_where_the_file_was_read_before(folder: Path, tmp_path: Path) -> None:
+    write_cot(folder, tmp_path / "cot", rows_per_file=8)
+    read_cot(tmp_path / "cot")
+    file = tmp_path / "cot/train-00001-of-00003.parquet"
+    table = pq.read_table(file)
+    rows = table.to_pylist()
+    rows[4]["query_img_path"] = "../outside.png"
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet:5: query_img_path"):
+        read_cot(tmp_path / "cot")
+    pq.write_table(table.drop_columns(["steps"]), file)
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: columns are missing.*steps"):
+        read_cot(tmp_path / "cot")
+    pq.write_table(table.slice(0, 7), file)
+    with pytest.raises(DataError, match="20 rows where 21 were written"):
+        read_cot(tmp_path / "cot")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: not a Parquet file"):
+        read_cot(tmp_path / "cot")
+
+
+def test_an_unfinished_folder_is_not_read_and_a_finished_one_not_overwritten(folder: Path, tmp_path: Path) -> None:
+    whole = write_cot(folder, tmp_path / "whole", rows_per_file=8)
+    out = tmp_path / "cot"
+    (out / "writing").mkdir(parents=True)
+    (out / "writing/00000.parquet").write_bytes(b"half")
+    (out / "train-00000-of-00001.parquet").write_bytes(b"of a call that did not end")
+    with pytest.raises(DataError, match="was not written to its end"):
+        read_cot(out, root=folder)
+    again = write_cot(folder, out, rows_per_file=8)
+    assert again["files"] == whole["files"], "equal sources make equal bytes"
+    assert sorted(file.name for file in out.iterdir()) == sorted(["manifest.json", *(file["name"] for file in again["files"])])
+    with pytest.raises(DataError, match=r"holds a manifest\.json"):
+        write_cot(folder, out)
+
+
+def test_a_pool_file_is_the_pool(folder: Path, tmp_path: Path) -> None:
+    path = mbeir.train_pool_path(folder)
+    pool = PoolFile(path)
+    assert dict(pool) == {candidate.did: candidate for candidate in mbeir.read_pool(path)}
+    assert "8:999" not in pool and len(pool) == 17
+    pool.close()
+    twice = tmp_path / "pool.jsonl"
+    twice.write_text(path.read_text() + '{"did": "8:101", "txt": "again", "modality": "text"}\n')
+    with pytest.raises(DataError, match="'8:101' occurs a second time"):
+        PoolFile(twice)
+    twice.write_text(path.read_text() + '{"did": "8:1000"}\n')
+    with pytest.raises(DataError, match=r"pool\.jsonl:18: modality"):
+        PoolFile(twice)
+
+
+# Pixel store
+
+
+def test_a_pixel_store_is_completed_without_what_it_holds_already(tmp_path: Path) -> None:
+    model = small_model(train_tokenizer(["a thing"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
+    names = []
+    for number in (1, 2):
+        names.append(f"{number}.png")
+        picture(number).load().save(tmp_path / names[-1])
+    first = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[:1])[str(tmp_path / "1.png")].copy()
+    (tmp_path / "1.png").unlink()
+    store = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[1:])
+    assert len(store) == 2 and (store[str(tmp_path / "1.png")] == first).all()
+    assert (store[str(tmp_path / "2.png")] != first).any()
+    with pytest.raises(DataError, match=r"3\.png"):
+        pixel_store(tmp_path, tmp_path / "cache", model.processor, ["3.png"])
