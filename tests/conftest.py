@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from traceir.batch import ReadOut
-from traceir.cli import bundled_model
 from traceir.encoder import Encoder
 from traceir.items import Query
 from traceir.learn.minibeir.build import build
@@ -18,6 +17,7 @@ from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings
 from traceir.pictures import Picture
 from traceir.prompts import render_query
+from traceir.terminal import bundled_model
 
 WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from traceir.cli import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
@@ -22,6 +21,7 @@ from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.unseen.catalogue import COLUMNS
 from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.terminal import bundled_model
 
 LIMIT = 12
 

@@ -307,14 +307,17 @@ def test_overrides_take_their_type_from_the_field() -> None:
     settings = [
         "steps=7",
         "learning_rate=3e-4",
-        "reasoning=False",
+        "precheck=False",
+        "read_out=at_token",
+        "report_to=tensorboard,wandb",
         "keep=10,20",
         "size.hidden=128",
         "weights.cirr_task7=4",
         "init=a=b",
     ]
     found = override(config, settings)
-    assert (found.steps, found.learning_rate, found.reasoning, found.keep) == (7, 3e-4, False, (10, 20))
+    assert (found.steps, found.learning_rate, found.precheck, found.keep) == (7, 3e-4, False, (10, 20))
+    assert found.read_out == "at_token" and found.report_to == ("tensorboard", "wandb")
     assert found.size == SmallSize(hidden=128) and found.weights == {"cirr_task7": 4.0} and found.init == "a=b"
     assert config == TrainConfig(data="d", out="o")
 
@@ -329,7 +332,8 @@ def test_overrides_take_their_type_from_the_field() -> None:
         ("weights=3", "weights.NAME"),
         ("steps=3.5", "whole number"),
         ("temperature=nan", "finite"),
-        ("reasoning=1", "true or false"),
+        ("precheck=1", "true or false"),
+        ("cot=most", "both, reasoning, answer"),
         ("steps", "key=value"),
     ],
 )
@@ -353,5 +357,6 @@ def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatc
     (finished / "traceir.json").write_text("{}")
     assert stages_before("mini-direct") == ["mini-lessons"] and stages_before("mini-lessons") == []
     mini, direct = (resolve(name, data=str(tmp_path), init="random", out="o") for name in ("mini", "mini-direct"))
-    assert mini.reasoning and not direct.reasoning and mini == override(direct, ["reasoning=true"])
+    assert mini.cot == "both" and direct.cot == "none" and mini == override(direct, ["cot=both"])
+    assert resolve("qwen2.5-vl-7b", data=str(tmp_path)).init.startswith("Qwen/"), "a hub id needs no folder"
     assert mini.cache == "" and PRESETS["mini"]().cache != ""  # pixels of other data are not mixed in

@@ -14,9 +14,26 @@ ROUTES: Final = ("auto", "reason", "direct")
 MODALITIES: Final = ("image", "text", "image,text")
 REPORTS: Final = ("steps", "routing", "routes", "scoreboard", "examples")
 PRESETS: Final = (
-    "mini", "mini-naming", "mini-words", "mini-lessons", "mini-direct", "mini-direct-long", "ablation", "emoji", "qwen2-vl-2b",
-    "qwen2.5-vl-3b", "qwen2.5-vl-7b",
-)  # fmt: skip
+    "mini",
+    "mini-naming",
+    "mini-words",
+    "mini-lessons",
+    "mini-direct",
+    "mini-direct-long",
+    "ablation",
+    "small-naming",
+    "small-words",
+    "small-lessons",
+    "ablation-small",
+    "middle-naming",
+    "middle-words",
+    "middle-lessons",
+    "ablation-middle",
+    "emoji",
+    "qwen2-vl-2b",
+    "qwen2.5-vl-3b",
+    "qwen2.5-vl-7b",
+)
 SCALES: Final = ("small", "full")
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
 

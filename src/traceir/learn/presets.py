@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Final, get_type_hints
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from traceir.errors import InputError
 from traceir.learn.small import SmallSize
@@ -69,7 +69,7 @@ def mini() -> TrainConfig:
         cache="data/pixels",
         teach="both",
         weights={**WEIGHTS, **beside},
-        steps=4200,
+        steps=3600,
         warmup=50,
         learning_rate=1e-3,
         decay=0.45,
@@ -162,6 +162,24 @@ def ablation() -> TrainConfig:
     )  # fmt: skip
 
 
+def sized(stage: Callable[[], TrainConfig], name: str, size: SmallSize) -> Callable[[], TrainConfig]:
+    """A stage of another size: the same training, after the lessons of its own size."""
+
+    def config() -> TrainConfig:
+        same = stage()
+        init, out = (place.replace("out/runs/mini-", f"out/runs/{name}-") for place in (same.init, same.out))
+        return replace(same, init=init, out=out, size=size)
+
+    return config
+
+
+SIZES: Final = {
+    "small": replace(SIZE, hidden=64, inner=176, layers=3),
+    "middle": replace(SIZE, hidden=96, inner=264),
+}
+"""Smaller backbones for `traceir ablate backbone`; the base has a width of 128 in 4 layers."""
+
+
 def emoji() -> TrainConfig:
     """A small model from random weights on a few thousand real pictures."""
     return TrainConfig(
@@ -239,6 +257,16 @@ PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
     "mini-direct": mini_direct,
     "mini-direct-long": mini_direct_long,
     "ablation": ablation,
+    **{
+        f"{prefix}{name}{suffix}": sized(stage, name, size)
+        for name, size in SIZES.items()
+        for prefix, suffix, stage in (
+            ("", "-naming", mini_naming),
+            ("", "-words", mini_words),
+            ("", "-lessons", mini_lessons),
+            ("ablation-", "", ablation),
+        )
+    },
     "emoji": emoji,
     "qwen2-vl-2b": qwen2_vl_2b,
     "qwen2.5-vl-3b": qwen2_5_vl_3b,
@@ -269,8 +297,8 @@ def resolve(
     if not Path(config.data).is_dir():
         remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
         raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
-    if config.init == preset.init != "random" and not Path(config.init).is_dir():
-        before = Path(config.init).parent.name
+    before = Path(config.init).parent.name
+    if config.init == preset.init and before in PRESETS and not Path(config.init).is_dir():
         raise InputError(
             f"preset {name} starts from {config.init}, which is not there; train --preset {before} first, or name another start"
             " with --init"
@@ -336,6 +364,10 @@ def _replaced(config: Any, path: str, key: str, text: str) -> Any:
 def _parse(text: str, kind: Any, key: str) -> Any:
     if kind is str:
         return text
+    if get_origin(kind) is Literal:
+        if text not in get_args(kind):
+            raise InputError(f"--set {key}={text}: choose one of {', '.join(get_args(kind))}")
+        return text
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise InputError(f"--set {key}={text}: write true or false")
@@ -349,6 +381,8 @@ def _parse(text: str, kind: Any, key: str) -> Any:
         if not math.isfinite(number):
             raise InputError(f"--set {key}={text}: write a finite number")
         return number
+    if kind == tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
     if kind == tuple[int, ...]:
         return tuple(_parse(part.strip(), int, key) for part in text.split(",") if part.strip())
     raise InputError(f"--set {key}: a field of type {kind} cannot be set here; change the preset in learn/presets.py")

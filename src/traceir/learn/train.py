@@ -15,7 +15,7 @@ import platform
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -50,6 +50,7 @@ FREE = (
     "fsdp",
     "deepspeed",
     "chunk_tokens",
+    "save_every",
 )
 """Fields that may change when a run goes on: they decide where and how it runs, not what it learns."""
 
@@ -64,12 +65,12 @@ class TrainConfig:
     """Folder for resized pictures, shared by runs on the same data; `pixels` in the run's own folder if empty."""
     init: str = "random"
     """`random`, or the checkpoint to start from."""
-    teach: str = "pairs"
+    teach: Literal["pairs", "lessons", "both"] = "pairs"
     """`pairs` (the TRACE objective), `lessons` (pretraining: language-model loss on lessons/), or `both`."""
-    cot: str = "both"
+    cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
     """What a complex query writes before `<|emb|>` (paper, Table 5): reasoning and answer (`both`), `reasoning`, `answer`;
     `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""
-    candidates: str = "direct"
+    candidates: Literal["direct", "answer", "reason"] = "direct"
     """What candidates write (Table 6): nothing (`direct`), `answer`, or `reason`."""
     reasoned: float = 1.0
     """Share of the complex queries that keep their reasoning; the others are taught as simple ones."""
@@ -86,7 +87,7 @@ class TrainConfig:
     """Neighbours in a train file that stay together in a batch; builders write near twins side by side."""
     negatives: int = 0
     """Hard negatives of a query, from its neg_cand_list."""
-    sampling: str = "balanced"
+    sampling: Literal["balanced", "proportional", "temperature"] = "balanced"
     """A task's share of the turns: weight times size^0 (`balanced`), times size (`proportional`), size^(1/T) (`temperature`)."""
     sampling_temperature: float = 2.0
     grad_cache: bool = False
@@ -97,7 +98,7 @@ class TrainConfig:
     """Activations are computed again in the backward pass: less memory, about a third more work."""
     learning_rate: float = 7e-4
     warmup: int = 200
-    curve: str = "hold"
+    curve: Literal["hold", "cosine"] = "hold"
     """After the warm-up: `hold`, then a linear fall to zero over the last `decay` of the steps; or `cosine` to zero (paper)."""
     decay: float = 0.2
     weight_decay: float = 0.01
@@ -134,9 +135,9 @@ class TrainConfig:
     seed: int = 0
     mixed_precision: bool = True
     """Forward and backward in bfloat16; weights that train stay float32."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory; `bfloat16` halves a frozen base under LoRA."""
-    device: str = "cpu"
+    device: Literal["cpu", "auto"] = "cpu"
     """`cpu`, or `auto`: the accelerator that is there."""
     threads: int = 1
     workers: int = 0

@@ -1,0 +1,219 @@
+"""What the learning verbs of the command line do: evaluate, report, build, train, ablate, merge, push.
+
+Like all verbs they import what they need when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from traceir.errors import InputError
+from traceir.parser import ROUTES
+from traceir.terminal import PARTLY, load_encoder, one_line, shows_progress, split
+
+
+def report(args: argparse.Namespace) -> int:
+    from traceir.learn.report import named_runs, run_report
+
+    if args.kind == "scoreboard":
+        from traceir.learn.scoreboard import write_scoreboard
+
+        if not args.out:
+            raise InputError("report scoreboard writes a page and a table too; name the Markdown file with --out")
+        print(write_scoreboard(args.folders, Path(args.out)))
+        return 0
+    if args.kind == "examples":
+        from traceir.learn.examples import write_examples
+
+        if not args.out or not args.data or len(args.folders) != 1:
+            raise InputError(
+                "report examples takes one evaluation, the folder it was made of (--data), and --out DIR for the page"
+            )
+        ((folder, route),) = named_runs(args.folders).values()
+        print(write_examples(folder, Path(args.data), Path(args.out), route=route))
+        return 0
+    print(run_report(args.kind, args.folders, Path(args.out) if args.out else None))
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from traceir.learn.compare import compare
+
+    print(compare(args.first, args.second, k=args.k, out=Path(args.out) if args.out else None, shown=args.shown))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from traceir.learn.embeddings import shard_from_environment
+    from traceir.learn.evaluate import evaluate, rehearse
+    from traceir.learn.judged import table
+
+    routes = _routes(args)
+    if not Path(args.data).is_dir():
+        raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
+    rows = split(args.rows) if args.rows is not None else None
+    data, out = Path(args.data), Path(args.out)
+    if args.dry_run:
+        print(rehearse(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
+        return 0
+    pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
+    results = evaluate(
+        load_encoder(args), data, out, split=args.split, routes=routes, pools=pools, prompt=args.prompt, seed=args.seed,
+        rows=rows, limit=args.limit, cache=Path(args.cache) if args.cache else None,
+        shard=_shard(args.shard) if args.shard else shard_from_environment(), on_error=args.on_error, progress=shows_progress(),
+    )  # fmt: skip
+    if results is None:
+        print("this share is encoded; what others encode is not all there yet, the last to finish scores", file=sys.stderr)
+        return 0
+    print(table(results))
+    print(f"wrote {Path(args.out) / 'results.json'}", file=sys.stderr)
+    return 0
+
+
+def unseen(args: argparse.Namespace) -> int:
+    from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+
+    columns = split(args.columns) if args.columns is not None else None
+    if args.dry_run:
+        print(rehearse_unseen(Path(args.data), columns))
+        return 0
+    data, out, encoder = Path(args.data), Path(args.out), load_encoder(args)
+    cache = Path(args.cache) if args.cache else out / "embeddings"
+    if args.circo_submission:
+        print(submit_circo(encoder, data, Path(args.circo_submission), cache=cache, progress=shows_progress()))
+        return 0
+    results = evaluate_unseen(
+        encoder, data, out, routes=_routes(args), columns=columns, missing=args.on_error, cache=cache, progress=shows_progress()
+    )
+    print(table(results))
+    print(f"wrote {out / 'results.json'}", file=sys.stderr)
+    return 0
+
+
+def _routes(args: argparse.Namespace) -> list[Any]:
+    routes: list[Any] = list(dict.fromkeys(split(",".join(args.route or ["auto"]))))
+    if unknown := [route for route in routes if route not in ROUTES]:
+        raise InputError(f"route {unknown[0]!r} is unknown; choose among {', '.join(ROUTES)}")
+    return routes
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal():
+        raise InputError(f"--shard {text!r} is not of the form I/N; write 0/4 for the first of four")
+    return int(number), int(count)
+
+
+def faithfulness(args: argparse.Namespace) -> int:
+    from traceir.learn.faithful import probe, table
+
+    rows = split(args.rows) if args.rows is not None else None
+    encoder = load_encoder(args)
+    found = probe(
+        encoder, Path(args.data), Path(args.out), split=args.split, rows=rows, limit=args.limit, progress=shows_progress()
+    )
+    print(table(found, encoder.fingerprint))
+    return 0
+
+
+def minibeir_build(args: argparse.Namespace) -> int:
+    from traceir.learn.minibeir.build import build
+
+    print(build(Path(args.out), scale=args.scale, seed=args.seed, workers=args.workers))
+    return 0
+
+
+def minibeir_unseen(args: argparse.Namespace) -> int:
+    from traceir.learn.minibeir.unseen.build import build_unseen
+
+    print(build_unseen(Path(args.out), scale=args.scale, seed=args.seed, progress=shows_progress()))
+    return 0
+
+
+def minibeir_sheet(args: argparse.Namespace) -> int:
+    from traceir.learn.minibeir.sheet import write_sheet
+
+    print(write_sheet(Path(args.data), Path(args.out)))
+    return 0
+
+
+def train(args: argparse.Namespace) -> int:
+    from traceir.learn.presets import resolve
+    from traceir.learn.train import train
+
+    if args.init is None and args.data is None:
+        _train_before(args.preset, args.threads)
+    threads = [f"threads={args.threads}"] if args.threads else []
+    config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
+    if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
+        raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
+    print(train(config, resume_from=args.resume_from))
+    return 0
+
+
+def _train_before(preset: str, threads: int | None) -> None:
+    """Trains the presets whose checkpoints this one starts from, where they are not there."""
+    from traceir.learn.presets import resolve, stages_before
+    from traceir.learn.train import train
+
+    for stage in stages_before(preset):
+        print(f"preset {preset} starts from {stage}, which is trained first", file=sys.stderr)
+        train(resolve(stage, settings=[f"threads={threads}"] if threads else []))
+
+
+def ablate(args: argparse.Namespace) -> int:
+    from traceir.learn.ablate import ablate, list_tables
+    from traceir.learn.ablate_report import write_report
+    from traceir.learn.ablations import choose_tables
+    from traceir.learn.presets import resolve
+
+    if not all(part.isdecimal() for part in split(args.seeds)):
+        raise InputError(f"--seeds {args.seeds!r} is not a list of whole numbers; write 0,1,2")
+    tables, seeds = choose_tables(split(args.tables)), [int(part) for part in split(args.seeds)]
+    if args.list:
+        print(list_tables(tables, seeds))
+        return 0
+    if not args.out:
+        raise InputError("name the folder of the runs with --out")
+    if args.report_only and not args.report:
+        raise InputError("--report-only needs the folder to write to; name it with --report")
+    out, code = Path(args.out), 0
+    if not args.report_only:
+        if args.data is None:
+            _train_before("ablation", args.threads)
+        threads = [f"threads={args.threads}"] if args.threads else []
+        base = resolve("ablation", data=args.data, out=args.out, settings=[*threads, *args.settings])
+        outcome = ablate(tables, out, base, seeds=seeds, jobs=args.jobs)
+        print(f"{outcome.done} of {outcome.planned} runs are done, {len(outcome.skipped)} variants skipped")
+        for name, reason in outcome.failed.items():
+            print(one_line(f"failed: {name}: {reason}"), file=sys.stderr)
+        code = PARTLY if outcome.failed else 0
+    if args.report:
+        data = f" --data {args.data}" if args.data else ""
+        settings = "".join(f" --set {one}" for one in args.settings)
+        command = f"traceir ablate {args.tables} --out {args.out} --seeds {args.seeds}{data}{settings}"
+        print(write_report(out, Path(args.report), tables=tables, command=command))
+    return code
+
+
+def merge(args: argparse.Namespace) -> int:
+    import torch
+
+    from traceir.adapter import merge
+
+    print(merge(args.adapter, args.out, dtype=getattr(torch, args.dtype)))
+    return 0
+
+
+def push(args: argparse.Namespace) -> int:
+    from traceir.learn.card import push, write_card
+
+    readme = args.folder / "README.md"
+    if args.run or args.evaluation or args.licence or not readme.is_file():
+        write_card(args.folder, run=args.run, evaluations=args.evaluation, repo=args.repo, licence=args.licence)
+        print(f"wrote {readme}", file=sys.stderr)
+    print(push(args.folder, args.repo, private=args.private, dry_run=args.dry_run, revision=args.revision))
+    return 0
