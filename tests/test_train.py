@@ -302,11 +302,15 @@ def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> Non
         ({"lora_rank": 4}, "--init"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"cot": "most"}, "most"),
+        ({"fsdp": "FILE"}, "distributed training"),
         ({"report_to": ("nosuchtracker",)}, "nosuchtracker"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises((InputError, TrainError), match=said):
+        if "fsdp" in changes:
+            (tmp_path / "fsdp.json").write_text('{"version": 2}')
+            changes = {"fsdp": str(tmp_path / "fsdp.json")}
         train(config(folder, tmp_path / "run", **changes))
 
 

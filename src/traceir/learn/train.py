@@ -316,7 +316,7 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
             ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
             report_to=list(config.report_to) or "none",
-            fsdp="full_shard" if config.fsdp else None,
+            fsdp=True if config.fsdp else None,
             fsdp_config=config.fsdp or None,
             deepspeed=config.deepspeed or None,
             log_level="warning",

@@ -71,6 +71,10 @@ class TraceTrainer(Trainer):
             super().__init__(model=reader, args=args, train_dataset=turns)
         except (ImportError, RuntimeError, ValueError) as error:
             raise TrainError(f"the training cannot be set up as asked: {error}") from error
+        if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise TrainError(
+                "fsdp is set, but weights can be sharded only over several accelerators: launch it with torchrun on them"
+            )
         self.objective, self.grad_cache, self.rate = objective, grad_cache, rate
         self.groups, self.betas = groups, betas
         self.keep, self.diverged, self.check_memory = keep, diverged, check_memory
