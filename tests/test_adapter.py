@@ -16,8 +16,9 @@ import torch
 from conftest import make_queries, picture, random_model
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
+from safetensors.torch import load_file
 
-from traceir.adapter import PROJECTOR, attach, load_adapter, merge, save_adapter, weights_fingerprint
+from traceir.adapter import PROJECTOR, WEIGHTS, attach, load_adapter, merge, save_adapter, weights_fingerprint
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.items import Item, Query
@@ -134,6 +135,14 @@ def test_save_load_and_merge_give_the_same_embeddings(trained: Trained, tmp_path
     assert merged.fingerprint == weights_fingerprint(tmp_path / "merged")
     encodings = [Encoder(one).encode_queries(make_queries()) for one in (loaded, merged)]
     assert [one.reasoning for one in encodings[0]] == [one.reasoning for one in encodings[1]]
+
+
+def test_weights_gathered_elsewhere_are_written_as_they_are(trained: Trained, tmp_path: Path) -> None:
+    base, folder, model, adapter = trained
+    whole = {name: value.clone() for name, value in model.network.state_dict().items()}
+    again = save_adapter(model, adapter, tmp_path / "again", str(base), state=whole)
+    first, second = (load_file(place / WEIGHTS) for place in (folder, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_adapter_over_an_adapter(trained: Trained, tmp_path: Path) -> None:

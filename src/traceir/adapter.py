@@ -89,8 +89,12 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
     return adapter
 
 
-def save_adapter(model: TraceModel, adapter: Any, target: Path, base: str) -> Path:
+def save_adapter(
+    model: TraceModel, adapter: Any, target: Path, base: str, *, state: dict[str, torch.Tensor] | None = None
+) -> Path:
     """The adapter folder, written beside the target and renamed: never half there. `base` is the folder or hub id it belongs to.
+
+    `state` are the network's weights by name where the network in memory holds only a part of them.
 
     A relative base is looked for from the working directory and from the adapter folder when the adapter is loaded.
     """
@@ -100,7 +104,8 @@ def save_adapter(model: TraceModel, adapter: Any, target: Path, base: str) -> Pa
     with written_whole(target) as fresh:
         adapter.peft_config["default"].base_model_name_or_path = base
         # "auto" would ask the hub whether the vocabulary has grown.
-        adapter.save_pretrained(fresh, save_embedding_layers=False)
+        whole = None if state is None else {f"base_model.model.{name}": value for name, value in state.items()}
+        adapter.save_pretrained(fresh, save_embedding_layers=False, state_dict=whole)
         (fresh / "README.md").unlink(missing_ok=True)  # PEFT's empty card; `traceir push` writes one
         save_companions(model, fresh)
         file = fresh / "traceir.json"

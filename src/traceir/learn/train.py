@@ -51,6 +51,9 @@ FREE = (
     "deepspeed",
     "chunk_tokens",
     "save_every",
+    "grad_cache",
+    "checkpointing",
+    "diverged",
 )
 """Fields that may change when a run goes on: they decide where and how it runs, not what it learns."""
 
@@ -242,7 +245,7 @@ class _Run:
         if self.adapter is None:
             save(self.model, target, state=state)
         else:
-            save_adapter(self.model, self.adapter, target, self.config.init)
+            save_adapter(self.model, self.adapter, target, self.config.init, state=state)
 
     def restore(self, folder: Path | None) -> Path | None:
         """Loads the weights of a step folder; checks that it lies within this run."""
@@ -324,6 +327,8 @@ def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         raise TrainError(f"the training cannot be set up as asked: {error}") from error
     args.per_device_train_batch_size = max(1, config.batch // args.world_size)
+    if args.world_size == 1 and args.n_gpu > 1:
+        args._n_gpu = 1  # without a launcher one accelerator trains: DataParallel cannot split a Turn
     return args
 
 
@@ -361,7 +366,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load(
-            config.init, dtype=dtype, max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
+            config.init, dtype=dtype, max_text_tokens=config.max_text_tokens, max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
             candidates_write=config.candidates != "direct",
         )  # fmt: skip
         if model.settings.profile is not None:
