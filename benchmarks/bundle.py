@@ -3,11 +3,12 @@
 `python -m benchmarks.bundle` copies out/runs/mini/checkpoint to models/mini with a meta.json that tells how it was made, then
 scores it, and the two baselines that are there (`mini-direct`, same updates; `mini-direct-long`, same wall time), and writes
 docs/results/: minibeir, routing, routes, steps, scoreboard, unseen, faithful, and a page of examples. What is encoded already is
-not encoded again.
+not encoded again. `--before FOLDER`, an evaluation of the model bundled before, adds retrained.md: won and lost, query by query.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from traceir.encoder import Encoder
 from traceir.items import Route
+from traceir.learn.compare import compare
 from traceir.learn.evaluate import evaluate
 from traceir.learn.examples import write_examples
 from traceir.learn.faithful import probe
@@ -35,6 +37,9 @@ ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--before", metavar="FOLDER", help="evaluation of the model bundled before")
+    before = parser.parse_args().before
     torch.set_num_threads(1)
     bundle(RUNS / "mini" / "checkpoint")
     encoder = Encoder.from_pretrained(MODEL)
@@ -43,6 +48,9 @@ def main() -> None:
     assert results is not None
     (MODEL / "meta.json").write_text(json.dumps(describe(results), indent=1) + "\n")
     write_scores(results, encoder.fingerprint)
+    if before is not None:
+        for depth, name in ((None, "retrained.md"), (1, "retrained-at-1.md")):
+            compare(f"before={before}:auto", f"now={scores}:auto", k=depth, out=RESULTS / name)
     run_report("routing", [scores], RESULTS / "routing.md")
     run_report("routes", [scores], RESULTS / "routes.md")
     compared = [f"ours={scores}:auto", f"ours, bypassed={scores}:direct"]

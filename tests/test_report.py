@@ -291,6 +291,9 @@ def test_a_comparison_names_what_was_won_and_lost(tmp_path: Path) -> None:
     n, first, second, difference, won, lost, both, neither, p = cells(text, "cirr_task7")
     assert (n, first, second, difference.split()[0]) == ("8", "50.0", "62.5", "+12.5")
     assert (won, lost, both, neither, p) == ("2", "1", "3", "2", "1.000")
+    # Steps by the label: 8:0 to 8:3 are simple, and only 8:1 moved; both won queries are complex.
+    assert cells(text, "**simple** (0 and 1 steps)")[:3] == ["4", "75.0", "50.0"]
+    assert cells(text, "**complex** (2 and more)")[:6] == ["4", "25.0", "75.0", "+50.0 [+0.0, +100.0]", "2", "0"]
     assert "Won: 2, the 2 furthest" in text and "- cirr_task7 8:5: rank 9 to 1\n  - thinks wrote: a" in text
     assert text.index("8:5: rank") < text.index("8:6: rank"), "the furthest first"
     assert (tmp_path / "deep" / "compare.md").read_text() == text

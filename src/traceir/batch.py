@@ -162,12 +162,13 @@ class Processor:
         """The layout of the direct road: nothing is written before the embedding, whatever the model would like."""
         return self.lay_out(prompt, "" if self.read_out == "at_token" and not prompt.closed else None)
 
-    def collate(self, layouts: Sequence[Layout], *, raw: bool = False) -> Batch:
+    def collate(self, layouts: Sequence[Layout], *, raw: bool = False, multiple: int = 1) -> Batch:
         """Left-padded tensors on the CPU; the read-out index counts from the left edge of the padded row.
 
-        `raw` leaves the patches as uint8, to be sent to the model's device so.
+        `raw` leaves the patches as uint8, to be sent to the model's device so. The width is a multiple of `multiple`.
         """
         width, rows = max(len(layout) for layout in layouts), len(layouts)
+        width = -(-width // multiple) * multiple
         ids = np.full((rows, width), self.special[PAD], dtype=np.int64)
         targets = np.full((rows, width), IGNORE, dtype=np.int64)
         mask = np.zeros((rows, width), dtype=np.int64)

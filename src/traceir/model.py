@@ -446,7 +446,7 @@ def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) 
 def _vision_attention(attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
     count, length, _ = states_NPD.shape
     query, key, value = attention.qkv(states_NPD).view(count, length, 3, attention.num_heads, -1).unbind(2)
-    query, key = (part * cosine + _rotate_half(part) * sine for part in (query, key))
+    query, key = ((part * cosine + _rotate_half(part) * sine).to(value.dtype) for part in (query, key))
     mixed = functional.scaled_dot_product_attention(
         query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scaling
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from traceir.errors import TrainError
 from traceir.items import Item
 from traceir.learn.data import Example, Schedule
 from traceir.prompts import EMB, TURN_END, PromptVersion, render_candidate, render_query
+
+WIDTHS: Final = 8
+"""The padded width of a chunk is a multiple of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +107,16 @@ class Turns(Dataset[Turn]):
         return Turn(number, task, queries, candidates, collisions(examples), sizes, names, tokens)
 
     def chunks(self, layouts: Sequence[Layout]) -> tuple[Chunk, ...]:
-        """Longest first, so that the first forward of a turn asks for the most memory."""
+        """Longest first, so that the first forward of a turn asks for the most memory; few different widths, so that kernels and
+        buffers made for one shape serve again."""
         done: list[Chunk] = []
         order = sorted(range(len(layouts)), key=lambda place: (-len(layouts[place]), place))
         while order:
-            rows = max(1, self.chunk_tokens // len(layouts[order[0]]))
+            width = -(-len(layouts[order[0]]) // WIDTHS) * WIDTHS
+            rows = max(1, self.chunk_tokens // width)
             places, order = order[:rows], order[rows:]
-            done.append(Chunk(self.processor.collate([layouts[place] for place in places], raw=True), torch.tensor(places)))
+            batch = self.processor.collate([layouts[place] for place in places], raw=True, multiple=WIDTHS)
+            done.append(Chunk(batch, torch.tensor(places)))
         return tuple(done)
 
     def _query(self, example: Example) -> Layout:

@@ -49,9 +49,8 @@ def _rows_table(one: Run, other: Run, keys: Sequence[Key], k: int | None) -> str
         f"| row | n | {one.label} | {other.label} | difference | won | lost | both | neither | p |",
         "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
     ]
-    rows = {"**all**": list(keys)} | {
-        row: [key for key in keys if key[0] == row] for row in dict.fromkeys(key[0] for key in keys)
-    }
+    rows = {"**all**": list(keys)} | _kinds(one, keys)
+    rows |= {row: [key for key in keys if key[0] == row] for row in dict.fromkeys(key[0] for key in keys)}
     for name, own in rows.items():
         before, after = _hits(one, own, k), _hits(other, own, k)
         apart = bootstrap_difference(after, before)
@@ -67,6 +66,14 @@ def _rows_table(one: Run, other: Run, keys: Sequence[Key], k: int | None) -> str
         "tested one by one, so that about one in twenty falls below 0.05 by chance alone.\n"
     )
     return "\n".join([*lines, "", note])
+
+
+def _kinds(run: Run, keys: Sequence[Key]) -> dict[str, list[Key]]:
+    """The queries by the steps that their labels say they need; {} where none has a label."""
+    steps = {key: run.judged[key].steps for key in keys}
+    simple = [key for key, count in steps.items() if count is not None and count < 2]
+    complex_ = [key for key, count in steps.items() if count is not None and count >= 2]
+    return {"**simple** (0 and 1 steps)": simple, "**complex** (2 and more)": complex_} if simple and complex_ else {}
 
 
 def _moved(one: Run, other: Run, keys: Sequence[Key], k: int | None, shown: int) -> list[str]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from traceir.learn.batches import Chunk, Turn
 from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
@@ -64,7 +65,8 @@ class Reader(torch.nn.Module):
         wrappers for several processes demand, whether or not the chunk holds a picture.
         """
         batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
-        hidden_BTD = self.model.hidden(batch)
+        with _quick_attention(batch.ids.device):
+            hidden_BTD = self.model.hidden(batch)
         supervised_BT = batch.targets >= 0
         first_B = torch.where(supervised_BT.any(dim=1), supervised_BT.int().argmax(dim=1), batch.readout)
         total = hidden_BTD.new_zeros(())
@@ -82,6 +84,13 @@ class Reader(torch.nn.Module):
         cells = image.merge**2
         patches = torch.zeros(cells, 3 * image.temporal * image.patch**2, device=device)
         return self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+
+
+def _quick_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """On a CPU in bfloat16 the backward of fused attention is several times slower than plain products (LOG.md, 2026-11-23)."""
+    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,6 +178,8 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
     if config.device == "cpu":
         torch.set_num_threads(config.threads)
         torch.set_flush_denormal(True)
+        # oneDNN keeps a kernel for every shape it has met, by default a thousand: hundreds of megabytes.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     out = Path(config.out)
     finished = out / "checkpoint"
     args = _arguments(check(config), out)
@@ -366,7 +368,8 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load(
-            config.init, dtype=dtype, max_text_tokens=config.max_text_tokens, max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
+            config.init, dtype=dtype, max_text_tokens=config.max_text_tokens,
+            max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
             candidates_write=config.candidates != "direct",
         )  # fmt: skip
         if model.settings.profile is not None:
