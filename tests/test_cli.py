@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
-from traceir import cli, items, parser
+from traceir import cli, items, parser, terminal
 from traceir.batch import IGNORE
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
@@ -112,15 +112,15 @@ def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
 def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_repository(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "src" / "traceir" / "cli.py"))
+    monkeypatch.setattr(terminal, "__file__", str(tmp_path / "src" / "traceir" / "terminal.py"))
     monkeypatch.delenv("TRACEIR_MODEL", raising=False)
     with pytest.raises(ModelError, match="--model"):
-        cli.bundled_model()
+        terminal.bundled_model()
     (tmp_path / "models" / "mini").mkdir(parents=True)
     (tmp_path / "models" / "mini" / "config.json").write_text("{}")
-    assert cli.bundled_model() == tmp_path / "models" / "mini"
+    assert terminal.bundled_model() == tmp_path / "models" / "mini"
     monkeypatch.setenv("TRACEIR_MODEL", "/elsewhere")
-    assert cli.bundled_model() == Path("/elsewhere")
+    assert terminal.bundled_model() == Path("/elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,8 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
     def no_model(*_: object) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_encoder", no_model)
+    monkeypatch.setattr(cli, "load_encoder", no_model)
+    monkeypatch.setattr("traceir.learn.verbs.load_encoder", no_model)
     index = tmp_path / "index"
     assert run("search", "--index", index) == 2
     assert run("search", "--index", index, "--text", "a") == 2
