@@ -182,14 +182,14 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     out = Path(config.out)
     finished = out / "checkpoint"
-    args = _arguments(check(config), out)
+    args = arguments(check(config), out)
     if args.process_index == 0:
         _claim(out, config)
     barrier()
     if (finished / "traceir.json").is_file():
         log.info("%s is finished already", out)
         return finished
-    run = _Run(config, args)
+    run = Run(config, args)
     resumed = run.restore(newest_step(out) or resume_from)
     trainer, started, first = run.trainer(), time.monotonic(), step_of(resumed)
     trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -197,7 +197,7 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
     return finished
 
 
-class _Run:
+class Run:
     """What one process holds of a run: data, model, and what it takes to write them."""
 
     def __init__(self, config: TrainConfig, args: TrainingArguments) -> None:
@@ -296,7 +296,7 @@ def check(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _arguments(config: TrainConfig, out: Path) -> TrainingArguments:
+def arguments(config: TrainConfig, out: Path) -> TrainingArguments:
     """What Hugging Face's Trainer is told; how processes are launched and wrapped comes from torchrun or accelerate."""
     if config.workers:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,51 @@
+"""What a step of `mini` costs against a step of its baseline without reasoning: CPU time, turn by turn in one process.
+
+`python -m benchmarks.arms` makes the same turns for both presets and takes each forward and backward, one after the other. The
+ratio says how many more updates the baseline `mini-direct-long` needs to have cost as much.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from traceir.learn.gradcache import Objective, step
+from traceir.learn.presets import mini, mini_direct
+from traceir.learn.train import Run, arguments
+
+WARM, TURNS = 30, 60
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with tempfile.TemporaryDirectory() as scratch:
+        sides = []
+        for name, preset in (("ours", mini), ("direct", mini_direct)):
+            config = replace(preset(), out=str(Path(scratch) / name), steps=WARM + TURNS)
+            run = Run(config, arguments(config, Path(config.out)))
+            sides.append((run.reader.train(), run.turns(), Objective(direct_ret=config.direct_ret)))
+        spent = [0.0, 0.0]
+        for number in tqdm(range(WARM + TURNS), desc="turns", file=sys.stderr):
+            for side, (reader, turns, objective) in enumerate(sides):
+                begun = time.process_time()
+                turn = turns[number]
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    step(reader, turn, objective, lambda loss, last: loss.backward(), cache=False)
+                reader.zero_grad(set_to_none=True)
+                if number >= WARM:
+                    spent[side] += time.process_time() - begun
+    print(
+        f"CPU time of {TURNS} turns: ours {spent[0]:.1f} s, without reasoning {spent[1]:.1f} s, ratio {spent[0] / spent[1]:.2f}"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
