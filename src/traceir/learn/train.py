@@ -214,8 +214,7 @@ class Run:
             with args.main_process_first(local=False, desc="decoding pictures"):
                 store = pixel_store(self.tasks[0].root, Path(config.cache or self.out / "pixels"), self.model.processor, names)
             self.model.processor.pixel_store = store
-        temperature = config.temperature
-        self.reader = Reader(self.model, temperature, learn_temperature=config.learn_temperature)
+        self.reader = Reader(self.model, config.temperature, learn_temperature=config.learn_temperature)
 
     def turns(self) -> Turns:
         config = self.config
@@ -223,9 +222,7 @@ class Run:
         sizes = [len(task) for task in self.tasks]
         shares = task_shares(sizes, weights, config.sampling, config.sampling_temperature)
         turns = config.steps * config.accumulate
-        schedule = Schedule(
-            self.tasks, shares, batch=config.batch, family=config.family, steps=turns, seed=config.seed
-        )  # fmt: skip
+        schedule = Schedule(self.tasks, shares, batch=config.batch, family=config.family, steps=turns, seed=config.seed)
         return Turns(
             schedule, self.model.processor, self.model.settings.prompt_version, turns=turns, chunk_tokens=config.chunk_tokens,
             seed=config.seed, augment=config.augment, teach_candidates=config.candidates != "direct",
