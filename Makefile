@@ -26,12 +26,12 @@ format: $(VENV)/dev
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,reasoning]"
 	touch $@
 
-# The tests also need the outside judges (mteb, sentence-transformers): several hundred megabytes that a user of the product does not.
+# The tests also need the outside judges (mteb, sentence-transformers) and Ray: several hundred megabytes that a user need not have.
 $(VENV)/dev: $(VENV)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,reasoning,dev]"
 	touch $@
 
 data: $(DATA)/meta.json

@@ -19,7 +19,8 @@ from traceir.explain import describe, explain
 from traceir.index.filters import matches
 from traceir.items import Item, Query
 from traceir.learn.minibeir import rows
-from traceir.learn.presets import PRESETS, known_keys, override, resolve, stages_before
+from traceir.learn.presets import PRESETS, resolve, stages_before
+from traceir.learn.settings import known_keys, override
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel, load, save

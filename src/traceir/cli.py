@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from traceir.errors import InputError, TraceError
 from traceir.learn import verbs
+from traceir.learn.reasoning import verbs as reasoning
 from traceir.parser import assemble
 from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_line, shows_progress
 
@@ -71,6 +72,13 @@ def build_parser() -> argparse.ArgumentParser:
             "minibeir build": verbs.minibeir_build,
             "minibeir sheet": verbs.minibeir_sheet,
             "minibeir unseen": verbs.minibeir_unseen,
+            "reasoning build": reasoning.build,
+            "reasoning assemble": reasoning.assemble,
+            "reasoning import": reasoning.import_answers,
+            "reasoning review": reasoning.review,
+            "reasoning report": reasoning.report,
+            "reasoning push": reasoning.push,
+            "reasoning teacher": reasoning.teacher,
             "train": verbs.train,
             "ablate": verbs.ablate,
             "merge": verbs.merge,

@@ -29,3 +29,7 @@ class StoreError(TraceError):
 
 class TrainError(TraceError):
     """Training cannot start, go on, or resume."""
+
+
+class TeacherError(TraceError):
+    """A teacher cannot be reached, refuses the key or the model, or the limits of a build are spent."""

@@ -64,6 +64,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_report(verbs, shared, runs)
     _add_compare(verbs, shared, runs)
     _add_minibeir(verbs, shared, runs)
+    _add_reasoning(verbs, shared, runs)
     _add_train(verbs, shared, runs)
     _add_ablate(verbs, shared, runs)
     _add_merge(verbs, shared, runs)
@@ -207,6 +208,99 @@ def _add_minibeir(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str
     unseen.add_argument("--out", required=True, metavar="DIR")
     unseen.add_argument("--scale", choices=SCALES, default="small")
     unseen.add_argument("--seed", type=int, default=0, metavar="N")
+
+
+def _add_reasoning(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    parts = verbs.add_parser("reasoning", help="make M-BEIR-CoT with a teacher: build, review, report")
+    parts = parts.add_subparsers(required=True, metavar="VERB")
+    _add_reasoning_build(parts, shared, runs)
+    merge = _verb(parts, shared, "assemble", runs["reasoning assemble"], "write the data set anew, with reviewers' decisions")
+    merge.add_argument("out", metavar="OUT", help="folder of the build")
+    _add_assembly(merge)
+    read = _verb(parts, shared, "import", runs["reasoning import"], "take in the answers of a batch, for the next build")
+    read.add_argument("out", metavar="OUT", help="folder of the build")
+    read.add_argument("files", nargs="+", metavar="FILE", help="output and error files of a batch API")
+    read.add_argument("--journal", metavar="DIR", help="folder of answers (default: OUT/journal)")
+    review = _verb(parts, shared, "review", runs["reasoning review"], "open a page on which people judge samples")
+    review.add_argument("out", metavar="OUT", help="folder of the build")
+    review.add_argument("--reviewer", metavar="NAME", help="who judges (default: the page asks)")
+    review.add_argument("--port", type=int, default=8890, metavar="N")
+    review.add_argument("--per-stratum", type=_count, default=20, metavar="N", help="samples of each task and fate (default: 20)")
+    review.add_argument("--order", choices=("random", "doubt"), default="random", help="doubt: the doubtful first")
+    review.add_argument("--seed", type=int, default=0, metavar="N")
+    review.add_argument("--no-browser", action="store_true", help="print the address only")
+    review.add_argument("--agreement", action="store_true", help="print how far reviewers agree, and do nothing else")
+    report = _verb(parts, shared, "report", runs["reasoning report"], "quality and bias of what was built, as a page")
+    report.add_argument("out", metavar="OUT", help="folder of the build")
+    report.add_argument("--to", metavar="DIR", help="folder of the page (default: OUT/quality)")
+    push = _verb(parts, shared, "push", runs["reasoning push"], "upload the data set to the hub, with its card")
+    push.add_argument("out", metavar="OUT", help="folder of the build")
+    push.add_argument("--repo", required=True, metavar="NAME", help="OWNER/NAME on the hub")
+    push.add_argument("--private", action="store_true")
+    push.add_argument("--dry-run", action="store_true", help="check and list the files; upload nothing")
+    teacher = _verb(parts, shared, "teacher", runs["reasoning teacher"], "serve a scripted teacher that knows a folder's truth")
+    teacher.add_argument("--data", required=True, metavar="DIR", help="MiniBEIR, or any folder in M-BEIR's layout")
+    teacher.add_argument("--host", default="127.0.0.1", metavar="H")
+    teacher.add_argument("--port", type=int, default=8891, metavar="N")
+    teacher.add_argument("--model", default="scripted-oracle", metavar="NAME", help="name it serves (default: scripted-oracle)")
+    teacher.add_argument("--key", metavar="KEY", help="ask for this key (default: none)")
+    teacher.add_argument("--faults", type=float, default=0.0, metavar="SHARE", help="share of replies with a fault (default: 0)")
+    teacher.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds before a reply (default: 0)")
+    teacher.add_argument("--stall", type=float, default=5.0, metavar="S", help="seconds a stalled request hangs (default: 5)")
+    teacher.add_argument("--log", metavar="FILE.jsonl", help="write every request here")
+    teacher.add_argument("--seed", type=int, default=0, metavar="N", help="of the faults")
+
+
+def _add_reasoning_build(parts: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    build = _verb(parts, shared, "build", runs["reasoning build"], "assess, reason, filter, verify; the same command resumes")
+    build.add_argument("--data", required=True, metavar="DIR", help="folder in M-BEIR's layout")
+    build.add_argument("--out", required=True, metavar="OUT", help="folder of the build")
+    build.add_argument("--teacher", metavar="URL", help="OpenAI-compatible base URL, recorded:FILE.jsonl or batch:FOLDER")
+    build.add_argument("--model", metavar="NAME", help="model the teacher serves")
+    build.add_argument("--verifier", metavar="URL", help="another address for the verifier (default: the teacher's)")
+    build.add_argument("--verifier-model", metavar="NAME", help="another model for the verifier (default: the teacher's)")
+    build.add_argument(
+        "--key-variable",
+        default="OPENAI_API_KEY",
+        metavar="VAR",
+        help="variable that holds the key (default: OPENAI_API_KEY)",
+    )
+    build.add_argument("--tasks", metavar="A,B", help="tasks such as cirr_task7 (default: all)")
+    build.add_argument("--direct", metavar="A,B", help="tasks that are direct unasked")
+    build.add_argument("--complex", metavar="A,B", help="tasks that are complex unasked")
+    build.add_argument("--captions", metavar="FILE.jsonl", help="picture captions for the rules: img_path, caption")
+    build.add_argument("--templates", metavar="FILE.json", help="prompts of your own, by name")
+    build.add_argument("--shard", default="0/1", metavar="i/N", help="do this share of the parts (default: 0/1)")
+    build.add_argument("--engine", choices=("local", "ray"), default="local", help="ray: spread the parts over a Ray cluster")
+    build.add_argument("--workers", type=_count, default=2, metavar="N", help="workers of the Ray engine (default: 2)")
+    build.add_argument("--concurrency", type=_count, default=16, metavar="N", help="requests in flight (default: 16)")
+    build.add_argument("--requests-per-minute", type=float, metavar="N")
+    build.add_argument("--tokens-per-minute", type=float, metavar="N")
+    build.add_argument("--timeout", type=float, default=120.0, metavar="S", help="seconds to wait for a reply (default: 120)")
+    build.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="for a million prompt tokens")
+    build.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="for a million tokens of replies")
+    build.add_argument("--spend-limit", type=float, metavar="USD", help="stop before this is spent; needs the prices")
+    build.add_argument("--journal", metavar="DIR", help="folder of answers, to share among builds (default: OUT/journal)")
+    build.add_argument("--extra", metavar="JSON", help="an object that goes into every request body")
+    build.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and money; ask nothing")
+    build.add_argument(
+        "--complex-share", type=float, default=0.525, metavar="SHARE", help="for the estimate (default: the paper's 0.525)"
+    )
+    build.add_argument("--no-assemble", action="store_true", help="leave the data set for `reasoning assemble`")
+    build.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+        help="seed=1, attempts=3, verify_above=0.8, limits.reasoning_least=8; repeatable",
+    )  # fmt: skip
+    _add_assembly(build)
+
+
+def _add_assembly(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("parquet", "jsonl"), default="parquet", help="of the data set (default: parquet)")
+    parser.add_argument(
+        "--dropped", choices=("leave_out", "direct"), default="leave_out",
+        help="dropped samples: left out (default), or taught as direct queries",
+    )  # fmt: skip
+    parser.add_argument("--no-negatives", action="store_true", help="leave out hard negatives")
 
 
 def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

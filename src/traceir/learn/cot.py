@@ -220,6 +220,12 @@ def is_cot(path: Path | str) -> bool:
     return isinstance(found, dict) and found.get("name") == NAME
 
 
+def source_folder(path: Path | str) -> Path:
+    """The data folder of pictures, instructions and lessons that M-BEIR-CoT, a folder or one of its files, names."""
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    return _root(folder, _read_manifest(folder))
+
+
 def read_cot(
     path: Path | str,
     *,

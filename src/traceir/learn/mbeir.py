@@ -365,10 +365,19 @@ def label_of(fields: dict[str, Any], where: str) -> Label:
     return _to_label(_Line(fields, where))
 
 
+def record_in(raw: bytes, where: str) -> Record:
+    """One query from the bytes of its line; `where` as in `record_of`."""
+    return _to_record(_read_line(where, _decoded(raw, where)))
+
+
 def candidate_in(raw: bytes, where: str) -> Candidate:
     """One candidate from the bytes of its line; `where` as in `record_of`."""
+    return _to_candidate(_read_line(where, _decoded(raw, where)))
+
+
+def _decoded(raw: bytes, where: str) -> str:
     try:
-        return _to_candidate(_read_line(where, raw.decode("utf-8-sig")))
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 

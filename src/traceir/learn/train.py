@@ -26,7 +26,7 @@ from traceir.adapter import attach, save_adapter
 from traceir.batch import ReadOut
 from traceir.errors import InputError, TrainError
 from traceir.learn.batches import Turns
-from traceir.learn.cot import is_cot, read_cot
+from traceir.learn.cot import is_cot, read_cot, source_folder
 from traceir.learn.data import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
 from traceir.learn.gradcache import Objective, Reader
 from traceir.learn.judged import write_whole
@@ -346,7 +346,7 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
     root = Path(config.data)
     tasks: list[TaskData] = []
     if config.teach in ("lessons", "both"):
-        tasks += read_lessons(root)
+        tasks += read_lessons(source_folder(root) if is_cot(root) else root)
     if config.teach in ("pairs", "both"):
         read: Any = read_cot if is_cot(root) else read_pairs
         tasks += read(

@@ -1,0 +1,405 @@
+"""The data card of an assembled M-BEIR-CoT, and its upload to the Hugging Face hub.
+
+The card says what the folder, its build and its quality report say, and nothing else; text that comes from data or models is
+escaped. Its front matter names the data files and their columns, so that `datasets.load_dataset(FOLDER)` reads the folder as it
+is: https://huggingface.co/docs/datasets/repository_structure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from huggingface_hub import DatasetCardData, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from tqdm import tqdm
+
+from traceir.errors import DataError, InputError, TraceError
+from traceir.learn.cot import FORMAT as COT_FORMAT
+from traceir.learn.cot import NAME
+from traceir.learn.reasoning.plan import CONFIG_FILE, read_build, write_text
+from traceir.learn.reasoning.quality import FILE, Quality, percent, read_quality, told_estimate
+from traceir.learn.reasoning.rules import RULES
+
+MARK: Final = "<!-- Written by `traceir reasoning`, which replaces it. Remove this line to keep what you change. -->"
+QUALITY: Final = "quality"
+"""Folder of the report within a build."""
+SIZES: Final = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
+CANDIDATES: Final = [{"name": name, "dtype": "string"} for name in ("did", "txt", "img_path", "modality")]
+COLUMNS: Final[tuple[tuple[str, Any, str], ...]] = (
+    ("qid", "string", "`DATASET_ID:INDEX`"),
+    ("task", "string", "data set and task id, such as `cirr_task7`"),
+    ("task_id", "int32", "M-BEIR's task, 0 to 8"),
+    ("dataset_id", "int32", "M-BEIR's number of the data set"),
+    ("query_txt", "string", "text of the query, or null"),
+    ("query_img_path", "string", "picture of the query, or null; a path below the data folder"),
+    ("query_modality", "string", "`text`, `image` or `image,text`"),
+    ("cand_modality", "string", "the same of the candidates"),
+    ("z", "int32", "1: complex, with reasoning; 0: direct"),
+    ("reasoning", "string", "the teacher's reasoning, null where z is 0"),
+    ("answer", "string", "its description of the target, null where z is 0"),
+    ("steps", "int32", "dependent steps, 0 where nobody counted them; null without a label"),
+    ("pos_cand_list", ["string"], "ids of all positives"),
+    ("positives", CANDIDATES, "those in the train pool: `did`, `txt`, `img_path`, `modality`"),
+    ("negatives", CANDIDATES, "hard negatives, may be empty"),
+    ("provenance", "string", "JSON: teacher, verifier, prompt version, seed, keys of the answers, tokens, reviewers"),
+)
+"""Name, type and meaning of each column (docs/formats.md, section 17)."""
+_NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
+"""What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
+_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]()<>#!|~&$@])")
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What a card is made of; `build`, `funnel` and `quality` are empty or None where there are none."""
+
+    manifest: Mapping[str, Any]
+    build: Mapping[str, Any]
+    funnel: Mapping[str, int]
+    quality: Quality | None
+    source: str
+
+    @property
+    def teacher(self) -> str:
+        return _model(self.build.get("model"))
+
+    @property
+    def verifier(self) -> str:
+        return _model(self.build.get("verifier")) or self.teacher
+
+
+def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | None = None, licence: str | None = None) -> str:
+    """Writes README.md beside the files of an M-BEIR-CoT and returns its text.
+
+    `out` is the folder of the build that made them; `quality` its figures, by default those of `OUT/quality/quality.json`, which
+    are left out if they are of another state. `licence` is an identifier of the hub such as cc-by-4.0. A card written by hand is
+    kept as it is. Raises DataError for a folder that is not whole.
+    """
+    readme = folder / "README.md"
+    if readme.is_file() and MARK not in (text := readme.read_text(encoding="utf-8")):
+        return text
+    facts = _facts(folder, out, quality)
+    parts = (
+        _opening(facts),
+        _making(facts),
+        _tasks(facts),
+        _fields(),
+        _loading(facts),
+        _pictures(facts),
+        _limits(facts),
+        _cost(facts),
+    )
+    text = f"---\n{_front_matter(facts, licence)}---\n\n{MARK}\n\n" + "\n".join(parts)
+    write_text(readme, text)
+    return text
+
+
+def push_cot(folder: Path, repo: str, *, dry_run: bool = True, private: bool = True, revision: str | None = None) -> str:
+    """Uploads an assembled M-BEIR-CoT with its card to the hub and returns the address of the commit.
+
+    Card, manifest and the files it names go, nothing else. With `dry_run` it only checks, needs no network, and returns what
+    would be uploaded. The token is the one that `hf auth login` or HF_TOKEN has set; it is never read here. Raises DataError for
+    a folder that is not whole, InputError for a bad name, TraceError where the hub refuses or cannot be reached; then push again.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"--repo {repo!r} is no name of the hub; write OWNER/NAME ({error})") from error
+    files = pushed_files(folder)
+    total = sum(size for _, size in files)
+    if dry_run:
+        lines = [f"{_size(size):>10}  {name}" for name, size in files]
+        place = f"{repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
+        told = f"in {len(files)} files would go to the data set {place}; nothing was uploaded"
+        return "\n".join([*lines, f"{_size(total):>10}  {told}"])
+    api = HfApi()
+    try:
+        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.dataset_info(repo).private:
+            raise TraceError(
+                f"{repo} exists and is public, but a private one was asked for; make it private or choose another name"
+            )
+        if revision:
+            api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=[name for name, _ in files],
+            revision=revision,
+            commit_message="Upload by traceir",
+        )
+    except HfHubHTTPError as error:
+        raise TraceError(_refusal(repo, error)) from error
+    except _NETWORK as error:
+        raise TraceError(
+            f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
+            "network and HF_HUB_OFFLINE, then push again, or look at what would go with --dry-run"
+        ) from error
+    return str(commit.commit_url)
+
+
+def pushed_files(folder: Path) -> list[tuple[str, int]]:
+    """Names and sizes in bytes of what is uploaded, each checked against the manifest's hashes. Raises DataError."""
+    manifest = _read_manifest(folder)
+    if not (folder / "README.md").is_file():
+        raise DataError(f"{folder} has no README.md, which tells the hub how to read it; run `traceir reasoning assemble`")
+    for one in tqdm(manifest["files"], desc="checking files", unit="file", delay=2.0):
+        path = folder / one["name"]
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != one["sha256"]:
+            raise DataError(f"{path} is not the file that the manifest names; run `traceir reasoning assemble` again")
+    names = ["README.md", "manifest.json", *(one["name"] for one in manifest["files"])]
+    return [(name, (folder / name).stat().st_size) for name in names]
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / "manifest.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}); assemble the data to its end first") from error
+    if not isinstance(found, dict) or found.get("name") != NAME or found.get("format") != COT_FORMAT:
+        raise DataError(f"{file}: not a manifest of {NAME}, format {COT_FORMAT}; write the folder again with this release")
+    missing = [
+        one["name"] for one in found["files"] if Path(one["name"]).name != one["name"] or not (folder / one["name"]).is_file()
+    ]
+    if missing:
+        raise DataError(f"{folder / missing[0]} is missing, but named by the manifest; copy or write it again")
+    return found
+
+
+def _refusal(repo: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else 0
+    if status in (401, 403, 404):
+        return f"{repo}: the hub answers {status}; log in by `hf auth login` with a token that may write there, then push again"
+    return f"{repo}: the hub answers {status or 'nothing'} ({error.server_message or type(error).__name__}); try again later"
+
+
+# The card
+
+
+def _facts(folder: Path, out: Path | None, quality: Quality | None) -> _Facts:
+    manifest = _read_manifest(folder)
+    build = read_build(out) if out is not None and (out / CONFIG_FILE).is_file() else {}
+    if quality is None and out is not None and (out / QUALITY / FILE).is_file():
+        quality = read_quality(out / QUALITY / FILE)
+    reasoned = sum(int(one["complex"]) for one in manifest["tasks"].values())
+    if quality is not None and quality.overall.funnel["curated"] != reasoned:
+        quality = None  # of another state of the data
+    funnel = _read_json(out / "funnel.json").get("all", {}) if out is not None else {}
+    about = _read_json(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
+    return _Facts(manifest, build, funnel, quality, _line(about.get("name") or "data in M-BEIR's layout"))
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """{} where the file is not there."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error}); make it again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _front_matter(facts: _Facts, licence: str | None) -> str:
+    samples = int(facts.manifest["samples"])
+    name = f"{NAME}, {facts.source}" + (f", by {_line(facts.teacher)}" if facts.teacher else "")
+    card = DatasetCardData(
+        pretty_name=name,
+        language="en",
+        license=licence,
+        size_categories=next((word for most, word in SIZES if samples < most), "10M<n<100M"),
+        task_categories=["feature-extraction", "text-retrieval"],
+        tags=["traceir", "multimodal-retrieval", "reasoning", "chain-of-thought", "synthetic"],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"train-*.{_suffix(facts)}"}]}],
+        dataset_info={"features": [_column(column, kind) for column, kind, _ in COLUMNS]},
+    )
+    return f"{card.to_yaml()}\n"
+
+
+def _column(name: str, kind: Any) -> dict[str, Any]:
+    if isinstance(kind, str):
+        return {"name": name, "dtype": kind}
+    return {"name": name, "list": kind[0] if kind == ["string"] else [dict(one) for one in kind]}
+
+
+def _suffix(facts: _Facts) -> str:
+    return Path(str(facts.manifest["files"][0]["name"])).suffix.removeprefix(".")
+
+
+def _opening(facts: _Facts) -> str:
+    by = f" The reasoning was written by `{_code(facts.teacher)}`." if facts.teacher else ""
+    total, complex_ = int(facts.manifest["samples"]), sum(int(one["complex"]) for one in facts.manifest["tasks"].values())
+    return (
+        f"# {NAME}, {_escape(facts.source)}\n\n"
+        f"{total:,} training samples for multimodal retrieval that reasons when a query needs it: {complex_:,} complex queries "
+        f"with reasoning and a description of the target, {total - complex_:,} direct ones without.{by}\n\n"
+        "The recipe is that of TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929), section 3), whose own data were not "
+        "published. Texts are machine-made; see the limits below before training on them.\n"
+    )
+
+
+def _making(facts: _Facts) -> str:
+    if not facts.build:
+        return "## How it was made\n\nThe build was not given.\n"
+    build = facts.build
+    limits = build.get("limits", {})
+    steps = [
+        f"Complexity: the teacher `{_code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1).",
+        "Reasoning: for complex queries it writes `<reasoning>` and `<answer>`, by a prompt for each kind of task; it does not "
+        "see the target.",
+        f"Rules: {', '.join(RULES)}, in this order; the first one that is broken drops the sample. Reasoning has "
+        f"{limits.get('reasoning_least')} to {limits.get('reasoning_most')} tokens, an answer {limits.get('answer_least')} to "
+        f"{limits.get('answer_most')}.",
+        f"Verifier: `{_code(facts.verifier)}` sees query, answer and true target; kept is a yes with a "
+        f"confidence above {build.get('verify_above')}.",
+        "Review: decisions of people, where there are any, replace those of the filter.",
+    ]
+    told = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
+    told.append(
+        f"\nPrompts `{_code(build.get('prompts'))}`, seed {_code(build.get('seed'))}, temperature "
+        f"{_code(build.get('temperature'))}, at most {_code(build.get('attempts'))} attempts a question. Data: "
+        f"`{_code(build.get('data_fingerprint'))}`.\n"
+    )
+    return "## How it was made\n\n" + "\n".join(told) + _funnel(facts)
+
+
+def _funnel(facts: _Facts) -> str:
+    if not facts.funnel:
+        return ""
+    rows = [("queries", "queries"), ("direct", "direct"), ("complex, kept", "kept"), ("complex, dropped", "dropped")]
+    lines = [f"| {word} | {facts.funnel.get(name, 0):,} |" for word, name in rows]
+    dropped = [(name[5:], count) for name, count in facts.funnel.items() if name.startswith("rule:")]
+    lines += [f"| dropped by `{_code(name)}` | {count:,} |" for name, count in sorted(dropped, key=lambda one: -one[1])]
+    return "\n| | queries |\n|---|---:|\n" + "\n".join(lines) + "\n"
+
+
+def _tasks(facts: _Facts) -> str:
+    lines = [
+        f"| {_escape(name)} | {one['samples']:,} | {one['complex']:,} | {one['negatives']:,} |"
+        for name, one in facts.manifest["tasks"].items()
+    ]
+    return "## Tasks\n\n| task | samples | with reasoning | hard negatives |\n|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
+
+
+def _fields() -> str:
+    lines = [f"| `{name}` | {_kind(kind)} | {meaning} |" for name, kind, meaning in COLUMNS]
+    return "## Fields\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+
+
+def _kind(kind: Any) -> str:
+    return kind if isinstance(kind, str) else "list of strings" if kind == ["string"] else "list of candidates"
+
+
+def _loading(facts: _Facts) -> str:
+    return (
+        "## Use\n\n```python\nfrom datasets import load_dataset\n\n"
+        'samples = load_dataset("FOLDER", split="train")  # this folder, or its name on the hub\n```\n\n'
+        "`traceir train --preset NAME --data FOLDER` trains on it. For pictures and instructions, `root` in `manifest.json` "
+        "names the data folder relative to this one; change it where that folder lies elsewhere.\n"
+    )
+
+
+def _pictures(facts: _Facts) -> str:
+    return (
+        "## Pictures and licences\n\n"
+        f"Pictures are not included. Queries, candidates and pictures come from {_escape(facts.source)}; their terms hold "
+        "for what is repeated here. M-BEIR's are on its page, "
+        "[TIGER-Lab/M-BEIR](https://huggingface.co/datasets/TIGER-Lab/M-BEIR), data set by data set. Those of the teacher's "
+        "maker may limit what its texts may be used for.\n"
+    )
+
+
+def _limits(facts: _Facts) -> str:
+    lines = [
+        "- Reasoning may be wrong although rules and verifier let it pass; the verifier is a model too.",
+        "- All texts are English, in the manner of one teacher.",
+        "- The teacher may describe people in terms that nothing in the data supports.",
+    ]
+    return (
+        "## Limits and biases\n\n" + "\n".join([*lines, *(_measured(facts.quality) if facts.quality else [_UNMEASURED])]) + "\n"
+    )
+
+
+_UNMEASURED: Final = (
+    "- Not measured yet: `traceir reasoning report` measures hallucination, repetition, terms about people and copying."
+)
+
+
+def _measured(quality: Quality) -> Iterator[str]:
+    own = quality.overall
+    yield f"- Hallucinated: {told_estimate(quality.hallucination)}."
+    yield f"- Dropped for any reason, or edited, by reviewers: {told_estimate(quality.fault)}."
+    exact, near = own.duplicates["exact"], own.duplicates["near"]
+    yield (
+        f"- Repetition: {percent(exact['share'])} of the reasonings repeat another word for word; {percent(near['share'])} of "
+        f"{near['samples']:,} looked at are near duplicates; the ten most frequent openings begin "
+        f"{percent(own.openings['share'])}."
+    )
+    for kind, word in (("told", "the target has words"), ("untold", "the target is a picture alone")):
+        found = own.people[kind]
+        if found["samples"]:
+            groups = "; ".join(
+                f"{group} {one['samples']:,} ({', '.join(term['term'] for term in one['terms'][:5])})"
+                for group, one in found["groups"].items()
+            )
+            yield (
+                f"- Terms about people that neither query nor target tells, where {word}: {percent(found['share'])} of "
+                f"{found['samples']:,} samples{f'. {groups}' if groups else ''}."
+            )
+    if own.copied["samples"]:
+        yield (
+            f"- Copied from the target's text (8 words in a row, or a short text whole): {percent(own.copied['share'])} of "
+            f"{own.copied['samples']:,} samples whose target has text."
+        )
+
+
+def _cost(facts: _Facts) -> str:
+    if facts.quality is None:
+        return "## Cost\n\nNot measured yet; the column `provenance` has the tokens of each sample.\n"
+    cost = facts.quality.cost
+    usd = f", {cost['usd']:,.2f} USD" if "usd" in cost else ""
+    return (
+        f"## Cost\n\n{cost['prompt_tokens']:,.0f} tokens read and {cost['completion_tokens']:,.0f} written{usd}, for the answers "
+        "that stand; repeated attempts are not in it.\n"
+    )
+
+
+def _model(name: object) -> str:
+    """The name a teacher is served by; of a path its last part: where somebody's files lie is nobody's business."""
+    text = _line(name or "")
+    return Path(text).name if text.startswith(("/", "~", ".")) else text
+
+
+def _line(text: object) -> str:
+    return _CONTROL.sub(" ", str(text)).strip()
+
+
+def _escape(text: object) -> str:
+    """One line of Markdown that shows the text as it is, in a paragraph or in a table."""
+    return _SPECIAL.sub(r"\\\1", _line(text))
+
+
+def _code(text: object) -> str:
+    """One line for a code span: no backtick can end it, no bar a table's cell."""
+    return re.sub(r"[`|]", "", _line(text))
+
+
+def _size(count: int) -> str:
+    amount = float(count)
+    for unit in ("B", "kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} GB"

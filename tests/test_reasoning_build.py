@@ -1,0 +1,320 @@
+"""The build of M-BEIR-CoT: stages, resuming, shares, bad input, assembly; and all of it through HTTP, with kills."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from traceir.cli import main
+from traceir.errors import DataError, InputError
+from traceir.learn.cot import read_cot
+from traceir.learn.reasoning.ask import Question, blocks
+from traceir.learn.reasoning.asker import Unanswered
+from traceir.learn.reasoning.assemble import assemble
+from traceir.learn.reasoning.build import Tally, Work, is_finished, run_parts, write_manifests
+from traceir.learn.reasoning.estimate import estimate
+from traceir.learn.reasoning.faults import Faults
+from traceir.learn.reasoning.outcomes import read_outcomes
+from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, parse_shard, read_config
+from traceir.learn.reasoning.rules import Limits, RuleFilter
+from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts
+from traceir.learn.reasoning.teacher import Reply
+from traceir.learn.reasoning.teacher_server import MODEL, running
+
+COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
+LIMITS = Limits(reasoning_least=4)
+
+
+@pytest.fixture(scope="module")
+def boats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 changes of pictures of boats, the first two of one picture and text, and then 6 captions."""
+    root = tmp_path_factory.mktemp("boats")
+    for place in ("query/train", "cand_pool/global", "instructions", "mbeir_images", "cot/train"):
+        (root / place).mkdir(parents=True)
+    queries: list[dict[str, Any]] = []
+    pool: list[dict[str, Any]] = []
+    labels: list[dict[str, Any]] = []
+    for number in range(len(COLOURS)):
+        for kind in ("from", "to"):
+            Image.new("RGB", (40, 40), (number * 20, 90 if kind == "to" else 10, 50)).save(
+                root / f"mbeir_images/{kind}{number}.png"
+            )
+        shown = 0 if number == 1 else number
+        told = f"paint the boat {COLOURS[shown]}"
+        queries.append(line(f"8:{number + 1}", told, f"mbeir_images/from{shown}.png", f"8:{number + 100}", 7))
+        pool.append(candidate(f"8:{number + 100}", None, f"mbeir_images/to{number}.png"))
+        reasoning = f"the boat is plain; the paint is {COLOURS[shown]}; the boat becomes {COLOURS[shown]}"
+        labels.append(
+            {"qid": f"8:{number + 1}", "steps": 2, "z": 1, "reasoning": reasoning, "answer": f"a {COLOURS[shown]} boat"}
+        )
+    for number in range(6):
+        queries.append(line(f"8:{number + 50}", f"a boat in {COLOURS[number]}", None, f"8:{number + 100}", 0))
+        labels.append({"qid": f"8:{number + 50}", "steps": 0, "z": 0, "reasoning": None, "answer": None})
+    write(root / "query/train/mbeir_cirr_train.jsonl", queries)
+    write(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
+    write(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)
+    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
+    told = "image,text\timage\tBoats\t8\tFind the boat.\ntext\timage\tBoats\t8\tFind it.\n"
+    (root / "instructions/query_instructions.tsv").write_text(header + told)
+    return root
+
+
+def line(qid: str, text: str, image: str | None, positive: str, task_id: int) -> dict[str, Any]:
+    modality = "image,text" if image else "text"
+    return {"qid": qid, "query_txt": text, "query_img_path": image, "query_modality": modality, "query_src_content": None,
+            "pos_cand_list": [positive], "neg_cand_list": [], "task_id": task_id}  # fmt: skip
+
+
+def candidate(did: str, text: str | None, image: str | None) -> dict[str, Any]:
+    return {"did": did, "txt": text, "img_path": image, "modality": "image" if image else "text", "src_content": None}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Script:
+    """Answers at once; `fails` are qids whose reasoning gets no answer, `odd` maps (stage, qid) to what is said instead."""
+
+    def __init__(self, fails: tuple[str, ...] = (), odd: dict[tuple[str, str], str] | None = None) -> None:
+        self.fails, self.odd, self.asked = fails, odd or {}, list[tuple[str, str, int]]()
+
+    async def ask(self, question: Question) -> Reply:
+        self.asked.append((question.stage, question.qid, question.attempt))
+        if question.stage == "reason" and question.qid in self.fails:
+            raise Unanswered(f"no answer to {question.qid}")
+        shown = blocks("".join(part for part in question.parts if isinstance(part, str)))
+        told = self.odd.get((question.stage, question.qid)) or self.say(question.stage, shown)
+        return Reply(told, "stop", "script", 10, 5)
+
+    def say(self, stage: str, shown: dict[str, str]) -> str:
+        if stage == "assess":
+            return json.dumps({"complex": shown["task"] == "cirr_task7", "reason": "why", "confidence": 0.9})
+        if stage == "verify":
+            return json.dumps({"verdict": "yes", "confidence": 0.8, "reason": "fits"})
+        return f"<reasoning>the boat is plain and then: {shown['query']}</reasoning><answer>{shown['query'][10:]}</answer>"
+
+    def status(self) -> str:
+        return ""
+
+    async def close(self) -> None:
+        return
+
+
+def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> Tally:
+    config = BuildConfig(str(boats), "script", part_size=4, limits=LIMITS, **settings)
+    begin(out, config)
+    source = Source(boats, config.tasks)
+    parts = [part for part in find_parts(boats, 4)[shard[0] :: shard[1]] if not is_finished(out, part)]
+    rules = RuleFilter(LIMITS, find_captions(boats, None))
+    try:
+        return run_parts(Work(config, out, source, config.questions(), rules, script, script), parts, progress=False)
+    finally:
+        source.close()
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Digests of the stage files and of the data set."""
+    places = [place for name in (*STAGES, "dataset") for place in sorted((folder / name).glob("*")) if place.is_file()]
+    return {
+        str(place.relative_to(folder)): hashlib.sha256(place.read_bytes()).hexdigest()
+        for place in places
+        if place.name != "README.md"
+    }
+
+
+def test_parts_cover_every_line_once_whatever_their_size(boats: Path) -> None:
+    whole = [case.record.qid for part in find_parts(boats, 1000) for case in Source(boats).cases(part)]
+    small = [case.record.qid for part in find_parts(boats, 5) for case in Source(boats).cases(part)]
+    assert len(whole) == 18 and small == whole
+
+
+def test_captions_of_pictures_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
+    found = find_captions(boats, None)
+    assert found["mbeir_images/to3.png"] == "a boat in white" and "mbeir_images/to9.png" not in found
+    own = tmp_path / "captions.jsonl"
+    own.write_text('{"img_path": "mbeir_images/to9.png", "caption": "mine"}\n{"img_path": "else.png", "caption": "no"}\n')
+    assert find_captions(boats, own)["mbeir_images/to9.png"] == "mine" and "else.png" not in find_captions(boats, own)
+
+
+def test_outcomes_say_what_became_of_every_query(boats: Path, tmp_path: Path) -> None:
+    odd = {
+        ("assess", "8:50"): "no idea",
+        ("reason", "8:3"): "I'm sorry, but I can't help with that.",
+        ("verify", "8:4"): '{"verdict": "yes", "confidence": 0.7, "reason": "perhaps"}',
+        ("verify", "8:5"): "hm",
+    }
+    script = Script(odd=odd)
+    tally = run(boats, tmp_path, script, attempts=2)
+    assert tally.parts == 5 and not tally.unfinished
+    found = {outcome.case.record.qid: outcome for outcome in read_outcomes(tmp_path)}
+    assert [found[f"8:{number}"].rule for number in (1, 2, 3, 4, 5)] == ["", "duplicate", "refusal", "verifier", "teacher"]
+    assert found["8:50"].rule == "teacher" and found["8:51"].status == "direct" and found["8:6"].status == "kept"
+    assert found["8:6"].reasoning.startswith("the boat is plain") and "<" not in found["8:6"].reasoning
+    assert script.asked.count(("reason", "8:3", 1)) == 1, "a broken reply is asked for again"
+    assert not [one for one in script.asked if one[:2] == ("verify", "8:3")]
+    told = json.loads(found["8:6"].provenance)
+    assert told["teacher"] == "script" and told["prompts"] == "cot-1" and told["prompt_tokens"] == 30
+
+
+def test_assembly_mixes_direct_and_kept_and_trains(boats: Path, tmp_path: Path) -> None:
+    run(boats, tmp_path, Script(odd={("reason", "8:3"): "nothing"}))
+    funnel = assemble(tmp_path).as_json()["all"]
+    assert funnel == {"direct": 6, "dropped": 2, "kept": 10, "queries": 18, "rule:duplicate": 1, "rule:tags": 1}
+    pairs = {data.name: data for data in read_cot(tmp_path / "dataset")}
+    assert len(pairs["cirr_task7"]) == 10 and len(pairs["cirr_task0"]) == 6
+    label = pairs["cirr_task7"].sample(0).label
+    assert label is not None and label.answer == "boat red" and label.z == 1
+    assert assemble(tmp_path, dropped="direct", format="jsonl").as_json()["all"] == funnel
+    assert len({data.name: data for data in read_cot(tmp_path / "dataset")}["cirr_task7"]) == 12
+    assert not list((tmp_path / "dataset").glob("*.parquet"))
+
+
+def test_what_lacks_answers_is_left_unfinished_and_only_that_is_done_again(boats: Path, tmp_path: Path) -> None:
+    first = run(boats, tmp_path / "a", Script(fails=("8:6",)))
+    assert list(first.unfinished) == ["cirr-00001"] and first.parts == 4
+    with pytest.raises(DataError, match="1 of 5 parts are not finished"):
+        list(read_outcomes(tmp_path / "a"))
+    assert len(list(read_outcomes(tmp_path / "a", partial=True))) == 14
+    again = Script()
+    assert run(boats, tmp_path / "a", again).parts == 1
+    assert {qid for stage, qid, _ in again.asked} == {"8:5", "8:6", "8:7", "8:8"}
+    assert not [one for one in again.asked if one[0] == "assess"], "the stage that was done is not asked for again"
+    run(boats, tmp_path / "b", Script())
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_shares_in_any_order_make_the_same_files(boats: Path, tmp_path: Path) -> None:
+    for number in (2, 0, 1):
+        run(boats, tmp_path / "shares", Script(), (number, 3))
+    run(boats, tmp_path / "whole", Script())
+    for folder in ("shares", "whole"):
+        write_manifests(tmp_path / folder, find_parts(boats, 4))
+        assemble(tmp_path / folder)
+    assert files(tmp_path / "shares") == files(tmp_path / "whole") and "verify/manifest.json" in files(tmp_path / "whole")
+
+
+def test_tasks_can_be_chosen_and_taken_as_complex_unasked(boats: Path, tmp_path: Path) -> None:
+    script = Script()
+    run(boats, tmp_path, script, tasks=("cirr_task7",), complex=("cirr_task7",))
+    assert not [one for one in script.asked if one[0] == "assess"]
+    assert {outcome.case.task for outcome in read_outcomes(tmp_path)} == {"cirr_task7"}
+
+
+def test_other_settings_for_a_folder_are_refused_by_name(boats: Path, tmp_path: Path) -> None:
+    config = BuildConfig(str(boats), "script")
+    begin(tmp_path, config)
+    begin(tmp_path, config)
+    assert read_config(tmp_path) == config
+    with pytest.raises(InputError, match=r"limits.reasoning_least = 16, now it is 4"):
+        begin(tmp_path, replace(config, limits=LIMITS))
+
+
+def test_a_dry_run_counts_requests_and_tokens(boats: Path) -> None:
+    config = BuildConfig(str(boats), "script", complex=("cirr_task7",))
+    source = Source(boats)
+    found = {one.stage: one for one in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
+    source.close()
+    assert found["assess"].requests == 6, "complex tasks are not asked about"
+    assert found["reason"].requests == found["verify"].requests == round(12 + 0.5 * 6)
+    assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
+
+
+@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b"])
+def test_a_share_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="--shard"):
+        parse_shard(text)
+
+
+def test_no_such_task_names_those_there(boats: Path) -> None:
+    with pytest.raises(InputError, match=r"'cirr_task6' .* cirr_task0, cirr_task7"):
+        check_tasks(boats, ["cirr_task6"])
+
+
+# Through HTTP and the command line
+
+
+def told(boats: Path, out: Path, url: str) -> list[str]:
+    command = ["reasoning", "build", "--data", str(boats), "--out", str(out), "--teacher", url, "--model", MODEL]
+    return [
+        *command,
+        "--concurrency",
+        "8",
+        *(f"--set={one}" for one in ("attempts=1", "limits.reasoning_least=4", "part_size=4")),
+    ]
+
+
+def test_a_build_through_http_survives_faults_and_a_kill(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = Faults(0.3, 5)
+    with running(boats, faults=faults, stall_s=0.05, retry_after_s=0.01) as url:
+        assert main(told(boats, tmp_path / "whole", url)) == 0
+        assert "cirr_task7" in capsys.readouterr().out
+    log = tmp_path / "teacher.jsonl"
+    with running(boats, faults=faults, stall_s=0.05, retry_after_s=0.01, latency=0.05, log=log) as url:
+        command = [sys.executable, "-m", "traceir", *told(boats, tmp_path / "killed", url)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        journal = tmp_path / "killed/journal"
+        while process.poll() is None and sum(file.stat().st_size for file in journal.glob("*.jsonl")) < 1500:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        (file,) = journal.glob("*.jsonl")
+        kept = len(file.read_bytes().splitlines())
+        with file.open("ab") as stream:
+            stream.write(b'{"key": "half a li')
+        assert main(told(boats, tmp_path / "killed", url)) == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    paid = [line["key"] for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "end" and line["paid"]]
+    assert kept > 0 and len(paid) - len(set(paid)) <= 8, "only what was in flight is paid twice"
+
+
+def test_a_wrong_key_and_an_unreachable_teacher_end_in_one_line(
+    boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "invented-key")
+    with running(boats, key="another-key") as url:
+        assert main(told(boats, tmp_path, url)) == 1
+        error = capsys.readouterr().err
+        assert "refuses the API key" in error and "invented-key" not in error and "another-key" not in error
+    assert main(told(boats, tmp_path, "http://127.0.0.1:9/v1")) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    with running(boats, key="invented-key") as url:
+        assert main(told(boats, tmp_path, url)) == 0, "the same folder goes on"
+
+
+def test_the_spend_limit_stops_and_a_higher_one_goes_on(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prices = ["--price-in", "100", "--price-out", "100", "--spend-limit"]
+    with running(boats) as url:
+        assert main([*told(boats, tmp_path, url), *prices, "0.3"]) == 1
+        assert "spend limit" in capsys.readouterr().err
+        assert main([*told(boats, tmp_path, url), *prices, "100"]) == 0
+
+
+def test_a_dry_run_asks_nothing(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*told(boats, tmp_path / "new", "http://127.0.0.1:9/v1"), "--dry-run", "--price-in", "1"]) == 0
+    assert "requests" in capsys.readouterr().out and not (tmp_path / "new").exists()
+
+
+def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = told(boats, tmp_path, "http://127.0.0.1:9/v1")
+    for more, shown in (
+        (["--tasks", "oven_task6"], "oven_task6"),
+        (["--teacher", "localhost:8000"], "localhost:8000"),
+        (["--set", "limits.most=3"], "limits"),
+        (["--spend-limit", "3"], "prices"),
+        (["--extra", "[1]"], "[1]"),
+        (["--data", str(tmp_path / "nowhere")], "nowhere"),
+    ):
+        assert main([*base, *more]) == 2
+        assert shown in capsys.readouterr().err.strip()

@@ -1,0 +1,160 @@
+"""The data card of M-BEIR-CoT: valid front matter, readable by `datasets` as it lies there, and ready for the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+from huggingface_hub import DatasetCard, HfApi
+from huggingface_hub.errors import OfflineModeIsEnabled
+from test_reasoning_quality import outcome
+
+from traceir.errors import DataError, InputError, TraceError
+from traceir.learn.cot import write_rows
+from traceir.learn.reasoning.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
+from traceir.learn.reasoning.plan import FORMAT, NAME, BuildConfig
+from traceir.learn.reasoning.quality import measure
+from traceir.learn.reasoning.rules import Limits
+
+BAD = "bad: [x]\n---\n- | `y` <b>"
+"""A name that would break YAML, a table, and Markdown."""
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """Five rows of two tasks; the two complex ones come last, so that types cannot be guessed from the first file."""
+    for number in range(5):
+        z = int(number >= 3)
+        yield {
+            "qid": f"9:{number}",
+            "task": "invented|b_task7" if z else "invented_task0",
+            "task_id": 7 if z else 0,
+            "dataset_id": 9,
+            "query_txt": "make it red",
+            "query_img_path": "pictures/a.png" if z else None,
+            "query_modality": "image,text" if z else "text",
+            "cand_modality": "image",
+            "z": z,
+            "reasoning": "the chair is blue; make it red" if z else None,
+            "answer": "a red chair" if z else None,
+            "steps": 0 if z else None,
+            "pos_cand_list": ["9:1"],
+            "positives": [{"did": "9:1", "txt": None, "img_path": "pictures/b.png", "modality": "image"}],
+            "negatives": [],
+            "provenance": json.dumps({"teacher": BAD}) if z else None,
+        }
+
+
+@pytest.fixture(params=["parquet", "jsonl"])
+def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A build's folder: settings, funnel, and a data set of three files."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    out.mkdir()
+    (data / "meta.json").write_text(json.dumps({"name": BAD}))
+    settings = asdict(BuildConfig(str(data), BAD, limits=Limits(reasoning_least=17)))
+    told = {"name": NAME, "format": FORMAT, "prompts": "cot-1+0123", "data_fingerprint": None}
+    (out / "build.json").write_text(json.dumps(settings | told))
+    (out / "funnel.json").write_text(json.dumps({"all": {"queries": 12, "kept": 2, "rule:tags": 7, "rule:language": 1}}))
+    write_rows(rows(), data, out / "dataset", format=request.param, rows_per_file=2)
+    return out
+
+
+def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
+    folder = built / "dataset"
+    text = write_cot_card(folder, built, licence="cc-by-4.0")
+    card = DatasetCard(text)
+    assert card.data.license == "cc-by-4.0" and card.data.size_categories == "n<1K"
+    assert card.data.pretty_name == "M-BEIR-CoT, bad: [x] --- - | `y` <b>, by bad: [x] --- - | `y` <b>"
+    assert "17 to 256" in card.text and "| dropped by `tags` | 7 |" in card.text and "Not measured yet" in card.text
+    assert "invented\\|b\\_task7 | 2 | 2 | 0 |" in card.text and "\\<b\\>" in card.text and str(tmp_path) not in text
+    for name in ("arrow", "writing"):  # a cache of `datasets`, and a write that was killed
+        (folder / name).mkdir()
+        (folder / name / "train-00000-of-00001.jsonl").write_text('{"other": 1}\n')
+    found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(found) == list(rows())
+    assert list(found.features) == [name for name, _, _ in COLUMNS]
+    assert [*found.features["positives"].feature] == [one["name"] for one in CANDIDATES]
+    assert found.features["steps"].dtype == "int32" and found.features["reasoning"].dtype == "string"
+
+
+def test_card_tells_what_was_measured(built: Path) -> None:
+    folder = built / "dataset"
+    man = "*an* old man | waits"
+    figures = measure(
+        [outcome("1:1", man, target="a bench"), outcome("1:2", man, "the bench", target="some bench")], price_in=5.0
+    )
+    text = write_cot_card(folder, built, quality=figures)
+    assert "Hallucinated: not reviewed." in text and "100.0 % of 2 samples. gender 2 (man); age 2 (old)" in text
+    assert "50.0 % of the reasonings repeat another" in text and "200 tokens read and 20 written, 0.00 USD" in text
+    assert "- | waits" not in text  # no text of the data
+    other = measure([outcome("1:1", man)])
+    assert "Not measured yet" in write_cot_card(folder, built, quality=other)  # of one sample, the data have two
+    assert "The build was not given" in write_cot_card(folder)
+    (folder / "README.md").write_text("mine")
+    assert write_cot_card(folder, built) == "mine" == (folder / "README.md").read_text()
+    (folder / "manifest.json").unlink()
+    with pytest.raises(DataError, match="assemble"):
+        push_cot(folder, "somebody/data")
+
+
+class FakeHub:
+    """Stands for HfApi: remembers what it was asked, as HfApi's methods are named."""
+
+    public = False
+    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*_: Any, **options: Any) -> Any:
+            self.calls.append((name, options))
+            return SimpleNamespace(private=not self.public, commit_url="https://hub.test/commit/1")
+
+        return call
+
+
+@pytest.mark.parametrize("built", ["parquet"], indirect=True)
+def test_push(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = built / "dataset"
+    with pytest.raises(DataError, match=r"README\.md"):
+        push_cot(folder, "somebody/data")
+    write_cot_card(folder, built)
+    monkeypatch.setattr("traceir.learn.reasoning.cot_card.HfApi", FakeHub)
+    monkeypatch.setattr(FakeHub, "calls", [])
+    (folder / "arrow").mkdir()
+    (folder / "arrow" / "cache.arrow").write_text("stays here")
+    (folder / "notes.txt").write_text("stays here")
+    told = push_cot(folder, "somebody/data")
+    assert "train-00002-of-00003.parquet" in told and "nothing was uploaded" in told and "notes" not in told
+    assert not FakeHub.calls
+    assert push_cot(folder, "somebody/data", dry_run=False).endswith("/commit/1")
+    assert [name for name, _ in FakeHub.calls] == ["create_repo", "dataset_info", "upload_folder"]
+    assert FakeHub.calls[0][1]["private"] is True and FakeHub.calls[0][1]["repo_type"] == "dataset"
+    files = [f"train-0000{n}-of-00003.parquet" for n in range(3)]
+    assert FakeHub.calls[-1][1]["allow_patterns"] == ["README.md", "manifest.json", *files]
+    monkeypatch.setattr(FakeHub, "public", True)
+    with pytest.raises(TraceError, match="is public"):
+        push_cot(folder, "somebody/data", dry_run=False)
+    with pytest.raises(InputError, match="OWNER/NAME"):
+        push_cot(folder, "no good name")
+    with (folder / files[1]).open("ab") as stream:
+        stream.write(b"more")
+    with pytest.raises(DataError, match=files[1]):
+        push_cot(folder, "somebody/data")
+
+
+@pytest.mark.parametrize("built", ["jsonl"], indirect=True)
+def test_push_without_network_names_the_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise OfflineModeIsEnabled("offline")
+
+    write_cot_card(built / "dataset", built)
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(TraceError, match="hf auth login"):
+        push_cot(built / "dataset", "somebody/data", dry_run=False)
