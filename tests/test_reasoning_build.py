@@ -318,3 +318,12 @@ def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys
     ):
         assert main([*base, *more]) == 2
         assert shown in capsys.readouterr().err.strip()
+
+
+def test_ray_makes_the_same_files_from_the_same_functions(boats: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs the extra `cluster`")
+    with running(boats) as url:
+        assert main([*told(boats, tmp_path / "ray", url), "--engine", "ray", "--workers", "2"]) == 0
+        assert main(told(boats, tmp_path / "local", url)) == 0
+    assert files(tmp_path / "ray") == files(tmp_path / "local")
+    assert len(list((tmp_path / "ray" / "journal").glob("ray-*.jsonl"))) == 2, "each worker wrote a journal of its own"

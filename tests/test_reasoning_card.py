@@ -56,7 +56,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     data.mkdir()
     out.mkdir()
     (data / "meta.json").write_text(json.dumps({"name": BAD}))
-    settings = asdict(BuildConfig(str(data), BAD, limits=Limits(reasoning_least=17)))
+    settings = asdict(BuildConfig(str(data), BAD, direct=("invented_task0",), limits=Limits(reasoning_least=17)))
     told = {"name": NAME, "format": FORMAT, "prompts": "cot-1+0123", "data_fingerprint": None}
     (out / "build.json").write_text(json.dumps(settings | told))
     (out / "funnel.json").write_text(json.dumps({"all": {"queries": 12, "kept": 2, "rule:tags": 7, "rule:language": 1}}))
@@ -73,7 +73,12 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
     card = DatasetCard(text)
     assert card.data.license == "cc-by-4.0" and card.data.size_categories == "n<1K"
     assert card.data.pretty_name == "M-BEIR-CoT, bad: [x] --- - | `y` <b>, by bad: [x] --- - | `y` <b>"
-    assert "17 to 256" in card.text and "| dropped by `tags` | 7 |" in card.text and "Not measured yet" in card.text
+    assert (
+        "unasked: `invented_task0` (z = 0)" in card.text
+        and "17 to 256" in card.text
+        and "| dropped by `tags` | 7 |" in card.text
+        and "Not measured yet" in card.text
+    )
     assert "invented\\|b\\_task7 | 2 | 2 | 0 |" in card.text and "\\<b\\>" in card.text and str(tmp_path) not in text
     for name in ("arrow", "writing"):  # a cache of `datasets`, and a write that was killed
         (folder / name).mkdir()

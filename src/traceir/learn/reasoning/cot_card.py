@@ -256,7 +256,8 @@ def _making(facts: _Facts) -> str:
     build = facts.build
     limits = build.get("limits", {})
     steps = [
-        f"Complexity: the teacher `{_code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1).",
+        f"Complexity: the teacher `{_code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1)."
+        f"{_unasked(build)}",
         "Reasoning: for complex queries it writes `<reasoning>` and `<answer>`, by a prompt for each kind of task; it does not "
         "see the target.",
         f"Rules: {', '.join(RULES)}, in this order; the first one that is broken drops the sample. Reasoning has "
@@ -269,10 +270,17 @@ def _making(facts: _Facts) -> str:
     told = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     told.append(
         f"\nPrompts `{_code(build.get('prompts'))}`, seed {_code(build.get('seed'))}, temperature "
-        f"{_code(build.get('temperature'))}, at most {_code(build.get('attempts'))} attempts a question. Data: "
-        f"`{_code(build.get('data_fingerprint'))}`.\n"
+        f"{_code(build.get('temperature'))}, attempts at each question: at most {_code(build.get('attempts'))}. "
+        f"Fingerprint of the data: `{_code(build.get('data_fingerprint') or 'none')}`.\n"
     )
     return "## How it was made\n\n" + "\n".join(told) + _funnel(facts)
+
+
+def _unasked(build: Mapping[str, Any]) -> str:
+    """Which tasks the settings decided."""
+    named = [(z, [_line(name) for name in build.get(kind) or ()]) for kind, z in (("direct", 0), ("complex", 1))]
+    told = [f"{', '.join(f'`{_code(name)}`' for name in names)} (z = {z})" for z, names in named if names]
+    return f" Taken so by the settings, unasked: {'; '.join(told)}." if told else ""
 
 
 def _funnel(facts: _Facts) -> str:
@@ -324,7 +332,7 @@ def _pictures(facts: _Facts) -> str:
 def _limits(facts: _Facts) -> str:
     lines = [
         "- Reasoning may be wrong although rules and verifier let it pass; the verifier is a model too.",
-        "- All texts are English, in the manner of one teacher.",
+        "- The reasoning is English, in the manner of one teacher.",
         "- The teacher may describe people in terms that nothing in the data supports.",
     ]
     return (
@@ -345,7 +353,7 @@ def _measured(quality: Quality) -> Iterator[str]:
     yield (
         f"- Repetition: {percent(exact['share'])} of the reasonings repeat another word for word; {percent(near['share'])} of "
         f"{near['samples']:,} looked at are near duplicates; the ten most frequent openings begin "
-        f"{percent(own.openings['share'])}."
+        f"{percent(own.openings['share'])} of all."
     )
     for kind, word in (("told", "the target has words"), ("untold", "the target is a picture alone")):
         found = own.people[kind]

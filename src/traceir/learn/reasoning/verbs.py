@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -125,12 +126,19 @@ def report(args: argparse.Namespace) -> int:
 
 def teacher(args: argparse.Namespace) -> int:
     from traceir.learn.reasoning.faults import Faults
-    from traceir.learn.reasoning.teacher_server import serve
+    from traceir.learn.reasoning.teacher_server import KEY_VARIABLE, serve
 
     serve(
-        Path(args.data), args.host, args.port, model=args.model, key=args.key, faults=Faults(args.faults, args.seed),
-        latency=args.latency, log=Path(args.log) if args.log else None, stall_s=args.stall,
-    )  # fmt: skip
+        Path(args.data),
+        args.host,
+        args.port,
+        model=args.model,
+        key=args.key or os.environ.get(KEY_VARIABLE),
+        faults=Faults(args.faults, args.seed),
+        latency=args.latency,
+        log=Path(args.log) if args.log else None,
+        stall_s=args.stall,
+    )
     return 0
 
 
