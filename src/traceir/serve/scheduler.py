@@ -1,0 +1,346 @@
+"""Dynamic batching: requests share prefills and write together, and join and leave as they come and go.
+
+One thread owns the model. Each of its turns prefills what has come in, at most one batch, and then writes one token for every row
+that reasons. So a query that bypasses waits for one prefill and one step, never for a stranger's reasoning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+from traceir.batch import Layout
+from traceir.decoding import Decoder, Finished, Wave, keep_rows, merge_waves, trim
+from traceir.encoder import Encoder
+from traceir.errors import InputError, TraceError
+from traceir.items import ROUTES, Encoding, Item, Query, Route
+
+log = logging.getLogger(__name__)
+
+PROGRESS_S: Final = 0.05
+"""Seconds between two reports on a row that writes."""
+
+
+class Busy(TraceError):  # noqa: N818 (no failure of the program: the client is asked to wait)
+    """Too many requests are waiting; `retry_after_s` says when to come back."""
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"{waiting} inputs are waiting, which is all that this server takes; try again in {retry_after_s:g} s")
+        self.retry_after_s = retry_after_s
+
+
+class Late(TraceError):  # noqa: N818
+    """The deadline of a request has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is known of a query before it is encoded: its road, P(`<|emb|>`) at the first step, and its reasoning so far."""
+
+    route: str
+    emb_probability: float
+    reasoning: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An encoding, with the seconds from arrival to its prefill (`queue`) and from there to the end (`encode`)."""
+
+    encoding: Encoding
+    queue: float
+    encode: float
+    cached: bool = False
+
+
+Listener = Callable[[Progress], None]
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One input on its way; the same input asked for twice at a time is one job with two waiters."""
+
+    key: tuple[str, str, str]
+    route: Route
+    arrived: float
+    done: asyncio.Future[Served]
+    layout: Layout | None = None
+    probability: bool = False
+    waiters: int = 0
+    listeners: list[Listener] = field(default_factory=list)
+    prefilled: float = 0.0
+    told: float = 0.0
+
+
+class Scheduler:
+    """Encodes queries and items from any number of tasks of one event loop.
+
+    `capacity` bounds the inputs that are under way; beyond it `Busy` is raised at once. `writing` rows write together, those
+    beyond wait with their cache. `remembered` encodings are kept by content. Equal to the encoder's own results up to
+    floating-point rounding. Start it within the loop, and `close` it there: what is under way ends, nothing new is taken.
+    """
+
+    def __init__(self, encoder: Encoder, *, capacity: int = 512, writing: int = 64, remembered: int = 8192) -> None:
+        for name, value, least in (("capacity", capacity, 1), ("writing", writing, 1), ("remembered", remembered, 0)):
+            if value < least:
+                raise InputError(f"{name} is {value}; give at least {least}")
+        self.encoder, self.capacity, self.writing, self.remembered = encoder, capacity, writing, remembered
+        self.hits = self.misses = 0
+        self._decoder: Decoder = encoder.decoder()
+        self._cache: OrderedDict[tuple[str, str, str], Encoding] = OrderedDict()
+        self._jobs: dict[tuple[str, str, str], Job] = {}
+        self._arrived: deque[Job] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._rate = 0.0
+        self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._pool = ThreadPoolExecutor(2, "layout")
+
+    @property
+    def under_way(self) -> int:
+        """Inputs that have come and are not encoded yet."""
+        return len(self._jobs)
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Takes nothing new, lets what is under way end, and frees the thread."""
+        self._closing = True
+        while self._jobs:
+            await asyncio.wait([job.done for job in self._jobs.values()])
+            await asyncio.sleep(0)
+        with self._wake:
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        self._pool.shutdown()
+
+    async def encode_query(
+        self, query: Query, route: Route = "auto", *, listener: Listener | None = None, seconds: float | None = None
+    ) -> Served:
+        """A query by a route. `listener` is told of its progress, in the event loop; `seconds` is its deadline.
+
+        Raises Busy, Late, InputError. Cancelling ends the work, unless others wait for the same query.
+        """
+        if route not in ROUTES:
+            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+        taken: Route = route if self.encoder.model.writes("query") else "direct"
+        return await self._encode(query, "query", taken, listener, seconds)
+
+    async def encode_item(self, item: Item, *, seconds: float | None = None) -> Served:
+        """A candidate: one prefill, never any reasoning, unless a profile lets candidates write."""
+        route: Route = "auto" if self.encoder.model.writes("candidate") else "direct"
+        return await self._encode(item, "item", route, None, seconds)
+
+    async def _encode(
+        self, content: Query | Item, role: str, route: Route, listener: Listener | None, seconds: float | None
+    ) -> Served:
+        if self._closing:
+            raise Busy(len(self._jobs), 1.0)
+        key = role, route, await self._loop.run_in_executor(self._pool, content.content_hash)
+        if (known := self._remembered(key)) is not None:
+            return Served(known, 0.0, 0.0, cached=True)
+        job = self._jobs.get(key)
+        if job is None:
+            job = self._admit(key, route)
+            lay_out = asyncio.ensure_future(self._prepare(job, content))
+            lay_out.add_done_callback(lambda done: self._laid_out(job, done))
+        if listener is not None:
+            job.listeners.append(listener)
+        job.waiters += 1
+        try:
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(job.done)
+        except TimeoutError as error:
+            raise Late(f"not encoded within {seconds:g} s; give it more time, or ask for the direct route") from error
+        finally:
+            job.waiters -= 1
+            if listener is not None and listener in job.listeners:
+                job.listeners.remove(listener)
+            if job.waiters == 0 and not job.done.done():
+                self._forget(job)
+
+    def _admit(self, key: tuple[str, str, str], route: Route) -> Job:
+        if len(self._jobs) >= self.capacity or self._closing:
+            raise Busy(len(self._jobs), max(1.0, round(len(self._jobs) / self._rate, 1) if self._rate else 1.0))
+        self.misses += 1
+        job = self._jobs[key] = Job(key, route, time.monotonic(), self._loop.create_future())
+        return job
+
+    async def _prepare(self, job: Job, content: Query | Item) -> None:
+        job.layout, job.probability = await self._loop.run_in_executor(self._pool, self._lay_out, content, job.route)
+
+    def _lay_out(self, content: Query | Item, route: Route) -> tuple[Layout, bool]:
+        processor = self.encoder.model.processor
+        prompt = self.encoder.model.prompt(content, direct=route == "direct")
+        layout = processor.forced(prompt) if route == "direct" else processor.lay_out(prompt)
+        return layout, isinstance(content, Query) and not prompt.closed
+
+    def _laid_out(self, job: Job, done: asyncio.Task[None]) -> None:
+        if job.done.done():
+            return
+        if (error := done.exception()) is not None:
+            self._end(job, error)
+            return
+        with self._wake:
+            self._arrived.append(job)
+            self._wake.notify()
+
+    def _remembered(self, key: tuple[str, str, str]) -> Encoding | None:
+        known = self._cache.get(key)
+        if known is not None:
+            self.hits += 1
+            self._cache.move_to_end(key)
+        return known
+
+    def _end(self, job: Job, result: Served | BaseException) -> None:
+        """In the event loop: tells all waiters, and remembers the encoding."""
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
+        if isinstance(result, Served) and self.remembered:
+            self._cache[job.key] = result.encoding
+            while len(self._cache) > self.remembered:
+                self._cache.popitem(last=False)
+        if job.done.done():
+            return
+        if isinstance(result, BaseException):
+            job.done.set_exception(result)
+            job.done.exception()  # seen, also where every waiter has gone
+        else:
+            job.done.set_result(result)
+
+    def _forget(self, job: Job) -> None:
+        """Nobody waits any more: the model's thread drops the row at its next turn."""
+        if self._jobs.get(job.key) is job:
+            del self._jobs[job.key]
+        job.done.cancel()
+
+    # In the model's thread
+
+    def _work(self) -> None:
+        writing: dict[int, Job] = {}
+        wave: Wave | None = None
+        parked: list[Wave] = []
+        numbers = 0
+        while True:
+            jobs = self._take(wait=wave is None and not parked)
+            if jobs is None:
+                return
+            started = time.monotonic()
+            finished: Finished = []
+            try:
+                if jobs:
+                    numbered = dict(enumerate(jobs, numbers))
+                    numbers += len(jobs)
+                    writing |= numbered
+                    done, more = self._prefill(numbered, started)
+                    finished += done
+                    parked += more
+                wave = self._joined(wave, parked, writing)
+                if wave is not None:
+                    finished += self._decoder.step(wave)
+                    self._tell(wave, writing)
+                    wave = wave if wave.rows else None
+            except Exception as error:
+                log.exception("a batch of %d inputs failed", len(writing))
+                self._call(self._fail, list(writing.values()), error)
+                wave, parked, writing = None, [], {}
+            if ended := [(writing.pop(number), encoding) for number, encoding in finished if number in writing]:
+                self._call(self._deliver, ended, time.monotonic())
+
+    def _take(self, *, wait: bool) -> list[Job] | None:
+        """What has come in and is still wanted, at most one batch of one route; None once all is done and closed."""
+        with self._wake:
+            while wait and not self._arrived and not (self._closing and not self._jobs):
+                self._wake.wait(0.5)
+            if wait and not self._arrived:
+                return None
+            taken: list[Job] = []
+            later: list[Job] = []
+            longest = 0
+            while self._arrived and len(taken) < self.encoder.batch_rows:
+                job = self._arrived.popleft()
+                if job.done.done() or job.layout is None:
+                    continue
+                size = max(longest, len(job.layout))
+                if taken and (job.route != taken[0].route or (len(taken) + 1) * size > self.encoder.token_budget):
+                    later.append(job)
+                    if len(later) > self.encoder.batch_rows:
+                        break
+                    continue
+                longest = size
+                taken.append(job)
+            self._arrived.extendleft(reversed(later))
+            return taken
+
+    def _prefill(self, jobs: dict[int, Job], started: float) -> tuple[Finished, list[Wave]]:
+        """Prefills one batch: what bypasses, and what writes."""
+        for job in jobs.values():
+            job.prefilled = started
+        layouts = [job.layout for job in jobs.values() if job.layout is not None]
+        route = next(iter(jobs.values())).route
+        if route == "direct":
+            probability = any(job.probability for job in jobs.values())
+            return self._decoder.prefill_direct(list(jobs), layouts, probability=probability), []
+        finished, wave = self._decoder.prefill(list(jobs), layouts, route)
+        for row in wave.rows if wave else ():
+            if listeners := jobs[row.number].listeners:
+                self._call(_tell_all, list(listeners), Progress("reason", row.probability, ""))
+        return finished, [wave] if wave else []
+
+    def _joined(self, wave: Wave | None, parked: list[Wave], writing: dict[int, Job]) -> Wave | None:
+        """The rows that write next: those whose waiters have gone leave, parked ones join while there is room."""
+        for one in [*([wave] if wave else []), *parked]:
+            live = [place for place, row in enumerate(one.rows) if not writing[row.number].done.cancelled()]
+            if len(live) < len(one.rows):
+                for place in set(range(len(one.rows))) - set(live):
+                    del writing[one.rows[place].number]
+                keep_rows(one, live)
+        if wave is not None and not wave.rows:
+            wave = None
+        parked[:] = [one for one in parked if one.rows]
+        joining: list[Wave] = [wave] if wave else []
+        while parked and sum(len(one.rows) for one in joining) + len(parked[0].rows) <= max(self.writing, len(parked[0].rows)):
+            joining.append(parked.pop(0))
+        if not joining:
+            return None
+        joined = merge_waves(joining)
+        trim(joined)
+        return joined
+
+    def _tell(self, wave: Wave, writing: dict[int, Job]) -> None:
+        """Tells those who listen what their rows have written so far."""
+        now = time.monotonic()
+        for row in wave.rows:
+            job = writing[row.number]
+            if job.listeners and now - job.told >= PROGRESS_S:
+                job.told = now
+                self._call(_tell_all, list(job.listeners), Progress("reason", row.probability, self._decoder.text_of(row)))
+
+    def _deliver(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
+        seconds = max(1e-3, now - min(job.prefilled for job, _ in finished))
+        self._rate = 0.9 * self._rate + 0.1 * len(finished) / seconds if self._rate else len(finished) / seconds
+        for job, encoding in finished:
+            self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled))
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            self._end(job, error)
+
+    def _call(self, what: Callable[..., None], *told: object) -> None:
+        """Runs something in the event loop; where that has ended there is nobody left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(what, *told)
+
+
+def _tell_all(listeners: Sequence[Listener], progress: Progress) -> None:
+    for listener in listeners:
+        listener(progress)

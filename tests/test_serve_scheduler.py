@@ -1,0 +1,185 @@
+"""Dynamic batching: the encoder's own results whatever comes together, and nothing lost, crossed or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from traceir.encoder import Encoder
+from traceir.errors import InputError, PictureError
+from traceir.items import Encoding, Item, Query, Route
+from traceir.model import TraceModel
+from traceir.pictures import Picture
+from traceir.serve.scheduler import Busy, Late, Progress, Scheduler
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+@asynccontextmanager
+async def scheduling(model: TraceModel, **options: Any) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(Encoder(model), **options)
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        await scheduler.close()
+
+
+def same(found: Encoding, wanted: Encoding) -> bool:
+    cosine = float(np.dot(found.vector, wanted.vector))
+    return cosine > 0.99999 and (found.route, found.reasoning, found.tokens) == (wanted.route, wanted.reasoning, wanted.tokens)
+
+
+ROUTE_OF: list[Route] = ["auto", "reason", "direct"]
+
+
+def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceModel, queries: list[Query]) -> None:
+    encoder = Encoder(model)
+    wanted = {
+        (query.content_hash(), route): encoder.encode_queries([query], route=route)[0] for query in queries for route in ROUTE_OF
+    }
+    items = [Item(query.parts) for query in queries]
+    wanted_items = encoder.encode_items(items)
+
+    async def work() -> None:
+        async with scheduling(model, writing=4, remembered=0) as scheduler:
+
+            async def ask(query: Query, route: Route, wait: float) -> None:
+                await asyncio.sleep(wait)
+                served = await scheduler.encode_query(query, route)
+                assert same(served.encoding, wanted[query.content_hash(), route]), (route, query)
+
+            async def add(number: int) -> None:
+                served = await scheduler.encode_item(items[number])
+                assert same(served.encoding, wanted_items[number])
+
+            asked = [ask(query, route, 0.003 * place) for place, query in enumerate(queries) for route in ROUTE_OF]
+            await asyncio.gather(*asked, *(add(number) for number in range(len(items))))
+            assert scheduler.under_way == 0
+
+    run(work())
+
+
+def test_equal_queries_at_a_time_are_one_and_later_ones_are_remembered(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            together = await asyncio.gather(*(scheduler.encode_query(queries[1], "reason") for _ in range(5)))
+            assert scheduler.misses == 1 and len({id(served.encoding) for served in together}) == 1
+            again = await scheduler.encode_query(queries[1], "reason")
+            assert again.cached and again.encoding is together[0].encoding
+            assert not (await scheduler.encode_query(queries[1], "direct")).cached, "another route is another encoding"
+
+    run(work())
+
+
+def test_beyond_the_capacity_is_refused_at_once_and_the_rest_is_answered(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model, capacity=4) as scheduler:
+            found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
+            busy = [one for one in found if isinstance(one, Busy)]
+            assert len(busy) == len(queries) - 4 and all(one.retry_after_s > 0 for one in busy)
+            assert not (await scheduler.encode_query(queries[-1], "reason")).cached
+
+    run(work())
+
+
+def test_who_leaves_takes_the_row_along_and_disturbs_nobody(model: TraceModel, queries: list[Query]) -> None:
+    wanted = Encoder(model).encode_queries(queries, route="reason")
+
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            tasks = [asyncio.create_task(scheduler.encode_query(query, "reason")) for query in queries]
+            twin = asyncio.create_task(scheduler.encode_query(queries[0], "reason"))
+            while scheduler.under_way < len(queries):
+                await asyncio.sleep(0.001)
+            for task in tasks[::2]:
+                task.cancel()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            for place, one in enumerate(found):
+                if place % 2 == 0:
+                    assert isinstance(one, asyncio.CancelledError)
+                else:
+                    assert not isinstance(one, BaseException) and same(one.encoding, wanted[place])
+            assert same((await twin).encoding, wanted[0]), "another waits for the same query"
+            assert scheduler.under_way == 0
+
+    run(work())
+
+
+def test_a_deadline_ends_one_request_alone(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            with pytest.raises(Late):
+                await scheduler.encode_query(queries[0], "reason", seconds=1e-9)
+            assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
+
+    run(work())
+
+
+def test_a_broken_picture_fails_its_own_request(model: TraceModel, queries: list[Query]) -> None:
+    broken = Query.of(image=Picture.from_bytes(b"not a picture", name="broken"))
+
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            found = await asyncio.gather(
+                scheduler.encode_query(broken), scheduler.encode_query(queries[0]), return_exceptions=True
+            )
+            assert isinstance(found[0], PictureError) and not isinstance(found[1], BaseException)
+
+    run(work())
+
+
+def test_progress_is_told_in_order_and_ends_in_the_reasoning(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            heard: list[Progress] = []
+            served = await scheduler.encode_query(queries[2], "reason", listener=heard.append)
+            assert heard and heard[0].reasoning == "" and heard[0].emb_probability == served.encoding.emb_probability
+            assert all(served.encoding.reasoning.startswith(one.reasoning.rstrip("�")) for one in heard)
+
+    run(work())
+
+
+def test_closing_lets_what_is_under_way_end(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        scheduler = Scheduler(Encoder(model))
+        scheduler.start()
+        tasks = [asyncio.create_task(scheduler.encode_query(query, "reason")) for query in queries]
+        while scheduler.under_way < len(queries):
+            await asyncio.sleep(0.001)
+        await scheduler.close()
+        assert len([(await task).encoding for task in tasks]) == len(queries)
+        with pytest.raises(Busy):
+            await scheduler.encode_query(queries[0], "direct")
+
+    run(work())
+
+
+def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
+    model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            with monkeypatch.context() as patched:
+                patched.setattr(scheduler._decoder, "step", lambda wave: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    await scheduler.encode_query(queries[0], "reason")
+            assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
+
+    run(work())
+
+
+def test_a_route_that_is_none_is_refused(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            with pytest.raises(InputError, match="sideways"):
+                await scheduler.encode_query(queries[0], "sideways")  # type: ignore[arg-type]
+
+    run(work())
