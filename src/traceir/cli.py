@@ -21,6 +21,7 @@ from traceir.errors import InputError, TraceError
 from traceir.learn import verbs
 from traceir.learn.reasoning import verbs as reasoning
 from traceir.parser import assemble
+from traceir.serve import verbs as serving
 from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_line, shows_progress
 
 if TYPE_CHECKING:
@@ -64,6 +65,10 @@ def build_parser() -> argparse.ArgumentParser:
             "index optimise": _index_optimise,
             "search": _search,
             "explain": _explain,
+            "serve": serving.serve,
+            "keys add": serving.keys_add,
+            "keys list": serving.keys_list,
+            "keys revoke": serving.keys_revoke,
             "evaluate": verbs.evaluate,
             "unseen": verbs.unseen,
             "faithfulness": verbs.faithfulness,

@@ -58,6 +58,8 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_index(verbs, shared, runs)
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
+    _add_serve(verbs, shared, runs)
+    _add_keys(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
     _add_unseen(verbs, shared, runs)
     _add_faithfulness(verbs, shared, runs)
@@ -115,6 +117,45 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
     explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
     explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
     _add_model(explain)
+
+
+def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    serve = _verb(verbs, shared, "serve", runs["serve"], "serve search, embeddings and a page over HTTP")
+    serve.add_argument("--index", required=True, metavar="DIR", help="index to search, made if it is not there")
+    serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
+    serve.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: 8080)")
+    serve.add_argument("--keys", type=Path, metavar="FILE", help="keys made by `traceir keys add`; needed beyond this machine")
+    serve.add_argument(
+        "--pictures", action="append", default=[], type=Path, metavar="DIR",
+        help="folder whose pictures may be shown; repeatable (default: those of the indexed items)",
+    )  # fmt: skip
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a Host name to answer to; repeatable")
+    serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="pages of this origin may ask; repeatable")
+    serve.add_argument("--fetch-host", action="append", default=[], metavar="HOST", help="fetch pictures from here; repeatable")
+    serve.add_argument("--requests-per-minute", type=_count, default=6_000, metavar="N", help="of one key (default: 6000)")
+    serve.add_argument("--capacity", type=_count, default=512, metavar="N", help="inputs under way, then 429 (default: 512)")
+    serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")
+    serve.add_argument("--name", default="traceir", metavar="NAME", help="name of the model for clients (default: traceir)")
+    serve.add_argument("--title", default="TraceIR", metavar="T", help="title of the page (default: TraceIR)")
+    serve.add_argument("--open", action="store_true", help="open the page in a browser")
+    _add_model(serve)
+
+
+def _add_keys(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    parts = verbs.add_parser("keys", help="make, list and revoke keys for `traceir serve`")
+    parts = parts.add_subparsers(required=True, metavar="VERB")
+    add = _verb(parts, shared, "add", runs["keys add"], "make a key and print it, this once")
+    add.add_argument("name", metavar="NAME")
+    add.add_argument("--file", required=True, metavar="FILE", help="file of keys, made if it is not there")
+    add.add_argument("--scopes", default="read", metavar="A,B", help="read, write (default: read)")
+    add.add_argument("--tenant", metavar="T", help="the key sees this tenant's items alone")
+    add.add_argument("--days", type=float, metavar="N", help="days it is valid (default: until revoked)")
+    add.add_argument("--requests-per-minute", type=_count, metavar="N")
+    listed = _verb(parts, shared, "list", runs["keys list"], "list the keys, without their secrets")
+    listed.add_argument("--file", required=True, metavar="FILE")
+    revoke = _verb(parts, shared, "revoke", runs["keys revoke"], "revoke a key, also in a running server")
+    revoke.add_argument("name", metavar="NAME")
+    revoke.add_argument("--file", required=True, metavar="FILE")
 
 
 def _add_evaluate(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

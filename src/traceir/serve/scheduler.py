@@ -52,11 +52,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An encoding, with the seconds from arrival to its prefill (`queue`) and from there to the end (`encode`)."""
+    """An encoding, with the seconds from arrival to its prefill (`queue`) and from there to the end (`encode`), and its prompt's
+    tokens."""
 
     encoding: Encoding
     queue: float
     encode: float
+    prompt_tokens: int
     cached: bool = False
 
 
@@ -94,7 +96,7 @@ class Scheduler:
         self.encoder, self.capacity, self.writing, self.remembered = encoder, capacity, writing, remembered
         self.hits = self.misses = 0
         self._decoder: Decoder = encoder.decoder()
-        self._cache: OrderedDict[tuple[str, str, str], Encoding] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], tuple[Encoding, int]] = OrderedDict()
         self._jobs: dict[tuple[str, str, str], Job] = {}
         self._arrived: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -147,7 +149,7 @@ class Scheduler:
             raise Busy(len(self._jobs), 1.0)
         key = role, route, await self._loop.run_in_executor(self._pool, content.content_hash)
         if (known := self._remembered(key)) is not None:
-            return Served(known, 0.0, 0.0, cached=True)
+            return Served(known[0], 0.0, 0.0, known[1], cached=True)
         job = self._jobs.get(key)
         if job is None:
             job = self._admit(key, route)
@@ -194,7 +196,7 @@ class Scheduler:
             self._arrived.append(job)
             self._wake.notify()
 
-    def _remembered(self, key: tuple[str, str, str]) -> Encoding | None:
+    def _remembered(self, key: tuple[str, str, str]) -> tuple[Encoding, int] | None:
         known = self._cache.get(key)
         if known is not None:
             self.hits += 1
@@ -206,7 +208,7 @@ class Scheduler:
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
         if isinstance(result, Served) and self.remembered:
-            self._cache[job.key] = result.encoding
+            self._cache[job.key] = result.encoding, result.prompt_tokens
             while len(self._cache) > self.remembered:
                 self._cache.popitem(last=False)
         if job.done.done():
@@ -329,7 +331,8 @@ class Scheduler:
         seconds = max(1e-3, now - min(job.prefilled for job, _ in finished))
         self._rate = 0.9 * self._rate + 0.1 * len(finished) / seconds if self._rate else len(finished) / seconds
         for job, encoding in finished:
-            self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled))
+            tokens = len(job.layout) if job.layout is not None else 0
+            self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled, tokens))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         for job in jobs:

@@ -1,0 +1,432 @@
+"""The HTTP interface: routes, errors in OpenAI's shape, server-sent events. What is done is in service.py."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final
+
+import numpy as np
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+
+from traceir import __version__
+from traceir.errors import DataError, InputError, ModelError, StoreError, TraceError
+from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
+from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.metrics import Metrics
+from traceir.serve.page import STATIC, page_config, page_html
+from traceir.serve.scheduler import Busy, Late, Progress, Served
+from traceir.serve.schemas import (
+    MAX_K,
+    MAX_OFFSET,
+    Deleted,
+    EmbeddingOut,
+    EmbeddingsIn,
+    EmbeddingsOut,
+    ErrorOut,
+    IdsIn,
+    ItemOut,
+    ItemPage,
+    ItemsIn,
+    ItemsOut,
+    ModelOut,
+    ModelsOut,
+    PageConfig,
+    SearchIn,
+    SearchOut,
+    Status,
+    Usage,
+    trace_of,
+)
+from traceir.serve.service import Service, id_in, item_out
+
+log = logging.getLogger(__name__)
+
+STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
+    (Busy, 429, "rate_limit_error"),
+    (Late, 408, "timeout_error"),
+    (InputError, 400, "invalid_request_error"),
+    (DataError, 400, "invalid_request_error"),
+    (StoreError, 503, "server_error"),
+    (ModelError, 500, "server_error"),
+    (TraceError, 500, "server_error"),
+)
+ERRORS: Final[dict[int | str, dict[str, Any]]] = {
+    code: {"model": ErrorOut, "description": why}
+    for code, why in (
+        (400, "The request cannot be understood or done; the message says what to change."),
+        (401, "A key is needed, or the one given is not known."),
+        (403, "The key may not do this."),
+        (408, "The deadline has passed."),
+        (413, "The body is too large."),
+        (429, "Too many requests; Retry-After says when to come back."),
+        (503, "The index cannot be used now."),
+    )
+}
+NOT_FOUND: Final[dict[int | str, dict[str, Any]]] = {404: {"model": ErrorOut, "description": "There is no such item."}}
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """Who may come in: without keys everyone (on a loopback address only). `failed` bounds wrong keys of one network."""
+
+    keys: KeyRing | None = None
+    requests: Buckets | None = None
+    failed: Buckets | None = None
+
+
+@dataclass(slots=True)
+class Server:
+    """All that one server holds. `make` builds the service while /health already answers; where that fails, `failed` says why and
+    `on_failure` is called."""
+
+    make: Callable[[], Awaitable[Service]]
+    gate: Gate = field(default_factory=Gate)
+    metrics: Metrics = field(default_factory=Metrics)
+    model_name: str = "traceir"
+    title: str = "TraceIR"
+    service: Service | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    failed: Exception | None = None
+    on_failure: Callable[[], None] = lambda: None
+
+    async def load(self) -> None:
+        try:
+            self.service = await self.make()
+        except Exception as error:
+            self.failed = error
+            self.on_failure()
+
+    def ready(self) -> Service:
+        if self.service is None:
+            raise HTTPException(503, "the model is being loaded; ask again in a moment")
+        return self.service
+
+    def model(self) -> ModelOut:
+        encoder = self.ready().scheduler.encoder
+        return ModelOut(
+            id=self.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
+            prompt_version=encoder.prompt_version, width=encoder.width,
+        )  # fmt: skip
+
+
+def create_app(server: Server) -> FastAPI:
+    """The application of one server. Safe-guards on the raw request (guard.py) go around it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(server.load())
+        yield
+        await asyncio.wait([loading])
+        service, server.service = server.service, None
+        if service is not None:
+            await service.scheduler.close()
+            service.readers.shutdown()
+            service.writer.shutdown()
+
+    app = FastAPI(
+        title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
+        lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
+    )  # fmt: skip
+    app.state.server = server
+    _add_errors(app)
+    _add_status(app, server)
+    _add_embeddings(app, server)
+    _add_search(app, server)
+    _add_items(app, server)
+    _add_page(app, server)
+
+    @app.middleware("http")
+    async def counted(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.perf_counter()
+        response = await call(request)
+        route = request.scope.get("route")
+        path = getattr(route, "path", "unknown")
+        server.metrics.requests.labels(path, str(response.status_code)).inc()
+        server.metrics.seconds.labels("request").observe(time.perf_counter() - started)
+        return response
+
+    return app
+
+
+def allowed(scope: Scope) -> Any:
+    """A dependency: who asks, once key, scope and rate are found to be in order."""
+
+    def check(request: Request) -> Principal:
+        server: Server = request.app.state.server
+        gate = server.gate
+        address = network_of(request.client.host) if request.client else "unknown"
+        if gate.keys is None:
+            principal = ANYONE
+        else:
+            found = gate.keys.check(request.headers.get("authorization"))
+            if isinstance(found, Refusal):
+                wait = gate.failed.take(address) if gate.failed else 0.0
+                if wait > 0:
+                    raise Refused(429, "too many requests with a wrong key", "rate_limited", wait)
+                raise Refused(found.status, found.message, found.code)
+            principal = found
+        if not principal.may(scope):
+            raise Refused(403, f"the key {principal.name!r} may not {scope}; ask for one with this scope", "forbidden")
+        if gate.requests is not None:
+            own = Rate(principal.requests_per_minute) if principal.requests_per_minute else None
+            wait = gate.requests.take(principal.name if gate.keys else address, rate=own)
+            if wait > 0:
+                raise Refused(429, "too many requests for this key", "rate_limited", wait)
+        request.state.principal = principal
+        return principal
+
+    return Depends(check)
+
+
+class Refused(HTTPException):
+    """A request that is not served, with a code for programs; `wait` in seconds becomes Retry-After."""
+
+    def __init__(self, status: int, message: str, code: str, wait: float = 0.0) -> None:
+        headers = {"Retry-After": retry_after(wait)} if wait else {}
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        super().__init__(status, message, headers)
+        self.code = code
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0] if error.errors() else {"loc": (), "msg": "it cannot be read"}
+        place = ".".join(str(part) for part in first["loc"][1:])[:200]
+        return error_response(400, f"{place or 'body'}: {first['msg']}"[:500], "invalid_request_error", param=place or None)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        kind = "authentication_error" if error.status_code in (401, 403) else "invalid_request_error"
+        code = error.code if isinstance(error, Refused) else None
+        return error_response(error.status_code, str(error.detail), kind, code=code, headers=error.headers)
+
+    @app.exception_handler(TraceError)
+    async def failed(_: Request, error: TraceError) -> JSONResponse:
+        return of_error(error)
+
+
+def of_error(error: TraceError) -> JSONResponse:
+    """The response to an error of ours."""
+    status, kind = next((status, kind) for type_, status, kind in STATUS if isinstance(error, type_))
+    if status >= 500:
+        log.error("%s: %s", type(error).__name__, error)
+    headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, Busy) else None
+    return error_response(status, str(error)[:2000], kind, headers=headers)
+
+
+def error_response(
+    status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None, headers: Any = None
+) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    told = {"message": message, "type": kind, "param": param, "code": code}
+    return JSONResponse({"error": told}, status_code=status, headers=headers)
+
+
+def _view(server: Server, principal: Principal) -> Service:
+    """The service as this caller sees it: over its tenant's items alone."""
+    return server.ready().of_tenant(principal.tenant)
+
+
+def _add_status(app: FastAPI, server: Server) -> None:
+    @app.get("/health", tags=["status"])
+    async def health() -> Status:
+        """The process answers."""
+        return Status(status="ok")
+
+    @app.get("/ready", tags=["status"])
+    async def ready() -> Status:
+        """The model is loaded and the index open; 503 until then."""
+        server.ready()
+        return Status(status="ready")
+
+    @app.get("/metrics", tags=["status"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics(principal: Annotated[Principal, allowed("read")]) -> Response:
+        """Counters in Prometheus' text format."""
+        service = server.ready()
+        info = await service.info()
+        counts = {str(modality): count for modality, count in info.counts.items()}
+        return Response(server.metrics.page(service.scheduler, counts), media_type="text/plain; version=0.0.4")
+
+
+def _add_embeddings(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/models", tags=["embeddings"])
+    async def models(principal: Annotated[Principal, allowed("read")]) -> ModelsOut:
+        """The one model that this server runs."""
+        return ModelsOut(data=[server.model()])
+
+    @app.post("/v1/embeddings", tags=["embeddings"])
+    async def embeddings(asked: EmbeddingsIn, principal: Annotated[Principal, allowed("read")]) -> EmbeddingsOut:
+        """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
+        service, model = _view(server, principal), server.model()
+        if asked.model not in (None, model.id, model.fingerprint):
+            raise Refused(404, f"the model {asked.model!r} is not here; ask for {model.id!r}", "model_not_found")
+        if asked.dimensions not in (None, model.width):
+            raise InputError(
+                f"dimensions is {asked.dimensions}; this model was not trained to be cut, its width is {model.width}"
+            )
+        served = await service.embed(asked)
+        server.metrics.encoded("input", served)
+        data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
+        tokens = sum(one.prompt_tokens for one in served)
+        written = sum(one.encoding.tokens for one in served)
+        return EmbeddingsOut(data=data, model=model.id, usage=Usage(prompt_tokens=tokens, total_tokens=tokens + written))
+
+
+def _embedding(place: int, served: Served, form: str) -> EmbeddingOut:
+    vector = served.encoding.vector
+    shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if form == "base64" else vector.tolist()
+    return EmbeddingOut(index=place, embedding=shown, trace=trace_of(served.encoding, served.queue, served.encode, served.cached))
+
+
+def _add_search(app: FastAPI, server: Server) -> None:
+    @app.post("/search", tags=["search"])
+    async def search(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> SearchOut:
+        """The items nearest to a query of text, picture, both, or parts in reading order."""
+        return await _while_connected(request, _searched(server, _view(server, principal), asked))
+
+    @app.post(
+        "/search/stream", tags=["search"], response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}, "description": "Events `route`, `reasoning`, `hits`, `error`."}},
+    )  # fmt: skip
+    async def stream(asked: SearchIn, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
+        """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
+        view = _view(server, principal)
+        return StreamingResponse(
+            _events(server, view, asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
+
+
+async def _searched(
+    server: Server, service: Service, asked: SearchIn, listener: Callable[[Progress], None] | None = None
+) -> SearchOut:
+    found = await service.search(asked, listener=listener)
+    trace = found.trace
+    server.metrics.searched(trace.seconds.search or 0.0)
+    return found
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, SearchOut]) -> SearchOut:
+    """The result of a coroutine, which is cancelled if the client goes away meanwhile."""
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        await asyncio.wait([task], timeout=0.25)
+        if not task.done() and await request.is_disconnected():
+            task.cancel()
+    if task.cancelled():
+        raise Refused(499, "the client has gone", "cancelled")
+    return task.result()
+
+
+async def _events(server: Server, service: Service, asked: SearchIn) -> AsyncIterator[str]:
+    heard: asyncio.Queue[Progress | None] = asyncio.Queue()
+    task = asyncio.ensure_future(_searched(server, service, asked, heard.put_nowait))
+    task.add_done_callback(lambda _: heard.put_nowait(None))
+    told_route = False
+    try:
+        while (progress := await heard.get()) is not None:
+            if not told_route:
+                told_route = True
+                yield _event("route", {"route": progress.route, "emb_probability": progress.emb_probability})
+            if progress.reasoning:
+                yield _event("reasoning", {"text": progress.reasoning})
+        try:
+            found = task.result()
+        except TraceError as error:
+            yield _event("error", json.loads(bytes(of_error(error).body)))
+            return
+        except Exception:
+            log.exception("a streamed search failed")
+            yield _event(
+                "error", {"error": {"message": "the server failed", "type": "server_error", "param": None, "code": None}}
+            )
+            return
+        if not told_route:
+            yield _event("route", {"route": found.trace.route, "emb_probability": found.trace.emb_probability})
+        if found.trace.reasoning:
+            yield _event("reasoning", {"text": found.trace.reasoning})
+        yield _event("hits", found.model_dump(mode="json"))
+    finally:
+        task.cancel()
+
+
+def _event(name: str, told: Any) -> str:
+    return f"event: {name}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n"
+
+
+def _add_items(app: FastAPI, server: Server) -> None:
+    @app.post("/items", tags=["items"])
+    async def add(asked: ItemsIn, principal: Annotated[Principal, allowed("write")]) -> ItemsOut:
+        """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
+        return ItemsOut(results=await _view(server, principal).add(asked.items))
+
+    @app.get("/items", tags=["items"])
+    async def page(
+        principal: Annotated[Principal, allowed("read")],
+        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET * 100)] = 0,
+        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 100,
+    ) -> ItemPage:
+        """Items in order of id."""
+        items, more = await _view(server, principal).items(offset, limit)
+        return ItemPage(items=items, offset=offset, more=more)
+
+    @app.delete("/items", tags=["items"])
+    async def remove(asked: IdsIn, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+        """Removes items; ids that are not there do not count."""
+        return Deleted(deleted=await _view(server, principal).delete(asked.ids))
+
+    @app.get("/items/{id:path}", tags=["items"], responses=NOT_FOUND)
+    async def one(id: str, principal: Annotated[Principal, allowed("read")]) -> ItemOut:
+        """What is kept of an item."""
+        found = await _view(server, principal).item(id)
+        if found is None:
+            raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
+        return item_out(found)
+
+    @app.delete("/items/{id:path}", tags=["items"], responses=NOT_FOUND)
+    async def remove_one(id: str, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+        """Removes an item."""
+        count = await _view(server, principal).delete([id])
+        if not count:
+            raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
+        return Deleted(deleted=count)
+
+    @app.get(
+        "/pictures/{name}", tags=["items"], response_class=Response,
+        responses=NOT_FOUND | {200: {"content": {"image/jpeg": {}}}},
+    )  # fmt: skip
+    async def picture(
+        name: str, principal: Annotated[Principal, allowed("read")], side: Annotated[int, Query(ge=16, le=2048)] = 2048
+    ) -> Response:
+        """The picture of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
+        try:
+            content = await _view(server, principal).jpeg(id_in(name), side)
+        except InputError as error:
+            raise Refused(404, str(error), "not_found") from error
+        return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
+
+
+def _add_page(app: FastAPI, server: Server) -> None:
+    @app.get("/page/config", tags=["page"])
+    async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
+        """What the page shows before the first search."""
+        info = await _view(server, principal).info()
+        return page_config(server.title, server.model(), {str(name): count for name, count in info.counts.items()})
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page_html(), media_type="text/html; charset=utf-8")
+
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")

@@ -1,0 +1,54 @@
+"""What the server counts, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from traceir.serve.scheduler import Scheduler, Served
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+class Metrics:
+    """Counters of one server, in a registry of their own, so that two servers in one process do not mix."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("traceir_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
+        self.seconds = Histogram(
+            "traceir_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=self.registry
+        )
+        self.routes = Counter("traceir_encoded", "Inputs encoded, by road.", ["role", "route"], registry=self.registry)
+        self.truncated = Counter("traceir_truncated", "Queries whose budget of tokens was spent.", registry=self.registry)
+        self.tokens = Histogram(
+            "traceir_reasoning_tokens", "Tokens written for a query that reasons.", buckets=TOKENS, registry=self.registry
+        )
+        self.cache = Counter("traceir_cache", "Encodings asked for, by whether known.", ["found"], registry=self.registry)
+        self.waiting = Gauge("traceir_inputs_under_way", "Inputs that have come and are not encoded yet.", registry=self.registry)
+        self.items = Gauge("traceir_items", "Items in the index.", ["modality"], registry=self.registry)
+
+    def encoded(self, role: str, served: Sequence[Served]) -> None:
+        """Counts encodings and the time they took."""
+        for one in served:
+            self.cache.labels("yes" if one.cached else "no").inc()
+            if one.cached:
+                continue
+            self.routes.labels(role, one.encoding.route).inc()
+            self.seconds.labels("queue").observe(one.queue)
+            self.seconds.labels("encode").observe(one.encode)
+            self.truncated.inc(int(one.encoding.truncated))
+            if one.encoding.tokens:
+                self.tokens.observe(one.encoding.tokens)
+
+    def searched(self, seconds: float) -> None:
+        self.seconds.labels("search").observe(seconds)
+
+    def page(self, scheduler: Scheduler, counts: dict[str, int]) -> bytes:
+        """All of it in Prometheus' text format."""
+        self.waiting.set(scheduler.under_way)
+        for modality, count in counts.items():
+            self.items.labels(modality).set(count)
+        return generate_latest(self.registry)

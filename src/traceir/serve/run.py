@@ -1,0 +1,142 @@
+"""Starts the server: model and index into one application, behind its wall, on one address."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import webbrowser
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+from traceir.encoder import Encoder
+from traceir.errors import InputError
+from traceir.index import open_index
+from traceir.index.store import Index
+from traceir.search import Searcher
+from traceir.serve.app import Gate, Server, create_app
+from traceir.serve.fetch import Fetcher
+from traceir.serve.guard import Guard, Wall
+from traceir.serve.intake import Intake, Sources
+from traceir.serve.keys import KeyRing
+from traceir.serve.limits import Buckets, Rate
+from traceir.serve.picture_store import PictureStore
+from traceir.serve.scheduler import Scheduler
+from traceir.serve.service import Service
+
+log = logging.getLogger(__name__)
+LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+LOOKED_AT: Final = 20_000
+"""Items looked at for the folders of their pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How a server runs. `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the
+    start. `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address."""
+
+    index: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: Path | None = None
+    pictures: tuple[Path, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    fetch_hosts: tuple[str, ...] = ()
+    requests_per_minute: int = 6_000
+    capacity: int = 512
+    writing: int = 64
+    deadline_s: float = 60.0
+    model_name: str = "traceir"
+    title: str = "TraceIR"
+
+    def __post_init__(self) -> None:
+        if self.keys is None and self.host not in LOOPBACK:
+            raise InputError(
+                f"--host {self.host} is not this machine alone, and there are no keys; make some with `traceir keys add` and "
+                "give --keys FILE, or listen on 127.0.0.1"
+            )
+        if self.deadline_s <= 0:
+            raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
+
+
+def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
+    """The server of a configuration; the model is loaded when it starts, while /health already answers."""
+
+    async def make() -> Service:
+        return await _make_service(config, load)
+
+    keys = KeyRing(config.keys) if config.keys else None
+    rate = Rate(config.requests_per_minute)
+    gate = Gate(keys, Buckets(rate), Buckets(Rate(60)))
+    return Server(make, gate, model_name=config.model_name, title=config.title)
+
+
+def make_application(config: ServeConfig, server: Server) -> Any:
+    """The ASGI application behind its wall."""
+    return Guard(create_app(server), Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors))
+
+
+def serve(
+    config: ServeConfig, load: Callable[[], Encoder], announce: Callable[[str], None], *, open_browser: bool = False
+) -> None:
+    """Serves until SIGINT or SIGTERM; what is under way then ends first. Raises InputError where the address cannot be had."""
+    import uvicorn
+
+    server = make_server(config, load)
+    try:
+        listener = socket.create_server((config.host, config.port), backlog=2048)
+    except OSError as error:
+        raise InputError(
+            f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
+        ) from error
+    url = f"http://{config.host}:{listener.getsockname()[1]}/"
+    announce(f"serving {config.index} at {url}")
+    if open_browser:
+        webbrowser.open(url)
+    options = uvicorn.Config(
+        make_application(config, server), log_level="warning", access_log=False, server_header=False, date_header=False,
+        timeout_graceful_shutdown=30, timeout_keep_alive=30, h11_max_incomplete_event_size=64 * 1024, ws="none",
+    )  # fmt: skip
+    running = uvicorn.Server(options)
+
+    def stop() -> None:
+        running.should_exit = True
+
+    server.on_failure = stop
+    running.run(sockets=[listener])
+    if server.failed is not None:
+        raise server.failed
+
+
+async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Service:
+    encoder = await asyncio.to_thread(load)
+    index = open_index(
+        config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
+    )
+    Searcher(encoder, index)  # refuses an index of another model
+    store = PictureStore(_uploads(config))
+    folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
+    fetcher = Fetcher(config.fetch_hosts) if config.fetch_hosts else None
+    scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing)
+    scheduler.start()
+    log.info("%s is ready, %d items, pictures from %d folders", config.index, index.count(), len(folders))
+    return Service(
+        scheduler, index, Intake(), Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
+        ThreadPoolExecutor(1, "writer"), config.deadline_s,
+    )  # fmt: skip
+
+
+def picture_folders(index: Index) -> tuple[Path, ...]:
+    """The folders of the pictures that the first items of an index name."""
+    named = {Path(stored.image).parent for stored in islice(index.scan(), LOOKED_AT) if stored.image}
+    return tuple(sorted(folder for folder in named if folder.is_dir()))
+
+
+def _uploads(config: ServeConfig) -> Path:
+    """Where uploaded pictures lie: beside the index where that is a folder."""
+    return Path(config.index).resolve() / "pictures" if "://" not in config.index else Path("pictures").resolve()

@@ -1,0 +1,290 @@
+"""What the server does, without HTTP: requests to Queries and Items, these to the scheduler and the index."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from traceir.errors import InputError, StoreError
+from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
+from traceir.index import Range as RangeFilter
+from traceir.items import Encoding, Hit, Item, Part, Query, Route
+from traceir.pictures import Picture
+from traceir.serve.intake import Intake, Sources, picture_of_item
+from traceir.serve.picture_store import PictureStore, as_jpeg
+from traceir.serve.scheduler import Listener, Scheduler, Served
+from traceir.serve.schemas import (
+    ContentIn,
+    EmbeddingsIn,
+    HitOut,
+    ItemIn,
+    ItemOut,
+    ItemResult,
+    PictureIn,
+    Range,
+    SearchIn,
+    SearchOut,
+    Where,
+    trace_of,
+)
+from traceir.serve.tenants import TenantIndex
+
+Told = TypeVar("Told")
+CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One model, one index, one store of uploaded pictures.
+
+    `index` is what this caller may see (a tenant's view of it, or all), `sources` where the pictures of its requests may come
+    from. Index calls run in threads: reads side by side, writes one after the other.
+    """
+
+    scheduler: Scheduler
+    index: Index
+    intake: Intake
+    sources: Sources
+    pictures: PictureStore
+    readers: ThreadPoolExecutor
+    writer: ThreadPoolExecutor
+    deadline_s: float = 60.0
+
+    def of_tenant(self, tenant: str | None) -> Service:
+        """The same service over a tenant's part of the index; None is what belongs to no tenant."""
+        index = TenantIndex(self.index, tenant)
+        return replace(self, index=index, sources=replace(self.sources, index=index))
+
+    async def search(self, asked: SearchIn, *, listener: Listener | None = None) -> SearchOut:
+        """The hits of a query. Raises InputError, PictureError, Busy, Late, StoreError."""
+        query = await self.query(asked)
+        served = await self.scheduler.encode_query(query, asked.route, listener=listener, seconds=self.deadline_s)
+        started = time.perf_counter()
+        wanted = asked.offset + asked.k + 1
+        vectors = np.stack([served.encoding.vector])
+        where = filter_of(asked.where)
+        found = await self._read(
+            lambda: self.index.search(vectors, wanted, where=where, modality=asked.modality, exact=asked.exact)
+        )
+        seconds = time.perf_counter() - started
+        hits = found[0][asked.offset : asked.offset + asked.k]
+        trace = trace_of(served.encoding, served.queue, served.encode, served.cached, seconds)
+        return SearchOut(
+            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found[0]) == wanted
+        )
+
+    async def embed(self, asked: EmbeddingsIn) -> list[Served]:
+        """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
+        contents = await self._contents(asked)
+        tasks = [asyncio.ensure_future(self._encode(one, asked.route)) for one in contents]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def add(self, items: Sequence[ItemIn]) -> list[ItemResult]:
+        """Indexes items; each has a result of its own, and what is told as added is durable."""
+        made = await asyncio.gather(*(self._made(one) for one in items))
+        seen: set[str] = set()
+        for place, (given, one) in enumerate(zip(items, made, strict=True)):
+            if given.id in seen and not isinstance(one, str):
+                made[place] = f"id {given.id!r} occurs twice in one request; send it once"
+            seen.add(given.id)
+        good = [one for one in made if not isinstance(one, str)]
+        there = set(await self._read(lambda: self.index.get([given.id for given in items]))) if good else set()
+        if good:
+            kept = [item for item, _ in good]
+            vectors = np.stack([encoding.vector for _, encoding in good])
+            await asyncio.get_running_loop().run_in_executor(self.writer, self.index.upsert, kept, vectors)
+        return [
+            ItemResult(id=given.id, status="failed", error=one)
+            if isinstance(one, str)
+            else ItemResult(id=given.id, status="updated" if given.id in there else "added")
+            for given, one in zip(items, made, strict=True)
+        ]
+
+    async def delete(self, ids: Sequence[str]) -> int:
+        return await asyncio.get_running_loop().run_in_executor(self.writer, self.index.delete, list(ids))
+
+    async def item(self, id: str) -> Stored | None:
+        return (await self._read(lambda: self.index.get([id]))).get(id)
+
+    async def items(self, offset: int, limit: int) -> tuple[list[ItemOut], bool]:
+        """Items in order of id from `offset`, and whether there are more."""
+
+        def page() -> list[Stored]:
+            found: list[Stored] = []
+            for place, stored in enumerate(self.index.scan()):
+                if place >= offset:
+                    found.append(stored)
+                if len(found) > limit:
+                    break
+            return found
+
+        found = await self._read(page)
+        return [item_out(one) for one in found[:limit]], len(found) > limit
+
+    async def info(self) -> IndexInfo:
+        return await self._read(self.index.info)
+
+    async def query(self, asked: SearchIn) -> Query:
+        """The Query of a request, its pictures found but not decoded."""
+        if asked.parts is not None and (asked.text is not None or asked.image is not None):
+            raise InputError("parts stand beside text or image; send parts alone, or text and image")
+        given: list[str | PictureIn] = list(asked.parts or [])
+        given += [one for one in (asked.image, asked.text) if one is not None]
+        parts = [await self._part(one) for one in given]
+        kept = tuple(part for part in parts if not isinstance(part, str) or part.strip())
+        return Query(kept, instruction=asked.instruction, target=asked.modality)
+
+    async def jpeg(self, id: str, side: int) -> bytes:
+        """The picture of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
+        return await self._read(lambda: as_jpeg(picture_of_item(id, "picture", self.sources), side))
+
+    async def picture(self, given: PictureIn, place: str = "image") -> Picture:
+        """The picture that a request means, once it has been decoded."""
+        return await self.intake.take(given.model_dump(exclude_none=True), place, self.sources)
+
+    async def _contents(self, asked: EmbeddingsIn) -> list[Query | Item]:
+        if (asked.input is None) == (asked.messages is None):
+            raise InputError("give exactly one of input and messages")
+        if asked.messages is not None:
+            if not asked.messages:
+                raise InputError("messages is empty; give one chat, or a list of chats")
+            chats = asked.messages if isinstance(asked.messages[0], list) else [asked.messages]
+            return [await self._of_chat(chat, asked, f"messages[{place}]") for place, chat in enumerate(chats)]
+        inputs = [asked.input] if isinstance(asked.input, str) else list(asked.input or [])
+        if not inputs:
+            raise InputError("input is empty; give at least one text or object")
+        return [await self._of_input(one, asked, f"input[{place}]") for place, one in enumerate(inputs)]
+
+    async def _of_input(self, given: str | ContentIn, asked: EmbeddingsIn, place: str) -> Query | Item:
+        parts: list[Part] = []
+        if isinstance(given, ContentIn) and given.image is not None:
+            picture = PictureIn(data=given.image) if isinstance(given.image, str) else given.image
+            parts.append(await self.picture(picture, place))
+        text = given if isinstance(given, str) else given.text
+        if text is not None and text.strip():
+            parts.append(text)
+        return _content(tuple(parts), asked.instruction, asked.input_type or "document", place)
+
+    async def _of_chat(self, chat: Any, asked: EmbeddingsIn, place: str) -> Query | Item:
+        """One chat: the system's texts are the instruction, the user's contents the parts."""
+        if not isinstance(chat, list) or not chat:
+            raise InputError(f"{place} is not a list of messages; write [{{'role': 'user', 'content': ...}}]")
+        parts: list[Part] = []
+        told: list[str] = [asked.instruction] if asked.instruction else []
+        for message in chat:
+            role = message.get("role") if isinstance(message, dict) else None
+            if role not in CHAT_ROLES:
+                raise InputError(f"{place}: the role is {str(role)[:40]!r}; write one of {', '.join(CHAT_ROLES)}")
+            contents = message.get("content")
+            for one in [contents] if isinstance(contents, str) else contents if isinstance(contents, list) else [None]:
+                part = await self._of_chat_part(one, place)
+                if role in ("system", "developer") and isinstance(part, str):
+                    told.append(part)
+                elif not isinstance(part, str) or part.strip():
+                    parts.append(part)
+        return _content(tuple(parts), " ".join(told) or None, asked.input_type or "query", place)
+
+    async def _of_chat_part(self, given: Any, place: str) -> Part:
+        if isinstance(given, str):
+            return given
+        kind = given.get("type") if isinstance(given, dict) else None
+        if kind in ("text", "input_text") and isinstance(given.get("text"), str):
+            return str(given["text"])
+        if kind in ("image_url", "image", "input_image", "image_base64"):
+            address = given.get(kind) or given.get("image_url")
+            address = address.get("url") if isinstance(address, dict) else address
+            if isinstance(address, str):
+                return await self.picture(address_in(address), place)
+        raise InputError(f"{place}: a content of type {str(kind)[:40]!r} cannot be read; send texts and image_url")
+
+    async def _part(self, given: str | PictureIn) -> Part:
+        return given if isinstance(given, str) else await self.picture(given)
+
+    async def _encode(self, content: Query | Item, route: Route) -> Served:
+        if isinstance(content, Query):
+            return await self.scheduler.encode_query(content, route, seconds=self.deadline_s)
+        return await self.scheduler.encode_item(content, seconds=self.deadline_s)
+
+    async def _made(self, given: ItemIn) -> tuple[Item, Encoding] | str:
+        """The item and its encoding, or why it cannot be had."""
+        try:
+            picture = await self._kept(given.image) if given.image is not None else None
+            item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
+            return item, (await self.scheduler.encode_item(item, seconds=self.deadline_s)).encoding
+        except (InputError, StoreError) as error:
+            return str(error)
+
+    async def _kept(self, given: PictureIn) -> Picture:
+        """The picture of an item, as a file that stays."""
+        picture = await self.picture(given)
+        return await self._read(lambda: self.pictures.keep(picture))
+
+    async def _read(self, work: Callable[[], Told]) -> Told:
+        return await asyncio.get_running_loop().run_in_executor(self.readers, work)
+
+
+def address_in(address: str) -> PictureIn:
+    """The picture of a chat's `image_url`: a data URL, or an address."""
+    return PictureIn(data=address) if address.startswith("data:") else PictureIn(url=address)
+
+
+def filter_of(where: Where | None) -> Filter | None:
+    """The filter tree of a request's `where`."""
+    parts: list[Filter] = []
+    for name, wanted in (where or {}).items():
+        if isinstance(wanted, Range):
+            parts.append(RangeFilter(name, wanted.gte, wanted.lte))
+        elif isinstance(wanted, list):
+            parts.append(In(name, tuple(wanted)))
+        else:
+            parts.append(Eq(name, wanted))
+    return None if not parts else parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+def hit_out(hit: Hit) -> HitOut:
+    return HitOut(
+        id=hit.id, score=hit.score, rank=hit.rank, modality=hit.modality, text=hit.text,
+        image=picture_path(hit.id, hit.image), fields=dict(hit.fields),
+    )  # fmt: skip
+
+
+def item_out(stored: Stored) -> ItemOut:
+    return ItemOut(
+        id=stored.id, modality=stored.modality, text=stored.text, image=picture_path(stored.id, stored.image),
+        fields=dict(stored.fields),
+    )  # fmt: skip
+
+
+def picture_path(id: str, image: str | None) -> str | None:
+    """Where a page finds the picture of an item: its id in base64, so that no id can change the meaning of the path."""
+    if image is None:
+        return None
+    return f"/pictures/{base64.urlsafe_b64encode(id.encode()).decode().rstrip('=')}"
+
+
+def id_in(name: str) -> str:
+    """The id that `picture_path` wrote. Raises InputError for what it cannot have written."""
+    try:
+        return base64.b64decode(name + "=" * (-len(name) % 4), altchars=b"-_", validate=True).decode()
+    except ValueError as error:
+        raise InputError(f"{name[:80]!r} is not the name of a picture here; use the path that a hit gives") from error
+
+
+def _content(parts: tuple[Part, ...], instruction: str | None, role: str, place: str) -> Query | Item:
+    try:
+        if role == "query":
+            return Query(parts, instruction=instruction)
+        return Item(parts)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error

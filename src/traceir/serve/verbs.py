@@ -1,0 +1,62 @@
+"""What `traceir serve` and `traceir keys ...` do. Like all verbs these import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from traceir.errors import InputError
+from traceir.terminal import load_encoder
+
+
+def serve(args: argparse.Namespace) -> int:
+    try:
+        from traceir.serve.run import ServeConfig, serve
+    except ImportError as error:
+        raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
+    config = ServeConfig(
+        index=args.index,
+        host=args.host,
+        port=args.port,
+        keys=args.keys,
+        pictures=tuple(args.pictures),
+        allow_hosts=tuple(args.allow_host),
+        cors=tuple(args.cors),
+        fetch_hosts=tuple(args.fetch_host),
+        requests_per_minute=args.requests_per_minute,
+        capacity=args.capacity,
+        deadline_s=args.deadline,
+        model_name=args.name,
+        title=args.title,
+    )
+    serve(config, lambda: load_encoder(args), lambda told: print(told, flush=True), open_browser=args.open)
+    return 0
+
+
+def keys_add(args: argparse.Namespace) -> int:
+    from traceir.serve.keys import make_key
+    from traceir.terminal import split
+
+    key = make_key(
+        Path(args.file), args.name, scopes=split(args.scopes), tenant=args.tenant, days=args.days,
+        requests_per_minute=args.requests_per_minute,
+    )  # fmt: skip
+    print(key)
+    return 0
+
+
+def keys_list(args: argparse.Namespace) -> int:
+    from traceir.serve.keys import list_keys
+
+    for key in list_keys(Path(args.file)):
+        rest = f"tenant {key.tenant or '-'}  created {key.created}  expires {key.expires or 'never'}"
+        print(f"{key.name:<24} {','.join(key.scopes):<11} {rest}")
+    return 0
+
+
+def keys_revoke(args: argparse.Namespace) -> int:
+    from traceir.serve.keys import revoke_key
+
+    revoke_key(Path(args.file), args.name)
+    print(f"revoked {args.name}")
+    return 0
