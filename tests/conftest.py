@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +19,9 @@ from PIL import Image
 
 from traceir.batch import ReadOut
 from traceir.encoder import Encoder
-from traceir.items import Query
+from traceir.index import open_index
+from traceir.items import Item, Query
+from traceir.learn import mbeir
 from traceir.learn.minibeir.build import build
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings
@@ -95,3 +105,51 @@ def encoder() -> Encoder:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test split of the small MiniBEIR."""
     return build(tmp_path_factory.mktemp("mini") / "data", scale="small", splits=("test",))
+
+
+@dataclass(frozen=True)
+class Running:
+    """A running `traceir serve` over some of the small MiniBEIR: its address, its index, and what was indexed."""
+
+    url: str
+    index: Path
+    items: tuple[Item, ...]
+
+
+@contextmanager
+def serving(index: Path, *options: str) -> Iterator[str]:
+    """`traceir serve` in a process of its own on a free port, killed in the end; yields its address once it is ready."""
+    command = [sys.executable, "-m", "traceir", "--threads", "1", "serve", "--index", str(index), "--port", "0", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert " at http://" in line, line
+        url = line.split(" at ")[1].strip().rstrip("/")
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"{url}/ready", timeout=5):
+                    break
+            except OSError:
+                assert process.poll() is None, "the server ended"
+                time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over 40 pictures, 20 texts and 10 pairs."""
+    place = tmp_path_factory.mktemp("served") / "index"
+    items: list[Item] = []
+    for row, count in (("mscoco_task0_test", 40), ("mscoco_task3_test", 20), ("edis_task2", 10)):
+        pool = mbeir.read_pool(folder / "cand_pool" / "local" / f"mbeir_{row}_cand_pool.jsonl")
+        items += [mbeir.to_item(candidate, folder) for candidate in itertools.islice(pool, count)]
+    with open_index(
+        place, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
+    ) as index:
+        index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
+    with serving(place) as url:
+        yield Running(url, place, tuple(items))

@@ -134,6 +134,7 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--fetch-host", action="append", default=[], metavar="HOST", help="fetch pictures from here; repeatable")
     serve.add_argument("--requests-per-minute", type=_count, default=6_000, metavar="N", help="of one key (default: 6000)")
     serve.add_argument("--capacity", type=_count, default=512, metavar="N", help="inputs under way, then 429 (default: 512)")
+    serve.add_argument("--remember", type=int, default=8192, metavar="N", help="encodings kept by content (default: 8192)")
     serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")
     serve.add_argument("--name", default="traceir", metavar="NAME", help="name of the model for clients (default: traceir)")
     serve.add_argument("--title", default="TraceIR", metavar="T", help="title of the page (default: TraceIR)")

@@ -37,7 +37,8 @@ LOOKED_AT: Final = 20_000
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
     """How a server runs. `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the
-    start. `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address."""
+    start. `remembered`: encodings kept by content. `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a
+    minute of one key or address."""
 
     index: str
     host: str = "127.0.0.1"
@@ -50,6 +51,7 @@ class ServeConfig:
     requests_per_minute: int = 6_000
     capacity: int = 512
     writing: int = 64
+    remembered: int = 8192
     deadline_s: float = 60.0
     model_name: str = "traceir"
     title: str = "TraceIR"
@@ -122,7 +124,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Ser
     store = PictureStore(_uploads(config))
     folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
     fetcher = Fetcher(config.fetch_hosts) if config.fetch_hosts else None
-    scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing)
+    scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
     log.info("%s is ready, %d items, pictures from %d folders", config.index, index.count(), len(folders))
     return Service(

@@ -170,6 +170,7 @@ class EmbeddingsIn(BaseModel):
     messages: Annotated[list[Any], Field(max_length=MAX_INPUTS)] | None = None
     input_type: Literal["query", "document"] | None = None
     instruction: Text | None = None
+    modality: Modality | None = None
     route: Route = "auto"
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None

@@ -174,7 +174,7 @@ class Service:
         text = given if isinstance(given, str) else given.text
         if text is not None and text.strip():
             parts.append(text)
-        return _content(tuple(parts), asked.instruction, asked.input_type or "document", place)
+        return _content(tuple(parts), asked.instruction, asked, asked.input_type or "document", place)
 
     async def _of_chat(self, chat: Any, asked: EmbeddingsIn, place: str) -> Query | Item:
         """One chat: the system's texts are the instruction, the user's contents the parts."""
@@ -193,7 +193,7 @@ class Service:
                     told.append(part)
                 elif not isinstance(part, str) or part.strip():
                     parts.append(part)
-        return _content(tuple(parts), " ".join(told) or None, asked.input_type or "query", place)
+        return _content(tuple(parts), " ".join(told) or None, asked, asked.input_type or "query", place)
 
     async def _of_chat_part(self, given: Any, place: str) -> Part:
         if isinstance(given, str):
@@ -281,10 +281,10 @@ def id_in(name: str) -> str:
         raise InputError(f"{name[:80]!r} is not the name of a picture here; use the path that a hit gives") from error
 
 
-def _content(parts: tuple[Part, ...], instruction: str | None, role: str, place: str) -> Query | Item:
+def _content(parts: tuple[Part, ...], instruction: str | None, asked: EmbeddingsIn, role: str, place: str) -> Query | Item:
     try:
         if role == "query":
-            return Query(parts, instruction=instruction)
+            return Query(parts, instruction=instruction, target=asked.modality)
         return Item(parts)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error

@@ -25,6 +25,7 @@ def serve(args: argparse.Namespace) -> int:
         fetch_hosts=tuple(args.fetch_host),
         requests_per_minute=args.requests_per_minute,
         capacity=args.capacity,
+        remembered=args.remember,
         deadline_s=args.deadline,
         model_name=args.name,
         title=args.title,

@@ -1,0 +1,207 @@
+"""The running server: answers equal to the library's own, whoever asks."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import urllib.error
+import urllib.request
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Running, serving
+from PIL import Image
+
+from traceir.encoder import Encoder
+from traceir.index import open_index
+from traceir.items import Item, Query
+from traceir.pictures import Picture
+from traceir.search import Searcher
+
+CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
+INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
+
+
+def call(url: str, body: Any = None, *, method: str | None = None, key: str | None = None) -> tuple[int, Any]:
+    """Status and JSON of a request."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers=headers, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.loads(response.read() or b"null")
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read() or b"null")
+
+
+def data_of(picture: Picture) -> str:
+    assert picture.path is not None
+    return base64.b64encode(picture.path.read_bytes()).decode()
+
+
+def close(found: Any, wanted: np.ndarray) -> bool:
+    return float(np.dot(np.asarray(found, dtype=np.float64), wanted)) > 0.99999
+
+
+def test_search_finds_what_the_searcher_finds(running: Running, encoder: Encoder) -> None:
+    picture = running.items[3].pictures[0]
+    asked = [
+        ({"text": CAPTION}, Query.of(text=CAPTION)),
+        ({"text": INDIRECT, "modality": "image"}, Query.of(text=INDIRECT, target="image")),
+        ({"image": {"data": data_of(picture)}, "modality": "text"}, Query.of(image=picture, target="text")),
+        (
+            {"image": {"item": running.items[3].id}, "text": "swap the left two", "instruction": "Show it.", "modality": "image"},
+            Query.of(image=picture, text="swap the left two", instruction="Show it.", target="image"),
+        ),
+        ({"parts": [{"data": data_of(picture)}, "swap the left two"]}, Query.of(image=picture, text="swap the left two")),
+    ]
+    with open_index(running.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version) as index:
+        searcher = Searcher(encoder, index)
+        for body, query in asked:
+            wanted = searcher.search(query, k=7)
+            status, found = call(f"{running.url}/search", body | {"k": 7})
+            assert status == 200, found
+            assert [hit["id"] for hit in found["hits"]] == [hit.id for hit in wanted.hits]
+            assert found["hits"][0]["score"] == pytest.approx(wanted.hits[0].score, abs=1e-5)
+            trace = found["trace"]
+            assert (trace["route"], trace["reasoning"]) == (wanted.encoding.route, wanted.encoding.reasoning)
+            assert set(trace["seconds"]) == {"queue", "encode", "search"}
+
+
+def test_pages_of_hits_continue_each_other(running: Running) -> None:
+    _, whole = call(f"{running.url}/search", {"text": CAPTION, "k": 70})
+    _, second = call(f"{running.url}/search", {"text": CAPTION, "k": 30, "offset": 30})
+    _, last = call(f"{running.url}/search", {"text": CAPTION, "k": 30, "offset": 60})
+    assert second["hits"] == whole["hits"][30:60] and second["more"] and second["hits"][0]["rank"] == 31
+    assert last["hits"] == whole["hits"][60:] and not last["more"]
+
+
+def test_the_stream_tells_route_reasoning_and_the_same_hits(running: Running) -> None:
+    body = {"text": INDIRECT + " now", "modality": "image", "k": 5}
+    request = urllib.request.Request(
+        f"{running.url}/search/stream", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        events = [part.split("\n", 1) for part in response.read().decode().strip().split("\n\n")]
+    names = [name.removeprefix("event: ") for name, _ in events]
+    told = [json.loads(data.removeprefix("data: ")) for _, data in events]
+    assert names[0] == "route" and names[-1] == "hits" and set(names[1:-1]) == {"reasoning"}
+    assert told[0]["route"] == "reason" and told[-2]["text"] == told[-1]["trace"]["reasoning"] != ""
+    assert [hit["id"] for hit in told[-1]["hits"]] == [hit["id"] for hit in call(f"{running.url}/search", body)[1]["hits"]]
+
+
+def test_items_are_added_found_shown_and_removed(running: Running, encoder: Encoder) -> None:
+    buffer = BytesIO()
+    Image.new("RGB", (60, 40), "teal").save(buffer, "PNG")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    sent = [
+        {"id": "new/one two", "image": {"data": picture}, "text": "a teal square", "fields": {"shelf": 3, "kind": "own"}},
+        {"id": "broken", "image": {"data": base64.b64encode(b"no picture").decode()}},
+        {"id": "empty"},
+        {"id": "new/one two", "text": "again"},
+    ]
+    _, found = call(f"{running.url}/items", {"items": sent})
+    assert [one["status"] for one in found["results"]] == ["added", "failed", "failed", "failed"]
+    assert "twice" in found["results"][3]["error"]
+    status, one = call(f"{running.url}/items/new%2Fone%20two")
+    assert status == 200 and one["fields"] == {"shelf": 3, "kind": "own"} and one["modality"] == "image,text"
+    with urllib.request.urlopen(f"{running.url}{one['image']}?side=30") as response:
+        shown = Image.open(BytesIO(response.read()))
+        assert response.headers["content-type"] == "image/jpeg" and shown.size == (30, 20)
+    _, hits = call(f"{running.url}/search", {"text": "a teal square", "where": {"kind": "own", "shelf": {"gte": 3, "lte": 3}}})
+    assert [hit["id"] for hit in hits["hits"]] == ["new/one two"]
+    vector = encoder.encode_items([Item.of(text="a teal square", image=Picture.from_bytes(buffer.getvalue()))])[0].vector
+    assert hits["hits"][0]["score"] == pytest.approx(
+        float(np.dot(encoder.encode_queries([Query.of(text="a teal square")])[0].vector, vector)), abs=1e-4
+    )
+    _, again = call(f"{running.url}/items", {"items": sent[:1]})
+    assert again["results"][0]["status"] == "updated"
+    assert call(f"{running.url}/items/new%2Fone%20two", method="DELETE") == (200, {"deleted": 1})
+    assert call(f"{running.url}/items/new%2Fone%20two")[0] == 404
+
+
+def test_embeddings_of_texts_objects_and_chats(running: Running, encoder: Encoder) -> None:
+    picture = running.items[0].pictures[0]
+    image = f"data:image/jpeg;base64,{data_of(picture)}"
+    _, plain = call(f"{running.url}/v1/embeddings", {"input": ["a white ring", {"text": "a ring", "image": image}]})
+    items = encoder.encode_items([Item.of(text="a white ring"), Item.of(text="a ring", image=picture)])
+    assert all(close(one["embedding"], item.vector) for one, item in zip(plain["data"], items, strict=True))
+    assert plain["data"][1]["trace"]["route"] == "direct" and plain["usage"]["prompt_tokens"] > 5
+    shown = {"type": "image_url", "image_url": {"url": image}}
+    chat = [
+        {"role": "system", "content": "Find the picture after this change."},
+        {"role": "user", "content": [shown, {"type": "text", "text": "swap the left two"}]},
+    ]
+    _, found = call(f"{running.url}/v1/embeddings", {"messages": chat, "encoding_format": "base64"})
+    raw = base64.b64decode(found["data"][0]["embedding"])
+    query = Query((picture, "swap the left two"), instruction="Find the picture after this change.")
+    assert close(struct.unpack(f"<{len(raw) // 4}f", raw), encoder.encode_queries([query])[0].vector)
+    _, both = call(f"{running.url}/v1/embeddings", {"messages": [chat, chat[1:]], "route": "direct"})
+    assert len(both["data"]) == 2 and {one["trace"]["route"] for one in both["data"]} == {"direct"}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "shown"),
+    [
+        ("/v1/embeddings", {"input": "a", "dimensions": 7}, 400, "width"),
+        ("/v1/embeddings", {"input": "a", "model": "else"}, 404, "else"),
+        ("/v1/embeddings", {"input": [1, 2]}, 400, "input"),
+        ("/v1/embeddings", {}, 400, "exactly one"),
+        ("/v1/embeddings", {"input": [""]}, 400, "input[0]"),
+        ("/v1/embeddings", {"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, 400, "audio"),
+        ("/search", {}, 400, "empty"),
+        ("/search", {"text": "a", "typo": 1}, 400, "typo"),
+        ("/search", {"text": "a", "k": 0}, 400, "k"),
+        ("/search", {"text": "a", "image": {"data": "aGk=", "item": "9:1"}}, 400, "image"),
+        ("/search", {"image": {"url": "http://127.0.0.1/x.png"}}, 400, "url"),
+        ("/search", {"image": {"item": "nowhere"}}, 400, "nowhere"),
+        ("/items", {"items": []}, 400, "items"),
+        ("/nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_bad_requests_say_what_is_wrong_in_openais_shape(running: Running, path: str, body: Any, status: int, shown: str) -> None:
+    found, told = call(f"{running.url}{path}", body)
+    assert found == status, told
+    assert shown in told["error"]["message"] and set(told["error"]) == {"message", "type", "param", "code"}
+
+
+def test_openais_client_drives_it_unchanged(running: Running, encoder: Encoder) -> None:
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
+    assert [model.id for model in client.models.list()] == ["traceir"]
+    found = client.embeddings.create(model="traceir", input=["a white ring", "a blue ball"])
+    wanted = encoder.encode_items([Item.of(text="a white ring"), Item.of(text="a blue ball")])
+    assert all(close(one.embedding, item.vector) for one, item in zip(found.data, wanted, strict=True))
+    with pytest.raises(openai.NotFoundError, match="else"):
+        client.embeddings.create(model="else", input="a")
+
+
+def test_metrics_and_the_document_of_the_interface(running: Running) -> None:
+    with urllib.request.urlopen(f"{running.url}/metrics") as response:
+        text = response.read().decode()
+    assert 'traceir_encoded_total{role="input",route="direct"}' in text and "traceir_stage_seconds_bucket" in text
+    _, document = call(f"{running.url}/openapi.json")
+    assert {"/v1/embeddings", "/search", "/search/stream", "/items", "/items/{id}"} <= set(document["paths"])
+
+
+def test_keys_scopes_and_tenants(running: Running, tmp_path: Path, encoder: Encoder) -> None:
+    from traceir.serve.keys import make_key, revoke_key
+
+    keys = tmp_path / "keys.json"
+    reader = make_key(keys, "reader")
+    one, two = (make_key(keys, name, scopes=("read", "write"), tenant=name) for name in ("one", "two"))
+    with serving(tmp_path / "index", "--keys", str(keys)) as url:
+        assert call(f"{url}/search", {"text": "a"})[0] == 401
+        assert call(f"{url}/search", {"text": "a"}, key="tir_" + "x" * 43)[0] == 401
+        assert call(f"{url}/items", {"items": [{"id": "a", "text": "b"}]}, key=reader)[0] == 403
+        assert call(f"{url}/items", {"items": [{"id": "a", "text": "a red cup"}]}, key=one)[0] == 200
+        assert call(f"{url}/items", {"items": [{"id": "a", "text": "a blue cup"}]}, key=two)[1]["results"][0]["status"] == "added"
+        found = {key: call(f"{url}/search", {"text": "a cup"}, key=key)[1]["hits"] for key in (one, two, reader)}
+        assert [hit["text"] for hit in found[one]] == ["a red cup"] and [hit["text"] for hit in found[two]] == ["a blue cup"]
+        assert found[reader] == [] and call(f"{url}/items/a", key=reader)[0] == 404
+        revoke_key(keys, "one")
+        assert call(f"{url}/search", {"text": "a cup"}, key=one)[0] == 401
