@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import overload
 
 from traceir.errors import StoreError
 from traceir.index.filters import And, Eq, Filter, In, Range
@@ -12,6 +13,32 @@ from traceir.index.sqlite import SqliteIndex
 from traceir.index.store import Index, IndexInfo, Stored, StoredType
 
 __all__ = ["And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index"]
+
+
+@overload
+def open_index(
+    uri: Path,
+    *,
+    fingerprint: str | None,
+    prompt_version: str | None,
+    dim: int | None = None,
+    create: bool = False,
+    dtype: StoredType = "float32",
+    timeout: float = 10.0,
+) -> SqliteIndex: ...
+
+
+@overload
+def open_index(
+    uri: str | os.PathLike[str],
+    *,
+    fingerprint: str | None,
+    prompt_version: str | None,
+    dim: int | None = None,
+    create: bool = False,
+    dtype: StoredType = "float32",
+    timeout: float = 10.0,
+) -> Index: ...
 
 
 def open_index(
@@ -23,17 +50,37 @@ def open_index(
     create: bool = False,
     dtype: StoredType = "float32",
     timeout: float = 10.0,
-) -> SqliteIndex:
-    """The index in the folder `uri`, made now if `create` and not there yet.
+) -> Index:
+    """The index at `uri`, made now if `create` and not there yet.
+
+    A path names a folder, `milvus-lite:./FILE.db` a local file of Milvus, `http://HOST:19530/NAME` a collection on a Milvus
+    server or cluster (without /NAME, the one called `traceir`).
 
     `fingerprint` and `prompt_version` are the encoder's; another model's index is refused (StoreError). With None the
     index can be looked at and pruned (info, get, scan, delete), not searched or added to. `dim`, the encoder's width,
-    is needed to create and checked otherwise. `dtype` counts at creation only. `timeout`: seconds to wait for a writer.
+    is needed to create and checked otherwise. `dtype` counts at creation only. `timeout`: seconds to wait for a writer,
+    or for a server to answer.
     """
     text = os.fspath(uri)
-    scheme = re.match(r"^([A-Za-z][A-Za-z0-9+-]+):", text)
-    if scheme is not None or not text:
-        raise StoreError(f"index {text!r} has no adapter in this version; give the path of a folder")
+    if not isinstance(uri, Path) and text.startswith(("milvus-lite:", "http://", "https://")):
+        from traceir.index.milvus import MilvusIndex
+        from traceir.index.milvus_server import parse_place
+
+        place = parse_place(text)
+        return MilvusIndex(
+            place,
+            fingerprint=fingerprint,
+            prompt_version=prompt_version,
+            dim=dim,
+            create=create,
+            dtype=dtype,
+            timeout=timeout,
+        )
+    if re.match(r"[A-Za-z][A-Za-z0-9+-]+:", text) or not text:
+        raise StoreError(
+            f"index {text!r} has no adapter in this version; "
+            "give the path of a folder, milvus-lite:./FILE.db, or http://HOST:19530/NAME"
+        )
     return SqliteIndex(
         Path(text),
         fingerprint=fingerprint,
