@@ -46,6 +46,7 @@ SETTINGS = ("attempts=1", "limits.reasoning_least=8")
 """MiniBEIR's labels are terse: ten tokens are a whole reasoning there. A fault of the scripted teacher comes back when it is
 asked again, so it is asked once."""
 SPOILT_SHARE = 0.10
+SENT_S = 1.0
 
 
 def main() -> int:
@@ -237,7 +238,7 @@ def kill_at(told: list[str], journal: Path, moment: float, delay: float) -> floa
 
 
 def differences(first: Path, second: Path) -> list[str]:
-    """Files of the data set and of the stages whose bytes differ; build.json and cards name folders and do not count."""
+    """Files of the data set and of the stages whose bytes differ; cards, and the folder that a manifest names, do not count."""
     found = []
     for name in (DATASET, *STAGES):
         for file in sorted((first / name).iterdir()):
@@ -247,13 +248,19 @@ def differences(first: Path, second: Path) -> list[str]:
 
 
 def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else "missing"
+    if not file.exists():
+        return "missing"
+    content = file.read_bytes()
+    if file.name == "manifest.json":
+        content = json.dumps(json.loads(content) | {"root": ""}).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def paid_twice(log: Path, journal: Path, killed: list[float]) -> tuple[int, int, float]:
     """Answers that were paid more than once, how many of them no kill explains, and the longest time from end to kill.
 
-    A kill explains it if the answer was not in the journal then: its request began before the kill, and the next one after.
+    A kill explains it if the first request was sent before it and the next one after. The server may read a request up to
+    SENT_S after it was sent; a build that is started again takes longer than that to its first request.
     """
     begun: dict[int, float] = {}
     paid: dict[str, list[tuple[float, float]]] = {}
@@ -266,7 +273,7 @@ def paid_twice(log: Path, journal: Path, killed: list[float]) -> tuple[int, int,
     unexplained, lag = 0, 0.0
     for times in repeated.values():
         for (start, end), (again, _) in pairwise(times):
-            between = [when for when in killed if start <= when <= again]
+            between = [when for when in killed if start - SENT_S <= when <= again]
             if not between:
                 unexplained += 1
             else:

@@ -171,7 +171,7 @@ def test_outcomes_say_what_became_of_every_query(boats: Path, tmp_path: Path) ->
 def test_assembly_mixes_direct_and_kept_and_trains(boats: Path, tmp_path: Path) -> None:
     run(boats, tmp_path, Script(odd={("reason", "8:3"): "nothing"}))
     funnel = assemble(tmp_path).as_json()["all"]
-    assert funnel == {"direct": 6, "dropped": 2, "kept": 10, "queries": 18, "rule:duplicate": 1, "rule:tags": 1}
+    assert funnel == {"complex": 12, "direct": 6, "dropped": 2, "kept": 10, "queries": 18, "rule:duplicate": 1, "rule:tags": 1}
     pairs = {data.name: data for data in read_cot(tmp_path / "dataset")}
     assert len(pairs["cirr_task7"]) == 10 and len(pairs["cirr_task0"]) == 6
     label = pairs["cirr_task7"].sample(0).label

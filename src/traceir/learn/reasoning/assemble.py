@@ -42,7 +42,7 @@ class Funnel:
         """The funnel as text: a line for each task."""
         lines = [f"{'task':<20}{'queries':>9}{'direct':>9}{'complex':>9}{'kept':>9}{'share':>8}  dropped by"]
         for name, counts in [*self.tasks.items(), ("all", Counter(self.as_json()["all"]))]:
-            tried = counts["kept"] + counts["dropped"]
+            tried = counts["complex"]
             rules = ", ".join(f"{rule[5:]} {n}" for rule, n in counts.most_common() if rule.startswith("rule:"))
             share = f"{counts['kept'] / tried:>8.1%}" if tried else f"{'':>8}"
             lines.append(
@@ -90,7 +90,7 @@ def _rows(
         record, task = outcome.case.record, outcome.case.task
         decision = settled.get(record.qid)
         status, label = _decided(outcome, decision)
-        funnel.count(task, "queries", status)
+        funnel.count(task, "queries", status, *(["complex"] if outcome.z else []))
         if status == "dropped":
             funnel.count(task, f"rule:{'reviewer' if decision else outcome.rule}")
             if dropped == "leave_out":
