@@ -22,7 +22,7 @@ from traceir.learn import verbs
 from traceir.learn.reasoning import verbs as reasoning
 from traceir.parser import assemble
 from traceir.serve import verbs as serving
-from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_line, shows_progress
+from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_line, open_encoder, shows_progress
 
 if TYPE_CHECKING:
     from traceir.index.filters import Filter
@@ -103,7 +103,7 @@ def _index_add(args: argparse.Namespace) -> int:
     for path in args.paths:
         if not Path(path).exists():
             raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
-    encoder = load_encoder(args)
+    encoder = open_encoder(args)
     with open_index(
         args.index,
         fingerprint=encoder.fingerprint,
@@ -173,7 +173,7 @@ def _search(args: argparse.Namespace) -> int:
 
     query, where = _query(args), parse_where(args.where)
     open_index(args.index, fingerprint=None, prompt_version=None).close()  # a wrong path shows before the model is loaded
-    encoder = load_encoder(args)
+    encoder = open_encoder(args)
     with open_index(
         args.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width
     ) as index:

@@ -36,6 +36,7 @@ PRESETS: Final = (
 )
 SCALES: Final = ("small", "full")
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
+ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
 
 Run = Callable[[argparse.Namespace], int]
 """What runs a verb: parsed arguments to exit code."""
@@ -85,6 +86,7 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     add.add_argument("--index", required=True, metavar="DIR", help="folder of the index, made if it is not there")
     add.add_argument("--batch", type=_count, default=64, metavar="N", help="items encoded and stored at a time (default: 64)")
     _add_model(add)
+    _add_engine(add)
     info = _verb(parts, shared, "info", runs["index info"], "describe an index")
     info.add_argument("--index", required=True, metavar="DIR")
     info.add_argument("--json", action="store_true", help="one JSON object")
@@ -107,6 +109,7 @@ def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     )
     search.add_argument("--json", action="store_true", help="one JSON object")
     _add_model(search)
+    _add_engine(search)
 
 
 def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
@@ -428,6 +431,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", metavar="URL", help=f"SGLang server that runs the model (docs/engines.md); its key in ${ENGINE_KEY_VARIABLE}"
+    )
 
 
 def _count(text: str) -> int:

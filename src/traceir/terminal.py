@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from traceir.errors import InputError, ModelError
-from traceir.parser import MODEL_VARIABLE
+from traceir.parser import ENGINE_KEY_VARIABLE, MODEL_VARIABLE
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
+    from traceir.search import EncoderLike
 
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
@@ -59,6 +60,17 @@ def load_encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
     return Encoder(load(name, device=str(device), dtype=getattr(torch, args.dtype), profile=args.profile))
+
+
+def open_encoder(args: argparse.Namespace) -> EncoderLike:
+    """The encoder over `--engine` where it is given, else that of `--model` in this process."""
+    if args.engine is None:
+        return load_encoder(args)
+    if args.profile is not None:
+        raise InputError("--profile works in this process only; leave out --engine")
+    from traceir.engines.sglang import SGLangEncoder
+
+    return SGLangEncoder(args.engine, model_name(args), api_key=os.environ.get(ENGINE_KEY_VARIABLE, ""))
 
 
 def split(text: str) -> list[str]:

@@ -1,0 +1,281 @@
+"""A client of a TraceIR server (`traceir serve`): embed, search, add, delete; and the server as an encoder.
+
+with Client("http://localhost:8080", "tir_...") as client:
+    found = client.search(Query.of(text="a red shoe"), k=5)
+    print(found.reasoning, [hit.id for hit in found.hits])
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from io import BytesIO
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from traceir.connection import Connection
+from traceir.errors import InputError, ModelError, PictureError
+from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route
+from traceir.pictures import Picture
+
+CHUNK: Final = 64
+"""Inputs of one request; longer calls send several side by side."""
+_REFUSED: Final = (400, 404, 409, 413, 415, 422)
+"""The server's word for a request that is wrong as it stands."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model of a server: its name there, and what an index checks."""
+
+    id: str
+    fingerprint: str
+    prompt_version: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's road, seconds by stage."""
+
+    hits: tuple[Hit, ...]
+    more: bool
+    route: Literal["reason", "direct"]
+    reasoning: str
+    tokens: int
+    emb_probability: float
+    truncated: bool
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of one item; `error` says why it failed."""
+
+    id: str
+    status: Literal["added", "updated", "failed"]
+    error: str | None
+
+
+class Client:
+    """One server by address and API key. Thread-safe; `close` when done, or use it in a `with`.
+
+    Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong,
+    ModelError where it cannot be reached, fails, or refuses the key.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str = "",
+        *,
+        in_flight: int = 8,
+        timeout_s: float = 120.0,
+        tries: int = 5,
+        pause_s: float = 0.25,
+    ) -> None:
+        self._connection = Connection(base_url, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s)
+
+    @property
+    def base_url(self) -> str:
+        return self._connection.address
+
+    @cached_property
+    def model(self) -> ServedModel:
+        """The server's model, asked for once."""
+        [told] = _list(self._call("GET", "/v1/models"), "data")[:1] or [None]
+        try:
+            return ServedModel(str(told["id"]), str(told["fingerprint"]), str(told["prompt_version"]), int(told["width"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.base_url}/v1/models names no TraceIR model; is it `traceir serve`?") from error
+
+    def embed_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
+        """Encodings of queries by the given route, in order. Parts in an order of their own travel as a chat."""
+        return self._embed(queries, "query", route)
+
+    def embed_items(self, items: Sequence[Item]) -> list[Encoding]:
+        """Encodings of candidates, in order."""
+        return self._embed(items, "document", "direct")
+
+    def search(
+        self,
+        query: Query,
+        *,
+        k: int = 10,
+        offset: int = 0,
+        route: Route = "auto",
+        where: Mapping[str, Any] | None = None,
+        exact: bool = True,
+    ) -> Found:
+        """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}."""
+        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact}
+        if query.parts:
+            body["parts"] = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
+        body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None)
+        told = self._call("POST", "/search", body)
+        hits = tuple(_hit(one) for one in _list(told, "hits"))
+        trace = told.get("trace") or {}
+        return Found(
+            hits, bool(told.get("more")), trace.get("route", "direct"), trace.get("reasoning", ""), trace.get("tokens", 0),
+            trace.get("emb_probability", 1.0), bool(trace.get("truncated")), dict(trace.get("seconds") or {}),
+        )  # fmt: skip
+
+    def add(self, items: Sequence[Item]) -> list[Added]:
+        """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each."""
+        bodies = [{"items": [_item(item) for item in items[start : start + CHUNK]]} for start in range(0, len(items), CHUNK)]
+        answers = [self._call("POST", "/items", body) for body in bodies]
+        return [Added(str(one["id"]), one["status"], one.get("error")) for answer in answers for one in _list(answer, "results")]
+
+    def delete(self, ids: Sequence[str]) -> int:
+        """Removes items by id; returns how many were there."""
+        chunks = [list(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
+        return sum(int(self._call("DELETE", "/items", {"ids": chunk})["deleted"]) for chunk in chunks)
+
+    def close(self) -> None:
+        """Closes the connections to the server."""
+        self._connection.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _embed(self, contents: Sequence[Query] | Sequence[Item], input_type: str, route: Route) -> list[Encoding]:
+        """Requests of one instruction and target each, since a request states them once, sent side by side."""
+        groups: dict[tuple[str | None, Modality | None, bool], list[int]] = {}
+        for place, content in enumerate(contents):
+            asked = (content.instruction, content.target) if isinstance(content, Query) else (None, None)
+            groups.setdefault((*asked, _plain(content.parts)), []).append(place)
+        bodies, places = [], []
+        for (instruction, target, plain), members in groups.items():
+            for start in range(0, len(members), CHUNK):
+                chunk = members[start : start + CHUNK]
+                parts = [contents[place].parts for place in chunk]
+                told = {"input": [_pair(one) for one in parts]} if plain else {"messages": [_chat(one) for one in parts]}
+                shared = _given(instruction=instruction, modality=target, input_type=input_type, route=route)
+                bodies.append({**told, **shared, "encoding_format": "base64"})
+                places.append(chunk)
+        answers = self._connection.gather([partial(self._request, "POST", "/v1/embeddings", body) for body in bodies])
+        found: dict[int, Encoding] = {}
+        for chunk, answer in zip(places, answers, strict=True):
+            data = _list(answer, "data")
+            if len(data) != len(chunk):
+                raise ModelError(f"{self.base_url} returned {len(data)} vectors for {len(chunk)} inputs; report it")
+            found.update(zip(chunk, [self._encoding(one) for one in data], strict=True))
+        return [found[place] for place in range(len(contents))]
+
+    def _encoding(self, told: Any) -> Encoding:
+        try:
+            vector = np.frombuffer(base64.b64decode(told["embedding"], validate=True), dtype="<f4").astype(np.float32)
+            trace = told["trace"]
+            return Encoding(
+                vector, trace["route"], trace["reasoning"], trace["tokens"], trace["emb_probability"], trace["truncated"]
+            )
+        except (KeyError, TypeError, ValueError, binascii.Error) as error:
+            raise ModelError(f"{self.base_url}/v1/embeddings gives no `trace`; is it `traceir serve`?") from error
+
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return self._connection.gather([partial(self._request, method, path, body)])[0]
+
+    async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        answer = await self._connection.request(method, path, body, refused=_REFUSED)
+        if answer.status > 299:
+            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
+        if not isinstance(answer.body, dict):
+            raise ModelError(f"{self.base_url}{path} answers with {str(answer.body)[:80]!r}; is it `traceir serve`?")
+        return answer.body
+
+
+class ServedEncoder:
+    """A TraceIR server as an encoder (`EncoderLike` of search.py): its vectors, over an index of one's own."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+
+    @property
+    def fingerprint(self) -> str:
+        return self.client.model.fingerprint
+
+    @property
+    def prompt_version(self) -> str:
+        return self.client.model.prompt_version
+
+    @property
+    def width(self) -> int:
+        return self.client.model.width
+
+    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
+        return self.client.embed_queries(queries, route=route)
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
+        return self.client.embed_items(items)
+
+
+def _plain(parts: Sequence[Part]) -> bool:
+    """Whether parts are at most one picture and then at most one text, the form of `input`."""
+    kinds = [isinstance(part, Picture) for part in parts]
+    return kinds in ([True], [False], [True, False])
+
+
+def _pair(parts: Sequence[Part]) -> dict[str, str]:
+    return {
+        "image" if isinstance(part, Picture) else "text": _data_url(part) if isinstance(part, Picture) else part for part in parts
+    }
+
+
+def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    contents = [
+        {"type": "image_url", "image_url": {"url": _data_url(part)}}
+        if isinstance(part, Picture)
+        else {"type": "text", "text": part}
+        for part in parts
+    ]
+    return [{"role": "user", "content": contents}]
+
+
+def _item(item: Item) -> dict[str, Any]:
+    if item.id is None or not _plain(item.parts):
+        raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
+    told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
+    for part in item.parts:
+        told |= {"image": {"data": _base64(part)}} if isinstance(part, Picture) else {"text": part}
+    return told
+
+
+def _data_url(picture: Picture) -> str:
+    return f"data:application/octet-stream;base64,{_base64(picture)}"
+
+
+def _base64(picture: Picture) -> str:
+    """The file as it is, or pixels as PNG."""
+    if picture.path is not None:
+        try:
+            return base64.b64encode(picture.path.read_bytes()).decode()
+        except OSError as error:
+            raise PictureError(f"picture {picture.path} cannot be read: {error.strerror or error}; check the path") from error
+    packed = BytesIO()
+    picture.load().save(packed, "PNG", compress_level=1)
+    return base64.b64encode(packed.getvalue()).decode()
+
+
+def _hit(told: Any) -> Hit:
+    try:
+        return Hit(told["id"], told["score"], told["rank"], told["modality"], told["text"], told["image"], told["fields"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"a hit of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
+
+
+def _list(told: Mapping[str, Any], name: str) -> list[Any]:
+    found = told.get(name)
+    if not isinstance(found, list):
+        raise ModelError(f"the server's answer has no {name!r}: {str(told)[:80]!r}; is it `traceir serve`?")
+    return found
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,220 @@
+"""JSON over HTTP to one address: many requests in flight, each tried again where that may help, errors in words.
+
+The HTTP library is `httpx2`: huggingface-hub and openai both stand on it, so it is installed wherever TraceIR runs, and one
+library gives pooled connections and time-outs. Requests run in one event loop on a thread of their own, so that callers on any
+thread, and in any loop, simply wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from traceir.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    import httpx2
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_PASSING: Final = frozenset({408, 429, 502, 503, 504})
+"""By these a server says that the same request may succeed later."""
+_LONGEST_PAUSE_S: Final = 30.0
+
+
+class TransientError(ModelError):
+    """A request that failed for now; it is sent again until the tries are spent."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer: status, parsed JSON body (None where there is none), and for errors what the server says."""
+
+    status: int
+    body: Any
+    said: str = ""
+
+
+class Connection:
+    """Requests to one address. `in_flight` bounds the jobs under way, over all calling threads together.
+
+    A try lasts at most `timeout_s`; after a 408, 429, 502, 503, 504, a lost connection or half an answer up to `tries` are made,
+    with doubling pauses from `pause_s` unless the server names one. Raises ModelError, with address and remedy, when they are
+    spent. Thread-safe; `close` ends it.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        api_key: str = "",
+        *,
+        in_flight: int = 64,
+        timeout_s: float = 120.0,
+        tries: int = 7,
+        pause_s: float = 0.25,
+    ) -> None:
+        if not re.match(r"https?://[^/\s]+", address):
+            raise InputError(f"address {address!r} is not an http address; give one such as http://localhost:30000")
+        if in_flight < 1 or timeout_s <= 0 or tries < 1 or pause_s < 0:
+            raise InputError(f"in_flight {in_flight}, timeout_s {timeout_s}, tries {tries}, pause_s {pause_s}: too small a limit")
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise InputError("the API key holds characters that no header can carry; copy it again")
+        self.address = address.rstrip("/")
+        self.in_flight, self.timeout_s, self.tries, self.pause_s = in_flight, timeout_s, tries, pause_s
+        self._api_key = api_key.strip()
+        self._places = asyncio.Semaphore(in_flight)
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._client: httpx2.AsyncClient | None = None
+        self._closed = False
+
+    def gather(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+        """Runs the jobs, at most `in_flight` at a time, and waits; results in their order. The first error ends the others."""
+        return self._wait(self._all(jobs))
+
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = ()) -> Answer:
+        """One request, waited for; see `request`."""
+        return self._wait(self.request(method, path, body, refused=refused))
+
+    async def request(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = ()
+    ) -> Answer:
+        """One request with its tries. A status in `refused` comes back as an Answer, any other above 299 raises ModelError."""
+        content = None if body is None else json.dumps(body).encode()
+        for attempt in range(1, self.tries + 1):
+            try:
+                return await self._try(method, path, content, refused)
+            except TransientError as error:
+                if attempt == self.tries:
+                    raise ModelError(f"{error} (tried {attempt} times)") from error
+                pause = error.retry_after if error.retry_after is not None else self.pause_s * 2 ** (attempt - 1)
+                log.info("%s; try %d follows in %.1f s", error, attempt + 1, min(pause, _LONGEST_PAUSE_S))
+                await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Closes the connections and ends the thread; nothing can be sent afterwards."""
+        with self._lock:
+            self._closed, loop, self._loop = True, self._loop, None
+        if loop is None:
+            return
+        if self._client is not None:
+            asyncio.run_coroutine_threadsafe(self._client.aclose(), loop).result(10.0)
+        loop.call_soon_threadsafe(loop.stop)
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            loop = self._running()
+        except ModelError:
+            work.close()
+            raise
+        future: Future[T] = asyncio.run_coroutine_threadsafe(work, loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._closed:
+                raise ModelError(f"the connection to {self.address} is closed; make a new one")
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run, args=(self._loop,), name=f"traceir {self.address}", daemon=True).start()
+            return self._loop
+
+    async def _all(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+        async def bounded(job: Callable[[], Awaitable[T]]) -> T:
+            async with self._places:
+                return await job()
+
+        tasks = [asyncio.create_task(bounded(job)) for job in jobs]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+
+    async def _try(self, method: str, path: str, content: bytes | None, refused: Sequence[int]) -> Answer:
+        import httpx2
+
+        place = f"{self.address}{path}"
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                response = await self._opened().request(method, place, content=content)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            shown = f"{place} gave no answer within {self.timeout_s:g} s; raise timeout_s or lower in_flight"
+            raise TransientError(shown) from error
+        except httpx2.TransportError as error:
+            shown = f"cannot reach {place}: {error or type(error).__name__}; is the server running, and is this its address?"
+            raise TransientError(shown) from error
+        status, said = response.status_code, _said(response.text) if response.status_code > 299 else ""
+        if status in _PASSING:
+            raise TransientError(
+                f"{place} answers {status}: {said}; it is busy or still starting", _seconds(response.headers.get("retry-after"))
+            )
+        if status in (401, 403):
+            raise ModelError(f"{place} refuses the API key ({status}: {said}); give the right key")
+        if status > 299 and status not in refused:
+            raise ModelError(f"{place} answers {status}: {said}")
+        return Answer(status, None if status > 299 else _parsed(response.content, place), said)
+
+    def _opened(self) -> httpx2.AsyncClient:
+        """The client, made on the event loop's thread at the first request."""
+        import httpx2
+
+        if self._client is None:
+            headers = {"Content-Type": "application/json"}
+            if self._api_key:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
+            self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, follow_redirects=False)
+        return self._client
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.close()
+
+
+def _parsed(content: bytes, place: str) -> Any:
+    try:
+        return json.loads(content) if content.strip() else None
+    except ValueError as error:
+        raise TransientError(f"{place} answered with something that is no whole JSON: {content[:80]!r}") from error
+
+
+def _said(text: str) -> str:
+    """What an error answer says: its message, in OpenAI's, FastAPI's or SGLang's form, else the text itself."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text.strip()[:500] or "no reason given"
+    while isinstance(found, dict):
+        found = next((found[name] for name in ("error", "message", "detail") if name in found), str(found))
+    return str(found)[:500]
+
+
+def _seconds(header: str | None) -> float | None:
+    try:
+        return max(0.0, float(header)) if header else None
+    except ValueError:
+        return None

@@ -1,0 +1,78 @@
+"""From one index to another, of whatever kind; a copy that was cut off is simply repeated and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Final
+
+import numpy as np
+from tqdm import tqdm
+
+from traceir.errors import InputError, StoreError
+from traceir.index.store import Index, Stored, check_maker
+from traceir.items import Item
+from traceir.pictures import Picture
+
+_MOST_BYTES: Final = 32 * 2**20
+
+
+def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = True) -> int:
+    """Put every item of `source` with its vector into `target`, and return how many had to be written.
+
+    An item that `target` has with the same content hash, text, picture name and fields is skipped; one that differs is replaced;
+    what only `target` has stays. Each batch is durable before the next. StoreError where the two were filled by different models.
+    A `target` of float16 rounds the vectors as it always does.
+    """
+    if batch < 1:
+        raise InputError(f"batch is {batch}; give at least 1")
+    left, right = source.info(), target.info()
+    check_maker(right.uri, "model", right.fingerprint, left.fingerprint)
+    check_maker(right.uri, "prompt version", right.prompt_version, left.prompt_version)
+    if left.dim != right.dim:
+        raise StoreError(f"index {right.uri} holds vectors of width {right.dim}, not {left.dim} as {left.uri}; fill a new index")
+    size = max(1, min(batch, _MOST_BYTES // (4 * left.dim)))
+    written = 0
+    with tqdm(total=left.count, unit="item", desc="copying", disable=not progress) as bar:
+        for page in _pages(source, size):
+            known = target.get([stored.id for stored in page])
+            missing = [stored for stored in page if not _is_same(stored, known.get(stored.id))]
+            if missing:
+                written += target.upsert([_Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
+            bar.update(len(page))
+    return written
+
+
+class _Copied(Item):
+    """An item as an index keeps it: the bytes of its pictures are not there any more, only their hash."""
+
+    __slots__ = ("_content_hash",)
+
+    def __init__(self, stored: Stored) -> None:
+        picture = () if stored.modality == "text" else (Picture.from_bytes(b"", name=stored.image or ""),)
+        text = () if stored.text is None else (stored.text,)
+        Item.__init__(self, (*picture, *text), id=stored.id, fields=stored.fields)
+        object.__setattr__(self, "_content_hash", stored.content_hash)
+
+    def content_hash(self) -> str:
+        kept: str = object.__getattribute__(self, "_content_hash")
+        return kept
+
+
+def _pages(source: Index, size: int) -> Iterator[Sequence[Stored]]:
+    rows = source.scan(with_vectors=True)
+    while page := list(islice(rows, size)):
+        yield page
+
+
+def _is_same(one: Stored, other: Stored | None) -> bool:
+    if other is None or one.content_hash != other.content_hash or one.modality != other.modality:
+        return False
+    kinds = [[(name, type(value), value) for name, value in sorted(stored.fields.items())] for stored in (one, other)]
+    return (one.text, one.image) == (other.text, other.image) and kinds[0] == kinds[1]
+
+
+def _vector(stored: Stored) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    if stored.vector is None:
+        raise StoreError(f"item {stored.id!r} came without its vector; report it")
+    return stored.vector

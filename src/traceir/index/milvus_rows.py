@@ -1,0 +1,184 @@
+"""What a Milvus collection holds for an item, and filters as Milvus expressions.
+
+No text of a user ever enters an expression: ids and values are written as hex digits, which need no quoting and sort as what
+they stand for does. A field `year` of 2020 is kept for display in the JSON text `fields`, and for filters as the dynamic field
+`n_year` (`t_` texts, `n_` numbers, `b_` booleans); a name that is no plain word is spelt in hex after a capital (`T_`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from traceir.errors import InputError
+from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of
+from traceir.index.store import MAX_ID_BYTES, Stored, image_of
+from traceir.items import MODALITIES, Item, Vector
+
+KEY: Final = "key"
+VECTOR: Final = "vector"
+KEPT: Final = ("modality", "text", "image", "fields", "content_hash")
+MAX_KEY_CHARS: Final = 2 * MAX_ID_BYTES
+MAX_VARCHAR_BYTES: Final = 65_535
+MAX_DYNAMIC_BYTES: Final = 65_536
+NOTHING: Final = f'{KEY} == ""'  # no item has an empty id
+_PLAIN: Final = re.compile(r"[A-Za-z0-9_]{1,128}", re.ASCII)
+_SIGN: Final = 1 << 63
+_ALL_BITS: Final = (1 << 64) - 1
+
+
+def key_of(id: str) -> str:
+    return id.encode().hex()
+
+
+def id_of(key: str) -> str:
+    return bytes.fromhex(key).decode()
+
+
+def row_of(item: Item, vector: Vector) -> dict[str, Any]:
+    """The columns of an item; InputError where one is longer than Milvus takes. Reads pictures, for the content hash."""
+    columns: dict[str, Any] = {
+        KEY: key_of(str(item.id)),
+        "modality": item.modality,
+        "text": item.text,
+        "image": image_of(item) or "",
+        "fields": json.dumps(dict(item.fields), ensure_ascii=False),
+        "content_hash": item.content_hash(),
+    }
+    for name in ("text", "image", "fields"):
+        _check_length(str(item.id), name, len(columns[name].encode()), MAX_VARCHAR_BYTES)
+    dynamic = filter_columns(item.fields)
+    _check_length(str(item.id), "filter values", len(json.dumps(dynamic)), MAX_DYNAMIC_BYTES)
+    return {**columns, **dynamic, VECTOR: vector}
+
+
+def graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the collection of a graph holds of a row: what it is found and filtered by, not what is shown."""
+    return {name: value for name, value in row.items() if name not in KEPT}
+
+
+def filter_columns(fields: Mapping[str, Scalar]) -> dict[str, str]:
+    """The dynamic fields by which an item is filtered; None has none, as a missing field has none."""
+    return {column_of(name, value): sortable(value) for name, value in fields.items() if value is not None}
+
+
+def row_bytes(row: Mapping[str, Any]) -> int:
+    """About what a row takes in a request."""
+    values = (value.nbytes if isinstance(value, np.ndarray) else len(value.encode()) for value in row.values())
+    return sum(values) + sum(len(name) + 16 for name in row)
+
+
+def stored_of(row: Mapping[str, Any], vector: Vector | None) -> Stored:
+    return Stored(
+        id=id_of(row[KEY]),
+        modality=row["modality"],
+        text=row["text"] or None,
+        image=row["image"] or None,
+        fields=json.loads(row["fields"]),
+        content_hash=row["content_hash"],
+        vector=vector,
+    )
+
+
+def vector_of(value: Any) -> Vector:
+    """A vector as a server returns it: a list of numbers, or the bytes of float16 in a list of one or bare."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], bytes):
+        value = value[0]
+    if isinstance(value, bytes):
+        return np.frombuffer(value, dtype="<f2").astype(np.float32)
+    return np.asarray(value, dtype=np.float32)
+
+
+def compile_filter(where: Filter | None) -> str:
+    """A filter as a Milvus expression; the empty one matches everything."""
+    if where is None:
+        return ""
+    if isinstance(where, And):
+        parts = [compile_filter(part) for part in where.parts]
+        return " and ".join(f"({part})" for part in parts if part)
+    if isinstance(where, Eq):
+        return _compile_in(where.name, (where.value,))
+    if isinstance(where, In):
+        return _compile_in(where.name, where.values)
+    if isinstance(where, Range):
+        return _compile_range(where)
+    raise InputError(f"{where!r} is not a filter; build one from Eq, In, Range and And")
+
+
+def join_filters(*expressions: str) -> str:
+    return " and ".join(f"({one})" for one in expressions if one)
+
+
+def keys_in(keys: Sequence[str]) -> str:
+    return f"{KEY} in [{_quoted(keys)}]" if keys else NOTHING
+
+
+def column_of(name: str, value: Scalar) -> str:
+    """The dynamic field that holds values of this kind under this name."""
+    letter = kind_of(value)[0]
+    return f"{letter}_{name}" if _PLAIN.fullmatch(name) else f"{letter.upper()}_{name.encode().hex()}"
+
+
+def sortable(value: Scalar) -> str:
+    """A value as text whose order, code point by code point, is that of the values of its kind; equal values, equal texts."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, str):
+        return value.encode().hex()
+    if value is None:
+        raise InputError("None has no place in an order; filter it with Eq(name, None)")
+    near = float(value) + 0.0  # -0.0 becomes 0.0
+    bits = struct.unpack(">Q", struct.pack(">d", near))[0]
+    ordered = bits ^ (_ALL_BITS if bits & _SIGN else _SIGN)
+    # A 64-bit integer is at most 512 away from the nearest float, and integers in order have floats in order.
+    rest = int(value) - int(near) if isinstance(value, int) else 0
+    return f"{ordered:016x}{rest + 2048:03x}"
+
+
+def _compile_in(name: str, values: Sequence[Scalar]) -> str:
+    if name == "id":
+        return keys_in([key_of(value) for value in values if isinstance(value, str)])
+    if name == "modality":
+        return _one_of("modality", [value for value in MODALITIES if value in values])
+    by_column: dict[str, list[str]] = {}
+    for value in values:
+        if value is not None:
+            by_column.setdefault(column_of(name, value), []).append(sortable(value))
+    conditions = [_one_of(column, wanted) for column, wanted in by_column.items()]
+    if any(value is None for value in values):
+        kinds: tuple[Scalar, ...] = ("", 0, False)
+        conditions.append(" and ".join(f"(not exists {column_of(name, kind)})" for kind in kinds))
+    return " or ".join(f"({condition})" for condition in conditions) or NOTHING
+
+
+def _compile_range(where: Range) -> str:
+    bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
+    is_text = isinstance(bounds[0][1], str)
+    if where.name in ("id", "modality") and not is_text:
+        return NOTHING
+    if where.name == "modality":
+        low, high = str(where.low or ""), where.high
+        return _one_of("modality", [one for one in MODALITIES if low <= one and (high is None or one <= str(high))])
+    column = KEY if where.name == "id" else column_of(where.name, bounds[0][1])
+    return " and ".join(f'{column} {sign} "{sortable(bound)}"' for sign, bound in bounds)
+
+
+def _one_of(column: str, values: Sequence[str]) -> str:
+    return f"{column} in [{_quoted(values)}]" if values else NOTHING
+
+
+def _quoted(values: Sequence[str]) -> str:
+    return ", ".join(f'"{value}"' for value in values)
+
+
+def _check_length(id: str, what: str, found: int, most: int) -> None:
+    if found > most:
+        raise InputError(
+            f"the {what} of item {id[:80]!r} take {found} bytes, more than the {most} that Milvus keeps; "
+            "nothing was written: shorten them, or use an index in a folder"
+        )

@@ -1,0 +1,155 @@
+"""Bodies of requests: bounded in bytes and in time however they arrive, and JSON read strictly."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final, NoReturn
+
+from traceir.errors import InputError
+from traceir.serve.guard import App, Message, Receive, Send, refuse
+
+MAX_BODY: Final = 32 * 1024 * 1024
+MAX_DEPTH: Final = 32
+MAX_VALUES: Final = 250_000
+"""Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
+MAX_DIGITS: Final = 40
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+"""A text, or the rest of the body where none ends: possessive, and never tried twice at one place, so linear."""
+_BRACKET = re.compile(rb"[\[\]{}]")
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class BodyGuard:
+    """Middleware, inside `Guard`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
+
+    Also where no length was announced or it was a lie. The application sees a client that went away, and its answer is replaced.
+    """
+
+    def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0) -> None:
+        self.app, self.most, self.seconds = app, most, seconds
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if int(announced) > self.most:
+            await refuse(send, 413, f"the body has {int(announced)} bytes, more than {self.most}", "body_too_large")
+            return
+        body = _Body(receive, send, self.most, self.seconds)
+        try:
+            await self.app(scope, body.receive, body.send)
+        except Exception:
+            if body.failure is None:
+                raise
+        if body.failure is not None and not body.started:
+            await refuse(send, *body.failure)
+
+
+class _Body:
+    """One request's way in and out."""
+
+    def __init__(self, receive: Receive, send: Send, most: int, seconds: float) -> None:
+        self._receive, self._send = receive, send
+        self._left, self._whole = most, False
+        self._most, self._seconds = most, seconds
+        self._deadline: float | None = None
+        self.failure: tuple[int, str, str] | None = None
+        self.started = False
+
+    async def receive(self) -> Message:
+        if self._whole:
+            return await self._receive()  # waits for the client to go away, however long the answer takes
+        if self.failure is not None:
+            return {"type": "http.disconnect"}
+        if self._deadline is None:
+            self._deadline = asyncio.get_running_loop().time() + self._seconds
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                message = await self._receive()
+        except TimeoutError:
+            self.failure = 408, f"the body did not arrive within {self._seconds:g} seconds", "body_too_slow"
+            return {"type": "http.disconnect"}
+        if message["type"] == "http.request":
+            self._left -= len(message.get("body", b""))
+            self._whole = not message.get("more_body", False)
+            if self._left < 0:
+                self.failure, self._whole = (413, f"the body has more than {self._most} bytes", "body_too_large"), False
+                return {"type": "http.disconnect"}
+        return message
+
+    async def send(self, message: Message) -> None:
+        if self.failure is not None and not self.started:
+            return
+        self.started = self.started or message["type"] == "http.response.start"
+        await self._send(message)
+
+
+def parse_json(raw: bytes) -> Any:
+    """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
+
+    InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
+    digits or beyond a double, more than 32 levels, more than 250,000 values. Linear in time; the counts are known before anything
+    is built.
+    """
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
+    _check_shape(raw)
+    try:
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_read_float, parse_int=_read_int
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except RecursionError as error:
+        raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep") from error
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError("the body holds half of a surrogate pair; send whole characters") from error
+    return value
+
+
+def _check_shape(raw: bytes) -> None:
+    """Depth and number of values, counted outside texts."""
+    bare = _TEXT.sub(b"", raw)
+    if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
+        raise InputError(f"the body holds more than {MAX_VALUES} values; send it in parts")
+    depth = 0
+    for found in _BRACKET.finditer(bare):
+        depth += 1 if found[0] in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep")
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise InputError(f"the name {twice[:80]!r} occurs twice in one object of the body")
+    return made
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise InputError(f"the body holds {text}, which is not JSON; send a number or null")
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise InputError(f"the number {text[:40]} of the body is too large")
+    return value
+
+
+def _read_int(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise InputError(f"the number {text[:40]}... of the body has more than {MAX_DIGITS} digits")
+    return int(text)

@@ -1,0 +1,151 @@
+// The server, as the page sees it. Addresses are relative to the page, so that it also works below a path of a proxy.
+
+import { readEvents } from "./sse.js";
+
+const KEY = "traceir.key";
+const PICTURES_KEPT = 300;
+
+// What the server refused. `status` is 0 where it could not be reached.
+export class ApiError extends Error {
+  constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
+    super(message);
+    this.name = "ApiError";
+    this.status = status;
+    this.code = code;
+    this.retryAfter = retryAfter;
+  }
+}
+
+export const isAbort = (error) => error instanceof DOMException && error.name === "AbortError";
+
+export const key = {
+  get: () => sessionStorage.getItem(KEY) ?? "",
+  set(value) {
+    sessionStorage.setItem(KEY, value);
+    forgetPictures();
+  },
+  forget() {
+    sessionStorage.removeItem(KEY);
+    forgetPictures();
+  },
+};
+
+// The address of a path such as "/pictures/Nw"; null for anything that is not a path of this server.
+export function addressOf(path) {
+  if (typeof path !== "string" || !path.startsWith("/") || path.startsWith("//") || path.includes("\\")) return null;
+  const address = new URL(path.slice(1), document.baseURI);
+  return address.origin === location.origin ? address.href : null;
+}
+
+async function ask(path, { method = "GET", body, signal, accept = "application/json" } = {}) {
+  const headers = { accept };
+  if (key.get()) headers.authorization = `Bearer ${key.get()}`;
+  if (body !== undefined) headers["content-type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(addressOf(path), {
+      method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
+    });
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    const why = navigator.onLine ? "The server cannot be reached. Is it still running?" : "This device is offline.";
+    throw new ApiError(why);
+  }
+  if (!response.ok) throw await errorOf(response);
+  return response;
+}
+
+async function errorOf(response) {
+  let told = null;
+  try {
+    told = (await response.json()).error;
+  } catch { /* a proxy's page, or nothing */ }
+  const wait = Number.parseFloat(response.headers.get("retry-after") ?? "");
+  return new ApiError(messageOf(told) ?? `The server answered with status ${response.status}.`, {
+    status: response.status,
+    code: told?.code ?? null,
+    retryAfter: Number.isFinite(wait) ? wait : null,
+  });
+}
+
+function messageOf(told) {
+  if (typeof told === "string" && told) return told;
+  return typeof told?.message === "string" && told.message ? told.message : null;
+}
+
+async function jsonOf(response) {
+  try {
+    return await response.json();
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    throw new ApiError("The server's answer was cut off or is not JSON.", { status: response.status });
+  }
+}
+
+export const getConfig = async (signal) => jsonOf(await ask("/page/config", { signal }));
+
+export const postSearch = async (body, signal) => jsonOf(await ask("/search", { method: "POST", body, signal }));
+
+// The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
+export async function* streamSearch(body, signal) {
+  const response = await ask("/search/stream", { method: "POST", body, signal, accept: "text/event-stream" });
+  try {
+    for await (const { event, data } of readEvents(response.body)) {
+      let read;
+      try {
+        read = JSON.parse(data);
+      } catch {
+        throw new ApiError("The server sent an event that is not JSON.", { status: response.status });
+      }
+      if (event === "error") {
+        throw new ApiError(messageOf(read?.error) ?? "The search failed.", { status: 500, code: read?.error?.code ?? null });
+      }
+      yield { event, data: read };
+      if (event === "hits") return;
+    }
+  } catch (error) {
+    if (isAbort(error) || error instanceof ApiError) throw error;
+    throw new ApiError("The connection was lost before the hits came.");
+  }
+  if (signal?.aborted) throw new DOMException("stopped", "AbortError");
+  throw new ApiError("The connection ended before the hits came.");
+}
+
+// Pictures. An <img> sends no key, so with a key they are fetched and shown as blobs.
+
+const pictures = new Map();
+
+function forgetPictures() {
+  for (const kept of pictures.values()) kept.then((address) => URL.revokeObjectURL(address), () => {});
+  pictures.clear();
+}
+
+// What to put into `src` for a picture's path. Rejects where it cannot be had.
+export async function pictureSource(path) {
+  const address = addressOf(path);
+  if (address === null) throw new ApiError("This is not a picture of the server.");
+  if (!key.get()) return address;
+  if (!pictures.has(path)) {
+    pictures.set(path, ask(path, { accept: "image/*" }).then(async (response) => URL.createObjectURL(await response.blob())));
+    if (pictures.size > PICTURES_KEPT) {
+      const [oldest, kept] = pictures.entries().next().value;
+      pictures.delete(oldest);
+      kept.then((old) => URL.revokeObjectURL(old), () => {});
+    }
+  }
+  return pictures.get(path);
+}
+
+// Shows a picture of the server in an <img>, at least `side` pixels wide if it has them; `onlost` where it cannot be shown.
+export function showPicture(img, path, side, onlost) {
+  img.addEventListener("error", onlost, { once: true });
+  Promise.resolve(path).then((found) => pictureSource(side ? `${found}?side=${side}` : found)).then((source) => { img.src = source; }, onlost);
+}
+
+const paths = new Map();
+
+// The path of the picture of an item that is known by its id alone.
+export function pathOfItem(id) {
+  if (!paths.has(id)) paths.set(id, ask(`/items/${encodeURIComponent(id)}`).then(jsonOf).then((item) => item.image));
+  return paths.get(id);
+}

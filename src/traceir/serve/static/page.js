@@ -1,0 +1,317 @@
+// The page: what happens when. Each part draws itself; here they are put together.
+
+import { ApiError, getConfig, isAbort, key } from "./api.js";
+import { Column } from "./column.js";
+import { drawVerdict } from "./compare.js";
+import { Composer } from "./composer.js";
+import { Details } from "./details.js";
+import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
+import { clearHistory, drawHistory, remember } from "./history.js";
+import { drawLanding, hideNotice, showNotice } from "./landing.js";
+import { EMPTY, fromHash, isEmpty, itemPicture, makeQuery, samePicture, sayQuery, toHash } from "./query.js";
+import { follow, newRun, nextPage } from "./run.js";
+import { Turns } from "./turns.js";
+
+const WAIT_FOR_MODEL = 2000;
+let config = {};
+let parent = null; // the turn that the next search refines
+let columns = [];
+let running = null; // {run, abort}
+const composer = new Composer({ search, stop });
+const turns = new Turns(visit);
+const details = new Details({ refine, use });
+const actions = { open: openHit, refine, retry, more, anything, compare };
+
+// Searches
+
+function search(query, { from = undefined } = {}) {
+  if (isEmpty(query)) {
+    composer.complain("Give a picture, words, or an instruction.");
+    find("text").focus();
+    return;
+  }
+  const turn = turns.add(query, from === undefined ? parentOf(query) : from, newRun(query));
+  parent = turn;
+  remember(query);
+  const hash = toHash(query);
+  history.pushState({ turn: turn.id }, "", hash ?? location.pathname + location.search);
+  show(turn);
+  start(turn.run);
+}
+
+// A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
+function parentOf(query) {
+  if (!parent || !query.picture) return null;
+  const took = query.picture.kind === "item" && [parent.run, parent.other].some((run) => run?.hits.some((hit) => hit.id === query.picture.id));
+  if (took) return parent;
+  return samePicture(parent.query.picture, query.picture) ? parent.parent : null;
+}
+
+async function start(run) {
+  stop();
+  const mine = { run, abort: new AbortController() };
+  running = mine;
+  composer.setBusy(true);
+  try {
+    await follow(run, mine.abort.signal, (what) => changed(run, what));
+  } catch (error) {
+    if (running === mine) askForKey(error.message, () => start(run));
+  } finally {
+    if (running === mine) {
+      running = null;
+      composer.setBusy(false);
+    }
+  }
+}
+
+function stop() {
+  running?.abort.abort();
+}
+
+function changed(run, what) {
+  if (!columns.some((column) => column.run === run)) return;
+  update();
+  if (what === "hits") {
+    const found = run.hits.length ? `${plural(run.hits.length, "hit")} by the ${run.route} route. First: ${run.hits[0].text ?? run.hits[0].id}.` : "";
+    if (found) announce(found);
+  }
+}
+
+function retry(run) {
+  start(run);
+  find("stop").focus();
+}
+
+function anything(query) {
+  const wider = makeQuery({ ...query, modality: "" });
+  composer.setQuery(wider);
+  search(wider, { from: turns.current.parent });
+}
+
+async function more(column) {
+  const { run } = column;
+  const had = run.hits.length;
+  run.paging = true;
+  update();
+  try {
+    const count = await nextPage(run);
+    announce(`${plural(count, "more hit")}`);
+  } catch (error) {
+    if (error.status === 401) askForKey(error.message, () => more(column));
+    else if (!isAbort(error)) toast(error.message);
+  }
+  run.paging = false;
+  update();
+  if (run.hits.length > had && columns.includes(column)) column.grid.focus(had);
+}
+
+// What is shown
+
+function show(turn) {
+  turns.current = turn;
+  find("landing").hidden = true;
+  find("workspace").hidden = false;
+  document.title = `${sayQuery(turn.query).slice(0, 60)} · ${config.title || "TraceIR"}`;
+  const runs = turn.other ? [turn.run, turn.other] : [turn.run];
+  const names = turn.other ? ["The route taken", "The other route"] : ["Result"];
+  columns = runs.map((run, place) => new Column(run, { config, name: names[place], actions }));
+  find("columns").replaceChildren(...columns.map((column) => column.element));
+  find("columns").classList.toggle("compare", columns.length > 1);
+  turns.draw();
+  update();
+}
+
+function update() {
+  const [one, other] = columns;
+  one?.update({ other: other?.run ?? null, tells: !other });
+  other?.update({ other: one.run });
+  if (other) drawVerdict(find("verdict"), one.run, other.run, leaveComparison);
+  else find("verdict").hidden = true;
+}
+
+function visit(turn) {
+  turns.visit(turn);
+  parent = turn;
+  composer.setQuery(turn.query);
+  history.pushState({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
+  show(turn);
+  announce(`Turn ${turns.trail.indexOf(turn) + 1} of ${turns.trail.length}: ${sayQuery(turn.query)}`);
+}
+
+function compare() {
+  const turn = turns.current;
+  if (!turn || turn.other || turn.run.status !== "done") return;
+  turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason");
+  show(turn);
+  start(turn.other);
+  find("verdict").querySelector("button").focus();
+}
+
+function leaveComparison() {
+  const turn = turns.current;
+  if (running?.run === turn.other) stop();
+  turn.other = null;
+  show(turn);
+  columns[0].compare.focus();
+}
+
+function openHit(run, place) {
+  const column = columns.find((one) => one.run === run);
+  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.focus(last); });
+}
+
+function refine(hit) {
+  parent = turns.current;
+  composer.refine(hit);
+  scrollTo({ top: 0, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
+}
+
+// A hit as the whole query.
+function use(hit) {
+  const picture = hit.image ? itemPicture(hit.id, hit.text ?? hit.id, hit.image) : null;
+  const query = makeQuery({ text: hit.text ?? "", picture, modality: composer.query().modality, route: composer.query().route });
+  composer.setQuery(query);
+  search(query, { from: turns.current });
+}
+
+// Key, history, addresses
+
+let answerKey = null;
+
+function askForKey(why, then) {
+  say(find("key-why"), why);
+  find("key-value").value = "";
+  find("forget-key").hidden = !key.get();
+  answerKey = then;
+  openDialog(find("key"));
+}
+
+find("key-form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  key.set(find("key-value").value.trim());
+  find("open-key").hidden = false;
+  find("key").close();
+  if (!config.count) loadConfig();
+  answerKey?.();
+});
+
+find("forget-key").addEventListener("click", () => {
+  key.forget();
+  find("key").close();
+  find("open-key").hidden = true;
+  toast("The key is forgotten.");
+});
+
+find("open-key").addEventListener("click", () => askForKey("A key is set for this tab.", null));
+
+find("open-history").addEventListener("click", () => {
+  drawHistory(find("past"), (query, leftOut) => {
+    find("history").close();
+    composer.setQuery(query);
+    if (leftOut) composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
+    else search(query, { from: null });
+  });
+  openDialog(find("history"));
+});
+
+find("clear-history").addEventListener("click", () => {
+  clearHistory();
+  drawHistory(find("past"), () => {});
+  announce("History cleared");
+});
+
+find("open-help").addEventListener("click", () => openDialog(find("help")));
+
+find("home").addEventListener("click", (event) => {
+  if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
+  event.preventDefault();
+  history.pushState({}, "", location.pathname + location.search);
+  goHome();
+});
+
+function goHome() {
+  stop();
+  parent = null;
+  turns.current = null;
+  columns = [];
+  find("workspace").hidden = true;
+  find("trail").hidden = true;
+  find("landing").hidden = false;
+  document.title = config.title || "TraceIR";
+  composer.setQuery(EMPTY);
+  find("text").focus();
+}
+
+// The browser's own back and forward.
+addEventListener("popstate", (event) => {
+  const known = turns.all.get(event.state?.turn);
+  if (known) {
+    turns.visit(known);
+    parent = known;
+    composer.setQuery(known.query);
+    show(known);
+    return;
+  }
+  readAddress();
+});
+
+function readAddress() {
+  const query = fromHash(location.hash);
+  if (!query) {
+    goHome();
+    return;
+  }
+  const turn = turns.add(query, null, newRun(query));
+  parent = turn;
+  composer.setQuery(query);
+  history.replaceState({ turn: turn.id }, "", toHash(query));
+  show(turn);
+  start(turn.run);
+}
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
+  const inDialog = document.querySelector("dialog[open]") !== null;
+  if (event.key === "Escape" && !inDialog) {
+    if (running) stop();
+    else if (turns.current?.other) leaveComparison();
+  }
+  if (inDialog || isTyping(event.target)) return;
+  const act = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => turns.step(-1), "]": () => turns.step(1) };
+  if (Object.hasOwn(act, event.key)) {
+    event.preventDefault();
+    act[event.key]();
+  }
+});
+
+addEventListener("online", () => {
+  const run = columns.at(-1)?.run;
+  if (run?.status === "failed" && run.error instanceof ApiError && run.error.status === 0) start(run);
+});
+
+async function loadConfig() {
+  try {
+    config = await getConfig();
+    composer.setConfig(config);
+    drawLanding(config, (query) => {
+      composer.setQuery(query);
+      search(query, { from: null });
+    });
+    if (!find("landing").hidden) document.title = config.title || "TraceIR";
+  } catch (error) {
+    if (error.status === 401) {
+      askForKey(error.message, null);
+      showNotice("A key is needed", error.message, () => askForKey(error.message, loadConfig));
+    } else if (error.status === 503) {
+      showNotice("The model is loading", el("p", { text: "This page goes on as soon as the server is ready." }));
+      setTimeout(loadConfig, WAIT_FOR_MODEL);
+    } else {
+      showNotice("No connection", error.message, () => { hideNotice(); loadConfig(); });
+    }
+  }
+}
+
+find("open-key").hidden = !key.get();
+if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("text").focus();
+await loadConfig();
+if (!turns.current && fromHash(location.hash)) readAddress(); // unless somebody was faster

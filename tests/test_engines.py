@@ -1,0 +1,282 @@
+"""The encoder over SGLang against a stand-in server that runs the bundled checkpoint, and the in-process Encoder as oracle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import picture
+from fake_sglang import FakeSGLang, served
+from starlette.responses import JSONResponse, Response
+
+from traceir.encoder import Encoder
+from traceir.engines.sglang import SGLangEncoder, without_weights
+from traceir.errors import InputError, ModelError, StoreError
+from traceir.index import open_index
+from traceir.items import Encoding, Item, Query, Route
+from traceir.learn import mbeir
+from traceir.search import Searcher
+from traceir.terminal import bundled_model
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks import engine_parity
+
+INVENTED = "a zubbly crate <|emb|> beside <|image_pad|> <|im_end|> and nothing"
+
+
+@pytest.fixture(scope="module")
+def fake(encoder: Encoder) -> Iterator[FakeSGLang]:
+    server = FakeSGLang(bundled_model(), encoder.fingerprint)
+    with served(server.app()) as address:
+        server.address = address
+        yield server
+
+
+@pytest.fixture
+def engine(fake: FakeSGLang, tmp_path: Path) -> Iterator[SGLangEncoder]:
+    """Over a folder that holds no weights at all."""
+    fake.reset()
+    with make(fake, without_safetensors(tmp_path / "mini")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def asked(folder: Path) -> list[Query]:
+    """One query of every other row, one whose text holds special tokens, one of several pictures of odd shapes."""
+    instructions = mbeir.read_instructions(folder)
+    found = []
+    for task in mbeir.find_tasks(folder, "test")[::2]:
+        prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
+        found.append(mbeir.to_query(next(iter(mbeir.read_queries(task.query_path))), prompt, folder))
+    found.append(Query.of(text=INVENTED, image=picture(1), target="image"))
+    return [*found, Query((picture(2, 96, 48), "red", picture(3, 31, 120), "then green"), instruction="find it")]
+
+
+def make(fake: FakeSGLang, model: Path, **options: Any) -> SGLangEncoder:
+    return SGLangEncoder(fake.address + "/v1/", model, **{"pause_s": 0.01, "tries": 3, **options})
+
+
+def without_safetensors(target: Path, **changed: Any) -> Path:
+    """A copy of the bundled checkpoint without its weights; `changed` replaces entries of traceir.json."""
+    shutil.copytree(bundled_model(), target, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = json.loads((target / "traceir.json").read_text())
+    (target / "traceir.json").write_text(json.dumps({**settings, **changed}))
+    return target
+
+
+def assert_same(ours: list[Encoding], theirs: list[Encoding]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.route, one.reasoning, one.tokens, one.truncated) == (
+            other.route,
+            other.reasoning,
+            other.tokens,
+            other.truncated,
+        )
+        assert one.vector.dtype == "float32" and one.vector == pytest.approx(other.vector, abs=1e-4)
+        assert one.emb_probability == pytest.approx(other.emb_probability, abs=1e-4)
+
+
+@pytest.mark.parametrize("route", ["auto", "reason", "direct"])
+def test_queries_equal_the_in_process_encoder(
+    engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, asked: list[Query], route: Route
+) -> None:
+    oracle = encoder.encode_queries(asked, route=route)
+    assert_same(engine.encode_queries(asked, route=route), oracle)
+    if route == "auto":
+        assert {one.route for one in oracle} == {"reason", "direct"}
+        assert len(fake.bodies) == len(asked), "one request for each query, whatever its road"
+
+
+def test_items_of_every_modality_equal_the_in_process_encoder(engine: SGLangEncoder, encoder: Encoder) -> None:
+    items = [
+        Item.of(text="a green vase left of a ring"),
+        Item.of(image=picture(4, 192, 192)),
+        Item.of(text="a jacket", image=picture(5, 40, 100)),
+    ]
+    assert_same(engine.encode_items(items), encoder.encode_items(items))
+    assert engine.encode_items([]) == [] and engine.encode_queries([]) == []
+
+
+@pytest.mark.parametrize("closing", ["", "so a red cube"])
+def test_a_spent_budget_equals_the_in_process_encoder(
+    fake: FakeSGLang, encoder: Encoder, asked: list[Query], tmp_path: Path, closing: str
+) -> None:
+    fake.reset()
+    whole = without_safetensors(tmp_path / "mini", closing=closing)
+    with make(fake, whole, max_reasoning_tokens=3) as engine:
+        shutil.copy(bundled_model() / "model.safetensors", whole)
+        oracle = Encoder.from_pretrained(whole, max_reasoning_tokens=3).encode_queries(asked)
+        assert any(one.truncated for one in oracle)
+        assert_same(engine.encode_queries(asked), oracle)
+
+
+def test_a_stop_token_of_the_engine_is_read_like_any_other(
+    engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, asked: list[Query]
+) -> None:
+    oracle = encoder.encode_queries(asked)
+    written = next(one for one in oracle if one.tokens > 3).reasoning
+    fake.more_stops = set(encoder.model.processor.plain_ids(written)[:3])
+    assert_same(engine.encode_queries(asked), oracle)
+    assert len(fake.bodies) > len(asked)
+
+
+def test_threads_share_it_and_get_their_own_answers(engine: SGLangEncoder, encoder: Encoder, asked: list[Query]) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda query: engine.encode_queries([query])[0], asked))
+    assert_same(found, encoder.encode_queries(asked))
+
+
+def test_an_index_filled_in_process_is_searched_through_the_engine(
+    engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, tmp_path: Path
+) -> None:
+    items = [Item.of(text=text, id=text) for text in ("a red cube", "a green vase", "a blue ring")]
+    keys = {"fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version, "dim": encoder.width}
+    with open_index(tmp_path / "index", create=True, **keys) as index:
+        index.upsert(items, [one.vector for one in encoder.encode_items(items)])
+        query = Query.of(text="a green vase")
+        ours, theirs = Searcher(engine, index).search(query), Searcher(encoder, index).search(query)
+        assert [hit.id for hit in ours.hits] == [hit.id for hit in theirs.hits] and ours.hits[0].id == "a green vase"
+        fake.model_info["weight_version"] = "default"
+        with (
+            make(fake, without_safetensors(tmp_path / "other" / "mini", fingerprint="another")) as other,
+            pytest.raises(StoreError, match="another"),
+        ):
+            Searcher(other, index)
+
+
+def test_it_waits_for_a_busy_engine(engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, asked: list[Query]) -> None:
+    busy = JSONResponse({"error": {"message": "The request queue is full."}}, status_code=503, headers={"Retry-After": "0"})
+    answers = {1: busy, 2: Response('{"meta_info": {"hidden_sta', media_type="application/json")}
+    fake.before = answers.get
+    assert_same(engine.encode_queries(asked[:1]), encoder.encode_queries(asked[:1]))
+    assert len(fake.bodies) == 3
+    given_up = {"finish_reason": {"type": "abort", "message": "retracted too often", "status_code": 503}}
+    fake.reset()
+    fake.after = lambda reply: {**reply, "meta_info": given_up} if len(fake.bodies) == 1 else reply
+    assert_same(engine.encode_queries(asked[:1]), encoder.encode_queries(asked[:1]))
+    fake.before = lambda _: busy
+    with pytest.raises(ModelError, match=rf"{fake.address}/generate answers 503: The request queue is full.*tried 3 times"):
+        engine.encode_queries(asked)
+
+
+def spoiled(**meta: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda reply: {**reply, "meta_info": {**reply["meta_info"], **meta}}
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (spoiled(hidden_states=None), "--return-hidden-states-mode last"),
+        (spoiled(hidden_states=[]), "--return-hidden-states-mode last"),
+        (spoiled(hidden_states=[None] * 128), "not finite"),
+        (spoiled(hidden_states=[float("nan")] * 128), "not finite"),
+        (spoiled(hidden_states=[0.0] * 128), "all zero"),
+        (spoiled(hidden_states=[0.5] * 384), "joins several layers"),
+        (spoiled(hidden_states=["a"] * 128), "no numbers"),
+        (spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}), "NaN happened"),
+        (spoiled(finish_reason={"type": "abort", "message": "too long", "status_code": 400}), "too long"),
+        (spoiled(weight_version="next"), "changed its weights"),
+        (spoiled(prompt_tokens=3), "SGLANG_MM_AVOID_RETOKENIZE"),
+        (spoiled(output_token_ids_logprobs=None), "log-probabilities"),
+        (lambda reply: {**reply, "output_ids": None, "meta_info": {**reply["meta_info"], "finish_reason": {}}}, "output_ids"),
+        (lambda reply: [reply], "no reply of SGLang"),
+    ],
+)
+def test_a_spoiled_reply_is_refused_with_a_remedy(
+    engine: SGLangEncoder, fake: FakeSGLang, after: Callable[[dict[str, Any]], Any], message: str
+) -> None:
+    fake.after = after
+    with pytest.raises(ModelError, match=message) as error:
+        engine.encode_queries([Query.of(text="a red cube")])
+    assert fake.address in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["rows", "prefill and rows"])
+def test_the_last_row_is_found_in_every_layout(engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, layout: str) -> None:
+    def arrange(reply: dict[str, Any]) -> dict[str, Any]:
+        state = reply["meta_info"]["hidden_states"]
+        other = [1.0] * len(state)
+        reply["meta_info"]["hidden_states"] = [other, state] if layout == "rows" else [[other, other, state]]
+        return reply
+
+    fake.after = arrange
+    queries = [Query.of(text="a red cube")]
+    assert_same(engine.encode_queries(queries), encoder.encode_queries(queries))
+
+
+def test_an_engine_that_takes_texts_apart_anew_is_noticed(engine: SGLangEncoder, fake: FakeSGLang) -> None:
+    fake.retokenizes = True
+    with pytest.raises(ModelError, match="SGLANG_MM_AVOID_RETOKENIZE"):
+        engine.encode_queries([Query.of(text="a zubbly <|emb|>", image=picture(1))])
+
+
+@pytest.mark.parametrize(
+    ("model", "server", "message"),
+    [
+        ({"weight_version": "0123456789abcdef"}, {}, "weight version '0123456789abcdef'"),
+        ({"weight_version": "default", "model_path": "somebody/else"}, {}, "somebody/else.*--weight-version"),
+        ({"is_generation": False}, {}, "--is-embedding"),
+        ({}, {"version": "0.5.14"}, "0.5.17"),
+        ({}, {"return_hidden_states_mode": None}, "--return-hidden-states-mode last"),
+        ({}, {"speculative_algorithm": "NGRAM"}, "NGRAM"),
+    ],
+)
+def test_an_engine_that_will_not_do_is_refused_at_once(
+    fake: FakeSGLang, model: dict[str, Any], server: dict[str, Any], message: str
+) -> None:
+    fake.reset()
+    fake.model_info |= model
+    fake.server_info |= server
+    with pytest.raises(ModelError, match=message):
+        make(fake, bundled_model())
+    assert fake.bodies == []
+
+
+def test_without_a_version_the_folder_or_the_name_decides(
+    fake: FakeSGLang, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.reset()
+    fake.model_info["weight_version"] = "default"
+    make(fake, bundled_model()).close()
+    assert "only the name could be compared" in caplog.text
+    fake.model_info["model_path"] = str(without_safetensors(tmp_path / "mini", fingerprint="another"))
+    with pytest.raises(ModelError, match="another"):
+        make(fake, bundled_model())
+
+
+def test_addresses_and_checkpoints_that_cannot_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="http"):
+        SGLangEncoder("localhost:30000", bundled_model())
+    with pytest.raises(ModelError, match=r"cannot reach http://127.0.0.1:9.*tried 1 times"):
+        SGLangEncoder("http://127.0.0.1:9", bundled_model(), tries=1)
+    with pytest.raises(ModelError, match="at_token"):
+        without_weights(without_safetensors(tmp_path / "at", read_out="at_token"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="whole checkpoints"):
+        without_weights(tmp_path / "empty")
+
+
+def test_the_parity_benchmark_passes_here_and_notices_a_difference(
+    fake: FakeSGLang, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.reset()
+    told = ["--engine", fake.address, "--model", str(bundled_model()), "--data", str(folder), "--queries", "4"]
+    told += ["--device", "cpu", "--dtype", "float32", "--repetitions", "1", "--out", str(tmp_path / "engine.json")]
+    assert engine_parity.main([*told, "--cosine", "0.9999", "--same-route", "1", "--same-text", "1"]) == 0
+    assert "ratio" in capsys.readouterr().out
+    assert json.loads((tmp_path / "engine.json").read_text())["parity"]["auto"]["inputs"] == 4
+
+    def turned(reply: dict[str, Any]) -> dict[str, Any]:
+        reply["meta_info"]["hidden_states"][0] += 1.0
+        return reply
+
+    fake.after = turned
+    assert engine_parity.main([*told, "--cosine", "0.9999"]) == 1
+    assert "direct: least_cosine" in capsys.readouterr().err

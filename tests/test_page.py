@@ -1,0 +1,444 @@
+"""The page in a real browser, over the bundled model and a small index; what it shows is held to a Searcher's answers."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import serving
+
+import traceir
+from traceir import demo
+from traceir.encoder import Encoder
+from traceir.items import Hit, Item, Query, Route
+from traceir.pictures import Picture
+from traceir.search import Searcher
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+FAILED = "Failed to load resource"
+"""How the browser's own words for an answer that is an error begin."""
+ATTACK = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><u>zorvex</u> & </p>"
+PAGE = 12
+STATIC = Path(traceir.__file__).parent / "serve" / "static"
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A running server's address, the same search without it, and queries that people might ask."""
+
+    url: str
+    searcher: Searcher
+    questions: list[demo.Question]
+
+    def asked(self, row: str, steps: int) -> demo.Question:
+        return next(one for one in self.questions if (one.row, one.steps) == (row, steps))
+
+    def hits(self, query: Query, k: int = PAGE, route: Route = "auto") -> tuple[Hit, ...]:
+        return self.searcher.search(query, k=k, route=route).hits
+
+
+@pytest.fixture(scope="module")
+def service(folder: Path, tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Iterator[Service]:
+    out = tmp_path_factory.mktemp("page")
+    shutil.copytree(folder, out / "minibeir", copy_function=os.link)  # the demonstration finds it built
+    pool, questions = demo.prepare(out)
+    index, _ = demo.fill(pool, out, encoder, progress=False)
+    evil = Item.of(text=ATTACK, id=f"evil/{ATTACK}", fields={"<img src=x onerror='window.pwned = 3'>": ATTACK, "lines": "a\nb"})
+    index.upsert([evil], encoder.encode_items([evil])[0].vector[None])
+    searcher = Searcher(encoder, index)
+    with serving(Path(index.info().uri)) as url:
+        yield Service(url, searcher, questions)
+    index.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Makes pages; whatever goes wrong in one fails the test. `refusals`: the browser may report answers that are errors."""
+    contexts: list[Any] = []
+    wrong: list[str] = []
+
+    def opened(url: str, *, refusals: bool = False, before: Callable[[Any], None] | None = None, **how: Any) -> Any:
+        contexts.append(browser.new_context(**how))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on(
+            "console", lambda told: told.type == "error" and not (refusals and FAILED in told.text) and wrong.append(told.text)
+        )
+        if before:
+            before(page)
+        page.goto(url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong, wrong
+
+
+def shown_ids(page: Any, column: int = 0) -> list[str]:
+    """The ids of the hits of a column, once its search is over."""
+    road = page.locator(".road").nth(column)
+    playwright.expect(road).to_have_attribute("data-status", "done")
+    found: list[str] = (
+        page.locator(".grid").nth(column).locator(".card[data-id]").evaluate_all("all => all.map((c) => c.dataset.id)")
+    )
+    return found
+
+
+def ids(hits: tuple[Hit, ...]) -> list[str]:
+    return [hit.id for hit in hits]
+
+
+def drop(page: Any, picture: Picture) -> None:
+    """A file dropped on the page, as the browser would tell it."""
+    assert picture.path is not None
+    data = base64.b64encode(picture.path.read_bytes()).decode()
+    page.evaluate(
+        """([data, name]) => {
+          const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([bytes], name, {type: "image/jpeg"}));
+          for (const kind of ["dragenter", "dragover", "drop"]) {
+            document.body.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer}));
+          }
+        }""",
+        [data, picture.path.name],
+    )
+
+
+def ask(page: Any, query: Query) -> None:
+    """Types a query into the search box and sends it; its picture is dropped."""
+    for picture in query.pictures:
+        drop(page, picture)
+        playwright.expect(page.locator("#preview")).to_have_js_property("complete", True)
+    page.locator("#text").fill(query.text)
+    page.locator("#instruction").fill(query.instruction or "")
+    page.locator(f'input[name="modality"][value="{query.target or ""}"]').check()
+    page.locator("#text").press("Enter")
+
+
+def answering(body: str) -> Callable[[Any], None]:
+    """A handler that answers with this event stream."""
+    return lambda route: route.fulfill(body=body, content_type="text/event-stream")
+
+
+def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service, open_page: Callable[..., Any]) -> None:
+    question = service.asked("cirr_task7", 2)
+    page = open_page(service.url)
+    playwright.expect(page.locator("#collection")).to_contain_text("pictures")
+    ask(page, question.query)
+    playwright.expect(page.locator(".steps .writing")).to_be_visible()  # while it is written
+    expected = service.searcher.search(question.query, k=PAGE)
+    assert shown_ids(page) == ids(expected.hits) and expected.hits[0].id in question.right
+    playwright.expect(page.locator(".road .badge")).to_have_text("reason")
+    assert page.locator(".steps li").all_inner_texts()[-1] == expected.encoding.reasoning.split("; ")[-1]
+    playwright.expect(page.locator(".road [role=meter]")).to_have_attribute(
+        "aria-valuenow", f"{expected.encoding.emb_probability:.3f}"
+    )
+    playwright.expect(page.locator('[data-node="reason"]')).to_contain_text(f"{expected.encoding.tokens} tokens")
+    playwright.expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
+    assert page.url == f"{service.url}/", "a picture of one's own cannot be in an address"
+
+    page.locator(".card").first.hover()
+    page.get_by_role("button", name="Now make hit 1 …").click()
+    playwright.expect(page.locator("#text")).to_be_focused()
+    assert page.locator("#text").input_value() == ""
+    page.keyboard.type("Swap the left two.")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator(".crumb")).to_have_count(2)
+    picture = Picture.open(str(expected.hits[0].image))
+    refined = Query.of(text="Swap the left two.", image=picture, instruction=question.query.instruction, target="image")
+    assert shown_ids(page) == ids(service.hits(refined)) != ids(expected.hits)
+    assert f"item={expected.hits[0].id.replace(':', '%3A')}" in page.url
+
+    page.locator("#back").click()
+    assert shown_ids(page) == ids(expected.hits)
+    playwright.expect(page.locator("#text")).to_have_value(question.query.text)
+    page.go_back()
+    assert shown_ids(page) == ids(service.hits(refined))
+    playwright.expect(page.locator(".crumb[aria-current=step]")).to_contain_text("Swap the left two.")
+
+
+def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: Callable[..., Any]) -> None:
+    query = service.asked("cirr_task7", 3).query
+    page = open_page(service.url)
+    ask(page, query)
+    shown_ids(page)
+    page.get_by_role("button", name="Compare with the direct route").click()
+    reasoned, direct = ids(service.hits(query, route="reason")), ids(service.hits(query, route="direct"))
+    assert (shown_ids(page, 1), shown_ids(page, 0)) == (direct, reasoned) and reasoned != direct
+    moved = [reasoned.index(id) - place if id in reasoned else None for place, id in enumerate(direct)]
+    expected = ["only here" if by is None else f"▲ {by}" if by > 0 else f"▼ {-by}" if by < 0 else "=" for by in moved]
+    assert page.locator(".grid").nth(1).locator(".move > [aria-hidden]").all_inner_texts() == expected
+    playwright.expect(page.locator("#verdict")).to_contain_text(f"They share {len(set(direct) & set(reasoned))} of {PAGE}")
+    assert page.locator(".badge").all_inner_texts() == ["reason", "direct"]
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator(".column")).to_have_count(1)
+    assert shown_ids(page) == reasoned and page.locator(".move:visible").count() == 0
+
+
+def test_the_keyboard_reaches_everything(service: Service, open_page: Callable[..., Any]) -> None:
+    query = service.asked("mscoco_task0", 0).query
+    page = open_page(service.url, viewport={"width": 1300, "height": 900})
+    page.keyboard.press("Tab")
+    page.keyboard.press("?")
+    playwright.expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    playwright.expect(page.locator("#text")).to_be_focused()
+    page.keyboard.type(query.text)
+    page.keyboard.press("Enter")
+    first = shown_ids(page)
+    assert first == ids(service.hits(Query.of(text=query.text)))
+    page.get_by_role("button", name=re.compile("^Hit 1")).or_(page.locator(".card .opener").first).first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator(".card").nth(2).locator(".opener")).to_be_focused()
+    page.keyboard.press("ArrowDown")
+    below = page.evaluate("document.activeElement.closest('.card').getBoundingClientRect().top")
+    assert below > page.locator(".card").nth(2).bounding_box()["y"]
+    page.keyboard.press("ArrowUp")
+    page.keyboard.press("Home")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#details")).to_contain_text(first[0])
+    page.keyboard.press("ArrowRight")
+    playwright.expect(page.locator("#details h2")).to_have_text("Hit 2")
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator(".card").nth(1).locator(".opener")).to_be_focused()
+    page.get_by_role("button", name="More hits").click()
+    playwright.expect(page.locator(".card[data-id]")).to_have_count(2 * PAGE)
+    assert shown_ids(page) == ids(service.hits(Query.of(text=query.text), k=2 * PAGE))
+    playwright.expect(page.locator(".card").nth(PAGE).locator(".opener")).to_be_focused()
+
+
+def test_text_from_data_is_only_ever_text(service: Service, open_page: Callable[..., Any]) -> None:
+    def config(page: Any) -> None:
+        told = {"title": ATTACK, "instructions": [ATTACK], "count": {ATTACK: 1}, "examples": [{"title": ATTACK, "text": ATTACK}]}
+        page.route("**/page/config", lambda route: route.fulfill(json=told))
+
+    page = open_page(service.url, before=config)
+    page.get_by_role("button", name=ATTACK).filter(has=page.locator(".asked")).click()
+    assert f"evil/{ATTACK}" in shown_ids(page)
+    page.locator(".card", has_text="zorvex").locator(".opener").click()
+    assert page.locator(".whole-text").inner_text() == ATTACK
+    facts = page.locator(".facts div").all_inner_texts()
+    assert any("onerror='window.pwned = 3'" in one and ATTACK in one for one in facts) and any(
+        f"evil/{ATTACK}" in one for one in facts
+    )
+    page.get_by_role("button", name="Search with this").click()
+    shown_ids(page)
+    page.locator("#open-history").click()
+    playwright.expect(page.locator("#past")).to_contain_text("zorvex")
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("body script, u, img[src='x']").count() == 0
+
+
+def test_a_server_with_keys_asks_for_one(service: Service, open_page: Callable[..., Any]) -> None:
+    seen: list[str] = []
+
+    def locked(page: Any) -> None:
+        def guard(route: Any) -> None:
+            held = route.request.headers.get("authorization")
+            seen.append(f"{held} {route.request.url.removeprefix(service.url)}")
+            if held == "Bearer tir_right":
+                route.continue_()
+            else:
+                route.fulfill(status=401, json={"error": {"message": "a key is needed", "type": "authentication_error"}})
+
+        for path in ("page/config", "search**", "items/**", "pictures/**"):
+            page.route(f"{service.url}/{path}", guard)
+
+    query = service.asked("mscoco_task0", 0).query
+    page = open_page(service.url, before=locked, refusals=True)
+    playwright.expect(page.locator("#key")).to_be_visible()
+    page.locator("#key-value").fill("tir_right")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#collection")).to_contain_text("pictures")
+    ask(page, query)
+    assert shown_ids(page) == ids(service.hits(query))
+    playwright.expect(page.locator(".frame img").first).to_have_attribute("src", re.compile("^blob:"))
+    playwright.expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
+    assert all(one.startswith("Bearer tir_right ") for one in seen[1:])
+    assert page.evaluate("[sessionStorage.length, Object.values({...localStorage}).join().includes('tir_')]") == [1, False]
+    page.evaluate("sessionStorage.setItem('traceir.key', 'tir_old')")
+    page.locator("#text").press("Enter")
+    playwright.expect(page.locator("#key")).to_be_visible()
+    page.locator("#key-value").fill("tir_right")
+    page.get_by_role("button", name="Use this key").click()
+    assert shown_ids(page) == ids(service.hits(query)), "the search that was refused goes on"
+
+
+def test_errors_are_told_and_can_be_tried_again(service: Service, open_page: Callable[..., Any]) -> None:
+    query = service.asked("mscoco_task0", 0).query
+    page = open_page(service.url, refusals=True)
+    stream = "**/search/stream"
+    state = page.locator(".state")
+    busy = {"error": {"message": "the queue is full <b>", "type": "rate_limit_error", "param": None, "code": None}}
+    page.route(stream, lambda route: route.fulfill(status=429, json=busy, headers={"retry-after": "3"}))
+    ask(page, query)
+    playwright.expect(state).to_contain_text("The server is busythe queue is full <b>Try again in 3 s.")
+    page.unroute(stream)
+    page.route(stream, lambda route: route.abort())
+    page.get_by_role("button", name="Try again").click()
+    playwright.expect(state).to_contain_text("No connection")
+    playwright.expect(state).to_have_attribute("role", "alert")
+    for body, told in (
+        ('event: route\ndata: {"route": "reason", "emb_probability": 0.1}\n\n', "The connection ended before the hits came."),
+        ('event: error\ndata: {"error": {"message": "the picture is damaged"}}\n\n', "the picture is damaged"),
+        ("event: hits\ndata: {\n\n", "an event that is not JSON"),
+    ):
+        page.unroute(stream)
+        page.route(stream, answering(body))
+        page.get_by_role("button", name="Try again").click()
+        playwright.expect(state).to_contain_text(told)
+    page.unroute(stream)
+    page.get_by_role("button", name="Try again").click()
+    assert shown_ids(page) == ids(service.hits(query))
+    playwright.expect(state).to_be_hidden()
+
+
+def test_a_search_can_be_stopped_and_a_new_one_ends_the_old(service: Service, open_page: Callable[..., Any]) -> None:
+    query, other = service.asked("mscoco_task0", 0).query, service.asked("edis_task2", 0).query
+    page = open_page(service.url)
+    held: list[Any] = []
+    gone: list[str] = []
+    page.on("requestfailed", lambda request: gone.append(request.post_data))
+    page.route("**/search/stream", lambda route: held.append(route))  # never answered
+    ask(page, query)
+    playwright.expect(page.locator("#stop")).to_be_visible()
+    page.keyboard.press("Escape")
+    playwright.expect(page.locator(".state")).to_contain_text("Stopped")
+    playwright.expect(page.locator("#go")).to_be_visible()
+    ask(page, query)
+    page.unroute("**/search/stream")
+    ask(page, other)
+    assert shown_ids(page) == ids(service.hits(other))
+    assert [json.loads(one)["text"] for one in gone[:2]] == [query.text] * 2
+    playwright.expect(page.locator(".crumb")).to_have_count(1)
+
+
+def test_addresses_and_history_bring_a_search_back(service: Service, open_page: Callable[..., Any]) -> None:
+    query = service.asked("mscoco_task0", 2).query
+    page = open_page(service.url)
+    ask(page, query)
+    expected = shown_ids(page)
+    address = page.url
+    page.evaluate("document.querySelector('#home').click()")
+    drop(page, service.asked("cirr_task7", 2).query.pictures[0])
+    page.locator("#text").press("Enter")
+    shown_ids(page)
+    page.locator("#open-history").click()
+    playwright.expect(page.locator("#past li")).to_have_count(2)
+    playwright.expect(page.locator("#past img").first).not_to_have_js_property("naturalWidth", 0)
+    page.locator("#past button", has_text=query.text).click()
+    assert shown_ids(page) == expected
+    fresh = open_page(address)
+    assert shown_ids(fresh) == expected == ids(service.hits(query))
+    playwright.expect(fresh.locator("#instruction")).to_have_value(query.instruction)
+
+    script = """async () => {
+      const {remember, readHistory, PICTURE_CHARACTERS} = await import("/static/history.js");
+      const {makeQuery, filePicture} = await import("/static/query.js");
+      const data = "data:image/png;base64," + "A".repeat(PICTURE_CHARACTERS);
+      remember(makeQuery({text: "large", picture: filePicture(data, "large.png")}));
+      return readHistory()[0];
+    }"""
+    kept = fresh.evaluate(script)
+    assert kept["left_out"] == "large.png" and "image" not in kept
+    fresh.locator("#open-history").click()
+    fresh.get_by_role("button", name="Clear history").click()
+    playwright.expect(fresh.locator("#past")).to_have_text("Nothing yet.")
+
+
+def test_a_narrow_dark_page_an_empty_index_and_no_hits(service: Service, open_page: Callable[..., Any]) -> None:
+    def empty(page: Any) -> None:
+        page.route(
+            "**/page/config", lambda route: route.fulfill(json={"title": "Shop", "count": {}, "instructions": ["Find it."]})
+        )
+
+    page = open_page(
+        service.url, before=empty, viewport={"width": 360, "height": 740}, color_scheme="dark", reduced_motion="reduce"
+    )
+    playwright.expect(page.locator("#notice")).to_contain_text("The collection is empty")
+    assert page.title() == "Shop" and page.evaluate("document.documentElement.scrollWidth") <= 360
+    page.get_by_role("button", name="Find it.").click()
+    assert page.locator("#instruction").input_value() == "Find it."
+    answer = {"hits": [], "trace": {"route": "direct", "reasoning": "", "tokens": 0, "seconds": {}}, "more": False}
+    body = f"event: hits\ndata: {json.dumps(answer)}\n\n"
+    page.route("**/search/stream", answering(body))
+    page.locator('input[name="modality"][value="text"]').check()
+    page.get_by_role("button", name="Search", exact=True).click()
+    playwright.expect(page.locator(".state")).to_contain_text("No hits")
+    page.unroute("**/search/stream")
+    page.get_by_role("button", name="Look for anything").click()
+    assert len(shown_ids(page)) == PAGE
+    page.get_by_role("button", name=re.compile("Compare with")).click()
+    shown_ids(page, 1)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_event_streams_are_read_however_they_are_cut(service: Service, open_page: Callable[..., Any]) -> None:
+    stream = (
+        "\ufeff: hello\r\nevent: route\r\ndata: {\"a\":\r\ndata:  1}\r\n\r\nid: 7\nretry: 5\ndata\n\n"
+        "event: empty\n\nevent:x\rdata:ä 𝄞\r\rdata: one\n\n\ndata: never ended\n"
+    )  # fmt: skip
+    expected = [
+        {"event": "route", "data": '{"a":\n 1}'},
+        {"event": "message", "data": ""},
+        {"event": "x", "data": "ä 𝄞"},
+        {"event": "message", "data": "one"},
+    ]
+    page = open_page(service.url)
+    found = page.evaluate(
+        """async (stream) => {
+          const {SseParser, readEvents} = await import("/static/sse.js");
+          const split = (...cuts) => {
+            const parser = new SseParser();
+            return [0, ...cuts].flatMap((cut, at) => parser.push(stream.slice(cut, [...cuts, stream.length][at])));
+          };
+          const ways = [split(), [...stream].flatMap((() => { const p = new SseParser(); return (one) => p.push(one); })())];
+          for (let cut = 1; cut < stream.length; cut += 1) ways.push(split(cut), split(cut, Math.min(cut + 3, stream.length)));
+          const bytes = new TextEncoder().encode(stream);
+          const body = new ReadableStream({start(to) { bytes.forEach((one) => to.enqueue(Uint8Array.of(one))); to.close(); }});
+          const read = [];
+          for await (const one of readEvents(body)) read.push(one);
+          return [...new Set([...ways, read].map((one) => JSON.stringify(one)))];
+        }""",
+        stream,
+    )
+    assert [json.loads(one) for one in found] == [expected]
+
+
+def test_the_files_hold_nothing_that_the_policy_would_forbid() -> None:
+    files = {file.name: file.read_text(encoding="utf-8") for file in STATIC.iterdir()}
+    for name, text in files.items():
+        addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[\w./-]*", text)) - {"http://www.w3.org/2000/svg"}
+        assert not addresses, (name, addresses)
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:", text), (
+            name
+        )
+    assert not re.search(r"\s(?:style|on\w+)=|<style|<script(?! type=\"module\" src=)", files["index.html"])
+    wanted = set(re.findall(r'"static/([\w.]+)"', files["index.html"])) | set(
+        re.findall(r'from "\./([\w.]+)"', "".join(files.values()))
+    )
+    assert wanted <= files.keys() and {name for name in files if name.endswith(".js")} <= wanted
