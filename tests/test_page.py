@@ -171,6 +171,13 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     assert shown_ids(page) == ids(service.hits(refined)) != ids(expected.hits)
     assert f"item={expected.hits[0].id.replace(':', '%3A')}" in page.url
 
+    page.locator("#text").fill("Swap the outer two.")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator(".crumb")).to_have_text(["Turn 1: " + question.query.text, "Turn 2: Swap the outer two."])
+    shown_ids(page)
+    page.go_back()
+    assert shown_ids(page) == ids(service.hits(refined))
+
     page.locator("#back").click()
     assert shown_ids(page) == ids(expected.hits)
     playwright.expect(page.locator("#text")).to_have_value(question.query.text)

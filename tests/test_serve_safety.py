@@ -632,6 +632,7 @@ def test_pages_of_other_origins_stay_out_unless_named() -> None:
     for origin in (app_origin, (b"origin", b"null"), (b"origin", b"http://127.0.0.1:9"), (b"origin", b"http://[")):
         assert post(closed, origin)[0] == 403
     assert post(closed)[0] == post(closed, ours)[0] == 200
+    assert not Guard(echo, Wall(hosts=None))._may_write("null", "")  # HTTP/1.0 without a Host
     status, headers, _ = post(opened, app_origin)
     assert status == 200 and headers["access-control-allow-origin"] == "https://app.example"
     assert "access-control-allow-credentials" not in headers

@@ -126,7 +126,7 @@ class Guard:
 
     def _may_write(self, origin: str, host: str) -> bool:
         """Without an Origin it is no browser, or an old one that asks for nothing but pages; ours is one that names our host."""
-        return not origin or origin in self.wall.origins or (origin != "null" and _netloc(origin) == host)
+        return not origin or origin in self.wall.origins or (host != "" and _netloc(origin) == host)
 
     def _cors(self, origin: str) -> Headers:
         if not self.wall.origins:

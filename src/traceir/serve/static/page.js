@@ -14,7 +14,8 @@ import { Turns } from "./turns.js";
 
 const WAIT_FOR_MODEL = 2000;
 let config = {};
-let parent = null; // the turn that the next search refines
+let parent = null; // the turn that the search box shows
+let taken = null; // the id of the hit that "now make it ..." took from it
 let columns = [];
 let running = null; // {run, abort}
 const composer = new Composer({ search, stop });
@@ -31,7 +32,7 @@ function search(query, { from = undefined } = {}) {
     return;
   }
   const turn = turns.add(query, from === undefined ? parentOf(query) : from, newRun(query));
-  parent = turn;
+  [parent, taken] = [turn, null];
   remember(query);
   const hash = toHash(query);
   history.pushState({ turn: turn.id }, "", hash ?? location.pathname + location.search);
@@ -42,9 +43,10 @@ function search(query, { from = undefined } = {}) {
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
 function parentOf(query) {
   if (!parent || !query.picture) return null;
-  const took = query.picture.kind === "item" && [parent.run, parent.other].some((run) => run?.hits.some((hit) => hit.id === query.picture.id));
-  if (took) return parent;
-  return samePicture(parent.query.picture, query.picture) ? parent.parent : null;
+  if (query.picture.kind === "item" && query.picture.id === taken) return parent;
+  if (samePicture(parent.query.picture, query.picture)) return parent.parent;
+  const isHit = (run) => query.picture.kind === "item" && run?.hits.some((hit) => hit.id === query.picture.id);
+  return isHit(parent.run) || isHit(parent.other) ? parent : null; // dragged
 }
 
 async function start(run) {
@@ -131,7 +133,7 @@ function update() {
 
 function visit(turn) {
   turns.visit(turn);
-  parent = turn;
+  [parent, taken] = [turn, null];
   composer.setQuery(turn.query);
   history.pushState({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
   show(turn);
@@ -161,7 +163,7 @@ function openHit(run, place) {
 }
 
 function refine(hit) {
-  parent = turns.current;
+  [parent, taken] = [turns.current, hit.id];
   composer.refine(hit);
   scrollTo({ top: 0, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
@@ -231,7 +233,7 @@ find("home").addEventListener("click", (event) => {
 
 function goHome() {
   stop();
-  parent = null;
+  [parent, taken] = [null, null];
   turns.current = null;
   columns = [];
   find("workspace").hidden = true;
@@ -247,7 +249,7 @@ addEventListener("popstate", (event) => {
   const known = turns.all.get(event.state?.turn);
   if (known) {
     turns.visit(known);
-    parent = known;
+    [parent, taken] = [known, null];
     composer.setQuery(known.query);
     show(known);
     return;
@@ -262,7 +264,7 @@ function readAddress() {
     return;
   }
   const turn = turns.add(query, null, newRun(query));
-  parent = turn;
+  [parent, taken] = [turn, null];
   composer.setQuery(query);
   history.replaceState({ turn: turn.id }, "", toHash(query));
   show(turn);
