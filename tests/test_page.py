@@ -29,6 +29,15 @@ ATTACK = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'
 PAGE = 12
 STATIC = Path(traceir.__file__).parent / "serve" / "static"
 
+WATCH = """() => {
+  window.written = [];
+  new MutationObserver(() => {
+    const text = document.querySelector(".steps .writing")?.parentNode.textContent;
+    if (text && text !== window.written.at(-1)) window.written.push(text);
+  }).observe(document.getElementById("columns"), {subtree: true, childList: true, characterData: true, attributes: true});
+}"""
+"""Keeps what the page shows of a reasoning while it is being written."""
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
@@ -146,8 +155,8 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     question = service.asked("cirr_task7", 2)
     page = open_page(service.url)
     playwright.expect(page.locator("#collection")).to_contain_text("pictures")
+    page.evaluate(WATCH)
     ask(page, question.query)
-    playwright.expect(page.locator(".steps .writing")).to_be_visible()  # while it is written
     expected = service.searcher.search(question.query, k=PAGE)
     assert shown_ids(page) == ids(expected.hits) and expected.hits[0].id in question.right
     playwright.expect(page.locator(".road .badge")).to_have_text("reason")
@@ -158,6 +167,11 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     playwright.expect(page.locator('[data-node="reason"]')).to_contain_text(f"{expected.encoding.tokens} tokens")
     playwright.expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
     assert page.url == f"{service.url}/", "a picture of one's own cannot be in an address"
+
+    written = page.evaluate("window.written")
+    assert len(written) > 3 and [len(one) for one in written] == sorted(len(one) for one in written), (
+        "it was shown as it was written"
+    )
 
     page.locator(".card").first.hover()
     page.get_by_role("button", name="Now make hit 1 …").click()

@@ -17,14 +17,14 @@ _REST: Final = "\0rest"
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many a minute on average, `burst` at once (default: a minute's worth at most 60, at least 1)."""
+    """So many a minute on average, `burst` at once (default: 60 or a minute's worth if less; two seconds' worth if that is more)."""
 
     per_minute: float
     burst: float | None = None
 
     @property
     def size(self) -> float:
-        return self.burst if self.burst is not None else max(1.0, min(60.0, self.per_minute))
+        return self.burst if self.burst is not None else max(1.0, min(60.0, self.per_minute), self.per_minute / 30)
 
 
 @dataclass(slots=True)

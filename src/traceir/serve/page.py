@@ -12,15 +12,24 @@ from traceir.serve.schemas import ModelOut, PageConfig, SearchIn
 
 STATIC: Final = Path(__file__).parent / "static"
 INSTRUCTIONS: Final = (
-    "Find the picture after this change.",
-    "Find a picture of this.",
-    "Find the text that describes this picture.",
-    "Find the text that answers this question.",
-    "Find a picture like this one.",
+    "Find the scene of this caption.",
+    "Find this scene with the change.",
+    "Find the picture most like this.",
+    "Find the passage that answers about this.",
+    "Find the photo and headline of this news.",
 )
+"""Those of the bundled model's training; a larger model takes any words."""
 EXAMPLES: Final = (
-    SearchIn(text="a red ball left of a blue cube", modality="image"),
-    SearchIn(text="the same with the two on the left swapped", modality="image", instruction=INSTRUCTIONS[0]),
+    SearchIn(
+        text="On the left a white ring, in the middle a blue ring, on the right a purple ring.",
+        instruction=INSTRUCTIONS[0],
+        modality="image",
+    ),
+    SearchIn(
+        text="Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one.",
+        instruction=INSTRUCTIONS[0],
+        modality="image",
+    ),
 )
 
 
