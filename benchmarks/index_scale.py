@@ -2,14 +2,14 @@
 
 The vectors are synthetic: 2,000 clusters of power-law sizes with a decaying spectrum (effective dimension about 30), shifted by
 modality, of unit length. Recall ranks the indexes on them and does not predict a model's. The embedded index is filled with
-float32 and with float16 storage, Milvus Lite's server (started here, on the loopback) with fewer rows. Each is searched exactly and
-approximately, and so is FAISS's flat index over the same rows; the sides take turns, and a ratio is the median over the
+float32 and with float16 storage, Milvus Lite's server (started here, on the loopback) with fewer rows. Each is searched exactly
+and approximately, and so is FAISS's flat index over the same rows; the sides take turns, and a ratio is the median over the
 repetitions. FAISS multiplies batches by BLAS (`distance_compute_blas_threshold` 20, its former default).
 
 Resumable: rows already there are not written again, and a finished part is read from FOLDER/PART.json.
 
     python -m benchmarks.index_scale --folder out/index-scale                                   # 1,000,000 and 100,000 rows
-    python -m benchmarks.index_scale --folder /tmp/small --rows 20000 --engine-rows 20000       # minutes
+    python -m benchmarks.index_scale --folder out/small --rows 20000 --engine-rows 20000         # minutes
 """
 
 from __future__ import annotations

@@ -340,8 +340,8 @@ def _connect(place: Place, create: bool, timeout: float) -> Any:
         from pymilvus.exceptions import MilvusException
     except ImportError as error:
         raise StoreError(f"index {place.shown} needs pymilvus; install it with `pip install 'traceir[milvus]'`") from error
-    # They log every refusal with a traceback before they raise it.
-    for name in ("pymilvus", "milvus_lite"):
+    # They log each refusal with a traceback before they raise it; Milvus Lite in this process also logs what it does not do.
+    for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if place.file else [])):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if place.file is not None:
         if not create and not place.file.exists():

@@ -21,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from traceir.adapter import Base, adapter_folder, read_base, weights_fingerprint
 from traceir.batch import check_read_out
 from traceir.errors import InputError, ModelError, TraceError
+from traceir.learn import hub
+from traceir.learn import markdown as md
 from traceir.learn.judged import write_whole
 from traceir.model import TraceSettings, read_settings
 
@@ -40,8 +42,6 @@ READ_OUTS: Final = {
 }
 _NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
 """What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()<>#!|~&$@])")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +92,9 @@ def push(folder: Path, repo: str, *, private: bool = True, dry_run: bool = True,
     files = uploaded_files(folder)
     total = sum(size for _, size in files)
     if dry_run:
-        lines = [f"{_size(size):>10}  {name}" for name, size in files]
+        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
         place = f"{repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
-        return "\n".join([*lines, f"{_size(total):>10}  in {len(files)} files would go to {place}; nothing was uploaded"])
+        return "\n".join([*lines, f"{md.size(total):>10}  in {len(files)} files would go to {place}; nothing was uploaded"])
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -112,7 +112,7 @@ def push(folder: Path, repo: str, *, private: bool = True, dry_run: bool = True,
             commit_message="Upload by traceir",
         )
     except HfHubHTTPError as error:
-        raise TraceError(_refusal(repo, error)) from error
+        raise TraceError(hub.refusal(repo, error)) from error
     except _NETWORK as error:
         raise TraceError(
             f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
@@ -146,7 +146,9 @@ def _check_file(path: Path) -> None:
     if path.suffix.lower() not in UPLOADED:
         raise ModelError(f"{path} is no file of a checkpoint; remove it, or hide it by a name that begins with a dot")
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ModelError(f"{path} has {_size(size)}, the hub takes {_size(MAX_FILE_BYTES)} a file; save the weights in shards")
+        raise ModelError(
+            f"{path} has {md.size(size)}, the hub takes {md.size(MAX_FILE_BYTES)} a file; save the weights in shards"
+        )
 
 
 def _check_whole(folder: Path) -> None:
@@ -182,13 +184,6 @@ def _check_repo(repo: str) -> None:
         raise InputError(f"--repo {repo!r} is no name of the hub; write OWNER/NAME ({error})") from error
 
 
-def _refusal(repo: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else 0
-    if status in (401, 403, 404):
-        return f"{repo}: the hub answers {status}; log in by `hf auth login` with a token that may write there, then push again"
-    return f"{repo}: the hub answers {status or 'nothing'} ({error.server_message or type(error).__name__}); try again later"
-
-
 # The card
 
 
@@ -202,7 +197,7 @@ def _facts(folder: Path, run: Path | None, evaluations: Sequence[Path], repo: st
     meta = _read_meta(folder, run)
     fingerprint = settings.fingerprint or weights_fingerprint(folder)
     results = tuple(_read_results(place, fingerprint) for place in evaluations)
-    return _Facts(repo or _code(folder.resolve().name), settings, fingerprint, base, meta, _data_name(meta), results)
+    return _Facts(repo or md.code(folder.resolve().name), settings, fingerprint, base, meta, _data_name(meta), results)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -239,14 +234,14 @@ def _read_results(folder: Path, fingerprint: str) -> dict[str, Any]:
 def _data_name(meta: dict[str, Any]) -> str:
     """What the training data call themselves: in the run's meta.json, else in that of the data folder, else the folder's name."""
     if isinstance(meta.get("data"), str):
-        return _line(meta["data"])
+        return md.line(meta["data"])
     folder = Path(str(_config(meta).get("data") or ""))
     about = _read_json(folder / "meta.json") if folder.name and (folder / "meta.json").is_file() else {}
     if not about.get("name"):
-        return _line(folder.name)
+        return md.line(folder.name)
     more = [f"{about['scale']} scale"] if "scale" in about else []
     more += [f"seed {about['seed']}"] if "seed" in about else []
-    return _line(", ".join([str(about["name"]), *more]))
+    return md.line(", ".join([str(about["name"]), *more]))
 
 
 def _config(meta: dict[str, Any]) -> dict[str, Any]:
@@ -295,8 +290,8 @@ def _eval_results(facts: _Facts) -> Iterator[EvalResult]:
                 task_type="retrieval",
                 task_name="Multimodal retrieval",
                 dataset_type=re.sub(r"[^\w.-]+", "-", name.lower()).strip("-"),
-                dataset_name=f"{name}, {_line(row)}",
-                dataset_config=_line(row),
+                dataset_name=f"{name}, {md.line(row)}",
+                dataset_config=md.line(row),
                 dataset_split=str(results.get("split")),
                 dataset_revision=results.get("data"),
                 metric_type=f"hit_at_{k}",
@@ -309,7 +304,7 @@ def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, An
     """Row, route, kind of pool and scores, in the order of results.json."""
     for kind, pool in (("routes", "local"), ("global", "global")):
         for route, rows in results.get(kind, {}).items():
-            yield from ((row, _line(route), pool, scores) for row, scores in rows.items())
+            yield from ((row, md.line(route), pool, scores) for row, scores in rows.items())
 
 
 def _evaluated(facts: _Facts, results: dict[str, Any]) -> str:
@@ -323,16 +318,16 @@ def _evaluated(facts: _Facts, results: dict[str, Any]) -> str:
 def _opening(facts: _Facts) -> str:
     settings = facts.settings
     budget = f"It may write up to {settings.max_reasoning_tokens} tokens of reasoning; "
-    over = f" It is an adapter and needs its base, {_escape(_base_name(facts.base))}." if facts.base is not None else ""
+    over = f" It is an adapter and needs its base, {md.escape(_base_name(facts.base))}." if facts.base is not None else ""
     return (
-        f"# {_escape(facts.name.rpartition('/')[2])}\n\n"
+        f"# {md.escape(facts.name.rpartition('/')[2])}\n\n"
         "A model for multimodal retrieval: it embeds texts, pictures, and both together into one space, as queries and as "
         "candidates. A query that asks for something it does not show is reasoned about first: the model writes what is sought, "
         f"then `<|emb|>`. A simple query is embedded at once.{over}\n\n"
         f"Method: TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929)). {budget}the embedding is "
         f"{READ_OUTS[check_read_out(settings.read_out)]}, scaled to length 1. "
-        f"Prompts: `{_code(settings.prompt_version)}` of `traceir.prompts`. "
-        f"Fingerprint of the weights: `{_code(facts.fingerprint)}`.\n"
+        f"Prompts: `{md.code(settings.prompt_version)}` of `traceir.prompts`. "
+        f"Fingerprint of the weights: `{md.code(facts.fingerprint)}`.\n"
     )
 
 
@@ -368,11 +363,14 @@ def _loading(facts: _Facts) -> str:
 def _data(facts: _Facts) -> str:
     if not facts.meta:
         return "## Data\n\nThe folder does not say what it was trained on.\n"
-    lines = [f"- Name: {_escape(facts.data) or 'not recorded'}", f"- Fingerprint: `{_code(facts.meta.get('data_fingerprint'))}`"]
+    lines = [
+        f"- Name: {md.escape(facts.data) or 'not recorded'}",
+        f"- Fingerprint: `{md.code(facts.meta.get('data_fingerprint'))}`",
+    ]
     tasks = facts.meta.get("tasks")
     if isinstance(tasks, dict) and tasks:
         lines += ["", "| task | training examples |", "|---|---|"]
-        lines += [f"| {_escape(name)} | {_escape(count)} |" for name, count in tasks.items()]
+        lines += [f"| {md.escape(name)} | {md.escape(count)} |" for name, count in tasks.items()]
     return "## Data\n\n" + "\n".join(lines) + "\n"
 
 
@@ -402,15 +400,15 @@ def _scores(facts: _Facts) -> str:
     lines = ["| data | row | split | route | pool | queries | metric | % | reasoned % | tokens a query |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|")
     for results in facts.evaluations:
-        about, split = _escape(_evaluated(facts, results)), _escape(results.get("split"))
+        about, split = md.escape(_evaluated(facts, results)), md.escape(results.get("split"))
         for kind, pool in (("average", "local"), ("average_global", "global")):
             for route, mean in results.get(kind, {}).items():
                 shown = f"{100 * mean['mean']:.1f}"
-                lines.append(f"| {about} | **all rows** | {split} | {_escape(route)} | {pool} | | mean | **{shown}** | | |")
+                lines.append(f"| {about} | **all rows** | {split} | {md.escape(route)} | {pool} | | mean | **{shown}** | | |")
         for row, route, pool, scores in _rows(results):
             k = scores["metric_k"]
             lines.append(
-                f"| {about} | {_escape(row)} | {split} | {_escape(route)} | {pool} {scores['pool']} "
+                f"| {about} | {md.escape(row)} | {split} | {md.escape(route)} | {pool} {scores['pool']} "
                 f"| {scores['queries']} | hit@{k} | {100 * scores[f'hit@{k}']:.1f} | {100 * scores['reasoned']:.0f} "
                 f"| {scores['tokens_per_query']:.1f} |"
             )
@@ -433,26 +431,3 @@ def _limits(facts: _Facts) -> str:
         f"- Texts beyond {facts.settings.max_text_tokens} tokens are cut; reasoning that spends its budget is cut and marked.\n"
         "- Embeddings are comparable only with those of the same fingerprint.\n"
     )
-
-
-def _line(text: object) -> str:
-    return _CONTROL.sub(" ", str(text)).strip()
-
-
-def _escape(text: object) -> str:
-    """One line of Markdown that shows the text as it is, in a paragraph or in a table."""
-    return _SPECIAL.sub(r"\\\1", _line(text))
-
-
-def _code(text: object) -> str:
-    """One line for a code span: no backtick can end it, no bar a table's cell."""
-    return re.sub(r"[`|]", "", _line(text))
-
-
-def _size(count: int) -> str:
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"

@@ -17,7 +17,7 @@ _REST: Final = "\0rest"
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many a minute on average, `burst` at once (default: 60 or a minute's worth if less; two seconds' worth if that is more)."""
+    """So many a minute on average, `burst` at once (default: a minute's worth at most 60, or two seconds' worth if more)."""
 
     per_minute: float
     burst: float | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,8 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
 from traceir.errors import DataError, InputError, TraceError
+from traceir.learn import hub
+from traceir.learn import markdown as md
 from traceir.learn.cot import FORMAT as COT_FORMAT
 from traceir.learn.cot import NAME
 from traceir.learn.reasoning.plan import CONFIG_FILE, read_build, write_text
@@ -53,8 +54,6 @@ COLUMNS: Final[tuple[tuple[str, Any, str], ...]] = (
 """Name, type and meaning of each column (docs/formats.md, section 17)."""
 _NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
 """What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
-_SPECIAL: Final = re.compile(r"([\\`*_{}\[\]()<>#!|~&$@])")
-_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +115,10 @@ def push_cot(folder: Path, repo: str, *, dry_run: bool = True, private: bool = T
     files = pushed_files(folder)
     total = sum(size for _, size in files)
     if dry_run:
-        lines = [f"{_size(size):>10}  {name}" for name, size in files]
+        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
         place = f"{repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
         told = f"in {len(files)} files would go to the data set {place}; nothing was uploaded"
-        return "\n".join([*lines, f"{_size(total):>10}  {told}"])
+        return "\n".join([*lines, f"{md.size(total):>10}  {told}"])
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -138,7 +137,7 @@ def push_cot(folder: Path, repo: str, *, dry_run: bool = True, private: bool = T
             commit_message="Upload by traceir",
         )
     except HfHubHTTPError as error:
-        raise TraceError(_refusal(repo, error)) from error
+        raise TraceError(hub.refusal(repo, error)) from error
     except _NETWORK as error:
         raise TraceError(
             f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
@@ -178,13 +177,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _refusal(repo: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else 0
-    if status in (401, 403, 404):
-        return f"{repo}: the hub answers {status}; log in by `hf auth login` with a token that may write there, then push again"
-    return f"{repo}: the hub answers {status or 'nothing'} ({error.server_message or type(error).__name__}); try again later"
-
-
 # The card
 
 
@@ -198,7 +190,7 @@ def _facts(folder: Path, out: Path | None, quality: Quality | None) -> _Facts:
         quality = None  # of another state of the data
     funnel = _read_json(out / "funnel.json").get("all", {}) if out is not None else {}
     about = _read_json(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
-    return _Facts(manifest, build, funnel, quality, _line(about.get("name") or "data in M-BEIR's layout"))
+    return _Facts(manifest, build, funnel, quality, md.line(about.get("name") or "data in M-BEIR's layout"))
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -214,7 +206,7 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _front_matter(facts: _Facts, licence: str | None) -> str:
     samples = int(facts.manifest["samples"])
-    name = f"{NAME}, {facts.source}" + (f", by {_line(facts.teacher)}" if facts.teacher else "")
+    name = f"{NAME}, {facts.source}" + (f", by {md.line(facts.teacher)}" if facts.teacher else "")
     card = DatasetCardData(
         pretty_name=name,
         language="en",
@@ -239,10 +231,10 @@ def _suffix(facts: _Facts) -> str:
 
 
 def _opening(facts: _Facts) -> str:
-    by = f" The reasoning was written by `{_code(facts.teacher)}`." if facts.teacher else ""
+    by = f" The reasoning was written by `{md.code(facts.teacher)}`." if facts.teacher else ""
     total, complex_ = int(facts.manifest["samples"]), sum(int(one["complex"]) for one in facts.manifest["tasks"].values())
     return (
-        f"# {NAME}, {_escape(facts.source)}\n\n"
+        f"# {NAME}, {md.escape(facts.source)}\n\n"
         f"{total:,} training samples for multimodal retrieval that reasons when a query needs it: {complex_:,} complex queries "
         f"with reasoning and a description of the target, {total - complex_:,} direct ones without.{by}\n\n"
         "The recipe is that of TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929), section 3), whose own data were not "
@@ -256,30 +248,30 @@ def _making(facts: _Facts) -> str:
     build = facts.build
     limits = build.get("limits", {})
     steps = [
-        f"Complexity: the teacher `{_code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1)."
+        f"Complexity: the teacher `{md.code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1)."
         f"{_unasked(build)}",
         "Reasoning: for complex queries it writes `<reasoning>` and `<answer>`, by a prompt for each kind of task; it does not "
         "see the target.",
         f"Rules: {', '.join(RULES)}, in this order; the first one that is broken drops the sample. Reasoning has "
         f"{limits.get('reasoning_least')} to {limits.get('reasoning_most')} tokens, an answer {limits.get('answer_least')} to "
         f"{limits.get('answer_most')}.",
-        f"Verifier: `{_code(facts.verifier)}` sees query, answer and true target; kept is a yes with a "
+        f"Verifier: `{md.code(facts.verifier)}` sees query, answer and true target; kept is a yes with a "
         f"confidence above {build.get('verify_above')}.",
         "Review: decisions of people, where there are any, replace those of the filter.",
     ]
     told = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
     told.append(
-        f"\nPrompts `{_code(build.get('prompts'))}`, seed {_code(build.get('seed'))}, temperature "
-        f"{_code(build.get('temperature'))}, attempts at each question: at most {_code(build.get('attempts'))}. "
-        f"Fingerprint of the data: `{_code(build.get('data_fingerprint') or 'none')}`.\n"
+        f"\nPrompts `{md.code(build.get('prompts'))}`, seed {md.code(build.get('seed'))}, temperature "
+        f"{md.code(build.get('temperature'))}, attempts at each question: at most {md.code(build.get('attempts'))}. "
+        f"Fingerprint of the data: `{md.code(build.get('data_fingerprint') or 'none')}`.\n"
     )
     return "## How it was made\n\n" + "\n".join(told) + _funnel(facts)
 
 
 def _unasked(build: Mapping[str, Any]) -> str:
     """Which tasks the settings decided."""
-    named = [(z, [_line(name) for name in build.get(kind) or ()]) for kind, z in (("direct", 0), ("complex", 1))]
-    told = [f"{', '.join(f'`{_code(name)}`' for name in names)} (z = {z})" for z, names in named if names]
+    named = [(z, [md.line(name) for name in build.get(kind) or ()]) for kind, z in (("direct", 0), ("complex", 1))]
+    told = [f"{', '.join(f'`{md.code(name)}`' for name in names)} (z = {z})" for z, names in named if names]
     return f" Taken so by the settings, unasked: {'; '.join(told)}." if told else ""
 
 
@@ -289,13 +281,13 @@ def _funnel(facts: _Facts) -> str:
     rows = [("queries", "queries"), ("direct", "direct"), ("complex, kept", "kept"), ("complex, dropped", "dropped")]
     lines = [f"| {word} | {facts.funnel.get(name, 0):,} |" for word, name in rows]
     dropped = [(name[5:], count) for name, count in facts.funnel.items() if name.startswith("rule:")]
-    lines += [f"| dropped by `{_code(name)}` | {count:,} |" for name, count in sorted(dropped, key=lambda one: -one[1])]
+    lines += [f"| dropped by `{md.code(name)}` | {count:,} |" for name, count in sorted(dropped, key=lambda one: -one[1])]
     return "\n| | queries |\n|---|---:|\n" + "\n".join(lines) + "\n"
 
 
 def _tasks(facts: _Facts) -> str:
     lines = [
-        f"| {_escape(name)} | {one['samples']:,} | {one['complex']:,} | {one['negatives']:,} |"
+        f"| {md.escape(name)} | {one['samples']:,} | {one['complex']:,} | {one['negatives']:,} |"
         for name, one in facts.manifest["tasks"].items()
     ]
     return "## Tasks\n\n| task | samples | with reasoning | hard negatives |\n|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
@@ -322,7 +314,7 @@ def _loading(facts: _Facts) -> str:
 def _pictures(facts: _Facts) -> str:
     return (
         "## Pictures and licences\n\n"
-        f"Pictures are not included. Queries, candidates and pictures come from {_escape(facts.source)}; their terms hold "
+        f"Pictures are not included. Queries, candidates and pictures come from {md.escape(facts.source)}; their terms hold "
         "for what is repeated here. M-BEIR's are on its page, "
         "[TIGER-Lab/M-BEIR](https://huggingface.co/datasets/TIGER-Lab/M-BEIR), data set by data set. Those of the teacher's "
         "maker may limit what its texts may be used for.\n"
@@ -386,28 +378,5 @@ def _cost(facts: _Facts) -> str:
 
 def _model(name: object) -> str:
     """The name a teacher is served by; of a path its last part: where somebody's files lie is nobody's business."""
-    text = _line(name or "")
+    text = md.line(name or "")
     return Path(text).name if text.startswith(("/", "~", ".")) else text
-
-
-def _line(text: object) -> str:
-    return _CONTROL.sub(" ", str(text)).strip()
-
-
-def _escape(text: object) -> str:
-    """One line of Markdown that shows the text as it is, in a paragraph or in a table."""
-    return _SPECIAL.sub(r"\\\1", _line(text))
-
-
-def _code(text: object) -> str:
-    """One line for a code span: no backtick can end it, no bar a table's cell."""
-    return re.sub(r"[`|]", "", _line(text))
-
-
-def _size(count: int) -> str:
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
