@@ -103,9 +103,11 @@ def test_items_are_added_found_shown_and_removed(running: Running, encoder: Enco
         {"id": "broken", "image": {"data": base64.b64encode(b"no picture").decode()}},
         {"id": "empty"},
         {"id": "new/one two", "text": "again"},
+        {"id": "_tenant:acme:cup", "text": "a cup"},
+        {"id": "named", "text": "a cup", "fields": {"id": "other"}},
     ]
     _, found = call(f"{running.url}/items", {"items": sent})
-    assert [one["status"] for one in found["results"]] == ["added", "failed", "failed", "failed"]
+    assert [one["status"] for one in found["results"]] == ["added", *["failed"] * 5]
     assert "twice" in found["results"][3]["error"]
     status, one = call(f"{running.url}/items/new%2Fone%20two")
     assert status == 200 and one["fields"] == {"shelf": 3, "kind": "own"} and one["modality"] == "image,text"

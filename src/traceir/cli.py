@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
             "index info": _index_info,
             "index rm": _index_remove,
             "index optimise": _index_optimise,
+            "index copy": _index_copy,
             "search": _search,
             "explain": _explain,
             "serve": serving.serve,
@@ -112,10 +113,10 @@ def _index_add(args: argparse.Namespace) -> int:
         create=True,
     ) as index:
         report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
-        total = index.info().count
+        info = index.info()
     print(
         f"added {report.added}, updated {report.updated}, skipped {report.skipped} already there, "
-        f"failed {len(report.failed)}; {total} items in {args.index}"
+        f"failed {len(report.failed)}; {info.count} items in {info.uri}"
     )
     for failure in report.failed:
         print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
@@ -164,6 +165,26 @@ def _index_optimise(args: argparse.Namespace) -> int:
         index.build_approximate()
         info = index.info()
     print(f"{info.count} items in {info.cells} cells; an approximate search visits {info.probes} of each modality's")
+    return 0
+
+
+def _index_copy(args: argparse.Namespace) -> int:
+    from traceir.index import open_index
+    from traceir.index.copy import copy
+
+    with open_index(args.source, fingerprint=None, prompt_version=None) as source:
+        info = source.info()
+        with open_index(
+            args.target,
+            fingerprint=info.fingerprint,
+            prompt_version=info.prompt_version,
+            dim=info.dim,
+            create=True,
+            dtype=args.store,
+        ) as target:
+            written = copy(source, target, batch=args.batch, progress=shows_progress())
+            made = target.info()
+    print(f"copied {written}, skipped {info.count - written} already there; {made.count} items in {made.uri}")
     return 0
 
 

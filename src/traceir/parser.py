@@ -83,23 +83,33 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     parts = verbs.add_parser("index", help="fill, describe, prune an index").add_subparsers(required=True, metavar="VERB")
     add = _verb(parts, shared, "add", runs["index add"], "add folders, pictures, texts, .jsonl files or M-BEIR pools")
     add.add_argument("paths", nargs="+", metavar="PATH", help="folder, picture, .txt, .md, or .jsonl of {id, text, image}")
-    add.add_argument("--index", required=True, metavar="DIR", help="folder of the index, made if it is not there")
+    add.add_argument(
+        "--index", required=True, metavar="DIR|URI",
+        help="folder, milvus-lite:./FILE.db or http://HOST:19530/NAME; made if it is not there",
+    )  # fmt: skip
     add.add_argument("--batch", type=_count, default=64, metavar="N", help="items encoded and stored at a time (default: 64)")
     _add_model(add)
     _add_engine(add)
     info = _verb(parts, shared, "info", runs["index info"], "describe an index")
-    info.add_argument("--index", required=True, metavar="DIR")
+    info.add_argument("--index", required=True, metavar="DIR|URI")
     info.add_argument("--json", action="store_true", help="one JSON object")
     remove = _verb(parts, shared, "rm", runs["index rm"], "remove items by id")
-    remove.add_argument("--index", required=True, metavar="DIR")
+    remove.add_argument("--index", required=True, metavar="DIR|URI")
     remove.add_argument("ids", nargs="+", metavar="ID")
     optimise = _verb(parts, shared, "optimise", runs["index optimise"], "build what `search --approximate` needs")
-    optimise.add_argument("--index", required=True, metavar="DIR")
+    optimise.add_argument("--index", required=True, metavar="DIR|URI")
+    copied = _verb(parts, shared, "copy", runs["index copy"], "copy an index into another, of any kind")
+    copied.add_argument("source", metavar="FROM", help="index to read")
+    copied.add_argument("target", metavar="TO", help="index to write, made if it is not there")
+    copied.add_argument("--batch", type=_count, default=500, metavar="N", help="items written at a time (default: 500)")
+    copied.add_argument(
+        "--store", choices=("float32", "float16"), default="float32", help="vectors of a new index (default: float32)"
+    )
 
 
 def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     search = _verb(verbs, shared, "search", runs["search"], "search an index by words, a picture, or both")
-    search.add_argument("--index", required=True, metavar="DIR")
+    search.add_argument("--index", required=True, metavar="DIR|URI")
     _add_query(search)
     search.add_argument("--route", choices=ROUTES, default="auto", help="who decides about reasoning (default: auto, the model)")
     search.add_argument("-k", type=_count, default=10, metavar="N", help="number of hits (default: 10)")
@@ -124,7 +134,7 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
 
 def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     serve = _verb(verbs, shared, "serve", runs["serve"], "serve search, embeddings and a page over HTTP")
-    serve.add_argument("--index", required=True, metavar="DIR", help="index to search, made if it is not there")
+    serve.add_argument("--index", required=True, metavar="DIR|URI", help="index to search, made if it is not there")
     serve.add_argument("--host", default="127.0.0.1", metavar="H", help="address to listen on (default: 127.0.0.1)")
     serve.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: 8080)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="keys made by `traceir keys add`; needed beyond this machine")
@@ -136,6 +146,11 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="pages of this origin may ask; repeatable")
     serve.add_argument("--fetch-host", action="append", default=[], metavar="HOST", help="fetch pictures from here; repeatable")
     serve.add_argument("--requests-per-minute", type=_count, default=6_000, metavar="N", help="of one key (default: 6000)")
+    serve.add_argument(
+        "--inputs-per-minute", type=_count, default=60_000, metavar="N", help="embedded for one key (default: 60000)"
+    )
+    serve.add_argument("--audit", type=Path, metavar="FILE", help="write who asked what, as hashes, into this log")
+    serve.add_argument("--audit-contents", action="store_true", help="write the words too; they are personal data")
     serve.add_argument("--capacity", type=_count, default=512, metavar="N", help="inputs under way, then 429 (default: 512)")
     serve.add_argument("--remember", type=int, default=8192, metavar="N", help="encodings kept by content (default: 8192)")
     serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")

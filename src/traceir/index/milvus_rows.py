@@ -132,8 +132,9 @@ def sortable(value: Scalar) -> str:
         return value.encode().hex()
     if value is None:
         raise InputError("None has no place in an order; filter it with Eq(name, None)")
-    near = float(value) + 0.0  # -0.0 becomes 0.0
+    near = float(value)
     bits = struct.unpack(">Q", struct.pack(">d", near))[0]
+    bits = 0 if bits == _SIGN else bits  # -0.0 is 0.0; by bits, because a processor may be set to take the smallest for 0
     ordered = bits ^ (_ALL_BITS if bits & _SIGN else _SIGN)
     # A 64-bit integer is at most 512 away from the nearest float, and integers in order have floats in order.
     rest = int(value) - int(near) if isinstance(value, int) else 0

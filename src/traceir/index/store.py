@@ -67,6 +67,9 @@ class Index(Protocol):
     def delete(self, which: Sequence[str] | Filter) -> int:
         """Remove items by id or by filter, durably; returns how many were there."""
 
+    def build_approximate(self) -> None:
+        """Makes what `search(exact=False)` needs; replaces what was made before."""
+
     def search(
         self,
         vectors: Vectors,

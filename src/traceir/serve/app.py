@@ -21,6 +21,8 @@ from starlette.exceptions import HTTPException
 
 from traceir import __version__
 from traceir.errors import DataError, InputError, ModelError, StoreError, TraceError
+from traceir.serve.audit import AuditLog
+from traceir.serve.gate import Asked, Limits
 from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.metrics import Metrics
@@ -48,7 +50,8 @@ from traceir.serve.schemas import (
     Usage,
     trace_of,
 )
-from traceir.serve.service import Service, id_in, item_out
+from traceir.serve.service import Noted, Service, id_in, item_out
+from traceir.serve.strict import StrictRoute
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +101,8 @@ class Server:
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     failed: Exception | None = None
+    limits: Limits | None = None
+    audit: AuditLog | None = None
     on_failure: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
@@ -136,8 +141,9 @@ def create_app(server: Server) -> FastAPI:
 
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
-        lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS,
+        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=ERRORS,
     )  # fmt: skip
+    app.router.route_class = StrictRoute
     app.state.server = server
     _add_errors(app)
     _add_status(app, server)
@@ -163,6 +169,11 @@ def allowed(scope: Scope) -> Any:
     """A dependency: who asks, once key, scope and rate are found to be in order."""
 
     def check(request: Request) -> Principal:
+        known: Principal | None = getattr(request.state, "principal", None)
+        if known is not None:  # KeyGate saw key and rate before the body was read
+            if not known.may(scope):
+                raise Refused(403, f"the key {known.name!r} may not {scope}; ask for one with this scope", "forbidden")
+            return known
         server: Server = request.app.state.server
         gate = server.gate
         address = network_of(request.client.host) if request.client else "unknown"
@@ -224,7 +235,8 @@ def of_error(error: TraceError) -> JSONResponse:
     if status >= 500:
         log.error("%s: %s", type(error).__name__, error)
     headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, Busy) else None
-    return error_response(status, str(error)[:2000], kind, headers=headers)
+    told = str(error)[:2000] if status < 500 else "the server cannot do this now; its log says why"
+    return error_response(status, told, kind, headers=headers)
 
 
 def error_response(
@@ -233,6 +245,19 @@ def error_response(
     """An error in OpenAI's shape."""
     told = {"message": message, "type": kind, "param": param, "code": code}
     return JSONResponse({"error": told}, status_code=status, headers=headers)
+
+
+def _noted(request: Request) -> Noted | None:
+    """What notes contents for the audit log, where it is on."""
+    asked: Asked | None = getattr(request.state, "audit", None)
+    return asked.add if asked is not None and request.app.state.server.audit is not None else None
+
+
+def _pay(server: Server, principal: Principal, count: int) -> None:
+    """Raises Refused where this key has embedded too much for now."""
+    wait = server.limits.take_inputs(principal, count) if server.limits else 0.0
+    if wait > 0:
+        raise Refused(429, f"too many inputs; wait {retry_after(wait)} s", "too_many_inputs", wait)
 
 
 def _view(server: Server, principal: Principal) -> Service:
@@ -255,6 +280,8 @@ def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", tags=["status"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics(principal: Annotated[Principal, allowed("read")]) -> Response:
         """Counters in Prometheus' text format."""
+        if principal.tenant is not None:
+            raise Refused(403, "the counters are of all tenants; ask with a key that has none", "forbidden")
         service = server.ready()
         info = await service.info()
         counts = {str(modality): count for modality, count in info.counts.items()}
@@ -268,7 +295,9 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         return ModelsOut(data=[server.model()])
 
     @app.post("/v1/embeddings", tags=["embeddings"])
-    async def embeddings(asked: EmbeddingsIn, principal: Annotated[Principal, allowed("read")]) -> EmbeddingsOut:
+    async def embeddings(
+        asked: EmbeddingsIn, request: Request, principal: Annotated[Principal, allowed("read")]
+    ) -> EmbeddingsOut:
         """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
         service, model = _view(server, principal), server.model()
         if asked.model not in (None, model.id, model.fingerprint):
@@ -277,7 +306,9 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
             raise InputError(
                 f"dimensions is {asked.dimensions}; this model was not trained to be cut, its width is {model.width}"
             )
-        served = await service.embed(asked)
+        given = asked.messages if asked.messages is not None else asked.input
+        _pay(server, principal, len(given) if isinstance(given, list) else 1)
+        served = await service.embed(asked, noted=_noted(request))
         server.metrics.encoded("input", served)
         data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
         tokens = sum(one.prompt_tokens for one in served)
@@ -295,24 +326,26 @@ def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["search"])
     async def search(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> SearchOut:
         """The items nearest to a query of text, picture, both, or parts in reading order."""
-        return await _while_connected(request, _searched(server, _view(server, principal), asked))
+        view, noted = _view(server, principal), _noted(request)
+        return await _while_connected(request, _searched(server, view, asked, noted=noted))
 
     @app.post(
         "/search/stream", tags=["search"], response_class=StreamingResponse,
         responses={200: {"content": {"text/event-stream": {}}, "description": "Events `route`, `reasoning`, `hits`, `error`."}},
     )  # fmt: skip
-    async def stream(asked: SearchIn, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
+    async def stream(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
         view = _view(server, principal)
         return StreamingResponse(
-            _events(server, view, asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+            _events(server, view, asked, _noted(request)), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
         )
 
 
 async def _searched(
-    server: Server, service: Service, asked: SearchIn, listener: Callable[[Progress], None] | None = None
-) -> SearchOut:
-    found = await service.search(asked, listener=listener)
+    server: Server, service: Service, asked: SearchIn, listener: Callable[[Progress], None] | None = None,
+    noted: Noted | None = None,
+) -> SearchOut:  # fmt: skip
+    found = await service.search(asked, listener=listener, noted=noted)
     trace = found.trace
     server.metrics.searched(trace.seconds.search or 0.0)
     return found
@@ -330,9 +363,9 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, SearchOut
     return task.result()
 
 
-async def _events(server: Server, service: Service, asked: SearchIn) -> AsyncIterator[str]:
+async def _events(server: Server, service: Service, asked: SearchIn, noted: Noted | None = None) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(_searched(server, service, asked, heard.put_nowait))
+    task = asyncio.ensure_future(_searched(server, service, asked, heard.put_nowait, noted))
     task.add_done_callback(lambda _: heard.put_nowait(None))
     told_route = False
     try:
@@ -368,9 +401,10 @@ def _event(name: str, told: Any) -> str:
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: ItemsIn, principal: Annotated[Principal, allowed("write")]) -> ItemsOut:
+    async def add(asked: ItemsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
-        return ItemsOut(results=await _view(server, principal).add(asked.items))
+        _pay(server, principal, len(asked.items))
+        return ItemsOut(results=await _view(server, principal).add(asked.items, noted=_noted(request)))
 
     @app.get("/items", tags=["items"])
     async def page(

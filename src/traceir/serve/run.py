@@ -19,7 +19,10 @@ from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.search import Searcher
 from traceir.serve.app import Gate, Server, create_app
+from traceir.serve.audit import AuditLog
+from traceir.serve.bodies import BodyGuard
 from traceir.serve.fetch import Fetcher
+from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
 from traceir.serve.intake import Intake, Sources
 from traceir.serve.keys import KeyRing
@@ -55,6 +58,9 @@ class ServeConfig:
     deadline_s: float = 60.0
     model_name: str = "traceir"
     title: str = "TraceIR"
+    inputs_per_minute: int = 60_000
+    audit: Path | None = None
+    audit_contents: bool = False
 
     def __post_init__(self) -> None:
         if self.keys is None and self.host not in LOOPBACK:
@@ -75,12 +81,17 @@ def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
     keys = KeyRing(config.keys) if config.keys else None
     rate = Rate(config.requests_per_minute)
     gate = Gate(keys, Buckets(rate), Buckets(Rate(60)))
-    return Server(make, gate, model_name=config.model_name, title=config.title)
+    server = Server(make, gate, model_name=config.model_name, title=config.title)
+    server.limits = Limits(rate, Rate(config.inputs_per_minute, burst=2000))
+    server.audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
+    return server
 
 
 def make_application(config: ServeConfig, server: Server) -> Any:
     """The ASGI application behind its wall."""
-    return Guard(create_app(server), Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors))
+    inside = BodyGuard(create_app(server))
+    gate = KeyGate(inside, server.gate.keys, server.limits or Limits(), server.audit)
+    return Guard(gate, Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors))
 
 
 def serve(
@@ -97,12 +108,13 @@ def serve(
             f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
         ) from error
     url = f"http://{config.host}:{listener.getsockname()[1]}/"
-    announce(f"serving {config.index} at {url}")
+    announce(f"serving at {url}")
     if open_browser:
         webbrowser.open(url)
     options = uvicorn.Config(
         make_application(config, server), log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=30, timeout_keep_alive=30, h11_max_incomplete_event_size=64 * 1024, ws="none",
+        timeout_graceful_shutdown=30, timeout_keep_alive=30, proxy_headers=False,
+        h11_max_incomplete_event_size=64 * 1024, ws="none",
     )  # fmt: skip
     running = uvicorn.Server(options)
 
@@ -110,7 +122,11 @@ def serve(
         running.should_exit = True
 
     server.on_failure = stop
-    running.run(sockets=[listener])
+    try:
+        running.run(sockets=[listener])
+    finally:
+        if server.audit is not None:
+            server.audit.close()
     if server.failed is not None:
         raise server.failed
 
@@ -123,12 +139,13 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Ser
     Searcher(encoder, index)  # refuses an index of another model
     store = PictureStore(_uploads(config))
     folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
-    fetcher = Fetcher(config.fetch_hosts) if config.fetch_hosts else None
+    intake = Intake()
+    fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
-    log.info("%s is ready, %d items, pictures from %d folders", config.index, index.count(), len(folders))
+    log.info("%s is ready, %d items, pictures from %d folders", index.info().uri, index.count(), len(folders))
     return Service(
-        scheduler, index, Intake(), Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
+        scheduler, index, intake, Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
         ThreadPoolExecutor(1, "writer"), config.deadline_s,
     )  # fmt: skip
 
@@ -141,4 +158,5 @@ def picture_folders(index: Index) -> tuple[Path, ...]:
 
 def _uploads(config: ServeConfig) -> Path:
     """Where uploaded pictures lie: beside the index where that is a folder."""
-    return Path(config.index).resolve() / "pictures" if "://" not in config.index else Path("pictures").resolve()
+    distributed = config.index.startswith(("milvus-lite:", "http://", "https://"))
+    return Path("pictures").resolve() if distributed else Path(config.index).resolve() / "pictures"

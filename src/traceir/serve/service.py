@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,9 @@ from traceir.serve.schemas import (
 from traceir.serve.tenants import TenantIndex
 
 Told = TypeVar("Told")
+Noted = Callable[[Query | Item], None]
+"""Hears what a request asks, for the audit log; it may read pictures."""
+log = logging.getLogger(__name__)
 CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
 
 
@@ -62,17 +66,23 @@ class Service:
         index = TenantIndex(self.index, tenant)
         return replace(self, index=index, sources=replace(self.sources, index=index))
 
-    async def search(self, asked: SearchIn, *, listener: Listener | None = None) -> SearchOut:
+    async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> SearchOut:
         """The hits of a query. Raises InputError, PictureError, Busy, Late, StoreError."""
         query = await self.query(asked)
+        await self._note([query], noted)
         served = await self.scheduler.encode_query(query, asked.route, listener=listener, seconds=self.deadline_s)
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
         vectors = np.stack([served.encoding.vector])
         where = filter_of(asked.where)
-        found = await self._read(
-            lambda: self.index.search(vectors, wanted, where=where, modality=asked.modality, exact=asked.exact)
-        )
+        try:
+            found = await self._read(
+                lambda: self.index.search(vectors, wanted, where=where, modality=asked.modality, exact=asked.exact)
+            )
+        except StoreError as error:
+            if asked.exact or (await self.info()).cells:
+                raise
+            raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
         seconds = time.perf_counter() - started
         hits = found[0][asked.offset : asked.offset + asked.k]
         trace = trace_of(served.encoding, served.queue, served.encode, served.cached, seconds)
@@ -80,9 +90,10 @@ class Service:
             hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found[0]) == wanted
         )
 
-    async def embed(self, asked: EmbeddingsIn) -> list[Served]:
+    async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
         contents = await self._contents(asked)
+        await self._note(contents, noted)
         tasks = [asyncio.ensure_future(self._encode(one, asked.route)) for one in contents]
         try:
             return list(await asyncio.gather(*tasks))
@@ -90,7 +101,7 @@ class Service:
             for task in tasks:
                 task.cancel()
 
-    async def add(self, items: Sequence[ItemIn]) -> list[ItemResult]:
+    async def add(self, items: Sequence[ItemIn], *, noted: Noted | None = None) -> list[ItemResult]:
         """Indexes items; each has a result of its own, and what is told as added is durable."""
         made = await asyncio.gather(*(self._made(one) for one in items))
         seen: set[str] = set()
@@ -99,7 +110,8 @@ class Service:
                 made[place] = f"id {given.id!r} occurs twice in one request; send it once"
             seen.add(given.id)
         good = [one for one in made if not isinstance(one, str)]
-        there = set(await self._read(lambda: self.index.get([given.id for given in items]))) if good else set()
+        await self._note([item for item, _ in good], noted)
+        there = set(await self._read(lambda: self.index.get([str(item.id) for item, _ in good]))) if good else set()
         if good:
             kept = [item for item, _ in good]
             vectors = np.stack([encoding.vector for _, encoding in good])
@@ -221,9 +233,18 @@ class Service:
         try:
             picture = await self._kept(given.image) if given.image is not None else None
             item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
+            (self.index if isinstance(self.index, TenantIndex) else TenantIndex(self.index, None)).check(item)
             return item, (await self.scheduler.encode_item(item, seconds=self.deadline_s)).encoding
-        except (InputError, StoreError) as error:
+        except InputError as error:
             return str(error)
+        except StoreError as error:
+            log.error("item %r is not kept: %s", given.id, error)
+            return "the server cannot keep it now; its log says why"
+
+    async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
+        if noted is not None:
+            told = noted
+            await self._read(lambda: [told(one) for one in contents])
 
     async def _kept(self, given: PictureIn) -> Picture:
         """The picture of an item, as a file that stays."""
@@ -236,7 +257,11 @@ class Service:
 
 def address_in(address: str) -> PictureIn:
     """The picture of a chat's `image_url`: a data URL, or an address."""
-    return PictureIn(data=address) if address.startswith("data:") else PictureIn(url=address)
+    if address.startswith("data:"):
+        return PictureIn(data=address)
+    if len(address) > 2048:
+        raise InputError("image_url is neither a data: URL nor an address of at most 2048 characters")
+    return PictureIn(url=address)
 
 
 def filter_of(where: Where | None) -> Filter | None:

@@ -48,6 +48,11 @@ class TenantIndex:
     def tenant(self) -> str | None:
         return self._tenant
 
+    def check(self, item: Item) -> None:
+        """Raises InputError for an item that `upsert` would refuse."""
+        check_items([item])
+        self._mark(item)
+
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         check_items(items)
         return self._index.upsert([self._mark(item) for item in items], vectors)
@@ -87,6 +92,10 @@ class TenantIndex:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
         counts = {modality: self.count(Eq("modality", modality)) for modality in MODALITIES}
         return replace(self._index.info(), counts={name: count for name, count in counts.items() if count}, bytes=0)
+
+    def build_approximate(self) -> None:
+        """Of the whole index: there is one for all tenants."""
+        self._index.build_approximate()
 
     def close(self) -> None:
         """Nothing: the index is shared."""

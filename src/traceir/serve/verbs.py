@@ -29,6 +29,9 @@ def serve(args: argparse.Namespace) -> int:
         deadline_s=args.deadline,
         model_name=args.name,
         title=args.title,
+        inputs_per_minute=args.inputs_per_minute,
+        audit=args.audit,
+        audit_contents=args.audit_contents,
     )
     serve(config, lambda: load_encoder(args), lambda told: print(told, flush=True), open_browser=args.open)
     return 0
