@@ -166,7 +166,11 @@ def test_keys_file_that_others_can_write_is_refused(tmp_path: Path) -> None:
 # Limits
 
 
-@given(st.lists(st.tuples(st.floats(allow_subnormal=False, 0, 5), st.integers(1, 30)), min_size=1, max_size=60), st.integers(1, 600), st.integers(1, 40))
+@given(
+    st.lists(st.tuples(st.floats(0, 5, allow_subnormal=False), st.integers(1, 30)), min_size=1, max_size=60),
+    st.integers(1, 600),
+    st.integers(1, 40),
+)
 @settings(max_examples=60, deadline=None)
 def test_bucket_never_grants_more_than_burst_and_rate(steps: list[tuple[float, int]], per_minute: int, burst: int) -> None:
     now = 0.0
@@ -468,7 +472,11 @@ def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**39), 10**39) | st.floats(allow_subnormal=False, allow_nan=False, allow_infinity=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers(-(10**39), 10**39)
+    | st.floats(allow_subnormal=False, allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=20,
 )
