@@ -12,14 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 from traceir.errors import InputError, PictureError
 from traceir.index.store import Index
 from traceir.pictures import SUFFIXES, Picture, PictureLimits
-
-if TYPE_CHECKING:
-    from traceir.serve.fetch import Fetcher
 
 LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
 """Smaller than at the command line: 32 million pixels with transparency take about half a gigabyte while they are flattened."""
@@ -32,13 +29,19 @@ _SPACE = re.compile(r"[ \t\r\n]+")
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
 
 
+class Fetches(Protocol):
+    """What gets pictures by address (fetch.Fetcher)."""
+
+    async def fetch(self, url: str) -> Picture: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Where a request's pictures may come from: the caller's own part of the index, folders of its files, hosts."""
 
     index: Index | None = None
     folders: Sequence[Path] = ()
-    fetcher: Fetcher | None = None
+    fetcher: Fetches | None = None
 
 
 class Intake:
