@@ -32,10 +32,10 @@ import numpy as np
 from PIL import Image
 
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.asker import Asker
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.pace import Pace
-from traceir.learn.reasoning.teacher import OpenAITeacher, body_of
+from traceir.learn.reasoning.teachers.asker import Asker
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.pace import Pace
+from traceir.learn.reasoning.teachers.teacher import OpenAITeacher, body_of
 
 PICTURES = 50
 SIDE = 192

@@ -20,17 +20,17 @@ from traceir.cli import main
 from traceir.errors import DataError, InputError
 from traceir.learn.cot import read_cot
 from traceir.learn.reasoning.ask import Question, blocks
-from traceir.learn.reasoning.asker import Unanswered
 from traceir.learn.reasoning.assemble import assemble
 from traceir.learn.reasoning.build import Tally, Work, is_finished, run_parts, write_manifests
 from traceir.learn.reasoning.estimate import estimate
-from traceir.learn.reasoning.faults import Faults
 from traceir.learn.reasoning.outcomes import read_outcomes
 from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, parse_shard, read_config
 from traceir.learn.reasoning.rules import Limits, RuleFilter
+from traceir.learn.reasoning.scripted.faults import Faults
+from traceir.learn.reasoning.scripted.teacher_server import MODEL, running
 from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts
-from traceir.learn.reasoning.teacher import Reply
-from traceir.learn.reasoning.teacher_server import MODEL, running
+from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.teacher import Reply
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = Limits(reasoning_least=4)

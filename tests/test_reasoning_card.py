@@ -18,7 +18,7 @@ from traceir.errors import DataError, InputError, TraceError
 from traceir.learn.cot import write_rows
 from traceir.learn.reasoning.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
 from traceir.learn.reasoning.plan import FORMAT, NAME, BuildConfig
-from traceir.learn.reasoning.quality import measure
+from traceir.learn.reasoning.quality.quality import measure
 from traceir.learn.reasoning.rules import Limits
 
 BAD = "bad: [x]\n---\n- | `y` <b>"

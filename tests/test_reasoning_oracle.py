@@ -14,12 +14,12 @@ from PIL import Image
 
 from traceir.errors import InputError, TeacherError
 from traceir.learn.reasoning.ask import Case, Question, Questions, read_assessment, read_verdict
-from traceir.learn.reasoning.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
-from traceir.learn.reasoning.oracle import Oracle
 from traceir.learn.reasoning.rules import RuleFilter
+from traceir.learn.reasoning.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
+from traceir.learn.reasoning.scripted.oracle import Oracle
+from traceir.learn.reasoning.scripted.teacher_server import running
 from traceir.learn.reasoning.source import Source, find_captions, find_parts
-from traceir.learn.reasoning.teacher import body_of, key_of
-from traceir.learn.reasoning.teacher_server import running
+from traceir.learn.reasoning.teachers.teacher import body_of, key_of
 
 QUESTIONS = Questions()
 COLOURS = ("red", "green", "blue", "white")

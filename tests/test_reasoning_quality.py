@@ -12,15 +12,15 @@ import pytest
 from traceir.errors import DataError
 from traceir.learn.mbeir import TASK_MODALITIES, Candidate, Record
 from traceir.learn.reasoning.ask import Case
-from traceir.learn.reasoning.decisions import Decision
-from traceir.learn.reasoning.likeness import diversity, longest_copy, near_duplicates
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.people_terms import introduced
-from traceir.learn.reasoning.quality import measure, read_quality, save_quality, summary
-from traceir.learn.reasoning.quality_page import page
-from traceir.learn.reasoning.review import Settled, sample_hash
-from traceir.learn.reasoning.reviewed import wilson
-from traceir.learn.reasoning.sketches import Frequent, HashSample, Lengths
+from traceir.learn.reasoning.quality.likeness import diversity, longest_copy, near_duplicates
+from traceir.learn.reasoning.quality.people_terms import introduced
+from traceir.learn.reasoning.quality.quality import measure, read_quality, save_quality, summary
+from traceir.learn.reasoning.quality.quality_page import page
+from traceir.learn.reasoning.quality.reviewed import wilson
+from traceir.learn.reasoning.quality.sketches import Frequent, HashSample, Lengths
+from traceir.learn.reasoning.review.decisions import Decision
+from traceir.learn.reasoning.review.review import Settled, sample_hash
 
 
 def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> Outcome:

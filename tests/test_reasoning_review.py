@@ -19,9 +19,9 @@ from PIL import Image
 from traceir.errors import DataError, InputError
 from traceir.learn.mbeir import Candidate, Record
 from traceir.learn.reasoning.ask import Case
-from traceir.learn.reasoning.decisions import Decision, Journal, read_decisions
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.review import (
+from traceir.learn.reasoning.review.decisions import Decision, Journal, read_decisions
+from traceir.learn.reasoning.review.review import (
     agreement,
     agreement_table,
     choose,
@@ -30,7 +30,7 @@ from traceir.learn.reasoning.review import (
     sample_hash,
     settle,
 )
-from traceir.learn.reasoning.review_server import ReviewSession, app_of
+from traceir.learn.reasoning.review.review_server import ReviewSession, app_of
 
 
 def outcome(

@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from test_reasoning_review import outcome
 
-from traceir.learn.reasoning.decisions import read_decisions
-from traceir.learn.reasoning.review import settle
-from traceir.learn.reasoning.review_server import serve_review
+from traceir.learn.reasoning.review.decisions import read_decisions
+from traceir.learn.reasoning.review.review import settle
+from traceir.learn.reasoning.review.review_server import serve_review
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DEAD = "Failed to load resource: net::ERR_CONNECTION_REFUSED"

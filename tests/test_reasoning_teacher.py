@@ -21,13 +21,13 @@ import pytest
 from PIL import Image
 
 from traceir.errors import DataError, InputError, PictureError, TeacherError
-from traceir.learn.reasoning import places
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.asker import Asker, SpendLimit, Unanswered
-from traceir.learn.reasoning.batch_files import BatchTeacher, read_batch_results
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.pace import Limits, Pace
-from traceir.learn.reasoning.teacher import (
+from traceir.learn.reasoning.teachers import places
+from traceir.learn.reasoning.teachers.asker import Asker, SpendLimit, Unanswered
+from traceir.learn.reasoning.teachers.batch_files import BatchTeacher, read_batch_results
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.pace import Limits, Pace
+from traceir.learn.reasoning.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
     Reply,
@@ -307,7 +307,7 @@ def test_full_disk_leaves_whole_lines(server: Server, tmp_path: Path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data[:-60])
 
-    monkeypatch.setattr("traceir.learn.reasoning.journal.os.write", full)
+    monkeypatch.setattr("traceir.learn.reasoning.teachers.journal.os.write", full)
     asker, found = ask_all(server.url, tmp_path, [question(number) for number in range(5)], concurrency=1)
     assert isinstance(found[0], Reply) and asker.reused == 1 and len(server.bodies) == 2
     assert all(type(error) is TeacherError and "No space left" in str(error) for error in found[1:])
@@ -320,8 +320,8 @@ WRITER = """
 import sys
 from pathlib import Path
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.teacher import Reply
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.teacher import Reply
 journal = Journal(Path(sys.argv[1]))
 for number in range(10**9):
     question = Question("assess", str(number), "t", 0, "", (), 1, 0.0, 0)

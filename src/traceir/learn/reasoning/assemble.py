@@ -18,7 +18,7 @@ from traceir.learn.cot import PoolFile, to_row, write_rows
 from traceir.learn.data import join
 from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
 from traceir.learn.reasoning.plan import DATASET, read_config, write_json
-from traceir.learn.reasoning.review import Settled, settle
+from traceir.learn.reasoning.review.review import Settled, settle
 
 Dropped = Literal["leave_out", "direct"]
 

@@ -22,12 +22,12 @@ from tqdm import tqdm
 from traceir.errors import DataError, PictureError, TeacherError
 from traceir.learn.reasoning import stages
 from traceir.learn.reasoning.ask import Question, Questions
-from traceir.learn.reasoning.asker import Unanswered
 from traceir.learn.reasoning.plan import STAGES, BuildConfig, write_json, write_text
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Part, Source
 from traceir.learn.reasoning.stages import Line
-from traceir.learn.reasoning.teacher import Reply
+from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.teacher import Reply
 
 log = logging.getLogger(__name__)
 WINDOW: Final = 4

@@ -11,10 +11,10 @@ from typing import Any
 
 from traceir.errors import InputError
 from traceir.learn.reasoning.build import WINDOW, Tally, run_parts
-from traceir.learn.reasoning.journal import Journal
 from traceir.learn.reasoning.plan import BuildConfig
 from traceir.learn.reasoning.reach import Reach, work_of
 from traceir.learn.reasoning.source import Part, Source
+from traceir.learn.reasoning.teachers.journal import Journal
 
 
 class PartWorker:

@@ -25,7 +25,7 @@ from traceir.learn import markdown as md
 from traceir.learn.cot import FORMAT as COT_FORMAT
 from traceir.learn.cot import NAME
 from traceir.learn.reasoning.plan import CONFIG_FILE, read_build, write_text
-from traceir.learn.reasoning.quality import FILE, Quality, percent, read_quality, told_estimate
+from traceir.learn.reasoning.quality.quality import FILE, Quality, percent, read_quality, told_estimate
 from traceir.learn.reasoning.rules import RULES
 
 MARK: Final = "<!-- Written by `traceir reasoning`, which replaces it. Remove this line to keep what you change. -->"

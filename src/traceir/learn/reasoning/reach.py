@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import InputError
-from traceir.learn.reasoning.asker import Asker
-from traceir.learn.reasoning.batch_files import BatchTeacher
 from traceir.learn.reasoning.build import Work
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.pace import Pace
 from traceir.learn.reasoning.plan import BuildConfig, gather_captions
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Source, read_captions
-from traceir.learn.reasoning.teacher import OpenAITeacher, RecordedTeacher, Teacher
+from traceir.learn.reasoning.teachers.asker import Asker
+from traceir.learn.reasoning.teachers.batch_files import BatchTeacher
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.pace import Pace
+from traceir.learn.reasoning.teachers.teacher import OpenAITeacher, RecordedTeacher, Teacher
 
 RECORDED: Final = "recorded:"
 BATCH: Final = "batch:"

@@ -13,7 +13,7 @@ from typing import Any
 from traceir.learn.reasoning.ask import Assessment, Case, Question, Questions, Verdict, read_assessment, read_verdict
 from traceir.learn.reasoning.plan import BuildConfig
 from traceir.learn.reasoning.rules import RuleFilter
-from traceir.learn.reasoning.teacher import Reply
+from traceir.learn.reasoning.teachers.teacher import Reply
 
 Line = dict[str, Any]
 Ask = Callable[[Question], Awaitable[Reply]]

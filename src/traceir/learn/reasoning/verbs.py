@@ -90,8 +90,8 @@ def _assemble(args: argparse.Namespace, out: Path) -> int:
 
 
 def import_answers(args: argparse.Namespace) -> int:
-    from traceir.learn.reasoning.batch_files import read_batch_results
-    from traceir.learn.reasoning.journal import Journal
+    from traceir.learn.reasoning.teachers.batch_files import read_batch_results
+    from traceir.learn.reasoning.teachers.journal import Journal
 
     folder = Path(args.journal) if args.journal else Path(args.out) / "journal"
     journal = Journal(folder, "batch")
@@ -104,8 +104,8 @@ def import_answers(args: argparse.Namespace) -> int:
 
 
 def review(args: argparse.Namespace) -> int:
-    from traceir.learn.reasoning.review import agreement_table
-    from traceir.learn.reasoning.review_server import serve_review
+    from traceir.learn.reasoning.review.review import agreement_table
+    from traceir.learn.reasoning.review.review_server import serve_review
 
     if args.agreement:
         print(agreement_table(Path(args.out)))
@@ -118,15 +118,15 @@ def review(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.learn.reasoning.quality_page import write_quality
+    from traceir.learn.reasoning.quality.quality_page import write_quality
 
     print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
     return 0
 
 
 def teacher(args: argparse.Namespace) -> int:
-    from traceir.learn.reasoning.faults import Faults
-    from traceir.learn.reasoning.teacher_server import KEY_VARIABLE, serve
+    from traceir.learn.reasoning.scripted.faults import Faults
+    from traceir.learn.reasoning.scripted.teacher_server import KEY_VARIABLE, serve
 
     serve(
         Path(args.data),

@@ -1,6 +1,6 @@
 """The scripted teacher behind a real HTTP server that speaks OpenAI's chat completions, with faults on demand.
 
-    python -m traceir.learn.reasoning.teacher_server --data data/minibeir --port 8040 --faults 0.1 --log teacher.jsonl
+    python -m traceir.learn.reasoning.scripted.teacher_server --data data/minibeir --port 8040 --faults 0.1 --log teacher.jsonl
 
 A bare ASGI application under uvicorn: about a millisecond of one core a request. What it was asked lies in an append-only log, so
 that it can be shown what a client paid for, and how often.
@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import InputError, TeacherError, TraceError
-from traceir.learn.reasoning.faults import ALL, TRANSPORT, Faults, barred_for, spoil
-from traceir.learn.reasoning.oracle import Asked, Oracle
+from traceir.learn.reasoning.scripted.faults import ALL, TRANSPORT, Faults, barred_for, spoil
+from traceir.learn.reasoning.scripted.oracle import Asked, Oracle
 
 MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
@@ -263,7 +263,7 @@ def running(
 
     Raises TeacherError with the server's last words where it does not start.
     """
-    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "traceir.learn.reasoning.teacher_server"]
+    command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "traceir.learn.reasoning.scripted.teacher_server"]
     command += ["--data", str(root), "--port", "0", "--model", model, "--latency", str(latency)]
     command += ["--stall", str(stall_s), "--retry-after", str(retry_after_s)]
     if faults is not None:

@@ -15,9 +15,9 @@ from typing import Final
 
 from traceir.errors import TeacherError
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.pace import Pace, Slot
-from traceir.learn.reasoning.teacher import BodyTeacher, Reply, Request, Teacher, TransientError, read_picture
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.pace import Pace, Slot
+from traceir.learn.reasoning.teachers.teacher import BodyTeacher, Reply, Request, Teacher, TransientError, read_picture
 
 log = logging.getLogger(__name__)
 

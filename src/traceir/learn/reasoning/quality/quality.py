@@ -16,14 +16,14 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, InputError
 from traceir.learn.mbeir import EVAL_ROWS
-from traceir.learn.reasoning.decisions import Decision
-from traceir.learn.reasoning.likeness import NEAR, Words, diversity, near_duplicates
 from traceir.learn.reasoning.outcomes import Outcome
 from traceir.learn.reasoning.plan import write_json
-from traceir.learn.reasoning.review import Settled, sample_hash
-from traceir.learn.reasoning.reviewed import Stratum, estimate_share
-from traceir.learn.reasoning.sketches import HashSample
-from traceir.learn.reasoning.tally import COPIED, DROPPED_BY, FUNNEL, Tally, Texts
+from traceir.learn.reasoning.quality.likeness import NEAR, Words, diversity, near_duplicates
+from traceir.learn.reasoning.quality.reviewed import Stratum, estimate_share
+from traceir.learn.reasoning.quality.sketches import HashSample
+from traceir.learn.reasoning.quality.tally import COPIED, DROPPED_BY, FUNNEL, Tally, Texts
+from traceir.learn.reasoning.review.decisions import Decision
+from traceir.learn.reasoning.review.review import Settled, sample_hash
 
 NAME: Final = "M-BEIR-CoT quality"
 FORMAT: Final = 1

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, PictureError, TeacherError
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.places import LineFiles, Places
+from traceir.learn.reasoning.teachers.places import LineFiles, Places
 from traceir.pictures import DEFAULT_LIMITS, Picture
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from traceir.errors import InputError, PictureError, TraceError
-from traceir.learn.reasoning.decisions import REASONS, Decision, Journal, check_decision, check_name, read_decisions
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
+from traceir.learn.reasoning.review.decisions import REASONS, Decision, Journal, check_decision, check_name, read_decisions
+from traceir.learn.reasoning.review.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
 from traceir.pictures import Picture
 
 if TYPE_CHECKING:

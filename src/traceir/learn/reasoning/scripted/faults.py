@@ -13,8 +13,8 @@ from typing import Final
 
 from traceir.errors import InputError
 from traceir.learn.reasoning.ask import TEMPLATES, Stage
-from traceir.learn.reasoning.oracle import Asked, Entry, Oracle, well_formed
 from traceir.learn.reasoning.rules import plain
+from traceir.learn.reasoning.scripted.oracle import Asked, Entry, Oracle, well_formed
 
 MEANT: Final[Mapping[str, str]] = MappingProxyType(
     {

@@ -24,7 +24,7 @@ from traceir.learn.data import task_prompts
 from traceir.learn.reasoning.ask import Stage, block, blocks
 from traceir.learn.reasoning.rules import plain, words_of
 from traceir.learn.reasoning.source import COMPOSED, find_captions
-from traceir.learn.reasoning.teacher import PIXELS, key_of, picture_url, read_picture
+from traceir.learn.reasoning.teachers.teacher import PIXELS, key_of, picture_url, read_picture
 
 _SEES: Final = "see "
 """How MiniBEIR's labels begin where they name the source picture; its description goes on to the first semicolon."""

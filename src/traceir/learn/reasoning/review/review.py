@@ -21,8 +21,8 @@ from typing import Any, Final, Literal, cast
 from tqdm import tqdm
 
 from traceir.errors import DataError, InputError
-from traceir.learn.reasoning.decisions import Choice, Decision, read_decisions
 from traceir.learn.reasoning.outcomes import Outcome
+from traceir.learn.reasoning.review.decisions import Choice, Decision, read_decisions
 
 Order = Literal["random", "doubt"]
 

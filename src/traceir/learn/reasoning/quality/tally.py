@@ -12,11 +12,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from traceir.learn.reasoning.likeness import SHORT_TARGET, Words, holds, longest_copy
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.people_terms import GROUPS, Term, introduced
+from traceir.learn.reasoning.quality.likeness import SHORT_TARGET, Words, holds, longest_copy
+from traceir.learn.reasoning.quality.people_terms import GROUPS, Term, introduced
+from traceir.learn.reasoning.quality.sketches import Frequent, Lengths
 from traceir.learn.reasoning.rules import RULES, count_tokens, words_of
-from traceir.learn.reasoning.sketches import Frequent, Lengths
 
 DROPPED_BY: Final = ("teacher", *RULES, "verifier", "reviewer")
 FUNNEL: Final = ("queries", "complex", "reasoned", "passed_rules", "verified", "kept", "curated")

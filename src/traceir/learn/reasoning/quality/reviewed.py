@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from traceir.learn.reasoning.decisions import Decision
+from traceir.learn.reasoning.review.decisions import Decision
 
 HALLUCINATION: Final = "hallucination"
 """The reason, of decisions.REASONS, that counts."""

@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.places import LineFiles, Places, whole_bytes
-from traceir.learn.reasoning.teacher import Reply
+from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
+from traceir.learn.reasoning.teachers.teacher import Reply
 
 log = logging.getLogger(__name__)
 

@@ -21,10 +21,19 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.asker import Unanswered
-from traceir.learn.reasoning.journal import Journal
-from traceir.learn.reasoning.places import LineFiles, Places, whole_bytes
-from traceir.learn.reasoning.teacher import PIXELS, REFUSED, Reply, Request, TransientError, error_of, read_completion, request_of
+from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
+from traceir.learn.reasoning.teachers.teacher import (
+    PIXELS,
+    REFUSED,
+    Reply,
+    Request,
+    TransientError,
+    error_of,
+    read_completion,
+    request_of,
+)
 
 REQUESTS: Final = 50_000
 BYTES: Final = 190_000_000

@@ -14,11 +14,10 @@ from typing import Any, Final
 from traceir.errors import InputError
 from traceir.learn.cot import NAME as COT_NAME
 from traceir.learn.reasoning.cot_card import write_cot_card
-from traceir.learn.reasoning.decisions import read_decisions
 from traceir.learn.reasoning.outcomes import read_outcomes
-from traceir.learn.reasoning.people_terms import GROUPS
 from traceir.learn.reasoning.plan import DATASET, gather_captions, read_config, write_text
-from traceir.learn.reasoning.quality import (
+from traceir.learn.reasoning.quality.people_terms import GROUPS
+from traceir.learn.reasoning.quality.quality import (
     FILE,
     Figures,
     Quality,
@@ -28,9 +27,10 @@ from traceir.learn.reasoning.quality import (
     summary,
     told_estimate,
 )
-from traceir.learn.reasoning.review import settle
+from traceir.learn.reasoning.quality.tally import BINS
+from traceir.learn.reasoning.review.decisions import read_decisions
+from traceir.learn.reasoning.review.review import settle
 from traceir.learn.reasoning.source import read_captions
-from traceir.learn.reasoning.tally import BINS
 
 STAGES: Final = ("complex", "reasoned", "passed_rules", "verified", "kept", "curated")
 _NOTES: Final = {
