@@ -207,3 +207,37 @@ def test_keys_scopes_and_tenants(running: Running, tmp_path: Path, encoder: Enco
         assert found[reader] == [] and call(f"{url}/items/a", key=reader)[0] == 404
         revoke_key(keys, "one")
         assert call(f"{url}/search", {"text": "a cup"}, key=one)[0] == 401
+
+
+def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: Encoder) -> None:
+    pytest.importorskip("mteb")
+    from datasets import Dataset
+    from mteb import get_task
+    from mteb.models import OpenAIAPIEncodeWrapper
+    from torch.utils.data import DataLoader
+
+    model = OpenAIAPIEncodeWrapper(running.url, "traceir", modalities=["text", "image"])
+    about = {"task_metadata": get_task("CIRRIT2IRetrieval").metadata, "hf_split": "test", "hf_subset": "default"}
+    texts = ["a white ring", INDIRECT]
+    found = model.encode(DataLoader(Dataset.from_dict({"text": texts}), batch_size=2), show_progress_bar=False, **about)
+    wanted = encoder.encode_queries([Query.of(text=text) for text in texts])
+    assert all(close(one, encoding.vector) for one, encoding in zip(found, wanted, strict=True))
+    picture = running.items[3].pictures[0]
+    pictures = [{"text": ["swap the left two"], "image": [picture.load()]}]
+    (shown,) = model.encode(DataLoader(pictures, batch_size=None), show_progress_bar=False, **about)
+    encoding = encoder.encode_queries([Query.of(image=picture, text="swap the left two")])[0]
+    assert float(np.dot(shown, encoding.vector)) > 0.99
+
+
+def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -> None:
+    pytest.importorskip("langchain_core")
+    pytest.importorskip("llama_index.core")
+    from traceir.adapters.langchain import TraceEmbeddings, TraceRetriever
+    from traceir.adapters.llamaindex import TraceEmbedding
+    from traceir.client import Client
+
+    wanted = encoder.encode_queries([Query.of(text=CAPTION)])[0].vector
+    assert close(TraceEmbeddings.of_server(running.url).embed_query(CAPTION), wanted)
+    assert close(TraceEmbedding.of_server(running.url).get_query_embedding(CAPTION), wanted)
+    found = TraceRetriever(source=Client(running.url), k=3).invoke(CAPTION)
+    assert [one.id for one in found] == [hit["id"] for hit in call(f"{running.url}/search", {"text": CAPTION, "k": 3})[1]["hits"]]
