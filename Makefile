@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: demo test check format data model model-direct bundle evaluate evidence clean
 
 demo: $(VENV)/ready
-	$(BIN)/traceir demo --out out/demo
+	$(BIN)/traceir demo --out out/demo --serve terminal
 
 test: $(VENV)/dev
 	$(BIN)/pytest

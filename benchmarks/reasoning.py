@@ -62,6 +62,7 @@ def main() -> int:
             part.add_argument("--concurrency", type=int, default=64)
         if name in ("faults", "kills"):
             part.add_argument("--rate", type=float, default=SPOILT_SHARE)
+            part.add_argument("--fault-seed", type=int, default=0, help="of the faults; --seed draws the moments of the kills")
         if name == "faults":
             part.add_argument("--at-most", type=float, default=0.02, help="share of misses, and of wrong drops (default: 0.02)")
             part.add_argument("--report", type=Path, help="write the table here too")
@@ -84,12 +85,14 @@ def faults(options: argparse.Namespace) -> int:
     out, log = options.out, options.out / "teacher.jsonl"
     captions = write_captions(options.data, out)
     started = time.monotonic()
-    with running(options.data, faults=Faults(options.rate, options.seed), log=log, stall_s=0.2) as url:
+    with running(options.data, faults=Faults(options.rate, options.fault_seed), log=log, stall_s=0.2) as url:
         build(options.data, out, url, captions, options.concurrency)
     seconds = time.monotonic() - started
     injected = injected_faults(log)
     text, worst = fault_table(read_outcomes(out), injected)
-    about = f"data {options.data}, rate {options.rate:g}, seed {options.seed}, {options.concurrency} in flight, {seconds:.0f} s"
+    about = (
+        f"data {options.data}, rate {options.rate:g}, seed {options.fault_seed}, {options.concurrency} in flight, {seconds:.0f} s"
+    )
     print(text := f"{text}\n\n{about}")
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +199,7 @@ def fault_table(outcomes: Iterator[Outcome], injected: dict[tuple[str, str], str
 def kills(options: argparse.Namespace) -> int:
     """Kills the build at random moments, evenly spread over its answers, and compares what is left with an uninterrupted one."""
     out, whole = options.out / "killed", options.against or options.out / "whole"
-    chosen = Faults(options.rate, options.seed)
+    chosen = Faults(options.rate, options.fault_seed)
     captions = write_captions(options.data, options.out) if not options.against else options.against / "world-captions.jsonl"
     if not options.against:
         with running(options.data, faults=chosen, log=whole / "teacher.jsonl", stall_s=0.2) as url:

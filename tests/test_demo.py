@@ -100,7 +100,8 @@ def test_the_command_answers_all_questions_and_says_where_it_is_wrong(
     right = lines.count("   right one first")
     assert right + len([line for line in lines if line.startswith("   wrong: ")]) == len(questions)
     assert f"{right} of {len(questions)} queries have the right one first" in printed
-    page = Page(Path(lines[-1].removeprefix("contact sheet: ")))
+    page = Page(Path(lines[-2].removeprefix("contact sheet: ")))
+    assert "traceir serve --index" in lines[-1]
     assert page.classes.count("badge") == len(questions) and page.classes.count("good") == right
     assert page.addresses and all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
     assert page.open == [] and "http" not in page.source.replace("http-equiv", "")

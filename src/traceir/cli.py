@@ -228,7 +228,7 @@ def _demo(args: argparse.Namespace) -> int:
     encoder = load_encoder(args, model)
     index, report = demo.fill(pool, args.out, encoder, progress=shows_progress())
     with index:
-        counts = index.info().counts
+        counts, place = index.info().counts, index.info().uri
         described = ", ".join(f"{counts[name]} {name}" for name in sorted(counts))
         print(f"gallery: {sum(counts.values())} items ({described}), {report.skipped} of them indexed before\n")
         answers = demo.ask(questions, encoder, index)
@@ -238,6 +238,9 @@ def _demo(args: argparse.Namespace) -> int:
     print(f"{right} of {len(answers)} queries have the right one first; {thought} were reasoned about, the others not.")
     print("The queries are the first of their row and kind (WISHES in demo.py), whatever comes of them.")
     print(f"contact sheet: {demo.write_page(answers, args.out)}")
+    if args.serve == "yes" or (args.serve == "terminal" and sys.stdout.isatty()):
+        return serving.serve_demo(place, encoder)
+    print(f"search it on a page: traceir serve --index {place} --open")
     return 0
 
 

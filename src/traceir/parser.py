@@ -421,6 +421,10 @@ def _add_push(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Ru
 def _add_demo(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     demo = _verb(verbs, shared, "demo", runs["demo"], "search a small gallery in every way, and write a contact sheet")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="working folder (default: out/demo)")
+    demo.add_argument(
+        "--serve", choices=("no", "yes", "terminal"), default="no",
+        help="then serve the gallery with its page; terminal: only where somebody sits at one (default: no)",
+    )  # fmt: skip
     _add_model(demo)
 
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from traceir.errors import InputError
 from traceir.terminal import load_encoder
+
+if TYPE_CHECKING:
+    from traceir.encoder import Encoder
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -34,6 +38,15 @@ def serve(args: argparse.Namespace) -> int:
         audit_contents=args.audit_contents,
     )
     serve(config, lambda: load_encoder(args), lambda told: print(told, flush=True), open_browser=args.open)
+    return 0
+
+
+def serve_demo(index: str, encoder: Encoder) -> int:
+    """The gallery of the demonstration on a page, until Ctrl-C."""
+    from traceir.serve.run import ServeConfig, serve
+
+    config = ServeConfig(index=index, title="TraceIR, the gallery of the demonstration")
+    serve(config, lambda: encoder, lambda told: print(f"{told} (Ctrl-C ends it)", flush=True), open_browser=True)
     return 0
 
 
