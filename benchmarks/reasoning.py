@@ -90,9 +90,8 @@ def faults(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - started
     injected = injected_faults(log)
     text, worst = fault_table(read_outcomes(out), injected)
-    about = (
-        f"data {options.data}, rate {options.rate:g}, seed {options.fault_seed}, {options.concurrency} in flight, {seconds:.0f} s"
-    )
+    chosen = f"rate {options.rate:g}, seed {options.fault_seed}"
+    about = f"data {options.data}, {chosen}, {options.concurrency} in flight, {seconds:.0f} s"
     print(text := f"{text}\n\n{about}")
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)

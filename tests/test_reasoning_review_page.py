@@ -20,7 +20,8 @@ from traceir.learn.reasoning.review.review import settle
 from traceir.learn.reasoning.review.review_server import serve_review
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-DEAD = "Failed to load resource: net::ERR_CONNECTION_REFUSED"
+DEAD = tuple(f"Failed to load resource: net::ERR_{end}" for end in ("CONNECTION_REFUSED", "CONNECTION_RESET", "EMPTY_RESPONSE"))
+"""What a browser says of a server that has just been killed, by the moment it notices."""
 """What the browser writes while the server is dead."""
 ATTACK = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><b>hat</b> & </p>"
 
@@ -69,7 +70,7 @@ def browser_page(**how: Any) -> Iterator[Any]:
         page = browser.new_context(**how).new_page()
         page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda told: wrong.append(told.text) if told.type == "error" and told.text != DEAD else None)
+        page.on("console", lambda told: wrong.append(told.text) if told.type == "error" and told.text not in DEAD else None)
         yield page
         browser.close()
     assert not wrong, wrong
