@@ -150,6 +150,6 @@ def _read_float(text: str) -> float:
 
 
 def _read_int(text: str) -> int:
-    if len(text) > MAX_DIGITS:
+    if len(text.removeprefix("-")) > MAX_DIGITS:
         raise InputError(f"the number {text[:40]}... of the body has more than {MAX_DIGITS} digits")
     return int(text)
