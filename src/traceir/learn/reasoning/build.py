@@ -78,7 +78,8 @@ class Tally:
 def run_parts(work: Work, parts: Sequence[Part], *, progress: bool = True) -> Tally:
     """Takes the parts through all stages; a first Ctrl-C lets what is in flight end, a second one does not wait.
 
-    Raises TeacherError where the teacher refuses or the spend limit is reached, after what was in flight is in the journal.
+    Where the teacher refuses, or the spend limit is reached, nothing more is asked, what is in flight ends in the journal, and
+    `stopped` says why. Raises DataError for broken data and for a disk that takes no more stage files.
     """
     return asyncio.run(_run(work, parts, progress))
 
