@@ -161,10 +161,10 @@ async def _load(options: argparse.Namespace, asked: list[Asked], url: str, pid: 
         mix = list(itertools.chain(*zip(simple, complex_, strict=False)))
         alone = await phase(session, url, [(mix, 1)], options.before, options.seed)
         quiet = await phase(session, url, [(simple, half)], options.before, options.seed)
-        watch = asyncio.create_task(watch_memory(pid))
+        memory: list[float] = []
+        watch = asyncio.create_task(watch_memory(pid, memory))
         mixed = await phase(session, url, [(simple, half), (complex_, options.clients - half)], options.seconds, options.seed)
         watch.cancel()
-    memory = watch_result(watch)
     return told(options, alone, quiet, mixed, memory)
 
 
@@ -205,21 +205,12 @@ async def ask(session: aiohttp.ClientSession, url: str, one: Asked, seen: Seen) 
         seen.wrong.append(f"cosine {cosine:.5f}, {data['trace']['reasoning']!r} for {one.reasoning!r}")
 
 
-async def watch_memory(pid: int) -> list[float]:
-    """MiB of the process, every five seconds, until cancelled."""
-    found: list[float] = []
-    try:
-        while True:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            found.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
-            await asyncio.sleep(5)
-    except asyncio.CancelledError:
-        watch_memory.found = found  # type: ignore[attr-defined]
-        raise
-
-
-def watch_result(watch: asyncio.Task[list[float]]) -> list[float]:
-    return list(getattr(watch_memory, "found", []))
+async def watch_memory(pid: int, found: list[float]) -> None:
+    """Appends the MiB of the process every five seconds, until cancelled."""
+    while True:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        await asyncio.sleep(5)
 
 
 def told(options: argparse.Namespace, alone: Seen, quiet: Seen, mixed: Seen, memory: list[float]) -> int:

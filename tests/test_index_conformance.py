@@ -36,6 +36,7 @@ from traceir.items import Item
 GIVEN = os.environ.get("TRACEIR_TEST_MILVUS", "")
 KINDS = ("folder", "file", "server", *(["given"] if GIVEN else []))
 has_milvus = all(importlib.util.find_spec(name) for name in ("pymilvus", "milvus_lite"))
+# Milvus is an extra of half a gigabyte; `make test` installs it, whoever leaves it out still tests the folder.
 needs_milvus = pytest.mark.skipif(
     not has_milvus, reason="pymilvus and milvus-lite are not installed: pip install 'traceir[milvus]'"
 )

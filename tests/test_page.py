@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import playwright.sync_api as playwright
 import pytest
 from conftest import serving
 
@@ -38,7 +39,7 @@ WATCH = """() => {
 }"""
 """Keeps what the page shows of a reasoning while it is being written."""
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+# The browser is a program of the system, not a package: where there is none, these cannot run.
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
 

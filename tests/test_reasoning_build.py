@@ -29,7 +29,7 @@ from traceir.learn.reasoning.rules import Limits, RuleFilter
 from traceir.learn.reasoning.scripted.faults import Faults
 from traceir.learn.reasoning.scripted.teacher_server import MODEL, running
 from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts
-from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.asker import UnansweredError
 from traceir.learn.reasoning.teachers.teacher import Reply
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
@@ -93,7 +93,7 @@ class Script:
     async def ask(self, question: Question) -> Reply:
         self.asked.append((question.stage, question.qid, question.attempt))
         if question.stage == "reason" and question.qid in self.fails:
-            raise Unanswered(f"no answer to {question.qid}")
+            raise UnansweredError(f"no answer to {question.qid}")
         shown = blocks("".join(part for part in question.parts if isinstance(part, str)))
         told = self.odd.get((question.stage, question.qid)) or self.say(question.stage, shown)
         return Reply(told, "stop", "script", 10, 5)
@@ -321,7 +321,6 @@ def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys
 
 
 def test_ray_makes_the_same_files_from_the_same_functions(boats: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="needs the extra `cluster`")
     with running(boats) as url:
         assert main([*told(boats, tmp_path / "ray", url), "--engine", "ray", "--workers", "2"]) == 0
         assert main(told(boats, tmp_path / "local", url)) == 0

@@ -185,7 +185,6 @@ def test_without_labels_composed_queries_are_scripted_from_captions(unlabelled: 
 
 @pytest.mark.parametrize("kind", CONTENT)
 def test_every_fault_meets_the_rule_meant_for_it(labelled: Path, kind: str) -> None:
-    pytest.importorskip("py3langid")
     oracle, cases = Oracle(labelled), cases_of(labelled)
     rules = RuleFilter(captions={case.record.image_path or "": _source_of(oracle, case) for case in cases.values()})
     shown = 0

@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import playwright.sync_api as playwright
 import pytest
 from PIL import Image
 from test_reasoning_review import outcome
@@ -22,10 +23,9 @@ from traceir.learn.reasoning.review.review_server import serve_review
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DEAD = tuple(f"Failed to load resource: net::ERR_{end}" for end in ("CONNECTION_REFUSED", "CONNECTION_RESET", "EMPTY_RESPONSE"))
 """What a browser says of a server that has just been killed, by the moment it notices."""
-"""What the browser writes while the server is dead."""
 ATTACK = "<script>window.pwned = 1</script><img src=x onerror='window.pwned = 2'><b>hat</b> & </p>"
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+# The browser is a program of the system, not a package: where there is none, these cannot run.
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
 
 

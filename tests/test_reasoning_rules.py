@@ -131,8 +131,10 @@ def test_text_of_the_data_cannot_close_a_block() -> None:
 
 
 def test_replies_are_read_with_or_without_words_around_them() -> None:
-    assert read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```').z == 1  # type: ignore[union-attr]
+    fenced = read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```')
+    assert fenced is not None and fenced.z == 1
     assert read_assessment('{"complex": "true", "confidence": 0.8}') is None
-    assert read_verdict('{"verdict": "No", "confidence": 1}').yes is False  # type: ignore[union-attr]
+    refused = read_verdict('{"verdict": "No", "confidence": 1}')
+    assert refused is not None and refused.yes is False
     assert read_verdict('{"verdict": "yes", "confidence": 7}') is None
     assert read_verdict("yes") is None

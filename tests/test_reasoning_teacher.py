@@ -21,9 +21,9 @@ import pytest
 from PIL import Image
 
 from traceir.errors import DataError, InputError, PictureError, TeacherError
-from traceir.learn.reasoning.ask import Question
+from traceir.learn.reasoning.ask import Question, Stage
 from traceir.learn.reasoning.teachers import places
-from traceir.learn.reasoning.teachers.asker import Asker, SpendLimit, Unanswered
+from traceir.learn.reasoning.teachers.asker import Asker, SpendLimitError, UnansweredError
 from traceir.learn.reasoning.teachers.batch_files import BatchTeacher, read_batch_results
 from traceir.learn.reasoning.teachers.journal import Journal
 from traceir.learn.reasoning.teachers.pace import Limits, Pace
@@ -109,9 +109,9 @@ def server() -> Iterator[Server]:
     made.close()
 
 
-def question(number: int = 0, *parts: str | Path, stage: str = "assess", max_tokens: int = 32) -> Question:
+def question(number: int = 0, *parts: str | Path, stage: Stage = "assess", max_tokens: int = 32) -> Question:
     shown = ("<query>a blue square</query>", f"<task>{number}</task>", *parts)
-    return Question(stage, f"9:{number}", "cirr_task7", 0, "Sort the query.", shown, max_tokens, 0.0, 1)  # type: ignore[arg-type]
+    return Question(stage, f"9:{number}", "cirr_task7", 0, "Sort the query.", shown, max_tokens, 0.0, 1)
 
 
 def ask_all(
@@ -225,14 +225,14 @@ def test_unreachable_teacher_is_given_up_early(server: Server, tmp_path: Path) -
 def test_question_without_answer_stays_open(server: Server, tmp_path: Path) -> None:
     server.script = lambda number, body: failure(500, "oops") if "<task>1" in str(body) else (200, {}, completion())
     asker, (good, bad) = ask_all(server.url, tmp_path, [question(0), question(1)], attempts=3)
-    assert isinstance(good, Reply) and isinstance(bad, Unanswered) and "9:1" in str(bad) and "oops" in str(bad)
+    assert isinstance(good, Reply) and isinstance(bad, UnansweredError) and "9:1" in str(bad) and "oops" in str(bad)
     assert len(server.bodies) == 4 and asker.unanswered == 1 and asker.journal.answers == 1
 
 
 def test_stalled_request_times_out(server: Server, tmp_path: Path) -> None:
     server.wait_s = 0.5
     asker, (error,) = ask_all(server.url, tmp_path, [question()], timeout_s=0.05, attempts=2)
-    assert isinstance(error, Unanswered) and "0.05 s" in str(error) and asker.pace.limits.permitted == 2
+    assert isinstance(error, UnansweredError) and "0.05 s" in str(error) and asker.pace.limits.permitted == 2
 
 
 def test_spend_limit_is_kept(server: Server, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_spend_limit_is_kept(server: Server, tmp_path: Path) -> None:
     asker, found = ask_all(server.url, tmp_path, asked, concurrency=4, **prices)
     kept = sum(isinstance(reply, Reply) for reply in found)
     assert kept == len(server.bodies) == asker.journal.answers and 6 <= kept <= 15 and asker.spent <= 0.03
-    assert all(isinstance(error, (Reply, SpendLimit)) for error in found)
+    assert all(isinstance(error, (Reply, SpendLimitError)) for error in found)
     asker, found = ask_all(server.url, tmp_path, asked, concurrency=4, **{**prices, "spend_limit": 1.0})
     assert all(isinstance(reply, Reply) for reply in found) and asker.reused == kept and len(server.bodies) == 40
 
@@ -261,7 +261,7 @@ def test_drain_keeps_what_is_in_flight(server: Server, tmp_path: Path) -> None:
 
     answers, found = asyncio.run(run())
     assert answers == 2 == len(server.bodies) and isinstance(found[0], asyncio.CancelledError) and isinstance(found[1], Reply)
-    assert all(isinstance(error, Unanswered) for error in found[2:])
+    assert all(isinstance(error, UnansweredError) for error in found[2:])
 
 
 REPLY = Reply("text of \u2028 the reply", "stop", "m-1", 7, 3)
@@ -460,7 +460,7 @@ def test_batch_files_and_back(server: Server, tmp_path: Path) -> None:
             teacher = BatchTeacher(folder, "m-1", requests_per_file=2)
             asker = Asker(teacher, journal, Pace(4))
             found = await asyncio.gather(*(asker.ask(one) for one in asked + asked), return_exceptions=True)
-            assert all(isinstance(error, Unanswered) for error in found)
+            assert all(isinstance(error, UnansweredError) for error in found)
             await asker.close()
         return teacher.written
 

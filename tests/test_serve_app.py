@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 from conftest import Running, serving
 from PIL import Image
@@ -172,7 +173,6 @@ def test_bad_requests_say_what_is_wrong_in_openais_shape(running: Running, path:
 
 
 def test_openais_client_drives_it_unchanged(running: Running, encoder: Encoder) -> None:
-    openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="unused")
     assert [model.id for model in client.models.list()] == ["traceir"]
     found = client.embeddings.create(model="traceir", input=["a white ring", "a blue ball"])
@@ -210,7 +210,6 @@ def test_keys_scopes_and_tenants(running: Running, tmp_path: Path, encoder: Enco
 
 
 def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: Encoder) -> None:
-    pytest.importorskip("mteb")
     from datasets import Dataset
     from mteb import get_task
     from mteb.models import OpenAIAPIEncodeWrapper
@@ -230,8 +229,6 @@ def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: En
 
 
 def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -> None:
-    pytest.importorskip("langchain_core")
-    pytest.importorskip("llama_index.core")
     from traceir.adapters.langchain import TraceEmbeddings, TraceRetriever
     from traceir.adapters.llamaindex import TraceEmbedding
     from traceir.client import Client

@@ -15,7 +15,7 @@ from traceir.errors import InputError, PictureError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
 from traceir.pictures import Picture
-from traceir.serve.scheduler import Busy, Late, Progress, Scheduler
+from traceir.serve.scheduler import BusyError, LateError, Progress, Scheduler
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -83,7 +83,7 @@ def test_beyond_the_capacity_is_refused_at_once_and_the_rest_is_answered(model: 
     async def work() -> None:
         async with scheduling(model, capacity=4) as scheduler:
             found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
-            busy = [one for one in found if isinstance(one, Busy)]
+            busy = [one for one in found if isinstance(one, BusyError)]
             assert len(busy) == len(queries) - 4 and all(one.retry_after_s > 0 for one in busy)
             assert not (await scheduler.encode_query(queries[-1], "reason")).cached
 
@@ -116,7 +116,7 @@ def test_who_leaves_takes_the_row_along_and_disturbs_nobody(model: TraceModel, q
 def test_a_deadline_ends_one_request_alone(model: TraceModel, queries: list[Query]) -> None:
     async def work() -> None:
         async with scheduling(model) as scheduler:
-            with pytest.raises(Late):
+            with pytest.raises(LateError):
                 await scheduler.encode_query(queries[0], "reason", seconds=1e-9)
             assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
 
@@ -156,7 +156,7 @@ def test_closing_lets_what_is_under_way_end(model: TraceModel, queries: list[Que
             await asyncio.sleep(0.001)
         await scheduler.close()
         assert len([(await task).encoding for task in tasks]) == len(queries)
-        with pytest.raises(Busy):
+        with pytest.raises(BusyError):
             await scheduler.encode_query(queries[0], "direct")
 
     run(work())
@@ -177,9 +177,11 @@ def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
 
 
 def test_a_route_that_is_none_is_refused(model: TraceModel, queries: list[Query]) -> None:
+    sideways: Any = "sideways"
+
     async def work() -> None:
         async with scheduling(model) as scheduler:
             with pytest.raises(InputError, match="sideways"):
-                await scheduler.encode_query(queries[0], "sideways")  # type: ignore[arg-type]
+                await scheduler.encode_query(queries[0], sideways)
 
     run(work())

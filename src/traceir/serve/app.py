@@ -27,7 +27,7 @@ from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.metrics import Metrics
 from traceir.serve.page import STATIC, page_config, page_html
-from traceir.serve.scheduler import Busy, Late, Progress, Served
+from traceir.serve.scheduler import BusyError, LateError, Progress, Served
 from traceir.serve.schemas import (
     MAX_K,
     MAX_OFFSET,
@@ -56,8 +56,8 @@ from traceir.serve.strict import StrictRoute
 log = logging.getLogger(__name__)
 
 STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
-    (Busy, 429, "rate_limit_error"),
-    (Late, 408, "timeout_error"),
+    (BusyError, 429, "rate_limit_error"),
+    (LateError, 408, "timeout_error"),
     (InputError, 400, "invalid_request_error"),
     (DataError, 400, "invalid_request_error"),
     (StoreError, 503, "server_error"),
@@ -234,7 +234,7 @@ def of_error(error: TraceError) -> JSONResponse:
     status, kind = next((status, kind) for type_, status, kind in STATUS if isinstance(error, type_))
     if status >= 500:
         log.error("%s: %s", type(error).__name__, error)
-    headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, Busy) else None
+    headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, BusyError) else None
     told = str(error)[:2000] if status < 500 else "the server cannot do this now; its log says why"
     return error_response(status, told, kind, headers=headers)
 

@@ -29,7 +29,7 @@ PROGRESS_S: Final = 0.05
 """Seconds between two reports on a row that writes."""
 
 
-class Busy(TraceError):  # noqa: N818 (no failure of the program: the client is asked to wait)
+class BusyError(TraceError):
     """Too many requests are waiting; `retry_after_s` says when to come back."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
@@ -37,7 +37,7 @@ class Busy(TraceError):  # noqa: N818 (no failure of the program: the client is 
         self.retry_after_s = retry_after_s
 
 
-class Late(TraceError):  # noqa: N818
+class LateError(TraceError):
     """The deadline of a request has passed."""
 
 
@@ -84,7 +84,7 @@ class Job:
 class Scheduler:
     """Encodes queries and items from any number of tasks of one event loop.
 
-    `capacity` bounds the inputs that are under way; beyond it `Busy` is raised at once. `writing` rows write together, those
+    `capacity` bounds the inputs that are under way; beyond it `BusyError` is raised at once. `writing` rows write together, those
     beyond wait with their cache. `remembered` encodings are kept by content. Equal to the encoder's own results up to
     floating-point rounding. Start it within the loop, and `close` it there: what is under way ends, nothing new is taken.
     """
@@ -130,7 +130,7 @@ class Scheduler:
     ) -> Served:
         """A query by a route. `listener` is told of its progress, in the event loop; `seconds` is its deadline.
 
-        Raises Busy, Late, InputError. Cancelling ends the work, unless others wait for the same query.
+        Raises BusyError, LateError, InputError. Cancelling ends the work, unless others wait for the same query.
         """
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
@@ -146,7 +146,7 @@ class Scheduler:
         self, content: Query | Item, role: str, route: Route, listener: Listener | None, seconds: float | None
     ) -> Served:
         if self._closing:
-            raise Busy(len(self._jobs), 1.0)
+            raise BusyError(len(self._jobs), 1.0)
         key = role, route, await self._loop.run_in_executor(self._pool, content.content_hash)
         if (known := self._remembered(key)) is not None:
             return Served(known[0], 0.0, 0.0, known[1], cached=True)
@@ -162,7 +162,7 @@ class Scheduler:
             async with asyncio.timeout(seconds):
                 return await asyncio.shield(job.done)
         except TimeoutError as error:
-            raise Late(f"not encoded within {seconds:g} s; give it more time, or ask for the direct route") from error
+            raise LateError(f"not encoded within {seconds:g} s; give it more time, or ask for the direct route") from error
         finally:
             job.waiters -= 1
             if listener is not None and listener in job.listeners:
@@ -172,7 +172,7 @@ class Scheduler:
 
     def _admit(self, key: tuple[str, str, str], route: Route) -> Job:
         if len(self._jobs) >= self.capacity or self._closing:
-            raise Busy(len(self._jobs), max(1.0, round(len(self._jobs) / self._rate, 1) if self._rate else 1.0))
+            raise BusyError(len(self._jobs), max(1.0, round(len(self._jobs) / self._rate, 1) if self._rate else 1.0))
         self.misses += 1
         job = self._jobs[key] = Job(key, route, time.monotonic(), self._loop.create_future())
         return job

@@ -67,7 +67,7 @@ class Service:
         return replace(self, index=index, sources=replace(self.sources, index=index))
 
     async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> SearchOut:
-        """The hits of a query. Raises InputError, PictureError, Busy, Late, StoreError."""
+        """The hits of a query. Raises InputError, PictureError, BusyError, LateError, StoreError."""
         query = await self.query(asked)
         await self._note([query], noted)
         served = await self.scheduler.encode_query(query, asked.route, listener=listener, seconds=self.deadline_s)

@@ -26,7 +26,7 @@ from traceir.learn.reasoning.plan import STAGES, BuildConfig, write_json, write_
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Part, Source
 from traceir.learn.reasoning.stages import Line
-from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.asker import UnansweredError
 from traceir.learn.reasoning.teachers.teacher import Reply
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ async def _run(work: Work, parts: Sequence[Part], progress: bool) -> Tally:
                 await _take(work, part, tally, done, stop)
                 tally.parts += 1
                 silent.clear()
-            except Unanswered as error:
+            except UnansweredError as error:
                 log.warning("%s is left unfinished: %s", part.name, error)
                 tally.unfinished[part.name] = str(error)
                 silent.append(part.name)

@@ -29,11 +29,11 @@ _RATE_OVER: Final = 512
 _ENDING: Final = "the build is ending before this question was asked; run again to go on"
 
 
-class Unanswered(TeacherError):  # noqa: N818 (no error of the program: the question stays open, and the build goes on)
+class UnansweredError(TeacherError):
     """A question that all tries left without an answer, or that was put into a batch file; it is asked anew by a later run."""
 
 
-class SpendLimit(TeacherError):  # noqa: N818
+class SpendLimitError(TeacherError):
     """The next question might pass the spend limit."""
 
 
@@ -90,8 +90,8 @@ class Asker:
     async def ask(self, question: Question) -> Reply:
         """The reply, also one with finish `error` where the teacher refuses the question.
 
-        Raises Unanswered for a question that failed for a time, SpendLimit, TeacherError for what cannot get better, and
-        PictureError for a picture that cannot be sent.
+        Raises UnansweredError for a question that failed for a time, SpendLimitError, TeacherError for what cannot get better,
+        and PictureError for a picture that cannot be sent.
         """
         self.asked += 1
         async with self._window:  # so many bodies are in memory at most
@@ -109,7 +109,7 @@ class Asker:
             except asyncio.CancelledError:
                 asking = asyncio.current_task()
                 if task.cancelled() and asking is not None and not asking.cancelling():
-                    raise Unanswered(_ENDING) from None  # `drain` took the task, nobody took the one that asks
+                    raise UnansweredError(_ENDING) from None  # `drain` took the task, nobody took the one that asks
                 raise
 
     def status(self) -> str:
@@ -169,7 +169,7 @@ class Asker:
                 self._note(request.key, -prompt, -question.max_tokens)
         self.unanswered += 1
         shown = f"no answer to {question.stage} of {question.qid} in {self.attempts} tries; the last: {last}; run again later"
-        raise Unanswered(shown) from last
+        raise UnansweredError(shown) from last
 
     async def _start(self, prompt: int, completion: int) -> Slot:
         """A slot of the pace, once all that could stop a request has been looked at."""
@@ -179,7 +179,7 @@ class Asker:
             pending = self._cost(journal.pending_prompt_tokens, journal.pending_completion_tokens)
             if self.spend_limit is not None and self.spent + pending + self._cost(prompt, completion) > self.spend_limit:
                 shown = f"{self.spent:.4f} USD are spent, up to {pending:.4f} in flight, the limit is {self.spend_limit:g}"
-                raise self._stopped(SpendLimit(f"{shown}; raise the spend limit to go on, all answers are kept"))
+                raise self._stopped(SpendLimitError(f"{shown}; raise the spend limit to go on, all answers are kept"))
         except TeacherError:
             self.pace.unstart(slot)
             raise
@@ -208,7 +208,7 @@ class Asker:
         except TransientError as error:
             overloaded, wait = error.overloaded, error.retry_after
             raise
-        except Unanswered:
+        except UnansweredError:
             self.unanswered += 1
             raise
         except TeacherError as error:
@@ -248,7 +248,7 @@ class Asker:
         if self._stop is not None:
             raise type(self._stop)(str(self._stop)) from self._stop
         if self._draining:
-            raise Unanswered(_ENDING)
+            raise UnansweredError(_ENDING)
 
     def _stopped(self, error: TeacherError) -> TeacherError:
         """Remembers what stops all later questions: the first such error."""

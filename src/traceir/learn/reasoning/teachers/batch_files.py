@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.teachers.asker import Unanswered
+from traceir.learn.reasoning.teachers.asker import UnansweredError
 from traceir.learn.reasoning.teachers.journal import Journal
 from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
 from traceir.learn.reasoning.teachers.teacher import (
@@ -75,7 +75,7 @@ class BatchTeacher:
         return await request_of(question, self.name, self.pixels, self.extra)
 
     async def send(self, request: Request) -> Reply:
-        """Writes the request, if no file has it yet, and raises Unanswered."""
+        """Writes the request, if no file has it yet, and raises UnansweredError."""
         try:
             if self._lock < 0:
                 self._open()
@@ -84,7 +84,7 @@ class BatchTeacher:
         except OSError as error:
             self._discard()
             raise TeacherError(f"{self._writing}: {error.strerror or error}; free the disk and start again") from error
-        raise Unanswered(f"the question waits in a request file of {self.folder}; run the batch and import its results")
+        raise UnansweredError(f"the question waits in a request file of {self.folder}; run the batch and import its results")
 
     async def reply(self, question: Question) -> Reply:
         return await self.send(await self.request(question))
