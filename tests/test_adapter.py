@@ -300,14 +300,14 @@ class FakeHub:
 
 def test_push(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = ready
-    monkeypatch.setattr("traceir.learn.card.HfApi", FakeHub)
+    monkeypatch.setattr("traceir.learn.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [])
     (checkpoint / ".secret").write_text("stays here")
     told = push(checkpoint, "somebody/trace-test")
     assert "model.safetensors" in told and "nothing was uploaded" in told and ".secret" not in told and not FakeHub.calls
     assert push(checkpoint, "somebody/trace-test", private=True, dry_run=False).endswith("/commit/1")
-    assert [name for name, _ in FakeHub.calls] == ["create_repo", "model_info", "upload_folder"]
-    assert FakeHub.calls[0][1]["private"] is True
+    assert [name for name, _ in FakeHub.calls] == ["create_repo", "repo_info", "upload_folder"]
+    assert FakeHub.calls[0][1] == {"private": True, "exist_ok": True, "repo_type": "model"}
     assert set(FakeHub.calls[-1][1]["allow_patterns"]) == {path.name for path in checkpoint.iterdir()} - {".secret"}
     monkeypatch.setattr(FakeHub, "public", True)
     with pytest.raises(TraceError, match="is public"):

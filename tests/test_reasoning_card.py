@@ -130,7 +130,7 @@ def test_push(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"README\.md"):
         push_cot(folder, "somebody/data")
     write_cot_card(folder, built)
-    monkeypatch.setattr("traceir.learn.reasoning.cot_card.HfApi", FakeHub)
+    monkeypatch.setattr("traceir.learn.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [])
     (folder / "arrow").mkdir()
     (folder / "arrow" / "cache.arrow").write_text("stays here")
@@ -139,7 +139,7 @@ def test_push(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "train-00002-of-00003.parquet" in told and "nothing was uploaded" in told and "notes" not in told
     assert not FakeHub.calls
     assert push_cot(folder, "somebody/data", dry_run=False).endswith("/commit/1")
-    assert [name for name, _ in FakeHub.calls] == ["create_repo", "dataset_info", "upload_folder"]
+    assert [name for name, _ in FakeHub.calls] == ["create_repo", "repo_info", "upload_folder"]
     assert FakeHub.calls[0][1]["private"] is True and FakeHub.calls[0][1]["repo_type"] == "dataset"
     files = [f"train-0000{n}-of-00003.parquet" for n in range(3)]
     assert FakeHub.calls[-1][1]["allow_patterns"] == ["README.md", "manifest.json", *files]

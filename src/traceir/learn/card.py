@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from traceir.adapter import Base, adapter_folder, read_base, weights_fingerprint
 from traceir.batch import check_read_out
-from traceir.errors import InputError, ModelError, TraceError
+from traceir.errors import InputError, ModelError
 from traceir.learn import hub
 from traceir.learn import markdown as md
 from traceir.learn.judged import write_whole
@@ -40,7 +38,6 @@ READ_OUTS: Final = {
     "at_token": "the last hidden state at `<|emb|>` itself",
     "last": "the last hidden state at the end of the prompt",
 }
-_NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
 """What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
 
 
@@ -88,37 +85,8 @@ def push(folder: Path, repo: str, *, private: bool = True, dry_run: bool = True,
     login` or HF_TOKEN has set; it is never read here. Raises ModelError for a folder that must not be uploaded, InputError for a
     bad name, TraceError where the hub refuses or cannot be reached; the upload can then be repeated.
     """
-    _check_repo(repo)
-    files = uploaded_files(folder)
-    total = sum(size for _, size in files)
-    if dry_run:
-        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
-        place = f"{repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
-        return "\n".join([*lines, f"{md.size(total):>10}  in {len(files)} files would go to {place}; nothing was uploaded"])
-    api = HfApi()
-    try:
-        api.create_repo(repo, private=private, exist_ok=True)
-        if private and not api.model_info(repo).private:
-            raise TraceError(
-                f"{repo} exists and is public, but a private one was asked for; make it private or choose another name"
-            )
-        if revision:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=[name for name, _ in files],
-            revision=revision,
-            commit_message="Upload by traceir",
-        )
-    except HfHubHTTPError as error:
-        raise TraceError(hub.refusal(repo, error)) from error
-    except _NETWORK as error:
-        raise TraceError(
-            f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
-            "network and HF_HUB_OFFLINE, then push again, or look at what would go with --dry-run"
-        ) from error
-    return str(commit.commit_url)
+    hub.check_name(repo)
+    return hub.upload(folder, uploaded_files(folder), repo, "model", private=private, dry_run=dry_run, revision=revision)
 
 
 def uploaded_files(folder: Path) -> list[tuple[str, int]]:
@@ -177,19 +145,12 @@ def _check_whole(folder: Path) -> None:
         raise ModelError(f"{folder} holds weights {actual}, its traceir.json is of {settings.fingerprint}; copy or save it again")
 
 
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(f"--repo {repo!r} is no name of the hub; write OWNER/NAME ({error})") from error
-
-
 # The card
 
 
 def _facts(folder: Path, run: Path | None, evaluations: Sequence[Path], repo: str | None) -> _Facts:
     if repo is not None:
-        _check_repo(repo)
+        hub.check_name(repo)
     settings = read_settings(folder / "traceir.json")
     if settings is None:
         raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from traceir.errors import InputError
 from traceir.learn import mbeir
-from traceir.learn.cot import PoolFile, to_row, write_rows
+from traceir.learn.cot import to_row, write_rows
 from traceir.learn.data import join
 from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
 from traceir.learn.reasoning.plan import DATASET, read_config, write_json
 from traceir.learn.reasoning.review.review import Settled, settle
+from traceir.learn.reasoning.source import Source
 
 Dropped = Literal["leave_out", "direct"]
 
@@ -61,13 +62,14 @@ def assemble(
     """
     if dropped not in ("leave_out", "direct"):
         raise InputError(f"dropped is {dropped!r}; choose leave_out or direct")
-    root = Path(read_config(out).data)
+    config = read_config(out)
+    root = Path(config.data)
     funnel = Funnel()
     fresh, place, old = (out / f"{DATASET}{suffix}" for suffix in (".new", "", ".old"))
     shutil.rmtree(fresh, ignore_errors=True)
     settled = settle(out).settled
-    with closing(PoolFile(mbeir.train_pool_path(root))) as pool:
-        rows = _rows(read_outcomes(out), pool, settled, dropped, negatives, funnel)
+    with closing(Source(root, config.tasks)) as source:
+        rows = _rows(read_outcomes(out, source=source), source.pool, settled, dropped, negatives, funnel)
         write_rows(rows, root, fresh, format=format, rows_per_file=rows_per_file)
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():

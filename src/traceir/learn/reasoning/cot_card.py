@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from huggingface_hub import DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import DatasetCardData
 from tqdm import tqdm
 
-from traceir.errors import DataError, InputError, TraceError
+from traceir.errors import DataError
 from traceir.learn import hub
 from traceir.learn import markdown as md
 from traceir.learn.cot import FORMAT as COT_FORMAT
@@ -52,7 +50,6 @@ COLUMNS: Final[tuple[tuple[str, Any, str], ...]] = (
     ("provenance", "string", "JSON: teacher, verifier, prompt version, seed, keys of the answers, tokens, reviewers"),
 )
 """Name, type and meaning of each column (docs/formats.md, section 17)."""
-_NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
 """What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
 
 
@@ -108,42 +105,8 @@ def push_cot(folder: Path, repo: str, *, dry_run: bool = True, private: bool = T
     would be uploaded. The token is the one that `hf auth login` or HF_TOKEN has set; it is never read here. Raises DataError for
     a folder that is not whole, InputError for a bad name, TraceError where the hub refuses or cannot be reached; then push again.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise InputError(f"--repo {repo!r} is no name of the hub; write OWNER/NAME ({error})") from error
-    files = pushed_files(folder)
-    total = sum(size for _, size in files)
-    if dry_run:
-        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
-        place = f"{repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
-        told = f"in {len(files)} files would go to the data set {place}; nothing was uploaded"
-        return "\n".join([*lines, f"{md.size(total):>10}  {told}"])
-    api = HfApi()
-    try:
-        api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        if private and not api.dataset_info(repo).private:
-            raise TraceError(
-                f"{repo} exists and is public, but a private one was asked for; make it private or choose another name"
-            )
-        if revision:
-            api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=[name for name, _ in files],
-            revision=revision,
-            commit_message="Upload by traceir",
-        )
-    except HfHubHTTPError as error:
-        raise TraceError(hub.refusal(repo, error)) from error
-    except _NETWORK as error:
-        raise TraceError(
-            f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
-            "network and HF_HUB_OFFLINE, then push again, or look at what would go with --dry-run"
-        ) from error
-    return str(commit.commit_url)
+    hub.check_name(repo)
+    return hub.upload(folder, pushed_files(folder), repo, "dataset", private=private, dry_run=dry_run, revision=revision)
 
 
 def pushed_files(folder: Path) -> list[tuple[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -47,10 +47,11 @@ class Outcome:
     provenance: str
 
 
-def read_outcomes(out: Path, *, partial: bool = False) -> Iterator[Outcome]:
+def read_outcomes(out: Path, *, partial: bool = False, source: Source | None = None) -> Iterator[Outcome]:
     """The outcomes of a build in the order of its data, streamed; in memory are one part and 16 bytes a kept answer.
 
-    `partial` leaves out parts that are not finished; without it they are a DataError.
+    `partial` leaves out parts that are not finished; without it they are a DataError. `source` is one that is open on the
+    build's data; without it one is opened.
     """
     told, config = read_build(out), read_config(out)
     parts = find_parts(Path(config.data), config.part_size)
@@ -58,10 +59,10 @@ def read_outcomes(out: Path, *, partial: bool = False) -> Iterator[Outcome]:
         shown = f"{len(missing)} of {len(parts)} parts are not finished ({missing[0]} ...)"
         raise DataError(f"{out}: {shown}; run `traceir reasoning build` again")
     seen: set[bytes] = set()
-    with closing(Source(Path(config.data), config.tasks)) as source:
+    with nullcontext(source) if source else closing(Source(Path(config.data), config.tasks)) as opened:
         for part in parts:
             if is_finished(out, part):
-                yield from _outcomes(out, part, source, config, str(told["prompts"]), seen)
+                yield from _outcomes(out, part, opened, config, str(told["prompts"]), seen)
 
 
 def _outcomes(out: Path, part: Part, source: Source, config: BuildConfig, prompts: str, seen: set[bytes]) -> Iterator[Outcome]:
