@@ -73,6 +73,39 @@ def test_search_finds_what_the_searcher_finds(running: Running, encoder: Encoder
             assert set(trace["seconds"]) == {"queue", "encode", "search"}
 
 
+def test_a_picture_sent_goes_with_its_item_alone(running: Running) -> None:
+    first, second = (base64.b64encode(png(colour)).decode() for colour in ("teal", "olive"))
+    store = running.index / "pictures"
+
+    def files() -> int:
+        return len(list(store.rglob("*.png")))
+
+    before = files()
+    items = [{"id": f"sent-{number}", "image": {"data": first}} for number in range(2)]
+    status, _ = call(f"{running.url}/items", {"items": [*items, {"id": "borrowed", "image": {"item": running.items[0].id}}]})
+    assert status == 200 and files() == before + 2
+    assert call(f"{running.url}/items", {"items": [{"id": "lent", "image": {"item": "sent-0"}}]})[0] == 200
+    assert files() == before + 3
+    assert call(f"{running.url}/items", {"items": [{"id": "sent-0", "image": {"data": second}}]})[0] == 200
+    assert files() == before + 3
+    assert call(f"{running.url}/items/sent-0", method="DELETE")[0] == 200
+    assert files() == before + 2
+    for id in ("sent-1", "lent"):
+        picture = call(f"{running.url}/items/{id}")[1]["image"]
+        with urllib.request.urlopen(f"{running.url}{picture}", timeout=60) as response:
+            assert response.headers["content-type"] == "image/jpeg"
+    ids = ["sent-1", "lent", "borrowed"]
+    assert call(f"{running.url}/items", {"ids": ids}, method="DELETE") == (200, {"deleted": 3})
+    assert files() == before
+    assert all(item.pictures[0].path.exists() for item in running.items if item.pictures and item.pictures[0].path)
+
+
+def png(colour: str) -> bytes:
+    buffer = BytesIO()
+    Image.new("RGB", (32, 24), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def test_pages_of_hits_continue_each_other(running: Running) -> None:
     _, whole = call(f"{running.url}/search", {"text": CAPTION, "k": 70})
     _, second = call(f"{running.url}/search", {"text": CAPTION, "k": 30, "offset": 30})

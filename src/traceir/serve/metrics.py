@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -42,6 +42,11 @@ class Metrics:
             self.truncated.inc(int(one.encoding.truncated))
             if one.encoding.tokens:
                 self.tokens.observe(one.encoding.tokens)
+
+    def count_dropped(self, dropped: Callable[[], int]) -> None:
+        """Shows how many lines the audit log has lost."""
+        gauge = Gauge("traceir_audit_dropped", "Lines that the audit log lost since the start.", registry=self.registry)
+        gauge.set_function(dropped)
 
     def searched(self, seconds: float) -> None:
         self.seconds.labels("search").observe(seconds)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import threading
 import uuid
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Final
@@ -19,15 +24,35 @@ MAX_SIDE: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class PictureStore:
-    """Uploaded pictures below `folder`, each a PNG named by the SHA-256 of what was sent."""
+    """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one PNG in it,
+    named by the SHA-256 of what was sent. So the picture of an item goes with the item, and no other's with it. Thread-safe.
+    """
 
     folder: Path
+    tenant: str | None = None
+    _busy: Counter[Path] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def keep(self, picture: Picture) -> Picture:
-        """The picture as a file that survives a crash; equal pictures are one file, one that is a file already stays as it is."""
-        if picture.path is not None:
+    @contextmanager
+    def holding(self, ids: Iterable[str]) -> Iterator[None]:
+        """While it lasts nothing of these items is thrown away: their files may be on the way into the index."""
+        places = [self._place(id) for id in ids]
+        with self._lock:
+            self._busy.update(places)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.subtract(places)
+                for place in places:
+                    if self._busy[place] <= 0:
+                        del self._busy[place]
+
+    def keep(self, picture: Picture, id: str) -> Picture:
+        """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
+        if picture.path is not None and not picture.path.is_relative_to(self.folder):
             return picture
-        place = self.folder / picture.sha256[:2] / f"{picture.sha256}.png"
+        place = self._place(id) / f"{picture.sha256}.png"
         if not place.exists():
             fresh = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             try:
@@ -42,6 +67,22 @@ class PictureStore:
                 shown = f"the picture cannot be kept: {error.strerror or error}"
                 raise StoreError(f"{shown}; free the disk, send it again") from error
         return Picture.open(place)
+
+    def tidy(self, id: str, kept: str | None) -> None:
+        """Throws away the uploads of an item except the one that the index names; nothing while it is being added."""
+        place = self._place(id)
+        with self._lock:
+            if self._busy[place] > 0 or not place.is_dir():
+                return
+            for file in place.iterdir():
+                if str(file) != kept:
+                    file.unlink(missing_ok=True)
+            if kept is None:
+                place.rmdir()
+
+    def _place(self, id: str) -> Path:
+        owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]
+        return self.folder / owner[:2] / owner
 
 
 def as_jpeg(picture: Picture, side: int = MAX_SIDE) -> bytes:

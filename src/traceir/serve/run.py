@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import sys
 import webbrowser
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
+
+import numpy as np
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
@@ -30,9 +33,13 @@ from traceir.serve.limits import Buckets, Rate
 from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
+from traceir.serve.tenants import Census
 
 log = logging.getLogger(__name__)
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+SWITCH_S: Final = 0.0005
+"""Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
+small model takes."""
 LOOKED_AT: Final = 20_000
 """Items looked at for the folders of their pictures."""
 
@@ -83,7 +90,9 @@ def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
     gate = Gate(keys, Buckets(rate), Buckets(Rate(60)))
     server = Server(make, gate, model_name=config.model_name, title=config.title)
     server.limits = Limits(rate, Rate(config.inputs_per_minute, burst=2000))
-    server.audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
+    if config.audit:
+        server.audit = audit = AuditLog(config.audit, contents=config.audit_contents)
+        server.metrics.count_dropped(lambda: audit.dropped)
     return server
 
 
@@ -117,6 +126,7 @@ def serve(
         h11_max_incomplete_event_size=64 * 1024, ws="none",
     )  # fmt: skip
     running = uvicorn.Server(options)
+    sys.setswitchinterval(SWITCH_S)
 
     def stop() -> None:
         running.should_exit = True
@@ -137,6 +147,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Ser
         config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
     )
     Searcher(encoder, index)  # refuses an index of another model
+    census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
     folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
     intake = Intake()
@@ -146,8 +157,16 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Ser
     log.info("%s is ready, %d items, pictures from %d folders", index.info().uri, index.count(), len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
-        ThreadPoolExecutor(1, "writer"), config.deadline_s,
+        ThreadPoolExecutor(1, "writer"), census, config.deadline_s,
     )  # fmt: skip
+
+
+def _warm(index: Index, width: int) -> Census:
+    """Searches once, so that the first to ask does not wait until all vectors are in memory."""
+    index.search(np.eye(1, width, dtype=np.float32), 1)
+    census = Census(index)
+    census.any()
+    return census
 
 
 def picture_folders(index: Index) -> tuple[Path, ...]:

@@ -1,7 +1,8 @@
 """Dynamic batching: requests share prefills and write together, and join and leave as they come and go.
 
-One thread owns the model. Each of its turns prefills what has come in, at most one batch, and then writes one token for every row
-that reasons. So a query that bypasses waits for one prefill and one step, never for a stranger's reasoning.
+One thread owns the model. Each of its turns prefills what has come in, at most one batch, and then writes for all rows that
+reason: as long as `PACE` allows beside that prefill, and one token at least. So a query that bypasses waits for a prefill and a
+bounded time of writing, never for a stranger's whole reasoning, and those who reason get a fixed share of a busy model.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from traceir.items import ROUTES, Encoding, Item, Query, Route
 
 log = logging.getLogger(__name__)
 
+PACE: Final = 0.5
+"""Seconds of writing for each second of prefill while both are wanted."""
 PROGRESS_S: Final = 0.05
 """Seconds between two reports on a row that writes."""
 
@@ -232,31 +235,19 @@ class Scheduler:
         wave: Wave | None = None
         parked: list[Wave] = []
         numbers = 0
-        while True:
-            jobs = self._take(wait=wave is None and not parked)
-            if jobs is None:
-                return
-            started = time.monotonic()
-            finished: Finished = []
+        while (jobs := self._take(wait=wave is None and not parked)) is not None:
+            numbered = dict(enumerate(jobs, numbers))
+            numbers += len(jobs)
+            writing |= numbered
             try:
-                if jobs:
-                    numbered = dict(enumerate(jobs, numbers))
-                    numbers += len(jobs)
-                    writing |= numbered
-                    done, more = self._prefill(numbered, started)
-                    finished += done
-                    parked += more
-                wave = self._joined(wave, parked, writing)
-                if wave is not None:
-                    finished += self._decoder.step(wave)
-                    self._tell(wave, writing)
-                    wave = wave if wave.rows else None
+                started = time.monotonic()
+                parked += self._prefill(numbered, writing)
+                now = time.monotonic()
+                wave = self._write(wave, parked, writing, now + PACE * (now - started))
             except Exception as error:
                 log.exception("a batch of %d inputs failed", len(writing))
                 self._call(self._fail, list(writing.values()), error)
                 wave, parked, writing = None, [], {}
-            if ended := [(writing.pop(number), encoding) for number, encoding in finished if number in writing]:
-                self._call(self._deliver, ended, time.monotonic())
 
     def _take(self, *, wait: bool) -> list[Job] | None:
         """What has come in and is still wanted, at most one batch of one route; None once all is done and closed."""
@@ -283,20 +274,41 @@ class Scheduler:
             self._arrived.extendleft(reversed(later))
             return taken
 
-    def _prefill(self, jobs: dict[int, Job], started: float) -> tuple[Finished, list[Wave]]:
-        """Prefills one batch: what bypasses, and what writes."""
+    def _prefill(self, jobs: dict[int, Job], writing: dict[int, Job]) -> list[Wave]:
+        """Prefills one batch: what bypasses is handed out, what writes is given back."""
+        if not jobs:
+            return []
+        now = time.monotonic()
         for job in jobs.values():
-            job.prefilled = started
+            job.prefilled = now
         layouts = [job.layout for job in jobs.values() if job.layout is not None]
         route = next(iter(jobs.values())).route
         if route == "direct":
             probability = any(job.probability for job in jobs.values())
-            return self._decoder.prefill_direct(list(jobs), layouts, probability=probability), []
+            self._hand_out(self._decoder.prefill_direct(list(jobs), layouts, probability=probability), writing)
+            return []
         finished, wave = self._decoder.prefill(list(jobs), layouts, route)
+        self._hand_out(finished, writing)
         for row in wave.rows if wave else ():
             if listeners := jobs[row.number].listeners:
                 self._call(_tell_all, list(listeners), Progress("reason", row.probability, ""))
-        return finished, [wave] if wave else []
+        return [wave] if wave else []
+
+    def _write(self, wave: Wave | None, parked: list[Wave], writing: dict[int, Job], until: float) -> Wave | None:
+        """Writes one token for every row, and more until a moment of the clock; the rows that are not done."""
+        wave = self._joined(wave, parked, writing)
+        while wave is not None:
+            self._hand_out(self._decoder.step(wave), writing)
+            self._tell(wave, writing)
+            if not wave.rows:
+                return None
+            if time.monotonic() >= until:
+                break
+        return wave
+
+    def _hand_out(self, finished: Finished, writing: dict[int, Job]) -> None:
+        if ended := [(writing.pop(number), encoding) for number, encoding in finished if number in writing]:
+            self._call(self._deliver, ended, time.monotonic())
 
     def _joined(self, wave: Wave | None, parked: list[Wave], writing: dict[int, Job]) -> Wave | None:
         """The rows that write next: those whose waiters have gone leave, parked ones join while there is room."""

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -16,6 +16,7 @@ import numpy as np
 from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
+from traceir.ingest import FILE_FIELD
 from traceir.items import Encoding, Hit, Item, Part, Query, Route
 from traceir.pictures import Picture
 from traceir.serve.intake import Intake, Sources, picture_of_item
@@ -35,7 +36,7 @@ from traceir.serve.schemas import (
     Where,
     trace_of,
 )
-from traceir.serve.tenants import TenantIndex
+from traceir.serve.tenants import Census, TenantIndex
 
 Told = TypeVar("Told")
 Noted = Callable[[Query | Item], None]
@@ -59,12 +60,14 @@ class Service:
     pictures: PictureStore
     readers: ThreadPoolExecutor
     writer: ThreadPoolExecutor
+    census: Census
     deadline_s: float = 60.0
 
     def of_tenant(self, tenant: str | None) -> Service:
         """The same service over a tenant's part of the index; None is what belongs to no tenant."""
-        index = TenantIndex(self.index, tenant)
-        return replace(self, index=index, sources=replace(self.sources, index=index))
+        index = TenantIndex(self.index, tenant, self.census)
+        pictures = replace(self.pictures, tenant=tenant)
+        return replace(self, index=index, sources=replace(self.sources, index=index), pictures=pictures)
 
     async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> SearchOut:
         """The hits of a query. Raises InputError, PictureError, BusyError, LateError, StoreError."""
@@ -103,6 +106,14 @@ class Service:
 
     async def add(self, items: Sequence[ItemIn], *, noted: Noted | None = None) -> list[ItemResult]:
         """Indexes items; each has a result of its own, and what is told as added is durable."""
+        with self.pictures.holding([one.id for one in items]):
+            results = await self._add(items, noted)
+        sent = [one.id for one in items if one.image is not None]
+        if sent or any(one.status == "updated" for one in results):
+            await self._write(lambda: self._tidy([one.id for one in items]))
+        return results
+
+    async def _add(self, items: Sequence[ItemIn], noted: Noted | None) -> list[ItemResult]:
         made = await asyncio.gather(*(self._made(one) for one in items))
         seen: set[str] = set()
         for place, (given, one) in enumerate(zip(items, made, strict=True)):
@@ -115,7 +126,7 @@ class Service:
         if good:
             kept = [item for item, _ in good]
             vectors = np.stack([encoding.vector for _, encoding in good])
-            await asyncio.get_running_loop().run_in_executor(self.writer, self.index.upsert, kept, vectors)
+            await self._write(lambda: self.index.upsert(kept, vectors))
         return [
             ItemResult(id=given.id, status="failed", error=one)
             if isinstance(one, str)
@@ -124,7 +135,14 @@ class Service:
         ]
 
     async def delete(self, ids: Sequence[str]) -> int:
-        return await asyncio.get_running_loop().run_in_executor(self.writer, self.index.delete, list(ids))
+        """Removes items and the pictures that were sent with them; how many there were."""
+
+        def remove() -> int:
+            count = self.index.delete(list(ids))
+            self._tidy(ids)
+            return count
+
+        return await self._write(remove)
 
     async def item(self, id: str) -> Stored | None:
         return (await self._read(lambda: self.index.get([id]))).get(id)
@@ -231,7 +249,7 @@ class Service:
     async def _made(self, given: ItemIn) -> tuple[Item, Encoding] | str:
         """The item and its encoding, or why it cannot be had."""
         try:
-            picture = await self._kept(given.image) if given.image is not None else None
+            picture = await self._kept(given.image, given.id) if given.image is not None else None
             item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
             (self.index if isinstance(self.index, TenantIndex) else TenantIndex(self.index, None)).check(item)
             return item, (await self.scheduler.encode_item(item, seconds=self.deadline_s)).encoding
@@ -246,10 +264,21 @@ class Service:
             told = noted
             await self._read(lambda: [told(one) for one in contents])
 
-    async def _kept(self, given: PictureIn) -> Picture:
+    async def _kept(self, given: PictureIn, id: str) -> Picture:
         """The picture of an item, as a file that stays."""
         picture = await self.picture(given)
-        return await self._read(lambda: self.pictures.keep(picture))
+        return await self._read(lambda: self.pictures.keep(picture, id))
+
+    def _tidy(self, ids: Sequence[str]) -> None:
+        there = self.index.get(list(ids))
+        for id in ids:
+            try:
+                self.pictures.tidy(id, there[id].image if id in there else None)
+            except OSError as error:
+                log.error("a picture of item %r is not thrown away: %s", id, error)
+
+    async def _write(self, work: Callable[[], Told]) -> Told:
+        return await asyncio.get_running_loop().run_in_executor(self.writer, work)
 
     async def _read(self, work: Callable[[], Told]) -> Told:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work)
@@ -280,15 +309,20 @@ def filter_of(where: Where | None) -> Filter | None:
 def hit_out(hit: Hit) -> HitOut:
     return HitOut(
         id=hit.id, score=hit.score, rank=hit.rank, modality=hit.modality, text=hit.text,
-        image=picture_path(hit.id, hit.image), fields=dict(hit.fields),
+        image=picture_path(hit.id, hit.image), fields=shown_fields(hit.fields),
     )  # fmt: skip
 
 
 def item_out(stored: Stored) -> ItemOut:
     return ItemOut(
         id=stored.id, modality=stored.modality, text=stored.text, image=picture_path(stored.id, stored.image),
-        fields=dict(stored.fields),
+        fields=shown_fields(stored.fields),
     )  # fmt: skip
+
+
+def shown_fields(fields: Mapping[str, Told]) -> dict[str, Told]:
+    """The fields of an item but for the path of its file, which is the server's own business."""
+    return {name: value for name, value in fields.items() if name != FILE_FIELD}
 
 
 def picture_path(id: str, image: str | None) -> str | None:

@@ -33,14 +33,34 @@ def check_tenant(name: str) -> str:
     return name
 
 
+class Census:
+    """Whether an index holds items of any tenant: counted at the first question, noted when this server adds one.
+
+    It only spares a filter over the whole index to those who have no tenant: items that another process adds for a tenant
+    meanwhile are left out of what they see all the same.
+    """
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self._known: bool | None = None
+
+    def any(self) -> bool:
+        if self._known is None:
+            self._known = self._index.count(Range(FIELD, low="")) > 0
+        return self._known
+
+    def note(self) -> None:
+        self._known = True
+
+
 class TenantIndex:
     """The part of an index that belongs to one tenant, as an `Index` of its own; None: what belongs to no tenant.
 
     Closing it does not close the index. The ids of a tenant may be a little shorter than MAX_ID_BYTES, for the prefix.
     """
 
-    def __init__(self, index: Index, tenant: str | None) -> None:
-        self._index = index
+    def __init__(self, index: Index, tenant: str | None, census: Census | None = None) -> None:
+        self._index, self._census = index, census or Census(index)
         self._tenant = None if tenant is None else check_tenant(tenant)
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
 
@@ -55,12 +75,14 @@ class TenantIndex:
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         check_items(items)
+        if self._tenant is not None:
+            self._census.note()
         return self._index.upsert([self._mark(item) for item in items], vectors)
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         if isinstance(which, Sequence):
             return self._index.delete([self._inner(id) for id in check_ids(which) if self._may_be_ours(id)])
-        return self._index.delete(self._narrow(which))
+        return self._index.delete(self._only_ours(which))
 
     def search(
         self,
@@ -71,7 +93,7 @@ class TenantIndex:
         modality: Modality | None = None,
         exact: bool = True,
     ) -> list[list[Hit]]:
-        found = self._index.search(vectors, k, where=self._narrow_search(where), modality=modality, exact=exact)
+        found = self._index.search(vectors, k, where=self._narrow(where), modality=modality, exact=exact)
         return [self._own_hits(hits) for hits in found]
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
@@ -90,8 +112,11 @@ class TenantIndex:
 
     def info(self) -> IndexInfo:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
+        info = self._index.info()
+        if self._tenant is None and not self._census.any():
+            return replace(info, bytes=0)
         counts = {modality: self.count(Eq("modality", modality)) for modality in MODALITIES}
-        return replace(self._index.info(), counts={name: count for name, count in counts.items() if count}, bytes=0)
+        return replace(info, counts={name: count for name, count in counts.items() if count}, bytes=0)
 
     def build_approximate(self) -> None:
         """Of the whole index: there is one for all tenants."""
@@ -127,18 +152,15 @@ class TenantIndex:
         """False for ids that would reach into a tenant from outside all tenants."""
         return self._tenant is not None or not id.startswith(PREFIX)
 
-    def _narrow(self, where: Filter | None) -> Filter:
+    def _only_ours(self, where: Filter | None) -> Filter:
         ours = Eq(FIELD, self._tenant)
         return ours if where is None else And((ours, self._translate(where)))
 
-    def _narrow_search(self, where: Filter | None) -> Filter | None:
-        """As `_narrow`; no filter at all, which is fastest, outside all tenants where the index knows of none.
-
-        A tenant's item that arrives between this look and the search is left out by `_own_hits`.
-        """
-        if self._tenant is None and self._index.count(Range(FIELD, low="")) == 0:
+    def _narrow(self, where: Filter | None) -> Filter | None:
+        """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
+        if self._tenant is None and not self._census.any():
             return None if where is None else self._translate(where)
-        return self._narrow(where)
+        return self._only_ours(where)
 
     def _translate(self, where: Filter) -> Filter:
         """The client's filter in terms of what is stored: ids prefixed, the field of the tenant refused."""
