@@ -1,30 +1,40 @@
 """Does the server stay whole under hostile requests?
 
-`python -m benchmarks.hostile --url http://127.0.0.1:8080 [--key-file FILE] [--pid N]` sends at least 5,000 of them to a server
-that runs already: broken pictures of every format Pillow reads, decompression bombs, huge, deep and wrong JSON, path tricks,
-private addresses in all notations, header tricks, bad text, wrong keys, slow bodies. Ends with status 1 on any answer of 500 or
-more, any answer that holds a secret file's content, any connection to a canary that this script opens on loopback, any right
-granted to a wrong key, any request left hanging, or a server that is gone; with status 2 where it cannot measure.
+`python -m benchmarks.hostile` starts a server with an index and keys of its own and sends it two kinds of requests. At least
+5,000 made here: broken pictures of every format Pillow reads, decompression bombs, huge, deep and wrong JSON, path tricks,
+private addresses in all notations, header tricks, bad text, wrong keys, slow bodies. And, by schemathesis, requests made from the
+server's OpenAPI document, right and wrong ones for every operation, each answer held against the document. `--url` and
+`--key-file` do the same to a server that runs already. Ends with status 1 on any answer of 500 or more, any answer that holds a
+secret file's content or is not as documented, any connection to a canary that this script opens on loopback, any right granted to
+a wrong key, any request left hanging, or a server that is gone; with status 2 where it cannot measure.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import secrets
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from benchmarks.hostile_cases import Case, Scene, all_cases
+import schemathesis
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis.core.failures import FailureGroup
+
+from benchmarks.hostile_cases import Case, Scene, all_cases, whole_pictures
+from traceir.serve.keys import make_key
 
 OPEN_ENDED: Final = frozenset({"header", "slow"})
 """Families with requests that never end, which a server may keep waiting for; they are cut off after WAIT_OPEN_S."""
@@ -33,10 +43,18 @@ WAIT_OPEN_S: Final = 5.0
 MOST_ANSWER: Final = 32 * 1024 * 1024
 SLOW_CLIENTS: Final = 24
 TRIES: Final = 4
+UNLIMITED: Final = 1_000_000
+"""Requests a minute of the server that is started here."""
+BY_MEANING: Final = ["POST /search", "POST /search/stream", "POST /v1/embeddings"]
+"""Operations that refuse what no schema can tell: a query of nothing, a text that is no picture, a filter without sense."""
 
 
 class GoneError(Exception):
     """The server does not answer any more."""
+
+
+class NotReadyError(Exception):
+    """The server does not answer yet."""
 
 
 @dataclass(slots=True)
@@ -80,54 +98,76 @@ class Canary:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", required=True, metavar="URL", help="base URL of a running server")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", metavar="URL", help="base URL of a running server (default: one is started)")
     parser.add_argument(
         "--key-file", type=Path, metavar="FILE", help="a file with a key of both scopes and a high limit of requests"
     )
     parser.add_argument("--pid", type=int, metavar="N", help="the server's process, for its memory")
     parser.add_argument("--requests", type=int, default=6000, metavar="N", help="at least so many (default: 6000)")
     parser.add_argument("--together", type=int, default=8, metavar="N", help="at a time (default: 8)")
-    parser.add_argument("--family", action="append", metavar="NAME", help="only these; repeatable")
+    parser.add_argument("--family", action="append", metavar="NAME", help="only these; repeatable; `schema` is schemathesis'")
+    parser.add_argument(
+        "--examples", type=int, default=300, metavar="N", help="right, and as many wrong, of each operation (default: 300)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
-    return asyncio.run(attack(options))
+    if options.url:
+        return attack(options, options.url, options.key_file.read_text().strip() if options.key_file else None, options.pid)
+    with own_server() as (url, key, pid):
+        return attack(options, url, key, pid)
 
 
-async def attack(options: argparse.Namespace) -> int:
-    parts = urlsplit(options.url)
-    host, port = parts.hostname or "", parts.port or 80
-    key = options.key_file.read_text().strip() if options.key_file else None
-    if (await exchange(Scene(f"{host}:{port}", None, 0, "").request("GET", "/ready"), host, port, 60))[0] != "200":
-        print("the server is not ready (GET /ready); start it and wait for its model", file=sys.stderr)
+@contextmanager
+def own_server() -> Iterator[tuple[str, str, int]]:
+    """A server over a fresh index, with keys and an audit log: its address, a key, its process."""
+    from benchmarks.serve import server  # imports torch
+
+    with tempfile.TemporaryDirectory() as place:
+        keys = Path(place) / "keys.json"
+        key = make_key(keys, "hostile", scopes=("read", "write"), requests_per_minute=UNLIMITED)
+        more = ("--keys", str(keys), "--audit", str(Path(place) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
+        with server(Path(place) / "index", *more) as (url, process):
+            asyncio.run(fill(url, key))
+            yield url, key, process.pid
+
+
+async def fill(url: str, key: str) -> None:
+    """Waits until the server is ready, and gives it some items, two of them with pictures."""
+    host, port = address_of(url)
+    scene = Scene(f"{host}:{port}", key, 0, "")
+    while (await exchange(scene.request("GET", "/ready"), host, port, 60))[0] != "200":
+        await asyncio.sleep(0.2)
+    pictures = [base64.b64encode(one).decode() for name, one in whole_pictures().items() if name in ("PNG", "JPEG")]
+    items: list[dict[str, Any]] = [{"id": f"picture-{place}", "image": {"data": one}} for place, one in enumerate(pictures)]
+    items += [{"id": f"text-{place}", "text": f"a red cup, number {place}", "fields": {"n": place}} for place in range(50)]
+    status, _, body = await exchange(scene.post("/items", {"items": items}), host, port, 60)
+    if status != "200" or body.count(b'"added"') != len(items):
+        raise GoneError(f"the server does not take its first items: {status} {body[:200]!r}")
+
+
+def address_of(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    return parts.hostname or "", parts.port or 80
+
+
+def attack(options: argparse.Namespace, url: str, key: str | None, pid: int | None) -> int:
+    found, marker = Found(), secrets.token_hex(24).encode()
+    before, started = memory_mb(pid), time.monotonic()
+    try:
+        asyncio.run(attack_by_hand(options, url, key, found, marker))
+        if not options.family or "schema" in options.family:
+            attack_by_schema(url, key, options.examples, options.seed, found, marker)
+            asyncio.run(check_alive(*address_of(url)))
+    except GoneError as dead:
+        found.faults.append(str(dead))
+    except NotReadyError as early:
+        print(early, file=sys.stderr)
         return 2
-    canary, found = Canary(), Found()
-    await canary.open()
-    marker = secrets.token_hex(24).encode()
-    with tempfile.TemporaryDirectory() as folder:
-        secret = Path(folder) / "secret.png"
-        secret.write_bytes(marker)
-        scene = Scene(f"{host}:{port}", key, canary.port, str(secret))
-        cases = [
-            case
-            for case in all_cases(scene, options.seed, options.requests)
-            if not options.family or case.family in options.family
-        ]
-        before, started = memory_mb(options.pid), time.monotonic()
-        try:
-            await check_alive(host, port)
-            await send_all(cases, host, port, options.together, found, marker)
-            if not options.family or "slow" in options.family:
-                await send_slowly(scene, host, port, found, marker)
-            await asyncio.sleep(2.0)  # time for a late visit to the canary
-            await check_alive(host, port)
-        except GoneError as dead:
-            found.faults.append(str(dead))
     seconds = time.monotonic() - started
-    found.faults += [f"the canary was visited by {visit}" for visit in canary.visits]
     total = sum(sum(one.values()) for one in found.statuses.values())
-    memory = [before, memory_mb(options.pid)]
+    memory = [before, memory_mb(pid)]
     report(found, total, seconds, memory)
     if options.out:
         options.out.write_text(json.dumps(summary(found, total, seconds, memory, options), indent=1) + "\n")
@@ -137,6 +177,84 @@ async def attack(options: argparse.Namespace) -> int:
         print(f"{found.limited} requests were turned away for coming too fast; give the key a higher limit", file=sys.stderr)
         return 2
     return 0
+
+
+async def attack_by_hand(options: argparse.Namespace, url: str, key: str | None, found: Found, marker: bytes) -> None:
+    """The cases of hostile_cases.py, and slow clients, beside a canary and a secret file."""
+    host, port = address_of(url)
+    if (await exchange(Scene(f"{host}:{port}", None, 0, "").request("GET", "/ready"), host, port, 60))[0] != "200":
+        raise NotReadyError("the server is not ready (GET /ready); start it and wait for its model")
+    canary = Canary()
+    await canary.open()
+    with tempfile.TemporaryDirectory() as folder:
+        secret = Path(folder) / "secret.png"
+        secret.write_bytes(marker)
+        scene = Scene(f"{host}:{port}", key, canary.port, str(secret))
+        cases = [
+            case
+            for case in all_cases(scene, options.seed, options.requests)
+            if not options.family or case.family in options.family
+        ]
+        try:
+            await check_alive(host, port)
+            await send_all(cases, host, port, options.together, found, marker)
+            if not options.family or "slow" in options.family:
+                await send_slowly(scene, host, port, found, marker)
+            await asyncio.sleep(2.0)  # time for a late visit to the canary
+            await check_alive(host, port)
+        finally:
+            found.faults += [f"the canary was visited by {visit}" for visit in canary.visits]
+
+
+def schema_config(*, seed: int, strangers: bool) -> schemathesis.Config:
+    """How schemathesis makes requests and judges answers. `strangers`: it also asks without the key, which a server answers with
+    401 until it has had enough of this address and says 429, so only where that limit is out of the way."""
+    off = {"enabled": False}
+    # The wall answers OPTIONS, and methods it does not know, before there is a route; its Allow names what the server takes.
+    checks: dict[str, Any] = {"allow_header_conformance": off, "negative_data_rejection": {"expected-statuses": ["4xx"]}}
+    told = {
+        "seed": seed,
+        "checks": checks | ({} if strangers else {"ignored_auth": off, "missing_required_header": off}),
+        "operations": [{"include-name": BY_MEANING, "checks": {"positive_data_acceptance": off}}],
+        "generation": {"with-security-parameters": False},  # the key is given with each call
+    }
+    return schemathesis.Config.from_dict(told)
+
+
+def attack_by_schema(url: str, key: str | None, examples: int, seed: int, found: Found, secret: bytes) -> None:
+    """Every operation of the OpenAPI document; whatever is asked, the answer must be as documented."""
+    config = schema_config(seed=seed, strangers=False)
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
+    headers = {"Authorization": f"Bearer {key}"} if key else None
+
+    def send_one(case: schemathesis.Case) -> None:
+        try:
+            response = case.call(headers=headers, timeout=WAIT_S)
+        except OSError as error:
+            raise GoneError(f"no answer to {case.as_curl_command()[:400]}: {error}") from error
+        shown = Case("schema", case.as_curl_command()[:400], b"")
+        found.add(shown, str(response.status_code), response.content or b"", secret)
+        try:
+            case.validate_response(response, headers=headers)
+        except FailureGroup as wrong:
+            found.faults += [f"{failure.title}: {failure.message[:300]}: {shown.name}" for failure in wrong.exceptions]
+
+    for result in schema.get_all_operations():
+        try_operation(result.ok(), examples, send_one)
+        print(f"{result.ok().label}, {len(found.faults)} faults", file=sys.stderr)
+
+
+def try_operation(operation: Any, examples: int, send_one: Callable[[schemathesis.Case], None]) -> None:
+    """Requests at every edge of an operation's schema, then so many right ones and as many wrong ones."""
+    schema, modes = operation.schema, list(schemathesis.GenerationMode)
+    for case in schema.iter_coverage_cases(operation, generation_modes=modes, generation_config=schema.config.generation):
+        send_one(case)
+    steady = hypothesis_settings(
+        max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    for mode in modes:
+        with suppress(Unsatisfiable):  # there is no wrong way to GET /health
+            steady(given(operation.as_strategy(generation_mode=mode))(send_one))()
 
 
 async def send_all(cases: Sequence[Case], host: str, port: int, together: int, found: Found, secret: bytes) -> None:

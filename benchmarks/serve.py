@@ -32,6 +32,7 @@ import aiohttp
 import numpy as np
 
 from traceir.encoder import Encoder
+from traceir.errors import DataError
 from traceir.index import open_index
 from traceir.learn import mbeir
 from traceir.terminal import bundled_model
@@ -95,7 +96,10 @@ def server(index: Path, *more: str) -> Iterator[tuple[str, subprocess.Popen[str]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
-        yield process.stdout.readline().split(" at ")[1].strip().rstrip("/"), process
+        line = process.stdout.readline()
+        if " at http://" not in line:
+            raise DataError(f"the server did not start: {' '.join(command)} printed {line!r}; run it to see why")
+        yield line.split(" at ")[1].strip().rstrip("/"), process
     finally:
         process.kill()
         process.wait()

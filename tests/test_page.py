@@ -19,9 +19,12 @@ from conftest import serving
 import traceir
 from traceir import demo
 from traceir.encoder import Encoder
+from traceir.errors import InputError
 from traceir.items import Hit, Item, Query, Route
 from traceir.pictures import Picture
 from traceir.search import Searcher
+from traceir.serve.page import page_config, read_instructions
+from traceir.serve.schemas import ModelOut
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FAILED = "Failed to load resource"
@@ -36,8 +39,42 @@ WATCH = """() => {
     const text = document.querySelector(".steps .writing")?.parentNode.textContent;
     if (text && text !== window.written.at(-1)) window.written.push(text);
   }).observe(document.getElementById("columns"), {subtree: true, childList: true, characterData: true, attributes: true});
+  window.said = [];
+  new MutationObserver(() => window.said.push(document.getElementById("live").textContent))
+    .observe(document.getElementById("live"), {childList: true});
 }"""
-"""Keeps what the page shows of a reasoning while it is being written."""
+"""Keeps what the page shows of a reasoning while it is being written, and what it tells screen readers."""
+LOW_CONTRAST = """async () => {
+  for (let frame = 0; frame < 2; frame += 1) await new Promise(requestAnimationFrame);
+  await Promise.all(document.getAnimations().map((one) => one.finished));
+  const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const colour = (css) => {
+    context.clearRect(0, 0, 1, 1);
+    context.fillStyle = css;
+    context.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = ([...top], below) => [0, 1, 2].map((at) => top[at] * top[3] + below[at] * (1 - top[3]));
+  const linear = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const found = [];
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    const isSeen = element.checkVisibility({opacityProperty: true}) && !element.closest(".unseen, :disabled");
+    if (!isSeen || !texts.currentNode.data.trim()) continue;
+    let ground = [255, 255, 255];
+    const around = [];
+    for (let at = element; at; at = at.parentElement) around.unshift(at);
+    for (const one of around) ground = over(colour(getComputedStyle(one).backgroundColor), ground);
+    const lights = [light(over(colour(getComputedStyle(element).color), ground)), light(ground)].sort((a, b) => b - a);
+    const ratio = (lights[0] + 0.05) / (lights[1] + 0.05);
+    if (ratio < 4.5) found.push([ratio.toFixed(2), element.className || element.tagName, texts.currentNode.data.slice(0, 40)]);
+  }
+  return found;
+}"""
+"""Visible texts whose contrast (WCAG 2.2, 1.4.3) is below 4.5."""
 
 # The browser is a program of the system, not a package: where there is none, these cannot run.
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
@@ -119,21 +156,26 @@ def ids(hits: tuple[Hit, ...]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def drop(page: Any, picture: Picture) -> None:
-    """A file dropped on the page, as the browser would tell it."""
-    assert picture.path is not None
-    data = base64.b64encode(picture.path.read_bytes()).decode()
+def drop(page: Any, *files: Picture | str) -> None:
+    """Files dropped on the page together, as the browser would tell it; a name is a text file's."""
+    told = [(one, "", "text/plain") if isinstance(one, str) else (one.name, encoded(one), "image/jpeg") for one in files]
     page.evaluate(
-        """([data, name]) => {
-          const bytes = Uint8Array.from(atob(data), (one) => one.charCodeAt(0));
+        """(files) => {
           const dataTransfer = new DataTransfer();
-          dataTransfer.items.add(new File([bytes], name, {type: "image/jpeg"}));
+          for (const [name, data, type] of files) {
+            dataTransfer.items.add(new File([Uint8Array.from(atob(data), (one) => one.charCodeAt(0))], name, {type}));
+          }
           for (const kind of ["dragenter", "dragover", "drop"]) {
             document.body.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer}));
           }
         }""",
-        [data, picture.path.name],
+        told,
     )
+
+
+def encoded(picture: Picture) -> str:
+    assert picture.path is not None
+    return base64.b64encode(picture.path.read_bytes()).decode()
 
 
 def ask(page: Any, query: Query) -> None:
@@ -152,6 +194,11 @@ def answering(body: str) -> Callable[[Any], None]:
     return lambda route: route.fulfill(body=body, content_type="text/event-stream")
 
 
+def failed(kind: str) -> str:
+    """The event of a search that the server gave up."""
+    return f"event: error\ndata: {json.dumps({'error': {'message': 'so it is', 'type': kind}})}\n\n"
+
+
 def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service, open_page: Callable[..., Any]) -> None:
     question = service.asked("cirr_task7", 2)
     page = open_page(service.url)
@@ -160,22 +207,24 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     ask(page, question.query)
     expected = service.searcher.search(question.query, k=PAGE)
     assert shown_ids(page) == ids(expected.hits) and expected.hits[0].id in question.right
-    playwright.expect(page.locator(".road .badge")).to_have_text("reason")
+    playwright.expect(page.locator(".road .badge")).to_have_text("reasoned")
     assert page.locator(".steps li").all_inner_texts()[-1] == expected.encoding.reasoning.split("; ")[-1]
     playwright.expect(page.locator(".road [role=meter]")).to_have_attribute(
         "aria-valuenow", f"{expected.encoding.emb_probability:.3f}"
     )
-    playwright.expect(page.locator('[data-node="reason"]')).to_contain_text(f"{expected.encoding.tokens} tokens")
+    playwright.expect(page.locator(".road .total")).to_have_text(re.compile(rf"^{expected.encoding.tokens} tokens · [\d.]+ m?s$"))
+    said = page.evaluate("window.said.join(' ')")
+    assert all(one in said for one in ("Searching.", "reasons first", *expected.encoding.reasoning.split("; "), "12 hits")), said
     playwright.expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
     assert page.url == f"{service.url}/", "a picture of one's own cannot be in an address"
 
     written = page.evaluate("window.written")
-    assert len(written) > 3 and [len(one) for one in written] == sorted(len(one) for one in written), (
+    assert len(written) > 1 and [len(one) for one in written] == sorted(len(one) for one in written), (
         "it was shown as it was written"
     )
 
     page.locator(".card").first.hover()
-    page.get_by_role("button", name="Now make hit 1 …").click()
+    page.get_by_role("button", name="Now make it … with hit 1", exact=True).click()
     playwright.expect(page.locator("#text")).to_be_focused()
     assert page.locator("#text").input_value() == ""
     page.keyboard.type("Swap the left two.")
@@ -206,14 +255,19 @@ def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: C
     page = open_page(service.url)
     ask(page, query)
     shown_ids(page)
-    page.get_by_role("button", name="Compare with the direct route").click()
+    page.get_by_role("button", name="Compare without reasoning").click()
     reasoned, direct = ids(service.hits(query, route="reason")), ids(service.hits(query, route="direct"))
     assert (shown_ids(page, 1), shown_ids(page, 0)) == (direct, reasoned) and reasoned != direct
     moved = [reasoned.index(id) - place if id in reasoned else None for place, id in enumerate(direct)]
     expected = ["only here" if by is None else f"▲ {by}" if by > 0 else f"▼ {-by}" if by < 0 else "=" for by in moved]
-    assert page.locator(".grid").nth(1).locator(".move > [aria-hidden]").all_inner_texts() == expected
+    assert page.locator(".grid").nth(1).locator(".move").all_inner_texts() == expected
     playwright.expect(page.locator("#verdict")).to_contain_text(f"They share {len(set(direct) & set(reasoned))} of {PAGE}")
-    assert page.locator(".badge").all_inner_texts() == ["reason", "direct"]
+    assert page.locator(".badge").all_inner_texts() == ["reasoned", "skipped reasoning"]
+    kept = sum(by == 0 for by in moved)
+    playwright.expect(page.locator("#verdict")).to_contain_text(f"{kept} in the same place")
+    page.locator(".grid").nth(0).locator(".opener").first.hover()
+    twin = page.locator(".card.twin").evaluate_all("all => all.map((c) => c.dataset.id)")
+    assert twin == [one for one in direct if one == reasoned[0]], "the same hit of the other column is marked"
     page.keyboard.press("Escape")
     playwright.expect(page.locator(".column")).to_have_count(1)
     assert shown_ids(page) == reasoned and page.locator(".move:visible").count() == 0
@@ -232,7 +286,7 @@ def test_the_keyboard_reaches_everything(service: Service, open_page: Callable[.
     page.keyboard.press("Enter")
     first = shown_ids(page)
     assert first == ids(service.hits(Query.of(text=query.text)))
-    page.get_by_role("button", name=re.compile("^Hit 1")).or_(page.locator(".card .opener").first).first.focus()
+    page.get_by_role("button", name=re.compile(r"^Hit 1, score 0\.\d{3}, ")).focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowRight")
     playwright.expect(page.locator(".card").nth(2).locator(".opener")).to_be_focused()
@@ -247,7 +301,11 @@ def test_the_keyboard_reaches_everything(service: Service, open_page: Callable[.
     playwright.expect(page.locator("#details h2")).to_have_text("Hit 2")
     page.keyboard.press("Escape")
     playwright.expect(page.locator(".card").nth(1).locator(".opener")).to_be_focused()
-    page.get_by_role("button", name="More hits").click()
+    page.keyboard.press("Tab")
+    playwright.expect(page.get_by_role("button", name="Now make it … with hit 2", exact=True)).to_be_focused()
+    page.keyboard.press("Tab")
+    playwright.expect(page.get_by_role("button", name="More hits")).to_be_focused()
+    page.keyboard.press("Enter")
     playwright.expect(page.locator(".card[data-id]")).to_have_count(2 * PAGE)
     assert shown_ids(page) == ids(service.hits(Query.of(text=query.text), k=2 * PAGE))
     playwright.expect(page.locator(".card").nth(PAGE).locator(".opener")).to_be_focused()
@@ -326,7 +384,9 @@ def test_errors_are_told_and_can_be_tried_again(service: Service, open_page: Cal
     playwright.expect(state).to_have_attribute("role", "alert")
     for body, told in (
         ('event: route\ndata: {"route": "reason", "emb_probability": 0.1}\n\n', "The connection ended before the hits came."),
-        ('event: error\ndata: {"error": {"message": "the picture is damaged"}}\n\n', "the picture is damaged"),
+        (failed("invalid_request_error"), "The server refused this searchso it is"),
+        (failed("rate_limit_error"), "The server is busyso it is"),
+        (failed("server_error"), "The search failedso it is"),
         ("event: hits\ndata: {\n\n", "an event that is not JSON"),
     ):
         page.unroute(stream)
@@ -365,12 +425,22 @@ def test_addresses_and_history_bring_a_search_back(service: Service, open_page: 
     ask(page, query)
     expected = shown_ids(page)
     address = page.url
+    page.reload()
+    assert shown_ids(page) == expected
+    page.locator("#text").fill("Another question.")
+    page.locator("#text").press("Enter")
+    playwright.expect(page).to_have_title(re.compile("Another"))
+    page.reload()
+    shown_ids(page)
+    page.go_back()
+    playwright.expect(page.locator("#text")).to_have_value(query.text)
+    assert shown_ids(page) == expected, "what was before a reload is not taken for a turn after it"
     page.evaluate("document.querySelector('#home').click()")
     drop(page, service.asked("cirr_task7", 2).query.pictures[0])
     page.locator("#text").press("Enter")
     shown_ids(page)
     page.locator("#open-history").click()
-    playwright.expect(page.locator("#past li")).to_have_count(2)
+    playwright.expect(page.locator("#past li")).to_have_count(3)
     playwright.expect(page.locator("#past img").first).not_to_have_js_property("naturalWidth", 0)
     page.locator("#past button", has_text=query.text).click()
     assert shown_ids(page) == expected
@@ -402,6 +472,8 @@ def test_a_narrow_dark_page_an_empty_index_and_no_hits(service: Service, open_pa
         service.url, before=empty, viewport={"width": 360, "height": 740}, color_scheme="dark", reduced_motion="reduce"
     )
     playwright.expect(page.locator("#notice")).to_contain_text("The collection is empty")
+    for name in ("History", "Help"):
+        playwright.expect(page.get_by_role("button", name=name)).to_be_visible()
     assert page.title() == "Shop" and page.evaluate("document.documentElement.scrollWidth") <= 360
     page.get_by_role("button", name="Find it.").click()
     assert page.locator("#instruction").input_value() == "Find it."
@@ -414,9 +486,81 @@ def test_a_narrow_dark_page_an_empty_index_and_no_hits(service: Service, open_pa
     page.unroute("**/search/stream")
     page.get_by_role("button", name="Look for anything").click()
     assert len(shown_ids(page)) == PAGE
-    page.get_by_role("button", name=re.compile("Compare with")).click()
+    playwright.expect(page.locator('input[name="modality"][value=""]')).to_be_checked()
+    page.get_by_role("button", name=re.compile("Compare")).click()
     shown_ids(page, 1)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for scheme in ("dark", "light"):
+        page.emulate_media(color_scheme=scheme)
+        page.mouse.move(0, 0)
+        assert page.evaluate(LOW_CONTRAST) == []
+    assert page.evaluate("document.getAnimations().filter((one) => one.playState === 'running').length") == 0
+
+
+def test_pictures_come_by_drop_paste_and_from_the_collection(service: Service, open_page: Callable[..., Any]) -> None:
+    picture = service.asked("cirr_task7", 1).query.pictures[0]
+    page = open_page(service.url, permissions=["clipboard-read", "clipboard-write"])
+    about, complaint = page.locator("#about-picture"), page.locator("#complaint")
+    drop(page, "notes.txt")
+    playwright.expect(complaint).to_have_text(
+        "“notes.txt” cannot be searched with. Give a picture as JPEG, PNG, WebP, GIF, BMP, TIFF."
+    )
+    drop(page, "notes.txt", "more.txt")
+    playwright.expect(complaint).to_contain_text("None of these 2 files")
+    drop(page, "notes.txt", picture, service.asked("cirr_task7", 2).query.pictures[0])
+    playwright.expect(about).to_have_text(f"with {picture.name}")
+    playwright.expect(page.locator("#toast")).to_contain_text(f"One picture at a time: “{picture.name}” was taken.")
+    playwright.expect(complaint).to_be_hidden()
+    page.evaluate(
+        """async (data) => {
+          const loaded = new Image();
+          loaded.src = `data:image/jpeg;base64,${data}`;
+          await loaded.decode();
+          const canvas = Object.assign(document.createElement("canvas"), {width: 32, height: 32});
+          canvas.getContext("2d").drawImage(loaded, 0, 0, 32, 32);
+          const blob = await new Promise((done) => canvas.toBlob(done, "image/png"));
+          await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }""",
+        encoded(picture),
+    )
+    page.locator("#text").press("Control+v")
+    playwright.expect(about).to_have_text("with image.png")
+    page.get_by_role("button", name="Remove the picture").click()
+    page.locator("#shelf button").first.click()
+    playwright.expect(page.locator("#text")).to_be_focused()
+    playwright.expect(page.locator("#preview")).not_to_have_js_property("naturalWidth", 0)
+    page.keyboard.press("Enter")
+    taken = re.sub(r".*item=([^&]+).*", r"\1", page.url).replace("%3A", ":")
+    assert taken in shown_ids(page), "a picture finds itself"
+
+
+def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
+    file = tmp_path / "instructions.txt"
+    file.write_bytes("\ufeffFind the part.\r\n\r\n  ابحث عن الصورة \nFind the part.\n".encode())
+    assert read_instructions(file) == ("Find the part.", "ابحث عن الصورة")
+    model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
+    own = page_config("Parts", model, {"image": 3}, read_instructions(file))
+    assert (own.instructions, own.examples) == (["Find the part.", "ابحث عن الصورة"], [])
+    assert page_config("Parts", model, {"image": 3}).examples and not page_config("Parts", model, {"image": 0}).examples
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "cannot be read .*No such file"),
+        (b" \n\n", "holds no instruction"),
+        (b"Find it.\n\xff\xfe", r"not UTF-8 text \(byte 9\)"),
+        (b"Find it.\nbell \x07 rings", ":2: there is a control character"),
+        (b"one\n" + b"x" * 2001, ":2: the instruction has 2001 characters; give at most 2000"),
+        (b"\n".join(b"Find %d." % number for number in range(201)), "holds 201 instructions; give at most 200"),
+    ],
+)
+def test_bad_instruction_files_say_what_to_mend(tmp_path: Path, content: bytes | None, told: str) -> None:
+    file = tmp_path / "instructions.txt"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(InputError, match=told):
+        read_instructions(file)
 
 
 def test_event_streams_are_read_however_they_are_cut(service: Service, open_page: Callable[..., Any]) -> None:

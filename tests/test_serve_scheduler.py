@@ -16,6 +16,7 @@ from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
 from traceir.pictures import Picture
 from traceir.serve.scheduler import BusyError, LateError, Progress, Scheduler
+from traceir.serve.service import Service, together
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -183,5 +184,58 @@ def test_a_route_that_is_none_is_refused(model: TraceModel, queries: list[Query]
         async with scheduling(model) as scheduler:
             with pytest.raises(InputError, match="sideways"):
                 await scheduler.encode_query(queries[0], sideways)
+
+    run(work())
+
+
+def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = queries[-1]
+    encoder = Encoder(model)
+    wanted = encoder.encode_queries([query for query in queries if query != bad], route="reason")
+
+    async def work() -> None:
+        async with scheduling(model, remembered=0) as scheduler:
+            prompt = model.prompt(bad, direct=False)
+            ids = model.processor.lay_out(prompt).ids.tolist()
+            prefill = scheduler._decoder.prefill
+
+            def fragile(numbers: Any, layouts: Any, route: Route) -> Any:
+                if any(layout.ids.tolist() == ids for layout in layouts):
+                    raise RuntimeError("no memory")
+                return prefill(numbers, layouts, route)
+
+            monkeypatch.setattr(scheduler._decoder, "prefill", fragile)
+            found = await asyncio.gather(*(scheduler.encode_query(one, "reason") for one in queries), return_exceptions=True)
+            assert isinstance(found.pop(), RuntimeError)
+            for one, alone in zip(found, wanted, strict=True):
+                assert not isinstance(one, BaseException) and same(one.encoding, alone)
+            assert scheduler.alive and scheduler.under_way == 0
+
+    run(work())
+
+
+def test_what_is_remembered_holds_its_own_memory_and_probability(model: TraceModel, queries: list[Query]) -> None:
+    async def work() -> None:
+        async with scheduling(model) as scheduler:
+            items = [Item(query.parts) for query in queries]
+            served = await asyncio.gather(
+                *(scheduler.encode_query(query, route) for query in queries for route in ROUTE_OF),
+                *(scheduler.encode_item(item) for item in items),
+            )
+            assert all(one.encoding.vector.base is None for one in served)
+            assert {one.encoding.emb_probability for one in served[-len(items) :]} == {1.0}
+
+    run(work())
+
+
+def test_a_request_of_more_inputs_than_the_capacity_is_done_in_turns(model: TraceModel) -> None:
+    async def work() -> None:
+        async with scheduling(model, capacity=4) as scheduler:
+            service: Any = Service.__new__(Service)
+            object.__setattr__(service, "scheduler", scheduler)
+            texts = [Item.of(text=f"a ring number {number}") for number in range(20)]
+            served = await together(service._each(texts, scheduler.encode_item))
+            wanted = Encoder(model).encode_items(texts)
+            assert all(same(one.encoding, alone) for one, alone in zip(served, wanted, strict=True))
 
     run(work())

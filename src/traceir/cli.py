@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,6 +27,8 @@ from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_
 
 if TYPE_CHECKING:
     from traceir.index.filters import Filter
+    from traceir.index.store import IndexInfo
+    from traceir.ingest import AddReport
     from traceir.items import Hit, Query
     from traceir.search import SearchResult
 
@@ -104,16 +107,19 @@ def _index_add(args: argparse.Namespace) -> int:
     for path in args.paths:
         if not Path(path).exists():
             raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
-    encoder = open_encoder(args)
-    with open_index(
-        args.index,
-        fingerprint=encoder.fingerprint,
-        prompt_version=encoder.prompt_version,
-        dim=encoder.width,
-        create=True,
-    ) as index:
-        report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
-        info = index.info()
+    if args.workers is None:
+        encoder = open_encoder(args)
+        with open_index(
+            args.index,
+            fingerprint=encoder.fingerprint,
+            prompt_version=encoder.prompt_version,
+            dim=encoder.width,
+            create=True,
+        ) as index:
+            report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
+            info = index.info()
+    else:
+        report, info = _add_on_ray(args)
     print(
         f"added {report.added}, updated {report.updated}, skipped {report.skipped} already there, "
         f"failed {len(report.failed)}; {info.count} items in {info.uri}"
@@ -121,6 +127,35 @@ def _index_add(args: argparse.Namespace) -> int:
     for failure in report.failed:
         print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
     return PARTLY if report.failed else 0
+
+
+def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
+    """What `index add --workers` does. A worker takes --threads CPUs (default: 1), and one GPU with --device cuda."""
+    from traceir.index import open_index
+    from traceir.ingest_cluster import Share, add_on_ray, describe_encoder, on_ray
+
+    if args.engine is None and args.device.startswith("cuda:"):
+        raise InputError(f"--device {args.device}: Ray gives each worker a GPU of its own; write --device cuda")
+    share = Share(cpus=args.threads or 1, gpus=1 if args.engine is None and args.device == "cuda" else 0)
+    make_encoder = partial(open_encoder, _encoder_anywhere(args))
+    with on_ray(args.workers, share):
+        maker = describe_encoder(make_encoder, share)
+        with open_index(
+            args.index, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=True
+        ) as index:
+            report = add_on_ray(
+                args.paths, index, make_encoder,
+                workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),
+            )  # fmt: skip
+            return report, index.info()
+
+
+def _encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
+    """What `open_encoder` reads of the arguments, with paths that do not depend on the folder it is called in."""
+    paths = {"model": model_name(args), "profile": args.profile}
+    whole = {name: str(Path(path).absolute()) if path and Path(path).exists() else path for name, path in paths.items()}
+    plain = {name: getattr(args, name) for name in ("device", "dtype", "threads", "verbose", "engine")}
+    return argparse.Namespace(**whole, **plain)
 
 
 def _index_info(args: argparse.Namespace) -> int:

@@ -59,18 +59,22 @@ class Decoder:
         self.model, self.budget, self.threshold = model, budget, threshold
 
     @torch.inference_mode()
-    def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: bool) -> Finished:
-        """Read-outs of rows that end in their own `<|emb|>` (Processor.forced); `probability` false leaves it at 1."""
+    def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
+        """Read-outs of rows that end in their own `<|emb|>` (Processor.forced); their P(`<|emb|>`) where asked for,
+        else 1."""
         batch = self.model.processor.collate(layouts).to(self.model.device)
         hidden_BTD = self.model.hidden(batch)
         rows = torch.arange(len(layouts), device=hidden_BTD.device)
         state_BD = hidden_BTD[rows, batch.readout]
         predicting = batch.readout - 1 if self.model.settings.read_out == "at_token" else batch.readout
-        probability_B = self._emb_probability(self.model.logits(hidden_BTD[rows, predicting])) if probability else None
-        return [
-            (numbers[row], Encoding(vector, "direct", "", 0, 1.0 if probability_B is None else float(probability_B[row]), False))
-            for row, vector in enumerate(_unit(state_BD))
-        ]
+        asked = [row for row, wanted in enumerate(probability) if wanted]
+        known = [1.0] * len(layouts)
+        if asked:
+            probability_B = self._emb_probability(self.model.logits(hidden_BTD[asked, predicting[asked]]))
+            for row, one in zip(asked, probability_B.tolist(), strict=True):
+                known[row] = one
+        vectors = _unit(state_BD)
+        return [(numbers[row], Encoding(vectors[row].copy(), "direct", "", 0, known[row], False)) for row in range(len(layouts))]
 
     @torch.inference_mode()
     def prefill(self, numbers: Sequence[int], layouts: Sequence[Layout], route: Route) -> tuple[Finished, Wave | None]:
@@ -92,7 +96,9 @@ class Decoder:
         at_token = self.model.settings.read_out == "at_token"
         vectors = _unit(state_BD)
         done = [] if at_token else torch.nonzero(bypass_B).flatten().tolist()
-        finished = [(numbers[row], Encoding(vectors[row], "direct", "", 0, float(probability_B[row]), False)) for row in done]
+        finished = [
+            (numbers[row], Encoding(vectors[row].copy(), "direct", "", 0, float(probability_B[row]), False)) for row in done
+        ]
         keep = torch.nonzero(~bypass_B | at_token).flatten()
         if not len(keep):
             return finished, None
@@ -125,7 +131,7 @@ class Decoder:
                 continue
             if read_now or not self._closing():
                 vectors = _unit(state_BD) if vectors is None else vectors
-                vector = vectors[number]
+                vector = vectors[number].copy()
             else:
                 vector = self._close(wave, number)
             finished.append((row.number, self._encoding(row, vector, truncated=not read_now)))
@@ -220,5 +226,6 @@ def _copy_row(cache: DynamicCache, number: int) -> DynamicCache:
 
 
 def _unit(state_BD: torch.Tensor) -> Vector:
+    """Rows of unit length [B, D]; who keeps one copies it, or it keeps them all."""
     vectors: Vector = functional.normalize(state_BD.float(), dim=-1).cpu().numpy()
     return vectors

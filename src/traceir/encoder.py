@@ -110,7 +110,7 @@ class Encoder:
             for numbers in self._chunks(layouts):
                 chunk = [layouts[number] for number in numbers]
                 if route == "direct":
-                    finish(decoder.prefill_direct(numbers, chunk, probability=keep_probability))
+                    finish(decoder.prefill_direct(numbers, chunk, probability=[keep_probability] * len(chunk)))
                     continue
                 finished, wave = decoder.prefill(numbers, chunk, route)
                 finish(finished)

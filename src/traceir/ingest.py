@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from traceir.errors import InputError, ModelError
 from traceir.index.filters import OWN_NAMES, check_name, check_value
 from traceir.index.store import Index, Stored, check_id, check_items, check_text, image_of
-from traceir.items import Encoding, Item, Vector
+from traceir.items import Item, Vector
 from traceir.pictures import SUFFIXES as PICTURE_SUFFIXES
 from traceir.pictures import Picture
 from traceir.search import EncoderLike
@@ -90,6 +90,21 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
             raise InputError(f"{path} has a suffix that is not read; give a folder or one of {known}")
 
 
+def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[tuple[list[Source], list[Failure]]]:
+    """What `find_sources` finds, `size` sources at a time, with the failures met on the way to them."""
+    sources: list[Source] = []
+    failures: list[Failure] = []
+    for found in find_sources(paths):
+        if isinstance(found, Failure):
+            failures.append(found)
+            continue
+        sources.append(found)
+        if len(sources) == size:
+            yield sources, failures
+            sources, failures = [], []
+    yield sources, failures
+
+
 def add(
     paths: Sequence[str | os.PathLike[str]],
     index: Index,
@@ -103,91 +118,49 @@ def add(
     Each batch is durable before the next one starts. What cannot be read is reported in `failed`; the rest goes on.
     Two sources of one id in a call are an InputError before anything is written.
     """
+    total = check_sources(paths, batch)
+    counts = Counts()
+    failed: list[Failure] = []
+    with tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
+        for sources, failures in find_batches(paths, batch):
+            known = index.get([source.id for source in sources])
+            sorted_out = sort_out(sources, known)
+            encoded, refused = encode_fresh(encoder, sorted_out.fresh)
+            counts += write(index, encoded, sorted_out.moved, known) + Counts(skipped=sorted_out.skipped)
+            failed += [*failures, *sorted_out.failed, *refused]
+            bar.update(len(sources) + len(failures))
+    return AddReport(counts.added, counts.updated, counts.skipped, tuple(failed))
+
+
+# The steps of `add`, which are also those of ingest_cluster.py: `sort_out` and `encode_fresh` on workers, `write` in the driver
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Items added, updated and skipped so far."""
+
+    added: int = 0
+    updated: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.added + other.added, self.updated + other.updated, self.skipped + other.skipped)
+
+
+@dataclass(frozen=True, slots=True)
+class SortedOut:
+    """A batch of sources: to be encoded, of known content but other fields or place (`moved`), unchanged, unusable."""
+
+    fresh: tuple[tuple[Source, Item], ...]
+    moved: tuple[Item, ...]
+    skipped: int
+    failed: tuple[Failure, ...]
+
+
+def check_sources(paths: Sequence[str | os.PathLike[str]], batch: int) -> int:
+    """The number of sources and failures below the paths; InputError where two have one id, or for a batch of none."""
     if batch < 1:
         raise InputError(f"batch is {batch}; give at least 1")
-    total = _check_unique(paths)
-    adder = _Adder(index, encoder)
-    with tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
-        pending: list[Source] = []
-        for source in find_sources(paths):
-            if isinstance(source, Failure):
-                adder.failed.append(source)
-                bar.update(1)
-                continue
-            pending.append(source)
-            if len(pending) == batch:
-                adder.add_batch(pending)
-                bar.update(len(pending))
-                pending = []
-        adder.add_batch(pending)
-        bar.update(len(pending))
-    return AddReport(adder.added, adder.updated, adder.skipped, tuple(adder.failed))
-
-
-class _Adder:
-    """The counts of one `add`, and its three steps: make items, sort out the known, encode and store the rest."""
-
-    def __init__(self, index: Index, encoder: EncoderLike) -> None:
-        self.index, self.encoder = index, encoder
-        self.added = self.updated = self.skipped = 0
-        self.failed: list[Failure] = []
-
-    def add_batch(self, sources: Sequence[Source]) -> None:
-        known = self.index.get([source.id for source in sources])
-        fresh: list[tuple[Source, Item]] = []
-        moved: list[Item] = []
-        for source in sources:
-            try:
-                item = source.make_item()
-                check_items([item])
-                content = item.content_hash()
-                before = known.get(source.id)
-                if before is not None and before.content_hash != content:
-                    _check_same_origin(item, before)
-            except InputError as error:
-                self.failed.append(Failure(source.place, str(error)))
-                continue
-            if before is None or before.content_hash != content:
-                fresh.append((source, item))
-            elif dict(before.fields) == dict(item.fields) and before.image == image_of(item):
-                self.skipped += 1
-            else:
-                moved.append(item)
-        self._store(fresh, moved, known)
-
-    def _store(self, fresh: Sequence[tuple[Source, Item]], moved: Sequence[Item], known: Mapping[str, Stored]) -> None:
-        encoded = self._encode(fresh)
-        old = self.index.get([str(item.id) for item in moved], with_vectors=True)
-        kept = [(item, old[str(item.id)].vector) for item in moved if str(item.id) in old]
-        pairs = encoded + [(item, vector) for item, vector in kept if vector is not None]
-        if pairs:
-            self.index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs]))
-        new = sum(item.id not in known for item, _ in pairs)
-        self.added += new
-        self.updated += len(pairs) - new
-
-    def _encode(self, fresh: Sequence[tuple[Source, Item]]) -> list[tuple[Item, Vector]]:
-        """Encode all at once; where an item is refused, one by one, so that only the bad ones are left out."""
-        if not fresh:
-            return []
-        try:
-            encodings = self._encode_items([item for _, item in fresh])
-            return [(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)]
-        except InputError as error:
-            if len(fresh) == 1:
-                self.failed.append(Failure(fresh[0][0].place, str(error)))
-                return []
-        return [pair for one in fresh for pair in self._encode([one])]
-
-    def _encode_items(self, items: Sequence[Item]) -> list[Encoding]:
-        encodings = self.encoder.encode_items(items)
-        if len(encodings) != len(items):
-            raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(items)} items; report it")
-        return encodings
-
-
-def _check_unique(paths: Sequence[str | os.PathLike[str]]) -> int:
-    """The number of sources; InputError where two have one id."""
     places: dict[str, str] = {}
     total = 0
     for source in find_sources(paths):
@@ -201,6 +174,56 @@ def _check_unique(paths: Sequence[str | os.PathLike[str]]) -> int:
             )
         places[source.id] = source.place
     return total
+
+
+def sort_out(sources: Sequence[Source], known: Mapping[str, Stored]) -> SortedOut:
+    """Make the items, which reads and hashes their files, and compare them with what an index keeps under their ids."""
+    fresh: list[tuple[Source, Item]] = []
+    moved: list[Item] = []
+    failed: list[Failure] = []
+    for source in sources:
+        before = known.get(source.id)
+        try:
+            item = source.make_item()
+            check_items([item])
+            content = item.content_hash()
+            if before is not None and before.content_hash != content:
+                _check_same_origin(item, before)
+        except InputError as error:
+            failed.append(Failure(source.place, str(error)))
+            continue
+        if before is None or before.content_hash != content:
+            fresh.append((source, item))
+        elif dict(before.fields) != dict(item.fields) or before.image != image_of(item):
+            moved.append(item)
+    return SortedOut(tuple(fresh), tuple(moved), len(sources) - len(fresh) - len(moved) - len(failed), tuple(failed))
+
+
+def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]]) -> tuple[list[tuple[Item, Vector]], list[Failure]]:
+    """Encode all at once; where an item is refused, one by one, so that only the bad ones are left out."""
+    if not fresh:
+        return [], []
+    try:
+        encodings = encoder.encode_items([item for _, item in fresh])
+    except InputError as error:
+        if len(fresh) == 1:
+            return [], [Failure(fresh[0][0].place, str(error))]
+        alone = [encode_fresh(encoder, [one]) for one in fresh]
+        return [pair for pairs, _ in alone for pair in pairs], [failure for _, refused in alone for failure in refused]
+    if len(encodings) != len(fresh):
+        raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(fresh)} items; report it")
+    return [(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)], []
+
+
+def write(index: Index, encoded: Sequence[tuple[Item, Vector]], moved: Sequence[Item], known: Container[str]) -> Counts:
+    """Keep encoded items, and moved ones with the vectors they have, durably; `known` are the ids that were there before."""
+    old = index.get([str(item.id) for item in moved], with_vectors=True)
+    kept = [(item, old[str(item.id)].vector) for item in moved if str(item.id) in old]
+    pairs = [*encoded, *((item, vector) for item, vector in kept if vector is not None)]
+    if pairs:
+        index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs]))
+    new = sum(item.id not in known for item, _ in pairs)
+    return Counts(added=new, updated=len(pairs) - new)
 
 
 def _check_same_origin(item: Item, before: Stored) -> None:

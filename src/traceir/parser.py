@@ -88,6 +88,10 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
         help="folder, milvus-lite:./FILE.db or http://HOST:19530/NAME; made if it is not there",
     )  # fmt: skip
     add.add_argument("--batch", type=_count, default=64, metavar="N", help="items encoded and stored at a time (default: 64)")
+    add.add_argument(
+        "--workers", type=_count, metavar="N",
+        help="encode by N workers of Ray, on the cluster of $RAY_ADDRESS or on this machine (default: in this process)",
+    )  # fmt: skip
     _add_model(add)
     _add_engine(add)
     info = _verb(parts, shared, "info", runs["index info"], "describe an index")
@@ -142,6 +146,9 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
         "--pictures", action="append", default=[], type=Path, metavar="DIR",
         help="folder whose pictures may be shown; repeatable (default: those of the indexed items)",
     )  # fmt: skip
+    serve.add_argument(
+        "--uploads", type=Path, metavar="DIR", help="where pictures sent with items are kept (default: in --index)"
+    )
     serve.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a Host name to answer to; repeatable")
     serve.add_argument("--cors", action="append", default=[], metavar="ORIGIN", help="pages of this origin may ask; repeatable")
     serve.add_argument("--fetch-host", action="append", default=[], metavar="HOST", help="fetch pictures from here; repeatable")
@@ -152,10 +159,12 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--audit", type=Path, metavar="FILE", help="write who asked what, as hashes, into this log")
     serve.add_argument("--audit-contents", action="store_true", help="write the words too; they are personal data")
     serve.add_argument("--capacity", type=_count, default=512, metavar="N", help="inputs under way, then 429 (default: 512)")
+    serve.add_argument("--writing", type=_count, default=64, metavar="N", help="queries that reason at a time (default: 64)")
     serve.add_argument("--remember", type=int, default=8192, metavar="N", help="encodings kept by content (default: 8192)")
     serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")
     serve.add_argument("--name", default="traceir", metavar="NAME", help="name of the model for clients (default: traceir)")
     serve.add_argument("--title", default="TraceIR", metavar="T", help="title of the page (default: TraceIR)")
+    serve.add_argument("--instructions", type=Path, metavar="FILE", help="what the page suggests instead of our own, one a line")
     serve.add_argument("--open", action="store_true", help="open the page in a browser")
     _add_model(serve)
 

@@ -24,6 +24,7 @@ MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_ASPECT_RATIO: Final = 200.0
 """Qwen's smart resize refuses pictures whose longer side is more than 200 times the shorter one."""
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+SUFFIX_OF: Final = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
 SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+:/|data:)")
@@ -132,6 +133,22 @@ class Picture:
         if self._image is not None:
             return self._remember(_hash_pixels(self._image))
         return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
+
+    def encoded(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[bytes, str]:
+        """The bytes of the picture's file as they are, and the suffix of their format (".jpg"); PNG for one made by `from_image`.
+
+        Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
+        """
+        if self._image is not None:
+            buffer = BytesIO()
+            self._image.save(buffer, "PNG")
+            return buffer.getvalue(), ".png"
+        data = self._read(limits)
+        try:
+            with Image.open(BytesIO(data), formats=FORMATS) as image:
+                return data, SUFFIX_OF[str(image.format)]
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
     def load(self, shrink_to: int | None = None, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
         """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.

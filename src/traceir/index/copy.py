@@ -38,12 +38,12 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
             known = target.get([stored.id for stored in page])
             missing = [stored for stored in page if not _is_same(stored, known.get(stored.id))]
             if missing:
-                written += target.upsert([_Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
+                written += target.upsert([Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
             bar.update(len(page))
     return written
 
 
-class _Copied(Item):
+class Copied(Item):
     """An item as an index keeps it: the bytes of its pictures are not there any more, only their hash."""
 
     __slots__ = ("_content_hash",)

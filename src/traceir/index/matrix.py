@@ -119,25 +119,42 @@ def margin(dim: int) -> float:
 def exact_rows(shard: Shard, queries_QD: Vectors, k: int, allowed_N: Mask | None) -> list[Rows]:
     """For each query the rows that can be among its best k: a superset, whatever the order of float32 additions."""
     usable_N = shard.alive_N if allowed_N is None else shard.alive_N & allowed_N
-    share = np.count_nonzero(usable_N) / max(1, len(usable_N))
-    gathered = np.flatnonzero(usable_N) if share < _GATHER_BELOW else None
+    usable = int(np.count_nonzero(usable_N))
+    gathered = np.flatnonzero(usable_N) if usable < _GATHER_BELOW * len(usable_N) else None
     total = len(usable_N) if gathered is None else len(gathered)
     step = max(1024, _BLOCK_SCORES // max(1, len(queries_QD)))
-    floors = np.full(len(queries_QD), -np.inf, dtype=np.float32)
     slack = np.float32(margin(queries_QD.shape[1]))
+    best = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
     found: list[tuple[Rows, Rows, Scores]] = []
     for start in range(0, total, step):
-        rows = np.arange(start, min(start + step, total)) if gathered is None else gathered[start : start + step]
-        block = shard.vectors_ND[start : start + step] if gathered is None else shard.vectors_ND[rows]
-        scores_QN = queries_QD @ block.astype(np.float32, copy=False).T
-        if gathered is None:
-            scores_QN[:, ~usable_N[start : start + step]] = -np.inf
-        if scores_QN.shape[1] >= k:
-            floors = np.maximum(floors, np.partition(scores_QN, -k, axis=1)[:, -k])
-        keep_QN = (scores_QN >= (floors - slack)[:, None]) & (scores_QN > -np.inf)
-        query_at, row_at = np.nonzero(keep_QN)
-        found.append((query_at, rows[row_at], scores_QN[keep_QN]))
+        rows = slice(start, min(start + step, total)) if gathered is None else gathered[start : start + step]
+        scores_QN = queries_QD @ shard.vectors_ND[rows].astype(np.float32, copy=False).T
+        if gathered is None and usable < total:
+            scores_QN[:, ~usable_N[rows]] = -np.inf
+        query_at, place_at, scores = _promising(scores_QN, best, slack)
+        found.append((query_at, start + place_at if gathered is None else gathered[start + place_at], scores))
     return _narrow(found, len(queries_QD), k, slack)
+
+
+def _promising(scores_QN: Scores, best: Scores, slack: np.float32) -> tuple[Rows, Rows, Scores]:
+    """Query, place and score of what comes within `slack` of the k-th best so far; `best` [Q, k] keeps the scores of all blocks.
+
+    One comparison of all scores a block: after the first block next to nothing passes it.
+    """
+    rows, k = scores_QN.shape[1], best.shape[1]
+    first = rows >= k and bool(np.isneginf(best).all())
+    if first:
+        best[:] = np.partition(scores_QN, -k, axis=1)[:, -k:]
+    lowest = np.finfo(np.float32).min  # leaves out the rows that are gone
+    bounds = np.maximum(best.min(axis=1) - slack, lowest)
+    flat = np.flatnonzero(scores_QN >= bounds[:, None])
+    query_at, place_at = np.divmod(flat, rows)
+    scores: Scores = scores_QN.ravel()[flat]
+    ends = np.searchsorted(query_at, np.arange(len(best) + 1))
+    for query in () if first else np.unique(query_at):
+        own = np.concatenate([best[query], scores[ends[query] : ends[query + 1]]])
+        best[query] = np.partition(own, -k)[-k:]
+    return query_at, place_at, scores
 
 
 def _narrow(found: list[tuple[Rows, Rows, Scores]], queries: int, k: int, slack: np.float32) -> list[Rows]:

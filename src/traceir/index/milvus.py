@@ -84,6 +84,12 @@ class MilvusIndex:
             self._collections.close()
             raise
 
+    def check(self, items: Sequence[Item]) -> None:
+        check_items(items)
+        blank = np.zeros(self._maker.dim, dtype=np.float32)
+        for item in items:
+            row_of(item, blank)
+
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError)."""
         self._need_maker("add to")

@@ -115,6 +115,9 @@ class SqliteIndex:
             self._connection.close()
             raise
 
+    def check(self, items: Sequence[Item]) -> None:
+        check_items(items)
+
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         self._need_maker("add to")
         check_items(items)

@@ -61,6 +61,9 @@ class Index(Protocol):
     Every argument is checked before anything is written (InputError); damage, locks and foreign files raise StoreError.
     """
 
+    def check(self, items: Sequence[Item]) -> None:
+        """Raises InputError for an item that `upsert` would refuse, whatever its vector."""
+
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         """Add or replace items by id, all or none; `vectors` is [N, D]. Durable on disk when it returns N."""
 

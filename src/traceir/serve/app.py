@@ -7,10 +7,10 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -22,20 +22,32 @@ from starlette.exceptions import HTTPException
 from traceir import __version__
 from traceir.errors import DataError, InputError, ModelError, StoreError, TraceError
 from traceir.serve.audit import AuditLog
-from traceir.serve.gate import Asked, Limits
-from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
-from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.gate import Asked, Limits, scope_needed
+from traceir.serve.guard import kind_of
+from traceir.serve.keys import KeyRing, Principal, Scope
+from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import STATIC, page_config, page_html
+from traceir.serve.page import INSTRUCTIONS, STATIC, page_config, page_html
 from traceir.serve.scheduler import BusyError, LateError, Progress, Served
 from traceir.serve.schemas import (
+    EVENTS,
+    FOR_BODIES,
+    FOR_CALLERS,
+    FOR_KEYS,
+    FOR_WRITERS,
+    JPEG,
     MAX_K,
     MAX_OFFSET,
+    METRICS,
+    MISSING,
+    NO_ZERO,
+    NOT_READY,
+    WALL,
     Deleted,
     EmbeddingOut,
     EmbeddingsIn,
     EmbeddingsOut,
-    ErrorOut,
+    Id,
     IdsIn,
     ItemOut,
     ItemPage,
@@ -54,38 +66,19 @@ from traceir.serve.service import Noted, Service, id_in, item_out
 from traceir.serve.strict import StrictRoute
 
 log = logging.getLogger(__name__)
+Told = TypeVar("Told")
+CLOSE_S: Final = 5.0
+"""Seconds for what is still under way once all requests have been answered or given up."""
 
-STATUS: Final[tuple[tuple[type[Exception], int, str], ...]] = (
-    (BusyError, 429, "rate_limit_error"),
-    (LateError, 408, "timeout_error"),
-    (InputError, 400, "invalid_request_error"),
-    (DataError, 400, "invalid_request_error"),
-    (StoreError, 503, "server_error"),
-    (ModelError, 500, "server_error"),
-    (TraceError, 500, "server_error"),
+STATUS: Final[tuple[tuple[type[Exception], int], ...]] = (
+    (BusyError, 429),
+    (LateError, 408),
+    (InputError, 400),
+    (DataError, 400),
+    (StoreError, 503),
+    (ModelError, 500),
+    (TraceError, 500),
 )
-ERRORS: Final[dict[int | str, dict[str, Any]]] = {
-    code: {"model": ErrorOut, "description": why}
-    for code, why in (
-        (400, "The request cannot be understood or done; the message says what to change."),
-        (401, "A key is needed, or the one given is not known."),
-        (403, "The key may not do this."),
-        (408, "The deadline has passed."),
-        (413, "The body is too large."),
-        (429, "Too many requests; Retry-After says when to come back."),
-        (503, "The index cannot be used now."),
-    )
-}
-NOT_FOUND: Final[dict[int | str, dict[str, Any]]] = {404: {"model": ErrorOut, "description": "There is no such item."}}
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """Who may come in: without keys everyone (on a loopback address only). `failed` bounds wrong keys of one network."""
-
-    keys: KeyRing | None = None
-    requests: Buckets | None = None
-    failed: Buckets | None = None
 
 
 @dataclass(slots=True)
@@ -94,10 +87,11 @@ class Server:
     `on_failure` is called."""
 
     make: Callable[[], Awaitable[Service]]
-    gate: Gate = field(default_factory=Gate)
+    keys: KeyRing | None = None
     metrics: Metrics = field(default_factory=Metrics)
     model_name: str = "traceir"
     title: str = "TraceIR"
+    instructions: tuple[str, ...] = INSTRUCTIONS
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     failed: Exception | None = None
@@ -135,13 +129,14 @@ def create_app(server: Server) -> FastAPI:
         await asyncio.wait([loading])
         service, server.service = server.service, None
         if service is not None:
-            await service.scheduler.close()
-            service.readers.shutdown()
-            service.writer.shutdown()
+            await service.scheduler.close(CLOSE_S)
+            for threads in (service.readers, service.writer):
+                await asyncio.to_thread(threads.shutdown)
+            service.index.close()
 
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
-        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=ERRORS,
+        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=WALL,
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
@@ -151,51 +146,38 @@ def create_app(server: Server) -> FastAPI:
     _add_search(app, server)
     _add_items(app, server)
     _add_page(app, server)
-
-    @app.middleware("http")
-    async def counted(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        response = await call(request)
-        route = request.scope.get("route")
-        path = getattr(route, "path", "unknown")
-        server.metrics.requests.labels(path, str(response.status_code)).inc()
-        server.metrics.seconds.labels("request").observe(time.perf_counter() - started)
-        return response
+    _complete(app.openapi(), keyed=server.keys is not None)
 
     return app
 
 
+def _complete(document: dict[str, Any], *, keyed: bool) -> None:
+    """Writes into the OpenAPI document what the gates around the routes ask and answer."""
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            told = operation["responses"]
+            told.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
+            scope = scope_needed(method.upper(), path)
+            told |= FOR_BODIES if "requestBody" in operation else {}
+            told |= FOR_WRITERS if method != "get" else {}
+            told |= FOR_CALLERS if scope else {}
+            if scope and keyed:
+                told |= FOR_KEYS
+                operation["security"] = [{"key": []}]
+    parts = document["components"]
+    del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
+    if keyed:
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "A key of `traceir keys add`."}}
+
+
 def allowed(scope: Scope) -> Any:
-    """A dependency: who asks, once key, scope and rate are found to be in order."""
+    """A dependency: who asks, as KeyGate found it, where they may do this."""
 
     def check(request: Request) -> Principal:
-        known: Principal | None = getattr(request.state, "principal", None)
-        if known is not None:  # KeyGate saw key and rate before the body was read
-            if not known.may(scope):
-                raise Refused(403, f"the key {known.name!r} may not {scope}; ask for one with this scope", "forbidden")
-            return known
-        server: Server = request.app.state.server
-        gate = server.gate
-        address = network_of(request.client.host) if request.client else "unknown"
-        if gate.keys is None:
-            principal = ANYONE
-        else:
-            found = gate.keys.check(request.headers.get("authorization"))
-            if isinstance(found, Refusal):
-                wait = gate.failed.take(address) if gate.failed else 0.0
-                if wait > 0:
-                    raise Refused(429, "too many requests with a wrong key", "rate_limited", wait)
-                raise Refused(found.status, found.message, found.code)
-            principal = found
-        if not principal.may(scope):
-            raise Refused(403, f"the key {principal.name!r} may not {scope}; ask for one with this scope", "forbidden")
-        if gate.requests is not None:
-            own = Rate(principal.requests_per_minute) if principal.requests_per_minute else None
-            wait = gate.requests.take(principal.name if gate.keys else address, rate=own)
-            if wait > 0:
-                raise Refused(429, "too many requests for this key", "rate_limited", wait)
-        request.state.principal = principal
-        return principal
+        known: Principal = request.state.principal
+        if not known.may(scope):
+            raise Refused(403, f"the key {known.name!r} may not {scope}; ask for one with this scope", "forbidden")
+        return known
 
     return Depends(check)
 
@@ -216,34 +198,37 @@ def _add_errors(app: FastAPI) -> None:
     async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0] if error.errors() else {"loc": (), "msg": "it cannot be read"}
         place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        return error_response(400, f"{place or 'body'}: {first['msg']}"[:500], "invalid_request_error", param=place or None)
+        return error_response(400, f"{place or 'body'}: {first['msg']}"[:500], param=place or None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        kind = "authentication_error" if error.status_code in (401, 403) else "invalid_request_error"
         code = error.code if isinstance(error, Refused) else None
-        return error_response(error.status_code, str(error.detail), kind, code=code, headers=error.headers)
+        return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
 
     @app.exception_handler(TraceError)
     async def failed(_: Request, error: TraceError) -> JSONResponse:
         return of_error(error)
 
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> JSONResponse:  # Starlette raises it again, so it is logged
+        return error_response(500, "the server failed; its log says why")
+
 
 def of_error(error: TraceError) -> JSONResponse:
     """The response to an error of ours."""
-    status, kind = next((status, kind) for type_, status, kind in STATUS if isinstance(error, type_))
+    status = next(status for type_, status in STATUS if isinstance(error, type_))
     if status >= 500:
         log.error("%s: %s", type(error).__name__, error)
     headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, BusyError) else None
     told = str(error)[:2000] if status < 500 else "the server cannot do this now; its log says why"
-    return error_response(status, told, kind, headers=headers)
+    return error_response(status, told, headers=headers)
 
 
 def error_response(
-    status: int, message: str, kind: str, *, param: str | None = None, code: str | None = None, headers: Any = None
+    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
-    told = {"message": message, "type": kind, "param": param, "code": code}
+    told = {"message": message, "type": kind_of(status), "param": param, "code": code}
     return JSONResponse({"error": told}, status_code=status, headers=headers)
 
 
@@ -251,6 +236,13 @@ def _noted(request: Request) -> Noted | None:
     """What notes contents for the audit log, where it is on."""
     asked: Asked | None = getattr(request.state, "audit", None)
     return asked.add if asked is not None and request.app.state.server.audit is not None else None
+
+
+def _note_ids(request: Request, ids: Sequence[str]) -> None:
+    """Notes for the audit log what is removed."""
+    asked: Asked | None = getattr(request.state, "audit", None)
+    if asked is not None:
+        asked.add_ids(ids)
 
 
 def _pay(server: Server, principal: Principal, count: int) -> None:
@@ -271,13 +263,14 @@ def _add_status(app: FastAPI, server: Server) -> None:
         """The process answers."""
         return Status(status="ok")
 
-    @app.get("/ready", tags=["status"])
+    @app.get("/ready", tags=["status"], responses=NOT_READY)
     async def ready() -> Status:
         """The model is loaded and the index open; 503 until then."""
-        server.ready()
+        if not server.ready().scheduler.alive:
+            raise HTTPException(503, "the model fails at every input; the server's log says why")
         return Status(status="ready")
 
-    @app.get("/metrics", tags=["status"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    @app.get("/metrics", tags=["status"], response_class=Response, responses=METRICS)
     async def metrics(principal: Annotated[Principal, allowed("read")]) -> Response:
         """Counters in Prometheus' text format."""
         if principal.tenant is not None:
@@ -294,7 +287,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         """The one model that this server runs."""
         return ModelsOut(data=[server.model()])
 
-    @app.post("/v1/embeddings", tags=["embeddings"])
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=MISSING)
     async def embeddings(
         asked: EmbeddingsIn, request: Request, principal: Annotated[Principal, allowed("read")]
     ) -> EmbeddingsOut:
@@ -308,8 +301,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
             )
         given = asked.messages if asked.messages is not None else asked.input
         _pay(server, principal, len(given) if isinstance(given, list) else 1)
-        served = await service.embed(asked, noted=_noted(request))
-        server.metrics.encoded("input", served)
+        served = await _while_connected(request, service.embed(asked, noted=_noted(request)))
         data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
         tokens = sum(one.prompt_tokens for one in served)
         written = sum(one.encoding.tokens for one in served)
@@ -329,10 +321,7 @@ def _add_search(app: FastAPI, server: Server) -> None:
         view, noted = _view(server, principal), _noted(request)
         return await _while_connected(request, _searched(server, view, asked, noted=noted))
 
-    @app.post(
-        "/search/stream", tags=["search"], response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}, "description": "Events `route`, `reasoning`, `hits`, `error`."}},
-    )  # fmt: skip
+    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=EVENTS)
     async def stream(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
         view = _view(server, principal)
@@ -346,21 +335,21 @@ async def _searched(
     noted: Noted | None = None,
 ) -> SearchOut:  # fmt: skip
     found = await service.search(asked, listener=listener, noted=noted)
-    trace = found.trace
-    server.metrics.searched(trace.seconds.search or 0.0)
+    server.metrics.searched(found.trace.seconds.search or 0.0)
     return found
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, SearchOut]) -> SearchOut:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Told]) -> Told:
     """The result of a coroutine, which is cancelled if the client goes away meanwhile."""
     task = asyncio.ensure_future(work)
-    while not task.done():
-        await asyncio.wait([task], timeout=0.25)
-        if not task.done() and await request.is_disconnected():
-            task.cancel()
-    if task.cancelled():
-        raise Refused(499, "the client has gone", "cancelled")
-    return task.result()
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=0.25)
+            if not task.done() and await request.is_disconnected():
+                raise Refused(499, "the client has gone", "cancelled")
+        return task.result()
+    finally:
+        task.cancel()
 
 
 async def _events(server: Server, service: Service, asked: SearchIn, noted: Noted | None = None) -> AsyncIterator[str]:
@@ -404,43 +393,43 @@ def _add_items(app: FastAPI, server: Server) -> None:
     async def add(asked: ItemsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
         _pay(server, principal, len(asked.items))
-        return ItemsOut(results=await _view(server, principal).add(asked.items, noted=_noted(request)))
+        adding = _view(server, principal).add(asked.items, noted=_noted(request))
+        return ItemsOut(results=await _while_connected(request, adding))
 
     @app.get("/items", tags=["items"])
     async def page(
         principal: Annotated[Principal, allowed("read")],
-        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET * 100)] = 0,
+        after: Annotated[str, Query(max_length=1024, pattern=NO_ZERO)] = "",
+        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_K)] = 100,
     ) -> ItemPage:
-        """Items in order of id."""
-        items, more = await _view(server, principal).items(offset, limit)
+        """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
+        items, more = await _view(server, principal).items(after, offset, limit)
         return ItemPage(items=items, offset=offset, more=more)
 
     @app.delete("/items", tags=["items"])
-    async def remove(asked: IdsIn, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+    async def remove(asked: IdsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> Deleted:
         """Removes items; ids that are not there do not count."""
+        _note_ids(request, asked.ids)
         return Deleted(deleted=await _view(server, principal).delete(asked.ids))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=NOT_FOUND)
-    async def one(id: str, principal: Annotated[Principal, allowed("read")]) -> ItemOut:
+    @app.get("/items/{id:path}", tags=["items"], responses=MISSING)
+    async def one(id: Id, principal: Annotated[Principal, allowed("read")]) -> ItemOut:
         """What is kept of an item."""
         found = await _view(server, principal).item(id)
         if found is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return item_out(found)
 
-    @app.delete("/items/{id:path}", tags=["items"], responses=NOT_FOUND)
-    async def remove_one(id: str, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+    @app.delete("/items/{id:path}", tags=["items"], responses=MISSING)
+    async def remove_one(id: Id, principal: Annotated[Principal, allowed("write")]) -> Deleted:
         """Removes an item."""
         count = await _view(server, principal).delete([id])
         if not count:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return Deleted(deleted=count)
 
-    @app.get(
-        "/pictures/{name}", tags=["items"], response_class=Response,
-        responses=NOT_FOUND | {200: {"content": {"image/jpeg": {}}}},
-    )  # fmt: skip
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=JPEG)
     async def picture(
         name: str, principal: Annotated[Principal, allowed("read")], side: Annotated[int, Query(ge=16, le=2048)] = 2048
     ) -> Response:
@@ -457,7 +446,8 @@ def _add_page(app: FastAPI, server: Server) -> None:
     async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
         """What the page shows before the first search."""
         info = await _view(server, principal).info()
-        return page_config(server.title, server.model(), {str(name): count for name, count in info.counts.items()})
+        counts = {str(name): count for name, count in info.counts.items()}
+        return page_config(server.title, server.model(), counts, server.instructions)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

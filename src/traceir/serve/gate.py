@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from traceir.items import Item, Query
@@ -120,6 +120,12 @@ class Asked:
             self.count += 1
             if len(self.what) < MAX_WHAT:
                 self.what.append(self._audit.describe(content))
+
+    def add_ids(self, ids: Sequence[str]) -> None:
+        """Notes the ids of items."""
+        if self._audit is not None:
+            self.count += len(ids)
+            self.what += [{"id": id} for id in ids[: MAX_WHAT - len(self.what)]]
 
 
 def scope_needed(method: str, path: str) -> Scope | None:

@@ -43,6 +43,8 @@ ALWAYS: Final[Headers] = (
 )
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+ANSWERED: Final = b"GET, POST, DELETE"
+"""The methods of our routes."""
 _ONCE: Final = frozenset({"host", "authorization", "content-length", "content-type", "transfer-encoding", "origin", "expect"})
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -144,7 +146,7 @@ class Guard:
             await refuse(send, 405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method")
             return
         headers = [
-            (b"access-control-allow-methods", b"GET, POST, DELETE"),
+            (b"access-control-allow-methods", ANSWERED),
             (b"access-control-allow-headers", b"authorization, content-type"),
             (b"access-control-max-age", b"600"),
         ]
@@ -152,14 +154,20 @@ class Guard:
         await send({"type": "http.response.body", "body": b""})
 
 
+def kind_of(status: int) -> str:
+    """OpenAI's word for the kind of an error."""
+    kinds = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
 async def refuse(send: Send, status: int, message: str, code: str, headers: Headers = ()) -> None:
     """An answer in the shape of this server's errors."""
-    kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    body = json.dumps({"error": {"message": message, "type": kind_of(status), "param": None, "code": code}}).encode()
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status in (408, 413):
         own.append((b"connection", b"close"))  # what is left of the body is not read
+    if status == 405:
+        own.append((b"allow", ANSWERED))
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body})
 

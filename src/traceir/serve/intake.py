@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -69,6 +70,12 @@ class Intake:
             return await self.check_bytes(await asyncio.to_thread(bytes_of_base64, value, place, self.limits), place)
         return await self._check(await asyncio.to_thread(picture_of_item, value, place, sources), place)
 
+    @asynccontextmanager
+    async def decoding(self) -> AsyncIterator[None]:
+        """Held by whoever decodes a picture, a bounded number at a time."""
+        async with self._gate:
+            yield
+
     async def check_bytes(self, data: bytes, place: str) -> Picture:
         """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
         if len(data) > self.limits.file_bytes:
@@ -79,11 +86,11 @@ class Intake:
 
     async def _check(self, picture: Picture, place: str) -> Picture:
         """The same picture once it has been decoded; at most DECODERS at a time. The message names the place, never a path."""
-        async with self._gate:
+        async with self.decoding():
             try:
                 await asyncio.to_thread(picture.load, None, self.limits)
             except PictureError as error:
-                raise PictureError(f"{place}: {_without_path(picture, error)}") from error
+                raise PictureError(f"{place}: {without_path(picture, error)}") from error
         return picture
 
 
@@ -146,5 +153,7 @@ def _body_of(text: str, place: str) -> str:
     return text[head.end() :]
 
 
-def _without_path(picture: Picture, error: PictureError) -> str:
-    return str(error) if picture.path is None else str(error).replace(str(picture.path), "of the item")
+def without_path(picture: Picture, error: PictureError) -> str:
+    """What is wrong with a picture, in words for the client: no path of the server, no remedy that only the server has."""
+    told = str(error) if picture.path is None else str(error).replace(str(picture.path), "of the item")
+    return re.sub(r"or raise PictureLimits\.\w+", "to less", told)

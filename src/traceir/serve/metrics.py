@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.scheduler import Scheduler, Served
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -30,18 +32,17 @@ class Metrics:
         self.waiting = Gauge("traceir_inputs_under_way", "Inputs that have come and are not encoded yet.", registry=self.registry)
         self.items = Gauge("traceir_items", "Items in the index.", ["modality"], registry=self.registry)
 
-    def encoded(self, role: str, served: Sequence[Served]) -> None:
-        """Counts encodings and the time they took."""
-        for one in served:
-            self.cache.labels("yes" if one.cached else "no").inc()
-            if one.cached:
-                continue
-            self.routes.labels(role, one.encoding.route).inc()
-            self.seconds.labels("queue").observe(one.queue)
-            self.seconds.labels("encode").observe(one.encode)
-            self.truncated.inc(int(one.encoding.truncated))
-            if one.encoding.tokens:
-                self.tokens.observe(one.encoding.tokens)
+    def encoded(self, role: str, served: Served) -> None:
+        """Counts an encoding, of a query or an item, and the time it took."""
+        self.cache.labels("yes" if served.cached else "no").inc()
+        if served.cached:
+            return
+        self.routes.labels(role, served.encoding.route).inc()
+        self.seconds.labels("queue").observe(served.queue)
+        self.seconds.labels("encode").observe(served.encode)
+        self.truncated.inc(int(served.encoding.truncated))
+        if served.encoding.tokens:
+            self.tokens.observe(served.encoding.tokens)
 
     def count_dropped(self, dropped: Callable[[], int]) -> None:
         """Shows how many lines the audit log has lost."""
@@ -54,6 +55,33 @@ class Metrics:
     def page(self, scheduler: Scheduler, counts: dict[str, int]) -> bytes:
         """All of it in Prometheus' text format."""
         self.waiting.set(scheduler.under_way)
+        self.items.clear()
         for modality, count in counts.items():
             self.items.labels(modality).set(count)
         return generate_latest(self.registry)
+
+
+class Counted:
+    """Middleware, around all others: counts every answer by route and status, also those that never reach the application."""
+
+    def __init__(self, app: App, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, status = time.perf_counter(), 500
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        finally:
+            path = getattr(scope.get("route"), "path", "unknown")
+            self.metrics.requests.labels(path, str(status)).inc()
+            self.metrics.seconds.labels("request").observe(time.perf_counter() - started)

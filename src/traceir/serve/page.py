@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from traceir.errors import InputError
 from traceir.items import MODALITIES
-from traceir.serve.schemas import ModelOut, PageConfig, SearchIn
+from traceir.serve.schemas import Example, ModelOut, PageConfig
 
 STATIC: Final = Path(__file__).parent / "static"
 INSTRUCTIONS: Final = (
@@ -19,13 +21,19 @@ INSTRUCTIONS: Final = (
     "Find the photo and headline of this news.",
 )
 """Those of the bundled model's training; a larger model takes any words."""
+LONGEST: Final = 2000
+"""Characters of an instruction, as in the page's own field."""
+MOST: Final = 200
+"""Instructions that a page suggests."""
 EXAMPLES: Final = (
-    SearchIn(
+    Example(
+        title="simple: found at once",
         text="On the left a white ring, in the middle a blue ring, on the right a purple ring.",
         instruction=INSTRUCTIONS[0],
         modality="image",
     ),
-    SearchIn(
+    Example(
+        title="not simple: reasoned about first",
         text="Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one.",
         instruction=INSTRUCTIONS[0],
         modality="image",
@@ -33,10 +41,39 @@ EXAMPLES: Final = (
 )
 
 
-def page_config(title: str, model: ModelOut, counts: Mapping[str, int]) -> PageConfig:
+def read_instructions(path: Path) -> tuple[str, ...]:
+    """The suggestions of a UTF-8 text file, one a line, in its order; blank lines and repetitions are left out.
+
+    InputError where the file cannot be read, is not plain text, holds none, more than MOST, or one over LONGEST characters.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"the instructions {path} cannot be read ({error.strerror}); give a text file, one a line") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one instruction a line") from error
+    found: dict[str, None] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        instruction = line.strip()
+        if any(unicodedata.category(one) == "Cc" and one != "\t" for one in instruction):
+            raise InputError(f"{path}:{number}: there is a control character; give plain text, one instruction a line")
+        if len(instruction) > LONGEST:
+            raise InputError(f"{path}:{number}: the instruction has {len(instruction)} characters; give at most {LONGEST}")
+        if instruction:
+            found[instruction] = None
+    if not found:
+        raise InputError(f"{path} holds no instruction; write one a line, or leave --instructions out")
+    if len(found) > MOST:
+        raise InputError(f"{path} holds {len(found)} instructions; give at most {MOST}")
+    return tuple(found)
+
+
+def page_config(title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS) -> PageConfig:
+    """The examples belong to the instructions of INSTRUCTIONS: with others, or over an empty index, there are none."""
+    examples = EXAMPLES if tuple(instructions) == INSTRUCTIONS and any(counts.values()) else ()
     return PageConfig(
-        title=title, instructions=list(INSTRUCTIONS), modalities=list(MODALITIES), model=model, count=dict(counts),
-        examples=list(EXAMPLES),
+        title=title, instructions=list(instructions), modalities=list(MODALITIES), model=model, count=dict(counts),
+        examples=list(examples),
     )  # fmt: skip
 
 

@@ -24,8 +24,8 @@ MAX_SIDE: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class PictureStore:
-    """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one PNG in it,
-    named by the SHA-256 of what was sent. So the picture of an item goes with the item, and no other's with it. Thread-safe.
+    """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
+    it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. Thread-safe.
     """
 
     folder: Path
@@ -52,16 +52,19 @@ class PictureStore:
         """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
         if picture.path is not None and not picture.path.is_relative_to(self.folder):
             return picture
-        place = self._place(id) / f"{picture.sha256}.png"
+        data, suffix = picture.encoded(LIMITS)
+        place = self._place(id) / f"{picture.sha256}{suffix}"
         if not place.exists():
             fresh = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             try:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with fresh.open("wb") as stream:
-                    picture.load(limits=LIMITS).save(stream, "PNG")
+                    stream.write(data)
                     stream.flush()
                     os.fsync(stream.fileno())
                 os.replace(fresh, place)
+                for folder in (place.parent, place.parent.parent, self.folder):
+                    _sync(folder)
             except OSError as error:
                 fresh.unlink(missing_ok=True)
                 shown = f"the picture cannot be kept: {error.strerror or error}"
@@ -83,6 +86,15 @@ class PictureStore:
     def _place(self, id: str) -> Path:
         owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]
         return self.folder / owner[:2] / owner
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def as_jpeg(picture: Picture, side: int = MAX_SIDE) -> bytes:

@@ -21,7 +21,7 @@ from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.search import Searcher
-from traceir.serve.app import Gate, Server, create_app
+from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyGuard
 from traceir.serve.fetch import Fetcher
@@ -29,13 +29,16 @@ from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
 from traceir.serve.intake import Intake, Sources
 from traceir.serve.keys import KeyRing
-from traceir.serve.limits import Buckets, Rate
+from traceir.serve.limits import Rate
+from traceir.serve.metrics import Counted, Metrics
+from traceir.serve.page import read_instructions
 from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import Census
 
 log = logging.getLogger(__name__)
+DISTRIBUTED: Final = ("milvus-lite:", "http://", "https://")
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 SWITCH_S: Final = 0.0005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
@@ -46,15 +49,19 @@ LOOKED_AT: Final = 20_000
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """How a server runs. `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the
-    start. `remembered`: encodings kept by content. `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a
-    minute of one key or address."""
+    """How a server runs.
+
+    `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the start. `uploads`: where
+    pictures that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
+    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address.
+    """
 
     index: str
     host: str = "127.0.0.1"
     port: int = 8080
     keys: Path | None = None
     pictures: tuple[Path, ...] = ()
+    uploads: Path | None = None
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     fetch_hosts: tuple[str, ...] = ()
@@ -65,6 +72,7 @@ class ServeConfig:
     deadline_s: float = 60.0
     model_name: str = "traceir"
     title: str = "TraceIR"
+    instructions: Path | None = None
     inputs_per_minute: int = 60_000
     audit: Path | None = None
     audit_contents: bool = False
@@ -75,6 +83,10 @@ class ServeConfig:
                 f"--host {self.host} is not this machine alone, and there are no keys; make some with `traceir keys add` and "
                 "give --keys FILE, or listen on 127.0.0.1"
             )
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port {self.port} does not exist; give 0 (a free one) to 65535")
+        if self.uploads is None and self.index.startswith(DISTRIBUTED):
+            raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
         if self.deadline_s <= 0:
             raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
 
@@ -83,13 +95,13 @@ def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
 
     async def make() -> Service:
-        return await _make_service(config, load)
+        return await _make_service(config, load, server.metrics)
 
     keys = KeyRing(config.keys) if config.keys else None
-    rate = Rate(config.requests_per_minute)
-    gate = Gate(keys, Buckets(rate), Buckets(Rate(60)))
-    server = Server(make, gate, model_name=config.model_name, title=config.title)
-    server.limits = Limits(rate, Rate(config.inputs_per_minute, burst=2000))
+    server = Server(make, keys, model_name=config.model_name, title=config.title)
+    if config.instructions:
+        server.instructions = read_instructions(config.instructions)
+    server.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
     if config.audit:
         server.audit = audit = AuditLog(config.audit, contents=config.audit_contents)
         server.metrics.count_dropped(lambda: audit.dropped)
@@ -99,8 +111,8 @@ def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
 def make_application(config: ServeConfig, server: Server) -> Any:
     """The ASGI application behind its wall."""
     inside = BodyGuard(create_app(server))
-    gate = KeyGate(inside, server.gate.keys, server.limits or Limits(), server.audit)
-    return Guard(gate, Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors))
+    gate = KeyGate(inside, server.keys, server.limits or Limits(), server.audit)
+    return Counted(Guard(gate, Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics)
 
 
 def serve(
@@ -111,18 +123,20 @@ def serve(
 
     server = make_server(config, load)
     try:
-        listener = socket.create_server((config.host, config.port), backlog=2048)
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
         raise InputError(
             f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
         ) from error
-    url = f"http://{config.host}:{listener.getsockname()[1]}/"
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{host}:{listener.getsockname()[1]}/"
     announce(f"serving at {url}")
     if open_browser:
         webbrowser.open(url)
     options = uvicorn.Config(
         make_application(config, server), log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=30, timeout_keep_alive=30, proxy_headers=False,
+        timeout_graceful_shutdown=round(config.deadline_s) + 5, timeout_keep_alive=30, proxy_headers=False,
         h11_max_incomplete_event_size=64 * 1024, ws="none",
     )  # fmt: skip
     running = uvicorn.Server(options)
@@ -141,11 +155,12 @@ def serve(
         raise server.failed
 
 
-async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Service:
+async def _make_service(config: ServeConfig, load: Callable[[], Encoder], metrics: Metrics) -> Service:
     encoder = await asyncio.to_thread(load)
-    index = open_index(
-        config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
-    )
+    index: Index = await asyncio.to_thread(
+        open_index, config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width,
+        create=True,
+    )  # fmt: skip
     Searcher(encoder, index)  # refuses an index of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
@@ -154,10 +169,10 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder]) -> Ser
     fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
-    log.info("%s is ready, %d items, pictures from %d folders", index.info().uri, index.count(), len(folders))
+    log.info("%s is ready, pictures from %d folders", config.index, len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
-        ThreadPoolExecutor(1, "writer"), census, config.deadline_s,
+        ThreadPoolExecutor(1, "writer"), census, metrics, config.deadline_s,
     )  # fmt: skip
 
 
@@ -170,12 +185,14 @@ def _warm(index: Index, width: int) -> Census:
 
 
 def picture_folders(index: Index) -> tuple[Path, ...]:
-    """The folders of the pictures that the first items of an index name."""
-    named = {Path(stored.image).parent for stored in islice(index.scan(), LOOKED_AT) if stored.image}
+    """The folders of the pictures that the first items of an index name; says so where it holds more items."""
+    items = index.scan()
+    named = {Path(stored.image).parent for stored in islice(items, LOOKED_AT) if stored.image}
+    if next(items, None) is not None:
+        log.warning("only the first %d items were looked at for folders of pictures; give --pictures DIR", LOOKED_AT)
     return tuple(sorted(folder for folder in named if folder.is_dir()))
 
 
 def _uploads(config: ServeConfig) -> Path:
-    """Where uploaded pictures lie: beside the index where that is a folder."""
-    distributed = config.index.startswith(("milvus-lite:", "http://", "https://"))
-    return Path("pictures").resolve() if distributed else Path(config.index).resolve() / "pictures"
+    """Where uploaded pictures lie: in the index's folder, or where the operator said."""
+    return config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures"

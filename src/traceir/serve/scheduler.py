@@ -26,9 +26,11 @@ from traceir.items import ROUTES, Encoding, Item, Query, Route
 
 log = logging.getLogger(__name__)
 
+FAILURES: Final = 8
+"""Batches that fail one after the other before the server no longer calls itself ready."""
 PACE: Final = 0.5
 """Seconds of writing for each second of prefill while both are wanted."""
-PROGRESS_S: Final = 0.05
+PROGRESS_S: Final = 0.02
 """Seconds between two reports on a row that writes."""
 
 
@@ -87,9 +89,10 @@ class Job:
 class Scheduler:
     """Encodes queries and items from any number of tasks of one event loop.
 
-    `capacity` bounds the inputs that are under way; beyond it `BusyError` is raised at once. `writing` rows write together, those
-    beyond wait with their cache. `remembered` encodings are kept by content. Equal to the encoder's own results up to
-    floating-point rounding. Start it within the loop, and `close` it there: what is under way ends, nothing new is taken.
+    `capacity` bounds the inputs that are under way; beyond it `BusyError` is raised at once. `writing` rows write together; those
+    beyond give their cache back, wait, and are prefilled again. `remembered` encodings are kept by content. Equal to the
+    encoder's own results up to floating-point rounding. Start it within the loop, and `close` it there: what is under way ends,
+    nothing new is taken.
     """
 
     def __init__(self, encoder: Encoder, *, capacity: int = 512, writing: int = 64, remembered: int = 8192) -> None:
@@ -104,7 +107,9 @@ class Scheduler:
         self._arrived: deque[Job] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._rate = 0.0
+        self._busy_since = self._answered = self._rate = 0.0
+        self._postponed: deque[Job] = deque()
+        self._failures = 0
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._pool = ThreadPoolExecutor(2, "layout")
 
@@ -113,16 +118,30 @@ class Scheduler:
         """Inputs that have come and are not encoded yet."""
         return len(self._jobs)
 
+    @property
+    def full(self) -> bool:
+        """Whether one more input would be refused."""
+        return len(self._jobs) >= self.capacity
+
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def close(self) -> None:
-        """Takes nothing new, lets what is under way end, and frees the thread."""
+    @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs, and its last batches did not all fail."""
+        return self._thread.is_alive() and self._failures < FAILURES
+
+    async def close(self, seconds: float | None = None) -> None:
+        """Takes nothing new, lets what is under way end, and frees the thread; what is not done in so many seconds is dropped."""
         self._closing = True
-        while self._jobs:
-            await asyncio.wait([job.done for job in self._jobs.values()])
-            await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._jobs:
+                    await asyncio.wait([job.done for job in self._jobs.values()])
+                    await asyncio.sleep(0)
+        for job in list(self._jobs.values()):
+            self._end(job, BusyError(len(self._jobs), 1.0))
         with self._wake:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
@@ -175,10 +194,18 @@ class Scheduler:
 
     def _admit(self, key: tuple[str, str, str], route: Route) -> Job:
         if len(self._jobs) >= self.capacity or self._closing:
-            raise BusyError(len(self._jobs), max(1.0, round(len(self._jobs) / self._rate, 1) if self._rate else 1.0))
+            raise BusyError(len(self._jobs), self._wait_s())
+        if not self._jobs:
+            self._busy_since, self._answered = time.monotonic(), 0.0
         self.misses += 1
         job = self._jobs[key] = Job(key, route, time.monotonic(), self._loop.create_future())
         return job
+
+    def _wait_s(self) -> float:
+        """Seconds until what is under way should be done, by the answers of the last minute; at least 1."""
+        if self._answered >= 8:
+            self._rate = self._answered / max(time.monotonic() - self._busy_since, 0.1)
+        return max(1.0, round(len(self._jobs) / self._rate, 1)) if self._rate else 1.0
 
     async def _prepare(self, job: Job, content: Query | Item) -> None:
         job.layout, job.probability = await self._loop.run_in_executor(self._pool, self._lay_out, content, job.route)
@@ -233,24 +260,30 @@ class Scheduler:
     def _work(self) -> None:
         writing: dict[int, Job] = {}
         wave: Wave | None = None
-        parked: list[Wave] = []
         numbers = 0
-        while (jobs := self._take(wait=wave is None and not parked)) is not None:
+        while (jobs := self._take(self.writing - len(writing), wait=not writing)) is not None:
             numbered = dict(enumerate(jobs, numbers))
             numbers += len(jobs)
             writing |= numbered
+            started = time.monotonic()
+            fresh = self._prefilled(numbered, writing)
+            now = time.monotonic()
             try:
-                started = time.monotonic()
-                parked += self._prefill(numbered, writing)
-                now = time.monotonic()
-                wave = self._write(wave, parked, writing, now + PACE * (now - started))
+                wave = self._write([*([wave] if wave else []), *fresh], writing, now + PACE * (now - started))
             except Exception as error:
-                log.exception("a batch of %d inputs failed", len(writing))
+                log.exception("%d inputs that were being written failed", len(writing))
+                self._failures += 1
                 self._call(self._fail, list(writing.values()), error)
-                wave, parked, writing = None, [], {}
+                wave, writing = None, {}
 
-    def _take(self, *, wait: bool) -> list[Job] | None:
-        """What has come in and is still wanted, at most one batch of one route; None once all is done and closed."""
+    def _take(self, room: int, *, wait: bool) -> list[Job] | None:
+        """What has come in and is still wanted, at most one batch of one route; None once all is done and closed.
+
+        What was postponed comes first, and alone, where there is room to write a good part of it.
+        """
+        most = min(self.encoder.batch_rows, self.writing)
+        if room >= min(most, len(self._postponed)) and self._postponed:
+            return self._fitting(self._postponed, most)
         with self._wake:
             while wait and not self._arrived and not (self._closing and not self._jobs):
                 self._wake.wait(0.5)
@@ -274,6 +307,33 @@ class Scheduler:
             self._arrived.extendleft(reversed(later))
             return taken
 
+    def _fitting(self, waiting: deque[Job], most: int) -> list[Job]:
+        """The first of those that wait and are still wanted, as many as one batch holds."""
+        taken: list[Job] = []
+        longest = 0
+        while waiting and len(taken) < most:
+            job = waiting[0]
+            if not job.done.done() and job.layout is not None:
+                longest = max(longest, len(job.layout))
+                if taken and (len(taken) + 1) * longest > self.encoder.token_budget:
+                    break
+                taken.append(job)
+            waiting.popleft()
+        return taken
+
+    def _prefilled(self, jobs: dict[int, Job], writing: dict[int, Job]) -> list[Wave]:
+        """Prefills one batch; where that fails, each input alone, so that a bad one fails by itself."""
+        try:
+            return self._prefill(jobs, writing)
+        except Exception as error:
+            left = {number: job for number, job in jobs.items() if number in writing}
+            if len(left) > 1:
+                return [wave for number, job in left.items() for wave in self._prefilled({number: job}, writing)]
+            log.exception("an input failed")
+            self._failures += 1
+            self._call(self._fail, [writing.pop(number) for number in left], error)
+            return []
+
     def _prefill(self, jobs: dict[int, Job], writing: dict[int, Job]) -> list[Wave]:
         """Prefills one batch: what bypasses is handed out, what writes is given back."""
         if not jobs:
@@ -284,7 +344,7 @@ class Scheduler:
         layouts = [job.layout for job in jobs.values() if job.layout is not None]
         route = next(iter(jobs.values())).route
         if route == "direct":
-            probability = any(job.probability for job in jobs.values())
+            probability = [job.probability for job in jobs.values()]
             self._hand_out(self._decoder.prefill_direct(list(jobs), layouts, probability=probability), writing)
             return []
         finished, wave = self._decoder.prefill(list(jobs), layouts, route)
@@ -292,11 +352,25 @@ class Scheduler:
         for row in wave.rows if wave else ():
             if listeners := jobs[row.number].listeners:
                 self._call(_tell_all, list(listeners), Progress("reason", row.probability, ""))
-        return [wave] if wave else []
+        if wave is not None:
+            self._postpone(wave, jobs, writing)
+        return [wave] if wave is not None and wave.rows else []
 
-    def _write(self, wave: Wave | None, parked: list[Wave], writing: dict[int, Job], until: float) -> Wave | None:
+    def _postpone(self, wave: Wave, jobs: dict[int, Job], writing: dict[int, Job]) -> None:
+        """Rows beyond those that may write give their cache back and wait for their turn; memory is bounded so."""
+        if self.encoder.model.settings.read_out == "at_token":
+            return  # rows that bypass are among them
+        room = max(0, self.writing - (len(writing) - len(wave.rows)))
+        for row in wave.rows[room:]:
+            job = writing.pop(row.number)
+            job.route = "reason"  # known now, and the prompt is that of the automatic route
+            self._postponed.append(job)
+        if room < len(wave.rows):
+            keep_rows(wave, range(room))
+
+    def _write(self, waves: list[Wave], writing: dict[int, Job], until: float) -> Wave | None:
         """Writes one token for every row, and more until a moment of the clock; the rows that are not done."""
-        wave = self._joined(wave, parked, writing)
+        wave = self._joined(waves, writing)
         while wave is not None:
             self._hand_out(self._decoder.step(wave), writing)
             self._tell(wave, writing)
@@ -308,22 +382,18 @@ class Scheduler:
 
     def _hand_out(self, finished: Finished, writing: dict[int, Job]) -> None:
         if ended := [(writing.pop(number), encoding) for number, encoding in finished if number in writing]:
+            self._failures = 0
             self._call(self._deliver, ended, time.monotonic())
 
-    def _joined(self, wave: Wave | None, parked: list[Wave], writing: dict[int, Job]) -> Wave | None:
-        """The rows that write next: those whose waiters have gone leave, parked ones join while there is room."""
-        for one in [*([wave] if wave else []), *parked]:
+    def _joined(self, waves: list[Wave], writing: dict[int, Job]) -> Wave | None:
+        """The rows that write next, as one wave: those whose waiters have gone leave."""
+        for one in waves:
             live = [place for place, row in enumerate(one.rows) if not writing[row.number].done.cancelled()]
             if len(live) < len(one.rows):
                 for place in set(range(len(one.rows))) - set(live):
                     del writing[one.rows[place].number]
                 keep_rows(one, live)
-        if wave is not None and not wave.rows:
-            wave = None
-        parked[:] = [one for one in parked if one.rows]
-        joining: list[Wave] = [wave] if wave else []
-        while parked and sum(len(one.rows) for one in joining) + len(parked[0].rows) <= max(self.writing, len(parked[0].rows)):
-            joining.append(parked.pop(0))
+        joining = [one for one in waves if one.rows]
         if not joining:
             return None
         joined = merge_waves(joining)
@@ -340,8 +410,9 @@ class Scheduler:
                 self._call(_tell_all, list(job.listeners), Progress("reason", row.probability, self._decoder.text_of(row)))
 
     def _deliver(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
-        seconds = max(1e-3, now - min(job.prefilled for job, _ in finished))
-        self._rate = 0.9 * self._rate + 0.1 * len(finished) / seconds if self._rate else len(finished) / seconds
+        self._answered += len(finished)
+        if now - self._busy_since > 60:
+            self._busy_since, self._answered = (now + self._busy_since) / 2, self._answered / 2
         for job, encoding in finished:
             tokens = len(job.layout) if job.layout is not None else 0
             self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled, tokens))

@@ -1,29 +1,37 @@
-"""What the HTTP interface takes and gives, as pydantic models: the OpenAPI document is made of these."""
+"""What the HTTP interface takes and gives, as pydantic models, and its refusals: the OpenAPI document is made of these."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from traceir.items import Encoding, Modality, Route
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 256
 MAX_PARTS = 32
+MAX_FIELDS = 32
+MAX_VALUES = 10_000
 MAX_K = 1_000
 MAX_OFFSET = 10_000
 
+NO_ZERO = r"^[^\x00]*$"
+
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Id = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=NO_ZERO)]
+"""At most 1024 bytes of UTF-8, which a schema cannot say."""
 Number = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)]
+"""In JSON 3.0 is a whole number too; "3" and true are none."""
 Scalar = bool | int | Number | Text | None
 
 
 class Strict(BaseModel):
-    """Unknown fields are refused, so that a typing error does not pass silently."""
+    """Unknown fields and values of another type are refused, so that a typing error does not pass silently."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class PictureIn(Strict):
@@ -41,21 +49,36 @@ class Range(Strict):
     lte: Number | Text | None = None
 
 
-Where = dict[str, Scalar | list[Scalar] | Range]
+def _few(where: object) -> object:
+    """Counts before each value is tried against each kind, so that a large body is refused at once."""
+    if isinstance(where, dict) and (
+        len(where) > MAX_FIELDS or any(isinstance(one, list) and len(one) > MAX_VALUES for one in where.values())
+    ):
+        raise ValueError(f"more than {MAX_FIELDS} fields, or {MAX_VALUES} values of one; ask for less")
+    return where
+
+
+Where = Annotated[
+    dict[str, Scalar | Annotated[list[Scalar], Field(max_length=MAX_VALUES, fail_fast=True)] | Range],
+    BeforeValidator(_few),
+    Field(max_length=MAX_FIELDS),
+]
 """Field -> a value, several of which one must match, or a range; all fields must match."""
 
 
 class SearchIn(Strict):
     """A query: text, picture, both, or interleaved `parts`; `instruction` says what is wanted, `modality` of which kind."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red cup", "modality": "image", "k": 5}]})
+
     text: Text | None = None
     image: PictureIn | None = None
-    parts: Annotated[list[Text | PictureIn], Field(max_length=MAX_PARTS)] | None = None
+    parts: Annotated[list[Text | PictureIn], Field(min_length=1, max_length=MAX_PARTS)] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
     route: Route = "auto"
-    k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
-    offset: Annotated[int, Field(ge=0, le=MAX_OFFSET)] = 0
+    k: Annotated[Whole, Field(ge=1, le=MAX_K)] = 10
+    offset: Annotated[Whole, Field(ge=0, le=MAX_OFFSET)] = 0
     where: Where | None = None
     exact: bool = True
 
@@ -112,6 +135,10 @@ class ItemIn(Strict):
 
 
 class ItemsIn(Strict):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"items": [{"id": "cup-1", "text": "a red cup", "fields": {"shelf": 3}}]}]}
+    )
+
     items: Annotated[list[ItemIn], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
@@ -162,18 +189,45 @@ class ContentIn(Strict):
     image: str | PictureIn | None = None
 
 
+CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
+_PART: Final = {
+    "type": "object", "required": ["type"], "description": "A text, or a picture by data URL or by address.",
+    "oneOf": [
+        {"required": ["text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}},
+        {"required": ["image_url"], "properties": {"type": {"const": "image_url"}, "image_url": {
+            "type": "object", "required": ["url"], "properties": {"url": {"type": "string", "format": "uri"}},
+        }}},
+    ],
+}  # fmt: skip
+_CHAT: Final = {
+    "type": "array", "minItems": 1, "items": {
+        "type": "object", "required": ["role", "content"], "properties": {
+            "role": {"enum": list(CHAT_ROLES)}, "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
+        },
+    },
+}  # fmt: skip
+Chats = Annotated[
+    list[Any],
+    Field(max_length=MAX_INPUTS),
+    WithJsonSchema({"anyOf": [_CHAT | {"maxItems": MAX_INPUTS}, {"type": "array", "maxItems": MAX_INPUTS, "items": _CHAT}]}),
+]
+"""One chat, or several; service.py reads them by hand, to say what is wrong with which."""
+
+
 class EmbeddingsIn(BaseModel):
     """OpenAI's request, and more: objects of text and picture, or chats. Fields we do not know are ignored, as OpenAI's are."""
 
+    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"input": ["a red cup", {"text": "a blue cup"}]}]})
+
     model: str | None = None
     input: Text | Annotated[list[Text | ContentIn], Field(max_length=MAX_INPUTS)] | None = None
-    messages: Annotated[list[Any], Field(max_length=MAX_INPUTS)] | None = None
+    messages: Chats | None = None
     input_type: Literal["query", "document"] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
     route: Route = "auto"
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    dimensions: Annotated[Whole, Field(ge=1, le=65_536)] | None = None
     user: str | None = None
 
 
@@ -228,6 +282,68 @@ class ErrorOut(BaseModel):
     error: ErrorDetail
 
 
+Responses = dict[int | str, dict[str, Any]]
+
+
+def _refusals(told: Mapping[int, str], headers: Mapping[str, str] | None = None) -> Responses:
+    """Answers with an ErrorOut, by status."""
+    shape = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}}
+    shown = {name: {"schema": {"type": kind}, "required": True} for name, kind in (headers or {}).items()}
+    return {str(status): {"description": why, "content": shape, "headers": shown} for status, why in told.items()}
+
+
+WALL: Final[Responses] = _refusals({
+    400: "The request cannot be understood or done; the message says what to change.",
+    413: "The body is too large.",
+    414: "The path and query are too long.",
+    415: "A body is JSON, and not packed.",
+    421: "The server does not answer to this Host.",
+    431: "The headers are too many or too large.",
+}) | {500: {"model": ErrorOut, "description": "The server failed; its log says why."}}  # fmt: skip
+"""What any route may answer."""
+FOR_BODIES: Final = _refusals({408: "The body did not come, or the answer was not found, in time."})
+FOR_WRITERS: Final = _refusals({403: "A page of this origin may not use the server, or the key has no scope for this."})
+FOR_CALLERS: Final = _refusals({503: "The model is being loaded, or the index or the keys cannot be used now."}) | _refusals(
+    {429: "Too many requests."}, {"Retry-After": "integer"}
+)
+"""Of every route but those of `gate.OPEN_PATHS`."""
+FOR_KEYS: Final = _refusals({403: FOR_WRITERS["403"]["description"]}) | _refusals(
+    {401: "A key is needed, or the one given is not known."}, {"WWW-Authenticate": "string"}
+)
+NOT_READY: Final = _refusals({503: "The model is being loaded."})
+MISSING: Final = _refusals({404: "There is no such item, picture or model."})
+METRICS: Final[Responses] = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+JPEG: Final[Responses] = MISSING | {
+    200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
+}
+EVENTS: Final[Responses] = {
+    200: {
+        "description": (
+            "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
+            "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
+        ),
+        "content": {
+            "text/event-stream": {
+                "itemSchema": {
+                    "type": "object",
+                    "required": ["event", "data"],
+                    "properties": {
+                        "event": {"enum": ["route", "reasoning", "hits", "error"]},
+                        "data": {"type": "string", "contentMediaType": "application/json"},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class Example(SearchIn):
+    """A query that the page offers; `title` says what it shows."""
+
+    title: str
+
+
 class PageConfig(BaseModel):
     """What the page shows before the first search."""
 
@@ -236,7 +352,7 @@ class PageConfig(BaseModel):
     modalities: list[Modality]
     model: ModelOut
     count: dict[str, int]
-    examples: list[SearchIn]
+    examples: list[Example]
 
 
 class Status(BaseModel):

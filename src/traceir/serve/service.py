@@ -6,23 +6,29 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from traceir.errors import InputError, StoreError
+from traceir.errors import InputError, PictureError, StoreError, TraceError
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
 from traceir.ingest import FILE_FIELD
 from traceir.items import Encoding, Hit, Item, Part, Query, Route
 from traceir.pictures import Picture
-from traceir.serve.intake import Intake, Sources, picture_of_item
+from traceir.serve.intake import Intake, Sources, picture_of_item, without_path
+from traceir.serve.metrics import Metrics
 from traceir.serve.picture_store import PictureStore, as_jpeg
-from traceir.serve.scheduler import Listener, Scheduler, Served
+from traceir.serve.scheduler import BusyError, LateError, Listener, Scheduler, Served
 from traceir.serve.schemas import (
+    CHAT_ROLES,
+    MAX_INPUTS,
+    MAX_PARTS,
+    MAX_TEXT,
     ContentIn,
     EmbeddingsIn,
     HitOut,
@@ -39,10 +45,10 @@ from traceir.serve.schemas import (
 from traceir.serve.tenants import Census, TenantIndex
 
 Told = TypeVar("Told")
+Given = TypeVar("Given")
 Noted = Callable[[Query | Item], None]
 """Hears what a request asks, for the audit log; it may read pictures."""
 log = logging.getLogger(__name__)
-CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Service:
     readers: ThreadPoolExecutor
     writer: ThreadPoolExecutor
     census: Census
+    metrics: Metrics
     deadline_s: float = 60.0
 
     def of_tenant(self, tenant: str | None) -> Service:
@@ -71,9 +78,14 @@ class Service:
 
     async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> SearchOut:
         """The hits of a query. Raises InputError, PictureError, BusyError, LateError, StoreError."""
+        async with self._within_deadline():
+            return await self._search(asked, listener, noted)
+
+    async def _search(self, asked: SearchIn, listener: Listener | None, noted: Noted | None) -> SearchOut:
         query = await self.query(asked)
         await self._note([query], noted)
         served = await self.scheduler.encode_query(query, asked.route, listener=listener, seconds=self.deadline_s)
+        self.metrics.encoded("query", served)
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
         vectors = np.stack([served.encoding.vector])
@@ -95,14 +107,10 @@ class Service:
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
-        contents = await self._contents(asked)
-        await self._note(contents, noted)
-        tasks = [asyncio.ensure_future(self._encode(one, asked.route)) for one in contents]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+        async with self._within_deadline():
+            contents = await self._contents(asked)
+            await self._note(contents, noted)
+            return await together(self._each(contents, lambda one: self._encode(one, asked.route)))
 
     async def add(self, items: Sequence[ItemIn], *, noted: Noted | None = None) -> list[ItemResult]:
         """Indexes items; each has a result of its own, and what is told as added is durable."""
@@ -114,7 +122,7 @@ class Service:
         return results
 
     async def _add(self, items: Sequence[ItemIn], noted: Noted | None) -> list[ItemResult]:
-        made = await asyncio.gather(*(self._made(one) for one in items))
+        made = await together(self._each(items, self._made))
         seen: set[str] = set()
         for place, (given, one) in enumerate(zip(items, made, strict=True)):
             if given.id in seen and not isinstance(one, str):
@@ -147,12 +155,14 @@ class Service:
     async def item(self, id: str) -> Stored | None:
         return (await self._read(lambda: self.index.get([id]))).get(id)
 
-    async def items(self, offset: int, limit: int) -> tuple[list[ItemOut], bool]:
-        """Items in order of id from `offset`, and whether there are more."""
+    async def items(self, after: str, offset: int, limit: int) -> tuple[list[ItemOut], bool]:
+        """Items in order of id, those up to `after` and the next `offset` left out, and whether there are more."""
+        where = RangeFilter("id", low=after) if after else None
 
         def page() -> list[Stored]:
             found: list[Stored] = []
-            for place, stored in enumerate(self.index.scan()):
+            beyond = (stored for stored in self.index.scan(where) if stored.id != after)
+            for place, stored in enumerate(beyond):
                 if place >= offset:
                     found.append(stored)
                 if len(found) > limit:
@@ -177,7 +187,12 @@ class Service:
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The picture of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
-        return await self._read(lambda: as_jpeg(picture_of_item(id, "picture", self.sources), side))
+        picture = await self._read(lambda: picture_of_item(id, "picture", self.sources))
+        async with self.intake.decoding():
+            try:
+                return await self._read(lambda: as_jpeg(picture, side))
+            except PictureError as error:
+                raise PictureError(without_path(picture, error)) from error
 
     async def picture(self, given: PictureIn, place: str = "image") -> Picture:
         """The picture that a request means, once it has been decoded."""
@@ -190,11 +205,13 @@ class Service:
             if not asked.messages:
                 raise InputError("messages is empty; give one chat, or a list of chats")
             chats = asked.messages if isinstance(asked.messages[0], list) else [asked.messages]
-            return [await self._of_chat(chat, asked, f"messages[{place}]") for place, chat in enumerate(chats)]
+            if len(chats) > MAX_INPUTS:
+                raise InputError(f"messages holds {len(chats)} chats, more than {MAX_INPUTS}; send fewer at a time")
+            return await together([self._of_chat(chat, asked, f"messages[{place}]") for place, chat in enumerate(chats)])
         inputs = [asked.input] if isinstance(asked.input, str) else list(asked.input or [])
         if not inputs:
             raise InputError("input is empty; give at least one text or object")
-        return [await self._of_input(one, asked, f"input[{place}]") for place, one in enumerate(inputs)]
+        return await together([self._of_input(one, asked, f"input[{place}]") for place, one in enumerate(inputs)])
 
     async def _of_input(self, given: str | ContentIn, asked: EmbeddingsIn, place: str) -> Query | Item:
         parts: list[Part] = []
@@ -218,6 +235,8 @@ class Service:
                 raise InputError(f"{place}: the role is {str(role)[:40]!r}; write one of {', '.join(CHAT_ROLES)}")
             contents = message.get("content")
             for one in [contents] if isinstance(contents, str) else contents if isinstance(contents, list) else [None]:
+                if len(parts) + len(told) > MAX_PARTS:
+                    raise InputError(f"{place} has more than {MAX_PARTS} parts; send fewer, or several chats")
                 part = await self._of_chat_part(one, place)
                 if role in ("system", "developer") and isinstance(part, str):
                     told.append(part)
@@ -227,10 +246,10 @@ class Service:
 
     async def _of_chat_part(self, given: Any, place: str) -> Part:
         if isinstance(given, str):
-            return given
+            return _bounded(given, place)
         kind = given.get("type") if isinstance(given, dict) else None
         if kind in ("text", "input_text") and isinstance(given.get("text"), str):
-            return str(given["text"])
+            return _bounded(str(given["text"]), place)
         if kind in ("image_url", "image", "input_image", "image_base64"):
             address = given.get(kind) or given.get("image_url")
             address = address.get("url") if isinstance(address, dict) else address
@@ -243,21 +262,47 @@ class Service:
 
     async def _encode(self, content: Query | Item, route: Route) -> Served:
         if isinstance(content, Query):
-            return await self.scheduler.encode_query(content, route, seconds=self.deadline_s)
-        return await self.scheduler.encode_item(content, seconds=self.deadline_s)
+            served = await self.scheduler.encode_query(content, route, seconds=self.deadline_s)
+        else:
+            served = await self.scheduler.encode_item(content, seconds=self.deadline_s)
+        self.metrics.encoded("query" if isinstance(content, Query) else "item", served)
+        return served
 
     async def _made(self, given: ItemIn) -> tuple[Item, Encoding] | str:
         """The item and its encoding, or why it cannot be had."""
         try:
             picture = await self._kept(given.image, given.id) if given.image is not None else None
             item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
-            (self.index if isinstance(self.index, TenantIndex) else TenantIndex(self.index, None)).check(item)
-            return item, (await self.scheduler.encode_item(item, seconds=self.deadline_s)).encoding
-        except InputError as error:
+            self.check(item)
+            return item, (await self._encode(item, "direct")).encoding
+        except (InputError, BusyError, LateError) as error:
             return str(error)
-        except StoreError as error:
+        except TraceError as error:
             log.error("item %r is not kept: %s", given.id, error)
             return "the server cannot keep it now; its log says why"
+
+    def _each(self, given: Sequence[Given], work: Callable[[Given], Awaitable[Told]]) -> list[Coroutine[Any, Any, Told]]:
+        """Work over many inputs of one request, which takes at most a quarter of the server's capacity at a time.
+
+        Where the server is full the first input says so; the others wait, so that what is begun is not lost.
+        """
+        share = asyncio.Semaphore(max(1, self.scheduler.capacity // 4))
+
+        async def one(place: int, content: Given) -> Told:
+            async with share:
+                while place and self.scheduler.full:
+                    await asyncio.sleep(0.05)
+                return await work(content)
+
+        return [one(place, content) for place, content in enumerate(given)]
+
+    @asynccontextmanager
+    async def _within_deadline(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self.deadline_s):
+                yield
+        except TimeoutError as error:
+            raise LateError(f"not done within {self.deadline_s:g} s; ask for less at a time, or for the direct route") from error
 
     async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
         if noted is not None:
@@ -277,11 +322,31 @@ class Service:
             except OSError as error:
                 log.error("a picture of item %r is not thrown away: %s", id, error)
 
+    def check(self, item: Item) -> None:
+        """Raises InputError for an item that this caller's index would refuse."""
+        (self.index if isinstance(self.index, TenantIndex) else TenantIndex(self.index, None)).check([item])
+
     async def _write(self, work: Callable[[], Told]) -> Told:
         return await asyncio.get_running_loop().run_in_executor(self.writer, work)
 
     async def _read(self, work: Callable[[], Told]) -> Told:
         return await asyncio.get_running_loop().run_in_executor(self.readers, work)
+
+
+async def together(works: Sequence[Coroutine[Any, Any, Told]]) -> list[Told]:
+    """The results of all, in order; where one fails, or the caller is cancelled, the others are cancelled too."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def _bounded(text: str, place: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise InputError(f"{place}: a text has {len(text)} characters, more than {MAX_TEXT}; cut it into several items")
+    return text
 
 
 def address_in(address: str) -> PictureIn:

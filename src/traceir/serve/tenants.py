@@ -68,10 +68,9 @@ class TenantIndex:
     def tenant(self) -> str | None:
         return self._tenant
 
-    def check(self, item: Item) -> None:
-        """Raises InputError for an item that `upsert` would refuse."""
-        check_items([item])
-        self._mark(item)
+    def check(self, items: Sequence[Item]) -> None:
+        check_items(items)
+        self._index.check([self._mark(item) for item in items])
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
         check_items(items)

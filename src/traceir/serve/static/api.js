@@ -4,6 +4,8 @@ import { readEvents } from "./sse.js";
 
 const KEY = "traceir.key";
 const PICTURES_KEPT = 300;
+// What an error of a stream, which has no status of its own, would have had.
+const STATUS = { invalid_request_error: 400, authentication_error: 401, timeout_error: 408, rate_limit_error: 429 };
 
 // What the server refused. `status` is 0 where it could not be reached.
 export class ApiError extends Error {
@@ -86,6 +88,8 @@ export const getConfig = async (signal) => jsonOf(await ask("/page/config", { si
 
 export const postSearch = async (body, signal) => jsonOf(await ask("/search", { method: "POST", body, signal }));
 
+export const getItems = async (offset, limit) => (await jsonOf(await ask(`/items?offset=${offset}&limit=${limit}`))).items ?? [];
+
 // The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
 export async function* streamSearch(body, signal) {
   const response = await ask("/search/stream", { method: "POST", body, signal, accept: "text/event-stream" });
@@ -98,7 +102,8 @@ export async function* streamSearch(body, signal) {
         throw new ApiError("The server sent an event that is not JSON.", { status: response.status });
       }
       if (event === "error") {
-        throw new ApiError(messageOf(read?.error) ?? "The search failed.", { status: 500, code: read?.error?.code ?? null });
+        throw new ApiError(messageOf(read?.error) ?? "The server gave no reason.",
+          { status: STATUS[read?.error?.type] ?? 500, code: read?.error?.code ?? null });
       }
       yield { event, data: read };
       if (event === "hits") return;

@@ -37,9 +37,8 @@ export class Column {
     this.more.hidden = !run.more || run.status !== "done";
     this.more.disabled = run.paging;
     say(this.more, run.paging ? "Loading …" : "More hits");
-    const opposite = run.route === "reason" ? "direct" : "reason";
     this.compare.hidden = other !== null || run.status !== "done";
-    say(this.compare, `Compare with the ${opposite} route`);
+    say(this.compare, `Compare ${run.route === "reason" ? "without" : "with"} reasoning`);
   }
 
   wait() {

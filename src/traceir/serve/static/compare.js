@@ -1,27 +1,53 @@
-// Two routes of one query side by side: what they agree on, and what reasoning cost.
+// Two routes of one query side by side: what they agree on, what moved, and what reasoning cost.
 
-import { button, el, seconds } from "./dom.js";
+import { button, el, plural, seconds } from "./dom.js";
+import { moves } from "./run.js";
+
+const LEGEND = [
+  ["▲", "higher here than on the other route"], ["▼", "lower here"], ["=", "the same place"], ["only here", "not among the other's hits"],
+];
+const SIGNS = { "▲": "up", "▼": "down", "only here": "new" };
 
 // The line above both columns. `one` and `other` are runs; `leave` ends the comparison.
 export function drawVerdict(place, one, other, leave) {
+  if (place.hidden || !place.firstChild) {
+    const end = button("End the comparison", leave, { "aria-keyshortcuts": "Escape" });
+    place.replaceChildren(el("p", { role: "status" }), end, legend());
+  }
   place.hidden = false;
-  place.replaceChildren(
-    el("p", { role: "status" }, ...(one.status === "done" && other.status === "done" ? judged(one, other) : ["Comparing the two routes …"])),
-    button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }));
+  const told = el("p", {}, ...(one.status === "done" && other.status === "done" ? judged(one, other) : ["Comparing the two routes …"]));
+  if (place.firstChild.textContent !== told.textContent) place.firstChild.replaceChildren(...told.childNodes);
+}
+
+function legend() {
+  return el("p", { class: "legend quiet" }, ...LEGEND.map(([sign, words]) =>
+    el("span", {}, el("span", { class: `move ${SIGNS[sign] ?? ""}`, text: sign }), ` ${words}`)));
 }
 
 function judged(one, other) {
   const [first, second] = [one.hits, other.hits];
-  const depth = Math.min(first.length, second.length);
-  const theirs = new Set(second.map((hit) => hit.id));
-  const shared = first.filter((hit) => theirs.has(hit.id)).length;
-  const same = depth > 0 && first[0].id === second[0].id;
-  const words = [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
-    ` They share ${shared} of ${Math.max(first.length, second.length)}.`];
-  const [reasoned, direct] = one.route === "reason" ? [one, other] : [other, one];
+  const theirs = moves(first, second);
+  const shared = [...theirs.values()].filter((move) => move !== null);
+  const kept = shared.filter((move) => move === 0).length;
+  const same = first.length > 0 && first[0].id === second[0]?.id;
+  return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`,
+    costOf(...(one.route === "reason" ? [one, other] : [other, one]))];
+}
+
+function costOf(reasoned, direct) {
+  if (reasoned.route === direct.route) return ` Both took the ${direct.route} route.`;
   const more = (reasoned.trace?.seconds?.encode ?? NaN) - (direct.trace?.seconds?.encode ?? NaN);
-  const tokens = reasoned.trace?.tokens ?? 0;
-  if (reasoned.route === direct.route) words.push(` Both went the ${direct.route} route.`);
-  else if (Number.isFinite(more) && more > 0) words.push(` Reasoning took ${tokens} tokens and ${seconds(more)} more.`);
-  return words;
+  const fresh = !reasoned.trace?.cached && !direct.trace?.cached && more > 0;
+  return ` Reasoning cost ${plural(reasoned.trace?.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
+}
+
+// While a hit is pointed at or has the focus, the same hit in the other column is marked.
+export function linkTwins(columns) {
+  const mark = (event) => {
+    const card = event.type === "focusout" ? null : event.target.closest(".card[data-id]");
+    const isTwin = (one) => Boolean(card) && one !== card && one.dataset.id === card.dataset.id;
+    for (const one of columns.querySelectorAll(".card")) one.classList.toggle("twin", isTwin(one));
+  };
+  for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) columns.addEventListener(kind, mark);
 }

@@ -1,12 +1,13 @@
 // The search box: a picture by drop, paste or choice, words, instruction, modality, route.
 
-import { announce, el, find, say } from "./dom.js";
+import { announce, el, find, say, toast } from "./dom.js";
 import { filePicture, itemPicture, kindOf, makeQuery } from "./query.js";
 import { shownPicture } from "./reasoning.js";
 import { DRAGGED } from "./results.js";
 
 const LARGEST = 20 * 1024 * 1024;
-const CHIPS = 4;
+const CHIPS = 8;
+const READ = { "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WebP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF" };
 const PLAIN = "Describe what you look for, or add a picture and say what to change";
 const CHANGE = "now make it …";
 
@@ -38,7 +39,7 @@ export class Composer {
     });
     find("stop").addEventListener("click", () => this.actions.stop());
     find("file").addEventListener("change", (event) => {
-      this.takeFile(event.target.files[0]);
+      this.takeFiles([...event.target.files]);
       event.target.value = "";
     });
     find("remove").addEventListener("click", () => {
@@ -49,10 +50,10 @@ export class Composer {
   }
 
   onPaste(event) {
-    const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
-    if (!file || document.querySelector("dialog[open]")) return;
+    const files = [...(event.clipboardData?.files ?? [])];
+    if (!files.length || document.querySelector("dialog[open]")) return;
     event.preventDefault();
-    this.takeFile(file);
+    this.takeFiles(files);
   }
 
   watchDrops() {
@@ -71,16 +72,27 @@ export class Composer {
       overlay(false);
       const id = event.dataTransfer.getData(DRAGGED);
       if (id) this.setPicture(itemPicture(id));
-      else this.takeFile(event.dataTransfer.files[0]);
+      else this.takeFiles([...event.dataTransfer.files]);
       this.text.focus();
     });
     addEventListener("dragend", () => overlay(false));
   }
 
+  // The first picture among files that came together.
+  takeFiles(files) {
+    const picture = files.find((one) => one.type in READ);
+    if (picture) {
+      if (files.length > 1) toast(`One picture at a time: “${picture.name}” was taken.`);
+      return this.takeFile(picture);
+    }
+    if (!files.length) return null;
+    const kinds = `Give a picture as ${Object.values(READ).join(", ")}.`;
+    return this.complain(files.length > 1 ? `None of these ${files.length} files can be searched with. ${kinds}`
+      : `“${files[0].name}” cannot be searched with. ${kinds}`);
+  }
+
   // A file as the query's picture, sent as it is: what is searched with must be what was given.
   async takeFile(file) {
-    if (!file) return;
-    if (!file.type.startsWith("image/")) return this.complain(`“${file.name}” is not a picture.`);
     if (file.size > this.largest) return this.complain(`“${file.name}” is larger than ${Math.round(this.largest / 1048576)} MB.`);
     const turn = ++this.reading;
     try {
@@ -93,6 +105,7 @@ export class Composer {
 
   setPicture(picture) {
     this.reading += 1;
+    const had = this.picture !== null;
     this.picture = picture;
     find("choose").hidden = picture !== null;
     find("chosen").hidden = picture === null;
@@ -104,7 +117,7 @@ export class Composer {
     if (picture) shownPicture(fresh, picture);
     const name = picture && (picture.kind === "item" ? picture.label || picture.id : picture.name);
     say(find("about-picture"), picture ? `with ${name}` : "Drop or paste a picture anywhere on this page.");
-    announce(picture ? `Picture added: ${name}` : "Picture removed");
+    if (picture || had) announce(picture ? `Picture added: ${name}` : "Picture removed");
   }
 
   query() {
@@ -116,8 +129,8 @@ export class Composer {
   setQuery(query) {
     this.text.value = query.text;
     this.instruction.value = query.instruction;
-    this.form.elements.modality.value = query.modality;
-    this.form.elements.route.value = query.route;
+    // One by one: the `value` of a radio group does not take "".
+    for (const one of this.form.querySelectorAll("input[type=radio]")) one.checked = one.value === query[one.name];
     this.setPicture(query.picture);
   }
 
@@ -129,7 +142,7 @@ export class Composer {
     this.setPicture(itemPicture(hit.id, hit.text ?? hit.id, hit.image));
     this.text.placeholder = CHANGE;
     this.text.focus();
-    announce(`The picture of hit ${hit.rank} is the next query's. Say what to change.`);
+    announce("This picture is the next query's. Say what to change.");
   }
 
   // What follows from the fields: placeholder, height, suggestions; and old complaints go.

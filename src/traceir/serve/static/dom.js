@@ -1,5 +1,7 @@
 // Elements, made so that text from data can only ever become text.
 
+const TOGETHER = 120; // milliseconds
+
 export const find = (id) => document.getElementById(id);
 
 // A new element. Attributes: `class`, `text`, `on` (listeners by name), `data` (dataset), `props` (properties), and any other
@@ -39,9 +41,19 @@ export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-// Tells screen readers. The same words twice are told twice.
+let untold = [];
+
+// Tells screen readers. What comes within a moment is told together, or the last would drown the rest; the same words twice are told twice.
 export function announce(text) {
+  if (!text) return;
+  if (!untold.length) setTimeout(tell, TOGETHER);
+  untold.push(text);
+}
+
+function tell() {
   const live = find("live");
+  const text = untold.join(" ");
+  untold = [];
   live.textContent = live.textContent === text ? `${text} ` : text;
 }
 
@@ -49,6 +61,7 @@ let toastEnds = 0;
 
 // A short message that goes away by itself, told to screen readers too.
 export function toast(text) {
+  announce(text);
   const place = find("toast");
   place.textContent = text;
   place.hidden = false;

@@ -1,6 +1,6 @@
 // What the page shows before the first search: what the server holds, examples, or why there is nothing yet.
 
-import { button, el, find, say } from "./dom.js";
+import { announce, button, el, find, say } from "./dom.js";
 import { NOUNS, fromRecord, kindOf } from "./query.js";
 import { shownPicture } from "./reasoning.js";
 
@@ -39,6 +39,7 @@ function drawExamples(examples, choose) {
 
 // A message in place of the welcome; `retry` adds a button.
 export function showNotice(title, body, retry = null) {
+  announce(title);
   find("notice").hidden = false;
   find("notice").replaceChildren(el("h2", { text: title }), typeof body === "string" ? el("p", { dir: "auto", text: body }) : body,
     ...(retry ? [button("Try again", retry, { class: "strong" })] : []));

@@ -2,7 +2,7 @@
 
 import { ApiError, getConfig, isAbort, key } from "./api.js";
 import { Column } from "./column.js";
-import { drawVerdict } from "./compare.js";
+import { drawVerdict, linkTwins } from "./compare.js";
 import { Composer } from "./composer.js";
 import { Details } from "./details.js";
 import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
@@ -10,6 +10,7 @@ import { clearHistory, drawHistory, remember } from "./history.js";
 import { drawLanding, hideNotice, showNotice } from "./landing.js";
 import { EMPTY, fromHash, isEmpty, itemPicture, makeQuery, samePicture, sayQuery, toHash } from "./query.js";
 import { follow, newRun, nextPage } from "./run.js";
+import { drawShelf } from "./shelf.js";
 import { Turns } from "./turns.js";
 
 const WAIT_FOR_MODEL = 2000;
@@ -38,6 +39,14 @@ function search(query, { from = undefined } = {}) {
   history.pushState({ turn: turn.id }, "", hash ?? location.pathname + location.search);
   show(turn);
   start(turn.run);
+  showAnswer();
+}
+
+// On a narrow screen the answer is below the search box, and a keyboard on the screen would lie over it.
+function showAnswer() {
+  if (!matchMedia("(max-width: 46rem)").matches) return;
+  if (matchMedia("(pointer: coarse)").matches) find("text").blur();
+  find("workspace").scrollIntoView({ block: "start" });
 }
 
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
@@ -54,6 +63,7 @@ async function start(run) {
   const mine = { run, abort: new AbortController() };
   running = mine;
   composer.setBusy(true);
+  announce("Searching.");
   try {
     await follow(run, mine.abort.signal, (what) => changed(run, what));
   } catch (error) {
@@ -74,8 +84,9 @@ function changed(run, what) {
   if (!columns.some((column) => column.run === run)) return;
   update();
   if (what === "hits") {
-    const found = run.hits.length ? `${plural(run.hits.length, "hit")} by the ${run.route} route. First: ${run.hits[0].text ?? run.hits[0].id}.` : "";
-    if (found) announce(found);
+    const [first] = run.hits;
+    const how = run.route === "reason" ? "with reasoning" : "without reasoning";
+    if (first) announce(`${plural(run.hits.length, "hit")} ${how}. The first: ${(first.text ?? first.id).slice(0, 200)}`);
   }
 }
 
@@ -299,6 +310,7 @@ async function loadConfig() {
       composer.setQuery(query);
       search(query, { from: null });
     });
+    drawShelf(config.count ?? {}, refine);
     if (!find("landing").hidden) document.title = config.title || "TraceIR";
   } catch (error) {
     if (error.status === 401) {
@@ -313,6 +325,7 @@ async function loadConfig() {
   }
 }
 
+linkTwins(find("columns"));
 find("open-key").hidden = !key.get();
 if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("text").focus();
 await loadConfig();

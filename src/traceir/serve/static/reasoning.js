@@ -5,17 +5,26 @@ import { pathOfItem, showPicture } from "./api.js";
 import { NOUNS } from "./query.js";
 import { stepsOf } from "./run.js";
 
-const WORDS = {
-  reason: "Not simple: it writes down what is sought, then embeds.",
-  direct: "Simple: it embeds at once.",
+// What each route is called while it is taken and afterwards, and why it was taken.
+const NOW = { reason: "reasoning …", direct: "skips reasoning" };
+const PAST = { reason: "reasoned", direct: "skipped reasoning" };
+const CHOSEN = {
+  reason: ["Its first token is not ", ", “ready to embed”. So the query is not simple, and it first writes down what is sought."],
+  direct: ["Its first token is ", ", “ready to embed”. So the query is simple, and there is nothing to write down."],
 };
-const FORCED = { reason: "Made to reason first.", direct: "Made to embed at once." };
+const TOLD = {
+  reason: ["Told to reason first, whatever the chance of ", "."],
+  direct: ["Told to embed at once, whatever the chance of ", "."],
+};
+const SPOKEN = { reason: "Not simple: the model reasons first.", direct: "Simple: the model skips reasoning." };
+const EMB = "<|emb|>";
 
 export class Road {
   // `count`: items by modality; `width`: numbers of a vector.
   constructor(query, { width = null, count = {} } = {}) {
     [this.width, this.count] = [width, count];
     this.told = 0;
+    this.saidRoute = false;
     this.nodes = { read: node("read", "Read"), decide: node("decide", "Decide"), reason: node("reason", "Reason"),
       embed: node("embed", "Embed"), find: node("find", "Find") };
     this.badge = el("span", { class: "badge" });
@@ -29,17 +38,18 @@ export class Road {
   draw(query) {
     const { read, decide, reason, embed } = this.nodes;
     read.body.append(shownQuery(query));
-    this.gauge = el("div", { class: "gauge", role: "meter", "aria-label": "Probability of <|emb|> as the first token",
+    this.gauge = el("div", { class: "gauge", role: "meter", "aria-label": `Probability that the first token is ${EMB}`,
       "aria-valuemin": 0, "aria-valuemax": 1 }, el("span", { class: "fill" }));
     this.chance = el("output", { class: "number" });
     this.why = el("p", { class: "quiet" });
+    const title = `How probable ${EMB} is as the very first token that the model writes`;
     decide.body.append(
-      el("div", { class: "chance" }, el("span", {}, "P(", el("code", { text: "<|emb|>" }), ")"), this.gauge, this.chance), this.why);
-    this.steps = el("ol", { class: "steps", "aria-label": "The model's reasoning", dir: "auto" });
+      el("div", { class: "chance", title }, el("span", {}, "P(", el("code", { text: EMB }), " first)"), this.gauge, this.chance), this.why);
+    this.steps = el("ol", { class: "steps", "aria-label": "The model's reasoning" });
     this.note = el("p", { class: "quiet" });
     reason.body.append(this.steps, this.note);
-    this.readOut = el("p", { class: "quiet" }, el("code", { class: "token", text: "<|emb|>" }),
-      this.width ? ` ${this.width} numbers` : " read out");
+    this.readOut = el("p", { class: "quiet" }, el("code", { class: "token", text: EMB }),
+      this.width ? ` → a vector of ${this.width} numbers` : " → a vector");
     embed.body.append(this.readOut);
   }
 
@@ -50,8 +60,9 @@ export class Road {
     this.element.dataset.route = run.route ?? "";
     this.element.dataset.status = run.status;
     this.badge.className = `badge ${run.route ?? ""}`;
-    say(this.badge, run.route ?? (halted ? "halted" : "reading"));
-    this.updateDecision(run);
+    say(this.badge, (over ? PAST : NOW)[run.route] ?? (halted ? "halted" : "reading …"));
+    this.badge.title = run.route ? `route: ${run.route}` : "";
+    this.updateDecision(run, over);
     this.updateReasoning(run, over);
     const times = trace?.seconds ?? {};
     say(this.nodes.read.time, times.queue >= 0.0005 ? `waited ${seconds(times.queue)}` : "");
@@ -59,7 +70,8 @@ export class Road {
     say(this.nodes.find.time, seconds(times.search));
     if (trace?.cached) say(this.nodes.embed.time, "from the cache");
     const spent = Object.values(times).filter(Number.isFinite).reduce((sum, one) => sum + one, 0);
-    say(this.total, over ? seconds(spent) : "");
+    const cost = [run.route === "reason" && trace?.tokens > 0 ? plural(trace.tokens, "token") : "", seconds(spent)];
+    say(this.total, over ? cost.filter(Boolean).join(" · ") : "");
     this.total.title = Object.entries(times).map(([name, value]) => `${name} ${seconds(value)}`).join(" · ");
     say(this.nodes.find.body, over ? this.among(run.query.modality) : "");
     this.mark(run, over, halted);
@@ -72,30 +84,34 @@ export class Road {
     return total ? `among ${plural(total, NOUNS[modality] ?? "item")}` : "";
   }
 
-  updateDecision(run) {
+  updateDecision(run, over) {
     const known = Number.isFinite(run.probability);
     this.gauge.classList.toggle("unknown", !known);
     this.gauge.style.setProperty("--part", known ? String(Math.min(1, Math.max(0, run.probability))) : "0");
     if (known) this.gauge.setAttribute("aria-valuenow", fixed(run.probability));
-    say(this.chance, known ? fixed(run.probability) : "");
-    say(this.why, run.route ? (run.asked === run.route ? FORCED : WORDS)[run.route] ?? "" : "");
+    say(this.chance, known ? chance(run.probability) : "");
+    const [before, after] = (run.asked === run.route ? TOLD : CHOSEN)[run.route] ?? ["", ""];
+    if (this.why.textContent !== (before && before + EMB + after)) {
+      this.why.replaceChildren(...(before ? [before, el("code", { text: EMB }), after] : []));
+    }
+    if (run.status === "running" && !run.route) this.saidRoute = false;
+    if (run.route && !over && !this.saidRoute && !this.silent) announce(SPOKEN[run.route] ?? "");
+    if (run.route) this.saidRoute = true;
   }
 
   updateReasoning(run, over) {
     const steps = stepsOf(run.reasoning);
     while (this.steps.children.length > steps.length) this.steps.lastChild.remove();
     steps.forEach((step, place) => {
-      const line = this.steps.children[place] ?? this.steps.appendChild(el("li"));
+      const line = this.steps.children[place] ?? this.steps.appendChild(el("li", { dir: "auto" }));
       say(line, step);
       line.classList.toggle("writing", !over && run.status === "running" && place === steps.length - 1);
     });
     this.tell(steps, over);
-    const tokens = run.trace?.tokens;
-    const written = Number.isFinite(tokens) && tokens > 0 ? plural(tokens, "token") : "";
-    say(this.nodes.reason.time, run.route === "reason" ? written : "");
+    if (run.status === "running" && !steps.length) this.told = 0;
     let note = "";
     if (run.route === "direct") note = "skipped";
-    else if (run.trace?.truncated) note = "It ended without <|emb|>; its last state was read.";
+    else if (run.trace?.truncated) note = `It ended before ${EMB} came, so its last state was read.`;
     else if (over && run.route === "reason" && !steps.length) note = "nothing written";
     say(this.note, note);
   }
@@ -103,7 +119,7 @@ export class Road {
   // Screen readers hear each step once, when it is complete.
   tell(steps, over) {
     const complete = over ? steps.length : Math.max(0, steps.length - 1);
-    if (complete > this.told && !this.silent) announce(steps.slice(this.told, complete).join("; "));
+    if (complete > this.told && !this.silent) announce(`${steps.slice(this.told, complete).join("; ")}.`);
     this.told = Math.max(this.told, complete);
   }
 
@@ -123,6 +139,12 @@ function node(name, title) {
   const time = el("span", { class: "time number" });
   const element = el("li", { class: "station", data: { node: name } }, el("h3", {}, title, time), body);
   return { element, body, time };
+}
+
+// A probability that is not quite 0 or 1 is not told as such.
+function chance(value) {
+  if (value > 0 && value < 0.0005) return "< 0.001";
+  return value < 1 && value >= 0.9995 ? "> 0.999" : fixed(value);
 }
 
 // The picture and the words that were asked.

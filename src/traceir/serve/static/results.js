@@ -1,7 +1,8 @@
 // Hits as a grid of cards: pictures, texts, and both for pairs. Arrows move among them, Enter opens one, R takes it further.
 
-import { el, fixed, icon } from "./dom.js";
+import { el, fixed, icon, plural } from "./dom.js";
 import { showPicture } from "./api.js";
+import { NOUNS } from "./query.js";
 
 export const DRAGGED = "application/x-traceir-item";
 
@@ -36,10 +37,16 @@ export class Grid {
       this.cards.push(card);
       this.element.append(card.element);
     });
+    const stop = this.stop();
     this.cards.forEach((card, place) => {
-      card.opener.tabIndex = place === 0 ? 0 : -1;
+      setStop(card, place === stop);
       markMove(card, moved ? moved.get(card.hit.id) : undefined);
     });
+  }
+
+  // The place of the one card that Tab reaches.
+  stop() {
+    return Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0));
   }
 
   focus(place = 0) {
@@ -48,7 +55,7 @@ export class Grid {
 
   keepStop(target) {
     const current = this.cards.find((card) => card.element.contains(target));
-    if (current) for (const card of this.cards) card.opener.tabIndex = card === current ? 0 : -1;
+    if (current) for (const card of this.cards) setStop(card, card === current);
   }
 
   onKey(event) {
@@ -96,18 +103,29 @@ function makeCard(hit, place, actions) {
   const opener = el("button", { type: "button", class: "opener", tabindex: -1, on: { click: () => actions.open(place) } },
     ...faceOf(hit),
     el("span", { class: "foot" },
-      el("span", { class: "rank number" }, el("span", { class: "unseen", text: "Hit " }), String(hit.rank)), move,
-      el("span", { class: "score number" }, el("span", { class: "unseen", text: ", score " }), fixed(hit.score))));
+      el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) })));
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.setProperty("--part", String(Math.min(1, Math.max(0, hit.score))));
   const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, data: { id: hit.id } }, opener, bar);
-  if (hit.image) {
-    element.append(el("button", { type: "button", class: "refine", "aria-label": `Now make hit ${hit.rank} …`,
-      on: { click: () => actions.refine(hit) } }, "now make it …"));
+  const refine = hit.image && el("button", { type: "button", class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}`,
+    on: { click: () => actions.refine(hit) } }, "now make it …");
+  if (refine) {
+    element.append(refine);
     element.draggable = true;
     element.addEventListener("dragstart", (event) => event.dataTransfer?.setData(DRAGGED, hit.id));
   }
-  return { element, opener, move, hit };
+  return { element, opener, refine, move, hit };
+}
+
+// Whether Tab stops at this card and its button; the arrows go on from there.
+function setStop(card, here) {
+  card.opener.tabIndex = here ? 0 : -1;
+  if (card.refine) card.refine.tabIndex = here ? 0 : -1;
+}
+
+function nameOf(hit, moved) {
+  const what = hit.text ? hit.text.slice(0, 200) : hit.id;
+  return [`Hit ${hit.rank}`, `score ${fixed(hit.score)}`, moved, `${NOUNS[hit.modality] ?? "item"}: ${what}`].filter(Boolean).join(", ");
 }
 
 function faceOf(hit) {
@@ -125,16 +143,18 @@ function faceOf(hit) {
 }
 
 function markMove(card, move) {
-  const { move: mark, element } = card;
+  const { move: mark, element, opener, hit } = card;
   mark.hidden = move === undefined;
   delete element.dataset.move;
+  opener.setAttribute("aria-label", nameOf(hit, ""));
   if (move === undefined) return;
   let [kind, sign, words] = ["same", "=", "same place on the other route"];
   if (move === null) [kind, sign, words] = ["new", "only here", "not among the hits of the other route"];
-  else if (move > 0) [kind, sign, words] = ["up", `▲ ${move}`, `${move} places higher than on the other route`];
-  else if (move < 0) [kind, sign, words] = ["down", `▼ ${-move}`, `${-move} places lower than on the other route`];
+  else if (move > 0) [kind, sign, words] = ["up", `▲ ${move}`, `${plural(move, "place")} higher than on the other route`];
+  else if (move < 0) [kind, sign, words] = ["down", `▼ ${-move}`, `${plural(-move, "place")} lower than on the other route`];
   element.dataset.move = kind;
   mark.className = `move ${kind}`;
-  mark.replaceChildren(el("span", { "aria-hidden": "true", text: sign }), el("span", { class: "unseen", text: ` ${words}` }));
+  mark.textContent = sign;
   mark.title = words;
+  opener.setAttribute("aria-label", nameOf(hit, words));
 }

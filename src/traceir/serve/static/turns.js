@@ -18,7 +18,8 @@ export class Turns {
 
   // A new turn behind `parent` (null: a new search); what lay ahead of the parent leaves the trail.
   add(query, parent, run) {
-    const turn = { id: this.next++, query, parent, run, other: null };
+    // Entries of the browser's history outlive this page, so ids must not come again after a reload.
+    const turn = { id: `${performance.timeOrigin}-${this.next++}`, query, parent, run, other: null };
     this.all.set(turn.id, turn);
     this.trail = [...this.pathTo(parent), turn];
     this.current = turn;

@@ -1,0 +1,360 @@
+"""`add` on a cluster: workers of Ray Data read, hash and encode, and this process alone writes to the index.
+
+The steps are those of ingest.py. A batch goes to a worker with what the index keeps under its ids, comes back with vectors, and
+is durable before the next one is taken, in the order of arrival. A run that was cut off is simply repeated and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from traceir.errors import InputError, ModelError, TraceError
+from traceir.index.copy import Copied
+from traceir.index.store import Index, Stored, Vectors, check_maker, image_of
+from traceir.ingest import (
+    AddReport,
+    Counts,
+    Failure,
+    Source,
+    check_sources,
+    encode_fresh,
+    find_batches,
+    sort_out,
+    write,
+)
+from traceir.items import Item, Vector
+from traceir.search import EncoderLike
+
+log = logging.getLogger(__name__)
+MakeEncoder = Callable[[], EncoderLike]
+"""Makes the encoder where it is called; Ray sends it to the workers, so it holds settings and no weights."""
+WINDOW_BATCHES: Final = 4096
+WINDOW_CHARACTERS: Final = 64 * 2**20
+"""What is handed to Ray at a time: at most so many batches and little more than so many characters of sources."""
+MOST_STARTS: Final = 3
+"""Workers that may die with a batch in their hands before it counts as the batch's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Who makes the vectors of an index, as `open_index` wants it."""
+
+    fingerprint: str
+    prompt_version: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What each worker takes of its machine."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+
+def add_on_ray(
+    paths: Sequence[str | os.PathLike[str]],
+    index: Index,
+    make_encoder: MakeEncoder,
+    *,
+    workers: int,
+    batch: int = 64,
+    share: Share = Share(),
+    progress: bool = True,
+) -> AddReport:
+    """As `ingest.add`, by so many workers on the cluster of $RAY_ADDRESS, or on this machine where that is not set.
+
+    Paths, and the pictures that lines name, must lie on a file system that all workers see under the same names. A worker makes
+    its encoder when it first has something to encode; what stops a worker is a ModelError here. A worker that dies is
+    replaced, and its batches are done again. `failed` is in the order of the sources, as in `add`.
+    """
+    if workers < 1:
+        raise InputError(f"workers is {workers}; give at least 1")
+    total = check_sources(paths, batch)
+    info = index.info()
+    counts = Counts()
+    failed: list[tuple[int, Failure]] = []
+    with on_ray(workers, share), tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
+        told = (make_encoder, info.uri, Maker(info.fingerprint, info.prompt_version, info.dim), _count_starts())
+        for window in _windows(paths, index, batch):
+            failed += window.failed
+            bar.update(len(window.failed))
+            for answer in _answers(window, told, workers, share):
+                counts += write(index, answer.encoded, answer.moved, answer.known) + Counts(skipped=answer.skipped)
+                failed += [(answer.number, failure) for failure in answer.failed]
+                bar.update(answer.size)
+    failed.sort(key=lambda numbered: numbered[0])
+    return AddReport(counts.added, counts.updated, counts.skipped, tuple(failure for _, failure in failed))
+
+
+def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Maker:
+    """Whose vectors the workers will make: one of them makes the encoder and tells. Call it within `on_ray`."""
+    import ray
+
+    def describe() -> Maker:
+        encoder = make_encoder()
+        return Maker(encoder.fingerprint, encoder.prompt_version, encoder.width)
+
+    with _explained():
+        task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)
+        maker: Maker = ray.get(task.remote())
+    return maker
+
+
+@contextmanager
+def on_ray(workers: int, share: Share) -> Iterator[None]:
+    """Connects to $RAY_ADDRESS, or starts Ray on this machine; a session that is there already is used and left alone.
+
+    Raises InputError where Ray is missing, does not answer, or has no room for a single worker.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("--workers needs the package ray; pip install 'traceir[cluster]'") from error
+    started = not ray.is_initialized()
+    if started:
+        address = os.environ.get("RAY_ADDRESS", "")
+        room = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
+        try:
+            _reach(address)
+            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else room))
+        except (OSError, RuntimeError, ValueError) as error:
+            where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
+            raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error
+    try:
+        there = ray.cluster_resources()
+        for name, wanted in (("CPU", share.cpus), ("GPU", share.gpus)):
+            if wanted > there.get(name, 0):
+                raise InputError(
+                    f"a worker wants {wanted:g} {name} and Ray has {there.get(name, 0):g}; "
+                    "start Ray's nodes with it, or ask for less with --device or --threads"
+                )
+        with _quiet():
+            yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT; Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray Data's own account of each run off the terminal, unless asked; Ray's log files have it."""
+    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    levels = [one.level for one in consoles]
+    for console in consoles:
+        console.setLevel(logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """Numbered batches as JSON, and what could not even be sent."""
+
+    rows: list[dict[str, Any]]
+    failed: list[tuple[int, Failure]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What a worker made of a batch of `size` sources; `known` are those of its ids that the index had."""
+
+    number: int
+    size: int
+    skipped: int
+    known: frozenset[str]
+    encoded: list[tuple[Item, Vector]]
+    moved: list[Item]
+    failed: list[Failure]
+
+
+def _windows(paths: Sequence[str | os.PathLike[str]], index: Index, batch: int) -> Iterator[_Window]:
+    """All sources in their order; a window bounds what this process and Ray's object store hold of them."""
+    window, characters = _Window([], []), 0
+    for number, (sources, failures) in enumerate(find_batches(paths, batch)):
+        window.failed.extend((number, failure) for failure in failures)
+        if sources:
+            known = index.get([source.id for source in sources])
+            window.rows.append({"number": number, "batch": _packed(sources, known)})
+            characters += len(window.rows[-1]["batch"])
+        if len(window.rows) == WINDOW_BATCHES or characters > WINDOW_CHARACTERS:
+            yield window
+            window, characters = _Window([], []), 0
+    yield window
+
+
+def _answers(window: _Window, told: tuple[Any, ...], workers: int, share: Share) -> Iterator[_Answer]:
+    """What the workers return, in order of arrival, each batch once. Ray holds workers back while answers wait to be taken."""
+    if not window.rows:
+        return
+    import ray
+
+    with _explained():
+        batches = ray.data.from_items(window.rows, override_num_blocks=len(window.rows))
+        batches.context.enable_progress_bars = False
+        answered = batches.map_batches(
+            ItemWorker,
+            fn_constructor_args=told,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(window.rows))),
+            num_cpus=share.cpus,
+            num_gpus=share.gpus or None,
+        )
+        waiting = {row["number"] for row in window.rows}
+        for table in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in table.to_pylist():
+                if row["number"] in waiting:  # a batch that a dying worker had answered may be answered again
+                    waiting.remove(row["number"])
+                    yield _unpacked_answer(row)
+        if waiting:
+            raise ModelError(f"Ray returned nothing for {len(waiting)} batches; run it again to go on")
+
+
+class ItemWorker:
+    """What Ray keeps on a worker: its encoder. Called with tables of one packed batch, it returns an answer as one row."""
+
+    def __init__(self, make_encoder: MakeEncoder, uri: str, maker: Maker, starts: Any) -> None:
+        self.make_encoder, self.uri, self.maker, self.starts = make_encoder, uri, maker, starts
+        self.encoder: EncoderLike | None = None
+
+    def __call__(self, table: Any) -> Any:
+        import pyarrow as pa
+
+        (row,) = table.to_pylist()
+        sources, known = _unpacked(row["batch"])
+        try:
+            self._check_starts(row["number"], sources)
+            answer, vectors_ND = self._take(sources, known)
+        except TraceError as error:
+            answer, vectors_ND = {"stopped": str(error)}, np.zeros((0, 0), dtype=np.float32)
+        columns = {"number": [row["number"]], "answer": [json.dumps(answer)], "vectors": [vectors_ND.tobytes()]}
+        return pa.table(columns)
+
+    def _take(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> tuple[dict[str, Any], Vectors]:
+        sorted_out = sort_out(sources, known)
+        encoded, refused = encode_fresh(self._encoder(), sorted_out.fresh) if sorted_out.fresh else ([], [])
+        answer = {
+            "size": len(sources),
+            "skipped": sorted_out.skipped,
+            "known": list(known),
+            "encoded": [asdict(_stored(item)) for item, _ in encoded],
+            "moved": [asdict(_stored(item)) for item in sorted_out.moved],
+            "failed": [asdict(failure) for failure in (*sorted_out.failed, *refused)],
+        }
+        rows = [vector for _, vector in encoded]
+        return answer, np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
+
+    def _check_starts(self, number: int, sources: Sequence[Source]) -> None:
+        import ray
+
+        if ray.get(self.starts.add.remote(number)) > MOST_STARTS:
+            raise ModelError(
+                f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
+                "or run it again with --batch 1 to find the item and remove it"
+            )
+
+    def _encoder(self) -> EncoderLike:
+        if self.encoder is None:
+            encoder = self.make_encoder()
+            check_maker(self.uri, "model", self.maker.fingerprint, encoder.fingerprint)
+            check_maker(self.uri, "prompt version", self.maker.prompt_version, encoder.prompt_version)
+            self.encoder = encoder
+        return self.encoder
+
+
+class _Starts:
+    """Counts how often work on each batch was begun. It lives on Ray, where it outlives the workers."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[int] = Counter()
+
+    def add(self, number: int) -> int:
+        self.counts[number] += 1
+        return self.counts[number]
+
+
+def _count_starts() -> Any:
+    import ray
+
+    return ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
+
+
+# What goes to a worker and comes back, as JSON: all of it is ASCII, whatever names and texts hold
+
+
+def _packed(sources: Sequence[Source], known: Mapping[str, Stored]) -> str:
+    """Sources with absolute paths, and of what is known all but the text, which is not compared."""
+    told = [{**asdict(source), "path": str(source.path.absolute())} for source in sources]
+    return json.dumps({"sources": told, "known": [asdict(replace(stored, text=None)) for stored in known.values()]})
+
+
+def _unpacked(batch: str) -> tuple[list[Source], dict[str, Stored]]:
+    told = json.loads(batch)
+    sources = [Source(**{**source, "path": Path(source["path"])}) for source in told["sources"]]
+    return sources, {stored["id"]: Stored(**stored) for stored in told["known"]}
+
+
+def _unpacked_answer(row: Mapping[str, Any]) -> _Answer:
+    """Raises ModelError where the worker was stopped by an error that is not about a single item."""
+    told = json.loads(row["answer"])
+    if "stopped" in told:
+        raise ModelError(f"a worker stopped: {told['stopped']}")
+    items: dict[str, list[Item]] = {name: [Copied(Stored(**one)) for one in told[name]] for name in ("encoded", "moved")}
+    count = len(items["encoded"])
+    vectors_ND = np.frombuffer(row["vectors"], dtype=np.float32).reshape(count, -1 if count else 0)
+    return _Answer(
+        number=row["number"],
+        size=told["size"],
+        skipped=told["skipped"],
+        known=frozenset(told["known"]),
+        encoded=list(zip(items["encoded"], vectors_ND, strict=True)),
+        moved=items["moved"],
+        failed=[Failure(**failure) for failure in told["failed"]],
+    )
+
+
+def _stored(item: Item) -> Stored:
+    """What an index keeps of an item. The hash was taken when the file was read, so nothing is read again."""
+    return Stored(str(item.id), item.modality, item.text or None, image_of(item), dict(item.fields), item.content_hash())
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turns what Ray raises into a ModelError of one line; an error of our own inside it is raised as it was."""
+    from ray.exceptions import RayError, RayTaskError
+
+    try:
+        yield
+    except RayError as error:
+        cause = error.cause if isinstance(error, RayTaskError) else None
+        if isinstance(cause, TraceError):
+            raise cause from None
+        named = re.search(r"^[\w.]+(Error|Exception)\b.*$", str(error), re.MULTILINE)  # behind it come the frames of Ray itself
+        what = named[0] if named else f"{type(error).__name__}: {error}"
+        raise ModelError(f"the workers failed: {what}; see Ray's logs, and run it again to go on") from error

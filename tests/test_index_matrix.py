@@ -1,0 +1,43 @@
+"""Exact search over blocks of rows: nothing that belongs to the best k is lost, whatever the order of the rows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+
+from traceir.index import matrix
+from traceir.index.matrix import Growing, exact_rows
+
+DIM, ROWS, K = 8, 5000, 7
+Order = Literal["drawn", "rising", "falling", "equal"]
+
+
+@pytest.mark.parametrize("order", ["drawn", "rising", "falling", "equal"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dead", [0.0, 0.5, 0.9])
+def test_the_best_are_among_the_rows(
+    order: Order, dtype: Literal["float32", "float16"], dead: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "_BLOCK_SCORES", 1)  # blocks of 1,024 rows, the least
+    draw = np.random.default_rng(5)
+    vectors = draw.standard_normal((ROWS, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = vectors[draw.choice(ROWS, 6)]
+    if order == "equal":
+        vectors[:] = vectors[0]
+    elif order != "drawn":
+        rank = np.argsort(vectors @ queries[0])
+        vectors = vectors[rank if order == "rising" else rank[::-1]]
+    growing = Growing(DIM, dtype)
+    growing.append(range(ROWS), [f"{row:05d}" for row in range(ROWS)], vectors, [-1] * ROWS)
+    allowed = draw.random(ROWS) >= dead
+    found = exact_rows(growing.view(), queries, K, allowed if dead else None)
+    kept = growing.view().vectors_ND.astype(np.float64)
+    for query, rows in zip(queries, found, strict=True):
+        scores = np.where(allowed, kept @ query.astype(np.float64), -np.inf)
+        wanted = set(np.flatnonzero(scores >= np.sort(scores)[-K]).tolist())
+        assert wanted <= set(rows.tolist()), (order, dtype, dead)
+        assert allowed[rows].all() and len(np.unique(rows)) == len(rows)
+        assert len(rows) < 3 * K or order == "equal"

@@ -1,0 +1,229 @@
+"""The same index from `add` and from two workers on Ray, also where a worker or the whole run is killed midway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fakes import FakeEncoder
+from PIL import Image
+
+from traceir import ingest_cluster
+from traceir.cli import main
+from traceir.errors import InputError, ModelError
+from traceir.index import SqliteIndex, open_index
+from traceir.ingest import AddReport, add
+from traceir.ingest_cluster import MOST_STARTS, Share, add_on_ray, describe_encoder, on_ray
+from traceir.items import Encoding, Item
+from traceir.search import EncoderLike
+
+TESTS = Path(__file__).parent
+ROADS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray() -> Iterator[None]:
+    """One Ray for the tests of this file; its workers find the encoders below."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([ROADS, os.environ.get("PYTHONPATH", "")]))
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with on_ray(2, Share()):
+            yield
+
+
+class Deadly(FakeEncoder):
+    """Kills its process at the item called `at`, as often as there are files below `lives` to use up."""
+
+    def __init__(self, at: str, lives: Path) -> None:
+        super().__init__()
+        self.at, self.lives = at, lives
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
+        left = sorted(self.lives.iterdir())
+        if left and any(item.id == self.at for item in items):
+            left[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode_items(items)
+
+
+class Foreign(FakeEncoder):
+    fingerprint = "fake-2"
+
+
+def never() -> EncoderLike:
+    raise AssertionError("nothing is new, so no encoder is needed")
+
+
+def broken() -> EncoderLike:
+    raise ModelError("the weights of this invented model are gone")
+
+
+def opened(folder: Path) -> SqliteIndex:
+    return open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True)
+
+
+def lines(path: Path, records: Sequence[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def many(path: Path, count: int) -> Path:
+    return lines(path, [{"id": f"n{n:03d}", "text": f"thing {n}"} for n in range(count)])
+
+
+def rows(index: SqliteIndex) -> list[tuple[Any, ...]]:
+    """All that an index keeps, vectors bit for bit."""
+    found = [(*(getattr(row, name) for name in NAMES), dict(row.fields), row.vector) for row in index.scan(with_vectors=True)]
+    return [(*row, vector.tobytes()) for *row, vector in found if vector is not None]
+
+
+NAMES = ("id", "modality", "text", "image", "content_hash")
+
+
+def on_two_workers(paths: Sequence[Path], index: SqliteIndex, make_encoder: Any = FakeEncoder, batch: int = 4) -> AddReport:
+    return add_on_ray(paths, index, make_encoder, workers=2, batch=batch, progress=False)
+
+
+def counts(report: AddReport) -> tuple[int, int, int, int]:
+    return report.added, report.updated, report.skipped, len(report.failed)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Path:
+    """Pictures, texts and lines, one in three of them bad in some way."""
+    root = tmp_path / "shelf"
+    (root / "deep").mkdir(parents=True)
+    for number in range(9):
+        Image.new("RGB", (8, 8), (20 * number, 0, 99)).save(root / f"p{number}.png")
+        (root / "deep" / f"t{number}.txt").write_text(f"note {number}", encoding="utf-8")
+    (root / "cut.png").write_bytes((root / "p1.png").read_bytes()[:-20])
+    (root / "words.gif").write_text("words")
+    (root / "deep" / "blank.txt").write_text(" \n")
+    (root / "deep" / "ünï.txt").write_text("Ærø 日本", encoding="utf-8")
+    good = [{"id": f"both {n}", "text": f"pair {n}", "image": f"p{n}.png", "year": 1990 + n, "by": None} for n in range(6)]
+    bad = ["{broken", {"id": "gone", "image": "none.png"}, {"id": "odd", "text": "\ud800"}, {"text": "no id"}, {"id": "empty"}]
+    lines(root / "lines.jsonl", [record for pair in zip(good, [*bad, ""], strict=True) for record in pair])
+    return root
+
+
+def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [shelf, shelf / "lines.jsonl"]
+    with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
+        assert counts(expected) == (25, 0, 0, 8)
+        with monkeypatch.context() as small:
+            small.setattr(ingest_cluster, "WINDOW_BATCHES", 5)
+            assert on_two_workers(paths, two) == expected
+        assert rows(two) == rows(one)
+        (shelf / "p3.png").write_bytes((shelf / "p4.png").read_bytes())  # new content, also of the line `both 3`
+        (shelf / "cut.png").unlink()
+        changed = (shelf / "lines.jsonl").read_text("utf-8").replace("1990", "2020")  # a field alone, of `both 0`
+        (shelf / "lines.jsonl").write_text(changed, encoding="utf-8")
+        expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
+        assert counts(expected) == (0, 3, 22, 7)
+        assert on_two_workers(paths, two) == expected
+        assert rows(two) == rows(one)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_items_are_done_again(tmp_path: Path) -> None:
+    source = many(tmp_path / "t.jsonl", 40)
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    deadly = partial(Deadly, "n021", lives)
+    with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        for number in range(MOST_STARTS):
+            (lives / f"{number}").touch()
+        with pytest.raises(
+            ModelError, match=rf"{MOST_STARTS} workers died of the batch from .*{source.name}:21 to .*{source.name}:24"
+        ):
+            on_two_workers([source], two, deadly)
+        assert not list(lives.iterdir())
+        kept = two.count()
+        (lives / "one more").touch()
+        assert counts(on_two_workers([source], two, deadly)) == (40 - kept, 0, kept, 0)
+        assert not list(lives.iterdir())
+        add([source], one, FakeEncoder(), progress=False)
+        assert rows(two) == rows(one)
+
+
+def test_what_stops_a_worker_stops_the_run_in_its_own_words(tmp_path: Path) -> None:
+    source = many(tmp_path / "t.jsonl", 3)
+    with opened(tmp_path / "index") as index:
+        with pytest.raises(ModelError, match=r"a worker stopped: .* with model 'fake-1' but 'fake-2' is in use"):
+            on_two_workers([source], index, Foreign)
+        with pytest.raises(ModelError, match=r"^the weights of this invented model are gone$"):
+            describe_encoder(broken, Share())
+        for wrong, said in (
+            ({"workers": 0}, "workers is 0"),
+            ({"batch": 0}, "batch is 0"),
+            ({"share": Share(gpus=64)}, "64 GPU"),
+        ):
+            with pytest.raises(InputError, match=said):
+                add_on_ray([source], index, FakeEncoder, **{"workers": 1, **wrong})
+        assert index.count() == 0
+
+
+CHILD = """
+import sys
+from functools import partial
+from fakes import FakeEncoder
+from traceir.index import open_index
+from traceir.ingest_cluster import add_on_ray
+
+source, folder = sys.argv[1:]
+with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:
+    add_on_ray([source], index, partial(FakeEncoder, delay=0.1), workers=2, batch=4, progress=False)
+"""
+
+
+def test_a_run_that_is_killed_is_repeated_and_goes_on(tmp_path: Path) -> None:
+    source = many(tmp_path / "t.jsonl", 400)
+    child = subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(tmp_path / "two")], stderr=subprocess.DEVNULL)
+    with opened(tmp_path / "two") as two:
+        deadline = time.monotonic() + 60
+        while two.count() < 12 and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait(timeout=30) == -signal.SIGKILL
+        kept = two.count()
+        assert 12 <= kept < 400 and kept % 4 == 0
+        assert counts(on_two_workers([source], two, batch=16)) == (400 - kept, 0, kept, 0)
+        with opened(tmp_path / "one") as one:
+            add([source], one, FakeEncoder(), progress=False)
+            assert rows(two) == rows(one)
+        assert counts(on_two_workers([source], two, never, batch=64)) == (0, 0, 400, 0)
+
+
+def test_the_command_line_takes_workers(
+    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = ["--threads", "1", "index", "add", str(shelf), "--batch", "8", "--index"]
+    assert main([*told, str(tmp_path / "one")]) == 1
+    plain = capsys.readouterr()
+    assert main([*told, str(tmp_path / "two"), "--workers", "1"]) == 1
+    spread = capsys.readouterr()
+    assert spread.out == plain.out.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+    assert spread.err == plain.err and "cut.png" in plain.err
+    with (
+        open_index(tmp_path / "one", fingerprint=None, prompt_version=None) as one,
+        open_index(tmp_path / "two", fingerprint=None, prompt_version=None) as two,
+    ):
+        pairs = list(zip(one.scan(with_vectors=True), two.scan(with_vectors=True), strict=True))
+        assert [left.id for left, _ in pairs] == [right.id for _, right in pairs]
+        np.testing.assert_allclose([left.vector for left, _ in pairs], [right.vector for _, right in pairs], atol=1e-6)
+    assert main([*told, str(tmp_path / "three"), "--workers", "2", "--device", "cuda:1"]) == 2
+    assert "--device cuda" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main([*told, str(tmp_path / "three"), "--workers", "2"]) == 2
+    assert "pip install 'traceir[cluster]'" in capsys.readouterr().err
