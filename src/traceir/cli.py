@@ -115,6 +115,7 @@ def _index_add(args: argparse.Namespace) -> int:
             prompt_version=encoder.prompt_version,
             dim=encoder.width,
             create=True,
+            dtype=args.store,
         ) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
@@ -141,8 +142,9 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
         with open_index(
-            args.index, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=True
-        ) as index:
+            args.index, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=True,
+            dtype=args.store,
+        ) as index:  # fmt: skip
             report = add_on_ray(
                 args.paths, index, make_encoder,
                 workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),

@@ -92,6 +92,10 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
         "--workers", type=_count, metavar="N",
         help="encode by N workers of Ray, on the cluster of $RAY_ADDRESS or on this machine (default: in this process)",
     )  # fmt: skip
+    add.add_argument(
+        "--store", choices=("float32", "float16"), default="float32",
+        help="how a new index keeps vectors; float16 halves it (default: float32)",
+    )  # fmt: skip
     _add_model(add)
     _add_engine(add)
     info = _verb(parts, shared, "info", runs["index info"], "describe an index")

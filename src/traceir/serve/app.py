@@ -311,7 +311,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
 def _embedding(place: int, served: Served, form: str) -> EmbeddingOut:
     vector = served.encoding.vector
     shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if form == "base64" else vector.tolist()
-    return EmbeddingOut(index=place, embedding=shown, trace=trace_of(served.encoding, served.queue, served.encode, served.cached))
+    return EmbeddingOut(index=place, embedding=shown, trace=trace_of(served))
 
 
 def _add_search(app: FastAPI, server: Server) -> None:

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from traceir.batch import Layout
@@ -58,12 +58,13 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class Served:
     """An encoding, with the seconds from arrival to its prefill (`queue`) and from there to the end (`encode`), and its prompt's
-    tokens."""
+    tokens, `cut` of the text's beyond."""
 
     encoding: Encoding
     queue: float
     encode: float
     prompt_tokens: int
+    cut: int
     cached: bool = False
 
 
@@ -102,7 +103,7 @@ class Scheduler:
         self.encoder, self.capacity, self.writing, self.remembered = encoder, capacity, writing, remembered
         self.hits = self.misses = 0
         self._decoder: Decoder = encoder.decoder()
-        self._cache: OrderedDict[tuple[str, str, str], tuple[Encoding, int]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str, str], Served] = OrderedDict()
         self._jobs: dict[tuple[str, str, str], Job] = {}
         self._arrived: deque[Job] = deque()
         self._wake = threading.Condition()
@@ -171,7 +172,7 @@ class Scheduler:
             raise BusyError(len(self._jobs), 1.0)
         key = role, route, await self._loop.run_in_executor(self._pool, content.content_hash)
         if (known := self._remembered(key)) is not None:
-            return Served(known[0], 0.0, 0.0, known[1], cached=True)
+            return replace(known, queue=0.0, encode=0.0, cached=True)
         job = self._jobs.get(key)
         if job is None:
             job = self._admit(key, route)
@@ -226,7 +227,7 @@ class Scheduler:
             self._arrived.append(job)
             self._wake.notify()
 
-    def _remembered(self, key: tuple[str, str, str]) -> tuple[Encoding, int] | None:
+    def _remembered(self, key: tuple[str, str, str]) -> Served | None:
         known = self._cache.get(key)
         if known is not None:
             self.hits += 1
@@ -238,7 +239,7 @@ class Scheduler:
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
         if isinstance(result, Served) and self.remembered:
-            self._cache[job.key] = result.encoding, result.prompt_tokens
+            self._cache[job.key] = result
             while len(self._cache) > self.remembered:
                 self._cache.popitem(last=False)
         if job.done.done():
@@ -414,8 +415,8 @@ class Scheduler:
         if now - self._busy_since > 60:
             self._busy_since, self._answered = (now + self._busy_since) / 2, self._answered / 2
         for job, encoding in finished:
-            tokens = len(job.layout) if job.layout is not None else 0
-            self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled, tokens))
+            tokens, cut = (len(job.layout), job.layout.cut) if job.layout is not None else (0, 0)
+            self._end(job, Served(encoding, job.prefilled - job.arrived, now - job.prefilled, tokens, cut))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         for job in jobs:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
-from traceir.items import Encoding, Modality, Route
+from traceir.items import Modality, Route
+from traceir.serve.scheduler import Served
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 256
@@ -92,13 +93,14 @@ class Seconds(BaseModel):
 
 
 class Trace(BaseModel):
-    """How an input was encoded: its road, what was written, and where the time went."""
+    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, where the time went."""
 
     route: Literal["reason", "direct"]
     reasoning: str
     tokens: int
     truncated: bool
     emb_probability: float
+    cut: int
     cached: bool
     seconds: Seconds
 
@@ -359,13 +361,15 @@ class Status(BaseModel):
     status: str
 
 
-def trace_of(encoding: Encoding, queue: float, encode: float, cached: bool, search: float | None = None) -> Trace:
+def trace_of(served: Served, search: float | None = None) -> Trace:
+    encoding = served.encoding
     return Trace(
         route=encoding.route,
         reasoning=encoding.reasoning,
         tokens=encoding.tokens,
         truncated=encoding.truncated,
         emb_probability=encoding.emb_probability,
-        cached=cached,
-        seconds=Seconds(queue=queue, encode=encode, search=search),
+        cut=served.cut,
+        cached=served.cached,
+        seconds=Seconds(queue=served.queue, encode=served.encode, search=search),
     )

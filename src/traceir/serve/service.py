@@ -100,7 +100,7 @@ class Service:
             raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
         seconds = time.perf_counter() - started
         hits = found[0][asked.offset : asked.offset + asked.k]
-        trace = trace_of(served.encoding, served.queue, served.encode, served.cached, seconds)
+        trace = trace_of(served, seconds)
         return SearchOut(
             hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found[0]) == wanted
         )
