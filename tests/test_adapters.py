@@ -152,7 +152,9 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StandIn
     server = StandIn(tmp_path_factory.mktemp("stand-in") / "index")
     with served(server.app()) as address:
         client = Client(address, KEY)
-        client.add([Item.of(text=text, id=f"k{place}", fields={"shelf": place % 2}) for place, text in enumerate(TEXTS)])
+        client.add(
+            [Item.of(text=text, id=f"k{place}", fields={"shelf": place % 2, "rank": "oak"}) for place, text in enumerate(TEXTS)]
+        )
         client.close()
         yield server, address
 
@@ -206,7 +208,10 @@ def test_langchain_retriever(stand_in: tuple[StandIn, str], client: Client) -> N
     for retriever in (local, remote):
         [found] = retriever.invoke(TEXTS[1])
         assert (found.id, found.page_content) == ("k1", TEXTS[1])
-        assert found.metadata["score"] == pytest.approx(1.0) and found.metadata["shelf"] == 1
+        own = found.metadata.pop("traceir")
+        assert found.metadata == {"shelf": 1, "rank": "oak"}, "fields of the user stay as they are"
+        assert own["score"] == pytest.approx(1.0) and (own["id"], own["rank"], own["modality"]) == ("k1", 1, "text")
+        found.metadata["traceir"] = own
         assert asyncio.run(retriever.ainvoke(TEXTS[1])) == [found]
     asked = server.bodies[-1]
     assert (asked["instruction"], asked["modality"], asked["route"], asked["k"]) == ("find it", "text", "direct", 2)

@@ -1,29 +1,36 @@
-"""A client of a TraceIR server (`traceir serve`): embed, search, add, delete; and the server as an encoder.
+"""A client of a TraceIR server (`traceir serve`): embed, search, add, look at, delete; and the server as an encoder.
 
 with Client("http://localhost:8080", "tir_...") as client:
     found = client.search(Query.of(text="a red shoe"), k=5)
     print(found.reasoning, [hit.id for hit in found.hits])
+    client.picture(found.hits[0]).load().show()
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from io import BytesIO
 from typing import Any, Final, Literal
+from urllib.parse import quote
 
 import numpy as np
 
-from traceir.connection import Connection
-from traceir.errors import InputError, ModelError, PictureError
+from traceir.connection import Answer, Connection
+from traceir.errors import InputError, ModelError
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route
 from traceir.pictures import Picture
 
 CHUNK: Final = 64
-"""Inputs of one request; longer calls send several side by side."""
+"""Inputs of one request at most; longer calls send several."""
+CHUNK_BYTES: Final = 24 * 1024 * 1024
+"""Bytes of one request, of JSON with pictures in base64, beyond which no input joins it."""
+MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
+"""Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
+_PAGE: Final = 500
 _REFUSED: Final = (400, 404, 409, 413, 415, 422)
 """The server's word for a request that is wrong as it stands."""
 
@@ -61,11 +68,32 @@ class Added:
     error: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a server keeps of an item; `image` is for `Client.picture`."""
+
+    id: str
+    modality: Modality
+    text: str | None
+    image: str | None
+    fields: Mapping[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One input as it is told, its place among those of the call, and its bytes in JSON."""
+
+    place: int
+    told: Any
+    bytes: int
+
+
 class Client:
     """One server by address and API key. Thread-safe; `close` when done, or use it in a `with`.
 
     Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong,
-    ModelError where it cannot be reached, fails, or refuses the key.
+    ModelError where it cannot be reached, fails, or refuses the key. An input of more than 31 MiB in JSON (about 23 MB of picture
+    files) is an InputError too, before anything of its request is sent.
     """
 
     def __init__(
@@ -114,7 +142,8 @@ class Client:
         """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}."""
         body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact}
         if query.parts:
-            body["parts"] = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
+            parts = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
+            body["parts"] = _piece(0, query, parts).told
         body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None)
         told = self._call("POST", "/search", body)
         hits = tuple(_hit(one) for one in _list(told, "hits"))
@@ -125,10 +154,63 @@ class Client:
         )  # fmt: skip
 
     def add(self, items: Sequence[Item]) -> list[Added]:
-        """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each."""
-        bodies = [{"items": [_item(item) for item in items[start : start + CHUNK]]} for start in range(0, len(items), CHUNK)]
-        answers = [self._call("POST", "/items", body) for body in bodies]
-        return [Added(str(one["id"]), one["status"], one.get("error")) for answer in answers for one in _list(answer, "results")]
+        """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each.
+
+        They travel in requests one after another. `failed` are also items whose picture cannot be read or is too large, those of
+        a request that the server refuses, and, where the server is lost after it has answered one request, all those it has not
+        confirmed; they may be sent again. Raises InputError, before anything is sent, for an item without an id or of another
+        form, and ModelError where the server does not answer the first request.
+        """
+        for item in items:
+            _check_form(item)
+        found: dict[int, Added] = {}
+        answered, lost = False, "the server does not confirm it"
+        for chunk in _chunks(_readable(items, found)):
+            try:
+                results = self._add(chunk)
+            except InputError as error:
+                results = [Added(str(items[piece.place].id), "failed", str(error)) for piece in chunk]
+            except ModelError as error:
+                if not answered:
+                    raise
+                lost = str(error)
+                break
+            answered = True
+            found.update(zip((piece.place for piece in chunk), results, strict=True))
+        return [found.get(place) or Added(str(item.id), "failed", lost) for place, item in enumerate(items)]
+
+    def _add(self, chunk: Sequence[_Piece]) -> list[Added]:
+        results = _list(self._call("POST", "/items", {"items": [piece.told for piece in chunk]}), "results")
+        if len(results) != len(chunk):
+            raise ModelError(f"{self.base_url} returned {len(results)} results for {len(chunk)} items; report it")
+        return [Added(str(one["id"]), one["status"], one.get("error")) for one in results]
+
+    def get(self, id: str) -> Kept:
+        """What is kept of an item. Raises InputError where there is none of this id."""
+        # Dots too, since `..` as a name would lead elsewhere.
+        return _kept(self._call("GET", f"/items/{quote(id, safe='').replace('.', '%2E')}"))
+
+    def items(self, *, after: str = "") -> Iterator[Kept]:
+        """All items in order of id, those up to `after` left out, read page by page as they are asked for."""
+        more = True
+        while more:
+            page = self._call("GET", f"/items?after={quote(after, safe='')}&limit={_PAGE}")
+            found = [_kept(one) for one in _list(page, "items")]
+            yield from found
+            more = bool(page.get("more")) and bool(found)
+            after = found[-1].id if found else after
+
+    def picture(self, found: Hit | Kept, *, side: int = 2048) -> Picture:
+        """The picture of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
+
+        Raises InputError where it has none, or the server does not show it.
+        """
+        if found.image is None or not found.image.startswith("/pictures/"):
+            raise InputError(f"{found.id!r} has no picture of a server ({found.image!r}); give a hit with one, of this client")
+        path = f"{found.image}?side={side}"
+        answer = self._connection.call("GET", path, refused=_REFUSED, raw=True)
+        self._check(path, answer)
+        return Picture.from_bytes(answer.body, name=found.id)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Removes items by id; returns how many were there."""
@@ -151,22 +233,20 @@ class Client:
         for place, content in enumerate(contents):
             asked = (content.instruction, content.target) if isinstance(content, Query) else (None, None)
             groups.setdefault((*asked, _plain(content.parts)), []).append(place)
-        bodies, places = [], []
+        bodies, chunks = [], []
         for (instruction, target, plain), members in groups.items():
-            for start in range(0, len(members), CHUNK):
-                chunk = members[start : start + CHUNK]
-                parts = [contents[place].parts for place in chunk]
-                told = {"input": [_pair(one) for one in parts]} if plain else {"messages": [_chat(one) for one in parts]}
-                shared = _given(instruction=instruction, modality=target, input_type=input_type, route=route)
-                bodies.append({**told, **shared, "encoding_format": "base64"})
-                places.append(chunk)
+            name, tell = ("input", _pair) if plain else ("messages", _chat)
+            shared = _given(instruction=instruction, modality=target, input_type=input_type, route=route)
+            for chunk in _chunks(_piece(place, contents[place], tell(contents[place].parts)) for place in members):
+                bodies.append({name: [piece.told for piece in chunk], **shared, "encoding_format": "base64"})
+                chunks.append([piece.place for piece in chunk])
         answers = self._connection.gather([partial(self._request, "POST", "/v1/embeddings", body) for body in bodies])
         found: dict[int, Encoding] = {}
-        for chunk, answer in zip(places, answers, strict=True):
+        for places, answer in zip(chunks, answers, strict=True):
             data = _list(answer, "data")
-            if len(data) != len(chunk):
-                raise ModelError(f"{self.base_url} returned {len(data)} vectors for {len(chunk)} inputs; report it")
-            found.update(zip(chunk, [self._encoding(one) for one in data], strict=True))
+            if len(data) != len(places):
+                raise ModelError(f"{self.base_url} returned {len(data)} vectors for {len(places)} inputs; report it")
+            found.update(zip(places, [self._encoding(one) for one in data], strict=True))
         return [found[place] for place in range(len(contents))]
 
     def _encoding(self, told: Any) -> Encoding:
@@ -184,11 +264,14 @@ class Client:
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         answer = await self._connection.request(method, path, body, refused=_REFUSED)
-        if answer.status > 299:
-            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
+        self._check(path, answer)
         if not isinstance(answer.body, dict):
             raise ModelError(f"{self.base_url}{path} answers with {str(answer.body)[:80]!r}; is it `traceir serve`?")
         return answer.body
+
+    def _check(self, path: str, answer: Answer) -> None:
+        if answer.status > 299:
+            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
 
 
 class ServedEncoder:
@@ -216,6 +299,42 @@ class ServedEncoder:
         return self.client.embed_items(items)
 
 
+def _piece(place: int, content: Item | Query, told: Any) -> _Piece:
+    """Raises InputError where the input alone is more than a request may hold."""
+    size = len(json.dumps(told))
+    if size > MAX_INPUT_BYTES:
+        named = ", ".join(str(picture.path or picture.name or "in memory") for picture in content.pictures)
+        kind = type(content).__name__.lower()
+        raise InputError(
+            f"{kind} {content.id or '(no id)'} (pictures: {named or 'none'}) is {size} bytes in JSON, more than the "
+            f"{MAX_INPUT_BYTES} that a request takes; make it smaller"
+        )
+    return _Piece(place, told, size)
+
+
+def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
+    """In order, each of at most `CHUNK` pieces and `CHUNK_BYTES`, or of one larger piece."""
+    chunk: list[_Piece] = []
+    for piece in pieces:
+        if chunk and (len(chunk) == CHUNK or sum(one.bytes for one in chunk) + piece.bytes > CHUNK_BYTES):
+            yield chunk
+            chunk = []
+        chunk.append(piece)
+    if chunk:
+        yield chunk
+
+
+def _readable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piece]:
+    """The items as pieces, made one by one; those that cannot be sent are noted in `failed` by their place."""
+    for place, item in enumerate(items):
+        try:
+            piece = _piece(place, item, _item(item))
+        except InputError as error:
+            failed[place] = Added(str(item.id), "failed", str(error))
+        else:
+            yield piece
+
+
 def _plain(parts: Sequence[Part]) -> bool:
     """Whether parts are at most one picture and then at most one text, the form of `input`."""
     kinds = [isinstance(part, Picture) for part in parts]
@@ -238,9 +357,12 @@ def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": contents}]
 
 
-def _item(item: Item) -> dict[str, Any]:
+def _check_form(item: Item) -> None:
     if item.id is None or not _plain(item.parts):
         raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
+
+
+def _item(item: Item) -> dict[str, Any]:
     told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
     for part in item.parts:
         told |= {"image": {"data": _base64(part)}} if isinstance(part, Picture) else {"text": part}
@@ -252,15 +374,8 @@ def _data_url(picture: Picture) -> str:
 
 
 def _base64(picture: Picture) -> str:
-    """The file as it is, or pixels as PNG."""
-    if picture.path is not None:
-        try:
-            return base64.b64encode(picture.path.read_bytes()).decode()
-        except OSError as error:
-            raise PictureError(f"picture {picture.path} cannot be read: {error.strerror or error}; check the path") from error
-    packed = BytesIO()
-    picture.load().save(packed, "PNG", compress_level=1)
-    return base64.b64encode(packed.getvalue()).decode()
+    """The file as it is, or pixels as PNG. Raises PictureError for what is no picture."""
+    return base64.b64encode(picture.encoded()[0]).decode()
 
 
 def _hit(told: Any) -> Hit:
@@ -268,6 +383,13 @@ def _hit(told: Any) -> Hit:
         return Hit(told["id"], told["score"], told["rank"], told["modality"], told["text"], told["image"], told["fields"])
     except (KeyError, TypeError) as error:
         raise ModelError(f"a hit of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
+
+
+def _kept(told: Any) -> Kept:
+    try:
+        return Kept(told["id"], told["modality"], told["text"], told["image"], told["fields"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"an item of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
 
 
 def _list(told: Mapping[str, Any], name: str) -> list[Any]:

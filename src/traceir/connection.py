@@ -13,7 +13,7 @@ import logging
 import re
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-_PASSING: Final = frozenset({408, 429, 502, 503, 504})
-"""By these a server says that the same request may succeed later."""
+_PASSING: Final = frozenset({429, 502, 503, 504})
+"""By these a server says that the same request may succeed later. 408 is none: that request has spent the server's time once."""
 _LONGEST_PAUSE_S: Final = 30.0
+_CLOSING_S: Final = 10.0
+"""What `close` waits at most for requests to end."""
 
 
 class TransientError(ModelError):
@@ -40,7 +42,7 @@ class TransientError(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: status, parsed JSON body (None where there is none), and for errors what the server says."""
+    """One answer: status, body (parsed JSON, or bytes where asked for; None: there is none), for errors what the server says."""
 
     status: int
     body: Any
@@ -50,9 +52,9 @@ class Answer:
 class Connection:
     """Requests to one address. `in_flight` bounds the jobs under way, over all calling threads together.
 
-    A try lasts at most `timeout_s`; after a 408, 429, 502, 503, 504, a lost connection or half an answer up to `tries` are made,
+    A try lasts at most `timeout_s`; after a 429, 502, 503, 504, a lost connection or half an answer up to `tries` are made,
     with doubling pauses from `pause_s` unless the server names one. Raises ModelError, with address and remedy, when they are
-    spent. Thread-safe; `close` ends it.
+    spent. Thread-safe; `close` ends it, and with it what is under way.
     """
 
     def __init__(
@@ -76,26 +78,33 @@ class Connection:
         self._api_key = api_key.strip()
         self._places = asyncio.Semaphore(in_flight)
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: threading.Thread | None = None
         self._client: httpx2.AsyncClient | None = None
+        self._waited_for: set[Future[Any]] = set()
         self._closed = False
 
     def gather(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
         """Runs the jobs, at most `in_flight` at a time, and waits; results in their order. The first error ends the others."""
         return self._wait(self._all(jobs))
 
-    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = ()) -> Answer:
+    def call(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False
+    ) -> Answer:
         """One request, waited for; see `request`."""
-        return self._wait(self.request(method, path, body, refused=refused))
+        return self._wait(self.request(method, path, body, refused=refused, raw=raw))
 
     async def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = ()
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False
     ) -> Answer:
-        """One request with its tries. A status in `refused` comes back as an Answer, any other above 299 raises ModelError."""
+        """One request with its tries. A status in `refused` comes back as an Answer, any other above 299 raises ModelError.
+
+        `raw`: the answer is not JSON, and comes as bytes.
+        """
         content = None if body is None else json.dumps(body).encode()
         for attempt in range(1, self.tries + 1):
             try:
-                return await self._try(method, path, content, refused)
+                return await self._try(method, path, content, refused, raw)
             except TransientError as error:
                 if attempt == self.tries:
                     raise ModelError(f"{error} (tried {attempt} times)") from error
@@ -105,36 +114,59 @@ class Connection:
         raise AssertionError("unreachable")
 
     def close(self) -> None:
-        """Closes the connections and ends the thread; nothing can be sent afterwards."""
+        """Ends requests under way (their callers get a ModelError) and the thread; nothing can be sent afterwards."""
         with self._lock:
-            self._closed, loop, self._loop = True, self._loop, None
-        if loop is None:
+            self._closed, thread, self._thread = True, self._thread, None
+        if thread is None:
             return
+        for future in self._waited_for.copy():
+            future.cancel()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        thread.join(_CLOSING_S)
+        if thread.is_alive():
+            log.warning("requests to %s did not end within %g s; their thread ends with them", self.address, _CLOSING_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._end())
+        finally:
+            self._loop.close()
+
+    async def _end(self) -> None:
+        """Cancels all that runs in the loop, awaits it, and closes the connections."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
         if self._client is not None:
-            asyncio.run_coroutine_threadsafe(self._client.aclose(), loop).result(10.0)
-        loop.call_soon_threadsafe(loop.stop)
+            await self._client.aclose()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            loop = self._running()
-        except ModelError:
-            work.close()
-            raise
-        future: Future[T] = asyncio.run_coroutine_threadsafe(work, loop)
+        future = self._started(work)
         try:
             return future.result()
+        except CancelledError as error:
+            raise ModelError(f"the connection to {self.address} was closed during a request; make a new one") from error
         except BaseException:
             future.cancel()
             raise
 
-    def _running(self) -> asyncio.AbstractEventLoop:
+    def _started(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """The work in the loop, which the first one starts. Under the lock, so that `close` ends all that was started."""
         with self._lock:
             if self._closed:
+                work.close()
                 raise ModelError(f"the connection to {self.address} is closed; make a new one")
-            if self._loop is None:
+            if self._thread is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=_run, args=(self._loop,), name=f"traceir {self.address}", daemon=True).start()
-            return self._loop
+                self._thread = threading.Thread(target=self._run, name=f"traceir {self.address}", daemon=True)
+                self._thread.start()
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._waited_for.add(future)
+            future.add_done_callback(self._waited_for.discard)
+            return future
 
     async def _all(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
         async def bounded(job: Callable[[], Awaitable[T]]) -> T:
@@ -150,7 +182,7 @@ class Connection:
             await asyncio.gather(*tasks, return_exceptions=True)
             raise
 
-    async def _try(self, method: str, path: str, content: bytes | None, refused: Sequence[int]) -> Answer:
+    async def _try(self, method: str, path: str, content: bytes | None, refused: Sequence[int], raw: bool) -> Answer:
         import httpx2
 
         place = f"{self.address}{path}"
@@ -172,7 +204,9 @@ class Connection:
             raise ModelError(f"{place} refuses the API key ({status}: {said}); give the right key")
         if status > 299 and status not in refused:
             raise ModelError(f"{place} answers {status}: {said}")
-        return Answer(status, None if status > 299 else _parsed(response.content, place), said)
+        if status > 299:
+            return Answer(status, None, said)
+        return Answer(status, response.content if raw else _parsed(response.content, place))
 
     def _opened(self) -> httpx2.AsyncClient:
         """The client, made on the event loop's thread at the first request."""
@@ -185,14 +219,6 @@ class Connection:
             limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
             self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, follow_redirects=False)
         return self._client
-
-
-def _run(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
 
 
 def _parsed(content: bytes, place: str) -> Any:

@@ -3,7 +3,7 @@
 embeddings = TraceEmbeddings(Encoder.from_pretrained("models/mini"))       # in this process
 embeddings = TraceEmbeddings.of_server("http://localhost:8080", "tir_...")  # by `traceir serve`
 retriever = TraceRetriever(source=Client("http://localhost:8080", "tir_..."), k=5, target="image")
-retriever.invoke("a red shoe")[0].metadata["score"]
+retriever.invoke("a red shoe")[0].metadata["traceir"]["score"]
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class TraceEmbeddings(Embeddings):
 class TraceRetriever(BaseRetriever):
     """LangChain's retriever over a Searcher (in this process) or a Client (of a server).
 
-    `where` is a Filter for a Searcher, and the mapping of `Client.search` for a Client. A Document holds the item's text, its
-    fields, and `score`, `rank`, `modality`, `image` under `traceir` names in its metadata.
+    `where` is a Filter for a Searcher, and the mapping of `Client.search` for a Client. A Document holds the item's id, its text,
+    and as metadata the item's fields under their own names; `id`, `score`, `rank`, `modality` and `image` of the hit stand
+    together in the dict under the one name `traceir`, in place of a field of that name.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -115,7 +116,7 @@ class TraceRetriever(BaseRetriever):
 
 def _document(hit: Hit) -> Document:
     own = {"id": hit.id, "score": hit.score, "rank": hit.rank, "modality": hit.modality, "image": hit.image}
-    return Document(id=hit.id, page_content=hit.text or "", metadata={**hit.fields, **own})
+    return Document(id=hit.id, page_content=hit.text or "", metadata={**hit.fields, "traceir": own})
 
 
 def _lists(encodings: Sequence[Encoding]) -> list[list[float]]:

@@ -1,0 +1,220 @@
+"""The client of a server: bodies within its bound, results kept, items and pictures read back; a connection that is closed."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_sglang import served
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from traceir import client as client_module
+from traceir.client import CHUNK_BYTES, MAX_INPUT_BYTES, Client
+from traceir.connection import Connection
+from traceir.errors import InputError, ModelError
+from traceir.items import Hit, Item, Query
+from traceir.pictures import Picture
+from traceir.serve.bodies import MAX_BODY, BodyGuard
+from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemsIn, SearchIn
+from traceir.serve.service import id_in, picture_path
+
+BOUND = 40_000
+"""Bytes of a body that the stand-in takes; the client is told of bounds as much smaller than the real ones."""
+ROAD = {"route": "direct", "reasoning": "", "tokens": 0, "emb_probability": 1.0, "truncated": False, "seconds": {}}
+
+
+class Shop:
+    """The routes that the client uses, behind the server's own guard of bodies; `answer` may stand in for all of them."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, ItemOut] = {}
+        self.sizes: list[int] = []
+        self.answers: list[Response | None] = []
+        self.hanging, self.let_go = threading.Event(), threading.Event()
+
+    def app(self) -> Any:
+        async def answer(request: Request) -> Response:
+            self.sizes.append(len(await request.body()))
+            told = self.answers.pop(0) if self.answers else None
+            return told or await getattr(self, request.scope["path"].split("/")[1])(request)
+
+        return BodyGuard(Starlette(routes=[Route("/{rest:path}", answer, methods=["GET", "POST"])]), most=BOUND)
+
+    async def items(self, request: Request) -> Response:
+        if request.method == "POST":
+            asked = ItemsIn.model_validate(await request.json()).items
+            for one in asked:
+                image = picture_path(one.id, "shown" if one.image else None)
+                self.kept[one.id] = ItemOut(id=one.id, modality="text", text=one.text, image=image, fields=one.fields)
+            return JSONResponse({"results": [{"id": one.id, "status": "added"} for one in asked]})
+        if request.scope["path"] == "/items":
+            after, limit = request.query_params["after"], int(request.query_params["limit"])
+            beyond = [self.kept[id] for id in sorted(self.kept) if id > after]
+            page = ItemPage(items=beyond[:limit], offset=0, more=len(beyond) > limit)
+            return Response(page.model_dump_json(), media_type="application/json")
+        found = self.kept.get(request.path_params["rest"].removeprefix("items/"))
+        return Response(found.model_dump_json()) if found else JSONResponse({"error": {"message": "no such item"}}, 404)
+
+    async def pictures(self, request: Request) -> Response:
+        assert id_in(request.path_params["rest"].removeprefix("pictures/")) in self.kept
+        side, packed = int(request.query_params["side"]), BytesIO()
+        Image.new("RGB", (side, side // 2), "teal").save(packed, "JPEG")
+        return Response(packed.getvalue(), media_type="image/jpeg")
+
+    async def v1(self, request: Request) -> Response:
+        asked = EmbeddingsIn.model_validate(await request.json())
+        vector = base64.b64encode(np.zeros(4, "<f4").tobytes()).decode()
+        inputs = asked.messages if asked.messages is not None else asked.input
+        return JSONResponse({"data": [{"embedding": vector, "trace": ROAD} for _ in inputs or []]})
+
+    async def search(self, request: Request) -> Response:
+        SearchIn.model_validate(await request.json())
+        return JSONResponse({"hits": [], "trace": ROAD, "more": False})
+
+    async def hang(self, _: Request) -> Response:
+        self.hanging.set()
+        await asyncio.to_thread(self.let_go.wait, 20)
+        return JSONResponse({})
+
+
+@pytest.fixture
+def shop() -> Shop:
+    return Shop()
+
+
+@pytest.fixture
+def address(shop: Shop) -> Iterator[str]:
+    with served(shop.app()) as found:
+        yield found
+        shop.let_go.set()
+
+
+@pytest.fixture
+def client(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setattr(client_module, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(client_module, "MAX_INPUT_BYTES", 38_000)
+    with Client(address, pause_s=0.01) as made:
+        yield made
+
+
+def noise(side: int, name: str = "") -> Picture:
+    """A picture that does not pack: about 4 * side * side bytes in base64."""
+    packed = BytesIO()
+    pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(packed, "PNG")
+    return Picture.from_bytes(packed.getvalue(), name=name)
+
+
+def test_the_bounds_of_the_client_fit_those_of_the_server() -> None:
+    assert CHUNK_BYTES <= MAX_INPUT_BYTES < MAX_BODY
+
+
+def test_requests_stay_within_the_body_that_the_server_takes(client: Client, shop: Shop) -> None:
+    pictures = [noise(50 + place) for place in range(8)]
+    assert {one.status for one in client.add([Item.of(image=one, id=f"p{n}") for n, one in enumerate(pictures)])} == {"added"}
+    assert len(client.embed_items([Item.of(image=one) for one in pictures])) == 8
+    assert len(client.embed_queries([Query((one, "left", one)) for one in pictures[:3]])) == 3
+    assert max(shop.sizes) <= BOUND and len(shop.sizes) == 4 + 4 + 3, shop.sizes
+
+
+def test_picture_too_large_for_a_body_is_named_with_the_bound(client: Client, shop: Shop) -> None:
+    large = noise(120, "harbour.png")
+    calls = (
+        lambda: client.embed_items([Item.of(image=large, id="h1")]),
+        lambda: client.embed_queries([Query.of(image=large)]),
+        lambda: client.search(Query.of(image=large)),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match=r"harbour\.png.*more than the 38000"):
+            call()
+    assert shop.sizes == []
+
+
+def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, shop: Shop, tmp_path: Path) -> None:
+    items = [Item.of(text=f"a cup {place}", id=f"c{place:03}") for place in range(200)]
+    items[5] = Item.of(image=noise(120, "harbour.png"), id="large")
+    items[6] = Item.of(image=Picture.open(tmp_path / "nowhere.png"), id="missing")
+    shop.answers = [None, JSONResponse({"error": {"message": "what a request"}}, 400), None, JSONResponse({}, 500)]
+    found = client.add(items)
+    assert [one.id for one in found] == [item.id for item in items]
+    failed = {one.id: one.error or "" for one in found if one.status == "failed"}
+    assert "harbour.png" in failed.pop("large") and "nowhere.png" in failed.pop("missing")
+    assert len(failed) == 64 + 6 and "what a request" in failed["c066"] and "answers 500" in failed["c199"]
+    assert {one.id for one in found if one.status == "added"} == set(shop.kept)
+    shop.answers = [JSONResponse({}, 500)]
+    with pytest.raises(ModelError, match="answers 500"):
+        client.add(items[:1])
+    with pytest.raises(InputError, match="give it an id"):
+        client.add([items[0], Item.of(text="a spoon")])
+
+
+def test_items_and_pictures_are_read_back(client: Client, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["a/b c?", "..", "z%2F", "ü"]
+    client.add([Item.of(text="a cup", image=noise(20), id=name, fields={"shelf": 3}) for name in names])
+    for name in names:
+        kept = client.get(name)
+        assert (kept.id, kept.text, kept.fields) == (name, "a cup", {"shelf": 3})
+        assert client.picture(kept, side=64).load().size == (64, 32)
+    monkeypatch.setattr(client_module, "_PAGE", 3)
+    assert [one.id for one in client.items()] == sorted(names)
+    assert [one.id for one in client.items(after="a/b c?")] == ["z%2F", "ü"]
+    with pytest.raises(InputError, match="no such item"):
+        client.get("never")
+    shop.answers = [JSONResponse({"error": {"message": "not shown"}}, 404)]
+    with pytest.raises(InputError, match="not shown"):
+        client.picture(kept)
+    for image in (None, "folder/cup.png"):
+        with pytest.raises(InputError, match="has no picture of a server"):
+            client.picture(Hit("a", 0.5, 1, "image", None, image, {}))
+
+
+def test_request_that_spent_its_time_is_not_sent_again(client: Client, shop: Shop) -> None:
+    shop.answers = [JSONResponse({"error": {"message": "not found in time"}}, 408)] * 2
+    with pytest.raises(ModelError, match="408: not found in time"):
+        client.search(Query.of(text="a cup"))
+    assert len(shop.sizes) == 1
+
+
+def test_closing_ends_those_who_wait(address: str, shop: Shop) -> None:
+    connection = Connection(address)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connection.call, "GET", "/hang")
+        assert shop.hanging.wait(20)
+        connection.close()
+        with pytest.raises(ModelError, match="closed during a request"):
+            waiting.result(20)
+    connection.close()
+    with pytest.raises(ModelError, match="is closed"):
+        connection.call("GET", "/hang")
+
+
+def test_closing_ends_thread_and_caller_where_the_work_does_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traceir.connection._CLOSING_S", 0.05)
+    connection, begun, released = Connection("http://localhost:1"), threading.Event(), threading.Event()
+
+    async def stay() -> None:
+        begun.set()
+        released.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(connection.gather, [stay])
+        assert begun.wait(20)
+        (thread,) = (one for one in threading.enumerate() if one.name == "traceir http://localhost:1")
+        connection.close()
+        with pytest.raises(ModelError, match="closed during a request"):
+            waiting.result(20)
+        released.set()
+        thread.join(20)
+    assert not thread.is_alive()
