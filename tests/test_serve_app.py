@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import socket
 import struct
+import time
 import urllib.error
 import urllib.request
 from io import BytesIO
@@ -216,6 +218,7 @@ def test_openais_client_drives_it_unchanged(running: Running, encoder: Encoder) 
 
 
 def test_metrics_and_the_document_of_the_interface(running: Running) -> None:
+    assert call(f"{running.url}/search", {"text": CAPTION})[0] == 200
     with urllib.request.urlopen(f"{running.url}/metrics") as response:
         text = response.read().decode()
     assert 'traceir_encoded_total{role="query",route="direct"}' in text and "traceir_stage_seconds_bucket" in text
@@ -271,3 +274,29 @@ def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -
     assert close(TraceEmbedding.of_server(running.url).get_query_embedding(CAPTION), wanted)
     found = TraceRetriever(source=Client(running.url), k=3).invoke(CAPTION)
     assert [one.id for one in found] == [hit["id"] for hit in call(f"{running.url}/search", {"text": CAPTION, "k": 3})[1]["hits"]]
+
+
+def metric(url: str, name: str) -> float:
+    """The sum of a counter's lines that begin so."""
+    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
+        lines = response.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_a_client_that_goes_away_takes_its_inputs_along(running: Running) -> None:
+    reasoned = 'traceir_encoded_total{role="query",route="reason"}'
+    before = metric(running.url, reasoned)
+    texts = [f"{INDIRECT} Number {number}." for number in range(256)]
+    body = json.dumps({"input": texts, "input_type": "query", "route": "reason"}).encode()
+    host, port = running.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(head.encode() + body)
+        while metric(running.url, "traceir_inputs_under_way") == 0:
+            time.sleep(0.05)
+    while metric(running.url, "traceir_inputs_under_way") > 0:
+        time.sleep(0.05)
+    gone = metric(running.url, 'traceir_requests_total{path="/v1/embeddings",status="499"}')
+    assert gone == 1 and metric(running.url, reasoned) - before < len(texts)
