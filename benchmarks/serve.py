@@ -5,7 +5,8 @@ load   64 clients at a time, half of them with complex queries, for five minutes
        and the simple clients without the complex ones. Ends with status 1 where an answer is lost, crossed or an error other
        than 429, where the throughput is below `--at-least` times that of one client, where the 95th percentile of simple
        queries is above `--at-most` times what it is without complex ones, or where memory grows by a tenth.
-kills  the server is ended by SIGKILL at random moments while items are added; whatever was acknowledged must be there, once.
+kills  the server is ended by SIGKILL at random moments while items, every other with a picture, are added in bulk, some of them
+       again; whatever was acknowledged must be there, once, as it was sent.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+from PIL import Image
 
 from traceir.encoder import Encoder
 from traceir.errors import DataError
@@ -251,13 +254,38 @@ def kills(options: argparse.Namespace) -> int:
             begun = asyncio.run(_add_and_kill(url, process, draw, acknowledged, begun))
         print(f"\rkilled {number + 1} times, {len(acknowledged)} items acknowledged", end="", file=sys.stderr)
     encoder = Encoder.from_pretrained(bundled_model())
+    files = sum(path.is_file() and not path.name.startswith(".") for path in (index / "pictures").rglob("*"))
     with open_index(index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version) as opened:
         there = Counter(stored.id for stored in opened.scan())
         texts = {stored.id: stored.text for stored in opened.scan()}
-    lost = [id for id, text in acknowledged.items() if texts.get(id) != text]
+        pictures = {stored.id: stored.image for stored in opened.scan()}
+    lost = [id for id, text in acknowledged.items() if texts.get(id) != text or not shows(pictures[id], number_of(id))]
     twice = [id for id, count in there.items() if count > 1]
+    stray = files - sum(image is not None for image in pictures.values())
     print(f"\nkilled {options.kills} times: {len(acknowledged)} items acknowledged, {len(lost)} lost, {len(twice)} twice")
+    print(f"{len(texts)} items in the index, {files} pictures kept, {stray} of items that were never added")
     return 0 if not lost and not twice and acknowledged else 1
+
+
+def number_of(id: str) -> int:
+    return int(id.removeprefix("item-"))
+
+
+def item_of(number: int) -> dict[str, Any]:
+    told: dict[str, Any] = {"id": f"item-{number}", "text": f"a red ball number {number}"}
+    return told | ({"image": {"data": base64.b64encode(picture_of(number)).decode()}} if number % 2 else {})
+
+
+def picture_of(number: int) -> bytes:
+    """A PNG of a colour of its own."""
+    buffer = BytesIO()
+    Image.new("RGB", (28, 28), (number % 256, number // 256 % 256, number // 65536)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def shows(image: str | None, number: int) -> bool:
+    """Whether an item of this number has its picture, or rightly none."""
+    return Path(image).read_bytes() == picture_of(number) if image is not None else number % 2 == 0
 
 
 async def _add_and_kill(
@@ -271,7 +299,8 @@ async def _add_and_kill(
         async def add() -> None:
             while True:
                 batch = [next(numbers) for _ in range(draw.randrange(1, 24))]
-                items = [{"id": f"item-{one}", "text": f"a red ball number {one}"} for one in batch]
+                batch += [draw.randrange(batch[0])] if batch[0] else []
+                items = [item_of(one) for one in batch]
                 try:
                     async with session.post(f"{url}/items", json={"items": items}) as response:
                         found = await response.json()

@@ -24,6 +24,7 @@ from traceir.index import open_index
 from traceir.items import Item, Query
 from traceir.pictures import Picture
 from traceir.search import Searcher
+from traceir.serve.picture_store import PictureStore
 
 CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
 INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
@@ -100,6 +101,19 @@ def test_a_picture_sent_goes_with_its_item_alone(running: Running) -> None:
     assert call(f"{running.url}/items", {"ids": ids}, method="DELETE") == (200, {"deleted": 3})
     assert files() == before
     assert all(item.pictures[0].path.exists() for item in running.items if item.pictures and item.pictures[0].path)
+
+
+def test_what_a_killed_server_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
+    store = PictureStore(tmp_path)
+    kept, left = (store.keep(Picture.from_bytes(png(colour)), colour).path for colour in ("teal", "olive"))
+    assert kept is not None and left is not None
+    half = kept.with_name(f".{kept.name}.{'0' * 32}")
+    half.write_bytes(b"half")
+    own = left.with_name("holiday.png")
+    own.write_bytes(b"not ours")
+    assert store.sweep([str(kept), None, "elsewhere.png"]) == 0 and half.exists()
+    assert store.sweep([str(kept), None, "elsewhere.png"], older_s=0.0) == 2
+    assert kept.exists() and not left.exists() and not half.exists() and own.exists()
 
 
 def png(colour: str) -> bytes:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import threading
+import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +21,9 @@ from traceir.errors import PictureError, StoreError
 from traceir.pictures import Picture
 from traceir.serve.intake import LIMITS
 
+_OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
+LEFT_S: Final = 3600.0
+"""Seconds after which a file that no item names is not on its way into the index any more."""
 MAX_SIDE: Final = 2048
 """Pixels of the longer side of a picture that is handed out, at most."""
 
@@ -82,6 +88,22 @@ class PictureStore:
                     file.unlink(missing_ok=True)
             if kept is None:
                 place.rmdir()
+
+    def sweep(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
+        """Throws away what a server that was killed left behind: files of ours that no item names, of at least this age; how many.
+
+        `named` are the pictures of all items that may have files here; so not for a folder that several indexes share.
+        """
+        kept = {path for path in named if path is not None}
+        now, swept = time.time(), 0
+        for file in self.folder.glob("*/*/*"):
+            with contextlib.suppress(OSError):
+                ours = _OURS.fullmatch(file.relative_to(self.folder).as_posix()) is not None
+                if ours and str(file) not in kept and now - file.stat().st_mtime >= older_s:
+                    file.unlink()
+                    swept += 1
+                    file.parent.rmdir()  # refused while another file is in it
+        return swept
 
     def _place(self, id: str) -> Path:
         owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]

@@ -164,6 +164,9 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder], metric
     Searcher(encoder, index)  # refuses an index of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
+    if config.uploads is None:
+        sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
+        sweeping.add_done_callback(_swept)
     folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
     intake = Intake()
     fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
@@ -182,6 +185,13 @@ def _warm(index: Index, width: int) -> Census:
     census = Census(index)
     census.any()
     return census
+
+
+def _swept(done: asyncio.Future[int]) -> None:
+    if done.cancelled() or (error := done.exception()) is not None:
+        log.warning("pictures that no item names were not looked for: %s", "stopped" if done.cancelled() else error)
+    elif done.result():
+        log.info("threw away %d pictures that no item names", done.result())
 
 
 def picture_folders(index: Index) -> tuple[Path, ...]:
