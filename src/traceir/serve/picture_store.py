@@ -90,7 +90,7 @@ class PictureStore:
                 place.rmdir()
 
     def sweep(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
-        """Throws away what a server that was killed left behind: files of ours that no item names, of at least this age; how many.
+        """Throws away what a server that was killed left behind: our files that no item names, of at least this age; how many.
 
         `named` are the pictures of all items that may have files here; so not for a folder that several indexes share.
         """
