@@ -23,8 +23,9 @@ from traceir.cli import main
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
-from traceir.ingest_cluster import MOST_STARTS, Share, add_on_ray, describe_encoder, on_ray
+from traceir.ingest_cluster import MOST_STARTS, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
+from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
 
 TESTS = Path(__file__).parent

@@ -133,7 +133,8 @@ def _index_add(args: argparse.Namespace) -> int:
 def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     """What `index add --workers` does. A worker takes --threads CPUs (default: 1), and one GPU with --device cuda."""
     from traceir.index import open_index
-    from traceir.ingest_cluster import Share, add_on_ray, describe_encoder, on_ray
+    from traceir.ingest_cluster import add_on_ray, describe_encoder
+    from traceir.ray_session import Share, on_ray
 
     if args.engine is None and args.device.startswith("cuda:"):
         raise InputError(f"--device {args.device}: Ray gives each worker a GPU of its own; write --device cuda")

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ from traceir.ingest import (
     write,
 )
 from traceir.items import Item, Vector
+from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
 
 log = logging.getLogger(__name__)
@@ -58,14 +57,6 @@ class Maker:
     width: int
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
-    """What each worker takes of its machine."""
-
-    cpus: float = 1
-    gpus: float = 0
-
-
 def add_on_ray(
     paths: Sequence[str | os.PathLike[str]],
     index: Index,
@@ -73,7 +64,7 @@ def add_on_ray(
     *,
     workers: int,
     batch: int = 64,
-    share: Share = Share(),
+    share: Share = ONE_CPU,
     progress: bool = True,
 ) -> AddReport:
     """As `ingest.add`, by so many workers on the cluster of $RAY_ADDRESS, or on this machine where that is not set.
@@ -113,63 +104,6 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Maker:
         task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)
         maker: Maker = ray.get(task.remote())
     return maker
-
-
-@contextmanager
-def on_ray(workers: int, share: Share) -> Iterator[None]:
-    """Connects to $RAY_ADDRESS, or starts Ray on this machine; a session that is there already is used and left alone.
-
-    Raises InputError where Ray is missing, does not answer, or has no room for a single worker.
-    """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise InputError("--workers needs the package ray; pip install 'traceir[cluster]'") from error
-    started = not ray.is_initialized()
-    if started:
-        address = os.environ.get("RAY_ADDRESS", "")
-        room = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
-        try:
-            _reach(address)
-            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else room))
-        except (OSError, RuntimeError, ValueError) as error:
-            where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
-            raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error
-    try:
-        there = ray.cluster_resources()
-        for name, wanted in (("CPU", share.cpus), ("GPU", share.gpus)):
-            if wanted > there.get(name, 0):
-                raise InputError(
-                    f"a worker wants {wanted:g} {name} and Ray has {there.get(name, 0):g}; "
-                    "start Ray's nodes with it, or ask for less with --device or --threads"
-                )
-        with _quiet():
-            yield
-    finally:
-        if started:
-            ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT; Ray itself would go on trying for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps Ray Data's own account of each run off the terminal, unless asked; Ray's log files have it."""
-    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
-    levels = [one.level for one in consoles]
-    for console in consoles:
-        console.setLevel(logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for console, level in zip(consoles, levels, strict=True):
-            console.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from traceir.errors import InputError
 from traceir.learn.reasoning.build import WINDOW, Tally, run_parts
 from traceir.learn.reasoning.plan import BuildConfig
 from traceir.learn.reasoning.reach import Reach, work_of
 from traceir.learn.reasoning.source import Part, Source
 from traceir.learn.reasoning.teachers.journal import Journal
+from traceir.ray_session import ONE_CPU, on_ray
 
 
 class PartWorker:
@@ -45,16 +45,11 @@ def run_on_ray(config: BuildConfig, out: Path, parts: Sequence[Part], reach: Rea
     file system that all workers see, and each worker has a journal file of its own. Resumes like any build: finished parts are
     not in `parts`, answers are in the journal.
     """
-    try:
-        import ray
-    except ImportError as error:
-        raise InputError("--engine ray needs the package ray; pip install 'traceir[cluster]'") from error
     if not parts:
         return Tally()
-    started = not ray.is_initialized()
-    if started:
-        ray.init(configure_logging=False, log_to_driver=False, include_dashboard=False)
-    try:
+    with on_ray(workers, ONE_CPU):
+        import ray
+
         rows = [{"dataset": p.dataset, "number": p.number, "first": p.first, "lines": p.lines, "start": p.start} for p in parts]
         done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOW)).map_batches(
             PartWorker,
@@ -63,9 +58,6 @@ def run_on_ray(config: BuildConfig, out: Path, parts: Sequence[Part], reach: Rea
             concurrency=workers,
         )
         return _total(done.take_all())
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def _everywhere(config: BuildConfig) -> BuildConfig:

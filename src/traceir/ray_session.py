@@ -1,0 +1,84 @@
+"""A session of Ray, for whatever is spread over workers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from traceir.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What each worker takes of its machine."""
+
+    cpus: float = 1
+    gpus: float = 0
+
+
+ONE_CPU: Final = Share()
+
+
+@contextmanager
+def on_ray(workers: int, share: Share) -> Iterator[None]:
+    """Connects to $RAY_ADDRESS, or starts Ray on this machine; a session that is there already is used and left alone.
+
+    Raises InputError where Ray is missing, does not answer, or has no room for a single worker.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise InputError("a cluster needs the package ray; pip install 'traceir[cluster]'") from error
+    started = not ray.is_initialized()
+    if started:
+        address = os.environ.get("RAY_ADDRESS", "")
+        room = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
+        try:
+            _reach(address)
+            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else room))
+        except (OSError, RuntimeError, ValueError) as error:
+            where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
+            raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error
+    try:
+        there = ray.cluster_resources()
+        for name, wanted in (("CPU", share.cpus), ("GPU", share.gpus)):
+            if wanted > there.get(name, 0):
+                raise InputError(
+                    f"a worker wants {wanted:g} {name} and Ray has {there.get(name, 0):g}; "
+                    "start Ray's nodes with it, or ask for less with --device or --threads"
+                )
+        with _quiet():
+            yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens at HOST:PORT; Ray itself would go on trying for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Ray Data's own account of each run off the terminal, unless asked; Ray's log files have it."""
+    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
+    levels = [one.level for one in consoles]
+    for console in consoles:
+        console.setLevel(logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for console, level in zip(consoles, levels, strict=True):
+            console.setLevel(level)
