@@ -180,6 +180,14 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
         torch.set_flush_denormal(True)
         # oneDNN keeps a kernel for every shape it has met, by default a thousand: hundreds of megabytes.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    try:
+        return _train(config, resume_from)
+    finally:
+        if config.device == "cpu":
+            torch.set_flush_denormal(False)  # what the caller computes afterwards is its own business
+
+
+def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     out = Path(config.out)
     finished = out / "checkpoint"
     args = arguments(check(config), out)
