@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import schemathesis
+import torch
 import uvicorn
 from PIL import Image
 
@@ -65,6 +66,12 @@ class Tried:
     def ask(self, case: schemathesis.Case) -> None:
         """Raises where the answer is not as documented."""
         case.call_and_validate(headers=self.headers)
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """Hypothesis wants them; what trains or measures in this process before may have switched them off."""
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture(scope="module")
