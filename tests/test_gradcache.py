@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,7 +156,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
 
     from traceir.learn.gradcache import Distribution
 
-    dist.init_process_group("gloo", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     model = random_model(3)
     model.network.double()
     turn = turns(model, 90, rank, world).turn(0, "made up", examples(8, negatives=2))
@@ -178,12 +177,9 @@ def worker(rank: int, world: int, folder: Path) -> None:
 def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n" \
         "from test_gradcache import worker\nworker(int(sys.argv[1]), 2, Path(sys.argv[2]))\n"  # fmt: skip
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)], env=shared, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
