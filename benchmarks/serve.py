@@ -259,8 +259,14 @@ def kills(options: argparse.Namespace) -> int:
         there = Counter(stored.id for stored in opened.scan())
         texts = {stored.id: stored.text for stored in opened.scan()}
         pictures = {stored.id: stored.image for stored in opened.scan()}
-    lost = [id for id, text in acknowledged.items() if texts.get(id) != text or not shows(pictures[id], number_of(id))]
-    twice = [id for id, count in there.items() if count > 1]
+        anything = np.eye(1, encoder.width, dtype=np.float32)
+        found = Counter(hit.id for hit in opened.search(anything, len(texts) + 8)[0])
+    lost = [
+        id
+        for id, text in acknowledged.items()
+        if texts.get(id) != text or not found[id] or not shows(pictures[id], number_of(id))
+    ]
+    twice = [id for id in found | there if found[id] > 1 or there[id] > 1]
     stray = files - sum(image is not None for image in pictures.values())
     print(f"\nkilled {options.kills} times: {len(acknowledged)} items acknowledged, {len(lost)} lost, {len(twice)} twice")
     print(f"{len(texts)} items in the index, {files} pictures kept, {stray} of items that were never added")

@@ -147,7 +147,6 @@ def create_app(server: Server) -> FastAPI:
     _add_items(app, server)
     _add_page(app, server)
     _complete(app.openapi(), keyed=server.keys is not None)
-
     return app
 
 

@@ -164,7 +164,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder], metric
     Searcher(encoder, index)  # refuses an index of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
-    if config.uploads is None:
+    if config.uploads is None and store.folder.is_dir():
         sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
         sweeping.add_done_callback(_swept)
     folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))

@@ -290,36 +290,24 @@ class Scheduler:
                 self._wake.wait(0.5)
             if wait and not self._arrived:
                 return None
-            taken: list[Job] = []
-            later: list[Job] = []
-            longest = 0
-            while self._arrived and len(taken) < self.encoder.batch_rows:
-                job = self._arrived.popleft()
-                if job.done.done() or job.layout is None:
-                    continue
-                size = max(longest, len(job.layout))
-                if taken and (job.route != taken[0].route or (len(taken) + 1) * size > self.encoder.token_budget):
-                    later.append(job)
-                    if len(later) > self.encoder.batch_rows:
-                        break
-                    continue
-                longest = size
-                taken.append(job)
-            self._arrived.extendleft(reversed(later))
-            return taken
+            return self._fitting(self._arrived, self.encoder.batch_rows)
 
     def _fitting(self, waiting: deque[Job], most: int) -> list[Job]:
-        """The first of those that wait and are still wanted, as many as one batch holds."""
+        """The first of those that wait and are wanted, of one route, as many as a batch holds; the others keep their places."""
         taken: list[Job] = []
+        later: list[Job] = []
         longest = 0
-        while waiting and len(taken) < most:
-            job = waiting[0]
-            if not job.done.done() and job.layout is not None:
-                longest = max(longest, len(job.layout))
-                if taken and (len(taken) + 1) * longest > self.encoder.token_budget:
-                    break
-                taken.append(job)
-            waiting.popleft()
+        while waiting and len(taken) < most and len(later) <= self.encoder.batch_rows:
+            job = waiting.popleft()
+            if job.done.done() or job.layout is None:
+                continue
+            size = max(longest, len(job.layout))
+            if taken and (job.route != taken[0].route or (len(taken) + 1) * size > self.encoder.token_budget):
+                later.append(job)
+                continue
+            longest = size
+            taken.append(job)
+        waiting.extendleft(reversed(later))
         return taken
 
     def _prefilled(self, jobs: dict[int, Job], writing: dict[int, Job]) -> list[Wave]:

@@ -84,7 +84,7 @@ class Service:
     async def _search(self, asked: SearchIn, listener: Listener | None, noted: Noted | None) -> SearchOut:
         query = await self.query(asked)
         await self._note([query], noted)
-        served = await self.scheduler.encode_query(query, asked.route, listener=listener, seconds=self.deadline_s)
+        served = await self.scheduler.encode_query(query, asked.route, listener=listener)
         self.metrics.encoded("query", served)
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
@@ -273,7 +273,7 @@ class Service:
         try:
             picture = await self._kept(given.image, given.id) if given.image is not None else None
             item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
-            self.check(item)
+            self.index.check([item])
             return item, (await self._encode(item, "direct")).encoding
         except (InputError, BusyError, LateError) as error:
             return str(error)
@@ -321,10 +321,6 @@ class Service:
                 self.pictures.tidy(id, there[id].image if id in there else None)
             except OSError as error:
                 log.error("a picture of item %r is not thrown away: %s", id, error)
-
-    def check(self, item: Item) -> None:
-        """Raises InputError for an item that this caller's index would refuse."""
-        (self.index if isinstance(self.index, TenantIndex) else TenantIndex(self.index, None)).check([item])
 
     async def _write(self, work: Callable[[], Told]) -> Told:
         return await asyncio.get_running_loop().run_in_executor(self.writer, work)
