@@ -171,6 +171,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
         if rank == 0:
             found = {name: p.grad.contiguous() for name, p in reader.named_parameters() if p.grad is not None}
             save_file(found, folder / f"{cache}.safetensors")
+    del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for
     dist.destroy_process_group()
 
 
