@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture
+from conftest import picture, serving
 from fake_sglang import FakeSGLang, served
+from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route as Path_
 
+from traceir.client import Client
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder, without_weights
-from traceir.errors import InputError, ModelError, StoreError
+from traceir.errors import InputError, ModelError, PictureError, StoreError
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route
 from traceir.learn import mbeir
+from traceir.pictures import Picture
 from traceir.search import Searcher
+from traceir.serve import engine_worker
+from traceir.serve.jobs import BusyError, LateError, Served, UnavailableError
+from traceir.serve.scheduler import Scheduler
 from traceir.terminal import bundled_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
@@ -280,3 +292,123 @@ def test_the_parity_benchmark_passes_here_and_notices_a_difference(
     fake.after = turned
     assert engine_parity.main([*told, "--cosine", "0.9999"]) == 1
     assert "direct: least_cosine" in capsys.readouterr().err
+
+
+def test_the_server_s_scheduler_over_an_engine_equals_the_encoder(fake: FakeSGLang, encoder: Encoder, asked: list[Query]) -> None:
+    fake.reset()
+    items = [Item(query.parts) for query in asked]
+    routes: list[Route] = ["auto", "direct"]
+    wanted = [one for route in routes for one in encoder.encode_queries(asked, route=route)] + encoder.encode_items(items)
+
+    async def work() -> list[Served]:
+        scheduler = Scheduler(make(fake, bundled_model()), remembered=0)
+        scheduler.start()
+        try:
+            return await asyncio.gather(
+                *(scheduler.encode_query(query, route) for route in routes for query in asked),
+                *(scheduler.encode_item(item) for item in items),
+            )
+        finally:
+            await scheduler.close()
+
+    found = asyncio.run(asyncio.wait_for(work(), 60))
+    assert_same([one.encoding for one in found], wanted)
+    prompts = [encoder.model.prompt(query, direct=False) for query in asked]
+    assert [one.prompt_tokens for one in found[: len(asked)]] == [len(encoder.model.processor.lay_out(one)) for one in prompts]
+
+
+def test_an_engine_that_fails_is_told_and_one_that_is_back_is_used(
+    fake: FakeSGLang, asked: list[Query], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.reset()
+
+    async def work() -> None:
+        scheduler = Scheduler(make(fake, bundled_model(), tries=1), remembered=0)
+        scheduler.start()
+        try:
+            fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
+            for place in range(engine_worker.FAILURES):
+                assert scheduler.alive
+                with pytest.raises(UnavailableError, match="no memory"):
+                    await scheduler.encode_query(asked[place % len(asked)])
+            assert not scheduler.alive and scheduler.under_way == 0
+            with pytest.raises(PictureError):
+                await scheduler.encode_query(Query.of(image=Picture.from_bytes(b"no picture", name="broken")))
+            with monkeypatch.context() as patched:
+                patched.setattr(engine_worker, "AGAIN_S", 0.0)
+                assert scheduler.alive, "requests must come, else nobody learns that it is back"
+            fake.before = lambda _: None
+            await scheduler.encode_query(asked[0])
+            assert scheduler.alive
+        finally:
+            await scheduler.close()
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_who_leaves_is_given_up_at_the_engine_too(fake: FakeSGLang) -> None:
+    fake.reset()
+    begun, left, go_on = threading.Event(), threading.Event(), threading.Event()
+    queries = [Query.of(text=f"a red cube number {number}") for number in range(3)]
+
+    async def hold(request: Request) -> Response:
+        begun.set()
+        while not go_on.is_set():
+            if await request.is_disconnected():
+                left.set()
+                break
+            await asyncio.sleep(0.01)
+        return JSONResponse({}, status_code=400)
+
+    async def told(request: Request) -> Response:
+        return JSONResponse(fake.model_info if "model" in request.url.path else fake.server_info)
+
+    async def work(address: str) -> None:
+        scheduler = Scheduler(SGLangEncoder(address, bundled_model(), tries=1))
+        scheduler.start()
+        try:
+            task = asyncio.create_task(scheduler.encode_query(queries[0]))
+            assert await asyncio.to_thread(begun.wait, 20)
+            task.cancel()
+            assert await asyncio.to_thread(left.wait, 20) and scheduler.under_way == 0
+            begun.clear()
+            with pytest.raises(LateError):
+                await scheduler.encode_query(queries[1], seconds=0.2)
+            begun.clear()
+            waits = asyncio.create_task(scheduler.encode_query(queries[2]))
+            assert await asyncio.to_thread(begun.wait, 20)
+            await scheduler.close(0.1)
+            with pytest.raises(BusyError):
+                await waits
+        finally:
+            go_on.set()
+
+    paths = [Path_("/generate", hold, methods=["POST"]), Path_("/{name}_info", told)]
+    with served(Starlette(routes=paths)) as address:
+        asyncio.run(asyncio.wait_for(work(address), 60))
+
+
+def test_traceir_serve_over_an_engine(fake: FakeSGLang, encoder: Encoder, tmp_path: Path) -> None:
+    fake.reset()
+    model = without_safetensors(tmp_path / "mini")
+    query = Query.of(text="Left: a blue ball; middle: a mug in the colour of the left one.")
+    items = [{"id": text, "text": text} for text in ("a blue mug", "a green vase", "a red ring")]
+    options = ("--engine", fake.address, "--model", str(model))
+    with serving(tmp_path / "index", *options) as url, Client(url, tries=1) as client:
+        assert {one["status"] for one in post(f"{url}/items", {"items": items})["results"]} == {"added"}
+        assert_same(client.embed_queries([query], route="reason"), encoder.encode_queries([query], route="reason"))
+        page = client.search(query, k=3)
+        oracle = encoder.encode_queries([query])[0]
+        vectors = encoder.encode_items([Item.of(text=str(one["text"])) for one in items])
+        scores = {str(one["id"]): float(oracle.vector @ vector.vector) for one, vector in zip(items, vectors, strict=True)}
+        assert [hit.id for hit in page.hits] == sorted(scores, key=lambda id: -scores[id])
+        fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(f"{url}/search", {"text": "something new"})
+        assert refused.value.code == 503
+
+
+def post(url: str, body: Any) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())

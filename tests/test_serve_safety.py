@@ -663,6 +663,49 @@ def test_body_is_bounded_however_it_comes() -> None:
     assert ask(slow, "POST", "/search", chunked, [b"x", None])[0] == 408
 
 
+def test_bodies_are_bounded_together_until_they_are_answered() -> None:
+    async def work() -> None:
+        answer = asyncio.Event()
+        sent: dict[int, list[Message]] = {}
+
+        async def waiting(scope: Message, receive: Receive, send: Send) -> None:
+            while (message := await receive()).get("more_body"):
+                pass
+            if message["type"] == "http.disconnect":
+                return
+            await answer.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        guard = BodyGuard(waiting, most=100, together=150)
+
+        async def one(number: int, chunks: list[bytes]) -> None:
+            left = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks] + [{"type": "http.request"}]
+
+            async def receive() -> Message:
+                return left.pop(0) if left else await asyncio.Future()
+
+            async def send(message: Message) -> None:
+                sent.setdefault(number, []).append(message)
+
+            await guard({"type": "http", "method": "POST", "headers": []}, receive, send)
+
+        held = asyncio.create_task(one(0, [b"x" * 90]))
+        await asyncio.sleep(0)
+        refused = asyncio.create_task(one(1, [b"x" * 30] * 3))
+        small = asyncio.create_task(one(2, [b"x" * 30]))
+        while guard.held != 120 or not refused.done():
+            await asyncio.sleep(0)
+        assert sent[1][0]["status"] == 429 and (b"retry-after", b"1") in sent[1][0]["headers"]
+        answer.set()
+        await asyncio.gather(held, small)
+        await one(3, [b"x" * 90])
+        assert {number: messages[0]["status"] for number, messages in sent.items()} == {0: 200, 1: 429, 2: 200, 3: 200}
+        assert guard.held == 0
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+
+
 def test_fault_of_the_application_is_not_hidden() -> None:
     async def broken(scope: Message, receive: Receive, send: Send) -> None:
         raise RuntimeError("a fault")

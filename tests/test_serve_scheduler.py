@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from traceir.decoding import Decoder
 from traceir.encoder import Encoder
 from traceir.errors import InputError, PictureError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
 from traceir.pictures import Picture
-from traceir.serve.scheduler import BusyError, LateError, Progress, Scheduler
+from traceir.serve.jobs import BusyError, LateError, Progress
+from traceir.serve.model_thread import ModelThread
+from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service, together
 
 
@@ -31,6 +34,11 @@ async def scheduling(model: TraceModel, **options: Any) -> AsyncIterator[Schedul
         yield scheduler
     finally:
         await scheduler.close()
+
+
+def decoder_of(scheduler: Scheduler) -> Decoder:
+    assert isinstance(scheduler._worker, ModelThread)
+    return scheduler._worker.decoder
 
 
 def same(found: Encoding, wanted: Encoding) -> bool:
@@ -169,7 +177,7 @@ def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
     async def work() -> None:
         async with scheduling(model) as scheduler:
             with monkeypatch.context() as patched:
-                patched.setattr(scheduler._decoder, "step", lambda wave: 1 / 0)
+                patched.setattr(decoder_of(scheduler), "step", lambda wave: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     await scheduler.encode_query(queries[0], "reason")
             assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
@@ -197,14 +205,14 @@ def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monk
         async with scheduling(model, remembered=0) as scheduler:
             prompt = model.prompt(bad, direct=False)
             ids = model.processor.lay_out(prompt).ids.tolist()
-            prefill = scheduler._decoder.prefill
+            prefill = decoder_of(scheduler).prefill
 
             def fragile(numbers: Any, layouts: Any, route: Route) -> Any:
                 if any(layout.ids.tolist() == ids for layout in layouts):
                     raise RuntimeError("no memory")
                 return prefill(numbers, layouts, route)
 
-            monkeypatch.setattr(scheduler._decoder, "prefill", fragile)
+            monkeypatch.setattr(decoder_of(scheduler), "prefill", fragile)
             found = await asyncio.gather(*(scheduler.encode_query(one, "reason") for one in queries), return_exceptions=True)
             assert isinstance(found.pop(), RuntimeError)
             for one, alone in zip(found, wanted, strict=True):

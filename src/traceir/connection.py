@@ -88,6 +88,10 @@ class Connection:
         """Runs the jobs, at most `in_flight` at a time, and waits; results in their order. The first error ends the others."""
         return self._wait(self._all(jobs))
 
+    def start(self, job: Callable[[], Awaitable[T]]) -> Future[T]:
+        """Begins one job, when one of the `in_flight` places is free; cancelling the future ends it."""
+        return self._started(self._bounded(job))
+
     def call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False
     ) -> Answer:
@@ -168,12 +172,12 @@ class Connection:
             future.add_done_callback(self._waited_for.discard)
             return future
 
-    async def _all(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
-        async def bounded(job: Callable[[], Awaitable[T]]) -> T:
-            async with self._places:
-                return await job()
+    async def _bounded(self, job: Callable[[], Awaitable[T]]) -> T:
+        async with self._places:
+            return await job()
 
-        tasks = [asyncio.create_task(bounded(job)) for job in jobs]
+    async def _all(self, jobs: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
+        tasks = [asyncio.create_task(self._bounded(job)) for job in jobs]
         try:
             return await asyncio.gather(*tasks)
         except BaseException:

@@ -171,6 +171,7 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--instructions", type=Path, metavar="FILE", help="what the page suggests instead of our own, one a line")
     serve.add_argument("--open", action="store_true", help="open the page in a browser")
     _add_model(serve)
+    _add_engine(serve)
 
 
 def _add_keys(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:

@@ -14,7 +14,7 @@ from traceir.parser import ENGINE_KEY_VARIABLE, MODEL_VARIABLE
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
-    from traceir.search import EncoderLike
+    from traceir.engines.sglang import SGLangEncoder
 
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
@@ -62,15 +62,16 @@ def load_encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
     return Encoder(load(name, device=str(device), dtype=getattr(torch, args.dtype), profile=args.profile))
 
 
-def open_encoder(args: argparse.Namespace) -> EncoderLike:
-    """The encoder over `--engine` where it is given, else that of `--model` in this process."""
+def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:
+    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process."""
     if args.engine is None:
         return load_encoder(args)
     if args.profile is not None:
         raise InputError("--profile works in this process only; leave out --engine")
     from traceir.engines.sglang import SGLangEncoder
 
-    return SGLangEncoder(args.engine, model_name(args), api_key=os.environ.get(ENGINE_KEY_VARIABLE, ""))
+    key = os.environ.get(ENGINE_KEY_VARIABLE, "")
+    return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
 
 
 def split(text: str) -> list[str]:

@@ -14,6 +14,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -42,12 +43,18 @@ _LAUNCH: Final = "launch it with `--return-hidden-states-mode last`"
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A prompt as the engine takes it, with one image token and one data URL a picture; `read` is what it must make of it."""
+class Asked:
+    """A prompt as the engine takes it, with one image token and one data URL a picture; `read` is what it must make of it.
+
+    `cut`: the text's tokens beyond its limit; `probability`: whether P(`<|emb|>`) is asked for.
+    """
 
     ids: tuple[int, ...]
     pictures: tuple[str, ...]
     read: tuple[int, ...]
+    cut: int
+    route: Route
+    probability: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +125,7 @@ class SGLangEncoder:
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning, unless the checkpoint lets candidates write."""
         route: Route = "auto" if self.model.writes("candidate") else "direct"
-        prompts = [self.model.prompt(item, direct=route == "direct") for item in items]
-        return self._encode(prompts, route, keep_probability=False)
+        return self._connection.gather([partial(self._one, item, route) for item in items])
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries by the given route. `reason` costs a second request where the model would have bypassed."""
@@ -127,8 +133,19 @@ class SGLangEncoder:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
         if not self.model.writes("query"):
             route = "direct"
-        prompts = [self.model.prompt(query, direct=route == "direct") for query in queries]
-        return self._encode(prompts, route, keep_probability=True)
+        return self._connection.gather([partial(self._one, query, route) for query in queries])
+
+    def prepare(self, content: Query | Item, route: Route) -> Asked:
+        """Token ids and pictures as SGLang wants them: it repeats each image token itself, once it has sized the picture."""
+        prompt, processor = self.model.prompt(content, direct=route == "direct"), self.model.processor
+        layout = processor.lay_out(prompt)
+        read = tuple(layout.ids.tolist())
+        ids, pictures = _folded(read, processor.special[IMAGE_PAD]), _pictures(prompt, layout, processor)
+        return Asked(ids, pictures, read, layout.cut, route, isinstance(content, Query))
+
+    def start(self, asked: Asked) -> Future[Encoding]:
+        """What `prepare` made, on its way; cancelling the future gives the request up, at the engine too."""
+        return self._connection.start(partial(self._run, asked))
 
     def close(self) -> None:
         """Closes the connections to the engine."""
@@ -140,17 +157,16 @@ class SGLangEncoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _encode(self, prompts: Sequence[Prompt], route: Route, *, keep_probability: bool) -> list[Encoding]:
-        return self._connection.gather([partial(self._one, prompt, route, keep_probability) for prompt in prompts])
+    async def _one(self, content: Query | Item, route: Route) -> Encoding:
+        return await self._run(await asyncio.to_thread(self.prepare, content, route))
 
-    async def _one(self, prompt: Prompt, route: Route, keep_probability: bool) -> Encoding:
-        asked = await asyncio.to_thread(self._ask, prompt)
-        if route != "direct":
-            return await self._write(asked, route)
-        reply = await self._generate(asked, (), 1, probability=keep_probability)
-        return Encoding(_unit(reply.state), "direct", "", 0, reply.emb_probability if keep_probability else 1.0, False)
+    async def _run(self, asked: Asked) -> Encoding:
+        if asked.route != "direct":
+            return await self._write(asked)
+        reply = await self._generate(asked, (), 1, probability=asked.probability)
+        return Encoding(_unit(reply.state), "direct", "", 0, reply.emb_probability if asked.probability else 1.0, False)
 
-    async def _write(self, asked: _Asked, route: Route) -> Encoding:
+    async def _write(self, asked: Asked) -> Encoding:
         """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
 
         One request does, except in two cases that go on with a second one, whose prompt ends in what was written so far: under
@@ -165,7 +181,7 @@ class SGLangEncoder:
             reply = await self._generate(asked, written, self.budget + 1 - len(written), probability=probability is None)
             probability = reply.emb_probability if probability is None else probability
             whole = written + reply.ids
-            if whole == (emb,) and route == "reason":
+            if whole == (emb,) and asked.route == "reason":
                 written = (next(token for token in reply.others if token != emb),)
                 continue
             if whole[-1] == emb:
@@ -175,7 +191,7 @@ class SGLangEncoder:
                 return self._encoding(whole[:-1], state, probability, truncated=True)
             written = whole
 
-    async def _close(self, asked: _Asked, written: tuple[int, ...]) -> Vector:
+    async def _close(self, asked: Asked, written: tuple[int, ...]) -> Vector:
         """The budget is spent: the state behind the trained closing text, by a request of its own."""
         closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
         return (await self._generate(asked, written + closing, 1, probability=False)).state
@@ -185,14 +201,7 @@ class SGLangEncoder:
             return Encoding(_unit(state), "direct", "", 0, probability, truncated)
         return Encoding(_unit(state), "reason", self.model.processor.decode(written), len(written), probability, truncated)
 
-    def _ask(self, prompt: Prompt) -> _Asked:
-        """Token ids and pictures as SGLang wants them: it repeats each image token itself, once it has sized the picture."""
-        processor = self.model.processor
-        layout = processor.lay_out(prompt)
-        read = tuple(layout.ids.tolist())
-        return _Asked(_folded(read, processor.special[IMAGE_PAD]), _pictures(prompt, layout, processor), read)
-
-    async def _generate(self, asked: _Asked, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
+    async def _generate(self, asked: Asked, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
         body = self._body(asked, written, most, probability)
         for attempt in range(1, self._connection.tries + 1):
             answer = await self._connection.request("POST", "/generate", body, refused=(400, 404, 422))
@@ -206,7 +215,7 @@ class SGLangEncoder:
                 await asyncio.sleep(self._connection.pause_s * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
 
-    def _body(self, asked: _Asked, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
+    def _body(self, asked: Asked, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
         """The request. `last` and never `true`: the full form misplaces rows after a prefill in chunks."""
         emb = self.model.processor.emb_id
         body: dict[str, Any] = {

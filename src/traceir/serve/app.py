@@ -24,11 +24,11 @@ from traceir.errors import DataError, InputError, ModelError, StoreError, TraceE
 from traceir.serve.audit import AuditLog
 from traceir.serve.gate import Asked, Limits, scope_needed
 from traceir.serve.guard import kind_of
+from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
 from traceir.serve.keys import KeyRing, Principal, Scope
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
 from traceir.serve.page import INSTRUCTIONS, STATIC, page_config, page_html
-from traceir.serve.scheduler import BusyError, LateError, Progress, Served
 from traceir.serve.schemas import (
     EVENTS,
     FOR_BODIES,
@@ -76,6 +76,7 @@ STATUS: Final[tuple[tuple[type[Exception], int], ...]] = (
     (InputError, 400),
     (DataError, 400),
     (StoreError, 503),
+    (UnavailableError, 503),
     (ModelError, 500),
     (TraceError, 500),
 )

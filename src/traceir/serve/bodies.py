@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from traceir.errors import InputError
-from traceir.serve.guard import App, Message, Receive, Send, refuse
+from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
+MAX_TOGETHER: Final = 512 * 1024 * 1024
+"""Bytes of the bodies of all requests that are not answered yet."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
@@ -27,11 +29,13 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 class BodyGuard:
     """Middleware, inside `Guard`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
 
-    Also where no length was announced or it was a lie. The application sees a client that went away, and its answer is replaced.
+    Those of all requests that are not answered yet have at most `together` (else 429). Also where no length was announced or it
+    was a lie. The application sees a client that went away, and its answer is replaced.
     """
 
-    def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0) -> None:
-        self.app, self.most, self.seconds = app, most, seconds
+    def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0, together: int = MAX_TOGETHER) -> None:
+        self.app, self.most, self.seconds, self.together = app, most, seconds, together
+        self.held = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,12 +45,14 @@ class BodyGuard:
         if int(announced) > self.most:
             await refuse(send, 413, f"the body has {int(announced)} bytes, more than {self.most}", "body_too_large")
             return
-        body = _Body(receive, send, self.most, self.seconds)
+        body = _Body(self, receive, send)
         try:
             await self.app(scope, body.receive, body.send)
         except Exception:
             if body.failure is None:
                 raise
+        finally:
+            self.held -= body.read
         if body.failure is not None and not body.started:
             await refuse(send, *body.failure)
 
@@ -54,12 +60,11 @@ class BodyGuard:
 class _Body:
     """One request's way in and out."""
 
-    def __init__(self, receive: Receive, send: Send, most: int, seconds: float) -> None:
-        self._receive, self._send = receive, send
-        self._left, self._whole = most, False
-        self._most, self._seconds = most, seconds
+    def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
+        self._guard, self._receive, self._send = guard, receive, send
+        self.read, self._whole = 0, False
         self._deadline: float | None = None
-        self.failure: tuple[int, str, str] | None = None
+        self.failure: tuple[int, str, str, Headers] | None = None
         self.started = False
 
     async def receive(self) -> Message:
@@ -68,18 +73,25 @@ class _Body:
         if self.failure is not None:
             return {"type": "http.disconnect"}
         if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self._seconds
+            self._deadline = asyncio.get_running_loop().time() + self._guard.seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            self.failure = 408, f"the body did not arrive within {self._seconds:g} seconds", "body_too_slow"
+            self.failure = 408, f"the body did not arrive within {self._guard.seconds:g} seconds", "body_too_slow", ()
             return {"type": "http.disconnect"}
         if message["type"] == "http.request":
-            self._left -= len(message.get("body", b""))
+            count = len(message.get("body", b""))
+            self.read += count
+            self._guard.held += count
             self._whole = not message.get("more_body", False)
-            if self._left < 0:
-                self.failure, self._whole = (413, f"the body has more than {self._most} bytes", "body_too_large"), False
+            if self.read > self._guard.most:
+                self.failure = 413, f"the body has more than {self._guard.most} bytes", "body_too_large", ()
+            elif count and self._guard.held > self._guard.together:
+                busy = "the server is reading as much as it can hold; try again in a second"
+                self.failure = 429, busy, "too_many_bytes", [(b"retry-after", b"1")]
+            if self.failure is not None:
+                self._whole = False
                 return {"type": "http.disconnect"}
         return message
 

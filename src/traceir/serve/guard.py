@@ -164,7 +164,7 @@ async def refuse(send: Send, status: int, message: str, code: str, headers: Head
     """An answer in the shape of this server's errors."""
     body = json.dumps({"error": {"message": message, "type": kind_of(status), "param": None, "code": code}}).encode()
     own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413):
+    if status in (408, 413) or code == "too_many_bytes":
         own.append((b"connection", b"close"))  # what is left of the body is not read
     if status == 405:
         own.append((b"allow", ANSWERED))

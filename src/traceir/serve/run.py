@@ -17,6 +17,7 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.encoder import Encoder
+from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
@@ -91,7 +92,7 @@ class ServeConfig:
             raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
 
 
-def make_server(config: ServeConfig, load: Callable[[], Encoder]) -> Server:
+def make_server(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
 
     async def make() -> Service:
@@ -116,7 +117,11 @@ def make_application(config: ServeConfig, server: Server) -> Any:
 
 
 def serve(
-    config: ServeConfig, load: Callable[[], Encoder], announce: Callable[[str], None], *, open_browser: bool = False
+    config: ServeConfig,
+    load: Callable[[], Encoder | SGLangEncoder],
+    announce: Callable[[str], None],
+    *,
+    open_browser: bool = False,
 ) -> None:
     """Serves until SIGINT or SIGTERM; what is under way then ends first. Raises InputError where the address cannot be had."""
     import uvicorn
@@ -155,7 +160,7 @@ def serve(
         raise server.failed
 
 
-async def _make_service(config: ServeConfig, load: Callable[[], Encoder], metrics: Metrics) -> Service:
+async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
     encoder = await asyncio.to_thread(load)
     index: Index = await asyncio.to_thread(
         open_index, config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width,

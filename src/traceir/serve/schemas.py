@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
 
 from traceir.items import Modality, Route
-from traceir.serve.scheduler import Served
+from traceir.serve.jobs import Served
 
 MAX_TEXT = 32_768
 MAX_INPUTS = 256

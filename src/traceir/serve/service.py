@@ -21,9 +21,10 @@ from traceir.ingest import FILE_FIELD
 from traceir.items import Encoding, Hit, Item, Part, Query, Route
 from traceir.pictures import Picture
 from traceir.serve.intake import Intake, Sources, picture_of_item, without_path
+from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.picture_store import PictureStore, as_jpeg
-from traceir.serve.scheduler import BusyError, LateError, Listener, Scheduler, Served
+from traceir.serve.scheduler import Scheduler
 from traceir.serve.schemas import (
     CHAT_ROLES,
     MAX_INPUTS,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceir.errors import InputError
-from traceir.terminal import load_encoder
+from traceir.terminal import open_encoder
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
@@ -40,7 +41,8 @@ def serve(args: argparse.Namespace) -> int:
         audit=args.audit,
         audit_contents=args.audit_contents,
     )
-    serve(config, lambda: load_encoder(args), lambda told: print(told, flush=True), open_browser=args.open)
+    load = partial(open_encoder, args, in_flight=args.capacity)
+    serve(config, load, lambda told: print(told, flush=True), open_browser=args.open)
     return 0
 
 
