@@ -128,7 +128,7 @@ def test_search_means_what_plain_numpy_says(
         assert index.count(where) == len(kept)
         assert [stored.id for stored in index.scan(where)] == sorted(map(str, kept))
         index.build_approximate(cells=3, probes=3)
-        everywhere = index.search(asked, k, where=where, modality=modality, exact=False)
+        everywhere = [index.search(query[None], k, where=where, modality=modality, exact=False)[0] for query in asked]
         assert [pairs(hits) for hits in everywhere] == [pairs(hits) for hits in found]
 
 
@@ -419,7 +419,13 @@ def clustered(rows: int, dim: int = 24) -> Vectors:
     return unit(*(centres[generator.integers(0, 60, rows)] + 0.4 * generator.normal(size=(rows, dim))))
 
 
-def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_few(tmp_path: Path) -> None:
+def no_cells(*_: object) -> None:
+    raise ZeroDivisionError("cells are visited")
+
+
+def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_few(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     vectors = clustered(3000)
     items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 100 == 0}) for n in range(3000)]
     with opened(tmp_path, dim=24) as index:
@@ -431,15 +437,22 @@ def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_f
         assert index._one("SELECT count(*) FROM cells") == 3000
         assert index.search(vectors[2950:2951], 1, exact=False)[0][0].id == "2950"
         for where, least in ((None, 0.9), (Eq("odd", True), 0.9), (Eq("rare", True), 1.0)):
-            near = index.search(vectors[::30], 10, where=where, exact=False)
+            near = [index.search(query[None], 10, where=where, exact=False)[0] for query in vectors[::30]]
             true = index.search(vectors[::30], 10, where=where)
             assert [len(hits) for hits in near] == [len(hits) for hits in true]
             shared = [len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(near, true, strict=True)]
             assert np.mean(shared) >= least
         # Fewer rows pass than the probes would visit, but more than k: all of them are compared.
         exact = [pairs(hits) for hits in index.search(vectors[::30], 3, where=Eq("rare", True))]
-        near = index.search(vectors[::30], 3, where=Eq("rare", True), exact=False)
+        near = [index.search(query[None], 3, where=Eq("rare", True), exact=False)[0] for query in vectors[::30]]
         assert [pairs(hits) for hits in near] == exact
+        # So many queries at a time visit everything anyway.
+        exact = [pairs(hits) for hits in index.search(vectors[::30], 10)]
+        with monkeypatch.context() as patched:
+            patched.setattr("traceir.index.sqlite.rows_of_nearest_cells", no_cells)
+            assert [pairs(hits) for hits in index.search(vectors[::30], 10, exact=False)] == exact
+            with pytest.raises(ZeroDivisionError):
+                index.search(vectors[:1], 10, exact=False)
         assert index.info().cells == 60 and index.info().probes == 6
     with opened(tmp_path, dim=24) as index:
         shard = index._snapshot(None)

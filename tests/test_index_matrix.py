@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from traceir.index import matrix
-from traceir.index.matrix import Growing, exact_rows
+from traceir.index.matrix import Growing, exact_rows, promising_rows, widen
 
 DIM, ROWS, K = 8, 5000, 7
 Order = Literal["drawn", "rising", "falling", "equal"]
@@ -41,3 +41,24 @@ def test_the_best_are_among_the_rows(
         assert wanted <= set(rows.tolist()), (order, dtype, dead)
         assert allowed[rows].all() and len(np.unique(rows)) == len(rows)
         assert len(rows) < 3 * K or order == "equal"
+
+
+def test_every_finite_half_is_widened_exactly() -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    halves = halves[np.isfinite(halves)].reshape(2, -1)
+    out = np.empty(halves.shape, dtype=np.float32)
+    assert np.array_equal(widen(halves, out).view(np.uint32), halves.astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_best_of_some_rows_are_kept(dtype: Literal["float32", "float16"]) -> None:
+    draw = np.random.default_rng(6)
+    vectors = draw.standard_normal((ROWS, DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    growing = Growing(DIM, dtype)
+    growing.append(range(ROWS), [f"{row:05d}" for row in range(ROWS)], vectors, [-1] * ROWS)
+    rows = np.sort(draw.choice(ROWS, 3000, replace=False))
+    query = vectors[rows[-1]]
+    scores = growing.view().vectors_ND[rows].astype(np.float64) @ query.astype(np.float64)
+    kept = promising_rows(growing.view(), rows, query, K)
+    assert set(rows[np.argsort(-scores)[:K]]) <= set(kept) <= set(rows) and len(kept) < 2 * K

@@ -62,6 +62,11 @@ def assign_cells(vectors_ND: Matrix, centroids: Vectors) -> Cells:
     return cells
 
 
+def exact_is_cheaper(queries: int, cells: int, probes: int) -> bool:
+    """Whether a batch would visit twice as many rows as there are; from about there comparing all, block by block, is faster."""
+    return queries * probes >= 2 * cells
+
+
 def rows_of_nearest_cells(shard: Shard, centroids: Vectors, query_D: Vector, k: int, allowed_N: Mask | None, probes: int) -> Rows:
     """The usable rows of the nearest `probes` cells, of more cells while there are fewer than k, and unplaced rows.
 

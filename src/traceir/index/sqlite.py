@@ -20,7 +20,14 @@ from typing import Final, Self, TypeVar, cast
 import numpy as np
 
 from traceir.errors import InputError, StoreError
-from traceir.index.cells import assign_cells, default_cells, default_probes, fit_centroids, rows_of_nearest_cells
+from traceir.index.cells import (
+    assign_cells,
+    default_cells,
+    default_probes,
+    exact_is_cheaper,
+    fit_centroids,
+    rows_of_nearest_cells,
+)
 from traceir.index.filters import Filter, Scalar
 from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, promising_rows, rescore
 from traceir.index.sql import (
@@ -184,7 +191,8 @@ class SqliteIndex:
         modality: Modality | None = None,
         exact: bool = True,
     ) -> list[list[Hit]]:
-        """As `Index.search`; a modality that had no items at `build_approximate` is searched exactly all the same."""
+        """As `Index.search`. Searched exactly all the same: a modality that had no items at `build_approximate`, and a batch for
+        which that is faster (`exact_is_cheaper`)."""
         self._need_maker("search")
         check_search(k, modality)
         queries = check_vectors(vectors, None, self._dim)
@@ -346,10 +354,10 @@ class SqliteIndex:
             if modality is not None and name != modality:
                 continue
             allowed = None if snapshot.passing is None else shard.mask_of(snapshot.passing)
-            if exact or name not in snapshot.centroids:
+            near, probes = snapshot.centroids.get(name), snapshot.probes
+            if exact or near is None or exact_is_cheaper(len(queries), len(near), probes):
                 rows_of = exact_rows(shard, queries, k, allowed)
             else:
-                near, probes = snapshot.centroids[name], snapshot.probes
                 rows_of = [
                     promising_rows(shard, rows_of_nearest_cells(shard, near, query, k, allowed, probes), query, k)
                     for query in queries
