@@ -32,7 +32,7 @@ from traceir.learn import mbeir
 from traceir.pictures import Picture
 from traceir.search import Searcher
 from traceir.serve import engine_worker
-from traceir.serve.jobs import BusyError, LateError, Served, UnavailableError
+from traceir.serve.jobs import FAILURES, BusyError, LateError, Served, UnavailableError
 from traceir.serve.scheduler import Scheduler
 from traceir.terminal import bundled_model
 
@@ -327,7 +327,7 @@ def test_an_engine_that_fails_is_told_and_one_that_is_back_is_used(
         scheduler.start()
         try:
             fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
-            for place in range(engine_worker.FAILURES):
+            for place in range(FAILURES):
                 assert scheduler.alive
                 with pytest.raises(UnavailableError, match="no memory"):
                     await scheduler.encode_query(asked[place % len(asked)])

@@ -101,7 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _index_add(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
+    from traceir.index import open_index_of
     from traceir.ingest import add
 
     for path in args.paths:
@@ -109,14 +109,7 @@ def _index_add(args: argparse.Namespace) -> int:
             raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
     if args.workers is None:
         encoder = open_encoder(args)
-        with open_index(
-            args.index,
-            fingerprint=encoder.fingerprint,
-            prompt_version=encoder.prompt_version,
-            dim=encoder.width,
-            create=True,
-            dtype=args.store,
-        ) as index:
+        with open_index_of(encoder, args.index, create=True, dtype=args.store) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
     else:
@@ -132,7 +125,7 @@ def _index_add(args: argparse.Namespace) -> int:
 
 def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     """What `index add --workers` does. A worker takes --threads CPUs (default: 1), and one GPU with --device cuda."""
-    from traceir.index import open_index
+    from traceir.index import open_index_of
     from traceir.ingest_cluster import add_on_ray, describe_encoder
     from traceir.ray_session import Share, on_ray
 
@@ -142,10 +135,7 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     make_encoder = partial(open_encoder, _encoder_anywhere(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
-        with open_index(
-            args.index, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=True,
-            dtype=args.store,
-        ) as index:  # fmt: skip
+        with open_index_of(maker, args.index, create=True, dtype=args.store) as index:
             report = add_on_ray(
                 args.paths, index, make_encoder,
                 workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),
@@ -227,15 +217,13 @@ def _index_copy(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
+    from traceir.index import open_index, open_index_of
     from traceir.search import Searcher
 
     query, where = _query(args), parse_where(args.where)
     open_index(args.index, fingerprint=None, prompt_version=None).close()  # a wrong path shows before the model is loaded
     encoder = open_encoder(args)
-    with open_index(
-        args.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width
-    ) as index:
+    with open_index_of(encoder, args.index) as index:
         found = Searcher(encoder, index).search(query, k=args.k, route=args.route, where=where, exact=not args.approximate)
     print(json.dumps(_result_as_json(found)) if args.json else _result_as_text(found))
     return 0

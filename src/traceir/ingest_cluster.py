@@ -49,8 +49,8 @@ MOST_STARTS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
-    """Who makes the vectors of an index, as `open_index` wants it."""
+class Described:
+    """What is known of an encoder that lives elsewhere: enough for `open_index_of`."""
 
     fingerprint: str
     prompt_version: str
@@ -80,7 +80,7 @@ def add_on_ray(
     counts = Counts()
     failed: list[tuple[int, Failure]] = []
     with on_ray(workers, share), tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
-        told = (make_encoder, info.uri, Maker(info.fingerprint, info.prompt_version, info.dim), _count_starts())
+        told = (make_encoder, info.uri, Described(info.fingerprint, info.prompt_version, info.dim), _count_starts())
         for window in _windows(paths, index, batch):
             failed += window.failed
             bar.update(len(window.failed))
@@ -92,17 +92,17 @@ def add_on_ray(
     return AddReport(counts.added, counts.updated, counts.skipped, tuple(failure for _, failure in failed))
 
 
-def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Maker:
+def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
     """Whose vectors the workers will make: one of them makes the encoder and tells. Call it within `on_ray`."""
     import ray
 
-    def describe() -> Maker:
+    def describe() -> Described:
         encoder = make_encoder()
-        return Maker(encoder.fingerprint, encoder.prompt_version, encoder.width)
+        return Described(encoder.fingerprint, encoder.prompt_version, encoder.width)
 
     with _explained():
         task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)
-        maker: Maker = ray.get(task.remote())
+        maker: Described = ray.get(task.remote())
     return maker
 
 
@@ -173,7 +173,7 @@ def _answers(window: _Window, told: tuple[Any, ...], workers: int, share: Share)
 class ItemWorker:
     """What Ray keeps on a worker: its encoder. Called with tables of one packed batch, it returns an answer as one row."""
 
-    def __init__(self, make_encoder: MakeEncoder, uri: str, maker: Maker, starts: Any) -> None:
+    def __init__(self, make_encoder: MakeEncoder, uri: str, maker: Described, starts: Any) -> None:
         self.make_encoder, self.uri, self.maker, self.starts = make_encoder, uri, maker, starts
         self.encoder: EncoderLike | None = None
 

@@ -10,9 +10,11 @@ from typing import overload
 from traceir.errors import StoreError
 from traceir.index.filters import And, Eq, Filter, In, Range
 from traceir.index.sqlite import SqliteIndex
-from traceir.index.store import Index, IndexInfo, Stored, StoredType
+from traceir.index.store import Index, IndexInfo, Maker, Stored, StoredType
 
-__all__ = ["And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index"]
+__all__ = [
+    "And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index", "open_index_of",
+]  # fmt: skip
 
 
 @overload
@@ -89,4 +91,11 @@ def open_index(
         create=create,
         dtype=dtype,
         timeout=timeout,
+    )
+
+
+def open_index_of(maker: Maker, uri: str | os.PathLike[str], *, create: bool = False, dtype: StoredType = "float32") -> Index:
+    """`open_index` for the vectors of one encoder."""
+    return open_index(
+        uri, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=create, dtype=dtype
     )

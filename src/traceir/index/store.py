@@ -55,6 +55,19 @@ class IndexInfo:
         return sum(self.counts.values())
 
 
+class Maker(Protocol):
+    """Who makes the vectors of an index: an encoder, or what is known of one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def prompt_version(self) -> str: ...
+
+    @property
+    def width(self) -> int: ...
+
+
 class Index(Protocol):
     """Vectors of unit length and what belongs to them, keyed by id; other lengths are normalised on the way in.
 

@@ -10,14 +10,12 @@ from typing import Final
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError, ModelError, PictureError
 from traceir.items import Item, Query
-from traceir.serve.jobs import Desk, Job, UnavailableError
+from traceir.serve.jobs import FAILURES, Desk, Job, UnavailableError
 
 log = logging.getLogger(__name__)
 
-FAILURES: Final = 8
-"""Inputs that fail one after the other before the server no longer calls itself ready."""
 AGAIN_S: Final = 15.0
-"""Seconds after the last failure from which it does so again: an engine may come back, and only requests can tell."""
+"""Seconds after the last failure from which a server calls itself ready again: only requests can tell that an engine is back."""
 
 
 class EngineWorker:

@@ -6,10 +6,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Final, Protocol
 
 from traceir.errors import TraceError
 from traceir.items import Encoding, Item, Query, Route
+
+FAILURES: Final = 8
+"""Failures of a worker, one after the other, from which on the server no longer calls itself ready."""
 
 
 class BusyError(TraceError):

@@ -22,12 +22,10 @@ from traceir.batch import Layout
 from traceir.decoding import Decoder, Finished, Wave, keep_rows, merge_waves, trim
 from traceir.encoder import Encoder
 from traceir.items import Item, Query, Route
-from traceir.serve.jobs import Desk, Job, Progress, tell_all
+from traceir.serve.jobs import FAILURES, Desk, Job, Progress, tell_all
 
 log = logging.getLogger(__name__)
 
-FAILURES: Final = 8
-"""Batches that fail one after the other before the server no longer calls itself ready."""
 PACE: Final = 0.5
 """Seconds of writing for each second of prefill while both are wanted."""
 PROGRESS_S: Final = 0.02

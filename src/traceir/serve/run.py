@@ -19,9 +19,8 @@ import numpy as np
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
-from traceir.index import open_index
+from traceir.index import open_index_of
 from traceir.index.store import Index
-from traceir.search import Searcher
 from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyGuard
@@ -162,11 +161,7 @@ def serve(
 
 async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
     encoder = await asyncio.to_thread(load)
-    index: Index = await asyncio.to_thread(
-        open_index, config.index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width,
-        create=True,
-    )  # fmt: skip
-    Searcher(encoder, index)  # refuses an index of another model
+    index = await asyncio.to_thread(open_index_of, encoder, config.index, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
     if config.uploads is None and store.folder.is_dir():

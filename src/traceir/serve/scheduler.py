@@ -36,7 +36,6 @@ class Scheduler:
             if value < least:
                 raise InputError(f"{name} is {value}; give at least {least}")
         self.encoder, self.capacity, self.remembered = encoder, capacity, remembered
-        self.hits = self.misses = 0
         self.pool = ThreadPoolExecutor(2, "layout")
         self._worker: Worker = ModelThread(encoder, writing) if isinstance(encoder, Encoder) else EngineWorker(encoder)
         self._cache: OrderedDict[tuple[str, str, str], Served] = OrderedDict()
@@ -125,7 +124,6 @@ class Scheduler:
             raise BusyError(len(self._jobs), self._wait_s())
         if not self._jobs:
             self._busy_since, self._answered = time.monotonic(), 0.0
-        self.misses += 1
         job = self._jobs[key] = Job(key, route, time.monotonic(), self.loop.create_future())
         return job
 
@@ -151,7 +149,6 @@ class Scheduler:
     def _remembered(self, key: tuple[str, str, str]) -> Served | None:
         known = self._cache.get(key)
         if known is not None:
-            self.hits += 1
             self._cache.move_to_end(key)
         return known
 
