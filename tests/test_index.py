@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from traceir.errors import InputError, StoreError
-from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
+from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
+from traceir.index.matrix import Rows
 from traceir.items import Hit, Item
 from traceir.pictures import Picture
 
@@ -532,6 +533,62 @@ def test_two_processes_may_write_in_turns(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0]
     with opened(tmp_path) as index:
         assert index.count() == 60 == len(index.search(drawn(1, 4), 1000)[0])
+
+
+def replace_while_looking(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], object]) -> list[int]:
+    """From now on `change` is called, with how many times before, between the finding of rows and the reading of them."""
+    looks: list[int] = []
+    whole = sqlite.exact_rows
+
+    def found(*given: Any) -> list[Rows]:
+        looks.append(len(looks))
+        change(looks[-1])
+        return whole(*given)
+
+    monkeypatch.setattr(sqlite, "exact_rows", found)
+    return looks
+
+
+def test_what_is_replaced_at_every_look_is_answered_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, ids = drawn(8, 4), [f"{n}" for n in range(8)]
+    with opened(tmp_path) as index, opened(tmp_path) as other:
+        index.upsert(texts(ids, look=-1), vectors)
+        looks = replace_while_looking(monkeypatch, lambda n: other.upsert(texts(ids, look=n), vectors))
+        hits = index.search(vectors[3:4], 8)[0]
+        assert hits[0].id == "3" and sorted(hit.id for hit in hits) == ids
+        assert {hit.fields["look"] for hit in hits} == {looks[-1] - 1}  # of the moment before the last look, and no later one
+        assert looks == [0, 1, 2, 3]
+        assert other.get(["3"])["3"].fields["look"] == 3 and index.count() == 8
+
+
+def test_the_last_look_lets_threads_that_write_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, ids = drawn(8, 4), [f"{n}" for n in range(8)]
+    writers: list[threading.Thread] = []
+    with opened(tmp_path) as index:
+        index.upsert(texts(ids), vectors)
+
+        def write(look: int) -> None:
+            writers.append(threading.Thread(target=index.upsert, args=(texts(ids), vectors)))
+            writers[-1].start()
+            writers[-1].join(None if look < 3 else 0.2)
+
+        replace_while_looking(monkeypatch, write)
+        assert sorted(hit.id for hit in index.search(vectors[:1], 8)[0]) == ids
+        for writer in writers:
+            writer.join()
+        assert len(writers) == 4 and index.count() == 8
+
+
+def test_rows_that_another_program_removed_are_named(tmp_path: Path) -> None:
+    with opened(tmp_path) as index:
+        index.upsert(texts(["a", "b"]), drawn(2, 4))
+        assert len(index.search(drawn(1, 4), 2)[0]) == 2
+        with sqlite3.connect(tmp_path / "index.sqlite") as strange:
+            strange.execute("DELETE FROM items WHERE id = 'a'")
+        with pytest.raises(StoreError, match="another program"):
+            index.search(drawn(1, 4), 2)
+    with opened(tmp_path) as index:
+        assert [hit.id for hit in index.search(drawn(1, 4), 2)[0]] == ["b"]
 
 
 def test_threads_share_one_index(tmp_path: Path) -> None:

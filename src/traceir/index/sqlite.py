@@ -3,13 +3,14 @@
 Durability: write-ahead log with `synchronous=FULL`, so what a call wrote is on disk when it returns.
 Processes: any number read while one writes; a second writer waits `timeout` seconds, then gets StoreError.
 Threads: safe; database calls take turns, the products of a search run beside others.
+Moments: an answer is what the index held at one moment, however often its items are replaced meanwhile.
 Precision: `float32` storage is exact; `float16` halves file and memory and moves scores by up to about 0.001.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ from traceir.items import Hit, Item, Modality, Vector
 
 FILE_NAME: Final = "index.sqlite"
 _CHUNK: Final = 2000
-_TRIES: Final = 5
+_TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
 T = TypeVar("T")
 
@@ -196,16 +197,19 @@ class SqliteIndex:
         self._need_maker("search")
         check_search(k, modality)
         queries = check_vectors(vectors, None, self._dim)
-        best: list[list[_Found]] = []
-        kept: dict[int, Stored] = {}
+
+        def look() -> list[list[Hit]] | None:
+            return self._read_hits(self._best(self._snapshot(where), queries, k, modality, exact))
+
         for _ in range(_TRIES):
-            best = self._best(self._snapshot(where), queries, k, modality, exact)
-            wanted = {number for found in best for _, _, number in found}
-            kept = self._stored_by_number(wanted)
-            if len(kept) == len(wanted):
-                break  # otherwise a hit was replaced or deleted meanwhile: look again
-        answers = [[(score, kept[number]) for score, _, number in found if number in kept] for found in best]
-        return [[_hit(row, score, rank) for rank, (score, row) in enumerate(found, start=1)] for found in answers]
+            hits = look()
+            if hits is not None:
+                return hits
+        with self._transaction():  # writers were quicker every time: let them wait, and find and read at one moment
+            hits = look()
+        if hits is None:
+            raise StoreError(f"items of index {self._folder} were removed by another program than TraceIR; open the index again")
+        return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         found: dict[str, Stored] = {}
@@ -366,11 +370,15 @@ class SqliteIndex:
                 best += _score_rows(shard, rows, query, k)
         return [sorted(best, key=lambda one: (-one[0], one[1]))[:k] for best in found]
 
-    def _stored_by_number(self, numbers: Iterable[int]) -> dict[int, Stored]:
-        kept: dict[int, Stored] = {}
-        for part in _chunks(sorted(numbers)):
-            kept |= dict(self._select(f"i.n IN ({marks(part)})", part, False))
-        return kept
+    def _read_hits(self, best: list[list[_Found]]) -> list[list[Hit]] | None:
+        """What was found with its texts and fields; None where any of it was replaced or deleted meanwhile."""
+        wanted = {number for found in best for _, _, number in found}
+        rows: dict[int, Stored] = {}
+        for part in _chunks(sorted(wanted)):
+            rows |= dict(self._select(f"i.n IN ({marks(part)})", part, False))
+        if len(rows) < len(wanted):
+            return None
+        return [[_hit(rows[number], score, rank) for rank, (score, _, number) in enumerate(found, start=1)] for found in best]
 
     # Steps of a write
 
@@ -416,9 +424,13 @@ class SqliteIndex:
 
     @contextmanager
     def _transaction(self, write: bool = False) -> Iterator[None]:
+        """The lock, and a transaction; within one of the same thread, that one goes on."""
         with self._lock:
             if self._closed:
                 raise StoreError(f"index {self._folder} is closed; open it again")
+            if self._connection.in_transaction:
+                yield
+                return
             try:
                 self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 yield
