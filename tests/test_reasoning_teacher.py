@@ -247,7 +247,7 @@ def test_spend_limit_is_kept(server: Server, tmp_path: Path) -> None:
 
 
 def test_drain_keeps_what_is_in_flight(server: Server, tmp_path: Path) -> None:
-    server.wait_s = 0.2
+    server.wait_s = 1.0
 
     async def run() -> tuple[int, list[Any]]:
         with Journal(tmp_path) as journal:

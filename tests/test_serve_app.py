@@ -312,5 +312,8 @@ def test_a_client_that_goes_away_takes_its_inputs_along(running: Running) -> Non
             time.sleep(0.05)
     while metric(running.url, "traceir_inputs_under_way") > 0:
         time.sleep(0.05)
-    gone = metric(running.url, 'traceir_requests_total{path="/v1/embeddings",status="499"}')
+    until = time.monotonic() + 20
+    while not (gone := metric(running.url, 'traceir_requests_total{path="/v1/embeddings",status="499"}')):
+        assert time.monotonic() < until
+        time.sleep(0.05)
     assert gone == 1 and metric(running.url, reasoned) - before < len(texts)
