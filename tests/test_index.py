@@ -20,6 +20,7 @@ from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
 from traceir.index.matrix import Rows
+from traceir.index.passing import Passing
 from traceir.items import Hit, Item
 from traceir.pictures import Picture
 
@@ -131,6 +132,68 @@ def test_search_means_what_plain_numpy_says(
         index.build_approximate(cells=3, probes=3)
         everywhere = [index.search(query[None], k, where=where, modality=modality, exact=False)[0] for query in asked]
         assert [pairs(hits) for hits in everywhere] == [pairs(hits) for hits in found]
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), st.dictionaries(st.integers(0, 7), st.tuples(CORNERS, st.dictionaries(NAMES, VALUES)))),
+        st.tuples(st.just("remove"), st.sets(st.integers(0, 7))),
+    ),
+    max_size=8,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=STEPS, filters=st.lists(FILTERS, min_size=1, max_size=3), query=CORNERS)
+def test_filters_asked_again_see_what_was_added_replaced_and_removed(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[Any], filters: list[Filter], query: Any
+) -> None:
+    (asked,) = unit(query)
+    there: dict[int, tuple[Item, npt.NDArray[np.float32]]] = {}
+    folder = tmp_path_factory.mktemp("index")
+    with opened(folder) as index, opened(folder) as other:
+        for place, (kind, what) in enumerate(steps):
+            writer = other if place % 2 else index
+            if kind == "put":
+                new = {n: (item_of(n, "text", fields), unit(corner)[0]) for n, (corner, fields) in what.items()}
+                if new:
+                    writer.upsert([item for item, _ in new.values()], np.stack([vector for _, vector in new.values()]))
+                there |= new
+            else:
+                writer.delete([f"i{number}" for number in what])
+                there = {number: one for number, one in there.items() if number not in what}
+            items = [item for item, _ in there.values()]
+            vectors = np.stack([vector for _, vector in there.values()]) if there else np.empty((0, 4), dtype=np.float32)
+            for where in filters:
+                assert pairs(index.search(asked[None], 9, where=where)[0]) == naive(items, vectors, asked, 9, where, None)
+
+
+def test_what_passes_is_asked_for_once_and_then_for_what_is_new() -> None:
+    rows = list(range(1, 101))
+    asked: list[tuple[str, int]] = []
+    passing = Passing(most=150)
+
+    def numbers(condition: str, every: int) -> list[int]:
+        def ask(after: int) -> Rows:
+            asked.append((condition, after))
+            return np.asarray([number for number in rows if number > after and number % every == 0], dtype=np.int64)
+
+        return passing.numbers(condition, rows[-1], ask).tolist()
+
+    assert numbers("tens", 10) == list(range(10, 101, 10)) == numbers("tens", 10)
+    rows += range(101, 121)
+    assert numbers("tens", 10) == list(range(10, 121, 10)) and asked == [("tens", 0), ("tens", 100)]
+    assert len(numbers("all", 1)) == 120 and len(numbers("tens", 10)) == 12 and len(asked) == 3, "both are kept"
+    assert len(numbers("pairs", 2)) == 60 and len(numbers("tens", 10)) == 12 and len(asked) == 4
+    assert len(numbers("all", 1)) == 120 and asked[4:] == [("all", 0)], "what was asked for longest ago is dropped"
+    assert len(numbers("pairs", 2)) == 60 and asked[5:] == [("pairs", 0)]
+
+
+def test_numbers_of_what_was_replaced_do_not_pile_up() -> None:
+    passing = Passing()
+    for top in range(0, 200_000, 500):
+        found = passing.numbers("all", top, lambda after, top=top: np.arange(max(after, top - 100), top, dtype=np.int64) + 1)
+        assert len(found) <= 1600
 
 
 def test_ties_beyond_k_go_by_id_also_across_blocks_and_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

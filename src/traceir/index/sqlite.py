@@ -31,6 +31,7 @@ from traceir.index.cells import (
 )
 from traceir.index.filters import Filter, Scalar
 from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, promising_rows, rescore
+from traceir.index.passing import Passing
 from traceir.index.sql import (
     COLUMNS,
     FORMAT,
@@ -269,13 +270,18 @@ class SqliteIndex:
         self._shards: dict[Modality, Growing] = {}
         self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
         self._probes = 0
+        self._passing = Passing()
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
     def _snapshot(self, where: Filter | None) -> _Snapshot:
         clause, values = compile_filter(where)
+
+        def above(number: int) -> Rows:
+            return self._numbers(f"SELECT i.n FROM items i WHERE i.n > ? AND ({clause}) ORDER BY i.n", [number, *values])
+
         with self._transaction():
             self._refresh()
-            passing = None if where is None else self._numbers(f"SELECT i.n FROM items i WHERE {clause}", values)
+            passing = None if where is None else self._passing.numbers((clause, *values), self._seen[0], above)
             shards = {modality: growing.view() for modality, growing in self._shards.items()}
             return _Snapshot(shards, passing, self._centroids_of(self._seen[2]), self._probes)
 
