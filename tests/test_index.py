@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import sqlite3
 import threading
@@ -138,6 +139,7 @@ STEPS = st.lists(
     st.one_of(
         st.tuples(st.just("put"), st.dictionaries(st.integers(0, 7), st.tuples(CORNERS, st.dictionaries(NAMES, VALUES)))),
         st.tuples(st.just("remove"), st.sets(st.integers(0, 7))),
+        st.tuples(st.just("build"), st.integers(1, 3)),
     ),
     max_size=8,
 )
@@ -145,7 +147,7 @@ STEPS = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=STEPS, filters=st.lists(FILTERS, min_size=1, max_size=3), query=CORNERS)
-def test_filters_asked_again_see_what_was_added_replaced_and_removed(
+def test_filters_asked_again_see_what_was_added_replaced_removed_and_moved(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Any], filters: list[Filter], query: Any
 ) -> None:
     (asked,) = unit(query)
@@ -159,13 +161,17 @@ def test_filters_asked_again_see_what_was_added_replaced_and_removed(
                 if new:
                     writer.upsert([item for item, _ in new.values()], np.stack([vector for _, vector in new.values()]))
                 there |= new
+            elif kind == "build":
+                index.build_approximate(cells=what, probes=3)  # lays rows side by side
             else:
                 writer.delete([f"i{number}" for number in what])
                 there = {number: one for number, one in there.items() if number not in what}
             items = [item for item, _ in there.values()]
             vectors = np.stack([vector for _, vector in there.values()]) if there else np.empty((0, 4), dtype=np.float32)
-            for where in filters:
-                assert pairs(index.search(asked[None], 9, where=where)[0]) == naive(items, vectors, asked, 9, where, None)
+            built = index.info().probes > 0
+            for where, exact in itertools.product(filters, [True, False] if built else [True]):
+                found = index.search(asked[None], 9, where=where, exact=exact)[0]
+                assert pairs(found) == naive(items, vectors, asked, 9, where, None), (where, exact)
 
 
 def test_what_passes_is_asked_for_once_and_then_for_what_is_new() -> None:

@@ -63,8 +63,8 @@ def assign_cells(vectors_ND: Matrix, centroids: Vectors) -> Cells:
 
 
 def exact_is_cheaper(queries: int, cells: int, probes: int) -> bool:
-    """Whether a batch would visit twice as many rows as there are; from about there comparing all, block by block, is faster."""
-    return queries * probes >= 2 * cells
+    """Whether a batch would visit four times as many rows as there are; from about there comparing all in blocks is faster."""
+    return queries * probes >= 4 * cells
 
 
 def rows_of_nearest_cells(shard: Shard, centroids: Vectors, query_D: Vector, k: int, allowed_N: Mask | None, probes: int) -> Rows:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ Mask = npt.NDArray[np.bool_]
 Cells = npt.NDArray[np.int32]
 Scores = npt.NDArray[np.float32]
 Matrix = npt.NDArray[np.floating[Any]]
+Array = TypeVar("Array", bound=npt.NDArray[Any])
 NO_CELL: Final = -1
 _BLOCK_SCORES: Final = 1 << 22
 _BLOCK_ROWS: Final = 1 << 16
@@ -38,10 +39,12 @@ class Shard:
     """A fixed view of one modality's rows; later writes make a new Shard and leave this one as it was."""
 
     vectors_ND: Matrix
-    numbers_N: Rows  # ascending
+    numbers_N: Rows
     ids: Sequence[str]  # may be longer than N
     alive_N: Mask
     cells_N: Cells  # NO_CELL where the approximate search has not placed the row
+    ascending_N: Rows  # the numbers in order, and
+    rows_by_number_N: Rows  # the row of each of them
 
     @cached_property
     def by_cell(self) -> tuple[Rows, Rows]:
@@ -53,11 +56,11 @@ class Shard:
 
     def mask_of(self, numbers: Rows) -> Mask:
         """Which rows carry one of these numbers (ascending)."""
-        at = np.searchsorted(self.numbers_N, numbers)
-        at[at == len(self.numbers_N)] = 0
-        mask = np.zeros(len(self.numbers_N), dtype=np.bool_)
+        at = np.searchsorted(self.ascending_N, numbers)
+        at[at == len(self.ascending_N)] = 0
+        mask = np.zeros(len(self.ascending_N), dtype=np.bool_)
         if len(mask):
-            mask[at[self.numbers_N[at] == numbers]] = True
+            mask[self.rows_by_number_N[at[self.ascending_N[at] == numbers]]] = True
         return mask
 
 
@@ -65,12 +68,14 @@ class Growing:
     """The rows of one modality, appended to in place; `view` hands out what is there now."""
 
     def __init__(self, dim: int, dtype: StoredType) -> None:
-        self._dtype = np.float16 if dtype == "float16" else np.float32
-        self._buffer: Matrix = np.empty((0, dim), dtype=self._dtype)
-        self._numbers: Rows = np.empty(0, dtype=np.int64)
         self._ids: list[str] = []
+        # Of these the first len(self) rows are in use; a row that a view can see is never written again.
+        self._vectors: Matrix = np.empty((0, dim), dtype=np.float16 if dtype == "float16" else np.float32)
+        self._numbers: Rows = np.empty(0, dtype=np.int64)
         self._alive: Mask = np.empty(0, dtype=np.bool_)
         self._cells: Cells = np.empty(0, dtype=np.int32)
+        self._ascending: Rows = np.empty(0, dtype=np.int64)
+        self._rows_by_number: Rows = np.empty(0, dtype=np.int64)
         self._view: Shard | None = None
 
     def __len__(self) -> int:
@@ -78,47 +83,75 @@ class Growing:
 
     def reserve(self, rows: int) -> None:
         """Make room for this many rows in all, so that a load does not copy its rows over and over."""
-        if rows > len(self._buffer):
-            grown: Matrix = np.empty((rows, self._buffer.shape[1]), dtype=self._dtype)
-            grown[: len(self)] = self._buffer[: len(self)]
-            self._buffer = grown
+        if rows > len(self._vectors):
+            used = len(self)
+            self._vectors = _longer(self._vectors, used, rows)
+            self._numbers = _longer(self._numbers, used, rows)
+            self._alive = _longer(self._alive, used, rows)
+            self._cells = _longer(self._cells, used, rows)
+            self._ascending = _longer(self._ascending, used, rows)
+            self._rows_by_number = _longer(self._rows_by_number, used, rows)
 
     def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Matrix, cells: Sequence[int]) -> None:
+        """Rows whose numbers ascend and are above all that were ever here."""
         self._view = None
         start, end = len(self), len(self) + len(ids)
-        if end > len(self._buffer):
+        if end > len(self._vectors):
             self.reserve(max(end, 2 * start))
-        self._buffer[start:end] = vectors_ND
-        self._numbers = np.concatenate([self._numbers, np.asarray(numbers, dtype=np.int64)])
-        self._alive = np.concatenate([self._alive, np.ones(len(ids), dtype=np.bool_)])
-        self._cells = np.concatenate([self._cells, np.asarray(cells, dtype=np.int32)])
+        self._vectors[start:end] = vectors_ND
+        self._numbers[start:end] = self._ascending[start:end] = numbers
+        self._rows_by_number[start:end] = np.arange(start, end)
+        self._alive[start:end] = True
+        self._cells[start:end] = cells
         self._ids.extend(ids)
 
     def keep_only(self, live: Rows) -> None:
         """Let every row die whose number is not among `live`; copy the survivors together once a quarter is dead."""
         self._view = None
-        self._alive = np.isin(self._numbers, live)
-        if len(self) and np.count_nonzero(~self._alive) > _COMPACT_ABOVE * len(self):
-            rows = np.flatnonzero(self._alive)
-            self._buffer = self._buffer[rows]
-            self._numbers, self._cells = self._numbers[rows], self._cells[rows]
-            self._ids = [self._ids[row] for row in rows]
-            self._alive = np.ones(len(rows), dtype=np.bool_)
+        alive = np.isin(self._numbers[: len(self)], live)
+        self._alive = _longer(alive, len(self), len(self._vectors))
+        if np.count_nonzero(~alive) > _COMPACT_ABOVE * len(self):
+            self._take(np.flatnonzero(alive))
 
     def place(self, numbers: Rows, cells: Cells) -> None:
-        """Set the cells of the rows with these numbers (ascending); every other row becomes unplaced."""
-        placed = np.full(len(self), NO_CELL, dtype=np.int32)
-        if len(numbers):
-            at = np.minimum(np.searchsorted(numbers, self._numbers), len(numbers) - 1)
-            found = numbers[at] == self._numbers
-            placed[found] = cells[at[found]]
+        """Set the cells of the rows with these numbers (ascending) and lay the rows of a cell side by side, for which all are
+        copied; every other row becomes unplaced."""
         self._view = None
-        self._cells = placed
+        self._cells = np.full(len(self._vectors), NO_CELL, dtype=np.int32)
+        if len(numbers) and len(self):
+            at = np.minimum(np.searchsorted(numbers, self._numbers[: len(self)]), len(numbers) - 1)
+            found = numbers[at] == self._numbers[: len(self)]
+            self._cells[: len(self)][found] = cells[at[found]]
+            self._take(np.argsort(self._cells[: len(self)], kind="stable"))
+
+    def _take(self, rows: Rows) -> None:
+        """Keep these rows, in this order, in new arrays: views of the old ones stay as they are."""
+        self._vectors, self._numbers = self._vectors[rows], self._numbers[rows]
+        self._alive, self._cells = self._alive[rows], self._cells[rows]
+        self._ids = [self._ids[row] for row in rows]
+        self._rows_by_number = np.argsort(self._numbers)
+        self._ascending = self._numbers[self._rows_by_number]
 
     def view(self) -> Shard:
         if self._view is None:
-            self._view = Shard(self._buffer[: len(self)], self._numbers, self._ids, self._alive, self._cells)
+            used = slice(len(self))
+            self._view = Shard(
+                vectors_ND=self._vectors[used],
+                numbers_N=self._numbers[used],
+                ids=self._ids,
+                alive_N=self._alive[used],
+                cells_N=self._cells[used],
+                ascending_N=self._ascending[used],
+                rows_by_number_N=self._rows_by_number[used],
+            )
         return self._view
+
+
+def _longer(array: Array, used: int, rows: int) -> Array:
+    """A copy with room for `rows`, of which the first `used` are those of `array`."""
+    longer = np.empty((rows, *array.shape[1:]), dtype=array.dtype)
+    longer[:used] = array[:used]
+    return cast(Array, longer)
 
 
 def margin(dim: int) -> float:
