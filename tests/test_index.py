@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
-from traceir.index.matrix import Rows
+from traceir.index.matrix import Growing, Rows
 from traceir.index.passing import Passing
 from traceir.items import Hit, Item
 from traceir.pictures import Picture
@@ -200,6 +200,60 @@ def test_numbers_of_what_was_replaced_do_not_pile_up() -> None:
     for top in range(0, 200_000, 500):
         found = passing.numbers("all", top, lambda after, top=top: np.arange(max(after, top - 100), top, dtype=np.int64) + 1)
         assert len(found) <= 1600
+
+
+def test_of_filters_with_few_rows_not_all_are_kept() -> None:
+    passing = Passing()
+    asked: list[int] = []
+
+    def ask(condition: int) -> Rows:
+        asked.append(condition)
+        return np.empty(0, dtype=np.int64)
+
+    for condition in [*range(300), *range(299, -1, -1)]:
+        passing.numbers(condition, 9, lambda after, condition=condition: ask(condition))
+    assert asked == [*range(300), *range(43, -1, -1)]
+
+
+def test_a_deletion_that_was_rolled_back_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, ids = drawn(8, 4), [f"{n}" for n in range(8)]
+    with opened(tmp_path) as index, opened(tmp_path) as other:
+        index.upsert(texts(ids), vectors)
+        assert len(index.search(vectors[:1], 9)[0]) == 8
+        with monkeypatch.context() as patched:
+            patched.setattr(index, "_place_new", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                index.upsert(texts(["0", "1"]), vectors[:2])
+        other.delete(["7"])  # as many deletions as the one that never was
+        assert sorted(hit.id for hit in index.search(vectors[:1], 9)[0]) == ids[:7]
+        index.delete(["0"])
+        other.delete(["6"])
+        index.delete(["1"])
+        assert sorted(hit.id for hit in index.search(vectors[:1], 9)[0]) == ids[2:6]
+        index.delete(["2"])
+        assert sorted(hit.id for hit in index.search(vectors[:1], 9)[0]) == ids[3:6]
+
+
+def test_own_deletions_are_followed_without_reading_what_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors, ids = drawn(80, 4), [f"{n:02d}" for n in range(80)]
+    compared: list[Rows] = []
+    keep_only = Growing.keep_only
+
+    def counted(self: Growing, live: Rows) -> None:
+        compared.append(live)
+        keep_only(self, live)
+
+    monkeypatch.setattr(Growing, "keep_only", counted)
+    with opened(tmp_path) as index, opened(tmp_path) as other:
+        index.upsert(texts(ids), vectors)
+        for start in range(0, 40, 5):
+            index.upsert(texts(ids[start : start + 5], again=True), vectors[start : start + 5])
+            index.delete([ids[79 - start]])
+            hits = index.search(vectors[:1], 99)[0]
+            assert len(hits) == 79 - start // 5 and sum("again" in hit.fields for hit in hits) == start + 5
+        assert not compared
+        other.delete(["00"])
+        assert "00" not in {hit.id for hit in index.search(vectors[:1], 99)[0]} and len(compared) == 1
 
 
 def test_ties_beyond_k_go_by_id_also_across_blocks_and_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,13 +54,17 @@ class Shard:
         starts = np.searchsorted(self.cells_N[order], np.arange(NO_CELL, top + 2)).astype(np.int64)
         return order, starts
 
-    def mask_of(self, numbers: Rows) -> Mask:
-        """Which rows carry one of these numbers (ascending)."""
+    def rows_of(self, numbers: Rows) -> Rows:
+        """The rows that carry one of these numbers."""
         at = np.searchsorted(self.ascending_N, numbers)
-        at[at == len(self.ascending_N)] = 0
-        mask = np.zeros(len(self.ascending_N), dtype=np.bool_)
-        if len(mask):
-            mask[self.rows_by_number_N[at[self.ascending_N[at] == numbers]]] = True
+        there = np.flatnonzero(at < len(self.ascending_N))
+        at = at[there[self.ascending_N[at[there]] == numbers[there]]]
+        rows: Rows = self.rows_by_number_N[at]
+        return rows
+
+    def mask_of(self, numbers: Rows) -> Mask:
+        mask = np.zeros(len(self.numbers_N), dtype=np.bool_)
+        mask[self.rows_of(numbers)] = True
         return mask
 
 
@@ -106,12 +110,19 @@ class Growing:
         self._ids.extend(ids)
 
     def keep_only(self, live: Rows) -> None:
-        """Let every row die whose number is not among `live`; copy the survivors together once a quarter is dead."""
+        """Let every row die whose number is not among `live`."""
+        self._let_live(np.isin(self._numbers[: len(self)], live))
+
+    def let_die(self, dead: Rows) -> None:
+        """Let the rows with these numbers die, those that are here."""
+        self._let_live(self._alive[: len(self)] & ~self.view().mask_of(dead))
+
+    def _let_live(self, alive_N: Mask) -> None:
+        """Copies the survivors together once a quarter is dead."""
         self._view = None
-        alive = np.isin(self._numbers[: len(self)], live)
-        self._alive = _longer(alive, len(self), len(self._vectors))
-        if np.count_nonzero(~alive) > _COMPACT_ABOVE * len(self):
-            self._take(np.flatnonzero(alive))
+        self._alive = _longer(alive_N, len(self), len(self._vectors))
+        if np.count_nonzero(~alive_N) > _COMPACT_ABOVE * len(self):
+            self._take(np.flatnonzero(alive_N))
 
     def place(self, numbers: Rows, cells: Cells) -> None:
         """Set the cells of the rows with these numbers (ascending) and lay the rows of a cell side by side, for which all are

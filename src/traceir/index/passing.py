@@ -12,6 +12,7 @@ import numpy as np
 from traceir.index.matrix import Rows
 
 _MOST: Final = 1 << 22
+_MOST_FILTERS: Final = 256
 _SPARE: Final = 1024
 
 
@@ -26,8 +27,8 @@ class Passing:
     """The numbers of the rows that pass each of the last filters; the database is asked for all rows once, then for new ones.
 
     Sound because a row is never changed once written: it passes for ever or never does. Numbers of rows that are gone may be
-    among them, at most about as many as of rows that are there. Kept are the filters used last, `most` numbers in all (8 bytes
-    each), or one filter.
+    among them, at most about as many as of rows that are there. Kept are the 256 filters used last, of them no more than come to
+    `most` numbers in all (8 bytes each), but always the last one.
     """
 
     def __init__(self, most: int = _MOST) -> None:
@@ -45,6 +46,8 @@ class Passing:
             found = ask(0)
             known = _Known(found, top, len(found))
         self._kept[condition] = known
-        while len(self._kept) > 1 and sum(len(one.numbers) for one in self._kept.values()) > self._most:
-            self._kept.popitem(last=False)
+        total = sum(len(one.numbers) for one in self._kept.values())
+        while len(self._kept) > 1 and (total > self._most or len(self._kept) > _MOST_FILTERS):
+            _, oldest = self._kept.popitem(last=False)
+            total -= len(oldest.numbers)
         return known.numbers

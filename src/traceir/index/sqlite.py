@@ -271,6 +271,7 @@ class SqliteIndex:
         self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
         self._probes = 0
         self._passing = Passing()
+        self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
     def _snapshot(self, where: Filter | None) -> _Snapshot:
@@ -293,13 +294,12 @@ class SqliteIndex:
             self._counter("built"),
         )
         seen_top, seen_deletions, seen_built = self._seen
+        had_rows = bool(self._shards)
         try:
             if top > seen_top:
                 self._load_rows(seen_top)
-            if deletions != seen_deletions:
-                live = self._numbers("SELECT n FROM items")
-                for growing in self._shards.values():
-                    growing.keep_only(live)
+            if had_rows and deletions != seen_deletions:
+                self._let_die(deletions - seen_deletions)
             if built != seen_built:
                 self._probes = self._counter("probes")
                 pairs = self._connection.execute("SELECT n, cell FROM cells ORDER BY n").fetchall()
@@ -310,6 +310,17 @@ class SqliteIndex:
             self._forget_rows()
             raise
         self._seen = (max(top, seen_top), deletions, built)
+
+    def _let_die(self, deletions: int) -> None:
+        """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
+        if deletions == len(self._removed):
+            for growing in self._shards.values():
+                growing.let_die(np.concatenate(self._removed))
+        else:
+            live = self._numbers("SELECT n FROM items")
+            for growing in self._shards.values():
+                growing.keep_only(live)
+        self._removed = []
 
     def _load_rows(self, after: int) -> None:
         counts = self._connection.execute("SELECT modality, count(*) FROM items WHERE n > ? GROUP BY 1", (after,))
@@ -398,6 +409,8 @@ class SqliteIndex:
             self._connection.executemany(f"DELETE FROM {table} WHERE n = ?", ((n,) for n in numbers.tolist()))
         if len(numbers):
             self._bump("deletions")
+            if self._shards:
+                self._removed.append(numbers)
         return len(numbers)
 
     def _place_new(self, items: Sequence[Item], first: int, vectors: Matrix) -> None:
@@ -441,8 +454,11 @@ class SqliteIndex:
                 self._connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
                 yield
                 self._connection.execute("COMMIT")
-            except sqlite3.Error as error:
-                raise explain_error(error, self._path, self._timeout) from error
+            except BaseException as error:
+                self._removed = []  # what was removed is there again; the next search compares all
+                if isinstance(error, sqlite3.Error):
+                    raise explain_error(error, self._path, self._timeout) from error
+                raise
             finally:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
