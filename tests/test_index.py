@@ -22,6 +22,7 @@ from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, s
 from traceir.index.filters import matches
 from traceir.index.matrix import Growing, Rows
 from traceir.index.passing import Passing
+from traceir.index.sql import read_number
 from traceir.items import Hit, Item
 from traceir.pictures import Picture
 
@@ -558,7 +559,7 @@ def test_approximate_search_is_refused_until_built_then_finds_most_by_visiting_f
             index.search(vectors[:1], 10, exact=False)
         index.build_approximate(cells=60, probes=6)
         index.upsert(items[2900:], vectors[2900:])  # placed as they come
-        assert index._one("SELECT count(*) FROM cells") == 3000
+        assert read_number(index._connection, "SELECT count(*) FROM cells") == 3000
         assert index.search(vectors[2950:2951], 1, exact=False)[0][0].id == "2950"
         for where, least in ((None, 0.9), (Eq("odd", True), 0.9), (Eq("rare", True), 1.0)):
             near = [index.search(query[None], 10, where=where, exact=False)[0] for query in vectors[::30]]
@@ -599,7 +600,7 @@ def test_a_build_that_another_handle_made_is_noticed(tmp_path: Path) -> None:
         two.upsert(texts([f"{n:03d}" for n in range(200, 300)]), vectors[200:])
         one.build_approximate(cells=5, probes=5)
         two.upsert(texts(["last"]), vectors[:1])
-        assert two._one("SELECT max(cell) FROM cells") == 4
+        assert read_number(two._connection, "SELECT max(cell) FROM cells") == 4
         exact = [pairs(hits) for hits in two.search(vectors[:20], 10)]
         assert [pairs(hits) for hits in two.search(vectors[:20], 10, exact=False)] == exact
         assert [pairs(hits) for hits in one.search(vectors[:20], 10, exact=False)] == exact

@@ -19,6 +19,7 @@ from PIL import Image
 
 from traceir.errors import InputError
 from traceir.index import SqliteIndex, open_index
+from traceir.index.sql import read_number
 from traceir.ingest import AddReport, Failure, Source, add, find_sources
 from traceir.items import Item
 from traceir.pictures import Picture
@@ -305,7 +306,7 @@ def check_complete(folder: Path, expected: dict[str, str]) -> None:
         for row in rows:
             np.testing.assert_array_equal(row.vector, vector_of(Item.of(text=row.text).content_hash(), 16))
         for table in ("items", "vectors"):
-            assert index._one(f"SELECT count(*) FROM {table}") == len(expected)
+            assert read_number(index._connection, f"SELECT count(*) FROM {table}") == len(expected)
         assert index._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
 
 

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from traceir.errors import InputError, StoreError
 from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of
+from traceir.index.matrix import Rows
 from traceir.index.store import MAX_DIM, Stored, image_of
 from traceir.items import Item, Vector
 
@@ -33,6 +36,8 @@ SCHEMA: Final = (
     "PRIMARY KEY (modality, cell)) WITHOUT ROWID",
 )
 COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
+CHUNK: Final = 2000
+"""Rows, or values of a statement, at a time."""
 _META: Final = ("dim", "dtype", "fingerprint", "prompt_version", "created")
 
 
@@ -104,6 +109,21 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
     if missing or not meta["dim"].isdigit():
         raise StoreError(f"{path} is damaged: {', '.join(missing) or 'dim'} cannot be read; fill a new index")
     return meta
+
+
+def read_numbers(connection: sqlite3.Connection, statement: str, values: Sequence[Scalar] = ()) -> Rows:
+    """The first column of what is selected."""
+    return np.fromiter((row[0] for row in connection.execute(statement, values)), dtype=np.int64)
+
+
+def read_number(connection: sqlite3.Connection, statement: str, values: Sequence[Scalar] = ()) -> int:
+    """The one number selected; 0 where there is none."""
+    row = connection.execute(statement, values).fetchone()
+    return int(row[0] or 0) if row else 0
+
+
+def read_counter(connection: sqlite3.Connection, name: str) -> int:
+    return read_number(connection, "SELECT value FROM meta WHERE name = ?", [name])
 
 
 def compile_filter(where: Filter | None) -> tuple[str, list[Scalar]]:

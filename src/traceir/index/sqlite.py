@@ -12,7 +12,6 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from types import TracebackType
@@ -30,9 +29,10 @@ from traceir.index.cells import (
     rows_of_nearest_cells,
 )
 from traceir.index.filters import Filter, Scalar
-from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, exact_rows, promising_rows, rescore
-from traceir.index.passing import Passing
+from traceir.index.matrix import Cells, Matrix, Rows, Shard, exact_rows, promising_rows, rescore
+from traceir.index.resident import Resident, Snapshot
 from traceir.index.sql import (
+    CHUNK,
     COLUMNS,
     FORMAT,
     compile_filter,
@@ -41,7 +41,10 @@ from traceir.index.sql import (
     explain_error,
     field_rows,
     marks,
+    read_counter,
     read_meta,
+    read_number,
+    read_numbers,
     row_of,
     stored_of,
 )
@@ -59,20 +62,9 @@ from traceir.index.store import (
 from traceir.items import Hit, Item, Modality, Vector
 
 FILE_NAME: Final = "index.sqlite"
-_CHUNK: Final = 2000
 _TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class _Snapshot:
-    """The rows of each modality at one moment, the numbers of those that pass a filter, and the cells."""
-
-    shards: dict[Modality, Shard]
-    passing: Rows | None
-    centroids: dict[Modality, Vectors]
-    probes: int
 
 
 class SqliteIndex:
@@ -93,7 +85,6 @@ class SqliteIndex:
         self._lock = RLock()
         self._closed = False
         self._has_maker = fingerprint is not None
-        self._forget_rows()
         if create:
             _make_folder(folder)
         elif not self._path.is_file():
@@ -117,6 +108,7 @@ class SqliteIndex:
             check_maker(str(folder), "prompt version", self._meta["prompt_version"], prompt_version)
             if dim is not None and dim != self._dim:
                 raise StoreError(f"index {folder} holds vectors of width {self._dim}, not {dim}; use the same encoder")
+            self._resident = Resident(self._connection, folder, self._dim, self._dtype)
         except sqlite3.Error as error:
             self._connection.close()
             raise explain_error(error, self._path, timeout) from error
@@ -138,7 +130,7 @@ class SqliteIndex:
             return 0
         with self._transaction(write=True):
             self._remove_ids(ids)
-            first = 1 + self._one("SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'items'")
+            first = 1 + read_number(self._connection, "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'items'")
             insert = self._connection.executemany
             insert(
                 "INSERT INTO items (n, id, modality, text, image, fields, content_hash) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -156,7 +148,7 @@ class SqliteIndex:
                 return self._remove_ids(ids)
         clause, values = compile_filter(which)
         with self._transaction(write=True):
-            return self._remove_numbers(self._numbers(f"SELECT i.n FROM items i WHERE {clause}", values))
+            return self._remove_numbers(read_numbers(self._connection, f"SELECT i.n FROM items i WHERE {clause}", values))
 
     def build_approximate(self, cells: int | None = None, probes: int | None = None, seed: int = 0) -> None:
         """Group the vectors of each modality into cells, so that `search(exact=False)` works; replaces earlier cells.
@@ -222,20 +214,20 @@ class SqliteIndex:
     def count(self, where: Filter | None = None) -> int:
         clause, values = compile_filter(where)
         with self._transaction():
-            return self._one(f"SELECT count(*) FROM items i WHERE {clause}", values)
+            return read_number(self._connection, f"SELECT count(*) FROM items i WHERE {clause}", values)
 
     def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         clause, values = compile_filter(where)
         after = ""
-        while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {_CHUNK}", [after, *values], with_vectors):
+        while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {CHUNK}", [after, *values], with_vectors):
             yield from (stored for _, stored in page)
             after = page[-1][1].id
 
     def info(self) -> IndexInfo:
         with self._transaction():
             counts = self._connection.execute("SELECT modality, count(*) FROM items GROUP BY modality").fetchall()
-            cells = self._one("SELECT count(*) FROM centroids")
-            probes = self._counter("probes")
+            cells = read_number(self._connection, "SELECT count(*) FROM centroids")
+            probes = read_counter(self._connection, "probes")
         files = (self._folder / (FILE_NAME + ending) for ending in ("", "-wal"))
         return IndexInfo(
             uri=str(self._folder),
@@ -255,7 +247,7 @@ class SqliteIndex:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._forget_rows()
+                self._resident.forget()
                 self._connection.close()
 
     def __enter__(self) -> Self:
@@ -264,106 +256,13 @@ class SqliteIndex:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    # The rows in memory
-
-    def _forget_rows(self) -> None:
-        self._shards: dict[Modality, Growing] = {}
-        self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
-        self._probes = 0
-        self._passing = Passing()
-        self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
-        self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
-
-    def _snapshot(self, where: Filter | None) -> _Snapshot:
-        clause, values = compile_filter(where)
-
-        def above(number: int) -> Rows:
-            return self._numbers(f"SELECT i.n FROM items i WHERE i.n > ? AND ({clause}) ORDER BY i.n", [number, *values])
-
-        with self._transaction():
-            self._refresh()
-            passing = None if where is None else self._passing.numbers((clause, *values), self._seen[0], above)
-            shards = {modality: growing.view() for modality, growing in self._shards.items()}
-            return _Snapshot(shards, passing, self._centroids_of(self._seen[2]), self._probes)
-
-    def _refresh(self) -> None:
-        """Bring the rows in memory up to the transaction this runs in; three look-ups where nothing has changed."""
-        top, deletions, built = (
-            self._one("SELECT max(n) FROM items"),
-            self._counter("deletions"),
-            self._counter("built"),
-        )
-        seen_top, seen_deletions, seen_built = self._seen
-        had_rows = bool(self._shards)
-        try:
-            if top > seen_top:
-                self._load_rows(seen_top)
-            if had_rows and deletions != seen_deletions:
-                self._let_die(deletions - seen_deletions)
-            if built != seen_built:
-                self._probes = self._counter("probes")
-                pairs = self._connection.execute("SELECT n, cell FROM cells ORDER BY n").fetchall()
-                table = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-                for growing in self._shards.values():
-                    growing.place(table[:, 0], table[:, 1].astype(np.int32))
-        except BaseException:
-            self._forget_rows()
-            raise
-        self._seen = (max(top, seen_top), deletions, built)
-
-    def _let_die(self, deletions: int) -> None:
-        """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
-        if deletions == len(self._removed):
-            for growing in self._shards.values():
-                growing.let_die(np.concatenate(self._removed))
-        else:
-            live = self._numbers("SELECT n FROM items")
-            for growing in self._shards.values():
-                growing.keep_only(live)
-        self._removed = []
-
-    def _load_rows(self, after: int) -> None:
-        counts = self._connection.execute("SELECT modality, count(*) FROM items WHERE n > ? GROUP BY 1", (after,))
-        for modality, count in counts.fetchall():
-            growing = self._shards.setdefault(modality, Growing(self._dim, self._dtype))
-            if not len(growing):
-                growing.reserve(count)
-        cursor = self._connection.execute(
-            "SELECT i.n, i.id, i.modality, v.vector, coalesce(c.cell, ?) FROM items i "
-            "LEFT JOIN vectors v ON v.n = i.n LEFT JOIN cells c ON c.n = i.n WHERE i.n > ? ORDER BY i.n",
-            (NO_CELL, after),
-        )
-        while rows := cursor.fetchmany(_CHUNK):
-            for modality, growing in self._shards.items():
-                own = [row for row in rows if row[2] == modality]
-                if own:
-                    numbers, ids, _, blobs, cells = zip(*own, strict=True)
-                    growing.append(numbers, ids, self._vectors_of(ids, blobs), cells)
-
-    def _vectors_of(self, ids: Sequence[str], blobs: Sequence[bytes | None]) -> Matrix:
-        """[N, D] from stored bytes; StoreError naming the first item whose vector is missing or of the wrong length."""
-        dtype = np.dtype("<f2" if self._dtype == "float16" else "<f4")
-        for id, blob in zip(ids, blobs, strict=True):
-            if blob is None or len(blob) != self._dim * dtype.itemsize:
-                raise StoreError(f"index {self._folder} is damaged: item {id!r} has no whole vector; remove and add it")
-        return np.frombuffer(b"".join(blob or b"" for blob in blobs), dtype=dtype).reshape(-1, self._dim)
-
-    def _centroids_of(self, built: int) -> dict[Modality, Vectors]:
-        """The centroids of the current build, read once."""
-        if self._centroids[0] != built:
-            parts: dict[Modality, list[bytes]] = {}
-            rows = self._connection.execute("SELECT modality, vector FROM centroids ORDER BY modality, cell")
-            for modality, blob in rows:
-                parts.setdefault(modality, []).append(blob)
-            read: dict[Modality, Vectors] = {
-                modality: np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim) for modality, blobs in parts.items()
-            }
-            self._centroids = built, read
-        return self._centroids[1]
-
     # Steps of a search
 
-    def _best(self, snapshot: _Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool) -> list[list[_Found]]:
+    def _snapshot(self, where: Filter | None) -> Snapshot:
+        with self._transaction():
+            return self._resident.snapshot(where)
+
+    def _best(self, snapshot: Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool) -> list[list[_Found]]:
         """For each query its best k, best first, equal scores in order of id."""
         if not exact and not snapshot.probes:
             raise StoreError(
@@ -401,7 +300,8 @@ class SqliteIndex:
 
     def _remove_ids(self, ids: Sequence[str]) -> int:
         return sum(
-            self._remove_numbers(self._numbers(f"SELECT n FROM items WHERE id IN ({marks(part)})", part)) for part in _chunks(ids)
+            self._remove_numbers(read_numbers(self._connection, f"SELECT n FROM items WHERE id IN ({marks(part)})", part))
+            for part in _chunks(ids)
         )
 
     def _remove_numbers(self, numbers: Rows) -> int:
@@ -409,13 +309,12 @@ class SqliteIndex:
             self._connection.executemany(f"DELETE FROM {table} WHERE n = ?", ((n,) for n in numbers.tolist()))
         if len(numbers):
             self._bump("deletions")
-            if self._shards:
-                self._removed.append(numbers)
+            self._resident.note_removal(numbers)
         return len(numbers)
 
     def _place_new(self, items: Sequence[Item], first: int, vectors: Matrix) -> None:
         """Put rows that are being written into the nearest cells, where their modality has any."""
-        for modality, centroids in self._centroids_of(self._counter("built")).items():
+        for modality, centroids in self._resident.centroids().items():
             at = np.asarray([row for row, item in enumerate(items) if item.modality == modality], dtype=np.int64)
             if len(at):
                 self._insert_cells(at + first, assign_cells(vectors[at], centroids))
@@ -426,13 +325,13 @@ class SqliteIndex:
             "INSERT INTO centroids VALUES (?, ?, ?)",
             ((modality, cell, part.astype("<f4").tobytes()) for cell, part in enumerate(centroids)),
         )
-        live = self._numbers("SELECT n FROM items WHERE modality = ?", [modality])
+        live = read_numbers(self._connection, "SELECT n FROM items WHERE modality = ?", [modality])
         known = np.isin(numbers, live)
         self._insert_cells(numbers[known], cells[known])
         for part in _chunks(np.setdiff1d(live, numbers).tolist()):
             rows = self._connection.execute(f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part).fetchall()
             added = np.asarray([row[0] for row in rows], dtype=np.int64)
-            vectors = self._vectors_of([f"number {row[0]}" for row in rows], [row[1] for row in rows])
+            vectors = self._resident.vectors_of([f"number {row[0]}" for row in rows], [row[1] for row in rows])
             self._insert_cells(added, assign_cells(vectors, centroids))
 
     def _insert_cells(self, numbers: Rows, cells: Cells) -> None:
@@ -455,7 +354,7 @@ class SqliteIndex:
                 yield
                 self._connection.execute("COMMIT")
             except BaseException as error:
-                self._removed = []  # what was removed is there again; the next search compares all
+                self._resident.forget_removals()
                 if isinstance(error, sqlite3.Error):
                     raise explain_error(error, self._path, self._timeout) from error
                 raise
@@ -469,22 +368,13 @@ class SqliteIndex:
             rows = self._connection.execute(f"SELECT {COLUMNS}, {column} FROM items i {join} WHERE {clause}", values).fetchall()
         if not with_vectors:
             return [(row[0], stored_of(row, None)) for row in rows]
-        vectors = self._vectors_of([row[1] for row in rows], [row[7] for row in rows]).astype(np.float32)
+        vectors = self._resident.vectors_of([row[1] for row in rows], [row[7] for row in rows]).astype(np.float32)
         return [(row[0], stored_of(row, vector)) for row, vector in zip(rows, vectors, strict=True)]
 
-    def _numbers(self, statement: str, values: Sequence[Scalar] = ()) -> Rows:
-        rows = self._connection.execute(statement, values)
-        return np.fromiter((row[0] for row in rows), dtype=np.int64)
-
-    def _one(self, statement: str, values: Sequence[Scalar] = ()) -> int:
-        row = self._connection.execute(statement, values).fetchone()
-        return int(row[0] or 0) if row else 0
-
-    def _counter(self, name: str) -> int:
-        return self._one("SELECT value FROM meta WHERE name = ?", [name])
-
     def _bump(self, name: str) -> None:
-        self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(self._counter(name) + 1)))
+        self._connection.execute(
+            "INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, str(read_counter(self._connection, name) + 1))
+        )
 
     def _need_maker(self, action: str) -> None:
         if not self._has_maker:
@@ -502,8 +392,8 @@ def _make_folder(folder: Path) -> None:
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), _CHUNK):
-        yield values[start : start + _CHUNK]
+    for start in range(0, len(values), CHUNK):
+        yield values[start : start + CHUNK]
 
 
 def _score_rows(shard: Shard, rows: Rows, query: Vector, k: int) -> list[_Found]:
