@@ -62,3 +62,17 @@ def test_the_best_of_some_rows_are_kept(dtype: Literal["float32", "float16"]) ->
     scores = growing.view().vectors_ND[rows].astype(np.float64) @ query.astype(np.float64)
     kept = promising_rows(growing.view(), rows, query, K)
     assert set(rows[np.argsort(-scores)[:K]]) <= set(kept) <= set(rows) and len(kept) < 2 * K
+
+
+def test_masks_are_remembered_for_the_arrays_they_were_made_of() -> None:
+    growing = Growing(DIM, "float32")
+    growing.append(range(1, 5), list("abcd"), np.eye(4, DIM, dtype=np.float32), [1, 0, 1, 0])
+    growing.place(np.arange(1, 5), np.asarray([1, 0, 1, 0], dtype=np.int32))  # the rows are now 2, 4, 1, 3
+    shard = growing.view()
+    asked = [np.asarray(numbers, dtype=np.int64) for numbers in ([], [1, 2], [4, 9], [3], *([number] for number in range(8)))]
+    wanted = [[number in part for number in (2, 4, 1, 3)] for part in asked]
+    for _ in range(2):
+        assert [shard.mask_of(part).tolist() for part in asked] == wanted
+    assert shard.mask_of(asked[-1]) is shard.mask_of(asked[-1])
+    growing.append([9], ["e"], np.eye(1, DIM, dtype=np.float32), [-1])
+    assert growing.view().mask_of(asked[2]).tolist() == [False, True, False, False, True]

@@ -5,6 +5,7 @@ Shapes: N rows, D width, Q queries. A row is never changed once written; it dies
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,7 @@ _STRIP: Final = 1024
 """Rows gathered or widened at a time, so that they are still in the processor's cache when they are multiplied."""
 _FEW: Final = 12
 """So many queries are multiplied with a strip one after the other: up to here a matrix product is slower (for one, 2.5 times)."""
+_MASKS: Final = 8
 _COMPACT_ABOVE: Final = 0.25
 
 
@@ -63,9 +65,20 @@ class Shard:
         return rows
 
     def mask_of(self, numbers: Rows) -> Mask:
+        """Which rows carry one of these numbers; the same array, asked again, has the same answer at once."""
+        for known, mask in tuple(self._masks):
+            if known is numbers:
+                return mask
         mask = np.zeros(len(self.numbers_N), dtype=np.bool_)
         mask[self.rows_of(numbers)] = True
+        mask.flags.writeable = False
+        self._masks.append((numbers, mask))
         return mask
+
+    @cached_property
+    def _masks(self) -> deque[tuple[Rows, Mask]]:
+        """Threads that search at a time share it; what one of them adds in vain costs the others nothing."""
+        return deque(maxlen=_MASKS)
 
 
 class Growing:
