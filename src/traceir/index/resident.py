@@ -47,12 +47,13 @@ class Resident:
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
     def snapshot(self, where: Filter | None) -> Snapshot:
+        """The rows of now, the numbers of those that pass `where`, and the cells."""
         clause, values = compile_filter(where)
 
         def above(number: int) -> Rows:
-            return read_numbers(
-                self._connection, f"SELECT i.n FROM items i WHERE i.n > ? AND ({clause}) ORDER BY i.n", [number, *values]
-            )
+            condition, _ = compile_filter(where, row_by_row=number > 0)
+            statement = f"SELECT i.n FROM items i WHERE i.n > ? AND ({condition}) ORDER BY i.n"
+            return read_numbers(self._connection, statement, [number, *values])
 
         self._refresh()
         passing = None if where is None else self._passing.numbers((clause, *values), self._seen[0], above)
@@ -105,7 +106,7 @@ class Resident:
         self._removed = []
 
     def _load_rows(self, after: int) -> None:
-        counts = self._connection.execute("SELECT modality, count(*) FROM items WHERE n > ? GROUP BY 1", (after,))
+        counts = self._connection.execute("SELECT modality, count(*) FROM items NOT INDEXED WHERE n > ? GROUP BY 1", (after,))
         for modality, count in counts.fetchall():
             growing = self._shards.setdefault(modality, Growing(self._dim, self._dtype))
             if not len(growing):

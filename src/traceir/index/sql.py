@@ -126,22 +126,25 @@ def read_counter(connection: sqlite3.Connection, name: str) -> int:
     return read_number(connection, "SELECT value FROM meta WHERE name = ?", [name])
 
 
-def compile_filter(where: Filter | None) -> tuple[str, list[Scalar]]:
-    """A filter as a condition on the table `items i`, with `?` for every value."""
+def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[str, list[Scalar]]:
+    """A filter as a condition on the table `items i`, with `?` for every value.
+
+    By default all that pass are gathered by the index of fields; `row_by_row` looks at the fields of each row, for a few rows.
+    """
     if where is None:
         return "1", []
     if isinstance(where, And):
-        parts = [compile_filter(part) for part in where.parts]
+        parts = [compile_filter(part, row_by_row=row_by_row) for part in where.parts]
         condition = " AND ".join(f"({text})" for text, _ in parts) or "1"
         return condition, [value for _, values in parts for value in values]
     if isinstance(where, Eq):
-        return _compile_in(where.name, (where.value,))
+        return _compile_in(where.name, (where.value,), row_by_row)
     if isinstance(where, In):
-        return _compile_in(where.name, where.values)
+        return _compile_in(where.name, where.values, row_by_row)
     if isinstance(where, Range):
         bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
         test = " AND ".join(f"value {sign} ?" for sign, _ in bounds)
-        return _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds])
+        return _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds], row_by_row)
     raise InputError(f"{where!r} is not a filter; build one from Eq, In, Range and And")
 
 
@@ -183,25 +186,31 @@ def marks(values: Sequence[object]) -> str:
     return ", ".join("?" * len(values))
 
 
-def _compile_in(name: str, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
+def _compile_in(name: str, values: Sequence[Scalar], row_by_row: bool) -> tuple[str, list[Scalar]]:
     conditions: list[str] = []
     given: list[Scalar] = []
     for kind in ("text", "number", "boolean"):
         own = [value for value in values if kind_of(value) == kind]
         if own:
-            condition, bound = _compile_test(name, kind, f"value IN ({marks(own)})", own)
+            condition, bound = _compile_test(name, kind, f"value IN ({marks(own)})", own, row_by_row)
             conditions.append(condition)
             given += bound
     if any(value is None for value in values) and name not in ("id", "modality"):
-        conditions.append("i.n NOT IN (SELECT n FROM fields WHERE name = ?)")
+        conditions.append(f"NOT {_has_field('name = ?', row_by_row)}")
         given.append(name)
     return " OR ".join(f"({condition})" for condition in conditions) or "0", given
 
 
-def _compile_test(name: str, kind: Kind, test: str, values: Sequence[Scalar]) -> tuple[str, list[Scalar]]:
+def _compile_test(name: str, kind: Kind, test: str, values: Sequence[Scalar], row_by_row: bool) -> tuple[str, list[Scalar]]:
     if name in ("id", "modality"):
         return (test.replace("value", f"i.{name}"), list(values)) if kind == "text" else ("0", [])
-    return f"i.n IN (SELECT n FROM fields WHERE name = ? AND kind = ? AND {test})", [name, kind, *values]
+    return _has_field(f"name = ? AND kind = ? AND {test}", row_by_row), [name, kind, *values]
+
+
+def _has_field(test: str, row_by_row: bool) -> str:
+    if row_by_row:
+        return f"EXISTS (SELECT 1 FROM fields f INDEXED BY fields_n WHERE f.n = i.n AND {test})"
+    return f"(i.n IN (SELECT n FROM fields WHERE {test}))"
 
 
 def _has_tables(connection: sqlite3.Connection) -> bool:
