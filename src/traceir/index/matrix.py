@@ -5,7 +5,6 @@ Shapes: N rows, D width, Q queries. A row is never changed once written; it dies
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,19 +65,20 @@ class Shard:
 
     def mask_of(self, numbers: Rows) -> Mask:
         """Which rows carry one of these numbers; the same array, asked again, has the same answer at once."""
-        for known, mask in tuple(self._masks):
+        for known, mask in self._masks[:]:
             if known is numbers:
                 return mask
         mask = np.zeros(len(self.numbers_N), dtype=np.bool_)
         mask[self.rows_of(numbers)] = True
         mask.flags.writeable = False
         self._masks.append((numbers, mask))
+        del self._masks[:-_MASKS]
         return mask
 
     @cached_property
-    def _masks(self) -> deque[tuple[Rows, Mask]]:
-        """Threads that search at a time share it; what one of them adds in vain costs the others nothing."""
-        return deque(maxlen=_MASKS)
+    def _masks(self) -> list[tuple[Rows, Mask]]:
+        """The last ones asked for. Threads share it, by single steps of a list, none of which another can interrupt."""
+        return []
 
 
 class Growing:
