@@ -71,7 +71,9 @@ def run_all(out: Path, base: TrainConfig, **options: Any) -> Any:
 
 
 def trainings(out: Path) -> dict[str, int]:
-    return {str(file.parent.relative_to(out / "runs")): len(file.read_text().split()) for file in out.rglob("trained.txt")}
+    return {
+        str(file.parent.relative_to(out / "runs")): len(file.read_text().split()) for file in out.glob("runs/*/seed*/trained.txt")
+    }
 
 
 # The tables
@@ -223,7 +225,7 @@ def met_train(config: TrainConfig) -> Path:
     """Ends when two processes have trained, so that neither does all the work."""
     folder = fake_train(config)
     runs, begun = folder.parents[2], time.monotonic()
-    while len({line for file in runs.rglob("trained.txt") for line in file.read_text().split()}) < 2:
+    while len({line for file in runs.glob("*/seed*/trained.txt") for line in file.read_text().split()}) < 2:
         assert time.monotonic() - begun < 60
         time.sleep(0.02)
     return folder

@@ -23,6 +23,7 @@ from traceir.index.filters import matches
 from traceir.index.matrix import Growing, Rows
 from traceir.index.passing import Passing
 from traceir.index.sql import read_number
+from traceir.index.store import size_of
 from traceir.items import Hit, Item
 from traceir.pictures import Picture
 
@@ -657,6 +658,13 @@ def test_two_processes_may_write_in_turns(tmp_path: Path) -> None:
     assert [writer.exitcode for writer in writers] == [0, 0]
     with opened(tmp_path) as index:
         assert index.count() == 60 == len(index.search(drawn(1, 4), 1000)[0])
+
+
+def test_a_log_that_goes_while_it_is_measured_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "there").write_bytes(b"abc")
+    assert size_of([tmp_path / "there", tmp_path / "gone"]) == 3
+    with opened(tmp_path / "index") as index:
+        assert index.info().bytes >= (tmp_path / "index" / "index.sqlite").stat().st_size
 
 
 def replace_while_looking(monkeypatch: pytest.MonkeyPatch, change: Callable[[int], object]) -> list[int]:

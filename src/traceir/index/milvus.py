@@ -12,9 +12,11 @@ Threads: safe; writes of one handle take turns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 from threading import RLock
 from types import TracebackType
 from typing import Any, Final, Self, cast
@@ -47,6 +49,7 @@ from traceir.index.store import (
     check_maker,
     check_search,
     check_vectors,
+    size_of,
 )
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
@@ -187,7 +190,7 @@ class MilvusIndex:
             counts={modality: count for modality, count in counts.items() if count},
             cells=graphs,
             probes=EFFORT if graphs else 0,
-            bytes=0 if file is None else sum(part.stat().st_size for part in file.rglob("*") if part.is_file()),
+            bytes=0 if file is None else size_of(Path(folder, name) for folder, _, names in os.walk(file) for name in names),
         )
 
     def close(self) -> None:

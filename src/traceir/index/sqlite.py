@@ -58,6 +58,7 @@ from traceir.index.store import (
     check_maker,
     check_search,
     check_vectors,
+    size_of,
 )
 from traceir.items import Hit, Item, Modality, Vector
 
@@ -240,7 +241,7 @@ class SqliteIndex:
             counts=dict(counts),
             cells=cells,
             probes=probes,
-            bytes=sum(file.stat().st_size for file in files if file.exists()),
+            bytes=size_of(files),
         )
 
     def close(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Protocol, Self
 
@@ -133,6 +135,15 @@ def check_id(id: str | None) -> str:
     if "\0" in id:
         raise InputError(f"id {id[:80]!r} contains a zero character; remove it")
     return id
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of these files together; one that another process has removed meanwhile counts nothing."""
+    total = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 def check_ids(ids: Sequence[str]) -> list[str]:
