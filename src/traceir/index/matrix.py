@@ -26,7 +26,7 @@ Array = TypeVar("Array", bound=npt.NDArray[Any])
 NO_CELL: Final = -1
 _BLOCK_SCORES: Final = 1 << 22
 _BLOCK_ROWS: Final = 1 << 16
-_GATHER_BELOW: Final = 0.3
+_GATHER_BELOW: Final = 0.4
 _STRIP: Final = 1024
 """Rows gathered or widened at a time, so that they are still in the processor's cache when they are multiplied."""
 _FEW: Final = 12
@@ -189,6 +189,7 @@ def exact_rows(shard: Shard, queries_QD: Vectors, k: int, allowed_N: Mask | None
     usable = int(np.count_nonzero(usable_N))
     gathered = np.flatnonzero(usable_N) if usable < _GATHER_BELOW * len(usable_N) else None
     total = len(usable_N) if gathered is None else len(gathered)
+    lost_N = np.where(usable_N, np.float32(0), np.float32(-np.inf)) if gathered is None and usable < total else None
     step = max(1024, min(_BLOCK_ROWS, _BLOCK_SCORES // max(1, len(queries_QD))))
     slack = np.float32(margin(queries_QD.shape[1]))
     best = np.full((len(queries_QD), k), -np.inf, dtype=np.float32)
@@ -196,8 +197,8 @@ def exact_rows(shard: Shard, queries_QD: Vectors, k: int, allowed_N: Mask | None
     for start in range(0, total, step):
         rows = slice(start, min(start + step, total)) if gathered is None else gathered[start : start + step]
         scores_QN = _scores(shard.vectors_ND, rows, queries_QD)
-        if gathered is None and usable < total:
-            scores_QN[:, ~usable_N[rows]] = -np.inf
+        if lost_N is not None:
+            scores_QN += lost_N[rows]
         query_at, place_at, scores = _promising(scores_QN, best, slack)
         found.append((query_at, start + place_at if gathered is None else gathered[start + place_at], scores))
     return _narrow(found, len(queries_QD), k, slack)
