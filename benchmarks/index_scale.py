@@ -6,7 +6,7 @@ float32 and with float16 storage, Milvus Lite's server (started here, on the loo
 and approximately, over all rows and over those that pass a filter (one in a thousand, one in two), and so is FAISS's flat index
 over the same rows, with a filter as its bitmap; the sides take turns, and a ratio is the median over the repetitions. FAISS
 takes the faster of its ways: its own kernel for a single query and with a filter, BLAS for a batch (its
-`distance_compute_blas_threshold` counts queries times width since 1.15; its default of 128,000 would be slower for a batch).
+`distance_compute_blas_threshold` counts queries times width in 1.15.1; its default of 128,000 would be slower for a batch).
 
 Resumable: rows already there are not written again, and a finished part is read from FOLDER/PART.json.
 

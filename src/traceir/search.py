@@ -11,22 +11,12 @@ import numpy as np
 
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.index.filters import Filter
-from traceir.index.store import Index
+from traceir.index.store import Index, Maker
 from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
 
 
-class EncoderLike(Protocol):
+class EncoderLike(Maker, Protocol):
     """What the serving road asks of an encoder: in this process, behind a network, or a stand-in for tests."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def prompt_version(self) -> str: ...
-
-    @property
-    def width(self) -> int:
-        """The length D of its vectors."""
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...
 

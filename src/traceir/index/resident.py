@@ -58,7 +58,11 @@ class Resident:
         self._refresh()
         passing = None if where is None else self._passing.numbers((clause, *values), self._seen[0], above)
         shards = {modality: growing.view() for modality, growing in self._shards.items()}
-        return Snapshot(shards, passing, self.centroids(), self._probes)
+        return Snapshot(shards, passing, self._centroids_of(self._seen[2]), self._probes)
+
+    def centroids(self) -> dict[Modality, Vectors]:
+        """The centroids [C, D] of each modality that has any."""
+        return self._centroids_of(read_counter(self._connection, "built"))
 
     def note_removal(self, numbers: Rows) -> None:
         """Rows that were removed here, with one count of `deletions`; spares the next look a comparison with what is left."""
@@ -131,9 +135,8 @@ class Resident:
                 raise StoreError(f"index {self._folder} is damaged: item {id!r} has no whole vector; remove and add it")
         return np.frombuffer(b"".join(blob or b"" for blob in blobs), dtype=dtype).reshape(-1, self._dim)
 
-    def centroids(self) -> dict[Modality, Vectors]:
-        """The centroids [C, D] of each modality of the current build, read once."""
-        built = read_counter(self._connection, "built")
+    def _centroids_of(self, built: int) -> dict[Modality, Vectors]:
+        """Those of the current build, read once."""
         if self._centroids[0] != built:
             parts: dict[Modality, list[bytes]] = {}
             rows = self._connection.execute("SELECT modality, vector FROM centroids ORDER BY modality, cell")

@@ -67,7 +67,8 @@ class Maker(Protocol):
     def prompt_version(self) -> str: ...
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """The length D of its vectors."""
 
 
 class Index(Protocol):
