@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.items import Route
 from traceir.learn.compare import compare
@@ -30,7 +31,7 @@ from traceir.learn.unseen.run import evaluate_unseen
 from traceir.learn.unseen.run import table as unseen_table
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
-DATA, UNSEEN, MODEL = Path("data/minibeir"), Path("data/minibeir-unseen"), Path("models/mini")
+DATA, UNSEEN, MODEL = Path("data/minibeir"), Path("data/minibeir-unseen"), bundled_model()
 STAGES = ("mini-naming", "mini-words", "mini-lessons", "mini")
 BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "no reasoning, same wall time"}
 ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks import encoder as encoder_benchmark
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.learn.evaluate import evaluate
 from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.build import build
-from traceir.terminal import bundled_model
 
 WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")
 OUT = Path("out/evidence")

@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from traceir.adapter import attach
 from traceir.batch import IGNORE, ImageBudget, Layout
+from traceir.checkpoint import bundled_model
 from traceir.errors import InputError
 from traceir.learn.batches import Chunk, Turn
 from traceir.learn.gradcache import Objective, Reader, step
@@ -35,7 +36,6 @@ from traceir.learn.train import TrainConfig
 from traceir.learn.trainer import to_device
 from traceir.model import TraceModel, load, wrap
 from traceir.prompts import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from traceir.terminal import bundled_model
 
 COMMON: Final[dict[str, Any]] = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 28,

@@ -19,6 +19,7 @@ from hypothesis import settings
 from PIL import Image
 
 from traceir.batch import ReadOut
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.index import open_index
 from traceir.items import Item, Query
@@ -28,7 +29,6 @@ from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings
 from traceir.pictures import Picture
 from traceir.prompts import render_query
-from traceir.terminal import bundled_model
 
 # The same examples in every run: what passes once passes again, and what fails can be looked at.
 settings.register_profile("steady", derandomize=True)

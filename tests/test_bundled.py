@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
@@ -21,7 +22,6 @@ from traceir.learn.judged import Judged, read_judged
 from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.unseen.catalogue import COLUMNS
 from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
-from traceir.terminal import bundled_model
 
 LIMIT = 12
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
-from traceir import cli, items, parser, terminal
+from traceir import cli, items, parser
 from traceir.batch import IGNORE
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
 from traceir.explain import describe, explain
@@ -110,18 +111,18 @@ def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
     assert tuple(PRESETS) == parser.PRESETS and parser.SCALES == rows.SCALES
 
 
-def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_repository(
+def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(terminal, "__file__", str(tmp_path / "src" / "traceir" / "terminal.py"))
+    monkeypatch.setattr("traceir.checkpoint.__file__", str(tmp_path / "checkpoint.py"))
     monkeypatch.delenv("TRACEIR_MODEL", raising=False)
     with pytest.raises(ModelError, match="--model"):
-        terminal.bundled_model()
+        bundled_model()
     (tmp_path / "models" / "mini").mkdir(parents=True)
     (tmp_path / "models" / "mini" / "config.json").write_text("{}")
-    assert terminal.bundled_model() == tmp_path / "models" / "mini"
+    assert bundled_model() == tmp_path / "models" / "mini"
     monkeypatch.setenv("TRACEIR_MODEL", "/elsewhere")
-    assert terminal.bundled_model() == Path("/elsewhere")
+    assert bundled_model() == Path("/elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route as Path_
 
+from traceir.checkpoint import bundled_model
 from traceir.client import Client
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder, without_weights
@@ -34,7 +35,6 @@ from traceir.search import Searcher
 from traceir.serve import engine_worker
 from traceir.serve.jobs import FAILURES, BusyError, LateError, Served, UnavailableError
 from traceir.serve.scheduler import Scheduler
-from traceir.terminal import bundled_model
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 

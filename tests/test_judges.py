@@ -16,6 +16,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch.utils.data import DataLoader
 
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.items import Item, Query
@@ -25,7 +26,6 @@ from traceir.learn.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, r
 from traceir.model import TraceModel
 from traceir.pictures import Picture
 from traceir.sentence import as_sentence_transformer, encode_with_reasoning
-from traceir.terminal import bundled_model
 
 ROWS = ("cirr_task7", "webqa_task2")
 LIMIT = 24

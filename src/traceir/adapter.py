@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
-from transformers.utils import cached_file
 
+from traceir.checkpoint import ADAPTER, fetch
 from traceir.errors import InputError, ModelError
 from traceir.model import (
-    ADAPTER,
     TraceModel,
     TraceSettings,
     fingerprint,
@@ -144,8 +142,8 @@ def merge(source: str | Path, target: Path, dtype: torch.dtype | None = None) ->
     The sum is made in float32 and then stored in `dtype` (float32 if None, which gives the very embeddings of the adapter).
     The target must not exist yet.
     """
-    folder, target = adapter_folder(str(source)), Path(target)
-    if folder is None:
+    folder, target = fetch(str(source)), Path(target)
+    if not (folder / ADAPTER).is_file():
         raise ModelError(f"{source} holds no {ADAPTER}, so there is nothing to merge; give the folder of an adapter")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists already; choose another place for the merged checkpoint")
@@ -153,16 +151,6 @@ def merge(source: str | Path, target: Path, dtype: torch.dtype | None = None) ->
     if dtype is not None:
         model.network.to(dtype)
     return save(model, target)
-
-
-def adapter_folder(name: str) -> Path | None:
-    """The folder of an adapter that was named by folder or hub id; None for anything else."""
-    if Path(name).is_dir():
-        return Path(name) if (Path(name) / ADAPTER).is_file() else None
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(name, ADAPTER, **quiet) is None:
-        return None
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
 
 
 def read_base(folder: Path) -> Base:
@@ -195,11 +183,7 @@ def weights_fingerprint(folder: Path) -> str:
 
 def hub_fingerprint(name: str) -> str:
     """`hub:` and 16 hex digits of the weights of a hub id as they lie in the local cache, where `load` has put them."""
-    try:
-        found = cached_file(name, "config.json")
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{name} is neither a folder nor a model that can be had from the hub: {error}") from error
-    return f"hub:{fingerprint(Path(found).parent)}"
+    return f"hub:{fingerprint(fetch(name))}"
 
 
 def _check_base(base: Base, actual: str, place: str, folder: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Final
 
 import torch
 from torch.nn import functional
-from transformers.cache_utils import DynamicCache
 
 from traceir.batch import Layout
 from traceir.items import Encoding, Route, Vector
 from traceir.model import TraceModel
+from traceir.network import Cache
 from traceir.prompts import TURN_END
 
 TRIM: Final = 64
@@ -39,7 +39,7 @@ class Wave:
     """Rows that decode together over one cache: mask [B, T] over the cached tokens, `next_B` the tokens to feed."""
 
     rows: list[Row]
-    cache: DynamicCache
+    cache: Cache
     mask_BT: torch.Tensor
     next_B: torch.Tensor
 
@@ -80,7 +80,7 @@ class Decoder:
     def prefill(self, numbers: Sequence[int], layouts: Sequence[Layout], route: Route) -> tuple[Finished, Wave | None]:
         """Read-outs of the rows that bypass, and the others as a wave that is ready to write."""
         batch = self.model.processor.collate(layouts).to(self.model.device)
-        cache = DynamicCache()
+        cache = self.model.new_cache()
         state_BD = self.model.hidden(batch, cache)[:, -1]
         logits_BV = self.model.logits(state_BD)
         probability_B = self._emb_probability(logits_BV)
@@ -175,7 +175,7 @@ def merge_waves(waves: Sequence[Wave]) -> Wave:
     if len(waves) == 1:
         return waves[0]
     length = max(wave.mask_BT.shape[1] for wave in waves)
-    merged = DynamicCache()
+    merged = type(waves[0].cache)()
     for layer in range(len(waves[0].cache.layers)):
         keys, values = (
             torch.cat([_left_pad(getattr(wave.cache.layers[layer], side), length) for wave in waves])
@@ -208,7 +208,7 @@ def trim(wave: Wave) -> None:
     unread = int(wave.mask_BT.any(dim=0).to(torch.int).argmax())
     if unread < TRIM:
         return
-    shorter = DynamicCache()
+    shorter = type(wave.cache)()
     for layer, kept in enumerate(wave.cache.layers):
         shorter.update(kept.keys[:, :, unread:].contiguous(), kept.values[:, :, unread:].contiguous(), layer)
     wave.cache, wave.mask_BT = shorter, wave.mask_BT[:, unread:]
@@ -218,8 +218,8 @@ def _left_pad(part_BHTD: torch.Tensor, length: int) -> torch.Tensor:
     return functional.pad(part_BHTD, (0, 0, length - part_BHTD.shape[2], 0))
 
 
-def _copy_row(cache: DynamicCache, number: int) -> DynamicCache:
-    single = DynamicCache()
+def _copy_row(cache: Cache, number: int) -> Cache:
+    single = type(cache)()
     for layer, kept in enumerate(cache.layers):
         single.update(kept.keys[number : number + 1], kept.values[number : number + 1], layer)
     return single

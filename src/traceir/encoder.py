@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from traceir.batch import Layout
+from traceir.checkpoint import bundled_model
 from traceir.decoding import Decoder, Finished, Wave, merge_waves
 from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
@@ -43,9 +44,9 @@ class Encoder:
         self.threshold = threshold
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str = "cpu", **options: Any) -> Encoder:
-        """An Encoder over a checkpoint directory or hub id."""
-        return cls(load(source, device=device), **options)
+    def from_pretrained(cls, source: str | Path | None = None, *, device: str = "cpu", **options: Any) -> Encoder:
+        """An Encoder over a checkpoint directory or hub id; over the bundled miniature, which knows MiniBEIR alone, if None."""
+        return cls(load(source or bundled_model(), device=device, inference=True), **options)
 
     @property
     def fingerprint(self) -> str:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from traceir.errors import InputError
 from traceir.pictures import Picture
 
 Part = str | Picture
+ImageLike = Picture | Image.Image | bytes | str | os.PathLike[str]
+"""What stands for a picture where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
 Modality = Literal["text", "image", "image,text"]
 Route = Literal["auto", "reason", "direct"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "image,text")
@@ -28,9 +32,21 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Parts in reading order: what Item and Query have in common."""
+    """Parts in reading order: what Item and Query have in common. TypeError for a part that is neither text nor Picture."""
 
     parts: tuple[Part, ...] = ()
+
+    def check_parts(self) -> None:
+        if isinstance(self.parts, str | bytes | Picture):
+            raise TypeError(
+                f"parts is one {type(self.parts).__name__}; give a tuple, or write {type(self).__name__}.of(text=..., image=...)"
+            )
+        object.__setattr__(self, "parts", tuple(self.parts))
+        for place, part in enumerate(self.parts):
+            if not isinstance(part, str | Picture):
+                raise TypeError(
+                    f"part {place} is a {type(part).__name__}; give a str or a traceir.Picture (Picture.open, .from_image)"
+                )
 
     @property
     def modality(self) -> Modality:
@@ -55,6 +71,7 @@ class Item(Content):
     fields: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.check_parts()
         if not self.parts or all(isinstance(part, str) and not part.strip() for part in self.parts):
             raise InputError(f"item {self.id or '(no id)'} is empty: give it a text, a picture, or both")
 
@@ -63,11 +80,14 @@ class Item(Content):
         cls,
         *,
         text: str | None = None,
-        image: Picture | None = None,
+        image: ImageLike | None = None,
         id: str | None = None,
         fields: Mapping[str, str | int | float | bool | None] | None = None,
     ) -> Item:
-        """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`)."""
+        """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`).
+
+        `image` may be a Picture, a PIL image, the bytes of a file, or its path, which is read when the item is encoded.
+        """
         return cls(_parts(text, image), id=id, fields=fields or {})
 
     def content_hash(self) -> str:
@@ -84,6 +104,9 @@ class Query(Content):
     id: str | None = None
 
     def __post_init__(self) -> None:
+        self.check_parts()
+        if self.instruction is not None and not isinstance(self.instruction, str):
+            raise TypeError(f"instruction is a {type(self.instruction).__name__}; give a str or None")
         if not self.parts and not (self.instruction or "").strip():
             raise InputError(f"query {self.id or '(no id)'} is empty: give it a text, a picture, or both")
         if self.target is not None and self.target not in MODALITIES:
@@ -94,11 +117,12 @@ class Query(Content):
         cls,
         *,
         text: str | None = None,
-        image: Picture | None = None,
+        image: ImageLike | None = None,
         instruction: str | None = None,
         target: Modality | None = None,
         id: str | None = None,
     ) -> Query:
+        """A query of at most one picture and one text; `image` as in `Item.of`."""
         return cls(_parts(text, image), instruction=instruction, target=target, id=id)
 
     def content_hash(self) -> str:
@@ -136,13 +160,27 @@ class Hit:
     fields: Mapping[str, str | int | float | bool | None]
 
 
-def _parts(text: str | None, image: Picture | None) -> tuple[Part, ...]:
+def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
     parts: list[Part] = []
     if image is not None:
-        parts.append(image)
+        parts.append(_picture(image))
+    if text is not None and not isinstance(text, str):
+        raise TypeError(f"text is a {type(text).__name__}; give a str or None")
     if text is not None and text.strip():
         parts.append(text)
     return tuple(parts)
+
+
+def _picture(image: ImageLike) -> Picture:
+    if isinstance(image, Picture):
+        return image
+    if isinstance(image, Image.Image):
+        return Picture.from_image(image)
+    if isinstance(image, bytes | bytearray | memoryview):
+        return Picture.from_bytes(bytes(image))
+    if isinstance(image, str | os.PathLike):
+        return Picture.open(image)
+    raise TypeError(f"image is a {type(image).__name__}; give a traceir.Picture, a PIL image, bytes, or the path of a file")
 
 
 def _content_hash(parts: tuple[Part, ...]) -> str:

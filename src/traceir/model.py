@@ -1,7 +1,8 @@
 """The checkpoint: load, create, save, add `<|emb|>`, fingerprint, and the two forward passes everything else is built on.
 
 A checkpoint is an ordinary Hugging Face directory of Qwen2_5_VLForConditionalGeneration plus `traceir.json` (docs/formats.md).
-Checkpoints of other projects, also over Qwen2-VL and Qwen3-VL, are read by a profile (profiles.py).
+Checkpoints of other projects, also over Qwen2-VL and Qwen3-VL, are read by a profile (profiles.py). transformers is imported
+where it is used: a checkpoint of ours that only encodes runs without it (network.py) and starts in a third of the time.
 Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
 """
 
@@ -16,17 +17,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch.nn import functional
-from transformers import AutoTokenizer, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.cache_utils import DynamicCache
-from transformers.utils import cached_file
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
+from traceir.checkpoint import ADAPTER, fetch
 from traceir.errors import ModelError
 from traceir.items import Item, Query
+from traceir.network import Cache, Network, Words, fits, read_network, see
 from traceir.profiles import Profile, profile_of, resolve_profile
 from traceir.prompts import (
     EMB,
@@ -43,6 +43,9 @@ from traceir.prompts import (
 )
 from traceir.prompts import check_version as check_prompt_version
 
+if TYPE_CHECKING:
+    from transformers import Qwen2_5_VLConfig
+
 FORMAT: Final = 1
 NETWORKS: Final = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
@@ -50,8 +53,6 @@ NETWORKS: Final = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 """Model type in config.json -> class in transformers."""
-ADAPTER: Final = "adapter_config.json"
-"""PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
 WHOLE_HASH_BYTES: Final = 256 * 2**20
 
 
@@ -110,7 +111,16 @@ class TraceModel:
             return role in self.settings.profile.writes
         return (role == "query" or self.settings.candidates_write) and self.settings.read_out != "last"
 
-    def hidden(self, batch: Batch, cache: DynamicCache | None = None) -> torch.Tensor:
+    def new_cache(self) -> Cache:
+        """An empty cache of the kind that the network fills; transformers' own has the same methods and more."""
+        if isinstance(self.network, Network):
+            return Cache()
+        from transformers.cache_utils import DynamicCache
+
+        made: Cache = DynamicCache()
+        return made
+
+    def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
         """Last-layer states after the final norm, [B, T, D]; fills `cache` if given."""
         text = self.network.model.language_model
         embedded_BTD = text.embed_tokens(batch.ids)
@@ -136,7 +146,7 @@ class TraceModel:
         states: torch.Tensor = out.last_hidden_state
         return states
 
-    def step(self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def step(self, token_B: torch.Tensor, place_B: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One decoding step: tokens [B] at M-RoPE positions [B] over a filled cache; states [B, D]."""
         text = self.network.model.language_model
         out = text(
@@ -157,16 +167,13 @@ class TraceModel:
     def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
         """Merged vision tokens of N pictures, concatenated: [sum of tokens, D].
 
-        Pictures of one small grid run as one batch; the stock class walks picture by picture. A picture larger than the
-        attention window takes the stock road. Both give the same numbers (tests/test_model.py).
+        Pictures of one grid run as one batch; the stock class, which Qwen2.5-VL's relatives take, walks picture by picture. Both
+        give the same numbers (tests/test_model.py).
         """
         visual = self.network.model.visual
         patches = patches.to(visual.dtype)
         shapes = [tuple(int(side) for side in grid) for grid in grids.tolist()]
-        # Only Qwen2.5-VL has a window; its relatives always take the stock road.
-        window = visual.window_size // visual.patch_size if self.network.config.model_type == "qwen2_5_vl" else 0
-        small = all(time == 1 and high <= window and wide <= window for time, high, wide in shapes)
-        if not small or len(shapes) == 1:
+        if self.network.config.model_type != "qwen2_5_vl" or any(time != 1 for time, _, _ in shapes):
             return torch.cat(self.network.model.get_image_features(patches, grids, return_dict=True).pooler_output)
         pieces = torch.split(patches, [high * wide for _, high, wide in shapes])
         groups: dict[tuple[int, ...], list[int]] = {}
@@ -174,7 +181,7 @@ class TraceModel:
             groups.setdefault(shape, []).append(number)
         done: dict[int, torch.Tensor] = {}
         for shape, numbers in groups.items():
-            features = _vision_batch(visual, torch.stack([pieces[n] for n in numbers]), shape[1], shape[2])
+            features = see(visual, torch.stack([pieces[n] for n in numbers]), shape[1], shape[2])
             done.update(zip(numbers, features, strict=True))
         return torch.cat([done[number] for number in range(len(shapes))])
 
@@ -190,44 +197,70 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     profile: Profile | str | Path | None = None,
+    inference: bool = False,
     **overrides: Any,
 ) -> TraceModel:
     """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
+
+    `inference` takes the network of network.py where it can: the same numbers, at once, and neither to be trained nor saved.
 
     Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
     `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
     An adapter folder loads with its base and is merged in memory (adapter.py). `overrides` replace fields of TraceSettings.
     Raises ModelError for other architectures and damaged directories.
     """
-    from traceir.adapter import adapter_folder, load_adapter  # which imports this module
+    name, folder = str(source), fetch(str(source))
+    if inference and profile is None and _is_our_own(folder):
+        return _load_our_own(folder, device=device, dtype=dtype or torch.float32, **overrides)
+    from transformers import AutoTokenizer, PreTrainedConfig
 
-    name = str(source)
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", ADAPTER)):
-        raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
+    from traceir.adapter import load_adapter  # which imports this module
+
     try:
-        if (folder := adapter_folder(name)) is not None:
+        if (folder / ADAPTER).is_file():
             if profile is not None:
                 raise ModelError(f"{name} is an adapter, and --profile is for whole checkpoints of other projects; leave it out")
             return load_adapter(folder, device=device, dtype=dtype, **overrides)
-        kind = str(PreTrainedConfig.get_config_dict(name)[0].get("model_type"))
+        kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
         if kind not in NETWORKS:
             raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
         network_class = getattr(importlib.import_module("transformers"), NETWORKS[kind])
-        config = network_class.config_class.from_pretrained(name)
-        network = network_class.from_pretrained(name, dtype=dtype or torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        config = network_class.config_class.from_pretrained(folder)
+        network = network_class.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
-    settings = read_settings(_companion(name, "traceir.json")) or TraceSettings()
+    settings = read_settings(_companion(folder, "traceir.json")) or TraceSettings()
     if profile is not None:
         settings = _under_profile(settings, resolve_profile(profile))
     settings = overridden(settings, overrides)
     if settings.profile is None:
         add_emb_token(network, tokenizer)
     if not settings.fingerprint:
-        settings = replace(settings, fingerprint=fingerprint(Path(name)) if Path(name).is_dir() else f"hub:{name}")
+        settings = replace(settings, fingerprint=fingerprint(folder) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
-    return wrap(network, tokenizer, settings, image_budget(_companion(name, "preprocessor_config.json"), config))
+    return wrap(network, tokenizer, settings, image_budget(_companion(folder, "preprocessor_config.json"), config))
+
+
+def _is_our_own(folder: Path) -> bool:
+    """Whether a folder is a whole checkpoint that TraceIR saved, of which Network runs all there is."""
+    files = ("traceir.json", "config.json", "tokenizer.json")
+    if (folder / ADAPTER).is_file() or not all((folder / file).is_file() for file in files):
+        return False
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        return False  # the other road says what is wrong
+    return isinstance(config, dict) and fits(config)
+
+
+def _load_our_own(folder: Path, *, device: str, dtype: torch.dtype, **overrides: Any) -> TraceModel:
+    settings = overridden(read_settings(folder / "traceir.json") or TraceSettings(), overrides)
+    if not settings.fingerprint:
+        settings = replace(settings, fingerprint=fingerprint(folder))
+    network = read_network(folder, dtype).to(device)
+    budget = image_budget(_companion(folder, "preprocessor_config.json"), network.config)
+    return wrap(network, Words(folder / "tokenizer.json"), settings, budget)
 
 
 def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:
@@ -249,6 +282,10 @@ def save(model: TraceModel, target: Path, *, state: dict[str, torch.Tensor] | No
     `state` are the weights to write where the network in memory holds only a part of them (training over several processes).
     The stored fingerprint is that of the weights as written; the folder's own is returned through `load`.
     """
+    if isinstance(model.network, Network):
+        raise ModelError(
+            f"cannot save {target}: the model was loaded for inference; load it with `traceir.model.load`, then save"
+        )
     if hasattr(model.network, "peft_config"):
         raise ModelError(f"cannot save {target} as a checkpoint: an adapter is attached; save it by `save_adapter`, then merge")
     with written_whole(target) as fresh:
@@ -275,7 +312,11 @@ def written_whole(target: Path) -> Iterator[Path]:
 
 
 def save_companions(model: TraceModel, folder: Path) -> None:
-    """Tokenizer, preprocessor_config.json and, last, traceir.json with the fingerprint of the weights in the folder."""
+    """Tokenizer, preprocessor_config.json, modules.json and, last, traceir.json with the fingerprint of the weights there.
+
+    modules.json tells sentence-transformers which module reads the folder; without it the library would make a model of its own
+    with other vectors.
+    """
     model.processor.tokenizer.save_pretrained(folder)
     image = model.processor.image
     preprocessor = {
@@ -291,6 +332,8 @@ def save_companions(model: TraceModel, folder: Path) -> None:
         "image_std": list(image.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    module = {"idx": 0, "name": "0", "path": "", "type": "traceir.sentence.TraceModule"}
+    (folder / "modules.json").write_text(json.dumps([module], indent=2) + "\n")
     written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
     # What is not used is left out, so that earlier releases read the file too.
     written = {name: value for name, value in written.items() if not (name in ("profile", "candidates_write") and not value)}
@@ -319,6 +362,8 @@ def add_emb_token(network: Any, tokenizer: Any) -> int:
 
 def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:
     """A model with random weights: `config` names the sizes, token ids are taken from the tokenizer."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
     torch.manual_seed(seed)
     for field, token in (
         ("image_token_id", IMAGE_PAD),
@@ -356,13 +401,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _companion(name: str, file: str) -> Path | None:
-    """A file beside the weights, in a directory or on the hub; None where the checkpoint has none."""
-    if Path(name).is_dir():
-        found: str | None = str(Path(name) / file) if (Path(name) / file).is_file() else None
-    else:
-        found = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
-    return Path(found) if found else None
+def _companion(folder: Path, file: str) -> Path | None:
+    """A file beside the weights; None where the checkpoint has none."""
+    return folder / file if (folder / file).is_file() else None
 
 
 def overridden(settings: TraceSettings, overrides: Mapping[str, Any]) -> TraceSettings:
@@ -425,35 +466,3 @@ def _linear_patches(patch_embed: Any) -> None:
         return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
     patch_embed.forward = forward
-
-
-def _vision_batch(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.Tensor:
-    """The vision tower over N pictures of one grid that fits the attention window: [N, tokens, D]."""
-    count, per_picture = patches_NPC.shape[:2]
-    merge = visual.spatial_merge_size
-    rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
-    grouped = [side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns)]
-    places = torch.stack(grouped, dim=-1).to(patches_NPC.device)
-    states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_picture, -1)
-    cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
-    for block in visual.blocks:
-        states = states + _vision_attention(block.attn, block.norm1(states), cosine, sine)
-        states = states + block.mlp(block.norm2(states))
-    merged: torch.Tensor = visual.merger(states).view(count, per_picture // merge**2, -1)
-    return merged
-
-
-def _vision_attention(attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    count, length, _ = states_NPD.shape
-    query, key, value = attention.qkv(states_NPD).view(count, length, 3, attention.num_heads, -1).unbind(2)
-    query, key = ((part * cosine + _rotate_half(part) * sine).to(value.dtype) for part in (query, key))
-    mixed = functional.scaled_dot_product_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=attention.scaling
-    )
-    projected: torch.Tensor = attention.proj(mixed.transpose(1, 2).reshape(count, length, -1))
-    return projected
-
-
-def _rotate_half(part: torch.Tensor) -> torch.Tensor:
-    first, second = part.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir import __version__
+from traceir.checkpoint import MODEL_VARIABLE
 
 # Copies, so that the parser imports nothing; tests/test_cli.py holds them to the originals.
 ROUTES: Final = ("auto", "reason", "direct")
@@ -35,7 +36,6 @@ PRESETS: Final = (
     "qwen2.5-vl-7b",
 )
 SCALES: Final = ("small", "full")
-MODEL_VARIABLE: Final = "TRACEIR_MODEL"
 ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
 
 Run = Callable[[argparse.Namespace], int]

@@ -6,11 +6,11 @@ import argparse
 import os
 import re
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from traceir.errors import InputError, ModelError
-from traceir.parser import ENGINE_KEY_VARIABLE, MODEL_VARIABLE
+from traceir.checkpoint import bundled_model, check_model
+from traceir.errors import InputError
+from traceir.parser import ENGINE_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
@@ -18,48 +18,51 @@ if TYPE_CHECKING:
 
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
+DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia", "xla")
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-
-
-def bundled_model() -> Path:
-    """The checkpoint used where no `--model` is given: $TRACEIR_MODEL, else `models/mini` of the repository."""
-    named = os.environ.get(MODEL_VARIABLE)
-    if named:
-        return Path(named)
-    folder = Path(__file__).parents[2] / "models" / "mini"
-    if not (folder / "config.json").is_file():
-        raise ModelError(
-            f"there is no bundled checkpoint at {folder}; give --model DIR_OR_HUB_ID, or set {MODEL_VARIABLE}, "
-            "or train one with `traceir train --preset mini`"
-        )
-    return folder
 
 
 def model_name(args: argparse.Namespace) -> str:
     return str(args.model or bundled_model())
 
 
+def check_model_options(args: argparse.Namespace) -> None:
+    """What can be told to be wrong with --model and --device before torch is imported. Raises InputError or ModelError."""
+    check_model(model_name(args))
+    _check_device(args.device)
+
+
 def load_encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
-    """The encoder of `--model`; transformers keeps quiet unless asked."""
+    """The encoder of `--model`; transformers, where it is needed, keeps quiet unless asked."""
     name = model or model_name(args)
+    check_model(name)
+    _check_device(args.device)
+    if not args.verbose:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not shows_progress():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
-    from transformers.utils import logging as transformers_logging
 
     from traceir.encoder import Encoder
     from traceir.model import load
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if not args.verbose:
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
     try:
-        device = torch.device(args.device)
-    except RuntimeError as error:
-        raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; leave --device out to run on the CPU")
-    return Encoder(load(name, device=str(device), dtype=getattr(torch, args.dtype), profile=args.profile))
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
+        ) from error
+    return Encoder(load(name, device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True))
+
+
+def _check_device(name: str) -> None:
+    """Whether torch knows such a device, without asking it, for that takes seconds."""
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or (":" in name and not (number.isascii() and number.isdigit())):
+        raise InputError(f"--device {name!r} is unknown to torch; write for instance cpu or cuda")
 
 
 def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:

@@ -26,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from traceir.batch import Layout, Pixels, Processor, smart_resize
+from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
 from traceir.errors import InputError, ModelError
 from traceir.items import ROUTES, Encoding, Item, Query, Route, Vector
@@ -376,14 +377,11 @@ def without_weights(source: str | Path) -> TraceModel:
 
     Raises ModelError where an engine could not serve what is asked: adapters, profiles, a read-out at the token itself.
     """
-    from huggingface_hub import snapshot_download
     from transformers import AutoConfig, AutoTokenizer
 
     name = str(source)
     try:
-        local = (
-            Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.txt"]))
-        )
+        local = fetch(name, weights=False)
         settings = read_settings(local / "traceir.json") if (local / "traceir.json").is_file() else None
         if settings is None or not (local / "config.json").is_file():
             raise ModelError(f"{name} has no config.json with traceir.json; an engine serves whole checkpoints: `traceir merge`")

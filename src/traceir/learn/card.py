@@ -16,8 +16,9 @@ from typing import Any, Final
 from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
-from traceir.adapter import Base, adapter_folder, read_base, weights_fingerprint
+from traceir.adapter import Base, read_base, weights_fingerprint
 from traceir.batch import check_read_out
+from traceir.checkpoint import ADAPTER
 from traceir.errors import InputError, ModelError
 from traceir.learn import hub
 from traceir.learn import markdown as md
@@ -121,7 +122,7 @@ def _check_file(path: Path) -> None:
 
 def _check_whole(folder: Path) -> None:
     """Weights, configuration and traceir.json are there, fit each other, and mean something to others."""
-    base = read_base(folder) if adapter_folder(str(folder)) is not None else None
+    base = read_base(folder) if (folder / ADAPTER).is_file() else None
     needed = ["traceir.json", "tokenizer.json"] if base is not None else ["config.json", "traceir.json", "tokenizer.json"]
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise ModelError(f"{folder} lacks {', '.join(missing)}; push a checkpoint that traceir has saved")
@@ -154,7 +155,7 @@ def _facts(folder: Path, run: Path | None, evaluations: Sequence[Path], repo: st
     settings = read_settings(folder / "traceir.json")
     if settings is None:
         raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")
-    base = read_base(folder) if adapter_folder(str(folder)) is not None else None
+    base = read_base(folder) if (folder / ADAPTER).is_file() else None
     meta = _read_meta(folder, run)
     fingerprint = settings.fingerprint or weights_fingerprint(folder)
     results = tuple(_read_results(place, fingerprint) for place in evaluations)

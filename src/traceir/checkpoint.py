@@ -1,0 +1,100 @@
+"""Where a checkpoint is: the bundled one, a folder, an id on the Hugging Face hub. Answered without torch, so that a wrong name
+costs nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from traceir.errors import ModelError
+
+MODEL_VARIABLE: Final = "TRACEIR_MODEL"
+ADAPTER: Final = "adapter_config.json"
+"""PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
+COMPANIONS: Final = ("*.json", "*.jinja", "*.txt")
+WEIGHTS: Final = "*.safetensors"
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_KNOCK_S: Final = 3.0
+
+
+def bundled_model() -> Path:
+    """The checkpoint used where none is named: $TRACEIR_MODEL, else the one that comes with the package."""
+    named = os.environ.get(MODEL_VARIABLE)
+    if named:
+        return Path(named)
+    folder = Path(__file__).parent / "models" / "mini"
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"there is no bundled checkpoint at {folder}; give --model DIR_OR_HUB_ID, or set {MODEL_VARIABLE}, "
+            "or train one with `traceir train --preset mini`"
+        )
+    return folder
+
+
+def check_model(name: str) -> None:
+    """Raises ModelError where a name can be no checkpoint: no such folder, a folder without one, a word that is no hub id."""
+    place = Path(name)
+    if place.is_dir():
+        if not any((place / file).is_file() for file in ("config.json", ADAPTER)):
+            raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
+    elif place.exists():
+        raise ModelError(f"{name} is a file; --model takes a Hugging Face checkpoint directory or a hub id")
+    elif not is_hub_id(name):
+        raise ModelError(
+            f"there is no folder {name!r}; --model takes a Hugging Face checkpoint directory, or a hub id such as "
+            "Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder has the form OWNER/NAME, and OWNER is not a folder here in which NAME is only missing."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
+
+
+def fetch(name: str, *, weights: bool = True) -> Path:
+    """The folder of a checkpoint: its own, or the one in the hub's local cache, filled now where it is not there yet.
+
+    `weights` False leaves out what a tokenizer and settings do not need.
+
+    Where the hub does not answer, what is in the cache is used at once. Raises ModelError where that is nothing.
+    """
+    check_model(name)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    answers, wanted = hub_answers(), [*COMPANIONS, WEIGHTS] if weights else [*COMPANIONS]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not answers))
+    except (OSError, ValueError) as error:
+        if answers:
+            raise ModelError(f"{name} cannot be had from the hub: {error}") from error
+        raise ModelError(
+            f"{name} is no folder here and not in the local cache of the Hugging Face hub, which {_hub()} does not answer for; "
+            "check the name and the connection"
+        ) from error
+
+
+def hub_answers() -> bool:
+    """Whether the hub can be reached: one try to connect, of three seconds at most, in place of minutes of retries.
+
+    Taken for granted behind a proxy, which alone can tell.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    place = urlsplit(_hub())
+    try:
+        with socket.create_connection((place.hostname or "", place.port or (80 if place.scheme == "http" else 443)), _KNOCK_S):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def _hub() -> str:
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"

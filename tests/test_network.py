@@ -1,0 +1,149 @@
+"""The network for inference against transformers' class: the same weights, the same numbers, without importing transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import both_roads, make_queries, picture, random_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen2_5_VLConfig
+
+from traceir.checkpoint import bundled_model
+from traceir.encoder import Encoder
+from traceir.errors import ModelError
+from traceir.items import Item
+from traceir.learn.small import train_tokenizer
+from traceir.model import TraceModel, create, load, save
+from traceir.network import Network, Words, fits
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(both_roads(random_model(), make_queries()), tmp_path_factory.mktemp("network") / "checkpoint")
+
+
+def windowed_model() -> TraceModel:
+    """Real proportions in small: shared keys, windows of 2 x 2 merged cells, one of three layers over the whole picture."""
+    made = random_model()
+    whole = made.network.config.to_dict()
+    whole["vision_config"] |= {"depth": 3, "window_size": 32, "fullatt_block_indexes": [1]}
+    whole["text_config"] |= {"num_key_value_heads": 2, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}}  # fmt: skip
+    tokenizer = train_tokenizer(["a red cube", "a green ball"] * 20, 300)
+    image = replace(made.processor.image, min_pixels=16 * 16, max_pixels=160 * 160)
+    return create(Qwen2_5_VLConfig.from_dict(whole), tokenizer, made.settings, image, seed=3)
+
+
+@pytest.mark.parametrize("route", ["auto", "reason", "direct"])
+def test_encodings_are_those_of_transformers(checkpoint: Path, route: str) -> None:
+    stock, ours = Encoder(load(checkpoint)), Encoder.from_pretrained(checkpoint)
+    assert isinstance(ours.model.network, Network) and not isinstance(stock.model.network, Network)
+    assert (ours.fingerprint, ours.prompt_version, ours.width, ours.vector_settings) == (
+        stock.fingerprint, stock.prompt_version, stock.width, stock.vector_settings,
+    )  # fmt: skip
+    queries = make_queries()
+    for one, other in zip(ours.encode_queries(queries, route=route), stock.encode_queries(queries, route=route), strict=True):
+        assert (one.route, one.reasoning, one.tokens, one.truncated) == (
+            other.route,
+            other.reasoning,
+            other.tokens,
+            other.truncated,
+        )
+        assert float(one.vector @ other.vector) > 0.999999
+        assert one.emb_probability == pytest.approx(other.emb_probability, abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (48, 80), (144, 112), (160, 160)], ids=str)
+def test_windows_of_a_picture_are_those_of_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Whole windows, windows cut at the right and at the bottom, pictures of one window, and several pictures at once."""
+    model = windowed_model()
+    ours = load(save(model, tmp_path / "checkpoint"), inference=True)
+    items = [Item.of(image=picture(number, *size), text="a red cube") for number in range(2)]
+    batch = ours.processor.collate([ours.processor.lay_out(ours.prompt(item)) for item in [*items, Item.of(image=picture(9))]])
+    assert batch.patches is not None and batch.grids is not None
+    with torch.no_grad():
+        stock = torch.cat(model.network.model.get_image_features(batch.patches, batch.grids, return_dict=True).pooler_output)
+        assert torch.allclose(ours.picture_features(batch.patches, batch.grids), stock, atol=2e-5)
+        shown = batch.mask.bool()
+        assert torch.allclose(ours.hidden(batch)[shown], model.hidden(batch)[shown], atol=5e-5)
+
+
+def test_bfloat16_and_two_matrices_are_read_as_they_are(checkpoint: Path) -> None:
+    stock, ours = (load(checkpoint, dtype=torch.bfloat16, inference=inference) for inference in (False, True))
+    assert not torch.equal(ours.network.lm_head.weight, ours.network.model.language_model.embed_tokens.weight)
+    vectors = [
+        np.stack([one.vector for one in Encoder(model).encode_queries(make_queries(), route="direct")]) for model in (stock, ours)
+    ]
+    assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
+    assert ours.network.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_weights_in_shards_and_files_beside_them(checkpoint: Path, tmp_path: Path) -> None:
+    model = load(checkpoint)
+    folder = save(model, tmp_path / "shards")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
+    for file, own in parts.items():
+        save_file({name: weights[name] for name in own}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, own in parts.items() for name in own}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ours = load(folder, inference=True)
+    for name, value in load(checkpoint, inference=True).network.state_dict().items():
+        assert torch.equal(value, ours.network.state_dict()[name]), name
+    (folder / "model-2.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model-2\.safetensors"):
+        load(folder, inference=True)
+
+
+def test_words_are_those_of_transformers(checkpoint: Path) -> None:
+    for folder in (checkpoint, bundled_model()):
+        stock, ours = AutoTokenizer.from_pretrained(folder), Words(folder / "tokenizer.json")
+        assert ours.get_added_vocab() == stock.get_added_vocab()
+        for token in (*stock.get_vocab(), "no such token"):
+            assert ours.convert_tokens_to_ids(token) == stock.convert_tokens_to_ids(token)
+        ids = list(range(0, len(stock), 3))
+        assert ours.decode(ids, skip_special_tokens=True) == stock.decode(ids, skip_special_tokens=True)
+        assert ours.decode(ids, skip_special_tokens=False) == stock.decode(ids, skip_special_tokens=False)
+
+
+def test_what_it_lacks_takes_the_other_road(checkpoint: Path, tmp_path: Path) -> None:
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert fits(config)
+    for part, change in (
+        (None, {"model_type": "qwen3_vl"}),
+        (None, {"quantization_config": {}}),
+        ("text_config", {"use_sliding_window": True}),
+        ("text_config", {"hidden_act": "gelu"}),
+        ("text_config", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0, "mrope_section": [1, 1, 1]}}),
+    ):
+        other = json.loads(json.dumps(config))
+        (other if part is None else other[part]).update(change)
+        assert not fits(other), change
+    model = load(checkpoint, inference=True)
+    with pytest.raises(ModelError, match="loaded for inference"):
+        save(model, tmp_path / "no")
+
+
+def test_field_report_02_a_search_imports_neither_transformers_nor_torch_before_it_must(checkpoint: Path, tmp_path: Path) -> None:
+    """All that costs time at the start; benchmarks/start.py has the times."""
+    index, text = tmp_path / "index", tmp_path / "a.txt"
+    text.write_text("a red cube")
+    script = f"""
+import sys
+from traceir.cli import main
+assert "torch" not in sys.modules
+assert main(["index", "add", {str(text)!r}, "--index", {str(index)!r}, "--model", {str(checkpoint)!r}]) == 0
+assert main(["search", "--text", "a red cube", "--index", {str(index)!r}, "--model", {str(checkpoint)!r}]) == 0
+heavy = {{"transformers", "torch._dynamo", "scipy", "sympy", "torch.distributed.tensor", "matplotlib", "huggingface_hub"}}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
