@@ -1,3 +1,52 @@
-"""TraceIR: universal multimodal retrieval that thinks when a query needs it (an implementation of TRACE, arXiv 2603.02929)."""
+"""TraceIR: universal multimodal retrieval that thinks when a query needs it (an implementation of TRACE, arXiv 2603.02929).
+
+    from traceir import Encoder, Item, Query, Searcher, open_index
+
+    encoder = Encoder.from_pretrained()
+    with open_index("things.index", encoder, create=True) as index:
+        searcher = Searcher(encoder, index)
+        searcher.add([Item.of(image="ring.jpg", id="ring"), Item.of(text="A red ring.", id="note")])
+        print(searcher.search(Query.of(image="ring.jpg", text="Make it blue.")).hits)
+
+What is named here is imported when it is first asked for, so that `import traceir` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from traceir.client import Client
+    from traceir.encoder import Encoder
+    from traceir.errors import TraceError
+    from traceir.index import And, Eq, In, Range, open_index
+    from traceir.items import Encoding, Hit, Item, Query
+    from traceir.pictures import Picture
+    from traceir.search import Searcher
 
 __version__ = "0.1.0"
+__all__ = [
+    "And", "Client", "Encoder", "Encoding", "Eq", "Hit", "In", "Item", "Picture", "Query", "Range", "Searcher", "TraceError",
+    "open_index",
+]  # fmt: skip
+_HOMES = {
+    **dict.fromkeys(("And", "Eq", "In", "Range", "open_index"), "traceir.index"),
+    **dict.fromkeys(("Encoding", "Hit", "Item", "Query"), "traceir.items"),
+    "Client": "traceir.client",
+    "Encoder": "traceir.encoder",
+    "Picture": "traceir.pictures",
+    "Searcher": "traceir.search",
+    "TraceError": "traceir.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'traceir' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,7 +23,16 @@ from traceir.learn import verbs
 from traceir.learn.reasoning import verbs as reasoning
 from traceir.parser import assemble
 from traceir.serve import verbs as serving
-from traceir.terminal import PARTLY, clean_lines, load_encoder, model_name, one_line, open_encoder, shows_progress
+from traceir.terminal import (
+    PARTLY,
+    check_model_options,
+    clean_lines,
+    load_encoder,
+    model_name,
+    one_line,
+    open_encoder,
+    shows_progress,
+)
 
 if TYPE_CHECKING:
     from traceir.index.filters import Filter
@@ -101,15 +110,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _index_add(args: argparse.Namespace) -> int:
-    from traceir.index import open_index_of
+    from traceir.index import open_index
     from traceir.ingest import add
 
     for path in args.paths:
         if not Path(path).exists():
             raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
+    check_model_options(args)
     if args.workers is None:
         encoder = open_encoder(args)
-        with open_index_of(encoder, args.index, create=True, dtype=args.store) as index:
+        with open_index(args.index, encoder, create=True, dtype=args.store) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
     else:
@@ -125,7 +135,7 @@ def _index_add(args: argparse.Namespace) -> int:
 
 def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     """What `index add --workers` does. A worker takes --threads CPUs (default: 1), and one GPU with --device cuda."""
-    from traceir.index import open_index_of
+    from traceir.index import open_index
     from traceir.ingest_cluster import add_on_ray, describe_encoder
     from traceir.ray_session import Share, on_ray
 
@@ -135,7 +145,7 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     make_encoder = partial(open_encoder, _encoder_anywhere(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
-        with open_index_of(maker, args.index, create=True, dtype=args.store) as index:
+        with open_index(args.index, maker, create=True, dtype=args.store) as index:
             report = add_on_ray(
                 args.paths, index, make_encoder,
                 workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),
@@ -154,7 +164,7 @@ def _encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
 def _index_info(args: argparse.Namespace) -> int:
     from traceir.index import open_index
 
-    with open_index(args.index, fingerprint=None, prompt_version=None) as index:
+    with open_index(args.index) as index:
         info = index.info()
     if args.json:
         print(json.dumps({**asdict(info), "count": info.count}))
@@ -177,7 +187,7 @@ def _index_info(args: argparse.Namespace) -> int:
 def _index_remove(args: argparse.Namespace) -> int:
     from traceir.index import open_index
 
-    with open_index(args.index, fingerprint=None, prompt_version=None) as index:
+    with open_index(args.index) as index:
         missing = sorted(set(args.ids) - set(index.get(args.ids)))
         removed = index.delete(args.ids)
     print(f"removed {removed}")
@@ -189,7 +199,7 @@ def _index_remove(args: argparse.Namespace) -> int:
 def _index_optimise(args: argparse.Namespace) -> int:
     from traceir.index import open_index
 
-    with open_index(args.index, fingerprint=None, prompt_version=None) as index:
+    with open_index(args.index) as index:
         index.build_approximate()
         info = index.info()
     print(f"{info.count} items in {info.cells} cells; an approximate search visits {info.probes} of each modality's")
@@ -200,7 +210,7 @@ def _index_copy(args: argparse.Namespace) -> int:
     from traceir.index import open_index
     from traceir.index.copy import copy
 
-    with open_index(args.source, fingerprint=None, prompt_version=None) as source:
+    with open_index(args.source) as source:
         info = source.info()
         with open_index(
             args.target,
@@ -217,20 +227,20 @@ def _index_copy(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
-    from traceir.index import open_index, open_index_of
+    from traceir.index import open_index
     from traceir.search import Searcher
 
     query, where = _query(args), parse_where(args.where)
-    open_index(args.index, fingerprint=None, prompt_version=None).close()  # a wrong path shows before the model is loaded
+    check_model_options(args)
+    open_index(args.index).close()  # a wrong path shows before the model is loaded
     encoder = open_encoder(args)
-    with open_index_of(encoder, args.index) as index:
+    with open_index(args.index, encoder) as index:
         found = Searcher(encoder, index).search(query, k=args.k, route=args.route, where=where, exact=not args.approximate)
     print(json.dumps(_result_as_json(found)) if args.json else _result_as_text(found))
     return 0
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from traceir.explain import describe, explain
     from traceir.items import Item
     from traceir.pictures import Picture
 
@@ -238,6 +248,9 @@ def _explain(args: argparse.Namespace) -> int:
         raise InputError("--candidate takes neither --instruction nor --modality; those belong to queries")
     item = Item.of(text=args.text, image=Picture.open(args.image) if args.image else None) if args.candidate else None
     query = None if args.candidate else _query(args)
+    check_model_options(args)
+    from traceir.explain import describe, explain
+
     model = load_encoder(args).model
     content = item or query
     assert content is not None

@@ -50,7 +50,7 @@ MOST_STARTS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What is known of an encoder that lives elsewhere: enough for `open_index_of`."""
+    """What is known of an encoder that lives elsewhere: enough for `open_index`."""
 
     fingerprint: str
     prompt_version: str

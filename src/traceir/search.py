@@ -58,11 +58,19 @@ class Searcher:
         self.encoder = encoder
         self.index = index
 
+    def add(self, items: Sequence[Item]) -> None:
+        """Encodes items and keeps them, durably; those whose ids are there already are replaced. Files: `traceir.ingest.add`."""
+        if items:
+            self.index.check(items)
+            self.index.upsert(items, np.stack([encoding.vector for encoding in self.encoder.encode_items(items)]))
+
     def search(
-        self, query: Query, *, k: int = 10, route: Route = "auto", where: Filter | None = None, exact: bool = True
+        self, query: Query | str, *, k: int = 10, route: Route = "auto", where: Filter | None = None, exact: bool = True
     ) -> SearchResult:
-        """The k best items for a query, only of its target modality where it names one."""
-        return self.search_many([query], k=k, route=route, where=where, exact=exact)[0]
+        """The k best items for a query, or for words, only of its target modality where it names one."""
+        return self.search_many(
+            [Query.of(text=query) if isinstance(query, str) else query], k=k, route=route, where=where, exact=exact
+        )[0]
 
     def search_many(
         self,

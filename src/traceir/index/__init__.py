@@ -13,16 +13,17 @@ from traceir.index.sqlite import SqliteIndex
 from traceir.index.store import Index, IndexInfo, Maker, Stored, StoredType
 
 __all__ = [
-    "And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index", "open_index_of",
+    "And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index",
 ]  # fmt: skip
 
 
 @overload
 def open_index(
     uri: Path,
+    encoder: Maker | None = None,
     *,
-    fingerprint: str | None,
-    prompt_version: str | None,
+    fingerprint: str | None = None,
+    prompt_version: str | None = None,
     dim: int | None = None,
     create: bool = False,
     dtype: StoredType = "float32",
@@ -33,9 +34,10 @@ def open_index(
 @overload
 def open_index(
     uri: str | os.PathLike[str],
+    encoder: Maker | None = None,
     *,
-    fingerprint: str | None,
-    prompt_version: str | None,
+    fingerprint: str | None = None,
+    prompt_version: str | None = None,
     dim: int | None = None,
     create: bool = False,
     dtype: StoredType = "float32",
@@ -45,9 +47,10 @@ def open_index(
 
 def open_index(
     uri: str | os.PathLike[str],
+    encoder: Maker | None = None,
     *,
-    fingerprint: str | None,
-    prompt_version: str | None,
+    fingerprint: str | None = None,
+    prompt_version: str | None = None,
     dim: int | None = None,
     create: bool = False,
     dtype: StoredType = "float32",
@@ -58,11 +61,13 @@ def open_index(
     A path names a folder, `milvus-lite:./FILE.db` a local file of Milvus, `http://HOST:19530/NAME` a collection on a Milvus
     server or cluster (without /NAME, the one called `traceir`).
 
-    `fingerprint` and `prompt_version` are the encoder's; another model's index is refused (StoreError). With None the
-    index can be looked at and pruned (info, get, scan, delete), not searched or added to. `dim`, the encoder's width,
-    is needed to create and checked otherwise. `dtype` counts at creation only. `timeout`: seconds to wait for a writer,
-    or for a server to answer.
+    `encoder` is who makes the vectors; another model's index is refused (StoreError). Without one the index can be looked at and
+    pruned (info, get, scan, delete), not searched or added to. What is asked of an encoder can be told instead: its
+    `fingerprint`, its `prompt_version`, and `dim`, its width, which is needed to create and checked otherwise. `dtype`
+    counts at creation only. `timeout`: seconds to wait for a writer, or for a server to answer.
     """
+    if encoder is not None:
+        fingerprint, prompt_version, dim = encoder.fingerprint, encoder.prompt_version, encoder.width
     text = os.fspath(uri)
     if not isinstance(uri, Path) and text.startswith(("milvus-lite:", "http://", "https://")):
         from traceir.index.milvus import MilvusIndex
@@ -91,11 +96,4 @@ def open_index(
         create=create,
         dtype=dtype,
         timeout=timeout,
-    )
-
-
-def open_index_of(maker: Maker, uri: str | os.PathLike[str], *, create: bool = False, dtype: StoredType = "float32") -> Index:
-    """`open_index` for the vectors of one encoder."""
-    return open_index(
-        uri, fingerprint=maker.fingerprint, prompt_version=maker.prompt_version, dim=maker.width, create=create, dtype=dtype
     )

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from traceir.checkpoint import check_model
 from traceir.errors import InputError
 from traceir.parser import ROUTES
-from traceir.terminal import PARTLY, load_encoder, one_line, shows_progress, split
+from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, shows_progress, split
 
 
 def report(args: argparse.Namespace) -> int:
@@ -47,13 +48,12 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    _check_folders(args)
+    routes = _routes(args)
     from traceir.learn.embeddings import shard_from_environment
     from traceir.learn.evaluate import evaluate, rehearse
     from traceir.learn.judged import table
 
-    routes = _routes(args)
-    if not Path(args.data).is_dir():
-        raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
     rows = split(args.rows) if args.rows is not None else None
     data, out = Path(args.data), Path(args.out)
     if args.dry_run:
@@ -74,6 +74,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 
 def unseen(args: argparse.Namespace) -> int:
+    _check_folders(args)
     from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
 
     columns = split(args.columns) if args.columns is not None else None
@@ -93,6 +94,13 @@ def unseen(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_folders(args: argparse.Namespace) -> None:
+    """What can be told to be wrong with --data, --model and --device before anything heavy is imported."""
+    if not Path(args.data).is_dir():
+        raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
+    check_model_options(args)
+
+
 def _routes(args: argparse.Namespace) -> list[Any]:
     routes: list[Any] = list(dict.fromkeys(split(",".join(args.route or ["auto"]))))
     if unknown := [route for route in routes if route not in ROUTES]:
@@ -108,6 +116,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def faithfulness(args: argparse.Namespace) -> int:
+    _check_folders(args)
     from traceir.learn.faithful import probe, table
 
     rows = split(args.rows) if args.rows is not None else None
@@ -141,6 +150,12 @@ def minibeir_sheet(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
+    if args.data is not None and not Path(args.data).is_dir():
+        raise InputError(f"data folder {args.data} does not exist; give a folder in M-BEIR's layout or of M-BEIR-CoT")
+    if args.init is not None:
+        check_model(str(args.init))
+    if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
+        raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
     from traceir.learn.presets import resolve
     from traceir.learn.train import train
 
@@ -148,8 +163,6 @@ def train(args: argparse.Namespace) -> int:
         _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
     config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
-    if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
-        raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
     print(train(config, resume_from=args.resume_from))
     return 0
 
@@ -200,6 +213,7 @@ def ablate(args: argparse.Namespace) -> int:
 
 
 def merge(args: argparse.Namespace) -> int:
+    check_model(args.adapter)
     import torch
 
     from traceir.adapter import merge

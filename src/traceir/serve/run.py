@@ -9,7 +9,6 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -19,11 +18,12 @@ import numpy as np
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
-from traceir.index import open_index_of
+from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyGuard
+from traceir.serve.config import ServeConfig
 from traceir.serve.fetch import Fetcher
 from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
@@ -38,57 +38,11 @@ from traceir.serve.service import Service
 from traceir.serve.tenants import Census
 
 log = logging.getLogger(__name__)
-DISTRIBUTED: Final = ("milvus-lite:", "http://", "https://")
-LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 SWITCH_S: Final = 0.0005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
 small model takes."""
 LOOKED_AT: Final = 20_000
 """Items looked at for the folders of their pictures."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServeConfig:
-    """How a server runs.
-
-    `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the start. `uploads`: where
-    pictures that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
-    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address.
-    """
-
-    index: str
-    host: str = "127.0.0.1"
-    port: int = 8080
-    keys: Path | None = None
-    pictures: tuple[Path, ...] = ()
-    uploads: Path | None = None
-    allow_hosts: tuple[str, ...] = ()
-    cors: tuple[str, ...] = ()
-    fetch_hosts: tuple[str, ...] = ()
-    requests_per_minute: int = 6_000
-    capacity: int = 512
-    writing: int = 64
-    remembered: int = 8192
-    deadline_s: float = 60.0
-    model_name: str = "traceir"
-    title: str = "TraceIR"
-    instructions: Path | None = None
-    inputs_per_minute: int = 60_000
-    audit: Path | None = None
-    audit_contents: bool = False
-
-    def __post_init__(self) -> None:
-        if self.keys is None and self.host not in LOOPBACK:
-            raise InputError(
-                f"--host {self.host} is not this machine alone, and there are no keys; make some with `traceir keys add` and "
-                "give --keys FILE, or listen on 127.0.0.1"
-            )
-        if not 0 <= self.port < 2**16:
-            raise InputError(f"port {self.port} does not exist; give 0 (a free one) to 65535")
-        if self.uploads is None and self.index.startswith(DISTRIBUTED):
-            raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
-        if self.deadline_s <= 0:
-            raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
 
 
 def make_server(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder]) -> Server:
@@ -161,7 +115,7 @@ def serve(
 
 async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
     encoder = await asyncio.to_thread(load)
-    index = await asyncio.to_thread(open_index_of, encoder, config.index, create=True)  # refuses that of another model
+    index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
     store = PictureStore(_uploads(config))
     if config.uploads is None and store.folder.is_dir():

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceir.errors import InputError
-from traceir.terminal import open_encoder
+from traceir.serve.config import ServeConfig
+from traceir.terminal import check_model_options, open_encoder
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
 
 
 def serve(args: argparse.Namespace) -> int:
-    try:
-        from traceir.serve.run import ServeConfig, serve
-    except ImportError as error:
-        raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
     config = ServeConfig(
         index=args.index,
         host=args.host,
@@ -41,6 +38,13 @@ def serve(args: argparse.Namespace) -> int:
         audit=args.audit,
         audit_contents=args.audit_contents,
     )
+    check_model_options(args)
+    if args.keys is not None and not args.keys.is_file():
+        raise InputError(f"--keys {args.keys} is not there; make it with `traceir keys add NAME --file {args.keys}`")
+    try:
+        from traceir.serve.run import serve
+    except ImportError as error:
+        raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
     load = partial(open_encoder, args, in_flight=args.capacity)
     serve(config, load, lambda told: print(told, flush=True), open_browser=args.open)
     return 0
@@ -48,7 +52,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def serve_demo(index: str, encoder: Encoder) -> int:
     """The gallery of the demonstration on a page, until Ctrl-C."""
-    from traceir.serve.run import ServeConfig, serve
+    from traceir.serve.run import serve
 
     config = ServeConfig(index=index, title="TraceIR, the gallery of the demonstration")
     serve(config, lambda: encoder, lambda told: print(f"{told} (Ctrl-C ends it)", flush=True), open_browser=True)

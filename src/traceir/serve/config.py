@@ -1,0 +1,56 @@
+"""How a server runs; wrong settings are told before anything heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from traceir.errors import InputError
+
+DISTRIBUTED: Final = ("milvus-lite:", "http://", "https://")
+LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How a server runs.
+
+    `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the start. `uploads`: where
+    pictures that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
+    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address.
+    """
+
+    index: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: Path | None = None
+    pictures: tuple[Path, ...] = ()
+    uploads: Path | None = None
+    allow_hosts: tuple[str, ...] = ()
+    cors: tuple[str, ...] = ()
+    fetch_hosts: tuple[str, ...] = ()
+    requests_per_minute: int = 6_000
+    capacity: int = 512
+    writing: int = 64
+    remembered: int = 8192
+    deadline_s: float = 60.0
+    model_name: str = "traceir"
+    title: str = "TraceIR"
+    instructions: Path | None = None
+    inputs_per_minute: int = 60_000
+    audit: Path | None = None
+    audit_contents: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keys is None and self.host not in LOOPBACK:
+            raise InputError(
+                f"--host {self.host} is not this machine alone, and there are no keys; make some with `traceir keys add` and "
+                "give --keys FILE, or listen on 127.0.0.1"
+            )
+        if not 0 <= self.port < 2**16:
+            raise InputError(f"port {self.port} does not exist; give 0 (a free one) to 65535")
+        if self.uploads is None and self.index.startswith(DISTRIBUTED):
+            raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
+        if self.deadline_s <= 0:
+            raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
