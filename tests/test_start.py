@@ -31,7 +31,7 @@ def test_field_report_02_wrong_arguments_are_answered_before_torch_is_imported(t
         f"search --text x {index} --model ./nothere": "no folder './nothere'",
         f"search --text x {index} --device gpu": "--device 'gpu'",
         f"explain --text x --model {tmp_path}/nothere": "no folder",
-        f"explain --text x --device gpu": "--device 'gpu'",
+        "explain --text x --device gpu": "--device 'gpu'",
         f"explain --image {tmp_path}/nothere.png": "nothere.png does not exist",
         f"serve {index} --port 99999": "port 99999",
         f"serve {index} --host 0.0.0.0": "there are no keys",

@@ -1,0 +1,86 @@
+"""The first screen of the README, line by line, as a new user would: what it says is printed is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks.readme import README, SAMPLE, printed_by, sample
+from traceir.encoder import Encoder
+from traceir.index import open_index
+from traceir.items import Query
+from traceir.search import Searcher
+
+NUMBER = re.compile(r"\d\.\d{3}\b")
+
+
+@pytest.fixture(scope="module")
+def screen() -> dict[str, list[str]]:
+    """The fenced blocks of the README by language, in order."""
+    blocks: dict[str, list[str]] = {}
+    for language, body in re.findall(r"^```(\w+)\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        blocks.setdefault(language, []).append(body)
+    return blocks
+
+
+@pytest.fixture(scope="module")
+def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What each command of the first screen prints, run in order in an empty folder; those that install and serve are not run."""
+    folder = tmp_path_factory.mktemp("first hour")
+    with contextlib.chdir(folder):
+        lines = [shlex.split(line, comments=True) for line in screen["sh"][0].splitlines()]
+        ran = {}
+        for program, *arguments in lines:
+            if program == "traceir" and arguments[0] != "serve":
+                words = [word for given in arguments for word in (sorted(glob.glob(given)) if "*" in given else [given])]
+                ran[arguments[0]] = printed_by(words)
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(screen["python"][0], "README.md", "exec"), {})
+        ran["python"] = out.getvalue()
+        yield ran
+
+
+def test_field_report_20_the_sample_is_what_the_demo_prints(first_hour: dict[str, str]) -> None:
+    shown = SAMPLE.search(README.read_text(encoding="utf-8"))
+    assert shown is not None, "`python -m benchmarks.readme` writes it"
+    printed = sample(first_hour["demo"])
+    assert NUMBER.sub("#", shown[2]) == NUMBER.sub("#", printed)
+    for said, seen in zip(NUMBER.findall(shown[2]), NUMBER.findall(printed), strict=True):
+        assert float(seen) == pytest.approx(float(said), abs=0.005)
+
+
+def test_field_report_20_the_search_of_the_first_screen_finds_what_it_asks_for(first_hour: dict[str, str]) -> None:
+    first = next(line for line in first_hour["search"].splitlines() if line.startswith("  1  "))
+    assert "scene_wobopo" in first, "a white ring, a blue ring, a purple ring (the letters name colour and shape)"
+
+
+def test_field_report_26_the_python_of_the_first_screen_prints_what_it_says(
+    screen: dict[str, list[str]], first_hour: dict[str, str]
+) -> None:
+    assert first_hour["python"] == screen["text"][0]
+    statements = [line for line in screen["python"][0].splitlines() if line.strip() and "import" not in line]
+    assert len(statements) <= 8
+
+
+def test_field_report_20_the_curl_line_finds_what_it_asks_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
+    line = next(block for block in screen["sh"] if block.startswith("curl"))
+    asked = json.loads(shlex.split(line.replace("\\\n", " "))[-1])
+    assert first_hour
+    encoder = Encoder.from_pretrained()
+    [place] = glob.glob("out/demo/index-*")
+    with open_index(place, encoder) as index:
+        found = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
+    assert "scene_wobopo" in str(found.hits[0].image)
+
+
+def test_pictures_of_the_first_screen_are_there() -> None:
+    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
+        assert (README.parent / target).is_file()
