@@ -12,7 +12,7 @@ import argparse
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -35,6 +35,11 @@ DATA, UNSEEN, MODEL = Path("data/minibeir"), Path("data/minibeir-unseen"), bundl
 STAGES = ("mini-naming", "mini-words", "mini-lessons", "mini")
 BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "no reasoning, same wall time"}
 ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
+WORLD: Final = (
+    "The bundled model is a miniature that knows one drawn world: three objects side by side on a table (ball, cone, cube, mug, "
+    "ring or star, each in one colour), garments, and invented persons and towns. It wants whole sentences, such as: On the left a "
+    "white ring, in the middle a blue ring, on the right a purple ring. A word or two, or real photos, give hits that mean nothing."
+)
 
 
 def main() -> None:
@@ -77,6 +82,8 @@ def bundle(checkpoint: Path) -> None:
         file.unlink()
     for file in checkpoint.iterdir():
         shutil.copyfile(file, MODEL / file.name)
+    settings = MODEL / "traceir.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"world": WORLD}, indent=2) + "\n")
 
 
 def describe(results: dict[str, Any]) -> dict[str, Any]:

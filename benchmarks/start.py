@@ -1,7 +1,7 @@
 """What a command costs before it does its work: CPU time of one search and one picture added, against importing torch alone.
 
-`python -m benchmarks.start --at-most 1.6` starts each in turn, several times, and compares medians of user and system time; with one
-thread, on the bundled model.
+`python -m benchmarks.start --at-most 1.6` starts each in turn, several times, and compares medians of user and system time; with
+one thread, on the bundled model.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import io
 import json
 import re
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +39,9 @@ def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
         ran = {}
         for program, *arguments in lines:
             if program == "traceir" and arguments[0] != "serve":
-                words = [word for given in arguments for word in (sorted(glob.glob(given)) if "*" in given else [given])]
+                words = [
+                    word for given in arguments for word in (map(str, sorted(Path().glob(given))) if "*" in given else [given])
+                ]
                 ran[arguments[0]] = printed_by(words)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
@@ -75,7 +77,7 @@ def test_field_report_20_the_curl_line_finds_what_it_asks_for(screen: dict[str, 
     asked = json.loads(shlex.split(line.replace("\\\n", " "))[-1])
     assert first_hour
     encoder = Encoder.from_pretrained()
-    [place] = glob.glob("out/demo/index-*")
+    [place] = Path().glob("out/demo/index-*")
     with open_index(place, encoder) as index:
         found = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
     assert "scene_wobopo" in str(found.hits[0].image)

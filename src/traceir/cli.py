@@ -119,6 +119,7 @@ def _index_add(args: argparse.Namespace) -> int:
     check_model_options(args)
     if args.workers is None:
         encoder = open_encoder(args)
+        say_world(encoder)
         with open_index(args.index, encoder, create=True, dtype=args.store) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
@@ -234,6 +235,7 @@ def _search(args: argparse.Namespace) -> int:
     check_model_options(args)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
     encoder = open_encoder(args)
+    say_world(encoder)
     with open_index(args.index, encoder) as index:
         found = Searcher(encoder, index).search(query, k=args.k, route=args.route, where=where, exact=not args.approximate)
     print(json.dumps(_result_as_json(found)) if args.json else _result_as_text(found))

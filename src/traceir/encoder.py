@@ -65,6 +65,11 @@ class Encoder:
         return self.model.width
 
     @property
+    def world(self) -> str:
+        """What alone the model knows, in words for users; "" where it has no such bounds."""
+        return self.model.settings.world
+
+    @property
     def vector_settings(self) -> dict[str, str | int | float | None]:
         """What else decides a vector: budgets of text and pictures, the closing text, the type of the weights."""
         image, settings = self.model.processor.image, self.model.settings

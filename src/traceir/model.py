@@ -68,6 +68,8 @@ class TraceSettings:
     max_text_tokens: int = 1024
     closing: str = ""
     fingerprint: str = ""
+    world: str = ""
+    """What alone it knows, in words for whoever searches with it; "" for a model without such bounds."""
     profile: Profile | None = None
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
@@ -336,7 +338,8 @@ def save_companions(model: TraceModel, folder: Path) -> None:
     (folder / "modules.json").write_text(json.dumps([module], indent=2) + "\n")
     written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
     # What is not used is left out, so that earlier releases read the file too.
-    written = {name: value for name, value in written.items() if not (name in ("profile", "candidates_write") and not value)}
+    unused = {name for name in ("profile", "candidates_write", "world") if not written[name]}
+    written = {name: value for name, value in written.items() if name not in unused}
     (folder / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
 
 

@@ -375,7 +375,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         model = load(
             config.init, dtype=dtype, max_text_tokens=config.max_text_tokens,
             max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
-            candidates_write=config.candidates != "direct",
+            candidates_write=config.candidates != "direct", world="",
         )  # fmt: skip
         if model.settings.profile is not None:
             raise TrainError(
