@@ -37,8 +37,9 @@ BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "n
 ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
 WORLD: Final = (
     "The bundled model is a miniature that knows one drawn world: three objects side by side on a table (ball, cone, cube, mug, "
-    "ring or star, each in one colour), garments, and invented persons and towns. It wants whole sentences, such as: On the left a "
-    "white ring, in the middle a blue ring, on the right a purple ring. A word or two, or real photos, give hits that mean nothing."
+    "ring or star, each in one colour), garments, and invented persons and towns. It wants whole sentences, such as: On the left "
+    "a white ring, in the middle a blue ring, on the right a purple ring. A word or two, or real photos, give hits that mean "
+    "nothing."
 )
 
 

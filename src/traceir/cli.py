@@ -31,6 +31,7 @@ from traceir.terminal import (
     model_name,
     one_line,
     open_encoder,
+    say_world,
     shows_progress,
 )
 
