@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import hashlib
 import os
 import re
 import stat
 import struct
+import threading
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Final
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from traceir.errors import PictureError
+from traceir.picture_files import FORMATS, MAX_SCANS, decodable, extent_of, is_cut, largest_block, open_picture
+from traceir.picture_files import SUFFIXES as SUFFIXES
+from traceir.picture_modes import as_rgb, is_deep
 
 MAX_PIXELS: Final = 64_000_000
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_ASPECT_RATIO: Final = 200.0
 """Qwen's smart resize refuses pictures whose longer side is more than 200 times the shorter one."""
-FORMATS: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-SUFFIX_OF: Final = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif"}
-SUFFIXES: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+
+MAX_DECODING_BYTES: Final = 512 * 1024 * 1024
+"""What a process decodes at a time takes together, by estimate from the headers; more wait."""
 
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+:/|data:)")
 _ORIENTATION_TAG = 0x0112
@@ -59,7 +65,10 @@ _DECODER_ERRORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class PictureLimits:
-    """What a picture may be at most; checked from the file's size and header, before any pixel is decoded."""
+    """What a picture may be at most; checked from the file's size and header, before any pixel is decoded.
+
+    A quarter of `pixels` holds for samples of 32 bits and TIFF files of more than 32 bits a pixel.
+    """
 
     pixels: int = MAX_PIXELS
     file_bytes: int = MAX_FILE_BYTES
@@ -67,6 +76,42 @@ class PictureLimits:
 
 
 DEFAULT_LIMITS: Final = PictureLimits()
+
+
+class _Memory:
+    """Bytes that decoding may hold at a time in this process; who asks for more than are left waits. Thread-safe."""
+
+    def __init__(self, whole: int) -> None:
+        self._whole = self._left = whole
+        self._freed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taking(self, wanted: int) -> Iterator[None]:
+        """While it lasts, `wanted` bytes are taken; all of them where it is more than there are."""
+        taken = min(wanted, self._whole)
+        with self._freed:
+            self._freed.wait_for(lambda: self._left >= taken)
+            self._left -= taken
+        try:
+            yield
+        finally:
+            if taken >= _WORTH_TRIMMING:
+                _trim()
+            with self._freed:
+                self._left += taken
+                self._freed.notify_all()
+
+
+_WORTH_TRIMMING: Final = 64 * 1024 * 1024
+_BYTES_OF_PIXEL: Final = {"JPEG": 12, "PNG": 8, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16}
+"""What decoding takes for each pixel at most, the result included, as measured."""
+_MEMORY: Final = _Memory(MAX_DECODING_BYTES)
+
+
+def _trim() -> None:
+    """Gives the system back what the C library keeps of freed memory, for each thread that ever decoded; glibc alone can."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Picture:
@@ -111,7 +156,9 @@ class Picture:
         label = _label(None, name)
         _check_size(image.size, label, DEFAULT_LIMITS)
         try:
-            return cls(image=_as_rgb(image).copy(), name=name)
+            image.load()
+            rgb = as_rgb(image)
+            return cls(image=rgb.copy() if rgb is image else rgb, name=name)
         except _DECODER_ERRORS as error:
             raise PictureError(f"{label} cannot be read: {error}; give an image that Pillow can load") from error
 
@@ -145,8 +192,8 @@ class Picture:
             return buffer.getvalue(), ".png"
         data = self._read(limits)
         try:
-            with Image.open(BytesIO(data), formats=FORMATS) as image:
-                return data, SUFFIX_OF[str(image.format)]
+            with open_picture(data) as image:
+                return data, FORMATS[str(image.format)].suffixes[0]
         except _DECODER_ERRORS as error:
             raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
@@ -229,25 +276,55 @@ def _read_file(path: Path | None, label: str, limit: int) -> bytes:
 
 def _decode(data: bytes, label: str, shrink_to: int | None, limits: PictureLimits) -> Image.Image:
     try:
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            _check_size(image.size, label, limits)
-            _check_complete(data, image.format or "", label)
-            if shrink_to is not None and image.format in ("JPEG", "MPO"):
+        extent = extent_of(data)
+        if extent.scans > MAX_SCANS:
+            raise PictureError(f"{label} is a JPEG of more than {MAX_SCANS} scans; save it anew")
+        if extent.end is None:
+            raise PictureError(f"{label} is truncated: the end of the file is missing; replace or remove it")
+        with open_picture(decodable(data, extent)) as image:
+            width, height = _check_header(image, len(data), label, limits)
+            if shrink_to is not None and image.format == "JPEG":
                 image.draft(None, (shrink_to, shrink_to))
-            image.load()
-            _check_size(image.size, label, limits)
-            turn = _UPRIGHT.get(_orientation(image))
-            rgb = _as_rgb(image)
-            return rgb.transpose(turn) if turn is not None else rgb
+            with _MEMORY.taking(width * height * _BYTES_OF_PIXEL[str(image.format)]):
+                image.load()
+                _check_size(image.size, label, limits)
+                return _upright(image)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
+        if data[:2] in (b"II", b"MM"):
+            raise PictureError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
         raise PictureError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise PictureError(f"{label} is too large to decode safely: {error}; shrink it") from error
     except _DECODER_ERRORS as error:
         raise PictureError(f"{label} is damaged or truncated: {error}; replace or remove it") from error
+
+
+def _upright(image: ImageFile.ImageFile) -> Image.Image:
+    turn, rgb = _UPRIGHT.get(_orientation(image)), as_rgb(image)
+    if rgb is image:
+        return image.copy() if turn is None else image.transpose(turn)
+    image.close()  # its pixels are not kept beside both those of the result and those being turned
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: PictureLimits) -> tuple[int, int]:
+    """Width and height of the largest piece that is decoded at once."""
+    _check_size(image.size, label, limits)
+    width, height = largest_block(image)
+    deep = is_deep(image)
+    most = limits.pixels // 4 if deep else limits.pixels
+    if width * height > most:
+        kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
+        raise PictureError(
+            f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
+            "save it with 8 bits a sample, shrink it or raise PictureLimits.pixels"
+        )
+    if is_cut(image, size):
+        raise PictureError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
+    return width, height
 
 
 def _check_size(size: tuple[int, int], label: str, limits: PictureLimits) -> None:
@@ -267,52 +344,12 @@ def _check_size(size: tuple[int, int], label: str, limits: PictureLimits) -> Non
         )
 
 
-def _check_complete(data: bytes, format_name: str, label: str) -> None:
-    """Refuse files whose end is missing, which decoders would fill with grey or accept without a word."""
-    if format_name in ("JPEG", "MPO"):
-        complete = data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda")
-    elif format_name == "PNG":
-        complete = b"IEND" in data[-4096:] or data.rfind(b"IEND") > data.rfind(b"IDAT")
-    elif format_name == "WEBP":
-        complete = len(data) >= int.from_bytes(data[4:8], "little") + 8
-    elif format_name == "GIF":
-        complete = data.rstrip(b"\0").endswith(b";")
-    else:
-        complete = True
-    if not complete:
-        raise PictureError(f"{label} is truncated: the end of the {format_name} file is missing; replace or remove it")
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except _DECODER_ERRORS:
         return 1  # unreadable EXIF says nothing about rotation; the pixels are still good
     return value if isinstance(value, int) else 1
-
-
-def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode.startswith("I") or image.mode == "F":
-        return _deep_grey_to_rgb(image)
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _deep_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit grey divided by 257; 32-bit integers and floats, whose range no header states, stretched min to max."""
-    values = np.asarray(image).astype(np.float64)
-    if image.mode.startswith("I;16"):
-        values = values / 257.0
-    else:
-        values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        low, high = float(values.min()), float(values.max())
-        values = (values - low) * (255.0 / (high - low)) if high > low else np.clip(values, 0.0, 255.0)
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
 
 
 def _hash_pixels(image: Image.Image) -> str:

@@ -17,12 +17,10 @@ from typing import Final, Protocol
 
 from traceir.errors import InputError, PictureError
 from traceir.index.store import Index
-from traceir.pictures import SUFFIXES, Picture, PictureLimits
+from traceir.pictures import Picture, PictureLimits
 
 LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
-"""Smaller than at the command line: 32 million pixels with transparency take about half a gigabyte while they are flattened."""
-MAX_SCANS: Final = 64
-"""Scans of a JPEG; ten are usual. Each is a pass over all pixels, so a small file of thousands of them would take minutes."""
+"""Smaller than at the command line."""
 DECODERS: Final = 2
 """Pictures decoded for checking at a time, which bounds memory whatever arrives."""
 _STANDARD: Final = str.maketrans("-_", "+/")
@@ -80,8 +78,6 @@ class Intake:
         """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
         if len(data) > self.limits.file_bytes:
             raise PictureError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
-        if data.startswith(b"\xff\xd8") and data.count(b"\xff\xda") > MAX_SCANS:
-            raise PictureError(f"{place} is a JPEG of more than {MAX_SCANS} scans; save it anew")
         return await self._check(Picture.from_bytes(data), place)
 
     async def _check(self, picture: Picture, place: str) -> Picture:
@@ -129,7 +125,8 @@ def picture_of_item(id: str, place: str, sources: Sources) -> Picture:
 def picture_in_folders(image: str, folders: Sequence[Path], id: str) -> Picture:
     """The file that an index names as an item's picture, only where it lies in one of the folders, links followed.
 
-    A relative name is looked for in each of them. InputError names the item, never the path.
+    A relative name is looked for in each of them. What is no picture is found out when it is decoded, whatever its name.
+    InputError names the item, never the path.
     """
     roots = [folder.resolve() for folder in folders]
     candidates = [Path(image)] if Path(image).is_absolute() else [root / image for root in roots]
@@ -138,7 +135,7 @@ def picture_in_folders(image: str, folders: Sequence[Path], id: str) -> Picture:
             real = candidate.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
             continue
-        if real.suffix.lower() in SUFFIXES and real.is_file() and any(real.is_relative_to(root) for root in roots):
+        if real.is_file() and any(real.is_relative_to(root) for root in roots):
             return Picture.open(real)
     raise InputError(f"the picture of item {id[:80]!r} is not among the server's pictures any more")
 

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from traceir.errors import DataError, PictureError, TeacherError
 from traceir.learn.reasoning.ask import Question
 from traceir.learn.reasoning.teachers.places import LineFiles, Places
+from traceir.picture_files import FORMATS, extent_of, open_picture
 from traceir.pictures import DEFAULT_LIMITS, Picture
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 PIXELS: Final = 512 * 512
 PATH: Final = "/chat/completions"
-_SENT_AS_IS: Final = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_SENT_AS_IS: Final = frozenset({"JPEG", "PNG", "WEBP"})
 _ORIENTATION: Final = 0x0112
 _DATA_URL: Final = re.compile(r"data:image/[a-z]+;base64,")
 _FIXED: Final = frozenset({"model", "messages", "stream", "n"})
@@ -371,30 +372,22 @@ def _checked(extra: Mapping[str, Any]) -> dict[str, Any]:
 def _kind(data: bytes, pixels: int) -> str:
     """The media type of a picture that can be sent as it is; "" where it must be decoded (and checked) first."""
     try:
-        with Image.open(BytesIO(data), formats=tuple(_SENT_AS_IS)) as image:
+        with open_picture(data) as image:
             width, height = image.size
             bound = min(pixels or DEFAULT_LIMITS.pixels, DEFAULT_LIMITS.pixels)
             plain = (
-                0 < width * height <= bound
+                image.format in _SENT_AS_IS
+                and 0 < width * height <= bound
                 and max(width, height) <= DEFAULT_LIMITS.aspect_ratio * min(width, height)
                 and image.mode in ("RGB", "L")
                 and "transparency" not in image.info
                 and ("exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1)
                 and not getattr(image, "is_animated", False)
-                and _is_whole(data, image.format or "")
+                and extent_of(data).end == len(data)
             )
-            return _SENT_AS_IS[image.format or ""] if plain else ""
+            return FORMATS[str(image.format)].media_type if plain else ""
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError, Image.DecompressionBombWarning):
         return ""
-
-
-def _is_whole(data: bytes, format: str) -> bool:
-    """Whether the file has its end; where in doubt no, and it is decoded."""
-    if format == "JPEG":
-        return data.endswith(b"\xff\xd9")
-    if format == "PNG":
-        return data.endswith(b"IEND\xaeB`\x82")
-    return len(data) == int.from_bytes(data[4:8], "little") + 8
 
 
 def _shrink(path: Path, data: bytes, pixels: int) -> bytes:

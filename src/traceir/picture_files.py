@@ -1,0 +1,214 @@
+"""What the bytes of a picture file say before a pixel is decoded: its format, where it ends, how its names and types are told.
+
+A file is whole where its own structure reaches its end; bytes behind that end (the video of a phone's motion photo, the second
+picture of a stereo camera) are no part of it. Formats are named as Pillow names them, but for MPO: that is a JPEG here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Final
+
+from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
+
+MAX_SCANS: Final = 64
+"""Scans of a JPEG; ten are usual. Each is a pass over all pixels, so a small file of thousands of them would take minutes."""
+MAX_PARTS: Final = 50_000
+"""Segments of a JPEG, chunks of a PNG; a few thousand are many. Pillow takes microseconds for each."""
+JPEG_START: Final = b"\xff\xd8\xff"
+# What the end of the file's last scan is followed by while it is decoded: 64 bits of ones, which no Huffman code consists of.
+_NO_MORE: Final = b"\xff\x00" * 8
+_START, _END, _SCAN = 0xD8, 0xD9, 0xDA
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""A marker that is neither a stuffed byte, a restart, nor the filling before another one."""
+_FRAMES: Final = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
+_PROGRESSIVE: Final = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
+_BEHIND_SCAN: Final = frozenset({0xC4, 0xCC, *range(0xD9, 0xDE), *range(0xE0, 0xF0), 0xFE})
+"""What may stand behind a scan: tables, another scan, the number of lines, a comment, the end. All else is foreign."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How files of one format are named, the first suffix by us, and their media type."""
+
+    suffixes: tuple[str, ...]
+    media_type: str
+
+
+FORMATS: Final = {
+    "JPEG": Format((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "image/jpeg"),
+    "PNG": Format((".png", ".apng"), "image/png"),
+    "WEBP": Format((".webp",), "image/webp"),
+    "GIF": Format((".gif",), "image/gif"),
+    "BMP": Format((".bmp",), "image/bmp"),
+    "TIFF": Format((".tif", ".tiff"), "image/tiff"),
+}
+SUFFIXES: Final = frozenset(suffix for known in FORMATS.values() for suffix in known.suffixes)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """`end`: one past the picture's last byte, None where that is missing. The rest is of a JPEG: its scans, and where the data
+    of a single one ends, 0 where there are several or they are not Huffman-coded in sequence."""
+
+    end: int | None
+    scans: int = 1
+    scan_end: int = 0
+
+
+def open_picture(data: bytes) -> ImageFile.ImageFile:
+    """The file's header, read by Pillow; `format` is one of FORMATS. Raises what Pillow raises."""
+    if data.startswith(JPEG_START):
+        # Not by Image.open, which makes another format of a JPEG that has a second one behind it.
+        return JpegImagePlugin.JpegImageFile(BytesIO(data))
+    image = Image.open(BytesIO(data), formats=tuple(FORMATS))
+    if image.format == "PNG" and "transparency" in image.info:
+        _scale_transparent_sample(image, depth=data[24])
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        _read_planes_whole(image)
+    return image
+
+
+def _scale_transparent_sample(image: ImageFile.ImageFile, depth: int) -> None:
+    """A PNG's transparent grey or colour as the samples come: Pillow makes 8 bits of all but 16-bit grey, but not of this one."""
+    told = image.info["transparency"]
+    most = 2**depth - 1
+    if image.mode == "L":
+        image.info["transparency"] = (told & most) * 255 // most
+    elif image.mode == "RGB":
+        image.info["transparency"] = tuple((one & most) >> (depth - 8) for one in told)
+
+
+def _read_planes_whole(image: TiffImagePlugin.TiffImageFile) -> None:
+    """Pillow reads uncompressed planes of 16-bit samples as planes of bytes."""
+    order = "B" if image.tag_v2.prefix.startswith(b"MM") else "L"
+    if image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (8,))[0] == 16:
+        for number, tile in enumerate(image.tile):
+            if isinstance(tile.args, tuple) and len(tile.args[0]) == 1:
+                image.tile[number] = tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
+
+
+def largest_block(image: ImageFile.ImageFile) -> tuple[int, int]:
+    """Width and height of the largest piece that is decoded at once: a TIFF's tiles may be larger than its picture."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
+    return max(image.size, tile, key=lambda size: size[0] * size[1])
+
+
+def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
+    """Whether a compressed strip or tile of a TIFF of `size` bytes ends behind the file: some decoders fill it up in silence."""
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    starts = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
+    lengths = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
+    compressed = tags.get(TiffImagePlugin.COMPRESSION, 1) != 1
+    return compressed and any(start + length > size for start, length in zip(starts, lengths, strict=False))
+
+
+def extent_of(data: bytes) -> Extent:
+    """Where the file's own structure ends. BMP and TIFF have no end of their own: `is_cut`, and their decoders, find the rest."""
+    walk = next((walk for start, walk in _WALKS.items() if data.startswith(start)), None)
+    return walk(data) if walk else Extent(len(data))
+
+
+def decodable(data: bytes, extent: Extent) -> bytes:
+    """The bytes to decode, so that a picture with too little data is refused.
+
+    At an end-of-image marker that comes too early, as in a file that was cut and closed again, libjpeg fills the rest with
+    grey. Of a JPEG of one scan the data are therefore given without any marker behind them, where it asks for more in vain.
+    """
+    return data[: extent.scan_end] + _NO_MORE if extent.scan_end else data
+
+
+def _walk_jpeg(data: bytes) -> Extent:
+    """From marker to marker, as in ITU T.81, annex B; as lenient as libjpeg with junk and filling between segments.
+
+    Each component must have come to full precision in all its 64 coefficients: else scans of a progressive file are missing.
+    """
+    place, frame, scans, scan_end = 2, 0, 0, 0
+    missing: dict[int, list[int]] = {}
+    for _ in range(MAX_PARTS):
+        found = _MARKER.search(data, place)
+        if found is None:
+            break
+        marker, place = data[found.end() - 1], found.end()
+        if marker == _START or (scans and marker not in _BEHIND_SCAN):
+            break
+        if scans == 1 and not scan_end:
+            scan_end = found.start()
+        if marker == _END:
+            whole = scans > 0 and not any(map(any, missing.values()))
+            single = scans == 1 and frame in (0xC0, 0xC1)
+            return Extent(place if whole else None, scans, scan_end if single else 0)
+        length = max(2, int.from_bytes(data[place : place + 2], "big"))
+        body = data[place + 2 : place + length]
+        place += length
+        if marker in _FRAMES:
+            frame, missing = marker, {component: [1] * 64 for component in body[6::3]}
+        elif marker == _SCAN:
+            scans += 1
+            _note_scan(body, missing, progressive=frame in _PROGRESSIVE)
+    return Extent(None, scans)
+
+
+def _note_scan(body: bytes, missing: dict[int, list[int]], *, progressive: bool) -> None:
+    """Notes how many bits a scan leaves missing of its coefficients, for each of its components."""
+    first, last, bits = body[-3:] if progressive and len(body) > 3 else (0, 63, 0)
+    for component in body[1:-3:2]:
+        if component in missing and first <= last <= 63:
+            missing[component][first : last + 1] = [bits & 15] * (last + 1 - first)
+
+
+def _walk_png(data: bytes) -> Extent:
+    place = 8
+    for _ in range(MAX_PARTS):
+        kind = data[place + 4 : place + 8]
+        place += 12 + int.from_bytes(data[place : place + 4], "big")
+        if place > len(data):
+            break
+        if kind == b"IEND":
+            return Extent(place)
+    return Extent(None)
+
+
+def _walk_webp(data: bytes) -> Extent:
+    end = int.from_bytes(data[4:8], "little") + 8
+    return Extent(end if end <= len(data) else None)
+
+
+def _walk_gif(data: bytes) -> Extent:
+    """From block to block, zeros between them left out."""
+    try:
+        place = 13 + _table_bytes(data[10])
+        while (kind := data[place]) != 0x3B:
+            if kind == 0x2C:
+                place = _behind_blocks(data, place + 11 + _table_bytes(data[place + 9]))
+            elif kind == 0x21:
+                place = _behind_blocks(data, place + 2)
+            elif kind == 0:
+                place += 1
+            else:
+                return Extent(None)
+    except IndexError:
+        return Extent(None)
+    return Extent(place + 1)
+
+
+def _table_bytes(flags: int) -> int:
+    return 3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def _behind_blocks(data: bytes, place: int) -> int:
+    while size := data[place]:
+        place += 1 + size
+    return place + 1
+
+
+_WALKS: Final[dict[bytes, Callable[[bytes], Extent]]] = {
+    JPEG_START: _walk_jpeg,
+    b"\x89PNG\r\n\x1a\n": _walk_png,
+    b"RIFF": _walk_webp,
+    b"GIF8": _walk_gif,
+}
