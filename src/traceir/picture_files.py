@@ -123,21 +123,22 @@ def decodable(data: bytes, extent: Extent) -> bytes:
 
 
 def _walk_jpeg(data: bytes) -> Extent:
-    """From marker to marker, as in ITU T.81, annex B; as lenient as libjpeg with junk and filling between segments.
+    """From marker to marker, as in ITU T.81, annex B. Between segments may stand zeros and filling, as some cameras leave them.
 
     Each component must have come to full precision in all its 64 coefficients: else scans of a progressive file are missing.
     """
-    place, frame, scans, scan_end = 2, 0, 0, 0
+    place, frame, scans, scan_end, in_scan = 2, 0, 0, 0, False
     missing: dict[int, list[int]] = {}
     for _ in range(MAX_PARTS):
         found = _MARKER.search(data, place)
         if found is None:
             break
-        marker, place = data[found.end() - 1], found.end()
-        if marker == _START or (scans and marker not in _BEHIND_SCAN):
+        marker, skipped, place = data[found.end() - 1], data[place : found.start()], found.end()
+        if marker == _START or (scans and marker not in _BEHIND_SCAN) or (not in_scan and skipped.strip(b"\0\xff")):
             break
         if scans == 1 and not scan_end:
             scan_end = found.start()
+        in_scan = marker == _SCAN
         if marker == _END:
             whole = scans > 0 and not any(map(any, missing.values()))
             single = scans == 1 and frame in (0xC0, 0xC1)
@@ -147,7 +148,7 @@ def _walk_jpeg(data: bytes) -> Extent:
         place += length
         if marker in _FRAMES:
             frame, missing = marker, {component: [1] * 64 for component in body[6::3]}
-        elif marker == _SCAN:
+        elif in_scan:
             scans += 1
             _note_scan(body, missing, progressive=frame in _PROGRESSIVE)
     return Extent(None, scans)
