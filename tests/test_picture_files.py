@@ -114,7 +114,12 @@ def test_field_report_05_filling_odd_segments_and_junk_between_segments_do_no_ha
         assert Picture.from_bytes(data).load().tobytes() == shown
     closed = whole[:-2] + b"\xff\xff\xff\xff\xd9"
     assert Picture.from_bytes(closed).load().tobytes() == shown
-    for odd in (b"\xff\xd8\xff", b"\xff\xd8\xff\xd9", b"\xff\xd8\xff\xe0\xff\xff" + whole, b"\xff\xd8" + whole[frame:][:60] + b"\xff\xd9"):
+    for odd in (
+        b"\xff\xd8\xff",
+        b"\xff\xd8\xff\xd9",
+        b"\xff\xd8\xff\xe0\xff\xff" + whole,
+        b"\xff\xd8" + whole[frame:][:60] + b"\xff\xd9",
+    ):
         with pytest.raises(PictureError, match="truncated"):
             Picture.from_bytes(odd).load()
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
+import subprocess
+import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -13,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
+from tiffs import SHORT, tiff
 
+from traceir import pictures
 from traceir.errors import InputError, PictureError
 from traceir.pictures import MAX_FILE_BYTES, Picture, PictureLimits
 
@@ -270,3 +275,90 @@ def test_threads_may_share_a_picture(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(lambda _: picture.load().tobytes(), range(16)))
     assert len(set(images)) == 1
+
+
+def stereo() -> bytes:
+    """What Pillow calls MPO: a JPEG with a second one behind it, as `.jpg` from a camera with two lenses."""
+    return encode(noise(), "MPO", save_all=True, append_images=[noise(seed=1)])
+
+
+def test_field_report_06_a_jpeg_with_a_second_picture_is_a_jpeg(tmp_path: Path) -> None:
+    data = stereo()
+    assert Image.open(BytesIO(data)).format == "MPO"
+    (tmp_path / "two.jpg").write_bytes(data)
+    for picture in (Picture.open(tmp_path / "two.jpg"), Picture.from_bytes(data), Picture.from_bytes(data + b"\xff\xda")):
+        assert picture.encoded()[1].media_type == "image/jpeg" and data in picture.encoded()[0]
+        assert picture.load().tobytes() == Image.open(BytesIO(data)).convert("RGB").tobytes()
+        assert picture.load(shrink_to=24).size == (32, 24)
+    spoilt = data.replace(b"MPF\0II*\0", b"MPF\0II*\xff", 1)
+    assert spoilt != data and Picture.from_bytes(spoilt).encoded()[1].suffixes[0] == ".jpg"
+    assert Picture.from_image(Image.open(BytesIO(data))).load().size == (64, 48)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_field_report_06_whatever_is_read_has_a_suffix_to_be_kept_under(format: str) -> None:
+    data, known = Picture.from_bytes(encode(noise(), format)).encoded()
+    assert Image.registered_extensions()[known.suffixes[0]] == format and Image.MIME[format] == known.media_type
+    assert Picture.from_bytes(data).load().size == (64, 48)
+
+
+def test_field_report_17_deep_pictures_have_lower_limits_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: ImageFile.ImageFile) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
+    kinds = {"F": ((32,), 3, 1), "I": ((32,), 2, 1), "RGBA": ((16,) * 4, 1, 2), "RGB": ((8,) * 6, 1, 2)}
+    for bits, sample, photometric in kinds.values():
+        extra = {338: (SHORT, (0,) * (len(bits) - 3))} if len(bits) > 4 else {}
+        tags = {258: (SHORT, bits), 262: (SHORT, (photometric,)), 277: (SHORT, (len(bits),)), 339: (SHORT, (sample,)), **extra}
+        with pytest.raises(PictureError, match=r"5600 x 5600 pixels at a time, of 32-bit .* more than the limit of 16000000"):
+            Picture.from_bytes(tiff(5600, 5600, b"", packed=True, tags=tags)).load()
+
+
+MEASURE = """
+import resource, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from traceir import pictures
+from tiffs import float_tiff
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+data = float_tiff(1400)
+pictures.Picture.from_bytes(float_tiff(50)).load()
+start = peak()
+def read(_): return pictures.Picture.from_bytes(data).load().getpixel((1399, 0))
+assert read(0) == (255, 255, 255)
+one = peak()
+pictures._MEMORY = pictures._Memory(32 << 20)
+with ThreadPoolExecutor(8) as pool: list(pool.map(read, range(8)))
+print(one - start, peak() - start)
+"""
+
+
+def test_field_report_17_floats_are_converted_in_little_memory_also_eight_at_once() -> None:
+    """Each is 8 MB of floats and 8 MB of RGB, 11 MiB more than at the start; whole in float64 it would be 42, and eight 355."""
+    paths = [str(Path(pictures.__file__).parents[1]), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
+    one, eight = map(int, done.stdout.split())
+    assert one < 30 and eight < 120
+
+
+def test_field_report_17_no_more_is_decoded_at_a_time_than_memory_is_given() -> None:
+    memory, held, most = pictures._Memory(100), [0], [0]
+    lock = threading.Lock()
+
+    def decode(wanted: int) -> None:
+        with memory.taking(wanted):
+            with lock:
+                held[0] += min(wanted, 100)
+                most[0] = max(most[0], held[0])
+            threading.Event().wait(0.002)
+            with lock:
+                held[0] -= min(wanted, 100)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [30, 40, 1000, 20, 60, 90, 10, 50] * 4))
+    assert 50 <= most[0] <= 100 and held[0] == 0
+    with pytest.raises(ZeroDivisionError), memory.taking(80):
+        raise ZeroDivisionError
+    with memory.taking(100):
+        pass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +136,18 @@ def ask_all(
 def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **options: Any) -> Path:
     Image.linear_gradient("L").resize(size).convert(mode).save(path, **options)
     return path
+
+
+def test_field_report_06_what_pillow_calls_mpo_goes_to_a_teacher_as_jpeg(tmp_path: Path) -> None:
+    two = picture(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    url, digest = picture_url(two, 0)
+    sent = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
+    assert hashlib.sha256(sent).hexdigest() == digest and Image.open(BytesIO(sent)).format == "JPEG"
+    plain = picture(tmp_path / "plain.jpg")
+    (tmp_path / "longer.jpg").write_bytes(plain.read_bytes() + b"video\xff\xd9")
+    for name, as_it_is in (("plain.jpg", True), ("longer.jpg", False)):
+        sent = base64.b64decode(picture_url(tmp_path / name, 0)[0].removeprefix("data:image/jpeg;base64,"))
+        assert (sent == plain.read_bytes()) is as_it_is and Image.open(BytesIO(sent)).size == (40, 30)
 
 
 def test_pictures_go_as_they_are_or_shrunk(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from conftest import Running, serving
 from PIL import Image
 
+from traceir.client import Client
 from traceir.encoder import Encoder
 from traceir.index import open_index
 from traceir.items import Item, Query
@@ -101,6 +102,20 @@ def test_a_picture_sent_goes_with_its_item_alone(running: Running) -> None:
     assert call(f"{running.url}/items", {"ids": ids}, method="DELETE") == (200, {"deleted": 3})
     assert files() == before
     assert all(item.pictures[0].path.exists() for item in running.items if item.pictures and item.pictures[0].path)
+
+
+def test_field_report_06_what_pillow_calls_mpo_is_sent_kept_shown_and_searched_with(running: Running, tmp_path: Path) -> None:
+    path = tmp_path / "two.jpg"
+    Image.new("RGB", (40, 30), "teal").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
+    with Client(running.url) as client:
+        added = client.add([Item.of(image=Picture.open(path), id="stereo")])
+        assert [(one.status, one.error) for one in added] == [("added", None)]
+        shown = client.picture(client.get("stereo")).load()
+        assert shown.size == (40, 30) and shown.getpixel((9, 9))[2] > 100
+        found = client.search(Query((Picture.open(path), "the same", Picture.open(path)), target="image"), k=1, route="direct")
+        assert found.hits[0].modality == "image"
+        assert len(client.embed_queries([Query((Picture.open(path), "the same", Picture.open(path)))], route="direct")) == 1
+        assert client.delete(["stereo"]) == 1
 
 
 def test_what_a_killed_server_left_is_swept_once_it_is_old(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ from fakes import vector_of
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from pydantic import BaseModel
+from tiffs import LONG, SHORT, tiff
 
 from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
@@ -41,6 +42,7 @@ from traceir.serve.guard import Guard, Message, Receive, Send, Wall
 from traceir.serve.intake import Intake, Sources, bytes_of_base64, picture_in_folders
 from traceir.serve.keys import KeyRing, Principal, Refusal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.picture_store import PictureStore, as_jpeg
 from traceir.serve.strict import StrictRoute
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
 
@@ -442,6 +444,37 @@ def test_damaged_picture_is_read_or_refused_and_nothing_else(name: str, data: st
         take({"data": base64.b64encode(raw).decode()})
 
 
+def test_field_report_05_a_motion_photo_is_no_jpeg_of_endless_scans() -> None:
+    out = BytesIO()
+    Image.new("RGB", (16, 16)).save(out, "JPEG")
+    moving = out.getvalue() + b"\xff\xda\0\x0c" * (MAX_SCANS + 1) + b"\0\0\0\x18ftypmp42"
+    assert take({"data": base64.b64encode(moving).decode()}).load().size == (16, 16)
+
+
+def test_field_report_06_a_picture_is_kept_and_shown_whatever_its_name(tmp_path: Path) -> None:
+    out = BytesIO()
+    Image.new("RGB", (16, 16), "teal").save(out, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
+    store = PictureStore(tmp_path / "store")
+    for number, data in enumerate((out.getvalue(), out.getvalue() + b"video\xff\xda", png())):
+        kept = store.keep(take({"data": base64.b64encode(data).decode()}), str(number)).path
+        assert kept is not None and kept.suffix == (".png" if number == 2 else ".jpg") and kept.read_bytes() == data
+        for name in (kept.name, "IMG_0001", "a.JPG_large", "b.mpo", "c.jfif"):
+            (tmp_path / name).write_bytes(data)
+            shown = as_jpeg(picture_in_folders(name, [tmp_path], "1"), 64)
+            assert Image.open(BytesIO(shown)).format == "JPEG"
+
+
+def test_field_report_17_a_small_file_of_many_floats_is_refused_at_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
+    wide = {258: (SHORT, (32,)), 339: (SHORT, (3,))}
+    for side in (2829, 5600):  # more than 8 million pixels
+        with pytest.raises(InputError, match=rf"{side} x {side} pixels at a time, .* more than the limit of 8000000"):
+            take({"data": base64.b64encode(tiff(side, side, bytes(9), packed=True, tags=wide)).decode()})
+    tiles = {**wide, 322: (LONG, (16_384,)), 323: (LONG, (16_384,)), 324: (LONG, (8,)), 325: (LONG, (9,))}
+    with pytest.raises(InputError, match="16384 x 16384 pixels at a time"):
+        take({"data": base64.b64encode(tiff(16, 16, bytes(9), packed=True, tags=tiles)).decode()})
+
+
 def test_only_files_in_the_folders_are_read(tmp_path: Path) -> None:
     inside, outside = tmp_path / "pictures", tmp_path / "secret.png"
     inside.mkdir()
@@ -450,7 +483,9 @@ def test_only_files_in_the_folders_are_read(tmp_path: Path) -> None:
     (inside / "link.png").symlink_to(outside)
     (inside / "words.txt").write_text("not a picture")
     assert picture_in_folders("cup.png", [inside], "1").path == picture_in_folders(str(inside / "cup.png"), [inside], "1").path
-    for image in (str(outside), "../secret.png", "link.png", str(inside / ".." / "secret.png"), "words.txt", "", ".", "a\0.png",
+    with pytest.raises(InputError, match="not a picture"):
+        picture_in_folders("words.txt", [inside], "1").load()
+    for image in (str(outside), "../secret.png", "link.png", str(inside / ".." / "secret.png"), "", ".", "a\0.png",
                   "/etc/passwd", "x" * 5000, "cup.png/../../secret.png", "/proc/self/environ"):  # fmt: skip
         with pytest.raises(InputError) as told:
             picture_in_folders(image, [inside], "1")

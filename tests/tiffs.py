@@ -13,19 +13,31 @@ _FORMS = {SHORT: "H", LONG: "I", FLOAT: "f"}
 
 
 def tiff(
-    width: int, height: int, pixels: bytes, *, order: str = "<", packed: bool = False, tags: Mapping[int, tuple[int, tuple[float, ...]]]
+    width: int,
+    height: int,
+    pixels: bytes,
+    *,
+    tags: Mapping[int, tuple[int, tuple[float, ...]]],
+    order: str = "<",
+    packed: bool = False,
+    pieces: tuple[int, ...] = (),
 ) -> bytes:
-    """One strip behind the header, deflated where `packed`. `tags`: number -> (SHORT, LONG or FLOAT, values), beside or over the usual ones."""
+    """The header, then one strip, deflated where `packed`, or strips of `pieces` bytes.
+
+    `tags`: number -> (SHORT, LONG or FLOAT, values), beside or over the usual ones.
+    """
     body = zlib.compress(pixels, 9) if packed else pixels
     told: dict[int, tuple[int, tuple[float, ...]]] = {
         256: (LONG, (width,)), 257: (LONG, (height,)), 259: (SHORT, (8 if packed else 1,)), 262: (SHORT, (1,)),
-        273: (LONG, (0,)), 277: (SHORT, (1,)), 278: (LONG, (height,)), 279: (LONG, (len(body),)), **tags,
+        273: (LONG, (0,) * len(pieces or "1")), 277: (SHORT, (1,)), 278: (LONG, (height,)),
+        279: (LONG, pieces or (len(body),)), **tags,
     }  # fmt: skip
     beyond = 8 + 2 + 12 * len(told) + 4
     entries, values_beyond = b"", b""
     data_of = {tag: struct.pack(f"{order}{len(values)}{_FORMS[kind]}", *values) for tag, (kind, values) in told.items()}
-    told[273] = (LONG, (beyond + sum(len(data) for data in data_of.values() if len(data) > 4),))
-    data_of[273] = struct.pack(f"{order}I", *told[273][1])
+    start = beyond + sum(len(data) for data in data_of.values() if len(data) > 4)
+    starts = [start + sum(pieces[:number]) for number in range(len(pieces) or 1)]
+    data_of[273] = struct.pack(f"{order}{len(starts)}I", *starts)
     for tag, (kind, values) in sorted(told.items()):
         entries += struct.pack(f"{order}HHI", tag, kind, len(values))
         if len(data_of[tag]) > 4:
@@ -37,10 +49,13 @@ def tiff(
     return head + entries + bytes(4) + values_beyond + body
 
 
-def grey_tiff(values: np.ndarray, kind: str, *, order: str = "<", packed: bool = False, photometric: int = 1, **more: object) -> bytes:
+def grey_tiff(
+    values: np.ndarray, kind: str, *, order: str = "<", packed: bool = False, photometric: int = 1, **more: object
+) -> bytes:
     """Grey of numpy's `kind` ("u2", "i2", "f4", ...). `more`: further tags as `t340=(FLOAT, (0.0,))`."""
     stored = values.astype(np.dtype(kind).newbyteorder(order))
-    tags = {258: (SHORT, (stored.itemsize * 8,)), 262: (SHORT, (photometric,)), 339: (SHORT, ({"u": 1, "i": 2, "f": 3}[kind[0]],))}
+    sample = {"u": 1, "i": 2, "f": 3}[kind[0]]
+    tags = {258: (SHORT, (stored.itemsize * 8,)), 262: (SHORT, (photometric,)), 339: (SHORT, (sample,))}
     tags |= {int(name[1:]): value for name, value in more.items()}  # type: ignore[misc]
     return tiff(values.shape[1], values.shape[0], stored.tobytes(), order=order, packed=packed, tags=tags)
 

@@ -370,7 +370,8 @@ def _item(item: Item) -> dict[str, Any]:
 
 
 def _data_url(picture: Picture) -> str:
-    return f"data:application/octet-stream;base64,{_base64(picture)}"
+    data, format = picture.encoded()
+    return f"data:{format.media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def _base64(picture: Picture) -> str:

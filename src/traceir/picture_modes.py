@@ -111,7 +111,7 @@ def _samples(image: Image.Image) -> _Samples:
 
 
 def _range(image: Image.Image, samples: _Samples, tags: Mapping[int, Any]) -> tuple[float, float]:
-    """The values of black and white, were zero black. TIFF's MinSampleValue and MaxSampleValue are statistics by its definition."""
+    """The values of black and white, were zero black. TIFF's Min- and MaxSampleValue are statistics by their definition."""
     stated = [float(tags[tag][0]) for tag in (_LEAST, _MOST) if tags.get(tag)]
     if len(stated) == 2 and all(map(math.isfinite, stated)) and stated[0] < stated[1]:
         return stated[0], stated[1]

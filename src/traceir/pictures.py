@@ -21,7 +21,7 @@ from typing import Final
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from traceir.errors import PictureError
-from traceir.picture_files import FORMATS, MAX_SCANS, decodable, extent_of, is_cut, largest_block, open_picture
+from traceir.picture_files import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_picture
 from traceir.picture_files import SUFFIXES as SUFFIXES
 from traceir.picture_modes import as_rgb, is_deep
 
@@ -181,19 +181,19 @@ class Picture:
             return self._remember(_hash_pixels(self._image))
         return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
 
-    def encoded(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[bytes, str]:
-        """The bytes of the picture's file as they are, and the suffix of their format (".jpg"); PNG for one made by `from_image`.
+    def encoded(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
+        """The bytes of the picture's file as they are, and their format; PNG for one made by `from_image`.
 
         Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
         """
         if self._image is not None:
             buffer = BytesIO()
             self._image.save(buffer, "PNG")
-            return buffer.getvalue(), ".png"
+            return buffer.getvalue(), FORMATS["PNG"]
         data = self._read(limits)
         try:
             with open_picture(data) as image:
-                return data, FORMATS[str(image.format)].suffixes[0]
+                return data, FORMATS[str(image.format)]
         except _DECODER_ERRORS as error:
             raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
@@ -292,7 +292,7 @@ def _decode(data: bytes, label: str, shrink_to: int | None, limits: PictureLimit
     except PictureError:
         raise
     except UnidentifiedImageError as error:
-        if data[:2] in (b"II", b"MM"):
+        if data.startswith((b"II*\0", b"MM\0*")):
             raise PictureError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
         raise PictureError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error

@@ -58,8 +58,8 @@ class PictureStore:
         """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
         if picture.path is not None and not picture.path.is_relative_to(self.folder):
             return picture
-        data, suffix = picture.encoded(LIMITS)
-        place = self._place(id) / f"{picture.sha256}{suffix}"
+        data, format = picture.encoded(LIMITS)
+        place = self._place(id) / f"{picture.sha256}{format.suffixes[0]}"
         if not place.exists():
             fresh = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             try:
