@@ -79,7 +79,7 @@ def picture_tokens(path: Path, pixels: int) -> int:
     try:
         with Image.open(path) as picture:
             width, height = picture.size
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise PictureError(f"{path}: cannot be read as a picture ({error}); replace the file") from error
     area = min(width * height, pixels) if pixels else width * height
     return math.ceil(area / PATCH**2)
