@@ -2,13 +2,17 @@
 
 A name is a field of the item, or `id` or `modality`. Strings, numbers and booleans are different kinds and never equal:
 `Eq("n", 1)` matches 1 and 1.0, but neither "1" nor True. A missing field is None.
+
+How large a filter may be is the same for every adapter and checked when it is built: MAX_IN_VALUES in one `In`; in all
+MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text. SQLite and Milvus both take what is within.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from traceir.errors import InputError
@@ -17,6 +21,9 @@ Scalar = str | int | float | bool | None
 Kind = Literal["text", "number", "boolean", "none"]
 OWN_NAMES: Final = ("id", "modality")
 MAX_IN_VALUES: Final = 10_000
+MAX_CONDITIONS: Final = 256
+MAX_VALUES: Final = 30_000  # SQLite is built for 32,766 variables, and a condition needs up to 7 beside its values
+MAX_TEXT_BYTES: Final = 4 * 2**20
 MAX_NAME_BYTES: Final = 128
 _INT64: Final = 2**63
 
@@ -31,6 +38,7 @@ class Eq:
     def __post_init__(self) -> None:
         check_name(self.name)
         check_value(self.name, self.value)
+        _check_size([self])
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,16 +47,22 @@ class In:
 
     name: str
     values: tuple[Scalar, ...]
+    _known: frozenset[tuple[Kind, Scalar]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if isinstance(self.values, str):
-            raise InputError(f"filter In({self.name!r}, {self.values!r}) needs several values; give a tuple, or use Eq")
+        if isinstance(self.values, str | bytes) or not isinstance(self.values, Iterable):
+            raise InputError(f"filter In on {self.name!r} has the value {shown(self.values)}; give a tuple of several, or use Eq")
         object.__setattr__(self, "values", tuple(self.values))
         if len(self.values) > MAX_IN_VALUES:
             raise InputError(f"filter In on {self.name!r} has {len(self.values)} values; give at most {MAX_IN_VALUES}")
         for value in self.values:
             check_value(self.name, value)
+        _check_size([self])
+        object.__setattr__(self, "_known", frozenset((kind_of(value), value) for value in self.values))
+
+    def has(self, value: Scalar) -> bool:
+        return (kind_of(value), value) in self._known
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +78,30 @@ class Range:
         kinds = {kind_of(bound) for bound in (self.low, self.high) if bound is not None}
         if len(kinds) != 1 or not kinds <= {"text", "number"}:
             raise InputError(
-                f"filter Range on {self.name!r} has the bounds {self.low!r} and {self.high!r}; "
+                f"filter Range on {self.name!r} has the bounds {shown(self.low)} and {shown(self.high)}; "
                 "give one or two numbers, or one or two texts"
             )
         for bound in (self.low, self.high):
             check_value(self.name, bound)
+        _check_size([self])
 
 
 @dataclass(frozen=True, slots=True)
 class And:
-    """Every part matches; no parts match everything."""
+    """Every part matches; no parts match everything. The parts of an `And` among them are taken in their place."""
 
-    parts: tuple[Filter, ...]
+    parts: tuple[Eq | In | Range, ...]
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(self.parts))
+    def __init__(self, parts: Iterable[Filter]) -> None:
+        if not isinstance(parts, Iterable):
+            raise InputError(f"filter And has the part {shown(parts)}; give a tuple of Eq, In, Range and And")
+        flat: list[Eq | In | Range] = []
+        for part in parts:
+            if not isinstance(part, Filter):
+                raise not_a_filter(part)
+            flat += part.parts if isinstance(part, And) else [part]
+        _check_size(flat)
+        object.__setattr__(self, "parts", tuple(flat))
 
 
 Filter = Eq | In | Range | And
@@ -101,14 +124,31 @@ def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Scalar])
     if isinstance(where, Eq):
         return _equal(found, where.value)
     if isinstance(where, In):
-        return any(_equal(found, value) for value in where.values)
+        return where.has(found)
     return _within(found, where.low, where.high)
+
+
+def key_of_filter(where: Filter) -> bytes:
+    """32 bytes that no other filter has, whatever its size."""
+    return hashlib.sha256(repr(where).encode()).digest()
+
+
+def not_a_filter(found: object) -> InputError:
+    return InputError(f"{shown(found)} is not a filter; build one from Eq, In, Range and And")
+
+
+def shown(value: object) -> str:
+    """A value that may be of any size and kind, for a message."""
+    try:
+        return repr(value)[:80]
+    except ValueError:  # an integer of more digits than Python prints
+        return f"a {type(value).__name__} of too many digits"
 
 
 def check_name(name: str) -> None:
     """Raise InputError where a field name is empty, not UTF-8 text, or longer than MAX_NAME_BYTES."""
     if not isinstance(name, str) or not name:
-        raise InputError(f"field name {name!r} is not a text; give a name of 1 to {MAX_NAME_BYTES} bytes")
+        raise InputError(f"field name {shown(name)} is not a text; give a name of 1 to {MAX_NAME_BYTES} bytes")
     if "\0" in name or not _encodable(name) or len(name.encode()) > MAX_NAME_BYTES:
         raise InputError(f"field name {name[:80]!r} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
 
@@ -124,9 +164,27 @@ def check_value(name: str, value: Scalar) -> None:
     if isinstance(value, str) and "\0" not in value and _encodable(value):
         return
     raise InputError(
-        f"field {name!r} has the value {repr(value)[:80]} ({type(value).__name__}); "
+        f"field {name!r} has the value {shown(value)} ({type(value).__name__}); "
         "use text, a finite number, a 64-bit integer, true, false or null"
     )
+
+
+def _check_size(parts: Sequence[Eq | In | Range]) -> None:
+    values = sum(len(part.values) for part in parts if isinstance(part, In))
+    text = sum(len(value.encode()) for part in parts for value in _values(part) if isinstance(value, str))
+    for found, most, what in (
+        (len(parts), MAX_CONDITIONS, "conditions"),
+        (values, MAX_VALUES, "values to be one of"),
+        (text, MAX_TEXT_BYTES, "bytes of text"),
+    ):
+        if found > most:
+            raise InputError(f"the filter has {found} {what} in all; give at most {most}, or ask several times")
+
+
+def _values(part: Eq | In | Range) -> Sequence[Scalar]:
+    if isinstance(part, In):
+        return part.values
+    return (part.value,) if isinstance(part, Eq) else (part.low, part.high)
 
 
 def _encodable(text: str) -> bool:

@@ -109,7 +109,7 @@ class Growing:
             self._ascending = _longer(self._ascending, used, rows)
             self._rows_by_number = _longer(self._rows_by_number, used, rows)
 
-    def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Matrix, cells: Sequence[int]) -> None:
+    def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Matrix, cells: Sequence[int] | Cells) -> None:
         """Rows whose numbers ascend and are above all that were ever here."""
         self._view = None
         start, end = len(self), len(self) + len(ids)

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.errors import InputError
-from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of
+from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of, not_a_filter
 from traceir.index.store import MAX_ID_BYTES, Stored, image_of
 from traceir.items import MODALITIES, Item, Vector
 
@@ -107,7 +107,7 @@ def compile_filter(where: Filter | None) -> str:
         return _compile_in(where.name, where.values)
     if isinstance(where, Range):
         return _compile_range(where)
-    raise InputError(f"{where!r} is not a filter; build one from Eq, In, Range and And")
+    raise not_a_filter(where)
 
 
 def join_filters(*expressions: str) -> str:

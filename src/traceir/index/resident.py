@@ -5,17 +5,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Final
 
 import numpy as np
 
-from traceir.errors import StoreError
-from traceir.index.filters import Filter
-from traceir.index.matrix import NO_CELL, Growing, Matrix, Rows, Shard
+from traceir.index.filters import Filter, key_of_filter, shown
+from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, widen
 from traceir.index.passing import Passing
 from traceir.index.sql import CHUNK, compile_filter, read_counter, read_number, read_numbers
-from traceir.index.store import StoredType, Vectors
-from traceir.items import Modality
+from traceir.index.store import DamageError, StoredType, Vectors, no_vectors, rows_not_unit
+from traceir.items import MODALITIES, Modality
+
+_CELL: Final = f"CASE WHEN typeof(c.cell) = 'integer' THEN c.cell ELSE {NO_CELL} END"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class Resident:
     Every call runs within a transaction, or at least under the lock, of the index it belongs to.
     """
 
-    def __init__(self, connection: sqlite3.Connection, folder: Path, dim: int, dtype: StoredType) -> None:
-        self._connection, self._folder, self._dim, self._dtype = connection, folder, dim, dtype
+    def __init__(self, connection: sqlite3.Connection, dim: int, dtype: StoredType) -> None:
+        self._connection, self._dim, self._dtype = connection, dim, dtype
         self.forget()
 
     def forget(self) -> None:
@@ -46,19 +47,18 @@ class Resident:
         self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
-    def snapshot(self, where: Filter | None) -> Snapshot:
-        """The rows of now, the numbers of those that pass `where`, and the cells."""
-        clause, values = compile_filter(where)
+    def snapshot(self, where: Filter | None, centroids: bool = True) -> Snapshot:
+        """The rows of now, the numbers of those that pass `where`, and the cells, where they are asked for."""
 
         def above(number: int) -> Rows:
-            condition, _ = compile_filter(where, row_by_row=number > 0)
+            condition, values = compile_filter(where, row_by_row=number > 0)
             statement = f"SELECT i.n FROM items i WHERE i.n > ? AND ({condition}) ORDER BY i.n"
             return read_numbers(self._connection, statement, [number, *values])
 
         self._refresh()
-        passing = None if where is None else self._passing.numbers((clause, *values), self._seen[0], above)
+        passing = None if where is None else self._passing.numbers(key_of_filter(where), self._seen[0], above)
         shards = {modality: growing.view() for modality, growing in self._shards.items()}
-        return Snapshot(shards, passing, self._centroids_of(self._seen[2]), self._probes)
+        return Snapshot(shards, passing, self._centroids_of(self._seen[2]) if centroids else {}, self._probes)
 
     def centroids(self) -> dict[Modality, Vectors]:
         """The centroids [C, D] of each modality that has any."""
@@ -89,10 +89,10 @@ class Resident:
                 self._let_die(deletions - seen_deletions)
             if built != seen_built:
                 self._probes = read_counter(self._connection, "probes")
-                pairs = self._connection.execute("SELECT n, cell FROM cells ORDER BY n").fetchall()
-                table = np.asarray(pairs, dtype=np.int64).reshape(-1, 2)
-                for growing in self._shards.values():
-                    growing.place(table[:, 0], table[:, 1].astype(np.int32))
+                pairs = self._connection.execute(f"SELECT n, {_CELL} FROM cells c ORDER BY n").fetchall()
+                table, cells = np.asarray(pairs, dtype=np.int64).reshape(-1, 2), self._cells()
+                for modality, growing in self._shards.items():
+                    growing.place(table[:, 0], _known_cells(table[:, 1], cells.get(modality, 0)))
         except BaseException:
             self.forget()
             raise
@@ -112,38 +112,74 @@ class Resident:
     def _load_rows(self, after: int) -> None:
         counts = self._connection.execute("SELECT modality, count(*) FROM items NOT INDEXED WHERE n > ? GROUP BY 1", (after,))
         for modality, count in counts.fetchall():
+            if modality not in MODALITIES:
+                raise DamageError(f"{count} items of modality {shown(modality)}; restore it from a copy, or fill it again")
             growing = self._shards.setdefault(modality, Growing(self._dim, self._dtype))
             if not len(growing):
                 growing.reserve(count)
         cursor = self._connection.execute(
-            "SELECT i.n, i.id, i.modality, v.vector, coalesce(c.cell, ?) FROM items i "
+            f"SELECT i.n, i.id, i.modality, v.vector, {_CELL} FROM items i "
             "LEFT JOIN vectors v ON v.n = i.n LEFT JOIN cells c ON c.n = i.n WHERE i.n > ? ORDER BY i.n",
-            (NO_CELL, after),
+            (after,),
         )
+        placed, broken = self._cells(), list[str]()
         while rows := cursor.fetchmany(CHUNK):
             for modality, growing in self._shards.items():
                 own = [row for row in rows if row[2] == modality]
                 if own:
                     numbers, ids, _, blobs, cells = zip(*own, strict=True)
-                    growing.append(numbers, ids, self.vectors_of(ids, blobs), cells)
+                    vectors = self.stored_vectors(blobs)
+                    broken += [str(ids[row]) for row in rows_not_unit(_wide(vectors))]
+                    growing.append(numbers, ids, vectors, _known_cells(np.asarray(cells), placed.get(modality, 0)))
+        if broken:
+            raise no_vectors(broken)
 
-    def vectors_of(self, ids: Sequence[str], blobs: Sequence[bytes | None]) -> Matrix:
-        """[N, D] from stored bytes; StoreError naming the first item whose vector is missing or of the wrong length."""
+    def vectors_of(self, ids: Sequence[str], blobs: Sequence[object]) -> Vectors:
+        """[N, D] from stored bytes; DamageError naming the items whose vector is missing, cut, or not of unit length."""
+        vectors = self.stored_vectors(blobs).astype(np.float32, copy=False)
+        if broken := rows_not_unit(vectors):
+            raise no_vectors([str(ids[row]) for row in broken])
+        return vectors
+
+    def stored_vectors(self, blobs: Sequence[object]) -> Matrix:
+        """[N, D] as stored; zeros where the bytes are not those of a vector."""
         dtype = np.dtype("<f2" if self._dtype == "float16" else "<f4")
-        for id, blob in zip(ids, blobs, strict=True):
-            if blob is None or len(blob) != self._dim * dtype.itemsize:
-                raise StoreError(f"index {self._folder} is damaged: item {id!r} has no whole vector; remove and add it")
-        return np.frombuffer(b"".join(blob or b"" for blob in blobs), dtype=dtype).reshape(-1, self._dim)
+        size = self._dim * dtype.itemsize
+        whole = (blob if isinstance(blob, bytes) and len(blob) == size else bytes(size) for blob in blobs)
+        return np.frombuffer(bytearray().join(whole), dtype=dtype).reshape(-1, self._dim)
+
+    def _cells(self) -> dict[Modality, int]:
+        """How many cells each modality has."""
+        return dict(self._connection.execute("SELECT modality, count(*) FROM centroids GROUP BY modality").fetchall())
 
     def _centroids_of(self, built: int) -> dict[Modality, Vectors]:
         """Those of the current build, read once."""
         if self._centroids[0] != built:
             parts: dict[Modality, list[bytes]] = {}
-            rows = self._connection.execute("SELECT modality, vector FROM centroids ORDER BY modality, cell")
-            for modality, blob in rows:
-                parts.setdefault(modality, []).append(blob)
+            rows = self._connection.execute("SELECT modality, cell, vector FROM centroids ORDER BY modality, cell")
+            for modality, cell, blob in rows:
+                own = parts.setdefault(modality, [])
+                if modality not in MODALITIES or cell != len(own) or not isinstance(blob, bytes) or len(blob) != 4 * self._dim:
+                    raise _no_cell(modality, cell)
+                own.append(blob)
             read: dict[Modality, Vectors] = {
                 modality: np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim) for modality, blobs in parts.items()
             }
+            for modality, centroids in read.items():
+                if broken := rows_not_unit(centroids):
+                    raise _no_cell(modality, broken[0])
             self._centroids = built, read
         return self._centroids[1]
+
+
+def _known_cells(cells: Rows, count: int) -> Cells:
+    """Of rows of a modality with so many cells; one in none of these is unplaced, and so looked at by every search."""
+    return np.where((cells >= 0) & (cells < count), cells, NO_CELL).astype(np.int32)
+
+
+def _wide(vectors_ND: Matrix) -> Vectors:
+    return vectors_ND if vectors_ND.dtype == np.float32 else widen(vectors_ND, np.empty(vectors_ND.shape, dtype=np.float32))
+
+
+def _no_cell(modality: object, cell: object) -> DamageError:
+    return DamageError(f"cell {shown(cell)} of {shown(modality)} cannot be read; make all anew with `traceir index optimise`")

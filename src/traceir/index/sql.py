@@ -5,19 +5,20 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of
+from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of, not_a_filter, shown
 from traceir.index.matrix import Rows
-from traceir.index.store import MAX_DIM, Stored, image_of
-from traceir.items import Item, Vector
+from traceir.index.store import MAX_DIM, DamageError, image_of
+from traceir.items import Item
 
 FORMAT: Final = 1
 APPLICATION_ID: Final = 0x54524958  # "TRIX", at byte 68 of the file
@@ -36,16 +37,24 @@ SCHEMA: Final = (
     "PRIMARY KEY (modality, cell)) WITHOUT ROWID",
 )
 COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
+FAULTS: Final = (sqlite3.Error, DamageError, OverflowError)
+"""What reading and writing raise; an OverflowError is a number or a text that SQLite cannot hold."""
 CHUNK: Final = 2000
 """Rows, or values of a statement, at a time."""
 _META: Final = ("dim", "dtype", "fingerprint", "prompt_version", "created")
+_STATEMENTS: Final = 8
+"""Prepared ones that are kept, each with the values it was last run with, a whole filter for instance."""
+_TOO_LARGE: Final = re.compile(r"too many|too large|too big|too long|longer than|stack overflow|too complex")
+_BROKEN: Final = re.compile(r"no such|has no column|malformed|decode to UTF-8|too large to convert")
 
 
 def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection:
     """A connection in autocommit mode whose commits reach the disk before they return."""
     address = f"{path.absolute().as_uri()}?mode={'rwc' if create else 'rw'}"
     try:
-        connection = sqlite3.connect(address, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            address, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS
+        )
         connection.execute("PRAGMA synchronous = FULL")
         return connection
     except sqlite3.Error as error:
@@ -93,7 +102,7 @@ def create_tables(
 
 def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
     """What the index says of itself; StoreError for a file of another program, another format, or a damaged one."""
-    if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+    if read_number(connection, "PRAGMA application_id") != APPLICATION_ID:
         raise StoreError(
             f"{path} is not an index of TraceIR, or its creation was cut off; "
             "choose another folder, or remove the file and fill the index again"
@@ -105,9 +114,13 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
             f"{path} has index format {found} but this version reads format {FORMAT}; "
             "use the version of TraceIR that made it, or fill a new index"
         )
-    missing = [name for name in _META if name not in meta]
-    if missing or not meta["dim"].isdigit():
-        raise StoreError(f"{path} is damaged: {', '.join(missing) or 'dim'} cannot be read; fill a new index")
+    wrong = [name for name in _META if not isinstance(meta.get(name), str)]
+    if not wrong and not (re.fullmatch("[0-9]{1,5}", meta["dim"], re.ASCII) and 1 <= int(meta["dim"]) <= MAX_DIM):
+        wrong.append("dim")
+    if not wrong and meta["dtype"] not in ("float32", "float16"):
+        wrong.append("dtype")
+    if wrong:
+        raise StoreError(f"{path} is damaged: {', '.join(wrong)} cannot be read; restore it from a copy, or fill a new index")
     return meta
 
 
@@ -119,7 +132,10 @@ def read_numbers(connection: sqlite3.Connection, statement: str, values: Sequenc
 def read_number(connection: sqlite3.Connection, statement: str, values: Sequence[Scalar] = ()) -> int:
     """The one number selected; 0 where there is none."""
     row = connection.execute(statement, values).fetchone()
-    return int(row[0] or 0) if row else 0
+    try:
+        return int(row[0] or 0) if row else 0
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DamageError(f"{shown(row[0])} is no number; restore it from a copy, or remove it and fill it again") from error
 
 
 def read_counter(connection: sqlite3.Connection, name: str) -> int:
@@ -145,7 +161,7 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
         bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
         test = " AND ".join(f"value {sign} ?" for sign, _ in bounds)
         return _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds], row_by_row)
-    raise InputError(f"{where!r} is not a filter; build one from Eq, In, Range and And")
+    raise not_a_filter(where)
 
 
 def row_of(item: Item) -> tuple[str | None, str, str | None, str | None, str, str]:
@@ -160,26 +176,30 @@ def field_rows(items: Sequence[Item], first: int) -> Iterator[tuple[int, str, st
                 yield n, name, kind_of(value), value
 
 
-def stored_of(row: tuple[Any, ...], vector: Vector | None) -> Stored:
-    _, id, modality, text, image, fields, content_hash = row[:7]
-    return Stored(id, modality, text, image, json.loads(fields), content_hash, vector)
-
-
-def explain_error(error: sqlite3.Error, path: Path, timeout: float) -> StoreError:
-    """What went wrong, and what to do, for an error of the database."""
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+def explain_error(error: Exception, path: Path, timeout: float) -> StoreError:
+    """What went wrong, and what to do, for one of FAULTS. The disk is blamed for what is the disk's fault only."""
+    code, text = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF, str(error)[:200]
+    if isinstance(error, DamageError):
+        return StoreError(f"index {path} is damaged: {error}")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
         return StoreError(
             f"index {path} is locked: another process has been writing for {timeout:g} seconds; "
             "wait for it to end, or open the index with a longer timeout"
         )
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return StoreError(f"index {path} is damaged ({error}); restore it from a copy, or remove it and fill it again")
+    broken = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISMATCH)
+    if code in broken or _BROKEN.search(text):
+        return StoreError(f"index {path} is damaged ({text}); restore it from a copy, or remove it and fill it again")
     if code == sqlite3.SQLITE_FULL:
         return StoreError(f"the disk of index {path} is full; nothing of this call was written: make room and repeat it")
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return StoreError(f"index {path} cannot be opened for writing ({error}); check its folder and rights")
-    return StoreError(f"index {path} failed: {error}; check the disk, or restore the index from a copy")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
+        return StoreError(f"index {path} cannot be opened for writing ({text}); check its folder and rights")
+    if code == sqlite3.SQLITE_IOERR:
+        return StoreError(f"index {path} failed: {text}; check the disk, or restore the index from a copy")
+    if code == sqlite3.SQLITE_TOOBIG or _TOO_LARGE.search(text):
+        return StoreError(
+            f"index {path} takes less in one call ({text}); nothing of this one was written: give it in smaller parts"
+        )
+    return StoreError(f"index {path} failed: {text}; repeat the call, and report it if it fails again")
 
 
 def marks(values: Sequence[object]) -> str:

@@ -9,7 +9,6 @@ Precision: `float32` storage is exact; `float16` halves file and memory and move
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +33,7 @@ from traceir.index.resident import Resident, Snapshot
 from traceir.index.sql import (
     CHUNK,
     COLUMNS,
+    FAULTS,
     FORMAT,
     compile_filter,
     connect,
@@ -46,7 +46,6 @@ from traceir.index.sql import (
     read_number,
     read_numbers,
     row_of,
-    stored_of,
 )
 from traceir.index.store import (
     IndexInfo,
@@ -59,6 +58,7 @@ from traceir.index.store import (
     check_search,
     check_vectors,
     size_of,
+    stored_of,
 )
 from traceir.items import Hit, Item, Modality, Vector
 
@@ -109,8 +109,8 @@ class SqliteIndex:
             check_maker(str(folder), "prompt version", self._meta["prompt_version"], prompt_version)
             if dim is not None and dim != self._dim:
                 raise StoreError(f"index {folder} holds vectors of width {self._dim}, not {dim}; use the same encoder")
-            self._resident = Resident(self._connection, folder, self._dim, self._dtype)
-        except sqlite3.Error as error:
+            self._resident = Resident(self._connection, self._dim, self._dtype)
+        except FAULTS as error:
             self._connection.close()
             raise explain_error(error, self._path, timeout) from error
         except BaseException:
@@ -160,7 +160,7 @@ class SqliteIndex:
         for name, value in (("cells", cells), ("probes", probes)):
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; give at least 1, or leave it out")
-        shards = self._snapshot(None).shards
+        shards = self._snapshot(None, centroids=False).shards
         fitted: dict[Modality, tuple[Vectors, Cells]] = {}
         for modality, shard in shards.items():
             live = np.flatnonzero(shard.alive_N)
@@ -193,7 +193,7 @@ class SqliteIndex:
         queries = check_vectors(vectors, None, self._dim)
 
         def look() -> list[list[Hit]] | None:
-            return self._read_hits(self._best(self._snapshot(where), queries, k, modality, exact))
+            return self._read_hits(self._best(self._snapshot(where, not exact), queries, k, modality, exact))
 
         for _ in range(_TRIES):
             hits = look()
@@ -259,9 +259,9 @@ class SqliteIndex:
 
     # Steps of a search
 
-    def _snapshot(self, where: Filter | None) -> Snapshot:
+    def _snapshot(self, where: Filter | None, centroids: bool = True) -> Snapshot:
         with self._transaction():
-            return self._resident.snapshot(where)
+            return self._resident.snapshot(where, centroids)
 
     def _best(self, snapshot: Snapshot, queries: Vectors, k: int, modality: Modality | None, exact: bool) -> list[list[_Found]]:
         """For each query its best k, best first, equal scores in order of id."""
@@ -276,15 +276,16 @@ class SqliteIndex:
                 continue
             allowed = None if snapshot.passing is None else shard.mask_of(snapshot.passing)
             near, probes = snapshot.centroids.get(name), snapshot.probes
+            most = max(1, min(k, len(shard.numbers_N)))
             if exact or near is None or exact_is_cheaper(len(queries), len(near), probes):
-                rows_of = exact_rows(shard, queries, k, allowed)
+                rows_of = exact_rows(shard, queries, most, allowed)
             else:
                 rows_of = [
-                    promising_rows(shard, rows_of_nearest_cells(shard, near, query, k, allowed, probes), query, k)
+                    promising_rows(shard, rows_of_nearest_cells(shard, near, query, most, allowed, probes), query, most)
                     for query in queries
                 ]
             for query, rows, best in zip(queries, rows_of, found, strict=True):
-                best += _score_rows(shard, rows, query, k)
+                best += _score_rows(shard, rows, query, most)
         return [sorted(best, key=lambda one: (-one[0], one[1]))[:k] for best in found]
 
     def _read_hits(self, best: list[list[_Found]]) -> list[list[Hit]] | None:
@@ -356,7 +357,7 @@ class SqliteIndex:
                 self._connection.execute("COMMIT")
             except BaseException as error:
                 self._resident.forget_removals()
-                if isinstance(error, sqlite3.Error):
+                if isinstance(error, FAULTS):
                     raise explain_error(error, self._path, self._timeout) from error
                 raise
             finally:
@@ -367,10 +368,10 @@ class SqliteIndex:
         column, join = ("v.vector", "LEFT JOIN vectors v ON v.n = i.n") if with_vectors else ("NULL", "")
         with self._transaction():
             rows = self._connection.execute(f"SELECT {COLUMNS}, {column} FROM items i {join} WHERE {clause}", values).fetchall()
-        if not with_vectors:
-            return [(row[0], stored_of(row, None)) for row in rows]
-        vectors = self._resident.vectors_of([row[1] for row in rows], [row[7] for row in rows]).astype(np.float32)
-        return [(row[0], stored_of(row, vector)) for row, vector in zip(rows, vectors, strict=True)]
+            if not with_vectors:
+                return [(row[0], stored_of(*row[1:7], vector=None)) for row in rows]
+            vectors = self._resident.vectors_of([row[1] for row in rows], [row[7] for row in rows])
+            return [(row[0], stored_of(*row[1:7], vector=vector)) for row, vector in zip(rows, vectors, strict=True)]
 
     def _bump(self, name: str) -> None:
         self._connection.execute(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import OWN_NAMES, Filter, check_name, check_value
+from traceir.index.filters import OWN_NAMES, Filter, check_name, check_value, shown
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
 MAX_ID_BYTES: Final = 1024
 MAX_DIM: Final = 65_536
 StoredType = Literal["float32", "float16"]
 Vectors = npt.NDArray[np.float32]
+UNIT: Final = 0.01
+"""By how much the squared length of a vector that was kept may differ from 1: float16 rounds by a tenth of it at most."""
+_NAMED: Final = 20
+
+
+class DamageError(Exception):
+    """What was read is not what an index holds; an adapter makes a StoreError of it that says which index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +134,7 @@ def image_of(item: Item) -> str | None:
 def check_id(id: str | None) -> str:
     """The id, or InputError where it is missing, longer than MAX_ID_BYTES in UTF-8, or not plain text."""
     if not isinstance(id, str) or not id:
-        raise InputError(f"id {id!r} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
+        raise InputError(f"id {shown(id)} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
     try:
         size = len(id.encode())
     except UnicodeEncodeError as error:
@@ -136,6 +144,42 @@ def check_id(id: str | None) -> str:
     if "\0" in id:
         raise InputError(f"id {id[:80]!r} contains a zero character; remove it")
     return id
+
+
+def stored_of(
+    id: object, modality: object, text: object, image: object, fields: str, content_hash: object, *, vector: Vector | None
+) -> Stored:
+    """What was read of an item; DamageError where it is not what is ever written."""
+    try:
+        name = check_id(id if isinstance(id, str) else None)
+        read = json.loads(fields)
+        for field, value in read.items():
+            check_value(field, value)
+        if modality not in MODALITIES:
+            raise ValueError(f"modality {shown(modality)}")
+        if not isinstance(text, str | None) or not isinstance(image, str | None) or not isinstance(content_hash, str):
+            raise ValueError("a text, picture or hash that is none")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        what = f"item {shown(id)} is damaged ({str(error)[:200]})"
+        raise DamageError(f"{what}; remove it with `traceir index rm` and add it again") from error
+    return Stored(name, modality, text, image, read, content_hash, vector)
+
+
+def rows_not_unit(vectors_ND: Vectors) -> list[int]:
+    """The rows of vectors that were kept whose length is not 1, among them those with NaN or infinity.
+
+    None may take part in a search: one NaN among the scores of a block hides all others.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vecdot(vectors_ND, vectors_ND)
+        return np.flatnonzero(~(np.abs(squares - 1.0) <= UNIT)).tolist()
+
+
+def no_vectors(ids: Sequence[str]) -> DamageError:
+    """That these items have no usable vector. Said and not passed over: the answers would lack them for ever."""
+    named = ", ".join(repr(id[:80]) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    some = f"item {named} has no whole vector" if len(ids) == 1 else f"{len(ids)} items have no whole vector: {named}"
+    return DamageError(f"{some} of finite numbers and length 1; remove them with `traceir index rm` and add them again")
 
 
 def size_of(files: Iterable[Path]) -> int:
@@ -204,7 +248,7 @@ def check_vectors(vectors: Vectors, rows: int | None, dim: int, ids: Sequence[st
 
 def check_search(k: int, modality: str | None) -> None:
     if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-        raise InputError(f"k is {k!r}; ask for at least 1 hit")
+        raise InputError(f"k is {shown(k)}; ask for at least 1 hit")
     if modality is not None and modality not in MODALITIES:
         raise InputError(f"modality {modality!r} is unknown; choose one of {', '.join(MODALITIES)}")
 
