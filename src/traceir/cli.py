@@ -294,7 +294,7 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
 
     A value matches the text and also, where it reads as one, the number, true, false or null (a missing field).
     """
-    from traceir.index.filters import And, In
+    from traceir.index.filters import And, In, is_value
 
     parts: list[Filter] = []
     for condition in conditions:
@@ -305,7 +305,7 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
             read = json.loads(value)
         except (ValueError, RecursionError):
             read = value
-        plain = read is None or isinstance(read, bool | int | float)
+        plain = not isinstance(read, str) and is_value(read)  # NaN, or a number of many digits, is a text all the same
         parts.append(In(name, (value, read) if plain else (value,)))
     return And(tuple(parts)) if parts else None
 

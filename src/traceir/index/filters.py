@@ -155,18 +155,22 @@ def check_name(name: str) -> None:
 
 def check_value(name: str, value: Scalar) -> None:
     """Raise InputError where a value is no text, finite number, 64-bit integer, boolean or None."""
-    if value is None or isinstance(value, bool):
-        return
-    if isinstance(value, int) and -_INT64 <= value < _INT64:
-        return
-    if isinstance(value, float) and math.isfinite(value):
-        return
-    if isinstance(value, str) and "\0" not in value and _encodable(value):
+    if is_value(value):
         return
     raise InputError(
         f"field {name!r} has the value {shown(value)} ({type(value).__name__}); "
         "use text, a finite number, a 64-bit integer, true, false or null"
     )
+
+
+def is_value(value: object) -> bool:
+    if value is None or isinstance(value, bool):
+        return True
+    if isinstance(value, int):
+        return -_INT64 <= value < _INT64
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str) and "\0" not in value and _encodable(value)
 
 
 def _check_size(parts: Sequence[Eq | In | Range]) -> None:

@@ -1,9 +1,9 @@
-"""Which rows pass a filter, remembered between searches."""
+"""Which rows pass a filter, remembered between searches by the filter's digest: what a client sent is not kept."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,9 +33,9 @@ class Passing:
 
     def __init__(self, most: int = _MOST) -> None:
         self._most = most
-        self._kept: OrderedDict[Hashable, _Known] = OrderedDict()
+        self._kept: OrderedDict[bytes | str, _Known] = OrderedDict()
 
-    def numbers(self, condition: Hashable, top: int, ask: Callable[[int], Rows]) -> Rows:
+    def numbers(self, condition: bytes | str, top: int, ask: Callable[[int], Rows]) -> Rows:
         """Ascending numbers [M]; `top` is the highest of any row, and `ask(after)` finds those above `after`, ascending."""
         known = self._kept.pop(condition, None)
         if known is not None and known.top < top:

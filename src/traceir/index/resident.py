@@ -13,7 +13,7 @@ from traceir.index.filters import Filter, key_of_filter, shown
 from traceir.index.matrix import NO_CELL, Cells, Growing, Matrix, Rows, Shard, widen
 from traceir.index.passing import Passing
 from traceir.index.sql import CHUNK, compile_filter, read_counter, read_number, read_numbers
-from traceir.index.store import DamageError, StoredType, Vectors, no_vectors, rows_not_unit
+from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
 from traceir.items import MODALITIES, Modality
 
 _CELL: Final = f"CASE WHEN typeof(c.cell) = 'integer' THEN c.cell ELSE {NO_CELL} END"
@@ -112,8 +112,6 @@ class Resident:
     def _load_rows(self, after: int) -> None:
         counts = self._connection.execute("SELECT modality, count(*) FROM items NOT INDEXED WHERE n > ? GROUP BY 1", (after,))
         for modality, count in counts.fetchall():
-            if modality not in MODALITIES:
-                raise DamageError(f"{count} items of modality {shown(modality)}; restore it from a copy, or fill it again")
             growing = self._shards.setdefault(modality, Growing(self._dim, self._dtype))
             if not len(growing):
                 growing.reserve(count)
@@ -122,23 +120,24 @@ class Resident:
             "LEFT JOIN vectors v ON v.n = i.n LEFT JOIN cells c ON c.n = i.n WHERE i.n > ? ORDER BY i.n",
             (after,),
         )
-        placed, broken = self._cells(), list[str]()
+        placed, broken = self._cells(), list[object]()
         while rows := cursor.fetchmany(CHUNK):
+            broken += [row[1] for row in rows if row[2] not in MODALITIES or not isinstance(row[1], str)]
             for modality, growing in self._shards.items():
                 own = [row for row in rows if row[2] == modality]
                 if own:
                     numbers, ids, _, blobs, cells = zip(*own, strict=True)
                     vectors = self.stored_vectors(blobs)
-                    broken += [str(ids[row]) for row in rows_not_unit(_wide(vectors))]
+                    broken += [ids[row] for row in rows_not_unit(_wide(vectors))]
                     growing.append(numbers, ids, vectors, _known_cells(np.asarray(cells), placed.get(modality, 0)))
         if broken:
-            raise no_vectors(broken)
+            raise unusable(broken)
 
     def vectors_of(self, ids: Sequence[str], blobs: Sequence[object]) -> Vectors:
         """[N, D] from stored bytes; DamageError naming the items whose vector is missing, cut, or not of unit length."""
         vectors = self.stored_vectors(blobs).astype(np.float32, copy=False)
         if broken := rows_not_unit(vectors):
-            raise no_vectors([str(ids[row]) for row in broken])
+            raise unusable([ids[row] for row in broken])
         return vectors
 
     def stored_vectors(self, blobs: Sequence[object]) -> Matrix:

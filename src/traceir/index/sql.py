@@ -37,15 +37,15 @@ SCHEMA: Final = (
     "PRIMARY KEY (modality, cell)) WITHOUT ROWID",
 )
 COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
-FAULTS: Final = (sqlite3.Error, DamageError, OverflowError)
-"""What reading and writing raise; an OverflowError is a number or a text that SQLite cannot hold."""
+FAULTS: Final = (sqlite3.Error, DamageError, OverflowError, UnicodeDecodeError)
+"""What reading and writing raise: also OverflowError for a number too large, UnicodeDecodeError for a message that is none."""
 CHUNK: Final = 2000
 """Rows, or values of a statement, at a time."""
 _META: Final = ("dim", "dtype", "fingerprint", "prompt_version", "created")
 _STATEMENTS: Final = 8
 """Prepared ones that are kept, each with the values it was last run with, a whole filter for instance."""
 _TOO_LARGE: Final = re.compile(r"too many|too large|too big|too long|longer than|stack overflow|too complex")
-_BROKEN: Final = re.compile(r"no such|has no column|malformed|decode to UTF-8|too large to convert")
+_BROKEN: Final = re.compile(r"no such|has no column|malformed|decode|too large to convert")
 
 
 def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection:
@@ -57,7 +57,7 @@ def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection:
         )
         connection.execute("PRAGMA synchronous = FULL")
         return connection
-    except sqlite3.Error as error:
+    except FAULTS as error:
         raise explain_error(error, path, timeout) from error
 
 

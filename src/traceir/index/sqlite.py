@@ -86,10 +86,7 @@ class SqliteIndex:
         self._lock = RLock()
         self._closed = False
         self._has_maker = fingerprint is not None
-        if create:
-            _make_folder(folder)
-        elif not self._path.is_file():
-            raise StoreError(f"there is no index at {folder}; check the path, or fill one with `traceir index add`")
+        _check_place(self._path, create)
         self._connection = connect(self._path, timeout, create)
         try:
             if create:
@@ -386,11 +383,16 @@ class SqliteIndex:
             )
 
 
-def _make_folder(folder: Path) -> None:
+def _check_place(path: Path, create: bool) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"folder {folder} for an index cannot be made: {error.strerror}; choose another") from error
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        elif not path.is_file():
+            raise StoreError(f"there is no index at {path.parent}; check the path, or fill one with `traceir index add`")
+    except (OSError, ValueError) as error:
+        what = "be made" if create else "be looked into"
+        why = getattr(error, "strerror", None) or error
+        raise StoreError(f"folder {path.parent} of an index cannot {what}: {why}; choose another") from error
 
 
 def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:

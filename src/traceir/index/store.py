@@ -175,11 +175,12 @@ def rows_not_unit(vectors_ND: Vectors) -> list[int]:
         return np.flatnonzero(~(np.abs(squares - 1.0) <= UNIT)).tolist()
 
 
-def no_vectors(ids: Sequence[str]) -> DamageError:
-    """That these items have no usable vector. Said and not passed over: the answers would lack them for ever."""
-    named = ", ".join(repr(id[:80]) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-    some = f"item {named} has no whole vector" if len(ids) == 1 else f"{len(ids)} items have no whole vector: {named}"
-    return DamageError(f"{some} of finite numbers and length 1; remove them with `traceir index rm` and add them again")
+def unusable(ids: Sequence[object]) -> DamageError:
+    """That these items cannot take part in a search. Said and not passed over: the answers would lack them for ever."""
+    named = ", ".join(shown(id) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    some = f"item {named} has" if len(ids) == 1 else f"{len(ids)} items have"
+    what = f"{some} no whole vector of finite numbers and length 1" + (f": {named}" if len(ids) > 1 else "")
+    return DamageError(f"{what}; remove and add again (`traceir index rm ID`), or restore the index from a copy")
 
 
 def size_of(files: Iterable[Path]) -> int:
