@@ -49,7 +49,9 @@ from traceir.index.store import (
     check_maker,
     check_search,
     check_vectors,
+    rows_not_unit,
     size_of,
+    unusable,
 )
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
@@ -165,7 +167,7 @@ class MilvusIndex:
         keys = [key_of(id) for id in dict.fromkeys(check_ids(ids))]
         with self._collections.explained("read it"):
             rows = self._collections.fetch(keys, with_vectors)
-        return {id_of(key): stored_of(rows[key].columns, rows[key].vector) for key in keys if key in rows}
+            return {id_of(key): stored_of(rows[key].columns, rows[key].vector) for key in keys if key in rows}
 
     def count(self, where: Filter | None = None) -> int:
         expression = compile_filter(where)
@@ -323,13 +325,16 @@ def _promising(answer: Sequence[tuple[str, float]], k: int, limit: int, slack: f
     floor = scores[k - 1] - slack
     if len(answer) >= limit and scores[-1] >= floor:
         return None
-    return [key for key, score in answer if score >= floor]
+    return [key for key, score in answer if not score < floor]  # NaN too, which is then found out
 
 
 def _rank(query: Vector, rows: Sequence[Row], k: int) -> _Found:
     if not rows:
         return []
-    scores = rescore(np.stack([cast(Vector, row.vector) for row in rows]), query)
+    vectors = np.stack([cast(Vector, row.vector) for row in rows])
+    if broken := rows_not_unit(vectors):
+        raise unusable([id_of(rows[row].columns["key"]) for row in broken])
+    scores = rescore(vectors, query)
     return _first([(float(score), stored_of(row.columns, None)) for score, row in zip(scores, rows, strict=True)], k)
 
 

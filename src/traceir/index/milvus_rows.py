@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.errors import InputError
-from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of, not_a_filter
-from traceir.index.store import MAX_ID_BYTES, Stored, image_of
+from traceir.index import store
+from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of, not_a_filter, shown
+from traceir.index.store import MAX_ID_BYTES, DamageError, Stored, image_of
 from traceir.items import MODALITIES, Item, Vector
 
 KEY: Final = "key"
@@ -74,15 +75,12 @@ def row_bytes(row: Mapping[str, Any]) -> int:
 
 
 def stored_of(row: Mapping[str, Any], vector: Vector | None) -> Stored:
-    return Stored(
-        id=id_of(row[KEY]),
-        modality=row["modality"],
-        text=row["text"] or None,
-        image=row["image"] or None,
-        fields=json.loads(row["fields"]),
-        content_hash=row["content_hash"],
-        vector=vector,
-    )
+    try:
+        id = id_of(row[KEY])
+    except ValueError as error:
+        raise DamageError(f"{shown(row[KEY])} is no key of an item; drop the collection and fill it again") from error
+    kept = (row["modality"], row["text"] or None, row["image"] or None, row["fields"], row["content_hash"])
+    return store.stored_of(id, *kept, vector=vector)
 
 
 def vector_of(value: Any) -> Vector:

@@ -20,8 +20,18 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.errors import InputError, StoreError
-from traceir.index.milvus_rows import KEPT, KEY, MAX_KEY_CHARS, MAX_VARCHAR_BYTES, VECTOR, filter_columns, keys_in, vector_of
-from traceir.index.store import MAX_DIM, StoredType, Vectors
+from traceir.index.milvus_rows import (
+    KEPT,
+    KEY,
+    MAX_KEY_CHARS,
+    MAX_VARCHAR_BYTES,
+    VECTOR,
+    filter_columns,
+    keys_in,
+    stored_of,
+    vector_of,
+)
+from traceir.index.store import MAX_DIM, DamageError, StoredType, Vectors
 from traceir.items import Modality, Vector
 
 FORMAT: Final = 1
@@ -116,17 +126,23 @@ class Collections:
 
     @contextlib.contextmanager
     def explained(self, action: str) -> Iterator[None]:
-        """Errors of the client as StoreErrors that say what could not be done."""
+        """Errors of the client, and what it should not have returned, as StoreErrors that say what could not be done."""
         from pymilvus.exceptions import MilvusException
 
         if self._closed:
             raise StoreError(f"index {self.place.shown} is closed; open it again")
         try:
             yield
+        except DamageError as error:
+            raise StoreError(f"index {self.place.shown} is damaged: {error}") from error
         except MilvusException as error:
-            raise StoreError(
-                f"index {self.place.shown} failed: Milvus could not {action} ({_first_line(error)}); "
+            remedy = (
                 "check that the server runs and read its log, then repeat the call"
+                if self.place.file is None
+                else "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
+            )
+            raise StoreError(
+                f"index {self.place.shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}"
             ) from error
 
     # Reading
@@ -198,7 +214,7 @@ class Collections:
         if not self._merges:
             return {}
         old = self.fetch(keys, False)
-        return {key: dict.fromkeys(filter_columns(json.loads(row.columns["fields"]))) for key, row in old.items()}
+        return {key: dict.fromkeys(filter_columns(stored_of(row.columns, None).fields)) for key, row in old.items()}
 
     def delete(self, keys: Sequence[str]) -> None:
         names = (self.place.name, *self.graphs().values())
@@ -293,7 +309,7 @@ class Collections:
             said = json.loads(properties[_PROPERTY])
             found = said.get("format")
             if found == FORMAT:
-                return Maker(**said)
+                return _checked(Maker(**said))
         except (ValueError, TypeError, AttributeError) as error:
             raise StoreError(f"index {self.place.shown} is damaged: {error}; drop the collection and fill it again") from error
         raise StoreError(
@@ -344,16 +360,20 @@ def _connect(place: Place, create: bool, timeout: float) -> Any:
     for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if place.file else [])):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if place.file is not None:
-        if not create and not place.file.exists():
-            raise _missing(place)
-        place.file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if not create and not place.file.exists():
+                raise _missing(place)
+            place.file.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise StoreError(f"the file of index {place.shown} cannot be looked for or made: {why}; choose another") from error
     try:
         return MilvusClient(place.address, token=place.token, timeout=timeout, dedicated=True)
     except MilvusException as error:
         remedy = (
             "check that the server runs and that address and token are right"
             if place.file is None
-            else "another process may hold the file (one at a time can), or milvus-lite is not installed"
+            else "another process may hold it (one at a time can), it is no file of Milvus Lite, or milvus-lite is not installed"
         )
         raise StoreError(f"index {place.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
 
@@ -378,5 +398,17 @@ def _columns(with_vectors: bool) -> list[str]:
 
 
 def _row(row: Mapping[str, Any]) -> Row:
-    vector = vector_of(row[VECTOR]) if VECTOR in row else None
-    return Row({name: row[name] for name in (KEY, *KEPT)}, vector)
+    try:
+        vector = vector_of(row[VECTOR]) if VECTOR in row else None
+        return Row({name: row[name] for name in (KEY, *KEPT)}, vector)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamageError(f"a row came without its {error}; drop the collection and fill it again") from error
+
+
+def _checked(maker: Maker) -> Maker:
+    texts = (maker.fingerprint, maker.prompt_version, maker.created)
+    if not all(isinstance(text, str) for text in texts) or maker.dtype not in ("float32", "float16"):
+        raise ValueError(f"its maker is {maker}")
+    if isinstance(maker.dim, bool) or not isinstance(maker.dim, int) or not 1 <= maker.dim <= MAX_DIM:
+        raise ValueError(f"its width is {maker.dim!r}")
+    return maker
