@@ -27,6 +27,8 @@ READ_OUTS: Final[tuple[ReadOut, ...]] = ("before_token", "at_token", "last")
 Rope = Literal["mrope", "sequential"]
 ROPES: Final[tuple[Rope, ...]] = ("mrope", "sequential")
 IGNORE: Final = -100
+_SHORT: Final = 512
+"""Characters of a text whose token ids are remembered."""
 Pixels = npt.NDArray[np.uint8]
 # OpenAI's CLIP statistics, the ones in Qwen2.5-VL's preprocessor_config.json.
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
@@ -127,7 +129,7 @@ class Processor:
         core.no_truncation()
         core.no_padding()
         self._core = core
-        self.plain_ids = lru_cache(maxsize=65536)(self._encode_plain)
+        self._short_ids = lru_cache(maxsize=8192)(self._encode_plain)
         self.split_template = lru_cache(maxsize=4096)(self._split_template)
 
     @property
@@ -211,7 +213,7 @@ class Processor:
                 shown = self.pixels(piece)
                 pixels.append(shown)
                 unit = self.image.patch * self.image.merge
-                block = _grid_positions(place, shown.shape[0] // unit, shown.shape[1] // unit)
+                block = _grid_positions(shown.shape[0] // unit, shown.shape[1] // unit) + place
                 token_ids = [self.special[IMAGE_PAD]] * block.shape[1]
             else:
                 if isinstance(piece, Special):
@@ -274,6 +276,10 @@ class Processor:
         names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         return tuple(re.split(f"({'|'.join(re.escape(name) for name in names)})", text)) if names else (text,)
 
+    def plain_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text without special tokens. Those of short texts alone are remembered, which bounds what is kept."""
+        return self._short_ids(text) if len(text) <= _SHORT else self._encode_plain(text)
+
     def _encode_plain(self, text: str) -> tuple[int, ...]:
         return tuple(self._core.encode(text, add_special_tokens=False).ids)
 
@@ -335,11 +341,11 @@ def _text_positions(start: int, length: int) -> npt.NDArray[np.int64]:
     return np.broadcast_to(np.arange(start, start + length, dtype=np.int64), (3, length))
 
 
-@lru_cache(maxsize=4096)
-def _grid_positions(start: int, rows: int, columns: int) -> npt.NDArray[np.int64]:
-    """M-RoPE positions [3, rows * columns] of one picture: one time, its rows, its columns, all offset by `start`."""
+@lru_cache(maxsize=256)
+def _grid_positions(rows: int, columns: int) -> npt.NDArray[np.int64]:
+    """M-RoPE positions [3, rows * columns] of one picture: one time, its rows, its columns."""
     high, wide = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    return np.stack([np.zeros(rows * columns, dtype=np.int64), high.ravel(), wide.ravel()]) + start
+    return np.stack([np.zeros(rows * columns, dtype=np.int64), high.ravel(), wide.ravel()])
 
 
 @lru_cache(maxsize=256)
