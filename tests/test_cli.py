@@ -232,6 +232,14 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
     assert cli.parse_where([]) is None
 
 
+def test_field_report_10_conditions_that_read_as_no_value_are_texts_and_too_many_are_counted() -> None:
+    for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):
+        where = cli.parse_where([f"code={text}"])
+        assert where is not None and matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
+    with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):
+        cli.parse_where(["a=1"] * 5000)
+
+
 def test_stored_text_cannot_steer_the_terminal(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "red\x1b[31m\ncube"}) + "\n")
     assert run("index", "add", tmp_path / "a.jsonl", "--index", tmp_path / "i", "--model", checkpoint) == 0

@@ -226,6 +226,17 @@ def test_damaged_blocks_are_named_and_can_be_encoded_again(tmp_path: Path, harm:
     assert calls == [["2:4", "2:5", "2:6", "2:7"]] and contents(store) == whole
 
 
+def test_field_report_11_what_float16_cannot_hold_is_refused_and_not_written_as_infinity(tmp_path: Path) -> None:
+    store, items = EmbeddingStore(tmp_path, replace(MAKER, dtype="float16"), block_rows=4), passages(4)
+
+    def long(chunk: Sequence[Item]) -> list[Encoding]:
+        return [replace(one, vector=one.vector * np.float32(1e7)) for one in FakeEncoder().encode_items(chunk)]
+
+    with pytest.raises(ModelError, match="not finite as float16"):
+        store.fill(items, long, progress=False)
+    assert store.missing(store.plan(items)) == [0]
+
+
 def test_values_that_are_not_finite_are_refused_when_written_read_or_repaired(tmp_path: Path) -> None:
     store, items = EmbeddingStore(tmp_path, MAKER, block_rows=4), passages(8)
 

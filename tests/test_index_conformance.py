@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Index, Range, open_index
 from traceir.index.copy import copy
 from traceir.index.filters import matches
-from traceir.index.milvus_rows import compile_filter, sortable
+from traceir.index.milvus_rows import compile_filter, key_of, keys_in, sortable
 from traceir.items import Item
 
 GIVEN = os.environ.get("TRACEIR_TEST_MILVUS", "")
@@ -266,6 +267,93 @@ def test_texts_numbers_and_booleans_never_mix_in_filters(fresh: Fresh) -> None:
             assert " ".join(stored.id for stored in index.scan(where)) == expected, where
         with pytest.raises(InputError, match="not a filter"):
             index.count("year = 1")
+
+
+def test_field_report_10_every_kind_of_index_takes_the_largest_filters_and_ids(fresh: Fresh) -> None:
+    numbers = tuple(In("n", tuple(range(start, start + 9_000))) for start in (0, 5_000, 5_001))
+    many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253))))
+    assert len(many.parts) == 256 and sum(len(part.values) for part in many.parts if isinstance(part, In)) == 28_012
+    long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(127))))
+    with opened(fresh()) as index:
+        index.upsert(
+            [
+                *texts(["a"], n=8_999, f7=7, t="wanted"),
+                *texts(["b"], n=9_000),
+                *texts(["c"], n=8_999, f7=8),
+                *texts(["d"], t="?"),
+            ],
+            drawn(4, 4),
+        )
+        for where, expected in ((many, ["a"]), (long, ["a"])):
+            assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == expected
+        ids = [f"{n:06}" for n in range(5_000)]
+        assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
+        with pytest.raises(InputError, match=r"260000 values to be one of in all; give at most 30000"):
+            index.count(And(tuple(In("n", tuple(range(10_000))) for _ in range(26))))
+        assert index.delete(many) == 1 and index.count() == 2
+
+
+def test_field_report_11_every_kind_of_index_refuses_vectors_that_would_poison_it(fresh: Fresh) -> None:
+    with opened(fresh()) as index:
+        index.upsert(texts(["a", "b"]), drawn(2, 4))
+        for bad in ([np.nan, 0, 0, 0], [0, np.inf, 0, 0], [0, -np.inf, 0, 1], [0, 0, 0, 0], [1e-30, 0, 0, 0]):
+            vectors = np.asarray([[1, 0, 0, 0], bad], dtype=np.float32)
+            for act in (
+                lambda vectors=vectors: index.upsert(texts(["c", "d"]), vectors),
+                lambda vectors=vectors: index.search(vectors, 1),
+            ):
+                with pytest.raises(InputError, match=r"vector 1.*(NaN or infinity|length zero)"):
+                    act()
+        assert len(index.search(drawn(1, 4), 9)[0]) == 2
+
+
+@needs_milvus
+def test_field_report_11_a_broken_row_of_a_collection_is_named(tmp_path: Path) -> None:
+    with opened(f"milvus-lite:{tmp_path}/items.db") as index:
+        index.upsert(texts([f"{n}" for n in range(5)]), drawn(5, 4))
+        client: Any = index._collections._client  # type: ignore[attr-defined]
+        row = client.query("traceir", filter=keys_in([key_of("3")]), output_fields=["*"])[0]
+        for name, value, why in (
+            ("vector", np.full(4, np.nan, dtype=np.float32), "item '3' has no whole vector"),
+            ("vector", np.zeros(4, dtype=np.float32), "item '3' has no whole vector"),
+            ("vector", np.full(4, 9, dtype=np.float32), "item '3' has no whole vector"),
+            ("fields", "{", "item '3' is damaged"),
+            ("fields", '{"a": [1]}', "item '3' is damaged"),
+            ("modality", "video", "item '3' is damaged"),
+        ):
+            client.upsert("traceir", [{**row, name: value}])
+            with pytest.raises(StoreError, match=rf"items\.db is damaged: {why}.*add"):
+                index.search(drawn(1, 4), 5)
+        index.delete(["3"])
+        assert len(index.search(drawn(1, 4), 5)[0]) == 4
+
+
+@needs_milvus
+def test_field_report_19_damaged_files_of_milvus_lite_end_in_a_store_error(tmp_path: Path) -> None:
+    code = "import test_index_conformance as suite; suite.fill_file({!r})"  # the file belongs to a process until it ends
+    address = f"milvus-lite:{tmp_path}/whole.db"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    subprocess.run([sys.executable, "-c", code.format(address)], check=True, env=environment)
+    whole = tmp_path / "whole.db"
+    names = [file.relative_to(whole) for file in sorted(whole.rglob("*")) if file.suffix in (".json", ".parquet", ".idx")]
+    assert len(names) >= 3
+    for number, name in enumerate(names):
+        for place, change in enumerate((lambda data: data[: len(data) // 2], lambda data: data[:9] + b"\xff" * 40 + data[49:])):
+            copied = tmp_path / f"{number}-{place}.db"
+            shutil.copytree(whole, copied, ignore=shutil.ignore_patterns("LOCK"))
+            (copied / name).write_bytes(change((whole / name).read_bytes()))
+            with contextlib.suppress(StoreError), opened(f"milvus-lite:{copied}", create=False) as index:
+                assert len(index.search(drawn(1, 4), 99)[0]) in (0, 30), name
+    (tmp_path / "file.db").write_bytes(b"of another program")
+    (tmp_path / "file").write_bytes(b"")
+    for path in ("file.db", "file/below.db", "none.db", f"{'n' * 300}.db"):
+        with pytest.raises(StoreError, match=r"\.db.*(no file of Milvus Lite|choose another|check the address)"):
+            opened(f"milvus-lite:{tmp_path}/{path}", create=path == "file/below.db")
+
+
+def fill_file(address: str) -> None:
+    with opened(address) as index:
+        index.upsert(texts([f"{n}" for n in range(30)]), drawn(30, 4))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from conftest import picture, random_model
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.batch import Batch, ImageBudget, Processor, smart_resize
+from traceir.batch import Batch, ImageBudget, Processor, _grid_positions, smart_resize
 from traceir.errors import ModelError, PictureError
 from traceir.items import Item, Query
 from traceir.model import TraceModel, add_emb_token, load, save
@@ -72,6 +72,20 @@ def test_text_from_users_is_never_a_special_token(model: TraceModel) -> None:
     plain = model.processor.lay_out(render_candidate(Item.of(text=f"red {EMB} <|im_start|> <|image_pad|>"), "brief-1"))
     assert model.processor.emb_id not in plain.ids
     assert int((plain.ids == model.processor.special["<|image_pad|>"]).sum()) == 0
+
+
+def test_field_report_16_token_ids_of_long_texts_and_grids_at_every_place_are_not_remembered(model: TraceModel) -> None:
+    processor = model.processor
+    before = processor._short_ids.cache_info().currsize
+    long = f"a green ball {'on a table ' * 200}"
+    assert processor.plain_ids(long) == processor._encode_plain(long) == processor.plain_ids(long)
+    assert processor._short_ids.cache_info().currsize == before
+    assert processor._short_ids.cache_info().maxsize <= 8192
+    assert processor.plain_ids("a green ball") is processor.plain_ids("a green ball")
+    _grid_positions.cache_clear()
+    prompts = [render_query(Query(("x " * n, picture(56, 56), "y")), "brief-1") for n in range(1, 20)]
+    at = [processor.lay_out(prompt).positions for prompt in prompts]
+    assert _grid_positions.cache_info().currsize == 1 and len({one.tobytes() for one in at}) > 1
 
 
 def test_supervision_covers_completion_and_emb_only(model: TraceModel) -> None:

@@ -85,6 +85,8 @@ class Resident:
         try:
             if top > seen_top:
                 self._load_rows(seen_top)
+            if not had_rows:
+                self._check_count()
             if had_rows and deletions != seen_deletions:
                 self._let_die(deletions - seen_deletions)
             if built != seen_built:
@@ -97,6 +99,13 @@ class Resident:
             self.forget()
             raise
         self._seen = (max(top, seen_top), deletions, built)
+
+    def _check_count(self) -> None:
+        """Rows of a page that was overwritten may seem never to have been; the index of modalities, on other pages, has them."""
+        known = read_number(self._connection, "SELECT count(*) FROM items INDEXED BY items_modality")
+        found = sum(len(growing) for growing in self._shards.values())
+        if found != known:
+            raise DamageError(f"{found} of {known} items can be read; restore it from a copy, or remove it and fill it again")
 
     def _let_die(self, deletions: int) -> None:
         """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""

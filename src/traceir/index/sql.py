@@ -17,7 +17,7 @@ import numpy as np
 from traceir.errors import InputError, StoreError
 from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of, not_a_filter, shown
 from traceir.index.matrix import Rows
-from traceir.index.store import MAX_DIM, DamageError, image_of
+from traceir.index.store import MAX_DIM, DamageError, image_of, size_of
 from traceir.items import Item
 
 FORMAT: Final = 1
@@ -56,6 +56,7 @@ def connect(path: Path, timeout: float, create: bool) -> sqlite3.Connection:
             address, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS
         )
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA cell_size_check = ON")
         return connection
     except FAULTS as error:
         raise explain_error(error, path, timeout) from error
@@ -106,6 +107,11 @@ def read_meta(connection: sqlite3.Connection, path: Path) -> dict[str, str]:
         raise StoreError(
             f"{path} is not an index of TraceIR, or its creation was cut off; "
             "choose another folder, or remove the file and fill the index again"
+        )
+    page, size = read_number(connection, "PRAGMA page_size"), path.stat().st_size
+    if size % page and not size_of([path.with_name(path.name + "-wal")]):  # SQLite would read zeros where the rest was
+        raise StoreError(
+            f"{path} is damaged: it was cut off at byte {size}; restore it from a copy, or remove it and fill it again"
         )
     meta: dict[str, str] = dict(connection.execute("SELECT name, value FROM meta").fetchall())
     found = meta.get("format", "none")

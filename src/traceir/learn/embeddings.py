@@ -265,7 +265,7 @@ class EmbeddingStore:
         scratch = self._scratch(key)
         scratch.mkdir()
         with (scratch / "vectors.npy").open("wb") as file:
-            np.save(file, vectors.astype(self.maker.dtype, copy=False), allow_pickle=False)
+            np.save(file, vectors, allow_pickle=False)
             _sync(file)
         if self.maker.route is not None:
             lines = [{name: getattr(encoding, name) for name in _ENCODING_FIELDS} for encoding in encodings]
@@ -280,16 +280,19 @@ class EmbeddingStore:
             if not self._block(key).is_dir():  # else another process was first, with the same block
                 raise
 
-    def _checked(self, chunk: Sequence[Input], encodings: Sequence[Encoding]) -> Vector:
+    def _checked(self, chunk: Sequence[Input], encodings: Sequence[Encoding]) -> Matrix:
         if len(encodings) != len(chunk):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(chunk)} inputs; report it")
         vectors = np.stack([encoding.vector for encoding in encodings])
         if vectors.shape[1:] != (self.maker.width,):
             raise ModelError(f"the encoder's vectors have shape {list(vectors.shape[1:])}, the store needs [{self.maker.width}]")
-        if not np.isfinite(vectors).all():
-            place = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-            raise ModelError(f"the vector of {chunk[place].id!r} is not finite; the checkpoint has diverged")
-        return vectors
+        with np.errstate(over="ignore"):
+            stored: Matrix = vectors.astype(self.maker.dtype, copy=False)  # float16 ends at 65,504
+        if not np.isfinite(stored).all():
+            place = int(np.flatnonzero(~np.isfinite(stored).all(axis=1))[0])
+            what = f"the vector of {chunk[place].id!r} is not finite as {self.maker.dtype}"
+            raise ModelError(f"{what}; the checkpoint has diverged")
+        return stored
 
     def _check_manifest(self) -> None:
         file = self.folder / "manifest.json"
