@@ -347,7 +347,7 @@ def test_field_report_19_flipped_bits_end_in_a_store_error_or_an_answer(tmp_path
         "UPDATE meta SET value = 'float64' WHERE name = 'dtype'",
         "UPDATE meta SET value = x'ff' WHERE name IN ('prompt_version', 'probes', 'built')",
         *(f"UPDATE items SET fields = '{text}' WHERE n = 7" for text in ("", "{", "[1]", "1", "[" * 9999)),
-        *(f"UPDATE items SET fields = '{text}' WHERE n = 7" for text in ('{"a": [1]}', '{"a": NaN}')),
+        *(f"UPDATE items SET fields = '{text}' WHERE n = 7" for text in ('{"a": {"b": 1}}', '{"a": NaN}')),
         "UPDATE items SET fields = x'00ff' WHERE n = 7",
         "UPDATE items SET fields = CAST(x'ff' AS TEXT) WHERE n = 7",
         "UPDATE items SET text = CAST(x'ff' AS TEXT) WHERE n = 7",
