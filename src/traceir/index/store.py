@@ -25,6 +25,7 @@ Vectors = npt.NDArray[np.float32]
 UNIT: Final = 0.01
 """By how much the squared length of a vector that was kept may differ from 1: float16 rounds by a tenth of it at most."""
 _NAMED: Final = 20
+_TEXT: Final = (str, type(None))
 
 
 class DamageError(Exception):
@@ -154,10 +155,11 @@ def stored_of(
         name = check_id(id if isinstance(id, str) else None)
         read = json.loads(fields)
         for field, value in read.items():
-            check_value(field, value)
+            if value.__class__ is not str or not value.isascii():  # most texts need no second look
+                check_value(field, value)
         if modality not in MODALITIES:
             raise ValueError(f"modality {shown(modality)}")
-        if not isinstance(text, str | None) or not isinstance(image, str | None) or not isinstance(content_hash, str):
+        if not (isinstance(text, _TEXT) and isinstance(image, _TEXT) and isinstance(content_hash, str)):
             raise ValueError("a text, picture or hash that is none")
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         what = f"item {shown(id)} is damaged ({str(error)[:200]})"
