@@ -277,7 +277,7 @@ def test_everything_kept_comes_back(tmp_path: Path) -> None:
     item = Item.of(text=" two\nlines ", image=DOT, id="x/ü.png", fields=fields)
     vector = drawn(1, 4)
     with opened(tmp_path) as index:
-        assert index.upsert([item], vector) == 1
+        assert index.upsert([item], vector) == {"x/ü.png"}
     with opened(tmp_path, create=False) as index:
         stored = index.get(["missing", "x/ü.png"], with_vectors=True)["x/ü.png"]
         assert (stored.text, stored.image, stored.modality) == ("two\nlines", "dot.png", "image,text")

@@ -14,8 +14,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,23 @@ def test_search_means_what_plain_python_says(filled: Any, queries: Any, k: int, 
     assert [stored.id for stored in index.scan(where)] == sorted(kept)
 
 
+def test_field_report_11_each_id_is_new_to_one_of_the_calls_that_bring_it_at_once(fresh: Fresh) -> None:
+    with opened(fresh()) as index:
+        started = threading.Barrier(4)
+
+        def write(number: int) -> set[str]:
+            started.wait(20)
+            return index.upsert(texts(["cup", "jug", f"own-{number}"]), drawn(3, 4, seed=number))
+
+        with ThreadPoolExecutor(4) as pool:
+            new = list(pool.map(write, range(4)))
+            assert sorted(id for ids in new for id in ids) == ["cup", "jug", *(f"own-{number}" for number in range(4))]
+            counts = list(pool.map(lambda _: index.delete(["cup", "jug", "jug"]), range(4)))
+        assert sorted(counts) == [0, 0, 0, 2]
+        assert index.upsert(texts(["cup", "own-1"]), drawn(2, 4)) == {"cup"}
+        assert index.upsert([], np.zeros((0, 4), dtype=np.float32)) == set()
+
+
 def test_hits_are_those_of_the_embedded_index(fresh: Fresh, tmp_path: Path) -> None:
     vectors, asked = clustered(1200), clustered(1300)[1200:1230]
     ids = [f"n{n}" for n in range(1200)]
@@ -190,7 +209,8 @@ def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
     item = Item.of(text=" two\nlines \\ \" ' ", image=DOT, id="x/ü.png", fields=fields)
     vector = drawn(1, 4)
     with opened(address) as index:
-        assert index.upsert([item, Item.of(image=DOT, id="plain")], np.concatenate([vector, drawn(1, 4, seed=3)])) == 2
+        new = index.upsert([item, Item.of(image=DOT, id="plain")], np.concatenate([vector, drawn(1, 4, seed=3)]))
+        assert new == {"x/ü.png", "plain"}
     with opened(address, create=False) as index:
         found = index.get(["missing", "x/ü.png", "plain"], with_vectors=True)
         stored = found["x/ü.png"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -126,7 +126,7 @@ def add(
             known = index.get([source.id for source in sources])
             sorted_out = sort_out(sources, known)
             encoded, refused = encode_fresh(encoder, sorted_out.fresh)
-            counts += write(index, encoded, sorted_out.moved, known) + Counts(skipped=sorted_out.skipped)
+            counts += write(index, encoded, sorted_out.moved) + Counts(skipped=sorted_out.skipped)
             failed += [*failures, *sorted_out.failed, *refused]
             bar.update(len(sources) + len(failures))
     return AddReport(counts.added, counts.updated, counts.skipped, tuple(failed))
@@ -215,15 +215,13 @@ def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]]) -> 
     return [(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)], []
 
 
-def write(index: Index, encoded: Sequence[tuple[Item, Vector]], moved: Sequence[Item], known: Container[str]) -> Counts:
-    """Keep encoded items, and moved ones with the vectors they have, durably; `known` are the ids that were there before."""
+def write(index: Index, encoded: Sequence[tuple[Item, Vector]], moved: Sequence[Item]) -> Counts:
+    """Keep encoded items, and moved ones with the vectors they have, durably."""
     old = index.get([str(item.id) for item in moved], with_vectors=True)
     kept = [(item, old[str(item.id)].vector) for item in moved if str(item.id) in old]
     pairs = [*encoded, *((item, vector) for item, vector in kept if vector is not None)]
-    if pairs:
-        index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs]))
-    new = sum(item.id not in known for item, _ in pairs)
-    return Counts(added=new, updated=len(pairs) - new)
+    new = index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs])) if pairs else ()
+    return Counts(added=len(new), updated=len(pairs) - len(new))
 
 
 def _check_same_origin(item: Item, before: Stored) -> None:

@@ -85,7 +85,7 @@ def add_on_ray(
             failed += window.failed
             bar.update(len(window.failed))
             for answer in _answers(window, told, workers, share):
-                counts += write(index, answer.encoded, answer.moved, answer.known) + Counts(skipped=answer.skipped)
+                counts += write(index, answer.encoded, answer.moved) + Counts(skipped=answer.skipped)
                 failed += [(answer.number, failure) for failure in answer.failed]
                 bar.update(answer.size)
     failed.sort(key=lambda numbered: numbered[0])
@@ -116,12 +116,11 @@ class _Window:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What a worker made of a batch of `size` sources; `known` are those of its ids that the index had."""
+    """What a worker made of a batch of `size` sources."""
 
     number: int
     size: int
     skipped: int
-    known: frozenset[str]
     encoded: list[tuple[Item, Vector]]
     moved: list[Item]
     failed: list[Failure]
@@ -196,7 +195,6 @@ class ItemWorker:
         answer = {
             "size": len(sources),
             "skipped": sorted_out.skipped,
-            "known": list(known),
             "encoded": [asdict(_stored(item)) for item, _ in encoded],
             "moved": [asdict(_stored(item)) for item in sorted_out.moved],
             "failed": [asdict(failure) for failure in (*sorted_out.failed, *refused)],
@@ -266,7 +264,6 @@ def _unpacked_answer(row: Mapping[str, Any]) -> _Answer:
         number=row["number"],
         size=told["size"],
         skipped=told["skipped"],
-        known=frozenset(told["known"]),
         encoded=list(zip(items["encoded"], vectors_ND, strict=True)),
         moved=items["moved"],
         failed=[Failure(**failure) for failure in told["failed"]],

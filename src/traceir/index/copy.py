@@ -38,7 +38,8 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
             known = target.get([stored.id for stored in page])
             missing = [stored for stored in page if not _is_same(stored, known.get(stored.id))]
             if missing:
-                written += target.upsert([Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
+                target.upsert([Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
+                written += len(missing)
             bar.update(len(page))
     return written
 

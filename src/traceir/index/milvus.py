@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from threading import RLock
@@ -33,7 +34,6 @@ from traceir.index.milvus_rows import (
     id_of,
     join_filters,
     key_of,
-    keys_in,
     row_bytes,
     row_of,
     stored_of,
@@ -95,34 +95,39 @@ class MilvusIndex:
         for item in items:
             row_of(item, blank)
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
-        """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError)."""
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
+        """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError).
+
+        Which ids were new is exact among the writes of this handle; another process may write between the look and the write.
+        """
         self._need_maker("add to")
         check_items(items)
         unit = check_vectors(vectors, len(items), self._maker.dim, [item.id for item in items])
         rows = [row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
         _check_size(rows)
         if not rows:
-            return 0
+            return set()
+        keys = [row["key"] for row in rows]
         with self._writing, self._collections.explained("add to it"):
-            blank = self._collections.blank_columns([row["key"] for row in rows])
+            new = set(keys).difference(self._collections.keys_of(keys))
+            blank = self._collections.blank_columns(keys)
             rows = [{**blank.get(row["key"], {}), **row} for row in rows]
             for modality, name in self._collections.graphs().items():
                 if own := [graph_row(row) for row in rows if row["modality"] == modality]:
                     self._collections.upsert(name, own)
             self._collections.upsert(self._place.name, rows)
             self._collections.flush()
-        return len(rows)
+        return {id_of(key) for key in new}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
         if isinstance(which, Sequence):
             wanted = [key_of(id) for id in dict.fromkeys(check_ids(which))]
-            parts = [keys_in(wanted[start : start + PAGE]) for start in range(0, len(wanted), PAGE)]
+            find = partial(self._collections.keys_of, wanted)
         else:
-            parts = [compile_filter(which)]
+            find = partial(self._collections.keys, compile_filter(which))
         with self._writing, self._collections.explained("delete from it"):
-            keys = [key for part in parts for key in self._collections.keys(part)]
+            keys = find()
             if keys:
                 self._collections.delete(keys)
                 self._collections.flush()

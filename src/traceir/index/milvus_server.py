@@ -173,6 +173,10 @@ class Collections:
     def keys(self, expression: str) -> list[str]:
         return [row[KEY] for page in self._pages(expression, [KEY], PAGE) for row in page]
 
+    def keys_of(self, keys: Sequence[str]) -> list[str]:
+        """Those of the keys that are there."""
+        return [key for start in range(0, len(keys), PAGE) for key in self.keys(keys_in(keys[start : start + PAGE]))]
+
     def ask(
         self, name: str, queries: Vectors, limit: int, expression: str
     ) -> tuple[list[list[tuple[str, float]]], dict[str, Row]]:

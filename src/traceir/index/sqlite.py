@@ -117,7 +117,7 @@ class SqliteIndex:
     def check(self, items: Sequence[Item]) -> None:
         check_items(items)
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         self._need_maker("add to")
         check_items(items)
         ids = [cast(str, item.id) for item in items]
@@ -125,8 +125,9 @@ class SqliteIndex:
         rows = [row_of(item) for item in items]  # reads pictures, so before the lock
         stored: Matrix = unit.astype("<f2" if self._dtype == "float16" else "<f4")
         if not items:
-            return 0
+            return set()
         with self._transaction(write=True):
+            new = set(ids) - self._known(ids)
             self._remove_ids(ids)
             first = 1 + read_number(self._connection, "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'items'")
             insert = self._connection.executemany
@@ -137,7 +138,7 @@ class SqliteIndex:
             insert("INSERT INTO vectors VALUES (?, ?)", ((n, v.tobytes()) for n, v in enumerate(stored, start=first)))
             insert("INSERT INTO fields (n, name, kind, value) VALUES (?, ?, ?, ?)", field_rows(items, first))
             self._place_new(items, first, stored)
-        return len(items)
+        return new
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         if isinstance(which, Sequence):
@@ -296,6 +297,14 @@ class SqliteIndex:
         return [[_hit(rows[number], score, rank) for rank, (score, _, number) in enumerate(found, start=1)] for found in best]
 
     # Steps of a write
+
+    def _known(self, ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are there."""
+        return {
+            row[0]
+            for part in _chunks(ids)
+            for row in self._connection.execute(f"SELECT id FROM items WHERE id IN ({marks(part)})", part)
+        }
 
     def _remove_ids(self, ids: Sequence[str]) -> int:
         return sum(

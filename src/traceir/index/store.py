@@ -89,8 +89,12 @@ class Index(Protocol):
     def check(self, items: Sequence[Item]) -> None:
         """Raises InputError for an item that `upsert` would refuse, whatever its vector."""
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
-        """Add or replace items by id, all or none; `vectors` is [N, D]. Durable on disk when it returns N."""
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
+        """Add or replace items by id, all or none; `vectors` is [N, D]. Durable on disk when it returns.
+
+        Returns the ids that were not there before, as the write itself found it: of two calls at a time that bring one new id,
+        one is told that it was new.
+        """
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """Remove items by id or by filter, durably; returns how many were there."""

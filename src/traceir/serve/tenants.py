@@ -72,11 +72,12 @@ class TenantIndex:
         check_items(items)
         self._index.check([self._mark(item) for item in items])
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> int:
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         check_items(items)
         if self._tenant is not None:
             self._census.note()
-        return self._index.upsert([self._mark(item) for item in items], vectors)
+        new = self._index.upsert([self._mark(item) for item in items], vectors)
+        return {id.removeprefix(self._prefix) for id in new}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         if isinstance(which, Sequence):
