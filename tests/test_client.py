@@ -27,8 +27,9 @@ from traceir.errors import InputError, ModelError
 from traceir.items import Hit, Item, Query
 from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_BODY, BodyGuard
-from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemsIn, SearchIn
+from traceir.serve.schemas import EmbeddingsIn, ItemIn, ItemOut, ItemPage, ItemsIn, SearchIn
 from traceir.serve.service import id_in, picture_path
+from traceir.serve.strict import read_items
 
 BOUND = 40_000
 """Bytes of a body that the stand-in takes; the client is told of bounds as much smaller than the real ones."""
@@ -54,7 +55,7 @@ class Shop:
 
     async def items(self, request: Request) -> Response:
         if request.method == "POST":
-            asked = ItemsIn.model_validate(await request.json()).items
+            asked = [one for one in read_items(ItemsIn.model_validate(await request.json()).items) if isinstance(one, ItemIn)]
             for one in asked:
                 image = picture_path(one.id, "shown" if one.image else None)
                 self.kept[one.id] = ItemOut(id=one.id, modality="text", text=one.text, image=image, fields=one.fields)

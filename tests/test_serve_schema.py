@@ -38,6 +38,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "GET /ready": {},
     "GET /metrics": {},
     "GET /v1/models": {},
+    "GET /v1/models/{id}": {"path_parameters": {"id": "traceir"}},
     "POST /items": {"body": {"items": [CUP, {"id": "a/b", "text": "a red cup"}, {"id": "nothing"}]}},
     "POST /v1/embeddings": {"body": {"input": ["a red cup", {"image": PICTURE}], "encoding_format": "base64"}},
     "POST /search": {"body": {"image": {"data": PICTURE}, "text": "the same in blue", "k": 3.0, "where": {"shelf": [1, 2.5]}}},

@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 LINES_SUFFIXES: Final = frozenset({".jsonl"})
 MAX_TEXT_BYTES: Final = 4 * 1024 * 1024
-FILE_FIELD: Final = "file"
+FILE_FIELD: Final = "_file"
+"""The field that holds the path of an item's file, for `add` alone: no line may set it, and a server neither shows nor asks for it."""
 
 Kind = Literal["picture", "text", "line"]
 Fields = dict[str, str | int | float | bool | None]
@@ -356,6 +357,8 @@ def _item_of_record(id: str, record: Mapping[str, Any], path: Path) -> Item:
         check_text(id, text)
     picture = Picture.open(image if "://" in image else path.parent.resolve() / image) if image else None
     fields = {name: value for name, value in record.items() if name not in ("text", "image", *OWN_NAMES)}
+    if FILE_FIELD in fields:
+        raise InputError(f"{id!r} has a field called {FILE_FIELD!r}, which holds the paths of files; rename it")
     for name, value in fields.items():
         check_name(name)
         check_value(name, value)

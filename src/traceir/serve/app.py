@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, errors in OpenAI's shape, server-sent events. What is done is in service.py."""
+"""The HTTP interface: routes, and server-sent events. What is done is in service.py."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from traceir import __version__
-from traceir.errors import DataError, InputError, ModelError, StoreError, TraceError
+from traceir.errors import InputError, TraceError
+from traceir.serve.answers import Refused, add_errors, in_json, of_error, size_of
 from traceir.serve.audit import AuditLog
 from traceir.serve.gate import Asked, Limits, scope_needed
-from traceir.serve.guard import kind_of
-from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
+from traceir.serve.jobs import Progress, Served
 from traceir.serve.keys import KeyRing, Principal, Scope
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
@@ -40,14 +40,12 @@ from traceir.serve.schemas import (
     MAX_OFFSET,
     METRICS,
     MISSING,
-    NO_ZERO,
     NOT_READY,
     WALL,
     Deleted,
     EmbeddingOut,
     EmbeddingsIn,
     EmbeddingsOut,
-    Id,
     IdsIn,
     ItemOut,
     ItemPage,
@@ -64,22 +62,12 @@ from traceir.serve.schemas import (
 )
 from traceir.serve.service import Noted, Service, id_in, item_out
 from traceir.serve.strict import StrictRoute
+from traceir.serve.values import NO_ZERO, Id
 
 log = logging.getLogger(__name__)
 Told = TypeVar("Told")
 CLOSE_S: Final = 5.0
 """Seconds for what is still under way once all requests have been answered or given up."""
-
-STATUS: Final[tuple[tuple[type[Exception], int], ...]] = (
-    (BusyError, 429),
-    (LateError, 408),
-    (InputError, 400),
-    (DataError, 400),
-    (StoreError, 503),
-    (UnavailableError, 503),
-    (ModelError, 500),
-    (TraceError, 500),
-)
 
 
 @dataclass(slots=True)
@@ -141,13 +129,16 @@ def create_app(server: Server) -> FastAPI:
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
-    _add_errors(app)
+    add_errors(app)
     _add_status(app, server)
     _add_embeddings(app, server)
     _add_search(app, server)
     _add_items(app, server)
     _add_page(app, server)
     _complete(app.openapi(), keyed=server.keys is not None)
+    for route in app.routes:  # after the document, which need not say that HEAD is GET without its body
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
     return app
 
 
@@ -182,56 +173,6 @@ def allowed(scope: Scope) -> Any:
     return Depends(check)
 
 
-class Refused(HTTPException):
-    """A request that is not served, with a code for programs; `wait` in seconds becomes Retry-After."""
-
-    def __init__(self, status: int, message: str, code: str, wait: float = 0.0) -> None:
-        headers = {"Retry-After": retry_after(wait)} if wait else {}
-        if status == 401:
-            headers["WWW-Authenticate"] = "Bearer"
-        super().__init__(status, message, headers)
-        self.code = code
-
-
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0] if error.errors() else {"loc": (), "msg": "it cannot be read"}
-        place = ".".join(str(part) for part in first["loc"][1:])[:200]
-        return error_response(400, f"{place or 'body'}: {first['msg']}"[:500], param=place or None)
-
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> JSONResponse:
-        code = error.code if isinstance(error, Refused) else None
-        return error_response(error.status_code, str(error.detail), code=code, headers=error.headers)
-
-    @app.exception_handler(TraceError)
-    async def failed(_: Request, error: TraceError) -> JSONResponse:
-        return of_error(error)
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, __: Exception) -> JSONResponse:  # Starlette raises it again, so it is logged
-        return error_response(500, "the server failed; its log says why")
-
-
-def of_error(error: TraceError) -> JSONResponse:
-    """The response to an error of ours."""
-    status = next(status for type_, status in STATUS if isinstance(error, type_))
-    if status >= 500:
-        log.error("%s: %s", type(error).__name__, error)
-    headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, BusyError) else None
-    told = str(error)[:2000] if status < 500 else "the server cannot do this now; its log says why"
-    return error_response(status, told, headers=headers)
-
-
-def error_response(
-    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Any = None
-) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    told = {"message": message, "type": kind_of(status), "param": param, "code": code}
-    return JSONResponse({"error": told}, status_code=status, headers=headers)
-
-
 def _noted(request: Request) -> Noted | None:
     """What notes contents for the audit log, where it is on."""
     asked: Asked | None = getattr(request.state, "audit", None)
@@ -258,11 +199,13 @@ def _view(server: Server, principal: Principal) -> Service:
 
 
 def _add_status(app: FastAPI, server: Server) -> None:
+    @app.get("/health/", include_in_schema=False)
     @app.get("/health", tags=["status"])
     async def health() -> Status:
         """The process answers."""
         return Status(status="ok")
 
+    @app.get("/ready/", include_in_schema=False)
     @app.get("/ready", tags=["status"], responses=NOT_READY)
     async def ready() -> Status:
         """The model is loaded and the index open; 503 until then."""
@@ -287,14 +230,15 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         """The one model that this server runs."""
         return ModelsOut(data=[server.model()])
 
-    @app.post("/v1/embeddings", tags=["embeddings"], responses=MISSING)
-    async def embeddings(
-        asked: EmbeddingsIn, request: Request, principal: Annotated[Principal, allowed("read")]
-    ) -> EmbeddingsOut:
+    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=MISSING)
+    async def named(id: str, principal: Annotated[Principal, allowed("read")]) -> ModelOut:
+        """The same by its name, as OpenAI's clients ask for it."""
+        return _model(server, id)
+
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=MISSING, response_model=EmbeddingsOut)
+    async def embeddings(asked: EmbeddingsIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> Response:
         """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
-        service, model = _view(server, principal), server.model()
-        if asked.model not in (None, model.id, model.fingerprint):
-            raise Refused(404, f"the model {asked.model!r} is not here; ask for {model.id!r}", "model_not_found")
+        service, model = _view(server, principal), _model(server, asked.model)
         if asked.dimensions not in (None, model.width):
             raise InputError(
                 f"dimensions is {asked.dimensions}; this model was not trained to be cut, its width is {model.width}"
@@ -302,10 +246,22 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         given = asked.messages if asked.messages is not None else asked.input
         _pay(server, principal, len(given) if isinstance(given, list) else 1)
         served = await _while_connected(request, service.embed(asked, noted=_noted(request)))
-        data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
-        tokens = sum(one.prompt_tokens for one in served)
-        written = sum(one.encoding.tokens for one in served)
-        return EmbeddingsOut(data=data, model=model.id, usage=Usage(prompt_tokens=tokens, total_tokens=tokens + written))
+
+        def answer() -> EmbeddingsOut:
+            data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
+            tokens = sum(one.prompt_tokens for one in served)
+            usage = Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+            return EmbeddingsOut(data=data, model=model.id, usage=usage)
+
+        return await in_json(answer, len(served) * model.width * 12)
+
+
+def _model(server: Server, name: str | None) -> ModelOut:
+    """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
+    model = server.model()
+    if name not in (None, model.id, model.fingerprint):
+        raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {model.id!r}", "model_not_found")
+    return model
 
 
 def _embedding(place: int, served: Served, form: str) -> EmbeddingOut:
@@ -315,11 +271,12 @@ def _embedding(place: int, served: Served, form: str) -> EmbeddingOut:
 
 
 def _add_search(app: FastAPI, server: Server) -> None:
-    @app.post("/search", tags=["search"])
-    async def search(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> SearchOut:
+    @app.post("/search", tags=["search"], response_model=SearchOut)
+    async def search(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> Response:
         """The items nearest to a query of text, picture, both, or parts in reading order."""
         view, noted = _view(server, principal), _noted(request)
-        return await _while_connected(request, _searched(server, view, asked, noted=noted))
+        found = await _while_connected(request, _searched(server, view, asked, noted=noted))
+        return await in_json(lambda: found, size_of(found.hits))
 
     @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=EVENTS)
     async def stream(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
@@ -379,13 +336,14 @@ async def _events(server: Server, service: Service, asked: SearchIn, noted: Note
             yield _event("route", {"route": found.trace.route, "emb_probability": found.trace.emb_probability})
         if found.trace.reasoning:
             yield _event("reasoning", {"text": found.trace.reasoning})
-        yield _event("hits", found.model_dump(mode="json"))
+        yield _event("hits", await asyncio.to_thread(found.model_dump_json))
     finally:
         task.cancel()
 
 
-def _event(name: str, told: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(told, ensure_ascii=False)}\n\n"
+def _event(name: str, told: str | Mapping[str, Any]) -> str:
+    """`told`: an object, or its JSON."""
+    return f"event: {name}\ndata: {told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)}\n\n"
 
 
 def _add_items(app: FastAPI, server: Server) -> None:
@@ -396,16 +354,16 @@ def _add_items(app: FastAPI, server: Server) -> None:
         adding = _view(server, principal).add(asked.items, noted=_noted(request))
         return ItemsOut(results=await _while_connected(request, adding))
 
-    @app.get("/items", tags=["items"])
+    @app.get("/items", tags=["items"], response_model=ItemPage)
     async def page(
         principal: Annotated[Principal, allowed("read")],
         after: Annotated[str, Query(max_length=1024, pattern=NO_ZERO)] = "",
         offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=MAX_K)] = 100,
-    ) -> ItemPage:
+    ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
         items, more = await _view(server, principal).items(after, offset, limit)
-        return ItemPage(items=items, offset=offset, more=more)
+        return await in_json(lambda: ItemPage(items=items, offset=offset, more=more), size_of(items))
 
     @app.delete("/items", tags=["items"])
     async def remove(asked: IdsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> Deleted:

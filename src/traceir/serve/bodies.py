@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from traceir.errors import InputError
+from traceir.serve.faults import place_of_half
 from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
@@ -102,12 +103,13 @@ class _Body:
         await self._send(message)
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
     """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
 
     InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
     digits or beyond a double, more than 32 levels, more than 250,000 values. Linear in time; the counts are known before anything
-    is built.
+    is built. `lenient`: half pairs stay, and what is no number or too large becomes NaN or infinity, for callers that judge the
+    parts of a body one by one.
     """
     try:
         text = raw.decode("utf-8")
@@ -115,18 +117,15 @@ def parse_json(raw: bytes) -> Any:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
     _check_shape(raw)
     try:
-        value = json.loads(
-            text, object_pairs_hook=_object, parse_constant=_refuse_constant, parse_float=_read_float, parse_int=_read_int
-        )
+        numbers: Any = (float, float, _read_any_int) if lenient else (_refuse_constant, _read_float, _read_int)
+        constant, real, whole = numbers
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=real, parse_int=whole)
     except json.JSONDecodeError as error:
         raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep") from error
-    if _SURROGATE.search(raw):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            raise InputError("the body holds half of a surrogate pair; send whole characters") from error
+    if not lenient and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
+        raise InputError(f"{place}: the body holds half of a surrogate pair there; send whole characters")
     return value
 
 
@@ -159,6 +158,10 @@ def _read_float(text: str) -> float:
     if not math.isfinite(value):
         raise InputError(f"the number {text[:40]} of the body is too large")
     return value
+
+
+def _read_any_int(text: str) -> int | float:
+    return int(text) if len(text.removeprefix("-")) <= MAX_DIGITS else math.inf
 
 
 def _read_int(text: str) -> int:

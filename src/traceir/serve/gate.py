@@ -18,7 +18,7 @@ from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 
 log = logging.getLogger(__name__)
-OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/ready", "/openapi.json"})
+OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/health/", "/ready", "/ready/", "/openapi.json"})
 """What needs no key: the page, which asks for one, and what a watchdog calls."""
 OPEN_FOLDER: Final = "/static/"
 FAILURES: Final = Rate(per_minute=30, burst=30)

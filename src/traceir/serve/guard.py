@@ -43,8 +43,10 @@ ALWAYS: Final[Headers] = (
 )
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-ANSWERED: Final = b"GET, POST, DELETE"
+ANSWERED: Final = b"GET, HEAD, POST, DELETE"
 """The methods of our routes."""
+PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
+"""What watchdogs ask by the address of a machine, so under any Host: it tells nothing but whether the server lives."""
 _ONCE: Final = frozenset({"host", "authorization", "content-length", "content-type", "transfer-encoding", "origin", "expect"})
 _TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
@@ -96,7 +98,7 @@ class Guard:
         if refused is not None:
             await refuse(dressed, *refused)
         elif scope["method"] == "OPTIONS":
-            await self._preflight(origin, found, dressed)
+            await self._preflight(scope, found, dressed)
         else:
             await self.app(scope, receive, dressed)
 
@@ -120,7 +122,8 @@ class Guard:
         matched = _HOST.fullmatch(host)
         if matched is None and (host or scope.get("http_version") != "1.0"):
             return 400, "the Host header is missing or unusable", "bad_host"
-        if wall.hosts is not None and (matched is None or matched[1] not in wall.hosts):
+        named = wall.hosts is None or (matched is not None and matched[1] in wall.hosts)
+        if not named and not (method in SAFE_METHODS and scope["path"] in PROBED) and not _is_bare_options(scope, found):
             return 421, "this server does not answer to that Host; start it with --allow-host NAME to change that", "wrong_host"
         if method not in SAFE_METHODS and not self._may_write(found.get("origin", [""])[0], host):
             return 403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
@@ -141,7 +144,12 @@ class Guard:
             (b"access-control-expose-headers", b"x-request-id, retry-after"),
         )
 
-    async def _preflight(self, origin: str, found: dict[str, list[str]], send: Send) -> None:
+    async def _preflight(self, scope: Message, found: dict[str, list[str]], send: Send) -> None:
+        origin = found.get("origin", [""])[0]
+        if _is_bare_options(scope, found):
+            await send({"type": "http.response.start", "status": 204, "headers": [(b"allow", ANSWERED)]})
+            await send({"type": "http.response.body", "body": b""})
+            return
         if origin not in self.wall.origins or "access-control-request-method" not in found:
             await refuse(send, 405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method")
             return
@@ -170,6 +178,11 @@ async def refuse(send: Send, status: int, message: str, code: str, headers: Head
         own.append((b"allow", ANSWERED))
     await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
     await send({"type": "http.response.body", "body": body})
+
+
+def _is_bare_options(scope: Message, found: dict[str, list[str]]) -> bool:
+    """Whether this is how a load balancer asks if anybody is there, and not a browser: `OPTIONS *`, or of what is probed."""
+    return scope["method"] == "OPTIONS" and scope["path"] in PROBED | {"*", "/"} and "origin" not in found
 
 
 def _netloc(origin: str) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -76,9 +76,12 @@ class Intake:
 
     async def check_bytes(self, data: bytes, place: str) -> Picture:
         """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
+        return await self._check(await asyncio.to_thread(self._picture_of, data, place), place)
+
+    def _picture_of(self, data: bytes, place: str) -> Picture:
         if len(data) > self.limits.file_bytes:
             raise PictureError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
-        return await self._check(Picture.from_bytes(data), place)
+        return Picture.from_bytes(data)
 
     async def _check(self, picture: Picture, place: str) -> Picture:
         """The same picture once it has been decoded; at most DECODERS at a time. The message names the place, never a path."""
@@ -86,7 +89,7 @@ class Intake:
             try:
                 await asyncio.to_thread(picture.load, None, self.limits)
             except PictureError as error:
-                raise PictureError(f"{place}: {without_path(picture, error)}") from error
+                raise PictureError(f"{place}: {without_paths([picture], error)}") from error
         return picture
 
 
@@ -150,7 +153,18 @@ def _body_of(text: str, place: str) -> str:
     return text[head.end() :]
 
 
-def without_path(picture: Picture, error: PictureError) -> str:
-    """What is wrong with a picture, in words for the client: no path of the server, no remedy that only the server has."""
-    told = str(error) if picture.path is None else str(error).replace(str(picture.path), "of the item")
+@contextmanager
+def told_without_paths(pictures: Sequence[Picture]) -> Iterator[None]:
+    """What goes wrong with these pictures within is told without their paths, also where a file fails after it was checked."""
+    try:
+        yield
+    except PictureError as error:
+        raise PictureError(without_paths(pictures, error)) from error
+
+
+def without_paths(pictures: Sequence[Picture], error: PictureError) -> str:
+    """What is wrong with pictures, in words for the client: no path of the server, no remedy that only the server has."""
+    told = str(error)
+    for picture in pictures:
+        told = told if picture.path is None else told.replace(str(picture.path), "of the item")
     return re.sub(r"or raise PictureLimits\.\w+", "to less", told)

@@ -76,28 +76,42 @@ class Scheduler:
         self.pool.shutdown()
 
     async def encode_query(
-        self, query: Query, route: Route = "auto", *, listener: Listener | None = None, seconds: float | None = None
+        self,
+        query: Query,
+        route: Route = "auto",
+        *,
+        listener: Listener | None = None,
+        seconds: float | None = None,
+        tenant: str | None = None,
     ) -> Served:
         """A query by a route. `listener` is told of its progress, in the event loop; `seconds` is its deadline.
+        What is remembered or under way for one tenant is nothing to another, so that nobody learns what others ask.
 
         Raises BusyError, LateError, InputError. Cancelling ends the work, unless others wait for the same query.
         """
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
         taken: Route = route if self.encoder.model.writes("query") else "direct"
-        return await self._encode(query, "query", taken, listener, seconds)
+        return await self._encode(query, "query", taken, listener, seconds, tenant)
 
-    async def encode_item(self, item: Item, *, seconds: float | None = None) -> Served:
+    async def encode_item(self, item: Item, *, seconds: float | None = None, tenant: str | None = None) -> Served:
         """A candidate: one prefill, never any reasoning, unless a profile lets candidates write."""
         route: Route = "auto" if self.encoder.model.writes("candidate") else "direct"
-        return await self._encode(item, "item", route, None, seconds)
+        return await self._encode(item, "item", route, None, seconds, tenant)
 
     async def _encode(
-        self, content: Query | Item, role: str, route: Route, listener: Listener | None, seconds: float | None
+        self,
+        content: Query | Item,
+        role: str,
+        route: Route,
+        listener: Listener | None,
+        seconds: float | None,
+        tenant: str | None,
     ) -> Served:
         if self._closing:
             raise BusyError(len(self._jobs), 1.0)
-        key = role, route, await self.loop.run_in_executor(self.pool, content.content_hash)
+        content_hash = await self.loop.run_in_executor(self.pool, content.content_hash)
+        key = role, route, f"{tenant or ''}:{content_hash}"
         if (known := self._remembered(key)) is not None:
             return replace(known, queue=0.0, encode=0.0, cached=True)
         job = self._jobs.get(key)

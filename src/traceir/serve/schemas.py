@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SkipValidation,
+    StringConstraints,
+    Tag,
+    WithJsonSchema,
+)
 
 from traceir.items import Modality, Route
 from traceir.serve.jobs import Served
+from traceir.serve.values import WHOLE, End, Id, Lenient, Scalar, Strict, Text, Value, one_of, tag_of
 
-MAX_TEXT = 32_768
 MAX_INPUTS = 256
 MAX_PARTS = 32
 MAX_FIELDS = 32
+MAX_ITEM_FIELDS = 256
 MAX_VALUES = 10_000
 MAX_K = 1_000
 MAX_OFFSET = 10_000
-
-NO_ZERO = r"^[^\x00]*$"
-
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Id = Annotated[str, StringConstraints(min_length=1, max_length=1024, pattern=NO_ZERO)]
-"""At most 1024 bytes of UTF-8, which a schema cannot say."""
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)]
-"""In JSON 3.0 is a whole number too; "3" and true are none."""
-Scalar = bool | int | Number | Text | None
-
-
-class Strict(BaseModel):
-    """Unknown fields and values of another type are refused, so that a typing error does not pass silently."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class PictureIn(Strict):
@@ -46,25 +41,28 @@ class PictureIn(Strict):
 class Range(Strict):
     """Ends of a range, both included."""
 
-    gte: Number | Text | None = None
-    lte: Number | Text | None = None
+    gte: End = None
+    lte: End = None
 
 
 def _few(where: object) -> object:
-    """Counts before each value is tried against each kind, so that a large body is refused at once."""
-    if isinstance(where, dict) and (
-        len(where) > MAX_FIELDS or any(isinstance(one, list) and len(one) > MAX_VALUES for one in where.values())
-    ):
-        raise ValueError(f"more than {MAX_FIELDS} fields, or {MAX_VALUES} values of one; ask for less")
+    """Counts before any value is read, so that a large body is refused at once."""
+    if isinstance(where, dict) and len(where) > MAX_FIELDS:
+        raise ValueError(f"{len(where)} fields, at most {MAX_FIELDS}")
     return where
 
 
-Where = Annotated[
-    dict[str, Scalar | Annotated[list[Scalar], Field(max_length=MAX_VALUES, fail_fast=True)] | Range],
-    BeforeValidator(_few),
-    Field(max_length=MAX_FIELDS),
+Condition = Annotated[
+    Annotated[Scalar, Tag("<value>")]
+    | Annotated[list[Scalar], Field(max_length=MAX_VALUES, fail_fast=True), Tag("<list>")]
+    | Annotated[Range, Tag("<object>")],
+    Discriminator(lambda value: {"<object>": "<object>", "<list>": "<list>"}.get(tag_of(value), "<value>")),
 ]
+Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeValidator(_few)]
 """Field -> a value, several of which one must match, or a range; all fields must match."""
+
+
+Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[PictureIn, Tag("<object>")], one_of("a text or a picture object")]
 
 
 class SearchIn(Strict):
@@ -74,12 +72,12 @@ class SearchIn(Strict):
 
     text: Text | None = None
     image: PictureIn | None = None
-    parts: Annotated[list[Text | PictureIn], Field(min_length=1, max_length=MAX_PARTS)] | None = None
+    parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
     route: Route = "auto"
-    k: Annotated[Whole, Field(ge=1, le=MAX_K)] = 10
-    offset: Annotated[Whole, Field(ge=0, le=MAX_OFFSET)] = 0
+    k: Annotated[int, Field(ge=1, le=MAX_K), WHOLE] = 10
+    offset: Annotated[int, Field(ge=0, le=MAX_OFFSET), WHOLE] = 0
     where: Where | None = None
     exact: bool = True
 
@@ -114,7 +112,7 @@ class HitOut(BaseModel):
     modality: Modality
     text: str | None
     image: str | None
-    fields: dict[str, Scalar]
+    fields: dict[str, Value]
 
 
 class SearchOut(BaseModel):
@@ -133,23 +131,28 @@ class ItemIn(Strict):
     id: Id
     text: Text | None = None
     image: PictureIn | None = None
-    fields: dict[str, Scalar] = Field(default_factory=dict)
+    fields: Annotated[dict[str, Scalar], Field(max_length=MAX_ITEM_FIELDS)] = Field(default_factory=dict)
 
 
 class ItemsIn(Strict):
+    """Items to be added. What is wrong with one of them is its own failure, and the others are added."""
+
+    each_alone: ClassVar[bool] = True
     model_config = ConfigDict(
         json_schema_extra={"examples": [{"items": [{"id": "cup-1", "text": "a red cup", "fields": {"shelf": 3}}]}]}
     )
 
-    items: Annotated[list[ItemIn], Field(min_length=1, max_length=MAX_INPUTS)]
+    items: Annotated[list[SkipValidation[ItemIn | Any]], Field(min_length=1, max_length=MAX_INPUTS)]
 
 
 class ItemResult(BaseModel):
-    """What became of one item; `error` says why it failed."""
+    """What became of one item; `error` says why it failed, `cut` how many tokens of its text the model did not read. `id` is null
+    where the item had none that could be read."""
 
-    id: str
+    id: str | None
     status: Literal["added", "updated", "failed"]
     error: str | None = None
+    cut: int = 0
 
 
 class ItemsOut(BaseModel):
@@ -159,7 +162,7 @@ class ItemsOut(BaseModel):
 
 
 class IdsIn(Strict):
-    ids: Annotated[list[Id], Field(min_length=1, max_length=MAX_K)]
+    ids: Annotated[list[Id], Field(min_length=1, max_length=MAX_K, fail_fast=True)]
 
 
 class Deleted(BaseModel):
@@ -173,7 +176,7 @@ class ItemOut(BaseModel):
     modality: Modality
     text: str | None
     image: str | None
-    fields: dict[str, Scalar]
+    fields: dict[str, Value]
 
 
 class ItemPage(BaseModel):
@@ -188,9 +191,19 @@ class ContentIn(Strict):
     """A text, a picture, or both, as SGLang and Jina write it; `image` is base64 or a data URL."""
 
     text: Text | None = None
-    image: str | PictureIn | None = None
+    image: (
+        Annotated[
+            Annotated[str, Tag("<text>")] | Annotated[PictureIn, Tag("<object>")],
+            one_of("base64, a data URL or a picture object"),
+        ]
+        | None
+    ) = None
 
 
+Input = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[ContentIn, Tag("<object>")],
+    one_of("a text or an object of text and image (token ids belong to one model's tokenizer: send the text itself)"),
+]
 CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
 _PART: Final = {
     "type": "object", "required": ["type"], "description": "A text, or a picture by data URL or by address.",
@@ -216,20 +229,26 @@ Chats = Annotated[
 """One chat, or several; service.py reads them by hand, to say what is wrong with which."""
 
 
-class EmbeddingsIn(BaseModel):
+class EmbeddingsIn(Lenient):
     """OpenAI's request, and more: objects of text and picture, or chats. Fields we do not know are ignored, as OpenAI's are."""
 
-    model_config = ConfigDict(strict=True, json_schema_extra={"examples": [{"input": ["a red cup", {"text": "a blue cup"}]}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red cup", {"text": "a blue cup"}]}]})
 
     model: str | None = None
-    input: Text | Annotated[list[Text | ContentIn], Field(max_length=MAX_INPUTS)] | None = None
+    input: (
+        Annotated[
+            Annotated[Text, Tag("<text>")] | Annotated[list[Input], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("<list>")],
+            one_of("a text, or a list of texts and objects of text and image,"),
+        ]
+        | None
+    ) = None
     messages: Chats | None = None
     input_type: Literal["query", "document"] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
     route: Route = "auto"
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[Whole, Field(ge=1, le=65_536)] | None = None
+    dimensions: Annotated[int, Field(ge=1, le=65_536), WHOLE] | None = None
     user: str | None = None
 
 

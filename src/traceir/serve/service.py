@@ -6,10 +6,11 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,19 +18,16 @@ import numpy as np
 from traceir.errors import InputError, PictureError, StoreError, TraceError
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
-from traceir.ingest import FILE_FIELD
-from traceir.items import Encoding, Hit, Item, Part, Query, Route
+from traceir.items import Hit, Item, Part, Query, Route
 from traceir.pictures import Picture
-from traceir.serve.intake import Intake, Sources, picture_of_item, without_path
+from traceir.serve.intake import Intake, Sources, picture_of_item, told_without_paths, without_paths
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.picture_store import PictureStore, as_jpeg
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.schemas import (
     CHAT_ROLES,
-    MAX_INPUTS,
     MAX_PARTS,
-    MAX_TEXT,
     ContentIn,
     EmbeddingsIn,
     HitOut,
@@ -43,7 +41,9 @@ from traceir.serve.schemas import (
     Where,
     trace_of,
 )
+from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
+from traceir.serve.values import MAX_TEXT
 
 Told = TypeVar("Told")
 Given = TypeVar("Given")
@@ -83,63 +83,71 @@ class Service:
             return await self._search(asked, listener, noted)
 
     async def _search(self, asked: SearchIn, listener: Listener | None, noted: Noted | None) -> SearchOut:
+        where = await self._read(lambda: filter_of(asked.where)) if asked.where else None
         query = await self.query(asked)
         await self._note([query], noted)
-        served = await self.scheduler.encode_query(query, asked.route, listener=listener)
+        with told_without_paths(query.pictures):
+            served = await self.scheduler.encode_query(query, asked.route, listener=listener, tenant=self.tenant)
         self.metrics.encoded("query", served)
-        started = time.perf_counter()
-        wanted = asked.offset + asked.k + 1
-        vectors = np.stack([served.encoding.vector])
-        where = filter_of(asked.where)
         try:
-            found = await self._read(
-                lambda: self.index.search(vectors, wanted, where=where, modality=asked.modality, exact=asked.exact)
-            )
+            return await self._read(lambda: self._found(asked, where, served))
         except StoreError as error:
             if asked.exact or (await self.info()).cells:
                 raise
             raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
-        seconds = time.perf_counter() - started
-        hits = found[0][asked.offset : asked.offset + asked.k]
-        trace = trace_of(served, seconds)
-        return SearchOut(
-            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found[0]) == wanted
+
+    def _found(self, asked: SearchIn, where: Filter | None, served: Served) -> SearchOut:
+        """The search itself, in a thread."""
+        started = time.perf_counter()
+        wanted = asked.offset + asked.k + 1
+        [found] = self.index.search(
+            np.stack([served.encoding.vector]), wanted, where=where, modality=asked.modality, exact=asked.exact
         )
+        trace = trace_of(served, time.perf_counter() - started)
+        hits = [hit_out(hit) for hit in found[asked.offset : asked.offset + asked.k]]
+        return SearchOut(hits=hits, trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted)
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
         async with self._within_deadline():
-            contents = await self._contents(asked)
+            contents, places = await self._contents(asked)
             await self._note(contents, noted)
-            return await together(self._each(contents, lambda one: self._encode(one, asked.route)))
 
-    async def add(self, items: Sequence[ItemIn], *, noted: Noted | None = None) -> list[ItemResult]:
-        """Indexes items; each has a result of its own, and what is told as added is durable."""
-        with self.pictures.holding([one.id for one in items]):
-            results = await self._add(items, noted)
-        sent = [one.id for one in items if one.image is not None]
-        if sent or any(one.status == "updated" for one in results):
-            await self._write(lambda: self._tidy([one.id for one in items]))
-        return results
+            async def encode(one: tuple[str, Query | Item]) -> Served:
+                place, content = one
+                try:
+                    return await self._encode(content, asked.route)
+                except InputError as error:
+                    raise InputError(f"{place}: {error}") from error
 
-    async def _add(self, items: Sequence[ItemIn], noted: Noted | None) -> list[ItemResult]:
-        made = await together(self._each(items, self._made))
-        seen: set[str] = set()
-        for place, (given, one) in enumerate(zip(items, made, strict=True)):
-            if given.id in seen and not isinstance(one, str):
-                made[place] = f"id {given.id!r} occurs twice in one request; send it once"
-            seen.add(given.id)
+            return await together(self._each(list(zip(places, contents, strict=True)), encode))
+
+    async def add(self, items: Sequence[object], *, noted: Noted | None = None) -> list[ItemResult]:
+        """Indexes items, as they came in JSON; each has a result of its own, and what is told as added is durable."""
+        read = await self._read(lambda: read_items(items))
+        good = [one for one in read if isinstance(one, ItemIn)]
+        touched: set[str] = set()
+        with self.pictures.holding([one.id for one in good]):
+            results = iter(await self._add(good, touched, noted))
+        if touched:
+            await self._write(lambda: self._tidy(sorted(touched)))
+        return [next(results) if isinstance(one, ItemIn) else one for one in read]
+
+    async def _add(self, items: Sequence[ItemIn], touched: set[str], noted: Noted | None) -> list[ItemResult]:
+        """Notes in `touched` whose pictures, those of before and those of now, are to be looked through."""
+        made = await together(self._each(items, lambda one: self._made(one, touched)))
         good = [one for one in made if not isinstance(one, str)]
         await self._note([item for item, _ in good], noted)
-        there = set(await self._read(lambda: self.index.get([str(item.id) for item, _ in good]))) if good else set()
+        new: set[str] = set()
         if good:
             kept = [item for item, _ in good]
-            vectors = np.stack([encoding.vector for _, encoding in good])
-            await self._write(lambda: self.index.upsert(kept, vectors))
+            vectors = np.stack([served.encoding.vector for _, served in good])
+            new = await self._write(lambda: self.index.upsert(kept, vectors))
+            touched |= {str(item.id) for item in kept}.difference(new)
         return [
             ItemResult(id=given.id, status="failed", error=one)
             if isinstance(one, str)
-            else ItemResult(id=given.id, status="updated" if given.id in there else "added")
+            else ItemResult(id=given.id, status="added" if given.id in new else "updated", cut=one[1].cut)
             for given, one in zip(items, made, strict=True)
         ]
 
@@ -153,6 +161,11 @@ class Service:
 
         return await self._write(remove)
 
+    @property
+    def tenant(self) -> str | None:
+        """Whose part of the index this is."""
+        return self.pictures.tenant
+
     async def item(self, id: str) -> Stored | None:
         return (await self._read(lambda: self.index.get([id]))).get(id)
 
@@ -160,18 +173,18 @@ class Service:
         """Items in order of id, those up to `after` and the next `offset` left out, and whether there are more."""
         where = RangeFilter("id", low=after) if after else None
 
-        def page() -> list[Stored]:
-            found: list[Stored] = []
+        def page() -> list[ItemOut]:
+            found: list[ItemOut] = []
             beyond = (stored for stored in self.index.scan(where) if stored.id != after)
             for place, stored in enumerate(beyond):
                 if place >= offset:
-                    found.append(stored)
+                    found.append(item_out(stored))
                 if len(found) > limit:
                     break
             return found
 
         found = await self._read(page)
-        return [item_out(one) for one in found[:limit]], len(found) > limit
+        return found[:limit], len(found) > limit
 
     async def info(self) -> IndexInfo:
         return await self._read(self.index.info)
@@ -180,9 +193,9 @@ class Service:
         """The Query of a request, its pictures found but not decoded."""
         if asked.parts is not None and (asked.text is not None or asked.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
-        given: list[str | PictureIn] = list(asked.parts or [])
-        given += [one for one in (asked.image, asked.text) if one is not None]
-        parts = [await self._part(one) for one in given]
+        given: list[tuple[str, str | PictureIn]] = [(f"parts[{place}]", one) for place, one in enumerate(asked.parts or ())]
+        given += [(place, one) for place, one in (("image", asked.image), ("text", asked.text)) if one is not None]
+        parts = [one if isinstance(one, str) else await self.picture(one, place) for place, one in given]
         kept = tuple(part for part in parts if not isinstance(part, str) or part.strip())
         return Query(kept, instruction=asked.instruction, target=asked.modality)
 
@@ -193,52 +206,57 @@ class Service:
             try:
                 return await self._read(lambda: as_jpeg(picture, side))
             except PictureError as error:
-                raise PictureError(without_path(picture, error)) from error
+                raise PictureError(without_paths([picture], error)) from error
 
     async def picture(self, given: PictureIn, place: str = "image") -> Picture:
         """The picture that a request means, once it has been decoded."""
         return await self.intake.take(given.model_dump(exclude_none=True), place, self.sources)
 
-    async def _contents(self, asked: EmbeddingsIn) -> list[Query | Item]:
+    async def _contents(self, asked: EmbeddingsIn) -> tuple[list[Query | Item], list[str]]:
+        """What is to be encoded, and how messages name each of it."""
         if (asked.input is None) == (asked.messages is None):
             raise InputError("give exactly one of input and messages")
         if asked.messages is not None:
             if not asked.messages:
                 raise InputError("messages is empty; give one chat, or a list of chats")
-            chats = asked.messages if isinstance(asked.messages[0], list) else [asked.messages]
-            if len(chats) > MAX_INPUTS:
-                raise InputError(f"messages holds {len(chats)} chats, more than {MAX_INPUTS}; send fewer at a time")
-            return await together([self._of_chat(chat, asked, f"messages[{place}]") for place, chat in enumerate(chats)])
+            several = isinstance(asked.messages[0], list)
+            chats = asked.messages if several else [asked.messages]
+            places = [f"messages[{number}]" if several else "messages" for number in range(len(chats))]
+            return await together([self._of_chat(*one, asked) for one in zip(places, chats, strict=True)]), places
         inputs = [asked.input] if isinstance(asked.input, str) else list(asked.input or [])
         if not inputs:
             raise InputError("input is empty; give at least one text or object")
-        return await together([self._of_input(one, asked, f"input[{place}]") for place, one in enumerate(inputs)])
+        places = ["input"] if isinstance(asked.input, str) else [f"input[{number}]" for number in range(len(inputs))]
+        return await together([self._of_input(*one, asked) for one in zip(places, inputs, strict=True)]), places
 
-    async def _of_input(self, given: str | ContentIn, asked: EmbeddingsIn, place: str) -> Query | Item:
+    async def _of_input(self, place: str, given: str | ContentIn, asked: EmbeddingsIn) -> Query | Item:
         parts: list[Part] = []
         if isinstance(given, ContentIn) and given.image is not None:
             picture = PictureIn(data=given.image) if isinstance(given.image, str) else given.image
-            parts.append(await self.picture(picture, place))
+            parts.append(await self.picture(picture, f"{place}.image"))
         text = given if isinstance(given, str) else given.text
         if text is not None and text.strip():
             parts.append(text)
         return _content(tuple(parts), asked.instruction, asked, asked.input_type or "document", place)
 
-    async def _of_chat(self, chat: Any, asked: EmbeddingsIn, place: str) -> Query | Item:
+    async def _of_chat(self, place: str, chat: Any, asked: EmbeddingsIn) -> Query | Item:
         """One chat: the system's texts are the instruction, the user's contents the parts."""
         if not isinstance(chat, list) or not chat:
             raise InputError(f"{place} is not a list of messages; write [{{'role': 'user', 'content': ...}}]")
         parts: list[Part] = []
         told: list[str] = [asked.instruction] if asked.instruction else []
-        for message in chat:
+        for number, message in enumerate(chat):
+            here = f"{place}[{number}]"
             role = message.get("role") if isinstance(message, dict) else None
             if role not in CHAT_ROLES:
-                raise InputError(f"{place}: the role is {str(role)[:40]!r}; write one of {', '.join(CHAT_ROLES)}")
+                raise InputError(f"{here}: the role is {str(role)[:40]!r}; write one of {', '.join(CHAT_ROLES)}")
             contents = message.get("content")
-            for one in [contents] if isinstance(contents, str) else contents if isinstance(contents, list) else [None]:
+            if not isinstance(contents, str | list):
+                raise InputError(f"{here}.content is neither a text nor a list of contents; send one of them")
+            for at, one in enumerate(contents if isinstance(contents, list) else [contents]):
                 if len(parts) + len(told) > MAX_PARTS:
                     raise InputError(f"{place} has more than {MAX_PARTS} parts; send fewer, or several chats")
-                part = await self._of_chat_part(one, place)
+                part = await self._of_chat_part(one, f"{here}.content[{at}]" if isinstance(contents, list) else f"{here}.content")
                 if role in ("system", "developer") and isinstance(part, str):
                     told.append(part)
                 elif not isinstance(part, str) or part.strip():
@@ -255,27 +273,31 @@ class Service:
             address = given.get(kind) or given.get("image_url")
             address = address.get("url") if isinstance(address, dict) else address
             if isinstance(address, str):
-                return await self.picture(address_in(address), place)
+                return await self.picture(address_in(address, place), place)
         raise InputError(f"{place}: a content of type {str(kind)[:40]!r} cannot be read; send texts and image_url")
 
-    async def _part(self, given: str | PictureIn) -> Part:
-        return given if isinstance(given, str) else await self.picture(given)
-
     async def _encode(self, content: Query | Item, route: Route) -> Served:
-        if isinstance(content, Query):
-            served = await self.scheduler.encode_query(content, route, seconds=self.deadline_s)
-        else:
-            served = await self.scheduler.encode_item(content, seconds=self.deadline_s)
+        with told_without_paths(content.pictures):
+            if isinstance(content, Query):
+                served = await self.scheduler.encode_query(content, route, seconds=self.deadline_s, tenant=self.tenant)
+            else:
+                served = await self.scheduler.encode_item(content, seconds=self.deadline_s, tenant=self.tenant)
         self.metrics.encoded("query" if isinstance(content, Query) else "item", served)
         return served
 
-    async def _made(self, given: ItemIn) -> tuple[Item, Encoding] | str:
-        """The item and its encoding, or why it cannot be had."""
+    async def _made(self, given: ItemIn, touched: set[str]) -> tuple[Item, Served] | str:
+        """The item, its picture a file that stays, and its encoding; or why it cannot be had."""
         try:
-            picture = await self._kept(given.image, given.id) if given.image is not None else None
+            picture = await self.picture(given.image) if given.image is not None else None
             item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
-            self.index.check([item])
-            return item, (await self._encode(item, "direct")).encoding
+            with told_without_paths(item.pictures):
+                await self._read(lambda: self.index.check([item]))
+                if picture is not None:
+                    touched.add(given.id)
+                    kept = await self._read(partial(self.pictures.keep, picture, given.id))
+                    item = Item.of(text=given.text, image=kept, id=given.id, fields=given.fields)
+                    await self._read(lambda: self.index.check([item]))
+            return item, await self._encode(item, "direct")
         except (InputError, BusyError, LateError) as error:
             return str(error)
         except TraceError as error:
@@ -306,14 +328,11 @@ class Service:
             raise LateError(f"not done within {self.deadline_s:g} s; ask for less at a time, or for the direct route") from error
 
     async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
+        """In a thread, since it reads pictures."""
         if noted is not None:
             told = noted
-            await self._read(lambda: [told(one) for one in contents])
-
-    async def _kept(self, given: PictureIn, id: str) -> Picture:
-        """The picture of an item, as a file that stays."""
-        picture = await self.picture(given)
-        return await self._read(lambda: self.pictures.keep(picture, id))
+            with told_without_paths([picture for one in contents for picture in one.pictures]):
+                await self._read(lambda: [told(one) for one in contents])
 
     def _tidy(self, ids: Sequence[str]) -> None:
         there = self.index.get(list(ids))
@@ -342,16 +361,16 @@ async def together(works: Sequence[Coroutine[Any, Any, Told]]) -> list[Told]:
 
 def _bounded(text: str, place: str) -> str:
     if len(text) > MAX_TEXT:
-        raise InputError(f"{place}: a text has {len(text)} characters, more than {MAX_TEXT}; cut it into several items")
+        raise InputError(f"{place}: {len(text)} characters, at most {MAX_TEXT}")
     return text
 
 
-def address_in(address: str) -> PictureIn:
+def address_in(address: str, place: str) -> PictureIn:
     """The picture of a chat's `image_url`: a data URL, or an address."""
     if address.startswith("data:"):
         return PictureIn(data=address)
     if len(address) > 2048:
-        raise InputError("image_url is neither a data: URL nor an address of at most 2048 characters")
+        raise InputError(f"{place}: image_url is neither a data: URL nor an address of at most 2048 characters")
     return PictureIn(url=address)
 
 
@@ -371,20 +390,15 @@ def filter_of(where: Where | None) -> Filter | None:
 def hit_out(hit: Hit) -> HitOut:
     return HitOut(
         id=hit.id, score=hit.score, rank=hit.rank, modality=hit.modality, text=hit.text,
-        image=picture_path(hit.id, hit.image), fields=shown_fields(hit.fields),
+        image=picture_path(hit.id, hit.image), fields=dict(hit.fields),
     )  # fmt: skip
 
 
 def item_out(stored: Stored) -> ItemOut:
     return ItemOut(
         id=stored.id, modality=stored.modality, text=stored.text, image=picture_path(stored.id, stored.image),
-        fields=shown_fields(stored.fields),
+        fields=dict(stored.fields),
     )  # fmt: skip
-
-
-def shown_fields(fields: Mapping[str, Told]) -> dict[str, Told]:
-    """The fields of an item but for the path of its file, which is the server's own business."""
-    return {name: value for name, value in fields.items() if name != FILE_FIELD}
 
 
 def picture_path(id: str, image: str | None) -> str | None:

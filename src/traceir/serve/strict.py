@@ -1,21 +1,33 @@
-"""FastAPI's routes, reading their bodies with `parse_json`."""
+"""FastAPI's routes, reading bodies strictly: `parse_json`, then the route's model, in a thread where that takes long."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from traceir.errors import InputError
+from traceir.index.store import MAX_ID_BYTES
 from traceir.serve.bodies import parse_json
+from traceir.serve.faults import fault_of, plain
+from traceir.serve.schemas import ItemIn, ItemResult
 
 LARGE: Final = 256 * 1024
-"""Bytes of a body from which on it is parsed in a thread, so that other requests go on meanwhile."""
+"""Bytes of a body from which on it is read in a thread, so that other requests go on meanwhile."""
+
+
+class UnreadableError(HTTPException):
+    """A body, or a parameter, that breaks its schema; `place` is that of the first fault."""
+
+    def __init__(self, reason: str, place: str = "") -> None:
+        super().__init__(400, f"{place}: {reason}" if place else reason)
+        self.place = place
 
 
 class StrictRoute(APIRoute):
@@ -23,18 +35,57 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
+        wanted = self.body_field.field_info.annotation if self.body_field is not None else None
+        model = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
 
         async def strict(request: Request) -> Response:
-            return await handler(_StrictRequest(request.scope, request.receive))
+            own = _StrictRequest(request.scope, request.receive)
+            own.model = model
+            return await handler(own)
 
         return strict
 
 
 class _StrictRequest(Request):
+    model: type[BaseModel] | None = None
+
     async def json(self) -> Any:
+        """The body as an object of the route's model, which FastAPI then takes as it is."""
         raw = await self.body()
-        try:
-            return parse_json(raw) if len(raw) < LARGE else await asyncio.to_thread(parse_json, raw)
-        except InputError as error:
-            # FastAPI hides every other exception of a body behind one message.
-            raise HTTPException(400, str(error)) from error
+        return read_body(raw, self.model) if len(raw) < LARGE else await asyncio.to_thread(read_body, raw, self.model)
+
+
+def read_body(raw: bytes, model: type[BaseModel] | None) -> Any:
+    """Raises UnreadableError, since FastAPI hides every other exception of a body behind one message."""
+    try:
+        told = parse_json(raw, lenient=getattr(model, "each_alone", False))
+        return told if model is None else model.model_validate(told)
+    except InputError as error:
+        raise UnreadableError(str(error)) from error
+    except ValidationError as error:
+        place, reason = fault_of(error.errors(include_url=False))
+        raise UnreadableError(reason, place or "body") from error
+
+
+def read_items(told: Sequence[object]) -> list[ItemIn | ItemResult]:
+    """Each item as it is meant, or its failure; of several with one id the first counts."""
+    seen: set[str] = set()
+    read: list[ItemIn | ItemResult] = []
+    for given in told:
+        one = _read_item(given)
+        if one.id in seen:
+            one = ItemResult(id=one.id, status="failed", error=f"id {one.id!r} occurs twice in one request; send it once")
+        elif isinstance(one, ItemIn):
+            seen.add(one.id)
+        read.append(one)
+    return read
+
+
+def _read_item(given: object) -> ItemIn | ItemResult:
+    try:
+        return ItemIn.model_validate(given)
+    except ValidationError as error:
+        place, reason = fault_of(error.errors(include_url=False))
+        id = given.get("id") if isinstance(given, dict) else None
+        shown = plain(id)[:MAX_ID_BYTES] if isinstance(id, str) else None
+        return ItemResult(id=shown, status="failed", error=f"{place}: {reason}" if place else reason)

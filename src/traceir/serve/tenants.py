@@ -1,4 +1,5 @@
-"""Tenants in one index, kept apart in the server: every id is prefixed, every item marked, every filter narrowed.
+"""What the server's callers see of an index: its own fields are hidden, and tenants kept apart: every id is prefixed, every item
+marked, every filter narrowed.
 
 An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`. The prefix keeps equal
 ids of two tenants apart and makes get, delete and overwriting by id safe; the field keeps search, scan, count and delete by
@@ -16,9 +17,12 @@ from typing import Final, Self, TypeVar
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
+from traceir.ingest import FILE_FIELD
 from traceir.items import MODALITIES, Hit, Item, Modality
 
 FIELD: Final = "_tenant"
+OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})
+"""Fields that no caller may set or ask for, and none is shown."""
 PREFIX: Final = "_tenant:"
 """What ids of tenants begin with; no other id may."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
@@ -134,8 +138,8 @@ class TenantIndex:
     # On the way in
 
     def _mark(self, item: Item) -> Item:
-        if FIELD in item.fields:
-            raise InputError(f"item {item.id!r} has a field called {FIELD!r}, which the server keeps itself; rename it")
+        for name in OWN_FIELDS.intersection(item.fields):
+            raise InputError(f"item {item.id!r} has a field called {name!r}, which the server keeps itself; rename it")
         id = check_id(item.id)
         if not self._may_be_ours(id):
             raise InputError(f"id {id[:80]!r} begins with {PREFIX!r}, which the server keeps for itself; rename it")
@@ -163,11 +167,11 @@ class TenantIndex:
         return self._only_ours(where)
 
     def _translate(self, where: Filter) -> Filter:
-        """The client's filter in terms of what is stored: ids prefixed, the field of the tenant refused."""
+        """The client's filter in terms of what is stored: ids prefixed, the server's own fields refused."""
         if isinstance(where, And):
             return And(tuple(self._translate(part) for part in where.parts))
-        if where.name == FIELD:
-            raise InputError(f"{FIELD!r} is no field of an item; the server keeps it for itself")
+        if where.name in OWN_FIELDS:
+            raise InputError(f"{where.name!r} is no field of an item; the server keeps it for itself")
         if where.name != "id":
             return where
         if isinstance(where, Eq):
@@ -191,5 +195,5 @@ class TenantIndex:
         return one.fields.get(FIELD) == self._tenant and one.id.startswith(self._prefix)
 
     def _unmark(self, one: K) -> K:
-        fields = {name: value for name, value in one.fields.items() if name != FIELD}
+        fields = {name: value for name, value in one.fields.items() if name not in OWN_FIELDS}
         return replace(one, id=one.id[len(self._prefix) :], fields=fields)

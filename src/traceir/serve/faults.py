@@ -1,0 +1,86 @@
+"""What is wrong with a request, in words: which element, what it is, what is wanted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+MOST: Final = 500
+"""Characters of a message."""
+_KINDS: Final[Mapping[type, str]] = {
+    str: "a text", dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number",
+    type(None): "null",
+}  # fmt: skip
+_WANTED: Final = {
+    "string_type": "a text", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
+    "model_attributes_type": "an object", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_type": "a number", "bool_type": "true or false",
+}  # fmt: skip
+SAID: Final = {
+    "missing": "it is missing",
+    "extra_forbidden": "there is no such field; leave it out",
+    "string_too_short": "it is empty",
+    "string_pattern_mismatch": "it holds a zero character; remove it",
+    "string_unicode": "it holds half of a surrogate pair; send whole characters",
+}
+
+
+def fault_of(errors: Sequence[Mapping[str, Any]], skipped: int = 0) -> tuple[str, str]:
+    """Place and reason of the first of pydantic's errors; `skipped` parts of its place are not the caller's."""
+    if not errors:
+        return "", "it cannot be read"
+    first = errors[0]
+    return place_of(first["loc"][skipped:]), plain(_reason(first))[:MOST]
+
+
+def place_of(parts: Sequence[str | int]) -> str:
+    """A place in JSON: `input[3].text`."""
+    shown = ""
+    for part in parts:
+        if isinstance(part, int):
+            shown += f"[{part}]"
+        elif not part.startswith("<"):
+            shown += f".{part}" if shown else part
+    return plain(shown)[:200]
+
+
+def plain(text: str) -> str:
+    """The text with halves of surrogate pairs spelt out, so that it can be sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def place_of_half(value: object, place: tuple[str | int, ...] = ()) -> str | None:
+    """Where a value of JSON holds half of a surrogate pair; None where it does not."""
+    if isinstance(value, str):
+        return None if plain(value) == value else place_of(place) or "the text"
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, one in pairs:
+        found = place_of_half(name, (*place, name)) if isinstance(name, str) else None
+        if (found := found or place_of_half(one, (*place, name))) is not None:
+            return found
+    return None
+
+
+def _reason(error: Mapping[str, Any]) -> str:
+    kind, given, about = error["type"], error.get("input"), error.get("ctx", {})
+    if kind in SAID:
+        return SAID[kind]
+    if kind in _WANTED:
+        return f"{kind_of(given)}, where {_WANTED[kind]} is wanted"
+    if kind == "kind":
+        return f"{kind_of(given)}, where {error['msg']}"
+    if kind in ("too_long", "too_short", "string_too_long") and isinstance(given, str | list | dict):
+        counted = "characters" if isinstance(given, str) else "entries"
+        bound = f"at least {about['min_length']}" if kind == "too_short" else f"at most {about['max_length']}"
+        return f"{len(given)} {counted}, {bound}"
+    if kind in ("greater_than_equal", "less_than_equal"):
+        return f"it is {given}, at {'least' if kind[0] == 'g' else 'most'} {about.get('ge', about.get('le'))} is wanted"
+    if kind == "value_error":
+        return str(about["error"])
+    if kind == "literal_error":
+        return f"it is {repr(given)[:80]}; {about['expected']} is wanted"
+    return str(error["msg"])
+
+
+def kind_of(value: object) -> str:
+    return _KINDS.get(type(value), f"{type(value).__name__}")
