@@ -157,8 +157,8 @@ def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, 
     shop.answers = [JSONResponse({}, 500)]
     with pytest.raises(ModelError, match="answers 500"):
         client.add(items[:1])
-    with pytest.raises(InputError, match="give it an id"):
-        client.add([items[0], Item.of(text="a spoon")])
+    first, nameless = client.add([items[0], Item.of(text="a spoon")])
+    assert first.status == "added" and (nameless.id, nameless.status) == ("", "failed") and "give it an id" in str(nameless.error)
 
 
 def test_items_and_pictures_are_read_back(client: Client, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Final, Literal
 from urllib.parse import quote
@@ -21,6 +22,8 @@ import numpy as np
 
 from traceir.connection import Answer, Connection
 from traceir.errors import InputError, ModelError
+from traceir.index.filters import check_name, check_value
+from traceir.index.store import check_id, check_ids
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route
 from traceir.pictures import Picture
 
@@ -31,6 +34,7 @@ CHUNK_BYTES: Final = 24 * 1024 * 1024
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
 _PAGE: Final = 500
+_NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
 _REFUSED: Final = (400, 404, 409, 413, 415, 422)
 """The server's word for a request that is wrong as it stands."""
 
@@ -47,7 +51,8 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's road, seconds by stage."""
+    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's road, seconds by stage; `cut`: how many
+    tokens of a long text the model did not read."""
 
     hits: tuple[Hit, ...]
     more: bool
@@ -57,15 +62,17 @@ class Found:
     emb_probability: float
     truncated: bool
     seconds: Mapping[str, float]
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """What became of one item; `error` says why it failed."""
+    """What became of one item; `error` says why it failed, `cut` how many tokens of a long text the model did not read."""
 
     id: str
     status: Literal["added", "updated", "failed"]
     error: str | None
+    cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,25 +158,24 @@ class Client:
         return Found(
             hits, bool(told.get("more")), trace.get("route", "direct"), trace.get("reasoning", ""), trace.get("tokens", 0),
             trace.get("emb_probability", 1.0), bool(trace.get("truncated")), dict(trace.get("seconds") or {}),
+            trace.get("cut", 0),
         )  # fmt: skip
 
     def add(self, items: Sequence[Item]) -> list[Added]:
         """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each.
 
-        They travel in requests one after another. `failed` are also items whose picture cannot be read or is too large, those of
-        a request that the server refuses, and, where the server is lost after it has answered one request, all those it has not
-        confirmed; they may be sent again. Raises InputError, before anything is sent, for an item without an id or of another
-        form, and ModelError where the server does not answer the first request.
+        They travel in requests one after another. `failed` are also items that cannot be sent (without an id, of another form,
+        with a picture that cannot be read or is too large), those of a request that the server refuses as a whole, and, where the
+        server is lost after it has answered one request, all those it has not confirmed; they may be sent again. Raises
+        ModelError where the server does not answer the first request.
         """
-        for item in items:
-            _check_form(item)
         found: dict[int, Added] = {}
         answered, lost = False, "the server does not confirm it"
         for chunk in _chunks(_readable(items, found)):
             try:
                 results = self._add(chunk)
             except InputError as error:
-                results = [Added(str(items[piece.place].id), "failed", str(error)) for piece in chunk]
+                results = [Added("", "failed", str(error)) for _ in chunk]
             except ModelError as error:
                 if not answered:
                     raise
@@ -177,13 +183,14 @@ class Client:
                 break
             answered = True
             found.update(zip((piece.place for piece in chunk), results, strict=True))
-        return [found.get(place) or Added(str(item.id), "failed", lost) for place, item in enumerate(items)]
+        told = (found.get(place) or Added("", "failed", lost) for place in range(len(items)))
+        return [replace(one, id=str(item.id or "")) for item, one in zip(items, told, strict=True)]
 
     def _add(self, chunk: Sequence[_Piece]) -> list[Added]:
         results = _list(self._call("POST", "/items", {"items": [piece.told for piece in chunk]}), "results")
         if len(results) != len(chunk):
             raise ModelError(f"{self.base_url} returned {len(results)} results for {len(chunk)} items; report it")
-        return [Added(str(one["id"]), one["status"], one.get("error")) for one in results]
+        return [Added(str(one["id"]), one["status"], one.get("error"), one.get("cut", 0)) for one in results]
 
     def get(self, id: str) -> Kept:
         """What is kept of an item. Raises InputError where there is none of this id."""
@@ -213,7 +220,8 @@ class Client:
         return Picture.from_bytes(answer.body, name=found.id)
 
     def delete(self, ids: Sequence[str]) -> int:
-        """Removes items by id; returns how many were there."""
+        """Removes items by id; returns how many were there. Raises InputError, before anything is removed, for what is no id."""
+        check_ids(ids)
         chunks = [list(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
         return sum(int(self._call("DELETE", "/items", {"ids": chunk})["deleted"]) for chunk in chunks)
 
@@ -240,7 +248,8 @@ class Client:
             for chunk in _chunks(_piece(place, contents[place], tell(contents[place].parts)) for place in members):
                 bodies.append({name: [piece.told for piece in chunk], **shared, "encoding_format": "base64"})
                 chunks.append([piece.place for piece in chunk])
-        answers = self._connection.gather([partial(self._request, "POST", "/v1/embeddings", body) for body in bodies])
+        jobs = [partial(self._embed_chunk, body, places) for body, places in zip(bodies, chunks, strict=True)]
+        answers = self._connection.gather(jobs)
         found: dict[int, Encoding] = {}
         for places, answer in zip(chunks, answers, strict=True):
             data = _list(answer, "data")
@@ -248,6 +257,16 @@ class Client:
                 raise ModelError(f"{self.base_url} returned {len(data)} vectors for {len(places)} inputs; report it")
             found.update(zip(places, [self._encoding(one) for one in data], strict=True))
         return [found[place] for place in range(len(contents))]
+
+    async def _embed_chunk(self, body: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+        """The answer; where one input is refused, the error names its place in the whole call."""
+        try:
+            return await self._request("POST", "/v1/embeddings", body)
+        except InputError as error:
+            named = _NAMED.search(str(error))
+            if named is None or int(named[1]) >= len(places):
+                raise
+            raise InputError(f"number {places[int(named[1])]} of what was given (from 0) is refused: {error}") from error
 
     def _encoding(self, told: Any) -> Encoding:
         try:
@@ -330,7 +349,7 @@ def _readable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piec
         try:
             piece = _piece(place, item, _item(item))
         except InputError as error:
-            failed[place] = Added(str(item.id), "failed", str(error))
+            failed[place] = Added("", "failed", str(error))
         else:
             yield piece
 
@@ -357,12 +376,14 @@ def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
     return [{"role": "user", "content": contents}]
 
 
-def _check_form(item: Item) -> None:
+def _item(item: Item) -> dict[str, Any]:
+    """Raises InputError for an item that no request can hold, or whose picture cannot be read."""
     if item.id is None or not _plain(item.parts):
         raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
-
-
-def _item(item: Item) -> dict[str, Any]:
+    check_id(item.id)
+    for name, value in item.fields.items():
+        check_name(name)
+        check_value(name, value)
     told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
     for part in item.parts:
         told |= {"image": {"data": _base64(part)}} if isinstance(part, Picture) else {"text": part}

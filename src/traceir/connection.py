@@ -105,7 +105,10 @@ class Connection:
 
         `raw`: the answer is not JSON, and comes as bytes.
         """
-        content = None if body is None else json.dumps(body).encode()
+        try:
+            content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(f"the request to {self.address}{path} cannot be written in JSON: {error}") from error
         for attempt in range(1, self.tries + 1):
             try:
                 return await self._try(method, path, content, refused, raw)

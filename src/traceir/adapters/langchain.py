@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from traceir.adapters import text_items
 from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Hit, Item, Modality, Query, Route
@@ -56,7 +57,7 @@ class TraceEmbeddings(Embeddings):
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Vectors of texts as candidates. Raises InputError for an empty text."""
-        return _lists(self.encoder.encode_items([Item.of(text=text) for text in texts]))
+        return _lists(self.encoder.encode_items(text_items(texts)))
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a text as a query."""

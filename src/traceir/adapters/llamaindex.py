@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from traceir.adapters import text_items
 from traceir.client import Client, ServedEncoder
 from traceir.items import Encoding, Item, Modality, Query, Route
 from traceir.pictures import Picture
@@ -60,7 +61,7 @@ class TraceEmbedding(MultiModalEmbedding):
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Vector]:
-        return _lists(self._encoder.encode_items([Item.of(text=text) for text in texts]))
+        return _lists(self._encoder.encode_items(text_items(texts)))
 
     def _get_image_embedding(self, img_file_path: ImageFile) -> Vector:
         return self._get_image_embeddings([img_file_path])[0]
