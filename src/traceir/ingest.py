@@ -30,7 +30,7 @@ TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 LINES_SUFFIXES: Final = frozenset({".jsonl"})
 MAX_TEXT_BYTES: Final = 4 * 1024 * 1024
 FILE_FIELD: Final = "_file"
-"""The field that holds the path of an item's file, for `add` alone: no line may set it, and no server shows it or filters by it."""
+"""The field that holds the path of an item's file, for `add` alone: no line may set it, no server shows or filters by it."""
 
 Kind = Literal["picture", "text", "line"]
 Fields = dict[str, str | int | float | bool | None]

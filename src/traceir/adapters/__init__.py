@@ -1,4 +1,4 @@
-"""TraceIR inside other libraries."""
+"""TraceIR inside other projects' frameworks; each module needs the package it is named after."""
 
 from __future__ import annotations
 
