@@ -27,7 +27,7 @@ from traceir.errors import InputError, ModelError
 from traceir.items import Hit, Item, Query
 from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_BODY, BodyGuard
-from traceir.serve.schemas import EmbeddingsIn, ItemIn, ItemOut, ItemPage, ItemsIn, SearchIn
+from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemResult, ItemsIn, SearchIn
 from traceir.serve.service import id_in, picture_path
 from traceir.serve.strict import read_items
 
@@ -55,11 +55,14 @@ class Shop:
 
     async def items(self, request: Request) -> Response:
         if request.method == "POST":
-            asked = [one for one in read_items(ItemsIn.model_validate(await request.json()).items) if isinstance(one, ItemIn)]
-            for one in asked:
+            read = read_items(ItemsIn.model_validate(await request.json()).items)
+            for one in read:
+                if isinstance(one, ItemResult):
+                    continue
                 image = picture_path(one.id, "shown" if one.image else None)
                 self.kept[one.id] = ItemOut(id=one.id, modality="text", text=one.text, image=image, fields=one.fields)
-            return JSONResponse({"results": [{"id": one.id, "status": "added"} for one in asked]})
+            told = [one if isinstance(one, ItemResult) else ItemResult(id=one.id, status="added") for one in read]
+            return JSONResponse({"results": [one.model_dump() for one in told]})
         if request.scope["path"] == "/items":
             after, limit = request.query_params["after"], int(request.query_params["limit"])
             beyond = [self.kept[id] for id in sorted(self.kept) if id > after]
@@ -219,3 +222,44 @@ def test_closing_ends_thread_and_caller_where_the_work_does_not_end(monkeypatch:
         released.set()
         thread.join(20)
     assert not thread.is_alive()
+
+
+def test_field_report_08_an_item_that_cannot_be_sent_or_is_refused_fails_alone(client: Client, shop: Shop) -> None:
+    bad: list[Item] = [
+        Item.of(text="a cup"),
+        Item(("a cup", "a spoon"), id="two texts"),
+        Item.of(text="a cup", id="x" * 2000),
+        Item.of(text="a cup", id="zero\0"),
+        Item.of(text="a cup", id="half \ud83d"),
+        Item.of(text="half \ud83d", id="half"),
+        Item.of(text="a cup", id="nan", fields={"n": float("nan")}),
+        Item.of(text="a cup", id="huge", fields={"n": 10**60}),
+        Item.of(text="a cup", id="date", fields={"n": object()}),  # type: ignore[dict-item]
+        Item.of(text="a cup", id="list", fields={"n": [1]}),  # type: ignore[dict-item]
+        Item.of(text="a cup", id="name", fields={"": 1}),
+        Item.of(text="x" * 300_000, id="long"),
+        Item.of(image=Picture.from_bytes(b"no picture"), id="broken"),
+    ]
+    good = [Item.of(text="a cup", id=f"good-{place}") for place in range(len(bad))]
+    found = client.add([item for pair in zip(bad, good, strict=True) for item in pair])
+    assert [one.id for one in found[::2]] == [item.id or "" for item in bad]
+    assert {one.status for one in found[::2]} == {"failed"} and all(one.error for one in found[::2])
+    assert [(one.id, one.status) for one in found[1::2]] == [(item.id, "added") for item in good]
+    assert {id for id in shop.kept if id.startswith("good-")} == {item.id for item in good}
+
+
+def test_field_report_08_a_refused_input_is_named_by_its_place_in_the_call(client: Client, shop: Shop) -> None:
+    items = [Item.of(text=f"a cup {place}") for place in range(150)]
+    for said in ("input[3]: 300000 characters", "messages[3][0].content[1]: not read"):
+        shop.answers = [None, JSONResponse({"error": {"message": said}}, 400), None]
+        with pytest.raises(InputError, match=r"number (3|67|131) of what was given \(from 0\).*3\]"):
+            client.embed_items(items)
+    with pytest.raises(InputError, match="cannot be written in JSON"):
+        client.search(Query.of(text="a cup"), where={"year": float("nan")})
+
+
+def test_field_report_08_what_is_no_id_is_refused_before_anything_is_removed(client: Client, shop: Shop) -> None:
+    for bad in ("", "x" * 2000, "half \ud83d", 5):
+        with pytest.raises(InputError, match="id "):
+            client.delete([*(f"c{place}" for place in range(100)), bad])  # type: ignore[list-item]
+    assert shop.sizes == []

@@ -20,7 +20,7 @@ from PIL import Image
 from traceir.errors import InputError
 from traceir.index import SqliteIndex, open_index
 from traceir.index.sql import read_number
-from traceir.ingest import AddReport, Failure, Source, add, find_sources
+from traceir.ingest import FILE_FIELD, AddReport, Failure, Source, add, find_sources
 from traceir.items import Item
 from traceir.pictures import Picture
 
@@ -314,3 +314,19 @@ def wait_for_acks(tmp_path: Path, child: subprocess.Popen[bytes], count: int) ->
     deadline = time.monotonic() + 30
     while len(acknowledged(tmp_path)) < count and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
+
+
+def test_field_report_11_a_lines_own_file_field_is_kept_and_the_reserved_one_refused(gallery: Path, tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "items.jsonl",
+        {"id": "own", "text": "x", "file": "a.pdf"},
+        {"id": "taken", "text": "x", FILE_FIELD: "/etc/passwd"},
+    )
+    with opened(tmp_path / "index") as index:
+        report = add([path], index, FakeEncoder(), progress=False)
+        assert counts(report) == (1, 0, 0, 1) and repr(FILE_FIELD) in report.failed[0].reason
+        assert dict(index.get(["own"])["own"].fields) == {"file": "a.pdf"}
+        place = gallery / "a.JPG"
+        index.upsert([Item.of(image=Picture.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32))
+        assert counts(add([place], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
+        assert dict(index.get(["a.JPG"])["a.JPG"].fields) == {FILE_FIELD: str(place.resolve())}

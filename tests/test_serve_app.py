@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -332,3 +333,64 @@ def test_a_client_that_goes_away_takes_its_inputs_along(running: Running) -> Non
         assert time.monotonic() < until
         time.sleep(0.05)
     assert gone == 1 and metric(running.url, reasoned) - before < len(texts)
+
+
+def test_field_report_08_a_good_item_is_added_beside_a_long_and_a_bad_one(running: Running) -> None:
+    from traceir.client import Client
+
+    long, ids = "a white ring. " * 3000, ["first", "long", "bad", "last"]
+    items = [Item.of(text="a white ring", id="first"), Item.of(text=long, id="long")]
+    items += [Item.of(text="half a \ud83d", id="bad"), Item.of(text="a blue ball", id="last", fields={"file": "own.txt"})]
+    with Client(running.url) as client:
+        found = client.add(items)
+        assert [(one.id, one.status) for one in found] == list(zip(ids, ["added", "added", "failed", "added"], strict=True))
+        assert found[1].cut > 1000 and found[0].cut == 0 and "surrogate" in str(found[2].error)
+        assert dict(client.get("last").fields) == {"file": "own.txt"} and client.search(Query.of(text=long)).cut > 1000
+        assert client.delete(ids) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}, {"encoding_format": None}])
+def test_field_report_14_openais_clients_drive_it_whatever_they_send(
+    running: Running, encoder: Encoder, options: dict[str, Any]
+) -> None:
+    wanted = encoder.encode_items([Item.of(text="a white ring")])[0].vector
+    given: dict[str, Any] = {
+        "model": "traceir", "input": "a white ring", "user": "somebody", "extra_headers": {"x-more": "1"}, "dimensions": None,
+        "extra_body": {"input_type": None, "priority": 3}, "extra_query": {"version": "1"}, **options,
+    }  # fmt: skip
+    about: dict[str, Any] = {"base_url": f"{running.url}/v1/", "api_key": "k", "organization": "o", "project": "p"}
+    client = openai.OpenAI(**about)
+    found = client.embeddings.create(**given)
+    vector = found.data[0].embedding
+    raw = struct.unpack(f"<{len(wanted)}f", base64.b64decode(vector)) if isinstance(vector, str) else vector
+    assert close(raw, wanted) and client.models.retrieve("traceir").id == "traceir"
+    with pytest.raises(openai.NotFoundError, match="else"):
+        client.models.retrieve("else")
+    with pytest.raises(openai.BadRequestError, match="token ids"):
+        client.embeddings.create(model="traceir", input=[[9906, 1917]])
+
+    async def ask() -> Any:
+        async with openai.AsyncOpenAI(**about) as other:
+            return await other.embeddings.create(**given)
+
+    assert asyncio.run(ask()).usage == found.usage
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        ("HEAD /health HTTP/1.1\r\nHost: 10.0.0.7:8080", 200), ("HEAD /ready HTTP/1.0", 200), ("HEAD / HTTP/1.0", 200),
+        ("GET /health HTTP/1.0", 200), ("GET /ready/ HTTP/1.1\r\nHost: 10.0.0.7\r\nUser-Agent: kube-probe/1.30", 200),
+        ("OPTIONS * HTTP/1.1\r\nHost: 10.0.0.7", 204), ("OPTIONS / HTTP/1.0", 204), ("OPTIONS /health HTTP/1.0", 204),
+        ("GET /items HTTP/1.0", 421), ("GET / HTTP/1.1\r\nHost: 10.0.0.7", 421),
+        ("OPTIONS /items HTTP/1.1\r\nHost: localhost", 405),
+        ("OPTIONS / HTTP/1.1\r\nHost: localhost\r\nOrigin: http://evil.test", 403),
+    ],
+)  # fmt: skip
+def test_field_report_14_probes_are_answered(running: Running, asked: str, status: int) -> None:
+    host, port = running.url.removeprefix("http://").split("/")[0].split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(f"{asked}\r\nConnection: close\r\n\r\n".encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert int(head.split()[1]) == status and not (body and asked.startswith("HEAD")), answer

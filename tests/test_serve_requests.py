@@ -43,8 +43,8 @@ PICTURE = {"data": base64.b64encode(png()).decode()}
 class Caller:
     """A server in this process, and requests to it in the name of a key."""
 
-    def __init__(self, server: Server, client: TestClient, folder: Path) -> None:
-        self.server, self.client, self.folder = server, client, folder
+    def __init__(self, server: Server, client: TestClient, folder: Path, keys: dict[str, str]) -> None:
+        self.server, self.client, self.folder, self.keys = server, client, folder, keys
         self.key = ""
 
     def raw(self, method: str, path: str, content: bytes = b"", **headers: str) -> tuple[int, Any]:
@@ -85,9 +85,7 @@ def caller(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         while server.service is None:
             assert server.failed is None
             time.sleep(0.01)
-        found = Caller(server, client, folder)
-        found.keys = made  # type: ignore[attr-defined]
-        yield found
+        yield Caller(server, client, folder, made)
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +137,9 @@ BAD_ITEMS: dict[str, tuple[str, str]] = {
     "picture as a text": ('{"id": "p4", "image": "aGVsbG8="}', "image: a text, where an object is wanted"),
     "picture of two kinds": ('{"id": "p5", "image": {"data": "aGVs", "item": "x"}}', "image is not a picture"),
     "nobody's picture": ('{"id": "p6", "image": {"item": "never"}}', "never"),
+    "a name twice": ('{"id": "d1", "text": "a", "text": "b"}', "text: the name occurs twice"),
+    "a field twice": ('{"id": "d2", "text": "a", "fields": {"n": 1, "n": 2}}', "fields.n: the name occurs twice"),
+    "an id twice": ('{"id": "d3", "id": "d4", "text": "a"}', "id: the name occurs twice"),
     "the same id again": ('{"id": "good-0", "text": "again"}', "occurs twice"),
 }  # fmt: skip
 
@@ -167,6 +168,7 @@ def test_field_report_08_each_item_has_a_result_of_its_own_whatever_the_others_a
         (b"{", "not JSON"), (b"[]", "body: a list"), (b"5", "body: a number"), (b'{"items": {}}', "items: an object"),
         (b'{"items": []}', "items: 0 entries, at least 1"), (b'{"items": null}', "items: null"), (b"{}", "items: it is missing"),
         (b'{"items": [{"id": "x", "text": "a"}], "more": 1}', "more: there is no such field"),
+        (b'{"items": [1], "items": [2]}', "items: the name occurs twice"),
         (json.dumps({"items": [1] * 257}).encode(), "items: 257 entries, at most 256"), (b'{"items": [{"id": "\xff"}]}', "UTF-8"),
     ],
 )  # fmt: skip
@@ -339,8 +341,13 @@ def test_field_report_13_an_error_names_the_element_and_what_is_wrong_with_it(
 
 @pytest.mark.parametrize(
     ("ids", "shown"),
-    [(["a", 5], "ids[1]: a number"), (["a", ""], "ids[1]: it is empty"), (["a", "ü" * 600], "ids[1]: id "), (["a"] * 1001, "ids: 1001")],
-)  # fmt: skip
+    [
+        (["a", 5], "ids[1]: a number"),
+        (["a", ""], "ids[1]: it is empty"),
+        (["a", "ü" * 600], "ids[1]: id "),
+        (["a"] * 1001, "ids: 1001 entries, at most 1000"),
+    ],
+)
 def test_field_report_13_ids_that_are_none_are_named_and_nothing_is_removed(caller: Caller, ids: Any, shown: str) -> None:
     caller.add({"id": "a", "text": "a ring"})
     status, told = caller.ask("DELETE", "/items", {"ids": ids})
@@ -397,7 +404,7 @@ def test_field_report_14_every_page_that_can_be_read_can_be_asked_for_by_head(ca
 def test_field_report_19_paths_of_the_server_can_be_neither_seen_nor_guessed(caller: Caller) -> None:
     path = str(caller.folder / "secret-place" / "note.txt")
     guesses: list[Any] = [path, [path], {"gte": path}, {"lte": path}, {"gte": "/"}, {"gte": "", "lte": "~"}, None, [None]]
-    for key in caller.keys.values():  # type: ignore[attr-defined]
+    for key in caller.keys.values():
         caller.key = key
         for guess in guesses:
             for name in ("file", "path", "image", "image_path", "source"):
@@ -407,8 +414,10 @@ def test_field_report_19_paths_of_the_server_can_be_neither_seen_nor_guessed(cal
             for name in (FILE_FIELD, "_tenant"):
                 status, told = caller.post("/search", {"text": "a note", "where": {"n": 1, name: guess}})
                 assert status == 400 and name in told["error"]["message"]
-    caller.key = caller.keys["nobody"]  # type: ignore[attr-defined]
-    shown = [caller.ask("GET", path)[1] for path in ("/items", "/items/note.txt", "/items/ring.png", "/page/config", "/openapi.json")]
+    caller.key = caller.keys["nobody"]
+    shown = [
+        caller.ask("GET", path)[1] for path in ("/items", "/items/note.txt", "/items/ring.png", "/page/config", "/openapi.json")
+    ]
     shown += [caller.post("/search", {"text": "a note", "k": 100})[1], caller.post("/search", {"image": {"item": "ring.png"}})[1]]
     assert "secret-place" not in json.dumps(shown) and str(caller.folder) not in json.dumps(shown)
 
@@ -430,7 +439,11 @@ def test_field_report_19_a_file_that_breaks_is_told_without_its_path(caller: Cal
 
     monkeypatch.setattr(type(service.intake), "take", lose)
     asked = {"image": {"item": "gone.png"}}
-    bodies: list[tuple[str, Any]] = [("/search", asked), ("/v1/embeddings", {"input": [asked]}), ("/items", {"items": [{"id": "g", **asked}]})]
+    bodies: list[tuple[str, Any]] = [
+        ("/search", asked),
+        ("/v1/embeddings", {"input": [asked]}),
+        ("/items", {"items": [{"id": "g", **asked}]}),
+    ]
     for path, body in bodies:
         file.write_bytes(png("olive"))
         told = caller.post(path, body)[1]
@@ -441,19 +454,19 @@ def test_field_report_19_nobody_is_told_what_another_tenant_asked(caller: Caller
     body = {"text": "a question that only one has asked", "route": "direct"}
     told = []
     for name in ("acme", "rival", "nobody", "acme", "rival", "nobody"):
-        caller.key = caller.keys[name]  # type: ignore[attr-defined]
+        caller.key = caller.keys[name]
         told.append(caller.post("/search", body)[1]["trace"])
     assert [one["cached"] for one in told] == [False, False, False, True, True, True]
     assert all(one["seconds"]["encode"] > 0 for one in told[:3])
     for name, cached in (("acme", False), ("rival", False), ("acme", True)):
-        caller.key = caller.keys[name]  # type: ignore[attr-defined]
+        caller.key = caller.keys[name]
         assert caller.post("/v1/embeddings", {"input": ["only once"]})[1]["data"][0]["trace"]["cached"] == cached
 
 
 def test_field_report_19_a_picture_of_another_tenant_is_as_one_that_is_not_there(caller: Caller) -> None:
-    caller.key = caller.keys["acme"]  # type: ignore[attr-defined]
+    caller.key = caller.keys["acme"]
     assert caller.add({"id": "plan", "image": PICTURE})[0]["status"] == "added"
-    caller.key = caller.keys["rival"]  # type: ignore[attr-defined]
+    caller.key = caller.keys["rival"]
     for there, never in (("plan", "nalp"), ("_tenant:acme:plan", "_tenant:acme:nalp")):
         paths = [f"/pictures/{base64.urlsafe_b64encode(id.encode()).decode().rstrip('=')}" for id in (there, never)]
         answers = [caller.ask("GET", path) for path in paths]

@@ -95,4 +95,5 @@ async def in_json(answer: Callable[[], BaseModel], size: int) -> Response:
 
 def size_of(shown: Sequence[HitOut | ItemOut]) -> int:
     """About the bytes of hits or items in JSON."""
-    return sum(500 + len(one.text or "") + 50 * len(one.fields) for one in shown)
+    texts = (value for one in shown for value in (one.text, *one.fields.values()) if isinstance(value, str))
+    return sum(map(len, texts)) + sum(500 + 50 * len(one.fields) for one in shown)

@@ -371,13 +371,14 @@ def _add_items(app: FastAPI, server: Server) -> None:
         _note_ids(request, asked.ids)
         return Deleted(deleted=await _view(server, principal).delete(asked.ids))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=MISSING)
-    async def one(id: Id, principal: Annotated[Principal, allowed("read")]) -> ItemOut:
+    @app.get("/items/{id:path}", tags=["items"], responses=MISSING, response_model=ItemOut)
+    async def one(id: Id, principal: Annotated[Principal, allowed("read")]) -> Response:
         """What is kept of an item."""
         found = await _view(server, principal).item(id)
         if found is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        return item_out(found)
+        shown = item_out(found)
+        return await in_json(lambda: shown, size_of([shown]))
 
     @app.delete("/items/{id:path}", tags=["items"], responses=MISSING)
     async def remove_one(id: Id, principal: Annotated[Principal, allowed("write")]) -> Deleted:

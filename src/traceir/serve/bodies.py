@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final, NoReturn
 
 from traceir.errors import InputError
-from traceir.serve.faults import place_of_half
+from traceir.serve.faults import Doubled, place_of_half
 from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
@@ -108,8 +108,8 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
 
     InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
     digits or beyond a double, more than 32 levels, more than 250,000 values. Linear in time; the counts are known before anything
-    is built. `lenient`: half pairs stay, and what is no number or too large becomes NaN or infinity, for callers that judge the
-    parts of a body one by one.
+    is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too large
+    becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
     try:
         text = raw.decode("utf-8")
@@ -117,9 +117,9 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
     _check_shape(raw)
     try:
-        numbers: Any = (float, float, _read_any_int) if lenient else (_refuse_constant, _read_float, _read_int)
-        constant, real, whole = numbers
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=constant, parse_float=real, parse_int=whole)
+        hooks: Any = (_any_object, float, float, _any_int) if lenient else (_object, _refuse_constant, _read_float, _read_int)
+        pairs, constant, real, whole = hooks
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=whole)
     except json.JSONDecodeError as error:
         raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
@@ -160,7 +160,14 @@ def _read_float(text: str) -> float:
     return value
 
 
-def _read_any_int(text: str) -> int | float:
+def _any_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        made |= {name: Doubled() for name, times in Counter(name for name, _ in pairs).items() if times > 1}
+    return made
+
+
+def _any_int(text: str) -> int | float:
     return int(text) if len(text.removeprefix("-")) <= MAX_DIGITS else math.inf
 
 

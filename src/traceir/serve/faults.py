@@ -7,9 +7,15 @@ from typing import Any, Final
 
 MOST: Final = 500
 """Characters of a message."""
+
+
+class Doubled:
+    """Stands for the values of a name that occurs twice in one object; no schema takes it."""
+
+
 _KINDS: Final[Mapping[type, str]] = {
     str: "a text", dict: "an object", list: "a list", bool: "a boolean", int: "a number", float: "a number",
-    type(None): "null",
+    type(None): "null", Doubled: "the name occurs twice",
 }  # fmt: skip
 _WANTED: Final = {
     "string_type": "a text", "list_type": "a list", "dict_type": "an object", "model_type": "an object",
@@ -77,6 +83,8 @@ def _reason(error: Mapping[str, Any]) -> str:
         return f"it is {given}, at {'least' if kind[0] == 'g' else 'most'} {about.get('ge', about.get('le'))} is wanted"
     if kind == "value_error":
         return str(about["error"])
+    if kind == "int_parsing":
+        return f"it is {repr(given)[:80]}; a whole number is wanted"
     if kind == "literal_error":
         return f"it is {repr(given)[:80]}; {about['expected']} is wanted"
     return str(error["msg"])

@@ -123,7 +123,7 @@ class Guard:
         if matched is None and (host or scope.get("http_version") != "1.0"):
             return 400, "the Host header is missing or unusable", "bad_host"
         named = wall.hosts is None or (matched is not None and matched[1] in wall.hosts)
-        if not named and not (method in SAFE_METHODS and scope["path"] in PROBED) and not _is_bare_options(scope, found):
+        if not named and not _is_probe(scope, found):
             return 421, "this server does not answer to that Host; start it with --allow-host NAME to change that", "wrong_host"
         if method not in SAFE_METHODS and not self._may_write(found.get("origin", [""])[0], host):
             return 403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
@@ -146,7 +146,7 @@ class Guard:
 
     async def _preflight(self, scope: Message, found: dict[str, list[str]], send: Send) -> None:
         origin = found.get("origin", [""])[0]
-        if _is_bare_options(scope, found):
+        if _is_probe(scope, found):
             await send({"type": "http.response.start", "status": 204, "headers": [(b"allow", ANSWERED)]})
             await send({"type": "http.response.body", "body": b""})
             return
@@ -180,9 +180,12 @@ async def refuse(send: Send, status: int, message: str, code: str, headers: Head
     await send({"type": "http.response.body", "body": body})
 
 
-def _is_bare_options(scope: Message, found: dict[str, list[str]]) -> bool:
-    """Whether this is how a load balancer asks if anybody is there, and not a browser: `OPTIONS *`, or of what is probed."""
-    return scope["method"] == "OPTIONS" and scope["path"] in PROBED | {"*", "/"} and "origin" not in found
+def _is_probe(scope: Message, found: dict[str, list[str]]) -> bool:
+    """Whether a load balancer asks if anybody is there: by a path of PROBED, or in a way that no body is an answer to."""
+    method, path = scope["method"], scope["path"]
+    if method == "OPTIONS":
+        return path in PROBED | {"*", "/"} and "origin" not in found
+    return (method in SAFE_METHODS and path in PROBED) or (method == "HEAD" and path == "/")
 
 
 def _netloc(origin: str) -> str:

@@ -300,8 +300,8 @@ class Service:
             return item, await self._encode(item, "direct")
         except (InputError, BusyError, LateError) as error:
             return str(error)
-        except TraceError as error:
-            log.error("item %r is not kept: %s", given.id, error)
+        except Exception as error:  # whatever becomes of one item, the others have their results
+            log.error("item %r is not kept: %s", given.id, error, exc_info=not isinstance(error, TraceError))
             return "the server cannot keep it now; its log says why"
 
     def _each(self, given: Sequence[Given], work: Callable[[Given], Awaitable[Told]]) -> list[Coroutine[Any, Any, Told]]:
