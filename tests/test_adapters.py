@@ -34,7 +34,8 @@ from traceir.index import Eq, In, open_index
 from traceir.items import Encoding, Item, Query
 from traceir.pictures import Picture
 from traceir.search import Searcher
-from traceir.serve.schemas import EmbeddingsIn, IdsIn, ItemsIn, PictureIn, SearchIn
+from traceir.serve.schemas import EmbeddingsIn, IdsIn, ItemResult, ItemsIn, PictureIn, SearchIn
+from traceir.serve.strict import read_items
 
 KEY = "tir_invented"
 TEXTS = ["a red kettle", "a green kettle", "a blue kettle then a lid"]
@@ -112,7 +113,10 @@ class StandIn:
 
     def add(self, body: Any) -> dict[str, Any]:
         results, good = [], []
-        for one in ItemsIn.model_validate(body).items:
+        for one in read_items(ItemsIn.model_validate(body).items):
+            if isinstance(one, ItemResult):
+                results.append(one.model_dump())
+                continue
             try:
                 good.append(Item(parts_of(one.text, one.image and one.image.data), id=one.id, fields=one.fields))
                 results.append({"id": one.id, "status": "added"})
@@ -261,8 +265,16 @@ def test_the_client_adds_searches_pages_and_deletes(client: Client, photo: str) 
     assert [hit.id for hit in client.search(Query.of(text="a spoon"), where={"shelf": 7}).hits] == ["s1"]
     assert client.search(Query.of(text="first then"), k=1).reasoning == "first this, then that"
     assert client.delete(["p1", "s1", "never"]) == 2
-    with pytest.raises(InputError, match="give it an id"):
-        client.add([Item.of(text="a spoon")])
+    [nameless] = client.add([Item.of(text="a spoon")])
+    assert nameless.status == "failed" and "give it an id" in str(nameless.error)
+
+
+@pytest.mark.parametrize("made", [TraceEmbeddings, TraceEmbedding])
+def test_field_report_08_a_batch_of_an_adapter_names_the_text_that_is_empty(made: Any) -> None:
+    adapter = made(FakeEncoder())
+    embed = adapter.embed_documents if made is TraceEmbeddings else adapter.get_text_embedding_batch
+    with pytest.raises(InputError, match=r"text 1 \(from 0\) of 3 is empty"):
+        embed(["a spoon", " ", "a cup"])
 
 
 def test_the_client_says_what_went_wrong(stand_in: tuple[StandIn, str], client: Client) -> None:

@@ -327,6 +327,8 @@ def test_field_report_11_a_lines_own_file_field_is_kept_and_the_reserved_one_ref
         assert counts(report) == (1, 0, 0, 1) and repr(FILE_FIELD) in report.failed[0].reason
         assert dict(index.get(["own"])["own"].fields) == {"file": "a.pdf"}
         place = gallery / "a.JPG"
-        index.upsert([Item.of(image=Picture.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32))
+        index.upsert(
+            [Item.of(image=Picture.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32)
+        )
         assert counts(add([place], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
         assert dict(index.get(["a.JPG"])["a.JPG"].fields) == {FILE_FIELD: str(place.resolve())}
