@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,9 +21,12 @@ from starlette.testclient import TestClient
 
 from traceir.encoder import Encoder
 from traceir.index import Index, open_index_of
+from traceir.index.filters import MAX_NAME_BYTES
+from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import FILE_FIELD, add
 from traceir.items import Item
 from traceir.pictures import Picture
+from traceir.serve import bodies, intake, schemas, values
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key
 from traceir.serve.run import ServeConfig, make_application, make_server
@@ -473,3 +477,24 @@ def test_field_report_19_a_picture_of_another_tenant_is_as_one_that_is_not_there
         assert [status for status, _ in answers] == [404, 404]
         assert answers[0][1]["error"]["message"].replace(there, "x") == answers[1][1]["error"]["message"].replace(never, "x")
         assert caller.ask("GET", f"/items/{there}")[0] == caller.ask("DELETE", f"/items/{there}")[0] == 404
+
+
+def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("| limit | |\n|---|---|\n")
+    rows = dict(row.strip("| ").split(" | ", 1) for row in table.partition("\n\n")[0].splitlines())
+    told = {name: [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)] for name, text in rows.items()}
+    fields = [schemas.MAX_ITEM_FIELDS, MAX_NAME_BYTES, values.MAX_VALUE, 64]
+    assert told == {
+        "body": [bodies.MAX_BODY >> 20, 8, 30, bodies.MAX_VALUES, bodies.MAX_DEPTH, bodies.MAX_DIGITS],
+        "text, instruction": [values.MAX_TEXT],
+        "inputs of `/v1/embeddings`, chats": [schemas.MAX_INPUTS],
+        "parts of a query or chat": [schemas.MAX_PARTS],
+        "items of `POST /items`": [schemas.MAX_INPUTS],
+        "id": [1, MAX_ID_BYTES, 8],
+        "fields of an item": fields,
+        "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES],
+        "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
+        "`ids` of `DELETE /items`": [schemas.MAX_K],
+        "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, intake.MAX_SCANS, 2048],
+    }
