@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from traceir.encoder import Encoder
-from traceir.index import Index, open_index_of
+from traceir.index import Index, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import FILE_FIELD, add
@@ -77,7 +77,7 @@ def caller(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     (files / "ring.png").write_bytes(png("navy"))
     (files / "note.txt").write_text("a note about a ring")
     (files / "lines.jsonl").write_text(json.dumps({"id": "line", "text": "a line", "file": "own.pdf"}))
-    with open_index_of(encoder, folder / "index", create=True) as index:
+    with open_index(folder / "index", encoder, create=True) as index:
         report = add([files, files / "lines.jsonl"], index, encoder, progress=False)
         assert report.added == 3 and index.get(["note.txt"])["note.txt"].fields[FILE_FIELD] == str(files / "note.txt")
     keys = folder / "keys.json"
@@ -431,7 +431,7 @@ def test_field_report_19_a_file_that_breaks_is_told_without_its_path(caller: Cal
     assert service is not None
     file = caller.folder / "secret-place" / "gone.png"
     file.write_bytes(png("olive"))
-    with open_index_of(service.scheduler.encoder, caller.folder / "index") as index:
+    with open_index(caller.folder / "index", service.scheduler.encoder) as index:
         add([file], index, service.scheduler.encoder, progress=False)
     take = type(service.intake).take
 
