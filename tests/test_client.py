@@ -235,7 +235,7 @@ def test_field_report_08_an_item_that_cannot_be_sent_or_is_refused_fails_alone(c
         Item.of(text="a cup", id="nan", fields={"n": float("nan")}),
         Item.of(text="a cup", id="huge", fields={"n": 10**60}),
         Item.of(text="a cup", id="date", fields={"n": object()}),  # type: ignore[dict-item]
-        Item.of(text="a cup", id="list", fields={"n": [1]}),  # type: ignore[dict-item]
+        Item.of(text="a cup", id="list", fields={"n": [[1]]}),  # type: ignore[dict-item]
         Item.of(text="a cup", id="name", fields={"": 1}),
         Item.of(text="x" * 300_000, id="long"),
         Item.of(image=Picture.from_bytes(b"no picture"), id="broken"),

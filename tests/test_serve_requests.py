@@ -121,7 +121,9 @@ BAD_ITEMS: dict[str, tuple[str, str]] = {
     "infinity": ('{"id": "f2", "text": "a", "fields": {"n": 1e999}}', "fields.n: it is not a finite number"),
     "5000 digits": ('{"id": "f3", "text": "a", "fields": {"n": %s}}' % ("9" * 5000), "fields.n: it is not a finite number"),
     "beyond 64 bits": ('{"id": "f4", "text": "a", "fields": {"n": 99999999999999999999}}', "'n'"),
-    "list in fields": ('{"id": "f5", "text": "a", "fields": {"n": [1]}}', "fields.n: a list"),
+    "list in a list": ('{"id": "f5", "text": "a", "fields": {"n": [1, [2]]}}', "fields.n[1]: a list"),
+    "object in fields": ('{"id": "f16", "text": "a", "fields": {"n": {"gte": 1}}}', "fields.n: an object"),
+    "long list in fields": (json.dumps({"id": "f17", "text": "a", "fields": {"n": [1] * 1001}}), "fields.n: 1001 entries"),
     "half pair in a field": (r'{"id": "f6", "text": "a", "fields": {"n": "\udc00"}}', "fields.n: it holds half"),
     "half pair in a name": (r'{"id": "f7", "text": "a", "fields": {"\ud800": 1}}', "field name"),
     "zero in a field": (r'{"id": "f8", "text": "a", "fields": {"n": "\u0000"}}', "'n'"),
@@ -496,5 +498,5 @@ def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES],
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
-        "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, intake.MAX_SCANS, 2048],
+        "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, 2048],
     }

@@ -22,8 +22,7 @@ import numpy as np
 
 from traceir.connection import Answer, Connection
 from traceir.errors import InputError, ModelError
-from traceir.index.filters import check_name, check_value
-from traceir.index.store import check_id, check_ids
+from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route
 from traceir.pictures import Picture
 
@@ -380,10 +379,7 @@ def _item(item: Item) -> dict[str, Any]:
     """Raises InputError for an item that no request can hold, or whose picture cannot be read."""
     if item.id is None or not _plain(item.parts):
         raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
-    check_id(item.id)
-    for name, value in item.fields.items():
-        check_name(name)
-        check_value(name, value)
+    check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
     told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
     for part in item.parts:
         told |= {"image": {"data": _base64(part)}} if isinstance(part, Picture) else {"text": part}

@@ -25,6 +25,7 @@ MAX_INPUTS = 256
 MAX_PARTS = 32
 MAX_FIELDS = 32
 MAX_ITEM_FIELDS = 256
+MAX_LIST = 1_000
 MAX_VALUES = 10_000
 MAX_K = 1_000
 MAX_OFFSET = 10_000
@@ -125,13 +126,19 @@ class SearchOut(BaseModel):
     more: bool
 
 
+FieldIn = Annotated[
+    Annotated[Scalar, Tag("<value>")] | Annotated[list[Scalar], Field(max_length=MAX_LIST, fail_fast=True), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
+]
+
+
 class ItemIn(Strict):
     """One item to be indexed: a text, a picture, or both, and free fields."""
 
     id: Id
     text: Text | None = None
     image: PictureIn | None = None
-    fields: Annotated[dict[str, Scalar], Field(max_length=MAX_ITEM_FIELDS)] = Field(default_factory=dict)
+    fields: Annotated[dict[str, FieldIn], Field(max_length=MAX_ITEM_FIELDS)] = Field(default_factory=dict)
 
 
 class ItemsIn(Strict):

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -287,15 +287,16 @@ class Service:
 
     async def _made(self, given: ItemIn, touched: set[str]) -> tuple[Item, Served] | str:
         """The item, its picture a file that stays, and its encoding; or why it cannot be had."""
+        fields: Mapping[str, Any] = given.fields  # what of them an index keeps is its to say
         try:
             picture = await self.picture(given.image) if given.image is not None else None
-            item = Item.of(text=given.text, image=picture, id=given.id, fields=given.fields)
+            item = Item.of(text=given.text, image=picture, id=given.id, fields=fields)
             with told_without_paths(item.pictures):
                 await self._read(lambda: self.index.check([item]))
                 if picture is not None:
                     touched.add(given.id)
                     kept = await self._read(partial(self.pictures.keep, picture, given.id))
-                    item = Item.of(text=given.text, image=kept, id=given.id, fields=given.fields)
+                    item = Item.of(text=given.text, image=kept, id=given.id, fields=fields)
                     await self._read(lambda: self.index.check([item]))
             return item, await self._encode(item, "direct")
         except (InputError, BusyError, LateError) as error:

@@ -74,7 +74,7 @@ End = Annotated[
     PlainValidator(lambda value: read_end(value, MAX_VALUE)),
     WithJsonSchema({"anyOf": [{"type": "number"}, _TEXT, _NONE]}),
 ]
-Value = bool | int | float | str | None
+Value = bool | int | float | str | None | list[bool | int | float | str | None]
 """A field as it is kept, which may have come by another road than this interface."""
 
 
