@@ -195,6 +195,22 @@ def test_field_report_08_a_long_text_is_cut_as_in_this_process_and_that_is_told(
     assert caller.post("/search", {"text": LONG, "instruction": LONG})[1]["trace"]["cut"] > whole
 
 
+def test_field_report_08_an_item_at_which_the_server_breaks_fails_alone(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = caller.server.service
+    assert service is not None
+    encode = type(service.scheduler).encode_item
+
+    async def broken(self: Any, item: Item, **options: Any) -> Any:
+        if item.id == "breaks":
+            raise RuntimeError("a fault in /secret-place")
+        return await encode(self, item, **options)
+
+    monkeypatch.setattr(type(service.scheduler), "encode_item", broken)
+    first, second, third = caller.add(*({"id": id, "text": "a ring"} for id in ("first", "breaks", "third")))
+    assert (first["status"], third["status"]) == ("added", "added")
+    assert second["status"] == "failed" and second["error"] == "the server cannot keep it now; its log says why"
+
+
 # What of an item is the server's own, and what of a write is decided where
 
 
