@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from traceir.encoder import Encoder
-from traceir.index import Index, open_index
+from traceir.index import Index, filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import FILE_FIELD, add
@@ -511,8 +511,8 @@ def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "items of `POST /items`": [schemas.MAX_INPUTS],
         "id": [1, MAX_ID_BYTES, 8],
         "fields of an item": fields,
-        "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES],
+        "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES, filters.MAX_VALUES, filters.MAX_TEXT_BYTES >> 20],
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
-        "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, 2048],
+        "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, intake.LIMITS.pixels // 10**6 // 4, 2048],
     }
