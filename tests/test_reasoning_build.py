@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from traceir.cli import main
-from traceir.errors import DataError, InputError
+from traceir.errors import DataError, InputError, TeacherError
 from traceir.learn.cot import read_cot
 from traceir.learn.reasoning.ask import Question, blocks
 from traceir.learn.reasoning.assemble import assemble
@@ -104,6 +105,9 @@ class Script:
         if stage == "verify":
             return json.dumps({"verdict": "yes", "confidence": 0.8, "reason": "fits"})
         return f"<reasoning>the boat is plain and then: {shown['query']}</reasoning><answer>{shown['query'][10:]}</answer>"
+
+    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
+        return
 
     def status(self) -> str:
         return ""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from traceir.errors import InputError, TeacherError
 from traceir.learn.reasoning.ask import Case, Question, Questions, read_assessment, read_verdict
+from traceir.learn.reasoning.replies import UnreadableError
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
 from traceir.learn.reasoning.scripted.oracle import Oracle
@@ -119,8 +120,8 @@ def body(question: Question) -> dict[str, Any]:
 def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
     oracle, cases = Oracle(labelled), cases_of(labelled)
     found = {qid: read_assessment(oracle.reply(body(QUESTIONS.assess(case)))) for qid, case in cases.items()}
-    assert {qid for qid, one in found.items() if one is not None and one.z == 0} == {"50:8"}
-    assert all(one is not None and 0.75 <= one.confidence <= 0.99 for one in found.values())
+    assert {qid for qid, one in found.items() if one.z == 0} == {"50:8"}
+    assert all(0.75 <= one.confidence <= 0.99 for one in found.values())
 
     changed = cases["50:1"]
     assert oracle.reply(body(QUESTIONS.reason(changed))) == (
@@ -135,7 +136,7 @@ def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
         (cases["50:30"], "", False),
     ):
         verdict = read_verdict(oracle.reply(body(QUESTIONS.verify(case, answer))))
-        assert verdict is not None and verdict.yes == right and verdict.confidence >= 0.75
+        assert verdict.yes == right and verdict.confidence >= 0.75
 
 
 def test_equal_contents_share_an_entry_and_keys_are_the_clients(labelled: Path) -> None:
@@ -165,13 +166,13 @@ def test_without_labels_composed_queries_are_scripted_from_captions(unlabelled: 
     answers = {}
     for qid, case in cases.items():
         found = read_assessment(oracle.reply(body(QUESTIONS.assess(case))))
-        assert found is not None and found.z == (qid in ("60:3", "60:4"))
+        assert found.z == (qid in ("60:3", "60:4"))
         if found.z:
             checked = rules.check(case, oracle.reply(body(QUESTIONS.reason(case))))
             assert checked.rule == ""
             answers[qid] = checked.answer
             verdict = read_verdict(oracle.reply(body(QUESTIONS.verify(case, checked.answer))))
-            assert verdict is not None and verdict.yes
+            assert verdict.yes
     assert answers == {"60:3": "sign of emerald square", "60:4": "sign of crimson square"}
     told = body(QUESTIONS.reason(cases["60:3"]))
     assert "shows crimson square" in oracle.reply(told)
@@ -199,7 +200,7 @@ def test_every_fault_meets_the_rule_meant_for_it(labelled: Path, kind: str) -> N
             shown += 1
             if kind == "hallucination":
                 verdict = read_verdict(oracle.reply(body(QUESTIONS.verify(case, checked.answer))))
-                assert checked.rule == "keyword" or (verdict is not None and not verdict.yes)
+                assert checked.rule == "keyword" or not verdict.yes
             else:
                 assert (checked.rule, raw) == (MEANT[kind], raw)
     assert shown >= 32
@@ -214,8 +215,12 @@ def test_bad_json_cannot_be_read_and_true_replies_break_no_rule(labelled: Path) 
     rules = RuleFilter()
     for number, case in enumerate(cases.values()):
         told, finish = spoil("bad_json", oracle.read(body(QUESTIONS.assess(case))), oracle)
-        assert read_assessment(told) is None and finish == "stop"
-        assert read_verdict(spoil("bad_json", oracle.read(body(QUESTIONS.verify(case, f"toy {number}"))), oracle)[0]) is None
+        with pytest.raises(UnreadableError):
+            read_assessment(told, finish)
+        told, finish = spoil("bad_json", oracle.read(body(QUESTIONS.verify(case, f"toy {number}"))), oracle)
+        with pytest.raises(UnreadableError):
+            read_verdict(told, finish)
+        assert finish == "stop"
         if case.record.qid != "50:8":
             assert rules.check(case, oracle.reply(body(QUESTIONS.reason(case)))).rule == ""
 

@@ -16,6 +16,7 @@ from traceir.learn.reasoning.ask import (
     read_assessment,
     read_verdict,
 )
+from traceir.learn.reasoning.replies import UnreadableError
 from traceir.learn.reasoning.rules import RULES, Limits, RuleFilter, count_tokens, duplicate_key, salient
 
 GOOD = (
@@ -131,10 +132,9 @@ def test_text_of_the_data_cannot_close_a_block() -> None:
 
 
 def test_replies_are_read_with_or_without_words_around_them() -> None:
-    fenced = read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```')
-    assert fenced is not None and fenced.z == 1
-    assert read_assessment('{"complex": "true", "confidence": 0.8}') is None
-    refused = read_verdict('{"verdict": "No", "confidence": 1}')
-    assert refused is not None and refused.yes is False
-    assert read_verdict('{"verdict": "yes", "confidence": 7}') is None
-    assert read_verdict("yes") is None
+    assert read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```').z == 1
+    assert read_assessment('{"complex": "true", "confidence": 0.8}').z == 1
+    assert read_verdict('{"verdict": "No", "confidence": 1}').yes is False
+    for unread in ('{"verdict": "yes", "confidence": 7}', "yes"):
+        with pytest.raises(UnreadableError):
+            read_verdict(unread)

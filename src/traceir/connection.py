@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from traceir.errors import InputError, ModelError
+from traceir.outside import read_json, valid
 
 if TYPE_CHECKING:
     import httpx2
@@ -230,7 +231,7 @@ class Connection:
 
 def _parsed(content: bytes, place: str) -> Any:
     try:
-        return json.loads(content) if content.strip() else None
+        return read_json(content) if content.strip() else None
     except ValueError as error:
         raise TransientError(f"{place} answered with something that is no whole JSON: {content[:80]!r}") from error
 
@@ -238,9 +239,9 @@ def _parsed(content: bytes, place: str) -> Any:
 def _said(text: str) -> str:
     """What an error answer says: its message, in OpenAI's, FastAPI's or SGLang's form, else the text itself."""
     try:
-        found = json.loads(text)
+        found = read_json(text)
     except ValueError:
-        return text.strip()[:500] or "no reason given"
+        return valid(text.strip()[:500]) or "no reason given"
     while isinstance(found, dict):
         found = next((found[name] for name in ("error", "message", "detail") if name in found), str(found))
     return str(found)[:500]

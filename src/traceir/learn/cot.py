@@ -101,14 +101,11 @@ def cot_rows(root: Path, *, negatives: bool = True) -> Iterator[dict[str, Any]]:
 def to_row(sample: Sample, dataset: str, provenance: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The row of one sample. `provenance` says where its label is from (teacher, prompt version, seed, ...)."""
     record, label = sample.record, sample.label
-    prefix = record.qid.partition(":")[0]
-    if not prefix.isdecimal():
-        raise DataError(f'data set {dataset}: qid is {record.qid!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
     return {
         "qid": record.qid,
         "task": f"{dataset}_task{record.task_id}",
         "task_id": record.task_id,
-        "dataset_id": int(prefix),
+        "dataset_id": mbeir.dataset_id_in(record.qid, f"data set {dataset}"),
         "query_txt": record.text,
         "query_img_path": record.image_path,
         "query_modality": record.modality,

@@ -295,10 +295,7 @@ def read_pairs(
 
 def task_prompts(instructions: mbeir.Instructions, qid: str, task_id: int) -> tuple[str, ...]:
     """The instructions of a task, by the data set id in one of its qids."""
-    prefix = qid.partition(":")[0]
-    if not prefix.isdecimal():
-        raise DataError(f'qid is {qid!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
-    return instructions.prompts(int(prefix), *mbeir.TASK_MODALITIES[task_id])
+    return instructions.prompts(mbeir.dataset_id_in(qid, "the train split"), *mbeir.TASK_MODALITIES[task_id])
 
 
 def read_lessons(root: Path) -> list[LessonData]:

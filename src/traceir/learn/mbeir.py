@@ -6,7 +6,6 @@ read by UniIR and LamRA. Files are read line by line; what breaks the format is 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any, Final, Literal, TypeVar
 
 from traceir.errors import DataError
 from traceir.items import Item, Modality, Query
+from traceir.outside import read_json, valid
 from traceir.pictures import Picture
 from traceir.prompts import normalise
 
@@ -63,6 +63,7 @@ _MODALITY_NAMES: Final[Mapping[str, Modality]] = {
     "image,text": "image,text",
     "text,image": "image,text",  # printed so by M-BEIR's README in places
 }
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>\d+)")
 
 
@@ -288,8 +289,8 @@ def read_instructions(root: Path | str) -> Instructions:
         query, candidate = (_MODALITY_NAMES.get(name) for name in columns[:2])
         if query is None or candidate is None:
             raise DataError(f"{path}:{number}: modalities {columns[:2]}; each must be one of text; image; image,text")
-        if not columns[3].isdecimal():
-            raise DataError(f"{path}:{number}: dataset_id is {columns[3]!r}; it must be an integer of at least 0")
+        if not _NUMBER.fullmatch(columns[3]):
+            raise DataError(f"{path}:{number}: dataset_id is {columns[3]!r}; it must be an integer of 1 to 9 digits")
         prompts = tuple(column for column in columns[4:] if column)
         if not prompts:
             raise DataError(f"{path}:{number}: no prompt; fill the fifth column")
@@ -382,6 +383,14 @@ def _decoded(raw: bytes, where: str) -> str:
         raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
 
 
+def dataset_id_in(qid: str, where: str) -> int:
+    """The number of the data set that a qid begins with, of at most nine digits; `where` as in `record_of`."""
+    prefix = qid.partition(":")[0]
+    if not _NUMBER.fullmatch(prefix):
+        raise DataError(f'{where}: qid is {qid[:80]!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
+    return int(prefix)
+
+
 def query_text(record: Record, prompt: str) -> str:
     """Prompt and query text as one text, the way UniIR and LamRA hand it to a model."""
     return normalise(f"{normalise(prompt)} {record.text or ''}")
@@ -469,10 +478,7 @@ def _describe(root: Path, path: Path, split: Split) -> Task:
 
 def _first_dataset_id(path: Path) -> int:
     for record in read_queries(path):
-        prefix = record.qid.partition(":")[0]
-        if not prefix.isdecimal():
-            raise DataError(f'{path}:1: qid is {record.qid!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
-        return int(prefix)
+        return dataset_id_in(record.qid, f"{path}:1")
     raise DataError(f"{path}: the file has no query; remove it or fill it")
 
 
@@ -506,7 +512,7 @@ def _read_raw(path: Path) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
                 if text.strip():
-                    yield number, text
+                    yield number, valid(text)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
 
@@ -525,8 +531,8 @@ def _parse_lines(path: Path, parse: Callable[[_Line], Parsed], on_broken: OnBrok
 
 def _read_line(where: str, raw: str) -> _Line:
     try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        fields = read_json(raw)
+    except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}): {raw[:80].strip()!r}; write one object per line") from error
     if not isinstance(fields, dict):
         raise DataError(f"{where}: {raw[:80].strip()!r} is not an object; write one JSON object per line")

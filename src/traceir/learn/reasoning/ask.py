@@ -13,16 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from traceir.errors import DataError
 from traceir.learn import mbeir
+from traceir.learn.reasoning.replies import fields_of, share_of, yes_or_no
 
 Stage = Literal["assess", "reason", "verify"]
 VERSION: Final = "cot-1"
 BLOCKS: Final = ("task", "instruction", "query", "target", "proposal")
 _BLOCK_TAG: Final = re.compile(rf"</?({'|'.join(BLOCKS)})>")
-_JSON: Final = re.compile(r"\{.*\}", re.DOTALL)
+REASON_TOKENS: Final = 512
+"""Tokens of a reply that reasons, thoughts of its own not counted."""
+WORD_TOKENS: Final = 128
+"""Tokens of an assessment or a verdict, likewise."""
 
 TEMPLATES: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -131,12 +135,16 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Questions:
-    """Renders questions. `templates` override those of this file by name; `seed` is sent with every request."""
+    """Renders questions. `templates` override those of this file by name; `seed` is sent with every request.
+
+    `max_tokens` is for replies that reason; what it has above the default is room for the thoughts of a model that reasons by
+    itself, and is added to all questions.
+    """
 
     templates: Mapping[str, str] = field(default_factory=dict)
     seed: int = 0
     temperature: float = 0.0
-    max_tokens: int = 512
+    max_tokens: int = REASON_TOKENS
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.templates) - set(TEMPLATES)):
@@ -151,7 +159,7 @@ class Questions:
         return f"{VERSION}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
 
     def assess(self, case: Case, attempt: int = 0) -> Question:
-        return self._question("assess", case, attempt, self._text("assess"), (), 128)
+        return self._question("assess", case, attempt, self._text("assess"), (), self._short)
 
     def reason(self, case: Case, attempt: int = 0) -> Question:
         system = self._text("reason").replace("{strategy}", self._text(case.family))
@@ -167,7 +175,11 @@ class Questions:
         if target.image_path:
             parts = (*parts, case.root / target.image_path)
         system = f"{self._text(f'verify-{shown}')}\n{self._text('verdict')}"
-        return self._question("verify", case, attempt, system, parts, 128)
+        return self._question("verify", case, attempt, system, parts, self._short)
+
+    @property
+    def _short(self) -> int:
+        return WORD_TOKENS + max(0, self.max_tokens - REASON_TOKENS)
 
     def _text(self, name: str) -> str:
         return self.templates.get(name, TEMPLATES[name])
@@ -197,35 +209,13 @@ def blocks(text: str) -> dict[str, str]:
     return {found[1]: found[2] for found in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}
 
 
-def read_assessment(text: str) -> Assessment | None:
-    """The assessment in a reply; None where there is none that can be read."""
-    found = _object(text)
-    complex_, confidence = found.get("complex"), _share(found.get("confidence"))
-    if not isinstance(complex_, bool) or confidence is None:
-        return None
-    return Assessment(int(complex_), str(found.get("reason") or ""), confidence)
+def read_assessment(text: str, finish: str = "stop") -> Assessment:
+    """The assessment in a reply. Raises UnreadableError."""
+    found = fields_of(text, finish, "complex", "confidence")
+    return Assessment(int(yes_or_no(found, "complex")), str(found.get("reason") or ""), share_of(found, "confidence"))
 
 
-def read_verdict(text: str) -> Verdict | None:
-    """The verdict in a reply; None where there is none that can be read."""
-    found = _object(text)
-    word, confidence = str(found.get("verdict", "")).strip().lower(), _share(found.get("confidence"))
-    if word not in ("yes", "no") or confidence is None:
-        return None
-    return Verdict(word == "yes", confidence, str(found.get("reason") or ""))
-
-
-def _object(text: str) -> dict[str, Any]:
-    """The JSON object in a reply, with or without a fence or words around it; {} where there is none."""
-    match = _JSON.search(text)
-    try:
-        found = json.loads(match[0]) if match else {}
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _share(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
-        return None
-    return float(value)
+def read_verdict(text: str, finish: str = "stop") -> Verdict:
+    """The verdict in a reply. Raises UnreadableError."""
+    found = fields_of(text, finish, "verdict", "confidence")
+    return Verdict(yes_or_no(found, "verdict"), share_of(found, "confidence"), str(found.get("reason") or ""))

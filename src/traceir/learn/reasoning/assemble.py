@@ -9,19 +9,22 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from traceir.errors import InputError
+from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
 from traceir.learn.cot import to_row, write_rows
 from traceir.learn.data import join
+from traceir.learn.reasoning.heard import tell
 from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
 from traceir.learn.reasoning.plan import DATASET, read_config, write_json
 from traceir.learn.reasoning.review.review import Settled, settle
 from traceir.learn.reasoning.source import Source
 
 Dropped = Literal["leave_out", "direct"]
+REASONS: Final = 100
 
 
 @dataclass(slots=True)
@@ -29,6 +32,12 @@ class Funnel:
     """What became of the queries of one task, and of all: counts by status and, of the dropped, by rule."""
 
     tasks: dict[str, Counter[str]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    """Why replies of the teacher could not be used at all: the first REASONS kinds."""
+
+    def tell(self, why: str) -> None:
+        """Counts a reply of no use."""
+        self.unread[why[:160] if why[:160] in self.unread or len(self.unread) < REASONS else "another reason"] += 1
 
     def count(self, task: str, *names: str) -> None:
         self.tasks.setdefault(task, Counter()).update(names)
@@ -38,6 +47,16 @@ class Funnel:
         for counts in self.tasks.values():
             total.update(counts)
         return {"all": dict(sorted(total.items())), "tasks": {name: dict(sorted(c.items())) for name, c in self.tasks.items()}}
+
+    def problem(self) -> str:
+        """Why nothing was made that is worth training on, or "": all queries, or all that are complex, were dropped."""
+        all_ = self.as_json()["all"]
+        queries, direct, tried, kept = (all_.get(name, 0) for name in ("queries", "direct", "complex", "kept"))
+        if kept or (direct and not tried):
+            return ""
+        what = f"none of {tried} complex queries was kept" if direct else f"all {queries} queries were dropped"
+        rules = Counter({f"rule {name[5:]}": n for name, n in all_.items() if name.startswith("rule:") and name[5:] != "teacher"})
+        return f"{what}: {tell(rules + self.unread)}"
 
     def table(self) -> str:
         """The funnel as text: a line for each task."""
@@ -58,7 +77,7 @@ def assemble(
     """Writes `OUT/dataset` (M-BEIR-CoT, docs/formats.md) and `OUT/funnel.json`; replaces what an earlier call wrote.
 
     Decisions of reviewers are applied (review.settle). What was dropped is left out, or trained as a direct query where
-    `dropped` is "direct". Raises DataError where a part is not finished.
+    `dropped` is "direct". Raises DataError where a part is not finished, and, once the funnel is written, where nothing is left.
     """
     if dropped not in ("leave_out", "direct"):
         raise InputError(f"dropped is {dropped!r}; choose leave_out or direct")
@@ -70,7 +89,11 @@ def assemble(
     settled = settle(out).settled
     with closing(Source(root, config.tasks)) as source:
         rows = _rows(read_outcomes(out, source=source), source.pool, settled, dropped, negatives, funnel)
-        write_rows(rows, root, fresh, format=format, rows_per_file=rows_per_file)
+        first = next(rows, None)
+        if first is None:
+            write_json(out / "funnel.json", funnel.as_json())
+            raise DataError(f"{out}: there is nothing to assemble, {funnel.problem() or 'its data have no query'}")
+        write_rows(chain((first,), rows), root, fresh, format=format, rows_per_file=rows_per_file)
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         os.replace(place, old)
@@ -95,6 +118,8 @@ def _rows(
         funnel.count(task, "queries", status, *(["complex"] if outcome.z else []))
         if status == "dropped":
             funnel.count(task, f"rule:{'reviewer' if decision else outcome.rule}")
+            if outcome.rule == "teacher" and not decision:
+                funnel.tell(outcome.detail)
             if dropped == "leave_out":
                 continue
         provenance = json.loads(outcome.provenance) | _word_of(decision)

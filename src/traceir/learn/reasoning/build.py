@@ -12,7 +12,7 @@ import json
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -22,12 +22,14 @@ from tqdm import tqdm
 from traceir.errors import DataError, PictureError, TeacherError
 from traceir.learn.reasoning import stages
 from traceir.learn.reasoning.ask import Question, Questions
+from traceir.learn.reasoning.heard import PATIENCE, Heard
 from traceir.learn.reasoning.plan import STAGES, BuildConfig, write_json, write_text
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Part, Source
 from traceir.learn.reasoning.stages import Line
 from traceir.learn.reasoning.teachers.asker import UnansweredError
 from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.outside import read_json
 
 log = logging.getLogger(__name__)
 WINDOW: Final = 4
@@ -40,6 +42,10 @@ class AskerLike(Protocol):
     """What the stages ask through: a journal, a teacher and its pace (asker.Asker), or what stands in for them."""
 
     async def ask(self, question: Question) -> Reply: ...
+
+    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
+        """Nothing more is asked, what is in flight ends; answers with `worthless` keys are asked for anew by a later run."""
+        ...
 
     def status(self) -> str:
         """A few words for the progress line: rate, requests in flight, spend."""
@@ -63,6 +69,8 @@ class Work:
     verifier: AskerLike
     waits: bool = False
     """Whether answers come later (a Batch API), so that parts without them are no sign of an outage."""
+    patience: int = PATIENCE
+    """So many replies of no use, and none of use, end a run; 0: none do, as they cost nothing any more."""
 
 
 @dataclass(slots=True)
@@ -87,20 +95,29 @@ def run_parts(work: Work, parts: Sequence[Part], *, progress: bool = True) -> Ta
 async def _run(work: Work, parts: Sequence[Part], progress: bool) -> Tally:
     tally, waiting = Tally(), iter(parts)
     bar = tqdm(total=sum(part.lines for part in parts), desc="building", unit="query", disable=not progress, mininterval=1.0)
-    stop: list[Exception] = []
+    stop: list[TeacherError] = []
     silent: list[str] = []
+    askers = list(dict.fromkeys((work.teacher, work.verifier)))
 
     def done(count: int) -> None:
         bar.update(count)
         kept, tried = tally.counts["kept"], tally.counts["complex"]
         bar.set_postfix_str(f"{work.teacher.status()}" + (f", kept {kept / tried:.0%}" if tried else ""), refresh=False)
 
+    def halt(error: TeacherError, worthless: Sequence[str] = ()) -> None:
+        """Nothing more is asked, by no part: most of their questions wait in the askers already."""
+        stop.append(error)
+        for asker in askers:
+            asker.stop(stop[0], worthless)
+
+    heard = Heard(work.patience, halt)
+
     async def worker() -> None:
         for part in waiting:
             if stop:
                 return
             try:
-                await _take(work, part, tally, done, stop)
+                await _take(work, part, tally, done, heard, stop)
                 tally.parts += 1
                 silent.clear()
             except UnansweredError as error:
@@ -108,17 +125,17 @@ async def _run(work: Work, parts: Sequence[Part], progress: bool) -> Tally:
                 tally.unfinished[part.name] = str(error)
                 silent.append(part.name)
                 if len(silent) == SILENT and not work.waits:
-                    stop.append(TeacherError(f"{SILENT} parts in a row have no answer, the last one: {error}"))
+                    halt(TeacherError(f"{SILENT} parts in a row have no answer, the last one: {error}"))
             except TeacherError as error:
-                stop.append(error)
+                halt(error)
                 tally.unfinished[part.name] = str(error)
 
-    _on_interrupt(stop)
+    _on_interrupt(halt)
     workers = [asyncio.create_task(worker()) for _ in range(WINDOW)]
     try:
         results = await asyncio.gather(*workers, return_exceptions=True)
     finally:
-        for asker in dict.fromkeys((work.teacher, work.verifier)):
+        for asker in askers:
             await asker.close()
         bar.close()
     for result in results:
@@ -129,12 +146,12 @@ async def _run(work: Work, parts: Sequence[Part], progress: bool) -> Tally:
     return tally
 
 
-def _on_interrupt(stop: list[Exception]) -> None:
+def _on_interrupt(halt: Callable[[TeacherError], None]) -> None:
     """The first interrupt or termination stops new questions; after it the usual handlers are back."""
     loop = asyncio.get_running_loop()
 
     def interrupted() -> None:
-        stop.append(TeacherError("interrupted; the same command goes on"))
+        halt(TeacherError("interrupted; the same command goes on"))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
 
@@ -145,7 +162,9 @@ def _on_interrupt(stop: list[Exception]) -> None:
             return
 
 
-async def _take(work: Work, part: Part, tally: Tally, done: Callable[[int], None], stop: list[Exception]) -> None:
+async def _take(
+    work: Work, part: Part, tally: Tally, done: Callable[[int], None], heard: Heard, stop: Sequence[TeacherError]
+) -> None:
     """One part through the stages that it lacks."""
     files = {stage: stage_file(work.out, stage, part) for stage in STAGES}
     cases = {case.record.qid: case for case in work.source.cases(part)}
@@ -162,21 +181,21 @@ async def _take(work: Work, part: Part, tally: Tally, done: Callable[[int], None
 
         return ask
 
-    teacher, verifier = asking(work.teacher), asking(work.verifier)
+    teacher, verifier, hear = asking(work.teacher), asking(work.verifier), heard.note
     lines: dict[str, list[Line]] = {}
     for stage, file in files.items():
         if file.exists():
             lines[stage] = read_lines(file)
             done(_ended(stage, lines[stage], part.lines - len(cases)))
         elif stage == "assess":
-            lines[stage] = await stages.assess(list(cases.values()), work.config, work.questions, teacher, done)
+            lines[stage] = await stages.assess(list(cases.values()), work.config, work.questions, teacher, hear, done)
             done(part.lines - len(cases))
         elif stage == "reason":
-            lines[stage] = await stages.reason(cases, lines["assess"], work.config, work.questions, work.rules, teacher)
+            lines[stage] = await stages.reason(cases, lines["assess"], work.config, work.questions, work.rules, teacher, hear)
         elif stage == "filter":
             lines[stage] = await stages.filter_replies(cases, lines["reason"], work.rules, done)
         else:
-            lines[stage] = await stages.verify(cases, lines["filter"], work.config, work.questions, verifier, done)
+            lines[stage] = await stages.verify(cases, lines["filter"], work.config, work.questions, verifier, hear, done)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[stage]))
@@ -211,10 +230,10 @@ def read_lines(file: Path) -> list[Line]:
     """The lines of one stage file. Raises DataError with `file:line`."""
     found: list[Line] = []
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    found.append(json.loads(line))
+                    found.append(read_json(line))
                 except ValueError as error:
                     raise DataError(
                         f"{file}:{number}: not JSON; remove the file and build again, nothing is paid twice"

@@ -25,11 +25,16 @@ class PartWorker:
         folder = Path(reach.journal) if reach.journal else self.out / "journal"
         self.source = Source(Path(config.data), config.tasks)
         self.journal = Journal(folder, f"ray-{os.uname().nodename}-{uuid.uuid4().hex[:8]}")
+        self.stopped = ""
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         columns = zip(*(batch[name] for name in ("dataset", "number", "first", "lines", "start")), strict=True)
         parts = [Part(str(name), *(int(number) for number in numbers)) for name, *numbers in columns]
-        tally = run_parts(work_of(self.config, self.out, self.reach, self.source, self.journal), parts, progress=False)
+        if self.stopped:  # what stopped it would stop it again, for more money
+            tally = Tally(unfinished={part.name: self.stopped for part in parts}, stopped=self.stopped)
+        else:
+            tally = run_parts(work_of(self.config, self.out, self.reach, self.source, self.journal), parts, progress=False)
+        self.stopped = tally.stopped
         yield {
             "parts": [tally.parts],
             "unfinished": ["\n".join(f"{name}\t{why}" for name, why in tally.unfinished.items())],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ from traceir.errors import DataError, InputError
 from traceir.learn.reasoning.ask import Questions
 from traceir.learn.reasoning.rules import Limits
 from traceir.learn.reasoning.source import find_captions
+from traceir.outside import read_json, valid
 
 NAME: Final = "M-BEIR-CoT build"
 FORMAT: Final = 1
@@ -64,7 +66,7 @@ class BuildConfig:
         found: dict[str, str] = {}
         if self.templates:
             try:
-                found = json.loads(Path(self.templates).read_text(encoding="utf-8"))
+                found = read_json(Path(self.templates).read_bytes())
             except (OSError, ValueError) as error:
                 raise DataError(f"{self.templates}: {error}; give a JSON object of templates by name") from error
             if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
@@ -100,12 +102,11 @@ def gather_captions(out: Path, config: BuildConfig) -> Path:
 
 def describe(config: BuildConfig) -> dict[str, Any]:
     """The settings as plain JSON, with digests of the files they name and the fingerprint of the data."""
-    meta = Path(config.data) / "meta.json"
     told = asdict(config) | {
         "name": NAME,
         "format": FORMAT,
         "prompts": config.questions().version,
-        "data_fingerprint": json.loads(meta.read_text(encoding="utf-8")).get("fingerprint") if meta.is_file() else None,
+        "data_fingerprint": _fingerprint(Path(config.data) / "meta.json"),
         "captions_sha256": _digest(config.captions),
     }
     plain: dict[str, Any] = json.loads(json.dumps(told))
@@ -136,15 +137,16 @@ def read_config(out: Path) -> BuildConfig:
 
 def parse_shard(text: str) -> tuple[int, int]:
     """`i/N` with 0 <= i < N."""
-    number, slash, count = text.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal() or not int(number) < int(count):
+    number, _, count = text.partition("/")
+    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not int(number) < int(count):
         raise InputError(f"--shard {text!r} is not of the form i/N with i from 0 to N - 1; write 0/4 for the first of four")
     return int(number), int(count)
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Written beside its place and renamed; a path that is no UTF-8 keeps its bytes, escaped."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    write_text(path, (text if text == valid(text) else json.dumps(content, indent=2)) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -161,6 +163,16 @@ def write_text(path: Path, text: str) -> None:
 def _flat(told: dict[str, Any]) -> dict[str, Any]:
     limits = {f"limits.{name}": value for name, value in told["limits"].items()}
     return {name: value for name, value in told.items() if name != "limits"} | limits
+
+
+def _fingerprint(meta: Path) -> Any:
+    """That of the data folder; None where its meta.json tells none."""
+    if not meta.is_file():
+        return None
+    try:
+        return read_json(meta.read_bytes()).get("fingerprint")
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{meta}: not a JSON object ({error}); restore it, or remove it") from error
 
 
 def _digest(path: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from traceir.errors import InputError
 from traceir.learn.reasoning.build import Work
+from traceir.learn.reasoning.heard import PATIENCE
 from traceir.learn.reasoning.plan import BuildConfig, gather_captions
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Source, read_captions
@@ -82,7 +83,9 @@ def work_of(config: BuildConfig, out: Path, reach: Reach, source: Source, journa
         other = open_teacher(reach.verifier or reach.teacher, config.verifier or config.model, config, reach)
         verifier = Asker(other, journal, _pace(reach) if reach.verifier else pace, **money)
     rules = RuleFilter(config.limits, captions, questions.templates)
-    return Work(config, out, source, questions, rules, teacher, verifier, waits=reach.teacher.startswith(BATCH))
+    waits = reach.teacher.startswith(BATCH)
+    patience = 0 if reach.teacher.startswith((BATCH, RECORDED)) else PATIENCE
+    return Work(config, out, source, questions, rules, teacher, verifier, waits, patience)
 
 
 def open_teacher(address: str, model: str, config: BuildConfig, reach: Reach) -> Teacher:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from traceir.errors import DataError
 from traceir.learn.reasoning.ask import TEMPLATES, Case
+from traceir.learn.reasoning.replies import spoken
 
 RULES: Final = (
     "refusal",
@@ -95,6 +96,11 @@ class Checked:
     rule: str = ""
     detail: str = ""
 
+    @property
+    def formless(self) -> bool:
+        """Whether it has not the form that was asked for, whatever it says."""
+        return self.rule in _OF_REPLY
+
 
 @dataclass(frozen=True)
 class RuleFilter:
@@ -105,7 +111,11 @@ class RuleFilter:
     templates: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def check(self, case: Case, raw: str, finish: str = "stop") -> Checked:
-        """The reply's texts, and the first rule it breaks. Pure: equal arguments give equal results."""
+        """The reply's texts, and the first rule it breaks. Pure: equal arguments give equal results.
+
+        What is checked is what the reply says after the thoughts that some models write first (replies.spoken).
+        """
+        raw = spoken(raw, finish)
         reasoning, answer = _texts(raw)
         for rule, broken in _OF_REPLY.items():
             if detail := broken(raw, finish):

@@ -5,12 +5,11 @@ A Part is a slice of consecutive lines of one data set's train file: the unit of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from traceir.learn import mbeir
 from traceir.learn.cot import PoolFile
 from traceir.learn.data import join, task_prompts
 from traceir.learn.reasoning.ask import Case
+from traceir.outside import read_json
 from traceir.prompts import normalise
 
 COMPOSED: Final = (6, 7, 8)
@@ -113,11 +113,13 @@ def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str
     """The captions of a file, of the `wanted` pictures only where they are given. Raises DataError with `file:line`."""
     found: dict[str, str] = {}
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open("rb") as stream:
             for number, line in enumerate(stream, 1):
                 try:
-                    told: Any = json.loads(line)
+                    told = read_json(line)
                     path, caption = told["img_path"], told["caption"]
+                    if not isinstance(path, str):
+                        raise TypeError(f"img_path {str(path)[:80]!r}")
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(f'{file}:{number}: not a caption; write {{"img_path": ..., "caption": ...}}') from error
                 if wanted is None or path in wanted:

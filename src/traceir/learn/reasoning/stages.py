@@ -8,36 +8,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final, TypeVar
 
-from traceir.learn.reasoning.ask import Assessment, Case, Question, Questions, Verdict, read_assessment, read_verdict
+from traceir.learn.reasoning.ask import Assessment, Case, Question, Questions, Stage, Verdict, read_assessment, read_verdict
 from traceir.learn.reasoning.plan import BuildConfig
+from traceir.learn.reasoning.replies import CUT, UnreadableError
 from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.teachers.teacher import Reply
 
 Line = dict[str, Any]
+Read = TypeVar("Read", Assessment, Verdict)
 Ask = Callable[[Question], Awaitable[Reply]]
+Hear = Callable[[Stage, Reply, str], None]
+"""Told of every reply, and why it is of no use ("": it is)."""
 Done = Callable[[int], None]
 """Told how many cases have just come to their end."""
-UNREADABLE = "the reply cannot be read"
+UNREADABLE: Final = "the reply cannot be read"
 
 
-async def assess(cases: Sequence[Case], config: BuildConfig, questions: Questions, ask: Ask, done: Done) -> list[Line]:
+async def assess(
+    cases: Sequence[Case], config: BuildConfig, questions: Questions, ask: Ask, hear: Hear, done: Done
+) -> list[Line]:
     """z of every case, with reason and confidence; tasks that are `direct` or `complex` by the settings are not asked about."""
 
     async def one(case: Case) -> Line:
-        found, reply, attempt, error = None, None, 0, ""
         if case.task in config.direct or case.task in config.complex:
-            found = Assessment(int(case.task in config.complex), "by the settings", 1.0)
+            found: Assessment | None = Assessment(int(case.task in config.complex), "by the settings", 1.0)
+            told = _line(case, None, 0, "")
         else:
-            for attempt in range(config.attempts):
-                reply = await ask(questions.assess(case, attempt))
-                found, error = read_assessment(reply.text), reply.error
-                if found is not None or error:
-                    break
+            found, told = await _asked(case, config, lambda attempt: questions.assess(case, attempt), ask, hear, read_assessment)
         if found is None or found.z == 0:
             done(1)
-        return _line(case, reply, attempt, error or ("" if found else UNREADABLE)) | {
+        return told | {
             "z": found.z if found else 0,
             "reason": found.reason if found else "",
             "confidence": found.confidence if found else 0.0,
@@ -47,14 +49,18 @@ async def assess(cases: Sequence[Case], config: BuildConfig, questions: Question
 
 
 async def reason(
-    cases: Mapping[str, Case], assessed: Sequence[Line], config: BuildConfig, questions: Questions, rules: RuleFilter, ask: Ask
-) -> list[Line]:
+    cases: Mapping[str, Case], assessed: Sequence[Line], config: BuildConfig, questions: Questions, rules: RuleFilter,
+    ask: Ask, hear: Hear,
+) -> list[Line]:  # fmt: skip
     """The reply for every complex case, asked anew while it breaks a rule and `attempts` are left; the last one stands."""
 
     async def one(case: Case) -> Line:
         for attempt in range(config.attempts):
             reply = await ask(questions.reason(case, attempt))
-            if reply.error or not rules.check(case, reply.text, reply.finish).rule:
+            checked = rules.check(case, reply.text, reply.finish)
+            form = CUT if checked.rule == "truncated" else f"rule {checked.rule!r}" if checked.formless else ""
+            hear("reason", reply, reply.error or form)
+            if reply.error or not checked.rule:
                 break
         return _line(case, reply, attempt, reply.error) | {"raw": reply.text, "finish": reply.finish}
 
@@ -78,26 +84,43 @@ async def filter_replies(cases: Mapping[str, Case], reasoned: Sequence[Line], ru
 
 
 async def verify(
-    cases: Mapping[str, Case], filtered: Sequence[Line], config: BuildConfig, questions: Questions, ask: Ask, done: Done
-) -> list[Line]:
+    cases: Mapping[str, Case], filtered: Sequence[Line], config: BuildConfig, questions: Questions,
+    ask: Ask, hear: Hear, done: Done,
+) -> list[Line]:  # fmt: skip
     """The verifier's word on every answer that the rules let pass."""
 
     async def one(case: Case, answer: str) -> Line:
-        found, error = None, ""
-        for attempt in range(config.attempts):
-            reply = await ask(questions.verify(case, answer, attempt))
-            found, error = read_verdict(reply.text), reply.error
-            if found is not None or error:
-                break
+        found, told = await _asked(case, config, lambda attempt: questions.verify(case, answer, attempt), ask, hear, read_verdict)
         done(1)
         verdict = found or Verdict(False, 0.0, "")
-        return _line(case, reply, attempt, error or ("" if found else UNREADABLE)) | {
-            "yes": verdict.yes,
-            "confidence": verdict.confidence,
-            "reason": verdict.reason,
-        }
+        return told | {"yes": verdict.yes, "confidence": verdict.confidence, "reason": verdict.reason}
 
     return await _all(one(cases[line["qid"]], line["answer"]) for line in filtered if not line["rule"])
+
+
+async def _asked(
+    case: Case,
+    config: BuildConfig,
+    question: Callable[[int], Question],
+    ask: Ask,
+    hear: Hear,
+    read: Callable[[str, str], Read],
+) -> tuple[Read | None, Line]:
+    """What the reply to a question says, asked anew while it cannot be read and `attempts` are left; and its line."""
+    found: Read | None = None
+    for attempt in range(config.attempts):
+        asked = question(attempt)
+        reply = await ask(asked)
+        error = reply.error
+        if not error:
+            try:
+                found = read(reply.text, reply.finish)
+            except UnreadableError as why:
+                error = f"{UNREADABLE}: {why}"
+        hear(asked.stage, reply, error)
+        if found is not None or reply.error:
+            break
+    return found, _line(case, reply, attempt, error)
 
 
 def _line(case: Case, reply: Reply | None, attempt: int, error: str) -> Line:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from dataclasses import replace
@@ -80,12 +79,18 @@ def assemble(args: argparse.Namespace) -> int:
 def _assemble(args: argparse.Namespace, out: Path) -> int:
     from traceir.learn.reasoning.assemble import assemble
     from traceir.learn.reasoning.cot_card import write_cot_card
+    from traceir.learn.reasoning.heard import tell
     from traceir.learn.reasoning.plan import DATASET
 
     funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
     write_cot_card(out / DATASET, out)
     print(funnel.table())
     print(f"wrote {out / DATASET}", file=sys.stderr)
+    if problem := funnel.problem():
+        print(one_line(f"warning: {problem}"), file=sys.stderr)
+        return PARTLY
+    if funnel.unread:
+        print(one_line(f"dropped without a word of use from the teacher: {tell(funnel.unread)}"), file=sys.stderr)
     return 0
 
 
@@ -180,11 +185,12 @@ def _model(args: argparse.Namespace) -> str:
 
 def _reach(args: argparse.Namespace) -> Reach:
     from traceir.learn.reasoning.reach import Reach
+    from traceir.outside import read_json
 
     if not args.teacher:
         raise InputError("name the teacher with --teacher: http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER")
     try:
-        extra = json.loads(args.extra) if args.extra else {}
+        extra = read_json(args.extra) if args.extra else {}
     except ValueError as error:
         raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
     if not isinstance(extra, dict):

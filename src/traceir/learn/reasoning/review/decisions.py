@@ -18,6 +18,7 @@ from typing import Final, Literal
 
 from traceir.errors import DataError, InputError
 from traceir.learn.reasoning.outcomes import Outcome
+from traceir.outside import read_json
 
 Choice = Literal["keep", "drop"]
 
@@ -26,6 +27,8 @@ REASONS: Final = ("hallucination", "wrong answer", "vague", "leaks the target", 
 """Why a reviewer drops a sample."""
 MAX_TEXT: Final = 8_000
 """Characters of an edited reasoning, answer or note."""
+MAX_REVIEWERS: Final = 100
+"""Files of decisions that the page begins for one build."""
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,40}")
 _TAG: Final = re.compile(r"</?(reasoning|answer)>|<\|")
 _logger = logging.getLogger(__name__)
@@ -65,7 +68,7 @@ class Journal:
 
     def __init__(self, out: Path, reviewer: str) -> None:
         self.reviewer = check_name(reviewer)
-        self.path = out / "review" / f"{reviewer}.jsonl"
+        self.path = journal_path(out, reviewer)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._stream = self.path.open("a+b", buffering=0)
@@ -78,6 +81,9 @@ class Journal:
         except BlockingIOError as error:
             self._stream.close()
             raise InputError(f"{self.path} is open in another review; end that one, or choose another name") from error
+        except OSError as error:
+            self._stream.close()
+            raise DataError(f"{self.path}: {error.strerror or error}; the folder must allow locks and writing") from error
         except DataError:
             self._stream.close()
             raise
@@ -107,7 +113,7 @@ class Journal:
         self._stream.close()
 
     def _write(self, decision: Decision) -> None:
-        line = json.dumps(asdict(decision), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        line = json.dumps(asdict(decision), ensure_ascii=False).encode() + b"\n"
         before = os.fstat(self._stream.fileno()).st_size
         try:
             written = self._stream.write(line)
@@ -144,6 +150,11 @@ def check_decision(decision: Decision, outcome: Outcome) -> None:
                 raise InputError(f"the edited {name} holds {tag[0]!r}, which is the template's; take it out")
 
 
+def journal_path(out: Path, reviewer: str) -> Path:
+    """The file of a reviewer's decisions. Raises InputError for a name that is none."""
+    return out / "review" / f"{check_name(reviewer)}.jsonl"
+
+
 def reviewers(out: Path) -> list[str]:
     """Everybody who has a file of decisions, by name."""
     return sorted(path.stem for path in (out / "review").glob("*.jsonl") if _NAME.fullmatch(path.stem))
@@ -174,7 +185,7 @@ def _read_file(path: Path) -> tuple[list[Decision], int]:
 
 def _read_line(line: bytes, where: str) -> Decision:
     try:
-        found = json.loads(line)
+        found = read_json(line)
         decision = Decision(**{one.name: found[one.name] for one in fields(Decision)})
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a decision ({type(error).__name__}: {error}); repair or remove this line") from error

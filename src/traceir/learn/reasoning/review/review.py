@@ -23,6 +23,7 @@ from tqdm import tqdm
 from traceir.errors import DataError, InputError
 from traceir.learn.reasoning.outcomes import Outcome
 from traceir.learn.reasoning.review.decisions import Choice, Decision, read_decisions
+from traceir.outside import read_json
 
 Order = Literal["random", "doubt"]
 
@@ -173,7 +174,7 @@ def read_sample(out: Path) -> dict[str, Any]:
     """`sample.json`: `arguments`, `strata` (name -> size) and `samples` (qid, task, stratum, how, sample)."""
     path = out / "review" / "sample.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path.read_bytes())
         sizes, samples = found["strata"], found["samples"]
         whole = found["format"] == FORMAT and all(
             one["stratum"] in sizes and one["how"] in ORDERS and one["qid"] for one in samples

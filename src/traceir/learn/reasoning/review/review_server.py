@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
 import webbrowser
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,8 +24,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from traceir.errors import InputError, PictureError, TraceError
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.review.decisions import REASONS, Decision, Journal, check_decision, check_name, read_decisions
+from traceir.learn.reasoning.review.decisions import (
+    MAX_REVIEWERS,
+    REASONS,
+    Decision,
+    Journal,
+    check_decision,
+    check_name,
+    journal_path,
+    read_decisions,
+    reviewers,
+)
 from traceir.learn.reasoning.review.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
+from traceir.outside import read_json
 from traceir.pictures import Picture
 
 if TYPE_CHECKING:
@@ -39,6 +52,8 @@ MAX_BODY: Final = 256 * 1024
 """Bytes of a POST."""
 MAX_SHOWN: Final = 20_000
 """Characters of one text on the page; what is longer ends in a mark that says so."""
+OPEN_FILES: Final = 16
+"""Reviewers whose files are open at a time."""
 SIDE: Final = 1280
 """Pixels of the longer side of a picture, at most."""
 STATIC: Final = {
@@ -70,7 +85,7 @@ class ReviewSession:
         self.reviewer = check_name(reviewer) if reviewer else ""
         self._numbers = {one.outcome.case.record.qid: number for number, one in enumerate(chosen)}
         self._samples = {one.outcome.case.record.qid: one.sample for one in chosen}
-        self._journals: dict[str, Journal] = {}
+        self._journals: OrderedDict[str, Journal] = OrderedDict()
         self._lock = Lock()
 
     def overview(self, reviewer: str) -> dict[str, Any]:
@@ -134,7 +149,7 @@ class ReviewSession:
         """Checks and saves the decision of a POST; on the disk when this returns."""
         number, reviewer = told.get("number"), told.get("reviewer")
         texts = {key: told.get(key, "") for key in (*_FIELDS, "sample")}
-        if not isinstance(number, int) or not all(isinstance(value, str) for value in (reviewer, *texts.values())):
+        if type(number) is not int or not all(isinstance(value, str) for value in (reviewer, *texts.values())):
             raise InputError("a decision needs number (an integer), reviewer, decision and sample, and texts where it has any")
         one = self._at(number)
         if texts["sample"] != one.sample:
@@ -155,7 +170,7 @@ class ReviewSession:
         if not isinstance(reviewer, str):
             raise InputError("undo needs the reviewer, a text")
         with self._lock:
-            last = self._journal(reviewer).undo(self._numbers)
+            last = self._journal(reviewer).undo(self._numbers) if self._is_known(reviewer) else None
             stands = self._valid(reviewer).get(last.qid) if last else None
         number = self._numbers[last.qid] if last else -1
         return {"number": number, "mark": _MARKS[stands.decision] if stands else "."}
@@ -176,18 +191,27 @@ class ReviewSession:
 
     def _at(self, number: int) -> Chosen:
         if not 0 <= number < len(self.chosen):
-            raise InputError(f"there is no sample {number}; the list has {len(self.chosen)}, counted from 0")
+            raise InputError(f"there is no sample {str(number)[:20]}; the list has {len(self.chosen)}, counted from 0")
         return self.chosen[number]
 
     def _journal(self, reviewer: str) -> Journal:
+        """The reviewer's open file; of more than OPEN_FILES the one that was used longest ago is closed."""
         if reviewer not in self._journals:
+            if not self._is_known(reviewer) and len(reviewers(self.out)) >= MAX_REVIEWERS:
+                raise InputError(f"{MAX_REVIEWERS} reviewers have decided on this build; take one of their names")
+            while len(self._journals) >= OPEN_FILES:
+                self._journals.popitem(last=False)[1].close()
             self._journals[reviewer] = Journal(self.out, reviewer)
+        self._journals.move_to_end(reviewer)
         return self._journals[reviewer]
+
+    def _is_known(self, reviewer: str) -> bool:
+        """Whether the reviewer has a file. Looking and undoing begin none."""
+        return journal_path(self.out, reviewer).exists()
 
     def _valid(self, reviewer: str) -> dict[str, Decision]:
         """The reviewer's standing decisions on the samples of the list as they are now."""
-        known = reviewer in self._journals or (self.out / "review" / f"{check_name(reviewer)}.jsonl").exists()
-        latest = self._journal(reviewer).latest() if known else {}
+        latest = self._journal(reviewer).latest() if self._is_known(reviewer) else {}
         return {qid: one for qid, one in latest.items() if self._samples.get(qid) == one.sample}
 
 
@@ -217,11 +241,11 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
     def page(request: Request, _: object) -> Response:
         name = request.path_params.get("name", "review.html")
         if name not in STATIC:
-            return JSONResponse({"error": f"there is no file {name!r}"}, 404)
+            return JSONResponse({"error": f"there is no file {name[:60]!r}"}, 404)
         return Response((Path(__file__).parent / "static" / name).read_bytes(), media_type=STATIC[name])
 
     def picture(request: Request, _: object) -> Response:
-        data = session.picture(request.path_params["number"], request.path_params["place"])
+        data = session.picture(_number(request, "number"), _number(request, "place"))
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
 
     def start(_: Request, __: object) -> Any:
@@ -231,7 +255,7 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
         return session.overview(request.query_params.get("reviewer", ""))
 
     def sample(request: Request, _: object) -> Any:
-        return session.sample(request.path_params["number"], request.query_params.get("reviewer", ""))
+        return session.sample(_number(request, "number"), request.query_params.get("reviewer", ""))
 
     routes = [
         Route("/", answer(page)),
@@ -239,8 +263,8 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
         Route("/static/{name}", answer(page)),
         Route("/api/start", answer(start)),
         Route("/api/review", answer(overview)),
-        Route("/api/sample/{number:int}", answer(sample)),
-        Route("/api/picture/{number:int}/{place:int}", answer(picture)),
+        Route("/api/sample/{number}", answer(sample)),
+        Route("/api/picture/{number}/{place}", answer(picture)),
         Route("/api/decide", answer(lambda _, posted: session.decide(posted)), methods=["POST"]),
         Route("/api/undo", answer(lambda _, posted: session.undo(posted.get("reviewer"))), methods=["POST"]),
     ]
@@ -362,12 +386,20 @@ async def _posted(request: Request) -> dict[str, Any]:
         if len(body) > MAX_BODY:
             raise InputError(f"the request has more than {MAX_BODY:,} bytes; shorten the texts")
     try:
-        found = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise InputError("the request is not JSON; load the page again") from error
+        found = read_json(body)
+    except ValueError as error:
+        raise InputError(f"the request is not JSON ({str(error)[:80]}); load the page again") from error
     if not isinstance(found, dict):
         raise InputError("the request is not a JSON object; load the page again")
     return found
+
+
+def _number(request: Request, name: str) -> int:
+    """A number from the path. Raises InputError."""
+    told = str(request.path_params[name])
+    if not re.fullmatch(r"[0-9]{1,9}", told):
+        raise InputError(f"{name} is {told[:20]!r}; it must be a number from 0")
+    return int(told)
 
 
 def _as_jpeg(path: Path) -> bytes:

@@ -31,6 +31,9 @@ from typing import Any, Final
 from traceir.errors import InputError, TeacherError, TraceError
 from traceir.learn.reasoning.scripted.faults import ALL, TRANSPORT, Faults, barred_for, spoil
 from traceir.learn.reasoning.scripted.oracle import Asked, Oracle
+from traceir.learn.reasoning.scripted.thoughts import STYLES, cut
+from traceir.serve.bodies import parse_json
+from traceir.serve.guard import Guard, Wall
 
 MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
@@ -102,7 +105,10 @@ class Call:
 
 @dataclass(slots=True)
 class TeacherApp:
-    """The ASGI application. `latency` and `stall_s` in seconds; `key` None lets everyone in."""
+    """The ASGI application. `latency` and `stall_s` in seconds; `key` None lets everyone in.
+
+    `thinking`: how it sends its thoughts, one of thoughts.STYLES, `cut` for a teacher that comes to no end, "" for none.
+    """
 
     oracle: Oracle
     ledger: Ledger
@@ -112,6 +118,7 @@ class TeacherApp:
     latency: float = 0.0
     stall_s: float = 5.0
     retry_after_s: float = 0.05
+    thinking: str = ""
     _met: set[str] = field(default_factory=set)
     """Digests of the questions whose fault of transport has happened."""
 
@@ -166,7 +173,12 @@ class TeacherApp:
             return
         call.status, call.paid = 200, True
         self.ledger.write("end", call)
-        await _send_json(send, 200, _completion(self.model, asked, text, finish))
+        message: dict[str, Any] = {"content": text}
+        if self.thinking == "cut":
+            message, finish = cut(text), "length"
+        elif self.thinking:
+            message = STYLES[self.thinking](text)
+        await _send_json(send, 200, _completion(self.model, asked, text, message, finish))
 
     def _write(self, asked: Asked, call: Call) -> tuple[str, str]:
         """Text and finish of the reply, spoilt where its question meets a fault, which is noted in `call`."""
@@ -215,11 +227,13 @@ def serve(
     log: Path | None = None,
     stall_s: float = 5.0,
     retry_after_s: float = 0.05,
+    thinking: str = "",
     on_ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves the scripted teacher of a folder until SIGINT or SIGTERM. Port 0 takes a free one.
 
     `latency`: seconds before each answer; `stall_s`: how long a stalled request is held; `retry_after_s`: what a 429 asks for.
+    `thinking`: see TeacherApp. On a loopback address it answers to loopback names alone (DNS rebinding).
     `on_ready` is told the base URL when the socket listens. Raises InputError where the address cannot be had or an option is
     bad, DataError for a broken folder.
     """
@@ -227,7 +241,9 @@ def serve(
 
     if latency < 0 or stall_s < 0 or retry_after_s < 0:
         raise InputError(f"latency {latency}, stall {stall_s}, retry-after {retry_after_s}: seconds, each of at least 0")
-    app = TeacherApp(Oracle(root), Ledger(log), model, key, faults, latency, stall_s, retry_after_s)
+    if thinking not in ("", "cut", *STYLES):
+        raise InputError(f"thinking is {thinking!r}; choose one of cut, {', '.join(STYLES)}, or none")
+    app = TeacherApp(Oracle(root), Ledger(log), model, key, faults, latency, stall_s, retry_after_s, thinking)
     gc.freeze()  # what was learnt stays; collecting it over and over would delay answers
     try:
         listener = socket.create_server((host, port), backlog=2048)
@@ -238,7 +254,7 @@ def serve(
     if on_ready is not None:
         on_ready(url)
     config = uvicorn.Config(
-        _as_application(app), log_level=logging.CRITICAL, access_log=False, lifespan="off", timeout_keep_alive=120,
+        Guard(app, Wall.of(host)), log_level=logging.CRITICAL, access_log=False, lifespan="off", timeout_keep_alive=120,
         timeout_graceful_shutdown=1, server_header=False, ws="none",
     )  # fmt: skip
     try:
@@ -258,6 +274,7 @@ def running(
     log: Path | None = None,
     stall_s: float = 5.0,
     retry_after_s: float = 0.05,
+    thinking: str = "",
 ) -> Iterator[str]:
     """The server in a process of its own on a free port; yields its base URL, and kills it in the end.
 
@@ -265,7 +282,7 @@ def running(
     """
     command = [sys.executable, "-m", __name__ if __name__ != "__main__" else "traceir.learn.reasoning.scripted.teacher_server"]
     command += ["--data", str(root), "--port", "0", "--model", model, "--latency", str(latency)]
-    command += ["--stall", str(stall_s), "--retry-after", str(retry_after_s)]
+    command += ["--stall", str(stall_s), "--retry-after", str(retry_after_s), "--thinking", thinking]
     if faults is not None:
         command += ["--faults", str(faults.rate), "--fault-seed", str(faults.seed), "--kinds", ",".join(faults.kinds)]
     if log is not None:
@@ -298,6 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--latency", type=float, default=0.0, metavar="S", help="seconds before each answer")
     parser.add_argument("--stall", type=float, default=5.0, metavar="S", help="seconds for which a stalled request is held")
     parser.add_argument("--retry-after", type=float, default=0.05, metavar="S", help="seconds that a 429 asks to wait")
+    parser.add_argument("--thinking", default="", metavar="STYLE", help=f"send thoughts: cut, {', '.join(STYLES)}")
     parser.add_argument("--log", type=Path, default=None, metavar="FILE", help="append what is asked to this file")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -306,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         serve(
             options.data, options.host, options.port, model=options.model, key=options.key or os.environ.get(KEY_VARIABLE),
             faults=faults if faults.rate else None, latency=options.latency, log=options.log, stall_s=options.stall,
-            retry_after_s=options.retry_after, on_ready=_announce,
+            retry_after_s=options.retry_after, thinking=options.thinking, on_ready=_announce,
         )  # fmt: skip
     except KeyboardInterrupt:
         return 130
@@ -344,15 +362,6 @@ def _wait_ready(process: subprocess.Popen[str], key: str | None, errors: Any) ->
     return url
 
 
-def _as_application(app: TeacherApp) -> Any:
-    """uvicorn tells ASGI 3 by a coroutine function."""
-
-    async def application(scope: Message, receive: Receive, send: Send) -> None:
-        await app(scope, receive, send)
-
-    return application
-
-
 async def _read_body(receive: Receive) -> bytes | None:
     """The body, at most a little more than MOST_BYTES of it; None where the client left before its end."""
     pieces: list[bytes] = []
@@ -361,18 +370,14 @@ async def _read_body(receive: Receive) -> bytes | None:
         message = await receive()
         if message["type"] != "http.request":
             return None
-        if size <= MOST_BYTES:
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-        if not message.get("more_body", False):
-            return b"".join(pieces)
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > MOST_BYTES or not message.get("more_body", False):
+            return b"".join(pieces)  # uvicorn closes a connection whose body was not read to its end
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"the body is not JSON: {error}") from error
+    body = parse_json(raw)
     if not isinstance(body, dict):
         raise InputError("the body is not a JSON object")
     if body.get("stream"):
@@ -380,7 +385,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _completion(model: str, asked: Asked, text: str, finish: str) -> dict[str, Any]:
+def _completion(model: str, asked: Asked, text: str, message: dict[str, Any], finish: str) -> dict[str, Any]:
     prompt = int(asked.words * WORD_TOKENS) + PICTURE_TOKENS * asked.pictures
     completion = int(len(text.split()) * WORD_TOKENS)
     return {
@@ -391,7 +396,7 @@ def _completion(model: str, asked: Asked, text: str, finish: str) -> dict[str, A
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": text, "refusal": None},
+                "message": {"role": "assistant", "refusal": None, **message},
                 "logprobs": None,
                 "finish_reason": finish,
             }

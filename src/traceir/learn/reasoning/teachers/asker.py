@@ -10,7 +10,7 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from traceir.errors import TeacherError
@@ -22,7 +22,8 @@ from traceir.learn.reasoning.teachers.teacher import BodyTeacher, Reply, Request
 log = logging.getLogger(__name__)
 
 FIRST_TRIES: Final = 4
-"""A teacher that has never been reached is given up after so many tries of one question."""
+"""A teacher that has never been reached is given up after so many tries of one question, and so is one that has never sent a
+chat completion; of any other that sends something else, the question is."""
 CHARACTERS_PER_TOKEN: Final = 3
 TOKENS_PER_PICTURE: Final = 400
 _RATE_OVER: Final = 512
@@ -112,6 +113,16 @@ class Asker:
                     raise UnansweredError(_ENDING) from None  # `drain` took the task, nobody took the one that asks
                 raise
 
+    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
+        """Asks nothing more: this and all later questions raise the error, what is in flight ends and is kept.
+
+        Answers with `worthless` keys are taken back, so that a later run asks for them anew.
+        """
+        self._stopped(error)
+        for key in worthless:
+            if key in self.journal:
+                self.journal.take_back(key)
+
     def status(self) -> str:
         """A few words for a progress line."""
         told = f"{self.rate:.1f} answers/s, {self.pace.limits.in_flight} in flight"
@@ -149,7 +160,7 @@ class Asker:
         return Request(content_key(self.teacher.name, question), b"", question.stage, question.qid)
 
     async def _answer(self, request: Request, question: Question) -> Reply:
-        prompt, last = self._guess(question), None
+        prompt, last, garbled = self._guess(question), None, 0
         for tries in range(self.attempts):
             if tries:
                 self._check()
@@ -164,11 +175,16 @@ class Asker:
                 self._reached = self._reached or error.reached
                 if not self._reached and tries + 1 >= FIRST_TRIES:
                     raise self._stopped(TeacherError(f"the teacher was never reached: {error}")) from error
+                garbled += error.garbled
+                if garbled >= FIRST_TRIES and not self.answered:
+                    raise self._stopped(TeacherError(f"{error}; check that the address is that of chat completions")) from error
                 log.info("%s of %s: %s", question.stage, question.qid, error)
+                if garbled >= FIRST_TRIES:
+                    break
             finally:
                 self._note(request.key, -prompt, -question.max_tokens)
         self.unanswered += 1
-        shown = f"no answer to {question.stage} of {question.qid} in {self.attempts} tries; the last: {last}; run again later"
+        shown = f"no answer to {question.stage} of {question.qid} in {tries + 1} tries; the last: {last}; run again later"
         raise UnansweredError(shown) from last
 
     async def _start(self, prompt: int, completion: int) -> Slot:

@@ -34,6 +34,7 @@ from traceir.learn.reasoning.teachers.teacher import (
     read_completion,
     request_of,
 )
+from traceir.outside import read_json
 
 REQUESTS: Final = 50_000
 BYTES: Final = 190_000_000
@@ -237,7 +238,7 @@ def _import(key: str, reply: Reply | None, journal: Journal, asked: _Asked, coun
 def _result(raw: bytes, where: str) -> tuple[str, Reply | None]:
     """Key and reply of a result line; None for a reply that has to be asked for again."""
     try:
-        found = json.loads(raw)
+        found = read_json(raw)
         key, response, error = found["custom_id"], found.get("response"), found.get("error")
         if not _KEY.fullmatch(key):
             raise ValueError(f"custom_id {key!r}")
@@ -248,7 +249,7 @@ def _result(raw: bytes, where: str) -> tuple[str, Reply | None]:
         status, body = response["status_code"], response.get("body")
         if type(status) is not int:
             raise ValueError(f"status_code {status!r}")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
         shown = f"not a result of a batch ({problem!r})"
         raise DataError(f"{where}: {shown}; give output and error files of batches written here, as downloaded") from problem
     if status in REFUSED:
@@ -263,11 +264,11 @@ def _result(raw: bytes, where: str) -> tuple[str, Reply | None]:
 
 def _told(raw: bytes, where: str) -> tuple[str, str, str]:
     try:
-        found = json.loads(raw)
+        found = read_json(raw)
         key, stage, qid = found["key"], found["stage"], found["qid"]
         if not (_KEY.fullmatch(key) and isinstance(stage, str) and isinstance(qid, str)):
             raise ValueError("wrong types")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a line of the index ({error!r}); remove it, it only names stage and qid") from error
     return key, stage, qid
 

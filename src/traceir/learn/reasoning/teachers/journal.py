@@ -18,11 +18,14 @@ from tqdm import tqdm
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
 from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.teacher import Reply, tokens_in
+from traceir.outside import read_json
 
 log = logging.getLogger(__name__)
 
 SYNC_S: Final = 1.0
+TAKEN_BACK: Final = "taken_back"
+"""The `finish` of a line that takes the answers to its key back."""
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _WRITER: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -73,13 +76,20 @@ class Journal:
         return self.get(key) is not None
 
     def get(self, key: str) -> Reply | None:
-        """The first answer to a key; None where there is none."""
+        """The first answer to a key that was not taken back; None where there is none."""
+        first: Reply | None = None
         for file, offset in self._places.find(int(key[:16], 16)):
-            found = json.loads(self._files.line(file, offset))
-            if found["key"] == key:
+            found = read_json(self._files.line(file, offset))
+            if found["key"] == key and found["finish"] == TAKEN_BACK:
+                first = None
+            elif found["key"] == key and first is None:
                 numbers = found["prompt_tokens"], found["completion_tokens"]
-                return Reply(found["text"], found["finish"], found["model"], *numbers, found["error"], key)
-        return None
+                first = Reply(found["text"], found["finish"], found["model"], *numbers, found["error"], key)
+        return first
+
+    def take_back(self, key: str) -> None:
+        """From now on the answers to a key that were read before are none, and it is asked anew; they stay paid."""
+        self.add(key, "", "", Reply("", TAKEN_BACK, "", 0, 0))
 
     def put(self, key: str, question: Question, reply: Reply) -> None:
         """Writes an answer. Raises TeacherError where it cannot be kept; from then on nothing is taken any more."""
@@ -163,9 +173,9 @@ class Journal:
                 bar.update()
 
     def _count(self, line: dict[str, Any]) -> None:
-        self.answers += 1
-        self.prompt_tokens += line["prompt_tokens"]
-        self.completion_tokens += line["completion_tokens"]
+        self.answers += line["finish"] != TAKEN_BACK
+        self.prompt_tokens += tokens_in(line["prompt_tokens"])
+        self.completion_tokens += tokens_in(line["completion_tokens"])
 
     def _write(self, key: str, line: bytes) -> None:
         written = 0
@@ -199,10 +209,10 @@ class Journal:
 
 def _line(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        line: dict[str, Any] = json.loads(raw)
+        line: dict[str, Any] = read_json(raw)
         texts = [line[name] for name in ("key", "stage", "qid", "text", "finish", "model", "error")]
         numbers = [line[name] for name in ("prompt_tokens", "completion_tokens")]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _broken(where, f"{error!r}") from error
     if not all(type(one) is str for one in texts) or not all(type(one) is int for one in numbers):
         raise _broken(where, "a field has the wrong type")

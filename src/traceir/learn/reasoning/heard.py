@@ -1,0 +1,63 @@
+"""What the replies of a run were worth: a teacher whose first replies are all of no use is asked no more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from traceir.errors import TeacherError
+from traceir.learn.reasoning.ask import REASON_TOKENS, Stage
+from traceir.learn.reasoning.replies import CUT
+from traceir.learn.reasoning.teachers.teacher import Reply
+
+PATIENCE: Final = 24
+"""So many replies to one stage, with none of use before, between or after them, end a run: a teacher that keeps 3 in 10 is taken
+for such a one less than once in 5,000 times."""
+ROOM: Final = REASON_TOKENS + 4096
+_SHOWN: Final = 3
+
+
+@dataclass(slots=True)
+class Heard:
+    """Told of every reply of a run. `stop` gets the error that ends it, and the keys of the replies that were of no use.
+
+    `patience` 0 never ends it. A stage is left alone from its first reply of use on.
+    """
+
+    patience: int
+    stop: Callable[[TeacherError, Sequence[str]], None]
+    _of_use: set[str] = field(default_factory=set)
+    _reasons: dict[str, Counter[str]] = field(default_factory=dict)
+    _keys: dict[str, list[str]] = field(default_factory=dict)
+
+    def note(self, stage: Stage, reply: Reply, why: str) -> None:
+        """`why`: why the reply is of no use, "" where it is of use."""
+        if not why:
+            self._of_use.add(stage)
+        if stage in self._of_use or not self.patience or not reply.model:  # without a model it is no reply, nobody was asked
+            return
+        reasons, keys = self._reasons.setdefault(stage, Counter()), self._keys.setdefault(stage, [])
+        reasons[why[:200]] += 1
+        keys += [reply.key] if reply.key else []
+        if (count := reasons.total()) < self.patience:
+            return
+        shown = tell(reasons)
+        error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {_remedy(shown)}")
+        self.stop(error, keys)
+        keys.clear()
+
+
+def tell(reasons: Counter[str]) -> str:
+    """The most frequent reasons in words, with their numbers."""
+    told = [f"{count} x {why}" for why, count in reasons.most_common(_SHOWN)]
+    rest = reasons.total() - sum(count for _, count in reasons.most_common(_SHOWN))
+    return "; ".join(told + ([f"{rest} others"] if rest else []))
+
+
+def _remedy(shown: str) -> str:
+    kept = "these replies are asked for anew, all others are kept"
+    if CUT in shown:
+        return f"give its thoughts room, --set max_tokens={ROOM} with another --out, or turn them off by --extra"
+    return f"look at them in the journal and change the teacher, --extra or --templates; {kept}"

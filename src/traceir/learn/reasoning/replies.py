@@ -1,0 +1,177 @@
+"""What a teacher's reply says, whatever its model, its chat template or its server put around it.
+
+Models that reason write their thoughts first: between tags, of which the first may lie in the prompt and the last may be missing,
+or in channels. Others add fences, words, a second object, or write numbers as texts. All of that is read here; what is said
+stays as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from traceir.outside import read_json, valid_all
+
+CUT: Final = "it was cut at max_tokens"
+MOST_TRIED: Final = 1000
+"""Opening braces of a reply, counted from its end, at which an object is looked for."""
+_OPENED: Final = re.compile(
+    r"<(?:seed:)?think(?:ing)?>|<thoughts?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>\s*thought", re.IGNORECASE
+)
+_CLOSED: Final = re.compile(
+    r"</(?:seed:)?think(?:ing)?>|</thoughts?>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>", re.IGNORECASE
+)
+"""The tags of Qwen, DeepSeek, Seed, Magistral, Kimi, OpenThinker and Gemma."""
+_CHANNEL: Final = "<|channel|>"
+_FINAL: Final = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
+"""Before the answer in OpenAI's harmony format (gpt-oss)."""
+_BARE_FINAL: Final = "assistantfinal"
+"""The same where the server left out the special tokens: `analysis ... assistantfinal ...`."""
+_MARK: Final = re.compile(r"<\|[a-z_]{1,24}\|>|</?s>|<end_of_turn>|<eos>")
+_FENCED: Final = re.compile(r"```[\w-]*[ \t]*\n(.*?)\s*```|```(?:json|xml)?(.*?)```", re.DOTALL)
+_FENCES: Final = re.compile(r"[\s`]*(?:json)?[\s`]*")
+_FLAT: Final = re.compile(r"\{[^{}\\]{0,4000}\}")
+_WORDS: Final = {"true": "True", "false": "False", "null": "None"}
+_PART: Final = re.compile(r"[+~≈]?\s*([0-9]{0,12}(?:[.,][0-9]{1,30})?)\s*(%|/\s*[0-9]{1,12})?")
+_DECODER: Final = json.JSONDecoder(strict=False)
+
+
+class UnreadableError(ValueError):
+    """A reply that does not say what was asked; the message says why, in words without anything of the reply."""
+
+
+def spoken(text: str, finish: str = "stop") -> str:
+    """What a reply says after its thoughts, without special tokens at its ends and a fence around the whole.
+
+    Where it says nothing after them, the thoughts, unless it was cut off in their midst: a model may forget to end them, and a
+    server may take an answer for one.
+    """
+    said = _after_thoughts(text)
+    if not said.strip() and finish == "stop":
+        said = _OPENED.sub("", _CLOSED.sub("", text))
+    said = said.strip()
+    for _ in range(8):
+        if found := _MARK.match(said):
+            said = said[found.end() :].strip()
+        start = said.rfind("<")
+        if start >= 0 and _MARK.fullmatch(said, start):
+            said = said[:start].strip()
+    fenced = _FENCED.fullmatch(said)
+    return (fenced[1] or fenced[2] or "").strip() if fenced else said
+
+
+def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
+    """The last whole JSON object of a reply that has all these fields, names in small letters. Raises UnreadableError.
+
+    Of a reply that was cut only an object at its very beginning or end counts: any other may be from its thoughts.
+    """
+    try:
+        whole = list(_holding(read_json(text), wanted))  # also where a text within it looks like a tag
+    except (ValueError, RecursionError):
+        whole = []
+    said = spoken(text, finish)
+    there = list(_objects(said))
+    if finish == "length":
+        there = [one for one in there if _FENCES.fullmatch(said, 0, one[0]) or _FENCES.fullmatch(said, one[1])]
+    found = whole or [fields for _, _, one in there for fields in _holding(one, wanted)]
+    if found:
+        return found[-1]
+    if finish == "length":
+        raise UnreadableError(CUT)
+    if finish == "content_filter":
+        raise UnreadableError("the teacher's content filter stopped it")
+    if not said:
+        raise UnreadableError("it is empty")
+    names = {name.strip().lower() for _, _, one in there for name in one}
+    missing = [name for name in wanted if name not in names]
+    if 0 < len(missing) < len(wanted):
+        raise UnreadableError(f"its object has no {missing[0]}")
+    raise UnreadableError(f"it holds no whole JSON object with {' and '.join(wanted)}")
+
+
+def yes_or_no(fields: dict[str, Any], name: str) -> bool:
+    """A field that is true or false, also as 0, 1 or a word. Raises UnreadableError."""
+    word = str(fields[name]).strip(" \t\n.!*'\"`").lower()
+    if word in ("true", "yes", "y", "1"):
+        return True
+    if word in ("false", "no", "n", "0"):
+        return False
+    raise UnreadableError(f"its {name} is neither yes nor no")
+
+
+def share_of(fields: dict[str, Any], name: str) -> float:
+    """A field that is a number from 0 to 1, also as a text: 0.9, 0,9, 90 %, 9/10. Raises UnreadableError."""
+    value = fields[name]
+    number = float("nan")
+    if isinstance(value, str):
+        number = _number_in(value)
+    elif not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1:
+        number = float(value)
+    if not 0.0 <= number <= 1.0:
+        raise UnreadableError(f"its {name} is no number from 0 to 1")
+    return number
+
+
+def _number_in(text: str) -> float:
+    """NaN where it is none."""
+    found = _PART.fullmatch(text.strip(" \t\n*'\"`"))
+    if found is None or not found[1]:
+        return float("nan")
+    number, part = float(found[1].replace(",", ".")), found[2] or "/1"
+    whole = 100.0 if part == "%" else float(part[1:])
+    return number / whole if whole else float("nan")
+
+
+def _after_thoughts(text: str) -> str:
+    """What stands behind the last thought that has an end, and before one that has none; "" where there is nothing."""
+    if finals := list(_FINAL.finditer(text)):
+        return text[finals[-1].end() :].partition("<|start|>")[0]
+    if _CHANNEL in text:
+        return ""
+    place = text.rfind(_BARE_FINAL)
+    if place > 0 and text.lstrip().startswith("analysis"):
+        return text[place + len(_BARE_FINAL) :]
+    closed = list(_CLOSED.finditer(text))
+    said = text[closed[-1].end() :] if closed else text
+    opened = _OPENED.search(said)
+    return said[: opened.start()] if opened else said
+
+
+def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Whole objects that are in no other, with their places, in order; also those written as Python writes them."""
+    end = 0
+    for brace in [found.start() for found in re.finditer(r"\{", text)][-MOST_TRIED:]:
+        if brace < end:
+            continue
+        try:
+            found, stop = _DECODER.raw_decode(text, brace)
+            yield brace, stop, valid_all(found)
+            end = stop
+        except (ValueError, RecursionError):
+            flat = _FLAT.match(text, brace)
+            if flat and isinstance(one := _as_python(flat[0]), dict) and all(isinstance(name, str) for name in one):
+                yield brace, flat.end(), valid_all(one)
+                end = flat.end()
+
+
+def _as_python(text: str) -> Any:
+    """`{'complex': True, }`, with JSON's words or Python's; None where it is not that."""
+    try:
+        return ast.literal_eval(re.sub(r"\b(?:true|false|null)\b", lambda found: _WORDS[found[0]], text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def _holding(found: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The objects in JSON, itself or within it, that have all the wanted fields, in order."""
+    if isinstance(found, dict):
+        named = {str(name).strip().lower(): value for name, value in found.items()}
+        if all(name in named for name in wanted):
+            yield named
+            return
+    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
+    for one in inner:
+        yield from _holding(one, wanted)

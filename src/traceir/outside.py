@@ -1,0 +1,43 @@
+"""Text and JSON that others wrote, made valid where they come in, so that whatever holds them can be written again.
+
+JSON can spell what is no text (half of a surrogate pair, as `"\\ud83d"`) or what no file name and few readers take (NUL).
+Such a character becomes U+FFFD here, and nothing behind this door has to expect it. The server's own door is stricter
+(`serve/bodies.py`): it refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+REPLACED: Final = "\ufffd"
+_INVALID: Final = re.compile("[\ud800-\udfff\x00]")
+
+
+def valid(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate and each NUL."""
+    return text if text.isascii() and "\x00" not in text else _INVALID.sub(REPLACED, text)
+
+
+def valid_all(found: Any) -> Any:
+    """Plain JSON with `valid` texts and names, at any depth."""
+    if isinstance(found, str):
+        return valid(found)
+    if isinstance(found, dict):
+        return {valid(name): valid_all(value) for name, value in found.items()}
+    return [valid_all(value) for value in found] if isinstance(found, list) else found
+
+
+def read_json(raw: bytes | str) -> Any:
+    """The value of JSON in UTF-8, with or without a mark; invalid bytes and characters become U+FFFD.
+
+    Raises ValueError, and nothing else, for what is no JSON, nested too deeply, or a number of more than 4,300 digits. NaN and
+    infinity come as floats and integers at any size: who uses a number checks it.
+    """
+    text = raw.decode("utf-8-sig", "replace") if isinstance(raw, bytes) else valid(raw).removeprefix("\ufeff")
+    try:
+        found = json.loads(text)
+        return valid_all(found) if "\\u" in text else found
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
