@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from PIL import Image
 
 from traceir.cli import main
@@ -24,14 +28,19 @@ from traceir.learn.reasoning.ask import Question, blocks
 from traceir.learn.reasoning.assemble import assemble
 from traceir.learn.reasoning.build import Tally, Work, is_finished, run_parts, write_manifests
 from traceir.learn.reasoning.estimate import estimate
+from traceir.learn.reasoning.heard import PATIENCE
 from traceir.learn.reasoning.outcomes import read_outcomes
-from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, parse_shard, read_config
+from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, gather_captions, parse_shard, read_config
+from traceir.learn.reasoning.reach import Reach, open_work
 from traceir.learn.reasoning.rules import Limits, RuleFilter
 from traceir.learn.reasoning.scripted.faults import Faults
-from traceir.learn.reasoning.scripted.teacher_server import MODEL, running
-from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts
-from traceir.learn.reasoning.teachers.asker import UnansweredError
+from traceir.learn.reasoning.scripted.oracle import Oracle
+from traceir.learn.reasoning.scripted.teacher_server import MODEL, Ledger, TeacherApp, running
+from traceir.learn.reasoning.scripted.thoughts import STYLES
+from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts, read_captions
+from traceir.learn.reasoning.teachers.asker import Asker, UnansweredError
 from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.serve.guard import Guard, Wall
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = Limits(reasoning_least=4)
@@ -330,3 +339,184 @@ def test_ray_makes_the_same_files_from_the_same_functions(boats: Path, tmp_path:
         assert main(told(boats, tmp_path / "local", url)) == 0
     assert files(tmp_path / "ray") == files(tmp_path / "local")
     assert len(list((tmp_path / "ray" / "journal").glob("ray-*.jsonl"))) == 2, "each worker wrote a journal of its own"
+
+
+# Models that reason by themselves, replies of no use, and text that is none
+
+
+class Speaking:
+    """The scripted teacher on a thread of this process; `app.thinking` is how it speaks from now on."""
+
+    def __init__(self, root: Path) -> None:
+        self.app = TeacherApp(Oracle(root), Ledger(None))
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        config = uvicorn.Config(Guard(self.app, Wall.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
+
+    @property
+    def paid(self) -> int:
+        return self.app.ledger.requests
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def speaking(boats: Path) -> Iterator[Speaking]:
+    made = Speaking(boats)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def plain_rows(boats: Path, speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of the data set that a teacher without thoughts makes."""
+    out = tmp_path_factory.mktemp("plain")
+    speaking.app.thinking = ""
+    assert main(told(boats, out, speaking.url)) == 0
+    return {name: digest for name, digest in files(out).items() if name.endswith(".parquet")}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_field_report_09_a_teacher_that_thinks_makes_the_same_data(
+    style: str, boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str]
+) -> None:
+    speaking.app.thinking, before = style, speaking.paid
+    assert main(told(boats, tmp_path, speaking.url)) == 0
+    assert {name: digest for name, digest in files(tmp_path).items() if name.endswith(".parquet")} == plain_rows
+    assert speaking.paid - before == 17 + 11 + 12, (
+        "as without thoughts: two queries are one question, and no try is paid for twice"
+    )
+
+
+def test_field_report_09_all_dropped_is_said_with_the_reason_and_no_later_stage_says_another(
+    boats: Path, tmp_path: Path, speaking: Speaking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaking.app.thinking = "cut"
+    assert main(told(boats, tmp_path, speaking.url)) != 0
+    error = capsys.readouterr().err
+    assert "all 18 queries were dropped: 18 x the reply cannot be read: it was cut at max_tokens" in error
+    assert "no training queries" not in error and not (tmp_path / "dataset").exists()
+    assert json.loads((tmp_path / "funnel.json").read_text())["all"] == {"dropped": 18, "queries": 18, "rule:teacher": 18}
+
+
+def test_field_report_09_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
+    boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    speaking.app.thinking, before = "cut", speaking.paid
+    command = [*told(boats, tmp_path, speaking.url), "--set=attempts=4", "--concurrency=2"]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "replies to stage 'assess' and none of use" in error and "cut at max_tokens" in error and "max_tokens=" in error
+    assert PATIENCE <= speaking.paid - before <= PATIENCE + 2, "72 would have been asked"
+    assert main(command) == 1, "the same teacher again"
+    assert speaking.paid - before <= 2 * (PATIENCE + 2)
+    speaking.app.thinking = "think"
+    assert main(command) == 0
+    capsys.readouterr()
+    assert len(list(read_outcomes(tmp_path))) == 18 and not [one for one in read_outcomes(tmp_path) if one.rule == "teacher"]
+
+
+def test_field_report_09_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:
+    odd = {("verify", f"8:{number}"): '{"verdict": "hm", "confidence": 1}' for number in range(1, 13)}
+    run(boats, tmp_path, Script(odd=odd))
+    assert main(["reasoning", "assemble", str(tmp_path)]) == 1
+    assert assemble(tmp_path).problem() == (
+        "none of 12 complex queries was kept: 12 x the reply cannot be read: its verdict is neither yes nor no"
+    )
+
+
+def test_field_report_09_an_interrupt_asks_nothing_more_of_what_waits(boats: Path, tmp_path: Path, speaking: Speaking) -> None:
+    speaking.app.thinking, speaking.app.latency, before = "", 0.3, speaking.paid
+    reach = Reach(speaking.url, concurrency=2)
+    config = BuildConfig(str(boats), MODEL, part_size=4, limits=LIMITS)
+    begin(tmp_path, config)
+    asked = Asker.ask
+
+    async def ask(self: Asker, question: Question) -> Reply:
+        if speaking.paid - before >= 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return await asked(self, question)
+
+    with pytest.MonkeyPatch.context() as patch, open_work(config, tmp_path, reach, "w") as work:
+        patch.setattr(Asker, "ask", ask)
+        tally = run_parts(work, find_parts(boats, 4), progress=False)
+    speaking.app.latency = 0.0
+    assert "interrupted" in tally.stopped and speaking.paid - before <= 8
+
+
+LONE = "two steps \ud83d and a \x00"
+
+
+@pytest.mark.parametrize("stage", ["assess", "reason", "verify"])
+def test_field_report_03_half_a_surrogate_pair_in_a_reply_is_repaired(stage: str, boats: Path, tmp_path: Path) -> None:
+    told = {
+        "assess": json.dumps({"complex": True, "reason": LONE, "confidence": 0.9}),
+        "reason": f"<reasoning>the boat is plain, {LONE}, then the paint is green</reasoning><answer>green boat</answer>",
+        "verify": json.dumps({"verdict": "yes", "confidence": 0.9, "reason": LONE}),
+    }[stage]
+    tally = run(boats, tmp_path, Script(odd={(stage, "8:3"): told}))
+    assert not tally.unfinished
+    for format in ("parquet", "jsonl"):
+        assemble(tmp_path, format=format)
+        samples = {one.record.qid: one for data in read_cot(tmp_path / "dataset") for one in data.samples()}
+        assert "8:3" in samples
+    if stage == "reason":
+        assert samples["8:3"].label.reasoning.endswith("two steps \ufffd and a \ufffd, then the paint is green")
+    assert main(["reasoning", "report", str(tmp_path)]) == 0
+
+
+def test_field_report_03_a_journal_that_holds_one_goes_on(
+    boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str]
+) -> None:
+    speaking.app.thinking = ""
+    assert main(told(boats, tmp_path, speaking.url)) == 0
+    (journal,) = (tmp_path / "journal").glob("*.jsonl")
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        line["model"] += "\udc80"
+        line["prompt_tokens"] = 10**400
+        if line["stage"] == "assess":
+            line["text"] = json.dumps(json.loads(line["text"]) | {"reason": LONE})
+        elif line["stage"] == "reason":
+            line["text"] = line["text"].replace("</reasoning>", f" {LONE}</reasoning>")
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for stage in STAGES:
+        for file in (tmp_path / stage).glob("*"):
+            file.unlink()
+    before = speaking.paid
+    assert main([*told(boats, tmp_path, speaking.url), "--price-in=1"]) == 0
+    assert speaking.paid == before, "all is replayed"
+    assert {one.verdict for one in read_outcomes(tmp_path)} == {True, None}
+
+
+def test_field_report_03_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(boats, data)
+    for file in (data / "query/train/mbeir_cirr_train.jsonl", data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"):
+        file.write_text(
+            file.read_text()
+            .replace("paint the boat", "paint the boat \\ud800\\u0000")
+            .replace('"txt": null', '"txt": "x\\udfff"')
+        )
+    captions, templates = tmp_path / "captions.jsonl", tmp_path / "templates.json"
+    captions.write_bytes(b'\xef\xbb\xbf{"img_path": "mbeir_images/to9.png", "caption": "a \\ud83d boat \xff\xed\xa0\x80"}\n')
+    templates.write_bytes(b'\xef\xbb\xbf{"visual": "look \\udc00"}')
+    config = BuildConfig(str(data), "script", captions=str(captions), templates=str(templates), part_size=9, limits=LIMITS)
+    begin(tmp_path / "out", config)
+    source, script = Source(data, ()), Script()
+    rules = RuleFilter(LIMITS, read_captions(gather_captions(tmp_path / "out", config)))
+    run_parts(
+        Work(config, tmp_path / "out", source, config.questions(), rules, script, script), find_parts(data, 9), progress=False
+    )
+    source.close()
+    assert rules.captions["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
+    assert sum(assemble(tmp_path / "out").as_json()["all"][name] for name in ("direct", "kept")) > 6
+    assert any("\ufffd" in (one.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for one in pairs.samples())
+    captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
+    with pytest.raises(DataError, match=r"captions.jsonl:1"):
+        read_captions(captions, {"x"})
