@@ -1,5 +1,7 @@
-"""How models that reason by themselves, and their servers, send a reply: its thoughts before it, around it, or in a field of their
-own. The scripted teacher speaks in any of these ways, so that a build can be tried against each."""
+"""How models that reason by themselves, and their servers, send a reply: thoughts before it, around it, or in a field of their own.
+
+The scripted teacher speaks in any of these ways, so that a build can be tried against each.
+"""
 
 from __future__ import annotations
 
