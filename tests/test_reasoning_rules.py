@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,91 @@ def test_replies_are_read_with_or_without_words_around_them() -> None:
     for unread in ('{"verdict": "yes", "confidence": 7}', "yes"):
         with pytest.raises(UnreadableError):
             read_verdict(unread)
+
+
+SAYS = '{"complex": true, "reason": "why", "confidence": 0.9}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>{{a}} {{}} {SAYS.replace('true', 'false')}</think>{SAYS}",
+        f"<THINK>\n\n</THINK>\n{SAYS}\n<think>",
+        f"no {{braces: here}}</think>\n```json\n{SAYS}\n```\nI hope that helps {{}}",
+        f"{SAYS.replace('true', 'false')} Wait. {SAYS}",
+        f'{SAYS} {{"note": "end"}}',
+        f'[{{"result": {SAYS}}}]',
+        "{'complex': True, 'confidence': 0.9, 'reason': None,}",
+        '{"complex": true, "reason": "cut in the mid {"complex": true, "confidence": 0.9}',
+        '{"complex": true, "reason": "two\nlines <think> and \\ud83d", "confidence": 0.9}',
+        f"\ufeff{SAYS}<|im_end|></s>",
+        f"<seed:think>{SAYS.replace('true', 'false')}</seed:think>{SAYS}",
+        f"<|channel|>analysis<|message|>{{}}<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{SAYS}",
+        f"<|channel>thought\n{{}}<channel|>{SAYS}",
+        "{" * 3000 + SAYS,
+        '{"a":' * 3000 + SAYS,
+    ],
+)
+def test_field_report_09_the_last_whole_object_after_the_thoughts_is_read(text: str) -> None:
+    found = read_assessment(text)
+    assert (found.z, found.confidence) == (1, 0.9)
+    found.reason.encode()
+
+
+@pytest.mark.parametrize(
+    ("told", "number"),
+    [("0.9", 0.9), (" 90 %", 0.9), ("0,9", 0.9), ("9/10", 0.9), ("4 / 5", 0.8), (".5", 0.5), ("1", 1.0), (1, 1.0), ("~0.7", 0.7),
+     ("high", None), ("", None), ("1/0", None), ("95", None), (95, None), (True, None), (None, None), ("-0.1", None),
+     ("nan", None), (float("nan"), None), (float("inf"), None), (10**4000, None), ("9" * 5000, None), ([0.9], None), ("0.9" * 2, None)],
+)  # fmt: skip
+def test_field_report_09_numbers_are_read_as_text_too(told: object, number: float | None) -> None:
+    text = json.dumps({"verdict": "yes", "confidence": told})
+    if number is None:
+        with pytest.raises(UnreadableError, match="its confidence is no number from 0 to 1"):
+            read_verdict(text)
+    else:
+        assert read_verdict(text).confidence == pytest.approx(number)
+
+
+@pytest.mark.parametrize(("told", "yes"), [("Yes.", True), (True, True), ("TRUE", True), (1, True), ("no", False), (0, False)])
+def test_field_report_09_yes_and_no_are_read_in_any_form(told: object, yes: bool) -> None:
+    assert read_verdict(json.dumps({"Verdict": told, "CONFIDENCE": 1})).yes is yes
+    assert read_assessment(json.dumps({"complex": told, "confidence": "1"})).z == int(yes)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "why"),
+    [
+        (f"a draft: {SAYS} Wait", "length", "cut at max_tokens"),
+        (f"<think>a draft: {SAYS}", "length", "cut at max_tokens"),
+        ("", "stop", "it is empty"),
+        ("", "content_filter", "content filter"),
+        ("complex: yes", "stop", "no whole JSON object with complex and confidence"),
+        ('{"complex": true}', "stop", "its object has no confidence"),
+        ('{"complex": "maybe", "confidence": 1}', "stop", "its complex is neither yes nor no"),
+        ("[" * 100_000, "stop", "no whole JSON object"),
+        ('{"complex": ' + "9" * 5000 + ', "confidence": 1}', "stop", "no whole JSON object"),
+    ],
+)
+def test_field_report_09_what_cannot_be_read_is_said_why(text: str, finish: str, why: str) -> None:
+    with pytest.raises(UnreadableError, match=why):
+        read_assessment(text, finish)
+
+
+def test_field_report_09_a_whole_object_before_or_at_the_cut_counts() -> None:
+    assert read_assessment(f"{SAYS}\n\nLet me explain: the", "length").z == 1
+    assert read_assessment(f"I see.</think>```json\n{SAYS}", "length").z == 1
+
+
+def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None:
+    rules = RuleFilter()
+    thought = "I'm sorry, I can't tell. <reasoning>a draft</reasoning>"
+    for raw in (
+        f"<think>{thought}</think>{reply()}",
+        f"{thought}</think>\n\n{reply()}",
+        f"<think>{reply()}",
+        f"```xml\n{reply()}\n```",
+    ):
+        assert rules.check(case(), raw) == rules.check(case(), reply())
+    assert rules.check(case(), f"<think>{thought}", "length").rule == "truncated"
+    assert rules.check(case(), f"<think>{thought}</think>Sure! {reply()}").rule == "outside"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from traceir.outside import read_json, valid_all
+from traceir.outside import valid_all
 
 CUT: Final = "it was cut at max_tokens"
 MOST_TRIED: Final = 1000
@@ -69,7 +69,7 @@ def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
     Of a reply that was cut only an object at its very beginning or end counts: any other may be from its thoughts.
     """
     try:
-        whole = list(_holding(read_json(text), wanted))  # also where a text within it looks like a tag
+        whole = list(_holding(valid_all(_DECODER.decode(text)), wanted))  # also where a text within it looks like a tag
     except (ValueError, RecursionError):
         whole = []
     said = spoken(text, finish)

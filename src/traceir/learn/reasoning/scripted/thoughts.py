@@ -1,4 +1,4 @@
-"""How models that reason by themselves, and their servers, send a reply: thoughts before it, around it, or in a field of their own.
+"""How models that reason by themselves, and their servers, send a reply: thoughts before it, around it, or in a field apart.
 
 The scripted teacher speaks in any of these ways, so that a build can be tried against each.
 """
