@@ -174,7 +174,8 @@ def test_field_report_09_the_last_whole_object_after_the_thoughts_is_read(text: 
     ("told", "number"),
     [("0.9", 0.9), (" 90 %", 0.9), ("0,9", 0.9), ("9/10", 0.9), ("4 / 5", 0.8), (".5", 0.5), ("1", 1.0), (1, 1.0), ("~0.7", 0.7),
      ("high", None), ("", None), ("1/0", None), ("95", None), (95, None), (True, None), (None, None), ("-0.1", None),
-     ("nan", None), (float("nan"), None), (float("inf"), None), (10**4000, None), ("9" * 5000, None), ([0.9], None), ("0.9" * 2, None)],
+     ("nan", None), (float("nan"), None), (float("inf"), None), (10**4000, None),
+     ("9" * 5000, None), ([0.9], None), ("0.9" * 2, None)],
 )  # fmt: skip
 def test_field_report_09_numbers_are_read_as_text_too(told: object, number: float | None) -> None:
     text = json.dumps({"verdict": "yes", "confidence": told})

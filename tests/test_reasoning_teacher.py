@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from traceir.errors import DataError, InputError, PictureError, TeacherError
+from traceir.connection import Connection
+from traceir.errors import DataError, InputError, ModelError, PictureError, TeacherError
 from traceir.learn.reasoning.ask import Question, Stage
 from traceir.learn.reasoning.teachers import places
 from traceir.learn.reasoning.teachers.asker import Asker, SpendLimitError, UnansweredError
@@ -34,9 +35,11 @@ from traceir.learn.reasoning.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
     Reply,
+    TransientError,
     body_of,
     key_of,
     picture_url,
+    reply_of,
     request_of,
     retry_after,
 )
@@ -503,3 +506,130 @@ def test_batch_files_and_back(server: Server, tmp_path: Path) -> None:
     assert (first["stage"], first["qid"]) == ("assess", "9:0")
     asker, found = ask_all(server.url, tmp_path / "journal", asked)
     assert asker.reused == 4 and len(server.bodies) == 1 and all(isinstance(reply, Reply) for reply in found)
+
+
+# What others sent that is no text, no number, no completion
+
+
+def body(message: object, **more: Any) -> bytes:
+    usage = {"prompt_tokens": 3, "completion_tokens": 4}
+    return json.dumps({"model": "m", "choices": [{"message": message, "finish_reason": "stop"}], "usage": usage} | more).encode()
+
+
+@pytest.mark.parametrize(
+    ("raw", "text", "finish"),
+    [
+        (body({"content": "a \ud83d b \x00 \U0001f600"}), "a \ufffd b \ufffd \U0001f600", "stop"),
+        (b'{"choices": [{"message": {"content": "\xff\xed\xa0\x80\xc0\x80"}}]}', "\ufffd" * 6, "stop"),
+        (b"\xef\xbb\xbf" + body({"content": "x"}), "x", "stop"),
+        (body({"content": None, "refusal": "no \udc00"}), "no \ufffd", "stop"),
+        (body({"content": " ", "reasoning_content": "thought"}), "<think>thought", "stop"),
+        (body({"content": None, "reasoning": {"a": 1}, "reasoning_content": None}), "", "stop"),
+        (body({"content": ["a", None, 3, {"text": "b"}, {"type": "reasoning", "text": "c"}, {"text": None}]}), "ab", "stop"),
+        (body({"content": {"complex": True}}), '{"complex": true}', "stop"),
+        (body("words"), "", "stop"),
+        (body(None), "", "stop"),
+        (body({"content": "x"}, usage=[1], model=["\ud800"]), "x", "stop"),
+        (body({"content": "x"}, choices=[]), "", "error"),
+        (body({"content": "x"}, choices=[None]), "", "error"),
+        (body({}, choices=[{"message": {"content": "x"}, "finish_reason": "MAX_TOKENS"}]), "x", "length"),
+        (body({}, choices=[{"message": {"content": "x"}, "finish_reason": ["SAFETY"]}]), "x", "stop"),
+    ],
+)
+def test_field_report_03_a_completion_of_any_shape_is_a_reply_of_valid_text(raw: bytes, text: str, finish: str) -> None:
+    reply = reply_of(raw, "m")
+    assert (reply.text, reply.finish) == (text, finish)
+    f"{reply.model}{reply.error}".encode()
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"[]", b"<html>", b"data: {}", b'{"choices": 3}', b"[" * 100_000, b'{"error": {"a": "\\ud800"}}']
+)
+def test_field_report_03_what_is_no_completion_is_tried_again(raw: bytes) -> None:
+    with pytest.raises(TransientError, match="not a chat completion") as caught:
+        reply_of(raw, "m")
+    assert caught.value.garbled
+
+
+@pytest.mark.parametrize(
+    ("told", "number"),
+    [
+        (7, 7),
+        ("7", 7),
+        (7.0, 7),
+        (float("nan"), 0),
+        (float("inf"), 0),
+        (10**4000, 0),
+        (-1, 0),
+        (True, 0),
+        (None, 0),
+        ("x", 0),
+        ([], 0),
+    ],
+)
+def test_field_report_03_tokens_are_numbers_that_can_be_summed(told: object, number: int) -> None:
+    reply = reply_of(body({"content": "x"}, usage={"prompt_tokens": told, "completion_tokens": told}), "m")
+    assert (reply.prompt_tokens, reply.completion_tokens) == (number, number) and reply.prompt_tokens * 0.5 >= 0
+
+
+def test_field_report_03_errors_journals_recorded_files_and_batches_are_made_valid(server: Server, tmp_path: Path) -> None:
+    server.script = lambda number, body: (400, {}, b'{"error": {"message": "no \\ud83d \xff \\u0000", "code": 9}}')
+    _, (refused,) = ask_all(server.url, tmp_path / "journal", [question(0)])
+    assert isinstance(refused, Reply) and refused.error == "400: no \ufffd \ufffd \ufffd"
+    line = {"key": key(1), "stage": "assess", "qid": "9:\ud800", "text": "a \udfff", "finish": "stop", "model": "\ud800",
+            "error": "", "prompt_tokens": 10**400, "completion_tokens": -3}  # fmt: skip
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "w.jsonl").write_text("\ufeff" + json.dumps(line) + "\n")
+    with Journal(tmp_path / "old") as journal:
+        assert journal.get(key(1)) == Reply("a \ufffd", "stop", "\ufffd", 0, 0, "", key(1))
+        assert (journal.prompt_tokens, journal.completion_tokens) == (0, 0)
+        output = tmp_path / "output.jsonl"
+        answer = {"custom_id": key(2), "response": {"status_code": 200, "body": json.loads(completion("b \ud83d"))}}
+        output.write_bytes(b"\xef\xbb\xbf" + json.dumps(answer).encode() + b"\n")
+        assert read_batch_results([output], journal)["imported"] == 1
+        taken = journal.get(key(2))
+        assert taken is not None and taken.text == "b \ufffd"
+    recorded = tmp_path / "recorded.jsonl"
+    recorded.write_bytes(b'\xef\xbb\xbf{"stage": "assess", "qid": "9:0", "text": "c \\ud83d \xff"}\n')
+    assert asyncio.run(RecordedTeacher(recorded).reply(question(0))).text == "c \ufffd \ufffd"
+
+
+def test_field_report_09_answers_that_are_no_completions_end_a_build_early(server: Server, tmp_path: Path) -> None:
+    server.script = lambda number, body: (200, {}, b"data: [DONE]")
+    asker, found = ask_all(server.url, tmp_path, [question(number) for number in range(9)], concurrency=2, attempts=20)
+    assert len(server.bodies) <= 12 + 2 and asker.journal.answers == 0
+    assert all(type(error) is TeacherError and "not a chat completion" in str(error) for error in found)
+    server.script = lambda number, body: (200, {}, b"<html>" if "<task>1" in str(body) else completion())
+    server.bodies.clear()
+    _, (good, bad) = ask_all(server.url, tmp_path, [question(0), question(1)], concurrency=1, attempts=20)
+    assert isinstance(good, Reply) and isinstance(bad, UnansweredError) and "in 4 tries" in str(bad) and len(server.bodies) == 5
+
+
+def test_field_report_09_an_answer_taken_back_is_asked_anew(server: Server, tmp_path: Path) -> None:
+    _, (reply,) = ask_all(server.url, tmp_path, [question(0)])
+    assert isinstance(reply, Reply)
+    with Journal(tmp_path) as journal:
+        journal.take_back(reply.key)
+        assert journal.get(reply.key) is None and (journal.answers, journal.prompt_tokens) == (1, 100)
+    server.script = lambda number, body: (200, {}, completion("another"))
+    assert ask_all(server.url, tmp_path, [question(0)])[1][0].text == "another"
+    with Journal(tmp_path) as journal:
+        found = journal.get(reply.key)
+        assert found is not None and found.text == "another" and journal.answers == 2
+
+
+def test_field_report_03_answers_of_any_server_are_valid_text(server: Server) -> None:
+    told: list[Answer] = [
+        (200, {}, b'\xef\xbb\xbf{"a\\ud800": ["\\udfff\xff"]}'),
+        (400, {}, b'{"detail": "no \\ud83d"}'),
+        (200, {}, b"[" * 50_000),
+    ]
+    server.script = lambda number, body: told[number - 1]
+    connection = Connection(server.url, tries=1)
+    try:
+        assert connection.call("POST", "/x", {}).body == {"a\ufffd": ["\ufffd\ufffd"]}
+        assert connection.call("POST", "/x", {}, refused=(400,)).said == "no \ufffd"
+        with pytest.raises(ModelError, match="no whole JSON"):
+            connection.call("POST", "/x", {})
+    finally:
+        connection.close()

@@ -22,8 +22,10 @@ from traceir.learn.reasoning.teachers.teacher import BodyTeacher, Reply, Request
 log = logging.getLogger(__name__)
 
 FIRST_TRIES: Final = 4
-"""A teacher that has never been reached is given up after so many tries of one question, and so is one that has never sent a
-chat completion; of any other that sends something else, the question is."""
+"""A teacher that has never been reached is given up after so many tries of one question."""
+FIRST_GARBLED: Final = 12
+"""A teacher that has sent so many answers, none of which was a chat completion, is given up; any other teacher's question after
+FIRST_TRIES of them: they may have been paid for."""
 CHARACTERS_PER_TOKEN: Final = 3
 TOKENS_PER_PICTURE: Final = 400
 _RATE_OVER: Final = 512
@@ -72,6 +74,7 @@ class Asker:
         self._tasks: dict[str, asyncio.Task[Reply]] = {}
         self._sending: set[str] = set()
         self._largest: dict[str, int] = {}
+        self._garbled = 0
         self._reached = self._draining = self._warned = False
         self._stop: TeacherError | None = None
         self._times: deque[float] = deque(maxlen=_RATE_OVER)
@@ -176,7 +179,8 @@ class Asker:
                 if not self._reached and tries + 1 >= FIRST_TRIES:
                     raise self._stopped(TeacherError(f"the teacher was never reached: {error}")) from error
                 garbled += error.garbled
-                if garbled >= FIRST_TRIES and not self.answered:
+                self._garbled += error.garbled
+                if self._garbled >= FIRST_GARBLED and not self.answered:
                     raise self._stopped(TeacherError(f"{error}; check that the address is that of chat completions")) from error
                 log.info("%s of %s: %s", question.stage, question.qid, error)
                 if garbled >= FIRST_TRIES:
