@@ -320,3 +320,49 @@ def test_the_server_refuses_wrong_key_model_path_and_query(labelled: Path, tmp_p
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(TeacherError, match="no training queries"), running(tmp_path):
         pass
+
+
+BAD = (
+    b"", b"null", b"[]", b"{not json", b"\xff", b"NaN", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}",
+    b'{"model": "scripted-oracle"}',
+    b'{"model": "scripted-oracle", "messages": 3}', b'{"model": "scripted-oracle", "messages": [[]]}',
+    b'{"model": "scripted-oracle", "messages": [{"content": [{"type": "text", "text": 3}]}]}',
+    b'{"model": "scripted-oracle", "messages": [{"content": [{"type": "image_url", "image_url": {"url": []}}]}]}',
+    b'{"model": "scripted-oracle", "messages": [{"content": "<task>\\ud800</task>"}]}',
+    b'{"model": "scripted-oracle", "messages": [{"content": "x"}], "seed": 1e999}',
+    b'{"model": "scripted-oracle", "messages": [{"content": "x"}], "a": ' + b'{"a":' * 900 + b"1" + b"}" * 901,
+)  # fmt: skip
+
+
+def test_field_report_19_the_teacher_answers_to_its_own_host_and_refuses_all_that_is_no_question(labelled: Path) -> None:
+    with running(labelled) as url:
+        address = url.removeprefix("http://").partition("/")[0]
+        connection = http.client.HTTPConnection(address, timeout=30)
+        for number, raw in enumerate(BAD):
+            connection.request("POST", "/v1/chat/completions", raw, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            told = json.loads(response.read())
+            assert response.status in (400, 404, 415) and told["error"]["message"], number
+        for host, status in (
+            ("evil.example", 421),
+            ("127.0.0.1", 200),
+            ("localhost:1", 200),
+            ("127.0.0.1.evil.example", 421),
+            ("a b", 400),
+        ):
+            connection.request("GET", "/v1/models", headers={"Host": host})
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status, host
+        told = json.dumps(body(QUESTIONS.assess(cases_of(labelled)["50:0"]))).encode()
+        for headers, status in (
+            ({"Host": "evil.example", "Content-Type": "application/json"}, 421),
+            ({"Origin": "http://evil.example", "Content-Type": "application/json"}, 403),
+            ({"Content-Type": "text/plain"}, 415),
+            ({"Content-Type": "application/json"}, 200),
+        ):
+            connection.request("POST", "/v1/chat/completions", told, headers)
+            response = connection.getresponse()
+            response.read()
+            assert response.status == status, headers
+        connection.close()

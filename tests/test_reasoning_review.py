@@ -20,7 +20,7 @@ from traceir.errors import DataError, InputError
 from traceir.learn.mbeir import Candidate, Record
 from traceir.learn.reasoning.ask import Case
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.review.decisions import Decision, Journal, read_decisions
+from traceir.learn.reasoning.review.decisions import Decision, Journal, read_decisions, reviewers
 from traceir.learn.reasoning.review.review import (
     agreement,
     agreement_table,
@@ -30,7 +30,7 @@ from traceir.learn.reasoning.review.review import (
     sample_hash,
     settle,
 )
-from traceir.learn.reasoning.review.review_server import ReviewSession, app_of
+from traceir.learn.reasoning.review.review_server import OPEN_FILES, ReviewSession, app_of
 
 
 def outcome(
@@ -338,3 +338,91 @@ def test_pictures_are_those_of_the_samples(session: ReviewSession) -> None:
                  "/api/picture/0/../../data/secret.txt",
                  "/static/../review.py", "/static/review.py", "/data/secret.txt"):  # fmt: skip
         assert call(app, "GET", path, HOST)[0] in (400, 404), path
+
+
+NUMBERS = (
+    "9" * 5000,
+    "-1",
+    "1e3",
+    "NaN",
+    "%00",
+    "\u0663",
+    "0x1",
+    "9" * 12,
+    " 1",
+    "%ff",
+    "\ud83d".encode("utf-8", "surrogatepass").hex(),
+)
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_field_report_19_a_number_in_a_path_that_is_none_is_refused(session: ReviewSession, number: str) -> None:
+    app = app_of(session, 8420)
+    for path in (f"/api/sample/{number}?reviewer=ada", f"/api/picture/{number}/0", f"/api/picture/0/{number}"):
+        status, _, reply = call(app, "GET", path, HOST)
+        assert status == 400 and len(json.loads(reply)["error"]) < 200, path
+
+
+BODIES = (
+    b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", b"NaN", b'{"number": ' + b"9" * 5000 + b"}", b'{"number": 1e999}',
+    b'{"number": NaN}', b'{"number": true}', b'{"number": "0"}', b'{"number": 0.0}', b'{"number": null}', b'{"number": -1}',
+    b'{"number": ' + b"9" * 4000 + b"}", b"[" * 100_000, b'{"a":' * 40_000, b'{"number": 0, "reviewer": ["ada"]}',
+    b'{"number": 0, "reviewer": "\\ud800"}', b'{"number": 0, "reviewer": "a\\u0000"}', b'{"number": 0, "reviewer": "../a"}',
+    b'{"number": 0, "reviewer": "ada", "decision": null}', b'{"number": 0, "reviewer": "ada", "sample": {}}',
+    b'{"number": 0, "reviewer": "' + b"a" * 200_000 + b'"}', b"{" + b" " * 300_000 + b"}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("body", BODIES, ids=range(len(BODIES)))
+def test_field_report_19_a_body_of_any_shape_is_refused_with_a_message(session: ReviewSession, body: bytes) -> None:
+    app = app_of(session, 8420)
+    status, _, reply = call(app, "POST", "/api/decide", JSON, body)
+    assert status == 400 and 10 < len(json.loads(reply)["error"]) < 300
+    if b"ada" not in body:
+        assert call(app, "POST", "/api/undo", JSON, body)[0] == 400
+    assert not list(session.out.glob("review/*"))
+
+
+def test_field_report_19_other_methods_and_paths_are_refused(session: ReviewSession) -> None:
+    app = app_of(session, 8420)
+    for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
+        assert call(app, method, "/api/review?reviewer=ada", JSON)[0] == 405
+    for path in ("/api/decide", "/api/undo"):
+        assert call(app, "GET", path, HOST)[0] == 405
+    for name in ("%00", "..", "a" * 41, "a/b", "%ff", "CON:", ""):
+        assert call(app, "GET", f"/api/review?reviewer={name}", HOST)[0] == 400, name
+
+
+def open_files() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def test_field_report_19_undo_begins_no_file_and_few_are_open(session: ReviewSession) -> None:
+    app = app_of(session, 8420)
+    for number in range(300):
+        status, _, reply = call(app, "POST", "/api/undo", JSON, json.dumps({"reviewer": f"name{number}"}).encode())
+        assert (status, json.loads(reply)) == (200, {"number": -1, "mark": "."})
+    assert not list(session.out.glob("review/*"))
+    drop = {"number": 0, "decision": "drop", "why": "vague", "sample": session.chosen[0].sample}
+    open_before = open_files()
+    statuses = [
+        call(app, "POST", "/api/decide", JSON, json.dumps(drop | {"reviewer": f"name{number}"}).encode())[0]
+        for number in range(102)
+    ]
+    assert statuses == [200] * 100 + [400] * 2 and len(reviewers(session.out)) == 100
+    assert open_files() - open_before <= OPEN_FILES
+    for number in (0, 50, 99):  # closed long ago, and open
+        status, _, reply = call(app, "POST", "/api/undo", JSON, json.dumps({"reviewer": f"name{number}"}).encode())
+        assert (status, json.loads(reply)["number"]) == (200, 0)
+    session.close()
+    assert open_files() <= open_before
+
+
+def test_field_report_03_decisions_with_half_pairs_are_read(tmp_path: Path) -> None:
+    one = outcome(1)
+    write(tmp_path, "ada", judged(one, "edit", reasoning="it is \ud83d red \x00", answer="a red hat"))
+    file = tmp_path / "review" / "ada.jsonl"
+    file.write_text(file.read_text().replace("red hat", "red \\udc00 hat"))
+    settled = settle(tmp_path, [one]).settled["7:1"]
+    assert (settled.reasoning, settled.answer) == ("it is \ufffd red \ufffd", "a red \ufffd hat")
+    settled.reasoning.encode()

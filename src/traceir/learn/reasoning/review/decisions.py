@@ -18,7 +18,7 @@ from typing import Final, Literal
 
 from traceir.errors import DataError, InputError
 from traceir.learn.reasoning.outcomes import Outcome
-from traceir.outside import read_json
+from traceir.outside import read_json, valid
 
 Choice = Literal["keep", "drop"]
 
@@ -113,7 +113,7 @@ class Journal:
         self._stream.close()
 
     def _write(self, decision: Decision) -> None:
-        line = json.dumps(asdict(decision), ensure_ascii=False).encode() + b"\n"
+        line = valid(json.dumps(asdict(decision), ensure_ascii=False)).encode() + b"\n"
         before = os.fstat(self._stream.fileno()).st_size
         try:
             written = self._stream.write(line)

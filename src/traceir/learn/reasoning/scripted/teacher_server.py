@@ -373,7 +373,7 @@ async def _read_body(receive: Receive) -> bytes | None:
         pieces.append(message.get("body", b""))
         size += len(pieces[-1])
         if size > MOST_BYTES or not message.get("more_body", False):
-            return b"".join(pieces)  # uvicorn closes a connection whose body was not read to its end
+            return b"".join(pieces)  # what is left is read by nobody and kept nowhere
 
 
 def _parse(raw: bytes) -> dict[str, Any]:
