@@ -157,7 +157,7 @@ class _Line:
         value = self.fields.get(name)
         if value is not None and not isinstance(value, str):
             raise self.fail(name, "a string or null")
-        return value if value and value.strip() else None
+        return valid(value) if value and value.strip() else None
 
     def identifier(self, name: str) -> str:
         value = self.fields.get(name)
@@ -512,7 +512,7 @@ def _read_raw(path: Path) -> Iterator[tuple[int, str]]:
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
                 if text.strip():
-                    yield number, valid(text)
+                    yield number, text
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
 

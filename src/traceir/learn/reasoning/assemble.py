@@ -17,7 +17,7 @@ from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
 from traceir.learn.cot import to_row, write_rows
 from traceir.learn.data import join
-from traceir.learn.reasoning.heard import tell
+from traceir.learn.reasoning.heard import kind_of, tell
 from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
 from traceir.learn.reasoning.plan import DATASET, read_config, write_json
 from traceir.learn.reasoning.review.review import Settled, settle
@@ -37,7 +37,8 @@ class Funnel:
 
     def tell(self, why: str) -> None:
         """Counts a reply of no use."""
-        self.unread[why[:160] if why[:160] in self.unread or len(self.unread) < REASONS else "another reason"] += 1
+        kind = kind_of(why)
+        self.unread[kind if kind in self.unread or len(self.unread) < REASONS else "another reason"] += 1
 
     def count(self, task: str, *names: str) -> None:
         self.tasks.setdefault(task, Counter()).update(names)

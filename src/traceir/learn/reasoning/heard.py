@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ PATIENCE: Final = 24
 for such a one less than once in 5,000 times."""
 ROOM: Final = REASON_TOKENS + 4096
 _SHOWN: Final = 3
+_VARIES: Final = re.compile(r"(?<!\w)'[^']*'|(?<!^)\b[0-9]{2,}\b")
 
 
 @dataclass(slots=True)
@@ -39,7 +41,7 @@ class Heard:
         if stage in self._of_use or not self.patience or not reply.model:  # without a model it is no reply, nobody was asked
             return
         reasons, keys = self._reasons.setdefault(stage, Counter()), self._keys.setdefault(stage, [])
-        reasons[why[:200]] += 1
+        reasons[kind_of(why)] += 1
         keys += [reply.key] if reply.key else []
         if (count := reasons.total()) < self.patience:
             return
@@ -47,6 +49,11 @@ class Heard:
         error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {_remedy(shown)}")
         self.stop(error, keys)
         keys.clear()
+
+
+def kind_of(why: str) -> str:
+    """A reason without what differs from query to query: texts in quotation marks, and numbers."""
+    return _VARIES.sub("...", why)[:160]
 
 
 def tell(reasons: Counter[str]) -> str:
