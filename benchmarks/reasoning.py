@@ -23,13 +23,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from traceir.errors import TeacherError
 from traceir.learn import mbeir
 from traceir.learn.reasoning.ask import Question, blocks
 from traceir.learn.reasoning.assemble import assemble
@@ -40,7 +41,7 @@ from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults
 from traceir.learn.reasoning.scripted.teacher_server import MODEL, running
 from traceir.learn.reasoning.source import Source, find_parts
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 
 SETTINGS = ("attempts=1", "limits.reasoning_least=8")
 """MiniBEIR's labels are terse: ten tokens are a whole reasoning there. A fault of the scripted teacher comes back when it is
@@ -302,6 +303,9 @@ class Scripted:
                 f"stays the same as before.</reasoning><answer>the object after this: {text['query']}</answer>"
             )
         return Reply(told, "stop", "scripted", 400, 60)
+
+    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
+        return
 
     def status(self) -> str:
         return ""

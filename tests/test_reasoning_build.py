@@ -39,7 +39,7 @@ from traceir.learn.reasoning.scripted.teacher_server import MODEL, Ledger, Teach
 from traceir.learn.reasoning.scripted.thoughts import STYLES
 from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts, read_captions
 from traceir.learn.reasoning.teachers.asker import Asker, UnansweredError
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 from traceir.serve.guard import Guard, Wall
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")

@@ -29,19 +29,16 @@ from traceir.learn.reasoning.ask import Question, Stage
 from traceir.learn.reasoning.teachers import places
 from traceir.learn.reasoning.teachers.asker import Asker, SpendLimitError, UnansweredError
 from traceir.learn.reasoning.teachers.batch_files import BatchTeacher, read_batch_results
+from traceir.learn.reasoning.teachers.completion import Reply, TransientError, reply_of, retry_after
 from traceir.learn.reasoning.teachers.journal import Journal
 from traceir.learn.reasoning.teachers.pace import Limits, Pace
 from traceir.learn.reasoning.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
-    Reply,
-    TransientError,
     body_of,
     key_of,
     picture_url,
-    reply_of,
     request_of,
-    retry_after,
 )
 
 KEY = "sk-invented-0123456789"
@@ -339,7 +336,7 @@ import sys
 from pathlib import Path
 from traceir.learn.reasoning.ask import Question
 from traceir.learn.reasoning.teachers.journal import Journal
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 journal = Journal(Path(sys.argv[1]))
 for number in range(10**9):
     question = Question("assess", str(number), "t", 0, "", (), 1, 0.0, 0)

@@ -28,7 +28,7 @@ from traceir.learn.reasoning.rules import RuleFilter
 from traceir.learn.reasoning.source import Part, Source
 from traceir.learn.reasoning.stages import Line
 from traceir.learn.reasoning.teachers.asker import UnansweredError
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 from traceir.outside import read_json
 
 log = logging.getLogger(__name__)

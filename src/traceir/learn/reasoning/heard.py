@@ -11,7 +11,7 @@ from typing import Final
 from traceir.errors import TeacherError
 from traceir.learn.reasoning.ask import REASON_TOKENS, Stage
 from traceir.learn.reasoning.replies import CUT
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 
 PATIENCE: Final = 24
 """So many replies to one stage, with none of use before, between or after them, end a run: a teacher that keeps 3 in 10 is taken

@@ -14,7 +14,7 @@ from traceir.learn.reasoning.ask import Assessment, Case, Question, Questions, S
 from traceir.learn.reasoning.plan import BuildConfig
 from traceir.learn.reasoning.replies import CUT, UnreadableError
 from traceir.learn.reasoning.rules import RuleFilter
-from traceir.learn.reasoning.teachers.teacher import Reply
+from traceir.learn.reasoning.teachers.completion import Reply
 
 Line = dict[str, Any]
 Read = TypeVar("Read", Assessment, Verdict)

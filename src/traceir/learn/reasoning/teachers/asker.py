@@ -15,9 +15,10 @@ from typing import Final
 
 from traceir.errors import TeacherError
 from traceir.learn.reasoning.ask import Question
+from traceir.learn.reasoning.teachers.completion import Reply, TransientError
 from traceir.learn.reasoning.teachers.journal import Journal
 from traceir.learn.reasoning.teachers.pace import Pace, Slot
-from traceir.learn.reasoning.teachers.teacher import BodyTeacher, Reply, Request, Teacher, TransientError, read_picture
+from traceir.learn.reasoning.teachers.teacher import BodyTeacher, Request, Teacher, read_picture
 
 log = logging.getLogger(__name__)
 

@@ -22,18 +22,10 @@ from tqdm import tqdm
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
 from traceir.learn.reasoning.teachers.asker import UnansweredError
+from traceir.learn.reasoning.teachers.completion import Reply, TransientError, error_of, read_completion
 from traceir.learn.reasoning.teachers.journal import Journal
 from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
-from traceir.learn.reasoning.teachers.teacher import (
-    PIXELS,
-    REFUSED,
-    Reply,
-    Request,
-    TransientError,
-    error_of,
-    read_completion,
-    request_of,
-)
+from traceir.learn.reasoning.teachers.teacher import PIXELS, REFUSED, Request, request_of
 from traceir.outside import read_json
 
 REQUESTS: Final = 50_000

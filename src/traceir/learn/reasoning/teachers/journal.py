@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from traceir.errors import DataError, TeacherError
 from traceir.learn.reasoning.ask import Question
+from traceir.learn.reasoning.teachers.completion import Reply, tokens_in
 from traceir.learn.reasoning.teachers.places import LineFiles, Places, whole_bytes
-from traceir.learn.reasoning.teachers.teacher import Reply, tokens_in
 from traceir.outside import read_json
 
 log = logging.getLogger(__name__)
