@@ -415,6 +415,8 @@ def test_field_report_09_first_replies_of_no_use_end_a_build_and_a_mended_teache
     assert PATIENCE <= speaking.paid - before <= PATIENCE + 2, "72 would have been asked"
     assert main(command) == 1, "the same teacher again"
     assert speaking.paid - before <= 2 * (PATIENCE + 2)
+    before = speaking.paid
+    assert main([*command, "--patience=0", f"--out={tmp_path / 'on'}"]) == 2 and speaking.paid - before > PATIENCE + 2
     speaking.app.thinking = "think"
     assert main(command) == 0
     capsys.readouterr()

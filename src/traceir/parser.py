@@ -354,6 +354,10 @@ def _add_reasoning_build(parts: Any, shared: argparse.ArgumentParser, runs: Mapp
     build.add_argument("--price-in", type=float, default=0.0, metavar="USD", help="for a million prompt tokens")
     build.add_argument("--price-out", type=float, default=0.0, metavar="USD", help="for a million tokens of replies")
     build.add_argument("--spend-limit", type=float, metavar="USD", help="stop before this is spent; needs the prices")
+    build.add_argument(
+        "--patience", type=int, default=24, metavar="N",
+        help="stop after N replies to a stage of which none is of use; 0: go on (default: 24)",
+    )  # fmt: skip
     build.add_argument("--journal", metavar="DIR", help="folder of answers, to share among builds (default: OUT/journal)")
     build.add_argument("--extra", metavar="JSON", help="an object that goes into every request body")
     build.add_argument("--dry-run", action="store_true", help="estimate requests, tokens and money; ask nothing")

@@ -17,9 +17,10 @@ from traceir.errors import DataError, InputError
 from traceir.learn import mbeir
 from traceir.learn.cot import to_row, write_rows
 from traceir.learn.data import join
-from traceir.learn.reasoning.heard import kind_of, tell
+from traceir.learn.reasoning.heard import MORE_ROOM, kind_of, tell
 from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
 from traceir.learn.reasoning.plan import DATASET, read_config, write_json
+from traceir.learn.reasoning.replies import CUT
 from traceir.learn.reasoning.review.review import Settled, settle
 from traceir.learn.reasoning.source import Source
 
@@ -57,7 +58,8 @@ class Funnel:
             return ""
         what = f"none of {tried} complex queries was kept" if direct else f"all {queries} queries were dropped"
         rules = Counter({f"rule {name[5:]}": n for name, n in all_.items() if name.startswith("rule:") and name[5:] != "teacher"})
-        return f"{what}: {tell(rules + self.unread)}"
+        told = tell(rules + self.unread)
+        return f"{what}: {told}; {MORE_ROOM}" if CUT in told else f"{what}: {told}"
 
     def table(self) -> str:
         """The funnel as text: a line for each task."""

@@ -16,7 +16,13 @@ from traceir.learn.reasoning.teachers.completion import Reply
 PATIENCE: Final = 24
 """So many replies to one stage, with none of use before, between or after them, end a run: a teacher that keeps 3 in 10 is taken
 for such a one less than once in 5,000 times."""
-ROOM: Final = REASON_TOKENS + 4096
+MORE_ROOM: Final = (
+    f"give its thoughts room, --set max_tokens={REASON_TOKENS + 4096} with another --out, or turn them off by --extra"
+)
+LOOK: Final = (
+    "look at them in the journal and change the teacher, --extra or --templates, or go on with --patience 0; these replies are "
+    "asked for anew, all others are kept"
+)
 _SHOWN: Final = 3
 _VARIES: Final = re.compile(r"(?<!\w)'[^']*'|(?<!^)\b[0-9]{2,}\b")
 
@@ -46,7 +52,8 @@ class Heard:
         if (count := reasons.total()) < self.patience:
             return
         shown = tell(reasons)
-        error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {_remedy(shown)}")
+        remedy = MORE_ROOM if CUT in shown else LOOK
+        error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {remedy}")
         self.stop(error, keys)
         keys.clear()
 
@@ -61,10 +68,3 @@ def tell(reasons: Counter[str]) -> str:
     told = [f"{count} x {why}" for why, count in reasons.most_common(_SHOWN)]
     rest = reasons.total() - sum(count for _, count in reasons.most_common(_SHOWN))
     return "; ".join(told + ([f"{rest} others"] if rest else []))
-
-
-def _remedy(shown: str) -> str:
-    kept = "these replies are asked for anew, all others are kept"
-    if CUT in shown:
-        return f"give its thoughts room, --set max_tokens={ROOM} with another --out, or turn them off by --extra"
-    return f"look at them in the journal and change the teacher, --extra or --templates; {kept}"

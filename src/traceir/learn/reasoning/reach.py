@@ -32,7 +32,8 @@ class Reach:
     `key_variable` names the environment variable that holds the key. Rates count for this process; prices are USD for a million
     tokens; `spend_limit` is USD for all that lies in the journal; of what is left of it, and of concurrency and rates, each of
     `workers` takes an equal share. `extra` goes into every request body. A question that fails
-    for a time is tried `tries` times, some minutes in all, before its part is left for a later run.
+    for a time is tried `tries` times, some minutes in all, before its part is left for a later run. `patience`: see heard.py; what
+    costs nothing, a recorded file or an imported batch, never tries it.
     """
 
     teacher: str
@@ -47,6 +48,7 @@ class Reach:
     price_in: float = 0.0
     price_out: float = 0.0
     spend_limit: float | None = None
+    patience: int = PATIENCE
     workers: int = 1
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -56,6 +58,8 @@ class Reach:
                 raise InputError(
                     f"teacher {address!r} is not an address; give http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER"
                 )
+        if self.patience < 0:
+            raise InputError(f"patience is {self.patience}; give a number of replies, or 0 to go on whatever they are")
         if self.spend_limit is not None and not (self.price_in or self.price_out):
             raise InputError("a spend limit needs prices; give --price-in and --price-out, in USD for a million tokens")
 
@@ -84,7 +88,7 @@ def work_of(config: BuildConfig, out: Path, reach: Reach, source: Source, journa
         verifier = Asker(other, journal, _pace(reach) if reach.verifier else pace, **money)
     rules = RuleFilter(config.limits, captions, questions.templates)
     waits = reach.teacher.startswith(BATCH)
-    patience = 0 if reach.teacher.startswith((BATCH, RECORDED)) else PATIENCE
+    patience = 0 if reach.teacher.startswith((BATCH, RECORDED)) else reach.patience
     return Work(config, out, source, questions, rules, teacher, verifier, waits, patience)
 
 

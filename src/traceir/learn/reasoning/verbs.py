@@ -34,7 +34,7 @@ def build(args: argparse.Namespace) -> int:
     begin(out, config)
     mine = [part for part in parts[number::count] if not is_finished(out, part)]
     tally = _run(args, config, reach, mine, f"{number:04d}-of-{count:04d}")
-    for name, reason in list(tally.unfinished.items())[:5]:
+    for name, reason in [one for one in tally.unfinished.items() if one[1] != tally.stopped][:5]:
         print(one_line(f"unfinished: {name}: {reason}"), file=sys.stderr)
     if tally.stopped or tally.unfinished:
         left = tally.stopped or f"{len(tally.unfinished)} parts lack answers"
@@ -207,5 +207,6 @@ def _reach(args: argparse.Namespace) -> Reach:
         price_in=args.price_in,
         price_out=args.price_out,
         spend_limit=args.spend_limit,
+        patience=args.patience,
         extra=extra,
     )
