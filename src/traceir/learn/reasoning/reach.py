@@ -31,9 +31,9 @@ class Reach:
 
     `key_variable` names the environment variable that holds the key. Rates count for this process; prices are USD for a million
     tokens; `spend_limit` is USD for all that lies in the journal; of what is left of it, and of concurrency and rates, each of
-    `workers` takes an equal share. `extra` goes into every request body. A question that fails
-    for a time is tried `tries` times, some minutes in all, before its part is left for a later run. `patience`: see heard.py; what
-    costs nothing, a recorded file or an imported batch, never tries it.
+    `workers` takes an equal share. `extra` goes into every request body. A question that fails for a time is tried `tries` times,
+    some minutes in all, before its part is left for a later run. `patience`: see heard.py; replies of a recorded file or an
+    imported batch cost nothing any more and do not try it.
     """
 
     teacher: str
