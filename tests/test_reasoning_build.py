@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
+from test_reasoning_teacher import Server, completion, failure
 
 from traceir.cli import main
 from traceir.errors import DataError, InputError, TeacherError
@@ -421,6 +422,22 @@ def test_field_report_09_first_replies_of_no_use_end_a_build_and_a_mended_teache
     assert main(command) == 0
     capsys.readouterr()
     assert len(list(read_outcomes(tmp_path))) == 18 and not [one for one in read_outcomes(tmp_path) if one.rule == "teacher"]
+
+
+def test_field_report_09_a_teacher_that_refuses_every_question_is_quoted(
+    boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = Server()
+    server.script = lambda number, body: failure(400, f"Unsupported parameter: 'max_tokens' in {1000 + number}.")
+    assert main([*told(boats, tmp_path, server.url), "--patience=9", "--concurrency=1"]) == 1
+    error = capsys.readouterr().err
+    assert "9 x 400: Unsupported parameter: ... in ...." in error and "--extra" in error and len(server.bodies) <= 12
+    server.script = lambda number, body: (200, {}, completion("I would say so."))
+    assert main([*told(boats, tmp_path, server.url), "--patience=0"]) == 2
+    assert "18 x the reply cannot be read: it holds no whole JSON object" in capsys.readouterr().err, (
+        "what was refused is asked anew"
+    )
+    server.close()
 
 
 def test_field_report_09_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:

@@ -199,6 +199,7 @@ async def _take(
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[stage]))
+            heard.wrote(file)
     tally.counts["samples"] += len(cases)
     tally.counts["complex"] += len(lines["reason"])
     tally.counts["kept"] += sum(1 for line in lines["verify"] if passed(line, work.config))

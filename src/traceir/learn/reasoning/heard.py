@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from traceir.errors import TeacherError
@@ -29,7 +30,8 @@ _VARIES: Final = re.compile(r"(?<!\w)'[^']*'|(?<!^)\b[0-9]{2,}\b")
 
 @dataclass(slots=True)
 class Heard:
-    """Told of every reply of a run. `stop` gets the error that ends it, and the keys of the replies that were of no use.
+    """Told of every reply of a run, and of every file made of them. `stop` gets the error that ends the run, and the keys of the
+    replies that were of no use; files made of them alone are removed.
 
     `patience` 0 never ends it. A stage is left alone from its first reply of use on.
     """
@@ -39,6 +41,8 @@ class Heard:
     _of_use: set[str] = field(default_factory=set)
     _reasons: dict[str, Counter[str]] = field(default_factory=dict)
     _keys: dict[str, list[str]] = field(default_factory=dict)
+    _doubtful: list[Path] = field(default_factory=list)
+    _ended: bool = False
 
     def note(self, stage: Stage, reply: Reply, why: str) -> None:
         """`why`: why the reply is of no use, "" where it is of use."""
@@ -56,6 +60,21 @@ class Heard:
         error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {remedy}")
         self.stop(error, keys)
         keys.clear()
+        self._ended = True
+        self._remove()
+
+    def wrote(self, file: Path) -> None:
+        """A stage's file is there; it is in doubt while a stage has had replies and none of use."""
+        if self._reasons.keys() <= self._of_use:
+            self._doubtful.clear()
+        else:
+            self._doubtful.append(file)
+            if self._ended:
+                self._remove()
+
+    def _remove(self) -> None:
+        while self._doubtful:
+            self._doubtful.pop().unlink(missing_ok=True)
 
 
 def kind_of(why: str) -> str:

@@ -18,12 +18,12 @@ from traceir.outside import valid_all
 CUT: Final = "it was cut at max_tokens"
 MOST_TRIED: Final = 1000
 """Opening braces of a reply, counted from its end, at which an object is looked for."""
+_THOUGHT: Final = r"(?:(?:seed:)?think(?:ing)?|thoughts?|analysis|reflection|scratchpad)"
 _OPENED: Final = re.compile(
-    r"<(?:seed:)?think(?:ing)?>|<thoughts?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>\s*thought", re.IGNORECASE
+    rf"<{_THOUGHT}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|channel>\s*thought",
+    re.IGNORECASE,
 )
-_CLOSED: Final = re.compile(
-    r"</(?:seed:)?think(?:ing)?>|</thoughts?>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>", re.IGNORECASE
-)
+_CLOSED: Final = re.compile(rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>", re.IGNORECASE)
 """The tags of Qwen, DeepSeek, Seed, Magistral, Kimi, OpenThinker and Gemma."""
 _CHANNEL: Final = "<|channel|>"
 _FINAL: Final = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")

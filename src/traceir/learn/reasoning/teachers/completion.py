@@ -22,6 +22,10 @@ _FINISHES: Final = {
 """What servers say of how a reply ended, and our word for it; whatever else they say is `stop`."""
 
 
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message in which servers send thoughts."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """What came back. `finish`: `stop`, `length`, `content_filter`, or `error` with the reason in `error`; `key`: see Request.
@@ -134,7 +138,7 @@ def _content(message: Mapping[str, Any]) -> str:
         return said
     if refused := message.get("refusal"):
         return str(refused)
-    thought = next((told for name in ("reasoning_content", "reasoning") if isinstance(told := message.get(name), str)), "")
+    thought = next((told for name in _THOUGHTS if isinstance(told := message.get(name), str)), "")
     return f"<think>{thought}" if thought.strip() else said
 
 
