@@ -442,7 +442,7 @@ def test_field_report_09_a_teacher_that_refuses_every_question_is_quoted(
 
 def test_field_report_09_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:
     odd = {("verify", f"8:{number}"): '{"verdict": "hm", "confidence": 1}' for number in range(1, 13)}
-    run(boats, tmp_path, Script(odd=odd))
+    run(boats, tmp_path, Script(odd=odd), attempts=1)
     assert main(["reasoning", "assemble", str(tmp_path)]) == 1
     assert assemble(tmp_path).problem() == (
         "none of 12 complex queries was kept: 12 x the reply cannot be read: its verdict is neither yes nor no"
