@@ -19,6 +19,8 @@ from traceir.learn.reasoning.ask import (
 )
 from traceir.learn.reasoning.replies import UnreadableError
 from traceir.learn.reasoning.rules import RULES, Limits, RuleFilter, count_tokens, duplicate_key, salient
+from traceir.learn.reasoning.scripted.thoughts import STYLES, cut
+from traceir.learn.reasoning.teachers.completion import reply_of
 
 GOOD = (
     "The picture shows a small wooden boat on a lake. The change asks for a sail in red. The lake and the shore stay as they "
@@ -228,3 +230,17 @@ def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None
         assert rules.check(case(), raw) == rules.check(case(), reply())
     assert rules.check(case(), f"<think>{thought}", "length").rule == "truncated"
     assert rules.check(case(), f"<think>{thought}</think>Sure! {reply()}").rule == "outside"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_field_report_09_every_way_of_thinking_says_the_same(style: str) -> None:
+    def said(text: str) -> str:
+        completion = {"choices": [{"message": {"role": "assistant", **STYLES[style](text)}, "finish_reason": "stop"}]}
+        return reply_of(json.dumps(completion), "m").text
+
+    found = read_assessment(said(SAYS))
+    assert (found.z, found.confidence) == (1, 0.9)
+    assert read_verdict(said('{"verdict": "yes", "reason": "why", "confidence": 0.7}')).confidence == 0.7
+    assert RULE_FILTER.check(case(), said(reply())) == RULE_FILTER.check(case(), reply())
+    with pytest.raises(UnreadableError, match="cut at max_tokens"):
+        read_verdict(reply_of(json.dumps({"choices": [{"message": cut("")}]}), "m").text, "length")
