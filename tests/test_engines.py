@@ -271,6 +271,9 @@ def test_addresses_and_checkpoints_that_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="at_token"):
         without_weights(without_safetensors(tmp_path / "at", read_out="at_token"))
     (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        without_weights(tmp_path / "empty")
+    (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="whole checkpoints"):
         without_weights(tmp_path / "empty")
 
