@@ -250,6 +250,16 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     playwright.expect(page.locator(".crumb[aria-current=step]")).to_contain_text("Swap the left two.")
 
 
+def test_field_report_20_the_page_says_what_the_model_knows(
+    service: Service, encoder: Encoder, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(service.url)
+    notice = page.locator("#notice")
+    notice.wait_for()
+    assert encoder.world and encoder.world in notice.inner_text()
+    assert "whole sentences" in encoder.world and "real photos" in encoder.world
+
+
 def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: Callable[..., Any]) -> None:
     query = service.asked("cirr_task7", 3).query
     page = open_page(service.url)

@@ -406,7 +406,8 @@ def _add_page(app: FastAPI, server: Server) -> None:
         """What the page shows before the first search."""
         info = await _view(server, principal).info()
         counts = {str(name): count for name, count in info.counts.items()}
-        return page_config(server.title, server.model(), counts, server.instructions)
+        world = getattr(server.ready().scheduler.encoder, "world", "")
+        return page_config(server.title, server.model(), counts, server.instructions, world=world)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -68,12 +68,14 @@ def read_instructions(path: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
-def page_config(title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS) -> PageConfig:
+def page_config(
+    title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS, *, world: str = ""
+) -> PageConfig:
     """The examples belong to the instructions of INSTRUCTIONS: with others, or over an empty index, there are none."""
     examples = EXAMPLES if tuple(instructions) == INSTRUCTIONS and any(counts.values()) else ()
     return PageConfig(
         title=title, instructions=list(instructions), modalities=list(MODALITIES), model=model, count=dict(counts),
-        examples=list(examples),
+        examples=list(examples), world=world,
     )  # fmt: skip
 
 

@@ -381,6 +381,8 @@ class PageConfig(BaseModel):
     model: ModelOut
     count: dict[str, int]
     examples: list[Example]
+    world: str
+    """What alone the model knows; "" where it has no such bounds."""
 
 
 class Status(BaseModel):

@@ -20,6 +20,8 @@ export function drawLanding(config, choose) {
   if (total === 0) {
     showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", el("code", { text: EMPTY_HELP }),
       ", or post them to ", el("code", { text: "/items" }), ". Then load this page again."));
+  } else if (config.world) {
+    showNotice("What this model knows", config.world);
   } else {
     hideNotice();
   }
