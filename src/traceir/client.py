@@ -272,8 +272,9 @@ class Client:
             vector = np.frombuffer(base64.b64decode(told["embedding"], validate=True), dtype="<f4").astype(np.float32)
             trace = told["trace"]
             return Encoding(
-                vector, trace["route"], trace["reasoning"], trace["tokens"], trace["emb_probability"], trace["truncated"]
-            )
+                vector, trace["route"], trace["reasoning"], trace["tokens"], trace["emb_probability"], trace["truncated"],
+                trace["cut"],
+            )  # fmt: skip
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise ModelError(f"{self.base_url}/v1/embeddings gives no `trace`; is it `traceir serve`?") from error
 

@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from traceir.batch import Layout
-from traceir.items import Encoding, Route, Vector
+from traceir.items import Encoding, Ended, Road, Route, Vector
 from traceir.model import TraceModel
 from traceir.network import Cache
 from traceir.prompts import TURN_END
@@ -134,7 +134,8 @@ class Decoder:
                 vector = vectors[number].copy()
             else:
                 vector = self._close(wave, number)
-            finished.append((row.number, self._encoding(row, vector, truncated=not read_now)))
+            ended: Ended = None if read_now else "turn" if chosen == turn_end else "budget"
+            finished.append((row.number, self._encoding(row, vector, ended)))
         wave.next_B = chosen_B
         if len(live) < len(wave.rows):
             keep_rows(wave, live)
@@ -148,7 +149,7 @@ class Decoder:
         return list(self.model.processor.plain_ids(self.model.settings.closing)) if self.model.settings.closing else []
 
     def _close(self, wave: Wave, number: int) -> Vector:
-        """The budget is spent: feeds the trained closing text to one row and reads the state that follows it."""
+        """The row stopped short of `<|emb|>`: feeds the trained closing text to one row and reads the state that follows it."""
         cache, mask_BT = _copy_row(wave.cache, number), wave.mask_BT[number : number + 1]
         row, state_BD = wave.rows[number], None
         for offset, token in enumerate(self._closing()):
@@ -159,11 +160,12 @@ class Decoder:
         vector: Vector = _unit(state_BD)[0]
         return vector
 
-    def _encoding(self, row: Row, vector: Vector, *, truncated: bool) -> Encoding:
+    def _encoding(self, row: Row, vector: Vector, ended: Ended) -> Encoding:
+        """`ended`: why it stopped, where it did so before `<|emb|>`."""
         written = [token for token in row.written if token != self.model.processor.emb_id]
-        if not written:
-            return Encoding(vector, "direct", "", 0, row.probability, truncated)
-        return Encoding(vector, "reason", self.model.processor.decode(written), len(written), row.probability, truncated)
+        road: Road = "reason" if written else "direct"
+        text = self.model.processor.decode(written)
+        return Encoding(vector, road, text, len(written), row.probability, ended is not None, ended=ended)
 
     def _emb_probability(self, logits_BV: torch.Tensor) -> torch.Tensor:
         return torch.softmax(logits_BV.float(), dim=-1)[:, self.model.processor.emb_id]

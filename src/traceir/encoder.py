@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,9 @@ class Encoder:
                     waiting = []
             if waiting:
                 write(waiting)
-        return [done[number] for number in range(len(layouts))]
+        return [
+            replace(done[number], cut=layout.cut) if layout.cut else done[number] for number, layout in enumerate(layouts)
+        ]
 
     def decoder(self) -> Decoder:
         """The steps of encoding, for whoever schedules them."""

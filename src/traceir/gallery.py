@@ -72,8 +72,16 @@ def reasoning_steps(reasoning: str) -> list[str]:
 def cost(encoding: Encoding) -> str:
     """What routing saw and what reasoning cost, in words."""
     tokens = f", {encoding.tokens} token{'' if encoding.tokens == 1 else 's'}" if encoding.tokens else ""
-    cut = ", cut off at the budget" if encoding.truncated else ""
-    return f"P(<|emb|>) {encoding.emb_probability:.3f}{tokens}{cut}"
+    stopped = f", {_ENDED[encoding.ended]}" if encoding.truncated else ""
+    cut = f", {encoding.cut} tokens of the text left out" if encoding.cut else ""
+    return f"P(<|emb|>) {encoding.emb_probability:.3f}{tokens}{stopped}{cut}"
+
+
+_ENDED: Final = {
+    "turn": "ended its turn without <|emb|>",
+    "budget": "cut off at the budget before <|emb|>",
+    None: "ended without <|emb|>",
+}
 
 
 def first_right(hits: Sequence[Hit], right: frozenset[str]) -> int | None:

@@ -25,6 +25,8 @@ ImageLike = Picture | Image.Image | bytes | str | os.PathLike[str]
 """What stands for a picture where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
 Modality = Literal["text", "image", "image,text"]
 Route = Literal["auto", "reason", "direct"]
+Road = Literal["reason", "direct"]
+Ended = Literal["turn", "budget"] | None
 MODALITIES: tuple[Modality, ...] = ("text", "image", "image,text")
 ROUTES: tuple[Route, ...] = ("auto", "reason", "direct")
 Vector = npt.NDArray[np.float32]
@@ -136,15 +138,19 @@ class Encoding:
 
     `vector` is float32 of shape [D] and unit length. `route` is the road taken. `reasoning` is the text written before
     `<|emb|>` ("" on the direct road), `tokens` the number of reasoning tokens, `emb_probability` the probability of `<|emb|>`
-    at the first step, `truncated` true where the budget ended before the model wrote `<|emb|>`.
+    at the first step, `truncated` true where the model stopped before it wrote `<|emb|>`, and `ended` why, where that is known:
+    it ended its turn, or its budget of tokens was spent. `cut` is the number of text tokens of the input beyond what the model
+    reads (`max_text_tokens`).
     """
 
     vector: Vector
-    route: Literal["reason", "direct"]
+    route: Road
     reasoning: str
     tokens: int
     emb_probability: float
     truncated: bool
+    cut: int = 0
+    ended: Ended = None
 
 
 @dataclass(frozen=True, slots=True)

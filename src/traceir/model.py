@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -141,8 +143,8 @@ class TraceModel:
             inputs_embeds=embedded_BTD,
             attention_mask=mask,
             position_ids=batch.positions,
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{_cache_name(type(text).forward): cache},
             **deeper,
         )
         states: torch.Tensor = out.last_hidden_state
@@ -155,8 +157,8 @@ class TraceModel:
             inputs_embeds=text.embed_tokens(token_B[:, None]),
             attention_mask=mask_BT,
             position_ids=place_B.view(1, -1, 1).expand(3, -1, 1),
-            past_key_values=cache,
             use_cache=True,
+            **{_cache_name(type(text).forward): cache},
         )
         states: torch.Tensor = out.last_hidden_state[:, -1]
         return states
@@ -469,3 +471,9 @@ def _linear_patches(patch_embed: Any) -> None:
         return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
     patch_embed.forward = forward
+
+
+@lru_cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    """What transformers calls a network's cache: `cache`, which earlier releases do not know, before that `past_key_values`."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

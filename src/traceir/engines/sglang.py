@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -29,7 +29,7 @@ from traceir.batch import Layout, Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
 from traceir.errors import InputError, ModelError
-from traceir.items import ROUTES, Encoding, Item, Query, Route, Vector
+from traceir.items import ROUTES, Encoding, Ended, Item, Query, Road, Route, Vector
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
 from traceir.pictures import Picture
 from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
@@ -163,9 +163,10 @@ class SGLangEncoder:
 
     async def _run(self, asked: Asked) -> Encoding:
         if asked.route != "direct":
-            return await self._write(asked)
+            return replace(await self._write(asked), cut=asked.cut)
         reply = await self._generate(asked, (), 1, probability=asked.probability)
-        return Encoding(_unit(reply.state), "direct", "", 0, reply.emb_probability if asked.probability else 1.0, False)
+        probability = reply.emb_probability if asked.probability else 1.0
+        return Encoding(_unit(reply.state), "direct", "", 0, probability, False, cut=asked.cut)
 
     async def _write(self, asked: Asked) -> Encoding:
         """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
@@ -186,21 +187,21 @@ class SGLangEncoder:
                 written = (next(token for token in reply.others if token != emb),)
                 continue
             if whole[-1] == emb:
-                return self._encoding(whole[:-1], reply.state, probability, truncated=False)
+                return self._encoding(whole[:-1], reply.state, probability, None)
             if not reply.stopped or len(whole) > self.budget or (whole[-1] == turn_end and len(whole) > 1):
                 state = await self._close(asked, whole[:-1]) if self.model.settings.closing else reply.state
-                return self._encoding(whole[:-1], state, probability, truncated=True)
+                return self._encoding(whole[:-1], state, probability, "turn" if whole[-1] == turn_end else "budget")
             written = whole
 
     async def _close(self, asked: Asked, written: tuple[int, ...]) -> Vector:
-        """The budget is spent: the state behind the trained closing text, by a request of its own."""
+        """It stopped short of `<|emb|>`: the state behind the trained closing text, by a request of its own."""
         closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
         return (await self._generate(asked, written + closing, 1, probability=False)).state
 
-    def _encoding(self, written: tuple[int, ...], state: Vector, probability: float, *, truncated: bool) -> Encoding:
-        if not written:
-            return Encoding(_unit(state), "direct", "", 0, probability, truncated)
-        return Encoding(_unit(state), "reason", self.model.processor.decode(written), len(written), probability, truncated)
+    def _encoding(self, written: tuple[int, ...], state: Vector, probability: float, ended: Ended) -> Encoding:
+        road: Road = "reason" if written else "direct"
+        text = self.model.processor.decode(written)
+        return Encoding(_unit(state), road, text, len(written), probability, ended is not None, ended=ended)
 
     async def _generate(self, asked: Asked, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
         body = self._body(asked, written, most, probability)

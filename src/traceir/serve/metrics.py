@@ -25,7 +25,7 @@ class Metrics:
             "traceir_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=self.registry
         )
         self.routes = Counter("traceir_encoded", "Inputs encoded, by road.", ["role", "route"], registry=self.registry)
-        self.truncated = Counter("traceir_truncated", "Queries whose budget of tokens was spent.", registry=self.registry)
+        self.truncated = Counter("traceir_truncated", "Queries that ended without <|emb|>.", registry=self.registry)
         self.tokens = Histogram(
             "traceir_reasoning_tokens", "Tokens written for a query that reasons.", buckets=TOKENS, registry=self.registry
         )
