@@ -23,7 +23,7 @@ from traceir.encoder import Encoder
 from traceir.index import Index, filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
-from traceir.ingest import FILE_FIELD, add
+from traceir.ingest import add
 from traceir.items import Item
 from traceir.pictures import Picture
 from traceir.serve import bodies, intake, schemas, values

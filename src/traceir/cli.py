@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from traceir.ingest import AddReport
     from traceir.items import Hit, Query
     from traceir.search import SearchResult
+    from traceir.sources import Failure, Note
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,11 +113,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _index_add(args: argparse.Namespace) -> int:
     from traceir.index import open_index
-    from traceir.ingest import add
+    from traceir.ingest import add, nothing_below
 
-    for path in args.paths:
-        if not Path(path).exists():
-            raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
+    if nothing := nothing_below(args.paths):
+        _tell_failures(nothing)
+        raise InputError("nothing was added: none of what is named can be read; see above")
     check_model_options(args)
     if args.workers is None:
         encoder = open_encoder(args)
@@ -130,9 +131,24 @@ def _index_add(args: argparse.Namespace) -> int:
         f"added {report.added}, updated {report.updated}, skipped {report.skipped} already there, "
         f"failed {len(report.failed)}; {info.count} items in {info.uri}"
     )
-    for failure in report.failed:
-        print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
+    _tell_notes(report.notes)
+    _tell_failures(report.failed)
     return PARTLY if report.failed else 0
+
+
+def _tell_failures(failures: Sequence[Failure]) -> None:
+    for failure in failures:
+        print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
+
+
+def _tell_notes(notes: Sequence[Note]) -> None:
+    """Notes that say the same in one line, with their number and the first of them."""
+    places: dict[str, list[str]] = {}
+    for note in notes:
+        places.setdefault(note.what, []).append(note.place)
+    for what, own in places.items():
+        where = own[0] if len(own) == 1 else f"{own[0]} and {len(own) - 1} more"
+        print(one_line(f"note: {where}: {what}"), file=sys.stderr)
 
 
 def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:

@@ -23,7 +23,7 @@ import numpy as np
 from traceir.connection import Answer, Connection
 from traceir.errors import InputError, ModelError
 from traceir.index.store import check_ids, check_items
-from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route
+from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 from traceir.pictures import Picture
 
 CHUNK: Final = 64
@@ -82,7 +82,7 @@ class Kept:
     modality: Modality
     text: str | None
     image: str | None
-    fields: Mapping[str, str | int | float | bool | None]
+    fields: Mapping[str, Value]
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,9 +128,10 @@ class Encoder:
                     waiting = []
             if waiting:
                 write(waiting)
-        return [
-            replace(done[number], cut=layout.cut) if layout.cut else done[number] for number, layout in enumerate(layouts)
-        ]
+        for number, layout in enumerate(layouts):
+            if layout.cut:
+                done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.processor.max_text_tokens)
+        return [done[number] for number in range(len(layouts))]
 
     def decoder(self) -> Decoder:
         """The steps of encoding, for whoever schedules them."""

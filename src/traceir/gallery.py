@@ -73,8 +73,7 @@ def cost(encoding: Encoding) -> str:
     """What routing saw and what reasoning cost, in words."""
     tokens = f", {encoding.tokens} token{'' if encoding.tokens == 1 else 's'}" if encoding.tokens else ""
     stopped = f", {_ENDED[encoding.ended]}" if encoding.truncated else ""
-    cut = f", {encoding.cut} tokens of the text left out" if encoding.cut else ""
-    return f"P(<|emb|>) {encoding.emb_probability:.3f}{tokens}{stopped}{cut}"
+    return f"P(<|emb|>) {encoding.emb_probability:.3f}{tokens}{stopped}"
 
 
 _ENDED: Final = {

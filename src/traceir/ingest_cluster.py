@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,20 +23,11 @@ from tqdm import tqdm
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
 from traceir.index.store import Index, Stored, Vectors, check_maker, image_of
-from traceir.ingest import (
-    AddReport,
-    Counts,
-    Failure,
-    Source,
-    check_sources,
-    encode_fresh,
-    find_batches,
-    sort_out,
-    write,
-)
+from traceir.ingest import AddReport, Counts, Encoded, check_paths, count_sources, encode_fresh, sort_out, write
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
+from traceir.sources import Failure, Note, Source, find_batches
 
 log = logging.getLogger(__name__)
 MakeEncoder = Callable[[], EncoderLike]
@@ -75,21 +66,25 @@ def add_on_ray(
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; give at least 1")
-    total = check_sources(paths, batch)
+    check_paths(paths, batch)
+    total = count_sources(paths) if progress else None
     info = index.info()
     counts = Counts()
-    failed: list[tuple[int, Failure]] = []
+    told_of: list[tuple[int, Failure | Note]] = []
     with on_ray(workers, share), tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
         told = (make_encoder, info.uri, Described(info.fingerprint, info.prompt_version, info.dim), _count_starts())
         for window in _windows(paths, index, batch):
-            failed += window.failed
-            bar.update(len(window.failed))
+            told_of += window.told
+            counts += Counts(skipped=window.again)
+            bar.update(sum(isinstance(one, Failure) for _, one in window.told) + window.again)
             for answer in _answers(window, told, workers, share):
                 counts += write(index, answer.encoded, answer.moved) + Counts(skipped=answer.skipped)
-                failed += [(answer.number, failure) for failure in answer.failed]
+                told_of += [(answer.number, one) for one in answer.told]
                 bar.update(answer.size)
-    failed.sort(key=lambda numbered: numbered[0])
-    return AddReport(counts.added, counts.updated, counts.skipped, tuple(failure for _, failure in failed))
+    told_of.sort(key=lambda numbered: numbered[0])
+    failed = tuple(one for _, one in told_of if isinstance(one, Failure))
+    notes = tuple(one for _, one in told_of if isinstance(one, Note))
+    return AddReport(counts.added, counts.updated, counts.skipped, failed, notes)
 
 
 def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
@@ -106,12 +101,13 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
     return maker
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Window:
-    """Numbered batches as JSON, and what could not even be sent."""
+    """Numbered batches as JSON, what was told on the way to them, and how many sources were merely named again."""
 
-    rows: list[dict[str, Any]]
-    failed: list[tuple[int, Failure]]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    told: list[tuple[int, Failure | Note]] = field(default_factory=list)
+    again: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,21 +119,23 @@ class _Answer:
     skipped: int
     encoded: list[tuple[Item, Vector]]
     moved: list[Item]
-    failed: list[Failure]
+    told: list[Failure | Note]
 
 
 def _windows(paths: Sequence[str | os.PathLike[str]], index: Index, batch: int) -> Iterator[_Window]:
     """All sources in their order; a window bounds what this process and Ray's object store hold of them."""
-    window, characters = _Window([], []), 0
-    for number, (sources, failures) in enumerate(find_batches(paths, batch)):
-        window.failed.extend((number, failure) for failure in failures)
-        if sources:
-            known = index.get([source.id for source in sources])
-            window.rows.append({"number": number, "batch": _packed(sources, known)})
+    window, characters = _Window(), 0
+    for number, found in enumerate(find_batches(paths, batch)):
+        window.told += [(number, failure) for failure in found.failed]
+        window.told += [(number, note) for note in found.notes]
+        window.again += found.again
+        if found.sources:
+            known = index.get([source.id for source in found.sources])
+            window.rows.append({"number": number, "batch": _packed(found.sources, known)})
             characters += len(window.rows[-1]["batch"])
         if len(window.rows) == WINDOW_BATCHES or characters > WINDOW_CHARACTERS:
             yield window
-            window, characters = _Window([], []), 0
+            window, characters = _Window(), 0
     yield window
 
 
@@ -191,15 +189,16 @@ class ItemWorker:
 
     def _take(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> tuple[dict[str, Any], Vectors]:
         sorted_out = sort_out(sources, known)
-        encoded, refused = encode_fresh(self._encoder(), sorted_out.fresh) if sorted_out.fresh else ([], [])
+        done = encode_fresh(self._encoder(), sorted_out.fresh, known) if sorted_out.fresh else Encoded()
         answer = {
             "size": len(sources),
-            "skipped": sorted_out.skipped,
-            "encoded": [asdict(_stored(item)) for item, _ in encoded],
+            "skipped": sorted_out.skipped + done.skipped,
+            "encoded": [asdict(_stored(item)) for item, _ in done.pairs],
             "moved": [asdict(_stored(item)) for item in sorted_out.moved],
-            "failed": [asdict(failure) for failure in (*sorted_out.failed, *refused)],
+            "failed": [asdict(failure) for failure in (*sorted_out.failed, *done.failed)],
+            "notes": [asdict(note) for note in (*sorted_out.notes, *done.notes)],
         }
-        rows = [vector for _, vector in encoded]
+        rows = [vector for _, vector in done.pairs]
         return answer, np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
 
     def _check_starts(self, number: int, sources: Sequence[Source]) -> None:
@@ -266,7 +265,7 @@ def _unpacked_answer(row: Mapping[str, Any]) -> _Answer:
         skipped=told["skipped"],
         encoded=list(zip(items["encoded"], vectors_ND, strict=True)),
         moved=items["moved"],
-        failed=[Failure(**failure) for failure in told["failed"]],
+        told=[*(Failure(**failure) for failure in told["failed"]), *(Note(**note) for note in told["notes"])],
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,9 @@ Ended = Literal["turn", "budget"] | None
 MODALITIES: tuple[Modality, ...] = ("text", "image", "image,text")
 ROUTES: tuple[Route, ...] = ("auto", "reason", "direct")
 Vector = npt.NDArray[np.float32]
+Scalar = str | int | float | bool | None
+Value = Scalar | Sequence[Scalar]
+"""What a field may hold: one value, or a list of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Item(Content):
     """One thing that can be found: parts in reading order, an id, and free fields kept beside it in an index."""
 
     id: str | None = None
-    fields: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
+    fields: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.check_parts()
@@ -84,7 +87,7 @@ class Item(Content):
         text: str | None = None,
         image: ImageLike | None = None,
         id: str | None = None,
-        fields: Mapping[str, str | int | float | bool | None] | None = None,
+        fields: Mapping[str, Value] | None = None,
     ) -> Item:
         """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`).
 
@@ -139,8 +142,8 @@ class Encoding:
     `vector` is float32 of shape [D] and unit length. `route` is the road taken. `reasoning` is the text written before
     `<|emb|>` ("" on the direct road), `tokens` the number of reasoning tokens, `emb_probability` the probability of `<|emb|>`
     at the first step, `truncated` true where the model stopped before it wrote `<|emb|>`, and `ended` why, where that is known:
-    it ended its turn, or its budget of tokens was spent. `cut` is the number of text tokens of the input beyond what the model
-    reads (`max_text_tokens`).
+    it ended its turn, or its budget of tokens was spent. `cut` is the number of text tokens of the input that were left out
+    because the model reads no more than `text_limit` (None: not told).
     """
 
     vector: Vector
@@ -151,6 +154,7 @@ class Encoding:
     truncated: bool
     cut: int = 0
     ended: Ended = None
+    text_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +167,7 @@ class Hit:
     modality: Modality
     text: str | None
     image: str | None
-    fields: Mapping[str, str | int | float | bool | None]
+    fields: Mapping[str, Value]
 
 
 def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from traceir.errors import InputError, ModelError, StoreError
 from traceir.index.filters import Filter
 from traceir.index.store import Index, Maker
 from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
+
+log = logging.getLogger(__name__)
 
 
 class EncoderLike(Maker, Protocol):
@@ -92,6 +95,9 @@ class Searcher:
         encodings = self.encoder.encode_queries(queries, route=route)
         if len(encodings) != len(queries):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
+        if cut := [row for row, encoding in enumerate(encodings) if encoding.cut]:
+            first = queries[cut[0]]
+            log.warning("query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[cut[0]]), len(cut), len(queries))
         encoded = time.perf_counter()
         hits: list[tuple[Hit, ...]] = [()] * len(queries)
         for target, rows in _rows_by_target(queries).items():
@@ -102,6 +108,12 @@ class Searcher:
         searched = time.perf_counter()
         seconds = Seconds((encoded - start) / len(queries), (searched - encoded) / len(queries))
         return [SearchResult(own, encoding, seconds) for own, encoding in zip(hits, encodings, strict=True)]
+
+
+def text_cut(encoding: Encoding) -> str:
+    """What is told of an input whose text was too long."""
+    limit = "" if encoding.text_limit is None else f" {encoding.text_limit}"
+    return f"its text is longer than the{limit} tokens that the model reads; what is beyond was cut off"
 
 
 def _rows_by_target(queries: Sequence[Query]) -> dict[Modality | None, list[int]]:

@@ -163,10 +163,14 @@ class SGLangEncoder:
 
     async def _run(self, asked: Asked) -> Encoding:
         if asked.route != "direct":
-            return replace(await self._write(asked), cut=asked.cut)
+            return self._told(await self._write(asked), asked)
         reply = await self._generate(asked, (), 1, probability=asked.probability)
         probability = reply.emb_probability if asked.probability else 1.0
-        return Encoding(_unit(reply.state), "direct", "", 0, probability, False, cut=asked.cut)
+        return self._told(Encoding(_unit(reply.state), "direct", "", 0, probability, False), asked)
+
+    def _told(self, encoding: Encoding, asked: Asked) -> Encoding:
+        limit = self.model.settings.max_text_tokens
+        return replace(encoding, cut=asked.cut, text_limit=limit) if asked.cut else encoding
 
     async def _write(self, asked: Asked) -> Encoding:
         """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.

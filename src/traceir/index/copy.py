@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from traceir.errors import InputError, StoreError
+from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_maker
 from traceir.items import Item
 from traceir.pictures import Picture
@@ -69,8 +70,7 @@ def _pages(source: Index, size: int) -> Iterator[Sequence[Stored]]:
 def _is_same(one: Stored, other: Stored | None) -> bool:
     if other is None or one.content_hash != other.content_hash or one.modality != other.modality:
         return False
-    kinds = [[(name, type(value), value) for name, value in sorted(stored.fields.items())] for stored in (one, other)]
-    return (one.text, one.image) == (other.text, other.image) and kinds[0] == kinds[1]
+    return (one.text, one.image) == (other.text, other.image) and same_fields(one.fields, other.fields)
 
 
 def _vector(stored: Stored) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -1,7 +1,8 @@
 """Filters over what an index keeps beside a vector: a small tree that each adapter compiles to its own language.
 
 A name is a field of the item, or `id` or `modality`. Strings, numbers and booleans are different kinds and never equal:
-`Eq("n", 1)` matches 1 and 1.0, but neither "1" nor True. A missing field is None.
+`Eq("n", 1)` matches 1 and 1.0, but neither "1" nor True. A missing field is None. Of a field that is a list, Eq and In match
+where one of its values does, Range never does; a list without values is None.
 
 How large a filter may be is the same for every adapter and checked when it is built: MAX_IN_VALUES in one `In`; in all
 MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text. SQLite and Milvus both take what is within.
@@ -10,22 +11,26 @@ MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text. SQLite and
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from traceir.errors import InputError
+from traceir.items import Scalar as Scalar
+from traceir.items import Value as Value
 
-Scalar = str | int | float | bool | None
 Kind = Literal["text", "number", "boolean", "none"]
 OWN_NAMES: Final = ("id", "modality")
 MAX_IN_VALUES: Final = 10_000
 MAX_CONDITIONS: Final = 256
 MAX_VALUES: Final = 30_000  # SQLite is built for 32,766 variables, and a condition needs up to 7 beside its values
 MAX_TEXT_BYTES: Final = 4 * 2**20
+MAX_LIST_VALUES: Final = 1_000
 MAX_NAME_BYTES: Final = 128
 _INT64: Final = 2**63
+_REMEDY: Final = "use text, a finite number, a 64-bit integer, true, false or null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +120,27 @@ def kind_of(value: Scalar) -> Kind:
     return "text" if isinstance(value, str) else "number"
 
 
-def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Scalar]) -> bool:
+def values_of(value: Value) -> list[Scalar]:
+    """The values of a field that is a list, without None and those equal to earlier ones."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return [] if value is None else [value]
+    return list({(kind_of(one), one): one for one in value if one is not None}.values())
+
+
+def is_list(value: Value) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Value]) -> bool:
     """What a filter means, in plain Python; adapters must agree with it."""
     if isinstance(where, And):
         return all(matches(part, id, modality, fields) for part in where.parts)
     own = {"id": id, "modality": modality}
-    found = own[where.name] if where.name in own else fields.get(where.name)
-    if isinstance(where, Eq):
-        return _equal(found, where.value)
-    if isinstance(where, In):
-        return where.has(found)
-    return _within(found, where.low, where.high)
+    kept = own[where.name] if where.name in own else fields.get(where.name)
+    found: list[Scalar] = values_of(kept) or [None]
+    if isinstance(where, Range):
+        return not is_list(kept) and _within(found[0], where.low, where.high)
+    return any(where.has(one) if isinstance(where, In) else _equal(one, where.value) for one in found)
 
 
 def key_of_filter(where: Filter) -> bytes:
@@ -153,14 +168,25 @@ def check_name(name: str) -> None:
         raise InputError(f"field name {name[:80]!r} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
 
 
-def check_value(name: str, value: Scalar) -> None:
+def check_field(name: str, value: Value) -> None:
+    """Raise InputError where a name or a value of a field cannot be kept."""
+    check_name(name)
+    values: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
+    if len(values) > MAX_LIST_VALUES:
+        raise InputError(f"field {name!r} is a list of {len(values)} values; give at most {MAX_LIST_VALUES}")
+    for one in values:
+        check_value(name, one, remedy="use text, a finite number, a 64-bit integer, true, false, null, or a list of these")
+
+
+def same_fields(one: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
+    """Whether fields are equal, also in the kinds of their values: 1, 1.0 and true differ."""
+    return json.dumps(dict(one), sort_keys=True) == json.dumps(dict(other), sort_keys=True)
+
+
+def check_value(name: str, value: Scalar, *, remedy: str = _REMEDY) -> None:
     """Raise InputError where a value is no text, finite number, 64-bit integer, boolean or None."""
-    if is_value(value):
-        return
-    raise InputError(
-        f"field {name!r} has the value {shown(value)} ({type(value).__name__}); "
-        "use text, a finite number, a 64-bit integer, true, false or null"
-    )
+    if not is_value(value):
+        raise InputError(f"field {name!r} has the value {shown(value)} ({type(value).__name__}); {remedy}")
 
 
 def is_value(value: object) -> bool:

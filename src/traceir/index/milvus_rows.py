@@ -2,7 +2,8 @@
 
 No text of a user ever enters an expression: ids and values are written as hex digits, which need no quoting and sort as what
 they stand for does. A field `year` of 2020 is kept for display in the JSON text `fields`, and for filters as the dynamic field
-`n_year` (`t_` texts, `n_` numbers, `b_` booleans); a name that is no plain word is spelt in hex after a capital (`T_`).
+`n_year` (`t_` texts, `n_` numbers, `b_` booleans); a name that is no plain word is spelt in hex after a capital (`T_`). The
+values of a list are arrays under the letter doubled (`tt_`, `TT_`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.index import store
-from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, kind_of, not_a_filter, shown
+from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, Value, is_list, kind_of, not_a_filter, shown, values_of
 from traceir.index.store import MAX_ID_BYTES, DamageError, Stored, image_of
 from traceir.items import MODALITIES, Item, Vector
 
@@ -63,14 +64,21 @@ def graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in KEPT}
 
 
-def filter_columns(fields: Mapping[str, Scalar]) -> dict[str, str]:
+def filter_columns(fields: Mapping[str, Value]) -> dict[str, str | list[str]]:
     """The dynamic fields by which an item is filtered; None has none, as a missing field has none."""
-    return {column_of(name, value): sortable(value) for name, value in fields.items() if value is not None}
+    columns: dict[str, str | list[str]] = {}
+    for name, value in fields.items():
+        for one in values_of(value):
+            if is_list(value):
+                columns.setdefault(list_column_of(name, one), []).append(sortable(one))  # type: ignore[union-attr]
+            else:
+                columns[column_of(name, one)] = sortable(one)
+    return columns
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:
     """About what a row takes in a request."""
-    values = (value.nbytes if isinstance(value, np.ndarray) else len(value.encode()) for value in row.values())
+    values = (value.nbytes if isinstance(value, np.ndarray) else len(str(value).encode()) for value in row.values())
     return sum(values) + sum(len(name) + 16 for name in row)
 
 
@@ -122,6 +130,12 @@ def column_of(name: str, value: Scalar) -> str:
     return f"{letter}_{name}" if _PLAIN.fullmatch(name) else f"{letter.upper()}_{name.encode().hex()}"
 
 
+def list_column_of(name: str, value: Scalar) -> str:
+    """The dynamic field that holds the values of this kind of the list under this name."""
+    column = column_of(name, value)
+    return column[0] + column
+
+
 def sortable(value: Scalar) -> str:
     """A value as text whose order, code point by code point, is that of the values of its kind; equal values, equal texts."""
     if isinstance(value, bool):
@@ -144,14 +158,17 @@ def _compile_in(name: str, values: Sequence[Scalar]) -> str:
         return keys_in([key_of(value) for value in values if isinstance(value, str)])
     if name == "modality":
         return _one_of("modality", [value for value in MODALITIES if value in values])
-    by_column: dict[str, list[str]] = {}
+    by_column: dict[tuple[str, str], list[str]] = {}
     for value in values:
         if value is not None:
-            by_column.setdefault(column_of(name, value), []).append(sortable(value))
-    conditions = [_one_of(column, wanted) for column, wanted in by_column.items()]
+            by_column.setdefault((column_of(name, value), list_column_of(name, value)), []).append(sortable(value))
+    conditions = []
+    for (column, list_column), wanted in by_column.items():
+        conditions += [_one_of(column, wanted), f"json_contains_any({list_column}, [{_quoted(wanted)}])"]
     if any(value is None for value in values):
         kinds: tuple[Scalar, ...] = ("", 0, False)
-        conditions.append(" and ".join(f"(not exists {column_of(name, kind)})" for kind in kinds))
+        columns = [column(name, kind) for kind in kinds for column in (column_of, list_column_of)]
+        conditions.append(" and ".join(f"(not exists {column})" for column in columns))
     return " or ".join(f"({condition})" for condition in conditions) or NOTHING
 
 

@@ -15,7 +15,21 @@ from typing import Final
 import numpy as np
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import And, Eq, Filter, In, Kind, Range, Scalar, kind_of, not_a_filter, shown
+from traceir.index.filters import (
+    OWN_NAMES,
+    And,
+    Eq,
+    Filter,
+    In,
+    Kind,
+    Range,
+    Scalar,
+    is_list,
+    kind_of,
+    not_a_filter,
+    shown,
+    values_of,
+)
 from traceir.index.matrix import Rows
 from traceir.index.store import MAX_DIM, DamageError, image_of, size_of
 from traceir.items import Item
@@ -166,7 +180,10 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
     if isinstance(where, Range):
         bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
         test = " AND ".join(f"value {sign} ?" for sign, _ in bounds)
-        return _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds], row_by_row)
+        condition, given = _compile_test(where.name, kind_of(bounds[0][1]), test, [bound for _, bound in bounds], row_by_row)
+        if where.name in OWN_NAMES:
+            return condition, given
+        return f"{condition} AND NOT {_has_field('name = ? AND kind = ?', row_by_row)}", [*given, where.name, "list"]
     raise not_a_filter(where)
 
 
@@ -176,10 +193,14 @@ def row_of(item: Item) -> tuple[str | None, str, str | None, str | None, str, st
 
 
 def field_rows(items: Sequence[Item], first: int) -> Iterator[tuple[int, str, str, Scalar]]:
+    """One row for a value, one for each value of a list; of a list one more, of the kind `list`, says how many there are."""
     for n, item in enumerate(items, start=first):
         for name, value in item.fields.items():
-            if value is not None:
-                yield n, name, kind_of(value), value
+            found = values_of(value)
+            for one in found:
+                yield n, name, kind_of(one), one
+            if found and is_list(value):
+                yield n, name, "list", len(found)
 
 
 def explain_error(error: Exception, path: Path, timeout: float) -> StoreError:

@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import OWN_NAMES, Filter, check_name, check_value, shown
-from traceir.items import MODALITIES, Hit, Item, Modality, Vector
+from traceir.index.filters import OWN_NAMES, Filter, check_field, shown
+from traceir.items import MODALITIES, Hit, Item, Modality, Value, Vector
 
 MAX_ID_BYTES: Final = 1024
 MAX_DIM: Final = 65_536
@@ -40,7 +40,7 @@ class Stored:
     modality: Modality
     text: str | None
     image: str | None
-    fields: Mapping[str, str | int | float | bool | None]
+    fields: Mapping[str, Value]
     content_hash: str
     vector: Vector | None = None
 
@@ -160,7 +160,7 @@ def stored_of(
         read = json.loads(fields)
         for field, value in read.items():
             if value.__class__ is not str or not value.isascii():  # most texts need no second look
-                check_value(field, value)
+                check_field(field, value)
         if modality not in MODALITIES:
             raise ValueError(f"modality {shown(modality)}")
         if not (isinstance(text, _TEXT) and isinstance(image, _TEXT) and isinstance(content_hash, str)):
@@ -217,8 +217,7 @@ def check_items(items: Sequence[Item]) -> None:
         for name, value in item.fields.items():
             if name in OWN_NAMES:
                 raise InputError(f"item {id!r} has a field called {name!r}, which an index keeps itself; rename it")
-            check_name(name)
-            check_value(name, value)
+            check_field(name, value)
 
 
 def check_text(id: str, text: str) -> None:

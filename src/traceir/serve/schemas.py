@@ -17,6 +17,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
+from traceir.index.filters import MAX_LIST_VALUES
 from traceir.items import Modality, Route
 from traceir.serve.jobs import Served
 from traceir.serve.values import WHOLE, End, Id, Lenient, Scalar, Strict, Text, Value, one_of, tag_of
@@ -25,7 +26,7 @@ MAX_INPUTS = 256
 MAX_PARTS = 32
 MAX_FIELDS = 32
 MAX_ITEM_FIELDS = 256
-MAX_LIST = 1_000
+MAX_LIST = MAX_LIST_VALUES
 MAX_VALUES = 10_000
 MAX_K = 1_000
 MAX_OFFSET = 10_000

@@ -391,14 +391,14 @@ def filter_of(where: Where | None) -> Filter | None:
 def hit_out(hit: Hit) -> HitOut:
     return HitOut(
         id=hit.id, score=hit.score, rank=hit.rank, modality=hit.modality, text=hit.text,
-        image=picture_path(hit.id, hit.image), fields=dict(hit.fields),
+        image=picture_path(hit.id, hit.image), fields=dict[str, Any](hit.fields),
     )  # fmt: skip
 
 
 def item_out(stored: Stored) -> ItemOut:
     return ItemOut(
         id=stored.id, modality=stored.modality, text=stored.text, image=picture_path(stored.id, stored.image),
-        fields=dict(stored.fields),
+        fields=dict[str, Any](stored.fields),
     )  # fmt: skip
 
 

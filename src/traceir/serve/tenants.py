@@ -17,7 +17,7 @@ from typing import Final, Self, TypeVar
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
-from traceir.ingest import FILE_FIELD
+from traceir.sources import FILE_FIELD
 from traceir.items import MODALITIES, Hit, Item, Modality
 
 FIELD: Final = "_tenant"

@@ -1,0 +1,361 @@
+"""What is found below paths: folders, pictures, text files, JSON lines, and the candidate pools of M-BEIR.
+
+Ids are stable from run to run: a file's is its path below the folder given (its name, where the file itself was given),
+a line's is its `id` or `did`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final, Literal
+
+from traceir.errors import InputError, PictureError
+from traceir.index.filters import OWN_NAMES, check_field
+from traceir.index.store import check_id, check_text
+from traceir.items import Item
+from traceir.pictures import SUFFIXES as PICTURE_SUFFIXES
+from traceir.pictures import Picture
+
+TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
+LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
+MAX_TEXT_BYTES: Final = 4 * 1024 * 1024
+"""Of a text file, and of a line."""
+TEXT_NAMES: Final = ("caption", "title", "description", "name", "content")
+"""Where the text of a line is sought, in this order, that has neither `text` nor `image`."""
+FILE_FIELD: Final = "_file"
+"""The field that holds the path of an item's file, for `add` alone: no line may set it, no server shows or filters by it."""
+_REMEDIES: Final = (
+    ("convert pictures to JPEG or PNG", ".heic .heif .avif .jxl .jp2 .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raw"),
+    ("save single frames of videos as pictures", ".mp4 .mov .avi .mkv .webm .m4v .wmv .3gp"),
+    ("save documents as .txt, or their pages as pictures", ".pdf .doc .docx .odt .rtf .epub .ppt .pptx .htm .html .rst .tex"),
+    ("write tables as .jsonl, one {id, text, image} a line", ".json .csv .tsv .xls .xlsx .ods .parquet .xml .yaml .yml"),
+    ("give .jsonl files by name", ".jsonl .ndjson"),
+)
+_OTHER_ENCODINGS: Final = {
+    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+
+Kind = Literal["picture", "text", "line"]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that could not be added: where (path or file:line) and why."""
+
+    place: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that was not taken as it stands: where, and what was done instead."""
+
+    place: str
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One item to be: what it is made from is read only when `make_item` is called."""
+
+    id: str
+    place: str
+    kind: Kind
+    path: Path
+    record: Mapping[str, Any] | None = None
+
+    def make_item(self) -> tuple[Item, tuple[Note, ...]]:
+        """The item and what is to be told of it. Raises InputError (PictureError, for a picture's path) naming what is wrong."""
+        if self.record is not None:
+            return _item_of_record(self, self.record, _picture_of(self, self.record))
+        path = self.path.resolve()
+        fields = {FILE_FIELD: str(path)}
+        if self.kind == "picture":
+            return Item.of(image=Picture.open(path), id=self.id, fields=fields), ()
+        return Item.of(text=_read_text(self.path), id=self.id, fields=fields), ()
+
+    def without_picture(self, error: PictureError) -> tuple[Item, tuple[Note, ...]]:
+        """The item by its text alone, because of this error; raises it where there is no text, or the line states a modality."""
+        text = None if self.record is None else self.record.get("text")
+        if self.record is None or not isinstance(text, str) or not text.strip() or self.record.get("modality") is not None:
+            raise error
+        item, notes = _item_of_record(self, self.record, None)
+        return item, (*notes, Note(self.place, f"kept with its text alone: {error}"))
+
+
+@dataclass(slots=True)
+class Batch:
+    """Sources whose ids differ from all before them, what was met on the way to them, and how many were merely named again."""
+
+    sources: list[Source] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    again: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.sources) + len(self.failed) + self.again
+
+
+def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | Failure | Note]:
+    """Everything below the paths in a fixed order; bad lines, names and files are Failures, a missing path an InputError."""
+    for path in map(Path, paths):
+        check_path(path)
+        if path.is_dir():
+            yield from _walk_folder(path)
+        elif path.suffix.lower() in LINES_SUFFIXES:
+            yield from _read_lines(path)
+        elif (kind := _kind_of(path) or ("picture" if _is_picture(path) else None)) is not None:
+            yield _source_of_file(path, path.name, kind)
+        else:
+            yield Failure(str(path), f"it is neither a picture nor a text; {_remedy([path.suffix.lower()])}")
+
+
+def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[Batch]:
+    """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
+    places: dict[str, str] = {}
+    batch = Batch()
+    for found in find_sources(paths):
+        if isinstance(found, Failure):
+            batch.failed.append(found)
+        elif isinstance(found, Note):
+            batch.notes.append(found)
+        elif found.id not in places:
+            places[found.id] = found.place
+            batch.sources.append(found)
+        elif os.path.realpath(found.place) == os.path.realpath(places[found.id]):
+            batch.again += 1
+        else:
+            batch.failed.append(_given_twice(found, places[found.id]))
+        if len(batch.sources) == size:
+            yield batch
+            batch = Batch()
+    yield batch
+
+
+def check_path(path: Path) -> None:
+    """Raise InputError for a path that is not there."""
+    if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists never an error where rights are missing
+        raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
+
+
+def _given_twice(source: Source, first: str) -> Failure:
+    remedy = "give it another id" if source.kind == "line" else "rename it, or add the parent folder of both"
+    return Failure(source.place, f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}")
+
+
+def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
+    """Pictures and texts below a folder in order of name, hidden ones left out; links to folders are not followed."""
+    is_empty = True
+    other: Counter[str] = Counter()
+    hidden = links = 0
+    unreadable: list[OSError] = []
+    for folder, folders, names in os.walk(root, onerror=unreadable.append):
+        hidden += sum(name.startswith(".") for name in (*folders, *names))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # noqa: PTH114, PTH118
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(folder) / name
+            kind = _kind_of(path)
+            if kind is None:
+                other[path.suffix.lower()] += 1
+            else:
+                is_empty = False
+                yield _source_of_file(path, path.relative_to(root).as_posix(), kind)
+    for error in unreadable:
+        yield Failure(str(error.filename), f"the folder cannot be read: {error.strerror}; check its rights")
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: -one[1])]
+    if links:
+        counts.append(f"{links} linked folder{'s' if links > 1 else ''}")
+    if is_empty and not unreadable:
+        if hidden:
+            counts.append(f"{hidden} hidden")
+        yield Failure(str(root), f"nothing in it is read ({', '.join(counts) or 'it is empty'}); {_remedy(other)}")
+    elif counts:
+        yield Note(str(root), f"left out: {', '.join(counts)}; {_remedy(other)}")
+
+
+def _remedy(suffixes: Iterable[str]) -> str:
+    """What is read, and what to do with files of these suffixes."""
+    read = ", ".join(sorted(PICTURE_SUFFIXES | TEXT_SUFFIXES))
+    found = set(suffixes)
+    return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if found & set(own.split()))])
+
+
+def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
+    try:
+        return Source(check_id(id), str(path), kind, path)
+    except InputError as error:
+        return Failure(repr(str(path)), str(error))
+
+
+def _kind_of(path: Path) -> Kind | None:
+    suffix = path.suffix.lower()
+    return "picture" if suffix in PICTURE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file that was given by name is a picture, whatever its suffix says."""
+    try:
+        Picture.open(path).encoded()
+    except PictureError:
+        return False
+    return True
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if not path.is_file():
+            raise InputError(f"{path} is not a regular file; give a text file")
+        with path.open("rb") as file:
+            data = file.read(MAX_TEXT_BYTES + 1)
+        if len(data) > MAX_TEXT_BYTES:
+            raise InputError(f"{path} is longer than {MAX_TEXT_BYTES} bytes; split it")
+        if encoding := _other_encoding(data):
+            raise InputError(f"{path} is {encoding}, not UTF-8; convert it, for instance by `iconv -f {encoding} -t UTF-8`")
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    if not text.strip():
+        raise InputError(f"{path} holds no text; fill or remove it")
+    return text
+
+
+def _other_encoding(data: bytes) -> str | None:
+    return next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+
+
+def _read_lines(path: Path) -> Iterator[Source | Failure]:
+    roots = _Roots(path.parent)
+    is_empty = True
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(_lines_of(file), start=1):
+                text = line.strip()
+                if is_empty and text and (why := _not_lines(line)):
+                    yield Failure(str(path), why)
+                    return
+                if text:
+                    is_empty = False
+                    yield _source_of_line(path, number, line, roots)
+    except OSError as error:
+        yield Failure(str(path), f"it cannot be read: {error.strerror}; check its rights")
+        return
+    if is_empty:
+        yield Failure(str(path), "it holds no lines; write one {id, text, image} a line")
+
+
+def _lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """Lines, each read up to a little more than MAX_TEXT_BYTES; what is beyond is passed over."""
+    while line := file.readline(MAX_TEXT_BYTES + 1):
+        rest = line
+        while not rest.endswith(b"\n") and (rest := file.readline(MAX_TEXT_BYTES)):
+            pass
+        yield line
+
+
+def _not_lines(first: bytes) -> str | None:
+    """Why a file with this first line holds no JSON lines at all."""
+    if encoding := _other_encoding(first):
+        return f"it is {encoding}, not UTF-8; convert it, for instance by `iconv -f {encoding} -t UTF-8`"
+    if first.strip().removeprefix(codecs.BOM_UTF8) in (b"[", b"{"):
+        return "it is one JSON text over many lines; write one object a line, for instance by `jq -c '.[]'`"
+    return None
+
+
+def _source_of_line(path: Path, number: int, line: bytes, roots: _Roots) -> Source | Failure:
+    place = f"{path}:{number}"
+    try:
+        if len(line) > MAX_TEXT_BYTES:
+            raise InputError(f"the line is longer than {MAX_TEXT_BYTES} bytes; split its text")
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        if not isinstance(record, dict):
+            kind = "a JSON array" if isinstance(record, list) else "not a JSON object"
+            raise InputError(f"the line is {kind}; write one object {{...}} a line")
+        if "did" in record:
+            record = _plain_record(record, roots)
+        id = record.get("id")
+        id = str(id) if isinstance(id, int) and not isinstance(id, bool) else id
+        return Source(check_id(id), place, "line", path, record)
+    except UnicodeDecodeError as error:
+        return Failure(place, f"the line is not UTF-8 (byte {error.start}); convert the file")
+    except json.JSONDecodeError as error:
+        return Failure(place, f"the line is not JSON: {error.msg} at column {error.colno}; repair it")
+    except RecursionError:
+        return Failure(place, "the line is nested too deeply; write a flat JSON object")
+    except InputError as error:
+        return Failure(place, str(error))
+    except ValueError as error:  # an integer of thousands of digits
+        return Failure(place, f"the line holds a value that cannot be read: {error}; correct it")
+
+
+class _Roots:
+    """Finds the folder that M-BEIR's image paths start from: the nearest ancestor of the pool that holds the path."""
+
+    def __init__(self, start: Path) -> None:
+        self._ancestors = [start.resolve(), *start.resolve().parents]
+        self._last: Path | None = None
+
+    def find(self, image: str) -> str:
+        folders = self._ancestors if self._last is None else [self._last, *self._ancestors]
+        for folder in folders:
+            if os.path.exists(folder / image):  # noqa: PTH110 - unlike Path.exists never an error for odd names
+                self._last = folder
+                return str(folder / image)
+        raise InputError(f"picture {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool")
+
+
+def _plain_record(record: Mapping[str, Any], roots: _Roots) -> dict[str, Any]:
+    """A line of an M-BEIR pool ({did, txt, img_path, modality}) as {id, text, image, modality}."""
+    image = record.get("img_path")
+    if image is not None and not isinstance(image, str):
+        raise InputError(f"img_path is {image!r}; write a path or null")
+    modality = record.get("modality")
+    return {
+        "id": record["did"],
+        "text": record.get("txt"),
+        "image": roots.find(image) if image else None,
+        "modality": "image,text" if modality == "text,image" else modality,
+    }
+
+
+def _picture_of(source: Source, record: Mapping[str, Any]) -> Picture | None:
+    image = _text_or_none(source.id, "image", record.get("image"))
+    return Picture.open(image if "://" in image else source.path.parent.resolve() / image) if image else None
+
+
+def _item_of_record(source: Source, record: Mapping[str, Any], picture: Picture | None) -> tuple[Item, tuple[Note, ...]]:
+    text = _text_or_none(source.id, "text", record.get("text"))
+    notes: tuple[Note, ...] = ()
+    if not record.get("image") and not (text or "").strip() and (name := _text_name(record)):
+        text, notes = record[name], (Note(source.place, f"it has no `text`: its `{name}` was taken"),)
+    if text is not None:
+        check_text(source.id, text)
+    fields = {name: value for name, value in record.items() if name not in ("text", "image", *OWN_NAMES)}
+    if FILE_FIELD in fields:
+        raise InputError(f"{source.id!r} has a field called {FILE_FIELD!r}, which holds the paths of files; rename it")
+    for name, value in fields.items():
+        check_field(name, value)
+    item = Item.of(text=text, image=picture, id=source.id, fields=fields)
+    stated = record.get("modality")
+    if stated is not None and stated != item.modality:
+        raise InputError(f"{source.id!r} says it is {stated!r} but holds {item.modality!r}; add what is missing or correct it")
+    return item, notes
+
+
+def _text_name(record: Mapping[str, Any]) -> str | None:
+    return next((name for name in TEXT_NAMES if isinstance(record.get(name), str) and record[name].strip()), None)
+
+
+def _text_or_none(id: str, name: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InputError(f"{name} of {id!r} is {repr(value)[:80]}; write a text or null")
+    return value
