@@ -131,9 +131,29 @@ def opened(address: str, *, dim: int = 4, create: bool = True, **options: Any) -
 @pytest.fixture(scope="module")
 def filled(fresh: Fresh) -> Iterator[tuple[Index, list[Item], Any]]:
     """Forty items of every modality and kind of field, some replaced and some deleted, with many equal vectors."""
-    values: list[Any] = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"]
+    values: list[Any] = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        -1,
+        0.0,
+        1.0,
+        1.5,
+        "",
+        "0",
+        "1",
+        "a",
+        "b",
+        "ä",
+        ["a", 1, 1.0, None],
+        [],
+        [True, "b"],
+    ]
     kinds = ("text", "image", "both")
-    items = [item_of(n, kinds[n % 3], {"x": values[n % 16], "y": values[n * 7 % 16]} if n % 5 else {}) for n in range(44)]
+    items = [item_of(n, kinds[n % 3], {"x": values[n % 19], "y": values[n * 7 % 19]} if n % 5 else {}) for n in range(44)]
     corners = [(1, 0, 0, 0), (1, 1, 0, 0), (0, 1, 0, 0), (-1, 0, 0, 1), (0.3, 0.2, 0.1, 0.7)]
     vectors = unit(*(corners[n * 3 % 5] for n in range(44)))
     with opened(fresh()) as index:
@@ -205,7 +225,7 @@ def test_ties_beyond_k_go_by_id(fresh: Fresh, monkeypatch: pytest.MonkeyPatch) -
 
 def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
     address = fresh()
-    fields = {"a": "ä\n", "b": 2**62, "c": 1.5, "d": True, "e": None, "f": -0.0}
+    fields = {"a": "ä\n", "b": 2**62, "c": 1.5, "d": True, "e": None, "f": -0.0, "g": ["ä", 1, 1.5, True, None]}
     item = Item.of(text=" two\nlines \\ \" ' ", image=DOT, id="x/ü.png", fields=fields)
     vector = drawn(1, 4)
     with opened(address) as index:
@@ -217,7 +237,7 @@ def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
         assert list(found) == ["x/ü.png", "plain"] and found["plain"].text is None
         assert (stored.text, stored.image, stored.modality) == ("two\nlines \\ \" '", "dot.png", "image,text")
         assert dict(stored.fields) == fields and stored.content_hash == item.content_hash()
-        assert [type(value) for value in stored.fields.values()] == [str, int, float, bool, type(None), float]
+        assert [type(value) for value in stored.fields.values()] == [str, int, float, bool, type(None), float, list]
         assert stored.vector is not None
         np.testing.assert_array_equal(stored.vector, vector[0])
         hit = index.search(vector, 5)[0][0]
@@ -374,6 +394,26 @@ def test_field_report_19_damaged_files_of_milvus_lite_end_in_a_store_error(tmp_p
 def fill_file(address: str) -> None:
     with opened(address) as index:
         index.upsert(texts([f"{n}" for n in range(30)]), drawn(30, 4))
+
+
+def test_field_report_23_a_list_is_found_by_each_of_its_values(fresh: Fresh) -> None:
+    lists: list[Any] = [["red", "it's"], ["red"], "red", [], [None], [1, "1", True], [2**53 + 1], ("a", "b"), ["x"] * 1000]
+    items = [Item.of(text="x", id=f"{n}", fields={"v": value, "w v": value}) for n, value in enumerate(lists)]
+    with opened(fresh()) as index:
+        index.upsert(items, drawn(len(items), 4))
+        for name in ("v", "w v"):
+            for where, expected in (
+                (Eq(name, "red"), "0 1 2"), (Eq(name, "it's"), "0"), (Eq(name, None), "3 4"), (Eq(name, 1), "5"),
+                (Eq(name, True), "5"), (Eq(name, 2**53), ""), (In(name, (None, "b", 2**53 + 1)), "3 4 6 7"), (Eq(name, "x"), "8"),
+                (Range(name, "a", "z"), "2"), (Range(name, 0, None), ""), (And((Eq(name, "red"), Eq(name, "it's"))), "0"),
+            ):  # fmt: skip
+                assert " ".join(stored.id for stored in index.scan(where)) == expected, where
+                kept = index.get([str(item.id) for item in items]).values()
+                assert " ".join(s.id for s in kept if matches(where, s.id, s.modality, s.fields)) == expected, where
+        index.upsert([Item.of(text="x", id="0", fields={"v": "blue"})], drawn(1, 4))
+        assert [stored.id for stored in index.scan(Eq("v", "red"))] == ["1", "2"] and index.count(Eq("v", "blue")) == 1
+        with pytest.raises(InputError, match="at most 1000"):
+            index.upsert([Item.of(text="x", id="9", fields={"v": [1] * 1001})], drawn(1, 4))
 
 
 @pytest.mark.parametrize(

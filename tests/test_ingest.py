@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ from fakes import FakeEncoder, vector_of
 from PIL import Image
 
 from traceir.errors import InputError
-from traceir.index import SqliteIndex, open_index
+from traceir.index import Eq, In, Range, SqliteIndex, open_index
 from traceir.index.sql import read_number
-from traceir.ingest import FILE_FIELD, AddReport, Failure, Source, add, find_sources
+from traceir.ingest import AddReport, add
 from traceir.items import Item
 from traceir.pictures import Picture
+from traceir.sources import FILE_FIELD, MAX_TEXT_BYTES, Failure, Source, find_sources
 
 
 def opened(folder: Path) -> SqliteIndex:
@@ -71,8 +73,7 @@ def test_a_folder_gives_pictures_and_texts_with_stable_ids(gallery: Path, monkey
     monkeypatch.chdir(gallery.parent)
     assert ids(Path("gallery")) == expected
     assert ids(gallery / "b.png") == ["b.png"]
-    with pytest.raises(InputError, match=r"table\.csv has a suffix"):
-        ids(gallery / "table.csv")
+    assert ids(gallery / "table.csv") == [] and "write tables as .jsonl" in failures(gallery / "table.csv")[0].reason
     with pytest.raises(InputError, match="does not exist"):
         ids(gallery / "none")
 
@@ -143,7 +144,9 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({"text": "x"}, "id None is missing"),
     ({"id": True, "text": "x"}, "missing"),
     ({"id": "empty"}, "empty"),
-    ({"id": "list", "text": "x", "tags": [1]}, "tags"),
+    ({"id": "list", "text": "x", "tags": [[1]]}, "tags"),
+    ({"id": "object", "text": "x", "meta": {"a": 1}}, "meta"),
+    ({"id": "long list", "text": "x", "tags": [1] * 1001}, "at most 1000"),
     ({"id": "number", "text": 5}, "text of 'number' is 5"),
     ({"id": "gone", "image": "none.png"}, "does not exist"),
     ({"id": "far", "image": "http://a.example/x.png"}, "address"),
@@ -185,21 +188,194 @@ def test_a_pool_of_mbeir_finds_its_pictures_from_the_root(tmp_path: Path, monkey
         assert stored["9:1"].image == str((root / "mbeir_images/x_images/a.jpg").resolve())
 
 
-def test_one_id_from_two_sources_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_field_report_23_of_one_id_the_first_source_counts(tmp_path: Path) -> None:
     paint(tmp_path / "one" / "a.png", 1)
     paint(tmp_path / "two" / "a.png", 2)
     with opened(tmp_path / "index") as index:
-        with pytest.raises(InputError, match=r"'a\.png' is given twice.*one/a\.png.*two/a\.png"):
-            add([tmp_path / "one", tmp_path / "two"], index, FakeEncoder(), batch=1, progress=False)
+        with pytest.raises(InputError, match="does not exist"):
+            add([tmp_path / "one", tmp_path / "none"], index, FakeEncoder(), batch=1, progress=False)
         assert index.count() == 0
-        twice = lines(tmp_path / "t.jsonl", {"id": "x", "text": "1"}, {"id": "y", "text": "2"}, {"id": "x", "text": "3"})
-        with pytest.raises(InputError, match=r"t\.jsonl:1 and .*t\.jsonl:3"):
-            add([twice], index, FakeEncoder(), batch=1, progress=False)
-        add([tmp_path / "one"], index, FakeEncoder(), progress=False)
+        report = add([tmp_path / "one", tmp_path / "two"], index, FakeEncoder(), batch=1, progress=False)
+        assert counts(report) == (1, 0, 0, 1)
+        assert re.search(r"'a\.png' is given twice.*one/a\.png.*two/a\.png", report.failed[0].reason)
+        twice = lines(
+            tmp_path / "t.jsonl", *({"id": id, "text": text} for id, text in ("x1", "y2", "x3", "24")), {"id": 2, "text": "5"}
+        )
+        for batch, expected in ((1, (3, 0, 0, 2)), (64, (0, 0, 3, 2))):
+            report = add([twice], index, FakeEncoder(), batch=batch, progress=False)
+            assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":3", ":5"]
+            assert re.search(r"t\.jsonl:1 and .*t\.jsonl:3", report.failed[0].reason)
+        assert index.get(["x"])["x"].text == "1"
+        named_again = [tmp_path / "one" / "a.png", tmp_path / "one", tmp_path / "one" / "." / "a.png"]
+        assert counts(add(named_again, index, FakeEncoder(), progress=False)) == (0, 0, 3, 0)
+        assert counts(add([twice, twice], index, FakeEncoder(), progress=False))[2:] == (6, 4)
         report = add([tmp_path / "two"], index, FakeEncoder(), progress=False)
         assert counts(report) == (0, 0, 0, 1) and "already belongs to" in report.failed[0].reason
         (tmp_path / "one" / "a.png").unlink()
         assert counts(add([tmp_path / "two"], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
+
+
+def test_field_report_22_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
+    root = tmp_path / "phone"
+    for name in ("1.heic", "2.HEIC", "a.mov", "table.csv", "more.jsonl", "README", ".hidden"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (root / "link").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "hidden" / ".git").mkdir(parents=True)
+    with opened(tmp_path / "index") as index:
+        report = add([root, tmp_path / "empty", tmp_path / "hidden"], index, FakeEncoder(), progress=False)
+        assert counts(report) == (0, 0, 0, 3) and report.notes == ()
+        said, empty, hidden = (failure.reason for failure in report.failed)
+        assert "(2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder, 1 hidden)" in said
+        for part in (".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl", "by name"):
+            assert part in said
+        assert "it is empty" in empty and "1 hidden" in hidden
+        paint(root / "sub" / "one.PNG", 3)
+        report = add([root], index, FakeEncoder(), progress=True)
+        assert counts(report) == (1, 0, 0, 0)
+        assert [note.what.partition(";")[0] for note in report.notes] == [
+            "left out: 2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
+        ]
+
+
+def test_field_report_22_a_file_given_by_name_is_judged_by_what_it_holds(tmp_path: Path) -> None:
+    plain = paint(tmp_path / "a.png", 1).read_bytes()
+    for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF"):
+        (tmp_path / name).write_bytes(plain)
+    for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "nothing", "cut.jpg"):
+        (tmp_path / name).write_bytes(b"no picture")
+    names = [
+        "photo.heic",
+        "photo",
+        "photo.jpg",
+        "PHOTO.TIFF",
+        "real.heic",
+        "table.csv",
+        "film.mp4",
+        "paper.pdf",
+        "nothing",
+        "cut.jpg",
+    ]
+    with opened(tmp_path / "index") as index:
+        report = add([tmp_path / name for name in names], index, FakeEncoder(), progress=False)
+        assert counts(report) == (4, 0, 0, 6)
+        assert {Path(failure.place).name for failure in report.failed} == set(names[4:])
+    (tmp_path / "none.jsonl").write_text("\n \n")
+    assert "holds no lines" in failures(tmp_path / "none.jsonl")[0].reason
+
+
+def test_field_report_22_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paint(tmp_path / "open" / "a.png", 1)
+    (tmp_path / "shut").mkdir()
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # whoever runs the tests may have every right
+    assert [failure.place for failure in failures(tmp_path)] == [str(tmp_path / "shut")]
+    assert ["check its rights" in failure.reason for failure in failures(tmp_path / "shut")] == [True]
+
+
+def test_field_report_23_lists_are_fields_and_are_searched_for_their_values(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"id": "a", "text": "x", "tags": ["red", "blue", "red"], "years": [1999, 2004.0, True, None]},
+        {"id": "b", "text": "y", "tags": "red", "years": 2001},
+        {"id": "c", "text": "z", "tags": [], "years": [None]},
+    )
+    with opened(tmp_path / "index") as index:
+        assert counts(add([path], index, FakeEncoder(), progress=False)) == (3, 0, 0, 0)
+        kept = index.get(["a", "c"])
+        assert dict(kept["a"].fields) == {"tags": ["red", "blue", "red"], "years": [1999, 2004.0, True, None]}
+        assert dict(kept["c"].fields) == {"tags": [], "years": [None]}
+        for where, expected in (
+            (Eq("tags", "red"), "ab"), (Eq("tags", "blue"), "a"), (In("tags", ("blue", "green")), "a"), (Eq("tags", None), "c"),
+            (Eq("years", 2004), "a"), (Eq("years", 1), ""), (Eq("years", True), "a"), (In("years", (None, 2001)), "bc"),
+            (Range("years", 1990, 2010), "b"), (Range("tags", "a", "z"), "b"),
+        ):  # fmt: skip
+            assert "".join(stored.id for stored in index.scan(where)) == expected, where
+        assert counts(add([path], index, FakeEncoder(), progress=False)) == (0, 0, 3, 0)
+        lines(
+            path,
+            {"id": "a", "text": "x", "tags": ["red"], "years": [1999, 2004.0, True, None]},
+            {"id": "b", "text": "y", "tags": "red", "years": 2001.0},
+        )
+        assert counts(add([path], index, FakeEncoder(), progress=False)) == (0, 2, 0, 0)
+        assert index.count(Eq("tags", "blue")) == 0
+
+
+def test_field_report_23_a_line_without_text_is_known_by_its_title(tmp_path: Path) -> None:
+    paint(tmp_path / "p.png", 1)
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"id": "a", "title": "a red door", "shelf": 3},
+        {"id": "b", "text": " ", "caption": "a cup", "title": "no"},
+        {"id": "c", "image": "p.png", "title": "stays a field"},
+        {"id": "d", "title": "", "name": 5},
+    )
+    with opened(tmp_path / "index") as index:
+        report = add([path], index, FakeEncoder(), progress=False)
+        assert counts(report) == (3, 0, 0, 1) and "is empty" in report.failed[0].reason
+        kept = index.get(["a", "b", "c"])
+        assert [(one.text, one.modality) for one in kept.values()] == [("a red door", "text"), ("a cup", "text"), (None, "image")]
+        assert dict(kept["a"].fields) == {"title": "a red door", "shelf": 3}
+        assert [(note.place[-2:], note.what) for note in report.notes] == [
+            (":1", "it has no `text`: its `title` was taken"), (":2", "it has no `text`: its `caption` was taken"),
+        ]  # fmt: skip
+
+
+def test_field_report_23_a_text_stays_where_its_picture_cannot_be_used(tmp_path: Path) -> None:
+    cut = paint(tmp_path / "cut.png", 1)
+    cut.write_bytes(cut.read_bytes()[:-20])
+    bad = ["none.png", "cut.png", "http://a.example/x.png"]
+    path = lines(
+        tmp_path / "t.jsonl",
+        *({"id": f"{n}", "text": f"words {n}", "image": image, "n": n} for n, image in enumerate(bad)),
+        {"id": "stated", "text": "words", "image": "none.png", "modality": "image,text"},
+        {"id": "alone", "image": "none.png"},
+    )
+    with opened(tmp_path / "index") as index:
+        for expected in ((3, 0, 0, 2), (0, 0, 3, 2)):
+            report = add([path], index, FakeEncoder(), progress=False)
+            assert counts(report) == expected
+            assert [failure.place[-2:] for failure in report.failed] == [":4", ":5"]
+            assert sorted(note.place[-2:] for note in report.notes) == [":1", ":2", ":3"]
+            assert all("its text alone" in note.what for note in report.notes)
+        assert [(one.text, one.modality, dict(one.fields)) for one in index.get(["0", "1", "2"]).values()] == [
+            (f"words {n}", "text", {"n": n}) for n in range(3)
+        ]
+        paint(tmp_path / "none.png", 7)
+        assert counts(add([path], index, FakeEncoder(), progress=False)) == (2, 1, 2, 0)
+        assert index.get(["0"])["0"].modality == "image,text"
+
+
+def test_field_report_23_files_that_hold_no_json_lines_say_so_once(tmp_path: Path) -> None:
+    pretty = json.dumps([{"id": "a", "text": "x"}], indent=2)
+    for data, said in (
+        (pretty.encode(), "one JSON text over many lines"),
+        (b'{\n"id": "a"}', "one JSON text over many lines"),
+        ('{"id": "a", "text": "x"}\n'.encode("utf-16"), "UTF-16"),
+        (b'[{"id": "a", "text": "x"}]', "not a JSON object but a list"),
+    ):
+        (tmp_path / "t.jsonl").write_bytes(data)
+        (failure,) = failures(tmp_path / "t.jsonl")
+        assert said in failure.reason
+    (tmp_path / "t.txt").write_bytes("words".encode("utf-16"))
+    with opened(tmp_path / "index") as index:
+        assert "is UTF-16" in add([tmp_path / "t.txt"], index, FakeEncoder(), progress=False).failed[0].reason
+
+
+def test_field_report_23_a_line_beyond_the_limit_fails_alone(tmp_path: Path) -> None:
+    whole = [b'\xef\xbb\xbf{"id": "a", "text": "x"}\r\n', b"\r\n", b"# no comment\n"]
+    long = b'{"id": "long", "text": "' + b"y" * (2 * MAX_TEXT_BYTES + 9) + b'"}\n'
+    (tmp_path / "t.jsonl").write_bytes(b"".join([*whole, long, b'{"id": "b", "text": "z"}']))
+    assert ids(tmp_path / "t.jsonl") == ["a", "b"]
+    found = {failure.place.rpartition(":")[2]: failure.reason for failure in failures(tmp_path / "t.jsonl")}
+    assert list(found) == ["3", "4"] and "longer than" in found["4"]
 
 
 def test_batches_commit_as_they_go(tmp_path: Path) -> None:
@@ -224,7 +400,7 @@ CHILD = """
 import os, sys
 from pathlib import Path
 from fakes import FakeEncoder
-from traceir.index import SqliteIndex, open_index
+from traceir.index import Eq, In, Range, SqliteIndex, open_index
 from traceir.ingest import add
 
 source, folder, acks = sys.argv[1:]

@@ -170,7 +170,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
                 yield _source_of_file(path, path.relative_to(root).as_posix(), kind)
     for error in unreadable:
         yield Failure(str(error.filename), f"the folder cannot be read: {error.strerror}; check its rights")
-    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: -one[1])]
+    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: (-one[1], one[0]))]
     if links:
         counts.append(f"{links} linked folder{'s' if links > 1 else ''}")
     if is_empty and not unreadable:
@@ -278,8 +278,7 @@ def _source_of_line(path: Path, number: int, line: bytes, roots: _Roots) -> Sour
             raise InputError(f"the line is longer than {MAX_TEXT_BYTES} bytes; split its text")
         record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
         if not isinstance(record, dict):
-            kind = "a JSON array" if isinstance(record, list) else "not a JSON object"
-            raise InputError(f"the line is {kind}; write one object {{...}} a line")
+            raise InputError(f"the line is not a JSON object but a {type(record).__name__}; write one object {{...}} a line")
         if "did" in record:
             record = _plain_record(record, roots)
         id = record.get("id")
