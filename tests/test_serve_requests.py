@@ -30,6 +30,7 @@ from traceir.serve import bodies, intake, schemas, values
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key
 from traceir.serve.run import ServeConfig, make_application, make_server
+from traceir.sources import FILE_FIELD
 
 LONG = "a red ring and a blue ball. " * 1500
 """42,000 characters, more than the model reads."""

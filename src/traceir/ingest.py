@@ -189,9 +189,7 @@ def _make(source: Source) -> tuple[Item, tuple[Note, ...]]:
     return item, notes
 
 
-def _encode_refused(
-    encoder: EncoderLike, source: Source, item: Item, known: Mapping[str, Stored], error: InputError
-) -> Encoded:
+def _encode_refused(encoder: EncoderLike, source: Source, item: Item, known: Mapping[str, Stored], error: InputError) -> Encoded:
     """A single item that the encoder refused: by its text alone where only its picture is to blame."""
     if not isinstance(error, PictureError) or not item.pictures:
         return Encoded(failed=[Failure(source.place, str(error))])

@@ -97,7 +97,9 @@ class Searcher:
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
         if cut := [row for row, encoding in enumerate(encodings) if encoding.cut]:
             first = queries[cut[0]]
-            log.warning("query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[cut[0]]), len(cut), len(queries))
+            log.warning(
+                "query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[cut[0]]), len(cut), len(queries)
+            )
         encoded = time.perf_counter()
         hits: list[tuple[Hit, ...]] = [()] * len(queries)
         for target, rows in _rows_by_target(queries).items():

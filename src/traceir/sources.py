@@ -147,7 +147,9 @@ def check_path(path: Path) -> None:
 
 def _given_twice(source: Source, first: str) -> Failure:
     remedy = "give it another id" if source.kind == "line" else "rename it, or add the parent folder of both"
-    return Failure(source.place, f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}")
+    return Failure(
+        source.place, f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}"
+    )
 
 
 def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
@@ -170,7 +172,9 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
                 yield _source_of_file(path, path.relative_to(root).as_posix(), kind)
     for error in unreadable:
         yield Failure(str(error.filename), f"the folder cannot be read: {error.strerror}; check its rights")
-    counts = [f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: (-one[1], one[0]))]
+    counts = [
+        f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: (-one[1], one[0]))
+    ]
     if links:
         counts.append(f"{links} linked folder{'s' if links > 1 else ''}")
     if is_empty and not unreadable:
