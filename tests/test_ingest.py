@@ -228,7 +228,7 @@ def test_field_report_22_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -
         assert counts(report) == (0, 0, 0, 3) and report.notes == ()
         said, empty, hidden = (failure.reason for failure in report.failed)
         assert "(2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder, 1 hidden)" in said
-        for part in (".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl", "by name"):
+        for part in (".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl", "and .jsonl where"):
             assert part in said
         assert "it is empty" in empty and "1 hidden" in hidden
         paint(root / "sub" / "one.PNG", 3)

@@ -248,7 +248,7 @@ def _search(args: argparse.Namespace) -> int:
     from traceir.index import open_index
     from traceir.search import Searcher
 
-    query, where = _query(args), parse_where(args.where)
+    query, where = _query(args, _text(args)), parse_where(args.where)
     check_model_options(args)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
     encoder = open_encoder(args)
@@ -265,8 +265,9 @@ def _explain(args: argparse.Namespace) -> int:
 
     if args.candidate and (args.instruction or args.modality):
         raise InputError("--candidate takes neither --instruction nor --modality; those belong to queries")
-    item = Item.of(text=args.text, image=Picture.open(args.image) if args.image else None) if args.candidate else None
-    query = None if args.candidate else _query(args)
+    text = _text(args)
+    item = Item.of(text=text, image=Picture.open(args.image) if args.image else None) if args.candidate else None
+    query = None if args.candidate else _query(args, text)
     check_model_options(args)
     from traceir.explain import describe, explain
 
@@ -326,16 +327,24 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
     return And(tuple(parts)) if parts else None
 
 
-def _query(args: argparse.Namespace) -> Query:
+def _text(args: argparse.Namespace) -> str | None:
+    """The words of an input, given as arguments of their own or by --text."""
+    words = " ".join(args.words)
+    if words and args.text is not None:
+        raise InputError(f"the text is given twice, as {words[:80]!r} and by --text; leave out one of them")
+    return words or args.text
+
+
+def _query(args: argparse.Namespace, text: str | None) -> Query:
     from traceir.items import Query
     from traceir.pictures import Picture
 
-    if not (args.text or args.image or args.instruction):
-        raise InputError("there is nothing to search with; give --text, --image, or both")
+    if not (text or args.image or args.instruction):
+        raise InputError("there is nothing to search with; give a text, --image, or both")
     image = Picture.open(args.image) if args.image else None
     if image is not None and not Path(args.image).is_file():
         raise InputError(f"picture {args.image} does not exist; give the path of a picture file")
-    return Query.of(text=args.text, image=image, instruction=args.instruction, target=args.modality)
+    return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 
 
 def _result_as_json(found: SearchResult) -> dict[str, Any]:
@@ -346,6 +355,7 @@ def _result_as_json(found: SearchResult) -> dict[str, Any]:
         "tokens": encoding.tokens,
         "emb_probability": encoding.emb_probability,
         "truncated": encoding.truncated,
+        "cut": encoding.cut,
         "seconds": asdict(found.seconds),
         "hits": [{**{name: getattr(hit, name) for name in _HIT_FIELDS}, "fields": dict(hit.fields)} for hit in found.hits],
     }

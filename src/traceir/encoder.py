@@ -16,6 +16,7 @@ from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
 from traceir.model import TraceModel, load
 from traceir.prompts import Prompt
+from traceir.suggest import did_you_mean
 
 
 class Encoder:
@@ -91,7 +92,7 @@ class Encoder:
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         """Queries by the given route: `auto` lets the model decide, `reason` and `direct` force it. Order is kept."""
         if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
         if not self.model.writes("query"):
             route = "direct"  # there is no token for the model to predict
         prompts = [self.model.prompt(query, direct=route == "direct") for query in queries]

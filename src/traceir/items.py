@@ -19,6 +19,7 @@ from PIL import Image
 
 from traceir.errors import InputError
 from traceir.pictures import Picture
+from traceir.suggest import did_you_mean
 
 Part = str | Picture
 ImageLike = Picture | Image.Image | bytes | str | os.PathLike[str]
@@ -115,7 +116,8 @@ class Query(Content):
         if not self.parts and not (self.instruction or "").strip():
             raise InputError(f"query {self.id or '(no id)'} is empty: give it a text, a picture, or both")
         if self.target is not None and self.target not in MODALITIES:
-            raise InputError(f"target modality {self.target!r} is unknown; choose one of {', '.join(MODALITIES)}")
+            hint = did_you_mean(str(self.target), MODALITIES)
+            raise InputError(f"target modality {self.target!r} is unknown{hint}; choose one of {', '.join(MODALITIES)}")
 
     @classmethod
     def of(

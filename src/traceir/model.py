@@ -420,7 +420,7 @@ def overridden(settings: TraceSettings, overrides: Mapping[str, Any]) -> TraceSe
 
 def read_settings(file: Path | None) -> TraceSettings | None:
     """What a traceir.json says, without the `base` of an adapter; None where there is no file."""
-    if file is None:
+    if file is None or not file.is_file():
         return None
     try:
         found = json.loads(file.read_text())

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from traceir import __version__
 from traceir.checkpoint import MODEL_VARIABLE
+from traceir.suggest import Parser
 
 # Copies, so that the parser imports nothing; tests/test_cli.py holds them to the originals.
 ROUTES: Final = ("auto", "reason", "direct")
@@ -47,9 +48,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
 
     `runs` gives for every verb ("search", "index add") what runs it; the parsed arguments name it as `verb`.
     """
-    parser = argparse.ArgumentParser(
-        prog="traceir", description="Universal multimodal retrieval that thinks when a query needs it."
-    )
+    parser = Parser(prog="traceir", description="Universal multimodal retrieval that thinks when a query needs it.")
     parser.add_argument("--version", action="version", version=f"traceir {__version__}")
     shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     for where in (parser, shared):
@@ -118,7 +117,7 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
 def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
     search = _verb(verbs, shared, "search", runs["search"], "search an index by words, a picture, or both")
     search.add_argument("--index", required=True, metavar="DIR|URI")
-    _add_query(search)
+    _add_query(search, "words to search with, or what to change in the picture")
     search.add_argument("--route", choices=ROUTES, default="auto", help="who decides about reasoning (default: auto, the model)")
     search.add_argument("-k", type=_count, default=10, metavar="N", help="number of hits (default: 10)")
     search.add_argument("--approximate", action="store_true", help="faster on large indexes; needs `index optimise`")
@@ -134,7 +133,7 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
     explain = _verb(
         verbs, shared, "explain", runs["explain"], "show the prompt, its tokens, the read-out and the route of an input"
     )
-    _add_query(explain)
+    _add_query(explain, "the words of the input")
     explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
     explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
     _add_model(explain)
@@ -452,9 +451,10 @@ def _verb(parts: Any, shared: argparse.ArgumentParser, name: str, run: Run, help
     return parser
 
 
-def _add_query(parser: argparse.ArgumentParser) -> None:
+def _add_query(parser: argparse.ArgumentParser, words: str) -> None:
+    parser.add_argument("words", nargs="*", metavar="TEXT", help=words)
+    parser.add_argument("--text", metavar="T", help="the same as an option, for instance where it begins with a dash")
     parser.add_argument("--image", metavar="FILE", help="a picture to search with")
-    parser.add_argument("--text", metavar="T", help="words to search with, or what to change in the picture")
     parser.add_argument("--instruction", metavar="I", help="what kind of thing is wanted, in words")
     parser.add_argument(
         "--modality", choices=MODALITIES, metavar="image|text|image,text", help="the modality looked for (default: any)"

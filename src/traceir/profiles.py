@@ -19,6 +19,7 @@ from traceir.batch import READ_OUTS, ROPES, ReadOut, Rope
 from traceir.errors import InputError
 from traceir.items import MODALITIES, Item, Query
 from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
+from traceir.suggest import did_you_mean
 
 PLACEHOLDERS: Final = ("images", "text", "instruction", "asked", "kind")
 ROLES: Final[tuple[Role, ...]] = ("query", "candidate")
@@ -129,7 +130,8 @@ def resolve_profile(source: Profile | str | Path) -> Profile:
     if name in PROFILES:
         return PROFILES[name]
     if not name.endswith(".json"):
-        raise InputError(f"profile {name!r} is unknown; choose {', '.join(PROFILES)}, or give a .json file with its fields")
+        hint = did_you_mean(name, PROFILES)
+        raise InputError(f"profile {name!r} is unknown{hint}; choose {', '.join(PROFILES)}, or give a .json file with its fields")
     try:
         found = json.loads(Path(name).read_text(encoding="utf-8"))
     except OSError as error:

@@ -14,6 +14,7 @@ from traceir.errors import InputError, ModelError, StoreError
 from traceir.index.filters import Filter
 from traceir.index.store import Index, Maker
 from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
+from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Searcher:
     ) -> list[SearchResult]:
         """As `search` for each query, in order; encoded in one call and searched in one call a target modality."""
         if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         if not queries:

@@ -35,7 +35,6 @@ _REMEDIES: Final = (
     ("save single frames of videos as pictures", ".mp4 .mov .avi .mkv .webm .m4v .wmv .3gp"),
     ("save documents as .txt, or their pages as pictures", ".pdf .doc .docx .odt .rtf .epub .ppt .pptx .htm .html .rst .tex"),
     ("write tables as .jsonl, one {id, text, image} a line", ".json .csv .tsv .xls .xlsx .ods .parquet .xml .yaml .yml"),
-    ("give .jsonl files by name", ".jsonl .ndjson"),
 )
 _OTHER_ENCODINGS: Final = {
     codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
@@ -187,7 +186,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
 
 def _remedy(suffixes: Iterable[str]) -> str:
     """What is read, and what to do with files of these suffixes."""
-    read = ", ".join(sorted(PICTURE_SUFFIXES | TEXT_SUFFIXES))
+    read = ", ".join(sorted(PICTURE_SUFFIXES | TEXT_SUFFIXES)) + ", and .jsonl where the file is named"
     found = set(suffixes)
     return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if found & set(own.split()))])
 

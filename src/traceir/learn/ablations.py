@@ -13,6 +13,7 @@ from typing import Any, Final, Literal
 
 from traceir.errors import InputError
 from traceir.items import Route
+from traceir.suggest import did_you_mean
 
 Kind = Literal["complex", "simple"]
 """The two evaluation rows: one of complex queries, one of simple ones."""
@@ -99,7 +100,9 @@ def choose_tables(names: Sequence[str]) -> list[Table]:
     """The named tables in the order of TABLES; `all` stands for every one. InputError for an unknown name."""
     known = [table.id for table in TABLES]
     if unknown := [name for name in names if name not in (*known, "all")]:
-        raise InputError(f"table {unknown[0]!r} is unknown; choose all, or among {', '.join(known)}")
+        raise InputError(
+            f"table {unknown[0]!r} is unknown{did_you_mean(unknown[0], known)}; choose all, or among {', '.join(known)}"
+        )
     if not names:
         raise InputError(f"no table is named; choose all, or among {', '.join(known)}")
     return [table for table in TABLES if "all" in names or table.id in names]

@@ -30,6 +30,7 @@ from traceir.learn.folder import Listing, Policy, Problems, Row, read_row, surve
 from traceir.learn.judged import Judged, average, continue_results, describe_machine, read_judged, summarise, write_whole
 from traceir.learn.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.prompts import completion_text
+from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +150,8 @@ def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path
     if rows is None:
         return tasks
     known = {task.name for task in tasks} | {task.dataset for task in tasks}
-    if unknown := set(rows) - known:
-        raise InputError(f"rows {sorted(unknown)} are not in {data}; it has {sorted(known)}")
+    if unknown := sorted(set(rows) - known):
+        raise InputError(f"rows {unknown} are not in {data}{did_you_mean(unknown[0], known)}; it has {sorted(known)}")
     return [task for task in tasks if task.name in rows or task.dataset in rows]
 
 

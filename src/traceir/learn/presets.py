@@ -11,6 +11,7 @@ from traceir.errors import InputError
 from traceir.learn.settings import override
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
+from traceir.suggest import did_you_mean
 
 MINI_DATA: Final = "data/minibeir"
 SIZE: Final = SmallSize(hidden=128, layers=4, inner=352, vision_hidden=96, vision_inner=192, initial=0.05)
@@ -285,7 +286,7 @@ def resolve(
     Other data than the preset's get a pixel cache of their own run, unless `settings` name one.
     """
     if name not in PRESETS:
-        raise InputError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise InputError(f"preset {name!r} is unknown{did_you_mean(name, PRESETS)}; choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]()
     config = preset
     if data is not None and data != preset.data:

@@ -20,6 +20,7 @@ from traceir.errors import DataError, InputError
 from traceir.items import ROUTES, Route
 from traceir.learn.judged import Judged
 from traceir.learn.metrics import RESAMPLES, SEED, bootstrap_mean
+from traceir.suggest import did_you_mean
 
 Key = tuple[str, str]
 Values = npt.NDArray[np.float64]
@@ -69,7 +70,7 @@ def run_report(kind: str, folders: Sequence[str | Path], out: Path | None = None
     `out`, beside which it puts the plot; `routing` and `routes` report on every folder in turn.
     """
     if kind not in KINDS:
-        raise InputError(f"report {kind!r} is unknown; choose one of {', '.join(KINDS)}")
+        raise InputError(f"report {kind!r} is unknown{did_you_mean(kind, KINDS)}; choose one of {', '.join(KINDS)}")
     if not folders:
         raise InputError(f"report {kind} needs at least one folder written by `traceir evaluate --out`")
     if kind == "steps":

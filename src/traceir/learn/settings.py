@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from traceir.errors import InputError
+from traceir.suggest import did_you_mean
 
 Config = TypeVar("Config")
 
@@ -43,7 +44,8 @@ def _replaced(config: Any, path: str, key: str, text: str) -> Any:
     name, _, rest = path.partition(".")
     kinds = get_type_hints(type(config))
     if name not in kinds:
-        raise InputError(f"--set {key}: {name!r} is unknown; known are {', '.join(known_keys(config))}")
+        known = known_keys(config)
+        raise InputError(f"--set {key}: {name!r} is unknown{did_you_mean(name, known)}; known are {', '.join(known)}")
     value = getattr(config, name)
     if is_dataclass(value):
         if not rest:

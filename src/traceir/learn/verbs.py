@@ -13,6 +13,7 @@ from typing import Any
 from traceir.checkpoint import check_model
 from traceir.errors import InputError
 from traceir.parser import ROUTES
+from traceir.suggest import did_you_mean
 from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, shows_progress, split
 
 
@@ -104,7 +105,8 @@ def _check_folders(args: argparse.Namespace) -> None:
 def _routes(args: argparse.Namespace) -> list[Any]:
     routes: list[Any] = list(dict.fromkeys(split(",".join(args.route or ["auto"]))))
     if unknown := [route for route in routes if route not in ROUTES]:
-        raise InputError(f"route {unknown[0]!r} is unknown; choose among {', '.join(ROUTES)}")
+        hint = did_you_mean(unknown[0], ROUTES)
+        raise InputError(f"route {unknown[0]!r} is unknown{hint}; choose among {', '.join(ROUTES)}")
     return routes
 
 

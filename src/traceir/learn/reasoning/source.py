@@ -20,6 +20,7 @@ from traceir.learn.data import join, task_prompts
 from traceir.learn.reasoning.ask import Case
 from traceir.outside import read_json
 from traceir.prompts import normalise
+from traceir.suggest import did_you_mean
 
 COMPOSED: Final = (6, 7, 8)
 """Ids of the tasks whose queries are a picture and a text."""
@@ -96,7 +97,8 @@ def check_tasks(root: Path, wanted: Sequence[str]) -> None:
         there = sorted(
             {f"{name}_task{record.task_id}" for name in mbeir.train_datasets(root) for record in mbeir.read_train(root, name)}
         )
-        raise InputError(f"task {unknown!r} has no training query in {root}; there are {', '.join(there)}")
+        hint = did_you_mean(unknown, there)
+        raise InputError(f"task {unknown!r} has no training query in {root}{hint}; there are {', '.join(there)}")
 
 
 def find_captions(root: Path, file: Path | None) -> dict[str, str]:

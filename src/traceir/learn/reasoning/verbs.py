@@ -109,10 +109,12 @@ def import_answers(args: argparse.Namespace) -> int:
 
 
 def review(args: argparse.Namespace) -> int:
+    from traceir.learn.reasoning.plan import read_build
     from traceir.learn.reasoning.review.review import agreement_table
     from traceir.learn.reasoning.review.review_server import serve_review
 
     if args.agreement:
+        read_build(Path(args.out))  # a folder without a build has no agreement either
         print(agreement_table(Path(args.out)))
         return 0
     serve_review(

@@ -16,6 +16,7 @@ from traceir.learn.unseen.pairs import read_ccneg, read_sugarcrepe
 from traceir.learn.unseen.task import Missing, Task
 from traceir.learn.unseen.visdial import read_visdial
 from traceir.learn.unseen.vist import read_vist
+from traceir.suggest import did_you_mean
 
 _READERS: Final[Mapping[str, tuple[str, Callable[[Path, Missing], Task]]]] = {
     "sharegpt4v_t2i": ("sharegpt4v", lambda root, missing: read_sharegpt4v(root, missing)[0]),
@@ -52,7 +53,7 @@ def read_columns(root: Path, names: Iterable[str], missing: Missing = "stop") ->
     """The tasks of the named columns, each read when its turn comes, so that only one set is in memory."""
     chosen = list(names)
     if unknown := [name for name in chosen if name not in _READERS]:
-        raise InputError(f"columns {unknown} are unknown; choose from {', '.join(TASKS)}")
+        raise InputError(f"columns {unknown} are unknown{did_you_mean(unknown[0], TASKS)}; choose from {', '.join(TASKS)}")
     for name in chosen:
         yield _READERS[name][1](root, missing)
 

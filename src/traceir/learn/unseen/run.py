@@ -44,9 +44,7 @@ def evaluate_unseen(
     """
     if missing == "keep":
         raise InputError("missing='keep' is for dry runs; choose stop or skip to score")
-    chosen = list(columns) if columns is not None else find_columns(root)
-    if not chosen:
-        raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
+    chosen = _chosen(root, columns)
     results = continue_results(out, _header(encoder, root, missing))
     for task in read_columns(root, chosen, missing):
         for route in routes:
@@ -64,12 +62,18 @@ def rehearse_unseen(root: Path, columns: Iterable[str] | None = None) -> str:
     """A dry run: reads every annotation file, counts, and says what is missing, as Markdown. Nothing is encoded."""
     lines = ["| column | queries | pool | metric | missing pictures | ids not in the pool | missing files |"]
     lines.append("|---|---:|---:|---|---:|---:|---:|")
-    chosen = list(columns) if columns is not None else find_columns(root)
-    for task in read_columns(root, chosen, "keep"):
+    for task in read_columns(root, _chosen(root, columns), "keep"):
         gone = task.left_out
         counts = f"{len(gone.pictures)} | {len(gone.unknown)} | {len(gone.files)}"
         lines.append(f"| {task.name} | {len(task.cases)} | {len(task.pool)} | {task.main} | {counts} |")
     return "\n".join(lines)
+
+
+def _chosen(root: Path, columns: Iterable[str] | None) -> list[str]:
+    chosen = list(columns) if columns is not None else find_columns(root)
+    if not chosen:
+        raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
+    return chosen
 
 
 def submit_circo(encoder: Encoder, root: Path, file: Path, *, route: Route = "auto", cache: Path, progress: bool = True) -> Path:
