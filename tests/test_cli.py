@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
@@ -17,8 +19,12 @@ from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
 from traceir.explain import describe, explain
+from traceir.gallery import cost
+from traceir.index import open_index
 from traceir.index.filters import matches
-from traceir.items import Item, Query
+from traceir.items import Encoding, Item, Query
+from traceir.learn.evaluate import choose_tasks
+from traceir.learn.mbeir import find_tasks
 from traceir.learn.minibeir import rows
 from traceir.learn.presets import PRESETS, resolve, stages_before
 from traceir.learn.settings import known_keys, override
@@ -26,6 +32,8 @@ from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel, load, save
 from traceir.prompts import EMB, normalise, render_candidate, render_query
+from traceir.search import Searcher
+from traceir.suggest import did_you_mean
 
 SMALL = "hidden=48 layers=1 heads=4 inner=64 vision_hidden=32 vision_layers=1 vision_heads=2 vision_inner=32 vocabulary=400"
 HINT = "(unexpected; run it again with -v for the traceback)"
@@ -218,6 +226,159 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
     assert "'fast'" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         run("search", "--index", index, "--text", "a", "-k", 0)
+
+
+def test_field_report_22_a_folder_of_which_nothing_is_read_is_an_error(
+    things: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    phone, index = tmp_path / "phone", tmp_path / "index"
+    phone.mkdir()
+    for name in ("1.heic", "2.HEIC", "film.mov"):
+        (phone / name).write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
+        for paths in ([phone], [phone / "1.heic"], [phone, tmp_path / "things" / ".." / "phone" / "film.mov"]):
+            assert run("index", "add", *paths, "--index", index) == 2
+            said = capsys.readouterr().err
+            assert said.count("failed: ") == len(paths) and "convert pictures" in said and "nothing was added" in said
+        assert not index.exists()
+    assert run("index", "add", phone, things / "note.txt", "--index", index, "--model", checkpoint) == 1
+    seen = capsys.readouterr()
+    assert seen.out.startswith("added 1, updated 0, skipped 0 already there, failed 1;")
+    assert f"failed: {phone}: nothing in it is read (2 .heic, 1 .mov)" in seen.err
+    (things / "broken.png").unlink()
+    assert run("index", "add", things, "--index", index, "--model", checkpoint) == 0
+    assert capsys.readouterr().err.count("1 .jsonl") == 1, "what was left out is told once"
+
+
+def test_field_report_23_every_line_has_an_outcome(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"id": "a", "text": "x", "tags": ["red", "blue"]}, {"id": "b", "title": "a door"}, {"id": "c", "title": "a cup"},
+             {"id": "a", "text": "again"}, {"id": "d", "text": "kept", "image": "none.png"}, {"id": "e"}]  # fmt: skip
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--index", tmp_path / "i", "--model", checkpoint)
+    assert run("index", "add", tmp_path / "t.jsonl", *words) == 1
+    seen = capsys.readouterr()
+    assert seen.out.startswith("added 4, updated 0, skipped 0 already there, failed 2; 4 items")
+    told = [line.replace(f"{tmp_path}/", "").partition("; ")[0] for line in seen.err.splitlines()]
+    assert [line[: line.index(":", 7)] for line in told] == [
+        "note: t.jsonl", "note: t.jsonl", "failed: t.jsonl", "failed: t.jsonl"
+    ]  # fmt: skip
+    assert "t.jsonl:2 and 1 more: it has no `text`: its `title` was taken" in told[0]
+    assert "t.jsonl:5: kept with its text alone" in told[1] and "given twice, by t.jsonl:1 and t.jsonl:4" in told[2]
+    for value, ids in (("red", ["a"]), ("green", []), ("null", ["b", "c", "d"])):
+        assert run("search", "x", *words, "--route", "direct", "--where", f"tags={value}", "--json") == 0
+        hits = json.loads(capsys.readouterr().out)["hits"]
+        assert sorted(hit["id"] for hit in hits) == ids
+        assert all(hit["fields"]["tags"] == ["red", "blue"] for hit in hits if hit["id"] == "a")
+
+
+def test_field_report_24_texts_that_are_cut_are_told(
+    tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "t.jsonl").write_text(
+        "".join(json.dumps({"id": f"{n}", "text": "red " * 900 * n + "x"}) + "\n" for n in range(4))
+    )
+    words = ("--index", tmp_path / "i", "--model", checkpoint)
+    assert run("index", "add", tmp_path / "t.jsonl", *words, "--batch", 3) == 0
+    limit = loaded.settings.max_text_tokens
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"t.jsonl:3 and 1 more: its text is longer than the {limit} tokens" in said
+    assert run("search", "red " * 2000, *words, "--route", "direct", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["cut"] > 0 and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
+    caplog.clear()
+    queries = [Query.of(text="red"), Query.of(text="red " * 2000, id="long")]
+    found = Encoder(loaded).encode_queries(queries)
+    assert found[0].cut == 0 and found[1].cut > 0 and found[1].text_limit == limit
+    with open_index(tmp_path / "i", fingerprint=loaded.fingerprint, prompt_version="brief-1") as index:
+        Searcher(Encoder(loaded), index).search_many(queries, route="direct")
+    assert "query 'long'" in caplog.text and "(1 of 2)" in caplog.text
+
+
+def test_field_report_24_no_warning_of_transformers_is_shown(checkpoint: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stock = load(checkpoint)
+        Encoder(stock).encode_queries([Query.of(text="red"), Query.of(image=picture(1))], route="reason")
+
+
+def test_field_report_24_the_words_of_a_search_need_no_option(
+    things: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = tmp_path / "index"
+    fill(things, index, checkpoint)
+    capsys.readouterr()
+    model = ("--model", checkpoint)
+    answers = []
+    for words in (["--text", "a red cube"], ["a red cube"], ["a", "red", "cube"]):
+        for order in (
+            [*words, "--index", index, *model],
+            ["--index", index, *model, *words, "-k", 3],
+            ["--index", index, "--route", "auto", *words, *model],
+        ):
+            assert run("search", *order, "-k", 3) == 0
+            answers.append(capsys.readouterr().out.splitlines()[1:])
+    assert len(answers) == 9 and all(answer == answers[0] for answer in answers)
+    shown = []
+    for words in (["--text", "a red cube"], ["a red cube"]):
+        assert run("explain", *words, *model, "--candidate") == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "A red cube." in shown[0]
+    for verb in (["search", "--index", index], ["explain"], ["explain", "--candidate"]):
+        assert run(*verb, "a red cube", "--text", "a ball", *model) == 2
+        assert "the text is given twice" in capsys.readouterr().err
+    assert run("search", "", "--index", index) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("serch x", "search"),
+        ("add photos", "index add"),
+        ("delete a", "index rm"),
+        ("index ad x", "add"),
+        ("reasoning biuld", "build"),
+        ("search x --indx i", "--index"),
+        ("search x --index i --aproximate", "--approximate"),
+        ("search x --index i --modality picture", "image"),
+        ("search x --index i --modality text,image", "image,text"),
+        ("search x --index i --route Reson", "reason"),
+        ("train --preset minni", "mini"),
+        ("report scorebord a", "scoreboard"),
+    ],
+)
+def test_field_report_24_a_slip_of_the_pen_is_answered_with_the_nearest_name(
+    line: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run(*line.split())
+    assert f"did you mean '{meant}'?" in capsys.readouterr().err
+
+
+def test_field_report_24_names_in_values_have_a_nearest_one_too(tmp_path: Path) -> None:
+    data = write_benchmark(tmp_path / "data")
+    with pytest.raises(InputError, match="did you mean 'steps'"):
+        override(TrainConfig(data="d", out="o"), ["stepz=3"])
+    with pytest.raises(InputError, match="did you mean 'hidden'"):
+        override(TrainConfig(data="d", out="o"), ["size.hiden=3"])
+    with pytest.raises(InputError, match="did you mean 'cirr_task7'"):
+        choose_tasks(find_tasks(data, "test"), ["cirr_tsk7"], data)
+    with pytest.raises(InputError, match="did you mean 'mini-words'"):
+        resolve("mini-wrds")
+    with pytest.raises(InputError, match="did you mean 'image'"):
+        Query.of(text="x", target="picture")  # type: ignore[arg-type]
+    assert did_you_mean("zebra", ["image", "text"]) == ""
+
+
+def test_field_report_24_what_ended_a_reasoning_is_told() -> None:
+    told = {
+        "turn": "4 tokens, ended its turn without <|emb|>",
+        "budget": "4 tokens, cut off at the budget before <|emb|>",
+        None: "4 tokens, ended without <|emb|>",
+    }
+    for ended, words in told.items():
+        encoding = Encoding(np.ones(1, dtype=np.float32), "reason", "a b c d", 4, 0.1, True, ended=ended)
+        assert cost(encoding).endswith(words)
+    assert cost(Encoding(np.ones(1, dtype=np.float32), "reason", "a", 1, 0.1, False)).endswith("1 token")
 
 
 def test_conditions_match_text_and_what_it_reads_as() -> None:

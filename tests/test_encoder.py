@@ -13,7 +13,7 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Item, Query
 from traceir.model import TraceModel
-from traceir.prompts import render_query
+from traceir.prompts import TURN_END, render_query
 
 
 def generate_one(model: TraceModel, query: Query, budget: int) -> tuple[np.ndarray, list[int]]:
@@ -91,6 +91,18 @@ def test_the_budget_is_an_outcome_that_is_told(queries: list[Query]) -> None:
     found = Encoder(mute, max_reasoning_tokens=4).encode_queries(queries[:6])
     assert all(e.truncated and e.tokens == 4 and e.route == "reason" for e in found)
     assert all(abs(np.linalg.norm(e.vector) - 1) < 1e-5 for e in found)
+
+
+def test_field_report_24_an_end_of_the_turn_is_no_spent_budget(queries: list[Query]) -> None:
+    model = random_model()
+    with torch.no_grad():
+        states = model.hidden(model.processor.collate([model.processor.lay_out(render_query(queries[0], "brief-1"))]))[0, -1]
+        model.network.lm_head.weight[model.processor.emb_id] = -states
+        model.network.lm_head.weight[model.processor.special[TURN_END]] = 9.0 * states
+    (ended,) = Encoder(model).encode_queries(queries[:1], route="reason")
+    assert ended.truncated and ended.ended == "turn" and ended.tokens < Encoder(model).budget
+    spent = Encoder(random_model(), max_reasoning_tokens=4).encode_queries(queries, route="reason")
+    assert {(one.truncated, one.ended) for one in spent} == {(True, "budget"), (False, None)}
 
 
 def test_the_closing_text_is_read_before_a_truncated_embedding(queries: list[Query]) -> None:

@@ -91,6 +91,7 @@ def assert_same(ours: list[Encoding], theirs: list[Encoding]) -> None:
             other.tokens,
             other.truncated,
         )
+        assert (one.ended, one.cut, one.text_limit) == (other.ended, other.cut, other.text_limit)
         assert one.vector.dtype == "float32" and one.vector == pytest.approx(other.vector, abs=1e-4)
         assert one.emb_probability == pytest.approx(other.emb_probability, abs=1e-4)
 

@@ -117,7 +117,11 @@ def count_sources(paths: Sequence[str | os.PathLike[str]]) -> int:
 
 
 def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
-    """Why nothing below the paths can be added; [] where something may be, which is known as soon as it is met."""
+    """Why nothing below the paths can be added; [] where something may be, which is known as soon as it is met.
+
+    Raises InputError for a path that does not exist.
+    """
+    check_paths(paths, 1)
     failed: list[Failure] = []
     for found in find_sources(paths):
         if isinstance(found, Source):
