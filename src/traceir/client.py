@@ -273,7 +273,7 @@ class Client:
             trace = told["trace"]
             return Encoding(
                 vector, trace["route"], trace["reasoning"], trace["tokens"], trace["emb_probability"], trace["truncated"],
-                trace["cut"],
+                trace.get("cut", 0),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError, binascii.Error) as error:
             raise ModelError(f"{self.base_url}/v1/embeddings gives no `trace`; is it `traceir serve`?") from error
