@@ -163,6 +163,7 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     make_encoder = partial(open_encoder, _encoder_anywhere(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
+        say_world(maker)
         with open_index(args.index, maker, create=True, dtype=args.store) as index:
             report = add_on_ray(
                 args.paths, index, make_encoder,

@@ -46,6 +46,7 @@ class Described:
     fingerprint: str
     prompt_version: str
     width: int
+    world: str = ""
 
 
 def add_on_ray(
@@ -93,7 +94,7 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
 
     def describe() -> Described:
         encoder = make_encoder()
-        return Described(encoder.fingerprint, encoder.prompt_version, encoder.width)
+        return Described(encoder.fingerprint, encoder.prompt_version, encoder.width, getattr(encoder, "world", ""))
 
     with _explained():
         task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)
