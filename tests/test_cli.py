@@ -251,6 +251,30 @@ def test_field_report_22_a_folder_of_which_nothing_is_read_is_an_error(
     assert capsys.readouterr().err.count("1 .jsonl") == 1, "what was left out is told once"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "evaluate --data {} --out {}/out",
+        "unseen --data {} --out {}/out --dry-run",
+        "faithfulness --data {} --out {}/out",
+        "minibeir sheet --data {} --out {}/sheet.png",
+        "train --preset emoji --data {} --out {}/out",
+        "reasoning build --data {} --out {}/out --dry-run",
+        "reasoning review {} --agreement",
+        "compare a={} b={}",
+        "push {} --repo a/b --dry-run",
+        "merge {} --out {}/out",
+    ],
+)
+def test_field_report_22_an_empty_folder_is_an_error_of_every_verb(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    assert run(*line.replace("{}", str(tmp_path / "empty")).split()) == 2
+    seen = capsys.readouterr()
+    assert str(tmp_path / "empty") in seen.err and "unexpected" not in seen.err and seen.out == ""
+
+
 def test_field_report_23_every_line_has_an_outcome(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [{"id": "a", "text": "x", "tags": ["red", "blue"]}, {"id": "b", "title": "a door"}, {"id": "c", "title": "a cup"},
              {"id": "a", "text": "again"}, {"id": "d", "text": "kept", "image": "none.png"}, {"id": "e"}]  # fmt: skip

@@ -112,9 +112,10 @@ def shelf(tmp_path: Path) -> Path:
     (root / "words.gif").write_text("words")
     (root / "deep" / "blank.txt").write_text(" \n")
     (root / "deep" / "ünï.txt").write_text("Ærø 日本", encoding="utf-8")
-    good = [{"id": f"both {n}", "text": f"pair {n}", "image": f"p{n}.png", "year": 1990 + n, "by": None} for n in range(6)]
+    good = [{"id": f"both {n}", "text": f"pair {n}", "image": f"p{n}.png", "year": 1990 + n, "by": [n, "x"]} for n in range(6)]
     bad = ["{broken", {"id": "gone", "image": "none.png"}, {"id": "odd", "text": "\ud800"}, {"text": "no id"}, {"id": "empty"}]
-    lines(root / "lines.jsonl", [record for pair in zip(good, [*bad, ""], strict=True) for record in pair])
+    more = [{"id": "both 0", "text": "again"}, {"id": "titled", "title": "x"}, {"id": "kept", "text": "w", "image": "none.png"}]
+    lines(root / "lines.jsonl", [*(record for pair in zip(good, [*bad, ""], strict=True) for record in pair), *more])
     return root
 
 
@@ -122,7 +123,7 @@ def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Pa
     paths = [shelf, shelf / "lines.jsonl"]
     with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
         expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
-        assert counts(expected) == (25, 0, 0, 8)
+        assert counts(expected) == (27, 0, 0, 9) and len(expected.notes) == 3
         with monkeypatch.context() as small:
             small.setattr(ingest_cluster, "WINDOW_BATCHES", 5)
             assert on_two_workers(paths, two) == expected
@@ -132,7 +133,7 @@ def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Pa
         changed = (shelf / "lines.jsonl").read_text("utf-8").replace("1990", "2020")  # a field alone, of `both 0`
         (shelf / "lines.jsonl").write_text(changed, encoding="utf-8")
         expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
-        assert counts(expected) == (0, 3, 22, 7)
+        assert counts(expected) == (0, 3, 24, 8) and len(expected.notes) == 3
         assert on_two_workers(paths, two) == expected
         assert rows(two) == rows(one)
 
