@@ -17,8 +17,8 @@ from typing import Final, Self, TypeVar
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
-from traceir.sources import FILE_FIELD
 from traceir.items import MODALITIES, Hit, Item, Modality
+from traceir.sources import FILE_FIELD
 
 FIELD: Final = "_tenant"
 OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})
