@@ -21,6 +21,7 @@ def test_field_report_02_wrong_arguments_are_answered_before_torch_is_imported(t
     index, note = f"--index {tmp_path}/index", f"{tmp_path}/note.txt"
     wrong = {
         f"index add {tmp_path}/nothere {index}": "nothere does not exist",
+        f"index add {tmp_path}/table.csv {index}": "table.csv",
         f"index add {note} {index} --device gpu": "--device 'gpu'",
         f"index add {note} {index} --device cuda:x": "--device 'cuda:x'",
         f"index add {note} {index} --model ./nothere": "no folder './nothere'",
