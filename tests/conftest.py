@@ -25,6 +25,7 @@ from traceir.index import open_index
 from traceir.items import Item, Query
 from traceir.learn import mbeir
 from traceir.learn.minibeir.build import build
+from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.model import TraceModel, TraceSettings
 from traceir.pictures import Picture
@@ -110,6 +111,12 @@ def encoder() -> Encoder:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The test split of the small MiniBEIR."""
     return build(tmp_path_factory.mktemp("mini") / "data", scale="small", splits=("test",))
+
+
+@pytest.fixture(scope="session")
+def unseen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small miniatures of the 13 zero-shot columns; who changes a file puts it back."""
+    return build_unseen(tmp_path_factory.mktemp("unseen") / "built", scale="small", seed=0, progress=False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from traceir.learn.evaluate import evaluate, rehearse
 from traceir.learn.examples import choose, write_examples
 from traceir.learn.faithful import probe
 from traceir.learn.judged import Judged, read_judged
-from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.unseen.catalogue import COLUMNS
 from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
 
@@ -94,8 +93,8 @@ def test_a_page_of_hits_and_misses_shows_them(encoder: Encoder, folder: Path, tm
         write_examples(tmp_path / "scores", folder, tmp_path / "page")
 
 
-def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, tmp_path: Path) -> None:
-    root = build_unseen(tmp_path / "unseen", scale="small", seed=0, progress=False)
+def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_folder: Path, tmp_path: Path) -> None:
+    root = unseen_folder
     results = evaluate_unseen(encoder, root, tmp_path / "out", routes=["auto", "direct"], progress=False)
     assert list(results["routes"]["auto"]) == list(COLUMNS) == list(results["routes"]["direct"])
     assert all(0.0 <= one["value"] <= 1.0 and one["queries"] > 0 for one in results["routes"]["auto"].values())

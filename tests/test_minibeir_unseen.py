@@ -48,8 +48,8 @@ FAIR = Photo("Hupu", "Drinu", "fair", "Wobbis", "night")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_unseen(tmp_path_factory.mktemp("unseen") / "built", scale="small", seed=0, progress=False)
+def root(unseen_folder: Path) -> Path:
+    return unseen_folder
 
 
 def load(path: Path) -> Any:
