@@ -42,6 +42,7 @@ NOT_RUN = {
     r"--profile (lamra|own\.json)": "weights of other projects; tests/test_profiles.py has their shapes",
     r"^traceir minibeir build .*--scale full|^traceir minibeir unseen .*--scale full": "minutes of drawing",
     r"^traceir minibeir build --(out data/small|out OUT --scale small|scale small --out out/look)": "12 s of drawing; tests/conftest.py",
+    r"^traceir minibeir sheet": "seconds of drawing; tests/test_minibeir_build.py",
     r"^runs/|^traceir (--threads 1 )?train --preset mini|^python -m benchmarks\.(bundle|evidence|arms)": "hours of training",
     r"^traceir evaluate .*(out/runs/mini/checkpoint|out/models/7b)": "a model that hours of training make",
     r"^(torchrun|accelerate|CUDA_VISIBLE_DEVICES=0)|--preset qwen2\.5-vl-7b": "GPUs; tests/test_train.py has two processes",
@@ -55,9 +56,9 @@ TINY = "--set steps=1 --set batch=8 --set threads=1 --set precheck=false --set m
 SHORTER = {
     r"^traceir train --preset emoji": TINY,
     r"^traceir evaluate .*--dry-run": "--rows oven_task6 --limit 1",
-    r"^traceir evaluate .*--pool both": "--limit 2",
-    r"^traceir faithfulness": "--limit 1",
-    r"^traceir unseen": "--columns visdial,sugarcrepe",
+    r"^traceir evaluate .*--pool both": "--pool local --rows mscoco_task0,fashioniq_task7,cirr_task7 --limit 4",
+    r"^traceir faithfulness": "--rows cirr_task7 --limit 2",
+    r"^traceir unseen": "--columns visdial",
     r"^traceir reasoning build .*--teacher http": "--tasks cirr_task7,mscoco_task0",
     r"^traceir reasoning teacher": "--stall 0.2",
 }
