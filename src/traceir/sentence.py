@@ -1,6 +1,6 @@
 """TraceIR inside sentence-transformers: one module that is a whole SentenceTransformer (extra `judges`).
 
-    model = as_sentence_transformer("models/mini")
+    model = as_sentence_transformer(bundled_model())
     model.encode_query({"text": "the same in red", "image": "shoe.png"}, prompt="Find the product.", route="auto", target="image")
     model.encode_document(["shoe-1.png", "a red shoe"])
 

@@ -1,6 +1,6 @@
 """TraceIR inside LangChain (extra `langchain`): embeddings, and a retriever whose queries may reason.
 
-embeddings = TraceEmbeddings(Encoder.from_pretrained("models/mini"))       # in this process
+embeddings = TraceEmbeddings(Encoder.from_pretrained())                   # in this process
 embeddings = TraceEmbeddings.of_server("http://localhost:8080", "tir_...")  # by `traceir serve`
 retriever = TraceRetriever(source=Client("http://localhost:8080", "tir_..."), k=5, target="image")
 retriever.invoke("a red shoe")[0].metadata["traceir"]["score"]

@@ -1,6 +1,6 @@
 """TraceIR inside LlamaIndex (extra `llamaindex`): one embedding for texts and pictures, whose queries may reason.
 
-embedding = TraceEmbedding(Encoder.from_pretrained("models/mini"))       # in this process
+embedding = TraceEmbedding(Encoder.from_pretrained())                   # in this process
 embedding = TraceEmbedding.of_server("http://localhost:8080", "tir_...")  # by `traceir serve`
 embedding.get_query_embedding("a red shoe"), embedding.get_image_embedding("shoe.png")
 """

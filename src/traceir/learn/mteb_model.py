@@ -1,6 +1,6 @@
 """TraceIR under mteb, the public benchmark package: an Encoder as one of its models, rows of a folder as tasks (extra `judges`).
 
-    model = TraceEncoder.of(Encoder.from_pretrained("models/mini"))
+    model = TraceEncoder.of(Encoder.from_pretrained())
     mteb.evaluate(model, mbeir_task("data/minibeir", "cirr_task7"), cache=None)
 
 Nothing is fetched: tasks read local files, and pictures need Pillow only. mteb does its own search and its own scoring.
