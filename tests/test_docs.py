@@ -124,7 +124,7 @@ def test_the_readers_above_find_something() -> None:
 
 
 def listed_files(text: str) -> set[str]:
-    """The files, and the folders (with a slash at their end), of the first cells of tables; a bare name is in the folder before it."""
+    """Files and folders (which end in a slash) of the first cells of tables; a bare name is in the folder of the one before."""
     found: set[str] = set()
     for cell in re.findall(r"^\| (`[^|]*`) \|", text, re.MULTILINE):
         folder = ""

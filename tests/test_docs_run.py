@@ -1,13 +1,13 @@
 """The documents do what they say: every command and every Python example on a page is run, in order, in a folder of its own.
 
-What cannot be run here stands in NOT_RUN with its reason; what takes long as it stands gets the options of SHORTER. A command that
-neither runs nor is listed fails, so that a new one is either run or has a reason.
+What cannot be run here stands in NOT_RUN with its reason; what takes long as it stands gets the options of SHORTER. A command
+that neither runs nor is listed fails, so that a new one is either run or has a reason.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 import re
 import shlex
 import shutil
@@ -34,16 +34,16 @@ PAGES = {path.name: path for path in (*sorted((ROOT / "docs").glob("*.md")), ROO
 """README.md shows what `make demo` prints, and has a test of its own."""
 
 NOT_RUN = {
-    r"^(source \.venv|make |python -m venv|pip install|sglang/bin|SGLANG_|FINGERPRINT=)": "sets up an environment",
+    r"^(source \.venv|make |python -m venv|pip install|SGLANG_|FINGERPRINT=)": "sets up an environment",
     r"^traceir index add photos --index photos\.index --model Qwen/|^traceir search .* --model Qwen/": "a model of 15 GB",
     r"^traceir (index copy|serve --index) .*milvus\.example\.org": "a Milvus server",
     r"SGLangEncoder|^python -m benchmarks\.engine_parity": "an SGLang server; tests/test_engines.py has a stand-in",
     r"^traceir minibeir build --scale small --out data/minibeir-small$": "belongs to the SGLang server's commands",
     r"--profile (lamra|own\.json)": "weights of other projects; tests/test_profiles.py has their shapes",
     r"^traceir minibeir build .*--scale full|^traceir minibeir unseen .*--scale full": "minutes of drawing",
-    r"^traceir minibeir build --(out data/small|out OUT --scale small|scale small --out out/look)": "12 s of drawing; tests/conftest.py",
+    r"^traceir minibeir build --(out data/small$|out OUT --scale small|scale small --out out/look)": "12 s; tests/conftest.py",
     r"^traceir minibeir sheet": "seconds of drawing; tests/test_minibeir_build.py",
-    r"^runs/|^traceir (--threads 1 )?train --preset mini|^python -m benchmarks\.(bundle|evidence|arms)": "hours of training",
+    r"^runs/|^traceir (--threads 1 )?train --preset mini|^python -m benchmarks\.bundle": "hours of training",
     r"^traceir evaluate .*(out/runs/mini/checkpoint|out/models/7b)": "a model that hours of training make",
     r"^(torchrun|accelerate|CUDA_VISIBLE_DEVICES=0)|--preset qwen2\.5-vl-7b": "GPUs; tests/test_train.py has two processes",
     r"^traceir (merge|push) out/": "a trained adapter over a hub id; tests/test_adapter.py, tests/test_cli.py",
@@ -161,7 +161,7 @@ class Shell:
         thread = threading.Thread(target=main, args=([*arguments, "--port", str(port)],), daemon=True)
         thread.start()
         path = {"serve": "/ready", "teacher": "/v1/models", "review": "/"}[verb]
-        names = [name for option, name in zip(arguments, arguments[1:], strict=False) if option == "--allow-host"]
+        names = [name for option, name in itertools.pairwise(arguments) if option == "--allow-host"]
         asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers={"Host": names[0]} if names else {})
         for _ in range(600):
             try:
@@ -171,7 +171,6 @@ class Shell:
                 assert thread.is_alive(), f"traceir {shlex.join(arguments)} ended"
                 time.sleep(0.05)
         assert len(self.servers) == before + 1, f"traceir {shlex.join(arguments)} is not ready"
-        self.servers[-1] = self.servers[-1][0], thread
         self.ports[verb] = port
 
     def close(self) -> None:
@@ -209,7 +208,10 @@ def place(tmp_path: Path, folder: Path, unseen_folder: Path, monkeypatch: pytest
         shutil.copy(pictures[number], tmp_path / name)
     (tmp_path / "photos" / "sub" / "note.txt").write_text("A red ring left of a blue star.\n")
     (tmp_path / "notes.txt").write_text("A purple cube in the middle.\n")
-    lines = [{"id": "one", "text": "A toy cube.", "image": "query.jpg", "year": 1999, "kind": "toy"}, {"id": "two", "text": "Mug."}]
+    lines = [
+        {"id": "one", "text": "A toy cube.", "image": "query.jpg", "year": 1999, "kind": "toy"},
+        {"id": "two", "text": "Mug."},
+    ]
     (tmp_path / "catalogue.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     links = {"out/demo/minibeir": folder, "some/checkpoint": bundled_model(), "OUT": unseen_folder, "data/unseen": unseen_folder,
              "out/look": folder, "M-BEIR": Path("data/small"), "cot": Path("out/cot")}  # fmt: skip
@@ -262,7 +264,8 @@ def test_field_report_21_every_reason_belongs_to_an_example() -> None:
 
 
 def test_field_report_21_the_reader_of_examples_finds_them() -> None:
-    page = "```sh\na \\\n  b  # why\n# no\n```\n\n    traceir x   # told\n    XY=1 python -m y\n    {\"no\": 1}\n\n```python\nz = 1\n```\n"
+    shell = "```sh\na \\\n  b  # why\n# no\n```\n\n    traceir x   # told\n    XY=1 python -m y\n"
+    page = f'{shell}    {{"no": 1}}\n\n```python\nz = 1\n```\n'
     assert [(one.line, one.language, one.text) for one in examples(page)] == [
         (2, "sh", "a b"), (7, "sh", "traceir x"), (8, "sh", "XY=1 python -m y"), (12, "python", "z = 1\n"),
     ]  # fmt: skip
