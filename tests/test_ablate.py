@@ -23,6 +23,7 @@ from traceir.learn.ablate_report import Estimate, compare, judge, read_results, 
 from traceir.learn.ablate_score import TwoStage, read_outcomes, relative_speeds, score, time_routes, told_more
 from traceir.learn.ablations import BASE, COLD, NONE, TABLES, TIMED, Claim, Comparison, Line, Table, Variant, choose_tables
 from traceir.learn.train import TrainConfig
+from traceir.precision import Speed
 
 ROWS = ("invented_complex", "invented_simple")
 TABLE = Table(
@@ -168,6 +169,29 @@ def test_another_configuration_is_refused_and_a_neutral_change_is_not(tmp_path: 
     with pytest.raises(InputError, match=r"base/seed0/result.json is of another configuration \(data: None -> 'new'\)"):
         run_all(tmp_path / "out", base)
     assert set(trainings(tmp_path / "out").values()) == {1}
+
+
+def test_field_report_01_all_runs_have_the_precision_of_the_first(
+    tmp_path: Path, base: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever machine they run on; folders of earlier releases, which always took bfloat16, go on."""
+    seen: list[object] = []
+
+    def train(config: TrainConfig) -> Path:
+        seen.append(config.mixed_precision)
+        return fake_train(config)
+
+    for fast, seeds in ((False, (0,)), (True, (0, 1))):
+        monkeypatch.setattr("traceir.learn.train.bfloat16_on", lambda _, fast=fast: Speed(fast, "made up"))
+        run_all(tmp_path / "out", base, trains=train, seeds=seeds)
+    assert seen == [False] * 4
+    plan = json.loads((tmp_path / "out/ablation.json").read_text())
+    plan["base"]["mixed_precision"] = True
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/ablation.json").write_text(json.dumps(plan))
+    monkeypatch.setattr("traceir.learn.train.bfloat16_on", lambda _: Speed(False, "made up"))
+    run_all(tmp_path / "old", base, trains=train, seeds=(0,))
+    assert seen[4:] == [True, True]
 
 
 def test_a_start_that_is_missing_skips_the_variant_with_its_reason(tmp_path: Path, base: TrainConfig) -> None:

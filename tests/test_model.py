@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import picture, random_model
+from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -18,6 +21,7 @@ from traceir.errors import ModelError, PictureError
 from traceir.items import Item, Query
 from traceir.model import TraceModel, add_emb_token, load, save
 from traceir.prompts import EMB, render_candidate, render_query
+from traceir.weights import fingerprint
 
 
 def stock_states(model: TraceModel, batch: Batch) -> torch.Tensor:
@@ -163,6 +167,116 @@ def test_errors_name_the_folder(tmp_path: Path) -> None:
     folder = save(random_model(), tmp_path / "x")
     (folder / "traceir.json").write_text("{")
     with pytest.raises(ModelError, match=r"traceir\.json:1"):
+        load(folder)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in several shards, as transformers saves large ones."""
+    made, folder = random_model(), tmp_path_factory.mktemp("sharded")
+    made.network.save_pretrained(folder, max_shard_size="100KB")
+    made.processor.tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    return folder
+
+
+@pytest.mark.parametrize(
+    "stray", ["optimiser", "consolidated", "model.fp16", "ema", "a", "model-00001-of-00009", "adapter_model"]
+)
+@pytest.mark.parametrize("many", [False, True])
+def test_field_report_04_what_lies_beside_the_weights_is_no_part_of_them(
+    sharded: Path, tmp_path: Path, many: bool, stray: str
+) -> None:
+    folder = shutil.copytree(sharded, tmp_path / "many") if many else save(random_model(), tmp_path / "one")
+    whole = fingerprint(folder)
+    kept = fingerprint(folder, list(folder.glob("*.safetensors")))
+    assert whole == kept, "as earlier releases counted it"
+    save_file({"x": torch.ones(3)}, folder / f"{stray}.safetensors")
+    assert fingerprint(folder) == load(folder).fingerprint == whole
+    weights = next(folder.glob("model-00002*" if many else "model.safetensors"))
+    weights.write_bytes(weights.read_bytes() + b" ")
+    assert fingerprint(folder) != whole
+
+
+def test_field_report_04_weights_are_found_as_transformers_finds_them(sharded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sharded, tmp_path / "cache" / "snapshot", copy_function=lambda a, b: Path(b).symlink_to(a))
+    assert fingerprint(folder) == load(folder).fingerprint == fingerprint(sharded), "the hub's cache holds links"
+    save(random_model(1), tmp_path / "other")
+    (folder / "model.safetensors").symlink_to(tmp_path / "other/model.safetensors")
+    read = load(folder)
+    assert torch.equal(read.network.lm_head.weight, load(tmp_path / "other").network.lm_head.weight)
+    (folder / "model-00001-of-00009.safetensors").write_bytes(b"old")
+    assert fingerprint(folder) == read.fingerprint != fingerprint(sharded), "one whole file goes before shards"
+
+
+def test_field_report_04_a_shard_that_is_missing_is_named(sharded: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(sharded, tmp_path / "part")
+    lost = next(folder.glob("model-00002*"))
+    lost.unlink()
+    save_file({"x": torch.ones(3)}, folder / "stray.safetensors")
+    for refused in (fingerprint, load):
+        with pytest.raises(ModelError, match=f"part lacks weights that it names: {lost.name}; copy it again"):
+            refused(folder)
+
+
+def _pickled(file: Path) -> None:
+    torch.save({"x": torch.ones(3)}, file)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: _pickled(folder / "pytorch_model.bin"),
+        lambda folder: [_pickled(folder / f"model.{end}") for end in ("pt", "pth", "ckpt", "pkl")],
+        lambda folder: (
+            _pickled(folder / "shard.bin"),
+            (folder / "pytorch_model.bin.index.json").write_text('{"metadata": {}, "weight_map": {"x": "shard.bin"}}'),
+        ),
+        lambda folder: (
+            _pickled(folder / "shard.bin"),
+            (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {"x": "shard.bin"}}'),
+        ),
+        lambda folder: (
+            _pickled(folder / "adapter_model.bin"),
+            (folder / "config.json").write_text(
+                (folder / "config.json").read_text().replace("{", '{"transformers_weights": "adapter_model.bin",', 1)
+            ),
+        ),
+        lambda folder: (
+            save_file({"x": torch.ones(3)}, folder.parent / "away.safetensors"),
+            (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../away.safetensors"}}'),
+        ),
+    ],
+    ids=["pytorch_model.bin", "other pickles", "index of .bin", "safetensors index of .bin", "named in config.json", "away"],
+)
+def test_field_report_19_pickles_are_never_opened(
+    tmp_path: Path, spoil: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(random_model(), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    spoil(folder)
+    opened: list[object] = []
+    monkeypatch.setattr(torch, "load", lambda *args, **_: opened.append(args) or {})
+    with pytest.raises(ModelError, match=r"TraceIR reads weights from \.safetensors only.*save_pretrained"):
+        load(folder)
+    assert not opened
+
+
+def test_field_report_19_no_code_of_a_checkpoint_is_run_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(random_model(), tmp_path / "model")
+    for name in ("config.json", "tokenizer_config.json"):
+        told = json.loads((folder / name).read_text())
+        told["auto_map"] = {"AutoTokenizer": ["evil.Evil", None], "AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}
+        (folder / name).write_text(json.dumps(told))
+    (folder / "evil.py").write_text("raise SystemExit('run')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    assert load(folder).width == 48
+
+
+def test_damaged_weights_are_an_error_of_ours(tmp_path: Path) -> None:
+    folder = save(random_model(), tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(ModelError, match="cannot load"):
         load(folder)
 
 

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import multiprocessing
 import os
+import platform
 import random
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import picture
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from traceir.errors import InputError, TrainError
+from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
+from traceir.encoder import Encoder
+from traceir.errors import InputError, ModelError, TrainError
 from traceir.items import Item, Query
 from traceir.learn.batches import Turns
 from traceir.learn.data import Example, Schedule, TaskData
+from traceir.learn.gradcache import Reader
 from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig, rate, train
 from traceir.model import load
+from traceir.precision import bfloat16_on
+from traceir.weights import fingerprint
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
                  vision_inner=32, vocabulary=420)  # fmt: skip
@@ -89,9 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, out: Path, **changes: object) -> TrainConfig:
+    """Twelve steps in float32, which every processor is quick in."""
     base = TrainConfig(
-        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2, decay=0.0
-    )
+        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2, decay=0.0,
+        mixed_precision=False,
+    )  # fmt: skip
     return replace(base, **changes)
 
 
@@ -230,15 +241,53 @@ def _steps_of(run: Path) -> int:
     return 0
 
 
-def test_an_adapter_with_dropout_resumes_to_the_same_weights(folder: Path, trained: Path, tmp_path: Path) -> None:
-    settings = {"init": str(trained), "lora_rank": 4, "lora_alpha": 8, "lora_dropout": 0.2, "steps": 6, "save_every": 3}
-    whole = train(config(folder, tmp_path / "whole", **settings, keep=(3,)))
-    again = train(config(folder, tmp_path / "again", **settings), resume_from=tmp_path / "whole/steps/000003")
+@pytest.fixture(scope="module")
+def adapted(folder: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A finished run of six steps with LoRA over `trained`, whose third step is kept."""
+    place = tmp_path_factory.mktemp("adapted") / "run"
+    made = config(
+        folder, place, init=str(trained), lora_rank=4, lora_alpha=8, lora_dropout=0.2, steps=6, save_every=3, keep=(3,)
+    )  # fmt: skip
+    train(made)
+    return made
+
+
+def test_an_adapter_with_dropout_resumes_to_the_same_weights(adapted: TrainConfig, tmp_path: Path) -> None:
+    whole, step = Path(adapted.out) / "checkpoint", Path(adapted.out) / "steps/000003"
+    again = train(replace(adapted, out=str(tmp_path / "again"), keep=()), resume_from=step)
     first, second = (load_file(place / "adapter_model.safetensors") for place in (whole, again))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    untouched = load_file(tmp_path / "whole/steps/000003/adapter_model.safetensors")
+    untouched = load_file(step / "adapter_model.safetensors")
     assert any(not torch.equal(first[name], untouched[name]) for name in first)
     assert load(whole).settings.read_out == "before_token", "an adapter folder loads like any checkpoint"
+
+
+def test_field_report_04_a_resume_point_with_lora_is_a_model(folder: Path, adapted: TrainConfig, tmp_path: Path) -> None:
+    step, bare = Path(adapted.out) / "steps/000003", tmp_path / "bare"
+    assert (step / "optimiser.safetensors").is_file()
+    shutil.copytree(step, bare, ignore=shutil.ignore_patterns("optimiser.safetensors", "*step.json", "trainer_state.json"))
+    assert load(step).fingerprint == load(bare).fingerprint != load(Path(adapted.out) / "checkpoint").fingerprint
+    assert load(merge(step, tmp_path / "merged")).fingerprint == weights_fingerprint(tmp_path / "merged")
+    further = train(config(folder, tmp_path / "run", init=str(step), steps=1, lora_rank=2, lora_alpha=4))
+    assert json.loads((further / "traceir.json").read_text())["base"]["fingerprint"] == weights_fingerprint(bare)
+    assert load(further).fingerprint != load(step).fingerprint
+
+
+def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, trained: Path, tmp_path: Path) -> None:
+    """Also for adapters of earlier releases, which counted what lay beside its weights."""
+    step = shutil.copytree(trained.parent / "steps/000012", tmp_path / "step")
+    assert weights_fingerprint(step) == load(step).fingerprint == load(trained).fingerprint
+    made = train(config(folder, tmp_path / "run", init=str(step), steps=1, lora_rank=2, lora_alpha=4))
+    assert load(made).fingerprint
+    every = fingerprint(step, list(step.glob("*.safetensors")))
+    told = json.loads((made / "traceir.json").read_text())
+    told["base"]["fingerprint"] = every
+    told["fingerprint"] = _adapter_fingerprint(made, Base(str(step), every))
+    (made / "traceir.json").write_text(json.dumps(told))
+    assert load(made).fingerprint == told["fingerprint"]
+    save_file({"x": torch.zeros(1)}, step / "optimiser.safetensors")
+    with pytest.raises(ModelError, match="is an adapter over weights"):
+        load(made)
 
 
 def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path) -> None:
@@ -288,6 +337,118 @@ def test_frozen_parts_stay_as_they_were(folder: Path, trained: Path, tmp_path: P
     assert not [name for name in changed if "visual" in name and "merger" not in name]
 
 
+@pytest.fixture
+def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Sets whether the processor is the faster one in bfloat16."""
+
+    def set_to(fast: bool) -> None:
+        bfloat16_on.cache_clear()
+        monkeypatch.setattr("traceir.precision._seconds", lambda dtype: 0.5 if (dtype == torch.bfloat16) == fast else 1.0)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    yield set_to
+    bfloat16_on.cache_clear()
+
+
+def recorded(run: Path) -> list[object]:
+    return [json.loads((run / "config.json").read_text())["mixed_precision"],
+            json.loads((run / "meta.json").read_text())["config"]["mixed_precision"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_field_report_01_the_faster_type_is_taken_recorded_and_kept(
+    folder: Path, tmp_path: Path, processor: Callable[[bool], None], caplog: pytest.LogCaptureFixture, fast: bool
+) -> None:
+    caplog.set_level(logging.INFO, "traceir.learn.train")
+    processor(fast)
+    plan = config(folder, tmp_path / "run", steps=2, save_every=1, keep=(1,), mixed_precision="auto")
+    seen: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Reader, "forward", _noting_autocast(Reader.forward, seen))
+        done = train(plan)
+    assert set(seen) == {fast} and recorded(done.parent) == [fast, fast]
+    name, times = ("bfloat16", "0.50") if fast else ("float32", "2.00")
+    assert f"{name}: a bfloat16 product takes {times} times as long as a float32 one on this processor" in caplog.text
+    shutil.rmtree(done)
+    processor(not fast)
+    caplog.clear()
+    train(plan)
+    assert recorded(done.parent) == [fast, fast], "a run that goes on elsewhere keeps its type"
+    assert f"{name}: as {tmp_path}/run/config.json says" in caplog.text
+    assert ("mixed_precision=true is slow here" in caplog.text) == fast
+    train(replace(plan, out=str(tmp_path / "branch")), resume_from=tmp_path / "run/steps/000001")
+    assert recorded(tmp_path / "branch") == [fast, fast], "and so does one that starts at its step"
+    with pytest.raises(TrainError, match="mixed_precision"):
+        train(replace(plan, mixed_precision=not fast))
+
+
+def _noting_autocast(forward: Callable[..., object], seen: list[bool]) -> Callable[..., object]:
+    def noting(*args: object, **options: object) -> object:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return forward(*args, **options)
+
+    return noting
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_field_report_01_what_is_asked_for_counts_more(
+    folder: Path, tmp_path: Path, processor: Callable[[bool], None], caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, asked: bool,
+) -> None:  # fmt: skip
+    processor(not asked)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no" if asked else "bf16")
+    seen: list[bool] = []
+    monkeypatch.setattr(Reader, "forward", _noting_autocast(Reader.forward, seen))
+    train(config(folder, tmp_path / "run", steps=1, mixed_precision=asked))
+    assert set(seen) == {asked} and recorded(tmp_path / "run") == [asked, asked]
+    assert ("mixed_precision=true is slow here" in caplog.text) == asked
+
+
+def test_field_report_01_weights_in_a_slow_type_are_told(
+    folder: Path, trained: Path, tmp_path: Path, processor: Callable[[bool], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    processor(False)
+    train(config(folder, tmp_path / "run", init=str(trained), steps=1, lora_rank=2, dtype="bfloat16", mixed_precision="auto"))
+    assert recorded(tmp_path / "run") == [False, False] and "dtype=bfloat16 is slow here" in caplog.text
+    caplog.clear()
+    Encoder(load(trained, dtype=torch.bfloat16))
+    assert "the weights are in bfloat16, which is slow here" in caplog.text
+    caplog.clear()
+    Encoder(load(trained))
+    processor(True)
+    Encoder(load(trained, dtype=torch.bfloat16))
+    assert not caplog.text
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN's limit is one of x86")
+def test_field_report_01_a_processor_without_the_instructions_is_seen() -> None:
+    asked = "from traceir.precision import bfloat16_on; print(bfloat16_on('cpu').fast)"
+    told = subprocess.run(
+        [sys.executable, "-c", asked], env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True, check=True
+    )  # fmt: skip
+    assert told.stdout == "False\n"
+
+
+def test_field_report_01_a_gpu_that_emulates_is_not_taken_for_a_fast_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native in (True, False):
+        bfloat16_on.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True, native=native: including_emulation or native
+        )
+        found = bfloat16_on("cuda:1")
+        assert found.fast == native and found.why.startswith("A GPU has " if native else "A GPU has no bfloat16 units")
+    bfloat16_on.cache_clear()
+    assert not bfloat16_on("mps").fast
+
+
+def test_field_report_01_asking_draws_no_random_number() -> None:
+    bfloat16_on.cache_clear()
+    before = torch.get_rng_state()
+    bfloat16_on("cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> None:
     train(config(folder, tmp_path / "run", steps=2))
     with pytest.raises(TrainError, match="learning_rate"):
@@ -304,6 +465,7 @@ def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> Non
         ({"read_out": "at_token", "distil": 0.5}, "before_token"),
         ({"lora_rank": 4}, "--init"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"mixed_precision": "yes"}, "choose auto, True or False"),
         ({"cot": "most"}, "most"),
         ({"fsdp": "FILE"}, "distributed training"),
         ({"report_to": ("nosuchtracker",)}, "nosuchtracker"),
@@ -349,9 +511,9 @@ def test_the_tracker_gets_every_line_of_the_log(folder: Path, tmp_path: Path) ->
     (events,) = {file.parent for file in (tmp_path / "run").rglob("events.out.tfevents*")}
     found = EventAccumulator(str(events))
     found.Reload()
-    told = {(one.step, round(one.value, 4)) for one in found.Scalars("train/norm")}
+    told = {one.step: one.value for one in found.Scalars("train/norm")}
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert told == {(line["step"], round(line["norm"], 4)) for line in lines}
+    assert told == {line["step"]: pytest.approx(line["norm"], abs=2e-6) for line in lines}, "float32, and six decimals"
 
 
 def test_epochs_decide_the_steps(folder: Path, tmp_path: Path) -> None:

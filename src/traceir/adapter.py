@@ -24,7 +24,6 @@ from traceir.errors import InputError, ModelError
 from traceir.model import (
     TraceModel,
     TraceSettings,
-    fingerprint,
     image_budget,
     load,
     overridden,
@@ -34,8 +33,9 @@ from traceir.model import (
     wrap,
     written_whole,
 )
+from traceir.weights import ADAPTER_WEIGHTS as WEIGHTS
+from traceir.weights import fingerprint
 
-WEIGHTS: Final = "adapter_model.safetensors"
 LINEARS: Final = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR: Final = "visual.merger"
 SCALING: Final = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
@@ -123,7 +123,7 @@ def load_adapter(folder: Path, *, device: str = "cpu", dtype: torch.dtype | None
     settings = overridden(read_settings(folder / "traceir.json") or TraceSettings(), overrides)
     place = _locate(base.source, folder)
     if place is not None:
-        _check_base(base, weights_fingerprint(place), str(place), folder)
+        _check_base(base, _as_recorded(place, base), str(place), folder)
     elif not base.on_hub:
         tried = " nor at ".join(dict.fromkeys(str(one) for one in _places(base.source, folder)))
         raise ModelError(f"{folder} is an adapter over {base.source}, which is not at {tried}; put the checkpoint there")
@@ -131,7 +131,7 @@ def load_adapter(folder: Path, *, device: str = "cpu", dtype: torch.dtype | None
     if place is None:
         _check_base(base, hub_fingerprint(base.source), base.source, folder)
     network = _merged(model.network, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     budget = image_budget(folder / "preprocessor_config.json", network.config)
     return wrap(network.eval().to(device), tokenizer, settings, budget)
 
@@ -179,6 +179,15 @@ def weights_fingerprint(folder: Path) -> str:
     if (folder / ADAPTER).is_file():
         return _adapter_fingerprint(folder, read_base(folder))
     return fingerprint(folder)
+
+
+def _as_recorded(place: Path, base: Base) -> str:
+    """The fingerprint of the folder where a base lies; earlier releases took in every .safetensors file beside the weights."""
+    actual, recorded = weights_fingerprint(place), base.fingerprint.removeprefix("hub:")
+    if actual != recorded and not (place / ADAPTER).is_file():
+        every = fingerprint(place, list(place.glob("*.safetensors")))
+        return recorded if every == recorded else actual
+    return actual
 
 
 def hub_fingerprint(name: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from traceir.batch import Layout
@@ -15,8 +17,11 @@ from traceir.decoding import Decoder, Finished, Wave, merge_waves
 from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
 from traceir.model import TraceModel, load
+from traceir.precision import bfloat16_on
 from traceir.prompts import Prompt
 from traceir.suggest import did_you_mean
+
+log = logging.getLogger(__name__)
 
 
 class Encoder:
@@ -44,6 +49,8 @@ class Encoder:
         self.token_budget, self.batch_rows, self.wave_rows = token_budget, batch_rows, wave_rows
         self.budget = max_reasoning_tokens or model.settings.max_reasoning_tokens
         self.threshold = threshold
+        if next(model.network.parameters()).dtype == torch.bfloat16 and not (speed := bfloat16_on(str(model.device))).fast:
+            log.warning("the weights are in bfloat16, which is slow here: %s; leave dtype at float32", speed.why)
 
     @classmethod
     def from_pretrained(cls, source: str | Path | None = None, *, device: str = "cpu", **options: Any) -> Encoder:

@@ -1,4 +1,4 @@
-"""The checkpoint: load, create, save, add `<|emb|>`, fingerprint, and the two forward passes everything else is built on.
+"""The checkpoint: load, create, save, add `<|emb|>`, and the two forward passes everything else is built on.
 
 A checkpoint is an ordinary Hugging Face directory of Qwen2_5_VLForConditionalGeneration plus `traceir.json` (docs/formats.md).
 Checkpoints of other projects, also over Qwen2-VL and Qwen3-VL, are read by a profile (profiles.py). transformers is imported
@@ -8,7 +8,6 @@ Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
 import json
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
@@ -44,6 +44,7 @@ from traceir.prompts import (
     render_query,
 )
 from traceir.prompts import check_version as check_prompt_version
+from traceir.weights import fingerprint, weight_files
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
@@ -55,7 +56,6 @@ NETWORKS: Final = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 """Model type in config.json -> class in transformers."""
-WHOLE_HASH_BYTES: Final = 256 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +228,12 @@ def load(
         kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
         if kind not in NETWORKS:
             raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
+        weight_files(folder)  # an error of ours where there are only pickles
         network_class = getattr(importlib.import_module("transformers"), NETWORKS[kind])
         config = network_class.config_class.from_pretrained(folder)
         network = network_class.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
     settings = read_settings(_companion(folder, "traceir.json")) or TraceSettings()
     if profile is not None:
@@ -381,29 +382,6 @@ def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, im
     network = Qwen2_5_VLForConditionalGeneration(config)
     add_emb_token(network, tokenizer)
     return wrap(network.eval(), tokenizer, settings, image)
-
-
-def fingerprint(folder: Path) -> str:
-    """16 hex digits that name the weights in a folder, whatever the folder is called.
-
-    Weight files of up to 256 MB count whole; of larger ones the size, the header and 64 evenly spaced blocks of 64 KB.
-    """
-    digest = hashlib.sha256()
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("tokenizer.json")])
-    if not files:
-        raise ModelError(f"{folder} holds no .safetensors weights; convert the checkpoint to safetensors first")
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            if size <= WHOLE_HASH_BYTES:
-                while block := stream.read(2**20):
-                    digest.update(block)
-            else:
-                for part in range(64):
-                    stream.seek(part * (size - 65536) // 63)
-                    digest.update(stream.read(65536))
-    return digest.hexdigest()[:16]
 
 
 def _companion(folder: Path, file: str) -> Path | None:

@@ -23,9 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from traceir.errors import ModelError
-
-SINGLE: Final = "model.safetensors"
-SHARDS: Final = "model.safetensors.index.json"
+from traceir.weights import weight_files
 
 
 @dataclass(slots=True)
@@ -354,7 +352,7 @@ def read_network(folder: Path, dtype: torch.dtype) -> Network:
     try:
         network = Network(json.loads((folder / "config.json").read_text()))
         weights: dict[str, torch.Tensor] = {}
-        for file in _weight_files(folder):
+        for file in weight_files(folder):
             weights |= {_own_name(name): value.to(dtype) for name, value in load_file(file).items()}
         weights.setdefault("lm_head.weight", weights["model.language_model.embed_tokens.weight"])
         network.load_state_dict(weights, assign=True)
@@ -368,13 +366,6 @@ def _own_name(name: str) -> str:
     if name.startswith(("lm_head.", "model.visual.", "model.language_model.")):
         return name
     return f"model.{name}" if name.startswith("visual.") else name.replace("model.", "model.language_model.", 1)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold the weights, whatever else lies beside them."""
-    if (folder / SHARDS).is_file():
-        return sorted({folder / name for name in json.loads((folder / SHARDS).read_text())["weight_map"].values()})
-    return [folder / SINGLE]
 
 
 def _namespace(config: Mapping[str, Any]) -> Any:

@@ -390,7 +390,8 @@ def without_weights(source: str | Path) -> TraceModel:
         settings = read_settings(local / "traceir.json") if (local / "traceir.json").is_file() else None
         if settings is None or not (local / "config.json").is_file():
             raise ModelError(f"{name} has no config.json with traceir.json; an engine serves whole checkpoints: `traceir merge`")
-        config, tokenizer = AutoConfig.from_pretrained(local), AutoTokenizer.from_pretrained(local)
+        config = AutoConfig.from_pretrained(local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {name}: {error}") from error
     if config.model_type not in NETWORKS or settings.profile is not None or settings.read_out == "at_token":

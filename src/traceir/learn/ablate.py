@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from traceir.errors import InputError, TraceError
 from traceir.learn.ablate_plan import FORMAT, ROWS, Run, check_result, identity, plan_runs, write_plan
-from traceir.learn.ablate_score import score
+from traceir.learn.ablate_score import device_of, score
 from traceir.learn.ablations import Table
 from traceir.learn.judged import describe_machine, write_whole
-from traceir.learn.train import TrainConfig, train
+from traceir.learn.train import TrainConfig, settled, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ def ablate(
     """
     if len(rows) != 2 or not seeds or len(set(seeds)) < len(seeds):
         raise InputError(f"rows {list(rows)}, seeds {list(seeds)}: give a complex and a simple row, and each seed once")
+    base = settled(base, device_of(base), out / "ablation.json")
     runs, skipped = plan_runs(tables, out, base, seeds, rows)
     write_plan(out, base, seeds, rows)
     for run in runs:

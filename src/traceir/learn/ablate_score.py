@@ -20,6 +20,7 @@ from traceir.learn.ablate_plan import Run
 from traceir.learn.ablations import TIMED
 from traceir.learn.evaluate import choose_tasks, evaluate
 from traceir.learn.judged import read_judged
+from traceir.learn.train import TrainConfig
 
 LOST: Final = 11
 """Ranks are kept up to 10; this stands for all beyond."""
@@ -33,7 +34,7 @@ def score(run: Run) -> dict[str, Any]:
     if run.variant.work == "speed":
         return measure_speed(run)
     checkpoints = [folder / "checkpoint" for folder in run.uses or (run.folder,)]
-    encoders = [Encoder.from_pretrained(checkpoint, device=_device(run)) for checkpoint in checkpoints]
+    encoders = [Encoder.from_pretrained(checkpoint, device=device_of(run.config)) for checkpoint in checkpoints]
     encoder = TwoStage(*encoders) if run.variant.work == "pipeline" else encoders[0]
     out = run.folder / "evaluation"
     shutil.rmtree(out, ignore_errors=True)
@@ -97,7 +98,9 @@ def told_more(query: Query, written: str) -> Query:
 
 def measure_speed(run: Run) -> dict[str, Any]:
     """Times TIMED on the first queries of each row: one warm-up, then rounds of one after the other."""
-    encoders = {folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=_device(run)) for folder in run.uses}
+    encoders = {
+        folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device_of(run.config)) for folder in run.uses
+    }
     data = Path(run.config.data)
     instructions = mbeir.read_instructions(data)
     found: dict[str, Any] = {}
@@ -133,8 +136,8 @@ def relative_speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     return {"relative": relative, "seconds": {name: list(times) for name, times in seconds.items()}}
 
 
-def _device(run: Run) -> str:
-    """The torch device of the run: what `auto` stands for, or what is named."""
-    if run.config.device != "auto":
-        return run.config.device
+def device_of(config: TrainConfig) -> str:
+    """The torch device of a run: what `auto` stands for, or what is named."""
+    if config.device != "auto":
+        return config.device
     return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"

@@ -24,6 +24,7 @@ from traceir.learn import hub
 from traceir.learn import markdown as md
 from traceir.learn.judged import write_whole
 from traceir.model import TraceSettings, read_settings
+from traceir.weights import weight_files
 
 MARK: Final = "<!-- Written by `traceir push`, which replaces it. Remove this line to keep what you change. -->"
 RESULTS_FORMAT: Final = 2
@@ -130,17 +131,12 @@ def _check_whole(folder: Path) -> None:
         raise ModelError(
             f"{folder} is an adapter over {base.source}, a folder that others do not have; push what `traceir merge` makes of it"
         )
-    weights = {path.name for path in folder.glob("*.safetensors")}
-    for name in sorted(weights):
+    for file in {*weight_files(folder), *folder.glob("*.safetensors")}:
         try:
-            with safe_open(folder / name, framework="pt"):
+            with safe_open(file, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{folder / name} is damaged: {error}; save the checkpoint again") from error
-    index = folder / "model.safetensors.index.json"
-    shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    if not weights or shards - weights:
-        raise ModelError(f"{folder} lacks weights: {', '.join(sorted(shards - weights)) or 'no .safetensors'}; copy it again")
+            raise ModelError(f"{file} is damaged: {error}; save the checkpoint again") from error
     settings = read_settings(folder / "traceir.json")
     if settings is not None and settings.fingerprint not in ("", actual := weights_fingerprint(folder)):
         raise ModelError(f"{folder} holds weights {actual}, its traceir.json is of {settings.fingerprint}; copy or save it again")

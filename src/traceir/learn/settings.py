@@ -60,16 +60,18 @@ def _replaced(config: Any, path: str, key: str, text: str) -> Any:
     return replace(config, **{name: _parse(text, kinds[name], key)})
 
 
-def _parse(text: str, kind: Any, key: str) -> Any:
+def _parse(text: str, kind: Any, key: str, others: str = "") -> Any:
     if kind is str:
         return text
+    if kind == Literal["auto"] | bool:
+        return text.lower() if text.lower() == "auto" else _parse(text, bool, key, "auto, ")
     if get_origin(kind) is Literal:
         if text not in get_args(kind):
             raise InputError(f"--set {key}={text}: choose one of {', '.join(get_args(kind))}")
         return text
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise InputError(f"--set {key}={text}: write true or false")
+            raise InputError(f"--set {key}={text}: write {others}true or false")
         return text.lower() == "true"
     if kind is int or kind is float:
         try:

@@ -35,6 +35,7 @@ from traceir.learn.precheck import precheck
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.learn.trainer import TraceTrainer, barrier, newest_step, step_of
 from traceir.model import TraceModel, TraceSettings, load, save
+from traceir.precision import bfloat16_on
 
 log = logging.getLogger(__name__)
 
@@ -136,8 +137,9 @@ class TrainConfig:
     weights: dict[str, float] = field(default_factory=dict)
     """Weight of a task in the rotation; tasks not named count 1, 0 leaves a task out."""
     seed: int = 0
-    mixed_precision: bool = True
-    """Forward and backward in bfloat16; weights that train stay float32."""
+    mixed_precision: Literal["auto"] | bool = "auto"
+    """Forward and backward in bfloat16; weights that train stay float32. `auto`: where the device is faster in it (precision.py),
+    decided at the first start and kept for the whole run."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in memory; `bfloat16` halves a frozen base under LoRA."""
     device: Literal["cpu", "auto"] = "cpu"
@@ -192,8 +194,11 @@ def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     finished = out / "checkpoint"
     args = arguments(check(config), out)
     if args.process_index == 0:
-        _claim(out, config)
+        begun = out if (out / "config.json").is_file() or resume_from is None else resume_from.parent.parent
+        _claim(out, settled(config, args.device.type, begun / "config.json"))
     barrier()
+    config = replace(config, mixed_precision=begun_in(out / "config.json"))
+    args = arguments(config, out)
     if (finished / "traceir.json").is_file():
         log.info("%s is finished already", out)
         return finished
@@ -293,12 +298,36 @@ def check(config: TrainConfig) -> TrainConfig:
         raise InputError(f"min_pixels {config.min_pixels} is above max_pixels {config.max_pixels}; swap them")
     if config.lora_rank and config.init == "random":
         raise InputError("lora_rank adapts a checkpoint, and init is random; name one with --init")
+    if config.mixed_precision not in ("auto", True, False):
+        raise InputError(f"mixed_precision {config.mixed_precision!r} is unknown; choose auto, True or False")
     for name in ("temperature", "batch", "accumulate", "chunk_tokens", "learning_rate", "log_every", "save_every"):
         if not getattr(config, name) > 0:
             raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
     if config.epochs <= 0 and config.steps < 1:
         raise InputError(f"steps is {config.steps}; give at least 1, or epochs")
     return config
+
+
+def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:
+    """The configuration with `mixed_precision` true or false: as asked, else as the file `begun` says, else the faster one."""
+    speed = bfloat16_on(device)
+    if config.mixed_precision != "auto":
+        chosen, why = config.mixed_precision, "as asked"
+    elif (before := begun_in(begun)) != "auto":
+        chosen, why = bool(before), f"as {begun} says"
+    else:
+        chosen, why = speed.fast, speed.why
+    log.info("%s: %s", "bfloat16" if chosen else "float32", why)
+    slow = [name for name, on in (("mixed_precision=true", chosen), ("dtype=bfloat16", config.dtype == "bfloat16")) if on]
+    if slow and not speed.fast:
+        log.warning("%s is slow here: %s; float32 is the faster type for a new run", " and ".join(slow), speed.why)
+    return replace(config, mixed_precision=chosen)
+
+
+def begun_in(file: Path) -> Any:
+    """`mixed_precision` of a configuration on disk (config.json of a run, or the `base` of ablation.json); `auto` without one."""
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return found.get("base", found).get("mixed_precision", "auto")
 
 
 def arguments(config: TrainConfig, out: Path) -> TrainingArguments:
@@ -313,7 +342,7 @@ def arguments(config: TrainConfig, out: Path) -> TrainingArguments:
             learning_rate=config.learning_rate,
             max_grad_norm=config.clip,
             seed=config.seed,
-            bf16=config.mixed_precision,
+            bf16=config.mixed_precision is True,
             use_cpu=config.device == "cpu",
             logging_steps=config.log_every,
             save_strategy="steps",
@@ -333,6 +362,7 @@ def arguments(config: TrainConfig, out: Path) -> TrainingArguments:
         )
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         raise TrainError(f"the training cannot be set up as asked: {error}") from error
+    args.mixed_precision = "bf16" if args.bf16 else "no"  # where accelerate's launcher says another, the configuration counts
     args.per_device_train_batch_size = max(1, config.batch // args.world_size)
     if args.world_size == 1 and args.n_gpu > 1:
         args._n_gpu = 1  # without a launcher one accelerator trains: DataParallel cannot split a Turn

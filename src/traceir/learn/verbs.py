@@ -6,6 +6,7 @@ Like all verbs they import what they need when they run.
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,9 @@ def train(args: argparse.Namespace) -> int:
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
     from traceir.learn.presets import resolve
-    from traceir.learn.train import train
+    from traceir.learn.train import log, train
 
+    log.setLevel(logging.INFO)  # which precision, and where it goes on, is told without -v
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
