@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -34,6 +35,10 @@ from traceir.prompts import render_query
 # The same examples in every run: what passes once passes again, and what fails can be looked at.
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
+
+FORKS = multiprocessing.get_context("forkserver")
+"""Processes that begin with training imported, which takes longer than what they are started for."""
+FORKS.set_forkserver_preload(["traceir.learn.train"])
 
 WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
 

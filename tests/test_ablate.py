@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import FORKS
 
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
@@ -255,7 +256,8 @@ def met_train(config: TrainConfig) -> Path:
     return folder
 
 
-def test_two_processes_share_the_runs(tmp_path: Path, base: TrainConfig) -> None:
+def test_two_processes_share_the_runs(tmp_path: Path, base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("traceir.learn.ablate.multiprocessing.get_context", lambda _: FORKS)
     outcome = run_all(tmp_path, base, jobs=2, trains=met_train)
     assert outcome.done == outcome.planned == 4 and not outcome.failed
     assert len(trainings(tmp_path)) == 4 and set(trainings(tmp_path).values()) == {1}

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, random_model
+from conftest import FORKS, picture, random_model
 from torch.nn import functional
 
 from traceir.items import Item, Query
@@ -156,6 +152,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
 
     from traceir.learn.gradcache import Distribution
 
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     model = random_model(3)
     model.network.double()
@@ -178,15 +175,12 @@ def worker(rank: int, world: int, folder: Path) -> None:
 def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom pathlib import Path\n" \
-        "from test_gradcache import worker\nworker(int(sys.argv[1]), 2, Path(sys.argv[2]))\n"  # fmt: skip
-    shared = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen([sys.executable, "-c", script, str(rank), str(tmp_path)], env=shared, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=120)[1] for process in running]
-    assert [process.returncode for process in running] == [0, 0], json.dumps(told)
+    running = [FORKS.Process(target=worker, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=120)
+    assert [process.exitcode for process in running] == [0, 0]
     turn = turns(double, 90).turn(0, "made up", examples(8, negatives=2))
     alone = gradients(double, turn, Objective(symmetric=True), cache=True, learn=True)
     for cache in (True, False):

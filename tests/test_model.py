@@ -192,7 +192,7 @@ def test_field_report_04_what_lies_beside_the_weights_is_no_part_of_them(
     kept = fingerprint(folder, list(folder.glob("*.safetensors")))
     assert whole == kept, "as earlier releases counted it"
     save_file({"x": torch.ones(3)}, folder / f"{stray}.safetensors")
-    assert fingerprint(folder) == load(folder).fingerprint == whole
+    assert fingerprint(folder) == load(folder).fingerprint == load(folder, inference=True).fingerprint == whole
     weights = next(folder.glob("model-00002*" if many else "model.safetensors"))
     weights.write_bytes(weights.read_bytes() + b" ")
     assert fingerprint(folder) != whole
@@ -207,6 +207,14 @@ def test_field_report_04_weights_are_found_as_transformers_finds_them(sharded: P
     assert torch.equal(read.network.lm_head.weight, load(tmp_path / "other").network.lm_head.weight)
     (folder / "model-00001-of-00009.safetensors").write_bytes(b"old")
     assert fingerprint(folder) == read.fingerprint != fingerprint(sharded), "one whole file goes before shards"
+
+
+def test_field_report_04_both_roads_read_the_same_of_two_sets_of_weights(sharded: Path, tmp_path: Path) -> None:
+    folder = save(random_model(1), tmp_path / "model")
+    for file in sharded.glob("model*"):
+        shutil.copy(file, folder)
+    heads = [load(folder, inference=inference).network.lm_head.weight for inference in (False, True)]
+    assert torch.equal(*heads) and torch.equal(heads[0], random_model(1).network.lm_head.weight)
 
 
 def test_field_report_04_a_shard_that_is_missing_is_named(sharded: Path, tmp_path: Path) -> None:
@@ -257,8 +265,9 @@ def test_field_report_19_pickles_are_never_opened(
     spoil(folder)
     opened: list[object] = []
     monkeypatch.setattr(torch, "load", lambda *args, **_: opened.append(args) or {})
-    with pytest.raises(ModelError, match=r"TraceIR reads weights from \.safetensors only.*save_pretrained"):
-        load(folder)
+    for inference in (False, True):
+        with pytest.raises(ModelError, match=r"TraceIR reads weights from \.safetensors only.*save_pretrained"):
+            load(folder, inference=inference)
     assert not opened
 
 

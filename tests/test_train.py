@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import random
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture
+from conftest import FORKS, picture
 from safetensors.torch import load_file, save_file
 
 from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
@@ -210,11 +209,9 @@ def test_killed_ten_times_and_resumed_equals_undisturbed(folder: Path, tmp_path:
     settings = {"steps": 24, "save_every": 1, "augment": 2, "accumulate": 2}
     whole = train(config(folder, tmp_path / "whole", **settings))
     broken = config(folder, tmp_path / "broken", **settings)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["traceir.learn.train"])
     draw, kills = random.Random(), 0
     for target in sorted(draw.sample(range(1, 24), 10)):
-        child = context.Process(target=train, args=(broken,))
+        child = FORKS.Process(target=train, args=(broken,))
         child.start()
         deadline = time.monotonic() + 120
         while _steps_of(tmp_path / "broken") < target and child.is_alive() and time.monotonic() < deadline:
@@ -290,30 +287,38 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
         load(made)
 
 
+def command(arguments: list[str], environment: dict[str, str], told: Path) -> None:
+    """The command itself in a process of its own; what it says on stderr goes into `told`."""
+    from traceir.cli import main
+
+    os.environ.update(environment)
+    with told.open("wb") as stream:
+        os.dup2(stream.fileno(), 2)
+    sys.exit(main(arguments))
+
+
 def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path) -> None:
-    """The command itself under the environment that torchrun sets, DDP over gloo; with several chunks a side."""
+    """The command under the environment that torchrun sets, DDP over gloo; with several chunks a side."""
     settings = ["steps=6", "batch=8", "family=4", "save_every=100", "mixed_precision=false", "grad_cache=true",
                 "chunk_tokens=120", "learn_temperature=true", "warmup=2", "log_every=2", "augment=0"]  # fmt: skip
     sets = [word for setting in settings for word in ("--set", setting)]
-    command = [sys.executable, "-m", "traceir", "--threads", "1", "train", "--preset", "emoji", "--data", str(folder), "--init",
-               str(trained), *sets]  # fmt: skip
+    asked = ["--threads", "1", "train", "--preset", "emoji", "--data", str(folder), "--init", str(trained), *sets]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*command, "--out", str(tmp_path / "one")], env=plain, stderr=subprocess.PIPE, text=True)]
-    for rank in range(2):
-        shared = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        two = [*command, "--out", str(tmp_path / "two")]
-        running.append(subprocess.Popen(two, env=plain | shared, stderr=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=240)[1][-2000:] for process in running]
-    assert [process.returncode for process in running] == [0, 0, 0], "\n".join(told)
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    running = [FORKS.Process(target=command, args=([*asked, "--out", str(tmp_path / "one")], {}, tmp_path / "told"))]
+    for rank, place in enumerate(places):
+        running.append(
+            FORKS.Process(target=command, args=([*asked, "--out", str(tmp_path / "two")], place, tmp_path / f"told{rank}"))
+        )
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=240)
+    told = "\n".join(file.read_text()[-2000:] for file in tmp_path.glob("told*"))
+    assert [process.exitcode for process in running] == [0, 0, 0], told
     before, one, two_ = (weights(place) for place in (trained, tmp_path / "one/checkpoint", tmp_path / "two/checkpoint"))
     moved = math.sqrt(sum(float((one[n] - before[n]).square().sum()) for n in one))
     apart = math.sqrt(sum(float((one[n] - two_[n]).square().sum()) for n in one))
