@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 	$(BIN)/traceir demo --out out/demo --serve terminal
 
 test: $(VENV)/dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check src tests benchmarks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+# Idle threads of OpenMP wait by computing: on a busy machine two of them take three times the CPU seconds of one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -35,6 +39,8 @@ from traceir.prompts import render_query
 # The same examples in every run: what passes once passes again, and what fails can be looked at.
 settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
+
+torch.set_num_threads(1)
 
 FORKS = multiprocessing.get_context("forkserver")
 """Processes that begin with training imported, which takes longer than what they are started for."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +76,21 @@ def vectors(model: TraceModel) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.stack([one.vector for one in found])
 
 
-@pytest.fixture(params=["tied", "untied"])
-def trained(request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
-    base = save(base_model(tied=request.param == "tied"), tmp_path / "base")
-    model = load(base)
+@functools.cache
+def learnt(tied: bool) -> tuple[TraceModel, TraceModel, Any]:
+    """The base, and the model that has learnt with its adapter attached; no test changes them."""
+    base = base_model(tied=tied)
+    with tempfile.TemporaryDirectory() as folder:
+        model = load(save(base, Path(folder) / "base"))
     adapter = attach(model, rank=4, alpha=8, dropout=0.1, train_projector=True, seed=1)
     learn(model, adapter)
+    return base, model, adapter
+
+
+@pytest.fixture(params=["tied", "untied"])
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
+    before, model, adapter = learnt(request.param == "tied")
+    base = save(before, tmp_path / "base")
     return Trained(base, save_adapter(model, adapter, tmp_path / "adapter", str(base)), model, adapter)
 
 
