@@ -18,6 +18,7 @@ from tqdm import tqdm
 from traceir.learn.gradcache import Objective, step
 from traceir.learn.presets import mini, mini_direct
 from traceir.learn.train import Run, arguments
+from traceir.precision import bfloat16_on
 
 WARM, TURNS = 30, 60
 
@@ -36,7 +37,7 @@ def main() -> int:
             for side, (reader, turns, objective) in enumerate(sides):
                 begun = time.process_time()
                 turn = turns[number]
-                with torch.autocast("cpu", dtype=torch.bfloat16):
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16_on("cpu", reader.model.width).fast):
                     step(reader, turn, objective, lambda loss, last: loss.backward(), cache=False)
                 reader.zero_grad(set_to_none=True)
                 if number >= WARM:

@@ -7,6 +7,8 @@ turns with the same optimiser and precision, turn by turn in one process, and ne
 is checked first.
 `memory`: the peak of training at two batch sizes with GradCache and without, each in a process of its own.
 `capacity`: the largest batch of made-up turns with GradCache and LoRA on one device, tokens/s, share of its peak.
+`precision`: a step in bfloat16 against one in float32, with this processor's instructions and with AVX2 only, and whether the
+default takes the faster (train_precision.py).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from typing import Any, Final
 import torch
 from tqdm import tqdm
 
+from benchmarks import train_precision
 from benchmarks.train_shapes import (
     SHAPES,
     Lengths,
@@ -49,6 +52,7 @@ from traceir.learn.pixels import pixel_store
 from traceir.learn.presets import PRESETS
 from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel
+from traceir.precision import bfloat16_on
 
 TASKS: Final = "cirr_task7,mscoco_task3,mscoco_task0"
 AGREE: Final = {"float32": 1e-4, "bf16": 5e-2}
@@ -297,6 +301,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     try:
+        if options.measurement == "precision":
+            return _precision(options)
         if options.measurement == "memory" and options.child:
             print(json.dumps(child(options)))
             return 0
@@ -308,6 +314,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(results))
     _write(options, results)
     return _bound(options, found)
+
+
+def _precision(options: argparse.Namespace) -> int:
+    """Prints and writes the comparison of types; 1 where the default is not the faster one."""
+    if options.child:
+        print(json.dumps(train_precision.child(options)))
+        return 0
+    results = train_precision.precision(options)
+    print(train_precision.table(results))
+    _write_as(
+        options.out,
+        f"train-precision-{options.preset}{f'-{options.width}' if options.width else ''}-cpu",
+        results,
+        train_precision.table(results),
+    )
+    if slower := train_precision.wrong(results):
+        print(f"the default is not the faster type on the processor {' and '.join(slower)}", file=sys.stderr)
+    return int(bool(slower))
 
 
 def _bound(options: argparse.Namespace, found: dict[str, Any]) -> int:
@@ -342,11 +366,15 @@ def _header(options: argparse.Namespace) -> dict[str, Any]:
 def _write(options: argparse.Namespace, results: dict[str, Any]) -> None:
     middle = "" if options.measurement == "capacity" else f"{options.measurement}-"
     last = "" if options.precision == "bf16" else f"-{options.precision}"
-    options.out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(results, indent=1) + "\n"), (".md", table(results) + "\n")):
-        target = options.out / f"train-{middle}{options.shape}-{options.device}{last}{suffix}"
+    _write_as(options.out, f"train-{middle}{options.shape}-{options.device}{last}", results, table(results))
+
+
+def _write_as(out: Path, name: str, results: dict[str, Any], text: str) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text + "\n")):
+        target = out / f"{name}{suffix}"
         fresh = target.with_name(f".{target.name}.{os.getpid()}")
-        fresh.write_text(text, encoding="utf-8")
+        fresh.write_text(content, encoding="utf-8")
         os.replace(fresh, target)
 
 
@@ -357,7 +385,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, verb in made.items():
         verb.add_argument("--shape", choices=SHAPES, default="mini")
         verb.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        verb.add_argument("--precision", choices=("bf16", "float32"), default="bf16")
+        verb.add_argument("--precision", choices=("bf16", "float32"), help="(default: the faster one on the device)")
         verb.add_argument("--data", type=Path, default=Path("data/minibeir"), help="M-BEIR folder with a train split")
         verb.add_argument("--threads", type=int, default=1)
         verb.add_argument("--seed", type=int, default=0)
@@ -386,7 +414,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     grown.add_argument(
         "--lengths", type=_lengths, default=Lengths(), metavar="Q,P,R,C", help="tokens: query, its picture, reasoning, candidate"
     )
-    return parser.parse_args(arguments)
+    types = verbs.add_parser("precision")
+    types.add_argument("--preset", choices=PRESETS, default="emoji", help="what is trained, from random weights")
+    types.add_argument("--data", type=Path, default=Path("data/minibeir"), help="M-BEIR folder with a train split")
+    types.add_argument("--width", type=int, default=0, help="of the language model, a multiple of 32; 0: the preset's")
+    types.add_argument("--batch", type=int, default=64)
+    types.add_argument("--rounds", type=int, default=5, help="turns that both types take")
+    types.add_argument("--threads", type=int, default=1)
+    types.add_argument("--seed", type=int, default=0)
+    types.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the Markdown")
+    types.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.measurement != "precision" and options.precision is None:
+        options.precision = "bf16" if bfloat16_on(options.device).fast else "float32"
+    return options
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -348,7 +348,7 @@ def processor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
 
     def set_to(fast: bool) -> None:
         bfloat16_on.cache_clear()
-        monkeypatch.setattr("traceir.precision._seconds", lambda dtype: 0.5 if (dtype == torch.bfloat16) == fast else 1.0)
+        monkeypatch.setattr("traceir.precision._seconds", lambda *given: 0.5 if given[-1] == fast else 1.0)
 
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     yield set_to
@@ -373,7 +373,7 @@ def test_field_report_01_the_faster_type_is_taken_recorded_and_kept(
         done = train(plan)
     assert set(seen) == {fast} and recorded(done.parent) == [fast, fast]
     name, times = ("bfloat16", "0.50") if fast else ("float32", "2.00")
-    assert f"{name}: a bfloat16 product takes {times} times as long as a float32 one on this processor" in caplog.text
+    assert f"{name}: layers of width 32 take {times} times as long in bfloat16 on this processor" in caplog.text
     shutil.rmtree(done)
     processor(not fast)
     caplog.clear()

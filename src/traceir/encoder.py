@@ -49,7 +49,10 @@ class Encoder:
         self.token_budget, self.batch_rows, self.wave_rows = token_budget, batch_rows, wave_rows
         self.budget = max_reasoning_tokens or model.settings.max_reasoning_tokens
         self.threshold = threshold
-        if next(model.network.parameters()).dtype == torch.bfloat16 and not (speed := bfloat16_on(str(model.device))).fast:
+        if (
+            next(model.network.parameters()).dtype == torch.bfloat16
+            and not (speed := bfloat16_on(str(model.device), model.width)).fast
+        ):
             log.warning("the weights are in bfloat16, which is slow here: %s; leave dtype at float32", speed.why)
 
     @classmethod

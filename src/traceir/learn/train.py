@@ -35,7 +35,7 @@ from traceir.learn.precheck import precheck
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.learn.trainer import TraceTrainer, barrier, newest_step, step_of
 from traceir.model import TraceModel, TraceSettings, load, save
-from traceir.precision import bfloat16_on
+from traceir.precision import WIDEST, bfloat16_on
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +310,7 @@ def check(config: TrainConfig) -> TrainConfig:
 
 def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:
     """The configuration with `mixed_precision` true or false: as asked, else as the file `begun` says, else the faster one."""
-    speed = bfloat16_on(device)
+    speed = bfloat16_on(device, _width(config))
     if config.mixed_precision != "auto":
         chosen, why = config.mixed_precision, "as asked"
     elif (before := begun_in(begun)) != "auto":
@@ -322,6 +322,15 @@ def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:
     if slow and not speed.fast:
         log.warning("%s is slow here: %s; float32 is the faster type for a new run", " and ".join(slow), speed.why)
     return replace(config, mixed_precision=chosen)
+
+
+def _width(config: TrainConfig) -> int:
+    """Of the language model; that of a large one where the start is no folder with a config.json."""
+    if config.init == "random":
+        return config.size.hidden
+    file = Path(config.init) / "config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return int(found.get("text_config", found).get("hidden_size", WIDEST))
 
 
 def begun_in(file: Path) -> Any:

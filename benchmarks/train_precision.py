@@ -1,0 +1,110 @@
+"""`benchmarks.train precision`: a training step in bfloat16 against one in float32, on this processor and on one without it.
+
+The other processor is this one, limited by the environment: oneDNN (`ONEDNN_MAX_CPU_ISA`), torch's own kernels
+(`ATEN_CPU_CAPABILITY`) and MKL may use AVX2 only. Each is a process of its own, in which both types take the same turns, one
+after the other. What `traceir train` would choose there is asked in the same process, and must be the faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.train_shapes import machine
+from traceir.errors import TraceError
+from traceir.learn.gradcache import Objective, step
+from traceir.learn.presets import PRESETS
+from traceir.learn.train import Run, arguments
+from traceir.precision import GAIN, bfloat16_on
+
+AVX2: Final = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+PROCESSORS: Final = {"as it is": {}, "limited to AVX2": AVX2}
+TYPES: Final = ("bfloat16", "float32")
+
+
+def precision(options: argparse.Namespace) -> dict[str, Any]:
+    """Both types on both processors; each in a child process."""
+    command = [sys.executable, "-m", "benchmarks.train", "precision", "--child", "--preset", options.preset]
+    command += ["--data", str(options.data), "--batch", str(options.batch), "--rounds", str(options.rounds)]
+    command += ["--threads", str(options.threads), "--seed", str(options.seed), "--width", str(options.width)]
+    found: dict[str, Any] = {}
+    for name, limits in tqdm(PROCESSORS.items(), desc="processors"):
+        done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=os.environ | limits)
+        if done.returncode:
+            raise TraceError(f"the process on the processor {name} ended with status {done.returncode}")
+        found[name] = json.loads(done.stdout)
+    width = options.width or PRESETS[options.preset]().size.hidden
+    config = {"preset": options.preset, "width": width, "batch": options.batch, "rounds": options.rounds}
+    data = json.loads((options.data / "meta.json").read_text()).get("fingerprint")
+    return {"format": 1, "measurement": "precision", "machine": machine("cpu"), "config": config, "seed": options.seed,
+            "data": data, "found": found}  # fmt: skip
+
+
+def child(options: argparse.Namespace) -> dict[str, Any]:
+    """CPU seconds of each turn forward and backward in both types, without the first, which warms up."""
+    preset = PRESETS[options.preset]()
+    if options.width:
+        size = replace(preset.size, hidden=options.width, inner=3 * options.width, heads=options.width // 32)
+        preset = replace(preset, size=size)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = replace(
+            preset, data=str(options.data), out=scratch, cache="", init="random", steps=options.rounds + 1,
+            batch=options.batch, seed=options.seed, mixed_precision=False,
+        )  # fmt: skip
+        run = Run(config, arguments(config, Path(scratch)))
+        reader, turns, speed = run.reader.train(), run.turns(), bfloat16_on("cpu", run.model.width)
+        spent_s: dict[str, list[float]] = {name: [] for name in TYPES}
+        for number in range(options.rounds + 1):
+            turn = turns[number]
+            for name in TYPES:
+                began = time.process_time()
+                with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
+                    step(reader, turn, Objective(), lambda loss, last: torch.autograd.backward(loss), cache=config.grad_cache)
+                reader.zero_grad(set_to_none=True)
+                if number:
+                    spent_s[name].append(time.process_time() - began)
+    ratios = [half / full for half, full in zip(*spent_s.values(), strict=True)]
+    return {
+        **{name: statistics.median(spent) for name, spent in spent_s.items()},
+        "ratio": statistics.median(ratios),
+        "least_ratio": min(ratios),
+        "greatest_ratio": max(ratios),
+        "chosen": "bfloat16" if speed.fast else "float32",
+        "why": speed.why,
+    }
+
+
+def wrong(results: dict[str, Any]) -> list[str]:
+    """The processors on which the default loses to the other type; float32 may lose what bfloat16 must gain."""
+    return [name for name, one in results["found"].items() if (one["ratio"] * GAIN > 1 and one["chosen"] == "bfloat16")
+            or (one["ratio"] < GAIN and one["chosen"] == "float32")]  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    about, config = results["machine"], results["config"]
+    lines = [
+        f"`python -m benchmarks.train precision`: preset {config['preset']}, width {config['width']}, batch {config['batch']}, "
+        f"{config['rounds']} turns forward and backward (CPU seconds), seed {results['seed']}, data {str(results['data'])[:16]}. {about['processor']}, "
+        f"{about['cores']} cores, {about['threads']} thread(s), torch {about['torch']}, transformers {about['transformers']}.",
+        "",
+        "| processor | bfloat16 s | float32 s | bfloat16 : float32 | least | greatest | default | because |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for name, one in results["found"].items():
+        lines.append(
+            f"| {name} | {one['bfloat16']:.2f} | {one['float32']:.2f} | **{one['ratio']:.2f}** | {one['least_ratio']:.2f} "
+            f"| {one['greatest_ratio']:.2f} | {one['chosen']} | {one['why']} |"
+        )
+    return "\n".join(lines)
