@@ -96,8 +96,9 @@ def table(results: dict[str, Any]) -> str:
     about, config = results["machine"], results["config"]
     lines = [
         f"`python -m benchmarks.train precision`: preset {config['preset']}, width {config['width']}, batch {config['batch']}, "
-        f"{config['rounds']} turns forward and backward (CPU seconds), seed {results['seed']}, data {str(results['data'])[:16]}. {about['processor']}, "
-        f"{about['cores']} cores, {about['threads']} thread(s), torch {about['torch']}, transformers {about['transformers']}.",
+        f"{config['rounds']} turns forward and backward (CPU seconds), seed {results['seed']}, data {str(results['data'])[:16]}. "
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} thread(s), torch {about['torch']}, transformers "
+        f"{about['transformers']}.",
         "",
         "| processor | bfloat16 s | float32 s | bfloat16 : float32 | least | greatest | default | because |",
         "|---|---:|---:|---:|---:|---:|---|---|",
