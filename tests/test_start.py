@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from traceir import checkpoint
-from traceir.checkpoint import check_model, fetch, hub_answers
+from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers
 from traceir.errors import ModelError
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_field_report_02_wrong_arguments_are_answered_before_torch_is_imported(tmp_path: Path) -> None:
@@ -92,3 +96,19 @@ def test_field_report_25_an_unreachable_hub_is_asked_once(tmp_path: Path, monkey
 
 def _refuse() -> None:
     raise ConnectionRefusedError("refused")
+
+
+def test_field_report_25_the_wheel_has_the_model_and_the_pages(tmp_path: Path) -> None:
+    """What `pip install` of the wheel brings is all that `traceir demo` and `traceir serve` need."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    script = "from setuptools import build_meta; print(build_meta.build_wheel('wheel'))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with zipfile.ZipFile(tmp_path / "wheel" / done.stdout.splitlines()[-1]) as wheel:
+        packed = {name: wheel.getinfo(name).file_size for name in wheel.namelist()}
+    kept = [path for path in (ROOT / "src").rglob("*") if path.is_file() and not {"__pycache__"} & set(path.parts)]
+    wanted = {path.relative_to(ROOT / "src").as_posix(): path for path in kept if "egg-info" not in str(path)}
+    assert {name for name in wanted if name not in packed} == set()
+    assert packed["traceir/models/mini/model.safetensors"] == (bundled_model() / "model.safetensors").stat().st_size > 10**6
