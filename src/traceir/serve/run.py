@@ -36,6 +36,7 @@ from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import Census
+from traceir.serve.wire import settings
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.0005
@@ -94,8 +95,7 @@ def serve(
         webbrowser.open(url)
     options = uvicorn.Config(
         make_application(config, server), log_level="warning", access_log=False, server_header=False, date_header=False,
-        timeout_graceful_shutdown=round(config.deadline_s) + 5, timeout_keep_alive=30, proxy_headers=False,
-        h11_max_incomplete_event_size=64 * 1024, ws="none",
+        timeout_graceful_shutdown=round(config.deadline_s) + 5, proxy_headers=False, **settings(),
     )  # fmt: skip
     running = uvicorn.Server(options)
     sys.setswitchinterval(SWITCH_S)

@@ -1,0 +1,226 @@
+"""What stands before the requests: connections that never end, callers that take everything, clients that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Literal
+
+import pytest
+import uvicorn
+from conftest import Running
+
+from traceir.serve import wire
+from traceir.serve.guard import Message, Receive, Send
+from traceir.serve.wire import WireLimits, settings
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+HEAD = 64 * 1024
+Parser = Literal["httptools", "h11"]
+
+
+async def application(scope: Message, receive: Receive, send: Send) -> None:
+    """Tells how long the body is; `/deaf` answers without reading it, `/large` with 64 MiB."""
+    size = 0
+    while scope["path"] != "/deaf":
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return
+        size += len(message["body"])
+        if not message["more_body"]:
+            break
+    told = bytes(64 * 1024 * 1024) if scope["path"] == "/large" else str(size).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(told)).encode())]})
+    for place in range(0, len(told), 65_536):
+        piece = told[place : place + 65_536]
+        await send({"type": "http.response.body", "body": piece, "more_body": place + len(piece) < len(told)})
+
+
+@contextmanager
+def listening(parser: Parser, limits: WireLimits) -> Iterator[tuple[str, int]]:
+    """A server of `application` in a thread: where it listens."""
+    options = uvicorn.Config(application, log_level="critical", lifespan="off", **settings(limits, parser))
+    server = uvicorn.Server(options)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = server.force_exit = True
+            thread.join()
+
+
+@pytest.fixture(params=["httptools", "h11"], scope="module")
+def patient(request: pytest.FixtureRequest) -> Iterator[tuple[str, int]]:
+    """A server whose deadlines never come."""
+    with listening(request.param, WireLimits(unread=1 << 20)) as address:
+        yield address
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """A server whose deadlines come at once."""
+    monkeypatch.setattr(wire, "TICK_S", 0.02)
+    with listening(request.param, WireLimits(head_s=0.2, unread_s=0.2, write_s=0.2)) as address:
+        yield address
+
+
+def talk(address: tuple[str, int], *pieces: bytes, endless: bytes = b"", most: int = 8 << 20) -> tuple[bytes, int]:
+    """Sends the pieces, then `endless` over and over: what is answered until the server closes, and how much it took."""
+    taken = 0
+    with socket.create_connection(address, timeout=20) as connection:
+        with suppress(OSError):
+            for piece in pieces:
+                connection.sendall(piece)
+            while endless and taken < most:
+                connection.sendall(endless)
+                taken += len(endless)
+        return read_all(connection), taken
+
+
+def read_all(connection: socket.socket) -> bytes:
+    answer = b""
+    with suppress(ConnectionError):
+        while data := connection.recv(65_536):
+            answer += data
+    return answer
+
+
+def one_answer(connection: socket.socket) -> bytes:
+    """The next answer of a connection that stays open, its body of one or two digits included."""
+    answer = b""
+    while not answer.partition(b"\r\n\r\n")[2]:
+        data = connection.recv(1000)
+        assert data, answer
+        answer += data
+    return answer
+
+
+ENDLESS = {
+    "header": (b"GET / HTTP/1.1\r\nX: ", b"a" * 10_000),
+    "headers": (b"GET / HTTP/1.1\r\n", b"X: a\r\n" * 500),
+    "request line": (b"GET /", b"a" * 10_000),
+    "method": (b"", b"G" * 10_000),
+    "empty lines": (b"", b"\r\n" * 1000),
+    "second header": (GET + b"GET / HTTP/1.1\r\nX: ", b"a" * 10_000),
+    "trailer": (CHUNKED + b"1\r\na\r\n0\r\nX: ", b"a" * 10_000),
+    "trailers": (CHUNKED + b"1\r\na\r\n0\r\n", b"X: a\r\n" * 500),
+    "chunk extension": (CHUNKED + b"1;", b"a" * 10_000),
+    "chunk of one byte": (CHUNKED, b"1;" + b"a" * 5000 + b"\r\na\r\n"),
+    "requests sent ahead": (b"", GET * 20_000),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_field_report_15_what_is_no_body_is_cut_while_it_comes(patient: tuple[str, int], name: str) -> None:
+    start, more = ENDLESS[name]
+    answer, taken = talk(patient, start, endless=more)
+    assert taken < 8 << 20, "the server closed the connection"
+    if name in ("header", "headers", "request line"):
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 431 ") and json.loads(body)["error"]["code"] == "headers_too_large"
+    assert one_of(patient, GET).endswith(b"\r\n\r\n0"), "others are served"
+
+
+def one_of(address: tuple[str, int], *pieces: bytes) -> bytes:
+    with socket.create_connection(address, timeout=20) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        return one_answer(connection)
+
+
+def test_field_report_15_a_head_within_the_bound_passes_however_it_comes(patient: tuple[str, int]) -> None:
+    lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(64))
+    whole = b"GET / HTTP/1.1\r\nHost: a\r\n" + lines + b"\r\n"
+    assert HEAD - 1100 < len(whole) < HEAD
+    assert one_of(patient, whole).startswith(b"HTTP/1.1 200")
+    assert one_of(patient, *(whole[place : place + 900] for place in range(0, len(whole), 900))).startswith(b"HTTP/1.1 200")
+    assert talk(patient, whole[:-2] + lines + b"\r\n")[0].startswith(b"HTTP/1.1 431")
+
+
+def test_field_report_15_the_server_itself_cuts_heads(running: Running) -> None:
+    host, port = running.url.removeprefix("http://").split(":")
+    answer, taken = talk((host, int(port)), *ENDLESS["header"][:1], endless=ENDLESS["header"][1])
+    assert answer.startswith(b"HTTP/1.1 431 ") and taken < 8 << 20
+
+
+def test_field_report_15_large_bodies_of_many_chunks_and_keep_alive_pass(patient: tuple[str, int]) -> None:
+    chunks = (b"400\r\n" + b"a" * 1024 + b"\r\n") * 4000 + b"0\r\nX: a\r\n\r\n"
+    with socket.create_connection(patient, timeout=20) as connection:
+        for request, size in ((GET, b"0"), (CHUNKED + chunks, b"4096000"), (CHUNKED + b"1\r\na\r\n0\r\n\r\n", b"1"), (GET, b"0")):
+            connection.sendall(request)
+            assert one_answer(connection).endswith(b"\r\n\r\n" + size)
+
+
+def test_field_report_15_an_early_answer_is_read_by_who_still_sends_and_the_rest_is_bounded(patient: tuple[str, int]) -> None:
+    head = b"POST /deaf HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n"
+    answer, _ = talk(patient, head % 500_000, bytes(200_000), bytes(300_000))
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n0")
+    _, taken = talk(patient, head % (1 << 40), endless=bytes(100_000), most=64 << 20)
+    assert taken < 64 << 20
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [
+        (b"", b""),
+        (b"GET / HT", b" 408 "),
+        (b"GET / HTTP/1.1\r\nX: a\r\n", b" 408 "),
+        (GET, b" 200 "),
+        (GET + b"GET / HT", b" 200 "),
+    ],
+)
+def test_field_report_15_a_head_that_does_not_end_is_given_up(hasty: tuple[str, int], start: bytes, told: bytes) -> None:
+    answer, _ = talk(hasty, start)  # returns, since the server closes
+    assert answer.partition(b"\r\n")[0][8:13] == told and answer.count(b"HTTP/1.1") == bool(told)
+
+
+def test_field_report_15_a_head_of_single_bytes_is_given_up_and_others_are_served(hasty: tuple[str, int]) -> None:
+    with socket.create_connection(hasty, timeout=20) as slow:
+        with suppress(OSError):
+            for byte in b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000:
+                slow.sendall(bytes([byte]))
+                time.sleep(0.005)
+        assert one_of(hasty, GET).endswith(b"0")
+
+
+def test_field_report_15_a_body_that_nobody_wants_is_not_waited_for(hasty: tuple[str, int]) -> None:
+    answer, _ = talk(hasty, b"POST /deaf HTTP/1.1\r\nHost: a\r\nContent-Length: 9999999\r\n\r\na")
+    assert answer.startswith(b"HTTP/1.1 200")
+
+
+def test_field_report_19_a_client_that_does_not_read_is_dropped(hasty: tuple[str, int]) -> None:
+    with socket.create_connection(hasty, timeout=20) as connection:
+        connection.sendall(GET.replace(b"/ ", b"/large "))
+        while True:  # until the server gives up, which the kernel tells only to who sends
+            try:
+                connection.sendall(b"\r\n")
+            except OSError:
+                break
+            time.sleep(0.01)
+        assert len(read_all(connection)) < 64 << 20
+
+
+@pytest.mark.parametrize("parser", ["httptools", "h11"])
+def test_field_report_18_connections_that_wait_make_room_and_busy_ones_do_not(parser: Parser) -> None:
+    with listening(parser, WireLimits(connections=8)) as address:
+        waiting = [socket.create_connection(address, timeout=20) for _ in range(6)]
+        for number in range(12):
+            assert one_of(address, GET).endswith(b"0"), number
+        assert waiting[0].recv(1) == b"", "the one that waited longest went"
+        busy = [socket.create_connection(address, timeout=20) for _ in range(4)]
+        for one in busy:
+            one.sendall(CHUNKED)
+        assert talk(address, GET)[0] == b"", "there is no room beside four that are busy"
+        busy[0].sendall(b"0\r\n\r\n")
+        assert one_answer(busy[0]).endswith(b"0")
+        assert one_of(address, GET).endswith(b"0")
+        for one in [*waiting, *busy]:
+            one.close()
