@@ -7,19 +7,26 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 from traceir.errors import InputError
+from traceir.serve.fair import Shares, caller
 from traceir.serve.faults import Doubled, place_of_half
 from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
+MAX_ANSWER: Final = 16 * 1024 * 1024
+"""Bytes of the items of one answer, if they are several."""
 MAX_TOGETHER: Final = 512 * 1024 * 1024
-"""Bytes of the bodies of all requests that are not answered yet."""
+"""Bytes of the bodies of all requests that are not answered yet, and of all answers that are not taken yet."""
+SMALL: Final = 64 * 1024
+"""Bytes that a caller may always have in bodies and answers, and in which answers are handed on."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
+MAX_TEXTS: Final = 100_000
+"""Texts of a body, names of fields included; counted first, at the cost of a look at each byte."""
 MAX_DIGITS: Final = 40
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A text, or the rest of the body where none ends: possessive, and never tried twice at one place, so linear."""
@@ -28,15 +35,21 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyGuard:
-    """Middleware, inside `Guard`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
+    """Middleware, inside `KeyGate`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
 
-    Those of all requests that are not answered yet have at most `together` (else 429). Also where no length was announced or it
-    was a lie. The application sees a client that went away, and its answer is replaced.
+    Those of all requests that are not answered yet, and all answers that their clients have not taken yet, have at most
+    `together`, and those of one caller its share of that (else 429). Also where no length was announced or it was a lie. The
+    application sees a client that went away, and its answer is replaced.
     """
 
     def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0, together: int = MAX_TOGETHER) -> None:
-        self.app, self.most, self.seconds, self.together = app, most, seconds, together
-        self.held = 0
+        self.app, self.most, self.seconds = app, most, seconds
+        self.shares = Shares(together, least=min(SMALL, together))
+
+    @property
+    def held(self) -> int:
+        """Bytes of all bodies and answers."""
+        return self.shares.held
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -53,7 +66,7 @@ class BodyGuard:
             if body.failure is None:
                 raise
         finally:
-            self.held -= body.read
+            self.shares.give(body.who, body.holds)
         if body.failure is not None and not body.started:
             await refuse(send, *body.failure)
 
@@ -63,8 +76,10 @@ class _Body:
 
     def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
         self._guard, self._receive, self._send = guard, receive, send
-        self.read, self._whole = 0, False
+        self.who, self.holds = caller.get(), 0
+        self._read, self._whole = 0, False
         self._deadline: float | None = None
+        self._start: Message | None = None
         self.failure: tuple[int, str, str, Headers] | None = None
         self.started = False
 
@@ -83,33 +98,61 @@ class _Body:
             return {"type": "http.disconnect"}
         if message["type"] == "http.request":
             count = len(message.get("body", b""))
-            self.read += count
-            self._guard.held += count
+            self._read += count
             self._whole = not message.get("more_body", False)
-            if self.read > self._guard.most:
+            if self._read > self._guard.most:
                 self.failure = 413, f"the body has more than {self._guard.most} bytes", "body_too_large", ()
-            elif count and self._guard.held > self._guard.together:
-                busy = "the server is reading as much as it can hold; try again in a second"
-                self.failure = 429, busy, "too_many_bytes", [(b"retry-after", b"1")]
+            elif count and not self._hold(count):
+                self.failure = TOO_MANY_BYTES
             if self.failure is not None:
                 self._whole = False
                 return {"type": "http.disconnect"}
         return message
 
+    def _hold(self, count: int) -> bool:
+        if not self._guard.shares.take(self.who, count):
+            return False
+        self.holds += count
+        return True
+
     async def send(self, message: Message) -> None:
+        """Hands an answer on in pieces, so that what the client does not take stays here, where it is counted."""
         if self.failure is not None and not self.started:
             return
-        self.started = self.started or message["type"] == "http.response.start"
-        await self._send(message)
+        if message["type"] == "http.response.start":
+            self._start = message  # once it is known that there is room for what follows
+            return
+        body = message.get("body", b"")
+        held = len(body) if len(body) > SMALL else 0
+        if not self._hold(held):
+            if not self.started:
+                self.failure = TOO_MANY_BYTES
+                return
+            raise ConnectionError("the client takes too little of its answers")
+        if self._start is not None:
+            self.started, start, self._start = True, self._start, None
+            await self._send(start)
+        for place in range(0, max(1, len(body)), SMALL):
+            last = place + SMALL >= len(body)
+            more = not last or bool(message.get("more_body", False))
+            await self._send({"type": "http.response.body", "body": body[place : place + SMALL], "more_body": more})
+        self._guard.shares.give(self.who, held)
+        self.holds -= held
+
+
+TOO_MANY_BYTES: Final[tuple[int, str, str, Headers]] = (
+    429, "the server holds as many bytes of your requests and answers as it can; take the answers, and try again in a second",
+    "too_many_bytes", ((b"retry-after", b"1"),),
+)  # fmt: skip
 
 
 def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
     """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
 
     InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
-    digits or beyond a double, more than 32 levels, more than 250,000 values. Linear in time; the counts are known before anything
-    is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too large
-    becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
+    digits or beyond a double, more than 32 levels, 250,000 values or 100,000 texts. Linear in time; the counts are known before
+    anything is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too
+    large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
     try:
         text = raw.decode("utf-8")
@@ -130,8 +173,10 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
 
 
 def _check_shape(raw: bytes) -> None:
-    """Depth and number of values, counted outside texts."""
-    bare = _TEXT.sub(b"", raw)
+    """Number of texts, then depth and number of values, counted outside texts."""
+    if raw.count(b'"') - raw.count(b'\\"') > 2 * MAX_TEXTS:
+        raise InputError(f"the body holds more than {MAX_TEXTS} texts; send it in parts")
+    bare = b"".join(_outside_texts(raw))
     if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
         raise InputError(f"the body holds more than {MAX_VALUES} values; send it in parts")
     depth = 0
@@ -139,6 +184,15 @@ def _check_shape(raw: bytes) -> None:
         depth += 1 if found[0] in b"[{" else -1
         if depth > MAX_DEPTH:
             raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep")
+
+
+def _outside_texts(raw: bytes) -> Iterator[bytes]:
+    """A loop of our own, between whose steps other threads run; one call of `sub` would hold all of them up."""
+    place = 0
+    for found in _TEXT.finditer(raw):
+        yield raw[place : found.start()]
+        place = found.end()
+    yield raw[place:]
 
 
 def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

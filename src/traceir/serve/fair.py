@@ -6,27 +6,51 @@ Who a caller is stands in `caller`, which the gate sets for each request: a key,
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
-from typing import Final, Generic, TypeVar
+from functools import partial
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
 caller: ContextVar[str] = ContextVar("caller", default="")
 """On whose behalf the current task works."""
+patient: ContextVar[bool] = ContextVar("patient", default=False)
+"""Whether the current task is part of a long work that waits where there is no room, rather than to be refused."""
+MANY: Final = 1000
+FEW: Final = 32
 ALONE_S: Final = 10.0
 """Seconds without any other caller after which one counts as alone."""
 
 
-class Shares:
-    """Places or bytes of which a caller may hold as much as then stays free for others: half of all when alone, a third each when
-    two take what they get. So there is always something left for one that comes anew, however greedy the others are.
+class Company:
+    """Who has asked lately: what one caller may take for itself depends on whether there are others."""
 
-    `least` is never refused for the share's sake, only where all together would have more than `total`.
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._seen: dict[str, float] = {}
+
+    def note(self, who: str) -> None:
+        now = self._seen[who] = self._clock()
+        if len(self._seen) > 1:
+            self._seen = {one: at for one, at in self._seen.items() if now - at <= ALONE_S}
+
+    @property
+    def crowded(self) -> bool:
+        """Whether more than one has asked in the last ALONE_S."""
+        now = self._clock()
+        return sum(now - at <= ALONE_S for at in list(self._seen.values())) > 1
+
+
+class Shares:
+    """Places or bytes of which a caller may hold as much as then stays free for others: half of all when alone, a third when
+    another takes all it gets. So there is always something left for one that comes anew, however greedy the others are.
+
+    `least` is never refused for the share's sake. The caller "" is nobody in particular, and only bound by the total.
     """
 
     def __init__(self, total: int, least: int = 1) -> None:
@@ -35,19 +59,24 @@ class Shares:
 
     def room(self, who: str, count: int = 1) -> bool:
         """Whether `count` more may be taken now."""
+        return self._fits(who, count, 1)
+
+    def _fits(self, who: str, count: int, weight: int) -> bool:
         mine, free = self._by[who] + count, self.total - self.held - count
-        return free >= 0 and mine <= max(free, self.least)
+        return free >= 0 and (not who or mine <= self.least or mine * weight <= free)
 
     def take(self, who: str, count: int = 1) -> bool:
         if not self.room(who, count):
             return False
-        self.held += count
-        self._by[who] += count
+        self._hold(who, count)
         return True
 
+    def _hold(self, who: str, count: int) -> None:
+        self.held += count
+        self._by[who] += count
+
     def give(self, who: str, count: int = 1) -> None:
-        self.held -= count
-        self._by[who] -= count
+        self._hold(who, -count)
         if not self._by[who]:
             del self._by[who]
 
@@ -55,42 +84,19 @@ class Shares:
         return self._by[who]
 
 
-class Company:
-    """Who has asked lately, so that what one caller may take depends on whether there are others. Thread-safe enough: a late
-    answer costs one turn."""
+class Places(Shares):
+    """Shares that can be waited for, one caller after the other. Those that are waited for are at most a third of all, so that
+    who does not wait still finds some beside its own long work; and FEW where there are several callers, so that long work comes
+    in evenly, as it is done, and not all at once before another's."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._seen: dict[str, float] = {}
-
-    def alone(self, who: str) -> bool:
-        """Notes that `who` asks; whether nobody else did in the last ALONE_S."""
-        now = self._seen[who] = self._clock()
-        for other in [one for one, at in self._seen.copy().items() if now - at > ALONE_S]:
-            self._seen.pop(other, None)
-        return len(self._seen) == 1
-
-
-class Turns:
-    """So many at a time, one caller after the other. One that is not alone leaves a turn free for others, where there are two."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._free = count, count
-        self._busy: Counter[str] = Counter()
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+    def __init__(self, total: int) -> None:
+        super().__init__(total)
         self._company = Company()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        who = await self.take()
-        try:
-            yield
-        finally:
-            self.give(who)
-
-    async def take(self) -> str:
-        """Waits for a turn of the current caller, who must `give` it back under the name that is returned."""
-        who = caller.get()
+    async def wait(self, who: str) -> None:
+        """Takes a place once there is one."""
+        self._company.note(who)
         mine: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(who, deque()).append(mine)
         self._grant()
@@ -100,55 +106,109 @@ class Turns:
             if mine.done() and not mine.cancelled():
                 self.give(who)
             raise
-        return who
 
-    def give(self, who: str) -> None:
-        self._free += 1
-        self._busy[who] -= 1
-        if not self._busy[who]:
-            del self._busy[who]
+    def give(self, who: str, count: int = 1) -> None:
+        super().give(who, count)
         self._grant()
 
+    def take(self, who: str, count: int = 1) -> bool:
+        self._company.note(who)
+        return super().take(who, count)
+
+    def _open(self, who: str) -> bool:
+        return self._fits(who, 1, 2) and (self._by[who] < FEW or not self._company.crowded)
+
     def _grant(self) -> None:
-        while self._free and (who := next(filter(self._may, self._waiting), None)) is not None:
+        while (who := next(filter(self._open, self._waiting), None)) is not None:
             queue = self._waiting.pop(who)
             mine = queue.popleft()
             if queue:
-                self._waiting[who] = queue  # at the end, behind all others
+                self._waiting[who] = queue  # behind all others
             if not mine.done():
-                self._free -= 1
-                self._busy[who] += 1
+                self._hold(who, 1)
                 mine.set_result(None)
 
-    def _may(self, who: str) -> bool:
-        return self._busy[who] < self._count - 1 or not self._busy[who] or self._company.alone(who)
+
+class Usage:
+    """What each caller has had lately, forgotten by half every ALONE_S; who has had less goes first."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._had: dict[str, tuple[float, float]] = {}
+
+    def of(self, who: str) -> float:
+        had, at = self._had.get(who, (0.0, 0.0))
+        return float(had * 0.5 ** ((self._clock() - at) / ALONE_S)) if had else 0.0
+
+    def add(self, who: str, amount: float) -> None:
+        self._had[who] = self.of(who) + amount, self._clock()
+        if len(self._had) > MANY:
+            self._had = {who: had for who, had in self._had.items() if self.of(who) > 1e-3}
 
 
-class Threads:
-    """A few threads that work for one caller after the other."""
+class Turns(Places):
+    """So many at a time, one caller after the other. Where there are several callers, none takes the last turn beside its own."""
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        who = await self.enter()
+        try:
+            yield
+        finally:
+            self.give(who)
+
+    async def enter(self) -> str:
+        """Waits for a turn of the current caller, and under which name to give it back."""
+        who = caller.get()
+        await self.wait(who)
+        return who
+
+    def _open(self, who: str) -> bool:
+        if self.held >= self.total:
+            return False
+        return not self._by[who] or self.held < self.total - 1 or not self._company.crowded
+
+
+class FairExecutor(ThreadPoolExecutor):
+    """Threads that work for one caller after the other, whoever is `caller` where the work is submitted. Where there are several
+    callers, none takes the last thread beside others of its own."""
 
     def __init__(self, count: int, name: str) -> None:
-        self._pool, self._turns = ThreadPoolExecutor(count, name), Turns(count)
+        super().__init__(count, name)
+        self._count, self._lock = count, threading.Lock()
+        self._waiting: Rounds[tuple[str, Future[Any], Callable[[], Any]]] = Rounds()
+        self._busy: Counter[str] = Counter()
+        self._company = Company()
 
-    async def run(self, work: Callable[[], T]) -> T:
-        """The result of `work`. The turn lasts until the thread is done, also where the caller has gone meanwhile."""
-        who = await self._turns.take()
-        loop = asyncio.get_running_loop()
+    def submit(self, work: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
+        who, done = caller.get(), Future[T]()
+        self._company.note(who)
+        with self._lock:
+            self._waiting.put(who, (who, done, partial(work, *args, **named)))
+        super().submit(self._work)
+        return done
 
-        def done(_: Future[T]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(self._turns.give, who)
+    def _work(self) -> None:
+        """Works as long as there is something that may be done."""
+        while (taken := self._take()) is not None:
+            who, done, work = taken
+            try:
+                if done.set_running_or_notify_cancel():
+                    done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+            finally:
+                with self._lock:
+                    self._busy[who] -= 1
+            del taken, done, work  # nothing keeps a result alive
 
-        try:
-            running = self._pool.submit(work)
-        except BaseException:
-            self._turns.give(who)
-            raise
-        running.add_done_callback(done)
-        return await asyncio.wrap_future(running)
-
-    def shutdown(self) -> None:
-        self._pool.shutdown()
+    def _take(self) -> tuple[str, Future[Any], Callable[[], Any]] | None:
+        with self._lock:
+            for who in self._waiting.callers():
+                if not self._busy[who] or self._busy.total() < self._count - 1 or not self._company.crowded:
+                    self._busy[who] += 1
+                    return self._waiting.take(who)
+        return None
 
 
 class Rounds(Generic[T]):
@@ -164,14 +224,30 @@ class Rounds(Generic[T]):
         self._queues.setdefault(who, deque()).append(one)
 
     def put_back(self, who: str, one: T) -> None:
-        """Something that was taken and is not wanted yet: first again of what this caller has."""
-        self._queues.setdefault(who, deque()).appendleft(one)
+        """Something that was taken too early: first again of what this caller has, and the caller's turn is next if it has come
+        back."""
+        if who not in self._queues:
+            self._queues[who] = deque()
+            self._queues.move_to_end(who, last=False)
+        self._queues[who].appendleft(one)
+
+    def first(self, who: str) -> None:
+        """Gives the next turn to a caller that has something here."""
+        self._queues.move_to_end(who, last=False)
+
+    def callers(self) -> list[str]:
+        """Whose turn it is, and who comes next."""
+        return list(self._queues)
+
+    def take(self, who: str) -> T:
+        """The first that this caller has; then all others come before it."""
+        queue = self._queues.pop(who)
+        one = queue.popleft()
+        if queue:
+            self._queues[who] = queue
+        return one
 
     def __iter__(self) -> Iterator[T]:
         """Takes what it gives, until nothing is left."""
         while self._queues:
-            who, queue = self._queues.popitem(last=False)
-            one = queue.popleft()
-            if queue:
-                self._queues[who] = queue
-            yield one
+            yield self.take(next(iter(self._queues)))

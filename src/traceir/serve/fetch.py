@@ -20,6 +20,7 @@ from urllib.parse import SplitResult, urljoin, urlsplit
 
 from traceir.errors import InputError
 from traceir.pictures import Picture
+from traceir.serve.fair import Turns
 from traceir.serve.intake import Intake
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Fetcher:
         self._intake = intake or Intake()
         self._allowed = frozenset(_read_host(host) for host in hosts)
         self._resolve, self._connect = resolve or _resolve, connect or _connect
-        self._gate = asyncio.Semaphore(self._limits.at_once)
+        self._gate = Turns(self._limits.at_once)
 
     async def fetch(self, url: str) -> Picture:
         """The picture at an address, decoded once to see that it is one.
@@ -103,7 +104,7 @@ class Fetcher:
         """
         target = self.check(url)
         try:
-            async with asyncio.timeout(self._limits.seconds), self._gate:
+            async with asyncio.timeout(self._limits.seconds), self._gate.turn():
                 data = await self._follow(target)
         except TimeoutError as error:
             raise InputError(f"{target.host} did not send the picture within {self._limits.seconds:g} seconds") from error

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from traceir.items import Item, Query
 from traceir.serve.audit import MAX_WHAT, AuditLog
+from traceir.serve.fair import Shares, caller
 from traceir.serve.guard import App, Message, Receive, Send, refuse
 from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
@@ -25,6 +26,8 @@ FAILURES: Final = Rate(per_minute=30, burst=30)
 """Requests with a bad key from one address; a good key passes all the same, so nobody is locked out by a neighbour."""
 REQUESTS: Final = Rate(per_minute=600, burst=120)
 INPUTS: Final = Rate(per_minute=6000, burst=2000)
+TOGETHER: Final = 1024
+"""Requests that are being answered."""
 
 
 class Limits:
@@ -51,10 +54,17 @@ class Limits:
 
 
 class KeyGate:
-    """Middleware, inside `Guard`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys."""
+    """Middleware, inside `Guard`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys.
 
-    def __init__(self, app: App, ring: KeyRing | None, limits: Limits, audit: AuditLog | None = None) -> None:
+    `together` bounds the requests that are being answered, of which each caller has a share. Who that is, a key or else an
+    address, stands in `fair.caller` while the request is answered.
+    """
+
+    def __init__(
+        self, app: App, ring: KeyRing | None, limits: Limits, audit: AuditLog | None = None, together: int = TOGETHER
+    ) -> None:
         self.app, self.ring, self.limits, self.audit = app, ring, limits, audit
+        self._under_way = Shares(together)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -77,7 +87,16 @@ class KeyGate:
             found = self._judge(scope, needed) if needed else ANYONE
             if isinstance(found, Principal):
                 who = state["principal"] = found
-                await self.app(scope, receive, watched)
+                caller.set(who.name if self.ring is not None and needed else network_of(_address(scope)))
+                if self._under_way.take(caller.get()):
+                    try:
+                        await self.app(scope, receive, watched)
+                    finally:
+                        self._under_way.give(caller.get())
+                else:
+                    count = self._under_way.of(caller.get())
+                    told = f"{count} of your requests are being answered, and the server takes no more of you now"
+                    await refuse(watched, 429, told, "too_many_together", [(b"retry-after", b"1")])
             else:
                 refusal, wait, who = found
                 await refuse(watched, refusal.status, refusal.message, refusal.code, _headers_of(refusal, wait))
@@ -90,7 +109,7 @@ class KeyGate:
         header = next((value for name, value in scope["headers"] if name == b"authorization"), None)
         who = ANYONE if self.ring is None else self.ring.check(None if header is None else header.decode("latin-1"))
         if isinstance(who, Refusal):
-            wait = self.limits.take_failure((scope.get("client") or ("", 0))[0]) if who.status == 401 else 0.0
+            wait = self.limits.take_failure(_address(scope)) if who.status == 401 else 0.0
             if wait > 0.0:
                 return Refusal(429, "too many requests without a valid key from this address", "too_many_failures"), wait, None
             return who, 0.0, None
@@ -137,6 +156,10 @@ def scope_needed(method: str, path: str) -> Scope | None:
     return "write"
 
 
+def _address(scope: Message) -> str:
+    return str((scope.get("client") or ("", 0))[0])
+
+
 def _headers_of(refusal: Refusal, wait: float) -> list[tuple[bytes, bytes]]:
     if refusal.status == 401:
         return [(b"www-authenticate", b'Bearer realm="traceir"')]
@@ -148,7 +171,7 @@ def _line(scope: Message, who: Principal | None, status: int, seconds: float, as
         "request": scope["state"].get("request_id"),
         "key": who.name if who else None,
         "tenant": who.tenant if who else None,
-        "address": (scope.get("client") or ("", 0))[0],
+        "address": _address(scope),
         "method": scope["method"],
         "route": getattr(scope.get("route"), "path", None),
         "path": scope["path"][:2048],

@@ -18,6 +18,7 @@ from typing import Final, Protocol
 from traceir.errors import InputError, PictureError
 from traceir.index.store import Index
 from traceir.pictures import Picture, PictureLimits
+from traceir.serve.fair import Turns
 
 LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
 """Smaller than at the command line."""
@@ -48,7 +49,7 @@ class Intake:
 
     def __init__(self, limits: PictureLimits = LIMITS, decoders: int = DECODERS) -> None:
         self.limits = limits
-        self._gate = asyncio.Semaphore(decoders)
+        self._gate = Turns(decoders)
 
     async def take(self, told: object, place: str, sources: Sources) -> Picture:
         """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for, decoded once to see that it is one.
@@ -71,7 +72,7 @@ class Intake:
     @asynccontextmanager
     async def decoding(self) -> AsyncIterator[None]:
         """Held by whoever decodes a picture, a bounded number at a time."""
-        async with self._gate:
+        async with self._gate.turn():
             yield
 
     async def check_bytes(self, data: bytes, place: str) -> Picture:

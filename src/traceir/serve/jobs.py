@@ -16,10 +16,11 @@ FAILURES: Final = 8
 
 
 class BusyError(TraceError):
-    """Too many requests are waiting; `retry_after_s` says when to come back."""
+    """Too many inputs are waiting, `of_caller` of them this caller's; `retry_after_s` says when to come back."""
 
-    def __init__(self, waiting: int, retry_after_s: float) -> None:
-        super().__init__(f"{waiting} inputs are waiting, which is all that this server takes; try again in {retry_after_s:g} s")
+    def __init__(self, waiting: int, retry_after_s: float, *, of_caller: int = 0) -> None:
+        told = f"{waiting} inputs are waiting, {of_caller} of them yours, and the server takes no more of you now"
+        super().__init__(f"{told}; try again in {retry_after_s:g} s")
         self.retry_after_s = retry_after_s
 
 
@@ -67,6 +68,10 @@ class Job:
     route: Route
     arrived: float
     done: asyncio.Future[Served]
+    who: str = ""
+    """Whose share of the server it takes."""
+    patient: bool = False
+    """Whether it is part of a long work, which waits while others ask for little."""
     waiters: int = 0
     listeners: list[Listener] = field(default_factory=list)
     prefilled: float = 0.0

@@ -12,8 +12,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -22,12 +22,18 @@ from traceir.batch import Layout
 from traceir.decoding import Decoder, Finished, Wave, keep_rows, merge_waves, trim
 from traceir.encoder import Encoder
 from traceir.items import Item, Query, Route
+from traceir.serve.fair import Company, Rounds, Usage
 from traceir.serve.jobs import FAILURES, Desk, Job, Progress, tell_all
 
 log = logging.getLogger(__name__)
 
 PACE: Final = 0.5
 """Seconds of writing for each second of prefill while both are wanted."""
+SHARED_S: Final = 0.03
+"""Seconds that a prefill should take while there are several callers, of FEW_ROWS rows at least: one that comes waits so long."""
+FEW_ROWS: Final = 4
+PATIENT: Final = 4.0
+"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
 PROGRESS_S: Final = 0.02
 """Seconds between two reports on a row that writes."""
 
@@ -55,8 +61,11 @@ class ModelThread:
     def __init__(self, encoder: Encoder, writing: int) -> None:
         self.encoder, self.writing = encoder, writing
         self.decoder: Decoder = encoder.decoder()
-        self._arrived: deque[_Input] = deque()
-        self._postponed: deque[_Input] = deque()
+        self._arrived: Rounds[_Input] = Rounds()
+        self._postponed: Rounds[_Input] = Rounds()
+        self._company = Company()
+        self._usage = Usage()
+        self._rate = 0.0
         self._wake = threading.Condition()
         self._closing = False
         self._failures = 0
@@ -89,18 +98,19 @@ class ModelThread:
         return _Input(job, job.route, layout, isinstance(content, Query) and not prompt.closed)
 
     def _laid_out(self, job: Job, done: asyncio.Future[_Input]) -> None:
+        self._company.note(job.who)
         if (error := done.exception()) is not None:
             self._desk.fail([job], error)
             return
         with self._wake:
-            self._arrived.append(done.result())
+            self._arrived.put(job.who, done.result())
             self._wake.notify()
 
     # In the thread
 
     def _work(self) -> None:
         writing: dict[int, _Input] = {}
-        wave: Wave | None = None
+        waves: list[Wave] = []
         numbers = 0
         while (taken := self._take(self.writing - len(writing), wait=not writing)) is not None:
             inputs = dict(enumerate(taken, numbers))
@@ -110,19 +120,19 @@ class ModelThread:
             fresh = self._prefilled(inputs, writing)
             now = time.monotonic()
             try:
-                wave = self._write([*([wave] if wave else []), *fresh], writing, now + PACE * (now - started))
+                waves = self._write([*waves, *fresh], writing, now + PACE * (now - started))
             except Exception as error:
                 log.exception("%d inputs that were being written failed", len(writing))
                 self._failures += 1
                 self._call(self._desk.fail, [one.job for one in writing.values()], error)
-                wave, writing = None, {}
+                waves, writing = [], {}
 
     def _take(self, room: int, *, wait: bool) -> list[_Input] | None:
         """What has come in and is still wanted, at most one batch of one route; None once all is done and closed.
 
         What was postponed comes first, and alone, where there is room to write a good part of it.
         """
-        most = min(self.encoder.batch_rows, self.writing)
+        most = min(self.encoder.batch_rows, self._own_rows)
         if room >= min(most, len(self._postponed)) and self._postponed:
             return self._fitting(self._postponed, most)
         with self._wake:
@@ -132,28 +142,46 @@ class ModelThread:
                 return None
             return self._fitting(self._arrived, self.encoder.batch_rows)
 
-    def _fitting(self, waiting: deque[_Input], most: int) -> list[_Input]:
-        """The first of those that wait and are wanted, of one route, as many as a batch holds; the others keep their places."""
+    @property
+    def _own_rows(self) -> int:
+        """Rows that one caller may have written at a time, so that another's always find some free."""
+        return max(1, self.writing - self.writing // 4)
+
+    def _fitting(self, waiting: Rounds[_Input], most: int) -> list[_Input]:
+        """Those that come next and are wanted, one of each caller in turn, of one route, as many as a batch holds."""
         taken: list[_Input] = []
         later: list[_Input] = []
-        longest = 0
-        while waiting and len(taken) < most and len(later) <= self.encoder.batch_rows:
-            one = waiting.popleft()
-            if not one.wanted:
-                continue
-            size = max(longest, len(one.layout))
-            if taken and (one.route != taken[0].route or (len(taken) + 1) * size > self.encoder.token_budget):
-                later.append(one)
-                continue
-            longest = size
-            taken.append(one)
-        waiting.extendleft(reversed(later))
+        longest, few = 0, self._company.crowded
+        if few and waiting:
+            waiting.first(min(waiting.callers(), key=self._usage.of))
+        for one in waiting:
+            if one.wanted:
+                size = max(longest, len(one.layout))
+                tokens = (len(taken) + 1) * size
+                apart = few and bool(taken) and one.job.patient != taken[0].job.patient
+                slow = few and len(taken) >= FEW_ROWS and tokens > self._rate * SHARED_S
+                if taken and (apart or slow or one.route != taken[0].route or tokens > self.encoder.token_budget):
+                    later.append(one)
+                else:
+                    longest = size
+                    taken.append(one)
+            if len(taken) >= most or len(later) > (FEW_ROWS if few else self.encoder.batch_rows):
+                break
+        for one in reversed(later):
+            waiting.put_back(one.job.who, one)
         return taken
 
     def _prefilled(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[Wave]:
         """Prefills one batch; where that fails, each input alone, so that a bad one fails by itself."""
+        started = time.monotonic()
         try:
-            return self._prefill(inputs, writing)
+            fresh = self._prefill(inputs, writing)
+            if inputs:
+                seconds = time.monotonic() - started
+                tokens = len(inputs) * max(len(one.layout) for one in inputs.values())
+                self._rate += 0.2 * (tokens / max(seconds, 1e-6) - self._rate)
+                self._charge([one.job for one in inputs.values()], seconds)
+            return fresh
         except Exception as error:
             left = {number: one for number, one in inputs.items() if number in writing}
             if len(left) > 1:
@@ -189,44 +217,72 @@ class ModelThread:
         """Rows beyond those that may write give their cache back and wait for their turn; memory is bounded so."""
         if self.encoder.model.settings.read_out == "at_token":
             return  # rows that bypass are among them
-        room = max(0, self.writing - (len(writing) - len(wave.rows)))
-        for row in wave.rows[room:]:
-            one = writing.pop(row.number)
-            one.route = "reason"  # known now, and the prompt is that of the automatic route
-            self._postponed.append(one)
-        if room < len(wave.rows):
-            keep_rows(wave, range(room))
+        fresh = {row.number for row in wave.rows}
+        by = Counter(one.job.who for number, one in writing.items() if number not in fresh)
+        kept: list[int] = []
+        for place, row in enumerate(wave.rows):
+            one = writing[row.number]
+            if by.total() < self.writing and (not one.job.who or by[one.job.who] < self._own_rows):
+                by[one.job.who] += 1
+                kept.append(place)
+            else:
+                del writing[row.number]
+                one.route = "reason"  # known now, and the prompt is that of the automatic route
+                self._postponed.put(one.job.who, one)
+        if len(kept) < len(wave.rows):
+            keep_rows(wave, kept)
 
-    def _write(self, waves: list[Wave], writing: dict[int, _Input], until: float) -> Wave | None:
-        """Writes one token for every row, and more until a moment of the clock; the rows that are not done."""
-        wave = self._joined(waves, writing)
-        while wave is not None:
+    def _charge(self, jobs: Sequence[Job], seconds: float) -> None:
+        for job in jobs:
+            self._usage.add(job.who, seconds / len(jobs) * (PATIENT if job.patient else 1.0))
+
+    def _write(self, waves: list[Wave], writing: dict[int, _Input], until: float) -> list[Wave]:
+        """Writes one token for every row, and more until a moment of the clock; the rows that are not done.
+
+        Rows of long work are a wave of their own, which waits while the callers of the other have had less of the model.
+        """
+        waves = self._joined(waves, writing)
+        while waves:
+            wave = min(waves, key=lambda one: min(self._usage.of(who) for who in self._callers(one, writing)))
+            started, jobs = time.monotonic(), [writing[row.number].job for row in wave.rows]
             self._hand_out(self.decoder.step(wave), writing)
+            now = time.monotonic()
+            self._charge(jobs, now - started)
             self._tell(wave, writing)
-            if not wave.rows:
-                return None
-            if time.monotonic() >= until:
+            waves = [one for one in waves if one.rows]
+            if now >= until and not self._goes_on(waves, writing):
                 break
-        return wave
+        return waves
+
+    def _callers(self, wave: Wave, writing: dict[int, _Input]) -> set[str]:
+        return {writing[row.number].job.who for row in wave.rows}
+
+    def _goes_on(self, waves: Sequence[Wave], writing: dict[int, _Input]) -> bool:
+        """Whether some who write have had less of the model than all who wait for a prefill."""
+        with self._wake:
+            waiting = self._arrived.callers() if self._company.crowded else []
+        having = {who for wave in waves for who in self._callers(wave, writing)}
+        return bool(waiting and having) and min(map(self._usage.of, having)) < min(map(self._usage.of, waiting))
 
     def _hand_out(self, finished: Finished, writing: dict[int, _Input]) -> None:
         if ended := [(writing.pop(number).job, encoding) for number, encoding in finished if number in writing]:
             self._failures = 0
             self._call(self._desk.deliver, ended, time.monotonic())
 
-    def _joined(self, waves: list[Wave], writing: dict[int, _Input]) -> Wave | None:
-        """The rows that write next, as one wave: those whose waiters have gone leave."""
+    def _joined(self, waves: list[Wave], writing: dict[int, _Input]) -> list[Wave]:
+        """The rows that write next, long work as one wave and the others as one; those whose waiters have gone leave."""
+        joining: dict[bool, list[Wave]] = {}
         for one in waves:
             live = [place for place, row in enumerate(one.rows) if writing[row.number].wanted]
             if len(live) < len(one.rows):
                 for place in set(range(len(one.rows))) - set(live):
                     del writing[one.rows[place].number]
                 keep_rows(one, live)
-        joining = [one for one in waves if one.rows]
-        if not joining:
-            return None
-        joined = merge_waves(joining)
-        trim(joined)
+            if one.rows:
+                joining.setdefault(writing[one.rows[0].number].job.patient, []).append(one)
+        joined = [merge_waves(parts) for parts in joining.values()]
+        for one in joined:
+            trim(one)
         return joined
 
     def _tell(self, wave: Wave, writing: dict[int, _Input]) -> None:

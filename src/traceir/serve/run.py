@@ -8,7 +8,6 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -24,8 +23,9 @@ from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyGuard
 from traceir.serve.config import ServeConfig
+from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
-from traceir.serve.gate import KeyGate, Limits
+from traceir.serve.gate import TOGETHER, KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
 from traceir.serve.intake import Intake, Sources
 from traceir.serve.keys import KeyRing
@@ -36,7 +36,7 @@ from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import Census
-from traceir.serve.wire import settings
+from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.0005
@@ -66,7 +66,8 @@ def make_server(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder]
 def make_application(config: ServeConfig, server: Server) -> Any:
     """The ASGI application behind its wall."""
     inside = BodyGuard(create_app(server))
-    gate = KeyGate(inside, server.keys, server.limits or Limits(), server.audit)
+    together = min(TOGETHER, possible_connections() // 2)
+    gate = KeyGate(inside, server.keys, server.limits or Limits(), server.audit, together)
     return Counted(Guard(gate, Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics)
 
 
@@ -114,6 +115,7 @@ def serve(
 
 
 async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
+    asyncio.get_running_loop().set_default_executor(FairExecutor(4, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
@@ -128,8 +130,8 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLang
     scheduler.start()
     log.info("%s is ready, pictures from %d folders", config.index, len(folders))
     return Service(
-        scheduler, index, intake, Sources(index, folders, fetcher), store, ThreadPoolExecutor(4, "reader"),
-        ThreadPoolExecutor(1, "writer"), census, metrics, config.deadline_s,
+        scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
+        FairExecutor(1, "writer"), census, metrics, config.deadline_s,
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
 from traceir.serve.engine_worker import EngineWorker
+from traceir.serve.fair import FairExecutor, Places, caller, patient
 from traceir.serve.jobs import BusyError, Job, LateError, Listener, Served, Worker
 from traceir.serve.model_thread import ModelThread
 
@@ -22,9 +23,10 @@ from traceir.serve.model_thread import ModelThread
 class Scheduler:
     """Encodes queries and items from any number of tasks of one event loop, by a model in this process or by an engine.
 
-    `capacity` bounds the inputs that are under way; beyond it `BusyError` is raised at once. `writing` rows write together, where
-    the model is in this process. `remembered` encodings are kept by content. Equal to the encoder's own results up to
-    floating-point rounding. Start it within the loop, and `close` it there: what is under way ends, nothing new is taken.
+    `capacity` bounds the inputs that are under way, and each caller has a share of it (`fair.Places`); beyond it `BusyError` is
+    raised at once, or the input waits where the task is `fair.patient`. `writing` rows write together, where the model is in this
+    process. `remembered` encodings are kept by content. Equal to the encoder's own results up to floating-point rounding. Start
+    it within the loop, and `close` it there: what is under way ends, nothing new is taken.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -36,9 +38,10 @@ class Scheduler:
             if value < least:
                 raise InputError(f"{name} is {value}; give at least {least}")
         self.encoder, self.capacity, self.remembered = encoder, capacity, remembered
-        self.pool = ThreadPoolExecutor(2, "layout")
+        self.pool: ThreadPoolExecutor = FairExecutor(2, "layout")
+        self._places = Places(capacity)
         self._worker: Worker = ModelThread(encoder, writing) if isinstance(encoder, Encoder) else EngineWorker(encoder)
-        self._cache: OrderedDict[tuple[str, str, str], Served] = OrderedDict()
+        self._caches: dict[str, OrderedDict[tuple[str, str, str], Served]] = {}
         self._jobs: dict[tuple[str, str, str], Job] = {}
         self._closing = False
         self._busy_since = self._answered = self._rate = 0.0
@@ -47,11 +50,6 @@ class Scheduler:
     def under_way(self) -> int:
         """Inputs that have come and are not encoded yet."""
         return len(self._jobs)
-
-    @property
-    def full(self) -> bool:
-        """Whether one more input would be refused."""
-        return len(self._jobs) >= self.capacity
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -108,16 +106,21 @@ class Scheduler:
         seconds: float | None,
         tenant: str | None,
     ) -> Served:
-        if self._closing:
-            raise BusyError(len(self._jobs), 1.0)
-        content_hash = await self.loop.run_in_executor(self.pool, content.content_hash)
-        key = role, route, f"{tenant or ''}:{content_hash}"
-        if (known := self._remembered(key)) is not None:
-            return replace(known, queue=0.0, encode=0.0, cached=True)
-        job = self._jobs.get(key)
-        if job is None:
-            job = self._admit(key, route)
-            self._worker.take(job, content)
+        who = caller.get()
+        await self._enter(who)
+        kept = False
+        try:
+            content_hash = await self.loop.run_in_executor(self.pool, content.content_hash)
+            key = role, route, f"{who}:{tenant or ''}:{content_hash}"
+            if (known := self._remembered(who, key)) is not None:
+                return replace(known, queue=0.0, encode=0.0, cached=True)
+            job = self._jobs.get(key)
+            if job is None:
+                job, kept = self._begin(key, route, who), True
+                self._worker.take(job, content)
+        finally:
+            if not kept:
+                self._places.give(who)
         if listener is not None:
             job.listeners.append(listener)
         job.waiters += 1
@@ -133,12 +136,19 @@ class Scheduler:
             if job.waiters == 0 and not job.done.done():
                 self._forget(job)
 
-    def _admit(self, key: tuple[str, str, str], route: Route) -> Job:
-        if len(self._jobs) >= self.capacity or self._closing:
-            raise BusyError(len(self._jobs), self._wait_s())
+    async def _enter(self, who: str) -> None:
+        """Takes a place of the caller's share, which a job then keeps to its end."""
+        if not self._closing and patient.get():
+            await self._places.wait(who)
+        elif self._closing or not self._places.take(who):
+            raise BusyError(self._places.held, self._wait_s(), of_caller=self._places.of(who))
+
+    def _begin(self, key: tuple[str, str, str], route: Route, who: str) -> Job:
+        if self._closing:
+            raise BusyError(len(self._jobs), 1.0)
         if not self._jobs:
             self._busy_since, self._answered = time.monotonic(), 0.0
-        job = self._jobs[key] = Job(key, route, time.monotonic(), self.loop.create_future())
+        job = self._jobs[key] = Job(key, route, time.monotonic(), self.loop.create_future(), who, patient.get())
         return job
 
     def _wait_s(self) -> float:
@@ -160,20 +170,27 @@ class Scheduler:
         for job in jobs:
             self._end(job, error)
 
-    def _remembered(self, key: tuple[str, str, str]) -> Served | None:
-        known = self._cache.get(key)
-        if known is not None:
-            self._cache.move_to_end(key)
-        return known
+    def _remembered(self, who: str, key: tuple[str, str, str]) -> Served | None:
+        cache = self._caches.get(who)
+        if cache is None or key not in cache:
+            return None
+        cache.move_to_end(key)
+        return cache[key]
+
+    def _remember(self, who: str, key: tuple[str, str, str], served: Served) -> None:
+        """Keeps an encoding; where there are too many, the caller with most loses its oldest, so none can push out another's."""
+        self._caches.setdefault(who, OrderedDict())[key] = served
+        if sum(map(len, self._caches.values())) > self.remembered:
+            most = max(self._caches, key=lambda one: len(self._caches[one]))
+            self._caches[most].popitem(last=False)
+            if not self._caches[most]:
+                del self._caches[most]
 
     def _end(self, job: Job, result: Served | BaseException) -> None:
         """Tells all waiters, and remembers the encoding."""
-        if self._jobs.get(job.key) is job:
-            del self._jobs[job.key]
+        self._leave(job)
         if isinstance(result, Served) and self.remembered:
-            self._cache[job.key] = result
-            while len(self._cache) > self.remembered:
-                self._cache.popitem(last=False)
+            self._remember(job.who, job.key, result)
         if job.done.done():
             return
         if isinstance(result, BaseException):
@@ -184,6 +201,10 @@ class Scheduler:
 
     def _forget(self, job: Job) -> None:
         """Nobody waits any more: the worker drops it."""
+        self._leave(job)
+        job.done.cancel()
+
+    def _leave(self, job: Job) -> None:
         if self._jobs.get(job.key) is job:
             del self._jobs[job.key]
-        job.done.cancel()
+            self._places.give(job.who)

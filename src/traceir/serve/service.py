@@ -20,6 +20,8 @@ from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
 from traceir.items import Hit, Item, Part, Query, Route
 from traceir.pictures import Picture
+from traceir.serve.bodies import MAX_ANSWER
+from traceir.serve.fair import patient
 from traceir.serve.intake import Intake, Sources, picture_of_item, told_without_paths, without_paths
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
@@ -104,8 +106,11 @@ class Service:
             np.stack([served.encoding.vector]), wanted, where=where, modality=asked.modality, exact=asked.exact
         )
         trace = trace_of(served, time.perf_counter() - started)
-        hits = [hit_out(hit) for hit in found[asked.offset : asked.offset + asked.k]]
-        return SearchOut(hits=hits, trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted)
+        hits = found[asked.offset : asked.offset + asked.k]
+        check_answer(hits)
+        return SearchOut(
+            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted
+        )
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
@@ -170,21 +175,25 @@ class Service:
         return (await self._read(lambda: self.index.get([id]))).get(id)
 
     async def items(self, after: str, offset: int, limit: int) -> tuple[list[ItemOut], bool]:
-        """Items in order of id, those up to `after` and the next `offset` left out, and whether there are more."""
+        """Items in order of id, those up to `after` and the next `offset` left out, and whether there are more.
+
+        A page ends early where its items are more than MAX_ANSWER bytes, unless it is one.
+        """
         where = RangeFilter("id", low=after) if after else None
 
-        def page() -> list[ItemOut]:
+        def page() -> tuple[list[ItemOut], bool]:
             found: list[ItemOut] = []
+            size = 0
             beyond = (stored for stored in self.index.scan(where) if stored.id != after)
             for place, stored in enumerate(beyond):
                 if place >= offset:
                     found.append(item_out(stored))
-                if len(found) > limit:
-                    break
-            return found
+                    size += size_of(stored)
+                if len(found) > limit or (size > MAX_ANSWER and len(found) > 1):
+                    return found[:-1], True
+            return found, False
 
-        found = await self._read(page)
-        return found[:limit], len(found) > limit
+        return await self._read(page)
 
     async def info(self) -> IndexInfo:
         return await self._read(self.index.info)
@@ -308,14 +317,13 @@ class Service:
     def _each(self, given: Sequence[Given], work: Callable[[Given], Awaitable[Told]]) -> list[Coroutine[Any, Any, Told]]:
         """Work over many inputs of one request, which takes at most a quarter of the server's capacity at a time.
 
-        Where the server is full the first input says so; the others wait, so that what is begun is not lost.
+        Where there is no room the first input says so; the others wait for it, so that what is begun is not lost.
         """
         share = asyncio.Semaphore(max(1, self.scheduler.capacity // 4))
 
         async def one(place: int, content: Given) -> Told:
             async with share:
-                while place and self.scheduler.full:
-                    await asyncio.sleep(0.05)
+                patient.set(place > 0)
                 return await work(content)
 
         return [one(place, content) for place, content in enumerate(given)]
@@ -386,6 +394,23 @@ def filter_of(where: Where | None) -> Filter | None:
         else:
             parts.append(Eq(name, wanted))
     return None if not parts else parts[0] if len(parts) == 1 else And(tuple(parts))
+
+
+def size_of(one: Hit | Stored) -> int:
+    """Bytes of the texts of an item, which is what can be much in an answer."""
+    texts = [one.id, one.text or "", *one.fields]
+    for value in one.fields.values():
+        texts += [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
+    return sum(len(text.encode()) for text in texts)
+
+
+def check_answer(hits: Sequence[Hit]) -> None:
+    """Raises InputError where hits, if they are several, are too many bytes for one answer."""
+    size = sum(map(size_of, hits))
+    if size > MAX_ANSWER and len(hits) > 1:
+        raise InputError(
+            f"the {len(hits)} hits hold {size} bytes, more than {MAX_ANSWER}; ask for fewer (k), the others by offset"
+        )
 
 
 def hit_out(hit: Hit) -> HitOut:

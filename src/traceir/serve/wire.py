@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Final, Literal
 
@@ -48,7 +48,8 @@ class WireLimits:
 
 def settings(limits: WireLimits | None = None, parser: Literal["httptools", "h11"] | None = None) -> dict[str, Any]:
     """What of `uvicorn.Config` makes this wall: its own protocol, watched. Without `parser` the faster one that is installed."""
-    limits = limits or WireLimits(connections=possible_connections())
+    limits = limits or WireLimits()
+    limits = replace(limits, connections=min(limits.connections, possible_connections()))
     watched = type("WatchedProtocol", (_Watched, _parser(parser)), {"watch": _Watch(limits)})
     return {"http": watched, "ws": "none", "h11_max_incomplete_event_size": limits.head + PIECE, "timeout_keep_alive": 3600}
 
@@ -136,6 +137,8 @@ class _Watched(asyncio.Protocol):
     _closing: float | None = None
     _spent = _framing = _body = 0
     """Bytes since the last head or piece of a body; of this body: all that frames it, and its own."""
+    _left = 0
+    """Bytes that are still thrown away while it lingers."""
 
     @property
     def busy(self) -> bool:
@@ -156,8 +159,8 @@ class _Watched(asyncio.Protocol):
         place = 0
         while place < len(data) and not self.transport.is_closing():
             if self.lingering:
-                self._spent += len(data) - place
-                if self._spent > self.watch.limits.unread:
+                self._left -= len(data) - place
+                if self._left < 0:
                     self.abort()
                 return
             room = self.watch.limits.head - self._spent
@@ -190,7 +193,7 @@ class _Watched(asyncio.Protocol):
         super().on_response_complete()  # type: ignore[misc]
         self.since = asyncio.get_running_loop().time()
         if self.cycle is cycle and cycle.response_complete and cycle.more_body and not self.transport.is_closing():
-            self._linger()
+            self._linger(self.watch.limits.unread)
 
     def pause_writing(self) -> None:
         self._stuck = asyncio.get_running_loop().time()
@@ -230,11 +233,11 @@ class _Watched(asyncio.Protocol):
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(told)}"
         self.transport.write(head.encode() + b"\r\nconnection: close\r\n\r\n" + told)
         self.since = asyncio.get_running_loop().time()
-        self._linger()
+        self._linger(16 * self.watch.limits.head)
 
-    def _linger(self) -> None:
+    def _linger(self, left: int) -> None:
         """Ends the answers' direction alone: a connection closed on bytes that nobody read would take the answer along."""
-        self.lingering, self._spent = True, 0
+        self.lingering, self._left = True, left
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:

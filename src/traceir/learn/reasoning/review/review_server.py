@@ -38,6 +38,7 @@ from traceir.learn.reasoning.review.decisions import (
 from traceir.learn.reasoning.review.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
 from traceir.outside import read_json
 from traceir.pictures import Picture
+from traceir.serve.wire import settings
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -355,7 +356,7 @@ def serve_review(
         session = ReviewSession(out, chosen, reviewer)
         taken = int(listener.getsockname()[1])
         address = f"http://127.0.0.1:{taken}/"
-        config = uvicorn.Config(app_of(session, taken), log_level="warning", access_log=False, server_header=False, ws="none")
+        config = uvicorn.Config(app_of(session, taken), log_level="warning", access_log=False, server_header=False, **settings())
         announce(f"{len(chosen)} samples to review at {address}; Ctrl-C ends it, and every decision is already saved")
         if open_browser:
             webbrowser.open(address)  # the socket listens already

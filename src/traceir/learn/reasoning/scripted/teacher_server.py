@@ -34,6 +34,7 @@ from traceir.learn.reasoning.scripted.oracle import Asked, Oracle
 from traceir.learn.reasoning.scripted.thoughts import STYLES, cut
 from traceir.serve.bodies import parse_json
 from traceir.serve.guard import Guard, Wall
+from traceir.serve.wire import WireLimits, settings
 
 MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
@@ -254,8 +255,8 @@ def serve(
     if on_ready is not None:
         on_ready(url)
     config = uvicorn.Config(
-        Guard(app, Wall.of(host)), log_level=logging.CRITICAL, access_log=False, lifespan="off", timeout_keep_alive=120,
-        timeout_graceful_shutdown=1, server_header=False, ws="none",
+        Guard(app, Wall.of(host)), log_level=logging.CRITICAL, access_log=False, lifespan="off", timeout_graceful_shutdown=1,
+        server_header=False, **settings(WireLimits(head_s=120.0)),
     )  # fmt: skip
     try:
         uvicorn.Server(config).run(sockets=[listener])
