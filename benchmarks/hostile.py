@@ -22,10 +22,9 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import schemathesis
 from hypothesis import HealthCheck, given
@@ -34,23 +33,20 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.core.failures import FailureGroup
 
 from benchmarks.hostile_cases import Case, Scene, all_cases, whole_pictures
+from benchmarks.hostile_crowd import Phase, crowd, forget_peak, peak_mb
+from benchmarks.hostile_wire import GoneError, address_of, check_alive, exchange
 from traceir.serve.keys import make_key
 
 OPEN_ENDED: Final = frozenset({"header", "slow"})
 """Families with requests that never end, which a server may keep waiting for; they are cut off after WAIT_OPEN_S."""
 WAIT_S: Final = 90.0
 WAIT_OPEN_S: Final = 5.0
-MOST_ANSWER: Final = 32 * 1024 * 1024
 SLOW_CLIENTS: Final = 24
 TRIES: Final = 4
 UNLIMITED: Final = 1_000_000
 """Requests a minute of the server that is started here."""
 BY_MEANING: Final = ["POST /search", "POST /search/stream", "POST /v1/embeddings"]
 """Operations that refuse what no schema can tell: a query of nothing, a text that is no picture, a filter without sense."""
-
-
-class GoneError(Exception):
-    """The server does not answer any more."""
 
 
 class NotReadyError(Exception):
@@ -64,6 +60,9 @@ class Found:
     statuses: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     faults: list[str] = field(default_factory=list)
     limited: int = 0
+    phases: list[Phase] = field(default_factory=list)
+    peak_mb: float | None = None
+    """Of the server's memory, before the crowd; each of its phases has its own."""
 
     def add(self, case: Case, status: str, body: bytes, secret: bytes) -> None:
         self.statuses[case.family][status] += 1
@@ -77,6 +76,15 @@ class Found:
         if case.anonymous and status.startswith("2"):
             self.faults.append(f"{status} without a key to {place}")
         self.limited += status == "429"
+
+    def judge(self, ratio: float, memory_mb: float) -> None:
+        """Makes faults of the bounds that do not hold."""
+        for phase in self.phases:
+            if not phase.ratio <= ratio:
+                self.faults.append(f"another tenant's p95 is {phase.ratio:.2f} times its quiet value under {phase.name}")
+        for name, peak in [("the requests", self.peak_mb), *((phase.name, phase.peak_mb) for phase in self.phases)]:
+            if peak is not None and peak > memory_mb:
+                self.faults.append(f"the server took {peak:.0f} MB under {name}")
 
 
 @dataclass(slots=True)
@@ -110,27 +118,34 @@ def main() -> int:
     parser.add_argument(
         "--examples", type=int, default=300, metavar="N", help="right, and as many wrong, of each operation (default: 300)"
     )
+    parser.add_argument("--attack", action="append", default=[], metavar="WORD", help="of the crowd only these; repeatable")
+    parser.add_argument("--ratio-at-most", type=float, default=3.0, metavar="X", help="a tenant's p95 under attack (default: 3)")
+    parser.add_argument("--memory-at-most", type=float, default=3000.0, metavar="MB", help="the server's peak (default: 3000)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     if options.url:
         return attack(options, options.url, options.key_file.read_text().strip() if options.key_file else None, options.pid)
-    with own_server() as (url, key, pid):
-        return attack(options, url, key, pid)
+    with own_server() as (url, keys, pid):
+        return attack(options, url, keys[0], pid, keys[1:])
 
 
 @contextmanager
-def own_server() -> Iterator[tuple[str, str, int]]:
-    """A server over a fresh index, with keys and an audit log: its address, a key, its process."""
+def own_server() -> Iterator[tuple[str, list[str], int]]:
+    """A server over a fresh index, with keys and an audit log: its address; keys of nobody, of a tenant, of its rival; its
+    process."""
     from benchmarks.serve import server  # imports torch
 
     with tempfile.TemporaryDirectory() as place:
         keys = Path(place) / "keys.json"
-        key = make_key(keys, "hostile", scopes=("read", "write"), requests_per_minute=UNLIMITED)
+        made = [
+            make_key(keys, name, scopes=("read", "write"), tenant=tenant, requests_per_minute=UNLIMITED)
+            for name, tenant in (("hostile", None), ("tenant", "acme"), ("rival", "rival"))
+        ]
         more = ("--keys", str(keys), "--audit", str(Path(place) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
         with server(Path(place) / "index", *more) as (url, process):
-            asyncio.run(fill(url, key))
-            yield url, key, process.pid
+            asyncio.run(fill(url, made[0]))
+            yield url, made, process.pid
 
 
 async def fill(url: str, key: str) -> None:
@@ -147,24 +162,25 @@ async def fill(url: str, key: str) -> None:
         raise GoneError(f"the server does not take its first items: {status} {body[:200]!r}")
 
 
-def address_of(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    return parts.hostname or "", parts.port or 80
-
-
-def attack(options: argparse.Namespace, url: str, key: str | None, pid: int | None) -> int:
+def attack(options: argparse.Namespace, url: str, key: str | None, pid: int | None, tenants: Sequence[str] = ()) -> int:
     found, marker = Found(), secrets.token_hex(24).encode()
     before, started = memory_mb(pid), time.monotonic()
+    forget_peak(pid)
     try:
         asyncio.run(attack_by_hand(options, url, key, found, marker))
         if not options.family or "schema" in options.family:
             attack_by_schema(url, key, options.examples, options.seed, found, marker)
+            asyncio.run(check_alive(*address_of(url)))
+        found.peak_mb = peak_mb(pid)
+        if tenants and (not options.family or "crowd" in options.family):
+            asyncio.run(crowd(url, tenants[0], tenants[1], pid, found.phases, found.faults, options.attack))
             asyncio.run(check_alive(*address_of(url)))
     except GoneError as dead:
         found.faults.append(str(dead))
     except NotReadyError as early:
         print(early, file=sys.stderr)
         return 2
+    found.judge(options.ratio_at_most, options.memory_at_most)
     seconds = time.monotonic() - started
     total = sum(sum(one.values()) for one in found.statuses.values())
     memory = [before, memory_mb(pid)]
@@ -300,41 +316,6 @@ async def send(case: Case, host: str, port: int) -> tuple[str, bytes]:
     return status, body
 
 
-async def exchange(raw: bytes, host: str, port: int, seconds: float) -> tuple[str, bytes, bytes]:
-    """Sends bytes and reads what comes until the server closes, or an answer is whole: status, head, body."""
-    try:
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), 30)
-    except (OSError, TimeoutError) as error:
-        raise GoneError(f"the server takes no connection any more: {error}") from error
-    answer = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            sending = asyncio.create_task(_write(writer, raw))
-            with suppress(OSError):
-                while data := await reader.read(65_536):
-                    answer += data
-                    if len(answer) > MOST_ANSWER:
-                        break
-            await sending
-    except TimeoutError:
-        if not answer:
-            return "hung", b"", b""
-    finally:
-        writer.close()
-    head, _, body = bytes(answer).partition(b"\r\n\r\n")
-    while head.startswith(b"HTTP/1.1 100") and body:
-        head, _, body = body.partition(b"\r\n\r\n")
-    first = head.split(b"\r\n", 1)[0].split(b" ")
-    known = len(first) > 1 and first[0].startswith(b"HTTP/") and first[1].isdigit()
-    return first[1].decode() if known else "closed", head, body
-
-
-async def _write(writer: asyncio.StreamWriter, raw: bytes) -> None:
-    with suppress(OSError):
-        writer.write(raw)
-        await writer.drain()
-
-
 async def send_slowly(scene: Scene, host: str, port: int, found: Found, secret: bytes) -> None:
     """Bodies and heads that come a byte at a time, many together; meanwhile the server must answer others."""
     body = b'{"text":"a"}'
@@ -365,12 +346,6 @@ async def send_slowly(scene: Scene, host: str, port: int, found: Found, secret: 
             raise dead
 
 
-async def check_alive(host: str, port: int) -> None:
-    status, _, body = await exchange(Scene(f"{host}:{port}", None, 0, "").request("GET", "/health"), host, port, 60)
-    if status != "200" or b"ok" not in body:
-        raise GoneError(f"the server does not say that it is well: {status} {body[:200]!r}")
-
-
 def memory_mb(pid: int | None) -> float | None:
     """Resident memory of a process, where the system tells it."""
     if pid is None:
@@ -391,6 +366,19 @@ def report(found: Found, total: int, seconds: float, memory: Sequence[float | No
     print(f"\n{total} requests in {seconds:.0f} s, {len(found.faults)} faults")
     if memory[0] is not None and memory[1] is not None:
         print(f"memory of the server: {memory[0]:.0f} MB before, {memory[1]:.0f} MB after")
+    peaks = [peak for peak in (found.peak_mb, *(phase.peak_mb for phase in found.phases)) if peak is not None]
+    if peaks:
+        print(f"peak memory of the server: {max(peaks):.0f} MB")
+    if found.phases:
+        print(
+            "\n| attack by one key | quiet p95, ms | p95 under attack, ms | ratio | peak, MB | what the attacker was answered |"
+        )
+        print("|---|---|---|---|---|---|")
+        for phase in found.phases:
+            print(phase.row())
+        print(
+            f"\nanother tenant's p95 under attack: at most {max(phase.ratio for phase in found.phases):.2f} times its quiet value"
+        )
     for fault in found.faults[:50]:
         print(f"FAULT {fault}", file=sys.stderr)
 
@@ -403,6 +391,8 @@ def summary(
         "seconds": round(seconds, 1),
         "seed": options.seed,
         "memory_mb": memory,
+        "peak_mb": found.peak_mb,
+        "crowd": [asdict(phase) | {"ratio": phase.ratio} for phase in found.phases],
         "answers": {family: dict(counts) for family, counts in sorted(found.statuses.items())},
         "faults": found.faults,
     }
