@@ -37,7 +37,7 @@ MIB: Final = 1024 * 1024
 SIDE: Final = 5600
 LONG: Final = 32_768
 _numbers = itertools.count()
-_counts = itertools.cycle((1000, 480))
+_counts = itertools.cycle((1000, 120))
 
 
 @dataclass(slots=True)
@@ -146,7 +146,7 @@ async def deaf(by: Attacker) -> None:
 
 
 async def deaf_streams(by: Attacker) -> None:
-    body = json.dumps({"text": f"On the left a ring, number {next(_numbers)}", "route": "reason", "k": 480}).encode()
+    body = json.dumps({"text": f"On the left a ring, number {next(_numbers)}", "route": "reason", "k": 120}).encode()
     await by.hold(by.scene.request("POST", "/search/stream", body), seconds=12.0)
 
 
@@ -159,14 +159,14 @@ ATTACKS: Final[dict[str, tuple[Attack, int]]] = {
     "silent connections, 600": (silence, 600),
     "filters of 28.8 MB, 4 at a time": (filters, 4),
     "float TIFFs of 5600 x 5600, 8 at a time": (tiffs, 8),
-    "1000 and 480 hits of 32 kB, not read, 32": (deaf, 32),
+    "1000 and 120 hits of 32 kB, not read, 32": (deaf, 32),
     "streams, not read, 64": (deaf_streams, 64),
 }
 
 
 @cache
 def large_filter() -> bytes:
-    where = {f"f{n}": [f"{'@' * 9}-{place:06}-{'x' * 100}" for place in range(10_000)] for n in range(24)}
+    where = {f"f{n}": [f"{'@' * 9}-{place:06}-{'x' * 132}" for place in range(10_000)] for n in range(19)}
     return json.dumps({"text": "a ring", "route": "direct", "where": where}).encode()
 
 

@@ -505,7 +505,7 @@ def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
     told = {name: [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)] for name, text in rows.items()}
     fields = [schemas.MAX_ITEM_FIELDS, MAX_NAME_BYTES, values.MAX_VALUE, 64]
     assert told == {
-        "body": [bodies.MAX_BODY >> 20, 8, 30, bodies.MAX_VALUES, bodies.MAX_DEPTH, bodies.MAX_DIGITS],
+        "body": [bodies.MAX_BODY >> 20, 8, 30, bodies.MAX_VALUES, bodies.MAX_TEXTS, bodies.MAX_DEPTH, bodies.MAX_DIGITS],
         "text, instruction": [values.MAX_TEXT],
         "inputs of `/v1/embeddings`, chats": [schemas.MAX_INPUTS],
         "parts of a query or chat": [schemas.MAX_PARTS],
@@ -514,6 +514,7 @@ def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "fields of an item": fields,
         "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES, filters.MAX_VALUES, filters.MAX_TEXT_BYTES >> 20],
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
+        "hits or items of an answer": [bodies.MAX_ANSWER >> 20],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
         "picture": [intake.LIMITS.file_bytes >> 20, intake.LIMITS.pixels // 10**6, intake.LIMITS.pixels // 10**6 // 4, 2048],
     }

@@ -16,7 +16,7 @@ from traceir.serve.faults import Doubled, place_of_half
 from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
-MAX_ANSWER: Final = 16 * 1024 * 1024
+MAX_ANSWER: Final = 4 * 1024 * 1024
 """Bytes of the items of one answer, if they are several."""
 MAX_TOGETHER: Final = 512 * 1024 * 1024
 """Bytes of the bodies of all requests that are not answered yet, and of all answers that are not taken yet."""
@@ -25,7 +25,7 @@ SMALL: Final = 64 * 1024
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
-MAX_TEXTS: Final = 100_000
+MAX_TEXTS: Final = 200_000
 """Texts of a body, names of fields included; counted first, at the cost of a look at each byte."""
 MAX_DIGITS: Final = 40
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -150,7 +150,7 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
     """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
 
     InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
-    digits or beyond a double, more than 32 levels, 250,000 values or 100,000 texts. Linear in time; the counts are known before
+    digits or beyond a double, more than 32 levels, 250,000 values or 200,000 texts. Linear in time; the counts are known before
     anything is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too
     large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
