@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ settings.register_profile("steady", derandomize=True)
 settings.load_profile("steady")
 
 torch.set_num_threads(1)
+gc.disable()  # while all is imported, see pytest_collection_finish
 
 FORKS = multiprocessing.get_context("forkserver")
 """Processes that begin with training imported, which takes longer than what they are started for."""
@@ -176,3 +178,9 @@ def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFac
         index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
     with serving(place) as url:
         yield Running(url, place, tuple(items))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays for good: the garbage collector need not walk through it again and again."""
+    gc.freeze()
+    gc.enable()
