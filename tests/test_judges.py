@@ -23,7 +23,7 @@ from traceir.items import Item, Query
 from traceir.learn.evaluate import evaluate
 from traceir.learn.judged import read_judged
 from traceir.learn.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
-from traceir.model import TraceModel
+from traceir.model import TraceModel, save
 from traceir.pictures import Picture
 from traceir.sentence import as_sentence_transformer, encode_with_reasoning
 
@@ -215,3 +215,15 @@ def test_a_saved_sentence_transformer_loads_again(model: TraceModel, tmp_path: P
     ours = Encoder.from_pretrained(tmp_path / "saved")
     asked = ours.encode_queries([Query.of(text="make one red", instruction="find the image", target="image")], route="reason")
     assert np.abs(asked[0].vector - wanted).max() < 1e-6, "the folder is an ordinary checkpoint too"
+
+
+def test_field_report_12_a_checkpoint_of_ours_is_never_read_as_another_kind_of_model(
+    model: TraceModel, encoder: Encoder, tmp_path: Path
+) -> None:
+    """Without modules.json the library would pool the states of the checkpoint in a way of its own, and say nothing."""
+    for folder in (bundled_model(), save(model, tmp_path / "saved")):
+        with pytest.raises(ValueError, match=r"traceir\.sentence\.TraceModule.*\s.*trust_remote_code"):
+            SentenceTransformer(str(folder))
+    loaded = SentenceTransformer(str(bundled_model()), trust_remote_code=True)
+    text = "On the left a red cube, in the middle a blue ring, on the right a green ball."
+    np.testing.assert_allclose(loaded.encode_document([text])[0], encoder.encode_items([Item.of(text=text)])[0].vector, atol=1e-5)
