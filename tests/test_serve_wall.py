@@ -223,3 +223,14 @@ def test_field_report_18_connections_that_wait_make_room_and_busy_ones_do_not(pa
         assert one_of(address, GET).endswith(b"0")
         for one in [*waiting, *busy]:
             one.close()
+
+
+def test_field_report_15_an_early_answer_to_a_small_body_keeps_the_connection(patient: tuple[str, int]) -> None:
+    """A client that is refused before its body came asks again on the same connection, as http.client and pools do."""
+    with socket.create_connection(patient, timeout=20) as connection:
+        connection.sendall(b"POST /deaf HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n")
+        first = connection.recv(65_536)
+        connection.sendall(b"0123456789" + GET)
+        connection.shutdown(socket.SHUT_WR)
+        second = read_all(connection)
+    assert first.startswith(b"HTTP/1.1 200") and second.startswith(b"HTTP/1.1 200"), (first, second)

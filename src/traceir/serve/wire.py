@@ -192,8 +192,14 @@ class _Watched(asyncio.Protocol):
         cycle = self.cycle
         super().on_response_complete()  # type: ignore[misc]
         self.since = asyncio.get_running_loop().time()
-        if self.cycle is cycle and cycle.response_complete and cycle.more_body and not self.transport.is_closing():
+        unread = self.cycle is cycle and cycle.response_complete and cycle.more_body and not self._is_brief(cycle.scope)
+        if unread and not self.transport.is_closing():
             self._linger(self.watch.limits.unread)
+
+    def _is_brief(self, scope: Any) -> bool:
+        """Whether a body is so small that its rest is read after an early answer, and the connection kept for the next request."""
+        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
+        return told.isdigit() and len(told) < 10 and int(told) <= self.watch.limits.head // 2
 
     def pause_writing(self) -> None:
         self._stuck = asyncio.get_running_loop().time()
