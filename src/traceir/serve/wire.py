@@ -197,7 +197,7 @@ class _Watched(asyncio.Protocol):
             self._linger(self.watch.limits.unread)
 
     def _is_brief(self, scope: Any) -> bool:
-        """Whether a body is so small that its rest is read after an early answer, and the connection kept for the next request."""
+        """Whether a body is so small that its rest is read after an early answer, and the connection kept for the next one."""
         told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         return told.isdigit() and len(told) < 10 and int(told) <= self.watch.limits.head // 2
 
