@@ -132,15 +132,15 @@ def main() -> int:
 
 @contextmanager
 def own_server() -> Iterator[tuple[str, list[str], int]]:
-    """A server over a fresh index, with keys and an audit log: its address; keys of nobody, of a tenant, of its rival; its
-    process."""
+    """A server over a fresh index, with keys and an audit log: its address, its keys, its process. The first key is of no tenant
+    and may ask without limit; those of a tenant and its rival are as they are made where nothing is said."""
     from benchmarks.serve import server  # imports torch
 
     with tempfile.TemporaryDirectory() as place:
         keys = Path(place) / "keys.json"
         made = [
-            make_key(keys, name, scopes=("read", "write"), tenant=tenant, requests_per_minute=UNLIMITED)
-            for name, tenant in (("hostile", None), ("tenant", "acme"), ("rival", "rival"))
+            make_key(keys, name, scopes=("read", "write"), tenant=tenant, requests_per_minute=most)
+            for name, tenant, most in (("hostile", None, UNLIMITED), ("tenant", "acme", None), ("rival", "rival", None))
         ]
         more = ("--keys", str(keys), "--audit", str(Path(place) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
         with server(Path(place) / "index", *more) as (url, process):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextvars
 import json
 import threading
@@ -23,9 +24,10 @@ from traceir.items import Hit, Item, Query
 from traceir.model import TraceModel
 from traceir.serve import fair, service
 from traceir.serve.bodies import SMALL, BodyGuard, parse_json
-from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
+from traceir.serve.fair import FairExecutor, Pace, Places, Rounds, Shares, Turns, Usage, caller, patient
 from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import Message, Receive, Send
+from traceir.serve.intake import bytes_of_base64
 from traceir.serve.jobs import BusyError
 from traceir.serve.keys import KeyRing, make_key
 from traceir.serve.scheduler import Scheduler
@@ -382,3 +384,41 @@ def test_field_report_18_a_body_of_many_texts_is_refused_before_it_is_read() -> 
         parse_json(b'["' + b'","' * 200_000 + b'"]')
     for told in (["a"] * 190_000, ['"' * 30_000] * 10, ["\\"] * 9000):
         assert parse_json(json.dumps(told).encode()) == told
+
+
+def test_field_report_18_bodies_of_one_caller_have_pauses_while_another_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    sleep = asyncio.sleep
+
+    async def noted(seconds: float) -> None:
+        slept.append(round(seconds, 1))
+        await sleep(0)
+
+    async def work() -> None:
+        pace = Pace(1000)
+        await pace.wait("greedy", 5000)
+        await pace.wait("greedy", 5000)
+        assert slept == [], "who is alone has none"
+        await pace.wait("other", 10)
+        for _ in range(3):
+            await pace.wait("greedy", 5000)
+        await pace.wait("other", 10)
+        assert slept == [0.0, 0.0, 5.0, 10.0, 0.0]
+
+    monkeypatch.setattr(fair.asyncio, "sleep", noted)
+    run(work())
+
+
+def test_field_report_18_a_search_of_more_texts_than_a_filter_may_have_is_refused_first(running: Running) -> None:
+    where = {f"f{n}": ["a"] * 9_000 for n in range(10)}
+    status, told = call(f"{running.url}/search", {"text": "a ring", "where": where})
+    assert status == 400 and told["error"]["message"] == "the body holds more than 60000 texts; send it in parts"
+
+
+def test_base64_in_pieces_is_what_it_is_as_a_whole() -> None:
+    data = bytes(range(256)) * 3000
+    for text in (base64.b64encode(data), base64.urlsafe_b64encode(data).rstrip(b"="), base64.encodebytes(data)):
+        assert bytes_of_base64(text.decode(), "image") == data
+    for wrong in (base64.b64encode(bytes(196_607)) * 2, base64.b64encode(data)[:-3], base64.b64encode(data) + b"!"):
+        with pytest.raises(InputError, match="not base64"):
+            bytes_of_base64(wrong.decode(), "image")

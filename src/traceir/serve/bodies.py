@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final, NoReturn
 
 from traceir.errors import InputError
-from traceir.serve.fair import Shares, caller
+from traceir.serve.fair import Pace, Shares, caller
 from traceir.serve.faults import Doubled, place_of_half
 from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
 
@@ -22,6 +22,8 @@ MAX_TOGETHER: Final = 512 * 1024 * 1024
 """Bytes of the bodies of all requests that are not answered yet, and of all answers that are not taken yet."""
 SMALL: Final = 64 * 1024
 """Bytes that a caller may always have in bodies and answers, and in which answers are handed on."""
+CROWDED_RATE: Final = 8 * 1024 * 1024
+"""Bytes a second of the bodies of one caller while others ask too."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
@@ -29,7 +31,7 @@ MAX_TEXTS: Final = 200_000
 """Texts of a body, names of fields included; counted first, at the cost of a look at each byte."""
 MAX_DIGITS: Final = 40
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-"""A text, or the rest of the body where none ends: possessive, and never tried twice at one place, so linear."""
+"""A text, or the rest of the body where it does not end: possessive, and never tried twice at one place, so linear."""
 _BRACKET = re.compile(rb"[\[\]{}]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -45,6 +47,7 @@ class BodyGuard:
     def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0, together: int = MAX_TOGETHER) -> None:
         self.app, self.most, self.seconds = app, most, seconds
         self.shares = Shares(together, least=min(SMALL, together))
+        self.pace = Pace(CROWDED_RATE)
 
     @property
     def held(self) -> int:
@@ -107,6 +110,8 @@ class _Body:
             if self.failure is not None:
                 self._whole = False
                 return {"type": "http.disconnect"}
+            if self._whole:
+                await self._guard.pace.wait(self.who, self._read)
         return message
 
     def _hold(self, count: int) -> bool:
@@ -146,11 +151,11 @@ TOO_MANY_BYTES: Final[tuple[int, str, str, Headers]] = (
 )  # fmt: skip
 
 
-def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
+def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> Any:
     """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
 
     InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
-    digits or beyond a double, more than 32 levels, 250,000 values or 200,000 texts. Linear in time; the counts are known before
+    digits or beyond a double, more than 32 levels, 250,000 values or `texts` texts. Linear in time; the counts are known before
     anything is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too
     large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
@@ -158,7 +163,7 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
-    _check_shape(raw)
+    _check_shape(raw, texts)
     try:
         hooks: Any = (_any_object, float, float, _any_int) if lenient else (_object, _refuse_constant, _read_float, _read_int)
         pairs, constant, real, whole = hooks
@@ -167,15 +172,15 @@ def parse_json(raw: bytes, *, lenient: bool = False) -> Any:
         raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except RecursionError as error:
         raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep") from error
-    if not lenient and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
+    if not lenient and b"\\u" in raw and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
         raise InputError(f"{place}: the body holds half of a surrogate pair there; send whole characters")
     return value
 
 
-def _check_shape(raw: bytes) -> None:
+def _check_shape(raw: bytes, texts: int) -> None:
     """Number of texts, then depth and number of values, counted outside texts."""
-    if raw.count(b'"') - raw.count(b'\\"') > 2 * MAX_TEXTS:
-        raise InputError(f"the body holds more than {MAX_TEXTS} texts; send it in parts")
+    if raw.count(b'"') - raw.count(b'\\"') > 2 * texts:
+        raise InputError(f"the body holds more than {texts} texts; send it in parts")
     bare = b"".join(_outside_texts(raw))
     if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
         raise InputError(f"the body holds more than {MAX_VALUES} values; send it in parts")
@@ -187,11 +192,13 @@ def _check_shape(raw: bytes) -> None:
 
 
 def _outside_texts(raw: bytes) -> Iterator[bytes]:
-    """A loop of our own, between whose steps other threads run; one call of `sub` would hold all of them up."""
+    """Step by step, so that other threads run between them; most texts, also those of pictures, have no escape to look at."""
     place = 0
-    for found in _TEXT.finditer(raw):
-        yield raw[place : found.start()]
-        place = found.end()
+    while (start := raw.find(b'"', place)) >= 0:
+        yield raw[place:start]
+        end = raw.find(b'"', start + 1)
+        found = _TEXT.match(raw, start) if end < 0 or raw.find(b"\\", start, end) >= 0 else None
+        place = end + 1 if found is None else found.end()
     yield raw[place:]
 
 

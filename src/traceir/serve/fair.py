@@ -129,6 +129,24 @@ class Places(Shares):
                 mine.set_result(None)
 
 
+class Pace:
+    """Between the bodies of one caller, while there are several: reading a body holds up whatever else this process does."""
+
+    def __init__(self, bytes_a_second: int) -> None:
+        self._rate, self._company = bytes_a_second, Company()
+        self._next: dict[str, float] = {}
+
+    async def wait(self, who: str, count: int) -> None:
+        """Until a body of `count` bytes may be read."""
+        self._company.note(who)
+        now = asyncio.get_running_loop().time()
+        self._next = {one: at for one, at in self._next.items() if at > now}
+        if self._company.crowded:
+            at = self._next.get(who, now)
+            self._next[who] = at + count / self._rate
+            await asyncio.sleep(at - now)
+
+
 class Usage:
     """What each caller has had lately, forgotten by half every ALONE_S; who has had less goes first."""
 

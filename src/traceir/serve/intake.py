@@ -25,6 +25,7 @@ LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
 DECODERS: Final = 2
 """Pictures decoded for checking at a time, which bounds memory whatever arrives."""
 _STANDARD: Final = str.maketrans("-_", "+/")
+_PIECE: Final = 256 * 1024
 _SPACE = re.compile(r"[ \t\r\n]+")
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
 
@@ -106,14 +107,25 @@ def bytes_of_base64(text: str, place: str, limits: PictureLimits = LIMITS) -> by
         text = _body_of(text, place)
     if not text.isascii():
         raise InputError(f"{place} is not base64: it holds characters beyond ASCII")
-    plain = _SPACE.sub("", text).translate(_STANDARD).rstrip("=")
+    text = _SPACE.sub("", text) if any(one in text for one in " \t\r\n") else text
+    text = text.translate(_STANDARD) if "-" in text or "_" in text else text
+    plain = text.rstrip("=")
     try:
-        data = binascii.a2b_base64(plain + "=" * (-len(plain) % 4), strict_mode=True)
+        if "=" in plain:
+            raise binascii.Error("'=' within it")
+        data = b"".join(_decoded(plain))
     except binascii.Error as error:
         raise InputError(f"{place} is not base64 ({error}); send a picture file in base64, or a data: URL") from error
     if not data:
         raise InputError(f"{place} is empty; send a picture file in base64, or a data: URL")
     return data
+
+
+def _decoded(plain: str) -> Iterator[bytes]:
+    """Piece by piece, so that other threads run between them."""
+    for place in range(0, len(plain), _PIECE):
+        piece = plain[place : place + _PIECE]
+        yield binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True)
 
 
 def picture_of_item(id: str, place: str, sources: Sources) -> Picture:

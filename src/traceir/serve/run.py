@@ -39,7 +39,7 @@ from traceir.serve.tenants import Census
 from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
-SWITCH_S: Final = 0.0005
+SWITCH_S: Final = 0.00005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
 small model takes."""
 LOOKED_AT: Final = 20_000
@@ -115,7 +115,7 @@ def serve(
 
 
 async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
-    asyncio.get_running_loop().set_default_executor(FairExecutor(4, "aside"))
+    asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)

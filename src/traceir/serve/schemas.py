@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from traceir.index.filters import MAX_LIST_VALUES
+from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.items import Modality, Route
 from traceir.serve.jobs import Served
 from traceir.serve.values import WHOLE, End, Id, Lenient, Scalar, Strict, Text, Value, one_of, tag_of
@@ -70,6 +71,7 @@ Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[PictureIn, Tag("<obj
 class SearchIn(Strict):
     """A query: text, picture, both, or interleaved `parts`; `instruction` says what is wanted, `modality` of which kind."""
 
+    most_texts: ClassVar[int] = 2 * MAX_FILTER_VALUES
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red cup", "modality": "image", "k": 5}]})
 
     text: Text | None = None

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from traceir.errors import InputError
 from traceir.index.store import MAX_ID_BYTES
-from traceir.serve.bodies import parse_json
+from traceir.serve.bodies import MAX_TEXTS, parse_json
 from traceir.serve.faults import fault_of, plain
 from traceir.serve.schemas import ItemIn, ItemResult
 
@@ -58,7 +58,7 @@ class _StrictRequest(Request):
 def read_body(raw: bytes, model: type[BaseModel] | None) -> Any:
     """Raises UnreadableError, since FastAPI hides every other exception of a body behind one message."""
     try:
-        told = parse_json(raw, lenient=getattr(model, "each_alone", False))
+        told = parse_json(raw, lenient=getattr(model, "each_alone", False), texts=getattr(model, "most_texts", MAX_TEXTS))
         return told if model is None else model.model_validate(told)
     except InputError as error:
         raise UnreadableError(str(error)) from error
