@@ -22,7 +22,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.core.failures import FailureGroup
 
 from benchmarks.hostile_cases import Case, Scene, all_cases, whole_pictures
-from benchmarks.hostile_crowd import Phase, crowd, forget_peak, peak_mb
+from benchmarks.hostile_crowd import Phase, crowd, faults_of_cut_index, forget_peak, peak_mb
 from benchmarks.hostile_wire import GoneError, address_of, check_alive, exchange
 from traceir.serve.keys import make_key
 
@@ -120,19 +120,19 @@ def main() -> int:
     )
     parser.add_argument("--attack", action="append", default=[], metavar="WORD", help="of the crowd only these; repeatable")
     parser.add_argument("--ratio-at-most", type=float, default=3.0, metavar="X", help="a tenant's p95 under attack (default: 3)")
-    parser.add_argument("--memory-at-most", type=float, default=3000.0, metavar="MB", help="the server's peak (default: 3000)")
+    parser.add_argument("--memory-at-most", type=float, default=1500.0, metavar="MB", help="the server's peak (default: 1500)")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     if options.url:
         return attack(options, options.url, options.key_file.read_text().strip() if options.key_file else None, options.pid)
-    with own_server() as (url, keys, pid):
-        return attack(options, url, keys[0], pid, keys[1:])
+    with own_server() as (url, keys, pid, index):
+        return attack(options, url, keys[0], pid, keys[1:], index)
 
 
 @contextmanager
-def own_server() -> Iterator[tuple[str, list[str], int]]:
-    """A server over a fresh index, with keys and an audit log: its address, its keys, its process. The first key is of no tenant
+def own_server() -> Iterator[tuple[str, list[str], int, Path]]:
+    """A server over a fresh index, with keys and an audit log: its address, keys, process, index. The first key is of no tenant
     and may ask without limit; those of a tenant and its rival are as they are made where nothing is said."""
     from benchmarks.serve import server  # imports torch
 
@@ -145,7 +145,7 @@ def own_server() -> Iterator[tuple[str, list[str], int]]:
         more = ("--keys", str(keys), "--audit", str(Path(place) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
         with server(Path(place) / "index", *more) as (url, process):
             asyncio.run(fill(url, made[0]))
-            yield url, made, process.pid
+            yield url, made, process.pid, Path(place) / "index"
 
 
 async def fill(url: str, key: str) -> None:
@@ -162,7 +162,14 @@ async def fill(url: str, key: str) -> None:
         raise GoneError(f"the server does not take its first items: {status} {body[:200]!r}")
 
 
-def attack(options: argparse.Namespace, url: str, key: str | None, pid: int | None, tenants: Sequence[str] = ()) -> int:
+def attack(
+    options: argparse.Namespace,
+    url: str,
+    key: str | None,
+    pid: int | None,
+    tenants: Sequence[str] = (),
+    index: Path | None = None,
+) -> int:
     found, marker = Found(), secrets.token_hex(24).encode()
     before, started = memory_mb(pid), time.monotonic()
     forget_peak(pid)
@@ -175,6 +182,8 @@ def attack(options: argparse.Namespace, url: str, key: str | None, pid: int | No
         if tenants and (not options.family or "crowd" in options.family):
             asyncio.run(crowd(url, tenants[0], tenants[1], pid, found.phases, found.faults, options.attack))
             asyncio.run(check_alive(*address_of(url)))
+        if index is not None and (not options.family or "index" in options.family):
+            found.faults += faults_of_cut_index(index)
     except GoneError as dead:
         found.faults.append(str(dead))
     except NotReadyError as early:
@@ -392,7 +401,7 @@ def summary(
         "seed": options.seed,
         "memory_mb": memory,
         "peak_mb": found.peak_mb,
-        "crowd": [asdict(phase) | {"ratio": phase.ratio} for phase in found.phases],
+        "crowd": [phase.told() for phase in found.phases],
         "answers": {family: dict(counts) for family, counts in sorted(found.statuses.items())},
         "faults": found.faults,
     }

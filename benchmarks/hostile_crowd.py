@@ -11,9 +11,12 @@ import asyncio
 import base64
 import itertools
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -53,6 +56,10 @@ class Phase:
     @property
     def ratio(self) -> float:
         return p95(self.attacked) / p95(self.quiet)
+
+    def told(self) -> dict[str, Any]:
+        seconds = {"quiet_p95_s": p95(self.quiet), "attacked_p95_s": p95(self.attacked), "ratio": self.ratio}
+        return {"name": self.name, **seconds, "peak_mb": self.peak_mb, "attacker": dict(self.attacker)}
 
     def row(self) -> str:
         told = ", ".join(f"{status}: {count}" for status, count in sorted(self.attacker.items()))
@@ -270,6 +277,18 @@ async def secrets_between(ours: Scene, theirs: Scene, host: str, port: int, faul
             found = await exchange(ours.post("/search", {"text": "a", "route": "direct", "where": {name: guess}}), host, port, 90)
             if found[0] == "200" and json.loads(found[2])["hits"]:
                 faults.append(f"a filter of {guess!r} on {name!r} finds items")
+
+
+def faults_of_cut_index(index: Path) -> list[str]:
+    """What is not said in words of an index whose files end early."""
+    with tempfile.TemporaryDirectory() as place:
+        cut = Path(shutil.copytree(index, Path(place) / "cut"))
+        for file in cut.glob("*.sqlite*"):
+            os.truncate(file, file.stat().st_size // 2)
+        command = [sys.executable, "-m", "traceir", "index", "info", "--index", str(cut)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    good = done.returncode in (1, 2) and "Traceback" not in done.stderr
+    return [] if good else [f"a cut index ends with status {done.returncode}: {done.stderr[-300:]}"]
 
 
 def forget_peak(pid: int | None) -> None:
