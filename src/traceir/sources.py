@@ -160,7 +160,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
     for folder, folders, names in os.walk(root, onerror=unreadable.append):
         hidden += sum(name.startswith(".") for name in (*folders, *names))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        links += sum(os.path.islink(os.path.join(folder, name)) for name in folders)  # noqa: PTH114, PTH118
+        links += sum((Path(folder) / name).is_symlink() for name in folders)
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder) / name
             kind = _kind_of(path)

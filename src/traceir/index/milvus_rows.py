@@ -66,14 +66,15 @@ def graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def filter_columns(fields: Mapping[str, Value]) -> dict[str, str | list[str]]:
     """The dynamic fields by which an item is filtered; None has none, as a missing field has none."""
-    columns: dict[str, str | list[str]] = {}
+    columns: dict[str, str] = {}
+    lists: dict[str, list[str]] = {}
     for name, value in fields.items():
         for one in values_of(value):
             if is_list(value):
-                columns.setdefault(list_column_of(name, one), []).append(sortable(one))  # type: ignore[union-attr]
+                lists.setdefault(list_column_of(name, one), []).append(sortable(one))
             else:
                 columns[column_of(name, one)] = sortable(one)
-    return columns
+    return {**columns, **lists}
 
 
 def row_bytes(row: Mapping[str, Any]) -> int:
