@@ -282,10 +282,10 @@ def _explain(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from traceir import demo
 
-    model = model_name(args)
+    check_model_options(args)
     print(f"preparing the gallery in {args.out}", file=sys.stderr)
     pool, questions = demo.prepare(args.out, workers=min(4, os.cpu_count() or 1))
-    encoder = load_encoder(args, model)
+    encoder = load_encoder(args)
     index, report = demo.fill(pool, args.out, encoder, progress=shows_progress())
     with index:
         counts, place = index.info().counts, index.info().uri

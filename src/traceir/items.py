@@ -175,7 +175,7 @@ class Hit:
 def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
     parts: list[Part] = []
     if image is not None:
-        parts.append(_picture(image))
+        parts.append(as_picture(image))
     if text is not None and not isinstance(text, str):
         raise TypeError(f"text is a {type(text).__name__}; give a str or None")
     if text is not None and text.strip():
@@ -183,7 +183,8 @@ def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _picture(image: ImageLike) -> Picture:
+def as_picture(image: ImageLike) -> Picture:
+    """What stands for a picture, as one; TypeError for anything else. A path is not touched before the picture is read."""
     if isinstance(image, Picture):
         return image
     if isinstance(image, Image.Image):

@@ -9,14 +9,12 @@ Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -144,7 +142,7 @@ class TraceModel:
             attention_mask=mask,
             position_ids=batch.positions,
             use_cache=cache is not None,
-            **{_cache_name(type(text).forward): cache},
+            cache=cache,
             **deeper,
         )
         states: torch.Tensor = out.last_hidden_state
@@ -158,7 +156,7 @@ class TraceModel:
             attention_mask=mask_BT,
             position_ids=place_B.view(1, -1, 1).expand(3, -1, 1),
             use_cache=True,
-            **{_cache_name(type(text).forward): cache},
+            cache=cache,
         )
         states: torch.Tensor = out.last_hidden_state[:, -1]
         return states
@@ -449,9 +447,3 @@ def _linear_patches(patch_embed: Any) -> None:
         return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
     patch_embed.forward = forward
-
-
-@lru_cache
-def _cache_name(forward: Callable[..., Any]) -> str:
-    """What transformers calls a network's cache: `cache`, which earlier releases do not know, before that `past_key_values`."""
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"

@@ -91,7 +91,7 @@ class Language(nn.Module):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
     ) -> SimpleNamespace:
         """`attention_mask` [B, K] is 1 where a token counts; None where all do."""
@@ -99,7 +99,7 @@ class Language(nn.Module):
         rotation = self._rotation(position_ids, states.dtype)
         mask = None if attention_mask is None else _causal(attention_mask, states.shape[1])
         for layer in self.layers:
-            states = layer(states, rotation, mask, past_key_values)
+            states = layer(states, rotation, mask, cache)
         return SimpleNamespace(last_hidden_state=self.norm(states))
 
     def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

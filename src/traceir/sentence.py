@@ -21,14 +21,13 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 import torch
-from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import InputModule
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
-from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route
+from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, as_picture
 from traceir.model import load, save
 from traceir.pictures import Picture
 
@@ -211,13 +210,10 @@ def _part(one: Any) -> Part:
 
 
 def _picture(one: Any) -> Picture:
-    if isinstance(one, Picture):
-        return one
-    if isinstance(one, Image.Image):
-        return Picture.from_image(one)
-    if isinstance(one, str | os.PathLike):
-        return Picture.open(one)
-    raise InputError(f"a picture is given as {type(one).__name__}; give a PIL image or the path of a picture file")
+    try:
+        return as_picture(one)
+    except TypeError as error:
+        raise InputError(str(error)) from error
 
 
 def _check_options(route: Route, target: Modality | None) -> None:

@@ -27,16 +27,19 @@ def model_name(args: argparse.Namespace) -> str:
 
 
 def check_model_options(args: argparse.Namespace) -> None:
-    """What can be told to be wrong with --model and --device before torch is imported. Raises InputError or ModelError."""
+    """What can be told to be wrong with --model and --device before torch, which takes seconds, is imported.
+
+    Raises InputError or ModelError.
+    """
     check_model(model_name(args))
-    _check_device(args.device)
+    kind, _, number = args.device.partition(":")
+    if kind not in DEVICES or (":" in args.device and not (number.isascii() and number.isdigit())):
+        raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda")
 
 
-def load_encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
+def load_encoder(args: argparse.Namespace) -> Encoder:
     """The encoder of `--model`; transformers, where it is needed, keeps quiet unless asked."""
-    name = model or model_name(args)
-    check_model(name)
-    _check_device(args.device)
+    check_model_options(args)
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not shows_progress():
@@ -55,14 +58,9 @@ def load_encoder(args: argparse.Namespace, model: str | None = None) -> Encoder:
         raise InputError(
             f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
         ) from error
-    return Encoder(load(name, device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True))
-
-
-def _check_device(name: str) -> None:
-    """Whether torch knows such a device, without asking it, for that takes seconds."""
-    kind, _, number = name.partition(":")
-    if kind not in DEVICES or (":" in name and not (number.isascii() and number.isdigit())):
-        raise InputError(f"--device {name!r} is unknown to torch; write for instance cpu or cuda")
+    return Encoder(
+        load(model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True)
+    )
 
 
 def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:

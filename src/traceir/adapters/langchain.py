@@ -16,7 +16,6 @@ from traceir.adapters import text_items
 from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Hit, Item, Modality, Query, Route
-from traceir.pictures import Picture
 from traceir.search import EncoderLike
 
 try:
@@ -65,12 +64,11 @@ class TraceEmbeddings(Embeddings):
 
     def embed_image(self, uris: list[str]) -> list[list[float]]:
         """Vectors of picture files as candidates, by their paths; network addresses are refused."""
-        return _lists(self.encoder.encode_items([Item.of(image=Picture.open(uri)) for uri in uris]))
+        return _lists(self.encoder.encode_items([Item.of(image=uri) for uri in uris]))
 
     def embed_multimodal_query(self, text: str | None = None, image: str | None = None) -> list[float]:
         """The vector of a query of a text, a picture file, or both ("the same in green")."""
-        shown = Picture.open(image) if image is not None else None
-        query = Query.of(text=text, image=shown, instruction=self.instruction, target=self.target)
+        query = Query.of(text=text, image=image, instruction=self.instruction, target=self.target)
         return _lists(self.encoder.encode_queries([query], route=self.route))[0]
 
     async def aembed_documents(self, texts: list[str]) -> list[list[float]]:

@@ -16,7 +16,6 @@ from typing import Any
 from traceir.adapters import text_items
 from traceir.client import Client, ServedEncoder
 from traceir.items import Encoding, Item, Modality, Query, Route
-from traceir.pictures import Picture
 from traceir.search import EncoderLike
 
 try:
@@ -67,7 +66,11 @@ class TraceEmbedding(MultiModalEmbedding):
         return self._get_image_embeddings([img_file_path])[0]
 
     def _get_image_embeddings(self, img_file_paths: Sequence[ImageFile]) -> list[Vector]:
-        return _lists(self._encoder.encode_items([Item.of(image=_picture(one)) for one in img_file_paths]))
+        return _lists(
+            self._encoder.encode_items(
+                [Item.of(image=one.getvalue() if isinstance(one, BytesIO) else one) for one in img_file_paths]
+            )
+        )
 
     async def _aget_query_embedding(self, query: str) -> Vector:
         return await asyncio.to_thread(self._get_query_embedding, query)
@@ -83,10 +86,6 @@ class TraceEmbedding(MultiModalEmbedding):
 
     async def _aget_image_embeddings(self, img_file_paths: Sequence[ImageFile]) -> list[Vector]:
         return await asyncio.to_thread(self._get_image_embeddings, img_file_paths)
-
-
-def _picture(source: ImageFile) -> Picture:
-    return Picture.from_bytes(source.getvalue()) if isinstance(source, BytesIO) else Picture.open(source)
 
 
 def _lists(encodings: Sequence[Encoding]) -> list[Vector]:

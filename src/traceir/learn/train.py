@@ -310,17 +310,17 @@ def check(config: TrainConfig) -> TrainConfig:
 
 def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:
     """The configuration with `mixed_precision` true or false: as asked, else as the file `begun` says, else the faster one."""
-    speed = bfloat16_on(device, _width(config))
     if config.mixed_precision != "auto":
         chosen, why = config.mixed_precision, "as asked"
     elif (before := begun_in(begun)) != "auto":
         chosen, why = bool(before), f"as {begun} says"
     else:
+        speed = bfloat16_on(device, _width(config))
         chosen, why = speed.fast, speed.why
     log.info("%s: %s", "bfloat16" if chosen else "float32", why)
-    slow = [name for name, on in (("mixed_precision=true", chosen), ("dtype=bfloat16", config.dtype == "bfloat16")) if on]
-    if slow and not speed.fast:
-        log.warning("%s is slow here: %s; float32 is the faster type for a new run", " and ".join(slow), speed.why)
+    half = [name for name, on in (("mixed_precision=true", chosen), ("dtype=bfloat16", config.dtype == "bfloat16")) if on]
+    if half and not (speed := bfloat16_on(device, _width(config))).fast:
+        log.warning("%s is slow here: %s; float32 is the faster type for a new run", " and ".join(half), speed.why)
     return replace(config, mixed_precision=chosen)
 
 

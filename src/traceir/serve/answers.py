@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Final
 
 from fastapi import FastAPI, Request, Response
@@ -18,7 +18,6 @@ from traceir.serve.faults import fault_of
 from traceir.serve.guard import kind_of
 from traceir.serve.jobs import BusyError, LateError, UnavailableError
 from traceir.serve.limits import retry_after
-from traceir.serve.schemas import HitOut, ItemOut
 from traceir.serve.strict import LARGE, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -91,9 +90,3 @@ async def in_json(answer: Callable[[], BaseModel], size: int) -> Response:
         return answer().model_dump_json().encode()
 
     return Response(make() if size < LARGE else await asyncio.to_thread(make), media_type="application/json")
-
-
-def size_of(shown: Sequence[HitOut | ItemOut]) -> int:
-    """About the bytes of hits or items in JSON."""
-    texts = (value for one in shown for value in (one.text, *one.fields.values()) if isinstance(value, str))
-    return sum(map(len, texts)) + sum(500 + 50 * len(one.fields) for one in shown)

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from traceir import __version__
 from traceir.errors import InputError, TraceError
-from traceir.serve.answers import Refused, add_errors, in_json, of_error, size_of
+from traceir.serve.answers import Refused, add_errors, in_json, of_error
 from traceir.serve.audit import AuditLog
 from traceir.serve.gate import Asked, Limits, scope_needed
 from traceir.serve.jobs import Progress, Served
@@ -60,7 +60,7 @@ from traceir.serve.schemas import (
     Usage,
     trace_of,
 )
-from traceir.serve.service import Noted, Service, id_in, item_out
+from traceir.serve.service import Noted, Service, id_in, item_out, size_in_json
 from traceir.serve.strict import StrictRoute
 from traceir.serve.values import NO_ZERO, Id
 
@@ -276,7 +276,7 @@ def _add_search(app: FastAPI, server: Server) -> None:
         """The items nearest to a query of text, picture, both, or parts in reading order."""
         view, noted = _view(server, principal), _noted(request)
         found = await _while_connected(request, _searched(server, view, asked, noted=noted))
-        return await in_json(lambda: found, size_of(found.hits))
+        return await in_json(lambda: found, size_in_json(found.hits))
 
     @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=EVENTS)
     async def stream(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
@@ -363,7 +363,7 @@ def _add_items(app: FastAPI, server: Server) -> None:
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
         items, more = await _view(server, principal).items(after, offset, limit)
-        return await in_json(lambda: ItemPage(items=items, offset=offset, more=more), size_of(items))
+        return await in_json(lambda: ItemPage(items=items, offset=offset, more=more), size_in_json(items))
 
     @app.delete("/items", tags=["items"])
     async def remove(asked: IdsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> Deleted:
@@ -378,7 +378,7 @@ def _add_items(app: FastAPI, server: Server) -> None:
         if found is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         shown = item_out(found)
-        return await in_json(lambda: shown, size_of([shown]))
+        return await in_json(lambda: shown, size_in_json([shown]))
 
     @app.delete("/items/{id:path}", tags=["items"], responses=MISSING)
     async def remove_one(id: Id, principal: Annotated[Principal, allowed("write")]) -> Deleted:

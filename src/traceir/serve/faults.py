@@ -72,9 +72,9 @@ def _reason(error: Mapping[str, Any]) -> str:
     if kind in SAID:
         return SAID[kind]
     if kind in _WANTED:
-        return f"{kind_of(given)}, where {_WANTED[kind]} is wanted"
+        return f"{kind_in_json(given)}, where {_WANTED[kind]} is wanted"
     if kind == "kind":
-        return f"{kind_of(given)}, where {error['msg']}"
+        return f"{kind_in_json(given)}, where {error['msg']}"
     if kind in ("too_long", "too_short", "string_too_long") and isinstance(given, str | list | dict):
         counted = "characters" if isinstance(given, str) else "entries"
         bound = f"at least {about['min_length']}" if kind == "too_short" else f"at most {about['max_length']}"
@@ -90,5 +90,6 @@ def _reason(error: Mapping[str, Any]) -> str:
     return str(error["msg"])
 
 
-def kind_of(value: object) -> str:
+def kind_in_json(value: object) -> str:
+    """What a value of JSON is, in words."""
     return _KINDS.get(type(value), f"{type(value).__name__}")

@@ -52,6 +52,8 @@ Given = TypeVar("Given")
 Noted = Callable[[Query | Item], None]
 """Hears what a request asks, for the audit log; it may read pictures."""
 log = logging.getLogger(__name__)
+_AROUND = 500
+"""About the bytes of an item in JSON beside its texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,12 +398,17 @@ def filter_of(where: Where | None) -> Filter | None:
     return None if not parts else parts[0] if len(parts) == 1 else And(tuple(parts))
 
 
-def size_of(one: Hit | Stored) -> int:
+def size_of(one: Hit | Stored | HitOut | ItemOut) -> int:
     """Bytes of the texts of an item, which is what can be much in an answer."""
     texts = [one.id, one.text or "", *one.fields]
     for value in one.fields.values():
         texts += [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
     return sum(len(text.encode()) for text in texts)
+
+
+def size_in_json(shown: Sequence[HitOut | ItemOut]) -> int:
+    """About the bytes of hits or items in an answer: their texts, and what stands around them."""
+    return sum(_AROUND + size_of(one) for one in shown)
 
 
 def check_answer(hits: Sequence[Hit]) -> None:

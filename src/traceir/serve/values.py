@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from traceir.index.store import MAX_ID_BYTES, check_id
-from traceir.serve.faults import SAID, kind_of, plain
+from traceir.serve.faults import SAID, kind_in_json, plain
 
 MAX_TEXT = 262_144
 """Characters of a text, for memory's sake; what is longer than the model reads is cut, and the answer says by how much."""
@@ -40,7 +40,7 @@ def read_scalar(value: object, most: int) -> object:
             raise ValueError("it is not a finite number; send a number or null")
         return value
     if not isinstance(value, str):
-        raise ValueError(f"{kind_of(value)}, where a text, a number, true, false or null is wanted")
+        raise ValueError(f"{kind_in_json(value)}, where a text, a number, true, false or null is wanted")
     if len(value) > most:
         raise ValueError(f"{len(value)} characters, at most {most}")
     if plain(value) != value:
@@ -51,7 +51,7 @@ def read_scalar(value: object, most: int) -> object:
 def read_end(value: object, most: int) -> object:
     """As `read_scalar`, for an end of a range, which is a number, a text, or missing."""
     if isinstance(value, bool):
-        raise ValueError(f"{kind_of(value)}, where a text, a number or null is wanted")
+        raise ValueError(f"{kind_in_json(value)}, where a text, a number or null is wanted")
     return read_scalar(value, most)
 
 
