@@ -42,6 +42,7 @@ class Scheduler:
         self._places = Places(capacity)
         self._worker: Worker = ModelThread(encoder, writing) if isinstance(encoder, Encoder) else EngineWorker(encoder)
         self._caches: dict[str, OrderedDict[tuple[str, str, str], Served]] = {}
+        self._kept = 0  # encodings in all of them
         self._jobs: dict[tuple[str, str, str], Job] = {}
         self._closing = False
         self._busy_since = self._answered = self._rate = 0.0
@@ -179,8 +180,11 @@ class Scheduler:
 
     def _remember(self, who: str, key: tuple[str, str, str], served: Served) -> None:
         """Keeps an encoding; where there are too many, the caller with most loses its oldest, so none can push out another's."""
-        self._caches.setdefault(who, OrderedDict())[key] = served
-        if sum(map(len, self._caches.values())) > self.remembered:
+        own = self._caches.setdefault(who, OrderedDict())
+        self._kept += key not in own
+        own[key] = served
+        if self._kept > self.remembered:
+            self._kept -= 1
             most = max(self._caches, key=lambda one: len(self._caches[one]))
             self._caches[most].popitem(last=False)
             if not self._caches[most]:
