@@ -31,7 +31,7 @@ from traceir.learn.reasoning.build import Tally, Work, is_finished, run_parts, w
 from traceir.learn.reasoning.estimate import estimate
 from traceir.learn.reasoning.heard import PATIENCE
 from traceir.learn.reasoning.outcomes import read_outcomes
-from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, gather_captions, parse_shard, read_config
+from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, gather_captions, read_config
 from traceir.learn.reasoning.reach import Reach, open_work
 from traceir.learn.reasoning.rules import Limits, RuleFilter
 from traceir.learn.reasoning.scripted.faults import Faults
@@ -41,6 +41,7 @@ from traceir.learn.reasoning.source import Source, check_tasks, find_captions, f
 from traceir.learn.reasoning.teachers.asker import Asker, UnansweredError
 from traceir.learn.reasoning.teachers.completion import Reply
 from traceir.serve.guard import Guard, Wall
+from traceir.terminal import parse_shard
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = Limits(reasoning_least=4)
@@ -244,7 +245,7 @@ def test_a_dry_run_counts_requests_and_tokens(boats: Path) -> None:
     assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
 
 
-@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b"])
+@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "9" * 5000 + "/4", "0/²"])
 def test_a_share_that_cannot_be_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="--shard"):
         parse_shard(text)

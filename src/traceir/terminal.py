@@ -86,6 +86,14 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def parse_shard(text: str) -> tuple[int, int]:
+    """`I/N` with 0 <= I < N."""
+    number, _, count = text.partition("/")
+    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not int(number) < int(count):
+        raise InputError(f"--shard {text[:80]!r} is not of the form I/N with I from 0 to N - 1; write 0/4 for the first of four")
+    return int(number), int(count)
+
+
 def one_line(text: str) -> str:
     """One line without control characters, so that a stored text can neither break the layout nor steer a terminal."""
     return _CONTROL.sub(" ", text)

@@ -15,7 +15,7 @@ from traceir.checkpoint import check_model
 from traceir.errors import InputError
 from traceir.parser import ROUTES
 from traceir.suggest import did_you_mean
-from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, shows_progress, split
+from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, parse_shard, shows_progress, split
 
 
 def report(args: argparse.Namespace) -> int:
@@ -64,8 +64,8 @@ def evaluate(args: argparse.Namespace) -> int:
     pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
     results = evaluate(
         load_encoder(args), data, out, split=args.split, routes=routes, pools=pools, prompt=args.prompt, seed=args.seed,
-        rows=rows, limit=args.limit, cache=Path(args.cache) if args.cache else None,
-        shard=_shard(args.shard) if args.shard else shard_from_environment(), on_error=args.on_error, progress=shows_progress(),
+        rows=rows, limit=args.limit, cache=Path(args.cache) if args.cache else None, on_error=args.on_error,
+        shard=parse_shard(args.shard) if args.shard else shard_from_environment(), progress=shows_progress(),
     )  # fmt: skip
     if results is None:
         print("this share is encoded; what others encode is not all there yet, the last to finish scores", file=sys.stderr)
@@ -109,13 +109,6 @@ def _routes(args: argparse.Namespace) -> list[Any]:
         hint = did_you_mean(unknown[0], ROUTES)
         raise InputError(f"route {unknown[0]!r} is unknown{hint}; choose among {', '.join(ROUTES)}")
     return routes
-
-
-def _shard(text: str) -> tuple[int, int]:
-    number, slash, count = text.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal():
-        raise InputError(f"--shard {text!r} is not of the form I/N; write 0/4 for the first of four")
-    return int(number), int(count)
 
 
 def faithfulness(args: argparse.Namespace) -> int:

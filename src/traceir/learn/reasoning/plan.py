@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -133,14 +132,6 @@ def read_config(out: Path) -> BuildConfig:
     names = [name for name in BuildConfig.__dataclass_fields__ if name != "limits"]
     plain: dict[str, Any] = {name: tuple(told[name]) if isinstance(told[name], list) else told[name] for name in names}
     return BuildConfig(**plain, limits=Limits(**told["limits"]))
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`i/N` with 0 <= i < N."""
-    number, _, count = text.partition("/")
-    if not re.fullmatch(r"[0-9]{1,9}/[0-9]{1,9}", text) or not int(number) < int(count):
-        raise InputError(f"--shard {text!r} is not of the form i/N with i from 0 to N - 1; write 0/4 for the first of four")
-    return int(number), int(count)
 
 
 def write_json(path: Path, content: Any) -> None:

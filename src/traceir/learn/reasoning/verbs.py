@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceir.errors import InputError
-from traceir.terminal import PARTLY, one_line, shows_progress, split
+from traceir.terminal import PARTLY, one_line, parse_shard, shows_progress, split
 
 if TYPE_CHECKING:
     from traceir.learn.reasoning.build import Tally
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def build(args: argparse.Namespace) -> int:
     from traceir.learn.reasoning.build import is_finished, write_manifests
-    from traceir.learn.reasoning.plan import begin, parse_shard
+    from traceir.learn.reasoning.plan import begin
     from traceir.learn.reasoning.source import check_tasks, find_parts
 
     out, config = Path(args.out), _config(args)
