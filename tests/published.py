@@ -41,8 +41,8 @@ QWEN_SPECIAL = (
 )  # fmt: skip
 QWEN_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}"
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
+    "{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -111,7 +111,7 @@ def save_old_clip(folder: Path, seed: int = 0) -> Path:
 def save_siglip(folder: Path) -> Path:
     """As google/siglip2-base-patch16-naflex: no modules.json, texts of a fixed length of 64."""
     torch.manual_seed(0)
-    words = tokenizer(("<pad>", "<s>", "</s>"), "</s>", 64, pad_token="<pad>")
+    words = tokenizer(("<pad>", "<s>", "</s>"), "</s>", 64, pad_token="<pad>", model_input_names=["input_ids"])
     text = {**SMALL, "vocab_size": 300, "max_position_embeddings": 64, "projection_size": 32, "eos_token_id": 2}
     text |= {"bos_token_id": 1, "pad_token_id": 0}
     vision = {**SMALL, "patch_size": 16, "num_patches": 16}

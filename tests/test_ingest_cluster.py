@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 from fakes import FakeEncoder
 from PIL import Image
@@ -229,3 +230,15 @@ def test_the_command_line_takes_workers(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*told, str(tmp_path / "three"), "--workers", "2"]) == 2
     assert "pip install 'traceir[cluster]'" in capsys.readouterr().err
+
+
+def test_workers_encode_by_a_published_model(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than 3 s, because a worker imports sentence-transformers and what that imports."""
+    model, told = published.save_bert(tmp_path / "bert"), ["index", "add", str(shelf / "deep"), "--batch", "4"]
+    for index, more in (("one", []), ("two", ["--workers", "1"])):
+        made = [*told, "--index", str(tmp_path / index), "--model", f"st:{os.path.relpath(model)}", "--dim", "16", *more]
+        assert main(made) == 1  # a text file without words
+        assert "added 10, updated 0" in capsys.readouterr().out
+    with open_index(tmp_path / "one") as one, open_index(tmp_path / "two") as two:
+        assert one.info().dim == 16 and two.info().prompt_version == "library-1, first 16"
+        assert rows(two) == rows(one)

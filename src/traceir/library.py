@@ -178,11 +178,12 @@ class LibraryEncoder:
 
     def _check(self, content: Item | Query) -> None:
         """Raises InputError for a modality that the model lacks, and for several pictures or texts where it reads no messages."""
-        if self.takes(content.modality) and (len(_parts(content)) <= _most(content) or self._reads_messages):
+        known = self.takes(content.modality)
+        if known and (_form(content) != "message" or self._reads_messages):
             return
-        what = "several parts" if self.takes(content.modality) else _KINDS[content.modality]
-        known = ", ".join(_KINDS[one] for one in MODALITIES if self.takes(one))
-        raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {known}, or use another model")
+        what = "several parts" if known else _KINDS[content.modality]
+        taken = ", ".join(_KINDS[one] for one in MODALITIES if self.takes(one))
+        raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {taken}, or use another model")
 
     def _prompt(self, query: Query) -> str | None:
         """What the library gets as `prompt`: the instruction, where the model has a place for one; None: the model's own.
@@ -211,11 +212,10 @@ class LibraryEncoder:
         parts = [part if isinstance(part, str) else part.load() for part in _parts(content)]
         if len(parts) == 1:
             return self._text(parts[0]) if isinstance(parts[0], str) else parts[0]
-        named = {"text" if isinstance(part, str) else "image": part for part in parts}
-        if len(named) == len(parts):
-            return named
-        told = [{"type": kind, kind: part} for part in parts for kind in ["text" if isinstance(part, str) else "image"]]
-        return [{"role": "user", "content": told}]
+        named = [("text" if isinstance(part, str) else "image", part) for part in parts]
+        if _form(content) != "message":
+            return dict(named)
+        return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in named]}]
 
     def _text(self, text: str) -> Any:
         """A text so that it stays one: the library would open a str that is a path or an address of a picture."""
@@ -363,10 +363,10 @@ def _read(file: Path) -> Any:
 
 
 def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:
-    """Numbers of inputs of one modality and prompt, of like length, in batches of at most `rows`."""
+    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`."""
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number, content in enumerate(contents):
-        groups.setdefault((content.modality, prompts[number]), []).append(number)
+        groups.setdefault((_form(content), prompts[number]), []).append(number)
     for group in groups.values():
         group.sort(key=lambda number: len(_text_of(contents[number])))
         for first in range(0, len(group), rows):
@@ -384,9 +384,9 @@ def _text_of(content: Item | Query) -> str:
     return content.text or ((content.instruction or "") if isinstance(content, Query) and not content.parts else "")
 
 
-def _most(content: Item | Query) -> int:
-    """The parts that a dict of a picture and a text can hold."""
-    return 2 if content.modality == "image,text" else 1
+def _form(content: Item | Query) -> str:
+    """The modality, or "message" where there is more than one picture and one text. A batch of both would be read as neither."""
+    return content.modality if len(_parts(content)) == len(content.modality.split(",")) else "message"
 
 
 def _who(content: Item | Query) -> str:
