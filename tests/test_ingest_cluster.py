@@ -26,6 +26,7 @@ from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.ingest_cluster import MOST_STARTS, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
+from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
 
@@ -232,13 +233,12 @@ def test_the_command_line_takes_workers(
     assert "pip install 'traceir[cluster]'" in capsys.readouterr().err
 
 
-def test_workers_encode_by_a_published_model(shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_workers_encode_by_a_published_model(shelf: Path, tmp_path: Path) -> None:
     """More than 3 s, because a worker imports sentence-transformers and what that imports."""
-    model, told = published.save_bert(tmp_path / "bert"), ["index", "add", str(shelf / "deep"), "--batch", "4"]
-    for index, more in (("one", []), ("two", ["--workers", "1"])):
-        made = [*told, "--index", str(tmp_path / index), "--model", f"st:{os.path.relpath(model)}", "--dim", "16", *more]
-        assert main(made) == 1  # a text file without words
-        assert "added 10, updated 0" in capsys.readouterr().out
-    with open_index(tmp_path / "one") as one, open_index(tmp_path / "two") as two:
-        assert one.info().dim == 16 and two.info().prompt_version == "library-1, first 16"
+    make_encoder = partial(load_encoder, published.save_bert(tmp_path / "bert"), dim=16)
+    encoder = make_encoder()
+    with open_index(tmp_path / "one", encoder, create=True) as one, open_index(tmp_path / "two", encoder, create=True) as two:
+        expected = add([shelf / "deep"], one, encoder, batch=4, progress=False)
+        assert counts(expected) == (10, 0, 0, 1)
+        assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == expected
         assert rows(two) == rows(one)

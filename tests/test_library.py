@@ -25,7 +25,7 @@ from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write_lines, 
 from transformers import AutoProcessor, Siglip2Model
 
 import traceir
-from traceir import Encoder, Item, Query, load_encoder, open_index
+from traceir import Encoder, Item, Query, cli, load_encoder, open_index
 from traceir.checkpoint import bundled_model, is_library
 from traceir.cli import main
 from traceir.errors import InputError, ModelError, PictureError
@@ -246,6 +246,17 @@ def test_texts_of_a_bare_siglip_are_padded_as_it_was_trained(places: Path) -> No
     assert far(queries_of(own, [TEXT, LONG])[:1], queries_of(own, [TEXT])) > 0.01
 
 
+def test_a_relative_path_behind_the_prefix_means_the_same_on_a_worker(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    for given, meant in (("st:bert", f"st:{places / 'bert'}"), ("bert", str(places / "bert")), ("st:a/b", "st:a/b")):
+        args = cli.build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", given, "--dim", "8"])
+        args.threads, args.verbose = None, False
+        found = cli._encoder_anywhere(args)
+        assert (found.model, found.dim, found.engine) == (meant, 8, None)
+
+
 def test_instructions_go_where_the_model_has_a_place_for_them(
     places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -400,11 +411,11 @@ def test_pickles_and_code_that_comes_with_a_model_are_refused(places: Path, tmp_
         load_encoder(auto)
     outside = published.copied(places / "bert", tmp_path / "outside")
     _edit(outside / "modules.json", lambda modules: modules[1].update(path="../bert/1_Pooling"))
-    with pytest.raises(ModelError, match="names the folder '../bert/1_Pooling', which is not below its own"):
+    with pytest.raises(ModelError, match=r"names the folder '../bert/1_Pooling', which is not below its own"):
         load_encoder(outside)
     ranker = published.copied(places / "bert", tmp_path / "ranker")
     (ranker / "modules.json").write_text("{")
-    with pytest.raises(ModelError, match="cannot read .*modules.json"):
+    with pytest.raises(ModelError, match=r"cannot read .*modules.json"):
         load_encoder(ranker)
 
 
@@ -503,7 +514,7 @@ def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
             served = await waiting
             names = [f"i{n}" for n in range(6)] + [f"?q{n}" for n in range(3)]
             assert far([one.encoding.vector for one in served], [vector_of(name, 8) for name in names]) == 0
-            assert sorted(sum(encoder.batches, [])) == sorted(names)
+            assert sorted(name for batch in encoder.batches for name in batch) == sorted(names)
             assert max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 6
             assert all(len({name[0] for name in batch}) == 1 for batch in encoder.batches)
             with pytest.raises(InputError, match="cannot reason"):
