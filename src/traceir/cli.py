@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from traceir.checkpoint import plain_name
 from traceir.errors import InputError, TraceError
 from traceir.learn import verbs
 from traceir.learn.reasoning import verbs as reasoning
@@ -28,6 +29,7 @@ from traceir.terminal import (
     check_model_options,
     clean_lines,
     load_encoder,
+    load_own_encoder,
     model_name,
     one_line,
     open_encoder,
@@ -186,9 +188,16 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
 def _encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
     """What `open_encoder` reads of the arguments, with paths that do not depend on the folder it is called in."""
     paths = {"model": model_name(args), "profile": args.profile}
-    whole = {name: str(Path(path).absolute()) if path and Path(path).exists() else path for name, path in paths.items()}
-    plain = {name: getattr(args, name) for name in ("device", "dtype", "threads", "verbose", "engine")}
+    whole = {name: _anywhere(path) for name, path in paths.items()}
+    plain = {name: getattr(args, name) for name in ("device", "dtype", "dim", "threads", "verbose", "engine")}
     return argparse.Namespace(**whole, **plain)
+
+
+def _anywhere(path: str | None) -> str | None:
+    """A path, which may have `st:` before it, as an absolute one; anything else as it is."""
+    if path is None or not Path(plain := plain_name(path)).exists():
+        return path
+    return f"{path.removesuffix(plain)}{Path(plain).absolute()}"
 
 
 def _index_info(args: argparse.Namespace) -> int:
@@ -285,7 +294,7 @@ def _explain(args: argparse.Namespace) -> int:
     check_model_options(args)
     from traceir.explain import describe, explain
 
-    model = load_encoder(args).model
+    model = load_own_encoder(args).model
     content = item or query
     assert content is not None
     print(describe(explain(model, model.prompt(content), args.completion)))

@@ -169,7 +169,7 @@ def sort_out(sources: Sequence[Source], known: Mapping[str, Stored]) -> SortedOu
 
 
 def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: Mapping[str, Stored]) -> Encoded:
-    """Encode all at once; where an item is refused, one by one, so that only the bad ones are left out."""
+    """Encode all at once; where an item is refused, in halves, so that only the bad ones are left out."""
     if not fresh:
         return Encoded()
     try:
@@ -177,7 +177,8 @@ def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], kno
     except InputError as error:
         if len(fresh) == 1:
             return _encode_refused(encoder, *fresh[0], known, error)
-        return _joined([encode_fresh(encoder, [one], known) for one in fresh])
+        middle = len(fresh) // 2
+        return _joined([encode_fresh(encoder, part, known) for part in (fresh[:middle], fresh[middle:])])
     if len(encodings) != len(fresh):
         raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(fresh)} items; report it")
     done = Encoded([(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)])

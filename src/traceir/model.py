@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch.nn import functional
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
-from traceir.checkpoint import ADAPTER, fetch
+from traceir.checkpoint import ADAPTER, MODULES, OWN_MODULE, fetch
 from traceir.errors import ModelError
 from traceir.items import Item, Query
 from traceir.network import Cache, Network, Words, fits, read_network, see
@@ -336,8 +336,8 @@ def save_companions(model: TraceModel, folder: Path) -> None:
         "image_std": list(image.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    module = {"idx": 0, "name": "0", "path": "", "type": "traceir.sentence.TraceModule"}
-    (folder / "modules.json").write_text(json.dumps([module], indent=2) + "\n")
+    module = {"idx": 0, "name": "0", "path": "", "type": OWN_MODULE}
+    (folder / MODULES).write_text(json.dumps([module], indent=2) + "\n")
     written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
     # What is not used is left out, so that earlier releases read the file too.
     written["world"] = model.settings.world and model.settings.world.as_json()

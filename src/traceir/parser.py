@@ -463,8 +463,11 @@ def _add_query(parser: argparse.ArgumentParser, words: str) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
-    )
+        "--model", metavar="M",
+        help=f"checkpoint folder or hub id, with st: before it for sentence-transformers (default: ${MODEL_VARIABLE}, else the "
+        "bundled one)",
+    )  # fmt: skip
+    parser.add_argument("--dim", type=_count, metavar="N", help="keep the first N components, if the model is made for that")
     parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")

@@ -8,13 +8,14 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from traceir.checkpoint import bundled_model, check_model
-from traceir.errors import InputError
+from traceir.checkpoint import bundled_model, check_model, is_library
+from traceir.errors import InputError, ModelError
 from traceir.parser import ENGINE_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
-    from traceir.engines.sglang import SGLangEncoder
+    from traceir.library import LibraryEncoder
+    from traceir.search import EncoderLike
 
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
@@ -37,8 +38,8 @@ def check_model_options(args: argparse.Namespace) -> None:
         raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda")
 
 
-def load_encoder(args: argparse.Namespace) -> Encoder:
-    """The encoder of `--model`; transformers, where it is needed, keeps quiet unless asked."""
+def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
+    """The encoder of `--model` in this process; transformers, where it is needed, keeps quiet unless asked."""
     check_model_options(args)
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -46,8 +47,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
-    from traceir.encoder import Encoder
-    from traceir.model import load
+    from traceir.library import load_encoder
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -58,21 +58,34 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         raise InputError(
             f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
         ) from error
-    return Encoder(
-        load(model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True)
+    return load_encoder(
+        model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, dim=args.dim
     )
 
 
-def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:
-    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process."""
-    if args.engine is None:
-        return load_encoder(args)
-    if args.profile is not None:
-        raise InputError("--profile works in this process only; leave out --engine")
-    from traceir.engines.sglang import SGLangEncoder
+def load_own_encoder(args: argparse.Namespace) -> Encoder:
+    """As `load_encoder`, for a verb that looks inside the model; ModelError for a model of sentence-transformers."""
+    if args.profile is None and is_library(name := model_name(args)):
+        raise ModelError(f"{name} is a model of sentence-transformers, of which this verb could see nothing but vectors")
+    from traceir.encoder import Encoder
 
-    key = os.environ.get(ENGINE_KEY_VARIABLE, "")
-    return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
+    found = load_encoder(args)
+    assert isinstance(found, Encoder)
+    return found
+
+
+def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> EncoderLike:
+    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process."""
+    if args.engine is not None:
+        if args.profile is not None:
+            raise InputError("--profile works in this process only; leave out --engine")
+        if args.dim is not None:
+            raise InputError("--dim works in this process only; leave out --engine")
+        from traceir.engines.sglang import SGLangEncoder
+
+        key = os.environ.get(ENGINE_KEY_VARIABLE, "")
+        return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
+    return load_encoder(args)
 
 
 def say(note: str | None) -> None:

@@ -15,7 +15,16 @@ from traceir.checkpoint import check_model
 from traceir.errors import InputError
 from traceir.parser import ROUTES
 from traceir.suggest import did_you_mean
-from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, parse_shard, shows_progress, split
+from traceir.terminal import (
+    PARTLY,
+    check_model_options,
+    load_encoder,
+    load_own_encoder,
+    one_line,
+    parse_shard,
+    shows_progress,
+    split,
+)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -116,7 +125,7 @@ def faithfulness(args: argparse.Namespace) -> int:
     from traceir.learn.faithful import probe, table
 
     rows = split(args.rows) if args.rows is not None else None
-    encoder = load_encoder(args)
+    encoder = load_own_encoder(args)
     found = probe(
         encoder, Path(args.data), Path(args.out), split=args.split, rows=rows, limit=args.limit, progress=shows_progress()
     )
