@@ -466,6 +466,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
     )
     parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
+    parser.add_argument("--base", metavar="M", help="under --profile: base of an adapter (default: the one that it names)")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
 
