@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import WORDS, picture
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -334,6 +336,51 @@ def test_other_architectures_and_tokenizers_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match=r"bert.*qwen2_5_vl, qwen2_vl, qwen3_vl"):
         load(tmp_path / "other", profile="gme")
+
+
+def test_an_adapter_of_another_project_loads_under_a_profile(tmp_path: Path) -> None:
+    base, folder = checkpoint(tmp_path / "base", "qwen2_vl", []), tmp_path / "adapter"
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(base),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = "../base"
+    adapted.save_pretrained(folder)
+    stock = Stock(base, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
+    plain = load(base, profile="gme")
+    stock.network = adapted.merge_and_unload()
+    prompt = f"{SYSTEM}{IMAGE}{RED}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    expected = stock.vector(prompt, last, sequential=True)
+    model = load(folder, profile="gme")
+    check(Encoder(model).encode_items(ITEMS[2:]), [expected])
+    assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected).max() > 1e-2
+    assert model.fingerprint != plain.fingerprint
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(".model.language_model.layers." in name for name in tensors)
+    old = {name.replace(".model.language_model.", ".model."): tensor for name, tensor in tensors.items()}
+    save_file(old, folder / "adapter_model.safetensors")
+    check(Encoder(load(folder, profile="gme")).encode_items(ITEMS[2:]), [expected])
+
+    with pytest.raises(ModelError, match=r"no traceir\.json.*--profile"):
+        load(folder)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"\.\./base.*base_model_name_or_path"):
+        load(folder, profile="gme")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin.*pickles"):
+        load(folder, profile="gme")
+
+
+def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    monkeypatch.setattr("traceir.model.fetch", lambda name: folder)
+    name = "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct"
+    assert Encoder.from_pretrained(name).prompt_version == PROFILES["gme"].version
+    assert load(name, profile="lamra", inference=True).settings.profile == PROFILES["lamra"], "what is asked for goes first"
+    assert load(name).settings.profile is None, "training starts from it as from any other"
+    assert load("someone/else", inference=True).settings.profile is None
 
 
 def write_row(root: Path) -> Path:

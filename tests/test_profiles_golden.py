@@ -1,8 +1,8 @@
 """Each profile against what the project's own code gave for twelve inputs: literal token ids, positions, grids and pixels.
 
-`golden_profiles.json` was written from runs of that code, not of ours, on small random checkpoints with Qwen's vocabulary, as
-PyPI's dashscope 2.0.2 has it; `source` names file, commit and version. The tokenizer in it is cut down to the tokens and merges that
-these inputs need, at their real ids.
+`golden_profiles.json` was written from runs of that code, not of ours, on small random checkpoints with Qwen's vocabulary as
+PyPI's dashscope 2.0.2 has it; `source` names file, commit and version. The tokenizer in it is cut down to the tokens and merges
+that these inputs need, at their real ids.
 
 Ids: a list [N, id, ...] stands for N times those ids. Positions, the same in all three rows but for pictures: [start, N] counts
 on from start, [start, rows, columns] is a picture. Pixels: the mean of the patches, and six of their values. None of a picture

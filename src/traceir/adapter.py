@@ -141,28 +141,26 @@ def load_adapter(folder: Path, *, device: str = "cpu", dtype: torch.dtype | None
 
 
 def load_foreign_adapter(
-    folder: Path, profile: Profile, base: str | None, *, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any
+    folder: Path, profile: Profile, *, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any
 ) -> TraceModel:
-    """PEFT's folder of another project, merged into its base in memory and read by a profile.
+    """PEFT's folder of another project, merged in memory into the base that its adapter_config.json names, and read by a profile.
 
-    `base` is a folder or hub id in place of the one that adapter_config.json names; a folder is looked for from the working
-    directory and from the adapter folder. The tokenizer is the adapter's, where it has one. Raises ModelError where the base or
-    safetensors weights are missing, or do not fit.
+    The tokenizer is the adapter's, where it has one. Raises ModelError where the base or safetensors weights are missing, or do
+    not fit.
     """
     weight_files(folder)  # an error of ours where there are only pickles
-    source = base or _read_config(folder).get("base_model_name_or_path")
-    if not source:
-        raise ModelError(f"{folder / ADAPTER} names no base_model_name_or_path; give the base by --base DIR_OR_HUB_ID")
-    place = _locate(str(source), folder)
-    if place is None and not is_hub_id(str(source)):
-        raise ModelError(f"{folder} is an adapter over {source}, which is not here; give the base by --base DIR_OR_HUB_ID")
-    model = load(place or str(source), dtype=dtype, profile=profile, **overrides)
-    network = _merged(model.network, folder)
-    told = Base(str(source), model.fingerprint)
-    settings = replace(model.settings, fingerprint=_adapter_fingerprint(folder, told))
+    source = str(_read_config(folder).get("base_model_name_or_path") or "")
+    place = _locate(source, folder) if source else None
+    if place is None and not is_hub_id(source):
+        raise ModelError(
+            f"{folder} is an adapter over {source or 'a base that it does not name'}, which is not here; write into "
+            f"base_model_name_or_path of {folder / ADAPTER} where it is"
+        )
+    model = load(place or source, dtype=dtype, profile=profile, **overrides)
+    settings = replace(model.settings, fingerprint=_adapter_fingerprint(folder, Base(source, model.fingerprint)))
     own = (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if own else model.processor.tokenizer
-    return wrap(network.eval().to(device), tokenizer, settings, model.processor.image)
+    return wrap(_merged(model.network, folder).eval().to(device), tokenizer, settings, model.processor.image)
 
 
 def merge(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> Path:
@@ -186,7 +184,10 @@ def read_base(folder: Path) -> Base:
     """The base that an adapter folder names; ModelError where the folder is not whole or was changed after it was written."""
     for name in ("traceir.json", WEIGHTS, "tokenizer.json"):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds {ADAPTER} but no {name}, so it is no whole adapter of TraceIR; copy it again")
+            raise ModelError(
+                f"{folder} holds {ADAPTER} but no {name}, so it is no whole adapter of TraceIR; copy it again, or give the "
+                "--profile of the project that it comes from"
+            )
     read_settings(folder / "traceir.json")
     written = json.loads((folder / "traceir.json").read_text())
     try:

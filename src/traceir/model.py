@@ -205,7 +205,6 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     profile: Profile | str | Path | None = None,
-    base: str | None = None,
     inference: bool = False,
     **overrides: Any,
 ) -> TraceModel:
@@ -216,8 +215,7 @@ def load(
 
     Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
     `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
-    An adapter folder loads with its base and is merged in memory (adapter.py); under a profile, with the base that PEFT's own
-    file names, or `base`. `overrides` replace fields of TraceSettings.
+    An adapter folder loads with its base and is merged in memory (adapter.py). `overrides` replace fields of TraceSettings.
     Raises ModelError for other architectures and damaged directories.
     """
     name, folder = str(source), fetch(str(source))
@@ -231,8 +229,7 @@ def load(
     try:
         if (folder / ADAPTER).is_file():
             if profile is not None:
-                under = resolve_profile(profile)
-                return load_foreign_adapter(folder, under, base, device=device, dtype=dtype, **overrides)
+                return load_foreign_adapter(folder, resolve_profile(profile), device=device, dtype=dtype, **overrides)
             return load_adapter(folder, device=device, dtype=dtype, **overrides)
         kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
         if kind not in NETWORKS:

@@ -318,7 +318,6 @@ def _causal(mask: torch.Tensor, new: int) -> torch.Tensor:
 class Words:
     """A tokenizer.json by the library `tokenizers`, with the part of transformers' interface that TraceIR uses."""
 
-    unk_token: Final = None
     unk_token_id: Final = None
 
     def __init__(self, file: Path) -> None:

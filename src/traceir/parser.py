@@ -58,6 +58,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_index(verbs, shared, runs)
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
+    _add_models(verbs, shared, runs)
     _add_serve(verbs, shared, runs)
     _add_keys(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
@@ -137,6 +138,11 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
     explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
     explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
     _add_model(explain)
+
+
+def _add_models(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    models = _verb(verbs, shared, "models", runs["models"], "list the published models that are known, and what was verified how")
+    models.add_argument("--json", action="store_true", help="one JSON list")
 
 
 def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
@@ -466,7 +472,6 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
     )
     parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
-    parser.add_argument("--base", metavar="M", help="under --profile: base of an adapter (default: the one that it names)")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
 

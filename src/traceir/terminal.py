@@ -58,15 +58,9 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         raise InputError(
             f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
         ) from error
-    model = load(
-        model_name(args),
-        device=args.device,
-        dtype=getattr(torch, args.dtype),
-        profile=args.profile,
-        base=args.base,
-        inference=True,
+    return Encoder(
+        load(model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True)
     )
-    return Encoder(model)
 
 
 def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:
