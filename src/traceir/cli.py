@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             "index copy": _index_copy,
             "search": _search,
             "explain": _explain,
+            "models": _models,
             "serve": serving.serve,
             "keys add": serving.keys_add,
             "keys list": serving.keys_list,
@@ -348,6 +349,13 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
         plain = not isinstance(read, str) and is_value(read)  # NaN, or a number of many digits, is a text all the same
         parts.append(In(name, (value, read) if plain else (value,)))
     return And(tuple(parts)) if parts else None
+
+
+def _models(args: argparse.Namespace) -> int:
+    from traceir.catalogue import KNOWN, described
+
+    print(json.dumps([one.as_json() for one in KNOWN], indent=2) if args.json else described())
+    return 0
 
 
 def _text(args: argparse.Namespace) -> str | None:

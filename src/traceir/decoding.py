@@ -26,12 +26,14 @@ TRIM: Final = 64
 
 @dataclass(slots=True)
 class Row:
-    """One query that is still writing: its number with the caller, what it wrote, and where its next token goes."""
+    """One query that is still writing: its number with the caller, what it wrote, where its next token goes, and the vector read
+    so far where it writes on behind its embedding token."""
 
     number: int
     probability: float
     written: list[int] = field(default_factory=list)
     place: int = 0
+    vector: Vector | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +59,8 @@ class Decoder:
 
     def __init__(self, model: TraceModel, budget: int, threshold: float | None) -> None:
         self.model, self.budget, self.threshold = model, budget, threshold
+        profile = model.settings.profile
+        self.writes_on = profile is not None and profile.writes_on
 
     @torch.inference_mode()
     def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
@@ -126,15 +130,21 @@ class Decoder:
             row.written.append(fed)
             read_now = fed == emb if at_token else chosen == emb
             spent = len(row.written) >= self.budget or chosen == turn_end
-            if not read_now and (not spent or (at_token and chosen == emb)):
+            if read_now:
+                vectors = _unit(state_BD) if vectors is None else vectors
+                row.vector = vectors[number].copy()
+            read = row.vector is not None
+            if (self.writes_on or not read) and (not spent or (at_token and chosen == emb and not read)):
                 live.append(number)
                 continue
-            if read_now or not self._closing():
+            ended: Ended = None if read else "turn" if chosen == turn_end else "budget"
+            if row.vector is not None:
+                vector = row.vector
+            elif self._closing():
+                vector = self._close(wave, number)
+            else:
                 vectors = _unit(state_BD) if vectors is None else vectors
                 vector = vectors[number].copy()
-            else:
-                vector = self._close(wave, number)
-            ended: Ended = None if read_now else "turn" if chosen == turn_end else "budget"
             finished.append((row.number, self._encoding(row, vector, ended)))
         wave.next_B = chosen_B
         if len(live) < len(wave.rows):

@@ -158,7 +158,7 @@ class Encoder:
                 write(waiting)
         for number, layout in enumerate(layouts):
             if layout.cut:
-                done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.processor.max_text_tokens)
+                done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.text_limit)
         return [done[number] for number in range(len(layouts))]
 
     def decoder(self) -> Decoder:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch.nn import functional
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
+from traceir.catalogue import profile_for
 from traceir.checkpoint import ADAPTER, MODULES, OWN_MODULE, fetch
 from traceir.errors import ModelError
 from traceir.items import Item, Query
@@ -113,6 +114,11 @@ class TraceModel:
         if self.settings.profile is not None:
             return role in self.settings.profile.writes
         return (role == "query" or self.settings.candidates_write) and self.settings.read_out != "last"
+
+    @property
+    def text_limit(self) -> int | None:
+        """The most tokens of a text that are read; None under a profile, which may count them otherwise."""
+        return None if self.settings.profile is not None else self.processor.max_text_tokens
 
     def new_cache(self) -> Cache:
         """An empty cache of the kind that the network fills; transformers' own has the same methods and more."""
@@ -206,6 +212,7 @@ def load(
     """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
 
     `inference` takes the network of network.py where it can: the same numbers, at once, and neither to be trained nor saved.
+    It also finds the profile of a hub id that catalogue.py knows.
 
     Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
     `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
@@ -213,16 +220,17 @@ def load(
     Raises ModelError for other architectures and damaged directories.
     """
     name, folder = str(source), fetch(str(source))
+    profile = profile or (profile_for(name) if inference else None)
     if inference and profile is None and _is_our_own(folder):
         return _load_our_own(folder, device=device, dtype=dtype or torch.float32, **overrides)
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    from traceir.adapter import load_adapter  # which imports this module
+    from traceir.adapter import load_adapter, load_foreign_adapter  # which imports this module
 
     try:
         if (folder / ADAPTER).is_file():
             if profile is not None:
-                raise ModelError(f"{name} is an adapter, and --profile is for whole checkpoints of other projects; leave it out")
+                return load_foreign_adapter(folder, resolve_profile(profile), device=device, dtype=dtype, **overrides)
             return load_adapter(folder, device=device, dtype=dtype, **overrides)
         kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
         if kind not in NETWORKS:
@@ -240,6 +248,8 @@ def load(
     settings = overridden(settings, overrides)
     if settings.profile is None:
         add_emb_token(network, tokenizer)
+    elif settings.profile.add_token:
+        _add_known_token(network, tokenizer, settings.profile)
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(folder) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
@@ -275,7 +285,12 @@ def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudg
     profile, budget = settings.profile, settings.max_text_tokens
     if profile is None:
         return TraceModel(network, Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget), settings)
-    image = replace(image, min_pixels=profile.min_pixels or image.min_pixels, max_pixels=profile.max_pixels or image.max_pixels)
+    image = replace(
+        image,
+        min_pixels=profile.min_pixels or image.min_pixels,
+        max_pixels=profile.max_pixels or image.max_pixels,
+        resize=profile.resize,
+    )
     processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget, emb_token=profile.token, rope=profile.rope)
     return TraceModel(network, processor, settings)
 
@@ -364,6 +379,16 @@ def add_emb_token(network: Any, tokenizer: Any) -> int:
         for matrix in {network.get_input_embeddings().weight, network.get_output_embeddings().weight}:
             matrix[new] = matrix[:new].mean(dim=0)
     return new
+
+
+def _add_known_token(network: Any, tokenizer: Any, profile: Profile) -> None:
+    """Makes the profile's token one of the tokenizer: the next id, whose row was trained though the tokenizer was not saved."""
+    if profile.token in tokenizer.get_vocab():
+        return
+    tokenizer.add_special_tokens({"additional_special_tokens": [profile.token]}, replace_extra_special_tokens=False)
+    new, rows = int(tokenizer.convert_tokens_to_ids(profile.token)), network.get_input_embeddings().weight.shape[0]
+    if new >= rows:
+        raise ModelError(f"{profile.token} would be token {new}, and the checkpoint has {rows} rows; is --profile the right one?")
 
 
 def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:

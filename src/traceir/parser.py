@@ -58,6 +58,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_index(verbs, shared, runs)
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
+    _add_models(verbs, shared, runs)
     _add_serve(verbs, shared, runs)
     _add_keys(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
@@ -137,6 +138,11 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
     explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
     explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
     _add_model(explain)
+
+
+def _add_models(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    models = _verb(verbs, shared, "models", runs["models"], "list the published models that are known, and what was verified how")
+    models.add_argument("--json", action="store_true", help="one JSON list")
 
 
 def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
