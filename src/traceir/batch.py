@@ -351,7 +351,8 @@ def _grid_positions(rows: int, columns: int) -> npt.NDArray[np.int64]:
 @lru_cache(maxsize=256)
 def _id_of(tokenizer: Any, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    # Of Qwen's tokenizers <|endoftext|> itself is the unknown token, as transformers 5 makes them.
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise ModelError(
             f"the tokenizer has no token {token!r}; is this a Qwen-VL checkpoint, and is its --profile the right one?"
         )
