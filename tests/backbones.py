@@ -9,12 +9,14 @@ from typing import Any, Final
 import numpy as np
 import torch
 from conftest import WORDS
-from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.learn.small import CHAT_TEMPLATE, train_tokenizer
-from traceir.prompts import EMB, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
+from traceir.prompts import IMAGE_PAD, PAD, SPECIAL_TOKENS, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 
 CELL: Final = 32
 VISION: Final = {
@@ -33,10 +35,10 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
         },
         "vision_config": {**VISION, "deepstack_visual_indexes": [0, 1]},
     },
-    # Two periods of three Gated DeltaNets and one attention.
+    # One period of three Gated DeltaNets and one attention.
     "qwen3_5": {
         "text_config": {
-            **TEXT, "num_hidden_layers": 8, "head_dim": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+            **TEXT, "num_hidden_layers": 4, "head_dim": 32, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
             "linear_num_key_heads": 2, "linear_num_value_heads": 4,
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 1e7, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
@@ -73,13 +75,16 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
     return folder
 
 
-def _without_emb() -> PreTrainedTokenizerFast:
+def _without_emb() -> Qwen2Tokenizer:
+    """Qwen's tokenizer over a small vocabulary, with its special tokens and without `<|emb|>`."""
     draw = np.random.default_rng(0)
-    trained = train_tokenizer([" ".join(draw.choice(WORDS, 8)) for _ in range(200)], 400)
-    text = json.loads(trained.backend_tokenizer.to_str())
-    text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != EMB]
-    text["model"]["vocab"][f"spare {EMB}"] = text["model"]["vocab"].pop(EMB)
-    core = Tokenizer.from_str(json.dumps(text))
-    made = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=TURN_END, pad_token="<|endoftext|>", padding_side="left")
-    made.chat_template = CHAT_TEMPLATE
+    made = Qwen2Tokenizer()
+    core = Tokenizer(BPE())
+    core.pre_tokenizer = made.backend_tokenizer.pre_tokenizer
+    trainer = BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator([" ".join(draw.choice(WORDS, 8)) for _ in range(200)], trainer)
+    learnt = json.loads(core.to_str())["model"]
+    made = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    made.eos_token, made.pad_token, made.padding_side = TURN_END, PAD, "left"
     return made
