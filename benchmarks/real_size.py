@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import torch
@@ -69,11 +69,12 @@ WRITTEN: Final = 16
 class Measured:
     """What one part took: seconds without starting Python and, but for `load`, without loading; peaks are of the whole process.
 
-    `private_gib` leaves out pages of files that are only mapped, which the system may drop; looked at every 20 ms.
+    `cpu` counts the seconds of all threads, which other work on the machine does not lengthen. `private_gib` leaves out pages of files that are only mapped, which the system may drop; looked at every 20 ms.
     """
 
     what: str
     seconds: float
+    cpu: float
     loading: float
     peak_gib: float
     private_gib: float
@@ -260,15 +261,20 @@ def texts() -> list[str]:
     return [" ".join(words[n % len(words)] for n in range(count)) for count in WORDS]
 
 
-def measured(what: str, prepare: Callable[[], Any], work: Callable[[Any], str]) -> Measured:
-    """Time and peaks of `work` on what `prepare` returns, which is timed apart."""
+def measured(
+    what: str, prepare: Callable[[], Any], work: Callable[[Any], str], timed: Literal["preparing", "work"] = "work"
+) -> Measured:
+    """Time and peaks of `work` on what `prepare` returns, which is timed apart, or of the preparing."""
     with Peak() as peak:
-        began = time.perf_counter()
+        began, spent = time.perf_counter(), time.process_time()
         ready = prepare()
-        loaded = time.perf_counter()
+        loading, loading_cpu = time.perf_counter() - began, time.process_time() - spent
+        began, spent = time.perf_counter(), time.process_time()
         note = work(ready)
-        ended = time.perf_counter()
-    return Measured(what, round(ended - loaded, 1), round(loaded - began, 1), peak_mib("cpu") / 2**10, peak.gib, note)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - spent
+    if timed == "preparing":
+        seconds, cpu = loading, loading_cpu
+    return Measured(what, seconds, cpu, loading, peak_mib("cpu") / 2**10, peak.gib, note)
 
 
 class Peak:
@@ -300,19 +306,16 @@ def load_only(work: Path, shape: str) -> Measured:
         weights = sum(parameter.numel() for parameter in found.model.network.parameters())
         return f"{weights / 1e9:.3f} billion weights in {next(found.model.network.parameters()).dtype}".replace("torch.", "")
 
-    one = measured("load", lambda: encoder(work, shape), count)
-    return replace(one, seconds=one.loading)
+    return measured("load", lambda: encoder(work, shape), count, timed="preparing")
 
 
 def embed_pictures(work: Path, shape: str) -> Measured:
     def embed(found: Encoder) -> str:
         told = []
         for (width, height), image in pictures():
-            began = time.perf_counter()
-            (one,) = found.encode_items([Item.of(image=image)])
-            check(one.vector)
-            spent = time.perf_counter() - began
-            told.append(f"{width}x{height} {tokens(found, Item.of(image=image))} tokens {spent:.1f} s")
+            began, item = time.process_time(), Item.of(image=image)
+            check(found.encode_items([item])[0].vector)
+            told.append(f"{width}x{height}: {tokens(found, item)} tokens, {time.process_time() - began:.0f} s of CPU")
         return "; ".join(told)
 
     return measured(f"{len(SIZES)} pictures, one by one", lambda: encoder(work, shape), embed)
@@ -409,9 +412,9 @@ def made_pairs(work: Path) -> Path:
 STAGES: Final[dict[str, Callable[[Path, str], Measured]]] = {
     "load": load_only,
     "texts": embed_texts,
-    "pictures": embed_pictures,
     "reason": reason,
     "train": lora_step,
+    "pictures": embed_pictures,
 }
 
 
@@ -430,14 +433,14 @@ def report(work: Path) -> str:
             f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, Python {about['python']}, torch "
             f"{about['torch']}, transformers {about['transformers']}; weights in bfloat16. The cores were shared with other work.",
             "",
-            "| part | seconds | seconds to load before | peak GiB | of which private | |",
-            "|---|---:|---:|---:|---:|---|",
+            "| part | seconds | of CPU | to load before | peak GiB | of which private | |",
+            "|---|---:|---:|---:|---:|---:|---|",
         ]  # fmt: skip
         for stage in STAGES:
             if one := found.get(stage):
                 before = "" if stage in ("load", "train") else f"{one['loading']:.1f}"
                 lines.append(
-                    f"| {one['what']} | {one['seconds']:.1f} | {before} | {one['peak_gib']:.1f} | {one['private_gib']:.1f} "
+                    f"| {one['what']} | {one['seconds']:.1f} | {one['cpu']:.1f} | {before} | {one['peak_gib']:.1f} | {one['private_gib']:.1f} "
                     f"| {one['note']} |"
                 )
         lines.append("")
