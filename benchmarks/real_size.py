@@ -2,9 +2,9 @@
 
 `python -m benchmarks.real_size --work DIR` makes the checkpoint there (configuration, names, shards and preprocessor_config as
 published; Qwen's real vocabulary from the file `qwen.tiktoken` of PyPI's dashscope, which pip downloads), then loads it, embeds
-pictures and texts, lets queries write and takes a LoRA step, each in a process of its own, so that peaks are apart. Random weights
-say nothing about vectors, and all about memory, time and what breaks. What is done is kept in `DIR/SHAPE.json`: the same command
-goes on, and `--report FILE` writes it all as Markdown. `--stage` runs one part only. The checkpoint may be deleted afterwards.
+pictures and texts, lets queries write and takes a LoRA step, each in a process of its own, so that peaks are apart. Random
+weights say nothing about vectors, and all about memory, time and what breaks. What is done is kept in `DIR/SHAPE.json`: the same
+command goes on, `--stage` runs some parts again, and `--report FILE` writes all as Markdown. Delete the folder afterwards.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -69,7 +70,8 @@ WRITTEN: Final = 16
 class Measured:
     """What one part took: seconds without starting Python and, but for `load`, without loading; peaks are of the whole process.
 
-    `cpu` counts the seconds of all threads, which other work on the machine does not lengthen. `private_gib` leaves out pages of files that are only mapped, which the system may drop; looked at every 20 ms.
+    `cpu` counts the seconds of all threads, which other work on the machine does not lengthen. `private_gib` leaves out pages of
+    files that are only mapped, which the system may drop; looked at every 20 ms.
     """
 
     what: str
@@ -230,7 +232,7 @@ def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, byt
     """The two sequences that are left of a token where only merges of lower rank are made."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [(ranks.get(first + second, rank), place) for place, (first, second) in enumerate(zip(parts, parts[1:]))]
+        pairs = [(ranks.get(first + second, rank), place) for place, (first, second) in enumerate(pairwise(parts))]
         least, place = min(pairs)
         if least >= rank:
             raise SystemExit(f"no merges lead to token {rank}: this is not a vocabulary of byte pairs")
@@ -360,13 +362,11 @@ def check(vector: Any) -> None:
 
 
 def lora_step(work: Path, shape: str) -> Measured:
-    """`traceir train` with the preset of this shape, but for the batch, the chunks and the device: one step, and its checkpoint."""
+    """`traceir train` with the preset of this shape, but for batch, chunks and device: one step, and its checkpoint."""
     data, out = made_pairs(work), work / f"run-{shape}-{os.getpid()}"
     settings = ["epochs=0", "steps=1", f"batch={BATCH}", f"chunk_tokens={CHUNK_TOKENS}", "device=cpu", "workers=0",
                 f"threads={torch.get_num_threads()}", "precheck=false", "warmup=0"]  # fmt: skip
-    plan = replace(
-        override(PRESETS[SHAPES[shape].preset](), settings), data=str(data), out=str(out), init=str(make(work, shape))
-    )
+    plan = replace(override(PRESETS[SHAPES[shape].preset](), settings), data=str(data), out=str(out), init=str(make(work, shape)))
 
     def step(_: object) -> str:
         adapter = train(plan) / "adapter_model.safetensors"
@@ -431,18 +431,16 @@ def report(work: Path) -> str:
             f"## Qwen2.5-VL-{shape.upper()}", "",
             f"`python -m benchmarks.real_size --shape {shape}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: "
             f"{about['processor']}, {about['cores']} cores, {about['threads']} threads, Python {about['python']}, torch "
-            f"{about['torch']}, transformers {about['transformers']}; weights in bfloat16. The cores were shared with other work.",
+            f"{about['torch']}, transformers {about['transformers']}; weights in bfloat16. Other work shared the cores.",
             "",
             "| part | seconds | of CPU | to load before | peak GiB | of which private | |",
             "|---|---:|---:|---:|---:|---:|---|",
         ]  # fmt: skip
         for stage in STAGES:
             if one := found.get(stage):
-                before = "" if stage in ("load", "train") else f"{one['loading']:.1f}"
-                lines.append(
-                    f"| {one['what']} | {one['seconds']:.1f} | {one['cpu']:.1f} | {before} | {one['peak_gib']:.1f} | {one['private_gib']:.1f} "
-                    f"| {one['note']} |"
-                )
+                before = "" if stage in ("load", "train") else f"{one['loading']:.0f}"
+                times, peaks = f"{one['seconds']:.0f} | {one['cpu']:.0f}", f"{one['peak_gib']:.1f} | {one['private_gib']:.1f}"
+                lines.append(f"| {one['what']} | {times} | {before} | {peaks} | {one['note']} |")
         lines.append("")
     return "\n".join(lines)
 

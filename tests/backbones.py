@@ -70,7 +70,10 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
     (network.model if bare else network).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
-        patch_size=16, size={"shortest_edge": 2 * CELL**2, "longest_edge": 12 * CELL**2}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        patch_size=16,
+        size={"shortest_edge": 2 * CELL**2, "longest_edge": 12 * CELL**2},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
     ).save_pretrained(folder)
     return folder
 

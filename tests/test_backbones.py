@@ -29,6 +29,7 @@ from traceir.model import TraceModel, load, save
 from traceir.pictures import Picture
 from traceir.prompts import IMAGE_PAD, Piece, Special, UserText, render_query
 
+
 class WithoutVideo(Qwen3VLProcessor):
     """The stock processor, whose check of its parts needs torchvision even where there is no part for videos."""
 
