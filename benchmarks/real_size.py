@@ -62,6 +62,8 @@ WORDS: Final = (20, 40, 80, 120, 160, 240, 320, 400)
 """Tokens of the texts, about; the words of SENTENCE are one token each."""
 SENTENCE: Final = "the red house stands on a green hill near the old river and two small dogs run along the road"
 CHUNK_TOKENS: Final = 2048
+CELLS: Final = 64
+"""Most tokens of a picture in the LoRA step, so that a few CPU cores are done with it in minutes."""
 BATCH: Final = 8
 WRITTEN: Final = 16
 
@@ -365,7 +367,7 @@ def lora_step(work: Path, shape: str) -> Measured:
     """`traceir train` with the preset of this shape, but for batch, chunks and device: one step, and its checkpoint."""
     data, out = made_pairs(work), work / f"run-{shape}-{os.getpid()}"
     settings = ["epochs=0", "steps=1", f"batch={BATCH}", f"chunk_tokens={CHUNK_TOKENS}", "device=cpu", "workers=0",
-                f"threads={torch.get_num_threads()}", "precheck=false", "warmup=0"]  # fmt: skip
+                f"threads={torch.get_num_threads()}", "precheck=false", "warmup=0", f"max_pixels={CELLS * 28 * 28}"]  # fmt: skip
     plan = replace(override(PRESETS[SHAPES[shape].preset](), settings), data=str(data), out=str(out), init=str(make(work, shape)))
 
     def step(_: object) -> str:
@@ -373,10 +375,13 @@ def lora_step(work: Path, shape: str) -> Measured:
         (line,) = (out / "log.jsonl").read_text().splitlines()
         told = {name: value for name, value in json.loads(line).items() if name not in ("step", "rate")}
         pairs = ", ".join(f"{name} {value}" for name, value in told.items())
+        spent = json.loads((out / "meta.json").read_text())["seconds_since_last_start"]
         kind = "bfloat16" if json.loads((out / "config.json").read_text())["mixed_precision"] else "float32"
-        return f"autocast {kind}, {pairs}; adapter of {adapter.stat().st_size / 1e6:.0f} MB"
+        return f"of which the step {spent:.0f} s; autocast {kind}, {pairs}; adapter of {adapter.stat().st_size / 1e6:.0f} MB"
 
-    return measured(f"one LoRA step, batch {BATCH}, chunks of {CHUNK_TOKENS}, start and checkpoint included", lambda: None, step)
+    return measured(
+        f"one LoRA step, batch {BATCH}, pictures of up to {CELLS} tokens, chunks of {CHUNK_TOKENS}", lambda: None, step
+    )
 
 
 def made_pairs(work: Path) -> Path:

@@ -238,6 +238,14 @@ def test_an_adapter_reaches_every_linear_layer_and_every_projector(folder: Path,
     assert not [name for name in changed if "in_proj_a" in name or "A_log" in name]
 
 
+def test_a_base_in_bfloat16_trains_adapters_in_float32_without_autocast_too(folder: Path) -> None:
+    model = load(folder, dtype=torch.bfloat16)
+    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
+    learn(model, adapter, steps=1)
+    trained = [value for value in adapter.parameters() if value.requires_grad]
+    assert {value.dtype for value in trained} == {torch.float32} and all(torch.isfinite(value).all() for value in trained)
+
+
 def test_it_is_saved_and_read_again(model: TraceModel, asked: list[Query], tmp_path: Path) -> None:
     again = load(save(model, tmp_path / "saved"))
     assert again.processor.image == model.processor.image and again.processor.image.patch * again.processor.image.merge == CELL

@@ -292,8 +292,8 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
 def test_other_backbones_train_by_gradcache_and_resume_to_the_same_weights(folder: Path, tmp_path: Path, kind: str) -> None:
     start = save(load(published(tmp_path / "hub", kind), prompt_version="brief-1"), tmp_path / "start")
     plan = config(
-        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, family=2, save_every=1, keep=(1,),
-        grad_cache=True, checkpointing=True, chunk_tokens=128, min_pixels=2 * 32 * 32, max_pixels=4 * 32 * 32,
+        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, family=2, save_every=1,
+        keep=(1,), grad_cache=True, checkpointing=True, chunk_tokens=128, min_pixels=2 * 32 * 32, max_pixels=4 * 32 * 32,
     )  # fmt: skip
     whole = train(plan)
     again = train(replace(plan, out=str(tmp_path / "again"), keep=()), resume_from=tmp_path / "whole/steps/000001")

@@ -87,11 +87,18 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
     for parameter in adapter.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for projector in projectors(network).values() if train_projector else ():
+        projector.modules_to_save["default"].register_forward_pre_hook(_in_its_own_type)
     adapter.train(network.training)  # new dropout layers begin in training mode
     return adapter
 
 
-def projectors(network: Any) -> dict[str, torch.nn.Module]:
+def _in_its_own_type(module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A projector that trains is float32 and what comes to it has the type of the base: outside autocast nothing else casts it."""
+    return tuple(one.to(next(module.parameters()).dtype) for one in states)
+
+
+def projectors(network: Any) -> dict[str, Any]:
     """The modules that bring pictures into the language model's width, by name: the merger, and those of DeepStack (Qwen3-VL)."""
     visual = network.model.visual
     deeper = getattr(visual, "deepstack_merger_list", ())
