@@ -94,7 +94,7 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
 
 
 def _in_its_own_type(module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """A projector that trains is float32 and what comes to it has the type of the base: outside autocast nothing else casts it."""
+    """A projector that trains is float32, and what comes to it has the base's type: outside autocast nothing else casts it."""
     return tuple(one.to(next(module.parameters()).dtype) for one in states)
 
 
