@@ -53,15 +53,20 @@ def on_card(config: TrainConfig, gib: int) -> TrainConfig:
     if config.init == "random" or not config.lora_rank:
         raise InputError("--card is for LoRA over a checkpoint: choose one of the Qwen presets, or set lora_rank and --init")
     network = empty(config.init)
-    need, room = need_of(config, network), int(gib * GIB * USABLE)
-    fitting = [tokens for tokens in STEPS if need.total(tokens) <= room]
-    if not fitting:
-        raise InputError(_too_much(config, network, need, gib, room))
+    need = need_of(config, network)
+    tokens = largest(need, gib)
+    if not tokens:
+        raise InputError(_too_much(config, network, need, gib))
     log.info(
         "one card of %d GiB: %.1f GB of weights, %.1f GB that trains, %.1f GB for chunks of %d tokens (by arithmetic, not tried)",
-        gib, need.frozen / 1e9, need.trained / 1e9, need.token * fitting[0] / 1e9, fitting[0],
+        gib, need.frozen / 1e9, need.trained / 1e9, need.token * tokens / 1e9, tokens,
     )  # fmt: skip
-    return replace(config, chunk_tokens=fitting[0], grad_cache=True, checkpointing=True)
+    return replace(config, chunk_tokens=tokens, grad_cache=True, checkpointing=True)
+
+
+def largest(need: Need, gib: int) -> int:
+    """The most tokens of a chunk that a card has room for, of STEPS; 0 where there are none."""
+    return next((tokens for tokens in STEPS if need.total(tokens) <= gib * GIB * USABLE), 0)
 
 
 def need_of(config: TrainConfig, network: Any) -> Need:
@@ -103,13 +108,13 @@ def _size(modules: Any) -> int:
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _too_much(config: TrainConfig, network: Any, need: Need, gib: int, room: int) -> str:
+def _too_much(config: TrainConfig, network: Any, need: Need, gib: int) -> str:
     least = STEPS[-1]
     said = (
         f"{config.init} with lora_rank={config.lora_rank} needs {need.total(least) / GIB:.1f} GiB at chunks of {least} tokens, "
-        f"and {room / GIB:.1f} of {gib} GiB can be used"
+        f"and {gib * USABLE:.1f} of {gib} GiB can be used"
     )
     for rank in (64, 32, 16, 8):
-        if rank < config.lora_rank and need_of(replace(config, lora_rank=rank), network).total(least) <= room:
+        if rank < config.lora_rank and largest(need_of(replace(config, lora_rank=rank), network), gib):
             return f"{said}; set lora_rank={rank} and lora_alpha={2 * rank}, which learns less, or choose a smaller backbone"
     return f"{said}; choose a smaller backbone"
