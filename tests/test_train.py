@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import KINDS, published
 from conftest import FORKS, picture
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +34,7 @@ from traceir.learn.gradcache import Reader
 from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig, rate, train
-from traceir.model import load
+from traceir.model import load, save
 from traceir.precision import bfloat16_on
 from traceir.weights import fingerprint
 
@@ -285,6 +286,31 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
     save_file({"x": torch.zeros(1)}, step / "optimiser.safetensors")
     with pytest.raises(ModelError, match="is an adapter over weights"):
         load(made)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_other_backbones_train_by_gradcache_and_resume_to_the_same_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+    start = save(load(published(tmp_path / "hub", kind), prompt_version="brief-1"), tmp_path / "start")
+    plan = config(
+        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, family=2, save_every=1,
+        keep=(1,), grad_cache=True, checkpointing=True, chunk_tokens=128, min_pixels=2 * 32 * 32, max_pixels=4 * 32 * 32,
+    )  # fmt: skip
+    whole = train(plan)
+    again = train(replace(plan, out=str(tmp_path / "again"), keep=()), resume_from=tmp_path / "whole/steps/000001")
+    first, second = (load_file(place / "adapter_model.safetensors") for place in (whole, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert any("visual.merger" in name for name in first)
+    assert any("deepstack_merger_list" in name for name in first) == (kind == "qwen3_vl")
+    assert any("linear_attn.in_proj_qkv.lora_A" in name for name in first) == (kind == "qwen3_5")
+    assert load(whole).processor.image.max_pixels == 4 * 32 * 32 and load(whole).fingerprint != load(start).fingerprint
+
+
+def test_a_frozen_vision_encoder_still_trains_the_mergers_of_deepstack(folder: Path, tmp_path: Path) -> None:
+    start = save(load(published(tmp_path / "hub", "qwen3_vl"), prompt_version="brief-1"), tmp_path / "start")
+    done = train(config(folder, tmp_path / "run", init=str(start), steps=1, batch=4, train_vision=False))
+    before, after = weights(start), weights(done)
+    changed = {name for name in before if "visual" in name and not torch.equal(before[name], after[name])}
+    assert any("deepstack_merger_list" in name for name in changed) and all("merger" in name for name in changed)
 
 
 def command(arguments: list[str], environment: dict[str, str], told: Path) -> None:

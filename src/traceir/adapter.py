@@ -1,7 +1,7 @@
 """LoRA adapters over a checkpoint, by PEFT: attach, save, load, merge (paper, section 2: LoRA on the language model).
 
-An adapter trains LoRA on every linear layer of the language model, the row of `<|emb|>` in the input and output matrices, and
-the projector (the merger of the vision tower) as a whole; all else is frozen. On disk it is PEFT's own folder with TraceIR's
+An adapter trains LoRA on the linear layers of the language model, the row of `<|emb|>` in the input and output matrices, and
+the projector (the mergers of the vision tower) as a whole; all else is frozen. On disk it is PEFT's own folder with TraceIR's
 files beside it (docs/formats.md): it belongs to one base, which it names by place and by fingerprint, and no other is taken.
 PEFT is imported where it is used, so that plain checkpoints load without it.
 """
@@ -38,7 +38,11 @@ from traceir.profiles import Profile
 from traceir.weights import ADAPTER_WEIGHTS as WEIGHTS
 from traceir.weights import fingerprint, weight_files
 
-LINEARS: Final = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+LINEARS: Final = (
+    r"model\.language_model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
+)
+"""Of a Gated DeltaNet (Qwen3.5) the two gates stay as they are: they have a row for each head, fewer than a usual rank."""
 PROJECTOR: Final = "visual.merger"
 SCALING: Final = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 """Fields of adapter_config.json that decide what the same tensors make of a base."""
@@ -77,7 +81,7 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=LINEARS,
-        modules_to_save=[PROJECTOR] if train_projector else None,
+        modules_to_save=list(projectors(network)) if train_projector else None,
         # Where the matrices are tied, PEFT ties the two rows as well: one parameter, one gradient.
         trainable_token_indices={"embed_tokens": [emb], "lm_head": [emb]},
     )
@@ -87,8 +91,22 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
     for parameter in adapter.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for projector in projectors(network).values() if train_projector else ():
+        projector.modules_to_save["default"].register_forward_pre_hook(_in_its_own_type)
     adapter.train(network.training)  # new dropout layers begin in training mode
     return adapter
+
+
+def _in_its_own_type(module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A projector that trains is float32, and what comes to it has the base's type: outside autocast nothing else casts it."""
+    return tuple(one.to(next(module.parameters()).dtype) for one in states)
+
+
+def projectors(network: Any) -> dict[str, Any]:
+    """The modules that bring pictures into the language model's width, by name: the merger, and those of DeepStack (Qwen3-VL)."""
+    visual = network.model.visual
+    deeper = getattr(visual, "deepstack_merger_list", ())
+    return {PROJECTOR: visual.merger, **{f"visual.deepstack_merger_list.{n}": one for n, one in enumerate(deeper)}}
 
 
 def save_adapter(

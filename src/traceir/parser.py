@@ -35,6 +35,11 @@ PRESETS: Final = (
     "qwen2-vl-2b",
     "qwen2.5-vl-3b",
     "qwen2.5-vl-7b",
+    "qwen3-vl-2b",
+    "qwen3-vl-4b",
+    "qwen3-vl-8b",
+    "qwen3.5-2b",
+    "qwen3.5-4b",
 )
 SCALES: Final = ("small", "full")
 ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
@@ -392,6 +397,7 @@ def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     train.add_argument("--data", metavar="DIR", help="folder in M-BEIR's layout (default: the preset's)")
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: the preset's)")
     train.add_argument("--init", metavar="MODEL", help="checkpoint to start from, or random (default: the preset's)")
+    train.add_argument("--card", type=int, choices=(24, 80), help="fit the chunks to one card of so many GiB (LoRA presets)")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="override a field: steps=500, size.hidden=128, weights.cirr_task7=4; repeatable",

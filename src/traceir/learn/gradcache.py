@@ -75,15 +75,16 @@ class Reader(torch.nn.Module):
         if touch:
             total = total + 0.0 * self.log_temperature
             if batch.patches is None:
-                total = total + 0.0 * self._blank(batch.ids.device).sum()
+                total = total + 0.0 * self._blank(batch.ids.device)
         return hidden_BTD[rows, batch.readout], hidden_BTD[rows, first_B], total
 
     def _blank(self, device: torch.device) -> torch.Tensor:
-        """Features of the smallest picture there is, for chunks without any."""
+        """The sum of the features of the smallest picture there is, for chunks without any."""
         image = self.model.processor.image
         cells = image.merge**2
         patches = torch.zeros(cells, 3 * image.temporal * image.patch**2, device=device)
-        return self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+        features, layers = self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+        return sum((layer.sum() for layer in layers), features.sum())
 
 
 def _quick_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:

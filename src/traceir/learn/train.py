@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from traceir import __version__
-from traceir.adapter import attach, save_adapter
+from traceir.adapter import attach, projectors, save_adapter
 from traceir.batch import ReadOut
 from traceir.errors import InputError, TrainError
 from traceir.learn.batches import Turns
@@ -455,7 +455,8 @@ def _trainable(model: TraceModel, config: TrainConfig) -> Any:
         )  # fmt: skip
     network.requires_grad_(True)
     network.model.visual.requires_grad_(config.train_vision)
-    network.model.visual.merger.requires_grad_(config.train_projector)
+    for projector in projectors(network).values():
+        projector.requires_grad_(config.train_projector)
     return None
 
 

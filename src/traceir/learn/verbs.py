@@ -168,7 +168,11 @@ def train(args: argparse.Namespace) -> int:
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
-    config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
+    if args.card:
+        logging.getLogger("traceir.learn.memory").setLevel(logging.INFO)
+    config = resolve(
+        args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings], card=args.card
+    )
     print(train(config, resume_from=args.resume_from))
     return 0
 
