@@ -65,6 +65,8 @@ class Reader(torch.nn.Module):
         wrappers for several processes demand, whether or not the chunk holds a picture.
         """
         batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
+        # Before the language model, as pictures are: shards must be gathered in one order by all processes.
+        blank = 0.0 * self._blank(batch.ids.device).sum() if touch and batch.patches is None else 0.0
         with _quick_attention(batch.ids.device):
             hidden_BTD = self.model.hidden(batch)
         supervised_BT = batch.targets >= 0
@@ -73,9 +75,7 @@ class Reader(torch.nn.Module):
         if gen:
             total = generation_loss(self.model.logits(hidden_BTD[supervised_BT]), batch.targets[supervised_BT])
         if touch:
-            total = total + 0.0 * self.log_temperature
-            if batch.patches is None:
-                total = total + 0.0 * self._blank(batch.ids.device).sum()
+            total = total + 0.0 * self.log_temperature + blank
         return hidden_BTD[rows, batch.readout], hidden_BTD[rows, first_B], total
 
     def _blank(self, device: torch.device) -> torch.Tensor:
@@ -133,15 +133,14 @@ def step(
     outputs: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(chunks)):
         with torch.set_grad_enabled(not cache), plan.quiet(number):
-            outputs.append(plan.forward(number, touch=not cache and ranks.world > 1))
-    if cache:
-        plan.fill_up(backward=None)
+            outputs.append(plan.forward(number, touch=ranks.even or (not cache and ranks.world > 1)))
+    surrogates: list[torch.Tensor] = []
+    plan.fill_up(backward=None if cache else lambda total, _: surrogates.append(total))
     gen = float(_summed(torch.stack([out[2].detach() for out in outputs]).sum().float(), ranks)) / tokens
     found, gradients = _at_embeddings(plan.reader, turn, outputs, objective, ranks, share)
     losses = {"gen": gen, **found}
     if check is not None:
         check(losses)
-    surrogates: list[torch.Tensor] = []
     for number in range(len(chunks)):
         out, last = outputs[number], number == len(chunks) - 1
         with plan.quiet(number):
@@ -155,10 +154,10 @@ def step(
                 backward(total, last)
             else:
                 surrogates.append(total)
-    if surrogates:
-        backward(torch.stack(surrogates).sum(), True)
-    elif cache:
+    if cache:
         plan.fill_up(backward=backward)
+    else:
+        backward(torch.stack(surrogates).sum(), True)
     return losses
 
 
