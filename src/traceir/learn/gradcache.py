@@ -190,6 +190,8 @@ class _Plan:
         self.wrapped, self.chunks, self.gen, self.ranks = reader, chunks, gen, ranks
         self.reader: Reader = getattr(reader, "module", reader)
         self.seed = (seed * 1_000_003 + number) * 64 + ranks.rank
+        # Asked before the first forward: between forwards each process would ask at another moment.
+        self.most = _most(len(chunks), chunks[0].batch.ids.device) if ranks.even else len(chunks)
 
     def forward(self, number: int, *, touch: bool) -> tuple[torch.Tensor, ...]:
         torch.manual_seed((self.seed * 4096 + number) % 2**63)
@@ -201,15 +203,18 @@ class _Plan:
 
     def fill_up(self, backward: Callable[[torch.Tensor, bool], None] | None) -> None:
         """Runs the smallest chunk again, to no effect, until this process has run as many as the one with the most."""
-        if not self.ranks.even:
-            return
-        most = torch.tensor(len(self.chunks), device=self.chunks[0].batch.ids.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for _ in range(int(most) - len(self.chunks)):
+        for _ in range(self.most - len(self.chunks)):
             with torch.set_grad_enabled(backward is not None):
                 state, _, total = self.forward(len(self.chunks) - 1, touch=True)
             if backward is not None:
                 backward((state.sum() + total) * 0.0, True)
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The greatest count of any process."""
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _at_embeddings(
