@@ -30,6 +30,7 @@ from traceir.learn.cot import is_cot, read_cot, source_folder
 from traceir.learn.data import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
 from traceir.learn.gradcache import Objective, Reader
 from traceir.learn.judged import write_whole
+from traceir.learn.launch import check_world, refuse_plugins
 from traceir.learn.pixels import pixel_store
 from traceir.learn.precheck import precheck
 from traceir.learn.shard import shard
@@ -190,11 +191,15 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
 def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     out = Path(config.out)
     finished = out / "checkpoint"
+    refuse_plugins(os.environ)
     args = arguments(check(config), out)
+    check_world(batch=config.batch, shard=config.shard, world=args.world_size)
     if args.process_index == 0:
         begun = out if (out / "config.json").is_file() or resume_from is None else resume_from.parent.parent
         _claim(out, settled(config, args.device.type, begun / "config.json"))
     barrier()
+    if not (out / "config.json").is_file():
+        raise TrainError(f"{out} is not where the first process writes it; name an --out on a file system that all nodes share")
     config = replace(config, mixed_precision=begun_in(out / "config.json"))
     args = arguments(config, out)
     if (finished / "traceir.json").is_file():
