@@ -1,9 +1,9 @@
 """Do several processes train what one does, and does a killed run go on as if nothing had been?
 
-`python -m benchmarks.processes --report docs/results/processes.md` trains the bundled model for a few steps on the small MiniBEIR:
-once in one process, and by torchrun over gloo with DDP and with shards, undisturbed and killed. Compares loss and weights after
-the first and the last step with those of the one process, and the killed run, resumed by the same command, with the undisturbed
-one. Ends in error where a difference is above `--at-most`, or a resumed run is not equal to the last bit.
+`python -m benchmarks.processes --report docs/results/processes.md` trains the bundled model for a few steps on the small
+MiniBEIR: once in one process, and by torchrun over gloo with DDP and with shards, undisturbed and killed. Loss and weights after
+the first and the last step are compared with those of the one process; the killed run, resumed by the same command, with the
+undisturbed one. Ends in error where a difference is above `--at-most`, or a resumed run is not equal to the last bit.
 """
 
 from __future__ import annotations
@@ -39,6 +39,21 @@ WAYS = {
     "LoRA, base in bfloat16": ("lora_rank=8", "lora_alpha=16", "dtype=bfloat16"),
 }
 """What trains -> its settings; apart are input and output matrix, which are one in the bundled model."""
+
+
+HEAD = """\
+# Several processes against one
+
+    python -m benchmarks.processes --report docs/results/processes.md
+
+The bundled model, {steps} steps of 16 pairs of the small MiniBEIR in chunks of 512 tokens with GradCache and a learnt
+temperature, in float32; torchrun over gloo, one thread a process. Differences are from the same run in one process, after the
+first step and after the last: of any term of the loss, relative to it (`log.jsonl` has six decimals), and of any weight,
+relative to the largest of its tensor. Killed by SIGKILL at step {killed} or later, the launcher too where it says all; resumed by
+the same command. Equal: every line of `log.jsonl` but for `seconds`, and every bit of the weights. torch {torch}, {machine}.
+
+| what trains | launch | processes | loss, 1st step | any step | weights, 1st step | last step | killed | resumed |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,18 +239,7 @@ def curve(run_folder: Path) -> list[dict[str, float]]:
 
 
 def report(rows: Sequence[Row]) -> str:
-    lines = [
-        "# Several processes against one\n",
-        "    python -m benchmarks.processes --report docs/results/processes.md\n",
-        f"The bundled model, {STEPS} steps of 16 pairs of the small MiniBEIR in chunks of 512 tokens with GradCache and a learnt",
-        "temperature, in float32; torchrun over gloo, one thread a process. Differences are from the same run in one process, after",
-        "the first step and after the last: of any term of the loss, relative to it (`log.jsonl` has six decimals), and of any",
-        "weight, relative to the largest of its tensor. Killed by SIGKILL at step 2 or later, the launcher too where it says all;",
-        "resumed by the same command. Equal means every line of `log.jsonl` but for `seconds`, and every bit of the weights.",
-        f"torch {torch.__version__}, {platform.machine()}.\n",
-        "| what trains | launch | processes | loss, first step | loss, any step | weights, first step | weights, last step | killed | resumed |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    lines = [HEAD.format(steps=STEPS, killed=KILLED_AT, torch=torch.__version__, machine=platform.machine())]
     for row in rows:
         launch = row.launch
         figures = " | ".join(f"{figure:.0e}" for figure in (*row.loss, *row.weights))
