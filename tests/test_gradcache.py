@@ -21,7 +21,7 @@ def examples(count: int, negatives: int = 0) -> list[Example]:
     """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
     found = []
     for number in range(count):
-        shown = picture(number) if number % 2 else None
+        shown = picture(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
         text = " ".join(["red", "cube", "then", "blue"][: 1 + number % 4])
         did = f"1:{number - number % 2 if number < 4 else number}"
         wrong = tuple(Item.of(text=f"wrong {number} {n}", id=f"2:{number}{n}") for n in range(negatives * (number % 2)))
@@ -151,7 +151,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     from traceir.learn.gradcache import Distribution
-    from traceir.learn.shard import shard, whole
+    from traceir.learn.shard import fetched, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
@@ -176,7 +176,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
             reader, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
             ranks=Distribution(rank, world, even=True),
         )  # fmt: skip
-        found = {name: whole(p.grad).contiguous() for name, p in reader.named_parameters() if p.grad is not None}
+        found = {name: fetched(p.grad, keep=rank == 0) for name, p in reader.named_parameters() if p.grad is not None}
         if rank == 0:
             save_file(found, folder / f"sharded-{cache}.safetensors")
     del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for

@@ -11,8 +11,6 @@ whatever the number of grids. Accelerate's plugin wraps each block instead, need
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -46,33 +44,28 @@ def _shard_tower(reader: Reader, mesh: DeviceMesh) -> None:
         model.picture_features = tower.picture_features  # type: ignore[method-assign]  # the same method, hooks around it
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor of all processes together; each of them must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def fetched(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:
+    """The tensor of all processes together, in host memory; each process must ask for it, without `keep` to get an empty one."""
+    tensor = tensor.detach()
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.cpu() if keep else full.new_empty(0)
 
 
 def own_part(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor that every process holds, divided as `like` is; nothing is sent."""
+    """This process's part of a tensor of which every process holds the whole, divided as `like` is; nothing is sent."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gathered(reader: Reader, *, keep: bool) -> dict[str, torch.Tensor]:
-    """The network's weights by name, whole and in host memory; each process must call it, those without `keep` get none.
+    """The network's weights by name, `fetched` one by one; of a network with an adapter, those that train.
 
-    Of a network with an adapter, what trains. On an accelerator one tensor is whole at a time. Tied names share a tensor.
+    Tied names share a tensor.
     """
-    found: dict[str, torch.Tensor] = {}
-    known: dict[int, torch.Tensor] = {}
-    entries: dict[str, Any] = reader.network.state_dict(keep_vars=True)
+    named: dict[str, torch.Tensor] = reader.network.state_dict(keep_vars=True)
     adapted = hasattr(reader.network, "peft_config")
-    for name, tensor in entries.items():
-        if adapted and not tensor.requires_grad:
-            continue
-        if id(tensor) not in known:
-            full = whole(tensor.detach())
-            known[id(tensor)] = full.cpu() if keep else full.new_empty(0)
-        if keep:
-            found[name] = known[id(tensor)]
-    return found
+    chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad or not adapted}
+    known = {id(tensor): tensor for tensor in chosen.values()}
+    full = {number: fetched(tensor, keep=keep) for number, tensor in known.items()}
+    return {name: full[id(tensor)] for name, tensor in chosen.items()}

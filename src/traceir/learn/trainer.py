@@ -22,7 +22,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -31,7 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from traceir.errors import TrainError
 from traceir.learn.batches import Chunk, Turn, Turns
 from traceir.learn.gradcache import Distribution, Objective, Reader, step
-from traceir.learn.shard import gathered, own_part, whole
+from traceir.learn.shard import fetched, gathered, own_part
 
 log = logging.getLogger(__name__)
 
@@ -220,8 +221,11 @@ class TraceTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = self.optimizer.state_dict()["state"]
-        flat = {f"{n}.{key}": whole(value).contiguous() for n, entry in state.items() for key, value in entry.items()}
-        if self.args.should_save:
+        keep = self.args.should_save
+        flat = {
+            f"{n}.{key}": fetched(value, keep=keep).contiguous() for n, entry in state.items() for key, value in entry.items()
+        }
+        if keep:
             flat["log_temperature"] = self.accelerator.unwrap_model(self.model).log_temperature.detach().clone()
             save_file(flat, Path(output_dir) / OPTIMISER)
 
@@ -235,16 +239,16 @@ class TraceTrainer(Trainer):
             return
         kept = json.loads((Path(checkpoint) / STATE).read_text())
         self.sums, self.usual = kept.get("sums", {}), kept.get("usual", {})
-        flat = load_file(Path(checkpoint) / OPTIMISER)
-        temperature = flat.pop("log_temperature", None)
-        if temperature is not None:
-            with torch.no_grad():
-                self.accelerator.unwrap_model(self.model).log_temperature.copy_(temperature)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in flat.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = own_part(value, parameters[int(number)])
+        with safe_open(Path(checkpoint) / OPTIMISER, framework="pt") as file:
+            for key in sorted(file.keys()):
+                number, dot, name = key.partition(".")
+                if dot:
+                    state.setdefault(int(number), {})[name] = own_part(file.get_tensor(key), parameters[int(number)])
+                else:
+                    with torch.no_grad():
+                        self.accelerator.unwrap_model(self.model).log_temperature.copy_(file.get_tensor(key))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         now = self.args.learning_rate * self.rate(kept["step"])
         place = {"last_epoch": kept["step"], "_step_count": kept["step"] + 1, "_last_lr": [now] * len(self.groups)}
