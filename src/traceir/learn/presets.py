@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from traceir.errors import InputError
+from traceir.learn.launch import refuse_settings
 from traceir.learn.settings import override
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig
@@ -309,6 +310,7 @@ def resolve(
     if data is not None and data != preset.data:
         config = replace(config, data=data, cache="")
     config = replace(config, out=out or config.out, init=init or config.init)
+    refuse_settings(settings)
     config = override(config, settings)
     if not Path(config.data).exists():
         remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
