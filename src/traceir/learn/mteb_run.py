@@ -15,11 +15,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Final, Literal
 
@@ -43,7 +45,7 @@ log = logging.getLogger(__name__)
 FORMAT: Final = 1
 State = Literal["scored", "kept", "skipped", "failed"]
 """`kept`: scored by an earlier call; `skipped`: it needs what the model does not read; `failed`: see the reason."""
-_NO_HUB: Final = "its data are not on this machine, and the hub does not answer"
+_NO_HUB: Final = "the data are not on this machine, and the hub does not answer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +74,19 @@ class Results(ResultCache):
             return None
 
     def save_to_cache(self, task_result: TaskResult, model_name: Any, *where: Any, **options: Any) -> None:
-        """As mteb writes, into a folder beside; what is done is moved, the result last."""
+        """As mteb writes, elsewhere; then each file is moved here, the result last."""
         target = self.get_task_result_path(task_result.task_name, model_name, *where)
-        scratch = ResultCache(self.cache_path / f".writing-{os.getpid()}")
-        fresh = scratch.get_task_result_path(task_result.task_name, model_name, *where)
-        for folder in (target.parent, fresh.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        settings = target.parent / "run_settings.jsonl"  # mteb merges into it
-        if settings.is_file():
-            shutil.copyfile(settings, fresh.parent / settings.name)
-        scratch.save_to_cache(task_result, model_name, *where, **options)
-        for file in sorted(fresh.parent.iterdir(), key=lambda file: file == fresh):
-            os.replace(file, target.parent / file.name)
-        shutil.rmtree(scratch.cache_path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory() as scratch:
+            elsewhere = ResultCache(scratch)
+            fresh = elsewhere.get_task_result_path(task_result.task_name, model_name, *where)
+            fresh.parent.mkdir(parents=True)
+            settings = target.parent / "run_settings.jsonl"  # mteb merges into it
+            if settings.is_file():
+                shutil.copyfile(settings, fresh.parent / settings.name)
+            elsewhere.save_to_cache(task_result, model_name, *where, **options)
+            for file in sorted(fresh.parent.iterdir(), key=lambda file: file == fresh):
+                _replace(target.parent / file.name, file.read_text(encoding="utf-8"))
 
 
 def choose_tasks(benchmarks: Sequence[str], names: Sequence[str], module: str | None = None) -> list[AbsTask]:
@@ -205,16 +207,16 @@ class Run:
         if reason := lacks(task, modalities_of(self.model.encoder)):
             return Outcome(*described, "skipped", reason=reason)
         if kept := self._kept(task):
-            return Outcome(*described, "kept", *_figures(kept))
+            return _with_score(Outcome(*described, "kept"), kept)
         parts = [self._outcome(part) for part in about.tasks] if task.is_aggregate else []
         if lost := [part for part in parts if part.score is None]:
             return Outcome(*described, "failed", reason=lost[0].reason if len(parts) == len(lost) else _some(lost, len(parts)))
         try:
             found = mteb.evaluate(
-                self.model, task, cache=Results(self.out), overwrite_strategy="only-missing", co2_tracker=False,
+                self.model, task, cache=Results(self.out), overwrite_strategy="only-missing", co2_tracker=False, public_only=False,
                 show_progress_bar=False, encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": self.progress},
             )  # fmt: skip
-            return Outcome(*described, "scored", *_figures(found.task_results[0]))
+            return _with_score(Outcome(*described, "scored"), found.task_results[0])
         except Exception as error:  # the loaders and scorers of hundreds of tasks may raise anything; the other tasks go on
             log.info("%s failed", about.name, exc_info=True)
             return Outcome(*described, "failed", reason=self._why(error))
@@ -232,8 +234,11 @@ class Run:
         return f"{type(error).__name__}: {_words(error)}"
 
 
-def _figures(result: TaskResult) -> tuple[float, float | None]:
-    return float(result.get_score()), result.evaluation_time
+def _with_score(outcome: Outcome, result: TaskResult) -> Outcome:
+    value = float(result.get_score())
+    if not isfinite(value):
+        return replace(outcome, state="failed", reason=f"mteb's score is {value}: nothing to compare, or vectors all alike")
+    return replace(outcome, score=value, seconds=result.evaluation_time)
 
 
 def _some(lost: Sequence[Outcome], count: int) -> str:
@@ -329,11 +334,16 @@ def score(
     outcomes: list[Outcome] = []
     for number, one in enumerate(run.outcomes(tasks), start=1):
         outcomes.append(one)
-        if one.score is not None:
-            write(run, outcomes, benchmarks)
-            seconds = "scored before" if one.state == "kept" else f"{one.seconds or 0.0:.1f} s"
-            tell(f"{number}/{len(tasks)}  {one.task}  {one.metric} {100 * one.score:.2f}  {seconds}")
-    write(run, outcomes, benchmarks)
+        write(run, outcomes, benchmarks)
+        if line := _line(one):
+            tell(f"{number}/{len(tasks)}  {one.task}  {line}")
     if all(one.score is None for one in outcomes):
         raise DataError(f"none of {len(tasks)} tasks has a score, see {run.out / 'results.md'}; {'; '.join(reasons(outcomes))}")
     return outcomes
+
+
+def _line(one: Outcome) -> str:
+    """What is said of an outcome at once; what many tasks share is left to the table."""
+    if one.score is None:
+        return "" if one.state == "skipped" or one.reason == _NO_HUB else f"failed: {one.reason}"
+    return f"{one.metric} {100 * one.score:.2f}  {'scored before' if one.state == 'kept' else f'{one.seconds or 0.0:.1f} s'}"

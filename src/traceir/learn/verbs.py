@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,14 @@ def mteb(args: argparse.Namespace) -> int:
     benchmarks, names = list(args.benchmark), split(",".join(args.tasks))
     if not (benchmarks or names or args.tasks_from):
         raise InputError('there is nothing to score; give -b "MIEB(lite)", -t TASK, or --tasks-from MODULE')
+    if args.name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.name):
+        raise InputError(f"--name {args.name!r} is not of the form OWNER/NAME")
     check_model_options(args)
     if not (online := hub_answers()):
         os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are imported: nothing is then tried again and again
         print("note: the Hugging Face hub does not answer; tasks can run whose data are on this machine", file=sys.stderr)
+    if not shows_progress():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         from traceir.learn import mteb_run
         from traceir.learn.mteb_model import TraceEncoder
