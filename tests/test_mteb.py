@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from mteb.abstasks import AbsTask
 from mteb.cache import ResultCache
+from mteb.get_tasks import _TASKS_REGISTRY
 from mteb.types import PromptType
 from PIL import Image
 from scipy.stats import spearmanr
@@ -292,11 +293,18 @@ def test_a_write_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: Pa
     assert before == {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
 
 
-def test_mteb_reads_the_results(encoder: Encoder, scored: Scored) -> None:
+def test_mteb_reads_the_results_and_means_the_same(encoder: Encoder, scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     (model,) = ResultCache(scored.out).load_results(models=["local/mini"]).model_results
     assert model.model_name == "local/mini" and model.model_revision == encoder.fingerprint
     known = {name: scored[name] for name in scored.by_state("scored")}
     assert {one.task_name: one.get_score() for one in model.task_results} == pytest.approx(known, abs=1e-6)
+    names = ["DrawnSTS", "DrawnSTSMore", "DrawnZeroShot", "DrawnI2I", "DrawnI2T"]
+    board = mteb.Benchmark(name="Drawn", tasks=mteb_run.choose_tasks([], names, TASKS))
+    for task in board.tasks:  # where mteb's leaderboard looks types up
+        monkeypatch.setitem(_TASKS_REGISTRY, task.metadata.name, type(task))
+    (row,) = ResultCache(scored.out).load_results(models=["local/mini"], tasks=board).get_benchmark_result().to_dict("records")
+    ours = mteb_run.means([mteb_run.Outcome(**one) for one in scored.results["tasks"] if one["task"] in names])
+    assert (row["Mean (Task)"], row["Mean (TaskType)"]) == pytest.approx((ours["tasks"], ours["types"]), abs=1e-6)
 
 
 def test_names_that_nobody_knows(verb: Verb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -211,10 +211,11 @@ class Run:
         parts = [self._outcome(part) for part in about.tasks] if task.is_aggregate else []
         if lost := [part for part in parts if part.score is None]:
             return Outcome(*described, "failed", reason=lost[0].reason if len(parts) == len(lost) else _some(lost, len(parts)))
+        options = {"batch_size": self.batch_size, "show_progress_bar": self.progress}
         try:
             found = mteb.evaluate(
-                self.model, task, cache=Results(self.out), overwrite_strategy="only-missing", co2_tracker=False, public_only=False,
-                show_progress_bar=False, encode_kwargs={"batch_size": self.batch_size, "show_progress_bar": self.progress},
+                self.model, task, cache=Results(self.out), overwrite_strategy="only-missing", encode_kwargs=options,
+                co2_tracker=False, public_only=False, show_progress_bar=False,
             )  # fmt: skip
             return _with_score(Outcome(*described, "scored"), found.task_results[0])
         except Exception as error:  # the loaders and scorers of hundreds of tasks may raise anything; the other tasks go on
