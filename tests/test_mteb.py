@@ -218,6 +218,8 @@ def test_what_a_model_does_not_read_is_skipped_by_name(tmp_path: Path) -> None:
     assert pages.state == "skipped" and pages.reason == "it has inputs of image, and the model reads text"
     assert json.loads(next(tmp_path.rglob("model_meta.json")).read_text())["modalities"] == ["text"]
     assert {query.instruction for query in words.asked} == {None}, "a task without a prompt has none"
+    assert "image,text" in mteb_run.lacks(drawn.DrawnIT2I(), ("text", "image")), "as with CLIP"
+    assert not mteb_run.lacks(drawn.DrawnPairs(), ("text", "image"))
 
 
 def test_queries_alone_have_the_tasks_prompt_and_route(encoder: Encoder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -238,19 +240,30 @@ def test_queries_alone_have_the_tasks_prompt_and_route(encoder: Encoder, monkeyp
 def test_a_killed_run_goes_on_behind_what_is_scored(
     verb: Verb, scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A process of its own, because it is killed: in the middle of the second of three tasks."""
-    words = ["-t", "DrawnZeroShot,DrawnSlow,DrawnI2T", "--out", str(tmp_path / "out"), "--name", "local/mini"]
-    started = subprocess.Popen(
-        [sys.executable, "-m", "traceir", "mteb", "--tasks-from", TASKS, *words], stderr=subprocess.DEVNULL,
-        env={**os.environ, "DRAWN_WAIT": "1", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    try:
-        while not (first := list(tmp_path.rglob("DrawnZeroShot.json"))):
-            assert started.poll() is None
-            time.sleep(0.05)
-    finally:
-        started.send_signal(signal.SIGKILL)
-        started.wait()
+    """A process of its own, because it is killed, in the middle of the third of four tasks; no hub answers it."""
+    own, words = "DrawnZeroShot,DrawnSlow,DrawnI2T", ["--out", str(tmp_path / "out"), "--name", "local/mini"]
+    surroundings = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "DRAWN_WAIT": "1"}
+    with (tmp_path / "told").open("w") as told:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "traceir", "mteb", "--tasks-from", TASKS, "-t", f"CIRRIT2IRetrieval,{own}", *words],
+            stderr=told, env={**surroundings, **away},
+        )  # fmt: skip
+        try:
+            while not (first := list(tmp_path.rglob("DrawnZeroShot.json"))):
+                assert started.poll() is None, (tmp_path / "told").read_text()
+                time.sleep(0.05)
+        finally:
+            started.send_signal(signal.SIGKILL)
+            started.wait()
+    lines = (tmp_path / "told").read_text().splitlines()
+    assert lines[0] == "note: the Hugging Face hub does not answer; tasks can run whose data are on this machine"
+    assert not any("Traceback" in line or "CIRR" in line for line in lines)
+    (missing, *_) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert (missing["task"], missing["state"]) == ("CIRRIT2IRetrieval", "failed") and "the hub does not answer" in missing[
+        "reason"
+    ]
+    words += ["-t", own]
     before = first[0].stat().st_mtime_ns
     assert not list(tmp_path.rglob("DrawnSlow.json"))
     assert verb(*words) == 0

@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 FORMAT: Final = 1
 State = Literal["scored", "kept", "skipped", "failed"]
 """`kept`: scored by an earlier call; `skipped`: it needs what the model does not read; `failed`: see the reason."""
+_MTEBS_TASKS: Final = "mteb.tasks."
 _NO_HUB: Final = "the data are not on this machine, and the hub does not answer"
 
 
@@ -67,7 +68,7 @@ class Results(ResultCache):
     def load_task_result(self, task_name: str, *where: Any, **options: Any) -> TaskResult | None:
         try:
             return super().load_task_result(task_name, *where, **options)
-        except ValueError as error:  # json's and pydantic's errors are ValueErrors
+        except (ValueError, KeyError) as error:  # json's and pydantic's errors are ValueErrors
             log.warning(
                 "the result of %s in %s cannot be read (%s); it is scored anew", task_name, self.cache_path, _words(error)
             )
@@ -103,16 +104,20 @@ def choose_tasks(benchmarks: Sequence[str], names: Sequence[str], module: str | 
 
 
 def tasks_of(module: ModuleType) -> list[AbsTask]:
-    """mteb tasks among the names of a module: instances as they are, classes made."""
+    """mteb tasks among the names of a module: instances as they are, classes made; not mteb's own, imported to build on."""
     found = []
     for value in vars(module).values():
         if isinstance(value, AbsTask):
             found.append(value)
-        elif isinstance(value, type) and issubclass(value, AbsTask) and getattr(value, "metadata", None) is not None:
+        elif isinstance(value, type) and issubclass(value, AbsTask) and _is_own(value):
             found.append(value())
     if not found:
         raise InputError(f"{module.__name__} defines no mteb task; it needs a subclass of an AbsTask class with metadata")
     return found
+
+
+def _is_own(kind: type[AbsTask]) -> bool:
+    return getattr(kind, "metadata", None) is not None and not kind.__module__.startswith(_MTEBS_TASKS)
 
 
 def _module(name: str) -> ModuleType:
@@ -253,7 +258,7 @@ def _words(error: Exception) -> str:
 def _is_here(task: AbsTask) -> bool:
     """Whether the data of a task are on this machine, as far as can be told: loaded, made by its own code, a folder, cached."""
     path = str(task.metadata.dataset["path"])
-    if task.data_loaded or not type(task).__module__.startswith("mteb.tasks.") or Path(path).is_dir():
+    if task.data_loaded or not type(task).__module__.startswith(_MTEBS_TASKS) or Path(path).is_dir():
         return True
     cached = Path(huggingface_hub.constants.HF_HUB_CACHE) / f"datasets--{path.replace('/', '--')}" / "snapshots"
     return cached.is_dir() or (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,8 @@ def mteb(args: argparse.Namespace) -> int:
         print("note: the Hugging Face hub does not answer; tasks can run whose data are on this machine", file=sys.stderr)
     if not shows_progress():
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not args.verbose:
+        warnings.simplefilter("ignore")  # scikit-learn's about labels that were never predicted, and mteb's, which it logs too
     try:
         from traceir.learn import mteb_run
         from traceir.learn.mteb_model import TraceEncoder
