@@ -13,7 +13,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import mteb
@@ -308,7 +308,7 @@ def test_a_write_that_fails_leaves_what_was_there(encoder: Encoder, tmp_path: Pa
 
 def test_mteb_reads_the_results_and_means_the_same(encoder: Encoder, scored: Scored, monkeypatch: pytest.MonkeyPatch) -> None:
     (model,) = ResultCache(scored.out).load_results(models=["local/mini"]).model_results
-    assert model.model_name == "local/mini" and model.model_revision == encoder.fingerprint
+    assert model.model_name == "local/mini" and model.model_revision.startswith(f"{encoder.fingerprint}-")
     known = {name: scored[name] for name in scored.by_state("scored")}
     assert {one.task_name: one.get_score() for one in model.task_results} == pytest.approx(known, abs=1e-6)
     names = ["DrawnSTS", "DrawnSTSMore", "DrawnZeroShot", "DrawnI2I", "DrawnI2T"]
@@ -318,6 +318,20 @@ def test_mteb_reads_the_results_and_means_the_same(encoder: Encoder, scored: Sco
     (row,) = ResultCache(scored.out).load_results(models=["local/mini"], tasks=board).get_benchmark_result().to_dict("records")
     ours = mteb_run.means([mteb_run.Outcome(**one) for one in scored.results["tasks"] if one["task"] in names])
     assert (row["Mean (Task)"], row["Mean (TaskType)"]) == pytest.approx((ours["tasks"], ours["types"]), abs=1e-6)
+
+
+def test_scores_of_other_templates_or_budgets_are_not_taken_for_these(encoder: Encoder, tmp_path: Path) -> None:
+    class Other(Words):
+        prompt_version = "other"
+
+    class Shorter(Words):
+        vector_settings = MappingProxyType({"max_text_tokens": 8})
+
+    tasks = mteb_run.choose_tasks([], ["DrawnTextSTS"], TASKS)
+    states = [
+        mteb_run.score(mteb_run.Run(TraceEncoder.of(kind()), tmp_path), tasks)[0].state for kind in (Words, Other, Shorter, Words)
+    ]
+    assert states == ["scored", "scored", "scored", "kept"]
 
 
 def test_names_that_nobody_knows(verb: Verb, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

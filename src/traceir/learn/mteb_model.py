@@ -9,8 +9,10 @@ its own scoring.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -74,7 +76,7 @@ class TraceEncoder(AbsEncoder):
         self.encoder: EncoderLike = source
         self.route: Route = route
         self.mteb_model_meta = model_meta(
-            model_name, source.fingerprint, route=route, width=source.width, modalities=modalities_of(source)
+            model_name, revision_of(source), route=route, width=source.width, modalities=modalities_of(source)
         )
 
     @classmethod
@@ -117,6 +119,13 @@ def modalities_of(encoder: EncoderLike) -> tuple[Modality, ...]:
     """What an encoder takes as one input; all three where it does not say."""
     told: tuple[Modality, ...] = tuple(getattr(encoder, "modalities", MODALITIES))
     return told
+
+
+def revision_of(encoder: EncoderLike) -> str:
+    """By which mteb tells results apart: the weights, and a digest of all else that decides a vector."""
+    settings = {"prompt_version": encoder.prompt_version, **getattr(encoder, "vector_settings", {})}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', encoder.fingerprint)[:64]}-{digest[:8]}"
 
 
 class TraceMeta(ModelMeta):

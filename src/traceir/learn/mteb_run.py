@@ -1,7 +1,7 @@
 """An encoder through tasks and whole benchmarks of mteb: what can run is scored, kept and shown; what cannot is named.
 
-`out` is a folder of results as mteb keeps them (`mteb.ResultCache(out)`, `mteb create-model-results --results-folder out`), with
-our `results.json` and `results.md` beside them. A task is scored once: whoever calls again, after any kill, goes on behind it.
+`out` is a folder of results as mteb keeps them (`mteb.ResultCache(out)`), with our `results.json` and `results.md` beside them.
+A task is scored once: whoever calls again, after any kill, goes on behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -51,7 +52,7 @@ _NO_HUB: Final = "the data are not on this machine, and the hub does not answer"
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one task: its main score in [0, 1] and mteb's seconds, or the reason why there is none."""
+    """What became of one task: its main score and seconds as mteb gives them, or the reason why there is none."""
 
     task: str
     type: str
@@ -126,10 +127,11 @@ def _module(name: str) -> ModuleType:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise InputError(f"--tasks-from {name}: {error}; give a module that Python finds, or a .py file") from error
-    spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+    spec = importlib.util.spec_from_file_location(f"tasks_from_{Path(name).stem}", name)
     if spec is None or spec.loader is None or not Path(name).is_file():
         raise InputError(f"--tasks-from {name}: there is no such file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and others look themselves up
     spec.loader.exec_module(module)
     return module
 
@@ -300,10 +302,11 @@ def reasons(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
 
 def write(run: Run, outcomes: Sequence[Outcome], benchmarks: Sequence[str]) -> Path:
     """`results.json` and `results.md` in the folder of the run, each whole or not at all; the path of the former."""
-    meta = run.model.mteb_model_meta
+    meta, encoder = run.model.mteb_model_meta, run.model.encoder
     head = {
-        "format": FORMAT, "model": meta.name, "fingerprint": meta.revision, "prompt_version": run.model.encoder.prompt_version,
-        "route": run.model.route, "benchmarks": list(benchmarks), "mteb": version("mteb"), "means": means(outcomes),
+        "format": FORMAT, "model": meta.name, "fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version,
+        "revision": meta.revision, "route": run.model.route, "benchmarks": list(benchmarks), "mteb": version("mteb"),
+        "means": means(outcomes),
     }  # fmt: skip
     text = json.dumps({**head, "tasks": [asdict(one) for one in outcomes]}, indent=1) + "\n"
     title = f"# {md.line(meta.name)} under mteb {version('mteb')}, route {run.model.route}\n\n"
