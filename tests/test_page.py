@@ -20,6 +20,7 @@ import traceir
 from traceir import demo
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.index.store import Stored
 from traceir.items import Hit, Item, Query, Route
 from traceir.pictures import Picture
 from traceir.search import Searcher
@@ -256,8 +257,8 @@ def test_field_report_20_the_page_says_what_the_model_knows(
     page = open_page(service.url)
     notice = page.locator("#notice")
     notice.wait_for()
-    assert encoder.world and encoder.world in notice.inner_text()
-    assert "whole sentences" in encoder.world and "real photos" in encoder.world
+    assert encoder.world is not None and encoder.world.says in notice.inner_text()
+    assert "whole sentences" in encoder.world.says and "real photos" in encoder.world.says
 
 
 def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: Callable[..., Any]) -> None:
@@ -549,9 +550,29 @@ def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
     file.write_bytes("\ufeffFind the part.\r\n\r\n  ابحث عن الصورة \nFind the part.\n".encode())
     assert read_instructions(file) == ("Find the part.", "ابحث عن الصورة")
     model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
-    own = page_config("Parts", model, {"image": 3}, read_instructions(file))
-    assert (own.instructions, own.examples) == (["Find the part.", "ابحث عن الصورة"], [])
-    assert page_config("Parts", model, {"image": 3}).examples and not page_config("Parts", model, {"image": 0}).examples
+    own = page_config("Parts", model, {"text": 1}, [kept("a bolt")], instructions=read_instructions(file))
+    assert own.instructions == ["Find the part.", "ابحث عن الصورة"]
+
+
+def kept(text: str | None, image: str | None = None) -> Stored:
+    return Stored(f"{text} {image}", "text" if image is None else "image", text, image, {}, "hash")
+
+
+def test_a_collection_suggests_itself_but_for_the_bundled_model_over_its_own(encoder: Encoder, folder: Path) -> None:
+    model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
+    photos = [kept(None, f"/photos/{number}.jpg") for number in range(5)]
+    texts = [kept("A long walk along the river Elbe, written down on the evening of the same day by its author.")]
+    for world in (None, encoder.world):
+        strange = page_config("Own", model, {"image": 5, "text": 1}, [*photos, *texts], world=world)
+        asked = [example.image.item if example.image else example.text for example in strange.examples]
+        assert asked == [photos[0].id, photos[3].id, "A long walk along the river Elbe, written down on the evening"]
+        assert not strange.instructions and bool(strange.instead) == (world is not None)
+    at_home = [kept("On the left a white ring.", str(next((folder / "mbeir_images").rglob("*.jpg"))))]
+    mini = page_config("Mini", model, {"image,text": 1}, at_home, world=encoder.world)
+    assert "Find the scene of this caption." in mini.instructions and "white ring" in str(mini.examples[0].text)
+    assert mini.world and not mini.instead
+    empty = page_config("Empty", model, {}, [], world=encoder.world)
+    assert not empty.examples and not empty.instead
 
 
 @pytest.mark.parametrize(

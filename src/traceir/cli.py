@@ -31,17 +31,18 @@ from traceir.terminal import (
     model_name,
     one_line,
     open_encoder,
-    say_world,
+    say,
     shows_progress,
 )
 
 if TYPE_CHECKING:
     from traceir.index.filters import Filter
-    from traceir.index.store import IndexInfo
+    from traceir.index.store import IndexInfo, Maker
     from traceir.ingest import AddReport
     from traceir.items import Hit, Query
     from traceir.search import SearchResult
     from traceir.sources import Failure, Note
+    from traceir.world import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,7 +123,7 @@ def _index_add(args: argparse.Namespace) -> int:
     check_model_options(args)
     if args.workers is None:
         encoder = open_encoder(args)
-        say_world(encoder)
+        say(_notice_of_paths(encoder, args.paths))
         with open_index(args.index, encoder, create=True, dtype=args.store) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
@@ -135,6 +136,16 @@ def _index_add(args: argparse.Namespace) -> int:
     _tell_notes(report.notes)
     _tell_failures(report.failed)
     return PARTLY if report.failed else 0
+
+
+def _notice_of_paths(encoder: Maker, paths: Sequence[str]) -> str | None:
+    """What is told where the first of what lies below the paths is not of the encoder's world."""
+    from traceir.ingest import first_items
+
+    world: World | None = getattr(encoder, "world", None)
+    if world is None or all(map(world.knows, first_items(paths))):
+        return None
+    return world.notice
 
 
 def _tell_failures(failures: Sequence[Failure]) -> None:
@@ -164,7 +175,7 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     make_encoder = partial(open_encoder, _encoder_anywhere(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
-        say_world(maker)
+        say(_notice_of_paths(maker, args.paths))
         with open_index(args.index, maker, create=True, dtype=args.store) as index:
             report = add_on_ray(
                 args.paths, index, make_encoder,
@@ -253,11 +264,13 @@ def _search(args: argparse.Namespace) -> int:
     query, where = _query(args, _text(args)), parse_where(args.where)
     check_model_options(args)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
+    from traceir.world import notice
+
     encoder = open_encoder(args)
-    say_world(encoder)
     with open_index(args.index, encoder) as index:
         found = Searcher(encoder, index).search(query, k=args.k, route=args.route, where=where, exact=not args.approximate)
-    print(json.dumps(_result_as_json(found)) if args.json else _result_as_text(found))
+    say(note := notice(encoder, query, found.hits))
+    print(json.dumps(_result_as_json(found, note)) if args.json else _result_as_text(found))
     return 0
 
 
@@ -349,9 +362,10 @@ def _query(args: argparse.Namespace, text: str | None) -> Query:
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 
 
-def _result_as_json(found: SearchResult) -> dict[str, Any]:
+def _result_as_json(found: SearchResult, note: str | None) -> dict[str, Any]:
     encoding = found.encoding
     return {
+        "note": note,
         "route": encoding.route,
         "reasoning": encoding.reasoning,
         "tokens": encoding.tokens,

@@ -20,6 +20,7 @@ from traceir.model import TraceModel, load
 from traceir.precision import bfloat16_on
 from traceir.prompts import Prompt
 from traceir.suggest import did_you_mean
+from traceir.world import World
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +78,8 @@ class Encoder:
         return self.model.width
 
     @property
-    def world(self) -> str:
-        """What alone the model knows, in words for users; "" where it has no such bounds."""
+    def world(self) -> World | None:
+        """What alone the model knows; None where it has no such bounds."""
         return self.model.settings.world
 
     @property

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +116,15 @@ def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int) -> None:
 def count_sources(paths: Sequence[str | os.PathLike[str]]) -> int:
     """The number of files and lines below the paths that will be added, or told to have failed."""
     return sum(not isinstance(found, Note) for found in find_sources(paths))
+
+
+def first_items(paths: Sequence[str | os.PathLike[str]], count: int = 16) -> list[Item]:
+    """The first of what is below the paths, without what cannot be read."""
+    found: list[Item] = []
+    for source in islice((one for one in find_sources(paths) if isinstance(one, Source)), count):
+        with suppress(InputError):
+            found.append(_make(source)[0])
+    return found
 
 
 def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:

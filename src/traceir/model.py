@@ -43,6 +43,7 @@ from traceir.prompts import (
 )
 from traceir.prompts import check_version as check_prompt_version
 from traceir.weights import fingerprint, weight_files
+from traceir.world import World, world_of
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
@@ -68,8 +69,8 @@ class TraceSettings:
     max_text_tokens: int = 1024
     closing: str = ""
     fingerprint: str = ""
-    world: str = ""
-    """What alone it knows, in words for whoever searches with it; "" for a model without such bounds."""
+    world: World | None = None
+    """What alone it knows; None for a model without such bounds."""
     profile: Profile | None = None
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
@@ -339,6 +340,7 @@ def save_companions(model: TraceModel, folder: Path) -> None:
     (folder / "modules.json").write_text(json.dumps([module], indent=2) + "\n")
     written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
     # What is not used is left out, so that earlier releases read the file too.
+    written["world"] = model.settings.world and model.settings.world.as_json()
     unused = {name for name in ("profile", "candidates_write", "world") if not written[name]}
     written = {name: value for name, value in written.items() if name not in unused}
     (folder / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -405,6 +407,7 @@ def read_settings(file: Path | None) -> TraceSettings | None:
     if found.pop("format", None) != FORMAT:
         raise ModelError(f"{file}: format is not {FORMAT}; this checkpoint needs another release of traceir")
     found.pop("base", None)
+    found["world"] = world_of(found.get("world"), str(file))
     if found.get("profile") is not None:
         found["profile"] = profile_of(found["profile"], str(file))
     try:

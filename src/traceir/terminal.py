@@ -75,10 +75,10 @@ def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | 
     return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
 
 
-def say_world(encoder: object) -> None:
-    """Says on stderr what alone the model knows, where it has such bounds."""
-    if world := getattr(encoder, "world", ""):
-        print(f"note: {world}", file=sys.stderr)
+def say(note: str | None) -> None:
+    """A note on stderr, where there is one."""
+    if note:
+        print(one_line(f"note: {note}"), file=sys.stderr)
 
 
 def split(text: str) -> list[str]:

@@ -28,7 +28,7 @@ from traceir.serve.jobs import Progress, Served
 from traceir.serve.keys import KeyRing, Principal, Scope
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import INSTRUCTIONS, STATIC, page_config, page_html
+from traceir.serve.page import LOOKED_AT, STATIC, page_config, page_html
 from traceir.serve.schemas import (
     EVENTS,
     FOR_BODIES,
@@ -80,7 +80,7 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     model_name: str = "traceir"
     title: str = "TraceIR"
-    instructions: tuple[str, ...] = INSTRUCTIONS
+    instructions: tuple[str, ...] | None = None
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     failed: Exception | None = None
@@ -404,10 +404,12 @@ def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
     async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
         """What the page shows before the first search."""
-        info = await _view(server, principal).info()
-        counts = {str(name): count for name, count in info.counts.items()}
-        world = getattr(server.ready().scheduler.encoder, "world", "")
-        return page_config(server.title, server.model(), counts, server.instructions, world=world)
+        view = _view(server, principal)
+        counts = {str(name): count for name, count in (await view.info()).counts.items()}
+        world, kept = getattr(view.scheduler.encoder, "world", None), await view.first(LOOKED_AT)
+        return await asyncio.to_thread(
+            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions
+        )
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

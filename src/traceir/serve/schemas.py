@@ -120,13 +120,15 @@ class HitOut(BaseModel):
 
 
 class SearchOut(BaseModel):
-    """Hits from rank `offset` + 1, best first; `more`: there are others behind them."""
+    """Hits from rank `offset` + 1, best first; `more`: there are others behind them. `note` is what is to be told of them: that
+    the model knows no such things."""
 
     hits: list[HitOut]
     trace: Trace
     offset: int
     k: int
     more: bool
+    note: str | None = None
 
 
 FieldIn = Annotated[
@@ -386,6 +388,8 @@ class PageConfig(BaseModel):
     examples: list[Example]
     world: str
     """What alone the model knows; "" where it has no such bounds."""
+    instead: list[str]
+    """Commands that give useful hits, where the collection is not what the model knows."""
 
 
 class Status(BaseModel):

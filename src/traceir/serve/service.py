@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -46,6 +47,7 @@ from traceir.serve.schemas import (
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
 from traceir.serve.values import MAX_TEXT
+from traceir.world import notice
 
 Told = TypeVar("Told")
 Given = TypeVar("Given")
@@ -94,13 +96,13 @@ class Service:
             served = await self.scheduler.encode_query(query, asked.route, listener=listener, tenant=self.tenant)
         self.metrics.encoded("query", served)
         try:
-            return await self._read(lambda: self._found(asked, where, served))
+            return await self._read(lambda: self._found(asked, query, where, served))
         except StoreError as error:
             if asked.exact or (await self.info()).cells:
                 raise
             raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
 
-    def _found(self, asked: SearchIn, where: Filter | None, served: Served) -> SearchOut:
+    def _found(self, asked: SearchIn, query: Query, where: Filter | None, served: Served) -> SearchOut:
         """The search itself, in a thread."""
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
@@ -111,8 +113,9 @@ class Service:
         hits = found[asked.offset : asked.offset + asked.k]
         check_answer(hits)
         return SearchOut(
-            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted
-        )
+            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted,
+            note=notice(self.scheduler.encoder, query, hits),
+        )  # fmt: skip
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
@@ -196,6 +199,10 @@ class Service:
             return found, False
 
         return await self._read(page)
+
+    async def first(self, count: int) -> list[Stored]:
+        """The first items in order of id."""
+        return await self._read(lambda: list(islice(self.index.scan(), count)))
 
     async def info(self) -> IndexInfo:
         return await self._read(self.index.info)
