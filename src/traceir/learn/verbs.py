@@ -26,7 +26,6 @@ from traceir.terminal import (
     one_line,
     open_encoder,
     parse_shard,
-    say_world,
     shows_progress,
     split,
 )
@@ -132,7 +131,8 @@ def mteb(args: argparse.Namespace) -> int:
 
     tasks = mteb_run.choose_tasks(benchmarks, names, args.tasks_from)
     encoder = open_encoder(args)
-    say_world(encoder)
+    if world := getattr(encoder, "world", None):
+        print(f"note: {world.says}", file=sys.stderr)
     model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
     run = mteb_run.Run(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
     if args.dry_run:
