@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
             "keys revoke": serving.keys_revoke,
             "evaluate": verbs.evaluate,
             "unseen": verbs.unseen,
+            "mteb": verbs.mteb,
             "faithfulness": verbs.faithfulness,
             "report": verbs.report,
             "compare": verbs.compare,

@@ -68,6 +68,7 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_keys(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
     _add_unseen(verbs, shared, runs)
+    _add_mteb(verbs, shared, runs)
     _add_faithfulness(verbs, shared, runs)
     _add_report(verbs, shared, runs)
     _add_compare(verbs, shared, runs)
@@ -241,6 +242,24 @@ def _add_unseen(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     unseen.add_argument("--dry-run", action="store_true", help="read all annotations, count, say what is missing; score nothing")
     unseen.add_argument("--circo-submission", metavar="FILE.json", help="write CIRCO's test submission instead of scoring")
     _add_model(unseen)
+
+
+def _add_mteb(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    mteb = _verb(verbs, shared, "mteb", runs["mteb"], "score a model on mteb's tasks and benchmarks; the same command resumes")
+    mteb.add_argument("-b", "--benchmark", action="append", default=[], metavar="B", help='such as "MIEB(lite)"; repeatable')
+    mteb.add_argument(
+        "-t", "--tasks", action="append", default=[], metavar="TASK[,TASK]", help="tasks by mteb's names; repeatable"
+    )
+    mteb.add_argument(
+        "--tasks-from", metavar="MODULE|FILE.py", help="tasks of your own: subclasses of mteb's, found by -t, else all"
+    )
+    mteb.add_argument("--out", required=True, metavar="DIR", help="folder of results, as mteb keeps them")
+    mteb.add_argument("--name", metavar="OWNER/NAME", help="of the model in the results (default: the hub id, or local/FOLDER)")
+    mteb.add_argument("--route", choices=ROUTES, default="auto", help="of retrieval queries (default: auto); all else is direct")
+    mteb.add_argument("--batch-size", type=_count, default=64, metavar="N", help="inputs in memory at a time (default: 64)")
+    mteb.add_argument("--dry-run", action="store_true", help="list the tasks, and whose data are here; score nothing")
+    _add_model(mteb)
+    _add_engine(mteb)
 
 
 def _add_faithfulness(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
