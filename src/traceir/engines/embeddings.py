@@ -11,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 import re
 import threading
 import zlib
@@ -30,6 +31,8 @@ from traceir.items import ROUTES, Encoding, Item, Query, Route, Vector
 from traceir.picture_files import open_picture
 from traceir.pictures import Picture
 from traceir.suggest import did_you_mean
+
+log = logging.getLogger(__name__)
 
 REQUEST_BYTES: Final = 24 * 1024 * 1024
 """Bytes of inputs in one request, beyond which no other input joins."""
@@ -92,15 +95,17 @@ class EmbeddingsEncoder:
         self._path = self._paths[0]
         self._tokens, self._lock = 0, threading.Lock()
         self._no_pictures, self._no_pairs = "", ""
-        connect = partial(Connection, self._base, api_key, in_flight=in_flight, pause_s=pause_s)
-        self._connection = connect(timeout_s=min(timeout_s, _START_TIMEOUT_S), tries=min(tries, _START_TRIES))
+        first = min(timeout_s, _START_TIMEOUT_S), min(tries, _START_TRIES)
+        self._connection = Connection(
+            self._base, api_key, in_flight=in_flight, timeout_s=first[0], tries=first[1], pause_s=pause_s
+        )
         try:
             self._path = self._find()
-            sketch = self._probe()
-        finally:
-            self._connection.close()
-        self._fingerprint = self._recognise(known, f"{model}#{sketch}")
-        self._connection = connect(timeout_s=timeout_s, tries=tries)
+            self._fingerprint = self._recognise(known, f"{model}#{self._probe()}")
+        except BaseException:
+            self.close()
+            raise
+        self._connection.timeout_s, self._connection.tries = timeout_s, tries
 
     @property
     def address(self) -> str:
@@ -187,7 +192,7 @@ class EmbeddingsEncoder:
 
     def _body(self, batch: Sequence[_Piece]) -> dict[str, Any]:
         told = self.form.body([piece.told for piece in batch], batch[0].fields)
-        return {"model": self.model, "encoding_format": "float", **told, **({"dimensions": self._dim} if self._dim else {})}
+        return {"model": self.model, **told, **({"dimensions": self._dim} if self._dim else {})}
 
     async def _post(self, body: Mapping[str, Any]) -> Answer:
         """The request; an inner error of the server's is tried again, as what passes is by the connection."""
@@ -217,7 +222,8 @@ class EmbeddingsEncoder:
     def _vector(self, told: Any) -> Vector:
         try:
             raw = base64.b64decode(told, validate=True) if isinstance(told, str) else None
-            vector = np.array(told, dtype=np.float32) if raw is None else np.frombuffer(raw, dtype="<f4").astype(np.float32)
+            with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is told of below
+                vector = np.asarray(told if raw is None else np.frombuffer(raw, dtype="<f4"), dtype=np.float32)
         except (TypeError, ValueError, binascii.Error) as error:
             raise self._wrong(f"returned a vector that is no list of numbers: {str(told)[:80]}") from error
         if vector.ndim != 1 or not len(vector):
@@ -270,6 +276,7 @@ class EmbeddingsEncoder:
             seen = [encoding.vector for encoding in self.encode_items([Item((one,)) for one in (picture, again, other)])]
         except InputError as error:
             self._no_pictures = f"this server takes no pictures: {error}"
+            log.warning("%s serves texts alone: %s", self._base, error)
             return _kept(first)
         if not _tells_apart(seen[0], seen[1], [seen[2]]):
             raise self._wrong(
@@ -299,10 +306,11 @@ class EmbeddingsEncoder:
         cosines = _compared(known.rpartition("#")[2], own.rpartition("#")[2])
         if not cosines or min(cosines) < SAME:
             told = "cosines " + ", ".join(f"{cosine:.3f}" for cosine in cosines) + f", at least {SAME} for one and the same model"
+            if not cosines:
+                told = f"it was filled by another form than `{self.form.name}`, or of other modalities"
             raise self._wrong(
                 f"serves another model as {self.model!r} than the one that filled the index: it answers the probes otherwise "
-                f"({told if cosines else 'pictures were read then and are not now, or are now'}); serve the former, in the form "
-                "of then, or fill a new index"
+                f"({told}); serve the former, in the form of then, or fill a new index"
             )
         return known
 
@@ -380,10 +388,10 @@ def _named(content: Item | Query) -> str:
 
 def _places(address: str) -> tuple[str, tuple[str, ...]]:
     """The server's root, and the paths under which the endpoint may be."""
-    found = re.fullmatch(r"(https?://[^/\s]+)(/\S*?)?/*", address)
+    found = re.fullmatch(r"(https?://[^/\s]+)(/\S*)?", address.rstrip("/"))
     if found is None:
         raise InputError(f"address {address!r} is not an http address; give one such as http://localhost:8000/v1")
-    path = (found[2] or "").removesuffix("/embeddings")
+    path = (found[2] or "").removesuffix("/embeddings").rstrip("/")
     return found[1], (f"{path}/embeddings",) if path else ("/v1/embeddings", "/embeddings")
 
 

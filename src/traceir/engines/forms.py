@@ -22,7 +22,9 @@ from traceir.suggest import did_you_mean
 Role = Literal["query", "candidate"]
 QWEN_INSTRUCTION: Final = "Represent the user's input."
 """What Qwen3-VL-Embedding reads where no instruction is given, for queries and candidates alike."""
-_QWEN_NAME: Final = "qwen3-vl-embedding"
+_BEHIND_VLLM: Final = (("qwen3-vl-embedding", "qwen3-vl"), ("siglip", "siglip"), ("clip", "clip"))
+"""Parts of names of models whose vectors depend on more than a chat, and the form of each behind vLLM."""
+_FLOATS: Final[Mapping[str, Any]] = MappingProxyType({"encoding_format": "float"})
 _ENGINE: Final = re.compile(r"([A-Za-z][\w.+-]*):(https?://.*)", re.DOTALL)
 
 
@@ -68,8 +70,7 @@ class Form:
 
     `takes`: texts alone; a text or a picture; at most one of each; any sequence of both. `tell` gives an input as JSON. `fields`
     gives what a request states once, so that inputs of different fields never share one. `texts` and `pictures` are how many
-    inputs a request holds at most, those with pictures counted apart. `member` is where they stand: a list under `input`, or one
-    conversation under `messages`.
+    inputs a request holds at most, those with pictures counted apart.
     """
 
     name: str
@@ -78,7 +79,6 @@ class Form:
     fields: Callable[[Said], Mapping[str, Any]]
     texts: int = 32
     pictures: int = 8
-    member: Literal["input", "messages"] = "input"
 
     def check(self, texts: int, pictures: int) -> None:
         """Raises InputError for an input of so many texts and pictures that this form has no place for."""
@@ -95,8 +95,8 @@ class Form:
             )
 
     def body(self, told: list[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-        """A request without the model's name."""
-        return {self.member: told[0] if self.member == "messages" else told, **fields}
+        """A request without the model's name: a conversation, which is a list, as `messages`, all else under `input`."""
+        return {**({"messages": told[0]} if isinstance(told[0], list) else {"input": told}), **fields}
 
 
 def split_engine(text: str) -> tuple[str | None, str]:
@@ -113,14 +113,15 @@ def split_engine(text: str) -> tuple[str | None, str]:
 
 
 def form_for(name: str, model: str) -> Form:
-    """The form of a name; Qwen3-VL-Embedding behind vLLM gets its own, which its vectors depend on."""
+    """The form of a name; behind vLLM, that of the model where it has one of its own, which its vectors depend on."""
     if name not in FORMS:
         raise InputError(f"the form {name!r} is unknown{did_you_mean(name, FORMS)}; give one of {', '.join(FORMS)}")
-    return FORMS["qwen3-vl" if name == "vllm" and _QWEN_NAME in model.lower() else name]
+    own = [form for part, form in _BEHIND_VLLM if part in model.lower()] if name == "vllm" else []
+    return FORMS[own[0] if own else name]
 
 
-def _nothing(_: Said) -> Mapping[str, Any]:
-    return {}
+def _floats(_: Said) -> Mapping[str, Any]:
+    return _FLOATS
 
 
 def _words(said: Said) -> str:
@@ -132,7 +133,7 @@ def _object(said: Said) -> dict[str, str]:
 
 
 def _input_type(said: Said) -> Mapping[str, Any]:
-    return {"input_type": "query" if said.role == "query" else "document"}
+    return {**_FLOATS, "input_type": "query" if said.role == "query" else "document"}
 
 
 def _jina_fields(said: Said) -> Mapping[str, Any]:
@@ -145,7 +146,7 @@ def _text_or_uri(said: Said) -> str:
 
 
 def _modality(said: Said) -> Mapping[str, Any]:
-    return {"modality": "image" if said.images else "text"}
+    return {**_FLOATS, "modality": "image" if said.images else "text"}
 
 
 def _contents(said: Said) -> list[dict[str, Any]]:
@@ -178,16 +179,28 @@ def _qwen_chat(said: Said) -> list[dict[str, Any]]:
 
 def _open_answer(_: Said) -> Mapping[str, Any]:
     """What vLLM needs to end the prompt as Qwen's script does: behind the assistant's opening, by the tokenizer's last token."""
-    return {"continue_final_message": True, "add_special_tokens": True}
+    return {**_FLOATS, "continue_final_message": True, "add_special_tokens": True}
+
+
+def _text_or_chat(said: Said) -> str | list[dict[str, Any]]:
+    """A text by itself, since vLLM's tokenizer ends it as CLIP needs it there and not in a chat."""
+    return _chat(said) if said.images else said.words
+
+
+def _padded(said: Said) -> Mapping[str, Any]:
+    """SigLIP learnt from texts of full length; vLLM pads them where it is asked to."""
+    return _FLOATS if said.images else {**_FLOATS, "padding": "max_length"}
 
 
 FORMS: Final[Mapping[str, Form]] = MappingProxyType(
     {
         form.name: form
         for form in (
-            Form("openai", "texts", _words, _nothing),
-            Form("vllm", "any", _chat, _nothing, texts=1, pictures=1, member="messages"),
-            Form("qwen3-vl", "any", _qwen_chat, _open_answer, texts=1, pictures=1, member="messages"),
+            Form("openai", "texts", _words, _floats),
+            Form("vllm", "any", _chat, _floats, texts=1, pictures=1),
+            Form("qwen3-vl", "any", _qwen_chat, _open_answer, texts=1, pictures=1),
+            Form("clip", "one", _text_or_chat, _floats, pictures=1),
+            Form("siglip", "one", _text_or_chat, _padded, pictures=1),
             Form("infinity", "one", _text_or_uri, _modality),
             Form("objects", "pair", _object, _input_type),
             Form("jina", "one", _object, _jina_fields),
