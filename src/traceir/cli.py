@@ -28,6 +28,8 @@ from traceir.terminal import (
     PARTLY,
     check_model_options,
     clean_lines,
+    filled_by,
+    is_endpoint,
     load_encoder,
     load_own_encoder,
     model_name,
@@ -175,13 +177,13 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     if args.engine is None and args.device.startswith("cuda:"):
         raise InputError(f"--device {args.device}: Ray gives each worker a GPU of its own; write --device cuda")
     share = Share(cpus=args.threads or 1, gpus=1 if args.engine is None and args.device == "cuda" else 0)
-    make_encoder = partial(open_encoder, _encoder_anywhere(args))
+    make_encoder = partial(open_encoder, _encoder_anywhere(args), known=filled_by(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
         say(_notice_of_paths(maker, args.paths))
         with open_index(args.index, maker, create=True, dtype=args.store) as index:
             report = add_on_ray(
-                args.paths, index, make_encoder,
+                args.paths, index, partial(make_encoder, known=maker.fingerprint),
                 workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),
             )  # fmt: skip
             return report, index.info()
@@ -189,10 +191,11 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
 
 def _encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
     """What `open_encoder` reads of the arguments, with paths that do not depend on the folder it is called in."""
-    paths = {"model": model_name(args), "profile": args.profile}
+    named = is_endpoint(args)  # then the model is a name there, whatever folder has the same one here
+    paths = {"model": None if named else model_name(args), "profile": args.profile}
     whole = {name: _anywhere(path) for name, path in paths.items()}
     plain = {name: getattr(args, name) for name in ("device", "dtype", "dim", "threads", "verbose", "engine")}
-    return argparse.Namespace(**whole, **plain)
+    return argparse.Namespace(**{**whole, **plain, **({"model": args.model} if named else {})})
 
 
 def _anywhere(path: str | None) -> str | None:

@@ -506,8 +506,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--engine", metavar="URL", help=f"SGLang server that runs the model (docs/engines.md); its key in ${ENGINE_KEY_VARIABLE}"
-    )
+        "--engine", metavar="[FORM:]URL",
+        help="SGLang server that runs the model, or FORM:URL of any /v1/embeddings that has one named M: vllm, infinity, openai, "
+        f"... (docs/engines.md); its key in ${ENGINE_KEY_VARIABLE}",
+    )  # fmt: skip
 
 
 def _count(text: str) -> int:

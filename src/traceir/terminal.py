@@ -9,7 +9,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from traceir.checkpoint import bundled_model, check_model, is_library
-from traceir.errors import InputError, ModelError
+from traceir.engines.forms import split_engine
+from traceir.errors import InputError, ModelError, StoreError
 from traceir.parser import ENGINE_KEY_VARIABLE
 
 if TYPE_CHECKING:
@@ -32,10 +33,18 @@ def check_model_options(args: argparse.Namespace) -> None:
 
     Raises InputError or ModelError.
     """
-    check_model(model_name(args))
+    if not is_endpoint(args):
+        check_model(model_name(args))
+    elif not args.model:
+        raise InputError(f"--engine {args.engine}: name the model that is to answer there, by --model NAME")
     kind, _, number = args.device.partition(":")
     if kind not in DEVICES or (":" in args.device and not (number.isascii() and number.isdigit())):
         raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda")
+
+
+def is_endpoint(args: argparse.Namespace) -> bool:
+    """Whether `--engine` is an endpoint of embeddings, whose --model is a name there and no checkpoint here."""
+    return split_engine(getattr(args, "engine", None) or "")[0] is not None
 
 
 def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
@@ -74,18 +83,44 @@ def load_own_encoder(args: argparse.Namespace) -> Encoder:
     return found
 
 
-def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> EncoderLike:
-    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process."""
-    if args.engine is not None:
-        if args.profile is not None:
-            raise InputError("--profile works in this process only; leave out --engine")
-        if args.dim is not None:
-            raise InputError("--dim works in this process only; leave out --engine")
-        from traceir.engines.sglang import SGLangEncoder
+def open_encoder(args: argparse.Namespace, *, in_flight: int = 64, known: str = "") -> EncoderLike:
+    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process.
 
-        key = os.environ.get(ENGINE_KEY_VARIABLE, "")
-        return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
-    return load_encoder(args)
+    `known`: the fingerprint that an endpoint of embeddings should have (default: what filled `--index`).
+    """
+    if args.engine is None:
+        return load_encoder(args)
+    if args.profile is not None:
+        raise InputError("--profile works in this process only; leave out --engine")
+    key = os.environ.get(ENGINE_KEY_VARIABLE, "")
+    form, address = split_engine(args.engine)
+    if form is not None:
+        from traceir.engines.embeddings import EmbeddingsEncoder
+
+        known = known or filled_by(args)
+        return EmbeddingsEncoder(address, args.model, form, dim=args.dim, known=known, api_key=key, in_flight=in_flight)
+    if args.dim is not None:
+        raise InputError("--dim is not for an SGLang engine; leave it out")
+    from traceir.engines.sglang import SGLangEncoder
+
+    return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
+
+
+def filled_by(args: argparse.Namespace) -> str:
+    """The fingerprint in `--index` that an endpoint of embeddings is compared with; "" where there is none, or no such engine.
+
+    An index that cannot be read is told of where it is used.
+    """
+    from traceir.index import open_index
+
+    index = getattr(args, "index", None)
+    if not is_endpoint(args) or not index:
+        return ""
+    try:
+        with open_index(index) as found:
+            return str(found.info().fingerprint)
+    except StoreError:
+        return ""
 
 
 def say(note: str | None) -> None:
