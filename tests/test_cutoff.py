@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Running, serving
 from fakes import FakeEncoder
 from PIL import Image
 from test_index_conformance import drawn_background
 
 from traceir.background import COUNT, built_in, choose_queries, encode_background, read_queries
+from traceir.checkpoint import bundled_model
 from traceir.cli import main
-from traceir.cutoff import Calibration, check_rate, search_above, thresholds
+from traceir.client import Client
+from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
+from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.items import Item, Modality, Query
@@ -24,6 +29,7 @@ from traceir.pictures import Picture
 from traceir.search import Searcher
 from traceir.serve.tenants import TenantIndex
 
+CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
 Draw = Callable[[np.random.Generator, int], np.ndarray[Any, Any]]
 SCORES: dict[str, Draw] = {
     "normal": lambda draw, count: draw.normal(0.2, 0.1, count),
@@ -229,7 +235,7 @@ def test_backgrounds_of_users(tmp_path: Path) -> None:
 # The command line
 
 
-def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], running: Any) -> None:
+def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], running: Running) -> None:
     index = str(tmp_path / "copy")
     assert main(["index", "copy", str(running.index), index]) == 0
     asked = ["search", "--index", index, "a cat in a hat", "-k", "3"]
@@ -257,3 +263,58 @@ def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pyte
     assert main([*asked, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["cutoff"] is None and len(told["hits"]) == 3
+
+
+# The server
+
+
+def test_the_server_says_that_nothing_was_found(running: Running, encoder: Encoder, tmp_path: Path) -> None:
+    """Starts two servers, one with a cut-off of its own, over one index that this process calibrates."""
+    index = str(tmp_path / "copy")
+    assert main(["index", "copy", str(running.index), index]) == 0
+    here = Searcher(encoder, open_index(index, encoder))
+    absent, there = Query.of(text="a cat in a hat"), Query.of(text=CAPTION)
+    with pytest.raises(AssertionError), serving(Path(index), "--cutoff", "0.01"):
+        """It ends at once: the index is not calibrated."""
+    with serving(Path(index)) as url, Client(url) as client:
+        assert client.search(absent).cutoff is None and client.search(absent).hits
+        with pytest.raises(InputError, match=r"400.*not calibrated.*traceir index calibrate"):
+            client.search(absent, cutoff=0.01)
+        here.calibrate(choose_queries([], bundled_model(), count=400)[0])  # while the server reads
+        for query in (absent, there):
+            wanted, found = here.search(query, k=4, cutoff=0.01), client.search(query, k=4, cutoff=0.01)
+            assert [hit.id for hit in found.hits] == [hit.id for hit in wanted.hits]
+            assert [hit.rank for hit in found.hits] == list(range(1, len(found.hits) + 1))
+            assert found.cutoff is not None and wanted.cut is not None and found.cutoff.rate == 0.01
+            assert found.cutoff.thresholds == pytest.approx(wanted.cut.thresholds, abs=1e-5)
+            assert found.cutoff.best == pytest.approx(wanted.cut.best, abs=1e-4)
+        assert client.search(absent, cutoff=0.01).hits == () and client.search(there, cutoff=0.01).hits
+        assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
+        with pytest.raises(InputError, match=r"less than 400 background queries can tell"):
+            client.search(absent, cutoff=0.0001)
+        with pytest.raises(InputError, match=r"cutoff"):
+            client.search(absent, cutoff=1)
+        with pytest.raises(InputError, match="queries that are texts, not pictures"):
+            client.search(Query.of(image=running.items[3].pictures[0]), cutoff=0.01)
+    with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
+        assert client.search(absent).hits == () and client.search(there).hits
+        assert client.search(absent, cutoff=0).hits
+        picture = client.search(Query.of(image=running.items[3].pictures[0]))
+        assert picture.hits and picture.cutoff is None, "what the server cannot judge it does not cut, and says so"
+        with urllib.request.urlopen(f"{url}/page/config", timeout=60) as answer:
+            assert json.loads(answer.read())["cutoff"] == {"default": 0.01, "background": {"text": 400}}
+    here.index.close()
+
+
+def test_a_tenant_of_the_server_has_its_own_thresholds(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with open_index(tmp_path / "index", encoder, create=True) as index:
+        calibrations = Calibrations()
+        ours = TenantIndex(index, "ours")
+        some(encoder, ours)
+        index.keep_background(encode_background(encoder, built_in(200), "built in"))
+        own = calibrations.of("ours", ours)
+        assert calibrations.of("ours", TenantIndex(index, "ours")) is own
+        assert calibrations.of("theirs", TenantIndex(index, "theirs")) is not own
+        assert calibrations.of("theirs", TenantIndex(index, "theirs")).thresholds("text", None, 0.02) == {}
+        assert set(own.thresholds("text", None, 0.02)) == {"text", "image"}

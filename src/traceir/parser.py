@@ -183,6 +183,9 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--writing", type=_count, default=64, metavar="N", help="queries that reason at a time (default: 64)")
     serve.add_argument("--remember", type=int, default=8192, metavar="N", help="encodings kept by content (default: 8192)")
     serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")
+    serve.add_argument(
+        "--cutoff", type=float, metavar="RATE", help="of searches that state none, as in `search`; needs `index calibrate`"
+    )
     serve.add_argument("--name", default="traceir", metavar="NAME", help="name of the model for clients (default: traceir)")
     serve.add_argument("--title", default="TraceIR", metavar="T", help="title of the page (default: TraceIR)")
     serve.add_argument("--instructions", type=Path, metavar="FILE", help="what the page suggests instead of our own, one a line")

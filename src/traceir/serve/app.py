@@ -42,6 +42,7 @@ from traceir.serve.schemas import (
     MISSING,
     NOT_READY,
     WALL,
+    CutoffConfig,
     Deleted,
     EmbeddingOut,
     EmbeddingsIn,
@@ -404,10 +405,12 @@ def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
     async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
         """What the page shows before the first search."""
-        info = await _view(server, principal).info()
+        service = _view(server, principal)
+        info = await service.info()
         counts = {str(name): count for name, count in info.counts.items()}
-        world = getattr(server.ready().scheduler.encoder, "world", "")
-        return page_config(server.title, server.model(), counts, server.instructions, world=world)
+        world = getattr(service.scheduler.encoder, "world", "")
+        cutoff = CutoffConfig(default=service.cutoff, background=dict(info.background))
+        return page_config(server.title, server.model(), counts, server.instructions, world=world, cutoff=cutoff)
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

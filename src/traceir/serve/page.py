@@ -10,7 +10,7 @@ from typing import Final
 
 from traceir.errors import InputError
 from traceir.items import MODALITIES
-from traceir.serve.schemas import Example, ModelOut, PageConfig
+from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig
 
 STATIC: Final = Path(__file__).parent / "static"
 INSTRUCTIONS: Final = (
@@ -21,6 +21,7 @@ INSTRUCTIONS: Final = (
     "Find the photo and headline of this news.",
 )
 """Those of the bundled model's training; a larger model takes any words."""
+NO_CUTOFF: Final = CutoffConfig(default=None, background={})
 LONGEST: Final = 2000
 """Characters of an instruction, as in the page's own field."""
 MOST: Final = 200
@@ -69,13 +70,14 @@ def read_instructions(path: Path) -> tuple[str, ...]:
 
 
 def page_config(
-    title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS, *, world: str = ""
-) -> PageConfig:
+    title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS, *, world: str = "",
+    cutoff: CutoffConfig = NO_CUTOFF,
+) -> PageConfig:  # fmt: skip
     """The examples belong to the instructions of INSTRUCTIONS: with others, or over an empty index, there are none."""
     examples = EXAMPLES if tuple(instructions) == INSTRUCTIONS and any(counts.values()) else ()
     return PageConfig(
         title=title, instructions=list(instructions), modalities=list(MODALITIES), model=model, count=dict(counts),
-        examples=list(examples), world=world,
+        examples=list(examples), world=world, cutoff=cutoff,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from traceir.cutoff import Calibration
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
@@ -119,6 +120,8 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLang
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
+    if config.cutoff is not None:
+        await asyncio.to_thread(Calibration(index).thresholds, "text", None, config.cutoff)  # raises where it cannot be had
     store = PictureStore(_uploads(config))
     if config.uploads is None and store.folder.is_dir():
         sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
@@ -131,7 +134,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLang
     log.info("%s is ready, pictures from %d folders", config.index, len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
-        FairExecutor(1, "writer"), census, metrics, config.deadline_s,
+        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff,
     )  # fmt: skip
 
 

@@ -9,16 +9,17 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
+from traceir.cutoff import Calibrations, search_above
 from traceir.errors import InputError, PictureError, StoreError, TraceError
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
-from traceir.items import Hit, Item, Part, Query, Route
+from traceir.items import Hit, Item, Modality, Part, Query, Route
 from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
@@ -31,6 +32,7 @@ from traceir.serve.schemas import (
     CHAT_ROLES,
     MAX_PARTS,
     ContentIn,
+    Cutoff,
     EmbeddingsIn,
     HitOut,
     ItemIn,
@@ -74,6 +76,8 @@ class Service:
     census: Census
     metrics: Metrics
     deadline_s: float = 60.0
+    cutoff: float | None = None
+    calibrations: Calibrations = field(default_factory=Calibrations)
 
     def of_tenant(self, tenant: str | None) -> Service:
         """The same service over a tenant's part of the index; None is what belongs to no tenant."""
@@ -94,25 +98,41 @@ class Service:
             served = await self.scheduler.encode_query(query, asked.route, listener=listener, tenant=self.tenant)
         self.metrics.encoded("query", served)
         try:
-            return await self._read(lambda: self._found(asked, where, served))
+            return await self._read(lambda: self._found(asked, query, where, served))
         except StoreError as error:
             if asked.exact or (await self.info()).cells:
                 raise
             raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
 
-    def _found(self, asked: SearchIn, where: Filter | None, served: Served) -> SearchOut:
+    def _found(self, asked: SearchIn, query: Query, where: Filter | None, served: Served) -> SearchOut:
         """The search itself, in a thread."""
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
-        [found] = self.index.search(
-            np.stack([served.encoding.vector]), wanted, where=where, modality=asked.modality, exact=asked.exact
+        rate, above = self._thresholds(asked, query)
+        vector = np.stack([served.encoding.vector])
+        [(found, cut)] = search_above(
+            self.index, vector, wanted, rate, [above], where=where, modality=asked.modality, exact=asked.exact
         )
         trace = trace_of(served, time.perf_counter() - started)
         hits = found[asked.offset : asked.offset + asked.k]
         check_answer(hits)
         return SearchOut(
-            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted
-        )
+            hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted,
+            cutoff=None if cut is None else Cutoff(**asdict(cut)),
+        )  # fmt: skip
+
+    def _thresholds(self, asked: SearchIn, query: Query) -> tuple[float | None, dict[Modality, float]]:
+        """The rate in force and what a hit must score more than. The server's own rate gives way where the index cannot tell."""
+        rate = self.cutoff if asked.cutoff is None else asked.cutoff or None
+        if rate is None:
+            return None, {}
+        calibration = self.calibrations.of(self.tenant, self.index)
+        try:
+            return rate, calibration.thresholds(query.modality, query.target, rate)
+        except InputError:
+            if asked.cutoff is not None:
+                raise
+            return None, {}
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
