@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import urllib.request
@@ -27,6 +28,7 @@ from traceir.index import Index, SqliteIndex, open_index
 from traceir.items import Item, Modality, Query
 from traceir.pictures import Picture
 from traceir.search import Searcher
+from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex
 
 CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
@@ -269,41 +271,52 @@ def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pyte
 
 
 def test_the_server_says_that_nothing_was_found(running: Running, encoder: Encoder, tmp_path: Path) -> None:
-    """Starts two servers, one with a cut-off of its own, over one index that this process calibrates."""
+    """Starts a server of its own, since the index of the others is not calibrated."""
     index = str(tmp_path / "copy")
     assert main(["index", "copy", str(running.index), index]) == 0
     here = Searcher(encoder, open_index(index, encoder))
-    absent, there = Query.of(text="a cat in a hat"), Query.of(text=CAPTION)
-    with pytest.raises(AssertionError), serving(Path(index), "--cutoff", "0.01"):
-        """It ends at once: the index is not calibrated."""
-    with serving(Path(index)) as url, Client(url) as client:
-        assert client.search(absent).cutoff is None and client.search(absent).hits
-        with pytest.raises(InputError, match=r"400.*not calibrated.*traceir index calibrate"):
-            client.search(absent, cutoff=0.01)
-        here.calibrate(choose_queries([], bundled_model(), count=400)[0])  # while the server reads
+    here.calibrate(choose_queries([], bundled_model(), count=400)[0])
+    absent, there, picture = Query.of(text="a cat in a hat"), Query.of(text=CAPTION), Query.of(image=running.items[3].pictures[0])
+    with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
         for query in (absent, there):
-            wanted, found = here.search(query, k=4, cutoff=0.01), client.search(query, k=4, cutoff=0.01)
+            wanted, found = here.search(query, k=4, cutoff=0.05), client.search(query, k=4, cutoff=0.05)
             assert [hit.id for hit in found.hits] == [hit.id for hit in wanted.hits]
             assert [hit.rank for hit in found.hits] == list(range(1, len(found.hits) + 1))
-            assert found.cutoff is not None and wanted.cut is not None and found.cutoff.rate == 0.01
+            assert found.cutoff is not None and wanted.cut is not None and found.cutoff.rate == 0.05
             assert found.cutoff.thresholds == pytest.approx(wanted.cut.thresholds, abs=1e-5)
             assert found.cutoff.best == pytest.approx(wanted.cut.best, abs=1e-4)
-        assert client.search(absent, cutoff=0.01).hits == () and client.search(there, cutoff=0.01).hits
+        assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
         assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
+        uncut = client.search(picture)
+        assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
+        with pytest.raises(InputError, match="queries that are texts, not pictures"):
+            client.search(picture, cutoff=0.01)
         with pytest.raises(InputError, match=r"less than 400 background queries can tell"):
             client.search(absent, cutoff=0.0001)
         with pytest.raises(InputError, match=r"cutoff"):
             client.search(absent, cutoff=1)
-        with pytest.raises(InputError, match="queries that are texts, not pictures"):
-            client.search(Query.of(image=running.items[3].pictures[0]), cutoff=0.01)
-    with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
-        assert client.search(absent).hits == () and client.search(there).hits
-        assert client.search(absent, cutoff=0).hits
-        picture = client.search(Query.of(image=running.items[3].pictures[0]))
-        assert picture.hits and picture.cutoff is None, "what the server cannot judge it does not cut, and says so"
         with urllib.request.urlopen(f"{url}/page/config", timeout=60) as answer:
             assert json.loads(answer.read())["cutoff"] == {"default": 0.01, "background": {"text": 400}}
     here.index.close()
+
+
+def test_a_server_that_could_not_keep_its_cutoff_does_not_start(tmp_path: Path) -> None:
+    encoder: Any = FakeEncoder()
+    config = ServeConfig(str(tmp_path / "index"), cutoff=0.001)
+    make = make_server(config, lambda: encoder).make
+
+    async def start() -> None:
+        await make()
+
+    with pytest.raises(InputError, match="not calibrated"):
+        asyncio.run(start())
+    with open_index(tmp_path / "index", encoder) as index:
+        some(encoder, index)
+        index.keep_background(encode_background(encoder, built_in(100), "built in"))
+    with pytest.raises(InputError, match="less than 100 background queries can tell"):
+        asyncio.run(start())
+    with pytest.raises(InputError, match="between 0 and 1"):
+        ServeConfig("i", cutoff=1.5)
 
 
 def test_a_tenant_of_the_server_has_its_own_thresholds(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from traceir.cutoff import check_rate
 from traceir.errors import InputError
 
 DISTRIBUTED: Final = ("milvus-lite:", "http://", "https://")
@@ -56,6 +55,8 @@ class ServeConfig:
         if self.uploads is None and self.index.startswith(DISTRIBUTED):
             raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
         if self.cutoff is not None:
+            from traceir.cutoff import check_rate  # here, since it imports numpy
+
             check_rate(self.cutoff)
         if self.deadline_s <= 0:
             raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")
