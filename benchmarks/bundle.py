@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import torch
 
+from benchmarks.background import write_background
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.items import Route
@@ -87,6 +88,7 @@ def bundle(checkpoint: Path) -> None:
         shutil.copyfile(file, MODEL / file.name)
     settings = MODEL / "traceir.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"world": world().as_json()}, indent=2) + "\n")
+    write_background(MODEL)
 
 
 def world() -> World:

@@ -34,7 +34,8 @@ from traceir.index import And, Eq, Filter, In, Index, Range, open_index
 from traceir.index.copy import copy
 from traceir.index.filters import matches
 from traceir.index.milvus_rows import compile_filter, key_of, keys_in, sortable
-from traceir.items import Item
+from traceir.index.store import Background
+from traceir.items import Item, Modality
 
 GIVEN = os.environ.get("TRACEIR_TEST_MILVUS", "")
 KINDS = ("folder", "file", "server", *(["given"] if GIVEN else []))
@@ -639,3 +640,63 @@ def test_sortable_texts_keep_the_order_of_values() -> None:
     assert [sortable(word) for word in words] == sorted(sortable(word) for word in words)
     listed = 'json_contains_any(TT_69742773, ["7361792022686922"])'
     assert compile_filter(Eq("it's", 'say "hi"')) == f'(T_69742773 in ["7361792022686922"]) or ({listed})'
+
+
+# The background of a cut-off
+
+
+def drawn_background(draw: np.random.Generator, count: int = 30, dim: int = 4) -> Background:
+    vectors: dict[Modality, Any] = {"text": directions(draw, count, dim), "image": directions(draw, 7, dim)}
+    return Background(vectors, "drawn", "2026-01-01T00:00:00+00:00")
+
+
+def directions(draw: np.random.Generator, count: int, dim: int = 4) -> Any:
+    drawn = draw.normal(size=(count, dim)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def test_an_index_keeps_a_background_and_notices_changes(fresh: Callable[[], str]) -> None:
+    draw = np.random.default_rng(0)
+    address = fresh()
+    with opened(address) as index:
+        versions = [index.version()]
+        assert index.background() is None and index.info().background == {}
+        for _ in range(2):
+            kept = drawn_background(draw)
+            index.keep_background(kept)
+            versions.append(index.version())
+            read = index.background()
+            assert read is not None and read.source == "drawn" and read.created == kept.created
+            for modality, vectors in kept.vectors.items():
+                np.testing.assert_allclose(read.vectors[modality], vectors, atol=1e-6)
+        assert index.info().background == {"text": 30, "image": 7} and index.info().background_source == "drawn"
+        index.upsert([Item.of(text="one", id="a")], directions(draw, 1))
+        versions.append(index.version())
+        index.upsert([Item.of(text="another", id="a")], directions(draw, 1))
+        versions.append(index.version())
+        index.delete(["a"])
+        versions.append(index.version())
+        assert index.version() == versions[-1] and len(set(versions[1:])) == len(versions) - 1
+        for wrong in (Background({}, "", ""), Background({"text": np.zeros((1, 4), dtype=np.float32)}, "", "")):
+            with pytest.raises(InputError):
+                index.keep_background(wrong)
+        with pytest.raises(InputError, match="4"):
+            index.keep_background(drawn_background(draw, dim=5))
+        read = index.background()
+        assert read is not None and read.counts == {"text": 30, "image": 7}
+    if not address.startswith("milvus-lite"):  # which keeps its file until the process ends
+        with opened(address, create=False) as again:
+            read = again.background()
+            assert read is not None and read.counts == {"text": 30, "image": 7}
+
+
+def test_a_copy_carries_the_background(fresh: Callable[[], str], tmp_path: Path) -> None:
+    draw = np.random.default_rng(1)
+    with opened(fresh()) as one, opened(str(tmp_path / "there")) as other, opened(fresh()) as third:
+        one.upsert([Item.of(text="one", id="a")], directions(draw, 1))
+        one.keep_background(drawn_background(draw))
+        copy(one, other, progress=False)
+        copy(other, third, progress=False)
+        kept, carried = one.background(), third.background()
+        assert kept is not None and carried is not None and kept.counts == carried.counts
+        np.testing.assert_allclose(kept.vectors["text"], carried.vectors["text"], atol=1e-6)

@@ -18,6 +18,8 @@ from conftest import serving
 
 import traceir
 from traceir import demo
+from traceir.background import choose_queries
+from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.index.store import Stored
@@ -639,3 +641,39 @@ def test_the_files_hold_nothing_that_the_policy_would_forbid() -> None:
         re.findall(r'from "\./([\w.]+)"', "".join(files.values()))
     )
     assert wanted <= files.keys() and {name for name in files if name.endswith(".js")} <= wanted
+
+
+def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_page: Callable[..., Any]) -> None:
+    """The last test of this module: from here on the index is calibrated, by another process than the server's."""
+    page = open_page(service.url)
+    ask(page, Query.of(text="a cat in a hat"))
+    assert len(shown_ids(page)) == PAGE and not page.locator("#cutoff").is_visible()
+
+    searcher = Searcher(service.searcher.encoder, service.searcher.index)
+    searcher.calibrate(choose_queries([], bundled_model(), count=400)[0])
+    page = open_page(service.url)
+    page.locator("#cutoff").wait_for()
+    choices = page.locator("#cutoff label")
+    playwright.expect(choices).to_have_text(["Off", "1 in 10", "1 in 100", "1 in 1000"])
+    assert [choices.nth(place).locator("input").is_enabled() for place in range(4)] == [True, True, True, False]
+    assert page.evaluate(LOW_CONTRAST) == []
+    page.evaluate(WATCH)
+    choices.nth(2).click()
+    ask(page, Query.of(text="a cat in a hat", target="image"))
+    assert shown_ids(page) == []
+    state = page.locator(".state")
+    playwright.expect(state).to_contain_text("Nothing found")
+    playwright.expect(state).to_contain_text("1 in 100 queries find whose answer is not in the collection. The nearest scores 0.")
+    assert "Nothing found" in page.evaluate("window.said.join(' ')")
+    page.get_by_role("button", name="Show the nearest all the same").click()
+    playwright.expect(page.locator(".card[data-id]")).to_have_count(PAGE)
+
+    query = service.asked("mscoco_task0", 0).query
+    ask(page, query)
+    expected = searcher.search(query, k=PAGE, cutoff=0.01)
+    assert shown_ids(page) == ids(expected.hits) and len(expected.hits) > 0
+    if len(expected.hits) < PAGE:
+        playwright.expect(page.locator(".count")).to_contain_text("above the cut-off")
+    # The index is calibrated for texts alone, so a search with a picture is shown what is nearest.
+    ask(page, service.asked("cirr_task7", 2).query)
+    assert len(shown_ids(page)) == PAGE

@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
             "index info": _index_info,
             "index rm": _index_remove,
             "index optimise": _index_optimise,
+            "index calibrate": _index_calibrate,
             "index copy": _index_copy,
             "search": _search,
             "explain": _explain,
@@ -215,12 +216,15 @@ def _index_info(args: argparse.Namespace) -> int:
         return 0
     counts = ", ".join(f"{info.counts[name]} {name}" for name in sorted(info.counts)) or "none"
     approximate = f"{info.cells} cells, {info.probes} visited" if info.cells else "not built (`traceir index optimise`)"
+    queries = ", ".join(f"{count} {name}" for name, count in info.background.items())
+    background = f"calibrated with {queries} queries ({info.background_source})" if queries else _NOT_CALIBRATED
     for name, value in (
         ("index", info.uri),
         ("items", f"{info.count} ({counts})"),
         ("vectors", f"{info.dim} x {info.dtype}"),
         ("model", f"{info.fingerprint}, prompt version {info.prompt_version}"),
         ("approximate", approximate),
+        ("cut-off", background),
         ("created", info.created),
         ("size", f"{info.bytes / 2**20:.1f} MB, format {info.format}"),
     ):
@@ -250,6 +254,31 @@ def _index_optimise(args: argparse.Namespace) -> int:
     return 0
 
 
+_NOT_CALIBRATED: Final = "not calibrated (`traceir index calibrate`)"
+
+
+def _index_calibrate(args: argparse.Namespace) -> int:
+    from traceir.background import choose_queries
+    from traceir.index import open_index
+    from traceir.items import MODALITIES
+    from traceir.search import Searcher
+
+    check_model_options(args)
+    queries, source = choose_queries(args.background, Path(model_name(args)), count=args.count, instruction=args.instruction)
+    open_index(args.index).close()  # a wrong path shows before the model is loaded
+    encoder = open_encoder(args)
+    with open_index(args.index, encoder) as index:
+        searcher = Searcher(encoder, index)
+        made = searcher.calibrate(queries, source, progress=shows_progress())
+        print(f"calibrated with {', '.join(f'{count} {name}' for name, count in made.counts.items())} queries ({source})")
+        for query, count in made.counts.items():
+            rate = max(0.01, 1 / (count + 1))
+            for target in MODALITIES:
+                for least in searcher.calibration.thresholds(query, target, rate).values():
+                    print(f"at 1 in {1 / rate:.0f}, a query of {query} finds {target} that scores more than {least:.4f}")
+    return 0
+
+
 def _index_copy(args: argparse.Namespace) -> int:
     from traceir.index import open_index
     from traceir.index.copy import copy
@@ -271,17 +300,22 @@ def _index_copy(args: argparse.Namespace) -> int:
 
 
 def _search(args: argparse.Namespace) -> int:
+    from traceir.cutoff import check_rate
     from traceir.index import open_index
     from traceir.search import Searcher
 
     query, where = _query(args, _text(args)), parse_where(args.where)
+    if args.cutoff is not None:
+        check_rate(args.cutoff)
     check_model_options(args)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
     from traceir.world import notice
 
     encoder = open_encoder(args)
     with open_index(args.index, encoder) as index:
-        found = Searcher(encoder, index).search(query, k=args.k, route=args.route, where=where, exact=not args.approximate)
+        found = Searcher(encoder, index).search(
+            query, k=args.k, route=args.route, where=where, exact=not args.approximate, cutoff=args.cutoff
+        )
     say(note := notice(encoder, query, found.hits))
     print(json.dumps(_result_as_json(found, note)) if args.json else _result_as_text(found))
     return 0
@@ -393,6 +427,7 @@ def _result_as_json(found: SearchResult, note: str | None) -> dict[str, Any]:
         "truncated": encoding.truncated,
         "cut": encoding.cut,
         "seconds": asdict(found.seconds),
+        "cutoff": None if found.cut is None else asdict(found.cut),
         "hits": [{**{name: getattr(hit, name) for name in _HIT_FIELDS}, "fields": dict(hit.fields)} for hit in found.hits],
     }
 
@@ -408,8 +443,14 @@ def _result_as_text(found: SearchResult) -> str:
     lines = [f"route      {encoding.route} ({cost(encoding)}, {spent:.0f} ms)"]
     for place, step in enumerate(reasoning_steps(encoding.reasoning)):
         lines.append(f"{'' if place else 'reasoning':9}  {step}")
-    lines += [_hit_as_text(hit) for hit in found.hits] or ["no hits"]
+    lines += [_hit_as_text(hit) for hit in found.hits] or [_nothing(found)]
     return "\n".join(one_line(line) for line in lines)
+
+
+def _nothing(found: SearchResult) -> str:
+    if found.cut is None or found.cut.best is None:
+        return "no hits"
+    return f"nothing found above the cut-off of {found.cut.rate:g} (the best scored {found.cut.best:.4f})"
 
 
 def _hit_as_text(hit: Hit) -> str:

@@ -21,6 +21,7 @@ from urllib.parse import quote
 import numpy as np
 
 from traceir.connection import Answer, Connection
+from traceir.cutoff import Cut
 from traceir.errors import InputError, ModelError
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
@@ -51,7 +52,7 @@ class ServedModel:
 @dataclass(frozen=True, slots=True)
 class Found:
     """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's road, seconds by stage; `cut`: how many
-    tokens of a long text the model did not read."""
+    tokens of a long text the model did not read; `cutoff`: what a cut-off did, None where none was on."""
 
     hits: tuple[Hit, ...]
     more: bool
@@ -62,6 +63,7 @@ class Found:
     truncated: bool
     seconds: Mapping[str, float]
     cut: int = 0
+    cutoff: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,20 +146,22 @@ class Client:
         route: Route = "auto",
         where: Mapping[str, Any] | None = None,
         exact: bool = True,
+        cutoff: float | None = None,
     ) -> Found:
-        """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}."""
+        """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}. `cutoff` as in
+        `Searcher.search`; 0 is none, None what the server does by itself."""
         body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact}
         if query.parts:
             parts = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
             body["parts"] = _piece(0, query, parts).told
-        body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None)
+        body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None, cutoff=cutoff)
         told = self._call("POST", "/search", body)
         hits = tuple(_hit(one) for one in _list(told, "hits"))
         trace = told.get("trace") or {}
         return Found(
             hits, bool(told.get("more")), trace.get("route", "direct"), trace.get("reasoning", ""), trace.get("tokens", 0),
             trace.get("emb_probability", 1.0), bool(trace.get("truncated")), dict(trace.get("seconds") or {}),
-            trace.get("cut", 0),
+            trace.get("cut", 0), _cutoff(told.get("cutoff")),
         )  # fmt: skip
 
     def add(self, items: Sequence[Item]) -> list[Added]:
@@ -402,6 +406,13 @@ def _hit(told: Any) -> Hit:
         return Hit(told["id"], told["score"], told["rank"], told["modality"], told["text"], told["image"], told["fields"])
     except (KeyError, TypeError) as error:
         raise ModelError(f"a hit of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
+
+
+def _cutoff(told: Any) -> Cut | None:
+    try:
+        return None if told is None else Cut(told["rate"], told["thresholds"], told["below"], told["best"])
+    except (KeyError, TypeError) as error:
+        raise ModelError(f"the cut-off of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
 
 
 def _kept(told: Any) -> Kept:

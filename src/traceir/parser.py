@@ -112,6 +112,19 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     remove.add_argument("ids", nargs="+", metavar="ID")
     optimise = _verb(parts, shared, "optimise", runs["index optimise"], "build what `search --approximate` needs")
     optimise.add_argument("--index", required=True, metavar="DIR|URI")
+    calibrate = _verb(
+        parts, shared, "calibrate", runs["index calibrate"], "make `search --cutoff` possible: say nothing was found"
+    )
+    calibrate.add_argument("--index", required=True, metavar="DIR|URI")
+    calibrate.add_argument(
+        "--background", action="append", default=[], type=Path, metavar="PATH",
+        help="queries that nothing in it answers: .txt of one a line, .jsonl, or a folder of pictures; repeatable "
+        "(default: unlikely texts of our own)",
+    )  # fmt: skip
+    calibrate.add_argument("--count", type=_count, default=2000, metavar="N", help="of our own texts (default: 2000)")
+    calibrate.add_argument("--instruction", metavar="I", help="what the searches to come will carry, if they all do")
+    _add_model(calibrate)
+    _add_engine(calibrate)
     copied = _verb(parts, shared, "copy", runs["index copy"], "copy an index into another, of any kind")
     copied.add_argument("source", metavar="FROM", help="index to read")
     copied.add_argument("target", metavar="TO", help="index to write, made if it is not there")
@@ -131,6 +144,11 @@ def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     search.add_argument(
         "--where", action="append", default=[], metavar="FIELD=VALUE", help="only items whose field has the value; repeatable"
     )
+    search.add_argument(
+        "--cutoff", type=float, metavar="RATE",
+        help="leave out hits that this share of queries would get whose answer is not there, for instance 0.01; needs "
+        "`index calibrate`",
+    )  # fmt: skip
     search.add_argument("--json", action="store_true", help="one JSON object")
     _add_model(search)
     _add_engine(search)
@@ -177,6 +195,9 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--writing", type=_count, default=64, metavar="N", help="queries that reason at a time (default: 64)")
     serve.add_argument("--remember", type=int, default=8192, metavar="N", help="encodings kept by content (default: 8192)")
     serve.add_argument("--deadline", type=float, default=60.0, metavar="S", help="seconds for one request (default: 60)")
+    serve.add_argument(
+        "--cutoff", type=float, metavar="RATE", help="of searches that state none, as in `search`; needs `index calibrate`"
+    )
     serve.add_argument("--name", default="traceir", metavar="NAME", help="name of the model for clients (default: traceir)")
     serve.add_argument("--title", default="TraceIR", metavar="T", help="title of the page (default: TraceIR)")
     serve.add_argument("--instructions", type=Path, metavar="FILE", help="what the page suggests instead of our own, one a line")

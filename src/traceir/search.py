@@ -10,9 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from traceir.background import encode_background
+from traceir.cutoff import Calibration, Cut, search_above
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.index.filters import Filter
-from traceir.index.store import Index, Maker
+from traceir.index.store import Background, Index, Maker
 from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
 from traceir.suggest import did_you_mean
 
@@ -48,11 +50,12 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Hits, best first, with the query's encoding (route, reasoning) and the time spent."""
+    """Hits, best first, with the query's encoding (route, reasoning), the time spent, and what a cut-off did, where it was on."""
 
     hits: tuple[Hit, ...]
     encoding: Encoding
     seconds: Seconds
+    cut: Cut | None = None
 
 
 class Searcher:
@@ -72,6 +75,7 @@ class Searcher:
             )
         self.encoder = encoder
         self.index = index
+        self.calibration = Calibration(index)
 
     def add(self, items: Sequence[Item]) -> None:
         """Encodes items and keeps them, durably; those whose ids are there already are replaced. Files: `traceir.ingest.add`."""
@@ -79,13 +83,29 @@ class Searcher:
             self.index.check(items)
             self.index.upsert(items, np.stack([encoding.vector for encoding in self.encoder.encode_items(items)]))
 
+    def calibrate(self, queries: Sequence[Query], source: str = "queries of the caller", *, progress: bool = False) -> Background:
+        """Keeps in the index, durably, what a cut-off is judged by: queries that nothing in it answers (`background.py`)."""
+        made = encode_background(self.encoder, queries, source, progress=progress)
+        self.index.keep_background(made)
+        return made
+
     def search(
-        self, query: Query | str, *, k: int = 10, route: Route = "auto", where: Filter | None = None, exact: bool = True
+        self,
+        query: Query | str,
+        *,
+        k: int = 10,
+        route: Route = "auto",
+        where: Filter | None = None,
+        exact: bool = True,
+        cutoff: float | None = None,
     ) -> SearchResult:
-        """The k best items for a query, or for words, only of its target modality where it names one."""
-        return self.search_many(
-            [Query.of(text=query) if isinstance(query, str) else query], k=k, route=route, where=where, exact=exact
-        )[0]
+        """The k best items for a query, or for words, only of its target modality where it names one.
+
+        `cutoff`: only hits that score more than all but this share of queries do whose answer is not there (`cutoff.py`); raises
+        InputError where `calibrate` has not been called for queries of this modality.
+        """
+        asked = Query.of(text=query) if isinstance(query, str) else query
+        return self.search_many([asked], k=k, route=route, where=where, exact=exact, cutoff=cutoff)[0]
 
     def search_many(
         self,
@@ -95,6 +115,7 @@ class Searcher:
         route: Route = "auto",
         where: Filter | None = None,
         exact: bool = True,
+        cutoff: float | None = None,
     ) -> list[SearchResult]:
         """As `search` for each query, in order; encoded in one call and searched in one call a target modality."""
         if route not in ROUTES:
@@ -103,31 +124,40 @@ class Searcher:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         if not queries:
             return []
+        above = {} if cutoff is None else {pair: self.calibration.thresholds(*pair, cutoff) for pair in set(map(_pair, queries))}
         start = time.perf_counter()
         encodings = self.encoder.encode_queries(queries, route=route)
         if len(encodings) != len(queries):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
-        if cut := [row for row, encoding in enumerate(encodings) if encoding.cut]:
-            first = queries[cut[0]]
+        if short := [row for row, encoding in enumerate(encodings) if encoding.cut]:
+            first = queries[short[0]]
             log.warning(
-                "query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[cut[0]]), len(cut), len(queries)
+                "query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[short[0]]), len(short), len(queries)
             )
         encoded = time.perf_counter()
         hits: list[tuple[Hit, ...]] = [()] * len(queries)
+        cuts: list[Cut | None] = [None] * len(queries)
         for target, rows in _rows_by_target(queries).items():
             vectors = np.stack([encodings[row].vector for row in rows])
-            found = self.index.search(vectors, k, where=where, modality=target, exact=exact)
-            for row, own in zip(rows, found, strict=True):
-                hits[row] = tuple(own)
+            own = [above.get(_pair(queries[row]), {}) for row in rows]
+            found = search_above(self.index, vectors, k, cutoff, own, where=where, modality=target, exact=exact)
+            for row, (best, cut) in zip(rows, found, strict=True):
+                hits[row], cuts[row] = tuple(best), cut
         searched = time.perf_counter()
         seconds = Seconds((encoded - start) / len(queries), (searched - encoded) / len(queries))
-        return [SearchResult(own, encoding, seconds) for own, encoding in zip(hits, encodings, strict=True)]
+        answers = zip(hits, encodings, cuts, strict=True)
+        return [SearchResult(best, encoding, seconds, cut) for best, encoding, cut in answers]
 
 
 def text_cut(encoding: Encoding) -> str:
     """What is told of an input whose text was too long."""
     limit = "" if encoding.text_limit is None else f" {encoding.text_limit}"
     return f"its text is longer than the{limit} tokens that the model reads; what is beyond was cut off"
+
+
+def _pair(query: Query) -> tuple[Modality, Modality | None]:
+    """What decides the thresholds of a query."""
+    return query.modality, query.target
 
 
 def _rows_by_target(queries: Sequence[Query]) -> dict[Modality | None, list[int]]:

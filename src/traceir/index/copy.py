@@ -23,7 +23,8 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
 
     An item that `target` has with the same content hash, text, picture name and fields is skipped; one that differs is replaced;
     what only `target` has stays. Each batch is durable before the next. StoreError where the two were filled by different models.
-    A `target` of float16 rounds the vectors as it always does.
+    A `target` of float16 rounds the vectors as it always does. The background of `source`, where it has one, replaces that of
+    `target`.
     """
     if batch < 1:
         raise InputError(f"batch is {batch}; give at least 1")
@@ -42,6 +43,8 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
                 target.upsert([Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
                 written += len(missing)
             bar.update(len(page))
+    if (background := source.background()) is not None:
+        target.keep_background(background)
     return written
 
 

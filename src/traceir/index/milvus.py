@@ -40,10 +40,12 @@ from traceir.index.milvus_rows import (
 )
 from traceir.index.milvus_server import EFFORT, MOST_HITS, PAGE, Collections, Place, Row, describe_new
 from traceir.index.store import (
+    Background,
     IndexInfo,
     Stored,
     StoredType,
     Vectors,
+    check_background,
     check_ids,
     check_items,
     check_maker,
@@ -77,6 +79,7 @@ class MilvusIndex:
         self._place = place
         self._has_maker = fingerprint is not None
         self._writing = RLock()
+        self._writes = 0
         new = (lambda: describe_new(place, fingerprint, prompt_version, dim, dtype)) if create else None
         self._collections = Collections(place, create=new, timeout=timeout)
         self._maker = self._collections.maker
@@ -117,6 +120,7 @@ class MilvusIndex:
                     self._collections.upsert(name, own)
             self._collections.upsert(self._place.name, rows)
             self._collections.flush()
+            self._writes += 1
         return {id_of(key) for key in new}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
@@ -131,6 +135,7 @@ class MilvusIndex:
             if keys:
                 self._collections.delete(keys)
                 self._collections.flush()
+                self._writes += 1
         return len(keys)
 
     def build_approximate(self) -> None:
@@ -190,6 +195,7 @@ class MilvusIndex:
         with self._collections.explained("describe it"):
             counts = {modality: self._collections.count(_of_modality(modality)) for modality in MODALITIES}
             graphs = len(self._collections.graphs())
+            source, _, background = self._collections.describe_background()
         file = self._place.file
         return IndexInfo(
             **asdict(self._maker),
@@ -198,7 +204,26 @@ class MilvusIndex:
             cells=graphs,
             probes=EFFORT if graphs else 0,
             bytes=0 if file is None else size_of(Path(folder, name) for folder, _, names in os.walk(file) for name in names),
+            background=background,
+            background_source=source,
         )
+
+    def keep_background(self, background: Background) -> None:
+        """As `Index.keep_background`, in a collection of its own; where it is cut off the index is not calibrated any more."""
+        checked = check_background(background, self._maker.dim)
+        with self._writing, self._collections.explained("keep a background in it"):
+            self._collections.write_background(checked)
+            self._writes += 1
+
+    def background(self) -> Background | None:
+        with self._collections.explained("read its background"):
+            return self._collections.read_background()
+
+    def version(self) -> str:
+        """As `Index.version`; what other processes replace is noticed once the number of items changes."""
+        with self._collections.explained("count in it"):
+            _, created, _ = self._collections.describe_background()
+            return f"{self._collections.count('')}.{self._writes}.{created}"
 
     def close(self) -> None:
         """Close the connection. Milvus Lite keeps its file to this process until the process ends."""

@@ -31,8 +31,8 @@ from traceir.index.milvus_rows import (
     stored_of,
     vector_of,
 )
-from traceir.index.store import MAX_DIM, DamageError, StoredType, Vectors
-from traceir.items import Modality, Vector
+from traceir.index.store import MAX_DIM, Background, DamageError, StoredType, Vectors
+from traceir.items import MODALITIES, Modality, Vector
 
 FORMAT: Final = 1
 DEFAULT_NAME: Final = "traceir"
@@ -40,6 +40,7 @@ MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
 PAGE: Final = 1000
 EFFORT: Final = 128  # how many rows a search keeps in sight in a graph, at least
 GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
+BACKGROUND: Final = "_background"
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
 _PROPERTY: Final = "traceir"
 _ANSWER_BYTES: Final = 16 * 2**20
@@ -252,14 +253,64 @@ class Collections:
         self._client.release_collection(name, timeout=_CALL_SECONDS)
         self._client.load_collection(name, timeout=_BUILD_SECONDS)
 
+    # The background
+
+    def write_background(self, background: Background) -> None:
+        """In a collection of its own, made anew; one that was cut off holds fewer than it says and counts as none."""
+        name = self.place.name + BACKGROUND
+        told = {"source": background.source, "created": background.created, "counts": background.counts}
+        if self._client.has_collection(name, timeout=_CALL_SECONDS):
+            self._client.drop_collection(name, timeout=_CALL_SECONDS)
+        self._client.create_collection(
+            name,
+            schema=self._schema(self.maker, is_graph=True),
+            index_params=self._index("FLAT", {}),
+            consistency_level="Strong",
+            num_shards=1,
+            properties={_PROPERTY: json.dumps(told)},
+            timeout=_CALL_SECONDS,
+        )
+        for modality, vectors in background.vectors.items():
+            rows = [{KEY: f"{modality} {number:09}", VECTOR: vector} for number, vector in enumerate(vectors)]
+            for start in range(0, len(rows), self._page(True)):
+                self.upsert(name, rows[start : start + self._page(True)])
+        if self._is_small:
+            self._client.flush(name, timeout=_CALL_SECONDS)
+
+    def describe_background(self) -> tuple[str, str, dict[Modality, int]]:
+        """Source, creation and number of queries, as it was written; texts of none where there is none."""
+        name = self.place.name + BACKGROUND
+        if not self._client.has_collection(name, timeout=_CALL_SECONDS):
+            return "", "", {}
+        try:
+            told = json.loads(self._client.describe_collection(name, timeout=_CALL_SECONDS)["properties"][_PROPERTY])
+            counts = {modality: int(told["counts"][modality]) for modality in MODALITIES if modality in told["counts"]}
+            return str(told["source"]), str(told["created"]), counts
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamageError("its background cannot be read; make it anew with `traceir index calibrate`") from error
+
+    def read_background(self) -> Background | None:
+        """What `write_background` wrote; None where it is not all there."""
+        source, created, counts = self.describe_background()
+        if not counts:
+            return None
+        name = self.place.name + BACKGROUND
+        pages = self._pages("", [KEY, VECTOR], self._page(True), name)
+        found = dict(sorted((row[KEY], vector_of(row[VECTOR])) for page in pages for row in page))
+        vectors = {
+            modality: np.array([one for key, one in found.items() if key.rpartition(" ")[0] == modality]) for modality in counts
+        }
+        whole = all(len(vectors[modality]) == count for modality, count in counts.items())
+        return Background(vectors, source, created) if whole else None
+
     # Steps
 
     def _query(self, expression: str, columns: Sequence[str]) -> Any:
         return self._loaded(self._client.query, self.place.name, filter=expression, output_fields=list(columns))
 
-    def _pages(self, expression: str, columns: Sequence[str], size: int) -> Iterator[Any]:
+    def _pages(self, expression: str, columns: Sequence[str], size: int, name: str = "") -> Iterator[Any]:
         iterate = self._client.query_iterator
-        pages = self._loaded(iterate, self.place.name, batch_size=size, filter=expression, output_fields=list(columns))
+        pages = self._loaded(iterate, name or self.place.name, batch_size=size, filter=expression, output_fields=list(columns))
         try:
             while page := pages.next():
                 yield page
@@ -279,7 +330,9 @@ class Collections:
             return call(*arguments, timeout=_CALL_SECONDS, **options)
 
     def _load(self) -> None:
-        for name in (self.place.name, *self.graphs().values()):
+        background = self.place.name + BACKGROUND
+        own = [background] if self._client.has_collection(background, timeout=_CALL_SECONDS) else []
+        for name in (self.place.name, *self.graphs().values(), *own):
             self._client.load_collection(name, timeout=_BUILD_SECONDS)
 
     def _create_items(self, maker: Maker) -> None:
@@ -383,8 +436,8 @@ def _connect(place: Place, create: bool, timeout: float) -> Any:
 
 
 def _check_name(shown: str, name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name, re.ASCII) or name.endswith(tuple(GRAPHS.values())):
-        raise StoreError(f"index {shown} has the name {name!r}; use up to 200 letters, digits and _, and no ending of a graph's")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", name, re.ASCII) or name.endswith((*GRAPHS.values(), BACKGROUND)):
+        raise StoreError(f"index {shown} has the name {name!r}; use up to 200 letters, digits and _, and no ending of our own")
     return name
 
 

@@ -10,7 +10,7 @@ import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -31,8 +31,8 @@ from traceir.index.filters import (
     values_of,
 )
 from traceir.index.matrix import Rows
-from traceir.index.store import MAX_DIM, DamageError, image_of, size_of
-from traceir.items import Item
+from traceir.index.store import MAX_DIM, Background, DamageError, Vectors, image_of, rows_not_unit, size_of
+from traceir.items import MODALITIES, Item, Modality
 
 FORMAT: Final = 1
 APPLICATION_ID: Final = 0x54524958  # "TRIX", at byte 68 of the file
@@ -50,6 +50,11 @@ SCHEMA: Final = (
     "CREATE TABLE centroids (modality TEXT NOT NULL, cell INTEGER NOT NULL, vector BLOB NOT NULL, "
     "PRIMARY KEY (modality, cell)) WITHOUT ROWID",
 )
+BACKGROUND: Final = (
+    "CREATE TABLE IF NOT EXISTS background (modality TEXT NOT NULL, number INTEGER NOT NULL, vector BLOB NOT NULL, "
+    "PRIMARY KEY (modality, number)) WITHOUT ROWID"
+)
+"""Made by the first `keep_background`; an index never calibrated has none, and versions that do not know it pass over it."""
 COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
 FAULTS: Final = (sqlite3.Error, DamageError, OverflowError, UnicodeDecodeError)
 """What reading and writing raise: also OverflowError for a number too large, UnicodeDecodeError for a message that is none."""
@@ -160,6 +165,54 @@ def read_number(connection: sqlite3.Connection, statement: str, values: Sequence
 
 def read_counter(connection: sqlite3.Connection, name: str) -> int:
     return read_number(connection, "SELECT value FROM meta WHERE name = ?", [name])
+
+
+def write_background(connection: sqlite3.Connection, background: Background) -> None:
+    """Replaces what was kept; within a transaction. Vectors are float32, whatever those of the items are."""
+    connection.execute(BACKGROUND)
+    connection.execute("DELETE FROM background")
+    connection.executemany(
+        "INSERT INTO background VALUES (?, ?, ?)",
+        (
+            (modality, number, vector.astype("<f4").tobytes())
+            for modality, vectors in background.vectors.items()
+            for number, vector in enumerate(vectors)
+        ),
+    )
+    told = json.dumps({"source": background.source, "created": background.created, "counts": background.counts})
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('background', ?)", (told,))
+
+
+def describe_background(connection: sqlite3.Connection) -> tuple[str, str, dict[Modality, int]]:
+    """Source, creation and number of queries of what `write_background` kept; texts of none where nothing was."""
+    row = connection.execute("SELECT value FROM meta WHERE name = 'background'").fetchone()
+    if row is None:
+        return "", "", {}
+    try:
+        told: dict[str, Any] = json.loads(row[0])
+        counts = {modality: int(told["counts"][modality]) for modality in MODALITIES if modality in told["counts"]}
+        return str(told["source"]), str(told["created"]), counts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_background() from error
+
+
+def read_background(connection: sqlite3.Connection, dim: int) -> Background | None:
+    """What `write_background` kept; DamageError where it is not all there."""
+    source, created, counts = describe_background(connection)
+    if not counts:
+        return None
+    rows = connection.execute("SELECT modality, vector FROM background ORDER BY modality, number").fetchall()
+    vectors: dict[Modality, Vectors] = {}
+    for modality, count in counts.items():
+        blobs = [blob for name, blob in rows if name == modality and isinstance(blob, bytes) and len(blob) == 4 * dim]
+        vectors[modality] = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, dim)
+        if len(blobs) != count or rows_not_unit(vectors[modality]):
+            raise _no_background()
+    return Background(vectors, source, created)
+
+
+def _no_background() -> DamageError:
+    return DamageError("its background cannot be read; make it anew with `traceir index calibrate`")
 
 
 def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[str, list[Scalar]]:

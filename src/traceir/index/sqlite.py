@@ -38,20 +38,25 @@ from traceir.index.sql import (
     compile_filter,
     connect,
     create_tables,
+    describe_background,
     explain_error,
     field_rows,
     marks,
+    read_background,
     read_counter,
     read_meta,
     read_number,
     read_numbers,
     row_of,
+    write_background,
 )
 from traceir.index.store import (
+    Background,
     IndexInfo,
     Stored,
     StoredType,
     Vectors,
+    check_background,
     check_ids,
     check_items,
     check_maker,
@@ -227,6 +232,7 @@ class SqliteIndex:
             counts = self._connection.execute("SELECT modality, count(*) FROM items GROUP BY modality").fetchall()
             cells = read_number(self._connection, "SELECT count(*) FROM centroids")
             probes = read_counter(self._connection, "probes")
+            source, _, background = describe_background(self._connection)
         files = (self._folder / (FILE_NAME + ending) for ending in ("", "-wal"))
         return IndexInfo(
             uri=str(self._folder),
@@ -240,7 +246,24 @@ class SqliteIndex:
             cells=cells,
             probes=probes,
             bytes=size_of(files),
+            background=background,
+            background_source=source,
         )
+
+    def keep_background(self, background: Background) -> None:
+        checked = check_background(background, self._dim)
+        with self._transaction(write=True):
+            write_background(self._connection, checked)
+            self._bump("calibrated")
+
+    def background(self) -> Background | None:
+        with self._transaction():
+            return read_background(self._connection, self._dim)
+
+    def version(self) -> str:
+        with self._transaction():
+            counters = (read_counter(self._connection, name) for name in ("deletions", "calibrated"))
+            return ".".join(map(str, (read_number(self._connection, "SELECT max(n) FROM items"), *counters)))
 
     def close(self) -> None:
         with self._lock:

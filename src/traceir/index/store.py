@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Protocol, Self
@@ -47,7 +47,8 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class IndexInfo:
-    """A description of an index: items by modality, and the cells of its approximate search (0: not built)."""
+    """A description of an index: items by modality, the cells of its approximate search (0: not built), and the queries of its
+    background by modality (none: not calibrated), with what they are."""
 
     uri: str
     format: int
@@ -60,10 +61,29 @@ class IndexInfo:
     cells: int
     probes: int
     bytes: int
+    background: Mapping[Modality, int] = field(default_factory=dict)
+    background_source: str = ""
 
     @property
     def count(self) -> int:
         return sum(self.counts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Vectors of queries that nothing in an index answers, by the modality of the queries: [n, D] each, of unit length.
+
+    `source` says in a few words what these queries are, `created` when they were encoded (ISO 8601).
+    """
+
+    vectors: Mapping[Modality, Vectors]
+    source: str
+    created: str
+
+    @property
+    def counts(self) -> dict[Modality, int]:
+        """How many queries of each modality there are."""
+        return {modality: len(own) for modality, own in self.vectors.items()}
 
 
 class Maker(Protocol):
@@ -122,6 +142,15 @@ class Index(Protocol):
         """Every item in order of id (code points); writes made meanwhile may or may not be seen."""
 
     def info(self) -> IndexInfo: ...
+
+    def keep_background(self, background: Background) -> None:
+        """Keeps these vectors beside the items, durably, in place of those that were kept before."""
+
+    def background(self) -> Background | None:
+        """What was kept last; None where nothing was."""
+
+    def version(self) -> str:
+        """A text that is another one once items or background have changed."""
 
     def close(self) -> None: ...
 
@@ -250,6 +279,16 @@ def check_vectors(vectors: Vectors, rows: int | None, dim: int, ids: Sequence[st
         unit = unit.copy() if unit is array else unit
         unit[off] = (wide[off] / norms[off, None]).astype(np.float32)
     return unit
+
+
+def check_background(background: Background, dim: int) -> Background:
+    """The same with its vectors checked and of unit length; InputError where it is empty or they are no vectors of this width."""
+    if not any(map(len, background.vectors.values())):
+        raise InputError("the background holds no query; give at least one")
+    for modality in background.vectors:
+        check_search(1, modality)
+    checked = {modality: check_vectors(own, None, dim) for modality, own in background.vectors.items() if len(own)}
+    return replace(background, vectors=checked)
 
 
 def check_search(k: int, modality: str | None) -> None:

@@ -42,6 +42,7 @@ from traceir.serve.schemas import (
     MISSING,
     NOT_READY,
     WALL,
+    CutoffConfig,
     Deleted,
     EmbeddingOut,
     EmbeddingsIn,
@@ -405,10 +406,12 @@ def _add_page(app: FastAPI, server: Server) -> None:
     async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
         """What the page shows before the first search."""
         view = _view(server, principal)
-        counts = {str(name): count for name, count in (await view.info()).counts.items()}
-        world, kept = getattr(view.scheduler.encoder, "world", None), await view.first(LOOKED_AT)
+        info, kept = await view.info(), await view.first(LOOKED_AT)
+        counts = {str(name): count for name, count in info.counts.items()}
+        cutoff = CutoffConfig(default=view.cutoff, background=dict(info.background))
+        world = getattr(view.scheduler.encoder, "world", None)
         return await asyncio.to_thread(
-            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions
+            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions, cutoff=cutoff
         )
 
     @app.get("/", include_in_schema=False)

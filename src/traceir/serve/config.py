@@ -18,7 +18,8 @@ class ServeConfig:
 
     `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the start. `uploads`: where
     pictures that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
-    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address.
+    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address; `cutoff` is that of
+    false alarms, of searches that state none.
     """
 
     index: str
@@ -41,6 +42,7 @@ class ServeConfig:
     inputs_per_minute: int = 60_000
     audit: Path | None = None
     audit_contents: bool = False
+    cutoff: float | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and self.host not in LOOPBACK:
@@ -52,5 +54,9 @@ class ServeConfig:
             raise InputError(f"port {self.port} does not exist; give 0 (a free one) to 65535")
         if self.uploads is None and self.index.startswith(DISTRIBUTED):
             raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
+        if self.cutoff is not None:
+            from traceir.cutoff import check_rate  # here, since it imports numpy
+
+            check_rate(self.cutoff)
         if self.deadline_s <= 0:
             raise InputError(f"the deadline is {self.deadline_s:g} s; give more than 0")

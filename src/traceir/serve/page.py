@@ -11,7 +11,7 @@ from typing import Final
 from traceir.errors import InputError
 from traceir.index.store import Stored
 from traceir.items import MODALITIES
-from traceir.serve.schemas import Example, ModelOut, PageConfig, PictureIn
+from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig, PictureIn
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -23,6 +23,7 @@ INSTRUCTIONS: Final = (
     "Find the photo and headline of this news.",
 )
 """Those of the bundled model's training; a larger model takes any words."""
+NO_CUTOFF: Final = CutoffConfig(default=None, background={})
 LONGEST: Final = 2000
 """Characters of an instruction, as in the page's own field."""
 MOST: Final = 200
@@ -82,6 +83,7 @@ def page_config(
     *,
     world: World | None = None,
     instructions: Sequence[str] | None = None,
+    cutoff: CutoffConfig = NO_CUTOFF,
 ) -> PageConfig:
     """What the page begins with. `kept` are some items of the collection, `instructions` those of whoever runs the server.
 
@@ -92,7 +94,7 @@ def page_config(
     return PageConfig(
         title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
         count=dict(counts), examples=list(EXAMPLES) if ours and kept else examples_of(kept), world=world.says if world else "",
-        instead=list(INSTEAD) if world and not at_home else [],
+        instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from traceir.cutoff import Calibration
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
@@ -118,6 +119,8 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
+    if config.cutoff is not None:
+        await asyncio.to_thread(Calibration(index).thresholds, "text", None, config.cutoff)  # raises where it cannot be had
     store = PictureStore(_uploads(config))
     if config.uploads is None and store.folder.is_dir():
         sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
@@ -130,7 +133,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     log.info("%s is ready, pictures from %d folders", config.index, len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
-        FairExecutor(1, "writer"), census, metrics, config.deadline_s,
+        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff,
     )  # fmt: skip
 
 

@@ -84,6 +84,14 @@ class SearchIn(Strict):
     offset: Annotated[int, Field(ge=0, le=MAX_OFFSET), WHOLE] = 0
     where: Where | None = None
     exact: bool = True
+    cutoff: Annotated[
+        float | None,
+        Field(
+            ge=0, lt=1,
+            description="Leave out hits that this share of queries would get whose answer is not there; 0: none, absent: the "
+            "server's own.",
+        ),
+    ] = None  # fmt: skip
 
 
 class Seconds(BaseModel):
@@ -119,15 +127,26 @@ class HitOut(BaseModel):
     fields: dict[str, Value]
 
 
+class Cutoff(BaseModel):
+    """What a cut-off did: hits of a modality score more than its threshold in `thresholds`, `below` of those looked at do not,
+    and the best of all scored `best` (null: there was none)."""
+
+    rate: float
+    thresholds: dict[Modality, float]
+    below: int
+    best: float | None
+
+
 class SearchOut(BaseModel):
-    """Hits from rank `offset` + 1, best first; `more`: there are others behind them. `note` is what is to be told of them: that
-    the model knows no such things."""
+    """Hits from rank `offset` + 1, best first; `more`: there are others behind them; `cutoff` only where one was on. `note` is
+    what is to be told of them: that the model knows no such things."""
 
     hits: list[HitOut]
     trace: Trace
     offset: int
     k: int
     more: bool
+    cutoff: Cutoff | None = None
     note: str | None = None
 
 
@@ -377,6 +396,13 @@ class Example(SearchIn):
     title: str
 
 
+class CutoffConfig(BaseModel):
+    """The rate of searches that state none (null: no cut-off), and the number of background queries by modality."""
+
+    default: float | None
+    background: dict[Modality, int]
+
+
 class PageConfig(BaseModel):
     """What the page shows before the first search."""
 
@@ -390,6 +416,7 @@ class PageConfig(BaseModel):
     """What alone the model knows; "" where it has no such bounds."""
     instead: list[str]
     """Commands that give useful hits, where the collection is not what the model knows."""
+    cutoff: CutoffConfig
 
 
 class Status(BaseModel):

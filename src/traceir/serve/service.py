@@ -9,17 +9,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
 
+from traceir.cutoff import Calibrations, search_above
 from traceir.errors import InputError, PictureError, StoreError, TraceError
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
-from traceir.items import Hit, Item, Part, Query, Route
+from traceir.items import Hit, Item, Modality, Part, Query, Route
 from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
@@ -32,6 +33,7 @@ from traceir.serve.schemas import (
     CHAT_ROLES,
     MAX_PARTS,
     ContentIn,
+    Cutoff,
     EmbeddingsIn,
     HitOut,
     ItemIn,
@@ -76,6 +78,8 @@ class Service:
     census: Census
     metrics: Metrics
     deadline_s: float = 60.0
+    cutoff: float | None = None
+    calibrations: Calibrations = field(default_factory=Calibrations)
 
     def of_tenant(self, tenant: str | None) -> Service:
         """The same service over a tenant's part of the index; None is what belongs to no tenant."""
@@ -106,8 +110,10 @@ class Service:
         """The search itself, in a thread."""
         started = time.perf_counter()
         wanted = asked.offset + asked.k + 1
-        [found] = self.index.search(
-            np.stack([served.encoding.vector]), wanted, where=where, modality=asked.modality, exact=asked.exact
+        rate, above = self._thresholds(asked, query)
+        vector = np.stack([served.encoding.vector])
+        [(found, cut)] = search_above(
+            self.index, vector, wanted, rate, [above], where=where, modality=asked.modality, exact=asked.exact
         )
         trace = trace_of(served, time.perf_counter() - started)
         hits = found[asked.offset : asked.offset + asked.k]
@@ -115,7 +121,21 @@ class Service:
         return SearchOut(
             hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted,
             note=notice(self.scheduler.encoder, query, hits),
+            cutoff=None if cut is None else Cutoff(**asdict(cut)),
         )  # fmt: skip
+
+    def _thresholds(self, asked: SearchIn, query: Query) -> tuple[float | None, dict[Modality, float]]:
+        """The rate in force and what a hit must score more than. The server's own rate gives way where the index cannot tell."""
+        rate = self.cutoff if asked.cutoff is None else asked.cutoff or None
+        if rate is None:
+            return None, {}
+        calibration = self.calibrations.of(self.tenant, self.index)
+        try:
+            return rate, calibration.thresholds(query.modality, query.target, rate)
+        except InputError:
+            if asked.cutoff is not None:
+                raise
+            return None, {}
 
     async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""

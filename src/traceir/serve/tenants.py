@@ -16,7 +16,7 @@ from typing import Final, Self, TypeVar
 
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
-from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
+from traceir.index.store import MAX_ID_BYTES, Background, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD
 
@@ -121,6 +121,16 @@ class TenantIndex:
             return replace(info, bytes=0)
         counts = {modality: self.count(Eq("modality", modality)) for modality in MODALITIES}
         return replace(info, counts={name: count for name, count in counts.items() if count}, bytes=0)
+
+    def keep_background(self, background: Background) -> None:
+        """Of the whole index: there is one for all tenants. What it scores in this view comes from this tenant's items alone."""
+        self._index.keep_background(background)
+
+    def background(self) -> Background | None:
+        return self._index.background()
+
+    def version(self) -> str:
+        return self._index.version()
 
     def build_approximate(self) -> None:
         """Of the whole index: there is one for all tenants."""

@@ -37,6 +37,7 @@ def serve(args: argparse.Namespace) -> int:
         inputs_per_minute=args.inputs_per_minute,
         audit=args.audit,
         audit_contents=args.audit_contents,
+        cutoff=args.cutoff,
     )
     check_model_options(args)
     if args.keys is not None and not args.keys.is_file():

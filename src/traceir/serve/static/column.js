@@ -1,5 +1,6 @@
 // One search on the page: its road and its hits, or the state that stands in their place.
 
+import { sayCut } from "./cutoff.js";
 import { announce, button, el, plural, say } from "./dom.js";
 import { NOUNS } from "./query.js";
 import { Grid } from "./results.js";
@@ -52,6 +53,7 @@ export class Column {
     const { run } = this;
     if (run.status !== "done" || !run.hits.length) return "";
     const noun = NOUNS[run.query.modality] ?? "item";
+    if (run.cut && !run.more) return `${plural(run.hits.length, noun)} above the cut-off, best first`;
     return run.more ? `the best ${plural(run.hits.length, noun)}` : `all ${plural(run.hits.length, noun)}, best first`;
   }
 
@@ -66,6 +68,9 @@ export class Column {
     } else if (run.status === "stopped") {
       parts.push(el("h3", { text: "Stopped" }), el("p", { class: "quiet", text: "This search was stopped before the hits came." }),
         button("Search again", () => actions.retry(run), { class: "strong" }));
+    } else if (run.status === "done" && !run.hits.length && typeof run.cut?.best === "number") {
+      parts.push(el("h3", { text: "Nothing found" }), el("p", { class: "quiet", text: sayCut(run.cut) }),
+        button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
     } else if (run.status === "done" && !run.hits.length) {
       parts.push(el("h3", { text: "No hits" }), el("p", { class: "quiet", text: run.query.modality
         ? `There is no ${NOUNS[run.query.modality]} in this collection that fits.` : "The collection is empty." }));

@@ -130,7 +130,7 @@ export class Composer {
     this.text.value = query.text;
     this.instruction.value = query.instruction;
     // One by one: the `value` of a radio group does not take "".
-    for (const one of this.form.querySelectorAll("input[type=radio]")) one.checked = one.value === query[one.name];
+    for (const one of this.form.querySelectorAll("input[type=radio]")) if (one.name in query) one.checked = one.value === query[one.name];
     this.setPicture(query.picture);
   }
 

@@ -4,6 +4,7 @@ import { ApiError, getConfig, isAbort, key } from "./api.js";
 import { Column } from "./column.js";
 import { drawVerdict, linkTwins } from "./compare.js";
 import { Composer } from "./composer.js";
+import { setCutoff } from "./cutoff.js";
 import { Details } from "./details.js";
 import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
 import { clearHistory, drawHistory, remember } from "./history.js";
@@ -154,7 +155,7 @@ function visit(turn) {
 function compare() {
   const turn = turns.current;
   if (!turn || turn.other || turn.run.status !== "done") return;
-  turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason");
+  turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason", turn.run.cutoff);
   show(turn);
   start(turn.other);
   find("verdict").querySelector("button").focus();
@@ -306,6 +307,7 @@ async function loadConfig() {
   try {
     config = await getConfig();
     composer.setConfig(config);
+    setCutoff(config.cutoff);
     drawLanding(config, (query) => {
       composer.setQuery(query);
       search(query, { from: null });

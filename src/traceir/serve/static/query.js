@@ -28,8 +28,9 @@ export const samePicture = (one, other) =>
   one !== null && other !== null && one.kind === other.kind && (one.kind === "item" ? one.id === other.id : one.data === other.data);
 
 // The body of POST /search and POST /search/stream.
-export function toRequest(query, { k, offset = 0, route = query.route }) {
+export function toRequest(query, { k, offset = 0, route = query.route, cutoff = null }) {
   const body = { route, k, offset };
+  if (cutoff !== null) body.cutoff = cutoff;
   if (query.text) body.text = query.text;
   if (query.picture) body.image = query.picture.kind === "item" ? { item: query.picture.id } : { data: query.picture.data };
   if (query.instruction) body.instruction = query.instruction;

@@ -1,24 +1,25 @@
 // One search as it goes on: what is known of it so far, changed in place as events come.
 
 import { isAbort, postSearch, streamSearch } from "./api.js";
+import { cutoffFor } from "./cutoff.js";
 import { toRequest } from "./query.js";
 
 export const PAGE = 12;
 
-// status: "idle", "running", "done", "failed" or "stopped".
-export function newRun(query, route = query.route) {
-  return { query, asked: route, status: "idle", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false,
-    note: null, error: null, paging: false };
+// status: "idle", "running", "done", "failed" or "stopped". cutoff: what is asked for, cut: what the answer says of it.
+export function newRun(query, route = query.route, cutoff = cutoffFor(query)) {
+  return { query, asked: route, cutoff, status: "idle", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false,
+    cut: null, note: null, error: null, paging: false };
 }
 
 export const isOver = (run) => run.status !== "running" && run.status !== "idle";
 
 // Runs it to its end and never throws, but for a refused key (401), which the caller answers. `changed(what)` comes after every event.
 export async function follow(run, signal, changed) {
-  Object.assign(run, { status: "running", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, note: null, error: null });
+  Object.assign(run, { status: "running", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
   changed("start");
   try {
-    for await (const { event, data } of streamSearch(toRequest(run.query, { k: PAGE, route: run.asked }), signal)) {
+    for await (const { event, data } of streamSearch(toRequest(run.query, { k: PAGE, route: run.asked, cutoff: run.cutoff }), signal)) {
       take(run, event, data);
       changed(event);
     }
@@ -44,13 +45,14 @@ function take(run, event, data) {
     run.hits = Array.isArray(data.hits) ? data.hits : [];
     run.more = Boolean(data.more);
     run.note = data.note ?? null;
+    run.cut = data.cutoff ?? null;
     run.status = "done";
   }
 }
 
 // The next page, behind what is there; returns how many hits came. Throws what the server says.
 export async function nextPage(run, signal) {
-  const answer = await postSearch(toRequest(run.query, { k: PAGE, offset: run.hits.length, route: run.asked }), signal);
+  const answer = await postSearch(toRequest(run.query, { k: PAGE, offset: run.hits.length, route: run.asked, cutoff: run.cutoff }), signal);
   const known = new Set(run.hits.map((hit) => hit.id));
   const fresh = answer.hits.filter((hit) => !known.has(hit.id));
   run.hits = [...run.hits, ...fresh];

@@ -1,0 +1,188 @@
+"""The cut-off: which hits are more than the nearest nonsense, judged against queries that nothing in the index answers.
+
+The best score that such a background query reaches among the items of one modality is what chance reaches. With n of them, a hit
+counts if it scores more than the k-th highest of these scores, k = floor(rate (n + 1)): of queries like those of the background,
+to which there is no answer, at most this rate finds something all the same (split conformal prediction; Vovk, Gammerman and
+Shafer 2005, section 4.1). A search over several modalities shares its alarms among them.
+
+Scores of different pairs of modalities are not comparable, so each pair of query and item modality has its own threshold. The raw
+best score is the statistic because none that relates it to the query's other scores kept more (docs/results/cutoff.md).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from traceir.errors import InputError
+from traceir.index.filters import Filter
+from traceir.index.store import Background, Index, Vectors
+from traceir.items import MODALITIES, Hit, Modality
+
+PATIENCE: Final = 20.0
+"""Old thresholds serve this many times as long as computing them took, however often the contents change meanwhile."""
+_TENANTS: Final = 256
+_KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "pictures", "image,text": "pictures with words"}
+Scores = Mapping[Modality, npt.NDArray[np.float32]]
+"""By the modality of items: the best score of each background query among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a cut-off did to one answer.
+
+    A hit of a modality must score more than its threshold in `thresholds`. `below` counts, among the k best of each modality that
+    was looked at, those that do not; `best` is the best score of all that was found, None where nothing was.
+    """
+
+    rate: float
+    thresholds: Mapping[Modality, float]
+    below: int
+    best: float | None
+
+
+def check_rate(rate: float) -> float:
+    """The rate, or InputError where it is none."""
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0.0 < rate < 1.0:
+        raise InputError(f"cutoff is {str(rate)[:80]}; give a rate of false alarms between 0 and 1, for instance 0.01")
+    return float(rate)
+
+
+def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
+    """By modality what a hit must score more than, so that at most `rate` of background queries find anything in any of them.
+
+    Raises InputError where there are too few background queries for the rate.
+    """
+    if not scores:
+        return {}
+    ordered = {modality: np.sort(own) for modality, own in scores.items()}
+    count = len(next(iter(ordered.values())))
+    # The place of a query is how many score as it does or more, where fewest do: 1 for the best.
+    places = np.min([count - np.searchsorted(ordered[modality], own, side="left") for modality, own in scores.items()], axis=0)
+    within = np.searchsorted(np.sort(places), np.arange(1, count + 1), side="right")  # how many have one of the first places
+    place = int(np.searchsorted(within, math.floor(rate * (count + 1) + 1e-9), side="right"))
+    if not place:
+        least = int(within[0])
+        raise InputError(
+            f"cutoff {rate:g} is less than {count} background queries can tell, which is 1 in {(count + 1) // least}; give a "
+            f"higher rate, or calibrate with --count {math.ceil(least / rate)} or a larger --background"
+        )
+    return {modality: float(own[count - place]) for modality, own in ordered.items()}
+
+
+class Calibration:
+    """The thresholds of one index, computed from what it holds and kept until that changes. Thread-safe.
+
+    Computing costs a search of all background queries at once: each of them against every vector.
+    """
+
+    def __init__(self, index: Index, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._index, self._clock = index, clock
+        self._lock = threading.Lock()
+        self._forget()
+
+    def thresholds(self, query: Modality, target: Modality | None, rate: float) -> dict[Modality, float]:
+        """By the modality of hits, for queries of one modality that look for `target` (None: anything).
+
+        A modality of which the index holds nothing has none. Raises InputError for a rate that is none or too low for the
+        background, and where the index is not calibrated for such queries.
+        """
+        check_rate(rate)
+        with self._lock:
+            scores = self._scores_of(query)
+        return thresholds({name: own for name, own in scores.items() if target in (None, name)}, rate)
+
+    def _forget(self) -> None:
+        self._version = ""
+        self._background: Background | None = None
+        self._known: dict[Modality, Scores] = {}
+        self._until = -math.inf
+
+    def _scores_of(self, query: Modality) -> Scores:
+        if self._clock() >= self._until and (version := self._index.version()) != self._version:
+            self._forget()
+            self._version, self._background = version, self._index.background()
+        if query not in self._known:
+            started = self._clock()
+            self._known[query] = best_scores(self._index, background_of(self._background, query))
+            ended = self._clock()
+            self._until = max(self._until, ended + PATIENCE * (ended - started))
+        return self._known[query]
+
+
+class Calibrations:
+    """The Calibration of each tenant's view of an index; those asked for last are kept. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str | None, Calibration] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, tenant: str | None, index: Index) -> Calibration:
+        with self._lock:
+            found = self._known.get(tenant) or Calibration(index)
+            self._known[tenant] = found
+            self._known.move_to_end(tenant)
+            while len(self._known) > _TENANTS:
+                self._known.popitem(last=False)
+            return found
+
+
+def background_of(background: Background | None, query: Modality) -> Vectors:
+    """The background queries of one modality; InputError, naming the remedy, where there are none."""
+    if background is None:
+        raise InputError("the index is not calibrated, so there is no cut-off; run `traceir index calibrate` on it once")
+    if query not in background.vectors:
+        kinds = ", ".join(_KINDS[modality] for modality in background.vectors)
+        raise InputError(
+            f"the index is calibrated for queries that are {kinds}, not {_KINDS[query]}; leave out the cut-off, or run `traceir "
+            "index calibrate` with --background FOLDER, a folder of pictures of which it has none"
+        )
+    return background.vectors[query]
+
+
+def best_scores(index: Index, vectors: Vectors) -> Scores:
+    """The best score of each of these queries among the items of each modality that the index has."""
+    found: dict[Modality, npt.NDArray[np.float32]] = {}
+    for modality in MODALITIES:
+        hits = index.search(vectors, 1, modality=modality)
+        if any(hits):
+            found[modality] = np.array([own[0].score if own else -1.0 for own in hits], dtype=np.float32)
+    return found
+
+
+def search_above(
+    index: Index,
+    vectors: Vectors,
+    k: int,
+    rate: float | None,
+    above: Sequence[Mapping[Modality, float]],
+    *,
+    where: Filter | None = None,
+    modality: Modality | None = None,
+    exact: bool = True,
+) -> list[tuple[list[Hit], Cut | None]]:
+    """As `Index.search`, for each query the k best of those hits that score more than its own thresholds in `above`, which are
+    those of `rate`; without a rate, the k best.
+
+    A modality without a threshold, new in the index, has no hits yet. Each modality is searched by itself, so that hits which are
+    none do not hide those of another that are.
+    """
+    if rate is None:
+        return [(hits, None) for hits in index.search(vectors, k, where=where, modality=modality, exact=exact)]
+    looked = [name for name in MODALITIES if modality in (None, name)]
+    found = [index.search(vectors, k, where=where, modality=name, exact=exact) for name in looked]
+    answers: list[tuple[list[Hit], Cut | None]] = []
+    for row, own in enumerate(above):
+        hits = sorted((hit for part in found for hit in part[row]), key=lambda hit: (-hit.score, hit.id))
+        kept = [hit for hit in hits if hit.modality in own and hit.score > own[hit.modality]]
+        cut = Cut(rate, own, len(hits) - len(kept), hits[0].score if hits else None)
+        answers.append(([replace(hit, rank=rank) for rank, hit in enumerate(kept[:k], start=1)], cut))
+    return answers

@@ -1,0 +1,333 @@
+"""The cut-off: thresholds keep the rate they promise, follow the contents of an index, and reach CLI, server and page."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Running, serving
+from fakes import FakeEncoder
+from PIL import Image
+from test_index_conformance import drawn_background
+
+from traceir.background import COUNT, built_in, choose_queries, encode_background, read_queries
+from traceir.checkpoint import bundled_model
+from traceir.cli import main
+from traceir.client import Client
+from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
+from traceir.encoder import Encoder
+from traceir.errors import InputError, StoreError
+from traceir.index import Index, SqliteIndex, open_index
+from traceir.items import Item, Modality, Query
+from traceir.pictures import Picture
+from traceir.search import Searcher
+from traceir.serve.run import ServeConfig, make_server
+from traceir.serve.tenants import TenantIndex
+
+CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
+Draw = Callable[[np.random.Generator, int], np.ndarray[Any, Any]]
+SCORES: dict[str, Draw] = {
+    "normal": lambda draw, count: draw.normal(0.2, 0.1, count),
+    "uneven": lambda draw, count: draw.pareto(3.0, count),
+    "tied": lambda draw, count: np.round(draw.normal(0.2, 0.1, count), 1),
+}
+
+
+def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modality, ...], trials: int = 400) -> float:
+    """The share of fresh queries, drawn as the background was, that score more than a threshold in any modality."""
+    draw = np.random.default_rng(0)
+    found = 0.0
+    for _ in range(trials):
+        scores = {name: draw_scores(draw, count).astype(np.float32) for name in modalities}
+        above = thresholds(scores, rate)
+        asked = np.stack([draw_scores(draw, 500).astype(np.float32) > above[name] for name in modalities])
+        found += float(asked.any(axis=0).mean())
+    return found / trials
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("rate", [0.01, 0.1])
+def test_the_rate_of_false_alarms_holds(kind: str, rate: float) -> None:
+    one = alarms(SCORES[kind], 299, rate, ("image",))
+    several = alarms(SCORES[kind], 599, rate, ("image", "text", "image,text"))
+    # Standard deviations of the mean over 400 backgrounds, each a Beta(k, n + 1 - k) of which 500 queries are drawn.
+    slack = 4 * math.sqrt((rate / 300 + rate / 500) / 400)
+    assert one <= rate + slack and several <= rate + slack
+    if kind != "tied":
+        assert one >= rate - slack, "no more careful than it must be"
+        assert several >= 0.75 * rate
+
+
+def test_a_threshold_is_a_score_of_the_background() -> None:
+    scores = {"image": np.arange(99, dtype=np.float32)}
+    assert thresholds(scores, 0.01) == {"image": 98.0} and thresholds(scores, 0.1) == {"image": 89.0}
+    assert thresholds(scores, 0.019) == {"image": 98.0}, "a rate between two counts is rounded to the careful side"
+    assert thresholds({}, 0.01) == {}
+
+
+def test_a_background_too_small_for_a_rate_is_told() -> None:
+    with pytest.raises(InputError, match=r"0\.001 is less than 99 background queries can tell, which is 1 in 100.*--count 1000"):
+        thresholds({"image": np.arange(99, dtype=np.float32)}, 0.001)
+    apart = {"image": np.arange(99, dtype=np.float32), "text": -np.arange(99, dtype=np.float32)}
+    with pytest.raises(InputError, match="1 in 50"):
+        thresholds(apart, 0.01)
+    assert thresholds(apart, 0.02) == {"image": 98.0, "text": 0.0}
+    unusable: list[Any] = [0, 1, -0.1, float("nan"), "a", True]
+    for wrong in unusable:
+        with pytest.raises(InputError, match="between 0 and 1"):
+            check_rate(wrong)
+
+
+# The background in an index
+
+
+def test_an_index_that_never_had_one_opens_and_a_damaged_one_is_told(tmp_path: Path) -> None:
+    with SqliteIndex(tmp_path, fingerprint="m1", prompt_version="p1", dim=4, create=True) as index:
+        index.keep_background(drawn_background(np.random.default_rng(0)))
+        index._connection.execute("DELETE FROM background WHERE number = 3")
+        with pytest.raises(StoreError, match="make it anew with `traceir index calibrate`"):
+            index.background()
+        index.keep_background(drawn_background(np.random.default_rng(0)))
+        assert index.background() is not None
+
+
+# Thresholds of an index
+
+
+def some(encoder: FakeEncoder, index: Index, count: int = 20) -> None:
+    items = [Item.of(text=f"thing {n}", id=f"t{n}") for n in range(count)]
+    items += [Item.of(image=tile(n), id=f"p{n}") for n in range(count)]
+    index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
+
+
+def tile(seed: int) -> Picture:
+    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Picture.from_image(Image.fromarray(pixels))
+
+
+@pytest.fixture
+def searcher(tmp_path: Path) -> Any:
+    encoder = FakeEncoder()
+    with open_index(tmp_path / "index", encoder, create=True) as index:
+        some(encoder, index)
+        yield Searcher(encoder, index)
+
+
+def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> None:
+    with pytest.raises(InputError, match=r"not calibrated.*traceir index calibrate"):
+        searcher.search("thing 7", cutoff=0.01)
+    searcher.calibrate(built_in(400), "built in")
+    found = searcher.search("thing 7", cutoff=0.01, k=5)
+    assert [hit.id for hit in found.hits] == ["t7"] and found.hits[0].rank == 1
+    assert found.cut is not None and set(found.cut.thresholds) == {"text", "image"}
+    assert found.cut.rate == 0.01 and found.cut.below == 9 and found.cut.best == pytest.approx(1.0, abs=1e-6)
+    absent = [Query.of(text=f"no such thing {n}", target=(None, "text", "image")[n % 3]) for n in range(300)]
+    answers = searcher.search_many(absent, cutoff=0.01)
+    assert sum(bool(one.hits) for one in answers) <= 10
+    nothing = next(one for one in answers if not one.hits)
+    assert nothing.cut is not None and nothing.cut.best is not None
+    assert nothing.cut.best <= max(nothing.cut.thresholds.values())
+    plain = searcher.search("thing 7", k=5)
+    assert plain.cut is None and len(plain.hits) == 5
+    with pytest.raises(InputError, match="queries that are texts, not pictures"):
+        searcher.search(Query.of(image=tile(3)), cutoff=0.01)
+
+
+def test_hits_of_one_modality_do_not_hide_those_of_another(searcher: Searcher) -> None:
+    """A text that scores high is below the threshold of texts; a picture that scores less is above that of pictures."""
+    vector = searcher.encoder.encode_queries([Query.of(text="thing 7")])[0].vector[None]
+    plain = searcher.index.search(vector, 40)[0]
+    texts, pictures = ([hit for hit in plain if hit.modality == kind] for kind in ("text", "image"))
+    above: dict[Modality, float] = {"text": 2.0, "image": pictures[2].score}
+    [(hits, cut)] = search_above(searcher.index, vector, 3, 0.01, [above])
+    assert [hit.id for hit in hits] == [hit.id for hit in pictures[:2]] and [hit.rank for hit in hits] == [1, 2]
+    assert cut is not None and cut.below == 4 and cut.best == texts[0].score
+
+
+def test_thresholds_follow_the_contents(searcher: Searcher) -> None:
+    now = 0.0
+    calibration = Calibration(searcher.index, clock=lambda: now)
+    searcher.index.keep_background(encode_background(searcher.encoder, built_in(200), "built in"))
+    before = calibration.thresholds("text", "text", 0.01)
+    assert calibration.thresholds("text", "text", 0.5)["text"] < before["text"]
+    # An item that answers a background query well: the threshold of texts rises, that of pictures stays.
+    pictures = calibration.thresholds("text", "image", 0.01)
+    items = [Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(3))]
+    searcher.add(items)
+    after = calibration.thresholds("text", "text", 0.01)
+    assert after["text"] > before["text"] + 0.1 and calibration.thresholds("text", "image", 0.01) == pictures
+    searcher.index.delete([str(item.id) for item in items])
+    assert calibration.thresholds("text", "text", 0.01) == before
+    searcher.index.keep_background(encode_background(searcher.encoder, built_in(200, seed=1), "another"))
+    assert calibration.thresholds("text", "text", 0.01) != before
+
+
+def test_thresholds_are_computed_anew_only_so_often(searcher: Searcher) -> None:
+    times = iter([0.0, 0.0, 1.0, *[1.5] * 2, *[30.0] * 9])
+    calibration = Calibration(searcher.index, clock=lambda: next(times))
+    searcher.calibrate(built_in(200))
+    before = calibration.thresholds("text", "text", 0.01)  # takes a second, so it serves for 20 more
+    searcher.add([Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(3))])
+    assert calibration.thresholds("text", "text", 0.01) == before
+    assert calibration.thresholds("text", "text", 0.01) == before
+    assert calibration.thresholds("text", "text", 0.01) != before
+
+
+def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with open_index(tmp_path / "index", encoder, create=True) as index:
+        ours, theirs = (TenantIndex(index, name) for name in ("ours", "theirs"))
+        some(encoder, ours)
+        index.keep_background(encode_background(encoder, built_in(200), "built in"))
+        before = Calibration(ours).thresholds("text", None, 0.02)
+        # The other tenant holds what the background asks for; whoever could see that would be told a threshold near 1.
+        told = [Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(50))]
+        theirs.upsert(told, np.stack([one.vector for one in encoder.encode_items(told)]))
+        assert Calibration(ours).thresholds("text", None, 0.02) == before
+        assert Calibration(theirs).thresholds("text", None, 0.02)["text"] > 0.99
+        assert "image" not in Calibration(theirs).thresholds("text", None, 0.02)
+
+
+# Backgrounds
+
+
+def test_built_in_queries_are_many_different_and_stable() -> None:
+    queries = built_in()
+    assert len({query.text for query in queries}) == COUNT == 2000
+    assert built_in(5) == queries[:5] and built_in(5, seed=1) != queries[:5]
+    assert queries[0].text == "a falcon, a blacksmith and a catapult"
+    with pytest.raises(InputError, match="0 built-in"):
+        built_in(0)
+
+
+def test_backgrounds_of_users(tmp_path: Path) -> None:
+    lines = tmp_path / "absent.txt"
+    lines.write_text("a yak\n\n a yak \na tuba\n", encoding="utf-8")
+    assert [query.text for query in read_queries(lines)] == ["a yak", "a tuba"]
+    (tmp_path / "pictures").mkdir()
+    for number in range(3):
+        tile(number).load().save(tmp_path / "pictures" / f"{number}.png")
+    queries, source = choose_queries([tmp_path / "pictures"], tmp_path, count=10)
+    counts = {kind: sum(query.modality == kind for query in queries) for kind in ("text", "image", "image,text")}
+    assert counts == {"text": 10, "image": 3, "image,text": 3} and source == "pictures, built in"
+    queries, source = choose_queries([lines, tmp_path / "pictures"], tmp_path, instruction="find it")
+    assert [query.modality for query in queries] == ["text"] * 2 + ["image"] * 3 + ["image,text"] * 3
+    assert {query.instruction for query in queries} == {"find it"} and source == "absent.txt, pictures"
+    (tmp_path / "background.txt").write_text("of its world\n")
+    assert [query.text for query in choose_queries([], tmp_path)[0]] == ["of its world"]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"id": "a", "text": "in green", "image": "pictures/0.png"}) + "\n")
+    assert {query.modality for query in choose_queries([pairs], tmp_path)[0]} == {"text", "image,text"}
+    pairs.write_text('{"id": "a"}\n{"text": "no id"}\n')
+    for wrong, why in ((pairs, "pairs.jsonl:"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(InputError, match=why):
+            read_queries(wrong)
+    lines.write_text("\n")
+    with pytest.raises(InputError, match="holds no query"):
+        read_queries(lines)
+
+
+# The command line
+
+
+def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], running: Running) -> None:
+    index = str(tmp_path / "copy")
+    assert main(["index", "copy", str(running.index), index]) == 0
+    asked = ["search", "--index", index, "a cat in a hat", "-k", "3"]
+    capsys.readouterr()
+    assert main([*asked, "--cutoff", "0.01"]) == 2
+    assert "run `traceir index calibrate`" in capsys.readouterr().err
+    assert main([*asked, "--cutoff", "1"]) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+    assert main(["index", "info", "--index", index]) == 0
+    assert "not calibrated (`traceir index calibrate`)" in capsys.readouterr().out
+    assert main(["index", "calibrate", "--index", index, "--count", "400"]) == 0
+    out = capsys.readouterr().out
+    assert "calibrated with 400 text queries (" in out and "at 1 in 100, a query of text finds image that scores" in out
+    assert main(["index", "info", "--index", index]) == 0
+    assert "cut-off      calibrated with 400 text queries (" in capsys.readouterr().out
+    assert main(["index", "info", "--index", index, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["background"] == {"text": 400}
+    assert main([*asked, "--cutoff", "0.01"]) == 0
+    assert "nothing found above the cut-off of 0.01 (the best scored 0." in capsys.readouterr().out
+    assert main([*asked, "--cutoff", "0.01", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (
+        told["hits"] == [] and told["cutoff"]["below"] > 0 and told["cutoff"]["best"] < min(told["cutoff"]["thresholds"].values())
+    )
+    assert main([*asked, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["cutoff"] is None and len(told["hits"]) == 3
+
+
+# The server
+
+
+def test_the_server_says_that_nothing_was_found(running: Running, encoder: Encoder, tmp_path: Path) -> None:
+    """Starts a server of its own, since the index of the others is not calibrated."""
+    index = str(tmp_path / "copy")
+    assert main(["index", "copy", str(running.index), index]) == 0
+    here = Searcher(encoder, open_index(index, encoder))
+    here.calibrate(choose_queries([], bundled_model(), count=400)[0])
+    absent, there, picture = Query.of(text="a cat in a hat"), Query.of(text=CAPTION), Query.of(image=running.items[3].pictures[0])
+    with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
+        for query in (absent, there):
+            wanted, found = here.search(query, k=4, cutoff=0.05), client.search(query, k=4, cutoff=0.05)
+            assert [hit.id for hit in found.hits] == [hit.id for hit in wanted.hits]
+            assert [hit.rank for hit in found.hits] == list(range(1, len(found.hits) + 1))
+            assert found.cutoff is not None and wanted.cut is not None and found.cutoff.rate == 0.05
+            assert found.cutoff.thresholds == pytest.approx(wanted.cut.thresholds, abs=1e-5)
+            assert found.cutoff.best == pytest.approx(wanted.cut.best, abs=1e-4)
+        assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
+        assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
+        uncut = client.search(picture)
+        assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
+        with pytest.raises(InputError, match="queries that are texts, not pictures"):
+            client.search(picture, cutoff=0.01)
+        with pytest.raises(InputError, match=r"less than 400 background queries can tell"):
+            client.search(absent, cutoff=0.0001)
+        with pytest.raises(InputError, match=r"cutoff"):
+            client.search(absent, cutoff=1)
+        with urllib.request.urlopen(f"{url}/page/config", timeout=60) as answer:
+            assert json.loads(answer.read())["cutoff"] == {"default": 0.01, "background": {"text": 400}}
+    here.index.close()
+
+
+def test_a_server_that_could_not_keep_its_cutoff_does_not_start(tmp_path: Path) -> None:
+    encoder: Any = FakeEncoder()
+    config = ServeConfig(str(tmp_path / "index"), cutoff=0.001)
+    make = make_server(config, lambda: encoder).make
+
+    async def start() -> None:
+        await make()
+
+    with pytest.raises(InputError, match="not calibrated"):
+        asyncio.run(start())
+    with open_index(tmp_path / "index", encoder) as index:
+        some(encoder, index)
+        index.keep_background(encode_background(encoder, built_in(100), "built in"))
+    with pytest.raises(InputError, match="less than 100 background queries can tell"):
+        asyncio.run(start())
+    with pytest.raises(InputError, match="between 0 and 1"):
+        ServeConfig("i", cutoff=1.5)
+
+
+def test_a_tenant_of_the_server_has_its_own_thresholds(tmp_path: Path) -> None:
+    encoder = FakeEncoder()
+    with open_index(tmp_path / "index", encoder, create=True) as index:
+        calibrations = Calibrations()
+        ours = TenantIndex(index, "ours")
+        some(encoder, ours)
+        index.keep_background(encode_background(encoder, built_in(200), "built in"))
+        own = calibrations.of("ours", ours)
+        assert calibrations.of("ours", TenantIndex(index, "ours")) is own
+        assert calibrations.of("theirs", TenantIndex(index, "theirs")) is not own
+        assert calibrations.of("theirs", TenantIndex(index, "theirs")).thresholds("text", None, 0.02) == {}
+        assert set(own.thresholds("text", None, 0.02)) == {"text", "image"}
