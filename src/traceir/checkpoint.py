@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from traceir.catalogue import profile_for
 from traceir.errors import ModelError
 
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
@@ -66,9 +67,12 @@ def plain_name(name: str) -> str:
 def is_library(name: str) -> bool:
     """Whether sentence-transformers is to load a checkpoint: asked for by `st:`, or told by the modules.json that lies there.
 
-    Of a hub id that one file is asked for, and the hub only where its cache does not know.
+    Of a hub id that one file is asked for, and the hub only where its cache does not know. A hub id that has a profile here is
+    read by that, whatever code of its own its modules.json names.
     """
-    return name.startswith(PREFIX) or module_types(name) not in ([], [OWN_MODULE])
+    if name.startswith(PREFIX) or profile_for(name) is not None:
+        return name.startswith(PREFIX)
+    return module_types(name) not in ([], [OWN_MODULE])
 
 
 def module_types(name: str) -> list[str]:

@@ -124,9 +124,10 @@ class LibraryEncoder:
     def as_written(self, text: str) -> str:
         return text
 
-    def takes(self, modality: Modality) -> bool:
-        """Whether the model encodes inputs of a modality."""
-        return bool(self.model.supports(("image", "text") if modality == "image,text" else modality))
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Of the inputs that the model encodes."""
+        return tuple(one for one in MODALITIES if self.model.supports(("image", "text") if one == "image,text" else one))
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates, by the model's `encode_document`. Raises InputError for a modality that it lacks."""
@@ -178,11 +179,11 @@ class LibraryEncoder:
 
     def _check(self, content: Item | Query) -> None:
         """Raises InputError for a modality that the model lacks, and for several pictures or texts where it reads no messages."""
-        known = self.takes(content.modality)
+        known = content.modality in self.modalities
         if known and (_form(content) != "message" or self._reads_messages):
             return
         what = "several parts" if known else _KINDS[content.modality]
-        taken = ", ".join(_KINDS[one] for one in MODALITIES if self.takes(one))
+        taken = ", ".join(_KINDS[one] for one in self.modalities)
         raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {taken}, or use another model")
 
     def _prompt(self, query: Query) -> str | None:
@@ -240,7 +241,7 @@ class LibraryEncoder:
         blank = np.zeros((32, 32, 3), dtype=np.uint8)
         from PIL import Image
 
-        vector: Vector = self.model.encode("a" if self.takes("text") else Image.fromarray(blank))
+        vector: Vector = self.model.encode("a" if "text" in self.modalities else Image.fromarray(blank))
         return vector
 
 

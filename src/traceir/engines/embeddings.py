@@ -27,7 +27,7 @@ from PIL import Image as Pillow
 from traceir.connection import Answer, Connection
 from traceir.engines.forms import Form, Image, Role, Said, Text, form_for
 from traceir.errors import InputError, ModelError
-from traceir.items import ROUTES, Encoding, Item, Query, Route, Vector
+from traceir.items import ROUTES, Encoding, Item, Modality, Query, Route, Vector
 from traceir.picture_files import open_picture
 from traceir.pictures import Picture
 from traceir.suggest import did_you_mean
@@ -124,6 +124,13 @@ class EmbeddingsEncoder:
     @property
     def width(self) -> int:
         return self._width
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Of the inputs that form and server read, as the probes have shown."""
+        pictures = self.form.takes != "texts" and not self._no_pictures
+        pairs = pictures and self.form.takes != "one" and not self._no_pairs
+        return ("text", *(("image",) if pictures else ()), *(("image,text",) if pairs else ()))
 
     @property
     def tokens(self) -> int:

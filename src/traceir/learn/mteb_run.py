@@ -34,7 +34,7 @@ from mteb.cache import ResultCache
 from mteb.results import TaskResult
 from mteb.types import PromptType
 
-from traceir.checkpoint import is_hub_id
+from traceir.checkpoint import is_hub_id, plain_name
 from traceir.errors import DataError, InputError
 from traceir.items import Modality
 from traceir.learn import markdown as md
@@ -160,6 +160,7 @@ def _task(name: str, own: Mapping[str, AbsTask]) -> AbsTask:
 
 def label(model: str) -> str:
     """The name `OWNER/NAME` under which mteb keeps results of a checkpoint: a hub id as it is, a folder as `local/FOLDER`."""
+    model = plain_name(model)
     if is_hub_id(model) and not Path(model).is_dir():
         return model
     return f"local/{re.sub(r'[^A-Za-z0-9._-]+', '-', Path(model).resolve().name)}"
