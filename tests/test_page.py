@@ -14,10 +14,11 @@ from typing import Any
 
 import playwright.sync_api as playwright
 import pytest
-from conftest import serving
+from conftest import picture, serving
+from published import save_clip
 
 import traceir
-from traceir import demo
+from traceir import cli, demo
 from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
@@ -677,3 +678,18 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     # The index is calibrated for texts alone, so a search with a picture is shown what is nearest.
     ask(page, service.asked("cirr_task7", 2).query)
     assert len(shown_ids(page)) == PAGE
+
+
+def test_a_published_model_has_a_page_without_a_road(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    model, photos, index = str(save_clip(tmp_path / "clip")), tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    for number in range(5):
+        picture(number, 60, 40).load().save(photos / f"{number}.png")
+    assert cli.main(["index", "add", str(photos), "--index", str(index), "--model", model]) == 0
+    with serving(index, "--model", model) as url:
+        page = open_page(url)
+        page.locator("#examples button").first.wait_for()
+        assert page.locator("#notice").is_hidden() and page.locator("#route").is_hidden()
+        page.locator("#examples button").first.click()
+        assert shown_ids(page)[0] == "0.png", "a picture finds itself"
+        assert not page.locator("button.compare:visible, .station[data-node=reason]:visible, .found > .note:visible").count()

@@ -411,8 +411,9 @@ def _add_page(app: FastAPI, server: Server) -> None:
         cutoff = CutoffConfig(default=view.cutoff, background=dict(info.background))
         world = getattr(view.scheduler.encoder, "world", None)
         return await asyncio.to_thread(
-            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions, cutoff=cutoff
-        )
+            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions,
+            reasons=view.scheduler.reasons, cutoff=cutoff,
+        )  # fmt: skip
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

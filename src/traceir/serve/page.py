@@ -83,6 +83,7 @@ def page_config(
     *,
     world: World | None = None,
     instructions: Sequence[str] | None = None,
+    reasons: bool = True,
     cutoff: CutoffConfig = NO_CUTOFF,
 ) -> PageConfig:
     """What the page begins with. `kept` are some items of the collection, `instructions` those of whoever runs the server.
@@ -94,7 +95,7 @@ def page_config(
     return PageConfig(
         title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
         count=dict(counts), examples=list(EXAMPLES) if ours and kept else examples_of(kept), world=world.says if world else "",
-        instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
+        reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
     )  # fmt: skip
 
 

@@ -64,6 +64,11 @@ class Scheduler:
         self._worker.start(self)
 
     @property
+    def reasons(self) -> bool:
+        """Whether a query may be reasoned about."""
+        return self._worker.route("query", "auto") != "direct"
+
+    @property
     def alive(self) -> bool:
         """Whether the worker does not fail at everything."""
         return self._worker.alive

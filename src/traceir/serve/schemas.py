@@ -414,6 +414,8 @@ class PageConfig(BaseModel):
     examples: list[Example]
     world: str
     """What alone the model knows; "" where it has no such bounds."""
+    reasons: bool
+    """Whether queries may be reasoned about."""
     instead: list[str]
     """Commands that give useful hits, where the collection is not what the model knows."""
     cutoff: CutoffConfig
