@@ -392,9 +392,9 @@ def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("traceir.model.fetch", lambda name: folder)
     name = "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct"
     assert Encoder.from_pretrained(name).prompt_version == PROFILES["gme"].version
-    assert load(name, profile="lamra", inference=True).settings.profile == PROFILES["lamra"], "what is asked for goes first"
-    assert load(name).settings.profile is None, "training starts from it as from any other"
-    assert load("someone/else", inference=True).settings.profile is None
+    assert load(name, profile="lamra").settings.profile == PROFILES["lamra"], "what is asked for goes first"
+    assert load(name, as_published=False).settings.profile is None, "training starts from it as from any other"
+    assert load("someone/else").settings.profile is None
 
 
 def write_row(root: Path) -> Path:
