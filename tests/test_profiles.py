@@ -277,6 +277,20 @@ def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
     assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
 
 
+def test_a_cut_of_the_whole_prompt_spares_pictures(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    whole = load(folder, profile="gme")
+    tight = load(folder, profile=replace(PROFILES["gme"], name="tight", max_query_tokens=8, max_candidate_tokens=8))
+    full, cut, text = (
+        model.processor.forced(model.prompt(one))
+        for model, one in ((whole, QUERIES[2]), (tight, QUERIES[2]), (tight, Query.of(text=RED)))
+    )
+    pads = np.flatnonzero(full.ids == full.ids[len(cut) - 1])
+    assert len(cut) == pads[-1] + 1 and len(pads) > 200, "up to the picture's last token"
+    assert cut.ids.tolist() == full.ids[: len(cut)].tolist() and cut.cut == len(full) - len(cut)
+    assert len(text) == 8 == text.readout + 1 == text.positions.shape[1]
+
+
 def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "own", "qwen2_5_vl", [])
     file = tmp_path / "own.json"
@@ -378,9 +392,9 @@ def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("traceir.model.fetch", lambda name: folder)
     name = "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct"
     assert Encoder.from_pretrained(name).prompt_version == PROFILES["gme"].version
-    assert load(name, profile="lamra", inference=True).settings.profile == PROFILES["lamra"], "what is asked for goes first"
-    assert load(name).settings.profile is None, "training starts from it as from any other"
-    assert load("someone/else", inference=True).settings.profile is None
+    assert load(name, profile="lamra").settings.profile == PROFILES["lamra"], "what is asked for goes first"
+    assert load(name, as_published=False).settings.profile is None, "training starts from it as from any other"
+    assert load("someone/else").settings.profile is None
 
 
 def write_row(root: Path) -> Path:

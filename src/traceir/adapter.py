@@ -149,7 +149,7 @@ def load_adapter(folder: Path, *, device: str = "cpu", dtype: torch.dtype | None
     elif not base.on_hub:
         tried = " nor at ".join(dict.fromkeys(str(one) for one in _places(base.source, folder)))
         raise ModelError(f"{folder} is an adapter over {base.source}, which is not at {tried}; put the checkpoint there")
-    model = load(place or base.source, dtype=dtype)
+    model = load(place or base.source, dtype=dtype, as_published=False)
     if place is None:
         _check_base(base, hub_fingerprint(base.source), base.source, folder)
     network = _merged(model.network, folder)

@@ -14,6 +14,7 @@ BYTES: Final = 2
 _GOLDEN: Final = "golden test: token ids, positions, grids and pixels of twelve inputs as the project's own code has them"
 _LIBRARY: Final = "its library's own vectors, on a small random checkpoint of its class"
 _OWN: Final = "the forward pass of transformers, on a small random checkpoint of its class"
+_START: Final = "untrained for retrieval: a start for training"
 _ALL: Final = ("text", "image", "image,text")
 _ONE: Final = ("text", "image")
 
@@ -71,9 +72,12 @@ KNOWN: Final = (
           note="its reasoner is a model of its own, which is not run"),
     Known("ZoengHouNaam/Embed-RL-4B", "profile embed-rl", 4_437_815_808, 2560, None, _ALL, _GOLDEN,
           note="its reasoner is a model of its own, which is not run"),
-    Known("Qwen/Qwen2.5-VL-3B-Instruct", "trace", 3_754_622_976, 2048, "qwen-research", _ALL, _OWN, True, "a start for training"),
-    Known("Qwen/Qwen2.5-VL-7B-Instruct", "trace", 8_292_166_656, 3584, "apache-2.0", _ALL, _OWN, True, "a start for training"),
-    Known("Qwen/Qwen2-VL-2B-Instruct", "trace", 2_208_985_600, 1536, "apache-2.0", _ALL, _OWN, True, "a start for training"),
+    Known("Qwen/Qwen2-VL-2B-Instruct", "trace", 2_208_985_600, 1536, "apache-2.0", _ALL, _OWN, note=_START),
+    Known("Qwen/Qwen2.5-VL-3B-Instruct", "trace", 3_754_622_976, 2048, "qwen-research", _ALL, _OWN, note=_START),
+    Known("Qwen/Qwen2.5-VL-7B-Instruct", "trace", 8_292_166_656, 3584, "apache-2.0", _ALL, _OWN, note=_START),
+    Known("Qwen/Qwen3-VL-2B-Instruct", "trace", 2_127_532_032, 2048, "apache-2.0", _ALL, _OWN, note=_START),
+    Known("Qwen/Qwen3-VL-4B-Instruct", "trace", 4_437_815_808, 2560, None, _ALL, _OWN, note=_START),
+    Known("Qwen/Qwen3-VL-8B-Instruct", "trace", 8_767_123_696, 4096, "apache-2.0", _ALL, _OWN, note=_START),
 )  # fmt: skip
 
 

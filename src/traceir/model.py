@@ -218,22 +218,23 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     profile: Profile | str | Path | None = None,
+    as_published: bool = True,
     inference: bool = False,
     **overrides: Any,
 ) -> TraceModel:
     """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
 
     `inference` takes the network of network.py where it can: the same numbers, at once, and neither to be trained nor saved.
-    It also finds the profile of a hub id that catalogue.py knows.
 
     Any checkpoint of NETWORKS will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings; one
     without an output matrix, as embedding models are saved, writes with its input rows, untrained too, and says so.
-    `profile` reads the checkpoint of another project instead, and adds nothing to it.
+    `profile` reads the checkpoint of another project instead, and adds nothing to it. A hub id that catalogue.py knows finds its
+    own, unless `as_published` is false, as where TRACE's training starts from it.
     An adapter folder loads with its base and is merged in memory (adapter.py). `overrides` replace fields of TraceSettings.
     Raises ModelError for other architectures and damaged directories.
     """
     name, folder = str(source), fetch(str(source))
-    profile = profile or (profile_for(name) if inference else None)
+    profile = profile or (profile_for(name) if as_published else None)
     if inference and profile is None and _is_our_own(folder):
         return _load_our_own(folder, device=device, dtype=dtype or torch.float32, **overrides)
     from transformers import AutoTokenizer, PreTrainedConfig

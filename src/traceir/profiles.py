@@ -262,7 +262,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         Profile(
             "embed-rl", _chat("{images}{asked}" + _EMBED_RL, "<emb>", system=None),
             _chat("{images}{text}" + _EMBED_RL, "<emb>", system=None), read_out="at_token", token="<emb>", add_token=True,
-            resize="utils", min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32, max_text_chars=512, max_text_tokens=_CONTEXT,
+            min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32, max_text_chars=512, max_text_tokens=_CONTEXT,
         ),
     )
 }  # fmt: skip

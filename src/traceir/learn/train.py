@@ -414,7 +414,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load(
-            config.init, dtype=dtype, max_text_tokens=config.max_text_tokens,
+            config.init, dtype=dtype, as_published=False, max_text_tokens=config.max_text_tokens,
             max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
             candidates_write=config.candidates != "direct", world="",
         )  # fmt: skip
