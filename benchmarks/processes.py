@@ -47,10 +47,11 @@ HEAD = """\
     python -m benchmarks.processes --report docs/results/processes.md
 
 The bundled model, {steps} steps of 16 pairs of the small MiniBEIR in chunks of 512 tokens with GradCache and a learnt
-temperature, in float32 but for the base where it says bfloat16; torchrun over gloo, one thread a process. Differences are from the same run in one process, after the
-first step and after the last: of any term of the loss, relative to it (`log.jsonl` has six decimals), and of any weight,
-relative to the largest of its tensor. Killed by SIGKILL at step {killed} or later, the launcher too where it says all; resumed by
-the same command. Equal: every line of `log.jsonl` but for `seconds`, and every bit of the weights. torch {torch}, {machine}.
+temperature, in float32 but for the base where it says bfloat16; torchrun over gloo, one thread a process. Differences are from
+the same run in one process, after the first step and after the last: of any term of the loss, relative to it (`log.jsonl` has six
+decimals), and of any weight, relative to the largest of its tensor. Killed by SIGKILL at step {killed} or later, the launcher too
+where it says all; resumed by the same command. Equal: every line of `log.jsonl` but for `seconds`, and every bit of the weights.
+torch {torch}, {machine}.
 
 | what trains | launch | processes | loss, 1st step | any step | weights, 1st step | last step | killed | resumed |
 |---|---|---|---|---|---|---|---|---|"""

@@ -435,6 +435,12 @@ def test_workers_and_chunks_change_nothing_that_is_learnt(folder: Path, trained:
     assert same(train(plan), trained)
 
 
+def test_checkpointing_in_bfloat16_changes_nothing_that_is_learnt(folder: Path, trained: Path, tmp_path: Path) -> None:
+    """Attention runs as it ran the first time when it is computed again."""
+    plan = config(folder, tmp_path / "plain", init=str(trained), steps=1, grad_cache=True, mixed_precision=True)
+    assert same(train(plan), train(replace(plan, out=str(tmp_path / "run"), checkpointing=True)))
+
+
 def test_frozen_parts_stay_as_they_were(folder: Path, trained: Path, tmp_path: Path) -> None:
     frozen = train(config(folder, tmp_path / "run", init=str(trained), steps=2, train_vision=False, learning_rate=0.01))
     before, after = weights(trained), weights(frozen)

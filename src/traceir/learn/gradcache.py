@@ -67,7 +67,7 @@ class Reader(torch.nn.Module):
         batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
         # Before the language model, as pictures are: shards must be gathered in one order by all processes.
         blank = 0.0 * self._blank(batch.ids.device) if touch and batch.patches is None else 0.0
-        with _quick_attention(batch.ids.device):
+        with _quick_attention():
             hidden_BTD = self.model.hidden(batch)
         supervised_BT = batch.targets >= 0
         first_B = torch.where(supervised_BT.any(dim=1), supervised_BT.int().argmax(dim=1), batch.readout)
@@ -87,11 +87,14 @@ class Reader(torch.nn.Module):
         return sum((layer.sum() for layer in layers), features.sum())
 
 
-def _quick_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _quick_attention() -> contextlib.AbstractContextManager[Any]:
     """On a CPU in bfloat16 the backward of fused attention is several times slower than plain products (LOG.md, 2026-11-23)."""
-    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
+def recomputing() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """What checkpointed layers run in, first and when computed again: in both the attention that the forward had."""
+    return contextlib.nullcontext(), _quick_attention()
 
 
 @dataclass(frozen=True, slots=True)

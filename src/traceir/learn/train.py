@@ -28,7 +28,7 @@ from traceir.errors import InputError, TrainError
 from traceir.learn.batches import Turns
 from traceir.learn.cot import is_cot, read_cot, source_folder
 from traceir.learn.data import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
-from traceir.learn.gradcache import Objective, Reader
+from traceir.learn.gradcache import Objective, Reader, recomputing
 from traceir.learn.judged import write_whole
 from traceir.learn.launch import check_world, refuse_plugins
 from traceir.learn.pixels import pixel_store
@@ -449,7 +449,7 @@ def _trainable(model: TraceModel, config: TrainConfig) -> Any:
     """Marks what trains; returns the PEFT model with LoRA, else None."""
     network = model.network
     if config.checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputing})
     if config.lora_rank:
         return attach(
             model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
