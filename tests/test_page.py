@@ -184,8 +184,8 @@ def encoded(picture: Picture) -> str:
 
 def ask(page: Any, query: Query) -> None:
     """Types a query into the search box and sends it; its picture is dropped."""
-    for picture in query.pictures:
-        drop(page, picture)
+    for shown in query.pictures:
+        drop(page, shown)
         playwright.expect(page.locator("#preview")).to_have_js_property("complete", True)
     page.locator("#text").fill(query.text)
     page.locator("#instruction").fill(query.instruction or "")

@@ -119,9 +119,9 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     calibrate.add_argument(
         "--background", action="append", default=[], type=Path, metavar="PATH",
         help="queries that nothing in it answers: .txt of one a line, .jsonl, or a folder of pictures; repeatable "
-        "(default: unlikely texts of our own)",
+        "(default: background.txt of the model, or unlikely texts of our own)",
     )  # fmt: skip
-    calibrate.add_argument("--count", type=_count, default=2000, metavar="N", help="of our own texts (default: 2000)")
+    calibrate.add_argument("--count", type=_count, default=2000, metavar="N", help="of these texts (default: 2000)")
     calibrate.add_argument("--instruction", metavar="I", help="what the searches to come will carry, if they all do")
     _add_model(calibrate)
     _add_engine(calibrate)
