@@ -104,6 +104,7 @@ class LibraryEncoder:
         name = plain_name(str(source))
         _check_modules(name, module_types(name))
         folder = fetch(name)
+        _check_kind(folder, name)
         fingerprint = _fingerprint(folder)
         return cls(_load(folder, name, device, dtype), name, fingerprint, dim=dim)
 
@@ -260,12 +261,21 @@ def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> An
         )
     except Exception as error:  # of whatever kind its modules and transformers raise
         raise ModelError(f"sentence-transformers cannot load {name}: {_why(error)}") from error
-    if not (folder / MODULES).is_file() and getattr(getattr(model[0], "config", None), "model_type", "") in _FIXED_LENGTH:
-        length = model[0].config.text_config.max_position_embeddings
-        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+    if not (folder / MODULES).is_file():
+        _complete(model, name)
     if model.similarity_fn_name == "dot" and type(model[-1]).__name__ != "Normalize":
         log.warning("%s asks for dot products of vectors of any length; TraceIR ranks by cosine", name)
     return model
+
+
+def _complete(model: Any, name: str) -> None:
+    """What is said, or done, where no modules.json says how a checkpoint is read."""
+    config: Any = getattr(model[0], "config", None)
+    if getattr(config, "model_type", "") in _FIXED_LENGTH:
+        length = config.text_config.max_position_embeddings
+        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+    if len(model) > 1:
+        log.warning("%s has no %s: it is pooled by the library's default, not as its publisher may have meant", name, MODULES)
 
 
 def _why(error: Exception) -> str:
@@ -289,6 +299,14 @@ def _check_modules(name: str, types: Sequence[str]) -> None:
             f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
             "use another model, or --profile where there is one for it"
         )
+
+
+def _check_kind(folder: Path, name: str) -> None:
+    """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
+    about = folder / "config_sentence_transformers.json"
+    kind = _read(about).get("model_type") if about.is_file() else None
+    if kind not in (None, "SentenceTransformer"):
+        raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
 
 
 def _foreign(types: Sequence[str]) -> list[str]:
