@@ -23,6 +23,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from starlette.testclient import TestClient
 from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write_lines, write_row
+from test_unseen import write_urban1k
 from transformers import AutoProcessor, Siglip2Model
 
 import traceir
@@ -199,6 +200,20 @@ def test_evaluation_ranks_by_the_library_s_vectors(kind: str, row: str, row_fold
     assert about["max_reasoning_tokens"] is None and row in about["routes"]["auto"]
 
 
+def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path, tmp_path: Path) -> None:
+    write_urban1k(tmp_path / "sets")
+    files = {number: tmp_path / "sets" / "Urban1k" / "image" / f"{number}.jpg" for number in (1, 2, 10)}
+    for number, file in files.items():
+        pixels(number).save(file)
+    assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
+    own = SentenceTransformer(str(places / "clip"))
+    captions = queries_of(own, [f"Street {number}." for number in files])
+    scores = captions @ documents_of(own, [Image.open(file) for file in files.values()]).T
+    ranks = [int((row >= row[place]).sum()) for place, row in enumerate(scores)]
+    outcomes = [json.loads(line) for line in (tmp_path / "out" / "outcomes-auto.jsonl").read_text().splitlines()]
+    assert [one["rank"] for one in outcomes if one["task"] == "urban1k_t2i"] == ranks
+
+
 def test_a_route_and_verbs_that_look_into_a_model_are_refused_in_one_line(
     row_folder: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,6 +327,14 @@ def test_parts_are_read_in_their_order(places: Path) -> None:
 def _message(*parts: Any) -> list[dict[str, Any]]:
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in pairs]}]
+
+
+def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
+    encoder = load_encoder(places / "bert", dtype=torch.bfloat16)
+    own = SentenceTransformer(str(places / "bert"), model_kwargs={"dtype": torch.bfloat16})
+    found = vectors(encoder.encode_queries([Query.of(text=TEXT)]))
+    assert encoder.vector_settings["dtype"] == "torch.bfloat16" and found.dtype == np.float32
+    assert far(found, queries_of(own, [TEXT])) < 1e-6
 
 
 def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:

@@ -80,7 +80,8 @@ class LibraryEncoder:
     """Queries and items to Encodings by one SentenceTransformer. Thread-safe: the library encodes for one thread at a time.
 
     `dim` keeps the first so many components of each vector, for models trained to allow that. A batch holds at most `batch_rows`
-    inputs of one modality. A batch of n equals n singles up to floating-point rounding.
+    texts, or a quarter as many inputs with pictures, which are decoded together. A batch of n equals n singles up to
+    floating-point rounding.
     """
 
     def __init__(self, model: Any, name: str, fingerprint: str, *, dim: int | None = None, batch_rows: int = 32) -> None:
@@ -381,14 +382,15 @@ def _read(file: Path) -> Any:
 
 
 def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:
-    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`."""
+    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`, or a quarter of that."""
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number, content in enumerate(contents):
         groups.setdefault((_form(content), prompts[number]), []).append(number)
-    for group in groups.values():
+    for (form, _), group in groups.items():
         group.sort(key=lambda number: len(_text_of(contents[number])))
-        for first in range(0, len(group), rows):
-            yield group[first : first + rows]
+        most = rows if form == "text" else max(1, rows // 4)
+        for first in range(0, len(group), most):
+            yield group[first : first + most]
 
 
 def _parts(content: Item | Query) -> tuple[Part, ...]:
