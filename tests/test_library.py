@@ -10,8 +10,9 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import published
@@ -22,6 +23,7 @@ from PIL import Image
 from sentence_transformers import SentenceTransformer
 from starlette.testclient import TestClient
 from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write_lines, write_row
+from test_unseen import write_urban1k
 from transformers import AutoProcessor, Siglip2Model
 
 import traceir
@@ -198,6 +200,20 @@ def test_evaluation_ranks_by_the_library_s_vectors(kind: str, row: str, row_fold
     assert about["max_reasoning_tokens"] is None and row in about["routes"]["auto"]
 
 
+def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path, tmp_path: Path) -> None:
+    write_urban1k(tmp_path / "sets")
+    files = {number: tmp_path / "sets" / "Urban1k" / "image" / f"{number}.jpg" for number in (1, 2, 10)}
+    for number, file in files.items():
+        pixels(number).save(file)
+    assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
+    own = SentenceTransformer(str(places / "clip"))
+    captions = queries_of(own, [f"Street {number}." for number in files])
+    scores = captions @ documents_of(own, [Image.open(file) for file in files.values()]).T
+    ranks = [int((row >= row[place]).sum()) for place, row in enumerate(scores)]
+    outcomes = [json.loads(line) for line in (tmp_path / "out" / "outcomes-auto.jsonl").read_text().splitlines()]
+    assert [one["rank"] for one in outcomes if one["task"] == "urban1k_t2i"] == ranks
+
+
 def test_a_route_and_verbs_that_look_into_a_model_are_refused_in_one_line(
     row_folder: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -223,12 +239,18 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1].removeprefix("traceir: error: ")
 
 
-def test_a_bare_checkpoint_is_asked_for_by_its_prefix(places: Path, tmp_path: Path) -> None:
+def test_a_bare_checkpoint_is_asked_for_by_its_prefix(places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bare = published.save_bare_clip(tmp_path / "bare")
     assert not is_library(str(bare)) and is_library(f"st:{bare}")
     with pytest.raises(ModelError, match="'clip' checkpoint"):
         load_encoder(bare)
     encoder = load_encoder(f"st:{bare}")
+    assert not caplog.records
+    plain = load_encoder(f"st:{places / 'bert-bare'}")
+    assert far(vectors(plain.encode_items([Item.of(text=TEXT)])), documents_of(plain.model, [TEXT])) < 1e-6
+    assert [record.getMessage() for record in caplog.records if record.name == "traceir.library"] == [
+        f"{places / 'bert-bare'} has no modules.json: it is pooled by the library's default, not as its publisher may have meant"
+    ]
     assert far(vectors(encoder.encode_queries([Query.of(text=TEXT)])), queries_of(SentenceTransformer(str(bare)), [TEXT])) < 1e-6
 
 
@@ -305,6 +327,14 @@ def test_parts_are_read_in_their_order(places: Path) -> None:
 def _message(*parts: Any) -> list[dict[str, Any]]:
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in pairs]}]
+
+
+def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
+    encoder = load_encoder(places / "bert", dtype=torch.bfloat16)
+    own = SentenceTransformer(str(places / "bert"), model_kwargs={"dtype": torch.bfloat16})
+    found = vectors(encoder.encode_queries([Query.of(text=TEXT)]))
+    assert encoder.vector_settings["dtype"] == "torch.bfloat16" and found.dtype == np.float32
+    assert far(found, queries_of(own, [TEXT])) < 1e-6
 
 
 def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
@@ -414,6 +444,9 @@ def test_pickles_and_code_that_comes_with_a_model_are_refused(places: Path, tmp_
     with pytest.raises(ModelError, match=r"names the folder '../bert/1_Pooling', which is not below its own"):
         load_encoder(outside)
     ranker = published.copied(places / "bert", tmp_path / "ranker")
+    _edit(ranker / "config_sentence_transformers.json", lambda about: about.update(model_type="CrossEncoder"))
+    with pytest.raises(ModelError, match=r"ranker is a CrossEncoder, which makes no vectors that could be indexed"):
+        load_encoder(ranker)
     (ranker / "modules.json").write_text("{")
     with pytest.raises(ModelError, match=r"cannot read .*modules.json"):
         load_encoder(ranker)
@@ -452,6 +485,56 @@ def test_a_hub_id_is_decided_by_its_modules_file_and_offline_by_the_cache(
     for name in ("someone/else", "st:someone/else"):
         assert run("index", "add", places / "bert", "--index", tmp_path / "index", "--model", name) == 2
         assert _error(capsys).startswith("someone/else is no folder here and not in the local cache")
+
+
+MODULES = json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]).encode()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Of a hub, the modules.json of two repositories: one has it, one has none; a third cannot be told."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        self._answer(MODULES)
+
+    def _answer(self, body: bytes) -> None:
+        self.asked.append(self.path)
+        missing, broken = "/plain/" in self.path, "/broken/" in self.path
+        self.send_response(404 if missing else 403 if broken else 200)
+        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
+        self.send_header("ETag", '"0123"')
+        self.send_header("Content-Length", str(len(MODULES)))
+        if missing:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_the_hub_is_asked_for_one_file_to_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        pattern = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + pattern)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert is_library("someone/model") and not is_library("someone/plain")
+        with pytest.raises(ModelError, match="someone/broken cannot be had from the hub: "):
+            is_library("someone/broken")
+        asked = len(_Hub.asked)
+        assert is_library("someone/model") and len(_Hub.asked) == asked  # the cache knows it now
+        assert {path.rsplit("/", 1)[-1] for path in _Hub.asked if "resolve" in path} == {"modules.json"}
+        hub.shutdown()
 
 
 # The worker for encoders that cannot be looked into

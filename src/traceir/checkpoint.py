@@ -92,14 +92,14 @@ def _modules_file(name: str) -> Path | None:
     if not is_hub_id(name):
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     known = try_to_load_from_cache(name, MODULES)
     if known is not None or not hub_answers():
         return Path(known) if isinstance(known, str) else None
     try:
         return Path(hf_hub_download(name, MODULES))
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
         return None  # `fetch` says which repository is missing
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be had from the hub: {error}") from error

@@ -80,7 +80,8 @@ class LibraryEncoder:
     """Queries and items to Encodings by one SentenceTransformer. Thread-safe: the library encodes for one thread at a time.
 
     `dim` keeps the first so many components of each vector, for models trained to allow that. A batch holds at most `batch_rows`
-    inputs of one modality. A batch of n equals n singles up to floating-point rounding.
+    texts, or a quarter as many inputs with pictures, which are decoded together. A batch of n equals n singles up to
+    floating-point rounding.
     """
 
     def __init__(self, model: Any, name: str, fingerprint: str, *, dim: int | None = None, batch_rows: int = 32) -> None:
@@ -104,6 +105,7 @@ class LibraryEncoder:
         name = plain_name(str(source))
         _check_modules(name, module_types(name))
         folder = fetch(name)
+        _check_kind(folder, name)
         fingerprint = _fingerprint(folder)
         return cls(_load(folder, name, device, dtype), name, fingerprint, dim=dim)
 
@@ -261,12 +263,21 @@ def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> An
         )
     except Exception as error:  # of whatever kind its modules and transformers raise
         raise ModelError(f"sentence-transformers cannot load {name}: {_why(error)}") from error
-    if not (folder / MODULES).is_file() and getattr(getattr(model[0], "config", None), "model_type", "") in _FIXED_LENGTH:
-        length = model[0].config.text_config.max_position_embeddings
-        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+    if not (folder / MODULES).is_file():
+        _complete(model, name)
     if model.similarity_fn_name == "dot" and type(model[-1]).__name__ != "Normalize":
         log.warning("%s asks for dot products of vectors of any length; TraceIR ranks by cosine", name)
     return model
+
+
+def _complete(model: Any, name: str) -> None:
+    """What is said, or done, where no modules.json says how a checkpoint is read."""
+    config: Any = getattr(model[0], "config", None)
+    if getattr(config, "model_type", "") in _FIXED_LENGTH:
+        length = config.text_config.max_position_embeddings
+        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+    if len(model) > 1:
+        log.warning("%s has no %s: it is pooled by the library's default, not as its publisher may have meant", name, MODULES)
 
 
 def _why(error: Exception) -> str:
@@ -290,6 +301,14 @@ def _check_modules(name: str, types: Sequence[str]) -> None:
             f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
             "use another model, or --profile where there is one for it"
         )
+
+
+def _check_kind(folder: Path, name: str) -> None:
+    """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
+    about = folder / "config_sentence_transformers.json"
+    kind = _read(about).get("model_type") if about.is_file() else None
+    if kind not in (None, "SentenceTransformer"):
+        raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
 
 
 def _foreign(types: Sequence[str]) -> list[str]:
@@ -364,14 +383,15 @@ def _read(file: Path) -> Any:
 
 
 def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:
-    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`."""
+    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`, or a quarter of that."""
     groups: dict[tuple[str, str | None], list[int]] = {}
     for number, content in enumerate(contents):
         groups.setdefault((_form(content), prompts[number]), []).append(number)
-    for group in groups.values():
+    for (form, _), group in groups.items():
         group.sort(key=lambda number: len(_text_of(contents[number])))
-        for first in range(0, len(group), rows):
-            yield group[first : first + rows]
+        most = rows if form == "text" else max(1, rows // 4)
+        for first in range(0, len(group), most):
+            yield group[first : first + most]
 
 
 def _parts(content: Item | Query) -> tuple[Part, ...]:
