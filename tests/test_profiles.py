@@ -32,6 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from traceir.cli import main
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
+from traceir.explain import explain
 from traceir.items import Encoding, Item, Query
 from traceir.learn import mbeir
 from traceir.learn.evaluate import evaluate
@@ -188,6 +189,9 @@ def test_lamra_needs_no_token_of_its_own(tmp_path: Path) -> None:
 
 def test_gme_counts_one_by_one_and_reads_the_last_token(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]  # as the 7B is published
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     encoder = Encoder(load(folder, profile="gme"))
     stock = Stock(folder, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
 
@@ -297,6 +301,7 @@ def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, cap
     file.write_text(json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
     model = load(folder, profile=file)
     assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube"
+    assert explain(model, model.prompt(QUERIES[0])).prompt_version == Encoder(model).prompt_version
     again = Encoder(load(save(model, tmp_path / "saved")))
     assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="gme")).prompt_version
     vectors = [encoder.encode_queries(QUERIES)[2].vector for encoder in (again, Encoder(model))]

@@ -62,7 +62,7 @@ KNOWN: Final = (
     Known("Qwen/Qwen3-VL-Embedding-8B", "sentence-transformers", 8_144_793_840, 4096, "apache-2.0", _ALL, _LIBRARY,
           note="the first 64 components and more do alone"),
     Known("Alibaba-NLP/gme-Qwen2-VL-2B-Instruct", "profile gme", 2_208_985_600, 1536, "apache-2.0", _ALL, _GOLDEN),
-    Known("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "profile gme", 8_291_375_616, 3584, "apache-2.0", _ALL, _GOLDEN),
+    Known("Alibaba-NLP/gme-Qwen2-VL-7B-Instruct", "profile gme", 7_746_378_240, 3584, "apache-2.0", _ALL, _GOLDEN),
     Known("code-kunkun/LamRA-Ret", "profile lamra", 8_291_375_616, 3584, None, _ALL, _GOLDEN),
     Known("code-kunkun/LamRA-Ret-Pretrained", "profile lamra", 8_291_375_616, 3584, None, _ALL, _GOLDEN,
           note="trained on texts alone"),

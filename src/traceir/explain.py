@@ -60,7 +60,7 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     direct = bypass or prompt.role == "candidate" or model.settings.read_out == "last"
     return Explanation(
         role=prompt.role,
-        prompt_version=model.settings.prompt_version,
+        prompt_version=prompt.version,
         read_out=model.settings.read_out,
         prompt=prompt.show(),
         completion=completion,

@@ -265,8 +265,6 @@ def load(
     settings = overridden(settings, overrides)
     if settings.profile is None:
         add_emb_token(network, tokenizer)
-    elif settings.profile.add_token:
-        _add_known_token(network, tokenizer, settings.profile)
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(folder) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
@@ -320,6 +318,8 @@ def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudg
         max_pixels=profile.max_pixels or image.max_pixels,
         resize=profile.resize,
     )
+    if profile.add_token and profile.token is not None:
+        _add_known_token(network, tokenizer, profile.token)
     processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget, emb_token=profile.token, rope=profile.rope)
     return TraceModel(network, processor, settings)
 
@@ -410,14 +410,14 @@ def add_emb_token(network: Any, tokenizer: Any) -> int:
     return new
 
 
-def _add_known_token(network: Any, tokenizer: Any, profile: Profile) -> None:
-    """Makes the profile's token one of the tokenizer: the next id, whose row was trained though the tokenizer was not saved."""
-    if profile.token in tokenizer.get_vocab():
+def _add_known_token(network: Any, tokenizer: Any, token: str) -> None:
+    """Makes a token one of the tokenizer: the next id, whose row was trained though the tokenizer was not saved with it."""
+    if tokenizer.convert_tokens_to_ids(token) not in (None, tokenizer.unk_token_id):
         return
-    tokenizer.add_special_tokens({"additional_special_tokens": [profile.token]}, replace_extra_special_tokens=False)
-    new, rows = int(tokenizer.convert_tokens_to_ids(profile.token)), network.get_input_embeddings().weight.shape[0]
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    new, rows = int(tokenizer.convert_tokens_to_ids(token)), network.get_input_embeddings().weight.shape[0]
     if new >= rows:
-        raise ModelError(f"{profile.token} would be token {new}, and the checkpoint has {rows} rows; is --profile the right one?")
+        raise ModelError(f"{token} would be token {new}, and the checkpoint has {rows} rows; is --profile the right one?")
 
 
 def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:

@@ -251,7 +251,8 @@ PROFILES: Final[Mapping[str, Profile]] = {
             token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_picture=True,
             min_pixels=784, max_pixels=2_359_296, max_text_tokens=_CONTEXT, max_reasoning_tokens=8192,
         ),
-        # GME, gme_inference.py as in VLM2Vec d9978e0: the state of <|endoftext|>, positions counted one by one, 1,800 tokens.
+        # GME, gme_inference.py as in VLM2Vec d9978e0: the state of <|endoftext|>, positions counted one by one, 1,800 tokens. So
+        # does modeling_gme_qwen2vl.py, the publisher's later code, which asks for transformers below 4.52.
         Profile(
             "gme", _GME, _GME, instruction="You are a helpful assistant.", rope="sequential", resize="both",
             min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28, max_text_tokens=_CONTEXT,

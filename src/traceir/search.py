@@ -151,8 +151,8 @@ class Searcher:
 
 def text_cut(encoding: Encoding) -> str:
     """What is told of an input whose text was too long."""
-    limit = "" if encoding.text_limit is None else f" {encoding.text_limit}"
-    return f"its text is longer than the{limit} tokens that the model reads; what is beyond was cut off"
+    limit = "" if encoding.text_limit is None else f"the {encoding.text_limit} tokens that "
+    return f"its text is longer than {limit}the model reads; what is beyond was cut off"
 
 
 def _pair(query: Query) -> tuple[Modality, Modality | None]:
