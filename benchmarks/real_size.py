@@ -454,8 +454,8 @@ def report(work: Path) -> str:
     lines = [
         "# Runs at real size", "", *(__doc__ or "").splitlines()[0:1], "",
         "Peaks are of the whole process. What is not private are the pages of the weights' files, which are mapped: the system",
-        "may drop them and read them again. Seconds count what other work on the same cores takes, and pauses; those of CPU do not.",
-        "",
+        "may drop them and read them again. Seconds count what other work on the same cores takes, and pauses; those of CPU do",
+        "not.", "",
     ]  # fmt: skip
     for shape in ("3b", "7b"):
         found = read(work, shape)
