@@ -451,7 +451,12 @@ STAGES: Final[dict[str, Callable[[Path, str], Measured]]] = {
 
 def report(work: Path) -> str:
     """All that the scratch folder holds, as Markdown."""
-    lines = ["# Runs at real size", "", *(__doc__ or "").splitlines()[0:1], ""]
+    lines = [
+        "# Runs at real size", "", *(__doc__ or "").splitlines()[0:1], "",
+        "Peaks are of the whole process. What is not private are the pages of the weights' files, which are mapped: the system",
+        "may drop them and read them again. Seconds count what other work on the same cores takes, and pauses; those of CPU do",
+        "not.", "",
+    ]  # fmt: skip
     for shape in ("3b", "7b"):
         found = read(work, shape)
         if not found:
@@ -472,6 +477,8 @@ def report(work: Path) -> str:
                 before = "" if stage in ("load", "train") else f"{one['loading']:.0f}"
                 times, peaks = f"{one['seconds']:.0f} | {one['cpu']:.0f}", f"{one['peak_gib']:.1f} | {one['private_gib']:.1f}"
                 lines.append(f"| {one['what']} | {times} | {before} | {peaks} | {one['note']} |")
+        if missing := [stage for stage in STAGES if stage not in found]:
+            lines += ["", f"Not run: {', '.join(missing)}."]
         lines.append("")
     return "\n".join(lines)
 
