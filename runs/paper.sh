@@ -5,8 +5,9 @@
 #     runs/paper.sh qwen2-vl-2b        its smallest backbone
 #     runs/paper.sh qwen2.5-vl-3b      in between; not in the paper
 #
-# NPROC GPUs of this machine take part; they must divide the batch of 1,024. To train on several nodes, start torchrun on each of
-# them first (docs/training.md), then this script on one of them for the rest: a finished training is left alone.
+# NPROC GPUs of this machine take part; they must divide the batch of 1,024. SETTINGS go to the training: where a GPU cannot hold
+# the base, SETTINGS="--set shard=true" divides it among them. To train on several nodes, start torchrun on each of them first
+# (docs/training.md), then this script on one of them for the rest: a finished training is left alone.
 # Every command resumes where it was cut off. No full run of it has been made by us yet.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,8 @@ done
 run="out/runs/$preset" model="out/models/$preset" scores="out/scores/$preset"
 
 # One stage, one epoch: language-model loss and InfoNCE together, LoRA and projector.
-"${TORCHRUN:-torchrun}" --standalone --nproc-per-node "$nproc" -m traceir train --preset "$preset" --data "$cot" --out "$run"
+"${TORCHRUN:-torchrun}" --standalone --nproc-per-node "$nproc" -m traceir train --preset "$preset" --data "$cot" --out "$run" \
+    ${SETTINGS:-}
 
 # Adapter and base as one plain checkpoint.
 test -f "$model/traceir.json" || $traceir merge "$run/checkpoint" --out "$model" --dtype bfloat16

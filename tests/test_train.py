@@ -381,9 +381,7 @@ def test_a_sharded_adapter_goes_on_after_a_kill(folder: Path, trained: Path, tmp
     """Bit for bit in shards again; and in one process, which reads the same step folder, up to rounding."""
     settings = ("lora_rank=4", "lora_alpha=8", "save_every=1", "keep=2")
     broken = small_run(folder, trained, tmp_path / "broken", *settings, "shard=true")
-    whole = small_run(folder, trained, tmp_path / "whole", *settings, "shard=true")
-    undisturbed = started(whole, 2, tmp_path / "told-whole")
-    ended(undisturbed, tmp_path / "told-whole")
+    whole = started(small_run(folder, trained, tmp_path / "whole", *settings, "shard=true"), 2, tmp_path / "told-whole")
     running = started(broken, 2, tmp_path / "told-broken")
     deadline = time.monotonic() + 120
     while _steps_of(tmp_path / "broken") < 2 and time.monotonic() < deadline:
@@ -393,8 +391,9 @@ def test_a_sharded_adapter_goes_on_after_a_kill(folder: Path, trained: Path, tmp
         process.join()
     assert not (tmp_path / "broken/checkpoint").exists(), "a kill that came too late is no test"
     alone = [*small_run(folder, trained, tmp_path / "alone", *settings), "--resume-from", str(tmp_path / "broken/steps/000002")]
-    ended(started(alone, 1, tmp_path / "told-alone"), tmp_path / "told-alone")
-    ended(started(broken, 2, tmp_path / "told-resumed"), tmp_path / "told-resumed")
+    lone, resumed = started(alone, 1, tmp_path / "told-alone"), started(broken, 2, tmp_path / "told-resumed")
+    for name, processes in (("whole", whole), ("alone", lone), ("resumed", resumed)):
+        ended(processes, tmp_path / f"told-{name}")
     places = (tmp_path / name / "checkpoint/adapter_model.safetensors" for name in ("whole", "broken", "alone"))
     first, second, third = map(load_file, places)
     assert all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys() == third.keys()
