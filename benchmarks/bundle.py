@@ -25,22 +25,24 @@ from traceir.learn.evaluate import evaluate
 from traceir.learn.examples import write_examples
 from traceir.learn.faithful import probe
 from traceir.learn.judged import table
+from traceir.learn.minibeir.drawing import SIZE
 from traceir.learn.minibeir.unseen.build import build_unseen
 from traceir.learn.report import run_report
 from traceir.learn.scoreboard import write_scoreboard
 from traceir.learn.unseen.run import evaluate_unseen
 from traceir.learn.unseen.run import table as unseen_table
+from traceir.world import World, words_of
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")
 DATA, UNSEEN, MODEL = Path("data/minibeir"), Path("data/minibeir-unseen"), bundled_model()
 STAGES = ("mini-naming", "mini-words", "mini-lessons", "mini")
 BASELINES = {"mini-direct": "no reasoning, same updates", "mini-direct-long": "no reasoning, same wall time"}
 ROUTES: tuple[Route, ...] = ("auto", "direct", "reason")
-WORLD: Final = (
+SAYS: Final = (
     "The bundled model is a miniature that knows one drawn world: three objects side by side on a table (ball, cone, cube, mug, "
     "ring or star, each in one colour), garments, and invented persons and towns. It wants whole sentences, such as: On the left "
     "a white ring, in the middle a blue ring, on the right a purple ring. A word or two, or real photos, give hits that mean "
-    "nothing."
+    "nothing, whatever their scores."
 )
 
 
@@ -85,8 +87,16 @@ def bundle(checkpoint: Path) -> None:
     for file in checkpoint.iterdir():
         shutil.copyfile(file, MODEL / file.name)
     settings = MODEL / "traceir.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"world": WORLD}, indent=2) + "\n")
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"world": world().as_json()}, indent=2) + "\n")
     write_background(MODEL)
+
+
+def world() -> World:
+    """What the bundled model knows: the words of all queries, candidates and instructions, and the size of all pictures."""
+    files = [*DATA.glob("query/*/*.jsonl"), *DATA.glob("cand_pool/*/*.jsonl")]
+    texts = [json.loads(line).get(key) or "" for file in files for line in file.open() for key in ("query_txt", "txt")]
+    instructions = (DATA / "instructions" / "query_instructions.tsv").read_text()
+    return World(SAYS, words_of(" ".join([*texts, instructions])), (SIZE, SIZE))
 
 
 def describe(results: dict[str, Any]) -> dict[str, Any]:

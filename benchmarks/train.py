@@ -9,6 +9,7 @@ is checked first.
 `capacity`: the largest batch of made-up turns with GradCache and LoRA on one device, tokens/s, share of its peak.
 `precision`: a step in bfloat16 against one in float32, with this processor's instructions and with AVX2 only, and whether the
 default takes the faster (train_precision.py).
+`cards`: what `--card` makes of the published shapes, by its arithmetic; nothing is measured.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from benchmarks.train_shapes import (
     build,
     capacity,
     capacity_table,
+    empty_network,
     machine,
     peak_mib,
     prepared,
@@ -48,6 +50,7 @@ from traceir.batch import Processor
 from traceir.errors import InputError, TraceError
 from traceir.learn.batches import Turns
 from traceir.learn.data import Schedule, TaskData, read_pairs
+from traceir.learn.memory import largest, need_of
 from traceir.learn.pixels import pixel_store
 from traceir.learn.presets import PRESETS
 from traceir.learn.train import TrainConfig
@@ -295,9 +298,25 @@ def _memory_table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def cards() -> list[str]:
+    """The shares of memory of each published shape with its preset, and the chunks that fit, as Markdown."""
+    lines = ["| preset | LoRA | frozen | trains | 1,000 tokens of a chunk | `--card 24` | `--card 80` |",
+             "|---|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for shape, rank in (("2b", 128), ("3b", 128), ("7b", 128), ("7b", 64), ("7b", 32)):
+        network, preset = empty_network(SHAPES[shape], "meta"), SHAPES[shape].preset
+        need = need_of(replace(PRESETS[preset](), lora_rank=rank), network)
+        fits = [largest(need, card) for card in (24, 80)]
+        sizes = " | ".join(f"{size / 1e9:.1f}" for size in (need.frozen, need.trained, 1000 * need.token))
+        lines.append(f"| `{preset}` | {rank} | {sizes} | " + " | ".join(f"{one:,}" if one else "no" for one in fits) + " |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     options = _parse(arguments)
+    if options.measurement == "cards":
+        print("\n".join(cards()))
+        return 0
     torch.set_num_threads(options.threads)
     torch.set_flush_denormal(True)
     try:
@@ -414,6 +433,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     grown.add_argument(
         "--lengths", type=_lengths, default=Lengths(), metavar="Q,P,R,C", help="tokens: query, its picture, reasoning, candidate"
     )
+    verbs.add_parser("cards")
     types = verbs.add_parser("precision")
     types.add_argument("--preset", choices=PRESETS, default="emoji", help="what is trained, from random weights")
     types.add_argument("--data", type=Path, default=Path("data/minibeir"), help="M-BEIR folder with a train split")
@@ -425,7 +445,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     types.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the Markdown")
     types.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.measurement != "precision" and options.precision is None:
+    if options.measurement not in ("precision", "cards") and options.precision is None:
         options.precision = "bf16" if bfloat16_on(options.device).fast else "float32"
     return options
 

@@ -21,7 +21,7 @@ def examples(count: int, negatives: int = 0) -> list[Example]:
     """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
     found = []
     for number in range(count):
-        shown = picture(number) if number % 2 else None
+        shown = picture(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
         text = " ".join(["red", "cube", "then", "blue"][: 1 + number % 4])
         did = f"1:{number - number % 2 if number < 4 else number}"
         wrong = tuple(Item.of(text=f"wrong {number} {n}", id=f"2:{number}{n}") for n in range(negatives * (number % 2)))
@@ -145,12 +145,13 @@ def test_a_loss_that_is_refused_leaves_no_gradient(double: TraceModel) -> None:
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
-    """One of two processes: DDP around the Reader, cached and uncached; the first writes the gradients."""
+    """One of two processes: DDP around the Reader, then shards of it, cached and uncached; the first writes the gradients."""
     import torch.distributed as dist
     from safetensors.torch import save_file
     from torch.nn.parallel import DistributedDataParallel
 
     from traceir.learn.gradcache import Distribution
+    from traceir.learn.shard import fetched, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
@@ -168,6 +169,16 @@ def worker(rank: int, world: int, folder: Path) -> None:
         if rank == 0:
             found = {name: p.grad.contiguous() for name, p in reader.named_parameters() if p.grad is not None}
             save_file(found, folder / f"{cache}.safetensors")
+    shard(reader, torch.device("cpu"))
+    for cache in (True, False):
+        reader.zero_grad(set_to_none=True)
+        step(
+            reader, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
+            ranks=Distribution(rank, world, even=True),
+        )  # fmt: skip
+        found = {name: fetched(p.grad, keep=rank == 0) for name, p in reader.named_parameters() if p.grad is not None}
+        if rank == 0:
+            save_file(found, folder / f"sharded-{cache}.safetensors")
     del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for
     dist.destroy_process_group()
 
@@ -183,5 +194,5 @@ def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Pa
     assert [process.exitcode for process in running] == [0, 0]
     turn = turns(double, 90).turn(0, "made up", examples(8, negatives=2))
     alone = gradients(double, turn, Objective(symmetric=True), cache=True, learn=True)
-    for cache in (True, False):
-        assert furthest(load_file(tmp_path / f"{cache}.safetensors"), alone) < 1e-9
+    for file in ("True", "False", "sharded-True", "sharded-False"):
+        assert furthest(load_file(tmp_path / f"{file}.safetensors"), alone) < 1e-9, file

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import published
 import pytest
 from fakes import FakeEncoder
 from PIL import Image
@@ -25,6 +26,7 @@ from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.ingest_cluster import MOST_STARTS, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
+from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
 
@@ -229,3 +231,14 @@ def test_the_command_line_takes_workers(
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main([*told, str(tmp_path / "three"), "--workers", "2"]) == 2
     assert "pip install 'traceir[cluster]'" in capsys.readouterr().err
+
+
+def test_workers_encode_by_a_published_model(shelf: Path, tmp_path: Path) -> None:
+    """More than 3 s, because a worker imports sentence-transformers and what that imports."""
+    make_encoder = partial(load_encoder, published.save_bert(tmp_path / "bert"), dim=16)
+    encoder = make_encoder()
+    with open_index(tmp_path / "one", encoder, create=True) as one, open_index(tmp_path / "two", encoder, create=True) as two:
+        expected = add([shelf / "deep"], one, encoder, batch=4, progress=False)
+        assert counts(expected) == (10, 0, 0, 1)
+        assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == expected
+        assert rows(two) == rows(one)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from traceir.batch import Batch, ImageBudget, Processor, _grid_positions, smart_resize
 from traceir.errors import ModelError, PictureError
 from traceir.items import Item, Query
-from traceir.model import TraceModel, add_emb_token, load, save
+from traceir.model import TraceModel, add_emb_token, image_budget, load, save
 from traceir.prompts import EMB, render_candidate, render_query
 from traceir.weights import fingerprint
 
@@ -65,6 +66,34 @@ def test_pixels_equal_the_stock_image_processor(size: tuple[int, int]) -> None:
     )
     assert grids.tolist() == stock["image_grid_thw"].tolist()
     assert torch.allclose(patches, torch.as_tensor(stock["pixel_values"]), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        # Top-level values go before `size` in transformers 4.51.3, 4.57.3 and 5.24.0.
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "min_pixels": 200704, "max_pixels": 1003520},
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "max_pixels": 1003520},
+        {"size": {"shortest_edge": 65536, "longest_edge": 16777216}, "patch_size": 16},
+        {"min_pixels": 200704, "max_pixels": 1003520},
+        {"size": None},
+        {},
+    ],
+)
+def test_the_budget_of_pictures_is_the_stock_processors(tmp_path: Path, said: dict[str, object]) -> None:
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **said}))
+    stock = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
+    patch = int(str(said.get("patch_size", 14)))
+    vision = SimpleNamespace(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2)
+    budget = image_budget(file, SimpleNamespace(vision_config=vision))
+    grids = []
+    for width, height in ((100, 75), (400, 300), (3000, 2000), (10, 10)):
+        (grid,) = stock(images=[picture(0, width, height).load()], return_tensors="pt")["image_grid_thw"].tolist()
+        grids.append(tuple(side // patch for side in smart_resize(height, width, budget)))
+        assert grid == [1, *grids[-1]]
+    if said.get("size") and said.get("min_pixels"):
+        assert grids[0] == (28, 38) and grids[2] == (58, 86)
 
 
 def test_smart_resize_refuses_a_ribbon() -> None:

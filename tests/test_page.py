@@ -14,14 +14,16 @@ from typing import Any
 
 import playwright.sync_api as playwright
 import pytest
-from conftest import serving
+from conftest import picture, serving
+from published import save_clip
 
 import traceir
-from traceir import demo
+from traceir import cli, demo
 from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.index.store import Stored
 from traceir.items import Hit, Item, Query, Route
 from traceir.pictures import Picture
 from traceir.search import Searcher
@@ -182,8 +184,8 @@ def encoded(picture: Picture) -> str:
 
 def ask(page: Any, query: Query) -> None:
     """Types a query into the search box and sends it; its picture is dropped."""
-    for picture in query.pictures:
-        drop(page, picture)
+    for shown in query.pictures:
+        drop(page, shown)
         playwright.expect(page.locator("#preview")).to_have_js_property("complete", True)
     page.locator("#text").fill(query.text)
     page.locator("#instruction").fill(query.instruction or "")
@@ -258,8 +260,8 @@ def test_field_report_20_the_page_says_what_the_model_knows(
     page = open_page(service.url)
     notice = page.locator("#notice")
     notice.wait_for()
-    assert encoder.world and encoder.world in notice.inner_text()
-    assert "whole sentences" in encoder.world and "real photos" in encoder.world
+    assert encoder.world is not None and encoder.world.says in notice.inner_text()
+    assert "whole sentences" in encoder.world.says and "real photos" in encoder.world.says
 
 
 def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: Callable[..., Any]) -> None:
@@ -551,9 +553,29 @@ def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
     file.write_bytes("\ufeffFind the part.\r\n\r\n  ابحث عن الصورة \nFind the part.\n".encode())
     assert read_instructions(file) == ("Find the part.", "ابحث عن الصورة")
     model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
-    own = page_config("Parts", model, {"image": 3}, read_instructions(file))
-    assert (own.instructions, own.examples) == (["Find the part.", "ابحث عن الصورة"], [])
-    assert page_config("Parts", model, {"image": 3}).examples and not page_config("Parts", model, {"image": 0}).examples
+    own = page_config("Parts", model, {"text": 1}, [kept("a bolt")], instructions=read_instructions(file))
+    assert own.instructions == ["Find the part.", "ابحث عن الصورة"]
+
+
+def kept(text: str | None, image: str | None = None) -> Stored:
+    return Stored(f"{text} {image}", "text" if image is None else "image", text, image, {}, "hash")
+
+
+def test_a_collection_suggests_itself_but_for_the_bundled_model_over_its_own(encoder: Encoder, folder: Path) -> None:
+    model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
+    photos = [kept(None, f"/photos/{number}.jpg") for number in range(5)]
+    texts = [kept("A long walk along the river Elbe, written down on the evening of the same day by its author.")]
+    for world in (None, encoder.world):
+        strange = page_config("Own", model, {"image": 5, "text": 1}, [*photos, *texts], world=world)
+        asked = [example.image.item if example.image else example.text for example in strange.examples]
+        assert asked == [photos[0].id, photos[3].id, "A long walk along the river Elbe, written down on the evening"]
+        assert not strange.instructions and bool(strange.instead) == (world is not None)
+    at_home = [kept("On the left a white ring.", str(next((folder / "mbeir_images").rglob("*.jpg"))))]
+    mini = page_config("Mini", model, {"image,text": 1}, at_home, world=encoder.world)
+    assert "Find the scene of this caption." in mini.instructions and "white ring" in str(mini.examples[0].text)
+    assert mini.world and not mini.instead
+    empty = page_config("Empty", model, {}, [], world=encoder.world)
+    assert not empty.examples and not empty.instead
 
 
 @pytest.mark.parametrize(
@@ -656,3 +678,18 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     # The index is calibrated for texts alone, so a search with a picture is shown what is nearest.
     ask(page, service.asked("cirr_task7", 2).query)
     assert len(shown_ids(page)) == PAGE
+
+
+def test_a_published_model_has_a_page_without_a_road(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    model, photos, index = str(save_clip(tmp_path / "clip")), tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    for number in range(5):
+        picture(number, 60, 40).load().save(photos / f"{number}.png")
+    assert cli.main(["index", "add", str(photos), "--index", str(index), "--model", model]) == 0
+    with serving(index, "--model", model) as url:
+        page = open_page(url)
+        page.locator("#examples button").first.wait_for()
+        assert page.locator("#notice").is_hidden() and page.locator("#route").is_hidden()
+        page.locator("#examples button").first.click()
+        assert shown_ids(page)[0] == "0.png", "a picture finds itself"
+        assert not page.locator("button.compare:visible, .station[data-node=reason]:visible, .found > .note:visible").count()

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from conftest import WORDS, picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
@@ -116,17 +119,17 @@ class Stock:
         if pixels:
             self.images.size = {**dict(self.images.size), **pixels}
 
-    def inputs(self, prompt: str) -> dict[str, torch.Tensor]:
+    def inputs(self, prompt: str, shown: Image.Image | None = None) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
         if "<|image_pad|>" in prompt:
-            found = dict(self.images(images=[SHOWN.load()], return_tensors="pt"))
+            found = dict(self.images(images=[shown or SHOWN.load()], return_tensors="pt"))
             prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(found["image_grid_thw"].prod() // 4))
         found["input_ids"] = torch.tensor([self.tokenizer(prompt)["input_ids"]])
         found["mm_token_type_ids"] = (found["input_ids"] == self.network.config.image_token_id).int()
         return found
 
-    def vector(self, prompt: str, place: Reader, *, sequential: bool = False) -> np.ndarray:
-        inputs = self.inputs(prompt)
+    def vector(self, prompt: str, place: Reader, *, sequential: bool = False, shown: Image.Image | None = None) -> np.ndarray:
+        inputs = self.inputs(prompt, shown)
         length = inputs["input_ids"].shape[1]
         places = {"position_ids": torch.arange(length).view(1, 1, -1).expand(3, 1, -1)} if sequential else {}
         with torch.no_grad():
@@ -139,10 +142,11 @@ def unit(state: torch.Tensor) -> np.ndarray:
 
 
 def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
+    """Same vectors, on the direct road, which differ from each other where there are several."""
     for one, vector in zip(found, expected, strict=True):
         assert np.abs(one.vector - vector).max() < 2e-6
         assert one.route == "direct" and not one.reasoning
-    assert np.abs(expected[0] - expected[1]).max() > 1e-2, "the test needs vectors that differ"
+    assert all(np.abs(expected[0] - other).max() > 1e-2 for other in expected[1:]), "the test needs vectors that differ"
 
 
 def last(ids: list[int]) -> int:
@@ -164,7 +168,7 @@ def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
         whole = f"{SYSTEM}{user}<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
         return stock.vector(whole, lambda ids: ids.index(mark) - 1, sequential=True)
 
-    asked = [read("Find it. a red cube.", "sentence"), read(IMAGE + "Find it.", "image"),
+    asked = [read("Find it. a red cube.", "sentence"), read(IMAGE + "Find it.", "image and sentence"),
              read(IMAGE + "Find it. a red cube.", "image and sentence")]  # fmt: skip
     for route in ("auto", "reason", "direct"):
         check(encoder.encode_queries(QUERIES, route=route), asked)
@@ -174,75 +178,91 @@ def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
     assert np.abs(turned[0].vector - offered[1]).max() > 1e-4, "positions in the plane make another vector of a picture"
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "query", "candidate"),
-    [
-        ("vlm2vec", "qwen2_vl", "{image}Find it. a red cube", "{image}a red cube"),
-        (
-            "gme", "qwen2_5_vl",
-            "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n"
-            "<|im_start|>assistant\n<|endoftext|>",
-            SYSTEM + "{image}a red cube<|im_end|>\n<|im_start|>assistant\n<|endoftext|>",
-        ),
-        (
-            "qwen3-vl-embedding", "qwen3_vl",
-            "<|im_start|>system\nFind it.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n<|im_start|>assistant\n",
-            "<|im_start|>system\nRepresent the user's input.<|im_end|>\n<|im_start|>user\n{image}a red cube<|im_end|>\n"
-            "<|im_start|>assistant\n",
-        ),
-    ],
-)  # fmt: skip
-def test_plain_embedders_are_read_at_their_last_token(tmp_path: Path, name: str, kind: str, query: str, candidate: str) -> None:
-    folder = checkpoint(tmp_path / name, kind, [])
-    encoder = Encoder(load(folder, profile=name))
-    budget = encoder.model.processor.image
-    stock = Stock(folder, shortest_edge=budget.min_pixels, longest_edge=budget.max_pixels)
+def test_lamra_needs_no_token_of_its_own(tmp_path: Path) -> None:
+    plain, told = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
+    for file in ("model.safetensors", "config.json"):
+        (told / file).write_bytes((plain / file).read_bytes())
+    pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, told)]
+    check(pair[0], [one.vector for one in pair[1]])
 
-    def three(template: str) -> list[np.ndarray]:
-        text, both = template.replace("{image}", ""), template.replace("{image}", IMAGE)
-        image = both.replace(" a red cube", "" if name == "vlm2vec" else " a red cube").replace("a red cube", "")
-        return [stock.vector(prompt, last) for prompt in (text, image, both)]
 
-    check(encoder.encode_queries(QUERIES), three(query))
-    check(encoder.encode_items(ITEMS), three(candidate))
+def test_gme_counts_one_by_one_and_reads_the_last_token(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    encoder = Encoder(load(folder, profile="gme"))
+    stock = Stock(folder, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
+
+    def read(system: str, user: str) -> np.ndarray:
+        before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
+        return stock.vector(f"{before}{user}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>", last, sequential=True)
+
+    users = (RED, IMAGE, IMAGE + RED)
+    check(encoder.encode_queries(QUERIES), [read("Find it.", user) for user in users])
+    check(encoder.encode_items(ITEMS), [read("You are a helpful assistant.", user) for user in users])
     with pytest.raises(ModelError, match="no embedding token"):
         _ = encoder.model.processor.emb_id
+
+
+def test_embed_rl_is_read_at_a_token_that_its_tokenizer_may_lack(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "embed-rl", "qwen3_vl", [])
+    encoder = Encoder(load(folder, profile="embed-rl"))
+    stock = Stock(folder, shortest_edge=128 * 32**2, longest_edge=768 * 32**2)
+    stock.tokenizer.add_tokens(["<emb>"])
+    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
+
+    def read(user: str) -> np.ndarray:
+        asked = f"<|im_start|>user\n{user}Summarize the above content in one word:<|im_end|>\n"
+        return stock.vector(f"{asked}<|im_start|>assistant\n<emb><|im_end|>\n", lambda ids: ids.index(mark))
+
+    check(encoder.encode_queries(QUERIES), [read(user) for user in (f"{ASK} {RED}", IMAGE + ASK, f"{IMAGE}{ASK} {RED}")])
+    check(encoder.encode_items(ITEMS), [read(user) for user in (RED, IMAGE, IMAGE + RED)])
+    long = encoder.encode_items([Item.of(text="red cube " * 60)])[0]
+    check([long], [read(("red cube " * 60)[:512])])
+    assert long.cut > 0 and long.text_limit is None
+    full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(tokenizer_with([])))])
+    with pytest.raises(ModelError, match="<emb> would be token 512"):
+        load(full, profile="embed-rl")
 
 
 def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "ume", "qwen2_vl", ["<disc_emb>", "<gen_emb>"])
     profile = replace(PROFILES["ume-r1"], max_reasoning_tokens=20)
     encoder = Encoder(load(folder, profile=profile))
-    stock = Stock(folder, longest_edge=2_359_296)
+    stock = Stock(folder, shortest_edge=784, longest_edge=2_359_296)
     written, mark = stock.tokenizer.convert_tokens_to_ids("<gen_emb>"), stock.tokenizer.convert_tokens_to_ids("<disc_emb>")
+    blank = Image.new("RGB", (56, 56), "white")
+    shown = (blank, None, None)
 
     def prompts(text: str) -> list[str]:
-        parts = (text, IMAGE + text.replace(RED, "").strip(), IMAGE + text)
-        return [f"{SYSTEM}{part}{THINK}<|im_end|>\n<|im_start|>assistant\n" for part in parts]
+        parts = (text, text.replace(RED, "").strip(), text)
+        return [f"{SYSTEM}{IMAGE}{part}{THINK}<|im_end|>\n<|im_start|>assistant\n" for part in parts]
 
-    reasoned = 0
+    reasoned = again = 0
     for asked, found in (
         (prompts(f"{ASK} {RED}"), encoder.encode_queries(QUERIES)),
         (prompts(RED), encoder.encode_items(ITEMS)),
     ):
-        for prompt, one in zip(asked, found, strict=True):
+        for prompt, picture_shown, one in zip(asked, shown, found, strict=True):
+            inputs = stock.inputs(prompt, picture_shown)
             out = stock.network.generate(
-                **stock.inputs(prompt), max_new_tokens=22, do_sample=False, output_hidden_states=True,
+                **inputs, max_new_tokens=22, do_sample=False, output_hidden_states=True,
                 return_dict_in_generate=True, eos_token_id=stock.tokenizer.eos_token_id, pad_token_id=0,
             )  # fmt: skip
-            ids = out.sequences[0, stock.inputs(prompt)["input_ids"].shape[1] :].tolist()
-            assert one.truncated == (written not in ids[:20])
+            ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()[:20]
+            assert one.truncated == (written not in ids)
             if not one.truncated:
-                place = ids.index(written)
+                place = len(ids) - 1 - ids[::-1].index(written)
                 reasoned += place > 0
-                assert one.tokens == place
+                again += ids.count(written) > 1
+                assert one.tokens == len([token for token in ids if token not in (written, stock.tokenizer.eos_token_id)])
                 assert np.abs(one.vector - unit(out.hidden_states[place + 1][-1][0, -1])).max() < 2e-6
-    assert reasoned >= 2, "the test needs inputs that write before the token"
-    direct = [stock.vector(prompt, lambda ids: ids.index(mark)) for prompt in prompts(f"{ASK} {RED}")]
-    check(encoder.encode_queries(QUERIES, route="direct"), direct)
+    assert reasoned >= 2 and again >= 1, "the test needs inputs that write before the token, and that write it twice"
+
+    def read(prompts: list[str]) -> list[np.ndarray]:
+        return [stock.vector(prompt, lambda ids: ids.index(mark), shown=one) for prompt, one in zip(prompts, shown, strict=True)]
+
+    check(encoder.encode_queries(QUERIES, route="direct"), read(prompts(f"{ASK} {RED}")))
     halved = Encoder(load(folder, profile=replace(profile, name="halved", writes=("query",))))
-    offered = [stock.vector(prompt, lambda ids: ids.index(mark)) for prompt in prompts(RED)]
-    check(halved.encode_items(ITEMS), offered)
+    check(halved.encode_items(ITEMS), read(prompts(RED)))
 
 
 def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
@@ -257,14 +277,28 @@ def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
     assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
 
 
+def test_a_cut_of_the_whole_prompt_spares_pictures(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    whole = load(folder, profile="gme")
+    tight = load(folder, profile=replace(PROFILES["gme"], name="tight", max_query_tokens=8, max_candidate_tokens=8))
+    full, cut, text = (
+        model.processor.forced(model.prompt(one))
+        for model, one in ((whole, QUERIES[2]), (tight, QUERIES[2]), (tight, Query.of(text=RED)))
+    )
+    pads = np.flatnonzero(full.ids == full.ids[len(cut) - 1])
+    assert len(cut) == pads[-1] + 1 and len(pads) > 200, "up to the picture's last token"
+    assert cut.ids.tolist() == full.ids[: len(cut)].tolist() and cut.cut == len(full) - len(cut)
+    assert len(text) == 8 == text.readout + 1 == text.positions.shape[1]
+
+
 def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "own", "qwen2_5_vl", [])
     file = tmp_path / "own.json"
-    file.write_text(json.dumps({"base": "vlm2vec", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
+    file.write_text(json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
     model = load(folder, profile=file)
     assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube"
     again = Encoder(load(save(model, tmp_path / "saved")))
-    assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="vlm2vec")).prompt_version
+    assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="gme")).prompt_version
     vectors = [encoder.encode_queries(QUERIES)[2].vector for encoder in (again, Encoder(model))]
     assert np.allclose(*vectors, atol=1e-6)
     (tmp_path / "gallery").mkdir()
@@ -273,7 +307,7 @@ def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, cap
     assert main(["index", "add", str(tmp_path / "gallery"), *arguments, "--profile", str(file)]) == 0
     assert main(["search", *arguments, "--text", RED, "--profile", str(file)]) == 0
     assert "one.png" in capsys.readouterr().out
-    assert main(["search", *arguments, "--text", RED, "--profile", "vlm2vec"]) == 2, "another template, another index"
+    assert main(["search", *arguments, "--text", RED, "--profile", "gme"]) == 2, "another template, another index"
     assert "prompt version" in capsys.readouterr().err
 
 
@@ -287,6 +321,8 @@ def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, cap
         ({"name": "x", "query": "{text}<emb>", "candidate": "{text}", "token": "<emb>", "read_out": "at_token"}, "holds <emb>"),
         ({"name": "x", "query": "{text}", "candidate": "{text}", "read_out": "mean"}, "before_token, at_token, last"),
         ({"name": "x", "query": "{text}", "candidate": "{text}", "normalise": 1}, "wrong type"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "resize": "twice"}, "processor, utils, both"),
+        ({"name": "x", "query": "{text}", "candidate": "{text}", "add_token": True}, "add_token"),
         ({"name": "x", "query": "{text}", "candidate": "{text}", "colour": 1}, "colour"),
         ([], "not a profile"),
     ],
@@ -300,14 +336,65 @@ def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, found: objec
         resolve_profile("lambda")
 
 
+@pytest.mark.parametrize(("name", "instead"), [("qwen3-vl-embedding", "leave --profile out"), ("vlm2vec", "gme-Qwen2-VL-2B")])
+def test_a_profile_that_is_gone_names_what_to_take_instead(name: str, instead: str) -> None:
+    with pytest.raises(InputError, match=f"is gone: .*{instead}"):
+        resolve_profile(name)
+
+
 def test_other_architectures_and_tokenizers_are_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "plain", "qwen2_vl", [])
-    with pytest.raises(ModelError, match=r"<emb>.*--profile"):
-        load(folder, profile="lamra")
+    with pytest.raises(ModelError, match=r"<gen_emb>.*--profile"):
+        load(folder, profile="ume-r1")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ModelError, match=r"bert.*qwen2_5_vl, qwen2_vl, qwen3_vl"):
         load(tmp_path / "other", profile="gme")
+
+
+def test_an_adapter_of_another_project_loads_under_a_profile(tmp_path: Path) -> None:
+    base, folder = checkpoint(tmp_path / "base", "qwen2_vl", []), tmp_path / "adapter"
+    torch.manual_seed(1)
+    adapted = peft.get_peft_model(
+        AutoModelForImageTextToText.from_pretrained(base),
+        peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    adapted.peft_config["default"].base_model_name_or_path = "../base"
+    adapted.save_pretrained(folder)
+    stock = Stock(base, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
+    plain = load(base, profile="gme")
+    stock.network = adapted.merge_and_unload()
+    prompt = f"{SYSTEM}{IMAGE}{RED}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
+    expected = stock.vector(prompt, last, sequential=True)
+    model = load(folder, profile="gme")
+    check(Encoder(model).encode_items(ITEMS[2:]), [expected])
+    assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected).max() > 1e-2
+    assert model.fingerprint != plain.fingerprint
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert all(".model.language_model.layers." in name for name in tensors)
+    old = {name.replace(".model.language_model.", ".model."): tensor for name, tensor in tensors.items()}
+    save_file(old, folder / "adapter_model.safetensors")
+    check(Encoder(load(folder, profile="gme")).encode_items(ITEMS[2:]), [expected])
+
+    with pytest.raises(ModelError, match=r"no traceir\.json.*--profile"):
+        load(folder)
+    base.rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"\.\./base.*base_model_name_or_path"):
+        load(folder, profile="gme")
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ModelError, match=r"adapter_model\.bin.*pickles"):
+        load(folder, profile="gme")
+
+
+def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
+    monkeypatch.setattr("traceir.model.fetch", lambda name: folder)
+    name = "Alibaba-NLP/gme-Qwen2-VL-2B-Instruct"
+    assert Encoder.from_pretrained(name).prompt_version == PROFILES["gme"].version
+    assert load(name, profile="lamra").settings.profile == PROFILES["lamra"], "what is asked for goes first"
+    assert load(name, as_published=False).settings.profile is None, "training starts from it as from any other"
+    assert load("someone/else").settings.profile is None
 
 
 def write_row(root: Path) -> Path:
@@ -329,7 +416,7 @@ def write_row(root: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "kind", "extra"),
     [("lamra", "qwen2_vl", ["<emb>"]), ("ume-r1", "qwen2_vl", ["<disc_emb>", "<gen_emb>"]), ("gme", "qwen2_vl", []),
-     ("qwen3-vl-embedding", "qwen3_vl", [])],
+     ("embed-rl", "qwen3_vl", [])],
 )  # fmt: skip
 def test_each_shape_is_scored_on_a_row(tmp_path: Path, name: str, kind: str, extra: list[str]) -> None:
     root = write_row(tmp_path / "data")

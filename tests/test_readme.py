@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.readme import README, SAMPLE, printed_by, sample
 from traceir.encoder import Encoder
@@ -35,7 +39,7 @@ def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
     """What each command of the first screen prints, run in order in an empty folder; those that install and serve are not run."""
     folder = tmp_path_factory.mktemp("first hour")
     with contextlib.chdir(folder):
-        lines = [shlex.split(line, comments=True) for line in screen["sh"][0].splitlines()]
+        lines = [shlex.split(line, comments=True) for line in screen["sh"][1].splitlines()]
         ran = {}
         for program, *arguments in lines:
             if program == "traceir" and arguments[0] != "serve":
@@ -57,6 +61,23 @@ def test_field_report_20_the_sample_is_what_the_demo_prints(first_hour: dict[str
     assert NUMBER.sub("#", shown[2]) == NUMBER.sub("#", printed)
     for said, seen in zip(NUMBER.findall(shown[2]), NUMBER.findall(printed), strict=True):
         assert float(seen) == pytest.approx(float(said), abs=0.005)
+
+
+def test_the_road_to_real_pictures_ends_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
+    """Up to the download itself, which nothing here can answer: not the hub, and not an empty cache."""
+    lines = [shlex.split(line, comments=True) for line in screen["sh"][0].splitlines()]
+    [model] = [line[1].partition("=")[2] for line in lines if line[0] == "export"]
+    (tmp_path / "Pictures").mkdir()
+    Image.new("RGB", (40, 30), "teal").save(tmp_path / "Pictures" / "door.jpg")
+    around = {**os.environ, "TRACEIR_MODEL": model, "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for line in [line for line in lines if line[0] == "traceir" and line[1] == "index"]:
+        words = [word.replace("~", str(tmp_path)) for word in line[1:]]
+        command = [sys.executable, "-m", "traceir", *words]
+        ran = subprocess.run(command, env=around, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (ran.returncode, ran.stdout) == (2, "")
+        [told] = ran.stderr.splitlines()
+        assert model in told and "check the name and the connection" in told
+    assert not (tmp_path / "photos.index").exists()
 
 
 def test_field_report_20_the_search_of_the_first_screen_finds_what_it_asks_for(first_hour: dict[str, str]) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+import multiprocessing.process
 import os
 import platform
 import random
@@ -20,8 +21,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import KINDS, published
 from conftest import FORKS, picture
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 
 from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
 from traceir.encoder import Encoder
@@ -31,9 +34,10 @@ from traceir.learn.batches import Turns
 from traceir.learn.data import Example, Schedule, TaskData
 from traceir.learn.gradcache import Reader
 from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
+from traceir.learn.presets import resolve
 from traceir.learn.small import SmallSize
 from traceir.learn.train import TrainConfig, rate, train
-from traceir.model import load
+from traceir.model import load, save
 from traceir.precision import bfloat16_on
 from traceir.weights import fingerprint
 
@@ -287,6 +291,31 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
         load(made)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_other_backbones_train_by_gradcache_and_resume_to_the_same_weights(folder: Path, tmp_path: Path, kind: str) -> None:
+    start = save(load(published(tmp_path / "hub", kind), prompt_version="brief-1"), tmp_path / "start")
+    plan = config(
+        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, family=2, save_every=1,
+        keep=(1,), grad_cache=True, checkpointing=True, chunk_tokens=128, min_pixels=2 * 32 * 32, max_pixels=4 * 32 * 32,
+    )  # fmt: skip
+    whole = train(plan)
+    again = train(replace(plan, out=str(tmp_path / "again"), keep=()), resume_from=tmp_path / "whole/steps/000001")
+    first, second = (load_file(place / "adapter_model.safetensors") for place in (whole, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert any("visual.merger" in name for name in first)
+    assert any("deepstack_merger_list" in name for name in first) == (kind == "qwen3_vl")
+    assert any("linear_attn.in_proj_qkv.lora_A" in name for name in first) == (kind == "qwen3_5")
+    assert load(whole).processor.image.max_pixels == 4 * 32 * 32 and load(whole).fingerprint != load(start).fingerprint
+
+
+def test_a_frozen_vision_encoder_still_trains_the_mergers_of_deepstack(folder: Path, tmp_path: Path) -> None:
+    start = save(load(published(tmp_path / "hub", "qwen3_vl"), prompt_version="brief-1"), tmp_path / "start")
+    done = train(config(folder, tmp_path / "run", init=str(start), steps=1, batch=4, train_vision=False))
+    before, after = weights(start), weights(done)
+    changed = {name for name in before if "visual" in name and not torch.equal(before[name], after[name])}
+    assert any("deepstack_merger_list" in name for name in changed) and all("merger" in name for name in changed)
+
+
 def command(arguments: list[str], environment: dict[str, str], told: Path) -> None:
     """The command itself in a process of its own; what it says on stderr goes into `told`."""
     from traceir.cli import main
@@ -297,41 +326,119 @@ def command(arguments: list[str], environment: dict[str, str], told: Path) -> No
     sys.exit(main(arguments))
 
 
-def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path) -> None:
-    """The command under the environment that torchrun sets, DDP over gloo; with several chunks a side."""
-    settings = ["steps=6", "batch=8", "family=4", "save_every=100", "mixed_precision=false", "grad_cache=true",
-                "chunk_tokens=120", "learn_temperature=true", "warmup=2", "log_every=2", "augment=0"]  # fmt: skip
-    sets = [word for setting in settings for word in ("--set", setting)]
-    asked = ["--threads", "1", "train", "--preset", "emoji", "--data", str(folder), "--init", str(trained), *sets]
+def started(arguments: list[str], processes: int, told: Path) -> list[multiprocessing.process.BaseProcess]:
+    """The command under the environment that torchrun sets, over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    places = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    running = [FORKS.Process(target=command, args=([*asked, "--out", str(tmp_path / "one")], {}, tmp_path / "told"))]
-    for rank, place in enumerate(places):
-        running.append(
-            FORKS.Process(target=command, args=([*asked, "--out", str(tmp_path / "two")], place, tmp_path / f"told{rank}"))
-        )
-    for process in running:
-        process.start()
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if processes > 1 else {}
+    running = []
+    for rank in range(processes):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        running.append(FORKS.Process(target=command, args=(arguments, shared | place, told.with_name(f"{told.name}-{rank}"))))
+        running[-1].start()
+    return running
+
+
+def ended(running: list[multiprocessing.process.BaseProcess], told: Path) -> None:
     for process in running:
         process.join(timeout=240)
-    told = "\n".join(file.read_text()[-2000:] for file in tmp_path.glob("told*"))
-    assert [process.exitcode for process in running] == [0, 0, 0], told
+    said = "\n".join(file.read_text()[-2000:] for file in told.parent.glob(f"{told.name}-*"))
+    assert [process.exitcode for process in running] == [0] * len(running), said
+
+
+def small_run(folder: Path, start: Path, out: Path, *settings: str) -> list[str]:
+    """Six steps in several chunks a side."""
+    every = ("steps=6", "batch=8", "family=4", "save_every=100", "mixed_precision=false", "grad_cache=true", "chunk_tokens=120",
+             "learn_temperature=true", "warmup=2", "log_every=2", "augment=0", *settings)  # fmt: skip
+    sets = [word for setting in every for word in ("--set", setting)]
+    return ["--threads", "1", "train", "--preset", "emoji", "--data", str(folder), "--init", str(start), *sets, "--out", str(out)]
+
+
+def log_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path, sharded: bool) -> None:
+    """The command, DDP or shards over gloo."""
+    launches = {"one": started(small_run(folder, trained, tmp_path / "one"), 1, tmp_path / "told-one")}
+    asked = small_run(folder, trained, tmp_path / "two", f"shard={str(sharded).lower()}")
+    launches["two"] = started(asked, 2, tmp_path / "told-two")
+    for name, running in launches.items():
+        ended(running, tmp_path / f"told-{name}")
     before, one, two_ = (weights(place) for place in (trained, tmp_path / "one/checkpoint", tmp_path / "two/checkpoint"))
+    assert one.keys() == two_.keys()
     moved = math.sqrt(sum(float((one[n] - before[n]).square().sum()) for n in one))
     apart = math.sqrt(sum(float((one[n] - two_[n]).square().sum()) for n in one))
     assert moved > 0.01 and apart < 1e-3 * moved, (moved, apart)
-    lines = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()] for run in ("one", "two")]
-    for first, second in zip(*lines, strict=True):
-        assert first.keys() == second.keys()
-        assert all(first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-4) for key in first if key != "seconds")
+    for first, second in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert first == {key: pytest.approx(value, rel=1e-3, abs=1e-4) for key, value in second.items()}
+
+
+def test_a_sharded_adapter_goes_on_after_a_kill(folder: Path, trained: Path, tmp_path: Path) -> None:
+    """Bit for bit in shards again; and in one process, which reads the same step folder, up to rounding."""
+    settings = ("lora_rank=4", "lora_alpha=8", "save_every=1", "keep=2")
+    broken = small_run(folder, trained, tmp_path / "broken", *settings, "shard=true")
+    whole = small_run(folder, trained, tmp_path / "whole", *settings, "shard=true")
+    undisturbed = started(whole, 2, tmp_path / "told-whole")
+    ended(undisturbed, tmp_path / "told-whole")
+    running = started(broken, 2, tmp_path / "told-broken")
+    deadline = time.monotonic() + 120
+    while _steps_of(tmp_path / "broken") < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    for process in running:
+        process.kill()
+        process.join()
+    assert not (tmp_path / "broken/checkpoint").exists(), "a kill that came too late is no test"
+    alone = [*small_run(folder, trained, tmp_path / "alone", *settings), "--resume-from", str(tmp_path / "broken/steps/000002")]
+    ended(started(alone, 1, tmp_path / "told-alone"), tmp_path / "told-alone")
+    ended(started(broken, 2, tmp_path / "told-resumed"), tmp_path / "told-resumed")
+    places = (tmp_path / name / "checkpoint/adapter_model.safetensors" for name in ("whole", "broken", "alone"))
+    first, second, third = map(load_file, places)
+    assert all(torch.equal(first[name], second[name]) for name in first) and first.keys() == second.keys() == third.keys()
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
+    apart = max(float((first[name] - third[name]).abs().max() / first[name].abs().max()) for name in first)
+    assert apart < 1e-3
+
+
+PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG")
+
+
+@pytest.mark.parametrize("variable", PLUGINS)
+def test_a_launch_that_cannot_be_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(TrainError, match=rf"{variable}=true.*torchrun.*shard=true"):
+        train(config(tmp_path / "nowhere", tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_that_never_ran_are_refused_with_the_remedy() -> None:
+    for setting in ("deepspeed=zero3.json", "fsdp=fsdp.json"):
+        with pytest.raises(InputError, match=r"not supported; start it with torchrun, and set shard=true"):
+            resolve("emoji", data="nowhere", settings=[setting])
+
+
+def test_the_number_of_processes_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TrainError, match="this is the only one; start it with torchrun"):
+        train(config(tmp_path / "nowhere", tmp_path / "run", shard=True))
+    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    with pytest.raises(TrainError, match="batch 8 does not divide among 3 processes"):
+        train(config(tmp_path / "nowhere", tmp_path / "run"))
 
 
 def test_workers_and_chunks_change_nothing_that_is_learnt(folder: Path, trained: Path, tmp_path: Path) -> None:
     plan = config(folder, tmp_path / "workers", workers=2, store_pixels=False)
     assert same(train(plan), trained)
+
+
+def test_checkpointing_in_bfloat16_changes_nothing_that_is_learnt(folder: Path, trained: Path, tmp_path: Path) -> None:
+    """Attention runs as it ran the first time when it is computed again."""
+    plan = config(folder, tmp_path / "plain", init=str(trained), steps=1, grad_cache=True, mixed_precision=True)
+    assert same(train(plan), train(replace(plan, out=str(tmp_path / "run"), checkpointing=True)))
 
 
 def test_frozen_parts_stay_as_they_were(folder: Path, trained: Path, tmp_path: Path) -> None:
@@ -472,15 +579,11 @@ def test_a_changed_configuration_is_refused(folder: Path, tmp_path: Path) -> Non
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"mixed_precision": "yes"}, "choose auto, True or False"),
         ({"cot": "most"}, "most"),
-        ({"fsdp": "FILE"}, "distributed training"),
         ({"report_to": ("nosuchtracker",)}, "nosuchtracker"),
     ],
 )
 def test_fields_that_do_not_go_together_are_refused(folder: Path, tmp_path: Path, changes: dict[str, object], said: str) -> None:
     with pytest.raises((InputError, TrainError), match=said):
-        if "fsdp" in changes:
-            (tmp_path / "fsdp.json").write_text('{"version": 2}')
-            changes = {"fsdp": str(tmp_path / "fsdp.json")}
         train(config(folder, tmp_path / "run", **changes))
 
 

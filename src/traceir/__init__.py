@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from traceir.errors import TraceError
     from traceir.index import And, Eq, In, Range, open_index
     from traceir.items import Encoding, Hit, Item, Query
+    from traceir.library import load_encoder
     from traceir.pictures import Picture
     from traceir.search import Searcher
 
 __version__ = "0.1.0"
 __all__ = [
     "And", "Client", "Encoder", "Encoding", "Eq", "Hit", "In", "Item", "Picture", "Query", "Range", "Searcher", "TraceError",
-    "open_index",
+    "load_encoder", "open_index",
 ]  # fmt: skip
 _HOMES = {
     **dict.fromkeys(("And", "Eq", "In", "Range", "open_index"), "traceir.index"),
@@ -37,6 +38,7 @@ _HOMES = {
     "Encoder": "traceir.encoder",
     "Picture": "traceir.pictures",
     "Searcher": "traceir.search",
+    "load_encoder": "traceir.library",
     "TraceError": "traceir.errors",
 }
 

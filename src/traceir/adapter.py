@@ -1,7 +1,7 @@
 """LoRA adapters over a checkpoint, by PEFT: attach, save, load, merge (paper, section 2: LoRA on the language model).
 
-An adapter trains LoRA on every linear layer of the language model, the row of `<|emb|>` in the input and output matrices, and
-the projector (the merger of the vision tower) as a whole; all else is frozen. On disk it is PEFT's own folder with TraceIR's
+An adapter trains LoRA on the linear layers of the language model, the row of `<|emb|>` in the input and output matrices, and
+the projector (the mergers of the vision tower) as a whole; all else is frozen. On disk it is PEFT's own folder with TraceIR's
 files beside it (docs/formats.md): it belongs to one base, which it names by place and by fingerprint, and no other is taken.
 PEFT is imported where it is used, so that plain checkpoints load without it.
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from traceir.checkpoint import ADAPTER, fetch
+from traceir.checkpoint import ADAPTER, fetch, is_hub_id
 from traceir.errors import InputError, ModelError
 from traceir.model import (
     TraceModel,
@@ -33,13 +34,20 @@ from traceir.model import (
     wrap,
     written_whole,
 )
+from traceir.profiles import Profile
 from traceir.weights import ADAPTER_WEIGHTS as WEIGHTS
-from traceir.weights import fingerprint
+from traceir.weights import fingerprint, weight_files
 
-LINEARS: Final = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+LINEARS: Final = (
+    r"model\.language_model\.layers\.\d+\."
+    r"(self_attn\.[qkvo]_proj|linear_attn\.(in_proj_qkv|in_proj_z|out_proj)|mlp\.(gate|up|down)_proj)"
+)
+"""Of a Gated DeltaNet (Qwen3.5) the two gates stay as they are: they have a row for each head, fewer than a usual rank."""
 PROJECTOR: Final = "visual.merger"
 SCALING: Final = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
 """Fields of adapter_config.json that decide what the same tensors make of a base."""
+_RENAMED: Final = ((r"model\.(layers|norm|embed_tokens)\b", r"model.language_model.\2"), (r"visual\.", "model.visual."))
+"""Where transformers before 4.52 had the parts of Qwen2-VL and Qwen2.5-VL, and where they are now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +81,7 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=LINEARS,
-        modules_to_save=[PROJECTOR] if train_projector else None,
+        modules_to_save=list(projectors(network)) if train_projector else None,
         # Where the matrices are tied, PEFT ties the two rows as well: one parameter, one gradient.
         trainable_token_indices={"embed_tokens": [emb], "lm_head": [emb]},
     )
@@ -83,8 +91,22 @@ def attach(model: TraceModel, *, rank: int, alpha: int, dropout: float, train_pr
     for parameter in adapter.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for projector in projectors(network).values() if train_projector else ():
+        projector.modules_to_save["default"].register_forward_pre_hook(_in_its_own_type)
     adapter.train(network.training)  # new dropout layers begin in training mode
     return adapter
+
+
+def _in_its_own_type(module: torch.nn.Module, states: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A projector that trains is float32, and what comes to it has the base's type: outside autocast nothing else casts it."""
+    return tuple(one.to(next(module.parameters()).dtype) for one in states)
+
+
+def projectors(network: Any) -> dict[str, Any]:
+    """The modules that bring pictures into the language model's width, by name: the merger, and those of DeepStack (Qwen3-VL)."""
+    visual = network.model.visual
+    deeper = getattr(visual, "deepstack_merger_list", ())
+    return {PROJECTOR: visual.merger, **{f"visual.deepstack_merger_list.{n}": one for n, one in enumerate(deeper)}}
 
 
 def save_adapter(
@@ -127,13 +149,36 @@ def load_adapter(folder: Path, *, device: str = "cpu", dtype: torch.dtype | None
     elif not base.on_hub:
         tried = " nor at ".join(dict.fromkeys(str(one) for one in _places(base.source, folder)))
         raise ModelError(f"{folder} is an adapter over {base.source}, which is not at {tried}; put the checkpoint there")
-    model = load(place or base.source, dtype=dtype)
+    model = load(place or base.source, dtype=dtype, as_published=False)
     if place is None:
         _check_base(base, hub_fingerprint(base.source), base.source, folder)
     network = _merged(model.network, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     budget = image_budget(folder / "preprocessor_config.json", network.config)
     return wrap(network.eval().to(device), tokenizer, settings, budget)
+
+
+def load_foreign_adapter(
+    folder: Path, profile: Profile, *, device: str = "cpu", dtype: torch.dtype | None = None, **overrides: Any
+) -> TraceModel:
+    """PEFT's folder of another project, merged in memory into the base that its adapter_config.json names, and read by a profile.
+
+    The tokenizer is the adapter's, where it has one. Raises ModelError where the base or safetensors weights are missing, or do
+    not fit.
+    """
+    weight_files(folder)  # an error of ours where there are only pickles
+    source = str(_read_config(folder).get("base_model_name_or_path") or "")
+    place = _locate(source, folder) if source else None
+    if place is None and not is_hub_id(source):
+        raise ModelError(
+            f"{folder} is an adapter over {source or 'a base that it does not name'}, which is not here; write into "
+            f"base_model_name_or_path of {folder / ADAPTER} where it is"
+        )
+    model = load(place or source, dtype=dtype, profile=profile, **overrides)
+    settings = replace(model.settings, fingerprint=_adapter_fingerprint(folder, Base(source, model.fingerprint)))
+    own = (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if own else model.processor.tokenizer
+    return wrap(_merged(model.network, folder).eval().to(device), tokenizer, settings, model.processor.image)
 
 
 def merge(source: str | Path, target: Path, dtype: torch.dtype | None = None) -> Path:
@@ -157,7 +202,10 @@ def read_base(folder: Path) -> Base:
     """The base that an adapter folder names; ModelError where the folder is not whole or was changed after it was written."""
     for name in ("traceir.json", WEIGHTS, "tokenizer.json"):
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} holds {ADAPTER} but no {name}, so it is no whole adapter of TraceIR; copy it again")
+            raise ModelError(
+                f"{folder} holds {ADAPTER} but no {name}, so it is no whole adapter of TraceIR; copy it again, or give the "
+                "--profile of the project that it comes from"
+            )
     read_settings(folder / "traceir.json")
     written = json.loads((folder / "traceir.json").read_text())
     try:
@@ -227,7 +275,7 @@ def _merged(network: Any, folder: Path) -> Any:
         config.base_model_name_or_path = None
         with torch.random.fork_rng(devices=[]):
             adapter = peft.get_peft_model(network, config)
-        tensors = load_file(folder / WEIGHTS)
+        tensors = {_today(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
         wanted = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
         if strange := sorted(set(wanted) ^ set(tensors)):
             raise ModelError(
@@ -237,6 +285,13 @@ def _merged(network: Any, folder: Path) -> Any:
         return adapter.merge_and_unload(safe_merge=True)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as error:
         raise ModelError(f"cannot apply the adapter {folder} to its base: {error}") from error
+
+
+def _today(name: str) -> str:
+    """The name of an adapter's tensor in today's layout."""
+    for old, new in _RENAMED:
+        name = re.sub(rf"^(base_model\.model\.){old}", rf"\g<1>{new}", name)
+    return name
 
 
 def _say_whether_tied(network: Any) -> None:

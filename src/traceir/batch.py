@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, Literal
 
@@ -26,6 +26,8 @@ ReadOut = Literal["before_token", "at_token", "last"]
 READ_OUTS: Final[tuple[ReadOut, ...]] = ("before_token", "at_token", "last")
 Rope = Literal["mrope", "sequential"]
 ROPES: Final[tuple[Rope, ...]] = ("mrope", "sequential")
+Resize = Literal["processor", "utils", "both"]
+RESIZES: Final[tuple[Resize, ...]] = ("processor", "utils", "both")
 IGNORE: Final = -100
 _SHORT: Final = 512
 """Characters of a text whose token ids are remembered."""
@@ -85,7 +87,11 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class ImageBudget:
-    """How pictures become patches: Qwen's smart resize between `min_pixels` and `max_pixels`, patches of `patch` px."""
+    """How pictures become patches: Qwen's smart resize between `min_pixels` and `max_pixels`, patches of `patch` px.
+
+    `resize` says whose: that of transformers' image processor, that of the package qwen_vl_utils, which differs for sides below
+    half a cell, or `both`, first qwen_vl_utils with its own bounds of 4 and 16,384 cells.
+    """
 
     patch: int = 14
     merge: int = 2
@@ -94,6 +100,7 @@ class ImageBudget:
     max_pixels: int = 28 * 28 * 1280
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
+    resize: Resize = "processor"
 
 
 class Processor:
@@ -194,9 +201,9 @@ class Processor:
             if stored is not None:
                 return stored
         image = picture.load()
-        height, width = smart_resize(image.height, image.width, self.image, picture.name)
-        if (image.height, image.width) != (height, width):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        for height, width in sizes(image.height, image.width, self.image, picture.name):
+            if (image.height, image.width) != (height, width):
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image, dtype=np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -207,7 +214,7 @@ class Processor:
         ids: list[int] = []
         blocks: list[npt.NDArray[np.int64]] = []
         pixels: list[Pixels] = []
-        left, cut, place = self.max_text_tokens, 0, 0
+        left, cut, place, shown_to = self.max_text_tokens, 0, 0, 0
         for piece in prompt.pieces:
             if isinstance(piece, Picture):
                 shown = self.pixels(piece)
@@ -232,9 +239,12 @@ class Processor:
             ids += token_ids
             blocks.append(block)
             place = int(block.max()) + 1 if block.size else place
-        if self.rope == "sequential":
-            return ids, _text_positions(0, len(ids)), pixels, cut
-        return ids, np.concatenate(blocks, axis=1), pixels, cut
+            shown_to = len(ids) if isinstance(piece, Picture) else shown_to
+        positions = _text_positions(0, len(ids)) if self.rope == "sequential" else np.concatenate(blocks, axis=1)
+        if prompt.max_tokens is not None and len(ids) > prompt.max_tokens:
+            kept = max(prompt.max_tokens, shown_to)
+            ids, positions, cut = ids[:kept], positions[:, :kept], cut + len(ids) - kept
+        return ids, positions, pixels, cut
 
     def _joined_ids(self, piece: Joined, left: int) -> tuple[list[int], int, int]:
         """Token ids, and how many of the user's tokens were used and cut: at most `left` are kept."""
@@ -250,6 +260,7 @@ class Processor:
                 marks.append(_id_of(self.tokenizer, token))
                 runs.append([text])
         ids, used, cut = self._run_ids(runs[0], left)
+        cut += sum(len(self.plain_ids(part.dropped)) for part in piece.parts if isinstance(part, UserText) and part.dropped)
         for mark, run in zip(marks, runs[1:], strict=True):
             more, here, lost = self._run_ids(run, left - used)
             ids, used, cut = [*ids, mark, *more], used + here, cut + lost
@@ -311,15 +322,27 @@ class Processor:
         return cells.reshape(count, rows * columns * merge**2, -1)
 
 
-def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "picture") -> tuple[int, int]:
+def sizes(height: int, width: int, budget: ImageBudget, place: str) -> Iterator[tuple[int, int]]:
+    """Heights and widths that a picture is brought to, one after the other."""
+    unit = budget.patch * budget.merge
+    if budget.resize != "processor":
+        bounds = replace(budget, min_pixels=4 * unit**2, max_pixels=16_384 * unit**2) if budget.resize == "both" else budget
+        height, width = smart_resize(height, width, bounds, place, least=unit)
+        yield height, width
+    if budget.resize != "utils":
+        yield smart_resize(height, width, budget, place)
+
+
+def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "picture", least: int = 0) -> tuple[int, int]:
     """Height and width, multiples of patch x merge, whose product lies within the budget and whose ratio stays close.
 
-    The rule is Qwen2-VL's. Raises PictureError for an aspect ratio beyond 200, which that rule refuses as well.
+    The rule is Qwen2-VL's; qwen_vl_utils takes a side for `least` pixels at least. Raises PictureError for an aspect ratio
+    beyond 200, which that rule refuses as well.
     """
     if max(height, width) > 200 * min(height, width):
         raise PictureError(f"{place}: aspect ratio {width}x{height} is beyond 200; crop the picture")
     unit = budget.patch * budget.merge
-    high, wide = round(height / unit) * unit, round(width / unit) * unit
+    high, wide = max(least, round(height / unit) * unit), max(least, round(width / unit) * unit)
     if high * wide > budget.max_pixels:
         shrink = math.sqrt(height * width / budget.max_pixels)
         high = max(unit, math.floor(height / shrink / unit) * unit)
@@ -351,7 +374,8 @@ def _grid_positions(rows: int, columns: int) -> npt.NDArray[np.int64]:
 @lru_cache(maxsize=256)
 def _id_of(tokenizer: Any, token: str) -> int:
     found = tokenizer.convert_tokens_to_ids(token)
-    if found is None or found == tokenizer.unk_token_id:
+    # Of Qwen's tokenizers <|endoftext|> itself is the unknown token, as transformers 5 makes them.
+    if found is None or (found == tokenizer.unk_token_id and token != tokenizer.unk_token):
         raise ModelError(
             f"the tokenizer has no token {token!r}; is this a Qwen-VL checkpoint, and is its --profile the right one?"
         )

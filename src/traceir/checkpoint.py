@@ -1,8 +1,9 @@
-"""Where a checkpoint is: the bundled one, a folder, an id on the Hugging Face hub. Answered without torch, so that a wrong name
-costs nothing."""
+"""Where a checkpoint is: the bundled one, a folder, an id on the Hugging Face hub; and whether sentence-transformers is to load
+it. Answered without torch, so that a wrong name costs nothing."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -10,11 +11,18 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from traceir.catalogue import profile_for
 from traceir.errors import ModelError
 
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
 ADAPTER: Final = "adapter_config.json"
 """PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
+PREFIX: Final = "st:"
+"""Before a name: sentence-transformers loads it, whatever its folder says."""
+MODULES: Final = "modules.json"
+"""The file by which sentence-transformers knows its models: which modules, in which folders, make up one."""
+OWN_MODULE: Final = "traceir.sentence.TraceModule"
+"""The module type that TraceIR writes there: such a folder is a checkpoint of its own."""
 COMPANIONS: Final = ("*.json", "*.jinja", "*.txt")
 WEIGHTS: Final = "*.safetensors"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -37,9 +45,10 @@ def bundled_model() -> Path:
 
 def check_model(name: str) -> None:
     """Raises ModelError where a name can be no checkpoint: no such folder, a folder without one, a word that is no hub id."""
+    name = plain_name(name)
     place = Path(name)
     if place.is_dir():
-        if not any((place / file).is_file() for file in ("config.json", ADAPTER)):
+        if not any((place / file).is_file() for file in ("config.json", ADAPTER, MODULES)):
             raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
     elif place.exists():
         raise ModelError(f"{name} is a file; --model takes a Hugging Face checkpoint directory or a hub id")
@@ -48,6 +57,52 @@ def check_model(name: str) -> None:
             f"there is no folder {name!r}; --model takes a Hugging Face checkpoint directory, or a hub id such as "
             "Qwen/Qwen2.5-VL-3B-Instruct"
         )
+
+
+def plain_name(name: str) -> str:
+    """The folder or hub id of a name that may have `st:` before it."""
+    return name.removeprefix(PREFIX)
+
+
+def is_library(name: str) -> bool:
+    """Whether sentence-transformers is to load a checkpoint: asked for by `st:`, or told by the modules.json that lies there.
+
+    Of a hub id that one file is asked for, and the hub only where its cache does not know. A hub id that has a profile here is
+    read by that, whatever code of its own its modules.json names.
+    """
+    if name.startswith(PREFIX) or profile_for(name) is not None:
+        return name.startswith(PREFIX)
+    return module_types(name) not in ([], [OWN_MODULE])
+
+
+def module_types(name: str) -> list[str]:
+    """The types of module that the modules.json of a folder or hub repository names; [] where there is none."""
+    file = _modules_file(name)
+    if file is None:
+        return []
+    try:
+        return [str(module["type"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
+
+
+def _modules_file(name: str) -> Path | None:
+    if Path(name).is_dir():
+        return Path(name) / MODULES if (Path(name) / MODULES).is_file() else None
+    if not is_hub_id(name):
+        return None
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
+
+    known = try_to_load_from_cache(name, MODULES)
+    if known is not None or not hub_answers():
+        return Path(known) if isinstance(known, str) else None
+    try:
+        return Path(hf_hub_download(name, MODULES))
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError):
+        return None  # `fetch` says which repository is missing
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{name} cannot be had from the hub: {error}") from error
 
 
 def is_hub_id(name: str) -> bool:
@@ -60,8 +115,11 @@ def fetch(name: str, *, weights: bool = True) -> Path:
 
     `weights` False leaves out what a tokenizer and settings do not need.
 
-    Where the hub does not answer, what is in the cache is used at once. Raises ModelError where that is nothing.
+    Where the hub does not answer, what is in the cache is used at once. Raises ModelError where that is nothing, and for a name
+    with `st:`, of which only library.py makes use.
     """
+    if name.startswith(PREFIX):
+        raise ModelError(f"{name} is a model of sentence-transformers; here a checkpoint that TraceIR itself runs is needed")
     check_model(name)
     if Path(name).is_dir():
         return Path(name)

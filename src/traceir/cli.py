@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from traceir.checkpoint import plain_name
 from traceir.errors import InputError, TraceError
 from traceir.learn import verbs
 from traceir.learn.reasoning import verbs as reasoning
@@ -27,21 +28,25 @@ from traceir.terminal import (
     PARTLY,
     check_model_options,
     clean_lines,
+    filled_by,
+    is_endpoint,
     load_encoder,
+    load_own_encoder,
     model_name,
     one_line,
     open_encoder,
-    say_world,
+    say,
     shows_progress,
 )
 
 if TYPE_CHECKING:
     from traceir.index.filters import Filter
-    from traceir.index.store import IndexInfo
+    from traceir.index.store import IndexInfo, Maker
     from traceir.ingest import AddReport
     from traceir.items import Hit, Query
     from traceir.search import SearchResult
     from traceir.sources import Failure, Note
+    from traceir.world import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,12 +86,14 @@ def build_parser() -> argparse.ArgumentParser:
             "index copy": _index_copy,
             "search": _search,
             "explain": _explain,
+            "models": _models,
             "serve": serving.serve,
             "keys add": serving.keys_add,
             "keys list": serving.keys_list,
             "keys revoke": serving.keys_revoke,
             "evaluate": verbs.evaluate,
             "unseen": verbs.unseen,
+            "mteb": verbs.mteb,
             "faithfulness": verbs.faithfulness,
             "report": verbs.report,
             "compare": verbs.compare,
@@ -122,7 +129,7 @@ def _index_add(args: argparse.Namespace) -> int:
     check_model_options(args)
     if args.workers is None:
         encoder = open_encoder(args)
-        say_world(encoder)
+        say(_notice_of_paths(encoder, args.paths))
         with open_index(args.index, encoder, create=True, dtype=args.store) as index:
             report = add(args.paths, index, encoder, batch=args.batch, progress=shows_progress())
             info = index.info()
@@ -135,6 +142,16 @@ def _index_add(args: argparse.Namespace) -> int:
     _tell_notes(report.notes)
     _tell_failures(report.failed)
     return PARTLY if report.failed else 0
+
+
+def _notice_of_paths(encoder: Maker, paths: Sequence[str]) -> str | None:
+    """What is told where the first of what lies below the paths is not of the encoder's world."""
+    from traceir.ingest import first_items
+
+    world: World | None = getattr(encoder, "world", None)
+    if world is None or all(map(world.knows, first_items(paths))):
+        return None
+    return world.notice
 
 
 def _tell_failures(failures: Sequence[Failure]) -> None:
@@ -161,13 +178,13 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
     if args.engine is None and args.device.startswith("cuda:"):
         raise InputError(f"--device {args.device}: Ray gives each worker a GPU of its own; write --device cuda")
     share = Share(cpus=args.threads or 1, gpus=1 if args.engine is None and args.device == "cuda" else 0)
-    make_encoder = partial(open_encoder, _encoder_anywhere(args))
+    make_encoder = partial(open_encoder, _encoder_anywhere(args), known=filled_by(args))
     with on_ray(args.workers, share):
         maker = describe_encoder(make_encoder, share)
-        say_world(maker)
+        say(_notice_of_paths(maker, args.paths))
         with open_index(args.index, maker, create=True, dtype=args.store) as index:
             report = add_on_ray(
-                args.paths, index, make_encoder,
+                args.paths, index, partial(make_encoder, known=maker.fingerprint),
                 workers=args.workers, batch=args.batch, share=share, progress=shows_progress(),
             )  # fmt: skip
             return report, index.info()
@@ -175,10 +192,18 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
 
 def _encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
     """What `open_encoder` reads of the arguments, with paths that do not depend on the folder it is called in."""
-    paths = {"model": model_name(args), "profile": args.profile}
-    whole = {name: str(Path(path).absolute()) if path and Path(path).exists() else path for name, path in paths.items()}
-    plain = {name: getattr(args, name) for name in ("device", "dtype", "threads", "verbose", "engine")}
-    return argparse.Namespace(**whole, **plain)
+    named = is_endpoint(args)  # then the model is a name there, whatever folder has the same one here
+    paths = {"model": None if named else model_name(args), "profile": args.profile}
+    whole = {name: _anywhere(path) for name, path in paths.items()}
+    plain = {name: getattr(args, name) for name in ("device", "dtype", "dim", "threads", "verbose", "engine")}
+    return argparse.Namespace(**{**whole, **plain, **({"model": args.model} if named else {})})
+
+
+def _anywhere(path: str | None) -> str | None:
+    """A path, which may have `st:` before it, as an absolute one; anything else as it is."""
+    if path is None or not Path(plain := plain_name(path)).exists():
+        return path
+    return f"{path.removesuffix(plain)}{Path(plain).absolute()}"
 
 
 def _index_info(args: argparse.Namespace) -> int:
@@ -242,7 +267,6 @@ def _index_calibrate(args: argparse.Namespace) -> int:
     queries, source = choose_queries(args.background, Path(model_name(args)), count=args.count, instruction=args.instruction)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
     encoder = open_encoder(args)
-    say_world(encoder)
     with open_index(args.index, encoder) as index:
         searcher = Searcher(encoder, index)
         made = searcher.calibrate(queries, source, progress=shows_progress())
@@ -285,13 +309,15 @@ def _search(args: argparse.Namespace) -> int:
         check_rate(args.cutoff)
     check_model_options(args)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
+    from traceir.world import notice
+
     encoder = open_encoder(args)
-    say_world(encoder)
     with open_index(args.index, encoder) as index:
         found = Searcher(encoder, index).search(
             query, k=args.k, route=args.route, where=where, exact=not args.approximate, cutoff=args.cutoff
         )
-    print(json.dumps(_result_as_json(found)) if args.json else _result_as_text(found))
+    say(note := notice(encoder, query, found.hits))
+    print(json.dumps(_result_as_json(found, note)) if args.json else _result_as_text(found))
     return 0
 
 
@@ -307,7 +333,7 @@ def _explain(args: argparse.Namespace) -> int:
     check_model_options(args)
     from traceir.explain import describe, explain
 
-    model = load_encoder(args).model
+    model = load_own_encoder(args).model
     content = item or query
     assert content is not None
     print(describe(explain(model, model.prompt(content), args.completion)))
@@ -363,6 +389,13 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
     return And(tuple(parts)) if parts else None
 
 
+def _models(args: argparse.Namespace) -> int:
+    from traceir.catalogue import KNOWN, described
+
+    print(json.dumps([one.as_json() for one in KNOWN], indent=2) if args.json else described())
+    return 0
+
+
 def _text(args: argparse.Namespace) -> str | None:
     """The words of an input, given as arguments of their own or by --text."""
     words = " ".join(args.words)
@@ -383,9 +416,10 @@ def _query(args: argparse.Namespace, text: str | None) -> Query:
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 
 
-def _result_as_json(found: SearchResult) -> dict[str, Any]:
+def _result_as_json(found: SearchResult, note: str | None) -> dict[str, Any]:
     encoding = found.encoding
     return {
+        "note": note,
         "route": encoding.route,
         "reasoning": encoding.reasoning,
         "tokens": encoding.tokens,

@@ -8,8 +8,9 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch.nn import functional
@@ -20,18 +21,22 @@ from traceir.model import TraceModel
 from traceir.network import Cache
 from traceir.prompts import TURN_END
 
+RECURRENT: Final = ("conv_states", "recurrent_states")
+"""What a linear-attention layer of transformers' cache keeps of what was read: by number, [B, ...] without an axis of time."""
 TRIM: Final = 64
 """Columns that no row of a wave reads any more are cut off once there are so many."""
 
 
 @dataclass(slots=True)
 class Row:
-    """One query that is still writing: its number with the caller, what it wrote, and where its next token goes."""
+    """One query that is still writing: its number with the caller, what it wrote, where its next token goes, and the vector read
+    so far where it writes on behind its embedding token."""
 
     number: int
     probability: float
     written: list[int] = field(default_factory=list)
     place: int = 0
+    vector: Vector | None = None
 
 
 @dataclass(slots=True)
@@ -57,6 +62,8 @@ class Decoder:
 
     def __init__(self, model: TraceModel, budget: int, threshold: float | None) -> None:
         self.model, self.budget, self.threshold = model, budget, threshold
+        profile = model.settings.profile
+        self.writes_on = profile is not None and profile.writes_on
 
     @torch.inference_mode()
     def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
@@ -103,7 +110,7 @@ class Decoder:
         if not len(keep):
             return finished, None
         if len(keep) < len(layouts):
-            cache.batch_select_indices(keep)
+            cache.reorder_cache(keep)
         rows = [
             Row(numbers[row], float(probability_B[row]), place=int(layouts[row].positions.max()) + 1) for row in keep.tolist()
         ]
@@ -126,15 +133,21 @@ class Decoder:
             row.written.append(fed)
             read_now = fed == emb if at_token else chosen == emb
             spent = len(row.written) >= self.budget or chosen == turn_end
-            if not read_now and (not spent or (at_token and chosen == emb)):
+            if read_now:
+                vectors = _unit(state_BD) if vectors is None else vectors
+                row.vector = vectors[number].copy()
+            read = row.vector is not None
+            if (self.writes_on or not read) and (not spent or (at_token and chosen == emb and not read)):
                 live.append(number)
                 continue
-            if read_now or not self._closing():
+            ended: Ended = None if read else "turn" if chosen == turn_end else "budget"
+            if row.vector is not None:
+                vector = row.vector
+            elif self._closing():
+                vector = self._close(wave, number)
+            else:
                 vectors = _unit(state_BD) if vectors is None else vectors
                 vector = vectors[number].copy()
-            else:
-                vector = self._close(wave, number)
-            ended: Ended = None if read_now else "turn" if chosen == turn_end else "budget"
             finished.append((row.number, self._encoding(row, vector, ended)))
         wave.next_B = chosen_B
         if len(live) < len(wave.rows):
@@ -173,17 +186,23 @@ class Decoder:
 
 @torch.inference_mode()
 def merge_waves(waves: Sequence[Wave]) -> Wave:
-    """One wave of all rows: caches are padded on the left to the longest, where the mask hides them."""
+    """One wave of all rows, in the cache of the first; the others are used up.
+
+    Keys and values are padded on the left to the longest, where the mask hides them. A recurrent state (Qwen3.5's) stands for all
+    that its row has read and has no columns: rows of any lengths lie side by side as they are.
+    """
     if len(waves) == 1:
         return waves[0]
     length = max(wave.mask_BT.shape[1] for wave in waves)
-    merged = type(waves[0].cache)()
-    for layer in range(len(waves[0].cache.layers)):
-        keys, values = (
-            torch.cat([_left_pad(getattr(wave.cache.layers[layer], side), length) for wave in waves])
-            for side in ("keys", "values")
-        )
-        merged.update(keys, values, layer)
+    merged = waves[0].cache
+    for number, layer in enumerate(merged.layers):
+        alike = [wave.cache.layers[number] for wave in waves]
+        if not _recurs(layer):
+            layer.keys = torch.cat([_left_pad(one.keys, length) for one in alike])
+            layer.values = torch.cat([_left_pad(one.values, length) for one in alike])
+        for name in RECURRENT if _recurs(layer) else ():
+            states = getattr(layer, name)
+            states |= {place: torch.cat([getattr(one, name)[place] for one in alike]) for place in states}
     return Wave(
         [row for wave in waves for row in wave.rows],
         merged,
@@ -198,7 +217,7 @@ def keep_rows(wave: Wave, live: Sequence[int]) -> None:
     kept = torch.tensor(live, dtype=torch.long, device=wave.mask_BT.device)
     wave.rows = [wave.rows[number] for number in live]
     if live:
-        wave.cache.batch_select_indices(kept)
+        wave.cache.reorder_cache(kept)
     wave.mask_BT, wave.next_B = wave.mask_BT[kept], wave.next_B[kept]
 
 
@@ -210,10 +229,10 @@ def trim(wave: Wave) -> None:
     unread = int(wave.mask_BT.any(dim=0).to(torch.int).argmax())
     if unread < TRIM:
         return
-    shorter = type(wave.cache)()
-    for layer, kept in enumerate(wave.cache.layers):
-        shorter.update(kept.keys[:, :, unread:].contiguous(), kept.values[:, :, unread:].contiguous(), layer)
-    wave.cache, wave.mask_BT = shorter, wave.mask_BT[:, unread:]
+    for layer in wave.cache.layers:
+        if not _recurs(layer):
+            layer.keys, layer.values = layer.keys[:, :, unread:].contiguous(), layer.values[:, :, unread:].contiguous()
+    wave.mask_BT = wave.mask_BT[:, unread:]
 
 
 def _left_pad(part_BHTD: torch.Tensor, length: int) -> torch.Tensor:
@@ -221,10 +240,18 @@ def _left_pad(part_BHTD: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _copy_row(cache: Cache, number: int) -> Cache:
-    single = type(cache)()
-    for layer, kept in enumerate(cache.layers):
-        single.update(kept.keys[number : number + 1], kept.values[number : number + 1], layer)
+    single = copy(cache)
+    single.layers = [copy(layer) for layer in cache.layers]
+    for layer in single.layers:
+        for name in RECURRENT if _recurs(layer) else ():
+            setattr(layer, name, dict(getattr(layer, name)))
+    single.reorder_cache(torch.tensor([number]))
     return single
+
+
+def _recurs(layer: Any) -> bool:
+    """Whether a layer of a cache holds recurrent states, in dictionaries, and no keys and values."""
+    return hasattr(layer, RECURRENT[0])
 
 
 def _unit(state_BD: torch.Tensor) -> Vector:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from traceir.encoder import Encoder
 from traceir.errors import DataError
 from traceir.gallery import Entry, cost, first_right, reasoning_steps, verdict, write_gallery
 from traceir.index import SqliteIndex, open_index
@@ -20,7 +19,7 @@ from traceir.ingest import AddReport, add
 from traceir.items import Query
 from traceir.learn import mbeir
 from traceir.learn.minibeir.build import build
-from traceir.search import Searcher, SearchResult
+from traceir.search import EncoderLike, Searcher, SearchResult
 
 SEED: Final = 0
 PER_ROW: Final = 60
@@ -99,7 +98,7 @@ def prepare(out: Path, *, workers: int = 1) -> tuple[Path, list[Question]]:
     return pool, sorted(questions, key=lambda one: order[one.row, one.steps])
 
 
-def fill(pool: Path, out: Path, encoder: Encoder, *, progress: bool = True) -> tuple[SqliteIndex, AddReport]:
+def fill(pool: Path, out: Path, encoder: EncoderLike, *, progress: bool = True) -> tuple[SqliteIndex, AddReport]:
     """The index of the gallery, one a model, filled by the same road as `traceir index add`; close it after use."""
     index = open_index(
         out / f"index-{encoder.fingerprint.replace('/', '-').replace(':', '-')}",
@@ -119,7 +118,7 @@ def fill(pool: Path, out: Path, encoder: Encoder, *, progress: bool = True) -> t
     return index, report
 
 
-def ask(questions: Sequence[Question], encoder: Encoder, index: SqliteIndex) -> list[Answer]:
+def ask(questions: Sequence[Question], encoder: EncoderLike, index: SqliteIndex) -> list[Answer]:
     """Every question by the `auto` route, one call each, as a user's would be."""
     searcher = Searcher(encoder, index)
     return [Answer(question, searcher.search(question.query, k=DEPTH)) for question in questions]

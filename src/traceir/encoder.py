@@ -12,14 +12,15 @@ import torch
 from tqdm import tqdm
 
 from traceir.batch import Layout
-from traceir.checkpoint import bundled_model
+from traceir.checkpoint import bundled_model, is_library
 from traceir.decoding import Decoder, Finished, Wave, merge_waves
-from traceir.errors import InputError
+from traceir.errors import InputError, ModelError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
 from traceir.model import TraceModel, load
 from traceir.precision import bfloat16_on
 from traceir.prompts import Prompt
 from traceir.suggest import did_you_mean
+from traceir.world import World
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,14 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, source: str | Path | None = None, *, device: str = "cpu", **options: Any) -> Encoder:
-        """An Encoder over a checkpoint directory or hub id; over the bundled miniature, which knows MiniBEIR alone, if None."""
-        return cls(load(source or bundled_model(), device=device, inference=True), **options)
+        """An Encoder over a checkpoint directory or hub id; over the bundled miniature, which knows MiniBEIR alone, if None.
+
+        Raises ModelError for a model of sentence-transformers, which `traceir.load_encoder` takes too.
+        """
+        name = str(source or bundled_model())
+        if is_library(name):
+            raise ModelError(f"{name} is a model of sentence-transformers; load it with traceir.load_encoder({name!r})")
+        return cls(load(name, device=device, inference=True), **options)
 
     @property
     def fingerprint(self) -> str:
@@ -77,8 +84,8 @@ class Encoder:
         return self.model.width
 
     @property
-    def world(self) -> str:
-        """What alone the model knows, in words for users; "" where it has no such bounds."""
+    def world(self) -> World | None:
+        """What alone the model knows; None where it has no such bounds."""
         return self.model.settings.world
 
     @property
@@ -92,6 +99,16 @@ class Encoder:
             "max_pixels": image.max_pixels,
             "dtype": str(next(self.model.network.parameters()).dtype),
         }
+
+    @property
+    def run_settings(self) -> dict[str, str | int | float | None]:
+        """What an evaluation says of how it was run."""
+        return {"token_budget": self.token_budget, "threshold": self.threshold, "max_reasoning_tokens": self.budget}
+
+    def as_written(self, text: str) -> str:
+        """A text after its way through the tokenizer, as the model's own text has gone."""
+        processor = self.model.processor
+        return processor.decode(processor.plain_ids(text))
 
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning (paper, section 1, asymmetry), unless a profile lets them write."""
@@ -141,7 +158,7 @@ class Encoder:
                 write(waiting)
         for number, layout in enumerate(layouts):
             if layout.cut:
-                done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.processor.max_text_tokens)
+                done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.text_limit)
         return [done[number] for number in range(len(layouts))]
 
     def decoder(self) -> Decoder:

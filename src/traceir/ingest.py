@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,15 @@ def count_sources(paths: Sequence[str | os.PathLike[str]]) -> int:
     return sum(not isinstance(found, Note) for found in find_sources(paths))
 
 
+def first_items(paths: Sequence[str | os.PathLike[str]], count: int = 16) -> list[Item]:
+    """The first of what is below the paths, without what cannot be read."""
+    found: list[Item] = []
+    for source in islice((one for one in find_sources(paths) if isinstance(one, Source)), count):
+        with suppress(InputError):
+            found.append(_make(source)[0])
+    return found
+
+
 def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
     """Why nothing below the paths can be added; [] where something may be, which is known as soon as it is met.
 
@@ -158,7 +169,7 @@ def sort_out(sources: Sequence[Source], known: Mapping[str, Stored]) -> SortedOu
 
 
 def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: Mapping[str, Stored]) -> Encoded:
-    """Encode all at once; where an item is refused, one by one, so that only the bad ones are left out."""
+    """Encode all at once; where an item is refused, in halves, so that only the bad ones are left out."""
     if not fresh:
         return Encoded()
     try:
@@ -166,7 +177,8 @@ def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], kno
     except InputError as error:
         if len(fresh) == 1:
             return _encode_refused(encoder, *fresh[0], known, error)
-        return _joined([encode_fresh(encoder, [one], known) for one in fresh])
+        middle = len(fresh) // 2
+        return _joined([encode_fresh(encoder, part, known) for part in (fresh[:middle], fresh[middle:])])
     if len(encodings) != len(fresh):
         raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(fresh)} items; report it")
     done = Encoded([(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)])

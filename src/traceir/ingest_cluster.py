@@ -28,6 +28,7 @@ from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
 from traceir.sources import Failure, Note, Source, find_batches
+from traceir.world import World
 
 log = logging.getLogger(__name__)
 MakeEncoder = Callable[[], EncoderLike]
@@ -46,7 +47,7 @@ class Described:
     fingerprint: str
     prompt_version: str
     width: int
-    world: str = ""
+    world: World | None = None
 
 
 def add_on_ray(
@@ -94,7 +95,7 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
 
     def describe() -> Described:
         encoder = make_encoder()
-        return Described(encoder.fingerprint, encoder.prompt_version, encoder.width, getattr(encoder, "world", ""))
+        return Described(encoder.fingerprint, encoder.prompt_version, encoder.width, getattr(encoder, "world", None))
 
     with _explained():
         task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)

@@ -1,8 +1,8 @@
 """The checkpoint: load, create, save, add `<|emb|>`, and the two forward passes everything else is built on.
 
-A checkpoint is an ordinary Hugging Face directory of Qwen2_5_VLForConditionalGeneration plus `traceir.json` (docs/formats.md).
-Checkpoints of other projects, also over Qwen2-VL and Qwen3-VL, are read by a profile (profiles.py). transformers is imported
-where it is used: a checkpoint of ours that only encodes runs without it (network.py) and starts in a third of the time.
+A checkpoint is an ordinary Hugging Face directory of one of NETWORKS plus `traceir.json` (docs/formats.md). Checkpoints of other
+projects are read by a profile (profiles.py). transformers is imported where it is used: a checkpoint of ours over Qwen2.5-VL that
+only encodes runs without it (network.py) and starts in a third of the time.
 Shapes: B rows, T tokens, D hidden width, V vocabulary, N pictures.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from safetensors import SafetensorError
 from torch.nn import functional
 
 from traceir.batch import Batch, ImageBudget, Processor, ReadOut, check_read_out
-from traceir.checkpoint import ADAPTER, fetch
+from traceir.catalogue import profile_for
+from traceir.checkpoint import ADAPTER, MODULES, OWN_MODULE, fetch
 from traceir.errors import ModelError
 from traceir.items import Item, Query
 from traceir.network import Cache, Network, Words, fits, read_network, see
@@ -43,17 +45,29 @@ from traceir.prompts import (
 )
 from traceir.prompts import check_version as check_prompt_version
 from traceir.weights import fingerprint, weight_files
+from traceir.world import World, world_of
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig
+
+log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 NETWORKS: Final = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_5": "Qwen3_5ForConditionalGeneration",
 }
 """Model type in config.json -> class in transformers."""
+PROCESSORS: Final = {
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "qwen3_5": "Qwen3VLProcessor",
+}
+"""Model type -> the processor that transformers makes for it."""
+HEAD: Final = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +82,8 @@ class TraceSettings:
     max_text_tokens: int = 1024
     closing: str = ""
     fingerprint: str = ""
-    world: str = ""
-    """What alone it knows, in words for whoever searches with it; "" for a model without such bounds."""
+    world: World | None = None
+    """What alone it knows; None for a model without such bounds."""
     profile: Profile | None = None
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
@@ -113,13 +127,22 @@ class TraceModel:
             return role in self.settings.profile.writes
         return (role == "query" or self.settings.candidates_write) and self.settings.read_out != "last"
 
+    @property
+    def text_limit(self) -> int | None:
+        """The most tokens of a text that are read; None under a profile, which may count them otherwise."""
+        return None if self.settings.profile is not None else self.processor.max_text_tokens
+
     def new_cache(self) -> Cache:
-        """An empty cache of the kind that the network fills; transformers' own has the same methods and more."""
+        """An empty cache of the kind that the network fills; transformers' own has the same methods and more.
+
+        Qwen3.5's is made of its configuration: of four layers three keep a recurrent state in place of keys and values.
+        """
         if isinstance(self.network, Network):
             return Cache()
         from transformers.cache_utils import DynamicCache
 
-        made: Cache = DynamicCache()
+        hybrid = self.network.config.model_type == "qwen3_5"
+        made: Cache = DynamicCache(config=self.network.config.text_config if hybrid else None)
         return made
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
@@ -130,11 +153,9 @@ class TraceModel:
         if batch.patches is not None and batch.grids is not None:
             patches = self.processor.normalise(batch.patches) if batch.patches.dtype == torch.uint8 else batch.patches
             slots_BT = batch.ids == self.network.config.image_token_id
-            if self.network.config.model_type == "qwen3_vl":
-                features, layers = self._deep_features(patches, batch.grids)
+            features, layers = self.picture_features(patches, batch.grids)
+            if layers:
                 deeper = {"visual_pos_masks": slots_BT, "deepstack_visual_embeds": layers}
-            else:
-                features = self.picture_features(patches, batch.grids)
             embedded_BTD = embedded_BTD.masked_scatter(slots_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
         mask = None if bool(batch.mask.all()) else batch.mask
         out = text(
@@ -166,8 +187,9 @@ class TraceModel:
         scores: torch.Tensor = self.network.lm_head(hidden)
         return scores
 
-    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
-        """Merged vision tokens of N pictures, concatenated: [sum of tokens, D].
+    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Merged vision tokens of N pictures, concatenated: [sum of tokens, D]; and what the first layers of a Qwen3-VL add to
+        the same positions (DeepStack), nothing for the others.
 
         Pictures of one grid run as one batch; the stock class, which Qwen2.5-VL's relatives take, walks picture by picture. Both
         give the same numbers (tests/test_model.py).
@@ -176,7 +198,9 @@ class TraceModel:
         patches = patches.to(visual.dtype)
         shapes = [tuple(int(side) for side in grid) for grid in grids.tolist()]
         if self.network.config.model_type != "qwen2_5_vl" or any(time != 1 for time, _, _ in shapes):
-            return torch.cat(self.network.model.get_image_features(patches, grids, return_dict=True).pooler_output)
+            found = self.network.model.get_image_features(patches, grids, return_dict=True)
+            layers = getattr(found, "deepstack_features", None) or ()
+            return torch.cat(found.pooler_output), [torch.cat(layer) for layer in layers]
         pieces = torch.split(patches, [high * wide for _, high, wide in shapes])
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, shape in enumerate(shapes):
@@ -185,12 +209,7 @@ class TraceModel:
         for shape, numbers in groups.items():
             features = see(visual, torch.stack([pieces[n] for n in numbers]), shape[1], shape[2])
             done.update(zip(numbers, features, strict=True))
-        return torch.cat([done[number] for number in range(len(shapes))])
-
-    def _deep_features(self, patches: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Qwen3-VL: merged vision tokens [sum of tokens, D], and those that its first layers add to the same positions."""
-        found = self.network.model.get_image_features(patches.to(self.network.model.visual.dtype), grids, return_dict=True)
-        return torch.cat(found.pooler_output), [torch.cat(layer) for layer in found.deepstack_features]
+        return torch.cat([done[number] for number in range(len(shapes))]), []
 
 
 def load(
@@ -199,6 +218,7 @@ def load(
     device: str = "cpu",
     dtype: torch.dtype | None = None,
     profile: Profile | str | Path | None = None,
+    as_published: bool = True,
     inference: bool = False,
     **overrides: Any,
 ) -> TraceModel:
@@ -206,22 +226,25 @@ def load(
 
     `inference` takes the network of network.py where it can: the same numbers, at once, and neither to be trained nor saved.
 
-    Any Qwen2.5-VL checkpoint will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings.
-    `profile` reads the checkpoint of another project instead, over Qwen2-VL, Qwen2.5-VL or Qwen3-VL, and adds nothing to it.
+    Any checkpoint of NETWORKS will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings; one
+    without an output matrix, as embedding models are saved, writes with its input rows, untrained too, and says so.
+    `profile` reads the checkpoint of another project instead, and adds nothing to it. A hub id that catalogue.py knows finds its
+    own, unless `as_published` is false, as where TRACE's training starts from it.
     An adapter folder loads with its base and is merged in memory (adapter.py). `overrides` replace fields of TraceSettings.
     Raises ModelError for other architectures and damaged directories.
     """
     name, folder = str(source), fetch(str(source))
+    profile = profile or (profile_for(name) if as_published else None)
     if inference and profile is None and _is_our_own(folder):
         return _load_our_own(folder, device=device, dtype=dtype or torch.float32, **overrides)
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    from traceir.adapter import load_adapter  # which imports this module
+    from traceir.adapter import load_adapter, load_foreign_adapter  # which imports this module
 
     try:
         if (folder / ADAPTER).is_file():
             if profile is not None:
-                raise ModelError(f"{name} is an adapter, and --profile is for whole checkpoints of other projects; leave it out")
+                return load_foreign_adapter(folder, resolve_profile(profile), device=device, dtype=dtype, **overrides)
             return load_adapter(folder, device=device, dtype=dtype, **overrides)
         kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
         if kind not in NETWORKS:
@@ -229,7 +252,10 @@ def load(
         weight_files(folder)  # an error of ours where there are only pickles
         network_class = getattr(importlib.import_module("transformers"), NETWORKS[kind])
         config = network_class.config_class.from_pretrained(folder)
-        network = network_class.from_pretrained(folder, dtype=dtype or torch.float32, use_safetensors=True)
+        network, told = network_class.from_pretrained(
+            folder, dtype=dtype or torch.float32, use_safetensors=True, output_loading_info=True
+        )
+        _complete(network, told["missing_keys"], name)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load {name}: {error}") from error
@@ -239,10 +265,24 @@ def load(
     settings = overridden(settings, overrides)
     if settings.profile is None:
         add_emb_token(network, tokenizer)
+    elif settings.profile.add_token:
+        _add_known_token(network, tokenizer, settings.profile)
     if not settings.fingerprint:
         settings = replace(settings, fingerprint=fingerprint(folder) if Path(name).is_dir() else f"hub:{name}")
     network.eval().to(device)
     return wrap(network, tokenizer, settings, image_budget(_companion(folder, "preprocessor_config.json"), config))
+
+
+def _complete(network: Any, missing: Iterable[str], name: str) -> None:
+    """Takes the input rows for the output matrix where that alone is missing; ModelError where other weights are, which
+    transformers would draw at random."""
+    lost = sorted(set(missing) - {HEAD})
+    if lost:
+        raise ModelError(f"cannot load {name}: it lacks {len(lost)} tensors of its architecture such as {lost[0]}; copy it again")
+    if HEAD in missing:
+        log.warning("%s has no output matrix (%s): an embedding model; what it writes is untrained", name, HEAD)
+        network.lm_head.weight = network.get_input_embeddings().weight
+        network.config.tie_word_embeddings = network.config.text_config.tie_word_embeddings = True
 
 
 def _is_our_own(folder: Path) -> bool:
@@ -274,7 +314,12 @@ def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudg
     profile, budget = settings.profile, settings.max_text_tokens
     if profile is None:
         return TraceModel(network, Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget), settings)
-    image = replace(image, min_pixels=profile.min_pixels or image.min_pixels, max_pixels=profile.max_pixels or image.max_pixels)
+    image = replace(
+        image,
+        min_pixels=profile.min_pixels or image.min_pixels,
+        max_pixels=profile.max_pixels or image.max_pixels,
+        resize=profile.resize,
+    )
     processor = Processor(tokenizer, image, read_out=read_out, max_text_tokens=budget, emb_token=profile.token, rope=profile.rope)
     return TraceModel(network, processor, settings)
 
@@ -324,7 +369,7 @@ def save_companions(model: TraceModel, folder: Path) -> None:
     image = model.processor.image
     preprocessor = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": NETWORKS[model.network.config.model_type].replace("ForConditionalGeneration", "Processor"),
+        "processor_class": PROCESSORS[model.network.config.model_type],
         "patch_size": image.patch,
         "merge_size": image.merge,
         "temporal_patch_size": image.temporal,
@@ -335,10 +380,11 @@ def save_companions(model: TraceModel, folder: Path) -> None:
         "image_std": list(image.std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
-    module = {"idx": 0, "name": "0", "path": "", "type": "traceir.sentence.TraceModule"}
-    (folder / "modules.json").write_text(json.dumps([module], indent=2) + "\n")
+    module = {"idx": 0, "name": "0", "path": "", "type": OWN_MODULE}
+    (folder / MODULES).write_text(json.dumps([module], indent=2) + "\n")
     written = {"format": FORMAT, **asdict(replace(model.settings, fingerprint=fingerprint(folder)))}
     # What is not used is left out, so that earlier releases read the file too.
+    written["world"] = model.settings.world and model.settings.world.as_json()
     unused = {name for name in ("profile", "candidates_write", "world") if not written[name]}
     written = {name: value for name, value in written.items() if name not in unused}
     (folder / "traceir.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -362,6 +408,16 @@ def add_emb_token(network: Any, tokenizer: Any) -> int:
         for matrix in {network.get_input_embeddings().weight, network.get_output_embeddings().weight}:
             matrix[new] = matrix[:new].mean(dim=0)
     return new
+
+
+def _add_known_token(network: Any, tokenizer: Any, profile: Profile) -> None:
+    """Makes the profile's token one of the tokenizer: the next id, whose row was trained though the tokenizer was not saved."""
+    if profile.token in tokenizer.get_vocab():
+        return
+    tokenizer.add_special_tokens({"additional_special_tokens": [profile.token]}, replace_extra_special_tokens=False)
+    new, rows = int(tokenizer.convert_tokens_to_ids(profile.token)), network.get_input_embeddings().weight.shape[0]
+    if new >= rows:
+        raise ModelError(f"{profile.token} would be token {new}, and the checkpoint has {rows} rows; is --profile the right one?")
 
 
 def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:
@@ -405,6 +461,7 @@ def read_settings(file: Path | None) -> TraceSettings | None:
     if found.pop("format", None) != FORMAT:
         raise ModelError(f"{file}: format is not {FORMAT}; this checkpoint needs another release of traceir")
     found.pop("base", None)
+    found["world"] = world_of(found.get("world"), str(file))
     if found.get("profile") is not None:
         found["profile"] = profile_of(found["profile"], str(file))
     try:
@@ -424,6 +481,7 @@ def _under_profile(settings: TraceSettings, profile: Profile) -> TraceSettings:
 
 
 def image_budget(file: Path | None, config: Any) -> ImageBudget:
+    """What a preprocessor_config.json says. As in transformers, `min_pixels` and `max_pixels` at its top go before `size`."""
     vision = config.vision_config
     budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     if file is None:
@@ -432,8 +490,8 @@ def image_budget(file: Path | None, config: Any) -> ImageBudget:
     size = found.get("size") or {}
     return replace(
         budget,
-        min_pixels=size.get("shortest_edge") or found.get("min_pixels", budget.min_pixels),
-        max_pixels=size.get("longest_edge") or found.get("max_pixels", budget.max_pixels),
+        min_pixels=found.get("min_pixels") or size.get("shortest_edge") or budget.min_pixels,
+        max_pixels=found.get("max_pixels") or size.get("longest_edge") or budget.max_pixels,
         mean=tuple(found.get("image_mean", budget.mean)),
         std=tuple(found.get("image_std", budget.std)),
     )

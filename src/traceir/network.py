@@ -49,7 +49,8 @@ class Cache:
             kept.keys, kept.values = torch.cat([kept.keys, keys], dim=2), torch.cat([kept.values, values], dim=2)
         return self.layers[layer].keys, self.layers[layer].values
 
-    def batch_select_indices(self, rows: torch.Tensor) -> None:
+    def reorder_cache(self, rows: torch.Tensor) -> None:
+        """Leaves these rows, in their order."""
         for kept in self.layers:
             kept.keys, kept.values = kept.keys[rows], kept.values[rows]
 

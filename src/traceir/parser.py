@@ -35,6 +35,11 @@ PRESETS: Final = (
     "qwen2-vl-2b",
     "qwen2.5-vl-3b",
     "qwen2.5-vl-7b",
+    "qwen3-vl-2b",
+    "qwen3-vl-4b",
+    "qwen3-vl-8b",
+    "qwen3.5-2b",
+    "qwen3.5-4b",
 )
 SCALES: Final = ("small", "full")
 ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
@@ -58,10 +63,12 @@ def assemble(runs: Mapping[str, Run]) -> argparse.ArgumentParser:
     _add_index(verbs, shared, runs)
     _add_search(verbs, shared, runs)
     _add_explain(verbs, shared, runs)
+    _add_models(verbs, shared, runs)
     _add_serve(verbs, shared, runs)
     _add_keys(verbs, shared, runs)
     _add_evaluate(verbs, shared, runs)
     _add_unseen(verbs, shared, runs)
+    _add_mteb(verbs, shared, runs)
     _add_faithfulness(verbs, shared, runs)
     _add_report(verbs, shared, runs)
     _add_compare(verbs, shared, runs)
@@ -155,6 +162,11 @@ def _add_explain(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str,
     explain.add_argument("--completion", metavar="TEXT", help='what the model should write before <|emb|> ("": nothing)')
     explain.add_argument("--candidate", action="store_true", help="explain it as a candidate, not as a query")
     _add_model(explain)
+
+
+def _add_models(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    models = _verb(verbs, shared, "models", runs["models"], "list the published models that are known, and what was verified how")
+    models.add_argument("--json", action="store_true", help="one JSON list")
 
 
 def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
@@ -251,6 +263,24 @@ def _add_unseen(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     unseen.add_argument("--dry-run", action="store_true", help="read all annotations, count, say what is missing; score nothing")
     unseen.add_argument("--circo-submission", metavar="FILE.json", help="write CIRCO's test submission instead of scoring")
     _add_model(unseen)
+
+
+def _add_mteb(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
+    mteb = _verb(verbs, shared, "mteb", runs["mteb"], "score a model on mteb's tasks and benchmarks; the same command resumes")
+    mteb.add_argument("-b", "--benchmark", action="append", default=[], metavar="B", help='such as "MIEB(lite)"; repeatable')
+    mteb.add_argument(
+        "-t", "--tasks", action="append", default=[], metavar="TASK[,TASK]", help="tasks by mteb's names; repeatable"
+    )
+    mteb.add_argument(
+        "--tasks-from", metavar="MODULE|FILE.py", help="tasks of your own: subclasses of mteb's, found by -t, else all"
+    )
+    mteb.add_argument("--out", required=True, metavar="DIR", help="folder of results, as mteb keeps them")
+    mteb.add_argument("--name", metavar="OWNER/NAME", help="of the model in the results (default: the hub id, or local/FOLDER)")
+    mteb.add_argument("--route", choices=ROUTES, default="auto", help="of retrieval queries (default: auto); all else is direct")
+    mteb.add_argument("--batch-size", type=_count, default=64, metavar="N", help="inputs in memory at a time (default: 64)")
+    mteb.add_argument("--dry-run", action="store_true", help="list the tasks, and whose data are here; score nothing")
+    _add_model(mteb)
+    _add_engine(mteb)
 
 
 def _add_faithfulness(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, Run]) -> None:
@@ -407,6 +437,7 @@ def _add_train(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     train.add_argument("--data", metavar="DIR", help="folder in M-BEIR's layout (default: the preset's)")
     train.add_argument("--out", metavar="DIR", help="folder of the run (default: the preset's)")
     train.add_argument("--init", metavar="MODEL", help="checkpoint to start from, or random (default: the preset's)")
+    train.add_argument("--card", type=int, choices=(24, 80), help="fit the chunks to one card of so many GiB (LoRA presets)")
     train.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="override a field: steps=500, size.hidden=128, weights.cirr_task7=4; repeatable",
@@ -484,8 +515,11 @@ def _add_query(parser: argparse.ArgumentParser, words: str) -> None:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="M", help=f"checkpoint folder or hub id (default: ${MODEL_VARIABLE}, else the bundled one)"
-    )
+        "--model", metavar="M",
+        help=f"checkpoint folder or hub id, with st: before it for sentence-transformers (default: ${MODEL_VARIABLE}, else the "
+        "bundled one)",
+    )  # fmt: skip
+    parser.add_argument("--dim", type=_count, metavar="N", help="keep the first N components, if the model is made for that")
     parser.add_argument("--profile", metavar="NAME|FILE.json", help="how another project's checkpoint is prompted and read")
     parser.add_argument("--device", default="cpu", metavar="D", help="torch device, for instance cuda (default: cpu)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: float32)")
@@ -493,8 +527,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--engine", metavar="URL", help=f"SGLang server that runs the model (docs/engines.md); its key in ${ENGINE_KEY_VARIABLE}"
-    )
+        "--engine", metavar="[FORM:]URL",
+        help="SGLang server that runs the model, or FORM:URL of any /v1/embeddings that has one named M: vllm, infinity, openai, "
+        f"... (docs/engines.md); its key in ${ENGINE_KEY_VARIABLE}",
+    )  # fmt: skip
 
 
 def _count(text: str) -> int:

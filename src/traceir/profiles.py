@@ -11,13 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from string import Formatter
 from typing import Any, Final
 
-from traceir.batch import READ_OUTS, ROPES, ReadOut, Rope
+from PIL import Image
+
+from traceir.batch import READ_OUTS, RESIZES, ROPES, ReadOut, Resize, Rope
 from traceir.errors import InputError
 from traceir.items import MODALITIES, Item, Query
+from traceir.pictures import Picture
 from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
 from traceir.suggest import did_you_mean
 
@@ -30,15 +34,19 @@ class Profile:
     """One way to prompt and to read a checkpoint.
 
     Templates are the whole text the model reads, special tokens included, with placeholders: `{images}` all pictures, `{text}`,
-    `{instruction}`, `{asked}` instruction and text in one, `{kind}` the one of `words` that names the modality (text, image,
-    image with text). What users write is never read as a special token.
+    `{instruction}`, `{asked}` instruction and text in one, `{kind}` the one of `words` that names what stands there (text, image,
+    image with text). What users write is never read as a special token. A side that shows no picture is given a white one under
+    `blank_picture`.
 
-    A side in `writes` goes on writing until it writes `token`. Any other is embedded in one pass: at the first `direct_token` of
-    its template; where there is none, at its first `token` under `at_token`, just before that under `before_token`, and at the
-    last token of all under `last`. A side that may write but shall not is read at `direct_token` too, else behind its prompt.
+    A side in `writes` goes on writing until it writes `token`, and under `writes_on` to the end of its turn, where the last
+    `token` counts. Any other is embedded in one pass: at the first `direct_token` of its template; where there is none, at its
+    first `token` under `at_token`, just before that under `before_token`, and at the last token of all under `last`. A side that
+    may write but shall not is read at `direct_token` too, else behind its prompt. `add_token`: a tokenizer that lacks `token` is
+    given it, whose row the model has.
 
     `instruction` fills `{instruction}` where a query has none, and for candidates. `normalise` puts texts into M-BEIR's form.
-    Budgets that are None stay the checkpoint's. Vectors always have unit length.
+    `max_query_tokens` and `max_candidate_tokens` cut the whole prompt on the right, `max_text_tokens` what users wrote, and
+    `max_text_chars` each of their texts. Budgets that are None stay the checkpoint's. Vectors always have unit length.
     """
 
     name: str
@@ -51,10 +59,17 @@ class Profile:
     words: tuple[str, str, str] = ("text", "image", "image and text")
     instruction: str = ""
     normalise: bool = False
+    blank_picture: bool = False
+    writes_on: bool = False
+    add_token: bool = False
     rope: Rope = "mrope"
+    resize: Resize = "processor"
     min_pixels: int | None = None
     max_pixels: int | None = None
+    max_text_chars: int | None = None
     max_text_tokens: int | None = None
+    max_query_tokens: int | None = None
+    max_candidate_tokens: int | None = None
     max_reasoning_tokens: int | None = None
 
     def __post_init__(self) -> None:
@@ -62,12 +77,16 @@ class Profile:
             raise self._wrong("read_out", self.read_out, f"one of {', '.join(READ_OUTS)}")
         if self.rope not in ROPES:
             raise self._wrong("rope", self.rope, f"one of {', '.join(ROPES)}")
+        if self.resize not in RESIZES:
+            raise self._wrong("resize", self.resize, f"one of {', '.join(RESIZES)}")
         if unknown := set(self.writes) - set(ROLES):
             raise self._wrong("writes", sorted(unknown), f"some of {', '.join(ROLES)}")
         if len(self.words) != len(MODALITIES):
             raise self._wrong("words", self.words, f"three words, for {'; '.join(MODALITIES)}")
         if (self.token is None) != (self.read_out == "last") or (self.writes and self.token is None):
             raise self._wrong("token", self.token, "a token under before_token and at_token, null under last, where none writes")
+        if self.add_token and self.token is None:
+            raise self._wrong("add_token", True, "false where there is no token")
         for role, template in zip(ROLES, (self.query, self.candidate), strict=True):
             _check_template(self.name, role, template)
             wanted = self.direct_token or (None if role in self.writes else self.token)
@@ -89,23 +108,26 @@ class Profile:
             template = _until(template, self.direct_token, "at_token")
         elif closed and self.token is not None:
             template = _until(template, self.token, self.read_out)
-        return Prompt(tuple(self._pieces(template, content)), role, self.version, closed)
+        most = self.max_query_tokens if role == "query" else self.max_candidate_tokens
+        return Prompt(tuple(self._pieces(template, content)), role, self.version, closed, most)
 
     def _pieces(self, template: str, content: Query | Item) -> Iterator[Piece]:
         parts: list[str | UserText] = []
-        texts = self._texts(content)
-        for literal, field, _, _ in Formatter().parse(template):
+        texts, layout = self._texts(content), list(Formatter().parse(template))
+        told = any(field in ("text", "asked") and texts[field] for _, field, _, _ in layout)
+        for literal, field, _, _ in layout:
             if literal:
                 parts.append(literal)
             if field == "images":
-                for picture in content.pictures:
+                for picture in content.pictures or ((_blank(),) if self.blank_picture else ()):
                     yield Joined((*parts, VISION_START))
                     yield picture
                     parts = [VISION_END]
             elif field == "kind":
-                parts.append(self.words[MODALITIES.index(content.modality)])
+                parts.append(self.words[0 if not content.pictures else 2 if told else 1])
             elif field is not None and texts[field]:
-                parts.append(UserText(texts[field]))
+                most = self.max_text_chars or len(texts[field])
+                parts.append(UserText(texts[field][:most], texts[field][most:]))
         if parts:
             yield Joined(tuple(parts))
 
@@ -129,6 +151,8 @@ def resolve_profile(source: Profile | str | Path) -> Profile:
     name = str(source)
     if name in PROFILES:
         return PROFILES[name]
+    if name in REMOVED:
+        raise InputError(f"profile {name!r} is gone: {REMOVED[name]}")
     if not name.endswith(".json"):
         hint = did_you_mean(name, PROFILES)
         raise InputError(f"profile {name!r} is unknown{hint}; choose {', '.join(PROFILES)}, or give a .json file with its fields")
@@ -163,8 +187,9 @@ def profile_of(found: object, place: str) -> Profile:
 
 _NUMBER: Final = (int, type(None))
 _TYPES: Final[Mapping[str, Any]] = {
-    "token": (str, type(None)), "direct_token": (str, type(None)), "writes": tuple, "words": tuple, "normalise": bool,
-    "min_pixels": _NUMBER, "max_pixels": _NUMBER, "max_text_tokens": _NUMBER, "max_reasoning_tokens": _NUMBER,
+    "token": (str, type(None)), "direct_token": (str, type(None)), "writes": tuple, "words": tuple,
+    **dict.fromkeys(("normalise", "blank_picture", "writes_on", "add_token"), bool),
+    **dict.fromkeys((field.name for field in fields(Profile) if field.name.startswith(("min_", "max_"))), _NUMBER),
 }  # fmt: skip
 
 
@@ -187,45 +212,63 @@ def _until(template: str, token: str, read_out: ReadOut) -> str:
     return head + token if read_out == "at_token" else head
 
 
+@lru_cache(maxsize=1)
+def _blank() -> Picture:
+    return Picture.from_image(Image.new("RGB", (56, 56), "white"), "blank")
+
+
 def _chat(user: str, assistant: str = "", system: str | None = "You are a helpful assistant.") -> str:
     """Qwen's chat layout, open for the assistant; the system turn is the default of Qwen2-VL's and Qwen2.5-VL's chat template."""
     before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
     return f"{before}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}"
 
 
+_CONTEXT: Final = 32_768
+"""Tokens of text where the project's code cuts none: what its backbone reads."""
 _LAMRA: Final = "\nSummarize above {kind} in one word: "
-_LAMRA_ANSWER: Final = "<emb>.<|im_end|>\n<|im_start|>assistant\n"
 _UME_R1: Final = (
     "\n<disc_emb>\nRepresent the above input text, images, videos, or any combination of the three as embeddings. "
     "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. "
     "Finally, use the <gen_emb> tag to represent the entire input."
 )
-_SYSTEM_IS_INSTRUCTION: Final = _chat("{images}{text}", system="{instruction}")
+_GME: Final = _chat("{images}{text}", "<|endoftext|>", system="{instruction}")
+_EMBED_RL: Final = "Summarize the above content in one word:"
 
 PROFILES: Final[Mapping[str, Profile]] = {
     profile.name: profile
     for profile in (
-        # LamRA, dataset/datasets_mbeir.py and models/qwen2_vl.py: the state before a fixed <emb>, positions counted one by one.
+        # LamRA 7286399, dataset/datasets_mbeir.py, collators/mbeir_eval.py, models/qwen2_vl.py: the state before a fixed <emb>,
+        # which is that of the last token before it; positions counted one by one; candidates cut at 1,024 tokens of the whole.
         Profile(
-            "lamra", _chat("{images}{asked}" + _LAMRA, _LAMRA_ANSWER), _chat("{images}{text}" + _LAMRA, _LAMRA_ANSWER),
-            read_out="before_token", token="<emb>", words=("sentence", "image", "image and sentence"), normalise=True,
-            rope="sequential", min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28, max_text_tokens=1024,
+            "lamra", _chat("{images}{asked}" + _LAMRA), _chat("{images}{text}" + _LAMRA),
+            words=("sentence", "image", "image and sentence"), normalise=True, rope="sequential", resize="utils",
+            min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28, max_text_tokens=_CONTEXT, max_candidate_tokens=1024,
         ),
-        # UME-R1, src/eval/VLM2Vec/eval_twomode.py: both sides write until <gen_emb>; read at <disc_emb> where they may not.
+        # UME-R1 55e5512, src/eval/VLM2Vec/eval_twomode.py and README.md; mteb 2.26.24, ume_r1.py: both sides write and are read
+        # at their last <gen_emb>, or at <disc_emb> where they may not write; text alone stands behind a white picture.
         Profile(
             "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), read_out="at_token",
-            token="<gen_emb>", writes=("query", "candidate"), direct_token="<disc_emb>",
-            max_pixels=2_359_296, max_text_tokens=12_288, max_reasoning_tokens=8192,
+            token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_picture=True,
+            min_pixels=784, max_pixels=2_359_296, max_text_tokens=_CONTEXT, max_reasoning_tokens=8192,
         ),
-        # The state of the last prompt token. Of the templates, docs/judges.md says which are stated by their projects.
-        Profile("vlm2vec", "{images}{asked}", "{images}{text}", max_pixels=1280 * 28 * 28),
+        # GME, gme_inference.py as in VLM2Vec d9978e0: the state of <|endoftext|>, positions counted one by one, 1,800 tokens.
         Profile(
-            "gme", _SYSTEM_IS_INSTRUCTION + "<|endoftext|>", _SYSTEM_IS_INSTRUCTION + "<|endoftext|>",
-            instruction="You are a helpful assistant.",
+            "gme", _GME, _GME, instruction="You are a helpful assistant.", rope="sequential", resize="both",
+            min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28, max_text_tokens=_CONTEXT,
+            max_query_tokens=1800, max_candidate_tokens=1800,
         ),
+        # Embed-RL 87b52f7, eval/toy_eval/image_eval.py: the state of a fixed <emb>, texts of 512 characters. What its reasoner
+        # writes is another model's, to be joined to the text.
         Profile(
-            "qwen3-vl-embedding", _SYSTEM_IS_INSTRUCTION, _SYSTEM_IS_INSTRUCTION, instruction="Represent the user's input.",
-            max_pixels=1800 * 32 * 32, max_text_tokens=8192,
+            "embed-rl", _chat("{images}{asked}" + _EMBED_RL, "<emb>", system=None),
+            _chat("{images}{text}" + _EMBED_RL, "<emb>", system=None), read_out="at_token", token="<emb>", add_token=True,
+            min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32, max_text_chars=512, max_text_tokens=_CONTEXT,
         ),
     )
 }  # fmt: skip
+
+REMOVED: Final[Mapping[str, str]] = {
+    "qwen3-vl-embedding": "leave --profile out; sentence-transformers reads Qwen/Qwen3-VL-Embedding-2B and -8B by their files",
+    "vlm2vec": "VLM2Vec shows bare picture tokens, which no profile writes; take --model Alibaba-NLP/gme-Qwen2-VL-2B-Instruct",
+}
+"""Profiles of earlier releases, and what to take in their place."""

@@ -40,9 +40,13 @@ class Special:
 
 @dataclass(frozen=True, slots=True)
 class UserText:
-    """Text from outside: tokenised without special tokens, and the only piece that a token budget may cut."""
+    """Text from outside: tokenised without special tokens, and the only piece that a token budget may cut.
+
+    `dropped` is what a limit of characters has cut off it already.
+    """
 
     text: str
+    dropped: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +66,15 @@ Piece = str | Special | UserText | Joined | Picture
 class Prompt:
     """All that the model reads before it writes. `role` decides whether it may reason: candidates never do.
 
-    `closed`: the prompt ends at its own read-out (profiles.py), so nothing is put or written behind it.
+    `closed`: the prompt ends at its own read-out (profiles.py), so nothing is put or written behind it. `max_tokens` cuts the
+    whole on the right, template included, as a tokenizer's truncation does; never a picture.
     """
 
     pieces: tuple[Piece, ...]
     role: Role
     version: str
     closed: bool = False
+    max_tokens: int | None = None
 
     @property
     def pictures(self) -> tuple[Picture, ...]:

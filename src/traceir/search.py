@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,17 @@ class EncoderLike(Maker, Protocol):
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]: ...
+
+
+class EvaluatedEncoder(EncoderLike, Protocol):
+    """What an evaluation asks of an encoder beside vectors."""
+
+    @property
+    def run_settings(self) -> Mapping[str, str | int | float | None]:
+        """What results.json says of the run: `token_budget`, `threshold` and `max_reasoning_tokens`, None where it has none."""
+
+    def as_written(self, text: str) -> str:
+        """A text as the model would write it: what its tokenizer makes of case, and of blanks before punctuation."""
 
 
 @dataclass(frozen=True, slots=True)

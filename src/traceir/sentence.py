@@ -1,4 +1,4 @@
-"""TraceIR inside sentence-transformers: one module that is a whole SentenceTransformer (extra `judges`).
+"""TraceIR inside sentence-transformers: one module that is a whole SentenceTransformer.
 
     model = as_sentence_transformer(bundled_model())
     model.encode_query({"text": "the same in red", "image": "shoe.png"}, prompt="Find the product.", route="auto", target="image")

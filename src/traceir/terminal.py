@@ -8,13 +8,15 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from traceir.checkpoint import bundled_model, check_model
-from traceir.errors import InputError
+from traceir.checkpoint import bundled_model, check_model, is_library
+from traceir.engines.forms import split_engine
+from traceir.errors import InputError, ModelError, StoreError
 from traceir.parser import ENGINE_KEY_VARIABLE
 
 if TYPE_CHECKING:
     from traceir.encoder import Encoder
-    from traceir.engines.sglang import SGLangEncoder
+    from traceir.library import LibraryEncoder
+    from traceir.search import EncoderLike
 
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
@@ -31,14 +33,22 @@ def check_model_options(args: argparse.Namespace) -> None:
 
     Raises InputError or ModelError.
     """
-    check_model(model_name(args))
+    if not is_endpoint(args):
+        check_model(model_name(args))
+    elif not args.model:
+        raise InputError(f"--engine {args.engine}: name the model that is to answer there, by --model NAME")
     kind, _, number = args.device.partition(":")
     if kind not in DEVICES or (":" in args.device and not (number.isascii() and number.isdigit())):
         raise InputError(f"--device {args.device!r} is unknown to torch; write for instance cpu or cuda")
 
 
-def load_encoder(args: argparse.Namespace) -> Encoder:
-    """The encoder of `--model`; transformers, where it is needed, keeps quiet unless asked."""
+def is_endpoint(args: argparse.Namespace) -> bool:
+    """Whether `--engine` is an endpoint of embeddings, whose --model is a name there and no checkpoint here."""
+    return split_engine(getattr(args, "engine", None) or "")[0] is not None
+
+
+def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
+    """The encoder of `--model` in this process; transformers, where it is needed, keeps quiet unless asked."""
     check_model_options(args)
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -46,8 +56,7 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
 
-    from traceir.encoder import Encoder
-    from traceir.model import load
+    from traceir.library import load_encoder
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -58,27 +67,66 @@ def load_encoder(args: argparse.Namespace) -> Encoder:
         raise InputError(
             f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
         ) from error
-    return Encoder(
-        load(model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, inference=True)
+    return load_encoder(
+        model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, dim=args.dim
     )
 
 
-def open_encoder(args: argparse.Namespace, *, in_flight: int = 64) -> Encoder | SGLangEncoder:
-    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process."""
+def load_own_encoder(args: argparse.Namespace) -> Encoder:
+    """As `load_encoder`, for a verb that looks inside the model; ModelError for a model of sentence-transformers."""
+    if args.profile is None and is_library(name := model_name(args)):
+        raise ModelError(f"{name} is a model of sentence-transformers, of which this verb could see nothing but vectors")
+    from traceir.encoder import Encoder
+
+    found = load_encoder(args)
+    assert isinstance(found, Encoder)
+    return found
+
+
+def open_encoder(args: argparse.Namespace, *, in_flight: int = 64, known: str = "") -> EncoderLike:
+    """The encoder over `--engine` where it is given, with so many requests in flight, else that of `--model` in this process.
+
+    `known`: the fingerprint that an endpoint of embeddings should have (default: what filled `--index`).
+    """
     if args.engine is None:
         return load_encoder(args)
     if args.profile is not None:
         raise InputError("--profile works in this process only; leave out --engine")
+    key = os.environ.get(ENGINE_KEY_VARIABLE, "")
+    form, address = split_engine(args.engine)
+    if form is not None:
+        from traceir.engines.embeddings import EmbeddingsEncoder
+
+        known = known or filled_by(args)
+        return EmbeddingsEncoder(address, args.model, form, dim=args.dim, known=known, api_key=key, in_flight=in_flight)
+    if args.dim is not None:
+        raise InputError("--dim is not for an SGLang engine; leave it out")
     from traceir.engines.sglang import SGLangEncoder
 
-    key = os.environ.get(ENGINE_KEY_VARIABLE, "")
     return SGLangEncoder(args.engine, model_name(args), api_key=key, in_flight=in_flight)
 
 
-def say_world(encoder: object) -> None:
-    """Says on stderr what alone the model knows, where it has such bounds."""
-    if world := getattr(encoder, "world", ""):
-        print(f"note: {world}", file=sys.stderr)
+def filled_by(args: argparse.Namespace) -> str:
+    """The fingerprint in `--index` that an endpoint of embeddings is compared with; "" where there is none, or no such engine.
+
+    An index that cannot be read is told of where it is used.
+    """
+    from traceir.index import open_index
+
+    index = getattr(args, "index", None)
+    if not is_endpoint(args) or not index:
+        return ""
+    try:
+        with open_index(index) as found:
+            return str(found.info().fingerprint)
+    except StoreError:
+        return ""
+
+
+def say(note: str | None) -> None:
+    """A note on stderr, where there is one."""
+    if note:
+        print(one_line(f"note: {note}"), file=sys.stderr)
 
 
 def split(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,19 +67,25 @@ def fingerprint(folder: Path, files: Sequence[Path] | None = None) -> str:
     `files` are other weights than those that the folder names. Files of up to 256 MB count whole; of larger ones the size, the
     header and 64 evenly spaced blocks of 64 KB.
     """
-    digest = hashlib.sha256()
-    for file in sorted([*(weight_files(folder) if files is None else files), *folder.glob("tokenizer.json")]):
+    counted = sorted([*(weight_files(folder) if files is None else files), *folder.glob("tokenizer.json")])
+    return digest((file.name, file) for file in counted)
+
+
+def digest(named: Iterable[tuple[str, Path]]) -> str:
+    """16 hex digits over files and the names under which they count, in the order given."""
+    found = hashlib.sha256()
+    for name, file in named:
         size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
+        found.update(f"{name}:{size}".encode())
         with file.open("rb") as stream:
             if size <= WHOLE_HASH_BYTES:
                 while block := stream.read(2**20):
-                    digest.update(block)
+                    found.update(block)
             else:
                 for part in range(64):
                     stream.seek(part * (size - 65536) // 63)
-                    digest.update(stream.read(65536))
-    return digest.hexdigest()[:16]
+                    found.update(stream.read(65536))
+    return found.hexdigest()[:16]
 
 
 def _read(file: Path) -> dict[str, Any]:

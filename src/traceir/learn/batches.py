@@ -17,9 +17,9 @@ import torch
 from torch.utils.data import Dataset
 
 from traceir.batch import Batch, Layout, Processor
-from traceir.errors import TrainError
 from traceir.items import Item
 from traceir.learn.data import Example, Schedule
+from traceir.learn.launch import check_shares
 from traceir.prompts import EMB, TURN_END, PromptVersion, render_candidate, render_query
 
 WIDTHS: Final = 8
@@ -70,8 +70,7 @@ class Turns(Dataset[Turn]):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if schedule.batch % world:
-            raise TrainError(f"batch {schedule.batch} does not divide among {world} processes; choose a multiple")
+        check_shares(schedule.batch, world)
         self.schedule, self.processor, self.version = schedule, processor, version
         self.turns, self.chunk_tokens, self.seed, self.augment = turns, chunk_tokens, seed, augment
         self.teach_candidates = teach_candidates

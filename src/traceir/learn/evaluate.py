@@ -20,7 +20,6 @@ from typing import Any, Final, Literal
 
 import numpy as np
 
-from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Query, Route
 from traceir.learn import mbeir
@@ -30,6 +29,7 @@ from traceir.learn.folder import Listing, Policy, Problems, Row, read_row, surve
 from traceir.learn.judged import Judged, average, continue_results, describe_machine, read_judged, summarise, write_whole
 from traceir.learn.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.prompts import completion_text
+from traceir.search import EvaluatedEncoder
 from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Variant:
 
 
 def evaluate(
-    encoder: Encoder,
+    encoder: EvaluatedEncoder,
     data: Path,
     out: Path,
     *,
@@ -77,6 +77,8 @@ def evaluate(
     the same `out` are kept. Raises DataError by the policy `on_error` (folder.py), StoreError for a damaged block of the cache
     (under `skip` it is encoded again), InputError where `out` holds other results.
     """
+    for route in routes:
+        encoder.encode_queries([], route=route)  # a route that the model lacks is told now, not behind the candidates
     tasks = mbeir.find_tasks(data, split)
     chosen = choose_tasks(tasks, rows, data)
     results = continue_results(out, _header(encoder, data, split, prompt, seed, limit))
@@ -99,7 +101,7 @@ def evaluate(
 
 
 def rehearse(
-    encoder: Encoder,
+    encoder: EvaluatedEncoder,
     data: Path,
     *,
     split: mbeir.Split = "test",
@@ -176,7 +178,7 @@ class _Encoded:
 class _Work:
     """The encoding of one evaluation."""
 
-    def __init__(self, encoder: Encoder, data: Path, cache: Path, shard: Shard, repair: bool, progress: bool) -> None:
+    def __init__(self, encoder: EvaluatedEncoder, data: Path, cache: Path, shard: Shard, repair: bool, progress: bool) -> None:
         self.embedder = Embedder(encoder, cache, shard=shard, repair=repair, progress=progress)
         self.instructions = mbeir.read_instructions(data)
 
@@ -216,7 +218,7 @@ class _Work:
 
 
 def _score(
-    encoder: Encoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
+    encoder: EvaluatedEncoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """Ranks one route in one kind of pool, writes its files, and returns its entries of results.json by row."""
     pools = encoded.pools(kind)
@@ -264,20 +266,18 @@ def _rank(
             first = last_one
 
 
-def _judge(encoder: Encoder, row: Row, embedded: Embeddings, ranking: Ranking) -> list[Judged]:
+def _judge(encoder: EvaluatedEncoder, row: Row, embedded: Embeddings, ranking: Ranking) -> list[Judged]:
     return [
         _compare(encoder, row.task.name, record.qid, int(rank), encoding, row.labels.get(record.qid))
         for record, rank, encoding in zip(row.records, ranking.best, embedded.encodings(), strict=True)
     ]
 
 
-def _compare(encoder: Encoder, row: str, qid: str, rank: int, encoding: Encoding, label: mbeir.Label | None) -> Judged:
+def _compare(encoder: EvaluatedEncoder, row: str, qid: str, rank: int, encoding: Encoding, label: mbeir.Label | None) -> Judged:
     exact = answer_exact = None
     if label is not None and label.z:
-        # The label goes through the tokenizer as the model's own text did (case, blanks before punctuation).
-        processor = encoder.model.processor
-        wanted = processor.decode(processor.plain_ids(completion_text(label.reasoning, label.answer)))
-        answer = processor.decode(processor.plain_ids(label.answer or ""))
+        wanted = encoder.as_written(completion_text(label.reasoning, label.answer))
+        answer = encoder.as_written(label.answer or "")
         exact, answer_exact = encoding.reasoning == wanted, encoding.reasoning.endswith(answer)
     steps = label.steps if label is not None else None
     return Judged(
@@ -304,7 +304,7 @@ def _write_run(out: Path, row: Row, ranking: Ranking, pool: Pool, name: str, fin
 
 
 def _header(
-    encoder: Encoder, data: Path, split: mbeir.Split, prompt: PromptChoice, seed: int, limit: int | None
+    encoder: EvaluatedEncoder, data: Path, split: mbeir.Split, prompt: PromptChoice, seed: int, limit: int | None
 ) -> dict[str, Any]:
     about = data / "meta.json"
     return {
@@ -316,9 +316,7 @@ def _header(
         "prompt": prompt if prompt != "seeded" else f"seeded {seed}",
         "limit": limit,
         "machine": describe_machine(),
-        "token_budget": encoder.token_budget,
-        "threshold": encoder.threshold,
-        "max_reasoning_tokens": encoder.budget,
+        **encoder.run_settings,
     }
 
 

@@ -65,7 +65,9 @@ class Reader(torch.nn.Module):
         wrappers for several processes demand, whether or not the chunk holds a picture.
         """
         batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
-        with _quick_attention(batch.ids.device):
+        # Before the language model, as pictures are: shards must be gathered in one order by all processes.
+        blank = 0.0 * self._blank(batch.ids.device) if touch and batch.patches is None else 0.0
+        with _quick_attention():
             hidden_BTD = self.model.hidden(batch)
         supervised_BT = batch.targets >= 0
         first_B = torch.where(supervised_BT.any(dim=1), supervised_BT.int().argmax(dim=1), batch.readout)
@@ -73,24 +75,26 @@ class Reader(torch.nn.Module):
         if gen:
             total = generation_loss(self.model.logits(hidden_BTD[supervised_BT]), batch.targets[supervised_BT])
         if touch:
-            total = total + 0.0 * self.log_temperature
-            if batch.patches is None:
-                total = total + 0.0 * self._blank(batch.ids.device).sum()
+            total = total + 0.0 * self.log_temperature + blank
         return hidden_BTD[rows, batch.readout], hidden_BTD[rows, first_B], total
 
     def _blank(self, device: torch.device) -> torch.Tensor:
-        """Features of the smallest picture there is, for chunks without any."""
+        """The sum of the features of the smallest picture there is, for chunks without any."""
         image = self.model.processor.image
         cells = image.merge**2
         patches = torch.zeros(cells, 3 * image.temporal * image.patch**2, device=device)
-        return self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+        features, layers = self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+        return sum((layer.sum() for layer in layers), features.sum())
 
 
-def _quick_attention(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def _quick_attention() -> contextlib.AbstractContextManager[Any]:
     """On a CPU in bfloat16 the backward of fused attention is several times slower than plain products (LOG.md, 2026-11-23)."""
-    if device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if torch.is_autocast_enabled("cpu") else contextlib.nullcontext()
+
+
+def recomputing() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    """What checkpointed layers run in, first and when computed again: in both the attention that the forward had."""
+    return contextlib.nullcontext(), _quick_attention()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,15 +137,14 @@ def step(
     outputs: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(chunks)):
         with torch.set_grad_enabled(not cache), plan.quiet(number):
-            outputs.append(plan.forward(number, touch=not cache and ranks.world > 1))
-    if cache:
-        plan.fill_up(backward=None)
+            outputs.append(plan.forward(number, touch=ranks.even or (not cache and ranks.world > 1)))
+    surrogates: list[torch.Tensor] = []
+    plan.fill_up(backward=None if cache else lambda total, _: surrogates.append(total))
     gen = float(_summed(torch.stack([out[2].detach() for out in outputs]).sum().float(), ranks)) / tokens
     found, gradients = _at_embeddings(plan.reader, turn, outputs, objective, ranks, share)
     losses = {"gen": gen, **found}
     if check is not None:
         check(losses)
-    surrogates: list[torch.Tensor] = []
     for number in range(len(chunks)):
         out, last = outputs[number], number == len(chunks) - 1
         with plan.quiet(number):
@@ -155,10 +158,10 @@ def step(
                 backward(total, last)
             else:
                 surrogates.append(total)
-    if surrogates:
-        backward(torch.stack(surrogates).sum(), True)
-    elif cache:
+    if cache:
         plan.fill_up(backward=backward)
+    else:
+        backward(torch.stack(surrogates).sum(), True)
     return losses
 
 
@@ -191,6 +194,8 @@ class _Plan:
         self.wrapped, self.chunks, self.gen, self.ranks = reader, chunks, gen, ranks
         self.reader: Reader = getattr(reader, "module", reader)
         self.seed = (seed * 1_000_003 + number) * 64 + ranks.rank
+        # Asked before the first forward: between forwards each process would ask at another moment.
+        self.most = _most(len(chunks), chunks[0].batch.ids.device) if ranks.even else len(chunks)
 
     def forward(self, number: int, *, touch: bool) -> tuple[torch.Tensor, ...]:
         torch.manual_seed((self.seed * 4096 + number) % 2**63)
@@ -202,15 +207,18 @@ class _Plan:
 
     def fill_up(self, backward: Callable[[torch.Tensor, bool], None] | None) -> None:
         """Runs the smallest chunk again, to no effect, until this process has run as many as the one with the most."""
-        if not self.ranks.even:
-            return
-        most = torch.tensor(len(self.chunks), device=self.chunks[0].batch.ids.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        for _ in range(int(most) - len(self.chunks)):
+        for _ in range(self.most - len(self.chunks)):
             with torch.set_grad_enabled(backward is not None):
                 state, _, total = self.forward(len(self.chunks) - 1, touch=True)
             if backward is not None:
                 backward((state.sum() + total) * 0.0, True)
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The greatest count of any process."""
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _at_embeddings(

@@ -1,15 +1,18 @@
-"""TraceIR under mteb, the public benchmark package: an Encoder as one of its models, rows of a folder as tasks (extra `judges`).
+"""TraceIR under mteb, the public benchmark package: an encoder as one of its models, rows of a folder as tasks (extra `judges`).
 
     model = TraceEncoder.of(Encoder.from_pretrained())
     mteb.evaluate(model, mbeir_task("data/minibeir", "cirr_task7"), cache=None)
 
-Nothing is fetched: tasks read local files, and pictures need Pillow only. mteb does its own search and its own scoring.
+`mteb_run.py` is the verb over it. Pictures need Pillow only, not the torchvision that mteb asks for. mteb does its own search and
+its own scoring.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -24,14 +27,16 @@ from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import PromptType
 from PIL import Image
+from tqdm import tqdm
 
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.items import ROUTES, Item, Modality, Query, Route, Vector
+from traceir.items import MODALITIES, ROUTES, Item, Modality, Part, Query, Route, Vector
 from traceir.learn import mbeir
 from traceir.learn.metrics import TIE
 from traceir.model import load
 from traceir.pictures import Picture
+from traceir.search import EncoderLike
 
 log = logging.getLogger(__name__)
 
@@ -39,14 +44,19 @@ KS: Final = (1, 5, 10)
 ABSENT: Final = "(no positive)"
 """Stands for the positives of a query that has none: mteb would leave such a query out, M-BEIR counts it as missed."""
 _LETTERS: Final[Mapping[Modality, str]] = {"text": "t", "image": "i", "image,text": "it"}
-_CHUNK: Final = 256
+_ROWS: Final = 256
+_UNREAD: Final = ("audio", "video")
 
 
 class TraceEncoder(AbsEncoder):
-    """An Encoder as mteb's EncoderProtocol: what it encodes as queries may reason, documents and everything else never do.
+    """Any encoder as mteb's EncoderProtocol: what it encodes as queries may reason, documents and everything else never do.
 
-    The instruction of queries is the task's prompt (or the query's own, where the task has instructions by query), the modality
-    they look for that of the task's documents. mteb's loader calls it with the model's name; `source` says where the weights are.
+    Inputs of tasks without sides (classes, clusters, labels, captions, pairs) are encoded as documents are, without instruction.
+    Queries get the task's own prompt (or their own, where the task has instructions by query) and the modality of the task's
+    documents; mteb's general prompts by class ("Retrieve text based on user query.", of pictures too) are left out. The size of
+    mteb's batches decides how many rows are in memory at a time, never what is encoded.
+
+    mteb's loader calls it with the model's name; `source` says where the weights are, or is the encoder.
     """
 
     def __init__(
@@ -55,21 +65,22 @@ class TraceEncoder(AbsEncoder):
         revision: str | None = None,
         *,
         device: str | None = None,
-        source: str | Encoder | None = None,
+        source: str | Path | EncoderLike | None = None,
         route: Route = "auto",
         **options: Any,
     ) -> None:
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
-        if not isinstance(source, Encoder):
+        if source is None or isinstance(source, str | Path):
             source = Encoder(load(source or model_name, device=device or "cpu", **options))
-        self.encoder = source
-        self.model = source
+        self.encoder: EncoderLike = source
         self.route: Route = route
-        self.mteb_model_meta = model_meta(model_name, self.encoder.fingerprint, route=route, width=self.encoder.width)
+        self.mteb_model_meta = model_meta(
+            model_name, revision_of(source), route=route, width=source.width, modalities=modalities_of(source)
+        )
 
     @classmethod
-    def of(cls, encoder: Encoder, name: str = "traceir/local", *, route: Route = "auto") -> TraceEncoder:
+    def of(cls, encoder: EncoderLike, name: str = "traceir/local", *, route: Route = "auto") -> TraceEncoder:
         """Around an encoder in memory; `name` ("organisation/model") is what mteb writes into its results."""
         return cls(name, source=encoder, route=route)
 
@@ -81,20 +92,40 @@ class TraceEncoder(AbsEncoder):
         hf_split: str,
         hf_subset: str,
         prompt_type: PromptType | None = None,
-        **options: Any,
+        batch_size: int = _ROWS,
+        show_progress_bar: bool = False,
+        **_: Any,
     ) -> Vector:
         """Unit vectors [N, D] of a data loader's batches, in order; only `prompt_type` query takes the road that may reason."""
-        progress = bool(options.get("show_progress_bar", False))
+        instruction = _prompt(task_metadata)
+        target = _target(task_metadata) if prompt_type == PromptType.query else None
         blocks: list[Vector] = []
-        for rows in _chunks(inputs):
-            if prompt_type == PromptType.query:
-                instruction, target = self.get_task_instruction(task_metadata, prompt_type), _target(task_metadata)
-                queries = [_query(row, instruction, target) for row in rows]
-                found = self.encoder.encode_queries(queries, route=self.route, progress=progress)
-            else:
-                found = self.encoder.encode_items([_item(row, task_metadata.name) for row in rows], progress=progress)
-            blocks.append(np.stack([one.vector for one in found]))
+        total = len(getattr(inputs, "dataset", ())) or None
+        with tqdm(
+            total=total, desc=f"{task_metadata.name} {hf_split}", disable=not show_progress_bar, mininterval=2.0, leave=False
+        ) as bar:
+            for rows in _chunks(inputs, batch_size):
+                if prompt_type == PromptType.query:
+                    queries = [_query(row, instruction, target, task_metadata.name) for row in rows]
+                    found = self.encoder.encode_queries(queries, route=self.route)
+                else:
+                    found = self.encoder.encode_items([Item(_parts(row, task_metadata.name)) for row in rows])
+                blocks.append(np.stack([one.vector for one in found]))
+                bar.update(len(rows))
         return np.concatenate(blocks) if blocks else np.zeros((0, self.encoder.width), dtype=np.float32)
+
+
+def modalities_of(encoder: EncoderLike) -> tuple[Modality, ...]:
+    """What an encoder takes as one input; all three where it does not say."""
+    told: tuple[Modality, ...] = tuple(getattr(encoder, "modalities", MODALITIES))
+    return told
+
+
+def revision_of(encoder: EncoderLike) -> str:
+    """By which mteb tells results apart: the weights, and a digest of all else that decides a vector."""
+    settings = {"prompt_version": encoder.prompt_version, **getattr(encoder, "vector_settings", {})}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', encoder.fingerprint)[:64]}-{digest[:8]}"
 
 
 class TraceMeta(ModelMeta):
@@ -111,11 +142,13 @@ def model_meta(
     source: str | Path | None = None,
     route: Route = "auto",
     width: int | None = None,
+    modalities: Sequence[Modality] = MODALITIES,
     **options: Any,
 ) -> TraceMeta:
     """What mteb wants to know of a checkpoint; `model_meta(...).load_model()` loads it from `source` (a folder or hub id).
 
     A route other than auto counts as an experiment, so that mteb keeps its results apart. `options` (profile) go to `load`.
+    Licence and languages are not ours to say of any checkpoint, and stay open.
     """
     return TraceMeta(
         loader=TraceEncoder,
@@ -123,14 +156,14 @@ def model_meta(
         name=name,
         revision=revision,
         experiment_kwargs=None if route == "auto" else {"route": route},
-        modalities=["text", "image"],
+        modalities=[one for one in ("text", "image") if one in modalities],
         embed_dim=width,
         similarity_fn_name=ScoringFunction.COSINE,
         use_instructions=True,
-        framework=["PyTorch", "Transformers", "safetensors"],
-        languages=["eng-Latn"],
-        license="apache-2.0",
-        open_weights=True,
+        framework=["PyTorch"],
+        languages=None,
+        license=None,
+        open_weights=None,
         n_parameters=None,
         memory_usage_mb=None,
         max_tokens=None,
@@ -248,40 +281,47 @@ def _rank(scores: Mapping[str, float], right: Mapping[str, int]) -> float:
     return 1.0 + sum(score >= best - TIE for did, score in scores.items() if did not in right)
 
 
-def _chunks(inputs: Any) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a data loader's batches, in chunks of about `_CHUNK`, so that many can decode together."""
+def _chunks(inputs: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a data loader's batches, `size` at a time whatever the batches are (mteb's image pairs come one by one)."""
     rows: list[dict[str, Any]] = []
     for batch in inputs:
         names = [name for name in ("text", "image", "query", "instruction") if name in batch]
-        if not {"text", "image"} & set(names):
+        if not {"text", "image"} & set(names) or set(_UNREAD) & set(batch):
             raise InputError(f"a batch of mteb has {sorted(batch)}; TraceIR reads text and image")
         rows += [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
-        if len(rows) >= _CHUNK:
-            yield rows
-            rows = []
+        while len(rows) >= size:
+            yield rows[:size]
+            rows = rows[size:]
     if rows:
         yield rows
 
 
-def _query(row: Mapping[str, Any], instruction: str, target: Modality | None) -> Query:
+def _prompt(task_metadata: TaskMetadata) -> str | None:
+    """The task's own instruction for its queries, None where it has none."""
+    prompt = task_metadata.prompt
+    return (prompt.get("query") if isinstance(prompt, Mapping) else prompt) or None
+
+
+def _query(row: Mapping[str, Any], instruction: str | None, target: Modality | None, task: str) -> Query:
     """Tasks with instructions by query hand over both apart, as `query` and `instruction`, and joined as `text`."""
-    text = row.get("text")
     if row.get("instruction"):
-        instruction, text = row["instruction"], row.get("query", text)
-    return Query.of(text=text or None, image=_picture(row.get("image")), instruction=instruction or None, target=target)
+        instruction, row = row["instruction"], {**row, "text": row.get("query", row.get("text"))}
+    return Query(_parts(row, task), instruction=instruction, target=target)
 
 
-def _item(row: Mapping[str, Any], task: str) -> Item:
-    text, image = row.get("text") or "", _picture(row.get("image"))
-    if not text.strip() and image is None:
-        log.warning("%s has a document without any content; it is encoded as the text 'Empty.'", task)
+def _parts(row: Mapping[str, Any], task: str) -> tuple[Part, ...]:
+    """The pictures of a row, then its text; some rows have a list of pictures."""
+    images, text = row.get("image"), row.get("text")
+    pictures = [_picture(image) for image in (images if isinstance(images, list | tuple) else [images]) if image is not None]
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{task} hands over a text as {type(text).__name__}; TraceIR reads strings")
+    if not pictures and not (text or "").strip():
+        log.warning("%s has an input without any content; it is encoded as the text 'Empty.'", task)
         text = "Empty."
-    return Item.of(text=text or None, image=image)
+    return (*pictures, *([text] if text and text.strip() else []))
 
 
-def _picture(image: Any) -> Picture | None:
-    if image is None:
-        return None
+def _picture(image: Any) -> Picture:
     if not isinstance(image, Image.Image):
         raise InputError(f"mteb hands over a picture as {type(image).__name__}; TraceIR reads PIL images")
     return Picture.from_image(image)

@@ -22,16 +22,18 @@ from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from traceir import __version__
-from traceir.adapter import attach, save_adapter
+from traceir.adapter import attach, projectors, save_adapter
 from traceir.batch import ReadOut
 from traceir.errors import InputError, TrainError
 from traceir.learn.batches import Turns
 from traceir.learn.cot import is_cot, read_cot, source_folder
 from traceir.learn.data import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
-from traceir.learn.gradcache import Objective, Reader
+from traceir.learn.gradcache import Objective, Reader, recomputing
 from traceir.learn.judged import write_whole
+from traceir.learn.launch import check_world, refuse_plugins
 from traceir.learn.pixels import pixel_store
 from traceir.learn.precheck import precheck
+from traceir.learn.shard import shard
 from traceir.learn.small import SmallSize, small_model, train_tokenizer
 from traceir.learn.trainer import TraceTrainer, barrier, newest_step, step_of
 from traceir.model import TraceModel, TraceSettings, load, save
@@ -48,8 +50,7 @@ FREE = (
     "report_to",
     "precheck",
     "keep",
-    "fsdp",
-    "deepspeed",
+    "shard",
     "chunk_tokens",
     "save_every",
     "grad_cache",
@@ -155,10 +156,8 @@ class TrainConfig:
     """A loss this many times a task's usual one (at least 1) stops the run; 0 never does."""
     report_to: tuple[str, ...] = ()
     """Trackers: tensorboard, trackio, wandb, as Hugging Face's Trainer knows them; each must be installed."""
-    fsdp: str = ""
-    """A JSON file of FSDP settings (Trainer's fsdp_config), to shard weights over processes."""
-    deepspeed: str = ""
-    """A JSON file of DeepSpeed's configuration."""
+    shard: bool = False
+    """Weights, gradients and the optimiser's state are divided among the processes (FSDP2); False gives each the whole (DDP)."""
     save_every: int = 500
     keep: tuple[int, ...] = ()
     """Steps whose checkpoints are kept for good; of the others only the newest is."""
@@ -192,11 +191,15 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
 def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     out = Path(config.out)
     finished = out / "checkpoint"
+    refuse_plugins(os.environ)
     args = arguments(check(config), out)
+    check_world(batch=config.batch, shard=config.shard, world=args.world_size)
     if args.process_index == 0:
         begun = out if (out / "config.json").is_file() or resume_from is None else resume_from.parent.parent
         _claim(out, settled(config, args.device.type, begun / "config.json"))
     barrier()
+    if not (out / "config.json").is_file():
+        raise TrainError(f"{out} is not where the first process writes it; name an --out on a file system that all nodes share")
     config = replace(config, mixed_precision=begun_in(out / "config.json"))
     args = arguments(config, out)
     if (finished / "traceir.json").is_file():
@@ -244,12 +247,14 @@ class Run:
 
     def trainer(self) -> TraceTrainer:
         config = self.config
+        if config.shard:
+            shard(self.reader, self.args.device)
         objective = Objective(config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret)
         return TraceTrainer(
             self.reader, self.turns(), self.args, objective=objective, grad_cache=config.grad_cache,
             rate=lambda step: rate(step, config), groups=_groups(self.reader, config), betas=(0.9, config.beta),
             keep=config.keep, diverged=config.diverged, save_model=self.save, out=self.out,
-            check_memory=precheck if config.precheck else None,
+            check_memory=precheck if config.precheck else None, sharded=config.shard,
         )  # fmt: skip
 
     def save(self, target: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -364,9 +369,6 @@ def arguments(config: TrainConfig, out: Path) -> TrainingArguments:
             ddp_find_unused_parameters=False,
             ddp_broadcast_buffers=False,
             report_to=list(config.report_to) or "none",
-            fsdp=True if config.fsdp else None,
-            fsdp_config=config.fsdp or None,
-            deepspeed=config.deepspeed or None,
             log_level="warning",
         )
     except (ImportError, RuntimeError, ValueError, OSError) as error:
@@ -412,7 +414,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     if config.init != "random":
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load(
-            config.init, dtype=dtype, max_text_tokens=config.max_text_tokens,
+            config.init, dtype=dtype, as_published=False, max_text_tokens=config.max_text_tokens,
             max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
             candidates_write=config.candidates != "direct", world="",
         )  # fmt: skip
@@ -447,7 +449,7 @@ def _trainable(model: TraceModel, config: TrainConfig) -> Any:
     """Marks what trains; returns the PEFT model with LoRA, else None."""
     network = model.network
     if config.checkpointing:
-        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputing})
     if config.lora_rank:
         return attach(
             model, rank=config.lora_rank, alpha=config.lora_alpha, dropout=config.lora_dropout,
@@ -455,7 +457,8 @@ def _trainable(model: TraceModel, config: TrainConfig) -> Any:
         )  # fmt: skip
     network.requires_grad_(True)
     network.model.visual.requires_grad_(config.train_vision)
-    network.model.visual.merger.requires_grad_(config.train_projector)
+    for projector in projectors(network).values():
+        projector.requires_grad_(config.train_projector)
     return None
 
 

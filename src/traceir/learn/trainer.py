@@ -1,14 +1,15 @@
 """The loop of training: Hugging Face's Trainer with our turns, our step and step folders that are whole or not there.
 
-The Trainer owns launch and wrapping (DDP, FSDP, DeepSpeed by their configuration), mixed precision, clipping, the optimiser's and
-the scheduler's calls, and trackers. We own what a turn holds (batches.py), how it goes forward and backward (gradcache.py) and
+The Trainer owns launch and DDP, mixed precision, clipping, the optimiser's and the scheduler's calls, and trackers. We own what a
+turn holds (batches.py), how it goes forward and backward (gradcache.py), how weights are divided among processes (shard.py) and
 what is kept of a run: `steps/NNNNNN/` with the checkpoint, `optimiser.safetensors` and `step.json`, written beside and renamed;
-no pickles. Runs that shard weights or optimiser (FSDP, DeepSpeed) keep their resume points in the form of those projects instead.
+no pickles. They hold whole tensors, so that a run may go on with another number of processes, sharded or not.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -21,8 +22,8 @@ from typing import Any, Final
 
 import torch
 import torch.distributed as dist
-from accelerate import DistributedType
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -31,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from traceir.errors import TrainError
 from traceir.learn.batches import Chunk, Turn, Turns
 from traceir.learn.gradcache import Distribution, Objective, Reader, step
+from traceir.learn.shard import fetched, gathered, own_part
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class TraceTrainer(Trainer):
     """Trains a Reader over Turns. `save_model(folder)` writes a whole checkpoint of the model as it stands.
 
     `rate` maps a step to its factor of the learning rate, `groups` are the optimiser's parameters. Raises TrainError that
-    names task and queries where a loss is not finite, or is `diverged` times what it was on average (0: never).
+    names task and queries where a loss is not finite, or is `diverged` times what it was on average (0: never). `sharded` says
+    that the reader's weights are divided among processes (shard.py).
     """
 
     optimizer: Any
@@ -66,15 +69,15 @@ class TraceTrainer(Trainer):
         save_model: Callable[[Path, dict[str, torch.Tensor] | None], None],
         check_memory: Callable[[Turns, Callable[[Turn], object], torch.device], None] | None,
         out: Path,
+        sharded: bool,
     ) -> None:
         try:
             super().__init__(model=reader, args=args, train_dataset=turns)
         except (ImportError, RuntimeError, ValueError) as error:
             raise TrainError(f"the training cannot be set up as asked: {error}") from error
-        if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
-            raise TrainError(
-                "fsdp is set, but weights can be sharded only over several accelerators: launch it with torchrun on them"
-            )
+        self.sharded = sharded
+        if sharded:  # what accelerate calls evaluation is a model without DDP around it
+            self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.objective, self.grad_cache, self.rate = objective, grad_cache, rate
         self.groups, self.betas = groups, betas
         self.keep, self.diverged, self.check_memory = keep, diverged, check_memory
@@ -118,7 +121,7 @@ class TraceTrainer(Trainer):
         """One turn forward and backward; returns its loss, scaled as the loop's report wants it."""
         model.train()
         share = 1.0 / self.current_gradient_accumulation_steps
-        if self.check_memory is not None and not self._sharded():
+        if self.check_memory is not None:
             self.check_memory(self.train_dataset, lambda turn: self._step(model, turn, share, None), self.args.device)
             model.zero_grad()
         self.check_memory = None
@@ -142,20 +145,14 @@ class TraceTrainer(Trainer):
         return 0
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        kwargs = {}
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # The engine steps at the boundary, which is the last chunk of the last turn.
-            self.accelerator.gradient_state._set_sync_gradients(last and self.accelerator.gradient_state.sync_gradients)
-            kwargs["scale_wrt_gas"] = False
-        self.accelerator.backward(loss, **kwargs)
+        self.accelerator.backward(loss)
 
     def _ranks(self, model: Any) -> Distribution:
         if self.args.world_size == 1:
             return Distribution()
-        # Only DDP gains by waiting: what shards the gradients would have to hold them whole meanwhile.
-        plain = self.accelerator.distributed_type in (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
-        quiet = model.no_sync if plain and hasattr(model, "no_sync") else contextlib.nullcontext
-        return Distribution(self.args.process_index, self.args.world_size, quiet, even=not plain)
+        # Only DDP gains by waiting: shards would have to hold their gradients whole meanwhile.
+        quiet = contextlib.nullcontext if self.sharded else model.no_sync
+        return Distribution(self.args.process_index, self.args.world_size, quiet, even=self.sharded)
 
     def _total(self, losses: dict[str, float]) -> float:
         aim = self.objective
@@ -217,46 +214,41 @@ class TraceTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self.sharded:
+            state_dict = gathered(self.model, keep=self.args.should_save)
         if self.args.should_save and output_dir is not None:
-            whole = None
-            if state_dict is not None:
-                whole = {name.removeprefix("network."): value for name, value in state_dict.items() if "network." in name}
-            self.write_checkpoint(Path(output_dir), whole)
+            self.write_checkpoint(Path(output_dir), state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded():
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.args.should_save:
-            state = self.optimizer.state_dict()["state"]
-            flat = {f"{n}.{key}": value.contiguous() for n, entry in state.items() for key, value in entry.items()}
+        state = self.optimizer.state_dict()["state"]
+        keep = self.args.should_save
+        flat = {
+            f"{n}.{key}": fetched(value, keep=keep).contiguous() for n, entry in state.items() for key, value in entry.items()
+        }
+        if keep:
             flat["log_temperature"] = self.accelerator.unwrap_model(self.model).log_temperature.detach().clone()
             save_file(flat, Path(output_dir) / OPTIMISER)
 
     # What is read again
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The weights were restored before the loop began (train.py); only sharded runs load theirs here."""
-        if self._sharded():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        """Nothing: the weights were restored before the loop began (train.py)."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         kept = json.loads((Path(checkpoint) / STATE).read_text())
         self.sums, self.usual = kept.get("sums", {}), kept.get("usual", {})
-        if self._sharded():
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        flat = load_file(Path(checkpoint) / OPTIMISER)
-        temperature = flat.pop("log_temperature", None)
-        if temperature is not None:
-            with torch.no_grad():
-                self.accelerator.unwrap_model(self.model).log_temperature.copy_(temperature)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in flat.items():
-            number, name = key.split(".", 1)
-            state.setdefault(int(number), {})[name] = value
+        with safe_open(Path(checkpoint) / OPTIMISER, framework="pt") as file:
+            for key in sorted(file.keys()):
+                number, dot, name = key.partition(".")
+                if dot:
+                    state.setdefault(int(number), {})[name] = own_part(file.get_tensor(key), parameters[int(number)])
+                else:
+                    with torch.no_grad():
+                        self.accelerator.unwrap_model(self.model).log_temperature.copy_(file.get_tensor(key))
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
         now = self.args.learning_rate * self.rate(kept["step"])
         place = {"last_epoch": kept["step"], "_step_count": kept["step"] + 1, "_last_lr": [now] * len(self.groups)}
@@ -269,9 +261,6 @@ class TraceTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Nothing was saved."""
-
-    def _sharded(self) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
 
 class _OneByOne(Sampler[list[int]]):

@@ -1,4 +1,4 @@
-"""What the learning verbs of the command line do: evaluate, report, build, train, ablate, merge, push.
+"""What the learning verbs of the command line do: evaluate, mteb, report, build, train, ablate, merge, push.
 
 Like all verbs they import what they need when they run.
 """
@@ -7,15 +7,29 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
-from traceir.checkpoint import check_model
+from traceir.checkpoint import check_model, hub_answers
 from traceir.errors import InputError
 from traceir.parser import ROUTES
 from traceir.suggest import did_you_mean
-from traceir.terminal import PARTLY, check_model_options, load_encoder, one_line, parse_shard, shows_progress, split
+from traceir.terminal import (
+    PARTLY,
+    check_model_options,
+    load_encoder,
+    load_own_encoder,
+    model_name,
+    one_line,
+    open_encoder,
+    parse_shard,
+    shows_progress,
+    split,
+)
 
 
 def report(args: argparse.Namespace) -> int:
@@ -96,6 +110,41 @@ def unseen(args: argparse.Namespace) -> int:
     return 0
 
 
+def mteb(args: argparse.Namespace) -> int:
+    benchmarks, names = list(args.benchmark), split(",".join(args.tasks))
+    if not (benchmarks or names or args.tasks_from):
+        raise InputError('there is nothing to score; give -b "MIEB(lite)", -t TASK, or --tasks-from MODULE')
+    if args.name is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.name):
+        raise InputError(f"--name {args.name!r} is not of the form OWNER/NAME")
+    check_model_options(args)
+    if not (online := hub_answers()):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's libraries are imported: nothing is then tried again and again
+        print("note: the Hugging Face hub does not answer; tasks can run whose data are on this machine", file=sys.stderr)
+    if not shows_progress():
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if not args.verbose:
+        warnings.simplefilter("ignore")  # scikit-learn's about labels that were never predicted, and mteb's, which it logs too
+    try:
+        from traceir.learn import mteb_run
+        from traceir.learn.mteb_model import TraceEncoder
+    except ImportError as error:
+        raise InputError(f"mteb is not there ({error}); pip install 'traceir[judges]'") from error
+
+    tasks = mteb_run.choose_tasks(benchmarks, names, args.tasks_from)
+    encoder = open_encoder(args)
+    if world := getattr(encoder, "world", None):
+        print(f"note: {world.says}", file=sys.stderr)
+    model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
+    run = mteb_run.Run(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
+    if args.dry_run:
+        print("\n".join(mteb_run.plan(run, tasks)))
+        return 0
+    outcomes = mteb_run.score(run, tasks, benchmarks=benchmarks, tell=lambda line: print(one_line(line), file=sys.stderr))
+    print(mteb_run.table(outcomes))
+    print(f"wrote {run.out / 'results.json'}, and beside it what mteb's own commands read", file=sys.stderr)
+    return PARTLY if any(one.score is None for one in outcomes) else 0
+
+
 def _check_folders(args: argparse.Namespace) -> None:
     """What can be told to be wrong with --data, --model and --device before anything heavy is imported."""
     if not Path(args.data).is_dir():
@@ -116,7 +165,7 @@ def faithfulness(args: argparse.Namespace) -> int:
     from traceir.learn.faithful import probe, table
 
     rows = split(args.rows) if args.rows is not None else None
-    encoder = load_encoder(args)
+    encoder = load_own_encoder(args)
     found = probe(
         encoder, Path(args.data), Path(args.out), split=args.split, rows=rows, limit=args.limit, progress=shows_progress()
     )
@@ -159,7 +208,11 @@ def train(args: argparse.Namespace) -> int:
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
-    config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings])
+    if args.card:
+        logging.getLogger("traceir.learn.memory").setLevel(logging.INFO)
+    config = resolve(
+        args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings], card=args.card
+    )
     print(train(config, resume_from=args.resume_from))
     return 0
 

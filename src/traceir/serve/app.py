@@ -28,7 +28,7 @@ from traceir.serve.jobs import Progress, Served
 from traceir.serve.keys import KeyRing, Principal, Scope
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import INSTRUCTIONS, STATIC, page_config, page_html
+from traceir.serve.page import LOOKED_AT, STATIC, page_config, page_html
 from traceir.serve.schemas import (
     EVENTS,
     FOR_BODIES,
@@ -81,7 +81,7 @@ class Server:
     metrics: Metrics = field(default_factory=Metrics)
     model_name: str = "traceir"
     title: str = "TraceIR"
-    instructions: tuple[str, ...] = INSTRUCTIONS
+    instructions: tuple[str, ...] | None = None
     service: Service | None = None
     created: int = field(default_factory=lambda: int(time.time()))
     failed: Exception | None = None
@@ -242,7 +242,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         service, model = _view(server, principal), _model(server, asked.model)
         if asked.dimensions not in (None, model.width):
             raise InputError(
-                f"dimensions is {asked.dimensions}; this model was not trained to be cut, its width is {model.width}"
+                f"dimensions is {asked.dimensions}, but this server's vectors have {model.width}; `traceir serve --dim` sets that"
             )
         given = asked.messages if asked.messages is not None else asked.input
         _pay(server, principal, len(given) if isinstance(given, list) else 1)
@@ -405,12 +405,15 @@ def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
     async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
         """What the page shows before the first search."""
-        service = _view(server, principal)
-        info = await service.info()
+        view = _view(server, principal)
+        info, kept = await view.info(), await view.first(LOOKED_AT)
         counts = {str(name): count for name, count in info.counts.items()}
-        world = getattr(service.scheduler.encoder, "world", "")
-        cutoff = CutoffConfig(default=service.cutoff, background=dict(info.background))
-        return page_config(server.title, server.model(), counts, server.instructions, world=world, cutoff=cutoff)
+        cutoff = CutoffConfig(default=view.cutoff, background=dict(info.background))
+        world = getattr(view.scheduler.encoder, "world", None)
+        return await asyncio.to_thread(
+            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions,
+            reasons=view.scheduler.reasons, cutoff=cutoff,
+        )  # fmt: skip
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

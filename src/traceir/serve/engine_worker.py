@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Final
 
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError, ModelError, PictureError
-from traceir.items import Item, Query
-from traceir.serve.jobs import FAILURES, Desk, Job, UnavailableError
+from traceir.items import Item, Query, Route
+from traceir.prompts import Role
+from traceir.serve.jobs import AGAIN_S, FAILURES, Desk, Job, UnavailableError
 
 log = logging.getLogger(__name__)
-
-AGAIN_S: Final = 15.0
-"""Seconds after the last failure from which a server calls itself ready again: only requests can tell that an engine is back."""
 
 
 class EngineWorker:
@@ -34,6 +31,9 @@ class EngineWorker:
     def alive(self) -> bool:
         """Whether the last inputs did not all fail, or that was a while ago."""
         return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
+
+    def route(self, role: Role, route: Route) -> Route:
+        return route if self.encoder.model.writes(role) else "direct"
 
     def start(self, desk: Desk) -> None:
         self._desk = desk

@@ -10,9 +10,12 @@ from typing import Final, Protocol
 
 from traceir.errors import TraceError
 from traceir.items import Encoding, Item, Query, Route
+from traceir.prompts import Role
 
 FAILURES: Final = 8
 """Failures of a worker, one after the other, from which on the server no longer calls itself ready."""
+AGAIN_S: Final = 15.0
+"""Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
 
 
 class BusyError(TraceError):
@@ -94,6 +97,9 @@ class Desk(Protocol):
 
 class Worker(Protocol):
     """What encodes. A job whose `done` is over is no longer wanted."""
+
+    def route(self, role: Role, route: Route) -> Route:
+        """The route that an input takes where this one is asked for; raises InputError where it cannot be had."""
 
     def start(self, desk: Desk) -> None: ...
 

@@ -22,6 +22,7 @@ from traceir.batch import Layout
 from traceir.decoding import Decoder, Finished, Wave, keep_rows, merge_waves, trim
 from traceir.encoder import Encoder
 from traceir.items import Item, Query, Route
+from traceir.prompts import Role
 from traceir.serve.fair import Company, Rounds, Usage
 from traceir.serve.jobs import FAILURES, Desk, Job, Progress, tell_all
 
@@ -75,6 +76,9 @@ class ModelThread:
     def alive(self) -> bool:
         """Whether the thread runs, and its last batches did not all fail."""
         return self._thread.is_alive() and self._failures < FAILURES
+
+    def route(self, role: Role, route: Route) -> Route:
+        return route if self.encoder.model.writes(role) else "direct"
 
     def start(self, desk: Desk) -> None:
         self._desk = desk

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Final
 
 from traceir.errors import InputError
+from traceir.index.store import Stored
 from traceir.items import MODALITIES
-from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig
+from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig, PictureIn
+from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
 INSTRUCTIONS: Final = (
@@ -26,6 +28,10 @@ LONGEST: Final = 2000
 """Characters of an instruction, as in the page's own field."""
 MOST: Final = 200
 """Instructions that a page suggests."""
+LOOKED_AT: Final = 64
+"""Items from which a collection is judged and its examples are chosen."""
+WORDS: Final = 12
+"""Of a text that is an example."""
 EXAMPLES: Final = (
     Example(
         title="simple: found at once",
@@ -70,15 +76,41 @@ def read_instructions(path: Path) -> tuple[str, ...]:
 
 
 def page_config(
-    title: str, model: ModelOut, counts: Mapping[str, int], instructions: Sequence[str] = INSTRUCTIONS, *, world: str = "",
+    title: str,
+    model: ModelOut,
+    counts: Mapping[str, int],
+    kept: Sequence[Stored],
+    *,
+    world: World | None = None,
+    instructions: Sequence[str] | None = None,
+    reasons: bool = True,
     cutoff: CutoffConfig = NO_CUTOFF,
-) -> PageConfig:  # fmt: skip
-    """The examples belong to the instructions of INSTRUCTIONS: with others, or over an empty index, there are none."""
-    examples = EXAMPLES if tuple(instructions) == INSTRUCTIONS and any(counts.values()) else ()
+) -> PageConfig:
+    """What the page begins with. `kept` are some items of the collection, `instructions` those of whoever runs the server.
+
+    Our own instructions and examples belong to the bundled model over its own data; any other collection suggests itself.
+    """
+    at_home = world is not None and all(world.knows_kept(one.text, one.image) for one in kept)
+    ours = at_home and instructions is None
     return PageConfig(
-        title=title, instructions=list(instructions), modalities=list(MODALITIES), model=model, count=dict(counts),
-        examples=list(examples), world=world, cutoff=cutoff,
+        title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
+        count=dict(counts), examples=list(EXAMPLES) if ours and kept else examples_of(kept), world=world.says if world else "",
+        reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
     )  # fmt: skip
+
+
+def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
+    """Queries that a collection suggests: some of its pictures, and the first words of some of its texts."""
+    pictures = [one for one in kept if one.image is not None]
+    texts = [one for one in kept if one.text]
+    return [
+        *(Example(title="more like this", image=PictureIn(item=one.id)) for one in _spread(pictures, each)),
+        *(Example(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in _spread(texts, each)),
+    ]
+
+
+def _spread(kept: Sequence[Stored], count: int) -> Sequence[Stored]:
+    return kept[:: max(1, -(-len(kept) // count))]
 
 
 @cache

@@ -15,11 +15,10 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.cutoff import Calibrations
-from traceir.encoder import Encoder
-from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
+from traceir.search import EncoderLike
 from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyGuard
@@ -47,7 +46,7 @@ LOOKED_AT: Final = 20_000
 """Items looked at for the folders of their pictures."""
 
 
-def make_server(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder]) -> Server:
+def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
 
     async def make() -> Service:
@@ -74,7 +73,7 @@ def make_application(config: ServeConfig, server: Server) -> Any:
 
 def serve(
     config: ServeConfig,
-    load: Callable[[], Encoder | SGLangEncoder],
+    load: Callable[[], EncoderLike],
     announce: Callable[[str], None],
     *,
     open_browser: bool = False,
@@ -115,7 +114,7 @@ def serve(
         raise server.failed
 
 
-async def _make_service(config: ServeConfig, load: Callable[[], Encoder | SGLangEncoder], metrics: Metrics) -> Service:
+async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], metrics: Metrics) -> Service:
     asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model

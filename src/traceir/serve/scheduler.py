@@ -14,10 +14,19 @@ from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.items import ROUTES, Encoding, Item, Query, Route
+from traceir.search import EncoderLike
+from traceir.serve.batch_worker import BatchWorker
 from traceir.serve.engine_worker import EngineWorker
 from traceir.serve.fair import FairExecutor, Places, caller, patient
 from traceir.serve.jobs import BusyError, Job, LateError, Listener, Served, Worker
 from traceir.serve.model_thread import ModelThread
+
+
+def _worker(encoder: EncoderLike, writing: int) -> Worker:
+    """The worker that makes most of an encoder: a model whose steps can be had, an engine that takes prompts, or any other."""
+    if isinstance(encoder, Encoder):
+        return ModelThread(encoder, writing)
+    return EngineWorker(encoder) if isinstance(encoder, SGLangEncoder) else BatchWorker(encoder)
 
 
 class Scheduler:
@@ -31,16 +40,14 @@ class Scheduler:
 
     loop: asyncio.AbstractEventLoop
 
-    def __init__(
-        self, encoder: Encoder | SGLangEncoder, *, capacity: int = 512, writing: int = 64, remembered: int = 8192
-    ) -> None:
+    def __init__(self, encoder: EncoderLike, *, capacity: int = 512, writing: int = 64, remembered: int = 8192) -> None:
         for name, value, least in (("capacity", capacity, 1), ("writing", writing, 1), ("remembered", remembered, 0)):
             if value < least:
                 raise InputError(f"{name} is {value}; give at least {least}")
         self.encoder, self.capacity, self.remembered = encoder, capacity, remembered
         self.pool: ThreadPoolExecutor = FairExecutor(2, "layout")
         self._places = Places(capacity)
-        self._worker: Worker = ModelThread(encoder, writing) if isinstance(encoder, Encoder) else EngineWorker(encoder)
+        self._worker = _worker(encoder, writing)
         self._caches: dict[str, OrderedDict[tuple[str, str, str], Served]] = {}
         self._kept = 0  # encodings in all of them
         self._jobs: dict[tuple[str, str, str], Job] = {}
@@ -55,6 +62,11 @@ class Scheduler:
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._worker.start(self)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether a query may be reasoned about."""
+        return self._worker.route("query", "auto") != "direct"
 
     @property
     def alive(self) -> bool:
@@ -90,13 +102,11 @@ class Scheduler:
         """
         if route not in ROUTES:
             raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
-        taken: Route = route if self.encoder.model.writes("query") else "direct"
-        return await self._encode(query, "query", taken, listener, seconds, tenant)
+        return await self._encode(query, "query", self._worker.route("query", route), listener, seconds, tenant)
 
     async def encode_item(self, item: Item, *, seconds: float | None = None, tenant: str | None = None) -> Served:
         """A candidate: one prefill, never any reasoning, unless a profile lets candidates write."""
-        route: Route = "auto" if self.encoder.model.writes("candidate") else "direct"
-        return await self._encode(item, "item", route, None, seconds, tenant)
+        return await self._encode(item, "item", self._worker.route("candidate", "auto"), None, seconds, tenant)
 
     async def _encode(
         self,

@@ -138,7 +138,8 @@ class Cutoff(BaseModel):
 
 
 class SearchOut(BaseModel):
-    """Hits from rank `offset` + 1, best first; `more`: there are others behind them; `cutoff` only where one was on."""
+    """Hits from rank `offset` + 1, best first; `more`: there are others behind them; `cutoff` only where one was on. `note` is
+    what is to be told of them: that the model knows no such things."""
 
     hits: list[HitOut]
     trace: Trace
@@ -146,6 +147,7 @@ class SearchOut(BaseModel):
     k: int
     more: bool
     cutoff: Cutoff | None = None
+    note: str | None = None
 
 
 FieldIn = Annotated[
@@ -412,6 +414,10 @@ class PageConfig(BaseModel):
     examples: list[Example]
     world: str
     """What alone the model knows; "" where it has no such bounds."""
+    reasons: bool
+    """Whether queries may be reasoned about."""
+    instead: list[str]
+    """Commands that give useful hits, where the collection is not what the model knows."""
     cutoff: CutoffConfig
 
 

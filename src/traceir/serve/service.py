@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -48,6 +49,7 @@ from traceir.serve.schemas import (
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
 from traceir.serve.values import MAX_TEXT
+from traceir.world import notice
 
 Told = TypeVar("Told")
 Given = TypeVar("Given")
@@ -118,6 +120,7 @@ class Service:
         check_answer(hits)
         return SearchOut(
             hits=[hit_out(hit) for hit in hits], trace=trace, offset=asked.offset, k=asked.k, more=len(found) == wanted,
+            note=notice(self.scheduler.encoder, query, hits),
             cutoff=None if cut is None else Cutoff(**asdict(cut)),
         )  # fmt: skip
 
@@ -216,6 +219,10 @@ class Service:
             return found, False
 
         return await self._read(page)
+
+    async def first(self, count: int) -> list[Stored]:
+        """The first items in order of id."""
+        return await self._read(lambda: list(islice(self.index.scan(), count)))
 
     async def info(self) -> IndexInfo:
         return await self._read(self.index.info)

@@ -12,7 +12,7 @@ from traceir.serve.config import ServeConfig
 from traceir.terminal import check_model_options, open_encoder
 
 if TYPE_CHECKING:
-    from traceir.encoder import Encoder
+    from traceir.search import EncoderLike
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def serve_demo(index: str, encoder: Encoder) -> int:
+def serve_demo(index: str, encoder: EncoderLike) -> int:
     """The gallery of the demonstration on a page, until Ctrl-C."""
     from traceir.serve.run import serve
 

@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Route
 from traceir.learn.judged import continue_results, describe_machine, write_whole
@@ -18,6 +17,7 @@ from traceir.learn.unseen.catalogue import TASKS, find_columns, read_columns
 from traceir.learn.unseen.circo import read_circo, write_submission
 from traceir.learn.unseen.score import Outcome, rank_pool, score
 from traceir.learn.unseen.task import Missing
+from traceir.search import EvaluatedEncoder
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ SUBMITTED: Final = 50
 
 
 def evaluate_unseen(
-    encoder: Encoder,
+    encoder: EvaluatedEncoder,
     root: Path,
     out: Path,
     *,
@@ -44,6 +44,8 @@ def evaluate_unseen(
     """
     if missing == "keep":
         raise InputError("missing='keep' is for dry runs; choose stop or skip to score")
+    for route in routes:
+        encoder.encode_queries([], route=route)  # a route that the model lacks is told now, not behind the candidates
     chosen = _chosen(root, columns)
     results = continue_results(out, _header(encoder, root, missing))
     for task in read_columns(root, chosen, missing):
@@ -76,7 +78,9 @@ def _chosen(root: Path, columns: Iterable[str] | None) -> list[str]:
     return chosen
 
 
-def submit_circo(encoder: Encoder, root: Path, file: Path, *, route: Route = "auto", cache: Path, progress: bool = True) -> Path:
+def submit_circo(
+    encoder: EvaluatedEncoder, root: Path, file: Path, *, route: Route = "auto", cache: Path, progress: bool = True
+) -> Path:
     """The file that CIRCO's test server takes: the first 50 pictures of each query of its test split."""
     task = read_circo(root, split="test")
     write_submission(file, rank_pool(encoder, task, SUBMITTED, route=route, cache=cache, progress=progress))
@@ -110,7 +114,7 @@ def _published(name: str) -> str:
     return f"{UNSEEN[name]:.1f}" if name in UNSEEN else "–"
 
 
-def _header(encoder: Encoder, root: Path, missing: Missing) -> dict[str, Any]:
+def _header(encoder: EvaluatedEncoder, root: Path, missing: Missing) -> dict[str, Any]:
     about = root / "unseen.json"
     return {
         "format": FORMAT,
@@ -118,8 +122,7 @@ def _header(encoder: Encoder, root: Path, missing: Missing) -> dict[str, Any]:
         "prompt_version": encoder.prompt_version,
         "data": json.loads(about.read_text()).get("fingerprint") if about.is_file() else None,
         "missing": missing,
-        "threshold": encoder.threshold,
-        "max_reasoning_tokens": encoder.budget,
+        **{name: encoder.run_settings[name] for name in ("threshold", "max_reasoning_tokens")},
         "machine": describe_machine(),
     }
 

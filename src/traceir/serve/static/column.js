@@ -17,11 +17,12 @@ export class Column {
     this.count = el("p", { class: "count quiet" });
     this.compare = button("", () => actions.compare(), { class: "compare", "aria-keyshortcuts": "c", hidden: true });
     this.state = el("div", { class: "state", hidden: true });
+    this.note = el("p", { class: "note", dir: "auto", hidden: true });
     this.more = button("More", () => actions.more(this), { class: "more", hidden: true });
     this.element = el("section", { class: "column", "aria-label": name },
       this.road.element,
       el("section", { class: "found", "aria-label": "Hits" },
-        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.grid.element, this.more));
+        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.note, this.grid.element, this.more));
   }
 
   // Brings everything up to the run. `other` is the run beside it, `tells` whether screen readers hear of it.
@@ -35,6 +36,8 @@ export class Column {
     else if (run.hits.length) this.grid.show(run.hits, compared && moves(run.hits, compared.hits));
     else this.grid.clear();
     say(this.count, this.counted());
+    this.note.hidden = !run.note;
+    say(this.note, run.note ?? "");
     this.more.hidden = !run.more || run.status !== "done";
     this.more.disabled = run.paging;
     say(this.more, run.paging ? "Loading …" : "More hits");

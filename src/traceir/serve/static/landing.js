@@ -20,6 +20,10 @@ export function drawLanding(config, choose) {
   if (total === 0) {
     showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", el("code", { text: EMPTY_HELP }),
       ", or post them to ", el("code", { text: "/items" }), ". Then load this page again."));
+  } else if (config.world && config.instead?.length) {
+    showNotice("This model does not know your collection", el("div", {}, el("p", { dir: "auto", text: config.world }),
+      el("p", { text: "Hits that mean something take a model that knows such things, for instance:" }),
+      ...config.instead.map((command) => el("p", {}, el("code", { text: command })))));
   } else if (config.world) {
     showNotice("What this model knows", config.world);
   } else {

@@ -154,7 +154,7 @@ function visit(turn) {
 
 function compare() {
   const turn = turns.current;
-  if (!turn || turn.other || turn.run.status !== "done") return;
+  if (!turn || turn.other || turn.run.status !== "done" || config.reasons === false) return;
   turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason", turn.run.cutoff);
   show(turn);
   start(turn.other);
@@ -307,6 +307,7 @@ async function loadConfig() {
   try {
     config = await getConfig();
     composer.setConfig(config);
+    document.body.classList.toggle("one-pass", config.reasons === false);
     setCutoff(config.cutoff);
     drawLanding(config, (query) => {
       composer.setQuery(query);

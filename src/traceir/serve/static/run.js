@@ -9,14 +9,14 @@ export const PAGE = 12;
 // status: "idle", "running", "done", "failed" or "stopped". cutoff: what is asked for, cut: what the answer says of it.
 export function newRun(query, route = query.route, cutoff = cutoffFor(query)) {
   return { query, asked: route, cutoff, status: "idle", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false,
-    cut: null, error: null, paging: false };
+    cut: null, note: null, error: null, paging: false };
 }
 
 export const isOver = (run) => run.status !== "running" && run.status !== "idle";
 
 // Runs it to its end and never throws, but for a refused key (401), which the caller answers. `changed(what)` comes after every event.
 export async function follow(run, signal, changed) {
-  Object.assign(run, { status: "running", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, error: null });
+  Object.assign(run, { status: "running", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
   changed("start");
   try {
     for await (const { event, data } of streamSearch(toRequest(run.query, { k: PAGE, route: run.asked, cutoff: run.cutoff }), signal)) {
@@ -44,6 +44,7 @@ function take(run, event, data) {
     run.reasoning = run.trace.reasoning ?? run.reasoning;
     run.hits = Array.isArray(data.hits) ? data.hits : [];
     run.more = Boolean(data.more);
+    run.note = data.note ?? null;
     run.cut = data.cutoff ?? null;
     run.status = "done";
   }

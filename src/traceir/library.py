@@ -1,0 +1,415 @@
+"""Published models as encoders: whatever sentence-transformers loads, prompted, pooled and truncated as its own files say.
+
+    encoder = load_encoder("sentence-transformers/clip-ViT-B-32")
+
+The library makes the vectors; here its models are found, refused where they cannot be loaded safely, given their inputs and named
+by a fingerprint. None of TraceIR's templates plays a part, and such a model never reasons: its only route is `direct`.
+Shapes: D width.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from traceir.checkpoint import ADAPTER, MODULES, bundled_model, fetch, is_library, module_types, plain_name
+from traceir.errors import InputError, ModelError
+from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, Vector
+from traceir.suggest import did_you_mean
+from traceir.weights import REMEDY, SINGLE, WEIGHT_LIKE, digest, weight_files
+
+if TYPE_CHECKING:
+    import torch
+
+    from traceir.encoder import Encoder
+    from traceir.profiles import Profile
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = "library-1"
+"""How inputs are handed to the library; a change of what is said here in `_prompt` or `_input` needs another."""
+NAMESPACE: Final = "sentence_transformers."
+DECIDING: Final = frozenset(
+    """modules.json config.json config_sentence_transformers.json sentence_bert_config.json router_config.json
+    adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt
+    merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json""".split()
+)
+"""Files beside the weights that decide a vector, in the model's folder and in those of its modules."""
+_ASKED: Final = re.compile(r"(.*\bInstruct: ?)(.+?)(\n *\w+: ?)", re.DOTALL)
+"""A query prompt with a place for an instruction, "Instruct: ...\\nQuery:", as E5, GTE and Qwen3-Embedding have it."""
+_FIXED_LENGTH: Final = ("siglip", "siglip2")
+"""Model types whose text tower reads the last position, whatever stands there, and was trained on padded texts alone ("we pass
+padding=max_length and max_length=64 since the model was trained with this", transformers' page on SigLIP 2). Where such a
+checkpoint has no modules.json the library pads to the longest text of a batch, and a text's vector hangs on its company."""
+
+
+def load_encoder(
+    source: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    profile: Profile | str | Path | None = None,
+    dim: int | None = None,
+) -> Encoder | LibraryEncoder:
+    """The encoder of a checkpoint folder or hub id, of the fitting kind; the bundled miniature where none is named.
+
+    `st:NAME`, or a folder or repository with a modules.json that is not TraceIR's, gives a LibraryEncoder; anything else, and
+    what `profile` is given for, an Encoder. `dim` truncates the vectors of the former. Raises ModelError, InputError.
+    """
+    name = str(source or bundled_model())
+    if is_library(name) and (profile is None or not _foreign(module_types(plain_name(name)))):
+        if profile is not None:
+            raise InputError(f"{name} is a model of sentence-transformers, read as its own files say; leave out the profile")
+        return LibraryEncoder.from_pretrained(name, device=device, dtype=dtype, dim=dim)
+    if dim is not None:
+        raise InputError(f"vectors of {name} cannot be truncated to {dim}; only models of sentence-transformers may offer that")
+    from traceir.encoder import Encoder
+    from traceir.model import load
+
+    return Encoder(load(name, device=device, dtype=dtype, profile=profile, inference=True))
+
+
+class LibraryEncoder:
+    """Queries and items to Encodings by one SentenceTransformer. Thread-safe: the library encodes for one thread at a time.
+
+    `dim` keeps the first so many components of each vector, for models trained to allow that. A batch holds at most `batch_rows`
+    texts, or a quarter as many inputs with pictures, which are decoded together. A batch of n equals n singles up to
+    floating-point rounding.
+    """
+
+    def __init__(self, model: Any, name: str, fingerprint: str, *, dim: int | None = None, batch_rows: int = 32) -> None:
+        self.model, self.name, self.fingerprint, self.batch_rows = model, name, fingerprint, batch_rows
+        self._lock = threading.Lock()
+        self._unused = False
+        whole = model.get_embedding_dimension() or len(self._probe())
+        if dim is not None and not 1 <= dim <= whole:
+            raise InputError(f"vectors of {name} have {whole} components and cannot be truncated to {dim}; give 1 to {whole}")
+        self.width: int = dim or whole
+        self.dim = dim if dim != whole else None
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None, dim: int | None = None
+    ) -> LibraryEncoder:
+        """The model of a folder or hub id, in float32 unless told otherwise.
+
+        Raises ModelError where it cannot be had, has other weights than safetensors, or needs code of its own.
+        """
+        name = plain_name(str(source))
+        _check_modules(name, module_types(name))
+        folder = fetch(name)
+        _check_kind(folder, name)
+        fingerprint = _fingerprint(folder)
+        return cls(_load(folder, name, device, dtype), name, fingerprint, dim=dim)
+
+    @property
+    def prompt_version(self) -> str:
+        """How inputs are handed on, and the truncation, which changes every vector."""
+        return VERSION if self.dim is None else f"{VERSION}, first {self.dim}"
+
+    @property
+    def vector_settings(self) -> dict[str, str | int | float | None]:
+        """What else decides a vector."""
+        return {"dtype": str(self.model.dtype), "max_text_tokens": self.model.max_seq_length}
+
+    @property
+    def run_settings(self) -> dict[str, str | int | float | None]:
+        return {"token_budget": None, "threshold": None, "max_reasoning_tokens": None}
+
+    def as_written(self, text: str) -> str:
+        return text
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """Of the inputs that the model encodes."""
+        return tuple(one for one in MODALITIES if self.model.supports(("image", "text") if one == "image,text" else one))
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
+        """Candidates, by the model's `encode_document`. Raises InputError for a modality that it lacks."""
+        return self._encode(items, [None] * len(items), self.model.encode_document)
+
+    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
+        """Queries, by the model's `encode_query`; `route` is `auto` or `direct`, which are the same here."""
+        if route not in ROUTES:
+            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
+        if route == "reason":
+            raise InputError(f"{self.name} writes nothing before its vector, so it cannot reason; use route direct or auto")
+        return self._encode(queries, [self._prompt(query) for query in queries], self.model.encode_query)
+
+    def _encode(
+        self, contents: Sequence[Item | Query], prompts: Sequence[str | None], encode: Callable[..., Any]
+    ) -> list[Encoding]:
+        for content in contents:
+            self._check(content)
+        done: dict[int, Encoding] = {}
+        for numbers in _batches(contents, prompts, self.batch_rows):
+            inputs = [self._input(contents[number]) for number in numbers]
+            prompt = prompts[numbers[0]]
+            vectors = self._vectors([contents[number] for number in numbers], inputs, prompt, encode)
+            for number, vector in zip(numbers, vectors, strict=True):
+                cut = self._cut(contents[number], prompt)
+                limit = self.model.max_seq_length if cut else None
+                done[number] = Encoding(vector, "direct", "", 0, 1.0, False, cut=cut, text_limit=limit)
+        return [done[number] for number in range(len(contents))]
+
+    def _vectors(
+        self, contents: Sequence[Item | Query], inputs: list[Any], prompt: str | None, encode: Callable[..., Any]
+    ) -> Vector:
+        """Unit vectors [B, D] of one batch. What the library refuses is an InputError, so that the rest of a batch can go on."""
+        try:
+            with self._lock:
+                found = encode(
+                    inputs, prompt=prompt, batch_size=len(inputs), truncate_dim=self.dim, normalize_embeddings=True,
+                    show_progress_bar=False,
+                )  # fmt: skip
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            who = _who(contents[0]) if len(contents) == 1 else f"one of {len(contents)} inputs"
+            raise InputError(f"{who}: sentence-transformers cannot encode it by {self.name}: {_one_line(error)}") from error
+        vectors = np.asarray(found, dtype=np.float32)
+        if vectors.shape != (len(inputs), self.width):
+            raise ModelError(f"{self.name} returned vectors of shape {list(vectors.shape)}, not [{len(inputs)}, {self.width}]")
+        if not np.isfinite(vectors).all():
+            raise ModelError(f"{self.name} returned a vector that is not finite; load it with dtype float32")
+        return vectors
+
+    def _check(self, content: Item | Query) -> None:
+        """Raises InputError for a modality that the model lacks, and for several pictures or texts where it reads no messages."""
+        known = content.modality in self.modalities
+        if known and (_form(content) != "message" or self._reads_messages):
+            return
+        what = "several parts" if known else _KINDS[content.modality]
+        taken = ", ".join(_KINDS[one] for one in self.modalities)
+        raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {taken}, or use another model")
+
+    def _prompt(self, query: Query) -> str | None:
+        """What the library gets as `prompt`: the instruction, where the model has a place for one; None: the model's own.
+
+        That place is in its own query prompt, else the system message of its chat template. Put before the text of any other
+        model an instruction would be part of what is looked for.
+        """
+        asked = (query.instruction or "").strip()
+        if not asked or not query.parts:
+            return None
+        if found := _ASKED.fullmatch(self.model.prompts.get("query") or ""):
+            return f"{found[1]}{asked}{found[3]}"
+        if self._reads_messages:
+            return asked
+        if not self._unused:
+            self._unused = True
+            log.warning("%s has no place for an instruction: the instructions of queries are left out", self.name)
+        return None
+
+    @property
+    def _reads_messages(self) -> bool:
+        return "message" in self.model.modalities
+
+    def _input(self, content: Item | Query) -> Any:
+        """The content as the library takes it: a text, a picture, a dict of both, or a message of parts in reading order."""
+        parts = [part if isinstance(part, str) else part.load() for part in _parts(content)]
+        if len(parts) == 1:
+            return self._text(parts[0]) if isinstance(parts[0], str) else parts[0]
+        named = [("text" if isinstance(part, str) else "image", part) for part in parts]
+        if _form(content) != "message":
+            return dict(named)
+        return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in named]}]
+
+    def _text(self, text: str) -> Any:
+        """A text so that it stays one: the library would open a str that is a path or an address of a picture."""
+        from sentence_transformers.base.modality import infer_modality
+
+        return text if infer_modality(text, supported_modalities=self.model.modalities) == "text" else {"text": text}
+
+    def _cut(self, content: Item | Query, prompt: str | None) -> int:
+        """Tokens of a text beyond the model's limit. Not counted where a chat template surrounds it."""
+        limit, tokenizer = self.model.max_seq_length, getattr(self.model, "tokenizer", None)
+        text = _text_of(content)
+        if not limit or self._reads_messages or not callable(tokenizer) or len(text.encode()) < limit // 2:
+            return 0
+        role = "query" if isinstance(content, Query) else "document"
+        whole = (self.model.prompts.get(role) or "") if prompt is None else prompt
+        with self._lock:
+            tokens = len(tokenizer(whole + text, truncation=False, verbose=False)["input_ids"])
+        return max(0, tokens - int(limit))
+
+    def _probe(self) -> Vector:
+        """One vector, from a model that does not tell its width."""
+        blank = np.zeros((32, 32, 3), dtype=np.uint8)
+        from PIL import Image
+
+        vector: Vector = self.model.encode("a" if "text" in self.modalities else Image.fromarray(blank))
+        return vector
+
+
+_KINDS: Final[Mapping[Modality, str]] = {
+    "text": "a text", "image": "a picture", "image,text": "a picture and a text together",
+}  # fmt: skip
+
+
+def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> Any:
+    import torch
+    from sentence_transformers import SentenceTransformer
+
+    chosen = {"dtype": dtype or torch.float32, "use_safetensors": True}
+    try:
+        model = SentenceTransformer(
+            str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=chosen
+        )
+    except Exception as error:  # of whatever kind its modules and transformers raise
+        raise ModelError(f"sentence-transformers cannot load {name}: {_why(error)}") from error
+    if not (folder / MODULES).is_file():
+        _complete(model, name)
+    if model.similarity_fn_name == "dot" and type(model[-1]).__name__ != "Normalize":
+        log.warning("%s asks for dot products of vectors of any length; TraceIR ranks by cosine", name)
+    return model
+
+
+def _complete(model: Any, name: str) -> None:
+    """What is said, or done, where no modules.json says how a checkpoint is read."""
+    config: Any = getattr(model[0], "config", None)
+    if getattr(config, "model_type", "") in _FIXED_LENGTH:
+        length = config.text_config.max_position_embeddings
+        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+    if len(model) > 1:
+        log.warning("%s has no %s: it is pooled by the library's default, not as its publisher may have meant", name, MODULES)
+
+
+def _why(error: Exception) -> str:
+    """A remedy for what the library's messages, of many lines, say most often."""
+    told = str(error)
+    if "torchvision" in told.lower():
+        return "its picture or video processor needs torchvision; pip install torchvision"
+    if "trust_remote_code" in told:
+        return "it needs code that comes with it, and TraceIR runs none"
+    return _one_line(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _check_modules(name: str, types: Sequence[str]) -> None:
+    """Raises ModelError where a module would be code from elsewhere than the library."""
+    if foreign := _foreign(types):
+        raise ModelError(
+            f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
+            "use another model, or --profile where there is one for it"
+        )
+
+
+def _check_kind(folder: Path, name: str) -> None:
+    """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
+    about = folder / "config_sentence_transformers.json"
+    kind = _read(about).get("model_type") if about.is_file() else None
+    if kind not in (None, "SentenceTransformer"):
+        raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
+
+
+def _foreign(types: Sequence[str]) -> list[str]:
+    return [kind for kind in types if not kind.startswith(NAMESPACE)]
+
+
+def _fingerprint(folder: Path) -> str:
+    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates.
+
+    The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
+    """
+    modules = _module_folders(folder)
+    files = {place / file for place in (folder, *modules) for file in DECIDING if (place / file).is_file()}
+    files |= {file for place in modules for file in _weights(place)}
+    files |= {file for place in modules for base in _bases(place) for file in weight_files(base)}
+    return digest((_counted_as(file, folder), file) for file in sorted(files))
+
+
+def _counted_as(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """Those of its modules, also of those behind a router; without modules.json the folder itself."""
+    if not (folder / MODULES).is_file():
+        return [folder]
+    places: list[Path] = []
+    for module in _read(folder / MODULES):
+        place = folder / _inside(str(module.get("path", "")), folder)
+        places += [place, *(place / _inside(key, place) for key in _routed(place))]
+    return sorted({place for place in places if place.is_dir()})
+
+
+def _routed(place: Path) -> Sequence[str]:
+    """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
+    for file in ("router_config.json", "config.json"):
+        types = _read(place / file).get("types") if (place / file).is_file() else None
+        if isinstance(types, dict):
+            _check_modules(str(place), [str(kind) for kind in types.values()])
+            return list(types)
+    return []
+
+
+def _inside(path: str, folder: Path) -> str:
+    if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ModelError(f"{folder / MODULES} names the folder {path!r}, which is not below its own; copy the checkpoint again")
+    return path
+
+
+def _weights(place: Path) -> list[Path]:
+    """The weights of a module; ModelError where it has some and none as safetensors."""
+    about = _read(place / "config.json") if (place / "config.json").is_file() else {}
+    if (place / ADAPTER).is_file() or "model_type" in about:
+        return weight_files(place)
+    like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
+    own = [file for file in like if file.suffix == ".safetensors"]
+    if like and place / SINGLE not in own:
+        raise ModelError(f"{place} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
+    return own
+
+
+def _bases(place: Path) -> list[Path]:
+    """The folder of the checkpoint under an adapter."""
+    return [fetch(str(_read(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
+
+
+def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:
+    """Numbers of inputs of one form and prompt, of like length, in batches of at most `rows`, or a quarter of that."""
+    groups: dict[tuple[str, str | None], list[int]] = {}
+    for number, content in enumerate(contents):
+        groups.setdefault((_form(content), prompts[number]), []).append(number)
+    for (form, _), group in groups.items():
+        group.sort(key=lambda number: len(_text_of(contents[number])))
+        most = rows if form == "text" else max(1, rows // 4)
+        for first in range(0, len(group), most):
+            yield group[first : first + most]
+
+
+def _parts(content: Item | Query) -> tuple[Part, ...]:
+    """The parts that say something, or their text where there are no pictures; of a query without any, its instruction."""
+    if not content.pictures:
+        return (_text_of(content),)
+    return tuple(part for part in content.parts if not isinstance(part, str) or part.strip())
+
+
+def _text_of(content: Item | Query) -> str:
+    return content.text or ((content.instruction or "") if isinstance(content, Query) and not content.parts else "")
+
+
+def _form(content: Item | Query) -> str:
+    """The modality, or "message" where there is more than one picture and one text. A batch of both would be read as neither."""
+    return content.modality if len(_parts(content)) == len(content.modality.split(",")) else "message"
+
+
+def _who(content: Item | Query) -> str:
+    kind = "query" if isinstance(content, Query) else "item"
+    return f"{kind} {content.id or '(no id)'}"

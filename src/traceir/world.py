@@ -1,0 +1,89 @@
+"""What alone a miniature knows: its words, the size of its pictures; and what is told where it is used on anything else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from traceir.errors import InputError, ModelError
+from traceir.items import Content, Hit
+from traceir.picture_files import open_picture
+from traceir.pictures import Picture
+
+_WORD: Final = re.compile(r"[^\W\d_]+")
+_FOR_PHOTOS: Final = "sentence-transformers/clip-ViT-B-32"
+INSTEAD: Final = (
+    f"traceir index add FOLDER --index photos.index --model {_FOR_PHOTOS}",
+    f'traceir search "a red door" --index photos.index --model {_FOR_PHOTOS}',
+)
+"""The two commands that give useful hits for what is not of a miniature's world."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The bounds of a model, as its traceir.json states them (docs/formats.md, section 1).
+
+    `says` puts them in words for whoever searches with it. `words` are all that its training texts hold, in lower case, and
+    `picture` is the width and height in pixels of every picture it has seen; where one is missing, nothing of the kind is known.
+    """
+
+    says: str
+    words: frozenset[str] = field(default_factory=frozenset)
+    picture: tuple[int, int] | None = None
+
+    def knows_text(self, text: str) -> bool:
+        """Whether all words of a text occur in its training."""
+        return words_of(text) <= self.words
+
+    def knows_picture(self, picture: Picture) -> bool:
+        """Whether a picture has the size of those it has seen. One that cannot be read is told of elsewhere."""
+        try:
+            with open_picture(picture.encoded()[0]) as image:
+                return image.size == self.picture
+        except (InputError, OSError):
+            return True
+
+    def knows(self, content: Content) -> bool:
+        return self.knows_text(content.text) and all(map(self.knows_picture, content.pictures))
+
+    def knows_kept(self, text: str | None, image: str | None) -> bool:
+        """The same of what an index keeps of an item: its text, and its picture's path."""
+        return self.knows_text(text or "") and (image is None or self.knows_picture(Picture.open(image)))
+
+    def knows_hits(self, hits: Iterable[Hit]) -> bool:
+        return all(self.knows_kept(hit.text, hit.image) for hit in hits)
+
+    @property
+    def notice(self) -> str:
+        """What is told, in one line, of anything else."""
+        return f"{self.says} For your own pictures: {INSTEAD[0]}; then {INSTEAD[1]}"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"says": self.says, "words": " ".join(sorted(self.words)), "picture": self.picture}
+
+
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text in lower case, without digits and punctuation."""
+    return frozenset(word.lower() for word in _WORD.findall(text))
+
+
+def world_of(found: object, place: str) -> World | None:
+    """What the field `world` of a traceir.json states; a text alone, as earlier releases wrote it, leaves the rest unknown."""
+    if not found:
+        return None
+    if isinstance(found, str):
+        return World(found)
+    if not isinstance(found, dict) or not isinstance(found.get("says"), str):
+        raise ModelError(f"{place}: world is {str(found)[:80]!r}; it is an object of says, words and picture")
+    width, height = found.get("picture") or (0, 0)
+    return World(found["says"], frozenset(str(found.get("words", "")).split()), (width, height) if width else None)
+
+
+def notice(encoder: object, query: Content, hits: Iterable[Hit]) -> str | None:
+    """What is to be told of a search: the notice of the encoder's world, where query or hits are not of it."""
+    world = getattr(encoder, "world", None)
+    if world is None or (world.knows(query) and world.knows_hits(hits)):
+        return None
+    return str(world.notice)

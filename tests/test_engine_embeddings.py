@@ -1,0 +1,450 @@
+"""The encoder over endpoints of embeddings: against a strict stand-in of each kind, our own server, and faults of every sort."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fake_embeddings as fakes
+import numpy as np
+import pytest
+from conftest import Running, picture
+from fake_embeddings import MODEL, WIDTH, FakeEndpoint
+from fake_sglang import served
+from PIL import Image
+from starlette.responses import JSONResponse, Response
+
+from traceir.cli import main
+from traceir.encoder import Encoder
+from traceir.engines.embeddings import EmbeddingsEncoder, data_url
+from traceir.engines.forms import FORMS, form_for, split_engine
+from traceir.errors import InputError, ModelError, PictureError
+from traceir.index import open_index
+from traceir.items import Encoding, Item, Query
+from traceir.pictures import Picture
+from traceir.search import Searcher
+
+KINDS = {
+    "openai": FakeEndpoint(fakes.read_tei),
+    "vllm": FakeEndpoint(fakes.read_vllm),
+    "qwen3-vl": FakeEndpoint(fakes.read_vllm),
+    "clip": FakeEndpoint(fakes.read_clip_behind_vllm),
+    "siglip": FakeEndpoint(fakes.read_clip_behind_vllm),
+    "infinity": FakeEndpoint(fakes.read_infinity, paths=("/embeddings",)),
+    "objects": FakeEndpoint(fakes.read_sglang),
+    "jina": FakeEndpoint(fakes.read_jina),
+}
+WORDS = "a red cup beside a green cup"
+
+
+@pytest.fixture(scope="module")
+def addresses() -> Iterator[dict[str, str]]:
+    """A server of each kind, at these addresses."""
+    with ThreadPoolExecutor() as pool:
+        running = {kind: served(server.app()) for kind, server in KINDS.items()}
+        found = dict(zip(running, pool.map(lambda one: one.__enter__(), running.values()), strict=True))
+        yield found
+        list(pool.map(lambda one: one.__exit__(None, None, None), running.values()))
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    for server in KINDS.values():
+        server.reset()
+
+
+def make(addresses: dict[str, str], form: str, **options: Any) -> EmbeddingsEncoder:
+    return EmbeddingsEncoder(addresses[form], MODEL, form, **{"pause_s": 0.01, "tries": 3, "api_key": "secret", **options})
+
+
+def unit(vector: Any) -> Any:
+    return vector / np.linalg.norm(vector)
+
+
+def vectors(encodings: list[Encoding]) -> Any:
+    return np.stack([encoding.vector for encoding in encodings])
+
+
+# Each kind of server
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_texts_and_pictures_of_each_kind_in_order(addresses: dict[str, str], form: str) -> None:
+    server, pictures = KINDS[form], [] if form == "openai" else [picture(seed) for seed in range(20)]
+    items = [Item.of(text=f"{WORDS} {number}") for number in range(70)]
+    for place, one in enumerate(pictures):
+        items.insert(3 * place, Item.of(image=one))
+    with make(addresses, form) as encoder:
+        started = len(server.bodies)
+        told = encoder.encode_items(items)
+        asked = encoder.encode_queries([Query.of(text=WORDS)])
+        assert encoder.tokens > 70 * 8
+    assert encoder.width == WIDTH and encoder.prompt_version == f"{form}-1"
+    prefix = "Represent the user's input. " if form == "qwen3-vl" else ""
+    padding = "padding" if form == "objects" else ""
+    wanted = [
+        unit(server.vector(prefix + item.text, None) if item.text else server.vector(prefix + padding, item.pictures[0].load()))
+        for item in items
+    ]
+    assert vectors(told) == pytest.approx(np.stack(wanted), abs=1e-6)
+    assert asked[0].vector == pytest.approx(unit(server.vector(prefix + WORDS, None)), abs=1e-6)
+    assert {(one.route, one.reasoning, one.tokens, one.truncated) for one in told} == {("direct", "", 0, False)}
+    assert server.keys == {"Bearer secret"}
+    sizes = [len(body["input"]) if "input" in body else 1 for body in server.bodies[started:]]
+    most = 1 if form in ("vllm", "qwen3-vl") else 32
+    assert max(sizes) == most and sum(sizes) == len(items) + 1
+
+
+def test_pairs_and_instructions_go_where_each_kind_has_place_for_them(addresses: dict[str, str]) -> None:
+    pair, told = Item.of(text="a cup", image=picture(1)), Query.of(text="a cup", image=picture(1), instruction="find it in green")
+    for form in ("vllm", "qwen3-vl", "objects"):
+        with make(addresses, form) as encoder:
+            encoder.encode_items([pair])
+            first = KINDS[form].bodies[-1]
+            encoder.encode_queries([told])
+            second = KINDS[form].bodies[-1]
+        if form == "objects":
+            assert first["input"][0]["text"] == "a cup" and first["input_type"] == "document"
+            assert second["input"][0]["text"] == "find it in green a cup" and second["input_type"] == "query"
+            assert second["input"][0]["image"].startswith("data:image/png;base64,")
+            continue
+        user = first["messages"][form == "qwen3-vl"]
+        assert [part["type"] for part in user["content"]] == ["image_url", "text"]
+        system = second["messages"][0]
+        assert system["role"] == "system"
+        assert system["content"][0]["text"] == "find it in green" + ("." if form == "qwen3-vl" else "")
+        assert ("continue_final_message" in second) == (form == "qwen3-vl")
+        if form == "qwen3-vl":
+            assert first["messages"][0]["content"][0]["text"] == "Represent the user's input."
+            assert first["messages"][2] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+            assert first["add_special_tokens"] is True and first["continue_final_message"] is True
+        else:
+            assert [message["role"] for message in first["messages"]] == ["user"]
+
+
+@pytest.mark.parametrize("form", ["infinity", "jina", "clip"])
+def test_a_form_without_place_for_pairs_refuses_them_and_what_would_lose_an_instruction(
+    addresses: dict[str, str], form: str
+) -> None:
+    with make(addresses, form) as encoder:
+        for content in (Query.of(text="a cup", image=picture(1)), Query.of(image=picture(1), instruction="find this")):
+            with pytest.raises(InputError, match="has place for a text or one picture"):
+                encoder.encode_queries([content])
+
+
+def test_vllm_gets_the_form_of_its_model() -> None:
+    assert form_for("vllm", "Qwen/Qwen3-VL-Embedding-2B").name == "qwen3-vl"
+    assert form_for("vllm", "google/siglip2-base-patch16-224").name == "siglip"
+    assert form_for("vllm", "openai/clip-vit-base-patch32").name == "clip"
+    assert form_for("vllm", "TIGER-Lab/VLM2Vec-Full").name == "vllm"
+    assert form_for("infinity", "openai/clip-vit-base-patch32").name == "infinity"
+    with pytest.raises(InputError, match="did you mean 'infinity'"):
+        form_for("infinty", "x")
+    assert split_engine("http://127.0.0.1:30000") == (None, "http://127.0.0.1:30000")
+    assert split_engine("jina:https://api.jina.ai/v1") == ("jina", "https://api.jina.ai/v1")
+
+
+def test_texts_of_a_siglip_are_padded_and_no_picture_is(addresses: dict[str, str]) -> None:
+    with make(addresses, "siglip") as encoder:
+        encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])
+    sent = KINDS["siglip"].bodies[-2:]
+    assert sorted(("messages" in body, body.get("padding")) for body in sent) == [(False, "max_length"), (True, None)]
+
+
+def test_our_own_server_gives_the_models_own_vectors(running: Running, encoder: Encoder) -> None:
+    queries = [Query.of(text="a red cup"), Query.of(image=picture(3)), Query.of(text="then green", image=picture(4))]
+    with EmbeddingsEncoder(running.url, "traceir", "objects") as far:
+        assert vectors(far.encode_items(running.items)) == pytest.approx(vectors(encoder.encode_items(running.items)), abs=1e-6)
+        assert vectors(far.encode_queries(queries)) == pytest.approx(vectors(encoder.encode_queries(queries)), abs=1e-6)
+
+
+def test_a_picture_goes_upright_and_without_transparency(tmp_path: Path) -> None:
+    photo, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(1, 40, 24).load().save(photo, exif=exif)
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(clear)
+    plain = tmp_path / "plain.jpg"
+    picture(2).load().save(plain)
+    assert data_url(Picture.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
+    for path, size in ((photo, (24, 40)), (clear, (8, 8))):
+        sent = Picture.from_bytes(base64.b64decode(data_url(Picture.open(path)).partition(",")[2]))
+        assert sent.load().size == size and np.array_equal(sent.load(), Picture.open(path).load())
+    photo.write_bytes(photo.read_bytes()[:400])
+    with pytest.raises(PictureError):
+        data_url(Picture.open(photo))
+
+
+# Pictures are proved to be seen
+
+
+def test_a_server_that_ignores_pictures_is_refused(addresses: dict[str, str]) -> None:
+    for form in ("vllm", "infinity", "objects", "jina"):
+        KINDS[form].blind, KINDS[form].noise = True, 1e-4
+        KINDS[form].vector = lambda text, image, own=KINDS[form]: FakeEndpoint.vector(own, text or "nothing", image)  # type: ignore[method-assign]
+        try:
+            with pytest.raises(ModelError, match="takes pictures and does not see them"):
+                make(addresses, form)
+        finally:
+            del KINDS[form].vector
+
+
+def test_a_server_that_reads_a_picture_as_text_is_refused(addresses: dict[str, str]) -> None:
+    """What vLLM does with Infinity's form: the unknown `modality` is ignored, and the data URI is a text like any other."""
+    server = KINDS["vllm"]
+    server.vector = (
+        lambda text, _: sum(  # type: ignore[method-assign]
+            fakes.vector_of(text[start : start + 4], WIDTH) for start in range(0, min(len(text), 4_000), 4)
+        )
+    )
+    try:
+        with pytest.raises(ModelError, match=r"does not see them.*is `infinity` its form"):
+            EmbeddingsEncoder(addresses["vllm"], MODEL, "infinity", pause_s=0.01)
+    finally:
+        del server.vector
+
+
+def test_a_server_of_texts_alone_refuses_pictures_one_by_one(addresses: dict[str, str]) -> None:
+    with served(FakeEndpoint(fakes.read_text_model_behind_vllm).app()) as address:
+        encoder = EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01)
+        assert encoder.encode_items([Item.of(text=WORDS)])[0].vector.shape == (WIDTH,)
+        with pytest.raises(InputError, match=r"item 'p': this server takes no pictures: .*400.*not a multimodal model"):
+            encoder.encode_items([Item.of(image=picture(1), id="p")])
+        encoder.close()
+    with make(addresses, "openai") as encoder, pytest.raises(InputError, match=r"texts alone; .*write one of vllm:URL"):
+        encoder.encode_items([Item.of(image=picture(1))])
+
+
+def test_a_server_that_drops_the_picture_of_a_pair_takes_both_apart(addresses: dict[str, str]) -> None:
+    server = KINDS["objects"]
+    server.vector = lambda text, image: FakeEndpoint.vector(  # type: ignore[method-assign]
+        server, text, image if text == "padding" else None
+    )
+    try:
+        with make(addresses, "objects") as encoder:
+            assert len(encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])) == 2
+            with pytest.raises(InputError, match="ignores the picture or the text where both are in one input"):
+                encoder.encode_items([Item.of(text="a cup", image=picture(1))])
+    finally:
+        del server.vector
+
+
+# Who the model is
+
+
+def test_the_fingerprint_knows_the_model_through_noise_and_tells_another_of_the_same_name(addresses: dict[str, str]) -> None:
+    first = make(addresses, "vllm")
+    KINDS["vllm"].noise = 0.02
+    noisy = make(addresses, "vllm", known=first.fingerprint)
+    assert noisy.fingerprint == first.fingerprint
+    assert make(addresses, "vllm").fingerprint != first.fingerprint, "the noise is enough to change what is rounded"
+    assert len(first.fingerprint) < 120
+    KINDS["vllm"].noise, KINDS["vllm"].salt = 0.0, "other weights"
+    with pytest.raises(ModelError, match=r"another model as 'two-towers' than the one that filled the index.*cosines"):
+        make(addresses, "vllm", known=first.fingerprint)
+    for known in ("a56f2afe30f8bb05", "elsewhere#AAAA"):
+        assert make(addresses, "vllm", known=known).fingerprint.startswith(f"{MODEL}#")
+    for known in (f"{MODEL}#AAAA", f"{MODEL}#not base64!", f"{MODEL}#"):
+        with pytest.raises(ModelError, match="another form than `vllm`, or of other modalities"):
+            make(addresses, "vllm", known=known)
+
+
+def test_the_width_asked_for(addresses: dict[str, str]) -> None:
+    with make(addresses, "openai", dim=16) as encoder:
+        assert encoder.width == 16
+        assert np.linalg.norm(encoder.encode_items([Item.of(text=WORDS)])[0].vector) == pytest.approx(1, abs=1e-6)
+    KINDS["openai"].after = lambda reply: {
+        **reply,
+        "data": [{**one, "embedding": one["embedding"] * 2} for one in reply["data"]],
+    }
+    with pytest.raises(ModelError, match="32 components where 16 are due"):
+        make(addresses, "openai", dim=16)
+
+
+# Faults
+
+
+def spoil(changed: dict[str, Any]) -> Any:
+    return lambda reply: {**reply, "data": [{**reply["data"][0], **changed}, *reply["data"][1:]]}
+
+
+@pytest.mark.parametrize(
+    ("after", "told"),
+    [
+        (lambda reply: {**reply, "data": reply["data"][1:]}, "returned 0 vectors for 1 inputs"),
+        (lambda reply: {**reply, "data": reply["data"] * 2}, "returned 2 vectors for 1 inputs"),
+        (spoil({"index": 4}), "not one for each"),
+        (spoil({"embedding": [1e39] * WIDTH}), "not finite or all zero"),
+        (spoil({"embedding": [0.0] * WIDTH}), "not finite or all zero"),
+        (spoil({"embedding": [1.0] * (WIDTH - 1)}), f"{WIDTH - 1} components where {WIDTH} are due"),
+        (spoil({"embedding": [[1.0] * WIDTH] * 3}), "models of one vector an input"),
+        (spoil({"embedding": "no base64"}), "no list of numbers"),
+        (spoil({"embedding": {"float": [1.0]}}), "no list of numbers"),
+        (spoil({"embedding": []}), "models of one vector an input"),
+        (lambda reply: {"choices": []}, "no list of embeddings"),
+        (lambda reply: [1, 2], "no list of embeddings"),
+    ],
+)
+def test_answers_that_are_no_vectors_are_told_in_words(addresses: dict[str, str], after: Any, told: str) -> None:
+    with make(addresses, "openai") as encoder:
+        KINDS["openai"].after = after
+        with pytest.raises(ModelError, match=told) as failed:
+            encoder.encode_items([Item.of(text=WORDS)])
+        assert addresses["openai"] in str(failed.value)
+
+
+def test_nan_in_either_encoding(addresses: dict[str, str]) -> None:
+    with make(addresses, "openai") as encoder:
+        KINDS["openai"].before = lambda count: Response('{"data": [{"index": 0, "embedding": [NaN, 1]}]}')
+        with pytest.raises(ModelError, match="not finite or all zero"):
+            encoder.encode_items([Item.of(text=WORDS)])
+        packed = base64.b64encode(np.full(WIDTH, np.nan, dtype="<f4").tobytes()).decode()
+        KINDS["openai"].before = lambda count: JSONResponse({"data": [{"index": 0, "embedding": packed}]})
+        with pytest.raises(ModelError, match="not finite or all zero"):
+            encoder.encode_items([Item.of(text=WORDS)])
+
+
+def test_vectors_in_base64_and_out_of_order(addresses: dict[str, str]) -> None:
+    with make(addresses, "openai") as encoder:
+        plain = vectors(encoder.encode_items([Item.of(text="one"), Item.of(text="two")]))
+        KINDS["openai"].after = lambda reply: {
+            **reply,
+            "data": [
+                {**one, "embedding": base64.b64encode(np.array(one["embedding"], dtype="<f4").tobytes()).decode()}
+                for one in reversed(reply["data"])
+            ],
+        }
+        assert vectors(encoder.encode_items([Item.of(text="one"), Item.of(text="two")])) == pytest.approx(plain, abs=1e-6)
+
+
+def test_what_passes_is_tried_again(addresses: dict[str, str]) -> None:
+    server = KINDS["openai"]
+    with make(addresses, "openai") as encoder:
+        begun = len(server.bodies)
+        answers = {
+            begun + 1: JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.01"}),
+            begun + 2: JSONResponse({"error": {"message": "out of memory"}}, 500),
+        }
+        server.before = answers.get
+        assert encoder.encode_items([Item.of(text=WORDS)])[0].vector == pytest.approx(unit(server.vector(WORDS, None)), abs=1e-6)
+        assert len(server.bodies) == begun + 3
+        server.before = lambda count: JSONResponse({"error": {"message": "CUDA error"}}, 500)
+        with pytest.raises(ModelError, match="answers 500: CUDA error"):
+            encoder.encode_items([Item.of(text=WORDS)])
+
+
+def test_one_input_too_long_fails_alone(addresses: dict[str, str], tmp_path: Path) -> None:
+    lines = [{"id": str(number), "text": f"{WORDS} {number}"} for number in range(40)]
+    lines[17]["text"] = "word " * 600
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    options = ["--engine", f"openai:{addresses['openai']}", "--model", MODEL]
+    assert main(["index", "add", str(tmp_path / "texts.jsonl"), "--index", str(tmp_path / "index"), *options]) == 1
+    with open_index(tmp_path / "index") as index:
+        assert index.info().count == 39
+    with make(addresses, "openai") as encoder, pytest.raises(InputError, match=r"item '17': .*413: .*less than 512 tokens"):
+        encoder.encode_items([Item.of(text=line["text"], id=line["id"]) for line in lines])
+
+
+def test_a_server_with_a_smaller_batch_gets_smaller_ones(addresses: dict[str, str]) -> None:
+    server = KINDS["openai"]
+    with make(addresses, "openai") as encoder:
+        server.before = lambda count: (
+            JSONResponse({"message": "batch size > maximum allowed"}, 422) if len(server.bodies[count - 1]["input"]) > 8 else None
+        )
+        items = [Item.of(text=f"{WORDS} {number}") for number in range(40)]
+        wanted = np.stack([unit(server.vector(item.text, None)) for item in items])
+        assert vectors(encoder.encode_items(items)) == pytest.approx(wanted, abs=1e-6)
+
+
+def test_threads_share_the_requests_in_flight(addresses: dict[str, str]) -> None:
+    server, lock, most = KINDS["vllm"], threading.Lock(), [0, 0]
+    with make(addresses, "vllm", in_flight=4) as encoder:
+        read = server.read
+
+        def counted(body: dict[str, Any], model: str) -> Any:
+            with lock:
+                most[0] += 1
+                most[1] = max(most)
+            found = read(body, model)
+            with lock:
+                most[0] -= 1
+            return found
+
+        server.read = counted
+        try:
+            with ThreadPoolExecutor(3) as pool:
+                jobs = [pool.submit(encoder.encode_items, [Item.of(text=f"{n} {m}") for m in range(10)]) for n in range(3)]
+                for number, job in enumerate(jobs):
+                    wanted = np.stack([unit(server.vector(f"{number} {m}", None)) for m in range(10)])
+                    assert vectors(job.result()) == pytest.approx(wanted, abs=1e-6)
+        finally:
+            server.read = read
+    assert 1 <= most[1] <= 4 and encoder.in_flight == 4
+    with pytest.raises(ModelError, match="is closed"):
+        encoder.encode_items([Item.of(text=WORDS)])
+
+
+# The command line
+
+
+@pytest.mark.parametrize("form", ["vllm", "infinity", "objects", "jina"])
+def test_index_and_search_by_command(
+    addresses: dict[str, str], form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACEIR_ENGINE_KEY", "from the environment")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(12):
+        picture(seed).load().save(folder / f"{seed}.png")
+    (folder / "words.txt").write_text(WORDS)
+    options = ["--index", str(tmp_path / "index"), "--engine", f"{form}:{addresses[form]}/", "--model", MODEL]
+    assert main(["index", "add", str(folder), *options]) == 0
+    assert "added 13" in capsys.readouterr().out
+    KINDS[form].noise = 1e-3
+    assert main(["search", "--image", str(folder / "7.png"), "--json", "-k", "1", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "7.png"
+    assert main(["search", "a green cup", "--json", "-k", "1", "--modality", "text", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["hits"][0]["id"] == "words.txt"
+    assert KINDS[form].keys == {"Bearer from the environment"}
+    KINDS[form].noise, KINDS[form].salt = 0.0, "others"
+    assert main(["search", "a cup", *options]) == 2
+    assert "another model as 'two-towers'" in capsys.readouterr().err
+
+
+def test_wrong_commands_and_servers_end_in_one_line(
+    addresses: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index, there = str(tmp_path / "index"), f"vllm:{addresses['vllm']}"
+    (tmp_path / "a.txt").write_text("a")
+    with served(FakeEndpoint(fakes.read_tei).app()) as dead:
+        pass
+    for options, told in (
+        (["--engine", there], "name the model that is to answer there, by --model NAME"),
+        (["--engine", "vlm:http://127.0.0.1:9", "--model", "m"], "did you mean 'vllm'"),
+        (["--engine", there, "--model", "elsewhere"], r"404: The model `elsewhere` does not exist. (its models: two-towers)"),
+        (["--engine", there, "--model", MODEL, "--profile", "gme"], "--profile works in this process only"),
+        (["--engine", f"infinity:{dead}", "--model", MODEL], f"cannot reach {dead}/v1/embeddings"),
+        (["--engine", "openai:http://", "--model", MODEL], "is not an http address"),
+        (["--engine", f"objects:{addresses['jina']}", "--model", MODEL], "takes no text in the form `objects`"),
+        (["--engine", f"openai:{addresses['vllm']}/nowhere", "--model", MODEL], "are address and model right?"),
+    ):
+        assert main(["index", "add", str(tmp_path / "a.txt"), "--index", index, *options]) == 2
+        shown = capsys.readouterr().err
+        assert told in shown and len(shown.strip().splitlines()) == 1
+    assert not Path(index).exists()
+
+
+def test_a_searcher_over_it(addresses: dict[str, str], tmp_path: Path) -> None:
+    with make(addresses, "vllm") as encoder, open_index(tmp_path / "index", encoder, create=True) as index:
+        searcher = Searcher(encoder, index)
+        searcher.add([Item.of(image=picture(seed), id=f"p{seed}") for seed in range(5)])
+        for route in ("auto", "direct", "reason"):
+            found = searcher.search(Query.of(image=picture(2)), k=1, route=route)
+            assert found.hits[0].id == "p2" and found.hits[0].score == pytest.approx(1, abs=1e-5)
+        with pytest.raises(InputError, match="did you mean 'direct'"):
+            encoder.encode_queries([Query.of(text=WORDS)], route="dierct")  # type: ignore[arg-type]

@@ -1,0 +1,684 @@
+"""Published models of every kind: the vectors of sentence-transformers itself, by whichever road they are asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import shutil
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import published
+import pytest
+import torch
+from fakes import vector_of
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+from starlette.testclient import TestClient
+from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write_lines, write_row
+from test_unseen import write_urban1k
+from transformers import AutoProcessor, Siglip2Model
+
+import traceir
+from traceir import Encoder, Item, Query, cli, load_encoder, open_index
+from traceir.checkpoint import bundled_model, is_library
+from traceir.cli import main
+from traceir.errors import InputError, ModelError, PictureError
+from traceir.items import Encoding, Vector
+from traceir.library import LibraryEncoder
+from traceir.pictures import Picture
+from traceir.serve.batch_worker import BatchWorker
+from traceir.serve.jobs import FAILURES, UnavailableError
+from traceir.serve.run import ServeConfig, make_application, make_server
+from traceir.serve.scheduler import Scheduler
+
+TEXT = "a red cube on the left"
+LONG = "a green ball and a red cube on the left of the table"
+ASKED = "Find a picture of the same thing."
+
+
+def run(*arguments: object) -> int:
+    return main([str(one) for one in arguments])
+
+
+def pixels(seed: int) -> Image.Image:
+    draw = np.random.default_rng(seed)
+    width, height = (int(side) for side in draw.integers(33, 70, 2))
+    return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def far(found: Any, wanted: Any) -> float:
+    """The greatest difference between two lists of vectors."""
+    return float(np.abs(np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)).max())
+
+
+def vectors(encodings: Sequence[Encoding]) -> Vector:
+    return np.stack([one.vector for one in encodings])
+
+
+def queries_of(model: SentenceTransformer, inputs: Sequence[Any], **options: Any) -> Vector:
+    found: Vector = model.encode_query(list(inputs), normalize_embeddings=True, **options)
+    return found
+
+
+def documents_of(model: SentenceTransformer, inputs: Sequence[Any]) -> Vector:
+    found: Vector = model.encode_document(list(inputs), normalize_embeddings=True)
+    return found
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each kind."""
+    root = tmp_path_factory.mktemp("published")
+    published.save_clip(root / "clip")
+    published.save_old_clip(root / "old-clip")
+    published.save_siglip(root / "siglip-bare")
+    published.save_qwen(root / "qwen")
+    published.save_bert(root / "bert")
+    published.save_gemma(root / "gemma")
+    bare = published.Transformer(
+        str(root / "siglip-bare"), processing_kwargs={"text": {"padding": "max_length", "max_length": 64, "truncation": True}}
+    )
+    SentenceTransformer(modules=[bare]).save_pretrained(str(root / "siglip"))
+    return root
+
+
+@pytest.fixture
+def things(tmp_path: Path) -> Path:
+    """A folder of pictures and texts."""
+    root = tmp_path / "things"
+    root.mkdir()
+    for number in range(4):
+        pixels(number).save(root / f"{number}.png")
+        (root / f"{number}.txt").write_text(" ".join(published.WORDS[number : number + 4]))
+    return root
+
+
+PICTURES = ("clip", "old-clip", "siglip", "qwen")
+EVERY = (*PICTURES, "bert", "gemma")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_command_line_gives_the_library_s_vectors(
+    kind: str, places: Path, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, index = SentenceTransformer(str(places / kind)), tmp_path / "index"
+    code = run("index", "add", things, "--index", index, "--model", places / kind)
+    told = capsys.readouterr()
+    if kind in PICTURES:
+        assert code == 0 and "added 8" in told.out
+    else:
+        assert code == 1 and "added 4" in told.out and told.err.count("is a picture, which") == 4
+    texts = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
+    files = {f"{number}.png": Image.open(things / f"{number}.png") for number in range(4)} if kind in PICTURES else {}
+    wanted = dict(zip([*texts, *files], [*documents_of(own, list(texts.values())), *_pictures(own, files)], strict=True))
+    with open_index(index) as opened:
+        stored = opened.get(list(wanted), with_vectors=True)
+    assert far([stored[name].vector for name in wanted], list(wanted.values())) < 1e-6
+    assert run("search", TEXT, "--index", index, "--model", places / kind, "--json", "-k", 8) == 0
+    asked = queries_of(own, [TEXT])[0]
+    found = {hit["id"]: hit["score"] for hit in json.loads(capsys.readouterr().out)["hits"]}
+    assert far([found[name] for name in wanted], [float(asked @ vector) for vector in wanted.values()]) < 1e-5
+
+
+def _pictures(model: SentenceTransformer, files: dict[str, Image.Image]) -> list[Vector]:
+    return list(documents_of(model, [image.convert("RGB") for image in files.values()])) if files else []
+
+
+@pytest.mark.parametrize("kind", ("clip", "qwen", "gemma"))
+def test_the_server_gives_the_library_s_vectors(kind: str, places: Path, things: Path, tmp_path: Path) -> None:
+    own, index = SentenceTransformer(str(places / kind)), tmp_path / "index"
+    run("index", "add", things, "--index", index, "--model", places / kind)
+    server = make_server(ServeConfig(index=str(index)), lambda: load_encoder(places / kind))
+    with TestClient(make_application(ServeConfig(index=str(index)), server), base_url="http://127.0.0.1:8080") as client:
+        _wait(client)
+        asked = {"input": [TEXT, LONG], "model": "traceir"}
+        answer = client.post("/v1/embeddings", json=asked).json()
+        assert far([one["embedding"] for one in answer["data"]], documents_of(own, [TEXT, LONG])) < 1e-6
+        hits = client.post("/search", json={"text": TEXT, "k": 4, "modality": "text"}).json()["hits"]
+        texts = [(things / hit["id"]).read_text() for hit in hits]
+        assert far([hit["score"] for hit in hits], documents_of(own, texts) @ queries_of(own, [TEXT])[0]) < 1e-5
+        refused = client.post("/search", json={"text": TEXT, "route": "reason"})
+        assert refused.status_code == 400 and "cannot reason" in refused.text
+
+
+def _wait(client: TestClient) -> None:
+    for _ in range(200):
+        if client.get("/ready").status_code == 200:
+            return
+    raise AssertionError("the server did not come up")
+
+
+@pytest.fixture(scope="module")
+def row_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A row of texts with one label of reasoning, and a row of edits."""
+    root = tmp_path_factory.mktemp("mbeir")
+    (root / "mbeir_images").mkdir()
+    for number in range(6):
+        pixels(number).save(root / f"mbeir_images/{number}.png")
+    texts = [" ".join(published.WORDS[n : n + 4]).capitalize() + "." for n in range(8)]  # M-BEIR's form, which evaluation gives
+    write_row(root, TEXT_ROW, [query(f"2:{n}", texts[n], [f"2:{n}"], 1) for n in range(3)],
+              [candidate(f"2:{n}", text=texts[n + 2]) for n in range(6)])  # fmt: skip
+    write_row(root, FASHION_ROW, [query(f"7:{n}", texts[n], [f"7:{n}"], 7, f"mbeir_images/{n}.png") for n in range(3)],
+              [candidate(f"7:{n}", image=f"mbeir_images/{n}.png") for n in range(6)])  # fmt: skip
+    label = {"qid": "2:0", "steps": 2, "z": 1, "reasoning": "one red", "answer": "red cube"}
+    write_lines(root / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [label])
+    instructions = root / "instructions" / "query_instructions.tsv"
+    instructions.parent.mkdir()
+    head = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
+    instructions.write_text(f"{head}text\ttext\twebqa\t2\tFind it.\nimage,text\timage\tfashioniq\t7\tChange it.\n")
+    return root
+
+
+@pytest.mark.parametrize(("kind", "row"), [("qwen", FASHION_ROW), ("gemma", TEXT_ROW), ("clip", TEXT_ROW)])
+def test_evaluation_ranks_by_the_library_s_vectors(kind: str, row: str, row_folder: Path, places: Path, tmp_path: Path) -> None:
+    assert run("evaluate", "--data", row_folder, "--out", tmp_path, "--rows", row, "--model", places / kind) == 0
+    own = SentenceTransformer(str(places / kind))
+    asked = [json.loads(line) for line in (row_folder / f"query/test/mbeir_{row}_test.jsonl").read_text().splitlines()]
+    pool = [json.loads(line) for line in (row_folder / f"cand_pool/local/mbeir_{row}_cand_pool.jsonl").read_text().splitlines()]
+    wanted = documents_of(own, [one["txt"] or Image.open(row_folder / one["img_path"]) for one in pool])
+    if row == FASHION_ROW:
+        inputs = [{"image": Image.open(row_folder / one["query_img_path"]), "text": one["query_txt"]} for one in asked]
+        found = queries_of(own, inputs, prompt="Change it.")
+    else:
+        found = queries_of(own, [one["query_txt"] for one in asked])
+    scores = found @ wanted.T
+    lines = [line.split() for line in (tmp_path / "runs" / f"{row}-auto.txt").read_text().splitlines()]
+    ranked = {(qid, did): float(score) for qid, _, did, _, score, *_ in lines}
+    for number, one in enumerate(asked):
+        for place, other in enumerate(pool):
+            assert abs(ranked[one["qid"], other["did"]] - scores[number, place]) < 2e-6
+    about = json.loads((tmp_path / "results.json").read_text())
+    assert about["model"] == load_encoder(places / kind).fingerprint and about["prompt_version"] == "library-1"
+    assert about["max_reasoning_tokens"] is None and row in about["routes"]["auto"]
+
+
+def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path, tmp_path: Path) -> None:
+    write_urban1k(tmp_path / "sets")
+    files = {number: tmp_path / "sets" / "Urban1k" / "image" / f"{number}.jpg" for number in (1, 2, 10)}
+    for number, file in files.items():
+        pixels(number).save(file)
+    assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
+    own = SentenceTransformer(str(places / "clip"))
+    captions = queries_of(own, [f"Street {number}." for number in files])
+    scores = captions @ documents_of(own, [Image.open(file) for file in files.values()]).T
+    ranks = [int((row >= row[place]).sum()) for place, row in enumerate(scores)]
+    outcomes = [json.loads(line) for line in (tmp_path / "out" / "outcomes-auto.jsonl").read_text().splitlines()]
+    assert [one["rank"] for one in outcomes if one["task"] == "urban1k_t2i"] == ranks
+
+
+def test_a_route_and_verbs_that_look_into_a_model_are_refused_in_one_line(
+    row_folder: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = places / "clip"
+    for line, told in (
+        (("evaluate", "--data", row_folder, "--out", tmp_path, "--route", "auto,reason", "--model", clip), "cannot reason"),
+        (("explain", "--text", "a", "--model", clip), "nothing but vectors"),
+        (("faithfulness", "--data", row_folder, "--out", tmp_path, "--model", clip), "nothing but vectors"),
+        (("merge", f"st:{clip}", "--out", tmp_path / "merged"), "is a model of sentence-transformers"),
+        (("search", "a", "--index", tmp_path / "no", "--model", clip, "--profile", "gme"), "no index"),
+        (("index", "add", row_folder, "--index", tmp_path / "i", "--model", clip, "--profile", "gme"), "leave out the profile"),
+        (("index", "add", row_folder, "--index", tmp_path / "i", "--model", f"st:{tmp_path / 'none'}"), "there is no folder"),
+    ):
+        assert run(*line) == 2
+        assert told in _error(capsys)
+    assert not (tmp_path / "results.json").exists() and not (tmp_path / "i").exists()
+
+
+def _error(capsys: pytest.CaptureFixture[str]) -> str:
+    """What follows "error:", the only line of its kind and the last; progress of transformers may stand before it."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert [line for line in lines if line.startswith("traceir: ")] == lines[-1:]
+    return lines[-1].removeprefix("traceir: error: ")
+
+
+def test_a_bare_checkpoint_is_asked_for_by_its_prefix(places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bare = published.save_bare_clip(tmp_path / "bare")
+    assert not is_library(str(bare)) and is_library(f"st:{bare}")
+    with pytest.raises(ModelError, match="'clip' checkpoint"):
+        load_encoder(bare)
+    encoder = load_encoder(f"st:{bare}")
+    assert not caplog.records
+    plain = load_encoder(f"st:{places / 'bert-bare'}")
+    assert far(vectors(plain.encode_items([Item.of(text=TEXT)])), documents_of(plain.model, [TEXT])) < 1e-6
+    assert [record.getMessage() for record in caplog.records if record.name == "traceir.library"] == [
+        f"{places / 'bert-bare'} has no modules.json: it is pooled by the library's default, not as its publisher may have meant"
+    ]
+    assert far(vectors(encoder.encode_queries([Query.of(text=TEXT)])), queries_of(SentenceTransformer(str(bare)), [TEXT])) < 1e-6
+
+
+def test_texts_of_a_bare_siglip_are_padded_as_it_was_trained(places: Path) -> None:
+    """By the library's default the last position read is the last of the longest text in the batch."""
+    place = places / "siglip-bare"
+    encoder, own = load_encoder(f"st:{place}"), SentenceTransformer(str(place))
+    processor, network = AutoProcessor.from_pretrained(place), Siglip2Model.from_pretrained(place).eval()
+    read = processor(text=[TEXT, LONG], padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+    with torch.inference_mode():
+        wanted = torch.nn.functional.normalize(network.get_text_features(input_ids=read["input_ids"]).pooler_output, dim=-1)
+    asked = [Query.of(text=TEXT), Query.of(text=LONG)]
+    assert far(vectors(encoder.encode_queries(asked)), wanted) < 1e-6
+    assert far(vectors(encoder.encode_queries(asked[:1])), wanted[:1]) < 1e-6
+    assert far(queries_of(own, [TEXT, LONG])[:1], queries_of(own, [TEXT])) > 0.01
+
+
+def test_a_relative_path_behind_the_prefix_means_the_same_on_a_worker(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(places)
+    for given, meant in (("st:bert", f"st:{places / 'bert'}"), ("bert", str(places / "bert")), ("st:a/b", "st:a/b")):
+        args = cli.build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", given, "--dim", "8"])
+        args.threads, args.verbose = None, False
+        found = cli._encoder_anywhere(args)
+        assert (found.model, found.dim, found.engine) == (meant, 8, None)
+
+
+def test_instructions_go_where_the_model_has_a_place_for_them(
+    places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [Query.of(text=TEXT, instruction=ASKED), Query.of(text=LONG, instruction=ASKED), Query.of(text=TEXT)]
+    qwen, own = load_encoder(places / "qwen"), SentenceTransformer(str(places / "qwen"))
+    found = vectors(qwen.encode_queries(asked))
+    assert far(found[:2], queries_of(own, [TEXT, LONG], prompt=ASKED)) < 1e-6
+    assert far(found[2:], queries_of(own, [TEXT])) < 1e-6 and far(found[0], found[2]) > 1e-3
+
+    prompts = {"query": "Instruct: Given a question, find passages.\nQuery:"}
+    place = published.save_bert(tmp_path / "e5", prompts=prompts)
+    e5, own = load_encoder(place), SentenceTransformer(str(place))
+    found = vectors(e5.encode_queries(asked))
+    assert far(found[:2], queries_of(own, [TEXT, LONG], prompt=f"Instruct: {ASKED}\nQuery:")) < 1e-6
+    assert far(found[2:], queries_of(own, [TEXT])) < 1e-6
+
+    gemma, own = load_encoder(places / "gemma"), SentenceTransformer(str(places / "gemma"))
+    with caplog.at_level(logging.WARNING):
+        found = vectors(gemma.encode_queries(asked))
+        gemma.encode_queries(asked)
+    assert far(found, queries_of(own, [TEXT, LONG, TEXT])) < 1e-6
+    assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
+        f"{places / 'gemma'} has no place for an instruction: the instructions of queries are left out"
+    ]
+    alone = gemma.encode_queries([Query(instruction="a red cube")])
+    assert far(vectors(alone), queries_of(own, ["a red cube"])) < 1e-6
+
+
+def test_parts_are_read_in_their_order(places: Path) -> None:
+    qwen, own = load_encoder(places / "qwen"), SentenceTransformer(str(places / "qwen"))
+    first, second = pixels(1), pixels(2)
+    one, other = Picture.from_image(first), Picture.from_image(second)
+    told = [
+        (Item((one, "a red cube")), {"image": first, "text": "a red cube"}),
+        (Item(("a red cube", one)), {"text": "a red cube", "image": first}),
+        (Item(("a", "red cube")), "a red cube"),
+        (Item((one, "and", other)), _message("image", first, "text", "and", "image", second)),
+        (Item((other, one)), _message("image", second, "image", first)),
+    ]
+    found = vectors(qwen.encode_items([item for item, _ in told]))
+    wanted = np.stack([documents_of(own, [one])[0] for _, one in told])
+    assert far(found, wanted) < 1e-6
+    assert far(found[0], found[1]) > 1e-3
+
+
+def _message(*parts: Any) -> list[dict[str, Any]]:
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in pairs]}]
+
+
+def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
+    encoder = load_encoder(places / "bert", dtype=torch.bfloat16)
+    own = SentenceTransformer(str(places / "bert"), model_kwargs={"dtype": torch.bfloat16})
+    found = vectors(encoder.encode_queries([Query.of(text=TEXT)]))
+    assert encoder.vector_settings["dtype"] == "torch.bfloat16" and found.dtype == np.float32
+    assert far(found, queries_of(own, [TEXT])) < 1e-6
+
+
+def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
+    clip, bert = load_encoder(places / "clip"), load_encoder(places / "bert")
+    picture = Picture.from_image(pixels(0))
+    with pytest.raises(InputError, match=r"item both is a picture and a text together, which .* give it a text, a picture, or"):
+        clip.encode_items([Item.of(text="a"), Item.of(text="a", image=picture, id="both")])
+    with pytest.raises(InputError, match=r"query \(no id\) is several parts"):
+        clip.encode_queries([Query((picture, picture))])
+    with pytest.raises(InputError, match=r"item shot is a picture, which .* cannot encode; give it a text, or use another model"):
+        bert.encode_items([Item.of(image=picture, id="shot")])
+    with pytest.raises(InputError, match="cannot reason; use route direct or auto"):
+        clip.encode_queries([Query.of(text="a")], route="reason")
+    with pytest.raises(InputError, match="route 'fast' is unknown"):
+        clip.encode_queries([Query.of(text="a")], route="fast")  # type: ignore[arg-type]  # what a caller without types may do
+
+
+def test_a_text_is_never_opened_as_a_file_or_an_address(places: Path, tmp_path: Path) -> None:
+    """The library takes a str that ends like a picture for one, and would read or fetch it."""
+    pixels(0).save(tmp_path / "secret.png")
+    texts = [str(tmp_path / "secret.png"), "http://127.0.0.1:9/a.png", "data:image/png;base64,AAAA", "https://youtu.be/x"]
+    for kind in ("clip", "qwen"):
+        encoder, own = load_encoder(places / kind), SentenceTransformer(str(places / kind))
+        found = vectors(encoder.encode_items([Item.of(text=text) for text in texts]))
+        assert far(found, documents_of(own, [{"text": text} for text in texts])) < 1e-6
+        assert far(vectors(encoder.encode_queries([Query.of(text=texts[0])])), queries_of(own, [{"text": texts[0]}])) < 1e-6
+
+
+def test_a_text_that_is_cut_is_told(places: Path) -> None:
+    long = " ".join(published.WORDS * 6)
+    own = SentenceTransformer(str(places / "clip"))
+    (short, cut) = load_encoder(places / "clip").encode_items([Item.of(text="a red cube"), Item.of(text=long)])
+    assert (short.cut, cut.text_limit) == (0, 20)
+    assert cut.cut == len(own.tokenizer(long, truncation=False)["input_ids"]) - 20
+
+
+def test_truncated_vectors_are_the_library_s_and_another_index(
+    places: Path, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gemma, index = places / "gemma", tmp_path / "index"
+    whole, short = load_encoder(gemma), load_encoder(gemma, dim=8)
+    own = SentenceTransformer(str(gemma), truncate_dim=8)
+    found = vectors(short.encode_queries([Query.of(text=TEXT)]))
+    assert short.width == 8 and found.shape == (1, 8)
+    assert far(found, queries_of(own, [TEXT])) < 1e-6 and abs(np.linalg.norm(found) - 1) < 1e-6
+    assert (whole.fingerprint, load_encoder(gemma, dim=32).prompt_version) == (short.fingerprint, whole.prompt_version)
+    texts = sorted(things.glob("*.txt"))
+    assert run("index", "add", *texts, "--index", index, "--model", gemma, "--dim", 8) == 0
+    assert run("search", TEXT, "--index", index, "--model", gemma, "--dim", 8) == 0
+    capsys.readouterr()
+    for arguments, told in (
+        ((), "first 8"),
+        (("--dim", 16), "first 16"),
+        (("--dim", 64), "have 32 components and cannot be truncated to 64"),
+    ):
+        assert run("search", TEXT, "--index", index, "--model", gemma, *arguments) == 2
+        assert told in capsys.readouterr().err
+    with pytest.raises(InputError, match="cannot be truncated to 8; only models of sentence-transformers"):
+        load_encoder(dim=8)
+
+
+def test_the_fingerprint_is_of_all_that_decides_a_vector(places: Path, tmp_path: Path) -> None:
+    first = load_encoder(places / "bert").fingerprint
+    moved = published.copied(places / "bert", tmp_path / "moved")
+    (moved / "README.md").write_text("another card")
+    (moved / "optimizer.pt").write_bytes(b"left by a training")
+    (moved / "2_Normalize" / "notes.json").write_text("{}")
+    assert load_encoder(moved).fingerprint == first
+    pooled = published.save_bert(tmp_path / "pooled", pooling="cls")
+    assert (pooled / "model.safetensors").read_bytes() == (places / "bert" / "model.safetensors").read_bytes()
+    prompted = published.save_bert(tmp_path / "prompted", prompts={"query": "query: "})
+    other = published.save_clip(tmp_path / "other", seed=1)
+    found = [load_encoder(place).fingerprint for place in (pooled, prompted, other, places / "clip", places / "old-clip")]
+    assert len({first, *found}) == 6
+    dense = published.copied(places / "gemma", tmp_path / "dense")
+    (dense / "2_Dense" / "model.safetensors").write_bytes(_changed(dense / "2_Dense" / "model.safetensors"))
+    assert load_encoder(dense).fingerprint != load_encoder(places / "gemma").fingerprint
+
+
+def _changed(file: Path) -> bytes:
+    data = bytearray(file.read_bytes())
+    data[-4:] = bytes(4)
+    return bytes(data)
+
+
+def test_pickles_and_code_that_comes_with_a_model_are_refused(places: Path, tmp_path: Path) -> None:
+    pickled = published.copied(places / "gemma", tmp_path / "pickled")
+    (pickled / "2_Dense" / "model.safetensors").rename(pickled / "2_Dense" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"2_Dense holds no model.safetensors, only pytorch_model.bin. TraceIR reads weights"):
+        load_encoder(pickled)
+    old = published.copied(places / "old-clip", tmp_path / "old")
+    (old / "0_CLIPModel" / "model.safetensors").rename(old / "0_CLIPModel" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"holds no safetensors weights, model.safetensors, only pytorch_model.bin"):
+        load_encoder(old)
+    for kind in ("custom_st.Transformer", "os.system"):
+        foreign = published.copied(places / "bert", tmp_path / kind)
+        _edit(foreign / "modules.json", lambda modules, kind=kind: modules[0].update(type=kind))
+        with pytest.raises(ModelError, match=rf"needs code of its own \({kind} in modules.json\), and TraceIR runs none"):
+            load_encoder(foreign)
+    auto = published.copied(places / "bert", tmp_path / "auto")
+    own = {"AutoConfig": "x.Config", "AutoModel": "x.Model"}
+    _edit(auto / "config.json", lambda about: about.update(model_type="own", auto_map=own))
+    with pytest.raises(ModelError, match="it needs code that comes with it, and TraceIR runs none"):
+        load_encoder(auto)
+    outside = published.copied(places / "bert", tmp_path / "outside")
+    _edit(outside / "modules.json", lambda modules: modules[1].update(path="../bert/1_Pooling"))
+    with pytest.raises(ModelError, match=r"names the folder '../bert/1_Pooling', which is not below its own"):
+        load_encoder(outside)
+    ranker = published.copied(places / "bert", tmp_path / "ranker")
+    _edit(ranker / "config_sentence_transformers.json", lambda about: about.update(model_type="CrossEncoder"))
+    with pytest.raises(ModelError, match=r"ranker is a CrossEncoder, which makes no vectors that could be indexed"):
+        load_encoder(ranker)
+    (ranker / "modules.json").write_text("{")
+    with pytest.raises(ModelError, match=r"cannot read .*modules.json"):
+        load_encoder(ranker)
+
+
+def _edit(file: Path, change: Any) -> None:
+    told = json.loads(file.read_text())
+    change(told)
+    file.write_text(json.dumps(told))
+
+
+def test_checkpoints_of_traceir_keep_to_their_own_road(tmp_path: Path, places: Path) -> None:
+    assert not is_library(str(bundled_model()))
+    assert isinstance(load_encoder(), Encoder) and isinstance(traceir.load_encoder(places / "bert"), LibraryEncoder)
+    with pytest.raises(ModelError, match=r"load it with traceir.load_encoder\('"):
+        Encoder.from_pretrained(places / "bert")
+    with pytest.raises(ModelError, match=r"needs code of its own \(traceir.sentence.TraceModule"):
+        load_encoder(f"st:{bundled_model()}")
+
+
+def test_a_hub_id_is_decided_by_its_modules_file_and_offline_by_the_cache(
+    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    revision = "0123456789012345678901234567890123456789"
+    repository = cache / "models--someone--clip"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    shutil.copytree(places / "old-clip", repository / "snapshots" / revision)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("huggingface_hub.file_download", "huggingface_hub._snapshot_download", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{name}.HF_HUB_CACHE", str(cache), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    assert is_library("someone/clip") and not is_library("someone/else")
+    assert load_encoder("someone/clip").fingerprint == load_encoder(places / "old-clip").fingerprint
+    for name in ("someone/else", "st:someone/else"):
+        assert run("index", "add", places / "bert", "--index", tmp_path / "index", "--model", name) == 2
+        assert _error(capsys).startswith("someone/else is no folder here and not in the local cache")
+
+
+MODULES = json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]).encode()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Of a hub, the modules.json of two repositories: one has it, one has none; a third cannot be told."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        self._answer(b"")
+
+    def do_GET(self) -> None:
+        self._answer(MODULES)
+
+    def _answer(self, body: bytes) -> None:
+        self.asked.append(self.path)
+        missing, broken = "/plain/" in self.path, "/broken/" in self.path
+        self.send_response(404 if missing else 403 if broken else 200)
+        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
+        self.send_header("ETag", '"0123"')
+        self.send_header("Content-Length", str(len(MODULES)))
+        if missing:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+def test_the_hub_is_asked_for_one_file_to_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        pattern = "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + pattern)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        assert is_library("someone/model") and not is_library("someone/plain")
+        with pytest.raises(ModelError, match="someone/broken cannot be had from the hub: "):
+            is_library("someone/broken")
+        asked = len(_Hub.asked)
+        assert is_library("someone/model") and len(_Hub.asked) == asked  # the cache knows it now
+        assert {path.rsplit("/", 1)[-1] for path in _Hub.asked if "resolve" in path} == {"modules.json"}
+        hub.shutdown()
+
+
+# The worker for encoders that cannot be looked into
+
+
+class Watched:
+    """Encodes as a real encoder would; remembers its batches, and fails at what it is told to."""
+
+    fingerprint, prompt_version, width, batch_rows = "watched", "p", 8, 4
+
+    def __init__(self, *, broken: Exception | None = None, in_flight: int = 1) -> None:
+        self.broken, self.in_flight = broken, in_flight
+        self.batches: list[list[str]] = []
+        self.going = threading.Event()
+        self.closed = False
+
+    def encode_queries(self, queries: Sequence[Query], *, route: str = "auto") -> list[Encoding]:
+        if route == "reason":
+            raise InputError("it cannot reason")
+        return self._encode([f"?{one.text}" for one in queries], queries)
+
+    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
+        return self._encode([one.text for one in items], items)
+
+    def _encode(self, names: list[str], contents: Sequence[Query | Item]) -> list[Encoding]:
+        self.going.wait(10)
+        self.batches.append(names)
+        if self.broken is not None:
+            raise self.broken
+        for content in contents:
+            for part in content.pictures:
+                part.load()
+        return [Encoding(vector_of(name, self.width), "direct", "", 0, 1.0, False) for name in names]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@asynccontextmanager
+async def scheduling(encoder: Any) -> AsyncIterator[Scheduler]:
+    scheduler = Scheduler(encoder)
+    assert isinstance(scheduler._worker, BatchWorker)
+    scheduler.start()
+    try:
+        yield scheduler
+    finally:
+        encoder.going.set()
+        await scheduler.close()
+
+
+def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
+    async def work() -> None:
+        encoder = Watched()
+        async with scheduling(encoder) as scheduler:
+            asked = [scheduler.encode_item(Item.of(text=f"i{n}")) for n in range(6)]
+            asked += [scheduler.encode_query(Query.of(text=f"q{n}"), "auto") for n in range(3)]
+            waiting = asyncio.gather(*asked)
+            await asyncio.sleep(0.1)
+            encoder.going.set()
+            served = await waiting
+            names = [f"i{n}" for n in range(6)] + [f"?q{n}" for n in range(3)]
+            assert far([one.encoding.vector for one in served], [vector_of(name, 8) for name in names]) == 0
+            assert sorted(name for batch in encoder.batches for name in batch) == sorted(names)
+            assert max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 6
+            assert all(len({name[0] for name in batch}) == 1 for batch in encoder.batches)
+            with pytest.raises(InputError, match="cannot reason"):
+                await scheduler.encode_query(Query.of(text="a"), "reason")
+        assert encoder.closed
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out(tmp_path: Path) -> None:
+    async def work() -> None:
+        encoder = Watched()
+        async with scheduling(encoder) as scheduler:
+            bad = Item.of(text="bad", image=Picture.from_bytes(b"no picture"))
+            first = asyncio.ensure_future(scheduler.encode_item(Item.of(text="first")))
+            await asyncio.sleep(0.05)
+            left = asyncio.ensure_future(scheduler.encode_item(Item.of(text="left")))
+            others = asyncio.gather(
+                *[scheduler.encode_item(one) for one in (Item.of(text="a"), bad, Item.of(text="b"))], return_exceptions=True
+            )
+            await asyncio.sleep(0.1)
+            left.cancel()
+            await asyncio.sleep(0)
+            encoder.going.set()
+            found = await others
+            assert isinstance(found[1], PictureError)
+            assert [type(one).__name__ for one in found] == ["Served", "PictureError", "Served"] and (await first)
+            assert not any("left" in batch for batch in encoder.batches) and scheduler.alive
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_a_failing_encoder_is_unavailable_and_its_server_not_ready() -> None:
+    async def work(error: Exception) -> None:
+        encoder = Watched(broken=error)
+        encoder.going.set()
+        async with scheduling(encoder) as scheduler:
+            for number in range(FAILURES):
+                assert scheduler.alive
+                with pytest.raises(UnavailableError, match="out of"):
+                    await scheduler.encode_item(Item.of(text=f"i{number}"))
+            assert not scheduler.alive
+            encoder.broken = None
+            await scheduler.encode_item(Item.of(text="again"))
+            assert scheduler.alive
+
+    asyncio.run(asyncio.wait_for(work(ModelError("out of reach")), 30))
+    asyncio.run(asyncio.wait_for(work(RuntimeError("out of memory")), 30))
+
+
+def test_as_many_batches_are_under_way_as_the_encoder_takes() -> None:
+    async def work() -> None:
+        encoder = Watched(in_flight=3)
+        async with scheduling(encoder) as scheduler:
+            waiting = asyncio.gather(*[scheduler.encode_item(Item.of(text=f"i{n}")) for n in range(20)])
+            await asyncio.sleep(0.1)
+            assert len(scheduler._worker._running) == 3
+            encoder.going.set()
+            await waiting
+
+    asyncio.run(asyncio.wait_for(work(), 30))
+
+
+def test_a_bad_picture_in_a_served_batch_leaves_the_others_alone(places: Path) -> None:
+    async def work() -> None:
+        encoder, own = load_encoder(places / "clip"), SentenceTransformer(str(places / "clip"))
+        scheduler = Scheduler(encoder)
+        scheduler.start()
+        contents = [Item.of(image=pixels(1)), Item.of(image=b"\x89PNG no"), Item.of(image=pixels(2)), Item.of(text=TEXT)]
+        found = await asyncio.gather(*[scheduler.encode_item(one) for one in contents], return_exceptions=True)
+        await scheduler.close()
+        assert isinstance(found[1], PictureError)
+        served = [one.encoding.vector for one in found if not isinstance(one, BaseException)]
+        assert far(served, [*documents_of(own, [pixels(1), pixels(2)]), documents_of(own, [TEXT])[0]]) < 1e-6
+
+    asyncio.run(asyncio.wait_for(work(), 60))
+
+
+def test_threads_share_one_encoder(places: Path) -> None:
+    encoder, own = load_encoder(places / "bert"), SentenceTransformer(str(places / "bert"))
+    texts = [" ".join(published.WORDS[: 2 + n % 9]) + f" {n}" for n in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: encoder.encode_queries([Query.of(text=text)])[0], texts))
+    assert far(vectors(found), queries_of(own, texts)) < 1e-6

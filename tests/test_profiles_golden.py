@@ -1,0 +1,135 @@
+"""Each profile against what the project's own code gave for twelve inputs: literal token ids, positions, grids and pixels.
+
+`golden_profiles.json` was written from runs of that code, not of ours, on small random checkpoints with Qwen's vocabulary as
+PyPI's dashscope 2.0.2 has it; `source` names file, commit and version. The tokenizer in it is cut down to the tokens and merges
+that these inputs need, at their real ids.
+
+Ids: a list [N, id, ...] stands for N times those ids. Positions, the same in all three rows but for pictures: [start, N] counts
+on from start, [start, rows, columns] is a picture. Pixels: the mean of the patches, and six of their values. None of a picture
+with transparency where the project drops alpha, which we set on white (docs/judges.md). A prompt ends at its read-out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_profiles import QWEN_SPLIT
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from traceir.encoder import Encoder
+from traceir.items import Item, Query
+from traceir.model import load
+from traceir.profiles import PROFILES
+
+GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden_profiles.json").read_text())
+PROJECTS: dict[str, Any] = GOLDEN["profiles"]
+VOCABULARY = 151_936
+
+
+def shown(width: int, height: int, mode: str) -> Image.Image:
+    y, x = np.mgrid[0:height, 0:width]
+    bands = [(x * 7 + y * 3) % 256, (x * 2 + y * 11) % 256, (x * y // 5) % 256, (x * 5) % 256][: len(mode)]
+    return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8), mode)
+
+
+def tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
+    vocabulary = GOLDEN["vocab"] | {token: 151_643 + place for place, token in enumerate(special)}
+    core = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in GOLDEN["merges"]]))
+    core.normalizer = normalizers.NFC()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+def checkpoint(folder: Path, name: str) -> Path:
+    """A checkpoint of one architecture with the whole vocabulary, and next to nothing else."""
+    project, third = PROJECTS[name], name == "embed-rl"
+    ids = {f"{word}_token_id": 151_643 + place
+           for word, place in (("vision_start", 9), ("vision_end", 10), ("image", 12), ("video", 13))}  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+    text = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1, "rope_parameters": rope, "pad_token_id": None, "tie_word_embeddings": True}  # fmt: skip
+    vision = {"depth": 1, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "patch_size": 16 if third else 14}
+    network: Any
+    torch.manual_seed(0)
+    if third:
+        vision |= {"hidden_size": 16, "intermediate_size": 16, "out_hidden_size": 16, "num_position_embeddings": 16,
+                   "deepstack_visual_indexes": [0]}  # fmt: skip
+        config = Qwen3VLConfig(text_config={**text, "head_dim": 8}, vision_config=vision, tie_word_embeddings=True, **ids)
+        network = Qwen3VLForConditionalGeneration(config)
+    else:
+        vision |= {"embed_dim": 16, "hidden_size": 16, "mlp_ratio": 1}
+        config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+        network = Qwen2VLForConditionalGeneration(config)
+    network.save_pretrained(folder)
+    tokenizer(project["special"]).save_pretrained(folder)
+    size = {"shortest_edge": project["min_pixels"], "longest_edge": project["max_pixels"]}
+    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if third else {}
+    Qwen2VLImageProcessorPil(patch_size=vision["patch_size"], size=size, **statistics).save_pretrained(folder)
+    return folder
+
+
+def ids_of(runs: list[Any]) -> Iterator[int]:
+    for run in runs:
+        yield from run[1:] * run[0] if isinstance(run, list) else [run]
+
+
+def positions_of(blocks: list[list[int]]) -> np.ndarray:
+    """[3, T] of blocks."""
+    parts = []
+    for start, *sides in blocks:
+        if len(sides) == 1:
+            parts.append(np.broadcast_to(np.arange(sides[0]), (3, sides[0])) + start)
+        else:
+            rows, columns = sides
+            plane = [np.zeros(rows * columns, int), np.repeat(np.arange(rows), columns), np.tile(np.arange(columns), rows)]
+            parts.append(np.stack(plane) + start)
+    return np.concatenate(parts, axis=1)
+
+
+def inputs() -> Iterator[Query | Item]:
+    for side, instruction, text, times, picture in GOLDEN["inputs"]:
+        content: dict[str, Any] = {"text": text and text * times, "image": picture and shown(*picture)}
+        yield Query.of(**content, instruction=instruction) if side == "query" else Item.of(**content)
+
+
+def test_every_profile_has_twelve_inputs() -> None:
+    assert set(PROJECTS) == set(PROFILES)
+    assert all(len(project["cases"]) == len(GOLDEN["inputs"]) == 12 for project in PROJECTS.values())
+
+
+@pytest.mark.parametrize("name", PROJECTS)
+def test_a_profile_reads_what_its_project_reads(tmp_path: Path, name: str) -> None:
+    model = Encoder(load(checkpoint(tmp_path / name, name), profile=name)).model
+    for content, case in zip(inputs(), PROJECTS[name]["cases"], strict=True):
+        layout = model.processor.forced(model.prompt(content, direct=True))
+        assert layout.ids.tolist() == list(ids_of(case["ids"]))
+        assert np.array_equal(layout.positions, positions_of(case["positions"]))
+        assert layout.readout == len(layout.ids) - 1
+        batch = model.processor.collate([layout])
+        assert ([] if batch.grids is None else batch.grids.tolist()) == [case[key] for key in ("grid",) if key in case]
+        if "pixels" in case:
+            assert batch.patches is not None
+            patches = batch.patches.numpy()
+            rows, columns = patches.shape
+            places = [(int(rows * a), int(columns * b)) for a, b in ((0, 0), (0.2, 0.4), (0.4, 0.1), (0.6, 0.9), (0.8, 0.3))]
+            found = [patches.mean(dtype=np.float64), *(patches[place] for place in (*places, (-1, -1)))]
+            assert np.allclose(found, case["pixels"], atol=1e-5)
