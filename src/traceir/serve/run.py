@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from traceir.cutoff import Calibration
+from traceir.cutoff import Calibrations
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
@@ -35,7 +35,7 @@ from traceir.serve.page import read_instructions
 from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
-from traceir.serve.tenants import Census
+from traceir.serve.tenants import Census, TenantIndex
 from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
@@ -119,8 +119,10 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
     census = await asyncio.to_thread(_warm, index, encoder.width)
-    if config.cutoff is not None:
-        await asyncio.to_thread(Calibration(index).thresholds, "text", None, config.cutoff)  # raises where it cannot be had
+    calibrations = Calibrations()
+    if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
+        everybody = calibrations.of(None, TenantIndex(index, None, census))
+        await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
     store = PictureStore(_uploads(config))
     if config.uploads is None and store.folder.is_dir():
         sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
@@ -133,7 +135,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     log.info("%s is ready, pictures from %d folders", config.index, len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
-        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff,
+        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff, calibrations,
     )  # fmt: skip
 
 
