@@ -9,7 +9,6 @@ Shapes: D width.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
@@ -19,11 +18,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from traceir.checkpoint import ADAPTER, MODULES, bundled_model, fetch, is_library, module_types, plain_name
+from traceir.checkpoint import (
+    ADAPTER,
+    MODULES,
+    OWN_MODULE,
+    PREFIX,
+    bundled_model,
+    fetch,
+    is_library,
+    module_paths,
+    module_types,
+    plain_name,
+)
 from traceir.errors import InputError, ModelError
 from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, Vector
 from traceir.suggest import did_you_mean
-from traceir.weights import REMEDY, SINGLE, WEIGHT_LIKE, digest, weight_files
+from traceir.weights import REMEDY, SINGLE, WEIGHT_LIKE, digest, read_object, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +117,8 @@ class LibraryEncoder:
         folder = fetch(name)
         _check_kind(folder, name)
         fingerprint = _fingerprint(folder)
-        return cls(_load(folder, name, device, dtype), name, fingerprint, dim=dim)
+        called = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
+        return cls(_load(folder, name, device, dtype), called, fingerprint, dim=dim)
 
     @property
     def prompt_version(self) -> str:
@@ -190,14 +201,15 @@ class LibraryEncoder:
     def _prompt(self, query: Query) -> str | None:
         """What the library gets as `prompt`: the instruction, where the model has a place for one; None: the model's own.
 
-        That place is in its own query prompt, else the system message of its chat template. Put before the text of any other
+        That place is in a prompt of its own, else the system message of its chat template. Put before the text of any other
         model an instruction would be part of what is looked for.
         """
         asked = (query.instruction or "").strip()
         if not asked or not query.parts:
             return None
-        if found := _ASKED.fullmatch(self.model.prompts.get("query") or ""):
-            return f"{found[1]}{asked}{found[3]}"
+        for own in (self.model.prompts.get("query"), *self.model.prompts.values()):
+            if found := _ASKED.fullmatch(own or ""):
+                return f"{found[1]}{asked}{found[3]}"
         if self._reads_messages:
             return asked
         if not self._unused:
@@ -295,6 +307,8 @@ def _one_line(error: Exception) -> str:
 
 def _check_modules(name: str, types: Sequence[str]) -> None:
     """Raises ModelError where a module would be code from elsewhere than the library."""
+    if list(types) == [OWN_MODULE]:
+        raise ModelError(f"{name} is a checkpoint of TraceIR itself; leave out {PREFIX}")
     if foreign := _foreign(types):
         raise ModelError(
             f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
@@ -305,7 +319,7 @@ def _check_modules(name: str, types: Sequence[str]) -> None:
 def _check_kind(folder: Path, name: str) -> None:
     """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
     about = folder / "config_sentence_transformers.json"
-    kind = _read(about).get("model_type") if about.is_file() else None
+    kind = read_object(about).get("model_type") if about.is_file() else None
     if kind not in (None, "SentenceTransformer"):
         raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
 
@@ -335,8 +349,8 @@ def _module_folders(folder: Path) -> list[Path]:
     if not (folder / MODULES).is_file():
         return [folder]
     places: list[Path] = []
-    for module in _read(folder / MODULES):
-        place = folder / _inside(str(module.get("path", "")), folder)
+    for path in module_paths(folder / MODULES):
+        place = folder / _inside(path, folder)
         places += [place, *(place / _inside(key, place) for key in _routed(place))]
     return sorted({place for place in places if place.is_dir()})
 
@@ -344,7 +358,7 @@ def _module_folders(folder: Path) -> list[Path]:
 def _routed(place: Path) -> Sequence[str]:
     """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
     for file in ("router_config.json", "config.json"):
-        types = _read(place / file).get("types") if (place / file).is_file() else None
+        types = read_object(place / file).get("types") if (place / file).is_file() else None
         if isinstance(types, dict):
             _check_modules(str(place), [str(kind) for kind in types.values()])
             return list(types)
@@ -359,7 +373,7 @@ def _inside(path: str, folder: Path) -> str:
 
 def _weights(place: Path) -> list[Path]:
     """The weights of a module; ModelError where it has some and none as safetensors."""
-    about = _read(place / "config.json") if (place / "config.json").is_file() else {}
+    about = read_object(place / "config.json") if (place / "config.json").is_file() else {}
     if (place / ADAPTER).is_file() or "model_type" in about:
         return weight_files(place)
     like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
@@ -371,14 +385,7 @@ def _weights(place: Path) -> list[Path]:
 
 def _bases(place: Path) -> list[Path]:
     """The folder of the checkpoint under an adapter."""
-    return [fetch(str(_read(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
+    return [fetch(str(read_object(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []
 
 
 def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:
