@@ -36,7 +36,7 @@ PAGES = {path.name: path for path in (*sorted((ROOT / "docs").glob("*.md")), ROO
 NOT_RUN = {
     r"^(source \.venv|make |python -m venv|pip install|SGLANG_|FINGERPRINT=)": "sets up an environment",
     r"^traceir index add photos --index photos\.index --model Qwen/|^traceir search .* --model Qwen/": "a model of 15 GB",
-    r"--model (sentence-transformers/|st:google/)|^python -m benchmarks\.library": "tests/test_library.py has such models",
+    r"--model (sentence-|st:google/|Qwen/Qwen3)|^python -m benchmarks\.library": "tests/test_library.py has such models",
     r"^traceir (index copy|serve --index) .*milvus\.example\.org": "a Milvus server",
     r"SGLangEncoder|^python -m benchmarks\.engine_parity": "an SGLang server; tests/test_engines.py has a stand-in",
     r"^traceir minibeir build --scale small --out data/minibeir-small$": "belongs to the SGLang server's commands",

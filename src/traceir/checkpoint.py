@@ -78,10 +78,17 @@ def is_library(name: str) -> bool:
 def module_types(name: str) -> list[str]:
     """The types of module that the modules.json of a folder or hub repository names; [] where there is none."""
     file = _modules_file(name)
-    if file is None:
-        return []
+    return [] if file is None else _of_modules(file, "type")
+
+
+def module_paths(file: Path) -> list[str]:
+    """The folders of the modules that a modules.json names, as they stand there."""
+    return _of_modules(file, "path")
+
+
+def _of_modules(file: Path, key: str) -> list[str]:
     try:
-        return [str(module["type"]) for module in json.loads(file.read_text(encoding="utf-8"))]
+        return [str(module[key]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
 

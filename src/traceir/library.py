@@ -9,21 +9,20 @@ Shapes: D width.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from traceir.checkpoint import ADAPTER, MODULES, bundled_model, fetch, is_library, module_types, plain_name
+from traceir.checkpoint import MODULES, bundled_model, fetch, is_library, module_types, plain_name
 from traceir.errors import InputError, ModelError
 from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, Vector
+from traceir.library_folder import check_kind, check_modules, foreign_types, library_fingerprint
 from traceir.suggest import did_you_mean
-from traceir.weights import REMEDY, SINGLE, WEIGHT_LIKE, digest, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +34,6 @@ log = logging.getLogger(__name__)
 
 VERSION: Final = "library-1"
 """How inputs are handed to the library; a change of what is said here in `_prompt` or `_input` needs another."""
-NAMESPACE: Final = "sentence_transformers."
-DECIDING: Final = frozenset(
-    """modules.json config.json config_sentence_transformers.json sentence_bert_config.json router_config.json
-    adapter_config.json tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json vocab.txt
-    merges.txt chat_template.jinja chat_template.json processor_config.json preprocessor_config.json""".split()
-)
-"""Files beside the weights that decide a vector, in the model's folder and in those of its modules."""
 _ASKED: Final = re.compile(r"(.*\bInstruct: ?)(.+?)(\n *\w+: ?)", re.DOTALL)
 """A query prompt with a place for an instruction, "Instruct: ...\\nQuery:", as E5, GTE and Qwen3-Embedding have it."""
 _FIXED_LENGTH: Final = ("siglip", "siglip2")
@@ -64,7 +56,7 @@ def load_encoder(
     what `profile` is given for, an Encoder. `dim` truncates the vectors of the former. Raises ModelError, InputError.
     """
     name = str(source or bundled_model())
-    if is_library(name) and (profile is None or not _foreign(module_types(plain_name(name)))):
+    if is_library(name) and (profile is None or not foreign_types(module_types(plain_name(name)))):
         if profile is not None:
             raise InputError(f"{name} is a model of sentence-transformers, read as its own files say; leave out the profile")
         return LibraryEncoder.from_pretrained(name, device=device, dtype=dtype, dim=dim)
@@ -103,11 +95,12 @@ class LibraryEncoder:
         Raises ModelError where it cannot be had, has other weights than safetensors, or needs code of its own.
         """
         name = plain_name(str(source))
-        _check_modules(name, module_types(name))
+        check_modules(name, module_types(name))
         folder = fetch(name)
-        _check_kind(folder, name)
-        fingerprint = _fingerprint(folder)
-        return cls(_load(folder, name, device, dtype), name, fingerprint, dim=dim)
+        check_kind(folder, name)
+        fingerprint = library_fingerprint(folder)
+        called = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
+        return cls(_load(folder, name, device, dtype), called, fingerprint, dim=dim)
 
     @property
     def prompt_version(self) -> str:
@@ -191,14 +184,15 @@ class LibraryEncoder:
     def _prompt(self, query: Query) -> str | None:
         """What the library gets as `prompt`: the instruction, where the model has a place for one; None: the model's own.
 
-        That place is in its own query prompt, else the system message of its chat template. Put before the text of any other
+        That place is in a prompt of its own, else the system message of its chat template. Put before the text of any other
         model an instruction would be part of what is looked for.
         """
         asked = (query.instruction or "").strip()
         if not asked or not query.parts:
             return None
-        if found := _ASKED.fullmatch(self.model.prompts.get("query") or ""):
-            return f"{found[1]}{asked}{found[3]}"
+        for own in (self.model.prompts.get("query"), *self.model.prompts.values()):
+            if found := _ASKED.fullmatch(own or ""):
+                return f"{found[1]}{asked}{found[3]}"
         if self._reads_messages:
             return asked
         if not self._unused:
@@ -292,94 +286,6 @@ def _why(error: Exception) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _check_modules(name: str, types: Sequence[str]) -> None:
-    """Raises ModelError where a module would be code from elsewhere than the library."""
-    if foreign := _foreign(types):
-        raise ModelError(
-            f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
-            "use another model, or --profile where there is one for it"
-        )
-
-
-def _check_kind(folder: Path, name: str) -> None:
-    """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
-    about = folder / "config_sentence_transformers.json"
-    kind = _read(about).get("model_type") if about.is_file() else None
-    if kind not in (None, "SentenceTransformer"):
-        raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
-
-
-def _foreign(types: Sequence[str]) -> list[str]:
-    return [kind for kind in types if not kind.startswith(NAMESPACE)]
-
-
-def _fingerprint(folder: Path) -> str:
-    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates.
-
-    The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
-    """
-    modules = _module_folders(folder)
-    files = {place / file for place in (folder, *modules) for file in DECIDING if (place / file).is_file()}
-    files |= {file for place in modules for file in _weights(place)}
-    files |= {file for place in modules for base in _bases(place) for file in weight_files(base)}
-    return digest((_counted_as(file, folder), file) for file in sorted(files))
-
-
-def _counted_as(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
-
-
-def _module_folders(folder: Path) -> list[Path]:
-    """Those of its modules, also of those behind a router; without modules.json the folder itself."""
-    if not (folder / MODULES).is_file():
-        return [folder]
-    places: list[Path] = []
-    for module in _read(folder / MODULES):
-        place = folder / _inside(str(module.get("path", "")), folder)
-        places += [place, *(place / _inside(key, place) for key in _routed(place))]
-    return sorted({place for place in places if place.is_dir()})
-
-
-def _routed(place: Path) -> Sequence[str]:
-    """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
-    for file in ("router_config.json", "config.json"):
-        types = _read(place / file).get("types") if (place / file).is_file() else None
-        if isinstance(types, dict):
-            _check_modules(str(place), [str(kind) for kind in types.values()])
-            return list(types)
-    return []
-
-
-def _inside(path: str, folder: Path) -> str:
-    if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ModelError(f"{folder / MODULES} names the folder {path!r}, which is not below its own; copy the checkpoint again")
-    return path
-
-
-def _weights(place: Path) -> list[Path]:
-    """The weights of a module; ModelError where it has some and none as safetensors."""
-    about = _read(place / "config.json") if (place / "config.json").is_file() else {}
-    if (place / ADAPTER).is_file() or "model_type" in about:
-        return weight_files(place)
-    like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
-    own = [file for file in like if file.suffix == ".safetensors"]
-    if like and place / SINGLE not in own:
-        raise ModelError(f"{place} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
-    return own
-
-
-def _bases(place: Path) -> list[Path]:
-    """The folder of the checkpoint under an adapter."""
-    return [fetch(str(_read(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
 
 
 def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], rows: int) -> Iterator[list[int]]:

@@ -31,7 +31,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The weights of a checkpoint or adapter folder; ModelError where there are none, or not all that it names."""
     if (folder / ADAPTER).is_file():
         names = {ADAPTER_WEIGHTS}
-    elif named := _read(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None:
+    elif named := read_object(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None:
         names = shards(folder / named) if str(named).endswith(".index.json") else {checked(str(named), folder / CONFIG)}
     elif (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         names = {SINGLE}
@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
 def shards(index: Path) -> set[str]:
     """The files that an index of sharded weights names."""
     try:
-        return {checked(str(name), index) for name in _read(index)["weight_map"].values()}
+        return {checked(str(name), index) for name in read_object(index)["weight_map"].values()}
     except (KeyError, AttributeError) as error:
         raise ModelError(f"{index} maps no weights to files; copy the checkpoint again") from error
 
@@ -88,7 +88,8 @@ def digest(named: Iterable[tuple[str, Path]]) -> str:
     return found.hexdigest()[:16]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
+    """What a JSON file of a checkpoint says; ModelError where it holds no object."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -242,7 +242,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         service, model = _view(server, principal), _model(server, asked.model)
         if asked.dimensions not in (None, model.width):
             raise InputError(
-                f"dimensions is {asked.dimensions}, but this server's vectors have {model.width}; `traceir serve --dim` sets that"
+                f"dimensions is {asked.dimensions}, but the width of this server's vectors is {model.width} (`serve --dim`)"
             )
         given = asked.messages if asked.messages is not None else asked.input
         _pay(server, principal, len(given) if isinstance(given, list) else 1)

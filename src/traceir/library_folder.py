@@ -1,0 +1,106 @@
+"""What lies in the folder of a model of sentence-transformers: its modules, their weights, and the fingerprint that names them.
+
+Nothing here imports torch or the library. Only safetensors may be loaded, and no code that comes with a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from traceir.checkpoint import ADAPTER, MODULES, OWN_MODULE, PREFIX, fetch, module_paths
+from traceir.errors import ModelError
+from traceir.weights import REMEDY, SINGLE, WEIGHT_LIKE, digest, read_object, weight_files
+
+NAMESPACE: Final = "sentence_transformers."
+DECIDING: Final = frozenset(
+    """modules.json config.json config_sentence_transformers.json special_tokens_map.json added_tokens.json tokenizer.json
+    vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json""".split()
+)
+_CONFIG: Final = "_config.json"
+"""Files of these names, or whose names end so, decide a vector beside the weights, in the model's folder and in its modules'."""
+
+
+def check_modules(name: str, types: Sequence[str]) -> None:
+    """Raises ModelError where a module would be code from elsewhere than the library."""
+    if list(types) == [OWN_MODULE]:
+        raise ModelError(f"{name} is a checkpoint of TraceIR itself; leave out {PREFIX}")
+    if foreign := foreign_types(types):
+        raise ModelError(
+            f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
+            "use another model, or --profile where there is one for it"
+        )
+
+
+def check_kind(folder: Path, name: str) -> None:
+    """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
+    about = folder / "config_sentence_transformers.json"
+    kind = read_object(about).get("model_type") if about.is_file() else None
+    if kind not in (None, "SentenceTransformer"):
+        raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
+
+
+def foreign_types(types: Sequence[str]) -> list[str]:
+    return [kind for kind in types if not kind.startswith(NAMESPACE)]
+
+
+def library_fingerprint(folder: Path) -> str:
+    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates.
+
+    The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
+    """
+    modules = _module_folders(folder)
+    beside = {file for place in (folder, *modules) for file in place.iterdir() if file.is_file()}
+    files = {file for file in beside if file.name in DECIDING or file.name.endswith(_CONFIG)}
+    files |= {file for place in modules for file in _weights(place)}
+    files |= {file for place in modules for base in _bases(place) for file in weight_files(base)}
+    return digest((_counted_as(file, folder), file) for file in sorted(files))
+
+
+def _counted_as(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """Those of its modules, also of those behind a router; without modules.json the folder itself."""
+    if not (folder / MODULES).is_file():
+        return [folder]
+    places: list[Path] = []
+    for path in module_paths(folder / MODULES):
+        place = folder / _inside(path, folder)
+        places += [place, *(place / _inside(key, place) for key in _routed(place))]
+    return sorted({place for place in places if place.is_dir()})
+
+
+def _routed(place: Path) -> Sequence[str]:
+    """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
+    for file in ("router_config.json", "config.json"):
+        types = read_object(place / file).get("types") if (place / file).is_file() else None
+        if isinstance(types, dict):
+            check_modules(str(place), [str(kind) for kind in types.values()])
+            return list(types)
+    return []
+
+
+def _inside(path: str, folder: Path) -> str:
+    if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ModelError(f"{folder / MODULES} names the folder {path!r}, which is not below its own; copy the checkpoint again")
+    return path
+
+
+def _weights(place: Path) -> list[Path]:
+    """The weights of a module; ModelError where it has some and none as safetensors."""
+    about = read_object(place / "config.json") if (place / "config.json").is_file() else {}
+    if (place / ADAPTER).is_file() or "model_type" in about:
+        return weight_files(place)
+    like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
+    own = [file for file in like if file.suffix == ".safetensors"]
+    if like and place / SINGLE not in own:
+        raise ModelError(f"{place} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
+    return own
+
+
+def _bases(place: Path) -> list[Path]:
+    """The folder of the checkpoint under an adapter."""
+    return [fetch(str(read_object(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []
