@@ -62,7 +62,7 @@ WORDS: Final = (20, 40, 80, 120, 160, 240, 320, 400)
 """Tokens of the texts, about; the words of SENTENCE are one token each."""
 SENTENCE: Final = "the red house stands on a green hill near the old river and two small dogs run along the road"
 CHUNK_TOKENS: Final = 2048
-CELLS: Final = 64
+CELLS: Final = 16
 """Most tokens of a picture in the LoRA step, so that a few CPU cores are done with it in minutes."""
 BATCH: Final = 8
 WRITTEN: Final = 16

@@ -30,7 +30,7 @@ from traceir.batch import IGNORE, ImageBudget, Layout
 from traceir.checkpoint import bundled_model
 from traceir.errors import InputError
 from traceir.learn.batches import Chunk, Turn
-from traceir.learn.gradcache import Objective, Reader, step
+from traceir.learn.gradcache import Objective, Reader, recomputing, step
 from traceir.learn.presets import PRESETS
 from traceir.learn.train import TrainConfig
 from traceir.learn.trainer import to_device
@@ -284,7 +284,9 @@ class Capacity:
     def _run(self, batch: int, chunk_tokens: int, checkpointing: bool) -> float | None:
         turn = made_up_turn(self.model, batch, self.lengths, chunk_tokens, self.seed)
         if checkpointing:
-            self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.network.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputing}
+            )
         else:
             self.model.network.gradient_checkpointing_disable()
         reset_peak(self.device)

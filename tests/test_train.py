@@ -553,6 +553,18 @@ def test_field_report_01_a_gpu_that_emulates_is_not_taken_for_a_fast_one(monkeyp
     assert not bfloat16_on("mps").fast
 
 
+@pytest.mark.parametrize(("ratio", "told"), [(0.94, False), (1.01, False), (1.3, True)])
+def test_a_type_that_is_as_fast_and_half_as_large_is_no_reason_for_a_warning(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ratio: float, told: bool
+) -> None:
+    bfloat16_on.cache_clear()
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr("traceir.precision._seconds", lambda *given: ratio if given[-1] else 1.0)
+    Encoder(load(trained, dtype=torch.bfloat16))
+    assert ("which is slow here" in caplog.text) == told and not bfloat16_on("cpu", 32).fast
+    bfloat16_on.cache_clear()
+
+
 def test_field_report_01_asking_draws_no_random_number() -> None:
     bfloat16_on.cache_clear()
     before = torch.get_rng_state()

@@ -52,7 +52,7 @@ class Encoder:
         self.threshold = threshold
         if (
             next(model.network.parameters()).dtype == torch.bfloat16
-            and not (speed := bfloat16_on(str(model.device), model.width)).fast
+            and (speed := bfloat16_on(str(model.device), model.width)).slow
         ):
             log.warning("the weights are in bfloat16, which is slow here: %s; leave dtype at float32", speed.why)
 

@@ -25,10 +25,11 @@ WIDEST: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Whether bfloat16 is the faster type, and how that is known."""
+    """Whether bfloat16 is the faster type, how that is known, and whether it is the slower one, which is worth a warning."""
 
     fast: bool
     why: str
+    slow: bool = False
 
 
 @functools.cache
@@ -39,17 +40,18 @@ def bfloat16_on(device: str, width: int = WIDEST) -> Speed:
         return _on_the_processor(min(width, WIDEST))
     if kind == "cuda":
         name, native = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
-        return Speed(native, f"{name} has {'bfloat16 units' if native else 'no bfloat16 units and emulates them'}")
+        said = f"{name} has {'bfloat16 units' if native else 'no bfloat16 units and emulates them'}"
+        return Speed(native, said, slow=not native)
     from transformers.utils import is_torch_bf16_gpu_available
 
     native = kind != "mps" and is_torch_bf16_gpu_available()  # some of Apple's GPUs emulate it, and none says so
-    return Speed(native, f"torch {'says' if native else 'does not say'} that {kind} has bfloat16 units")
+    return Speed(native, f"torch {'says' if native else 'does not say'} that {kind} has bfloat16 units", slow=not native)
 
 
 def _on_the_processor(width: int) -> Speed:
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # missing where torch is built without oneDNN
     if supported is None or not supported():
-        return Speed(False, "torch has no bfloat16 kernels for this processor (AVX512-BF16, AMX or Arm's BF16)")
+        return Speed(False, "torch has no bfloat16 kernels for this processor (AVX512-BF16, AMX or Arm's BF16)", slow=True)
     spent = {True: float("inf"), False: float("inf")}
     for number in range(TRIES):
         for half in spent:
@@ -58,7 +60,8 @@ def _on_the_processor(width: int) -> Speed:
     ratio = spent[True] / spent[False]
     has = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512-BF16": torch.cpu._is_avx512_bf16_supported()}
     names = f" ({', '.join(name for name, there in has.items() if there)})" if any(has.values()) else ""
-    return Speed(ratio <= GAIN, f"layers of width {width} take {ratio:.2f} times as long in bfloat16 on this processor{names}")
+    why = f"layers of width {width} take {ratio:.2f} times as long in bfloat16 on this processor{names}"
+    return Speed(ratio <= GAIN, why, slow=ratio * GAIN > 1.0)
 
 
 def _seconds(width: int, length: int, half: bool) -> float:

@@ -324,7 +324,7 @@ def settled(config: TrainConfig, device: str, begun: Path) -> TrainConfig:
         chosen, why = speed.fast, speed.why
     log.info("%s: %s", "bfloat16" if chosen else "float32", why)
     half = [name for name, on in (("mixed_precision=true", chosen), ("dtype=bfloat16", config.dtype == "bfloat16")) if on]
-    if half and not (speed := bfloat16_on(device, _width(config))).fast:
+    if half and (speed := bfloat16_on(device, _width(config))).slow:
         log.warning("%s is slow here: %s; float32 is the faster type for a new run", " and ".join(half), speed.why)
     return replace(config, mixed_precision=chosen)
 
