@@ -8,7 +8,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Final
 
-from traceir.checkpoint import bundled_model, check_model, is_library
+from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers, is_hub_id, is_library, plain_name
 from traceir.engines.forms import split_engine
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.parser import ENGINE_KEY_VARIABLE
@@ -52,6 +52,8 @@ def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
     check_model_options(args)
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if is_hub_id(name := plain_name(model_name(args))) and not hub_answers():
+        fetch(name)  # where it is not in the cache either, that is said before seconds go into torch
     if not shows_progress():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import torch
