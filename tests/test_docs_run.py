@@ -40,7 +40,7 @@ NOT_RUN = {
     r"^traceir (index copy|serve --index) .*milvus\.example\.org": "a Milvus server",
     r"SGLangEncoder|^python -m benchmarks\.engine_parity": "an SGLang server; tests/test_engines.py has a stand-in",
     r"^traceir minibeir build --scale small --out data/minibeir-small$": "belongs to the SGLang server's commands",
-    r"--profile (lamra|own\.json)": "weights of other projects; tests/test_profiles.py has their shapes",
+    r"--profile (lamra|own\.json)|--model Alibaba-NLP/": "weights of other projects; tests/test_profiles.py has their shapes",
     r"^traceir minibeir build .*--scale full|^traceir minibeir unseen .*--scale full": "minutes of drawing",
     r"^traceir minibeir build --(out data/small$|out OUT --scale small|scale small --out out/look)": "12 s; tests/conftest.py",
     r"^traceir minibeir sheet": "seconds of drawing; tests/test_minibeir_build.py",
