@@ -316,9 +316,9 @@ Thresholds are those of `traceir index calibrate`: texts are its defaults (the b
 Pictures, and pairs of them with these texts, are validation pictures of one world of MiniBEIR, and the foreign queries then those
 of the worlds that are neither the row's nor the background's, mean over all such choices.
 
-A cut-off is worth what the model's scores are. The emoji model is small, made from random weights and a few thousand pictures, in
-a part of its preset's steps, and has seen no other kind: foreign pictures lie as near to its emoji as emoji do, and `kept at that
-rate` shows that no threshold tells them apart. Texts it tells better.
+A cut-off is worth what the model's scores are. The emoji model is small, made from random weights and a few thousand pictures, and
+has seen no other kind: where foreign pictures lie as near to its emoji as emoji do, `kept at that rate` shows that no threshold
+tells them apart. Texts it tells better.
 
 "Which statistic" sets the threshold of each on one half of the absent queries and measures on the other half, mean over the rows.
 """
@@ -338,7 +338,7 @@ def main() -> None:
     parts = [HEAD.format(command=command, seed=SEED, machine=describe_machine())]
     parts.append(report("MiniBEIR full", args.data, bundled_model(), args.data, args.cache, "auto", ", the bundled one"))
     if args.emoji is not None:
-        note = f", `traceir train --preset emoji {args.emoji_note}`"
+        note = f", `{f'traceir train --preset emoji {args.emoji_note}'.strip()}`"
         parts.append(report("Emoji", args.emoji, args.emoji_model, args.data, args.cache, "direct", note))
     args.out.write_text("\n".join(parts), encoding="utf-8")
 
