@@ -317,8 +317,8 @@ Pictures, and pairs of them with these texts, are validation pictures of one wor
 of the worlds that are neither the row's nor the background's, mean over all such choices.
 
 A cut-off is worth what the model's scores are. The emoji model is small, made from random weights and a few thousand pictures,
-and has seen no other kind: where foreign pictures lie as near to its emoji as emoji do, `kept at that rate` shows that no threshold
-tells them apart. Texts it tells better.
+and has seen no other kind: where foreign pictures lie as near to its emoji as emoji do, `kept at that rate` shows that no
+threshold tells them apart. Texts it tells better.
 
 "Which statistic" sets the threshold of each on one half of the absent queries and measures on the other half, mean over the rows.
 """
