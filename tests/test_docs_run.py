@@ -46,7 +46,7 @@ NOT_RUN = {
     r"^traceir minibeir sheet": "seconds of drawing; tests/test_minibeir_build.py",
     r"^runs/|^traceir (--threads 1 )?train --preset mini|^python -m benchmarks\.bundle": "hours of training",
     r"^traceir evaluate .*(out/runs/mini/checkpoint|out/models/7b)": "a model that hours of training make",
-    r"^(torchrun|accelerate|CUDA_VISIBLE_DEVICES=0)|--preset qwen2\.5-vl-7b": "GPUs; tests/test_train.py has two processes",
+    r"^(torchrun|accelerate|CUDA_VISIBLE_DEVICES=0)|--preset qwen": "GPUs; tests/test_train.py has two processes",
     r"^traceir (merge|push) out/": "a trained adapter over a hub id; tests/test_adapter.py, tests/test_cli.py",
     r"^traceir mteb ": "data sets of the hub; tests/test_mteb.py has small ones",
     r"^traceir ablate .*--out": "hours of training; tests/test_ablate.py",

@@ -665,7 +665,7 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     state = page.locator(".state")
     playwright.expect(state).to_contain_text("Nothing found")
     playwright.expect(state).to_contain_text("1 in 100 queries find whose answer is not in the collection. The nearest scores 0.")
-    assert "Nothing found" in page.evaluate("window.said.join(' ')")
+    page.wait_for_function("window.said.join(' ').includes('Nothing found')")
     page.get_by_role("button", name="Show the nearest all the same").click()
     playwright.expect(page.locator(".card[data-id]")).to_have_count(PAGE)
 
