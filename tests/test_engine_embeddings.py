@@ -186,7 +186,7 @@ def test_a_picture_goes_upright_and_without_transparency(tmp_path: Path) -> None
 def test_a_server_that_ignores_pictures_is_refused(addresses: dict[str, str]) -> None:
     for form in ("vllm", "infinity", "objects", "jina"):
         KINDS[form].blind, KINDS[form].noise = True, 1e-4
-        KINDS[form].vector = lambda text, image, own=KINDS[form]: FakeEndpoint.vector(own, text or "nothing", image)  # type: ignore[method-assign]
+        KINDS[form].vector = lambda text, image, own=KINDS[form]: FakeEndpoint.vector(own, text or "nothing", image)
         try:
             with pytest.raises(ModelError, match="takes pictures and does not see them"):
                 make(addresses, form)
@@ -198,7 +198,7 @@ def test_a_server_that_reads_a_picture_as_text_is_refused(addresses: dict[str, s
     """What vLLM does with Infinity's form: the unknown `modality` is ignored, and the data URI is a text like any other."""
     server = KINDS["vllm"]
     server.vector = (
-        lambda text, _: sum(  # type: ignore[method-assign]
+        lambda text, _: sum(
             fakes.vector_of(text[start : start + 4], WIDTH) for start in range(0, min(len(text), 4_000), 4)
         )
     )
@@ -222,7 +222,7 @@ def test_a_server_of_texts_alone_refuses_pictures_one_by_one(addresses: dict[str
 
 def test_a_server_that_drops_the_picture_of_a_pair_takes_both_apart(addresses: dict[str, str]) -> None:
     server = KINDS["objects"]
-    server.vector = lambda text, image: FakeEndpoint.vector(  # type: ignore[method-assign]
+    server.vector = lambda text, image: FakeEndpoint.vector(
         server, text, image if text == "padding" else None
     )
     try:
@@ -447,4 +447,4 @@ def test_a_searcher_over_it(addresses: dict[str, str], tmp_path: Path) -> None:
             found = searcher.search(Query.of(image=picture(2)), k=1, route=route)
             assert found.hits[0].id == "p2" and found.hits[0].score == pytest.approx(1, abs=1e-5)
         with pytest.raises(InputError, match="did you mean 'direct'"):
-            encoder.encode_queries([Query.of(text=WORDS)], route="dierct")  # type: ignore[arg-type]
+            encoder.encode_queries([Query.of(text=WORDS)], route="dierct")  # type: ignore[arg-type]  # what a caller without types may do
