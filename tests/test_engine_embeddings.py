@@ -197,10 +197,8 @@ def test_a_server_that_ignores_pictures_is_refused(addresses: dict[str, str]) ->
 def test_a_server_that_reads_a_picture_as_text_is_refused(addresses: dict[str, str]) -> None:
     """What vLLM does with Infinity's form: the unknown `modality` is ignored, and the data URI is a text like any other."""
     server = KINDS["vllm"]
-    server.vector = (
-        lambda text, _: sum(
-            fakes.vector_of(text[start : start + 4], WIDTH) for start in range(0, min(len(text), 4_000), 4)
-        )
+    server.vector = lambda text, _: sum(
+        fakes.vector_of(text[start : start + 4], WIDTH) for start in range(0, min(len(text), 4_000), 4)
     )
     try:
         with pytest.raises(ModelError, match=r"does not see them.*is `infinity` its form"):
@@ -222,9 +220,7 @@ def test_a_server_of_texts_alone_refuses_pictures_one_by_one(addresses: dict[str
 
 def test_a_server_that_drops_the_picture_of_a_pair_takes_both_apart(addresses: dict[str, str]) -> None:
     server = KINDS["objects"]
-    server.vector = lambda text, image: FakeEndpoint.vector(
-        server, text, image if text == "padding" else None
-    )
+    server.vector = lambda text, image: FakeEndpoint.vector(server, text, image if text == "padding" else None)
     try:
         with make(addresses, "objects") as encoder:
             assert len(encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])) == 2
