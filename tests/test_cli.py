@@ -389,7 +389,7 @@ def test_field_report_24_names_in_values_have_a_nearest_one_too(tmp_path: Path) 
     with pytest.raises(InputError, match="did you mean 'mini-words'"):
         resolve("mini-wrds")
     with pytest.raises(InputError, match="did you mean 'image'"):
-        Query.of(text="x", target="picture")  # type: ignore[arg-type]  # wrong on purpose
+        Query.of(text="x", target="picture")
     assert did_you_mean("zebra", ["image", "text"]) == ""
 
 

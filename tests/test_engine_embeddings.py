@@ -443,4 +443,4 @@ def test_a_searcher_over_it(addresses: dict[str, str], tmp_path: Path) -> None:
             found = searcher.search(Query.of(image=picture(2)), k=1, route=route)
             assert found.hits[0].id == "p2" and found.hits[0].score == pytest.approx(1, abs=1e-5)
         with pytest.raises(InputError, match="did you mean 'direct'"):
-            encoder.encode_queries([Query.of(text=WORDS)], route="dierct")  # type: ignore[arg-type]  # what a caller without types may do
+            encoder.encode_queries([Query.of(text=WORDS)], route="dierct")

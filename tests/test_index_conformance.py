@@ -352,7 +352,7 @@ def test_field_report_11_every_kind_of_index_refuses_vectors_that_would_poison_i
 def test_field_report_11_a_broken_row_of_a_collection_is_named(tmp_path: Path) -> None:
     with opened(f"milvus-lite:{tmp_path}/items.db") as index:
         index.upsert(texts([f"{n}" for n in range(5)]), drawn(5, 4))
-        client: Any = index._collections._client  # type: ignore[attr-defined]  # of MilvusIndex, which the interface hides
+        client: Any = index._collections._client
         row = client.query("traceir", filter=keys_in([key_of("3")]), output_fields=["*"])[0]
         for name, value, why in (
             ("vector", np.full(4, np.nan, dtype=np.float32), "item '3' has no whole vector"),

@@ -35,7 +35,7 @@ def test_field_report_12_a_path_is_opened_and_never_read_as_words(kind: type[Ite
 def test_field_report_12_what_is_no_picture_is_refused(tmp_path: Path) -> None:
     for wrong in (np.zeros((4, 4, 3)), 7, ["cat.png"], {"path": "cat.png"}):
         with pytest.raises(TypeError, match=type(wrong).__name__):
-            Query.of(image=wrong)  # type: ignore[arg-type]  # wrong on purpose
+            Query.of(image=wrong)
     with pytest.raises(PictureError, match="address"):
         Item.of(image="https://example.org/cat.png")
     with pytest.raises(PictureError, match="does not exist"):
@@ -46,16 +46,16 @@ def test_field_report_12_what_is_no_picture_is_refused(tmp_path: Path) -> None:
 
 def test_field_report_12_parts_are_texts_and_pictures_alone(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Query\.of"):
-        Query("a red ring")  # type: ignore[arg-type]  # wrong on purpose
+        Query("a red ring")
     with pytest.raises(TypeError, match="part 1 is a PosixPath"):
-        Item(("a red ring", tmp_path / "cat.png"))  # type: ignore[arg-type]  # wrong on purpose
+        Item(("a red ring", tmp_path / "cat.png"))
     with pytest.raises(TypeError, match="part 0 is a Image"):
-        Query((picture(1).load(),))  # type: ignore[arg-type]  # wrong on purpose
+        Query((picture(1).load(),))
     with pytest.raises(TypeError, match="text is a PosixPath"):
-        Item.of(text=tmp_path)  # type: ignore[arg-type]  # wrong on purpose
+        Item.of(text=tmp_path)
     with pytest.raises(TypeError, match="instruction is a list"):
-        Query.of(text="a", instruction=["b"])  # type: ignore[arg-type]  # wrong on purpose
-    assert Query(["a", picture(1)]).parts == Query(("a", picture(1))).parts  # type: ignore[arg-type]  # wrong on purpose
+        Query.of(text="a", instruction=["b"])
+    assert Query(["a", picture(1)]).parts == Query(("a", picture(1))).parts
     assert isinstance(Query.of(text="a"), Content)
     with pytest.raises(InputError, match="empty"):
         Item.of(text=" ")

@@ -56,7 +56,7 @@ def grey_tiff(
     stored = values.astype(np.dtype(kind).newbyteorder(order))
     sample = {"u": 1, "i": 2, "f": 3}[kind[0]]
     tags = {258: (SHORT, (stored.itemsize * 8,)), 262: (SHORT, (photometric,)), 339: (SHORT, (sample,))}
-    tags |= {int(name[1:]): value for name, value in more.items()}  # type: ignore[misc]  # values are whatever the test writes
+    tags |= {int(name[1:]): value for name, value in more.items()}
     return tiff(values.shape[1], values.shape[0], stored.tobytes(), order=order, packed=packed, tags=tags)
 
 

@@ -11,6 +11,8 @@ whatever the number of grids. Accelerate's plugin wraps each block instead, need
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -36,12 +38,13 @@ def shard(reader: Reader, device: torch.device) -> None:
 
 def _shard_tower(reader: Reader, mesh: DeviceMesh) -> None:
     """One unit, gathered by `picture_features`: that runs the tower's parts one by one, and so no hook of the tower's own."""
-    model, tower = reader.model, reader.network.model.visual
+    model: Any = reader.model  # whose method is replaced by the same one with hooks around it
+    tower = reader.network.model.visual
     fully_shard(tower, mesh=mesh)
     if reader.network.config.model_type == "qwen2_5_vl":
         tower.picture_features = model.picture_features
         register_fsdp_forward_method(tower, "picture_features")
-        model.picture_features = tower.picture_features  # type: ignore[method-assign]  # the same method, hooks around it
+        model.picture_features = tower.picture_features
 
 
 def fetched(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:

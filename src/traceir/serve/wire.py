@@ -190,7 +190,8 @@ class _Watched(asyncio.Protocol):
     def on_response_complete(self) -> None:
         """uvicorn's hook at the end of an answer."""
         cycle = self.cycle
-        super().on_response_complete()  # type: ignore[misc]  # of uvicorn, which goes behind this class
+        behind: Any = super()  # uvicorn's class, which goes behind this one
+        behind.on_response_complete()
         self.since = asyncio.get_running_loop().time()
         unread = self.cycle is cycle and cycle.response_complete and cycle.more_body and not self._is_brief(cycle.scope)
         if unread and not self.transport.is_closing():
