@@ -13,7 +13,7 @@ from fakes import FakeEncoder
 
 import traceir
 from traceir.errors import InputError, PictureError
-from traceir.items import Content, Item, Query
+from traceir.items import ROUTES, Content, Item, Query, check_route
 from traceir.pictures import Picture
 from traceir.search import Searcher
 
@@ -83,3 +83,9 @@ def test_field_report_26_what_is_added_is_found_by_words(tmp_path: Path) -> None
             searcher.add([Item.of(text="no id")])
     with traceir.open_index(tmp_path / "index") as looked_at:
         assert looked_at.info().count == 5
+
+
+def test_a_route_is_checked_in_one_place() -> None:
+    assert [check_route(route) for route in ROUTES] == list(ROUTES)
+    with pytest.raises(InputError, match=r"route 'dierct' is unknown.*direct.*choose one of auto, reason, direct"):
+        check_route("dierct")

@@ -15,11 +15,10 @@ from traceir.batch import Layout
 from traceir.checkpoint import bundled_model, is_library
 from traceir.decoding import Decoder, Finished, Wave, merge_waves
 from traceir.errors import InputError, ModelError
-from traceir.items import ROUTES, Encoding, Item, Query, Route
+from traceir.items import Encoding, Item, Query, Route, check_route
 from traceir.model import TraceModel, load
 from traceir.precision import bfloat16_on
 from traceir.prompts import Prompt
-from traceir.suggest import did_you_mean
 from traceir.world import World
 
 log = logging.getLogger(__name__)
@@ -118,8 +117,7 @@ class Encoder:
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         """Queries by the given route: `auto` lets the model decide, `reason` and `direct` force it. Order is kept."""
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         if not self.model.writes("query"):
             route = "direct"  # there is no token for the model to predict
         prompts = [self.model.prompt(query, direct=route == "direct") for query in queries]

@@ -183,6 +183,14 @@ def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
     return tuple(parts)
 
 
+def check_route(route: str) -> Route:
+    """The route; InputError, with the nearest known one, for any other word."""
+    for known in ROUTES:
+        if route == known:
+            return known
+    raise InputError(f"route {route!r} is unknown{did_you_mean(str(route), ROUTES)}; choose one of {', '.join(ROUTES)}")
+
+
 def as_picture(image: ImageLike) -> Picture:
     """What stands for a picture, as one; TypeError for anything else. A path is not touched before the picture is read."""
     if isinstance(image, Picture):

@@ -20,9 +20,8 @@ import numpy as np
 
 from traceir.checkpoint import MODULES, bundled_model, fetch, is_library, module_types, plain_name
 from traceir.errors import InputError, ModelError
-from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, Vector
+from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, Vector, check_route
 from traceir.library_folder import check_kind, check_modules, foreign_types, library_fingerprint
-from traceir.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +79,8 @@ class LibraryEncoder:
         self.model, self.name, self.fingerprint, self.batch_rows = model, name, fingerprint, batch_rows
         self._lock = threading.Lock()
         self._unused = False
+        supported = [one for one in MODALITIES if model.supports(("image", "text") if one == "image,text" else one)]
+        self.modalities: tuple[Modality, ...] = tuple(supported)
         whole = model.get_embedding_dimension() or len(self._probe())
         if dim is not None and not 1 <= dim <= whole:
             raise InputError(f"vectors of {name} have {whole} components and cannot be truncated to {dim}; give 1 to {whole}")
@@ -119,19 +120,13 @@ class LibraryEncoder:
     def as_written(self, text: str) -> str:
         return text
 
-    @property
-    def modalities(self) -> tuple[Modality, ...]:
-        """Of the inputs that the model encodes."""
-        return tuple(one for one in MODALITIES if self.model.supports(("image", "text") if one == "image,text" else one))
-
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates, by the model's `encode_document`. Raises InputError for a modality that it lacks."""
         return self._encode(items, [None] * len(items), self.model.encode_document)
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries, by the model's `encode_query`; `route` is `auto` or `direct`, which are the same here."""
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         if route == "reason":
             raise InputError(f"{self.name} writes nothing before its vector, so it cannot reason; use route direct or auto")
         return self._encode(queries, [self._prompt(query) for query in queries], self.model.encode_query)

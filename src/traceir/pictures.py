@@ -197,6 +197,16 @@ class Picture:
         except _DECODER_ERRORS as error:
             raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
+    def size(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+        """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
+        if self._image is not None:
+            return self._image.size
+        try:
+            with open_picture(self._read(limits)) as image:
+                return image.size
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+
     def load(self, shrink_to: int | None = None, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
         """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
 

@@ -15,8 +15,7 @@ from traceir.cutoff import Calibration, Cut, search_above
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.index.filters import Filter
 from traceir.index.store import Background, Index, Maker
-from traceir.items import ROUTES, Encoding, Hit, Item, Modality, Query, Route
-from traceir.suggest import did_you_mean
+from traceir.items import Encoding, Hit, Item, Modality, Query, Route, check_route
 
 log = logging.getLogger(__name__)
 
@@ -118,8 +117,7 @@ class Searcher:
         cutoff: float | None = None,
     ) -> list[SearchResult]:
         """As `search` for each query, in order; encoded in one call and searched in one call a target modality."""
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         if k < 1:
             raise InputError(f"k is {k}; ask for at least 1 hit")
         if not queries:

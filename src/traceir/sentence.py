@@ -27,7 +27,7 @@ from sentence_transformers.base.modules import InputModule
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
-from traceir.items import MODALITIES, ROUTES, Encoding, Item, Modality, Part, Query, Route, as_picture
+from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_picture, check_route
 from traceir.model import load, save
 from traceir.pictures import Picture
 
@@ -217,8 +217,7 @@ def _picture(one: Any) -> Picture:
 
 
 def _check_options(route: Route, target: Modality | None) -> None:
-    if route not in ROUTES:
-        raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+    check_route(route)
     if target is not None and target not in MODALITIES:
         raise InputError(f"target modality {target!r} is unknown; choose one of {', '.join(MODALITIES)}")
 

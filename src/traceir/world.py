@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Final
 
-from traceir.errors import InputError, ModelError
+from traceir.errors import ModelError, PictureError
 from traceir.items import Content, Hit
-from traceir.picture_files import open_picture
 from traceir.pictures import Picture
 
 _WORD: Final = re.compile(r"[^\W\d_]+")
@@ -40,9 +40,8 @@ class World:
     def knows_picture(self, picture: Picture) -> bool:
         """Whether a picture has the size of those it has seen. One that cannot be read is told of elsewhere."""
         try:
-            with open_picture(picture.encoded()[0]) as image:
-                return image.size == self.picture
-        except (InputError, OSError):
+            return picture.size() == self.picture
+        except PictureError:
             return True
 
     def knows(self, content: Content) -> bool:
@@ -50,7 +49,7 @@ class World:
 
     def knows_kept(self, text: str | None, image: str | None) -> bool:
         """The same of what an index keeps of an item: its text, and its picture's path."""
-        return self.knows_text(text or "") and (image is None or self.knows_picture(Picture.open(image)))
+        return self.knows_text(text or "") and (image is None or _size(image) in (None, self.picture))
 
     def knows_hits(self, hits: Iterable[Hit]) -> bool:
         return all(self.knows_kept(hit.text, hit.image) for hit in hits)
@@ -79,6 +78,15 @@ def world_of(found: object, place: str) -> World | None:
         raise ModelError(f"{place}: world is {str(found)[:80]!r}; it is an object of says, words and picture")
     width, height = found.get("picture") or (0, 0)
     return World(found["says"], frozenset(str(found.get("words", "")).split()), (width, height) if width else None)
+
+
+@lru_cache(maxsize=8192)
+def _size(image: str) -> tuple[int, int] | None:
+    """Of a kept picture, remembered, since every search asks; None where it cannot be read."""
+    try:
+        return Picture.open(image).size()
+    except PictureError:
+        return None
 
 
 def notice(encoder: object, query: Content, hits: Iterable[Hit]) -> str | None:

@@ -27,10 +27,9 @@ from PIL import Image as Pillow
 from traceir.connection import Answer, Connection
 from traceir.engines.forms import Form, Image, Role, Said, Text, form_for
 from traceir.errors import InputError, ModelError
-from traceir.items import ROUTES, Encoding, Item, Modality, Query, Route, Vector
+from traceir.items import Encoding, Item, Modality, Query, Route, Vector, check_route
 from traceir.picture_files import open_picture
 from traceir.pictures import Picture
-from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -142,8 +141,7 @@ class EmbeddingsEncoder:
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries; all routes are the same here, since the models behind such endpoints do not write."""
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown{did_you_mean(route, ROUTES)}; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         return self._encode(queries, "query")
 
     def close(self) -> None:

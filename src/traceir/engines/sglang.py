@@ -28,8 +28,8 @@ from PIL import Image
 from traceir.batch import Layout, Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
-from traceir.errors import InputError, ModelError
-from traceir.items import ROUTES, Encoding, Ended, Item, Query, Road, Route, Vector
+from traceir.errors import ModelError
+from traceir.items import Encoding, Ended, Item, Query, Road, Route, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
 from traceir.pictures import Picture
 from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
@@ -130,8 +130,7 @@ class SGLangEncoder:
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries by the given route. `reason` costs a second request where the model would have bypassed."""
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         if not self.model.writes("query"):
             route = "direct"
         return self._connection.gather([partial(self._one, query, route) for query in queries])

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.items import MODALITIES, ROUTES, Item, Modality, Part, Query, Route, Vector
+from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
 from traceir.learn import mbeir
 from traceir.learn.metrics import TIE
 from traceir.model import load
@@ -69,8 +69,7 @@ class TraceEncoder(AbsEncoder):
         route: Route = "auto",
         **options: Any,
     ) -> None:
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         if source is None or isinstance(source, str | Path):
             source = Encoder(load(source or model_name, device=device or "cpu", **options))
         self.encoder: EncoderLike = source

@@ -17,7 +17,7 @@ from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
 from traceir.search import EncoderLike
 from traceir.serve.fair import Rounds, Usage
-from traceir.serve.jobs import AGAIN_S, FAILURES, Desk, Job, UnavailableError
+from traceir.serve.jobs import Desk, Health, Job, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -48,13 +48,12 @@ class BatchWorker:
         self._waiting: dict[tuple[bool, bool], Rounds[_Waiting]] = {}
         self._usage = Usage()
         self._running: set[asyncio.Future[None]] = set()
-        self._failures = 0
-        self._failed = 0.0
+        self._health = Health()
 
     @property
     def alive(self) -> bool:
         """Whether the last batches did not all fail, or that was a while ago."""
-        return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
+        return self._health.good
 
     def route(self, role: Role, route: Route) -> Route:
         if route == "reason":
@@ -147,11 +146,11 @@ class BatchWorker:
     # Back in the event loop
 
     def _done(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
-        self._failures = 0
+        self._health.succeed()
         self._desk.deliver(finished, now)
 
     def _fail(self, jobs: Sequence[Job], error: UnavailableError) -> None:
-        self._failures, self._failed = self._failures + 1, time.monotonic()
+        self._health.fail()
         self._desk.fail(jobs, error)
 
     def _call(self, what: Callable[..., None], *told: object) -> None:

@@ -10,7 +10,7 @@ from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError, ModelError, PictureError
 from traceir.items import Item, Query, Route
 from traceir.prompts import Role
-from traceir.serve.jobs import AGAIN_S, FAILURES, Desk, Job, UnavailableError
+from traceir.serve.jobs import Desk, Health, Job, UnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,12 @@ class EngineWorker:
     def __init__(self, encoder: SGLangEncoder) -> None:
         self.encoder = encoder
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failures = 0
-        self._failed = 0.0
+        self._health = Health()
 
     @property
     def alive(self) -> bool:
         """Whether the last inputs did not all fail, or that was a while ago."""
-        return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
+        return self._health.good
 
     def route(self, role: Role, route: Route) -> Route:
         return route if self.encoder.model.writes(role) else "direct"
@@ -59,10 +58,10 @@ class EngineWorker:
         except (InputError, PictureError) as error:
             self._desk.fail([job], error)
         except Exception as error:
-            self._failures, self._failed = self._failures + 1, time.monotonic()
+            self._health.fail()
             if not isinstance(error, ModelError):
                 log.exception("an input failed")
             self._desk.fail([job], UnavailableError(f"{type(error).__name__}: {error}"))
         else:
-            self._failures = 0
+            self._health.succeed()
             self._desk.deliver([(job, encoding)], time.monotonic())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -16,6 +17,24 @@ FAILURES: Final = 8
 """Failures of a worker, one after the other, from which on the server no longer calls itself ready."""
 AGAIN_S: Final = 15.0
 """Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
+
+
+@dataclass(slots=True)
+class Health:
+    """Whether what a worker did last did not all fail, or that was a while ago."""
+
+    failures: int = 0
+    failed: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return self.failures < FAILURES or time.monotonic() - self.failed > AGAIN_S
+
+    def succeed(self) -> None:
+        self.failures = 0
+
+    def fail(self) -> None:
+        self.failures, self.failed = self.failures + 1, time.monotonic()
 
 
 class BusyError(TraceError):

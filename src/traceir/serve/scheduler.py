@@ -13,7 +13,7 @@ from dataclasses import replace
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
-from traceir.items import ROUTES, Encoding, Item, Query, Route
+from traceir.items import Encoding, Item, Query, Route, check_route
 from traceir.search import EncoderLike
 from traceir.serve.batch_worker import BatchWorker
 from traceir.serve.engine_worker import EngineWorker
@@ -100,8 +100,7 @@ class Scheduler:
 
         Raises BusyError, LateError, InputError. Cancelling ends the work, unless others wait for the same query.
         """
-        if route not in ROUTES:
-            raise InputError(f"route {route!r} is unknown; choose one of {', '.join(ROUTES)}")
+        check_route(route)
         return await self._encode(query, "query", self._worker.route("query", route), listener, seconds, tenant)
 
     async def encode_item(self, item: Item, *, seconds: float | None = None, tenant: str | None = None) -> Served:
