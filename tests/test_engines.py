@@ -32,7 +32,7 @@ from traceir.items import Encoding, Item, Query, Route
 from traceir.learn import mbeir
 from traceir.pictures import Picture
 from traceir.search import Searcher
-from traceir.serve import engine_worker
+from traceir.serve import jobs
 from traceir.serve.jobs import FAILURES, BusyError, LateError, Served, UnavailableError
 from traceir.serve.scheduler import Scheduler
 
@@ -341,7 +341,7 @@ def test_an_engine_that_fails_is_told_and_one_that_is_back_is_used(
             with pytest.raises(PictureError):
                 await scheduler.encode_query(Query.of(image=Picture.from_bytes(b"no picture", name="broken")))
             with monkeypatch.context() as patched:
-                patched.setattr(engine_worker, "AGAIN_S", 0.0)
+                patched.setattr(jobs, "AGAIN_S", 0.0)
                 assert scheduler.alive, "requests must come, else nobody learns that it is back"
             fake.before = lambda _: None
             await scheduler.encode_query(asked[0])
