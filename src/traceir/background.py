@@ -20,6 +20,7 @@ import numpy as np
 from traceir.errors import InputError
 from traceir.index.store import Background
 from traceir.items import MODALITIES, Encoding, Query, Route
+from traceir.outside import lines_of
 from traceir.sources import Failure, Source, find_sources
 
 COUNT: Final = 2000
@@ -127,13 +128,7 @@ def _query_of(source: Source) -> Query:
 
 
 def _lines(path: Path) -> list[Query]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
-    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    lines = list(dict.fromkeys(line.strip() for line in lines_of(path, "query") if line.strip()))
     if not lines:
         raise InputError(f"{path} holds no query; write one a line")
     return [Query.of(text=line) for line in lines]

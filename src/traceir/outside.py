@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any, Final
+
+from traceir.errors import InputError
 
 REPLACED: Final = "\ufffd"
 _INVALID: Final = re.compile("[\ud800-\udfff\x00]")
@@ -41,3 +44,13 @@ def read_json(raw: bytes | str) -> Any:
         return valid_all(found) if "\\u" in text else found
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def lines_of(path: Path, what: str) -> list[str]:
+    """The lines of a UTF-8 text file, each `what`, as they are; InputError where it cannot be read or is no such text."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); give a text file, one {what} a line") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one {what} a line") from error

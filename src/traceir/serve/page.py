@@ -11,6 +11,7 @@ from typing import Final
 from traceir.errors import InputError
 from traceir.index.store import Stored
 from traceir.items import MODALITIES
+from traceir.outside import lines_of
 from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig, PictureIn
 from traceir.world import INSTEAD, World
 
@@ -53,14 +54,8 @@ def read_instructions(path: Path) -> tuple[str, ...]:
 
     InputError where the file cannot be read, is not plain text, holds none, more than MOST, or one over LONGEST characters.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"the instructions {path} cannot be read ({error.strerror}); give a text file, one a line") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8, one instruction a line") from error
     found: dict[str, None] = {}
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines_of(path, "instruction"), start=1):
         instruction = line.strip()
         if any(unicodedata.category(one) == "Cc" and one != "\t" for one in instruction):
             raise InputError(f"{path}:{number}: there is a control character; give plain text, one instruction a line")
