@@ -217,6 +217,7 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
         "aria-valuenow", f"{expected.encoding.emb_probability:.3f}"
     )
     playwright.expect(page.locator(".road .total")).to_have_text(re.compile(rf"^{expected.encoding.tokens} tokens · [\d.]+ m?s$"))
+    playwright.expect(page.locator("#live")).to_contain_text("12 hits")
     said = page.evaluate("window.said.join(' ')")
     assert all(one in said for one in ("Searching.", "reasons first", *expected.encoding.reasoning.split("; "), "12 hits")), said
     playwright.expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
@@ -658,14 +659,13 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     playwright.expect(choices).to_have_text(["Off", "1 in 10", "1 in 100", "1 in 1000"])
     assert [choices.nth(place).locator("input").is_enabled() for place in range(4)] == [True, True, True, False]
     assert page.evaluate(LOW_CONTRAST) == []
-    page.evaluate(WATCH)
     choices.nth(2).click()
     ask(page, Query.of(text="a cat in a hat", target="image"))
     assert shown_ids(page) == []
     state = page.locator(".state")
     playwright.expect(state).to_contain_text("Nothing found")
     playwright.expect(state).to_contain_text("1 in 100 queries find whose answer is not in the collection. The nearest scores 0.")
-    page.wait_for_function("window.said.join(' ').includes('Nothing found')")
+    playwright.expect(page.locator("#live")).to_contain_text("Nothing found")
     page.get_by_role("button", name="Show the nearest all the same").click()
     playwright.expect(page.locator(".card[data-id]")).to_have_count(PAGE)
 
