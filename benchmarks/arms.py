@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from traceir.learn.gradcache import Objective, step
-from traceir.learn.presets import mini, mini_direct
-from traceir.learn.train import Run, arguments
 from traceir.precision import bfloat16_on
+from traceir.train.gradcache import Objective, step
+from traceir.train.presets import mini, mini_direct
+from traceir.train.train import Run, arguments
 
 WARM, TURNS = 30, 60
 

@@ -19,18 +19,18 @@ import torch
 from benchmarks.background import write_background
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
+from traceir.evaluation.compare import compare
+from traceir.evaluation.evaluate import evaluate
+from traceir.evaluation.judged import table
+from traceir.evaluation.unseen.run import evaluate_unseen
+from traceir.evaluation.unseen.run import table as unseen_table
 from traceir.items import Route
-from traceir.learn.compare import compare
-from traceir.learn.evaluate import evaluate
-from traceir.learn.examples import write_examples
-from traceir.learn.faithful import probe
-from traceir.learn.judged import table
-from traceir.learn.minibeir.drawing import SIZE
-from traceir.learn.minibeir.unseen.build import build_unseen
-from traceir.learn.report import run_report
-from traceir.learn.scoreboard import write_scoreboard
-from traceir.learn.unseen.run import evaluate_unseen
-from traceir.learn.unseen.run import table as unseen_table
+from traceir.lab.examples import write_examples
+from traceir.lab.faithful import probe
+from traceir.lab.report import run_report
+from traceir.lab.scoreboard import write_scoreboard
+from traceir.minibeir.drawing import SIZE
+from traceir.minibeir.unseen.build import build_unseen
 from traceir.world import World, words_of
 
 RUNS, OUT, RESULTS = Path("out/runs"), Path("out/evaluate"), Path("docs/results")

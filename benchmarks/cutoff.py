@@ -26,14 +26,14 @@ import torch
 from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
 from traceir.cutoff import thresholds
+from traceir.data import mbeir
+from traceir.data.folder import Listing, Problems, Row, read_row
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.evaluation.embedder import Embedder
+from traceir.evaluation.judged import describe_machine
+from traceir.images import Picture
 from traceir.items import Modality, Query, Route
-from traceir.learn import mbeir
-from traceir.learn.embedder import Embedder
-from traceir.learn.folder import Listing, Problems, Row, read_row
-from traceir.learn.judged import describe_machine
-from traceir.pictures import Picture
 
 Scores = npt.NDArray[np.float32]
 RATE: Final = 0.01

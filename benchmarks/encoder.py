@@ -26,10 +26,10 @@ import numpy as np
 import torch
 import transformers
 
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError, TraceError
 from traceir.items import Query, Vector
-from traceir.learn import mbeir
 from traceir.model import TraceModel, load
 from traceir.prompts import PAD, TURN_END, render_query
 

@@ -21,9 +21,9 @@ import torch
 from benchmarks import encoder as encoder_benchmark
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
-from traceir.learn.evaluate import evaluate
-from traceir.learn.judged import Judged, read_judged
-from traceir.learn.minibeir.build import build
+from traceir.evaluation.evaluate import evaluate
+from traceir.evaluation.judged import Judged, read_judged
+from traceir.minibeir.build import build
 
 WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")
 OUT = Path("out/evidence")

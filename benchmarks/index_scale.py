@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.index import Eq, Filter, Index, Range, open_index
 from traceir.items import Item, Modality, Vector
-from traceir.pictures import Picture
 
 PARTS = ("float32", "float16", "engine")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")

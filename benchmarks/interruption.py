@@ -36,7 +36,7 @@ def main() -> int:
     options = parser.parse_args()
     draw, out = random.Random(options.seed), Path(options.out)
     shutil.rmtree(out, ignore_errors=True)
-    command = [sys.executable, "-m", "traceir.cli", "--threads", "1", "evaluate", "--data", options.data, "--pool", "both"]
+    command = [sys.executable, "-m", "traceir.cli.main", "--threads", "1", "evaluate", "--data", options.data, "--pool", "both"]
     command += ["--route", options.route]
     for name in ("model", "rows", "limit"):
         if getattr(options, name) is not None:

@@ -22,9 +22,9 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.client import Client, ServedEncoder
+from traceir.images import SUFFIXES, Picture
 from traceir.index import open_index
 from traceir.items import Item, Query, Vector
-from traceir.pictures import SUFFIXES, Picture
 
 MOST: Final = 1e-6
 WORDS: Final = ("a smiling face", "a red flag", "an animal with a tail")

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from traceir.cli import main as traceir
+from traceir.cli.main import main as traceir
 
 README: Final = Path(__file__).parents[1] / "README.md"
 SHOWN: Final = (1, 3, 7, 11)

@@ -32,12 +32,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from benchmarks.train_shapes import SHAPES, empty_network, machine, peak_mib
+from traceir.data.settings import override
 from traceir.encoder import Encoder
 from traceir.items import Item, Query
-from traceir.learn.presets import PRESETS
-from traceir.learn.settings import override
-from traceir.learn.train import train
 from traceir.model import load
+from traceir.train.presets import PRESETS
+from traceir.train.train import train
 
 SHARD_BYTES: Final = 2 * 10**9
 # The added tokens of Qwen2.5-VL's tokenizer_config.json, in the order of their ids, which go on from the vocabulary's 151,643.

@@ -30,18 +30,18 @@ from typing import Any
 
 from PIL import Image
 
+from traceir.cot.ask import Question, blocks
+from traceir.cot.assemble import assemble
+from traceir.cot.build import Work, run_parts
+from traceir.cot.outcomes import Outcome, read_outcomes
+from traceir.cot.plan import DATASET, STAGES, BuildConfig, begin
+from traceir.cot.rules import RuleFilter
+from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults
+from traceir.cot.scripted.teacher_server import MODEL, running
+from traceir.cot.source import Source, find_parts
+from traceir.cot.teachers.completion import Reply
+from traceir.data import mbeir
 from traceir.errors import TeacherError
-from traceir.learn import mbeir
-from traceir.learn.reasoning.ask import Question, blocks
-from traceir.learn.reasoning.assemble import assemble
-from traceir.learn.reasoning.build import Work, run_parts
-from traceir.learn.reasoning.outcomes import Outcome, read_outcomes
-from traceir.learn.reasoning.plan import DATASET, STAGES, BuildConfig, begin
-from traceir.learn.reasoning.rules import RuleFilter
-from traceir.learn.reasoning.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults
-from traceir.learn.reasoning.scripted.teacher_server import MODEL, running
-from traceir.learn.reasoning.source import Source, find_parts
-from traceir.learn.reasoning.teachers.completion import Reply
 
 SETTINGS = ("attempts=1", "limits.reasoning_least=8")
 """MiniBEIR's labels are terse: ten tokens are a whole reasoning there. A fault of the scripted teacher comes back when it is

@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 
 from traceir.errors import InputError
+from traceir.evaluation.embeddings import Embeddings, EmbeddingStore, Maker, Matrix
+from traceir.evaluation.metrics import TIE
+from traceir.evaluation.ranking import Ranking, rank_queries
 from traceir.items import Encoding, Item, Vector
-from traceir.learn.embeddings import Embeddings, EmbeddingStore, Maker, Matrix
-from traceir.learn.metrics import TIE
-from traceir.learn.ranking import Ranking, rank_queries
 
 GIB = 2**30
 MEMORY_LIMIT = 2 * GIB

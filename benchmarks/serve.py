@@ -35,10 +35,10 @@ import numpy as np
 from PIL import Image
 
 from traceir.checkpoint import bundled_model
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError
 from traceir.index import open_index
-from traceir.learn import mbeir
 
 ROWS = ("mscoco_task0", "mscoco_task3", "cirr_task7", "fashioniq_task7", "infoseek_task6", "webqa_task1")
 

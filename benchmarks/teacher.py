@@ -31,11 +31,11 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image
 
-from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.teachers.asker import Asker
-from traceir.learn.reasoning.teachers.journal import Journal
-from traceir.learn.reasoning.teachers.pace import Pace
-from traceir.learn.reasoning.teachers.teacher import OpenAITeacher, body_of
+from traceir.cot.ask import Question
+from traceir.cot.teachers.asker import Asker
+from traceir.cot.teachers.journal import Journal
+from traceir.cot.teachers.pace import Pace
+from traceir.cot.teachers.teacher import OpenAITeacher, body_of
 
 PICTURES = 50
 SIDE = 192

@@ -47,15 +47,15 @@ from benchmarks.train_shapes import (
 )
 from benchmarks.train_sides import Ours, Plain
 from traceir.batch import Processor
+from traceir.data.image_store import pixel_store
+from traceir.data.samples import Schedule, TaskData, read_pairs
 from traceir.errors import InputError, TraceError
-from traceir.learn.batches import Turns
-from traceir.learn.data import Schedule, TaskData, read_pairs
-from traceir.learn.memory import largest, need_of
-from traceir.learn.pixels import pixel_store
-from traceir.learn.presets import PRESETS
-from traceir.learn.train import TrainConfig
 from traceir.model import TraceModel
 from traceir.precision import bfloat16_on
+from traceir.train.batches import Turns
+from traceir.train.memory import largest, need_of
+from traceir.train.presets import PRESETS
+from traceir.train.train import TrainConfig
 
 TASKS: Final = "cirr_task7,mscoco_task3,mscoco_task0"
 AGREE: Final = {"float32": 1e-4, "bf16": 5e-2}

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from benchmarks.train_shapes import machine
 from traceir.errors import TraceError
-from traceir.learn.gradcache import Objective, step
-from traceir.learn.presets import PRESETS
-from traceir.learn.train import Run, arguments
 from traceir.precision import GAIN, bfloat16_on
+from traceir.train.gradcache import Objective, step
+from traceir.train.presets import PRESETS
+from traceir.train.train import Run, arguments
 
 AVX2: Final = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 PROCESSORS: Final = {"as it is": {}, "limited to AVX2": AVX2}

@@ -29,13 +29,13 @@ from traceir.adapter import attach
 from traceir.batch import IGNORE, ImageBudget, Layout
 from traceir.checkpoint import bundled_model
 from traceir.errors import InputError
-from traceir.learn.batches import Chunk, Turn
-from traceir.learn.gradcache import Objective, Reader, recomputing, step
-from traceir.learn.presets import PRESETS
-from traceir.learn.train import TrainConfig
-from traceir.learn.trainer import to_device
 from traceir.model import TraceModel, load, wrap
 from traceir.prompts import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
+from traceir.train.batches import Chunk, Turn
+from traceir.train.gradcache import Objective, Reader, recomputing, step
+from traceir.train.loop import to_device
+from traceir.train.presets import PRESETS
+from traceir.train.train import TrainConfig
 
 COMMON: Final[dict[str, Any]] = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 28,

@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from benchmarks.train_shapes import optimiser_of
 from traceir.batch import Batch
-from traceir.learn.batches import Turns
-from traceir.learn.data import Schedule
-from traceir.learn.gradcache import Objective, Reader, step
-from traceir.learn.train import TrainConfig
-from traceir.learn.trainer import to_device
+from traceir.data.samples import Schedule
 from traceir.model import TraceModel
 from traceir.prompts import PromptVersion, render_candidate, render_query
+from traceir.train.batches import Turns
+from traceir.train.gradcache import Objective, Reader, step
+from traceir.train.loop import to_device
+from traceir.train.train import TrainConfig
 
 
 class Clock:

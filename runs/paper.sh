@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's training at its scale, one preset of learn/presets.py from data to scores:
+# The paper's training at its scale, one preset of train/presets.py from data to scores:
 #
 #     runs/paper.sh qwen2.5-vl-7b      the paper's model (the default)
 #     runs/paper.sh qwen2-vl-2b        its smallest backbone

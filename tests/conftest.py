@@ -26,16 +26,16 @@ from PIL import Image
 
 from traceir.batch import ReadOut
 from traceir.checkpoint import bundled_model
+from traceir.data import mbeir
 from traceir.encoder import Encoder
+from traceir.images import Picture
 from traceir.index import open_index
 from traceir.items import Item, Query
-from traceir.learn import mbeir
-from traceir.learn.minibeir.build import build
-from traceir.learn.minibeir.unseen.build import build_unseen
-from traceir.learn.small import SmallSize, small_model, train_tokenizer
+from traceir.minibeir.build import build
+from traceir.minibeir.unseen.build import build_unseen
 from traceir.model import TraceModel, TraceSettings
-from traceir.pictures import Picture
 from traceir.prompts import render_query
+from traceir.train.small import SmallSize, small_model, train_tokenizer
 
 # The same examples in every run: what passes once passes again, and what fails can be looked at.
 settings.register_profile("steady", derandomize=True)
@@ -46,7 +46,7 @@ gc.disable()  # while all is imported, see pytest_collection_finish
 
 FORKS = multiprocessing.get_context("forkserver")
 """Processes that begin with training imported, which takes longer than what they are started for."""
-FORKS.set_forkserver_preload(["traceir.learn.train"])
+FORKS.set_forkserver_preload(["traceir.train.train"])
 
 WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
 

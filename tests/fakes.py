@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from traceir.images import Picture
 from traceir.items import Encoding, Item, Part, Query, Route, Vector
-from traceir.pictures import Picture
 
 
 def vector_of(content_hash: str, width: int) -> Vector:

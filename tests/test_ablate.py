@@ -18,13 +18,13 @@ from conftest import FORKS
 
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
-from traceir.learn.ablate import ablate, claim, list_tables, read_log
-from traceir.learn.ablate_plan import Run, plan_runs
-from traceir.learn.ablate_report import Estimate, compare, judge, read_results, t_interval, write_report
-from traceir.learn.ablate_score import TwoStage, read_outcomes, relative_speeds, score, time_routes, told_more
-from traceir.learn.ablations import BASE, COLD, NONE, TABLES, TIMED, Claim, Comparison, Line, Table, Variant, choose_tables
-from traceir.learn.train import TrainConfig
+from traceir.lab.ablate import ablate, claim, list_tables, read_log
+from traceir.lab.ablate_plan import Run, plan_runs
+from traceir.lab.ablate_report import Estimate, compare, judge, read_results, t_interval, write_report
+from traceir.lab.ablate_score import TwoStage, read_outcomes, relative_speeds, score, time_routes, told_more
+from traceir.lab.ablations import BASE, COLD, NONE, TABLES, TIMED, Claim, Comparison, Line, Table, Variant, choose_tables
 from traceir.precision import Speed
+from traceir.train.train import TrainConfig
 
 ROWS = ("invented_complex", "invented_simple")
 TABLE = Table(
@@ -183,14 +183,14 @@ def test_field_report_01_all_runs_have_the_precision_of_the_first(
         return fake_train(config)
 
     for fast, seeds in ((False, (0,)), (True, (0, 1))):
-        monkeypatch.setattr("traceir.learn.train.bfloat16_on", lambda *_, fast=fast: Speed(fast, "made up"))
+        monkeypatch.setattr("traceir.train.train.bfloat16_on", lambda *_, fast=fast: Speed(fast, "made up"))
         run_all(tmp_path / "out", base, trains=train, seeds=seeds)
     assert seen == [False] * 4
     plan = json.loads((tmp_path / "out/ablation.json").read_text())
     plan["base"]["mixed_precision"] = True
     (tmp_path / "old").mkdir()
     (tmp_path / "old/ablation.json").write_text(json.dumps(plan))
-    monkeypatch.setattr("traceir.learn.train.bfloat16_on", lambda *_: Speed(False, "made up"))
+    monkeypatch.setattr("traceir.train.train.bfloat16_on", lambda *_: Speed(False, "made up"))
     run_all(tmp_path / "old", base, trains=train, seeds=(0,))
     assert seen[4:] == [True, True]
 
@@ -257,7 +257,7 @@ def met_train(config: TrainConfig) -> Path:
 
 
 def test_two_processes_share_the_runs(tmp_path: Path, base: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("traceir.learn.ablate.multiprocessing.get_context", lambda _: FORKS)
+    monkeypatch.setattr("traceir.lab.ablate.multiprocessing.get_context", lambda _: FORKS)
     outcome = run_all(tmp_path, base, jobs=2, trains=met_train)
     assert outcome.done == outcome.planned == 4 and not outcome.failed
     assert len(trainings(tmp_path)) == 4 and set(trainings(tmp_path).values()) == {1}
@@ -330,7 +330,7 @@ def test_the_speed_of_both_models_is_measured_on_both_rows(
 ) -> None:
     from traceir.model import save
 
-    monkeypatch.setattr("traceir.learn.ablate_score.SPEED_QUERIES", 3)
+    monkeypatch.setattr("traceir.lab.ablate_score.SPEED_QUERIES", 3)
     config, (table,) = replace(base, data=str(folder)), choose_tables(["table2"])
     runs, _ = plan_runs([table], tmp_path, config, (0,), ("cirr_task7", "mscoco_task3"))
     for used in runs[-1].uses:

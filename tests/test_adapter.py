@@ -24,8 +24,8 @@ from traceir.adapter import PROJECTOR, WEIGHTS, attach, load_adapter, merge, sav
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.items import Item, Query
-from traceir.learn.card import push, write_card
 from traceir.model import TraceModel, load, save
+from traceir.train.card import push, write_card
 
 pytest.importorskip("peft")
 
@@ -311,7 +311,7 @@ class FakeHub:
 
 def test_push(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = ready
-    monkeypatch.setattr("traceir.learn.hub.HfApi", FakeHub)
+    monkeypatch.setattr("traceir.data.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [])
     (checkpoint / ".secret").write_text("stays here")
     told = push(checkpoint, "somebody/trace-test")

@@ -26,13 +26,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from traceir.adapters.langchain import TraceEmbeddings, TraceRetriever
-from traceir.adapters.llamaindex import TraceEmbedding
 from traceir.client import Added, Client, ServedEncoder
 from traceir.errors import InputError, ModelError
+from traceir.images import Picture
 from traceir.index import Eq, In, open_index
+from traceir.integrations.langchain import TraceEmbeddings, TraceRetriever
+from traceir.integrations.llamaindex import TraceEmbedding
 from traceir.items import Encoding, Item, Query
-from traceir.pictures import Picture
 from traceir.search import Searcher
 from traceir.serve.schemas import EmbeddingsIn, IdsIn, ItemResult, ItemsIn, PictureIn, SearchIn
 from traceir.serve.strict import read_items
@@ -297,6 +297,6 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPat
     for loaded in [one for one in sys.modules if one.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, f"traceir.adapters.{name}")
+    monkeypatch.delitem(sys.modules, f"traceir.integrations.{name}")
     with pytest.raises(ImportError, match=rf"pip install 'traceir\[{name}\]'"):
-        importlib.import_module(f"traceir.adapters.{name}")
+        importlib.import_module(f"traceir.integrations.{name}")

@@ -23,11 +23,11 @@ from traceir.adapter import attach, load_adapter, projectors, save_adapter
 from traceir.decoding import Decoder, Wave, _copy_row, merge_waves, trim
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
+from traceir.images import Picture
 from traceir.items import Query
-from traceir.learn.gradcache import Objective
 from traceir.model import TraceModel, load, save
-from traceir.pictures import Picture
 from traceir.prompts import IMAGE_PAD, Piece, Special, UserText, render_query
+from traceir.train.gradcache import Objective
 
 
 class WithoutVideo(Qwen3VLProcessor):
@@ -206,7 +206,7 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
 
 def test_every_part_that_trains_takes_part_in_a_chunk_without_pictures(folder: Path) -> None:
     model = load(folder, prompt_version="brief-1")
-    from traceir.learn.gradcache import Reader
+    from traceir.train.gradcache import Reader
 
     reader = Reader(model, 0.1)
     rows = [replace(one, query=Query.of(text="red cube")) for one in examples(2)]

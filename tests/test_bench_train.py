@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 from benchmarks.train import agree
 from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_up_turn
 from benchmarks.train_sides import Ours, Plain
+from traceir.data.samples import Example, Schedule, TaskData
 from traceir.errors import TraceError
 from traceir.items import Item, Query
-from traceir.learn.batches import Turns
-from traceir.learn.data import Example, Schedule, TaskData
-from traceir.learn.presets import PRESETS
+from traceir.train.batches import Turns
+from traceir.train.presets import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from traceir.checkpoint import bundled_model
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.learn import mbeir
-from traceir.learn.evaluate import evaluate, rehearse
-from traceir.learn.examples import choose, write_examples
-from traceir.learn.faithful import probe
-from traceir.learn.judged import Judged, read_judged
-from traceir.learn.unseen.catalogue import COLUMNS
-from traceir.learn.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.evaluation.evaluate import evaluate, rehearse
+from traceir.evaluation.judged import Judged, read_judged
+from traceir.evaluation.unseen.catalogue import COLUMNS
+from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.lab.examples import choose, write_examples
+from traceir.lab.faithful import probe
 
 LIMIT = 12
 

@@ -10,7 +10,7 @@ import pytest
 
 from traceir.catalogue import KNOWN, profile_for
 from traceir.checkpoint import is_hub_id
-from traceir.cli import main
+from traceir.cli.main import main
 from traceir.profiles import PROFILES
 
 
@@ -45,5 +45,5 @@ def test_models_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_list_needs_no_torch() -> None:
-    script = "import sys; from traceir.cli import main; main(['models']); sys.exit('torch' in sys.modules)"
+    script = "import sys; from traceir.cli.main import main; main(['models']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False, capture_output=True).returncode == 0

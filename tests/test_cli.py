@@ -13,27 +13,29 @@ import numpy as np
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
-from traceir import cli, items, parser
+from traceir import items
 from traceir.batch import IGNORE
 from traceir.checkpoint import bundled_model
+from traceir.cli import main as cli
+from traceir.cli import parser
+from traceir.data.mbeir import find_tasks
+from traceir.data.settings import known_keys, override
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
+from traceir.evaluation.evaluate import choose_tasks
 from traceir.explain import describe, explain
-from traceir.gallery import cost
 from traceir.index import open_index
 from traceir.index.filters import matches
 from traceir.items import Encoding, Item, Query
-from traceir.learn.evaluate import choose_tasks
-from traceir.learn.mbeir import find_tasks
-from traceir.learn.minibeir import rows
-from traceir.learn.presets import PRESETS, resolve, stages_before
-from traceir.learn.settings import known_keys, override
-from traceir.learn.small import SmallSize
-from traceir.learn.train import TrainConfig
+from traceir.lab.gallery import cost
+from traceir.minibeir import rows
 from traceir.model import TraceModel, load, save
 from traceir.prompts import EMB, normalise, render_candidate, render_query
 from traceir.search import Searcher
 from traceir.suggest import did_you_mean
+from traceir.train.presets import PRESETS, resolve, stages_before
+from traceir.train.small import SmallSize
+from traceir.train.train import TrainConfig
 
 SMALL = "hidden=48 layers=1 heads=4 inner=64 vision_hidden=32 vision_layers=1 vision_heads=2 vision_inner=32 vocabulary=400"
 HINT = "(unexpected; run it again with -v for the traceback)"
@@ -102,7 +104,7 @@ def fill(things: Path, index: Path, checkpoint: Path) -> int:
 def test_help_loads_nothing_heavy() -> None:
     script = """
 import sys
-from traceir.cli import main
+from traceir.cli.main import main
 for words in ([], ["index", "add"], ["search"], ["explain"], ["evaluate"], ["minibeir", "build"], ["train"], ["demo"]):
     try:
         main([*words, "--help"])
@@ -212,7 +214,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(cli, "load_encoder", no_model)
-    monkeypatch.setattr("traceir.learn.verbs.load_encoder", no_model)
+    monkeypatch.setattr("traceir.cli.learn_verbs.load_encoder", no_model)
     index = tmp_path / "index"
     assert run("search", "--index", index) == 2
     assert run("search", "--index", index, "--text", "a") == 2
@@ -475,7 +477,7 @@ def test_the_benchmark_verbs_pass_their_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("traceir.learn.minibeir.build.build", lambda out, **options: asked.update(options) or out)
+    monkeypatch.setattr("traceir.minibeir.build.build", lambda out, **options: asked.update(options) or out)
     assert run("minibeir", "build", "--out", tmp_path / "m", "--scale", "full", "--seed", 3, "--workers", 2) == 0
     assert asked == {"scale": "full", "seed": 3, "workers": 2} and capsys.readouterr().out == f"{tmp_path / 'm'}\n"
     data = write_benchmark(tmp_path / "data")

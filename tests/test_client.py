@@ -24,8 +24,8 @@ from traceir import client as client_module
 from traceir.client import CHUNK_BYTES, MAX_INPUT_BYTES, Client
 from traceir.connection import Connection
 from traceir.errors import InputError, ModelError
+from traceir.images import Picture
 from traceir.items import Hit, Item, Query
-from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_BODY, BodyGuard
 from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemResult, ItemsIn, SearchIn
 from traceir.serve.service import id_in, picture_path

@@ -19,15 +19,15 @@ from test_index_conformance import drawn_background
 
 from traceir.background import COUNT, built_in, choose_queries, encode_background, read_queries
 from traceir.checkpoint import bundled_model
-from traceir.cli import build_parser, main
+from traceir.cli.main import build_parser, main
 from traceir.client import Client
 from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
 from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
+from traceir.images import Picture
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
-from traceir.pictures import Picture
 from traceir.search import Searcher
 from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from conftest import both_roads, make_queries, picture, random_model
 
-from traceir import cli, demo
-from traceir.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
+from traceir.cli import main as cli
+from traceir.data import mbeir
 from traceir.items import Encoding, Hit, Query
-from traceir.learn import mbeir
+from traceir.lab import demo
+from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
 from traceir.model import save
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from traceir.cli import build_parser
+from traceir.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "traceir"
@@ -149,5 +149,5 @@ def test_the_import_rule_holds() -> None:
     serving = [path for path in files if path.relative_to(SOURCE).as_posix() not in EDGE]
     back = {path.name for path in serving if any(name.startswith("traceir.learn") for name in imported_modules(path))}
     assert len(serving) > 10 and not back, f"{sorted(back)} import the learning road"
-    outwards = {path.name for path in SOURCE.rglob("*.py") if imported_modules(path) & {"traceir.cli", "traceir.demo"}}
+    outwards = {path.name for path in SOURCE.rglob("*.py") if imported_modules(path) & {"traceir.cli.main", "traceir.lab.demo"}}
     assert outwards <= {"cli.py", "__main__.py"}, f"{sorted(outwards)} import the outer edge"

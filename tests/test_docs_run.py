@@ -27,7 +27,7 @@ import pytest
 import uvicorn
 
 from traceir.checkpoint import bundled_model
-from traceir.cli import main
+from traceir.cli.main import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path for path in (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md")}

@@ -21,10 +21,10 @@ from fakes import FakeEncoder, vector_of
 from PIL import Image
 
 from traceir.errors import InputError, ModelError, StoreError
+from traceir.evaluation import embeddings
+from traceir.evaluation.embeddings import EmbeddingStore, Maker, shard_from_environment
+from traceir.images import Picture
 from traceir.items import Encoding, Item, Query
-from traceir.learn import embeddings
-from traceir.learn.embeddings import EmbeddingStore, Maker, shard_from_environment
-from traceir.pictures import Picture
 
 MAKER = Maker.of(FakeEncoder())
 ASKED = Maker.of(FakeEncoder(), "auto", threshold=0.5, max_reasoning_tokens=12)
@@ -34,7 +34,7 @@ import sys
 sys.path.insert(0, sys.argv[2])
 from test_embeddings import MAKER, passages
 from fakes import FakeEncoder
-from traceir.learn.embeddings import EmbeddingStore
+from traceir.evaluation.embeddings import EmbeddingStore
 EmbeddingStore(sys.argv[1], MAKER, block_rows=3).fill(passages(60), FakeEncoder(delay=0.01).encode_items, progress=False)
 """
 
@@ -147,7 +147,7 @@ def test_dying_between_writing_and_renaming_leaves_no_block(tmp_path: Path, mome
 
     store = EmbeddingStore(tmp_path, ASKED, block_rows=4)
     with monkeypatch.context() as patch:
-        patch.setattr(f"traceir.learn.embeddings.os.{moment}", die)
+        patch.setattr(f"traceir.evaluation.embeddings.os.{moment}", die)
         with pytest.raises(Death):
             fill(store, asked(4))
     assert store.missing(store.plan(asked(4))) == [0] and not contents(store)

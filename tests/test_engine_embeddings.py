@@ -19,14 +19,14 @@ from fake_sglang import served
 from PIL import Image
 from starlette.responses import JSONResponse, Response
 
-from traceir.cli import main
+from traceir.cli.main import main
 from traceir.encoder import Encoder
 from traceir.engines.embeddings import EmbeddingsEncoder, data_url
 from traceir.engines.forms import FORMS, form_for, split_engine
 from traceir.errors import InputError, ModelError, PictureError
+from traceir.images import Picture
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query
-from traceir.pictures import Picture
 from traceir.search import Searcher
 
 KINDS = {

@@ -24,13 +24,13 @@ from starlette.routing import Route as Path_
 
 from traceir.checkpoint import bundled_model
 from traceir.client import Client
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder, without_weights
 from traceir.errors import InputError, ModelError, PictureError, StoreError
+from traceir.images import Picture
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route
-from traceir.learn import mbeir
-from traceir.pictures import Picture
 from traceir.search import Searcher
 from traceir.serve import jobs
 from traceir.serve.jobs import FAILURES, BusyError, LateError, Served, UnavailableError

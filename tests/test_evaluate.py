@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from conftest import WORDS, both_roads, picture, random_model
 
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError, StoreError
+from traceir.evaluation.embeddings import EmbeddingStore
+from traceir.evaluation.evaluate import evaluate as evaluate_share
+from traceir.evaluation.judged import average, read_judged, table
 from traceir.items import Encoding, Item, Query, Vector
-from traceir.learn import mbeir
-from traceir.learn.embeddings import EmbeddingStore
-from traceir.learn.evaluate import evaluate as evaluate_share
-from traceir.learn.judged import average, read_judged, table
 
 HEADER = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
 TEXT_ROW, FASHION_ROW = "webqa_task1", "fashioniq_task7"

@@ -10,11 +10,11 @@ import torch
 from conftest import FORKS, picture, random_model
 from torch.nn import functional
 
+from traceir.data.samples import Example, Schedule, TaskData
 from traceir.items import Item, Query
-from traceir.learn.batches import Turn, Turns
-from traceir.learn.data import Example, Schedule, TaskData
-from traceir.learn.gradcache import Objective, Reader, step
 from traceir.model import TraceModel
+from traceir.train.batches import Turn, Turns
+from traceir.train.gradcache import Objective, Reader, step
 
 
 def examples(count: int, negatives: int = 0) -> list[Example]:
@@ -150,8 +150,8 @@ def worker(rank: int, world: int, folder: Path) -> None:
     from safetensors.torch import save_file
     from torch.nn.parallel import DistributedDataParallel
 
-    from traceir.learn.gradcache import Distribution
-    from traceir.learn.shard import fetched, shard
+    from traceir.train.gradcache import Distribution
+    from traceir.train.shard import fetched, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)

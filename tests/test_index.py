@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from traceir.errors import InputError, StoreError
+from traceir.images import Picture
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
 from traceir.index.matrix import Growing, Rows
@@ -25,7 +26,6 @@ from traceir.index.passing import Passing
 from traceir.index.sql import read_number
 from traceir.index.store import size_of
 from traceir.items import Hit, Item
-from traceir.pictures import Picture
 
 Vectors = npt.NDArray[np.float32]
 DOT = Picture.from_bytes(b"not decoded here", name="dot.png")

@@ -19,11 +19,11 @@ from fakes import FakeEncoder, vector_of
 from PIL import Image
 
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.index import Eq, In, Range, SqliteIndex, open_index
 from traceir.index.sql import read_number
 from traceir.ingest import AddReport, add
 from traceir.items import Item
-from traceir.pictures import Picture
 from traceir.sources import FILE_FIELD, MAX_TEXT_BYTES, Failure, Source, find_sources
 
 

@@ -20,7 +20,7 @@ from fakes import FakeEncoder
 from PIL import Image
 
 from traceir import ingest_cluster
-from traceir.cli import main
+from traceir.cli.main import main
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add

@@ -13,8 +13,8 @@ from fakes import FakeEncoder
 
 import traceir
 from traceir.errors import InputError, PictureError
+from traceir.images import Picture
 from traceir.items import ROUTES, Content, Item, Query, check_route
-from traceir.pictures import Picture
 from traceir.search import Searcher
 
 

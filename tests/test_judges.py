@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
+from traceir.evaluation.evaluate import evaluate
+from traceir.evaluation.judged import read_judged
+from traceir.evaluation.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
+from traceir.images import Picture
 from traceir.items import Item, Query
-from traceir.learn.evaluate import evaluate
-from traceir.learn.judged import read_judged
-from traceir.learn.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
 from traceir.model import TraceModel, save
-from traceir.pictures import Picture
 from traceir.sentence import as_sentence_transformer, encode_with_reasoning
 
 ROWS = ("cirr_task7", "webqa_task2")

@@ -27,13 +27,14 @@ from test_unseen import write_urban1k
 from transformers import AutoProcessor, Siglip2Model
 
 import traceir
-from traceir import Encoder, Item, Query, cli, load_encoder, open_index
+from traceir import Encoder, Item, Query, load_encoder, open_index
 from traceir.checkpoint import bundled_model, is_library
-from traceir.cli import main
+from traceir.cli import main as cli
+from traceir.cli.main import main
 from traceir.errors import InputError, ModelError, PictureError
+from traceir.images import Picture
 from traceir.items import Encoding, Vector
 from traceir.library import LibraryEncoder
-from traceir.pictures import Picture
 from traceir.serve.batch_worker import BatchWorker
 from traceir.serve.jobs import FAILURES, UnavailableError
 from traceir.serve.run import ServeConfig, make_application, make_server

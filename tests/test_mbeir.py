@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from traceir.data import mbeir
+from traceir.data.mbeir import Candidate, Record
 from traceir.errors import DataError
-from traceir.learn import mbeir
-from traceir.learn.mbeir import Candidate, Record
 
 HEADER = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3\tprompt_4\n"
 

@@ -12,9 +12,9 @@ from backbones import KINDS, published
 from benchmarks.train_shapes import SHAPES
 from traceir.adapter import attach
 from traceir.errors import InputError
-from traceir.learn.memory import GIB, STEPS, USABLE, empty, need_of, on_card
-from traceir.learn.presets import BACKBONES, PRESETS, resolve
 from traceir.model import load
+from traceir.train.memory import GIB, STEPS, USABLE, empty, need_of, on_card
+from traceir.train.presets import BACKBONES, PRESETS, resolve
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))

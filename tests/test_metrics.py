@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traceir.errors import InputError
-from traceir.learn import metrics
-from traceir.learn.metrics import TIE, positive_ranks, rank_positives
+from traceir.evaluation import metrics
+from traceir.evaluation.metrics import TIE, positive_ranks, rank_positives
 
 # The references: trec_eval's own code, which brings scipy along.
 pytrec_eval: Any = importlib.import_module("pytrec_eval")
@@ -125,7 +125,7 @@ def test_edges_of_the_metrics() -> None:
 
 
 def test_bootstrap_intervals_cover_the_normal_ones_and_replace_those_of_the_reports() -> None:
-    from traceir.learn.report import interval
+    from traceir.lab.report import interval
 
     draw = np.random.default_rng(3)
     hits = (draw.random(2_000) < 0.3).astype(float)

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from traceir.data import mbeir
 from traceir.errors import DataError, InputError
-from traceir.learn import mbeir
-from traceir.learn.minibeir import album
-from traceir.learn.minibeir import build as building
-from traceir.learn.minibeir.build import build, fingerprint
-from traceir.learn.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
-from traceir.learn.minibeir.rows import FAMILY, LESSON_FOLDER, ROWS, WORLDS, Row, World, row_named
-from traceir.learn.minibeir.sheet import write_sheet
+from traceir.minibeir import album
+from traceir.minibeir import build as building
+from traceir.minibeir.build import build, fingerprint
+from traceir.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
+from traceir.minibeir.rows import FAMILY, LESSON_FOLDER, ROWS, WORLDS, Row, World, row_named
+from traceir.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
 Change = Callable[[Row, Split, QueryDraft], QueryDraft]

@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 
 from traceir.errors import InputError
-from traceir.learn.minibeir import emblems, encyclopedia, entities
-from traceir.learn.minibeir.draft import CandidateDraft, QueryDraft, Split
-from traceir.learn.minibeir.entities import Group, Path
+from traceir.minibeir import emblems, encyclopedia, entities
+from traceir.minibeir.draft import CandidateDraft, QueryDraft, Split
+from traceir.minibeir.entities import Group, Path
 
 ROWS = entities.row_names()
 TRAIN = 600

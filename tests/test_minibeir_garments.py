@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from traceir.errors import InputError
-from traceir.learn.minibeir import garments
-from traceir.learn.minibeir.draft import CandidateDraft, QueryDraft, Sketch
-from traceir.learn.minibeir.drawing import COLOURS, GARMENT_TYPES, SIZE, draw_garment, split_of
+from traceir.minibeir import garments
+from traceir.minibeir.draft import CandidateDraft, QueryDraft, Sketch
+from traceir.minibeir.drawing import COLOURS, GARMENT_TYPES, SIZE, draw_garment, split_of
 
 Look = dict[str, str]  # kind, base, figure, second, length, sleeves, collar, belt; figure and second are "" if plain
 ROWS = {

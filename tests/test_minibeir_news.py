@@ -8,9 +8,9 @@ from collections import Counter
 import pytest
 
 from traceir.errors import InputError
-from traceir.learn.minibeir import news, photos
-from traceir.learn.minibeir.draft import CandidateDraft, Split
-from traceir.learn.minibeir.encyclopedia import NAMES, WORDS
+from traceir.minibeir import news, photos
+from traceir.minibeir.draft import CandidateDraft, Split
+from traceir.minibeir.encyclopedia import NAMES, WORDS
 
 ROWS = {name: getattr(news, name) for name in news.row_names()}
 

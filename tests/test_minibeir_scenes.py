@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from traceir.errors import InputError
-from traceir.learn.minibeir import scenes
-from traceir.learn.minibeir.draft import CandidateDraft, QueryDraft, Sketch
-from traceir.learn.minibeir.drawing import COLOURS, SHAPES, SIZE, _object_sprite, derive_seed, draw_scene, split_of
+from traceir.minibeir import scenes
+from traceir.minibeir.draft import CandidateDraft, QueryDraft, Sketch
+from traceir.minibeir.drawing import COLOURS, SHAPES, SIZE, _object_sprite, derive_seed, draw_scene, split_of
 
 Objects = list[tuple[str, str]]
 ROWS = {

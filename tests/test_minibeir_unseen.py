@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from traceir.errors import DataError, InputError
-from traceir.learn.minibeir.drawing import split_of
-from traceir.learn.minibeir.garments import Garment
-from traceir.learn.minibeir.news import assign_split
-from traceir.learn.minibeir.photos import Scene as Photo
-from traceir.learn.minibeir.scenes import Scene
-from traceir.learn.minibeir.unseen import captions, dialogs, edits, pairs, turns
-from traceir.learn.minibeir.unseen.build import MANIFEST, SETS, build_unseen, fingerprint
-from traceir.learn.minibeir.unseen.language import WORDS, Phrase, read
-from traceir.learn.minibeir.unseen.states import find_state, has_trim, is_beside, shows
-from traceir.learn.minibeir.unseen.verify import PICTURES_FILE, read_pictures, read_torch, verify_unseen
+from traceir.minibeir.drawing import split_of
+from traceir.minibeir.garments import Garment
+from traceir.minibeir.news import assign_split
+from traceir.minibeir.photos import Scene as Photo
+from traceir.minibeir.scenes import Scene
+from traceir.minibeir.unseen import captions, dialogs, edits, pairs, turns
+from traceir.minibeir.unseen.build import MANIFEST, SETS, build_unseen, fingerprint
+from traceir.minibeir.unseen.language import WORDS, Phrase, read
+from traceir.minibeir.unseen.states import find_state, has_trim, is_beside, shows
+from traceir.minibeir.unseen.verify import PICTURES_FILE, read_pictures, read_torch, verify_unseen
 
 BANKS: list[Any] = [
     tuple(captions.LONG_SCENE.values()),

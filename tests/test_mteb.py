@@ -28,13 +28,13 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
-from traceir import cli
+from traceir.cli import main as cli
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.evaluation import mteb_run
+from traceir.evaluation.mteb_model import TraceEncoder
+from traceir.images import Picture
 from traceir.items import Item, Query
-from traceir.learn import mteb_run
-from traceir.learn.mteb_model import TraceEncoder
-from traceir.pictures import Picture
 
 TASKS = str(Path(drawn.__file__))
 Verb = Callable[..., int]
@@ -44,7 +44,7 @@ Verb = Callable[..., int]
 def verb(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Verb:
     """The command line over the session's encoder, offline."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("traceir.learn.verbs.open_encoder", lambda args: encoder)
+    monkeypatch.setattr("traceir.cli.learn_verbs.open_encoder", lambda args: encoder)
     return lambda *words: cli.main(["mteb", "--tasks-from", TASKS, *map(str, words)])
 
 
@@ -72,7 +72,7 @@ def scored(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Scored
     out = tmp_path_factory.mktemp("mteb") / "out"
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as told:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("traceir.learn.verbs.open_encoder", lambda args: encoder)
+        patch.setattr("traceir.cli.learn_verbs.open_encoder", lambda args: encoder)
         code = cli.main(["mteb", "--tasks-from", TASKS, "--out", str(out), "--name", "local/mini"])
     return Scored(out, code, said.getvalue(), told.getvalue(), json.loads((out / "results.json").read_text()))
 

@@ -19,9 +19,9 @@ from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.items import Item
-from traceir.learn.small import train_tokenizer
 from traceir.model import TraceModel, create, load, save
 from traceir.network import Network, Words, fits
+from traceir.train.small import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_field_report_02_a_search_imports_neither_transformers_nor_torch_before_
     text.write_text("a red cube")
     script = f"""
 import sys
-from traceir.cli import main
+from traceir.cli.main import main
 assert "torch" not in sys.modules
 assert main(["index", "add", {str(text)!r}, "--index", {str(index)!r}, "--model", {str(checkpoint)!r}]) == 0
 assert main(["search", "--text", "a red cube", "--index", {str(index)!r}, "--model", {str(checkpoint)!r}]) == 0

@@ -18,14 +18,15 @@ from conftest import picture, serving
 from published import save_clip
 
 import traceir
-from traceir import cli, demo
 from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
+from traceir.cli import main as cli
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.index.store import Stored
 from traceir.items import Hit, Item, Query, Route
-from traceir.pictures import Picture
+from traceir.lab import demo
 from traceir.search import Searcher
 from traceir.serve.page import page_config, read_instructions
 from traceir.serve.schemas import ModelOut

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image, ImageFile
 from tiffs import LONG, SHORT, tiff
 
-from traceir import picture_files
+from traceir import image_formats as picture_files
 from traceir.errors import PictureError
-from traceir.picture_files import FORMATS, SUFFIXES, extent_of, open_picture
-from traceir.pictures import Picture
+from traceir.image_formats import FORMATS, SUFFIXES, extent_of, open_picture
+from traceir.images import Picture
 
 
 def scene(width: int = 96, height: int = 64) -> Image.Image:

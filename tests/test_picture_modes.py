@@ -12,8 +12,8 @@ from PIL import Image
 from tiffs import FLOAT, SHORT, float_tiff, grey_tiff, tiff
 
 from traceir.errors import PictureError
-from traceir.picture_modes import as_rgb
-from traceir.pictures import Picture
+from traceir.image_modes import as_rgb
+from traceir.images import Picture
 
 WIDTH, HEIGHT = 50, 40
 RAMP = np.linspace(0.0, 1.0, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
@@ -224,5 +224,5 @@ def test_field_report_17_strips_make_the_same_picture(monkeypatch: pytest.Monkey
     images = [Image.open(BytesIO(float_tiff(60))), Image.fromarray(np.rint(RAMP * 999).astype(np.int32))]
     images += [Image.fromarray(np.rint(WANTED).astype(np.uint8)).convert(mode) for mode in ("L", "P", "LA", "RGBA", "CMYK", "1")]
     whole = [as_rgb(image).tobytes() for image in images]
-    monkeypatch.setattr("traceir.picture_modes.STRIP_PIXELS", 333)
+    monkeypatch.setattr("traceir.image_modes.STRIP_PIXELS", 333)
     assert [as_rgb(image).tobytes() for image in images] == whole

@@ -18,9 +18,9 @@ import pytest
 from PIL import Image, ImageFile
 from tiffs import SHORT, tiff
 
-from traceir import pictures
+from traceir import images as pictures
 from traceir.errors import InputError, PictureError
-from traceir.pictures import MAX_FILE_BYTES, Picture, PictureLimits
+from traceir.images import MAX_FILE_BYTES, Picture, PictureLimits
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

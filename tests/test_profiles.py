@@ -29,13 +29,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.cli import main
+from traceir.cli.main import main
+from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
+from traceir.evaluation.evaluate import evaluate
 from traceir.explain import explain
 from traceir.items import Encoding, Item, Query
-from traceir.learn import mbeir
-from traceir.learn.evaluate import evaluate
 from traceir.model import load, save
 from traceir.profiles import PROFILES, Profile, resolve_profile
 

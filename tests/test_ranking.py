@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pytest
 
 from traceir.errors import InputError, StoreError
-from traceir.learn import ranking
-from traceir.learn.metrics import TIE, positive_ranks, rank_positives
-from traceir.learn.ranking import NO_PLACE, Pool, rank_queries, write_run
+from traceir.evaluation import ranking
+from traceir.evaluation.metrics import TIE, positive_ranks, rank_positives
+from traceir.evaluation.ranking import NO_PLACE, Pool, rank_queries, write_run
 
 Array = npt.NDArray[Any]
 

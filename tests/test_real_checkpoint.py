@@ -12,11 +12,11 @@ from conftest import WORDS, picture
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.cli import main
+from traceir.cli.main import main
 from traceir.encoder import Encoder
 from traceir.items import Item, Query
-from traceir.learn.small import train_tokenizer
 from traceir.prompts import EMB, render_query
+from traceir.train.small import train_tokenizer
 
 # The keys of the published config.json of Qwen2.5-VL-7B-Instruct, text fields flat at the top as there; sizes and ids shrunk.
 PUBLISHED = {

@@ -22,26 +22,26 @@ import uvicorn
 from PIL import Image
 from test_reasoning_teacher import Server, completion, failure
 
-from traceir.cli import main
+from traceir.cli.main import main
+from traceir.cli.terminal import parse_shard
+from traceir.cot.ask import Question, blocks
+from traceir.cot.assemble import assemble
+from traceir.cot.build import Tally, Work, is_finished, run_parts, write_manifests
+from traceir.cot.estimate import estimate
+from traceir.cot.heard import PATIENCE
+from traceir.cot.outcomes import read_outcomes
+from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
+from traceir.cot.reach import Reach, open_work
+from traceir.cot.rules import Limits, RuleFilter
+from traceir.cot.scripted.faults import Faults
+from traceir.cot.scripted.oracle import Oracle
+from traceir.cot.scripted.teacher_server import MODEL, Ledger, TeacherApp, running
+from traceir.cot.source import Source, check_tasks, find_captions, find_parts, read_captions
+from traceir.cot.teachers.asker import Asker, UnansweredError
+from traceir.cot.teachers.completion import Reply
+from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
-from traceir.learn.cot import read_cot
-from traceir.learn.reasoning.ask import Question, blocks
-from traceir.learn.reasoning.assemble import assemble
-from traceir.learn.reasoning.build import Tally, Work, is_finished, run_parts, write_manifests
-from traceir.learn.reasoning.estimate import estimate
-from traceir.learn.reasoning.heard import PATIENCE
-from traceir.learn.reasoning.outcomes import read_outcomes
-from traceir.learn.reasoning.plan import STAGES, BuildConfig, begin, gather_captions, read_config
-from traceir.learn.reasoning.reach import Reach, open_work
-from traceir.learn.reasoning.rules import Limits, RuleFilter
-from traceir.learn.reasoning.scripted.faults import Faults
-from traceir.learn.reasoning.scripted.oracle import Oracle
-from traceir.learn.reasoning.scripted.teacher_server import MODEL, Ledger, TeacherApp, running
-from traceir.learn.reasoning.source import Source, check_tasks, find_captions, find_parts, read_captions
-from traceir.learn.reasoning.teachers.asker import Asker, UnansweredError
-from traceir.learn.reasoning.teachers.completion import Reply
 from traceir.serve.guard import Guard, Wall
-from traceir.terminal import parse_shard
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = Limits(reasoning_least=4)

@@ -14,12 +14,12 @@ from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from test_reasoning_quality import outcome
 
+from traceir.cot.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
+from traceir.cot.plan import FORMAT, NAME, BuildConfig
+from traceir.cot.quality.quality import measure
+from traceir.cot.rules import Limits
+from traceir.data.cot import write_rows
 from traceir.errors import DataError, InputError, TraceError
-from traceir.learn.cot import write_rows
-from traceir.learn.reasoning.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
-from traceir.learn.reasoning.plan import FORMAT, NAME, BuildConfig
-from traceir.learn.reasoning.quality.quality import measure
-from traceir.learn.reasoning.rules import Limits
 
 BAD = "bad: [x]\n---\n- | `y` <b>"
 """A name that would break YAML, a table, and Markdown."""
@@ -130,7 +130,7 @@ def test_push(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match=r"README\.md"):
         push_cot(folder, "somebody/data")
     write_cot_card(folder, built)
-    monkeypatch.setattr("traceir.learn.hub.HfApi", FakeHub)
+    monkeypatch.setattr("traceir.data.hub.HfApi", FakeHub)
     monkeypatch.setattr(FakeHub, "calls", [])
     (folder / "arrow").mkdir()
     (folder / "arrow" / "cache.arrow").write_text("stays here")

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from traceir.cot.ask import Case, Question, Questions, read_assessment, read_verdict
+from traceir.cot.replies import UnreadableError
+from traceir.cot.rules import RuleFilter
+from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
+from traceir.cot.scripted.oracle import Oracle
+from traceir.cot.scripted.teacher_server import running
+from traceir.cot.source import Source, find_captions, find_parts
+from traceir.cot.teachers.teacher import body_of, key_of
 from traceir.errors import InputError, TeacherError
-from traceir.learn.reasoning.ask import Case, Question, Questions, read_assessment, read_verdict
-from traceir.learn.reasoning.replies import UnreadableError
-from traceir.learn.reasoning.rules import RuleFilter
-from traceir.learn.reasoning.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
-from traceir.learn.reasoning.scripted.oracle import Oracle
-from traceir.learn.reasoning.scripted.teacher_server import running
-from traceir.learn.reasoning.source import Source, find_captions, find_parts
-from traceir.learn.reasoning.teachers.teacher import body_of, key_of
 
 QUESTIONS = Questions()
 COLOURS = ("red", "green", "blue", "white")

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 
+from traceir.cot.ask import Case
+from traceir.cot.outcomes import Outcome
+from traceir.cot.quality.likeness import diversity, longest_copy, near_duplicates
+from traceir.cot.quality.people_terms import introduced
+from traceir.cot.quality.quality import measure, read_quality, save_quality, summary
+from traceir.cot.quality.quality_page import page
+from traceir.cot.quality.reviewed import wilson
+from traceir.cot.quality.sketches import Frequent, HashSample, Lengths
+from traceir.cot.review.decisions import Decision
+from traceir.cot.review.review import Settled, sample_hash
+from traceir.data.mbeir import TASK_MODALITIES, Candidate, Record
 from traceir.errors import DataError
-from traceir.learn.mbeir import TASK_MODALITIES, Candidate, Record
-from traceir.learn.reasoning.ask import Case
-from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.quality.likeness import diversity, longest_copy, near_duplicates
-from traceir.learn.reasoning.quality.people_terms import introduced
-from traceir.learn.reasoning.quality.quality import measure, read_quality, save_quality, summary
-from traceir.learn.reasoning.quality.quality_page import page
-from traceir.learn.reasoning.quality.reviewed import wilson
-from traceir.learn.reasoning.quality.sketches import Frequent, HashSample, Lengths
-from traceir.learn.reasoning.review.decisions import Decision
-from traceir.learn.reasoning.review.review import Settled, sample_hash
 
 
 def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> Outcome:

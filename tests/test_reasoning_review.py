@@ -16,12 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from traceir.errors import DataError, InputError
-from traceir.learn.mbeir import Candidate, Record
-from traceir.learn.reasoning.ask import Case
-from traceir.learn.reasoning.outcomes import Outcome
-from traceir.learn.reasoning.review.decisions import Decision, Journal, read_decisions, reviewers
-from traceir.learn.reasoning.review.review import (
+from traceir.cot.ask import Case
+from traceir.cot.outcomes import Outcome
+from traceir.cot.review.decisions import Decision, Journal, read_decisions, reviewers
+from traceir.cot.review.review import (
     agreement,
     agreement_table,
     choose,
@@ -30,7 +28,9 @@ from traceir.learn.reasoning.review.review import (
     sample_hash,
     settle,
 )
-from traceir.learn.reasoning.review.review_server import OPEN_FILES, ReviewSession, app_of
+from traceir.cot.review.review_server import OPEN_FILES, ReviewSession, app_of
+from traceir.data.mbeir import Candidate, Record
+from traceir.errors import DataError, InputError
 
 
 def outcome(

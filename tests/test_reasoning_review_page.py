@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from test_reasoning_review import outcome
 
-from traceir.learn.reasoning.review.decisions import read_decisions
-from traceir.learn.reasoning.review.review import settle
-from traceir.learn.reasoning.review.review_server import serve_review
+from traceir.cot.review.decisions import read_decisions
+from traceir.cot.review.review import settle
+from traceir.cot.review.review_server import serve_review
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 DEAD = tuple(f"Failed to load resource: net::ERR_{end}" for end in ("CONNECTION_REFUSED", "CONNECTION_RESET", "EMPTY_RESPONSE"))

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from traceir.learn import mbeir
-from traceir.learn.reasoning.ask import (
+from traceir.cot.ask import (
     TEMPLATES,
     Case,
     Questions,
@@ -17,10 +16,11 @@ from traceir.learn.reasoning.ask import (
     read_assessment,
     read_verdict,
 )
-from traceir.learn.reasoning.replies import UnreadableError
-from traceir.learn.reasoning.rules import RULES, Limits, RuleFilter, count_tokens, duplicate_key, salient
-from traceir.learn.reasoning.scripted.thoughts import STYLES, cut
-from traceir.learn.reasoning.teachers.completion import reply_of
+from traceir.cot.replies import UnreadableError
+from traceir.cot.rules import RULES, Limits, RuleFilter, count_tokens, duplicate_key, salient
+from traceir.cot.scripted.thoughts import STYLES, cut
+from traceir.cot.teachers.completion import reply_of
+from traceir.data import mbeir
 
 GOOD = (
     "The picture shows a small wooden boat on a lake. The change asks for a sail in red. The lake and the shore stay as they "

@@ -24,15 +24,14 @@ import pytest
 from PIL import Image
 
 from traceir.connection import Connection
-from traceir.errors import DataError, InputError, ModelError, PictureError, TeacherError
-from traceir.learn.reasoning.ask import Question, Stage
-from traceir.learn.reasoning.teachers import places
-from traceir.learn.reasoning.teachers.asker import Asker, SpendLimitError, UnansweredError
-from traceir.learn.reasoning.teachers.batch_files import BatchTeacher, read_batch_results
-from traceir.learn.reasoning.teachers.completion import Reply, TransientError, reply_of, retry_after
-from traceir.learn.reasoning.teachers.journal import Journal
-from traceir.learn.reasoning.teachers.pace import Limits, Pace
-from traceir.learn.reasoning.teachers.teacher import (
+from traceir.cot.ask import Question, Stage
+from traceir.cot.teachers import places
+from traceir.cot.teachers.asker import Asker, SpendLimitError, UnansweredError
+from traceir.cot.teachers.batch_files import BatchTeacher, read_batch_results
+from traceir.cot.teachers.completion import Reply, TransientError, reply_of, retry_after
+from traceir.cot.teachers.journal import Journal
+from traceir.cot.teachers.pace import Limits, Pace
+from traceir.cot.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
     body_of,
@@ -40,6 +39,7 @@ from traceir.learn.reasoning.teachers.teacher import (
     picture_url,
     request_of,
 )
+from traceir.errors import DataError, InputError, ModelError, PictureError, TeacherError
 
 KEY = "sk-invented-0123456789"
 Answer = tuple[int, dict[str, str], bytes]
@@ -322,7 +322,7 @@ def test_full_disk_leaves_whole_lines(server: Server, tmp_path: Path, monkeypatc
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data[:-60])
 
-    monkeypatch.setattr("traceir.learn.reasoning.teachers.journal.os.write", full)
+    monkeypatch.setattr("traceir.cot.teachers.journal.os.write", full)
     asker, found = ask_all(server.url, tmp_path, [question(number) for number in range(5)], concurrency=1)
     assert isinstance(found[0], Reply) and asker.reused == 1 and len(server.bodies) == 2
     assert all(type(error) is TeacherError and "No space left" in str(error) for error in found[1:])
@@ -334,9 +334,9 @@ def test_full_disk_leaves_whole_lines(server: Server, tmp_path: Path, monkeypatc
 WRITER = """
 import sys
 from pathlib import Path
-from traceir.learn.reasoning.ask import Question
-from traceir.learn.reasoning.teachers.journal import Journal
-from traceir.learn.reasoning.teachers.completion import Reply
+from traceir.cot.ask import Question
+from traceir.cot.teachers.journal import Journal
+from traceir.cot.teachers.completion import Reply
 journal = Journal(Path(sys.argv[1]))
 for number in range(10**9):
     question = Question("assess", str(number), "t", 0, "", (), 1, 0.0, 0)

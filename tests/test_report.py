@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from traceir.errors import DataError, InputError
-from traceir.learn.compare import compare
-from traceir.learn.examples import choose
-from traceir.learn.judged import Judged
-from traceir.learn.report import (
+from traceir.evaluation.compare import compare
+from traceir.evaluation.judged import Judged
+from traceir.lab.examples import choose
+from traceir.lab.report import (
     interval,
     read_run,
     routes_report,
@@ -23,7 +23,7 @@ from traceir.learn.report import (
     run_report,
     steps_report,
 )
-from traceir.learn.scoreboard import write_scoreboard
+from traceir.lab.scoreboard import write_scoreboard
 
 
 def judged(row: str, qid: str, rank: int, steps: int | None, *, said: str = "", exact: bool | None = None) -> Judged:

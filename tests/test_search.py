@@ -78,7 +78,7 @@ def test_an_index_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_the_serving_side_imports_no_torch() -> None:
     code = (
-        "import sys, traceir.pictures, traceir.index, traceir.search, traceir.ingest; "
+        "import sys, traceir.images, traceir.index, traceir.search, traceir.ingest; "
         "sys.exit(any(name.split('.')[0] in ('torch', 'transformers') for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,11 +22,11 @@ from PIL import Image
 
 from traceir.client import Client
 from traceir.encoder import Encoder
+from traceir.images import Picture
 from traceir.index import open_index
 from traceir.items import Item, Query
-from traceir.pictures import Picture
 from traceir.search import Searcher
-from traceir.serve.picture_store import PictureStore
+from traceir.serve.image_store import PictureStore
 
 CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
 INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
@@ -295,9 +295,9 @@ def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: En
 
 
 def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -> None:
-    from traceir.adapters.langchain import TraceEmbeddings, TraceRetriever
-    from traceir.adapters.llamaindex import TraceEmbedding
     from traceir.client import Client
+    from traceir.integrations.langchain import TraceEmbeddings, TraceRetriever
+    from traceir.integrations.llamaindex import TraceEmbedding
 
     wanted = encoder.encode_queries([Query.of(text=CAPTION)])[0].vector
     assert close(TraceEmbeddings.of_server(running.url).embed_query(CAPTION), wanted)

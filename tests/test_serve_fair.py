@@ -27,11 +27,11 @@ from traceir.serve.bodies import SMALL, BodyGuard, parse_json
 from traceir.serve.fair import FairExecutor, Pace, Places, Rounds, Shares, Turns, Usage, caller, patient
 from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import Message, Receive, Send
-from traceir.serve.intake import bytes_of_base64
 from traceir.serve.jobs import BusyError
 from traceir.serve.keys import KeyRing, make_key
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service, check_answer, together
+from traceir.serve.uploads import bytes_of_base64
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

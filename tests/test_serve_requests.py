@@ -20,13 +20,14 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from traceir.encoder import Encoder
+from traceir.images import Picture
 from traceir.index import Index, filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import add
 from traceir.items import Item
-from traceir.pictures import Picture
-from traceir.serve import bodies, intake, schemas, values
+from traceir.serve import bodies, schemas, values
+from traceir.serve import uploads as intake
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key
 from traceir.serve.run import ServeConfig, make_application, make_server

@@ -30,21 +30,21 @@ from pydantic import BaseModel
 from tiffs import LONG, SHORT, tiff
 
 from traceir.errors import InputError, StoreError
+from traceir.image_formats import MAX_SCANS
+from traceir.images import Picture, PictureLimits
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
 from traceir.items import Item, Query
-from traceir.picture_files import MAX_SCANS
-from traceir.pictures import Picture, PictureLimits
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import MAX_DEPTH, BodyGuard, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
 from traceir.serve.gate import KeyGate, Limits, scope_needed
 from traceir.serve.guard import Guard, Message, Receive, Send, Wall
-from traceir.serve.intake import Intake, Sources, bytes_of_base64, picture_in_folders
+from traceir.serve.image_store import PictureStore, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, Refusal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
-from traceir.serve.picture_store import PictureStore, as_jpeg
 from traceir.serve.strict import StrictRoute
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
+from traceir.serve.uploads import Intake, Sources, bytes_of_base64, picture_in_folders
 
 PUBLIC = "93.184.215.14"
 

@@ -13,9 +13,9 @@ import pytest
 from traceir.decoding import Decoder
 from traceir.encoder import Encoder
 from traceir.errors import InputError, PictureError
+from traceir.images import Picture
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
-from traceir.pictures import Picture
 from traceir.serve.jobs import BusyError, LateError, Progress
 from traceir.serve.model_thread import ModelThread
 from traceir.serve.scheduler import Scheduler

@@ -51,7 +51,7 @@ def test_field_report_02_wrong_arguments_are_answered_before_torch_is_imported(t
     }
     script = """
 import contextlib, io, sys
-from traceir.cli import main
+from traceir.cli.main import main
 for line in sys.stdin.read().splitlines():
     told = io.StringIO()
     with contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):

@@ -27,18 +27,18 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
 from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
+from traceir.data.samples import Example, Schedule, TaskData
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TrainError
 from traceir.items import Item, Query
-from traceir.learn.batches import Turns
-from traceir.learn.data import Example, Schedule, TaskData
-from traceir.learn.gradcache import Reader
-from traceir.learn.losses import distillation_loss, generation_loss, retrieval_loss
-from traceir.learn.presets import resolve
-from traceir.learn.small import SmallSize
-from traceir.learn.train import TrainConfig, rate, train
 from traceir.model import load, save
 from traceir.precision import bfloat16_on
+from traceir.train.batches import Turns
+from traceir.train.gradcache import Reader
+from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
+from traceir.train.presets import resolve
+from traceir.train.small import SmallSize
+from traceir.train.train import TrainConfig, rate, train
 from traceir.weights import fingerprint
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
@@ -318,7 +318,7 @@ def test_a_frozen_vision_encoder_still_trains_the_mergers_of_deepstack(folder: P
 
 def command(arguments: list[str], environment: dict[str, str], told: Path) -> None:
     """The command itself in a process of its own; what it says on stderr goes into `told`."""
-    from traceir.cli import main
+    from traceir.cli.main import main
 
     os.environ.update(environment)
     with told.open("wb") as stream:
@@ -470,7 +470,7 @@ def recorded(run: Path) -> list[object]:
 def test_field_report_01_the_faster_type_is_taken_recorded_and_kept(
     folder: Path, tmp_path: Path, processor: Callable[[bool], None], caplog: pytest.LogCaptureFixture, fast: bool
 ) -> None:
-    caplog.set_level(logging.INFO, "traceir.learn.train")
+    caplog.set_level(logging.INFO, "traceir.train.train")
     processor(fast)
     plan = config(folder, tmp_path / "run", steps=2, save_every=1, keep=(1,), mixed_precision="auto")
     seen: list[bool] = []
@@ -617,7 +617,7 @@ def test_memory_that_runs_out_is_told_before_the_first_step(
     def full(*_: object, **__: object) -> dict[str, float]:
         raise torch.OutOfMemoryError("made up")
 
-    monkeypatch.setattr("traceir.learn.trainer.step", full)
+    monkeypatch.setattr("traceir.train.loop.step", full)
     with pytest.raises(TrainError, match=r"longest samples \(task cirr_task7, \d+ tokens, queries 8:.*chunk_tokens"):
         train(config(folder, tmp_path / "run"))
     assert not (tmp_path / "run/checkpoint").exists()

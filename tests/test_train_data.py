@@ -17,11 +17,10 @@ from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceir.errors import DataError, TrainError
-from traceir.items import Query
-from traceir.learn import mbeir
-from traceir.learn.cot import PoolFile, is_cot, read_cot, write_cot
-from traceir.learn.data import (
+from traceir.data import mbeir
+from traceir.data.cot import PoolFile, is_cot, read_cot, write_cot
+from traceir.data.image_store import pixel_store
+from traceir.data.samples import (
     Example,
     Pairs,
     Schedule,
@@ -34,9 +33,10 @@ from traceir.learn.data import (
     task_shares,
     texts,
 )
-from traceir.learn.pixels import pixel_store
-from traceir.learn.small import SmallSize, small_model, train_tokenizer
+from traceir.errors import DataError, TrainError
+from traceir.items import Query
 from traceir.model import TraceSettings
+from traceir.train.small import SmallSize, small_model, train_tokenizer
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
                  vision_inner=32, vocabulary=420)  # fmt: skip

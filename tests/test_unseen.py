@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from traceir.errors import DataError, InputError
-from traceir.learn.unseen import catalogue, pairs
-from traceir.learn.unseen.captions import CAPTION_WANTED, read_flickr30k, read_sharegpt4v, read_urban1k
-from traceir.learn.unseen.circo import CHANGE_WANTED, read_circo
-from traceir.learn.unseen.genecis import SAME_WANTED, read_genecis
-from traceir.learn.unseen.mtfiq import read_mtfiq
-from traceir.learn.unseen.originals import read_cirr, read_fashioniq
-from traceir.learn.unseen.pairs import read_ccneg, read_sugarcrepe
-from traceir.learn.unseen.run import rehearse_unseen
-from traceir.learn.unseen.task import Missing, Task
-from traceir.learn.unseen.visdial import read_visdial
-from traceir.learn.unseen.vist import read_vist
+from traceir.evaluation.unseen import catalogue, pairs
+from traceir.evaluation.unseen.captions import CAPTION_WANTED, read_flickr30k, read_sharegpt4v, read_urban1k
+from traceir.evaluation.unseen.circo import CHANGE_WANTED, read_circo
+from traceir.evaluation.unseen.genecis import SAME_WANTED, read_genecis
+from traceir.evaluation.unseen.mtfiq import read_mtfiq
+from traceir.evaluation.unseen.originals import read_cirr, read_fashioniq
+from traceir.evaluation.unseen.pairs import read_ccneg, read_sugarcrepe
+from traceir.evaluation.unseen.run import rehearse_unseen
+from traceir.evaluation.unseen.task import Missing, Task
+from traceir.evaluation.unseen.visdial import read_visdial
+from traceir.evaluation.unseen.vist import read_vist
 
 
 def write(path: Path, content: object) -> Path:

@@ -14,12 +14,12 @@ from fakes import FakeEncoder
 from PIL import Image
 
 from traceir.errors import DataError, InputError, ModelError
+from traceir.evaluation import embedder
+from traceir.evaluation.unseen import score as scoring
+from traceir.evaluation.unseen.circo import write_submission
+from traceir.evaluation.unseen.score import rank_pool, score
+from traceir.evaluation.unseen.task import Case, LeftOut, Source, Task
 from traceir.items import Content, Encoding, Item, Query, Route
-from traceir.learn import embedder
-from traceir.learn.unseen import score as scoring
-from traceir.learn.unseen.circo import write_submission
-from traceir.learn.unseen.score import rank_pool, score
-from traceir.learn.unseen.task import Case, LeftOut, Source, Task
 
 CLOCK = [(1.0, 0.0), (0.9, 0.4358899), (0.6, 0.8), (0.0, 1.0), (-0.6, 0.8), (-1.0, 0.0)]
 """Unit vectors ever further away from the first."""

@@ -9,8 +9,8 @@ import pytest
 from conftest import picture, serving
 from test_serve_app import call
 
-from traceir import cli
 from traceir.checkpoint import bundled_model
+from traceir.cli import main as cli
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.items import Item, Query

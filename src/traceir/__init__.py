@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from traceir.client import Client
     from traceir.encoder import Encoder
     from traceir.errors import TraceError
+    from traceir.images import Picture
     from traceir.index import And, Eq, In, Range, open_index
     from traceir.items import Encoding, Hit, Item, Query
     from traceir.library import load_encoder
-    from traceir.pictures import Picture
     from traceir.search import Searcher
 
 __version__ = "0.1.0"
@@ -36,7 +36,7 @@ _HOMES = {
     **dict.fromkeys(("Encoding", "Hit", "Item", "Query"), "traceir.items"),
     "Client": "traceir.client",
     "Encoder": "traceir.encoder",
-    "Picture": "traceir.pictures",
+    "Picture": "traceir.images",
     "Searcher": "traceir.search",
     "load_encoder": "traceir.library",
     "TraceError": "traceir.errors",

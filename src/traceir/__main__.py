@@ -2,7 +2,7 @@
 
 import sys
 
-from traceir.cli import main
+from traceir.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -19,7 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from traceir.errors import InputError, ModelError, PictureError
-from traceir.pictures import Picture
+from traceir.images import Picture
 from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, Joined, Prompt, Special, UserText
 
 ReadOut = Literal["before_token", "at_token", "last"]

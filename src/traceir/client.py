@@ -23,9 +23,9 @@ import numpy as np
 from traceir.connection import Answer, Connection
 from traceir.cutoff import Cut
 from traceir.errors import InputError, ModelError
+from traceir.images import Picture
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
-from traceir.pictures import Picture
 
 CHUNK: Final = 64
 """Inputs of one request at most; longer calls send several."""

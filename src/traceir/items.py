@@ -18,7 +18,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from traceir.errors import InputError
-from traceir.pictures import Picture
+from traceir.images import Picture
 from traceir.suggest import did_you_mean
 
 Part = str | Picture

@@ -20,8 +20,8 @@ from PIL import Image
 
 from traceir.batch import READ_OUTS, RESIZES, ROPES, ReadOut, Resize, Rope
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.items import MODALITIES, Item, Query
-from traceir.pictures import Picture
 from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
 from traceir.suggest import did_you_mean
 

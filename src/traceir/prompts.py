@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.items import Item, Part, Query
-from traceir.pictures import Picture
 
 EMB: Final = "<|emb|>"
 PAD: Final = "<|endoftext|>"

@@ -27,9 +27,9 @@ from sentence_transformers.base.modules import InputModule
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
+from traceir.images import Picture
 from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_picture, check_route
 from traceir.model import load, save
-from traceir.pictures import Picture
 
 log = logging.getLogger(__name__)
 

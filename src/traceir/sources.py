@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
 from traceir.errors import InputError, PictureError
+from traceir.images import SUFFIXES as PICTURE_SUFFIXES
+from traceir.images import Picture
 from traceir.index.filters import OWN_NAMES, check_field
 from traceir.index.store import check_id, check_text
 from traceir.items import Item
-from traceir.pictures import SUFFIXES as PICTURE_SUFFIXES
-from traceir.pictures import Picture
 
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})

@@ -9,8 +9,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 from traceir.errors import ModelError, PictureError
+from traceir.images import Picture
 from traceir.items import Content, Hit
-from traceir.pictures import Picture
 
 _WORD: Final = re.compile(r"[^\W\d_]+")
 _FOR_PHOTOS: Final = "sentence-transformers/clip-ViT-B-32"

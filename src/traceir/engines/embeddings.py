@@ -27,9 +27,9 @@ from PIL import Image as Pillow
 from traceir.connection import Answer, Connection
 from traceir.engines.forms import Form, Image, Role, Said, Text, form_for
 from traceir.errors import InputError, ModelError
+from traceir.image_formats import open_picture
+from traceir.images import Picture
 from traceir.items import Encoding, Item, Modality, Query, Route, Vector, check_route
-from traceir.picture_files import open_picture
-from traceir.pictures import Picture
 
 log = logging.getLogger(__name__)
 

@@ -29,9 +29,9 @@ from traceir.batch import Layout, Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
 from traceir.errors import ModelError
+from traceir.images import Picture
 from traceir.items import Encoding, Ended, Item, Query, Road, Route, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
-from traceir.pictures import Picture
 from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
 
 log = logging.getLogger(__name__)

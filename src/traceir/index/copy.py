@@ -10,10 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from traceir.errors import InputError, StoreError
+from traceir.images import Picture
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_maker
 from traceir.items import Item
-from traceir.pictures import Picture
 
 _MOST_BYTES: Final = 32 * 2**20
 

@@ -19,9 +19,9 @@ from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from traceir.errors import InputError
-from traceir.pictures import Picture
+from traceir.images import Picture
 from traceir.serve.fair import Turns
-from traceir.serve.intake import Intake
+from traceir.serve.uploads import Intake
 
 log = logging.getLogger(__name__)
 MAX_URL: Final = 2048

@@ -27,15 +27,15 @@ from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
 from traceir.serve.gate import TOGETHER, KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
-from traceir.serve.intake import Intake, Sources
+from traceir.serve.image_store import PictureStore
 from traceir.serve.keys import KeyRing
 from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
 from traceir.serve.page import read_instructions
-from traceir.serve.picture_store import PictureStore
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import Census, TenantIndex
+from traceir.serve.uploads import Intake, Sources
 from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)

@@ -18,16 +18,15 @@ import numpy as np
 
 from traceir.cutoff import Calibrations, search_above
 from traceir.errors import InputError, PictureError, StoreError, TraceError
+from traceir.images import Picture
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
 from traceir.items import Hit, Item, Modality, Part, Query, Route
-from traceir.pictures import Picture
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
-from traceir.serve.intake import Intake, Sources, picture_of_item, told_without_paths, without_paths
+from traceir.serve.image_store import PictureStore, as_jpeg
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
-from traceir.serve.picture_store import PictureStore, as_jpeg
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.schemas import (
     CHAT_ROLES,
@@ -48,6 +47,7 @@ from traceir.serve.schemas import (
 )
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
+from traceir.serve.uploads import Intake, Sources, picture_of_item, told_without_paths, without_paths
 from traceir.serve.values import MAX_TEXT
 from traceir.world import notice
 

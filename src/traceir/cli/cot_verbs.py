@@ -1,0 +1,214 @@
+"""What `traceir reasoning ...` does. Like all verbs these import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceir.cli.terminal import PARTLY, one_line, parse_shard, shows_progress, split
+from traceir.errors import InputError
+
+if TYPE_CHECKING:
+    from traceir.cot.build import Tally
+    from traceir.cot.plan import BuildConfig
+    from traceir.cot.reach import Reach
+
+
+def build(args: argparse.Namespace) -> int:
+    from traceir.cot.build import is_finished, write_manifests
+    from traceir.cot.plan import begin
+    from traceir.cot.source import check_tasks, find_parts
+
+    out, config = Path(args.out), _config(args)
+    if not Path(config.data).is_dir():
+        raise InputError(f"data folder {config.data} does not exist; give the root of a folder in M-BEIR's layout")
+    check_tasks(Path(config.data), [*config.tasks, *config.direct, *config.complex])
+    parts = find_parts(Path(config.data), config.part_size)
+    if args.dry_run:
+        return _dry_run(args, config, parts)
+    reach, (number, count) = _reach(args), parse_shard(args.shard)
+    begin(out, config)
+    mine = [part for part in parts[number::count] if not is_finished(out, part)]
+    tally = _run(args, config, reach, mine, f"{number:04d}-of-{count:04d}")
+    for name, reason in [one for one in tally.unfinished.items() if one[1] != tally.stopped][:5]:
+        print(one_line(f"unfinished: {name}: {reason}"), file=sys.stderr)
+    if tally.stopped or tally.unfinished:
+        left = tally.stopped or f"{len(tally.unfinished)} parts lack answers"
+        print(one_line(f"stopped: {left}; the same command goes on where this one ended"), file=sys.stderr)
+        return PARTLY
+    if left_over := sum(not is_finished(out, part) for part in parts):
+        print(f"this share is done; {left_over} of {len(parts)} parts are not, the last share to finish assembles")
+        return 0
+    write_manifests(out, parts)
+    return 0 if args.no_assemble else _assemble(args, out)
+
+
+def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: Any, writer: str) -> Tally:
+    out = Path(args.out)
+    if args.engine == "ray":
+        from traceir.cot.cluster import run_on_ray
+
+        return run_on_ray(config, out, parts, reach, workers=args.workers)
+    from traceir.cot.build import run_parts
+    from traceir.cot.reach import open_work
+
+    with open_work(config, out, reach, writer) as work:
+        return run_parts(work, parts, progress=shows_progress())
+
+
+def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: Any) -> int:
+    from contextlib import closing
+
+    from traceir.cot.estimate import estimate, estimate_table
+    from traceir.cot.source import Source
+
+    with closing(Source(Path(config.data), config.tasks)) as source:
+        found = estimate(config, source, parts, Path(args.out), complex_share=args.complex_share)
+    print(estimate_table(found, args.price_in, args.price_out))
+    return 0
+
+
+def assemble(args: argparse.Namespace) -> int:
+    return _assemble(args, Path(args.out))
+
+
+def _assemble(args: argparse.Namespace, out: Path) -> int:
+    from traceir.cot.assemble import assemble
+    from traceir.cot.cot_card import write_cot_card
+    from traceir.cot.heard import tell
+    from traceir.cot.plan import DATASET
+
+    funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
+    write_cot_card(out / DATASET, out)
+    print(funnel.table())
+    print(f"wrote {out / DATASET}", file=sys.stderr)
+    if problem := funnel.problem():
+        print(one_line(f"warning: {problem}"), file=sys.stderr)
+        return PARTLY
+    if funnel.unread:
+        print(one_line(f"dropped without a word of use from the teacher: {tell(funnel.unread)}"), file=sys.stderr)
+    return 0
+
+
+def import_answers(args: argparse.Namespace) -> int:
+    from traceir.cot.teachers.batch_files import read_batch_results
+    from traceir.cot.teachers.journal import Journal
+
+    folder = Path(args.journal) if args.journal else Path(args.out) / "journal"
+    journal = Journal(folder, "batch")
+    try:
+        counts = read_batch_results([Path(file) for file in args.files], journal)
+    finally:
+        journal.close()
+    print(", ".join(f"{name} {count}" for name, count in counts.items()))
+    return 0
+
+
+def review(args: argparse.Namespace) -> int:
+    from traceir.cot.plan import read_build
+    from traceir.cot.review.review import agreement_table
+    from traceir.cot.review.review_server import serve_review
+
+    if args.agreement:
+        read_build(Path(args.out))  # a folder without a build has no agreement either
+        print(agreement_table(Path(args.out)))
+        return 0
+    serve_review(
+        Path(args.out), port=args.port, reviewer=args.reviewer or "", per_stratum=args.per_stratum, order=args.order,
+        seed=args.seed, open_browser=not args.no_browser, announce=print,
+    )  # fmt: skip
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from traceir.cot.quality.quality_page import write_quality
+
+    print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
+    return 0
+
+
+def teacher(args: argparse.Namespace) -> int:
+    from traceir.cot.scripted.faults import Faults
+    from traceir.cot.scripted.teacher_server import KEY_VARIABLE, serve
+
+    serve(
+        Path(args.data),
+        args.host,
+        args.port,
+        model=args.model,
+        key=args.key or os.environ.get(KEY_VARIABLE),
+        faults=Faults(args.faults, args.seed),
+        latency=args.latency,
+        log=Path(args.log) if args.log else None,
+        stall_s=args.stall,
+    )
+    return 0
+
+
+def push(args: argparse.Namespace) -> int:
+    from traceir.cot.cot_card import push_cot
+    from traceir.cot.plan import DATASET
+
+    print(push_cot(Path(args.out) / DATASET, args.repo, dry_run=args.dry_run, private=args.private))
+    return 0
+
+
+def _config(args: argparse.Namespace) -> BuildConfig:
+    from traceir.cot.plan import BuildConfig
+    from traceir.data.settings import override
+
+    config = BuildConfig(
+        args.data,
+        _model(args),
+        verifier=args.verifier_model or "",
+        tasks=tuple(split(args.tasks or "")),
+        direct=tuple(split(args.direct or "")),
+        complex=tuple(split(args.complex or "")),
+        captions=args.captions or "",
+        templates=args.templates or "",
+    )
+    return replace(override(config, args.settings))
+
+
+def _model(args: argparse.Namespace) -> str:
+    """The teacher's name: given, or that of a recorded file."""
+    if args.model:
+        return str(args.model)
+    if (args.teacher or "").startswith("recorded:"):
+        return "recorded"
+    if args.dry_run:
+        return "none"
+    raise InputError("name the model that the teacher's address serves with --model; its /v1/models lists them")
+
+
+def _reach(args: argparse.Namespace) -> Reach:
+    from traceir.cot.reach import Reach
+    from traceir.outside import read_json
+
+    if not args.teacher:
+        raise InputError("name the teacher with --teacher: http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER")
+    try:
+        extra = read_json(args.extra) if args.extra else {}
+    except ValueError as error:
+        raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
+    if not isinstance(extra, dict):
+        raise InputError(f"--extra {args.extra!r} is not a JSON object")
+    return Reach(
+        args.teacher,
+        verifier=args.verifier or "",
+        key_variable=args.key_variable,
+        journal=args.journal or "",
+        concurrency=args.concurrency,
+        requests_per_minute=args.requests_per_minute,
+        tokens_per_minute=args.tokens_per_minute,
+        timeout_s=args.timeout,
+        price_in=args.price_in,
+        price_out=args.price_out,
+        spend_limit=args.spend_limit,
+        patience=args.patience,
+        extra=extra,
+    )

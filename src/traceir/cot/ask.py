@@ -1,0 +1,221 @@
+"""What a teacher is asked at each stage, and what its reply says (paper, section 3: M-BEIR-CoT).
+
+The only home of the teacher's prompts. A question shows the same few blocks to every teacher, each between tags (`<task>`,
+`<instruction>`, `<query>`, `<target>`, `<proposal>`), and then its pictures; text from data cannot close a block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, Literal
+
+from traceir.cot.replies import fields_of, share_of, yes_or_no
+from traceir.data import mbeir
+from traceir.errors import DataError
+
+Stage = Literal["assess", "reason", "verify"]
+VERSION: Final = "cot-1"
+BLOCKS: Final = ("task", "instruction", "query", "target", "proposal")
+_BLOCK_TAG: Final = re.compile(rf"</?({'|'.join(BLOCKS)})>")
+REASON_TOKENS: Final = 512
+"""Tokens of a reply that reasons, thoughts of its own not counted."""
+WORD_TOKENS: Final = 128
+"""Tokens of an assessment or a verdict, likewise."""
+
+TEMPLATES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "assess": (
+            "You sort queries of a multimodal retrieval system. A query is direct if what it shows or says already describes the "
+            "target. It is complex if the target follows only from steps that depend on each other: a change applied to a "
+            "picture, a fact recalled about what is seen, a comparison, several conditions combined.\n"
+            'Reply with one JSON object and nothing else: {"complex": true or false, "reason": "one sentence", '
+            '"confidence": 0.0 to 1.0}'
+        ),
+        "reason": (
+            "You write the reasoning with which a multimodal retrieval system finds the target of a complex query. {strategy}\n"
+            "Use only what the query shows and what is generally known. Write plain English.\n"
+            "Reply in exactly this form, with nothing before, between or after:\n"
+            "<reasoning>the steps, 16 to 256 tokens</reasoning><answer>a short description of the target, 2 to 64 "
+            "tokens</answer>"
+        ),
+        "visual": "Spell out the details of the picture that decide what is meant, then sum up.",
+        "composed": (
+            "Name the state of the source picture, then the operation that is asked for, then what must not change, and end "
+            "with the state of the target."
+        ),
+        "knowledge": "Name what the query is about, then recall one fact after the other until the question is answered.",
+        "verify-image": (
+            "You check descriptions of the target of a retrieval query. You see the query, the true target as the last picture, "
+            "and a proposed description of it. Say yes only if the description fits the true target and obeys the change that "
+            "the query asks for."
+        ),
+        "verify-text": (
+            "You check answers to a retrieval query. You see the query, the true document and a proposed answer. Say yes only "
+            "if the document entails the answer, and if the answer is specific enough to single this document out."
+        ),
+        "verdict": (
+            'Reply with one JSON object and nothing else: {"verdict": "yes" or "no", "confidence": 0.0 to 1.0, '
+            '"reason": "one sentence"}'
+        ),
+    }
+)
+"""Templates by name. `reason` holds `{strategy}`, filled by the one of the task's family."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A training query with all that its questions may show. `positives` are those in the train pool, at least one."""
+
+    record: mbeir.Record
+    task: str
+    instruction: str
+    positives: tuple[mbeir.Candidate, ...]
+    root: Path = field(compare=False)
+
+    @property
+    def family(self) -> str:
+        """Which strategy its reasoning follows: `composed`, `knowledge` or `visual`."""
+        query, candidate = mbeir.TASK_MODALITIES[self.record.task_id]
+        if query == "image,text":
+            return "composed" if candidate == "image" else "knowledge"
+        return "visual" if "image" in query or candidate == "image" else "knowledge"
+
+    @property
+    def target(self) -> mbeir.Candidate:
+        """The positive that a verifier sees: the first."""
+        return self.positives[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request to a teacher, whatever it is reached by.
+
+    `parts` are texts (str) and picture files (Path) in reading order; `attempt` counts from 0 and changes the seed, so that a
+    question can be asked anew.
+    """
+
+    stage: Stage
+    qid: str
+    task: str
+    attempt: int
+    system: str
+    parts: tuple[str | Path, ...]
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        return tuple(part for part in self.parts if isinstance(part, Path))
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """Whether a query is complex (z = 1), why, and how sure the teacher is, from 0 to 1."""
+
+    z: int
+    reason: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the verifier says of an answer; `confidence` from 0 to 1."""
+
+    yes: bool
+    confidence: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Renders questions. `templates` override those of this file by name; `seed` is sent with every request.
+
+    `max_tokens` is for replies that reason; what it has above the default is room for the thoughts of a model that reasons by
+    itself, and is added to all questions.
+    """
+
+    templates: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    temperature: float = 0.0
+    max_tokens: int = REASON_TOKENS
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.templates) - set(TEMPLATES)):
+            raise DataError(f"template {unknown[0]!r} is unknown; the templates are {', '.join(TEMPLATES)}")
+
+    @property
+    def version(self) -> str:
+        """`cot-1`, with eight hex digits of the overriding templates where there are any."""
+        if not self.templates:
+            return VERSION
+        told = json.dumps(dict(self.templates), sort_keys=True, ensure_ascii=False)
+        return f"{VERSION}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+
+    def assess(self, case: Case, attempt: int = 0) -> Question:
+        return self._question("assess", case, attempt, self._text("assess"), (), self._short)
+
+    def reason(self, case: Case, attempt: int = 0) -> Question:
+        system = self._text("reason").replace("{strategy}", self._text(case.family))
+        return self._question("reason", case, attempt, system, (), self.max_tokens)
+
+    def verify(self, case: Case, answer: str, attempt: int = 0) -> Question:
+        """The verifier sees the query and the true target; of a text target its first 2,000 characters."""
+        target = case.target
+        shown = "image" if target.modality == "image" else "text"
+        parts: tuple[str | Path, ...] = (block("proposal", answer),)
+        if target.text:
+            parts = (block("target", target.text[:2000]), *parts)
+        if target.image_path:
+            parts = (*parts, case.root / target.image_path)
+        system = f"{self._text(f'verify-{shown}')}\n{self._text('verdict')}"
+        return self._question("verify", case, attempt, system, parts, self._short)
+
+    @property
+    def _short(self) -> int:
+        return WORD_TOKENS + max(0, self.max_tokens - REASON_TOKENS)
+
+    def _text(self, name: str) -> str:
+        return self.templates.get(name, TEMPLATES[name])
+
+    def _question(
+        self, stage: Stage, case: Case, attempt: int, system: str, more: tuple[str | Path, ...], max_tokens: int
+    ) -> Question:
+        record = case.record
+        lines = [block("task", case.task), block("instruction", case.instruction)]
+        if record.text:
+            lines.append(block("query", record.text))
+        parts: tuple[str | Path, ...] = ("\n".join(lines),)
+        if record.image_path:
+            parts = (*parts, case.root / record.image_path)
+        seed = self.seed + attempt
+        temperature = self.temperature if attempt == 0 else max(self.temperature, 0.7)
+        return Question(stage, record.qid, case.task, attempt, system, (*parts, *more), max_tokens, temperature, seed)
+
+
+def block(name: str, text: str) -> str:
+    """`<name>text</name>`; a tag of any block within the text loses its angle brackets."""
+    return f"<{name}>{_BLOCK_TAG.sub(lambda found: found[0][1:-1], text)}</{name}>"
+
+
+def blocks(text: str) -> dict[str, str]:
+    """The blocks of a question's text by name, as `block` wrote them."""
+    return {found[1]: found[2] for found in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}
+
+
+def read_assessment(text: str, finish: str = "stop") -> Assessment:
+    """The assessment in a reply. Raises UnreadableError."""
+    found = fields_of(text, finish, "complex", "confidence")
+    return Assessment(int(yes_or_no(found, "complex")), str(found.get("reason") or ""), share_of(found, "confidence"))
+
+
+def read_verdict(text: str, finish: str = "stop") -> Verdict:
+    """The verdict in a reply. Raises UnreadableError."""
+    found = fields_of(text, finish, "verdict", "confidence")
+    return Verdict(yes_or_no(found, "verdict"), share_of(found, "confidence"), str(found.get("reason") or ""))

@@ -1,0 +1,79 @@
+"""Uploads to the hub: what models and data sets have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from traceir.data import markdown as md
+from traceir.errors import InputError, TraceError
+
+# What the hub's client raises where there is no network; which HTTP package it uses has changed before.
+_NETWORK: Final = (OSError, *(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError"))
+
+
+def check_name(repo: str) -> None:
+    """Raises InputError for what is no name of a repository."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InputError(f"--repo {repo!r} is no name of the hub; write OWNER/NAME ({error})") from error
+
+
+def upload(
+    folder: Path,
+    files: Sequence[tuple[str, int]],
+    repo: str,
+    kind: Literal["model", "dataset"],
+    *,
+    private: bool,
+    dry_run: bool,
+    revision: str | None,
+) -> str:
+    """Uploads these files (name, bytes) of a folder and returns the address of the commit.
+
+    With `dry_run` it needs no network and returns what would go. The token is the one that `hf auth login` or HF_TOKEN has set;
+    it is never read here. Raises TraceError where the hub refuses or cannot be reached; the upload can then be repeated.
+    """
+    if dry_run:
+        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
+        place = f"{kind} {repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
+        told = f"in {len(files)} files would go to the {place}; nothing was uploaded"
+        return "\n".join([*lines, f"{md.size(sum(size for _, size in files)):>10}  {told}"])
+    api = HfApi()
+    try:
+        api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+        if private and not api.repo_info(repo, repo_type=kind).private:
+            raise TraceError(
+                f"{repo} exists and is public, but a private one was asked for; make it private or choose another name"
+            )
+        if revision:
+            api.create_branch(repo, repo_type=kind, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo,
+            repo_type=kind,
+            folder_path=folder,
+            allow_patterns=[name for name, _ in files],
+            revision=revision,
+            commit_message="Upload by traceir",
+        )
+    except HfHubHTTPError as error:
+        raise TraceError(_refusal(repo, error)) from error
+    except _NETWORK as error:
+        raise TraceError(
+            f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
+            "network and HF_HUB_OFFLINE, then push again, or look at what would go with --dry-run"
+        ) from error
+    return str(commit.commit_url)
+
+
+def _refusal(repo: str, error: HfHubHTTPError) -> str:
+    status = error.response.status_code if error.response is not None else 0
+    if status in (401, 403, 404):
+        return f"{repo}: the hub answers {status}; log in by `hf auth login` with a token that may write there, then push again"
+    return f"{repo}: the hub answers {status or 'nothing'} ({error.server_message or type(error).__name__}); try again later"

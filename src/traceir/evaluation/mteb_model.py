@@ -1,0 +1,336 @@
+"""TraceIR under mteb, the public benchmark package: an encoder as one of its models, rows of a folder as tasks (extra `judges`).
+
+    model = TraceEncoder.of(Encoder.from_pretrained())
+    mteb.evaluate(model, mbeir_task("data/minibeir", "cirr_task7"), cache=None)
+
+`mteb_run.py` is the verb over it. Pictures need Pillow only, not the torchvision that mteb asks for. mteb does its own search and
+its own scoring.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from mteb.abstasks import AbsTaskRetrieval
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models import ModelMeta
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_meta import ScoringFunction
+from mteb.types import PromptType
+from PIL import Image
+from tqdm import tqdm
+
+from traceir.data import mbeir
+from traceir.encoder import Encoder
+from traceir.errors import DataError, InputError
+from traceir.evaluation.metrics import TIE
+from traceir.images import Picture
+from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
+from traceir.model import load
+from traceir.search import EncoderLike
+
+log = logging.getLogger(__name__)
+
+KS: Final = (1, 5, 10)
+ABSENT: Final = "(no positive)"
+"""Stands for the positives of a query that has none: mteb would leave such a query out, M-BEIR counts it as missed."""
+_LETTERS: Final[Mapping[Modality, str]] = {"text": "t", "image": "i", "image,text": "it"}
+_ROWS: Final = 256
+_UNREAD: Final = ("audio", "video")
+
+
+class TraceEncoder(AbsEncoder):
+    """Any encoder as mteb's EncoderProtocol: what it encodes as queries may reason, documents and everything else never do.
+
+    Inputs of tasks without sides (classes, clusters, labels, captions, pairs) are encoded as documents are, without instruction.
+    Queries get the task's own prompt (or their own, where the task has instructions by query) and the modality of the task's
+    documents; mteb's general prompts by class ("Retrieve text based on user query.", of pictures too) are left out. The size of
+    mteb's batches decides how many rows are in memory at a time, never what is encoded.
+
+    mteb's loader calls it with the model's name; `source` says where the weights are, or is the encoder.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        source: str | Path | EncoderLike | None = None,
+        route: Route = "auto",
+        **options: Any,
+    ) -> None:
+        check_route(route)
+        if source is None or isinstance(source, str | Path):
+            source = Encoder(load(source or model_name, device=device or "cpu", **options))
+        self.encoder: EncoderLike = source
+        self.route: Route = route
+        self.mteb_model_meta = model_meta(
+            model_name, revision_of(source), route=route, width=source.width, modalities=modalities_of(source)
+        )
+
+    @classmethod
+    def of(cls, encoder: EncoderLike, name: str = "traceir/local", *, route: Route = "auto") -> TraceEncoder:
+        """Around an encoder in memory; `name` ("organisation/model") is what mteb writes into its results."""
+        return cls(name, source=encoder, route=route)
+
+    def encode(
+        self,
+        inputs: Any,
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        batch_size: int = _ROWS,
+        show_progress_bar: bool = False,
+        **_: Any,
+    ) -> Vector:
+        """Unit vectors [N, D] of a data loader's batches, in order; only `prompt_type` query takes the road that may reason."""
+        instruction = _prompt(task_metadata)
+        target = _target(task_metadata) if prompt_type == PromptType.query else None
+        blocks: list[Vector] = []
+        total = len(getattr(inputs, "dataset", ())) or None
+        with tqdm(
+            total=total, desc=f"{task_metadata.name} {hf_split}", disable=not show_progress_bar, mininterval=2.0, leave=False
+        ) as bar:
+            for rows in _chunks(inputs, batch_size):
+                if prompt_type == PromptType.query:
+                    queries = [_query(row, instruction, target, task_metadata.name) for row in rows]
+                    found = self.encoder.encode_queries(queries, route=self.route)
+                else:
+                    found = self.encoder.encode_items([Item(_parts(row, task_metadata.name)) for row in rows])
+                blocks.append(np.stack([one.vector for one in found]))
+                bar.update(len(rows))
+        return np.concatenate(blocks) if blocks else np.zeros((0, self.encoder.width), dtype=np.float32)
+
+
+def modalities_of(encoder: EncoderLike) -> tuple[Modality, ...]:
+    """What an encoder takes as one input; all three where it does not say."""
+    told: tuple[Modality, ...] = tuple(getattr(encoder, "modalities", MODALITIES))
+    return told
+
+
+def revision_of(encoder: EncoderLike) -> str:
+    """By which mteb tells results apart: the weights, and a digest of all else that decides a vector."""
+    settings = {"prompt_version": encoder.prompt_version, **getattr(encoder, "vector_settings", {})}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', encoder.fingerprint)[:64]}-{digest[:8]}"
+
+
+class TraceMeta(ModelMeta):
+    """ModelMeta of a TraceEncoder. mteb asks for torchvision wherever a model reads images; ours reads them with Pillow."""
+
+    def _resolve_extras_groups(self) -> list[str]:
+        return []
+
+
+def model_meta(
+    name: str,
+    revision: str | None,
+    *,
+    source: str | Path | None = None,
+    route: Route = "auto",
+    width: int | None = None,
+    modalities: Sequence[Modality] = MODALITIES,
+    **options: Any,
+) -> TraceMeta:
+    """What mteb wants to know of a checkpoint; `model_meta(...).load_model()` loads it from `source` (a folder or hub id).
+
+    A route other than auto counts as an experiment, so that mteb keeps its results apart. `options` (profile) go to `load`.
+    Licence and languages are not ours to say of any checkpoint, and stay open.
+    """
+    return TraceMeta(
+        loader=TraceEncoder,
+        loader_kwargs={**({} if source is None else {"source": str(source)}), **options},
+        name=name,
+        revision=revision,
+        experiment_kwargs=None if route == "auto" else {"route": route},
+        modalities=[one for one in ("text", "image") if one in modalities],
+        embed_dim=width,
+        similarity_fn_name=ScoringFunction.COSINE,
+        use_instructions=True,
+        framework=["PyTorch"],
+        languages=None,
+        license=None,
+        open_weights=None,
+        n_parameters=None,
+        memory_usage_mb=None,
+        max_tokens=None,
+        release_date=None,
+        public_training_code=None,
+        public_training_data=None,
+        training_datasets=None,
+    )
+
+
+def register(meta: ModelMeta) -> None:
+    """Makes `mteb.get_model(meta.name)` and `mteb.get_model_meta(meta.name)` find a model, in this process."""
+    from mteb.models.model_implementations import MODEL_REGISTRY
+
+    MODEL_REGISTRY[str(meta.name)] = meta
+
+
+class MbeirTask(AbsTaskRetrieval):
+    """One row of a folder in M-BEIR's layout as an mteb task: local pool, first prompt, M-BEIR's hit rule.
+
+    Its main score is mteb's `hit_rate_at_5` (10 for fashion), which mteb rounds to five digits. Beside it stand `success_at_K`,
+    the same not rounded, and `hit_at_K`, where ties count against the query as in `traceir evaluate`; mteb breaks ties by id.
+    Made by `mbeir_task`, because mteb keeps what describes a task on its class.
+    """
+
+    metadata = None
+    row: mbeir.Task
+    limit: int | None
+    data_loaded: bool = False
+    ignore_identical_ids = False  # a qid and a did may be the same string and name different things
+    k_values = (1, 3, 5, 10, 20, 100)
+
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:
+        """Reads queries, pool and relevance of the row; pictures stay files until they are encoded."""
+        if self.data_loaded:
+            return
+        task = self.row
+        relevant = mbeir.read_relevant(task)
+        queries: list[Query] = []
+        positives: dict[str, dict[str, int]] = {}
+        for record in list(mbeir.read_queries(task.query_path))[: self.limit]:
+            queries.append(mbeir.to_query(record, None, task.root))
+            right = relevant.get(record.qid, set()) | set(record.positives)
+            positives[record.qid] = dict.fromkeys(sorted(right) or [ABSENT], 1)
+        items = [mbeir.to_item(candidate, task.root) for candidate in mbeir.read_pool(task.pool_path)]
+        data = {
+            "corpus": _dataset(items, task.cand_modality),
+            "queries": _dataset(queries, task.query_modality),
+            "relevant_docs": positives,
+            "top_ranked": None,
+        }
+        self.dataset = {"default": {task.split: data}}
+        self.data_loaded = True
+
+    def task_specific_scores(
+        self,
+        scores: Mapping[str, Mapping[str, float]],
+        qrels: Mapping[str, Mapping[str, int]],
+        results: Mapping[str, Mapping[str, float]],
+        hf_split: str,
+        hf_subset: str,
+    ) -> dict[str, float]:
+        """Shares over all queries, from mteb's own scores and rankings: `success_at_K` and `hit_at_K`."""
+        ranks = np.array([_rank(results[qid], right) for qid, right in qrels.items()])
+        found = {f"success_at_{k}": float(np.mean([scores[qid][f"success_{k}"] for qid in qrels])) for k in KS}
+        return {**found, **{f"hit_at_{k}": float((ranks <= k).mean()) for k in KS}}
+
+
+def mbeir_task(root: str | Path, row: str, *, split: mbeir.Split = "test", limit: int | None = None) -> MbeirTask:
+    """The row of a folder as an mteb task; `limit` takes its first so many queries. DataError where there is no such row."""
+    found = {task.name: task for task in mbeir.find_tasks(root, split)}
+    if row not in found:
+        raise DataError(f"{root} has no row {row!r} in its {split} split; it has {', '.join(found)}")
+    described = {"metadata": _describe(found[row]), "row": found[row], "limit": limit, "__doc__": MbeirTask.__doc__}
+    made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), described)()
+    return made
+
+
+def _describe(task: mbeir.Task) -> TaskMetadata:
+    prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
+    about = task.root / "meta.json"
+    revision = json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
+    modalities = sorted({*task.query_modality.split(","), *task.cand_modality.split(",")})
+    return TaskMetadata(
+        name=f"{task.root.resolve().name}-{task.name}",
+        description=f"Row {task.name} of a local folder in M-BEIR's layout.",
+        dataset={"path": str(task.root), "revision": str(revision or "local")},
+        type="Retrieval" if modalities == ["text"] else "Any2AnyRetrieval",
+        category=f"{_LETTERS[task.query_modality]}2{_LETTERS[task.cand_modality]}",
+        modalities=modalities,
+        eval_splits=[task.split],
+        eval_langs=["eng-Latn"],
+        main_score=f"hit_rate_at_{task.metric_k}",
+        prompt={"query": prompts[0]},
+        is_public=False,
+    )
+
+
+def _dataset(contents: Sequence[Query | Item], modality: Modality) -> Dataset:
+    """Ids, and a column for each modality; pictures by path."""
+    columns: dict[str, Any] = {"id": [one.id for one in contents]}
+    features: dict[str, Any] = {"id": Value("string")}
+    if "text" in modality:
+        columns["text"], features["text"] = [one.text for one in contents], Value("string")
+    if "image" in modality:
+        columns["image"], features["image"] = [str(one.pictures[0].path) for one in contents], ImageFeature()
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def _rank(scores: Mapping[str, float], right: Mapping[str, int]) -> float:
+    """Rank of the best positive among the results, ties against it; infinite where no positive is among them."""
+    best = max((score for did, score in scores.items() if did in right), default=None)
+    if best is None:
+        return float("inf")
+    return 1.0 + sum(score >= best - TIE for did, score in scores.items() if did not in right)
+
+
+def _chunks(inputs: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    """The rows of a data loader's batches, `size` at a time whatever the batches are (mteb's image pairs come one by one)."""
+    rows: list[dict[str, Any]] = []
+    for batch in inputs:
+        names = [name for name in ("text", "image", "query", "instruction") if name in batch]
+        if not {"text", "image"} & set(names) or set(_UNREAD) & set(batch):
+            raise InputError(f"a batch of mteb has {sorted(batch)}; TraceIR reads text and image")
+        rows += [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
+        while len(rows) >= size:
+            yield rows[:size]
+            rows = rows[size:]
+    if rows:
+        yield rows
+
+
+def _prompt(task_metadata: TaskMetadata) -> str | None:
+    """The task's own instruction for its queries, None where it has none."""
+    prompt = task_metadata.prompt
+    return (prompt.get("query") if isinstance(prompt, Mapping) else prompt) or None
+
+
+def _query(row: Mapping[str, Any], instruction: str | None, target: Modality | None, task: str) -> Query:
+    """Tasks with instructions by query hand over both apart, as `query` and `instruction`, and joined as `text`."""
+    if row.get("instruction"):
+        instruction, row = row["instruction"], {**row, "text": row.get("query", row.get("text"))}
+    return Query(_parts(row, task), instruction=instruction, target=target)
+
+
+def _parts(row: Mapping[str, Any], task: str) -> tuple[Part, ...]:
+    """The pictures of a row, then its text; some rows have a list of pictures."""
+    images, text = row.get("image"), row.get("text")
+    pictures = [_picture(image) for image in (images if isinstance(images, list | tuple) else [images]) if image is not None]
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"{task} hands over a text as {type(text).__name__}; TraceIR reads strings")
+    if not pictures and not (text or "").strip():
+        log.warning("%s has an input without any content; it is encoded as the text 'Empty.'", task)
+        text = "Empty."
+    return (*pictures, *([text] if text and text.strip() else []))
+
+
+def _picture(image: Any) -> Picture:
+    if not isinstance(image, Image.Image):
+        raise InputError(f"mteb hands over a picture as {type(image).__name__}; TraceIR reads PIL images")
+    return Picture.from_image(image)
+
+
+def _target(task_metadata: TaskMetadata) -> Modality | None:
+    """What the task's documents are; None where its metadata do not tell queries and documents apart."""
+    if task_metadata.category is None:
+        return None
+    wanted = set(task_metadata.get_modalities(PromptType.document))
+    if unknown := wanted - {"text", "image"}:
+        raise InputError(f"{task_metadata.name} looks for {sorted(unknown)}; TraceIR embeds text and images")
+    return "image,text" if len(wanted) == 2 else "image" if "image" in wanted else "text"

@@ -1,0 +1,368 @@
+"""Pictures read with care: checked before they are decoded, always handed out as upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import re
+import stat
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from threading import Lock
+from typing import Final
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from traceir.errors import PictureError
+from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_picture
+from traceir.image_formats import SUFFIXES as SUFFIXES
+from traceir.image_modes import as_rgb, is_deep
+
+MAX_PIXELS: Final = 64_000_000
+MAX_FILE_BYTES: Final = 64 * 1024 * 1024
+MAX_ASPECT_RATIO: Final = 200.0
+"""Qwen's smart resize refuses pictures whose longer side is more than 200 times the shorter one."""
+
+MAX_DECODING_BYTES: Final = 512 * 1024 * 1024
+"""What a process decodes at a time takes together, by estimate from the headers; more wait."""
+
+_ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+:/|data:)")
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError.
+_DECODER_ERRORS: Final = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    NotImplementedError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PictureLimits:
+    """What a picture may be at most; checked from the file's size and header, before any pixel is decoded.
+
+    A quarter of `pixels` holds for samples of 32 bits and TIFF files of more than 32 bits a pixel.
+    """
+
+    pixels: int = MAX_PIXELS
+    file_bytes: int = MAX_FILE_BYTES
+    aspect_ratio: float = MAX_ASPECT_RATIO
+
+
+DEFAULT_LIMITS: Final = PictureLimits()
+
+
+class _Memory:
+    """Bytes that decoding may hold at a time in this process; who asks for more than are left waits. Thread-safe."""
+
+    def __init__(self, whole: int) -> None:
+        self._whole = self._left = whole
+        self._freed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taking(self, wanted: int) -> Iterator[None]:
+        """While it lasts, `wanted` bytes are taken; all of them where it is more than there are."""
+        taken = min(wanted, self._whole)
+        with self._freed:
+            self._freed.wait_for(lambda: self._left >= taken)
+            self._left -= taken
+        try:
+            yield
+        finally:
+            if taken >= _WORTH_TRIMMING:
+                _trim()
+            with self._freed:
+                self._left += taken
+                self._freed.notify_all()
+
+
+_WORTH_TRIMMING: Final = 64 * 1024 * 1024
+_BYTES_OF_PIXEL: Final = {"JPEG": 12, "PNG": 8, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16}
+"""What decoding takes for each pixel at most, the result included, as measured."""
+_MEMORY: Final = _Memory(MAX_DECODING_BYTES)
+
+
+def _trim() -> None:
+    """Gives the system back what the C library keeps of freed memory, for each thread that ever decoded; glibc alone can."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+class Picture:
+    """One picture: a file that is read when needed, encoded bytes, or pixels.
+
+    Equal content makes equal pictures. Thread-safe: every `load` decodes afresh and returns an image of its own.
+    A file that changes between two reads is an error, so that a hash and the pixels it stands for never disagree.
+    """
+
+    __slots__ = ("_data", "_image", "_lock", "_name", "_path", "_sha256")
+
+    def __init__(
+        self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
+    ) -> None:
+        if sum(source is not None for source in (path, data, image)) != 1:
+            raise PictureError(f"picture {name!r} needs exactly one source; use Picture.open, from_bytes or from_image")
+        self._path = path
+        self._data = data
+        self._image = image
+        self._name = name
+        self._sha256: str | None = None
+        self._lock = Lock()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Picture:
+        """A picture in a file, which is not touched before `sha256` or `load`. Network addresses are refused."""
+        text = os.fspath(path)
+        if _ADDRESS.match(text):
+            raise PictureError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
+        if not text or "\0" in text or not _is_file_name(text):
+            raise PictureError(f"picture path {text!r} is not a file name; give the path of a picture file")
+        return cls(path=Path(text), name=Path(text).name)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str = "") -> Picture:
+        """A picture from the bytes of a file (JPEG, PNG, WebP, GIF, BMP or TIFF); checked at `load`."""
+        return cls(data=bytes(data), name=name)
+
+    @classmethod
+    def from_image(cls, image: Image.Image, name: str = "") -> Picture:
+        """A picture from pixels, which are copied and made RGB now. Raises PictureError beyond the default limits."""
+        label = _label(None, name)
+        _check_size(image.size, label, DEFAULT_LIMITS)
+        try:
+            image.load()
+            rgb = as_rgb(image)
+            return cls(image=rgb.copy() if rgb is image else rgb, name=name)
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"{label} cannot be read: {error}; give an image that Pillow can load") from error
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def path(self) -> Path | None:
+        return self._path
+
+    @property
+    def sha256(self) -> str:
+        """Hex SHA-256 of the file's bytes; of size and RGB pixels for a picture made by `from_image`."""
+        with self._lock:
+            known = self._sha256
+        if known is not None:
+            return known
+        if self._image is not None:
+            return self._remember(_hash_pixels(self._image))
+        return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
+
+    def encoded(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
+        """The bytes of the picture's file as they are, and their format; PNG for one made by `from_image`.
+
+        Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
+        """
+        if self._image is not None:
+            buffer = BytesIO()
+            self._image.save(buffer, "PNG")
+            return buffer.getvalue(), FORMATS["PNG"]
+        data = self._read(limits)
+        try:
+            with open_picture(data) as image:
+                return data, FORMATS[str(image.format)]
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+
+    def size(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+        """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
+        if self._image is not None:
+            return self._image.size
+        try:
+            with open_picture(self._read(limits)) as image:
+                return image.size
+        except _DECODER_ERRORS as error:
+            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+
+    def load(self, shrink_to: int | None = None, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
+        """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
+
+        `shrink_to` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size while its short side stays at least
+        that many pixels. Raises PictureError where the picture is missing, damaged, or beyond `limits`.
+        """
+        if shrink_to is not None and shrink_to < 1:
+            raise PictureError(f"shrink_to is {shrink_to}; give a number of pixels of at least 1")
+        label = _label(self._path, self._name)
+        if self._image is not None:
+            _check_size(self._image.size, label, limits)
+            return self._image.copy()
+        data = self._read(limits)
+        self._remember(hashlib.sha256(data).hexdigest())
+        return _decode(data, label, shrink_to, limits)
+
+    def _read(self, limits: PictureLimits) -> bytes:
+        label = _label(self._path, self._name)
+        data = self._data if self._data is not None else _read_file(self._path, label, limits.file_bytes)
+        if not data:
+            raise PictureError(f"{label} is empty (0 bytes); replace or remove it")
+        if len(data) > limits.file_bytes:
+            raise PictureError(_too_many_bytes(label, len(data), limits.file_bytes))
+        return data
+
+    def _remember(self, sha256: str) -> str:
+        with self._lock:
+            if self._sha256 is None:
+                self._sha256 = sha256
+            known = self._sha256
+        if known != sha256:
+            label = _label(self._path, self._name)
+            raise PictureError(f"{label} changed while in use; open it again once nothing writes it any more")
+        return known
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Picture) and self.sha256 == other.sha256)
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+    def __repr__(self) -> str:
+        return f"Picture({str(self._path or self._name or 'in memory')!r})"
+
+
+def _is_file_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _label(path: Path | None, name: str) -> str:
+    return f"picture {path}" if path is not None else f"picture {name}" if name else "picture (in memory)"
+
+
+def _too_many_bytes(label: str, size: int, limit: int) -> str:
+    return f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise PictureLimits.file_bytes"
+
+
+def _read_file(path: Path | None, label: str, limit: int) -> bytes:
+    assert path is not None
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError(f"{label} is not a regular file; give the path of a picture file")
+        if status.st_size > limit:
+            raise PictureError(_too_many_bytes(label, status.st_size, limit))
+        with path.open("rb") as file:
+            return file.read(limit + 1)
+    except FileNotFoundError as error:
+        raise PictureError(f"{label} does not exist; check the path") from error
+    except OSError as error:
+        raise PictureError(f"{label} cannot be read: {error.strerror or error}; check the path and rights") from error
+
+
+def _decode(data: bytes, label: str, shrink_to: int | None, limits: PictureLimits) -> Image.Image:
+    try:
+        extent = extent_of(data)
+        if extent.scans > MAX_SCANS:
+            raise PictureError(f"{label} is a JPEG of more than {MAX_SCANS} scans; save it anew")
+        if extent.end is None:
+            raise PictureError(f"{label} is truncated: the end of the file is missing; replace or remove it")
+        with open_picture(decodable(data, extent)) as image:
+            width, height = _check_header(image, len(data), label, limits)
+            if shrink_to is not None and image.format == "JPEG":
+                image.draft(None, (shrink_to, shrink_to))
+            with _MEMORY.taking(width * height * _BYTES_OF_PIXEL[str(image.format)]):
+                image.load()
+                _check_size(image.size, label, limits)
+                return _upright(image)
+    except PictureError:
+        raise
+    except UnidentifiedImageError as error:
+        if data.startswith((b"II*\0", b"MM\0*")):
+            raise PictureError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
+        known = ", ".join(FORMATS)
+        raise PictureError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise PictureError(f"{label} is too large to decode safely: {error}; shrink it") from error
+    except _DECODER_ERRORS as error:
+        raise PictureError(f"{label} is damaged or truncated: {error}; replace or remove it") from error
+
+
+def _upright(image: ImageFile.ImageFile) -> Image.Image:
+    turn, rgb = _UPRIGHT.get(_orientation(image)), as_rgb(image)
+    if rgb is image:
+        return image.copy() if turn is None else image.transpose(turn)
+    image.close()  # its pixels are not kept beside both those of the result and those being turned
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: PictureLimits) -> tuple[int, int]:
+    """Width and height of the largest piece that is decoded at once."""
+    _check_size(image.size, label, limits)
+    width, height = largest_block(image)
+    deep = is_deep(image)
+    most = limits.pixels // 4 if deep else limits.pixels
+    if width * height > most:
+        kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
+        raise PictureError(
+            f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
+            "save it with 8 bits a sample, shrink it or raise PictureLimits.pixels"
+        )
+    if is_cut(image, size):
+        raise PictureError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
+    return width, height
+
+
+def _check_size(size: tuple[int, int], label: str, limits: PictureLimits) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise PictureError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
+    if width * height > limits.pixels:
+        raise PictureError(
+            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; "
+            "shrink it or raise PictureLimits.pixels"
+        )
+    ratio = max(width, height) / min(width, height)
+    if ratio > limits.aspect_ratio:
+        raise PictureError(
+            f"{label} is {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {limits.aspect_ratio:g}; "
+            "crop or pad it"
+        )
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        return 1  # unreadable EXIF says nothing about rotation; the pixels are still good
+    return value if isinstance(value, int) else 1
+
+
+def _hash_pixels(image: Image.Image) -> str:
+    digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,242 @@
+"""Runs the ablations: each variant is trained and evaluated once for each seed, by any number of processes, after any kill.
+
+OUT/ablation.json holds the base configuration, OUT/runs/VARIANT/seedK/ a training run and, once it is evaluated, `result.json`.
+Whoever works on a run holds a lock on its file `lock`; the system releases it when the process dies, however it dies, so the
+next process goes on where that one stopped. (Child processes of the dead one may hold the lock for a few seconds more.)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from traceir.errors import InputError, TraceError
+from traceir.evaluation.judged import describe_machine, write_whole
+from traceir.lab.ablate_plan import FORMAT, ROWS, Run, check_result, identity, plan_runs, write_plan
+from traceir.lab.ablate_score import device_of, score
+from traceir.lab.ablations import Table
+from traceir.train.train import TrainConfig, settled, train
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call leaves: runs done of all planned, what failed and what was skipped, each with the reason."""
+
+    done: int
+    planned: int
+    failed: Mapping[str, str]
+    skipped: Mapping[str, str]
+
+
+Score = Callable[[Run], dict[str, Any]]
+"""The part of result.json that a run's evaluation gives: `routes`, `speed`, `data`."""
+
+
+def ablate(
+    tables: Sequence[Table],
+    out: Path,
+    base: TrainConfig,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    rows: Sequence[str] = ROWS,
+    jobs: int = 1,
+    poll: float = 2.0,
+    trains: Callable[[TrainConfig], Path] = train,
+    scores: Score = score,
+) -> Outcome:
+    """Does all runs of these tables that are not done: the first seed of every variant, then the second, and so on.
+
+    Called again, or twice at a time, it goes on or shares the work, and returns when every run is done or has failed; what failed
+    in an earlier call is tried again. `rows` names the complex row, then the simple one. `jobs` processes work side by side.
+    Raises InputError where OUT holds results of another configuration or other data.
+    """
+    if len(rows) != 2 or not seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"rows {list(rows)}, seeds {list(seeds)}: give a complex and a simple row, and each seed once")
+    base = settled(base, device_of(base), out / "ablation.json")
+    runs, skipped = plan_runs(tables, out, base, seeds, rows)
+    write_plan(out, base, seeds, rows)
+    for run in runs:
+        check_result(run)
+    for name, reason in skipped.items():
+        _tell(f"{name} is skipped: {reason}")
+    worker = _Worker(runs, jobs, poll, time.time(), trains, scores)
+    _work_together(worker)
+    failed = {run.name: reason for run in runs if not run.is_done for reason in [_failure(run, worker.started)] if reason}
+    return Outcome(sum(run.is_done for run in runs), len(runs), failed, skipped)
+
+
+def list_tables(tables: Sequence[Table], seeds: Sequence[int]) -> str:
+    """The tables and their runs as text: a run that several tables show is counted once."""
+    lines = []
+    for table in tables:
+        lines.append(f"{table.id:12} {table.title} ({table.paper or 'not in the paper'})")
+        lines += [f"{'':12}   {line.label}: run {line.variant.name}, route {line.route}" for line in table.lines]
+    count = len({variant.name for table in tables for variant in table.variants})
+    return "\n".join([*lines, f"{count} runs x {len(seeds)} seeds"])
+
+
+# Working through the runs
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One process's way through the runs."""
+
+    runs: list[Run]
+    jobs: int
+    poll: float
+    started: float
+    trains: Callable[[TrainConfig], Path]
+    scores: Score
+    spent: list[float] = field(default_factory=list)
+
+    def work(self) -> None:
+        """Takes runs that nobody works on until none is left, waiting for those that others work on."""
+        while waiting := [run for run in self.runs if not run.is_done and not _failure(run, self.started)]:
+            if not any(self._take(run) for run in waiting):
+                time.sleep(self.poll)
+
+    def _take(self, run: Run) -> bool:
+        """Does the run; False where it has to wait: for another process, or for the runs that it uses."""
+        unmet = [one for one in self.runs if one.folder in run.uses and not one.is_done]
+        if any(not _failure(one, self.started) for one in unmet):
+            return False
+        with claim(run.folder) as claimed:
+            if not claimed:
+                return False
+            if run.is_done or _failure(run, self.started):
+                return True
+            if unmet:
+                return self._fail(run, f"it needs {unmet[0].name}, which failed")
+            begun = time.monotonic()
+            try:
+                found = do_run(run, self.trains, self.scores)
+            except (TraceError, RuntimeError) as error:  # RuntimeError: what torch raises, lack of memory among it
+                return self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self.spent.append(time.monotonic() - begun)
+        self._report(run, found)
+        return True
+
+    def _fail(self, run: Run, reason: str) -> bool:
+        _tell(f"{run.name} failed: {reason}")
+        write_whole(run.failure, json.dumps({"time": time.time(), "reason": reason}) + "\n")
+        return True
+
+    def _report(self, run: Run, result: dict[str, Any]) -> None:
+        done = sum(one.is_done for one in self.runs)
+        left = statistics.mean(self.spent) * (len(self.runs) - done) / self.jobs
+        routes = result.get("routes") or {}
+        shares = [f"{route} {100 * found[run.rows[0]]['hit@5']:.1f}" for route, found in routes.items()]
+        scored = f": R@5 on {run.rows[0]} {', '.join(shares)}" if shares else ""
+        _tell(f"[{done}/{len(self.runs)}] {run.name}{scored}; {self.spent[-1]:.0f} s, about {left / 60:.0f} min left")
+
+
+def do_run(run: Run, trains: Callable[[TrainConfig], Path], scores: Score) -> dict[str, Any]:
+    """Trains (or goes on, or finds it trained), evaluates, removes what only helped, and writes result.json last."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    if run.variant.work == "train":
+        trains(run.config)
+    middle = time.monotonic()
+    found = scores(run)
+    ended = time.monotonic()
+    seconds, losses = read_log(run.folder / "log.jsonl")
+    for name in ("steps", "embeddings", "evaluation/runs"):
+        shutil.rmtree(run.folder / name, ignore_errors=True)
+    result = {
+        "format": FORMAT,
+        "variant": run.variant.name,
+        "seed": run.seed,
+        "identity": identity(run),
+        "machine": describe_machine(),
+        "seconds": {"train": round(seconds or middle - begun, 1), "evaluate": round(ended - middle, 1)},
+        "losses": losses,
+        **found,
+    }
+    write_whole(run.result, json.dumps(result) + "\n")
+    run.failure.unlink(missing_ok=True)
+    return result
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether this process now holds the folder's lock; its file names the holder's process id.
+
+    The lock is the system's (flock) and dies with its holder, so a file left by a dead process stops nobody.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        stream.truncate(0)
+        stream.write(f"{os.getpid()}\n")
+        stream.flush()
+        yield True
+
+
+def read_log(file: Path) -> tuple[float, dict[str, float]]:
+    """Seconds of training over all starts, from a run's log.jsonl, and the losses of its last line; 0 and {} without one.
+
+    `seconds` of a line counts from the last start, so a fall marks a new one.
+    """
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    total = before = 0.0
+    for line in lines:
+        now = float(line.get("seconds", 0.0))
+        total += now - before if now >= before else now
+        before = now
+    last = lines[-1] if lines else {}
+    losses = {k: v for k, v in last.items() if k not in ("step", "seconds") and isinstance(v, int | float)}
+    return total, losses
+
+
+def _work_together(worker: _Worker) -> None:
+    """Works through the runs with `jobs` - 1 child processes; what a child left that ended early is done by this one."""
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=_work_as_child, args=(worker,)) for _ in range(worker.jobs - 1)]
+    for child in children:
+        child.start()
+    try:
+        worker.work()
+    finally:
+        for child in children:
+            child.join()
+
+
+def _work_as_child(worker: _Worker) -> None:
+    try:
+        worker.work()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+# Files and messages
+
+
+def _failure(run: Run, since: float) -> str:
+    """Why the run failed in this call, or in one beside it; "" where it did not."""
+    try:
+        found = json.loads(run.failure.read_text())
+    except FileNotFoundError:
+        return ""
+    return str(found["reason"]) if found["time"] >= since else ""
+
+
+def _tell(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)

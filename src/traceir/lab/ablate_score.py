@@ -1,0 +1,143 @@
+"""The evaluation of one run of the ablations: its checkpoint, a pipeline of two others, or the speed of their routes."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from traceir.data import mbeir
+from traceir.encoder import Encoder
+from traceir.evaluation.evaluate import choose_tasks, evaluate
+from traceir.evaluation.judged import read_judged
+from traceir.items import Encoding, Query, Route
+from traceir.lab.ablate_plan import Run
+from traceir.lab.ablations import TIMED
+from traceir.train.train import TrainConfig
+
+LOST: Final = 11
+"""Ranks are kept up to 10; this stands for all beyond."""
+SPEED_QUERIES: Final = 128
+SPEED_ROUNDS: Final = 5
+
+
+def score(run: Run) -> dict[str, Any]:
+    """Evaluates a run as its variant says: its checkpoint, the pipeline of two others, or their speed."""
+    torch.set_num_threads(run.config.threads)
+    if run.variant.work == "speed":
+        return measure_speed(run)
+    checkpoints = [folder / "checkpoint" for folder in run.uses or (run.folder,)]
+    encoders = [Encoder.from_pretrained(checkpoint, device=device_of(run.config)) for checkpoint in checkpoints]
+    encoder = TwoStage(*encoders) if run.variant.work == "pipeline" else encoders[0]
+    out = run.folder / "evaluation"
+    shutil.rmtree(out, ignore_errors=True)
+    routes, cache = run.variant.routes, run.folder / "embeddings"
+    results = evaluate(encoder, Path(run.config.data), out, routes=routes, rows=run.rows, cache=cache, progress=False)
+    assert results is not None
+    return {"data": results["data"], "routes": {route: read_outcomes(out / f"queries-{route}.jsonl") for route in routes}}
+
+
+def read_outcomes(file: Path) -> dict[str, dict[str, Any]]:
+    """Row: shares of hits, routing, length and exactness of the reasoning, and each query's rank (up to LOST), in file order."""
+    judged = read_judged(file)
+    found: dict[str, dict[str, Any]] = {}
+    for row in dict.fromkeys(one.row for one in judged):
+        own = [one for one in judged if one.row == row]
+        exact = [one.exact for one in own if one.exact is not None]
+        found[row] = {
+            "queries": len(own),
+            **{f"hit@{k}": sum(one.rank <= k for one in own) / len(own) for k in (1, 5, 10)},
+            "reasoned": sum(one.route == "reason" for one in own) / len(own),
+            "tokens_per_query": sum(one.tokens for one in own) / len(own),
+            "truncated": sum(one.truncated for one in own) / len(own),
+            "exact": sum(exact) / len(exact) if exact else None,
+            "ranks": [min(one.rank, LOST) for one in own],
+        }
+    return found
+
+
+class TwoStage(Encoder):
+    """One model writes, another encodes: what the writer wrote is put behind the query's text, which goes by the direct route.
+
+    Candidates are the second model's. The Encodings tell the writer's route and words with the second model's vector.
+    """
+
+    def __init__(self, writer: Encoder, second: Encoder) -> None:
+        super().__init__(second.model)
+        self.writer = writer
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{super().fingerprint} after {self.writer.fingerprint}"
+
+    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
+        written = self.writer.encode_queries(queries, route=route, progress=progress)
+        told = [told_more(query, one.reasoning) for query, one in zip(queries, written, strict=True)]
+        found = super().encode_queries(told, route="direct", progress=progress)
+        return [replace(first, vector=second.vector) for first, second in zip(written, found, strict=True)]
+
+
+def told_more(query: Query, written: str) -> Query:
+    """The query with these words behind its last text, or as its text where it has none."""
+    if not written:
+        return query
+    places = [number for number, part in enumerate(query.parts) if isinstance(part, str)]
+    if not places:
+        return replace(query, parts=(*query.parts, written))
+    parts = list(query.parts)
+    parts[places[-1]] = f"{parts[places[-1]]} {written}"
+    return replace(query, parts=tuple(parts))
+
+
+def measure_speed(run: Run) -> dict[str, Any]:
+    """Times TIMED on the first queries of each row: one warm-up, then rounds of one after the other."""
+    encoders = {
+        folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device_of(run.config)) for folder in run.uses
+    }
+    data = Path(run.config.data)
+    instructions = mbeir.read_instructions(data)
+    found: dict[str, Any] = {}
+    for task in choose_tasks(mbeir.find_tasks(data, "test"), run.rows, data):
+        prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
+        records = islice(mbeir.read_queries(task.query_path), SPEED_QUERIES)
+        queries = [mbeir.to_query(record, prompt, data) for record in records]
+        ways = {f"{name}:{route}": (encoders[name], route) for name, route in TIMED}
+        found[task.name] = {"queries": len(queries), **relative_speeds(time_routes(ways, queries))}
+    return {"speed": found}
+
+
+def time_routes(
+    ways: Mapping[str, tuple[Encoder, Route]], queries: Sequence[Query], rounds: int = SPEED_ROUNDS
+) -> dict[str, list[float]]:
+    """Seconds of each way of encoding the queries in each round; all ways take turns within a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, (encoder, route) in ways.items():
+            begun = time.perf_counter()
+            encoder.encode_queries(queries, route=route)
+            if turn:
+                seconds[name].append(time.perf_counter() - begun)
+    return seconds
+
+
+def relative_speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Speed of each way as a multiple of the first's: the median over rounds of the ratio within a round."""
+    first = next(iter(seconds.values()))
+    relative = {
+        name: statistics.median(one / own for one, own in zip(first, times, strict=True)) for name, times in seconds.items()
+    }
+    return {"relative": relative, "seconds": {name: list(times) for name, times in seconds.items()}}
+
+
+def device_of(config: TrainConfig) -> str:
+    """The torch device of a run: what `auto` stands for, or what is named."""
+    if config.device != "auto":
+        return config.device
+    return str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else "cpu"

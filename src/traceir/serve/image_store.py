@@ -1,0 +1,131 @@
+"""Pictures that stay: those that clients send with items, as files, and what a page is shown of any item's picture."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Final
+
+from traceir.errors import PictureError, StoreError
+from traceir.images import Picture
+from traceir.serve.uploads import LIMITS
+
+_OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
+LEFT_S: Final = 3600.0
+"""Seconds after which a file that no item names is not on its way into the index any more."""
+MAX_SIDE: Final = 2048
+"""Pixels of the longer side of a picture that is handed out, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class PictureStore:
+    """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
+    it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. Thread-safe.
+    """
+
+    folder: Path
+    tenant: str | None = None
+    _busy: Counter[Path] = field(default_factory=Counter)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @contextmanager
+    def holding(self, ids: Iterable[str]) -> Iterator[None]:
+        """While it lasts nothing of these items is thrown away: their files may be on the way into the index."""
+        places = [self._place(id) for id in ids]
+        with self._lock:
+            self._busy.update(places)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy.subtract(places)
+                for place in places:
+                    if self._busy[place] <= 0:
+                        del self._busy[place]
+
+    def keep(self, picture: Picture, id: str) -> Picture:
+        """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
+        if picture.path is not None and not picture.path.is_relative_to(self.folder):
+            return picture
+        data, format = picture.encoded(LIMITS)
+        place = self._place(id) / f"{picture.sha256}{format.suffixes[0]}"
+        if not place.exists():
+            fresh = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
+            try:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with fresh.open("wb") as stream:
+                    stream.write(data)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                os.replace(fresh, place)
+                for folder in (place.parent, place.parent.parent, self.folder):
+                    _sync(folder)
+            except OSError as error:
+                fresh.unlink(missing_ok=True)
+                shown = f"the picture cannot be kept: {error.strerror or error}"
+                raise StoreError(f"{shown}; free the disk, send it again") from error
+        return Picture.open(place)
+
+    def tidy(self, id: str, kept: str | None) -> None:
+        """Throws away the uploads of an item except the one that the index names; nothing while it is being added."""
+        place = self._place(id)
+        with self._lock:
+            if self._busy[place] > 0 or not place.is_dir():
+                return
+            for file in place.iterdir():
+                if str(file) != kept:
+                    file.unlink(missing_ok=True)
+            if kept is None:
+                place.rmdir()
+
+    def sweep(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
+        """Throws away what a server that was killed left behind: our files that no item names, of at least this age; how many.
+
+        `named` are the pictures of all items that may have files here; so not for a folder that several indexes share.
+        """
+        kept = {path for path in named if path is not None}
+        now, swept = time.time(), 0
+        for file in self.folder.glob("*/*/*"):
+            with contextlib.suppress(OSError):
+                ours = _OURS.fullmatch(file.relative_to(self.folder).as_posix()) is not None
+                if ours and str(file) not in kept and now - file.stat().st_mtime >= older_s:
+                    file.unlink()
+                    swept += 1
+                    file.parent.rmdir()  # refused while another file is in it
+        return swept
+
+    def _place(self, id: str) -> Path:
+        owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]
+        return self.folder / owner[:2] / owner
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def as_jpeg(picture: Picture, side: int = MAX_SIDE) -> bytes:
+    """The picture as JPEG, its longer side at most `side` pixels. Raises PictureError."""
+    image = picture.load(shrink_to=side, limits=LIMITS)
+    image.thumbnail((side, side))
+    buffer = BytesIO()
+    try:
+        image.save(buffer, "JPEG", quality=88)
+    except OSError as error:
+        raise PictureError(f"the picture cannot be shown: {error}; add it anew") from error
+    return buffer.getvalue()

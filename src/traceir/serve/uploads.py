@@ -1,0 +1,183 @@
+"""Pictures that arrive in a request: as base64, by the id of an indexed item, or by address where a host is allowed.
+
+No text of a client ever becomes a path. The only files read are those that an index names and that lie in the folders the
+operator gave; a picture from a request carries no name, so nothing a client says is stored where a path would be looked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from traceir.errors import InputError, PictureError
+from traceir.images import Picture, PictureLimits
+from traceir.index.store import Index
+from traceir.serve.fair import Turns
+
+LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
+"""Smaller than at the command line."""
+DECODERS: Final = 2
+"""Pictures decoded for checking at a time, which bounds memory whatever arrives."""
+_STANDARD: Final = str.maketrans("-_", "+/")
+_PIECE: Final = 256 * 1024
+_SPACE = re.compile(r"[ \t\r\n]+")
+_DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
+
+
+class Fetches(Protocol):
+    """What gets pictures by address (fetch.Fetcher)."""
+
+    async def fetch(self, url: str) -> Picture: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where a request's pictures may come from: the caller's own part of the index, folders of its files, hosts."""
+
+    index: Index | None = None
+    folders: Sequence[Path] = ()
+    fetcher: Fetches | None = None
+
+
+class Intake:
+    """Takes in the pictures of requests; one for a server, so that its bound on decoding holds for all requests together."""
+
+    def __init__(self, limits: PictureLimits = LIMITS, decoders: int = DECODERS) -> None:
+        self.limits = limits
+        self._gate = Turns(decoders)
+
+    async def take(self, told: object, place: str, sources: Sources) -> Picture:
+        """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for, decoded once to see that it is one.
+
+        `place` names it in messages ("image", "parts[2]"). Raises InputError, and PictureError for what is no picture.
+        """
+        if not isinstance(told, Mapping) or len(told) != 1 or not told.keys() <= {"data", "item", "url"}:
+            raise InputError(f'{place} is not a picture; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
+        [(kind, value)] = told.items()
+        if not isinstance(value, str):
+            raise InputError(f"{place}.{kind} is {type(value).__name__}, not a text")
+        if kind == "url":
+            if sources.fetcher is None:
+                raise InputError(f'{place}.url: this server fetches no pictures by address; send {{"data": base64}}')
+            return await sources.fetcher.fetch(value)
+        if kind == "data":
+            return await self.check_bytes(await asyncio.to_thread(bytes_of_base64, value, place, self.limits), place)
+        return await self._check(await asyncio.to_thread(picture_of_item, value, place, sources), place)
+
+    @asynccontextmanager
+    async def decoding(self) -> AsyncIterator[None]:
+        """Held by whoever decodes a picture, a bounded number at a time."""
+        async with self._gate.turn():
+            yield
+
+    async def check_bytes(self, data: bytes, place: str) -> Picture:
+        """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
+        return await self._check(await asyncio.to_thread(self._picture_of, data, place), place)
+
+    def _picture_of(self, data: bytes, place: str) -> Picture:
+        if len(data) > self.limits.file_bytes:
+            raise PictureError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
+        return Picture.from_bytes(data)
+
+    async def _check(self, picture: Picture, place: str) -> Picture:
+        """The same picture once it has been decoded; at most DECODERS at a time. The message names the place, never a path."""
+        async with self.decoding():
+            try:
+                await asyncio.to_thread(picture.load, None, self.limits)
+            except PictureError as error:
+                raise PictureError(f"{place}: {without_paths([picture], error)}") from error
+        return picture
+
+
+def bytes_of_base64(text: str, place: str, limits: PictureLimits = LIMITS) -> bytes:
+    """What stands in base64 (either alphabet, padded or not, white space ignored) or in a `data:` URL; not decoded yet.
+
+    Its size is checked before anything is decoded. Raises InputError for what is not base64, PictureError for too many bytes.
+    """
+    most = limits.file_bytes * 4 // 3 + limits.file_bytes // 32 + 1024  # line ends and the head of a data URL included
+    if len(text) > most:
+        raise PictureError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller picture")
+    if text[:5].lower() == "data:":
+        text = _body_of(text, place)
+    if not text.isascii():
+        raise InputError(f"{place} is not base64: it holds characters beyond ASCII")
+    text = _SPACE.sub("", text) if any(one in text for one in " \t\r\n") else text
+    text = text.translate(_STANDARD) if "-" in text or "_" in text else text
+    plain = text.rstrip("=")
+    try:
+        if "=" in plain:
+            raise binascii.Error("'=' within it")
+        data = b"".join(_decoded(plain))
+    except binascii.Error as error:
+        raise InputError(f"{place} is not base64 ({error}); send a picture file in base64, or a data: URL") from error
+    if not data:
+        raise InputError(f"{place} is empty; send a picture file in base64, or a data: URL")
+    return data
+
+
+def _decoded(plain: str) -> Iterator[bytes]:
+    """Piece by piece, so that other threads run between them."""
+    for place in range(0, len(plain), _PIECE):
+        piece = plain[place : place + _PIECE]
+        yield binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True)
+
+
+def picture_of_item(id: str, place: str, sources: Sources) -> Picture:
+    """The picture of an item the caller can see. InputError where there is no such item, or none with a picture."""
+    if sources.index is None:
+        raise InputError(f"{place}.item: this server has no index; send the picture itself")
+    found = sources.index.get([id]).get(id)
+    if found is None or found.image is None:
+        raise InputError(f"{place}.item: there is no item {id[:80]!r} with a picture")
+    return picture_in_folders(found.image, sources.folders, id)
+
+
+def picture_in_folders(image: str, folders: Sequence[Path], id: str) -> Picture:
+    """The file that an index names as an item's picture, only where it lies in one of the folders, links followed.
+
+    A relative name is looked for in each of them. What is no picture is found out when it is decoded, whatever its name.
+    InputError names the item, never the path.
+    """
+    roots = [folder.resolve() for folder in folders]
+    candidates = [Path(image)] if Path(image).is_absolute() else [root / image for root in roots]
+    for candidate in candidates if "\0" not in image else ():
+        try:
+            real = candidate.resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            continue
+        if real.is_file() and any(real.is_relative_to(root) for root in roots):
+            return Picture.open(real)
+    raise InputError(f"the picture of item {id[:80]!r} is not among the server's pictures any more")
+
+
+def _body_of(text: str, place: str) -> str:
+    head = _DATA_URL.match(text[:256])
+    if head is None or ";base64" not in head[2].lower():
+        raise InputError(f"{place} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
+    kind = head[1].lower()
+    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no picture")
+    return text[head.end() :]
+
+
+@contextmanager
+def told_without_paths(pictures: Sequence[Picture]) -> Iterator[None]:
+    """What goes wrong with these pictures within is told without their paths, also where a file fails after it was checked."""
+    try:
+        yield
+    except PictureError as error:
+        raise PictureError(without_paths(pictures, error)) from error
+
+
+def without_paths(pictures: Sequence[Picture], error: PictureError) -> str:
+    """What is wrong with pictures, in words for the client: no path of the server, no remedy that only the server has."""
+    told = str(error)
+    for picture in pictures:
+        told = told if picture.path is None else told.replace(str(picture.path), "of the item")
+    return re.sub(r"or raise PictureLimits\.\w+", "to less", told)

@@ -1,0 +1,120 @@
+"""What a training needs of one accelerator's memory, by the arithmetic of docs/training.md, and the chunks that fit.
+
+The counts come from the configuration of the checkpoint that the training starts from; no weight is read and nothing is tried, so
+the factors of activations are estimates. The precheck tries the longest samples before the first step.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import re
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import torch
+
+from traceir.adapter import LINEARS, projectors
+from traceir.checkpoint import fetch
+from traceir.errors import InputError, ModelError
+from traceir.model import NETWORKS
+from traceir.train.train import TrainConfig
+
+log = logging.getLogger(__name__)
+
+GIB: Final = 2**30
+USABLE: Final = 0.9
+"""Of a card; the rest is left to the context, workspaces and fragments."""
+STEPS: Final = (65536, 32768, 16384, 8192, 4096, 2048)
+"""Chunks that are tried. A row of two pictures and some text has up to 1,000 tokens: fewer would leave no room for two rows."""
+WRITTEN: Final = 0.5
+"""Share of a chunk's tokens that are supervised, at most: rows that write as much as they read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes: of weights that stay as they are, of those that train with gradient and AdamW, of embeddings and scores, and for
+    each token of a chunk."""
+
+    frozen: int
+    trained: int
+    scores: int
+    token: int
+
+    def total(self, chunk_tokens: int) -> int:
+        return self.frozen + self.trained + self.scores + self.token * chunk_tokens
+
+
+def on_card(config: TrainConfig, gib: int) -> TrainConfig:
+    """The training on one card of `gib` GiB: GradCache, checkpointing, and the largest chunks that fit. It learns the same.
+
+    Raises InputError where not even small chunks fit, naming the LoRA rank that would.
+    """
+    if config.init == "random" or not config.lora_rank:
+        raise InputError("--card is for LoRA over a checkpoint: choose one of the Qwen presets, or set lora_rank and --init")
+    network = empty(config.init)
+    need = need_of(config, network)
+    tokens = largest(need, gib)
+    if not tokens:
+        raise InputError(_too_much(config, network, need, gib))
+    log.info(
+        "one card of %d GiB: %.1f GB of weights, %.1f GB that trains, %.1f GB for chunks of %d tokens (by arithmetic, not tried)",
+        gib, need.frozen / 1e9, need.trained / 1e9, need.token * tokens / 1e9, tokens,
+    )  # fmt: skip
+    return replace(config, chunk_tokens=tokens, grad_cache=True, checkpointing=True)
+
+
+def largest(need: Need, gib: int) -> int:
+    """The most tokens of a chunk that a card has room for, of STEPS; 0 where there are none."""
+    return next((tokens for tokens in STEPS if need.total(tokens) <= gib * GIB * USABLE), 0)
+
+
+def need_of(config: TrainConfig, network: Any) -> Need:
+    """What LoRA over `network`, which may be without weights, needs with GradCache and checkpointing."""
+    text = network.config.text_config
+    width, inner, layers, vocabulary = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    projector = _size(projectors(network).values()) if config.train_projector else 0
+    trained = projector + config.lora_rank * sum(
+        layer.in_features + layer.out_features
+        for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear) and re.fullmatch(LINEARS, name)
+    )  # fmt: skip
+    half = 2 if config.dtype == "bfloat16" else 4
+    rows = config.batch * (2 + config.negatives)
+    activations = 2 * layers * width + 2 * (10 * width + 4 * inner)
+    return Need(
+        frozen=half * (weights - projector),
+        trained=16 * trained,
+        scores=20 * width * rows + 12 * config.batch * (rows - config.batch),
+        token=int(activations + WRITTEN * 10 * vocabulary),
+    )
+
+
+def empty(source: str) -> Any:
+    """The network of a checkpoint folder or hub id without its weights, of which only the configuration is read."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(fetch(source, weights=False), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the configuration of {source}: {error}") from error
+    if config.model_type not in NETWORKS:
+        raise ModelError(f"{source} is a {config.model_type!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
+    with torch.device("meta"):
+        return getattr(importlib.import_module("transformers"), NETWORKS[config.model_type])(config)
+
+
+def _size(modules: Any) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _too_much(config: TrainConfig, network: Any, need: Need, gib: int) -> str:
+    least = STEPS[-1]
+    said = (
+        f"{config.init} with lora_rank={config.lora_rank} needs {need.total(least) / GIB:.1f} GiB at chunks of {least} tokens, "
+        f"and {gib * USABLE:.1f} of {gib} GiB can be used"
+    )
+    for rank in (64, 32, 16, 8):
+        if rank < config.lora_rank and largest(need_of(replace(config, lora_rank=rank), network), gib):
+            return f"{said}; set lora_rank={rank} and lora_alpha={2 * rank}, which learns less, or choose a smaller backbone"
+    return f"{said}; choose a smaller backbone"
