@@ -32,13 +32,13 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.embedder import Embedder
 from traceir.evaluation.judged import describe_machine
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Modality, Query, Route
 
 Scores = npt.NDArray[np.float32]
 RATE: Final = 0.01
 RATES: Final = (0.1, 0.01)
-PICTURES: Final = 500
+IMAGES: Final = 500
 """Of one world, in a background of pictures."""
 SEED: Final = 0
 FOREIGN: Final = 2
@@ -167,12 +167,12 @@ def read_rows_without_pools(data: Path, embedder: Embedder, route: Route) -> Ite
         yield (WORLDS[task.dataset], task.query_modality), embed(embedder, queries, route)
 
 
-def pictures_of(data: Path, world: str) -> list[Query]:
+def images_of(data: Path, world: str) -> list[Query]:
     """Pictures of validation queries of a world of MiniBEIR, as somebody's folder of pictures that are not in a collection."""
     tasks = [task for task in mbeir.find_tasks(data, "val") if WORLDS[task.dataset] == world]
     records = chain.from_iterable(mbeir.read_queries(task.query_path) for task in tasks)
     paths = dict.fromkeys(record.image_path for record in records if record.image_path)
-    return [Query.of(image=Picture.open(data / path)) for path in islice(paths, PICTURES)]
+    return [Query.of(image=ImageInput.open(data / path)) for path in islice(paths, IMAGES)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +186,14 @@ class Backgrounds:
         """By the world that the pictures show; a row's own world gives none."""
         if modality == "text":
             return {"": self.texts}
-        return {world: own[modality] for world, own in self.pictures.items() if world != strange_to}
+        return {world: own[modality] for world, own in self.images.items() if world != strange_to}
 
 
 def read_backgrounds(data: Path, embedder: Embedder, model: Path, route: Route) -> Backgrounds:
     texts, _ = choose_queries([], model)
     pictures: dict[str, dict[Modality, Scores]] = {}
     for world in sorted(set(WORLDS.values())):
-        if own := pictures_of(data, world):
+        if own := images_of(data, world):
             pairs = [Query((*one.parts, *texts[place % len(texts)].parts)) for place, one in enumerate(own)]
             pictures[world] = {"image": embed(embedder, own, route), "image,text": embed(embedder, pairs, route)}
     return Backgrounds(embed(embedder, texts, route), pictures)

@@ -32,7 +32,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.core.failures import FailureGroup
 
-from benchmarks.hostile_cases import Case, Scene, all_cases, whole_pictures
+from benchmarks.hostile_cases import Case, Scene, all_cases, whole_images
 from benchmarks.hostile_crowd import Phase, crowd, faults_of_cut_index, forget_peak, peak_mb
 from benchmarks.hostile_wire import GoneError, address_of, check_alive, exchange
 from traceir.serve.keys import make_key
@@ -154,7 +154,7 @@ async def fill(url: str, key: str) -> None:
     scene = Scene(f"{host}:{port}", key, 0, "")
     while (await exchange(scene.request("GET", "/ready"), host, port, 60))[0] != "200":
         await asyncio.sleep(0.2)
-    pictures = [base64.b64encode(one).decode() for name, one in whole_pictures().items() if name in ("PNG", "JPEG")]
+    pictures = [base64.b64encode(one).decode() for name, one in whole_images().items() if name in ("PNG", "JPEG")]
     items: list[dict[str, Any]] = [{"id": f"picture-{place}", "image": {"data": one}} for place, one in enumerate(pictures)]
     items += [{"id": f"text-{place}", "text": f"a red cup, number {place}", "fields": {"n": place}} for place in range(50)]
     status, _, body = await exchange(scene.post("/items", {"items": items}), host, port, 60)

@@ -55,7 +55,7 @@ class Scene:
 def all_cases(scene: Scene, seed: int, least: int) -> list[Case]:
     """Every family, shuffled; filled up with damaged bodies to at least `least`."""
     draw = random.Random(seed)
-    families = (broken_pictures, bombs, odd_json, wrong_types, paths, private_urls, header_tricks, bad_text, strangers)
+    families = (broken_images, bombs, odd_json, wrong_types, paths, private_urls, header_tricks, bad_text, strangers)
     cases = [case for family in families for case in family(scene, draw)]
     damaged = damaged_bodies(scene, draw)
     while len(cases) < least:
@@ -80,7 +80,7 @@ MAGIC: Final = {
 }  # fmt: skip
 
 
-def whole_pictures() -> dict[str, bytes]:
+def whole_images() -> dict[str, bytes]:
     """One small whole file of every format that Pillow reads and writes."""
     Image.init()
     found: dict[str, bytes] = {}
@@ -96,12 +96,12 @@ def whole_pictures() -> dict[str, bytes]:
     return found
 
 
-def broken_pictures(scene: Scene, draw: random.Random) -> Iterator[Case]:
-    whole = whole_pictures()
+def broken_images(scene: Scene, draw: random.Random) -> Iterator[Case]:
+    whole = whole_images()
     for name in sorted({*Image.OPEN, *MAGIC, *whole}):
         start = whole.get(name) or MAGIC.get(name, b"") + draw.randbytes(200)
         for number in range(44 if name in whole else 16):
-            yield Case("picture", f"{name} {number}", picture_request(scene, draw, _break(start, number, draw)))
+            yield Case("picture", f"{name} {number}", image_request(scene, draw, _break(start, number, draw)))
 
 
 def _break(data: bytes, number: int, draw: random.Random) -> bytes:
@@ -125,7 +125,7 @@ def _break(data: bytes, number: int, draw: random.Random) -> bytes:
     return bytes(raw)
 
 
-def picture_request(scene: Scene, draw: random.Random, data: bytes) -> bytes:
+def image_request(scene: Scene, draw: random.Random, data: bytes) -> bytes:
     text = base64.b64encode(data).decode()
     text = draw.choice(("", "", "data:image/png;base64,", "data:;base64,")) + text
     way = draw.randrange(4)
@@ -165,7 +165,7 @@ def bombs(scene: Scene, draw: random.Random) -> Iterator[Case]:
     }  # fmt: skip
     for name, data in files.items():
         for _ in range(3):
-            yield Case("bomb", name, picture_request(scene, draw, data))
+            yield Case("bomb", name, image_request(scene, draw, data))
 
 
 def png(width: int, height: int, packed: bytes, *more: tuple[bytes, bytes], depth: int = 8, kind: int = 2) -> bytes:

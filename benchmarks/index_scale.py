@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import Eq, Filter, Index, Range, open_index
 from traceir.items import Item, Modality, Vector
 
@@ -102,7 +102,7 @@ class World:
 
 
 def item(number: int, modality: Modality) -> Item:
-    picture = None if modality == "text" else Picture.from_bytes(number.to_bytes(8, "little"), name=f"picture-{number}.png")
+    picture = None if modality == "text" else ImageInput.from_bytes(number.to_bytes(8, "little"), name=f"picture-{number}.png")
     text = None if modality == "image" else f"item number {number}"
     return Item.of(text=text, image=picture, id=f"{number:08d}", fields={"shelf": number % SHELVES})
 

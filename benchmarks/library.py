@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 
 from traceir.client import Client, ServedEncoder
-from traceir.images import SUFFIXES, Picture
+from traceir.images import SUFFIXES, ImageInput
 from traceir.index import open_index
 from traceir.items import Item, Query, Vector
 
@@ -47,7 +47,7 @@ def compare(pictures: Sequence[Path], model: str, index: Path) -> int:
     from sentence_transformers import SentenceTransformer
 
     own = SentenceTransformer(model.removeprefix("st:"))
-    loaded = [Picture.open(file).load() for file in pictures]
+    loaded = [ImageInput.open(file).load() for file in pictures]
     wanted = unit(own.encode_document(loaded, batch_size=16))
     asked = unit(own.encode_query(list(WORDS)))
     print(f"{len(pictures)} pictures, {len({image.size for image in loaded})} sizes; model {model}, width {wanted.shape[1]}")

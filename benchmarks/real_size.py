@@ -323,7 +323,7 @@ def load_only(work: Path, shape: str) -> Measured:
     return measured("load", lambda: encoder(work, shape), count, timed="preparing")
 
 
-def embed_pictures(work: Path, shape: str) -> Measured:
+def embed_images(work: Path, shape: str) -> Measured:
     """At the picture budget of the training presets, which a trained checkpoint keeps."""
     limit = PRESETS[SHAPES[shape].preset]().max_pixels
 
@@ -335,7 +335,7 @@ def embed_pictures(work: Path, shape: str) -> Measured:
     return measured(f"{len(SIZES)} pictures of up to {limit // 784} tokens, one by one", limited, one_by_one)
 
 
-def embed_whole_pictures(work: Path, shape: str) -> Measured:
+def embed_whole_images(work: Path, shape: str) -> Measured:
     """At the published budget, of up to 16,384 tokens a picture."""
     return measured("the same at the checkpoint's own budget", lambda: encoder(work, shape), one_by_one)
 
@@ -444,8 +444,8 @@ STAGES: Final[dict[str, Callable[[Path, str], Measured]]] = {
     "texts": embed_texts,
     "reason": reason,
     "train": lora_step,
-    "pictures": embed_pictures,
-    "whole": embed_whole_pictures,
+    "pictures": embed_images,
+    "whole": embed_whole_images,
 }
 
 

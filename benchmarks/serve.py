@@ -279,10 +279,10 @@ def number_of(id: str) -> int:
 
 def item_of(number: int) -> dict[str, Any]:
     told: dict[str, Any] = {"id": f"item-{number}", "text": f"a red ball number {number}"}
-    return told | ({"image": {"data": base64.b64encode(picture_of(number)).decode()}} if number % 2 else {})
+    return told | ({"image": {"data": base64.b64encode(image_of(number)).decode()}} if number % 2 else {})
 
 
-def picture_of(number: int) -> bytes:
+def image_of(number: int) -> bytes:
     """A PNG of a colour of its own."""
     buffer = BytesIO()
     Image.new("RGB", (28, 28), (number % 256, number // 256 % 256, number // 65536)).save(buffer, "PNG")
@@ -291,7 +291,7 @@ def picture_of(number: int) -> bytes:
 
 def shows(image: str | None, number: int) -> bool:
     """Whether an item of this number has its picture, or rightly none."""
-    return Path(image).read_bytes() == picture_of(number) if image is not None else number % 2 == 0
+    return Path(image).read_bytes() == image_of(number) if image is not None else number % 2 == 0
 
 
 async def _add_and_kill(

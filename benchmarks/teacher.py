@@ -37,7 +37,7 @@ from traceir.cot.teachers.journal import Journal
 from traceir.cot.teachers.pace import Pace
 from traceir.cot.teachers.teacher import OpenAITeacher, body_of
 
-PICTURES = 50
+IMAGES = 50
 SIDE = 192
 TEXT = "<reasoning>the square stays, its colour turns from red to blue</reasoning><answer>a blue square</answer>"
 Ask = Callable[[int], Awaitable[object]]
@@ -103,13 +103,13 @@ def serve(port: int, latency_s: float) -> None:
 def make_questions(folder: Path) -> Callable[[int], Question]:
     """Questions that differ, each with one of PICTURES pictures."""
     draw = np.random.default_rng(0)
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         pixels = draw.integers(0, 256, (SIDE // 8, SIDE // 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((SIDE, SIDE)).save(folder / f"{number}.jpg", quality=90)
     told = "You write the reasoning with which a retrieval system finds the target of a complex query. " * 8
 
     def question(number: int) -> Question:
-        parts = (f"<task>invented</task>\n<query>question {number}</query>", folder / f"{number % PICTURES}.jpg")
+        parts = (f"<task>invented</task>\n<query>question {number}</query>", folder / f"{number % IMAGES}.jpg")
         return Question("reason", f"9:{number}", "cirr_task7", 0, told, parts, 512, 0.0, 0)
 
     return question

@@ -223,7 +223,7 @@ def _store(processor: Processor, data: Path, schedule: Schedule, turns: int, cac
     names: set[str] = set()
     for number in range(turns):
         for one in schedule.examples(number):
-            shown = [*one.query.pictures, *(one.candidate.pictures if one.candidate is not None else ())]
+            shown = [*one.query.images, *(one.candidate.images if one.candidate is not None else ())]
             names.update(str(picture.path.relative_to(data)) for picture in shown if picture.path is not None)
     started = time.perf_counter()
     if names:

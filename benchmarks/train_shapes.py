@@ -152,15 +152,15 @@ class Lengths:
     @property
     def sides(self) -> tuple[int, int]:
         """Cells on each side of a query's picture and of a candidate's, which is the largest that leaves it 24 tokens of text."""
-        return _root(self.picture), _root(max(1, self.candidate - 24))
+        return _root(self.image), _root(max(1, self.candidate - 24))
 
 
 def made_up_turn(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens: int, seed: int = 0) -> Turn:
     """A turn of `batch` pairs of random tokens and pictures, every row of a side of one length; no example of any data."""
     draw, (shown, offered) = np.random.default_rng(seed), lengths.sides
     unit = model.processor.image.patch * model.processor.image.merge
-    if shown**2 != lengths.picture or lengths.query < lengths.picture + 4:
-        raise InputError(f"{lengths.picture} picture tokens are no square within {lengths.query - 4} tokens of a query")
+    if shown**2 != lengths.image or lengths.query < lengths.image + 4:
+        raise InputError(f"{lengths.image} picture tokens are no square within {lengths.query - 4} tokens of a query")
     pictures = {
         side: [draw.integers(0, 256, (side * unit, side * unit, 3), dtype=np.uint8) for _ in range(4)]
         for side in (shown, offered)

@@ -28,7 +28,7 @@ from traceir.batch import ReadOut
 from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Item, Query
 from traceir.minibeir.build import build
@@ -51,9 +51,9 @@ FORKS.set_forkserver_preload(["traceir.train.train"])
 WORDS = "query text find image candidate user assistant a red green blue cube ball cone left middle make one then".split()
 
 
-def picture(seed: int, width: int = 48, height: int = 48) -> Picture:
+def picture(seed: int, width: int = 48, height: int = 48) -> ImageInput:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Picture.from_image(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
+    return ImageInput.from_pil(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
 
 
 def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: ReadOut = "before_token") -> TraceModel:

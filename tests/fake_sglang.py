@@ -38,7 +38,7 @@ class FakeSGLang:
     def __init__(self, checkpoint: Path, weight_version: str) -> None:
         self.network = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self.pictures = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(checkpoint)
         self.lock = threading.Lock()
         self.address = ""
         self.checkpoint, self.weight_version = checkpoint, weight_version
@@ -138,8 +138,8 @@ class FakeSGLang:
             raise ValueError(f"prompt has {given.count(IMAGE_PAD)} image placeholder token(s) but {len(images)} image(s)")
         if not images:
             return given, {}
-        seen = self.pictures(images=images, return_tensors="pt")
-        counts = iter((seen["image_grid_thw"].prod(-1) // self.pictures.merge_size**2).tolist())
+        seen = self.images(images=images, return_tensors="pt")
+        counts = iter((seen["image_grid_thw"].prod(-1) // self.images.merge_size**2).tolist())
         ids = [copy for token in given for copy in ([token] * next(counts) if token == IMAGE_PAD else [token])]
         return ids, {"pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"]}
 

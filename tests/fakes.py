@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Part, Query, Route, Vector
 
 
@@ -54,5 +54,5 @@ class FakeEncoder:
 
 def _read(parts: Sequence[Part]) -> None:
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, ImageInput):
             part.load()

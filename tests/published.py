@@ -48,7 +48,7 @@ GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: n
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
-class PicturesOnlyProcessor(Qwen3VLProcessor):
+class ImagesOnlyProcessor(Qwen3VLProcessor):
     """Qwen3-VL's processor without its part for videos, the only one that needs torchvision."""
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None) -> None:
@@ -58,13 +58,13 @@ class PicturesOnlyProcessor(Qwen3VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-class PicturesOnlyConfig(Qwen3VLConfig):
+class ImagesOnlyConfig(Qwen3VLConfig):
     """Under which the library finds that processor."""
 
     model_type = "pictures_only"
 
 
-AutoProcessor.register(PicturesOnlyConfig, PicturesOnlyProcessor)
+AutoProcessor.register(ImagesOnlyConfig, ImagesOnlyProcessor)
 
 
 def tokenizer(special: Sequence[str], end: str, length: int, **named: Any) -> PreTrainedTokenizerFast:
@@ -142,7 +142,7 @@ def save_qwen(folder: Path) -> Path:
         patch_size=16, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
-    PicturesOnlyProcessor(pictures, words, chat_template=QWEN_TEMPLATE).save_pretrained(bare)
+    ImagesOnlyProcessor(pictures, words, chat_template=QWEN_TEMPLATE).save_pretrained(bare)
     first = Transformer(str(bare), processing_kwargs={"chat_template": {"add_generation_prompt": True}})
     prompts = {"query": "Represent the user's input.", "document": "Represent the user's input."}
     SentenceTransformer(modules=[first, Pooling(32, "lasttoken"), Normalize()], prompts=prompts).save_pretrained(str(folder))

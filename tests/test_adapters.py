@@ -28,13 +28,13 @@ from starlette.routing import Route
 
 from traceir.client import Added, Client, ServedEncoder
 from traceir.errors import InputError, ModelError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import Eq, In, open_index
 from traceir.integrations.langchain import TraceEmbeddings, TraceRetriever
 from traceir.integrations.llamaindex import TraceEmbedding
 from traceir.items import Encoding, Item, Query
 from traceir.search import Searcher
-from traceir.serve.schemas import EmbeddingsIn, IdsIn, ItemResult, ItemsIn, PictureIn, SearchIn
+from traceir.serve.schemas import EmbeddingsIn, IdsIn, ImageIn, ItemResult, ItemsIn, SearchIn
 from traceir.serve.strict import read_items
 
 KEY = "tir_invented"
@@ -90,7 +90,7 @@ class StandIn:
         if asked.messages is not None:
             chats = [[part for turn in chat for part in turn["content"]] for chat in asked.messages]
             contents = [
-                tuple(one["text"] if one["type"] == "text" else picture_of(one["image_url"]["url"]) for one in chat)
+                tuple(one["text"] if one["type"] == "text" else image_of(one["image_url"]["url"]) for one in chat)
                 for chat in chats
             ]
         else:
@@ -103,7 +103,7 @@ class StandIn:
 
     def search(self, body: Any) -> dict[str, Any]:
         asked = SearchIn.model_validate(body)
-        parts = tuple(picture_of(one.data) if isinstance(one, PictureIn) else one for one in asked.parts or ())
+        parts = tuple(image_of(one.data) if isinstance(one, ImageIn) else one for one in asked.parts or ())
         where = next((Eq(name, value) for name, value in (asked.where or {}).items()), None)
         query = Query(parts, instruction=asked.instruction, target=asked.modality)
         found = self.searcher.search(query, k=asked.k + asked.offset, route=asked.route, where=where)
@@ -143,12 +143,12 @@ def packed(encoding: Encoding) -> str:
     return base64.b64encode(encoding.vector.astype("<f4").tobytes()).decode()
 
 
-def parts_of(text: str | None, image: str | None) -> tuple[str | Picture, ...]:
-    return (*((picture_of(image),) if image else ()), *((text,) if text else ()))
+def parts_of(text: str | None, image: str | None) -> tuple[str | ImageInput, ...]:
+    return (*((image_of(image),) if image else ()), *((text,) if text else ()))
 
 
-def picture_of(told: str) -> Picture:
-    return Picture.from_bytes(base64.b64decode(told.rpartition(",")[2], validate=True))
+def image_of(told: str) -> ImageInput:
+    return ImageInput.from_bytes(base64.b64decode(told.rpartition(",")[2], validate=True))
 
 
 @pytest.fixture(scope="module")
@@ -188,9 +188,9 @@ def vectors(encodings: list[Encoding]) -> list[list[float]]:
 def test_langchain_embeddings(encoder: FakeEncoder | ServedEncoder, photo: str) -> None:
     embeddings, oracle = TraceEmbeddings(encoder, target="image"), FakeEncoder()
     documents = vectors(oracle.encode_items([Item.of(text=text) for text in TEXTS]))
-    pictures = vectors(oracle.encode_items([Item.of(image=Picture.open(photo))]))
+    pictures = vectors(oracle.encode_items([Item.of(image=ImageInput.open(photo))]))
     query = vectors(oracle.encode_queries([Query.of(text=TEXTS[2])]))[0]
-    both = vectors(oracle.encode_queries([Query.of(text="in red", image=Picture.open(photo))]))[0]
+    both = vectors(oracle.encode_queries([Query.of(text="in red", image=ImageInput.open(photo))]))[0]
     assert embeddings.embed_documents(TEXTS) == documents
     assert embeddings.embed_query(TEXTS[2]) == query
     assert embeddings.embed_image([photo]) == pictures
@@ -226,7 +226,7 @@ def test_langchain_retriever(stand_in: tuple[StandIn, str], client: Client) -> N
 def test_llamaindex_embedding(encoder: FakeEncoder | ServedEncoder, photo: str) -> None:
     embedding, oracle = TraceEmbedding(encoder, instruction="find it"), FakeEncoder()
     texts = vectors(oracle.encode_items([Item.of(text=text) for text in TEXTS]))
-    shown = vectors(oracle.encode_items([Item.of(image=Picture.open(photo))]))[0]
+    shown = vectors(oracle.encode_items([Item.of(image=ImageInput.open(photo))]))[0]
     query = vectors(oracle.encode_queries([Query.of(text=TEXTS[2])]))[0]
     assert embedding.model_name == "traceir fake-1"
     assert embedding.get_query_embedding(TEXTS[2]) == query
@@ -245,7 +245,7 @@ def test_llamaindex_embedding(encoder: FakeEncoder | ServedEncoder, photo: str) 
 
 
 def test_the_client_keeps_order_over_many_requests_and_kinds(stand_in: tuple[StandIn, str], client: Client, photo: str) -> None:
-    shown = Picture.open(photo)
+    shown = ImageInput.open(photo)
     queries = [Query.of(text=f"kettle {place}", instruction="find it" if place % 3 else None) for place in range(150)]
     queries[70] = Query((shown, "left", shown, "right"), target="image")
     queries[71] = Query.of(text="then red", image=shown, target="image")
@@ -257,11 +257,11 @@ def test_the_client_keeps_order_over_many_requests_and_kinds(stand_in: tuple[Sta
 
 
 def test_the_client_adds_searches_pages_and_deletes(client: Client, photo: str) -> None:
-    items = [Item.of(image=Picture.open(photo), id="p1"), Item.of(text="a spoon", id="s1", fields={"shelf": 7})]
+    items = [Item.of(image=ImageInput.open(photo), id="p1"), Item.of(text="a spoon", id="s1", fields={"shelf": 7})]
     assert client.add(items) == [Added("p1", "added", None), Added("s1", "added", None)]
-    found = client.search(Query.of(image=Picture.open(photo)), k=2)
+    found = client.search(Query.of(image=ImageInput.open(photo)), k=2)
     assert found.hits[0].id == "p1" and found.hits[0].rank == 1 and (found.route, found.more) == ("direct", False)
-    assert client.search(Query.of(image=Picture.open(photo)), k=1, offset=1).hits == found.hits[1:]
+    assert client.search(Query.of(image=ImageInput.open(photo)), k=1, offset=1).hits == found.hits[1:]
     assert [hit.id for hit in client.search(Query.of(text="a spoon"), where={"shelf": 7}).hits] == ["s1"]
     assert client.search(Query.of(text="first then"), k=1).reasoning == "first this, then that"
     assert client.delete(["p1", "s1", "never"]) == 2

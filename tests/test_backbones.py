@@ -23,7 +23,7 @@ from traceir.adapter import attach, load_adapter, projectors, save_adapter
 from traceir.decoding import Decoder, Wave, _copy_row, merge_waves, trim
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Query
 from traceir.model import TraceModel, load, save
 from traceir.prompts import IMAGE_PAD, Piece, Special, UserText, render_query
@@ -69,7 +69,7 @@ def asked() -> list[Query]:
 
 
 def written_out(piece: Piece) -> str:
-    if isinstance(piece, Picture):
+    if isinstance(piece, ImageInput):
         return IMAGE_PAD
     return piece.token if isinstance(piece, Special) else piece.text if isinstance(piece, UserText) else str(piece)
 
@@ -78,7 +78,7 @@ def test_ids_positions_pixels_and_states_are_those_of_transformers(folder: Path,
     stock = WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(folder), model.processor.tokenizer)
     for query in asked:
         text = "".join(written_out(piece) for piece in render_query(query, "brief-1").pieces)
-        images = [part.load() for part in query.pictures]
+        images = [part.load() for part in query.images]
         wanted = stock(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
         batch = model.processor.collate([model.processor.lay_out(render_query(query, "brief-1"))])
         assert batch.ids.tolist() == wanted["input_ids"].tolist()
@@ -204,7 +204,7 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
     assert furthest(found, plain) < (1e-9 if double.network.config.model_type == "qwen3_vl" else 1e-3)
 
 
-def test_every_part_that_trains_takes_part_in_a_chunk_without_pictures(folder: Path) -> None:
+def test_every_part_that_trains_takes_part_in_a_chunk_without_images(folder: Path) -> None:
     model = load(folder, prompt_version="brief-1")
     from traceir.train.gradcache import Reader
 

@@ -24,11 +24,11 @@ from traceir import client as client_module
 from traceir.client import CHUNK_BYTES, MAX_INPUT_BYTES, Client
 from traceir.connection import Connection
 from traceir.errors import InputError, ModelError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Hit, Item, Query
 from traceir.serve.bodies import MAX_BODY, BodyGuard
 from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemResult, ItemsIn, SearchIn
-from traceir.serve.service import id_in, picture_path
+from traceir.serve.service import id_in, image_path
 from traceir.serve.strict import read_items
 
 BOUND = 40_000
@@ -59,7 +59,7 @@ class Shop:
             for one in read:
                 if isinstance(one, ItemResult):
                     continue
-                image = picture_path(one.id, "shown" if one.image else None)
+                image = image_path(one.id, "shown" if one.image else None)
                 self.kept[one.id] = ItemOut(id=one.id, modality="text", text=one.text, image=image, fields=one.fields)
             told = [one if isinstance(one, ItemResult) else ItemResult(id=one.id, status="added") for one in read]
             return JSONResponse({"results": [one.model_dump() for one in told]})
@@ -113,12 +113,12 @@ def client(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
         yield made
 
 
-def noise(side: int, name: str = "") -> Picture:
+def noise(side: int, name: str = "") -> ImageInput:
     """A picture that does not pack: about 4 * side * side bytes in base64."""
     packed = BytesIO()
     pixels = np.random.default_rng(side).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(packed, "PNG")
-    return Picture.from_bytes(packed.getvalue(), name=name)
+    return ImageInput.from_bytes(packed.getvalue(), name=name)
 
 
 def test_the_bounds_of_the_client_fit_those_of_the_server() -> None:
@@ -133,7 +133,7 @@ def test_requests_stay_within_the_body_that_the_server_takes(client: Client, sho
     assert max(shop.sizes) <= BOUND and len(shop.sizes) == 4 + 4 + 3, shop.sizes
 
 
-def test_picture_too_large_for_a_body_is_named_with_the_bound(client: Client, shop: Shop) -> None:
+def test_image_too_large_for_a_body_is_named_with_the_bound(client: Client, shop: Shop) -> None:
     large = noise(120, "harbour.png")
     calls = (
         lambda: client.embed_items([Item.of(image=large, id="h1")]),
@@ -149,7 +149,7 @@ def test_picture_too_large_for_a_body_is_named_with_the_bound(client: Client, sh
 def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, shop: Shop, tmp_path: Path) -> None:
     items = [Item.of(text=f"a cup {place}", id=f"c{place:03}") for place in range(200)]
     items[5] = Item.of(image=noise(120, "harbour.png"), id="large")
-    items[6] = Item.of(image=Picture.open(tmp_path / "nowhere.png"), id="missing")
+    items[6] = Item.of(image=ImageInput.open(tmp_path / "nowhere.png"), id="missing")
     shop.answers = [None, JSONResponse({"error": {"message": "what a request"}}, 400), None, JSONResponse({}, 500)]
     found = client.add(items)
     assert [one.id for one in found] == [item.id for item in items]
@@ -164,13 +164,13 @@ def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, 
     assert first.status == "added" and (nameless.id, nameless.status) == ("", "failed") and "give it an id" in str(nameless.error)
 
 
-def test_items_and_pictures_are_read_back(client: Client, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_and_images_are_read_back(client: Client, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["a/b c?", "..", "z%2F", "ü"]
     client.add([Item.of(text="a cup", image=noise(20), id=name, fields={"shelf": 3}) for name in names])
     for name in names:
         kept = client.get(name)
         assert (kept.id, kept.text, kept.fields) == (name, "a cup", {"shelf": 3})
-        assert client.picture(kept, side=64).load().size == (64, 32)
+        assert client.image(kept, side=64).load().size == (64, 32)
     monkeypatch.setattr(client_module, "_PAGE", 3)
     assert [one.id for one in client.items()] == sorted(names)
     assert [one.id for one in client.items(after="a/b c?")] == ["z%2F", "ü"]
@@ -178,10 +178,10 @@ def test_items_and_pictures_are_read_back(client: Client, shop: Shop, monkeypatc
         client.get("never")
     shop.answers = [JSONResponse({"error": {"message": "not shown"}}, 404)]
     with pytest.raises(InputError, match="not shown"):
-        client.picture(kept)
+        client.image(kept)
     for image in (None, "folder/cup.png"):
         with pytest.raises(InputError, match="has no picture of a server"):
-            client.picture(Hit("a", 0.5, 1, "image", None, image, {}))
+            client.image(Hit("a", 0.5, 1, "image", None, image, {}))
 
 
 def test_request_that_spent_its_time_is_not_sent_again(client: Client, shop: Shop) -> None:
@@ -238,7 +238,7 @@ def test_field_report_08_an_item_that_cannot_be_sent_or_is_refused_fails_alone(c
         Item.of(text="a cup", id="list", fields={"n": [[1]]}),
         Item.of(text="a cup", id="name", fields={"": 1}),
         Item.of(text="x" * 300_000, id="long"),
-        Item.of(image=Picture.from_bytes(b"no picture"), id="broken"),
+        Item.of(image=ImageInput.from_bytes(b"no picture"), id="broken"),
     ]
     good = [Item.of(text="a cup", id=f"good-{place}") for place in range(len(bad))]
     found = client.add([item for pair in zip(bad, good, strict=True) for item in pair])

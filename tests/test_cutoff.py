@@ -24,7 +24,7 @@ from traceir.client import Client
 from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
 from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
@@ -126,9 +126,9 @@ def some(encoder: FakeEncoder, index: Index, count: int = 20) -> None:
     index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
 
 
-def tile(seed: int) -> Picture:
+def tile(seed: int) -> ImageInput:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return Picture.from_image(Image.fromarray(pixels))
+    return ImageInput.from_pil(Image.fromarray(pixels))
 
 
 @pytest.fixture
@@ -297,7 +297,7 @@ def test_the_server_says_that_nothing_was_found(running: Running, encoder: Encod
     assert main(["index", "copy", str(running.index), index]) == 0
     here = Searcher(encoder, open_index(index, encoder))
     here.calibrate(choose_queries([], bundled_model(), count=400)[0])
-    absent, there, picture = Query.of(text="a cat in a hat"), Query.of(text=CAPTION), Query.of(image=running.items[3].pictures[0])
+    absent, there, picture = Query.of(text="a cat in a hat"), Query.of(text=CAPTION), Query.of(image=running.items[3].images[0])
     with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
         for query in (absent, there):
             wanted, found = here.search(query, k=4, cutoff=0.05), client.search(query, k=4, cutoff=0.05)

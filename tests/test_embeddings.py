@@ -23,7 +23,7 @@ from PIL import Image
 from traceir.errors import InputError, ModelError, StoreError
 from traceir.evaluation import embeddings
 from traceir.evaluation.embeddings import EmbeddingStore, Maker, shard_from_environment
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
 
 MAKER = Maker.of(FakeEncoder())
@@ -110,10 +110,10 @@ def test_shards_write_the_same_blocks_as_one_process(tmp_path: Path) -> None:
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2]) and len(contents(stores[0])) == 13
 
 
-def test_other_shards_pictures_are_not_touched(tmp_path: Path) -> None:
-    items = [Item.of(image=Picture.open(tmp_path / f"{number}.bmp"), id=str(number)) for number in range(4)]
-    write_picture(tmp_path / "2.bmp", 2)
-    write_picture(tmp_path / "3.bmp", 3)  # 0.png and 1.png do not exist
+def test_other_shards_images_are_not_touched(tmp_path: Path) -> None:
+    items = [Item.of(image=ImageInput.open(tmp_path / f"{number}.bmp"), id=str(number)) for number in range(4)]
+    write_image(tmp_path / "2.bmp", 2)
+    write_image(tmp_path / "3.bmp", 3)  # 0.png and 1.png do not exist
     store = EmbeddingStore(tmp_path, MAKER, block_rows=2)
     assert fill(store, items, shard=(1, 2)).encoded == ["2", "3"]
 
@@ -259,7 +259,7 @@ def test_values_that_are_not_finite_are_refused_when_written_read_or_repaired(tm
     assert np.isfinite(store.open(plan).matrix()).all()
 
 
-def write_picture(file: Path, seed: int) -> Path:
+def write_image(file: Path, seed: int) -> Path:
     pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file)
     return file
@@ -269,22 +269,22 @@ def write_picture(file: Path, seed: int) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
     """The picture files read so far; files of any age may be known by their times."""
     files: list[Path] = []
-    original = Picture._read
+    original = ImageInput._read
 
-    def counted(self: Picture, limits: Any) -> bytes:
+    def counted(self: ImageInput, limits: Any) -> bytes:
         files.append(self.path or Path())
         return original(self, limits)
 
-    monkeypatch.setattr(Picture, "_read", counted)
+    monkeypatch.setattr(ImageInput, "_read", counted)
     monkeypatch.setattr(embeddings, "YOUNG_NS", -1_000_000_000)
     yield files
 
 
-def test_pictures_are_read_once_and_then_known_by_their_times(tmp_path: Path, read: list[Path]) -> None:
-    files = [write_picture(tmp_path / f"{number}.bmp", number) for number in range(6)]
+def test_images_are_read_once_and_then_known_by_their_times(tmp_path: Path, read: list[Path]) -> None:
+    files = [write_image(tmp_path / f"{number}.bmp", number) for number in range(6)]
 
     def items() -> Iterator[Item]:
-        return (Item.of(image=Picture.open(file), text="a picture", id=file.name) for file in files)
+        return (Item.of(image=ImageInput.open(file), text="a picture", id=file.name) for file in files)
 
     store = EmbeddingStore(tmp_path / "store", MAKER, block_rows=2)
     plan = store.plan(items())
@@ -294,7 +294,7 @@ def test_pictures_are_read_once_and_then_known_by_their_times(tmp_path: Path, re
     read.clear()
     assert store.plan(items()) == plan and fill(store, list(items())).calls == 0 and not read
     times = files[3].stat()
-    write_picture(files[3], 99)  # of the same size, with the modification time set back
+    write_image(files[3], 99)  # of the same size, with the modification time set back
     os.utime(files[3], ns=(times.st_atime_ns, times.st_mtime_ns))
     encoder = fill(store, list(items()))
     assert encoder.encoded == ["2.bmp", "3.bmp"] and set(read) == set(files[2:4])
@@ -306,10 +306,10 @@ def test_pictures_are_read_once_and_then_known_by_their_times(tmp_path: Path, re
 
 def test_fresh_files_are_not_trusted_to_their_times(tmp_path: Path, read: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embeddings, "YOUNG_NS", 3_600_000_000_000)
-    file = write_picture(tmp_path / "new.bmp", 1)
+    file = write_image(tmp_path / "new.bmp", 1)
     store = EmbeddingStore(tmp_path / "store", MAKER)
     for _ in range(2):
-        store.plan([Item.of(image=Picture.open(file))])
+        store.plan([Item.of(image=ImageInput.open(file))])
     assert len(read) == 2
 
 

@@ -23,8 +23,8 @@ from traceir.cli.main import main
 from traceir.encoder import Encoder
 from traceir.engines.embeddings import EmbeddingsEncoder, data_url
 from traceir.engines.forms import FORMS, form_for, split_engine
-from traceir.errors import InputError, ModelError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, ModelError
+from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query
 from traceir.search import Searcher
@@ -74,7 +74,7 @@ def vectors(encodings: list[Encoding]) -> Any:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_texts_and_pictures_of_each_kind_in_order(addresses: dict[str, str], form: str) -> None:
+def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form: str) -> None:
     server, pictures = KINDS[form], [] if form == "openai" else [picture(seed) for seed in range(20)]
     items = [Item.of(text=f"{WORDS} {number}") for number in range(70)]
     for place, one in enumerate(pictures):
@@ -88,7 +88,7 @@ def test_texts_and_pictures_of_each_kind_in_order(addresses: dict[str, str], for
     prefix = "Represent the user's input. " if form == "qwen3-vl" else ""
     padding = "padding" if form == "objects" else ""
     wanted = [
-        unit(server.vector(prefix + item.text, None) if item.text else server.vector(prefix + padding, item.pictures[0].load()))
+        unit(server.vector(prefix + item.text, None) if item.text else server.vector(prefix + padding, item.images[0].load()))
         for item in items
     ]
     assert vectors(told) == pytest.approx(np.stack(wanted), abs=1e-6)
@@ -149,7 +149,7 @@ def test_vllm_gets_the_form_of_its_model() -> None:
     assert split_engine("jina:https://api.jina.ai/v1") == ("jina", "https://api.jina.ai/v1")
 
 
-def test_texts_of_a_siglip_are_padded_and_no_picture_is(addresses: dict[str, str]) -> None:
+def test_texts_of_a_siglip_are_padded_and_no_image_is(addresses: dict[str, str]) -> None:
     with make(addresses, "siglip") as encoder:
         encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])
     sent = KINDS["siglip"].bodies[-2:]
@@ -163,7 +163,7 @@ def test_our_own_server_gives_the_models_own_vectors(running: Running, encoder: 
         assert vectors(far.encode_queries(queries)) == pytest.approx(vectors(encoder.encode_queries(queries)), abs=1e-6)
 
 
-def test_a_picture_goes_upright_and_without_transparency(tmp_path: Path) -> None:
+def test_a_image_goes_upright_and_without_transparency(tmp_path: Path) -> None:
     photo, clear = tmp_path / "turned.jpg", tmp_path / "clear.png"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -171,19 +171,19 @@ def test_a_picture_goes_upright_and_without_transparency(tmp_path: Path) -> None
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(clear)
     plain = tmp_path / "plain.jpg"
     picture(2).load().save(plain)
-    assert data_url(Picture.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
+    assert data_url(ImageInput.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
     for path, size in ((photo, (24, 40)), (clear, (8, 8))):
-        sent = Picture.from_bytes(base64.b64decode(data_url(Picture.open(path)).partition(",")[2]))
-        assert sent.load().size == size and np.array_equal(sent.load(), Picture.open(path).load())
+        sent = ImageInput.from_bytes(base64.b64decode(data_url(ImageInput.open(path)).partition(",")[2]))
+        assert sent.load().size == size and np.array_equal(sent.load(), ImageInput.open(path).load())
     photo.write_bytes(photo.read_bytes()[:400])
-    with pytest.raises(PictureError):
-        data_url(Picture.open(photo))
+    with pytest.raises(ImageError):
+        data_url(ImageInput.open(photo))
 
 
 # Pictures are proved to be seen
 
 
-def test_a_server_that_ignores_pictures_is_refused(addresses: dict[str, str]) -> None:
+def test_a_server_that_ignores_images_is_refused(addresses: dict[str, str]) -> None:
     for form in ("vllm", "infinity", "objects", "jina"):
         KINDS[form].blind, KINDS[form].noise = True, 1e-4
         KINDS[form].vector = lambda text, image, own=KINDS[form]: FakeEndpoint.vector(own, text or "nothing", image)
@@ -194,7 +194,7 @@ def test_a_server_that_ignores_pictures_is_refused(addresses: dict[str, str]) ->
             del KINDS[form].vector
 
 
-def test_a_server_that_reads_a_picture_as_text_is_refused(addresses: dict[str, str]) -> None:
+def test_a_server_that_reads_a_image_as_text_is_refused(addresses: dict[str, str]) -> None:
     """What vLLM does with Infinity's form: the unknown `modality` is ignored, and the data URI is a text like any other."""
     server = KINDS["vllm"]
     server.vector = lambda text, _: sum(
@@ -207,7 +207,7 @@ def test_a_server_that_reads_a_picture_as_text_is_refused(addresses: dict[str, s
         del server.vector
 
 
-def test_a_server_of_texts_alone_refuses_pictures_one_by_one(addresses: dict[str, str]) -> None:
+def test_a_server_of_texts_alone_refuses_images_one_by_one(addresses: dict[str, str]) -> None:
     with served(FakeEndpoint(fakes.read_text_model_behind_vllm).app()) as address:
         encoder = EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01)
         assert encoder.encode_items([Item.of(text=WORDS)])[0].vector.shape == (WIDTH,)
@@ -218,7 +218,7 @@ def test_a_server_of_texts_alone_refuses_pictures_one_by_one(addresses: dict[str
         encoder.encode_items([Item.of(image=picture(1))])
 
 
-def test_a_server_that_drops_the_picture_of_a_pair_takes_both_apart(addresses: dict[str, str]) -> None:
+def test_a_server_that_drops_the_image_of_a_pair_takes_both_apart(addresses: dict[str, str]) -> None:
     server = KINDS["objects"]
     server.vector = lambda text, image: FakeEndpoint.vector(server, text, image if text == "padding" else None)
     try:

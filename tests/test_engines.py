@@ -27,8 +27,8 @@ from traceir.client import Client
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder, without_weights
-from traceir.errors import InputError, ModelError, PictureError, StoreError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, ModelError, StoreError
+from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Encoding, Item, Query, Route
 from traceir.search import Searcher
@@ -338,8 +338,8 @@ def test_an_engine_that_fails_is_told_and_one_that_is_back_is_used(
                 with pytest.raises(UnavailableError, match="no memory"):
                     await scheduler.encode_query(asked[place % len(asked)])
             assert not scheduler.alive and scheduler.under_way == 0
-            with pytest.raises(PictureError):
-                await scheduler.encode_query(Query.of(image=Picture.from_bytes(b"no picture", name="broken")))
+            with pytest.raises(ImageError):
+                await scheduler.encode_query(Query.of(image=ImageInput.from_bytes(b"no picture", name="broken")))
             with monkeypatch.context() as patched:
                 patched.setattr(jobs, "AGAIN_S", 0.0)
                 assert scheduler.alive, "requests must come, else nobody learns that it is back"

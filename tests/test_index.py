@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from traceir.errors import InputError, StoreError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
 from traceir.index.matrix import Growing, Rows
@@ -28,7 +28,7 @@ from traceir.index.store import size_of
 from traceir.items import Hit, Item
 
 Vectors = npt.NDArray[np.float32]
-DOT = Picture.from_bytes(b"not decoded here", name="dot.png")
+DOT = ImageInput.from_bytes(b"not decoded here", name="dot.png")
 
 
 def opened(folder: Path, *, dim: int = 4, create: bool = True, **options: Any) -> SqliteIndex:

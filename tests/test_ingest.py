@@ -19,7 +19,7 @@ from fakes import FakeEncoder, vector_of
 from PIL import Image
 
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import Eq, In, Range, SqliteIndex, open_index
 from traceir.index.sql import read_number
 from traceir.ingest import AddReport, add
@@ -67,7 +67,7 @@ def gallery(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_folder_gives_pictures_and_texts_with_stable_ids(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_gives_images_and_texts_with_stable_ids(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = ["a.JPG", "b.png", "e.bmp", "f.tiff", "g.jpeg", "page.md", "deep/d.gif", "deep/notes.txt", "deep/er/c.webp"]
     assert ids(gallery) == expected
     monkeypatch.chdir(gallery.parent)
@@ -85,7 +85,7 @@ def test_what_is_added_can_be_found_and_is_skipped_the_second_time(gallery: Path
         stored = index.get(["deep/notes.txt", "b.png"], with_vectors=True)
         assert stored["deep/notes.txt"].text == "a short note" and stored["b.png"].modality == "image"
         assert stored["b.png"].image == str((gallery / "b.png").resolve())
-        expected = Item.of(image=Picture.open(gallery / "b.png")).content_hash()
+        expected = Item.of(image=ImageInput.open(gallery / "b.png")).content_hash()
         np.testing.assert_array_equal(stored["b.png"].vector, vector_of(expected, 16))
         encoder.encoded.clear()
         assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (0, 0, 9, 0)
@@ -169,7 +169,7 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path) -> None:
             assert reason in found[f"{path}:{number}"]
 
 
-def test_a_pool_of_mbeir_finds_its_pictures_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pool_of_mbeir_finds_its_images_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "M-BEIR"
     paint(root / "mbeir_images" / "x_images" / "a.jpg", 5)
     pool = lines(
@@ -328,7 +328,7 @@ def test_field_report_23_a_line_without_text_is_known_by_its_title(tmp_path: Pat
         ]  # fmt: skip
 
 
-def test_field_report_23_a_text_stays_where_its_picture_cannot_be_used(tmp_path: Path) -> None:
+def test_field_report_23_a_text_stays_where_its_image_cannot_be_used(tmp_path: Path) -> None:
     cut = paint(tmp_path / "cut.png", 1)
     cut.write_bytes(cut.read_bytes()[:-20])
     bad = ["none.png", "cut.png", "http://a.example/x.png"]
@@ -504,7 +504,7 @@ def test_field_report_11_a_lines_own_file_field_is_kept_and_the_reserved_one_ref
         assert dict(index.get(["own"])["own"].fields) == {"file": "a.pdf"}
         place = gallery / "a.JPG"
         index.upsert(
-            [Item.of(image=Picture.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32)
+            [Item.of(image=ImageInput.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32)
         )
         assert counts(add([place], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
         assert dict(index.get(["a.JPG"])["a.JPG"].fields) == {FILE_FIELD: str(place.resolve())}

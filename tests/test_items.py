@@ -12,8 +12,8 @@ from conftest import picture
 from fakes import FakeEncoder
 
 import traceir
-from traceir.errors import InputError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError
+from traceir.images import ImageInput
 from traceir.items import ROUTES, Content, Item, Query, check_route
 from traceir.search import Searcher
 
@@ -22,29 +22,29 @@ from traceir.search import Searcher
 def test_field_report_12_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query], tmp_path: Path) -> None:
     file = tmp_path / "cat.png"
     picture(1).load().save(file)
-    shown = Picture.open(file)
+    shown = ImageInput.open(file)
     for image in (str(file), file, file.read_bytes(), bytearray(file.read_bytes()), shown):
         made = kind.of(image=image, text="a cat")
         assert made.modality == "image,text" and made.text == "a cat"
-        assert made.pictures == (shown,)
+        assert made.images == (shown,)
         assert made.content_hash() == kind.of(image=shown, text="a cat").content_hash()
     pixels = kind.of(image=picture(1).load())
-    np.testing.assert_array_equal(np.asarray(pixels.pictures[0].load()), np.asarray(shown.load()))
+    np.testing.assert_array_equal(np.asarray(pixels.images[0].load()), np.asarray(shown.load()))
 
 
-def test_field_report_12_what_is_no_picture_is_refused(tmp_path: Path) -> None:
+def test_field_report_12_what_is_no_image_is_refused(tmp_path: Path) -> None:
     for wrong in (np.zeros((4, 4, 3)), 7, ["cat.png"], {"path": "cat.png"}):
         with pytest.raises(TypeError, match=type(wrong).__name__):
             Query.of(image=wrong)
-    with pytest.raises(PictureError, match="address"):
+    with pytest.raises(ImageError, match="address"):
         Item.of(image="https://example.org/cat.png")
-    with pytest.raises(PictureError, match="does not exist"):
+    with pytest.raises(ImageError, match="does not exist"):
         Item.of(image=str(tmp_path / "missing.png")).content_hash()
-    with pytest.raises(PictureError, match="not a file name"):
+    with pytest.raises(ImageError, match="not a file name"):
         Item.of(image="")
 
 
-def test_field_report_12_parts_are_texts_and_pictures_alone(tmp_path: Path) -> None:
+def test_field_report_12_parts_are_texts_and_images_alone(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"Query\.of"):
         Query("a red ring")
     with pytest.raises(TypeError, match="part 1 is a PosixPath"):
@@ -62,7 +62,7 @@ def test_field_report_12_parts_are_texts_and_pictures_alone(tmp_path: Path) -> N
 
 
 def test_field_report_26_import_traceir_gives_the_names_and_costs_nothing() -> None:
-    for name in ("Encoder", "Item", "Query", "Picture", "Searcher", "open_index", "Client"):
+    for name in ("Encoder", "Item", "Query", "ImageInput", "Searcher", "open_index", "Client"):
         assert name in traceir.__all__ and name in dir(traceir) and callable(getattr(traceir, name))
     assert all(getattr(traceir, name) is not None for name in traceir.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):

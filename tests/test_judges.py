@@ -22,7 +22,7 @@ from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import evaluate
 from traceir.evaluation.judged import read_judged
 from traceir.evaluation.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.model import TraceModel, save
 from traceir.sentence import as_sentence_transformer, encode_with_reasoning
@@ -62,7 +62,7 @@ def test_mteb_lets_only_queries_reason(encoder: Encoder, folder: Path) -> None:
     task.load_data()
     rows = task.dataset["default"]["test"]["queries"]
     loader = DataLoader(rows, batch_size=4, collate_fn=lambda batch: {key: [one[key] for one in batch] for key in batch[0]})
-    pictures = [Picture.from_image(one["image"]) for one in rows]
+    pictures = [ImageInput.from_pil(one["image"]) for one in rows]
     instruction = task.metadata.prompt["query"]
     queries = [Query.of(text=one["text"], image=shown, instruction=instruction, target="image")
                for one, shown in zip(rows, pictures, strict=True)]  # fmt: skip
@@ -146,7 +146,7 @@ def test_mteb_batches_with_their_own_instructions_and_empty_documents(encoder: E
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One picture and one text in all forms that sentence-transformers knows."""
-    drawn = Picture.from_image(_noise()).load()
+    drawn = ImageInput.from_pil(_noise()).load()
     file = tmp_path_factory.mktemp("pictures") / "noise.png"
     drawn.save(file)
     return {"text": "make one red", "image": drawn, "path": str(file), "both": {"text": "make one red", "image": drawn},
@@ -160,7 +160,7 @@ def _noise() -> Image.Image:
 def test_sentence_transformers_gives_our_vectors(model: TraceModel, inputs: dict[str, Any]) -> None:
     encoder = Encoder(model)
     library = as_sentence_transformer(encoder)
-    shown = Picture.from_image(inputs["image"])
+    shown = ImageInput.from_pil(inputs["image"])
     text, image, both = {"text": "make one red"}, {"image": shown}, {"text": "make one red", "image": shown}
     known = dict(zip(inputs, (text, image, image, both, both, image), strict=True))
     items = np.stack([one.vector for one in encoder.encode_items([Item.of(**parts) for parts in known.values()])])

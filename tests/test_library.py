@@ -31,8 +31,8 @@ from traceir import Encoder, Item, Query, load_encoder, open_index
 from traceir.checkpoint import bundled_model, is_library
 from traceir.cli import main as cli
 from traceir.cli.main import main
-from traceir.errors import InputError, ModelError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, ModelError
+from traceir.images import ImageInput
 from traceir.items import Encoding, Vector
 from traceir.library import LibraryEncoder
 from traceir.serve.batch_worker import BatchWorker
@@ -102,8 +102,8 @@ def things(tmp_path: Path) -> Path:
     return root
 
 
-PICTURES = ("clip", "old-clip", "siglip", "qwen")
-EVERY = (*PICTURES, "bert", "gemma")
+IMAGES = ("clip", "old-clip", "siglip", "qwen")
+EVERY = (*IMAGES, "bert", "gemma")
 
 
 @pytest.mark.parametrize("kind", EVERY)
@@ -113,12 +113,12 @@ def test_the_command_line_gives_the_library_s_vectors(
     own, index = SentenceTransformer(str(places / kind)), tmp_path / "index"
     code = run("index", "add", things, "--index", index, "--model", places / kind)
     told = capsys.readouterr()
-    if kind in PICTURES:
+    if kind in IMAGES:
         assert code == 0 and "added 8" in told.out
     else:
         assert code == 1 and "added 4" in told.out and told.err.count("is a picture, which") == 4
     texts = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
-    files = {f"{number}.png": Image.open(things / f"{number}.png") for number in range(4)} if kind in PICTURES else {}
+    files = {f"{number}.png": Image.open(things / f"{number}.png") for number in range(4)} if kind in IMAGES else {}
     wanted = dict(zip([*texts, *files], [*documents_of(own, list(texts.values())), *_pictures(own, files)], strict=True))
     with open_index(index) as opened:
         stored = opened.get(list(wanted), with_vectors=True)
@@ -312,7 +312,7 @@ def test_instructions_go_where_the_model_has_a_place_for_them(
 def test_parts_are_read_in_their_order(places: Path) -> None:
     qwen, own = load_encoder(places / "qwen"), SentenceTransformer(str(places / "qwen"))
     first, second = pixels(1), pixels(2)
-    one, other = Picture.from_image(first), Picture.from_image(second)
+    one, other = ImageInput.from_pil(first), ImageInput.from_pil(second)
     told = [
         (Item((one, "a red cube")), {"image": first, "text": "a red cube"}),
         (Item(("a red cube", one)), {"text": "a red cube", "image": first}),
@@ -341,7 +341,7 @@ def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
 
 def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
     clip, bert = load_encoder(places / "clip"), load_encoder(places / "bert")
-    picture = Picture.from_image(pixels(0))
+    picture = ImageInput.from_pil(pixels(0))
     with pytest.raises(InputError, match=r"item both is a picture and a text together, which .* give it a text, a picture, or"):
         clip.encode_items([Item.of(text="a"), Item.of(text="a", image=picture, id="both")])
     with pytest.raises(InputError, match=r"query \(no id\) is several parts"):
@@ -567,7 +567,7 @@ class Watched:
         if self.broken is not None:
             raise self.broken
         for content in contents:
-            for part in content.pictures:
+            for part in content.images:
                 part.load()
         return [Encoding(vector_of(name, self.width), "direct", "", 0, 1.0, False) for name in names]
 
@@ -613,7 +613,7 @@ def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out(tmp_
     async def work() -> None:
         encoder = Watched()
         async with scheduling(encoder) as scheduler:
-            bad = Item.of(text="bad", image=Picture.from_bytes(b"no picture"))
+            bad = Item.of(text="bad", image=ImageInput.from_bytes(b"no picture"))
             first = asyncio.ensure_future(scheduler.encode_item(Item.of(text="first")))
             await asyncio.sleep(0.05)
             left = asyncio.ensure_future(scheduler.encode_item(Item.of(text="left")))
@@ -625,7 +625,7 @@ def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out(tmp_
             await asyncio.sleep(0)
             encoder.going.set()
             found = await others
-            assert isinstance(found[1], PictureError)
+            assert isinstance(found[1], ImageError)
             assert [type(one).__name__ for one in found] == ["Served", "PictureError", "Served"] and (await first)
             assert not any("left" in batch for batch in encoder.batches) and scheduler.alive
 
@@ -663,7 +663,7 @@ def test_as_many_batches_are_under_way_as_the_encoder_takes() -> None:
     asyncio.run(asyncio.wait_for(work(), 30))
 
 
-def test_a_bad_picture_in_a_served_batch_leaves_the_others_alone(places: Path) -> None:
+def test_a_bad_image_in_a_served_batch_leaves_the_others_alone(places: Path) -> None:
     async def work() -> None:
         encoder, own = load_encoder(places / "clip"), SentenceTransformer(str(places / "clip"))
         scheduler = Scheduler(encoder)
@@ -671,7 +671,7 @@ def test_a_bad_picture_in_a_served_batch_leaves_the_others_alone(places: Path) -
         contents = [Item.of(image=pixels(1)), Item.of(image=b"\x89PNG no"), Item.of(image=pixels(2)), Item.of(text=TEXT)]
         found = await asyncio.gather(*[scheduler.encode_item(one) for one in contents], return_exceptions=True)
         await scheduler.close()
-        assert isinstance(found[1], PictureError)
+        assert isinstance(found[1], ImageError)
         served = [one.encoding.vector for one in found if not isinstance(one, BaseException)]
         assert far(served, [*documents_of(own, [pixels(1), pixels(2)]), documents_of(own, [TEXT])[0]]) < 1e-6
 

@@ -236,7 +236,7 @@ def test_records_become_queries_and_items(tmp_path: Path) -> None:
     record = first_query(tmp_path, query_img_path="mbeir_images/a.jpg", query_modality="image,text", task_id=8)
     made = mbeir.to_query(record, "find it", tmp_path)
     assert (made.id, made.instruction, made.target, made.text) == ("9:6", "Find it.", "image,text", "Two cups.")
-    assert [picture.path for picture in made.pictures] == [tmp_path / "mbeir_images/a.jpg"]
+    assert [picture.path for picture in made.images] == [tmp_path / "mbeir_images/a.jpg"]
     item = mbeir.to_item(Candidate("9:2", "a dog", None, "text"), tmp_path)
     assert (item.id, item.text, item.modality) == ("9:2", "A dog.", "text")
 

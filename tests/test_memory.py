@@ -69,7 +69,7 @@ def test_settings_count_more_than_the_card(tmp_path: Path) -> None:
     assert resolve("qwen3-vl-2b", **asked, settings=["chunk_tokens=512"]).chunk_tokens == 512
 
 
-def test_backbones_differ_in_where_they_start_and_in_the_cells_of_their_pictures_alone() -> None:
+def test_backbones_differ_in_where_they_start_and_in_the_cells_of_their_images_alone() -> None:
     paper = PRESETS["qwen2.5-vl-7b"]()
     for name, preset in BACKBONES.items():
         config, cell = preset(), 28 if name.startswith("qwen2") else 32

@@ -189,7 +189,7 @@ def test_the_global_pool_is_the_union_of_the_local_ones(root: Path) -> None:
         assert {found.did for found in mbeir.read_pool(path)} == local
 
 
-def test_a_picture_is_drawn_once_for_queries_pools_and_lessons(root: Path) -> None:
+def test_a_image_is_drawn_once_for_queries_pools_and_lessons(root: Path) -> None:
     files = sorted((root / LESSON_FOLDER).iterdir())
     assert [file.name for file in files] == [f"{world}_{kind}.jsonl" for world in sorted(WORLDS) for kind in ("facts", "naming")]
     lessons = [json.loads(line) for file in files for line in file.read_text().splitlines()]

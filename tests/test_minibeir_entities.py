@@ -200,9 +200,9 @@ def test_pool_fill_is_the_whole_encyclopedia_and_holds_every_answer(row: str) ->
 
 def test_lessons_tell_every_fact_and_ask_only_training_questions() -> None:
     drafts = list(entities.lessons(4000, 3))
-    pictured = sum(lesson.sketch is not None for lesson in drafts)
+    imaged = sum(lesson.sketch is not None for lesson in drafts)
     chains = [lesson for lesson in drafts if "; " in lesson.target]
-    assert pictured / 4000 == pytest.approx(0.35, abs=0.03)
+    assert imaged / 4000 == pytest.approx(0.35, abs=0.03)
     assert len(chains) / 4000 == pytest.approx(0.20, abs=0.03)
     facts = {lesson.target for lesson in drafts if not lesson.sketch and lesson not in chains}
     told = {encyclopedia.state_fact(passage.entity, passage.facet) for passage in encyclopedia.list_passages()}

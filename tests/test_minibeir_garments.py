@@ -212,7 +212,7 @@ def test_targets_belong_to_their_split_and_training_sees_no_other() -> None:
             assert query.sketch is None or split_of(code_of(decode(query.sketch))) == "train"
 
 
-def test_pictures_of_a_composition_stand_once_in_a_pool() -> None:
+def test_images_of_a_composition_stand_once_in_a_pool() -> None:
     keys: dict[str, str] = {}
     for _, _, query in all_queries():
         for candidate in (*query.positives, *query.distractors):

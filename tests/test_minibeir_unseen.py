@@ -23,7 +23,7 @@ from traceir.minibeir.unseen import captions, dialogs, edits, pairs, turns
 from traceir.minibeir.unseen.build import MANIFEST, SETS, build_unseen, fingerprint
 from traceir.minibeir.unseen.language import WORDS, Phrase, read
 from traceir.minibeir.unseen.states import find_state, has_trim, is_beside, shows
-from traceir.minibeir.unseen.verify import PICTURES_FILE, read_pictures, read_torch, verify_unseen
+from traceir.minibeir.unseen.verify import IMAGES_FILE, read_images, read_torch, verify_unseen
 
 BANKS: list[Any] = [
     tuple(captions.LONG_SCENE.values()),
@@ -112,7 +112,7 @@ def test_a_build_is_a_function_of_its_seed(root: Path, tmp_path: Path) -> None:
 
 
 def test_only_test_compositions_are_shown(root: Path) -> None:
-    for state in read_pictures(root).values():
+    for state in read_images(root).values():
         assert (assign_split(state) if isinstance(state, Photo) else split_of(state.code)) == "test"
     taught = next(scene for scene in edits.itertools.product(edits.ITEMS, repeat=3) if split_of(Scene(scene).code) == "train")
     with pytest.raises(DataError, match="no composition of the test split"):
@@ -120,7 +120,7 @@ def test_only_test_compositions_are_shown(root: Path) -> None:
 
 
 def test_no_caption_is_in_a_phrasing_of_training(root: Path) -> None:
-    shown = read_pictures(root)
+    shown = read_images(root)
     for place, text in enumerate(load(root / "flickr/flickr_text.json")):
         state = shown[f"flickr/images/{place // 5}.png"]
         if not isinstance(state, Photo):
@@ -151,7 +151,7 @@ DAMAGES: list[tuple[str, Callable[[str], str]]] = [
     edit_json("multiturnfashion/data/all.val.json", lambda c: c[0]["target"].__setitem__(1, c[0]["reference"][0][2])),
     edit_json("sugar-crepe/data/swap_att.json", lambda c: c["0"].update(negative_caption=c["0"]["caption"])),
     edit_json("sugar-crepe/data/add_obj.json", lambda c: c["1"].update(caption=c["1"]["negative_caption"])),
-    (PICTURES_FILE, lambda text: text.partition("\n")[2]),
+    (IMAGES_FILE, lambda text: text.partition("\n")[2]),
 ]
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.batch import Batch, ImageBudget, Processor, _grid_positions, smart_resize
-from traceir.errors import ModelError, PictureError
+from traceir.errors import ImageError, ModelError
 from traceir.items import Item, Query
 from traceir.model import TraceModel, add_emb_token, image_budget, load, save
 from traceir.prompts import EMB, render_candidate, render_query
@@ -80,7 +80,7 @@ def test_pixels_equal_the_stock_image_processor(size: tuple[int, int]) -> None:
         {},
     ],
 )
-def test_the_budget_of_pictures_is_the_stock_processors(tmp_path: Path, said: dict[str, object]) -> None:
+def test_the_budget_of_images_is_the_stock_processors(tmp_path: Path, said: dict[str, object]) -> None:
     file = tmp_path / "preprocessor_config.json"
     file.write_text(json.dumps({"image_processor_type": "Qwen2VLImageProcessor", **said}))
     stock = Qwen2VLImageProcessorPil.from_pretrained(tmp_path)
@@ -97,7 +97,7 @@ def test_the_budget_of_pictures_is_the_stock_processors(tmp_path: Path, said: di
 
 
 def test_smart_resize_refuses_a_ribbon() -> None:
-    with pytest.raises(PictureError, match="aspect ratio"):
+    with pytest.raises(ImageError, match="aspect ratio"):
         smart_resize(1, 201, ImageBudget())
 
 

@@ -33,7 +33,7 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation import mteb_run
 from traceir.evaluation.mteb_model import TraceEncoder
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Query
 
 TASKS = str(Path(drawn.__file__))
@@ -125,7 +125,7 @@ def test_a_dry_run_writes_nothing(verb: Verb, tmp_path: Path, capsys: pytest.Cap
 
 def vectors(encoder: Encoder, contents: list[Any]) -> np.ndarray:
     """Of pictures and texts as items, each encoded alone."""
-    made = [Item.of(text=one) if isinstance(one, str) else Item.of(image=Picture.from_image(one)) for one in contents]
+    made = [Item.of(text=one) if isinstance(one, str) else Item.of(image=ImageInput.from_pil(one)) for one in contents]
     return np.stack([encoder.encode_items([item])[0].vector for item in made])
 
 
@@ -162,7 +162,7 @@ def test_multiple_choice_by_hand(encoder: Encoder, scored: Scored) -> None:
     split, right = task.dataset["default"]["test"], []
     documents = dict(zip(split["corpus"]["id"], vectors(encoder, list(split["corpus"]["text"])), strict=True))
     for row in split["queries"]:
-        query = Query.of(text=row["text"], image=Picture.from_image(row["image"]), target="text")
+        query = Query.of(text=row["text"], image=ImageInput.from_pil(row["image"]), target="text")
         (asked,) = encoder.encode_queries([query])
         choices = split["top_ranked"][row["id"]]
         best = max(choices, key=lambda id: float(asked.vector @ documents[id]))
@@ -180,12 +180,12 @@ def test_the_size_of_batches_changes_no_score(encoder: Encoder, scored: Scored, 
             assert one.score == pytest.approx(scored[one.task], abs=1e-6), (size, one.task)
 
 
-def test_one_input_may_hold_several_pictures_and_text(encoder: Encoder) -> None:
+def test_one_input_may_hold_several_images_and_text(encoder: Encoder) -> None:
     about = drawn.DrawnIT2IT.metadata
     pictures = [drawn.draw(1), drawn.draw(2)]
     options: dict[str, Any] = {"task_metadata": about, "hf_split": "test", "hf_subset": "default"}
     found = TraceEncoder.of(encoder).encode([{"image": [pictures, pictures[:1]], "text": ["both", ""]}], **options)
-    known = [Item((*map(Picture.from_image, pictures), "both")), Item((Picture.from_image(pictures[0]),))]
+    known = [Item((*map(ImageInput.from_pil, pictures), "both")), Item((ImageInput.from_pil(pictures[0]),))]
     assert np.abs(found - [one.vector for one in encoder.encode_items(known)]).max() < 1e-6
     with pytest.raises(InputError, match="video"):
         TraceEncoder.of(encoder).encode([{"text": ["a"], "video": ["b"]}], **options)
@@ -204,7 +204,7 @@ class Words:
         return self.encode_items(queries)
 
     def encode_items(self, items: list[Any]) -> list[Any]:
-        assert not any(item.pictures for item in items)
+        assert not any(item.images for item in items)
         lengths = [float(len(item.text)) for item in items]
         return [SimpleNamespace(vector=np.array([np.cos(x), np.sin(x)], dtype=np.float32)) for x in lengths]
 

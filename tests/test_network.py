@@ -61,7 +61,7 @@ def test_encodings_are_those_of_transformers(checkpoint: Path, route: str) -> No
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (144, 112), (160, 160)], ids=str)
-def test_windows_of_a_picture_are_those_of_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_windows_of_a_image_are_those_of_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
     """Whole windows, windows cut at the right and at the bottom, pictures of one window, and several pictures at once."""
     model = windowed_model()
     ours = load(save(model, tmp_path / "checkpoint"), inference=True)
@@ -70,7 +70,7 @@ def test_windows_of_a_picture_are_those_of_transformers(tmp_path: Path, size: tu
     assert batch.patches is not None and batch.grids is not None
     with torch.no_grad():
         stock = torch.cat(model.network.model.get_image_features(batch.patches, batch.grids, return_dict=True).pooler_output)
-        assert torch.allclose(ours.picture_features(batch.patches, batch.grids)[0], stock, atol=2e-5)
+        assert torch.allclose(ours.image_features(batch.patches, batch.grids)[0], stock, atol=2e-5)
         shown = batch.mask.bool()
         assert torch.allclose(ours.hidden(batch)[shown], model.hidden(batch)[shown], atol=5e-5)
 

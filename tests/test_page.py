@@ -23,7 +23,7 @@ from traceir.checkpoint import bundled_model
 from traceir.cli import main as cli
 from traceir.encoder import Encoder
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index.store import Stored
 from traceir.items import Hit, Item, Query, Route
 from traceir.lab import demo
@@ -161,7 +161,7 @@ def ids(hits: tuple[Hit, ...]) -> list[str]:
     return [hit.id for hit in hits]
 
 
-def drop(page: Any, *files: Picture | str) -> None:
+def drop(page: Any, *files: ImageInput | str) -> None:
     """Files dropped on the page together, as the browser would tell it; a name is a text file's."""
     told = [(one, "", "text/plain") if isinstance(one, str) else (one.name, encoded(one), "image/jpeg") for one in files]
     page.evaluate(
@@ -178,14 +178,14 @@ def drop(page: Any, *files: Picture | str) -> None:
     )
 
 
-def encoded(picture: Picture) -> str:
+def encoded(picture: ImageInput) -> str:
     assert picture.path is not None
     return base64.b64encode(picture.path.read_bytes()).decode()
 
 
 def ask(page: Any, query: Query) -> None:
     """Types a query into the search box and sends it; its picture is dropped."""
-    for shown in query.pictures:
+    for shown in query.images:
         drop(page, shown)
         playwright.expect(page.locator("#preview")).to_have_js_property("complete", True)
     page.locator("#text").fill(query.text)
@@ -204,7 +204,7 @@ def failed(kind: str) -> str:
     return f"event: error\ndata: {json.dumps({'error': {'message': 'so it is', 'type': kind}})}\n\n"
 
 
-def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service, open_page: Callable[..., Any]) -> None:
+def test_a_dropped_image_is_edited_reasoned_over_and_refined(service: Service, open_page: Callable[..., Any]) -> None:
     question = service.asked("cirr_task7", 2)
     page = open_page(service.url)
     playwright.expect(page.locator("#collection")).to_contain_text("pictures")
@@ -236,7 +236,7 @@ def test_a_dropped_picture_is_edited_reasoned_over_and_refined(service: Service,
     page.keyboard.type("Swap the left two.")
     page.keyboard.press("Enter")
     playwright.expect(page.locator(".crumb")).to_have_count(2)
-    picture = Picture.open(str(expected.hits[0].image))
+    picture = ImageInput.open(str(expected.hits[0].image))
     refined = Query.of(text="Swap the left two.", image=picture, instruction=question.query.instruction, target="image")
     assert shown_ids(page) == ids(service.hits(refined)) != ids(expected.hits)
     assert f"item={expected.hits[0].id.replace(':', '%3A')}" in page.url
@@ -452,7 +452,7 @@ def test_addresses_and_history_bring_a_search_back(service: Service, open_page: 
     playwright.expect(page.locator("#text")).to_have_value(query.text)
     assert shown_ids(page) == expected, "what was before a reload is not taken for a turn after it"
     page.evaluate("document.querySelector('#home').click()")
-    drop(page, service.asked("cirr_task7", 2).query.pictures[0])
+    drop(page, service.asked("cirr_task7", 2).query.images[0])
     page.locator("#text").press("Enter")
     shown_ids(page)
     page.locator("#open-history").click()
@@ -513,8 +513,8 @@ def test_a_narrow_dark_page_an_empty_index_and_no_hits(service: Service, open_pa
     assert page.evaluate("document.getAnimations().filter((one) => one.playState === 'running').length") == 0
 
 
-def test_pictures_come_by_drop_paste_and_from_the_collection(service: Service, open_page: Callable[..., Any]) -> None:
-    picture = service.asked("cirr_task7", 1).query.pictures[0]
+def test_images_come_by_drop_paste_and_from_the_collection(service: Service, open_page: Callable[..., Any]) -> None:
+    picture = service.asked("cirr_task7", 1).query.images[0]
     page = open_page(service.url, permissions=["clipboard-read", "clipboard-write"])
     about, complaint = page.locator("#about-picture"), page.locator("#complaint")
     drop(page, "notes.txt")
@@ -523,7 +523,7 @@ def test_pictures_come_by_drop_paste_and_from_the_collection(service: Service, o
     )
     drop(page, "notes.txt", "more.txt")
     playwright.expect(complaint).to_contain_text("None of these 2 files")
-    drop(page, "notes.txt", picture, service.asked("cirr_task7", 2).query.pictures[0])
+    drop(page, "notes.txt", picture, service.asked("cirr_task7", 2).query.images[0])
     playwright.expect(about).to_have_text(f"with {picture.name}")
     playwright.expect(page.locator("#toast")).to_contain_text(f"One picture at a time: “{picture.name}” was taken.")
     playwright.expect(complaint).to_be_hidden()

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from tiffs import FLOAT, SHORT, float_tiff, grey_tiff, tiff
 
-from traceir.errors import PictureError
+from traceir.errors import ImageError
 from traceir.image_modes import as_rgb
-from traceir.images import Picture
+from traceir.images import ImageInput
 
 WIDTH, HEIGHT = 50, 40
 RAMP = np.linspace(0.0, 1.0, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
@@ -22,7 +22,7 @@ WANTED = 255.0 * RAMP
 
 
 def shown(data: bytes) -> np.ndarray:
-    return np.asarray(Picture.from_bytes(data).load(), dtype=float)
+    return np.asarray(ImageInput.from_bytes(data).load(), dtype=float)
 
 
 def off(data: bytes, wanted: np.ndarray) -> float:
@@ -193,7 +193,7 @@ def test_field_report_07_what_pillow_converts_from_grey_stays_that_grey(mode: st
     if mode in ("L", "I", "F", "YCbCr", "RGB", "RGBX", "LAB"):
         grey = Image.fromarray(np.rint(WANTED * 0.8 + 20).astype(np.uint8))
     step = grey.convert("RGB") if mode in ("LAB", "HSV") else grey
-    loaded = np.asarray(Picture.from_image(step.convert(mode)).load(), dtype=float)
+    loaded = np.asarray(ImageInput.from_pil(step.convert(mode)).load(), dtype=float)
     assert np.abs(loaded - np.asarray(grey.convert("RGB"), dtype=float)).max() <= 2
 
 
@@ -204,7 +204,7 @@ def test_field_report_07_every_mode_with_alpha_is_composited_on_white(mode: str)
     for step in ("RGBA", "PA") if mode == "PA" else steps:
         image = image.convert(step)
     assert image.mode == mode
-    loaded = np.asarray(Picture.from_image(image).load(), dtype=float)
+    loaded = np.asarray(ImageInput.from_pil(image).load(), dtype=float)
     assert np.abs(loaded - (100 * 0.4 + 255 * 0.6)).max() <= 2
 
 
@@ -212,15 +212,15 @@ def test_field_report_07_every_mode_with_alpha_is_composited_on_white(mode: str)
 def test_field_report_07_sixteen_bit_images_of_either_byte_order(mode: str) -> None:
     order = ">" if mode.endswith("B") else "<"
     image = Image.frombytes(mode, (WIDTH, HEIGHT), np.rint(RAMP * 65535).astype(f"{order}u2").tobytes())
-    assert np.abs(np.asarray(Picture.from_image(image).load(), dtype=float) - WANTED[..., None]).max() <= 1
+    assert np.abs(np.asarray(ImageInput.from_pil(image).load(), dtype=float) - WANTED[..., None]).max() <= 1
 
 
 def test_field_report_07_tiff_kinds_that_are_not_read_are_named() -> None:
-    with pytest.raises(PictureError, match="TIFF of samples TraceIR reads; save it with 8 or 16 bits"):
-        Picture.from_bytes(grey_tiff(RAMP, "f8")).load()
+    with pytest.raises(ImageError, match="TIFF of samples TraceIR reads; save it with 8 or 16 bits"):
+        ImageInput.from_bytes(grey_tiff(RAMP, "f8")).load()
 
 
-def test_field_report_17_strips_make_the_same_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_field_report_17_strips_make_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [Image.open(BytesIO(float_tiff(60))), Image.fromarray(np.rint(RAMP * 999).astype(np.int32))]
     images += [Image.fromarray(np.rint(WANTED).astype(np.uint8)).convert(mode) for mode in ("L", "P", "LA", "RGBA", "CMYK", "1")]
     whole = [as_rgb(image).tobytes() for image in images]

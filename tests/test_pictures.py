@@ -19,8 +19,8 @@ from PIL import Image, ImageFile
 from tiffs import SHORT, tiff
 
 from traceir import images as pictures
-from traceir.errors import InputError, PictureError
-from traceir.images import MAX_FILE_BYTES, Picture, PictureLimits
+from traceir.errors import ImageError, InputError
+from traceir.images import MAX_FILE_BYTES, ImageInput, ImageLimits
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -47,7 +47,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-def pixel(picture: Picture, x: int = 0, y: int = 0) -> tuple[int, ...]:
+def pixel(picture: ImageInput, x: int = 0, y: int = 0) -> tuple[int, ...]:
     image = picture.load()
     assert image.mode == "RGB"
     value = image.getpixel((x, y))
@@ -57,7 +57,7 @@ def pixel(picture: Picture, x: int = 0, y: int = 0) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_every_format_is_read(format: str) -> None:
-    image = Picture.from_bytes(encode(Image.new("RGB", (20, 10), RED), format)).load()
+    image = ImageInput.from_bytes(encode(Image.new("RGB", (20, 10), RED), format)).load()
     assert (image.mode, image.size) == ("RGB", (20, 10))
     assert np.abs(np.asarray(image, dtype=int) - RED).max() <= 4
 
@@ -66,8 +66,8 @@ def test_every_format_is_read(format: str) -> None:
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
 def test_truncated_files_are_refused(format: str, share: float) -> None:
     data = encode(noise(), format)
-    cut = Picture.from_bytes(data[: int(len(data) * share)], name="cut")
-    with pytest.raises(PictureError, match="cut"):
+    cut = ImageInput.from_bytes(data[: int(len(data) * share)], name="cut")
+    with pytest.raises(ImageError, match="cut"):
         cut.load()
 
 
@@ -78,14 +78,14 @@ def test_a_missing_end_is_refused_even_where_the_decoder_is_told_to_accept_it(
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     data = encode(noise(), format)
     tail = {"PNG": 12, "JPEG": 2, "WEBP": 8, "GIF": 1}[format]
-    with pytest.raises(PictureError, match="truncated"):
-        Picture.from_bytes(data[:-tail]).load()
-    assert Picture.from_bytes(data).load().size == (64, 48)
+    with pytest.raises(ImageError, match="truncated"):
+        ImageInput.from_bytes(data[:-tail]).load()
+    assert ImageInput.from_bytes(data).load().size == (64, 48)
 
 
 def test_bytes_after_the_end_do_no_harm() -> None:
     for format in ("PNG", "JPEG"):
-        assert Picture.from_bytes(encode(noise(), format) + b"\0" * 5000).load().size == (64, 48)
+        assert ImageInput.from_bytes(encode(noise(), format) + b"\0" * 5000).load().size == (64, 48)
 
 
 def test_bombs_are_refused_from_the_header_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,36 +94,36 @@ def test_bombs_are_refused_from_the_header_alone(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", never)
     for side in (8001, 12_000, 60_000):  # beyond our limit, Pillow's warning, Pillow's error
-        with pytest.raises(PictureError, match=r"large|limit"):
-            Picture.from_bytes(png_header(side, side)).load()
+        with pytest.raises(ImageError, match=r"large|limit"):
+            ImageInput.from_bytes(png_header(side, side)).load()
 
 
 def test_limits_can_be_set_for_a_call() -> None:
-    picture = Picture.from_bytes(encode(noise(64, 48), "PNG"), name="small.png")
-    with pytest.raises(PictureError, match=r"small\.png is 64 x 48 pixels, more than the limit of 100"):
-        picture.load(limits=PictureLimits(pixels=100))
-    with pytest.raises(PictureError, match="bytes, more than the limit of 100"):
-        picture.load(limits=PictureLimits(file_bytes=100))
-    assert picture.load(limits=PictureLimits(pixels=64 * 48)).size == (64, 48)
+    picture = ImageInput.from_bytes(encode(noise(64, 48), "PNG"), name="small.png")
+    with pytest.raises(ImageError, match=r"small\.png is 64 x 48 pixels, more than the limit of 100"):
+        picture.load(limits=ImageLimits(pixels=100))
+    with pytest.raises(ImageError, match="bytes, more than the limit of 100"):
+        picture.load(limits=ImageLimits(file_bytes=100))
+    assert picture.load(limits=ImageLimits(pixels=64 * 48)).size == (64, 48)
 
 
 def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "huge.png"
     with path.open("wb") as file:
         file.truncate(MAX_FILE_BYTES + 1)
-    with pytest.raises(PictureError, match=r"huge\.png has 67108865 bytes"):
-        Picture.open(path).load()
-    with pytest.raises(PictureError, match=r"huge\.png"):
-        _ = Picture.open(path).sha256
+    with pytest.raises(ImageError, match=r"huge\.png has 67108865 bytes"):
+        ImageInput.open(path).load()
+    with pytest.raises(ImageError, match=r"huge\.png"):
+        _ = ImageInput.open(path).sha256
 
 
 def test_aspect_ratio_ends_at_200() -> None:
-    assert Picture.from_bytes(encode(Image.new("RGB", (400, 2)), "PNG")).load().size == (400, 2)
+    assert ImageInput.from_bytes(encode(Image.new("RGB", (400, 2)), "PNG")).load().size == (400, 2)
     for size in ((401, 2), (1, 201)):
-        with pytest.raises(PictureError, match="aspect ratio"):
-            Picture.from_bytes(encode(Image.new("RGB", size), "PNG")).load()
-    with pytest.raises(PictureError, match="aspect ratio"):
-        Picture.from_image(Image.new("RGB", (401, 2)))
+        with pytest.raises(ImageError, match="aspect ratio"):
+            ImageInput.from_bytes(encode(Image.new("RGB", size), "PNG")).load()
+    with pytest.raises(ImageError, match="aspect ratio"):
+        ImageInput.from_pil(Image.new("RGB", (401, 2)))
 
 
 def test_missing_empty_folder_and_garbage(tmp_path: Path) -> None:
@@ -138,8 +138,8 @@ def test_missing_empty_folder_and_garbage(tmp_path: Path) -> None:
         ("pipe.png", "not a regular file"),
     ]:
         path = tmp_path / name
-        with pytest.raises(PictureError, match=reason) as caught:
-            Picture.open(path).load()
+        with pytest.raises(ImageError, match=reason) as caught:
+            ImageInput.open(path).load()
         assert str(path) in str(caught.value)
         assert isinstance(caught.value, InputError)
 
@@ -149,47 +149,47 @@ def test_missing_empty_folder_and_garbage(tmp_path: Path) -> None:
     ["http://a.example/b.png", "https://a.example/b.png", "file:///b.png", "s3://a/b.png", "data:image/png,x"],
 )
 def test_addresses_are_refused_at_once(address: str) -> None:
-    with pytest.raises(PictureError, match="address"):
-        Picture.open(address)
+    with pytest.raises(ImageError, match="address"):
+        ImageInput.open(address)
 
 
 def test_other_pillow_formats_are_refused() -> None:
     for format in ("PPM", "PDF", "ICO"):
-        with pytest.raises(PictureError, match="not a picture"):
-            Picture.from_bytes(encode(Image.new("RGB", (32, 32)), format)).load()
+        with pytest.raises(ImageError, match="not a picture"):
+            ImageInput.from_bytes(encode(Image.new("RGB", (32, 32)), format)).load()
 
 
 def test_transparency_is_composited_on_white() -> None:
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
-    assert pixel(Picture.from_bytes(encode(half, "PNG"))) == (255, 127, 127)
+    assert pixel(ImageInput.from_bytes(encode(half, "PNG"))) == (255, 127, 127)
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert pixel(Picture.from_bytes(encode(clear, "PNG"))) == WHITE
-    assert pixel(Picture.from_bytes(encode(clear, "WEBP", lossless=True))) == WHITE
-    assert pixel(Picture.from_image(clear)) == WHITE
+    assert pixel(ImageInput.from_bytes(encode(clear, "PNG"))) == WHITE
+    assert pixel(ImageInput.from_bytes(encode(clear, "WEBP", lossless=True))) == WHITE
+    assert pixel(ImageInput.from_pil(clear)) == WHITE
     grey = Image.new("LA", (8, 8), (0, 0))
-    assert pixel(Picture.from_bytes(encode(grey, "PNG"))) == WHITE
+    assert pixel(ImageInput.from_bytes(encode(grey, "PNG"))) == WHITE
 
 
 def test_palettes_with_and_without_a_transparent_entry() -> None:
     palette = Image.new("P", (8, 8), 1)
     palette.putpalette([0, 0, 0, 255, 0, 0])
-    assert pixel(Picture.from_bytes(encode(palette, "PNG"))) == RED
-    assert pixel(Picture.from_bytes(encode(palette, "PNG", transparency=1))) == WHITE
-    assert pixel(Picture.from_bytes(encode(palette, "GIF"))) == RED
+    assert pixel(ImageInput.from_bytes(encode(palette, "PNG"))) == RED
+    assert pixel(ImageInput.from_bytes(encode(palette, "PNG", transparency=1))) == WHITE
+    assert pixel(ImageInput.from_bytes(encode(palette, "GIF"))) == RED
     keyed = encode(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED)
-    assert pixel(Picture.from_bytes(keyed)) == WHITE
+    assert pixel(ImageInput.from_bytes(keyed)) == WHITE
 
 
 def test_cmyk_grey_bilevel_and_sixteen_bits() -> None:
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    red = pixel(Picture.from_bytes(encode(cmyk, "JPEG", quality=95)))
+    red = pixel(ImageInput.from_bytes(encode(cmyk, "JPEG", quality=95)))
     assert red[0] > 240 and max(red[1:]) < 15
-    assert pixel(Picture.from_bytes(encode(Image.new("L", (8, 8), 77), "PNG"))) == (77, 77, 77)
-    assert pixel(Picture.from_bytes(encode(Image.new("1", (8, 8), 1), "PNG"))) == WHITE
+    assert pixel(ImageInput.from_bytes(encode(Image.new("L", (8, 8), 77), "PNG"))) == (77, 77, 77)
+    assert pixel(ImageInput.from_bytes(encode(Image.new("1", (8, 8), 1), "PNG"))) == WHITE
     deep = Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16))
-    assert pixel(Picture.from_bytes(encode(deep, "PNG"))) == (128, 128, 128)
+    assert pixel(ImageInput.from_bytes(encode(deep, "PNG"))) == (128, 128, 128)
     floats = Image.fromarray(np.linspace(-1, 3, 64, dtype=np.float32).reshape(8, 8))
-    stretched = np.asarray(Picture.from_bytes(encode(floats, "TIFF")).load())
+    stretched = np.asarray(ImageInput.from_bytes(encode(floats, "TIFF")).load())
     assert stretched.min() == 0 and stretched.max() == 255
 
 
@@ -209,30 +209,30 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     stored = upright.transpose(inverse[orientation]) if orientation in inverse else upright
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture = Picture.from_bytes(encode(stored, "PNG", exif=exif))
+    picture = ImageInput.from_bytes(encode(stored, "PNG", exif=exif))
     np.testing.assert_array_equal(np.asarray(picture.load()), np.asarray(upright))
 
 
 def test_broken_exif_is_no_reason_to_refuse() -> None:
     data = encode(Image.new("RGB", (16, 16), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-    assert Picture.from_bytes(data).load().size == (16, 16)
+    assert ImageInput.from_bytes(data).load().size == (16, 16)
 
 
 def test_animations_give_their_first_frame() -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in (RED, (0, 0, 255))]
     for format in ("GIF", "WEBP", "PNG"):
         data = encode(frames[0], format, save_all=True, append_images=frames[1:], lossless=True)
-        red = pixel(Picture.from_bytes(data))
+        red = pixel(ImageInput.from_bytes(data))
         assert red[0] > 250 and red[2] < 5
 
 
 def test_a_large_jpeg_may_be_decoded_smaller_but_not_too_small() -> None:
-    picture = Picture.from_bytes(encode(noise(800, 640), "JPEG"))
+    picture = ImageInput.from_bytes(encode(noise(800, 640), "JPEG"))
     assert picture.load().size == (800, 640)
     assert picture.load(shrink_to=160).size == (200, 160)
     assert picture.load(shrink_to=161).size == (400, 320)
     assert picture.load(shrink_to=10_000).size == (800, 640)
-    with pytest.raises(PictureError, match="shrink_to"):
+    with pytest.raises(ImageError, match="shrink_to"):
         picture.load(shrink_to=0)
 
 
@@ -240,19 +240,19 @@ def test_hashes_name_and_equality(tmp_path: Path) -> None:
     data = encode(noise(), "PNG")
     path = tmp_path / "a.png"
     path.write_bytes(data)
-    opened, given = Picture.open(path), Picture.from_bytes(data, name="b")
+    opened, given = ImageInput.open(path), ImageInput.from_bytes(data, name="b")
     assert opened.sha256 == given.sha256 == hashlib.sha256(data).hexdigest()
     assert (opened.name, opened.path, given.name, given.path) == ("a.png", path, "b", None)
     assert opened == given and hash(opened) == hash(given)
-    drawn = Picture.from_image(noise())
-    assert drawn == Picture.from_image(noise()) and drawn != Picture.from_image(noise(seed=1)) and drawn != given
-    tall = Picture.from_image(Image.new("RGB", (2, 8)))
-    assert tall != Picture.from_image(Image.new("RGB", (8, 2)))
+    drawn = ImageInput.from_pil(noise())
+    assert drawn == ImageInput.from_pil(noise()) and drawn != ImageInput.from_pil(noise(seed=1)) and drawn != given
+    tall = ImageInput.from_pil(Image.new("RGB", (2, 8)))
+    assert tall != ImageInput.from_pil(Image.new("RGB", (8, 2)))
 
 
-def test_a_picture_does_not_change() -> None:
+def test_a_image_does_not_change() -> None:
     source = Image.new("RGB", (8, 8), RED)
-    picture = Picture.from_image(source)
+    picture = ImageInput.from_pil(source)
     source.paste(WHITE, (0, 0, 8, 8))
     picture.load().paste(WHITE, (0, 0, 8, 8))
     assert pixel(picture) == RED
@@ -261,17 +261,17 @@ def test_a_picture_does_not_change() -> None:
 def test_a_file_that_changes_under_a_known_hash_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(encode(noise(seed=1), "PNG"))
-    picture = Picture.open(path)
+    picture = ImageInput.open(path)
     _ = picture.sha256
     path.write_bytes(encode(noise(seed=2), "PNG"))
-    with pytest.raises(PictureError, match="changed while in use"):
+    with pytest.raises(ImageError, match="changed while in use"):
         picture.load()
 
 
-def test_threads_may_share_a_picture(tmp_path: Path) -> None:
+def test_threads_may_share_a_image(tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
     path.write_bytes(encode(noise(), "JPEG"))
-    picture = Picture.open(path)
+    picture = ImageInput.open(path)
     with ThreadPoolExecutor(4) as pool:
         images = list(pool.map(lambda _: picture.load().tobytes(), range(16)))
     assert len(set(images)) == 1
@@ -282,27 +282,31 @@ def stereo() -> bytes:
     return encode(noise(), "MPO", save_all=True, append_images=[noise(seed=1)])
 
 
-def test_field_report_06_a_jpeg_with_a_second_picture_is_a_jpeg(tmp_path: Path) -> None:
+def test_field_report_06_a_jpeg_with_a_second_image_is_a_jpeg(tmp_path: Path) -> None:
     data = stereo()
     assert Image.open(BytesIO(data)).format == "MPO"
     (tmp_path / "two.jpg").write_bytes(data)
-    for picture in (Picture.open(tmp_path / "two.jpg"), Picture.from_bytes(data), Picture.from_bytes(data + b"\xff\xda")):
+    for picture in (
+        ImageInput.open(tmp_path / "two.jpg"),
+        ImageInput.from_bytes(data),
+        ImageInput.from_bytes(data + b"\xff\xda"),
+    ):
         assert picture.encoded()[1].media_type == "image/jpeg" and data in picture.encoded()[0]
         assert picture.load().tobytes() == Image.open(BytesIO(data)).convert("RGB").tobytes()
         assert picture.load(shrink_to=24).size == (32, 24)
     spoilt = data.replace(b"MPF\0II*\0", b"MPF\0II*\xff", 1)
-    assert spoilt != data and Picture.from_bytes(spoilt).encoded()[1].suffixes[0] == ".jpg"
-    assert Picture.from_image(Image.open(BytesIO(data))).load().size == (64, 48)
+    assert spoilt != data and ImageInput.from_bytes(spoilt).encoded()[1].suffixes[0] == ".jpg"
+    assert ImageInput.from_pil(Image.open(BytesIO(data))).load().size == (64, 48)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_field_report_06_whatever_is_read_has_a_suffix_to_be_kept_under(format: str) -> None:
-    data, known = Picture.from_bytes(encode(noise(), format)).encoded()
+    data, known = ImageInput.from_bytes(encode(noise(), format)).encoded()
     assert Image.registered_extensions()[known.suffixes[0]] == format and Image.MIME[format] == known.media_type
-    assert Picture.from_bytes(data).load().size == (64, 48)
+    assert ImageInput.from_bytes(data).load().size == (64, 48)
 
 
-def test_field_report_17_deep_pictures_have_lower_limits_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_field_report_17_deep_images_have_lower_limits_judged_from_the_header(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: ImageFile.ImageFile) -> None:
         raise AssertionError("decoded")
 
@@ -311,20 +315,20 @@ def test_field_report_17_deep_pictures_have_lower_limits_judged_from_the_header(
     for bits, sample, photometric in kinds.values():
         extra = {338: (SHORT, (0,) * (len(bits) - 3))} if len(bits) > 4 else {}
         tags = {258: (SHORT, bits), 262: (SHORT, (photometric,)), 277: (SHORT, (len(bits),)), 339: (SHORT, (sample,)), **extra}
-        with pytest.raises(PictureError, match=r"5600 x 5600 pixels at a time, of 32-bit .* more than the limit of 16000000"):
-            Picture.from_bytes(tiff(5600, 5600, b"", packed=True, tags=tags)).load()
+        with pytest.raises(ImageError, match=r"5600 x 5600 pixels at a time, of 32-bit .* more than the limit of 16000000"):
+            ImageInput.from_bytes(tiff(5600, 5600, b"", packed=True, tags=tags)).load()
 
 
 MEASURE = """
 import resource, sys, threading
 from concurrent.futures import ThreadPoolExecutor
-from traceir import pictures
+from traceir import images as pictures
 from tiffs import float_tiff
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 data = float_tiff(1400)
-pictures.Picture.from_bytes(float_tiff(50)).load()
+pictures.ImageInput.from_bytes(float_tiff(50)).load()
 start = peak()
-def read(_): return pictures.Picture.from_bytes(data).load().getpixel((1399, 0))
+def read(_): return pictures.ImageInput.from_bytes(data).load().getpixel((1399, 0))
 assert read(0) == (255, 255, 255)
 one = peak()
 pictures._MEMORY = pictures._Memory(32 << 20)

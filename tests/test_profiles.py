@@ -245,8 +245,8 @@ def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> N
         (prompts(f"{ASK} {RED}"), encoder.encode_queries(QUERIES)),
         (prompts(RED), encoder.encode_items(ITEMS)),
     ):
-        for prompt, picture_shown, one in zip(asked, shown, found, strict=True):
-            inputs = stock.inputs(prompt, picture_shown)
+        for prompt, image_shown, one in zip(asked, shown, found, strict=True):
+            inputs = stock.inputs(prompt, image_shown)
             out = stock.network.generate(
                 **inputs, max_new_tokens=22, do_sample=False, output_hidden_states=True,
                 return_dict_in_generate=True, eos_token_id=stock.tokenizer.eos_token_id, pad_token_id=0,
@@ -281,7 +281,7 @@ def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
     assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
 
 
-def test_a_cut_of_the_whole_prompt_spares_pictures(tmp_path: Path) -> None:
+def test_a_cut_of_the_whole_prompt_spares_images(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
     whole = load(folder, profile="gme")
     tight = load(folder, profile=replace(PROFILES["gme"], name="tight", max_query_tokens=8, max_candidate_tokens=8))

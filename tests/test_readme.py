@@ -63,7 +63,7 @@ def test_field_report_20_the_sample_is_what_the_demo_prints(first_hour: dict[str
         assert float(seen) == pytest.approx(float(said), abs=0.005)
 
 
-def test_the_road_to_real_pictures_ends_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
+def test_the_road_to_real_images_ends_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
     """Up to the download itself, which nothing here can answer: not the hub, and not an empty cache."""
     lines = [shlex.split(line, comments=True) for line in screen["sh"][0].splitlines()]
     [model] = [line[1].partition("=")[2] for line in lines if line[0] == "export"]
@@ -104,6 +104,6 @@ def test_field_report_20_the_curl_line_finds_what_it_asks_for(screen: dict[str, 
     assert "scene_wobopo" in str(found.hits[0].image)
 
 
-def test_pictures_of_the_first_screen_are_there() -> None:
+def test_images_of_the_first_screen_are_there() -> None:
     for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
         assert (README.parent / target).is_file()

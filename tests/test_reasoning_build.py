@@ -154,7 +154,7 @@ def test_parts_cover_every_line_once_whatever_their_size(boats: Path) -> None:
     assert len(whole) == 18 and small == whole
 
 
-def test_captions_of_pictures_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
+def test_captions_of_images_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
     found = find_captions(boats, None)
     assert found["mbeir_images/to3.png"] == "a boat in white" and "mbeir_images/to9.png" not in found
     own = tmp_path / "captions.jsonl"

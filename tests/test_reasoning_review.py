@@ -327,7 +327,7 @@ def test_only_our_own_page_gets_in(session: ReviewSession) -> None:
     assert call(app, "POST", "/api/undo", JSON, undo)[0] == 200
 
 
-def test_pictures_are_those_of_the_samples(session: ReviewSession) -> None:
+def test_images_are_those_of_the_samples(session: ReviewSession) -> None:
     app = app_of(session, 8420)
     kept = next(number for number, one in enumerate(session.chosen) if one.outcome.status == "kept")
     for place in (0, 1):

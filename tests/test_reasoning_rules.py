@@ -114,7 +114,7 @@ def test_stop_words_and_plurals_say_nothing() -> None:
     assert salient("Show me the picture of the boats") == {"boat"}
 
 
-def test_duplicates_are_of_one_task_text_picture_and_answer() -> None:
+def test_duplicates_are_of_one_task_text_image_and_answer() -> None:
     key = duplicate_key(case("Add a red sail."), "A red sail!")
     assert key == duplicate_key(case("add a RED sail"), "a red sail")
     assert key != duplicate_key(case("add a red sail", picture="c.jpg"), "a red sail")

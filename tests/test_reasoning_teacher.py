@@ -35,11 +35,11 @@ from traceir.cot.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
     body_of,
+    image_url,
     key_of,
-    picture_url,
     request_of,
 )
-from traceir.errors import DataError, InputError, ModelError, PictureError, TeacherError
+from traceir.errors import DataError, ImageError, InputError, ModelError, TeacherError
 
 KEY = "sk-invented-0123456789"
 Answer = tuple[int, dict[str, str], bytes]
@@ -140,37 +140,37 @@ def picture(path: Path, size: tuple[int, int] = (40, 30), mode: str = "RGB", **o
 
 def test_field_report_06_what_pillow_calls_mpo_goes_to_a_teacher_as_jpeg(tmp_path: Path) -> None:
     two = picture(tmp_path / "two.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
-    url, digest = picture_url(two, 0)
+    url, digest = image_url(two, 0)
     sent = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
     assert hashlib.sha256(sent).hexdigest() == digest and Image.open(BytesIO(sent)).format == "JPEG"
     plain = picture(tmp_path / "plain.jpg")
     (tmp_path / "longer.jpg").write_bytes(plain.read_bytes() + b"video\xff\xd9")
     for name, as_it_is in (("plain.jpg", True), ("longer.jpg", False)):
-        sent = base64.b64decode(picture_url(tmp_path / name, 0)[0].removeprefix("data:image/jpeg;base64,"))
+        sent = base64.b64decode(image_url(tmp_path / name, 0)[0].removeprefix("data:image/jpeg;base64,"))
         assert (sent == plain.read_bytes()) is as_it_is and Image.open(BytesIO(sent)).size == (40, 30)
 
 
-def test_pictures_go_as_they_are_or_shrunk(tmp_path: Path) -> None:
+def test_images_go_as_they_are_or_shrunk(tmp_path: Path) -> None:
     plain = picture(tmp_path / "plain.png")
-    url, digest = picture_url(plain, 40 * 30)
-    assert url.startswith("data:image/png;base64,") and picture_url(plain, 0) == (url, digest)
+    url, digest = image_url(plain, 40 * 30)
+    assert url.startswith("data:image/png;base64,") and image_url(plain, 0) == (url, digest)
     smaller = body_of(question(0, plain), "m", 600)["messages"][1]["content"][2]["image_url"]["url"]
     assert smaller.startswith("data:image/jpeg;base64,")
-    assert picture_url(picture(tmp_path / "clear.png", mode="RGBA"), 0)[0].startswith("data:image/jpeg")
+    assert image_url(picture(tmp_path / "clear.png", mode="RGBA"), 0)[0].startswith("data:image/jpeg")
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert picture_url(picture(tmp_path / "turned.jpg", exif=exif), 0)[1] != picture_url(picture(tmp_path / "plain.jpg"), 0)[1]
+    assert image_url(picture(tmp_path / "turned.jpg", exif=exif), 0)[1] != image_url(picture(tmp_path / "plain.jpg"), 0)[1]
     whole = picture(tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "words.jpg").write_text("no picture")
     for name in ("cut.jpg", "words.jpg", "missing.jpg"):
-        with pytest.raises(PictureError, match=name):
-            picture_url(tmp_path / name)
+        with pytest.raises(ImageError, match=name):
+            image_url(tmp_path / name)
 
 
 def test_key_is_of_the_content_alone(tmp_path: Path) -> None:
     one, same, other = picture(tmp_path / "a.png"), picture(tmp_path / "b.png"), picture(tmp_path / "c.png", (41, 30))
-    digest = picture_url(one)[1]
+    digest = image_url(one)[1]
     asked = question(0, one, f'"url":"sha256:{digest}"', "line\n\u2028 \ud800")
 
     def request(asked: Question, model: str = "m", **extra: Any) -> Any:

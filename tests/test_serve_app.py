@@ -22,11 +22,11 @@ from PIL import Image
 
 from traceir.client import Client
 from traceir.encoder import Encoder
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Item, Query
 from traceir.search import Searcher
-from traceir.serve.image_store import PictureStore
+from traceir.serve.image_store import ImageFolder
 
 CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
 INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
@@ -44,7 +44,7 @@ def call(url: str, body: Any = None, *, method: str | None = None, key: str | No
         return error.code, json.loads(error.read() or b"null")
 
 
-def data_of(picture: Picture) -> str:
+def data_of(picture: ImageInput) -> str:
     assert picture.path is not None
     return base64.b64encode(picture.path.read_bytes()).decode()
 
@@ -54,7 +54,7 @@ def close(found: Any, wanted: np.ndarray) -> bool:
 
 
 def test_search_finds_what_the_searcher_finds(running: Running, encoder: Encoder) -> None:
-    picture = running.items[3].pictures[0]
+    picture = running.items[3].images[0]
     asked = [
         ({"text": CAPTION}, Query.of(text=CAPTION)),
         ({"text": INDIRECT, "modality": "image"}, Query.of(text=INDIRECT, target="image")),
@@ -78,7 +78,7 @@ def test_search_finds_what_the_searcher_finds(running: Running, encoder: Encoder
             assert set(trace["seconds"]) == {"queue", "encode", "search"}
 
 
-def test_a_picture_sent_goes_with_its_item_alone(running: Running) -> None:
+def test_a_image_sent_goes_with_its_item_alone(running: Running) -> None:
     first, second = (base64.b64encode(png(colour)).decode() for colour in ("teal", "olive"))
     store = running.index / "pictures"
 
@@ -102,26 +102,28 @@ def test_a_picture_sent_goes_with_its_item_alone(running: Running) -> None:
     ids = ["sent-1", "lent", "borrowed"]
     assert call(f"{running.url}/items", {"ids": ids}, method="DELETE") == (200, {"deleted": 3})
     assert files() == before
-    assert all(item.pictures[0].path.exists() for item in running.items if item.pictures and item.pictures[0].path)
+    assert all(item.images[0].path.exists() for item in running.items if item.images and item.images[0].path)
 
 
 def test_field_report_06_what_pillow_calls_mpo_is_sent_kept_shown_and_searched_with(running: Running, tmp_path: Path) -> None:
     path = tmp_path / "two.jpg"
     Image.new("RGB", (40, 30), "teal").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
     with Client(running.url) as client:
-        added = client.add([Item.of(image=Picture.open(path), id="stereo")])
+        added = client.add([Item.of(image=ImageInput.open(path), id="stereo")])
         assert [(one.status, one.error) for one in added] == [("added", None)]
-        shown = client.picture(client.get("stereo")).load()
+        shown = client.image(client.get("stereo")).load()
         assert shown.size == (40, 30) and shown.getpixel((9, 9))[2] > 100
-        found = client.search(Query((Picture.open(path), "the same", Picture.open(path)), target="image"), k=1, route="direct")
+        found = client.search(
+            Query((ImageInput.open(path), "the same", ImageInput.open(path)), target="image"), k=1, route="direct"
+        )
         assert found.hits[0].modality == "image"
-        assert len(client.embed_queries([Query((Picture.open(path), "the same", Picture.open(path)))], route="direct")) == 1
+        assert len(client.embed_queries([Query((ImageInput.open(path), "the same", ImageInput.open(path)))], route="direct")) == 1
         assert client.delete(["stereo"]) == 1
 
 
 def test_what_a_killed_server_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path)
-    kept, left = (store.keep(Picture.from_bytes(png(colour)), colour).path for colour in ("teal", "olive"))
+    store = ImageFolder(tmp_path)
+    kept, left = (store.keep(ImageInput.from_bytes(png(colour)), colour).path for colour in ("teal", "olive"))
     assert kept is not None and left is not None
     half = kept.with_name(f".{kept.name}.{'0' * 32}")
     half.write_bytes(b"half")
@@ -182,7 +184,7 @@ def test_items_are_added_found_shown_and_removed(running: Running, encoder: Enco
         assert response.headers["content-type"] == "image/jpeg" and shown.size == (30, 20)
     _, hits = call(f"{running.url}/search", {"text": "a teal square", "where": {"kind": "own", "shelf": {"gte": 3, "lte": 3}}})
     assert [hit["id"] for hit in hits["hits"]] == ["new/one two"]
-    vector = encoder.encode_items([Item.of(text="a teal square", image=Picture.from_bytes(buffer.getvalue()))])[0].vector
+    vector = encoder.encode_items([Item.of(text="a teal square", image=ImageInput.from_bytes(buffer.getvalue()))])[0].vector
     assert hits["hits"][0]["score"] == pytest.approx(
         float(np.dot(encoder.encode_queries([Query.of(text="a teal square")])[0].vector, vector)), abs=1e-4
     )
@@ -193,7 +195,7 @@ def test_items_are_added_found_shown_and_removed(running: Running, encoder: Enco
 
 
 def test_embeddings_of_texts_objects_and_chats(running: Running, encoder: Encoder) -> None:
-    picture = running.items[0].pictures[0]
+    picture = running.items[0].images[0]
     image = f"data:image/jpeg;base64,{data_of(picture)}"
     _, plain = call(f"{running.url}/v1/embeddings", {"input": ["a white ring", {"text": "a ring", "image": image}]})
     items = encoder.encode_items([Item.of(text="a white ring"), Item.of(text="a ring", image=picture)])
@@ -287,7 +289,7 @@ def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: En
     found = model.encode(DataLoader(Dataset.from_dict({"text": texts}), batch_size=2), show_progress_bar=False, **about)
     wanted = encoder.encode_queries([Query.of(text=text) for text in texts])
     assert all(close(one, encoding.vector) for one, encoding in zip(found, wanted, strict=True))
-    picture = running.items[3].pictures[0]
+    picture = running.items[3].images[0]
     pictures = [{"text": ["swap the left two"], "image": [picture.load()]}]
     (shown,) = model.encode(DataLoader(pictures, batch_size=None), show_progress_bar=False, **about)
     encoding = encoder.encode_queries([Query.of(image=picture, text="swap the left two")])[0]

@@ -20,7 +20,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from traceir.encoder import Encoder
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index import Index, filters, open_index
 from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
@@ -43,7 +43,7 @@ def png(colour: str = "teal") -> bytes:
     return out.getvalue()
 
 
-PICTURE = {"data": base64.b64encode(png()).decode()}
+IMAGE = {"data": base64.b64encode(png()).decode()}
 
 
 class Caller:
@@ -156,7 +156,7 @@ def test_field_report_08_each_item_has_a_result_of_its_own_whatever_the_others_a
     texts = ['{"id": "good-0", "text": "a ring", "image": PICTURE}']
     for number, (item, _) in enumerate(BAD_ITEMS.values(), start=1):
         texts += [item, f'{{"id": "good-{number}", "text": "a ring", "image": null, "fields": null}}']
-    body = f'{{"items": [{", ".join(texts)}]}}'.replace("PICTURE", json.dumps(PICTURE))
+    body = f'{{"items": [{", ".join(texts)}]}}'.replace("PICTURE", json.dumps(IMAGE))
     status, told = caller.raw("POST", "/items", body.encode())
     assert status == 200, told
     results = told["results"]
@@ -278,13 +278,13 @@ def test_field_report_11_nothing_is_read_hashed_or_asked_of_the_index_in_the_eve
     index = cast(Index, Watching(service.index, seen))
     monkeypatch.setattr(caller.server, "service", replace(service, index=index, sources=replace(service.sources, index=index)))
     for name in ("load", "_read", "encoded", "_remember", "from_bytes"):
-        whole = getattr(Picture, name)
+        whole = getattr(ImageInput, name)
 
         def watched(*given: Any, _whole: Any = whole, _name: str = name, **options: Any) -> Any:
             note(seen, _name)
             return _whole(*given, **options)
 
-        monkeypatch.setattr(Picture, name, staticmethod(watched) if name == "from_bytes" else watched)
+        monkeypatch.setattr(ImageInput, name, staticmethod(watched) if name == "from_bytes" else watched)
     for place in ("service.filter_of", "strict.parse_json", "strict.fault_of", "intake.bytes_of_base64", "service.read_items"):
         module, name = place.split(".")
         whole = getattr(__import__(f"traceir.serve.{module}", fromlist=[name]), name)
@@ -295,12 +295,12 @@ def test_field_report_11_nothing_is_read_hashed_or_asked_of_the_index_in_the_eve
 
         monkeypatch.setattr(f"traceir.serve.{place}", told)
     padding = "x" * 262_144  # bodies so large that they are read beside the loop
-    assert caller.add({"id": "seen", "text": padding, "image": PICTURE}, {"id": 5})[0]["status"] == "added"
+    assert caller.add({"id": "seen", "text": padding, "image": IMAGE}, {"id": 5})[0]["status"] == "added"
     where = {"shelf": [*range(100)], "more": ["x" * 30_000] * 10}
-    for body in ({"image": {"item": "seen"}, "where": where}, {"parts": [PICTURE, padding], "k": 1000}):
+    for body in ({"image": {"item": "seen"}, "where": where}, {"parts": [IMAGE, padding], "k": 1000}):
         assert caller.post("/search", body)[0] == 200
     assert caller.post("/search", {"text": padding, "typo": 1})[0] == 400
-    assert caller.post("/v1/embeddings", {"input": [padding, {"image": PICTURE["data"]}]})[0] == 200
+    assert caller.post("/v1/embeddings", {"input": [padding, {"image": IMAGE["data"]}]})[0] == 200
     for path in ("/items/seen", "/items", "/page/config", "/metrics"):
         assert caller.client.get(path, headers={"authorization": f"Bearer {caller.key}"}).status_code == 200
     assert caller.client.get("/pictures/c2Vlbg", headers={"authorization": f"Bearer {caller.key}"}).status_code == 200
@@ -406,7 +406,7 @@ def test_field_report_14_null_is_as_if_left_out(caller: Caller) -> None:
 
 
 def test_field_report_14_every_page_that_can_be_read_can_be_asked_for_by_head(caller: Caller) -> None:
-    caller.add({"id": "shown", "image": PICTURE})
+    caller.add({"id": "shown", "image": IMAGE})
     paths = ["/", "/health", "/ready", "/health/", "/ready/", "/openapi.json", "/static/api.js", "/metrics", "/v1/models",
              "/v1/models/traceir", "/items", "/items/shown", "/pictures/c2hvd24", "/page/config"]  # fmt: skip
     for path in paths:
@@ -455,11 +455,11 @@ def test_field_report_19_a_file_that_breaks_is_told_without_its_path(caller: Cal
         add([file], index, service.scheduler.encoder, progress=False)
     take = type(service.intake).take
 
-    async def lose(self: Any, *given: Any) -> Picture:
+    async def lose(self: Any, *given: Any) -> ImageInput:
         """The picture is whole when it is taken in, and gone when it is encoded."""
         found = await take(self, *given)
         file.unlink(missing_ok=True)
-        return Picture.open(file) if found.path == file else found
+        return ImageInput.open(file) if found.path == file else found
 
     monkeypatch.setattr(type(service.intake), "take", lose)
     asked = {"image": {"item": "gone.png"}}
@@ -487,9 +487,9 @@ def test_field_report_19_nobody_is_told_what_another_tenant_asked(caller: Caller
         assert caller.post("/v1/embeddings", {"input": ["only once"]})[1]["data"][0]["trace"]["cached"] == cached
 
 
-def test_field_report_19_a_picture_of_another_tenant_is_as_one_that_is_not_there(caller: Caller) -> None:
+def test_field_report_19_a_image_of_another_tenant_is_as_one_that_is_not_there(caller: Caller) -> None:
     caller.key = caller.keys["acme"]
-    assert caller.add({"id": "plan", "image": PICTURE})[0]["status"] == "added"
+    assert caller.add({"id": "plan", "image": IMAGE})[0]["status"] == "added"
     caller.key = caller.keys["rival"]
     for there, never in (("plan", "nalp"), ("_tenant:acme:plan", "_tenant:acme:nalp")):
         paths = [f"/pictures/{base64.urlsafe_b64encode(id.encode()).decode().rstrip('=')}" for id in (there, never)]

@@ -31,7 +31,7 @@ from tiffs import LONG, SHORT, tiff
 
 from traceir.errors import InputError, StoreError
 from traceir.image_formats import MAX_SCANS
-from traceir.images import Picture, PictureLimits
+from traceir.images import ImageInput, ImageLimits
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
 from traceir.items import Item, Query
 from traceir.serve.audit import AuditLog
@@ -39,12 +39,12 @@ from traceir.serve.bodies import MAX_DEPTH, BodyGuard, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
 from traceir.serve.gate import KeyGate, Limits, scope_needed
 from traceir.serve.guard import Guard, Message, Receive, Send, Wall
-from traceir.serve.image_store import PictureStore, as_jpeg
+from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, Refusal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.strict import StrictRoute
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
-from traceir.serve.uploads import Intake, Sources, bytes_of_base64, picture_in_folders
+from traceir.serve.uploads import Intake, Sources, bytes_of_base64, image_in_folders
 
 PUBLIC = "93.184.215.14"
 
@@ -249,7 +249,7 @@ def answer(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
     return b"HTTP/1.1 " + status.encode() + b"\r\n" + b"".join(f"{n}: {v}\r\n".encode() for n, v in told.items()) + b"\r\n" + body
 
 
-def test_picture_is_fetched_from_the_checked_address_under_its_name() -> None:
+def test_image_is_fetched_from_the_checked_address_under_its_name() -> None:
     net = Net(answer(png()), [PUBLIC], ["127.0.0.1"])  # the second look would lead inside
     picture = asyncio.run(net.fetcher().fetch("https://img.example/a/b.png?x=1#part"))
     assert picture.load().size == (8, 6)
@@ -361,7 +361,7 @@ def test_redirect_within_the_list_is_checked_anew_and_not_endless() -> None:
         (b"", "whole answer"),
     ],
 )  # fmt: skip
-def test_answer_that_is_no_picture_of_bounded_size_is_refused(sent: bytes, told: str) -> None:
+def test_answer_that_is_no_image_of_bounded_size_is_refused(sent: bytes, told: str) -> None:
     with pytest.raises(InputError, match=told):
         asyncio.run(Net(sent).fetcher(file_bytes=100_000).fetch("https://img.example/a.png"))
 
@@ -379,15 +379,15 @@ def test_host_that_does_not_answer_is_given_up() -> None:
 # Pictures from requests
 
 
-def take(told: object, **options: Any) -> Picture:
+def take(told: object, **options: Any) -> ImageInput:
     return asyncio.run(Intake(**options).take(told, "image", Sources()))
 
 
 @pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}", "DATA:;name=a.png;base64,{}", "\n{}\r\n"])
-def test_picture_comes_as_base64_or_data_url(form: str) -> None:
+def test_image_comes_as_base64_or_data_url(form: str) -> None:
     text = form.replace("{}", base64.b64encode(png()).decode())
     picture = take({"data": text})
-    assert picture == Picture.from_bytes(png()) and picture.path is None and picture.name == ""
+    assert picture == ImageInput.from_bytes(png()) and picture.path is None and picture.name == ""
     assert bytes_of_base64(base64.urlsafe_b64encode(png()).decode().rstrip("="), "image") == png()
 
 
@@ -398,13 +398,13 @@ def test_picture_comes_as_base64_or_data_url(form: str) -> None:
      {"data": "/etc/passwd"}, {"data": "file:///etc/passwd"}, {"data": "A"}, {"data": "AAAA====AAAA"}, {"url": "https://img.example/a"},
      {"item": "a"}, {"data": "\ud800"}],
 )  # fmt: skip
-def test_what_is_no_picture_is_an_input_error(told: object) -> None:
+def test_what_is_no_image_is_an_input_error(told: object) -> None:
     with pytest.raises(InputError):
         take(told)
 
 
-def test_picture_is_refused_by_size_before_it_is_decoded() -> None:
-    limits = PictureLimits(pixels=1000, file_bytes=10_000)
+def test_image_is_refused_by_size_before_it_is_decoded() -> None:
+    limits = ImageLimits(pixels=1000, file_bytes=10_000)
     with pytest.raises(InputError, match="characters of base64"):
         take({"data": "A" * 20_000}, limits=limits)
     with pytest.raises(InputError, match="has 10001 bytes"):
@@ -433,7 +433,7 @@ def test_bomb_and_endless_jpeg_are_refused() -> None:
 
 @given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
 @settings(max_examples=150, deadline=None)
-def test_damaged_picture_is_read_or_refused_and_nothing_else(name: str, data: st.DataObject) -> None:
+def test_damaged_image_is_read_or_refused_and_nothing_else(name: str, data: st.DataObject) -> None:
     out = BytesIO()
     Image.linear_gradient("L").resize((9, 7)).convert("RGB").save(out, name)
     raw = bytearray(out.getvalue())
@@ -451,16 +451,16 @@ def test_field_report_05_a_motion_photo_is_no_jpeg_of_endless_scans() -> None:
     assert take({"data": base64.b64encode(moving).decode()}).load().size == (16, 16)
 
 
-def test_field_report_06_a_picture_is_kept_and_shown_whatever_its_name(tmp_path: Path) -> None:
+def test_field_report_06_a_image_is_kept_and_shown_whatever_its_name(tmp_path: Path) -> None:
     out = BytesIO()
     Image.new("RGB", (16, 16), "teal").save(out, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
-    store = PictureStore(tmp_path / "store")
+    store = ImageFolder(tmp_path / "store")
     for number, data in enumerate((out.getvalue(), out.getvalue() + b"video\xff\xda", png())):
         kept = store.keep(take({"data": base64.b64encode(data).decode()}), str(number)).path
         assert kept is not None and kept.suffix == (".png" if number == 2 else ".jpg") and kept.read_bytes() == data
         for name in (kept.name, "IMG_0001", "a.JPG_large", "b.mpo", "c.jfif"):
             (tmp_path / name).write_bytes(data)
-            shown = as_jpeg(picture_in_folders(name, [tmp_path], "1"), 64)
+            shown = as_jpeg(image_in_folders(name, [tmp_path], "1"), 64)
             assert Image.open(BytesIO(shown)).format == "JPEG"
 
 
@@ -482,13 +482,13 @@ def test_only_files_in_the_folders_are_read(tmp_path: Path) -> None:
     (inside / "cup.png").write_bytes(png())
     (inside / "link.png").symlink_to(outside)
     (inside / "words.txt").write_text("not a picture")
-    assert picture_in_folders("cup.png", [inside], "1").path == picture_in_folders(str(inside / "cup.png"), [inside], "1").path
+    assert image_in_folders("cup.png", [inside], "1").path == image_in_folders(str(inside / "cup.png"), [inside], "1").path
     with pytest.raises(InputError, match="not a picture"):
-        picture_in_folders("words.txt", [inside], "1").load()
+        image_in_folders("words.txt", [inside], "1").load()
     for image in (str(outside), "../secret.png", "link.png", str(inside / ".." / "secret.png"), "", ".", "a\0.png",
                   "/etc/passwd", "x" * 5000, "cup.png/../../secret.png", "/proc/self/environ"):  # fmt: skip
         with pytest.raises(InputError) as told:
-            picture_in_folders(image, [inside], "1")
+            image_in_folders(image, [inside], "1")
         assert str(tmp_path) not in str(told.value)
 
 
@@ -938,7 +938,7 @@ def keyed(path: Path, sha256: str) -> str:
 
 
 def test_gate_writes_who_asked_what(tmp_path: Path, ring: tuple[KeyRing, str, str]) -> None:
-    query = Query.of(text="a secret wish\n", image=Picture.from_bytes(png()), instruction="Find it")
+    query = Query.of(text="a secret wish\n", image=ImageInput.from_bytes(png()), instruction="Find it")
 
     async def handler(scope: Message, receive: Receive, send: Send) -> None:
         scope["state"]["audit"].add(query)

@@ -12,8 +12,8 @@ import pytest
 
 from traceir.decoding import Decoder
 from traceir.encoder import Encoder
-from traceir.errors import InputError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError
+from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
 from traceir.serve.jobs import BusyError, LateError, Progress
@@ -132,15 +132,15 @@ def test_a_deadline_ends_one_request_alone(model: TraceModel, queries: list[Quer
     run(work())
 
 
-def test_a_broken_picture_fails_its_own_request(model: TraceModel, queries: list[Query]) -> None:
-    broken = Query.of(image=Picture.from_bytes(b"not a picture", name="broken"))
+def test_a_broken_image_fails_its_own_request(model: TraceModel, queries: list[Query]) -> None:
+    broken = Query.of(image=ImageInput.from_bytes(b"not a picture", name="broken"))
 
     async def work() -> None:
         async with scheduling(model) as scheduler:
             found = await asyncio.gather(
                 scheduler.encode_query(broken), scheduler.encode_query(queries[0]), return_exceptions=True
             )
-            assert isinstance(found[0], PictureError) and not isinstance(found[1], BaseException)
+            assert isinstance(found[0], ImageError) and not isinstance(found[1], BaseException)
 
     run(work())
 

@@ -31,8 +31,8 @@ from benchmarks.hostile import schema_config, try_operation
 EXAMPLES = 25
 RED = BytesIO()
 Image.new("RGB", (12, 8), "red").save(RED, "PNG")
-PICTURE = base64.b64encode(RED.getvalue()).decode()
-CUP = {"id": "cup", "text": "a red cup", "image": {"data": PICTURE}, "fields": {"shelf": 2.5}}
+IMAGE = base64.b64encode(RED.getvalue()).decode()
+CUP = {"id": "cup", "text": "a red cup", "image": {"data": IMAGE}, "fields": {"shelf": 2.5}}
 GOOD: dict[str, dict[str, Any]] = {
     "GET /health": {},
     "GET /ready": {},
@@ -40,8 +40,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "GET /v1/models": {},
     "GET /v1/models/{id}": {"path_parameters": {"id": "traceir"}},
     "POST /items": {"body": {"items": [CUP, {"id": "a/b", "text": "a red cup"}, {"id": "nothing"}]}},
-    "POST /v1/embeddings": {"body": {"input": ["a red cup", {"image": PICTURE}], "encoding_format": "base64"}},
-    "POST /search": {"body": {"image": {"data": PICTURE}, "text": "the same in blue", "k": 3.0, "where": {"shelf": [1, 2.5]}}},
+    "POST /v1/embeddings": {"body": {"input": ["a red cup", {"image": IMAGE}], "encoding_format": "base64"}},
+    "POST /search": {"body": {"image": {"data": IMAGE}, "text": "the same in blue", "k": 3.0, "where": {"shelf": [1, 2.5]}}},
     "POST /search/stream": {"body": {"parts": ["a red cup", {"item": "cup"}], "modality": "text"}},
     "GET /items": {"query": {"limit": 1}},
     "GET /items/{id}": {"path_parameters": {"id": "a/b"}},

@@ -26,8 +26,8 @@ from traceir.data.samples import (
     Schedule,
     TaskData,
     completion,
+    image_names,
     keeps_reasoning,
-    picture_names,
     read_lessons,
     read_pairs,
     task_shares,
@@ -303,7 +303,7 @@ def test_both_formats_give_the_examples_of_the_folder(folder: Path, tmp_path: Pa
             (task.name, len(task), folder.resolve()) for task in plain
         ]
         assert [examples(task) for task in inline] == [examples(task) for task in plain]
-        assert picture_names(inline) == picture_names(plain) and list(texts(inline)) == list(texts(plain))
+        assert image_names(inline) == image_names(plain) and list(texts(inline)) == list(texts(plain))
 
 
 def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def names(*sources: object) -> list[object]:
     return [source.name if isinstance(source, Path) else source for source in sources]
 
 
-def test_pairs_of_picture_and_caption_are_asked_both_ways(tmp_path: Path) -> None:
+def test_pairs_of_image_and_caption_are_asked_both_ways(tmp_path: Path) -> None:
     write_sharegpt4v(tmp_path)
     to_image, to_text = read_sharegpt4v(tmp_path)
     assert [(case.parts, case.relevant, case.instruction, case.target) for case in to_image.cases] == [
@@ -161,7 +161,7 @@ def test_urban1k_pairs_by_file_name_and_reads_the_first_line(tmp_path: Path) -> 
         read_urban1k(tmp_path)
 
 
-def test_a_flickr_picture_has_five_right_captions(tmp_path: Path) -> None:
+def test_a_flickr_image_has_five_right_captions(tmp_path: Path) -> None:
     write_flickr(tmp_path)
     to_image, to_text = read_flickr30k(tmp_path)
     assert [case.relevant for case in to_text.cases] == [("0", "1", "2", "3", "4"), ("5", "6", "7", "8", "9")]
@@ -180,7 +180,7 @@ def test_circo_ranks_all_images_and_has_several_right_ones(tmp_path: Path) -> No
     assert read_circo(tmp_path, split="test").cases[0].relevant == ()
 
 
-def test_genecis_names_coco_pictures_and_crops(tmp_path: Path) -> None:
+def test_genecis_names_coco_images_and_crops(tmp_path: Path) -> None:
     write_genecis(tmp_path)
     task = read_genecis(tmp_path)
     cases = {case.id: case for case in task.cases}
@@ -202,7 +202,7 @@ def test_a_dialog_is_one_text_without_its_caption(tmp_path: Path) -> None:
     assert task.cases[0].parts == ("Q: is it red? A: yes. Q: is it big? A: no.",) and task.cases[0].relevant == ("42",)
 
 
-def test_a_story_alternates_captions_and_pictures_and_masks_what_it_showed(tmp_path: Path) -> None:
+def test_a_story_alternates_captions_and_images_and_masks_what_it_showed(tmp_path: Path) -> None:
     write_vist(tmp_path)
     task = read_vist(tmp_path)
     story, single = task.cases
@@ -212,7 +212,7 @@ def test_a_story_alternates_captions_and_pictures_and_masks_what_it_showed(tmp_p
     assert names(*task.pool.values()) == ["a.jpg", "b.png", "c.gif"]
 
 
-def test_every_turn_of_a_search_for_a_garment_is_picture_then_feedback(tmp_path: Path) -> None:
+def test_every_turn_of_a_search_for_a_garment_is_image_then_feedback(tmp_path: Path) -> None:
     write_mtfiq(tmp_path)
     task = read_mtfiq(tmp_path)
     assert names(*task.cases[0].parts) == ["B1.jpg", "is  blue", "B2.jpg", "is longer and has sleeves"]
@@ -348,7 +348,7 @@ def test_a_number_beyond_the_questions_is_refused(tmp_path: Path) -> None:
         read_visdial(tmp_path)
 
 
-def test_missing_pictures_stop_or_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_missing_images_stop_or_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_vist(tmp_path)
     (tmp_path / "vist/images/b.png").unlink()
     with pytest.raises(DataError, match=r"1 pictures are missing, first .*b\.jpg"):
@@ -356,13 +356,13 @@ def test_missing_pictures_stop_or_are_left_out_and_counted(tmp_path: Path, caplo
     task = read_vist(tmp_path, "skip")
     assert [case.id for case in task.cases] == ["s2"] and list(task.pool) == ["a", "c"]
     assert (task.left_out.cases, task.left_out.candidates) == (("s1",), ("b",))
-    assert names(*task.left_out.pictures) == ["b.jpg"] and "left out 1 of 2 queries (first: s1)" in caplog.text
+    assert names(*task.left_out.images) == ["b.jpg"] and "left out 1 of 2 queries (first: s1)" in caplog.text
     (tmp_path / "vist/images/a.jpg").unlink()
     with pytest.raises(DataError, match="no query of vist is left: 2 pictures are missing"):
         read_vist(tmp_path, "skip")
 
 
-def test_a_query_without_its_whole_gallery_or_all_its_right_pictures_is_left_out(tmp_path: Path) -> None:
+def test_a_query_without_its_whole_gallery_or_all_its_right_images_is_left_out(tmp_path: Path) -> None:
     write_genecis(tmp_path)
     (tmp_path / "genecis/visual_genome/focus_attribute/14_1_3.jpg").unlink()
     assert read_genecis(tmp_path, "skip").left_out.cases == ("focus_attribute/1",)

@@ -161,7 +161,7 @@ def test_a_submission_holds_fifty_image_ids_best_first(tmp_path: Path) -> None:
         rank_pool(encoder, task([Case("x", ("q",), (), gallery=("1000",))], images), 1)
 
 
-def test_pictures_are_read_and_equal_content_is_found(tmp_path: Path) -> None:
+def test_images_are_read_and_equal_content_is_found(tmp_path: Path) -> None:
     files: dict[str, Source] = {}
     for number in range(4):
         Image.new("RGB", (8, 8), (60 * number, 20, 90)).save(tmp_path / f"{number}.png")

@@ -29,7 +29,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Path:
     return folder
 
 
-def test_words_and_the_size_of_pictures_are_the_bounds(encoder: Encoder, folder: Path) -> None:
+def test_words_and_the_size_of_images_are_the_bounds(encoder: Encoder, folder: Path) -> None:
     world = encoder.world
     assert world is not None
     drawing = next((folder / "mbeir_images").rglob("*.jpg"))

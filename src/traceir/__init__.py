@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from traceir.client import Client
     from traceir.encoder import Encoder
     from traceir.errors import TraceError
-    from traceir.images import Picture
+    from traceir.images import ImageInput
     from traceir.index import And, Eq, In, Range, open_index
     from traceir.items import Encoding, Hit, Item, Query
     from traceir.library import load_encoder
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "And", "Client", "Encoder", "Encoding", "Eq", "Hit", "In", "Item", "Picture", "Query", "Range", "Searcher", "TraceError",
+    "And", "Client", "Encoder", "Encoding", "Eq", "Hit", "ImageInput", "In", "Item", "Query", "Range", "Searcher", "TraceError",
     "load_encoder", "open_index",
 ]  # fmt: skip
 _HOMES = {
@@ -36,7 +36,7 @@ _HOMES = {
     **dict.fromkeys(("Encoding", "Hit", "Item", "Query"), "traceir.items"),
     "Client": "traceir.client",
     "Encoder": "traceir.encoder",
-    "Picture": "traceir.images",
+    "ImageInput": "traceir.images",
     "Searcher": "traceir.search",
     "load_encoder": "traceir.library",
     "TraceError": "traceir.errors",

@@ -96,9 +96,9 @@ def choose_queries(
     if not any(query.modality == "text" for query in queries):
         queries += (read_queries(own) if own.is_file() else built_in(count))[:count]
         sources.append(f"{FILE_NAME} of the model" if own.is_file() else "built in")
-    texts, pictures = ([query for query in queries if query.modality == kind] for kind in ("text", "image"))
+    texts, images = ([query for query in queries if query.modality == kind] for kind in ("text", "image"))
     if not any(query.modality == "image,text" for query in queries):
-        queries += [Query((*one.parts, *texts[place % len(texts)].parts)) for place, one in enumerate(pictures)]
+        queries += [Query((*one.parts, *texts[place % len(texts)].parts)) for place, one in enumerate(images)]
     return [replace(query, instruction=instruction) for query in queries], ", ".join(sources)
 
 

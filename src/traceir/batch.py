@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 
-from traceir.errors import InputError, ModelError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, ModelError
+from traceir.images import ImageInput
 from traceir.prompts import EMB, IMAGE_PAD, PAD, TURN_END, Joined, Prompt, Special, UserText
 
 ReadOut = Literal["before_token", "at_token", "last"]
@@ -187,24 +187,24 @@ class Processor:
             ids[row, start:], targets[row, start:], mask[row, start:] = layout.ids, layout.targets, 1
             positions[:, row, start:] = layout.positions
         readout = [width - len(layout) + layout.readout for layout in layouts]
-        pixels = [picture for layout in layouts for picture in layout.pixels]
+        pixels = [image for layout in layouts for image in layout.pixels]
         patches, grids = self._patches(pixels, raw) if pixels else (None, None)
         return Batch(
             torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(targets), torch.from_numpy(positions),
             patches, grids, torch.tensor(readout),
         )  # fmt: skip
 
-    def pixels(self, picture: Picture) -> Pixels:
+    def pixels(self, image: ImageInput) -> Pixels:
         """The picture at the model's budget: uint8 [H, W, 3], H and W multiples of patch x merge (Qwen's smart resize)."""
         if self.pixel_store is not None:
-            stored = self.pixel_store.get(str(picture.path or picture.name))
+            stored = self.pixel_store.get(str(image.path or image.name))
             if stored is not None:
                 return stored
-        image = picture.load()
-        for height, width in sizes(image.height, image.width, self.image, picture.name):
-            if (image.height, image.width) != (height, width):
-                image = image.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(image, dtype=np.uint8)
+        pil = image.load()
+        for height, width in sizes(pil.height, pil.width, self.image, image.name):
+            if (pil.height, pil.width) != (height, width):
+                pil = pil.resize((width, height), Image.Resampling.BICUBIC)
+        return np.asarray(pil, dtype=np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Written tokens as text, special tokens left out."""
@@ -216,7 +216,7 @@ class Processor:
         pixels: list[Pixels] = []
         left, cut, place, shown_to = self.max_text_tokens, 0, 0, 0
         for piece in prompt.pieces:
-            if isinstance(piece, Picture):
+            if isinstance(piece, ImageInput):
                 shown = self.pixels(piece)
                 pixels.append(shown)
                 unit = self.image.patch * self.image.merge
@@ -239,7 +239,7 @@ class Processor:
             ids += token_ids
             blocks.append(block)
             place = int(block.max()) + 1 if block.size else place
-            shown_to = len(ids) if isinstance(piece, Picture) else shown_to
+            shown_to = len(ids) if isinstance(piece, ImageInput) else shown_to
         positions = _text_positions(0, len(ids)) if self.rope == "sequential" else np.concatenate(blocks, axis=1)
         if prompt.max_tokens is not None and len(ids) > prompt.max_tokens:
             kept = max(prompt.max_tokens, shown_to)
@@ -299,8 +299,8 @@ class Processor:
         grids = torch.tensor([[1, p.shape[0] // self.image.patch, p.shape[1] // self.image.patch] for p in pixels])
         done: dict[int, torch.Tensor] = {}
         shapes: dict[tuple[int, ...], list[int]] = {}
-        for number, picture in enumerate(pixels):
-            shapes.setdefault(picture.shape, []).append(number)
+        for number, image in enumerate(pixels):
+            shapes.setdefault(image.shape, []).append(number)
         for numbers in shapes.values():
             cut = self._cut(torch.from_numpy(np.stack([pixels[n] for n in numbers])).permute(0, 3, 1, 2))
             done.update(zip(numbers, cut, strict=True))
@@ -340,7 +340,7 @@ def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "pic
     beyond 200, which that rule refuses as well.
     """
     if max(height, width) > 200 * min(height, width):
-        raise PictureError(f"{place}: aspect ratio {width}x{height} is beyond 200; crop the picture")
+        raise ImageError(f"{place}: aspect ratio {width}x{height} is beyond 200; crop the picture")
     unit = budget.patch * budget.merge
     high, wide = max(least, round(height / unit) * unit), max(least, round(width / unit) * unit)
     if high * wide > budget.max_pixels:

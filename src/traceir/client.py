@@ -23,7 +23,7 @@ import numpy as np
 from traceir.connection import Answer, Connection
 from traceir.cutoff import Cut
 from traceir.errors import InputError, ModelError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 
@@ -210,7 +210,7 @@ class Client:
             more = bool(page.get("more")) and bool(found)
             after = found[-1].id if found else after
 
-    def picture(self, found: Hit | Kept, *, side: int = 2048) -> Picture:
+    def image(self, found: Hit | Kept, *, side: int = 2048) -> ImageInput:
         """The picture of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
 
         Raises InputError where it has none, or the server does not show it.
@@ -220,7 +220,7 @@ class Client:
         path = f"{found.image}?side={side}"
         answer = self._connection.call("GET", path, refused=_REFUSED, raw=True)
         self._check(path, answer)
-        return Picture.from_bytes(answer.body, name=found.id)
+        return ImageInput.from_bytes(answer.body, name=found.id)
 
     def delete(self, ids: Sequence[str]) -> int:
         """Removes items by id; returns how many were there. Raises InputError, before anything is removed, for what is no id."""
@@ -326,7 +326,7 @@ def _piece(place: int, content: Item | Query, told: Any) -> _Piece:
     """Raises InputError where the input alone is more than a request may hold."""
     size = len(json.dumps(told))
     if size > MAX_INPUT_BYTES:
-        named = ", ".join(str(picture.path or picture.name or "in memory") for picture in content.pictures)
+        named = ", ".join(str(image.path or image.name or "in memory") for image in content.images)
         kind = type(content).__name__.lower()
         raise InputError(
             f"{kind} {content.id or '(no id)'} (pictures: {named or 'none'}) is {size} bytes in JSON, more than the "
@@ -360,20 +360,21 @@ def _readable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piec
 
 def _plain(parts: Sequence[Part]) -> bool:
     """Whether parts are at most one picture and then at most one text, the form of `input`."""
-    kinds = [isinstance(part, Picture) for part in parts]
+    kinds = [isinstance(part, ImageInput) for part in parts]
     return kinds in ([True], [False], [True, False])
 
 
 def _pair(parts: Sequence[Part]) -> dict[str, str]:
     return {
-        "image" if isinstance(part, Picture) else "text": _data_url(part) if isinstance(part, Picture) else part for part in parts
+        "image" if isinstance(part, ImageInput) else "text": _data_url(part) if isinstance(part, ImageInput) else part
+        for part in parts
     }
 
 
 def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
     contents = [
         {"type": "image_url", "image_url": {"url": _data_url(part)}}
-        if isinstance(part, Picture)
+        if isinstance(part, ImageInput)
         else {"type": "text", "text": part}
         for part in parts
     ]
@@ -387,18 +388,18 @@ def _item(item: Item) -> dict[str, Any]:
     check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
     told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
     for part in item.parts:
-        told |= {"image": {"data": _base64(part)}} if isinstance(part, Picture) else {"text": part}
+        told |= {"image": {"data": _base64(part)}} if isinstance(part, ImageInput) else {"text": part}
     return told
 
 
-def _data_url(picture: Picture) -> str:
-    data, format = picture.encoded()
+def _data_url(image: ImageInput) -> str:
+    data, format = image.encoded()
     return f"data:{format.media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def _base64(picture: Picture) -> str:
+def _base64(image: ImageInput) -> str:
     """The file as it is, or pixels as PNG. Raises PictureError for what is no picture."""
-    return base64.b64encode(picture.encoded()[0]).decode()
+    return base64.b64encode(image.encoded()[0]).decode()
 
 
 def _hit(told: Any) -> Hit:

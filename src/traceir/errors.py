@@ -11,7 +11,7 @@ class InputError(TraceError, ValueError):
     """A query, item, option or argument cannot be used as given."""
 
 
-class PictureError(InputError):
+class ImageError(InputError):
     """A picture cannot be read safely: missing, truncated, too large, too narrow, or not a picture."""
 
 

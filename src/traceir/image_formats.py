@@ -59,7 +59,7 @@ class Extent:
     scan_end: int = 0
 
 
-def open_picture(data: bytes) -> ImageFile.ImageFile:
+def open_image(data: bytes) -> ImageFile.ImageFile:
     """The file's header, read by Pillow; `format` is one of FORMATS. Raises what Pillow raises."""
     if data.startswith(JPEG_START):
         # Not by Image.open, which makes another format of a JPEG that has a second one behind it.

@@ -20,8 +20,8 @@ from typing import Final
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from traceir.errors import PictureError
-from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_picture
+from traceir.errors import ImageError
+from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_image
 from traceir.image_formats import SUFFIXES as SUFFIXES
 from traceir.image_modes import as_rgb, is_deep
 
@@ -64,7 +64,7 @@ _DECODER_ERRORS: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class PictureLimits:
+class ImageLimits:
     """What a picture may be at most; checked from the file's size and header, before any pixel is decoded.
 
     A quarter of `pixels` holds for samples of 32 bits and TIFF files of more than 32 bits a pixel.
@@ -75,7 +75,7 @@ class PictureLimits:
     aspect_ratio: float = MAX_ASPECT_RATIO
 
 
-DEFAULT_LIMITS: Final = PictureLimits()
+DEFAULT_LIMITS: Final = ImageLimits()
 
 
 class _Memory:
@@ -114,7 +114,7 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class Picture:
+class ImageInput:
     """One picture: a file that is read when needed, encoded bytes, or pixels.
 
     Equal content makes equal pictures. Thread-safe: every `load` decodes afresh and returns an image of its own.
@@ -127,7 +127,7 @@ class Picture:
         self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
     ) -> None:
         if sum(source is not None for source in (path, data, image)) != 1:
-            raise PictureError(f"picture {name!r} needs exactly one source; use Picture.open, from_bytes or from_image")
+            raise ImageError(f"picture {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_image")
         self._path = path
         self._data = data
         self._image = image
@@ -136,22 +136,22 @@ class Picture:
         self._lock = Lock()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Picture:
+    def open(cls, path: str | os.PathLike[str]) -> ImageInput:
         """A picture in a file, which is not touched before `sha256` or `load`. Network addresses are refused."""
         text = os.fspath(path)
         if _ADDRESS.match(text):
-            raise PictureError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
+            raise ImageError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
         if not text or "\0" in text or not _is_file_name(text):
-            raise PictureError(f"picture path {text!r} is not a file name; give the path of a picture file")
+            raise ImageError(f"picture path {text!r} is not a file name; give the path of a picture file")
         return cls(path=Path(text), name=Path(text).name)
 
     @classmethod
-    def from_bytes(cls, data: bytes, name: str = "") -> Picture:
+    def from_bytes(cls, data: bytes, name: str = "") -> ImageInput:
         """A picture from the bytes of a file (JPEG, PNG, WebP, GIF, BMP or TIFF); checked at `load`."""
         return cls(data=bytes(data), name=name)
 
     @classmethod
-    def from_image(cls, image: Image.Image, name: str = "") -> Picture:
+    def from_pil(cls, image: Image.Image, name: str = "") -> ImageInput:
         """A picture from pixels, which are copied and made RGB now. Raises PictureError beyond the default limits."""
         label = _label(None, name)
         _check_size(image.size, label, DEFAULT_LIMITS)
@@ -160,7 +160,7 @@ class Picture:
             rgb = as_rgb(image)
             return cls(image=rgb.copy() if rgb is image else rgb, name=name)
         except _DECODER_ERRORS as error:
-            raise PictureError(f"{label} cannot be read: {error}; give an image that Pillow can load") from error
+            raise ImageError(f"{label} cannot be read: {error}; give an image that Pillow can load") from error
 
     @property
     def name(self) -> str:
@@ -181,7 +181,7 @@ class Picture:
             return self._remember(_hash_pixels(self._image))
         return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
 
-    def encoded(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
+    def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
         """The bytes of the picture's file as they are, and their format; PNG for one made by `from_image`.
 
         Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
@@ -192,29 +192,29 @@ class Picture:
             return buffer.getvalue(), FORMATS["PNG"]
         data = self._read(limits)
         try:
-            with open_picture(data) as image:
+            with open_image(data) as image:
                 return data, FORMATS[str(image.format)]
         except _DECODER_ERRORS as error:
-            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+            raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
-    def size(self, limits: PictureLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    def size(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
         """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
         if self._image is not None:
             return self._image.size
         try:
-            with open_picture(self._read(limits)) as image:
+            with open_image(self._read(limits)) as image:
                 return image.size
         except _DECODER_ERRORS as error:
-            raise PictureError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+            raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
-    def load(self, shrink_to: int | None = None, limits: PictureLimits = DEFAULT_LIMITS) -> Image.Image:
+    def load(self, shrink_to: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
 
         `shrink_to` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size while its short side stays at least
         that many pixels. Raises PictureError where the picture is missing, damaged, or beyond `limits`.
         """
         if shrink_to is not None and shrink_to < 1:
-            raise PictureError(f"shrink_to is {shrink_to}; give a number of pixels of at least 1")
+            raise ImageError(f"shrink_to is {shrink_to}; give a number of pixels of at least 1")
         label = _label(self._path, self._name)
         if self._image is not None:
             _check_size(self._image.size, label, limits)
@@ -223,13 +223,13 @@ class Picture:
         self._remember(hashlib.sha256(data).hexdigest())
         return _decode(data, label, shrink_to, limits)
 
-    def _read(self, limits: PictureLimits) -> bytes:
+    def _read(self, limits: ImageLimits) -> bytes:
         label = _label(self._path, self._name)
         data = self._data if self._data is not None else _read_file(self._path, label, limits.file_bytes)
         if not data:
-            raise PictureError(f"{label} is empty (0 bytes); replace or remove it")
+            raise ImageError(f"{label} is empty (0 bytes); replace or remove it")
         if len(data) > limits.file_bytes:
-            raise PictureError(_too_many_bytes(label, len(data), limits.file_bytes))
+            raise ImageError(_too_many_bytes(label, len(data), limits.file_bytes))
         return data
 
     def _remember(self, sha256: str) -> str:
@@ -239,17 +239,17 @@ class Picture:
             known = self._sha256
         if known != sha256:
             label = _label(self._path, self._name)
-            raise PictureError(f"{label} changed while in use; open it again once nothing writes it any more")
+            raise ImageError(f"{label} changed while in use; open it again once nothing writes it any more")
         return known
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Picture) and self.sha256 == other.sha256)
+        return self is other or (isinstance(other, ImageInput) and self.sha256 == other.sha256)
 
     def __hash__(self) -> int:
         return hash(self.sha256)
 
     def __repr__(self) -> str:
-        return f"Picture({str(self._path or self._name or 'in memory')!r})"
+        return f"ImageInput({str(self._path or self._name or 'in memory')!r})"
 
 
 def _is_file_name(text: str) -> bool:
@@ -273,25 +273,25 @@ def _read_file(path: Path | None, label: str, limit: int) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise PictureError(f"{label} is not a regular file; give the path of a picture file")
+            raise ImageError(f"{label} is not a regular file; give the path of a picture file")
         if status.st_size > limit:
-            raise PictureError(_too_many_bytes(label, status.st_size, limit))
+            raise ImageError(_too_many_bytes(label, status.st_size, limit))
         with path.open("rb") as file:
             return file.read(limit + 1)
     except FileNotFoundError as error:
-        raise PictureError(f"{label} does not exist; check the path") from error
+        raise ImageError(f"{label} does not exist; check the path") from error
     except OSError as error:
-        raise PictureError(f"{label} cannot be read: {error.strerror or error}; check the path and rights") from error
+        raise ImageError(f"{label} cannot be read: {error.strerror or error}; check the path and rights") from error
 
 
-def _decode(data: bytes, label: str, shrink_to: int | None, limits: PictureLimits) -> Image.Image:
+def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
     try:
         extent = extent_of(data)
         if extent.scans > MAX_SCANS:
-            raise PictureError(f"{label} is a JPEG of more than {MAX_SCANS} scans; save it anew")
+            raise ImageError(f"{label} is a JPEG of more than {MAX_SCANS} scans; save it anew")
         if extent.end is None:
-            raise PictureError(f"{label} is truncated: the end of the file is missing; replace or remove it")
-        with open_picture(decodable(data, extent)) as image:
+            raise ImageError(f"{label} is truncated: the end of the file is missing; replace or remove it")
+        with open_image(decodable(data, extent)) as image:
             width, height = _check_header(image, len(data), label, limits)
             if shrink_to is not None and image.format == "JPEG":
                 image.draft(None, (shrink_to, shrink_to))
@@ -299,17 +299,17 @@ def _decode(data: bytes, label: str, shrink_to: int | None, limits: PictureLimit
                 image.load()
                 _check_size(image.size, label, limits)
                 return _upright(image)
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError as error:
         if data.startswith((b"II*\0", b"MM\0*")):
-            raise PictureError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
+            raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
-        raise PictureError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
+        raise ImageError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PictureError(f"{label} is too large to decode safely: {error}; shrink it") from error
+        raise ImageError(f"{label} is too large to decode safely: {error}; shrink it") from error
     except _DECODER_ERRORS as error:
-        raise PictureError(f"{label} is damaged or truncated: {error}; replace or remove it") from error
+        raise ImageError(f"{label} is damaged or truncated: {error}; replace or remove it") from error
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:
@@ -320,7 +320,7 @@ def _upright(image: ImageFile.ImageFile) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: PictureLimits) -> tuple[int, int]:
+def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: ImageLimits) -> tuple[int, int]:
     """Width and height of the largest piece that is decoded at once."""
     _check_size(image.size, label, limits)
     width, height = largest_block(image)
@@ -328,27 +328,27 @@ def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: Pic
     most = limits.pixels // 4 if deep else limits.pixels
     if width * height > most:
         kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
-        raise PictureError(
+        raise ImageError(
             f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
             "save it with 8 bits a sample, shrink it or raise PictureLimits.pixels"
         )
     if is_cut(image, size):
-        raise PictureError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
+        raise ImageError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
     return width, height
 
 
-def _check_size(size: tuple[int, int], label: str, limits: PictureLimits) -> None:
+def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
     width, height = size
     if width < 1 or height < 1:
-        raise PictureError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
+        raise ImageError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
     if width * height > limits.pixels:
-        raise PictureError(
+        raise ImageError(
             f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; "
             "shrink it or raise PictureLimits.pixels"
         )
     ratio = max(width, height) / min(width, height)
     if ratio > limits.aspect_ratio:
-        raise PictureError(
+        raise ImageError(
             f"{label} is {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {limits.aspect_ratio:g}; "
             "crop or pad it"
         )

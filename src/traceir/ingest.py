@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from traceir.errors import InputError, ModelError, PictureError
+from traceir.errors import ImageError, InputError, ModelError
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
@@ -200,18 +200,18 @@ def _make(source: Source) -> tuple[Item, tuple[Note, ...]]:
     try:
         item, notes = source.make_item()
         item.content_hash()
-    except PictureError as error:
-        return source.without_picture(error)
+    except ImageError as error:
+        return source.without_image(error)
     return item, notes
 
 
 def _encode_refused(encoder: EncoderLike, source: Source, item: Item, known: Mapping[str, Stored], error: InputError) -> Encoded:
     """A single item that the encoder refused: by its text alone where only its picture is to blame."""
-    if not isinstance(error, PictureError) or not item.pictures:
+    if not isinstance(error, ImageError) or not item.images:
         return Encoded(failed=[Failure(source.place, str(error))])
     try:
-        alone, notes = source.without_picture(error)
-    except PictureError:
+        alone, notes = source.without_image(error)
+    except ImageError:
         return Encoded(failed=[Failure(source.place, str(error))])
     before = known.get(source.id)
     if before is not None and before.content_hash == alone.content_hash() and same_fields(before.fields, alone.fields):

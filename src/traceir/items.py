@@ -1,6 +1,6 @@
 """The nouns of the serving road: Item, Query, Encoding, Hit, Route.
 
-An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or a Picture, so that text, image,
+An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or an ImageInput, so that text, image,
 image+text and interleaved inputs are one type.
 """
 
@@ -18,11 +18,11 @@ import numpy.typing as npt
 from PIL import Image
 
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.suggest import did_you_mean
 
-Part = str | Picture
-ImageLike = Picture | Image.Image | bytes | str | os.PathLike[str]
+Part = str | ImageInput
+ImageLike = ImageInput | Image.Image | bytes | str | os.PathLike[str]
 """What stands for a picture where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
 Modality = Literal["text", "image", "image,text"]
 Route = Literal["auto", "reason", "direct"]
@@ -38,26 +38,26 @@ Value = Scalar | Sequence[Scalar]
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """Parts in reading order: what Item and Query have in common. TypeError for a part that is neither text nor Picture."""
+    """Parts in reading order: what Item and Query have in common. TypeError for a part that is neither text nor ImageInput."""
 
     parts: tuple[Part, ...] = ()
 
     def check_parts(self) -> None:
-        if isinstance(self.parts, str | bytes | Picture):
+        if isinstance(self.parts, str | bytes | ImageInput):
             raise TypeError(
                 f"parts is one {type(self.parts).__name__}; give a tuple, or write {type(self).__name__}.of(text=..., image=...)"
             )
         object.__setattr__(self, "parts", tuple(self.parts))
         for place, part in enumerate(self.parts):
-            if not isinstance(part, str | Picture):
+            if not isinstance(part, str | ImageInput):
                 raise TypeError(
-                    f"part {place} is a {type(part).__name__}; give a str or a traceir.Picture (Picture.open, .from_image)"
+                    f"part {place} is a {type(part).__name__}; give a str or a traceir.ImageInput (ImageInput.open, .from_pil)"
                 )
 
     @property
     def modality(self) -> Modality:
         """`text` also where there are no parts: such a query consists of its instruction."""
-        has_image = any(isinstance(part, Picture) for part in self.parts)
+        has_image = any(isinstance(part, ImageInput) for part in self.parts)
         return "text" if not has_image else "image,text" if self.text else "image"
 
     @property
@@ -65,8 +65,8 @@ class Content:
         return " ".join(part.strip() for part in self.parts if isinstance(part, str) and part.strip())
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(part for part in self.parts if isinstance(part, Picture))
+    def images(self) -> tuple[ImageInput, ...]:
+        return tuple(part for part in self.parts if isinstance(part, ImageInput))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Item(Content):
     ) -> Item:
         """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`).
 
-        `image` may be a Picture, a PIL image, the bytes of a file, or its path, which is read when the item is encoded.
+        `image` may be an ImageInput, a PIL image, the bytes of a file, or its path, which is read when the item is encoded.
         """
         return cls(_parts(text, image), id=id, fields=fields or {})
 
@@ -175,7 +175,7 @@ class Hit:
 def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
     parts: list[Part] = []
     if image is not None:
-        parts.append(as_picture(image))
+        parts.append(as_image(image))
     if text is not None and not isinstance(text, str):
         raise TypeError(f"text is a {type(text).__name__}; give a str or None")
     if text is not None and text.strip():
@@ -191,17 +191,17 @@ def check_route(route: str) -> Route:
     raise InputError(f"route {route!r} is unknown{did_you_mean(str(route), ROUTES)}; choose one of {', '.join(ROUTES)}")
 
 
-def as_picture(image: ImageLike) -> Picture:
+def as_image(image: ImageLike) -> ImageInput:
     """What stands for a picture, as one; TypeError for anything else. A path is not touched before the picture is read."""
-    if isinstance(image, Picture):
+    if isinstance(image, ImageInput):
         return image
     if isinstance(image, Image.Image):
-        return Picture.from_image(image)
+        return ImageInput.from_pil(image)
     if isinstance(image, bytes | bytearray | memoryview):
-        return Picture.from_bytes(bytes(image))
+        return ImageInput.from_bytes(bytes(image))
     if isinstance(image, str | os.PathLike):
-        return Picture.open(image)
-    raise TypeError(f"image is a {type(image).__name__}; give a traceir.Picture, a PIL image, bytes, or the path of a file")
+        return ImageInput.open(image)
+    raise TypeError(f"image is a {type(image).__name__}; give a traceir.ImageInput, a PIL image, bytes, or the path of a file")
 
 
 def _content_hash(parts: tuple[Part, ...]) -> str:

@@ -297,7 +297,7 @@ def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], ro
 
 def _parts(content: Item | Query) -> tuple[Part, ...]:
     """The parts that say something, or their text where there are no pictures; of a query without any, its instruction."""
-    if not content.pictures:
+    if not content.images:
         return (_text_of(content),)
     return tuple(part for part in content.parts if not isinstance(part, str) or part.strip())
 

@@ -153,7 +153,7 @@ class TraceModel:
         if batch.patches is not None and batch.grids is not None:
             patches = self.processor.normalise(batch.patches) if batch.patches.dtype == torch.uint8 else batch.patches
             slots_BT = batch.ids == self.network.config.image_token_id
-            features, layers = self.picture_features(patches, batch.grids)
+            features, layers = self.image_features(patches, batch.grids)
             if layers:
                 deeper = {"visual_pos_masks": slots_BT, "deepstack_visual_embeds": layers}
             embedded_BTD = embedded_BTD.masked_scatter(slots_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
@@ -187,7 +187,7 @@ class TraceModel:
         scores: torch.Tensor = self.network.lm_head(hidden)
         return scores
 
-    def picture_features(self, patches: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def image_features(self, patches: torch.Tensor, grids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Merged vision tokens of N pictures, concatenated: [sum of tokens, D]; and what the first layers of a Qwen3-VL add to
         the same positions (DeepStack), nothing for the others.
 

@@ -250,20 +250,20 @@ def see(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.T
     Patches come in Qwen's order, those that are merged side by side. Nothing is reordered for windowed attention: it alone asks
     where a patch lies, so windows are gathered there, those of one size as one batch.
     """
-    count, per_picture = patches_NPC.shape[:2]
+    count, per_image = patches_NPC.shape[:2]
     merge = visual.spatial_merge_size
     rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
     rows, columns = (side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns))
     places = torch.stack((rows, columns), dim=-1).to(patches_NPC.device)
     side = visual.window_size // visual.patch_size // merge * merge
     windows = [index.to(patches_NPC.device) for index in _windows(rows, columns, side)]
-    states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_picture, -1)
+    states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_image, -1)
     cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
     for number, block in enumerate(visual.blocks):
         whole = number in visual.fullatt_block_indexes or (len(windows) == 1 and len(windows[0]) == 1)
         states = states + _vision_attention(block.attn, block.norm1(states), cosine, sine, None if whole else windows)
         states = states + block.mlp(block.norm2(states))
-    merged: torch.Tensor = visual.merger(states).view(count, per_picture // merge**2, -1)
+    merged: torch.Tensor = visual.merger(states).view(count, per_image // merge**2, -1)
     return merged
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from traceir.batch import READ_OUTS, RESIZES, ROPES, ReadOut, Resize, Rope
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Query
 from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
 from traceir.suggest import did_you_mean
@@ -59,7 +59,7 @@ class Profile:
     words: tuple[str, str, str] = ("text", "image", "image and text")
     instruction: str = ""
     normalise: bool = False
-    blank_picture: bool = False
+    blank_image: bool = False
     writes_on: bool = False
     add_token: bool = False
     rope: Rope = "mrope"
@@ -119,12 +119,12 @@ class Profile:
             if literal:
                 parts.append(literal)
             if field == "images":
-                for picture in content.pictures or ((_blank(),) if self.blank_picture else ()):
+                for image in content.images or ((_blank(),) if self.blank_image else ()):
                     yield Joined((*parts, VISION_START))
-                    yield picture
+                    yield image
                     parts = [VISION_END]
             elif field == "kind":
-                parts.append(self.words[0 if not content.pictures else 2 if told else 1])
+                parts.append(self.words[0 if not content.images else 2 if told else 1])
             elif field is not None and texts[field]:
                 most = self.max_text_chars or len(texts[field])
                 parts.append(UserText(texts[field][:most], texts[field][most:]))
@@ -213,8 +213,8 @@ def _until(template: str, token: str, read_out: ReadOut) -> str:
 
 
 @lru_cache(maxsize=1)
-def _blank() -> Picture:
-    return Picture.from_image(Image.new("RGB", (56, 56), "white"), "blank")
+def _blank() -> ImageInput:
+    return ImageInput.from_pil(Image.new("RGB", (56, 56), "white"), "blank")
 
 
 def _chat(user: str, assistant: str = "", system: str | None = "You are a helpful assistant.") -> str:
@@ -248,7 +248,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         # at their last <gen_emb>, or at <disc_emb> where they may not write; text alone stands behind a white picture.
         Profile(
             "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), read_out="at_token",
-            token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_picture=True,
+            token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_image=True,
             min_pixels=784, max_pixels=2_359_296, max_text_tokens=_CONTEXT, max_reasoning_tokens=8192,
         ),
         # GME, gme_inference.py as in VLM2Vec d9978e0: the state of <|endoftext|>, positions counted one by one, 1,800 tokens. So

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Part, Query
 
 EMB: Final = "<|emb|>"
@@ -59,7 +59,7 @@ class Joined:
     parts: tuple[str | UserText, ...]
 
 
-Piece = str | Special | UserText | Joined | Picture
+Piece = str | Special | UserText | Joined | ImageInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +77,8 @@ class Prompt:
     max_tokens: int | None = None
 
     @property
-    def pictures(self) -> tuple[Picture, ...]:
-        return tuple(piece for piece in self.pieces if isinstance(piece, Picture))
+    def images(self) -> tuple[ImageInput, ...]:
+        return tuple(piece for piece in self.pieces if isinstance(piece, ImageInput))
 
     def show(self) -> str:
         """The prompt as one readable string; pictures stand as `[picture NAME]`."""
@@ -195,7 +195,7 @@ def _turn(who: str, text: str) -> tuple[Piece, ...]:
 def _body(parts: tuple[Part, ...]) -> tuple[Piece, ...]:
     pieces: list[Piece] = []
     for part in parts:
-        if isinstance(part, Picture):
+        if isinstance(part, ImageInput):
             pieces += [Special(VISION_START), part, Special(VISION_END)]
         elif normalise(part):
             pieces.append(UserText(normalise(part)))

@@ -27,8 +27,8 @@ from sentence_transformers.base.modules import InputModule
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
-from traceir.images import Picture
-from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_picture, check_route
+from traceir.images import ImageInput
+from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_image, check_route
 from traceir.model import load, save
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ def _parts(one: Any) -> tuple[Part, ...]:
         value = one.get(key)
         for single in value if isinstance(value, list | tuple) else [value]:
             if key == "image" and single is not None:
-                parts.append(_picture(single))
+                parts.append(_image(single))
             elif isinstance(single, str) and single.strip():
                 parts.append(single)
             elif single is not None and not isinstance(single, str):
@@ -206,12 +206,12 @@ def _part(one: Any) -> Part:
         raise InputError("an input is a list; TraceIR takes a text, a picture or a dict of both, no conversations and no pairs")
     if isinstance(one, str) and not is_image_url_or_path(one):
         return one
-    return _picture(one)
+    return _image(one)
 
 
-def _picture(one: Any) -> Picture:
+def _image(one: Any) -> ImageInput:
     try:
-        return as_picture(one)
+        return as_image(one)
     except TypeError as error:
         raise InputError(str(error)) from error
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
-from traceir.errors import InputError, PictureError
-from traceir.images import SUFFIXES as PICTURE_SUFFIXES
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError
+from traceir.images import SUFFIXES as IMAGE_SUFFIXES
+from traceir.images import ImageInput
 from traceir.index.filters import OWN_NAMES, check_field
 from traceir.index.store import check_id, check_text
 from traceir.items import Item
@@ -72,14 +72,14 @@ class Source:
     def make_item(self) -> tuple[Item, tuple[Note, ...]]:
         """The item and what is to be told of it. Raises InputError (PictureError, for a picture's path) naming what is wrong."""
         if self.record is not None:
-            return _item_of_record(self, self.record, _picture_of(self, self.record))
+            return _item_of_record(self, self.record, _image_of(self, self.record))
         path = self.path.resolve()
         fields = {FILE_FIELD: str(path)}
         if self.kind == "picture":
-            return Item.of(image=Picture.open(path), id=self.id, fields=fields), ()
+            return Item.of(image=ImageInput.open(path), id=self.id, fields=fields), ()
         return Item.of(text=_read_text(self.path), id=self.id, fields=fields), ()
 
-    def without_picture(self, error: PictureError) -> tuple[Item, tuple[Note, ...]]:
+    def without_image(self, error: ImageError) -> tuple[Item, tuple[Note, ...]]:
         """The item by its text alone, because of this error; raises it where there is no text, or the line states a modality."""
         text = None if self.record is None else self.record.get("text")
         if self.record is None or not isinstance(text, str) or not text.strip() or self.record.get("modality") is not None:
@@ -110,7 +110,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
             yield from _walk_folder(path)
         elif path.suffix.lower() in LINES_SUFFIXES:
             yield from _read_lines(path)
-        elif (kind := _kind_of(path) or ("picture" if _is_picture(path) else None)) is not None:
+        elif (kind := _kind_of(path) or ("picture" if _is_image(path) else None)) is not None:
             yield _source_of_file(path, path.name, kind)
         else:
             yield Failure(str(path), f"it is neither a picture nor a text; {_remedy([path.suffix.lower()])}")
@@ -186,7 +186,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
 
 def _remedy(suffixes: Iterable[str]) -> str:
     """What is read, and what to do with files of these suffixes."""
-    read = ", ".join(sorted(PICTURE_SUFFIXES | TEXT_SUFFIXES)) + ", and .jsonl where the file is named"
+    read = ", ".join(sorted(IMAGE_SUFFIXES | TEXT_SUFFIXES)) + ", and .jsonl where the file is named"
     found = set(suffixes)
     return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if found & set(own.split()))])
 
@@ -200,14 +200,14 @@ def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
 
 def _kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
-    return "picture" if suffix in PICTURE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
+    return "picture" if suffix in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     """Whether a file that was given by name is a picture, whatever its suffix says."""
     try:
-        Picture.open(path).encoded()
-    except PictureError:
+        ImageInput.open(path).encoded()
+    except ImageError:
         return False
     return True
 
@@ -329,12 +329,12 @@ def _plain_record(record: Mapping[str, Any], roots: _Roots) -> dict[str, Any]:
     }
 
 
-def _picture_of(source: Source, record: Mapping[str, Any]) -> Picture | None:
+def _image_of(source: Source, record: Mapping[str, Any]) -> ImageInput | None:
     image = _text_or_none(source.id, "image", record.get("image"))
-    return Picture.open(image if "://" in image else source.path.parent.resolve() / image) if image else None
+    return ImageInput.open(image if "://" in image else source.path.parent.resolve() / image) if image else None
 
 
-def _item_of_record(source: Source, record: Mapping[str, Any], picture: Picture | None) -> tuple[Item, tuple[Note, ...]]:
+def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput | None) -> tuple[Item, tuple[Note, ...]]:
     text = _text_or_none(source.id, "text", record.get("text"))
     notes: tuple[Note, ...] = ()
     if not record.get("image") and not (text or "").strip() and (name := _text_name(record)):
@@ -346,7 +346,7 @@ def _item_of_record(source: Source, record: Mapping[str, Any], picture: Picture 
         raise InputError(f"{source.id!r} has a field called {FILE_FIELD!r}, which holds the paths of files; rename it")
     for name, value in fields.items():
         check_field(name, value)
-    item = Item.of(text=text, image=picture, id=source.id, fields=fields)
+    item = Item.of(text=text, image=image, id=source.id, fields=fields)
     stated = record.get("modality")
     if stated is not None and stated != item.modality:
         raise InputError(f"{source.id!r} says it is {stated!r} but holds {item.modality!r}; add what is missing or correct it")

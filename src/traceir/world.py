@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
-from traceir.errors import ModelError, PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError, ModelError
+from traceir.images import ImageInput
 from traceir.items import Content, Hit
 
 _WORD: Final = re.compile(r"[^\W\d_]+")
@@ -31,25 +31,25 @@ class World:
 
     says: str
     words: frozenset[str] = field(default_factory=frozenset)
-    picture: tuple[int, int] | None = None
+    image: tuple[int, int] | None = None
 
     def knows_text(self, text: str) -> bool:
         """Whether all words of a text occur in its training."""
         return words_of(text) <= self.words
 
-    def knows_picture(self, picture: Picture) -> bool:
+    def knows_image(self, image: ImageInput) -> bool:
         """Whether a picture has the size of those it has seen. One that cannot be read is told of elsewhere."""
         try:
-            return picture.size() == self.picture
-        except PictureError:
+            return image.size() == self.image
+        except ImageError:
             return True
 
     def knows(self, content: Content) -> bool:
-        return self.knows_text(content.text) and all(map(self.knows_picture, content.pictures))
+        return self.knows_text(content.text) and all(map(self.knows_image, content.images))
 
     def knows_kept(self, text: str | None, image: str | None) -> bool:
         """The same of what an index keeps of an item: its text, and its picture's path."""
-        return self.knows_text(text or "") and (image is None or _size(image) in (None, self.picture))
+        return self.knows_text(text or "") and (image is None or _size(image) in (None, self.image))
 
     def knows_hits(self, hits: Iterable[Hit]) -> bool:
         return all(self.knows_kept(hit.text, hit.image) for hit in hits)
@@ -60,7 +60,7 @@ class World:
         return f"{self.says} For your own pictures: {INSTEAD[0]}; then {INSTEAD[1]}"
 
     def as_json(self) -> dict[str, Any]:
-        return {"says": self.says, "words": " ".join(sorted(self.words)), "picture": self.picture}
+        return {"says": self.says, "words": " ".join(sorted(self.words)), "picture": self.image}
 
 
 def words_of(text: str) -> frozenset[str]:
@@ -84,8 +84,8 @@ def world_of(found: object, place: str) -> World | None:
 def _size(image: str) -> tuple[int, int] | None:
     """Of a kept picture, remembered, since every search asks; None where it cannot be read."""
     try:
-        return Picture.open(image).size()
-    except PictureError:
+        return ImageInput.open(image).size()
+    except ImageError:
         return None
 
 

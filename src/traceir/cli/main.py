@@ -322,13 +322,13 @@ def _search(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    from traceir.images import Picture
+    from traceir.images import ImageInput
     from traceir.items import Item
 
     if args.candidate and (args.instruction or args.modality):
         raise InputError("--candidate takes neither --instruction nor --modality; those belong to queries")
     text = _text(args)
-    item = Item.of(text=text, image=Picture.open(args.image) if args.image else None) if args.candidate else None
+    item = Item.of(text=text, image=ImageInput.open(args.image) if args.image else None) if args.candidate else None
     query = None if args.candidate else _query(args, text)
     check_model_options(args)
     from traceir.explain import describe, explain
@@ -405,12 +405,12 @@ def _text(args: argparse.Namespace) -> str | None:
 
 
 def _query(args: argparse.Namespace, text: str | None) -> Query:
-    from traceir.images import Picture
+    from traceir.images import ImageInput
     from traceir.items import Query
 
     if not (text or args.image or args.instruction):
         raise InputError("there is nothing to search with; give a text, --image, or both")
-    image = Picture.open(args.image) if args.image else None
+    image = ImageInput.open(args.image) if args.image else None
     if image is not None and not Path(args.image).is_file():
         raise InputError(f"picture {args.image} does not exist; give the path of a picture file")
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)

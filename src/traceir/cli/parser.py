@@ -176,7 +176,7 @@ def _add_serve(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     serve.add_argument("--port", type=int, default=8080, metavar="N", help="0 takes a free one (default: 8080)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="keys made by `traceir keys add`; needed beyond this machine")
     serve.add_argument(
-        "--pictures", action="append", default=[], type=Path, metavar="DIR",
+        "--images", "--pictures", dest="images", action="append", default=[], type=Path, metavar="DIR",
         help="folder whose pictures may be shown; repeatable (default: those of the indexed items)",
     )  # fmt: skip
     serve.add_argument(

@@ -21,7 +21,7 @@ def serve(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         keys=args.keys,
-        pictures=tuple(args.pictures),
+        images=tuple(args.images),
         uploads=args.uploads,
         writing=args.writing,
         allow_hosts=tuple(args.allow_host),

@@ -111,7 +111,7 @@ class Question:
     seed: int
 
     @property
-    def pictures(self) -> tuple[Path, ...]:
+    def images(self) -> tuple[Path, ...]:
         return tuple(part for part in self.parts if isinstance(part, Path))
 
 

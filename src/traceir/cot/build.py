@@ -28,7 +28,7 @@ from traceir.cot.source import Part, Source
 from traceir.cot.stages import Line
 from traceir.cot.teachers.asker import UnansweredError
 from traceir.cot.teachers.completion import Reply
-from traceir.errors import DataError, PictureError, TeacherError
+from traceir.errors import DataError, ImageError, TeacherError
 from traceir.outside import read_json
 
 log = logging.getLogger(__name__)
@@ -175,7 +175,7 @@ async def _take(
                 raise stop[0]
             try:
                 return await asker.ask(question)
-            except PictureError as error:
+            except ImageError as error:
                 log.warning("%s of %s is not asked: %s", question.stage, question.qid, error)
                 return Reply("", "error", "", 0, 0, str(error))
 

@@ -89,7 +89,7 @@ def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | 
         _tasks(facts),
         _fields(),
         _loading(facts),
-        _pictures(facts),
+        _images(facts),
         _limits(facts),
         _cost(facts),
     )
@@ -274,7 +274,7 @@ def _loading(facts: _Facts) -> str:
     )
 
 
-def _pictures(facts: _Facts) -> str:
+def _images(facts: _Facts) -> str:
     return (
         "## Pictures and licences\n\n"
         f"Pictures are not included. Queries, candidates and pictures come from {md.escape(facts.source)}; their terms hold "

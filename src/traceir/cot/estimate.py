@@ -15,7 +15,7 @@ from traceir.cot.build import read_lines, stage_file
 from traceir.cot.plan import BuildConfig
 from traceir.cot.rules import count_tokens
 from traceir.cot.source import Part, Source
-from traceir.errors import PictureError
+from traceir.errors import ImageError
 
 SAMPLE: Final = 400
 """Queries looked at."""
@@ -70,17 +70,17 @@ def tokens_of(question: Question, config: BuildConfig) -> int:
     """Prompt tokens of a question: its words, and a token for every 28 x 28 pixels of its pictures as they are sent."""
     texts = [question.system, *(part for part in question.parts if isinstance(part, str))]
     return sum(count_tokens(text, config.limits.tokenizer) for text in texts) + sum(
-        picture_tokens(path, config.pixels) for path in question.pictures
+        image_tokens(path, config.pixels) for path in question.images
     )
 
 
-def picture_tokens(path: Path, pixels: int) -> int:
+def image_tokens(path: Path, pixels: int) -> int:
     """Tokens of a picture shrunk to at most `pixels` (0: as it is). Reads its header alone."""
     try:
-        with Image.open(path) as picture:
-            width, height = picture.size
+        with Image.open(path) as image:
+            width, height = image.size
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise PictureError(f"{path}: cannot be read as a picture ({error}); replace the file") from error
+        raise ImageError(f"{path}: cannot be read as a picture ({error}); replace the file") from error
     area = min(width * height, pixels) if pixels else width * height
     return math.ceil(area / PATCH**2)
 

@@ -107,7 +107,7 @@ def find_captions(root: Path, file: Path | None) -> dict[str, str]:
     From `file`, JSON lines `{"img_path", "caption"}`, and else from the train pairs of picture and text (tasks 0 and 3) of the
     folder itself. Real M-BEIR has none of its own for CIRR and FashionIQ. Reads the whole train split twice.
     """
-    wanted = _composed_pictures(root)
+    wanted = _composed_images(root)
     return _paired_captions(root, wanted) | ({} if file is None else read_captions(file, wanted))
 
 
@@ -131,19 +131,19 @@ def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str
     return found
 
 
-def _composed_pictures(root: Path) -> set[str]:
-    pictures: set[str] = set()
+def _composed_images(root: Path) -> set[str]:
+    images: set[str] = set()
     targets: set[str] = set()
     for dataset in mbeir.train_datasets(root):
         for record in tqdm(mbeir.read_train(root, dataset), desc=f"pictures of {dataset}", unit="query", delay=2.0):
             if record.task_id in COMPOSED and record.image_path:
-                pictures.add(record.image_path)
+                images.add(record.image_path)
                 if record.task_id == 7:
                     targets.update(record.positives)
     if targets:
         pool = mbeir.read_pool(mbeir.train_pool_path(root))
-        pictures.update(one.image_path for one in pool if one.did in targets and one.image_path)
-    return pictures
+        images.update(one.image_path for one in pool if one.did in targets and one.image_path)
+    return images
 
 
 def _paired_captions(root: Path, wanted: set[str]) -> dict[str, str]:
@@ -166,8 +166,8 @@ def _paired_captions(root: Path, wanted: set[str]) -> dict[str, str]:
     if not needed:
         return found
     for candidate in mbeir.read_pool(mbeir.train_pool_path(root)):
-        for told, is_picture in needed.get(candidate.did, ()):
-            if is_picture:
+        for told, is_image in needed.get(candidate.did, ()):
+            if is_image:
                 tell(told, candidate.text)
             elif candidate.image_path:
                 tell(candidate.image_path, told)

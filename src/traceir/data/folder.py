@@ -31,7 +31,7 @@ class Problems:
 
     policy: Policy
     lines: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
     def take_line(self, error: DataError) -> None:
         """A broken line: raised, or told and counted."""
@@ -40,17 +40,17 @@ class Problems:
         self.lines.append(str(error))
         log.warning("left out: %s", error)
 
-    def take_picture(self, place: str) -> None:
-        self.pictures.append(place)
+    def take_image(self, place: str) -> None:
+        self.images.append(place)
         if self.policy == "skip":
             log.warning("left out, its picture is missing: %s", place)
 
     def settle(self) -> None:
         """Raises DataError where pictures are missing and that is not to be skipped."""
-        if self.policy == "stop" and self.pictures:
-            shown = "; ".join(self.pictures[:SHOWN]) + ("; ..." if len(self.pictures) > SHOWN else "")
+        if self.policy == "stop" and self.images:
+            shown = "; ".join(self.images[:SHOWN]) + ("; ..." if len(self.images) > SHOWN else "")
             raise DataError(
-                f"{len(self.pictures)} pictures are missing: {shown}; complete the folder, or leave out what they touch with "
+                f"{len(self.images)} pictures are missing: {shown}; complete the folder, or leave out what they touch with "
                 "--on-error skip"
             )
 
@@ -59,8 +59,8 @@ class Problems:
         return {
             "policy": self.policy,
             "broken_lines": len(self.lines),
-            "missing_pictures": len(self.pictures),
-            "first": [*self.lines[:SHOWN], *self.pictures[:SHOWN]],
+            "missing_pictures": len(self.images),
+            "first": [*self.lines[:SHOWN], *self.images[:SHOWN]],
         }
 
 
@@ -138,8 +138,8 @@ def survey(rows: Sequence[Row], problems: Problems) -> str:
         lines.append(f"| {row.task.name} | {len(row.records)} | {len(pool)} | {len(outside)} | {without} |")
     queries, pools = sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows)
     lines.append(f"| **all** | {queries} | {pools} | | |")
-    lines += ["", f"{len(problems.lines)} broken lines, {len(problems.pictures)} missing pictures."]
-    lines += [f"- {what}" for what in (*problems.lines, *problems.pictures)]
+    lines += ["", f"{len(problems.lines)} broken lines, {len(problems.images)} missing pictures."]
+    lines += [f"- {what}" for what in (*problems.lines, *problems.images)]
     return "\n".join(lines) + "\n"
 
 
@@ -148,7 +148,7 @@ def _read_pool(task: mbeir.Task, problems: Problems, listing: Listing) -> tuple[
     dropped: set[str] = set()
     for candidate in mbeir.read_pool(task.pool_path, problems.take_line):
         if candidate.image_path is not None and not listing.has(candidate.image_path):
-            problems.take_picture(f"{task.pool_path}: {candidate.did}: {candidate.image_path}")
+            problems.take_image(f"{task.pool_path}: {candidate.did}: {candidate.image_path}")
             dropped.add(candidate.did)
         else:
             dids.append(candidate.did)
@@ -162,7 +162,7 @@ def _read_records(task: mbeir.Task, problems: Problems, listing: Listing) -> lis
     records = list(mbeir.read_queries(task.query_path, problems.take_line))
     for record in records:
         if record.image_path is not None and not listing.has(record.image_path):
-            problems.take_picture(f"{task.query_path}: {record.qid}: {record.image_path}")
+            problems.take_image(f"{task.query_path}: {record.qid}: {record.image_path}")
     return records
 
 

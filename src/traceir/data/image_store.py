@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from traceir.batch import ImageBudget, Pixels, Processor
-from traceir.errors import DataError, PictureError
-from traceir.images import Picture
+from traceir.errors import DataError, ImageError
+from traceir.images import ImageInput
 
 
 class PixelStore(Mapping[str, Pixels]):
@@ -69,8 +69,8 @@ def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[s
 
 def _decode(file: Path, processor: Processor) -> Pixels:
     try:
-        return processor.pixels(Picture.open(file))
-    except PictureError as error:
+        return processor.pixels(ImageInput.open(file))
+    except ImageError as error:
         raise DataError(f"{file}: {error}") from error
 
 

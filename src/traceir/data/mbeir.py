@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal, TypeVar
 
 from traceir.errors import DataError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Modality, Query
 from traceir.outside import read_json, valid
 from traceir.prompts import normalise
@@ -405,7 +405,7 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
     """The record as a Query: the instruction in its own field, `target` from the task id. Reads no picture yet."""
     return Query.of(
         text=normalise(record.text) or None,
-        image=_open_picture(record.image_path, root),
+        image=_open_image(record.image_path, root),
         instruction=normalise(instruction) or None,
         target=TASK_MODALITIES[record.task_id][1],
         id=record.qid,
@@ -414,11 +414,11 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
 
 def to_item(candidate: Candidate, root: Path | str) -> Item:
     """The candidate as an Item. Reads no picture yet."""
-    return Item.of(text=candidate_text(candidate) or None, image=_open_picture(candidate.image_path, root), id=candidate.did)
+    return Item.of(text=candidate_text(candidate) or None, image=_open_image(candidate.image_path, root), id=candidate.did)
 
 
-def _open_picture(image_path: str | None, root: Path | str) -> Picture | None:
-    return None if image_path is None else Picture.open(Path(root) / image_path)
+def _open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
+    return None if image_path is None else ImageInput.open(Path(root) / image_path)
 
 
 def _to_record(line: _Line) -> Record:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from traceir.data import mbeir
 from traceir.errors import DataError, TrainError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.prompts import completion_text
 
@@ -250,9 +250,9 @@ class LessonData(TaskData):
         self.lines, self.root = lines, root
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
-        image, prompt, target = self.lines[number]
-        picture = Picture.open(self.root / image) if image else None
-        return Example(Query.of(text=prompt or None, image=picture), target, None, frozenset())
+        name, prompt, target = self.lines[number]
+        image = ImageInput.open(self.root / name) if name else None
+        return Example(Query.of(text=prompt or None, image=image), target, None, frozenset())
 
 
 def read_pairs(
@@ -419,7 +419,7 @@ class Schedule:
         return self._orders[key]
 
 
-def picture_names(tasks: Sequence[TaskData]) -> list[str]:
+def image_names(tasks: Sequence[TaskData]) -> list[str]:
     """Paths, relative to the data folder, of every picture that the tasks can show."""
     names: set[str] = set()
     for task in tasks:

@@ -27,8 +27,8 @@ from PIL import Image as Pillow
 from traceir.connection import Answer, Connection
 from traceir.engines.forms import Form, Image, Role, Said, Text, form_for
 from traceir.errors import InputError, ModelError
-from traceir.image_formats import open_picture
-from traceir.images import Picture
+from traceir.image_formats import open_image
+from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Modality, Query, Route, Vector, check_route
 
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class EmbeddingsEncoder:
         self._base, self._paths = _places(address)
         self._path = self._paths[0]
         self._tokens, self._lock = 0, threading.Lock()
-        self._no_pictures, self._no_pairs = "", ""
+        self._no_images, self._no_pairs = "", ""
         first = min(timeout_s, _START_TIMEOUT_S), min(tries, _START_TRIES)
         self._connection = Connection(
             self._base, api_key, in_flight=in_flight, timeout_s=first[0], tries=first[1], pause_s=pause_s
@@ -127,9 +127,9 @@ class EmbeddingsEncoder:
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """Of the inputs that form and server read, as the probes have shown."""
-        pictures = self.form.takes != "texts" and not self._no_pictures
-        pairs = pictures and self.form.takes != "one" and not self._no_pairs
-        return ("text", *(("image",) if pictures else ()), *(("image,text",) if pairs else ()))
+        images = self.form.takes != "texts" and not self._no_images
+        pairs = images and self.form.takes != "one" and not self._no_pairs
+        return ("text", *(("image",) if images else ()), *(("image,text",) if pairs else ()))
 
     @property
     def tokens(self) -> int:
@@ -168,12 +168,12 @@ class EmbeddingsEncoder:
 
     def _check(self, content: Item | Query) -> None:
         """Raises InputError for what the form has no place for, and what the server has shown not to read."""
-        texts, pictures = _counts(content)
+        texts, images = _counts(content)
         try:
-            self.form.check(texts, pictures)
-            if pictures and self._no_pictures:
-                raise InputError(self._no_pictures)
-            if pictures and texts and self._no_pairs:
+            self.form.check(texts, images)
+            if images and self._no_images:
+                raise InputError(self._no_images)
+            if images and texts and self._no_pairs:
                 raise InputError(self._no_pairs)
         except InputError as error:
             raise InputError(f"{_named(content)}: {error}") from error
@@ -276,11 +276,11 @@ class EmbeddingsEncoder:
             raise self._wrong("gives one vector for different texts; is it a model of embeddings?")
         if self.form.takes == "texts":
             return _kept(first)
-        picture, again, other = _probe_pictures()
+        image, again, other = _probe_images()
         try:
-            seen = [encoding.vector for encoding in self.encode_items([Item((one,)) for one in (picture, again, other)])]
+            seen = [encoding.vector for encoding in self.encode_items([Item((one,)) for one in (image, again, other)])]
         except InputError as error:
-            self._no_pictures = f"this server takes no pictures: {error}"
+            self._no_images = f"this server takes no pictures: {error}"
             log.warning("%s serves texts alone: %s", self._base, error)
             return _kept(first)
         if not _tells_apart(seen[0], seen[1], [seen[2]]):
@@ -289,13 +289,13 @@ class EmbeddingsEncoder:
                 f"`{self.form.name}` its form (docs/engines.md)? For a model that reads texts alone write openai:{self._base}"
             )
         if self.form.takes != "one":
-            self._no_pairs = self._probe_pairs(picture, other, seen[0])
+            self._no_pairs = self._probe_pairs(image, other, seen[0])
         return f"{_kept(first)}.{_kept(seen[0])}"
 
-    def _probe_pairs(self, picture: Picture, other: Picture, alone: Vector) -> str:
+    def _probe_pairs(self, image: ImageInput, other: ImageInput, alone: Vector) -> str:
         """Why pairs of a picture and a text cannot be sent; "" where both count in them."""
         words = [str(item.parts[0]) for item in _WORDS]
-        pairs = [Item((picture, words[0])), Item((picture, words[0])), Item((other, words[0])), Item((picture, words[1]))]
+        pairs = [Item((image, words[0])), Item((image, words[0])), Item((other, words[0])), Item((image, words[1]))]
         try:
             found = [encoding.vector for encoding in self.encode_items(pairs)]
         except InputError as error:
@@ -330,22 +330,22 @@ def _counts(content: Item | Query) -> tuple[int, int]:
     """Texts, of which an instruction is one, and pictures."""
     asked = content.instruction if isinstance(content, Query) else None
     texts = [asked or "", *(part for part in content.parts if isinstance(part, str))]
-    return sum(bool(text.strip()) for text in texts), len(content.pictures)
+    return sum(bool(text.strip()) for text in texts), len(content.images)
 
 
 def _groups(contents: Sequence[Item | Query], form: Form) -> Iterator[list[int]]:
     """Places of inputs that are prepared together: those with pictures apart, as many as a request holds."""
-    for most, with_pictures in ((form.texts, False), (form.pictures, True)):
-        places = [place for place, content in enumerate(contents) if bool(content.pictures) == with_pictures]
+    for most, with_images in ((form.texts, False), (form.images, True)):
+        places = [place for place, content in enumerate(contents) if bool(content.images) == with_images]
         yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
 def _piece(content: Item | Query, role: Role, form: Form) -> _Piece:
     instruction = (content.instruction or "").strip() if isinstance(content, Query) else ""
     parts = tuple(
-        Image(data_url(part)) if isinstance(part, Picture) else Text(part)
+        Image(data_url(part)) if isinstance(part, ImageInput) else Text(part)
         for part in content.parts
-        if isinstance(part, Picture) or part.strip()
+        if isinstance(part, ImageInput) or part.strip()
     )
     said = Said(role, instruction, parts)
     told = form.tell(said)
@@ -365,11 +365,11 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
         yield batch
 
 
-def data_url(picture: Picture) -> str:
+def data_url(image: ImageInput) -> str:
     """The picture for a server that may know neither rotation nor transparency: the file itself where it is an upright RGB JPEG
     or PNG, else upright pixels as PNG. Raises PictureError for what cannot be read."""
-    upright = picture.load()
-    data, format = picture.encoded()
+    upright = image.load()
+    data, format = image.encoded()
     if format.media_type not in ("image/jpeg", "image/png") or not _plain(data):
         packed = BytesIO()
         upright.save(packed, "PNG", compress_level=1)
@@ -378,7 +378,7 @@ def data_url(picture: Picture) -> str:
 
 
 def _plain(data: bytes) -> bool:
-    with open_picture(data) as image:
+    with open_image(data) as image:
         return image.mode == "RGB" and "transparency" not in image.info and image.getexif().get(_ORIENTATION, 1) == 1
 
 
@@ -408,7 +408,7 @@ _WORDS: Final = (
 )
 
 
-def _probe_pictures() -> tuple[Picture, Picture, Picture]:
+def _probe_images() -> tuple[ImageInput, ImageInput, ImageInput]:
     """A picture, the same pixels in other bytes, and another picture of the same size.
 
     The second is told from the first earlier in its file than the third is. A server that reads the file as text therefore
@@ -420,7 +420,7 @@ def _probe_pictures() -> tuple[Picture, Picture, Picture]:
     disc = ((height - 48) ** 2 + (width - 48) ** 2 < 900)[..., None]
     second = np.where(disc, np.array([230, 40, 30]), np.array([20, 60, 160]))
     plain, other = (_png(pixels) for pixels in (first, second))
-    return Picture.from_bytes(plain), Picture.from_bytes(_with_note(plain)), Picture.from_bytes(other)
+    return ImageInput.from_bytes(plain), ImageInput.from_bytes(_with_note(plain)), ImageInput.from_bytes(other)
 
 
 def _png(pixels: Any) -> bytes:

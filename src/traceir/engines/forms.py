@@ -78,19 +78,19 @@ class Form:
     tell: Callable[[Said], Any]
     fields: Callable[[Said], Mapping[str, Any]]
     texts: int = 32
-    pictures: int = 8
+    images: int = 8
 
-    def check(self, texts: int, pictures: int) -> None:
+    def check(self, texts: int, images: int) -> None:
         """Raises InputError for an input of so many texts and pictures that this form has no place for."""
-        if self.takes == "texts" and pictures:
+        if self.takes == "texts" and images:
             raise InputError(
                 f"the form `{self.name}` of requests is for texts alone; for a server that takes pictures write one of "
                 f"{', '.join(f'{form.name}:URL' for form in FORMS.values() if form.takes != 'texts')} (docs/engines.md)"
             )
-        if (self.takes == "one" and texts and pictures) or (self.takes in ("one", "pair") and pictures > 1):
+        if (self.takes == "one" and texts and images) or (self.takes in ("one", "pair") and images > 1):
             most = "a text or one picture" if self.takes == "one" else "one picture beside one text"
             raise InputError(
-                f"it has {pictures} picture(s) and {texts} text(s), an instruction counted; an input of the form `{self.name}` "
+                f"it has {images} picture(s) and {texts} text(s), an instruction counted; an input of the form `{self.name}` "
                 f"has place for {most}"
             )
 
@@ -197,10 +197,10 @@ FORMS: Final[Mapping[str, Form]] = MappingProxyType(
         form.name: form
         for form in (
             Form("openai", "texts", _words, _floats),
-            Form("vllm", "any", _chat, _floats, texts=1, pictures=1),
-            Form("qwen3-vl", "any", _qwen_chat, _open_answer, texts=1, pictures=1),
-            Form("clip", "one", _text_or_chat, _floats, pictures=1),
-            Form("siglip", "one", _text_or_chat, _padded, pictures=1),
+            Form("vllm", "any", _chat, _floats, texts=1, images=1),
+            Form("qwen3-vl", "any", _qwen_chat, _open_answer, texts=1, images=1),
+            Form("clip", "one", _text_or_chat, _floats, images=1),
+            Form("siglip", "one", _text_or_chat, _padded, images=1),
             Form("infinity", "one", _text_or_uri, _modality),
             Form("objects", "pair", _object, _input_type),
             Form("jina", "one", _object, _jina_fields),

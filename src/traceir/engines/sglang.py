@@ -29,7 +29,7 @@ from traceir.batch import Layout, Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
 from traceir.errors import ModelError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Encoding, Ended, Item, Query, Road, Route, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
 from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
@@ -51,7 +51,7 @@ class Asked:
     """
 
     ids: tuple[int, ...]
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     read: tuple[int, ...]
     cut: int
     route: Route
@@ -140,8 +140,8 @@ class SGLangEncoder:
         prompt, processor = self.model.prompt(content, direct=route == "direct"), self.model.processor
         layout = processor.lay_out(prompt)
         read = tuple(layout.ids.tolist())
-        ids, pictures = _folded(read, processor.special[IMAGE_PAD]), _pictures(prompt, layout, processor)
-        return Asked(ids, pictures, read, layout.cut, route, isinstance(content, Query))
+        ids, images = _folded(read, processor.special[IMAGE_PAD]), _images(prompt, layout, processor)
+        return Asked(ids, images, read, layout.cut, route, isinstance(content, Query))
 
     def start(self, asked: Asked) -> Future[Encoding]:
         """What `prepare` made, on its way; cancelling the future gives the request up, at the engine too."""
@@ -229,8 +229,8 @@ class SGLangEncoder:
             "return_hidden_states": "last",
             "stream": False,
         }
-        if asked.pictures:
-            body |= {"image_data": list(asked.pictures), "return_prompt_token_ids": True}
+        if asked.images:
+            body |= {"image_data": list(asked.images), "return_prompt_token_ids": True}
         if probability:
             body |= {"return_logprob": True, "token_ids_logprob": [emb], "top_logprobs_num": 2}
         return body
@@ -406,11 +406,11 @@ def without_weights(source: str | Path) -> TraceModel:
     return TraceModel(SimpleNamespace(config=config), processor, settings)
 
 
-def _pictures(prompt: Prompt, layout: Layout, processor: Processor) -> tuple[str, ...]:
-    return tuple(_data_url(picture, pixels, processor) for picture, pixels in zip(prompt.pictures, layout.pixels, strict=True))
+def _images(prompt: Prompt, layout: Layout, processor: Processor) -> tuple[str, ...]:
+    return tuple(_data_url(image, pixels, processor) for image, pixels in zip(prompt.images, layout.pixels, strict=True))
 
 
-def _data_url(picture: Picture, pixels: Pixels, processor: Processor) -> str:
+def _data_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
     """The picture as PNG, at the size the model sees, so that the engine has nothing to resize.
 
     Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the picture goes as it is.
@@ -418,7 +418,7 @@ def _data_url(picture: Picture, pixels: Pixels, processor: Processor) -> str:
     height, width = pixels.shape[:2]
     settled = smart_resize(height, width, processor.image) == (height, width)
     packed = BytesIO()
-    (Image.fromarray(pixels) if settled else picture.load()).save(packed, "PNG", compress_level=1)
+    (Image.fromarray(pixels) if settled else image.load()).save(packed, "PNG", compress_level=1)
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
 

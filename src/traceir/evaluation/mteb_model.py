@@ -33,7 +33,7 @@ from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.metrics import TIE
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
 from traceir.model import load
 from traceir.search import EncoderLike
@@ -268,7 +268,7 @@ def _dataset(contents: Sequence[Query | Item], modality: Modality) -> Dataset:
     if "text" in modality:
         columns["text"], features["text"] = [one.text for one in contents], Value("string")
     if "image" in modality:
-        columns["image"], features["image"] = [str(one.pictures[0].path) for one in contents], ImageFeature()
+        columns["image"], features["image"] = [str(one.images[0].path) for one in contents], ImageFeature()
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -310,20 +310,20 @@ def _query(row: Mapping[str, Any], instruction: str | None, target: Modality | N
 
 def _parts(row: Mapping[str, Any], task: str) -> tuple[Part, ...]:
     """The pictures of a row, then its text; some rows have a list of pictures."""
-    images, text = row.get("image"), row.get("text")
-    pictures = [_picture(image) for image in (images if isinstance(images, list | tuple) else [images]) if image is not None]
+    raw, text = row.get("image"), row.get("text")
+    images = [_image(image) for image in (raw if isinstance(raw, list | tuple) else [raw]) if image is not None]
     if text is not None and not isinstance(text, str):
         raise InputError(f"{task} hands over a text as {type(text).__name__}; TraceIR reads strings")
-    if not pictures and not (text or "").strip():
+    if not images and not (text or "").strip():
         log.warning("%s has an input without any content; it is encoded as the text 'Empty.'", task)
         text = "Empty."
-    return (*pictures, *([text] if text and text.strip() else []))
+    return (*images, *([text] if text and text.strip() else []))
 
 
-def _picture(image: Any) -> Picture:
+def _image(image: Any) -> ImageInput:
     if not isinstance(image, Image.Image):
         raise InputError(f"mteb hands over a picture as {type(image).__name__}; TraceIR reads PIL images")
-    return Picture.from_image(image)
+    return ImageInput.from_pil(image)
 
 
 def _target(task_metadata: TaskMetadata) -> Modality | None:

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from traceir.errors import InputError, StoreError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_maker
 from traceir.items import Item
@@ -54,9 +54,9 @@ class Copied(Item):
     __slots__ = ("_content_hash",)
 
     def __init__(self, stored: Stored) -> None:
-        picture = () if stored.modality == "text" else (Picture.from_bytes(b"", name=stored.image or ""),)
+        image = () if stored.modality == "text" else (ImageInput.from_bytes(b"", name=stored.image or ""),)
         text = () if stored.text is None else (stored.text,)
-        Item.__init__(self, (*picture, *text), id=stored.id, fields=stored.fields)
+        Item.__init__(self, (*image, *text), id=stored.id, fields=stored.fields)
         object.__setattr__(self, "_content_hash", stored.content_hash)
 
     def content_hash(self) -> str:

@@ -161,8 +161,8 @@ class Index(Protocol):
 
 def image_of(item: Item) -> str | None:
     """What an index keeps of the first picture: its path, or its name, or None."""
-    picture = item.pictures[0] if item.pictures else None
-    return None if picture is None else str(picture.path) if picture.path else picture.name or None
+    image = item.images[0] if item.images else None
+    return None if image is None else str(image.path) if image.path else image.name or None
 
 
 def check_id(id: str | None) -> str:

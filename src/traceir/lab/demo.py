@@ -141,8 +141,8 @@ def write_page(answers: Sequence[Answer], out: Path) -> Path:
 def describe(number: int, answer: Answer, *, top: int = 3) -> str:
     """One answer for people: query, route, reasoning, the first hits, and whether the right one was first."""
     question, encoding = answer.question, answer.result.encoding
-    picture = ", ".join(picture.name for picture in question.query.pictures)
-    asked = " + ".join(part for part in (f"[{picture}]" if picture else "", question.query.text) if part)
+    image = ", ".join(image.name for image in question.query.images)
+    asked = " + ".join(part for part in (f"[{image}]" if image else "", question.query.text) if part)
     lines = [
         f"{number}. {question.title} ({question.row}, {_steps(question.steps)})",
         f"   query      {asked}",

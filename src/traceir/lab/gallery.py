@@ -17,8 +17,8 @@ from typing import Final
 
 from PIL import Image
 
-from traceir.errors import PictureError
-from traceir.images import Picture
+from traceir.errors import ImageError
+from traceir.images import ImageInput
 from traceir.items import Encoding, Hit, Query
 
 FILE_NAME: Final = "index.html"
@@ -124,11 +124,11 @@ def _badge(encoding: Encoding) -> str:
 
 
 def _query(query: Query) -> str:
-    pictures = "".join(_picture(picture, "the query's picture") for picture in query.pictures)
+    images = "".join(_image(image, "the query's picture") for image in query.images)
     words = f'<p class="words">{_text(query.text)}</p>' if query.text else ""
     instruction = f'<p class="instruction">{_text(query.instruction)}</p>' if query.instruction else ""
     wanted = f'<p class="wanted">looks for: {_text(query.target or "anything")}</p>'
-    return f"{pictures}{words}{instruction}{wanted}"
+    return f"{images}{words}{instruction}{wanted}"
 
 
 def _reasoning(encoding: Encoding) -> str:
@@ -140,25 +140,25 @@ def _reasoning(encoding: Encoding) -> str:
 
 def _card(hit: Hit, right: frozenset[str]) -> str:
     good = hit.id in right
-    picture = _picture(Picture.open(hit.image), f"hit {hit.rank}") if hit.image else ""
+    image = _image(ImageInput.open(hit.image), f"hit {hit.rank}") if hit.image else ""
     words = f'<p class="words">{_text(hit.text)}</p>' if hit.text else ""
     mark = '<span class="mark">&#10003; right</span>' if good else ""
     return (
-        f'<article class="card{" right" if good else ""}">{picture}{words}'
+        f'<article class="card{" right" if good else ""}">{image}{words}'
         f"<footer><b>{hit.rank}</b> <span>{hit.score:.3f}</span>{mark}<code>{_text(hit.id)}</code></footer></article>"
     )
 
 
-def _picture(picture: Picture, alt: str) -> str:
+def _image(image: ImageInput, alt: str) -> str:
     try:
-        image = picture.load(shrink_to=THUMBNAIL)
-    except PictureError as error:
+        pil = image.load(shrink_to=THUMBNAIL)
+    except ImageError as error:
         return f'<p class="lost">{_text(str(error))}</p>'
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    pil.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     stream = BytesIO()
-    image.save(stream, format="JPEG", quality=88)
+    pil.save(stream, format="JPEG", quality=88)
     data = base64.b64encode(stream.getvalue()).decode("ascii")
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{_text(alt)}" width="{image.width}" height="{image.height}">'
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{_text(alt)}" width="{pil.width}" height="{pil.height}">'
 
 
 def _text(text: str | None) -> str:

@@ -240,13 +240,13 @@ def _object_sprite(colour: str, shape: str, scale: float) -> Image.Image:
 def draw_scene(objects: tuple[tuple[str, str], ...], variant: int) -> Image.Image:
     """Three (colour, shape) objects side by side on a table, centred near x = 32, 96, 160 and y = 98."""
     rng = random.Random(derive_seed("scene", objects, variant))
-    picture = _paint_table(rng.randrange(6), rng.randrange(6), rng.randrange(4)).copy()
+    image = _paint_table(rng.randrange(6), rng.randrange(6), rng.randrange(4)).copy()
     for place, (colour, shape) in enumerate(objects):
         sprite = _object_sprite(colour, shape, rng.choice(_SCALES))
         x = 32 + 64 * place + rng.randint(-4, 4) - sprite.width // 2
         y = 98 + rng.randint(-4, 4) - sprite.height // 2
-        picture.paste(sprite, (x, y), sprite)
-    return picture.point(_light_table(rng.randrange(9)))
+        image.paste(sprite, (x, y), sprite)
+    return image.point(_light_table(rng.randrange(9)))
 
 
 # --- garments ---------------------------------------------------------------------------------------------------------
@@ -444,8 +444,8 @@ def draw_garment(
     size = (round(mask.width * scale), round(mask.height * scale))
     x = round(96 + (box[0] - 96) * scale) + rng.randint(-4, 4)
     y = round(97 + (box[1] - 97) * scale) + rng.randint(-3, 3)
-    picture = _paint_backdrop(rng.randrange(6), rng.randrange(4)).copy()
-    picture.paste(_INK, (x + 5, y + 5), shadow.resize(size, Image.Resampling.BILINEAR))
+    image = _paint_backdrop(rng.randrange(6), rng.randrange(4)).copy()
+    image.paste(_INK, (x + 5, y + 5), shadow.resize(size, Image.Resampling.BILINEAR))
     coverage = mask.resize(size, Image.Resampling.BILINEAR)
-    picture.paste(cloth.resize(size, Image.Resampling.BILINEAR), (x, y), coverage)
-    return picture.point(_light_table(rng.randrange(9)))
+    image.paste(cloth.resize(size, Image.Resampling.BILINEAR), (x, y), coverage)
+    return image.point(_light_table(rng.randrange(9)))

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from traceir.data.mbeir import Candidate, Record, Task, find_tasks, read_labels, read_pool, read_queries
 from traceir.errors import DataError, InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 
 _PANEL = 132  # pixels: width and height of one panel
 _CAPTION = 78  # height of the text below a picture
@@ -93,9 +93,9 @@ def _draw_panel(sheet: Image.Image, corner: tuple[int, int], root: Path, text: s
     """A picture with its text below, or the text alone over the whole height."""
     left, top = corner
     if image_path is not None:
-        picture = Picture.open(root / image_path).load()
-        picture.thumbnail((_PANEL, _PANEL), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left + (_PANEL - picture.width) // 2, top + (_PANEL - picture.height) // 2))
+        image = ImageInput.open(root / image_path).load()
+        image.thumbnail((_PANEL, _PANEL), Image.Resampling.LANCZOS)
+        sheet.paste(image, (left + (_PANEL - image.width) // 2, top + (_PANEL - image.height) // 2))
         top += _PANEL + 4
     lines = _wrap(text or "", 22, 5 if image_path is not None else 9)
     if image_path is None:

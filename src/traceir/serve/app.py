@@ -390,7 +390,7 @@ def _add_items(app: FastAPI, server: Server) -> None:
         return Deleted(deleted=count)
 
     @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=JPEG)
-    async def picture(
+    async def image(
         name: str, principal: Annotated[Principal, allowed("read")], side: Annotated[int, Query(ge=16, le=2048)] = 2048
     ) -> Response:
         """The picture of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""

@@ -75,7 +75,7 @@ class AuditLog:
             told["id"] = content.id
         if self.contents:
             told["text"] = content.text[:MAX_TEXT]
-            told["pictures"] = [self._keyed(picture.sha256) for picture in content.pictures]
+            told["pictures"] = [self._keyed(image.sha256) for image in content.images]
             if isinstance(content, Query) and content.instruction:
                 told["instruction"] = content.instruction[:MAX_TEXT]
         return told

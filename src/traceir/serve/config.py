@@ -26,7 +26,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8080
     keys: Path | None = None
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
     uploads: Path | None = None
     allow_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ import logging
 import time
 
 from traceir.engines.sglang import SGLangEncoder
-from traceir.errors import InputError, ModelError, PictureError
+from traceir.errors import ImageError, InputError, ModelError
 from traceir.items import Item, Query, Route
 from traceir.prompts import Role
 from traceir.serve.jobs import Desk, Health, Job, UnavailableError
@@ -55,7 +55,7 @@ class EngineWorker:
             asked = await self._desk.loop.run_in_executor(self._desk.pool, self.encoder.prepare, content, job.route)
             job.prefilled, job.prompt_tokens, job.cut = time.monotonic(), len(asked.read), asked.cut
             encoding = await asyncio.wrap_future(self.encoder.start(asked))
-        except (InputError, PictureError) as error:
+        except (InputError, ImageError) as error:
             self._desk.fail([job], error)
         except Exception as error:
             self._health.fail()

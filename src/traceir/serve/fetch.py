@@ -19,7 +19,7 @@ from typing import Final
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from traceir.errors import InputError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.serve.fair import Turns
 from traceir.serve.uploads import Intake
 
@@ -96,7 +96,7 @@ class Fetcher:
         self._resolve, self._connect = resolve or _resolve, connect or _connect
         self._gate = Turns(self._limits.at_once)
 
-    async def fetch(self, url: str) -> Picture:
+    async def fetch(self, url: str) -> ImageInput:
         """The picture at an address, decoded once to see that it is one.
 
         Raises InputError where the address is not allowed or cannot be had, PictureError where it is no picture. The messages

@@ -17,8 +17,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Final
 
-from traceir.errors import PictureError, StoreError
-from traceir.images import Picture
+from traceir.errors import ImageError, StoreError
+from traceir.images import ImageInput
 from traceir.serve.uploads import LIMITS
 
 _OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
@@ -29,7 +29,7 @@ MAX_SIDE: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class PictureStore:
+class ImageFolder:
     """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
     it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. Thread-safe.
     """
@@ -54,12 +54,12 @@ class PictureStore:
                     if self._busy[place] <= 0:
                         del self._busy[place]
 
-    def keep(self, picture: Picture, id: str) -> Picture:
+    def keep(self, image: ImageInput, id: str) -> ImageInput:
         """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
-        if picture.path is not None and not picture.path.is_relative_to(self.folder):
-            return picture
-        data, format = picture.encoded(LIMITS)
-        place = self._place(id) / f"{picture.sha256}{format.suffixes[0]}"
+        if image.path is not None and not image.path.is_relative_to(self.folder):
+            return image
+        data, format = image.encoded(LIMITS)
+        place = self._place(id) / f"{image.sha256}{format.suffixes[0]}"
         if not place.exists():
             fresh = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
             try:
@@ -75,7 +75,7 @@ class PictureStore:
                 fresh.unlink(missing_ok=True)
                 shown = f"the picture cannot be kept: {error.strerror or error}"
                 raise StoreError(f"{shown}; free the disk, send it again") from error
-        return Picture.open(place)
+        return ImageInput.open(place)
 
     def tidy(self, id: str, kept: str | None) -> None:
         """Throws away the uploads of an item except the one that the index names; nothing while it is being added."""
@@ -119,13 +119,13 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def as_jpeg(picture: Picture, side: int = MAX_SIDE) -> bytes:
+def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
     """The picture as JPEG, its longer side at most `side` pixels. Raises PictureError."""
-    image = picture.load(shrink_to=side, limits=LIMITS)
-    image.thumbnail((side, side))
+    pil = image.load(shrink_to=side, limits=LIMITS)
+    pil.thumbnail((side, side))
     buffer = BytesIO()
     try:
-        image.save(buffer, "JPEG", quality=88)
+        pil.save(buffer, "JPEG", quality=88)
     except OSError as error:
-        raise PictureError(f"the picture cannot be shown: {error}; add it anew") from error
+        raise ImageError(f"the picture cannot be shown: {error}; add it anew") from error
     return buffer.getvalue()

@@ -12,7 +12,7 @@ from traceir.errors import InputError
 from traceir.index.store import Stored
 from traceir.items import MODALITIES
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, Example, ModelOut, PageConfig, PictureIn
+from traceir.serve.schemas import CutoffConfig, Example, ImageIn, ModelOut, PageConfig
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -96,10 +96,10 @@ def page_config(
 
 def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
     """Queries that a collection suggests: some of its pictures, and the first words of some of its texts."""
-    pictures = [one for one in kept if one.image is not None]
+    images = [one for one in kept if one.image is not None]
     texts = [one for one in kept if one.text]
     return [
-        *(Example(title="more like this", image=PictureIn(item=one.id)) for one in _spread(pictures, each)),
+        *(Example(title="more like this", image=ImageIn(item=one.id)) for one in _spread(images, each)),
         *(Example(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in _spread(texts, each)),
     ]
 

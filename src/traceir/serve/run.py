@@ -27,7 +27,7 @@ from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
 from traceir.serve.gate import TOGETHER, KeyGate, Limits
 from traceir.serve.guard import Guard, Wall
-from traceir.serve.image_store import PictureStore
+from traceir.serve.image_store import ImageFolder
 from traceir.serve.keys import KeyRing
 from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
@@ -123,11 +123,11 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
         everybody = calibrations.of(None, TenantIndex(index, None, census))
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
-    store = PictureStore(_uploads(config))
+    store = ImageFolder(_uploads(config))
     if config.uploads is None and store.folder.is_dir():
         sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
         sweeping.add_done_callback(_swept)
-    folders = (store.folder, *(config.pictures or await asyncio.to_thread(picture_folders, index)))
+    folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
     intake = Intake()
     fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
@@ -154,7 +154,7 @@ def _swept(done: asyncio.Future[int]) -> None:
         log.info("threw away %d pictures that no item names", done.result())
 
 
-def picture_folders(index: Index) -> tuple[Path, ...]:
+def image_folders(index: Index) -> tuple[Path, ...]:
     """The folders of the pictures that the first items of an index name; says so where it holds more items."""
     items = index.scan()
     named = {Path(stored.image).parent for stored in islice(items, LOOKED_AT) if stored.image}

@@ -33,7 +33,7 @@ MAX_K = 1_000
 MAX_OFFSET = 10_000
 
 
-class PictureIn(Strict):
+class ImageIn(Strict):
     """A picture: exactly one of base64 `data` (or a data URL), an indexed `item`, or a `url` of an allowed host."""
 
     data: str | None = None
@@ -65,7 +65,7 @@ Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeVali
 """Field -> a value, several of which one must match, or a range; all fields must match."""
 
 
-Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[PictureIn, Tag("<object>")], one_of("a text or a picture object")]
+Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")], one_of("a text or a picture object")]
 
 
 class SearchIn(Strict):
@@ -75,7 +75,7 @@ class SearchIn(Strict):
     model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red cup", "modality": "image", "k": 5}]})
 
     text: Text | None = None
-    image: PictureIn | None = None
+    image: ImageIn | None = None
     parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
@@ -161,7 +161,7 @@ class ItemIn(Strict):
 
     id: Id
     text: Text | None = None
-    image: PictureIn | None = None
+    image: ImageIn | None = None
     fields: Annotated[dict[str, FieldIn], Field(max_length=MAX_ITEM_FIELDS)] = Field(default_factory=dict)
 
 
@@ -224,7 +224,7 @@ class ContentIn(Strict):
     text: Text | None = None
     image: (
         Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[PictureIn, Tag("<object>")],
+            Annotated[str, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")],
             one_of("base64, a data URL or a picture object"),
         ]
         | None

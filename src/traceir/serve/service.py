@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import numpy as np
 
 from traceir.cutoff import Calibrations, search_above
-from traceir.errors import InputError, PictureError, StoreError, TraceError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, StoreError, TraceError
+from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
 from traceir.index import Range as RangeFilter
 from traceir.items import Hit, Item, Modality, Part, Query, Route
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
-from traceir.serve.image_store import PictureStore, as_jpeg
+from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.scheduler import Scheduler
@@ -35,10 +35,10 @@ from traceir.serve.schemas import (
     Cutoff,
     EmbeddingsIn,
     HitOut,
+    ImageIn,
     ItemIn,
     ItemOut,
     ItemResult,
-    PictureIn,
     Range,
     SearchIn,
     SearchOut,
@@ -47,7 +47,7 @@ from traceir.serve.schemas import (
 )
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
-from traceir.serve.uploads import Intake, Sources, picture_of_item, told_without_paths, without_paths
+from traceir.serve.uploads import Intake, Sources, image_of_item, told_without_paths, without_paths
 from traceir.serve.values import MAX_TEXT
 from traceir.world import notice
 
@@ -72,7 +72,7 @@ class Service:
     index: Index
     intake: Intake
     sources: Sources
-    pictures: PictureStore
+    images: ImageFolder
     readers: ThreadPoolExecutor
     writer: ThreadPoolExecutor
     census: Census
@@ -84,8 +84,8 @@ class Service:
     def of_tenant(self, tenant: str | None) -> Service:
         """The same service over a tenant's part of the index; None is what belongs to no tenant."""
         index = TenantIndex(self.index, tenant, self.census)
-        pictures = replace(self.pictures, tenant=tenant)
-        return replace(self, index=index, sources=replace(self.sources, index=index), pictures=pictures)
+        images = replace(self.images, tenant=tenant)
+        return replace(self, index=index, sources=replace(self.sources, index=index), images=images)
 
     async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> SearchOut:
         """The hits of a query. Raises InputError, PictureError, BusyError, LateError, StoreError."""
@@ -96,7 +96,7 @@ class Service:
         where = await self._read(lambda: filter_of(asked.where)) if asked.where else None
         query = await self.query(asked)
         await self._note([query], noted)
-        with told_without_paths(query.pictures):
+        with told_without_paths(query.images):
             served = await self.scheduler.encode_query(query, asked.route, listener=listener, tenant=self.tenant)
         self.metrics.encoded("query", served)
         try:
@@ -157,7 +157,7 @@ class Service:
         read = await self._read(lambda: read_items(items))
         good = [one for one in read if isinstance(one, ItemIn)]
         touched: set[str] = set()
-        with self.pictures.holding([one.id for one in good]):
+        with self.images.holding([one.id for one in good]):
             results = iter(await self._add(good, touched, noted))
         if touched:
             await self._write(lambda: self._tidy(sorted(touched)))
@@ -194,7 +194,7 @@ class Service:
     @property
     def tenant(self) -> str | None:
         """Whose part of the index this is."""
-        return self.pictures.tenant
+        return self.images.tenant
 
     async def item(self, id: str) -> Stored | None:
         return (await self._read(lambda: self.index.get([id]))).get(id)
@@ -231,22 +231,22 @@ class Service:
         """The Query of a request, its pictures found but not decoded."""
         if asked.parts is not None and (asked.text is not None or asked.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
-        given: list[tuple[str, str | PictureIn]] = [(f"parts[{place}]", one) for place, one in enumerate(asked.parts or ())]
+        given: list[tuple[str, str | ImageIn]] = [(f"parts[{place}]", one) for place, one in enumerate(asked.parts or ())]
         given += [(place, one) for place, one in (("image", asked.image), ("text", asked.text)) if one is not None]
-        parts = [one if isinstance(one, str) else await self.picture(one, place) for place, one in given]
+        parts = [one if isinstance(one, str) else await self.image(one, place) for place, one in given]
         kept = tuple(part for part in parts if not isinstance(part, str) or part.strip())
         return Query(kept, instruction=asked.instruction, target=asked.modality)
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The picture of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
-        picture = await self._read(lambda: picture_of_item(id, "picture", self.sources))
+        image = await self._read(lambda: image_of_item(id, "picture", self.sources))
         async with self.intake.decoding():
             try:
-                return await self._read(lambda: as_jpeg(picture, side))
-            except PictureError as error:
-                raise PictureError(without_paths([picture], error)) from error
+                return await self._read(lambda: as_jpeg(image, side))
+            except ImageError as error:
+                raise ImageError(without_paths([image], error)) from error
 
-    async def picture(self, given: PictureIn, place: str = "image") -> Picture:
+    async def image(self, given: ImageIn, place: str = "image") -> ImageInput:
         """The picture that a request means, once it has been decoded."""
         return await self.intake.take(given.model_dump(exclude_none=True), place, self.sources)
 
@@ -270,8 +270,8 @@ class Service:
     async def _of_input(self, place: str, given: str | ContentIn, asked: EmbeddingsIn) -> Query | Item:
         parts: list[Part] = []
         if isinstance(given, ContentIn) and given.image is not None:
-            picture = PictureIn(data=given.image) if isinstance(given.image, str) else given.image
-            parts.append(await self.picture(picture, f"{place}.image"))
+            image = ImageIn(data=given.image) if isinstance(given.image, str) else given.image
+            parts.append(await self.image(image, f"{place}.image"))
         text = given if isinstance(given, str) else given.text
         if text is not None and text.strip():
             parts.append(text)
@@ -311,11 +311,11 @@ class Service:
             address = given.get(kind) or given.get("image_url")
             address = address.get("url") if isinstance(address, dict) else address
             if isinstance(address, str):
-                return await self.picture(address_in(address, place), place)
+                return await self.image(address_in(address, place), place)
         raise InputError(f"{place}: a content of type {str(kind)[:40]!r} cannot be read; send texts and image_url")
 
     async def _encode(self, content: Query | Item, route: Route) -> Served:
-        with told_without_paths(content.pictures):
+        with told_without_paths(content.images):
             if isinstance(content, Query):
                 served = await self.scheduler.encode_query(content, route, seconds=self.deadline_s, tenant=self.tenant)
             else:
@@ -327,13 +327,13 @@ class Service:
         """The item, its picture a file that stays, and its encoding; or why it cannot be had."""
         fields: Mapping[str, Any] = given.fields  # what of them an index keeps is its to say
         try:
-            picture = await self.picture(given.image) if given.image is not None else None
-            item = Item.of(text=given.text, image=picture, id=given.id, fields=fields)
-            with told_without_paths(item.pictures):
+            image = await self.image(given.image) if given.image is not None else None
+            item = Item.of(text=given.text, image=image, id=given.id, fields=fields)
+            with told_without_paths(item.images):
                 await self._read(lambda: self.index.check([item]))
-                if picture is not None:
+                if image is not None:
                     touched.add(given.id)
-                    kept = await self._read(partial(self.pictures.keep, picture, given.id))
+                    kept = await self._read(partial(self.images.keep, image, given.id))
                     item = Item.of(text=given.text, image=kept, id=given.id, fields=fields)
                     await self._read(lambda: self.index.check([item]))
             return item, await self._encode(item, "direct")
@@ -369,14 +369,14 @@ class Service:
         """In a thread, since it reads pictures."""
         if noted is not None:
             told = noted
-            with told_without_paths([picture for one in contents for picture in one.pictures]):
+            with told_without_paths([image for one in contents for image in one.images]):
                 await self._read(lambda: [told(one) for one in contents])
 
     def _tidy(self, ids: Sequence[str]) -> None:
         there = self.index.get(list(ids))
         for id in ids:
             try:
-                self.pictures.tidy(id, there[id].image if id in there else None)
+                self.images.tidy(id, there[id].image if id in there else None)
             except OSError as error:
                 log.error("a picture of item %r is not thrown away: %s", id, error)
 
@@ -403,13 +403,13 @@ def _bounded(text: str, place: str) -> str:
     return text
 
 
-def address_in(address: str, place: str) -> PictureIn:
+def address_in(address: str, place: str) -> ImageIn:
     """The picture of a chat's `image_url`: a data URL, or an address."""
     if address.startswith("data:"):
-        return PictureIn(data=address)
+        return ImageIn(data=address)
     if len(address) > 2048:
         raise InputError(f"{place}: image_url is neither a data: URL nor an address of at most 2048 characters")
-    return PictureIn(url=address)
+    return ImageIn(url=address)
 
 
 def filter_of(where: Where | None) -> Filter | None:
@@ -450,18 +450,18 @@ def check_answer(hits: Sequence[Hit]) -> None:
 def hit_out(hit: Hit) -> HitOut:
     return HitOut(
         id=hit.id, score=hit.score, rank=hit.rank, modality=hit.modality, text=hit.text,
-        image=picture_path(hit.id, hit.image), fields=dict[str, Any](hit.fields),
+        image=image_path(hit.id, hit.image), fields=dict[str, Any](hit.fields),
     )  # fmt: skip
 
 
 def item_out(stored: Stored) -> ItemOut:
     return ItemOut(
-        id=stored.id, modality=stored.modality, text=stored.text, image=picture_path(stored.id, stored.image),
+        id=stored.id, modality=stored.modality, text=stored.text, image=image_path(stored.id, stored.image),
         fields=dict[str, Any](stored.fields),
     )  # fmt: skip
 
 
-def picture_path(id: str, image: str | None) -> str | None:
+def image_path(id: str, image: str | None) -> str | None:
     """Where a page finds the picture of an item: its id in base64, so that no id can change the meaning of the path."""
     if image is None:
         return None

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from traceir.errors import InputError, PictureError
-from traceir.images import Picture, PictureLimits
+from traceir.errors import ImageError, InputError
+from traceir.images import ImageInput, ImageLimits
 from traceir.index.store import Index
 from traceir.serve.fair import Turns
 
-LIMITS: Final = PictureLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
+LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
 """Smaller than at the command line."""
 DECODERS: Final = 2
 """Pictures decoded for checking at a time, which bounds memory whatever arrives."""
@@ -33,7 +33,7 @@ _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]
 class Fetches(Protocol):
     """What gets pictures by address (fetch.Fetcher)."""
 
-    async def fetch(self, url: str) -> Picture: ...
+    async def fetch(self, url: str) -> ImageInput: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ class Sources:
 class Intake:
     """Takes in the pictures of requests; one for a server, so that its bound on decoding holds for all requests together."""
 
-    def __init__(self, limits: PictureLimits = LIMITS, decoders: int = DECODERS) -> None:
+    def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
         self.limits = limits
         self._gate = Turns(decoders)
 
-    async def take(self, told: object, place: str, sources: Sources) -> Picture:
+    async def take(self, told: object, place: str, sources: Sources) -> ImageInput:
         """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for, decoded once to see that it is one.
 
         `place` names it in messages ("image", "parts[2]"). Raises InputError, and PictureError for what is no picture.
@@ -68,7 +68,7 @@ class Intake:
             return await sources.fetcher.fetch(value)
         if kind == "data":
             return await self.check_bytes(await asyncio.to_thread(bytes_of_base64, value, place, self.limits), place)
-        return await self._check(await asyncio.to_thread(picture_of_item, value, place, sources), place)
+        return await self._check(await asyncio.to_thread(image_of_item, value, place, sources), place)
 
     @asynccontextmanager
     async def decoding(self) -> AsyncIterator[None]:
@@ -76,33 +76,33 @@ class Intake:
         async with self._gate.turn():
             yield
 
-    async def check_bytes(self, data: bytes, place: str) -> Picture:
+    async def check_bytes(self, data: bytes, place: str) -> ImageInput:
         """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
-        return await self._check(await asyncio.to_thread(self._picture_of, data, place), place)
+        return await self._check(await asyncio.to_thread(self._image_of, data, place), place)
 
-    def _picture_of(self, data: bytes, place: str) -> Picture:
+    def _image_of(self, data: bytes, place: str) -> ImageInput:
         if len(data) > self.limits.file_bytes:
-            raise PictureError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
-        return Picture.from_bytes(data)
+            raise ImageError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
+        return ImageInput.from_bytes(data)
 
-    async def _check(self, picture: Picture, place: str) -> Picture:
+    async def _check(self, image: ImageInput, place: str) -> ImageInput:
         """The same picture once it has been decoded; at most DECODERS at a time. The message names the place, never a path."""
         async with self.decoding():
             try:
-                await asyncio.to_thread(picture.load, None, self.limits)
-            except PictureError as error:
-                raise PictureError(f"{place}: {without_paths([picture], error)}") from error
-        return picture
+                await asyncio.to_thread(image.load, None, self.limits)
+            except ImageError as error:
+                raise ImageError(f"{place}: {without_paths([image], error)}") from error
+        return image
 
 
-def bytes_of_base64(text: str, place: str, limits: PictureLimits = LIMITS) -> bytes:
+def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> bytes:
     """What stands in base64 (either alphabet, padded or not, white space ignored) or in a `data:` URL; not decoded yet.
 
     Its size is checked before anything is decoded. Raises InputError for what is not base64, PictureError for too many bytes.
     """
     most = limits.file_bytes * 4 // 3 + limits.file_bytes // 32 + 1024  # line ends and the head of a data URL included
     if len(text) > most:
-        raise PictureError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller picture")
+        raise ImageError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller picture")
     if text[:5].lower() == "data:":
         text = _body_of(text, place)
     if not text.isascii():
@@ -128,17 +128,17 @@ def _decoded(plain: str) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True)
 
 
-def picture_of_item(id: str, place: str, sources: Sources) -> Picture:
+def image_of_item(id: str, place: str, sources: Sources) -> ImageInput:
     """The picture of an item the caller can see. InputError where there is no such item, or none with a picture."""
     if sources.index is None:
         raise InputError(f"{place}.item: this server has no index; send the picture itself")
     found = sources.index.get([id]).get(id)
     if found is None or found.image is None:
         raise InputError(f"{place}.item: there is no item {id[:80]!r} with a picture")
-    return picture_in_folders(found.image, sources.folders, id)
+    return image_in_folders(found.image, sources.folders, id)
 
 
-def picture_in_folders(image: str, folders: Sequence[Path], id: str) -> Picture:
+def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput:
     """The file that an index names as an item's picture, only where it lies in one of the folders, links followed.
 
     A relative name is looked for in each of them. What is no picture is found out when it is decoded, whatever its name.
@@ -152,7 +152,7 @@ def picture_in_folders(image: str, folders: Sequence[Path], id: str) -> Picture:
         except (OSError, RuntimeError, ValueError):
             continue
         if real.is_file() and any(real.is_relative_to(root) for root in roots):
-            return Picture.open(real)
+            return ImageInput.open(real)
     raise InputError(f"the picture of item {id[:80]!r} is not among the server's pictures any more")
 
 
@@ -167,17 +167,17 @@ def _body_of(text: str, place: str) -> str:
 
 
 @contextmanager
-def told_without_paths(pictures: Sequence[Picture]) -> Iterator[None]:
+def told_without_paths(images: Sequence[ImageInput]) -> Iterator[None]:
     """What goes wrong with these pictures within is told without their paths, also where a file fails after it was checked."""
     try:
         yield
-    except PictureError as error:
-        raise PictureError(without_paths(pictures, error)) from error
+    except ImageError as error:
+        raise ImageError(without_paths(images, error)) from error
 
 
-def without_paths(pictures: Sequence[Picture], error: PictureError) -> str:
+def without_paths(images: Sequence[ImageInput], error: ImageError) -> str:
     """What is wrong with pictures, in words for the client: no path of the server, no remedy that only the server has."""
     told = str(error)
-    for picture in pictures:
-        told = told if picture.path is None else told.replace(str(picture.path), "of the item")
+    for image in images:
+        told = told if image.path is None else told.replace(str(image.path), "of the item")
     return re.sub(r"or raise PictureLimits\.\w+", "to less", told)

@@ -140,10 +140,10 @@ class Turns(Dataset[Turn]):
             return layout
         draw = np.random.default_rng((self.seed, 3, number, *place))
         moved = []
-        for picture in layout.pixels:
+        for image in layout.pixels:
             down, right = (int(value) for value in draw.integers(0, 2 * reach + 1, size=2))
-            padded = np.pad(picture, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
-            moved.append(padded[down : down + picture.shape[0], right : right + picture.shape[1]])
+            padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+            moved.append(padded[down : down + image.shape[0], right : right + image.shape[1]])
         return replace(layout, pixels=tuple(moved))
 
 

@@ -308,10 +308,10 @@ def _loading(facts: _Facts) -> str:
         )
     return (
         "## Use\n\n```python\nfrom traceir.encoder import Encoder\nfrom traceir.items import Item, Query\n"
-        "from traceir.images import Picture\n\n"
+        "from traceir.images import ImageInput\n\n"
         f"encoder = Encoder.from_pretrained({name})\n"
-        '[query] = encoder.encode_queries([Query.of(text="make it red", image=Picture.open("chair.jpg"), target="image")])\n'
-        '[candidate] = encoder.encode_items([Item.of(image=Picture.open("red-chair.jpg"))])\n'
+        '[query] = encoder.encode_queries([Query.of(text="make it red", image=ImageInput.open("chair.jpg"), target="image")])\n'
+        '[candidate] = encoder.encode_items([Item.of(image=ImageInput.open("red-chair.jpg"))])\n'
         "print(query.route, query.reasoning, query.vector @ candidate.vector)\n```\n\n"
         f"On the command line: `traceir search --model {facts.name} ...`. The weights alone, without prompts, reasoning and "
         f"read-out, which TraceIR adds:\n\n```python\n{stock}\n```\n"

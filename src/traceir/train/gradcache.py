@@ -83,7 +83,7 @@ class Reader(torch.nn.Module):
         image = self.model.processor.image
         cells = image.merge**2
         patches = torch.zeros(cells, 3 * image.temporal * image.patch**2, device=device)
-        features, layers = self.model.picture_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
+        features, layers = self.model.image_features(patches, torch.tensor([[1, image.merge, image.merge]], device=device))
         return sum((layer.sum() for layer in layers), features.sum())
 
 

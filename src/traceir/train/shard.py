@@ -42,9 +42,9 @@ def _shard_tower(reader: Reader, mesh: DeviceMesh) -> None:
     tower = reader.network.model.visual
     fully_shard(tower, mesh=mesh)
     if reader.network.config.model_type == "qwen2_5_vl":
-        tower.picture_features = model.picture_features
-        register_fsdp_forward_method(tower, "picture_features")
-        model.picture_features = tower.picture_features
+        tower.image_features = model.image_features
+        register_fsdp_forward_method(tower, "image_features")
+        model.image_features = tower.image_features
 
 
 def fetched(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:

@@ -26,7 +26,7 @@ from traceir.adapter import attach, projectors, save_adapter
 from traceir.batch import ReadOut
 from traceir.data.cot import is_cot, read_cot, source_folder
 from traceir.data.image_store import pixel_store
-from traceir.data.samples import Schedule, TaskData, picture_names, read_lessons, read_pairs, task_shares, texts
+from traceir.data.samples import Schedule, TaskData, image_names, read_lessons, read_pairs, task_shares, texts
 from traceir.errors import InputError, TrainError
 from traceir.evaluation.judged import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
@@ -225,7 +225,7 @@ class Run:
             self.config, args.max_steps = replace(config, steps=steps), steps
         self.model = _initial(config, self.tasks)
         self.adapter = _trainable(self.model, config)
-        names = picture_names(self.tasks) if config.store_pixels else []
+        names = image_names(self.tasks) if config.store_pixels else []
         if names:
             with args.main_process_first(local=False, desc="decoding pictures"):
                 store = pixel_store(self.tasks[0].root, Path(config.cache or self.out / "pixels"), self.model.processor, names)

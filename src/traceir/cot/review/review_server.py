@@ -35,8 +35,8 @@ from traceir.cot.review.decisions import (
     reviewers,
 )
 from traceir.cot.review.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
-from traceir.errors import InputError, PictureError, TraceError
-from traceir.images import Picture
+from traceir.errors import ImageError, InputError, TraceError
+from traceir.images import ImageInput
 from traceir.outside import read_json
 from traceir.serve.wire import settings
 
@@ -176,7 +176,7 @@ class ReviewSession:
         number = self._numbers[last.qid] if last else -1
         return {"number": number, "mark": _MARKS[stands.decision] if stands else "."}
 
-    def picture(self, number: int, place: int) -> bytes:
+    def image(self, number: int, place: int) -> bytes:
         """The query's picture (place 0) or that of a positive (1, 2, ...), as JPEG. Raises PictureError and InputError."""
         case = self._at(number).outcome.case
         paths = [case.record.image_path, *(target.image_path for target in case.positives)]
@@ -231,8 +231,8 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
             try:
                 posted = await _posted(request) if request.method == "POST" else {}
                 found = await run_in_threadpool(body, request, posted)
-            except (InputError, PictureError) as error:
-                return JSONResponse({"error": str(error)}, 404 if isinstance(error, PictureError) else 400)
+            except (InputError, ImageError) as error:
+                return JSONResponse({"error": str(error)}, 404 if isinstance(error, ImageError) else 400)
             except TraceError as error:
                 return JSONResponse({"error": str(error)}, 507)
             return found if isinstance(found, Response) else Response(json.dumps(found), media_type="application/json")
@@ -245,8 +245,8 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
             return JSONResponse({"error": f"there is no file {name[:60]!r}"}, 404)
         return Response((Path(__file__).parent / "static" / name).read_bytes(), media_type=STATIC[name])
 
-    def picture(request: Request, _: object) -> Response:
-        data = session.picture(_number(request, "number"), _number(request, "place"))
+    def image(request: Request, _: object) -> Response:
+        data = session.image(_number(request, "number"), _number(request, "place"))
         return Response(data, media_type="image/jpeg", headers={"cache-control": "private, max-age=86400"})
 
     def start(_: Request, __: object) -> Any:
@@ -265,7 +265,7 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
         Route("/api/start", answer(start)),
         Route("/api/review", answer(overview)),
         Route("/api/sample/{number}", answer(sample)),
-        Route("/api/picture/{number}/{place}", answer(picture)),
+        Route("/api/picture/{number}/{place}", answer(image)),
         Route("/api/decide", answer(lambda _, posted: session.decide(posted)), methods=["POST"]),
         Route("/api/undo", answer(lambda _, posted: session.undo(posted.get("reviewer"))), methods=["POST"]),
     ]
@@ -405,7 +405,7 @@ def _number(request: Request, name: str) -> int:
 
 def _as_jpeg(path: Path) -> bytes:
     """A picture file, upright and RGB, at most SIDE pixels wide and high, as JPEG. Raises PictureError."""
-    image = Picture.open(path).load(shrink_to=SIDE)
+    image = ImageInput.open(path).load(shrink_to=SIDE)
     image.thumbnail((SIDE, SIDE))
     stream = BytesIO()
     image.save(stream, "JPEG", quality=92, subsampling=0)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from traceir.cot.ask import Stage, block, blocks
 from traceir.cot.rules import plain, words_of
 from traceir.cot.source import COMPOSED, find_captions
-from traceir.cot.teachers.teacher import PIXELS, key_of, picture_url, read_picture
+from traceir.cot.teachers.teacher import PIXELS, image_url, key_of, read_image
 from traceir.data import mbeir
 from traceir.data.cot import PoolFile
 from traceir.data.samples import task_prompts
@@ -60,7 +60,7 @@ class Asked:
     digest: str
     key: str
     words: int
-    pictures: int
+    images: int
 
 
 class Oracle:
@@ -92,14 +92,14 @@ class Oracle:
 
     def read(self, body: Mapping[str, Any]) -> Asked:
         """The question in a chat body. Raises InputError for a body that is none, and for an unknown query."""
-        system, texts, pictures, bare = _read_messages(body)
+        system, texts, images, bare = _read_messages(body)
         shown = {name: text for part in texts for name, text in blocks(part).items()}
         stage: Stage = "verify" if "proposal" in shown else "reason" if "<reasoning>" in system else "assess"
-        digest = _hash([stage, system, texts, pictures])
+        digest = _hash([stage, system, texts, images])
         key = key_of({**body, "messages": bare})
         words = len(system.split()) + sum(len(text.split()) for text in texts)
-        entry = self._find(shown, stage, pictures)
-        return Asked(stage, entry, shown.get("proposal", ""), system, digest, key, words, len(pictures))
+        entry = self._find(shown, stage, images)
+        return Asked(stage, entry, shown.get("proposal", ""), system, digest, key, words, len(images))
 
     def answer(self, asked: Asked) -> str:
         """The true reply. Raises InputError for reasoning about a direct query: there is none."""
@@ -125,12 +125,12 @@ class Oracle:
         found = (there[(draw + step) % len(there)] for step in range(len(there)))
         return next((one for one in found if plain(one.answer) != mine), None)
 
-    def _find(self, shown: Mapping[str, str], stage: Stage, pictures: Sequence[str]) -> Entry:
+    def _find(self, shown: Mapping[str, str], stage: Stage, images: Sequence[str]) -> Entry:
         """The first picture is the query's; of a verifier's question it may be the target's, where the query has none."""
         if "task" not in shown:
             raise InputError("the question has no <task> block; ask with the templates of traceir.cot.ask")
         task, text = shown["task"], shown.get("query", "")
-        first = self._sent.get(pictures[0], pictures[0]) if pictures else ""
+        first = self._sent.get(images[0], images[0]) if images else ""
         found = self._entries.get(_content(task, text, first))
         if found is None and stage == "verify":
             found = self._entries.get(_content(task, text, ""))
@@ -144,13 +144,13 @@ class Oracle:
 
     def _add_all(self, dataset: str, entries: Iterator[tuple[mbeir.Record, Entry]]) -> None:
         """Adds a data set's entries; of those with equal content the first stands for all, and bears all qids."""
-        pictures: dict[str, str] = {}
+        images: dict[str, str] = {}
         for record, entry in tqdm(entries, desc=f"learning {dataset}", unit="query", delay=2.0):
             path = record.image_path
-            if path and path not in pictures:
-                pictures[path] = self._learn_picture(self.root / path)
+            if path and path not in images:
+                images[path] = self._learn_image(self.root / path)
             text = blocks(block("query", record.text)).get("query", "") if record.text else ""
-            key = _content(entry.task, text, pictures[path] if path else "")
+            key = _content(entry.task, text, images[path] if path else "")
             known = self._entries.get(key)
             if known is not None:
                 self._entries[key] = replace(known, qids=known.qids + entry.qids)
@@ -159,10 +159,10 @@ class Oracle:
             if entry.z:
                 self._complex.setdefault(entry.task, []).append(entry)
 
-    def _learn_picture(self, path: Path) -> str:
+    def _learn_image(self, path: Path) -> str:
         """The digest of a picture as it is sent."""
-        sent = picture_url(path, self.pixels)[1]
-        if (own := hashlib.sha256(read_picture(path)).hexdigest()) != sent:
+        sent = image_url(path, self.pixels)[1]
+        if (own := hashlib.sha256(read_image(path)).hexdigest()) != sent:
             self._sent[own] = sent
         return sent
 
@@ -264,8 +264,8 @@ def _confidence(digest: str) -> float:
     return (75 + int(digest[:8], 16) % 25) / 100
 
 
-def _content(task: str, text: str, picture: str) -> bytes:
-    return hashlib.blake2b("\x00".join((task, text, picture)).encode(errors="surrogatepass"), digest_size=16).digest()
+def _content(task: str, text: str, image: str) -> bytes:
+    return hashlib.blake2b("\x00".join((task, text, image)).encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 def _hash(told: Any) -> str:
@@ -282,7 +282,7 @@ def _read_messages(body: Mapping[str, Any]) -> tuple[str, list[str], list[str], 
         raise InputError(f"messages is {str(messages)[:80]!r}; send a list with a system and a user message")
     system: list[str] = []
     texts: list[str] = []
-    pictures: list[str] = []
+    images: list[str] = []
     bare: list[dict[str, Any]] = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("content"), (str, list)):
@@ -297,15 +297,15 @@ def _read_messages(body: Mapping[str, Any]) -> tuple[str, list[str], list[str], 
                 into.append(part["text"])
                 parts.append(part)
             elif kind == "image_url" and isinstance(part.get("image_url"), dict):
-                pictures.append(_picture_digest(part["image_url"].get("url")))
-                parts.append({**part, "image_url": {**part["image_url"], "url": f"sha256:{pictures[-1]}"}})
+                images.append(_image_digest(part["image_url"].get("url")))
+                parts.append({**part, "image_url": {**part["image_url"], "url": f"sha256:{images[-1]}"}})
             else:
                 raise InputError(f"a part of a message is {str(part)[:80]!r}; send text and image_url parts")
         bare.append({**message, "content": content if isinstance(content, str) else parts})
-    return "\n".join(system), texts, pictures, bare
+    return "\n".join(system), texts, images, bare
 
 
-def _picture_digest(url: object) -> str:
+def _image_digest(url: object) -> str:
     head, comma, payload = url.partition(",") if isinstance(url, str) else ("", "", "")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         raise InputError(f"a picture's url is {str(url)[:40]!r}; send a data URL in base64")

@@ -40,7 +40,7 @@ MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
 MOST_BYTES: Final = 64 * 2**20
 """The largest body that is read."""
-PICTURE_TOKENS: Final = 85
+IMAGE_TOKENS: Final = 85
 WORD_TOKENS: Final = 1.3
 _READY: Final = "listening on "
 _LOG = logging.getLogger(__name__)
@@ -387,7 +387,7 @@ def _parse(raw: bytes) -> dict[str, Any]:
 
 
 def _completion(model: str, asked: Asked, text: str, message: dict[str, Any], finish: str) -> dict[str, Any]:
-    prompt = int(asked.words * WORD_TOKENS) + PICTURE_TOKENS * asked.pictures
+    prompt = int(asked.words * WORD_TOKENS) + IMAGE_TOKENS * asked.images
     completion = int(len(text.split()) * WORD_TOKENS)
     return {
         "id": f"chatcmpl-{asked.key[:24]}",

@@ -17,7 +17,7 @@ from traceir.cot.ask import Question
 from traceir.cot.teachers.completion import Reply, TransientError
 from traceir.cot.teachers.journal import Journal
 from traceir.cot.teachers.pace import Pace, Slot
-from traceir.cot.teachers.teacher import BodyTeacher, Request, Teacher, read_picture
+from traceir.cot.teachers.teacher import BodyTeacher, Request, Teacher, read_image
 from traceir.errors import TeacherError
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ FIRST_GARBLED: Final = 12
 """A teacher that has sent so many answers, none of which was a chat completion, is given up; any other teacher's question after
 FIRST_TRIES of them: they may have been paid for."""
 CHARACTERS_PER_TOKEN: Final = 3
-TOKENS_PER_PICTURE: Final = 400
+TOKENS_PER_IMAGE: Final = 400
 _RATE_OVER: Final = 512
 _ENDING: Final = "the build is ending before this question was asked; run again to go on"
 
@@ -259,7 +259,7 @@ class Asker:
     def _guess(self, question: Question) -> int:
         """Prompt tokens at most: by the length of the text, or the largest prompt of the stage so far."""
         characters = len(question.system) + sum(len(part) for part in question.parts if isinstance(part, str))
-        guess = characters // CHARACTERS_PER_TOKEN + TOKENS_PER_PICTURE * len(question.pictures)
+        guess = characters // CHARACTERS_PER_TOKEN + TOKENS_PER_IMAGE * len(question.images)
         return max(guess, self._largest.get(question.stage, 0))
 
     def _cost(self, prompt_tokens: int, completion_tokens: int) -> float:
@@ -281,7 +281,7 @@ class Asker:
 def content_key(name: str, question: Question) -> str:
     """The journal key of a question to a teacher without bodies: over its name and all that the question shows."""
     parts = [
-        part if isinstance(part, str) else {"picture": hashlib.sha256(read_picture(part)).hexdigest()} for part in question.parts
+        part if isinstance(part, str) else {"picture": hashlib.sha256(read_image(part)).hexdigest()} for part in question.parts
     ]
     told = [name, question.stage, question.qid, question.attempt, question.system, parts]
     return hashlib.sha256(json.dumps(told, separators=(",", ":")).encode("ascii")).hexdigest()

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from traceir.cot.ask import Question
 from traceir.cot.teachers.completion import Reply, TransientError, error_of, reply_of, retry_after
 from traceir.cot.teachers.places import LineFiles, Places
-from traceir.errors import DataError, PictureError, TeacherError
-from traceir.image_formats import FORMATS, extent_of, open_picture
-from traceir.images import DEFAULT_LIMITS, Picture
+from traceir.errors import DataError, ImageError, TeacherError
+from traceir.image_formats import FORMATS, extent_of, open_image
+from traceir.images import DEFAULT_LIMITS, ImageInput
 from traceir.outside import read_json
 
 if TYPE_CHECKING:
@@ -210,51 +210,51 @@ class RecordedTeacher:
         self._files.close()
 
 
-def picture_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
+def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
     """A picture as (data URL, hex SHA-256 of the bytes in it), of at most `pixels` pixels (0: any number).
 
     A plain JPEG, PNG or WebP within `pixels` is sent as it is; all else is decoded to upright RGB, shrunk, and sent as JPEG of
     quality 90. Raises PictureError, which names the file.
     """
-    data = read_picture(path)
+    data = read_image(path)
     kind = _kind(data, pixels)
     return _url(data, kind) if kind else _url(_shrink(path, data, pixels), "image/jpeg")
 
 
-def read_picture(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
     """The bytes of a picture file, not empty and within the limits of `pictures`."""
     limit = DEFAULT_LIMITS.file_bytes
     try:
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
-        raise PictureError(f"picture {path} cannot be read: {error.strerror or error}; check the path and rights") from error
+        raise ImageError(f"picture {path} cannot be read: {error.strerror or error}; check the path and rights") from error
     if not 0 < len(data) <= limit:
-        raise PictureError(f"picture {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
+        raise ImageError(f"picture {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
     return data
 
 
 def body_of(question: Question, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The chat.completions body of a question, pictures as data URLs."""
-    urls = [picture_url(path, pixels)[0] for path in question.pictures]
+    urls = [image_url(path, pixels)[0] for path in question.images]
     return _body(question, model, urls, extra or {})
 
 
 def key_of(body: Mapping[str, Any]) -> str:
     """Hex SHA-256 of a body's canonical JSON in which `sha256:...` of its bytes stands for each picture's data URL."""
-    return hashlib.sha256(_canonical(_without_pictures(body))).hexdigest()
+    return hashlib.sha256(_canonical(_without_images(body))).hexdigest()
 
 
 async def request_of(question: Question, model: str, pixels: int, extra: Mapping[str, Any]) -> Request:
     """The request of a question. Pictures that have to be shrunk are, in a thread, so that the event loop goes on."""
-    pictures = []
-    for path in question.pictures:
-        data = read_picture(path)
+    images = []
+    for path in question.images:
+        data = read_image(path)
         kind = _kind(data, pixels)
-        pictures.append(_url(data, kind) if kind else _url(await asyncio.to_thread(_shrink, path, data, pixels), "image/jpeg"))
-    told = _canonical(_body(question, model, [f"sha256:{digest}" for _, digest in pictures], extra))
+        images.append(_url(data, kind) if kind else _url(await asyncio.to_thread(_shrink, path, data, pixels), "image/jpeg"))
+    told = _canonical(_body(question, model, [f"sha256:{digest}" for _, digest in images], extra))
     payload = told
-    for url, digest in pictures:
+    for url, digest in images:
         # Within a JSON string the quotation marks would be escaped: this is found only where `_body` put it.
         payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
     return Request(hashlib.sha256(told).hexdigest(), payload, question.stage, question.qid)
@@ -280,13 +280,13 @@ def _canonical(body: Any) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
-def _without_pictures(value: Any) -> Any:
+def _without_images(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {
-            name: _digest_of(one) if name == "url" and isinstance(one, str) else _without_pictures(one)
+            name: _digest_of(one) if name == "url" and isinstance(one, str) else _without_images(one)
             for name, one in value.items()
         }
-    return [_without_pictures(one) for one in value] if isinstance(value, list) else value
+    return [_without_images(one) for one in value] if isinstance(value, list) else value
 
 
 def _digest_of(url: str) -> str:
@@ -303,7 +303,7 @@ def _checked(extra: Mapping[str, Any]) -> dict[str, Any]:
 def _kind(data: bytes, pixels: int) -> str:
     """The media type of a picture that can be sent as it is; "" where it must be decoded (and checked) first."""
     try:
-        with open_picture(data) as image:
+        with open_image(data) as image:
             width, height = image.size
             bound = min(pixels or DEFAULT_LIMITS.pixels, DEFAULT_LIMITS.pixels)
             plain = (
@@ -322,7 +322,7 @@ def _kind(data: bytes, pixels: int) -> str:
 
 
 def _shrink(path: Path, data: bytes, pixels: int) -> bytes:
-    image = Picture.from_bytes(data, str(path)).load()
+    image = ImageInput.from_bytes(data, str(path)).load()
     if pixels and image.width * image.height > pixels:
         scale = (pixels / (image.width * image.height)) ** 0.5
         size = max(1, int(image.width * scale)), max(1, int(image.height * scale))

@@ -37,7 +37,7 @@ def read_genecis(root: Path, missing: Missing = "stop") -> Task:
 
 def _read_case(folder: Path, kind: str, number: int, entry: Entry, pool: dict[str, Source]) -> Case:
     """One sample. Adds its target and gallery to the pool."""
-    named = _name_pictures(folder, kind, number, entry)
+    named = _name_images(folder, kind, number, entry)
     _, reference = next(named)
     gallery: list[str] = []
     for id, path in named:
@@ -53,7 +53,7 @@ def _read_case(folder: Path, kind: str, number: int, entry: Entry, pool: dict[st
     )
 
 
-def _name_pictures(folder: Path, kind: str, number: int, entry: Entry) -> Iterator[tuple[str, Path]]:
+def _name_images(folder: Path, kind: str, number: int, entry: Entry) -> Iterator[tuple[str, Path]]:
     """Id and file of the reference, the target, and the gallery in order.
 
     Attribute samples name crops by image, sample and place (0 the reference, 1 the target), object samples whole COCO pictures.

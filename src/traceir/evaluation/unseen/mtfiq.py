@@ -57,5 +57,5 @@ def _turn(turn: Any, entry: Entry, folder: Path) -> list[Source]:
     if name is None or not all(isinstance(text, str) for text in turn[1]):
         raise entry.fail("reference", "a list of turns [address, [texts], name]")
     said = join_feedback(turn[1])
-    picture = folder / f"{name}.jpg"
-    return [picture, said] if said else [picture]
+    image = folder / f"{name}.jpg"
+    return [image, said] if said else [image]

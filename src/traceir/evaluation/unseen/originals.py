@@ -63,7 +63,7 @@ def read_fashioniq(
         if not all(isinstance(text, str) for text in texts):
             raise entry.fail("captions", "a list of texts")
         said = join_feedback(texts)
-        picture = images / f"{entry.name('candidate')}.jpg"
-        cases.append(Case(str(number), (picture, said) if said else (picture,), (entry.name("target"),), instruction))
+        image = images / f"{entry.name('candidate')}.jpg"
+        cases.append(Case(str(number), (image, said) if said else (image,), (entry.name("target"),), instruction))
     task = Task(f"fashioniq_{category}", f"FashionIQ {category}", captions, tuple(cases), pool, FASHIONIQ_METRICS, "hit@10")
     return settle(task, missing)

@@ -53,10 +53,10 @@ _Pair = tuple[str, str, Path, str, str]
 def _choose(name: str, column: str, source: Path, pairs: Iterable[_Pair], left_out: LeftOut, missing: Missing) -> Task:
     cases: list[Case] = []
     pool: dict[str, Source] = {}
-    for id, group, picture, true, wrong in pairs:
+    for id, group, image, true, wrong in pairs:
         gallery = (f"{id}/true", f"{id}/wrong")
         pool |= dict(zip(gallery, (true, wrong), strict=True))
-        cases.append(Case(id, (picture,), gallery[:1], target="text", gallery=gallery, group=group))
+        cases.append(Case(id, (image,), gallery[:1], target="text", gallery=gallery, group=group))
     return settle(Task(name, column, source, tuple(cases), pool, METRICS, "accuracy", left_out=left_out), missing)
 
 
@@ -68,8 +68,8 @@ def _sugarcrepe_pairs(folder: Path, images: Path) -> Iterator[_Pair]:
         whole = read_object(path)
         for key in whole.fields:
             entry = whole.entry(key)
-            picture = below(images, entry.text("filename"), entry.where)
-            yield f"{kind}/{key}", kind, picture, entry.text("caption"), entry.text("negative_caption")
+            image = below(images, entry.text("filename"), entry.where)
+            yield f"{kind}/{key}", kind, image, entry.text("caption"), entry.text("negative_caption")
 
 
 def _ccneg_pairs(source: Path, folder: Path, paths: list[Any], annotations: list[Any], first: int) -> Iterator[_Pair]:
@@ -77,10 +77,10 @@ def _ccneg_pairs(source: Path, folder: Path, paths: list[Any], annotations: list
         where = f"{source}, entry {number}"
         if not isinstance(name, str) or CCNEG_PREFIX not in name:
             raise DataError(f"{where}: image_paths holds {name!r}; it must be a path through {CCNEG_PREFIX}")
-        picture = below(folder, name.rpartition(CCNEG_PREFIX)[2], where)
+        image = below(folder, name.rpartition(CCNEG_PREFIX)[2], where)
         entry = Entry(annotation, where)
         true, wrong = entry.entry("json").text("caption"), entry.entry("sop_data").text("negative-prompt")
-        yield str(number), "", picture, true, wrong.replace(",", "")
+        yield str(number), "", image, true, wrong.replace(",", "")
 
 
 def _load_tensors(path: Path) -> object:

@@ -66,7 +66,7 @@ def rehearse_unseen(root: Path, columns: Iterable[str] | None = None) -> str:
     lines.append("|---|---:|---:|---|---:|---:|---:|")
     for task in read_columns(root, _chosen(root, columns), "keep"):
         gone = task.left_out
-        counts = f"{len(gone.pictures)} | {len(gone.unknown)} | {len(gone.files)}"
+        counts = f"{len(gone.images)} | {len(gone.unknown)} | {len(gone.files)}"
         lines.append(f"| {task.name} | {len(task.cases)} | {len(task.pool)} | {task.main} | {counts} |")
     return "\n".join(lines)
 

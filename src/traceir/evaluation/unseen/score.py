@@ -149,7 +149,7 @@ def describe(left_out: LeftOut) -> dict[str, Any]:
     kinds = {
         "queries": left_out.cases,
         "candidates": left_out.candidates,
-        "pictures": left_out.pictures,
+        "pictures": left_out.images,
         "unknown_ids": left_out.unknown,
         "files": left_out.files,
     }

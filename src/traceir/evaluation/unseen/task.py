@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from traceir.errors import DataError
-from traceir.images import Picture
+from traceir.images import ImageInput
 from traceir.items import Item, Modality, Query
 
 log = logging.getLogger(__name__)
@@ -58,13 +58,13 @@ class LeftOut:
     """What is not scored, and why: absent files and pictures, ids that name nothing, and the ids lost with them."""
 
     files: tuple[Path, ...] = ()
-    pictures: tuple[Path, ...] = ()
+    images: tuple[Path, ...] = ()
     unknown: tuple[str, ...] = ()
     candidates: tuple[str, ...] = ()
     cases: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.files or self.pictures or self.unknown or self.cases)
+        return bool(self.files or self.images or self.unknown or self.cases)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def settle(task: Task, missing: Missing) -> Task:
         for id in dict.fromkeys((*case.relevant, *(case.gallery or ())))
         if id not in task.pool
     )
-    absent = replace(task.left_out, pictures=tuple(gone), unknown=unknown)
+    absent = replace(task.left_out, images=tuple(gone), unknown=unknown)
     if missing == "stop":
         _refuse(task, absent)
     if not absent or missing == "keep":
@@ -132,8 +132,8 @@ def settle(task: Task, missing: Missing) -> Task:
     return replace(task, cases=cases, pool=pool, left_out=absent)
 
 
-def _open(source: Source) -> str | Picture:
-    return Picture.open(source) if isinstance(source, Path) else source
+def _open(source: Source) -> str | ImageInput:
+    return ImageInput.open(source) if isinstance(source, Path) else source
 
 
 def _whole(case: Case, pool: Mapping[str, Source], gone: Mapping[Path, None], lost: set[str]) -> bool:
@@ -183,8 +183,8 @@ def _refuse(task: Task, absent: LeftOut) -> None:
     found = []
     if absent.files:
         found.append(f"{len(absent.files)} annotation files are missing, first {_show(absent.files)}")
-    if absent.pictures:
-        found.append(f"{len(absent.pictures)} pictures are missing, first {_show(absent.pictures)}")
+    if absent.images:
+        found.append(f"{len(absent.images)} pictures are missing, first {_show(absent.images)}")
     if absent.unknown:
         found.append(f"{len(absent.unknown)} ids are not in the pool, first {_show(absent.unknown)} (query: id)")
     if found:

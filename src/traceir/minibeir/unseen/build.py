@@ -30,7 +30,7 @@ from traceir.minibeir.unseen.edits import make_circo, make_genecis
 from traceir.minibeir.unseen.pairs import make_ccneg, make_sugarcrepe
 from traceir.minibeir.unseen.states import Part
 from traceir.minibeir.unseen.turns import make_multiturn, make_vist
-from traceir.minibeir.unseen.verify import PICTURES_FILE, read_torch, verify_unseen
+from traceir.minibeir.unseen.verify import IMAGES_FILE, read_torch, verify_unseen
 
 FORMAT: Final = 1
 MANIFEST: Final = "unseen.json"
@@ -89,10 +89,10 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
     for part in parts.values():
         for name, content in part.files.items():
             _write_file(work / name, content)
-    _draw_pictures(work, parts, quiet)
+    _draw_images(work, parts, quiet)
     verify_unseen(work, progress=progress)
     counts = {
-        name: {"queries": part.queries, "candidates": part.candidates, "pictures": len(part.pictures)}
+        name: {"queries": part.queries, "candidates": part.candidates, "pictures": len(part.images)}
         for name, part in parts.items()
     }
     _write_file(work / MANIFEST, plan | {"sets": counts, "fingerprint": fingerprint(work)})
@@ -156,19 +156,19 @@ def _dump(content: object) -> str:
     return json.dumps(content, ensure_ascii=False)
 
 
-def _draw_pictures(root: Path, parts: Mapping[str, Part], quiet: bool | None) -> None:
+def _draw_images(root: Path, parts: Mapping[str, Part], quiet: bool | None) -> None:
     """Draws every picture, and writes down what each shows."""
-    sketches = {name: sketch for part in parts.values() for name, sketch in part.pictures.items()}
+    sketches = {name: sketch for part in parts.values() for name, sketch in part.images.items()}
     for folder in {(root / name).parent for name in sketches}:
         folder.mkdir(parents=True, exist_ok=True)
     shown = tqdm(sketches.items(), desc="unseen: pictures", unit="picture", leave=False, disable=quiet)
     for name, sketch in shown:
-        _save_picture(sketch.draw(), root / name)
+        _save_image(sketch.draw(), root / name)
     lines = [_dump({"path": name, "key": sketches[name].key}) + "\n" for name in sorted(sketches)]
-    _write_file(root / PICTURES_FILE, "".join(lines))
+    _write_file(root / IMAGES_FILE, "".join(lines))
 
 
-def _save_picture(image: Image.Image, path: Path) -> None:
+def _save_image(image: Image.Image, path: Path) -> None:
     if path.suffix == ".jpg":
         image.save(path, format="JPEG", quality=JPEG_QUALITY)
     else:

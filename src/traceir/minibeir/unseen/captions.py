@@ -243,7 +243,7 @@ def make_sharegpt4v(count: int, rng: random.Random) -> Part:
     pairs = []
     for place, scene in enumerate(draw_clusters(list_scenes(), near_scenes, count, rng)):
         name = f"scene_{place:06}.jpg"
-        part.pictures[f"sharegpt4v/val_data/{name}"] = depict(scene)
+        part.images[f"sharegpt4v/val_data/{name}"] = depict(scene)
         pairs.append({"image_name": name, "caption": _describe_scene(scene, rng)})
     part.files["sharegpt4v/datas_for_validation.json"] = pairs
     return part
@@ -253,7 +253,7 @@ def make_urban(count: int, rng: random.Random) -> Part:
     """Long captions and press photos, one to one; numbered from 1, and only the first line of a caption file counts."""
     part = Part(count, count)
     for number, photo in enumerate(draw_clusters(list_photos(), near_photos, count, rng), start=1):
-        part.pictures[f"Urban1k/image/{number}.jpg"] = depict(photo)
+        part.images[f"Urban1k/image/{number}.jpg"] = depict(photo)
         part.files[f"Urban1k/caption/{number}.txt"] = _describe_photo(photo, rng) + "\n"
     return part
 
@@ -268,7 +268,7 @@ def make_flickr(count: int, rng: random.Random) -> Part:
     captions: list[str] = []
     for place in range(count):
         state: State = (scenes, garments, photos)[place % 3][place // 3]
-        part.pictures[f"flickr/images/{place}.png"] = depict(state)
+        part.images[f"flickr/images/{place}.png"] = depict(state)
         five = [phrase.say(**slots_of(state)) for phrase in find_five(state)]
         captions += rng.sample(five, FIVE)
     part.files["flickr/flickr_text.json"] = captions

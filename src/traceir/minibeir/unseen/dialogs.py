@@ -150,7 +150,7 @@ def make_visdial(count: int, rng: random.Random) -> Part:
             for question, answer in zip(asked, told, strict=True)
         ]
         number = 300 + 11 * place
-        part.pictures[f"visdial/VisualDialog_val2018/VisualDialog_val2018_{number:012}.jpg"] = sketch
+        part.images[f"visdial/VisualDialog_val2018/VisualDialog_val2018_{number:012}.jpg"] = sketch
         dialogs.append({"image_id": number, "dialog": rounds})
     data = {"questions": list(questions), "answers": list(answers), "dialogs": dialogs}
     part.files["visdial/visdial_1.0_val.json"] = {"version": "1.0", "split": "val", "data": data}

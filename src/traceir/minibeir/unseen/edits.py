@@ -138,7 +138,7 @@ def make_circo(count: int, rng: random.Random) -> Part:
     part.files["circo/annotations/image_info_unlabeled2017.json"] = {
         "images": [{"id": ids[scene], "file_name": files[scene]} for scene in sorted(ids, key=ids.__getitem__)]
     }
-    part.pictures = {f"circo/unlabeled2017/{name}": depict(scene) for scene, name in files.items()}
+    part.images = {f"circo/unlabeled2017/{name}": depict(scene) for scene, name in files.items()}
     return part
 
 
@@ -200,7 +200,7 @@ class _Choice(Generic[S]):
     gallery: tuple[S, ...]
 
     @property
-    def pictures(self) -> tuple[S, ...]:
+    def images(self) -> tuple[S, ...]:
         """Reference, target and gallery, in the order in which crops are numbered."""
         return self.reference, self.target, *self.gallery
 
@@ -301,20 +301,20 @@ def make_genecis(count: int, rng: random.Random) -> Part:
     for name, draw in scenes.items():
         entries = []
         for choice in _draw_choices(draw, count, rng):
-            for scene in choice.pictures:
+            for scene in choice.images:
                 number = ids.setdefault(scene, 100 + 7 * len(ids))
-                part.pictures[f"genecis/val2017/{number:012}.jpg"] = depict(scene)
-            entries.append(_enter_choice(choice.text, [{"val_image_id": ids[scene]} for scene in choice.pictures]))
+                part.images[f"genecis/val2017/{number:012}.jpg"] = depict(scene)
+            entries.append(_enter_choice(choice.text, [{"val_image_id": ids[scene]} for scene in choice.images]))
         part.files[f"genecis/annotations/{name}.json"] = entries
     garments = {"change_attribute": _change_attribute, "focus_attribute": _focus_attribute}
     numbers: dict[Garment, int] = {}
     for name, draw_garment in garments.items():
         entries = []
         for sample, worn in enumerate(_draw_choices(draw_garment, count, rng)):
-            for crop, garment in enumerate(worn.pictures):
+            for crop, garment in enumerate(worn.images):
                 number = numbers.setdefault(garment, 2_300_000 + len(numbers))
-                part.pictures[f"genecis/visual_genome/{name}/{number}_{sample}_{crop}.jpg"] = depict(garment)
-            entries.append(_enter_choice(worn.text, [{"image_id": numbers[garment]} for garment in worn.pictures]))
+                part.images[f"genecis/visual_genome/{name}/{number}_{sample}_{crop}.jpg"] = depict(garment)
+            entries.append(_enter_choice(worn.text, [{"image_id": numbers[garment]} for garment in worn.images]))
         part.files[f"genecis/annotations/{name}.json"] = entries
     return part
 
@@ -325,5 +325,5 @@ def _draw_choices(draw: Callable[[random.Random], _Choice[S] | None], count: int
     return list(itertools.islice((choice for choice in drawn if choice is not None), count))
 
 
-def _enter_choice(text: str, pictures: list[dict[str, int]]) -> dict[str, Any]:
-    return {"reference": pictures[0], "target": pictures[1], "gallery": pictures[2:], "condition": text}
+def _enter_choice(text: str, images: list[dict[str, int]]) -> dict[str, Any]:
+    return {"reference": images[0], "target": images[1], "gallery": images[2:], "condition": text}

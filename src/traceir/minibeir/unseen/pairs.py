@@ -165,7 +165,7 @@ def make_ccneg(count: int, rng: random.Random) -> Part:
     for place in range(count):
         state, caption, negative = _draw_pair(draws[place % 3], rng)
         name = f"{place:09}.jpg"
-        part.pictures[f"ccneg/cc3m/{name}"] = depict(state)
+        part.images[f"ccneg/cc3m/{name}"] = depict(state)
         paths.append(PREFIX + name)
         annotations.append({"json": {"caption": caption}, "sop_data": {"negative-prompt": negative}})
     part.files["ccneg/ccneg_preprocessed.pt"] = {"image_paths": paths, "annotations": annotations}
@@ -309,7 +309,7 @@ def make_sugarcrepe(count: int, rng: random.Random) -> Part:
         for place in range(count):
             state, caption, negative = _draw_pair(draws[place % 2], rng)
             name = f"{ids.setdefault(state, 139 + 13 * len(ids)):012}.jpg"
-            part.pictures[f"sugar-crepe/val2017/{name}"] = depict(state)
+            part.images[f"sugar-crepe/val2017/{name}"] = depict(state)
             entries[str(place)] = {"filename": name, "caption": caption, "negative_caption": negative}
         part.files[f"sugar-crepe/data/{kind}.json"] = entries
     return part

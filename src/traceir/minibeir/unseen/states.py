@@ -43,7 +43,7 @@ class Part:
     queries: int
     candidates: int
     files: dict[str, object] = field(default_factory=dict)
-    pictures: dict[str, Sketch] = field(default_factory=dict)
+    images: dict[str, Sketch] = field(default_factory=dict)
 
 
 # --- compositions -----------------------------------------------------------------------------------------------------

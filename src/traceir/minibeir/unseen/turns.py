@@ -35,7 +35,7 @@ from traceir.minibeir.unseen.states import (
     shows,
 )
 
-PICTURES: Final = 5
+IMAGES: Final = 5
 """Pictures of a story."""
 
 # --- VIST -------------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ def _grow_story(
     `every` holds what may still be used. None where the story cannot go on.
     """
     story, texts = [start], [tell(start, True, rng)]
-    while len(story) < PICTURES:
+    while len(story) < IMAGES:
         options: dict[str, list[tuple[str, S]]] = {}
         for change in list_changes(story):
             state = change.mean(*story)
@@ -158,7 +158,7 @@ def _grow_story(
             return None
         text, state = rng.choice(options[rng.choice(list(options))])
         seen = tell(state, False, rng)
-        if len(story) < PICTURES - 1 and rng.random() < 0.3 and seen not in texts:
+        if len(story) < IMAGES - 1 and rng.random() < 0.3 and seen not in texts:
             text = seen
         story.append(state)
         texts.append(text)
@@ -190,14 +190,14 @@ def make_vist(count: int, rng: random.Random) -> Part:
     """Stories of five pictures of which the last is to be found; scenes and photos by turns, in three picture formats."""
     scenes = _write_stories(list_scenes(), _list_scene_changes, _tell_scene, count - count // 2, rng)
     photos = _write_stories(list_photos(), _list_photo_changes, _tell_photo, count // 2, rng)
-    part = Part(count, PICTURES * count)
+    part = Part(count, IMAGES * count)
     annotations: list[list[dict[str, object]]] = []
     for story in range(count):
         told: tuple[Sequence[State], list[str]] = (scenes, photos)[story % 2][story // 2]
         for order, (state, text) in enumerate(zip(*told, strict=True)):
             number = str(500_000 + 3 * len(annotations))
             suffix = {7: "png", 13: "gif"}.get(len(annotations) % 20, "jpg")
-            part.pictures[f"vist/images/{number}.{suffix}"] = depict(state)
+            part.images[f"vist/images/{number}.{suffix}"] = depict(state)
             line = {"story_id": str(40_000 + story), "text": text, "photo_flickr_id": number}
             annotations.append([line | {"worker_arranged_photo_order": order}])
     part.files["vist/sis/val.story-in-sequence.json"] = {"annotations": annotations}
@@ -291,5 +291,5 @@ def make_multiturn(count: int, rng: random.Random) -> Part:
     part = Part(count, len(pool))
     part.files["multiturnfashion/data/all.val.json"] = entries
     part.files["multiturnfashion/image_splits/split.all.val.json"] = sorted(pool.values())
-    part.pictures = {f"mbeir_images/fashioniq_images/{name}.jpg": depict(garment) for garment, name in pool.items()}
+    part.images = {f"mbeir_images/fashioniq_images/{name}.jpg": depict(garment) for garment, name in pool.items()}
     return part

@@ -21,7 +21,7 @@ from traceir.minibeir.unseen import captions, dialogs, edits, pairs, turns
 from traceir.minibeir.unseen.language import Phrase, S, read
 from traceir.minibeir.unseen.states import State, find_state
 
-PICTURES_FILE: Final = "unseen_pictures.jsonl"
+IMAGES_FILE: Final = "unseen_pictures.jsonl"
 """Lines of {"path", "key"}: what each picture shows, which no reader of the sets needs."""
 
 T = TypeVar("T")
@@ -31,19 +31,19 @@ Shown = Mapping[str, State]
 
 def verify_unseen(root: Path, *, progress: bool = False) -> None:
     """Reads all sets back and checks them. Raises DataError naming file and query where a set breaks a rule."""
-    shown = read_pictures(root)
+    shown = read_images(root)
     for check in tqdm(_CHECKS, desc="unseen: checks", unit="set", leave=False, disable=None if progress else True):
         check(root, shown)
 
 
-def read_pictures(root: Path) -> dict[str, State]:
+def read_images(root: Path) -> dict[str, State]:
     """What each picture shows, by its path. Raises DataError where a picture is missing, not listed, or not of the test split."""
-    lines = (root / PICTURES_FILE).read_text(encoding="utf-8").splitlines()
+    lines = (root / IMAGES_FILE).read_text(encoding="utf-8").splitlines()
     keys = {entry["path"]: entry["key"] for entry in map(json.loads, lines)}
     there = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in (".jpg", ".png", ".gif")}
     for name in sorted(there ^ keys.keys()):
         what = "is listed but missing" if name in keys else "is not listed"
-        raise DataError(f"{root / name}: the picture {what} in {PICTURES_FILE}; remove {root} and build again")
+        raise DataError(f"{root / name}: the picture {what} in {IMAGES_FILE}; remove {root} and build again")
     return {name: find_state(key) for name, key in keys.items()}
 
 
@@ -185,7 +185,7 @@ def _check_vist(root: Path, shown: Shown) -> None:
     for number, story in stories.items():
         where = f"{path}: story {number}"
         orders, texts, states = zip(*story, strict=True)
-        _demand(orders == tuple(range(turns.PICTURES)), where, f"the order of pictures is {orders}")
+        _demand(orders == tuple(range(turns.IMAGES)), where, f"the order of pictures is {orders}")
         if all(isinstance(state, Scene) for state in states):
             _check_story(turns.SCENE_CHANGES, turns.SCENE_SIGHTS, texts, states, where)
         else:
