@@ -285,7 +285,7 @@ def test_field_report_11_nothing_is_read_hashed_or_asked_of_the_index_in_the_eve
             return _whole(*given, **options)
 
         monkeypatch.setattr(ImageInput, name, staticmethod(watched) if name == "from_bytes" else watched)
-    for place in ("service.filter_of", "strict.parse_json", "strict.fault_of", "intake.bytes_of_base64", "service.read_items"):
+    for place in ("service.filter_of", "strict.parse_json", "strict.fault_of", "uploads.bytes_of_base64", "service.read_items"):
         module, name = place.split(".")
         whole = getattr(__import__(f"traceir.serve.{module}", fromlist=[name]), name)
 
