@@ -1,7 +1,7 @@
 """The nouns of the serving road: Item, Query, Encoding, Hit, Route.
 
-An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or an ImageInput, so that text, image,
-image+text and interleaved inputs are one type.
+An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or an ImageInput, so that text,
+image, image+text and interleaved inputs are one type.
 """
 
 from __future__ import annotations
