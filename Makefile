@@ -7,18 +7,23 @@ RUNS := out/runs
 # One thread: two on a machine that does anything else are several times slower.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format data model model-direct bundle evaluate evidence clean
+.PHONY: demo test test-all check format data model model-direct bundle evaluate evidence clean
 
 demo: $(VENV)/ready
 	$(BIN)/traceir demo --out out/demo --serve terminal
 
+# Every behaviour once, in two minutes; `test-all` adds what takes long: kills, browsers, trainings, schemathesis.
 test: $(VENV)/dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow"
+
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 
 check: $(VENV)/dev
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/dev
 	$(BIN)/ruff format src tests benchmarks

@@ -25,8 +25,9 @@ from traceir.data.folder import Listing, Policy, Problems, Row, read_row, survey
 from traceir.errors import InputError
 from traceir.evaluation.embedder import Embedder
 from traceir.evaluation.embeddings import Embeddings, Shard
-from traceir.evaluation.judged import Judged, average, continue_results, describe_machine, read_judged, summarise, write_whole
+from traceir.evaluation.judged import Judged, average, continue_results, describe_machine, read_judged, summarise
 from traceir.evaluation.ranking import Pool, Ranking, rank_queries, write_run
+from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
 from traceir.prompts import completion_text
 from traceir.search import EvaluatedEncoder

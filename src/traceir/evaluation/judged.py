@@ -105,14 +105,6 @@ def describe_machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Written beside its place and renamed: the file is there as a whole or as it was."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_name(f"{file.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, file)
-
-
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, one line a row, route and kind of pool; the row's own metric in bold."""
     lines = ["| row | route | pool | queries | hit@1 | hit@5 | hit@10 | reasoned | tokens/query | queries/s |"]

@@ -24,7 +24,8 @@ from typing import Any
 from tqdm import tqdm
 
 from traceir.errors import InputError, TraceError
-from traceir.evaluation.judged import describe_machine, write_whole
+from traceir.evaluation.judged import describe_machine
+from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, ROWS, Run, check_result, identity, plan_runs, write_plan
 from traceir.lab.ablate_score import device_of, score
 from traceir.lab.ablations import Table

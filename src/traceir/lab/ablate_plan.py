@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import write_whole
+from traceir.files import write_whole
 from traceir.lab.ablations import Table, Variant
 from traceir.train.presets import PRESETS
 from traceir.train.train import FREE, TrainConfig

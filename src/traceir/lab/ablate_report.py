@@ -17,8 +17,9 @@ from typing import Any, Final, Literal
 import numpy as np
 
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import describe_machine, write_whole
+from traceir.evaluation.judged import describe_machine
 from traceir.evaluation.metrics import Interval, Values, bootstrap_difference
+from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, obstacle, read_result
 from traceir.lab.ablations import TABLES, Claim, Comparison, Kind, Line, Metric, Table
 

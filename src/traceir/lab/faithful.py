@@ -22,8 +22,8 @@ from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.evaluate import choose_tasks
-from traceir.evaluation.judged import write_whole
 from traceir.evaluation.metrics import rank_positives
+from traceir.files import write_whole
 from traceir.items import Query, Vector
 from traceir.prompts import completion_text
 

@@ -17,8 +17,8 @@ import numpy as np
 
 from traceir.data.mbeir import EVAL_ROWS
 from traceir.errors import InputError
-from traceir.evaluation.judged import write_whole
 from traceir.evaluation.metrics import Interval, bootstrap_mean
+from traceir.files import write_whole
 from traceir.lab import published
 from traceir.lab.report import Key, Run, named_runs, read_run, same_queries
 

@@ -22,7 +22,7 @@ from traceir.checkpoint import ADAPTER
 from traceir.data import hub
 from traceir.data import markdown as md
 from traceir.errors import InputError, ModelError
-from traceir.evaluation.judged import write_whole
+from traceir.files import write_whole
 from traceir.model import TraceSettings, read_settings
 from traceir.weights import weight_files
 

@@ -28,7 +28,7 @@ from traceir.data.cot import is_cot, read_cot, source_folder
 from traceir.data.image_store import pixel_store
 from traceir.data.samples import Schedule, TaskData, image_names, read_lessons, read_pairs, task_shares, texts
 from traceir.errors import InputError, TrainError
-from traceir.evaluation.judged import write_whole
+from traceir.files import write_whole
 from traceir.model import TraceModel, TraceSettings, load, save
 from traceir.precision import WIDEST, bfloat16_on
 from traceir.train.batches import Turns

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import InputError
-from traceir.evaluation.judged import continue_results, describe_machine, write_whole
+from traceir.evaluation.judged import continue_results, describe_machine
 from traceir.evaluation.unseen.catalogue import TASKS, find_columns, read_columns
 from traceir.evaluation.unseen.circo import read_circo, write_submission
 from traceir.evaluation.unseen.score import Outcome, rank_pool, score
 from traceir.evaluation.unseen.task import Missing
+from traceir.files import write_whole
 from traceir.items import Route
 from traceir.lab.published import UNSEEN
 from traceir.search import EvaluatedEncoder
