@@ -12,6 +12,8 @@ from typing import Literal
 
 import pytest
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from conftest import Running
 
 from traceir.serve import wire
@@ -22,6 +24,7 @@ GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 HEAD = 64 * 1024
 Parser = Literal["httptools", "h11"]
+PARSERS = {"httptools": HttpToolsProtocol, "h11": H11Protocol}
 
 
 async def application(scope: Message, receive: Receive, send: Send) -> None:
@@ -44,7 +47,7 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
 @contextmanager
 def listening(parser: Parser, limits: WireLimits) -> Iterator[tuple[str, int]]:
     """A server of `application` in a thread: where it listens."""
-    options = uvicorn.Config(application, log_level="critical", lifespan="off", **settings(limits, parser))
+    options = uvicorn.Config(application, log_level="critical", lifespan="off", **settings(limits, PARSERS[parser]))
     server = uvicorn.Server(options)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -8,12 +8,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, NoReturn
+from functools import partial
+from typing import Any, Final
 
 from traceir.errors import InputError
 from traceir.serve.fair import Pace, Shares, caller
 from traceir.serve.faults import Doubled, place_of_half
-from traceir.serve.guard import App, Headers, Message, Receive, Send, refuse
+from traceir.serve.guard import App, Message, Receive, Refusal, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
 MAX_ANSWER: Final = 4 * 1024 * 1024
@@ -26,10 +27,18 @@ CROWDED_RATE: Final = 8 * 1024 * 1024
 """Bytes a second of the bodies of one caller while others ask too."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
-"""Commas and opening brackets of a body, which bounds the objects Python makes of it; a picture in base64 is one text."""
+"""Commas and opening brackets of a body, which bounds the objects Python makes of it; an image in base64 is one text."""
 MAX_TEXTS: Final = 200_000
 """Texts of a body, names of fields included; counted first, at the cost of a look at each byte."""
 MAX_DIGITS: Final = 40
+CLOSE: Final = (b"connection", b"close")
+"""What is left of the body is not read."""
+TOO_MANY_BYTES: Final = Refusal(
+    429,
+    "the server holds as many bytes of your requests and answers as it can; take the answers, and try again in a second",
+    "too_many_bytes",
+    (CLOSE, (b"retry-after", b"1")),
+)
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A text, or the rest of the body where it does not end: possessive, and never tried twice at one place, so linear."""
 _BRACKET = re.compile(rb"[\[\]{}]")
@@ -58,20 +67,20 @@ class BodyGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if int(announced) > self.most:
-            await refuse(send, 413, f"the body has {int(announced)} bytes, more than {self.most}", "body_too_large")
-            return
+        announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
         body = _Body(self, receive, send)
+        if announced > self.most:
+            await refuse(send, body.too_large(announced))
+            return
         try:
             await self.app(scope, body.receive, body.send)
         except Exception:
-            if body.failure is None:
+            if body.refusal is None:
                 raise
         finally:
             self.shares.give(body.who, body.holds)
-        if body.failure is not None and not body.started:
-            await refuse(send, *body.failure)
+        if body.refusal is not None and not body.started:
+            await refuse(send, body.refusal)
 
 
 class _Body:
@@ -80,49 +89,46 @@ class _Body:
     def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
         self._guard, self._receive, self._send = guard, receive, send
         self.who, self.holds = caller.get(), 0
-        self._read, self._whole = 0, False
+        self._read, self._whole, self.started = 0, False, False
         self._deadline: float | None = None
         self._start: Message | None = None
-        self.failure: tuple[int, str, str, Headers] | None = None
-        self.started = False
+        self.refusal: Refusal | None = None
+
+    def too_large(self, size: int) -> Refusal:
+        return Refusal(413, f"the body has {size} bytes or more, at most {self._guard.most}", "body_too_large", (CLOSE,))
 
     async def receive(self) -> Message:
         if self._whole:
             return await self._receive()  # waits for the client to go away, however long the answer takes
-        if self.failure is not None:
+        if self.refusal is not None:
             return {"type": "http.disconnect"}
-        if self._deadline is None:
-            self._deadline = asyncio.get_running_loop().time() + self._guard.seconds
+        self._deadline = self._deadline or asyncio.get_running_loop().time() + self._guard.seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            self.failure = 408, f"the body did not arrive within {self._guard.seconds:g} seconds", "body_too_slow", ()
-            return {"type": "http.disconnect"}
-        if message["type"] == "http.request":
+            told = f"the body did not arrive within {self._guard.seconds:g} seconds"
+            self.refusal = Refusal(408, told, "body_too_slow", (CLOSE,))
+        else:
             count = len(message.get("body", b""))
             self._read += count
-            self._whole = not message.get("more_body", False)
             if self._read > self._guard.most:
-                self.failure = 413, f"the body has more than {self._guard.most} bytes", "body_too_large", ()
-            elif count and not self._hold(count):
-                self.failure = TOO_MANY_BYTES
-            if self.failure is not None:
-                self._whole = False
-                return {"type": "http.disconnect"}
-            if self._whole:
+                self.refusal = self.too_large(self._read)
+            elif not self._hold(count):
+                self.refusal = TOO_MANY_BYTES
+            elif message["type"] == "http.request" and not message.get("more_body", False):
+                self._whole = True
                 await self._guard.pace.wait(self.who, self._read)
-        return message
+        return message if self.refusal is None else {"type": "http.disconnect"}
 
     def _hold(self, count: int) -> bool:
-        if not self._guard.shares.take(self.who, count):
-            return False
-        self.holds += count
-        return True
+        taken = not count or self._guard.shares.take(self.who, count)
+        self.holds += count * taken
+        return taken
 
     async def send(self, message: Message) -> None:
         """Hands an answer on in pieces, so that what the client does not take stays here, where it is counted."""
-        if self.failure is not None and not self.started:
+        if self.refusal is not None and not self.started:
             return
         if message["type"] == "http.response.start":
             self._start = message  # once it is known that there is room for what follows
@@ -130,25 +136,18 @@ class _Body:
         body = message.get("body", b"")
         held = len(body) if len(body) > SMALL else 0
         if not self._hold(held):
-            if not self.started:
-                self.failure = TOO_MANY_BYTES
-                return
-            raise ConnectionError("the client takes too little of its answers")
+            if self.started:
+                raise ConnectionError("the client takes too little of its answers")
+            self.refusal = TOO_MANY_BYTES
+            return
         if self._start is not None:
             self.started, start, self._start = True, self._start, None
             await self._send(start)
         for place in range(0, max(1, len(body)), SMALL):
-            last = place + SMALL >= len(body)
-            more = not last or bool(message.get("more_body", False))
+            more = place + SMALL < len(body) or bool(message.get("more_body", False))
             await self._send({"type": "http.response.body", "body": body[place : place + SMALL], "more_body": more})
         self._guard.shares.give(self.who, held)
         self.holds -= held
-
-
-TOO_MANY_BYTES: Final[tuple[int, str, str, Headers]] = (
-    429, "the server holds as many bytes of your requests and answers as it can; take the answers, and try again in a second",
-    "too_many_bytes", ((b"retry-after", b"1"),),
-)  # fmt: skip
 
 
 def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> Any:
@@ -159,20 +158,22 @@ def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> 
     anything is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too
     large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
+    number = partial(_number, lenient=lenient)
     try:
         text = raw.decode("utf-8")
+        _check_shape(raw, texts)
+        value = json.loads(
+            text,
+            object_pairs_hook=partial(_object, lenient=lenient),
+            parse_constant=number,
+            parse_float=number,
+            parse_int=number,
+        )
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
-    _check_shape(raw, texts)
-    try:
-        hooks: Any = (_any_object, float, float, _any_int) if lenient else (_object, _refuse_constant, _read_float, _read_int)
-        pairs, constant, real, whole = hooks
-        value = json.loads(text, object_pairs_hook=pairs, parse_constant=constant, parse_float=real, parse_int=whole)
     except json.JSONDecodeError as error:
         raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except RecursionError as error:
-        raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep") from error
-    if not lenient and b"\\u" in raw and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
+    if not lenient and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
         raise InputError(f"{place}: the body holds half of a surrogate pair there; send whole characters")
     return value
 
@@ -185,54 +186,37 @@ def _check_shape(raw: bytes, texts: int) -> None:
     if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > MAX_VALUES:
         raise InputError(f"the body holds more than {MAX_VALUES} values; send it in parts")
     depth = 0
-    for found in _BRACKET.finditer(bare):
-        depth += 1 if found[0] in b"[{" else -1
+    for bracket in _BRACKET.finditer(bare):
+        depth += 1 if bracket[0] in b"[{" else -1
         if depth > MAX_DEPTH:
             raise InputError(f"the body is nested more than {MAX_DEPTH} levels deep")
 
 
 def _outside_texts(raw: bytes) -> Iterator[bytes]:
-    """Step by step, so that other threads run between them; most texts, also those of pictures, have no escape to look at."""
+    """Step by step, so that other threads run between them; most texts, also those of images, have no escape to look at."""
     place = 0
     while (start := raw.find(b'"', place)) >= 0:
         yield raw[place:start]
         end = raw.find(b'"', start + 1)
-        found = _TEXT.match(raw, start) if end < 0 or raw.find(b"\\", start, end) >= 0 else None
-        place = end + 1 if found is None else found.end()
+        escaped = _TEXT.match(raw, start) if end < 0 or raw.find(b"\\", start, end) >= 0 else None
+        place = escaped.end() if escaped else end + 1
     yield raw[place:]
 
 
-def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: Sequence[tuple[str, Any]], *, lenient: bool) -> dict[str, Any]:
     made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
-        raise InputError(f"the name {twice[:80]!r} occurs twice in one object of the body")
-    return made
+    if len(made) == len(pairs):
+        return made
+    doubled = [name for name, times in Counter(name for name, _ in pairs).items() if times > 1]
+    if not lenient:
+        raise InputError(f"the name {doubled[0][:80]!r} occurs twice in one object of the body")
+    return made | {name: Doubled() for name in doubled}
 
 
-def _refuse_constant(text: str) -> NoReturn:
-    raise InputError(f"the body holds {text}, which is not JSON; send a number or null")
-
-
-def _read_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise InputError(f"the number {text[:40]} of the body is too large")
-    return value
-
-
-def _any_object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        made |= {name: Doubled() for name, times in Counter(name for name, _ in pairs).items() if times > 1}
-    return made
-
-
-def _any_int(text: str) -> int | float:
-    return int(text) if len(text.removeprefix("-")) <= MAX_DIGITS else math.inf
-
-
-def _read_int(text: str) -> int:
-    if len(text.removeprefix("-")) > MAX_DIGITS:
-        raise InputError(f"the number {text[:40]}... of the body has more than {MAX_DIGITS} digits")
-    return int(text)
+def _number(text: str, *, lenient: bool) -> int | float:
+    digits = text.removeprefix("-")
+    whole = digits.isdigit()
+    value = math.inf if whole and len(digits) > MAX_DIGITS else int(text) if whole else float(text)
+    if lenient or math.isfinite(value):
+        return value
+    raise InputError(f"the body holds {text[:40]}, which is no number of at most {MAX_DIGITS} digits in the range of a double")

@@ -16,9 +16,9 @@ LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 class ServeConfig:
     """How a server runs.
 
-    `pictures`: folders whose pictures may be shown; () is those of the items that are in the index at the start. `uploads`: where
-    pictures that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
-    `fetch_hosts`: hosts that pictures may be fetched from. Rates are requests a minute of one key or address; `cutoff` is that of
+    `images`: folders whose images may be shown; () is those of the items that are in the index at the start. `uploads`: where
+    images that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
+    `fetch_hosts`: hosts that images may be fetched from. Rates are requests a minute of one key or address; `cutoff` is that of
     false alarms, of searches that state none.
     """
 
@@ -46,14 +46,12 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         if self.keys is None and self.host not in LOOPBACK:
-            raise InputError(
-                f"--host {self.host} is not this machine alone, and there are no keys; make some with `traceir keys add` and "
-                "give --keys FILE, or listen on 127.0.0.1"
-            )
+            remedy = "make some with `traceir keys add` and give --keys FILE, or listen on 127.0.0.1"
+            raise InputError(f"--host {self.host} is not this machine alone, and there are no keys; {remedy}")
         if not 0 <= self.port < 2**16:
             raise InputError(f"port {self.port} does not exist; give 0 (a free one) to 65535")
         if self.uploads is None and self.index.startswith(DISTRIBUTED):
-            raise InputError(f"--index {self.index} is no folder that could hold the pictures clients send; give --uploads DIR")
+            raise InputError(f"--index {self.index} is no folder that could hold the images clients send; give --uploads DIR")
         if self.cutoff is not None:
             from traceir.cutoff import check_rate  # here, since it imports numpy
 

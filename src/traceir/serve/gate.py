@@ -1,4 +1,4 @@
-"""The inner gate of the server, as one ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
+"""The inner gate of the server, as ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
 
 It stands before the application, so that a stranger's body is never read and nothing of it is parsed. What needs no key is listed
 here; everything else does, also paths that do not exist.
@@ -6,19 +6,17 @@ here; everything else does, also paths that do not exist.
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
 from traceir.items import Item, Query
 from traceir.serve.audit import MAX_WHAT, AuditLog
 from traceir.serve.fair import Shares, caller
-from traceir.serve.guard import App, Message, Receive, Send, refuse
-from traceir.serve.keys import ANYONE, KeyRing, Principal, Refusal, Scope
+from traceir.serve.guard import SAFE_METHODS, App, Message, Receive, Refusal, Send, refuse
+from traceir.serve.keys import ANYONE, KeyRing, Principal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 
-log = logging.getLogger(__name__)
 OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/health/", "/ready", "/ready/", "/openapi.json"})
 """What needs no key: the page, which asks for one, and what a watchdog calls."""
 OPEN_FOLDER: Final = "/static/"
@@ -31,23 +29,18 @@ TOGETHER: Final = 1024
 
 
 class Limits:
-    """How fast each principal may ask and embed, and each address fail; one for a server."""
+    """How fast each principal may ask and embed, and each address fail; one for a server. None: as fast as it likes."""
 
     def __init__(self, requests: Rate | None = REQUESTS, inputs: Rate | None = INPUTS, failures: Rate = FAILURES) -> None:
-        self._requests = Buckets(requests) if requests else None
-        self._inputs = Buckets(inputs) if inputs else None
-        self._failures = Buckets(failures)
+        self._requests, self._inputs, self._failures = Buckets(requests), Buckets(inputs), Buckets(failures)
 
     def take_request(self, who: Principal) -> float:
         """0.0, or the seconds to wait before the next request. A key's own limit goes before the server's."""
-        own = Rate(who.requests_per_minute) if who.requests_per_minute else None
-        if self._requests is None:
-            return 0.0
-        return self._requests.take(who.name, 1.0, own)
+        return self._requests.take(who.name, rate=Rate(who.requests_per_minute) if who.requests_per_minute else None)
 
     def take_inputs(self, who: Principal, count: int) -> float:
-        """0.0, or the seconds to wait before `count` more texts and pictures may be embedded."""
-        return 0.0 if self._inputs is None else self._inputs.take(who.name, float(count))
+        """0.0, or the seconds to wait before `count` more texts and images may be embedded."""
+        return self._inputs.take(who.name, count)
 
     def take_failure(self, address: str) -> float:
         return self._failures.take(network_of(address))
@@ -70,59 +63,45 @@ class KeyGate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        needed = scope_needed(scope["method"], scope["path"])
-        asked = Asked(self.audit)
-        state = scope.setdefault("state", {})
-        state["audit"] = asked
-        started, status = time.monotonic(), 0
+        needed, started, status = scope_needed(scope["method"], scope["path"]), time.monotonic(), 500
+        scope.setdefault("state", {})["audit"] = asked = Asked(self.audit)
 
         async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
-        who: Principal | None = None
         try:
-            found = self._judge(scope, needed) if needed else ANYONE
-            if isinstance(found, Principal):
-                who = state["principal"] = found
-                caller.set(who.name if self.ring is not None and needed else network_of(_address(scope)))
-                if self._under_way.take(caller.get()):
-                    try:
-                        await self.app(scope, receive, watched)
-                    finally:
-                        self._under_way.give(caller.get())
-                else:
-                    count = self._under_way.of(caller.get())
-                    told = f"{count} of your requests are being answered, and the server takes no more of you now"
-                    await refuse(watched, 429, told, "too_many_together", [(b"retry-after", b"1")])
-            else:
-                refusal, wait, who = found
-                await refuse(watched, refusal.status, refusal.message, refusal.code, _headers_of(refusal, wait))
+            if (refusal := self._refusal(scope, needed)) is not None:
+                await refuse(watched, refusal)
+                return
+            try:
+                await self.app(scope, receive, watched)
+            finally:
+                self._under_way.give(caller.get())
         finally:
             if self.audit is not None and needed:
-                self.audit.write(_line(scope, who, status or 500, time.monotonic() - started, asked))
+                self.audit.write(_line(scope, status, time.monotonic() - started, asked))
 
-    def _judge(self, scope: Message, needed: Scope) -> Principal | tuple[Refusal, float, Principal | None]:
-        """Who may go on; or why not, how long to wait, and who it was if that is known."""
-        header = next((value for name, value in scope["headers"] if name == b"authorization"), None)
-        who = ANYONE if self.ring is None else self.ring.check(None if header is None else header.decode("latin-1"))
-        if isinstance(who, Refusal):
-            wait = self.limits.take_failure(_address(scope)) if who.status == 401 else 0.0
-            if wait > 0.0:
-                return Refusal(429, "too many requests without a valid key from this address", "too_many_failures"), wait, None
-            return who, 0.0, None
-        if not who.may(needed):
-            return Refusal(403, f"the key {who.name!r} has no {needed} scope", "missing_scope"), 0.0, who
-        wait = self.limits.take_request(who)
-        if wait > 0.0:
-            return (
-                Refusal(429, f"the key {who.name!r} asks too often; wait {retry_after(wait)} s", "too_many_requests"),
-                wait,
-                who,
-            )
-        return who
+    def _refusal(self, scope: Message, needed: Scope | None) -> Refusal | None:
+        """Why a request may not go on. Where it may, its caller holds one more of what is under way."""
+        address, who = _address(scope), ANYONE
+        if needed and self.ring is not None:
+            header = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
+            if isinstance(known := self.ring.check(header), Refusal):
+                wait = self.limits.take_failure(address) if known.status == 401 else 0.0
+                return _too_fast("too many requests without a valid key from this address", "failures", wait) if wait else known
+            who = known
+        scope["state"]["principal"] = who
+        if needed and not who.may(needed):
+            return Refusal(403, f"the key {who.name!r} has no {needed} scope", "missing_scope")
+        if needed and (wait := self.limits.take_request(who)):
+            return _too_fast(f"the key {who.name!r} asks too often; wait {retry_after(wait)} s", "requests", wait)
+        caller.set(who.name if self.ring is not None and needed else network_of(address))
+        if not self._under_way.take(caller.get()):
+            count = self._under_way.of(caller.get())
+            return _too_fast(f"{count} of your requests are being answered, and the server takes no more of you", "together", 1.0)
+        return None
 
 
 class Asked:
@@ -134,7 +113,7 @@ class Asked:
         self.count = 0
 
     def add(self, content: Item | Query) -> None:
-        """Notes a query or an item; nothing where the log is off. Reads pictures, to hash them, so not on the event loop."""
+        """Notes a query or an item; nothing where the log is off. Reads images, to hash them, so not on the event loop."""
         if self._audit is not None:
             self.count += 1
             if len(self.what) < MAX_WHAT:
@@ -149,24 +128,22 @@ class Asked:
 
 def scope_needed(method: str, path: str) -> Scope | None:
     """What a request needs: nothing, `read`, or `write` for what changes the index."""
-    if method in ("GET", "HEAD") and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER)):
+    reads = method in SAFE_METHODS
+    if reads and (path in OPEN_PATHS or path.startswith(OPEN_FOLDER)):
         return None
-    if method in ("GET", "HEAD") or (method == "POST" and (path == "/search" or path.startswith(("/search/", "/v1/")))):
-        return "read"
-    return "write"
+    return "read" if reads or (method == "POST" and (path == "/search" or path.startswith(("/search/", "/v1/")))) else "write"
+
+
+def _too_fast(message: str, what: str, wait: float) -> Refusal:
+    return Refusal(429, message, f"too_many_{what}", ((b"retry-after", retry_after(wait).encode()),))
 
 
 def _address(scope: Message) -> str:
     return str((scope.get("client") or ("", 0))[0])
 
 
-def _headers_of(refusal: Refusal, wait: float) -> list[tuple[bytes, bytes]]:
-    if refusal.status == 401:
-        return [(b"www-authenticate", b'Bearer realm="traceir"')]
-    return [(b"retry-after", retry_after(wait).encode())] if refusal.status == 429 else []
-
-
-def _line(scope: Message, who: Principal | None, status: int, seconds: float, asked: Asked) -> Mapping[str, Any]:
+def _line(scope: Message, status: int, seconds: float, asked: Asked) -> dict[str, Any]:
+    who: Principal | None = scope["state"].get("principal")
     line: dict[str, Any] = {
         "request": scope["state"].get("request_id"),
         "key": who.name if who else None,

@@ -1,10 +1,8 @@
-"""The outer wall of the server, as one ASGI middleware that reads no body: who may ask from where, in what form, and what every
-answer carries.
+"""The outermost ASGI middleware of every HTTP server here: who may ask from where, in what form, and what every answer carries.
 
-Turned away here: Host headers that are not ours (DNS rebinding), pages of other origins (CORS is closed unless origins are
-named, also for requests a browser sends without asking first), headers too many, too long, doubled or smuggling, bodies that are
-not JSON.
-Every answer gets a request id and headers that keep a page to itself, and no answer names the server's software.
+It reads no body. Refused: Host headers that are not ours (DNS rebinding), pages of other origins (also requests that a browser
+sends without asking first), headers too many, too long, doubled or smuggling, bodies that are not JSON. Every answer gets a
+request id and headers that keep a page to itself, and none names the server's software.
 """
 
 from __future__ import annotations
@@ -12,10 +10,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from traceir.errors import InputError
 
@@ -24,15 +22,16 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
+Given = dict[str, list[str]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 PAGE_POLICY: Final = (
     b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; "
     b"form-action 'none'; frame-ancestors 'none'"
 )
-"""For HTML. `blob:` and `data:` are for pictures alone: those dropped on the page, and those fetched with a key."""
+"""For HTML. `blob:` and `data:` are for images alone: those dropped on the page, and those fetched with a key."""
 DATA_POLICY: Final = b"default-src 'none'; frame-ancestors 'none'; sandbox"
-"""For everything else: a picture or JSON opened by itself runs nothing."""
+"""For everything else: an image or JSON opened by itself runs nothing."""
 ALWAYS: Final[Headers] = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -42,40 +41,75 @@ ALWAYS: Final[Headers] = (
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 )
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
-METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-ANSWERED: Final = b"GET, HEAD, POST, DELETE"
+METHODS: Final = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
+ALLOW: Final = (b"allow", b"GET, HEAD, POST, DELETE")
 """The methods of our routes."""
+PREFLIGHT: Final[Headers] = (
+    ALLOW,
+    (b"access-control-allow-methods", ALLOW[1]),
+    (b"access-control-allow-headers", b"authorization, content-type"),
+    (b"access-control-max-age", b"600"),
+)
 PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
 """What watchdogs ask by the address of a machine, so under any Host: it tells nothing but whether the server lives."""
-_ONCE: Final = frozenset({"host", "authorization", "content-length", "content-type", "transfer-encoding", "origin", "expect"})
-_TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+_ONCE: Final = ("authorization", "content-length", "content-type", "expect", "host", "origin", "transfer-encoding")
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:\d{1,5})?")
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request may not go on: the HTTP status, a message for people, a code for programs."""
+
+    status: int
+    message: str
+    code: str
+    headers: Headers = ()
+
+    @property
+    def body(self) -> bytes:
+        """In the shape of this server's errors, which is OpenAI's."""
+        told = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
+        return json.dumps({"error": told}).encode()
+
+
+WRONG_HOST: Final = Refusal(
+    421, "this server does not answer to that Host; start it with --allow-host NAME, or keep its port in a tunnel", "wrong_host"
+)
+WRONG_ORIGIN: Final = Refusal(
+    403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Wall:
-    """What the wall lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
-    `https://app.example.org`, that may use the server from a browser."""
+    """What `Guard` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
+    `https://app.example.org`, that may use the server from a browser. `port`: how a Host must end, as `:8890`; None: any."""
 
     hosts: frozenset[str] | None = frozenset(LOOPBACK)
     origins: frozenset[str] = frozenset()
+    port: str | None = None
     headers: int = 100
     header_bytes: int = 32 * 1024
     path_bytes: int = 8 * 1024
 
     @classmethod
-    def of(cls, bound_to: str, *, hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> Wall:
+    def of(cls, bound_to: str, *, hosts: Iterable[str] = (), origins: Iterable[str] = (), port: int | None = None) -> Wall:
         """For a server bound to an address: on loopback the loopback names and `hosts`, elsewhere `hosts`, or any if there
-        are none."""
-        named = frozenset(_read_host(host) for host in hosts)
-        local = bound_to in ("127.0.0.1", "localhost", "::1", "[::1]")
-        allowed = named | frozenset(LOOPBACK) if local else named or None
-        return cls(hosts=allowed, origins=frozenset(_read_origin(origin) for origin in origins))
+        are none. InputError for what is no host or origin."""
+        named = frozenset(host.strip().lower() for host in hosts)
+        pages = frozenset(origin.strip().lower().rstrip("/") for origin in origins)
+        for host in named:
+            if (matched := _HOST.fullmatch(host)) is None or matched[2]:
+                raise InputError(f"host {host[:200]!r} is unusable; give a name without scheme and port: search.example.org")
+        for page in pages:
+            if not page.startswith(("http://", "https://")) or _HOST.fullmatch(page.partition("://")[2]) is None:
+                raise InputError(f"origin {page[:200]!r} is unusable; give scheme and host, such as https://app.example.org")
+        local = bound_to in ("::1", *LOOPBACK)
+        return cls(named | frozenset(LOOPBACK) if local else named or None, pages, f":{port}" if port else None)
 
 
 class Guard:
-    """The wall around an application. Puts `request_id` into `scope["state"]`."""
+    """The middleware. Puts `request_id` into `scope["state"]`."""
 
     def __init__(self, app: App, wall: Wall) -> None:
         self.app, self.wall = app, wall
@@ -88,112 +122,66 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        found = _by_name(scope["headers"])
-        request_id = secrets.token_hex(12)
-        scope.setdefault("state", {})["request_id"] = request_id
-        origin = found.get("origin", [""])[0]
-        added = [(b"x-request-id", request_id.encode()), *ALWAYS, *self._cors(origin)]
-        dressed = _dressing(send, added)
-        refused = self._refusal(scope, found)
-        if refused is not None:
-            await refuse(dressed, *refused)
+        given: Given = defaultdict(list)
+        for name, value in scope["headers"]:
+            given[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
+        request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(12)
+        origin = given.get("origin", [""])[0]
+        dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *self._cors(origin)])
+        refusal = next(self._refusals(scope, given), None)
+        if refusal is not None:
+            await refuse(dressed, refusal)
         elif scope["method"] == "OPTIONS":
-            await self._preflight(scope, found, dressed)
+            await answer(dressed, 204, PREFLIGHT)
         else:
             await self.app(scope, receive, dressed)
 
-    def _refusal(self, scope: Message, found: dict[str, list[str]]) -> tuple[int, str, str] | None:
-        """Status, message and code, or None for a request that may pass."""
-        wall, method = self.wall, scope["method"]
-        sizes = [len(name) + len(value) for name, value in scope["headers"]]
-        if len(sizes) > wall.headers or sum(sizes) > wall.header_bytes:
-            return 431, f"more than {wall.headers} headers, or {wall.header_bytes} bytes of them", "headers_too_large"
-        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > wall.path_bytes:
-            return 414, f"the path and query have more than {wall.path_bytes} bytes", "path_too_long"
-        if any(not _TOKEN.fullmatch(name) or _CONTROL.search(value) for name, value in scope["headers"]):
-            return 400, "a header holds characters that headers may not hold", "bad_header"
-        if doubled := sorted(name for name in _ONCE if len(found.get(name, [])) > 1):
-            return 400, f"the header {doubled[0]} occurs more than once", "bad_header"
-        if "transfer-encoding" in found and "content-length" in found:
-            return 400, "Content-Length and Transfer-Encoding exclude each other", "bad_header"
-        if method not in METHODS:
-            return 405, f"the method {method[:20]} is not known here", "bad_method"
-        host = found.get("host", [""])[0].lower()
-        matched = _HOST.fullmatch(host)
-        if matched is None and (host or scope.get("http_version") != "1.0"):
-            return 400, "the Host header is missing or unusable", "bad_host"
-        named = wall.hosts is None or (matched is not None and matched[1] in wall.hosts)
-        if not named and not _is_probe(scope, found):
-            return 421, "this server does not answer to that Host; start it with --allow-host NAME to change that", "wrong_host"
-        if method not in SAFE_METHODS and not self._may_write(found.get("origin", [""])[0], host):
-            return 403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
-        return _form_refusal(method, found)
-
-    def _may_write(self, origin: str, host: str) -> bool:
-        """Without an Origin it is no browser, or an old one that asks for nothing but pages; ours is one that names our host."""
-        return not origin or origin in self.wall.origins or (host != "" and _netloc(origin) == host)
-
     def _cors(self, origin: str) -> Headers:
-        if not self.wall.origins:
-            return ()
-        if origin not in self.wall.origins:
-            return ((b"vary", b"origin"),)
-        return (
-            (b"vary", b"origin"),
+        shared = (
             (b"access-control-allow-origin", origin.encode()),
             (b"access-control-expose-headers", b"x-request-id, retry-after"),
         )
+        return [(b"vary", b"origin"), *(shared if origin in self.wall.origins else ())] if self.wall.origins else ()
 
-    async def _preflight(self, scope: Message, found: dict[str, list[str]], send: Send) -> None:
-        origin = found.get("origin", [""])[0]
-        if _is_probe(scope, found):
-            await send({"type": "http.response.start", "status": 204, "headers": [(b"allow", ANSWERED)]})
-            await send({"type": "http.response.body", "body": b""})
-            return
-        if origin not in self.wall.origins or "access-control-request-method" not in found:
-            await refuse(send, 405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method")
-            return
-        headers = [
-            (b"access-control-allow-methods", ANSWERED),
-            (b"access-control-allow-headers", b"authorization, content-type"),
-            (b"access-control-max-age", b"600"),
-        ]
-        await send({"type": "http.response.start", "status": 204, "headers": headers})
-        await send({"type": "http.response.body", "body": b""})
+    def _refusals(self, scope: Message, given: Given) -> Iterator[Refusal]:
+        """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""
+        wall, method, matched = self.wall, scope["method"], _HOST.fullmatch(given.get("host", [""])[0].lower())
+        origin, (host, name, port) = given.get("origin", [""])[0], matched.group(0, 1, 2) if matched else ("", None, None)
+        sizes = [len(name) + len(value) for name, value in scope["headers"]]
+        if len(sizes) > wall.headers or sum(sizes) > wall.header_bytes:
+            yield Refusal(431, f"more than {wall.headers} headers, or {wall.header_bytes} bytes of them", "headers_too_large")
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > wall.path_bytes:
+            yield Refusal(414, f"the path and query have more than {wall.path_bytes} bytes", "path_too_long")
+        for doubled in filter(lambda name: len(given.get(name, ())) > 1, _ONCE):
+            yield Refusal(400, f"the header {doubled} occurs more than once", "bad_header")
+        if "transfer-encoding" in given and "content-length" in given:
+            yield Refusal(400, "Content-Length and Transfer-Encoding exclude each other", "bad_header")
+        if method not in METHODS:
+            yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", (ALLOW,))
+        if not host and ("host" in given or scope.get("http_version") != "1.0"):
+            yield Refusal(400, "the Host header is missing or unusable", "bad_host")
+        here = (wall.hosts is None or name in wall.hosts) and wall.port in (None, port)
+        probe = _is_probe(method, scope["path"], origin)
+        if not here and not probe:
+            yield WRONG_HOST
+        ours = host and origin.lower() in (f"http://{host}", f"https://{host}")
+        if origin and method not in SAFE_METHODS and origin not in wall.origins and not ours:
+            yield WRONG_ORIGIN
+        if method == "OPTIONS" and not probe and not (origin in wall.origins and "access-control-request-method" in given):
+            yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", (ALLOW,))
+        if "content-encoding" in given:
+            yield Refusal(415, "packed bodies are not read; send the JSON as it is", "packed_body")
+        kind = given.get("content-type", [""])[0].partition(";")[0].strip().lower()
+        announced = "transfer-encoding" in given or given.get("content-length", ["0"])[0].strip("0")
+        if announced and method not in SAFE_METHODS and kind != "application/json":
+            yield Refusal(415, "a body needs the header Content-Type: application/json", "wrong_content_type")
 
 
-def kind_of(status: int) -> str:
-    """OpenAI's word for the kind of an error."""
-    kinds = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
-    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-
-
-async def refuse(send: Send, status: int, message: str, code: str, headers: Headers = ()) -> None:
-    """An answer in the shape of this server's errors."""
-    body = json.dumps({"error": {"message": message, "type": kind_of(status), "param": None, "code": code}}).encode()
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status in (408, 413) or code == "too_many_bytes":
-        own.append((b"connection", b"close"))  # what is left of the body is not read
-    if status == 405:
-        own.append((b"allow", ANSWERED))
-    await send({"type": "http.response.start", "status": status, "headers": [*own, *headers]})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _is_probe(scope: Message, found: dict[str, list[str]]) -> bool:
+def _is_probe(method: str, path: str, origin: str) -> bool:
     """Whether a load balancer asks if anybody is there: by a path of PROBED, or in a way that no body is an answer to."""
-    method, path = scope["method"], scope["path"]
     if method == "OPTIONS":
-        return path in PROBED | {"*", "/"} and "origin" not in found
+        return path in PROBED | {"*", "/"} and not origin
     return (method in SAFE_METHODS and path in PROBED) or (method == "HEAD" and path == "/")
-
-
-def _netloc(origin: str) -> str:
-    """Host and port of an origin in small letters, "" where it is none."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
 
 
 def _dressing(send: Send, added: Headers) -> Send:
@@ -209,42 +197,17 @@ def _dressing(send: Send, added: Headers) -> Send:
     return dressed
 
 
-def _form_refusal(method: str, found: dict[str, list[str]]) -> tuple[int, str, str] | None:
-    """What is wrong with how the body is announced. Only JSON may come: a browser asks before it sends that to another origin."""
-    length = found.get("content-length", ["0"])[0]
-    if not (length.isascii() and length.isdigit() and len(length) <= 18):
-        return 400, "Content-Length is not a number of bytes", "bad_header"
-    if "content-encoding" in found:
-        return 415, "packed bodies are not read; send the JSON as it is", "packed_body"
-    if method in SAFE_METHODS or (int(length) == 0 and "transfer-encoding" not in found):
-        return None
-    kind = found.get("content-type", [""])[0].partition(";")[0].strip().lower()
-    if kind != "application/json":
-        return 415, "a body needs the header Content-Type: application/json", "wrong_content_type"
-    return None
+def kind_of(status: int) -> str:
+    """OpenAI's word for the kind of an error."""
+    kinds = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+    return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-def _by_name(headers: Headers) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for name, value in headers:
-        found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip())
-    return found
+async def refuse(send: Send, refusal: Refusal) -> None:
+    await answer(send, refusal.status, [(b"content-type", b"application/json"), *refusal.headers], refusal.body)
 
 
-def _read_host(text: str) -> str:
-    host = text.strip().lower()
-    matched = _HOST.fullmatch(host)
-    if matched is None or matched[2]:
-        raise InputError(f"host {text[:200]!r} is unusable; give a name without scheme and port, such as search.example.org")
-    return host
-
-
-def _read_origin(text: str) -> str:
-    origin = text.strip().lower().rstrip("/")
-    try:
-        parts = urlsplit(origin)
-    except ValueError:
-        parts = urlsplit("")
-    if parts.scheme not in ("http", "https") or _HOST.fullmatch(parts.netloc) is None or parts.path or parts.query:
-        raise InputError(f"origin {text[:200]!r} is unusable; give scheme and host, such as https://app.example.org")
-    return origin
+async def answer(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
+    length = [(b"content-length", str(len(body)).encode())] if body else []
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
+    await send({"type": "http.response.body", "body": body})

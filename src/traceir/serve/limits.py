@@ -1,4 +1,4 @@
-"""Limits of speed: a bucket of tokens for each principal or address, in bounded memory."""
+"""Token buckets: how often something may happen, for one name or for many in bounded memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Final
 
 MAX_BUCKETS: Final = 10_000
 _REST: Final = "\0rest"
-"""The one bucket that newcomers share where all others are in use; no principal or address is called so."""
+"""The bucket that newcomers share where all others are in use; no principal or address is called so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,64 +27,66 @@ class Rate:
         return self.burst if self.burst is not None else max(1.0, min(60.0, self.per_minute), self.per_minute / 30)
 
 
-@dataclass(slots=True)
-class _Bucket:
-    tokens: float
-    at: float
+class Bucket:
+    """Tokens that come back at a rate, `rate.size` at most. An amount above that waits for a full bucket and leaves a debt."""
+
+    __slots__ = ("_at", "rate", "tokens")
+
+    def __init__(self, rate: Rate, now: float) -> None:
+        self.rate, self.tokens, self._at = rate, rate.size, now
+
+    def delay(self, amount: float, now: float) -> float:
+        """Seconds until `amount` may be taken."""
+        self.take(0.0, now)
+        return max(0.0, (min(amount, self.rate.size) - self.tokens) * 60.0 / self.rate.per_minute)
+
+    def take(self, amount: float, now: float) -> None:
+        """Takes `amount`, also on debt; a negative one gives back."""
+        refilled = min(self.rate.size, self.tokens + max(0.0, now - self._at) * self.rate.per_minute / 60.0)
+        self.tokens, self._at = min(self.rate.size, refilled - amount), now
 
 
 class Buckets:
-    """Token buckets by name. Thread-safe; at most `most` of them, whoever asks.
+    """Token buckets by name; without a rate nothing is limited. Thread-safe; at most `most` of them, whoever asks.
 
     Where all are in use, full buckets go first, which forgets nothing; where none is full, newcomers share one bucket: an
     attacker with many addresses slows other strangers down, but never gets a fresh bucket and never takes more memory.
     """
 
-    def __init__(self, rate: Rate, *, most: int = MAX_BUCKETS, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rate: Rate | None, *, most: int = MAX_BUCKETS, clock: Callable[[], float] = time.monotonic) -> None:
         self._rate, self._most, self._clock = rate, max(2, most), clock
         self._lock = Lock()
-        self._buckets: dict[str, tuple[_Bucket, Rate]] = {}
-        self._swept = -math.inf
+        self._buckets: dict[str, Bucket] = {}
+        self._pruned = -math.inf
 
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def take(self, who: str, cost: float = 1.0, rate: Rate | None = None) -> float:
-        """0.0 where `cost` was taken; else the seconds after which it can be, and nothing was taken.
+    def take(self, who: str, cost: float = 1.0, rate: Rate | None = None, *, on_debt: bool = False) -> float:
+        """0.0 where `cost` was taken; else the seconds until it can be, and nothing was taken, unless `on_debt`.
 
-        What costs more than a whole bucket is let through by a full one, which then owes the rest.
+        `rate` is that of this name alone, where it has one.
         """
+        if self._rate is None:
+            return 0.0
         with self._lock:
-            bucket, rate = self._bucket_of(who, rate or self._rate)
-            needed = min(cost, rate.size)
-            if bucket.tokens >= needed:
-                bucket.tokens -= cost
-                return 0.0
-            return (needed - bucket.tokens) * 60.0 / rate.per_minute
+            now = self._clock()
+            bucket = self._bucket_of(who, rate or self._rate, now)
+            wait = bucket.delay(cost, now)
+            if on_debt or not wait:
+                bucket.take(cost, now)
+            return wait
 
-    def _bucket_of(self, who: str, rate: Rate) -> tuple[_Bucket, Rate]:
-        now = self._clock()
+    def _bucket_of(self, who: str, rate: Rate, now: float) -> Bucket:
         if who not in self._buckets and len(self._buckets) >= self._most - 1:
-            if now >= self._swept + 1.0:  # a look at all of them, so not for every stranger
-                self._drop_full(now)
-                self._swept = now
-            if len(self._buckets) >= self._most - 1:
+            if now >= self._pruned + 1.0:  # a look at all of them, so not for every stranger
+                self._buckets = {name: one for name, one in self._buckets.items() if one.delay(one.rate.size, now) > 0}
+                self._pruned = now
+            if len(self._buckets) >= self._most - 1 and self._rate is not None:
                 who, rate = _REST, self._rate
-        bucket, _ = self._buckets.get(who) or (_Bucket(rate.size, now), rate)
-        _refill(bucket, rate, now)
-        self._buckets[who] = bucket, rate
-        return bucket, rate
-
-    def _drop_full(self, now: float) -> None:
-        for who, (bucket, rate) in list(self._buckets.items()):
-            _refill(bucket, rate, now)
-            if bucket.tokens >= rate.size:
-                del self._buckets[who]
-
-
-def _refill(bucket: _Bucket, rate: Rate, now: float) -> None:
-    bucket.tokens = min(rate.size, bucket.tokens + max(0.0, now - bucket.at) * rate.per_minute / 60.0)
-    bucket.at = now
+        bucket = self._buckets.setdefault(who, Bucket(rate, now))
+        bucket.rate = rate
+        return bucket
 
 
 def retry_after(seconds: float) -> str:
@@ -98,8 +100,6 @@ def network_of(address: str) -> str:
         read = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return "unknown"
-    if isinstance(read, ipaddress.IPv4Address):
-        return str(read)
-    if read.ipv4_mapped is not None:
-        return str(read.ipv4_mapped)
-    return str(ipaddress.ip_network((read, 64), strict=False))
+    if isinstance(read, ipaddress.IPv6Address) and read.ipv4_mapped is None:
+        return str(ipaddress.ip_network((read, 64), strict=False))
+    return str(getattr(read, "ipv4_mapped", None) or read)

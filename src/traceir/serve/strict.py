@@ -38,54 +38,48 @@ class StrictRoute(APIRoute):
         wanted = self.body_field.field_info.annotation if self.body_field is not None else None
         model = wanted if isinstance(wanted, type) and issubclass(wanted, BaseModel) else None
 
+        class StrictRequest(Request):
+            async def json(self) -> Any:
+                """The body as an object of the route's model, which FastAPI then takes as it is."""
+                raw = await self.body()
+                return read_body(raw, model) if len(raw) < LARGE else await asyncio.to_thread(read_body, raw, model)
+
         async def strict(request: Request) -> Response:
-            own = _StrictRequest(request.scope, request.receive)
-            own.model = model
-            return await handler(own)
+            return await handler(StrictRequest(request.scope, request.receive))
 
         return strict
-
-
-class _StrictRequest(Request):
-    model: type[BaseModel] | None = None
-
-    async def json(self) -> Any:
-        """The body as an object of the route's model, which FastAPI then takes as it is."""
-        raw = await self.body()
-        return read_body(raw, self.model) if len(raw) < LARGE else await asyncio.to_thread(read_body, raw, self.model)
 
 
 def read_body(raw: bytes, model: type[BaseModel] | None) -> Any:
     """Raises UnreadableError, since FastAPI hides every other exception of a body behind one message."""
     try:
-        told = parse_json(raw, lenient=getattr(model, "each_alone", False), texts=getattr(model, "most_texts", MAX_TEXTS))
-        return told if model is None else model.model_validate(told)
-    except InputError as error:
-        raise UnreadableError(str(error)) from error
+        value = parse_json(raw, lenient=getattr(model, "each_alone", False), texts=getattr(model, "most_texts", MAX_TEXTS))
+        return value if model is None else model.model_validate(value)
     except ValidationError as error:
         place, reason = fault_of(error.errors(include_url=False))
         raise UnreadableError(reason, place or "body") from error
+    except InputError as error:
+        raise UnreadableError(str(error)) from error
 
 
-def read_items(told: Sequence[object]) -> list[ItemIn | ItemResult]:
+def read_items(entries: Sequence[object]) -> list[ItemIn | ItemResult]:
     """Each item as it is meant, or its failure; of several with one id the first counts."""
     seen: set[str] = set()
-    read: list[ItemIn | ItemResult] = []
-    for given in told:
-        one = _read_item(given)
-        if one.id in seen:
-            one = ItemResult(id=one.id, status="failed", error=f"id {one.id!r} occurs twice in one request; send it once")
-        elif isinstance(one, ItemIn):
-            seen.add(one.id)
-        read.append(one)
-    return read
+    items: list[ItemIn | ItemResult] = []
+    for item in map(_read_item, entries):
+        if item.id in seen:
+            item = ItemResult(id=item.id, status="failed", error=f"id {item.id!r} occurs twice in one request; send it once")
+        elif isinstance(item, ItemIn):
+            seen.add(item.id)
+        items.append(item)
+    return items
 
 
-def _read_item(given: object) -> ItemIn | ItemResult:
+def _read_item(entry: object) -> ItemIn | ItemResult:
     try:
-        return ItemIn.model_validate(given)
+        return ItemIn.model_validate(entry)
     except ValidationError as error:
         place, reason = fault_of(error.errors(include_url=False))
-        id = given.get("id") if isinstance(given, dict) else None
+        id = entry.get("id") if isinstance(entry, dict) else None
         shown = plain(id)[:MAX_ID_BYTES] if isinstance(id, str) else None
         return ItemResult(id=shown, status="failed", error=f"{place}: {reason}" if place else reason)

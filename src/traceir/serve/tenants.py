@@ -9,14 +9,14 @@ filter apart. What comes back is checked once more before it is shown, so that a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Final, Self, TypeVar
 
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
-from traceir.index.store import MAX_ID_BYTES, Background, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
+from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD
 
@@ -60,33 +60,28 @@ class Census:
 class TenantIndex:
     """The part of an index that belongs to one tenant, as an `Index` of its own; None: what belongs to no tenant.
 
-    Closing it does not close the index. The ids of a tenant may be a little shorter than MAX_ID_BYTES, for the prefix.
+    Closing it does not close the index, background and approximate search are those of the whole index. The ids of a tenant may
+    be a little shorter than MAX_ID_BYTES, for the prefix.
     """
 
     def __init__(self, index: Index, tenant: str | None, census: Census | None = None) -> None:
         self._index, self._census = index, census or Census(index)
-        self._tenant = None if tenant is None else check_tenant(tenant)
+        self.tenant = None if tenant is None else check_tenant(tenant)
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
-
-    @property
-    def tenant(self) -> str | None:
-        return self._tenant
+        self.keep_background, self.background = index.keep_background, index.background
+        self.version, self.build_approximate = index.version, index.build_approximate
 
     def check(self, items: Sequence[Item]) -> None:
-        check_items(items)
-        self._index.check([self._mark(item) for item in items])
+        self._index.check(self._marked(items))
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
-        check_items(items)
-        if self._tenant is not None:
+        marked = self._marked(items)
+        if self.tenant is not None:
             self._census.note()
-        new = self._index.upsert([self._mark(item) for item in items], vectors)
-        return {id.removeprefix(self._prefix) for id in new}
+        return {id.removeprefix(self._prefix) for id in self._index.upsert(marked, vectors)}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
-        if isinstance(which, Sequence):
-            return self._index.delete([self._inner(id) for id in check_ids(which) if self._may_be_ours(id)])
-        return self._index.delete(self._only_ours(which))
+        return self._index.delete(self._inner_ids(which) if isinstance(which, Sequence) else self._only_ours(which))
 
     def search(
         self,
@@ -97,44 +92,26 @@ class TenantIndex:
         modality: Modality | None = None,
         exact: bool = True,
     ) -> list[list[Hit]]:
-        found = self._index.search(vectors, k, where=self._narrow(where), modality=modality, exact=exact)
-        return [self._own_hits(hits) for hits in found]
+        rows = self._index.search(vectors, k, where=self._narrow(where), modality=modality, exact=exact)
+        return [[replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)] for hits in rows]
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
-        wanted = [self._inner(id) for id in check_ids(ids) if self._may_be_ours(id)]
-        found = self._index.get(wanted, with_vectors=with_vectors)
-        own = (self._unmark(stored) for stored in found.values() if self._is_ours(stored))
-        return {stored.id: stored for stored in own}
+        stored = self._index.get(self._inner_ids(ids), with_vectors=with_vectors).values()
+        return {item.id: item for item in self._shown(stored)}
 
     def count(self, where: Filter | None = None) -> int:
         return self._index.count(self._narrow(where))
 
     def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
-        for stored in self._index.scan(self._narrow(where), with_vectors=with_vectors):
-            if self._is_ours(stored):
-                yield self._unmark(stored)
+        return self._shown(self._index.scan(self._narrow(where), with_vectors=with_vectors))
 
     def info(self) -> IndexInfo:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
-        info = self._index.info()
-        if self._tenant is None and not self._census.any():
-            return replace(info, bytes=0)
+        info = replace(self._index.info(), bytes=0)
+        if self.tenant is None and not self._census.any():
+            return info
         counts = {modality: self.count(Eq("modality", modality)) for modality in MODALITIES}
-        return replace(info, counts={name: count for name, count in counts.items() if count}, bytes=0)
-
-    def keep_background(self, background: Background) -> None:
-        """Of the whole index: there is one for all tenants. What it scores in this view comes from this tenant's items alone."""
-        self._index.keep_background(background)
-
-    def background(self) -> Background | None:
-        return self._index.background()
-
-    def version(self) -> str:
-        return self._index.version()
-
-    def build_approximate(self) -> None:
-        """Of the whole index: there is one for all tenants."""
-        self._index.build_approximate()
+        return replace(info, counts={name: count for name, count in counts.items() if count})
 
     def close(self) -> None:
         """Nothing: the index is shared."""
@@ -147,14 +124,18 @@ class TenantIndex:
 
     # On the way in
 
-    def _mark(self, item: Item) -> Item:
-        for name in OWN_FIELDS.intersection(item.fields):
-            raise InputError(f"item {item.id!r} has a field called {name!r}, which the server keeps itself; rename it")
-        id = check_id(item.id)
-        if not self._may_be_ours(id):
-            raise InputError(f"id {id[:80]!r} begins with {PREFIX!r}, which the server keeps for itself; rename it")
-        fields = item.fields if self._tenant is None else {**item.fields, FIELD: self._tenant}
-        return replace(item, id=self._inner(id), fields=fields)
+    def _marked(self, items: Sequence[Item]) -> list[Item]:
+        check_items(items)
+        own = {} if self.tenant is None else {FIELD: self.tenant}
+        for item in items:
+            for name in OWN_FIELDS.intersection(item.fields):
+                raise InputError(f"item {item.id!r} has a field called {name!r}, which the server keeps itself; rename it")
+            if not self._may_be_ours(check_id(item.id)):
+                raise InputError(f"id {str(item.id)[:80]!r} begins with {PREFIX!r}, which the server keeps for itself; rename it")
+        return [replace(item, id=self._inner(check_id(item.id)), fields={**item.fields, **own}) for item in items]
+
+    def _inner_ids(self, ids: Sequence[str]) -> list[str]:
+        return [self._inner(id) for id in check_ids(ids) if self._may_be_ours(id)]
 
     def _inner(self, id: str) -> str:
         most = MAX_ID_BYTES - len(self._prefix)
@@ -164,17 +145,17 @@ class TenantIndex:
 
     def _may_be_ours(self, id: str) -> bool:
         """False for ids that would reach into a tenant from outside all tenants."""
-        return self._tenant is not None or not id.startswith(PREFIX)
-
-    def _only_ours(self, where: Filter | None) -> Filter:
-        ours = Eq(FIELD, self._tenant)
-        return ours if where is None else And((ours, self._translate(where)))
+        return self.tenant is not None or not id.startswith(PREFIX)
 
     def _narrow(self, where: Filter | None) -> Filter | None:
         """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
-        if self._tenant is None and not self._census.any():
+        if self.tenant is None and not self._census.any():
             return None if where is None else self._translate(where)
         return self._only_ours(where)
+
+    def _only_ours(self, where: Filter | None) -> Filter:
+        ours = Eq(FIELD, self.tenant)
+        return ours if where is None else And((ours, self._translate(where)))
 
     def _translate(self, where: Filter) -> Filter:
         """The client's filter in terms of what is stored: ids prefixed, the server's own fields refused."""
@@ -195,15 +176,10 @@ class TenantIndex:
 
     # On the way out
 
-    def _own_hits(self, hits: Sequence[Hit]) -> list[Hit]:
-        own = [hit for hit in hits if self._is_ours(hit)]
-        return [replace(self._unmark(hit), rank=rank) for rank, hit in enumerate(own, start=1)]
-
-    def _is_ours(self, one: Stored | Hit) -> bool:
-        if self._tenant is None:
-            return FIELD not in one.fields and not one.id.startswith(PREFIX)
-        return one.fields.get(FIELD) == self._tenant and one.id.startswith(self._prefix)
-
-    def _unmark(self, one: K) -> K:
-        fields = {name: value for name, value in one.fields.items() if name not in OWN_FIELDS}
-        return replace(one, id=one.id[len(self._prefix) :], fields=fields)
+    def _shown(self, stored: Iterable[K]) -> Iterator[K]:
+        """What of it is this tenant's, as the tenant knows it."""
+        for item in stored:
+            outside = FIELD not in item.fields and not item.id.startswith(PREFIX)
+            if outside if self.tenant is None else item.fields.get(FIELD) == self.tenant and item.id.startswith(self._prefix):
+                fields = {name: value for name, value in item.fields.items() if name not in OWN_FIELDS}
+                yield replace(item, id=item.id[len(self._prefix) :], fields=fields)

@@ -1,29 +1,31 @@
-"""The outermost wall: what a connection may hold, and for how long, before there is a request and after its answer.
+"""What a connection may hold, and for how long, before there is a request and after its answer.
 
-uvicorn's parsers bound neither a head nor a trailer while they come in, and wait for ever for a client that neither sends nor
-reads. Here every connection is watched, whichever parser is installed: bytes that are no body, time without a whole head, answers
-that are not taken, requests sent ahead, connections of one address and of all.
+uvicorn's parser bounds neither a head nor a trailer while they come in, and waits for ever for a client that neither sends nor
+reads. Here every connection is watched: bytes that are no body, time without a whole head, answers that are not taken, requests
+sent ahead, connections of one address and of all.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import resource
-from dataclasses import dataclass, replace
+from collections import deque
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
-from typing import Any, Final, Literal
+from typing import Any, Final
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from traceir.serve.fair import Shares
-from traceir.serve.guard import kind_of
+from traceir.serve.guard import Refusal
 from traceir.serve.limits import network_of
 
 PIECE: Final = 16 * 1024
 """Bytes that a parser is given at a time, so that it never works through much that is refused."""
 TICK_S: Final = 1.0
-"""Seconds between two looks at all connections, by which deadlines are late at most."""
+"""Seconds between two looks at a connection, by which deadlines are late at most."""
 SPARE_FILES: Final = 256
-"""File handles that connections leave to the index, pictures and logs."""
+"""File handles that connections leave to the index, images and logs."""
 CONNECTIONS: Final = 2048
 
 
@@ -46,11 +48,11 @@ class WireLimits:
     connections: int = CONNECTIONS
 
 
-def settings(limits: WireLimits | None = None, parser: Literal["httptools", "h11"] | None = None) -> dict[str, Any]:
-    """What of `uvicorn.Config` makes this wall: its own protocol, watched. Without `parser` the faster one that is installed."""
+def settings(limits: WireLimits | None = None, protocol: type[asyncio.Protocol] = AutoHTTPProtocol) -> dict[str, Any]:
+    """What of `uvicorn.Config` makes its own protocol a watched one."""
     limits = limits or WireLimits()
     limits = replace(limits, connections=min(limits.connections, possible_connections()))
-    watched = type("WatchedProtocol", (_Watched, _parser(parser)), {"watch": _Watch(limits)})
+    watched = type("WatchedProtocol", (_Watched, protocol), {"limits": limits, "all": _Connections(Shares(limits.connections))})
     return {"http": watched, "ws": "none", "h11_max_incomplete_event_size": limits.head + PIECE, "timeout_keep_alive": 3600}
 
 
@@ -65,76 +67,48 @@ def possible_connections() -> int:
     return max(2, soft - SPARE_FILES)
 
 
-def _parser(name: str | None) -> type[asyncio.Protocol]:
-    if name != "h11":
-        try:
-            from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-        except ImportError:
-            if name is not None:
-                raise
-        else:
-            return HttpToolsProtocol
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+@dataclass(slots=True)
+class _Connections:
+    """All connections of one server, by address."""
 
-    return H11Protocol
+    shares: Shares
+    of: dict[_Watched, str] = field(default_factory=dict)
 
-
-class _Watch:
-    """All connections of one server."""
-
-    def __init__(self, limits: WireLimits) -> None:
-        self.limits = limits
-        self.connections: dict[_Watched, str] = {}
-        self._shares = Shares(limits.connections)
-        self._looking: asyncio.TimerHandle | None = None
-
-    def add(self, one: _Watched, address: str) -> bool:
+    def add(self, connection: _Watched, address: str) -> bool:
         """Whether there is room. Where there is none, a connection that waits for a request makes it: the one that has waited
         longest, of the same address where that has any."""
-        if not self._shares.room(address):
-            same = self._shares.of(address) > 0
-            idle = [other for other, its in self.connections.items() if not other.busy and (its == address or not same)]
-            if not idle:
-                return False
-            oldest = min(idle, key=lambda other: other.since)
-            self.remove(oldest)
-            oldest.abort()
-        if not self._shares.take(address):
-            return False
-        self.connections[one] = address
-        self._look_later()
-        return True
+        if not self.shares.room(address):
+            same = self.shares.of(address) > 0
+            idle = [other for other, its in self.of.items() if not other.busy and (its == address or not same)]
+            if idle:
+                oldest = min(idle, key=lambda other: other.since)
+                self.remove(oldest)
+                oldest.transport.abort()
+        if taken := self.shares.take(address):
+            self.of[connection] = address
+        return taken
 
-    def remove(self, one: _Watched) -> None:
-        if (address := self.connections.pop(one, None)) is not None:
-            self._shares.give(address)
-
-    def _look_later(self) -> None:
-        if self._looking is None:
-            self._looking = asyncio.get_running_loop().call_later(TICK_S, self._look)
-
-    def _look(self) -> None:
-        self._looking = None
-        now = asyncio.get_running_loop().time()
-        for one in list(self.connections):
-            one.look(now)
-        if self.connections:
-            self._look_later()
+    def remove(self, connection: _Watched) -> None:
+        if (address := self.of.pop(connection, None)) is not None:
+            self.shares.give(address)
 
 
 class _Watched(asyncio.Protocol):
     """Goes before one of uvicorn's protocols. A connection is `busy` with a request, or waits for the next head, or is
     `lingering`: it was answered, and what it still sends is thrown away unparsed."""
 
-    watch: _Watch
+    limits: WireLimits
+    all: _Connections
+    loop: asyncio.AbstractEventLoop
     cycle: Any
     transport: asyncio.Transport
+    pipeline: deque[Any] | tuple[()] = ()
     lingering = False
     since = 0.0
-    """When it began to wait or to linger."""
+    """When it began to wait, to linger or to close."""
     _stuck: float | None = None
     """Since when too little of an answer is taken."""
-    _closing: float | None = None
+    _timer: asyncio.TimerHandle | None = None
     _spent = _framing = _body = 0
     """Bytes since the last head or piece of a body; of this body: all that frames it, and its own."""
     _left = 0
@@ -146,13 +120,16 @@ class _Watched(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self.since = asyncio.get_running_loop().time()
+        self.since = self.loop.time()
+        self._timer = self.loop.call_later(TICK_S, self._look)
         peer = transport.get_extra_info("peername")
-        if not self.watch.add(self, network_of(str(peer[0])) if isinstance(peer, tuple) else "local"):
-            self.abort()
+        if not self.all.add(self, network_of(str(peer[0])) if isinstance(peer, tuple) else "local"):
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.watch.remove(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        self.all.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -161,16 +138,15 @@ class _Watched(asyncio.Protocol):
             if self.lingering:
                 self._left -= len(data) - place
                 if self._left < 0:
-                    self.abort()
+                    self.transport.abort()
                 return
-            room = self.watch.limits.head - self._spent
-            piece = data[place : place + min(PIECE, room)]
+            piece = data[place : place + min(PIECE, self.limits.head - self._spent)]
             place += len(piece)
             self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
         """Gives the parser a piece and counts what of it became body. A new cycle tells that a head is complete."""
-        limits, cycle = self.watch.limits, self.cycle
+        head, cycle = self.limits.head, self.cycle
         had, unfinished = (len(cycle.body), cycle.more_body) if cycle is not None else (0, False)
         super().data_received(piece)
         if self.cycle is not cycle:
@@ -182,69 +158,63 @@ class _Watched(asyncio.Protocol):
             self._spent = 0 if grown else self._spent + len(piece)
             self._framing += len(piece) - grown
             self._body += grown
-        if len(getattr(self, "pipeline", ())) > limits.ahead:
-            self.abort()
-        elif self._spent >= limits.head or self._framing > limits.head + self._body:
-            self._refuse(431, f"a request line with its headers has at most {limits.head} bytes", "headers_too_large")
+        if len(self.pipeline) > self.limits.ahead:
+            self.transport.abort()
+        elif self._spent >= head or self._framing > head + self._body:
+            self._refuse(Refusal(431, f"a request line with its headers has at most {head} bytes", "headers_too_large"))
 
     def on_response_complete(self) -> None:
-        """uvicorn's hook at the end of an answer."""
+        """uvicorn's hook at the end of an answer. A small body's rest is read, and the connection kept for the next request."""
         cycle = self.cycle
         behind: Any = super()  # uvicorn's class, which goes behind this one
         behind.on_response_complete()
-        self.since = asyncio.get_running_loop().time()
-        unread = self.cycle is cycle and cycle.response_complete and cycle.more_body and not self._is_brief(cycle.scope)
-        if unread and not self.transport.is_closing():
-            self._linger(self.watch.limits.unread)
-
-    def _is_brief(self, scope: Any) -> bool:
-        """Whether a body is so small that its rest is read after an early answer, and the connection kept for the next one."""
-        told = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        return told.isdigit() and len(told) < 10 and int(told) <= self.watch.limits.head // 2
+        self.since = self.loop.time()
+        announced = dict(cycle.scope["headers"]).get(b"content-length", b"")
+        small = announced.isdigit() and len(announced) < 10 and int(announced) <= self.limits.head // 2
+        if self.cycle is cycle and cycle.response_complete and cycle.more_body and not small:
+            self._linger(self.limits.unread)
 
     def pause_writing(self) -> None:
-        self._stuck = asyncio.get_running_loop().time()
+        self._stuck = self.loop.time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
         self._stuck = None
         super().resume_writing()
 
-    def look(self, now: float) -> None:
+    def _look(self) -> None:
         """Ends what has lasted too long."""
-        limits = self.watch.limits
+        self._timer = self.loop.call_later(TICK_S, self._look)
+        limits, now, closing = self.limits, self.loop.time(), self.transport.is_closing()
+        waited = now - self.since
         if self._stuck is not None and now - self._stuck > limits.write_s:
-            self.abort()
-        elif self.transport.is_closing():
-            self._closing = self._closing or now
-            if now - self._closing > limits.unread_s:
-                self.abort()
-        elif self.lingering:
-            if now - self.since > limits.unread_s:
-                self.abort()
-        elif not self.busy and now - self.since > limits.head_s:
+            self.transport.abort()
+        elif closing or self.lingering:
+            if waited > limits.unread_s:
+                self.transport.abort()
+        elif not self.busy and waited > limits.head_s:
             if self._spent:
-                self._refuse(408, f"a request's head must arrive within {limits.head_s:g} seconds", "head_too_slow")
+                self._refuse(Refusal(408, f"a request's head must arrive within {limits.head_s:g} seconds", "head_too_slow"))
             else:
+                self.since = now
                 self.transport.close()
 
-    def abort(self) -> None:
-        self.transport.abort()
-
-    def _refuse(self, status: int, message: str, code: str) -> None:
+    def _refuse(self, refusal: Refusal) -> None:
         """Tells the client why, where it waits for no other answer, and is done with it."""
         if self.busy or self.transport.is_closing():
-            self.abort()
+            self.transport.abort()
             return
-        told = json.dumps({"error": {"message": message, "type": kind_of(status), "param": None, "code": code}}).encode()
-        head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\ncontent-length: {len(told)}"
-        self.transport.write(head.encode() + b"\r\nconnection: close\r\n\r\n" + told)
-        self.since = asyncio.get_running_loop().time()
-        self._linger(16 * self.watch.limits.head)
+        head = f"HTTP/1.1 {refusal.status} {HTTPStatus(refusal.status).phrase}\r\ncontent-type: application/json\r\n"
+        head += f"content-length: {len(refusal.body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(head.encode() + refusal.body)
+        self.since = self.loop.time()
+        self._linger(16 * self.limits.head)
 
     def _linger(self, left: int) -> None:
         """Ends the answers' direction alone: a connection closed on bytes that nobody read would take the answer along."""
         self.lingering, self._left = True, left
+        if self.transport.is_closing():
+            return
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:
