@@ -254,6 +254,7 @@ JSON = HOST | {"content-type": "application/json", "origin": "http://127.0.0.1:8
 def call(app: Any, method: str, path: str, headers: dict[str, str], body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
     """One request straight into an ASGI application: status, headers, body."""
     path, _, query = path.partition("?")
+    headers = headers | ({"content-length": str(len(body))} if body else {})
     scope = {
         "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "scheme": "http", "path": path,
         "raw_path": path.encode(), "query_string": query.encode(), "root_path": "", "client": ("127.0.0.1", 1),
@@ -317,8 +318,8 @@ def test_only_our_own_page_gets_in(session: ReviewSession) -> None:
     status, headers, page = call(app, "GET", "/", HOST)
     assert status == 200 and b"review.js" in page and "default-src 'none'" in headers["content-security-policy"]
     assert headers["x-content-type-options"] == "nosniff" and "unsafe" not in headers["content-security-policy"]
-    for host in ("evil.example:8420", "127.0.0.1:8421", "127.0.0.1", ""):
-        assert call(app, "GET", "/api/review?reviewer=ada", {"host": host})[0] == 421, host
+    for host, refused in (("evil.example:8420", 421), ("127.0.0.1:8421", 421), ("127.0.0.1", 421), ("", 400)):
+        assert call(app, "GET", "/api/review?reviewer=ada", {"host": host})[0] == refused, host
     undo = b'{"reviewer": "ada"}'
     assert call(app, "POST", "/api/undo", JSON | {"origin": "http://evil.example"}, undo)[0] == 403
     assert call(app, "POST", "/api/undo", JSON | {"origin": "null"}, undo)[0] == 403

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
+import httpx2
+
 from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.serve.fair import Turns
@@ -28,8 +30,6 @@ MAX_URL: Final = 2048
 PORTS: Final = {"https": 443, "http": 80}
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 """Name and port to addresses."""
-Connect = Callable[[str, int, str | None], Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
-"""Address, port, and the name for TLS (None: no TLS) to a connection."""
 _HOST = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _ENTRY = re.compile(r"(?:(https?)://)?([^:]*)(?::(\d{1,5}))?", re.ASCII)
 _NUMBER = re.compile(r"(.*\.)?(\d+|0x[0-9a-f]*)")
@@ -68,16 +68,16 @@ class Target:
     port: int
     path: str
 
-    @property
-    def url(self) -> str:
-        return f"{self.scheme}://{self.host}:{self.port}{self.path}"
+    def url(self, host: str) -> str:
+        """The address, with another host in place of its own."""
+        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{self.path}"
 
 
 class Fetcher:
     """Fetches images from an exact list of hosts.
 
     A host is a name (`images.example.org`: HTTPS, port 443), a name with a port (HTTPS on it), or `http://name[:port]`, which
-    allows that one without TLS. Addresses in numbers are refused. `resolve` and `connect` are for tests.
+    allows that one without TLS. Addresses in numbers are refused. `resolve` and `transport` are for tests.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Fetcher:
         limits: FetchLimits | None = None,
         intake: Intake | None = None,
         resolve: Resolve | None = None,
-        connect: Connect | None = None,
+        transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         self._limits, self._intake = limits or FetchLimits(), intake or Intake()
         self._allowed = frozenset(_read_host(host) for host in hosts)
-        self._resolve, self._connect = resolve or _resolve, connect or _connect
+        self._resolve, self._transport = resolve or _resolve, transport or _direct()
         self._gate = Turns(self._limits.at_once)
 
     async def fetch(self, url: str) -> ImageInput:
@@ -127,53 +127,29 @@ class Fetcher:
 
     async def _follow(self, target: Target) -> bytes:
         for _ in range(self._limits.redirects + 1):
-            reader, writer = await self._open(target)
-            try:
-                answer = await _Exchange(target, self._limits.file_bytes).get(reader, writer)
-            except OSError as error:
-                log.info("%s broke off: %s", target.url, error)
-                raise InputError(f"{target.host} broke off the connection; try again, or send the image itself") from error
-            finally:
-                writer.close()
+            answer = await self._get(target, await self._addresses(target))
             if isinstance(answer, bytes):
                 return answer
             try:
-                target = self.check(urljoin(target.url, answer))
+                target = self.check(urljoin(target.url(target.host), answer))
             except ValueError as error:  # InputError is one too
                 raise InputError(f"{target.host} redirects to where images may not be fetched from") from error
         raise InputError(f"{target.host} redirects more than {self._limits.redirects} times; give the last address")
 
-    async def _open(self, target: Target) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection to the first address that answers; none is tried where one of them is not public."""
+    async def _addresses(self, target: Target) -> Sequence[str]:
+        """All addresses of a host; InputError where one of them is not public."""
         try:
-            addresses = list(await self._resolve(target.host, target.port))
+            addresses = await self._resolve(target.host, target.port)
         except (OSError, UnicodeError) as error:
             log.info("%s cannot be resolved: %s", target.host, error)
             raise InputError(f"{target.host} has no address; check its name") from error
         if not addresses or not all(map(is_public, addresses)):
             log.warning("%s resolves to %s, not fetched", target.host, ", ".join(addresses) or "nothing")
             raise InputError(f"{target.host} has an address that is not public; images are not fetched from such hosts")
-        for address in addresses:
-            try:
-                async with asyncio.timeout(self._limits.connect_seconds):
-                    return await self._connect(address, target.port, target.host if target.scheme == "https" else None)
-            except (OSError, TimeoutError) as error:
-                log.info("%s at %s does not answer: %s", target.host, address, error)
-        raise InputError(f"{target.host} does not answer; try again, or send the image itself")
+        return addresses
 
-
-@dataclass(slots=True)
-class _Exchange:
-    """One request on one connection, its answer an image of at most `most` bytes."""
-
-    target: Target
-    most: int
-
-    async def get(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes | str:
-        """The body of a 200, or where a redirect leads to."""
-        import h11
-
-        connection, target = h11.Connection(h11.CLIENT), self.target
+    async def _get(self, target: Target, addresses: Sequence[str]) -> bytes | str:
+        """The body of a 200, or where a redirect leads to, from the first address that answers."""
         host = target.host if target.port == PORTS[target.scheme] else f"{target.host}:{target.port}"
         headers = {
             "Host": host,
@@ -182,44 +158,37 @@ class _Exchange:
             "Accept-Encoding": "identity",
             "Connection": "close",
         }
-        request = h11.Request(method="GET", target=target.path, headers=list(headers.items()))
-        writer.write((connection.send(request) or b"") + (connection.send(h11.EndOfMessage()) or b""))
-        await writer.drain()
-        body, received = bytearray(), 0
-        try:
-            while not isinstance(event := connection.next_event(), h11.EndOfMessage):
-                if event is h11.NEED_DATA:
-                    data = await reader.read(65_536)
-                    received += len(data)
-                    if received > self.most * 2 + 262_144:  # framing and interim answers count too
-                        raise InputError(f"{target.host} sends more than an image of {self.most} bytes needs")
-                    connection.receive_data(data)
-                elif isinstance(event, h11.Response):
-                    if (location := self._location(event.status_code, dict(event.headers))) is not None:
-                        return location
-                elif isinstance(event, h11.Data):
-                    body += event.data
-                    if len(body) > self.most:
-                        raise InputError(f"the image at {target.host} has more than {self.most} bytes; send a smaller one")
-                elif not isinstance(event, h11.InformationalResponse):  # closed, or another protocol
-                    raise h11.RemoteProtocolError("the answer ended early")
-        except h11.RemoteProtocolError as error:
-            log.info("%s does not speak HTTP/1.1: %s", target.url, error)
-            raise InputError(f"{target.host} sent no whole answer; try again, or send the image itself") from error
-        return bytes(body)
+        options = {"sni_hostname": target.host, "timeout": {"connect": self._limits.connect_seconds}}
+        for address in addresses:
+            try:
+                answer = await self._transport.handle_async_request(
+                    httpx2.Request("GET", target.url(address), headers=headers, extensions=options)
+                )
+                try:
+                    return await self._read(target, answer)
+                finally:
+                    await answer.aclose()
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+                log.info("%s at %s does not answer: %s", target.host, address, error)
+            except httpx2.TransportError as error:
+                log.info("%s at %s broke off: %s", target.host, address, error)
+                raise InputError(f"{target.host} sent no whole answer; try again, or send the image itself") from error
+        raise InputError(f"{target.host} does not answer; try again, or send the image itself")
 
-    def _location(self, status: int, headers: dict[bytes, bytes]) -> str | None:
-        """Where a redirect leads to; None for the head of an image. InputError for anything else."""
-        host = self.target.host
-        if status in _REDIRECTS and b"location" in headers:
-            return headers[b"location"].decode("latin-1")
-        if status != 200:
-            raise InputError(f"{host} answered with status {status}; check the address of the image")
-        if headers.get(b"content-encoding", b"identity").strip().lower() not in (b"identity", b""):
+    async def _read(self, target: Target, answer: httpx2.Response) -> bytes | str:
+        most, host, location = self._limits.file_bytes, target.host, answer.headers.get("location")
+        if answer.status_code in _REDIRECTS and location is not None:
+            return str(location)
+        if answer.status_code != 200:
+            raise InputError(f"{host} answered with status {answer.status_code}; check the address of the image")
+        if answer.headers.get("content-encoding", "identity").strip().lower() not in ("identity", ""):
             raise InputError(f"{host} sent the image packed although it was asked not to; send the image itself")
-        if (length := int(headers.get(b"content-length", b"0"))) > self.most:  # h11 has seen that these are digits
-            raise InputError(f"the image at {host} has {length} bytes, more than {self.most}; send a smaller one")
-        return None
+        body = bytearray()
+        async for piece in answer.aiter_raw():
+            body += piece
+            if len(body) > most:
+                raise InputError(f"the image at {host} has more than {most} bytes; send a smaller one")
+        return bytes(body)
 
 
 def is_public(address: str) -> bool:
@@ -253,6 +222,7 @@ async def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-async def _connect(address: str, port: int, name: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    context = ssl.create_default_context() if name is not None else None
-    return await asyncio.open_connection(address, port, ssl=context, server_hostname=name, limit=65_536)
+def _direct() -> httpx2.AsyncBaseTransport:
+    return httpx2.AsyncHTTPTransport(
+        verify=ssl.create_default_context(), trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
+    )

@@ -21,9 +21,10 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from traceir.errors import InputError, StoreError
+from traceir.files import replacing
 from traceir.serve.guard import Refusal
 from traceir.serve.tenants import check_tenant
 
@@ -218,16 +219,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _write(path: Path, keys: Sequence[Key]) -> None:
-    """The whole file, written beside its place with mode 0600, synced, and renamed."""
-    target = path.resolve()
-    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    stored: dict[str, Any] = {"format": FORMAT, "keys": [asdict(key) for key in keys]}
-    try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-            file.write(json.dumps(stored, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, target)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    with replacing(path.resolve(), durable=True) as stream:
+        os.fchmod(stream.fileno(), 0o600)
+        json.dump({"format": FORMAT, "keys": [asdict(key) for key in keys]}, stream, indent=1)
+        stream.write("\n")

@@ -8,6 +8,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -72,25 +73,20 @@ def make_application(config: ServeConfig, server: Server) -> Any:
 
 
 def serve(
-    config: ServeConfig,
-    load: Callable[[], EncoderLike],
-    announce: Callable[[str], None],
-    *,
-    open_browser: bool = False,
+    config: ServeConfig, load: Callable[[], EncoderLike], announce: Callable[[str], None], *, open_browser: bool = False
 ) -> None:
     """Serves until SIGINT or SIGTERM; what is under way then ends first. Raises InputError where the address cannot be had."""
     import uvicorn
 
     server = make_server(config, load)
+    v6 = ":" in config.host
     try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        family = socket.AF_INET6 if v6 else socket.AF_INET
         listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(
-            f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
-        ) from error
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    url = f"http://{host}:{listener.getsockname()[1]}/"
+        told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
+        raise InputError(told) from error
+    url = f"http://{f'[{config.host}]' if v6 else config.host}:{listener.getsockname()[1]}/"
     announce(f"serving at {url}")
     if open_browser:
         webbrowser.open(url)
@@ -99,12 +95,8 @@ def serve(
         timeout_graceful_shutdown=round(config.deadline_s) + 5, proxy_headers=False, **settings(),
     )  # fmt: skip
     running = uvicorn.Server(options)
+    server.on_failure = partial(setattr, running, "should_exit", True)
     sys.setswitchinterval(SWITCH_S)
-
-    def stop() -> None:
-        running.should_exit = True
-
-    server.on_failure = stop
     try:
         running.run(sockets=[listener])
     finally:
@@ -118,51 +110,40 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
-    census = await asyncio.to_thread(_warm, index, encoder.width)
-    calibrations = Calibrations()
+    census, calibrations = Census(index), Calibrations()
+    # The first to search does not wait until all vectors are in memory, nor until the tenants are counted.
+    await asyncio.to_thread(index.search, np.eye(1, encoder.width, dtype=np.float32), 1)
+    await asyncio.to_thread(census.any)
     if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
         everybody = calibrations.of(None, TenantIndex(index, None, census))
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
-    store = ImageFolder(_uploads(config))
+    store = ImageFolder(config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures")
     if config.uploads is None and store.folder.is_dir():
-        sweeping = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
-        sweeping.add_done_callback(_swept)
+        collecting = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
+        collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
     intake = Intake()
     fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
-    log.info("%s is ready, pictures from %d folders", config.index, len(folders))
+    log.info("%s is ready, images from %d folders", config.index, len(folders))
     return Service(
         scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
         FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff, calibrations,
     )  # fmt: skip
 
 
-def _warm(index: Index, width: int) -> Census:
-    """Searches once, so that the first to ask does not wait until all vectors are in memory."""
-    index.search(np.eye(1, width, dtype=np.float32), 1)
-    census = Census(index)
-    census.any()
-    return census
-
-
-def _swept(done: asyncio.Future[int]) -> None:
+def _log_removed(done: asyncio.Future[int]) -> None:
     if done.cancelled() or (error := done.exception()) is not None:
-        log.warning("pictures that no item names were not looked for: %s", "stopped" if done.cancelled() else error)
+        log.warning("images that no item names were not looked for: %s", "stopped" if done.cancelled() else error)
     elif done.result():
-        log.info("threw away %d pictures that no item names", done.result())
+        log.info("removed %d images that no item names", done.result())
 
 
 def image_folders(index: Index) -> tuple[Path, ...]:
-    """The folders of the pictures that the first items of an index name; says so where it holds more items."""
+    """The folders of the images that the first items of an index name; says so where it holds more items."""
     items = index.scan()
     named = {Path(stored.image).parent for stored in islice(items, LOOKED_AT) if stored.image}
     if next(items, None) is not None:
-        log.warning("only the first %d items were looked at for folders of pictures; give --pictures DIR", LOOKED_AT)
+        log.warning("only the first %d items were looked at for folders of images; give --images DIR", LOOKED_AT)
     return tuple(sorted(folder for folder in named if folder.is_dir()))
-
-
-def _uploads(config: ServeConfig) -> Path:
-    """Where uploaded pictures lie: in the index's folder, or where the operator said."""
-    return config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures"

@@ -1,8 +1,8 @@
 """The review page on 127.0.0.1: samples to people, their decisions to the disk.
 
-A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. Guards: the Host header must
-be a loopback name with our port (DNS rebinding); a POST needs `application/json` and, where an Origin is sent, ours; a strict
-Content-Security-Policy; pictures are named by number and handed out decoded and encoded anew. A GET writes nothing.
+A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. `serve.guard.Guard` lets in
+only what names a loopback host and our port, and only JSON of our own page; images are named by number and handed out decoded and
+encoded anew. A GET writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import socket
 import webbrowser
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from io import BytesIO
@@ -38,16 +38,12 @@ from traceir.cot.review.review import STRATA, THRESHOLD, Chosen, Order, agree, o
 from traceir.errors import ImageError, InputError, TraceError
 from traceir.images import ImageInput
 from traceir.outside import read_json
+from traceir.serve.guard import Guard, Wall
 from traceir.serve.wire import settings
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
-
-    Message = MutableMapping[str, Any]
-    Receive = Callable[[], Awaitable[Message]]
-    Send = Callable[[Message], Awaitable[None]]
 
 MAX_BODY: Final = 256 * 1024
 """Bytes of a POST."""
@@ -62,17 +58,6 @@ STATIC: Final = {
     "review.css": "text/css; charset=utf-8",
     "review.js": "text/javascript; charset=utf-8",
 }
-HEADERS: Final = (
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
-        b"form-action 'none'; frame-ancestors 'none'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-)
 _FIELDS: Final = ("decision", "why", "reasoning", "answer", "note")
 _MARKS: Final = {"keep": "k", "drop": "d", "edit": "e"}
 _logger = logging.getLogger(__name__)
@@ -216,10 +201,9 @@ class ReviewSession:
         return {qid: one for qid, one in latest.items() if self._samples.get(qid) == one.sample}
 
 
-def app_of(session: ReviewSession, port: int) -> Starlette:
+def app_of(session: ReviewSession, port: int) -> Guard:
     """The page as an ASGI application that answers to a loopback name with this port alone."""
     from starlette.applications import Starlette
-    from starlette.middleware import Middleware
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
 
@@ -269,54 +253,7 @@ def app_of(session: ReviewSession, port: int) -> Starlette:
         Route("/api/decide", answer(lambda _, posted: session.decide(posted)), methods=["POST"]),
         Route("/api/undo", answer(lambda _, posted: session.undo(posted.get("reviewer"))), methods=["POST"]),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(Guard, port=port)])
-
-
-class Guard:
-    """Turns away what does not come from our own page, and sends the headers that keep the page to itself."""
-
-    def __init__(self, app: Callable[..., Awaitable[None]], port: int) -> None:
-        self.app = app
-        self.hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]"))
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = list(message["headers"])
-                if not any(name == b"cache-control" for name, _ in headers):
-                    headers.append((b"cache-control", b"no-store"))
-                message = {**message, "headers": [*headers, *HEADERS]}
-            await send(message)
-
-        if (refusal := self._refusal(scope)) is None:
-            await self.app(scope, receive, guarded)
-            return
-        from starlette.responses import JSONResponse
-
-        await JSONResponse({"error": refusal[1]}, refusal[0])(scope, receive, guarded)
-
-    def _refusal(self, scope: Message) -> tuple[int, str] | None:
-        """Status and reason, or None for a request that may pass."""
-        found: dict[str, list[str]] = {}
-        for name, value in scope["headers"]:
-            found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1").strip())
-        host = found.get("host", [])
-        if len(host) != 1 or host[0].lower() not in self.hosts:
-            return 421, f"the Host header must be one of {', '.join(sorted(self.hosts))}; through a tunnel, use the same port"
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        origins = {f"http://{name}" for name in self.hosts}
-        if any(origin.lower() not in origins for origin in found.get("origin", [])):
-            return 403, "the Origin is not this page"
-        kinds = found.get("content-type", [])
-        if len(kinds) != 1 or kinds[0].partition(";")[0].strip().lower() != "application/json":
-            return 415, "a POST needs the content type application/json"
-        return None
+    return Guard(Starlette(routes=routes), Wall.of("127.0.0.1", port=port))
 
 
 def serve_review(

@@ -28,7 +28,7 @@ async function ask(path, body) {
     throw new Refusal("The server does not answer: nothing was saved. Start it again; what was saved before is safe.");
   }
   const found = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new Refusal(found.error || `The server answered ${reply.status}.`);
+  if (!reply.ok) throw new Refusal(found.error?.message || found.error || `The server answered ${reply.status}.`);
   return found;
 }
 
