@@ -1,4 +1,4 @@
-"""The safe-guards of the server: keys, limits, fetching, pictures from requests, the wall, the gate, tenants, the audit log."""
+"""The safe-guards of the server: keys, limits, fetching, images from requests, bodies, the middleware, tenants."""
 
 from __future__ import annotations
 
@@ -8,11 +8,8 @@ import contextlib
 import hmac
 import ipaddress
 import json
-import os
+import ssl
 import stat
-import struct
-import threading
-import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -20,58 +17,80 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, cast
 
+import httpx2
 import pytest
 from fakes import vector_of
 from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageFile
+from PIL import Image
 from pydantic import BaseModel
-from tiffs import LONG, SHORT, tiff
+from tiffs import SHORT, tiff
 
 from traceir.errors import InputError, StoreError
-from traceir.image_formats import MAX_SCANS
 from traceir.images import ImageInput, ImageLimits
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
-from traceir.items import Item, Query
-from traceir.serve.audit import AuditLog
+from traceir.items import Item
+from traceir.serve import fetch
 from traceir.serve.bodies import MAX_DEPTH, BodyGuard, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
 from traceir.serve.gate import KeyGate, Limits, scope_needed
-from traceir.serve.guard import Guard, Message, Receive, Send, Wall
+from traceir.serve.guard import Guard, Message, Receive, Refusal, Send, Wall
 from traceir.serve.image_store import ImageFolder, as_jpeg
-from traceir.serve.keys import KeyRing, Principal, Refusal, list_keys, make_key, revoke_key
+from traceir.serve.keys import KeyRing, Principal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.strict import StrictRoute
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
-from traceir.serve.uploads import Intake, Sources, bytes_of_base64, image_in_folders
+from traceir.serve.uploads import LIMITS, Intake, Sources, bytes_of_base64, image_in_folders
 
 PUBLIC = "93.184.215.14"
 
 
-def png(size: tuple[int, int] = (8, 6)) -> bytes:
+def encoded(format: str = "PNG", size: tuple[int, int] = (8, 6), **options: Any) -> bytes:
     out = BytesIO()
-    Image.new("RGB", size, (200, 30, 30)).save(out, "PNG")
+    Image.new("RGB", size, (200, 30, 30)).save(out, format, **options)
     return out.getvalue()
+
+
+PNG = encoded()
 
 
 # Keys
 
 
-def test_key_is_shown_once_and_stored_as_a_hash(tmp_path: Path) -> None:
+def test_key_is_shown_once_stored_as_a_hash_and_seen_by_a_running_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "keys.json"
-    secret = make_key(path, "page", scopes=["read", "write"], tenant="acme", requests_per_minute=90)
+    secret = make_key(path, "page", scopes=["write", "read"], tenant="acme", requests_per_minute=90)
+    ring = KeyRing(path)
     assert secret.startswith("tir_") and len(base64.urlsafe_b64decode(secret[4:] + "=")) == 32
-    assert secret[4:] not in path.read_text()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert KeyRing(path).check(f"Bearer {secret}") == Principal("page", ("read", "write"), "acme", 90)
-    assert [key.name for key in list_keys(path)] == ["page"]
+    assert secret[4:] not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert ring.check(f"Bearer {secret}") == Principal("page", ("read", "write"), "acme", 90)
+    with ThreadPoolExecutor(8) as pool:
+        others = list(pool.map(lambda number: make_key(path, f"key-{number}"), range(8)))
+    assert len(list_keys(path)) == 9 and all(isinstance(ring.check(f"bearer {one}"), Principal) for one in others)
+    compared: list[str] = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: bool(compared.append(a)) or a == b)
+    ring.check(f"Bearer {secret}")
+    assert len(compared) == 9, "every hash, whichever fits"
+    revoke_key(path, "page")
+    whole = path.read_text()
+    for content, status in ((whole, 401), (whole[:-5], 503), (whole, 401)):
+        path.write_text(content)
+        assert refused(ring.check(f"Bearer {secret}"))[0] == status
+        assert isinstance(ring.check(f"Bearer {others[0]}"), Principal) == (status == 401)
+    path.unlink()
+    assert refused(ring.check(f"Bearer {others[0]}"))[0] == 503
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        None,
+def refused(answer: object) -> tuple[int, str]:
+    assert isinstance(answer, Refusal)
+    return answer.status, answer.code
+
+
+def test_header_that_holds_no_valid_key_is_refused(tmp_path: Path) -> None:
+    start, path = datetime(2026, 1, 1, tzinfo=UTC), tmp_path / "keys.json"
+    secret = make_key(path, "page", days=2, now=lambda: start)
+    forms = [
         "",
         "Bearer",
         "Bearer tir_",
@@ -81,180 +100,96 @@ def test_key_is_shown_once_and_stored_as_a_hash(tmp_path: Path) -> None:
         "Bearer x{}",
         "Bearer {} {}",
         "Bearer tir_" + "A" * 43,
-    ],
-)
-def test_header_that_holds_no_known_key_is_refused(tmp_path: Path, header: str | None) -> None:
-    secret = make_key(tmp_path / "keys.json", "page")
-    found = KeyRing(tmp_path / "keys.json").check(header and header.replace("{}", secret))
-    assert isinstance(found, Refusal) and found.status == 401 and secret not in found.message
+    ]
+    for header in [None, *(form.replace("{}", secret) for form in forms)]:
+        answer = KeyRing(path).check(header)
+        assert isinstance(answer, Refusal) and answer.status == 401 and secret not in answer.message
+    assert isinstance(KeyRing(path, now=lambda: start + timedelta(days=2, seconds=-1)).check(f"Bearer {secret}"), Principal)
+    assert refused(KeyRing(path, now=lambda: start + timedelta(days=2)).check(f"Bearer {secret}")) == (401, "expired_key")
 
 
-def test_every_hash_is_compared_in_constant_time_whichever_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    secrets = [make_key(tmp_path / "keys.json", f"key-{number}") for number in range(5)]
-    ring = KeyRing(tmp_path / "keys.json")
-    compared: list[str] = []
-    whole = hmac.compare_digest
-    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append(a) or whole(a, b))
-    for secret in (secrets[0], secrets[4], "tir_" + "A" * 43):
-        compared.clear()
-        ring.check(f"Bearer {secret}")
-        assert len(compared) == 5
-
-
-def test_running_server_sees_new_and_revoked_keys_and_lets_nobody_in_on_damage(tmp_path: Path) -> None:
+def test_unusable_keys_are_neither_made_nor_read(tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
-    first = make_key(path, "first")
-    ring = KeyRing(path)
-    second = make_key(path, "second")
-    assert isinstance(ring.check(f"Bearer {second}"), Principal)
-    revoke_key(path, "first")
-    assert isinstance(ring.check(f"Bearer {first}"), Refusal)
-    whole = path.read_text()
-    path.write_text(whole[:-5])
-    found = ring.check(f"Bearer {second}")
-    assert isinstance(found, Refusal) and found.status == 503
-    path.write_text(whole)
-    assert isinstance(ring.check(f"Bearer {second}"), Principal)
-    path.unlink()
-    assert isinstance(ring.check(f"Bearer {second}"), Refusal)
-
-
-def test_key_expires(tmp_path: Path) -> None:
-    start = datetime(2026, 1, 1, tzinfo=UTC)
-    secret = make_key(tmp_path / "keys.json", "guest", days=2, now=lambda: start)
-    early = KeyRing(tmp_path / "keys.json", now=lambda: start + timedelta(days=2, seconds=-1))
-    late = KeyRing(tmp_path / "keys.json", now=lambda: start + timedelta(days=2))
-    assert isinstance(early.check(f"Bearer {secret}"), Principal)
-    found = late.check(f"Bearer {secret}")
-    assert isinstance(found, Refusal) and found.code == "expired_key"
-
-
-def test_keys_made_at_once_are_all_there(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda number: make_key(tmp_path / "keys.json", f"key-{number}"), range(16)))
-    assert len(list_keys(tmp_path / "keys.json")) == 16
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"name": ""}, {"name": "a\nb"}, {"scopes": []}, {"scopes": ["admin"]}, {"scopes": ["read", "read"]}, {"days": 0},
-     {"requests_per_minute": 0}, {"tenant": "A/../b"}, {"tenant": ""}],
-)  # fmt: skip
-def test_unusable_key_is_refused_and_nothing_written(tmp_path: Path, options: dict[str, Any]) -> None:
-    with pytest.raises(InputError):
-        make_key(tmp_path / "keys.json", **{"name": "page", **options})
-    assert not (tmp_path / "keys.json").exists()
-
-
-@pytest.mark.parametrize(
-    "change", [{"scopes": ["root"]}, {"sha256": "x"}, {"expires": "2030-01-01T00:00:00"}, {"tenant": "../a"}, {"name": 5}]
-)
-def test_edited_file_with_an_unusable_key_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    path = tmp_path / "keys.json"
+    for options in ({"name": ""}, {"name": "a\nb"}, {"scopes": []}, {"scopes": ["admin"]}, {"scopes": ["read", "read"]},
+                    {"days": 0}, {"requests_per_minute": 0}, {"tenant": "A/../b"}, {"tenant": ""}):  # fmt: skip
+        with pytest.raises(InputError):
+            make_key(path, **{"name": "page", **options})  # type: ignore[arg-type]
+    assert not path.exists()
     make_key(path, "page")
-    told = json.loads(path.read_text())
-    told["keys"][0] |= change
-    path.write_text(json.dumps(told))
-    with pytest.raises(StoreError, match="damaged"):
-        list_keys(path)
-
-
-def test_keys_file_that_others_can_write_is_refused(tmp_path: Path) -> None:
-    make_key(tmp_path / "keys.json", "page")
-    (tmp_path / "keys.json").chmod(0o620)
+    stored = path.read_text()
+    for change in ({"scopes": ["root"]}, {"sha256": "x"}, {"expires": "2030-01-01T00:00:00"}, {"tenant": "../a"}, {"name": 5}):
+        edited = json.loads(stored)
+        edited["keys"][0] |= change
+        path.write_text(json.dumps(edited))
+        with pytest.raises(StoreError, match="damaged"):
+            list_keys(path)
+    path.write_text(stored)
+    path.chmod(0o620)
     with pytest.raises(StoreError, match="chmod 600"):
-        KeyRing(tmp_path / "keys.json")
+        KeyRing(path)
 
 
 # Limits
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 5, allow_subnormal=False), st.integers(1, 30)), min_size=1, max_size=60),
-    st.integers(1, 600),
-    st.integers(1, 40),
-)
-@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.floats(0, 5), st.integers(1, 30)), min_size=1, max_size=40), st.integers(1, 600), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
 def test_bucket_never_grants_more_than_burst_and_rate(steps: list[tuple[float, int]], per_minute: int, burst: int) -> None:
-    now = 0.0
+    now, granted = 0.0, 0
     buckets = Buckets(Rate(per_minute, burst), clock=lambda: now)
-    granted: list[int] = []
     for wait, cost in steps:
         now += wait
-        seconds = buckets.take("one", cost)
-        if seconds == 0.0:
-            granted.append(cost)
-        else:
+        if seconds := buckets.take("one", cost):
             now += seconds + 1e-6
-            assert buckets.take("one", cost) == 0.0  # what it said is true
-            granted.append(cost)
-        assert sum(granted[:-1]) <= burst + now * per_minute / 60 + 1e-6
+            assert buckets.take("one", cost) == 0.0, "what it said is true"
+        assert granted <= burst + now * per_minute / 60 + 1e-6
+        granted += cost
 
 
 def test_many_strangers_neither_fill_memory_nor_reset_a_bucket() -> None:
     now = 0.0
     buckets = Buckets(Rate(1, 2), most=50, clock=lambda: now)
     assert [buckets.take("known") > 0 for _ in range(3)] == [False, False, True]
-    granted = sum(buckets.take(f"stranger-{number}") == 0 for number in range(10_000))
-    assert len(buckets) <= 50 and granted <= 100
+    assert sum(buckets.take(f"stranger-{number}") == 0 for number in range(2000)) <= 100 and len(buckets) <= 50
     assert buckets.take("known") > 0
     now = 600.0
     assert buckets.take("known") == 0 and buckets.take("another") == 0
-
-
-def test_senders_and_waits_are_told_plainly() -> None:
     assert network_of("2001:db8:1:2:3::4") == network_of("2001:db8:1:2::9") != network_of("2001:db8:1:3::4")
-    assert network_of("::ffff:203.0.113.7") == network_of("203.0.113.7") == "203.0.113.7"
-    assert network_of("no address") == "unknown"
+    assert network_of("::ffff:203.0.113.7") == network_of("203.0.113.7") == "203.0.113.7" != network_of("no address") == "unknown"
     assert [retry_after(seconds) for seconds in (0.01, 1.2, 1e9)] == ["1", "2", "86400"]
 
 
 # Fetching
 
 
-class Net:
-    """A network of invented hosts: names to addresses, and what a connection answers; remembers every connection."""
+class Net(httpx2.AsyncBaseTransport):
+    """A network of invented hosts: names to addresses, and what is answered; remembers every request that went out."""
 
-    def __init__(self, answer: bytes | Sequence[bytes], *addresses: Sequence[str]) -> None:
-        self.answers = [answer] if isinstance(answer, bytes) else list(answer)
-        self.addresses = [list(one) for one in addresses] or [[PUBLIC]]
-        self.connected: list[tuple[str, int, str | None]] = []
-        self.sent: list[bytes] = []
+    def __init__(self, *answers: httpx2.Response, addresses: Sequence[Sequence[str]] = ((PUBLIC,),)) -> None:
+        self.answers, self.addresses, self.asked = list(answers), list(addresses), list[httpx2.Request]()
 
     async def resolve(self, host: str, port: int) -> Sequence[str]:
         return self.addresses.pop(0) if len(self.addresses) > 1 else self.addresses[0]
 
-    async def connect(self, address: str, port: int, name: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        self.connected.append((address, port, name))
-        reader = asyncio.StreamReader()
-        reader.feed_data(self.answers.pop(0))
-        reader.feed_eof()
-        return reader, cast(asyncio.StreamWriter, _Writer(self.sent))
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        self.asked.append(request)
+        return self.answers.pop(0)
 
-    def fetcher(self, *hosts: str, **limits: Any) -> Fetcher:
-        return Fetcher(hosts or ["img.example"], limits=FetchLimits(**limits), resolve=self.resolve, connect=self.connect)
+    def fetch(self, url: str = "https://img.example/a.png", **limits: Any) -> ImageInput:
+        fetcher = Fetcher(["img.example"], limits=FetchLimits(**limits), resolve=self.resolve, transport=self)
+        return asyncio.run(fetcher.fetch(url))
 
 
-class _Writer:
-    def __init__(self, sent: list[bytes]) -> None:
-        self.write = sent.append
-
-    async def drain(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def answer(body: bytes, status: str = "200 OK", **headers: str) -> bytes:
-    told = {"content-length": str(len(body)), **{name.replace("_", "-"): value for name, value in headers.items()}}
-    return b"HTTP/1.1 " + status.encode() + b"\r\n" + b"".join(f"{n}: {v}\r\n".encode() for n, v in told.items()) + b"\r\n" + body
+def found() -> httpx2.Response:
+    return httpx2.Response(200, stream=httpx2.ByteStream(PNG))
 
 
 def test_image_is_fetched_from_the_checked_address_under_its_name() -> None:
-    net = Net(answer(png()), [PUBLIC], ["127.0.0.1"])  # the second look would lead inside
-    picture = asyncio.run(net.fetcher().fetch("https://img.example/a/b.png?x=1#part"))
-    assert picture.load().size == (8, 6)
-    assert net.connected == [(PUBLIC, 443, "img.example")]
-    assert net.sent[0].startswith(b"GET /a/b.png?x=1 HTTP/1.1\r\nHost: img.example\r\n")
+    net = Net(found(), addresses=[[PUBLIC], ["127.0.0.1"]])  # the second look would lead inside
+    assert net.fetch("https://img.example/a/b.png?x=1#part").load().size == (8, 6)
+    (request,) = net.asked
+    assert str(request.url) == f"https://{PUBLIC}/a/b.png?x=1" and request.headers["host"] == "img.example"
+    assert request.extensions["sni_hostname"] == "img.example"
 
 
 CLOSED = (
@@ -266,13 +201,13 @@ CLOSED = (
 ).split()
 
 
-@pytest.mark.parametrize("address", CLOSED)
-def test_host_that_resolves_inside_is_never_connected_to(address: str) -> None:
-    assert not is_public(address)
-    net = Net(answer(png()), [PUBLIC, address])  # one public address beside it does not help
-    with pytest.raises(InputError, match="not public") as told:
-        asyncio.run(net.fetcher().fetch("https://img.example/a.png"))
-    assert net.connected == [] and address not in str(told.value)
+def test_host_that_resolves_inside_is_never_connected_to() -> None:
+    for address in CLOSED:
+        net = Net(addresses=[[PUBLIC, address]])  # one public address beside it does not help
+        with pytest.raises(InputError, match="not public") as told:
+            net.fetch()
+        assert net.asked == [] and address not in str(told.value)
+    assert all(map(is_public, (PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14")))
 
 
 @given(st.ip_addresses(v=4))
@@ -282,272 +217,187 @@ def test_ipv4_inside_ipv6_is_judged_as_itself(address: ipaddress.IPv4Address) ->
     assert not inner or (address.is_global and not address.is_multicast)
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14"])
-def test_public_addresses_are_public(address: str) -> None:
-    assert is_public(address)
-
-
 REFUSED_URLS = [
     *(
         "http://img.example/a.png https://img.example:8443/a https://IMG.example.evil.test/ https://img.example@evil.test/ "
         "https://evil.test@img.example/ https://img.example./a https://img.example%2eevil.test/ https://127.0.0.1/ "
-        "https://2130706433/ "
-        "https://0x7f000001/ https://0177.0.0.1/ https://127.1/ https://[::1]/ https://[::ffff:127.0.0.1]/ "
-        "https://[64:ff9b::7f00:1]/ "
-        "https://localhost/ file:///etc/passwd ftp://img.example/a gopher://img.example/ //img.example/a img.example/a data:,x "
-        "https:img.example/a https:///img.example/ https://img.example:99999/ https://[img.example/ javascript:1 "
-        "https://img.example\\@evil.test/ https://ｉmg.example/ https://evil.test/#@img.example/ https://evil.test?@img.example/"
+        "https://2130706433/ https://0x7f000001/ https://0177.0.0.1/ https://127.1/ https://[::1]/ https://[::ffff:127.0.0.1]/ "
+        "https://[64:ff9b::7f00:1]/ https://localhost/ file:///etc/passwd ftp://img.example/a gopher://img.example/ "
+        "//img.example/a img.example/a data:,x https:img.example/a https:///img.example/ https://img.example:99999/ "
+        "https://[img.example/ javascript:1 https://img.example\\@evil.test/ https://ｉmg.example/ "
+        "https://evil.test/#@img.example/ https://evil.test?@img.example/"
     ).split(),
-    "",
-    "https://img.example/\r\nHost: evil",
-    "https://img.example/ a",
-    "https://img.example/" + "a" * 3000,
+    "", "https://img.example/\r\nHost: evil", "https://img.example/ a", "https://img.example/" + "a" * 3000,
+]  # fmt: skip
+
+
+def test_address_that_is_not_exactly_allowed_is_refused_before_anything_is_resolved() -> None:
+    for url in REFUSED_URLS:
+        net = Net(addresses=[])
+        with pytest.raises(InputError):
+            net.fetch(url)
+    for host in "127.0.0.1 2130706433 0x7f000001 10.0.0.0x1 *.b b/c [::1] ftp://b.c b.c:0 a@b.c b.c:70000 : ".split(" "):
+        with pytest.raises(InputError):
+            Fetcher([host])
+
+
+def test_redirects_are_checked_anew_and_not_endless() -> None:
+    def moved(to: str = "/b.png") -> httpx2.Response:
+        return httpx2.Response(302, headers={"location": to})
+
+    for location in "http://127.0.0.1/ https://evil.test/ //evil.test/ http://img.example/ https://[ file:///etc/passwd".split():
+        net = Net(moved(location))
+        with pytest.raises(InputError, match="redirects"):
+            net.fetch()
+        assert len(net.asked) == 1
+    assert Net(moved(), found()).fetch().load().size == (8, 6)
+    inside = Net(moved(), addresses=[[PUBLIC], ["10.0.0.1"]])
+    with pytest.raises(InputError, match="not public"):
+        inside.fetch()
+    with pytest.raises(InputError, match="more than 2 times"):
+        Net(moved(), moved(), moved()).fetch()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+ANSWERS: list[tuple[bytes, str]] = [
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n<html>no</html>", "not a picture|sent no whole"),
+    (b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", "status 404"),
+    (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 0\r\n\r\n", "packed"),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n" + bytes(200_000), "more than 100000"),
+    (CHUNKED + b"1000\r\n" + b"x" * 4096 + b"\r\n", "whole answer"),
+    (CHUNKED + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 40, "more than 100000"),
+    (b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, "whole answer"),
+    (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 200_000, "whole answer"),
+    (b"SSH-2.0-door\r\n\r\n", "whole answer"),
+    (b"", "whole answer"),
+    (b"never", "within 0.3 seconds"),
 ]
 
 
-@pytest.mark.parametrize("url", REFUSED_URLS)
-def test_address_that_is_not_exactly_allowed_is_refused_before_anything_is_resolved(url: str) -> None:
-    net = Net(answer(png()))
-    with pytest.raises(InputError):
-        asyncio.run(net.fetcher().fetch(url))
-    assert net.connected == []
+def test_answer_that_is_no_image_of_bounded_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def loopback(host: str, port: int) -> Sequence[str]:
+        return ["127.0.0.1"]
+
+    async def work(sent: bytes, told: str) -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            if sent != b"never":
+                writer.write(sent)
+                writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        host = f"img.example:{server.sockets[0].getsockname()[1]}"
+        limits = FetchLimits(file_bytes=100_000, seconds=0.3 if sent == b"never" else 15)
+        with pytest.raises(InputError, match=told):
+            await Fetcher([f"http://{host}"], limits=limits, resolve=loopback).fetch(f"http://{host}/a.png")
+        server.close()
+
+    monkeypatch.setattr(ssl, "create_default_context", lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    monkeypatch.setattr(fetch, "is_public", lambda address: True)
+    for sent, told in ANSWERS:
+        asyncio.run(work(sent, told))
 
 
-@pytest.mark.parametrize(
-    "host",
-    ["127.0.0.1", "2130706433", "0x7f000001", "10.0.0.0x1", "*.example", "img.example/path", "[::1]", "", "a b", "ftp://img.example",
-     "img.example:0", "user@img.example", "img.example:70000"],
-)  # fmt: skip
-def test_list_takes_exact_names_only(host: str) -> None:
-    with pytest.raises(InputError):
-        Fetcher([host])
+# Images from requests
+
+BIG = bytes(range(256)) * 3000
+NO_IMAGE: list[object] = [
+    None, "x", 5, [], {}, {"data": "x", "item": "y"}, {"path": "/etc/passwd"}, {"url": "https://img.example/a"}, {"item": "a"},
+    *({"data": text} for text in ("", "%%%", "ä", "data:image/png,abc", "data:text/html;base64,AAAA", "/etc/passwd", "A",
+      "AA====AA", "\ud800", 5, None, ["x"], base64.b64encode(BIG).decode()[:-3], base64.b64encode(bytes(196_607)).decode() * 2)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "location",
-    ["http://127.0.0.1/", "https://evil.test/", "//evil.test/", "http://img.example/", "https://[", "file:///etc/passwd"],
-)
-def test_redirect_elsewhere_is_not_followed(location: str) -> None:
-    net = Net([answer(b"", "302 Found", location=location), answer(png())])
-    with pytest.raises(InputError, match="redirects"):
-        asyncio.run(net.fetcher().fetch("https://img.example/a.png"))
-    assert len(net.connected) == 1
+def take(told: object, limits: ImageLimits = LIMITS) -> ImageInput:
+    return asyncio.run(Intake(limits).take(told, "image", Sources()))
 
 
-def test_redirect_within_the_list_is_checked_anew_and_not_endless() -> None:
-    moved = answer(b"", "301 Moved", location="/b.png")
-    net = Net([moved, answer(png())])
-    assert asyncio.run(net.fetcher().fetch("https://img.example/a.png")).load().size == (8, 6)
-    inside = Net([moved, answer(png())], [PUBLIC], ["10.0.0.1"])
-    with pytest.raises(InputError, match="not public"):
-        asyncio.run(inside.fetcher().fetch("https://img.example/a.png"))
-    assert len(inside.connected) == 1
-    with pytest.raises(InputError, match="more than 2 times"):
-        asyncio.run(Net([moved] * 9).fetcher().fetch("https://img.example/a.png"))
+def test_image_comes_as_base64_or_data_url_within_limits() -> None:
+    for form in ("{}", "data:image/png;base64,{}", "DATA:;name=a.png;base64,{}", "\n{}\r\n"):
+        image = take({"data": form.replace("{}", base64.b64encode(PNG).decode())})
+        assert image == ImageInput.from_bytes(PNG) and image.path is None and image.name == ""
+    for text in (base64.b64encode(BIG), base64.urlsafe_b64encode(BIG).rstrip(b"="), base64.encodebytes(BIG)):
+        assert bytes_of_base64(text.decode(), "image") == BIG
+    for told in NO_IMAGE:
+        with pytest.raises(InputError):
+            take(told)
+    small = ImageLimits(pixels=1000, file_bytes=10_000)
+    floats = tiff(2829, 2829, bytes(9), packed=True, tags={258: (SHORT, (32,)), 339: (SHORT, (3,))})
+    for raw, shown, limits in (
+        (bytes(15_000), "characters of base64", small),
+        (bytes(10_001), "has 10001 bytes", small),
+        (encoded(size=(100, 100)), "more than the limit of 1000", small),
+        (floats, "2829 x 2829 pixels at a time, .* more than the limit of 8000000", LIMITS),
+    ):
+        with pytest.raises(InputError, match=shown):
+            take({"data": base64.b64encode(raw).decode()}, limits)
 
 
-@pytest.mark.parametrize(
-    ("sent", "told"),
-    [
-        (answer(b"<html>not a picture</html>"), "not a picture"),
-        (answer(png(), "404 Not Found"), "status 404"),
-        (answer(zlib.compress(png()), content_encoding="gzip"), "packed"),
-        (answer(b"", content_length="999999999"), "more than"),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + b"1000\r\n" + b"x" * 4096 + b"\r\n", "whole answer"),
-        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + (b"1000\r\n" + b"x" * 4096 + b"\r\n") * 40, "more than"),
-        (b"HTTP/1.1 100 Continue\r\n\r\n" * 30_000, "more than"),
-        (b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000, "whole answer"),
-        (b"SSH-2.0-door\r\n\r\n", "whole answer"),
-        (b"", "whole answer"),
-    ],
-)  # fmt: skip
-def test_answer_that_is_no_image_of_bounded_size_is_refused(sent: bytes, told: str) -> None:
-    with pytest.raises(InputError, match=told):
-        asyncio.run(Net(sent).fetcher(file_bytes=100_000).fetch("https://img.example/a.png"))
-
-
-def test_host_that_does_not_answer_is_given_up() -> None:
-    async def never(address: str, port: int, name: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return asyncio.StreamReader(), cast(asyncio.StreamWriter, _Writer([]))
-
-    net = Net(b"")
-    fetcher = Fetcher(["img.example"], limits=FetchLimits(seconds=0.05), resolve=net.resolve, connect=never)
-    with pytest.raises(InputError, match="within"):
-        asyncio.run(fetcher.fetch("https://img.example/a.png"))
-
-
-# Pictures from requests
-
-
-def take(told: object, **options: Any) -> ImageInput:
-    return asyncio.run(Intake(**options).take(told, "image", Sources()))
-
-
-@pytest.mark.parametrize("form", ["{}", "data:image/png;base64,{}", "DATA:;name=a.png;base64,{}", "\n{}\r\n"])
-def test_image_comes_as_base64_or_data_url(form: str) -> None:
-    text = form.replace("{}", base64.b64encode(png()).decode())
-    picture = take({"data": text})
-    assert picture == ImageInput.from_bytes(png()) and picture.path is None and picture.name == ""
-    assert bytes_of_base64(base64.urlsafe_b64encode(png()).decode().rstrip("="), "image") == png()
-
-
-@pytest.mark.parametrize(
-    "told",
-    [None, "x", 5, [], {}, {"data": 5}, {"data": None}, {"data": ["x"]}, {"data": "x", "item": "y"}, {"path": "/etc/passwd"},
-     {"data": ""}, {"data": "%%%"}, {"data": "ä"}, {"data": "data:image/png,abc"}, {"data": "data:text/html;base64,AAAA"},
-     {"data": "/etc/passwd"}, {"data": "file:///etc/passwd"}, {"data": "A"}, {"data": "AAAA====AAAA"}, {"url": "https://img.example/a"},
-     {"item": "a"}, {"data": "\ud800"}],
-)  # fmt: skip
-def test_what_is_no_image_is_an_input_error(told: object) -> None:
-    with pytest.raises(InputError):
-        take(told)
-
-
-def test_image_is_refused_by_size_before_it_is_decoded() -> None:
-    limits = ImageLimits(pixels=1000, file_bytes=10_000)
-    with pytest.raises(InputError, match="characters of base64"):
-        take({"data": "A" * 20_000}, limits=limits)
-    with pytest.raises(InputError, match="has 10001 bytes"):
-        take({"data": base64.b64encode(b"x" * 10_001).decode()}, limits=limits)
-    with pytest.raises(InputError, match="more than the limit of 1000"):
-        take({"data": base64.b64encode(png((100, 100))).decode()}, limits=limits)
-
-
-def test_bomb_and_endless_jpeg_are_refused() -> None:
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100_000))), (b"IEND", b"")]
-    bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    )
-    with pytest.raises(InputError, match="60000"):
-        take({"data": base64.b64encode(bomb).decode()})
-    out = BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "JPEG", progressive=True)
-    scans = out.getvalue()
-    start = scans.rindex(b"\xff\xda")
-    endless = scans[:start] + scans[start:-2] * (MAX_SCANS + 1) + b"\xff\xd9"
-    assert take({"data": base64.b64encode(scans).decode()}).load().size == (16, 16)
-    with pytest.raises(InputError, match="scans"):
-        take({"data": base64.b64encode(endless).decode()})
-
-
-@given(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"]), st.data())
-@settings(max_examples=150, deadline=None)
-def test_damaged_image_is_read_or_refused_and_nothing_else(name: str, data: st.DataObject) -> None:
-    out = BytesIO()
-    Image.linear_gradient("L").resize((9, 7)).convert("RGB").save(out, name)
-    raw = bytearray(out.getvalue())
-    for place, value in data.draw(st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255)), max_size=8)):
-        raw[place] = value
-    raw = raw[: data.draw(st.integers(1, len(raw)))]
-    with contextlib.suppress(InputError):
-        take({"data": base64.b64encode(raw).decode()})
-
-
-def test_field_report_05_a_motion_photo_is_no_jpeg_of_endless_scans() -> None:
-    out = BytesIO()
-    Image.new("RGB", (16, 16)).save(out, "JPEG")
-    moving = out.getvalue() + b"\xff\xda\0\x0c" * (MAX_SCANS + 1) + b"\0\0\0\x18ftypmp42"
-    assert take({"data": base64.b64encode(moving).decode()}).load().size == (16, 16)
-
-
-def test_field_report_06_a_image_is_kept_and_shown_whatever_its_name(tmp_path: Path) -> None:
-    out = BytesIO()
-    Image.new("RGB", (16, 16), "teal").save(out, "MPO", save_all=True, append_images=[Image.new("RGB", (16, 16))])
-    store = ImageFolder(tmp_path / "store")
-    for number, data in enumerate((out.getvalue(), out.getvalue() + b"video\xff\xda", png())):
-        kept = store.keep(take({"data": base64.b64encode(data).decode()}), str(number)).path
-        assert kept is not None and kept.suffix == (".png" if number == 2 else ".jpg") and kept.read_bytes() == data
-        for name in (kept.name, "IMG_0001", "a.JPG_large", "b.mpo", "c.jfif"):
-            (tmp_path / name).write_bytes(data)
-            shown = as_jpeg(image_in_folders(name, [tmp_path], "1"), 64)
-            assert Image.open(BytesIO(shown)).format == "JPEG"
-
-
-def test_field_report_17_a_small_file_of_many_floats_is_refused_at_the_wall(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda *_: pytest.fail("decoded"))
-    wide = {258: (SHORT, (32,)), 339: (SHORT, (3,))}
-    for side in (2829, 5600):  # more than 8 million pixels
-        with pytest.raises(InputError, match=rf"{side} x {side} pixels at a time, .* more than the limit of 8000000"):
-            take({"data": base64.b64encode(tiff(side, side, bytes(9), packed=True, tags=wide)).decode()})
-    tiles = {**wide, 322: (LONG, (16_384,)), 323: (LONG, (16_384,)), 324: (LONG, (8,)), 325: (LONG, (9,))}
-    with pytest.raises(InputError, match="16384 x 16384 pixels at a time"):
-        take({"data": base64.b64encode(tiff(16, 16, bytes(9), packed=True, tags=tiles)).decode()})
-
-
-def test_only_files_in_the_folders_are_read(tmp_path: Path) -> None:
-    inside, outside = tmp_path / "pictures", tmp_path / "secret.png"
+def test_files_are_read_in_their_folders_only_and_shown_whatever_their_names(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "secret.png", tmp_path / "images"
     inside.mkdir()
-    outside.write_bytes(png())
-    (inside / "cup.png").write_bytes(png())
+    outside.write_bytes(PNG)
     (inside / "link.png").symlink_to(outside)
-    (inside / "words.txt").write_text("not a picture")
+    (inside / "cup.png").write_bytes(PNG)
     assert image_in_folders("cup.png", [inside], "1").path == image_in_folders(str(inside / "cup.png"), [inside], "1").path
-    with pytest.raises(InputError, match="not a picture"):
-        image_in_folders("words.txt", [inside], "1").load()
-    for image in (str(outside), "../secret.png", "link.png", str(inside / ".." / "secret.png"), "", ".", "a\0.png",
-                  "/etc/passwd", "x" * 5000, "cup.png/../../secret.png", "/proc/self/environ"):  # fmt: skip
-        with pytest.raises(InputError) as told:
-            image_in_folders(image, [inside], "1")
-        assert str(tmp_path) not in str(told.value)
+    paths = "../secret.png link.png . a\0.png /etc/passwd cup.png/../../secret.png /proc/self/environ".split(" ")
+    for path in (*paths, "", "x" * 5000, str(outside), str(inside / ".." / "secret.png")):
+        with pytest.raises(InputError) as refusal:
+            image_in_folders(path, [inside], "1")
+        assert str(tmp_path) not in str(refusal.value)
+    several = encoded("MPO", save_all=True, append_images=[Image.new("RGB", (8, 6))])
+    for raw, suffix in ((several, ".jpg"), (several + b"video\xff\xda", ".jpg"), (PNG, ".png")):
+        kept = ImageFolder(tmp_path / "store").keep(take({"data": base64.b64encode(raw).decode()}), "1").path
+        assert kept is not None and kept.suffix == suffix and kept.read_bytes() == raw
+        for name in (kept.name, "IMG_0001", "a.JPG_large", "b.mpo", "c.jfif"):
+            (inside / name).write_bytes(raw)
+            assert Image.open(BytesIO(as_jpeg(image_in_folders(name, [inside], "1"), 64))).format == "JPEG"
 
 
 # Bodies
 
-
-@pytest.mark.parametrize(
-    "raw",
-    [b"", b"{", b"[1,]", b"NaN", b"[Infinity]", b"[-Infinity]", b"1e999", b'{"a":1,"a":2}', b'"\xff"', b"\xef\xbb\xbf{}",
-     b'"\\ud800"',     b'{"\\udfff": 1}', b"[" * 100_000, b'{"a":' * 50_000, b"[" * 33 + b"]" * 33, b"9" * 41,
-     b"[" + b"1," * 300_000 + b"1]", b'"\x00"',
-     '{"a":1}'.encode("utf-16"), b"{} {}", b'"' + b'\\"' * 500_000, b'"a" ' * 300_000, b"'a'", b"\\" * 100_000],
-)  # fmt: skip
-def test_what_is_not_strict_json_is_refused(raw: bytes) -> None:
-    with pytest.raises(InputError):
-        parse_json(raw)
+REFUSED_JSON = [
+    b"", b"{", b"[1,]", b"NaN", b"[Infinity]", b"[-Infinity]", b"1e999", b'{"a":1,"a":2}', b'"\xff"', b"\xef\xbb\xbf{}",
+    b'"\\ud800"', b'{"\\udfff": 1}', b"[" * 100_000, b'{"a":' * 50_000, b"[" * 33 + b"]" * 33, b"[" + b"1," * 300_000 + b"1]",
+    '{"a":1}'.encode("utf-16"), b"{} {}", b'"' + b'\\"' * 500_000, b'"a" ' * 300_000, b"'a'", b"\\" * 100_000, b"9" * 41,
+    b'"\x00"',
+    b'["' + b'","' * 200_000 + b'"]',
+]  # fmt: skip
+LEAF = st.none() | st.booleans() | st.integers(-(10**38), 10**38) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+JSON = st.recursive(LEAF, lambda part: st.lists(part, max_size=4) | st.dictionaries(st.text(), part, max_size=4), max_leaves=9)
 
 
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**38), 10**38)
-    | st.floats(allow_subnormal=False, allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
-    max_leaves=20,
-)
-
-
-@given(JSON, st.booleans())
-@settings(max_examples=50)
-def test_json_is_read_as_it_was_written(value: Any, ascii_only: bool) -> None:
-    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
-
-
-@given(st.binary(max_size=60) | st.text(alphabet='[]{}",:\\u0d8ef19-+.eNa ', max_size=60).map(str.encode))
-def test_any_bytes_are_json_or_an_input_error(raw: bytes) -> None:
-    try:
-        value = parse_json(raw)
-    except InputError:
-        return
-    assert value == json.loads(raw)
-
-
-def test_depth_counts_brackets_outside_texts_only() -> None:
-    assert parse_json(b'["' + b"[" * 1000 + b'\\"]"]') == ["[" * 1000 + '"]']
+def test_what_is_not_strict_json_is_refused() -> None:
+    for raw in REFUSED_JSON:
+        with pytest.raises(InputError):
+            parse_json(raw)
+    assert parse_json(b'["' + b"[" * 1000 + b'\\"]"]') == ["[" * 1000 + '"]'], "brackets in texts do not count"
     assert parse_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH) is not None
+    for value in (["a"] * 190_000, ['"' * 30_000] * 10, ["\\"] * 9000):
+        assert parse_json(json.dumps(value).encode()) == value
 
 
-# The wall and the gate, by ASGI
+@given(JSON, st.booleans(), st.binary(max_size=40) | st.text(alphabet='[]{}",:\\u0d8ef19-+.eNa ', max_size=60).map(str.encode))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_json_is_read_as_it_was_written_or_refused(value: Any, ascii_only: bool, raw: bytes) -> None:
+    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+    with contextlib.suppress(InputError):
+        read = parse_json(raw)
+        assert read == json.loads(raw)
+
+
+# The middleware, by ASGI
 
 
 Asgi = Callable[[Message, Receive, Send], Awaitable[None]]
 HOST = (b"host", b"127.0.0.1:8080")
 KIND = (b"content-type", b"application/json")
+TWO = (b"content-length", b"2")
+CHUNKS = (b"transfer-encoding", b"chunked")
 
 
 async def echo(scope: Message, receive: Receive, send: Send) -> None:
-    """Reads the body and tells its length; puts a Server header into its answer."""
+    """Reads the body and tells its length; puts a Server header into its answer. `/page` is HTML."""
     size = 0
     while True:
         message = await receive()
@@ -556,8 +406,8 @@ async def echo(scope: Message, receive: Receive, send: Send) -> None:
         size += len(message.get("body", b""))
         if not message.get("more_body"):
             break
-    headers = [(b"server", b"secret/1.0"), (b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    kind = b"text/html; charset=utf-8" if scope["path"] == "/page" else b"application/json"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"server", b"secret/1.0"), (b"content-type", kind)]})
     await send({"type": "http.response.body", "body": json.dumps({"size": size}).encode()})
 
 
@@ -596,153 +446,89 @@ def post(app: Asgi, *more: tuple[bytes, bytes], chunks: Sequence[bytes | None] =
     return ask(app, "POST", "/search", [HOST, KIND, (b"content-length", size), *more], chunks)
 
 
-def test_every_answer_carries_an_id_and_headers_and_names_no_server() -> None:
-    app = Guard(echo, Wall())
-    for status, headers, _ in (ask(app), ask(app, headers=[(b"host", b"evil.test")])):
-        assert status in (200, 421)
-        assert (
-            "server" not in headers and headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
-        )
-        assert len(headers["x-request-id"]) == 24 and "sandbox" in headers["content-security-policy"]
-        assert not any(name.startswith("access-control") for name in headers)
+APP, EVIL = (b"origin", b"https://app.example"), (b"origin", b"https://app.example.evil.test")
+CLOSED_TO_OTHERS = Guard(echo, Wall.of("127.0.0.1"))
+OPENED = Guard(echo, Wall.of("127.0.0.1", origins=["https://app.example/"]))
+PUBLISHED = Guard(echo, Wall.of("0.0.0.0", hosts=["search.example"]))
+ONE_PORT = Guard(echo, Wall.of("127.0.0.1", port=8080))
+PREFLIGHT = [HOST, APP, (b"access-control-request-method", b"POST")]
+GUARDED: list[tuple[Asgi, str, str, list[tuple[bytes, bytes]], int, str]] = [
+    *((CLOSED_TO_OTHERS, "GET", "/items", [(b"host", host)], 200, "") for host in (b"127.0.0.1:9", b"LOCALHOST", b"[::1]:8080")),
+    *((app, "GET", "/items", [(b"host", host)], 421, "wrong_host") for app in (CLOSED_TO_OTHERS, PUBLISHED)
+      for host in (b"evil.test", b"127.0.0.1.evil.test", b"localhost.evil.test:8080", b"127.1", b"0.0.0.0", b"[::]")),
+    (PUBLISHED, "GET", "/items", [(b"host", b"search.example:443")], 200, ""),
+    (ONE_PORT, "GET", "/items", [HOST], 200, ""),
+    (ONE_PORT, "GET", "/items", [(b"host", b"127.0.0.1:8081")], 421, "wrong_host"),
+    (ONE_PORT, "GET", "/items", [(b"host", b"127.0.0.1")], 421, "wrong_host"),
+    (CLOSED_TO_OTHERS, "GET", "/items", [], 400, "bad_host"),
+    (CLOSED_TO_OTHERS, "GET", "/items", [(b"host", b"a b")], 400, "bad_host"),
+    (CLOSED_TO_OTHERS, "GET", "/health", [(b"host", b"10.0.0.1")], 200, ""),
+    (CLOSED_TO_OTHERS, "GET", "/" + "a" * 9000, [HOST], 414, "path_too_long"),
+    (CLOSED_TO_OTHERS, "TRACE", "/items", [HOST], 405, "bad_method"),
+    (CLOSED_TO_OTHERS, "OPTIONS", "/items", [HOST], 405, "bad_method"),
+    (CLOSED_TO_OTHERS, "OPTIONS", "/health", [HOST], 204, ""),
+    (CLOSED_TO_OTHERS, "OPTIONS", "/items", PREFLIGHT, 403, "wrong_origin"),
+    (OPENED, "OPTIONS", "/items", PREFLIGHT, 204, ""),
+    *((CLOSED_TO_OTHERS, "POST", "/search", [HOST, KIND, TWO, (b"origin", origin)], 403, "wrong_origin")
+      for origin in (b"https://app.example", b"null", b"http://127.0.0.1:9", b"http://[")),
+    (CLOSED_TO_OTHERS, "POST", "/search", [HOST, KIND, TWO, (b"origin", b"http://127.0.0.1:8080")], 200, ""),
+    (CLOSED_TO_OTHERS, "POST", "/search", [HOST, KIND, TWO], 200, ""),
+    (OPENED, "POST", "/search", [HOST, KIND, TWO, APP], 200, ""),
+    (OPENED, "POST", "/search", [HOST, KIND, TWO, EVIL], 403, "wrong_origin"),
+    *((CLOSED_TO_OTHERS, "POST", "/search", headers, status, code) for headers, status, code in (
+        ([HOST] + [(b"x", b"y")] * 200, 431, "headers_too_large"),
+        ([HOST, (b"x", b"y" * 40_000)], 431, "headers_too_large"),
+        ([HOST, HOST], 400, "bad_header"),
+        ([HOST, (b"authorization", b"a"), (b"authorization", b"b")], 400, "bad_header"),
+        ([HOST, KIND, TWO, CHUNKS], 400, "bad_header"),
+        ([HOST, KIND, TWO, (b"content-encoding", b"gzip")], 415, "packed_body"),
+        ([HOST, (b"content-type", b"text/plain"), TWO], 415, "wrong_content_type"),
+        ([HOST, TWO], 415, "wrong_content_type"),
+        ([HOST, CHUNKS], 415, "wrong_content_type"),
+    )),
+]  # fmt: skip
 
 
-def test_page_policy_lets_nothing_in_from_elsewhere() -> None:
-    async def page(scope: Message, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/html; charset=utf-8")]})
-        await send({"type": "http.response.body", "body": b"null"})
+@pytest.mark.parametrize(("app", "method", "path", "headers", "status", "code"), GUARDED)
+def test_the_guard_lets_in_what_it_should_and_dresses_every_answer(
+    app: Asgi, method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, code: str
+) -> None:
+    got, answered, told = ask(app, method, path, headers, [b"{}"])
+    assert got == status and (not code or (told["error"]["code"] == code and len(told["error"]) == 4))
+    assert (
+        "server" not in answered and answered["cache-control"] == "no-store" and answered["x-content-type-options"] == "nosniff"
+    )
+    assert len(answered["x-request-id"]) == 24 and "sandbox" in answered["content-security-policy"]
+    shared = "https://app.example" if app is OPENED and APP in headers else None
+    assert answered.get("access-control-allow-origin") == shared and "access-control-allow-credentials" not in answered
 
-    policy = ask(Guard(page, Wall()))[1]["content-security-policy"]
+
+def test_pages_let_nothing_in_from_elsewhere_and_websockets_are_closed() -> None:
+    policy = ask(CLOSED_TO_OTHERS, path="/page")[1]["content-security-policy"]
     assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
-
-
-@pytest.mark.parametrize("host", ["evil.test", "127.0.0.1.evil.test", "localhost.evil.test:8080", "127.1", "0.0.0.0", "[::]"])
-def test_loopback_server_answers_to_loopback_names_only(host: str) -> None:
-    assert ask(Guard(echo, Wall.of("127.0.0.1")), headers=[(b"host", host.encode())])[0] == 421
-    for good in ("127.0.0.1:9", "LOCALHOST", "[::1]:8080"):
-        assert ask(Guard(echo, Wall.of("127.0.0.1")), headers=[(b"host", good.encode())])[0] == 200
-    assert ask(Guard(echo, Wall.of("0.0.0.0", hosts=["search.example"])), headers=[(b"host", host.encode())])[0] == 421
-    assert ask(Guard(echo, Wall.of("0.0.0.0", hosts=["search.example"])), headers=[(b"host", b"search.example:443")])[0] == 200
-
-
-@pytest.mark.parametrize(
-    ("headers", "status"),
-    [
-        ([HOST] + [(b"x", b"y")] * 200, 431),
-        ([HOST, (b"x", b"y" * 40_000)], 431),
-        ([HOST, HOST], 400),
-        ([], 400),
-        ([(b"host", b"a b")], 400),
-        ([HOST, (b"x", b"a\x00b")], 400),
-        ([HOST, (b"x", b"a\rb")], 400),
-        ([HOST, (b"x y", b"a")], 400),
-        ([HOST, (b"authorization", b"a"), (b"authorization", b"b")], 400),
-        ([HOST, KIND, (b"content-length", b"2"), (b"transfer-encoding", b"chunked")], 400),
-        ([HOST, KIND, (b"content-length", b"-1")], 400),
-        ([HOST, KIND, (b"content-length", b"9" * 40)], 400),
-        ([HOST, KIND, (b"content-length", b"2"), (b"content-encoding", b"gzip")], 415),
-        ([HOST, (b"content-type", b"text/plain"), (b"content-length", b"2")], 415),
-        ([HOST, (b"content-length", b"2")], 415),
-        ([HOST, (b"transfer-encoding", b"chunked")], 415),
-    ],
-)
-def test_header_tricks_are_refused(headers: list[tuple[bytes, bytes]], status: int) -> None:
-    got, _, told = ask(Guard(echo, Wall()), "POST", "/search", headers)
-    assert got == status and set(told["error"]) == {"message", "type", "param", "code"}
-
-
-def test_long_paths_odd_methods_and_websockets_are_refused() -> None:
-    app = Guard(echo, Wall())
-    assert ask(app, path="/" + "a" * 9000)[0] == 414
-    assert ask(app, method="TRACE")[0] == ask(app, method="OPTIONS")[0] == 405
-    sent: list[Message] = []
-
-    async def socket() -> None:
-        async def receive() -> Message:
-            return {"type": "websocket.connect"}
-
-        async def send(message: Message) -> None:
-            sent.append(message)
-
-        await app({"type": "websocket", "headers": []}, receive, send)
-
-    asyncio.run(socket())
-    assert sent[0]["type"] == "websocket.close"
-
-
-def test_pages_of_other_origins_stay_out_unless_named() -> None:
-    closed, opened = Guard(echo, Wall()), Guard(echo, Wall.of("127.0.0.1", origins=["https://app.example/"]))
-    app_origin, ours = (b"origin", b"https://app.example"), (b"origin", b"http://127.0.0.1:8080")
-    for origin in (app_origin, (b"origin", b"null"), (b"origin", b"http://127.0.0.1:9"), (b"origin", b"http://[")):
-        assert post(closed, origin)[0] == 403
-    assert post(closed)[0] == post(closed, ours)[0] == 200
-    assert not Guard(echo, Wall(hosts=None))._may_write("null", "")  # HTTP/1.0 without a Host
-    status, headers, _ = post(opened, app_origin)
-    assert status == 200 and headers["access-control-allow-origin"] == "https://app.example"
-    assert "access-control-allow-credentials" not in headers
-    assert post(opened, (b"origin", b"https://app.example.evil.test"))[0] == 403
-    asked = [HOST, app_origin, (b"access-control-request-method", b"POST")]
-    assert ask(opened, "OPTIONS", headers=asked)[0] == 204 and ask(closed, "OPTIONS", headers=asked)[0] == 403
     for origin in ("*", "null", "app.example", "https://app.example/path", "https://*.example"):
         with pytest.raises(InputError):
             Wall.of("127.0.0.1", origins=[origin])
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(cast(Any, CLOSED_TO_OTHERS({"type": "websocket", "headers": []}, receive, send)))
+    assert sent[0]["type"] == "websocket.close"
 
 
-def test_body_is_bounded_however_it_comes() -> None:
-    app = Guard(BodyGuard(echo, most=100, seconds=5), Wall())
+def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
+    app = Guard(BodyGuard(echo, most=100, seconds=0.05), Wall())
+    chunked = [HOST, KIND, CHUNKS]
     assert post(app, chunks=[b"x" * 100])[2] == {"size": 100}
-    assert post(app, chunks=[b"x" * 101])[0] == 413
-    chunked = [HOST, KIND, (b"transfer-encoding", b"chunked")]
-    status, headers, told = ask(app, "POST", "/search", chunked, [b"x" * 30] * 10)
-    assert status == 413 and headers["connection"] == "close" and told["error"]["code"] == "body_too_large"
-    slow = Guard(BodyGuard(echo, most=100, seconds=0.05), Wall())
-    assert ask(slow, "POST", "/search", chunked, [b"x", None])[0] == 408
+    for status, headers, told in (post(app, chunks=[b"x" * 101]), ask(app, "POST", "/search", chunked, [b"x" * 30] * 10)):
+        assert status == 413 and headers["connection"] == "close" and told["error"]["code"] == "body_too_large"
+    assert ask(app, "POST", "/search", chunked, [b"x", None])[0] == 408
 
-
-def test_bodies_are_bounded_together_until_they_are_answered() -> None:
-    async def work() -> None:
-        answer = asyncio.Event()
-        sent: dict[int, list[Message]] = {}
-
-        async def waiting(scope: Message, receive: Receive, send: Send) -> None:
-            while (message := await receive()).get("more_body"):
-                pass
-            if message["type"] == "http.disconnect":
-                return
-            await answer.wait()
-            await send({"type": "http.response.start", "status": 200, "headers": []})
-            await send({"type": "http.response.body", "body": b""})
-
-        guard = BodyGuard(waiting, most=100, together=150)
-
-        async def one(number: int, chunks: list[bytes]) -> None:
-            left = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks] + [{"type": "http.request"}]
-
-            async def receive() -> Message:
-                return left.pop(0) if left else await asyncio.Future()
-
-            async def send(message: Message) -> None:
-                sent.setdefault(number, []).append(message)
-
-            await guard({"type": "http", "method": "POST", "headers": []}, receive, send)
-
-        held = asyncio.create_task(one(0, [b"x" * 90]))
-        await asyncio.sleep(0)
-        refused = asyncio.create_task(one(1, [b"x" * 30] * 3))
-        small = asyncio.create_task(one(2, [b"x" * 30]))
-        while guard.held != 120 or not refused.done():
-            await asyncio.sleep(0)
-        assert sent[1][0]["status"] == 429 and (b"retry-after", b"1") in sent[1][0]["headers"]
-        answer.set()
-        await asyncio.gather(held, small)
-        await one(3, [b"x" * 90])
-        assert {number: messages[0]["status"] for number, messages in sent.items()} == {0: 200, 1: 429, 2: 200, 3: 200}
-        assert guard.held == 0
-
-    asyncio.run(asyncio.wait_for(work(), 20))
-
-
-def test_fault_of_the_application_is_not_hidden() -> None:
     async def broken(scope: Message, receive: Receive, send: Send) -> None:
         raise RuntimeError("a fault")
 
@@ -750,7 +536,7 @@ def test_fault_of_the_application_is_not_hidden() -> None:
         post(BodyGuard(broken))
 
 
-class Asked(BaseModel):
+class Wanted(BaseModel):
     text: str
 
 
@@ -759,7 +545,7 @@ def test_routes_read_strict_json() -> None:
     app.router.route_class = StrictRoute
 
     @app.post("/search")
-    async def search(asked: Asked) -> Asked:
+    async def search(asked: Wanted) -> Wanted:
         return asked
 
     assert post(app, chunks=[b'{"text": "a"}'])[0] == 200
@@ -799,6 +585,8 @@ def test_gate_asks_for_keys_before_the_body_is_touched(ring: tuple[KeyRing, str,
         assert ask(app, path=path)[0] == 200
     for path in ("/metrics", "/items", "/page/config", "/v1/models", "/Health", "/staticx", "//", "/health/../items"):
         assert ask(app, path=path)[0] in (401, 429)
+    assert ask(KeyGate(echo, None, Limits()), "DELETE", "/items/a")[0] == 200, "without keys everyone is anyone"
+    assert scope_needed("POST", "/items") == "write" and scope_needed("POST", "/search/stream") == "read"
 
 
 def test_gate_slows_down_one_key_and_strangers_but_no_neighbour(ring: tuple[KeyRing, str, str]) -> None:
@@ -807,21 +595,10 @@ def test_gate_slows_down_one_key_and_strangers_but_no_neighbour(ring: tuple[KeyR
     assert [ask(app, headers=[bearer(reads)])[0] for _ in range(4)] == [200, 200, 200, 429]
     assert int(ask(app, headers=[bearer(reads)])[1]["retry-after"]) >= 1
     assert [ask(app)[0] for _ in range(7)] == [401] * 5 + [429] * 2
-    assert ask(app, headers=[bearer(writes)])[0] == 200  # the same address, a good key
+    assert ask(app, headers=[bearer(writes)])[0] == 200, "the same address, a good key"
     assert ask(app, client="198.51.100.8")[0] == 401
-
-
-def test_bulk_of_inputs_is_paid_for_afterwards() -> None:
-    limits = Limits(inputs=Rate(60, 10))
-    who = Principal("bulk", ("write",))
-    assert limits.take_inputs(who, 500) == 0.0
-    assert 480 < limits.take_inputs(who, 1) <= 500
-
-
-def test_without_keys_everyone_is_anyone() -> None:
-    app = KeyGate(echo, None, Limits())
-    assert ask(app, "DELETE", "/items/a")[0] == 200
-    assert scope_needed("POST", "/items") == "write" and scope_needed("POST", "/search/stream") == "read"
+    limits, bulk = Limits(inputs=Rate(60, 10)), Principal("bulk", ("write",))
+    assert limits.take_inputs(bulk, 500) == 0.0 and 480 < limits.take_inputs(bulk, 1) <= 500, "paid for afterwards"
 
 
 # Tenants
@@ -835,8 +612,7 @@ TENANTS = (None, "acme", "acme-b", "b")
 IDS = ("a", "b", "acme:a", "_tenant:acme:a", "_tenant:b:a", ":a", "../acme/a", "_tenant", "\x1f")
 FILTERS: tuple[Filter | None, ...] = (
     None, Eq("n", 1), Eq("id", "a"), Eq("id", "_tenant:acme:a"), In("id", ("a", "_tenant:b:a")), Range("id", low="a"),
-    Range("id", high="b"), Range("id", low=""),
-    Range("id", low="_tenant:acme:", high="_tenant:acme:~"), And(()), And((Eq("n", 2), In("id", IDS))),
+    Range("id", high="b"), Range("id", low="_tenant:acme:", high="_tenant:acme:~"), And(()), And((Eq("n", 2), In("id", IDS))),
     Eq("modality", "text"), In("n", ()), Eq("id", 1), Range("id", low=1), Eq("n", None),
 )  # fmt: skip
 STEPS = st.lists(
@@ -844,67 +620,54 @@ STEPS = st.lists(
         st.sampled_from(TENANTS), st.sampled_from(["upsert", "delete", "delete where"]), st.sampled_from(IDS), st.integers(1, 3),
         st.sampled_from(FILTERS),
     ),
-    min_size=3, max_size=14,
+    min_size=6, max_size=14,
 )  # fmt: skip
 
 
 @given(STEPS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4, deadline=None)
 def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
     folder = tmp_path_factory.mktemp("tenants")
-    shared, alone = opened(folder / "shared"), {tenant: opened(folder / f"of-{tenant}") for tenant in TENANTS}
-    views = {tenant: TenantIndex(shared, tenant) for tenant in TENANTS}
-    try:
+    with contextlib.ExitStack() as stack:
+        shared = stack.enter_context(opened(folder / "shared"))
+        pairs = {one: (TenantIndex(shared, one), stack.enter_context(opened(folder / f"of-{one}"))) for one in TENANTS}
         for tenant, action, id, n, where in steps:
-            outside = tenant is None and id.startswith(PREFIX)
+            view, alone = pairs[tenant]
             if action == "upsert":
                 item, vectors = Item.of(text=f"{tenant} {id} {n}", id=id, fields={"n": n}), vector_of(f"{id} {n}", 4)[None]
-                if outside:
+                if tenant is None and id.startswith(PREFIX):
                     with pytest.raises(InputError):
-                        views[tenant].upsert([item], vectors)
+                        view.upsert([item], vectors)
                 else:
-                    assert views[tenant].upsert([item], vectors) == alone[tenant].upsert([item], vectors)
+                    assert view.upsert([item], vectors) == alone.upsert([item], vectors)
             else:
                 which = [id] if action == "delete" else where or And(())
-                assert views[tenant].delete(which) == alone[tenant].delete(which)
-        for tenant in TENANTS:
-            view, own = views[tenant], alone[tenant]
-            assert view.get(IDS) == own.get(IDS)
-            assert dict(view.info().counts) == own.info().counts
+                assert view.delete(which) == alone.delete(which)
+        query = vector_of("query", 4)[None]
+        for view, alone in pairs.values():
+            assert view.get(IDS) == alone.get(IDS) and dict(view.info().counts) == alone.info().counts
             for where in FILTERS:
-                assert list(view.scan(where)) == list(own.scan(where)) and view.count(where) == own.count(where)
-                asked = vector_of("query", 4)[None]
-                assert view.search(asked, 5, where=where) == own.search(asked, 5, where=where)
-    finally:
-        for index in (shared, *alone.values()):
-            index.close()
+                assert list(view.scan(where)) == list(alone.scan(where)) and view.count(where) == alone.count(where)
+                assert view.search(query, 5, where=where) == alone.search(query, 5, where=where)
 
 
 def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:
+    one = vector_of("x", 4)[None]
     with opened(tmp_path) as index:
         acme, rival, nobody = TenantIndex(index, "acme"), TenantIndex(index, "rival"), TenantIndex(index, None)
-        acme.upsert([Item.of(text="a plan", id="plan", fields={"n": 1})], vector_of("plan", 4)[None])
+        acme.upsert([Item.of(text="a plan", id="plan", fields={"n": 1})], one)
         for view in (acme, rival, nobody):
             with pytest.raises(InputError, match=FIELD):
-                view.upsert([Item.of(text="x", id="x", fields={FIELD: "acme"})], vector_of("x", 4)[None])
+                view.upsert([Item.of(text="x", id="x", fields={FIELD: "acme"})], one)
             for where in (Eq(FIELD, "acme"), And((And((In(FIELD, ("acme", None)),)),)), Range(FIELD, low="")):
-                with pytest.raises(InputError, match=FIELD):
-                    view.search(vector_of("x", 4)[None], 5, where=where)
-                with pytest.raises(InputError, match=FIELD):
-                    view.delete(where)
+                for work in (lambda: view.search(one, 5, where=where), lambda: view.delete(where)):  # noqa: B023  # called at once
+                    with pytest.raises(InputError, match=FIELD):
+                        work()
         assert dict(acme.get(["plan"])["plan"].fields) == {"n": 1}
         assert rival.get(["plan", "_tenant:acme:plan"]) == nobody.get(["plan", "_tenant:acme:plan"]) == {}
         with pytest.raises(InputError, match="more than"):
-            acme.upsert([Item.of(text="x", id="x" * 1024)], vector_of("x", 4)[None])
-    for name in ("", "A", "a:b", "a/b", "a" * 64, "-a", "a\n"):
-        with pytest.raises(InputError):
-            TenantIndex(index, name)
-
-
-def test_index_that_filters_wrongly_shows_too_little_not_too_much(tmp_path: Path) -> None:
-    with opened(tmp_path) as index:
-        for tenant in ("acme", "rival"):
-            TenantIndex(index, tenant).upsert([Item.of(text=tenant, id="plan")], vector_of(tenant, 4)[None])
+            acme.upsert([Item.of(text="x", id="x" * 1024)], one)
+        rival.upsert([Item.of(text="rival", id="plan")], one)
 
         class Leaky:
             """The same index, which ignores filters."""
@@ -919,75 +682,10 @@ def test_index_that_filters_wrongly_shows_too_little_not_too_much(tmp_path: Path
                 return index.scan()
 
         leaky = TenantIndex(cast(Any, Leaky()), "acme")
-        assert [(hit.text, hit.rank) for hit in leaky.search(vector_of("rival", 4)[None], 5)[0]] == [("acme", 1)]
-        assert [stored.text for stored in leaky.scan()] == ["acme"]
-        assert TenantIndex(cast(Any, Leaky()), None).search(vector_of("rival", 4)[None], 5) == [[]]
-
-
-# The audit log
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def keyed(path: Path, sha256: str) -> str:
-    """What an operator with the secret computes to find a content in the log."""
-    secret = bytes.fromhex(path.with_name(f"{path.name}.secret").read_text())
-    return hmac.new(secret, sha256.encode(), "sha256").hexdigest()
-
-
-def test_gate_writes_who_asked_what(tmp_path: Path, ring: tuple[KeyRing, str, str]) -> None:
-    query = Query.of(text="a secret wish\n", image=ImageInput.from_bytes(png()), instruction="Find it")
-
-    async def handler(scope: Message, receive: Receive, send: Send) -> None:
-        scope["state"]["audit"].add(query)
-        await echo(scope, receive, send)
-
-    for contents in (False, True):
-        path = tmp_path / f"audit-{contents}.jsonl"
-        audit = AuditLog(path, contents=contents)
-        app = Guard(KeyGate(handler, ring[0], Limits(), audit), Wall())
-        _, headers, _ = post(app, bearer(ring[1]))
-        post(app)
-        audit.close()
-        first, second = lines(path)
-        assert first["request"] == headers["x-request-id"] and (first["key"], first["tenant"], first["status"]) == (
-            "reader",
-            "acme",
-            200,
-        )
-        assert first["path"] == "/search" and first["asked"][0]["hmac"] == keyed(path, query.content_hash())
-        assert ("secret wish" in path.read_text()) == contents and ring[1] not in path.read_text()
-        assert (second["key"], second["status"]) == (None, 401) and "asked" not in second
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-
-
-def test_audit_log_rotates_and_keeps_the_newest(tmp_path: Path) -> None:
-    audit = AuditLog(tmp_path / "audit.jsonl", most_bytes=400, keep=2)
-    for number in range(40):
-        audit.write({"number": number})
-    audit.close()
-    names = sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".secret")
-    assert names == ["audit.jsonl", "audit.jsonl.1", "audit.jsonl.2"]
-    kept = [line["number"] for name in reversed(names) for line in lines(tmp_path / name)]
-    assert kept == list(range(40 - len(kept), 40)) and all(path.stat().st_size <= 400 for path in tmp_path.iterdir())
-
-
-def test_audit_log_never_waits_and_tells_what_it_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stuck, whole = threading.Event(), os.write
-
-    def slow(handle: int, data: bytes) -> int:
-        stuck.wait(10)
-        return whole(handle, data)
-
-    monkeypatch.setattr("traceir.serve.audit.os.write", slow)
-    audit = AuditLog(tmp_path / "audit.jsonl", waiting=2)
-    for number in range(10):
-        audit.write({"number": number})  # returns although the disk hangs
-    lost = audit.dropped
-    stuck.set()
-    audit.close()
-    told = lines(tmp_path / "audit.jsonl")
-    assert lost >= 7 and sum(line.get("dropped", 0) for line in told) == lost
-    assert sum("number" in line for line in told) + lost == 10
+        assert [(hit.text, hit.rank) for hit in leaky.search(one, 5)[0]] == [("a plan", 1)]
+        assert [stored.text for stored in leaky.scan()] == ["a plan"] and TenantIndex(cast(Any, Leaky()), None).search(
+            one, 5
+        ) == [[]]
+    for name in ("", "A", "a:b", "a/b", "a" * 64, "-a", "a\n"):
+        with pytest.raises(InputError):
+            TenantIndex(index, name)
