@@ -22,9 +22,9 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.items import Hit, Item, Query
 from traceir.model import TraceModel
-from traceir.serve import fair, service
+from traceir.serve import bodies, fair, service
 from traceir.serve.bodies import SMALL, BodyGuard
-from traceir.serve.fair import FairExecutor, Pace, Places, Rounds, Shares, Turns, Usage, caller, patient
+from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
 from traceir.serve.gate import KeyGate, Limits
 from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import BusyError
@@ -141,11 +141,12 @@ def test_usage_is_forgotten_by_half_and_bodies_have_pauses_while_another_asks(mo
         await sleep(0)
 
     async def work() -> None:
-        pace = Pace(1000)
-        for who, count in (("greedy", 5000), ("greedy", 5000), ("other", 10), *[("greedy", 5000)] * 3, ("other", 10)):
-            await pace.wait(who, count)
+        crowd = Crowd(BodyGuard(answering(0)))
+        for who, size in (("greedy", 16), ("greedy", 16), ("other", 0), *[("greedy", 160)] * 3, ("other", 0)):
+            await crowd.ask(who, SMALL * size)
 
-    monkeypatch.setattr(fair.asyncio, "sleep", noted)
+    monkeypatch.setattr(bodies, "CROWDED_RATE", SMALL * 32)
+    monkeypatch.setattr(bodies.asyncio, "sleep", noted)
     run(work())
     assert slept == [0.0, 0.0, 5.0, 10.0, 0.0], "who is alone has none"
 

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from io import TextIOWrapper
-from logging.handlers import QueueListener, RotatingFileHandler
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, Final
 
@@ -60,8 +60,8 @@ class AuditLog:
             self._lines = _Lines(path, most_bytes, keep)
         except OSError as error:
             raise StoreError(f"audit log {path} cannot be opened: {error.strerror}; check its folder and rights") from error
-        self._listener = _Listener(self._queue, self._lines)
-        self._listener.start()
+        self._thread = threading.Thread(target=self._run, name="traceir-audit", daemon=True)
+        self._thread.start()
 
     @property
     def dropped(self) -> int:
@@ -92,22 +92,16 @@ class AuditLog:
 
     def close(self, seconds: float = 10.0) -> None:
         """Writes what is queued, within so many seconds, and closes the file."""
-        stopping = threading.Thread(target=self._listener.stop, daemon=True)
-        stopping.start()
-        stopping.join(seconds)
-        if stopping.is_alive():
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=seconds)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
             log.error("audit log %s does not get its lines written; %d are lost", self._path, self._queue.qsize())
-        else:
-            self._lines.close()
 
-
-class _Listener(QueueListener):
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None], handler: logging.Handler) -> None:
-        super().__init__(lines, handler)
-        self._lines = lines
-
-    def enqueue_sentinel(self) -> None:
-        self._lines.put(None)  # waits for a place, unlike the original's
+    def _run(self) -> None:
+        while (record := self._queue.get()) is not None:
+            self._lines.handle(record)
+        self._lines.close()
 
 
 class _Lines(RotatingFileHandler):

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any, Final
 
 from traceir.errors import InputError
-from traceir.serve.fair import Pace, Shares, caller
+from traceir.serve.fair import Shares, Usage, caller
 from traceir.serve.faults import Doubled, place_of_half
 from traceir.serve.guard import App, Message, Receive, Refusal, Send, refuse
+from traceir.serve.limits import Buckets, Rate
 
 MAX_BODY: Final = 32 * 1024 * 1024
 MAX_ANSWER: Final = 4 * 1024 * 1024
@@ -24,7 +25,7 @@ MAX_TOGETHER: Final = 512 * 1024 * 1024
 SMALL: Final = 64 * 1024
 """Bytes that a caller may always have in bodies and answers, and in which answers are handed on."""
 CROWDED_RATE: Final = 8 * 1024 * 1024
-"""Bytes a second of the bodies of one caller while others ask too."""
+"""Bytes a second of the bodies of one caller while others ask too: reading one holds up whatever else this process does."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; an image in base64 is one text."""
@@ -56,7 +57,7 @@ class BodyGuard:
     def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0, together: int = MAX_TOGETHER) -> None:
         self.app, self.most, self.seconds = app, most, seconds
         self.shares = Shares(together, least=min(SMALL, together))
-        self.pace = Pace(CROWDED_RATE)
+        self.usage, self.paces = Usage(), Buckets(Rate(60 * CROWDED_RATE, burst=0.0))
 
     @property
     def held(self) -> int:
@@ -89,8 +90,8 @@ class _Body:
     def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
         self._guard, self._receive, self._send = guard, receive, send
         self.who, self.holds = caller.get(), 0
-        self._read, self._whole, self.started = 0, False, False
-        self._deadline: float | None = None
+        self._read, self.started = 0, False
+        self._deadline: float | None = asyncio.get_running_loop().time() + guard.seconds
         self._start: Message | None = None
         self.refusal: Refusal | None = None
 
@@ -98,28 +99,30 @@ class _Body:
         return Refusal(413, f"the body has {size} bytes or more, at most {self._guard.most}", "body_too_large", (CLOSE,))
 
     async def receive(self) -> Message:
-        if self._whole:
-            return await self._receive()  # waits for the client to go away, however long the answer takes
         if self.refusal is not None:
             return {"type": "http.disconnect"}
-        self._deadline = self._deadline or asyncio.get_running_loop().time() + self._guard.seconds
         try:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
             told = f"the body did not arrive within {self._guard.seconds:g} seconds"
             self.refusal = Refusal(408, told, "body_too_slow", (CLOSE,))
-        else:
-            count = len(message.get("body", b""))
-            self._read += count
-            if self._read > self._guard.most:
-                self.refusal = self.too_large(self._read)
-            elif not self._hold(count):
-                self.refusal = TOO_MANY_BYTES
-            elif message["type"] == "http.request" and not message.get("more_body", False):
-                self._whole = True
-                await self._guard.pace.wait(self.who, self._read)
-        return message if self.refusal is None else {"type": "http.disconnect"}
+            return await self.receive()
+        self._read += (count := len(message.get("body", b"")))
+        if self._read > self._guard.most:
+            self.refusal = self.too_large(self._read)
+        elif not self._hold(count):
+            self.refusal = TOO_MANY_BYTES
+        elif self._deadline is not None and not message.get("more_body", False):
+            self._deadline = None  # what comes next is that the client goes away, however long the answer takes
+            await self._pause()
+        return message if self.refusal is None else await self.receive()
+
+    async def _pause(self) -> None:
+        """Between the bodies of one caller, while there are several."""
+        self._guard.usage.note(self.who)
+        if self._guard.usage.crowded:
+            await asyncio.sleep(self._guard.paces.take(self.who, self._read, on_debt=True))
 
     def _hold(self, count: int) -> bool:
         taken = not count or self._guard.shares.take(self.who, count)

@@ -17,8 +17,6 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from traceir.serve.limits import Buckets, Rate
-
 T = TypeVar("T")
 caller: ContextVar[str] = ContextVar("caller", default="")
 """On whose behalf the current task works; "" is nobody in particular."""
@@ -199,19 +197,6 @@ class FairExecutor(ThreadPoolExecutor):
                 return None
             self._turns.hold(who)
             return self._submitted.take(who)
-
-
-class Pace:
-    """Between the bodies of one caller, while there are several: reading a body holds up whatever else this process does."""
-
-    def __init__(self, bytes_a_second: int) -> None:
-        self._usage, self._read = Usage(), Buckets(Rate(60.0 * bytes_a_second, burst=0.0))
-
-    async def wait(self, who: str, count: int) -> None:
-        """Until a body of `count` bytes may be read."""
-        self._usage.note(who)
-        if self._usage.crowded:
-            await asyncio.sleep(self._read.take(who, count, on_debt=True))
 
 
 class Rounds(Generic[T]):

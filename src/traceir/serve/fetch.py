@@ -16,7 +16,6 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urljoin, urlsplit
 
 import httpx2
 
@@ -35,6 +34,7 @@ _ENTRY = re.compile(r"(?:(https?)://)?([^:]*)(?::(\d{1,5}))?", re.ASCII)
 _NUMBER = re.compile(r"(.*\.)?(\d+|0x[0-9a-f]*)")
 _URL = re.compile(r"[!-\[\]-~]+")
 """Printable ASCII but for space and backslash."""
+_PLAIN: Final = {"Accept-Encoding": "identity", "Connection": "close"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _CLOSED: Final = [
@@ -57,20 +57,6 @@ class FetchLimits:
     connect_seconds: float = 5.0
     redirects: int = 2
     at_once: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """An address that passed the list: where to connect, and what to ask for there."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-
-    def url(self, host: str) -> str:
-        """The address, with another host in place of its own."""
-        return f"{self.scheme}://{f'[{host}]' if ':' in host else host}:{self.port}{self.path}"
 
 
 class Fetcher:
@@ -108,38 +94,36 @@ class Fetcher:
             raise InputError(f"{target.host} did not send the image within {self._limits.seconds:g} seconds") from error
         return await self._intake.check_bytes(data, f"what {target.host} sent")
 
-    def check(self, url: str) -> Target:
-        """The address in parts, or InputError where its form, scheme, host or port is not allowed. Nothing is resolved."""
+    def check(self, url: str) -> httpx2.URL:
+        """The address, or InputError where its form, scheme, host or port is not allowed. Nothing is resolved."""
         if not isinstance(url, str) or len(url) > MAX_URL or not _URL.fullmatch(url):
             raise InputError(f"the address of an image is not a plain ASCII URL of at most {MAX_URL} characters")
         try:
-            parts = urlsplit(url)
-            scheme, host = parts.scheme.lower(), (parts.hostname or "").lower()
-            port = PORTS.get(scheme, 0) if parts.port is None else parts.port
-        except ValueError as error:
+            read = httpx2.URL(url)
+        except httpx2.InvalidURL as error:
             raise InputError(f"the address of an image cannot be read: {error}") from error
-        if scheme not in PORTS or "@" in parts.netloc:
+        if read.scheme not in PORTS or read.userinfo:
             raise InputError("the address of an image must begin with https:// and hold no user name")
-        if (scheme, host, port) not in self._allowed:
+        if (read.scheme, read.host, read.port or PORTS[read.scheme]) not in self._allowed:
             named = ", ".join(sorted({name for _, name, _ in self._allowed})) or "none"
             raise InputError(f"images may not be fetched from this host, scheme and port; allowed hosts: {named}")
-        return Target(scheme, host, port, (parts.path or "/") + (f"?{parts.query}" if parts.query else ""))
+        return read
 
-    async def _follow(self, target: Target) -> bytes:
+    async def _follow(self, target: httpx2.URL) -> bytes:
         for _ in range(self._limits.redirects + 1):
             answer = await self._get(target, await self._addresses(target))
             if isinstance(answer, bytes):
                 return answer
             try:
-                target = self.check(urljoin(target.url(target.host), answer))
-            except ValueError as error:  # InputError is one too
+                target = self.check(str(target.join(answer)))
+            except (InputError, httpx2.InvalidURL) as error:
                 raise InputError(f"{target.host} redirects to where images may not be fetched from") from error
         raise InputError(f"{target.host} redirects more than {self._limits.redirects} times; give the last address")
 
-    async def _addresses(self, target: Target) -> Sequence[str]:
+    async def _addresses(self, target: httpx2.URL) -> Sequence[str]:
         """All addresses of a host; InputError where one of them is not public."""
         try:
-            addresses = await self._resolve(target.host, target.port)
+            addresses = await self._resolve(target.host, target.port or PORTS[target.scheme])
         except (OSError, UnicodeError) as error:
             log.info("%s cannot be resolved: %s", target.host, error)
             raise InputError(f"{target.host} has no address; check its name") from error
@@ -148,21 +132,14 @@ class Fetcher:
             raise InputError(f"{target.host} has an address that is not public; images are not fetched from such hosts")
         return addresses
 
-    async def _get(self, target: Target, addresses: Sequence[str]) -> bytes | str:
+    async def _get(self, target: httpx2.URL, addresses: Sequence[str]) -> bytes | str:
         """The body of a 200, or where a redirect leads to, from the first address that answers."""
-        host = target.host if target.port == PORTS[target.scheme] else f"{target.host}:{target.port}"
-        headers = {
-            "Host": host,
-            "User-Agent": "traceir",
-            "Accept": "image/*",
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-        }
+        headers = {"Host": target.netloc.decode(), "User-Agent": "traceir", "Accept": "image/*", **_PLAIN}
         options = {"sni_hostname": target.host, "timeout": {"connect": self._limits.connect_seconds}}
         for address in addresses:
             try:
                 answer = await self._transport.handle_async_request(
-                    httpx2.Request("GET", target.url(address), headers=headers, extensions=options)
+                    httpx2.Request("GET", target.copy_with(host=address), headers=headers, extensions=options)
                 )
                 try:
                     return await self._read(target, answer)
@@ -175,7 +152,7 @@ class Fetcher:
                 raise InputError(f"{target.host} sent no whole answer; try again, or send the image itself") from error
         raise InputError(f"{target.host} does not answer; try again, or send the image itself")
 
-    async def _read(self, target: Target, answer: httpx2.Response) -> bytes | str:
+    async def _read(self, target: httpx2.URL, answer: httpx2.Response) -> bytes | str:
         most, host, location = self._limits.file_bytes, target.host, answer.headers.get("location")
         if answer.status_code in _REDIRECTS and location is not None:
             return str(location)

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Lock
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 from traceir.errors import InputError, StoreError
 from traceir.files import replacing
@@ -40,18 +40,28 @@ Clock = Callable[[], datetime]
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
-    """What is kept of a key. `created` and `expires` are UTC in ISO 8601; without `tenant` it sees what belongs to no tenant.
-
-    InputError for an unusable value.
-    """
+class Principal:
+    """Who asks: the name of a key, what it may do, whose items it sees (None: those of no tenant), and its own limit of speed."""
 
     name: str
     scopes: tuple[Scope, ...]
-    tenant: str | None
+    tenant: str | None = None
+    requests_per_minute: int | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes
+
+
+ANYONE: Final = Principal("anyone", SCOPES)
+"""Who asks where no keys are configured, which is on a loopback address only."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key(Principal):
+    """What is kept of a key. `created` and `expires` are UTC in ISO 8601. InputError for an unusable value."""
+
     created: str
     expires: str | None
-    requests_per_minute: int | None
     sha256: str
 
     def __post_init__(self) -> None:
@@ -70,23 +80,6 @@ class Key:
             self.expires and datetime.fromisoformat(self.expires).tzinfo is None
         ):
             raise InputError(f"the hash or the end of key {self.name!r} is unusable; revoke it, and make another")
-
-
-@dataclass(frozen=True, slots=True)
-class Principal:
-    """Who asks: the name of a key, what it may do, whose items it sees, and its own limit of speed if it has one."""
-
-    name: str
-    scopes: tuple[Scope, ...]
-    tenant: str | None = None
-    requests_per_minute: int | None = None
-
-    def may(self, scope: Scope) -> bool:
-        return scope in self.scopes
-
-
-ANYONE: Final = Principal("anyone", SCOPES)
-"""Who asks where no keys are configured, which is on a loopback address only."""
 
 
 def make_key(
@@ -108,7 +101,8 @@ def make_key(
     secret, made = PREFIX + secrets.token_urlsafe(32), now().astimezone(UTC)
     ends = None if days is None else (made + timedelta(days=days)).isoformat(timespec="seconds")
     created = made.isoformat(timespec="seconds")
-    key = Key(name, tuple(scopes), tenant, created, ends, requests_per_minute, _hash(secret))  # type: ignore[arg-type]  # checks them
+    wanted = cast("tuple[Scope, ...]", tuple(scopes))  # which Key checks
+    key = Key(name, wanted, tenant, requests_per_minute, created=created, expires=ends, sha256=_hash(secret))
     with _locked(path):
         keys = list_keys(path) if path.exists() else []
         if any(other.name == name for other in keys):
@@ -176,7 +170,7 @@ class KeyRing:
         key = matching[-1]
         if key.expires is not None and datetime.fromisoformat(key.expires) <= self._now():
             return _unknown(f"the key expired at {key.expires}; ask whoever runs this server for another", "expired_key")
-        return Principal(key.name, key.scopes, key.tenant, key.requests_per_minute)
+        return key
 
     def _current(self) -> list[Key] | None:
         with self._lock:
