@@ -87,10 +87,10 @@ def test_places_and_turns_are_given_in_turn_and_never_lost() -> None:
         await asyncio.gather(*waiting[6:])
         assert places.of("greedy") == 3
         turns = Turns(2)
-        alone = [task_of("a", turns.enter) for _ in range(3)]
+        alone = [task_of("a", lambda: turns.wait("a")) for _ in range(3)]
         await turns_of_the_loop()
         assert turns.of("a") == 2, "who is alone has both"
-        other = [task_of("b", turns.enter) for _ in range(2)]
+        other = [task_of("b", lambda: turns.wait("b")) for _ in range(2)]
         await asyncio.sleep(0)
         turns.give("a")
         await other[0]

@@ -1,9 +1,7 @@
 """The audit log, where it is switched on: who asked what, one JSON line a request, never in the way of a request.
 
-By default a line holds hashes of what was asked, not the words or images. The hashes are keyed (HMAC-SHA-256), since a plain hash
-of a short text can be guessed from a list of words: who has the log alone can tell which contents are equal, and read none; who
-has its secret too, the file FILE.secret, can find the lines of a content, or guess. With `contents` a line holds instructions and
-texts too, which are personal data; images stay hashes. Addresses, ids of items and paths are always as they are.
+A line holds hashes of what was asked, keyed (HMAC-SHA-256) by the file FILE.secret, since a plain hash of a short text can be
+guessed; with `contents` instructions and texts too, which are personal data. Addresses, ids of items and paths are as they are.
 """
 
 from __future__ import annotations
@@ -39,9 +37,8 @@ Line = Mapping[str, Any]
 class AuditLog:
     """Append-only JSON lines in a file, rotated by size: FILE, FILE.1 (newer) to FILE.N (oldest). Thread-safe; one process each.
 
-    `write` never waits: where `waiting` lines are queued already, or the disk fails, lines are dropped and counted, and the next
-    line that is written says how many. A line that a full disk cut stays as it is, the next begins on a line of its own. The
-    files have mode 0600; their format, and that of the secret beside them, is in docs/formats.md.
+    Where `waiting` lines are queued, or the disk fails, lines are dropped and counted, and the next line that is written says how
+    many. A line that a full disk cut stays as it is. The files have mode 0600; their format is in docs/formats.md.
     """
 
     def __init__(

@@ -49,9 +49,8 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 class BodyGuard:
     """Middleware, inside `KeyGate`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
 
-    Those of all requests that are not answered yet, and all answers that their clients have not taken yet, have at most
-    `together`, and those of one caller its share of that (else 429). Also where no length was announced or it was a lie. The
-    application sees a client that went away, and its answer is replaced.
+    Bodies that are not answered yet and answers that are not taken yet have at most `together` bytes, those of one caller its
+    share (else 429). The application sees a client that went away, and its answer is replaced.
     """
 
     def __init__(self, app: App, most: int = MAX_BODY, seconds: float = 30.0, together: int = MAX_TOGETHER) -> None:
@@ -156,10 +155,9 @@ class _Body:
 def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> Any:
     """The value of a body in strict JSON (RFC 8259), UTF-8 without a mark.
 
-    InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, numbers of more than 40
-    digits or beyond a double, more than 32 levels, 250,000 values or `texts` texts. Linear in time; the counts are known before
-    anything is built. `lenient`, for callers that judge the parts of a body one by one: half pairs stay, what is no number or too
-    large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
+    InputError for anything else: NaN and infinity, a name twice in one object, half a surrogate pair, and what the bounds above
+    forbid, which are looked at before anything is built. `lenient`, for callers that judge the parts of a body one by one: half
+    pairs stay, what is no number or too large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
     number = partial(_number, lenient=lenient)
     try:

@@ -1,7 +1,6 @@
 """Fair sharing among callers: of places and bytes, of turns and threads, of queues and of the model's time.
 
-Who a caller is stands in `caller`, which the gate sets for each request: a key, or an address where there are no keys. `Shares`,
-`Places` and `Turns` belong to one event loop, or to whoever holds a lock.
+A caller is a key, or an address where there are no keys. All but `FairExecutor` belong to one event loop, or to who holds a lock.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ Company = Usage
 
 
 class Shares:
-    """Places or bytes of which a caller may hold as much as then stays free for others: half of all when alone, a third when
-    another takes all it gets. So there is always something left for one that comes anew, however greedy the others are.
+    """Places or bytes of which a caller may hold as much as then stays free, so that something is left for one that comes anew.
 
     `least` is never refused for the share's sake. The caller "" is only bound by the total.
     """
@@ -97,9 +95,8 @@ class Shares:
 
 
 class Places(Shares):
-    """Shares that can be waited for, one caller after the other. Those that are waited for are at most a third of all, so that
-    who does not wait still finds some beside its own long work; and FEW where there are several callers, so that long work comes
-    in evenly, as it is done, and not all at once before another's."""
+    """Shares that can be waited for, one caller after the other: by a third of all, so that who does not wait finds some beside
+    its own long work, and where there are several callers by FEW, so that long work comes in evenly."""
 
     def __init__(self, total: int) -> None:
         super().__init__(total)
@@ -145,15 +142,11 @@ class Turns(Places):
     def is_open(self, who: str) -> bool:
         return self.held < self.total - (self.of(who) > 0 and self.usage.crowded)
 
-    async def enter(self) -> str:
-        """Waits for a turn of the current caller, and under which name to give it back."""
-        who = caller.get()
-        await self.wait(who)
-        return who
-
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        who = await self.enter()
+        """Of the current caller."""
+        who = caller.get()
+        await self.wait(who)
         try:
             yield
         finally:

@@ -1,8 +1,7 @@
 """Images by address, where the operator has named the host: fetched without ever reaching another host or an internal address.
 
-The host must be on an exact list of names. It is resolved here, every address must be public, and the connection goes to one of
-exactly these addresses, so that a name that resolves differently a moment later (DNS rebinding) changes nothing; TLS and the Host
-header still use the name. A redirect is a new address that passes all of this again. Proxy variables are ignored.
+The host must be on an exact list of names. It is resolved once, every address must be public, and the connection goes to one of
+them (no DNS rebinding); TLS and the Host header use the name. A redirect passes all of this again. Proxy variables are ignored.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ class FetchLimits:
 class Fetcher:
     """Fetches images from an exact list of hosts.
 
-    A host is a name (`images.example.org`: HTTPS, port 443), a name with a port (HTTPS on it), or `http://name[:port]`, which
-    allows that one without TLS. Addresses in numbers are refused. `resolve` and `transport` are for tests.
+    A host is `name[:port]`, by HTTPS, or `http://name[:port]`, never an address in numbers. `resolve` and `transport`: for tests.
     """
 
     def __init__(
@@ -77,14 +75,13 @@ class Fetcher:
     ) -> None:
         self._limits, self._intake = limits or FetchLimits(), intake or Intake()
         self._allowed = frozenset(_read_host(host) for host in hosts)
-        self._resolve, self._transport = resolve or _resolve, transport or _direct()
+        self._resolve, self._transport = resolve or _resolve, transport or _transport()
         self._gate = Turns(self._limits.at_once)
 
     async def fetch(self, url: str) -> ImageInput:
-        """The image at an address, decoded once to see that it is one.
+        """The image at an address. InputError where it is not allowed or cannot be had, ImageError where it is no image.
 
-        Raises InputError where the address is not allowed or cannot be had, ImageError where it is no image. The messages name
-        the host that was asked for and nothing learnt about the network behind the server; the log has the rest.
+        The messages name the host that was asked for and nothing learnt about the network behind the server.
         """
         target = self.check(url)
         try:
@@ -169,10 +166,7 @@ class Fetcher:
 
 
 def is_public(address: str) -> bool:
-    """Whether an address in its standard form is one of the public network; forms in other numbers, and zones, are not.
-
-    An IPv4 address inside an IPv6 one (mapped, NAT64) is judged by itself; 6to4, Teredo and IPv4-compatible ones are refused.
-    """
+    """Whether an address is public, in its standard form and without a zone; IPv4 within IPv6 is judged by itself."""
     try:
         read = ipaddress.ip_address(address)
     except ValueError:
@@ -199,7 +193,7 @@ async def _resolve(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-def _direct() -> httpx2.AsyncBaseTransport:
+def _transport() -> httpx2.AsyncBaseTransport:
     return httpx2.AsyncHTTPTransport(
         verify=ssl.create_default_context(), trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
     )

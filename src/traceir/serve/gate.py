@@ -1,7 +1,6 @@
 """The inner gate of the server, as ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
 
-It stands before the application, so that a stranger's body is never read and nothing of it is parsed. What needs no key is listed
-here; everything else does, also paths that do not exist.
+It stands before the application, so that a stranger's body is never read. What needs no key is listed here; all else does.
 """
 
 from __future__ import annotations
@@ -49,8 +48,7 @@ class Limits:
 class KeyGate:
     """Middleware, inside `Guard`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys.
 
-    `together` bounds the requests that are being answered, of which each caller has a share. Who that is, a key or else an
-    address, stands in `fair.caller` while the request is answered.
+    `together` bounds the requests that are being answered, of which each caller (a key, or an address) has a share.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """The outermost ASGI middleware of every HTTP server here: who may ask from where, in what form, and what every answer carries.
 
-It reads no body. Refused: Host headers that are not ours (DNS rebinding), pages of other origins (also requests that a browser
-sends without asking first), headers too many, too long, doubled or smuggling, bodies that are not JSON. Every answer gets a
-request id and headers that keep a page to itself, and none names the server's software.
+It reads no body. Refused: Host headers that are not ours (DNS rebinding), pages of other origins, headers too many, too long or
+doubled, bodies that are not JSON. Every answer gets a request id and headers that keep a page to itself.
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ PAGE_POLICY: Final = (
 DATA_POLICY: Final = b"default-src 'none'; frame-ancestors 'none'; sandbox"
 """For everything else: an image or JSON opened by itself runs nothing."""
 ALWAYS: Final[Headers] = (
+    (b"vary", b"origin"),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
@@ -50,6 +50,7 @@ PREFLIGHT: Final[Headers] = (
     (b"access-control-allow-headers", b"authorization, content-type"),
     (b"access-control-max-age", b"600"),
 )
+EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, retry-after")
 PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
 """What watchdogs ask by the address of a machine, so under any Host: it tells nothing but whether the server lives."""
 _ONCE: Final = ("authorization", "content-length", "content-type", "expect", "host", "origin", "transfer-encoding")
@@ -127,7 +128,8 @@ class Guard:
             given[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
         request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(12)
         origin = given.get("origin", [""])[0]
-        dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *self._cors(origin)])
+        shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.wall.origins else []
+        dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *shared])
         refusal = next(self._refusals(scope, given), None)
         if refusal is not None:
             await refuse(dressed, refusal)
@@ -135,13 +137,6 @@ class Guard:
             await answer(dressed, 204, PREFLIGHT)
         else:
             await self.app(scope, receive, dressed)
-
-    def _cors(self, origin: str) -> Headers:
-        shared = (
-            (b"access-control-allow-origin", origin.encode()),
-            (b"access-control-expose-headers", b"x-request-id, retry-after"),
-        )
-        return [(b"vary", b"origin"), *(shared if origin in self.wall.origins else ())] if self.wall.origins else ()
 
     def _refusals(self, scope: Message, given: Given) -> Iterator[Refusal]:
         """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""

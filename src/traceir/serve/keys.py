@@ -1,7 +1,6 @@
 """API keys: made once, shown once, stored only as hashes in one JSON file that may change while the server runs.
 
-A key is `tir_` and 32 random bytes, so its SHA-256 can neither be guessed nor looked up in a table: a slow, salted password hash
-would add nothing here. The file's format is in docs/formats.md.
+A key is `tir_` and 32 random bytes: no slow, salted hash is needed. The file's format is in docs/formats.md.
 """
 
 from __future__ import annotations
@@ -144,10 +143,7 @@ def revoke_key(path: Path, name: str) -> Key:
 
 
 class KeyRing:
-    """The keys of a file, read again whenever it changes. Thread-safe.
-
-    A file that has become unreadable lets nobody in: revoking must not be undone by damage.
-    """
+    """The keys of a file, read again whenever it changes; an unreadable one lets nobody in. Thread-safe."""
 
     def __init__(self, path: Path, now: Clock = lambda: datetime.now(UTC)) -> None:
         self._path, self._now, self._lock = path, now, Lock()

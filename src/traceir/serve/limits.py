@@ -49,8 +49,7 @@ class Bucket:
 class Buckets:
     """Token buckets by name; without a rate nothing is limited. Thread-safe; at most `most` of them, whoever asks.
 
-    Where all are in use, full buckets go first, which forgets nothing; where none is full, newcomers share one bucket: an
-    attacker with many addresses slows other strangers down, but never gets a fresh bucket and never takes more memory.
+    Where all are in use, full buckets go first, which forgets nothing; where none is full, newcomers share one bucket.
     """
 
     def __init__(self, rate: Rate | None, *, most: int = MAX_BUCKETS, clock: Callable[[], float] = time.monotonic) -> None:

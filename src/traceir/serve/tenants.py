@@ -1,9 +1,7 @@
-"""What the server's callers see of an index: its own fields are hidden, and tenants kept apart: every id is prefixed, every item
-marked, every filter narrowed.
+"""What the server's callers see of an index: its own fields are hidden, and tenants kept apart.
 
-An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`. The prefix keeps equal
-ids of two tenants apart and makes get, delete and overwriting by id safe; the field keeps search, scan, count and delete by
-filter apart. What comes back is checked once more before it is shown, so that an index that filters wrongly shows too little.
+An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`: the prefix keeps get and
+delete by id apart, the field whatever filters. What comes back is checked again, so that a wrong filter shows too little.
 """
 
 from __future__ import annotations
@@ -38,11 +36,7 @@ def check_tenant(name: str) -> str:
 
 
 class Census:
-    """Whether an index holds items of any tenant: counted at the first question, noted when this server adds one.
-
-    It only spares a filter over the whole index to those who have no tenant: items that another process adds for a tenant
-    meanwhile are left out of what they see all the same.
-    """
+    """Whether an index holds items of any tenant, as far as this server knows; where not, those without one need no filter."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
@@ -60,8 +54,7 @@ class Census:
 class TenantIndex:
     """The part of an index that belongs to one tenant, as an `Index` of its own; None: what belongs to no tenant.
 
-    Closing it does not close the index, background and approximate search are those of the whole index. The ids of a tenant may
-    be a little shorter than MAX_ID_BYTES, for the prefix.
+    Closing it does not close the index; background and approximate search are those of the whole index.
     """
 
     def __init__(self, index: Index, tenant: str | None, census: Census | None = None) -> None:

@@ -1,8 +1,7 @@
 """What a connection may hold, and for how long, before there is a request and after its answer.
 
 uvicorn's parser bounds neither a head nor a trailer while they come in, and waits for ever for a client that neither sends nor
-reads. Here every connection is watched: bytes that are no body, time without a whole head, answers that are not taken, requests
-sent ahead, connections of one address and of all.
+reads.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import resource
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -33,10 +32,9 @@ CONNECTIONS: Final = 2048
 class WireLimits:
     """Bounds of one connection, and of all.
 
-    `head`: bytes of a request line with its headers, of a trailer, of a chunk's own line, and of all the framing of a body beyond
-    as many as the body has. `head_s`: seconds from the connection, or from the last answer, to the end of the next head. `unread`
-    and `unread_s`: how much of a body, and how long, is thrown away after an early answer, so that a client that is still sending
-    can read it. `write_s`: seconds in which a client must take 64 KiB of its answer. `ahead`: requests sent before an answer.
+    `head`: bytes of a head, of a trailer, of a chunk's own line, and of the framing of a body beyond the body's own. `head_s`:
+    seconds from the connection, or the last answer, to the end of a head. `unread`, `unread_s`: what is thrown away of a body
+    after an early answer. `write_s`: seconds in which a client must take 64 KiB. `ahead`: requests sent before an answer.
     """
 
     head: int = 64 * 1024
@@ -52,7 +50,8 @@ def settings(limits: WireLimits | None = None, protocol: type[asyncio.Protocol] 
     """What of `uvicorn.Config` makes its own protocol a watched one."""
     limits = limits or WireLimits()
     limits = replace(limits, connections=min(limits.connections, possible_connections()))
-    watched = type("WatchedProtocol", (_Watched, protocol), {"limits": limits, "all": _Connections(Shares(limits.connections))})
+    bound = {"limits": limits, "shares": Shares(limits.connections), "watched": set[_Watched]()}
+    watched = type("WatchedProtocol", (_Watched, protocol), bound)
     return {"http": watched, "ws": "none", "h11_max_incomplete_event_size": limits.head + PIECE, "timeout_keep_alive": 3600}
 
 
@@ -67,42 +66,19 @@ def possible_connections() -> int:
     return max(2, soft - SPARE_FILES)
 
 
-@dataclass(slots=True)
-class _Connections:
-    """All connections of one server, by address."""
-
-    shares: Shares
-    of: dict[_Watched, str] = field(default_factory=dict)
-
-    def add(self, connection: _Watched, address: str) -> bool:
-        """Whether there is room. Where there is none, a connection that waits for a request makes it: the one that has waited
-        longest, of the same address where that has any."""
-        if not self.shares.room(address):
-            same = self.shares.of(address) > 0
-            idle = [other for other, its in self.of.items() if not other.busy and (its == address or not same)]
-            if idle:
-                oldest = min(idle, key=lambda other: other.since)
-                self.remove(oldest)
-                oldest.transport.abort()
-        if taken := self.shares.take(address):
-            self.of[connection] = address
-        return taken
-
-    def remove(self, connection: _Watched) -> None:
-        if (address := self.of.pop(connection, None)) is not None:
-            self.shares.give(address)
-
-
 class _Watched(asyncio.Protocol):
     """Goes before one of uvicorn's protocols. A connection is `busy` with a request, or waits for the next head, or is
     `lingering`: it was answered, and what it still sends is thrown away unparsed."""
 
     limits: WireLimits
-    all: _Connections
+    shares: Shares
+    watched: set[_Watched]
+    """All of one server."""
     loop: asyncio.AbstractEventLoop
     cycle: Any
     transport: asyncio.Transport
     pipeline: deque[Any] | tuple[()] = ()
+    address = ""
     lingering = False
     since = 0.0
     """When it began to wait, to linger or to close."""
@@ -123,13 +99,32 @@ class _Watched(asyncio.Protocol):
         self.since = self.loop.time()
         self._timer = self.loop.call_later(TICK_S, self._look)
         peer = transport.get_extra_info("peername")
-        if not self.all.add(self, network_of(str(peer[0])) if isinstance(peer, tuple) else "local"):
+        self.address = network_of(str(peer[0])) if isinstance(peer, tuple) else "local"
+        if not self.shares.room(self.address):
+            self._make_room()
+        if self.shares.take(self.address):
+            self.watched.add(self)
+        else:
             self.transport.abort()
+
+    def _make_room(self) -> None:
+        """Ends a connection that waits for a request: the one that has waited longest, of the same address where that has any."""
+        same = self.shares.of(self.address) > 0
+        idle = [other for other in self.watched if not other.busy and (other.address == self.address or not same)]
+        if idle:
+            oldest = min(idle, key=lambda other: other.since)
+            oldest._leave()
+            oldest.transport.abort()
+
+    def _leave(self) -> None:
+        if self in self.watched:
+            self.watched.remove(self)
+            self.shares.give(self.address)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self.all.remove(self)
+        self._leave()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
