@@ -154,20 +154,22 @@ def read_secret(path: Path) -> bytes:
 
     Raises StoreError where it cannot be read or made, others may read it, or it holds something else.
     """
-    place = path.with_name(f"{path.name}.secret")
+    secret = path.with_name(f"{path.name}.secret")
     flags = os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         with (
             contextlib.suppress(FileExistsError),
-            os.fdopen(os.open(place, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new,
+            os.fdopen(os.open(secret, flags | os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as new,
         ):
             new.write(secrets.token_hex(32) + "\n")
-        with os.fdopen(os.open(place, flags | os.O_RDONLY), "rb") as file:
+        with os.fdopen(os.open(secret, flags | os.O_RDONLY), "rb") as file:
             mode, stored = os.fstat(file.fileno()).st_mode & 0o777, file.read(100)
     except OSError as error:
-        raise StoreError(f"secret {place} of the audit log cannot be read or made: {error.strerror}; check its rights") from error
+        raise StoreError(
+            f"secret {secret} of the audit log cannot be read or made: {error.strerror}; check its rights"
+        ) from error
     if mode & 0o077:
-        raise StoreError(f"secret {place} of the audit log has mode {mode:04o}, so that others may read it; chmod 600 it")
+        raise StoreError(f"secret {secret} of the audit log has mode {mode:04o}, so that others may read it; chmod 600 it")
     if not re.fullmatch(rb"[0-9a-f]{64}\s*", stored):
-        raise StoreError(f"secret {place} of the audit log is not 64 hex digits; put it back, or remove it to get a new one")
+        raise StoreError(f"secret {secret} of the audit log is not 64 hex digits; put it back, or remove it to get a new one")
     return bytes.fromhex(stored.decode())

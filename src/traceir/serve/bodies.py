@@ -104,8 +104,8 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            told = f"the body did not arrive within {self._guard.seconds:g} seconds"
-            self.refusal = Refusal(408, told, "body_too_slow", (CLOSE,))
+            late = f"the body did not arrive within {self._guard.seconds:g} seconds"
+            self.refusal = Refusal(408, late, "body_too_slow", (CLOSE,))
             return await self.receive()
         self._read += (count := len(message.get("body", b"")))
         if self._read > self._guard.most:
@@ -145,9 +145,9 @@ class _Body:
         if self._start is not None:
             self.started, start, self._start = True, self._start, None
             await self._send(start)
-        for place in range(0, max(1, len(body)), SMALL):
-            more = place + SMALL < len(body) or bool(message.get("more_body", False))
-            await self._send({"type": "http.response.body", "body": body[place : place + SMALL], "more_body": more})
+        for at in range(0, max(1, len(body)), SMALL):
+            more = at + SMALL < len(body) or bool(message.get("more_body", False))
+            await self._send({"type": "http.response.body", "body": body[at : at + SMALL], "more_body": more})
         self._guard.shares.give(self.who, held)
         self.holds -= held
 
@@ -195,13 +195,13 @@ def _check_shape(raw: bytes, texts: int) -> None:
 
 def _outside_texts(raw: bytes) -> Iterator[bytes]:
     """Step by step, so that other threads run between them; most texts, also those of images, have no escape to look at."""
-    place = 0
-    while (start := raw.find(b'"', place)) >= 0:
-        yield raw[place:start]
+    at = 0
+    while (start := raw.find(b'"', at)) >= 0:
+        yield raw[at:start]
         end = raw.find(b'"', start + 1)
         escaped = _TEXT.match(raw, start) if end < 0 or raw.find(b"\\", start, end) >= 0 else None
-        place = escaped.end() if escaped else end + 1
-    yield raw[place:]
+        at = escaped.end() if escaped else end + 1
+    yield raw[at:]
 
 
 def _object(pairs: Sequence[tuple[str, Any]], *, lenient: bool) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Usage:
         self._had.pop(who, None)
         self._had[who] = had, now
         if len(self._had) > MANY:
-            self._had = {one: its for one, its in self._had.items() if now - its[1] <= ALONE_S or self.of(one) > 1e-3}
+            self._had = {name: had for name, had in self._had.items() if now - had[1] <= ALONE_S or self.of(name) > 1e-3}
 
     def note(self, who: str) -> None:
         """A caller has asked."""

@@ -21,7 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
-Given = dict[str, list[str]]
+ByName = dict[str, list[str]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 PAGE_POLICY: Final = (
@@ -69,8 +69,8 @@ class Refusal:
     @property
     def body(self) -> bytes:
         """In the shape of this server's errors, which is OpenAI's."""
-        told = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
-        return json.dumps({"error": told}).encode()
+        error = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
+        return json.dumps({"error": error}).encode()
 
 
 WRONG_HOST: Final = Refusal(
@@ -123,14 +123,14 @@ class Guard:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        given: Given = defaultdict(list)
+        headers: ByName = defaultdict(list)
         for name, value in scope["headers"]:
-            given[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
+            headers[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
         request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(12)
-        origin = given.get("origin", [""])[0]
+        origin = headers.get("origin", [""])[0]
         shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.wall.origins else []
         dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *shared])
-        refusal = next(self._refusals(scope, given), None)
+        refusal = next(self._refusals(scope, headers), None)
         if refusal is not None:
             await refuse(dressed, refusal)
         elif scope["method"] == "OPTIONS":
@@ -138,22 +138,22 @@ class Guard:
         else:
             await self.app(scope, receive, dressed)
 
-    def _refusals(self, scope: Message, given: Given) -> Iterator[Refusal]:
+    def _refusals(self, scope: Message, headers: ByName) -> Iterator[Refusal]:
         """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""
-        wall, method, matched = self.wall, scope["method"], _HOST.fullmatch(given.get("host", [""])[0].lower())
-        origin, (host, name, port) = given.get("origin", [""])[0], matched.group(0, 1, 2) if matched else ("", None, None)
+        wall, method, matched = self.wall, scope["method"], _HOST.fullmatch(headers.get("host", [""])[0].lower())
+        origin, (host, name, port) = headers.get("origin", [""])[0], matched.group(0, 1, 2) if matched else ("", None, None)
         sizes = [len(name) + len(value) for name, value in scope["headers"]]
         if len(sizes) > wall.headers or sum(sizes) > wall.header_bytes:
             yield Refusal(431, f"more than {wall.headers} headers, or {wall.header_bytes} bytes of them", "headers_too_large")
         if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > wall.path_bytes:
             yield Refusal(414, f"the path and query have more than {wall.path_bytes} bytes", "path_too_long")
-        for doubled in filter(lambda name: len(given.get(name, ())) > 1, _ONCE):
+        for doubled in filter(lambda name: len(headers.get(name, ())) > 1, _ONCE):
             yield Refusal(400, f"the header {doubled} occurs more than once", "bad_header")
-        if "transfer-encoding" in given and "content-length" in given:
+        if "transfer-encoding" in headers and "content-length" in headers:
             yield Refusal(400, "Content-Length and Transfer-Encoding exclude each other", "bad_header")
         if method not in METHODS:
             yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", (ALLOW,))
-        if not host and ("host" in given or scope.get("http_version") != "1.0"):
+        if not host and ("host" in headers or scope.get("http_version") != "1.0"):
             yield Refusal(400, "the Host header is missing or unusable", "bad_host")
         here = (wall.hosts is None or name in wall.hosts) and wall.port in (None, port)
         probe = _is_probe(method, scope["path"], origin)
@@ -162,12 +162,12 @@ class Guard:
         ours = host and origin.lower() in (f"http://{host}", f"https://{host}")
         if origin and method not in SAFE_METHODS and origin not in wall.origins and not ours:
             yield WRONG_ORIGIN
-        if method == "OPTIONS" and not probe and not (origin in wall.origins and "access-control-request-method" in given):
+        if method == "OPTIONS" and not probe and not (origin in wall.origins and "access-control-request-method" in headers):
             yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", (ALLOW,))
-        if "content-encoding" in given:
+        if "content-encoding" in headers:
             yield Refusal(415, "packed bodies are not read; send the JSON as it is", "packed_body")
-        kind = given.get("content-type", [""])[0].partition(";")[0].strip().lower()
-        announced = "transfer-encoding" in given or given.get("content-length", ["0"])[0].strip("0")
+        kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
+        announced = "transfer-encoding" in headers or headers.get("content-length", ["0"])[0].strip("0")
         if announced and method not in SAFE_METHODS and kind != "application/json":
             yield Refusal(415, "a body needs the header Content-Type: application/json", "wrong_content_type")
 

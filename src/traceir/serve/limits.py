@@ -79,7 +79,7 @@ class Buckets:
     def _bucket_of(self, who: str, rate: Rate, now: float) -> Bucket:
         if who not in self._buckets and len(self._buckets) >= self._most - 1:
             if now >= self._pruned + 1.0:  # a look at all of them, so not for every stranger
-                self._buckets = {name: one for name, one in self._buckets.items() if one.delay(one.rate.size, now) > 0}
+                self._buckets = {name: used for name, used in self._buckets.items() if used.delay(used.rate.size, now) > 0}
                 self._pruned = now
             if len(self._buckets) >= self._most - 1 and self._rate is not None:
                 who, rate = _REST, self._rate

@@ -128,15 +128,15 @@ class _Watched(asyncio.Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        place = 0
-        while place < len(data) and not self.transport.is_closing():
+        at = 0
+        while at < len(data) and not self.transport.is_closing():
             if self.lingering:
-                self._left -= len(data) - place
+                self._left -= len(data) - at
                 if self._left < 0:
                     self.transport.abort()
                 return
-            piece = data[place : place + min(PIECE, self.limits.head - self._spent)]
-            place += len(piece)
+            piece = data[at : at + min(PIECE, self.limits.head - self._spent)]
+            at += len(piece)
             self._feed(piece)
 
     def _feed(self, piece: bytes) -> None:
