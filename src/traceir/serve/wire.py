@@ -50,7 +50,7 @@ def settings(limits: WireLimits | None = None, protocol: type[asyncio.Protocol] 
     """What of `uvicorn.Config` makes its own protocol a watched one."""
     limits = limits or WireLimits()
     limits = replace(limits, connections=min(limits.connections, possible_connections()))
-    bound = {"limits": limits, "shares": Shares(limits.connections), "watched": set[_Watched]()}
+    bound = {"limits": limits, "shares": Shares(limits.connections), "watched": dict[_Watched, None]()}
     watched = type("WatchedProtocol", (_Watched, protocol), bound)
     return {"http": watched, "ws": "none", "h11_max_incomplete_event_size": limits.head + PIECE, "timeout_keep_alive": 3600}
 
@@ -72,8 +72,8 @@ class _Watched(asyncio.Protocol):
 
     limits: WireLimits
     shares: Shares
-    watched: set[_Watched]
-    """All of one server."""
+    watched: dict[_Watched, None]
+    """All of one server, the oldest first."""
     loop: asyncio.AbstractEventLoop
     cycle: Any
     transport: asyncio.Transport
@@ -103,7 +103,7 @@ class _Watched(asyncio.Protocol):
         if not self.shares.room(self.address):
             self._make_room()
         if self.shares.take(self.address):
-            self.watched.add(self)
+            self.watched[self] = None
         else:
             self.transport.abort()
 
@@ -118,7 +118,7 @@ class _Watched(asyncio.Protocol):
 
     def _leave(self) -> None:
         if self in self.watched:
-            self.watched.remove(self)
+            del self.watched[self]
             self.shares.give(self.address)
 
     def connection_lost(self, exc: Exception | None) -> None:
