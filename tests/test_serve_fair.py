@@ -248,24 +248,24 @@ def test_bodies_and_untaken_answers_of_one_caller_leave_room_for_another() -> No
         crowd = Crowd(guard)
         endless = [crowd.ask("greedy", SMALL * 4, ends=False) for _ in range(6)]
         await turns_of_the_loop()
-        assert crowd.statuses == {("greedy", 429): 4} and guard.held == SMALL * 8
+        assert crowd.statuses == {("greedy", 429): 4} and guard.shares.held == SMALL * 8
         await crowd.ask("other", SMALL * 3)
         for task in endless:
             task.cancel()
         await asyncio.gather(*endless, return_exceptions=True)
-        assert guard.held == 0
+        assert guard.shares.held == 0
         await crowd.ask("greedy", SMALL * 3)
         assert crowd.statuses == {("greedy", 429): 4, ("other", 200): 1, ("greedy", 200): 1}
         guard = BodyGuard(answering(SMALL * 4), together=SMALL * 16)
         crowd = Crowd(guard)
         deaf = [crowd.ask("deaf") for _ in range(9)]
         await turns_of_the_loop()
-        assert crowd.statuses == {("deaf", 200): 2, ("deaf", 429): 7} and guard.held == SMALL * 8
+        assert crowd.statuses == {("deaf", 200): 2, ("deaf", 429): 7} and guard.shares.held == SMALL * 8
         await crowd.ask("other")
         assert crowd.statuses["other", 200] == 1 and crowd.taken["other"] == SMALL * 4
         crowd.reads.set()
         await asyncio.gather(*deaf)
-        assert guard.held == 0
+        assert guard.shares.held == 0
 
     run(work())
 

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import hmac
-import ipaddress
 import json
 import ssl
 import stat
@@ -20,11 +19,9 @@ from typing import Any, cast
 import httpx2
 import pytest
 from fakes import vector_of
-from fastapi import FastAPI
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from pydantic import BaseModel
 from tiffs import SHORT, tiff
 
 from traceir.errors import InputError, StoreError
@@ -39,7 +36,6 @@ from traceir.serve.guard import Guard, Message, Receive, Refusal, Send, Wall
 from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
-from traceir.serve.strict import StrictRoute
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
 from traceir.serve.uploads import LIMITS, Intake, Sources, bytes_of_base64, image_in_folders
 
@@ -200,13 +196,6 @@ def test_host_that_resolves_inside_is_never_connected_to() -> None:
             net.fetch()
         assert net.asked == [] and address not in str(told.value)
     assert all(map(is_public, (PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14")))
-
-
-@given(st.ip_addresses(v=4))
-def test_ipv4_inside_ipv6_is_judged_as_itself(address: ipaddress.IPv4Address) -> None:
-    inner = is_public(str(address))
-    assert is_public(f"::ffff:{address}") == is_public(str(ipaddress.IPv6Address((0x64FF9B << 96) | int(address)))) == inner
-    assert not inner or (address.is_global and not address.is_multicast)
 
 
 REFUSED_URLS = [
@@ -525,30 +514,6 @@ def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
 
     with pytest.raises(RuntimeError):
         post(BodyGuard(broken))
-
-
-class Wanted(BaseModel):
-    text: str
-
-
-def test_routes_read_strict_json() -> None:
-    app = FastAPI()
-    app.router.route_class = StrictRoute
-
-    @app.post("/search")
-    async def search(asked: Wanted) -> Wanted:
-        return asked
-
-    assert post(app, chunks=[b'{"text": "a"}'])[0] == 200
-    for raw in (
-        b'{"text": "a", "text": "b"}',
-        b'{"text": "\\ud800"}',
-        b"[" * 5000,
-        b'{"text": NaN}',
-        b'{"text": "' + b"x" * 300_000,
-    ):
-        status, _, told = post(app, chunks=[raw])
-        assert status == 400 and "body" in told["detail"] and "error parsing" not in told["detail"]
 
 
 @pytest.fixture

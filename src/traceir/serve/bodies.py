@@ -58,11 +58,6 @@ class BodyGuard:
         self.shares = Shares(together, least=min(SMALL, together))
         self.usage, self.paces = Usage(), Buckets(Rate(60 * CROWDED_RATE, burst=0.0))
 
-    @property
-    def held(self) -> int:
-        """Bytes of all bodies and answers."""
-        return self.shares.held
-
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
