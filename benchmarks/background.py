@@ -16,7 +16,7 @@ from traceir.background import COUNT, FILE_NAME
 from traceir.checkpoint import bundled_model
 from traceir.minibeir import garments, scenes
 from traceir.minibeir.encyclopedia import list_entities
-from traceir.minibeir.photos import EVENTS, PERSONS
+from traceir.minibeir.sprites import EVENTS, PERSONS
 
 FORMS: Final = (
     "on the left {0}, in the middle {1}, on the right {2}",

@@ -1,63 +1,60 @@
-"""Writes MiniBEIR in M-BEIR's layout: queries, pools, relevance, instructions, pictures, reasoning labels, lessons.
+"""Writes MiniBEIR in M-BEIR's layout: queries, pools, relevance, instructions, images, reasoning labels, pretraining examples.
 
-A build is a function of its scale, seed and splits: every JSON, TSV and TXT file is byte-identical on a rebuild.
-Pictures are written whole or not at all, so that a build that was killed goes on where it stopped.
+A build is a function of its scale, seed and splits: every file is byte-identical on a rebuild. Images are written whole or not at
+all, so that a build that was killed goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
+import multiprocessing
 import os
+import re
 import time
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
 
+from traceir.data.mbeir import Split
 from traceir.errors import DataError, InputError
-from traceir.minibeir.album import Album
-from traceir.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Split
 from traceir.minibeir.rows import (
     FAMILY,
     LESSON_FOLDER,
     LESSONS,
+    POOLS,
     ROWS,
     SCALES,
     SPLITS,
     TWINS,
     WORLDS,
+    CandidateDraft,
+    QueryDraft,
     Row,
     Scale,
+    Sketch,
     World,
-    check_candidate,
-    check_query,
-    datasets,
-    instructions_table,
     load_worlds,
 )
 from traceir.minibeir.verify import verify
 
 FORMAT: Final = 1
+META: Final = "meta.json"
+MARK: Final = "building.json"
+JPEG_QUALITY: Final = 92
+FORMATS: Final = {".jpg": "JPEG", ".png": "PNG", ".gif": "GIF"}
 
-_MARK = "building.json"
+_PENDING = 8192  # images drawn at a time: bounds memory and the number of forks
+_SAFE_KEY = re.compile(r"[a-z0-9][a-z0-9_.,=-]{0,99}")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What determines the files of a build."""
-
-    scale: Scale
-    seed: int
-    splits: tuple[Split, ...]
-
-    def manifest(self) -> dict[str, Any]:
-        return {"name": "MiniBEIR", "format": FORMAT, **json.loads(json.dumps(asdict(self)))}
 
 
 def build(
@@ -71,169 +68,231 @@ def build(
 ) -> Path:
     """Writes the benchmark into `out` and returns it; a folder that is complete already is left as it is.
 
-    `workers` processes draw pictures (by fork; one process where the system cannot fork). `worlds` replaces the shipped
-    worlds. Raises InputError where `out` holds something else, DataError where a world or the result breaks a rule.
+    `workers` processes draw images (by fork; one process where the system cannot fork). `worlds` replaces the shipped worlds.
+    Raises InputError where `out` holds something else, DataError where the result breaks a rule.
     """
-    plan = _check_plan(scale, seed, splits, workers)
-    if _claim(out, plan):
+    check_plan(scale, seed)
+    if not splits or any(split not in SPLITS for split in splits):
+        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(SPLITS)}")
+    if workers < 1:
+        raise InputError(f"workers is {workers}; give at least 1")
+    ordered = [split for split in SPLITS if split in splits]
+    plan = {"name": "MiniBEIR", "format": FORMAT, "scale": scale, "seed": seed, "splits": ordered}
+    if holds(out, META, plan, MARK):
         return out
-    with tqdm(total=_work(plan), unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
-        builder = _Builder(out, plan, load_worlds() if worlds is None else worlds, Album(out, workers), bar)
-        builder.write()
-    counts = verify(out, plan.scale, plan.splits)
-    meta = plan.manifest() | counts | {"fingerprint": fingerprint(out)}
-    _write_text(out / "meta.json", json.dumps(meta, indent=1) + "\n")
-    (out / _MARK).unlink(missing_ok=True)
-    logger.info("MiniBEIR %s is complete in %s: %d pictures", scale, out, counts["pictures"])
+    write_text(out / MARK, json.dumps(plan) + "\n")
+    for path in out.rglob(".*.tmp"):  # of killed builds; younger ones may belong to a live one
+        if time.time() - path.stat().st_mtime > 60:
+            path.unlink(missing_ok=True)
+    work = sum(row.count(scale, split) for row in ROWS for split in ordered)
+    work += sum(LESSONS[scale].values()) if "train" in ordered else 0
+    with tqdm(total=work, unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
+        _Builder(Album(out, workers), scale, seed, ordered, load_worlds() if worlds is None else worlds, bar).write()
+    meta = plan | verify(out, scale, ordered)
+    write_text(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
+    (out / MARK).unlink(missing_ok=True)
+    logger.info("MiniBEIR %s is complete in %s: %d images", scale, out, meta["pictures"])
     return out
 
 
-def fingerprint(root: Path) -> str:
-    """SHA-256 (hex) over names and bytes of all JSON, TXT and TSV files but the manifest; pictures are not in it."""
+def check_plan(scale: str, seed: int) -> None:
+    if scale not in SCALES:
+        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    if seed < 0:
+        raise InputError(f"seed is {seed}; give an integer of at least 0")
+
+
+def holds(out: Path, manifest: str, plan: Mapping[str, Any], mark: str = "") -> bool:
+    """Whether `out` holds the build of a plan, by its manifest. Raises InputError where it holds anything else, unless a `mark`
+    says that this build was begun, DataError where manifest or mark is no JSON."""
+    path = next((out / name for name in (manifest, mark) if name and (out / name).is_file()), None)
+    if path is None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} is not empty and holds no {manifest}; give a new or an empty folder")
+        return False
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}:1: not JSON ({error}); remove the folder and build again") from error
+    for key, wanted in plan.items():
+        shown = found.get(key) if isinstance(found, dict) else found
+        if shown != wanted:
+            raise InputError(
+                f"{path}: the folder holds {key} {shown!r}, asked for is {wanted!r}; give another folder or remove this one"
+            )
+    return path.name == manifest
+
+
+def fingerprint(root: Path, *but: str) -> str:
+    """SHA-256 (hex) over names and bytes of all JSON, TXT, TSV and torch files but manifests; images are not in it.
+
+    A torch file counts by the JSON of what it holds, because its bytes may differ between versions of torch.
+    """
     digest = hashlib.sha256()
-    found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".txt", ".tsv") and path.is_file()]
+    found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".txt", ".tsv", ".pt")]
     names = {path.relative_to(root).as_posix(): path for path in found}
-    for name in sorted(set(names) - {"meta.json", _MARK}):
-        content = hashlib.sha256(names[name].read_bytes()).hexdigest()
-        digest.update(f"{name}\n{content}\n".encode())
+    for name in sorted(set(names) - {META, MARK, *but}):
+        content = dump(read_torch(names[name])).encode() if name.endswith(".pt") else names[name].read_bytes()
+        digest.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-@dataclass
-class _Shelf:
-    """The candidates of one data set: equal drafts are one candidate with one did."""
+def read_torch(path: Path) -> Any:
+    """What a torch file holds; only plain data is loaded."""
+    import torch
 
-    dataset: str
-    dataset_id: int
-    lines: dict[tuple[str | None, str | None], tuple[str, str]] = field(default_factory=dict)
-    queries: int = 0
-
-    def next_qid(self) -> str:
-        self.queries += 1
-        return f"{self.dataset_id}:{self.queries}"
-
-    def did(self, draft: CandidateDraft, row: Row, album: Album) -> str:
-        key = _content(draft)
-        known = self.lines.get(key)
-        if known is not None:
-            return known[0]
-        did = f"{self.dataset_id}:{len(self.lines) + 1}"
-        line = {
-            "txt": draft.text,
-            "img_path": album.place(draft.sketch, row.world, f"{self.dataset}_images"),
-            "modality": row.cand_modality,
-            "did": did,
-            "src_content": None,
-        }
-        self.lines[key] = (did, _dump(line))
-        return did
-
-    def pool(self, dids: Iterable[str]) -> list[str]:
-        lines = list(self.lines.values())
-        return [lines[int(did.partition(":")[2]) - 1][1] for did in dids]
+    return torch.load(path, weights_only=True)
 
 
-@dataclass
-class _Sheet:
-    """The lines of one query file and of its companions."""
-
-    queries: list[str] = field(default_factory=list)
-    qrels: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-
-    def write(self, root: Path, split: Split, name: str) -> None:
-        _write_lines(root / "query" / split / f"mbeir_{name}_{split}.jsonl", self.queries)
-        _write_lines(root / "qrels" / split / f"mbeir_{name}_{split}_qrels.txt", self.qrels)
-        _write_lines(root / "cot" / split / f"mbeir_{name}_{split}_cot.jsonl", self.labels)
+def dump(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False)
 
 
-class _Builder:
-    def __init__(self, root: Path, plan: Plan, worlds: Mapping[str, World], album: Album, bar: tqdm[Any]) -> None:
+def write_text(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+class Album:
+    """The image files: each (world, key) is drawn once and shared by all rows, pools and pretraining examples that show it."""
+
+    def __init__(self, root: Path, workers: int) -> None:
         self.root = root
-        self.plan = plan
-        self.worlds = worlds
-        self.album = album
-        self.bar = bar
-        self.union: dict[Split, list[str]] = {split: [] for split in plan.splits}
+        self.workers = workers if "fork" in multiprocessing.get_all_start_methods() else 1
+        self.paths: dict[tuple[str, str], str] = {}
+        self.pending: list[tuple[Sketch, Path]] = []
+
+    def place(self, sketch: Sketch | None, world: str, folder: str) -> str | None:
+        """The image's path relative to the root: its key where every file system takes that, else the key's digest."""
+        if sketch is None:
+            return None
+        if (world, sketch.key) not in self.paths:
+            safe = _SAFE_KEY.fullmatch(sketch.key)
+            stem = sketch.key if safe else hashlib.sha256(sketch.key.encode()).hexdigest()[:32]
+            self.add(sketch, f"mbeir_images/{folder}/{stem}.jpg")
+            self.paths[world, sketch.key] = f"mbeir_images/{folder}/{stem}.jpg"
+        return self.paths[world, sketch.key]
+
+    def add(self, sketch: Sketch, name: str) -> None:
+        """Queues an image for drawing, unless it is there."""
+        if not (self.root / name).exists():
+            self.pending.append((sketch, self.root / name))
+        if len(self.pending) >= _PENDING:
+            self.draw()
+
+    def draw(self, quiet: bool | None = None) -> None:
+        """Draws what is queued. What a worker leaves undone is drawn here, so that its error is raised here.
+
+        This process draws a share of its own: forks inherit what the worlds have cached of earlier drawing.
+        """
+        for folder in {path.parent for _, path in self.pending}:
+            folder.mkdir(parents=True, exist_ok=True)
+        fork = multiprocessing.get_context("fork" if self.workers > 1 else None)
+        shards = [self.pending[start :: self.workers] for start in range(1, self.workers)]
+        processes = [fork.Process(target=_draw, args=(shard, os.getpid())) for shard in shards if shard]
+        for process in processes:
+            process.start()
+        _draw(tqdm(self.pending[:: self.workers], desc="images", unit="image", leave=False, disable=quiet))
+        for process in processes:
+            process.join()
+        _draw((sketch, path) for sketch, path in self.pending if not path.exists())
+        self.pending.clear()
+
+
+def _draw(shard: Iterable[tuple[Sketch, Path]], parent: int | None = None) -> None:
+    for sketch, path in shard:
+        if parent is not None and os.getppid() != parent:
+            return  # the build was killed; leave the rest to the next one
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        sketch.draw().save(temporary, format=FORMATS[path.suffix], quality=JPEG_QUALITY)
+        temporary.replace(path)
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Builder:
+    """The lines of all files of a build, and the candidates of each data set: equal drafts are one candidate with one did."""
+
+    album: Album
+    scale: Scale
+    seed: int
+    splits: Sequence[Split]
+    worlds: Mapping[str, World]
+    bar: tqdm[Any]
+    files: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    dids: defaultdict[int, dict[CandidateDraft, str]] = field(default_factory=lambda: defaultdict(dict))
+    lines: dict[str, str] = field(default_factory=dict)
+    queries: Counter[int] = field(default_factory=Counter)
 
     def write(self) -> None:
-        for dataset in datasets():
-            self._write_dataset([row for row in ROWS if row.dataset == dataset])
-        if "train" in self.plan.splits:
-            self._write_lessons()
+        for _, rows in itertools.groupby(sorted(ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
+            self._add_dataset(sorted(rows, key=ROWS.index))
+        if "train" in self.splits:
+            self._add_lessons()
         self.album.draw()
-        for split, lines in self.union.items():
-            path = self.root / "cand_pool" / "global" / f"mbeir_union_{split}_cand_pool.jsonl"
-            _write_lines(path, list(dict.fromkeys(lines)))
-        _write_text(self.root / "instructions" / "query_instructions.tsv", instructions_table())
-
-    def _write_dataset(self, rows: Sequence[Row]) -> None:
-        shelf = _Shelf(rows[0].dataset, rows[0].dataset_id)
-        if "train" in self.plan.splits:
-            self._write_train(rows, shelf)
-        for row in rows:
-            splits = [split for split in self.plan.splits if split != "train"]
-            groups = [[split] for split in splits] if row.split_pools else [splits]
-            for group in groups:
-                if group:
-                    self._write_row(row, group, shelf)
-
-    def _write_train(self, rows: Sequence[Row], shelf: _Shelf) -> None:
-        sheet = _Sheet()
-        pool: dict[str, None] = {}
-        counts = [row.sizes(self.plan.scale).train for row in rows]
-        streams = [self._drafts(row, "train") for row in rows]
-        for which, draft in _interleave(streams, counts):
-            positives, _ = self._add(sheet, draft, rows[which], shelf, ())
-            pool.update(dict.fromkeys(positives))
-        sheet.write(self.root, "train", shelf.dataset)
-        self.union["train"] += shelf.pool(pool)
-
-    def _write_row(self, row: Row, splits: Sequence[Split], shelf: _Shelf) -> None:
-        """The val and test files of a row that share a pool, and that pool."""
-        sizes = row.sizes(self.plan.scale)
-        drafts = [(split, draft) for split in splits for draft in self._drafts(row, split)]
-        spared = _spare_distractors([draft for _, draft in drafts], sizes.pool_most)
-        pool: dict[str, None] = {}
-        sheets = {split: _Sheet() for split in splits}
-        for (split, draft), distractors in zip(drafts, spared, strict=True):
-            positives, negatives = self._add(sheets[split], draft, row, shelf, distractors)
-            pool.update(dict.fromkeys((*positives, *negatives)))
-        wanted = sizes.pool_least - len(pool)
-        fill = self.worlds[row.world].pool_fill(row.name, 4 * wanted + 64, self.plan.seed) if wanted > 0 else iter(())
-        for candidate in fill:
-            if len(pool) >= sizes.pool_least:
-                break
-            check_candidate(candidate, row, "pool fill")
-            pool[shelf.did(candidate, row, self.album)] = None
-        lines = sorted(shelf.pool(pool), key=_scatter)
-        name = f"{row.name}_{splits[0]}" if row.split_pools else row.name
-        _write_lines(self.root / "cand_pool" / "local" / f"mbeir_{name}_cand_pool.jsonl", lines)
-        for split, sheet in sheets.items():
-            sheet.write(self.root, split, row.name)
-            self.union[split] += lines
+        for name, lines in self.files.items():
+            unique = dict.fromkeys(lines) if name.startswith("cand_pool/global") else lines
+            write_text(self.album.root / name, "".join(f"{line}\n" for line in unique))
+        table = resources.files("traceir.minibeir").joinpath("instructions.tsv").read_text(encoding="utf-8")
+        write_text(self.album.root / "instructions" / "query_instructions.tsv", table)
 
     def _drafts(self, row: Row, split: Split) -> Iterator[QueryDraft]:
-        """Exactly as many drafts as the table asks for, each checked."""
-        wanted = row.sizes(self.plan.scale).queries(split)
-        made = 0
-        for draft in self.worlds[row.world].rows[row.name](split, wanted, self.plan.seed):
-            made += 1
-            if made > wanted:
-                raise DataError(f"world {row.world} makes more than {wanted} {split} queries for {row.name}; stop there")
-            check_query(draft, row, f"{row.name} {split} query {made}")
+        for draft in self.worlds[row.world].rows[row.name](split, row.count(self.scale, split), self.seed):
             self.bar.update()
             yield draft
-        if made < wanted:
-            raise DataError(f"world {row.world} makes {made} of {wanted} {split} queries for {row.name}; make them all")
 
-    def _add(
-        self, sheet: _Sheet, draft: QueryDraft, row: Row, shelf: _Shelf, distractors: Sequence[CandidateDraft]
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        qid = shelf.next_qid()
+    def _add_dataset(self, rows: Sequence[Row]) -> None:
+        if "train" in self.splits:
+            union = self.files["cand_pool/global/mbeir_union_train_cand_pool.jsonl"]
+            counts = [row.count(self.scale, "train") for row in rows]
+            for which, draft in _interleave([self._drafts(row, "train") for row in rows], counts):
+                union += [self.lines[did] for did in self._add("train", rows[which].dataset, rows[which], draft, ())]
+        splits = [split for split in self.splits if split != "train"]
+        for row in rows:
+            for group in [[split] for split in splits] if row.split_pools else [splits]:
+                if group:
+                    self._add_row(row, group)
+
+    def _add_row(self, row: Row, splits: Sequence[Split]) -> None:
+        """The val and test files of a row that share a pool, and that pool, scattered so that equal scores favour nobody."""
+        least, most = POOLS[self.scale]
+        drafts = [(split, draft) for split in splits for draft in self._drafts(row, split)]
+        spared = spare_distractors([draft for _, draft in drafts], most)
+        pool: dict[str, None] = {}
+        for (split, draft), distractors in zip(drafts, spared, strict=True):
+            pool |= dict.fromkeys(self._add(split, row.name, row, draft, distractors))
+        missing = least - len(pool)
+        for candidate in self.worlds[row.world].pool_fill(row.name, 4 * missing + 64, self.seed) if missing > 0 else ():
+            if len(pool) < least:
+                pool[self._did(candidate, row)] = None
+        lines = sorted((self.lines[did] for did in pool), key=lambda line: hashlib.sha256(line.encode()).hexdigest())
+        name = f"{row.name}_{splits[0]}" if row.split_pools else row.name
+        self.files[f"cand_pool/local/mbeir_{name}_cand_pool.jsonl"] = lines
+        for split in splits:
+            self.files[f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"] += lines
+
+    def _did(self, draft: CandidateDraft, row: Row) -> str:
+        dids = self.dids[row.dataset_id]
+        if draft not in dids:
+            dids[draft] = did = f"{row.dataset_id}:{len(dids) + 1}"
+            image = self.album.place(draft.sketch, row.world, f"{row.dataset}_images")
+            line = {"txt": draft.text, "img_path": image, "modality": row.cand_modality, "did": did, "src_content": None}
+            self.lines[did] = dump(line)
+        return dids[draft]
+
+    def _add(self, split: Split, name: str, row: Row, draft: QueryDraft, distractors: Sequence[CandidateDraft]) -> list[str]:
+        """A query with its labels and judgements; returns its candidates."""
+        self.queries[row.dataset_id] += 1
+        qid = f"{row.dataset_id}:{self.queries[row.dataset_id]}"
         positives, negatives = (
-            tuple(dict.fromkeys(shelf.did(candidate, row, self.album) for candidate in candidates))
-            for candidates in (draft.positives, distractors)
+            list(dict.fromkeys(self._did(candidate, row) for candidate in some)) for some in (draft.positives, distractors)
         )
         query = {
             "qid": qid,
@@ -245,159 +304,48 @@ class _Builder:
             "neg_cand_list": negatives,
             "task_id": row.task_id,
         }
-        thinks = draft.steps >= 2
-        label = {
-            "qid": qid,
-            "steps": draft.steps,
-            "z": int(thinks),
-            "reasoning": draft.reasoning if thinks else None,
-            "answer": draft.answer if thinks else None,
-        }
-        sheet.queries.append(_dump(query))
-        sheet.labels.append(_dump(label))
-        sheet.qrels += [f"{qid} 0 {did} 1 {row.task_id}" for did in positives]
-        return positives, negatives
+        told = (draft.reasoning, draft.answer) if draft.steps >= 2 else (None, None)
+        label = {"qid": qid, "steps": draft.steps, "z": int(draft.steps >= 2), "reasoning": told[0], "answer": told[1]}
+        self.files[f"query/{split}/mbeir_{name}_{split}.jsonl"].append(dump(query))
+        self.files[f"cot/{split}/mbeir_{name}_{split}_cot.jsonl"].append(dump(label))
+        self.files[f"qrels/{split}/mbeir_{name}_{split}_qrels.txt"] += [f"{qid} 0 {did} 1 {row.task_id}" for did in positives]
+        return [*positives, *negatives]
 
-    def _write_lessons(self) -> None:
-        """A file for each world and kind of lesson, in the order of their first lessons."""
-        lines: dict[str, list[str]] = {}
+    def _add_lessons(self) -> None:
+        """A file for each world and kind."""
         for world in WORLDS:
-            wanted = LESSONS[self.plan.scale][world]
-            for lesson in self.worlds[world].lessons(wanted, self.plan.seed):
-                lines.setdefault(f"{world}_{lesson.kind}", []).append(_dump(self._lesson(lesson, world)))
+            for lesson in self.worlds[world].lessons(LESSONS[self.scale][world], self.seed):
+                image = self.album.place(lesson.sketch, world, f"lessons_images/{world}")
+                line = {"img_path": image, "prompt": lesson.prompt, "target": lesson.target}
+                self.files[f"{LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
                 self.bar.update()
-        for name, told in lines.items():
-            _write_lines(self.root / LESSON_FOLDER / f"{name}.jsonl", told)
-
-    def _lesson(self, lesson: LessonDraft, world: str) -> dict[str, str | None]:
-        folder = f"lessons_images/{world}"
-        return {
-            "img_path": self.album.place(lesson.sketch, world, folder),
-            "prompt": lesson.prompt,
-            "target": lesson.target,
-        }
 
 
-def _check_plan(scale: Scale, seed: int, splits: Sequence[Split], workers: int) -> Plan:
-    if scale not in SCALES:
-        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(SCALES)}")
-    if seed < 0:
-        raise InputError(f"seed is {seed}; give an integer of at least 0")
-    if not splits or any(split not in SPLITS for split in splits):
-        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(SPLITS)}")
-    if workers < 1:
-        raise InputError(f"workers is {workers}; give at least 1")
-    return Plan(scale, seed, tuple(split for split in SPLITS if split in splits))
-
-
-def _claim(out: Path, plan: Plan) -> bool:
-    """Whether `out` holds this very build already; else marks it as being built."""
-    wanted = plan.manifest()
-    for name in ("meta.json", _MARK):
-        path = out / name
-        if not path.exists():
-            continue
-        found = _read_manifest(path)
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"{path}: the folder holds {key} {found.get(key)!r}, asked for is {wanted[key]!r}; "
-                "give another folder or remove this one"
-            )
-        if name == "meta.json":
-            return True
-        _remove_temporaries(out)
-        return False
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} is not empty and holds no MiniBEIR; give a new or an empty folder")
-    _write_text(out / _MARK, json.dumps(wanted) + "\n")
-    return False
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}:1: not JSON ({error}); remove the folder and build again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path}:1: not an object; remove the folder and build again")
-    return found
-
-
-def _remove_temporaries(out: Path) -> None:
-    """Removes what killed builds left half written; files younger than a minute may belong to a live one."""
-    for path in out.rglob(".*.tmp"):
-        try:
-            if time.time() - path.stat().st_mtime > 60:
-                path.unlink()
-        except FileNotFoundError:
-            continue
-
-
-def _content(draft: CandidateDraft) -> tuple[str | None, str | None]:
-    return draft.text, draft.sketch.key if draft.sketch else None
-
-
-def _spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tuple[CandidateDraft, ...]]:
+def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tuple[CandidateDraft, ...]]:
     """The distractors that go into the pool: all, or so many fewer for each query that the pool keeps to `pool_most`.
 
-    The source and the intermediate states (first of a draft's distractors) and the last `TWINS` twins always stay, so
-    that a pool may still end up larger.
+    The source and the intermediate states (first of a draft's distractors) and the last `TWINS` twins always stay, so that a
+    pool may still end up larger.
     """
-    most = max((len(draft.distractors) for draft in drafts), default=0)
-    for spare in range(most, -1, -1):
-        kept = [_thin(draft, spare) for draft in drafts]
-        pool = {_content(each) for draft in drafts for each in draft.positives}
-        pool.update(_content(each) for distractors in kept for each in distractors)
-        if len(pool) <= pool_most:
+    kept: list[tuple[CandidateDraft, ...]] = []
+    for spare in range(max((len(draft.distractors) for draft in drafts), default=0), -1, -1):
+        kept = []
+        for draft in drafts:
+            first = max(draft.steps, 1)
+            spared = range(first + spare, max(len(draft.distractors) - TWINS, first))
+            source = CandidateDraft(sketch=draft.sketch)
+            places = enumerate(draft.distractors)
+            kept.append(tuple(each for place, each in places if place not in spared or (each.sketch and each == source)))
+        if len({each for draft in drafts for each in draft.positives}.union(*kept)) <= pool_most:
             break
-    return kept if drafts else []
-
-
-def _thin(draft: QueryDraft, spare: int) -> tuple[CandidateDraft, ...]:
-    first = max(draft.steps, 1)
-    last = max(len(draft.distractors) - TWINS, first)
-    source = draft.sketch.key if draft.sketch else None
-    return tuple(
-        each
-        for place, each in enumerate(draft.distractors)
-        if not first + spare <= place < last or (each.sketch is not None and each.sketch.key == source)
-    )
+    return kept
 
 
 def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) -> Iterator[tuple[int, QueryDraft]]:
-    """Mixes the rows of a data set in proportion to their counts, whole families at a time."""
+    """Mixes the rows of a data set in proportion to their counts, whole hard-negative groups at a time."""
     done = [0] * len(streams)
-    while any(made < count for made, count in zip(done, counts, strict=True)):
+    while done != list(counts):
         which = min(range(len(streams)), key=lambda place: (done[place] / max(counts[place], 1), place))
-        for _ in range(min(FAMILY, counts[which] - done[which])):
-            yield which, next(streams[which])
+        for draft in itertools.islice(streams[which], min(FAMILY, counts[which] - done[which])):
+            yield which, draft
             done[which] += 1
-    for stream in streams:
-        next(stream, None)  # lets the stream notice drafts beyond its count
-
-
-def _work(plan: Plan) -> int:
-    queries = sum(row.sizes(plan.scale).queries(split) for row in ROWS for split in plan.splits)
-    return queries + (sum(LESSONS[plan.scale].values()) if "train" in plan.splits else 0)
-
-
-def _scatter(line: str) -> str:
-    """Sort key that takes answers and their twins apart, so that equal scores do not favour either."""
-    return hashlib.sha256(line.encode()).hexdigest()
-
-
-def _dump(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, ensure_ascii=False)
-
-
-def _write_lines(path: Path, lines: Iterable[str]) -> None:
-    _write_text(path, "".join(f"{line}\n" for line in lines))
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)

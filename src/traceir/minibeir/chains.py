@@ -1,4 +1,4 @@
-"""What the worlds of edits share: chains of edits, families and targets of a split, and the posing of queries.
+"""What the worlds of edits share: chains of edits, hard-negative groups and targets of a split, and the posing of queries.
 
 Scenes and garments are such worlds. Nothing here knows what a composition shows.
 """
@@ -7,32 +7,91 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from functools import partial
+from typing import ClassVar, Generic, Self, TypeVar
 
-from traceir.errors import InputError
-from traceir.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Sketch, Split
-from traceir.minibeir.drawing import VARIANTS, canonical_variant, split_of
+from traceir.data.mbeir import Split
+from traceir.minibeir.rows import (
+    FAMILY,
+    VARIANTS,
+    CandidateDraft,
+    LessonDraft,
+    QueryDraft,
+    Sketch,
+    World,
+    derive_seed,
+    share_split,
+)
 
 TWINS = 10  # near twins beside the target of a chain of edits
 BESIDE = 14  # what stands beside the target of a plain row
 
 
-class Composition(Protocol):
-    """A picture's content: everything that must be told apart, and nothing else."""
+class Composition(ABC):
+    """An image's content: everything that must be told apart, and nothing else."""
+
+    styles: ClassVar[int]
+    """Phrasings of a caption."""
+    longest: ClassVar[int]
+    """Edits of the longest chain."""
+    shares: ClassVar[tuple[float, float, float]]
+    """Of the pretraining examples: to be named; to be named or described; these or edited in words alone."""
+    noun: ClassVar[str]
 
     @property
-    def code(self) -> str: ...
+    @abstractmethod
+    def code(self) -> str:
+        """A few letters: the composition's name for ever."""
 
     @property
+    @abstractmethod
     def attributes(self) -> tuple[str, ...]: ...
 
+    @abstractmethod
     def state(self) -> str: ...
 
+    @abstractmethod
     def caption(self, style: int) -> str: ...
 
+    @abstractmethod
     def sketch(self, variant: int) -> Sketch: ...
+
+    @abstractmethod
+    def twins(self, rng: random.Random) -> list[Self]:
+        """Compositions that differ from this one in one attribute."""
+
+    @abstractmethod
+    def near(self, rng: random.Random) -> list[Self]:
+        """What stands beside a target of a plain row."""
+
+    @abstractmethod
+    def grow(self, steps: int, rng: random.Random) -> Chain[Self]:
+        """A chain of edits in which no state repeats, and nothing written is overwritten unread or set back."""
+
+    @classmethod
+    @abstractmethod
+    def invent(cls, rng: random.Random) -> Self: ...
+
+    @classmethod
+    def draw(cls, rng: random.Random, split: Split | None = None) -> Self:
+        """A random composition, of one split or of any."""
+        while True:
+            composition = cls.invent(rng)
+            if split is None or composition.split == split:
+                return composition
+
+    @property
+    def split(self) -> Split:
+        """The split that owns this composition."""
+        return share_split(derive_seed("split", self.code))
+
+    @property
+    def canonical(self) -> Sketch:
+        """The one rendering in which a composition stands in candidate pools, so that no pool holds it twice."""
+        return self.sketch(derive_seed("canonical", self.code) % VARIANTS)
 
 
 C = TypeVar("C", bound=Composition)
@@ -47,8 +106,8 @@ class Chain(Generic[C]):
     words: tuple[str, ...]
 
     @property
-    def steps(self) -> int:
-        return len(self.ops)
+    def target(self) -> C:
+        return self.states[-1]
 
     @property
     def text(self) -> str:
@@ -57,24 +116,8 @@ class Chain(Generic[C]):
     @property
     def reasoning(self) -> str:
         """Source state, then op and state in turn, up to the last op; the last state is the answer."""
-        told = [f"{op}; {state.state()}" for op, state in zip(self.ops[:-1], self.states[1:-1], strict=True)]
-        return "; ".join([f"see {self.states[0].state()}", *told, self.ops[-1]])
-
-    @property
-    def answer(self) -> str:
-        return self.states[-1].state()
-
-    def cut(self, steps: int) -> Chain[C]:
-        """The chain's first `steps` edits."""
-        return Chain(self.states[: steps + 1], self.ops[:steps], self.words[:steps])
-
-
-Grow = Callable[[C, int, random.Random], Chain[C]]
-
-
-def pose_candidate(composition: Composition) -> CandidateDraft:
-    """The picture in which a composition stands in every pool."""
-    return CandidateDraft(sketch=composition.sketch(canonical_variant(composition.code)))
+        written = [f"{op}; {state.state()}" for op, state in zip(self.ops[:-1], self.states[1:-1], strict=True)]
+        return "; ".join([f"see {self.states[0].state()}", *written, self.ops[-1]])
 
 
 def count_differences(one: Composition, other: Composition) -> int:
@@ -89,122 +132,168 @@ def keep_apart(target: Composition, others: Iterable[C]) -> list[C]:
     return list(unique.values())
 
 
-def pose_chain(chain: Chain[C], query: Sketch, distractors: Iterable[C] = ()) -> QueryDraft:
+# --- chains -----------------------------------------------------------------------------------------------------------
+
+
+def _pose_chain(chain: Chain[C], query: Sketch, distractors: Iterable[C] = ()) -> QueryDraft:
     """The query of a chain of edits; from two edits on it carries reasoning and answer."""
-    target = chain.states[-1]
-    complex_ = chain.steps >= 2
-    return QueryDraft(
-        text=chain.text,
-        sketch=query,
-        positives=(pose_candidate(target),),
-        distractors=tuple(pose_candidate(other) for other in keep_apart(target, distractors)),
-        steps=chain.steps,
-        reasoning=chain.reasoning if complex_ else None,
-        answer=chain.answer if complex_ else None,
-    )
+    beside = tuple(CandidateDraft(sketch=other.canonical) for other in keep_apart(chain.target, distractors))
+    told = (chain.reasoning, chain.target.state()) if len(chain.ops) >= 2 else (None, None)
+    return QueryDraft(chain.text, query, (CandidateDraft(sketch=chain.target.canonical),), beside, len(chain.ops), *told)
 
 
-def grow_family(lengths: Sequence[int], draw: Callable[[], C], grow: Grow[C], rng: random.Random) -> list[Chain[C]]:
+def _grow_group(kind: type[C], lengths: Sequence[int], rng: random.Random) -> list[Chain[C]]:
     """Chains of the given lengths that are hard against each other, every source and target a training composition.
 
     They share a source; their targets are stations of one chain, or near each other, or one is the others' source.
     """
     while True:
-        source, mode = draw(), rng.randrange(3)
-        family: list[Chain[C]] = []
-        longest = grow(source, max(lengths), rng)
+        source, mode = kind.draw(rng, "train"), rng.randrange(3)
+        group: list[Chain[C]] = []
+        longest = source.grow(max(lengths), rng)
         for place, length in enumerate(lengths):
-            taken = {chain.states[-1].code for chain in family}
+            taken = {chain.target.code for chain in group}
             if mode == 2 and place == 0:
-                options = [grow(draw(), length, rng)]
-                source = options[0].states[-1]
+                options = [kind.draw(rng, "train").grow(length, rng)]
+                source = options[0].target
             elif mode == 0 and length not in lengths[:place]:
-                options = [longest.cut(length)]
+                options = [Chain(longest.states[: length + 1], longest.ops[:length], longest.words[:length])]
             else:
-                options = [grow(source, length, rng) for _ in range(8)]
-            options = [o for o in options if o.states[-1].code not in taken and split_of(o.states[-1].code) == "train"]
+                options = [source.grow(length, rng) for _ in range(8)]
+            options = [each for each in options if each.target.code not in taken and each.target.split == "train"]
             if not options:
                 break
-            anchor = family[0].states[-1] if family else longest.states[-1]
-            family.append(min(options, key=lambda option: count_differences(option.states[-1], anchor)))
-        if len(family) == len(lengths):
-            return family
+            anchor = group[0].target if group else longest.target
+            group.append(min(options, key=lambda option: count_differences(option.target, anchor)))
+        if len(group) == len(lengths):
+            return group
 
 
-def draw_chains(
-    split: Split, lengths: Iterable[int], draw: Callable[[random.Random], C], grow: Grow[C], rng: random.Random
-) -> Iterator[tuple[Chain[C], list[C]]]:
-    """For val and test: chains with unlike targets of the split, and with each three other outcomes of its source."""
-    seen: set[str] = set()
-    for length in lengths:
-        for _ in range(2000):
-            chain = grow(draw(rng), length, rng)
-            if split_of(chain.states[-1].code) == split and chain.states[-1].code not in seen:
-                break
-        else:
-            raise InputError(f"split {split!r} has no unlike targets left after {len(seen)}: ask for a smaller count")
-        seen.add(chain.states[-1].code)
-        others: dict[str, C] = {}
-        taken = {state.code for state in chain.states}
-        while len(others) < 3:
-            other = grow(chain.states[0], rng.randint(1, 3), rng).states[-1]
-            if other.code not in taken:
-                others[other.code] = other
-        yield chain, list(others.values())
+def _draw_chain(kind: type[C], split: Split, length: int, seen: set[str], rng: random.Random) -> tuple[Chain[C], list[C]]:
+    """For val and test: a chain whose target is of the split and not in `seen`, and three other outcomes of its source."""
+    while True:
+        chain = kind.draw(rng).grow(length, rng)
+        if chain.target.split == split and chain.target.code not in seen:
+            break
+    seen.add(chain.target.code)
+    others: dict[str, C] = {}
+    taken = {state.code for state in chain.states}
+    while len(others) < 3:
+        other = chain.states[0].grow(rng.randint(1, 3), rng).target
+        if other.code not in taken:
+            others[other.code] = other
+    return chain, list(others.values())
 
 
-def teach_chain(chain: Chain[C], sketch: Sketch | None) -> LessonDraft:
-    """A lesson in editing: from the picture, or without one from the source's state in words."""
-    prompt = chain.text if sketch is not None else f"{chain.states[0].state()}: {chain.text}"
-    return LessonDraft(sketch, prompt, f"{chain.reasoning}; {chain.answer}", "views" if sketch is not None else "edits")
-
-
-def draw_family(rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]) -> list[C]:
-    """Four training compositions that differ from the first in one or two attributes."""
-    base = draw()
-    family = {base.code: base}
-    while len(family) < 4:
-        twin = vary(rng.choice(list(family.values())))
-        if split_of(twin.code) == "train" and count_differences(base, twin) <= 2:
-            family[twin.code] = twin
-    return list(family.values())
-
-
-def draw_targets(split: Split, count: int, rng: random.Random, draw: Callable[[], C], vary: Callable[[C], C]) -> Iterator[C]:
-    """Targets of plain rows: in train in families of four near ones, else all unlike."""
+def pose_chains(
+    kind: type[C], split: Split, lengths: Sequence[int], rng: random.Random, *, shuffled: bool
+) -> Iterator[QueryDraft]:
+    """Image and a chain of edits to image; in train in groups of four, whose lengths are `shuffled` or stay in order."""
     if split == "train":
-        families = (draw_family(rng, draw, vary) for _ in itertools.count())
-        yield from itertools.islice(itertools.chain.from_iterable(families), count)
+        for start in range(0, len(lengths), FAMILY):
+            steps = lengths[start : start + FAMILY]
+            for chain in _grow_group(kind, rng.sample(steps, len(steps)) if shuffled else steps, rng):
+                yield _pose_chain(chain, chain.states[0].sketch(rng.randrange(VARIANTS)))
         return
     seen: set[str] = set()
-    for _ in range(count):
-        target = draw()
-        for _ in range(2000):
-            if target.code not in seen:
-                break
-            target = draw()
-        else:
-            raise InputError(f"count {count} exceeds the compositions of split {split!r}: ask for a smaller count")
-        seen.add(target.code)
-        yield target
+    for length in lengths:
+        chain, others = _draw_chain(kind, split, length, seen, rng)
+        near = [*chain.states[:-1], *others, *chain.target.twins(rng)[:TWINS]]
+        yield _pose_chain(chain, chain.states[0].canonical, near)
 
 
-def pose_captions(
-    split: Split, targets: Iterable[C], near: Callable[[C], list[C]], styles: int, rng: random.Random
-) -> Iterator[QueryDraft]:
-    """Picture to text. The distractors speak in the positive's phrasing; none is right for another query of the row."""
+# --- plain rows -------------------------------------------------------------------------------------------------------
+
+
+def _draw_group(kind: type[C], rng: random.Random) -> list[C]:
+    """Four training compositions of which three differ from the first in one or two attributes."""
+    base = kind.draw(rng, "train")
+    group = {base.code: base}
+    while len(group) < FAMILY:
+        twin = rng.choice(list(group.values())).twins(rng)[0]
+        if twin.split == "train" and count_differences(base, twin) <= 2:
+            group[twin.code] = twin
+    return list(group.values())
+
+
+def draw_targets(kind: type[C], split: Split, count: int, rng: random.Random) -> Iterator[C]:
+    """Targets of plain rows: in train in groups of four near ones, else all unlike."""
+    if split == "train":
+        groups = (_draw_group(kind, rng) for _ in itertools.count())
+        yield from itertools.islice(itertools.chain.from_iterable(groups), count)
+        return
+    seen: set[str] = set()
+    while len(seen) < count:
+        target = kind.draw(rng, split)
+        if target.code not in seen:
+            seen.add(target.code)
+            yield target
+
+
+def pose_captions(kind: type[C], split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
+    """Image to text. The distractors speak in the positive's phrasing; none is right for another query of the row."""
+    targets = draw_targets(kind, split, count, rng)
     chosen = targets if split == "train" else list(targets)
     taken = set() if split == "train" else {target.code for target in chosen}
     style = 0
     for place, target in enumerate(chosen):
-        if split != "train" or place % 4 == 0:
-            style = rng.randrange(styles)
-        others = [] if split == "train" else [other for other in near(target) if other.code not in taken][:BESIDE]
+        if split != "train" or place % FAMILY == 0:
+            style = rng.randrange(kind.styles)
+        others = [] if split == "train" else [other for other in target.near(rng) if other.code not in taken][:BESIDE]
         texts = tuple(CandidateDraft(text=other.caption(style)) for other in others)
         positive = CandidateDraft(text=target.caption(style))
-        yield QueryDraft(None, target.sketch(rng.randrange(VARIANTS)), (positive,), texts, 0)
+        yield QueryDraft(None, target.sketch(rng.randrange(VARIANTS)), (positive,), texts)
 
 
-def pose_beside(split: Split, target: C, near: Callable[[C], list[C]]) -> tuple[CandidateDraft, ...]:
-    """The pictures that stand beside a target in val and test; in train none."""
-    return () if split == "train" else tuple(pose_candidate(other) for other in near(target)[:BESIDE])
+def stand_beside(split: Split, target: Composition, rng: random.Random) -> tuple[CandidateDraft, ...]:
+    """The images that stand beside a target in val and test; in train none."""
+    return () if split == "train" else tuple(CandidateDraft(sketch=other.canonical) for other in target.near(rng)[:BESIDE])
+
+
+# --- worlds -----------------------------------------------------------------------------------------------------------
+
+
+def make_world(kind: type[C], rows: Mapping[str, Callable[[Split, int, random.Random], Iterator[QueryDraft]]]) -> World:
+    """The world of a kind of composition; a row is made from (split, count, random numbers)."""
+
+    def make(name: str, split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
+        return rows[name](split, count, random.Random(derive_seed(name, split, seed)))
+
+    return World({name: partial(make, name) for name in rows}, partial(_fill_pool, kind), partial(_teach, kind))
+
+
+def _fill_pool(kind: type[C], row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
+    """Unlike training compositions in the row's modality: they are no answer to any val or test query."""
+    rng = random.Random(derive_seed("fill", row, seed))
+    seen: set[str] = set()
+    while len(seen) < count:
+        composition = kind.draw(rng, "train")
+        if composition.code not in seen:
+            seen.add(composition.code)
+            text = composition.caption(rng.randrange(kind.styles))
+            yield CandidateDraft(text) if row.endswith("_task3") else CandidateDraft(sketch=composition.canonical)
+
+
+def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:
+    """Naming and describing images, and editing from the image or in words alone; all of training."""
+    rng = random.Random(derive_seed(f"{kind.__name__.lower()} lessons", seed))
+    named, described, worded = kind.shares
+    for _ in range(count):
+        draw = rng.random()
+        if draw < described:
+            composition = kind.draw(rng, "train")
+            sketch = composition.sketch(rng.randrange(VARIANTS))
+            if draw < named:
+                yield LessonDraft(sketch, f"name the {kind.noun}", composition.state(), "naming")
+            else:
+                yield LessonDraft(sketch, "describe the picture", composition.caption(rng.randrange(kind.styles)), "naming")
+            continue
+        while True:
+            chain = kind.draw(rng, "train").grow(rng.randint(1, kind.longest), rng)
+            if chain.target.split == "train":
+                break
+        goal = f"{chain.reasoning}; {chain.target.state()}"
+        if draw < worded:
+            yield LessonDraft(None, f"{chain.states[0].state()}: {chain.text}", goal, "edits")
+        else:
+            yield LessonDraft(chain.states[0].sketch(rng.randrange(VARIANTS)), chain.text, goal, "views")

@@ -1,15 +1,14 @@
-"""What the drawn worlds share: stable seeds and splits, the palette, and the pictures of scenes and of garments.
+"""Images of scenes and garments, and the pen that draws every sprite.
 
-Sprites are drawn at four times their size, reduced once and cached; a picture (192 x 192, RGB) is a few pastes. A
-`variant` sets background, light, place and scale, and never what is depicted.
+Sprites are drawn at four times their size, reduced once and cached; an image (192 x 192, RGB) is a few pastes. A `variant` sets
+background, light, place and scale, and never what is depicted.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from traceir.errors import InputError
-from traceir.minibeir.draft import Split
+from traceir.minibeir.rows import derive_seed
 
 SIZE = 192
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -31,10 +29,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 COLOUR_NAMES = tuple(COLOURS)
 SHAPES = ("cube", "ball", "cone", "ring", "star", "mug")
-VARIANTS = 1000
+GARMENT_TYPES = ("dress", "shirt", "coat", "jumpsuit")
 
 _OVER = 4  # oversampling of sprites
-_CANVAS = 80  # side of an object's sprite, in picture pixels, shadow included
+_CANVAS = 80  # side of an object's sprite, in image pixels, shadow included
 _SCALES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _WALLS = ((188, 200, 214), (210, 200, 184), (184, 206, 194), (208, 190, 198), (176, 188, 210), (214, 208, 200))
 _TABLES = ((164, 138, 110), (120, 128, 140), (150, 126, 108), (112, 128, 124), (166, 150, 130), (132, 120, 134))
@@ -42,35 +40,64 @@ _INK = (26, 24, 32)
 
 FloatArray = NDArray[np.floating[Any]]
 Point = tuple[float, float]
+Colour = str | int | tuple[int, ...]
 
 
-def derive_seed(*parts: object) -> int:
-    """A 64-bit seed from the parts' text: the same on every machine and in every process."""
-    digest = hashlib.sha256("|".join(str(part) for part in parts).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+class Pen:
+    """Draws on a transparent ground of `width` x `height` pixels, in those units and at four times the size."""
+
+    def __init__(self, width: int = SIZE, height: int = SIZE, mode: str = "RGBA") -> None:
+        self.size = (width, height)
+        self.image = Image.new(mode, (width * _OVER, height * _OVER), 0)
+        self._draw = ImageDraw.Draw(self.image)
+
+    def polygon(self, points: Sequence[Point], fill: Colour) -> None:
+        self._draw.polygon([(x * _OVER, y * _OVER) for x, y in points], fill=fill)
+
+    def line(self, points: Sequence[Point], fill: Colour, width: float) -> None:
+        self._draw.line([(x * _OVER, y * _OVER) for x, y in points], fill=fill, width=round(width * _OVER), joint="curve")
+
+    def ellipse(self, box: Sequence[float], fill: Colour) -> None:
+        self._draw.ellipse([side * _OVER for side in box], fill=fill)
+
+    def disc(self, x: float, y: float, radius: float, fill: Colour) -> None:
+        self.ellipse((x - radius, y - radius, x + radius, y + radius), fill)
+
+    def box(self, box: Sequence[float], fill: Colour, radius: float = 0) -> None:
+        self._draw.rounded_rectangle([side * _OVER for side in box], radius * _OVER, fill=fill)
+
+    def play(self, commands: Sequence[Sequence[Any]], palette: Mapping[str, Colour]) -> None:
+        """Draws a sprite of sprites.json: [polygon, colour, x, y, ...], [line, colour, width, x, y, ...], [ellipse, colour, left,
+        top, right, bottom], [box, colour, left, top, right, bottom, radius]. No colour makes transparent again."""
+        for shape, colour, *numbers in commands:
+            fill = palette.get(colour, colour) if colour else (0, 0, 0, 0)
+            if shape == "polygon":
+                self.polygon(pair(numbers), fill)
+            elif shape == "line":
+                self.line(pair(numbers[1:]), fill, numbers[0])
+            elif shape == "ellipse":
+                self.ellipse(numbers, fill)
+            else:
+                self.box(numbers[:4], fill, *numbers[4:])
+
+    def reduce(self) -> Image.Image:
+        """What was drawn, in its true size."""
+        return self.image.resize(self.size, Image.Resampling.LANCZOS)
 
 
-def split_of(code: str) -> Split:
-    """The split that owns a composition: 80 % train, 5 % val, 15 % test, by a stable hash of its compact code."""
-    place = derive_seed("split", code) % 100
-    return "train" if place < 80 else "val" if place < 85 else "test"
-
-
-def canonical_variant(code: str) -> int:
-    """The one variant in which a composition stands in candidate pools, so that no pool holds it twice."""
-    return derive_seed("canonical", code) % VARIANTS
+def pair(numbers: Sequence[float]) -> list[Point]:
+    """Points from x, y, x, y and so on."""
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 # --- light and background ---------------------------------------------------------------------------------------------
 
 
-def _blend_rows(top: tuple[int, int, int], bottom: tuple[int, int, int], rows: int) -> FloatArray:
+def _blend_rows(colour: tuple[int, int, int], top: int, bottom: int, rows: int) -> FloatArray:
+    """A colour made lighter by `top` at the top and by `bottom` at the bottom."""
     share = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
-    return np.asarray(top, np.float32) * (1 - share) + np.asarray(bottom, np.float32) * share
-
-
-def _lighten(colour: tuple[int, int, int], by: int) -> tuple[int, int, int]:
-    return colour[0] + by, colour[1] + by, colour[2] + by
+    upper, lower = (np.asarray([part + by for part in colour], np.float32) for by in (top, bottom))
+    return np.asarray(upper * (1 - share) + lower * share)
 
 
 def _glow(centre: Point, strength: float) -> FloatArray:
@@ -88,8 +115,8 @@ def _paint_table(wall: int, table: int, layout: int) -> Image.Image:
     """A wall above a table top; `layout` (0 to 3) sets the table's edge and where the light falls."""
     edge = (54, 58, 62, 66)[layout]
     pixels = np.empty((SIZE, SIZE, 3), np.float32)
-    pixels[:edge] = _blend_rows(_lighten(_WALLS[wall], -14), _lighten(_WALLS[wall], 10), edge)
-    pixels[edge:] = _blend_rows(_lighten(_TABLES[table], 4), _lighten(_TABLES[table], -26), SIZE - edge)
+    pixels[:edge] = _blend_rows(_WALLS[wall], -14, 10, edge)
+    pixels[edge:] = _blend_rows(_TABLES[table], 4, -26, SIZE - edge)
     pixels[edge - 1 : edge + 2] *= 0.86
     return _to_image(pixels * _glow(((30, 20), (160, 20), (96, 60), (60, 120))[layout], 0.22))
 
@@ -97,8 +124,7 @@ def _paint_table(wall: int, table: int, layout: int) -> Image.Image:
 @cache
 def _paint_backdrop(wall: int, layout: int) -> Image.Image:
     """A plain soft backdrop, lighter where the light falls."""
-    tint = _lighten(_WALLS[wall], -52)
-    pixels = _blend_rows(_lighten(tint, 8), _lighten(tint, -12), SIZE) * np.ones((1, SIZE, 1), np.float32)
+    pixels = _blend_rows(_WALLS[wall], -44, -64, SIZE) * np.ones((1, SIZE, 1), np.float32)
     return _to_image(pixels * _glow(((40, 40), (150, 40), (96, 90), (96, 150))[layout], 0.3))
 
 
@@ -118,22 +144,22 @@ Relief = tuple[FloatArray, FloatArray, FloatArray]
 
 
 def _grid() -> tuple[FloatArray, FloatArray]:
-    """Coordinates of the sprite in picture pixels, the origin in its middle."""
+    """Coordinates of the sprite in image pixels, the origin in its middle."""
     ys, xs = np.mgrid[0 : _CANVAS * _OVER, 0 : _CANVAS * _OVER].astype(np.float32)
     return (xs + 0.5) / _OVER - _CANVAS / 2, (ys + 0.5) / _OVER - _CANVAS / 2
 
 
-def _fill(points: list[Point]) -> FloatArray:
-    image = Image.new("L", (_CANVAS * _OVER, _CANVAS * _OVER), 0)
-    moved = [((x + _CANVAS / 2) * _OVER, (y + _CANVAS / 2) * _OVER) for x, y in points]
-    ImageDraw.Draw(image).polygon(moved, fill=255)
-    return np.asarray(image, np.float32) / 255
+def _fill(points: Sequence[Point]) -> FloatArray:
+    pen = Pen(_CANVAS, _CANVAS, "L")
+    pen.polygon([(x + _CANVAS / 2, y + _CANVAS / 2) for x, y in points], 255)
+    return np.asarray(pen.image, np.float32) / 255
 
 
-def _layer(parts: list[tuple[FloatArray, float, float]]) -> Relief:
-    """Stack flat faces, each (mask, shade, shine); later ones cover earlier ones."""
+def _stack(faces: Sequence[tuple[Sequence[Point], float, float]]) -> Relief:
+    """Flat faces, each (points, shade, shine); later ones cover earlier ones."""
     mask, shade, shine = (np.zeros((_CANVAS * _OVER, _CANVAS * _OVER), np.float32) for _ in range(3))
-    for face, tone, gloss in parts:
+    for points, tone, gloss in faces:
+        face = _fill(points)
         mask = np.maximum(mask, face)
         shade = np.where(face > 0, np.float32(tone), shade)
         shine = np.where(face > 0, np.float32(gloss), shine)
@@ -148,16 +174,15 @@ def _round_light(nx: FloatArray, ny: FloatArray) -> tuple[FloatArray, FloatArray
 
 
 def _relief_cube() -> Relief:
-    front = _fill([(-26, -14), (14, -14), (14, 26), (-26, 26)])
-    top = _fill([(-26, -14), (-12, -26), (26, -26), (14, -14)])
-    side = _fill([(14, -14), (26, -26), (26, 13), (14, 26)])
-    return _layer([(front, 0.94, 0.0), (top, 1.0, 0.38), (side, 0.56, 0.0)])
+    front = [(-26.0, -14.0), (14, -14), (14, 26), (-26, 26)]
+    top = [(-26.0, -14.0), (-12, -26), (26, -26), (14, -14)]
+    side = [(14.0, -14.0), (26, -26), (26, 13), (14, 26)]
+    return _stack([(front, 0.94, 0.0), (top, 1.0, 0.38), (side, 0.56, 0.0)])
 
 
 def _relief_ball() -> Relief:
     xs, ys = _grid()
-    shade, shine = _round_light(xs / 26, ys / 26)
-    return (np.hypot(xs, ys) <= 26).astype(np.float32), shade, shine
+    return (np.hypot(xs, ys) <= 26).astype(np.float32), *_round_light(xs / 26, ys / 26)
 
 
 def _relief_cone() -> Relief:
@@ -173,16 +198,15 @@ def _relief_ring() -> Relief:
     xs, ys = _grid()
     radius = np.hypot(xs, ys)
     across = (radius - 19.5) / 7.5
-    shade, shine = _round_light(across * xs / np.maximum(radius, 1), across * ys / np.maximum(radius, 1))
-    return (np.abs(across) <= 1).astype(np.float32), shade, shine
+    light = _round_light(across * xs / np.maximum(radius, 1), across * ys / np.maximum(radius, 1))
+    return (np.abs(across) <= 1).astype(np.float32), *light
 
 
 def _relief_star() -> Relief:
     radii = (29.0, 12.5)
     tips = [(math.sin(i * math.pi / 5) * radii[i % 2], 2 - math.cos(i * math.pi / 5) * radii[i % 2]) for i in range(10)]
     tones = (0.74, 0.62, 0.90, 0.58, 0.92, 0.66, 1.0, 0.72, 1.0, 1.0)
-    faces = [(_fill([(0, 2), tips[i], tips[(i + 1) % 10]]), tones[i], 0.25 if i in (6, 8) else 0.0) for i in range(10)]
-    return _layer(faces)
+    return _stack([([(0, 2), tips[i], tips[(i + 1) % 10]], tones[i], 0.25 if i in (6, 8) else 0.0) for i in range(10)])
 
 
 def _relief_mug() -> Relief:
@@ -193,21 +217,15 @@ def _relief_mug() -> Relief:
     rim = across**2 + ((ys + 18) / 8.5) ** 2 <= 1
     mouth = ((xs + 8) / 15.5) ** 2 + ((ys + 18) / 6) ** 2 <= 1
     shade, shine = _round_light(np.clip(across, -1, 1) * 0.95, np.zeros_like(xs) - 0.2)
-    shade = np.where(handle & ~body, np.float32(0.68), shade)
-    shade = np.where(rim, np.float32(1.0), shade)
-    shade = np.where(mouth, np.float32(0.26), shade)
+    for where, tone in ((handle & ~body, 0.68), (rim, 1.0), (mouth, 0.26)):
+        shade = np.where(where, np.float32(tone), shade)
     shine = np.where(rim & ~mouth, np.float32(0.35), np.where(mouth | (handle & ~body), np.float32(0), shine))
     return (handle | body | rim).astype(np.float32), shade, shine
 
 
-_RELIEFS: dict[str, Callable[[], Relief]] = {
-    "cube": _relief_cube,
-    "ball": _relief_ball,
-    "cone": _relief_cone,
-    "ring": _relief_ring,
-    "star": _relief_star,
-    "mug": _relief_mug,
-}
+_RELIEFS: dict[str, Callable[[], Relief]] = dict(
+    zip(SHAPES, (_relief_cube, _relief_ball, _relief_cone, _relief_ring, _relief_star, _relief_mug), strict=True)
+)
 
 
 @cache
@@ -217,22 +235,20 @@ def _shape_relief(shape: str) -> tuple[Relief, Image.Image]:
     solid = Image.fromarray((mask * 255).astype(np.uint8))
     inner = np.asarray(solid.filter(ImageFilter.MinFilter(2 * _OVER - 1)), np.float32) / 255
     shade = np.where(inner > 0.5, shade, shade * np.float32(0.62))
-    shine = shine * inner
-    shadow = Image.new("L", solid.size, 0)
-    middle, floor = _CANVAS * _OVER / 2, (_CANVAS / 2 + 25) * _OVER
-    ImageDraw.Draw(shadow).ellipse((middle - 27 * _OVER, floor - 5 * _OVER, middle + 32 * _OVER, floor + 6 * _OVER), fill=120)
-    return (mask, shade, shine), shadow.filter(ImageFilter.GaussianBlur(2.5 * _OVER))
+    pen = Pen(_CANVAS, _CANVAS, "L")
+    pen.ellipse((_CANVAS / 2 - 27, _CANVAS / 2 + 20, _CANVAS / 2 + 32, _CANVAS / 2 + 31), 120)
+    return (mask, shade, shine * inner), pen.image.filter(ImageFilter.GaussianBlur(2.5 * _OVER))
 
 
 @cache
-def _object_sprite(colour: str, shape: str, scale: float) -> Image.Image:
+def object_sprite(colour: str, shape: str, scale: float) -> Image.Image:
+    """An object and its shadow."""
     (mask, shade, shine), shadow = _shape_relief(shape)
     base = np.asarray(COLOURS[colour], np.float32)
     pixels = np.clip(base * shade[:, :, None], 0, 255) * (1 - shine[:, :, None]) + 255 * shine[:, :, None]
     sprite = Image.new("RGBA", shadow.size, (*_INK, 0))
     sprite.putalpha(shadow)
-    solid = _to_image(pixels).convert("RGBA")
-    sprite.paste(solid, (0, 0), Image.fromarray((mask * 255).astype(np.uint8)))
+    sprite.paste(_to_image(pixels).convert("RGBA"), (0, 0), Image.fromarray((mask * 255).astype(np.uint8)))
     side = round(_CANVAS * scale)
     return sprite.resize((side, side), Image.Resampling.LANCZOS)
 
@@ -242,7 +258,7 @@ def draw_scene(objects: tuple[tuple[str, str], ...], variant: int) -> Image.Imag
     rng = random.Random(derive_seed("scene", objects, variant))
     image = _paint_table(rng.randrange(6), rng.randrange(6), rng.randrange(4)).copy()
     for place, (colour, shape) in enumerate(objects):
-        sprite = _object_sprite(colour, shape, rng.choice(_SCALES))
+        sprite = object_sprite(colour, shape, rng.choice(_SCALES))
         x = 32 + 64 * place + rng.randint(-4, 4) - sprite.width // 2
         y = 98 + rng.randint(-4, 4) - sprite.height // 2
         image.paste(sprite, (x, y), sprite)
@@ -250,37 +266,31 @@ def draw_scene(objects: tuple[tuple[str, str], ...], variant: int) -> Image.Imag
 
 
 # --- garments ---------------------------------------------------------------------------------------------------------
-# Half a cut is a list of points (x from the middle line, y from the top) in picture pixels; the other half mirrors it.
+# Half a cut is a list of points (x from the middle line, y from the top) in image pixels; the other half mirrors it.
 
-GARMENT_TYPES = ("dress", "shirt", "coat", "jumpsuit")
 _WAIST = 98
 _WAISTS = {"dress": 25, "shirt": 34, "coat": 37, "jumpsuit": 29}
 _HEMS = {
-    ("dress", "short"): (48, 136),
-    ("dress", "long"): (66, 184),
-    ("shirt", "short"): (35, 120),
-    ("shirt", "long"): (37, 150),
-    ("coat", "short"): (45, 136),
-    ("coat", "long"): (52, 184),
-    ("jumpsuit", "short"): (40, 138),
-    ("jumpsuit", "long"): (42, 184),
+    "dress": {"short": (48, 136), "long": (66, 184)},
+    "shirt": {"short": (35, 120), "long": (37, 150)},
+    "coat": {"short": (45, 136), "long": (52, 184)},
+    "jumpsuit": {"short": (40, 138), "long": (42, 184)},
 }
+"""Half the width of the hem and its height, by type and length."""
 
 
-def _mirror(half: list[Point]) -> list[Point]:
+def _mirror(half: Sequence[Point]) -> list[Point]:
     """The closed outline from its right half, given from the top downwards."""
     return [(96 + x, y) for x, y in half] + [(96 - x, y) for x, y in reversed(half)]
 
 
 def _body_outline(kind: str, length: str, sleeves: str) -> list[Point]:
-    hem, bottom = _HEMS[kind, length]
-    if sleeves == "sleeveless":
-        half: list[Point] = [(15, 33), (27, 36), (25, 48), (25, 58), (29, 68), (33, 74)]
-    else:
-        half = [(15, 33), (38, 40), (34, 74)]
-    half.append((_WAISTS[kind], _WAIST))
+    hem, bottom = _HEMS[kind][length]
+    waist = _WAISTS[kind]
+    bare: list[Point] = [(15, 33), (27, 36), (25, 48), (25, 58), (29, 68), (33, 74)]
+    half = [*(bare if sleeves == "sleeveless" else [(15, 33), (38, 40), (34, 74)]), (waist, _WAIST)]
     if kind == "dress":
-        half += [(_WAISTS[kind] + 0.42 * (hem - _WAISTS[kind]), _WAIST + 0.3 * (bottom - _WAIST))]
+        half += [(waist + 0.42 * (hem - waist), _WAIST + 0.3 * (bottom - _WAIST))]
     if kind == "jumpsuit":
         half += [(36, 114), (hem, bottom), (11, bottom), (3, 116)]
     elif kind == "coat":
@@ -288,14 +298,6 @@ def _body_outline(kind: str, length: str, sleeves: str) -> list[Point]:
     else:
         half += [(hem, bottom - 3), (hem * 0.5, bottom), (0, bottom + 1)]
     return _mirror(half)
-
-
-def _sleeve_outline(sleeves: str) -> list[Point]:
-    """The right sleeve from the shoulder round to the armpit; the left one is its mirror image."""
-    share = 0.4 if sleeves == "short" else 1.0
-    outer = (39 + 42 * share, 40 + 84 * share)
-    inner = (33 + 30 * share, 66 + 66 * share)
-    return [(37, 40), outer, inner, (33, 74)]
 
 
 def _collar_cut(collar: str) -> list[Point]:
@@ -308,53 +310,33 @@ def _collar_cut(collar: str) -> list[Point]:
     return _mirror([(0, 10), (15, 11), (16, 36), (10, 41), (0, 42)])
 
 
-def _canvas(mode: str) -> Image.Image:
-    return Image.new(mode, (SIZE * _OVER, SIZE * _OVER), 0)
-
-
-def _polygon(image: Image.Image, points: list[Point], fill: int | tuple[int, ...]) -> None:
-    ImageDraw.Draw(image).polygon([(x * _OVER, y * _OVER) for x, y in points], fill=fill)
-
-
-def _stroke(image: Image.Image, points: list[Point], fill: tuple[int, ...], width: float) -> None:
-    scaled = [(x * _OVER, y * _OVER) for x, y in points]
-    ImageDraw.Draw(image).line(scaled, fill=fill, width=round(width * _OVER), joint="curve")
-
-
-def _disc(image: Image.Image, x: float, y: float, radius: float, fill: tuple[int, ...] | int) -> None:
-    corners = ((x - radius) * _OVER, (y - radius) * _OVER, (x + radius) * _OVER, (y + radius) * _OVER)
-    ImageDraw.Draw(image).ellipse(corners, fill=fill)
-
-
-def _reduce(image: Image.Image) -> Image.Image:
-    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-
-
-def _draw_details(ink: Image.Image, kind: str, length: str, collar: str, belt: bool) -> None:
-    """Paint closures, collar and belt over the cloth."""
-    bottom = _HEMS[kind, length][1]
+def _draw_closures(ink: Pen, kind: str, bottom: int, collar: str) -> None:
     top = {"v": 78, "round": 52, "high": 40}[collar]
     if kind == "coat":
-        _stroke(ink, [(96, top), (96, bottom)], (*_INK, 240), 4.4)
+        ink.line([(96, top), (96, bottom)], (*_INK, 240), 4.4)
         for y in range(82 if top < 80 else 84, bottom - 12, 17):
             for x in (82, 110):
-                _disc(ink, x, y, 3.6, (*_INK, 240))
-                _disc(ink, x - 0.8, y - 0.8, 1.4, (230, 225, 215, 255))
+                ink.disc(x, y, 3.6, (*_INK, 240))
+                ink.disc(x - 0.8, y - 0.8, 1.4, (230, 225, 215, 255))
     if kind == "shirt":
-        _stroke(ink, [(96, top), (96, bottom)], (*_INK, 80), 1.4)
+        ink.line([(96, top), (96, bottom)], (*_INK, 80), 1.4)
         for y in range(84, bottom - 4, 11):
-            _disc(ink, 99.5, y, 1.8, (*_INK, 200))
+            ink.disc(99.5, y, 1.8, (*_INK, 200))
+
+
+def _draw_trim(ink: Pen, kind: str, collar: str, belt: bool) -> None:
+    """Collar and belt."""
     if collar == "high":
-        _stroke(ink, [(80, 35), (88, 40.5), (96, 42), (104, 40.5), (112, 35)], (*_INK, 170), 2)
-        _stroke(ink, [(82, 21), (96, 24), (110, 21)], (*_INK, 110), 1.6)
+        ink.line([(80, 35), (88, 40.5), (96, 42), (104, 40.5), (112, 35)], (*_INK, 170), 2)
+        ink.line([(82, 21), (96, 24), (110, 21)], (*_INK, 110), 1.6)
     else:
         cut = _collar_cut(collar)
-        _polygon(ink, cut, (58, 54, 64, 255))
-        _stroke(ink, [*cut, cut[0]], (*_INK, 200), 1.6)
+        ink.polygon(cut, (58, 54, 64, 255))
+        ink.line([*cut, cut[0]], (*_INK, 200), 1.6)
     if belt:
         half = _WAISTS[kind] + 1
-        _polygon(ink, _mirror([(half, _WAIST - 7), (half, _WAIST + 7)]), (18, 17, 22, 255))
-        _stroke(ink, [(88, 93), (104, 93), (104, 103), (88, 103), (88, 92.2)], (232, 196, 96, 255), 2.6)
+        ink.polygon(_mirror([(half, _WAIST - 7), (half, _WAIST + 7)]), (18, 17, 22, 255))
+        ink.line([(88, 93), (104, 93), (104, 103), (88, 103), (88, 92.2)], (232, 196, 96, 255), 2.6)
 
 
 @cache
@@ -374,26 +356,27 @@ def _garment_sprite(
 ) -> tuple[Image.Image, Image.Image, Image.Image, tuple[int, int, int, int]]:
     """(mask, ink, shadow, box): coverage (L), what is painted over the cloth (RGBA), the shadow it throws (L).
 
-    All three are cropped to `box`, (left, top, right, bottom) in picture pixels.
+    All three are cropped to `box`, (left, top, right, bottom) in image pixels.
     """
-    mask, ink = _canvas("L"), _canvas("RGBA")
+    mask, ink = Pen(mode="L"), Pen()
+    outlines = [_body_outline(kind, length, sleeves)]
     if sleeves != "sleeveless":
-        for side in (1, -1):
-            sleeve: list[Point] = [(96 + side * x, y) for x, y in _sleeve_outline(sleeves)]
-            _polygon(mask, sleeve, 255)
-            _stroke(ink, sleeve, (*_INK, 125), 3.2)
-    body = _body_outline(kind, length, sleeves)
-    _polygon(mask, body, 255)
-    _stroke(ink, [*body, body[0]], (*_INK, 125), 3.2)
+        share = 0.4 if sleeves == "short" else 1.0
+        sleeve = [(37.0, 40.0), (39 + 42 * share, 40 + 84 * share), (33 + 30 * share, 66 + 66 * share), (33, 74)]
+        outlines = [[(96 + side * x, y) for x, y in sleeve] for side in (1, -1)] + outlines
+    for outline in outlines:
+        mask.polygon(outline, 255)
+        closed = [*outline, outline[0]] if outline is outlines[-1] else outline
+        ink.line(closed, (*_INK, 125), 3.2)
     if collar == "high":
         band = _collar_cut(collar)
-        _polygon(mask, band, 255)
-        _stroke(ink, [*band, band[0]], (*_INK, 125), 3)
-    _draw_details(ink, kind, length, collar, belt)
-    alpha = ImageChops.multiply(ink.getchannel("A"), mask)
-    small_ink = _reduce(ink)
-    small_ink.putalpha(_reduce(alpha))
-    small = _reduce(mask)
+        mask.polygon(band, 255)
+        ink.line([*band, band[0]], (*_INK, 125), 3)
+    _draw_closures(ink, kind, _HEMS[kind][length][1], collar)
+    _draw_trim(ink, kind, collar, belt)
+    small, small_ink = mask.reduce(), ink.reduce()
+    alpha = ImageChops.multiply(ink.image.getchannel("A"), mask.image)
+    small_ink.putalpha(alpha.resize((SIZE, SIZE), Image.Resampling.LANCZOS))
     shadow = small.filter(ImageFilter.GaussianBlur(5)).point([value * 2 // 5 for value in range(256)])
     box = shadow.getbbox() or (0, 0, SIZE, SIZE)
     return small.crop(box), small_ink.crop(box), shadow.crop(box), box
@@ -401,43 +384,34 @@ def _garment_sprite(
 
 @cache
 def _pattern_mask(pattern: str) -> Image.Image:
-    mask = _canvas("L")
+    pen = Pen(mode="L")
     if pattern == "stripes":
         for y in range(4, SIZE, 24):
-            _polygon(mask, [(0, y), (SIZE, y), (SIZE, y + 8.5), (0, y + 8.5)], 255)
+            pen.polygon([(0, y), (SIZE, y), (SIZE, y + 8.5), (0, y + 8.5)], 255)
     elif pattern == "dots":
         for row, y in enumerate(range(7, SIZE, 20)):
             for x in range(16 * (row % 2), SIZE + 8, 32):
-                _disc(mask, x, y, 8, 255)
+                pen.disc(x, y, 8, 255)
     else:
         for at in range(12, SIZE, 32):
-            _polygon(mask, [(at - 3.5, 0), (at + 3.5, 0), (at + 3.5, SIZE), (at - 3.5, SIZE)], 255)
-            _polygon(mask, [(0, at - 3.5), (0, at + 3.5), (SIZE, at + 3.5), (SIZE, at - 3.5)], 255)
-    return _reduce(mask)
+            pen.polygon([(at - 3.5, 0), (at + 3.5, 0), (at + 3.5, SIZE), (at - 3.5, SIZE)], 255)
+            pen.polygon([(0, at - 3.5), (0, at + 3.5), (SIZE, at + 3.5), (SIZE, at - 3.5)], 255)
+    return pen.reduce()
 
 
 def draw_garment(
-    kind: str,
-    colour: str,
-    pattern: str,
-    pattern_colour: str | None,
-    length: str,
-    sleeves: str,
-    collar: str,
-    belt: bool,
-    variant: int,
+    kind: str, colour: str, pattern: tuple[str, str | None], length: str, sleeves: str, collar: str, belt: bool, variant: int
 ) -> Image.Image:
     """One garment on a plain backdrop.
 
-    `pattern` is plain, stripes, dots or checks; `sleeves` sleeveless, short or long; `collar` round, v or high.
+    `pattern` is (plain, None), or stripes, dots or checks and a colour; `sleeves` sleeveless, short or long; `collar` round, v or
+    high.
     """
-    if (pattern == "plain") != (pattern_colour is None):
-        raise InputError(f"pattern {pattern!r} with colour {pattern_colour!r}: give a colour exactly where there is a pattern")
-    rng = random.Random(derive_seed("garment", kind, colour, pattern, pattern_colour, length, sleeves, collar, belt, variant))
+    rng = random.Random(derive_seed("garment", kind, colour, *pattern, length, sleeves, collar, belt, variant))
     mask, ink, shadow, box = _garment_sprite(kind, length, sleeves, collar, belt)
     cloth = Image.new("RGB", mask.size, COLOURS[colour])
-    if pattern_colour is not None:
-        cloth.paste(COLOURS[pattern_colour], (0, 0), _pattern_mask(pattern).crop(box))
+    if pattern[1] is not None:
+        cloth.paste(COLOURS[pattern[1]], (0, 0), _pattern_mask(pattern[0]).crop(box))
     cloth = ImageChops.multiply(cloth, _fold_shade().crop(box))
     cloth.paste(ink, (0, 0), ink)
     scale = rng.choice(_SCALES) * 0.95
@@ -446,6 +420,5 @@ def draw_garment(
     y = round(97 + (box[1] - 97) * scale) + rng.randint(-3, 3)
     image = _paint_backdrop(rng.randrange(6), rng.randrange(4)).copy()
     image.paste(_INK, (x + 5, y + 5), shadow.resize(size, Image.Resampling.BILINEAR))
-    coverage = mask.resize(size, Image.Resampling.BILINEAR)
-    image.paste(cloth.resize(size, Image.Resampling.BILINEAR), (x, y), coverage)
+    image.paste(cloth.resize(size, Image.Resampling.BILINEAR), (x, y), mask.resize(size, Image.Resampling.BILINEAR))
     return image.point(_light_table(rng.randrange(9)))

@@ -1,25 +1,22 @@
 """The entity rows: questions whose answer is one passage of the encyclopedia, up to two hops and one emblem away.
 
-Rows: `webqa_task1`, `webqa_task2` (text questions), `oven_task6`, `oven_task8` (what is this; what belongs to it),
-`infoseek_task6`, `infoseek_task8` (an emblem and a question about what it stands for). A step is one thing to find out
-before it is known whose passage is asked for: recognising an emblem is one, following a relation is one.
-
-What may be asked where is decided by the path (an entity, the relations to follow, the facet), not by the row: a path
-of the test split is asked in no training query of any row. Beyond that some (town, relation) edges are held out:
-training states them, as passages and lessons, and never asks for them nor through them.
+A step is one thing to find out before it is known whose passage is asked for: recognising an emblem is one, following a relation
+is one. What may be asked where is decided by the path (an entity, the relations to follow, the facet), not by the row: a path of
+the test split is asked in no training query of any row. Beyond that some (town, relation) edges are held out: training states
+them, as passages and pretraining examples, and never asks for them nor through them.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Final
 
-from traceir.errors import InputError
-from traceir.minibeir.draft import CandidateDraft, LessonDraft, QueryDraft, Split
-from traceir.minibeir.emblems import find_emblem, sketch_emblem
+from traceir.data.mbeir import Split
 from traceir.minibeir.encyclopedia import (
     FACETS,
     INTRO,
@@ -27,49 +24,25 @@ from traceir.minibeir.encyclopedia import (
     Entity,
     Passage,
     follow_relation,
-    hash_stably,
     list_entities,
     list_facets,
     list_passages,
     state_fact,
     write_passage,
 )
+from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, LessonDraft, QueryDraft, World, hash_stably
+from traceir.minibeir.sprites import find_emblem, sketch_emblem
 
-HELD_OUT_PERCENT = 18
-PHRASINGS = 3
-TWINS = 14
-
-SPECIAL: dict[str, str] = {
-    "river": "which river runs through {x}",
-    "founder": "who was the founder of {x}",
-    "land": "in which land is {x}",
-    "food": "what food do they eat in {x}",
-    "festival": "which festival is held in {x}",
-    "gate": "what is the gate of {x} made of",
-    "sea": "what sea does {x} flow into",
-    "fish": "what fish lives in {x}",
-    "bridge": "what kind of bridge crosses {x}",
-    "master": "who was the master of {x}",
-    "tool": "what tool did {x} use",
-    "pet": "what pet did {x} keep",
-    "ruler": "who is the ruler of {x}",
-    "tree": "what tree grows in {x}",
-    "stone": "what stone is found in {x}",
-    "wind": "what wind blows over {x}",
-    "monster": "what monster lives in {x}",
-    "island": "which island lies in {x}",
-    "craft": "what craft did {x} teach",
-    "instrument": "what instrument did {x} play",
-    "beast": "what beast does {x} keep",
-    "crown": "what crown does {x} wear",
-}
-FLOWING: dict[str, str] = {
+HELD_OUT_PERCENT: Final = 18
+PHRASINGS: Final = 3
+TWINS: Final = 14
+FLOWING: Final = {
     "sea": "the sea its river flows into",
     "master": "the master who taught its founder",
     "ruler": "the ruler of its land",
 }
-NAMING: tuple[str, ...] = ("what is this", "what is the name of this", "whose emblem is this")
-ABOUT: tuple[str, ...] = ("tell me about {x}", "what is {x} like", "describe {x}")
+NAMING: Final = ("what is this", "what is the name of this", "whose emblem is this")
+ABOUT: Final = ("tell me about {x}", "what is {x} like", "describe {x}")
 """Questions for an introduction; unlike those for a relation, whose answer is the passage that states the relation."""
 
 
@@ -83,47 +56,50 @@ class Path:
 
     def walk(self) -> tuple[Entity, ...]:
         """The entities passed, the start first and the one asked about last."""
-        entities = [self.start]
-        for hop in self.hops:
-            entities.append(follow_relation(entities[-1], hop))
-        return tuple(entities)
+        return tuple(itertools.accumulate(self.hops, follow_relation, initial=self.start))
 
-    def find_target(self) -> Passage:
+    @property
+    def target(self) -> Passage:
         """The passage that answers."""
         return write_passage(self.walk()[-1], self.facet)
 
-    def explain(self, *, seen: bool) -> str:
-        """What to think before the answer: what the emblem is, where it is `seen`, and the fact behind every hop."""
-        facts = [f"this is {self.start.name.lower()}"] if seen else []
-        facts += [state_fact(entity, hop) for entity, hop in zip(self.walk(), self.hops, strict=False)]
-        return "; ".join(facts)
-
+    @property
     def answer(self) -> str:
         """The fact asked for: what the right passage begins with or says."""
         return state_fact(self.walk()[-1], self.facet)
 
+    def explain(self, *, seen: bool) -> str:
+        """What to think before the answer: what the emblem is, where it is `seen`, and the fact behind every hop."""
+        facts = [f"this is {self.start.name.lower()}"] if seen else []
+        return "; ".join(facts + [state_fact(entity, hop) for entity, hop in zip(self.walk(), self.hops, strict=False)])
 
-# -------------------------------------------------------------------------------------------------------------- splits
+    @property
+    def held_out(self) -> bool:
+        """Whether no training query may ask for the first relation of the path, or the relation it asks for."""
+        relation = self.hops[0] if self.hops else self.facet
+        if self.start.kind != "town" or relation not in RELATIONS:
+            return False
+        return hash_stably(f"edge {self.start.name} {relation}") % 100 < HELD_OUT_PERCENT
 
+    @property
+    def split(self) -> Split:
+        """Where the path may be asked: 75 % train, 5 % val, 20 % test; over held-out edges 20 % val, 80 % test."""
+        bucket = hash_stably(f"path {self.start.name} {' '.join(self.hops)} {self.facet}") % 100
+        if self.held_out:
+            return "val" if bucket < 20 else "test"
+        return "train" if bucket < 75 else "val" if bucket < 80 else "test"
 
-def is_held_out(entity: Entity, relation: str) -> bool:
-    """Whether no training query asks for this edge or passes through it; about 18 % of the edges of towns."""
-    if entity.kind != "town" or relation not in RELATIONS:
-        return False
-    return hash_stably(f"edge {entity.name} {relation}") % 100 < HELD_OUT_PERCENT
-
-
-def uses_held_out(path: Path) -> bool:
-    """Whether the first relation of a path, or the relation it asks for, is held out."""
-    return is_held_out(path.start, path.hops[0] if path.hops else path.facet)
-
-
-def assign_split(path: Path) -> Split:
-    """Where a path may be asked: 75 % train, 5 % val, 20 % test; over held-out edges 20 % val, 80 % test."""
-    bucket = hash_stably(f"path {path.start.name} {' '.join(path.hops)} {path.facet}") % 100
-    if uses_held_out(path):
-        return "val" if bucket < 20 else "test"
-    return "train" if bucket < 75 else "val" if bucket < 80 else "test"
+    def ask(self, phrasing: int, *, seen: bool) -> str:
+        """The question in one of three phrasings; `seen`: beside the start's emblem, and not naming it."""
+        phrasing %= PHRASINGS
+        if self.facet == INTRO and not self.hops:
+            return NAMING[phrasing]
+        place = (f"its {self.hops[0]}" if self.hops else f"this {self.start.kind}") if seen else self.start.name.lower()
+        for hop in self.hops[seen:]:
+            place = FLOWING[hop] if seen and phrasing == 0 else f"the {hop} of {place}"
+        general = ("what is the {f} of {x}", "name the {f} of {x}")
+        patterns = ABOUT if self.facet == INTRO else (WORDS["questions"][self.facet], *general)
+        return str(patterns[phrasing]).format(f=self.facet, x=place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,195 +110,126 @@ class Group:
     intro: bool = False
     towns: bool = False
 
+    @cache
+    def list(self) -> tuple[Path, ...]:
+        paths = [Path(start, (), INTRO) for start in list_entities("town" if self.towns else None)]
+        for _ in range(self.hops):
+            onward = ((path, hop) for path in paths for hop in FACETS[path.walk()[-1].kind] if hop in RELATIONS)
+            paths = [Path(path.start, (*path.hops, hop), INTRO) for path, hop in onward]
+        facets = {kind: (INTRO,) if self.intro else FACETS[kind] for kind in FACETS}
+        return tuple(replace(path, facet=facet) for path in paths for facet in facets[path.walk()[-1].kind])
 
-@cache
-def _list_paths(group: Group) -> tuple[Path, ...]:
-    starts = list_entities("town" if group.towns else None)
-    routes: list[tuple[Entity, tuple[str, ...], Entity]] = [(start, (), start) for start in starts]
-    for _ in range(group.hops):
-        routes = [
-            (start, (*hops, facet), follow_relation(end, facet))
-            for start, hops, end in routes
-            for facet in FACETS[end.kind]
-            if facet in RELATIONS
-        ]
-    return tuple(
-        Path(start, hops, facet) for start, hops, end in routes for facet in ((INTRO,) if group.intro else FACETS[end.kind])
-    )
+    @cache
+    def allowed(self, split: Split, held_out: bool) -> tuple[Path, ...]:
+        """The paths that a split may ask, either all over held-out edges or none.
 
-
-@cache
-def list_paths(group: Group, split: Split, held_out: bool) -> tuple[Path, ...]:
-    """The paths of a group that a split may ask, either all over held-out edges or none.
-
-    An emblem to be named (no hop, introduction) is in every split: there the renderings differ.
-    """
-    paths = _list_paths(group)
-    if group.intro and not group.hops:
-        return () if held_out else paths
-    return tuple(path for path in paths if assign_split(path) == split and uses_held_out(path) == held_out)
+        An emblem to be named (no hop, introduction) is in every split: there the renderings differ.
+        """
+        if self.intro and not self.hops:
+            return () if held_out else self.list()
+        return tuple(path for path in self.list() if path.split == split and path.held_out == held_out)
 
 
-# --------------------------------------------------------------------------------------------------------------- words
-
-
-def _name_place(path: Path, phrasing: int, seen: bool) -> str:
-    """The thing asked about, in words that start from the name, or from the picture where it is `seen`."""
-    if not seen:
-        words = path.start.name.lower()
-        for hop in path.hops:
-            words = f"the {hop} of {words}"
-        return words
-    if not path.hops:
-        return f"this {path.start.kind}"
-    words = f"its {path.hops[0]}"
-    for hop in path.hops[1:]:
-        words = FLOWING[hop] if phrasing == 0 else f"the {hop} of {words}"
-    return words
-
-
-def ask_path(path: Path, phrasing: int, *, seen: bool) -> str:
-    """The question in one of three phrasings; `seen`: beside the start's emblem, and not naming it."""
-    phrasing %= PHRASINGS
-    if path.facet == INTRO:
-        if not path.hops:
-            return NAMING[phrasing]
-        return ABOUT[phrasing].format(x=_name_place(path, phrasing, seen))
-    place = _name_place(path, phrasing, seen)
-    patterns = (SPECIAL[path.facet], "what is the {f} of {x}", "name the {f} of {x}")
-    return patterns[phrasing].format(f=path.facet, x=place)
-
-
-# ----------------------------------------------------------------------------------------------------- queries of a row
+# --- queries of a row -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How a row is made: shares of path groups, an emblem in the query or not, an emblem beside each passage or not."""
 
-    name: str
-    shares: tuple[tuple[Group, float], ...]
+    shares: dict[Group, float]
     seen: bool
     illustrated: bool
 
-    def count_steps(self, group: Group) -> int:
-        return group.hops + int(self.seen)
 
-
-_WEBQA = ((Group(0), 0.35), (Group(1), 0.30), (Group(2), 0.35))
-_OVEN = ((Group(0, intro=True), 0.60), (Group(1, intro=True), 0.40))
-_INFOSEEK = ((Group(0, towns=True), 0.30), (Group(1, towns=True), 0.35), (Group(2, towns=True), 0.35))
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe("webqa_task1", _WEBQA, seen=False, illustrated=False),
-        Recipe("webqa_task2", _WEBQA, seen=False, illustrated=True),
-        Recipe("oven_task6", _OVEN, seen=True, illustrated=False),
-        Recipe("oven_task8", _OVEN, seen=True, illustrated=True),
-        Recipe("infoseek_task6", _INFOSEEK, seen=True, illustrated=False),
-        Recipe("infoseek_task8", _INFOSEEK, seen=True, illustrated=True),
-    )
+_WEBQA: Final = {Group(0): 0.35, Group(1): 0.30, Group(2): 0.35}
+_OVEN: Final = {Group(0, intro=True): 0.60, Group(1, intro=True): 0.40}
+_INFOSEEK: Final = {Group(0, towns=True): 0.30, Group(1, towns=True): 0.35, Group(2, towns=True): 0.35}
+RECIPES: Final = {
+    "webqa_task1": Recipe(_WEBQA, seen=False, illustrated=False),
+    "webqa_task2": Recipe(_WEBQA, seen=False, illustrated=True),
+    "oven_task6": Recipe(_OVEN, seen=True, illustrated=False),
+    "oven_task8": Recipe(_OVEN, seen=True, illustrated=True),
+    "infoseek_task6": Recipe(_INFOSEEK, seen=True, illustrated=False),
+    "infoseek_task8": Recipe(_INFOSEEK, seen=True, illustrated=True),
 }
-RENDERINGS: dict[str, int] = {"pool": 0, "train": 1_000_000, "val": 2_000_000, "test": 3_000_000, "lessons": 4_000_000}
+RENDERINGS: Final = {"pool": 0, "train": 1_000_000, "val": 2_000_000, "test": 3_000_000, "lessons": 4_000_000}
 """Where the variants of emblems begin: no two of these ever show the same rendering."""
 
 
-def offer_passage(passage: Passage, illustrated: bool) -> CandidateDraft:
+def _offer(passage: Passage, illustrated: bool) -> CandidateDraft:
     """The one candidate that a passage makes, alone or beside a rendering of its entity's emblem fixed for ever."""
-    if not illustrated:
-        return CandidateDraft(passage.text)
-    variant = hash_stably(f"rendering {passage.entity.name} {passage.facet}") % 100_000
-    return CandidateDraft(passage.text, sketch_emblem(passage.entity, RENDERINGS["pool"] + variant))
+    variant = RENDERINGS["pool"] + hash_stably(f"rendering {passage.entity.name} {passage.facet}") % 100_000
+    return CandidateDraft(passage.text, sketch_emblem(passage.entity, variant) if illustrated else None)
 
 
-def _spread_groups(shares: Sequence[tuple[Group, float]], count: int) -> list[Group]:
+def _spread(shares: dict[Group, float], count: int) -> Iterator[Group]:
     """Groups in their shares, evenly mixed: always the one that lags behind most."""
-    given = [0.0] * len(shares)
-    order = []
+    dealt: Counter[Group] = Counter()
     for place in range(1, count + 1):
-        which = max(range(len(shares)), key=lambda index: shares[index][1] * place - given[index])
-        given[which] += 1
-        order.append(shares[which][0])
-    return order
-
-
-def _measure_distance(one: Entity, other: Entity) -> int:
-    """In how many parts two emblems differ, 0 to 4."""
-    first, second = find_emblem(one), find_emblem(other)
-    return sum(getattr(first, part) != getattr(second, part) for part in ("outline", "field", "charge", "colour"))
+        group = max(shares, key=lambda group: shares[group] * place - dealt[group])
+        dealt[group] += 1
+        yield group
 
 
 @cache
 def _list_alike(entity: Entity) -> tuple[Entity, ...]:
     """The entities of the same kind, those with the most similar emblems first."""
-    others = [other for other in list_entities(entity.kind) if other != entity]
-    return tuple(sorted(others, key=lambda other: (_measure_distance(entity, other), hash_stably(other.name))))
+    own = find_emblem(entity)
+
+    def distance(other: Entity) -> tuple[int, int]:
+        look = find_emblem(other)
+        parts = ((own.field, look.field), (own.charge, look.charge), (own.colour, look.colour))
+        return sum(a != b for a, b in parts), hash_stably(other.name)
+
+    return tuple(sorted((other for other in list_entities(entity.kind) if other != entity), key=distance))
 
 
-def _rank_siblings(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]:
-    """Paths that are hard against one: another facet of the same thing, or the same facet of something like it."""
+def _gather(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]:
+    """Four paths with different answers, hard against the given one, which is the first: another facet of the same thing, or the
+    same facet of something like it."""
     alike = {entity: place for place, entity in enumerate(_list_alike(path.start))}
+    rest = dice.sample(list(pool), min(24, len(pool)))
     same = [other for other in pool if other.start == path.start and other != path]
     near = [other for other in pool if other.start in alike and (other.hops, other.facet) == (path.hops, path.facet)]
-    near.sort(key=lambda other: alike[other.start])
-    near = near[:12]
+    near = sorted(near, key=lambda other: alike[other.start])[:12]
     dice.shuffle(same)
     dice.shuffle(near)
     same.sort(key=lambda other: other.hops != path.hops)
-    return [*same[:1], *near[:2], *same[1:], *near[2:]]
-
-
-def _group_family(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]:
-    """Four paths with different answers, the given one first."""
-    family = {path.find_target(): path}
-    rest = dice.sample(list(pool), min(24, len(pool)))
-    for other in (*_rank_siblings(path, pool, dice), *rest):
-        if len(family) == 4:
-            break
-        family.setdefault(other.find_target(), other)
-    return list(family.values())
-
-
-def _list_train(recipe: Recipe, count: int, dice: random.Random) -> Iterator[tuple[Group, Path]]:
-    for group in _spread_groups(recipe.shares, (count + 3) // 4):
-        pool = list_paths(group, "train", False)
-        yield from ((group, path) for path in _group_family(dice.choice(pool), pool, dice))
+    group: dict[Passage, Path] = {}
+    for other in (path, *same[:1], *near[:2], *same[1:], *near[2:], *rest):
+        if len(group) < FAMILY:
+            group.setdefault(other.target, other)
+    return list(group.values())
 
 
 class _Deck:
     """Deals paths in a random order without repeating one before all have been dealt."""
 
     def __init__(self, paths: Sequence[Path], dice: random.Random) -> None:
-        self._paths = list(paths)
-        dice.shuffle(self._paths)
-        self._dealt = 0
-
-    def __bool__(self) -> bool:
-        return bool(self._paths)
+        self.paths = list(paths)
+        dice.shuffle(self.paths)
+        self._dealt = itertools.count()
 
     def deal(self) -> tuple[Path, int]:
         """A path, and how often it was dealt before."""
-        turn, place = divmod(self._dealt, len(self._paths))
-        self._dealt += 1
-        return self._paths[place], turn
+        turn, place = divmod(next(self._dealt), len(self.paths))
+        return self.paths[place], turn
 
 
-def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Group, Path, int]]:
+def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Path, int]]:
     """Val and test: complex queries alternate between held-out edges and seen ones; simple ones keep to seen edges."""
-    decks = {(group, held): _Deck(list_paths(group, split, held), dice) for group, _ in recipe.shares for held in (False, True)}
-    given: dict[Group, int] = {}
-    for group in _spread_groups(recipe.shares, count):
-        given[group] = given.get(group, 0) + 1
-        held = recipe.count_steps(group) >= 2 and given[group] % 2 == 1
-        deck = decks[group, held] or decks[group, not held]
-        path, turn = deck.deal()
-        yield group, path, turn
+    decks = {(group, held): _Deck(group.allowed(split, held), dice) for group in recipe.shares for held in (False, True)}
+    asked: Counter[Group] = Counter()
+    for group in _spread(recipe.shares, count):
+        asked[group] += 1
+        held = group.hops + recipe.seen >= 2 and asked[group] % 2 == 1
+        yield (decks[group, held] if decks[group, held].paths else decks[group, not held]).deal()
 
 
 def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
     """Passages beside the right one: those of the way there, then other facets, then other entities."""
     walked = path.walk()
-    target = path.find_target()
     way = [write_passage(entity, hop) for entity, hop in zip(walked, path.hops, strict=False)]
     way += [write_passage(entity, INTRO) for entity in walked]
     facets = [write_passage(walked[-1], facet) for facet in list_facets(walked[-1])]
@@ -332,128 +239,75 @@ def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
     origin = [write_passage(path.start, facet) for facet in list_facets(path.start)]
     neighbours = [write_passage(entity, facet) for entity in others for facet in list_facets(entity)]
     twins = dict.fromkeys((*way, *facets[:4], *same[:8], *origin, *neighbours))
-    twins.pop(target, None)
+    twins.pop(path.target, None)
     return list(twins)[:TWINS]
-
-
-def _draft_query(recipe: Recipe, group: Group, path: Path, words: int, variant: int, twins: Sequence[Passage]) -> QueryDraft:
-    steps = recipe.count_steps(group)
-    return QueryDraft(
-        text=ask_path(path, words, seen=recipe.seen),
-        sketch=sketch_emblem(path.start, variant) if recipe.seen else None,
-        positives=(offer_passage(path.find_target(), recipe.illustrated),),
-        distractors=tuple(offer_passage(twin, recipe.illustrated) for twin in twins),
-        steps=steps,
-        reasoning=path.explain(seen=recipe.seen) if steps >= 2 else None,
-        answer=path.answer() if steps >= 2 else None,
-    )
 
 
 def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
     recipe = RECIPES[name]
     dice = random.Random(hash_stably(f"{name} {split} {seed}"))
+
+    def draft(path: Path, variant: int, words: int, twins: Sequence[Passage] = ()) -> QueryDraft:
+        steps = len(path.hops) + recipe.seen
+        sketch = sketch_emblem(path.start, RENDERINGS[split] + variant) if recipe.seen else None
+        positives, beside = (tuple(_offer(each, recipe.illustrated) for each in some) for some in ([path.target], twins))
+        told = (path.explain(seen=recipe.seen), path.answer) if steps >= 2 else (None, None)
+        return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *told)
+
     if split == "train":
-        for place, (group, path) in enumerate(_list_train(recipe, count, dice)):
-            if place == count:
-                return
-            variant = RENDERINGS[split] + dice.randrange(1_000_000)
-            yield _draft_query(recipe, group, path, dice.randrange(PHRASINGS), variant, ())
+        for group in _spread(recipe.shares, count // FAMILY):
+            pool = group.allowed("train", False)
+            for path in _gather(dice.choice(pool), pool, dice):
+                yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
-    for group, path, turn in _list_held(recipe, split, count, dice):
-        variant = RENDERINGS[split] + dice.randrange(1_000_000)
-        words = hash_stably(f"words {path}") + turn
-        yield _draft_query(recipe, group, path, words, variant, _list_twins(path, dice))
+    for path, turn in _list_held(recipe, split, count, dice):
+        yield draft(path, dice.randrange(1_000_000), hash_stably(f"words {path}") + turn, _list_twins(path, dice))
 
 
-def webqa_task1(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """A question to a passage; none, one or two hops."""
-    return _make_row("webqa_task1", split, count, seed)
-
-
-def webqa_task2(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """A question to a passage beside the emblem of what it is about."""
-    return _make_row("webqa_task2", split, count, seed)
-
-
-def oven_task6(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """An emblem to the introduction of its entity, or of one a hop away."""
-    return _make_row("oven_task6", split, count, seed)
-
-
-def oven_task8(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """As `oven_task6`, to an introduction beside another rendering of the emblem."""
-    return _make_row("oven_task8", split, count, seed)
-
-
-def infoseek_task6(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """The emblem of a town and a question to a passage; none, one or two hops after the emblem."""
-    return _make_row("infoseek_task6", split, count, seed)
-
-
-def infoseek_task8(split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
-    """As `infoseek_task6`, to a passage beside the emblem of what it is about."""
-    return _make_row("infoseek_task8", split, count, seed)
-
-
-def row_names() -> tuple[str, ...]:
-    """The rows of this world."""
-    return tuple(RECIPES)
-
-
-def pool_fill(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
+def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
     """The whole encyclopedia whatever `count` is, in an order that depends on the seed."""
-    if row not in RECIPES:
-        raise InputError(f"the entity world has no row {row!r}; its rows are {', '.join(RECIPES)}")
     passages = list(list_passages())
     random.Random(hash_stably(f"fill {row} {seed}")).shuffle(passages)
-    for passage in passages:
-        yield offer_passage(passage, RECIPES[row].illustrated)
+    return (_offer(passage, RECIPES[row].illustrated) for passage in passages)
 
 
-# -------------------------------------------------------------------------------------------------------------- lessons
+# --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def _tell_fact(passage: Passage, dice: random.Random) -> LessonDraft:
-    """A fact of the encyclopedia, told under a heading, or as the answer to its question where training may ask it."""
-    name, facet = passage.entity.name.lower(), passage.facet
-    target = state_fact(passage.entity, facet)
-    if facet == INTRO:
-        return LessonDraft(None, f"tell me about {name}", target, "facts")
-    path = Path(passage.entity, (), facet)
-    if assign_split(path) == "train" and dice.random() < 0.5:
-        return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target, "facts")
-    return LessonDraft(None, f"tell me about {name}: {facet}", target, "facts")
+def _tell_facts(dice: random.Random) -> Iterator[LessonDraft]:
+    """Facts told under a heading, or as the answer to a question that training may ask; all, then all again."""
+    passages = list(list_passages())
+    dice.shuffle(passages)
+    for passage in itertools.cycle(passages):
+        name, path = passage.entity.name.lower(), Path(passage.entity, (), passage.facet)
+        heading = f"tell me about {name}" if passage.facet == INTRO else f"tell me about {name}: {passage.facet}"
+        if passage.facet != INTRO and path.split == "train" and dice.random() < 0.5:
+            heading = path.ask(dice.randrange(PHRASINGS), seen=False)
+        yield LessonDraft(None, heading, path.answer, "facts")
 
 
-def _tell_chain(path: Path, dice: random.Random) -> LessonDraft:
-    target = f"{path.explain(seen=False)}; {path.answer()}"
-    return LessonDraft(None, ask_path(path, dice.randrange(PHRASINGS), seen=False), target, "chains")
+def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
+    entities = list(list_entities())
+    dice.shuffle(entities)
+    for entity in itertools.cycle(entities):
+        sketch = sketch_emblem(entity, RENDERINGS["lessons"] + dice.randrange(1_000_000))
+        yield LessonDraft(sketch, "what is this", f"this is {entity.name.lower()}", "naming")
 
 
-def _tell_emblem(entity: Entity, dice: random.Random) -> LessonDraft:
-    variant = RENDERINGS["lessons"] + dice.randrange(1_000_000)
-    return LessonDraft(sketch_emblem(entity, variant), "what is this", f"this is {entity.name.lower()}", "naming")
-
-
-def _list_lessons(kind: str, dice: random.Random) -> Iterator[LessonDraft]:
-    """Endless lessons of one kind; everything there is comes up before anything is repeated."""
-    if kind == "fact":
-        passages = list(list_passages())
-        dice.shuffle(passages)
-        yield from (_tell_fact(passage, dice) for passage in itertools.cycle(passages))
-    if kind == "emblem":
-        entities = list(list_entities())
-        dice.shuffle(entities)
-        yield from (_tell_emblem(entity, dice) for entity in itertools.cycle(entities))
-    one, two = (_Deck(list_paths(Group(hops), "train", False), dice) for hops in (1, 2))
+def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
+    one, two = (_Deck(Group(hops).allowed("train", False), dice) for hops in (1, 2))
     while True:
-        yield _tell_chain((one if dice.random() < 0.5 else two).deal()[0], dice)
+        path, _ = (one if dice.random() < 0.5 else two).deal()
+        target = f"{path.explain(seen=False)}; {path.answer}"
+        yield LessonDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
 
 
-def lessons(count: int, seed: int) -> Iterator[LessonDraft]:
+def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
     """45 % facts of the whole encyclopedia, 35 % emblems to be named, 20 % chains over paths that training may ask."""
     dice = random.Random(hash_stably(f"entity lessons {seed}"))
-    sources = {kind: _list_lessons(kind, dice) for kind in ("fact", "emblem", "chain")}
+    sources = (_tell_facts(dice), _tell_emblems(dice), _tell_chains(dice))
     for _ in range(count):
-        kind = dice.choices(("fact", "emblem", "chain"), weights=(45, 35, 20))[0]
-        yield next(sources[kind])
+        yield next(dice.choices(sources, weights=(45, 35, 20))[0])
+
+
+WORLD: Final = World({name: partial(_make_row, name) for name in RECIPES}, _fill_pool, _teach)

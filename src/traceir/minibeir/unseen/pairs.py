@@ -1,123 +1,77 @@
-"""A picture and two captions of which one is true: CC-Neg, where "no" makes the difference, and SugarCrepe's small edits.
+"""An image and two captions of which one is true: CC-Neg, where "no" makes the difference, and SugarCrepe's small edits.
 
-MiniBEIR's captions tell all of a picture and are compared with captions of other pictures. Here a caption tells a part,
-and the false one differs by a negation, or by a word that is added, replaced, or has changed places with another.
+MiniBEIR's captions tell all of an image and are compared with captions of other images. Here a caption tells a part, and the false
+one differs by a negation, or by a word that is added, replaced, or has changed places with another.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from traceir.minibeir.drawing import COLOUR_NAMES, SHAPES
 from traceir.minibeir.garments import Garment
-from traceir.minibeir.news import TIME_WORDS
-from traceir.minibeir.photos import EVENTS, PERSONS
-from traceir.minibeir.photos import Scene as Photo
 from traceir.minibeir.scenes import Scene
-from traceir.minibeir.unseen.language import Phrase, Slots, deny, read
-from traceir.minibeir.unseen.states import (
-    Part,
-    State,
-    depict,
-    has_trim,
-    is_beside,
-    list_garments,
-    list_photos,
-    list_scenes,
-    name_item,
-    shows,
-    tell_look,
-    tell_sleeves,
-)
+from traceir.minibeir.sprites import EVENTS, PERSONS, Photo
+from traceir.minibeir.unseen.states import SIDES, Part, State, demand, draw_one, is_beside, name_item, shows, tests
 
 PREFIX: Final = "/authors/datasets/cc3m/"
-"""Stands before the picture names of CC-Neg, as the folder of its authors does in the published file."""
+"""Stands before the image names of CC-Neg, as the folder of its authors does in the published file."""
+_FRAMES: Final = ("{} and {}", "a table with {} and {}", "{} and {} on a table")
 
-
-def _things(states: tuple[Scene, ...], w: Slots) -> bool:
-    return shows(states[-1], list(w.values()))
-
-
-def _wears(states: tuple[Garment, ...], w: Slots) -> bool:
-    """Kind, colour and trims, as far as they are named."""
-    garment = states[-1]
-    plain = w.get("kind", garment.kind) == garment.kind and w.get("colour", garment.colour) == garment.colour
-    return plain and all(has_trim(garment, w[name]) for name in w if name.startswith("trim"))
-
-
-def _met(states: tuple[Photo, ...], w: Slots) -> bool:
-    """Persons, event, town and time, as far as they are named; "no Hupu", "no race" are true where they are missing."""
-    photo = states[-1]
-    seen = {photo.left, photo.right, f"the {photo.event}"}
-    named = [w[name] for name in w if name.rstrip("2") in ("person", "who", "deed")]
-    there = all((name in seen) if not name.startswith("no ") else not {name[3:], f"the {name[3:]}"} & seen for name in named)
-    where = w.get("town", photo.place) == photo.place and w.get("event", photo.event) == photo.event
-    return there and where and w.get("time", TIME_WORDS[photo.time]) == TIME_WORDS[photo.time]
-
-
-def _stands(states: tuple[Photo, ...], w: Slots) -> bool:
-    people = (w["person"], w["person2"]) if w["side"] == "left" else (w["person2"], w["person"])
-    return people == (states[-1].left, states[-1].right) and w["town"] == states[-1].place
-
-
-SCENE_CAPTIONS: Sequence[Phrase[Scene, bool]] = (
-    Phrase("{thing} and {thing2}", _things),
-    Phrase("{thing} and {thing2} and {thing3}", _things),
-    Phrase("a table with {thing} and {thing2}", _things),
-    Phrase("{thing} and {thing2} on a table", _things),
-    Phrase("{thing} {side} of {thing2}", lambda s, w: is_beside(s[-1], w["thing"], w["side"], w["thing2"])),
-)
-GARMENT_CAPTIONS: Sequence[Phrase[Garment, bool]] = (
-    Phrase("a {kind} with {trim}", _wears),
-    Phrase("a {kind} with {trim} and {trim2}", _wears),
-    Phrase("a {colour} {kind} with {trim}", _wears),
-    Phrase("a {colour} {kind} with {trim} and {trim2}", _wears),
-)
-PHOTO_CAPTIONS: Sequence[Phrase[Photo, bool]] = (
-    Phrase("{person} at the {event}", _met),
-    Phrase("{person} and {person2} at the {event}", _met),
-    Phrase("{person} and {who} in {town}", _met),
-    Phrase("a photo of {town} with {who}", _met),
-    Phrase("{person} at {deed} in {town}", _met),
-    Phrase("{person} at the {event} {time}", _met),
-    Phrase("{person} {side} of {person2} in {town}", _stands),
-)
+Draft = tuple[State, str, str]
+"""What an image shows, a caption that should be true of it, and one that should be false."""
 
 
 def is_true(caption: str, state: State) -> bool:
-    """Whether a caption of this module is true of a picture. Raises DataError where it is none."""
+    """Whether a caption of this module is true of an image; "no race" is true where there is none."""
+    one, side, other = (re.split(r" (left|right) of ", caption) + ["", ""])[:3]
     if isinstance(state, Scene):
-        return read(SCENE_CAPTIONS, caption).mean(state)
+        if side:
+            return is_beside(state, one, side, other)
+        return shows(state, caption.removeprefix("a table with ").removesuffix(" on a table").split(" and "))
     if isinstance(state, Garment):
-        return read(GARMENT_CAPTIONS, caption).mean(state)
-    return read(PHOTO_CAPTIONS, caption).mean(state)
+        head, trims = caption.split(" with ")
+        return set(head.split()[1:]) <= {state.kind, state.colour} and all(has_trim(state, trim) for trim in trims.split(" and "))
+    seen = {state.left, state.right, f"the {state.event}", state.event, state.place}
+    if side:
+        people, town = other.split(" in ")[0], other.split(" in ")[1]
+        pair = (one, people) if side == "left" else (people, one)
+        return pair == (state.left, state.right) and town == state.place
+    parts = re.split(" at | in | and | with ", caption.removeprefix("a photo of "))
+    return all((part[3:] not in seen) if part.startswith("no ") else part in seen for part in parts)
 
 
-Draft = tuple[State, str, str]
-"""What a picture shows, a caption that should be true of it, and one that should be false."""
+def has_trim(garment: Garment, trim: str) -> bool:
+    """Whether a garment has "white dots", "long sleeves", "a v-neck", "a belt", or has them not: "no white dots"."""
+    has = {garment.pattern, garment.sleeves, garment.collar, "belt" if garment.belt else ""}
+    return trim.removeprefix("no ").removeprefix("a ") in has if not trim.startswith("no ") else trim[3:] not in has
 
-_FRAMES: Final = ("{} and {}", "a table with {} and {}", "{} and {} on a table")
+
+def deny(part: str) -> str:
+    """The part said to be missing: "a red cube" to "no red cube", "white dots" to "no white dots"."""
+    return f"no {part.removeprefix('a ').removeprefix('the ')}"
 
 
 def _draw_scene(rng: random.Random) -> tuple[Scene, list[tuple[str, str]]]:
     """A scene and its objects in any order."""
-    scene = rng.choice(list(list_scenes()))
+    scene = draw_one(Scene, rng)
     return scene, rng.sample(scene.objects, 3)
 
 
 def _draw_garment(rng: random.Random) -> tuple[Garment, list[str]]:
     """A garment and what it has, in any order."""
-    garment = rng.choice(list(list_garments()))
-    trims = [tell_look(garment), tell_sleeves(garment), f"a {garment.collar}", *(["a belt"] if garment.belt else [])]
-    trims = [trim for trim in trims if not trim.startswith("no ")]
+    garment = draw_one(Garment, rng)
+    slots = garment.slots
+    trims = [trim for trim in (slots["look"], slots["sleeves"], f"a {garment.collar}", slots["belt"]) if trim[:3] != "no "]
     return garment, rng.sample(trims, len(trims))
 
 
 def _draw_photo(rng: random.Random) -> tuple[Photo, list[str]]:
     """A photo and its people in any order."""
-    photo = rng.choice(list(list_photos()))
+    photo = draw_one(Photo, rng)
     return photo, rng.sample((photo.left, photo.right), 2)
 
 
@@ -125,166 +79,123 @@ def _unlike(rng: random.Random, words: Sequence[str], *taken: str) -> str:
     return rng.choice([word for word in words if word not in taken])
 
 
+def _draw_true(draw: Callable[[str, random.Random], Draft], kind: str, rng: random.Random) -> Draft:
+    """A draft whose caption is true and whose other caption is false; a draft that is not is drawn again."""
+    while True:
+        state, caption, negative = draw(kind, rng)
+        if is_true(caption, state) and not is_true(negative, state):
+            return state, caption, negative
+
+
 # --- CC-Neg -----------------------------------------------------------------------------------------------------------
 
 
-def _negate_scene(rng: random.Random) -> Draft:
-    scene, items = _draw_scene(rng)
-    things, frame = [name_item(item) for item in items[:2]], rng.choice(_FRAMES)
-    place = rng.randrange(2)
-    denied = [deny(thing) if at == place else thing for at, thing in enumerate(things)]
-    return scene, frame.format(*things), frame.format(*denied)
-
-
-def _negate_garment(rng: random.Random) -> Draft:
-    garment, trims = _draw_garment(rng)
-    trims = trims[:2]
-    place = rng.randrange(len(trims))
-    denied = [deny(trim) if at == place else trim for at, trim in enumerate(trims)]
-    head = f"a {garment.kind}" if rng.random() < 0.5 else f"a {garment.colour} {garment.kind}"
-    return garment, f"{head} with {' and '.join(trims)}", f"{head} with {' and '.join(denied)}"
-
-
-def _negate_photo(rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    frame, part = rng.choice(
-        (
-            (f"{one} and {{}} in {photo.place}", other),
-            (f"a photo of {photo.place} with {{}}", one),
-            (f"{one} at {{}} in {photo.place}", f"the {photo.event}"),
-        )
-    )
-    return photo, frame.format(part), frame.format(deny(part))
+def _negate(kind: str, rng: random.Random) -> Draft:
+    """A part of a caption is denied."""
+    state: State
+    if kind == "scene":
+        state, items = _draw_scene(rng)
+        parts, frame = [name_item(item) for item in items[:2]], rng.choice(_FRAMES)
+        place = rng.randrange(2)
+    elif kind == "garment":
+        state, trims = _draw_garment(rng)
+        parts = trims[:2]
+        place = rng.randrange(len(parts))
+        head = f"a {state.kind}" if rng.random() < 0.5 else f"a {state.colour} {state.kind}"
+        frame = f"{head} with {' and '.join('{}' for _ in parts)}"
+    else:
+        state, (one, other) = _draw_photo(rng)
+        town, deed = state.place, f"the {state.event}"
+        frames = ((f"{one} and {{}} in {town}", other), (f"a photo of {town} with {{}}", one), (f"{one} at {{}} in {town}", deed))
+        frame, part = rng.choice(frames)
+        parts, place = [part], 0
+    denied = [deny(part) if at == place else part for at, part in enumerate(parts)]
+    return state, frame.format(*parts), frame.format(*denied)
 
 
 def make_ccneg(count: int, rng: random.Random) -> Part:
     """Captions and their negations; scenes, garments and photos by turns. No caption has a comma: readers remove them."""
     part = Part(count, 2 * count)
-    draws = (_negate_scene, _negate_garment, _negate_photo)
     paths, annotations = [], []
     for place in range(count):
-        state, caption, negative = _draw_pair(draws[place % 3], rng)
-        name = f"{place:09}.jpg"
-        part.images[f"ccneg/cc3m/{name}"] = depict(state)
-        paths.append(PREFIX + name)
+        state, caption, negative = _draw_true(_negate, ("scene", "garment", "photo")[place % 3], rng)
+        part.shown[f"ccneg/cc3m/{place:09}.jpg"] = state
+        paths.append(f"{PREFIX}{place:09}.jpg")
         annotations.append({"json": {"caption": caption}, "sop_data": {"negative-prompt": negative}})
     part.files["ccneg/ccneg_preprocessed.pt"] = {"image_paths": paths, "annotations": annotations}
     return part
 
 
-def _draw_pair(draw: Callable[[random.Random], Draft], rng: random.Random) -> Draft:
-    """A draft whose caption is true and whose other caption is false; a draft that is not is drawn again."""
-    while True:
-        state, caption, negative = draw(rng)
-        if is_true(caption, state) and not is_true(negative, state):
-            return state, caption, negative
+def check_ccneg(part: Part) -> None:
+    for name, notes in zip(part.shown, part.files["ccneg/ccneg_preprocessed.pt"]["annotations"], strict=True):
+        caption, negative = notes["json"]["caption"], notes["sop_data"]["negative-prompt"]
+        demand("," not in caption + negative, name, "a caption has a comma, which readers remove from one side only")
+        once = f" {negative}".count(" no ") == 1 and " no " not in f" {caption}"
+        demand(once, name, f"{negative!r} does not negate once")
+        _check_pair(part, name, caption, negative)
+
+
+def _check_pair(part: Part, name: str, caption: str, negative: str) -> None:
+    demand(is_true(caption, part.shown[name]), name, f"{caption!r} is false")
+    demand(not is_true(negative, part.shown[name]), name, f"{negative!r} is true")
 
 
 # --- SugarCrepe -------------------------------------------------------------------------------------------------------
 
-
-def _add_object_to_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
-    added = (rng.choice(COLOUR_NAMES), rng.choice(SHAPES))
-    caption = f"{name_item(one)} and {name_item(other)}"
-    return scene, caption, f"{caption} and {name_item(added)}"
+KINDS: Final = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
+"""The seven files; two worlds by turns in each."""
 
 
-def _add_person_to_photo(rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    added = _unlike(rng, tuple(PERSONS), one, other)
-    return photo, f"{one} at the {photo.event}", f"{one} and {added} at the {photo.event}"
-
-
-def _add_colour_to_scene(rng: random.Random) -> Draft:
-    scene, ((_, shape), other, _) = _draw_scene(rng)
-    frame, added = rng.choice(_FRAMES), rng.choice(COLOUR_NAMES)
-    return scene, frame.format(f"a {shape}", name_item(other)), frame.format(f"a {added} {shape}", name_item(other))
-
-
-def _add_colour_to_garment(rng: random.Random) -> Draft:
-    garment, trims = _draw_garment(rng)
-    added = _unlike(rng, COLOUR_NAMES, garment.colour, *tell_look(garment).split())
-    return garment, f"a {garment.kind} with {trims[0]}", f"a {added} {garment.kind} with {trims[0]}"
-
-
-def _replace_colour_in_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
-    frame, new = rng.choice(_FRAMES), _unlike(rng, COLOUR_NAMES, one[0])
-    return scene, frame.format(name_item(one), name_item(other)), frame.format(name_item((new, one[1])), name_item(other))
-
-
-def _replace_colour_in_garment(rng: random.Random) -> Draft:
-    garment, trims = _draw_garment(rng)
-    new = _unlike(rng, COLOUR_NAMES, garment.colour, *tell_look(garment).split())
-    tail = f"{garment.kind} with {trims[0]}"
-    return garment, f"a {garment.colour} {tail}", f"a {new} {tail}"
-
-
-def _replace_object_in_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
-    frame, new = rng.choice(_FRAMES), _unlike(rng, SHAPES, one[1])
-    return scene, frame.format(name_item(one), name_item(other)), frame.format(name_item((one[0], new)), name_item(other))
-
-
-def _replace_name_in_photo(rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    frame = f"{one} and {{}} at the {{}}"
-    if rng.random() < 0.5:
-        return photo, frame.format(other, photo.event), frame.format(_unlike(rng, tuple(PERSONS), one, other), photo.event)
-    return photo, frame.format(other, photo.event), frame.format(other, _unlike(rng, EVENTS, photo.event))
-
-
-def _replace_side_in_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
-    sides = rng.sample(("left", "right"), 2)
-    caption, negative = (f"{name_item(one)} {side} of {name_item(other)}" for side in sides)
-    return scene, caption, negative
-
-
-def _replace_side_in_photo(rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    sides = ("left", "right") if one == photo.left else ("right", "left")
-    caption, negative = (f"{one} {side} of {other} in {photo.place}" for side in sides)
-    return photo, caption, negative
-
-
-def _swap_colours_in_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
+def _edit_scene(kind: str, rng: random.Random) -> Draft:
+    scene, ((colour, shape), other, _) = _draw_scene(rng)
+    one, two = f"a {colour} {shape}", name_item(other)
+    if kind == "add_obj":
+        added = name_item((rng.choice(COLOUR_NAMES), rng.choice(SHAPES)))
+        return scene, f"{one} and {two}", f"{one} and {two} and {added}"
+    if kind == "replace_rel":
+        side, wrong = rng.sample(SIDES, 2)
+        return scene, f"{one} {side} of {two}", f"{one} {wrong} of {two}"
+    if kind == "swap_obj":
+        side = rng.choice(SIDES)
+        return scene, f"{one} {side} of {two}", f"{two} {side} of {one}"
     frame = rng.choice(_FRAMES)
-    swapped = (name_item((other[0], one[1])), name_item((one[0], other[1])))
-    return scene, frame.format(name_item(one), name_item(other)), frame.format(*swapped)
+    if kind == "add_att":
+        return scene, frame.format(f"a {shape}", two), frame.format(f"a {rng.choice(COLOUR_NAMES)} {shape}", two)
+    if kind == "replace_att":
+        return scene, frame.format(one, two), frame.format(f"a {_unlike(rng, COLOUR_NAMES, colour)} {shape}", two)
+    if kind == "replace_obj":
+        return scene, frame.format(one, two), frame.format(f"a {colour} {_unlike(rng, SHAPES, shape)}", two)
+    return scene, frame.format(one, two), frame.format(f"a {other[0]} {shape}", f"a {colour} {other[1]}")
 
 
-def _swap_colours_in_garment(rng: random.Random) -> Draft:
-    garment = rng.choice([garment for garment in list_garments() if garment.figure is not None])
-    second, figure = garment.pattern.split()
-    caption = f"a {garment.colour} {garment.kind} with {second} {figure}"
-    return garment, caption, f"a {second} {garment.kind} with {garment.colour} {figure}"
+def _edit_garment(kind: str, rng: random.Random) -> Draft:
+    if kind == "swap_att":
+        garment = rng.choice([garment for garment in tests(Garment) if garment.figure is not None])
+        second, figure = garment.pattern.split()
+        caption = f"a {garment.colour} {garment.kind} with {second} {figure}"
+        return garment, caption, f"a {second} {garment.kind} with {garment.colour} {figure}"
+    garment, trims = _draw_garment(rng)
+    new = _unlike(rng, COLOUR_NAMES, garment.colour, *garment.slots["look"].split())
+    old = "a" if kind == "add_att" else f"a {garment.colour}"
+    return garment, f"{old} {garment.kind} with {trims[0]}", f"a {new} {garment.kind} with {trims[0]}"
 
 
-def _swap_objects_in_scene(rng: random.Random) -> Draft:
-    scene, (one, other, _) = _draw_scene(rng)
-    middle = f"{rng.choice(('left', 'right'))} of"
-    return scene, f"{name_item(one)} {middle} {name_item(other)}", f"{name_item(other)} {middle} {name_item(one)}"
-
-
-def _swap_people_in_photo(rng: random.Random) -> Draft:
+def _edit_photo(kind: str, rng: random.Random) -> Draft:
     photo, (one, other) = _draw_photo(rng)
-    side = "left" if one == photo.left else "right"
-    return photo, f"{one} {side} of {other} in {photo.place}", f"{other} {side} of {one} in {photo.place}"
-
-
-KINDS: Mapping[str, Sequence[Callable[[random.Random], Draft]]] = {
-    "add_att": (_add_colour_to_scene, _add_colour_to_garment),
-    "add_obj": (_add_object_to_scene, _add_person_to_photo),
-    "replace_att": (_replace_colour_in_scene, _replace_colour_in_garment),
-    "replace_obj": (_replace_object_in_scene, _replace_name_in_photo),
-    "replace_rel": (_replace_side_in_scene, _replace_side_in_photo),
-    "swap_att": (_swap_colours_in_scene, _swap_colours_in_garment),
-    "swap_obj": (_swap_objects_in_scene, _swap_people_in_photo),
-}
-"""The seven files of SugarCrepe; two worlds by turns in each."""
+    side, wrong = SIDES if one == photo.left else SIDES[::-1]
+    if kind == "add_obj":
+        added = _unlike(rng, tuple(PERSONS), one, other)
+        return photo, f"{one} at the {photo.event}", f"{one} and {added} at the {photo.event}"
+    if kind == "replace_rel":
+        return photo, f"{one} {side} of {other} in {photo.place}", f"{one} {wrong} of {other} in {photo.place}"
+    if kind == "swap_obj":
+        return photo, f"{one} {side} of {other} in {photo.place}", f"{other} {side} of {one} in {photo.place}"
+    person, event = other, photo.event
+    if rng.random() < 0.5:
+        person = _unlike(rng, tuple(PERSONS), one, other)
+    else:
+        event = _unlike(rng, EVENTS, event)
+    return photo, f"{one} and {other} at the {photo.event}", f"{one} and {person} at the {event}"
 
 
 def is_small_edit(kind: str, caption: str, negative: str) -> bool:
@@ -295,21 +206,28 @@ def is_small_edit(kind: str, caption: str, negative: str) -> bool:
     if kind.startswith("add"):
         rest = iter(new)
         return all(word in rest for word in old) and 0 < len(new) - len(old) <= 4
-    head = next((place for place, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
-    tail = next((place for place, (a, b) in enumerate(zip(old[::-1], new[::-1], strict=False)) if a != b), 0)
-    return max(len(old), len(new)) - head - tail in (1, 2)
+    changed = [a != b for a, b in zip(old, new, strict=False)]
+    return len(old) == len(new) and True in changed and len(changed) - changed.index(True) - changed[::-1].index(True) <= 2
 
 
 def make_sugarcrepe(count: int, rng: random.Random) -> Part:
-    """Seven files of `count` pictures with a true caption and a false one that is a small edit away."""
+    """Seven files of `count` images with a true caption and a false one that is a small edit away."""
     part = Part(7 * count, 14 * count)
     ids: dict[State, int] = {}
-    for kind, draws in KINDS.items():
-        entries: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        entries = part.files[f"sugar-crepe/data/{kind}.json"] = {}
         for place in range(count):
-            state, caption, negative = _draw_pair(draws[place % 2], rng)
+            draw = _edit_scene if place % 2 == 0 else _edit_garment if kind.endswith("att") else _edit_photo
+            state, caption, negative = _draw_true(draw, kind, rng)
             name = f"{ids.setdefault(state, 139 + 13 * len(ids)):012}.jpg"
-            part.images[f"sugar-crepe/val2017/{name}"] = depict(state)
+            part.shown[f"sugar-crepe/val2017/{name}"] = state
             entries[str(place)] = {"filename": name, "caption": caption, "negative_caption": negative}
-        part.files[f"sugar-crepe/data/{kind}.json"] = entries
     return part
+
+
+def check_sugarcrepe(part: Part) -> None:
+    for kind in KINDS:
+        for entry in part.files[f"sugar-crepe/data/{kind}.json"].values():
+            name, caption, negative = (entry[key] for key in ("filename", "caption", "negative_caption"))
+            _check_pair(part, f"sugar-crepe/val2017/{name}", caption, negative)
+            demand(is_small_edit(kind, caption, negative), name, f"{negative!r} is no small edit of {caption!r}")

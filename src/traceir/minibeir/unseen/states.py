@@ -1,145 +1,115 @@
-"""What the pictures of the unseen sets show: the test compositions of three worlds, and what can be seen of them.
+"""What the images of the unseen sets show: the test compositions of three worlds, and what can be seen of them.
 
-Only compositions of MiniBEIR's test split occur, as answers, as distractors and as references, so that nothing that is
-searched for or shown here was ever the answer of a training query.
+Only compositions of MiniBEIR's test split occur, as answers, as distractors and as references, so that nothing that is searched
+for or shown here was ever the answer of a training query.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from traceir.errors import DataError
-from traceir.minibeir import garments, scenes
-from traceir.minibeir.draft import Sketch
-from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, SHAPES, VARIANTS, derive_seed, split_of
+from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, SHAPES
 from traceir.minibeir.garments import COLLARS, LENGTHS, PATTERNS, SLEEVES, Garment
-from traceir.minibeir.news import assign_split
-from traceir.minibeir.photos import EVENTS, PERSONS, PLACES, TIMES, sketch_photo
-from traceir.minibeir.photos import Scene as Photo
+from traceir.minibeir.news import PARTS, list_others, swap_sides
+from traceir.minibeir.rows import VARIANTS, Sketch, derive_seed
 from traceir.minibeir.scenes import SLOTS, Scene
+from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 State = Scene | Garment | Photo
-H = TypeVar("H", bound=Hashable)
+S = TypeVar("S", Scene, Garment, Photo)
 
 Item = tuple[str, str]
 """Colour and shape of an object."""
-ITEMS: tuple[Item, ...] = tuple(itertools.product(COLOUR_NAMES, SHAPES))
+ITEMS: Final[tuple[Item, ...]] = tuple(itertools.product(COLOUR_NAMES, SHAPES))
+LOOKS: Final = tuple(f"{colour} {figure}" for colour in COLOUR_NAMES for figure in PATTERNS)
+SIDES: Final = ("left", "right")
 
 
 @dataclass(slots=True)
 class Part:
     """One unseen set, ready to be written.
 
-    `files` maps paths to their content: a string is written as it is, anything else as JSON (or by torch, where the path
-    ends in .pt). `pictures` maps paths to what they show. Paths are relative to the root of all sets.
+    `files` maps paths to their content: a string is written as it is, anything else as JSON (or by torch, where the path ends in
+    .pt). `shown` maps paths of images to what they show. Paths are relative to the root of all sets.
     """
 
     queries: int
     candidates: int
-    files: dict[str, object] = field(default_factory=dict)
-    images: dict[str, Sketch] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    shown: dict[str, State] = field(default_factory=dict)
+
+    def see(self, names: Iterable[str], kind: type[S]) -> list[S]:
+        """What images of one kind show."""
+        states = [self.shown.get(name) for name in names]
+        demand(all(isinstance(state, kind) for state in states), f"{names}", f"not all of them show a {kind.__name__}")
+        return cast(list[S], states)
 
 
-# --- compositions -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def list_scenes() -> Mapping[Scene, None]:
-    """Every scene of the test split; a mapping, to be asked for membership and run through in a fixed order."""
-    every = (Scene(items) for items in itertools.product(ITEMS, repeat=3))
-    return {scene: None for scene in every if split_of(scene.code) == "test"}
-
-
-@cache
-def list_garments() -> Mapping[Garment, None]:
-    """Every garment of the test split."""
-    looks = [(colour, "plain") for colour in COLOUR_NAMES]
-    looks += [(base, f"{colour} {figure}") for base in COLOUR_NAMES for colour in COLOUR_NAMES for figure in PATTERNS]
-    every = (
-        Garment(kind, colour, pattern, length, sleeves, collar, belt)
-        for kind, (colour, pattern), length, sleeves, collar, belt in itertools.product(
-            GARMENT_TYPES, looks, LENGTHS, SLEEVES, COLLARS, (True, False)
-        )
-        if not pattern.startswith(colour)
-    )
-    return {garment: None for garment in every if split_of(garment.code) == "test"}
+def demand(holds: bool, where: str, what: str) -> None:
+    """Raises DataError where a set breaks a rule."""
+    if not holds:
+        raise DataError(f"{where}: {what}; draw another query")
 
 
 @cache
-def list_photos() -> Mapping[Photo, None]:
-    """Every press photo of the test split."""
-    people = list(itertools.permutations(PERSONS, 2))
-    parts = itertools.product(people, EVENTS, PLACES, TIMES)
-    every = (Photo(left, right, event, town, hour) for (left, right), event, town, hour in parts)
-    return {photo: None for photo in every if assign_split(photo) == "test"}
+def _list_all(kind: type[State]) -> dict[State, None]:
+    every: Iterator[State]
+    if kind is Scene:
+        every = (Scene(items) for items in itertools.product(ITEMS, repeat=3))
+    elif kind is Garment:
+        looks = [(colour, "plain") for colour in COLOUR_NAMES]
+        looks += [(base, look) for base in COLOUR_NAMES for look in LOOKS if not look.startswith(base)]
+        parts = itertools.product(GARMENT_TYPES, looks, LENGTHS, SLEEVES, COLLARS, (True, False))
+        every = (Garment(garment, *look, *cut) for garment, look, *cut in parts)
+    else:
+        people = itertools.permutations(PERSONS, 2)
+        every = (Photo(*pair, *rest) for pair, *rest in itertools.product(people, EVENTS, PLACES, TIMES))
+    return {state: None for state in every if state.split == "test"}
+
+
+def tests(kind: type[S]) -> dict[S, None]:
+    """Every composition of the test split, in a fixed order."""
+    return cast(dict[S, None], _list_all(kind))
 
 
 def depict(state: State) -> Sketch:
-    """The one picture in which a composition stands in the unseen sets."""
+    """The one image in which a composition stands in the unseen sets."""
     if isinstance(state, Photo):
-        return sketch_photo(state, derive_seed("unseen", state) % 100_000)
+        return state.sketch(derive_seed("unseen", state) % 100_000)
     return state.sketch(derive_seed("unseen", state.code) % VARIANTS)
 
 
-def find_state(key: str) -> State:
-    """What the picture of this key shows. Raises DataError where that is no composition of the test split."""
-    state = _states_by_stem().get(_stem(key))
-    if state is None:
-        raise DataError(f"picture {key!r} shows no composition of the test split; draw it from `states.py`")
-    return state
+def list_near(state: S, rng: random.Random) -> list[S]:
+    """The test compositions that differ from this one in one attribute, or in the order of two objects or people, shuffled."""
+    if isinstance(state, Photo):
+        altered = [replace(state, **{part: choice}) for part in PARTS for choice in list_others(state, part)]
+        near = [each for each in (swap_sides(state), *altered) if each in tests(Photo)]
+        rng.shuffle(near)
+        return near
+    if isinstance(state, Garment):
+        return [twin for twin in state.twins(rng) if twin in tests(Garment)]
+    scenes = [each for each in state.near(rng) if each in tests(Scene)]
+    return rng.sample(scenes, len(scenes))
 
 
-@cache
-def _states_by_stem() -> Mapping[str, State]:
-    every: Iterator[State] = itertools.chain(list_scenes(), list_garments(), list_photos())
-    return {_stem(depict(state).key): state for state in every}
-
-
-def _stem(key: str) -> str:
-    return re.sub(r"[_-]\d+$", "", key)
-
-
-def near_scenes(scene: Scene, rng: random.Random) -> list[Scene]:
-    """The test scenes that differ from this one in one attribute or in the order of two objects, shuffled."""
-    swapped = [scene.swap(one, other) for one, other in ((0, 1), (1, 2), (0, 2))]
-    near = dict.fromkeys(twin for twin in (*swapped, *scenes.list_twins(scene, rng)) if twin in list_scenes())
-    near.pop(scene, None)
-    return rng.sample(list(near), len(near))
-
-
-def near_garments(garment: Garment, rng: random.Random) -> list[Garment]:
-    """The test garments that differ from this one in one attribute, shuffled."""
-    return [twin for twin in garments.list_twins(garment, rng) if twin in list_garments()]
-
-
-def near_photos(photo: Photo, rng: random.Random) -> list[Photo]:
-    """The test photos that differ from this one in one part, or in who stands on which side, shuffled."""
-    near = [replace(photo, left=photo.right, right=photo.left)]
-    near += [replace(photo, left=person) for person in PERSONS if person not in (photo.left, photo.right)]
-    near += [replace(photo, right=person) for person in PERSONS if person not in (photo.left, photo.right)]
-    near += [replace(photo, event=event) for event in EVENTS if event != photo.event]
-    near += [replace(photo, place=town) for town in PLACES if town != photo.place]
-    near += [replace(photo, time=time) for time in TIMES if time != photo.time]
-    near = [twin for twin in near if twin in list_photos()]
-    rng.shuffle(near)
-    return near
-
-
-def draw_clusters(every: Collection[H], near: Callable[[H, random.Random], list[H]], count: int, rng: random.Random) -> list[H]:
+def draw_clusters(kind: type[S], count: int, rng: random.Random) -> list[S]:
     """`count` different compositions: one at random and up to three near it, again and again; shuffled."""
-    choices = list(every)
-    chosen: dict[H, None] = {}
+    choices = list(tests(kind))
+    chosen: dict[S, None] = {}
     while len(chosen) < count:
         first = rng.choice(choices)
-        for state in (first, *near(first, rng)[:3])[: count - len(chosen)]:
-            chosen[state] = None
+        chosen |= dict.fromkeys((first, *list_near(first, rng)[:3])[: count - len(chosen)])
     return rng.sample(list(chosen), count)
+
+
+def draw_one(kind: type[S], rng: random.Random) -> S:
+    return rng.choice(list(tests(kind)))
 
 
 # --- what can be seen -------------------------------------------------------------------------------------------------
@@ -150,50 +120,23 @@ def at(scene: Scene, place: str) -> Item:
     return scene.objects[SLOTS.index(place)]
 
 
-def name_item(item: Item) -> str:
-    return f"a {item[0]} {item[1]}"
+def name_item(item: Iterable[str]) -> str:
+    return f"a {' '.join(item)}"
 
 
 def fits(item: Item, thing: str) -> bool:
-    """Whether an object is "a red cube", "a red object", "a cube"."""
-    return all(word == "object" or word in item for word in thing.split()[1:])
+    """Whether an object is "a red cube", "a cube"."""
+    return set(thing.split()[1:]) <= set(item)
 
 
-def shows(scene: Scene, things: Sequence[str]) -> bool:
+def shows(scene: Scene, things: Iterable[str]) -> bool:
     """Whether all things are seen, each in an object of its own; "no red cube" is seen where no object is one."""
     wanted = [thing for thing in things if thing.startswith("a ")]
-    for thing in things:
-        if not thing.startswith("a ") and any(fits(item, thing) for item in scene.objects):
-            return False
-    orders = itertools.permutations(scene.objects, len(wanted))
-    return any(all(map(fits, order, wanted)) for order in orders)
+    denied = any(fits(item, thing) for item in scene.objects for thing in things if not thing.startswith("a "))
+    return not denied and any(all(map(fits, order, wanted)) for order in itertools.permutations(scene.objects, len(wanted)))
 
 
 def is_beside(scene: Scene, thing: str, side: str, other: str) -> bool:
     """Whether some object that is `thing` stands anywhere to that side of some object that is `other`."""
-    for left, right in itertools.combinations(scene.objects, 2):
-        one, two = (left, right) if side == "left" else (right, left)
-        if fits(one, thing) and fits(two, other):
-            return True
-    return False
-
-
-def has_trim(garment: Garment, trim: str) -> bool:
-    """Whether a garment has "white dots", "long sleeves", "a v-neck", "a belt", or has them not: "no white dots"."""
-    if trim == "no sleeves":
-        return garment.sleeves == "sleeveless"
-    name = trim.removeprefix("no ").removeprefix("a ")
-    there = name in (garment.pattern, garment.sleeves, garment.collar) or (name == "belt" and garment.belt)
-    return there != trim.startswith("no ")
-
-
-def tell_look(garment: Garment) -> str:
-    return "no pattern" if garment.figure is None else garment.pattern
-
-
-def tell_sleeves(garment: Garment) -> str:
-    return "no sleeves" if garment.sleeves == "sleeveless" else garment.sleeves
-
-
-def tell_belt(garment: Garment) -> str:
-    return "a belt" if garment.belt else "no belt"
+    things = (thing, other) if side == "left" else (other, thing)
+    return any(all(map(fits, pair, things)) for pair in itertools.combinations(scene.objects, 2))
