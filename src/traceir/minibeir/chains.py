@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 from traceir.data.mbeir import Split
 from traceir.minibeir.rows import (
@@ -30,8 +29,12 @@ TWINS = 10  # near twins beside the target of a chain of edits
 BESIDE = 14  # what stands beside the target of a plain row
 
 
-class Composition(ABC):
-    """An image's content: everything that must be told apart, and nothing else."""
+class Composition(Protocol):
+    """An image's content: everything that must be told apart, and nothing else.
+
+    `code` names it for ever in a few letters; `twins` differ from it in one attribute; `near` is what stands beside a target of a
+    plain row; in a chain that it grows no state repeats, and nothing written is overwritten unread or set back.
+    """
 
     styles: ClassVar[int]
     """Phrasings of a caption."""
@@ -42,37 +45,16 @@ class Composition(ABC):
     noun: ClassVar[str]
 
     @property
-    @abstractmethod
-    def code(self) -> str:
-        """A few letters: the composition's name for ever."""
-
+    def code(self) -> str: ...
     @property
-    @abstractmethod
     def attributes(self) -> tuple[str, ...]: ...
-
-    @abstractmethod
     def state(self) -> str: ...
-
-    @abstractmethod
     def caption(self, style: int) -> str: ...
-
-    @abstractmethod
     def sketch(self, variant: int) -> Sketch: ...
-
-    @abstractmethod
-    def twins(self, rng: random.Random) -> list[Self]:
-        """Compositions that differ from this one in one attribute."""
-
-    @abstractmethod
-    def near(self, rng: random.Random) -> list[Self]:
-        """What stands beside a target of a plain row."""
-
-    @abstractmethod
-    def grow(self, steps: int, rng: random.Random) -> Chain[Self]:
-        """A chain of edits in which no state repeats, and nothing written is overwritten unread or set back."""
-
+    def twins(self, rng: random.Random) -> list[Self]: ...
+    def near(self, rng: random.Random) -> list[Self]: ...
+    def grow(self, steps: int, rng: random.Random) -> Chain[Self]: ...
     @classmethod
-    @abstractmethod
     def invent(cls, rng: random.Random) -> Self: ...
 
     @classmethod
@@ -89,9 +71,9 @@ class Composition(ABC):
         return share_split(derive_seed("split", self.code))
 
     @property
-    def canonical(self) -> Sketch:
-        """The one rendering in which a composition stands in candidate pools, so that no pool holds it twice."""
-        return self.sketch(derive_seed("canonical", self.code) % VARIANTS)
+    def candidate(self) -> CandidateDraft:
+        """In the one rendering in which a composition stands in pools, so that no pool holds it twice."""
+        return CandidateDraft(sketch=self.sketch(derive_seed("canonical", self.code) % VARIANTS))
 
 
 C = TypeVar("C", bound=Composition)
@@ -135,11 +117,11 @@ def keep_apart(target: Composition, others: Iterable[C]) -> list[C]:
 # --- chains -----------------------------------------------------------------------------------------------------------
 
 
-def _pose_chain(chain: Chain[C], query: Sketch, distractors: Iterable[C] = ()) -> QueryDraft:
+def _pose_chain(chain: Chain[C], query: Sketch | None, distractors: Iterable[C] = ()) -> QueryDraft:
     """The query of a chain of edits; from two edits on it carries reasoning and answer."""
-    beside = tuple(CandidateDraft(sketch=other.canonical) for other in keep_apart(chain.target, distractors))
+    beside = tuple(other.candidate for other in keep_apart(chain.target, distractors))
     told = (chain.reasoning, chain.target.state()) if len(chain.ops) >= 2 else (None, None)
-    return QueryDraft(chain.text, query, (CandidateDraft(sketch=chain.target.canonical),), beside, len(chain.ops), *told)
+    return QueryDraft(chain.text, query, (chain.target.candidate,), beside, len(chain.ops), *told)
 
 
 def _grow_group(kind: type[C], lengths: Sequence[int], rng: random.Random) -> list[Chain[C]]:
@@ -199,7 +181,7 @@ def pose_chains(
     for length in lengths:
         chain, others = _draw_chain(kind, split, length, seen, rng)
         near = [*chain.states[:-1], *others, *chain.target.twins(rng)[:TWINS]]
-        yield _pose_chain(chain, chain.states[0].canonical, near)
+        yield _pose_chain(chain, chain.states[0].candidate.sketch, near)
 
 
 # --- plain rows -------------------------------------------------------------------------------------------------------
@@ -233,21 +215,21 @@ def draw_targets(kind: type[C], split: Split, count: int, rng: random.Random) ->
 def pose_captions(kind: type[C], split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image to text. The distractors speak in the positive's phrasing; none is right for another query of the row."""
     targets = draw_targets(kind, split, count, rng)
-    chosen = targets if split == "train" else list(targets)
-    taken = set() if split == "train" else {target.code for target in chosen}
+    if split != "train":
+        targets = iter(chosen := list(targets))
+        taken = {target.code for target in chosen}
     style = 0
-    for place, target in enumerate(chosen):
+    for place, target in enumerate(targets):
         if split != "train" or place % FAMILY == 0:
             style = rng.randrange(kind.styles)
         others = [] if split == "train" else [other for other in target.near(rng) if other.code not in taken][:BESIDE]
-        texts = tuple(CandidateDraft(text=other.caption(style)) for other in others)
-        positive = CandidateDraft(text=target.caption(style))
-        yield QueryDraft(None, target.sketch(rng.randrange(VARIANTS)), (positive,), texts)
+        positive, *texts = (CandidateDraft(each.caption(style)) for each in (target, *others))
+        yield QueryDraft(None, target.sketch(rng.randrange(VARIANTS)), (positive,), tuple(texts))
 
 
 def stand_beside(split: Split, target: Composition, rng: random.Random) -> tuple[CandidateDraft, ...]:
     """The images that stand beside a target in val and test; in train none."""
-    return () if split == "train" else tuple(CandidateDraft(sketch=other.canonical) for other in target.near(rng)[:BESIDE])
+    return () if split == "train" else tuple(other.candidate for other in target.near(rng)[:BESIDE])
 
 
 # --- worlds -----------------------------------------------------------------------------------------------------------
@@ -271,7 +253,7 @@ def _fill_pool(kind: type[C], row: str, count: int, seed: int) -> Iterator[Candi
         if composition.code not in seen:
             seen.add(composition.code)
             text = composition.caption(rng.randrange(kind.styles))
-            yield CandidateDraft(text) if row.endswith("_task3") else CandidateDraft(sketch=composition.canonical)
+            yield CandidateDraft(text) if row.endswith("_task3") else composition.candidate
 
 
 def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:

@@ -21,7 +21,7 @@ from traceir.minibeir.chains import (
     stand_beside,
 )
 from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, draw_garment
-from traceir.minibeir.rows import WORDS, CandidateDraft, QueryDraft, Sketch
+from traceir.minibeir.rows import WORDS, QueryDraft, Sketch
 
 PATTERNS = ("stripes", "dots", "checks")
 LENGTHS = ("short", "long")
@@ -232,7 +232,7 @@ def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDra
     for garment in draw_targets(Garment, split, count, rng):
         beside = stand_beside(split, garment, rng)
         text = garment.caption(rng.randrange(Garment.styles))
-        yield QueryDraft(text, None, (CandidateDraft(sketch=garment.canonical),), beside)
+        yield QueryDraft(text, None, (garment.candidate,), beside)
 
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:

@@ -252,7 +252,7 @@ class Riddle:
             "left: {0}; middle: {1}; right: {2}",
         )[style]
         reasoning = "; ".join(f"{SLOTS[slot]} {' '.join(scene.objects[slot])}" for slot in self.order)
-        positives = (CandidateDraft(sketch=scene.canonical),)
+        positives = (scene.candidate,)
         steps = sum(isinstance(part, int) for parts in self.parts for part in parts)
         text = template.format(*(self._tell(slot) for slot in range(3)))
         return QueryDraft(text, None, positives, distractors, steps, reasoning, scene.state())
@@ -314,7 +314,7 @@ def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDra
         else:
             scene = next(scenes)
             text, beside = scene.caption(rng.randrange(Scene.styles)), stand_beside(split, scene, rng)
-            yield QueryDraft(text, None, (CandidateDraft(sketch=scene.canonical),), beside)
+            yield QueryDraft(text, None, (scene.candidate,), beside)
 
 
 def _find_again(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
@@ -322,7 +322,7 @@ def _find_again(split: Split, count: int, rng: random.Random) -> Iterator[QueryD
     for scene in draw_targets(Scene, split, count, rng):
         variant = (derive_seed("canonical", scene.code) + rng.randrange(1, VARIANTS)) % VARIANTS
         beside = stand_beside(split, scene, rng)
-        yield QueryDraft(None, scene.sketch(variant), (CandidateDraft(sketch=scene.canonical),), beside)
+        yield QueryDraft(None, scene.sketch(variant), (scene.candidate,), beside)
 
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:

@@ -16,9 +16,9 @@ from typing import Final
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.drawing import SIZE, Pen, pair
+from traceir.minibeir.drawing import SIZE, SPRITES, pen_sprite, reduce
 from traceir.minibeir.encyclopedia import KINDS, Entity, find_entity, list_entities
-from traceir.minibeir.rows import WORDS, Sketch, hash_stably, read_data, share_split
+from traceir.minibeir.rows import WORDS, Sketch, hash_stably, share_split
 
 RGB = tuple[int, int, int]
 
@@ -33,18 +33,17 @@ DYES: Final[dict[str, RGB]] = {
     "black": (34, 32, 40),
     "orange": (244, 130, 28),
 }
-SPRITES: Final = read_data("sprites.json")
 
 
-def _finish(pen: Pen, gloss: float, rim: float = 0.0) -> Image.Image:
+def _finish(sprite: Image.Image, gloss: float, rim: float = 0.0) -> Image.Image:
     """A sprite in its true size, lighter at the upper left and darker at the lower right by the share `gloss`, with a dark rim of
     about `rim` pixels round it."""
     if rim:
-        spread = pen.image.getchannel("A").filter(ImageFilter.GaussianBlur(rim * 4))
-        backed = Image.new("RGBA", pen.image.size, (*RIM, 255))
+        spread = sprite.getchannel("A").filter(ImageFilter.GaussianBlur(rim * 4))
+        backed = Image.new("RGBA", sprite.size, (*RIM, 255))
         backed.putalpha(spread.point([min(255, max(0, (level - 24) * 12)) for level in range(256)]))
-        pen.image = Image.alpha_composite(backed, pen.image)
-    sprite = pen.reduce()
+        sprite = Image.alpha_composite(backed, sprite)
+    sprite = reduce(sprite)
     ramp = Image.linear_gradient("L").rotate(30, resample=Image.Resampling.BILINEAR).crop((48, 48, 208, 208))
     ramp = ramp.resize(sprite.size, Image.Resampling.BILINEAR)
     bright = ramp.point([round(max(0, 112 - level) * 2 * gloss) for level in range(256)])
@@ -57,9 +56,7 @@ def _finish(pen: Pen, gloss: float, rim: float = 0.0) -> Image.Image:
 
 @cache
 def _draw(kind: str, name: str, size: tuple[int, int], gloss: float, rim: float, colour: str = "") -> Image.Image:
-    pen = Pen(*size)
-    pen.play(SPRITES[kind][name], {"charge": DYES[colour]} if colour else {})
-    return _finish(pen, gloss, rim)
+    return _finish(pen_sprite(size, SPRITES[kind][name], {"charge": DYES[colour]} if colour else {}), gloss, rim)
 
 
 def _cast_shadow(sprite: Image.Image, blur: float, strength: float) -> Image.Image:
@@ -74,8 +71,9 @@ def _paste_centred(ground: Image.Image, sprite: Image.Image, x: float, y: float)
     ground.paste(sprite, (round(x - sprite.width / 2), round(y - sprite.height / 2)), sprite)
 
 
-def _lit(image: Image.Image, factor: float) -> Image.Image:
-    return image.point([min(255, round(level * factor)) for level in range(256)] * 3)
+@cache
+def _light_table(factor: float) -> list[int]:
+    return [min(255, round(level * factor)) for level in range(256)] * 3
 
 
 # --- emblems ----------------------------------------------------------------------------------------------------------
@@ -132,11 +130,11 @@ def find_emblem(entity: Entity) -> Emblem:
 
 @lru_cache(maxsize=176)
 def _draw_outline(outline: str, field: str, size: int) -> Image.Image:
-    pen, middle = Pen(size + 20, size + 20), (size + 20) / 2
-    for share, colour in ((1, RIM), (0.965, (214, 176, 92)), (0.905, RIM), (0.885, DYES[field])):
-        half = size / 2 * share
-        pen.polygon([(middle + x * half, middle + y * half) for x, y in pair(SPRITES["outlines"][outline])], colour)
-    face = _finish(pen, 0.2)
+    layers = [
+        ["polygon", colour, *((size + 20) / 2 + number * (size / 2 * share) for number in SPRITES["outlines"][outline])]
+        for share, colour in ((1, RIM), (0.965, (214, 176, 92)), (0.905, RIM), (0.885, DYES[field]))
+    ]
+    face = _finish(pen_sprite((size + 20, size + 20), layers), 0.2)
     ground = Image.new("RGBA", face.size, (0, 0, 0, 0))
     ground.paste(_cast_shadow(face, 5.0, 0.45), (2, 5))
     return Image.alpha_composite(ground, face)
@@ -168,7 +166,7 @@ def draw_emblem(look: Emblem, variant: int) -> Image.Image:
     _paste_centred(ground, _draw_outline(look.outline, look.field, round(164 * scale)), x, y)
     rise, size = CHARGE_PLACES.get(look.outline, (0, 106))
     _paste_centred(ground, _scale_charge(look.charge, look.colour, round(size * scale)), x, y + rise * scale)
-    return _lit(ground, dice.choice((0.86, 0.93, 1.0, 1.05)))
+    return ground.point(_light_table(dice.choice((0.86, 0.93, 1.0, 1.05))))
 
 
 def _draw_named(name: str, variant: int) -> Image.Image:
@@ -228,10 +226,9 @@ class Photo:
 def _draw_person(name: str) -> Image.Image:
     clothes, hair, cut, hat, brim, skin = PERSONS[name]
     palette = {"clothes": DYES[clothes], "hair": DYES[hair], "hat": DYES.get(hat, RIM), "skin": SKIN[int(skin)]}
-    pen = Pen(64, 130)
-    for part in (cut, "body", "" if cut == "spiky" else "fringe", brim, "face"):
-        pen.play(SPRITES["people"][part] if part else [], palette)
-    return _finish(pen, 0.22, 1.0)
+    parts = (cut, "body", "" if cut == "spiky" else "fringe", brim, "face")
+    commands = [command for part in parts if part for command in SPRITES["people"][part]]
+    return _finish(pen_sprite((64, 130), commands, palette), 0.22, 1.0)
 
 
 @cache
@@ -277,4 +274,4 @@ def draw_photo(photo: Photo, variant: int) -> Image.Image:
         middle = foot - sprite.height / 2
         _paste_centred(image, shadow, x + 3, middle + 2)
         _paste_centred(image, sprite, x, middle)
-    return _lit(image, dice.choice((0.9, 0.96, 1.0, 1.06)))
+    return image.point(_light_table(dice.choice((0.9, 0.96, 1.0, 1.06))))

@@ -6,6 +6,7 @@ one differs by a negation, or by a word that is added, replaced, or has changed 
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -206,8 +207,8 @@ def is_small_edit(kind: str, caption: str, negative: str) -> bool:
     if kind.startswith("add"):
         rest = iter(new)
         return all(word in rest for word in old) and 0 < len(new) - len(old) <= 4
-    changed = [a != b for a, b in zip(old, new, strict=False)]
-    return len(old) == len(new) and True in changed and len(changed) - changed.index(True) - changed[::-1].index(True) <= 2
+    head, tail = (len(os.path.commonprefix([old[::way], new[::way]])) for way in (1, -1))
+    return max(len(old), len(new)) - head - tail in (1, 2)
 
 
 def make_sugarcrepe(count: int, rng: random.Random) -> Part:
