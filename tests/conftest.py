@@ -31,8 +31,7 @@ from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.index import open_index
 from traceir.items import Item, Query
-from traceir.minibeir.build import build
-from traceir.minibeir.unseen.build import build_unseen
+from traceir.lab.fixture import unpack
 from traceir.model import TraceModel, TraceSettings
 from traceir.prompts import render_query
 from traceir.train.small import SmallSize, small_model, train_tokenizer
@@ -122,14 +121,14 @@ def encoder() -> Encoder:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The test split of the small MiniBEIR."""
-    return build(tmp_path_factory.mktemp("mini") / "data", scale="small", splits=("test",))
+    """The small frozen MiniBEIR: eight test queries of each row, 24 to 40 candidates, some training."""
+    return unpack(tmp_path_factory.mktemp("mini") / "data")
 
 
 @pytest.fixture(scope="session")
 def unseen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small miniatures of the 13 zero-shot columns; who changes a file puts it back."""
-    return build_unseen(tmp_path_factory.mktemp("unseen") / "built", scale="small", seed=0, progress=False)
+    """Two to four cases of each of the 13 zero-shot columns; who changes a file puts it back."""
+    return unpack(tmp_path_factory.mktemp("unseen") / "built", Path(__file__).parent / "fixtures" / "unseen.zip")
 
 
 @dataclass(frozen=True)

@@ -345,7 +345,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     check_model_options(args)
     print(f"preparing the gallery in {args.out}", file=sys.stderr)
-    pool, questions = demo.prepare(args.out, workers=min(4, os.cpu_count() or 1))
+    pool, questions = demo.prepare(args.out)
     encoder = load_encoder(args)
     index, report = demo.fill(pool, args.out, encoder, progress=shows_progress())
     with index:

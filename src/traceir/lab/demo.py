@@ -17,11 +17,10 @@ from traceir.errors import DataError
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.items import Query
+from traceir.lab.fixture import unpack
 from traceir.lab.gallery import Entry, cost, first_right, reasoning_steps, verdict, write_gallery
-from traceir.minibeir.build import build
 from traceir.search import EncoderLike, Searcher, SearchResult
 
-SEED: Final = 0
 PER_ROW: Final = 60
 """Candidates that each row lends to the gallery: what its chosen queries are judged with, then others of its pool."""
 DEPTH: Final = 10
@@ -78,9 +77,9 @@ class Answer:
         return first_right(self.result.hits, self.question.right) == 1
 
 
-def prepare(out: Path, *, workers: int = 1) -> tuple[Path, list[Question]]:
-    """The gallery as a pool file, and the questions; builds the test split of a small MiniBEIR first where it is missing."""
-    data = build(out / "minibeir", scale="small", seed=SEED, splits=("test",), workers=workers)
+def prepare(out: Path) -> tuple[Path, list[Question]]:
+    """The gallery as a pool file, and the questions; unpacks the small frozen MiniBEIR first where it is missing."""
+    data = unpack(out / "minibeir")
     tasks = {task.name: task for task in mbeir.find_tasks(data, "test")}
     instructions = mbeir.read_instructions(data)
     questions: list[Question] = []

@@ -36,14 +36,6 @@ from traceir.minibeir.sprites import find_emblem, sketch_emblem
 HELD_OUT_PERCENT: Final = 18
 PHRASINGS: Final = 3
 TWINS: Final = 14
-FLOWING: Final = {
-    "sea": "the sea its river flows into",
-    "master": "the master who taught its founder",
-    "ruler": "the ruler of its land",
-}
-NAMING: Final = ("what is this", "what is the name of this", "whose emblem is this")
-ABOUT: Final = ("tell me about {x}", "what is {x} like", "describe {x}")
-"""Questions for an introduction; unlike those for a relation, whose answer is the passage that states the relation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +85,12 @@ class Path:
         """The question in one of three phrasings; `seen`: beside the start's emblem, and not naming it."""
         phrasing %= PHRASINGS
         if self.facet == INTRO and not self.hops:
-            return NAMING[phrasing]
+            return str(WORDS["naming"][phrasing])
         place = (f"its {self.hops[0]}" if self.hops else f"this {self.start.kind}") if seen else self.start.name.lower()
         for hop in self.hops[seen:]:
-            place = FLOWING[hop] if seen and phrasing == 0 else f"the {hop} of {place}"
+            place = WORDS["flowing"][hop] if seen and phrasing == 0 else f"the {hop} of {place}"
         general = ("what is the {f} of {x}", "name the {f} of {x}")
-        patterns = ABOUT if self.facet == INTRO else (WORDS["questions"][self.facet], *general)
+        patterns = WORDS["about"] if self.facet == INTRO else (WORDS["questions"][self.facet], *general)
         return str(patterns[phrasing]).format(f=self.facet, x=place)
 
 
@@ -110,7 +102,6 @@ class Group:
     intro: bool = False
     towns: bool = False
 
-    @cache
     def list(self) -> tuple[Path, ...]:
         paths = [Path(start, (), INTRO) for start in list_entities("town" if self.towns else None)]
         for _ in range(self.hops):
@@ -119,15 +110,16 @@ class Group:
         facets = {kind: (INTRO,) if self.intro else FACETS[kind] for kind in FACETS}
         return tuple(replace(path, facet=facet) for path in paths for facet in facets[path.walk()[-1].kind])
 
-    @cache
-    def allowed(self, split: Split, held_out: bool) -> tuple[Path, ...]:
-        """The paths that a split may ask, either all over held-out edges or none.
 
-        An emblem to be named (no hop, introduction) is in every split: there the renderings differ.
-        """
-        if self.intro and not self.hops:
-            return () if held_out else self.list()
-        return tuple(path for path in self.list() if path.split == split and path.held_out == held_out)
+@cache
+def list_allowed(group: Group, split: Split, held_out: bool) -> tuple[Path, ...]:
+    """The paths of a group that a split may ask, either all over held-out edges or none.
+
+    An emblem to be named (no hop, introduction) is in every split: there the renderings differ.
+    """
+    if group.intro and not group.hops:
+        return () if held_out else group.list()
+    return tuple(path for path in group.list() if path.split == split and path.held_out == held_out)
 
 
 # --- queries of a row -------------------------------------------------------------------------------------------------
@@ -203,28 +195,21 @@ def _gather(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]
     return list(group.values())
 
 
-class _Deck:
-    """Deals paths in a random order without repeating one before all have been dealt."""
-
-    def __init__(self, paths: Sequence[Path], dice: random.Random) -> None:
-        self.paths = list(paths)
-        dice.shuffle(self.paths)
-        self._dealt = itertools.count()
-
-    def deal(self) -> tuple[Path, int]:
-        """A path, and how often it was dealt before."""
-        turn, place = divmod(next(self._dealt), len(self.paths))
-        return self.paths[place], turn
+def _deal(paths: Sequence[Path], dice: random.Random) -> Iterator[tuple[Path, int]]:
+    """Paths in a random order, all, then all again in that order, each with how often it was dealt before."""
+    shuffled = list(paths)
+    dice.shuffle(shuffled)
+    return ((path, turn) for turn in itertools.count() for path in shuffled)
 
 
 def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Path, int]]:
     """Val and test: complex queries alternate between held-out edges and seen ones; simple ones keep to seen edges."""
-    decks = {(group, held): _Deck(group.allowed(split, held), dice) for group in recipe.shares for held in (False, True)}
+    decks = {(group, held): _deal(list_allowed(group, split, held), dice) for group in recipe.shares for held in (False, True)}
     asked: Counter[Group] = Counter()
     for group in _spread(recipe.shares, count):
         asked[group] += 1
         held = group.hops + recipe.seen >= 2 and asked[group] % 2 == 1
-        yield (decks[group, held] if decks[group, held].paths else decks[group, not held]).deal()
+        yield next(decks[group, held if list_allowed(group, split, held) else not held])
 
 
 def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
@@ -256,7 +241,7 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
 
     if split == "train":
         for group in _spread(recipe.shares, count // FAMILY):
-            pool = group.allowed("train", False)
+            pool = list_allowed(group, "train", False)
             for path in _gather(dice.choice(pool), pool, dice):
                 yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
@@ -295,9 +280,9 @@ def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
 
 
 def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
-    one, two = (_Deck(Group(hops).allowed("train", False), dice) for hops in (1, 2))
+    one, two = (_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2))
     while True:
-        path, _ = (one if dice.random() < 0.5 else two).deal()
+        path, _ = next(one if dice.random() < 0.5 else two)
         target = f"{path.explain(seen=False)}; {path.answer}"
         yield LessonDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -129,10 +130,9 @@ class Garment(Composition):
             return replace(self, pattern=f"{tail} {figure}" if tail in COLOUR_NAMES else f"{second} {tail}")
         if part in ("belt", "no belt"):
             return replace(self, belt=part == "belt")
-        for name, values in (("kind", GARMENT_TYPES), ("length", LENGTHS), ("sleeves", SLEEVES), ("collar", COLLARS)):
-            if part in values:
-                return replace(self, **{name: part})
-        return replace(self, pattern=part)
+        fields = {"kind": GARMENT_TYPES, "length": LENGTHS, "sleeves": SLEEVES, "collar": COLLARS}
+        changed: dict[str, Any] = {next((name for name, values in fields.items() if part in values), "pattern"): part}
+        return replace(self, **changed)
 
     @classmethod
     def invent(cls, rng: random.Random) -> Garment:
@@ -163,7 +163,7 @@ class Garment(Composition):
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Garment]:
         while True:
-            states, edits, words = [self], [], []
+            states, edits, words = [self], list[Edit](), list[str]()
             for _ in range(steps):
                 edit = _choose_edit(states, "".join(each.writes for each in edits), steps == 1, rng)
                 if edit is None:

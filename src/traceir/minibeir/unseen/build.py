@@ -70,13 +70,9 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
         parts[name] = each.make(count, random.Random(derive_seed("unseen", name, seed)))
         each.check(parts[name])
     place = out.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
     work = place.with_name(f".{place.name}.building")
     shutil.rmtree(work, ignore_errors=True)  # what a killed build left
-    _write(work, parts, progress)
-    sizes = {name: (part.queries, part.candidates, len(part.shown)) for name, part in parts.items()}
-    counts = {name: dict(zip(("queries", "candidates", "pictures"), size, strict=True)) for name, size in sizes.items()}
-    write_text(work / MANIFEST, dump(plan | {"sets": counts, "fingerprint": fingerprint(work, MANIFEST)}) + "\n")
+    write_parts(work, parts, plan, progress)
     if place.exists():
         place.rmdir()
     os.replace(work, place)
@@ -84,11 +80,9 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
     return out
 
 
-def _write(root: Path, parts: Mapping[str, Part], progress: bool) -> None:
-    """Files and images, and a list of what each image shows."""
-    album = Album(root, 1)
-    files = {name: content for part in parts.values() for name, content in part.files.items()}
-    for name, content in files.items():
+def write_parts(root: Path, parts: Mapping[str, Part], plan: Mapping[str, object], progress: bool = False) -> None:
+    """Files and images, a list of what each image shows, and the manifest."""
+    for name, content in ((name, content) for part in parts.values() for name, content in part.files.items()):
         if name.endswith(".pt"):
             import torch
 
@@ -96,9 +90,13 @@ def _write(root: Path, parts: Mapping[str, Part], progress: bool) -> None:
             torch.save(content, root / name)
         else:
             write_text(root / name, content if isinstance(content, str) else dump(content) + "\n")
+    album = Album(root, 1)
     sketches = {name: depict(state) for part in parts.values() for name, state in part.shown.items()}
     for name, sketch in sketches.items():
         album.add(sketch, name)
     album.draw(quiet=None if progress else True)
     lines = [dump({"path": name, "key": sketches[name].key}) + "\n" for name in sorted(sketches)]
     write_text(root / IMAGES_FILE, "".join(lines))
+    sizes = {name: (part.queries, part.candidates, len(part.shown)) for name, part in parts.items()}
+    counts = {name: dict(zip(("queries", "candidates", "pictures"), size, strict=True)) for name, size in sizes.items()}
+    write_text(root / MANIFEST, dump({**plan, "sets": counts, "fingerprint": fingerprint(root, MANIFEST)}) + "\n")

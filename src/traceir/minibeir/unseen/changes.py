@@ -279,7 +279,7 @@ def is_seen(text: str, state: Any) -> bool:
     """Whether a sentence tells what an image shows."""
     if isinstance(state, Photo):
         parts = re.match(r"one day (\w+) is with (\w+) in (\w+)|now (\w+) is at a (.+) (\w+ \w+)", text)
-        return bool(parts) and set(filter(None, parts.groups())) <= set(state.slots.values())
+        return parts is not None and set(filter(None, parts.groups())) <= set(state.slots.values())
     if parts := re.fullmatch(r"now the (\w+) one is (.+)", text):
         return name_item(state.objects[SLOTS.index(parts[1])]) == parts[2]
     return sorted(re.findall(r"a (?!table)\w+ \w+", text)) == sorted(map(name_item, state.objects))

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 from traceir.errors import DataError
 from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, SHAPES
@@ -22,7 +22,7 @@ from traceir.minibeir.scenes import SLOTS, Scene
 from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 State = Scene | Garment | Photo
-S = TypeVar("S", Scene, Garment, Photo)
+S = TypeVar("S", bound=State)
 
 Item = tuple[str, str]
 """Colour and shape of an object."""
@@ -44,12 +44,6 @@ class Part:
     files: dict[str, Any] = field(default_factory=dict)
     shown: dict[str, State] = field(default_factory=dict)
 
-    def see(self, names: Iterable[str], kind: type[S]) -> list[S]:
-        """What images of one kind show."""
-        states = [self.shown.get(name) for name in names]
-        demand(all(isinstance(state, kind) for state in states), f"{names}", f"not all of them show a {kind.__name__}")
-        return cast(list[S], states)
-
 
 def demand(holds: bool, where: str, what: str) -> None:
     """Raises DataError where a set breaks a rule."""
@@ -58,15 +52,15 @@ def demand(holds: bool, where: str, what: str) -> None:
 
 
 @cache
-def _list_all(kind: type[State]) -> dict[State, None]:
+def _list_tests(kind: str) -> dict[Any, None]:
     every: Iterator[State]
-    if kind is Scene:
+    if kind == "Scene":
         every = (Scene(items) for items in itertools.product(ITEMS, repeat=3))
-    elif kind is Garment:
+    elif kind == "Garment":
         looks = [(colour, "plain") for colour in COLOUR_NAMES]
         looks += [(base, look) for base in COLOUR_NAMES for look in LOOKS if not look.startswith(base)]
-        parts = itertools.product(GARMENT_TYPES, looks, LENGTHS, SLEEVES, COLLARS, (True, False))
-        every = (Garment(garment, *look, *cut) for garment, look, *cut in parts)
+        cuts = itertools.product(GARMENT_TYPES, looks, LENGTHS, SLEEVES, COLLARS, (True, False))
+        every = (Garment(garment, *look, length, sleeves, collar, belt) for garment, look, length, sleeves, collar, belt in cuts)
     else:
         people = itertools.permutations(PERSONS, 2)
         every = (Photo(*pair, *rest) for pair, *rest in itertools.product(people, EVENTS, PLACES, TIMES))
@@ -75,27 +69,26 @@ def _list_all(kind: type[State]) -> dict[State, None]:
 
 def tests(kind: type[S]) -> dict[S, None]:
     """Every composition of the test split, in a fixed order."""
-    return cast(dict[S, None], _list_all(kind))
+    return _list_tests(kind.__name__)
 
 
 def depict(state: State) -> Sketch:
     """The one image in which a composition stands in the unseen sets."""
-    if isinstance(state, Photo):
-        return state.sketch(derive_seed("unseen", state) % 100_000)
-    return state.sketch(derive_seed("unseen", state.code) % VARIANTS)
+    seed = derive_seed("unseen", state if isinstance(state, Photo) else state.code)
+    return state.sketch(seed % (100_000 if isinstance(state, Photo) else VARIANTS))
 
 
-def list_near(state: S, rng: random.Random) -> list[S]:
+def list_near(state: Any, rng: random.Random) -> list[Any]:
     """The test compositions that differ from this one in one attribute, or in the order of two objects or people, shuffled."""
     if isinstance(state, Photo):
         altered = [replace(state, **{part: choice}) for part in PARTS for choice in list_others(state, part)]
-        near = [each for each in (swap_sides(state), *altered) if each in tests(Photo)]
+        near: list[Any] = [each for each in (swap_sides(state), *altered) if each in tests(Photo)]
         rng.shuffle(near)
         return near
     if isinstance(state, Garment):
         return [twin for twin in state.twins(rng) if twin in tests(Garment)]
-    scenes = [each for each in state.near(rng) if each in tests(Scene)]
-    return rng.sample(scenes, len(scenes))
+    near = [each for each in state.near(rng) if each in tests(Scene)]
+    return rng.sample(near, len(near))
 
 
 def draw_clusters(kind: type[S], count: int, rng: random.Random) -> list[S]:
@@ -106,10 +99,6 @@ def draw_clusters(kind: type[S], count: int, rng: random.Random) -> list[S]:
         first = rng.choice(choices)
         chosen |= dict.fromkeys((first, *list_near(first, rng)[:3])[: count - len(chosen)])
     return rng.sample(list(chosen), count)
-
-
-def draw_one(kind: type[S], rng: random.Random) -> S:
-    return rng.choice(list(tests(kind)))
 
 
 # --- what can be seen -------------------------------------------------------------------------------------------------

@@ -242,14 +242,15 @@ def _ask_photo(photo: Photo, rng: random.Random) -> tuple[list[list[str]], list[
 
 def make_visdial(count: int, rng: random.Random) -> Part:
     """A dialog for each image, whose answers are those of no other image; scenes and photos by turns."""
-    worlds = [iter(draw_clusters(Scene, count - count // 2, rng)), iter(draw_clusters(Photo, count // 2, rng))]
+    scenes, photos = draw_clusters(Scene, count - count // 2, rng), draw_clusters(Photo, count // 2, rng)
     part = Part(count, count)
     questions: dict[str, int] = {}
     answers: dict[str, int] = {}
     dialogs = []
     for place in range(count):
-        number, state = 300 + 11 * place, next(worlds[place % 2])
-        blocks, others = _ask_photo(state, rng) if isinstance(state, Photo) else _ask_scene(state, rng)
+        number, which = 300 + 11 * place, place // 2
+        state: State = photos[which] if place % 2 else scenes[which]
+        blocks, others = _ask_photo(photos[which], rng) if place % 2 else _ask_scene(scenes[which], rng)
         mixed = [[question] for question in rng.sample(others, ROUNDS - sum(map(len, blocks)))]
         # Blocks keep their order, and nothing comes between the questions of a block.
         for at_place, block in zip(sorted(rng.sample(range(len(blocks) + len(mixed)), len(blocks))), blocks, strict=True):
