@@ -1,0 +1,266 @@
+"""The four worlds of MiniBEIR: frozen drafts, splits, hard negatives, edits and questions read back from their words alone."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+import pytest
+
+from traceir.data.mbeir import Split
+from traceir.minibeir import chains, encyclopedia, entities, news, sprites
+from traceir.minibeir.drawing import COLOURS, GARMENT_TYPES, SHAPES, SIZE, draw_garment, draw_scene, object_sprite
+from traceir.minibeir.garments import COLLARS, PATTERNS, SLEEVES, Garment
+from traceir.minibeir.rows import FAMILY, HELD_OUT_WORLDS, ROWS, CandidateDraft, LessonDraft, QueryDraft, Sketch, load_worlds
+from traceir.minibeir.scenes import SLOTS, Scene
+from traceir.minibeir.unseen.states import State
+
+WORLDS = load_worlds()
+WORLD_OF = {row.name: row.world for row in ROWS}
+
+
+@cache
+def drafts(row: str, split: Split, count: int = 24) -> tuple[QueryDraft, ...]:
+    return tuple(WORLDS[WORLD_OF[row]].rows[row](split, count, 3))
+
+
+def state_of(sketch: Sketch | None) -> State:
+    """What an image shows, from its key alone."""
+    assert sketch is not None
+    kind, code, *parts = re.split("[_-]", sketch.key.replace("garden_show", "garden show"))
+    if kind == "photo":
+        return sprites.Photo(code.capitalize(), parts[0].capitalize(), parts[1], parts[2].capitalize(), parts[3])
+    colours = {name[0]: name for name in COLOURS}
+    if kind == "scene":
+        shapes = dict(zip("cbnosm", SHAPES, strict=True))
+        return Scene(tuple((colours[code[at]], shapes[code[at + 1]]) for at in (0, 2, 4)))
+    choices = {0: GARMENT_TYPES, 4: ("short", "long"), 6: COLLARS}
+    garment, length, collar = (next(name for name in names if name[0] == code[at]) for at, names in choices.items())
+    pattern = "plain" if code[3] == "x" else f"{colours[code[2]]} {next(p for p in PATTERNS if p[0] == code[3])}"
+    return Garment(garment, colours[code[1]], pattern, length, SLEEVES["nsl".index(code[5])], collar, code[7] == "b")
+
+
+def told_in(text: str) -> Scene | Garment:
+    """The composition that a state of reasoning tells."""
+    first, *rest = text.removeprefix("see ").split(", ")
+    if len(first.split()) == 2:
+        return Scene(tuple((part.split()[0], part.split()[1]) for part in (first, *rest)))
+    length, colour, kind = first.split()
+    return Garment(kind, colour, rest[0], length, rest[1], rest[2], rest[3:] == ["belt"])
+
+
+def test_the_benchmark_stays_as_published() -> None:
+    """What every row, pool fill and pretraining task is made of; the digest changes only with a new version of the benchmark."""
+    digest = hashlib.sha256()
+    for row in ROWS:
+        world = WORLDS[row.world]
+        made = [draft for split in ("train", "val", "test") for draft in world.rows[row.name](split, 4, 1)]
+        digest.update(str([made, list(itertools.islice(world.pool_fill(row.name, 4, 1), 4))]).encode())
+    digest.update(str([list(world.lessons(12, 1)) for world in WORLDS.values()]).encode())
+    assert digest.hexdigest()[:16] == "4fe215670096b60e"
+    again, other = (list(WORLDS["scenes"].rows["cirr_task7"]("test", 8, seed)) for seed in (1, 2))
+    assert again != other
+
+
+@pytest.mark.parametrize("row", [row.name for row in ROWS])
+def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> None:
+    pools: dict[State, CandidateDraft] = {}
+    for split in ("train", "val", "test"):
+        for draft in drafts(row, split):
+            assert draft.steps <= 4 and (draft.steps >= 2) == bool(draft.reasoning) == bool(draft.answer)
+            assert not set(draft.positives) & set(draft.distractors)
+            assert len(set(draft.distractors)) >= 8 if split == "test" else split == "val" or not draft.distractors
+            if WORLD_OF[row] in HELD_OUT_WORLDS:
+                answer = state_of(draft.sketch if "task3" in row else draft.positives[0].sketch)
+                assert answer.split == split
+                assert split != "train" or draft.sketch is None or state_of(draft.sketch).split == "train"
+                beside = [(state_of(each.sketch), each) for each in (*draft.positives, *draft.distractors) if each.sketch]
+                for state, each in beside if row != "edis_task2" and split == "test" else ():
+                    assert pools.setdefault(state, each) == each  # a composition has one rendering in all pools
+                if WORLD_OF[row] != "news" and split == "test" and beside:
+                    assert sum(chains.count_differences(answer, state) == 1 for state, _ in beside) >= 8
+    groups = [drafts(row, "train")[start : start + FAMILY] for start in range(0, 24, FAMILY)]
+    assert all(len({draft.positives for draft in group}) == FAMILY for group in groups)
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+def find(scene: Scene, ref: str) -> int:
+    """The one slot that words refer to."""
+    words = set(ref.split())
+    for slot, place in enumerate(SLOTS):
+        if place in words:
+            return slot
+    fits = [s for s, (c, f) in enumerate(scene.objects) if words & set(COLOURS) <= {c} and words & set(SHAPES) <= {f}]
+    assert len(fits) == 1 and words & {*COLOURS, *SHAPES}, f"{ref!r} does not name one of {scene}"
+    return fits[0]
+
+
+def obey(scene: Scene, words: str) -> Scene:
+    """Carries out one edit from its words alone."""
+    if match := re.fullmatch(r"(?:swap|exchange|let) (.*?)(?: trade places)?", words):
+        pair = {"the left two": (0, 1), "the right two": (1, 2), "the outer two": (0, 2)}.get(match[1])
+        return scene.swap(*(pair or (find(scene, ref) for ref in match[1].split(" and "))))
+    if match := re.fullmatch(r"(?:give|make) (.*) the (?:same )?(colour|shape) (?:of|as) (.*)", words):
+        return scene.alter(find(scene, match[1]), scene.objects[find(scene, match[3])][match[2] == "shape"])
+    match = re.fullmatch(r"(?:make|paint|turn|change) (.*?)(?: into)?(?: a)? (\w+)", words)
+    assert match, words
+    return scene.alter(find(scene, match[1]), match[2])
+
+
+def check_chain(start: State, text: str, told: list[str]) -> State:
+    """Walks `see state; op; state; ...`: each state is what the words ask and what the op makes; returns the last."""
+    now, passed, edits = start, [start], text.split(", then ")
+    assert told_in(told[0]) == start and len(told) == 2 * len(edits)
+    for place, words in enumerate(edits):
+        then = obey(now, words) if isinstance(now, Scene) else now.apply(told[2 * place + 1])
+        assert then not in passed
+        assert told[2 * place + 2 : 2 * place + 3] == ([] if place == len(edits) - 1 else [then.state()])
+        now = then
+        passed.append(now)
+    return now
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("row", "steps"), [("cirr_task7", {1: 10, 2: 10, 3: 10, 4: 10}), ("fashioniq_task7", {1: 8, 2: 6, 3: 6})]
+)
+def test_edits_do_what_their_words_say(row: str, steps: dict[int, int], split: Split) -> None:
+    queries = drafts(row, split, sum(steps.values()))
+    assert Counter(query.steps for query in queries) == steps
+    for query in queries:
+        source, target, text = state_of(query.sketch), state_of(query.positives[0].sketch), query.text or ""
+        if query.reasoning and query.answer:
+            assert check_chain(source, text, query.reasoning.split("; ")) == told_in(query.answer) == target
+            if split == "test":
+                assert CandidateDraft(sketch=query.sketch) in query.distractors
+                states = [told_in(told) for told in query.reasoning.split("; ")[2::2]]
+                assert {state_of(each.sketch) for each in query.distractors} >= set(states)
+        else:
+            assert target != source and (not isinstance(source, Scene) or obey(source, text) == target)
+
+
+# --- entities ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def list_questions() -> dict[tuple[str, str | None], entities.Path]:
+    """Every question that can be asked, with the name whose emblem stands beside it, and the path it asks."""
+    found: dict[tuple[str, str | None], entities.Path] = {}
+    for seen, groups in {(recipe.seen, tuple(recipe.shares)): None for recipe in entities.RECIPES.values()}:
+        for path, phrasing in itertools.product(itertools.chain(*(group.list() for group in groups)), range(entities.PHRASINGS)):
+            asked = path.ask(phrasing, seen=seen), path.start.name.lower() if seen else None
+            assert found.setdefault(asked, path) == path, f"{asked} asks for two things"
+    return found
+
+
+def trace(draft: QueryDraft) -> entities.Path:
+    """The path of a query, known from its words and its image alone."""
+    return list_questions()[draft.text or "", draft.sketch.key.split("-")[1] if draft.sketch else None]
+
+
+def test_the_encyclopedia_is_whole_and_its_emblems_differ() -> None:
+    passages = list(encyclopedia.list_passages())
+    assert len({passage.text for passage in passages}) == len(passages) >= 1050
+    assert all(encyclopedia.state_fact(each.entity, each.facet) in each.text.lower() for each in passages)
+    looks = [sprites.find_emblem(entity) for entity in encyclopedia.list_entities()]
+    assert len(set(looks)) == len(looks) == 202
+    assert not any((look.field, look.colour) in sprites.PALE_PAIRS or look.field == look.colour for look in looks)
+    towns = encyclopedia.list_entities("town")
+    held = [entities.Path(town, (), relation).held_out for town in towns for relation in ("river", "founder", "land")]
+    assert sum(held) / len(held) == pytest.approx(0.18, abs=0.05)
+
+
+@pytest.mark.parametrize("row", entities.RECIPES)
+def test_questions_lead_to_their_passage_and_training_never_asks_what_is_held_out(row: str) -> None:
+    told = " ".join(passage.text.lower() for passage in encyclopedia.list_passages())
+    for split in ("train", "test"):
+        for draft in drafts(row, split):
+            path = trace(draft)
+            assert draft.positives[0].text == path.target.text and draft.steps == len(path.hops) + bool(draft.sketch)
+            if draft.reasoning and draft.answer:
+                facts = draft.reasoning.split("; ")
+                assert not draft.sketch or facts.pop(0) == f"this is {draft.sketch.key.split('-')[1]}"
+                assert all(fact in told for fact in facts) and draft.answer in (draft.positives[0].text or "").lower()
+            if path.hops or path.facet != encyclopedia.INTRO:
+                assert path.split == split and not (split == "train" and path.held_out)
+    held = [trace(draft).held_out for draft in drafts(row, "test") if draft.steps >= 2]
+    assert sum(held) / len(held) == pytest.approx(0.5, abs=0.15)
+    pool = set(WORLDS["entities"].pool_fill(row, 1, 0))
+    assert {each for draft in drafts(row, "test") for each in (*draft.positives, *draft.distractors)} <= pool
+
+
+# --- pretraining and images -------------------------------------------------------------------------------------------
+
+
+def check_lesson(lesson: LessonDraft) -> None:
+    if path := list_questions().get((lesson.prompt, None)):
+        assert path.split == "train" and lesson.target.endswith(path.answer)
+    elif lesson.kind in ("edits", "views"):
+        state, _, text = lesson.prompt.rpartition(": ")
+        start = state_of(lesson.sketch) if lesson.sketch else told_in(state)
+        told, _, answer = lesson.target.rpartition("; ")
+        final = check_chain(start, text, told.split("; "))
+        assert final == told_in(answer) and {start.split, final.split} == {"train"}
+    elif lesson.sketch and not lesson.sketch.key.startswith("emblem"):
+        assert state_of(lesson.sketch).split == "train"
+        assert not lesson.prompt.startswith("name the ") or told_in(lesson.target) == state_of(lesson.sketch)
+
+
+@pytest.mark.parametrize(("world", "kinds"), [
+    ("scenes", {"naming": 0.25, "edits": 0.6, "views": 0.15}), ("garments", {"naming": 0.3, "edits": 0.5, "views": 0.2}),
+    ("news", {"naming": 1.0}), ("entities", {"facts": 0.45, "naming": 0.35, "chains": 0.2}),
+])  # fmt: skip
+def test_pretraining_examples_are_true_and_of_training_compositions(world: str, kinds: dict[str, float]) -> None:
+    lessons = list(WORLDS[world].lessons(80, 2))
+    shares = Counter(lesson.kind for lesson in lessons)
+    assert {kind: shares[kind] / 80 for kind in shares} == pytest.approx(kinds, abs=0.15)
+    for lesson in lessons:
+        check_lesson(lesson)
+
+
+def images() -> Iterator[Sketch]:
+    photo = sprites.Photo("Hupu", "Vupi", "race", "Wobbis", "day")
+    yield from (
+        altered.sketch(3) for part in (*news.PARTS, "swap") for altered in [news.alter_photo(photo, part, random.Random(0))]
+    )
+    town = encyclopedia.list_entities("town")[3]
+    for shown in (photo, Scene.draw(random.Random(1)), Garment.draw(random.Random(1))):
+        yield from (shown.sketch(variant) for variant in (3, 4))
+    yield from (sprites.sketch_emblem(town, variant) for variant in (5, 6))
+
+
+def test_a_key_stands_for_its_pixels() -> None:
+    drawn = {}
+    for sketch in images():
+        image = sketch.draw()
+        assert (image.mode, image.size) == ("RGB", (SIZE, SIZE)) and image.tobytes() == sketch.draw().tobytes()
+        drawn[sketch.key] = image.resize((48, 48)).tobytes()
+    assert len(set(drawn.values())) == len(drawn) == 14
+
+
+def count_colours(pixels: np.ndarray) -> Counter[str]:
+    """How many pixels lie close to each colour of the palette."""
+    distance = np.linalg.norm(pixels.reshape(-1, 1, 3) - np.array(list(COLOURS.values()), float), axis=2)
+    near = zip(distance.argmin(axis=1), distance.min(axis=1), strict=True)
+    return Counter(list(COLOURS)[index] for index, far in near if far < 110)
+
+
+def test_colours_and_objects_can_be_told_apart_when_small() -> None:
+    for variant, (base, second) in enumerate(itertools.pairwise([*COLOURS, "red"])):
+        look = (GARMENT_TYPES[variant % 4], base, (PATTERNS[variant % 3], second), ("short", "long")[variant % 2])
+        small = count_colours(np.asarray(draw_garment(*look, "short", "round", False, variant).reduce(4), float)[14:28, 15:33])
+        assert min(small[base], small[second]) >= 30, (look, small)
+    for shape, colour in zip(SHAPES, COLOURS, strict=True):
+        row = ((colour, shape),) * 3
+        assert count_colours(np.asarray(draw_scene(row, 1).reduce(4), float)[17:33, 17:31])[colour] >= 10, row
+        sprite = object_sprite(colour, shape, 1.06)
+        columns = np.flatnonzero((np.asarray(sprite.getchannel("A")) > 150).any(axis=0))
+        assert max(sprite.width / 2 - columns[0], columns[-1] + 1 - sprite.width / 2) <= 29  # neighbours never overlap
