@@ -28,7 +28,7 @@ UNSEEN = Path("tests/fixtures/unseen.zip")
 QUERIES, TRAIN, LESSONS = 8, 4, 4
 POOLS = {"webqa_task2": 24, "oven_task8": 24, "infoseek_task8": 24, "fashion200k_task0": 24, "visualnews_task0": 24}
 """Candidates of a row, where they are not forty."""
-CASES = {"genecis": 1, "sugarcrepe": 1, "circo": 3, "vist": 2, "multiturnfashion": 3}
+CASES = {"genecis": 1, "sugarcrepe": 1, "circo": 12, "vist": 2, "multiturnfashion": 3}
 """Cases of an unseen set, where they are not four."""
 JPEG_QUALITY = 25
 
