@@ -346,6 +346,6 @@ def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) 
     done = [0] * len(streams)
     while done != list(counts):
         which = min(range(len(streams)), key=lambda place: (done[place] / max(counts[place], 1), place))
-        for draft in itertools.islice(streams[which], min(FAMILY, counts[which] - done[which])):
-            yield which, draft
+        for _ in range(min(FAMILY, counts[which] - done[which])):
+            yield which, next(streams[which])
             done[which] += 1

@@ -241,7 +241,8 @@ def draw_garment(
 ) -> Image.Image:
     """One garment on a plain backdrop.
 
-    `pattern` is plain, stripes, dots or checks, and a colour unless plain; `sleeves` sleeveless, short, long; `collar` round, v, high.
+    `pattern` is plain, stripes, dots or checks, and a colour unless plain; `sleeves` sleeveless, short or long;
+    `collar` round, v or high.
     """
     rng = random.Random(derive_seed("garment", kind, colour, *pattern, length, sleeves, collar, belt, variant))
     mask, ink, shadow, box = _garment_sprite(kind, length, sleeves, collar, belt)

@@ -1,8 +1,8 @@
 """The closed world behind the entity rows: 202 invented entities, what is true of them, and what is written of it.
 
 A town lies on a river, in a land, and has a founder; the river flows into a sea, the founder learned from a master, the land
-obeys a ruler. All else about an entity is one word from a short list. Each (entity, facet) has exactly one passage and each entity
-one more to introduce it. The world is the same at every scale and for every seed.
+obeys a ruler. All else about an entity is one word from a short list. Each (entity, facet) has exactly one passage and each
+entity one more to introduce it. The world is the same at every scale and for every seed.
 """
 
 from __future__ import annotations

@@ -240,9 +240,9 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
         return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *told)
 
     if split == "train":
-        for group in _spread(recipe.shares, count // FAMILY):
+        for made, group in enumerate(_spread(recipe.shares, -(-count // FAMILY))):
             pool = list_allowed(group, "train", False)
-            for path in _gather(dice.choice(pool), pool, dice):
+            for path in _gather(dice.choice(pool), pool, dice)[: count - made * FAMILY]:
                 yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
     for path, turn in _list_held(recipe, split, count, dice):

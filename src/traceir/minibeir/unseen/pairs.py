@@ -1,7 +1,7 @@
 """An image and two captions of which one is true: CC-Neg, where "no" makes the difference, and SugarCrepe's small edits.
 
-MiniBEIR's captions tell all of an image. Here a caption tells a part, and the false one differs by a negation, or by a word that is
-added, replaced, or has changed places with another.
+MiniBEIR's captions tell all of an image. Here a caption tells a part, and the false one differs by a negation, or by a word that
+is added, replaced, or has changed places with another.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def is_small_edit(kind: str, caption: str, negative: str) -> bool:
         rest = iter(new)
         return all(word in rest for word in old) and 0 < len(new) - len(old) <= 4
     same = [[a == b for a, b in zip(old[::way], new[::way], strict=False)] for way in (1, -1)]
-    return max(len(old), len(new)) - sum((each + [False]).index(False) for each in same) in (1, 2)
+    return max(len(old), len(new)) - sum([*each, False].index(False) for each in same) in (1, 2)
 
 
 def make_sugarcrepe(count: int, rng: random.Random) -> Part:
