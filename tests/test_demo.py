@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from conftest import both_roads, make_queries, picture, random_model
 
 from traceir.cli import main as cli
 from traceir.data import mbeir
+from traceir.errors import InputError
 from traceir.items import Encoding, Hit, Query
 from traceir.lab import demo
+from traceir.lab.fixture import unpack
 from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
 from traceir.model import save
 
@@ -145,3 +148,18 @@ def test_an_entry_without_labels_is_not_judged(tmp_path: Path) -> None:
     page = Page(write_gallery([Entry("t", Query.of(text="a"), encoding(), [hit(1, "a")])], tmp_path))
     assert "verdict" not in page.classes and "right one first" not in page.text and "direct" in page.classes
     assert json.dumps(sorted(path.name for path in tmp_path.iterdir())) == '["index.html"]'
+
+
+def test_the_frozen_data_is_whole_or_not_there(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(unpack, [tmp_path / "data"] * 4)) == {tmp_path / "data"}
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    for split in ("test", "train"):
+        queries = [record for path in (tmp_path / "data/query" / split).iterdir() for record in mbeir.read_queries(path)]
+        path = tmp_path / f"data/cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"
+        pool_ids = {candidate.did: candidate.image_path for candidate in mbeir.read_pool(path)}
+        assert all({*record.positives, *record.negatives} <= pool_ids.keys() and record.negatives for record in queries)
+        named = {*pool_ids.values(), *(record.image_path for record in queries)} - {None}
+        assert named and all((tmp_path / "data" / str(name)).is_file() for name in named)
+    with pytest.raises(InputError, match="is not empty"):
+        unpack(tmp_path)
