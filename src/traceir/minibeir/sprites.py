@@ -7,7 +7,6 @@ places of photos look the same on every one. All parts are drawn once, kept, and
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
@@ -17,7 +16,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from traceir.data.mbeir import Split
 from traceir.minibeir.drawing import SIZE, SPRITES, pen_sprite, reduce
-from traceir.minibeir.encyclopedia import KINDS, Entity, find_entity, list_entities
+from traceir.minibeir.encyclopedia import ENTRIES, KINDS, Entity
 from traceir.minibeir.rows import WORDS, Sketch, hash_stably, share_split
 
 RGB = tuple[int, int, int]
@@ -78,10 +77,6 @@ def _light_table(factor: float) -> list[int]:
 
 # --- emblems ----------------------------------------------------------------------------------------------------------
 
-FIELDS: Final = ("red", "yellow", "green", "blue", "purple", "white")
-CHARGE_COLOURS: Final = ("red", "yellow", "green", "blue", "white", "black")
-PALE_PAIRS: Final = {("yellow", "white"), ("white", "yellow"), ("blue", "black"), ("purple", "black"), ("purple", "blue")}
-"""(field, charge) colours too close to tell apart in a small image."""
 OUTLINES: Final = dict(zip(KINDS, ("shield", "lozenge", "roundel", "square", "hexagon", "banner", "cross"), strict=True))
 CHARGE_PLACES: Final = {"shield": (-8, 92), "lozenge": (0, 78), "banner": (-12, 90), "cross": (0, 86)}
 """Height of the charge's middle and its size, in pixels; (0, 106) for the other outlines."""
@@ -98,34 +93,9 @@ class Emblem:
     colour: str
 
 
-@cache
-def _assign_emblems() -> dict[Entity, Emblem]:
-    """Deals out emblems; within a kind every field and every charge comes up about equally often."""
-    emblems: dict[Entity, Emblem] = {}
-    for kind, outline in OUTLINES.items():
-        looks = [
-            Emblem(outline, field, charge, colour)
-            for field in FIELDS
-            for charge in SPRITES["charges"]
-            for colour in CHARGE_COLOURS
-            if field != colour and (field, colour) not in PALE_PAIRS
-        ]
-        random.Random(hash_stably(f"emblems of {kind}")).shuffle(looks)
-        used: Counter[tuple[str, ...]] = Counter()
-        for entity in list_entities(kind):
-            counts = [sum(used[part] * (8 if part[0] == "pair" else 1) for part in _parts(look)) for look in looks]
-            emblems[entity] = looks.pop(counts.index(min(counts)))
-            used.update(_parts(emblems[entity]))
-    return emblems
-
-
-def _parts(look: Emblem) -> tuple[tuple[str, ...], ...]:
-    return ("field", look.field), ("charge", look.charge), ("colour", look.colour), ("pair", look.field, look.charge)
-
-
 def find_emblem(entity: Entity) -> Emblem:
     """The emblem of an entity, the same for ever."""
-    return _assign_emblems()[entity]
+    return Emblem(OUTLINES[entity.kind], *ENTRIES[entity.name]["emblem"].split())
 
 
 @lru_cache(maxsize=176)
@@ -169,12 +139,8 @@ def draw_emblem(look: Emblem, variant: int) -> Image.Image:
     return ground.point(_light_table(dice.choice((0.86, 0.93, 1.0, 1.05))))
 
 
-def _draw_named(name: str, variant: int) -> Image.Image:
-    return draw_emblem(find_emblem(find_entity(name)), variant)
-
-
 def sketch_emblem(entity: Entity, variant: int) -> Sketch:
-    return Sketch(f"emblem-{entity.name.lower()}-{variant}", partial(_draw_named, entity.name, variant))
+    return Sketch(f"emblem-{entity.name.lower()}-{variant}", partial(draw_emblem, find_emblem(entity), variant))
 
 
 # --- press photos -----------------------------------------------------------------------------------------------------
