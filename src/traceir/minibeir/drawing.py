@@ -17,14 +17,11 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from traceir.minibeir.rows import derive_seed, read_data
 
 SIZE = 192
-COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (218, 38, 38),
-    "yellow": (252, 208, 30),
-    "green": (38, 168, 66),
-    "blue": (32, 92, 230),
-    "purple": (150, 52, 192),
-    "white": (248, 248, 244),
-}
+SPRITES = read_data("sprites.json")
+"""Drawing commands: [polygon, colour, x, y, ...], [line, colour, width, x, y, ...], [ellipse, colour, left, top, right, bottom],
+[box, colour, left, top, right, bottom, radius]. No colour makes transparent again."""
+
+COLOURS: dict[str, tuple[int, int, int]] = {name: (r, g, b) for name, (r, g, b) in SPRITES["colours"]["scenes"].items()}
 COLOUR_NAMES = tuple(COLOURS)
 SHAPES = ("cube", "ball", "cone", "ring", "star", "mug")
 GARMENT_TYPES = ("dress", "shirt", "coat", "jumpsuit")
@@ -35,10 +32,6 @@ _SCALES = (0.94, 0.97, 1.0, 1.03, 1.06)
 _WALLS = ((188, 200, 214), (210, 200, 184), (184, 206, 194), (208, 190, 198), (176, 188, 210), (214, 208, 200))
 _TABLES = ((164, 138, 110), (120, 128, 140), (150, 126, 108), (112, 128, 124), (166, 150, 130), (132, 120, 134))
 _INK = (26, 24, 32)
-
-SPRITES = read_data("sprites.json")
-"""Drawing commands: [polygon, colour, x, y, ...], [line, colour, width, x, y, ...], [ellipse, colour, left, top, right, bottom],
-[box, colour, left, top, right, bottom, radius]. No colour makes transparent again."""
 
 FloatArray = NDArray[np.floating[Any]]
 Relief = tuple[FloatArray, FloatArray, FloatArray]

@@ -96,11 +96,7 @@ class Garment(Composition):
         return ", ".join([*parts, "belt"] if self.belt else parts)
 
     def caption(self, style: int) -> str:
-        template = (
-            "a {length} {colour} {kind} with {look}, {sleeves}, a {collar} and {belt}",
-            "{kind} in {colour}, {length}, {pattern}, {bare}, {collar}, {belt}",
-            "{length} {kind} with a {collar}, {sleeves} and {belt}, {colour} with {look}",
-        )[style]
+        template: str = WORDS["captions"]["Garment"][style]
         return template.format(**self.slots, pattern=self.pattern, bare=self.sleeves)
 
     def sketch(self, variant: int) -> Sketch:

@@ -12,35 +12,21 @@ from functools import partial
 from typing import Final
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.rows import FAMILY, CandidateDraft, LessonDraft, QueryDraft, World, hash_stably
+from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, LessonDraft, QueryDraft, World, hash_stably
 from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 WEEKDAYS: Final = tuple("monday tuesday wednesday thursday friday saturday sunday".split())
 TOPICS: Final = tuple("fishing cooking taxes schools weather trains music health".split())
-CAPTIONS: Final = (
-    "{person} and {person2} at the {event} in {town} {time}",
-    "{person} with {person2} in {town} {time} at the {event}",
-    "{time} in {town}: {person} and {person2} at the {event}",
+PARTS: Final[dict[str, Sequence[str]]] = dict(
+    zip(("left", "right", "event", "place", "time"), (tuple(PERSONS), tuple(PERSONS), EVENTS, tuple(PLACES), TIMES), strict=True)
 )
-QUESTIONS: Final = (
-    "{caption}; talks about {topic} on {weekday}",
-    "{weekday}, talks about {topic}: {caption}",
-    "{caption}, {weekday}, about {topic}",
-)
-PARTS: Final[dict[str, Sequence[str]]] = {
-    "left": tuple(PERSONS),
-    "right": tuple(PERSONS),
-    "event": EVENTS,
-    "place": tuple(PLACES),
-    "time": TIMES,
-}
 """What may stand in each part of a photo; no word is in two of them."""
 _TWIN_PARTS: Final = ("left", "right", "swap", "event", "place", "time", "left", "right", "event", "place")
 
 
 def write_caption(photo: Photo, phrasing: int) -> str:
     """One of three captions; it starts with a capital and names the person on the left first."""
-    text = CAPTIONS[phrasing % len(CAPTIONS)].format(**photo.slots)
+    text = str(WORDS["captions"]["Photo"][phrasing % 3]).format(**photo.slots)
     return text[0].upper() + text[1:]
 
 
@@ -136,7 +122,7 @@ def _make_row(row: str, split: Split, count: int, seed: int) -> Iterator[QueryDr
         phrasing = dice.randrange(9 if row == "edis_task2" else 3)
         text = write_caption(story.photo, phrasing // 3 if row == "edis_task2" else phrasing)
         if row == "edis_task2":
-            text = QUESTIONS[phrasing % 3].format(caption=text, topic=story.topic, weekday=story.weekday)
+            text = WORDS["captions"]["Story"][phrasing % 3].format(caption=text, topic=story.topic, weekday=story.weekday)
         yield QueryDraft(text, None, (story.offer(row, variant),), beside)
 
 

@@ -19,7 +19,7 @@ from traceir.minibeir.chains import (
     stand_beside,
 )
 from traceir.minibeir.drawing import COLOUR_NAMES, COLOURS, SHAPES, draw_scene
-from traceir.minibeir.rows import VARIANTS, CandidateDraft, QueryDraft, Sketch, derive_seed
+from traceir.minibeir.rows import VARIANTS, WORDS, CandidateDraft, QueryDraft, Sketch, derive_seed
 
 SLOTS = ("left", "middle", "right")
 PAIRS = {"left two": (0, 1), "right two": (1, 2), "outer two": (0, 2)}
@@ -58,12 +58,7 @@ class Scene(Composition):
         return ", ".join(f"{colour} {shape}" for colour, shape in self.objects)
 
     def caption(self, style: int) -> str:
-        template = (
-            "{thing}, {thing2} and {thing3} on a table",
-            "from left to right: {thing}, {thing2}, {thing3}",
-            "{thing2} between {thing} on the left and {thing3} on the right",
-            "on the left {thing}, in the middle {thing2}, on the right {thing3}",
-        )[style]
+        template: str = WORDS["captions"]["Scene"][style]
         return template.format(**self.slots)
 
     def sketch(self, variant: int) -> Sketch:
@@ -246,15 +241,10 @@ class Riddle:
     def pose(self, style: int, distractors: tuple[CandidateDraft, ...]) -> QueryDraft:
         """The reasoning resolves the objects one by one, each after those it refers to."""
         scene = self.solve()
-        template = (
-            "on the left {0}, in the middle {1}, on the right {2}",
-            "from left to right: {0}, {1}, {2}",
-            "left: {0}; middle: {1}; right: {2}",
-        )[style]
         reasoning = "; ".join(f"{SLOTS[slot]} {' '.join(scene.objects[slot])}" for slot in self.order)
         positives = (scene.candidate,)
         steps = sum(isinstance(part, int) for parts in self.parts for part in parts)
-        text = template.format(*(self._tell(slot) for slot in range(3)))
+        text = WORDS["captions"]["Riddle"][style].format(*(self._tell(slot) for slot in range(3)))
         return QueryDraft(text, None, positives, distractors, steps, reasoning, scene.state())
 
     def _tell(self, slot: int) -> str:

@@ -22,16 +22,7 @@ from traceir.minibeir.rows import WORDS, Sketch, hash_stably, share_split
 RGB = tuple[int, int, int]
 
 RIM: Final = (38, 34, 44)
-DYES: Final[dict[str, RGB]] = {
-    "red": (216, 40, 44),
-    "yellow": (250, 206, 36),
-    "green": (34, 150, 66),
-    "blue": (36, 92, 214),
-    "purple": (142, 52, 176),
-    "white": (248, 248, 244),
-    "black": (34, 32, 40),
-    "orange": (244, 130, 28),
-}
+DYES: Final[dict[str, RGB]] = {name: (r, g, b) for name, (r, g, b) in SPRITES["colours"]["dyes"].items()}
 
 
 def _finish(sprite: Image.Image, gloss: float, rim: float = 0.0) -> Image.Image:

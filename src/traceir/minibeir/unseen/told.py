@@ -56,13 +56,7 @@ def _tell_scene(scene: Scene) -> tuple[list[Sentences], Sentences]:
 
 def _tell_photo(photo: Photo) -> tuple[list[Sentences], Sentences]:
     left, right = photo.left, photo.right
-    ways = [
-        [[f"this photo was made in {photo.place}"], [f"the town in the photo is {photo.place}"]],
-        [[f"it is {photo.time}"], [f"the time of the photo is {photo.time}"]],
-        [[f"the two are at the {photo.event}"], [f"between these two is the {photo.event}"]],
-        [[f"the one on the left is {left}"], [f"{left} is to the left"]],
-        [[f"the one on the right is {right}"], [f"{right} is to the right"]],
-    ]
+    ways = [[[way.format_map(photo.slots)] for way in some] for some in WORDS["long captions of photos"]]
     return ways, [
         [f"{person} wore {PERSONS[person][0]}" for person in (left, right)],
         [f"the {PLACES[photo.place]} of {photo.place} is behind them"],
