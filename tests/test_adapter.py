@@ -20,11 +20,11 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
-from traceir.adapter import PROJECTOR, WEIGHTS, attach, load_adapter, merge, save_adapter, weights_fingerprint
+from traceir.adapter import PROJECTOR, WEIGHTS, attach, save_adapter, weights_fingerprint
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.items import Item, Query
-from traceir.model import TraceModel, load, save
+from traceir.model import TraceModel, load, merge, save
 from traceir.train.card import push, write_card
 
 pytest.importorskip("peft")
@@ -201,7 +201,7 @@ def test_base_beside_the_adapter(trained: Trained, monkeypatch: pytest.MonkeyPat
     written["base"]["source"] = "../base"
     (folder / "traceir.json").write_text(json.dumps(written))
     monkeypatch.chdir("/")
-    assert load_adapter(folder).fingerprint == written["fingerprint"]
+    assert load(folder).fingerprint == written["fingerprint"]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_nothing_half_written_and_nothing_overwritten(trained: Trained, tmp_path
         merge(base, tmp_path / "merged")
     with pytest.raises(ModelError, match="adapter is attached"):
         save(model, tmp_path / "wrong")
-    monkeypatch.setattr("traceir.adapter.save_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("traceir.adapter.write_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, trained.adapter, tmp_path / "cut", str(base))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

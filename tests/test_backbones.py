@@ -19,14 +19,14 @@ from test_serve_scheduler import same, scheduling
 from transformers import Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.adapter import attach, load_adapter, projectors, save_adapter
-from traceir.decoding import Decoder, Wave, _copy_row, merge_waves, trim
+from traceir.adapter import attach, projectors, save_adapter
+from traceir.decoding import DecodeBatch, Decoder, _copy_row, merge_batches, trim
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.images import ImageInput
 from traceir.items import Query
 from traceir.model import TraceModel, load, save
-from traceir.prompts import IMAGE_PAD, Piece, Special, UserText, render_query
+from traceir.prompts import IMAGE_PAD, Piece, render_query
 from traceir.train.gradcache import Objective
 
 
@@ -69,9 +69,7 @@ def asked() -> list[Query]:
 
 
 def written_out(piece: Piece) -> str:
-    if isinstance(piece, ImageInput):
-        return IMAGE_PAD
-    return piece.token if isinstance(piece, Special) else piece.text if isinstance(piece, UserText) else str(piece)
+    return IMAGE_PAD if isinstance(piece, ImageInput) else piece.text
 
 
 def test_ids_positions_pixels_and_states_are_those_of_transformers(folder: Path, model: TraceModel, asked: list[Query]) -> None:
@@ -104,7 +102,7 @@ def test_ids_positions_pixels_and_states_are_those_of_transformers(folder: Path,
 
 @pytest.mark.parametrize("route", ["auto", "reason", "direct"])
 def test_a_padded_batch_equals_its_singles_whose_rows_come_and_go(model: TraceModel, asked: list[Query], route: str) -> None:
-    encoder = Encoder(model, batch_rows=2, wave_rows=5)  # prefilled by twos, of other lengths, that then write as one wave
+    encoder = Encoder(model, batch_rows=2, decode_rows=5)  # prefilled by twos, of other lengths, that then write as one wave
     together = encoder.encode_queries(asked, route=route)
     for query, one in zip(asked, together, strict=True):
         (alone,) = encoder.encode_queries([query], route=route)
@@ -135,7 +133,7 @@ def test_what_is_written_is_what_generate_writes_and_one_forward_reads(model: Tr
     assert ended == {None, "budget"}, "the fixture must have both"
 
 
-def _wave(decoder: Decoder, query: Query, number: int) -> Wave:
+def _wave(decoder: Decoder, query: Query, number: int) -> DecodeBatch:
     layout = decoder.model.processor.lay_out(decoder.model.prompt(query))
     _, wave = decoder.prefill([number], [layout], "reason")
     assert wave is not None
@@ -151,7 +149,7 @@ def test_rows_join_a_wave_that_writes_and_columns_nobody_reads_are_cut(
     wave, done = _wave(decoder, asked[3], 3), []
     for number in (0, 4, 1):
         done += decoder.step(wave) if wave.rows else []
-        wave = merge_waves([one for one in (wave, _wave(decoder, asked[number], number)) if one.rows])
+        wave = merge_batches([one for one in (wave, _wave(decoder, asked[number], number)) if one.rows])
         trim(wave)
         assert wave.mask_BT.any(dim=0)[0], "a column that no row reads is cut off"
     while wave.rows:
@@ -164,9 +162,9 @@ def test_rows_join_a_wave_that_writes_and_columns_nobody_reads_are_cut(
 
 def test_a_copied_row_goes_on_alone_and_leaves_the_wave_as_it_was(model: TraceModel, asked: list[Query]) -> None:
     decoder = Decoder(model, 8, None)
-    wave = merge_waves([_wave(decoder, asked[number], number) for number in (2, 5)])
+    wave = merge_batches([_wave(decoder, asked[number], number) for number in (2, 5)])
     mask = torch.nn.functional.pad(wave.mask_BT, (0, 1), value=1)
-    place = torch.tensor([row.place for row in wave.rows])
+    place = torch.tensor([row.start for row in wave.rows])
     copied = _copy_row(wave.cache, 1)
     with torch.inference_mode():
         alone = model.step(wave.next_B[1:], place[1:], mask[1:], copied)
@@ -223,7 +221,7 @@ def test_an_adapter_reaches_every_linear_layer_and_every_projector(folder: Path,
     adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
     learn(model, adapter)
     saved = save_adapter(model, adapter, tmp_path / "adapter", str(folder))
-    again = load_adapter(saved)
+    again = load(saved)
     np.testing.assert_allclose(vectors(again), vectors(model), atol=2e-5)
     after = again.network.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}

@@ -55,7 +55,7 @@ def test_auto_equals_generate_for_bypassed_and_reasoned_queries(model: TraceMode
 
 @pytest.mark.parametrize("route", ["auto", "reason", "direct"])
 def test_a_batch_equals_its_singles(model: TraceModel, queries: list[Query], route: str) -> None:
-    encoder = Encoder(model, token_budget=300, wave_rows=5, batch_rows=7)
+    encoder = Encoder(model, token_budget=300, decode_rows=5, batch_rows=7)
     together = encoder.encode_queries(queries, route=route)
     for query, encoding in zip(queries, together, strict=True):
         alone = encoder.encode_queries([query], route=route)[0]
@@ -128,7 +128,7 @@ def test_candidates_never_reason(model: TraceModel) -> None:
 
 def test_at_token_reads_one_state_later(queries: list[Query]) -> None:
     before = both_roads(random_model(), queries)
-    at = both_roads(random_model(read_out="at_token"), queries)
+    at = both_roads(random_model(pooling_position="at_token"), queries)
     first, second = Encoder(before).encode_queries(queries), Encoder(at).encode_queries(queries)
     for one, other in zip(first, second, strict=True):
         if not one.truncated and not other.truncated:
@@ -141,7 +141,7 @@ def test_at_token_reads_one_state_later(queries: list[Query]) -> None:
 
 
 def test_last_never_writes(queries: list[Query]) -> None:
-    found = Encoder(random_model(read_out="last")).encode_queries(queries)
+    found = Encoder(random_model(pooling_position="last")).encode_queries(queries)
     assert all(e.route == "direct" for e in found)
 
 

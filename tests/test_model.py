@@ -19,8 +19,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from traceir.batch import Batch, ImageBudget, Processor, _grid_positions, smart_resize
 from traceir.errors import ImageError, ModelError
+from traceir.forward import add_token
 from traceir.items import Item, Query
-from traceir.model import TraceModel, add_emb_token, image_budget, load, save
+from traceir.model import TraceModel, image_budget, load, save
 from traceir.prompts import EMB, render_candidate, render_query
 from traceir.weights import fingerprint
 
@@ -60,7 +61,7 @@ def test_pixels_equal_the_stock_image_processor(size: tuple[int, int]) -> None:
     budget = ImageBudget(patch=8, merge=2, min_pixels=48 * 48, max_pixels=96 * 96)
     processor = Processor(random_model().processor.tokenizer, budget)
     shown = picture(3, *size)
-    patches, grids = processor._patches([processor.pixels(shown)])
+    patches, grids = processor.patches([processor.pixels(shown)])
     stock = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 48 * 48, "longest_edge": 96 * 96})(
         images=[shown.load()], return_tensors="pt"
     )
@@ -131,7 +132,7 @@ def test_supervision_covers_completion_and_emb_only(model: TraceModel) -> None:
     assert direct.targets.tolist() == [-100] * (len(bare) - 1) + [model.processor.emb_id]
     assert reasoned.ids.tolist() == [*bare.ids.tolist(), *written]
     assert reasoned.targets[len(bare) - 1 :].tolist() == [*written, model.processor.emb_id]
-    assert reasoned.readout == len(reasoned) - 1
+    assert reasoned.pooling_index == len(reasoned) - 1
 
 
 def test_the_text_budget_cuts_user_text_and_says_so(model: TraceModel) -> None:
@@ -184,9 +185,9 @@ def test_adding_emb_never_shrinks_the_vocabulary(tmp_path: Path) -> None:
     assert EMB not in bare.get_vocab()
     rows = made.network.get_input_embeddings().weight.shape[0]
     network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    new = add_emb_token(network, bare)
+    new = add_token(network, bare, EMB)
     assert network.get_input_embeddings().weight.shape[0] == max(rows, new + 1)
-    assert add_emb_token(network, bare) == new, "adding twice changes nothing"
+    assert add_token(network, bare, EMB) == new, "adding twice changes nothing"
     assert bool(torch.isfinite(network.lm_head.weight[new]).all())
 
 
@@ -195,7 +196,7 @@ def test_errors_name_the_folder(tmp_path: Path) -> None:
         load(tmp_path)
     folder = save(random_model(), tmp_path / "x")
     (folder / "traceir.json").write_text("{")
-    with pytest.raises(ModelError, match=r"traceir\.json:1"):
+    with pytest.raises(ModelError, match=r"traceir\.json.*line 1"):
         load(folder)
 
 

@@ -292,7 +292,7 @@ def test_a_cut_of_the_whole_prompt_spares_images(tmp_path: Path) -> None:
     pads = np.flatnonzero(full.ids == full.ids[len(cut) - 1])
     assert len(cut) == pads[-1] + 1 and len(pads) > 200, "up to the picture's last token"
     assert cut.ids.tolist() == full.ids[: len(cut)].tolist() and cut.cut == len(full) - len(cut)
-    assert len(text) == 8 == text.readout + 1 == text.positions.shape[1]
+    assert len(text) == 8 == text.pooling_index + 1 == text.positions.shape[1]
 
 
 def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

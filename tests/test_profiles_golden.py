@@ -123,7 +123,7 @@ def test_a_profile_reads_what_its_project_reads(tmp_path: Path, name: str) -> No
         layout = model.processor.forced(model.prompt(content, direct=True))
         assert layout.ids.tolist() == list(ids_of(case["ids"]))
         assert np.array_equal(layout.positions, positions_of(case["positions"]))
-        assert layout.readout == len(layout.ids) - 1
+        assert layout.pooling_index == len(layout.ids) - 1
         batch = model.processor.collate([layout])
         assert ([] if batch.grids is None else batch.grids.tolist()) == [case[key] for key in ("grid",) if key in case]
         if "pixels" in case:

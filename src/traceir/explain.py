@@ -23,24 +23,24 @@ class Token:
     id: int
     text: str
     target: str | None
-    readout: bool
+    pooled: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """How one input is read.
 
-    `emb_probability` is that of `<|emb|>` as the first token written, `route` what `auto` makes of it. `readout` is the
-    position of the embedding: of the completion where one was given, else of the direct road.
+    `emb_probability` is that of `<|emb|>` as the first token written, `route` what `auto` makes of it. `pooling_index` is
+    the position of the embedding: of the completion where one was given, else of the direct route.
     """
 
     role: Role
     prompt_version: str
-    read_out: str
+    pooling_position: str
     prompt: str
     completion: str | None
     tokens: tuple[Token, ...]
-    readout: int
+    pooling_index: int
     emb_probability: float
     route: Literal["reason", "direct"]
     cut: int
@@ -57,15 +57,15 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     layout = processor.forced(prompt) if completion is None else processor.lay_out(prompt, completion)
     # A closed prompt leaves nothing to write: token-less peers are read at its end.
     probability, bypass = (1.0, True) if prompt.closed else _first_step(model, processor.lay_out(prompt))
-    direct = bypass or prompt.role == "candidate" or model.settings.read_out == "last"
+    direct = bypass or prompt.role == "candidate" or model.settings.pooling_position == "last"
     return Explanation(
         role=prompt.role,
         prompt_version=prompt.version,
-        read_out=model.settings.read_out,
+        pooling_position=model.settings.pooling_position,
         prompt=prompt.show(),
         completion=completion,
         tokens=tuple(_tokens(model, layout)),
-        readout=layout.readout,
+        pooling_index=layout.pooling_index,
         emb_probability=probability,
         route="direct" if direct else "reason",
         cut=layout.cut,
@@ -75,21 +75,21 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
 def describe(explanation: Explanation) -> str:
     """The explanation for people: one line a token, the cells of a picture in one line."""
     lines = [
-        f"{explanation.role}, prompt version {explanation.prompt_version}, read-out {explanation.read_out}",
+        f"{explanation.role}, prompt version {explanation.prompt_version}, pooling position {explanation.pooling_position}",
         "",
         "prompt:",
         *(f"  {line}" for line in explanation.prompt.splitlines()),
         "",
-        f"{len(explanation.tokens)} tokens (* read-out, -> supervised: what the model learns to write next):",
+        f"{len(explanation.tokens)} tokens (* pooled, -> supervised: what the model learns to write next):",
         *_token_lines(explanation.tokens),
         "",
-        f"read-out position: {explanation.readout}",
+        f"pooling index: {explanation.pooling_index}",
         f"P({EMB}) at the first step: {explanation.emb_probability:.4f}",
         f"route: {explanation.route}",
         f"text tokens cut: {explanation.cut}",
     ]
     if explanation.route == "reason" and explanation.completion is None:
-        lines.append("The model reasons first, so its own read-out lies behind what it writes; --completion shows it.")
+        lines.append("The model reasons first, so its own pooling position lies behind what it writes; --completion shows it.")
     return "\n".join(lines)
 
 
@@ -105,7 +105,7 @@ def _first_step(model: TraceModel, layout: Layout) -> tuple[float, bool]:
 def _tokens(model: TraceModel, layout: Layout) -> Iterator[Token]:
     for place, (number, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True)):
         wanted = None if target == IGNORE else _token_text(model, target)
-        yield Token(place, number, _token_text(model, number), wanted, place == layout.readout)
+        yield Token(place, number, _token_text(model, number), wanted, place == layout.pooling_index)
 
 
 def _token_text(model: TraceModel, number: int) -> str:
@@ -116,7 +116,7 @@ def _token_text(model: TraceModel, number: int) -> str:
 
 
 def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
-    for plain, group in groupby(tokens, key=lambda one: one.text == IMAGE_PAD and not one.readout and one.target is None):
+    for plain, group in groupby(tokens, key=lambda one: one.text == IMAGE_PAD and not one.pooled and one.target is None):
         run = list(group)
         if plain and len(run) > 1:
             yield f"  {run[0].place:4d}   {IMAGE_PAD} x {len(run)}"
@@ -124,4 +124,4 @@ def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
         for token in run:
             shown = token.text if token.text.startswith("<|") else repr(token.text)
             taught = "" if token.target is None else f"  -> {token.target!r}"
-            yield f"  {token.place:4d} {'*' if token.readout else ' '} {shown}{taught}"
+            yield f"  {token.place:4d} {'*' if token.pooled else ' '} {shown}{taught}"

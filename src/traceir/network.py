@@ -27,7 +27,7 @@ from traceir.weights import weight_files
 
 
 @dataclass(slots=True)
-class Kept:
+class LayerCache:
     """Keys and values of one layer, [B, H, K, E]."""
 
     keys: torch.Tensor
@@ -38,21 +38,21 @@ class Cache:
     """Keys and values of the tokens read so far, by layer; the part of transformers' DynamicCache that decoding needs."""
 
     def __init__(self) -> None:
-        self.layers: list[Kept] = []
+        self.layers: list[LayerCache] = []
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends to a layer, and returns all that it holds."""
         if layer == len(self.layers):
-            self.layers.append(Kept(keys, values))
+            self.layers.append(LayerCache(keys, values))
         else:
-            kept = self.layers[layer]
-            kept.keys, kept.values = torch.cat([kept.keys, keys], dim=2), torch.cat([kept.values, values], dim=2)
+            held = self.layers[layer]
+            held.keys, held.values = torch.cat([held.keys, keys], dim=2), torch.cat([held.values, values], dim=2)
         return self.layers[layer].keys, self.layers[layer].values
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
         """Leaves these rows, in their order."""
-        for kept in self.layers:
-            kept.keys, kept.values = kept.keys[rows], kept.values[rows]
+        for held in self.layers:
+            held.keys, held.values = held.keys[rows], held.values[rows]
 
 
 class Network(nn.Module):
