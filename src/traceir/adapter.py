@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +21,7 @@ from safetensors.torch import load_file
 
 from traceir.checkpoint import ADAPTER, fetch, is_hub_id
 from traceir.errors import InputError, ModelError
+from traceir.files import replacing_folder
 from traceir.forward import TraceModel
 from traceir.settings import SETTINGS, write_companions, write_settings
 from traceir.weights import ADAPTER_WEIGHTS as WEIGHTS
@@ -108,7 +105,7 @@ def save_adapter(
     """
     folder = local_base(base, Path(target))
     known = Base(base, f"{HUB}{fingerprint(fetch(base))}" if folder is None else weights_fingerprint(folder))
-    with written_whole(target) as fresh:
+    with replacing_folder(Path(target)) as fresh:
         adapter.peft_config["default"].base_model_name_or_path = base
         whole = None if state is None else {f"base_model.model.{name}": value for name, value in state.items()}
         # "auto" would ask the hub whether the vocabulary has grown.
@@ -118,20 +115,6 @@ def save_adapter(
         settings = replace(model.settings, fingerprint=adapter_fingerprint(fresh, known.fingerprint))
         write_settings(settings, fresh, base=asdict(known))
     return Path(target)
-
-
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, renamed into its place when the block ends without an error."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        fresh = Path(folder) / "checkpoint"
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            os.replace(target, Path(folder) / "old")
-        os.replace(fresh, target)
 
 
 def read_base(folder: Path) -> Base:

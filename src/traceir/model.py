@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from safetensors import SafetensorError
 
-from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged, written_whole
+from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged
 from traceir.batch import ImageBudget
 from traceir.catalogue import profile_for
 from traceir.checkpoint import ADAPTER, CONFIG, fetch
 from traceir.errors import ModelError
+from traceir.files import replacing_folder
 from traceir.forward import TraceModel, add_token, wrap
 from traceir.network import Network, Words, fits, read_network
 from traceir.profiles import Profile, resolve_profile
@@ -188,7 +189,7 @@ def save(model: TraceModel, target: Path, *, state: dict[str, torch.Tensor] | No
         )
     if hasattr(model.network, "peft_config"):
         raise ModelError(f"cannot save {target} as a checkpoint: an adapter is attached; save it by `save_adapter`, then merge")
-    with written_whole(target) as fresh:
+    with replacing_folder(Path(target)) as fresh:
         model.network.save_pretrained(fresh, safe_serialization=True, state_dict=state)
         ends = [model.processor.special[token] for token in (EMB, TURN_END) if token in model.processor.special]
         generation = {"do_sample": False, "eos_token_id": ends}
