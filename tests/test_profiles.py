@@ -16,28 +16,16 @@ from conftest import WORDS, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.cli.main import main
-from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
-from traceir.evaluation.evaluate import evaluate
 from traceir.explain import explain
 from traceir.items import Encoding, Item, Query
 from traceir.model import load, save
-from traceir.profiles import PROFILES, Profile, resolve_profile
+from traceir.profiles import PROFILES, resolve_profile
 
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -73,30 +61,32 @@ def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def checkpoint(folder: Path, kind: str, extra: list[str]) -> Path:
+def checkpoint(
+    folder: Path,
+    kind: str,
+    extra: list[str],
+    *,
+    tokenizer: Any = None,
+    vocabulary: int = 512,
+    width: int = 64,
+    **preprocessor: Any,
+) -> Path:
     """A random checkpoint of one architecture; its untied output rows let the last of the extra tokens win now and then."""
-    tokenizer = tokenizer_with(extra)
+    tokenizer = tokenizer or tokenizer_with(extra)
+    named = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in named}
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
-    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.2, "pad_token_id": None}  # fmt: skip
-    vision = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
-    named = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in named.items()}
-    torch.manual_seed(0)
-    network: Any
+    text = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.2,
+            "pad_token_id": None}  # fmt: skip
+    vision = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2,
+              "patch_size": 16 if kind == "qwen3_vl" else 14, "hidden_size": 32, "intermediate_size": 48,
+              "out_hidden_size": width} | SHAPES[kind]  # fmt: skip
     if kind == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14}
-        network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
-    elif kind == "qwen2_5_vl":
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "window_size": 56,
-                   "fullatt_block_indexes": [2]}  # fmt: skip
-        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
-    else:
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 16,
-                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-        network = Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=vision, **ids)
-        )
+        vision["hidden_size"] = width  # what it gives, not what it computes in
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    network = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.endswith(".bias"):
@@ -106,8 +96,15 @@ def checkpoint(folder: Path, kind: str, extra: list[str]) -> Path:
     tokenizer.save_pretrained(folder)
     patch = vision["patch_size"]
     size = {"shortest_edge": 16 * patch**2, "longest_edge": 64 * patch**2}
-    Qwen2VLImageProcessorPil(patch_size=patch, size=size).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=patch, **{"size": size, **preprocessor}).save_pretrained(folder)
     return folder
+
+
+SHAPES = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [2]},
+    "qwen3_vl": {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+}
 
 
 class Stock:
@@ -177,6 +174,13 @@ def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
     check(encoder.encode_items(ITEMS), offered)
     turned = Encoder(load(folder, profile=replace(profile, name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
     assert np.abs(turned[0].vector - offered[1]).max() > 1e-4, "positions in the plane make another vector of a picture"
+
+
+def test_an_index_knows_profiles_by_name_and_fields() -> None:
+    versions = {"lamra": "72ce7f12", "ume-r1": "1e324e82", "gme": "2a86a960", "embed-rl": "a7c253b7"}
+    assert {name: profile.version for name, profile in PROFILES.items()} == {
+        name: f"profile {name} {digest}" for name, digest in versions.items()
+    }
 
 
 def test_lamra_needs_no_token_of_its_own(tmp_path: Path) -> None:
@@ -298,9 +302,11 @@ def test_a_cut_of_the_whole_prompt_spares_images(tmp_path: Path) -> None:
 def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "own", "qwen2_5_vl", [])
     file = tmp_path / "own.json"
-    file.write_text(json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
+    file.write_text(
+        json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"], "blank_picture": True})
+    )
     model = load(folder, profile=file)
-    assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube"
+    assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube<|vision_start|>[image blank]<|vision_end|>"
     assert explain(model, model.prompt(QUERIES[0])).prompt_version == Encoder(model).prompt_version
     again = Encoder(load(save(model, tmp_path / "saved")))
     assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="gme")).prompt_version
@@ -337,13 +343,14 @@ def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, found: objec
     file.write_text(json.dumps(found))
     with pytest.raises(InputError, match=message):
         resolve_profile(file)
-    with pytest.raises(InputError, match="lamra"):
-        resolve_profile("lambda")
 
 
-@pytest.mark.parametrize(("name", "instead"), [("qwen3-vl-embedding", "leave --profile out"), ("vlm2vec", "gme-Qwen2-VL-2B")])
-def test_a_profile_that_is_gone_names_what_to_take_instead(name: str, instead: str) -> None:
-    with pytest.raises(InputError, match=f"is gone: .*{instead}"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("qwen3-vl-embedding", "is gone: .*leave --profile out"), ("vlm2vec", "is gone: .*gme-Qwen2-VL-2B"), ("lambda", "lamra")],
+)
+def test_a_profile_that_is_gone_or_unknown_names_what_to_take_instead(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         resolve_profile(name)
 
 
@@ -400,39 +407,3 @@ def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: p
     assert load(name, profile="lamra").settings.profile == PROFILES["lamra"], "what is asked for goes first"
     assert load(name, as_published=False).settings.profile is None, "training starts from it as from any other"
     assert load("someone/else").settings.profile is None
-
-
-def write_row(root: Path) -> Path:
-    """A row of M-BEIR's layout, invented: three pictures, three questions with a picture and words, three answers."""
-    for name in ("query/test", "cand_pool/local", "qrels/test", "instructions", "mbeir_images"):
-        (root / name).mkdir(parents=True)
-    for number in range(4):
-        picture(number, 60, 60).load().save(root / "mbeir_images" / f"{number}.png")
-    queries = [{"qid": f"8:{n}", "query_txt": f"make it {WORDS[n + 9]}", "query_img_path": f"mbeir_images/{n}.png",
-                "query_modality": "image,text", "pos_cand_list": [f"8:{n}"], "task_id": 7} for n in range(3)]  # fmt: skip
-    pool = [{"did": f"8:{n}", "txt": None, "img_path": f"mbeir_images/{n}.png", "modality": "image"} for n in range(4)]
-    for path, lines in (("query/test/mbeir_cirr_task7_test", queries), ("cand_pool/local/mbeir_cirr_task7_cand_pool", pool)):
-        (root / f"{path}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
-    (root / "instructions" / "query_instructions.tsv").write_text(header + "image,text\timage\tCIRR\t8\tFind the changed one.\n")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "extra"),
-    [("lamra", "qwen2_vl", ["<emb>"]), ("ume-r1", "qwen2_vl", ["<disc_emb>", "<gen_emb>"]), ("gme", "qwen2_vl", []),
-     ("embed-rl", "qwen3_vl", [])],
-)  # fmt: skip
-def test_each_shape_is_scored_on_a_row(tmp_path: Path, name: str, kind: str, extra: list[str]) -> None:
-    root = write_row(tmp_path / "data")
-    profile: Profile = replace(PROFILES[name], max_reasoning_tokens=8)
-    encoder = Encoder(load(checkpoint(tmp_path / "model", kind, extra), profile=profile))
-    row = evaluate(encoder, root, tmp_path / "out", progress=False)["routes"]["auto"]["cirr_task7"]
-    records = list(mbeir.read_queries(root / "query" / "test" / "mbeir_cirr_task7_test.jsonl"))
-    queries = [mbeir.to_query(record, "Find the changed one.", root) for record in records]
-    pool = list(mbeir.read_pool(root / "cand_pool" / "local" / "mbeir_cirr_task7_cand_pool.jsonl"))
-    asked = np.stack([one.vector for one in encoder.encode_queries(queries)])
-    offered = np.stack([one.vector for one in encoder.encode_items([mbeir.to_item(one, root) for one in pool])])
-    assert row["hit@1"] == round(float(np.mean((asked @ offered.T).argmax(axis=1) == np.arange(3))), 4)
-    assert row["queries"] == 3 and row["pool"] == 4 and row["hit@5"] == 1.0
-    assert (row["reasoned"] > 0) == (name == "ume-r1")
