@@ -130,6 +130,7 @@ class Processor:
         self._core = core
         self._short_ids = lru_cache(maxsize=8192)(self._encode_plain)
         self._split_template = lru_cache(maxsize=4096)(self._split)
+        self._template_ids = lru_cache(maxsize=4096)(self._read_span)
 
     @property
     def emb_id(self) -> int:
@@ -189,6 +190,10 @@ class Processor:
 
     def _span_ids(self, span: Span, left: int) -> tuple[list[int], int, int]:
         """Token ids, and how many of the user's tokens were used and cut: at most `left` are kept."""
+        of_template = all(isinstance(part, str) for part in span.parts)
+        return self._template_ids(span, 0) if of_template else self._read_span(span, left)
+
+    def _read_span(self, span: Span, left: int) -> tuple[list[int], int, int]:
         ids: list[int] = []
         used, cut = 0, 0
         for special, run in self._runs(span):
@@ -211,15 +216,16 @@ class Processor:
 
     def _run_ids(self, run: Sequence[str | UserText], left: int) -> tuple[Sequence[int], int, int]:
         """Parts without special tokens, as one text where the user's fit into `left`, else part by part and cut."""
+        texts = [part if isinstance(part, str) else part.text for part in run]
         asked = [part for part in run if isinstance(part, UserText)]
         wanted = sum(len(self.plain_ids(part.text)) for part in asked)
         dropped = sum(len(self.plain_ids(part.dropped)) for part in asked if part.dropped)
         if wanted <= left:
-            return self.plain_ids(Span(tuple(run)).text), wanted, dropped
+            return self.plain_ids("".join(texts)), wanted, dropped
         ids: list[int] = []
         room = left
-        for part in run:
-            part_ids = self.plain_ids(part if isinstance(part, str) else part.text)
+        for part, text in zip(run, texts, strict=True):
+            part_ids = self.plain_ids(text)
             if isinstance(part, UserText):
                 part_ids = part_ids[:room]
                 room -= len(part_ids)
