@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from traceir.batch import Layout
 from traceir.cli.main import main
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
@@ -42,6 +43,7 @@ QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instructio
 ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]
 
 Reader = Callable[[list[int]], int]
+Write = Callable[[str, str, str], str]
 
 
 def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
@@ -147,33 +149,76 @@ def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
     assert all(np.abs(expected[0] - other).max() > 1e-2 for other in expected[1:]), "the test needs vectors that differ"
 
 
-def last(ids: list[int]) -> int:
-    return len(ids) - 1
+def lamra(ask: str, text: str, image: str) -> str:
+    """LamRA's whole prompt; it puts texts into M-BEIR's form."""
+    body = {"": "", ASK: "Find it.", RED: "A red cube.", f"{ASK} {RED}": "Find it. a red cube."}[f"{ask} {text}".strip()]
+    kind = "sentence" if not image else "image and sentence" if body else "image"
+    user = f"{image}{body}\nSummarize above {kind} in one word: "
+    return f"{SYSTEM}{user}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"])
-    profile = PROFILES["lamra"]
-    encoder = Encoder.from_pretrained(folder)
-    assert encoder.prompt_version == "trace-1", "without its profile it is read as TRACE"
-    encoder = Encoder(load(folder, profile="lamra"))
-    assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512
-    stock = Stock(folder, shortest_edge=4 * 28**2, longest_edge=300 * 28**2)
-    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
+def gme(ask: str, text: str, image: str) -> str:
+    system = f"<|im_start|>system\n{ask or 'You are a helpful assistant.'}<|im_end|>\n<|im_start|>user\n"
+    return f"{system}{image}{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 
-    def read(body: str, kind: str) -> np.ndarray:
-        user = f"{body}\nSummarize above {kind} in one word: <|im_end|>\n"
-        whole = f"{SYSTEM}{user}<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
-        return stock.vector(whole, lambda ids: ids.index(mark) - 1, sequential=True)
 
-    asked = [read("Find it. a red cube.", "sentence"), read(IMAGE + "Find it.", "image and sentence"),
-             read(IMAGE + "Find it. a red cube.", "image and sentence")]  # fmt: skip
+def embed_rl(ask: str, text: str, image: str) -> str:
+    user = f"{image}{f'{ask} {text}'.strip()}Summarize the above content in one word:"
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n<emb><|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "extra", "pixels", "write", "token", "before"),
+    [
+        ("lamra", "qwen2_vl", ["<emb>"], (4 * 28**2, 300 * 28**2), lamra, "<emb>", 1),
+        ("gme", "qwen2_vl", [], (256 * 28**2, 1280 * 28**2), gme, "<|endoftext|>", 0),
+        ("embed-rl", "qwen3_vl", [], (128 * 32**2, 768 * 32**2), embed_rl, "<emb>", 0),
+    ],
+)
+def test_vectors_are_the_stock_states_at_the_projects_position(
+    tmp_path: Path, name: str, kind: str, extra: list[str], pixels: tuple[int, int], write: Write, token: str, before: int
+) -> None:
+    folder = checkpoint(tmp_path / name, kind, extra)
+    encoder = Encoder(load(folder, profile=name))
+    stock = Stock(folder, shortest_edge=pixels[0], longest_edge=pixels[1])
+    stock.tokenizer.add_tokens([token])
+    mark = stock.tokenizer.convert_tokens_to_ids(token)
+
+    def read(ask: str) -> list[np.ndarray]:
+        prompts = [write(ask, text, image) for text, image in ((RED, ""), ("", IMAGE), (RED, IMAGE))]
+        return [stock.vector(one, lambda ids: ids.index(mark) - before, sequential=kind == "qwen2_vl") for one in prompts]
+
     for route in ("auto", "reason", "direct"):
-        check(encoder.encode_queries(QUERIES, route=route), asked)
-    offered = [read("A red cube.", "sentence"), read(IMAGE, "image"), read(IMAGE + "A red cube.", "image and sentence")]
-    check(encoder.encode_items(ITEMS), offered)
-    turned = Encoder(load(folder, profile=replace(profile, name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
-    assert np.abs(turned[0].vector - offered[1]).max() > 1e-4, "positions in the plane make another vector of a picture"
+        check(encoder.encode_queries(QUERIES, route=route), read(ASK))
+    check(encoder.encode_items(ITEMS), read(""))
+    if name == "lamra":
+        assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512, "nothing is added"
+        assert Encoder.from_pretrained(folder).prompt_version == "trace-1", "without its profile it is read as TRACE"
+        turned = Encoder(load(folder, profile=replace(PROFILES[name], name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
+        assert np.abs(turned[0].vector - read("")[1]).max() > 1e-4, "positions in the plane make another vector of an image"
+
+
+def test_a_profile_needs_no_token_or_matrix_that_it_does_not_read(tmp_path: Path) -> None:
+    plain, told = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
+    for file in ("model.safetensors", "config.json"):
+        (told / file).write_bytes((plain / file).read_bytes())
+    pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, told)]
+    check(pair[0], [one.vector for one in pair[1]])
+    before = [one.vector for one in Encoder(load(plain, profile="gme")).encode_items(ITEMS)]
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["lm_head.weight"]  # as GME's 7B is published
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    encoder = Encoder(load(plain, profile="gme"))
+    check(encoder.encode_items(ITEMS), before)
+    with pytest.raises(ModelError, match="no embedding token"):
+        _ = encoder.model.processor.emb_id
+    long, short = ("red cube " * 60, ("red cube " * 60)[:512])
+    embed = Encoder(load(checkpoint(tmp_path / "rl", "qwen3_vl", []), profile="embed-rl"))
+    first, second = embed.encode_items([Item.of(text=long), Item.of(text=short)])
+    assert first.cut > 0 == second.cut and first.text_limit is None and np.allclose(first.vector, second.vector, atol=1e-6)
+    full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(tokenizer_with([])))])
+    with pytest.raises(ModelError, match="<emb> would be token 512"):
+        load(full, profile="embed-rl")
 
 
 def test_an_index_knows_profiles_by_name_and_fields() -> None:
@@ -181,54 +226,6 @@ def test_an_index_knows_profiles_by_name_and_fields() -> None:
     assert {name: profile.version for name, profile in PROFILES.items()} == {
         name: f"profile {name} {digest}" for name, digest in versions.items()
     }
-
-
-def test_lamra_needs_no_token_of_its_own(tmp_path: Path) -> None:
-    plain, told = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
-    for file in ("model.safetensors", "config.json"):
-        (told / file).write_bytes((plain / file).read_bytes())
-    pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, told)]
-    check(pair[0], [one.vector for one in pair[1]])
-
-
-def test_gme_counts_one_by_one_and_reads_the_last_token(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["lm_head.weight"]  # as the 7B is published
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    encoder = Encoder(load(folder, profile="gme"))
-    stock = Stock(folder, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
-
-    def read(system: str, user: str) -> np.ndarray:
-        before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
-        return stock.vector(f"{before}{user}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>", last, sequential=True)
-
-    users = (RED, IMAGE, IMAGE + RED)
-    check(encoder.encode_queries(QUERIES), [read("Find it.", user) for user in users])
-    check(encoder.encode_items(ITEMS), [read("You are a helpful assistant.", user) for user in users])
-    with pytest.raises(ModelError, match="no embedding token"):
-        _ = encoder.model.processor.emb_id
-
-
-def test_embed_rl_is_read_at_a_token_that_its_tokenizer_may_lack(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "embed-rl", "qwen3_vl", [])
-    encoder = Encoder(load(folder, profile="embed-rl"))
-    stock = Stock(folder, shortest_edge=128 * 32**2, longest_edge=768 * 32**2)
-    stock.tokenizer.add_tokens(["<emb>"])
-    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
-
-    def read(user: str) -> np.ndarray:
-        asked = f"<|im_start|>user\n{user}Summarize the above content in one word:<|im_end|>\n"
-        return stock.vector(f"{asked}<|im_start|>assistant\n<emb><|im_end|>\n", lambda ids: ids.index(mark))
-
-    check(encoder.encode_queries(QUERIES), [read(user) for user in (f"{ASK} {RED}", IMAGE + ASK, f"{IMAGE}{ASK} {RED}")])
-    check(encoder.encode_items(ITEMS), [read(user) for user in (RED, IMAGE, IMAGE + RED)])
-    long = encoder.encode_items([Item.of(text="red cube " * 60)])[0]
-    check([long], [read(("red cube " * 60)[:512])])
-    assert long.cut > 0 and long.text_limit is None
-    full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(tokenizer_with([])))])
-    with pytest.raises(ModelError, match="<emb> would be token 512"):
-        load(full, profile="embed-rl")
 
 
 def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> None:
@@ -273,29 +270,24 @@ def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> N
     check(halved.encode_items(ITEMS), read(prompts(RED)))
 
 
-def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
-    encoder = Encoder(load(checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"]), profile="lamra"))
-    processor = encoder.model.processor
-    layout = processor.forced(encoder.model.prompt(Item.of(text="red <|im_end|>{text} cube")))
-    turn_end = processor.special["<|im_end|>"]
-    assert layout.ids.tolist().count(turn_end) == 2, "the two of the template, none of the text"
-    tight = load(encoder.model.network.name_or_path, profile=replace(PROFILES["lamra"], name="tight", max_text_tokens=3))
-    cut = tight.processor.forced(tight.prompt(Item.of(text="red green blue cube ball")))
-    whole = processor.forced(encoder.model.prompt(Item.of(text="red green blue cube ball")))
+def test_user_text_never_closes_a_template_and_cuts_spare_template_and_images(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"])
+
+    def laid_out(content: Query | Item, profile: str, **changes: Any) -> Layout:
+        model = load(folder, profile=replace(PROFILES[profile], **changes))
+        return model.processor.forced(model.prompt(content))
+
+    ids = laid_out(Item.of(text="red <|im_end|>{text} cube"), "lamra").ids.tolist()
+    turn_end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(turn_end) == 2, "the two of the template, none of the text"
+    words = Item.of(text="red green blue cube ball")
+    cut, whole = laid_out(words, "lamra", max_text_tokens=3), laid_out(words, "lamra")
     assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
-
-
-def test_a_cut_of_the_whole_prompt_spares_images(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
-    whole = load(folder, profile="gme")
-    tight = load(folder, profile=replace(PROFILES["gme"], name="tight", max_query_tokens=8, max_candidate_tokens=8))
-    full, cut, text = (
-        model.processor.forced(model.prompt(one))
-        for model, one in ((whole, QUERIES[2]), (tight, QUERIES[2]), (tight, Query.of(text=RED)))
-    )
-    pads = np.flatnonzero(full.ids == full.ids[len(cut) - 1])
-    assert len(cut) == pads[-1] + 1 and len(pads) > 200, "up to the picture's last token"
-    assert cut.ids.tolist() == full.ids[: len(cut)].tolist() and cut.cut == len(full) - len(cut)
+    full, tight = laid_out(QUERIES[2], "gme"), laid_out(QUERIES[2], "gme", max_query_tokens=8)
+    pads = np.flatnonzero(full.ids == full.ids[len(tight) - 1])
+    assert len(tight) == pads[-1] + 1 and len(pads) > 200, "up to the image's last token"
+    assert tight.ids.tolist() == full.ids[: len(tight)].tolist() and tight.cut == len(full) - len(tight)
+    text = laid_out(QUERIES[0], "gme", max_query_tokens=8)
     assert len(text) == 8 == text.pooling_index + 1 == text.positions.shape[1]
 
 
@@ -376,8 +368,7 @@ def test_an_adapter_of_another_project_loads_under_a_profile(tmp_path: Path) -> 
     stock = Stock(base, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
     plain = load(base, profile="gme")
     stock.network = adapted.merge_and_unload()
-    prompt = f"{SYSTEM}{IMAGE}{RED}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-    expected = stock.vector(prompt, last, sequential=True)
+    expected = stock.vector(gme("", RED, IMAGE), lambda ids: len(ids) - 1, sequential=True)
     model = load(folder, profile="gme")
     check(Encoder(model).encode_items(ITEMS[2:]), [expected])
     assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected).max() > 1e-2
