@@ -312,8 +312,10 @@ def _compare(
 
 def _check_comparable(encoder: Encoder) -> None:
     settings = encoder.model.settings
-    if settings.read_out != "before_token":
-        raise InputError(f"read-out is {settings.read_out!r}; part b compares checkpoints read before the token only")
+    if settings.pooling_position != "before_token":
+        raise InputError(
+            f"pooling position is {settings.pooling_position!r}; part b compares checkpoints read before the token only"
+        )
     if settings.closing:
         raise InputError(f"closing text is {settings.closing!r}; plain generate feeds none, leave part b out (--parts ac)")
 

@@ -163,4 +163,4 @@ class Plain(Side):
             output_hidden_states=True,
             **pictures,
         )
-        return out.logits, out.hidden_states[-1][torch.arange(len(batch.ids)), batch.readout]
+        return out.logits, out.hidden_states[-1][torch.arange(len(batch.ids)), batch.pooling_index]

@@ -1,4 +1,4 @@
-"""Small random checkpoints of the other backbones, saved by transformers in the form in which Qwen publishes its own."""
+"""Small random checkpoints of the backbones, saved by transformers in the form in which Qwen publishes its own."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ KINDS: Final[dict[str, dict[str, Any]]] = {
         "vision_config": VISION,
     },
 }  # fmt: skip
+# The keys of the published config.json of Qwen2.5-VL-7B-Instruct, text fields flat at the top as there; sizes shrunk.
+FLAT: Final[dict[str, Any]] = {
+    "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 64, "initializer_range": 0.02, "intermediate_size": 96,
+    "max_position_embeddings": 128000, "max_window_layers": 28, "num_attention_heads": 4, "num_hidden_layers": 2,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768, "use_cache": True,
+    "use_sliding_window": False, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}, "vocab_size": 640,
+    "vision_config": {
+        "depth": 3, "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "in_chans": 3,
+        "out_hidden_size": 64, "patch_size": 16, "spatial_merge_size": 2, "spatial_patch_size": 16, "window_size": 128,
+        "fullatt_block_indexes": [2], "tokens_per_second": 2, "temporal_patch_size": 2,
+    },
+}  # fmt: skip
+ALL: Final = {**KINDS, "qwen2_5_vl": FLAT}
 
 
 def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False) -> Path:
@@ -61,7 +74,7 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
         "vision_end_token_id": VISION_END,
     }  # fmt: skip
     named = {field: tokenizer.convert_tokens_to_ids(token) for field, token in ids.items()}
-    config = AutoConfig.for_model(kind, **KINDS[kind], **named, tie_word_embeddings=tied)
+    config = AutoConfig.for_model(kind, **ALL[kind], **named, tie_word_embeddings=tied)
     torch.manual_seed(0)
     network = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():  # as far apart as those of a trained model: every norm, bias and gate says something
@@ -75,6 +88,8 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ).save_pretrained(folder)
+    # What the hub ships in generation_config.json would make embeddings random if anything sampled.
+    (folder / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 5.0}))
     return folder
 
 

@@ -24,7 +24,7 @@ import torch
 from hypothesis import settings
 from PIL import Image
 
-from traceir.batch import ReadOut
+from traceir.batch import PoolingPosition
 from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
@@ -55,14 +55,16 @@ def picture(seed: int, width: int = 48, height: int = 48) -> ImageInput:
     return ImageInput.from_pil(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
 
 
-def random_model(seed: int = 0, *, emb_scale: float = 3.0, read_out: ReadOut = "before_token") -> TraceModel:
+def random_model(seed: int = 0, *, emb_scale: float = 3.0, pooling_position: PoolingPosition = "before_token") -> TraceModel:
     """A random model with untied output rows; `emb_scale` makes `<|emb|>` win at about every third step."""
     draw = np.random.default_rng(seed)
     lines = [" ".join(draw.choice(WORDS, 8)) for _ in range(200)]
     tokenizer = train_tokenizer(lines, 400)
     size = SmallSize(hidden=48, layers=2, heads=4, inner=96, vision_hidden=32, vision_layers=2, vision_heads=2,
                      vision_inner=48, vocabulary=400)  # fmt: skip
-    settings = TraceSettings(prompt_version="brief-1", read_out=read_out, max_reasoning_tokens=12, fingerprint="random")
+    settings = TraceSettings(
+        prompt_version="brief-1", pooling_position=pooling_position, max_reasoning_tokens=12, fingerprint="random"
+    )
     model = small_model(tokenizer, size, settings, seed)
     torch.manual_seed(seed)
     head = model.network.lm_head

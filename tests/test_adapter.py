@@ -20,11 +20,11 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 
-from traceir.adapter import PROJECTOR, WEIGHTS, attach, load_adapter, merge, save_adapter, weights_fingerprint
+from traceir.adapter import PROJECTOR, WEIGHTS, attach, save_adapter, weights_fingerprint
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.items import Item, Query
-from traceir.model import TraceModel, load, save
+from traceir.model import TraceModel, load, merge, save
 from traceir.train.card import push, write_card
 
 pytest.importorskip("peft")
@@ -41,12 +41,9 @@ class Trained(NamedTuple):
 
 def base_model(*, tied: bool) -> TraceModel:
     """A random model whose input and output rows are one matrix, or two."""
-    model = random_model(3)
-    network = model.network
+    model = random_model(3)  # its configuration says tied, its matrices are not
     if tied:
-        network.lm_head.weight = network.model.language_model.embed_tokens.weight
-    for config in (network.config, network.config.text_config):
-        config.tie_word_embeddings = tied
+        model.network.lm_head.weight = model.network.model.language_model.embed_tokens.weight
     return model
 
 
@@ -71,9 +68,13 @@ def vectors(model: TraceModel) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Text, image and image+text, as queries by the direct route and as candidates: one unit vector a row."""
     encoder, shown = Encoder(model), picture(5)
     contents: list[dict[str, Any]] = [{"text": "red cube"}, {"image": shown}, {"text": "make one red", "image": shown}]
-    found = encoder.encode_queries([Query.of(**content) for content in contents], route="direct")
-    found += encoder.encode_items([Item.of(**content) for content in contents])
-    return np.stack([one.vector for one in found])
+    encodings = encoder.encode_queries([Query.of(**content) for content in contents], route="direct")
+    encodings += encoder.encode_items([Item.of(**content) for content in contents])
+    return np.stack([encoding.vector for encoding in encodings])
+
+
+def close(one: TraceModel, other: TraceModel) -> bool:
+    return bool(((vectors(one) * vectors(other)).sum(axis=1) >= 0.999999).all())
 
 
 @functools.cache
@@ -94,114 +95,89 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> Trained:
     return Trained(base, save_adapter(model, adapter, tmp_path / "adapter", str(base)), model, adapter)
 
 
-def test_only_lora_projector_and_emb_rows_change(tmp_path: Path) -> None:
-    for tied in (True, False):
-        model = load(save(base_model(tied=tied), tmp_path / f"tied-{tied}"))
-        before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
-        frozen = dict(model.network.named_parameters())
-        plain = vectors(model)
-        adapter = attach(model, rank=4, alpha=8, dropout=0.1, train_projector=True, seed=1)
-        assert adapter.base_model.model is model.network
-        np.testing.assert_array_equal(vectors(model), plain)  # nothing has been learnt yet, and no dropout is on
-        names = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
-        rest = [name for name in names if ".lora_" not in name and f"{PROJECTOR}.modules_to_save" not in name]
-        assert len(rest) == (1 if tied else 2) and all(name.endswith("trainable_tokens_delta.default") for name in rest)
-        learn(model, adapter)
-        assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
-        after = adapter.merge_and_unload().state_dict()
-        assert set(after) == set(before)
-        changed = {name for name in after if not torch.equal(after[name], before[name])}
-        linears = {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
-        projector = {name for name in before if PROJECTOR in name}
-        rows = {name for name in before if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
-        assert changed == linears | projector | rows
-        for name in rows:
-            different = (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist()
-            assert different == [model.processor.emb_id]
-        head, words = model.network.lm_head.weight, model.network.model.language_model.embed_tokens.weight
-        assert (head is words) == tied
+@pytest.mark.parametrize("tied", [True, False])
+def test_only_lora_projector_and_emb_rows_change(tmp_path: Path, tied: bool) -> None:
+    model = load(save(base_model(tied=tied), tmp_path / "base"))
+    before = {name: tensor.clone() for name, tensor in model.network.state_dict().items()}
+    frozen, plain = dict(model.network.named_parameters()), vectors(model)
+    adapter = attach(model, rank=4, alpha=8, dropout=0.1, train_projector=True, seed=1)
+    np.testing.assert_array_equal(vectors(model), plain)  # nothing has been learnt yet, and no dropout is on
+    names = [name for name, parameter in adapter.named_parameters() if parameter.requires_grad]
+    rest = [name for name in names if ".lora_" not in name and f"{PROJECTOR}.modules_to_save" not in name]
+    assert len(rest) == (1 if tied else 2) and all(name.endswith("trainable_tokens_delta.default") for name in rest)
+    learn(model, adapter)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in frozen.items())
+    after = adapter.merge_and_unload().state_dict()
+    assert set(after) == set(before)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    linears = {name for name in before if "language_model.layers" in name and name.endswith("_proj.weight")}
+    rows = {name for name in before if name.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    assert changed == linears | {name for name in before if PROJECTOR in name} | rows
+    for name in rows:
+        assert (after[name] != before[name]).any(dim=1).nonzero().flatten().tolist() == [model.processor.emb_id]
+    assert (model.network.lm_head.weight is model.network.model.language_model.embed_tokens.weight) == tied
 
 
-def test_projector_stays_frozen_if_told() -> None:
+def test_a_bfloat16_base_trains_float32_adapters_and_the_projector_only_if_asked() -> None:
     model = base_model(tied=True)
+    model.network.bfloat16()
     adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=0)
-    assert not [name for name, parameter in adapter.named_parameters() if parameter.requires_grad and "visual" in name]
-
-
-def test_two_matrices_are_two_rows_whatever_the_configuration_says() -> None:
-    model = random_model(3)  # its configuration says tied, its matrices are not
-    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=0)
-    assert sum("trainable_tokens_delta" in name for name, _ in adapter.named_parameters()) == 2
+    trained = {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+    assert not [name for name in trained if "visual" in name] and {value.dtype for value in trained.values()} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        learn(model, adapter, steps=1)
+    assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters())
+    with pytest.raises(ModelError, match="attached already"):
+        attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=0)
+    with pytest.raises(InputError, match="LoRA of rank 0"):
+        attach(base_model(tied=True), rank=0, alpha=4, dropout=0.0, train_projector=False, seed=0)
 
 
 def test_save_load_and_merge_give_the_same_embeddings(trained: Trained, tmp_path: Path) -> None:
-    base, folder, model, _ = trained
-    assert vectors(load(base)).shape == vectors(model).shape
+    base, folder, model, adapter = trained
     assert ((vectors(load(base)) * vectors(model)).sum(axis=1) < 0.999).all()  # learning has moved each of them
     loaded, merged = load(folder), load(merge(folder, tmp_path / "merged"))
     for other in (loaded, merged):
-        assert ((vectors(other) * vectors(model)).sum(axis=1) >= 0.999999).all()
-        assert not hasattr(other.network, "peft_config")
+        assert close(other, model) and not hasattr(other.network, "peft_config")
     assert loaded.fingerprint == load(shutil.copytree(folder, tmp_path / "elsewhere")).fingerprint != load(base).fingerprint
     assert merged.fingerprint == weights_fingerprint(tmp_path / "merged")
-    encodings = [Encoder(one).encode_queries(make_queries()) for one in (loaded, merged)]
-    assert [one.reasoning for one in encodings[0]] == [one.reasoning for one in encodings[1]]
-
-
-def test_weights_gathered_elsewhere_are_written_as_they_are(trained: Trained, tmp_path: Path) -> None:
-    base, folder, model, adapter = trained
+    texts = [[one.reasoning for one in Encoder(side).encode_queries(make_queries())] for side in (loaded, merged)]
+    assert texts[0] == texts[1]
     whole = {name: value.clone() for name, value in model.network.state_dict().items()}
     again = save_adapter(model, adapter, tmp_path / "again", str(base), state=whole)
     first, second = (load_file(place / WEIGHTS) for place in (folder, again))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_adapter_over_an_adapter(trained: Trained, tmp_path: Path) -> None:
-    folder = trained.folder
-    model = load(folder)
-    learn(model, adapter := attach(model, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=2))
-    second = save_adapter(model, adapter, tmp_path / "second", str(folder))
-    assert ((vectors(load(second)) * vectors(model)).sum(axis=1) >= 0.999999).all()
-
-
-def test_stock_peft_reads_the_folder(trained: Trained) -> None:
+def test_stock_peft_reads_the_folder_and_an_adapter_may_be_a_base(trained: Trained, tmp_path: Path) -> None:
     import peft
 
     base, folder, model, _ = trained
     stock = load(base)
     peft.PeftModel.from_pretrained(stock.network, str(folder))
     stock.network.eval()
-    assert ((vectors(stock) * vectors(model)).sum(axis=1) >= 0.999999).all()
+    assert close(stock, model)
+    further = load(folder)
+    learn(further, adapter := attach(further, rank=2, alpha=4, dropout=0.0, train_projector=False, seed=2))
+    assert close(load(save_adapter(further, adapter, tmp_path / "second", str(folder))), further)
 
 
-def test_bfloat16_base_trains_float32_adapters() -> None:
-    model = base_model(tied=True)
-    model.network.bfloat16()
-    adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
-    assert {parameter.dtype for parameter in adapter.parameters() if parameter.requires_grad} == {torch.float32}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        learn(model, adapter, steps=1)
-    assert all(torch.isfinite(parameter).all() for parameter in adapter.parameters())
-
-
-def test_another_base_is_refused(trained: Trained, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", ["tied"], indirect=True)
+def test_the_base_is_found_beside_the_adapter_and_another_one_is_refused(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, folder = trained.base, trained.folder
-    other = random_model(9)
-    shutil.rmtree(base)
-    with pytest.raises(ModelError, match=r"not at .*base"):
-        load(folder)
-    save(other, base)
-    with pytest.raises(ModelError, match="is an adapter over weights"):
-        load(folder)
-
-
-def test_base_beside_the_adapter(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = trained.folder
     written = json.loads((folder / "traceir.json").read_text())
     written["base"]["source"] = "../base"
     (folder / "traceir.json").write_text(json.dumps(written))
     monkeypatch.chdir("/")
-    assert load_adapter(folder).fingerprint == written["fingerprint"]
+    assert load(folder).fingerprint == written["fingerprint"]
+    shutil.rmtree(base)
+    with pytest.raises(ModelError, match=r"not at .*base"):
+        load(folder)
+    save(random_model(9), base)
+    with pytest.raises(ModelError, match="is an adapter over weights"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
@@ -226,13 +202,12 @@ def test_a_folder_that_is_not_whole_does_not_load(trained: Trained, harm: Callab
 @pytest.mark.parametrize("trained", ["tied"], indirect=True)
 def test_nothing_half_written_and_nothing_overwritten(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, folder, model, _ = trained
-    with pytest.raises(ModelError, match="exists already"):
-        merge(folder, base)
-    with pytest.raises(ModelError, match="nothing to merge"):
-        merge(base, tmp_path / "merged")
+    for source, target, message in ((folder, base, "exists already"), (base, tmp_path / "merged", "nothing to merge")):
+        with pytest.raises(ModelError, match=message):
+            merge(source, target)
     with pytest.raises(ModelError, match="adapter is attached"):
         save(model, tmp_path / "wrong")
-    monkeypatch.setattr("traceir.adapter.save_companions", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(type(model.processor.tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         save_adapter(model, trained.adapter, tmp_path / "cut", str(base))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
@@ -327,24 +302,16 @@ def test_push(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None
         push(checkpoint, "no good name")
 
 
-def test_push_without_network_names_the_remedy(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(TraceError, match="hf auth login"):
-        push(ready[0], "somebody/trace-test", dry_run=False)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "extra.PKL", "optimiser.safetensors", "training_args.bin", "run.sh"])
-def test_push_refuses(ready: tuple[Path, Path], name: str) -> None:
-    (ready[0] / name).write_bytes(b"made up")
-    with pytest.raises(ModelError, match=re.escape(name)):
-        push(ready[0], "somebody/trace-test", dry_run=True)
-
-
-def test_push_refuses_folders_that_are_not_whole(ready: tuple[Path, Path]) -> None:
+def test_push_refuses_what_is_not_whole_or_not_for_others(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, run = ready
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: (_ for _ in ()).throw(OfflineModeIsEnabled("offline")))
+    with pytest.raises(TraceError, match="hf auth login"):
+        push(checkpoint, "somebody/trace-test", dry_run=False)
+    for name in ("pytorch_model.bin", "extra.PKL", "optimiser.safetensors", "training_args.bin", "run.sh"):
+        (checkpoint / name).write_bytes(b"made up")
+        with pytest.raises(ModelError, match=re.escape(name)):
+            push(checkpoint, "somebody/trace-test", dry_run=True)
+        (checkpoint / name).unlink()
     with pytest.raises(ModelError, match="lacks"):
         push(run, "somebody/trace-test")
     weights = checkpoint / "model.safetensors"

@@ -1,15 +1,16 @@
-"""Qwen3-VL and Qwen3.5: what is read, written and learnt, against transformers' own processor, forward and generate."""
+"""Qwen2.5-VL as it is published, Qwen3-VL and Qwen3.5: what is read, written and learnt, against transformers' own code."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from backbones import CELL, KINDS, published
+from backbones import ALL, CELL, KINDS, published
 from conftest import picture
 from safetensors.torch import load_file, save_file
 from test_adapter import learn, vectors
@@ -19,15 +20,16 @@ from test_serve_scheduler import same, scheduling
 from transformers import Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from traceir.adapter import attach, load_adapter, projectors, save_adapter
-from traceir.decoding import Decoder, Wave, _copy_row, merge_waves, trim
+from traceir.adapter import attach, projectors, save_adapter
+from traceir.cli.main import main
+from traceir.decoding import DecodeBatch, Decoder, keep_rows, merge_batches, trim
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.images import ImageInput
 from traceir.items import Query
 from traceir.model import TraceModel, load, save
-from traceir.prompts import IMAGE_PAD, Piece, Special, UserText, render_query
-from traceir.train.gradcache import Objective
+from traceir.prompts import IMAGE_PAD, render_query
+from traceir.train.gradcache import Objective, Reader
 
 
 class WithoutVideo(Qwen3VLProcessor):
@@ -41,9 +43,12 @@ class WithoutVideo(Qwen3VLProcessor):
 SHAPES = ((97, 31), (640, 480), (64, 200), (20, 20))
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
+@pytest.fixture(scope="module", params=sorted(ALL))
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return published(tmp_path_factory.mktemp("hub") / request.param, request.param)
+
+
+others = pytest.mark.parametrize("folder", sorted(KINDS), indirect=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def model(folder: Path) -> TraceModel:
 
 @pytest.fixture(scope="module")
 def asked() -> list[Query]:
-    """Texts of several lengths, pictures of several shapes, both, and two pictures."""
+    """Texts of several lengths, images of several shapes, both, and two images."""
     shown = [picture(number, *SHAPES[number % 4]) for number in range(4)]
     return [
         Query.of(text="red cube"), Query.of(image=shown[0]), Query.of(text="make one red " * 5, image=shown[1]),
@@ -68,58 +73,50 @@ def asked() -> list[Query]:
     ]  # fmt: skip
 
 
-def written_out(piece: Piece) -> str:
-    if isinstance(piece, ImageInput):
-        return IMAGE_PAD
-    return piece.token if isinstance(piece, Special) else piece.text if isinstance(piece, UserText) else str(piece)
-
-
 def test_ids_positions_pixels_and_states_are_those_of_transformers(folder: Path, model: TraceModel, asked: list[Query]) -> None:
     stock = WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(folder), model.processor.tokenizer)
     for query in asked:
-        text = "".join(written_out(piece) for piece in render_query(query, "brief-1").pieces)
-        images = [part.load() for part in query.images]
-        wanted = stock(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
-        batch = model.processor.collate([model.processor.lay_out(render_query(query, "brief-1"))])
+        prompt = render_query(query, "brief-1")
+        text = "".join(IMAGE_PAD if isinstance(piece, ImageInput) else piece.text for piece in prompt.pieces)
+        images = [image.load() for image in query.images] or None
+        wanted = stock(text=[text], images=images, return_tensors="pt", add_special_tokens=False)
+        batch = model.processor.collate([model.processor.lay_out(prompt)])
         assert batch.ids.tolist() == wanted["input_ids"].tolist()
-        pictures = {}
+        shown = {}
         if images:
             assert batch.grids is not None and batch.grids.tolist() == wanted["image_grid_thw"].tolist()
-            assert batch.patches is not None
             torch.testing.assert_close(batch.patches, wanted["pixel_values"], atol=1e-6, rtol=0)
-            pictures = {"pixel_values": wanted["pixel_values"], "image_grid_thw": wanted["image_grid_thw"]}
-            index, _ = model.network.model.get_rope_index(
-                wanted["input_ids"], wanted["mm_token_type_ids"], image_grid_thw=wanted["image_grid_thw"]
-            )
-            assert torch.equal(index, batch.positions)
+            shown = {"pixel_values": wanted["pixel_values"], "image_grid_thw": wanted["image_grid_thw"]}
+            types = {"mm_token_type_ids": wanted["mm_token_type_ids"], "image_grid_thw": wanted["image_grid_thw"]}
+            assert torch.equal(model.network.model.get_rope_index(wanted["input_ids"], **types)[0], batch.positions)
         with torch.no_grad():
-            ours = model.hidden(batch)
             model.network.model.rope_deltas = None
             theirs = model.network.model(
                 input_ids=wanted["input_ids"], attention_mask=torch.ones_like(wanted["input_ids"]),
-                mm_token_type_ids=wanted["mm_token_type_ids"], **pictures,
+                mm_token_type_ids=wanted["mm_token_type_ids"], **shown,
             ).last_hidden_state  # fmt: skip
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+            torch.testing.assert_close(model.hidden(batch), theirs, atol=1e-5, rtol=0)
 
 
+@others
 @pytest.mark.parametrize("route", ["auto", "reason", "direct"])
 def test_a_padded_batch_equals_its_singles_whose_rows_come_and_go(model: TraceModel, asked: list[Query], route: str) -> None:
-    encoder = Encoder(model, batch_rows=2, wave_rows=5)  # prefilled by twos, of other lengths, that then write as one wave
+    encoder = Encoder(model, batch_rows=2, decode_rows=5)  # prefilled by twos, of other lengths, that then write together
     together = encoder.encode_queries(asked, route=route)
-    for query, one in zip(asked, together, strict=True):
+    for query, encoding in zip(asked, together, strict=True):
         (alone,) = encoder.encode_queries([query], route=route)
-        assert same(one, alone)
-        np.testing.assert_allclose(one.vector, alone.vector, atol=2e-5)
+        assert same(encoding, alone)
+        np.testing.assert_allclose(encoding.vector, alone.vector, atol=2e-5)
 
 
 def test_what_is_written_is_what_generate_writes_and_one_forward_reads(model: TraceModel, asked: list[Query]) -> None:
     processor, ended = model.processor, set()
-    for query, one in zip(asked, Encoder(model).encode_queries(asked, route="reason"), strict=True):
+    for query, encoding in zip(asked, Encoder(model).encode_queries(asked, route="reason"), strict=True):
         vector, written = generate_one(model, query, 8)
         if written[0] == processor.emb_id:
             continue  # would have bypassed
-        kept = written[: one.tokens]
-        assert one.reasoning == processor.decode(kept) and one.truncated == (processor.emb_id not in written)
+        kept = written[: encoding.tokens]
+        assert encoding.reasoning == processor.decode(kept) and encoding.truncated == (processor.emb_id not in written)
         layout = processor.lay_out(render_query(query, "brief-1"))
         start = int(layout.positions.max()) + 1
         places = np.broadcast_to(np.arange(start, start + len(kept)), (3, len(kept)))
@@ -127,53 +124,54 @@ def test_what_is_written_is_what_generate_writes_and_one_forward_reads(model: Tr
         whole = replace(layout, ids=ids, positions=positions, targets=np.full(len(ids), -100))
         with torch.no_grad():
             state = model.hidden(processor.collate([whole]))[0, -1]
-        read = torch.nn.functional.normalize(state, dim=-1).numpy()
-        np.testing.assert_allclose(one.vector, read, atol=2e-5)
-        if not one.truncated:
-            np.testing.assert_allclose(one.vector, vector, atol=2e-5)
-        ended.add(one.ended)
-    assert ended == {None, "budget"}, "the fixture must have both"
+        np.testing.assert_allclose(encoding.vector, torch.nn.functional.normalize(state, dim=-1).numpy(), atol=2e-5)
+        if not encoding.truncated:
+            np.testing.assert_allclose(encoding.vector, vector, atol=2e-5)
+        ended.add(encoding.ended)
+    assert "budget" in ended
 
 
-def _wave(decoder: Decoder, query: Query, number: int) -> Wave:
+def _writing(decoder: Decoder, query: Query, number: int) -> DecodeBatch:
     layout = decoder.model.processor.lay_out(decoder.model.prompt(query))
-    _, wave = decoder.prefill([number], [layout], "reason")
-    assert wave is not None
-    return wave
+    _, batch = decoder.prefill([number], [layout], "reason")
+    assert batch is not None
+    return batch
 
 
-def test_rows_join_a_wave_that_writes_and_columns_nobody_reads_are_cut(
+@others
+def test_rows_join_and_leave_a_batch_that_writes_and_columns_nobody_reads_are_cut(
     model: TraceModel, asked: list[Query], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("traceir.decoding.TRIM", 1)
     decoder = Decoder(model, 8, None)
     wanted = Encoder(model).encode_queries(asked, route="reason")
-    wave, done = _wave(decoder, asked[3], 3), []
-    for number in (0, 4, 1):
-        done += decoder.step(wave) if wave.rows else []
-        wave = merge_waves([one for one in (wave, _wave(decoder, asked[number], number)) if one.rows])
-        trim(wave)
-        assert wave.mask_BT.any(dim=0)[0], "a column that no row reads is cut off"
-    while wave.rows:
-        done += decoder.step(wave)
-        trim(wave)
+    batch, done = _writing(decoder, asked[3], 3), []
+    for number in (0, 4, 1, 2):
+        done += decoder.step(batch) if batch.rows else []
+        batch = merge_batches([part for part in (batch, _writing(decoder, asked[number], number)) if part.rows])
+        trim(batch)
+        assert batch.mask_BT.any(dim=0)[0], "a column that no row reads is cut off"
+    keep_rows(batch, [place for place, row in enumerate(batch.rows) if row.number != 2])
+    while batch.rows:
+        done += decoder.step(batch)
+        trim(batch)
     assert sorted(number for number, _ in done) == [0, 1, 3, 4]
-    for number, one in done:
-        assert same(one, wanted[number])
+    assert all(same(encoding, wanted[number]) for number, encoding in done)
 
 
-def test_a_copied_row_goes_on_alone_and_leaves_the_wave_as_it_was(model: TraceModel, asked: list[Query]) -> None:
-    decoder = Decoder(model, 8, None)
-    wave = merge_waves([_wave(decoder, asked[number], number) for number in (2, 5)])
-    mask = torch.nn.functional.pad(wave.mask_BT, (0, 1), value=1)
-    place = torch.tensor([row.place for row in wave.rows])
-    copied = _copy_row(wave.cache, 1)
-    with torch.inference_mode():
-        alone = model.step(wave.next_B[1:], place[1:], mask[1:], copied)
-        both = model.step(wave.next_B, place, mask, wave.cache)
-    np.testing.assert_allclose(alone[0].numpy(), both[1].numpy(), atol=2e-5)
+@others
+def test_the_closing_text_is_read_by_the_row_that_stops_short_and_by_no_other(model: TraceModel, asked: list[Query]) -> None:
+    closing = TraceModel(model.network, model.processor, replace(model.settings, closing="red cube"))
+    together = Encoder(closing, max_reasoning_tokens=3).encode_queries(asked, route="reason")
+    plain = Encoder(model, max_reasoning_tokens=3).encode_queries(asked, route="reason")
+    assert any(encoding.truncated for encoding in plain)
+    for query, encoding, before in zip(asked, together, plain, strict=True):
+        assert same(encoding, Encoder(closing, max_reasoning_tokens=3).encode_queries([query], route="reason")[0])
+        assert encoding.reasoning == before.reasoning
+        assert encoding.truncated == (float(encoding.vector @ before.vector) < 0.9999)
 
 
+@others
 def test_the_server_gives_what_the_encoder_gives(model: TraceModel, asked: list[Query]) -> None:
     wanted = Encoder(model).encode_queries(asked, route="reason")
 
@@ -190,6 +188,7 @@ def test_the_server_gives_what_the_encoder_gives(model: TraceModel, asked: list[
     asyncio.run(asyncio.wait_for(work(), 60))
 
 
+@others
 def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: Path) -> None:
     double = load(folder, prompt_version="brief-1")
     double.network.double()
@@ -204,40 +203,37 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
     assert furthest(found, plain) < (1e-9 if double.network.config.model_type == "qwen3_vl" else 1e-3)
 
 
+@others
 def test_every_part_that_trains_takes_part_in_a_chunk_without_images(folder: Path) -> None:
     model = load(folder, prompt_version="brief-1")
-    from traceir.train.gradcache import Reader
-
-    reader = Reader(model, 0.1)
-    rows = [replace(one, query=Query.of(text="red cube")) for one in examples(2)]
+    rows = [replace(example, query=Query.of(text="red cube")) for example in examples(2)]
     chunk = turns(model, 10**6, batch=2).turn(0, "made up", rows).queries[0]
-    state, _, total = reader(chunk, True, True)
+    state, _, total = Reader(model, 0.1)(chunk, True, True)
     (state.sum() + total).backward()
     for projector in projectors(model.network).values():
         assert all(parameter.grad is not None for parameter in projector.parameters())
 
 
+@others
 def test_an_adapter_reaches_every_linear_layer_and_every_projector(folder: Path, tmp_path: Path) -> None:
     model = load(folder, prompt_version="brief-1")
     before = {name: value.clone() for name, value in model.network.state_dict().items()}
     adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
     learn(model, adapter)
-    saved = save_adapter(model, adapter, tmp_path / "adapter", str(folder))
-    again = load_adapter(saved)
+    again = load(save_adapter(model, adapter, tmp_path / "adapter", str(folder)))
     np.testing.assert_allclose(vectors(again), vectors(model), atol=2e-5)
     after = again.network.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    linears = {
-        name for name, module in again.network.model.language_model.named_modules()
-        if isinstance(module, torch.nn.Linear) and not name.endswith(("in_proj_a", "in_proj_b"))
-    }  # fmt: skip
-    assert changed >= {f"model.language_model.{name}.weight" for name in linears}
+    modules = again.network.model.language_model.named_modules()
+    linears = {f"model.language_model.{name}.weight" for name, module in modules if isinstance(module, torch.nn.Linear)}
+    gates = {name for name in linears if "in_proj_a" in name or "in_proj_b" in name}
+    assert changed >= linears - gates and not [name for name in changed if "in_proj_a" in name or "A_log" in name]
     assert {name for name in changed if "visual" in name} == {
         f"model.{name}.{part}" for name, module in projectors(again.network).items() for part, _ in module.named_parameters()
     }
-    assert not [name for name in changed if "in_proj_a" in name or "A_log" in name]
 
 
+@others
 def test_a_base_in_bfloat16_trains_adapters_in_float32_without_autocast_too(folder: Path) -> None:
     model = load(folder, dtype=torch.bfloat16)
     adapter = attach(model, rank=2, alpha=4, dropout=0.0, train_projector=True, seed=0)
@@ -248,8 +244,8 @@ def test_a_base_in_bfloat16_trains_adapters_in_float32_without_autocast_too(fold
 
 def test_it_is_saved_and_read_again(model: TraceModel, asked: list[Query], tmp_path: Path) -> None:
     again = load(save(model, tmp_path / "saved"))
-    assert again.processor.image == model.processor.image and again.processor.image.patch * again.processor.image.merge == CELL
-    first, second = (Encoder(one).encode_queries(asked, route="reason") for one in (model, again))
+    assert again.processor.image == model.processor.image and again.processor.image.cell == CELL
+    first, second = (Encoder(side).encode_queries(asked, route="reason") for side in (model, again))
     assert all(same(one, other) for one, other in zip(first, second, strict=True))
 
 
@@ -272,3 +268,18 @@ def test_weights_that_are_missing_are_never_drawn_at_random(tmp_path: Path) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"):
         load(folder)
+
+
+def test_a_published_checkpoint_indexes_and_searches_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, gallery = published(tmp_path / "hub", "qwen2_5_vl"), tmp_path / "gallery"
+    gallery.mkdir()
+    for number in range(4):
+        picture(number, 80, 60).load().save(gallery / f"{number}.png")
+    model = ["--index", str(tmp_path / "index"), "--model", str(folder)]
+    assert main(["index", "add", str(gallery), *model]) == 0
+    capsys.readouterr()
+    assert main(["search", *model, "--image", str(gallery / "2.png"), "-k", "2", "--route", "direct", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["hits"]) == 2 and found["route"] == "direct"

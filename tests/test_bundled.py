@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
@@ -19,10 +18,26 @@ from traceir.evaluation.evaluate import evaluate, rehearse
 from traceir.evaluation.judged import Judged, read_judged
 from traceir.evaluation.unseen.catalogue import COLUMNS
 from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.items import Item, Query
 from traceir.lab.examples import choose, write_examples
 from traceir.lab.faithful import probe
 
 LIMIT = 12
+
+
+def test_it_is_small_and_ordinary_and_finds_sentences_of_its_world(encoder: Encoder) -> None:
+    files = list(bundled_model().iterdir())
+    assert sum(file.stat().st_size for file in files) < 32 * 2**20
+    assert not [file for file in files if file.suffix in {".bin", ".pt", ".pkl"}]
+    assert (encoder.fingerprint, encoder.prompt_version, encoder.width) == ("a56f2afe30f8bb05", "brief-1", 128)
+    sentence = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
+    others = [sentence.replace("white", "green"), sentence.replace("blue ring", "red cube"), sentence.replace("ring", "mug")]
+    items = np.stack([one.vector for one in encoder.encode_items([Item.of(text=text) for text in (sentence, *others)])])
+    (query,) = encoder.encode_queries([Query.of(text=sentence, target="text")])
+    assert query.route == "direct" and query.emb_probability == pytest.approx(0.73663, abs=1e-4)
+    assert int((items @ query.vector).argmax()) == 0
+    (reasoned,) = encoder.encode_queries([Query.of(text=sentence, target="text")], route="reason")
+    assert reasoned.route == "reason" and reasoned.tokens > 0 and reasoned.reasoning
 
 
 @pytest.fixture(scope="module")
@@ -32,41 +47,20 @@ def judged(encoder: Encoder, folder: Path, tmp_path_factory: pytest.TempPathFact
     yield read_judged(out / "queries-auto.jsonl")
 
 
-def test_it_finds_in_every_row(judged: list[Judged]) -> None:
+@pytest.mark.slow
+def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(judged: list[Judged]) -> None:
     rows = {row: [one.rank <= 10 for one in judged if one.row == row] for row in mbeir.EVAL_ROWS}
     assert all(len(hits) == LIMIT for hits in rows.values())
-    means = {row: float(np.mean(hits)) for row, hits in rows.items()}
-    assert np.mean(list(means.values())) > 0.85, means
-    assert min(means.values()) > 0.5, means
-
-
-def test_it_thinks_when_a_query_needs_it(judged: list[Judged]) -> None:
+    means = [float(np.mean(hits)) for hits in rows.values()]
+    assert np.mean(means) > 0.85 and min(means) > 0.5, means
     simple = [one.route == "reason" for one in judged if one.steps is not None and one.steps < 2]
     complex_ = [one.route == "reason" for one in judged if one.steps is not None and one.steps >= 2]
-    assert len(simple) > 100 and len(complex_) > 30
-    assert np.mean(simple) <= 0.05 and np.mean(complex_) >= 0.9
-
-
-def test_some_reasoning_is_exactly_right_and_never_cut(judged: list[Judged]) -> None:
+    assert len(simple) > 100 and len(complex_) > 30 and np.mean(simple) <= 0.05 and np.mean(complex_) >= 0.9
     reasoned = [one for one in judged if one.route == "reason"]
-    assert np.mean([bool(one.exact) for one in reasoned]) > 0.3
-    assert np.mean([one.truncated for one in reasoned]) < 0.05
+    assert np.mean([bool(one.exact) for one in reasoned]) > 0.3 and np.mean([one.truncated for one in reasoned]) < 0.05
 
 
-def test_a_mixed_batch_equals_its_singles(encoder: Encoder, folder: Path) -> None:
-    instructions = mbeir.read_instructions(folder)
-    queries = []
-    for task in mbeir.find_tasks(folder, "test"):
-        prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
-        queries += [mbeir.to_query(record, prompt, folder) for record in list(mbeir.read_queries(task.query_path))[:4]]
-    together = encoder.encode_queries(queries)
-    assert {one.route for one in together} == {"direct", "reason"}
-    for query, one in zip(queries, together, strict=True):
-        alone = encoder.encode_queries([query])[0]
-        assert alone.reasoning == one.reasoning
-        assert float(alone.vector @ one.vector) >= 0.9999
-
-
+@pytest.mark.slow
 def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
     found = {one.kind: one for one in probe(encoder, folder, tmp_path, rows=["infoseek_task6"], limit=10, progress=False)}
     assert found["own"].cosine > 0.9999, "its own reasoning, read again, gives its own vector"
@@ -77,52 +71,46 @@ def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder:
         probe(encoder, folder, tmp_path, rows=["nights_task4"], progress=False)
 
 
+@pytest.mark.slow
 def test_a_page_of_hits_and_misses_shows_them(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
     evaluate(encoder, folder, tmp_path / "scores", rows=["mscoco", "infoseek_task6"], limit=8, progress=False)
     page = write_examples(tmp_path / "scores", folder, tmp_path / "page").read_text()
-    judged = read_judged(tmp_path / "scores" / "queries-auto.jsonl")
-    shown = [
-        one
-        for row in ("mscoco_task0", "mscoco_task3", "infoseek_task6")
-        for one in choose([j for j in judged if j.row == row], 5)
-    ]
-    assert len(shown) >= 4 and all(f"query {one.qid}<" in page for one in shown)
+    rows: dict[str, list[Judged]] = {}
+    for one in read_judged(tmp_path / "scores" / "queries-auto.jsonl"):
+        rows.setdefault(one.row, []).append(one)
+    shown = [one for judged in rows.values() for one in choose(judged, 5)]
+    assert len(rows) == 3 and len(shown) >= 4 and all(f"query {one.qid}<" in page for one in shown)
     assert page.count("<section>") == len(shown) and page.count('class="mark"') >= sum(one.rank == 1 for one in shown)
+    shutil.rmtree(tmp_path / "scores" / "runs")
     with pytest.raises(DataError, match=r"runs/.*-auto\.txt"):
-        shutil.rmtree(tmp_path / "scores" / "runs")
         write_examples(tmp_path / "scores", folder, tmp_path / "page")
 
 
+@pytest.mark.slow
 def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_folder: Path, tmp_path: Path) -> None:
-    root = unseen_folder
-    results = evaluate_unseen(encoder, root, tmp_path / "out", routes=["auto", "direct"], progress=False)
+    root, out = unseen_folder, tmp_path / "out"
+    results = evaluate_unseen(encoder, root, out, routes=["auto", "direct"], progress=False)
     assert list(results["routes"]["auto"]) == list(COLUMNS) == list(results["routes"]["direct"])
     assert all(0.0 <= one["value"] <= 1.0 and one["queries"] > 0 for one in results["routes"]["auto"].values())
     assert results["data"] and all(one["reasoned"] == 0.0 for one in results["routes"]["direct"].values())
-    text = table(results)
-    assert all(f"| {name} |" in text for name in COLUMNS) and "published" in text
-    again = evaluate_unseen(encoder, root, tmp_path / "out", routes=["auto"], columns=["circo"], progress=False)
-    assert again["routes"] == results["routes"], "columns scored before are kept"
-    with pytest.raises(InputError, match="holds results of another missing"):
-        evaluate_unseen(encoder, root, tmp_path / "out", missing="skip", progress=False)
-    with pytest.raises(InputError, match="is for dry runs"):
-        evaluate_unseen(encoder, root, tmp_path / "kept", missing="keep", progress=False)
-    with pytest.raises(InputError, match="no zero-shot set"):
-        evaluate_unseen(encoder, tmp_path, tmp_path / "other", progress=False)
-    dry = rehearse_unseen(root)
+    text, dry = table(results), rehearse_unseen(root)
+    assert "published" in text and all(f"| {name} |" in text for name in COLUMNS)
     assert all(f"| {name} | {results['routes']['auto'][name]['queries']} |" in dry for name in COLUMNS)
-    file = submit_circo(encoder, root, tmp_path / "submission.json", cache=tmp_path / "out" / "embeddings", progress=False)
+    again = evaluate_unseen(encoder, root, out, routes=["auto"], columns=["circo"], progress=False)
+    assert again["routes"] == results["routes"], "columns scored before are kept"
+    for place, target, missing, message in (
+        (root, out, "skip", "holds results of another missing"),
+        (root, tmp_path / "kept", "keep", "is for dry runs"),
+        (tmp_path, tmp_path / "other", "stop", "no zero-shot set"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate_unseen(encoder, place, target, missing=missing, progress=False)
+    file = submit_circo(encoder, root, tmp_path / "submission.json", cache=out / "embeddings", progress=False)
     assert {len(ids) for ids in json.loads(file.read_text()).values()} == {50}
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
     text = rehearse(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
     assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
     assert "Encoding all of it takes about" in text
-
-
-def test_the_checkpoint_is_small_and_ordinary() -> None:
-    files = list(bundled_model().iterdir())
-    assert sum(file.stat().st_size for file in files) < 32 * 2**20
-    assert not [file for file in files if file.suffix in {".bin", ".pt", ".pkl"}]
-    assert torch.is_tensor(Encoder.from_pretrained(bundled_model()).model.network.lm_head.weight)

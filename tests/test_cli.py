@@ -445,7 +445,7 @@ def test_an_explanation_shows_what_is_supervised_and_read(
     assert [token.target is not None for token in found.tokens] == (layout.targets != IGNORE).tolist()
     taught = [token.target for token in found.tokens if token.target is not None]
     assert taught[-1] == EMB and "".join(taught[:-1]).split() == ["red", "cube"]
-    assert [token.place for token in found.tokens if token.readout] == [found.readout] == [len(found.tokens) - 1]
+    assert [token.place for token in found.tokens if token.pooled] == [found.pooling_index] == [len(found.tokens) - 1]
     (encoding,) = Encoder(loaded).encode_queries([query])
     assert found.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and found.route == encoding.route
     assert found.cut == 0 and "-> '<|emb|>'" in describe(found) and "<|image_pad|> x 9" in describe(found)

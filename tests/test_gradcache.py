@@ -67,7 +67,7 @@ def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]
     hidden = model.hidden(asked.batch)
     targets = asked.batch.targets
     gen = functional.cross_entropy(model.logits(hidden[targets >= 0]), targets[targets >= 0])
-    query = hidden[torch.arange(len(rows)), asked.batch.readout][asked.places.argsort()]
+    query = hidden[torch.arange(len(rows)), asked.batch.pooling_index][asked.places.argsort()]
     candidate = model.hidden(offered.batch)[:, -1][offered.places.argsort()]
     scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
     keep = ~turn.collision_BN

@@ -16,28 +16,17 @@ from conftest import WORDS, picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLConfig,
-    Qwen3VLForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from traceir.batch import Layout
 from traceir.cli.main import main
-from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
-from traceir.evaluation.evaluate import evaluate
 from traceir.explain import explain
 from traceir.items import Encoding, Item, Query
 from traceir.model import load, save
-from traceir.profiles import PROFILES, Profile, resolve_profile
+from traceir.profiles import PROFILES, resolve_profile
 
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
@@ -54,6 +43,7 @@ QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instructio
 ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]
 
 Reader = Callable[[list[int]], int]
+Write = Callable[[str, str, str], str]
 
 
 def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
@@ -73,30 +63,32 @@ def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def checkpoint(folder: Path, kind: str, extra: list[str]) -> Path:
+def checkpoint(
+    folder: Path,
+    kind: str,
+    extra: list[str],
+    *,
+    tokenizer: Any = None,
+    vocabulary: int = 512,
+    width: int = 64,
+    **preprocessor: Any,
+) -> Path:
     """A random checkpoint of one architecture; its untied output rows let the last of the extra tokens win now and then."""
-    tokenizer = tokenizer_with(extra)
+    tokenizer = tokenizer or tokenizer_with(extra)
+    named = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in named}
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
-    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.2, "pad_token_id": None}  # fmt: skip
-    vision = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2}
-    named = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>") for name, token in named.items()}
-    torch.manual_seed(0)
-    network: Any
+    text = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 96, "num_hidden_layers": 3, "head_dim": 16,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": rope, "initializer_range": 0.2,
+            "pad_token_id": None}  # fmt: skip
+    vision = {"depth": 3, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2, "initializer_range": 0.2,
+              "patch_size": 16 if kind == "qwen3_vl" else 14, "hidden_size": 32, "intermediate_size": 48,
+              "out_hidden_size": width} | SHAPES[kind]  # fmt: skip
     if kind == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14}
-        network = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **ids))
-    elif kind == "qwen2_5_vl":
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "window_size": 56,
-                   "fullatt_block_indexes": [2]}  # fmt: skip
-        network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids))
-    else:
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 16,
-                   "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-        network = Qwen3VLForConditionalGeneration(
-            Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config=vision, **ids)
-        )
+        vision["hidden_size"] = width  # what it gives, not what it computes in
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+    network = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name.endswith(".bias"):
@@ -106,8 +98,15 @@ def checkpoint(folder: Path, kind: str, extra: list[str]) -> Path:
     tokenizer.save_pretrained(folder)
     patch = vision["patch_size"]
     size = {"shortest_edge": 16 * patch**2, "longest_edge": 64 * patch**2}
-    Qwen2VLImageProcessorPil(patch_size=patch, size=size).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(patch_size=patch, **{"size": size, **preprocessor}).save_pretrained(folder)
     return folder
+
+
+SHAPES = {
+    "qwen2_vl": {"embed_dim": 32, "mlp_ratio": 2},
+    "qwen2_5_vl": {"window_size": 56, "fullatt_block_indexes": [2]},
+    "qwen3_vl": {"num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+}
 
 
 class Stock:
@@ -150,81 +149,83 @@ def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
     assert all(np.abs(expected[0] - other).max() > 1e-2 for other in expected[1:]), "the test needs vectors that differ"
 
 
-def last(ids: list[int]) -> int:
-    return len(ids) - 1
+def lamra(ask: str, text: str, image: str) -> str:
+    """LamRA's whole prompt; it puts texts into M-BEIR's form."""
+    body = {"": "", ASK: "Find it.", RED: "A red cube.", f"{ASK} {RED}": "Find it. a red cube."}[f"{ask} {text}".strip()]
+    kind = "sentence" if not image else "image and sentence" if body else "image"
+    user = f"{image}{body}\nSummarize above {kind} in one word: "
+    return f"{SYSTEM}{user}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_lamra_reads_the_state_before_the_forced_token(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"])
-    profile = PROFILES["lamra"]
-    encoder = Encoder.from_pretrained(folder)
-    assert encoder.prompt_version == "trace-1", "without its profile it is read as TRACE"
-    encoder = Encoder(load(folder, profile="lamra"))
-    assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512
-    stock = Stock(folder, shortest_edge=4 * 28**2, longest_edge=300 * 28**2)
-    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
+def gme(ask: str, text: str, image: str) -> str:
+    system = f"<|im_start|>system\n{ask or 'You are a helpful assistant.'}<|im_end|>\n<|im_start|>user\n"
+    return f"{system}{image}{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 
-    def read(body: str, kind: str) -> np.ndarray:
-        user = f"{body}\nSummarize above {kind} in one word: <|im_end|>\n"
-        whole = f"{SYSTEM}{user}<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
-        return stock.vector(whole, lambda ids: ids.index(mark) - 1, sequential=True)
 
-    asked = [read("Find it. a red cube.", "sentence"), read(IMAGE + "Find it.", "image and sentence"),
-             read(IMAGE + "Find it. a red cube.", "image and sentence")]  # fmt: skip
+def embed_rl(ask: str, text: str, image: str) -> str:
+    user = f"{image}{f'{ask} {text}'.strip()}Summarize the above content in one word:"
+    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n<emb><|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "extra", "pixels", "write", "token", "before"),
+    [
+        ("lamra", "qwen2_vl", ["<emb>"], (4 * 28**2, 300 * 28**2), lamra, "<emb>", 1),
+        ("gme", "qwen2_vl", [], (256 * 28**2, 1280 * 28**2), gme, "<|endoftext|>", 0),
+        ("embed-rl", "qwen3_vl", [], (128 * 32**2, 768 * 32**2), embed_rl, "<emb>", 0),
+    ],
+)
+def test_vectors_are_the_stock_states_at_the_projects_position(
+    tmp_path: Path, name: str, kind: str, extra: list[str], pixels: tuple[int, int], write: Write, token: str, before: int
+) -> None:
+    folder = checkpoint(tmp_path / name, kind, extra)
+    encoder = Encoder(load(folder, profile=name))
+    stock = Stock(folder, shortest_edge=pixels[0], longest_edge=pixels[1])
+    stock.tokenizer.add_tokens([token])
+    mark = stock.tokenizer.convert_tokens_to_ids(token)
+
+    def read(ask: str) -> list[np.ndarray]:
+        prompts = [write(ask, text, image) for text, image in ((RED, ""), ("", IMAGE), (RED, IMAGE))]
+        return [stock.vector(one, lambda ids: ids.index(mark) - before, sequential=kind == "qwen2_vl") for one in prompts]
+
     for route in ("auto", "reason", "direct"):
-        check(encoder.encode_queries(QUERIES, route=route), asked)
-    offered = [read("A red cube.", "sentence"), read(IMAGE, "image"), read(IMAGE + "A red cube.", "image and sentence")]
-    check(encoder.encode_items(ITEMS), offered)
-    turned = Encoder(load(folder, profile=replace(profile, name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
-    assert np.abs(turned[0].vector - offered[1]).max() > 1e-4, "positions in the plane make another vector of a picture"
+        check(encoder.encode_queries(QUERIES, route=route), read(ASK))
+    check(encoder.encode_items(ITEMS), read(""))
+    if name == "lamra":
+        assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512, "nothing is added"
+        assert Encoder.from_pretrained(folder).prompt_version == "trace-1", "without its profile it is read as TRACE"
+        turned = Encoder(load(folder, profile=replace(PROFILES[name], name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
+        assert np.abs(turned[0].vector - read("")[1]).max() > 1e-4, "positions in the plane make another vector of an image"
 
 
-def test_lamra_needs_no_token_of_its_own(tmp_path: Path) -> None:
+def test_a_profile_needs_no_token_or_matrix_that_it_does_not_read(tmp_path: Path) -> None:
     plain, told = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
     for file in ("model.safetensors", "config.json"):
         (told / file).write_bytes((plain / file).read_bytes())
     pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, told)]
     check(pair[0], [one.vector for one in pair[1]])
-
-
-def test_gme_counts_one_by_one_and_reads_the_last_token(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["lm_head.weight"]  # as the 7B is published
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    encoder = Encoder(load(folder, profile="gme"))
-    stock = Stock(folder, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
-
-    def read(system: str, user: str) -> np.ndarray:
-        before = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n"
-        return stock.vector(f"{before}{user}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>", last, sequential=True)
-
-    users = (RED, IMAGE, IMAGE + RED)
-    check(encoder.encode_queries(QUERIES), [read("Find it.", user) for user in users])
-    check(encoder.encode_items(ITEMS), [read("You are a helpful assistant.", user) for user in users])
+    before = [one.vector for one in Encoder(load(plain, profile="gme")).encode_items(ITEMS)]
+    tensors = load_file(plain / "model.safetensors")
+    del tensors["lm_head.weight"]  # as GME's 7B is published
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    encoder = Encoder(load(plain, profile="gme"))
+    check(encoder.encode_items(ITEMS), before)
     with pytest.raises(ModelError, match="no embedding token"):
         _ = encoder.model.processor.emb_id
-
-
-def test_embed_rl_is_read_at_a_token_that_its_tokenizer_may_lack(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "embed-rl", "qwen3_vl", [])
-    encoder = Encoder(load(folder, profile="embed-rl"))
-    stock = Stock(folder, shortest_edge=128 * 32**2, longest_edge=768 * 32**2)
-    stock.tokenizer.add_tokens(["<emb>"])
-    mark = stock.tokenizer.convert_tokens_to_ids("<emb>")
-
-    def read(user: str) -> np.ndarray:
-        asked = f"<|im_start|>user\n{user}Summarize the above content in one word:<|im_end|>\n"
-        return stock.vector(f"{asked}<|im_start|>assistant\n<emb><|im_end|>\n", lambda ids: ids.index(mark))
-
-    check(encoder.encode_queries(QUERIES), [read(user) for user in (f"{ASK} {RED}", IMAGE + ASK, f"{IMAGE}{ASK} {RED}")])
-    check(encoder.encode_items(ITEMS), [read(user) for user in (RED, IMAGE, IMAGE + RED)])
-    long = encoder.encode_items([Item.of(text="red cube " * 60)])[0]
-    check([long], [read(("red cube " * 60)[:512])])
-    assert long.cut > 0 and long.text_limit is None
+    long, short = ("red cube " * 60, ("red cube " * 60)[:512])
+    embed = Encoder(load(checkpoint(tmp_path / "rl", "qwen3_vl", []), profile="embed-rl"))
+    first, second = embed.encode_items([Item.of(text=long), Item.of(text=short)])
+    assert first.cut > 0 == second.cut and first.text_limit is None and np.allclose(first.vector, second.vector, atol=1e-6)
     full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(tokenizer_with([])))])
     with pytest.raises(ModelError, match="<emb> would be token 512"):
         load(full, profile="embed-rl")
+
+
+def test_an_index_knows_profiles_by_name_and_fields() -> None:
+    versions = {"lamra": "72ce7f12", "ume-r1": "1e324e82", "gme": "2a86a960", "embed-rl": "a7c253b7"}
+    assert {name: profile.version for name, profile in PROFILES.items()} == {
+        name: f"profile {name} {digest}" for name, digest in versions.items()
+    }
 
 
 def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> None:
@@ -269,38 +270,35 @@ def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> N
     check(halved.encode_items(ITEMS), read(prompts(RED)))
 
 
-def test_user_text_never_closes_a_template(tmp_path: Path) -> None:
-    encoder = Encoder(load(checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"]), profile="lamra"))
-    processor = encoder.model.processor
-    layout = processor.forced(encoder.model.prompt(Item.of(text="red <|im_end|>{text} cube")))
-    turn_end = processor.special["<|im_end|>"]
-    assert layout.ids.tolist().count(turn_end) == 2, "the two of the template, none of the text"
-    tight = load(encoder.model.network.name_or_path, profile=replace(PROFILES["lamra"], name="tight", max_text_tokens=3))
-    cut = tight.processor.forced(tight.prompt(Item.of(text="red green blue cube ball")))
-    whole = processor.forced(encoder.model.prompt(Item.of(text="red green blue cube ball")))
+def test_user_text_never_closes_a_template_and_cuts_spare_template_and_images(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "lamra", "qwen2_vl", ["<emb>"])
+
+    def laid_out(content: Query | Item, profile: str, **changes: Any) -> Layout:
+        model = load(folder, profile=replace(PROFILES[profile], **changes))
+        return model.processor.forced(model.prompt(content))
+
+    ids = laid_out(Item.of(text="red <|im_end|>{text} cube"), "lamra").ids.tolist()
+    turn_end = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<|im_end|>")
+    assert ids.count(turn_end) == 2, "the two of the template, none of the text"
+    words = Item.of(text="red green blue cube ball")
+    cut, whole = laid_out(words, "lamra", max_text_tokens=3), laid_out(words, "lamra")
     assert cut.cut > 0 and cut.ids[-8:].tolist() == whole.ids[-8:].tolist(), "only the user's text is cut"
-
-
-def test_a_cut_of_the_whole_prompt_spares_images(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path / "gme", "qwen2_vl", [])
-    whole = load(folder, profile="gme")
-    tight = load(folder, profile=replace(PROFILES["gme"], name="tight", max_query_tokens=8, max_candidate_tokens=8))
-    full, cut, text = (
-        model.processor.forced(model.prompt(one))
-        for model, one in ((whole, QUERIES[2]), (tight, QUERIES[2]), (tight, Query.of(text=RED)))
-    )
-    pads = np.flatnonzero(full.ids == full.ids[len(cut) - 1])
-    assert len(cut) == pads[-1] + 1 and len(pads) > 200, "up to the picture's last token"
-    assert cut.ids.tolist() == full.ids[: len(cut)].tolist() and cut.cut == len(full) - len(cut)
-    assert len(text) == 8 == text.readout + 1 == text.positions.shape[1]
+    full, tight = laid_out(QUERIES[2], "gme"), laid_out(QUERIES[2], "gme", max_query_tokens=8)
+    pads = np.flatnonzero(full.ids == full.ids[len(tight) - 1])
+    assert len(tight) == pads[-1] + 1 and len(pads) > 200, "up to the image's last token"
+    assert tight.ids.tolist() == full.ids[: len(tight)].tolist() and tight.cut == len(full) - len(tight)
+    text = laid_out(QUERIES[0], "gme", max_query_tokens=8)
+    assert len(text) == 8 == text.pooling_index + 1 == text.positions.shape[1]
 
 
 def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = checkpoint(tmp_path / "own", "qwen2_5_vl", [])
     file = tmp_path / "own.json"
-    file.write_text(json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"]}))
+    file.write_text(
+        json.dumps({"base": "gme", "name": "own", "query": "Q {asked}{images}", "words": ["a", "b", "c"], "blank_picture": True})
+    )
     model = load(folder, profile=file)
-    assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube"
+    assert model.prompt(QUERIES[0]).show() == "Q Find it. a red cube<|vision_start|>[image blank]<|vision_end|>"
     assert explain(model, model.prompt(QUERIES[0])).prompt_version == Encoder(model).prompt_version
     again = Encoder(load(save(model, tmp_path / "saved")))
     assert again.prompt_version == Encoder(model).prompt_version != Encoder(load(folder, profile="gme")).prompt_version
@@ -337,13 +335,14 @@ def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, found: objec
     file.write_text(json.dumps(found))
     with pytest.raises(InputError, match=message):
         resolve_profile(file)
-    with pytest.raises(InputError, match="lamra"):
-        resolve_profile("lambda")
 
 
-@pytest.mark.parametrize(("name", "instead"), [("qwen3-vl-embedding", "leave --profile out"), ("vlm2vec", "gme-Qwen2-VL-2B")])
-def test_a_profile_that_is_gone_names_what_to_take_instead(name: str, instead: str) -> None:
-    with pytest.raises(InputError, match=f"is gone: .*{instead}"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("qwen3-vl-embedding", "is gone: .*leave --profile out"), ("vlm2vec", "is gone: .*gme-Qwen2-VL-2B"), ("lambda", "lamra")],
+)
+def test_a_profile_that_is_gone_or_unknown_names_what_to_take_instead(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         resolve_profile(name)
 
 
@@ -369,8 +368,7 @@ def test_an_adapter_of_another_project_loads_under_a_profile(tmp_path: Path) -> 
     stock = Stock(base, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
     plain = load(base, profile="gme")
     stock.network = adapted.merge_and_unload()
-    prompt = f"{SYSTEM}{IMAGE}{RED}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-    expected = stock.vector(prompt, last, sequential=True)
+    expected = stock.vector(gme("", RED, IMAGE), lambda ids: len(ids) - 1, sequential=True)
     model = load(folder, profile="gme")
     check(Encoder(model).encode_items(ITEMS[2:]), [expected])
     assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected).max() > 1e-2
@@ -400,39 +398,3 @@ def test_a_published_checkpoint_finds_its_profile(tmp_path: Path, monkeypatch: p
     assert load(name, profile="lamra").settings.profile == PROFILES["lamra"], "what is asked for goes first"
     assert load(name, as_published=False).settings.profile is None, "training starts from it as from any other"
     assert load("someone/else").settings.profile is None
-
-
-def write_row(root: Path) -> Path:
-    """A row of M-BEIR's layout, invented: three pictures, three questions with a picture and words, three answers."""
-    for name in ("query/test", "cand_pool/local", "qrels/test", "instructions", "mbeir_images"):
-        (root / name).mkdir(parents=True)
-    for number in range(4):
-        picture(number, 60, 60).load().save(root / "mbeir_images" / f"{number}.png")
-    queries = [{"qid": f"8:{n}", "query_txt": f"make it {WORDS[n + 9]}", "query_img_path": f"mbeir_images/{n}.png",
-                "query_modality": "image,text", "pos_cand_list": [f"8:{n}"], "task_id": 7} for n in range(3)]  # fmt: skip
-    pool = [{"did": f"8:{n}", "txt": None, "img_path": f"mbeir_images/{n}.png", "modality": "image"} for n in range(4)]
-    for path, lines in (("query/test/mbeir_cirr_task7_test", queries), ("cand_pool/local/mbeir_cirr_task7_cand_pool", pool)):
-        (root / f"{path}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
-    (root / "instructions" / "query_instructions.tsv").write_text(header + "image,text\timage\tCIRR\t8\tFind the changed one.\n")
-    return root
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "extra"),
-    [("lamra", "qwen2_vl", ["<emb>"]), ("ume-r1", "qwen2_vl", ["<disc_emb>", "<gen_emb>"]), ("gme", "qwen2_vl", []),
-     ("embed-rl", "qwen3_vl", [])],
-)  # fmt: skip
-def test_each_shape_is_scored_on_a_row(tmp_path: Path, name: str, kind: str, extra: list[str]) -> None:
-    root = write_row(tmp_path / "data")
-    profile: Profile = replace(PROFILES[name], max_reasoning_tokens=8)
-    encoder = Encoder(load(checkpoint(tmp_path / "model", kind, extra), profile=profile))
-    row = evaluate(encoder, root, tmp_path / "out", progress=False)["routes"]["auto"]["cirr_task7"]
-    records = list(mbeir.read_queries(root / "query" / "test" / "mbeir_cirr_task7_test.jsonl"))
-    queries = [mbeir.to_query(record, "Find the changed one.", root) for record in records]
-    pool = list(mbeir.read_pool(root / "cand_pool" / "local" / "mbeir_cirr_task7_cand_pool.jsonl"))
-    asked = np.stack([one.vector for one in encoder.encode_queries(queries)])
-    offered = np.stack([one.vector for one in encoder.encode_items([mbeir.to_item(one, root) for one in pool])])
-    assert row["hit@1"] == round(float(np.mean((asked @ offered.T).argmax(axis=1) == np.arange(3))), 4)
-    assert row["queries"] == 3 and row["pool"] == 4 and row["hit@5"] == 1.0
-    assert (row["reasoned"] > 0) == (name == "ume-r1")

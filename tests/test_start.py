@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from traceir import checkpoint
 from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers
 from traceir.errors import ModelError
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_field_report_02_wrong_arguments_are_answered_before_torch_is_imported(tmp_path: Path) -> None:
+def test_wrong_arguments_are_answered_before_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "table.csv").write_text("a,b\n")
     (tmp_path / "note.txt").write_text("a red cube")
@@ -67,9 +66,7 @@ for line in sys.stdin.read().splitlines():
     assert not (tmp_path / "index").exists(), "nothing was made"
 
 
-def test_field_report_25_a_name_that_can_be_no_checkpoint_is_said_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_name_that_can_be_no_checkpoint_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     for name in ("./nothere", "nothere", "/no/where", "models/nothere", "a/b/c", "../x/y", "owner/na me", ""):
@@ -78,7 +75,7 @@ def test_field_report_25_a_name_that_can_be_no_checkpoint_is_said_at_once(
     check_model("Qwen/Qwen2.5-VL-3B-Instruct")
 
 
-def test_field_report_25_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # bound and not listening: refused at once
         taken.bind(("127.0.0.1", 0))
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{taken.getsockname()[1]}")
@@ -86,7 +83,8 @@ def test_field_report_25_an_unreachable_hub_is_asked_once(tmp_path: Path, monkey
             monkeypatch.delenv(name, raising=False)
         assert not hub_answers()
         tries: list[object] = []
-        monkeypatch.setattr(checkpoint.socket, "create_connection", lambda *given: tries.append(given) or _refuse())
+        connect = socket.create_connection
+        monkeypatch.setattr(socket, "create_connection", lambda *given: tries.append(given) or connect(*given))
         with pytest.raises(ModelError, match=r"Qwen/Nothere.*local cache.*does not answer"):
             fetch("Qwen/Nothere")
         assert len(tries) == 1
@@ -94,11 +92,7 @@ def test_field_report_25_an_unreachable_hub_is_asked_once(tmp_path: Path, monkey
     assert not hub_answers() and len(tries) == 1
 
 
-def _refuse() -> None:
-    raise ConnectionRefusedError("refused")
-
-
-def test_field_report_25_the_wheel_has_the_model_and_the_pages(tmp_path: Path) -> None:
+def test_the_wheel_has_the_model_and_the_pages(tmp_path: Path) -> None:
     """What `pip install` of the wheel brings is all that `traceir demo` and `traceir serve` need."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)

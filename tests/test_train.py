@@ -26,12 +26,12 @@ from conftest import FORKS, picture
 from safetensors.torch import load_file, save_file
 from transformers import TrainingArguments
 
-from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
+from traceir.adapter import adapter_fingerprint, weights_fingerprint
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TrainError
 from traceir.items import Item, Query
-from traceir.model import load, save
+from traceir.model import load, merge, save
 from traceir.precision import bfloat16_on
 from traceir.train.batches import Turns
 from traceir.train.gradcache import Reader
@@ -260,7 +260,7 @@ def test_an_adapter_with_dropout_resumes_to_the_same_weights(adapted: TrainConfi
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     untouched = load_file(step / "adapter_model.safetensors")
     assert any(not torch.equal(first[name], untouched[name]) for name in first)
-    assert load(whole).settings.read_out == "before_token", "an adapter folder loads like any checkpoint"
+    assert load(whole).settings.pooling_position == "before_token", "an adapter folder loads like any checkpoint"
 
 
 def test_field_report_04_a_resume_point_with_lora_is_a_model(folder: Path, adapted: TrainConfig, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
     every = fingerprint(step, list(step.glob("*.safetensors")))
     told = json.loads((made / "traceir.json").read_text())
     told["base"]["fingerprint"] = every
-    told["fingerprint"] = _adapter_fingerprint(made, Base(str(step), every))
+    told["fingerprint"] = adapter_fingerprint(made, every)
     (made / "traceir.json").write_text(json.dumps(told))
     assert load(made).fingerprint == told["fingerprint"]
     save_file({"x": torch.zeros(1)}, step / "optimiser.safetensors")

@@ -15,6 +15,7 @@ from traceir.catalogue import profile_for
 from traceir.errors import ModelError
 
 MODEL_VARIABLE: Final = "TRACEIR_MODEL"
+CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 """PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
 PREFIX: Final = "st:"
@@ -23,19 +24,19 @@ MODULES: Final = "modules.json"
 """The file by which sentence-transformers knows its models: which modules, in which folders, make up one."""
 OWN_MODULE: Final = "traceir.sentence.TraceModule"
 """The module type that TraceIR writes there: such a folder is a checkpoint of its own."""
-COMPANIONS: Final = ("*.json", "*.jinja", "*.txt")
-WEIGHTS: Final = "*.safetensors"
+_COMPANIONS: Final = ("*.json", "*.jinja", "*.txt")
+_WEIGHTS: Final = "*.safetensors"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-_KNOCK_S: Final = 3.0
+_CONNECT_S: Final = 3.0
+_TAKES: Final = "--model takes a Hugging Face checkpoint directory or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
 
 
 def bundled_model() -> Path:
     """The checkpoint used where none is named: $TRACEIR_MODEL, else the one that comes with the package."""
-    named = os.environ.get(MODEL_VARIABLE)
-    if named:
+    if named := os.environ.get(MODEL_VARIABLE):
         return Path(named)
     folder = Path(__file__).parent / "models" / "mini"
-    if not (folder / "config.json").is_file():
+    if not (folder / CONFIG).is_file():
         raise ModelError(
             f"there is no bundled checkpoint at {folder}; give --model DIR_OR_HUB_ID, or set {MODEL_VARIABLE}, "
             "or train one with `traceir train --preset mini`"
@@ -45,23 +46,24 @@ def bundled_model() -> Path:
 
 def check_model(name: str) -> None:
     """Raises ModelError where a name can be no checkpoint: no such folder, a folder without one, a word that is no hub id."""
-    name = plain_name(name)
-    place = Path(name)
+    place = Path(name := plain_name(name))
     if place.is_dir():
-        if not any((place / file).is_file() for file in ("config.json", ADAPTER, MODULES)):
-            raise ModelError(f"{name} holds no config.json; --model takes a Hugging Face checkpoint directory or a hub id")
+        if not any((place / file).is_file() for file in (CONFIG, ADAPTER, MODULES)):
+            raise ModelError(f"{name} holds no {CONFIG}; {_TAKES}")
     elif place.exists():
-        raise ModelError(f"{name} is a file; --model takes a Hugging Face checkpoint directory or a hub id")
+        raise ModelError(f"{name} is a file; {_TAKES}")
     elif not is_hub_id(name):
-        raise ModelError(
-            f"there is no folder {name!r}; --model takes a Hugging Face checkpoint directory, or a hub id such as "
-            "Qwen/Qwen2.5-VL-3B-Instruct"
-        )
+        raise ModelError(f"there is no folder {name!r}; {_TAKES}")
 
 
 def plain_name(name: str) -> str:
     """The folder or hub id of a name that may have `st:` before it."""
     return name.removeprefix(PREFIX)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder has the form OWNER/NAME, and OWNER is not a folder here in which NAME is only missing."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
 
 
 def is_library(name: str) -> bool:
@@ -77,8 +79,8 @@ def is_library(name: str) -> bool:
 
 def module_types(name: str) -> list[str]:
     """The types of module that the modules.json of a folder or hub repository names; [] where there is none."""
-    file = _modules_file(name)
-    return [] if file is None else _of_modules(file, "type")
+    file = Path(name) / MODULES if Path(name).is_dir() else _hub_modules(name)
+    return _of_modules(file, "type") if file is not None and file.is_file() else []
 
 
 def module_paths(file: Path) -> list[str]:
@@ -93,9 +95,7 @@ def _of_modules(file: Path, key: str) -> list[str]:
         raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
 
 
-def _modules_file(name: str) -> Path | None:
-    if Path(name).is_dir():
-        return Path(name) / MODULES if (Path(name) / MODULES).is_file() else None
+def _hub_modules(name: str) -> Path | None:
     if not is_hub_id(name):
         return None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -112,18 +112,11 @@ def _modules_file(name: str) -> Path | None:
         raise ModelError(f"{name} cannot be had from the hub: {error}") from error
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder has the form OWNER/NAME, and OWNER is not a folder here in which NAME is only missing."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name.split("/")[0]).is_dir()
-
-
 def fetch(name: str, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: its own, or the one in the hub's local cache, filled now where it is not there yet.
 
-    `weights` False leaves out what a tokenizer and settings do not need.
-
-    Where the hub does not answer, what is in the cache is used at once. Raises ModelError where that is nothing, and for a name
-    with `st:`, of which only library.py makes use.
+    `weights` False leaves out what a tokenizer and settings do not need. Where the hub does not answer, what is in the cache is
+    used at once. Raises ModelError where that is nothing, and for a name with `st:`, of which only library.py makes use.
     """
     if name.startswith(PREFIX):
         raise ModelError(f"{name} is a model of sentence-transformers; here a checkpoint that TraceIR itself runs is needed")
@@ -132,7 +125,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    answers, wanted = hub_answers(), [*COMPANIONS, WEIGHTS] if weights else [*COMPANIONS]
+    answers, wanted = hub_answers(), [*_COMPANIONS, *([_WEIGHTS] if weights else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not answers))
     except (OSError, ValueError) as error:
@@ -155,7 +148,8 @@ def hub_answers() -> bool:
         return True
     place = urlsplit(_hub())
     try:
-        with socket.create_connection((place.hostname or "", place.port or (80 if place.scheme == "http" else 443)), _KNOCK_S):
+        port = place.port or (80 if place.scheme == "http" else 443)
+        with socket.create_connection((place.hostname or "", port), _CONNECT_S):
             return True
     except (OSError, ValueError):
         return False

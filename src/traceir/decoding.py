@@ -1,8 +1,8 @@
-"""Prefill, route, write and read out, in steps small enough that rows may join and leave between them.
+"""Prefill, route, write and pool, in steps small enough that rows may join and leave between them.
 
 The decoding loop is our own because plain `generate` keeps finished rows to the end and every layer of every step in memory.
-Greedy and deterministic; a batch of n equals n singles up to floating-point rounding. Shapes: B rows, T tokens, D width,
-V vocabulary.
+Greedy and deterministic; a batch of n equals n singles up to floating-point rounding.
+Shapes: B rows, T cached tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ import torch
 from torch.nn import functional
 
 from traceir.batch import Layout
+from traceir.forward import TraceModel
 from traceir.items import Encoding, Ended, Road, Route, Vector
-from traceir.model import TraceModel
 from traceir.network import Cache
 from traceir.prompts import TURN_END
 
 RECURRENT: Final = ("conv_states", "recurrent_states")
 """What a linear-attention layer of transformers' cache keeps of what was read: by number, [B, ...] without an axis of time."""
 TRIM: Final = 64
-"""Columns that no row of a wave reads any more are cut off once there are so many."""
+"""Columns that no row of a batch reads any more are cut off once there are so many."""
 
 
 @dataclass(slots=True)
-class Row:
-    """One query that is still writing: its number with the caller, what it wrote, where its next token goes, and the vector read
-    so far where it writes on behind its embedding token."""
+class DecodeRow:
+    """One query that is still writing: its number with the caller, what it wrote, the M-RoPE position of its first written token,
+    and the vector read so far where it writes on behind its embedding token."""
 
     number: int
     probability: float
+    start: int
     written: list[int] = field(default_factory=list)
-    place: int = 0
     vector: Vector | None = None
 
 
 @dataclass(slots=True)
-class Wave:
+class DecodeBatch:
     """Rows that decode together over one cache: mask [B, T] over the cached tokens, `next_B` the tokens to feed."""
 
-    rows: list[Row]
+    rows: list[DecodeRow]
     cache: Cache
     mask_BT: torch.Tensor
     next_B: torch.Tensor
 
 
 Finished = list[tuple[int, Encoding]]
-"""Numbers of rows, and what they read out."""
+"""Numbers of rows, and their encodings."""
 
 
 class Decoder:
     """The steps of encoding over one TraceModel; what a row is called is the caller's business.
 
     `budget` is the most tokens a row may write. `threshold`, if given, bypasses reasoning wherever P(`<|emb|>`) at the first
-    step reaches it, instead of asking for the arg-max. Not to be called from two threads about one Wave.
+    step reaches it, instead of asking for the arg-max. Not to be called from two threads about one DecodeBatch.
     """
 
     def __init__(self, model: TraceModel, budget: int, threshold: float | None) -> None:
@@ -65,27 +65,30 @@ class Decoder:
         profile = model.settings.profile
         self.writes_on = profile is not None and profile.writes_on
 
-    @torch.inference_mode()
-    def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
-        """Read-outs of rows that end in their own `<|emb|>` (Processor.forced); their P(`<|emb|>`) where asked for,
-        else 1."""
-        batch = self.model.processor.collate(layouts).to(self.model.device)
-        hidden_BTD = self.model.hidden(batch)
-        rows = torch.arange(len(layouts), device=hidden_BTD.device)
-        state_BD = hidden_BTD[rows, batch.readout]
-        predicting = batch.readout - 1 if self.model.settings.read_out == "at_token" else batch.readout
-        asked = [row for row, wanted in enumerate(probability) if wanted]
-        known = [1.0] * len(layouts)
-        if asked:
-            probability_B = self._emb_probability(self.model.logits(hidden_BTD[asked, predicting[asked]]))
-            for row, one in zip(asked, probability_B.tolist(), strict=True):
-                known[row] = one
-        vectors = _unit(state_BD)
-        return [(numbers[row], Encoding(vectors[row].copy(), "direct", "", 0, known[row], False)) for row in range(len(layouts))]
+    @property
+    def at_token(self) -> bool:
+        return self.model.settings.pooling_position == "at_token"
 
     @torch.inference_mode()
-    def prefill(self, numbers: Sequence[int], layouts: Sequence[Layout], route: Route) -> tuple[Finished, Wave | None]:
-        """Read-outs of the rows that bypass, and the others as a wave that is ready to write."""
+    def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
+        """Rows that end where they are pooled (Processor.forced); their P(`<|emb|>`) where asked for, else 1."""
+        batch = self.model.processor.collate(layouts).to(self.model.device)
+        hidden_BTD = self.model.hidden(batch)
+        vectors = _unit(hidden_BTD[torch.arange(len(layouts), device=hidden_BTD.device), batch.pooling_index])
+        known = [1.0] * len(layouts)
+        if asked := [row for row, wanted in enumerate(probability) if wanted]:
+            predicting = batch.pooling_index - 1 if self.at_token else batch.pooling_index
+            probability_B = self._emb_probability(self.model.logits(hidden_BTD[asked, predicting[asked]]))
+            for row, value in zip(asked, probability_B.tolist(), strict=True):
+                known[row] = value
+        return [(number, _direct(vectors[row], known[row])) for row, number in enumerate(numbers)]
+
+    @torch.inference_mode()
+    def prefill(self, numbers: Sequence[int], layouts: Sequence[Layout], route: Route) -> tuple[Finished, DecodeBatch | None]:
+        """Encodings of the rows that bypass, and the others as a batch that is ready to write.
+
+        Under `at_token` every row is fed its first token, those that bypass `<|emb|>` itself.
+        """
         batch = self.model.processor.collate(layouts).to(self.model.device)
         cache = self.model.new_cache()
         state_BD = self.model.hidden(batch, cache)[:, -1]
@@ -100,158 +103,150 @@ class Decoder:
             bypass_B = logits_BV.argmax(dim=-1) == emb
         logits_BV[~bypass_B, emb] = float("-inf")
         logits_BV[bypass_B, emb] = float("inf")
-        at_token = self.model.settings.read_out == "at_token"
+        probability = probability_B.tolist()
         vectors = _unit(state_BD)
-        done = [] if at_token else torch.nonzero(bypass_B).flatten().tolist()
-        finished = [
-            (numbers[row], Encoding(vectors[row].copy(), "direct", "", 0, float(probability_B[row]), False)) for row in done
-        ]
-        keep = torch.nonzero(~bypass_B | at_token).flatten()
+        done = [] if self.at_token else torch.nonzero(bypass_B).flatten().tolist()
+        finished = [(numbers[row], _direct(vectors[row], probability[row])) for row in done]
+        keep = torch.nonzero(~bypass_B | self.at_token).flatten()
         if not len(keep):
             return finished, None
         if len(keep) < len(layouts):
             cache.reorder_cache(keep)
-        rows = [
-            Row(numbers[row], float(probability_B[row]), place=int(layouts[row].positions.max()) + 1) for row in keep.tolist()
-        ]
-        return finished, Wave(rows, cache, batch.mask[keep], logits_BV[keep].argmax(dim=-1))
+        rows = [DecodeRow(numbers[row], probability[row], int(layouts[row].positions.max()) + 1) for row in keep.tolist()]
+        return finished, DecodeBatch(rows, cache, batch.mask[keep], logits_BV[keep].argmax(dim=-1))
 
     @torch.inference_mode()
-    def step(self, wave: Wave) -> Finished:
-        """One token for every row; those that read out leave the wave."""
-        emb, turn_end = self.model.processor.emb_id, self.model.processor.special[TURN_END]
-        at_token = self.model.settings.read_out == "at_token"
-        places = [row.place + len(row.written) for row in wave.rows]
-        place_B = torch.tensor(places, device=wave.mask_BT.device)
-        wave.mask_BT = functional.pad(wave.mask_BT, (0, 1), value=1)
-        state_BD = self.model.step(wave.next_B, place_B, wave.mask_BT, wave.cache)
+    def step(self, batch: DecodeBatch) -> Finished:
+        """One token for every row; those that are done leave the batch.
+
+        A row is pooled at the state that predicts `<|emb|>`, under `at_token` at that of `<|emb|>` itself. It ends there, unless
+        a profile has it write on, or short of it with its turn or its budget.
+        """
+        emb, device = self.model.processor.emb_id, batch.mask_BT.device
+        position_B = torch.tensor([row.start + len(row.written) for row in batch.rows], device=device)
+        batch.mask_BT = functional.pad(batch.mask_BT, (0, 1), value=1)
+        state_BD = self.model.step(batch.next_B, position_B, batch.mask_BT, batch.cache)
         chosen_B = self.model.logits(state_BD).argmax(dim=-1)
-        vectors: Vector | None = None
+        fed, chosen = batch.next_B.tolist(), chosen_B.tolist()
+        pooled = [place for place, token in enumerate(fed if self.at_token else chosen) if token == emb]
+        for place, vector in zip(pooled, _unit(state_BD[pooled]) if pooled else (), strict=True):
+            batch.rows[place].vector = vector.copy()
         live: list[int] = []
         finished: Finished = []
-        for number, (row, fed, chosen) in enumerate(zip(wave.rows, wave.next_B.tolist(), chosen_B.tolist(), strict=True)):
-            row.written.append(fed)
-            read_now = fed == emb if at_token else chosen == emb
-            spent = len(row.written) >= self.budget or chosen == turn_end
-            if read_now:
-                vectors = _unit(state_BD) if vectors is None else vectors
-                row.vector = vectors[number].copy()
-            read = row.vector is not None
-            if (self.writes_on or not read) and (not spent or (at_token and chosen == emb and not read)):
-                live.append(number)
-                continue
-            ended: Ended = None if read else "turn" if chosen == turn_end else "budget"
-            if row.vector is not None:
-                vector = row.vector
-            elif self._closing():
-                vector = self._close(wave, number)
+        for place, row in enumerate(batch.rows):
+            row.written.append(fed[place])
+            if self._goes_on(row, chosen[place]):
+                live.append(place)
             else:
-                vectors = _unit(state_BD) if vectors is None else vectors
-                vector = vectors[number].copy()
-            finished.append((row.number, self._encoding(row, vector, ended)))
-        wave.next_B = chosen_B
-        if len(live) < len(wave.rows):
-            keep_rows(wave, live)
+                finished.append((row.number, self._encoding(batch, place, chosen[place], state_BD)))
+        batch.next_B = chosen_B
+        if len(live) < len(batch.rows):
+            keep_rows(batch, live)
         return finished
 
-    def text_of(self, row: Row) -> str:
-        """What a row has written so far."""
-        return self.model.processor.decode([token for token in row.written if token != self.model.processor.emb_id])
+    def _goes_on(self, row: DecodeRow, chosen: int) -> bool:
+        """Whether a row that has chosen its next token writes it; `<|emb|>` itself is read whatever the budget."""
+        if row.vector is not None and not self.writes_on:
+            return False
+        if row.vector is None and self.at_token and chosen == self.model.processor.emb_id:
+            return True
+        return len(row.written) < self.budget and chosen != self.model.processor.special[TURN_END]
 
-    def _closing(self) -> list[int]:
-        return list(self.model.processor.plain_ids(self.model.settings.closing)) if self.model.settings.closing else []
+    def _encoding(self, batch: DecodeBatch, place: int, chosen: int, state_BD: torch.Tensor) -> Encoding:
+        row, closing = batch.rows[place], self.model.settings.closing
+        vector = row.vector
+        ended: Ended = None
+        if vector is None:
+            ended = "turn" if chosen == self.model.processor.special[TURN_END] else "budget"
+            vector = self._close(batch, place, closing) if closing else _unit(state_BD[place : place + 1])[0]
+        written = [token for token in row.written if token != self.model.processor.emb_id]
+        road: Road = "reason" if written else "direct"
+        return Encoding(vector, road, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
 
-    def _close(self, wave: Wave, number: int) -> Vector:
-        """The row stopped short of `<|emb|>`: feeds the trained closing text to one row and reads the state that follows it."""
-        cache, mask_BT = _copy_row(wave.cache, number), wave.mask_BT[number : number + 1]
-        row, state_BD = wave.rows[number], None
-        for offset, token in enumerate(self._closing()):
+    def _close(self, batch: DecodeBatch, place: int, closing: str) -> Vector:
+        """The row stopped short of `<|emb|>`: feeds the trained closing text to it alone and reads the state that follows."""
+        row, cache = batch.rows[place], _copy_row(batch.cache, place)
+        mask_BT, device = batch.mask_BT[place : place + 1], batch.mask_BT.device
+        state_BD = torch.empty(0)
+        for position, token in enumerate(self.model.processor.plain_ids(closing), start=row.start + len(row.written)):
             mask_BT = functional.pad(mask_BT, (0, 1), value=1)
-            place = torch.tensor([row.place + len(row.written) + offset], device=mask_BT.device)
-            state_BD = self.model.step(torch.tensor([token], device=mask_BT.device), place, mask_BT, cache)
-        assert state_BD is not None
+            fed_B, position_B = torch.tensor([token], device=device), torch.tensor([position], device=device)
+            state_BD = self.model.step(fed_B, position_B, mask_BT, cache)
         vector: Vector = _unit(state_BD)[0]
         return vector
 
-    def _encoding(self, row: Row, vector: Vector, ended: Ended) -> Encoding:
-        """`ended`: why it stopped, where it did so before `<|emb|>`."""
-        written = [token for token in row.written if token != self.model.processor.emb_id]
-        road: Road = "reason" if written else "direct"
-        text = self.model.processor.decode(written)
-        return Encoding(vector, road, text, len(written), row.probability, ended is not None, ended=ended)
+    def text_of(self, row: DecodeRow) -> str:
+        """What a row has written so far."""
+        return self.model.processor.decode([token for token in row.written if token != self.model.processor.emb_id])
 
     def _emb_probability(self, logits_BV: torch.Tensor) -> torch.Tensor:
         return torch.softmax(logits_BV.float(), dim=-1)[:, self.model.processor.emb_id]
 
 
 @torch.inference_mode()
-def merge_waves(waves: Sequence[Wave]) -> Wave:
-    """One wave of all rows, in the cache of the first; the others are used up.
+def merge_batches(batches: Sequence[DecodeBatch]) -> DecodeBatch:
+    """One batch of all rows, in the cache of the first; the others are used up.
 
     Keys and values are padded on the left to the longest, where the mask hides them. A recurrent state (Qwen3.5's) stands for all
     that its row has read and has no columns: rows of any lengths lie side by side as they are.
     """
-    if len(waves) == 1:
-        return waves[0]
-    length = max(wave.mask_BT.shape[1] for wave in waves)
-    merged = waves[0].cache
+    if len(batches) == 1:
+        return batches[0]
+    length = max(batch.mask_BT.shape[1] for batch in batches)
+    merged = batches[0].cache
     for number, layer in enumerate(merged.layers):
-        alike = [wave.cache.layers[number] for wave in waves]
+        layers = [batch.cache.layers[number] for batch in batches]
         if not _recurs(layer):
-            layer.keys = torch.cat([_left_pad(one.keys, length) for one in alike])
-            layer.values = torch.cat([_left_pad(one.values, length) for one in alike])
+            for name in ("keys", "values"):
+                parts = (getattr(part, name) for part in layers)
+                setattr(layer, name, torch.cat([functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in parts]))
         for name in RECURRENT if _recurs(layer) else ():
             states = getattr(layer, name)
-            states |= {place: torch.cat([getattr(one, name)[place] for one in alike]) for place in states}
-    return Wave(
-        [row for wave in waves for row in wave.rows],
-        merged,
-        torch.cat([functional.pad(wave.mask_BT, (length - wave.mask_BT.shape[1], 0)) for wave in waves]),
-        torch.cat([wave.next_B for wave in waves]),
-    )
+            states |= {key: torch.cat([getattr(part, name)[key] for part in layers]) for key in states}
+    masks = (functional.pad(batch.mask_BT, (length - batch.mask_BT.shape[1], 0)) for batch in batches)
+    rows = [row for batch in batches for row in batch.rows]
+    return DecodeBatch(rows, merged, torch.cat([*masks]), torch.cat([batch.next_B for batch in batches]))
 
 
 @torch.inference_mode()
-def keep_rows(wave: Wave, live: Sequence[int]) -> None:
-    """Leaves these rows alone in a wave, in their order."""
-    kept = torch.tensor(live, dtype=torch.long, device=wave.mask_BT.device)
-    wave.rows = [wave.rows[number] for number in live]
+def keep_rows(batch: DecodeBatch, live: Sequence[int]) -> None:
+    """Leaves these rows alone in a batch, in their order."""
+    kept = torch.tensor(live, dtype=torch.long, device=batch.mask_BT.device)
+    batch.rows = [batch.rows[place] for place in live]
     if live:
-        wave.cache.reorder_cache(kept)
-    wave.mask_BT, wave.next_B = wave.mask_BT[kept], wave.next_B[kept]
+        batch.cache.reorder_cache(kept)
+    batch.mask_BT, batch.next_B = batch.mask_BT[kept], batch.next_B[kept]
 
 
 @torch.inference_mode()
-def trim(wave: Wave) -> None:
-    """Cuts off the columns on the left that no row reads, so that a wave that rows keep joining does not grow for ever."""
-    if not wave.rows:
-        return
-    unread = int(wave.mask_BT.any(dim=0).to(torch.int).argmax())
+def trim(batch: DecodeBatch) -> None:
+    """Cuts off the columns on the left that no row reads, so that a batch that rows keep joining does not grow for ever."""
+    unread = int(batch.mask_BT.any(dim=0).to(torch.int).argmax()) if batch.rows else 0
     if unread < TRIM:
         return
-    for layer in wave.cache.layers:
+    for layer in batch.cache.layers:
         if not _recurs(layer):
             layer.keys, layer.values = layer.keys[:, :, unread:].contiguous(), layer.values[:, :, unread:].contiguous()
-    wave.mask_BT = wave.mask_BT[:, unread:]
+    batch.mask_BT = batch.mask_BT[:, unread:]
 
 
-def _left_pad(part_BHTD: torch.Tensor, length: int) -> torch.Tensor:
-    return functional.pad(part_BHTD, (0, 0, length - part_BHTD.shape[2], 0))
-
-
-def _copy_row(cache: Cache, number: int) -> Cache:
+def _copy_row(cache: Cache, place: int) -> Cache:
     single = copy(cache)
     single.layers = [copy(layer) for layer in cache.layers]
     for layer in single.layers:
         for name in RECURRENT if _recurs(layer) else ():
             setattr(layer, name, dict(getattr(layer, name)))
-    single.reorder_cache(torch.tensor([number]))
+    single.reorder_cache(torch.tensor([place]))
     return single
 
 
 def _recurs(layer: Any) -> bool:
     """Whether a layer of a cache holds recurrent states, in dictionaries, and no keys and values."""
     return hasattr(layer, RECURRENT[0])
+
+
+def _direct(vector: Vector, probability: float) -> Encoding:
+    return Encoding(vector.copy(), "direct", "", 0, probability, False)
 
 
 def _unit(state_BD: torch.Tensor) -> Vector:

@@ -1,4 +1,4 @@
-"""The adaptive encoder: prefill once, route on the arg-max, let only complex queries write, read out before `<|emb|>`."""
+"""The adaptive encoder: prefill once, route on the arg-max, let only complex queries write, pool before `<|emb|>`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from traceir.batch import Layout
 from traceir.checkpoint import bundled_model, is_library
-from traceir.decoding import Decoder, Finished, Wave, merge_waves
+from traceir.decoding import DecodeBatch, Decoder, Finished, merge_batches
 from traceir.errors import InputError, ModelError
+from traceir.forward import TraceModel
 from traceir.items import Encoding, Item, Query, Route, check_route
-from traceir.model import TraceModel, load
+from traceir.model import load
 from traceir.precision import bfloat16_on
 from traceir.prompts import Prompt
 from traceir.world import World
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 class Encoder:
     """Queries and items to Encodings with one TraceModel.
 
-    `token_budget` bounds the padded tokens of one prefill batch, `wave_rows` the rows that decode together, `batch_rows` the
+    `token_budget` bounds the padded tokens of one prefill batch, `decode_rows` the rows that decode together, `batch_rows` the
     rows of a prefill. `threshold`, if given, bypasses reasoning wherever P(`<|emb|>`) at the first step reaches it, instead of
     asking for the arg-max: lower is faster, 1 never bypasses. Greedy and deterministic; a batch of n equals n singles up to
     floating-point rounding. Thread-safe.
@@ -39,20 +40,17 @@ class Encoder:
         *,
         token_budget: int = 8192,
         batch_rows: int = 64,
-        wave_rows: int = 128,
+        decode_rows: int = 128,
         max_reasoning_tokens: int | None = None,
         threshold: float | None = None,
     ) -> None:
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InputError(f"threshold {threshold} is not a probability; give a value in [0, 1]")
-        self.model = model
-        self.token_budget, self.batch_rows, self.wave_rows = token_budget, batch_rows, wave_rows
+        self.model, self.threshold = model, threshold
+        self.token_budget, self.batch_rows, self.decode_rows = token_budget, batch_rows, decode_rows
         self.budget = max_reasoning_tokens or model.settings.max_reasoning_tokens
-        self.threshold = threshold
-        if (
-            next(model.network.parameters()).dtype == torch.bfloat16
-            and (speed := bfloat16_on(str(model.device), model.width)).slow
-        ):
+        half = next(model.network.parameters()).dtype == torch.bfloat16
+        if half and (speed := bfloat16_on(str(model.device), model.width)).slow:
             log.warning("the weights are in bfloat16, which is slow here: %s; leave dtype at float32", speed.why)
 
     @classmethod
@@ -72,11 +70,12 @@ class Encoder:
 
     @property
     def prompt_version(self) -> str:
-        """Prompt version, and the read-out where it is not the usual one, or the profile: they change every vector."""
-        version, read_out = self.model.settings.prompt_version, self.model.settings.read_out
-        if self.model.settings.profile is not None:
-            return self.model.settings.profile.version
-        return version if read_out == "before_token" else f"{version}, read {read_out}"
+        """Prompt version, and the pooling position where it is not the usual one, or the profile: they change every vector."""
+        settings = self.model.settings
+        if settings.profile is not None:
+            return settings.profile.version
+        usual = settings.pooling_position == "before_token"
+        return settings.prompt_version if usual else f"{settings.prompt_version}, read {settings.pooling_position}"
 
     @property
     def width(self) -> int:
@@ -89,7 +88,7 @@ class Encoder:
 
     @property
     def vector_settings(self) -> dict[str, str | int | float | None]:
-        """What else decides a vector: budgets of text and pictures, the closing text, the type of the weights."""
+        """What else decides a vector: budgets of text and images, the closing text, the type of the weights."""
         image, settings = self.model.processor.image, self.model.settings
         return {
             "max_text_tokens": settings.max_text_tokens,
@@ -106,62 +105,58 @@ class Encoder:
 
     def as_written(self, text: str) -> str:
         """A text after its way through the tokenizer, as the model's own text has gone."""
-        processor = self.model.processor
-        return processor.decode(processor.plain_ids(text))
+        return self.model.processor.decode(self.model.processor.plain_ids(text))
 
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning (paper, section 1, asymmetry), unless a profile lets them write."""
         route: Route = "auto" if self.model.writes("candidate") else "direct"
-        prompts = [self.model.prompt(item, direct=route == "direct") for item in items]
-        return self._encode(prompts, route, progress, keep_probability=False)
+        return self._encode([self.model.prompt(item, direct=route == "direct") for item in items], route, progress)
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         """Queries by the given route: `auto` lets the model decide, `reason` and `direct` force it. Order is kept."""
         check_route(route)
         if not self.model.writes("query"):
             route = "direct"  # there is no token for the model to predict
-        prompts = [self.model.prompt(query, direct=route == "direct") for query in queries]
-        return self._encode(prompts, route, progress, keep_probability=not any(prompt.closed for prompt in prompts))
+        return self._encode([self.model.prompt(query, direct=route == "direct") for query in queries], route, progress)
 
-    def _encode(self, prompts: Sequence[Prompt], route: Route, progress: bool, *, keep_probability: bool) -> list[Encoding]:
+    def decoder(self) -> Decoder:
+        """The steps of encoding, for whoever schedules them."""
+        return Decoder(self.model, self.budget, self.threshold)
+
+    def _encode(self, prompts: Sequence[Prompt], route: Route, progress: bool) -> list[Encoding]:
         lay_out = self.model.processor.forced if route == "direct" else self.model.processor.lay_out
         layouts = [lay_out(prompt) for prompt in prompts]
-        decoder = self.decoder()
         done: dict[int, Encoding] = {}
-        waiting: list[Wave] = []
         with tqdm(total=len(layouts), desc="encoding", disable=not progress, mininterval=2.0) as bar:
-
-            def finish(finished: Finished) -> None:
+            asked = [prompt.role == "query" and not prompt.closed for prompt in prompts]
+            for finished in self._finished(layouts, asked, route):
                 done.update(finished)
                 bar.update(len(finished))
-
-            def write(waves: list[Wave]) -> None:
-                wave = merge_waves(waves)
-                while wave.rows:
-                    finish(decoder.step(wave))
-
-            for numbers in self._chunks(layouts):
-                chunk = [layouts[number] for number in numbers]
-                if route == "direct":
-                    finish(decoder.prefill_direct(numbers, chunk, probability=[keep_probability] * len(chunk)))
-                    continue
-                finished, wave = decoder.prefill(numbers, chunk, route)
-                finish(finished)
-                if wave is not None:
-                    waiting.append(wave)
-                if sum(len(wave.rows) for wave in waiting) >= self.wave_rows:
-                    write(waiting)
-                    waiting = []
-            if waiting:
-                write(waiting)
         for number, layout in enumerate(layouts):
             if layout.cut:
                 done[number] = replace(done[number], cut=layout.cut, text_limit=self.model.text_limit)
         return [done[number] for number in range(len(layouts))]
 
-    def decoder(self) -> Decoder:
-        """The steps of encoding, for whoever schedules them."""
-        return Decoder(self.model, self.budget, self.threshold)
+    def _finished(self, layouts: Sequence[Layout], asked: Sequence[bool], route: Route) -> Iterator[Finished]:
+        """Rows as they are done: of every prefill those that bypass, and the others once enough of them can write together.
+
+        `asked`: whether a row's P(`<|emb|>`) is to be known on the direct route.
+        """
+        decoder = self.decoder()
+        waiting: list[DecodeBatch] = []
+        for numbers in self._chunks(layouts):
+            chunk = [layouts[number] for number in numbers]
+            if route == "direct":
+                yield decoder.prefill_direct(numbers, chunk, probability=[asked[number] for number in numbers])
+                continue
+            finished, writing = decoder.prefill(numbers, chunk, route)
+            yield finished
+            waiting += [] if writing is None else [writing]
+            if sum(len(batch.rows) for batch in waiting) >= self.decode_rows:
+                yield from _write(decoder, waiting)
+                waiting = []
+        if waiting:
+            yield from _write(decoder, waiting)
 
     def _chunks(self, layouts: Sequence[Layout]) -> Iterator[list[int]]:
         """Row numbers, sorted by length, in chunks of at most `batch_rows` rows and `token_budget` padded tokens."""
@@ -173,3 +168,9 @@ class Encoder:
             chunk.append(number)
         if chunk:
             yield chunk
+
+
+def _write(decoder: Decoder, batches: Sequence[DecodeBatch]) -> Iterator[Finished]:
+    batch = merge_batches(batches)
+    while batch.rows:
+        yield decoder.step(batch)

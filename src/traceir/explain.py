@@ -1,48 +1,48 @@
-"""What a model is given and what it makes of it: prompt, tokens, the supervised ones among them, read-out, route."""
+"""What a model is given and what it makes of it: prompt, tokens, the supervised ones among them, pooling position, route."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal
 
 import torch
 
 from traceir.batch import IGNORE, Layout
 from traceir.errors import InputError
-from traceir.model import TraceModel
+from traceir.forward import TraceModel
+from traceir.items import Road
 from traceir.prompts import EMB, IMAGE_PAD, Prompt, Role
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One position: the token read there, the token taught to be written next (None: not supervised), the read-out."""
+    """One position: the token read there, the token taught to be written next (None: not supervised), whether it is pooled."""
 
     place: int
     id: int
     text: str
     target: str | None
-    readout: bool
+    pooled: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
     """How one input is read.
 
-    `emb_probability` is that of `<|emb|>` as the first token written, `route` what `auto` makes of it. `readout` is the
-    position of the embedding: of the completion where one was given, else of the direct road.
+    `emb_probability` is that of `<|emb|>` as the first token written, `route` what `auto` makes of it. `pooling_index` is the
+    position of the embedding: of the completion where one was given, else of the direct route.
     """
 
     role: Role
     prompt_version: str
-    read_out: str
+    pooling_position: str
     prompt: str
     completion: str | None
     tokens: tuple[Token, ...]
-    readout: int
+    pooling_index: int
     emb_probability: float
-    route: Literal["reason", "direct"]
+    route: Road
     cut: int
 
 
@@ -53,43 +53,35 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     """
     if completion is not None and prompt.role == "candidate":
         raise InputError("a candidate has no completion, because candidates never reason; explain it as a query instead")
-    processor = model.processor
-    layout = processor.forced(prompt) if completion is None else processor.lay_out(prompt, completion)
-    # A closed prompt leaves nothing to write: token-less peers are read at its end.
-    probability, bypass = (1.0, True) if prompt.closed else _first_step(model, processor.lay_out(prompt))
-    direct = bypass or prompt.role == "candidate" or model.settings.read_out == "last"
+    layout = model.processor.forced(prompt) if completion is None else model.processor.lay_out(prompt, completion)
+    # A closed prompt leaves nothing to write: it is pooled at its end.
+    probability, bypass = (1.0, True) if prompt.closed else _first_step(model, model.processor.lay_out(prompt))
+    position = model.settings.pooling_position
+    route: Road = "direct" if bypass or prompt.role == "candidate" or position == "last" else "reason"
     return Explanation(
-        role=prompt.role,
-        prompt_version=prompt.version,
-        read_out=model.settings.read_out,
-        prompt=prompt.show(),
-        completion=completion,
-        tokens=tuple(_tokens(model, layout)),
-        readout=layout.readout,
-        emb_probability=probability,
-        route="direct" if direct else "reason",
-        cut=layout.cut,
-    )
+        prompt.role, prompt.version, position, prompt.show(), completion, tuple(_tokens(model, layout)), layout.pooling_index,
+        probability, route, layout.cut,
+    )  # fmt: skip
 
 
 def describe(explanation: Explanation) -> str:
-    """The explanation for people: one line a token, the cells of a picture in one line."""
+    """The explanation for people: one line a token, the cells of an image in one line."""
     lines = [
-        f"{explanation.role}, prompt version {explanation.prompt_version}, read-out {explanation.read_out}",
+        f"{explanation.role}, prompt version {explanation.prompt_version}, pooling position {explanation.pooling_position}",
         "",
         "prompt:",
         *(f"  {line}" for line in explanation.prompt.splitlines()),
         "",
-        f"{len(explanation.tokens)} tokens (* read-out, -> supervised: what the model learns to write next):",
+        f"{len(explanation.tokens)} tokens (* pooled, -> supervised: what the model learns to write next):",
         *_token_lines(explanation.tokens),
         "",
-        f"read-out position: {explanation.readout}",
+        f"pooling index: {explanation.pooling_index}",
         f"P({EMB}) at the first step: {explanation.emb_probability:.4f}",
         f"route: {explanation.route}",
         f"text tokens cut: {explanation.cut}",
     ]
     if explanation.route == "reason" and explanation.completion is None:
-        lines.append("The model reasons first, so its own read-out lies behind what it writes; --completion shows it.")
+        lines.append("The model reasons first, so its own pooling position lies behind what it writes; --completion shows it.")
     return "\n".join(lines)
 
 
@@ -97,26 +89,25 @@ def describe(explanation: Explanation) -> str:
 def _first_step(model: TraceModel, layout: Layout) -> tuple[float, bool]:
     """P(`<|emb|>`) after the prompt alone, and whether it is the arg-max."""
     batch = model.processor.collate([layout]).to(model.device)
-    logits_V = model.logits(model.hidden(batch)[0, -1]).float()
-    emb = model.processor.emb_id
+    logits_V, emb = model.logits(model.hidden(batch)[0, -1]).float(), model.processor.emb_id
     return float(torch.softmax(logits_V, dim=-1)[emb]), int(logits_V.argmax()) == emb
 
 
 def _tokens(model: TraceModel, layout: Layout) -> Iterator[Token]:
-    for place, (number, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True)):
+    for place, (token, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True)):
         wanted = None if target == IGNORE else _token_text(model, target)
-        yield Token(place, number, _token_text(model, number), wanted, place == layout.readout)
+        yield Token(place, token, _token_text(model, token), wanted, place == layout.pooling_index)
 
 
-def _token_text(model: TraceModel, number: int) -> str:
+def _token_text(model: TraceModel, token: int) -> str:
     """The token as text; a piece of a character stands in the tokenizer's own spelling."""
     tokenizer = model.processor.tokenizer
-    text = str(tokenizer.decode([number], skip_special_tokens=False))
-    return str(tokenizer.convert_ids_to_tokens(number)) if "\ufffd" in text or not text else text
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text or not text else text
 
 
 def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
-    for plain, group in groupby(tokens, key=lambda one: one.text == IMAGE_PAD and not one.readout and one.target is None):
+    for plain, group in groupby(tokens, lambda token: token.text == IMAGE_PAD and not token.pooled and token.target is None):
         run = list(group)
         if plain and len(run) > 1:
             yield f"  {run[0].place:4d}   {IMAGE_PAD} x {len(run)}"
@@ -124,4 +115,4 @@ def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
         for token in run:
             shown = token.text if token.text.startswith("<|") else repr(token.text)
             taught = "" if token.target is None else f"  -> {token.target!r}"
-            yield f"  {token.place:4d} {'*' if token.readout else ' '} {shown}{taught}"
+            yield f"  {token.place:4d} {'*' if token.pooled else ' '} {shown}{taught}"

@@ -1,9 +1,10 @@
-"""Files that nobody sees half-written: made beside their place, then renamed."""
+"""Files and folders that nobody sees half-written: made beside their place, then renamed."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,19 @@ def write_whole(file: Path, content: str | bytes, *, durable: bool = False) -> N
     """`content` as the whole of `file`, at once."""
     with replacing(file, binary=isinstance(content, bytes), durable=durable) as stream:
         stream.write(content)
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `target` when the block ends without an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        fresh = Path(folder) / "new"
+        fresh.mkdir()
+        yield fresh
+        if target.exists():
+            os.replace(target, Path(folder) / "old")
+        os.replace(fresh, target)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,13 +3,13 @@
 transformers' class needs as long to import as torch itself, twice, before a command does its work. This one reads the same files,
 names its parts as transformers does, so that the code around it knows no difference, and gives the same numbers
 (tests/test_network.py). It has what a saved checkpoint of TraceIR may ask for and no more; `fits` says whether that is enough.
-Shapes: B rows, T tokens, K cached and new tokens, N pictures of one grid, P patches, D width, H heads, E width of a head.
+Shapes: B rows, T tokens, K cached and new tokens, N images of one grid, P patches, D width, H heads, E width of a head.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +25,12 @@ from torch.nn import functional
 from traceir.errors import ModelError
 from traceir.weights import weight_files
 
+Rotation = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines, which may be multiplied with heads [..., E]."""
+
 
 @dataclass(slots=True)
-class Kept:
+class LayerCache:
     """Keys and values of one layer, [B, H, K, E]."""
 
     keys: torch.Tensor
@@ -38,37 +41,96 @@ class Cache:
     """Keys and values of the tokens read so far, by layer; the part of transformers' DynamicCache that decoding needs."""
 
     def __init__(self) -> None:
-        self.layers: list[Kept] = []
+        self.layers: list[LayerCache] = []
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends to a layer, and returns all that it holds."""
-        if layer == len(self.layers):
-            self.layers.append(Kept(keys, values))
+        if layer < len(self.layers):
+            held = self.layers[layer]
+            held.keys, held.values = torch.cat([held.keys, keys], dim=2), torch.cat([held.values, values], dim=2)
         else:
-            kept = self.layers[layer]
-            kept.keys, kept.values = torch.cat([kept.keys, keys], dim=2), torch.cat([kept.values, values], dim=2)
+            self.layers.append(LayerCache(keys, values))
         return self.layers[layer].keys, self.layers[layer].values
 
     def reorder_cache(self, rows: torch.Tensor) -> None:
         """Leaves these rows, in their order."""
-        for kept in self.layers:
-            kept.keys, kept.values = kept.keys[rows], kept.values[rows]
+        for held in self.layers:
+            held.keys, held.values = held.keys[rows], held.values[rows]
 
 
-class Network(nn.Module):
-    """The whole model over `config`, the content of config.json; its parameters are given by `load_state_dict(assign=True)`."""
+class Part(nn.Module):
+    """A module that gives a tensor."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    __call__: Callable[..., torch.Tensor]
+
+
+class Linear(Part):
+    """torch's own draws weights when it is made, which imports half of torch's compiler where they are on no device yet."""
+
+    def __init__(self, inner: int, outer: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.config = _namespace(config)
-        self.model: Any = nn.Module()
-        self.model.visual = Vision(self.config.vision_config)
-        self.model.language_model = Language(self.config.text_config)
-        self.lm_head = Linear(self.config.text_config.hidden_size, self.config.text_config.vocab_size, bias=False)
+        self.weight, self.bias = _parameter(outer, inner), _parameter(outer) if bias else None
 
-    @property
-    def device(self) -> torch.device:
-        return self.lm_head.weight.device
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return functional.linear(states, self.weight, self.bias)
+
+
+class RMSNorm(Part):
+    """Computed in float32, whatever the states are."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = _parameter(width), eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        exact = states.float()
+        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * exact.to(states.dtype)
+
+
+class MLP(Part):
+    def __init__(self, width: int, inner: int, *, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = Linear(width, inner, bias=bias), Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
+
+
+class Attention(Part):
+    def __init__(self, config: Any, number: int) -> None:
+        super().__init__()
+        width, self.number = config.hidden_size, number
+        self.heads, self.shared = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = Linear(width, width)
+        self.k_proj, self.v_proj = (Linear(width, self.shared * (width // self.heads)) for _ in range(2))
+        self.o_proj = Linear(width, width, bias=False)
+
+    def forward(self, states: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        rows, length, width = states.shape
+        query = self.q_proj(states).view(rows, length, self.heads, -1).transpose(1, 2)
+        key, value = (part(states).view(rows, length, self.shared, -1).transpose(1, 2) for part in (self.k_proj, self.v_proj))
+        query, key = (_rotated(part, rotation) for part in (query, key))
+        if cache is not None:
+            key, value = cache.update(key, value, self.number)
+        mixed = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.shared != self.heads
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(rows, length, width))
+
+
+class Layer(Part):
+    def __init__(self, config: Any, number: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, number)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, states: torch.Tensor, rotation: Rotation, mask: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        states = states + self.self_attn(self.input_layernorm(states), rotation, mask, cache)
+        return states + self.mlp(self.post_attention_layernorm(states))
 
 
 class Language(nn.Module):
@@ -76,15 +138,12 @@ class Language(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        heads = config.num_attention_heads
-        self.embed_tokens = nn.Embedding(
-            *(shape := (config.vocab_size, config.hidden_size)), _weight=torch.empty(shape, device="meta")
-        )
+        shape = (config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape, device="meta"))
         self.layers = nn.ModuleList(Layer(config, number) for number in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        rope, width = config.rope_parameters, config.hidden_size // heads
-        self.theta, self.width = float(rope["rope_theta"]), width
-        self.sections: list[int] = list(rope["mrope_section"])
+        self.theta, self.width = float(config.rope_parameters["rope_theta"]), config.hidden_size // config.num_attention_heads
+        self.sections: list[int] = list(config.rope_parameters["mrope_section"])
 
     def forward(
         self,
@@ -103,140 +162,30 @@ class Language(nn.Module):
             states = layer(states, rotation, mask, cache)
         return SimpleNamespace(last_hidden_state=self.norm(states))
 
-    def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [B, 1, T, E]: each frequency turns by the time, the row or the column (Qwen2-VL's M-RoPE)."""
-        steps = torch.arange(0, self.width, 2, dtype=torch.float32, device=positions.device)
-        angles = positions[..., None].float() * (1.0 / self.theta ** (steps / self.width))
-        parts = torch.split(angles, self.sections, dim=-1)
+    def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
+        """[B, 1, T, E]: each frequency turns by the time, the row or the column (Qwen2-VL's M-RoPE)."""
+        parts = torch.split(_angles(positions, self.theta, self.width), self.sections, dim=-1)
         angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-class Layer(nn.Module):
-    def __init__(self, config: Any, number: int) -> None:
-        super().__init__()
-        self.self_attn = Attention(config, number)
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=False)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-    def forward(
-        self, states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        states = states + self.self_attn(self.input_layernorm(states), rotation, mask, cache)
-        out: torch.Tensor = states + self.mlp(self.post_attention_layernorm(states))
-        return out
-
-
-class Attention(nn.Module):
-    def __init__(self, config: Any, number: int) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.number, self.heads, self.shared = number, config.num_attention_heads, config.num_key_value_heads
-        each = width // self.heads
-        self.q_proj = Linear(width, width)
-        self.k_proj, self.v_proj = Linear(width, self.shared * each), Linear(width, self.shared * each)
-        self.o_proj = Linear(width, width, bias=False)
-
-    def forward(
-        self, states: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor | None, cache: Cache | None
-    ) -> torch.Tensor:
-        rows, length, width = states.shape
-        query = self.q_proj(states).view(rows, length, self.heads, -1).transpose(1, 2)
-        key = self.k_proj(states).view(rows, length, self.shared, -1).transpose(1, 2)
-        value = self.v_proj(states).view(rows, length, self.shared, -1).transpose(1, 2)
-        query, key = (part * rotation[0] + rotate_half(part) * rotation[1] for part in (query, key))
-        if cache is not None:
-            key, value = cache.update(key, value, self.number)
-        mixed = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=self.shared != self.heads
-        )
-        projected: torch.Tensor = self.o_proj(mixed.transpose(1, 2).reshape(rows, length, width))
-        return projected
-
-
-class MLP(nn.Module):
-    def __init__(self, width: int, inner: int, *, bias: bool) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = Linear(width, inner, bias=bias), Linear(width, inner, bias=bias)
-        self.down_proj = Linear(inner, width, bias=bias)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.down_proj(functional.silu(self.gate_proj(states)) * self.up_proj(states))
-        return out
-
-
-class Linear(nn.Module):
-    """torch's own draws weights when it is made, which imports half of torch's compiler where they are on no device yet."""
-
-    def __init__(self, inner: int, outer: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.weight, self.bias = _parameter(outer, inner), _parameter(outer) if bias else None
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return functional.linear(states, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """Computed in float32, whatever the states are."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = _parameter(width), eps
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        exact = states.float()
-        exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(states.dtype)
-
-
-class Vision(nn.Module):
-    """The parts of the vision tower; `see` runs them."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.spatial_merge_size, self.patch_size, self.window_size = (
-            config.spatial_merge_size, config.patch_size, config.window_size,
-        )  # fmt: skip
-        self.fullatt_block_indexes: list[int] = list(config.fullatt_block_indexes)
-        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        self.patch_embed: Any = nn.Module()
-        self.patch_embed.proj = Linear(1, 1, bias=False)
-        self.patch_embed.proj.weight = _parameter(config.hidden_size, config.in_channels, *kernel)
-        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
-        self.merger = Merger(config.hidden_size * config.spatial_merge_size**2, config.hidden_size, config.out_hidden_size)
-        self.theta, self.width = float(config.rope_parameters["rope_theta"]), config.hidden_size // config.num_heads
-
-    @property
-    def dtype(self) -> torch.dtype:
-        found: torch.dtype = self.patch_embed.proj.weight.dtype
-        return found
-
-    def rotary_pos_emb(self, states: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines [P, E] of patches at these places, rows and columns [P, 2]."""
-        half = self.width // 2
-        steps = torch.arange(0, half, 2, dtype=torch.float32, device=states.device)
-        angles = (places[..., None].float() * (1.0 / self.theta ** (steps / half))).flatten(1)
-        angles = torch.cat([angles, angles], dim=-1)
-        return angles.cos(), angles.sin()
-
-
 class VisionBlock(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(config.hidden_size, 1e-6), RMSNorm(config.hidden_size, 1e-6)
+        width, heads = config.hidden_size, config.num_heads
+        self.norm1, self.norm2 = RMSNorm(width, 1e-6), RMSNorm(width, 1e-6)
         self.attn = nn.Module()
-        self.attn.qkv, self.attn.proj = Linear(config.hidden_size, 3 * config.hidden_size), Linear(*[config.hidden_size] * 2)
-        self.attn.num_heads, self.attn.scaling = config.num_heads, (config.hidden_size // config.num_heads) ** -0.5
-        self.mlp = MLP(config.hidden_size, config.intermediate_size, bias=True)
+        self.attn.qkv, self.attn.proj = Linear(width, 3 * width), Linear(width, width)
+        self.attn.num_heads, self.attn.scaling = heads, (width // heads) ** -0.5
+        self.mlp = MLP(width, config.intermediate_size, bias=True)
 
 
-class Merger(nn.Module):
-    def __init__(self, width: int, patch: int, out: int) -> None:
+class Merger(Part):
+    def __init__(self, patch: int, merge: int, out: int) -> None:
         super().__init__()
-        self.width = width
         self.ln_q = RMSNorm(patch, 1e-6)
+        self.width = width = patch * merge**2
         self.mlp = nn.Sequential(Linear(width, width), nn.GELU(), Linear(width, out))
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
@@ -244,32 +193,69 @@ class Merger(nn.Module):
         return merged
 
 
+class Vision(nn.Module):
+    """The parts of the vision tower; `see` runs them."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.patch_embed: Any = nn.Module()
+        self.patch_embed.proj = Linear(1, 1, bias=False)
+        self.patch_embed.proj.weight = _parameter(config.hidden_size, config.in_channels, *kernel)
+        self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
+        self.merger = Merger(config.hidden_size, config.spatial_merge_size, config.out_hidden_size)
+        self.theta, self.width = float(config.rope_parameters["rope_theta"]), config.hidden_size // config.num_heads
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.patch_embed.proj.weight.dtype
+        return dtype
+
+    def rotary_pos_emb(self, states: torch.Tensor, places: torch.Tensor) -> Rotation:
+        """[P, E] of patches at these places, rows and columns [P, 2]."""
+        angles = _angles(places, self.theta, self.width // 2).flatten(1)
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+
+class Network(nn.Module):
+    """The whole model over `config`, the content of config.json; its parameters are given by `load_state_dict(assign=True)`."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.config = _namespace(config)
+        self.model: Any = nn.Module()
+        self.model.visual = Vision(self.config.vision_config)
+        self.model.language_model = Language(self.config.text_config)
+        self.lm_head = Linear(self.config.text_config.hidden_size, self.config.text_config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm_head.weight.device
+
+
 def see(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.Tensor:
-    """The vision tower over N pictures of one grid of `high` x `wide` patches: [N, tokens, D]. `visual` may be of transformers.
+    """The vision tower over N images of one grid of `high` x `wide` patches: [N, tokens, D]. `visual` may be of transformers.
 
     Patches come in Qwen's order, those that are merged side by side. Nothing is reordered for windowed attention: it alone asks
     where a patch lies, so windows are gathered there, those of one size as one batch.
     """
     count, per_image = patches_NPC.shape[:2]
-    merge = visual.spatial_merge_size
+    config, merge = visual.config, visual.config.spatial_merge_size
     rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
     rows, columns = (side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns))
     places = torch.stack((rows, columns), dim=-1).to(patches_NPC.device)
-    side = visual.window_size // visual.patch_size // merge * merge
+    side = config.window_size // config.patch_size // merge * merge
     windows = [index.to(patches_NPC.device) for index in _windows(rows, columns, side)]
     states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_image, -1)
     cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
     for number, block in enumerate(visual.blocks):
-        whole = number in visual.fullatt_block_indexes or (len(windows) == 1 and len(windows[0]) == 1)
-        states = states + _vision_attention(block.attn, block.norm1(states), cosine, sine, None if whole else windows)
+        whole = number in config.fullatt_block_indexes or (len(windows) == 1 and len(windows[0]) == 1)
+        states = states + _vision_attention(block.attn, block.norm1(states), (cosine, sine), None if whole else windows)
         states = states + block.mlp(block.norm2(states))
     merged: torch.Tensor = visual.merger(states).view(count, per_image // merge**2, -1)
     return merged
-
-
-def rotate_half(part: torch.Tensor) -> torch.Tensor:
-    first, second = part.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
 
 
 def _windows(rows: torch.Tensor, columns: torch.Tensor, side: int) -> list[torch.Tensor]:
@@ -284,11 +270,11 @@ def _windows(rows: torch.Tensor, columns: torch.Tensor, side: int) -> list[torch
 
 
 def _vision_attention(
-    attention: Any, states_NPD: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, windows: Sequence[torch.Tensor] | None
+    attention: Any, states_NPD: torch.Tensor, rotation: Rotation, windows: Sequence[torch.Tensor] | None
 ) -> torch.Tensor:
     count, length, _ = states_NPD.shape
     query, key, value = attention.qkv(states_NPD).view(count, length, 3, attention.num_heads, -1).unbind(2)
-    query, key = ((part * cosine + rotate_half(part) * sine).to(value.dtype) for part in (query, key))
+    query, key = (_rotated(part, rotation).to(value.dtype) for part in (query, key))
     if windows is None:
         mixed = _attend(query, key, value, attention.scaling)
     else:
@@ -304,6 +290,17 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
     """Attention of all to all: [N, P, H, E] to the same."""
     query, key, value = (part.transpose(1, 2) for part in (query, key, value))
     return functional.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+def _angles(positions: torch.Tensor, theta: float, width: int) -> torch.Tensor:
+    """What a rotary embedding of `width` turns by: positions [...] to [..., width / 2]."""
+    steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
+    return positions[..., None].float() * (1.0 / theta ** (steps / width))
+
+
+def _rotated(part: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    first, second = part.chunk(2, dim=-1)
+    return part * rotation[0] + torch.cat((-second, first), dim=-1) * rotation[1]
 
 
 def _causal(mask: torch.Tensor, new: int) -> torch.Tensor:
@@ -327,8 +324,7 @@ class Words:
         self.convert_ids_to_tokens = self.backend_tokenizer.id_to_token
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        text: str = self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return str(self.backend_tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def get_added_vocab(self) -> dict[str, int]:
         return {token.content: number for number, token in self.backend_tokenizer.get_added_tokens_decoder().items()}

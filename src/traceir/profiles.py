@@ -10,33 +10,34 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from PIL import Image
 
-from traceir.batch import READ_OUTS, RESIZES, ROPES, ReadOut, Resize, Rope
+from traceir.batch import PoolingPosition, Resize, Rope
 from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Query
-from traceir.prompts import VISION_END, VISION_START, Joined, Piece, Prompt, Role, UserText, normalise
+from traceir.prompts import VISION_END, VISION_START, Piece, Prompt, Role, Span, UserText, normalise
 from traceir.suggest import did_you_mean
 
 PLACEHOLDERS: Final = ("images", "text", "instruction", "asked", "kind")
-ROLES: Final[tuple[Role, ...]] = ("query", "candidate")
+JSON_KEYS: Final = {"pooling_position": "read_out", "blank_image": "blank_picture"}
+"""Fields that have another name in files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Profile:
     """One way to prompt and to read a checkpoint.
 
-    Templates are the whole text the model reads, special tokens included, with placeholders: `{images}` all pictures, `{text}`,
+    Templates are the whole text the model reads, special tokens included, with placeholders: `{images}` all images, `{text}`,
     `{instruction}`, `{asked}` instruction and text in one, `{kind}` the one of `words` that names what stands there (text, image,
-    image with text). What users write is never read as a special token. A side that shows no picture is given a white one under
-    `blank_picture`.
+    image with text). What users write is never read as a special token. A side that shows no image is given a white one under
+    `blank_image`.
 
     A side in `writes` goes on writing until it writes `token`, and under `writes_on` to the end of its turn, where the last
     `token` counts. Any other is embedded in one pass: at the first `direct_token` of its template; where there is none, at its
@@ -52,7 +53,7 @@ class Profile:
     name: str
     query: str
     candidate: str
-    read_out: ReadOut = "last"
+    pooling_position: PoolingPosition = "last"
     token: str | None = None
     writes: tuple[Role, ...] = ()
     direct_token: str | None = None
@@ -73,30 +74,44 @@ class Profile:
     max_reasoning_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.read_out not in READ_OUTS:
-            raise self._wrong("read_out", self.read_out, f"one of {', '.join(READ_OUTS)}")
-        if self.rope not in ROPES:
-            raise self._wrong("rope", self.rope, f"one of {', '.join(ROPES)}")
-        if self.resize not in RESIZES:
-            raise self._wrong("resize", self.resize, f"one of {', '.join(RESIZES)}")
-        if unknown := set(self.writes) - set(ROLES):
-            raise self._wrong("writes", sorted(unknown), f"some of {', '.join(ROLES)}")
+        roles = get_args(Role)
+        for field, known in (("pooling_position", PoolingPosition), ("rope", Rope), ("resize", Resize)):
+            if getattr(self, field) not in get_args(known):
+                raise self._wrong(field, f"one of {', '.join(get_args(known))}")
+        if set(self.writes) - set(roles):
+            raise self._wrong("writes", f"some of {', '.join(roles)}")
         if len(self.words) != len(MODALITIES):
-            raise self._wrong("words", self.words, f"three words, for {'; '.join(MODALITIES)}")
-        if (self.token is None) != (self.read_out == "last") or (self.writes and self.token is None):
-            raise self._wrong("token", self.token, "a token under before_token and at_token, null under last, where none writes")
+            raise self._wrong("words", f"three words, for {'; '.join(MODALITIES)}")
+        if (self.token is None) != (self.pooling_position == "last") or (self.writes and self.token is None):
+            raise self._wrong("token", "a token under before_token and at_token, null under last, where none writes")
         if self.add_token and self.token is None:
-            raise self._wrong("add_token", True, "false where there is no token")
-        for role, template in zip(ROLES, (self.query, self.candidate), strict=True):
-            _check_template(self.name, role, template)
-            wanted = self.direct_token or (None if role in self.writes else self.token)
-            if wanted is not None and wanted not in template:
-                raise self._wrong(role, template[:80], f"a template that holds {wanted}, where its embedding is read")
+            raise self._wrong("add_token", "false where there is no token")
+        for role in roles:
+            self._check_template(role)
+
+    def _check_template(self, role: Role) -> None:
+        template: str = getattr(self, role)
+        try:
+            unknown = {field for _, field, _, _ in Formatter().parse(template) if field is not None} - set(PLACEHOLDERS)
+        except ValueError as error:
+            raise self._wrong(role, f"a template, and this one is not readable: {error}; double a brace meant as one") from error
+        if unknown:
+            raise self._wrong(role, f"a template of {', '.join(PLACEHOLDERS)}; it asks for {sorted(unknown)}")
+        wanted = self.direct_token or (None if role in self.writes else self.token)
+        if wanted is not None and wanted not in template:
+            raise self._wrong(role, f"a template that holds {wanted}, where its embedding is read")
+
+    def _wrong(self, field: str, wanted: str) -> InputError:
+        key, value = JSON_KEYS.get(field, field), repr(getattr(self, field))[:80]
+        return InputError(f"profile {self.name!r}: {key} is {value}; it must be {wanted}")
+
+    def as_json(self) -> dict[str, Any]:
+        return {JSON_KEYS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
 
     @property
     def version(self) -> str:
         """Name and 8 hex digits over all fields: what an index remembers, so that another template is noticed."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()
         return f"profile {self.name} {digest[:8]}"
 
     def render(self, content: Query | Item, *, direct: bool) -> Prompt:
@@ -107,29 +122,29 @@ class Profile:
         if closed and self.direct_token is not None:
             template = _until(template, self.direct_token, "at_token")
         elif closed and self.token is not None:
-            template = _until(template, self.token, self.read_out)
+            template = _until(template, self.token, self.pooling_position)
         most = self.max_query_tokens if role == "query" else self.max_candidate_tokens
         return Prompt(tuple(self._pieces(template, content)), role, self.version, closed, most)
 
     def _pieces(self, template: str, content: Query | Item) -> Iterator[Piece]:
         parts: list[str | UserText] = []
         texts, layout = self._texts(content), list(Formatter().parse(template))
-        told = any(field in ("text", "asked") and texts[field] for _, field, _, _ in layout)
+        has_text = any(field in ("text", "asked") and texts[field] for _, field, _, _ in layout)
         for literal, field, _, _ in layout:
             if literal:
                 parts.append(literal)
             if field == "images":
                 for image in content.images or ((_blank(),) if self.blank_image else ()):
-                    yield Joined((*parts, VISION_START))
+                    yield Span((*parts, VISION_START))
                     yield image
                     parts = [VISION_END]
             elif field == "kind":
-                parts.append(self.words[0 if not content.images else 2 if told else 1])
+                parts.append(self.words[0 if not content.images else 2 if has_text else 1])
             elif field is not None and texts[field]:
                 most = self.max_text_chars or len(texts[field])
                 parts.append(UserText(texts[field][:most], texts[field][most:]))
         if parts:
-            yield Joined(tuple(parts))
+            yield Span(tuple(parts))
 
     def _texts(self, content: Query | Item) -> dict[str, str]:
         """The user's text by placeholder."""
@@ -139,9 +154,6 @@ class Profile:
             return {"text": text, "instruction": instruction, "asked": " ".join(part for part in (asked, text) if part)}
         both = normalise(f"{normalise(asked)} {text}")
         return {"text": normalise(text), "instruction": normalise(instruction), "asked": both}
-
-    def _wrong(self, field: str, value: object, wanted: str) -> InputError:
-        return InputError(f"profile {self.name!r}: {field} is {value!r}; it must be {wanted}")
 
 
 def resolve_profile(source: Profile | str | Path) -> Profile:
@@ -157,59 +169,39 @@ def resolve_profile(source: Profile | str | Path) -> Profile:
         hint = did_you_mean(name, PROFILES)
         raise InputError(f"profile {name!r} is unknown{hint}; choose {', '.join(PROFILES)}, or give a .json file with its fields")
     try:
-        found = json.loads(Path(name).read_text(encoding="utf-8"))
+        return profile_of(json.loads(Path(name).read_text(encoding="utf-8")), name)
     except OSError as error:
         raise InputError(f"profile {name}: {error.strerror or error}; check the path") from error
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"profile {name}: not JSON ({error}); write one object") from error
-    return profile_of(found, name)
 
 
 def profile_of(found: object, place: str) -> Profile:
     """A profile from the fields of a JSON object; a `base` among them names the profile whose other fields it takes over."""
-    known = {field.name for field in fields(Profile)}
-    if not isinstance(found, Mapping) or (unknown := set(found) - known - {"base"}):
-        shown = sorted(unknown) if isinstance(found, Mapping) else type(found).__name__
-        raise InputError(f"{place}: {shown} is not a profile; its fields are base, {', '.join(sorted(known))}")
-    values: dict[str, Any] = {key: value for key, value in found.items() if key != "base"}
-    if "base" in found:
-        values = {**asdict(resolve_profile(str(found["base"]))), **values}
-    for field in ("writes", "words"):
-        if isinstance(values.get(field), list):
-            values[field] = tuple(values[field])
-    for field, value in values.items():
-        if not isinstance(value, _TYPES.get(field, str)):
-            raise InputError(f"{place}: {field} is {value!r}, which is of the wrong type; see docs/judges.md")
+    keys = {JSON_KEYS.get(field.name, field.name): field for field in fields(Profile)}
+    if not isinstance(found, dict) or (unknown := set(found) - {*keys, "base"}):
+        shown = sorted(unknown) if isinstance(found, dict) else type(found).__name__
+        raise InputError(f"{place}: {shown} is not a profile; its fields are base, {', '.join(sorted(keys))}")
+    values = resolve_profile(str(found["base"])).as_json() if "base" in found else {}
+    values |= {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key != "base"}
+    for key, value in values.items():
+        if not isinstance(value, _types(str(keys[key].type))):
+            raise InputError(f"{place}: {key} is {value!r}, which is of the wrong type; see docs/judges.md")
     if missing := {"name", "query", "candidate"} - set(values):
         raise InputError(f"{place}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
-    return Profile(**values)
+    return Profile(**{keys[key].name: value for key, value in values.items()})
 
 
-_NUMBER: Final = (int, type(None))
-_TYPES: Final[Mapping[str, Any]] = {
-    "token": (str, type(None)), "direct_token": (str, type(None)), "writes": tuple, "words": tuple,
-    **dict.fromkeys(("normalise", "blank_picture", "writes_on", "add_token"), bool),
-    **dict.fromkeys((field.name for field in fields(Profile) if field.name.startswith(("min_", "max_"))), _NUMBER),
-}  # fmt: skip
+def _types(annotation: str) -> tuple[type, ...]:
+    """What a field's value may be: `str | None` as it stands; Literals are checked as str here, and by Profile."""
+    known = {"int": int, "bool": bool, "None": type(None)}
+    return tuple(tuple if name.startswith("tuple") else known.get(name, str) for name in annotation.split(" | "))
 
 
-def _check_template(name: str, role: str, template: str) -> None:
-    try:
-        asked = [field for _, field, _, _ in Formatter().parse(template) if field is not None]
-    except ValueError as error:
-        raise InputError(
-            f"profile {name!r}: the template of {role} is not readable: {error}; double a brace meant as one"
-        ) from error
-    if unknown := set(asked) - set(PLACEHOLDERS):
-        raise InputError(
-            f"profile {name!r}: the template of {role} asks for {sorted(unknown)}; it may use {', '.join(PLACEHOLDERS)}"
-        )
-
-
-def _until(template: str, token: str, read_out: ReadOut) -> str:
+def _until(template: str, token: str, pooling_position: PoolingPosition) -> str:
     """The template up to its first `token`, which is kept under `at_token`: attention is causal, what follows changes nothing."""
     head, _, _ = template.partition(token)
-    return head + token if read_out == "at_token" else head
+    return head + token if pooling_position == "at_token" else head
 
 
 @lru_cache(maxsize=1)
@@ -245,9 +237,9 @@ PROFILES: Final[Mapping[str, Profile]] = {
             min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28, max_text_tokens=_CONTEXT, max_candidate_tokens=1024,
         ),
         # UME-R1 55e5512, src/eval/VLM2Vec/eval_twomode.py and README.md; mteb 2.26.24, ume_r1.py: both sides write and are read
-        # at their last <gen_emb>, or at <disc_emb> where they may not write; text alone stands behind a white picture.
+        # at their last <gen_emb>, or at <disc_emb> where they may not write; text alone stands behind a white image.
         Profile(
-            "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), read_out="at_token",
+            "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), pooling_position="at_token",
             token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_image=True,
             min_pixels=784, max_pixels=2_359_296, max_text_tokens=_CONTEXT, max_reasoning_tokens=8192,
         ),
@@ -262,7 +254,7 @@ PROFILES: Final[Mapping[str, Profile]] = {
         # writes is another model's, to be joined to the text.
         Profile(
             "embed-rl", _chat("{images}{asked}" + _EMBED_RL, "<emb>", system=None),
-            _chat("{images}{text}" + _EMBED_RL, "<emb>", system=None), read_out="at_token", token="<emb>", add_token=True,
+            _chat("{images}{text}" + _EMBED_RL, "<emb>", system=None), pooling_position="at_token", token="<emb>", add_token=True,
             min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32, max_text_chars=512, max_text_tokens=_CONTEXT,
         ),
     )
@@ -270,6 +262,6 @@ PROFILES: Final[Mapping[str, Profile]] = {
 
 REMOVED: Final[Mapping[str, str]] = {
     "qwen3-vl-embedding": "leave --profile out; sentence-transformers reads Qwen/Qwen3-VL-Embedding-2B and -8B by their files",
-    "vlm2vec": "VLM2Vec shows bare picture tokens, which no profile writes; take --model Alibaba-NLP/gme-Qwen2-VL-2B-Instruct",
+    "vlm2vec": "VLM2Vec shows bare image tokens, which no profile writes; take --model Alibaba-NLP/gme-Qwen2-VL-2B-Instruct",
 }
 """Profiles of earlier releases, and what to take in their place."""

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.checkpoint import ADAPTER
+from traceir.checkpoint import ADAPTER, CONFIG
 from traceir.errors import ModelError
 
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
-CONFIG: Final = "config.json"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 REMEDY: Final = (
@@ -32,29 +31,30 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / ADAPTER).is_file():
         names = {ADAPTER_WEIGHTS}
     elif named := read_object(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None:
-        names = shards(folder / named) if str(named).endswith(".index.json") else {checked(str(named), folder / CONFIG)}
-    elif (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        names = {SINGLE}
+        names = _shards(folder / named) if str(named).endswith(".index.json") else {_checked(str(named), folder / CONFIG)}
+    elif (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        names = _shards(folder / INDEX)
     else:
-        names = shards(folder / INDEX)
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
-        if missing in ([SINGLE], [ADAPTER_WEIGHTS]):
-            others = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_LIKE)
-            only = f", only {', '.join(others[:3])}" if others else ""
-            raise ModelError(f"{folder} holds no safetensors weights, {missing[0]}{only}. {REMEDY}")
+        names = {SINGLE}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing in ([SINGLE], [ADAPTER_WEIGHTS]):
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_LIKE)
+        only = f", only {', '.join(others[:3])}" if others else ""
+        raise ModelError(f"{folder} holds no safetensors weights, {missing[0]}{only}. {REMEDY}")
+    if missing:
         raise ModelError(f"{folder} lacks weights that it names: {', '.join(missing)}; copy it again")
     return [folder / name for name in sorted(names)]
 
 
-def shards(index: Path) -> set[str]:
+def _shards(index: Path) -> set[str]:
     """The files that an index of sharded weights names."""
     try:
-        return {checked(str(name), index) for name in read_object(index)["weight_map"].values()}
+        return {_checked(str(name), index) for name in read_object(index)["weight_map"].values()}
     except (KeyError, AttributeError) as error:
         raise ModelError(f"{index} maps no weights to files; copy the checkpoint again") from error
 
 
-def checked(name: str, where: Path) -> str:
+def _checked(name: str, where: Path) -> str:
     """The name itself; ModelError where it is that of no safetensors file in the same folder."""
     if Path(name).name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise ModelError(f"{where} names {name!r}, which is no .safetensors file of its folder. {REMEDY}")
@@ -73,19 +73,19 @@ def fingerprint(folder: Path, files: Sequence[Path] | None = None) -> str:
 
 def digest(named: Iterable[tuple[str, Path]]) -> str:
     """16 hex digits over files and the names under which they count, in the order given."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, file in named:
         size = file.stat().st_size
-        found.update(f"{name}:{size}".encode())
+        sha.update(f"{name}:{size}".encode())
         with file.open("rb") as stream:
             if size <= WHOLE_HASH_BYTES:
                 while block := stream.read(2**20):
-                    found.update(block)
+                    sha.update(block)
             else:
                 for part in range(64):
                     stream.seek(part * (size - 65536) // 63)
-                    found.update(stream.read(65536))
-    return found.hexdigest()[:16]
+                    sha.update(stream.read(65536))
+    return sha.hexdigest()[:16]
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def merge(args: argparse.Namespace) -> int:
     check_model(args.adapter)
     import torch
 
-    from traceir.adapter import merge
+    from traceir.model import merge
 
     print(merge(args.adapter, args.out, dtype=getattr(torch, args.dtype)))
     return 0

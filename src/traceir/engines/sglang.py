@@ -116,8 +116,8 @@ class SGLangEncoder:
     @property
     def prompt_version(self) -> str:
         """As an in-process Encoder names it, so that both may fill and search one index."""
-        version, read_out = self.model.settings.prompt_version, self.model.settings.read_out
-        return version if read_out == "before_token" else f"{version}, read {read_out}"
+        version, position = self.model.settings.prompt_version, self.model.settings.pooling_position
+        return version if position == "before_token" else f"{version}, read {position}"
 
     @property
     def width(self) -> int:
@@ -393,16 +393,16 @@ def without_weights(source: str | Path) -> TraceModel:
         tokenizer = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {name}: {error}") from error
-    if config.model_type not in NETWORKS or settings.profile is not None or settings.read_out == "at_token":
+    if config.model_type not in NETWORKS or settings.profile is not None or settings.pooling_position == "at_token":
         raise ModelError(
-            f"{name} ({config.model_type}, read {settings.read_out}) cannot be encoded by an engine: it gives the state before "
-            "a token and knows no profiles; encode it in this process"
+            f"{name} ({config.model_type}, read {settings.pooling_position}) cannot be encoded by an engine: it gives the state "
+            "before a token and knows no profiles; encode it in this process"
         )
     if not settings.fingerprint:
         raise ModelError(f"{name}: traceir.json names no fingerprint; save the checkpoint again by this release")
     preprocessor = local / "preprocessor_config.json"
     image = image_budget(preprocessor if preprocessor.is_file() else None, config)
-    processor = Processor(tokenizer, image, read_out=settings.read_out, max_text_tokens=settings.max_text_tokens)
+    processor = Processor(tokenizer, image, pooling_position=settings.pooling_position, max_text_tokens=settings.max_text_tokens)
     return TraceModel(SimpleNamespace(config=config), processor, settings)
 
 

@@ -19,7 +19,7 @@ from functools import partial
 from typing import Final
 
 from traceir.batch import Layout
-from traceir.decoding import Decoder, Finished, Wave, keep_rows, merge_waves, trim
+from traceir.decoding import DecodeBatch, Decoder, Finished, keep_rows, merge_batches, trim
 from traceir.encoder import Encoder
 from traceir.items import Item, Query, Route
 from traceir.prompts import Role
@@ -114,7 +114,7 @@ class ModelThread:
 
     def _work(self) -> None:
         writing: dict[int, _Input] = {}
-        waves: list[Wave] = []
+        waves: list[DecodeBatch] = []
         numbers = 0
         while (taken := self._take(self.writing - len(writing), wait=not writing)) is not None:
             inputs = dict(enumerate(taken, numbers))
@@ -175,7 +175,7 @@ class ModelThread:
             waiting.put_back(one.job.who, one)
         return taken
 
-    def _prefilled(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[Wave]:
+    def _prefilled(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[DecodeBatch]:
         """Prefills one batch; where that fails, each input alone, so that a bad one fails by itself."""
         started = time.monotonic()
         try:
@@ -195,7 +195,7 @@ class ModelThread:
             self._call(self._desk.fail, [writing.pop(number).job for number in left], error)
             return []
 
-    def _prefill(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[Wave]:
+    def _prefill(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[DecodeBatch]:
         """Prefills one batch: what bypasses is handed out, what writes is given back."""
         if not inputs:
             return []
@@ -217,9 +217,9 @@ class ModelThread:
             self._postpone(wave, writing)
         return [wave] if wave is not None and wave.rows else []
 
-    def _postpone(self, wave: Wave, writing: dict[int, _Input]) -> None:
+    def _postpone(self, wave: DecodeBatch, writing: dict[int, _Input]) -> None:
         """Rows beyond those that may write give their cache back and wait for their turn; memory is bounded so."""
-        if self.encoder.model.settings.read_out == "at_token":
+        if self.encoder.model.settings.pooling_position == "at_token":
             return  # rows that bypass are among them
         fresh = {row.number for row in wave.rows}
         by = Counter(one.job.who for number, one in writing.items() if number not in fresh)
@@ -240,7 +240,7 @@ class ModelThread:
         for job in jobs:
             self._usage.add(job.who, seconds / len(jobs) * (PATIENT if job.patient else 1.0))
 
-    def _write(self, waves: list[Wave], writing: dict[int, _Input], until: float) -> list[Wave]:
+    def _write(self, waves: list[DecodeBatch], writing: dict[int, _Input], until: float) -> list[DecodeBatch]:
         """Writes one token for every row, and more until a moment of the clock; the rows that are not done.
 
         Rows of long work are a wave of their own, which waits while the callers of the other have had less of the model.
@@ -258,10 +258,10 @@ class ModelThread:
                 break
         return waves
 
-    def _callers(self, wave: Wave, writing: dict[int, _Input]) -> set[str]:
+    def _callers(self, wave: DecodeBatch, writing: dict[int, _Input]) -> set[str]:
         return {writing[row.number].job.who for row in wave.rows}
 
-    def _goes_on(self, waves: Sequence[Wave], writing: dict[int, _Input]) -> bool:
+    def _goes_on(self, waves: Sequence[DecodeBatch], writing: dict[int, _Input]) -> bool:
         """Whether some who write have had less of the model than all who wait for a prefill."""
         with self._wake:
             waiting = self._arrived.callers() if self._company.crowded else []
@@ -273,9 +273,9 @@ class ModelThread:
             self._failures = 0
             self._call(self._desk.deliver, ended, time.monotonic())
 
-    def _joined(self, waves: list[Wave], writing: dict[int, _Input]) -> list[Wave]:
+    def _joined(self, waves: list[DecodeBatch], writing: dict[int, _Input]) -> list[DecodeBatch]:
         """The rows that write next, long work as one wave and the others as one; those whose waiters have gone leave."""
-        joining: dict[bool, list[Wave]] = {}
+        joining: dict[bool, list[DecodeBatch]] = {}
         for one in waves:
             live = [place for place, row in enumerate(one.rows) if writing[row.number].wanted]
             if len(live) < len(one.rows):
@@ -284,12 +284,12 @@ class ModelThread:
                 keep_rows(one, live)
             if one.rows:
                 joining.setdefault(writing[one.rows[0].number].job.patient, []).append(one)
-        joined = [merge_waves(parts) for parts in joining.values()]
+        joined = [merge_batches(parts) for parts in joining.values()]
         for one in joined:
             trim(one)
         return joined
 
-    def _tell(self, wave: Wave, writing: dict[int, _Input]) -> None:
+    def _tell(self, wave: DecodeBatch, writing: dict[int, _Input]) -> None:
         """Tells those who listen what their rows have written so far."""
         now = time.monotonic()
         for row in wave.rows:

@@ -17,7 +17,6 @@ from huggingface_hub import EvalResult, ModelCardData
 from safetensors import SafetensorError, safe_open
 
 from traceir.adapter import Base, read_base, weights_fingerprint
-from traceir.batch import check_read_out
 from traceir.checkpoint import ADAPTER
 from traceir.data import hub
 from traceir.data import markdown as md
@@ -283,7 +282,7 @@ def _opening(facts: _Facts) -> str:
         "candidates. A query that asks for something it does not show is reasoned about first: the model writes what is sought, "
         f"then `<|emb|>`. A simple query is embedded at once.{over}\n\n"
         f"Method: TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929)). {budget}the embedding is "
-        f"{READ_OUTS[check_read_out(settings.read_out)]}, scaled to length 1. "
+        f"{READ_OUTS[settings.pooling_position]}, scaled to length 1. "
         f"Prompts: `{md.code(settings.prompt_version)}` of `traceir.prompts`. "
         f"Fingerprint of the weights: `{md.code(facts.fingerprint)}`.\n"
     )

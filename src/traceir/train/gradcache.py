@@ -70,13 +70,13 @@ class Reader(torch.nn.Module):
         with _quick_attention():
             hidden_BTD = self.model.hidden(batch)
         supervised_BT = batch.targets >= 0
-        first_B = torch.where(supervised_BT.any(dim=1), supervised_BT.int().argmax(dim=1), batch.readout)
+        first_B = torch.where(supervised_BT.any(dim=1), supervised_BT.int().argmax(dim=1), batch.pooling_index)
         total = hidden_BTD.new_zeros(())
         if gen:
             total = generation_loss(self.model.logits(hidden_BTD[supervised_BT]), batch.targets[supervised_BT])
         if touch:
             total = total + 0.0 * self.log_temperature + blank
-        return hidden_BTD[rows, batch.readout], hidden_BTD[rows, first_B], total
+        return hidden_BTD[rows, batch.pooling_index], hidden_BTD[rows, first_B], total
 
     def _blank(self, device: torch.device) -> torch.Tensor:
         """The sum of the features of the smallest picture there is, for chunks without any."""

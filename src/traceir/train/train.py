@@ -23,7 +23,7 @@ from transformers import TrainingArguments
 
 from traceir import __version__
 from traceir.adapter import attach, projectors, save_adapter
-from traceir.batch import ReadOut
+from traceir.batch import PoolingPosition
 from traceir.data.cot import is_cot, read_cot, source_folder
 from traceir.data.image_store import pixel_store
 from traceir.data.samples import Schedule, TaskData, image_names, read_lessons, read_pairs, task_shares, texts
@@ -79,7 +79,7 @@ class TrainConfig:
     """What candidates write (Table 6): nothing (`direct`), `answer`, or `reason`."""
     reasoned: float = 1.0
     """Share of the complex queries that keep their reasoning; the others are taught as simple ones."""
-    read_out: ReadOut = "before_token"
+    read_out: PoolingPosition = "before_token"
     """Which state is the embedding (Table 4): the one that predicts `<|emb|>`, or `at_token`, that of `<|emb|>` itself."""
     steps: int = 1000
     epochs: float = 0.0
@@ -415,7 +415,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
         model = load(
             config.init, dtype=dtype, as_published=False, max_text_tokens=config.max_text_tokens,
-            max_reasoning_tokens=config.max_reasoning_tokens, read_out=config.read_out,
+            max_reasoning_tokens=config.max_reasoning_tokens, pooling_position=config.read_out,
             candidates_write=config.candidates != "direct", world="",
         )  # fmt: skip
         if model.settings.profile is not None:
@@ -434,7 +434,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     tokenizer = train_tokenizer([*texts(readable), *TEMPLATE_WORDS], config.size.vocabulary)
     settings = TraceSettings(
         prompt_version="brief-1" if config.prompt_version == "brief-1" else "trace-1",
-        read_out=config.read_out,
+        pooling_position=config.read_out,
         max_reasoning_tokens=config.max_reasoning_tokens,
         max_text_tokens=config.max_text_tokens,
         candidates_write=config.candidates != "direct",
