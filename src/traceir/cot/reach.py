@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.build import Work
-from traceir.cot.heard import PATIENCE
 from traceir.cot.plan import BuildConfig, gather_captions
+from traceir.cot.reply_monitor import PATIENCE
 from traceir.cot.rules import RuleFilter
-from traceir.cot.source import Source, read_captions
-from traceir.cot.teachers.asker import Asker
+from traceir.cot.source import CaseSource, read_captions
+from traceir.cot.teachers.answer_cache import AnswerCache
+from traceir.cot.teachers.asker import Asker, Budget
 from traceir.cot.teachers.batch_files import BatchTeacher
-from traceir.cot.teachers.journal import Journal
-from traceir.cot.teachers.pace import Pace
+from traceir.cot.teachers.pace import Pacer
 from traceir.cot.teachers.teacher import OpenAITeacher, RecordedTeacher, Teacher
 from traceir.errors import InputError
 
@@ -29,11 +29,11 @@ BATCH: Final = "batch:"
 class Reach:
     """Addresses and limits. `teacher`: a base URL, `recorded:FILE.jsonl` or `batch:FOLDER`; `verifier` "": the same.
 
-    `key_variable` names the environment variable that holds the key. Rates count for this process; prices are USD for a million
-    tokens; `spend_limit` is USD for all that lies in the journal; of what is left of it, and of concurrency and rates, each of
-    `workers` takes an equal share. `extra` goes into every request body. A question that fails for a time is tried `tries` times,
-    some minutes in all, before its part is left for a later run. `patience`: see heard.py; replies of a recorded file or an
-    imported batch cost nothing any more and do not try it.
+    `key_variable` names the environment variable that holds the key, `journal` the folder of answers. Rates count for this
+    process; prices are USD for a million tokens; `spend_limit` is USD for all that was ever answered there; of what is left of
+    it, and of concurrency and rates, each of `workers` takes an equal share. `extra` goes into every request body. A question
+    that fails for a time is tried `tries` times, some minutes in all, before its part is left for a later run. `patience`: see
+    reply_monitor.py; replies of a recorded file or an imported batch cost nothing any more and do not try it.
     """
 
     teacher: str
@@ -53,43 +53,41 @@ class Reach:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for address in (self.teacher, *([self.verifier] if self.verifier else [])):
+        for address in filter(None, (self.teacher, self.verifier)):
             if not address.startswith(("http://", "https://", RECORDED, BATCH)):
-                raise InputError(
-                    f"teacher {address!r} is not an address; give http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER"
-                )
+                remedy = "give http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER"
+                raise InputError(f"teacher {address!r} is not an address; {remedy}")
         if self.patience < 0:
             raise InputError(f"patience is {self.patience}; give a number of replies, or 0 to go on whatever they are")
         if self.spend_limit is not None and not (self.price_in or self.price_out):
             raise InputError("a spend limit needs prices; give --price-in and --price-out, in USD for a million tokens")
 
 
+def open_cache(out: Path, reach: Reach, writer: str = "") -> AnswerCache:
+    return AnswerCache(Path(reach.journal) if reach.journal else out / "journal", writer)
+
+
 @contextmanager
 def open_work(config: BuildConfig, out: Path, reach: Reach, writer: str) -> Iterator[Work]:
-    """The source, the rules and the askers of one worker, whose answers go into the journal file `writer`."""
-    source = Source(Path(config.data), config.tasks)
-    journal = Journal(Path(reach.journal) if reach.journal else out / "journal", writer)
-    try:
-        yield work_of(config, out, reach, source, journal)
-    finally:
-        journal.close()
-        source.close()
+    """The source, the rules and the askers of one worker, of which there is one a `writer`."""
+    with closing(CaseSource(Path(config.data), config.tasks)) as source, open_cache(out, reach, writer) as cache:
+        yield work_of(config, out, reach, source, cache)
 
 
-def work_of(config: BuildConfig, out: Path, reach: Reach, source: Source, journal: Journal) -> Work:
-    """As `open_work`, over a source and a journal that are open."""
+def work_of(config: BuildConfig, out: Path, reach: Reach, source: CaseSource, cache: AnswerCache) -> Work:
+    """As `open_work`, over a source and a cache that are open."""
     captions = read_captions(gather_captions(out, config))
-    questions = config.questions()
-    pace, money = _pace(reach), _money(reach, journal)
-    teacher = Asker(open_teacher(reach.teacher, config.model, config, reach), journal, pace, **money)
-    verifier = teacher
+    questions, pace, budget = config.questions(), _pacer(reach), Budget(cache, reach.price_in, reach.price_out)
+    if reach.spend_limit is not None:
+        budget.limit = budget.spent + max(0.0, reach.spend_limit - budget.spent) / reach.workers
+    asker = Asker(open_teacher(reach.teacher, config.model, config, reach), cache, pace, budget, attempts=reach.tries)
+    verifier = asker
     if reach.verifier or (config.verifier and config.verifier != config.model):
         other = open_teacher(reach.verifier or reach.teacher, config.verifier or config.model, config, reach)
-        verifier = Asker(other, journal, _pace(reach) if reach.verifier else pace, **money)
+        verifier = Asker(other, cache, _pacer(reach) if reach.verifier else pace, budget, attempts=reach.tries)
     rules = RuleFilter(config.limits, captions, questions.templates)
-    waits = reach.teacher.startswith(BATCH)
     patience = 0 if reach.teacher.startswith((BATCH, RECORDED)) else reach.patience
-    return Work(config, out, source, questions, rules, teacher, verifier, waits, patience)
+    return Work(config, out, source, questions, rules, asker, verifier, reach.teacher.startswith(BATCH), patience)
 
 
 def open_teacher(address: str, model: str, config: BuildConfig, reach: Reach) -> Teacher:
@@ -98,21 +96,11 @@ def open_teacher(address: str, model: str, config: BuildConfig, reach: Reach) ->
         return RecordedTeacher(Path(address.removeprefix(RECORDED)))
     if address.startswith(BATCH):
         return BatchTeacher(Path(address.removeprefix(BATCH)), model, pixels=config.pixels, extra=reach.extra)
-    key = os.environ.get(reach.key_variable, "")
-    return OpenAITeacher(model, address, key or "none", timeout_s=reach.timeout_s, pixels=config.pixels, extra=reach.extra)
+    key = os.environ.get(reach.key_variable, "") or "none"
+    return OpenAITeacher(model, address, key, timeout_s=reach.timeout_s, pixels=config.pixels, extra=reach.extra)
 
 
-def _pace(reach: Reach) -> Pace:
+def _pacer(reach: Reach) -> Pacer:
     """The pace of one worker."""
-    requests, tokens = reach.requests_per_minute, reach.tokens_per_minute
-    share = reach.workers
-    return Pace(max(1, reach.concurrency // share), requests and requests / share, tokens and tokens / share)
-
-
-def _money(reach: Reach, journal: Journal) -> dict[str, Any]:
-    """Prices, and the spend limit of one worker: what is spent already, and its share of the rest."""
-    limit = reach.spend_limit
-    if limit is not None:
-        spent = (journal.prompt_tokens * reach.price_in + journal.completion_tokens * reach.price_out) / 1e6
-        limit = spent + max(0.0, limit - spent) / reach.workers
-    return {"attempts": reach.tries, "price_in": reach.price_in, "price_out": reach.price_out, "spend_limit": limit}
+    share, requests, tokens = reach.workers, reach.requests_per_minute, reach.tokens_per_minute
+    return Pacer(max(1, reach.concurrency // share), requests and requests / share, tokens and tokens / share)

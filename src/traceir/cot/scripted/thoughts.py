@@ -6,8 +6,6 @@ The scripted teacher speaks in any of these ways, so that a build can be tried a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, Final
 
 Message = dict[str, Any]
@@ -16,45 +14,46 @@ DRAFT: Final = (
     "or <reasoning>a draft</reasoning><answer>draft</answer>? I'm sorry, I can't tell yet. Wait, look again."
 )
 """Thoughts that hold all that may not be taken for the answer."""
+STYLES: Final[dict[str, Message]] = {
+    "think": {"content": "<think>\n$DRAFT\n</think>\n\n$TEXT"},
+    "thinking": {"content": "<thinking>$DRAFT</thinking>$TEXT"},
+    "closed": {"content": "$DRAFT\n</think>\n\n$TEXT"},
+    "unclosed": {"content": "<think>\n$TEXT"},
+    "field": {"content": "$TEXT", "reasoning_content": "$DRAFT"},
+    "null": {"content": None, "reasoning_content": "$DRAFT</think>$TEXT"},
+    "empty": {"content": "", "reasoning": "$TEXT"},
+    "parts": {
+        "content": [
+            {"type": "thinking", "thinking": [{"type": "text", "text": "$DRAFT"}]},
+            {"type": "text", "text": "$TEXT"},
+        ]
+    },
+    "harmony": {
+        "content": "<|channel|>analysis<|message|>$DRAFT<|end|><|start|>assistant<|channel|>final<|message|>$TEXT<|return|>"
+    },
+    "bare-harmony": {"content": "analysis$DRAFTassistantfinal$TEXT"},
+    "magistral": {"content": "[THINK]$DRAFT[/THINK]$TEXT"},
+    "fence": {"content": "<think>$DRAFT</think>\n```json\n$TEXT\n```"},
+    "texts": {"content": "<think>$DRAFT</think>$TEXT"},
+    "cut": {"content": "<think>\n$DRAFT What is it"},
+}
+"""Way of speaking -> the message of a completion; `cut` is one that ran into its limit within its thoughts, `texts` writes the
+numbers and booleans of an object as texts."""
 
 
-def _said(content: Any, **more: Any) -> Message:
-    return {"content": content, **more}
+def styled(style: str, text: str) -> Message:
+    """The message of a completion that says `text` in this way; "" is plain."""
+    if style == "texts" and text.startswith("{"):
+        words = {True: "yes", False: "No"}
+        fields = {name: words[value] if isinstance(value, bool) else value for name, value in json.loads(text).items()}
+        text = json.dumps(fields | {"confidence": f"{fields['confidence']:.0%}"})
+    filled: Message = _fill(STYLES[style] if style else {"content": "$TEXT"}, text)
+    return filled
 
 
-STYLES: Final[Mapping[str, Callable[[str], Message]]] = MappingProxyType(
-    {
-        "think": lambda text: _said(f"<think>\n{DRAFT}\n</think>\n\n{text}"),
-        "thinking": lambda text: _said(f"<thinking>{DRAFT}</thinking>{text}"),
-        "closed": lambda text: _said(f"{DRAFT}\n</think>\n\n{text}"),
-        "unclosed": lambda text: _said(f"<think>\n{text}"),
-        "field": lambda text: _said(text, reasoning_content=DRAFT),
-        "null": lambda text: _said(None, reasoning_content=f"{DRAFT}</think>{text}"),
-        "empty": lambda text: _said("", reasoning=text),
-        "parts": lambda text: _said(
-            [{"type": "thinking", "thinking": [{"type": "text", "text": DRAFT}]}, {"type": "text", "text": text}]
-        ),
-        "harmony": lambda text: _said(
-            f"<|channel|>analysis<|message|>{DRAFT}<|end|><|start|>assistant<|channel|>final<|message|>{text}<|return|>"
-        ),
-        "bare-harmony": lambda text: _said(f"analysis{DRAFT}assistantfinal{text}"),
-        "magistral": lambda text: _said(f"[THINK]{DRAFT}[/THINK]{text}"),
-        "fence": lambda text: _said(f"<think>{DRAFT}</think>\n```json\n{text}\n```"),
-        "texts": lambda text: _said(f"<think>{DRAFT}</think>{_as_texts(text)}"),
-    }
-)
-"""Way of speaking -> the message of a completion that says `text`."""
-
-
-def cut(text: str) -> Message:
-    """A reply that ran into its limit within its thoughts."""
-    return _said(f"<think>\n{DRAFT} {DRAFT[:90]}")
-
-
-def _as_texts(text: str) -> str:
-    """An object with its numbers and booleans as texts; another text as it is."""
-    if not text.startswith("{"):
-        return text
-    fields: Message = json.loads(text)
-    fields = {name: "yes" if one is True else "No" if one is False else one for name, one in fields.items()}
-    return json.dumps(fields | {"confidence": f"{fields['confidence']:.0%}"})
+def _fill(template: Any, text: str) -> Any:
+    if isinstance(template, dict):
+        return {name: _fill(value, text) for name, value in template.items()}
+    if isinstance(template, list):
+        return [_fill(value, text) for value in template]
+    return template.replace("$DRAFT", DRAFT).replace("$TEXT", text) if isinstance(template, str) else template

@@ -12,32 +12,26 @@ from typing import Any, Final
 from traceir.errors import TeacherError
 from traceir.outside import read_json, valid
 
-_FINISHES: Final = {
-    "length": "length",
-    "max_tokens": "length",
-    "model_length": "length",
-    "content_filter": "content_filter",
-    "safety": "content_filter",
-}
+_FINISHES: Final = dict.fromkeys(("length", "max_tokens", "model_length"), "length") | dict.fromkeys(
+    ("content_filter", "safety"), "content_filter"
+)
 """What servers say of how a reply ended, and our word for it; whatever else they say is `stop`."""
-
-
 _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 """Fields of a message in which servers send thoughts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. `finish`: `stop`, `length`, `content_filter`, or `error` with the reason in `error`; `key`: see Request.
+    """What came back. `finish`: `stop`, `length`, `content_filter`, or `error` with the reason in `error`; `key`: of the request.
 
-    Its texts are valid (outside.valid) and its tokens from 0 to 2^31 - 1, whatever a server, a file or a journal said.
+    Its texts are valid (outside.valid) and its tokens from 0 to 2^31 - 1, whatever a server or a file said.
     """
 
     text: str
     finish: str
     model: str
-    prompt_tokens: int
-    completion_tokens: int
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
     error: str = ""
     key: str = ""
 
@@ -48,47 +42,44 @@ class Reply:
             object.__setattr__(self, name, tokens_in(getattr(self, name)))
 
 
-class TransientError(TeacherError):
+@dataclass(eq=False)
+class RetryableError(TeacherError):
     """A request that failed and may be sent again.
 
-    `overloaded`: fewer requests at a time may help. `retry_after`: the seconds the teacher asks to wait. `reached`: an answer
-    came, if not a good one. `garbled`: it came with success and is no chat completion; it may have been paid for.
+    `overloaded`: fewer requests at a time may help. `retry_after`: seconds the teacher asks to wait. `reached`: an answer came,
+    if not a good one. `garbled`: it came with success and is no chat completion; it may have been paid for.
     """
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        overloaded: bool = False,
-        retry_after: float | None = None,
-        reached: bool = True,
-        garbled: bool = False,
-    ) -> None:
-        super().__init__(message)
-        self.overloaded, self.retry_after, self.reached, self.garbled = overloaded, retry_after, reached, garbled
+    message: str
+    overloaded: bool = False
+    retry_after: float | None = None
+    reached: bool = True
+    garbled: bool = False
+
+    def __str__(self) -> str:
+        return self.message
 
 
 def reply_of(text: str | bytes, model: str) -> Reply:
-    """The Reply in a chat completion's JSON. Raises TransientError where it is not one."""
+    """The Reply in a chat completion's JSON. Raises RetryableError where it is not one."""
     try:
         return read_completion(read_json(text), model)
     except ValueError as error:
-        raise _no_completion(text if isinstance(text, str) else text.decode(errors="replace")) from error
+        raise _garbled(text if isinstance(text, str) else text.decode(errors="replace")) from error
 
 
 def read_completion(found: Any, model: str) -> Reply:
     """`reply_of` for parsed JSON; `model` stands in where the completion names none. One without a choice is a refusal."""
     choices = found.get("choices") if isinstance(found, dict) else None
     if not isinstance(choices, list):
-        raise _no_completion(str(found))
-    usage, told = found.get("usage"), str(found.get("model") or model)[:200]
+        raise _garbled(str(found))
+    usage, named = found.get("usage"), str(found.get("model") or model)[:200]
     counts = usage if isinstance(usage, dict) else {}
     tokens = tokens_in(counts.get("prompt_tokens")), tokens_in(counts.get("completion_tokens"))
     if not choices or not isinstance(choices[0], dict):
-        return Reply("", "error", told, *tokens, "the completion holds no choice")
+        return Reply("", "error", named, *tokens, "the completion holds no choice")
     message, finish = choices[0].get("message"), str(choices[0].get("finish_reason")).lower()
-    text = _content(message) if isinstance(message, dict) else ""
-    return Reply(text, _FINISHES.get(finish, "stop"), told, *tokens)
+    return Reply(_content(message) if isinstance(message, dict) else "", _FINISHES.get(finish, "stop"), named, *tokens)
 
 
 def tokens_in(value: object) -> int:
@@ -100,14 +91,15 @@ def tokens_in(value: object) -> int:
 
 def error_of(text: str) -> tuple[str, str]:
     """Code and message of an error's body, on one line, cut to 500 characters; the body itself where it has no such fields."""
+    code = ""
     try:
         found = read_json(text)
         found = found.get("error", found)
         if isinstance(found, dict):
-            return str(found.get("code") or ""), _one_line(str(found.get("message") or text))
+            code, text = str(found.get("code") or ""), str(found.get("message") or text)
     except (ValueError, AttributeError):
         pass
-    return "", _one_line(text)
+    return code, " ".join(valid(text[:500]).split())
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
@@ -131,15 +123,13 @@ def _content(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(_part(part) for part in content)
-    elif isinstance(content, dict):
-        content = json.dumps(content)
-    said = "" if content is None else str(content)
-    if said.strip():
-        return said
+    text = json.dumps(content) if isinstance(content, dict) else "" if content is None else str(content)
+    if text.strip():
+        return text
     if refused := message.get("refusal"):
         return str(refused)
-    thought = next((told for name in _THOUGHTS if isinstance(told := message.get(name), str)), "")
-    return f"<think>{thought}" if thought.strip() else said
+    thought = next((value for name in _THOUGHTS if isinstance(value := message.get(name), str)), "")
+    return f"<think>{thought}" if thought.strip() else text
 
 
 def _part(part: object) -> str:
@@ -148,9 +138,5 @@ def _part(part: object) -> str:
     return str(part.get("text") or "") if part.get("type") not in ("thinking", "reasoning") else ""
 
 
-def _one_line(text: str) -> str:
-    return " ".join(valid(text[:500]).split())
-
-
-def _no_completion(text: str) -> TransientError:
-    return TransientError(f"the teacher's answer is not a chat completion: {text[:200]!r}", garbled=True)
+def _garbled(text: str) -> RetryableError:
+    return RetryableError(f"the teacher's answer is not a chat completion: {text[:200]!r}", garbled=True)

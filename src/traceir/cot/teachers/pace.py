@@ -5,54 +5,44 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
 from typing import Final
 
 from traceir.errors import InputError
 
 LONGEST_HOLD_S: Final = 600.0
 """A teacher that asks to wait longer is asked again after this."""
+Clock = Callable[[], float]
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The permission for one request: its number, and the tokens it was estimated to take."""
+class TokenBucket:
+    """So many a minute, None for any number; what one second brings (at least 1) is the most that may come at once."""
 
-    number: int
-    tokens: int
+    def __init__(self, per_minute: float | None, clock: Clock = time.monotonic) -> None:
+        if per_minute is not None and not per_minute > 0:
+            raise InputError(f"a rate of {per_minute} a minute; give rates above 0, or none")
+        self._rate, self._clock, self._at = (per_minute or 0.0) / 60, clock, clock()
+        self._level = self._most = max(1.0, self._rate)
 
+    def delay(self, amount: float) -> float:
+        """Seconds until `amount` may be taken; more than one second's worth waits for a full bucket and leaves a debt."""
+        self.take(0.0)
+        return max(0.0, (min(amount, self._most) - self._level) / self._rate) if self._rate else 0.0
 
-class Bucket:
-    """A rate of so many a minute, with what one second brings (at least 1) as the most that may come at once."""
-
-    def __init__(self, per_minute: float, now: float) -> None:
-        self.rate = per_minute / 60
-        self.most = max(1.0, self.rate)
-        self.level, self._at = self.most, now
-
-    def delay(self, amount: float, now: float) -> float:
-        """Seconds until `amount` may be taken; an amount above `most` waits for a full bucket and leaves a debt."""
-        self._fill(now)
-        return max(0.0, (min(amount, self.most) - self.level) / self.rate)
-
-    def take(self, amount: float, now: float) -> None:
+    def take(self, amount: float) -> None:
         """Takes `amount`; a negative one gives back."""
-        self._fill(now)
-        self.level = min(self.most, self.level - amount)
-
-    def _fill(self, now: float) -> None:
-        self.level = min(self.most, self.level + (now - self._at) * self.rate)
+        now = self._clock()
+        self._level = min(self._most, self._level + (now - self._at) * self._rate) - amount * bool(self._rate)
         self._at = now
 
 
-class Limits:
-    """Whether a request may start now. Pure: whoever calls it waits.
+class Pacer:
+    """Lets requests start, first come, first served. For one event loop.
 
-    Additive increase, multiplicative decrease: an answer adds 1 / `permitted`, up to `concurrency`; an overload halves it, but
-    only once for the requests that were in flight together, down to 1. Starts are held while the teacher asks to wait, and by
-    the rates; tokens are taken by estimate and put right after the answer. All times are in seconds of `clock`.
+    Additive increase, multiplicative decrease: an answer adds 1 / `permitted`, up to `concurrency`; an overload halves it, once
+    for the requests that were in flight together, down to 1. Starts are held while the teacher asks to wait, and by the rates;
+    tokens are taken by estimate and put right after the answer. Times are in seconds of `clock`.
     """
 
     def __init__(
@@ -61,114 +51,49 @@ class Limits:
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         *,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:
-        rates = (requests_per_minute, tokens_per_minute)
-        if concurrency < 1 or any(rate is not None and not rate > 0 for rate in rates):
-            shown = f"{concurrency} at a time, {rates[0]} requests and {rates[1]} tokens a minute"
-            raise InputError(f"{shown}: give at least 1 request at a time, and rates above 0 or none")
-        self.concurrency = concurrency
-        self.permitted = float(concurrency)
-        self.in_flight = 0
-        self._clock, self._number, self._cut_at, self._held_until = clock, 0, 0, -math.inf
-        now = clock()
-        self._requests, self._tokens = [Bucket(rate, now) if rate is not None else None for rate in rates]
+        if concurrency < 1:
+            raise InputError(f"{concurrency} at a time; give at least 1 request at a time")
+        self.concurrency, self.permitted, self.in_flight = concurrency, float(concurrency), 0
+        self._requests, self._tokens = TokenBucket(requests_per_minute, clock), TokenBucket(tokens_per_minute, clock)
+        self._clock, self._number, self._halved_at, self._held_until = clock, 0, 0, -math.inf
+        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
 
     def delay(self, tokens: int) -> float:
         """Seconds until a request of so many tokens may start; infinite where one in flight has to end first."""
         if self.in_flight >= int(self.permitted):
             return math.inf
-        now = self._clock()
-        wait = max(0.0, self._held_until - now)
-        if self._requests is not None:
-            wait = max(wait, self._requests.delay(1.0, now))
-        return max(wait, self._tokens.delay(tokens, now)) if self._tokens is not None else wait
+        return max(0.0, self._held_until - self._clock(), self._requests.delay(1.0), self._tokens.delay(tokens))
 
-    def start(self, tokens: int) -> Slot:
-        self._take(1, tokens)
+    async def start(self, tokens: int = 0) -> int:
+        """Waits until a request of about so many tokens may start, and numbers it; each number must be handed to `end`."""
+        async with self._turn:
+            while (wait := self.delay(tokens)) > 0:
+                self._freed.clear()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(None if wait == math.inf else wait):
+                        await self._freed.wait()
+        return self.take(tokens)
+
+    def take(self, tokens: int) -> int:
+        """Starts a request now, and returns its number."""
+        self._requests.take(1.0)
+        self._tokens.take(tokens)
         self.in_flight += 1
         self._number += 1
-        return Slot(self._number, tokens)
+        return self._number
 
-    def unstart(self, slot: Slot) -> None:
-        """Takes back a start whose request was not sent."""
-        self._take(-1, -slot.tokens)
-        self.in_flight -= 1
-
-    def end(self, slot: Slot, *, tokens: int | None = None, overloaded: bool = False, retry_after: float | None = None) -> None:
-        """A request is over. `tokens`: what an answer took, None where there was no answer."""
+    def end(
+        self, number: int, more_tokens: int | None = None, *, overloaded: bool = False, retry_after: float | None = None
+    ) -> None:
+        """A request is over. `more_tokens`: those an answer took beyond the estimate, None where there was no answer."""
         self.in_flight -= 1
         if retry_after is not None:
             self._held_until = max(self._held_until, self._clock() + min(retry_after, LONGEST_HOLD_S))
-        if overloaded and slot.number > self._cut_at:
-            self.permitted = max(1.0, self.permitted / 2)
-            self._cut_at = self._number
-        elif tokens is not None:
+        if overloaded and number > self._halved_at:
+            self.permitted, self._halved_at = max(1.0, self.permitted / 2), self._number
+        elif more_tokens is not None:
             self.permitted = min(float(self.concurrency), self.permitted + 1 / self.permitted)
-            if tokens != slot.tokens:
-                self._take(0, tokens - slot.tokens)
-
-    def _take(self, requests: int, tokens: int) -> None:
-        if self._requests is None and self._tokens is None:
-            return
-        now = self._clock()
-        if self._requests is not None and requests:
-            self._requests.take(requests, now)
-        if self._tokens is not None:
-            self._tokens.take(tokens, now)
-
-
-class Pace:
-    """Lets requests start, first come, first served, as `Limits` allow. For one event loop."""
-
-    def __init__(
-        self,
-        concurrency: int,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.limits = Limits(concurrency, requests_per_minute, tokens_per_minute, clock=clock)
-        self._waiting: deque[tuple[asyncio.Future[Slot], int]] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def start(self, tokens: int = 0) -> Slot:
-        """Waits until a request of about so many tokens may start. Each slot must be handed to `end` or `unstart`."""
-        if not self._waiting and self.limits.delay(tokens) <= 0:
-            return self.limits.start(tokens)
-        waiter: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        self._waiting.append((waiter, tokens))
-        self._admit()
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self.unstart(waiter.result())
-            raise
-
-    def end(self, slot: Slot, *, tokens: int | None = None, overloaded: bool = False, retry_after: float | None = None) -> None:
-        """See `Limits.end`."""
-        self.limits.end(slot, tokens=tokens, overloaded=overloaded, retry_after=retry_after)
-        self._admit()
-
-    def unstart(self, slot: Slot) -> None:
-        """See `Limits.unstart`."""
-        self.limits.unstart(slot)
-        self._admit()
-
-    def _admit(self) -> None:
-        """Starts whoever waits and may; sets the timer for the next one where only time is missing."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        while self._waiting:
-            waiter, tokens = self._waiting[0]
-            if not waiter.done():
-                wait = self.limits.delay(tokens)
-                if wait > 0:
-                    if wait < math.inf:
-                        self._timer = asyncio.get_running_loop().call_later(wait, self._admit)
-                    return
-                waiter.set_result(self.limits.start(tokens))
-            self._waiting.popleft()
+            self._tokens.take(more_tokens)
+        self._freed.set()

@@ -20,31 +20,32 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
-from test_reasoning_teacher import Server, completion, failure
+from test_cot_teacher import Server, completion, failure
 
 from traceir.cli.main import main
 from traceir.cli.terminal import parse_shard
-from traceir.cot.ask import Question, blocks
+from traceir.cot.ask import TeacherQuestion, blocks
 from traceir.cot.assemble import assemble
-from traceir.cot.build import Tally, Work, is_finished, run_parts, write_manifests
+from traceir.cot.build import BuildSummary, Work, is_finished, run_parts, write_manifests
 from traceir.cot.estimate import estimate
-from traceir.cot.heard import PATIENCE
+from traceir.cot.reply_monitor import PATIENCE
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
 from traceir.cot.reach import Reach, open_work
-from traceir.cot.rules import Limits, RuleFilter
+from traceir.cot.rules import RuleLimits, RuleFilter
 from traceir.cot.scripted.faults import Faults
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import MODEL, Ledger, TeacherApp, running
-from traceir.cot.source import Source, check_tasks, find_captions, find_parts, read_captions
-from traceir.cot.teachers.asker import Asker, UnansweredError
+from traceir.cot.source import CaseSource, check_tasks, find_captions, find_parts, read_captions
+from traceir.cot.teachers.asker import Asker
+from traceir.cot.teachers.teacher import UnansweredError
 from traceir.cot.teachers.completion import Reply
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
 from traceir.serve.guard import Guard, Wall
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
-LIMITS = Limits(reasoning_least=4)
+LIMITS = RuleLimits(reasoning_least=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ class Script:
     def __init__(self, fails: tuple[str, ...] = (), odd: dict[tuple[str, str], str] | None = None) -> None:
         self.fails, self.odd, self.asked = fails, odd or {}, list[tuple[str, str, int]]()
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: TeacherQuestion) -> Reply:
         self.asked.append((question.stage, question.qid, question.attempt))
         if question.stage == "reason" and question.qid in self.fails:
             raise UnansweredError(f"no answer to {question.qid}")
@@ -126,10 +127,10 @@ class Script:
         return
 
 
-def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> Tally:
+def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> BuildSummary:
     config = BuildConfig(str(boats), "script", part_size=4, limits=LIMITS, **settings)
     begin(out, config)
-    source = Source(boats, config.tasks)
+    source = CaseSource(boats, config.tasks)
     parts = [part for part in find_parts(boats, 4)[shard[0] :: shard[1]] if not is_finished(out, part)]
     rules = RuleFilter(LIMITS, find_captions(boats, None))
     try:
@@ -149,8 +150,8 @@ def files(folder: Path) -> dict[str, str]:
 
 
 def test_parts_cover_every_line_once_whatever_their_size(boats: Path) -> None:
-    whole = [case.record.qid for part in find_parts(boats, 1000) for case in Source(boats).cases(part)]
-    small = [case.record.qid for part in find_parts(boats, 5) for case in Source(boats).cases(part)]
+    whole = [case.record.qid for part in find_parts(boats, 1000) for case in CaseSource(boats).cases(part)]
+    small = [case.record.qid for part in find_parts(boats, 5) for case in CaseSource(boats).cases(part)]
     assert len(whole) == 18 and small == whole
 
 
@@ -237,7 +238,7 @@ def test_other_settings_for_a_folder_are_refused_by_name(boats: Path, tmp_path: 
 
 def test_a_dry_run_counts_requests_and_tokens(boats: Path) -> None:
     config = BuildConfig(str(boats), "script", complex=("cirr_task7",))
-    source = Source(boats)
+    source = CaseSource(boats)
     found = {one.stage: one for one in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
     source.close()
     assert found["assess"].requests == 6, "complex tasks are not asked about"
@@ -456,7 +457,7 @@ def test_field_report_09_an_interrupt_asks_nothing_more_of_what_waits(boats: Pat
     begin(tmp_path, config)
     asked = Asker.ask
 
-    async def ask(self: Asker, question: Question) -> Reply:
+    async def ask(self: Asker, question: TeacherQuestion) -> Reply:
         if speaking.paid - before >= 2:
             os.kill(os.getpid(), signal.SIGINT)
         return await asked(self, question)
@@ -527,7 +528,7 @@ def test_field_report_03_queries_pools_captions_and_templates_with_half_pairs(bo
     templates.write_bytes(b'\xef\xbb\xbf{"visual": "look \\udc00"}')
     config = BuildConfig(str(data), "script", captions=str(captions), templates=str(templates), part_size=9, limits=LIMITS)
     begin(tmp_path / "out", config)
-    source, script = Source(data, ()), Script()
+    source, script = CaseSource(data, ()), Script()
     rules = RuleFilter(LIMITS, read_captions(gather_captions(tmp_path / "out", config)))
     run_parts(
         Work(config, tmp_path / "out", source, config.questions(), rules, script, script), find_parts(data, 9), progress=False

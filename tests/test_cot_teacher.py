@@ -24,11 +24,11 @@ import pytest
 from PIL import Image
 
 from traceir.connection import Connection
-from traceir.cot.ask import Question, Stage
+from traceir.cot.ask import TeacherQuestion, Stage
 from traceir.cot.teachers import places
 from traceir.cot.teachers.asker import Asker, SpendLimitError, UnansweredError
 from traceir.cot.teachers.batch_files import BatchTeacher, read_batch_results
-from traceir.cot.teachers.completion import Reply, TransientError, reply_of, retry_after
+from traceir.cot.teachers.completion import Reply, RetryableError, reply_of, retry_after
 from traceir.cot.teachers.journal import Journal
 from traceir.cot.teachers.pace import Limits, Pace
 from traceir.cot.teachers.teacher import (
@@ -112,13 +112,13 @@ def server() -> Iterator[Server]:
     made.close()
 
 
-def question(number: int = 0, *parts: str | Path, stage: Stage = "assess", max_tokens: int = 32) -> Question:
+def question(number: int = 0, *parts: str | Path, stage: Stage = "assess", max_tokens: int = 32) -> TeacherQuestion:
     shown = ("<query>a blue square</query>", f"<task>{number}</task>", *parts)
-    return Question(stage, f"9:{number}", "cirr_task7", 0, "Sort the query.", shown, max_tokens, 0.0, 1)
+    return TeacherQuestion(stage, f"9:{number}", "cirr_task7", 0, "Sort the query.", shown, max_tokens, 0.0, 1)
 
 
 def ask_all(
-    url: str, folder: Path, questions: list[Question], *, concurrency: int = 8, timeout_s: float = 5.0, **options: Any
+    url: str, folder: Path, questions: list[TeacherQuestion], *, concurrency: int = 8, timeout_s: float = 5.0, **options: Any
 ) -> tuple[Asker, list[Reply | BaseException]]:
     """All questions at once through a fresh client over the journal in `folder`."""
 
@@ -173,7 +173,7 @@ def test_key_is_of_the_content_alone(tmp_path: Path) -> None:
     digest = image_url(one)[1]
     asked = question(0, one, f'"url":"sha256:{digest}"', "line\n\u2028 \ud800")
 
-    def request(asked: Question, model: str = "m", **extra: Any) -> Any:
+    def request(asked: TeacherQuestion, model: str = "m", **extra: Any) -> Any:
         return asyncio.run(request_of(asked, model, 0, extra))
 
     made = request(asked)
@@ -334,12 +334,12 @@ def test_full_disk_leaves_whole_lines(server: Server, tmp_path: Path, monkeypatc
 WRITER = """
 import sys
 from pathlib import Path
-from traceir.cot.ask import Question
+from traceir.cot.ask import TeacherQuestion
 from traceir.cot.teachers.journal import Journal
 from traceir.cot.teachers.completion import Reply
 journal = Journal(Path(sys.argv[1]))
 for number in range(10**9):
-    question = Question("assess", str(number), "t", 0, "", (), 1, 0.0, 0)
+    question = TeacherQuestion("assess", str(number), "t", 0, "", (), 1, 0.0, 0)
     journal.put(f"{number:016x}" + "0" * 48, question, Reply("x" * 3000, "stop", "m", 1, 1))
     print(number, flush=True)
 """
@@ -543,7 +543,7 @@ def test_field_report_03_a_completion_of_any_shape_is_a_reply_of_valid_text(raw:
     "raw", [b"", b"[]", b"<html>", b"data: {}", b'{"choices": 3}', b"[" * 100_000, b'{"error": {"a": "\\ud800"}}']
 )
 def test_field_report_03_what_is_no_completion_is_tried_again(raw: bytes) -> None:
-    with pytest.raises(TransientError, match="not a chat completion") as caught:
+    with pytest.raises(RetryableError, match="not a chat completion") as caught:
         reply_of(raw, "m")
     assert caught.value.garbled
 
