@@ -25,19 +25,17 @@ from PIL import Image
 
 from traceir.connection import Connection
 from traceir.cot.ask import TeacherQuestion, Stage
-from traceir.cot.teachers import places
-from traceir.cot.teachers.asker import Asker, SpendLimitError, UnansweredError
+from traceir.cot.teachers.asker import Asker, Budget, SpendLimitError, UnansweredError
 from traceir.cot.teachers.batch_files import BatchTeacher, read_batch_results
 from traceir.cot.teachers.completion import Reply, RetryableError, reply_of, retry_after
-from traceir.cot.teachers.journal import Journal
-from traceir.cot.teachers.pace import Limits, Pace
+from traceir.cot.teachers.answer_cache import AnswerCache
+from traceir.cot.teachers.pace import Pacer
 from traceir.cot.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,
-    body_of,
     image_url,
-    key_of,
-    request_of,
+    UnansweredError,
+    prepare,
 )
 from traceir.errors import DataError, ImageError, InputError, ModelError, TeacherError
 
@@ -123,7 +121,7 @@ def ask_all(
     """All questions at once through a fresh client over the journal in `folder`."""
 
     async def run() -> tuple[Asker, list[Reply | BaseException]]:
-        with Journal(folder) as journal:
+        with AnswerCache(folder) as journal:
             teacher = OpenAITeacher("m-1", url, KEY, timeout_s=timeout_s)
             asker = Asker(teacher, journal, Pace(concurrency), **{"base_s": 0.001, "cap_s": 0.002} | options)
             found = await asyncio.gather(*(asker.ask(one) for one in questions), return_exceptions=True)
@@ -265,7 +263,7 @@ def test_drain_keeps_what_is_in_flight(server: Server, tmp_path: Path) -> None:
     server.wait_s = 1.0
 
     async def run() -> tuple[int, list[Any]]:
-        with Journal(tmp_path) as journal:
+        with AnswerCache(tmp_path) as journal:
             asker = Asker(OpenAITeacher("m-1", server.url), journal, Pace(2))
             asking = [asyncio.create_task(asker.ask(question(number))) for number in range(5)]
             while len(server.bodies) < 2:
@@ -287,14 +285,14 @@ def key(number: int) -> str:
 
 
 def test_journal_survives_half_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Journal(tmp_path, "0000-of-0002") as one, Journal(tmp_path, "0001-of-0002") as two:
+    with AnswerCache(tmp_path, "0000-of-0002") as one, AnswerCache(tmp_path, "0001-of-0002") as two:
         one.put(key(1), question(1), REPLY)
         two.put(key(2), question(2), REPLY)
         with pytest.raises(TeacherError, match="another process"):
-            Journal(tmp_path, "0000-of-0002")
+            AnswerCache(tmp_path, "0000-of-0002")
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes() + b'{"key":"00')
-    with Journal(tmp_path, "0000-of-0002") as one:
+    with AnswerCache(tmp_path, "0000-of-0002") as one:
         assert "its 10 bytes are removed" in caplog.text and (one.answers, one.prompt_tokens, one.completion_tokens) == (2, 14, 6)
         one.put(key(3), question(3), REPLY)
         same_hash = key(3)[:-1] + "1"
@@ -303,14 +301,14 @@ def test_journal_survives_half_lines(tmp_path: Path, caplog: pytest.LogCaptureFi
         assert [one.get(key(number)) for number in (1, 2, 3)] == [replace(REPLY, key=key(number)) for number in (1, 2, 3)]
         found = one.get(same_hash)
         assert found and found.text == "other"
-    with Journal(tmp_path, None) as reader:
+    with AnswerCache(tmp_path, None) as reader:
         assert len(reader) == 4 and key(2) in reader
         with pytest.raises(TeacherError, match="reading only"):
             reader.put(key(4), question(4), REPLY)
     broken = tmp_path / "0001-of-0002.jsonl"
     broken.write_bytes(b'{"key": 3}\n' + broken.read_bytes())
     with pytest.raises(DataError, match=r"0001-of-0002.jsonl:1: .*remove this line"):
-        Journal(tmp_path, "0000-of-0002")
+        AnswerCache(tmp_path, "0000-of-0002")
 
 
 def test_full_disk_leaves_whole_lines(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +335,7 @@ from pathlib import Path
 from traceir.cot.ask import TeacherQuestion
 from traceir.cot.teachers.journal import Journal
 from traceir.cot.teachers.completion import Reply
-journal = Journal(Path(sys.argv[1]))
+journal = AnswerCache(Path(sys.argv[1]))
 for number in range(10**9):
     question = TeacherQuestion("assess", str(number), "t", 0, "", (), 1, 0.0, 0)
     journal.put(f"{number:016x}" + "0" * 48, question, Reply("x" * 3000, "stop", "m", 1, 1))
@@ -352,7 +350,7 @@ def test_kill_takes_nothing_acknowledged(tmp_path: Path) -> None:
     writer.send_signal(signal.SIGKILL)
     lines += writer.stdout.readlines()
     writer.wait()
-    with Journal(tmp_path) as journal:
+    with AnswerCache(tmp_path) as journal:
         assert all(journal.get(key(int(line))) for line in lines if line.endswith(b"\n"))
         assert 0 <= journal.answers - len(lines) <= 1
 
@@ -452,7 +450,7 @@ def test_recorded_teacher(tmp_path: Path) -> None:
     asked = [question(0), replace(question(0), attempt=1), question(1)]
 
     async def run() -> list[Reply]:
-        with Journal(tmp_path / "journal") as journal:
+        with AnswerCache(tmp_path / "journal") as journal:
             asker = Asker(teacher, journal, Pace(2))
             found = [await asker.ask(one) for one in asked]
             await asker.close()
@@ -471,7 +469,7 @@ def test_batch_files_and_back(server: Server, tmp_path: Path) -> None:
     asked, folder = [question(number) for number in range(5)], tmp_path / "batch"
 
     async def collect() -> int:
-        with Journal(tmp_path / "journal") as journal:
+        with AnswerCache(tmp_path / "journal") as journal:
             teacher = BatchTeacher(folder, "m-1", requests_per_file=2)
             asker = Asker(teacher, journal, Pace(4))
             found = await asyncio.gather(*(asker.ask(one) for one in asked + asked), return_exceptions=True)
@@ -493,7 +491,7 @@ def test_batch_files_and_back(server: Server, tmp_path: Path) -> None:
     results[4] |= {"response": None, "error": {"code": "batch_expired", "message": "too late"}}
     output = folder / "output.jsonl"
     output.write_text("".join(json.dumps(line) + "\n" for line in results))
-    with Journal(tmp_path / "journal", "batch") as journal:
+    with AnswerCache(tmp_path / "journal", "batch") as journal:
         assert read_batch_results([output], journal) == {"imported": 4, "refused": 1, "known": 0, "failed": 1}
         assert read_batch_results([output], journal)["known"] == 4
         output.write_text('{"custom_id": "7", "response": null, "error": null}\n')
@@ -577,7 +575,7 @@ def test_field_report_03_errors_journals_recorded_files_and_batches_are_made_val
             "error": "", "prompt_tokens": 10**400, "completion_tokens": -3}  # fmt: skip
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "w.jsonl").write_text("\ufeff" + json.dumps(line) + "\n")
-    with Journal(tmp_path / "old") as journal:
+    with AnswerCache(tmp_path / "old") as journal:
         assert journal.get(key(1)) == Reply("a \ufffd", "stop", "\ufffd", 0, 0, "", key(1))
         assert (journal.prompt_tokens, journal.completion_tokens) == (0, 0)
         output = tmp_path / "output.jsonl"
@@ -605,12 +603,12 @@ def test_field_report_09_answers_that_are_no_completions_end_a_build_early(serve
 def test_field_report_09_an_answer_taken_back_is_asked_anew(server: Server, tmp_path: Path) -> None:
     _, (reply,) = ask_all(server.url, tmp_path, [question(0)])
     assert isinstance(reply, Reply)
-    with Journal(tmp_path) as journal:
+    with AnswerCache(tmp_path) as journal:
         journal.take_back(reply.key)
         assert journal.get(reply.key) is None and (journal.answers, journal.prompt_tokens) == (1, 100)
     server.script = lambda number, body: (200, {}, completion("another"))
     assert ask_all(server.url, tmp_path, [question(0)])[1][0].text == "another"
-    with Journal(tmp_path) as journal:
+    with AnswerCache(tmp_path) as journal:
         found = journal.get(reply.key)
         assert found is not None and found.text == "another" and journal.answers == 2
 

@@ -13,8 +13,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from traceir.cot.files import write_json
 from traceir.cot.outcomes import CotOutcome, read_outcomes
-from traceir.cot.plan import DATASET, read_config, write_json
+from traceir.cot.plan import DATASET, read_config
 from traceir.cot.replies import CUT
 from traceir.cot.reply_monitor import MORE_ROOM, reason_kind, summarise
 from traceir.cot.review.review import Settled, settle

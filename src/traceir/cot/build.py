@@ -12,41 +12,30 @@ import json
 import logging
 import signal
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from tqdm import tqdm
 
 from traceir.cot.ask import Questions, TeacherQuestion
-from traceir.cot.plan import STAGES, BuildConfig, write_json, write_text
+from traceir.cot.files import json_lines, write_json, write_text
+from traceir.cot.plan import STAGES, BuildConfig
 from traceir.cot.reply_monitor import PATIENCE, ReplyMonitor
 from traceir.cot.rules import RuleFilter
 from traceir.cot.source import CaseSource, DataPart
 from traceir.cot.stages import Ask, Line, PartStages
+from traceir.cot.teachers.asker import Asker
 from traceir.cot.teachers.completion import Reply
 from traceir.cot.teachers.teacher import UnansweredError
-from traceir.errors import DataError, ImageError, TeacherError
-from traceir.outside import read_json
+from traceir.errors import ImageError, TeacherError
 
 log = logging.getLogger(__name__)
 WINDOW: Final = 4
 """Parts in work at a time, so that the end of one does not leave the teacher idle."""
 SILENT: Final = 8
 """So many parts in a row that lack answers end a run."""
-
-
-class AskerLike(Protocol):
-    """What the stages ask through (asker.Asker, or what stands in for it)."""
-
-    async def ask(self, question: TeacherQuestion) -> Reply: ...
-
-    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None: ...
-
-    def status(self) -> str: ...
-
-    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +47,8 @@ class Work:
     source: CaseSource
     questions: Questions
     rules: RuleFilter
-    teacher: AskerLike
-    verifier: AskerLike
+    teacher: Asker
+    verifier: Asker
     waits: bool = False
     """Whether answers come later (a Batch API), so that parts without them are no sign of an outage."""
     patience: int = PATIENCE
@@ -147,7 +136,7 @@ class _Run:
         kept = sum(passed(line, work.config) for line in lines["verify"])
         self.summary.counts.update(samples=len(cases), complex=len(lines["reason"]), kept=kept)
 
-    def asking(self, asker: AskerLike) -> Ask:
+    def asking(self, asker: Asker) -> Ask:
         async def ask(question: TeacherQuestion) -> Reply:
             if self.stop:
                 raise self.stop
@@ -201,17 +190,7 @@ def is_finished(out: Path, part: DataPart) -> bool:
 
 def read_lines(file: Path) -> list[Line]:
     """The lines of one stage file. Raises DataError with `file:line`."""
-    found: list[Line] = []
-    try:
-        with file.open("rb") as stream:
-            for raw in stream:
-                found.append(read_json(raw))
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}; build again") from error
-    except ValueError as error:
-        remedy = "remove the file and build again, nothing is paid twice"
-        raise DataError(f"{file}:{len(found) + 1}: not JSON; {remedy}") from error
-    return found
+    return list(json_lines(file, dict, "remove the file and build again, nothing is paid twice"))
 
 
 def write_manifests(out: Path, parts: Sequence[DataPart]) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.ask import Questions
+from traceir.cot.files import write_json, write_text
 from traceir.cot.rules import RuleLimits
 from traceir.cot.source import find_captions
 from traceir.errors import DataError, InputError
-from traceir.outside import read_json, valid
+from traceir.outside import read_json
 
 NAME: Final = "M-BEIR-CoT build"
 FORMAT: Final = 1
@@ -136,23 +136,6 @@ def read_config(out: Path) -> BuildConfig:
     names = [name for name in BuildConfig.__dataclass_fields__ if name != "limits"]
     plain: dict[str, Any] = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
     return BuildConfig(**plain, limits=RuleLimits(**found["limits"]))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed; a path that is no UTF-8 keeps its bytes, escaped."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_text(path, (text if text == valid(text) else json.dumps(content, indent=2)) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside its place and renamed, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise DataError(f"{path}: {error.strerror or error}; free some space or choose another folder, then run again") from error
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

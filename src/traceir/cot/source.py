@@ -9,16 +9,16 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tqdm import tqdm
 
 from traceir.cot.ask import CotCase
+from traceir.cot.files import json_lines
 from traceir.data import mbeir
 from traceir.data.cot import PoolFile
 from traceir.data.samples import join, task_prompts
 from traceir.errors import DataError, InputError
-from traceir.outside import read_json
 from traceir.prompts import normalise
 from traceir.suggest import did_you_mean
 
@@ -122,22 +122,14 @@ def find_captions(root: Path, file: Path | None) -> dict[str, str]:
 
 def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
     """The captions of a file, of the `wanted` pictures only where they are given. Raises DataError with `file:line`."""
-    found: dict[str, str] = {}
-    try:
-        with file.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                where = f"{file}:{number}"
-                row = read_json(raw)
-                path, caption = row["img_path"], row["caption"]
-                if not isinstance(path, str):
-                    raise TypeError(f"img_path {str(path)[:80]!r}")
-                if wanted is None or path in wanted:
-                    found[path] = str(caption)
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror or error}; give a file of JSON lines with img_path and caption") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{where}: not a caption; write {{"img_path": ..., "caption": ...}}') from error
-    return found
+    rows = json_lines(file, _caption, 'give a file of JSON lines {"img_path": ..., "caption": ...}')
+    return {path: caption for path, caption in rows if wanted is None or path in wanted}
+
+
+def _caption(row: dict[str, Any]) -> tuple[str, str]:
+    if not isinstance(row["img_path"], str):
+        raise TypeError(f"img_path {str(row['img_path'])[:80]!r}")
+    return row["img_path"], str(row["caption"])
 
 
 def _composed_images(root: Path) -> set[str]:

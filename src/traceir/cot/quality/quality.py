@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from traceir.cot.files import write_json
 from traceir.cot.outcomes import CotOutcome
-from traceir.cot.plan import write_json
 from traceir.cot.quality.likeness import NEAR, Words, diversity, near_duplicates
 from traceir.cot.quality.reviewed import Stratum, estimate_share
 from traceir.cot.quality.sketches import HashSample

@@ -12,7 +12,6 @@ import asyncio
 import gc
 import hashlib
 import hmac
-import http.client
 import json
 import logging
 import os
@@ -224,7 +223,13 @@ def running(root: Path | str, **options: Any) -> Iterator[str]:
         environment = {**os.environ, KEY_VARIABLE: key}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
         try:
-            yield _wait_ready(process, key, errors)
+            line = process.stdout.readline() if process.stdout is not None else ""
+            if not line.startswith(_READY):
+                process.wait()
+                errors.seek(0)
+                last = (errors.read().decode(errors="replace").strip().splitlines() or ["nothing"])[-1]
+                raise TeacherError(f"the scripted teacher did not start; its last words: {last[:300]}")
+            yield line.removeprefix(_READY).strip()
         finally:
             process.kill()
             process.communicate()
@@ -249,26 +254,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
-
-
-def _wait_ready(process: subprocess.Popen[str], key: str, errors: Any) -> str:
-    """The base URL, once the server has answered there."""
-    line = process.stdout.readline() if process.stdout is not None else ""
-    if not line.startswith(_READY):
-        process.wait()
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise TeacherError(f"the scripted teacher did not start; its last words: {said[-1][:300]}")
-    url = line.removeprefix(_READY).strip()
-    connection = http.client.HTTPConnection(url.split("/")[2], timeout=60)
-    try:
-        connection.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}"})
-        connection.getresponse().read()
-    except OSError as error:
-        raise TeacherError(f"the scripted teacher at {url} does not answer: {error}; start it anew") from error
-    finally:
-        connection.close()
-    return url
 
 
 async def _read_body(request: Request) -> bytes:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from io import BufferedWriter
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+from traceir.cot.files import json_lines, lock_file
 from traceir.cot.teachers.completion import Reply
 from traceir.errors import DataError, TeacherError
-from traceir.outside import read_json
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ _SCHEMA: Final = f"""
     PRAGMA journal_mode = PERSIST;
     CREATE TABLE IF NOT EXISTS answers ({_FIELDS}, stage, qid, time, counts);
     CREATE INDEX IF NOT EXISTS answers_by_key ON answers (key);
-    CREATE TABLE IF NOT EXISTS journals (name PRIMARY KEY, bytes);
+    CREATE TABLE IF NOT EXISTS journals (name PRIMARY KEY, bytes, lines);
 """
 _FIND: Final = f"SELECT {_FIELDS} FROM answers WHERE key = ? AND counts LIMIT 1"
 _ADD: Final = """INSERT INTO answers SELECT ?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10,
@@ -55,7 +54,8 @@ class AnswerCache:
         self._database = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         try:
             self._database.executescript(_SCHEMA)
-            self._read_journals()
+            for path in sorted(folder.glob("*.jsonl")):
+                self._read_journal(path)
             totals = "SELECT count(*), total(prompt_tokens), total(completion_tokens) FROM answers"
             self.answers, self.prompt_tokens, self.completion_tokens = map(int, self._database.execute(totals).fetchone())
         except BaseException as error:
@@ -116,61 +116,29 @@ class AnswerCache:
             self._failed = f"{self.path} cannot be written: {error}; {remedy}"
             raise TeacherError(self._failed) from error
 
-    def _read_journals(self) -> None:
-        """Reads in what the journals of an older release hold beyond what was read of them before."""
-        files, count = sorted(self.folder.glob("*.jsonl")), 0
+    def _read_journal(self, path: Path) -> None:
+        """Reads in what an older release's journal holds beyond what was read before; a last line without its end is none."""
         with self._database:
             self._database.execute("BEGIN IMMEDIATE")
-            for path in files:
-                start = (self._database.execute("SELECT bytes FROM journals WHERE name = ?", (path.name,)).fetchone() or [0])[0]
-                for end, row in journal_rows(path, start):
-                    taken_back = row[1] == "taken_back"
-                    self._database.execute(*((_TAKE_BACK, (row[6],)) if taken_back else (_ADD, row)))
-                    start, count = end, count + (not taken_back)
-                self._database.execute("INSERT OR REPLACE INTO journals VALUES (?, ?)", (path.name, start))
-        if count:
-            log.warning("%d answers of the journals in %s are now in %s too; the journals stay", count, self.folder, FILE)
-
-
-def journal_rows(path: Path, start: int) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """The answers of an older release's journal from byte `start` on, each with the byte at which it ends.
-
-    A last line without its end, which a kill leaves, is no answer. Raises DataError with `file:line` for any other broken line.
-    """
-    place = 0
-    try:
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                where, place = f"{path}:{number}", place + len(raw)
-                if place > start and raw.endswith(b"\n"):
-                    yield place, _journal_row(read_json(raw))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the file and its rights") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        shown = f"not an answer ({error!r}); remove this line, and its question is asked anew"
-        raise DataError(f"{where}: {shown}") from error
+            known = self._database.execute("SELECT bytes, lines FROM journals WHERE name = ?", (path.name,)).fetchone()
+            size, (read, lines) = path.stat().st_size, known or (0, 0)
+            if size == read:
+                return
+            rows = json_lines(path, _journal_row, "remove this line, and its question is asked anew", ended=True)
+            for row in islice(rows, lines, None):
+                self._database.execute(*((_TAKE_BACK, (row[6],)) if row[1] == "taken_back" else (_ADD, row)))
+                lines += 1
+            self._database.execute("INSERT OR REPLACE INTO journals VALUES (?, ?, ?)", (path.name, size, lines))
+        log.warning("%s: its %d answers are now in %s too; the file is not written any more", path, lines, FILE)
 
 
 def _journal_row(line: dict[str, Any]) -> tuple[Any, ...]:
     reply = Reply(**{name: line[name] for name in _FIELDS.split(", ")})
     if not KEY.fullmatch(reply.key) or not all(isinstance(line[name], str) for name in ("stage", "qid", "finish")):
-        raise ValueError(f"key {reply.key!r}")
+        raise ValueError(f"key {reply.key!r} is not that of an answer")
     return _row(reply, line["stage"], line["qid"], line.get("time", 0))
 
 
 def _row(reply: Reply, stage: str, qid: str, when: float) -> tuple[Any, ...]:
     numbers = reply.prompt_tokens, reply.completion_tokens
     return reply.text, reply.finish, reply.model, *numbers, reply.error, reply.key, stage, qid, when
-
-
-def lock_file(path: Path, remedy: str) -> BufferedWriter:
-    """The file, locked until it is closed. TeacherError where another process has locked it, or where it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("ab")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TeacherError(f"{path}: another process writes here; {remedy}") from error
-    except OSError as error:
-        raise TeacherError(f"{path}: {error.strerror or error}; check the folder, its rights, locks and the disk") from error
-    return lock

@@ -163,7 +163,11 @@ class Asker:
                 return await self._try(request)
             except RetryableError as error:
                 last, garbled = error, garbled + error.garbled
-                self._note_failure(request, error, tried)
+                self._check_reached(error, tried)
+            except UnansweredError:
+                raise
+            except TeacherError as error:
+                raise self._stopped(error) from None
             if garbled >= FIRST_TRIES or tried == self.attempts:
                 break
             self.retried += 1
@@ -172,47 +176,30 @@ class Asker:
         raise UnansweredError(f"{what}; the last: {last}; run again later") from last
 
     async def _try(self, request: TeacherRequest) -> Reply:
-        """One try; whatever stops all others is remembered."""
-        prompt, completion = self._prompt_tokens(request.question), request.question.max_tokens
-        cost = self.budget.cost(prompt, completion)
-        number = await self.pace.start(prompt + completion)
+        """The teacher's reply, which is on the disk before anyone sees it; the pace learns what came of the request."""
+        stage, key, tokens = request.question.stage, request.key, (self._prompt_tokens(request), request.question.max_tokens)
+        cost, more, overloaded, wait = self.budget.cost(*tokens), None, False, None
+        number = await self.pace.start(sum(tokens))
+        try:
+            self._check()
+            self.budget.hold(cost)
+        except TeacherError:
+            self.pace.end(number)
+            raise
+        self._sending.add(key)
         try:
             try:
-                self._check()
-                self.budget.hold(cost)
-            except TeacherError:
-                self.pace.end(number)
+                reply = replace(await self.teacher.send(request), key=key)
+                more = (reply.prompt_tokens + reply.completion_tokens or sum(tokens)) - sum(tokens)
+            except RetryableError as error:
+                overloaded, wait = error.overloaded, error.retry_after
                 raise
-            self._sending.add(request.key)
-            try:
-                reply = await self._send(request, number, prompt + completion)
-                return await self._keep(request, reply)
             finally:
-                self._sending.discard(request.key)
-                self.budget.pending -= cost
-        except (RetryableError, UnansweredError):
-            raise
-        except TeacherError as error:
-            raise self._stopped(error) from None
-
-    async def _send(self, request: TeacherRequest, number: int, estimate: int) -> Reply:
-        """The teacher's reply; the pace learns what came of it."""
-        more: int | None = None
-        overloaded, wait = False, None
-        try:
-            reply = await self.teacher.send(request)
-            more = (reply.prompt_tokens + reply.completion_tokens or estimate) - estimate
-            return reply
-        except RetryableError as error:
-            overloaded, wait = error.overloaded, error.retry_after
-            raise
+                self.pace.end(number, more, overloaded=overloaded, retry_after=wait)
+            await asyncio.wrap_future(self.cache.put(stage, request.question.qid, reply))
         finally:
-            self.pace.end(number, more, overloaded=overloaded, retry_after=wait)
-
-    async def _keep(self, request: TeacherRequest, reply: Reply) -> Reply:
-        """Brings an answer to the disk before anyone sees it."""
-        reply, stage = replace(reply, key=request.key), request.question.stage
-        await asyncio.wrap_future(self.cache.put(stage, request.question.qid, reply))
+            self._sending.discard(key)
+            self.budget.pending -= cost
         self._reached = True
         self.answered += 1
         self._times.append(time.monotonic())
@@ -220,9 +207,9 @@ class Asker:
         self.budget.check_usage(reply)
         return reply
 
-    def _note_failure(self, request: TeacherRequest, error: RetryableError, tried: int) -> None:
+    def _check_reached(self, error: RetryableError, tried: int) -> None:
         """Raises TeacherError where a teacher that has given no answer yet is not worth another try."""
-        log.info("%s of %s: %s", request.question.stage, request.question.qid, error)
+        log.info("try %d: %s", tried, error)
         self._reached |= error.reached
         self._garbled += error.garbled
         if not self._reached and tried >= FIRST_TRIES:
@@ -230,8 +217,9 @@ class Asker:
         if self._garbled >= FIRST_GARBLED and not self.answered:
             raise self._stopped(TeacherError(f"{error}; check that the address is that of chat completions")) from error
 
-    def _prompt_tokens(self, question: TeacherQuestion) -> int:
+    def _prompt_tokens(self, request: TeacherRequest) -> int:
         """Prompt tokens at most: by the length of the text, or the largest prompt of the stage so far."""
+        question = request.question
         characters = len(question.system) + sum(len(part) for part in question.parts if isinstance(part, str))
         guess = characters // CHARACTERS_PER_TOKEN + TOKENS_PER_IMAGE * len(question.images)
         return max(guess, self._largest.get(question.stage, 0))

@@ -10,28 +10,28 @@ from __future__ import annotations
 import json
 import os
 import re
-import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from io import BufferedWriter
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
-from tqdm import tqdm
-
 from traceir.cot.ask import TeacherQuestion
-from traceir.cot.teachers.answer_cache import KEY, AnswerCache, lock_file
+from traceir.cot.files import json_lines, lock_file
+from traceir.cot.teachers.answer_cache import KEY, AnswerCache
 from traceir.cot.teachers.completion import Reply, RetryableError, error_of, read_completion
 from traceir.cot.teachers.teacher import PIXELS, REFUSED, TeacherRequest, UnansweredError, prepare_async
 from traceir.errors import DataError, TeacherError
-from traceir.outside import read_json
 
 REQUESTS: Final = 50_000
 BYTES: Final = 190_000_000
 """The Batch API takes 50,000 requests and 200 MB a file."""
 URL: Final = "/v1/chat/completions"
+CHUNK: Final = 1000
+"""Results that are looked up and written together."""
 INDEX: Final = "requests-index.jsonl"
-"""Stage and qid of each key that was written; a line that cannot be read is passed over."""
+"""Stage and qid of each key that was written."""
 _FILE: Final = re.compile(r"requests-(\d{5})\.jsonl")
 _START: Final = re.compile(rb'\{"custom_id":"([0-9a-f]{64})"')
 
@@ -56,12 +56,10 @@ class BatchTeacher:
     ) -> None:
         self.name, self.folder, self.pixels, self.extra = model, folder, pixels, dict(extra or {})
         self.requests_per_file, self.bytes_per_file = requests_per_file, bytes_per_file
-        self.written = self._lines = 0
-        self._begun = folder / "requests.writing"
+        self._begun, self.written, self._lines = folder / "requests.writing", 0, 0
         self._stream: BufferedWriter | None = None
         self._lock = lock_file(folder / "requests.lock", "end that one, or give this one another folder")
         try:
-            self._begun.unlink(missing_ok=True)
             finished = sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
             self._keys = {key for path in finished for key in _keys_of(path)}
             self._number = int(finished[-1].name[9:14]) + 1 if finished else 0
@@ -106,9 +104,8 @@ class BatchTeacher:
         if self._stream is None:
             self._stream, self._lines = self._begun.open("wb"), 0
         self._stream.write(line)
-        question = request.question
-        row = {"key": request.key, "stage": question.stage, "qid": question.qid}
-        self._index.write(json.dumps(row, separators=(",", ":")).encode("ascii") + b"\n")
+        row = {"key": request.key, "stage": request.question.stage, "qid": request.question.qid}
+        self._index.write(json.dumps(row).encode() + b"\n")
         self._keys.add(request.key[:16])
         self._lines += 1
         self.written += 1
@@ -130,85 +127,50 @@ def read_batch_results(files: Iterable[Path], cache: AnswerCache) -> dict[str, i
     """Imports output and error files of a batch into the cache, and says how many lines were of which kind.
 
     `imported`: answers, `refused` of them by the teacher for good (400, 413, 422); `known`: answers that the cache had;
-    `failed`: expired or failed for a time, to be asked again. Stage and qid are looked up in the index beside each file, and are
-    "" where it has none. Raises DataError with file:line for a line that is not a result; what was imported before stays, and
-    the same files can be imported again.
+    `failed`: expired or failed for a time, to be asked again. Stage and qid are those in the index beside each file, "" where it
+    has none. Raises DataError with file:line for a line that is not a result; what was imported before stays, and the same files
+    can be imported again.
     """
     counts = {"imported": 0, "refused": 0, "known": 0, "failed": 0}
     for path in files:
-        index = _read_index(path.parent / INDEX)
-        try:
-            with path.open("rb") as stream:
-                for number, raw in enumerate(tqdm(stream, desc=f"importing {path.name}", unit="result", mininterval=2.0), 1):
-                    if raw.strip():
-                        _import(*_result(raw, f"{path}:{number}"), cache, index, counts)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; give the output and error files of a batch") from error
-        finally:
-            index.close()
+        index, remedy = path.parent / INDEX, "give output and error files of batches written here, as downloaded"
+        rows = json_lines(index, dict, "remove this line") if index.is_file() else ()
+        asked = {row["key"][:16]: (row["stage"], row["qid"]) for row in rows}
+        results = json_lines(path, _result, remedy)
+        while chunk := list(islice(results, CHUNK)):
+            found = [cache.get(key) for key, _ in chunk]
+            fresh = [reply for (_, reply), known in zip(chunk, found, strict=True) if reply is not None and not known.result()]
+            written = [cache.put(*asked.get(reply.key[:16], ("", "")), reply) for reply in fresh]
+            for future in written:
+                future.result()
+            failed = sum(reply is None for _, reply in chunk)
+            counts["failed"] += failed
+            counts["known"] += len(chunk) - failed - len(fresh)
+            counts["imported"] += len(fresh)
+            counts["refused"] += sum(reply.finish == "error" for reply in fresh)
     return counts
 
 
-def _import(key: str, reply: Reply | None, cache: AnswerCache, index: sqlite3.Connection, counts: dict[str, int]) -> None:
-    if reply is None:
-        counts["failed"] += 1
-    elif cache.get(key).result() is not None:
-        counts["known"] += 1
-    else:
-        stage, qid = index.execute("SELECT stage, qid FROM asked WHERE key = ?", (key,)).fetchone() or ("", "")
-        cache.put(stage, qid, reply).result()
-        counts["imported"] += 1
-        counts["refused"] += reply.finish == "error"
-
-
-def _result(raw: bytes, where: str) -> tuple[str, Reply | None]:
+def _result(found: dict[str, Any]) -> tuple[str, Reply | None]:
     """Key and reply of a result line; None for a reply that has to be asked for again."""
-    try:
-        found = read_json(raw)
-        key, response, error = found["custom_id"], found.get("response"), found.get("error")
-        if not KEY.fullmatch(key):
-            raise ValueError(f"custom_id {key!r}")
-        if response is None and not error:
-            raise ValueError("neither response nor error")
-        status, body = (response["status_code"], response.get("body")) if response is not None else (0, None)
-        if type(status) is not int:
-            raise ValueError(f"status_code {status!r}")
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        shown = f"not a result of a batch ({problem!r})"
-        raise DataError(f"{where}: {shown}; give output and error files of batches written here, as downloaded") from problem
+    key, response = found["custom_id"], found.get("response")
+    if not KEY.fullmatch(key) or (response is None and not found.get("error")):
+        raise ValueError(f"custom_id {key!r}, neither response nor error")
+    status, body = (response["status_code"], response.get("body")) if response is not None else (0, None)
+    if type(status) is not int:
+        raise ValueError(f"status_code {status!r}")
     if status in REFUSED:
         return key, Reply("", "error", "", error=f"{status}: {error_of(json.dumps(body))[1]}", key=key)
-    if status != 200:
-        return key, None
     try:
-        return key, replace(read_completion(body, ""), key=key)
-    except RetryableError as problem:
-        raise DataError(f"{where}: {problem}; give the output of a batch for {URL}") from problem
-
-
-def _read_index(path: Path) -> sqlite3.Connection:
-    """The index of request files in a database of SQLite's own temporary files."""
-    index = sqlite3.connect("")
-    index.execute("CREATE TABLE asked (key PRIMARY KEY, stage, qid)")
-    if path.is_file():
-        index.executemany("INSERT OR REPLACE INTO asked VALUES (?, ?, ?)", _index_rows(path))
-    return index
-
-
-def _index_rows(path: Path) -> Iterator[tuple[str, str, str]]:
-    with path.open("rb") as stream:
-        for raw in stream:
-            try:
-                found = read_json(raw)
-                yield str(found["key"]), str(found["stage"]), str(found["qid"])
-            except (ValueError, KeyError, TypeError):
-                continue
+        return key, replace(read_completion(body, ""), key=key) if status == 200 else None
+    except RetryableError as error:
+        raise ValueError(str(error)) from error
 
 
 def _keys_of(path: Path) -> Iterator[str]:
     """The first 16 digits of each key in a finished file."""
     with path.open("rb") as stream:
-        for number, raw in enumerate(tqdm(stream, desc=f"reading {path.name}", unit="request", mininterval=2.0), 1):
+        for number, raw in enumerate(stream, 1):
             match = _START.match(raw)
             if match is None:
                 raise DataError(f"{path}:{number}: not a request as written here; move the file elsewhere")

@@ -10,21 +10,20 @@ import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
 from traceir.cot.ask import TeacherQuestion
+from traceir.cot.files import json_lines
 from traceir.cot.teachers.completion import Reply, RetryableError, error_of, reply_of, retry_after
-from traceir.errors import DataError, TeacherError
+from traceir.errors import TeacherError
 from traceir.image_formats import FORMATS, extent_of, open_image
 from traceir.images import DEFAULT_LIMITS, ImageInput
-from traceir.outside import read_json
 
 if TYPE_CHECKING:
     import openai
@@ -167,14 +166,12 @@ class RecordedTeacher:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._digest = path, hashlib.sha256()
-        self._replies = sqlite3.connect("")
+        self.path, self._replies = path, sqlite3.connect("")
         self._replies.execute("CREATE TABLE replies (stage, qid, attempt, text, PRIMARY KEY (stage, qid, attempt))")
-        try:
-            self._replies.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", self._rows())
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; give a file of recorded replies") from error
-        self.name = f"recorded:{self._digest.hexdigest()[:8]}"
+        rows = json_lines(path, _recorded, 'write recorded replies as {"stage": "reason", "qid": "9:6", "text": "..."}')
+        self._replies.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", rows)
+        with path.open("rb") as stream:
+            self.name = f"recorded:{hashlib.file_digest(stream, 'sha256').hexdigest()[:8]}"
 
     async def request(self, question: TeacherQuestion) -> TeacherRequest:
         """Keyed by the file's digest and all that the question shows."""
@@ -192,13 +189,6 @@ class RecordedTeacher:
 
     async def close(self) -> None:
         self._replies.close()
-
-    def _rows(self) -> Iterator[tuple[str, str, int, str]]:
-        with self.path.open("rb") as stream:
-            for number, raw in enumerate(tqdm(stream, desc="reading recorded replies", unit="line", mininterval=2.0), 1):
-                self._digest.update(raw)
-                if raw.strip():
-                    yield _recorded(raw, f"{self.path}:{number}")
 
 
 def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
@@ -291,13 +281,8 @@ def _shrink(path: Path, data: bytes, pixels: int) -> bytes:
     return written.getvalue()
 
 
-def _recorded(raw: bytes, where: str) -> tuple[str, str, int, str]:
-    try:
-        found = read_json(raw)
-        stage, qid, text, attempt = found["stage"], found["qid"], found["text"], found.get("attempt", 0)
-        if not all(isinstance(value, str) for value in (stage, qid, text)) or type(attempt) is not int:
-            raise ValueError("wrong types")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        shown = f"not a recorded reply ({error!r})"
-        raise DataError(f'{where}: {shown}; write {{"stage": "reason", "qid": "9:6", "text": "..."}}') from error
-    return stage, qid, attempt, text
+def _recorded(row: dict[str, Any]) -> tuple[str, str, int, str]:
+    texts, attempt = [row[name] for name in ("stage", "qid", "text")], row.get("attempt", 0)
+    if not all(isinstance(text, str) for text in texts) or type(attempt) is not int:
+        raise TypeError("wrong types")
+    return texts[0], texts[1], attempt, texts[2]
