@@ -30,17 +30,17 @@ from traceir.cot.ask import TeacherQuestion, blocks
 from traceir.cot.assemble import assemble
 from traceir.cot.build import BuildSummary, Work, is_finished, run_parts, write_manifests
 from traceir.cot.estimate import estimate
-from traceir.cot.reply_monitor import PATIENCE
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
 from traceir.cot.reach import Reach, open_work
-from traceir.cot.rules import RuleLimits, RuleFilter
+from traceir.cot.reply_monitor import PATIENCE
+from traceir.cot.rules import RuleFilter, RuleLimits
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import MODEL, ScriptedOptions, ScriptedTeacher, running
 from traceir.cot.source import CaseSource, check_tasks, find_captions, find_parts, read_captions
 from traceir.cot.teachers.asker import Asker
-from traceir.cot.teachers.teacher import UnansweredError
 from traceir.cot.teachers.completion import Reply
+from traceir.cot.teachers.teacher import UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
 from traceir.serve.guard import Guard, Wall

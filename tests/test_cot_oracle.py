@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -12,14 +13,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from traceir.cot.ask import CotCase, TeacherQuestion, Questions, read_assessment, read_verdict
+from traceir.cot.ask import CotCase, Questions, TeacherQuestion, read_assessment, read_verdict
 from traceir.cot.replies import ReplyFormatError
 from traceir.cot.rules import RuleFilter
 from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import running
 from traceir.cot.source import CaseSource, find_captions, find_parts
-from traceir.cot.teachers.teacher import prepare
+from traceir.cot.teachers.teacher import TeacherRequest, prepare
 from traceir.errors import InputError, TeacherError
 
 QUESTIONS = Questions()
@@ -113,8 +114,12 @@ def cases_of(root: Path) -> dict[str, CotCase]:
         source.close()
 
 
+def request(question: TeacherQuestion) -> TeacherRequest:
+    return asyncio.run(prepare(question, "scripted-oracle"))
+
+
 def body(question: TeacherQuestion) -> dict[str, Any]:
-    return json.loads(prepare(question, "scripted-oracle").payload)
+    return json.loads(request(question).payload)
 
 
 def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
@@ -143,7 +148,7 @@ def test_equal_contents_share_an_entry_and_keys_are_the_clients(labelled: Path) 
     oracle, cases = Oracle(labelled), cases_of(labelled)
     first, again = (body(QUESTIONS.reason(cases["50:0"], attempt)) for attempt in (0, 1))
     assert oracle.read(body(QUESTIONS.reason(cases["50:21"]))).known.qids == ("50:20", "50:21")
-    assert oracle.read(first).key == prepare(QUESTIONS.reason(cases["50:0"]), "scripted-oracle").key
+    assert oracle.read(first).key == request(QUESTIONS.reason(cases["50:0"])).key
     assert oracle.read(first).key != oracle.read(again).key and oracle.read(first).digest == oracle.read(again).digest
     assert oracle.read(first).digest != oracle.read(body(QUESTIONS.assess(cases["50:0"]))).digest
 

@@ -17,7 +17,7 @@ from traceir.cot.ask import (
     read_verdict,
 )
 from traceir.cot.replies import ReplyFormatError
-from traceir.cot.rules import RULES, RuleLimits, RuleFilter, count_tokens, duplicate_key, salient
+from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
 from traceir.cot.scripted.thoughts import STYLES, styled
 from traceir.cot.teachers.completion import reply_of
 from traceir.data import mbeir

@@ -191,15 +191,16 @@ class Asker:
             try:
                 reply = replace(await self.teacher.send(request), key=key)
                 more = (reply.prompt_tokens + reply.completion_tokens or sum(tokens)) - sum(tokens)
+                written = self.cache.put(stage, request.question.qid, reply)
             except RetryableError as error:
                 overloaded, wait = error.overloaded, error.retry_after
                 raise
             finally:
                 self.pace.end(number, more, overloaded=overloaded, retry_after=wait)
-            await asyncio.wrap_future(self.cache.put(stage, request.question.qid, reply))
+                self.budget.pending -= cost
+            await asyncio.wrap_future(written)
         finally:
             self._sending.discard(key)
-            self.budget.pending -= cost
         self._reached = True
         self.answered += 1
         self._times.append(time.monotonic())

@@ -21,7 +21,7 @@ from traceir.cot.ask import TeacherQuestion
 from traceir.cot.files import json_lines, lock_file
 from traceir.cot.teachers.answer_cache import KEY, AnswerCache
 from traceir.cot.teachers.completion import Reply, RetryableError, error_of, read_completion
-from traceir.cot.teachers.teacher import PIXELS, REFUSED, TeacherRequest, UnansweredError, prepare_async
+from traceir.cot.teachers.teacher import PIXELS, REFUSED, TeacherRequest, UnansweredError, prepare
 from traceir.errors import DataError, TeacherError
 
 REQUESTS: Final = 50_000
@@ -69,7 +69,7 @@ class BatchTeacher:
             raise self._full(error) from error
 
     async def request(self, question: TeacherQuestion) -> TeacherRequest:
-        return await prepare_async(question, self.name, self.pixels, self.extra)
+        return await prepare(question, self.name, self.pixels, self.extra)
 
     async def send(self, request: TeacherRequest) -> Reply:
         """Writes the request, if no file has it yet, and raises UnansweredError."""

@@ -21,7 +21,7 @@ from PIL import Image
 from traceir.cot.ask import TeacherQuestion
 from traceir.cot.files import json_lines
 from traceir.cot.teachers.completion import Reply, RetryableError, error_of, reply_of, retry_after
-from traceir.errors import TeacherError
+from traceir.errors import ImageError, TeacherError
 from traceir.image_formats import FORMATS, extent_of, open_image
 from traceir.images import DEFAULT_LIMITS, ImageInput
 
@@ -102,7 +102,7 @@ class OpenAITeacher:
         self._client: openai.AsyncOpenAI | None = None
 
     async def request(self, question: TeacherQuestion) -> TeacherRequest:
-        return await prepare_async(question, self.name, self.pixels, self.extra)
+        return await prepare(question, self.name, self.pixels, self.extra)
 
     async def send(self, request: TeacherRequest) -> Reply:
         """One try. Raises RetryableError where another may help, TeacherError where none will; 400, 413 and 422 are replies."""
@@ -197,18 +197,32 @@ def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
     A plain JPEG, PNG or WebP within `pixels` is sent as it is; all else is decoded to upright RGB, shrunk, and sent as JPEG of
     quality 90. Raises ImageError, which names the file.
     """
-    data = ImageInput.open(path).encoded()[0]
-    kind = _kind(data, pixels)
-    if not kind:
-        data, kind = _shrink(path, data, pixels), "image/jpeg"
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", hashlib.sha256(data).hexdigest()
+    data = read_image(path)
+    return _url(data, kind) if (kind := _kind(data, pixels)) else _url(_shrink(path, data, pixels), "image/jpeg")
 
 
-def prepare(
+def read_image(path: Path) -> bytes:
+    """The bytes of a picture file, not empty and within the limits of images.py."""
+    limit = DEFAULT_LIMITS.file_bytes
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(limit + 1)
+    except OSError as error:
+        raise ImageError(f"picture {path} cannot be read: {error.strerror or error}; check the path and rights") from error
+    if not 0 < len(data) <= limit:
+        raise ImageError(f"picture {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
+    return data
+
+
+async def prepare(
     question: TeacherQuestion, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None
 ) -> TeacherRequest:
-    """The request of a question: a body of chat completions with its pictures as data URLs."""
-    images = [image_url(path, pixels) for path in question.images]
+    """The request of a question: a body of chat completions with its pictures as data URLs, shrunk in threads."""
+    images = []
+    for path in question.images:
+        data = read_image(path)
+        kind = _kind(data, pixels)
+        images.append(_url(data, kind) if kind else _url(await asyncio.to_thread(_shrink, path, data, pixels), "image/jpeg"))
     left = iter(images)
     parts = [
         {"type": "text", "text": part}
@@ -230,13 +244,6 @@ def prepare(
         # Within a JSON string the quotation marks would be escaped: this is found only where a picture stands.
         payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
     return TeacherRequest(key, payload, question)
-
-
-async def prepare_async(question: TeacherQuestion, model: str, pixels: int, extra: Mapping[str, Any]) -> TeacherRequest:
-    """`prepare`, in a thread where pictures are read and perhaps shrunk, so that the event loop goes on."""
-    if question.images:
-        return await asyncio.to_thread(prepare, question, model, pixels, extra)
-    return prepare(question, model, pixels, extra)
 
 
 def canonical(body: Any) -> bytes:
@@ -279,6 +286,10 @@ def _shrink(path: Path, data: bytes, pixels: int) -> bytes:
     written = BytesIO()
     image.save(written, "JPEG", quality=90)
     return written.getvalue()
+
+
+def _url(data: bytes, kind: str) -> tuple[str, str]:
+    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", hashlib.sha256(data).hexdigest()
 
 
 def _recorded(row: dict[str, Any]) -> tuple[str, str, int, str]:
