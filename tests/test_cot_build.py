@@ -380,7 +380,7 @@ def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "replies to stage 'assess' and none of use" in error and "cut at max_tokens" in error and "max_tokens=" in error
-    assert PATIENCE <= speaking.paid - before <= PATIENCE + 6, "72 would have been asked"
+    assert PATIENCE - 4 <= speaking.paid - before <= PATIENCE + 6, "72 would have been asked"
     before = speaking.paid
     assert main([*command, "--patience=0", f"--out={tmp_path / 'on'}"]) == 2 and speaking.paid - before > PATIENCE + 6
     error = capsys.readouterr().err
@@ -437,6 +437,7 @@ def test_an_interrupt_asks_nothing_more_of_what_waits(boats: Path, tmp_path: Pat
 LONE = "two steps \ud83d and a \x00"
 
 
+@pytest.mark.slow
 def test_half_a_surrogate_pair_in_a_reply_of_any_stage_is_repaired(boats: Path, tmp_path: Path) -> None:
     odd = {
         ("assess", "8:3"): json.dumps({"complex": True, "reason": LONE, "confidence": 0.9}),

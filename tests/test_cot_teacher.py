@@ -383,6 +383,7 @@ for number in range(10**9):
 """
 
 
+@pytest.mark.slow
 def test_a_kill_takes_nothing_acknowledged(tmp_path: Path) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
     assert writer.stdout is not None
