@@ -40,7 +40,7 @@ from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT
 from traceir.cot.scripted.teacher_server import MODEL, running
 from traceir.cot.source import CaseSource, find_parts
 from traceir.cot.teachers.answer_cache import FILE
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.teachers.teacher import Reply
 from traceir.data import mbeir
 from traceir.errors import TeacherError
 

@@ -33,8 +33,7 @@ from PIL import Image
 
 from traceir.cot.ask import TeacherQuestion
 from traceir.cot.teachers.answer_cache import AnswerCache
-from traceir.cot.teachers.asker import Asker
-from traceir.cot.teachers.pace import Pacer
+from traceir.cot.teachers.asker import Asker, Pacer
 from traceir.cot.teachers.teacher import OpenAITeacher, prepare
 
 IMAGES = 50

@@ -33,13 +33,12 @@ from traceir.cot.estimate import estimate
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
 from traceir.cot.reach import Reach, open_work
-from traceir.cot.reply_monitor import PATIENCE
 from traceir.cot.rules import RuleFilter, RuleLimits
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import MODEL, ScriptedOptions, ScriptedTeacher, running
 from traceir.cot.source import CaseSource, check_tasks, find_captions, find_parts, read_captions
-from traceir.cot.teachers.completion import Reply
-from traceir.cot.teachers.teacher import UnansweredError
+from traceir.cot.stages import PATIENCE
+from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
 from traceir.serve.guard import Guard, Wall

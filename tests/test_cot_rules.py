@@ -18,8 +18,8 @@ from traceir.cot.ask import (
 )
 from traceir.cot.replies import ReplyFormatError
 from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
-from traceir.cot.scripted.thoughts import STYLES, styled
-from traceir.cot.teachers.completion import reply_of
+from traceir.cot.scripted.faults import STYLES, styled
+from traceir.cot.teachers.teacher import reply_of
 from traceir.data import mbeir
 
 GOOD = (

@@ -26,11 +26,18 @@ from PIL import Image
 from traceir.connection import Connection
 from traceir.cot.ask import Stage, TeacherQuestion
 from traceir.cot.teachers.answer_cache import FILE, AnswerCache
-from traceir.cot.teachers.asker import Asker, Budget, SpendLimitError
+from traceir.cot.teachers.asker import Asker, Budget, Pacer, SpendLimitError
 from traceir.cot.teachers.batch_files import BatchTeacher, read_batch_results
-from traceir.cot.teachers.completion import Reply, RetryableError, reply_of, retry_after
-from traceir.cot.teachers.pace import Pacer
-from traceir.cot.teachers.teacher import OpenAITeacher, RecordedTeacher, UnansweredError, image_url
+from traceir.cot.teachers.teacher import (
+    OpenAITeacher,
+    RecordedTeacher,
+    Reply,
+    RetryableError,
+    UnansweredError,
+    image_url,
+    reply_of,
+    retry_after,
+)
 from traceir.cot.teachers.teacher import prepare as prepare_async
 from traceir.errors import DataError, ImageError, InputError, ModelError, TeacherError
 
@@ -375,7 +382,7 @@ WRITER = """
 import sys
 from pathlib import Path
 from traceir.cot.teachers.answer_cache import AnswerCache
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.teachers.teacher import Reply
 cache = AnswerCache(Path(sys.argv[1]))
 for number in range(10**9):
     cache.put("assess", "9:1", Reply("x" * 3000, "stop", "m", 1, 1, "", f"{number:016x}" + "0" * 48)).result()

@@ -50,7 +50,7 @@ def build(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: list[DataPart], writer: str) -> BuildSummary:
     if args.engine == "ray":
-        from traceir.cot.cluster import run_on_ray
+        from traceir.cot.reach import run_on_ray
 
         return run_on_ray(config, Path(args.out), parts, reach, workers=args.workers)
     from traceir.cot.build import run_parts
@@ -74,7 +74,7 @@ def assemble(args: argparse.Namespace) -> int:
     from traceir.cot.assemble import assemble
     from traceir.cot.cot_card import write_cot_card
     from traceir.cot.plan import DATASET
-    from traceir.cot.reply_monitor import summarise
+    from traceir.cot.stages import summarise
 
     out = Path(args.out)
     funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)

@@ -17,9 +17,9 @@ from traceir.cot.files import write_json
 from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.plan import DATASET, read_config
 from traceir.cot.replies import CUT
-from traceir.cot.reply_monitor import MORE_ROOM, reason_kind, summarise
 from traceir.cot.review.review import Settled, settle
 from traceir.cot.source import CaseSource
+from traceir.cot.stages import MORE_ROOM, reason_kind, summarise
 from traceir.data import mbeir
 from traceir.data.cot import to_row, write_rows
 from traceir.data.samples import join

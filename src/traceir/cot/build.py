@@ -22,13 +22,11 @@ from tqdm import tqdm
 from traceir.cot.ask import Questions, TeacherQuestion
 from traceir.cot.files import json_lines, write_json, write_text
 from traceir.cot.plan import STAGES, BuildConfig
-from traceir.cot.reply_monitor import PATIENCE, ReplyMonitor
 from traceir.cot.rules import RuleFilter
 from traceir.cot.source import CaseSource, DataPart
-from traceir.cot.stages import Ask, Line, PartStages
+from traceir.cot.stages import PATIENCE, Ask, Line, PartStages, ReplyMonitor
 from traceir.cot.teachers.asker import Asker
-from traceir.cot.teachers.completion import Reply
-from traceir.cot.teachers.teacher import UnansweredError
+from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.errors import ImageError, TeacherError
 
 log = logging.getLogger(__name__)

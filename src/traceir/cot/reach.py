@@ -1,25 +1,28 @@
-"""How a build reaches its teacher, and how fast: nothing in here decides what the data are."""
+"""How a build reaches its teacher, how fast, and on which machines: nothing in here decides what the data are.
+
+On a cluster Ray Data spreads the parts over workers, each of which runs the very functions of build.py.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.cot.build import Work
+from traceir.cot.build import WINDOW, BuildSummary, Work, run_parts
 from traceir.cot.plan import BuildConfig, gather_captions
-from traceir.cot.reply_monitor import PATIENCE
 from traceir.cot.rules import RuleFilter
-from traceir.cot.source import CaseSource, read_captions
+from traceir.cot.source import CaseSource, DataPart, read_captions
+from traceir.cot.stages import PATIENCE
 from traceir.cot.teachers.answer_cache import AnswerCache
-from traceir.cot.teachers.asker import Asker, Budget
+from traceir.cot.teachers.asker import Asker, Budget, Pacer
 from traceir.cot.teachers.batch_files import BatchTeacher
-from traceir.cot.teachers.pace import Pacer
 from traceir.cot.teachers.teacher import OpenAITeacher, RecordedTeacher, Teacher
 from traceir.errors import InputError
+from traceir.ray_session import ONE_CPU, on_ray
 
 RECORDED: Final = "recorded:"
 BATCH: Final = "batch:"
@@ -91,7 +94,6 @@ def work_of(config: BuildConfig, out: Path, reach: Reach, source: CaseSource, ca
 
 
 def open_teacher(address: str, model: str, config: BuildConfig, reach: Reach) -> Teacher:
-    """The teacher at an address. Raises InputError where a name or a key is missing."""
     if address.startswith(RECORDED):
         return RecordedTeacher(Path(address.removeprefix(RECORDED)))
     if address.startswith(BATCH):
@@ -104,3 +106,66 @@ def _pacer(reach: Reach) -> Pacer:
     """The pace of one worker."""
     share, requests, tokens = reach.workers, reach.requests_per_minute, reach.tokens_per_minute
     return Pacer(max(1, reach.concurrency // share), requests and requests / share, tokens and tokens / share)
+
+
+class PartWorker:
+    """What Ray keeps on a worker: its source and its connections. Called with batches of parts."""
+
+    def __init__(self, config: BuildConfig, out: str, reach: Reach) -> None:
+        self.config, self.out, self.reach = config, Path(out), reach
+        self.source = CaseSource(Path(config.data), config.tasks)
+        self.cache = open_cache(self.out, reach)
+        self.stopped = ""
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        columns = [batch[name].tolist() for name in DataPart.__dataclass_fields__]
+        parts = [DataPart(*values) for values in zip(*columns, strict=True)]
+        if self.stopped:  # what stopped it would stop it again, for more money
+            summary = BuildSummary(unfinished={part.name: self.stopped for part in parts}, stopped=self.stopped)
+        else:
+            summary = run_parts(work_of(self.config, self.out, self.reach, self.source, self.cache), parts, progress=False)
+        self.stopped = summary.stopped
+        yield {
+            "parts": [summary.parts],
+            "unfinished": ["\n".join(f"{name}\t{why}" for name, why in summary.unfinished.items())],
+            "stopped": [summary.stopped],
+            **{name: [summary.counts[name]] for name in ("samples", "complex", "kept")},
+        }
+
+
+def run_on_ray(config: BuildConfig, out: Path, parts: Sequence[DataPart], reach: Reach, *, workers: int) -> BuildSummary:
+    """`run_parts` on a Ray cluster ($RAY_ADDRESS), or on this machine where there is none.
+
+    Every worker gets an equal share of the limits on concurrency, rate and spend. `out`, the data and the cache of answers must
+    lie on a file system that all workers see.
+    """
+    if not parts:
+        return BuildSummary()
+    # Settings with paths that do not depend on a worker's working directory.
+    paths = {name: _absolute(getattr(config, name)) for name in ("data", "captions", "templates")}
+    config, reach = replace(config, **paths), replace(reach, journal=_absolute(reach.journal), workers=workers)
+    with on_ray(workers, ONE_CPU):
+        import ray
+
+        rows = [asdict(part) for part in parts]
+        done = ray.data.from_items(rows, override_num_blocks=max(1, len(rows) // WINDOW)).map_batches(
+            PartWorker,
+            fn_constructor_args=(config, str(out.resolve()), reach),
+            batch_size=WINDOW,
+            concurrency=workers,
+        )
+        return _total(done.take_all())
+
+
+def _absolute(path: str) -> Any:
+    return str(Path(path).resolve()) if path else ""
+
+
+def _total(rows: Sequence[dict[str, Any]]) -> BuildSummary:
+    total = BuildSummary()
+    for row in rows:
+        total.parts += int(row["parts"])
+        total.counts.update({name: int(row[name]) for name in ("samples", "complex", "kept")})
+        total.unfinished |= dict(line.split("\t", 1) for line in str(row["unfinished"]).splitlines())
+        total.stopped = total.stopped or str(row["stopped"])
+    return total

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,9 +32,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from traceir.cot.scripted.faults import ALL, TRANSPORT, Faults, barred_for, spoil
+from traceir.cot.scripted.faults import ALL, STYLES, TRANSPORT, Faults, barred_for, spoil, styled
 from traceir.cot.scripted.oracle import Oracle, ReadQuestion
-from traceir.cot.scripted.thoughts import STYLES, styled
 from traceir.errors import InputError, TeacherError, TraceError
 from traceir.serve.bodies import parse_json
 from traceir.serve.guard import Guard, Wall
@@ -44,6 +43,13 @@ MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
 MOST_BYTES: Final = 64 * 2**20
 """The largest body that is read."""
+CODES: Final = {
+    401: ("invalid_api_key", "authentication_error"),
+    404: ("model_not_found", "invalid_request_error"),
+    429: ("rate_limit_exceeded", "rate_limit_error"),
+    500: ("server_error", "server_error"),
+}
+"""Status -> code and type of OpenAI's errors; of others it is an invalid request."""
 IMAGE_TOKENS: Final = 85
 WORD_TOKENS: Final = 1.3
 _READY: Final = "listening on "
@@ -51,21 +57,23 @@ _READY: Final = "listening on "
 
 @dataclass(slots=True)
 class ScriptedOptions:
-    """How the scripted teacher is served; also the options of its command line."""
+    """How the scripted teacher is served, and the options of its command line: data, a folder in M-BEIR's layout; port, 0 takes a
+    free one; key, what it asks for; faults, share of questions that meet one of kinds; latency, before each answer, stall, of a
+    stalled one, retry-after, of a 429, in seconds; thinking, how thoughts are sent; log, a file to append what is asked to."""
 
-    data: str = ""  # a folder in M-BEIR's layout
+    data: str = ""
     host: str = "127.0.0.1"
-    port: int = field(default=8040, metadata={"help": "0 takes a free one"})
-    model: str = field(default=MODEL, metadata={"help": "the name it answers to"})
-    key: str = field(default="", metadata={"help": f"the key it asks for; else what {KEY_VARIABLE} holds, else none"})
-    faults: float = field(default=0.0, metadata={"help": "share of questions that meet a fault"})
+    port: int = 8040
+    model: str = MODEL
+    key: str = ""
+    faults: float = 0.0
     fault_seed: int = 0
-    kinds: str = field(default=",".join(ALL), metadata={"help": "faults to take, separated by commas"})
-    latency: float = field(default=0.0, metadata={"help": "seconds before each answer"})
-    stall: float = field(default=5.0, metadata={"help": "seconds for which a stalled request is held"})
-    retry_after: float = field(default=0.05, metadata={"help": "seconds that a 429 asks to wait"})
-    thinking: str = field(default="", metadata={"help": f"send thoughts: {', '.join(STYLES)}"})
-    log: str = field(default="", metadata={"help": "append what is asked to this file"})
+    kinds: str = ",".join(ALL)
+    latency: float = 0.0
+    stall: float = 5.0
+    retry_after: float = 0.05
+    thinking: str = ""
+    log: str = ""
 
     def __post_init__(self) -> None:
         if min(self.latency, self.stall, self.retry_after) < 0:
@@ -76,11 +84,9 @@ class ScriptedOptions:
 
 
 class RequestLog:
-    """The append-only log of requests: JSON lines, each written whole at once.
+    """The append-only log of requests (docs/formats.md): JSON lines, each written whole at once; `paid`: a completion was made.
 
-    {"time", "event": "start" | "end", "request", "key", "stage", "qids", "fault", "status", "paid"}; `status` is 0 at the start,
-    `paid` is true where a whole completion was made, whether or not the client was still there. The end is written before the
-    first byte of the answer, so what a client has received is here. A request without an end was in flight when the server ended.
+    The end is written before the first byte of the answer. A request without one was in flight when the server ended.
     """
 
     def __init__(self, path: str = "") -> None:
@@ -237,12 +243,11 @@ def running(root: Path | str, **options: Any) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line of the server; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="teacher_server", description="Serve the scripted teacher of an M-BEIR folder.")
+    about = f"{ScriptedOptions.__doc__} Ways of thinking: {', '.join(STYLES)}."
+    parser = argparse.ArgumentParser(prog="teacher_server", description=about)
     for option in fields(ScriptedOptions):
-        kind = {"int": int, "float": float}.get(str(option.type), str)
-        about = f"{option.metadata.get('help', '')} (default: {option.default or 'none'})"
-        name = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(name, type=kind, default=option.default, required=option.name == "data", help=about)
+        name, kind = f"--{option.name.replace('_', '-')}", {"int": int, "float": float}.get(str(option.type), str)
+        parser.add_argument(name, type=kind, default=option.default, required=option.name == "data", help=f"({option.default})")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         options = ScriptedOptions(**vars(parser.parse_args(argv)))
@@ -283,13 +288,8 @@ def _completion(model: str, asked: ReadQuestion, text: str, message: dict[str, A
 async def _failure(request: Request, error: Exception) -> Response:
     """An error in OpenAI's shape."""
     assert isinstance(error, HTTPException)
-    codes = {
-        400: "invalid_request", 401: "invalid_api_key", 404: "model_not_found", 405: "method_not_allowed", 413: "too_large",
-        429: "rate_limit_exceeded", 500: "server_error",
-    }  # fmt: skip
-    kinds = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
-    kind = kinds.get(error.status_code, "invalid_request_error")
-    told = {"message": error.detail, "type": kind, "param": None, "code": codes.get(error.status_code)}
+    code, kind = CODES.get(error.status_code, ("invalid_request", "invalid_request_error"))
+    told = {"message": error.detail, "type": kind, "param": None, "code": code}
     return JSONResponse({"error": told}, error.status_code, dict(error.headers or {}))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.files import json_lines, lock_file
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.teachers.teacher import Reply
 from traceir.errors import DataError, TeacherError
 
 log = logging.getLogger(__name__)

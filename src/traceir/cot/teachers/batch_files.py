@@ -20,8 +20,17 @@ from typing import Any, Final
 from traceir.cot.ask import TeacherQuestion
 from traceir.cot.files import json_lines, lock_file
 from traceir.cot.teachers.answer_cache import KEY, AnswerCache
-from traceir.cot.teachers.completion import Reply, RetryableError, error_of, read_completion
-from traceir.cot.teachers.teacher import PIXELS, REFUSED, TeacherRequest, UnansweredError, prepare
+from traceir.cot.teachers.teacher import (
+    PIXELS,
+    REFUSED,
+    Reply,
+    RetryableError,
+    TeacherRequest,
+    UnansweredError,
+    error_of,
+    prepare,
+    read_completion,
+)
 from traceir.errors import DataError, TeacherError
 
 REQUESTS: Final = 50_000
@@ -124,12 +133,11 @@ class BatchTeacher:
 
 
 def read_batch_results(files: Iterable[Path], cache: AnswerCache) -> dict[str, int]:
-    """Imports output and error files of a batch into the cache, and says how many lines were of which kind.
+    """Imports output and error files of a batch, and counts their lines: `imported`, of these `refused` by the teacher for good,
+    `known` (answered before), `failed` (to be asked again).
 
-    `imported`: answers, `refused` of them by the teacher for good (400, 413, 422); `known`: answers that the cache had;
-    `failed`: expired or failed for a time, to be asked again. Stage and qid are those in the index beside each file, "" where it
-    has none. Raises DataError with file:line for a line that is not a result; what was imported before stays, and the same files
-    can be imported again.
+    Stage and qid are those in the index beside each file, "" where it has none. Raises DataError with file:line for a line that
+    is not a result; what was imported before stays, and the same files can be imported again.
     """
     counts = {"imported": 0, "refused": 0, "known": 0, "failed": 0}
     for path in files:
