@@ -151,7 +151,7 @@ def _config(args: argparse.Namespace) -> BuildConfig:
 
 
 def _model(args: argparse.Namespace) -> str:
-    """The teacher's name: given, or that of a recorded file."""
+    """The teacher's name: options, or that of a recorded file."""
     if args.model:
         return str(args.model)
     if (args.teacher or "").startswith("recorded:"):
@@ -175,5 +175,5 @@ def _reach(args: argparse.Namespace) -> Reach:
         raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
     named = ("teacher", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
              "spend_limit", "patience")  # fmt: skip
-    given = {name: getattr(args, name) for name in named}
-    return Reach(**given, verifier=args.verifier or "", journal=args.journal or "", timeout_s=args.timeout, extra=extra)
+    options = {name: getattr(args, name) for name in named}
+    return Reach(**options, verifier=args.verifier or "", journal=args.journal or "", timeout_s=args.timeout, extra=extra)

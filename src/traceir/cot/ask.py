@@ -91,7 +91,7 @@ class CotCase:
 class TeacherQuestion:
     """One request to a teacher, whatever it is reached by.
 
-    `parts` are texts (str) and picture files (Path) in reading order; `attempt` counts from 0 and changes the seed, so that a
+    `parts` are texts (str) and image files (Path) in reading order; `attempt` counts from 0 and changes the seed, so that a
     question can be asked anew.
     """
 

@@ -87,8 +87,8 @@ def assemble(
     if dropped not in ("leave_out", "direct"):
         raise InputError(f"dropped is {dropped!r}; choose leave_out or direct")
     config, funnel, settled = read_config(out), Funnel(), settle(out).settled
-    root, place = Path(config.data), out / DATASET
-    fresh, old = place.with_suffix(".new"), place.with_suffix(".old")
+    root, target = Path(config.data), out / DATASET
+    fresh, old = target.with_suffix(".new"), target.with_suffix(".old")
     shutil.rmtree(fresh, ignore_errors=True)
     with closing(CaseSource(root, config.tasks)) as source:
         rows = _rows(read_outcomes(out, source=source), source.pool, settled, dropped, negatives, funnel)
@@ -98,9 +98,9 @@ def assemble(
             raise DataError(f"{out}: there is nothing to assemble, {funnel.problem() or 'its data have no query'}")
         write_rows(chain((first,), rows), root, fresh, format=format, rows_per_file=rows_per_file)
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(fresh, place)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
     write_json(out / "funnel.json", funnel.as_json())
     return funnel

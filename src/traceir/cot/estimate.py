@@ -18,7 +18,7 @@ from traceir.images import ImageInput
 SAMPLE: Final = 400
 """Queries looked at."""
 PATCH: Final = 28
-"""Side, in pixels, of the square of a picture that is one token (Qwen2.5-VL)."""
+"""Side, in pixels, of the square of a image that is one token (Qwen2.5-VL)."""
 REPLY_TOKENS: Final = {"assess": 40, "reason": 150, "verify": 40}
 """Tokens of a reply that is not known yet; a reasoning of the paper has 16 to 256, its answer 2 to 64."""
 
@@ -62,7 +62,7 @@ def estimate(
 
 
 def tokens_of(question: TeacherQuestion, config: BuildConfig) -> int:
-    """Prompt tokens of a question: its words, and a token for every 28 x 28 pixels of its pictures as they are sent."""
+    """Prompt tokens of a question: its words, and a token for every 28 x 28 pixels of its images as they are sent."""
     texts = [question.system, *(part for part in question.parts if isinstance(part, str))]
     areas = [math.prod(ImageInput.open(path).size()) for path in question.images]
     patches = [math.ceil(min(area, config.pixels or area) / PATCH**2) for area in areas]

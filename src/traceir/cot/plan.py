@@ -30,7 +30,7 @@ class BuildConfig:
     `model` and `verifier` are the names the endpoint knows the teachers by (`verifier` "": the same). `direct` and `complex`:
     tasks that are taken as such unasked, as the paper's table of subsets has whole tasks. `attempts`: how often a question is
     asked while its reply cannot be read or breaks a rule. `verify_above`: confidence a yes must exceed (paper: 0.7). `pixels`:
-    most pixels of a picture shown to the teacher. `captions`: file of picture captions. `templates`: JSON file of prompts that
+    most pixels of a image shown to the teacher. `captions`: file of image captions. `templates`: JSON file of prompts that
     override ask.TEMPLATES.
     """
 
@@ -90,7 +90,7 @@ def begin(out: Path, config: BuildConfig) -> None:
 
 
 def gather_captions(out: Path, config: BuildConfig) -> Path:
-    """`OUT/captions.jsonl`: the picture captions that the rules use, found once (source.find_captions)."""
+    """`OUT/captions.jsonl`: the image captions that the rules use, found once (source.find_captions)."""
     file = out / CAPTIONS
     if not file.exists():
         found = find_captions(Path(config.data), Path(config.captions) if config.captions else None)

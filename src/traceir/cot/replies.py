@@ -48,18 +48,18 @@ def spoken(text: str, finish: str = "stop") -> str:
     Where it says nothing after them, the thoughts, unless it was cut off in their midst: a model may forget to end them, and a
     server may take an answer for one.
     """
-    said = _after_thoughts(text)
-    if not said.strip() and finish == "stop":
-        said = _OPENED.sub("", _CLOSED.sub("", text))
-    said = said.strip()
+    answer = _after_thoughts(text)
+    if not answer.strip() and finish == "stop":
+        answer = _OPENED.sub("", _CLOSED.sub("", text))
+    answer = answer.strip()
     for _ in range(8):
-        if found := _MARK.match(said):
-            said = said[found.end() :].strip()
-        start = said.rfind("<")
-        if start >= 0 and _MARK.fullmatch(said, start):
-            said = said[:start].strip()
-    fenced = _FENCED.fullmatch(said)
-    return (fenced[1] or fenced[2] or "").strip() if fenced else said
+        if found := _MARK.match(answer):
+            answer = answer[found.end() :].strip()
+        start = answer.rfind("<")
+        if start >= 0 and _MARK.fullmatch(answer, start):
+            answer = answer[:start].strip()
+    fenced = _FENCED.fullmatch(answer)
+    return (fenced[1] or fenced[2] or "").strip() if fenced else answer
 
 
 def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
@@ -71,20 +71,24 @@ def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
         whole = list(_holding(valid_all(_DECODER.decode(text)), wanted))  # also where a text within it looks like a tag
     except (ValueError, RecursionError):
         whole = []
-    said = spoken(text, finish)
-    there = list(_objects(said))
+    answer = spoken(text, finish)
+    there = list(_objects(answer))
     if finish == "length":
-        there = [one for one in there if _FENCES.fullmatch(said, 0, one[0]) or _FENCES.fullmatch(said, one[1])]
-    found = whole or [fields for _, _, one in there for fields in _holding(one, wanted)]
+        there = [
+            (start, end, row)
+            for start, end, row in there
+            if _FENCES.fullmatch(answer, 0, start) or _FENCES.fullmatch(answer, end)
+        ]
+    found = whole or [fields for _, _, row in there for fields in _holding(row, wanted)]
     if found:
         return found[-1]
     if finish == "length":
         raise ReplyFormatError(CUT)
     if finish == "content_filter":
         raise ReplyFormatError("the teacher's content filter stopped it")
-    if not said:
+    if not answer:
         raise ReplyFormatError("it is empty")
-    names = {name.strip().lower() for _, _, one in there for name in one}
+    names = {name.strip().lower() for _, _, row in there for name in row}
     missing = [name for name in wanted if name not in names]
     if 0 < len(missing) < len(wanted):
         raise ReplyFormatError(f"its object has no {missing[0]}")
@@ -117,13 +121,13 @@ def _after_thoughts(text: str) -> str:
         return text[finals[-1].end() :].partition("<|start|>")[0]
     if "<|channel|>" in text:
         return ""
-    place = text.rfind(_BARE_FINAL)
-    if place > 0 and text.lstrip().startswith("analysis"):
-        return text[place + len(_BARE_FINAL) :]
+    final = text.rfind(_BARE_FINAL)
+    if final > 0 and text.lstrip().startswith("analysis"):
+        return text[final + len(_BARE_FINAL) :]
     closed = list(_CLOSED.finditer(text))
-    said = text[closed[-1].end() :] if closed else text
-    opened = _OPENED.search(said)
-    return said[: opened.start()] if opened else said
+    answer = text[closed[-1].end() :] if closed else text
+    opened = _OPENED.search(answer)
+    return answer[: opened.start()] if opened else answer
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:

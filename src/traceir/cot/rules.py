@@ -92,7 +92,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class RuleFilter:
-    """The rules with their limits. `captions`: picture path -> what it shows (source.read_captions)."""
+    """The rules with their limits. `captions`: image path -> what it shows (source.read_captions)."""
 
     limits: RuleLimits = field(default_factory=RuleLimits)
     captions: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -183,11 +183,11 @@ def _form(raw: str, finish: str, match: re.Match[str] | None) -> Iterator[str]:
 def duplicate_key(case: CotCase, answer: str) -> bytes:
     """16 bytes that are equal for near-duplicate (query, answer) pairs of a task: case and punctuation do not count.
 
-    The picture is part of the query: the same words about another picture are another query.
+    The image is part of the query: the same words about another image are another query.
     """
     record = case.record
-    told = "\x00".join((case.task, plain(record.text or ""), record.image_path or "", plain(answer)))
-    return hashlib.blake2b(told.encode(), digest_size=16).digest()
+    parts = "\x00".join((case.task, plain(record.text or ""), record.image_path or "", plain(answer)))
+    return hashlib.blake2b(parts.encode(), digest_size=16).digest()
 
 
 def count_tokens(text: str, tokenizer: str = "") -> int:

@@ -23,7 +23,7 @@ from traceir.prompts import normalise
 from traceir.suggest import did_you_mean
 
 COMPOSED: Final = (6, 7, 8)
-"""Ids of the tasks whose queries are a picture and a text."""
+"""Ids of the tasks whose queries are a image and a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +111,9 @@ def check_tasks(root: Path, wanted: Sequence[str]) -> None:
 
 
 def find_captions(root: Path, file: Path | None) -> dict[str, str]:
-    """Picture path -> what it shows in words, for the pictures of composed queries and of their targets.
+    """Image path -> what it shows in words, for the images of composed queries and of their targets.
 
-    From `file`, JSON lines `{"img_path", "caption"}`, and else from the train pairs of picture and text (tasks 0 and 3) of the
+    From `file`, JSON lines `{"img_path", "caption"}`, and else from the train pairs of image and text (tasks 0 and 3) of the
     folder itself. Real M-BEIR has none of its own for CIRR and FashionIQ. Reads the whole train split twice.
     """
     wanted = _composed_images(root)
@@ -121,7 +121,7 @@ def find_captions(root: Path, file: Path | None) -> dict[str, str]:
 
 
 def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
-    """The captions of a file, of the `wanted` pictures only where they are given. Raises DataError with `file:line`."""
+    """The captions of a file, of the `wanted` images only where they are given. Raises DataError with `file:line`."""
     rows = json_lines(file, _caption, 'give a file of JSON lines {"img_path": ..., "caption": ...}')
     return {path: caption for path, caption in rows if wanted is None or path in wanted}
 
@@ -146,8 +146,8 @@ def _composed_images(root: Path) -> set[str]:
 
 
 def _paired_captions(root: Path, wanted: set[str]) -> dict[str, str]:
-    """Captions from the pairs of tasks 0 and 3; a picture with several keeps the first of its shortest texts."""
-    halves: dict[str, list[tuple[str | None, str | None]]] = {}  # did -> picture and text of the queries it belongs to
+    """Captions from the pairs of tasks 0 and 3; a image with several keeps the first of its shortest texts."""
+    halves: dict[str, list[tuple[str | None, str | None]]] = {}  # did -> image and text of the queries it belongs to
     found: dict[str, str] = {}
     for _, record in read_train(root):
         if (record.task_id == 3 and record.image_path in wanted) or (record.task_id == 0 and record.text and wanted):

@@ -155,7 +155,7 @@ def spoil(kind: str, asked: ReadQuestion, oracle: Oracle) -> tuple[str, str]:
         other_reasoning=other.reasoning,
         other_answer=other.answer,
         start=" ".join(known.reasoning.split()[:12]),
-        leak=next(one.strip() for one in sentences if len(one.split()) > 8 and "<" not in one and "{" not in one),
+        leak=next(text.strip() for text in sentences if len(text.split()) > 8 and not set("<{") & set(text)),
     )
     return (text[: int(len(text) * draw.uniform(0.3, 0.85))], "length") if kind == "truncated" else (text, "stop")
 
@@ -163,7 +163,7 @@ def spoil(kind: str, asked: ReadQuestion, oracle: Oracle) -> tuple[str, str]:
 def _draws(seed: str) -> Iterator[float]:
     """Eight numbers from 0 to below 1."""
     digest = hashlib.sha256(seed.encode()).digest()
-    return (int.from_bytes(digest[place : place + 4], "big") / 2**32 for place in range(0, 32, 4))
+    return (int.from_bytes(digest[start : start + 4], "big") / 2**32 for start in range(0, 32, 4))
 
 
 Message = dict[str, Any]

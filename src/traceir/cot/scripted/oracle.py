@@ -99,12 +99,12 @@ class Oracle:
             raise InputError(f"messages is {shown!r} ({error!r}); {remedy}") from error
         shown_blocks = {name: text for part in texts for name, text in blocks(part).items()}
         stage: Stage = "verify" if "proposal" in shown_blocks else "reason" if "<reasoning>" in system else "assess"
-        told = json.dumps([stage, system, texts, images], sort_keys=True).encode()
+        content = json.dumps([stage, system, texts, images], sort_keys=True).encode()
         key = hashlib.sha256(canonical({**body, "messages": bare})).hexdigest()
         words = sum(len(text.split()) for text in (system, *texts))
         known = self._find(shown_blocks, stage, images[0] if images else "")
         proposal = shown_blocks.get("proposal", "")
-        return ReadQuestion(stage, known, proposal, system, hashlib.sha256(told).hexdigest(), key, words, len(images))
+        return ReadQuestion(stage, known, proposal, system, hashlib.sha256(content).hexdigest(), key, words, len(images))
 
     def answer(self, asked: ReadQuestion) -> str:
         """The true reply. Raises InputError for reasoning about a direct query: there is none."""
@@ -116,8 +116,8 @@ class Oracle:
                 raise InputError(f"query {known.qids[0]} of {known.task} is direct; the oracle knows no reasoning for it")
             return well_formed(known.reasoning, known.answer)
         right = bool(known.answer) and plain(asked.proposal) == plain(known.answer)
-        said = f"It describes {'the true target' if right else 'something else than the true target'}."
-        return json.dumps({"verdict": "yes" if right else "no", "confidence": sure, "reason": said})
+        verdict = f"It describes {'the true target' if right else 'something else than the true target'}."
+        return json.dumps({"verdict": "yes" if right else "no", "confidence": sure, "reason": verdict})
 
     def reply(self, body: Mapping[str, Any]) -> str:
         """The text of the true reply to a chat body; `read`, then `answer`."""

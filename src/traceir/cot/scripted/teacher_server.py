@@ -289,8 +289,8 @@ async def _failure(request: Request, error: Exception) -> Response:
     """An error in OpenAI's shape."""
     assert isinstance(error, HTTPException)
     code, kind = CODES.get(error.status_code, ("invalid_request", "invalid_request_error"))
-    told = {"message": error.detail, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": told}, error.status_code, dict(error.headers or {}))
+    about = {"message": error.detail, "type": kind, "param": None, "code": code}
+    return JSONResponse({"error": about}, error.status_code, dict(error.headers or {}))
 
 
 if __name__ == "__main__":

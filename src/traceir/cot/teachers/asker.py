@@ -188,7 +188,7 @@ class Asker:
         """The reply, also one with finish `error` where the teacher refuses the question.
 
         Raises UnansweredError for a question that failed for a time, SpendLimitError, TeacherError for what cannot get better,
-        and ImageError for a picture that cannot be sent.
+        and ImageError for an image that cannot be sent.
         """
         async with self._window:
             request = await self.teacher.request(question)

@@ -324,7 +324,7 @@ class RecordedTeacher:
 
 
 def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
-    """A picture as (data URL, hex SHA-256 of the bytes in it), of at most `pixels` pixels (0: any number).
+    """An image as (data URL, hex SHA-256 of the bytes in it), of at most `pixels` pixels (0: any number).
 
     A plain JPEG, PNG or WebP within `pixels` is sent as it is; all else is decoded to upright RGB, shrunk, and sent as JPEG of
     quality 90. Raises ImageError, which names the file.
@@ -334,22 +334,22 @@ def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of a picture file, not empty and within the limits of images.py."""
+    """The bytes of an image file, not empty and within the limits of images.py."""
     limit = DEFAULT_LIMITS.file_bytes
     try:
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
-        raise ImageError(f"picture {path} cannot be read: {error.strerror or error}; check the path and rights") from error
+        raise ImageError(f"image {path} cannot be read: {error.strerror or error}; check the path and rights") from error
     if not 0 < len(data) <= limit:
-        raise ImageError(f"picture {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
+        raise ImageError(f"image {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
     return data
 
 
 async def prepare(
     question: TeacherQuestion, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None
 ) -> TeacherRequest:
-    """The request of a question: a body of chat completions with its pictures as data URLs, shrunk in threads."""
+    """The request of a question: a body of chat completions with its images as data URLs, shrunk in threads."""
     images = []
     for path in question.images:
         data = read_image(path)
@@ -373,13 +373,13 @@ async def prepare(
     payload = canonical({name: value for name, value in body.items() if value is not None})
     key = hashlib.sha256(payload).hexdigest()
     for url, digest in images:
-        # Within a JSON string the quotation marks would be escaped: this is found only where a picture stands.
+        # Within a JSON string the quotation marks would be escaped: this is found only where a image stands.
         payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
     return TeacherRequest(key, payload, question)
 
 
 def canonical(body: Any) -> bytes:
-    """JSON of which the SHA-256 is a key, where `sha256:...` of its bytes stands for each picture's data URL."""
+    """JSON of which the SHA-256 is a key, where `sha256:...` of its bytes stands for each image's data URL."""
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
@@ -390,7 +390,7 @@ def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _kind(data: bytes, pixels: int) -> str:
-    """The media type of a picture that can be sent as it is; "" where it must be decoded (and checked) first."""
+    """The media type of a image that can be sent as it is; "" where it must be decoded (and checked) first."""
     try:
         with open_image(data) as image:
             width, height = image.size
