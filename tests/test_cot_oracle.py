@@ -152,7 +152,7 @@ def test_every_fault_meets_the_rule_meant_for_it(labelled: Path, kind: str) -> N
     oracle, cases, shown = Oracle(labelled), cases_of(labelled), 0
     sources = {case.record.image_path or "": oracle.read(body(QUESTIONS.assess(case))).known.source for case in cases.values()}
     rules = RuleFilter(captions=sources)
-    for attempt in range(4):  # other instructions make other draws of the wording
+    for attempt in range(2):  # other instructions make other draws of the wording
         for case in cases.values():
             question = QUESTIONS.reason(CotCase(case.record, case.task, f"Try {attempt}.", case.positives, case.root))
             asked = oracle.read(body(question))
@@ -166,7 +166,7 @@ def test_every_fault_meets_the_rule_meant_for_it(labelled: Path, kind: str) -> N
                 assert checked.rule == "keyword" or not verdict["yes"]
             else:
                 assert (checked.rule, raw) == (MEANT[kind], raw)
-    assert shown >= 32
+    assert shown >= 16
 
 
 def test_bad_json_cannot_be_read_and_true_replies_break_no_rule(labelled: Path) -> None:
@@ -180,14 +180,14 @@ def test_bad_json_cannot_be_read_and_true_replies_break_no_rule(labelled: Path) 
 
 
 def test_faults_are_drawn_by_content_at_their_rate_in_equal_shares() -> None:
-    digests = [f"{number:064x}" for number in range(10_000)]
+    digests = [f"{number:064x}" for number in range(4000)]
     faults = Faults(0.2, seed=3)
     reason = Counter(faults.fault_of(digest, "reason") for digest in digests)
     assess = Counter(faults.fault_of(digest, "assess") for digest in digests)
     content = sum(reason[kind] for kind in CONTENT)
-    assert content / 10_000 == pytest.approx(0.2, abs=0.015) == 1 - assess[None] / 10_000
+    assert content / 4000 == pytest.approx(0.2, abs=0.02) == 1 - assess[None] / 4000
     assert set(reason) == {None, *CONTENT, *TRANSPORT} and set(assess) == {None, "bad_json", *TRANSPORT}
-    assert all(0.6 < reason[kind] / (content / len(CONTENT)) < 1.4 for kind in CONTENT)
+    assert all(0.4 < reason[kind] / (content / len(CONTENT)) < 1.6 for kind in CONTENT)
     assert any(Faults(0.2, 4).fault_of(digest, "reason") != faults.fault_of(digest, "reason") for digest in digests[:99])
     assert "source_copy" not in {Faults(1.0, 3).fault_of(digest, "reason", ("source_copy",)) for digest in digests[:999]}
     assert {Faults(1.0, kinds=("loop",)).fault_of(digest, "reason") for digest in digests[:50]} == {"loop"}
