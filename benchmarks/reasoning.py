@@ -30,16 +30,17 @@ from typing import Any
 
 from PIL import Image
 
-from traceir.cot.ask import Question, blocks
+from traceir.cot.ask import TeacherQuestion, blocks
 from traceir.cot.assemble import assemble
 from traceir.cot.build import Work, run_parts
-from traceir.cot.outcomes import Outcome, read_outcomes
+from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.plan import DATASET, STAGES, BuildConfig, begin
 from traceir.cot.rules import RuleFilter
-from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults
+from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT
 from traceir.cot.scripted.teacher_server import MODEL, running
-from traceir.cot.source import Source, find_parts
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.source import CaseSource, find_parts
+from traceir.cot.teachers.answer_cache import FILE
+from traceir.cot.teachers.teacher import Reply
 from traceir.data import mbeir
 from traceir.errors import TeacherError
 
@@ -86,7 +87,7 @@ def faults(options: argparse.Namespace) -> int:
     out, log = options.out, options.out / "teacher.jsonl"
     captions = write_captions(options.data, out)
     started = time.monotonic()
-    with running(options.data, faults=Faults(options.rate, options.fault_seed), log=log, stall_s=0.2) as url:
+    with running(options.data, faults=options.rate, fault_seed=options.fault_seed, log=str(log), stall=0.2) as url:
         build(options.data, out, url, captions, options.concurrency)
     seconds = time.monotonic() - started
     injected = injected_faults(log)
@@ -157,7 +158,7 @@ def ledger(log: Path) -> Iterator[dict[str, Any]]:
                 continue  # half a line, of a server that was killed
 
 
-def fault_table(outcomes: Iterator[Outcome], injected: dict[tuple[str, str], str]) -> tuple[str, float]:
+def fault_table(outcomes: Iterator[CotOutcome], injected: dict[tuple[str, str], str]) -> tuple[str, float]:
     """The table, and the worst of: share missed of any kind, share dropped of the samples without a fault."""
     met, meant, other, missed = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     clean, wrong, repeated = 0, Counter[str](), 0
@@ -199,17 +200,17 @@ def fault_table(outcomes: Iterator[Outcome], injected: dict[tuple[str, str], str
 def kills(options: argparse.Namespace) -> int:
     """Kills the build at random moments, evenly spread over its answers, and compares what is left with an uninterrupted one."""
     out, whole = options.out / "killed", options.against or options.out / "whole"
-    chosen = Faults(options.rate, options.fault_seed)
+    chosen = {"faults": options.rate, "fault_seed": options.fault_seed, "stall": 0.2}
     captions = write_captions(options.data, options.out) if not options.against else options.against / "world-captions.jsonl"
     if not options.against:
-        with running(options.data, faults=chosen, log=whole / "teacher.jsonl", stall_s=0.2) as url:
+        with running(options.data, **chosen, log=str(whole / "teacher.jsonl")) as url:
             build(options.data, whole, url, captions, options.concurrency)
-    total = sum(file.stat().st_size for file in (whole / "journal").glob("*.jsonl"))
+    total = (whole / "journal" / FILE).stat().st_size
     draw = random.Random(options.seed)
     moments = sorted(draw.uniform(0.0, 1.0) * total for _ in range(options.kills))
     shutil.rmtree(out, ignore_errors=True)
     log, killed = out / "teacher.jsonl", []
-    with running(options.data, faults=chosen, log=log, stall_s=0.2, latency=options.latency) as url:
+    with running(options.data, **chosen, log=str(log), latency=options.latency) as url:
         told = command(options.data, out, url, captions, options.concurrency)
         for moment in moments:
             if (when := kill_at(told, out / "journal", moment, draw.uniform(0.0, 0.5))) is not None:
@@ -225,10 +226,10 @@ def kills(options: argparse.Namespace) -> int:
 
 
 def kill_at(told: list[str], journal: Path, moment: float, delay: float) -> float | None:
-    """Starts the build and kills it once the journal has grown to `moment` bytes; the time, or None where it ended before."""
+    """Starts the build and kills it once its answers have `moment` bytes; the time, or None where it ended before."""
     process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None:
-        if sum(file.stat().st_size for file in journal.glob("*.jsonl")) >= moment:
+        if (journal / FILE).exists() and (journal / FILE).stat().st_size >= moment:
             time.sleep(delay)
             break
         time.sleep(0.02)
@@ -288,9 +289,9 @@ def paid_twice(log: Path, journal: Path, killed: list[float]) -> tuple[int, int,
 
 
 class Scripted:
-    """Answers in this process, at once, without a journal: what is measured is the pipeline."""
+    """Answers in this process, at once, without a cache: what is measured is the pipeline."""
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: TeacherQuestion) -> Reply:
         await asyncio.sleep(0)
         text = blocks("".join(part for part in question.parts if isinstance(part, str)))
         if question.stage == "assess":
@@ -321,7 +322,7 @@ def scale(options: argparse.Namespace) -> int:
     write_synthetic(data, options.samples, random.Random(options.seed))
     config = BuildConfig(str(data), "scripted", attempts=1)
     begin(out, config)
-    source, asker = Source(data), Scripted()
+    source, asker = CaseSource(data), Scripted()
     started = time.monotonic()
     rules = RuleFilter(config.limits)
     run_parts(Work(config, out, source, config.questions(), rules, asker, asker), find_parts(data, config.part_size))
@@ -378,7 +379,7 @@ def folder(options: argparse.Namespace) -> int:
     out = options.out
     dry = [*command(options.data, out, "http://127.0.0.1:9/v1", None, 1), "--dry-run", "--price-in", "2.5", "--price-out", "10"]
     subprocess.run(dry, check=True)
-    with running(options.data, log=out / "teacher.jsonl") as url:
+    with running(options.data, log=str(out / "teacher.jsonl")) as url:
         build(options.data, out, url, None, options.concurrency)
     for stage in STAGES:
         files = [str(file) for file in sorted((out / stage).glob("*.jsonl"))]

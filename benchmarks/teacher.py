@@ -2,7 +2,7 @@
 
 A child process answers every chat completion after `--latency` seconds and integrates how many it holds. Three clients in turn
 send it questions with a picture, from one process and one event loop: the `openai` package's own `chat.completions.create`,
-`OpenAITeacher` alone, and an `Asker` with journal and pace, as a build uses it. The ideal rate is requests in flight / latency.
+`OpenAITeacher` alone, and an `Asker` with cache and pace, as a build uses it. The ideal rate is requests in flight / latency.
 Where other work shares the machine the rate says little; CPU ms a request, of this process, says whether one core would do.
 
     python benchmarks/teacher.py --at-least-share 0.9 --at-most-cpu 2.0
@@ -31,11 +31,10 @@ from urllib.request import urlopen
 import numpy as np
 from PIL import Image
 
-from traceir.cot.ask import Question
-from traceir.cot.teachers.asker import Asker
-from traceir.cot.teachers.journal import Journal
-from traceir.cot.teachers.pace import Pace
-from traceir.cot.teachers.teacher import OpenAITeacher, body_of
+from traceir.cot.ask import TeacherQuestion
+from traceir.cot.teachers.answer_cache import AnswerCache
+from traceir.cot.teachers.asker import Asker, Pacer
+from traceir.cot.teachers.teacher import OpenAITeacher, prepare
 
 IMAGES = 50
 SIDE = 192
@@ -100,7 +99,7 @@ def serve(port: int, latency_s: float) -> None:
     uvicorn.run(Server(latency_s), host="127.0.0.1", port=port, log_level="error", access_log=False)
 
 
-def make_questions(folder: Path) -> Callable[[int], Question]:
+def make_questions(folder: Path) -> Callable[[int], TeacherQuestion]:
     """Questions that differ, each with one of PICTURES pictures."""
     draw = np.random.default_rng(0)
     for number in range(IMAGES):
@@ -108,9 +107,9 @@ def make_questions(folder: Path) -> Callable[[int], Question]:
         Image.fromarray(pixels).resize((SIDE, SIDE)).save(folder / f"{number}.jpg", quality=90)
     told = "You write the reasoning with which a retrieval system finds the target of a complex query. " * 8
 
-    def question(number: int) -> Question:
+    def question(number: int) -> TeacherQuestion:
         parts = (f"<task>invented</task>\n<query>question {number}</query>", folder / f"{number % IMAGES}.jpg")
-        return Question("reason", f"9:{number}", "cirr_task7", 0, told, parts, 512, 0.0, 0)
+        return TeacherQuestion("reason", f"9:{number}", "cirr_task7", 0, told, parts, 512, 0.0, 0)
 
     return question
 
@@ -145,15 +144,19 @@ async def measure_all(base: str, folder: Path, args: argparse.Namespace) -> list
     package = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
 
     async def create(number: int) -> object:
-        return await package.chat.completions.create(**body_of(question(number), "m"))
+        return await package.chat.completions.create(**json.loads((await prepare(question(number), "m")).payload))
 
     rows = [await measure("openai create()", create, args.concurrency, args, base)]
     await package.close()
     teacher = OpenAITeacher("m", url)
-    rows.append(await measure("OpenAITeacher", lambda number: teacher.reply(question(number)), args.concurrency, args, base))
+
+    async def send(number: int) -> object:
+        return await teacher.send(await teacher.request(question(number)))
+
+    rows.append(await measure("OpenAITeacher", send, args.concurrency, args, base))
     await teacher.close()
-    with Journal(folder / "journal") as journal:
-        asker = Asker(OpenAITeacher("m", url), journal, Pace(args.concurrency))
+    with AnswerCache(folder / "journal") as cache:
+        asker = Asker(OpenAITeacher("m", url), cache, Pacer(args.concurrency))
         rows.append(await measure("Asker", lambda number: asker.ask(question(number)), 2 * args.concurrency, args, base))
         await asker.close()
     return rows

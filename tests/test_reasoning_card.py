@@ -17,7 +17,7 @@ from test_reasoning_quality import outcome
 from traceir.cot.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
 from traceir.cot.plan import FORMAT, NAME, BuildConfig
 from traceir.cot.quality.quality import measure
-from traceir.cot.rules import Limits
+from traceir.cot.rules import RuleLimits
 from traceir.data.cot import write_rows
 from traceir.errors import DataError, InputError, TraceError
 
@@ -56,7 +56,7 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     data.mkdir()
     out.mkdir()
     (data / "meta.json").write_text(json.dumps({"name": BAD}))
-    settings = asdict(BuildConfig(str(data), BAD, direct=("invented_task0",), limits=Limits(reasoning_least=17)))
+    settings = asdict(BuildConfig(str(data), BAD, direct=("invented_task0",), limits=RuleLimits(reasoning_least=17)))
     told = {"name": NAME, "format": FORMAT, "prompts": "cot-1+0123", "data_fingerprint": None}
     (out / "build.json").write_text(json.dumps(settings | told))
     (out / "funnel.json").write_text(json.dumps({"all": {"queries": 12, "kept": 2, "rule:tags": 7, "rule:language": 1}}))

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from traceir.cot.ask import Case
-from traceir.cot.outcomes import Outcome
+from traceir.cot.ask import CotCase
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.likeness import diversity, longest_copy, near_duplicates
 from traceir.cot.quality.people_terms import introduced
 from traceir.cot.quality.quality import measure, read_quality, save_quality, summary
@@ -23,22 +23,22 @@ from traceir.data.mbeir import TASK_MODALITIES, Candidate, Record
 from traceir.errors import DataError
 
 
-def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> Outcome:
+def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> CotOutcome:
     """A kept sample of a task from picture and text to a picture, or to a text where `target` is given."""
     task_id = 7 if target is None else 6
     query, candidate = TASK_MODALITIES[task_id]
     positive = Candidate(qid, target, "b.png" if target is None else None, candidate)
     record = Record(qid, more.pop("text", "make it red"), "a.png", query, (qid,), (), task_id)
-    case = Case(record, more.pop("task", f"invented_task{task_id}"), "Find it.", (positive,), Path())
+    case = CotCase(record, more.pop("task", f"invented_task{task_id}"), "Find it.", (positive,), Path())
     plain: dict[str, Any] = {
         "z": 1, "assessment": "", "confidence": 1.0, "reasoning": reasoning, "answer": answer, "raw": f"<{reasoning}>",
         "status": "kept", "rule": "", "detail": "", "verdict": True, "verdict_confidence": 0.9, "verdict_reason": "",
         "provenance": json.dumps({"teacher": "t", "prompts": "cot-1", "prompt_tokens": 100, "completion_tokens": 10}),
     }  # fmt: skip
-    return Outcome(case=case, **{**plain, **more})
+    return CotOutcome(case=case, **{**plain, **more})
 
 
-def dropped(qid: str, rule: str, verdict: bool | None = None, **more: Any) -> Outcome:
+def dropped(qid: str, rule: str, verdict: bool | None = None, **more: Any) -> CotOutcome:
     confidence = -1.0 if verdict is None else 0.3
     return outcome(
         qid, "words", status="dropped", rule=rule, detail=f"why {qid}", verdict=verdict, verdict_confidence=confidence, **more
@@ -195,7 +195,7 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     third = [outcome("3:1", "never looked at", task="unseen_task7")]
     bad = dropped("4:1", "tags")
 
-    def said(one: Outcome, decision: str, why: str = "", how: str = "random") -> Decision:
+    def said(one: CotOutcome, decision: str, why: str = "", how: str = "random") -> Decision:
         return Decision(one.case.record.qid, one.case.task, decision, sample_hash(one), why, how=how)
 
     votes = [said(one, "keep") for one in first[:8]] + [said(first[8], "drop", "hallucination"), said(first[9], "edit")]

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from traceir.cot.ask import Case
-from traceir.cot.outcomes import Outcome
+from traceir.cot.ask import CotCase
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.review.decisions import Decision, Journal, read_decisions, reviewers
 from traceir.cot.review.review import (
     agreement,
@@ -35,7 +35,7 @@ from traceir.errors import DataError, InputError
 
 def outcome(
     number: int, rule: str = "", *, root: Path = Path("nowhere"), task: str = "cirr_task7", sure: float = 0.9, text: str = ""
-) -> Outcome:
+) -> CotOutcome:
     """An invented outcome: kept where `rule` is "", else dropped by it. Its picture would be `pictures/{number}.png`."""
     qid = f"7:{number}"
     record = Record(qid, text or f"make hat {number} blue", f"pictures/{number}.png", "image,text", (f"7:{number}0",), (), 7)
@@ -44,8 +44,8 @@ def outcome(
         Candidate(f"7:{number}1", "a second hat", None, "text"),
     )
     asked = rule in ("", "verifier")
-    return Outcome(
-        case=Case(record, task, "Find the changed hat", targets, root),
+    return CotOutcome(
+        case=CotCase(record, task, "Find the changed hat", targets, root),
         z=1,
         assessment="an operation on a picture",
         confidence=0.9,
@@ -62,7 +62,7 @@ def outcome(
     )
 
 
-def judged(one: Outcome, decision: str, **more: str) -> Decision:
+def judged(one: CotOutcome, decision: str, **more: str) -> Decision:
     return Decision(one.case.record.qid, one.case.task, decision, sample_hash(one), **more)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceir.cli.terminal import PARTLY, one_line, parse_shard, shows_progress, split
 from traceir.errors import InputError
 
 if TYPE_CHECKING:
-    from traceir.cot.build import Tally
+    from traceir.cot.build import BuildSummary
     from traceir.cot.plan import BuildConfig
     from traceir.cot.reach import Reach
+    from traceir.cot.source import DataPart
 
 
 def build(args: argparse.Namespace) -> int:
@@ -33,55 +34,49 @@ def build(args: argparse.Namespace) -> int:
     reach, (number, count) = _reach(args), parse_shard(args.shard)
     begin(out, config)
     mine = [part for part in parts[number::count] if not is_finished(out, part)]
-    tally = _run(args, config, reach, mine, f"{number:04d}-of-{count:04d}")
-    for name, reason in [one for one in tally.unfinished.items() if one[1] != tally.stopped][:5]:
+    summary = _run(args, config, reach, mine, f"{number:04d}-of-{count:04d}")
+    for name, reason in [item for item in summary.unfinished.items() if item[1] != summary.stopped][:5]:
         print(one_line(f"unfinished: {name}: {reason}"), file=sys.stderr)
-    if tally.stopped or tally.unfinished:
-        left = tally.stopped or f"{len(tally.unfinished)} parts lack answers"
+    if summary.stopped or summary.unfinished:
+        left = summary.stopped or f"{len(summary.unfinished)} parts lack answers"
         print(one_line(f"stopped: {left}; the same command goes on where this one ended"), file=sys.stderr)
         return PARTLY
     if left_over := sum(not is_finished(out, part) for part in parts):
         print(f"this share is done; {left_over} of {len(parts)} parts are not, the last share to finish assembles")
         return 0
     write_manifests(out, parts)
-    return 0 if args.no_assemble else _assemble(args, out)
+    return 0 if args.no_assemble else assemble(args)
 
 
-def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: Any, writer: str) -> Tally:
-    out = Path(args.out)
+def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: list[DataPart], writer: str) -> BuildSummary:
     if args.engine == "ray":
-        from traceir.cot.cluster import run_on_ray
+        from traceir.cot.reach import run_on_ray
 
-        return run_on_ray(config, out, parts, reach, workers=args.workers)
+        return run_on_ray(config, Path(args.out), parts, reach, workers=args.workers)
     from traceir.cot.build import run_parts
     from traceir.cot.reach import open_work
 
-    with open_work(config, out, reach, writer) as work:
+    with open_work(config, Path(args.out), reach, writer) as work:
         return run_parts(work, parts, progress=shows_progress())
 
 
-def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: Any) -> int:
-    from contextlib import closing
-
+def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart]) -> int:
     from traceir.cot.estimate import estimate, estimate_table
-    from traceir.cot.source import Source
+    from traceir.cot.source import CaseSource
 
-    with closing(Source(Path(config.data), config.tasks)) as source:
-        found = estimate(config, source, parts, Path(args.out), complex_share=args.complex_share)
-    print(estimate_table(found, args.price_in, args.price_out))
+    with closing(CaseSource(Path(config.data), config.tasks)) as source:
+        stages = estimate(config, source, parts, Path(args.out), complex_share=args.complex_share)
+    print(estimate_table(stages, args.price_in, args.price_out))
     return 0
 
 
 def assemble(args: argparse.Namespace) -> int:
-    return _assemble(args, Path(args.out))
-
-
-def _assemble(args: argparse.Namespace, out: Path) -> int:
     from traceir.cot.assemble import assemble
     from traceir.cot.cot_card import write_cot_card
-    from traceir.cot.heard import tell
     from traceir.cot.plan import DATASET
+    from traceir.cot.stages import summarise
 
+    out = Path(args.out)
     funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
     write_cot_card(out / DATASET, out)
     print(funnel.table())
@@ -90,20 +85,16 @@ def _assemble(args: argparse.Namespace, out: Path) -> int:
         print(one_line(f"warning: {problem}"), file=sys.stderr)
         return PARTLY
     if funnel.unread:
-        print(one_line(f"dropped without a word of use from the teacher: {tell(funnel.unread)}"), file=sys.stderr)
+        print(one_line(f"dropped without a word of use from the teacher: {summarise(funnel.unread)}"), file=sys.stderr)
     return 0
 
 
 def import_answers(args: argparse.Namespace) -> int:
+    from traceir.cot.teachers.answer_cache import AnswerCache
     from traceir.cot.teachers.batch_files import read_batch_results
-    from traceir.cot.teachers.journal import Journal
 
-    folder = Path(args.journal) if args.journal else Path(args.out) / "journal"
-    journal = Journal(folder, "batch")
-    try:
-        counts = read_batch_results([Path(file) for file in args.files], journal)
-    finally:
-        journal.close()
+    with AnswerCache(Path(args.journal or Path(args.out) / "journal"), "batch") as cache:
+        counts = read_batch_results([Path(file) for file in args.files], cache)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0
 
@@ -132,20 +123,10 @@ def report(args: argparse.Namespace) -> int:
 
 
 def teacher(args: argparse.Namespace) -> int:
-    from traceir.cot.scripted.faults import Faults
-    from traceir.cot.scripted.teacher_server import KEY_VARIABLE, serve
+    from traceir.cot.scripted.teacher_server import KEY_VARIABLE, ScriptedOptions, serve
 
-    serve(
-        Path(args.data),
-        args.host,
-        args.port,
-        model=args.model,
-        key=args.key or os.environ.get(KEY_VARIABLE),
-        faults=Faults(args.faults, args.seed),
-        latency=args.latency,
-        log=Path(args.log) if args.log else None,
-        stall_s=args.stall,
-    )
+    key, named = args.key or os.environ.get(KEY_VARIABLE, ""), ("data", "host", "port", "model", "faults", "latency", "stall")
+    serve(ScriptedOptions(key=key, fault_seed=args.seed, log=args.log or "", **{name: getattr(args, name) for name in named}))
     return 0
 
 
@@ -161,21 +142,16 @@ def _config(args: argparse.Namespace) -> BuildConfig:
     from traceir.cot.plan import BuildConfig
     from traceir.data.settings import override
 
+    tasks, direct, complex = (tuple(split(names or "")) for names in (args.tasks, args.direct, args.complex))
+    captions, templates = args.captions or "", args.templates or ""
     config = BuildConfig(
-        args.data,
-        _model(args),
-        verifier=args.verifier_model or "",
-        tasks=tuple(split(args.tasks or "")),
-        direct=tuple(split(args.direct or "")),
-        complex=tuple(split(args.complex or "")),
-        captions=args.captions or "",
-        templates=args.templates or "",
+        args.data, _model(args), args.verifier_model or "", tasks, direct, complex, captions=captions, templates=templates
     )
-    return replace(override(config, args.settings))
+    return override(config, args.settings)
 
 
 def _model(args: argparse.Namespace) -> str:
-    """The teacher's name: given, or that of a recorded file."""
+    """The teacher's name: options, or that of a recorded file."""
     if args.model:
         return str(args.model)
     if (args.teacher or "").startswith("recorded:"):
@@ -192,23 +168,12 @@ def _reach(args: argparse.Namespace) -> Reach:
     if not args.teacher:
         raise InputError("name the teacher with --teacher: http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER")
     try:
-        extra = read_json(args.extra) if args.extra else {}
+        extra = read_json(args.extra or "{}")
+        if not isinstance(extra, dict):
+            raise ValueError("another value")
     except ValueError as error:
         raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
-    if not isinstance(extra, dict):
-        raise InputError(f"--extra {args.extra!r} is not a JSON object")
-    return Reach(
-        args.teacher,
-        verifier=args.verifier or "",
-        key_variable=args.key_variable,
-        journal=args.journal or "",
-        concurrency=args.concurrency,
-        requests_per_minute=args.requests_per_minute,
-        tokens_per_minute=args.tokens_per_minute,
-        timeout_s=args.timeout,
-        price_in=args.price_in,
-        price_out=args.price_out,
-        spend_limit=args.spend_limit,
-        patience=args.patience,
-        extra=extra,
-    )
+    named = ("teacher", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
+             "spend_limit", "patience")  # fmt: skip
+    options = {name: getattr(args, name) for name in named}
+    return Reach(**options, verifier=args.verifier or "", journal=args.journal or "", timeout_s=args.timeout, extra=extra)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from traceir.cot.replies import fields_of, share_of, yes_or_no
 from traceir.data import mbeir
@@ -69,7 +69,7 @@ TEMPLATES: Final[Mapping[str, str]] = MappingProxyType(
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class CotCase:
     """A training query with all that its questions may show. `positives` are those in the train pool, at least one."""
 
     record: mbeir.Record
@@ -86,17 +86,12 @@ class Case:
             return "composed" if candidate == "image" else "knowledge"
         return "visual" if "image" in query or candidate == "image" else "knowledge"
 
-    @property
-    def target(self) -> mbeir.Candidate:
-        """The positive that a verifier sees: the first."""
-        return self.positives[0]
-
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class TeacherQuestion:
     """One request to a teacher, whatever it is reached by.
 
-    `parts` are texts (str) and picture files (Path) in reading order; `attempt` counts from 0 and changes the seed, so that a
+    `parts` are texts (str) and image files (Path) in reading order; `attempt` counts from 0 and changes the seed, so that a
     question can be asked anew.
     """
 
@@ -113,24 +108,6 @@ class Question:
     @property
     def images(self) -> tuple[Path, ...]:
         return tuple(part for part in self.parts if isinstance(part, Path))
-
-
-@dataclass(frozen=True, slots=True)
-class Assessment:
-    """Whether a query is complex (z = 1), why, and how sure the teacher is, from 0 to 1."""
-
-    z: int
-    reason: str
-    confidence: float
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the verifier says of an answer; `confidence` from 0 to 1."""
-
-    yes: bool
-    confidence: float
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,50 +130,37 @@ class Questions:
     @property
     def version(self) -> str:
         """`cot-1`, with eight hex digits of the overriding templates where there are any."""
-        if not self.templates:
-            return VERSION
-        told = json.dumps(dict(self.templates), sort_keys=True, ensure_ascii=False)
-        return f"{VERSION}+{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+        overriding = json.dumps(dict(self.templates), sort_keys=True, ensure_ascii=False).encode()
+        return f"{VERSION}+{hashlib.sha256(overriding).hexdigest()[:8]}" if self.templates else VERSION
 
-    def assess(self, case: Case, attempt: int = 0) -> Question:
-        return self._question("assess", case, attempt, self._text("assess"), (), self._short)
+    def assess(self, case: CotCase, attempt: int = 0) -> TeacherQuestion:
+        return self._question("assess", case, attempt, self._text("assess"))
 
-    def reason(self, case: Case, attempt: int = 0) -> Question:
-        system = self._text("reason").replace("{strategy}", self._text(case.family))
-        return self._question("reason", case, attempt, system, (), self.max_tokens)
+    def reason(self, case: CotCase, attempt: int = 0) -> TeacherQuestion:
+        return self._question("reason", case, attempt, self._text("reason").replace("{strategy}", self._text(case.family)))
 
-    def verify(self, case: Case, answer: str, attempt: int = 0) -> Question:
-        """The verifier sees the query and the true target; of a text target its first 2,000 characters."""
-        target = case.target
-        shown = "image" if target.modality == "image" else "text"
-        parts: tuple[str | Path, ...] = (block("proposal", answer),)
-        if target.text:
-            parts = (block("target", target.text[:2000]), *parts)
-        if target.image_path:
-            parts = (*parts, case.root / target.image_path)
-        system = f"{self._text(f'verify-{shown}')}\n{self._text('verdict')}"
-        return self._question("verify", case, attempt, system, parts, self._short)
-
-    @property
-    def _short(self) -> int:
-        return WORD_TOKENS + max(0, self.max_tokens - REASON_TOKENS)
+    def verify(self, case: CotCase, answer: str, attempt: int = 0) -> TeacherQuestion:
+        """The verifier sees the query and the true target, the first positive; of a text target its first 2,000 characters."""
+        target = case.positives[0]
+        shown = [block("target", target.text[:2000])] if target.text else []
+        image = [case.root / target.image_path] if target.image_path else []
+        kind = "image" if target.modality == "image" else "text"
+        system = f"{self._text(f'verify-{kind}')}\n{self._text('verdict')}"
+        return self._question("verify", case, attempt, system, *shown, block("proposal", answer), *image)
 
     def _text(self, name: str) -> str:
         return self.templates.get(name, TEMPLATES[name])
 
-    def _question(
-        self, stage: Stage, case: Case, attempt: int, system: str, more: tuple[str | Path, ...], max_tokens: int
-    ) -> Question:
+    def _question(self, stage: Stage, case: CotCase, attempt: int, system: str, *more: str | Path) -> TeacherQuestion:
         record = case.record
-        lines = [block("task", case.task), block("instruction", case.instruction)]
-        if record.text:
-            lines.append(block("query", record.text))
-        parts: tuple[str | Path, ...] = ("\n".join(lines),)
-        if record.image_path:
-            parts = (*parts, case.root / record.image_path)
-        seed = self.seed + attempt
+        query = [block("query", record.text)] if record.text else []
+        text = "\n".join([block("task", case.task), block("instruction", case.instruction), *query])
+        parts = (text, *([case.root / record.image_path] if record.image_path else []), *more)
+        tokens = self.max_tokens if stage == "reason" else WORD_TOKENS + max(0, self.max_tokens - REASON_TOKENS)
         temperature = self.temperature if attempt == 0 else max(self.temperature, 0.7)
-        return Question(stage, record.qid, case.task, attempt, system, (*parts, *more), max_tokens, temperature, seed)
+        return TeacherQuestion(
+            stage, record.qid, case.task, attempt, system, parts, tokens, temperature, seed=self.seed + attempt
+        )
 
 
 def block(name: str, text: str) -> str:
@@ -209,13 +173,15 @@ def blocks(text: str) -> dict[str, str]:
     return {found[1]: found[2] for found in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}
 
 
-def read_assessment(text: str, finish: str = "stop") -> Assessment:
-    """The assessment in a reply. Raises UnreadableError."""
+def read_assessment(text: str, finish: str = "stop") -> dict[str, Any]:
+    """z (1: complex), reason and confidence (0 to 1) of the assessment in a reply. Raises ReplyFormatError."""
     found = fields_of(text, finish, "complex", "confidence")
-    return Assessment(int(yes_or_no(found, "complex")), str(found.get("reason") or ""), share_of(found, "confidence"))
+    z, confidence = int(yes_or_no(found, "complex")), share_of(found, "confidence")
+    return {"z": z, "reason": str(found.get("reason") or ""), "confidence": confidence}
 
 
-def read_verdict(text: str, finish: str = "stop") -> Verdict:
-    """The verdict in a reply. Raises UnreadableError."""
+def read_verdict(text: str, finish: str = "stop") -> dict[str, Any]:
+    """What the verifier says of an answer: yes (or no), confidence (0 to 1) and reason. Raises ReplyFormatError."""
     found = fields_of(text, finish, "verdict", "confidence")
-    return Verdict(yes_or_no(found, "verdict"), share_of(found, "confidence"), str(found.get("reason") or ""))
+    yes, confidence = yes_or_no(found, "verdict"), share_of(found, "confidence")
+    return {"yes": yes, "confidence": confidence, "reason": str(found.get("reason") or "")}

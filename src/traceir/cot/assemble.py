@@ -13,12 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from traceir.cot.heard import MORE_ROOM, kind_of, tell
-from traceir.cot.outcomes import Outcome, read_outcomes
-from traceir.cot.plan import DATASET, read_config, write_json
+from traceir.cot.files import write_json
+from traceir.cot.outcomes import CotOutcome, read_outcomes
+from traceir.cot.plan import DATASET, read_config
 from traceir.cot.replies import CUT
 from traceir.cot.review.review import Settled, settle
-from traceir.cot.source import Source
+from traceir.cot.source import CaseSource
+from traceir.cot.stages import MORE_ROOM, reason_kind, summarise
 from traceir.data import mbeir
 from traceir.data.cot import to_row, write_rows
 from traceir.data.samples import join
@@ -36,41 +37,42 @@ class Funnel:
     unread: Counter[str] = field(default_factory=Counter)
     """Why replies of the teacher could not be used at all: the first REASONS kinds."""
 
-    def tell(self, why: str) -> None:
-        """Counts a reply of no use."""
-        kind = kind_of(why)
-        self.unread[kind if kind in self.unread or len(self.unread) < REASONS else "another reason"] += 1
+    @property
+    def total(self) -> Counter[str]:
+        return Counter(dict(sorted(sum(self.tasks.values(), Counter[str]()).items())))
 
     def count(self, task: str, *names: str) -> None:
         self.tasks.setdefault(task, Counter()).update(names)
 
+    def count_unread(self, problem: str) -> None:
+        """Counts a reply of no use."""
+        kind = reason_kind(problem)
+        self.unread[kind if kind in self.unread or len(self.unread) < REASONS else "another reason"] += 1
+
     def as_json(self) -> dict[str, Any]:
-        total: Counter[str] = Counter()
-        for counts in self.tasks.values():
-            total.update(counts)
-        return {"all": dict(sorted(total.items())), "tasks": {name: dict(sorted(c.items())) for name, c in self.tasks.items()}}
+        return {"all": dict(self.total), "tasks": {name: dict(sorted(counts.items())) for name, counts in self.tasks.items()}}
 
     def problem(self) -> str:
         """Why nothing was made that is worth training on, or "": all queries, or all that are complex, were dropped."""
-        all_ = self.as_json()["all"]
-        queries, direct, tried, kept = (all_.get(name, 0) for name in ("queries", "direct", "complex", "kept"))
-        if kept or (direct and not tried):
+        total = self.total
+        if total["kept"] or (total["direct"] and not total["complex"]):
             return ""
-        what = f"none of {tried} complex queries was kept" if direct else f"all {queries} queries were dropped"
-        rules = Counter({f"rule {name[5:]}": n for name, n in all_.items() if name.startswith("rule:") and name[5:] != "teacher"})
-        told = tell(rules + self.unread)
-        return f"{what}: {told}; {MORE_ROOM}" if CUT in told else f"{what}: {told}"
+        rules = Counter(
+            {f"rule {name[5:]}": n for name, n in total.items() if name.startswith("rule:") and name[5:] != "teacher"}
+        )
+        all_dropped = f"all {total['queries']} queries were dropped"
+        what = f"none of {total['complex']} complex queries was kept" if total["direct"] else all_dropped
+        reasons = summarise(rules + self.unread)
+        return f"{what}: {reasons}" + (f"; {MORE_ROOM}" if CUT in reasons else "")
 
     def table(self) -> str:
         """The funnel as text: a line for each task."""
         lines = [f"{'task':<20}{'queries':>9}{'direct':>9}{'complex':>9}{'kept':>9}{'share':>8}  dropped by"]
-        for name, counts in [*self.tasks.items(), ("all", Counter(self.as_json()["all"]))]:
-            tried = counts["complex"]
+        for name, counts in {**self.tasks, "all": self.total}.items():
             rules = ", ".join(f"{rule[5:]} {n}" for rule, n in counts.most_common() if rule.startswith("rule:"))
-            share = f"{counts['kept'] / tried:>8.1%}" if tried else f"{'':>8}"
-            lines.append(
-                f"{name:<20}{counts['queries']:>9}{counts['direct']:>9}{tried:>9}{counts['kept']:>9}{share}  {rules}".rstrip()
-            )
+            share = f"{counts['kept'] / counts['complex']:.1%}" if counts["complex"] else ""
+            numbers = "".join(f"{counts[column]:>9}" for column in ("queries", "direct", "complex", "kept"))
+            lines.append(f"{name:<20}{numbers}{share:>8}  {rules}".rstrip())
         return "\n".join(lines)
 
 
@@ -84,13 +86,11 @@ def assemble(
     """
     if dropped not in ("leave_out", "direct"):
         raise InputError(f"dropped is {dropped!r}; choose leave_out or direct")
-    config = read_config(out)
-    root = Path(config.data)
-    funnel = Funnel()
-    fresh, place, old = (out / f"{DATASET}{suffix}" for suffix in (".new", "", ".old"))
+    config, funnel, settled = read_config(out), Funnel(), settle(out).settled
+    root, target = Path(config.data), out / DATASET
+    fresh, old = target.with_suffix(".new"), target.with_suffix(".old")
     shutil.rmtree(fresh, ignore_errors=True)
-    settled = settle(out).settled
-    with closing(Source(root, config.tasks)) as source:
+    with closing(CaseSource(root, config.tasks)) as source:
         rows = _rows(read_outcomes(out, source=source), source.pool, settled, dropped, negatives, funnel)
         first = next(rows, None)
         if first is None:
@@ -98,16 +98,16 @@ def assemble(
             raise DataError(f"{out}: there is nothing to assemble, {funnel.problem() or 'its data have no query'}")
         write_rows(chain((first,), rows), root, fresh, format=format, rows_per_file=rows_per_file)
     shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.replace(place, old)
-    os.replace(fresh, place)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(fresh, target)
     shutil.rmtree(old, ignore_errors=True)
     write_json(out / "funnel.json", funnel.as_json())
     return funnel
 
 
 def _rows(
-    outcomes: Iterator[Outcome],
+    outcomes: Iterator[CotOutcome],
     pool: Mapping[str, mbeir.Candidate],
     settled: Mapping[str, Settled],
     dropped: Dropped,
@@ -122,27 +122,21 @@ def _rows(
         if status == "dropped":
             funnel.count(task, f"rule:{'reviewer' if decision else outcome.rule}")
             if outcome.rule == "teacher" and not decision:
-                funnel.tell(outcome.detail)
+                funnel.count_unread(outcome.detail)
             if dropped == "leave_out":
                 continue
-        provenance = json.loads(outcome.provenance) | _word_of(decision)
+        reviewed = {"reviewers": list(decision.reviewers), "edited": decision.edited} if decision else {}
         sample = join(record, label, pool, "the train pool", negatives=negatives)
-        yield to_row(sample, task.rpartition("_task")[0], provenance)
+        yield to_row(sample, task.rpartition("_task")[0], json.loads(outcome.provenance) | reviewed)
 
 
-def _word_of(decision: Settled | None) -> dict[str, Any]:
-    """What the provenance tells of reviewers."""
-    return {"reviewers": list(decision.reviewers), "edited": decision.edited} if decision else {}
-
-
-def _decided(outcome: Outcome, decision: Settled | None) -> tuple[str, mbeir.Label]:
+def _decided(outcome: CotOutcome, decision: Settled | None) -> tuple[str, mbeir.Label]:
     """Status and label once people have had their word."""
-    qid = outcome.case.record.qid
     status: str = outcome.status
     reasoning, answer = outcome.reasoning, outcome.answer
     if decision is not None and status != "direct":
         status = "dropped" if decision.decision == "drop" else "kept"
         reasoning, answer = decision.reasoning or reasoning, decision.answer or answer
     if status == "kept" and reasoning:
-        return status, mbeir.Label(qid, 0, 1, reasoning, answer or None)
-    return ("dropped" if status == "kept" else status), mbeir.Label(qid, 0, 0, None, None)
+        return status, mbeir.Label(outcome.case.record.qid, 0, 1, reasoning, answer or None)
+    return ("dropped" if status == "kept" else status), mbeir.Label(outcome.case.record.qid, 0, 0, None, None)

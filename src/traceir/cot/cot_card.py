@@ -17,7 +17,8 @@ from typing import Any, Final
 from huggingface_hub import DatasetCardData
 from tqdm import tqdm
 
-from traceir.cot.plan import CONFIG_FILE, read_build, write_text
+from traceir.cot.files import write_text
+from traceir.cot.plan import CONFIG_FILE, read_build
 from traceir.cot.quality.quality import FILE, Quality, percent, read_quality, told_estimate
 from traceir.cot.rules import RULES
 from traceir.data import hub

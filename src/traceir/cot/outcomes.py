@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from traceir.cot.ask import Case
+from traceir.cot.ask import CotCase
 from traceir.cot.build import is_finished, passed, read_lines, stage_file
 from traceir.cot.plan import STAGES, BuildConfig, read_build, read_config
 from traceir.cot.rules import duplicate_key
-from traceir.cot.source import Part, Source, find_parts
+from traceir.cot.source import CaseSource, DataPart, find_parts
 from traceir.cot.stages import Line
 from traceir.errors import DataError
 
@@ -21,7 +21,7 @@ Status = Literal["direct", "kept", "dropped"]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class CotOutcome:
     """One training query after all stages.
 
     `status`: `direct` (z = 0), `kept` or `dropped`. `rule`: what dropped it, one of `rules.RULES`, `verifier`, or `teacher`
@@ -31,7 +31,7 @@ class Outcome:
     "" where they could not be read. `provenance`: a JSON object: teacher, prompt version, seed, keys, cost.
     """
 
-    case: Case
+    case: CotCase
     z: int
     assessment: str
     confidence: float
@@ -47,69 +47,70 @@ class Outcome:
     provenance: str
 
 
-def read_outcomes(out: Path, *, partial: bool = False, source: Source | None = None) -> Iterator[Outcome]:
+def read_outcomes(out: Path, *, partial: bool = False, source: CaseSource | None = None) -> Iterator[CotOutcome]:
     """The outcomes of a build in the order of its data, streamed; in memory are one part and 16 bytes a kept answer.
 
     `partial` leaves out parts that are not finished; without it they are a DataError. `source` is one that is open on the
     build's data; without it one is opened.
     """
-    told, config = read_build(out), read_config(out)
+    prompts, config = str(read_build(out)["prompts"]), read_config(out)
     parts = find_parts(Path(config.data), config.part_size)
-    if not partial and (missing := [part.name for part in parts if not is_finished(out, part)]):
-        shown = f"{len(missing)} of {len(parts)} parts are not finished ({missing[0]} ...)"
+    finished = [part for part in parts if is_finished(out, part)]
+    if not partial and len(finished) < len(parts):
+        first = next(part.name for part in parts if part not in finished)
+        shown = f"{len(parts) - len(finished)} of {len(parts)} parts are not finished ({first} ...)"
         raise DataError(f"{out}: {shown}; run `traceir reasoning build` again")
     seen: set[bytes] = set()
-    with nullcontext(source) if source else closing(Source(Path(config.data), config.tasks)) as opened:
-        for part in parts:
-            if is_finished(out, part):
-                yield from _outcomes(out, part, opened, config, str(told["prompts"]), seen)
+    with nullcontext(source) if source else closing(CaseSource(Path(config.data), config.tasks)) as opened:
+        for part in finished:
+            yield from _outcomes(out, part, opened, config, prompts, seen)
 
 
-def _outcomes(out: Path, part: Part, source: Source, config: BuildConfig, prompts: str, seen: set[bytes]) -> Iterator[Outcome]:
-    lines = {stage: {line["qid"]: line for line in read_lines(stage_file(out, stage, part))} for stage in STAGES}
+def _outcomes(
+    out: Path, part: DataPart, source: CaseSource, config: BuildConfig, prompts: str, seen: set[bytes]
+) -> Iterator[CotOutcome]:
+    files = {stage: {line["qid"]: line for line in read_lines(stage_file(out, stage, part))} for stage in STAGES}
     for case in source.cases(part):
-        qid = case.record.qid
-        found = [lines[stage].get(qid) for stage in STAGES]
-        if found[0] is None:
-            place = stage_file(out, "assess", part)
-            raise DataError(f"{place}: no line for {qid}; the data have changed since, build into another folder")
-        yield _outcome(case, found[0], found[1], found[2], found[3], config, prompts, seen)
+        lines = {stage: by_qid[case.record.qid] for stage, by_qid in files.items() if case.record.qid in by_qid}
+        if "assess" not in lines:
+            where = f"{stage_file(out, 'assess', part)}: no line for {case.record.qid}"
+            raise DataError(f"{where}; the data have changed since, build into another folder")
+        yield _outcome(case, lines, config, prompts, seen)
 
 
-def _outcome(
-    case: Case, assessed: Line, reasoned: Line | None, filtered: Line | None, verified: Line | None,
-    config: BuildConfig, prompts: str, seen: set[bytes],
-) -> Outcome:  # fmt: skip
-    status, rule, detail = _status(assessed, filtered, verified, config)
-    answer = filtered["answer"] if filtered else ""
+def _outcome(case: CotCase, lines: Mapping[str, Line], config: BuildConfig, prompts: str, seen: set[bytes]) -> CotOutcome:
+    assessed, verified = lines["assess"], lines.get("verify", {})
+    texts = lines.get("filter", {"reasoning": "", "answer": ""})
+    status, rule, detail = _status(lines, config)
     if status == "kept":
-        key = duplicate_key(case, answer)
+        key = duplicate_key(case, texts["answer"])
         if key in seen:
             status, rule, detail = "dropped", "duplicate", "the task has this query and answer already"
         seen.add(key)
-    return Outcome(
+    return CotOutcome(
         case=case,
         z=assessed["z"],
         assessment=assessed["reason"],
         confidence=assessed["confidence"],
-        reasoning=filtered["reasoning"] if filtered else "",
-        answer=answer,
-        raw=reasoned["raw"] if reasoned else "",
+        reasoning=texts["reasoning"],
+        answer=texts["answer"],
+        raw=lines.get("reason", {"raw": ""})["raw"],
         status=status,
         rule=rule,
         detail=detail,
-        verdict=verified["yes"] if verified else None,
-        verdict_confidence=verified["confidence"] if verified else -1.0,
-        verdict_reason=verified["reason"] if verified else "",
-        provenance=_provenance(assessed, reasoned, verified, config, prompts),
+        verdict=verified.get("yes"),
+        verdict_confidence=verified.get("confidence", -1.0),
+        verdict_reason=verified.get("reason", ""),
+        provenance=_provenance(lines, config, prompts),
     )
 
 
-def _status(assessed: Line, filtered: Line | None, verified: Line | None, config: BuildConfig) -> tuple[Status, str, str]:
+def _status(lines: Mapping[str, Line], config: BuildConfig) -> tuple[Status, str, str]:
     """Status, rule and detail, without the rule on duplicates."""
-    if assessed["error"]:
+    assessed, filtered, verified = (lines.get(stage) for stage in ("assess", "filter", "verify"))
+    if assessed and assessed["error"]:
         return "dropped", "teacher", assessed["error"]
-    if not assessed["z"]:
+    if not assessed or not assessed["z"]:
         return "direct", "", ""
     if filtered is None:
         return "dropped", "teacher", "there is no reply"
@@ -123,11 +124,11 @@ def _status(assessed: Line, filtered: Line | None, verified: Line | None, config
     return "kept", "", ""
 
 
-def _provenance(assessed: Line, reasoned: Line | None, verified: Line | None, config: BuildConfig, prompts: str) -> str:
-    asked = {stage: line for stage, line in (("assess", assessed), ("reason", reasoned), ("verify", verified)) if line}
-    told = {
-        "teacher": (reasoned or assessed)["model"] or config.model,
-        "verifier": verified["model"] if verified else "",
+def _provenance(lines: Mapping[str, Line], config: BuildConfig, prompts: str) -> str:
+    asked = {stage: line for stage, line in lines.items() if stage != "filter"}
+    provenance = {
+        "teacher": asked.get("reason", asked["assess"])["model"] or config.model,
+        "verifier": asked.get("verify", {"model": ""})["model"],
         "prompts": prompts,
         "seed": config.seed,
         "attempts": {stage: line["attempt"] + 1 for stage, line in asked.items()},
@@ -135,4 +136,4 @@ def _provenance(assessed: Line, reasoned: Line | None, verified: Line | None, co
         "prompt_tokens": sum(line["prompt_tokens"] for line in asked.values()),
         "completion_tokens": sum(line["completion_tokens"] for line in asked.values()),
     }
-    return json.dumps(told, ensure_ascii=False)
+    return json.dumps(provenance, ensure_ascii=False)

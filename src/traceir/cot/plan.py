@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.ask import Questions
-from traceir.cot.rules import Limits
+from traceir.cot.files import write_json, write_text
+from traceir.cot.rules import RuleLimits
 from traceir.cot.source import find_captions
 from traceir.errors import DataError, InputError
-from traceir.outside import read_json, valid
+from traceir.outside import read_json
 
 NAME: Final = "M-BEIR-CoT build"
 FORMAT: Final = 1
@@ -30,7 +30,7 @@ class BuildConfig:
     `model` and `verifier` are the names the endpoint knows the teachers by (`verifier` "": the same). `direct` and `complex`:
     tasks that are taken as such unasked, as the paper's table of subsets has whole tasks. `attempts`: how often a question is
     asked while its reply cannot be read or breaks a rule. `verify_above`: confidence a yes must exceed (paper: 0.7). `pixels`:
-    most pixels of a picture shown to the teacher. `captions`: file of picture captions. `templates`: JSON file of prompts that
+    most pixels of a image shown to the teacher. `captions`: file of image captions. `templates`: JSON file of prompts that
     override ask.TEMPLATES.
     """
 
@@ -49,7 +49,7 @@ class BuildConfig:
     captions: str = ""
     templates: str = ""
     part_size: int = 1000
-    limits: Limits = field(default_factory=Limits)
+    limits: RuleLimits = field(default_factory=RuleLimits)
 
     def __post_init__(self) -> None:
         for name, value, least in (("attempts", self.attempts, 1), ("part_size", self.part_size, 1), ("pixels", self.pixels, 0)):
@@ -62,27 +62,27 @@ class BuildConfig:
 
     def questions(self) -> Questions:
         """The prompts of this build. Raises DataError for a file of templates that cannot be used."""
-        found: dict[str, str] = {}
+        templates: dict[str, str] = {}
         if self.templates:
             try:
-                found = read_json(Path(self.templates).read_bytes())
+                templates = read_json(Path(self.templates).read_bytes())
+                if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
+                    raise ValueError("values that are no texts")
             except (OSError, ValueError) as error:
                 raise DataError(f"{self.templates}: {error}; give a JSON object of templates by name") from error
-            if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-                raise DataError(f"{self.templates}: give a JSON object whose values are texts")
-        return Questions(found, self.seed, self.temperature, self.max_tokens)
+        return Questions(templates, self.seed, self.temperature, self.max_tokens)
 
 
 def begin(out: Path, config: BuildConfig) -> None:
     """Writes `build.json`, or holds the settings against the one that is there. Raises InputError where they differ."""
     out.mkdir(parents=True, exist_ok=True)
-    told = describe(config)
+    settings = describe(config)
     if not (out / CONFIG_FILE).exists():
-        write_json(out / CONFIG_FILE, told)
+        write_json(out / CONFIG_FILE, settings)
         return
-    there = read_build(out)
-    for name, value in _flat(told).items():
-        if (old := _flat(there).get(name)) != value:
+    there = _flat(read_build(out))
+    for name, value in _flat(settings).items():
+        if (old := there.get(name)) != value:
             raise InputError(
                 f"{out} was begun with {name} = {old!r}, now it is {value!r}; give the old value, or another --out "
                 f"with --journal {out / 'journal'}, so that no answer is paid twice"
@@ -90,25 +90,29 @@ def begin(out: Path, config: BuildConfig) -> None:
 
 
 def gather_captions(out: Path, config: BuildConfig) -> Path:
-    """`OUT/captions.jsonl`: the picture captions that the rules use, found once (source.find_captions)."""
-    place = out / CAPTIONS
-    if not place.exists():
+    """`OUT/captions.jsonl`: the image captions that the rules use, found once (source.find_captions)."""
+    file = out / CAPTIONS
+    if not file.exists():
         found = find_captions(Path(config.data), Path(config.captions) if config.captions else None)
-        lines = (json.dumps({"img_path": path, "caption": text}, ensure_ascii=False) for path, text in sorted(found.items()))
-        write_text(place, "".join(f"{line}\n" for line in lines))
-    return place
+        rows = ({"img_path": path, "caption": text} for path, text in sorted(found.items()))
+        write_text(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    return file
 
 
 def describe(config: BuildConfig) -> dict[str, Any]:
     """The settings as plain JSON, with digests of the files they name and the fingerprint of the data."""
-    told = asdict(config) | {
-        "name": NAME,
-        "format": FORMAT,
-        "prompts": config.questions().version,
-        "data_fingerprint": _fingerprint(Path(config.data) / "meta.json"),
-        "captions_sha256": _digest(config.captions),
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(told))
+    meta = Path(config.data) / "meta.json"
+    try:
+        fingerprint = read_json(meta.read_bytes()).get("fingerprint") if meta.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{meta}: not a JSON object ({error}); restore it, or remove it") from error
+    try:
+        captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
+    except OSError as error:
+        raise InputError(f"{config.captions}: {error.strerror or error}; give a file that can be read") from error
+    about = {"name": NAME, "format": FORMAT, "prompts": config.questions().version}
+    settings = asdict(config) | about | {"data_fingerprint": fingerprint, "captions_sha256": captions}
+    plain: dict[str, Any] = json.loads(json.dumps(settings))
     return plain
 
 
@@ -128,49 +132,11 @@ def read_build(out: Path) -> dict[str, Any]:
 
 def read_config(out: Path) -> BuildConfig:
     """The settings with which the build in `out` was begun."""
-    told = read_build(out)
+    found = read_build(out)
     names = [name for name in BuildConfig.__dataclass_fields__ if name != "limits"]
-    plain: dict[str, Any] = {name: tuple(told[name]) if isinstance(told[name], list) else told[name] for name in names}
-    return BuildConfig(**plain, limits=Limits(**told["limits"]))
+    plain: dict[str, Any] = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
+    return BuildConfig(**plain, limits=RuleLimits(**found["limits"]))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed; a path that is no UTF-8 keeps its bytes, escaped."""
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    write_text(path, (text if text == valid(text) else json.dumps(content, indent=2)) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Written beside its place and renamed, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    except OSError as error:
-        fresh.unlink(missing_ok=True)
-        raise DataError(f"{path}: {error.strerror or error}; free some space or choose another folder, then run again") from error
-
-
-def _flat(told: dict[str, Any]) -> dict[str, Any]:
-    limits = {f"limits.{name}": value for name, value in told["limits"].items()}
-    return {name: value for name, value in told.items() if name != "limits"} | limits
-
-
-def _fingerprint(meta: Path) -> Any:
-    """That of the data folder; None where its meta.json tells none."""
-    if not meta.is_file():
-        return None
-    try:
-        return read_json(meta.read_bytes()).get("fingerprint")
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{meta}: not a JSON object ({error}); restore it, or remove it") from error
-
-
-def _digest(path: str) -> str:
-    if not path:
-        return ""
-    try:
-        with Path(path).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; give a file that can be read") from error
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return settings | {f"limits.{name}": value for name, value in settings["limits"].items()} | {"limits": None}

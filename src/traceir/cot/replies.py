@@ -25,7 +25,6 @@ _OPENED: Final = re.compile(
 )
 _CLOSED: Final = re.compile(rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<channel\|>", re.IGNORECASE)
 """The tags of Qwen, DeepSeek, Seed, Magistral, Kimi, OpenThinker and Gemma."""
-_CHANNEL: Final = "<|channel|>"
 _FINAL: Final = re.compile(r"<\|channel\|>\s*final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
 """Before the answer in OpenAI's harmony format (gpt-oss)."""
 _BARE_FINAL: Final = "assistantfinal"
@@ -35,11 +34,11 @@ _FENCED: Final = re.compile(r"```[\w-]*[ \t]*\n(.*?)\s*```|```(?:json|xml)?(.*?)
 _FENCES: Final = re.compile(r"[\s`]*(?:json)?[\s`]*")
 _FLAT: Final = re.compile(r"\{[^{}\\]{0,4000}\}")
 _WORDS: Final = {"true": "True", "false": "False", "null": "None"}
-_PART: Final = re.compile(r"[+~≈]?\s*([0-9]{0,12}(?:[.,][0-9]{1,30})?)\s*(%|/\s*[0-9]{1,12})?")
+_NUMBER: Final = re.compile(r"[+~≈]?\s*([0-9]{0,12}(?:[.,][0-9]{1,30})?)\s*(%|/\s*[0-9]{1,12})?")
 _DECODER: Final = json.JSONDecoder(strict=False)
 
 
-class UnreadableError(ValueError):
+class ReplyFormatError(ValueError):
     """A reply that does not say what was asked; the message says why, in words without anything of the reply."""
 
 
@@ -49,22 +48,22 @@ def spoken(text: str, finish: str = "stop") -> str:
     Where it says nothing after them, the thoughts, unless it was cut off in their midst: a model may forget to end them, and a
     server may take an answer for one.
     """
-    said = _after_thoughts(text)
-    if not said.strip() and finish == "stop":
-        said = _OPENED.sub("", _CLOSED.sub("", text))
-    said = said.strip()
+    answer = _after_thoughts(text)
+    if not answer.strip() and finish == "stop":
+        answer = _OPENED.sub("", _CLOSED.sub("", text))
+    answer = answer.strip()
     for _ in range(8):
-        if found := _MARK.match(said):
-            said = said[found.end() :].strip()
-        start = said.rfind("<")
-        if start >= 0 and _MARK.fullmatch(said, start):
-            said = said[:start].strip()
-    fenced = _FENCED.fullmatch(said)
-    return (fenced[1] or fenced[2] or "").strip() if fenced else said
+        if found := _MARK.match(answer):
+            answer = answer[found.end() :].strip()
+        start = answer.rfind("<")
+        if start >= 0 and _MARK.fullmatch(answer, start):
+            answer = answer[:start].strip()
+    fenced = _FENCED.fullmatch(answer)
+    return (fenced[1] or fenced[2] or "").strip() if fenced else answer
 
 
 def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
-    """The last whole JSON object of a reply that has all these fields, names in small letters. Raises UnreadableError.
+    """The last whole JSON object of a reply that has all these fields, names in small letters. Raises ReplyFormatError.
 
     Of a reply that was cut only an object at its very beginning or end counts: any other may be from its thoughts.
     """
@@ -72,72 +71,63 @@ def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
         whole = list(_holding(valid_all(_DECODER.decode(text)), wanted))  # also where a text within it looks like a tag
     except (ValueError, RecursionError):
         whole = []
-    said = spoken(text, finish)
-    there = list(_objects(said))
+    answer = spoken(text, finish)
+    there = list(_objects(answer))
     if finish == "length":
-        there = [one for one in there if _FENCES.fullmatch(said, 0, one[0]) or _FENCES.fullmatch(said, one[1])]
-    found = whole or [fields for _, _, one in there for fields in _holding(one, wanted)]
+        there = [
+            (start, end, row)
+            for start, end, row in there
+            if _FENCES.fullmatch(answer, 0, start) or _FENCES.fullmatch(answer, end)
+        ]
+    found = whole or [fields for _, _, row in there for fields in _holding(row, wanted)]
     if found:
         return found[-1]
     if finish == "length":
-        raise UnreadableError(CUT)
+        raise ReplyFormatError(CUT)
     if finish == "content_filter":
-        raise UnreadableError("the teacher's content filter stopped it")
-    if not said:
-        raise UnreadableError("it is empty")
-    names = {name.strip().lower() for _, _, one in there for name in one}
+        raise ReplyFormatError("the teacher's content filter stopped it")
+    if not answer:
+        raise ReplyFormatError("it is empty")
+    names = {name.strip().lower() for _, _, row in there for name in row}
     missing = [name for name in wanted if name not in names]
     if 0 < len(missing) < len(wanted):
-        raise UnreadableError(f"its object has no {missing[0]}")
-    raise UnreadableError(f"it holds no whole JSON object with {' and '.join(wanted)}")
+        raise ReplyFormatError(f"its object has no {missing[0]}")
+    raise ReplyFormatError(f"it holds no whole JSON object with {' and '.join(wanted)}")
 
 
 def yes_or_no(fields: dict[str, Any], name: str) -> bool:
-    """A field that is true or false, also as 0, 1 or a word. Raises UnreadableError."""
+    """A field that is true or false, also as 0, 1 or a word. Raises ReplyFormatError."""
     word = str(fields[name]).strip(" \t\n.!*'\"`").lower()
-    if word in ("true", "yes", "y", "1"):
-        return True
-    if word in ("false", "no", "n", "0"):
-        return False
-    raise UnreadableError(f"its {name} is neither yes nor no")
+    if word not in ("true", "yes", "y", "1", "false", "no", "n", "0"):
+        raise ReplyFormatError(f"its {name} is neither yes nor no")
+    return word in ("true", "yes", "y", "1")
 
 
 def share_of(fields: dict[str, Any], name: str) -> float:
-    """A field that is a number from 0 to 1, also as a text: 0.9, 0,9, 90 %, 9/10. Raises UnreadableError."""
+    """A field that is a number from 0 to 1, also as a text: 0.9, 0,9, 90 %, 9/10. Raises ReplyFormatError."""
     value = fields[name]
-    number = float("nan")
     if isinstance(value, str):
-        number = _number_in(value)
-    elif not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value <= 1:
-        number = float(value)
-    if not 0.0 <= number <= 1.0:
-        raise UnreadableError(f"its {name} is no number from 0 to 1")
-    return number
-
-
-def _number_in(text: str) -> float:
-    """NaN where it is none."""
-    found = _PART.fullmatch(text.strip(" \t\n*'\"`"))
-    if found is None or not found[1]:
-        return float("nan")
-    number, part = float(found[1].replace(",", ".")), found[2] or "/1"
-    whole = 100.0 if part == "%" else float(part[1:])
-    return number / whole if whole else float("nan")
+        found = _NUMBER.fullmatch(value.strip(" \t\n*'\"`"))
+        divisor = (100.0 if found[2] == "%" else float((found[2] or "/1")[1:])) if found and found[1] else 0.0
+        value = float(found[1].replace(",", ".")) / divisor if found and divisor else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ReplyFormatError(f"its {name} is no number from 0 to 1")
+    return float(value)
 
 
 def _after_thoughts(text: str) -> str:
     """What stands behind the last thought that has an end, and before one that has none; "" where there is nothing."""
     if finals := list(_FINAL.finditer(text)):
         return text[finals[-1].end() :].partition("<|start|>")[0]
-    if _CHANNEL in text:
+    if "<|channel|>" in text:
         return ""
-    place = text.rfind(_BARE_FINAL)
-    if place > 0 and text.lstrip().startswith("analysis"):
-        return text[place + len(_BARE_FINAL) :]
+    final = text.rfind(_BARE_FINAL)
+    if final > 0 and text.lstrip().startswith("analysis"):
+        return text[final + len(_BARE_FINAL) :]
     closed = list(_CLOSED.finditer(text))
-    said = text[closed[-1].end() :] if closed else text
-    opened = _OPENED.search(said)
-    return said[: opened.start()] if opened else said
+    answer = text[closed[-1].end() :] if closed else text
+    opened = _OPENED.search(answer)
+    return answer[: opened.start()] if opened else answer
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -147,14 +137,13 @@ def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
         if brace < end:
             continue
         try:
-            found, stop = _DECODER.raw_decode(text, brace)
-            yield brace, stop, valid_all(found)
-            end = stop
+            found, end = _DECODER.raw_decode(text, brace)
+            yield brace, end, valid_all(found)
         except (ValueError, RecursionError):
             flat = _FLAT.match(text, brace)
-            if flat and isinstance(one := _as_python(flat[0]), dict) and all(isinstance(name, str) for name in one):
-                yield brace, flat.end(), valid_all(one)
+            if flat and isinstance(found := _as_python(flat[0]), dict) and all(isinstance(name, str) for name in found):
                 end = flat.end()
+                yield brace, end, valid_all(found)
 
 
 def _as_python(text: str) -> Any:
@@ -172,6 +161,5 @@ def _holding(found: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
         if all(name in named for name in wanted):
             yield named
             return
-    inner = found.values() if isinstance(found, dict) else found if isinstance(found, list) else ()
-    for one in inner:
-        yield from _holding(one, wanted)
+    for inner in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+        yield from _holding(inner, wanted)

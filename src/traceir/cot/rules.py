@@ -10,34 +10,22 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.cot.ask import TEMPLATES, Case
+from traceir.cot.ask import TEMPLATES, CotCase
 from traceir.cot.replies import spoken
 from traceir.errors import DataError
 
-RULES: Final = (
-    "refusal",
-    "truncated",
-    "tags",
-    "order",
-    "nesting",
-    "outside",
-    "prompt_leak",
-    "reasoning_length",
-    "answer_length",
-    "repetition",
-    "language",
-    "keyword",
-    "source_copy",
-    "duplicate",
-)
+FORM: Final = ("refusal", "truncated", "tags", "order", "nesting", "outside")
+"""The rules that look at the reply alone."""
+CONTENT: Final = ("prompt_leak", "reasoning_length", "answer_length", "repetition", "language", "keyword", "source_copy")
+RULES: Final = (*FORM, *CONTENT, "duplicate")
 """In the order in which they are tried."""
-
 TAG_NAMES: Final = ("reasoning", "answer")
 _TAG: Final = re.compile(r"</?(?:reasoning|answer)>", re.IGNORECASE)
 _ORDERED: Final = re.compile(r"<reasoning>(.*?)</reasoning>(.*?)<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
@@ -67,7 +55,7 @@ STOP_WORDS: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class RuleLimits:
     """The numbers of the rules; the defaults are the paper's where it gives one.
 
     Tokens are those of `tokenizer` (a `tokenizer.json` or its folder, best the teacher's own), else words and punctuation marks.
@@ -99,66 +87,65 @@ class Checked:
     @property
     def formless(self) -> bool:
         """Whether it has not the form that was asked for, whatever it says."""
-        return self.rule in _OF_REPLY
+        return self.rule in FORM
 
 
 @dataclass(frozen=True)
 class RuleFilter:
-    """The rules with their limits. `captions`: picture path -> what it shows (source.read_captions)."""
+    """The rules with their limits. `captions`: image path -> what it shows (source.read_captions)."""
 
-    limits: Limits = field(default_factory=Limits)
+    limits: RuleLimits = field(default_factory=RuleLimits)
     captions: Mapping[str, str] = field(default_factory=dict, repr=False)
     templates: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    def check(self, case: Case, raw: str, finish: str = "stop") -> Checked:
+    def check(self, case: CotCase, raw: str, finish: str = "stop") -> Checked:
         """The reply's texts, and the first rule it breaks. Pure: equal arguments give equal results.
 
         What is checked is what the reply says after the thoughts that some models write first (replies.spoken).
         """
         raw = spoken(raw, finish)
-        reasoning, answer = _texts(raw)
-        for rule, broken in _OF_REPLY.items():
-            if detail := broken(raw, finish):
-                return Checked(reasoning, answer, rule, detail)
-        for rule, found in (
-            ("prompt_leak", self._leak(reasoning, answer)),
-            ("reasoning_length", self._length(reasoning, self.limits.reasoning_least, self.limits.reasoning_most)),
-            ("answer_length", self._length(answer, self.limits.answer_least, self.limits.answer_most)),
-            ("repetition", self._repetition(reasoning) or self._repetition(answer)),
-            ("language", self._language(f"{reasoning} {answer}")),
-            ("keyword", self._keyword(case, answer)),
-            ("source_copy", self._source_copy(case, answer)),
-        ):
-            if found:
-                return Checked(reasoning, answer, rule, found)
-        return Checked(reasoning, answer)
+        match = _ORDERED.search(raw)
+        reasoning, answer = (_TAG.sub(" ", match[group]).strip() if match else "" for group in (1, 3))
+        found = zip(RULES, chain(_form(raw, finish, match), self._content(case, reasoning, answer)), strict=False)
+        rule, detail = next(((rule, detail) for rule, detail in found if detail), ("", ""))
+        return Checked(reasoning, answer, rule, detail)
+
+    def _content(self, case: CotCase, reasoning: str, answer: str) -> Iterator[str]:
+        """What is wrong by each rule on the texts, in their order, "" where nothing is."""
+        limits, texts = self.limits, (reasoning, answer)
+        yield self._leak(texts)
+        yield self._length(reasoning, limits.reasoning_least, limits.reasoning_most)
+        yield self._length(answer, limits.answer_least, limits.answer_most)
+        yield self._repetition(reasoning) or self._repetition(answer)
+        yield self._language(" ".join(texts))
+        words, known = salient(answer), salient(case.record.text or "")
+        for candidate in case.positives:
+            known |= salient(candidate.text or "") | salient(self.captions.get(candidate.image_path or "", ""))
+        shown = ", ".join(sorted(words)[:8]) or "no salient word"
+        yield "" if words & known else f"none of {shown} is in query or target"
+        source = self.captions.get(case.record.image_path or "", "") if case.family == "composed" else ""
+        yield f"the answer is the source's caption, {source!r}" if source and plain(source) == plain(answer) else ""
+
+    def _leak(self, texts: Iterable[str]) -> str:
+        size = self.limits.leaked + 1
+        prompt = _prompt_runs(tuple(sorted((dict(TEMPLATES) | dict(self.templates)).items())), size)
+        leaked = next((run for text in texts for run in _runs(words_of(text), size) if run in prompt), ())
+        return f"{' '.join(leaked)!r} is in the prompt" if leaked else ""
 
     def _length(self, text: str, least: int, most: int) -> str:
         count = count_tokens(text, self.limits.tokenizer)
         return "" if least <= count <= most else f"{count} tokens; from {least} to {most} are wanted"
 
-    def _leak(self, reasoning: str, answer: str) -> str:
-        size = self.limits.leaked + 1
-        told = prompt_phrases(tuple(sorted((dict(TEMPLATES) | dict(self.templates)).items())), size)
-        for text in (reasoning, answer):
-            words = words_of(text)
-            for first in range(len(words) - size + 1):
-                if tuple(words[first : first + size]) in told:
-                    return f"{' '.join(words[first : first + size])!r} is in the prompt"
-        return ""
-
     def _repetition(self, text: str) -> str:
-        words = words_of(text)
-        for size in range(1, len(words) // (self.limits.repeated + 1) + 1):
+        words, most = words_of(text), self.limits.repeated
+        for size in range(1, len(words) // (most + 1) + 1):
             run = 0
             for place in range(size, len(words)):
                 run = run + 1 if words[place] == words[place - size] else 0
-                if run >= size * self.limits.repeated:
-                    phrase = " ".join(words[place - size + 1 : place + 1])
-                    return f"{phrase!r} follows itself more than {self.limits.repeated} times"
-        grams = Counter(zip(*(words[offset:] for offset in range(4)), strict=False))
-        total = sum(grams.values())
-        share = (total - len(grams)) / total if total >= 40 else 0.0
+                if run >= size * most:
+                    return f"{' '.join(words[place - size + 1 : place + 1])!r} follows itself more than {most} times"
+        grams = Counter(_runs(words, 4))
+        share = (grams.total() - len(grams)) / grams.total() if grams.total() >= 40 else 0.0
         return f"{share:.0%} of its 4-grams occurred before" if share > self.limits.repeats else ""
 
     def _language(self, text: str) -> str:
@@ -166,31 +153,41 @@ class RuleFilter:
         strange = sum(1 for letter in letters if not unicodedata.name(letter, "").startswith("LATIN"))
         if letters and strange > len(letters) / 10:
             return f"{strange} of {len(letters)} letters are not Latin"
-        language, probability = detector()(text.lower())
+        language, probability = _detector().classify(text.lower())
         return f"{language} at {probability:.2f}" if language != "en" and probability > self.limits.foreign else ""
 
-    def _keyword(self, case: Case, answer: str) -> str:
-        known = salient(case.record.text or "")
-        for candidate in case.positives:
-            known |= salient(candidate.text or "") | salient(self.captions.get(candidate.image_path or "", ""))
-        words = salient(answer)
-        return "" if words & known else f"none of {', '.join(sorted(words)[:8]) or 'no salient word'} is in query or target"
 
-    def _source_copy(self, case: Case, answer: str) -> str:
-        if case.family != "composed":
-            return ""
-        caption = self.captions.get(case.record.image_path or "", "")
-        return f"the answer is the source's caption, {caption!r}" if caption and plain(caption) == plain(answer) else ""
+def _form(raw: str, finish: str, match: re.Match[str] | None) -> Iterator[str]:
+    """What is wrong by each rule of FORM, in their order, "" where nothing is; those after `tags` rely on it."""
+    refused = _REFUSAL.search(raw)
+    filtered = "the teacher's content filter stopped it" if finish == "content_filter" else ""
+    yield filtered or (f"{refused[0]!r}" if refused else "")
+    yield "it reached the limit of tokens" if finish == "length" else ""
+    tags = Counter(tag.lower() for tag in _TAG.findall(raw))
+    counts = {name: (tags[f"<{name}>"], tags[f"</{name}>"]) for name in TAG_NAMES}
+    wrong = (
+        f"{n} of <{name}>, {ends} of </{name}>; one of each is wanted"
+        for name, (n, ends) in counts.items()
+        if (n, ends) != (1, 1)
+    )
+    yield next(wrong, "")
+    low = raw.lower()
+    spans = sorted((low.index(f"<{name}>"), low.index(f"</{name}>")) for name in TAG_NAMES)
+    nested = any(start > end for start, end in spans) or spans[1][0] < spans[0][1]
+    yield "the answer comes first" if not nested and low.index("<answer>") < low.index("<reasoning>") else ""
+    yield "the tags are within each other" if nested else ""
+    outside = (raw[: match.start()] + match[2] + raw[match.end() :]).strip() if match else ""
+    yield f"{outside[:80]!r} is outside the tags" if outside else ""
 
 
-def duplicate_key(case: Case, answer: str) -> bytes:
+def duplicate_key(case: CotCase, answer: str) -> bytes:
     """16 bytes that are equal for near-duplicate (query, answer) pairs of a task: case and punctuation do not count.
 
-    The picture is part of the query: the same words about another picture are another query.
+    The image is part of the query: the same words about another image are another query.
     """
     record = case.record
-    told = "\x00".join((case.task, plain(record.text or ""), record.image_path or "", plain(answer)))
-    return hashlib.blake2b(told.encode(), digest_size=16).digest()
+    parts = "\x00".join((case.task, plain(record.text or ""), record.image_path or "", plain(answer)))
+    return hashlib.blake2b(parts.encode(), digest_size=16).digest()
 
 
 def count_tokens(text: str, tokenizer: str = "") -> int:
@@ -212,33 +209,29 @@ def plain(text: str) -> str:
 
 def salient(text: str) -> set[str]:
     """The words of a text that can tell a target, without plural and possessive endings."""
-    return {_stem(word) for word in words_of(text) if word not in STOP_WORDS}
+    words = [word.removesuffix("'s").removesuffix("’s") for word in words_of(text) if word not in STOP_WORDS]
+    return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
+
+
+def _runs(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
+    """All runs of so many words."""
+    return zip(*(words[first:] for first in range(size)), strict=False)
 
 
 @cache
-def prompt_phrases(templates: tuple[tuple[str, str], ...], size: int) -> frozenset[tuple[str, ...]]:
+def _prompt_runs(templates: tuple[tuple[str, str], ...], size: int) -> frozenset[tuple[str, ...]]:
     """All runs of `size` words in the templates, names and texts as of ask.TEMPLATES."""
-    found: set[tuple[str, ...]] = set()
-    for _, text in templates:
-        words = words_of(text)
-        found.update(tuple(words[first : first + size]) for first in range(len(words) - size + 1))
-    return frozenset(found)
+    return frozenset(run for _, text in templates for run in _runs(words_of(text), size))
 
 
 @cache
-def detector() -> Callable[[str], tuple[str, float]]:
-    """The language of a text and its probability, by py3langid; deterministic and offline."""
+def _detector() -> Any:
+    """Tells the language of a text and its probability; deterministic and offline."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError as error:
         raise DataError("the language rule needs the package py3langid; pip install 'traceir[reasoning]'") from error
-    known: Any = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-
-    def classify(text: str) -> tuple[str, float]:
-        language, probability = known.classify(text)
-        return str(language), float(probability)
-
-    return classify
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 
 @cache
@@ -249,65 +242,3 @@ def _load_tokenizer(path: str) -> Any:
     if not file.is_file():
         raise DataError(f"{file} is not there; name a tokenizer.json or the folder it is in")
     return Tokenizer.from_file(str(file))
-
-
-def _texts(raw: str) -> tuple[str, str]:
-    match = _ORDERED.search(raw)
-    if match is None:
-        return "", ""
-    return _TAG.sub(" ", match[1]).strip(), _TAG.sub(" ", match[3]).strip()
-
-
-def _stem(word: str) -> str:
-    word = word.removesuffix("'s").removesuffix("’s")
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
-
-
-def _refusal(raw: str, finish: str) -> str:
-    if finish == "content_filter":
-        return "the teacher's content filter stopped it"
-    match = _REFUSAL.search(raw)
-    return f"{match[0]!r}" if match else ""
-
-
-def _truncated(raw: str, finish: str) -> str:
-    return "it reached the limit of tokens" if finish == "length" else ""
-
-
-def _tags(raw: str, finish: str) -> str:
-    found = Counter(tag.lower() for tag in _TAG.findall(raw))
-    for name in TAG_NAMES:
-        if (opened := found[f"<{name}>"]) != 1 or found[f"</{name}>"] != 1:
-            return f"{opened} of <{name}>, {found[f'</{name}>']} of </{name}>; one of each is wanted"
-    return ""
-
-
-def _order(raw: str, finish: str) -> str:
-    low = raw.lower()
-    return "the answer comes first" if low.index("<answer>") < low.index("<reasoning>") and not _nested(low) else ""
-
-
-def _nesting(raw: str, finish: str) -> str:
-    return "the tags are within each other" if _nested(raw.lower()) else ""
-
-
-def _nested(low: str) -> bool:
-    spans = sorted((low.index(f"<{name}>"), low.index(f"</{name}>")) for name in TAG_NAMES)
-    return any(start > end for start, end in spans) or spans[1][0] < spans[0][1]
-
-
-def _outside(raw: str, finish: str) -> str:
-    match = _ORDERED.search(raw)
-    outside = (raw[: match.start()] + match[2] + raw[match.end() :]).strip() if match else ""
-    return f"{outside[:80]!r} is outside the tags" if outside else ""
-
-
-_OF_REPLY: Final[Mapping[str, Callable[[str, str], str]]] = {
-    "refusal": _refusal,
-    "truncated": _truncated,
-    "tags": _tags,
-    "order": _order,
-    "nesting": _nesting,
-    "outside": _outside,
-}
-"""The rules that look at the reply alone; each says what is wrong, "" where nothing is. Those after `tags` may rely on it."""

@@ -1,147 +1,211 @@
 """The four stages of M-BEIR-CoT over one part: assess, reason, filter, verify (paper, section 3).
 
-Each takes the cases of a part and the lines of the stages before, and gives its own lines: JSON objects without nulls, so that
-any reader of JSON lines infers the same columns from every file (docs/formats.md).
+Each gives its own lines from those of the stages before: JSON objects without nulls, so that any reader of JSON lines infers the
+same columns from every file (docs/formats.md). What the replies are worth is watched: a teacher whose first ones are all of no
+use is asked no more.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
 
-from traceir.cot.ask import Assessment, Case, Question, Questions, Stage, Verdict, read_assessment, read_verdict
+from traceir.cot.ask import REASON_TOKENS, CotCase, Questions, Stage, TeacherQuestion, read_assessment, read_verdict
 from traceir.cot.plan import BuildConfig
-from traceir.cot.replies import CUT, UnreadableError
+from traceir.cot.replies import CUT, ReplyFormatError
 from traceir.cot.rules import RuleFilter
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.teachers.teacher import Reply
+from traceir.errors import TeacherError
+
+PATIENCE: Final = 24
+"""So many replies to one stage, with none of use before, between or after them, end a run: a teacher that keeps 3 in 10 is taken
+for such a one less than once in 5,000 times."""
+MORE_ROOM: Final = (
+    f"give its thoughts room, --set max_tokens={REASON_TOKENS + 4096} with another --out, or turn them off by --extra"
+)
+LOOK: Final = (
+    "look at them in the cache of answers and change the teacher, --extra or --templates, or go on with --patience 0; these "
+    "replies are asked for anew, all others are kept"
+)
+_SHOWN: Final = 3
+_VARIES: Final = re.compile(r"(?<!\w)'[^']*'|(?<!^)\b[0-9]{2,}\b")
+
+
+@dataclass(slots=True)
+class ReplyMonitor:
+    """Sees every reply of a run, and every file made of them. `stop` gets the error that ends the run, and the keys of the
+    replies that were of no use; files made of them alone are removed.
+
+    `patience` 0 never ends it. A stage is left alone from its first reply of use on.
+    """
+
+    patience: int
+    stop: Callable[[TeacherError, Sequence[str]], None]
+    _of_use: set[str] = field(default_factory=set)
+    _reasons: dict[str, Counter[str]] = field(default_factory=dict)
+    _keys: dict[str, list[str]] = field(default_factory=dict)
+    _doubtful: list[Path] = field(default_factory=list)
+    _ended: bool = False
+
+    def note(self, stage: Stage, reply: Reply, problem: str) -> None:
+        """`problem`: why the reply is of no use, "" where it is of use."""
+        if not problem:
+            self._of_use.add(stage)
+        if stage in self._of_use or not self.patience or not reply.model:  # without a model it is no reply, nobody was asked
+            return
+        reasons, keys = self._reasons.setdefault(stage, Counter()), self._keys.setdefault(stage, [])
+        reasons[reason_kind(problem)] += 1
+        keys += [reply.key] if reply.key else []
+        if (count := reasons.total()) < self.patience:
+            return
+        shown = summarise(reasons)
+        remedy = MORE_ROOM if CUT in shown else LOOK
+        error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {remedy}")
+        self.stop(error, keys)
+        keys.clear()
+        self._ended = True
+        self._remove()
+
+    def wrote(self, file: Path) -> None:
+        """A stage's file is there; it is in doubt while a stage has had replies and none of use."""
+        self._doubtful += [file]
+        if self._reasons.keys() <= self._of_use:
+            self._doubtful.clear()
+        elif self._ended:
+            self._remove()
+
+    def _remove(self) -> None:
+        while self._doubtful:
+            self._doubtful.pop().unlink(missing_ok=True)
+
+
+def reason_kind(problem: str) -> str:
+    """A reason without what differs from query to query: texts in quotation marks, and numbers."""
+    return _VARIES.sub("...", problem)[:160]
+
+
+def summarise(reasons: Counter[str]) -> str:
+    """The most frequent reasons in words, with their numbers."""
+    shown = reasons.most_common(_SHOWN)
+    rest = reasons.total() - sum(count for _, count in shown)
+    return "; ".join([*(f"{count} x {reason}" for reason, count in shown), *([f"{rest} others"] if rest else [])])
+
 
 Line = dict[str, Any]
-Read = TypeVar("Read", Assessment, Verdict)
-Ask = Callable[[Question], Awaitable[Reply]]
-Hear = Callable[[Stage, Reply, str], None]
-"""Told of every reply, and why it is of no use ("": it is)."""
-Done = Callable[[int], None]
-"""Told how many cases have just come to their end."""
+Ask = Callable[[TeacherQuestion], Awaitable[Reply]]
 UNREADABLE: Final = "the reply cannot be read"
 
 
-async def assess(
-    cases: Sequence[Case], config: BuildConfig, questions: Questions, ask: Ask, hear: Hear, done: Done
-) -> list[Line]:
-    """z of every case, with reason and confidence; tasks that are `direct` or `complex` by the settings are not asked about."""
+@dataclass(frozen=True, slots=True)
+class PartStages:
+    """The stages over the cases of one part, by qid. `note` is told of every reply, and why it is of no use ("": it is of use);
+    `done`, how many cases have just come to their end."""
 
-    async def one(case: Case) -> Line:
-        if case.task in config.direct or case.task in config.complex:
-            found: Assessment | None = Assessment(int(case.task in config.complex), "by the settings", 1.0)
-            told = _line(case, None, 0, "")
+    cases: Mapping[str, CotCase]
+    config: BuildConfig
+    questions: Questions
+    rules: RuleFilter
+    teacher: Ask
+    verifier: Ask
+    note: Callable[[Stage, Reply, str], None]
+    done: Callable[[int], None]
+
+    async def run(self, stage: str, before: Mapping[str, Sequence[Line]]) -> list[Line]:
+        """The lines of a stage, in the order of the data."""
+        if stage == "assess":
+            return await _all(self._assess(case) for case in self.cases.values())
+        if stage == "reason":
+            return await _all(self._reason(line["qid"]) for line in before["assess"] if line["z"] and not line["error"])
+        if stage == "filter":
+            return await self._filter(before["reason"])
+        return await _all(self._verify(line["qid"], line["answer"]) for line in before["filter"] if not line["rule"])
+
+    async def _assess(self, case: CotCase) -> Line:
+        """z with reason and confidence; tasks that are `direct` or `complex` by the settings are not asked about."""
+        fields: Line = {"z": 0, "reason": "", "confidence": 0.0}
+        if case.task in (*self.config.direct, *self.config.complex):
+            line = _line(case, None, 0, "")
+            fields = {"z": int(case.task in self.config.complex), "reason": "by the settings", "confidence": 1.0}
         else:
-            found, told = await _asked(case, config, lambda attempt: questions.assess(case, attempt), ask, hear, read_assessment)
-        if found is None or found.z == 0:
-            done(1)
-        return told | {
-            "z": found.z if found else 0,
-            "reason": found.reason if found else "",
-            "confidence": found.confidence if found else 0.0,
-        }
+            found, line = await self._ask(self.teacher, case, partial(self.questions.assess, case), read_assessment)
+            fields |= found
+        if not fields["z"]:
+            self.done(1)
+        return line | fields
 
-    return await _all(one(case) for case in cases)
-
-
-async def reason(
-    cases: Mapping[str, Case], assessed: Sequence[Line], config: BuildConfig, questions: Questions, rules: RuleFilter,
-    ask: Ask, hear: Hear,
-) -> list[Line]:  # fmt: skip
-    """The reply for every complex case, asked anew while it breaks a rule and `attempts` are left; the last one stands."""
-
-    async def one(case: Case) -> Line:
-        for attempt in range(config.attempts):
-            reply = await ask(questions.reason(case, attempt))
-            checked = rules.check(case, reply.text, reply.finish)
-            form = CUT if checked.rule == "truncated" else f"rule {checked.rule!r}" if checked.formless else ""
-            hear("reason", reply, reply.error or form)
+    async def _reason(self, qid: str) -> Line:
+        """The reply for a complex case, asked anew while it breaks a rule and `attempts` are left; the last one stands."""
+        case = self.cases[qid]
+        for attempt in range(self.config.attempts):
+            reply = await self.teacher(self.questions.reason(case, attempt))
+            checked = self.rules.check(case, reply.text, reply.finish)
+            problem = CUT if checked.rule == "truncated" else f"rule {checked.rule!r}" if checked.formless else ""
+            self.note("reason", reply, reply.error or problem)
             if reply.error or not checked.rule:
                 break
         return _line(case, reply, attempt, reply.error) | {"raw": reply.text, "finish": reply.finish}
 
-    return await _all(one(cases[line["qid"]]) for line in assessed if line["z"] and not line["error"])
+    async def _filter(self, reasoned: Sequence[Line]) -> list[Line]:
+        """The texts of every reply without tags, and the rule that drops it ("": none); `teacher` where there is no reply."""
+        lines = []
+        for number, line in enumerate(reasoned):
+            if number % 16 == 0:
+                await asyncio.sleep(0)  # others' answers are read in between
+            case = self.cases[line["qid"]]
+            checked = self.rules.check(case, line["raw"], line["finish"])
+            rule, detail = ("teacher", line["error"]) if line["error"] else (checked.rule, checked.detail)
+            if rule:
+                self.done(1)
+            texts = {"reasoning": checked.reasoning, "answer": checked.answer, "rule": rule, "detail": detail}
+            lines.append({"qid": case.record.qid, "task": case.task} | texts)
+        return lines
+
+    async def _verify(self, qid: str, answer: str) -> Line:
+        """The verifier's word on an answer that the rules let pass."""
+        case = self.cases[qid]
+        found, line = await self._ask(self.verifier, case, partial(self.questions.verify, case, answer), read_verdict)
+        self.done(1)
+        return line | {"yes": False, "confidence": 0.0, "reason": ""} | found
+
+    async def _ask(
+        self, ask: Ask, case: CotCase, question: Callable[[int], TeacherQuestion], read: Callable[[str, str], Line]
+    ) -> tuple[Line, Line]:
+        """What the reply to a question says, asked anew while it cannot be read and `attempts` are left; and its line."""
+        fields: Line = {}
+        for attempt in range(self.config.attempts):
+            asked = question(attempt)
+            reply = await ask(asked)
+            error = reply.error
+            if not error:
+                try:
+                    fields = read(reply.text, reply.finish)
+                except ReplyFormatError as problem:
+                    error = f"{UNREADABLE}: {problem}"
+            self.note(asked.stage, reply, error)
+            if fields or reply.error:
+                break
+        return fields, _line(case, reply, attempt, error)
 
 
-async def filter_replies(cases: Mapping[str, Case], reasoned: Sequence[Line], rules: RuleFilter, done: Done) -> list[Line]:
-    """The texts of every reply without tags, and the rule that drops it ("": none); `teacher` where there is no reply."""
-    found = []
-    for number, line in enumerate(reasoned):
-        if number % 16 == 0:
-            await asyncio.sleep(0)  # others' answers are read in between
-        case = cases[line["qid"]]
-        checked = rules.check(case, line["raw"], line["finish"])
-        rule, detail = ("teacher", line["error"]) if line["error"] else (checked.rule, checked.detail)
-        if rule:
-            done(1)
-        told = {"reasoning": checked.reasoning, "answer": checked.answer, "rule": rule, "detail": detail}
-        found.append({"qid": case.record.qid, "task": case.task} | told)
-    return found
-
-
-async def verify(
-    cases: Mapping[str, Case], filtered: Sequence[Line], config: BuildConfig, questions: Questions,
-    ask: Ask, hear: Hear, done: Done,
-) -> list[Line]:  # fmt: skip
-    """The verifier's word on every answer that the rules let pass."""
-
-    async def one(case: Case, answer: str) -> Line:
-        found, told = await _asked(case, config, lambda attempt: questions.verify(case, answer, attempt), ask, hear, read_verdict)
-        done(1)
-        verdict = found or Verdict(False, 0.0, "")
-        return told | {"yes": verdict.yes, "confidence": verdict.confidence, "reason": verdict.reason}
-
-    return await _all(one(cases[line["qid"]], line["answer"]) for line in filtered if not line["rule"])
-
-
-async def _asked(
-    case: Case,
-    config: BuildConfig,
-    question: Callable[[int], Question],
-    ask: Ask,
-    hear: Hear,
-    read: Callable[[str, str], Read],
-) -> tuple[Read | None, Line]:
-    """What the reply to a question says, asked anew while it cannot be read and `attempts` are left; and its line."""
-    found: Read | None = None
-    for attempt in range(config.attempts):
-        asked = question(attempt)
-        reply = await ask(asked)
-        error = reply.error
-        if not error:
-            try:
-                found = read(reply.text, reply.finish)
-            except UnreadableError as why:
-                error = f"{UNREADABLE}: {why}"
-        hear(asked.stage, reply, error)
-        if found is not None or reply.error:
-            break
-    return found, _line(case, reply, attempt, error)
-
-
-def _line(case: Case, reply: Reply | None, attempt: int, error: str) -> Line:
+def _line(case: CotCase, reply: Reply | None, attempt: int, error: str) -> Line:
     """What the lines of all stages that ask have in common."""
-    return {
-        "qid": case.record.qid,
-        "task": case.task,
-        "attempt": attempt,
-        "error": error,
-        "model": reply.model if reply else "",
-        "key": reply.key if reply else "",
-        "prompt_tokens": reply.prompt_tokens if reply else 0,
-        "completion_tokens": reply.completion_tokens if reply else 0,
-    }
+    reply = reply or Reply("", "", "")
+    tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    about = {"qid": case.record.qid, "task": case.task, "attempt": attempt, "error": error}
+    return about | {"model": reply.model, "key": reply.key} | tokens
 
 
 async def _all(waiting: Iterable[Coroutine[Any, Any, Line]]) -> list[Line]:
     """The results in order. All are awaited before the first failure is raised, so that no paid answer is thrown away."""
-    found: list[Line] = []
+    lines: list[Line] = []
     for result in await asyncio.gather(*waiting, return_exceptions=True):
         if isinstance(result, BaseException):
             raise result
-        found.append(result)
-    return found
+        lines.append(result)
+    return lines

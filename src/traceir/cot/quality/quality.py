@@ -14,8 +14,8 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from traceir.cot.outcomes import Outcome
-from traceir.cot.plan import write_json
+from traceir.cot.files import write_json
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.likeness import NEAR, Words, diversity, near_duplicates
 from traceir.cot.quality.reviewed import Stratum, estimate_share
 from traceir.cot.quality.sketches import HashSample
@@ -70,7 +70,7 @@ class Quality:
 
 
 def measure(
-    outcomes: Iterable[Outcome],
+    outcomes: Iterable[CotOutcome],
     *,
     decisions: Mapping[str, Mapping[str, Decision]] | None = None,
     settled: Mapping[str, Settled] | None = None,
@@ -170,7 +170,7 @@ def _by_qid(decisions: Mapping[str, Mapping[str, Decision]]) -> dict[str, list[D
     return votes
 
 
-def _valid(votes: Iterable[Decision], outcome: Outcome) -> list[Decision]:
+def _valid(votes: Iterable[Decision], outcome: CotOutcome) -> list[Decision]:
     """Those on the very text that the sample has now."""
     found = list(votes)
     return [vote for vote in found if vote.sample == sample_hash(outcome)] if found else []

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.cot_card import write_cot_card
+from traceir.cot.files import write_text
 from traceir.cot.outcomes import read_outcomes
-from traceir.cot.plan import DATASET, gather_captions, read_config, write_text
+from traceir.cot.plan import DATASET, gather_captions, read_config
 from traceir.cot.quality.people_terms import GROUPS
 from traceir.cot.quality.quality import (
     FILE,

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from traceir.cot.outcomes import Outcome
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.likeness import SHORT_TARGET, Words, holds, longest_copy
 from traceir.cot.quality.people_terms import GROUPS, Term, introduced
 from traceir.cot.quality.sketches import Frequent, Lengths
@@ -40,7 +40,7 @@ SHOWN: Final = 400
 class Texts:
     """What is measured of a kept sample: its texts, and all that the data told the teacher."""
 
-    outcome: Outcome
+    outcome: CotOutcome
     reasoning: str
     answer: str
     captions: Mapping[str, str]
@@ -121,7 +121,7 @@ class Tally:
     )
     tokens: Counter[str] = field(default_factory=Counter)
 
-    def add(self, outcome: Outcome, curated: bool, reviewed: bool) -> None:
+    def add(self, outcome: CotOutcome, curated: bool, reviewed: bool) -> None:
         """Counts any outcome; `curated`: it is in the data after review, `reviewed`: people have settled it."""
         self.funnel.update(_reached(outcome))
         self.funnel["curated"] += curated
@@ -196,7 +196,7 @@ class Tally:
         return {"samples": count, "surplus": surplus, "share": round(surplus / count, 4) if count else 0.0}
 
 
-def _reached(outcome: Outcome) -> list[str]:
+def _reached(outcome: CotOutcome) -> list[str]:
     """The stages of the funnel that a sample came through; people aside."""
     reached = ["queries"]
     if outcome.z and outcome.status != "direct":

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
 
-from traceir.cot.outcomes import Outcome
+from traceir.cot.outcomes import CotOutcome
 from traceir.errors import DataError, InputError
 from traceir.outside import read_json, valid
 
@@ -132,7 +132,7 @@ def check_name(reviewer: str) -> str:
     return reviewer
 
 
-def check_decision(decision: Decision, outcome: Outcome) -> None:
+def check_decision(decision: Decision, outcome: CotOutcome) -> None:
     """Raises InputError for a decision that cannot be applied to this outcome."""
     if decision.decision not in DECISIONS[:3]:
         raise InputError(f"decision is {decision.decision[:60]!r}; choose keep, drop or edit")

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, cast
 
 from tqdm import tqdm
 
-from traceir.cot.outcomes import Outcome
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.review.decisions import Choice, Decision, read_decisions
 from traceir.errors import DataError, InputError
 from traceir.outside import read_json
@@ -42,7 +42,7 @@ class Chosen:
     Only those drawn at `random` may enter estimates. `sample` is the hash of what is judged.
     """
 
-    outcome: Outcome
+    outcome: CotOutcome
     stratum: str
     how: Order
     size: int
@@ -94,7 +94,7 @@ class Agreement:
 # Sampling
 
 
-def sample_hash(outcome: Outcome) -> str:
+def sample_hash(outcome: CotOutcome) -> str:
     """Hash of what a reviewer judges: the query, its positives, the reply, reasoning and answer; 16 hex digits."""
     record = outcome.case.record
     shown = [[one.text or "", one.image_path or ""] for one in outcome.case.positives]
@@ -103,7 +103,7 @@ def sample_hash(outcome: Outcome) -> str:
 
 
 def choose(
-    outcomes: Iterable[Outcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA, seed: int = 0,
+    outcomes: Iterable[CotOutcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA, seed: int = 0,
     threshold: float = THRESHOLD,
 ) -> list[Chosen]:  # fmt: skip
     """At most `per_stratum` outcomes of each stratum, the strata in turn; the same arguments give the same list.
@@ -115,7 +115,7 @@ def choose(
     if per_stratum < 1 or order not in ORDERS or not strata or not set(strata) <= set(STRATA):
         shown = f"per_stratum {per_stratum}, order {order!r}, strata {','.join(strata)!r}"
         raise InputError(f"{shown}: choose at least 1, an order of {', '.join(ORDERS)}, and strata of {', '.join(STRATA)}")
-    heaps: dict[str, list[tuple[float, int, int, Outcome]]] = defaultdict(list)
+    heaps: dict[str, list[tuple[float, int, int, CotOutcome]]] = defaultdict(list)
     sizes: dict[str, int] = defaultdict(int)
     doubted: set[str] = set()
     for outcome in tqdm(outcomes, desc="choosing samples", unit="sample", delay=2.0):
@@ -141,7 +141,7 @@ def choose(
 
 
 def open_sample(
-    out: Path, outcomes: Iterable[Outcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA,
+    out: Path, outcomes: Iterable[CotOutcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA,
     seed: int = 0, threshold: float = THRESHOLD,
 ) -> list[Chosen]:  # fmt: skip
     """The list of this review: chosen at the first call and kept in `sample.json`, the same ever after.
@@ -201,20 +201,20 @@ def _write_sample(path: Path, arguments: Mapping[str, Any], chosen: Sequence[Cho
         raise DataError(f"{path} cannot be written: {error}; make room on the disk, or check its rights") from error
 
 
-def _stratum(outcome: Outcome, strata: Sequence[str]) -> str:
+def _stratum(outcome: CotOutcome, strata: Sequence[str]) -> str:
     parts = {"task": outcome.case.task, "status": outcome.status, "rule": outcome.rule}
     return " / ".join(parts[name] for name in strata if parts[name]) or "all"
 
 
-def _draw(seed: int, outcome: Outcome) -> int:
+def _draw(seed: int, outcome: CotOutcome) -> int:
     told = f"{seed} {outcome.case.task} {outcome.case.record.qid}"
     return int.from_bytes(hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest())
 
 
-def _find(outcomes: Iterable[Outcome], wanted: Iterable[str]) -> dict[str, Outcome]:
+def _find(outcomes: Iterable[CotOutcome], wanted: Iterable[str]) -> dict[str, CotOutcome]:
     """qid -> outcome; the stream is read no further than needed."""
     left = set(wanted)
-    found: dict[str, Outcome] = {}
+    found: dict[str, CotOutcome] = {}
     for outcome in tqdm(outcomes if left else (), desc="finding samples", unit="sample", delay=2.0):
         qid = outcome.case.record.qid
         if qid in left:
@@ -228,7 +228,7 @@ def _find(outcomes: Iterable[Outcome], wanted: Iterable[str]) -> dict[str, Outco
 # What follows from the decisions
 
 
-def settle(out: Path, outcomes: Iterable[Outcome] | None = None) -> Settlement:
+def settle(out: Path, outcomes: Iterable[CotOutcome] | None = None) -> Settlement:
     """What the reviewers of a build settled. `outcomes` default to those of the build, read only if somebody decided something.
 
     The majority wins; on a tie the filter's own decision stands. The newest edit among those who keep gives the texts. Decisions
@@ -255,7 +255,7 @@ class _Tally:
     unused: list[Unused] = field(default_factory=list)
     ties: int = 0
 
-    def count(self, qid: str, votes: Mapping[str, Decision], outcome: Outcome | None) -> None:
+    def count(self, qid: str, votes: Mapping[str, Decision], outcome: CotOutcome | None) -> None:
         """Settles one sample."""
         if outcome is None:
             self.unused += [Unused(name, qid, "gone") for name in votes]
@@ -333,7 +333,7 @@ def agreement_table(out: Path) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _outcomes_of(out: Path) -> Iterator[Outcome]:
+def _outcomes_of(out: Path) -> Iterator[CotOutcome]:
     from traceir.cot import outcomes
 
     return outcomes.read_outcomes(out)

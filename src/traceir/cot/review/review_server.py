@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
-from traceir.cot.outcomes import Outcome
+from traceir.cot.outcomes import CotOutcome
 from traceir.cot.review.decisions import (
     MAX_REVIEWERS,
     REASONS,
@@ -266,7 +266,7 @@ def serve_review(
     strata: Sequence[str] = STRATA,
     seed: int = 0,
     open_browser: bool = False,
-    outcomes: Iterable[Outcome] | None = None,
+    outcomes: Iterable[CotOutcome] | None = None,
     announce: Callable[[str], None] = _logger.info,
 ) -> None:
     """Serves the page on 127.0.0.1 until interrupted. Port 0 takes any that is free; `announce` gets the address.

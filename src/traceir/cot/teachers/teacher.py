@@ -1,4 +1,5 @@
-"""A teacher: whatever answers a question, behind an OpenAI-compatible address or recorded in a file."""
+"""A teacher: whatever answers a question, behind an OpenAI-compatible address or recorded in a file; and its replies, which come
+in whatever shape."""
 
 from __future__ import annotations
 
@@ -8,23 +9,153 @@ import hashlib
 import importlib.util
 import json
 import re
+import sqlite3
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from PIL import Image
-from tqdm import tqdm
 
-from traceir.cot.ask import Question
-from traceir.cot.teachers.completion import Reply, TransientError, error_of, reply_of, retry_after
-from traceir.cot.teachers.places import LineFiles, Places
-from traceir.errors import DataError, ImageError, TeacherError
+from traceir.cot.ask import TeacherQuestion
+from traceir.cot.files import json_lines
+from traceir.errors import ImageError, TeacherError
 from traceir.image_formats import FORMATS, extent_of, open_image
 from traceir.images import DEFAULT_LIMITS, ImageInput
-from traceir.outside import read_json
+from traceir.outside import read_json, valid
+
+_FINISHES: Final = dict.fromkeys(("length", "max_tokens", "model_length"), "length") | dict.fromkeys(
+    ("content_filter", "safety"), "content_filter"
+)
+"""What servers say of how a reply ended, and our word for it; whatever else they say is `stop`."""
+_THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message in which servers send thoughts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back. `finish`: `stop`, `length`, `content_filter`, or `error` with the reason in `error`; `key`: of the request.
+
+    Its texts are valid (outside.valid) and its tokens from 0 to 2^31 - 1, whatever a server or a file said.
+    """
+
+    text: str
+    finish: str
+    model: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str = ""
+    key: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "model", "error"):
+            object.__setattr__(self, name, valid(getattr(self, name)))
+        for name in ("prompt_tokens", "completion_tokens"):
+            object.__setattr__(self, name, tokens_in(getattr(self, name)))
+
+
+@dataclass(eq=False)
+class RetryableError(TeacherError):
+    """A request that failed and may be sent again.
+
+    `overloaded`: fewer requests at a time may help. `retry_after`: seconds the teacher asks to wait. `reached`: an answer came,
+    if not a good one. `garbled`: it came with success and is no chat completion; it may have been paid for.
+    """
+
+    message: str
+    overloaded: bool = False
+    retry_after: float | None = None
+    reached: bool = True
+    garbled: bool = False
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def reply_of(text: str | bytes, model: str) -> Reply:
+    """The Reply in a chat completion's JSON. Raises RetryableError where it is not one."""
+    try:
+        return read_completion(read_json(text), model)
+    except ValueError as error:
+        raise _garbled(text if isinstance(text, str) else text.decode(errors="replace")) from error
+
+
+def read_completion(found: Any, model: str) -> Reply:
+    """`reply_of` for parsed JSON; `model` stands in where the completion names none. One without a choice is a refusal."""
+    choices = found.get("choices") if isinstance(found, dict) else None
+    if not isinstance(choices, list):
+        raise _garbled(str(found))
+    usage, named = found.get("usage"), str(found.get("model") or model)[:200]
+    counts = usage if isinstance(usage, dict) else {}
+    tokens = tokens_in(counts.get("prompt_tokens")), tokens_in(counts.get("completion_tokens"))
+    if not choices or not isinstance(choices[0], dict):
+        return Reply("", "error", named, *tokens, "the completion holds no choice")
+    message, finish = choices[0].get("message"), str(choices[0].get("finish_reason")).lower()
+    return Reply(_content(message) if isinstance(message, dict) else "", _FINISHES.get(finish, "stop"), named, *tokens)
+
+
+def tokens_in(value: object) -> int:
+    """A number of tokens, also as a text or a float; 0, which is unknown, for what cannot be one."""
+    whole = re.fullmatch(r"([0-9]{1,10})(\.0*)?", str(value)) if isinstance(value, (str, float)) else None
+    value = int(whole[1]) if whole else value
+    return value if type(value) is int and 0 <= value < 2**31 else 0
+
+
+def error_of(text: str) -> tuple[str, str]:
+    """Code and message of an error's body, on one line, cut to 500 characters; the body itself where it has no such fields."""
+    code = ""
+    try:
+        found = read_json(text)
+        found = found.get("error", found)
+        if isinstance(found, dict):
+            code, text = str(found.get("code") or ""), str(found.get("message") or text)
+    except (ValueError, AttributeError):
+        pass
+    return code, " ".join(valid(text[:500]).split())
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """The seconds that a server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date (`now`: epoch s)."""
+    try:
+        if (value := headers.get("retry-after-ms")) is not None:
+            return max(0.0, float(value) / 1000)
+        if (value := headers.get("retry-after")) is None:
+            return None
+        seconds = float(value) if re.fullmatch(r"[\d.]+", value.strip()) else parsedate_to_datetime(value).timestamp() - now
+        return max(0.0, seconds)
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message, of a list of parts those that are no thought; of a refusal without text its words.
+
+    Where a server has put all into the field of the thoughts, they come as one that has no end (replies.spoken).
+    """
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part) for part in content)
+    text = json.dumps(content) if isinstance(content, dict) else "" if content is None else str(content)
+    if text.strip():
+        return text
+    if refused := message.get("refusal"):
+        return str(refused)
+    thought = next((value for name in _THOUGHTS if isinstance(value := message.get(name), str)), "")
+    return f"<think>{thought}" if thought.strip() else text
+
+
+def _part(part: object) -> str:
+    if not isinstance(part, dict):
+        return part if isinstance(part, str) else ""
+    return str(part.get("text") or "") if part.get("type") not in ("thinking", "reasoning") else ""
+
+
+def _garbled(text: str) -> RetryableError:
+    return RetryableError(f"the teacher's answer is not a chat completion: {text[:200]!r}", garbled=True)
+
 
 if TYPE_CHECKING:
     import openai
@@ -33,45 +164,43 @@ PIXELS: Final = 512 * 512
 PATH: Final = "/chat/completions"
 _SENT_AS_IS: Final = frozenset({"JPEG", "PNG", "WEBP"})
 _ORIENTATION: Final = 0x0112
-_DATA_URL: Final = re.compile(r"data:image/[a-z]+;base64,")
 _FIXED: Final = frozenset({"model", "messages", "stream", "n"})
 _OVERLOADED: Final = frozenset({408, 429, 503, 504, 529})
 REFUSED: Final = frozenset({400, 413, 422})
 """By these a teacher refuses the question itself: asking again changes nothing."""
 _SPENT: Final = frozenset({"insufficient_quota", "billing_hard_limit_reached"})
+_BUDGET: Final = "has no budget left", "add to it and start again"
+_KEY_REFUSED: Final = "refuses the API key", "check the key and that it may use model {model!r}"
+_FATAL: Final = {
+    401: _KEY_REFUSED,
+    402: _BUDGET,
+    403: _KEY_REFUSED,
+    404: ("knows no model {model!r}", "check its name, and the path in the address, often /v1"),
+}
+"""Statuses after which no question will be answered: what the teacher does, and the remedy."""
+
+
+class UnansweredError(TeacherError):
+    """A question that all tries left without an answer, or that was put into a batch file; it is asked anew by a later run."""
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TeacherRequest:
     """A question ready to be sent: `key` stands for its content (64 hex digits), `payload` is the body as JSON."""
 
     key: str
     payload: bytes
-    stage: str
-    qid: str
+    question: TeacherQuestion
 
 
 class Teacher(Protocol):
-    """Answers questions, many at a time in one event loop."""
+    """Answers questions, many at a time in one event loop. `request` prepares a question once for all tries of `send`."""
 
     name: str
 
-    async def reply(self, question: Question) -> Reply: ...
+    async def request(self, question: TeacherQuestion) -> TeacherRequest: ...
 
-    async def close(self) -> None: ...
-
-
-@runtime_checkable
-class BodyTeacher(Protocol):
-    """A teacher that is reached by chat completions: its requests are keyed by their content and built once for all tries."""
-
-    name: str
-
-    async def request(self, question: Question) -> Request: ...
-
-    async def send(self, request: Request) -> Reply: ...
-
-    async def reply(self, question: Question) -> Reply: ...
+    async def send(self, request: TeacherRequest) -> Reply: ...
 
     async def close(self) -> None: ...
 
@@ -101,15 +230,14 @@ class OpenAITeacher:
         if not (api_key.isascii() and api_key.isprintable()):
             raise TeacherError("the API key holds characters that no header can carry; copy it again")
         self.name, self.base_url, self.pixels, self.timeout_s = model, base_url, pixels, timeout_s
-        self.extra = _checked(extra or {})
-        self._api_key = api_key.strip()
+        self.extra, self._api_key = check_extra(extra or {}), api_key.strip()
         self._client: openai.AsyncOpenAI | None = None
 
-    async def request(self, question: Question) -> Request:
-        return await request_of(question, self.name, self.pixels, self.extra)
+    async def request(self, question: TeacherQuestion) -> TeacherRequest:
+        return await prepare(question, self.name, self.pixels, self.extra)
 
-    async def send(self, request: Request) -> Reply:
-        """One try. Raises TransientError where another may help, TeacherError where none will; 400, 413 and 422 are replies."""
+    async def send(self, request: TeacherRequest) -> Reply:
+        """One try. Raises RetryableError where another may help, TeacherError where none will; 400, 413 and 422 are replies."""
         import openai
 
         client = self._client = self._client or self._connect()
@@ -119,17 +247,15 @@ class OpenAITeacher:
                 text = await client.post(PATH, cast_to=str, content=request.payload, options=options)
         except openai.APIStatusError as error:
             return self._refusal(error.response.status_code, error.response.text, error.response.headers)
-        except (openai.APITimeoutError, TimeoutError) as error:
-            if type(error.__cause__).__name__ == "ConnectTimeout":  # aiohttp's transport says so of a refused connection too
-                raise self._unreached(error) from error
-            shown = f"{self.base_url} gave no answer within {self.timeout_s:g} s; raise the time-out or lower the concurrency"
-            raise TransientError(shown, overloaded=True, reached=False) from error
-        except openai.APIConnectionError as error:
-            raise self._unreached(error) from error
+        except (openai.APIConnectionError, TimeoutError) as error:
+            timed_out = isinstance(error, (openai.APITimeoutError, TimeoutError))
+            if timed_out and type(error.__cause__).__name__ != "ConnectTimeout":  # aiohttp's word for a refused connection too
+                shown = f"{self.base_url} gave no answer within {self.timeout_s:g} s; raise the time-out or lower the concurrency"
+                raise RetryableError(shown, overloaded=True, reached=False) from error
+            cause = self._hide(str(error.__cause__ or error))
+            shown = f"{self.base_url} cannot be reached: {cause}; check the address and that the server runs"
+            raise RetryableError(shown, reached=False) from error
         return reply_of(text, self.name)
-
-    async def reply(self, question: Question) -> Reply:
-        return await self.send(await self.request(question))
 
     async def close(self) -> None:
         client, self._client = self._client, None
@@ -137,6 +263,8 @@ class OpenAITeacher:
             await client.close()
 
     def _connect(self) -> openai.AsyncOpenAI:
+        """A client without tries of its own: it would hold its place in the pace while it waits, and give up a teacher that asks
+        to wait for more than two minutes."""
         import openai
 
         timeout = openai.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s))
@@ -145,30 +273,18 @@ class OpenAITeacher:
         key = self._api_key or "none"
         return openai.AsyncOpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=0, http_client=http)
 
-    def _unreached(self, error: Exception) -> TransientError:
-        cause = self._hide(str(error.__cause__ or error))
-        return TransientError(
-            f"{self.base_url} cannot be reached: {cause}; check the address and that the server runs", reached=False
-        )
-
     def _refusal(self, status: int, text: str, headers: Mapping[str, str]) -> Reply:
         """The reply, or the error, that a status of 400 and more stands for."""
-        code, told = error_of(text)
-        told = self._hide(told)
+        code, message = error_of(text)
+        message = f"{status}: {self._hide(message)}"
         if status in REFUSED:
-            return Reply("", "error", self.name, 0, 0, f"{status}: {told}")
-        if status == 401 or status == 403:
-            remedy = f"check the key and that it may use model {self.name!r}"
-            raise TeacherError(f"{self.base_url} refuses the API key ({status}: {told}); {remedy}")
-        if status == 404:
-            remedy = "check its name, and the path in the address, often /v1"
-            raise TeacherError(f"{self.base_url} knows no model {self.name!r} (404: {told}); {remedy}")
-        if status == 402 or code in _SPENT:
-            raise TeacherError(f"{self.base_url} has no budget left ({status}: {told}); add to it and start again")
-        if status in (408, 409, 429) or status >= 500:
-            wait = retry_after(headers, time.time())
-            raise TransientError(f"{status}: {told}", overloaded=status in _OVERLOADED, retry_after=wait)
-        raise TeacherError(f"{self.base_url} answers {status}: {told}; check that it serves {PATH}")
+            return Reply("", "error", self.name, error=message)
+        fatal = _FATAL.get(status) or (_BUDGET if code in _SPENT else None)
+        if fatal is None and (status in (408, 409, 429) or status >= 500):
+            raise RetryableError(message, status in _OVERLOADED, retry_after(headers, time.time()))
+        problem, remedy = fatal or (f"answers {status}", f"check that it serves {PATH}")
+        model = self.name
+        raise TeacherError(f"{self.base_url} {problem.format(model=model)} ({message}); {remedy.format(model=model)}")
 
     def _hide(self, text: str) -> str:
         return text.replace(self._api_key, "***") if len(self._api_key) >= 8 else text
@@ -177,93 +293,73 @@ class OpenAITeacher:
 class RecordedTeacher:
     """Replies from a file of JSON lines {"stage", "qid", "text", "attempt"}, `attempt` 0 where left out.
 
-    In memory are 16 bytes a line. A question without an entry gets a Reply with finish `error`; of two entries for one
-    question the first counts. Raises DataError with file:line for a broken line.
+    They are kept in a database of SQLite's own temporary files. A question without an entry gets a Reply with finish `error`; of
+    two entries for one question the first counts. Raises DataError with file:line for a broken line.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._places, self._files = Places(), LineFiles()
-        file, digest, start = self._files.add(path), hashlib.sha256(), 0
-        try:
-            with path.open("rb") as stream:
-                for number, raw in enumerate(tqdm(stream, desc="reading recorded replies", unit="line", mininterval=2.0), 1):
-                    digest.update(raw)
-                    if raw.strip():
-                        stage, qid, attempt, _ = _recorded(raw, f"{path}:{number}")
-                        self._places.add(_hash(stage, qid, attempt), file, start)
-                    start += len(raw)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror or error}; give a file of recorded replies") from error
-        self.name = f"recorded:{digest.hexdigest()[:8]}"
+        self.path, self._replies = path, sqlite3.connect("")
+        self._replies.execute("CREATE TABLE replies (stage, qid, attempt, text, PRIMARY KEY (stage, qid, attempt))")
+        rows = json_lines(path, _recorded, 'write recorded replies as {"stage": "reason", "qid": "9:6", "text": "..."}')
+        self._replies.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", rows)
+        with path.open("rb") as stream:
+            self.name = f"recorded:{hashlib.file_digest(stream, 'sha256').hexdigest()[:8]}"
 
-    async def reply(self, question: Question) -> Reply:
-        wanted = (question.stage, question.qid, question.attempt)
-        for file, offset in self._places.find(_hash(*wanted)):
-            stage, qid, attempt, text = _recorded(self._files.line(file, offset), f"{self.path}, at byte {offset}")
-            if (stage, qid, attempt) == wanted:
-                return Reply(text, "stop", self.name, 0, 0)
-        shown = f"{self.path} has no reply for stage {wanted[0]!r}, qid {wanted[1]!r}, attempt {wanted[2]}; record one"
-        return Reply("", "error", self.name, 0, 0, shown)
+    async def request(self, question: TeacherQuestion) -> TeacherRequest:
+        """Keyed by the file's digest and all that the question shows."""
+        shown = [part if isinstance(part, str) else {"picture": ImageInput.open(part).sha256} for part in question.parts]
+        asked = [self.name, question.stage, question.qid, question.attempt, question.system, shown]
+        return TeacherRequest(hashlib.sha256(json.dumps(asked, separators=(",", ":")).encode()).hexdigest(), b"", question)
+
+    async def send(self, request: TeacherRequest) -> Reply:
+        asked = request.question.stage, request.question.qid, request.question.attempt
+        found = self._replies.execute("SELECT text FROM replies WHERE (stage, qid, attempt) = (?, ?, ?)", asked).fetchone()
+        if found is not None:
+            return Reply(found[0], "stop", self.name)
+        shown = f"{self.path} has no reply for stage {asked[0]!r}, qid {asked[1]!r}, attempt {asked[2]}; record one"
+        return Reply("", "error", self.name, error=shown)
 
     async def close(self) -> None:
-        self._files.close()
+        self._replies.close()
 
 
 def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
-    """A picture as (data URL, hex SHA-256 of the bytes in it), of at most `pixels` pixels (0: any number).
+    """An image as (data URL, hex SHA-256 of the bytes in it), of at most `pixels` pixels (0: any number).
 
     A plain JPEG, PNG or WebP within `pixels` is sent as it is; all else is decoded to upright RGB, shrunk, and sent as JPEG of
-    quality 90. Raises PictureError, which names the file.
+    quality 90. Raises ImageError, which names the file.
     """
     data = read_image(path)
-    kind = _kind(data, pixels)
-    return _url(data, kind) if kind else _url(_shrink(path, data, pixels), "image/jpeg")
+    return _url(data, kind) if (kind := _kind(data, pixels)) else _url(_shrink(path, data, pixels), "image/jpeg")
 
 
 def read_image(path: Path) -> bytes:
-    """The bytes of a picture file, not empty and within the limits of `pictures`."""
+    """The bytes of an image file, not empty and within the limits of images.py."""
     limit = DEFAULT_LIMITS.file_bytes
     try:
         with path.open("rb") as stream:
             data = stream.read(limit + 1)
     except OSError as error:
-        raise ImageError(f"picture {path} cannot be read: {error.strerror or error}; check the path and rights") from error
+        raise ImageError(f"image {path} cannot be read: {error.strerror or error}; check the path and rights") from error
     if not 0 < len(data) <= limit:
-        raise ImageError(f"picture {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
+        raise ImageError(f"image {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
     return data
 
 
-def body_of(question: Question, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The chat.completions body of a question, pictures as data URLs."""
-    urls = [image_url(path, pixels)[0] for path in question.images]
-    return _body(question, model, urls, extra or {})
-
-
-def key_of(body: Mapping[str, Any]) -> str:
-    """Hex SHA-256 of a body's canonical JSON in which `sha256:...` of its bytes stands for each picture's data URL."""
-    return hashlib.sha256(_canonical(_without_images(body))).hexdigest()
-
-
-async def request_of(question: Question, model: str, pixels: int, extra: Mapping[str, Any]) -> Request:
-    """The request of a question. Pictures that have to be shrunk are, in a thread, so that the event loop goes on."""
+async def prepare(
+    question: TeacherQuestion, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None
+) -> TeacherRequest:
+    """The request of a question: a body of chat completions with its images as data URLs, shrunk in threads."""
     images = []
     for path in question.images:
         data = read_image(path)
         kind = _kind(data, pixels)
         images.append(_url(data, kind) if kind else _url(await asyncio.to_thread(_shrink, path, data, pixels), "image/jpeg"))
-    told = _canonical(_body(question, model, [f"sha256:{digest}" for _, digest in images], extra))
-    payload = told
-    for url, digest in images:
-        # Within a JSON string the quotation marks would be escaped: this is found only where `_body` put it.
-        payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
-    return Request(hashlib.sha256(told).hexdigest(), payload, question.stage, question.qid)
-
-
-def _body(question: Question, model: str, urls: list[str], extra: Mapping[str, Any]) -> dict[str, Any]:
-    left = iter(urls)
+    left = iter(images)
     parts = [
-        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": next(left)}}
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image_url", "image_url": {"url": f"sha256:{next(left)[1]}"}}
         for part in question.parts
     ]
     body = {
@@ -272,43 +368,35 @@ def _body(question: Question, model: str, urls: list[str], extra: Mapping[str, A
         "max_tokens": question.max_tokens,
         "temperature": question.temperature,
         "seed": question.seed,
+        **check_extra(extra or {}),
     }
-    return {name: value for name, value in {**body, **_checked(extra)}.items() if value is not None}
+    payload = canonical({name: value for name, value in body.items() if value is not None})
+    key = hashlib.sha256(payload).hexdigest()
+    for url, digest in images:
+        # Within a JSON string the quotation marks would be escaped: this is found only where a image stands.
+        payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
+    return TeacherRequest(key, payload, question)
 
 
-def _canonical(body: Any) -> bytes:
+def canonical(body: Any) -> bytes:
+    """JSON of which the SHA-256 is a key, where `sha256:...` of its bytes stands for each image's data URL."""
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
-def _without_images(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {
-            name: _digest_of(one) if name == "url" and isinstance(one, str) else _without_images(one)
-            for name, one in value.items()
-        }
-    return [_without_images(one) for one in value] if isinstance(value, list) else value
-
-
-def _digest_of(url: str) -> str:
-    match = _DATA_URL.match(url)
-    return f"sha256:{hashlib.sha256(base64.b64decode(url[match.end() :])).hexdigest()}" if match else url
-
-
-def _checked(extra: Mapping[str, Any]) -> dict[str, Any]:
+def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     if fixed := sorted(_FIXED & set(extra)):
         raise TeacherError(f"extra field {fixed[0]!r} is set by the build itself; leave it out")
     return dict(extra)
 
 
 def _kind(data: bytes, pixels: int) -> str:
-    """The media type of a picture that can be sent as it is; "" where it must be decoded (and checked) first."""
+    """The media type of a image that can be sent as it is; "" where it must be decoded (and checked) first."""
     try:
         with open_image(data) as image:
             width, height = image.size
-            bound = min(pixels or DEFAULT_LIMITS.pixels, DEFAULT_LIMITS.pixels)
             plain = (
                 image.format in _SENT_AS_IS
-                and 0 < width * height <= bound
+                and 0 < width * height <= min(pixels or DEFAULT_LIMITS.pixels, DEFAULT_LIMITS.pixels)
                 and max(width, height) <= DEFAULT_LIMITS.aspect_ratio * min(width, height)
                 and image.mode in ("RGB", "L")
                 and "transparency" not in image.info
@@ -336,18 +424,8 @@ def _url(data: bytes, kind: str) -> tuple[str, str]:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", hashlib.sha256(data).hexdigest()
 
 
-def _recorded(raw: bytes, where: str) -> tuple[str, str, int, str]:
-    try:
-        found = read_json(raw)
-        stage, qid, text, attempt = found["stage"], found["qid"], found["text"], found.get("attempt", 0)
-        if not all(isinstance(one, str) for one in (stage, qid, text)) or type(attempt) is not int:
-            raise ValueError("wrong types")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        shown = f"not a recorded reply ({error!r})"
-        raise DataError(f'{where}: {shown}; write {{"stage": "reason", "qid": "9:6", "text": "..."}}') from error
-    return stage, qid, attempt, text
-
-
-def _hash(stage: str, qid: str, attempt: int) -> int:
-    told = "\0".join((stage, qid, str(attempt))).encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(told, digest_size=8).digest(), "little")
+def _recorded(row: dict[str, Any]) -> tuple[str, str, int, str]:
+    texts, attempt = [row[name] for name in ("stage", "qid", "text")], row.get("attempt", 0)
+    if not all(isinstance(text, str) for text in texts) or type(attempt) is not int:
+        raise TypeError("wrong types")
+    return texts[0], texts[1], attempt, texts[2]

@@ -9,17 +9,17 @@ import pytest
 
 from traceir.cot.ask import (
     TEMPLATES,
-    Case,
+    CotCase,
     Questions,
     block,
     blocks,
     read_assessment,
     read_verdict,
 )
-from traceir.cot.replies import UnreadableError
-from traceir.cot.rules import RULES, Limits, RuleFilter, count_tokens, duplicate_key, salient
-from traceir.cot.scripted.thoughts import STYLES, cut
-from traceir.cot.teachers.completion import reply_of
+from traceir.cot.replies import ReplyFormatError
+from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
+from traceir.cot.scripted.faults import STYLES, styled
+from traceir.cot.teachers.teacher import reply_of
 from traceir.data import mbeir
 
 GOOD = (
@@ -29,11 +29,11 @@ GOOD = (
 ANSWER = "a small wooden boat with a red sail on a lake"
 
 
-def case(text: str | None = "add a red sail", task_id: int = 7, target: str | None = None, picture: str = "a.jpg") -> Case:
+def case(text: str | None = "add a red sail", task_id: int = 7, target: str | None = None, picture: str = "a.jpg") -> CotCase:
     query, candidate = mbeir.TASK_MODALITIES[task_id]
     record = mbeir.Record("8:1", text, picture if "image" in query else None, query, ("8:9",), (), task_id)
     positive = mbeir.Candidate("8:9", target, "b.jpg" if "image" in candidate else None, candidate)
-    return Case(record, f"cirr_task{task_id}", "Find the picture after the change.", (positive,), Path())
+    return CotCase(record, f"cirr_task{task_id}", "Find the picture after the change.", (positive,), Path())
 
 
 def reply(reasoning: str = GOOD, answer: str = ANSWER) -> str:
@@ -82,7 +82,7 @@ def test_a_reply_that_was_cut_or_filtered_is_dropped_as_such() -> None:
 
 
 def test_both_ends_of_the_lengths_hold() -> None:
-    strict = RuleFilter(Limits(reasoning_least=3, reasoning_most=5, answer_least=2, answer_most=3))
+    strict = RuleFilter(RuleLimits(reasoning_least=3, reasoning_most=5, answer_least=2, answer_most=3))
     told = case("red sail blue mast")
     assert strict.check(told, reply("one red sail", "red sail")).rule == ""
     assert strict.check(told, reply("red sail", "red sail")).rule == "reasoning_length"
@@ -135,11 +135,11 @@ def test_text_of_the_data_cannot_close_a_block() -> None:
 
 
 def test_replies_are_read_with_or_without_words_around_them() -> None:
-    assert read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```').z == 1
-    assert read_assessment('{"complex": "true", "confidence": 0.8}').z == 1
-    assert read_verdict('{"verdict": "No", "confidence": 1}').yes is False
+    assert read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```')["z"] == 1
+    assert read_assessment('{"complex": "true", "confidence": 0.8}')["z"] == 1
+    assert read_verdict('{"verdict": "No", "confidence": 1}')["yes"] is False
     for unread in ('{"verdict": "yes", "confidence": 7}', "yes"):
-        with pytest.raises(UnreadableError):
+        with pytest.raises(ReplyFormatError):
             read_verdict(unread)
 
 
@@ -168,8 +168,8 @@ SAYS = '{"complex": true, "reason": "why", "confidence": 0.9}'
 )
 def test_field_report_09_the_last_whole_object_after_the_thoughts_is_read(text: str) -> None:
     found = read_assessment(text)
-    assert (found.z, found.confidence) == (1, 0.9)
-    found.reason.encode()
+    assert (found["z"], found["confidence"]) == (1, 0.9)
+    found["reason"].encode()
 
 
 @pytest.mark.parametrize(
@@ -182,16 +182,16 @@ def test_field_report_09_the_last_whole_object_after_the_thoughts_is_read(text: 
 def test_field_report_09_numbers_are_read_as_text_too(told: object, number: float | None) -> None:
     text = json.dumps({"verdict": "yes", "confidence": told})
     if number is None:
-        with pytest.raises(UnreadableError, match="its confidence is no number from 0 to 1"):
+        with pytest.raises(ReplyFormatError, match="its confidence is no number from 0 to 1"):
             read_verdict(text)
     else:
-        assert read_verdict(text).confidence == pytest.approx(number)
+        assert read_verdict(text)["confidence"] == pytest.approx(number)
 
 
 @pytest.mark.parametrize(("told", "yes"), [("Yes.", True), (True, True), ("TRUE", True), (1, True), ("no", False), (0, False)])
 def test_field_report_09_yes_and_no_are_read_in_any_form(told: object, yes: bool) -> None:
-    assert read_verdict(json.dumps({"Verdict": told, "CONFIDENCE": 1})).yes is yes
-    assert read_assessment(json.dumps({"complex": told, "confidence": "1"})).z == int(yes)
+    assert read_verdict(json.dumps({"Verdict": told, "CONFIDENCE": 1}))["yes"] is yes
+    assert read_assessment(json.dumps({"complex": told, "confidence": "1"}))["z"] == int(yes)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_field_report_09_yes_and_no_are_read_in_any_form(told: object, yes: bool
     ],
 )
 def test_field_report_09_what_cannot_be_read_is_said_why(text: str, finish: str, why: str) -> None:
-    with pytest.raises(UnreadableError, match=why):
+    with pytest.raises(ReplyFormatError, match=why):
         read_assessment(text, finish)
 
 
 def test_field_report_09_a_whole_object_before_or_at_the_cut_counts() -> None:
-    assert read_assessment(f"{SAYS}\n\nLet me explain: the", "length").z == 1
-    assert read_assessment(f"I see.</think>```json\n{SAYS}", "length").z == 1
+    assert read_assessment(f"{SAYS}\n\nLet me explain: the", "length")["z"] == 1
+    assert read_assessment(f"I see.</think>```json\n{SAYS}", "length")["z"] == 1
 
 
 def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None:
@@ -232,15 +232,15 @@ def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None
     assert rules.check(case(), f"<think>{thought}</think>Sure! {reply()}").rule == "outside"
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", [style for style in STYLES if style != "cut"])
 def test_field_report_09_every_way_of_thinking_says_the_same(style: str) -> None:
     def said(text: str) -> str:
-        completion = {"choices": [{"message": {"role": "assistant", **STYLES[style](text)}, "finish_reason": "stop"}]}
+        completion = {"choices": [{"message": {"role": "assistant", **styled(style, text)}, "finish_reason": "stop"}]}
         return reply_of(json.dumps(completion), "m").text
 
     found = read_assessment(said(SAYS))
-    assert (found.z, found.confidence) == (1, 0.9)
-    assert read_verdict(said('{"verdict": "yes", "reason": "why", "confidence": 0.7}')).confidence == 0.7
+    assert (found["z"], found["confidence"]) == (1, 0.9)
+    assert read_verdict(said('{"verdict": "yes", "reason": "why", "confidence": 0.7}'))["confidence"] == 0.7
     assert RULE_FILTER.check(case(), said(reply())) == RULE_FILTER.check(case(), reply())
-    with pytest.raises(UnreadableError, match="cut at max_tokens"):
-        read_verdict(reply_of(json.dumps({"choices": [{"message": cut("")}]}), "m").text, "length")
+    with pytest.raises(ReplyFormatError, match="cut at max_tokens"):
+        read_verdict(reply_of(json.dumps({"choices": [{"message": styled("cut", "")}]}), "m").text, "length")

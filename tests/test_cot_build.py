@@ -8,11 +8,13 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,31 +22,29 @@ from typing import Any
 import pytest
 import uvicorn
 from PIL import Image
-from test_reasoning_teacher import Server, completion, failure
+from test_cot_teacher import Server, completion, failure
 
 from traceir.cli.main import main
 from traceir.cli.terminal import parse_shard
-from traceir.cot.ask import Question, blocks
+from traceir.cot.ask import TeacherQuestion, blocks
 from traceir.cot.assemble import assemble
-from traceir.cot.build import Tally, Work, is_finished, run_parts, write_manifests
+from traceir.cot.build import BuildSummary, Work, is_finished, run_parts, write_manifests
 from traceir.cot.estimate import estimate
-from traceir.cot.heard import PATIENCE
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
 from traceir.cot.reach import Reach, open_work
-from traceir.cot.rules import Limits, RuleFilter
-from traceir.cot.scripted.faults import Faults
+from traceir.cot.rules import RuleFilter, RuleLimits
 from traceir.cot.scripted.oracle import Oracle
-from traceir.cot.scripted.teacher_server import MODEL, Ledger, TeacherApp, running
-from traceir.cot.source import Source, check_tasks, find_captions, find_parts, read_captions
-from traceir.cot.teachers.asker import Asker, UnansweredError
-from traceir.cot.teachers.completion import Reply
+from traceir.cot.scripted.teacher_server import MODEL, ScriptedOptions, ScriptedTeacher, running
+from traceir.cot.source import CaseSource, check_tasks, find_captions, find_parts, read_captions
+from traceir.cot.stages import PATIENCE
+from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
 from traceir.serve.guard import Guard, Wall
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
-LIMITS = Limits(reasoning_least=4)
+LIMITS = RuleLimits(reasoning_least=4)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ class Script:
     def __init__(self, fails: tuple[str, ...] = (), odd: dict[tuple[str, str], str] | None = None) -> None:
         self.fails, self.odd, self.asked = fails, odd or {}, list[tuple[str, str, int]]()
 
-    async def ask(self, question: Question) -> Reply:
+    async def ask(self, question: TeacherQuestion) -> Reply:
         self.asked.append((question.stage, question.qid, question.attempt))
         if question.stage == "reason" and question.qid in self.fails:
             raise UnansweredError(f"no answer to {question.qid}")
@@ -126,10 +126,10 @@ class Script:
         return
 
 
-def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> Tally:
+def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> BuildSummary:
     config = BuildConfig(str(boats), "script", part_size=4, limits=LIMITS, **settings)
     begin(out, config)
-    source = Source(boats, config.tasks)
+    source = CaseSource(boats, config.tasks)
     parts = [part for part in find_parts(boats, 4)[shard[0] :: shard[1]] if not is_finished(out, part)]
     rules = RuleFilter(LIMITS, find_captions(boats, None))
     try:
@@ -148,21 +148,20 @@ def files(folder: Path) -> dict[str, str]:
     }
 
 
-def test_parts_cover_every_line_once_whatever_their_size(boats: Path) -> None:
-    whole = [case.record.qid for part in find_parts(boats, 1000) for case in Source(boats).cases(part)]
-    small = [case.record.qid for part in find_parts(boats, 5) for case in Source(boats).cases(part)]
+def test_parts_cover_every_line_once_and_captions_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
+    whole = [case.record.qid for part in find_parts(boats, 1000) for case in CaseSource(boats).cases(part)]
+    small = [case.record.qid for part in find_parts(boats, 5) for case in CaseSource(boats).cases(part)]
     assert len(whole) == 18 and small == whole
-
-
-def test_captions_of_images_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
     found = find_captions(boats, None)
     assert found["mbeir_images/to3.png"] == "a boat in white" and "mbeir_images/to9.png" not in found
     own = tmp_path / "captions.jsonl"
     own.write_text('{"img_path": "mbeir_images/to9.png", "caption": "mine"}\n{"img_path": "else.png", "caption": "no"}\n')
     assert find_captions(boats, own)["mbeir_images/to9.png"] == "mine" and "else.png" not in find_captions(boats, own)
+    with pytest.raises(InputError, match=r"'cirr_task6' .* cirr_task0, cirr_task7"):
+        check_tasks(boats, ["cirr_task6"])
 
 
-def test_outcomes_say_what_became_of_every_query(boats: Path, tmp_path: Path) -> None:
+def test_outcomes_say_what_became_of_every_query_and_assembly_mixes_direct_and_kept(boats: Path, tmp_path: Path) -> None:
     odd = {
         ("assess", "8:50"): "no idea",
         ("reason", "8:3"): "I'm sorry, but I can't help with that.",
@@ -170,8 +169,8 @@ def test_outcomes_say_what_became_of_every_query(boats: Path, tmp_path: Path) ->
         ("verify", "8:5"): "hm",
     }
     script = Script(odd=odd)
-    tally = run(boats, tmp_path, script, attempts=2)
-    assert tally.parts == 5 and not tally.unfinished
+    summary = run(boats, tmp_path, script, attempts=2)
+    assert summary.parts == 5 and not summary.unfinished
     found = {outcome.case.record.qid: outcome for outcome in read_outcomes(tmp_path)}
     assert [found[f"8:{number}"].rule for number in (1, 2, 3, 4, 5)] == ["", "duplicate", "refusal", "verifier", "teacher"]
     assert found["8:50"].rule == "teacher" and found["8:51"].status == "direct" and found["8:6"].status == "kept"
@@ -180,14 +179,13 @@ def test_outcomes_say_what_became_of_every_query(boats: Path, tmp_path: Path) ->
     assert not [one for one in script.asked if one[:2] == ("verify", "8:3")]
     told = json.loads(found["8:6"].provenance)
     assert told["teacher"] == "script" and told["prompts"] == "cot-1" and told["prompt_tokens"] == 30
-
-
-def test_assembly_mixes_direct_and_kept_and_trains(boats: Path, tmp_path: Path) -> None:
-    run(boats, tmp_path, Script(odd={("reason", "8:3"): "nothing"}))
     funnel = assemble(tmp_path).as_json()["all"]
-    assert funnel == {"complex": 12, "direct": 6, "dropped": 2, "kept": 10, "queries": 18, "rule:duplicate": 1, "rule:tags": 1}
+    assert funnel == {
+        "complex": 12, "direct": 5, "dropped": 5, "kept": 8, "queries": 18,
+        "rule:duplicate": 1, "rule:refusal": 1, "rule:teacher": 2, "rule:verifier": 1,
+    }  # fmt: skip
     pairs = {data.name: data for data in read_cot(tmp_path / "dataset")}
-    assert len(pairs["cirr_task7"]) == 10 and len(pairs["cirr_task0"]) == 6
+    assert len(pairs["cirr_task7"]) == 8 and len(pairs["cirr_task0"]) == 5
     label = pairs["cirr_task7"].sample(0).label
     assert label is not None and label.answer == "boat red" and label.z == 1
     assert assemble(tmp_path, dropped="direct", format="jsonl").as_json()["all"] == funnel
@@ -205,44 +203,22 @@ def test_what_lacks_answers_is_left_unfinished_and_only_that_is_done_again(boats
     assert run(boats, tmp_path / "a", again).parts == 1
     assert {qid for stage, qid, _ in again.asked} == {"8:5", "8:6", "8:7", "8:8"}
     assert not [one for one in again.asked if one[0] == "assess"], "the stage that was done is not asked for again"
-    run(boats, tmp_path / "b", Script())
+    for number in (2, 0, 1):  # shares, in any order
+        run(boats, tmp_path / "b", Script(), (number, 3))
     assert files(tmp_path / "a") == files(tmp_path / "b")
+    write_manifests(tmp_path / "b", find_parts(boats, 4))
+    assert "verify/manifest.json" in files(tmp_path / "b")
 
 
-def test_shares_in_any_order_make_the_same_files(boats: Path, tmp_path: Path) -> None:
-    for number in (2, 0, 1):
-        run(boats, tmp_path / "shares", Script(), (number, 3))
-    run(boats, tmp_path / "whole", Script())
-    for folder in ("shares", "whole"):
-        write_manifests(tmp_path / folder, find_parts(boats, 4))
-        assemble(tmp_path / folder)
-    assert files(tmp_path / "shares") == files(tmp_path / "whole") and "verify/manifest.json" in files(tmp_path / "whole")
-
-
-def test_tasks_can_be_chosen_and_taken_as_complex_unasked(boats: Path, tmp_path: Path) -> None:
+def test_tasks_can_be_chosen_and_taken_as_complex_unasked_and_other_settings_are_refused(boats: Path, tmp_path: Path) -> None:
     script = Script()
     run(boats, tmp_path, script, tasks=("cirr_task7",), complex=("cirr_task7",))
     assert not [one for one in script.asked if one[0] == "assess"]
     assert {outcome.case.task for outcome in read_outcomes(tmp_path)} == {"cirr_task7"}
-
-
-def test_other_settings_for_a_folder_are_refused_by_name(boats: Path, tmp_path: Path) -> None:
-    config = BuildConfig(str(boats), "script")
+    config = read_config(tmp_path)
     begin(tmp_path, config)
-    begin(tmp_path, config)
-    assert read_config(tmp_path) == config
-    with pytest.raises(InputError, match=r"limits.reasoning_least = 16, now it is 4"):
-        begin(tmp_path, replace(config, limits=LIMITS))
-
-
-def test_a_dry_run_counts_requests_and_tokens(boats: Path) -> None:
-    config = BuildConfig(str(boats), "script", complex=("cirr_task7",))
-    source = Source(boats)
-    found = {one.stage: one for one in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
-    source.close()
-    assert found["assess"].requests == 6, "complex tasks are not asked about"
-    assert found["reason"].requests == found["verify"].requests == round(12 + 0.5 * 6)
-    assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
+    with pytest.raises(InputError, match=r"limits.reasoning_least = 4, now it is 16"):
+        begin(tmp_path, replace(config, limits=RuleLimits()))
 
 
 @pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "9" * 5000 + "/4", "0/²"])
@@ -251,71 +227,15 @@ def test_a_share_that_cannot_be_is_refused(text: str) -> None:
         parse_shard(text)
 
 
-def test_no_such_task_names_those_there(boats: Path) -> None:
-    with pytest.raises(InputError, match=r"'cirr_task6' .* cirr_task0, cirr_task7"):
-        check_tasks(boats, ["cirr_task6"])
-
-
-# Through HTTP and the command line
-
-
-def told(boats: Path, out: Path, url: str) -> list[str]:
-    command = ["reasoning", "build", "--data", str(boats), "--out", str(out), "--teacher", url, "--model", MODEL]
-    return [
-        *command,
-        "--concurrency",
-        "8",
-        *(f"--set={one}" for one in ("attempts=1", "limits.reasoning_least=4", "part_size=4")),
-    ]
-
-
-def test_a_build_through_http_survives_faults_and_a_kill(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = Faults(0.3, 5)
-    with running(boats, faults=faults, stall_s=0.05, retry_after_s=0.01) as url:
-        assert main(told(boats, tmp_path / "whole", url)) == 0
-        assert "cirr_task7" in capsys.readouterr().out
-    log = tmp_path / "teacher.jsonl"
-    with running(boats, faults=faults, stall_s=0.05, retry_after_s=0.01, latency=0.05, log=log) as url:
-        command = [sys.executable, "-m", "traceir", *told(boats, tmp_path / "killed", url)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        journal = tmp_path / "killed/journal"
-        while process.poll() is None and sum(file.stat().st_size for file in journal.glob("*.jsonl")) < 1500:
-            time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        (file,) = journal.glob("*.jsonl")
-        kept = len(file.read_bytes().splitlines())
-        with file.open("ab") as stream:
-            stream.write(b'{"key": "half a li')
-        assert main(told(boats, tmp_path / "killed", url)) == 0
-    assert files(tmp_path / "killed") == files(tmp_path / "whole")
-    paid = [line["key"] for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "end" and line["paid"]]
-    assert kept > 0 and len(paid) - len(set(paid)) <= 8, "only what was in flight is paid twice"
-
-
-def test_a_wrong_key_and_an_unreachable_teacher_end_in_one_line(
-    boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_dry_run_counts_requests_and_tokens_and_asks_nothing(
+    boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "invented-key")
-    with running(boats, key="another-key") as url:
-        assert main(told(boats, tmp_path, url)) == 1
-        error = capsys.readouterr().err
-        assert "refuses the API key" in error and "invented-key" not in error and "another-key" not in error
-    assert main(told(boats, tmp_path, "http://127.0.0.1:9/v1")) == 1
-    assert "cannot be reached" in capsys.readouterr().err
-    with running(boats, key="invented-key") as url:
-        assert main(told(boats, tmp_path, url)) == 0, "the same folder goes on"
-
-
-def test_the_spend_limit_stops_and_a_higher_one_goes_on(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    prices = ["--price-in", "100", "--price-out", "100", "--spend-limit"]
-    with running(boats) as url:
-        assert main([*told(boats, tmp_path, url), *prices, "0.3"]) == 1
-        assert "spend limit" in capsys.readouterr().err
-        assert main([*told(boats, tmp_path, url), *prices, "100"]) == 0
-
-
-def test_a_dry_run_asks_nothing(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = BuildConfig(str(boats), "script", complex=("cirr_task7",))
+    with closing(CaseSource(boats)) as source:
+        found = {one.stage: one for one in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
+    assert found["assess"].requests == 6, "complex tasks are not asked about"
+    assert found["reason"].requests == found["verify"].requests == round(12 + 0.5 * 6)
+    assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
     assert main([*told(boats, tmp_path / "new", "http://127.0.0.1:9/v1"), "--dry-run", "--price-in", "1"]) == 0
     assert "requests" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
@@ -334,32 +254,68 @@ def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys
         assert shown in capsys.readouterr().err.strip()
 
 
+# Through HTTP and the command line
+
+
+def told(boats: Path, out: Path, url: str) -> list[str]:
+    command = ["reasoning", "build", "--data", str(boats), "--out", str(out), "--teacher", url, "--model", MODEL]
+    settings = (f"--set={one}" for one in ("attempts=1", "limits.reasoning_least=4", "part_size=4"))
+    return [*command, "--concurrency", "8", *settings]
+
+
+def kept_answers(out: Path) -> int:
+    file = out / "journal" / "answers.sqlite"
+    if file.exists():
+        with closing(sqlite3.connect(file)) as database, suppress(sqlite3.OperationalError):
+            return int(database.execute("SELECT count(*) FROM answers").fetchone()[0])
+    return 0
+
+
+@pytest.mark.slow
+def test_a_build_through_http_survives_faults_and_a_kill(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = {"faults": 0.3, "fault_seed": 5, "stall": 0.05, "retry_after": 0.01}
+    with running(boats, **faults) as url:
+        assert main(told(boats, tmp_path / "whole", url)) == 0
+        assert "cirr_task7" in capsys.readouterr().out
+    log = tmp_path / "teacher.jsonl"
+    with running(boats, **faults, latency=0.05, log=str(log)) as url:
+        command = [sys.executable, "-m", "traceir", *told(boats, tmp_path / "killed", url)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and kept_answers(tmp_path / "killed") < 6:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        kept = kept_answers(tmp_path / "killed")
+        assert main(told(boats, tmp_path / "killed", url)) == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    paid = [line["key"] for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "end" and line["paid"]]
+    assert kept > 0 and len(paid) - len(set(paid)) <= 16, "only what was in flight, or not on the disk yet, is paid twice"
+
+
+@pytest.mark.slow
 def test_ray_makes_the_same_files_from_the_same_functions(boats: Path, tmp_path: Path) -> None:
     with running(boats) as url:
         assert main([*told(boats, tmp_path / "ray", url), "--engine", "ray", "--workers", "2"]) == 0
         assert main(told(boats, tmp_path / "local", url)) == 0
     assert files(tmp_path / "ray") == files(tmp_path / "local")
-    assert len(list((tmp_path / "ray" / "journal").glob("ray-*.jsonl"))) == 2, "each worker wrote a journal of its own"
-
-
-# Models that reason by themselves, replies of no use, and text that is none
+    assert kept_answers(tmp_path / "ray") >= kept_answers(tmp_path / "local")
 
 
 class Speaking:
-    """The scripted teacher on a thread of this process; `app.thinking` is how it speaks from now on."""
+    """The scripted teacher on a thread of this process; `teacher.options` are how it speaks from now on."""
 
     def __init__(self, root: Path) -> None:
-        self.app = TeacherApp(Oracle(root), Ledger(None))
+        self.teacher = ScriptedTeacher(Oracle(root), ScriptedOptions())
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        config = uvicorn.Config(Guard(self.app, Wall.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none")
+        config = uvicorn.Config(Guard(self.teacher.app, Wall.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()
 
     @property
     def paid(self) -> int:
-        return self.app.ledger.requests
+        return self.teacher.log.requests
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -367,80 +323,88 @@ class Speaking:
 
 
 @pytest.fixture(scope="module")
-def speaking(boats: Path) -> Iterator[Speaking]:
+def served(boats: Path) -> Iterator[Speaking]:
     made = Speaking(boats)
     yield made
     made.close()
 
 
+@pytest.fixture
+def speaking(served: Speaking) -> Speaking:
+    served.teacher.options = ScriptedOptions()
+    return served
+
+
 @pytest.fixture(scope="module")
-def plain_rows(boats: Path, speaking: Speaking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def plain_rows(boats: Path, served: Speaking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the data set that a teacher without thoughts makes."""
     out = tmp_path_factory.mktemp("plain")
-    speaking.app.thinking = ""
-    assert main(told(boats, out, speaking.url)) == 0
+    served.teacher.options = ScriptedOptions()
+    assert main(told(boats, out, served.url)) == 0
     return {name: digest for name, digest in files(out).items() if name.endswith(".parquet")}
 
 
-@pytest.mark.parametrize("style", ["think", "null", "harmony", "texts"])
-def test_field_report_09_a_teacher_that_thinks_makes_the_same_data(
+def test_a_wrong_key_an_unreachable_teacher_and_a_spent_limit_end_in_one_line_and_the_folder_goes_on(
+    boats: Path, tmp_path: Path, speaking: Speaking, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "invented-key")
+    speaking.teacher.options = ScriptedOptions(key="another-key")
+    assert main(told(boats, tmp_path, speaking.url)) == 1
+    error = capsys.readouterr().err
+    assert "refuses the API key" in error and "invented-key" not in error and "another-key" not in error
+    assert main(told(boats, tmp_path, "http://127.0.0.1:9/v1")) == 1
+    assert "cannot be reached" in capsys.readouterr().err
+    speaking.teacher.options = ScriptedOptions(key="invented-key")
+    prices = ["--price-in", "100", "--price-out", "100", "--spend-limit"]
+    assert main([*told(boats, tmp_path, speaking.url), *prices, "0.3"]) == 1
+    assert "spend limit" in capsys.readouterr().err
+    assert main([*told(boats, tmp_path, speaking.url), *prices, "100"]) == 0
+
+
+@pytest.mark.parametrize("style", ["harmony", "texts"])
+def test_a_teacher_that_thinks_makes_the_same_data(
     style: str, boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str]
 ) -> None:
-    speaking.app.thinking, before = style, speaking.paid
+    speaking.teacher.options, before = ScriptedOptions(thinking=style), speaking.paid
     assert main(told(boats, tmp_path, speaking.url)) == 0
     assert {name: digest for name, digest in files(tmp_path).items() if name.endswith(".parquet")} == plain_rows
-    assert speaking.paid - before == 17 + 11 + 12, (
-        "as without thoughts: two queries are one question, and no try is paid for twice"
-    )
+    assert speaking.paid - before == 17 + 11 + 12, "as without thoughts: two queries are one question, no try is paid twice"
 
 
-def test_field_report_09_all_dropped_is_said_with_the_reason_and_no_later_stage_says_another(
+def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
     boats: Path, tmp_path: Path, speaking: Speaking, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    speaking.app.thinking = "cut"
-    assert main(told(boats, tmp_path, speaking.url)) != 0
-    error = capsys.readouterr().err
-    assert "all 18 queries were dropped: 18 x the reply cannot be read: it was cut at max_tokens" in error
-    assert "no training queries" not in error and not (tmp_path / "dataset").exists()
-    assert json.loads((tmp_path / "funnel.json").read_text())["all"] == {"dropped": 18, "queries": 18, "rule:teacher": 18}
-
-
-def test_field_report_09_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
-    boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    speaking.app.thinking, before = "cut", speaking.paid
+    speaking.teacher.options, before = ScriptedOptions(thinking="cut"), speaking.paid
     command = [*told(boats, tmp_path, speaking.url), "--set=attempts=4", "--concurrency=2"]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "replies to stage 'assess' and none of use" in error and "cut at max_tokens" in error and "max_tokens=" in error
-    assert PATIENCE <= speaking.paid - before <= PATIENCE + 6, "72 would have been asked"
-    assert main(command) == 1, "the same teacher again"
-    assert speaking.paid - before <= 2 * (PATIENCE + 6)
+    assert PATIENCE - 4 <= speaking.paid - before <= PATIENCE + 6, "72 would have been asked"
     before = speaking.paid
     assert main([*command, "--patience=0", f"--out={tmp_path / 'on'}"]) == 2 and speaking.paid - before > PATIENCE + 6
-    speaking.app.thinking = "think"
+    error = capsys.readouterr().err
+    assert "all 18 queries were dropped: 18 x the reply cannot be read: it was cut at max_tokens" in error
+    assert "no training queries" not in error and not (tmp_path / "on" / "dataset").exists()
+    funnel = json.loads((tmp_path / "on" / "funnel.json").read_text())["all"]
+    assert funnel == {"dropped": 18, "queries": 18, "rule:teacher": 18}
+    speaking.teacher.options = ScriptedOptions(thinking="think")
     assert main(command) == 0
-    capsys.readouterr()
     assert len(list(read_outcomes(tmp_path))) == 18 and not [one for one in read_outcomes(tmp_path) if one.rule == "teacher"]
 
 
-def test_field_report_09_a_teacher_that_refuses_every_question_is_quoted(
-    boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_teacher_that_refuses_every_question_is_quoted(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Server()
     server.script = lambda number, body: failure(400, f"Unsupported parameter: 'max_tokens' in {1000 + number}.")
     assert main([*told(boats, tmp_path, server.url), "--patience=9", "--concurrency=1"]) == 1
     error = capsys.readouterr().err
     assert "9 x 400: Unsupported parameter: ... in ...." in error and "--extra" in error and len(server.bodies) <= 12
     server.script = lambda number, body: (200, {}, completion("I would say so."))
-    assert main([*told(boats, tmp_path, server.url), "--patience=0"]) == 2
-    assert "18 x the reply cannot be read: it holds no whole JSON object" in capsys.readouterr().err, (
-        "what was refused is asked anew"
-    )
+    assert main([*told(boats, tmp_path, server.url), "--patience=0"]) == 2, "what was refused is asked anew"
+    assert "18 x the reply cannot be read: it holds no whole JSON object" in capsys.readouterr().err
     server.close()
 
 
-def test_field_report_09_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:
+def test_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:
     odd = {("verify", f"8:{number}"): '{"verdict": "hm", "confidence": 1}' for number in range(1, 13)}
     run(boats, tmp_path, Script(odd=odd), attempts=1)
     assert main(["reasoning", "assemble", str(tmp_path)]) == 1
@@ -449,53 +413,54 @@ def test_field_report_09_no_complex_query_kept_is_no_success(boats: Path, tmp_pa
     )
 
 
-def test_field_report_09_an_interrupt_asks_nothing_more_of_what_waits(boats: Path, tmp_path: Path, speaking: Speaking) -> None:
-    speaking.app.thinking, speaking.app.latency, before = "", 0.3, speaking.paid
-    reach = Reach(speaking.url, concurrency=2)
+def test_an_interrupt_asks_nothing_more_of_what_waits(boats: Path, tmp_path: Path, speaking: Speaking) -> None:
+    speaking.teacher.options, before = ScriptedOptions(latency=0.3), speaking.paid
     config = BuildConfig(str(boats), MODEL, part_size=4, limits=LIMITS)
     begin(tmp_path, config)
-    asked = Asker.ask
+    done = threading.Event()
 
-    async def ask(self: Asker, question: Question) -> Reply:
-        if speaking.paid - before >= 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return await asked(self, question)
+    def interrupt() -> None:
+        while speaking.paid - before < 2 and not done.is_set():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.MonkeyPatch.context() as patch, open_work(config, tmp_path, reach, "w") as work:
-        patch.setattr(Asker, "ask", ask)
-        tally = run_parts(work, find_parts(boats, 4), progress=False)
-    speaking.app.latency = 0.0
-    assert "interrupted" in tally.stopped and speaking.paid - before <= 8
+    thread = threading.Thread(target=interrupt)
+    with open_work(config, tmp_path, Reach(speaking.url, concurrency=2), "w") as work:
+        thread.start()
+        summary = run_parts(work, find_parts(boats, 4), progress=False)
+    done.set()
+    thread.join()
+    assert "interrupted" in summary.stopped and speaking.paid - before <= 8
 
 
 LONE = "two steps \ud83d and a \x00"
 
 
-@pytest.mark.parametrize("stage", ["assess", "reason", "verify"])
-def test_field_report_03_half_a_surrogate_pair_in_a_reply_is_repaired(stage: str, boats: Path, tmp_path: Path) -> None:
-    told = {
-        "assess": json.dumps({"complex": True, "reason": LONE, "confidence": 0.9}),
-        "reason": f"<reasoning>the boat is plain, {LONE}, then the paint is green</reasoning><answer>green boat</answer>",
-        "verify": json.dumps({"verdict": "yes", "confidence": 0.9, "reason": LONE}),
-    }[stage]
-    tally = run(boats, tmp_path, Script(odd={(stage, "8:3"): told}))
-    assert not tally.unfinished
+@pytest.mark.slow
+def test_half_a_surrogate_pair_in_a_reply_of_any_stage_is_repaired(boats: Path, tmp_path: Path) -> None:
+    odd = {
+        ("assess", "8:3"): json.dumps({"complex": True, "reason": LONE, "confidence": 0.9}),
+        (
+            "reason",
+            "8:3",
+        ): f"<reasoning>the boat is plain, {LONE}, then the paint is green</reasoning><answer>green boat</answer>",
+        ("verify", "8:3"): json.dumps({"verdict": "yes", "confidence": 0.9, "reason": LONE}),
+    }
+    assert not run(boats, tmp_path, Script(odd=odd)).unfinished
     for format in ("parquet", "jsonl"):
         assemble(tmp_path, format=format)
         samples = {one.record.qid: one for data in read_cot(tmp_path / "dataset") for one in data.samples()}
-        assert "8:3" in samples
-    if stage == "reason":
         assert samples["8:3"].label.reasoning.endswith("two steps \ufffd and a \ufffd, then the paint is green")
     assert main(["reasoning", "report", str(tmp_path)]) == 0
 
 
-def test_field_report_03_a_journal_that_holds_one_goes_on(
-    boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str]
-) -> None:
-    speaking.app.thinking = ""
+def test_a_build_goes_on_from_the_journal_of_an_older_release(boats: Path, tmp_path: Path, speaking: Speaking) -> None:
     assert main(told(boats, tmp_path, speaking.url)) == 0
-    (journal,) = (tmp_path / "journal").glob("*.jsonl")
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    cache = tmp_path / "journal" / "answers.sqlite"
+    with closing(sqlite3.connect(cache)) as database:
+        database.row_factory = sqlite3.Row
+        lines = [dict(row) for row in database.execute("SELECT * FROM answers")]
+    cache.unlink()
     for line in lines:
         line["model"] += "\udc80"
         line["prompt_tokens"] = 10**400
@@ -503,7 +468,7 @@ def test_field_report_03_a_journal_that_holds_one_goes_on(
             line["text"] = json.dumps(json.loads(line["text"]) | {"reason": LONE})
         elif line["stage"] == "reason":
             line["text"] = line["text"].replace("</reasoning>", f" {LONE}</reasoning>")
-    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cache.with_name("0000-of-0001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for stage in STAGES:
         for file in (tmp_path / stage).glob("*"):
             file.unlink()
@@ -513,27 +478,18 @@ def test_field_report_03_a_journal_that_holds_one_goes_on(
     assert {one.verdict for one in read_outcomes(tmp_path)} == {True, None}
 
 
-def test_field_report_03_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_path: Path) -> None:
+def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(boats, data)
     for file in (data / "query/train/mbeir_cirr_train.jsonl", data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl"):
-        file.write_text(
-            file.read_text()
-            .replace("paint the boat", "paint the boat \\ud800\\u0000")
-            .replace('"txt": null', '"txt": "x\\udfff"')
-        )
+        text = file.read_text().replace("paint the boat", "paint the boat \\ud800\\u0000")
+        file.write_text(text.replace('"txt": null', '"txt": "x\\udfff"'))
     captions, templates = tmp_path / "captions.jsonl", tmp_path / "templates.json"
     captions.write_bytes(b'\xef\xbb\xbf{"img_path": "mbeir_images/to9.png", "caption": "a \\ud83d boat \xff\xed\xa0\x80"}\n')
     templates.write_bytes(b'\xef\xbb\xbf{"visual": "look \\udc00"}')
-    config = BuildConfig(str(data), "script", captions=str(captions), templates=str(templates), part_size=9, limits=LIMITS)
-    begin(tmp_path / "out", config)
-    source, script = Source(data, ()), Script()
-    rules = RuleFilter(LIMITS, read_captions(gather_captions(tmp_path / "out", config)))
-    run_parts(
-        Work(config, tmp_path / "out", source, config.questions(), rules, script, script), find_parts(data, 9), progress=False
-    )
-    source.close()
-    assert rules.captions["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
+    run(data, tmp_path / "out", Script(), captions=str(captions), templates=str(templates))
+    shown = read_captions(gather_captions(tmp_path / "out", read_config(tmp_path / "out")))
+    assert shown["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
     assert sum(assemble(tmp_path / "out").as_json()["all"][name] for name in ("direct", "kept")) > 6
     assert any("\ufffd" in (one.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for one in pairs.samples())
     captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
