@@ -185,17 +185,6 @@ def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
     run(work())
 
 
-def test_a_route_that_is_none_is_refused(model: TraceModel, queries: list[Query]) -> None:
-    sideways: Any = "sideways"
-
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            with pytest.raises(InputError, match="sideways"):
-                await scheduler.encode_query(queries[0], sideways)
-
-    run(work())
-
-
 def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
     bad = queries[-1]
     encoder = Encoder(model)
