@@ -26,7 +26,7 @@ from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import add
 from traceir.items import Item
-from traceir.serve import bodies, schemas, values
+from traceir.serve import bodies, schemas
 from traceir.serve import uploads as intake
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key
@@ -330,12 +330,20 @@ FAULTS: list[tuple[str, Any, str]] = [
     ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format: it is 'hex'; 'float' or 'base64' is wanted"),
     ("/v1/embeddings", {"input": "a", "dimensions": "64"}, "dimensions: a text, where a whole number is wanted"),
     ("/v1/embeddings", {"messages": [[]] * 257}, "messages: 257 entries, at most 256"),
-    ("/v1/embeddings", {"messages": [{"role": "user", "content": "a"}, {"role": "tool"}]}, "messages[1]: the role is 'tool'"),
-    ("/v1/embeddings", {"messages": [{"role": "user", "content": 5}]}, "messages[0].content is neither"),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": "a"}, {"role": "tool"}]},
+        "messages[1].role: it is 'tool'; 'system', 'user'",
+    ),
+    (
+        "/v1/embeddings",
+        {"messages": [{"role": "user", "content": 5}]},
+        "messages[0].content: a number, where a text or a list of contents",
+    ),
     (
         "/v1/embeddings",
         {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": ["a", {"type": "audio"}]}]]},
-        "messages[1][0].content[1]: a content of type 'audio'",
+        "messages[1][0].content[1]: an object of type 'audio', where",
     ),
     ("/search", {"parts": ["a", 5]}, "parts[1]: a number, where a text or a picture object is wanted"),
     ("/search", {"parts": ["a", {"data": 5}]}, "parts[1].data: a number, where a text is wanted"),
@@ -504,10 +512,10 @@ def test_field_report_13_the_limits_in_the_docs_are_those_of_the_code() -> None:
     _, _, table = page.partition("| limit | |\n|---|---|\n")
     rows = dict(row.strip("| ").split(" | ", 1) for row in table.partition("\n\n")[0].splitlines())
     told = {name: [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)] for name, text in rows.items()}
-    fields = [schemas.MAX_ITEM_FIELDS, MAX_NAME_BYTES, values.MAX_VALUE, 64]
+    fields = [schemas.MAX_ITEM_FIELDS, MAX_NAME_BYTES, schemas.MAX_VALUE, 64]
     assert told == {
         "body": [bodies.MAX_BODY >> 20, 8, 30, bodies.MAX_VALUES, bodies.MAX_TEXTS, bodies.MAX_DEPTH, bodies.MAX_DIGITS],
-        "text, instruction": [values.MAX_TEXT],
+        "text, instruction": [schemas.MAX_TEXT],
         "inputs of `/v1/embeddings`, chats": [schemas.MAX_INPUTS],
         "parts of a query or chat": [schemas.MAX_PARTS],
         "items of `POST /items`": [schemas.MAX_INPUTS],

@@ -12,7 +12,7 @@ import pytest
 
 from traceir.decoding import Decoder
 from traceir.encoder import Encoder
-from traceir.errors import ImageError, InputError
+from traceir.errors import ImageError
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel

@@ -196,6 +196,12 @@ class ImageInput:
         except _DECODER_ERRORS as error:
             raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
 
+    def moved_to(self, path: Path) -> ImageInput:
+        """The same picture in a file that was written from it; its hash is not computed again."""
+        moved = ImageInput.open(path)
+        moved._sha256 = self.sha256
+        return moved
+
     def size(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
         """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
         if self._image is not None:

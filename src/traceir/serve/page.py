@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -106,8 +105,3 @@ def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
 
 def _spread(kept: Sequence[Stored], count: int) -> Sequence[Stored]:
     return kept[:: max(1, -(-len(kept) // count))]
-
-
-@cache
-def page_html() -> bytes:
-    return (STATIC / "index.html").read_bytes()
