@@ -108,7 +108,7 @@ class Scheduler:
         try:
             content_hash = await self.loop.run_in_executor(self.pool, content.content_hash)
             key: Key = who, tenant or "", role, route, content_hash
-            if (known := self._caches.get(who, {}).get(key)) is not None:
+            if (known := self._caches.get(who, OrderedDict()).get(key)) is not None:
                 self._caches[who].move_to_end(key)
                 return replace(known, queue=0.0, encode=0.0, cached=True)
             waited_for = self._jobs.get(key)
