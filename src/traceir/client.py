@@ -333,9 +333,7 @@ def _plain(parts: Sequence[Part]) -> bool:
 
 
 def _pair(parts: Sequence[Part]) -> dict[str, str]:
-    return {"image": _url(part) for part in parts if isinstance(part, ImageInput)} | {
-        "text": part for part in parts if isinstance(part, str)
-    }
+    return dict(("text", part) if isinstance(part, str) else ("image", _url(part)) for part in parts)
 
 
 def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
@@ -22,42 +23,16 @@ from starlette.exceptions import HTTPException
 
 from traceir import __version__
 from traceir.errors import DataError, InputError, StoreError, TraceError
+from traceir.serve import schemas
 from traceir.serve.audit import AuditLog
 from traceir.serve.faults import fault_of
 from traceir.serve.gate import Asked, Limits, scope_needed
 from traceir.serve.guard import kind_of
 from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
-from traceir.serve.keys import KeyRing, Principal, Scope
+from traceir.serve.keys import KeyRing, Principal
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
 from traceir.serve.page import LOOKED_AT, STATIC, page_config
-from traceir.serve.schemas import (
-    MAX_K,
-    MAX_OFFSET,
-    NO_ZERO,
-    CutoffConfig,
-    Deleted,
-    EmbeddingOut,
-    EmbeddingsIn,
-    EmbeddingsOut,
-    ErrorOut,
-    Id,
-    IdsIn,
-    ItemOut,
-    ItemPage,
-    ItemsIn,
-    ItemsOut,
-    ModelOut,
-    ModelsOut,
-    PageConfig,
-    Responses,
-    SearchIn,
-    SearchOut,
-    Status,
-    Trace,
-    Usage,
-    refusals,
-)
 from traceir.serve.service import Noted, Service, id_in
 from traceir.serve.strict import StrictRoute, UnreadableError
 
@@ -113,12 +88,12 @@ class Server:
         """The service as this caller sees it: over its tenant's items alone."""
         return self.ready().of_tenant(principal.tenant)
 
-    def model(self, name: str | None = None) -> ModelOut:
+    def model(self, name: str | None = None) -> schemas.ModelOut:
         """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
         encoder = self.ready().scheduler.encoder
         if name not in (None, self.model_name, encoder.fingerprint):
             raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.model_name!r}", "model_not_found")
-        return ModelOut(
+        return schemas.ModelOut(
             id=self.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
             prompt_version=encoder.prompt_version, width=encoder.width,
         )  # fmt: skip
@@ -148,7 +123,7 @@ def create_app(server: Server) -> FastAPI:
         await asyncio.wait([loading])
         await server.close()
 
-    always: Responses = refusals(400, 413, 414, 415, 421, 431) | {500: {"model": ErrorOut}}
+    always: schemas.Responses = schemas.refusals(400, 413, 414, 415, 421, 431) | {500: {"model": schemas.ErrorOut}}
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
         lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=always,
@@ -170,11 +145,11 @@ def _complete(document: dict[str, Any], *, keyed: bool) -> None:
         for method, operation in operations.items():
             told, scope = operation["responses"], scope_needed(method.upper(), path)
             told.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
-            told |= refusals(408) if "requestBody" in operation else {}
-            told |= refusals(403) if method != "get" or (scope and keyed) else {}
-            told |= refusals(429, 503) if scope else {}
+            told |= schemas.refusals(408) if "requestBody" in operation else {}
+            told |= schemas.refusals(403) if method != "get" or (scope and keyed) else {}
+            told |= schemas.refusals(429, 503) if scope else {}
             if scope and keyed:
-                told |= refusals(401)
+                told |= schemas.refusals(401)
                 operation["security"] = [{"key": []}]
     parts = document["components"]
     del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
@@ -221,16 +196,10 @@ def error_response(
     return JSONResponse({"error": told}, status_code=status, headers=headers)
 
 
-def allowed(scope: Scope) -> Any:
-    """A dependency: who asks, as KeyGate found it, where they may do this."""
-
-    def check(request: Request) -> Principal:
-        known: Principal = request.state.principal
-        if not known.may(scope):
-            raise Refused(403, f"the key {known.name!r} may not {scope}; ask for one with this scope", "forbidden")
-        return known
-
-    return Depends(check)
+def principal_of(request: Request) -> Principal:
+    """Who asks, as KeyGate found it, which has checked that they may."""
+    known: Principal = request.state.principal
+    return known
 
 
 def noting(request: Request) -> Noted | None:
@@ -239,8 +208,7 @@ def noting(request: Request) -> Noted | None:
     return asked.add if asked is not None and request.app.state.server.audit is not None else None
 
 
-Reader = Annotated[Principal, allowed("read")]
-Writer = Annotated[Principal, allowed("write")]
+Caller = Annotated[Principal, Depends(principal_of)]
 Audit = Annotated[Noted | None, Depends(noting)]
 
 
@@ -264,44 +232,43 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) 
 def _add_status(app: FastAPI, server: Server) -> None:
     @app.get("/health/", include_in_schema=False)
     @app.get("/health", tags=["status"])
-    async def health() -> Status:
+    async def health() -> schemas.Status:
         """The process answers."""
-        return Status(status="ok")
+        return schemas.Status(status="ok")
 
     @app.get("/ready/", include_in_schema=False)
-    @app.get("/ready", tags=["status"], responses=refusals(503))
-    async def ready() -> Status:
+    @app.get("/ready", tags=["status"], responses=schemas.refusals(503))
+    async def ready() -> schemas.Status:
         """The model is loaded and the index open; 503 until then."""
         if not server.ready().scheduler.alive:
             raise HTTPException(503, "the model fails at every input; the server's log says why")
-        return Status(status="ready")
+        return schemas.Status(status="ready")
 
-    text: Responses = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+    text: schemas.Responses = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
     @app.get("/metrics", tags=["status"], response_class=Response, responses=text)
-    async def metrics(principal: Reader) -> Response:
+    async def metrics(principal: Caller) -> Response:
         """Counters in Prometheus' text format."""
         if principal.tenant is not None:
             raise Refused(403, "the counters are of all tenants; ask with a key that has none", "forbidden")
         service = server.ready()
-        info = await service.info()
-        counts = {str(modality): count for modality, count in info.counts.items()}
-        return Response(server.metrics.page(service.scheduler, counts), media_type="text/plain; version=0.0.4")
+        info = await service.read(service.index.info)
+        return Response(server.metrics.page(service.scheduler, info.counts), media_type="text/plain; version=0.0.4")
 
 
 def _add_embeddings(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models", tags=["embeddings"])
-    async def models(principal: Reader) -> ModelsOut:
+    async def models(principal: Caller) -> schemas.ModelsOut:
         """The one model that this server runs."""
-        return ModelsOut(data=[server.model()])
+        return schemas.ModelsOut(data=[server.model()])
 
-    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=refusals(404))
-    async def named(id: str, principal: Reader) -> ModelOut:
+    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=schemas.refusals(404))
+    async def named(id: str, principal: Caller) -> schemas.ModelOut:
         """The same by its name, as OpenAI's clients ask for it."""
         return server.model(id)
 
-    @app.post("/v1/embeddings", tags=["embeddings"], responses=refusals(404), response_model=EmbeddingsOut)
-    async def embeddings(asked: EmbeddingsIn, request: Request, principal: Reader, noted: Audit) -> Response:
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
+    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, noted: Audit) -> Response:
         """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
         service, model = server.view(principal), server.model(asked.model)
         if asked.dimensions not in (None, model.width):
@@ -316,40 +283,40 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
 
 def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
     """An EmbeddingsOut in JSON."""
-    data: list[EmbeddingOut] = []
+    data: list[schemas.EmbeddingOut] = []
     for place, one in enumerate(served):
         vector = one.encoding.vector
         shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
-        data.append(EmbeddingOut(index=place, embedding=shown, trace=Trace.of(one)))
+        data.append(schemas.EmbeddingOut(index=place, embedding=shown, trace=schemas.Trace.of(one)))
     tokens = sum(one.prompt_tokens for one in served)
-    usage = Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
-    return EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
+    usage = schemas.Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+    return schemas.EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
 
 
 def _add_search(app: FastAPI, server: Server) -> None:
-    @app.post("/search", tags=["search"], response_model=SearchOut)
-    async def search(asked: SearchIn, request: Request, principal: Reader, noted: Audit) -> Response:
+    @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
+    async def search(asked: schemas.SearchIn, request: Request, principal: Caller, noted: Audit) -> Response:
         """The items nearest to a query of text, picture, both, or parts in reading order."""
         _, answer = await _while_connected(request, server.view(principal).search(asked, noted=noted))
         return _json(answer)
 
-    event = {"enum": ["route", "reasoning", "hits", "error"]}
     data = {"type": "string", "contentMediaType": "application/json"}
-    item = {"type": "object", "required": ["event", "data"], "properties": {"event": event, "data": data}}
+    properties = {"event": {"enum": ["route", "reasoning", "hits", "error"]}, "data": data}
+    item = {"type": "object", "required": ["event", "data"], "properties": properties}
     about = (
-        "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is written "
-        "so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
+        "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
+        "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
     )
-    events: Responses = {200: {"description": about, "content": {"text/event-stream": {"itemSchema": item}}}}
+    events: schemas.Responses = {200: {"description": about, "content": {"text/event-stream": {"itemSchema": item}}}}
 
     @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=events)
-    async def stream(asked: SearchIn, principal: Reader, noted: Audit) -> StreamingResponse:
+    async def stream(asked: schemas.SearchIn, principal: Caller, noted: Audit) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
         told = _events(server.view(principal), asked, noted)
         return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _events(service: Service, asked: SearchIn, noted: Noted | None) -> AsyncIterator[str]:
+async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
     task = asyncio.ensure_future(service.search(asked, listener=heard.put_nowait, noted=noted))
     task.add_done_callback(lambda _: heard.put_nowait(None))
@@ -383,49 +350,49 @@ def _event(name: str, data: str | Mapping[str, Any]) -> str:
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: ItemsIn, request: Request, principal: Writer, noted: Audit) -> ItemsOut:
+    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, noted: Audit) -> schemas.ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
         server.charge(principal, len(asked.items))
-        return ItemsOut(results=await _while_connected(request, server.view(principal).add(asked.items, noted=noted)))
+        return schemas.ItemsOut(results=await _while_connected(request, server.view(principal).add(asked.items, noted=noted)))
 
-    @app.get("/items", tags=["items"], response_model=ItemPage)
+    @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
-        principal: Reader,
-        after: Annotated[str, Query(max_length=1024, pattern=NO_ZERO)] = "",
-        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
-        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 100,
+        principal: Caller,
+        after: Annotated[str, Query(max_length=1024, pattern=schemas.NO_ZERO)] = "",
+        offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
+        limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
         return _json(await server.view(principal).items(after, offset, limit))
 
     @app.delete("/items", tags=["items"])
-    async def remove(asked: IdsIn, request: Request, principal: Writer) -> Deleted:
+    async def remove(asked: schemas.IdsIn, request: Request, principal: Caller) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
         if (audit := getattr(request.state, "audit", None)) is not None:
             audit.add_ids(asked.ids)
-        return Deleted(deleted=await server.view(principal).delete(asked.ids))
+        return schemas.Deleted(deleted=await server.view(principal).delete(asked.ids))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=refusals(404), response_model=ItemOut)
-    async def one(id: Id, principal: Reader) -> Response:
+    @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
+    async def one(id: schemas.Id, principal: Caller) -> Response:
         """What is kept of an item."""
         if (item := await server.view(principal).item(id)) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return _json(item)
 
-    @app.delete("/items/{id:path}", tags=["items"], responses=refusals(404))
-    async def remove_one(id: Id, principal: Writer) -> Deleted:
+    @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
+    async def remove_one(id: schemas.Id, principal: Caller) -> schemas.Deleted:
         """Removes an item."""
         count = await server.view(principal).delete([id])
         if not count:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        return Deleted(deleted=count)
+        return schemas.Deleted(deleted=count)
 
-    jpeg: Responses = {
+    jpeg: schemas.Responses = {
         200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
     }
 
-    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=refusals(404) | jpeg)
-    async def image(name: str, principal: Reader, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | jpeg)
+    async def image(name: str, principal: Caller, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
         """The picture of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
             content = await server.view(principal).jpeg(id_in(name), side)
@@ -436,19 +403,15 @@ def _add_items(app: FastAPI, server: Server) -> None:
 
 def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
-    async def config(principal: Reader) -> PageConfig:
+    async def config(principal: Caller) -> schemas.PageConfig:
         """What the page shows before the first search."""
         view = server.view(principal)
-        info, kept = await view.info(), await view.first(LOOKED_AT)
-        counts = {str(name): count for name, count in info.counts.items()}
-        cutoff = CutoffConfig(default=view.cutoff, background=dict(info.background))
-        world = getattr(view.scheduler.encoder, "world", None)
-        return await view.read(
-            lambda: page_config(
-                server.title, server.model(), counts, kept, world=world, instructions=server.instructions,
-                reasons=view.scheduler.reasons, cutoff=cutoff,
-            )
-        )  # fmt: skip
+        info = await view.read(view.index.info)
+        kept = await view.read(lambda: list(islice(view.index.scan(), LOOKED_AT)))
+        cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
+        world, reasons = getattr(view.scheduler.encoder, "world", None), view.scheduler.reasons
+        about = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
+        return await view.read(lambda: page_config(server.title, server.model(), info.counts, kept, **about))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

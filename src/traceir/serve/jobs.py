@@ -103,7 +103,7 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes. Each job that it takes ends by `finish_all` or `fail_all`; a job that is no longer `wanted` may be dropped."""
+    """What encodes. Each job it takes ends by `finish_all` or `fail_all`; one that is no longer `wanted` may be dropped."""
 
     def __init__(self) -> None:
         self._failures, self._failed = 0, 0.0

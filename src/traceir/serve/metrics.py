@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from traceir.items import Modality
 from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import Served
 from traceir.serve.scheduler import Scheduler
@@ -47,7 +48,7 @@ class Metrics:
         gauge = Gauge("traceir_audit_dropped", "Lines that the audit log lost since the start.", registry=self.registry)
         gauge.set_function(dropped)
 
-    def page(self, scheduler: Scheduler, counts: dict[str, int]) -> bytes:
+    def page(self, scheduler: Scheduler, counts: Mapping[Modality, int]) -> bytes:
         """All of it in Prometheus' text format."""
         self.waiting.set(scheduler.under_way)
         self.items.clear()

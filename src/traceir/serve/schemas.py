@@ -23,6 +23,7 @@ from pydantic import (
     StringConstraints,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 
 from traceir.cutoff import Cut
@@ -33,8 +34,7 @@ from traceir.items import Hit, Modality, Route
 from traceir.serve.faults import SAID, kind_in_json, plain
 from traceir.serve.jobs import Served
 
-MAX_TEXT: Final = 262_144
-"""Characters of a text, for memory's sake; what is longer than the model reads is cut, and the answer says by how much."""
+MAX_TEXT: Final = 262_144  # characters, for memory's sake; what is longer than the model reads is cut, and `cut` says how much
 MAX_VALUE: Final = 32_768
 MAX_INPUTS: Final = 256
 MAX_PARTS: Final = 32
@@ -161,16 +161,9 @@ class SearchIn(Strict):
     """Leave out hits that this share of queries would get whose answer is not there; 0: none, absent: the server's own."""
 
 
-class Seconds(BaseModel):
-    """Wall time by stage; `search` only where an index was asked."""
-
-    queue: float
-    encode: float
-    search: float | None = None
-
-
 class Trace(BaseModel):
-    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, where the time went."""
+    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, wall time by stage (null:
+    there was no search)."""
 
     route: Literal["reason", "direct"]
     reasoning: str
@@ -179,7 +172,7 @@ class Trace(BaseModel):
     emb_probability: float
     cut: int
     cached: bool
-    seconds: Seconds
+    seconds: dict[Literal["queue", "encode", "search"], float | None]
 
     @classmethod
     def of(cls, served: Served, search: float | None = None) -> Trace:
@@ -187,7 +180,7 @@ class Trace(BaseModel):
         return cls(
             route=encoding.route, reasoning=encoding.reasoning, tokens=encoding.tokens, truncated=encoding.truncated,
             emb_probability=encoding.emb_probability, cut=served.cut, cached=served.cached,
-            seconds=Seconds(queue=served.queue, encode=served.encode, search=search),
+            seconds={"queue": served.queue, "encode": served.encode, "search": search},
         )  # fmt: skip
 
 
@@ -291,42 +284,36 @@ Input = Annotated[
 ]
 
 
-class ChatText(Lenient):
-    type: Literal["text", "input_text"]
-    text: Text
+class ChatPart(Lenient):
+    """A text, or a picture by data URL or by address."""
 
-
-class Address(Lenient):
-    url: str
-
-
-class ChatImage(Lenient):
-    """A picture by data URL or by address."""
-
-    type: Literal["image_url", "image", "input_image", "image_base64"]
+    type: Literal["text", "input_text", "image_url", "image", "input_image", "image_base64"]
+    text: Text | None = None
     image_url: Annotated[
-        Annotated[str, Tag("<text>")] | Annotated[Address, Tag("<object>")],
-        _one_of("an address or an object with its url"),
+        str | None,
+        BeforeValidator(lambda value: value.get("url") if isinstance(value, dict) else value),
         Field(validation_alias=AliasChoices("image_url", "image", "input_image", "image_base64")),
-    ]
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}]}),
+    ] = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ChatPart:
+        wanted = "text" if "text" in self.type else "image_url"
+        if getattr(self, wanted) is None:
+            raise ValueError(f"a content of type {self.type!r} needs a {wanted}")
+        return self
 
 
-_CHAT_TYPES: Final = {"text": "<words>", "input_text": "<words>"} | dict.fromkeys(
-    ("image_url", "image", "input_image", "image_base64"), "<image>"
-)
-ChatPart = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[ChatText, Tag("<words>")] | Annotated[ChatImage, Tag("<image>")],
-    Discriminator(
-        lambda value: _CHAT_TYPES.get(str(value.get("type"))) if isinstance(value, dict) else _tag(value),
-        custom_error_type="kind", custom_error_message="a text or an object of type text or image_url is wanted",
-    ),
-]  # fmt: skip
+ChatParts = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[ChatPart, Tag("<object>")],
+    _one_of("a text or an object of type text or image_url"),
+]
 
 
 class Message(Lenient):
     role: Literal["system", "user", "assistant", "developer"]
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[ChatPart], Tag("<list>")], _one_of("a text or a list of contents")
+        Annotated[Text, Tag("<text>")] | Annotated[list[ChatParts], Tag("<list>")], _one_of("a text or a list of contents")
     ]
 
 
@@ -429,8 +416,8 @@ class CutoffConfig(BaseModel):
 
 
 class PageConfig(BaseModel):
-    """What the page shows before the first search. `world`: what alone the model knows, "" where it has no such bounds; `reasons`:
-    whether queries may be reasoned about; `instead`: commands that give useful hits, where the collection is not what it knows."""
+    """What the page shows before the first search. `world`: what alone the model knows, "" where it has no bounds; `reasons`:
+    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows."""
 
     title: str
     instructions: list[str]

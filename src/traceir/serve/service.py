@@ -18,34 +18,15 @@ import numpy as np
 from traceir.cutoff import Calibrations, search_above
 from traceir.errors import InputError, StoreError, TraceError
 from traceir.images import ImageInput
-from traceir.index import And, Eq, Filter, In, Index, IndexInfo, Stored
-from traceir.index import Range as RangeFilter
+from traceir.index import And, Eq, Filter, In, Index, Range, Stored
 from traceir.items import Hit, Item, Modality, Part, Query, Route
+from traceir.serve import schemas
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
 from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.scheduler import Scheduler
-from traceir.serve.schemas import (
-    MAX_PARTS,
-    Address,
-    ChatImage,
-    ChatText,
-    ContentIn,
-    EmbeddingsIn,
-    ImageIn,
-    ItemIn,
-    ItemOut,
-    ItemPage,
-    ItemResult,
-    Message,
-    Range,
-    SearchIn,
-    SearchOut,
-    Trace,
-    Where,
-)
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import Census, TenantIndex
 from traceir.serve.uploads import Intake, Sources, image_of_item, without_paths
@@ -94,8 +75,10 @@ class Service:
 
     # Searching and encoding
 
-    async def search(self, asked: SearchIn, *, listener: Listener | None = None, noted: Noted | None = None) -> tuple[Trace, str]:
-        """The trace of a query, and the whole answer, a SearchOut, in JSON. Raises InputError, BusyError, LateError, StoreError."""
+    async def search(
+        self, asked: schemas.SearchIn, *, listener: Listener | None = None, noted: Noted | None = None
+    ) -> tuple[schemas.Trace, str]:
+        """A query's trace, and the whole answer, a SearchOut in JSON. Raises InputError, BusyError, LateError, StoreError."""
         async with self._within_deadline():
             where = await self.read(lambda: filter_of(asked.where)) if asked.where else None
             query = await self._query(asked)
@@ -104,7 +87,7 @@ class Service:
                 served = await self._encode(query, asked.route or "auto", listener)
             return await self.read(lambda: self._answer(asked, query, where, served))
 
-    def _answer(self, asked: SearchIn, query: Query, where: Filter | None, served: Served) -> tuple[Trace, str]:
+    def _answer(self, asked: schemas.SearchIn, query: Query, where: Filter | None, served: Served) -> tuple[schemas.Trace, str]:
         """The search itself, in a thread."""
         started, exact = time.perf_counter(), asked.exact is not False
         offset, k = asked.offset or 0, asked.k or 10
@@ -120,15 +103,15 @@ class Service:
             raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
         seconds = time.perf_counter() - started
         self.metrics.seconds.labels("search").observe(seconds)
-        trace, shown = Trace.of(served, seconds), hits[offset : offset + k]
+        trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
         check_answer(shown)
-        out = SearchOut(
+        out = schemas.SearchOut(
             hits=[replace(hit, image=image_path(hit.id, hit.image)) for hit in shown], trace=trace, offset=offset, k=k,
             more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
         )  # fmt: skip
         return trace, out.model_dump_json()
 
-    def _thresholds(self, asked: SearchIn, query: Query) -> tuple[float | None, Mapping[Modality, float]]:
+    def _thresholds(self, asked: schemas.SearchIn, query: Query) -> tuple[float | None, Mapping[Modality, float]]:
         """The rate in force and what a hit must score more than. The server's own rate gives way where the index cannot tell."""
         rate = self.cutoff if asked.cutoff is None else asked.cutoff or None
         if rate is None:
@@ -140,7 +123,7 @@ class Service:
                 raise
             return None, {}
 
-    async def embed(self, asked: EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
+    async def embed(self, asked: schemas.EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
         async with self._within_deadline():
             contents = await self._contents(asked)
@@ -169,25 +152,27 @@ class Service:
 
     # What is asked
 
-    async def _query(self, asked: SearchIn) -> Query:
+    async def _query(self, asked: schemas.SearchIn) -> Query:
         """The Query of a request, its pictures found but not decoded."""
         if asked.parts is not None and (asked.text is not None or asked.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
-        given: list[tuple[str, str | ImageIn | None]] = [(f"parts[{n}]", part) for n, part in enumerate(asked.parts or ())]
+        given: list[tuple[str, str | schemas.ImageIn | None]] = [
+            (f"parts[{n}]", part) for n, part in enumerate(asked.parts or ())
+        ]
         parts = await self._parts([*given, ("image", asked.image), ("text", asked.text)])
         return Query(parts, instruction=asked.instruction, target=asked.modality)
 
-    async def _parts(self, given: Sequence[tuple[str, str | ImageIn | None]]) -> tuple[Part, ...]:
+    async def _parts(self, given: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
         """Texts that are not blank, and pictures, each with its place in the request."""
         parts: list[Part] = []
         for place, one in given:
-            if isinstance(one, ImageIn):
+            if isinstance(one, schemas.ImageIn):
                 parts.append(await self.intake.take(one.model_dump(exclude_none=True), place, self.sources))
             elif one is not None and one.strip():
                 parts.append(one)
         return tuple(parts)
 
-    async def _contents(self, asked: EmbeddingsIn) -> dict[str, Query | Item]:
+    async def _contents(self, asked: schemas.EmbeddingsIn) -> dict[str, Query | Item]:
         """What is to be encoded, by how messages name each of it."""
         if (asked.input is None) == (asked.messages is None):
             raise InputError("give exactly one of input and messages")
@@ -198,13 +183,15 @@ class Service:
         each: dict[str, Any] = {f"{name}[{n}]": one for n, one in enumerate(given or ())} if several else {name: given}
         return dict(zip(each, await together([self._content(*one, asked) for one in each.items()]), strict=True))
 
-    async def _content(self, place: str, given: str | ContentIn | list[Any] | Message, asked: EmbeddingsIn) -> Query | Item:
+    async def _content(
+        self, place: str, given: str | schemas.ContentIn | list[Any] | schemas.Message, asked: schemas.EmbeddingsIn
+    ) -> Query | Item:
         told = [asked.instruction] if asked.instruction else []
-        parts: list[tuple[str, str | ImageIn | None]] = []
+        parts: list[tuple[str, str | schemas.ImageIn | None]] = []
         if isinstance(given, str):
             parts = [(place, given)]
-        elif isinstance(given, ContentIn):
-            image = ImageIn(data=given.image) if isinstance(given.image, str) else given.image
+        elif isinstance(given, schemas.ContentIn):
+            image = schemas.ImageIn(data=given.image) if isinstance(given.image, str) else given.image
             parts = [(f"{place}.image", image), (place, given.text)]
         else:
             for spot, role, part in _chat_parts(given, place):
@@ -212,8 +199,8 @@ class Service:
                     told.append(part)
                 else:
                     parts.append((spot, part))
-        if len(parts) + len(told) > MAX_PARTS + 1:
-            raise InputError(f"{place} has more than {MAX_PARTS} parts; send fewer, or several chats")
+        if len(parts) + len(told) > schemas.MAX_PARTS + 1:
+            raise InputError(f"{place} has more than {schemas.MAX_PARTS} parts; send fewer, or several chats")
         read = await self._parts(parts)
         with placed(place):
             if (asked.input_type or ("query" if asked.messages is not None else "document")) == "document":
@@ -222,25 +209,25 @@ class Service:
 
     # Items
 
-    async def add(self, items: Sequence[object], *, noted: Noted | None = None) -> list[ItemResult]:
+    async def add(self, items: Sequence[object], *, noted: Noted | None = None) -> list[schemas.ItemResult]:
         """Indexes items, as they came in JSON; each has a result of its own, and what is told as added is durable."""
         read = await self.read(lambda: read_items(items))
-        good = [one for one in read if isinstance(one, ItemIn)]
+        good = [one for one in read if isinstance(one, schemas.ItemIn)]
         made = dict(zip((one.id for one in good), await together(self._each(good, self._made)), strict=True))
         whole = [one for one in made.values() if not isinstance(one, str)]
         await self._note([item for item, _, _ in whole], noted)
         new = await self._write(lambda: self._keep(whole)) if whole else set()
-        results: list[ItemResult] = []
+        results: list[schemas.ItemResult] = []
         for one in read:
-            if isinstance(one, ItemResult):
+            if isinstance(one, schemas.ItemResult):
                 results.append(one)
             elif isinstance(done := made[one.id], str):
-                results.append(ItemResult(id=one.id, status="failed", error=done))
+                results.append(schemas.ItemResult(id=one.id, status="failed", error=done))
             else:
-                results.append(ItemResult(id=one.id, status="added" if one.id in new else "updated", cut=done[2].cut))
+                results.append(schemas.ItemResult(id=one.id, status="added" if one.id in new else "updated", cut=done[2].cut))
         return results
 
-    async def _made(self, given: ItemIn) -> tuple[Item, Item, Served] | str:
+    async def _made(self, given: schemas.ItemIn) -> tuple[Item, Item, Served] | str:
         """The item as it was sent, and with its picture in a file that stays, and its encoding; or why it cannot be had."""
         try:
             parts = await self._parts([("image", given.image), ("text", given.text)])
@@ -303,24 +290,17 @@ class Service:
         """
 
         def page() -> str:
-            shown: list[ItemOut] = []
+            shown: list[schemas.ItemOut] = []
             size = 0
-            where = RangeFilter("id", low=after) if after else None
+            where = Range("id", low=after) if after else None
             for stored in islice((one for one in self.index.scan(where) if one.id != after), offset, None):
                 shown.append(item_out(stored))
                 size += size_of(stored)
                 if len(shown) > limit or (size > MAX_ANSWER and len(shown) > 1):
-                    return ItemPage(items=shown[:-1], offset=offset, more=True).model_dump_json()
-            return ItemPage(items=shown, offset=offset, more=False).model_dump_json()
+                    return schemas.ItemPage(items=shown[:-1], offset=offset, more=True).model_dump_json()
+            return schemas.ItemPage(items=shown, offset=offset, more=False).model_dump_json()
 
         return await self.read(page)
-
-    async def first(self, count: int) -> list[Stored]:
-        """The first items in order of id."""
-        return await self.read(lambda: list(islice(self.index.scan(), count)))
-
-    async def info(self) -> IndexInfo:
-        return await self.read(self.index.info)
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The picture of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
@@ -334,7 +314,7 @@ class Service:
     def _each(self, given: Sequence[Given], work: Callable[[Given], Awaitable[Result]]) -> list[Coroutine[Any, Any, Result]]:
         """Work over many inputs of one request, which takes at most a quarter of the server's capacity at a time.
 
-        Where there is no room the first input says so; the others wait for it, so that what is begun is not lost.
+        schemas.Where there is no room the first input says so; the others wait for it, so that what is begun is not lost.
         """
         share = asyncio.Semaphore(max(1, self.scheduler.capacity // 4))
 
@@ -373,7 +353,7 @@ def placed(place: str) -> Iterator[None]:
         raise InputError(f"{place}: {error}") from error
 
 
-def _chat_parts(chat: list[Message] | Message, place: str) -> Iterator[tuple[str, str, str | ImageIn]]:
+def _chat_parts(chat: list[schemas.Message] | schemas.Message, place: str) -> Iterator[tuple[str, str, str | schemas.ImageIn]]:
     """The parts of a chat: place, role, and a text or a picture."""
     for number, message in enumerate(chat if isinstance(chat, list) else [chat]):
         spot = f"{place}[{number}].content"
@@ -381,28 +361,28 @@ def _chat_parts(chat: list[Message] | Message, place: str) -> Iterator[tuple[str
             yield spot, message.role, message.content
             continue
         for at, part in enumerate(message.content):
-            if isinstance(part, ChatImage):
-                address = part.image_url.url if isinstance(part.image_url, Address) else part.image_url
-                yield f"{spot}[{at}]", message.role, _image_at(address, f"{spot}[{at}]")
+            here = f"{spot}[{at}]"
+            if isinstance(part, str):
+                yield here, message.role, part
             else:
-                yield f"{spot}[{at}]", message.role, part.text if isinstance(part, ChatText) else part
+                yield here, message.role, _image_at(part.image_url, here) if part.image_url else part.text or ""
 
 
-def _image_at(address: str, place: str) -> ImageIn:
+def _image_at(address: str, place: str) -> schemas.ImageIn:
     """The picture of a chat's `image_url`: a data URL, or an address."""
     if address.startswith("data:"):
-        return ImageIn(data=address)
+        return schemas.ImageIn(data=address)
     if len(address) > 2048:
         raise InputError(f"{place}: image_url is neither a data: URL nor an address of at most 2048 characters")
-    return ImageIn(url=address)
+    return schemas.ImageIn(url=address)
 
 
-def filter_of(where: Where | None) -> Filter | None:
+def filter_of(where: schemas.Where | None) -> Filter | None:
     """The filter tree of a request's `where`."""
     parts: list[Filter] = []
     for name, wanted in (where or {}).items():
-        if isinstance(wanted, Range):
-            parts.append(RangeFilter(name, wanted.gte, wanted.lte))
+        if isinstance(wanted, schemas.Range):
+            parts.append(Range(name, wanted.gte, wanted.lte))
         else:
             parts.append(In(name, tuple(wanted)) if isinstance(wanted, list) else Eq(name, wanted))
     return None if not parts else parts[0] if len(parts) == 1 else And(tuple(parts))
@@ -425,8 +405,8 @@ def check_answer(hits: Sequence[Hit]) -> None:
         )
 
 
-def item_out(stored: Stored) -> ItemOut:
-    return ItemOut(
+def item_out(stored: Stored) -> schemas.ItemOut:
+    return schemas.ItemOut(
         id=stored.id, modality=stored.modality, text=stored.text, image=image_path(stored.id, stored.image),
         fields=dict[str, Any](stored.fields),
     )  # fmt: skip

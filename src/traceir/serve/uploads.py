@@ -1,7 +1,8 @@
 """Pictures that arrive in a request: as base64, by the id of an indexed item, or by address where a host is allowed.
 
 No text of a client ever becomes a path. The only files read are those that an index names and that lie in the folders the
-operator gave; a picture from a request carries no name, so nothing a client says is stored where a path would be looked for. What can be known without decoding is checked here; who encodes a picture decodes it, once.
+operator gave; a picture from a request carries no name, so nothing a client says is stored where a path would be looked for.
+What can be known without decoding is checked here; who encodes a picture decodes it, once.
 """
 
 from __future__ import annotations
