@@ -410,7 +410,7 @@ def _add_page(app: FastAPI, server: Server) -> None:
         kept = await view.read(lambda: list(islice(view.index.scan(), LOOKED_AT)))
         cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
         world, reasons = getattr(view.scheduler.encoder, "world", None), view.scheduler.reasons
-        about = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
+        about: dict[str, Any] = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
         return await view.read(lambda: page_config(server.title, server.model(), info.counts, kept, **about))
 
     @app.get("/", include_in_schema=False)

@@ -67,8 +67,8 @@ def page_config(
     ours = at_home and instructions is None
     return PageConfig(
         title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
-        count={str(name): count for name, count in counts.items()}, examples=EXAMPLES if ours and kept else examples_of(kept), world=world.says if world else "",
-        reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
+        count={str(name): count for name, count in counts.items()}, examples=EXAMPLES if ours and kept else examples_of(kept),
+        world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
     )  # fmt: skip
 
 
