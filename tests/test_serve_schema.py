@@ -112,5 +112,6 @@ def test_what_is_granted_is_as_documented(tried: Tried, label: str) -> None:
 
 
 @pytest.mark.parametrize("label", GOOD)
+@pytest.mark.slow
 def test_whatever_is_asked_the_answer_is_as_documented(tried: Tried, label: str) -> None:
     try_operation(tried.operation(label), EXAMPLES, tried.ask)
