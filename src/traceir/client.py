@@ -26,16 +26,13 @@ from traceir.images import ImageInput, data_url
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 
-CHUNK: Final = 64
-"""Inputs of one request at most; longer calls send several."""
-CHUNK_BYTES: Final = 24 * 1024 * 1024
-"""Bytes of one request, of JSON with pictures in base64, beyond which no input joins it."""
+CHUNK: Final = 64  # inputs of one request at most; longer calls send several
+CHUNK_BYTES: Final = 24 * 1024 * 1024  # bytes of one request, of JSON with pictures in base64, beyond which no input joins it
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
 _PAGE: Final = 500
 _NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
-_REFUSED: Final = (400, 404, 409, 413, 415, 422)
-"""The server's word for a request that is wrong as it stands."""
+_REFUSED: Final = (400, 404, 409, 413, 415, 422)  # the server's word for a request that is wrong as it stands
 Read = TypeVar("Read")
 
 

@@ -29,8 +29,7 @@ T = TypeVar("T")
 _PASSING: Final = frozenset({429, 502, 503, 504})
 """By these a server says that the same request may succeed later. 408 is none: that request has spent the server's time once."""
 _LONGEST_PAUSE_S: Final = 30.0
-_CLOSING_S: Final = 10.0
-"""What `close` waits at most for requests to end."""
+_CLOSING_S: Final = 10.0  # what `close` waits at most for requests to end
 
 
 class TransientError(ModelError):

@@ -38,8 +38,7 @@ from traceir.serve.strict import StrictRoute, UnreadableError
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-CLOSE_S: Final = 5.0
-"""Seconds for what is still under way once all requests have been answered or given up."""
+CLOSE_S: Final = 5.0  # seconds for what is still under way once all requests have been answered or given up
 STATUS: Final[Mapping[type[TraceError], int]] = {
     BusyError: 429, LateError: 408, InputError: 400, DataError: 400, StoreError: 503, UnavailableError: 503, TraceError: 500,
 }  # fmt: skip
@@ -196,13 +195,13 @@ def error_response(
     return JSONResponse({"error": told}, status_code=status, headers=headers)
 
 
-def principal_of(request: Request) -> Principal:
+async def principal_of(request: Request) -> Principal:
     """Who asks, as KeyGate found it, which has checked that they may."""
     known: Principal = request.state.principal
     return known
 
 
-def noting(request: Request) -> Noted | None:
+async def noting(request: Request) -> Noted | None:
     """What notes contents for the audit log, where it is on."""
     asked: Asked | None = getattr(request.state, "audit", None)
     return asked.add if asked is not None and request.app.state.server.audit is not None else None

@@ -20,8 +20,7 @@ from traceir.serve.jobs import Job, UnavailableError, Worker
 
 log = logging.getLogger(__name__)
 
-ROWS: Final = 32
-"""Inputs of a batch, where the encoder does not say how many (`batch_rows`)."""
+ROWS: Final = 32  # inputs of a batch, where the encoder does not say how many (`batch_rows`)
 PATIENT: Final = 4.0
 """How many times the time of long work counts, so that it has the smaller part of an encoder that others want too."""
 

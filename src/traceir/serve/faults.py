@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-MOST: Final = 500
-"""Characters of a message."""
+MOST: Final = 500  # characters of a message
 
 
 class Doubled:

@@ -18,10 +18,8 @@ from traceir.images import ImageInput, file_bytes
 from traceir.serve.uploads import LIMITS
 
 _OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
-LEFT_S: Final = 3600.0
-"""Seconds after which a file that no item names is not on its way into the index any more."""
-MAX_SIDE: Final = 2048
-"""Pixels of the longer side of a picture that is handed out, at most."""
+LEFT_S: Final = 3600.0  # seconds after which a file that no item names is not on its way into the index any more
+MAX_SIDE: Final = 2048  # pixels of the longer side of a picture that is handed out, at most
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,7 @@ from traceir.errors import TraceError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
 
-FAILURES: Final = 8
-"""Failures of a worker, one after the other, from which on the server no longer calls itself ready."""
+FAILURES: Final = 8  # failures of a worker, one after the other, from which on the server no longer calls itself ready
 AGAIN_S: Final = 15.0
 """Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
 

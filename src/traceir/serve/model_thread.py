@@ -29,15 +29,13 @@ from traceir.serve.jobs import FAILURES, Job, Progress, Worker
 
 log = logging.getLogger(__name__)
 
-PACE: Final = 0.5
-"""Seconds of writing for each second of prefill while both are wanted."""
+PACE: Final = 0.5  # seconds of writing for each second of prefill while both are wanted
 SHARED_S: Final = 0.03
 """Seconds that a prefill should take while there are several callers, of FEW_ROWS rows at least: one that comes waits so long."""
 FEW_ROWS: Final = 4
 PATIENT: Final = 4.0
 """How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
-PROGRESS_S: Final = 0.02
-"""Seconds between two reports on a row that writes."""
+PROGRESS_S: Final = 0.02  # seconds between two reports on a row that writes
 
 
 @dataclass(slots=True, eq=False)

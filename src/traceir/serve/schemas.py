@@ -30,7 +30,7 @@ from traceir.cutoff import Cut
 from traceir.index.filters import MAX_LIST_VALUES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.index.store import MAX_ID_BYTES, check_id
-from traceir.items import Hit, Modality, Route
+from traceir.items import Modality, Route
 from traceir.serve.faults import SAID, kind_in_json, plain
 from traceir.serve.jobs import Served
 
@@ -184,11 +184,28 @@ class Trace(BaseModel):
         )  # fmt: skip
 
 
-class SearchOut(BaseModel):
-    """Hits from rank `offset` + 1, best first, `image` the path of a picture on this server; `more`: there are others behind
-    them; `cutoff` only where one was on. `note` is what is to be told of them: that the model knows no such things."""
+class ItemOut(BaseModel):
+    """What is kept of an item; `image` is the path of its picture on this server."""
 
-    hits: list[SkipValidation[Hit]]
+    id: str
+    modality: Modality
+    text: str | None
+    image: str | None
+    fields: dict[str, Value]
+
+
+class HitOut(ItemOut):
+    """One found item."""
+
+    score: float
+    rank: int
+
+
+class SearchOut(BaseModel):
+    """Hits from rank `offset` + 1, best first; `more`: there are others behind them; `cutoff` only where one was on. `note` is
+    what is to be told of them: that the model knows no such things."""
+
+    hits: list[HitOut]
     trace: Trace
     offset: int
     k: int
@@ -245,16 +262,6 @@ class IdsIn(Strict):
 
 class Deleted(BaseModel):
     deleted: int
-
-
-class ItemOut(BaseModel):
-    """What is kept of an item."""
-
-    id: str
-    modality: Modality
-    text: str | None
-    image: str | None
-    fields: dict[str, Value]
 
 
 class ItemPage(BaseModel):

@@ -34,8 +34,7 @@ from traceir.world import notice
 
 Result = TypeVar("Result")
 Given = TypeVar("Given")
-Noted = Callable[[Query | Item], None]
-"""Hears what a request asks, for the audit log; it may read pictures."""
+Noted = Callable[[Query | Item], None]  # hears what a request asks, for the audit log; it may read pictures
 log = logging.getLogger(__name__)
 
 
@@ -106,8 +105,8 @@ class Service:
         trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
         check_answer(shown)
         out = schemas.SearchOut(
-            hits=[replace(hit, image=image_path(hit.id, hit.image)) for hit in shown], trace=trace, offset=offset, k=k,
-            more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
+            hits=[schemas.HitOut(score=hit.score, rank=hit.rank, **_shown(hit)) for hit in shown], trace=trace, offset=offset,
+            k=k, more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
         )  # fmt: skip
         return trace, out.model_dump_json()
 
@@ -279,7 +278,7 @@ class Service:
 
         def shown() -> str | None:
             stored = self.index.get([id]).get(id)
-            return None if stored is None else item_out(stored).model_dump_json()
+            return None if stored is None else schemas.ItemOut(**_shown(stored)).model_dump_json()
 
         return await self.read(shown)
 
@@ -294,7 +293,7 @@ class Service:
             size = 0
             where = Range("id", low=after) if after else None
             for stored in islice((one for one in self.index.scan(where) if one.id != after), offset, None):
-                shown.append(item_out(stored))
+                shown.append(schemas.ItemOut(**_shown(stored)))
                 size += size_of(stored)
                 if len(shown) > limit or (size > MAX_ANSWER and len(shown) > 1):
                     return schemas.ItemPage(items=shown[:-1], offset=offset, more=True).model_dump_json()
@@ -405,11 +404,10 @@ def check_answer(hits: Sequence[Hit]) -> None:
         )
 
 
-def item_out(stored: Stored) -> schemas.ItemOut:
-    return schemas.ItemOut(
-        id=stored.id, modality=stored.modality, text=stored.text, image=image_path(stored.id, stored.image),
-        fields=dict[str, Any](stored.fields),
-    )  # fmt: skip
+def _shown(one: Hit | Stored) -> dict[str, Any]:
+    """The fields of an ItemOut."""
+    image = image_path(one.id, one.image)
+    return {"id": one.id, "modality": one.modality, "text": one.text, "image": image, "fields": dict(one.fields)}
 
 
 def image_path(id: str, image: str | None) -> str | None:

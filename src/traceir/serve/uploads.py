@@ -21,10 +21,8 @@ from traceir.images import ImageInput, ImageLimits
 from traceir.index.store import Index
 from traceir.serve.fair import Turns
 
-LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
-"""Smaller than at the command line."""
-DECODERS: Final = 2
-"""Pictures decoded at a time to be shown, which bounds memory whatever is asked for."""
+LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
+DECODERS: Final = 2  # pictures decoded at a time to be shown, which bounds memory whatever is asked for
 _STANDARD: Final = str.maketrans("-_", "+/", " \t\r\n")
 _PIECE: Final = 256 * 1024
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
