@@ -235,8 +235,11 @@ def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
     text = caller.good("GET", "/metrics").decode()
     assert 'traceir_encoded_total{role="query",route="direct"}' in text and "traceir_stage_seconds_bucket" in text
     assert 'traceir_requests_total{path="/search",status="200"}' in text
-    document = caller.client.get("/openapi.json").json()
-    assert {"/v1/embeddings", "/search", "/search/stream", "/items", "/items/{id}"} <= set(document["paths"])
+    paths = caller.client.get("/openapi.json").json()["paths"]
+    told = {f"{method} {path}": one for path, methods in paths.items() for method, one in methods.items()}
+    assert {"post /v1/embeddings", "post /search/stream", "delete /items/{id}", "get /pictures/{name}"} <= set(told)
+    assert {label for label, one in told.items() if one.get("security") != [{"key": []}]} == {"get /health", "get /ready"}
+    assert not any("422" in one["responses"] or "400" not in one["responses"] for one in told.values())
 
 
 def test_keys_scopes_and_tenants(caller: Caller) -> None:
@@ -425,13 +428,13 @@ def test_an_image_is_decoded_once_and_nothing_long_is_done_in_the_event_loop(
         module, name = place.split(".")
         work = getattr(__import__(f"traceir.serve.{module}", fromlist=[name]), name)
         monkeypatch.setattr(f"traceir.serve.{place}", watched(work, place, seen))
-    padding = "x" * 262_144  # bodies so large that they are read beside the loop
-    assert caller.add({"id": "seen", "text": padding, "image": data(png("lime"))}, {"id": 5})[0]["status"] == "added"
+    where = {"shelf": [*range(100)], "more": ["x" * 30_000] * 10}  # bodies so large that they are read beside the loop
+    sent = {"id": "seen", "text": "a ring", "image": data(png("lime")), "fields": {"more": where["more"]}}
+    assert caller.add(sent, {"id": 5})[0]["status"] == "added"
     assert [name for name, _ in seen].count("load") == 1
-    where = {"shelf": [*range(100)], "more": ["x" * 30_000] * 10}
-    for body in ({"image": {"item": "seen"}, "where": where}, {"parts": [IMAGE, padding], "k": 1000}):
+    for body in ({"image": {"item": "seen"}, "where": where}, {"parts": [IMAGE, "a ring"], "k": 1000, "where": where}):
         caller.good("POST", "/search", body)
-    caller.good("POST", "/v1/embeddings", {"input": [padding, {"image": IMAGE["data"]}]})
+    caller.good("POST", "/v1/embeddings", {"input": ["a ring", {"image": IMAGE["data"]}], "user": "x" * 300_000})
     for path in ("/items/seen", "/items", "/page/config", "/metrics", "/pictures/c2Vlbg"):
         caller.good("GET", path)
     assert caller.good("DELETE", "/items/seen") and len(seen) > 20

@@ -43,6 +43,7 @@ ROUTE_OF: list[Route] = ["auto", "reason", "direct"]
 
 
 def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceModel, queries: list[Query]) -> None:
+    queries = queries[::2] + queries[1::6]
     encoder = Encoder(model)
     wanted = {
         (query.content_hash(), route): encoder.encode_queries([query], route=route)[0] for query in queries for route in ROUTE_OF

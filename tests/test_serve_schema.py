@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from benchmarks.hostile import schema_config, try_operation
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 25
 RED = BytesIO()
 Image.new("RGB", (12, 8), "red").save(RED, "PNG")
@@ -112,6 +114,5 @@ def test_what_is_granted_is_as_documented(tried: Tried, label: str) -> None:
 
 
 @pytest.mark.parametrize("label", GOOD)
-@pytest.mark.slow
 def test_whatever_is_asked_the_answer_is_as_documented(tried: Tried, label: str) -> None:
     try_operation(tried.operation(label), EXAMPLES, tried.ask)

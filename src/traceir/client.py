@@ -114,7 +114,7 @@ class Client:
     @cached_property
     def model(self) -> ServedModel:
         """The server's model, asked for once."""
-        return _read(ServedModel, next(iter(self._list("GET", "/v1/models", "data")), None))
+        return _read(ServedModel, next(iter(_list_of(self._call("GET", "/v1/models"), "data")), None))
 
     def embed_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Encodings of queries by the given route, in order. Parts in an order of their own travel as a chat."""
@@ -153,8 +153,9 @@ class Client:
         answered, lost = False, "the server does not confirm it"
         for chunk in _chunks(_sendable(items, results)):
             try:
-                told = self._list("POST", "/items", "results", {"items": [piece.body for piece in chunk]}, count=len(chunk))
-                results.update(zip((piece.place for piece in chunk), [_read(Added, one) for one in told], strict=True))
+                answer = self._call("POST", "/items", {"items": [piece.body for piece in chunk]})
+                told = [_read(Added, one) for one in _list_of(answer, "results", len(chunk))]
+                results.update(zip((piece.place for piece in chunk), told, strict=True))
             except InputError as error:
                 results.update({piece.place: Added("", "failed", str(error)) for piece in chunk})
             except ModelError as error:
@@ -241,9 +242,6 @@ class Client:
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._connection.gather([partial(self._request, method, path, body)])[0]
-
-    def _list(self, method: str, path: str, name: str, body: Mapping[str, Any] | None = None, *, count: int = -1) -> list[Any]:
-        return _list_of(self._call(method, path, body), name, count)
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         answer = self._checked(path, await self._connection.request(method, path, body, refused=_REFUSED))

@@ -16,13 +16,11 @@ from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
 from traceir.search import EncoderLike
 from traceir.serve.fair import Rounds, Usage
-from traceir.serve.jobs import Job, UnavailableError, Worker
+from traceir.serve.jobs import PATIENT, Job, UnavailableError, Worker
 
 log = logging.getLogger(__name__)
 
 ROWS: Final = 32  # inputs of a batch, where the encoder does not say how many (`batch_rows`)
-PATIENT: Final = 4.0
-"""How many times the time of long work counts, so that it has the smaller part of an encoder that others want too."""
 
 
 class EngineWorker(Worker):

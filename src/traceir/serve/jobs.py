@@ -20,6 +20,10 @@ AGAIN_S: Final = 15.0
 """Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
 
 
+PATIENT: Final = 4.0
+"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
+
+
 class BusyError(TraceError):
     """Too many inputs are waiting, `of_caller` of them this caller's; `retry_after_s` says when to come back."""
 

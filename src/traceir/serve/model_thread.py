@@ -25,7 +25,7 @@ from traceir.encoder import Encoder
 from traceir.items import Query, Route
 from traceir.prompts import Role
 from traceir.serve.fair import Company, Rounds, Usage
-from traceir.serve.jobs import FAILURES, Job, Progress, Worker
+from traceir.serve.jobs import FAILURES, PATIENT, Job, Progress, Worker
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ PACE: Final = 0.5  # seconds of writing for each second of prefill while both ar
 SHARED_S: Final = 0.03
 """Seconds that a prefill should take while there are several callers, of FEW_ROWS rows at least: one that comes waits so long."""
 FEW_ROWS: Final = 4
-PATIENT: Final = 4.0
-"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
 PROGRESS_S: Final = 0.02  # seconds between two reports on a row that writes
 
 
