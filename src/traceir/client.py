@@ -3,7 +3,7 @@
 with Client("http://localhost:8080", "tir_...") as client:
     found = client.search(Query.of(text="a red shoe"), k=5)
     print(found.reasoning, [hit.id for hit in found.hits])
-    client.picture(found.hits[0]).load().show()
+    client.image(found.hits[0]).load().show()
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Added:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a server keeps of an item; `image` is for `Client.picture`."""
+    """What a server keeps of an item; `image` is for `Client.image`."""
 
     id: str
     modality: Modality
@@ -192,6 +192,8 @@ class Client:
         path = f"{found.image}?side={side}"
         answer = self._checked(path, self._connection.call("GET", path, refused=_REFUSED, raw=True))
         return ImageInput.from_bytes(answer.body, name=found.id)
+
+    picture = image  # its name in earlier releases
 
     def delete(self, ids: Sequence[str]) -> int:
         """Removes items by id; returns how many were there. Raises InputError, before anything is removed, for what is no id."""

@@ -18,8 +18,6 @@ from traceir.prompts import Role
 FAILURES: Final = 8  # failures of a worker, one after the other, from which on the server no longer calls itself ready
 AGAIN_S: Final = 15.0
 """Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
-
-
 PATIENT: Final = 4.0
 """How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
 
