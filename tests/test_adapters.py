@@ -88,7 +88,7 @@ class StandIn:
     def embeddings(self, body: Any) -> dict[str, Any]:
         asked = EmbeddingsIn.model_validate(body)
         if asked.messages is not None:
-            chats = [[part for turn in chat for part in turn["content"]] for chat in asked.messages]
+            chats = [[part for turn in chat for part in turn["content"]] for chat in body["messages"]]
             contents = [
                 tuple(one["text"] if one["type"] == "text" else image_of(one["image_url"]["url"]) for one in chat)
                 for chat in chats

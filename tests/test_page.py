@@ -22,14 +22,10 @@ from traceir.background import choose_queries
 from traceir.checkpoint import bundled_model
 from traceir.cli import main as cli
 from traceir.encoder import Encoder
-from traceir.errors import InputError
 from traceir.images import ImageInput
-from traceir.index.store import Stored
 from traceir.items import Hit, Item, Query, Route
 from traceir.lab import demo
 from traceir.search import Searcher
-from traceir.serve.page import page_config, read_instructions
-from traceir.serve.schemas import ModelOut
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FAILED = "Failed to load resource"
@@ -82,7 +78,7 @@ LOW_CONTRAST = """async () => {
 """Visible texts whose contrast (WCAG 2.2, 1.4.3) is below 4.5."""
 
 # The browser is a program of the system, not a package: where there is none, these cannot run.
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +200,13 @@ def failed(kind: str) -> str:
     return f"event: error\ndata: {json.dumps({'error': {'message': 'so it is', 'type': kind}})}\n\n"
 
 
-def test_a_dropped_image_is_edited_reasoned_over_and_refined(service: Service, open_page: Callable[..., Any]) -> None:
+def test_a_dropped_image_is_edited_reasoned_over_and_refined(
+    service: Service, encoder: Encoder, open_page: Callable[..., Any]
+) -> None:
     question = service.asked("cirr_task7", 2)
     page = open_page(service.url)
+    assert encoder.world is not None
+    playwright.expect(page.locator("#notice")).to_contain_text(encoder.world.says)
     playwright.expect(page.locator("#collection")).to_contain_text("pictures")
     page.evaluate(WATCH)
     ask(page, question.query)
@@ -254,16 +254,6 @@ def test_a_dropped_image_is_edited_reasoned_over_and_refined(service: Service, o
     page.go_back()
     assert shown_ids(page) == ids(service.hits(refined))
     playwright.expect(page.locator(".crumb[aria-current=step]")).to_contain_text("Swap the left two.")
-
-
-def test_field_report_20_the_page_says_what_the_model_knows(
-    service: Service, encoder: Encoder, open_page: Callable[..., Any]
-) -> None:
-    page = open_page(service.url)
-    notice = page.locator("#notice")
-    notice.wait_for()
-    assert encoder.world is not None and encoder.world.says in notice.inner_text()
-    assert "whole sentences" in encoder.world.says and "real photos" in encoder.world.says
 
 
 def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: Callable[..., Any]) -> None:
@@ -421,14 +411,15 @@ def test_a_search_can_be_stopped_and_a_new_one_ends_the_old(service: Service, op
     held: list[Any] = []
     gone: list[str] = []
     page.on("requestfailed", lambda request: gone.append(request.post_data))
-    page.route("**/search/stream", lambda route: held.append(route))  # never answered
+    page.route(
+        "**/search/stream", lambda route: held.append(route) if len(held) < 2 else route.continue_()
+    )  # two are never answered
     ask(page, query)
     playwright.expect(page.locator("#stop")).to_be_visible()
     page.keyboard.press("Escape")
     playwright.expect(page.locator(".state")).to_contain_text("Stopped")
     playwright.expect(page.locator("#go")).to_be_visible()
     ask(page, query)
-    page.unroute("**/search/stream")
     ask(page, other)
     assert shown_ids(page) == ids(service.hits(other))
     assert [json.loads(one)["text"] for one in gone[:2]] == [query.text] * 2
@@ -550,55 +541,6 @@ def test_images_come_by_drop_paste_and_from_the_collection(service: Service, ope
     assert taken in shown_ids(page), "a picture finds itself"
 
 
-def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
-    file = tmp_path / "instructions.txt"
-    file.write_bytes("\ufeffFind the part.\r\n\r\n  ابحث عن الصورة \nFind the part.\n".encode())
-    assert read_instructions(file) == ("Find the part.", "ابحث عن الصورة")
-    model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
-    own = page_config("Parts", model, {"text": 1}, [kept("a bolt")], instructions=read_instructions(file))
-    assert own.instructions == ["Find the part.", "ابحث عن الصورة"]
-
-
-def kept(text: str | None, image: str | None = None) -> Stored:
-    return Stored(f"{text} {image}", "text" if image is None else "image", text, image, {}, "hash")
-
-
-def test_a_collection_suggests_itself_but_for_the_bundled_model_over_its_own(encoder: Encoder, folder: Path) -> None:
-    model = ModelOut(id="m", created=0, owned_by="o", fingerprint="f", prompt_version="p", width=8)
-    photos = [kept(None, f"/photos/{number}.jpg") for number in range(5)]
-    texts = [kept("A long walk along the river Elbe, written down on the evening of the same day by its author.")]
-    for world in (None, encoder.world):
-        strange = page_config("Own", model, {"image": 5, "text": 1}, [*photos, *texts], world=world)
-        asked = [example.image.item if example.image else example.text for example in strange.examples]
-        assert asked == [photos[0].id, photos[3].id, "A long walk along the river Elbe, written down on the evening"]
-        assert not strange.instructions and bool(strange.instead) == (world is not None)
-    at_home = [kept("On the left a white ring.", str(next((folder / "mbeir_images").rglob("*.jpg"))))]
-    mini = page_config("Mini", model, {"image,text": 1}, at_home, world=encoder.world)
-    assert "Find the scene of this caption." in mini.instructions and "white ring" in str(mini.examples[0].text)
-    assert mini.world and not mini.instead
-    empty = page_config("Empty", model, {}, [], world=encoder.world)
-    assert not empty.examples and not empty.instead
-
-
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (None, "cannot be read .*No such file"),
-        (b" \n\n", "holds no instruction"),
-        (b"Find it.\n\xff\xfe", r"not UTF-8 text \(byte 9\)"),
-        (b"Find it.\nbell \x07 rings", ":2: there is a control character"),
-        (b"one\n" + b"x" * 2001, ":2: the instruction has 2001 characters; give at most 2000"),
-        (b"\n".join(b"Find %d." % number for number in range(201)), "holds 201 instructions; give at most 200"),
-    ],
-)
-def test_bad_instruction_files_say_what_to_mend(tmp_path: Path, content: bytes | None, told: str) -> None:
-    file = tmp_path / "instructions.txt"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(InputError, match=told):
-        read_instructions(file)
-
-
 def test_event_streams_are_read_however_they_are_cut(service: Service, open_page: Callable[..., Any]) -> None:
     stream = (
         "\ufeff: hello\r\nevent: route\r\ndata: {\"a\":\r\ndata:  1}\r\n\r\nid: 7\nretry: 5\ndata\n\n"
@@ -618,8 +560,8 @@ def test_event_streams_are_read_however_they_are_cut(service: Service, open_page
             const parser = new SseParser();
             return [0, ...cuts].flatMap((cut, at) => parser.push(stream.slice(cut, [...cuts, stream.length][at])));
           };
-          const ways = [split(), [...stream].flatMap((() => { const p = new SseParser(); return (one) => p.push(one); })())];
-          for (let cut = 1; cut < stream.length; cut += 1) ways.push(split(cut), split(cut, Math.min(cut + 3, stream.length)));
+          const ways = [split(), split(...Array.from(stream, (_, at) => at))];
+          for (let cut = 1; cut < stream.length; cut += 1) ways.push(split(cut));
           const bytes = new TextEncoder().encode(stream);
           const body = new ReadableStream({start(to) { bytes.forEach((one) => to.enqueue(Uint8Array.of(one))); to.close(); }});
           const read = [];
@@ -629,21 +571,6 @@ def test_event_streams_are_read_however_they_are_cut(service: Service, open_page
         stream,
     )
     assert [json.loads(one) for one in found] == [expected]
-
-
-def test_the_files_hold_nothing_that_the_policy_would_forbid() -> None:
-    files = {file.name: file.read_text(encoding="utf-8") for file in STATIC.iterdir()}
-    for name, text in files.items():
-        addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[\w./-]*", text)) - {"http://www.w3.org/2000/svg"}
-        assert not addresses, (name, addresses)
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:", text), (
-            name
-        )
-    assert not re.search(r"\s(?:style|on\w+)=|<style|<script(?! type=\"module\" src=)", files["index.html"])
-    wanted = set(re.findall(r'"static/([\w.]+)"', files["index.html"])) | set(
-        re.findall(r'from "\./([\w.]+)"', "".join(files.values()))
-    )
-    assert wanted <= files.keys() and {name for name in files if name.endswith(".js")} <= wanted
 
 
 def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_page: Callable[..., Any]) -> None:

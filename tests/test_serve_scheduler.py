@@ -12,14 +12,12 @@ import pytest
 
 from traceir.decoding import Decoder
 from traceir.encoder import Encoder
-from traceir.errors import ImageError, InputError
+from traceir.errors import ImageError
 from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query, Route
 from traceir.model import TraceModel
-from traceir.serve.jobs import BusyError, LateError, Progress
-from traceir.serve.model_thread import ModelThread
+from traceir.serve.jobs import FAILURES, BusyError, LateError, Progress
 from traceir.serve.scheduler import Scheduler
-from traceir.serve.service import Service, together
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -36,11 +34,6 @@ async def scheduling(model: TraceModel, **options: Any) -> AsyncIterator[Schedul
         await scheduler.close()
 
 
-def decoder_of(scheduler: Scheduler) -> Decoder:
-    assert isinstance(scheduler._worker, ModelThread)
-    return scheduler._worker.decoder
-
-
 def same(found: Encoding, wanted: Encoding) -> bool:
     cosine = float(np.dot(found.vector, wanted.vector))
     return cosine > 0.99999 and (found.route, found.reasoning, found.tokens) == (wanted.route, wanted.reasoning, wanted.tokens)
@@ -50,6 +43,7 @@ ROUTE_OF: list[Route] = ["auto", "reason", "direct"]
 
 
 def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceModel, queries: list[Query]) -> None:
+    queries = queries[::2] + queries[1::6]
     encoder = Encoder(model)
     wanted = {
         (query.content_hash(), route): encoder.encode_queries([query], route=route)[0] for query in queries for route in ROUTE_OF
@@ -175,44 +169,37 @@ def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
     model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def work() -> None:
-        async with scheduling(model) as scheduler:
+        async with scheduling(model, remembered=0) as scheduler:
             with monkeypatch.context() as patched:
-                patched.setattr(decoder_of(scheduler), "step", lambda wave: 1 / 0)
+                patched.setattr(Decoder, "step", lambda self, wave: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     await scheduler.encode_query(queries[0], "reason")
             assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
-
-    run(work())
-
-
-def test_a_route_that_is_none_is_refused(model: TraceModel, queries: list[Query]) -> None:
-    sideways: Any = "sideways"
-
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            with pytest.raises(InputError, match="sideways"):
-                await scheduler.encode_query(queries[0], sideways)
+            with monkeypatch.context() as patched:
+                patched.setattr(Decoder, "prefill", lambda *given: 1 / 0)
+                for number in range(FAILURES):
+                    assert scheduler.alive
+                    with pytest.raises(ZeroDivisionError):
+                        await scheduler.encode_query(queries[number], "reason")
+                assert not scheduler.alive
 
     run(work())
 
 
 def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
     bad = queries[-1]
-    encoder = Encoder(model)
-    wanted = encoder.encode_queries([query for query in queries if query != bad], route="reason")
+    ids = model.processor.lay_out(model.prompt(bad, direct=False)).ids.tolist()
+    wanted = Encoder(model).encode_queries([query for query in queries if query != bad], route="reason")
+    prefill = Decoder.prefill
+
+    def fragile(self: Decoder, numbers: Any, layouts: Any, route: Route) -> Any:
+        if any(layout.ids.tolist() == ids for layout in layouts):
+            raise RuntimeError("no memory")
+        return prefill(self, numbers, layouts, route)
 
     async def work() -> None:
         async with scheduling(model, remembered=0) as scheduler:
-            prompt = model.prompt(bad, direct=False)
-            ids = model.processor.lay_out(prompt).ids.tolist()
-            prefill = decoder_of(scheduler).prefill
-
-            def fragile(numbers: Any, layouts: Any, route: Route) -> Any:
-                if any(layout.ids.tolist() == ids for layout in layouts):
-                    raise RuntimeError("no memory")
-                return prefill(numbers, layouts, route)
-
-            monkeypatch.setattr(decoder_of(scheduler), "prefill", fragile)
+            monkeypatch.setattr(Decoder, "prefill", fragile)
             found = await asyncio.gather(*(scheduler.encode_query(one, "reason") for one in queries), return_exceptions=True)
             assert isinstance(found.pop(), RuntimeError)
             for one, alone in zip(found, wanted, strict=True):
@@ -232,18 +219,5 @@ def test_what_is_remembered_holds_its_own_memory_and_probability(model: TraceMod
             )
             assert all(one.encoding.vector.base is None for one in served)
             assert {one.encoding.emb_probability for one in served[-len(items) :]} == {1.0}
-
-    run(work())
-
-
-def test_a_request_of_more_inputs_than_the_capacity_is_done_in_turns(model: TraceModel) -> None:
-    async def work() -> None:
-        async with scheduling(model, capacity=4) as scheduler:
-            service: Any = Service.__new__(Service)
-            object.__setattr__(service, "scheduler", scheduler)
-            texts = [Item.of(text=f"a ring number {number}") for number in range(20)]
-            served = await together(service._each(texts, scheduler.encode_item))
-            wanted = Encoder(model).encode_items(texts)
-            assert all(same(one.encoding, alone) for one, alone in zip(served, wanted, strict=True))
 
     run(work())

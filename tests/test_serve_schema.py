@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not install
 
 from benchmarks.hostile import schema_config, try_operation
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = 25
 RED = BytesIO()
 Image.new("RGB", (12, 8), "red").save(RED, "PNG")

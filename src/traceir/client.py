@@ -3,19 +3,18 @@
 with Client("http://localhost:8080", "tir_...") as client:
     found = client.search(Query.of(text="a red shoe"), k=5)
     print(found.reasoning, [hit.id for hit in found.hits])
-    client.picture(found.hits[0]).load().show()
+    client.image(found.hits[0]).load().show()
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property, partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -23,20 +22,18 @@ import numpy as np
 from traceir.connection import Answer, Connection
 from traceir.cutoff import Cut
 from traceir.errors import InputError, ModelError
-from traceir.images import ImageInput
+from traceir.images import ImageInput, data_url
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 
-CHUNK: Final = 64
-"""Inputs of one request at most; longer calls send several."""
-CHUNK_BYTES: Final = 24 * 1024 * 1024
-"""Bytes of one request, of JSON with pictures in base64, beyond which no input joins it."""
+CHUNK: Final = 64  # inputs of one request at most; longer calls send several
+CHUNK_BYTES: Final = 24 * 1024 * 1024  # bytes of one request, of JSON with pictures in base64, beyond which no input joins it
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
 _PAGE: Final = 500
 _NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
-_REFUSED: Final = (400, 404, 409, 413, 415, 422)
-"""The server's word for a request that is wrong as it stands."""
+_REFUSED: Final = (400, 404, 409, 413, 415, 422)  # the server's word for a request that is wrong as it stands
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +69,13 @@ class Added:
 
     id: str
     status: Literal["added", "updated", "failed"]
-    error: str | None
+    error: str | None = None
     cut: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a server keeps of an item; `image` is for `Client.picture`."""
+    """What a server keeps of an item; `image` is for `Client.image`."""
 
     id: str
     modality: Modality
@@ -89,10 +86,10 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """One input as it is told, its place among those of the call, and its bytes in JSON."""
+    """One input as it is sent, its place among those of the call, and its bytes in JSON."""
 
     place: int
-    told: Any
+    body: Any
     bytes: int
 
 
@@ -105,15 +102,9 @@ class Client:
     """
 
     def __init__(
-        self,
-        base_url: str,
-        api_key: str = "",
-        *,
-        in_flight: int = 8,
-        timeout_s: float = 120.0,
-        tries: int = 5,
+        self, base_url: str, api_key: str = "", *, in_flight: int = 8, timeout_s: float = 120.0, tries: int = 5,
         pause_s: float = 0.25,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._connection = Connection(base_url, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s)
 
     @property
@@ -123,11 +114,7 @@ class Client:
     @cached_property
     def model(self) -> ServedModel:
         """The server's model, asked for once."""
-        [told] = _list(self._call("GET", "/v1/models"), "data")[:1] or [None]
-        try:
-            return ServedModel(str(told["id"]), str(told["fingerprint"]), str(told["prompt_version"]), int(told["width"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{self.base_url}/v1/models names no TraceIR model; is it `traceir serve`?") from error
+        return _read(ServedModel, next(iter(_list_of(self._call("GET", "/v1/models"), "data")), None))
 
     def embed_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Encodings of queries by the given route, in order. Parts in an order of their own travel as a chat."""
@@ -138,31 +125,21 @@ class Client:
         return self._embed(items, "document", "direct")
 
     def search(
-        self,
-        query: Query,
-        *,
-        k: int = 10,
-        offset: int = 0,
-        route: Route = "auto",
-        where: Mapping[str, Any] | None = None,
-        exact: bool = True,
-        cutoff: float | None = None,
-    ) -> Found:
+        self, query: Query, *, k: int = 10, offset: int = 0, route: Route = "auto", where: Mapping[str, Any] | None = None,
+        exact: bool = True, cutoff: float | None = None,
+    ) -> Found:  # fmt: skip
         """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}. `cutoff` as in
         `Searcher.search`; 0 is none, None what the server does by itself."""
         body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact}
         if query.parts:
             parts = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
-            body["parts"] = _piece(0, query, parts).told
+            body["parts"] = _piece(0, query, parts).body
         body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None, cutoff=cutoff)
-        told = self._call("POST", "/search", body)
-        hits = tuple(_hit(one) for one in _list(told, "hits"))
-        trace = told.get("trace") or {}
-        return Found(
-            hits, bool(told.get("more")), trace.get("route", "direct"), trace.get("reasoning", ""), trace.get("tokens", 0),
-            trace.get("emb_probability", 1.0), bool(trace.get("truncated")), dict(trace.get("seconds") or {}),
-            trace.get("cut", 0), _cutoff(told.get("cutoff")),
-        )  # fmt: skip
+        answer = self._call("POST", "/search", body)
+        told = {"seconds": {}, **(answer.get("trace") or {}), "more": bool(answer.get("more"))}
+        told["hits"] = tuple(_read(Hit, one) for one in _list_of(answer, "hits"))
+        told["cutoff"] = answer.get("cutoff") and _read(Cut, answer["cutoff"])
+        return _read(Found, told)
 
     def add(self, items: Sequence[Item]) -> list[Added]:
         """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each.
@@ -172,43 +149,38 @@ class Client:
         server is lost after it has answered one request, all those it has not confirmed; they may be sent again. Raises
         ModelError where the server does not answer the first request.
         """
-        found: dict[int, Added] = {}
+        results: dict[int, Added] = {}
         answered, lost = False, "the server does not confirm it"
-        for chunk in _chunks(_readable(items, found)):
+        for chunk in _chunks(_sendable(items, results)):
             try:
-                results = self._add(chunk)
+                answer = self._call("POST", "/items", {"items": [piece.body for piece in chunk]})
+                told = [_read(Added, one) for one in _list_of(answer, "results", len(chunk))]
+                results.update(zip((piece.place for piece in chunk), told, strict=True))
             except InputError as error:
-                results = [Added("", "failed", str(error)) for _ in chunk]
+                results.update({piece.place: Added("", "failed", str(error)) for piece in chunk})
             except ModelError as error:
                 if not answered:
                     raise
                 lost = str(error)
                 break
             answered = True
-            found.update(zip((piece.place for piece in chunk), results, strict=True))
-        told = (found.get(place) or Added("", "failed", lost) for place in range(len(items)))
-        return [replace(one, id=str(item.id or "")) for item, one in zip(items, told, strict=True)]
-
-    def _add(self, chunk: Sequence[_Piece]) -> list[Added]:
-        results = _list(self._call("POST", "/items", {"items": [piece.told for piece in chunk]}), "results")
-        if len(results) != len(chunk):
-            raise ModelError(f"{self.base_url} returned {len(results)} results for {len(chunk)} items; report it")
-        return [Added(str(one["id"]), one["status"], one.get("error"), one.get("cut", 0)) for one in results]
+        ordered = [results.get(place) or Added("", "failed", lost) for place in range(len(items))]
+        return [Added(str(item.id or ""), one.status, one.error, one.cut) for item, one in zip(items, ordered, strict=True)]
 
     def get(self, id: str) -> Kept:
         """What is kept of an item. Raises InputError where there is none of this id."""
         # Dots too, since `..` as a name would lead elsewhere.
-        return _kept(self._call("GET", f"/items/{quote(id, safe='').replace('.', '%2E')}"))
+        return _read(Kept, self._call("GET", f"/items/{quote(id, safe='').replace('.', '%2E')}"))
 
     def items(self, *, after: str = "") -> Iterator[Kept]:
         """All items in order of id, those up to `after` left out, read page by page as they are asked for."""
         more = True
         while more:
             page = self._call("GET", f"/items?after={quote(after, safe='')}&limit={_PAGE}")
-            found = [_kept(one) for one in _list(page, "items")]
-            yield from found
-            more = bool(page.get("more")) and bool(found)
-            after = found[-1].id if found else after
+            kept = [_read(Kept, one) for one in _list_of(page, "items")]
+            yield from kept
+            more = bool(page.get("more")) and bool(kept)
+            after = kept[-1].id if kept else after
 
     def image(self, found: Hit | Kept, *, side: int = 2048) -> ImageInput:
         """The picture of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
@@ -218,9 +190,10 @@ class Client:
         if found.image is None or not found.image.startswith("/pictures/"):
             raise InputError(f"{found.id!r} has no picture of a server ({found.image!r}); give a hit with one, of this client")
         path = f"{found.image}?side={side}"
-        answer = self._connection.call("GET", path, refused=_REFUSED, raw=True)
-        self._check(path, answer)
+        answer = self._checked(path, self._connection.call("GET", path, refused=_REFUSED, raw=True))
         return ImageInput.from_bytes(answer.body, name=found.id)
+
+    picture = image  # its name in earlier releases
 
     def delete(self, ids: Sequence[str]) -> int:
         """Removes items by id; returns how many were there. Raises InputError, before anything is removed, for what is no id."""
@@ -246,20 +219,18 @@ class Client:
             groups.setdefault((*asked, _plain(content.parts)), []).append(place)
         bodies, chunks = [], []
         for (instruction, target, plain), members in groups.items():
-            name, tell = ("input", _pair) if plain else ("messages", _chat)
+            name, form = ("input", _pair) if plain else ("messages", _chat)
             shared = _given(instruction=instruction, modality=target, input_type=input_type, route=route)
-            for chunk in _chunks(_piece(place, contents[place], tell(contents[place].parts)) for place in members):
-                bodies.append({name: [piece.told for piece in chunk], **shared, "encoding_format": "base64"})
+            for chunk in _chunks(_piece(place, contents[place], form(contents[place].parts)) for place in members):
+                bodies.append({name: [piece.body for piece in chunk], **shared, "encoding_format": "base64"})
                 chunks.append([piece.place for piece in chunk])
-        jobs = [partial(self._embed_chunk, body, places) for body, places in zip(bodies, chunks, strict=True)]
-        answers = self._connection.gather(jobs)
-        found: dict[int, Encoding] = {}
+        answers = self._connection.gather(
+            [partial(self._embed_chunk, body, places) for body, places in zip(bodies, chunks, strict=True)]
+        )
+        encodings: dict[int, Encoding] = {}
         for places, answer in zip(chunks, answers, strict=True):
-            data = _list(answer, "data")
-            if len(data) != len(places):
-                raise ModelError(f"{self.base_url} returned {len(data)} vectors for {len(places)} inputs; report it")
-            found.update(zip(places, [self._encoding(one) for one in data], strict=True))
-        return [found[place] for place in range(len(contents))]
+            encodings.update(zip(places, map(_encoding, _list_of(answer, "data", len(places))), strict=True))
+        return [encodings[place] for place in range(len(contents))]
 
     async def _embed_chunk(self, body: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """The answer; where one input is refused, the error names its place in the whole call."""
@@ -271,30 +242,19 @@ class Client:
                 raise
             raise InputError(f"number {places[int(named[1])]} of what was given (from 0) is refused: {error}") from error
 
-    def _encoding(self, told: Any) -> Encoding:
-        try:
-            vector = np.frombuffer(base64.b64decode(told["embedding"], validate=True), dtype="<f4").astype(np.float32)
-            trace = told["trace"]
-            return Encoding(
-                vector, trace["route"], trace["reasoning"], trace["tokens"], trace["emb_probability"], trace["truncated"],
-                trace.get("cut", 0),
-            )  # fmt: skip
-        except (KeyError, TypeError, ValueError, binascii.Error) as error:
-            raise ModelError(f"{self.base_url}/v1/embeddings gives no `trace`; is it `traceir serve`?") from error
-
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._connection.gather([partial(self._request, method, path, body)])[0]
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        answer = await self._connection.request(method, path, body, refused=_REFUSED)
-        self._check(path, answer)
+        answer = self._checked(path, await self._connection.request(method, path, body, refused=_REFUSED))
         if not isinstance(answer.body, dict):
             raise ModelError(f"{self.base_url}{path} answers with {str(answer.body)[:80]!r}; is it `traceir serve`?")
         return answer.body
 
-    def _check(self, path: str, answer: Answer) -> None:
+    def _checked(self, path: str, answer: Answer) -> Answer:
         if answer.status > 299:
             raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
+        return answer
 
 
 class ServedEncoder:
@@ -322,9 +282,9 @@ class ServedEncoder:
         return self.client.embed_items(items)
 
 
-def _piece(place: int, content: Item | Query, told: Any) -> _Piece:
+def _piece(place: int, content: Item | Query, body: Any) -> _Piece:
     """Raises InputError where the input alone is more than a request may hold."""
-    size = len(json.dumps(told))
+    size = len(json.dumps(body))
     if size > MAX_INPUT_BYTES:
         named = ", ".join(str(image.path or image.name or "in memory") for image in content.images)
         kind = type(content).__name__.lower()
@@ -332,7 +292,7 @@ def _piece(place: int, content: Item | Query, told: Any) -> _Piece:
             f"{kind} {content.id or '(no id)'} (pictures: {named or 'none'}) is {size} bytes in JSON, more than the "
             f"{MAX_INPUT_BYTES} that a request takes; make it smaller"
         )
-    return _Piece(place, told, size)
+    return _Piece(place, body, size)
 
 
 def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
@@ -347,11 +307,17 @@ def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
         yield chunk
 
 
-def _readable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piece]:
+def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piece]:
     """The items as pieces, made one by one; those that cannot be sent are noted in `failed` by their place."""
     for place, item in enumerate(items):
         try:
-            piece = _piece(place, item, _item(item))
+            if item.id is None or not _plain(item.parts):
+                raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
+            check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
+            body: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
+            for part in item.parts:
+                body |= {"image": {"data": _base64(part)}} if isinstance(part, ImageInput) else {"text": part}
+            piece = _piece(place, item, body)
         except InputError as error:
             failed[place] = Added("", "failed", str(error))
         else:
@@ -360,41 +326,26 @@ def _readable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piec
 
 def _plain(parts: Sequence[Part]) -> bool:
     """Whether parts are at most one picture and then at most one text, the form of `input`."""
-    kinds = [isinstance(part, ImageInput) for part in parts]
-    return kinds in ([True], [False], [True, False])
+    return [isinstance(part, ImageInput) for part in parts] in ([True], [False], [True, False])
 
 
 def _pair(parts: Sequence[Part]) -> dict[str, str]:
-    return {
-        "image" if isinstance(part, ImageInput) else "text": _data_url(part) if isinstance(part, ImageInput) else part
-        for part in parts
-    }
+    return dict(("text", part) if isinstance(part, str) else ("image", _url(part)) for part in parts)
 
 
 def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    contents = [
-        {"type": "image_url", "image_url": {"url": _data_url(part)}}
-        if isinstance(part, ImageInput)
-        else {"type": "text", "text": part}
-        for part in parts
-    ]
+    contents: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, str):
+            contents.append({"type": "text", "text": part})
+        else:
+            contents.append({"type": "image_url", "image_url": {"url": _url(part)}})
     return [{"role": "user", "content": contents}]
 
 
-def _item(item: Item) -> dict[str, Any]:
-    """Raises InputError for an item that no request can hold, or whose picture cannot be read."""
-    if item.id is None or not _plain(item.parts):
-        raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
-    check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
-    told: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
-    for part in item.parts:
-        told |= {"image": {"data": _base64(part)}} if isinstance(part, ImageInput) else {"text": part}
-    return told
-
-
-def _data_url(image: ImageInput) -> str:
+def _url(image: ImageInput) -> str:
     data, format = image.encoded()
-    return f"data:{format.media_type};base64,{base64.b64encode(data).decode()}"
+    return data_url(data, format.media_type)
 
 
 def _base64(image: ImageInput) -> str:
@@ -402,32 +353,36 @@ def _base64(image: ImageInput) -> str:
     return base64.b64encode(image.encoded()[0]).decode()
 
 
-def _hit(told: Any) -> Hit:
+def _encoding(told: Any) -> Encoding:
     try:
-        return Hit(told["id"], told["score"], told["rank"], told["modality"], told["text"], told["image"], told["fields"])
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"a hit of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
+        vector = np.frombuffer(base64.b64decode(told["embedding"], validate=True), dtype="<f4").astype(np.float32)
+        return _read(Encoding, {**told["trace"], "vector": vector})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError("the server's embeddings have no `trace`; is it `traceir serve`?") from error
 
 
-def _cutoff(told: Any) -> Cut | None:
+def _read(kind: type[Read], told: Any) -> Read:
+    """A dataclass from the fields of the same names of a JSON object; ModelError where it has not those that are needed."""
     try:
-        return None if told is None else Cut(told["rate"], told["thresholds"], told["below"], told["best"])
+        wanted = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]  # always a dataclass
+        return kind(**{name: told[name] for name, needed in wanted.items() if needed or name in told})
     except (KeyError, TypeError) as error:
-        raise ModelError(f"the cut-off of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
+        raise ModelError(
+            f"a {kind.__name__} of the server cannot be read: {str(told)[:80]!r}; is it `traceir serve` of the same release?"
+        ) from error
 
 
-def _kept(told: Any) -> Kept:
-    try:
-        return Kept(told["id"], told["modality"], told["text"], told["image"], told["fields"])
-    except (KeyError, TypeError) as error:
-        raise ModelError(f"an item of the server cannot be read: {str(told)[:80]!r}; is it of the same release?") from error
-
-
-def _list(told: Mapping[str, Any], name: str) -> list[Any]:
-    found = told.get(name)
-    if not isinstance(found, list):
-        raise ModelError(f"the server's answer has no {name!r}: {str(told)[:80]!r}; is it `traceir serve`?")
-    return found
+def _list_of(answer: Mapping[str, Any], name: str, count: int = -1) -> list[Any]:
+    """A list of an answer, of `count` entries where that is known."""
+    entries = answer.get(name)
+    if not isinstance(entries, list) or count not in (-1, len(entries)):
+        shown = (
+            f"{len(entries)} entries of {name!r} for {count}"
+            if isinstance(entries, list)
+            else f"no {name!r}: {str(answer)[:80]!r}"
+        )
+        raise ModelError(f"the server's answer has {shown}; is it `traceir serve`?")
+    return entries
 
 
 def _given(**values: Any) -> dict[str, Any]:

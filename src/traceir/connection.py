@@ -1,8 +1,8 @@
 """JSON over HTTP to one address: many requests in flight, each tried again where that may help, errors in words.
 
-The HTTP library is `httpx2`: huggingface-hub and openai both stand on it, so it is installed wherever TraceIR runs, and one
-library gives pooled connections and time-outs. Requests run in one event loop on a thread of their own, so that callers on any
-thread, and in any loop, simply wait.
+The HTTP library is `httpx2`: huggingface-hub and openai both stand on it, so it is installed wherever TraceIR runs. Requests run
+in one event loop on a thread of their own, so that callers on any thread, and in any loop, simply wait, and one that is cancelled
+is given up at the server too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ T = TypeVar("T")
 _PASSING: Final = frozenset({429, 502, 503, 504})
 """By these a server says that the same request may succeed later. 408 is none: that request has spent the server's time once."""
 _LONGEST_PAUSE_S: Final = 30.0
-_CLOSING_S: Final = 10.0
-"""What `close` waits at most for requests to end."""
+_CLOSING_S: Final = 10.0  # what `close` waits at most for requests to end
 
 
 class TransientError(ModelError):
@@ -58,16 +57,14 @@ class Connection:
     spent. Thread-safe; `close` ends it, and with it what is under way.
     """
 
+    _loop: asyncio.AbstractEventLoop
+    _client: httpx2.AsyncClient
+    _stop: asyncio.Event
+
     def __init__(
-        self,
-        address: str,
-        api_key: str = "",
-        *,
-        in_flight: int = 64,
-        timeout_s: float = 120.0,
-        tries: int = 7,
+        self, address: str, api_key: str = "", *, in_flight: int = 64, timeout_s: float = 120.0, tries: int = 7,
         pause_s: float = 0.25,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if not re.match(r"https?://[^/\s]+", address):
             raise InputError(f"address {address!r} is not an http address; give one such as http://localhost:30000")
         if in_flight < 1 or timeout_s <= 0 or tries < 1 or pause_s < 0:
@@ -76,12 +73,12 @@ class Connection:
             raise InputError("the API key holds characters that no header can carry; copy it again")
         self.address = address.rstrip("/")
         self.in_flight, self.timeout_s, self.tries, self.pause_s = in_flight, timeout_s, tries, pause_s
-        self._api_key = api_key.strip()
+        self._headers = {"Content-Type": "application/json"}
+        if api_key.strip():
+            self._headers["Authorization"] = f"Bearer {api_key.strip()}"
         self._places = asyncio.Semaphore(in_flight)
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
-        self._client: httpx2.AsyncClient | None = None
         self._waited_for: set[Future[Any]] = set()
         self._closed = False
 
@@ -110,46 +107,27 @@ class Connection:
             content = None if body is None else json.dumps(body, allow_nan=False).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(f"the request to {self.address}{path} cannot be written in JSON: {error}") from error
-        for attempt in range(1, self.tries + 1):
+        attempt = 1
+        while True:
             try:
-                return await self._try(method, path, content, refused, raw)
+                return await self._try(method, f"{self.address}{path}", content, refused, raw)
             except TransientError as error:
                 if attempt == self.tries:
                     raise ModelError(f"{error} (tried {attempt} times)") from error
                 pause = error.retry_after if error.retry_after is not None else self.pause_s * 2 ** (attempt - 1)
-                log.info("%s; try %d follows in %.1f s", error, attempt + 1, min(pause, _LONGEST_PAUSE_S))
+                attempt += 1
+                log.info("%s; try %d follows in %.1f s", error, attempt, min(pause, _LONGEST_PAUSE_S))
                 await asyncio.sleep(min(pause, _LONGEST_PAUSE_S))
-        raise AssertionError("unreachable")
 
     def close(self) -> None:
         """Ends requests under way (their callers get a ModelError) and the thread; nothing can be sent afterwards."""
         with self._lock:
             self._closed, thread, self._thread = True, self._thread, None
-        if thread is None:
-            return
-        for future in self._waited_for.copy():
-            future.cancel()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        thread.join(_CLOSING_S)
-        if thread.is_alive():
-            log.warning("requests to %s did not end within %g s; their thread ends with them", self.address, _CLOSING_S)
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        try:
-            self._loop.run_forever()
-            self._loop.run_until_complete(self._end())
-        finally:
-            self._loop.close()
-
-    async def _end(self) -> None:
-        """Cancels all that runs in the loop, awaits it, and closes the connections."""
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        if self._client is not None:
-            await self._client.aclose()
+        if thread is not None:
+            for future in self._waited_for.copy():
+                future.cancel()
+            self._loop.call_soon_threadsafe(self._stop.set)
+            thread.join(_CLOSING_S)
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._started(work)
@@ -157,9 +135,8 @@ class Connection:
             return future.result()
         except CancelledError as error:
             raise ModelError(f"the connection to {self.address} was closed during a request; make a new one") from error
-        except BaseException:
-            future.cancel()
-            raise
+        finally:
+            future.cancel()  # where the caller is interrupted; nothing once it is done
 
     def _started(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """The work in the loop, which the first one starts. Under the lock, so that `close` ends all that was started."""
@@ -168,13 +145,26 @@ class Connection:
                 work.close()
                 raise ModelError(f"the connection to {self.address} is closed; make a new one")
             if self._thread is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name=f"traceir {self.address}", daemon=True)
+                ready = threading.Event()
+                self._thread = threading.Thread(
+                    target=lambda: asyncio.run(self._run(ready)), name=f"traceir {self.address}", daemon=True
+                )
                 self._thread.start()
+                ready.wait()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
             self._waited_for.add(future)
             future.add_done_callback(self._waited_for.discard)
             return future
+
+    async def _run(self, ready: threading.Event) -> None:
+        """The thread's whole life; asyncio then cancels what still runs."""
+        import httpx2
+
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
+        async with httpx2.AsyncClient(headers=self._headers, limits=limits, timeout=None, follow_redirects=False) as self._client:
+            ready.set()
+            await self._stop.wait()
 
     async def _bounded(self, job: Callable[[], Awaitable[T]]) -> T:
         async with self._places:
@@ -184,56 +174,37 @@ class Connection:
         tasks = [asyncio.create_task(self._bounded(job)) for job in jobs]
         try:
             return await asyncio.gather(*tasks)
-        except BaseException:
+        finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            raise
 
-    async def _try(self, method: str, path: str, content: bytes | None, refused: Sequence[int], raw: bool) -> Answer:
+    async def _try(self, method: str, url: str, content: bytes | None, refused: Sequence[int], raw: bool) -> Answer:
         import httpx2
 
-        place = f"{self.address}{path}"
         try:
             async with asyncio.timeout(self.timeout_s):
-                response = await self._opened().request(method, place, content=content)
+                response = await self._client.request(method, url, content=content)
         except (TimeoutError, httpx2.TimeoutException) as error:
-            shown = f"{place} gave no answer within {self.timeout_s:g} s; raise timeout_s or lower in_flight"
+            shown = f"{url} gave no answer within {self.timeout_s:g} s; raise timeout_s or lower in_flight"
             raise TransientError(shown) from error
         except httpx2.TransportError as error:
-            shown = f"cannot reach {place}: {error or type(error).__name__}; is the server running, and is this its address?"
+            shown = f"cannot reach {url}: {error or type(error).__name__}; is the server running, and is this its address?"
             raise TransientError(shown) from error
         status, said = response.status_code, _said(response.text) if response.status_code > 299 else ""
         if status in _PASSING:
-            raise TransientError(
-                f"{place} answers {status}: {said}; it is busy or still starting", _seconds(response.headers.get("retry-after"))
-            )
+            wait = _seconds(response.headers.get("retry-after"))
+            raise TransientError(f"{url} answers {status}: {said}; it is busy or still starting", wait)
         if status in (401, 403):
-            raise ModelError(f"{place} refuses the API key ({status}: {said}); give the right key")
+            raise ModelError(f"{url} refuses the API key ({status}: {said}); give the right key")
         if status > 299 and status not in refused:
-            raise ModelError(f"{place} answers {status}: {said}")
-        if status > 299:
-            return Answer(status, None, said)
-        return Answer(status, response.content if raw else _parsed(response.content, place))
-
-    def _opened(self) -> httpx2.AsyncClient:
-        """The client, made on the event loop's thread at the first request."""
-        import httpx2
-
-        if self._client is None:
-            headers = {"Content-Type": "application/json"}
-            if self._api_key:
-                headers["Authorization"] = f"Bearer {self._api_key}"
-            limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
-            self._client = httpx2.AsyncClient(headers=headers, limits=limits, timeout=None, follow_redirects=False)
-        return self._client
-
-
-def _parsed(content: bytes, place: str) -> Any:
-    try:
-        return read_json(content) if content.strip() else None
-    except ValueError as error:
-        raise TransientError(f"{place} answered with something that is no whole JSON: {content[:80]!r}") from error
+            raise ModelError(f"{url} answers {status}: {said}")
+        if raw or status > 299:
+            return Answer(status, response.content if status < 300 else None, said)
+        try:
+            return Answer(status, read_json(response.content) if response.content.strip() else None)
+        except ValueError as error:
+            raise TransientError(f"{url} answered with something that is no whole JSON: {response.content[:80]!r}") from error
 
 
 def _said(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import ctypes
 import hashlib
@@ -187,15 +188,19 @@ class ImageInput:
         Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
         """
         if self._image is not None:
-            buffer = BytesIO()
-            self._image.save(buffer, "PNG")
-            return buffer.getvalue(), FORMATS["PNG"]
+            return file_bytes(self._image, "PNG"), FORMATS["PNG"]
         data = self._read(limits)
         try:
             with open_image(data) as image:
                 return data, FORMATS[str(image.format)]
         except _DECODER_ERRORS as error:
             raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+
+    def moved_to(self, path: Path) -> ImageInput:
+        """The same picture in a file that was written from it; its hash is not computed again."""
+        moved = ImageInput.open(path)
+        moved._sha256 = self.sha256
+        return moved
 
     def size(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
         """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
@@ -206,6 +211,15 @@ class ImageInput:
                 return image.size
         except _DECODER_ERRORS as error:
             raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+
+    def check(self, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+        """Raises what `load` would raise and can be known without decoding a pixel: format, size, truncation, limits."""
+        label = _label(self._path, self._name)
+        if self._image is not None:
+            _check_size(self._image.size, label, limits)
+            return
+        with _opened(self._read(limits), label, limits):
+            pass
 
     def load(self, shrink_to: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
@@ -220,7 +234,8 @@ class ImageInput:
             _check_size(self._image.size, label, limits)
             return self._image.copy()
         data = self._read(limits)
-        self._remember(hashlib.sha256(data).hexdigest())
+        if self._data is None:
+            self._remember(hashlib.sha256(data).hexdigest())
         return _decode(data, label, shrink_to, limits)
 
     def _read(self, limits: ImageLimits) -> bytes:
@@ -285,6 +300,19 @@ def _read_file(path: Path | None, label: str, limit: int) -> bytes:
 
 
 def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
+    with _opened(data, label, limits) as (image, block):
+        if shrink_to is not None and image.format == "JPEG":
+            image.draft(None, (shrink_to, shrink_to))
+        with _MEMORY.taking(block * _BYTES_OF_PIXEL[str(image.format)]):
+            image.load()
+            _check_size(image.size, label, limits)
+            return _upright(image)
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[ImageFile.ImageFile, int]]:
+    """The picture with its header checked, and the pixels of the largest piece that is decoded at once; decoders' errors become
+    PictureErrors."""
     try:
         extent = extent_of(data)
         if extent.scans > MAX_SCANS:
@@ -293,12 +321,7 @@ def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits)
             raise ImageError(f"{label} is truncated: the end of the file is missing; replace or remove it")
         with open_image(decodable(data, extent)) as image:
             width, height = _check_header(image, len(data), label, limits)
-            if shrink_to is not None and image.format == "JPEG":
-                image.draft(None, (shrink_to, shrink_to))
-            with _MEMORY.taking(width * height * _BYTES_OF_PIXEL[str(image.format)]):
-                image.load()
-                _check_size(image.size, label, limits)
-                return _upright(image)
+            yield image, width * height
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -366,3 +389,18 @@ def _hash_pixels(image: Image.Image) -> str:
     digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def file_bytes(image: Image.Image, format: str = "JPEG", *, side: int = 0, **options: int) -> bytes:
+    """Pixels as the bytes of a file, JPEG at quality 88 where `options` say no other; `side`: the longer one at most (0: any)."""
+    if side and max(image.size) > side:
+        image = image.copy()
+        image.thumbnail((side, side))
+    buffer = BytesIO()
+    image.save(buffer, format, **({"quality": 88} | options if format == "JPEG" else options))
+    return buffer.getvalue()
+
+
+def data_url(data: bytes, media_type: str = "image/jpeg") -> str:
+    """The bytes of a file as a `data:` URL."""
+    return f"data:{media_type};base64,{base64.b64encode(data).decode('ascii')}"

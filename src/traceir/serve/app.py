@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, and server-sent events. What is done is in service.py."""
+"""The HTTP interface: routes, server-sent events, errors in OpenAI's shape. What is done is in service.py."""
 
 from __future__ import annotations
 
@@ -7,68 +7,42 @@ import base64
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.responses import StreamingResponse
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from traceir import __version__
-from traceir.errors import InputError, TraceError
-from traceir.serve.answers import Refused, add_errors, in_json, of_error
+from traceir.errors import DataError, InputError, StoreError, TraceError
+from traceir.serve import schemas
 from traceir.serve.audit import AuditLog
+from traceir.serve.faults import fault_of
 from traceir.serve.gate import Asked, Limits, scope_needed
-from traceir.serve.jobs import Progress, Served
-from traceir.serve.keys import KeyRing, Principal, Scope
+from traceir.serve.guard import kind_of
+from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
+from traceir.serve.keys import KeyRing, Principal
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import LOOKED_AT, STATIC, page_config, page_html
-from traceir.serve.schemas import (
-    EVENTS,
-    FOR_BODIES,
-    FOR_CALLERS,
-    FOR_KEYS,
-    FOR_WRITERS,
-    JPEG,
-    MAX_K,
-    MAX_OFFSET,
-    METRICS,
-    MISSING,
-    NOT_READY,
-    WALL,
-    CutoffConfig,
-    Deleted,
-    EmbeddingOut,
-    EmbeddingsIn,
-    EmbeddingsOut,
-    IdsIn,
-    ItemOut,
-    ItemPage,
-    ItemsIn,
-    ItemsOut,
-    ModelOut,
-    ModelsOut,
-    PageConfig,
-    SearchIn,
-    SearchOut,
-    Status,
-    Usage,
-    trace_of,
-)
-from traceir.serve.service import Noted, Service, id_in, item_out, size_in_json
-from traceir.serve.strict import StrictRoute
-from traceir.serve.values import NO_ZERO, Id
+from traceir.serve.page import LOOKED_AT, STATIC, page_config
+from traceir.serve.service import Noted, Service, id_in
+from traceir.serve.strict import StrictRoute, UnreadableError
 
 log = logging.getLogger(__name__)
-Told = TypeVar("Told")
-CLOSE_S: Final = 5.0
-"""Seconds for what is still under way once all requests have been answered or given up."""
+Result = TypeVar("Result")
+CLOSE_S: Final = 5.0  # seconds for what is still under way once all requests have been answered or given up
+STATUS: Final[Mapping[type[TraceError], int]] = {
+    BusyError: 429, LateError: 408, InputError: 400, DataError: 400, StoreError: 503, UnavailableError: 503, TraceError: 500,
+}  # fmt: skip
+"""The first that fits counts."""
 
 
 @dataclass(slots=True)
@@ -92,21 +66,50 @@ class Server:
     async def load(self) -> None:
         try:
             self.service = await self.make()
-        except Exception as error:
+        except Exception as error:  # told by whoever started the server, once it has ended
             self.failed = error
             self.on_failure()
+
+    async def close(self) -> None:
+        service, self.service = self.service, None
+        if service is not None:
+            await service.scheduler.close(CLOSE_S)
+            for threads in (service.readers, service.writer):
+                await asyncio.to_thread(threads.shutdown)
+            service.index.close()
 
     def ready(self) -> Service:
         if self.service is None:
             raise HTTPException(503, "the model is being loaded; ask again in a moment")
         return self.service
 
-    def model(self) -> ModelOut:
+    def view(self, principal: Principal) -> Service:
+        """The service as this caller sees it: over its tenant's items alone."""
+        return self.ready().of_tenant(principal.tenant)
+
+    def model(self, name: str | None = None) -> schemas.ModelOut:
+        """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
         encoder = self.ready().scheduler.encoder
-        return ModelOut(
+        if name not in (None, self.model_name, encoder.fingerprint):
+            raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.model_name!r}", "model_not_found")
+        return schemas.ModelOut(
             id=self.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
             prompt_version=encoder.prompt_version, width=encoder.width,
         )  # fmt: skip
+
+    def charge(self, principal: Principal, count: int) -> None:
+        """Raises Refused where this key has embedded too much for now."""
+        wait = self.limits.take_inputs(principal, count) if self.limits else 0.0
+        if wait > 0:
+            raise Refused(429, f"too many inputs; wait {retry_after(wait)} s", "too_many_inputs", wait)
+
+
+class Refused(HTTPException):
+    """A request that is not served, with a code for programs; `wait` in seconds becomes Retry-After."""
+
+    def __init__(self, status: int, message: str, code: str, wait: float = 0.0) -> None:
+        super().__init__(status, message, {"Retry-After": retry_after(wait)} if wait else None)
+        self.code = code
 
 
 def create_app(server: Server) -> FastAPI:
@@ -117,25 +120,17 @@ def create_app(server: Server) -> FastAPI:
         loading = asyncio.create_task(server.load())
         yield
         await asyncio.wait([loading])
-        service, server.service = server.service, None
-        if service is not None:
-            await service.scheduler.close(CLOSE_S)
-            for threads in (service.readers, service.writer):
-                await asyncio.to_thread(threads.shutdown)
-            service.index.close()
+        await server.close()
 
+    always: schemas.Responses = schemas.refusals(400, 413, 414, 415, 421, 431) | {500: {"model": schemas.ErrorOut}}
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
-        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=WALL,
+        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=always,
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
-    add_errors(app)
-    _add_status(app, server)
-    _add_embeddings(app, server)
-    _add_search(app, server)
-    _add_items(app, server)
-    _add_page(app, server)
+    for add in (_add_errors, _add_status, _add_embeddings, _add_search, _add_items, _add_page):
+        add(app, server)
     _complete(app.openapi(), keyed=server.keys is not None)
     for route in app.routes:  # after the document, which need not say that HEAD is GET without its body
         if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
@@ -147,14 +142,13 @@ def _complete(document: dict[str, Any], *, keyed: bool) -> None:
     """Writes into the OpenAPI document what the gates around the routes ask and answer."""
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            told = operation["responses"]
+            told, scope = operation["responses"], scope_needed(method.upper(), path)
             told.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
-            scope = scope_needed(method.upper(), path)
-            told |= FOR_BODIES if "requestBody" in operation else {}
-            told |= FOR_WRITERS if method != "get" else {}
-            told |= FOR_CALLERS if scope else {}
+            told |= schemas.refusals(408) if "requestBody" in operation else {}
+            told |= schemas.refusals(403) if method != "get" or (scope and keyed) else {}
+            told |= schemas.refusals(429, 503) if scope else {}
             if scope and keyed:
-                told |= FOR_KEYS
+                told |= schemas.refusals(401)
                 operation["security"] = [{"key": []}]
     parts = document["components"]
     del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
@@ -162,142 +156,66 @@ def _complete(document: dict[str, Any], *, keyed: bool) -> None:
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "A key of `traceir keys add`."}}
 
 
-def allowed(scope: Scope) -> Any:
-    """A dependency: who asks, as KeyGate found it, where they may do this."""
+def _add_errors(app: FastAPI, _: Server) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
+        place, reason = fault_of(error.errors(), skipped=1)
+        return error_response(400, f"{place or 'body'}: {reason}", param=place or None)
 
-    def check(request: Request) -> Principal:
-        known: Principal = request.state.principal
-        if not known.may(scope):
-            raise Refused(403, f"the key {known.name!r} may not {scope}; ask for one with this scope", "forbidden")
-        return known
+    @app.exception_handler(HTTPException)
+    async def refused(_: Request, error: HTTPException) -> JSONResponse:
+        code = error.code if isinstance(error, Refused) else None
+        param = error.place or None if isinstance(error, UnreadableError) else None
+        return error_response(error.status_code, str(error.detail), param=param, code=code, headers=error.headers)
 
-    return Depends(check)
+    @app.exception_handler(TraceError)
+    async def failed(_: Request, error: TraceError) -> JSONResponse:
+        return of_error(error)
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, __: Exception) -> JSONResponse:  # Starlette raises it again, so it is logged
+        return error_response(500, "the server failed; its log says why")
 
 
-def _noted(request: Request) -> Noted | None:
+def of_error(error: TraceError) -> JSONResponse:
+    """The response to an error of ours."""
+    status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    if status >= 500:
+        log.error("%s: %s", type(error).__name__, error)
+    headers = {"Retry-After": retry_after(error.retry_after_s)} if isinstance(error, BusyError) else None
+    shown = str(error)[:2000] if status < 500 else "the server cannot do this now; its log says why"
+    return error_response(status, shown, headers=headers)
+
+
+def error_response(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """An error in OpenAI's shape."""
+    told = {"message": message, "type": kind_of(status), "param": param, "code": code}
+    return JSONResponse({"error": told}, status_code=status, headers=headers)
+
+
+async def principal_of(request: Request) -> Principal:
+    """Who asks, as KeyGate found it, which has checked that they may."""
+    known: Principal = request.state.principal
+    return known
+
+
+async def noting(request: Request) -> Noted | None:
     """What notes contents for the audit log, where it is on."""
     asked: Asked | None = getattr(request.state, "audit", None)
     return asked.add if asked is not None and request.app.state.server.audit is not None else None
 
 
-def _note_ids(request: Request, ids: Sequence[str]) -> None:
-    """Notes for the audit log what is removed."""
-    asked: Asked | None = getattr(request.state, "audit", None)
-    if asked is not None:
-        asked.add_ids(ids)
+Caller = Annotated[Principal, Depends(principal_of)]
+Audit = Annotated[Noted | None, Depends(noting)]
 
 
-def _pay(server: Server, principal: Principal, count: int) -> None:
-    """Raises Refused where this key has embedded too much for now."""
-    wait = server.limits.take_inputs(principal, count) if server.limits else 0.0
-    if wait > 0:
-        raise Refused(429, f"too many inputs; wait {retry_after(wait)} s", "too_many_inputs", wait)
+def _json(content: str | bytes) -> Response:
+    return Response(content, media_type="application/json")
 
 
-def _view(server: Server, principal: Principal) -> Service:
-    """The service as this caller sees it: over its tenant's items alone."""
-    return server.ready().of_tenant(principal.tenant)
-
-
-def _add_status(app: FastAPI, server: Server) -> None:
-    @app.get("/health/", include_in_schema=False)
-    @app.get("/health", tags=["status"])
-    async def health() -> Status:
-        """The process answers."""
-        return Status(status="ok")
-
-    @app.get("/ready/", include_in_schema=False)
-    @app.get("/ready", tags=["status"], responses=NOT_READY)
-    async def ready() -> Status:
-        """The model is loaded and the index open; 503 until then."""
-        if not server.ready().scheduler.alive:
-            raise HTTPException(503, "the model fails at every input; the server's log says why")
-        return Status(status="ready")
-
-    @app.get("/metrics", tags=["status"], response_class=Response, responses=METRICS)
-    async def metrics(principal: Annotated[Principal, allowed("read")]) -> Response:
-        """Counters in Prometheus' text format."""
-        if principal.tenant is not None:
-            raise Refused(403, "the counters are of all tenants; ask with a key that has none", "forbidden")
-        service = server.ready()
-        info = await service.info()
-        counts = {str(modality): count for modality, count in info.counts.items()}
-        return Response(server.metrics.page(service.scheduler, counts), media_type="text/plain; version=0.0.4")
-
-
-def _add_embeddings(app: FastAPI, server: Server) -> None:
-    @app.get("/v1/models", tags=["embeddings"])
-    async def models(principal: Annotated[Principal, allowed("read")]) -> ModelsOut:
-        """The one model that this server runs."""
-        return ModelsOut(data=[server.model()])
-
-    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=MISSING)
-    async def named(id: str, principal: Annotated[Principal, allowed("read")]) -> ModelOut:
-        """The same by its name, as OpenAI's clients ask for it."""
-        return _model(server, id)
-
-    @app.post("/v1/embeddings", tags=["embeddings"], responses=MISSING, response_model=EmbeddingsOut)
-    async def embeddings(asked: EmbeddingsIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> Response:
-        """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
-        service, model = _view(server, principal), _model(server, asked.model)
-        if asked.dimensions not in (None, model.width):
-            raise InputError(
-                f"dimensions is {asked.dimensions}, but the width of this server's vectors is {model.width} (`serve --dim`)"
-            )
-        given = asked.messages if asked.messages is not None else asked.input
-        _pay(server, principal, len(given) if isinstance(given, list) else 1)
-        served = await _while_connected(request, service.embed(asked, noted=_noted(request)))
-
-        def answer() -> EmbeddingsOut:
-            data = [_embedding(place, one, asked.encoding_format) for place, one in enumerate(served)]
-            tokens = sum(one.prompt_tokens for one in served)
-            usage = Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
-            return EmbeddingsOut(data=data, model=model.id, usage=usage)
-
-        return await in_json(answer, len(served) * model.width * 12)
-
-
-def _model(server: Server, name: str | None) -> ModelOut:
-    """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
-    model = server.model()
-    if name not in (None, model.id, model.fingerprint):
-        raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {model.id!r}", "model_not_found")
-    return model
-
-
-def _embedding(place: int, served: Served, form: str) -> EmbeddingOut:
-    vector = served.encoding.vector
-    shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if form == "base64" else vector.tolist()
-    return EmbeddingOut(index=place, embedding=shown, trace=trace_of(served))
-
-
-def _add_search(app: FastAPI, server: Server) -> None:
-    @app.post("/search", tags=["search"], response_model=SearchOut)
-    async def search(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> Response:
-        """The items nearest to a query of text, picture, both, or parts in reading order."""
-        view, noted = _view(server, principal), _noted(request)
-        found = await _while_connected(request, _searched(server, view, asked, noted=noted))
-        return await in_json(lambda: found, size_in_json(found.hits))
-
-    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=EVENTS)
-    async def stream(asked: SearchIn, request: Request, principal: Annotated[Principal, allowed("read")]) -> StreamingResponse:
-        """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
-        view = _view(server, principal)
-        return StreamingResponse(
-            _events(server, view, asked, _noted(request)), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-        )
-
-
-async def _searched(
-    server: Server, service: Service, asked: SearchIn, listener: Callable[[Progress], None] | None = None,
-    noted: Noted | None = None,
-) -> SearchOut:  # fmt: skip
-    found = await service.search(asked, listener=listener, noted=noted)
-    server.metrics.searched(found.trace.seconds.search or 0.0)
-    return found
-
-
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Told]) -> Told:
+async def _while_connected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
     """The result of a coroutine, which is cancelled if the client goes away meanwhile."""
     task = asyncio.ensure_future(work)
     try:
@@ -310,9 +228,96 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, Told]) ->
         task.cancel()
 
 
-async def _events(server: Server, service: Service, asked: SearchIn, noted: Noted | None = None) -> AsyncIterator[str]:
+def _add_status(app: FastAPI, server: Server) -> None:
+    @app.get("/health/", include_in_schema=False)
+    @app.get("/health", tags=["status"])
+    async def health() -> schemas.Status:
+        """The process answers."""
+        return schemas.Status(status="ok")
+
+    @app.get("/ready/", include_in_schema=False)
+    @app.get("/ready", tags=["status"], responses=schemas.refusals(503))
+    async def ready() -> schemas.Status:
+        """The model is loaded and the index open; 503 until then."""
+        if not server.ready().scheduler.alive:
+            raise HTTPException(503, "the model fails at every input; the server's log says why")
+        return schemas.Status(status="ready")
+
+    text: schemas.Responses = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+
+    @app.get("/metrics", tags=["status"], response_class=Response, responses=text)
+    async def metrics(principal: Caller) -> Response:
+        """Counters in Prometheus' text format."""
+        if principal.tenant is not None:
+            raise Refused(403, "the counters are of all tenants; ask with a key that has none", "forbidden")
+        service = server.ready()
+        info = await service.read(service.index.info)
+        return Response(server.metrics.page(service.scheduler, info.counts), media_type="text/plain; version=0.0.4")
+
+
+def _add_embeddings(app: FastAPI, server: Server) -> None:
+    @app.get("/v1/models", tags=["embeddings"])
+    async def models(principal: Caller) -> schemas.ModelsOut:
+        """The one model that this server runs."""
+        return schemas.ModelsOut(data=[server.model()])
+
+    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=schemas.refusals(404))
+    async def named(id: str, principal: Caller) -> schemas.ModelOut:
+        """The same by its name, as OpenAI's clients ask for it."""
+        return server.model(id)
+
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
+    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, noted: Audit) -> Response:
+        """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
+        service, model = server.view(principal), server.model(asked.model)
+        if asked.dimensions not in (None, model.width):
+            raise InputError(
+                f"dimensions is {asked.dimensions}, but the width of this server's vectors is {model.width} (`serve --dim`)"
+            )
+        given = asked.messages if asked.messages is not None else asked.input
+        server.charge(principal, len(given) if isinstance(given, list) else 1)
+        served = await _while_connected(request, service.embed(asked, noted=noted))
+        return _json(await service.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
+
+
+def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
+    """An EmbeddingsOut in JSON."""
+    data: list[schemas.EmbeddingOut] = []
+    for place, one in enumerate(served):
+        vector = one.encoding.vector
+        shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
+        data.append(schemas.EmbeddingOut(index=place, embedding=shown, trace=schemas.Trace.of(one)))
+    tokens = sum(one.prompt_tokens for one in served)
+    usage = schemas.Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+    return schemas.EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
+
+
+def _add_search(app: FastAPI, server: Server) -> None:
+    @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
+    async def search(asked: schemas.SearchIn, request: Request, principal: Caller, noted: Audit) -> Response:
+        """The items nearest to a query of text, picture, both, or parts in reading order."""
+        _, answer = await _while_connected(request, server.view(principal).search(asked, noted=noted))
+        return _json(answer)
+
+    data = {"type": "string", "contentMediaType": "application/json"}
+    properties = {"event": {"enum": ["route", "reasoning", "hits", "error"]}, "data": data}
+    item = {"type": "object", "required": ["event", "data"], "properties": properties}
+    about = (
+        "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
+        "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
+    )
+    events: schemas.Responses = {200: {"description": about, "content": {"text/event-stream": {"itemSchema": item}}}}
+
+    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=events)
+    async def stream(asked: schemas.SearchIn, principal: Caller, noted: Audit) -> StreamingResponse:
+        """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
+        told = _events(server.view(principal), asked, noted)
+        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(_searched(server, service, asked, heard.put_nowait, noted))
+    task = asyncio.ensure_future(service.search(asked, listener=heard.put_nowait, noted=noted))
     task.add_done_callback(lambda _: heard.put_nowait(None))
     told_route = False
     try:
@@ -322,80 +327,74 @@ async def _events(server: Server, service: Service, asked: SearchIn, noted: Note
                 yield _event("route", {"route": progress.route, "emb_probability": progress.emb_probability})
             if progress.reasoning:
                 yield _event("reasoning", {"text": progress.reasoning})
-        try:
-            found = task.result()
-        except TraceError as error:
-            yield _event("error", json.loads(bytes(of_error(error).body)))
-            return
-        except Exception:
-            log.exception("a streamed search failed")
-            yield _event(
-                "error", {"error": {"message": "the server failed", "type": "server_error", "param": None, "code": None}}
-            )
-            return
+        trace, answer = task.result()
         if not told_route:
-            yield _event("route", {"route": found.trace.route, "emb_probability": found.trace.emb_probability})
-        if found.trace.reasoning:
-            yield _event("reasoning", {"text": found.trace.reasoning})
-        yield _event("hits", await asyncio.to_thread(found.model_dump_json))
+            yield _event("route", {"route": trace.route, "emb_probability": trace.emb_probability})
+        if trace.reasoning:
+            yield _event("reasoning", {"text": trace.reasoning})
+        yield _event("hits", answer)
+    except TraceError as error:
+        yield _event("error", bytes(of_error(error).body).decode())
+    except Exception:  # the status has been sent, so the error is told as an event
+        log.exception("a streamed search failed")
+        yield _event("error", bytes(error_response(500, "the server failed").body).decode())
     finally:
         task.cancel()
 
 
-def _event(name: str, told: str | Mapping[str, Any]) -> str:
-    """`told`: an object, or its JSON."""
-    return f"event: {name}\ndata: {told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)}\n\n"
+def _event(name: str, data: str | Mapping[str, Any]) -> str:
+    """`data`: an object, or its JSON."""
+    return f"event: {name}\ndata: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: ItemsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> ItemsOut:
+    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, noted: Audit) -> schemas.ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
-        _pay(server, principal, len(asked.items))
-        adding = _view(server, principal).add(asked.items, noted=_noted(request))
-        return ItemsOut(results=await _while_connected(request, adding))
+        server.charge(principal, len(asked.items))
+        return schemas.ItemsOut(results=await _while_connected(request, server.view(principal).add(asked.items, noted=noted)))
 
-    @app.get("/items", tags=["items"], response_model=ItemPage)
+    @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
-        principal: Annotated[Principal, allowed("read")],
-        after: Annotated[str, Query(max_length=1024, pattern=NO_ZERO)] = "",
-        offset: Annotated[int, Query(ge=0, le=MAX_OFFSET)] = 0,
-        limit: Annotated[int, Query(ge=1, le=MAX_K)] = 100,
+        principal: Caller,
+        after: Annotated[str, Query(max_length=1024, pattern=schemas.NO_ZERO)] = "",
+        offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
+        limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
-        items, more = await _view(server, principal).items(after, offset, limit)
-        return await in_json(lambda: ItemPage(items=items, offset=offset, more=more), size_in_json(items))
+        return _json(await server.view(principal).items(after, offset, limit))
 
     @app.delete("/items", tags=["items"])
-    async def remove(asked: IdsIn, request: Request, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+    async def remove(asked: schemas.IdsIn, request: Request, principal: Caller) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
-        _note_ids(request, asked.ids)
-        return Deleted(deleted=await _view(server, principal).delete(asked.ids))
+        if (audit := getattr(request.state, "audit", None)) is not None:
+            audit.add_ids(asked.ids)
+        return schemas.Deleted(deleted=await server.view(principal).delete(asked.ids))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=MISSING, response_model=ItemOut)
-    async def one(id: Id, principal: Annotated[Principal, allowed("read")]) -> Response:
+    @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
+    async def one(id: schemas.Id, principal: Caller) -> Response:
         """What is kept of an item."""
-        found = await _view(server, principal).item(id)
-        if found is None:
+        if (item := await server.view(principal).item(id)) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        shown = item_out(found)
-        return await in_json(lambda: shown, size_in_json([shown]))
+        return _json(item)
 
-    @app.delete("/items/{id:path}", tags=["items"], responses=MISSING)
-    async def remove_one(id: Id, principal: Annotated[Principal, allowed("write")]) -> Deleted:
+    @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
+    async def remove_one(id: schemas.Id, principal: Caller) -> schemas.Deleted:
         """Removes an item."""
-        count = await _view(server, principal).delete([id])
+        count = await server.view(principal).delete([id])
         if not count:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        return Deleted(deleted=count)
+        return schemas.Deleted(deleted=count)
 
-    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=JPEG)
-    async def image(
-        name: str, principal: Annotated[Principal, allowed("read")], side: Annotated[int, Query(ge=16, le=2048)] = 2048
-    ) -> Response:
+    jpeg: schemas.Responses = {
+        200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
+    }
+
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | jpeg)
+    async def image(name: str, principal: Caller, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
         """The picture of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
-            content = await _view(server, principal).jpeg(id_in(name), side)
+            content = await server.view(principal).jpeg(id_in(name), side)
         except InputError as error:
             raise Refused(404, str(error), "not_found") from error
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
@@ -403,20 +402,18 @@ def _add_items(app: FastAPI, server: Server) -> None:
 
 def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
-    async def config(principal: Annotated[Principal, allowed("read")]) -> PageConfig:
+    async def config(principal: Caller) -> schemas.PageConfig:
         """What the page shows before the first search."""
-        view = _view(server, principal)
-        info, kept = await view.info(), await view.first(LOOKED_AT)
-        counts = {str(name): count for name, count in info.counts.items()}
-        cutoff = CutoffConfig(default=view.cutoff, background=dict(info.background))
-        world = getattr(view.scheduler.encoder, "world", None)
-        return await asyncio.to_thread(
-            page_config, server.title, server.model(), counts, kept, world=world, instructions=server.instructions,
-            reasons=view.scheduler.reasons, cutoff=cutoff,
-        )  # fmt: skip
+        view = server.view(principal)
+        info = await view.read(view.index.info)
+        kept = await view.read(lambda: list(islice(view.index.scan(), LOOKED_AT)))
+        cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
+        world, reasons = getattr(view.scheduler.encoder, "world", None), view.scheduler.reasons
+        about: dict[str, Any] = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
+        return await view.read(lambda: page_config(server.title, server.model(), info.counts, kept, **about))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return Response(page_html(), media_type="text/html; charset=utf-8")
+        return FileResponse(STATIC / "index.html", media_type="text/html; charset=utf-8")
 
     app.mount("/static", StaticFiles(directory=STATIC), name="static")

@@ -1,39 +1,70 @@
-"""Any encoder as the scheduler's worker: what waits is encoded together, without a look into the model."""
+"""Workers around encoders that cannot be looked into: batches for a library's model, single requests for an engine's."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from traceir.errors import InputError, ModelError
+from traceir.engines.sglang import SGLangEncoder
+from traceir.errors import ImageError, InputError, ModelError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
 from traceir.search import EncoderLike
 from traceir.serve.fair import Rounds, Usage
-from traceir.serve.jobs import Desk, Health, Job, UnavailableError
+from traceir.serve.jobs import PATIENT, Job, UnavailableError, Worker
 
 log = logging.getLogger(__name__)
 
-ROWS: Final = 32
-"""Inputs of a batch, where the encoder does not say how many (`batch_rows`)."""
-PATIENT: Final = 4.0
-"""How many times the time of long work counts, so that it has the smaller part of an encoder that others want too."""
+ROWS: Final = 32  # inputs of a batch, where the encoder does not say how many (`batch_rows`)
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    job: Job
-    content: Query | Item
+class EngineWorker(Worker):
+    """Every input is one request to the engine behind `encoder`, which batches as it sees fit; those that nobody waits for are
+    given up there too. A failure of the engine's is an UnavailableError. Reasoning is told at its end, not while it is written.
+    """
+
+    def __init__(self, encoder: SGLangEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def route(self, role: Role, route: Route) -> Route:
+        return route if self.encoder.model.writes(role) else "direct"
+
+    def take(self, job: Job) -> None:
+        task = self.loop.create_task(self._encode(job))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        job.done.add_done_callback(lambda _: task.cancel())
+
+    async def close(self) -> None:
+        """Ends what is still being encoded, and the connections."""
+        for task in self._tasks.copy():
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.to_thread(self.encoder.close)
+
+    async def _encode(self, job: Job) -> None:
+        try:
+            asked = await self.loop.run_in_executor(self.pool, self.encoder.prepare, job.content, job.route)
+            job.prefilled, job.prompt_tokens, job.cut = time.monotonic(), len(asked.read), asked.cut
+            encoding = await asyncio.wrap_future(self.encoder.start(asked))
+        except (InputError, ImageError) as error:
+            self.fail_all([job], error, own=False)
+        except Exception as error:  # whatever becomes of one input, the worker goes on
+            if not isinstance(error, ModelError):
+                log.exception("an input failed")
+            self.fail_all([job], UnavailableError(f"{type(error).__name__}: {error}"))
+        else:
+            self.finish_all([(job, encoding)], time.monotonic())
 
 
-class BatchWorker:
+class BatchWorker(Worker):
     """Collects jobs into batches, queries and candidates apart, and runs them in threads: `in_flight` batches at a time where the
     encoder says so, else one. A batch that fails is halved until the input at fault fails by itself.
 
@@ -41,31 +72,22 @@ class BatchWorker:
     """
 
     def __init__(self, encoder: EncoderLike) -> None:
+        super().__init__()
         self.encoder = encoder
         self.rows: int = getattr(encoder, "batch_rows", ROWS)
         self._free: int = getattr(encoder, "in_flight", 1)
         self._threads = ThreadPoolExecutor(self._free, "encoder")
-        self._waiting: dict[tuple[bool, bool], Rounds[_Waiting]] = {}
+        self._waiting: dict[str, Rounds[Job]] = {}  # by kind
         self._usage = Usage()
         self._running: set[asyncio.Future[None]] = set()
-        self._health = Health()
-
-    @property
-    def alive(self) -> bool:
-        """Whether the last batches did not all fail, or that was a while ago."""
-        return self._health.good
 
     def route(self, role: Role, route: Route) -> Route:
         if route == "reason":
             self.encoder.encode_queries([], route=route)  # says why it cannot
         return "direct"
 
-    def start(self, desk: Desk) -> None:
-        self._desk = desk
-
-    def take(self, job: Job, content: Query | Item) -> None:
-        kind = job.patient, isinstance(content, Query)
-        self._waiting.setdefault(kind, Rounds()).put(job.who, _Waiting(job, content))
+    def take(self, job: Job) -> None:
+        self._waiting.setdefault(_kind(job), Rounds()).put(job.who, job)
         self._run()
 
     async def close(self) -> None:
@@ -78,7 +100,7 @@ class BatchWorker:
         """Starts batches while there are free threads and something waits; in the event loop."""
         while self._free and (batch := self._next()):
             self._free -= 1
-            running = self._desk.loop.run_in_executor(self._threads, self._work, batch)
+            running = self.loop.run_in_executor(self._threads, self._work, batch)
             self._running.add(running)
             running.add_done_callback(self._ended)
 
@@ -87,13 +109,12 @@ class BatchWorker:
         self._free += 1
         self._run()
 
-    def _next(self) -> list[_Waiting]:
+    def _next(self) -> list[Job]:
         """The next batch: of the kind of work that has had least of the encoder, one input of each caller in turn."""
-        for kind in sorted(self._waiting, key=lambda kind: self._usage.of(repr(kind))):
-            batch: list[_Waiting] = []
-            for one in self._waiting[kind]:
-                if not one.job.done.done():
-                    batch.append(one)
+        for kind in sorted(self._waiting, key=self._usage.of):
+            batch: list[Job] = []
+            for job in self._waiting[kind]:
+                batch += [job] if job.wanted else []
                 if len(batch) == self.rows:
                     break
             if batch:
@@ -102,58 +123,45 @@ class BatchWorker:
 
     # In a thread
 
-    def _work(self, batch: Sequence[_Waiting]) -> None:
+    def _work(self, batch: Sequence[Job]) -> None:
         started = time.monotonic()
-        for one in batch:
-            one.job.prefilled = started
+        for job in batch:
+            job.prefilled = started
         self._encode(batch)
-        first = batch[0]
-        weight = PATIENT if first.job.patient else 1.0
-        kind = repr((first.job.patient, isinstance(first.content, Query)))
-        self._call(self._usage.add, kind, (time.monotonic() - started) * weight)
+        weight = PATIENT if batch[0].patient else 1.0
+        self.call(self._usage.add, _kind(batch[0]), (time.monotonic() - started) * weight)
 
-    def _encode(self, batch: Sequence[_Waiting]) -> None:
+    def _encode(self, batch: Sequence[Job]) -> None:
         """Encodes a batch and hands it in, in halves where it fails."""
-        jobs = [one.job for one in batch]
         try:
             encodings = self._encodings(batch)
-        except ModelError as error:
-            self._call(self._fail, jobs, UnavailableError(f"{type(error).__name__}: {error}"))
-        except Exception as error:
-            if len(batch) > 1:
-                self._encode(batch[: len(batch) // 2])
-                self._encode(batch[len(batch) // 2 :])
+        except Exception as error:  # of any library; the input at fault alone shall fail
+            own, half = isinstance(error, ModelError), len(batch) // 2
+            if half and not own:
+                self._encode(batch[:half])
+                self._encode(batch[half:])
             elif isinstance(error, InputError):
-                self._call(self._desk.fail, jobs, error)
+                self.call(partial(self.fail_all, batch, error, own=False))
             else:
-                log.exception("an input failed")
-                self._call(self._fail, jobs, UnavailableError(f"{type(error).__name__}: {error}"))
+                if not own:
+                    log.exception("an input failed")
+                self.call(self.fail_all, batch, UnavailableError(f"{type(error).__name__}: {error}"))
         else:
-            for job, encoding in zip(jobs, encodings, strict=True):
+            for job, encoding in zip(batch, encodings, strict=True):
                 job.cut = encoding.cut
-            self._call(self._done, list(zip(jobs, encodings, strict=True)), time.monotonic())
+            self.call(self.finish_all, list(zip(batch, encodings, strict=True)), time.monotonic())
 
-    def _encodings(self, batch: Sequence[_Waiting]) -> list[Encoding]:
-        queries = [one.content for one in batch if isinstance(one.content, Query)]
-        if queries:
-            found = self.encoder.encode_queries(queries, route="direct")
+    def _encodings(self, batch: Sequence[Job]) -> list[Encoding]:
+        contents = [job.content for job in batch]
+        if queries := [one for one in contents if isinstance(one, Query)]:
+            encodings = self.encoder.encode_queries(queries, route="direct")
         else:
-            found = self.encoder.encode_items([one.content for one in batch if isinstance(one.content, Item)])
-        if len(found) != len(batch):
-            raise ModelError(f"the encoder returned {len(found)} encodings for {len(batch)} inputs; report it")
-        return found
+            encodings = self.encoder.encode_items([one for one in contents if isinstance(one, Item)])
+        if len(encodings) != len(batch):
+            raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(batch)} inputs; report it")
+        return encodings
 
-    # Back in the event loop
 
-    def _done(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
-        self._health.succeed()
-        self._desk.deliver(finished, now)
-
-    def _fail(self, jobs: Sequence[Job], error: UnavailableError) -> None:
-        self._health.fail()
-        self._desk.fail(jobs, error)
-
-    def _call(self, what: Callable[..., None], *told: object) -> None:
-        """Runs something in the event loop; where that has ended there is nobody left to tell."""
-        with contextlib.suppress(RuntimeError):
-            self._desk.loop.call_soon_threadsafe(partial(what, *told))
+def _kind(job: Job) -> str:
+    """What is encoded together: queries or candidates, of long work or not."""
+    return f"{type(job.content).__name__} {job.patient}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-MOST: Final = 500
-"""Characters of a message."""
+MOST: Final = 500  # characters of a message
 
 
 class Doubled:
@@ -35,19 +34,13 @@ def fault_of(errors: Sequence[Mapping[str, Any]], skipped: int = 0) -> tuple[str
     """Place and reason of the first of pydantic's errors; `skipped` parts of its place are not the caller's."""
     if not errors:
         return "", "it cannot be read"
-    first = errors[0]
-    return place_of(first["loc"][skipped:]), plain(_reason(first))[:MOST]
+    return place_of(errors[0]["loc"][skipped:]), plain(_reason(errors[0]))[:MOST]
 
 
 def place_of(parts: Sequence[str | int]) -> str:
-    """A place in JSON: `input[3].text`."""
-    shown = ""
-    for part in parts:
-        if isinstance(part, int):
-            shown += f"[{part}]"
-        elif not part.startswith("<"):
-            shown += f".{part}" if shown else part
-    return plain(shown)[:200]
+    """A place in JSON: `input[3].text`. Branches of a union (`<text>`) are left out."""
+    named = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if not str(part).startswith("<")]
+    return plain("".join(named).removeprefix("."))[:200]
 
 
 def plain(text: str) -> str:
@@ -60,11 +53,17 @@ def place_of_half(value: object, place: tuple[str | int, ...] = ()) -> str | Non
     if isinstance(value, str):
         return None if plain(value) == value else place_of(place) or "the text"
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for name, one in pairs:
-        found = place_of_half(name, (*place, name)) if isinstance(name, str) else None
-        if (found := found or place_of_half(one, (*place, name))) is not None:
-            return found
+    for name, part in pairs:
+        inner = (*place, name)
+        half = (place_of_half(name, inner) if isinstance(name, str) else None) or place_of_half(part, inner)
+        if half is not None:
+            return half
     return None
+
+
+def kind_in_json(value: object) -> str:
+    """What a value of JSON is, in words."""
+    return _KINDS.get(type(value), type(value).__name__)
 
 
 def _reason(error: Mapping[str, Any]) -> str:
@@ -74,22 +73,14 @@ def _reason(error: Mapping[str, Any]) -> str:
     if kind in _WANTED:
         return f"{kind_in_json(given)}, where {_WANTED[kind]} is wanted"
     if kind == "kind":
-        return f"{kind_in_json(given)}, where {error['msg']}"
+        named = f" of type {str(given['type'])[:40]!r}" if isinstance(given, dict) and "type" in given else ""
+        return f"{kind_in_json(given)}{named}, where {error['msg']}"
     if kind in ("too_long", "too_short", "string_too_long") and isinstance(given, str | list | dict):
         counted = "characters" if isinstance(given, str) else "entries"
         bound = f"at least {about['min_length']}" if kind == "too_short" else f"at most {about['max_length']}"
         return f"{len(given)} {counted}, {bound}"
     if kind in ("greater_than_equal", "less_than_equal"):
         return f"it is {given}, at {'least' if kind[0] == 'g' else 'most'} {about.get('ge', about.get('le'))} is wanted"
-    if kind == "value_error":
-        return str(about["error"])
-    if kind == "int_parsing":
-        return f"it is {repr(given)[:80]}; a whole number is wanted"
-    if kind == "literal_error":
-        return f"it is {repr(given)[:80]}; {about['expected']} is wanted"
-    return str(error["msg"])
-
-
-def kind_in_json(value: object) -> str:
-    """What a value of JSON is, in words."""
-    return _KINDS.get(type(value), f"{type(value).__name__}")
+    if kind in ("int_parsing", "literal_error"):
+        return f"it is {repr(given)[:80]}; {about.get('expected', 'a whole number')} is wanted"
+    return str(about["error"] if kind == "value_error" else error["msg"])

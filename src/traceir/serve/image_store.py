@@ -6,53 +6,31 @@ import contextlib
 import hashlib
 import os
 import re
-import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from io import BytesIO
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from traceir.errors import ImageError, StoreError
-from traceir.images import ImageInput
+from traceir.images import ImageInput, file_bytes
 from traceir.serve.uploads import LIMITS
 
 _OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
-LEFT_S: Final = 3600.0
-"""Seconds after which a file that no item names is not on its way into the index any more."""
-MAX_SIDE: Final = 2048
-"""Pixels of the longer side of a picture that is handed out, at most."""
+LEFT_S: Final = 3600.0  # seconds after which a file that no item names is not on its way into the index any more
+MAX_SIDE: Final = 2048  # pixels of the longer side of a picture that is handed out, at most
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFolder:
     """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
-    it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. Thread-safe.
+    it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. `tidy` belongs
+    to the one thread that writes the index, which calls `keep` again right before, for what was tidied meanwhile.
     """
 
     folder: Path
     tenant: str | None = None
-    _busy: Counter[Path] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @contextmanager
-    def holding(self, ids: Iterable[str]) -> Iterator[None]:
-        """While it lasts nothing of these items is thrown away: their files may be on the way into the index."""
-        places = [self._place(id) for id in ids]
-        with self._lock:
-            self._busy.update(places)
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._busy.subtract(places)
-                for place in places:
-                    if self._busy[place] <= 0:
-                        del self._busy[place]
 
     def keep(self, image: ImageInput, id: str) -> ImageInput:
         """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
@@ -75,19 +53,16 @@ class ImageFolder:
                 fresh.unlink(missing_ok=True)
                 shown = f"the picture cannot be kept: {error.strerror or error}"
                 raise StoreError(f"{shown}; free the disk, send it again") from error
-        return ImageInput.open(place)
+        return image.moved_to(place)
 
     def tidy(self, id: str, kept: str | None) -> None:
-        """Throws away the uploads of an item except the one that the index names; nothing while it is being added."""
+        """Throws away the uploads of an item except the one that the index names."""
         place = self._place(id)
-        with self._lock:
-            if self._busy[place] > 0 or not place.is_dir():
-                return
-            for file in place.iterdir():
-                if str(file) != kept:
-                    file.unlink(missing_ok=True)
-            if kept is None:
-                place.rmdir()
+        for file in place.iterdir() if place.is_dir() else ():
+            if str(file) != kept:
+                file.unlink(missing_ok=True)
+        if kept is None and place.is_dir():
+            place.rmdir()
 
     def sweep(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
         """Throws away what a server that was killed left behind: our files that no item names, of at least this age; how many.
@@ -121,11 +96,7 @@ def _sync(folder: Path) -> None:
 
 def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
     """The picture as JPEG, its longer side at most `side` pixels. Raises PictureError."""
-    pil = image.load(shrink_to=side, limits=LIMITS)
-    pil.thumbnail((side, side))
-    buffer = BytesIO()
     try:
-        pil.save(buffer, "JPEG", quality=88)
+        return file_bytes(image.load(shrink_to=side, limits=LIMITS), side=side)
     except OSError as error:
         raise ImageError(f"the picture cannot be shown: {error}; add it anew") from error
-    return buffer.getvalue()

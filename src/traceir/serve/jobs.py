@@ -1,48 +1,33 @@
-"""What the scheduler and those who encode for it have in common: an input on its way, and what is told of it."""
+"""What the scheduler and its workers share: an input on its way, what is told of it, and what a worker is."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from traceir.errors import TraceError
 from traceir.items import Encoding, Item, Query, Route
 from traceir.prompts import Role
 
-FAILURES: Final = 8
-"""Failures of a worker, one after the other, from which on the server no longer calls itself ready."""
+FAILURES: Final = 8  # failures of a worker, one after the other, from which on the server no longer calls itself ready
 AGAIN_S: Final = 15.0
 """Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
-
-
-@dataclass(slots=True)
-class Health:
-    """Whether what a worker did last did not all fail, or that was a while ago."""
-
-    failures: int = 0
-    failed: float = 0.0
-
-    @property
-    def good(self) -> bool:
-        return self.failures < FAILURES or time.monotonic() - self.failed > AGAIN_S
-
-    def succeed(self) -> None:
-        self.failures = 0
-
-    def fail(self) -> None:
-        self.failures, self.failed = self.failures + 1, time.monotonic()
+PATIENT: Final = 4.0
+"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
 
 
 class BusyError(TraceError):
     """Too many inputs are waiting, `of_caller` of them this caller's; `retry_after_s` says when to come back."""
 
     def __init__(self, waiting: int, retry_after_s: float, *, of_caller: int = 0) -> None:
-        told = f"{waiting} inputs are waiting, {of_caller} of them yours, and the server takes no more of you now"
-        super().__init__(f"{told}; try again in {retry_after_s:g} s")
+        shown = f"{waiting} inputs are waiting, {of_caller} of them yours, and the server takes no more of you now"
+        super().__init__(f"{shown}; try again in {retry_after_s:g} s")
         self.retry_after_s = retry_after_s
 
 
@@ -63,6 +48,9 @@ class Progress:
     reasoning: str
 
 
+Listener = Callable[[Progress], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """An encoding, with the seconds from arrival to its prefill (`queue`) and from there to the end (`encode`), and its prompt's
@@ -76,63 +64,86 @@ class Served:
     cached: bool = False
 
 
-Listener = Callable[[Progress], None]
-
-
 @dataclass(slots=True, eq=False)
 class Job:
-    """One input on its way; the same input asked for twice at a time is one job with two waiters.
+    """One input on its way to `done`; the same input asked for twice at a time is one job with two waiters.
 
-    Who encodes it notes when its prefill began (`prefilled`), and its prompt's tokens.
+    `who`: whose share of the server it takes; `patient`: part of long work, which waits while others ask for little. The worker
+    notes when its prefill began (`prefilled`) and its prompt's tokens. Its methods are for the event loop.
     """
 
-    key: tuple[str, str, str]
+    content: Query | Item
     route: Route
-    arrived: float
     done: asyncio.Future[Served]
     who: str = ""
-    """Whose share of the server it takes."""
     patient: bool = False
-    """Whether it is part of a long work, which waits while others ask for little."""
+    arrived: float = field(default_factory=time.monotonic)
     waiters: int = 0
     listeners: list[Listener] = field(default_factory=list)
     prefilled: float = 0.0
     prompt_tokens: int = 0
     cut: int = 0
 
+    @property
+    def wanted(self) -> bool:
+        return not self.done.done()
 
-class Desk(Protocol):
-    """Where a worker hands its results in. All of it is called in the event loop `loop`; `pool` is for short work beside it."""
+    def finish(self, encoding: Encoding, now: float) -> None:
+        if self.wanted:
+            queue, encode = self.prefilled - self.arrived, now - self.prefilled
+            self.done.set_result(Served(encoding, queue, encode, self.prompt_tokens, self.cut))
 
-    loop: asyncio.AbstractEventLoop
-    pool: ThreadPoolExecutor
+    def fail(self, error: BaseException) -> None:
+        if self.wanted:
+            self.done.set_exception(error)
+            self.done.exception()  # seen, also where every waiter has gone
 
-    def deliver(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
-        """Jobs that are done, at a moment of `time.monotonic`."""
-
-    def fail(self, jobs: Sequence[Job], error: BaseException) -> None:
-        """Jobs that cannot be done."""
+    def tell(self, progress: Progress) -> None:
+        for listener in list(self.listeners):
+            listener(progress)
 
 
-class Worker(Protocol):
-    """What encodes. A job whose `done` is over is no longer wanted."""
+class Worker(ABC):
+    """What encodes. Each job it takes ends by `finish_all` or `fail_all`; one that is no longer `wanted` may be dropped."""
 
-    def route(self, role: Role, route: Route) -> Route:
-        """The route that an input takes where this one is asked for; raises InputError where it cannot be had."""
-
-    def start(self, desk: Desk) -> None: ...
-
-    def take(self, job: Job, content: Query | Item) -> None:
-        """Begins a job, in the event loop; its end is handed in at the desk."""
+    def __init__(self) -> None:
+        self._failures, self._failed = 0, 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether its last jobs did not all fail."""
+        """Whether what was done last did not all fail, or that was a while ago."""
+        return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
 
+    def start(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        """Begins to work for jobs of this event loop; `pool` is for short work beside it."""
+        self.loop, self.pool = loop, pool
+
+    @abstractmethod
+    def route(self, role: Role, route: Route) -> Route:
+        """The route that an input takes where this one is asked for; raises InputError where it cannot be had."""
+
+    @abstractmethod
+    def take(self, job: Job) -> None:
+        """Begins a job, in the event loop."""
+
+    @abstractmethod
     async def close(self) -> None:
         """Frees what it holds, once nothing is wanted any more."""
 
+    def finish_all(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
+        """Hands in results, in the event loop; `now` is a moment of `time.monotonic`."""
+        self._failures = 0
+        for job, encoding in finished:
+            job.finish(encoding, now)
 
-def tell_all(listeners: Sequence[Listener], progress: Progress) -> None:
-    for listener in listeners:
-        listener(progress)
+    def fail_all(self, jobs: Sequence[Job], error: BaseException, *, own: bool = True) -> None:
+        """What cannot be done, in the event loop. `own`: by a fault of the worker's, not of the input's."""
+        if own:
+            self._failures, self._failed = self._failures + 1, time.monotonic()
+        for job in jobs:
+            job.fail(error)
+
+    def call(self, work: Callable[..., None], *given: object) -> None:
+        """Runs something in the event loop, from a thread; where that has ended there is nobody left to tell."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(work, *given)

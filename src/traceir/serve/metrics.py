@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from traceir.items import Modality
 from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import Served
 from traceir.serve.scheduler import Scheduler
@@ -19,19 +20,16 @@ class Metrics:
     """Counters of one server, in a registry of their own, so that two servers in one process do not mix."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.requests = Counter("traceir_requests", "Requests by path and status.", ["path", "status"], registry=self.registry)
-        self.seconds = Histogram(
-            "traceir_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=self.registry
-        )
-        self.routes = Counter("traceir_encoded", "Inputs encoded, by road.", ["role", "route"], registry=self.registry)
-        self.truncated = Counter("traceir_truncated", "Queries that ended without <|emb|>.", registry=self.registry)
-        self.tokens = Histogram(
-            "traceir_reasoning_tokens", "Tokens written for a query that reasons.", buckets=TOKENS, registry=self.registry
-        )
-        self.cache = Counter("traceir_cache", "Encodings asked for, by whether known.", ["found"], registry=self.registry)
-        self.waiting = Gauge("traceir_inputs_under_way", "Inputs that have come and are not encoded yet.", registry=self.registry)
-        self.items = Gauge("traceir_items", "Items in the index.", ["modality"], registry=self.registry)
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("traceir_requests", "Requests by path and status.", ["path", "status"], registry=registry)
+        self.seconds = Histogram("traceir_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=registry)
+        self.routes = Counter("traceir_encoded", "Inputs encoded, by road.", ["role", "route"], registry=registry)
+        self.truncated = Counter("traceir_truncated", "Queries that ended without <|emb|>.", registry=registry)
+        about = "Tokens written for a query that reasons."
+        self.tokens = Histogram("traceir_reasoning_tokens", about, buckets=TOKENS, registry=registry)
+        self.cache = Counter("traceir_cache", "Encodings asked for, by whether known.", ["found"], registry=registry)
+        self.waiting = Gauge("traceir_inputs_under_way", "Inputs that have come and are not encoded yet.", registry=registry)
+        self.items = Gauge("traceir_items", "Items in the index.", ["modality"], registry=registry)
 
     def encoded(self, role: str, served: Served) -> None:
         """Counts an encoding, of a query or an item, and the time it took."""
@@ -50,10 +48,7 @@ class Metrics:
         gauge = Gauge("traceir_audit_dropped", "Lines that the audit log lost since the start.", registry=self.registry)
         gauge.set_function(dropped)
 
-    def searched(self, seconds: float) -> None:
-        self.seconds.labels("search").observe(seconds)
-
-    def page(self, scheduler: Scheduler, counts: dict[str, int]) -> bytes:
+    def page(self, scheduler: Scheduler, counts: Mapping[Modality, int]) -> bytes:
         """All of it in Prometheus' text format."""
         self.waiting.set(scheduler.under_way)
         self.items.clear()
@@ -69,20 +64,17 @@ class Counted:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         started, status = time.perf_counter(), 500
 
         async def watched(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
+            status = message.get("status", status)
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
         finally:
-            path = getattr(scope.get("route"), "path", "unknown")
-            self.metrics.requests.labels(path, str(status)).inc()
-            self.metrics.seconds.labels("request").observe(time.perf_counter() - started)
+            if scope["type"] == "http":
+                path = getattr(scope.get("route"), "path", "unknown")
+                self.metrics.requests.labels(path, str(status)).inc()
+                self.metrics.seconds.labels("request").observe(time.perf_counter() - started)

@@ -1,42 +1,39 @@
 """The model's thread: requests share prefills and write together, and join and leave as they come and go.
 
-Each of its turns prefills what has come in, at most one batch, and then writes for all rows that reason: as long as `PACE` allows
-beside that prefill, and one token at least. So a query that bypasses waits for a prefill and a bounded time of writing, never for
-a stranger's whole reasoning, and those who reason get a fixed share of a busy model.
+Each round prefills what has come in, at most one batch, and then writes for all rows that reason: as long as `PACE` allows beside
+that prefill, and one token at least. So a query that bypasses waits for a prefill and a bounded time of writing, never for a
+stranger's whole reasoning, and those who reason get a fixed share of a busy model.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
 from traceir.batch import Layout
-from traceir.decoding import DecodeBatch, Decoder, Finished, keep_rows, merge_batches, trim
+from traceir.decoding import DecodeBatch, Finished, keep_rows, merge_batches, trim
 from traceir.encoder import Encoder
-from traceir.items import Item, Query, Route
+from traceir.items import Query, Route
 from traceir.prompts import Role
 from traceir.serve.fair import Company, Rounds, Usage
-from traceir.serve.jobs import FAILURES, Desk, Job, Progress, tell_all
+from traceir.serve.jobs import FAILURES, PATIENT, Job, Progress, Worker
 
 log = logging.getLogger(__name__)
 
-PACE: Final = 0.5
-"""Seconds of writing for each second of prefill while both are wanted."""
+PACE: Final = 0.5  # seconds of writing for each second of prefill while both are wanted
 SHARED_S: Final = 0.03
 """Seconds that a prefill should take while there are several callers, of FEW_ROWS rows at least: one that comes waits so long."""
 FEW_ROWS: Final = 4
-PATIENT: Final = 4.0
-"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
-PROGRESS_S: Final = 0.02
-"""Seconds between two reports on a row that writes."""
+PROGRESS_S: Final = 0.02  # seconds between two reports on a row that writes
 
 
 @dataclass(slots=True, eq=False)
@@ -49,27 +46,22 @@ class _Input:
     probability: bool
     told: float = 0.0
 
-    @property
-    def wanted(self) -> bool:
-        return not self.job.done.done()
 
-
-class ModelThread:
+class ModelThread(Worker):
     """Encodes jobs on the encoder's model, in a thread of its own. `writing` rows write together; those beyond give their cache
     back, wait, and are prefilled again. Equal to the encoder's own results up to floating-point rounding.
     """
 
     def __init__(self, encoder: Encoder, writing: int) -> None:
-        self.encoder, self.writing = encoder, writing
-        self.decoder: Decoder = encoder.decoder()
+        super().__init__()
+        self.encoder, self.writing, self.decoder = encoder, writing, encoder.decoder()
+        self._own_rows = max(1, writing - writing // 4)  # that one caller may have written, so that others find some free
         self._arrived: Rounds[_Input] = Rounds()
         self._postponed: Rounds[_Input] = Rounds()
-        self._company = Company()
-        self._usage = Usage()
-        self._rate = 0.0
-        self._wake = threading.Condition()
-        self._closing = False
-        self._failures = 0
+        self._company, self._usage = Company(), Usage()
+        self._rate = 0.0  # tokens a second of the last prefills
+        self._wake, self._closing = threading.Condition(), False
+        self._rows: dict[int, _Input] = {}  # by number: what is being prefilled or written, for the thread alone
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
 
     @property
@@ -80,13 +72,12 @@ class ModelThread:
     def route(self, role: Role, route: Route) -> Route:
         return route if self.encoder.model.writes(role) else "direct"
 
-    def start(self, desk: Desk) -> None:
-        self._desk = desk
+    def start(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        super().start(loop, pool)
         self._thread.start()
 
-    def take(self, job: Job, content: Query | Item) -> None:
-        lay_out = self._desk.loop.run_in_executor(self._desk.pool, self._lay_out, job, content)
-        lay_out.add_done_callback(partial(self._laid_out, job))
+    def take(self, job: Job) -> None:
+        self.loop.run_in_executor(self.pool, self._lay_out, job).add_done_callback(partial(self._laid_out, job))
 
     async def close(self) -> None:
         with self._wake:
@@ -94,17 +85,17 @@ class ModelThread:
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _lay_out(self, job: Job, content: Query | Item) -> _Input:
-        processor = self.encoder.model.processor
-        prompt = self.encoder.model.prompt(content, direct=job.route == "direct")
-        layout = processor.forced(prompt) if job.route == "direct" else processor.lay_out(prompt)
+    def _lay_out(self, job: Job) -> _Input:
+        model, direct = self.encoder.model, job.route == "direct"
+        prompt = model.prompt(job.content, direct=direct)
+        layout = model.processor.forced(prompt) if direct else model.processor.lay_out(prompt)
         job.prompt_tokens, job.cut = len(layout), layout.cut
-        return _Input(job, job.route, layout, isinstance(content, Query) and not prompt.closed)
+        return _Input(job, job.route, layout, isinstance(job.content, Query) and not prompt.closed)
 
     def _laid_out(self, job: Job, done: asyncio.Future[_Input]) -> None:
         self._company.note(job.who)
         if (error := done.exception()) is not None:
-            self._desk.fail([job], error)
+            self.fail_all([job], error, own=False)
             return
         with self._wake:
             self._arrived.put(job.who, done.result())
@@ -113,23 +104,20 @@ class ModelThread:
     # In the thread
 
     def _work(self) -> None:
-        writing: dict[int, _Input] = {}
-        waves: list[DecodeBatch] = []
-        numbers = 0
-        while (taken := self._take(self.writing - len(writing), wait=not writing)) is not None:
-            inputs = dict(enumerate(taken, numbers))
-            numbers += len(inputs)
-            writing |= inputs
+        numbers = itertools.count()
+        batches: list[DecodeBatch] = []
+        while (taken := self._take(self.writing - len(self._rows), wait=not self._rows)) is not None:
+            fresh = dict(zip(numbers, taken, strict=False))
+            self._rows |= fresh
             started = time.monotonic()
-            fresh = self._prefilled(inputs, writing)
+            batches += self._prefill_or_split(fresh)
             now = time.monotonic()
             try:
-                waves = self._write([*waves, *fresh], writing, now + PACE * (now - started))
-            except Exception as error:
-                log.exception("%d inputs that were being written failed", len(writing))
-                self._failures += 1
-                self._call(self._desk.fail, [one.job for one in writing.values()], error)
-                waves, writing = [], {}
+                batches = self._write(batches, now + PACE * (now - started))
+            except Exception as error:  # the thread goes on, whatever became of these rows
+                log.exception("%d inputs that were being written failed", len(self._rows))
+                self.call(self.fail_all, [one.job for one in self._rows.values()], error)
+                batches, self._rows = [], {}
 
     def _take(self, room: int, *, wait: bool) -> list[_Input] | None:
         """What has come in and is still wanted, at most one batch of one route; None once all is done and closed.
@@ -142,14 +130,7 @@ class ModelThread:
         with self._wake:
             while wait and not self._arrived and not self._closing:
                 self._wake.wait(0.5)
-            if wait and not self._arrived:
-                return None
-            return self._fitting(self._arrived, self.encoder.batch_rows)
-
-    @property
-    def _own_rows(self) -> int:
-        """Rows that one caller may have written at a time, so that another's always find some free."""
-        return max(1, self.writing - self.writing // 4)
+            return None if wait and not self._arrived else self._fitting(self._arrived, self.encoder.batch_rows)
 
     def _fitting(self, waiting: Rounds[_Input], most: int) -> list[_Input]:
         """Those that come next and are wanted, one of each caller in turn, of one route, as many as a batch holds."""
@@ -159,7 +140,7 @@ class ModelThread:
         if few and waiting:
             waiting.first(min(waiting.callers(), key=self._usage.of))
         for one in waiting:
-            if one.wanted:
+            if one.job.wanted:
                 size = max(longest, len(one.layout))
                 tokens = (len(taken) + 1) * size
                 apart = few and bool(taken) and one.job.patient != taken[0].job.patient
@@ -175,130 +156,120 @@ class ModelThread:
             waiting.put_back(one.job.who, one)
         return taken
 
-    def _prefilled(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[DecodeBatch]:
+    def _prefill_or_split(self, inputs: dict[int, _Input]) -> list[DecodeBatch]:
         """Prefills one batch; where that fails, each input alone, so that a bad one fails by itself."""
-        started = time.monotonic()
-        try:
-            fresh = self._prefill(inputs, writing)
-            if inputs:
-                seconds = time.monotonic() - started
-                tokens = len(inputs) * max(len(one.layout) for one in inputs.values())
-                self._rate += 0.2 * (tokens / max(seconds, 1e-6) - self._rate)
-                self._charge([one.job for one in inputs.values()], seconds)
-            return fresh
-        except Exception as error:
-            left = {number: one for number, one in inputs.items() if number in writing}
-            if len(left) > 1:
-                return [wave for number, one in left.items() for wave in self._prefilled({number: one}, writing)]
-            log.exception("an input failed")
-            self._failures += 1
-            self._call(self._desk.fail, [writing.pop(number).job for number in left], error)
-            return []
-
-    def _prefill(self, inputs: dict[int, _Input], writing: dict[int, _Input]) -> list[DecodeBatch]:
-        """Prefills one batch: what bypasses is handed out, what writes is given back."""
         if not inputs:
             return []
-        now = time.monotonic()
+        started = time.monotonic()
+        try:
+            batches = self._prefill(inputs, started)
+        except Exception as error:  # of torch or a device; the input at fault alone shall fail
+            left = {number: one for number, one in inputs.items() if number in self._rows}
+            if len(left) > 1:
+                return [batch for number, one in left.items() for batch in self._prefill_or_split({number: one})]
+            log.exception("an input failed")
+            self.call(self.fail_all, [self._rows.pop(number).job for number in left], error)
+            return []
+        seconds = time.monotonic() - started
+        tokens = len(inputs) * max(len(one.layout) for one in inputs.values())
+        self._rate += 0.2 * (tokens / max(seconds, 1e-6) - self._rate)
+        self._charge([one.job for one in inputs.values()], seconds)
+        return batches
+
+    def _prefill(self, inputs: dict[int, _Input], now: float) -> list[DecodeBatch]:
+        """Prefills one batch: what bypasses is handed out, what writes is given back."""
         for one in inputs.values():
             one.job.prefilled = now
         layouts = [one.layout for one in inputs.values()]
         route = next(iter(inputs.values())).route
         if route == "direct":
             probability = [one.probability for one in inputs.values()]
-            self._hand_out(self.decoder.prefill_direct(list(inputs), layouts, probability=probability), writing)
+            self._hand_out(self.decoder.prefill_direct(list(inputs), layouts, probability=probability))
             return []
-        finished, wave = self.decoder.prefill(list(inputs), layouts, route)
-        self._hand_out(finished, writing)
-        for row in wave.rows if wave else ():
-            if listeners := inputs[row.number].job.listeners:
-                self._call(tell_all, list(listeners), Progress("reason", row.probability, ""))
-        if wave is not None:
-            self._postpone(wave, writing)
-        return [wave] if wave is not None and wave.rows else []
+        finished, batch = self.decoder.prefill(list(inputs), layouts, route)
+        self._hand_out(finished)
+        if batch is None:
+            return []
+        for row in batch.rows:
+            if inputs[row.number].job.listeners:
+                self.call(inputs[row.number].job.tell, Progress("reason", row.probability, ""))
+        if self.encoder.model.settings.pooling_position != "at_token":  # there, rows that bypass are among them
+            self._postpone(batch)
+        return [batch] if batch.rows else []
 
-    def _postpone(self, wave: DecodeBatch, writing: dict[int, _Input]) -> None:
+    def _postpone(self, batch: DecodeBatch) -> None:
         """Rows beyond those that may write give their cache back and wait for their turn; memory is bounded so."""
-        if self.encoder.model.settings.pooling_position == "at_token":
-            return  # rows that bypass are among them
-        fresh = {row.number for row in wave.rows}
-        by = Counter(one.job.who for number, one in writing.items() if number not in fresh)
+        fresh = {row.number for row in batch.rows}
+        by = Counter(one.job.who for number, one in self._rows.items() if number not in fresh)
         kept: list[int] = []
-        for place, row in enumerate(wave.rows):
-            one = writing[row.number]
+        for place, row in enumerate(batch.rows):
+            one = self._rows[row.number]
             if by.total() < self.writing and (not one.job.who or by[one.job.who] < self._own_rows):
                 by[one.job.who] += 1
                 kept.append(place)
             else:
-                del writing[row.number]
+                del self._rows[row.number]
                 one.route = "reason"  # known now, and the prompt is that of the automatic route
                 self._postponed.put(one.job.who, one)
-        if len(kept) < len(wave.rows):
-            keep_rows(wave, kept)
+        if len(kept) < len(batch.rows):
+            keep_rows(batch, kept)
+
+    def _write(self, batches: list[DecodeBatch], until: float) -> list[DecodeBatch]:
+        """Writes one token for every row, and more until a moment of the clock; the rows that are not done.
+
+        Rows of long work are a batch of their own, which waits while the callers of the other have had less of the model.
+        """
+        batches = self._joined(batches)
+        while batches:
+            batch = min(batches, key=lambda one: min(map(self._usage.of, self._callers(one))))
+            started, jobs = time.monotonic(), [self._rows[row.number].job for row in batch.rows]
+            self._hand_out(self.decoder.step(batch))
+            now = time.monotonic()
+            self._charge(jobs, now - started)
+            self._tell(batch, now)
+            batches = [one for one in batches if one.rows]
+            if now >= until and not self._goes_on(batches):
+                break
+        return batches
+
+    def _callers(self, batch: DecodeBatch) -> set[str]:
+        return {self._rows[row.number].job.who for row in batch.rows}
+
+    def _goes_on(self, batches: Sequence[DecodeBatch]) -> bool:
+        """Whether some who write have had less of the model than all who wait for a prefill."""
+        with self._wake:
+            waiting = self._arrived.callers() if self._company.crowded else []
+        having = {who for batch in batches for who in self._callers(batch)}
+        return bool(waiting and having) and min(map(self._usage.of, having)) < min(map(self._usage.of, waiting))
+
+    def _joined(self, batches: list[DecodeBatch]) -> list[DecodeBatch]:
+        """The rows that write next, long work as one batch and the others as one; those whose waiters have gone leave."""
+        joining: dict[bool, list[DecodeBatch]] = {}
+        for batch in batches:
+            live = [place for place, row in enumerate(batch.rows) if self._rows[row.number].job.wanted]
+            for place in set(range(len(batch.rows))) - set(live):
+                del self._rows[batch.rows[place].number]
+            if len(live) < len(batch.rows):
+                keep_rows(batch, live)
+            if live:
+                joining.setdefault(self._rows[batch.rows[0].number].job.patient, []).append(batch)
+        joined = [merge_batches(parts) for parts in joining.values()]
+        for batch in joined:
+            trim(batch)
+        return joined
 
     def _charge(self, jobs: Sequence[Job], seconds: float) -> None:
         for job in jobs:
             self._usage.add(job.who, seconds / len(jobs) * (PATIENT if job.patient else 1.0))
 
-    def _write(self, waves: list[DecodeBatch], writing: dict[int, _Input], until: float) -> list[DecodeBatch]:
-        """Writes one token for every row, and more until a moment of the clock; the rows that are not done.
+    def _hand_out(self, finished: Finished) -> None:
+        if ended := [(self._rows.pop(number).job, encoding) for number, encoding in finished if number in self._rows]:
+            self.call(self.finish_all, ended, time.monotonic())
 
-        Rows of long work are a wave of their own, which waits while the callers of the other have had less of the model.
-        """
-        waves = self._joined(waves, writing)
-        while waves:
-            wave = min(waves, key=lambda one: min(self._usage.of(who) for who in self._callers(one, writing)))
-            started, jobs = time.monotonic(), [writing[row.number].job for row in wave.rows]
-            self._hand_out(self.decoder.step(wave), writing)
-            now = time.monotonic()
-            self._charge(jobs, now - started)
-            self._tell(wave, writing)
-            waves = [one for one in waves if one.rows]
-            if now >= until and not self._goes_on(waves, writing):
-                break
-        return waves
-
-    def _callers(self, wave: DecodeBatch, writing: dict[int, _Input]) -> set[str]:
-        return {writing[row.number].job.who for row in wave.rows}
-
-    def _goes_on(self, waves: Sequence[DecodeBatch], writing: dict[int, _Input]) -> bool:
-        """Whether some who write have had less of the model than all who wait for a prefill."""
-        with self._wake:
-            waiting = self._arrived.callers() if self._company.crowded else []
-        having = {who for wave in waves for who in self._callers(wave, writing)}
-        return bool(waiting and having) and min(map(self._usage.of, having)) < min(map(self._usage.of, waiting))
-
-    def _hand_out(self, finished: Finished, writing: dict[int, _Input]) -> None:
-        if ended := [(writing.pop(number).job, encoding) for number, encoding in finished if number in writing]:
-            self._failures = 0
-            self._call(self._desk.deliver, ended, time.monotonic())
-
-    def _joined(self, waves: list[DecodeBatch], writing: dict[int, _Input]) -> list[DecodeBatch]:
-        """The rows that write next, long work as one wave and the others as one; those whose waiters have gone leave."""
-        joining: dict[bool, list[DecodeBatch]] = {}
-        for one in waves:
-            live = [place for place, row in enumerate(one.rows) if writing[row.number].wanted]
-            if len(live) < len(one.rows):
-                for place in set(range(len(one.rows))) - set(live):
-                    del writing[one.rows[place].number]
-                keep_rows(one, live)
-            if one.rows:
-                joining.setdefault(writing[one.rows[0].number].job.patient, []).append(one)
-        joined = [merge_batches(parts) for parts in joining.values()]
-        for one in joined:
-            trim(one)
-        return joined
-
-    def _tell(self, wave: DecodeBatch, writing: dict[int, _Input]) -> None:
+    def _tell(self, batch: DecodeBatch, now: float) -> None:
         """Tells those who listen what their rows have written so far."""
-        now = time.monotonic()
-        for row in wave.rows:
-            one = writing[row.number]
+        for row in batch.rows:
+            one = self._rows[row.number]
             if one.job.listeners and now - one.told >= PROGRESS_S:
                 one.told = now
-                self._call(tell_all, list(one.job.listeners), Progress("reason", row.probability, self.decoder.text_of(row)))
-
-    def _call(self, what: Callable[..., None], *told: object) -> None:
-        """Runs something in the event loop; where that has ended there is nobody left to tell."""
-        with contextlib.suppress(RuntimeError):
-            self._desk.loop.call_soon_threadsafe(what, *told)
+                self.call(one.job.tell, Progress("reason", row.probability, self.decoder.text_of(row)))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Final
 
 from traceir.errors import InputError
 from traceir.index.store import Stored
-from traceir.items import MODALITIES
+from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
 from traceir.serve.schemas import CutoffConfig, Example, ImageIn, ModelOut, PageConfig
 from traceir.world import INSTEAD, World
@@ -25,28 +24,16 @@ INSTRUCTIONS: Final = (
 )
 """Those of the bundled model's training; a larger model takes any words."""
 NO_CUTOFF: Final = CutoffConfig(default=None, background={})
-LONGEST: Final = 2000
-"""Characters of an instruction, as in the page's own field."""
-MOST: Final = 200
-"""Instructions that a page suggests."""
-LOOKED_AT: Final = 64
-"""Items from which a collection is judged and its examples are chosen."""
-WORDS: Final = 12
-"""Of a text that is an example."""
-EXAMPLES: Final = (
-    Example(
-        title="simple: found at once",
-        text="On the left a white ring, in the middle a blue ring, on the right a purple ring.",
-        instruction=INSTRUCTIONS[0],
-        modality="image",
-    ),
-    Example(
-        title="not simple: reasoned about first",
-        text="Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one.",
-        instruction=INSTRUCTIONS[0],
-        modality="image",
-    ),
-)
+LONGEST: Final = 2000  # characters of an instruction, as in the page's own field
+MOST: Final = 200  # instructions that a page suggests
+LOOKED_AT: Final = 64  # items from which a collection is judged and its examples are chosen
+WORDS: Final = 12  # of a text that is an example
+_SIMPLE: Final = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
+_INDIRECT: Final = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
+EXAMPLES: Final = [
+    Example(title="simple: found at once", text=_SIMPLE, instruction=INSTRUCTIONS[0], modality="image"),
+    Example(title="not simple: reasoned about first", text=_INDIRECT, instruction=INSTRUCTIONS[0], modality="image"),
+]
 
 
 def read_instructions(path: Path) -> tuple[str, ...]:
@@ -54,33 +41,24 @@ def read_instructions(path: Path) -> tuple[str, ...]:
 
     InputError where the file cannot be read, is not plain text, holds none, more than MOST, or one over LONGEST characters.
     """
-    found: dict[str, None] = {}
-    for number, line in enumerate(lines_of(path, "instruction"), start=1):
-        instruction = line.strip()
-        if any(unicodedata.category(one) == "Cc" and one != "\t" for one in instruction):
+    lines = [line.strip() for line in lines_of(path, "instruction")]
+    for number, line in enumerate(lines, start=1):
+        if any(unicodedata.category(one) == "Cc" and one != "\t" for one in line):
             raise InputError(f"{path}:{number}: there is a control character; give plain text, one instruction a line")
-        if len(instruction) > LONGEST:
-            raise InputError(f"{path}:{number}: the instruction has {len(instruction)} characters; give at most {LONGEST}")
-        if instruction:
-            found[instruction] = None
-    if not found:
+        if len(line) > LONGEST:
+            raise InputError(f"{path}:{number}: the instruction has {len(line)} characters; give at most {LONGEST}")
+    instructions = tuple(dict.fromkeys(filter(None, lines)))
+    if not instructions:
         raise InputError(f"{path} holds no instruction; write one a line, or leave --instructions out")
-    if len(found) > MOST:
-        raise InputError(f"{path} holds {len(found)} instructions; give at most {MOST}")
-    return tuple(found)
+    if len(instructions) > MOST:
+        raise InputError(f"{path} holds {len(instructions)} instructions; give at most {MOST}")
+    return instructions
 
 
 def page_config(
-    title: str,
-    model: ModelOut,
-    counts: Mapping[str, int],
-    kept: Sequence[Stored],
-    *,
-    world: World | None = None,
-    instructions: Sequence[str] | None = None,
-    reasons: bool = True,
-    cutoff: CutoffConfig = NO_CUTOFF,
-) -> PageConfig:
+    title: str, model: ModelOut, counts: Mapping[Modality, int], kept: Sequence[Stored], *, world: World | None = None,
+    instructions: Sequence[str] | None = None, reasons: bool = True, cutoff: CutoffConfig = NO_CUTOFF,
+) -> PageConfig:  # fmt: skip
     """What the page begins with. `kept` are some items of the collection, `instructions` those of whoever runs the server.
 
     Our own instructions and examples belong to the bundled model over its own data; any other collection suggests itself.
@@ -89,25 +67,20 @@ def page_config(
     ours = at_home and instructions is None
     return PageConfig(
         title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
-        count=dict(counts), examples=list(EXAMPLES) if ours and kept else examples_of(kept), world=world.says if world else "",
-        reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
+        count={str(name): count for name, count in counts.items()}, examples=EXAMPLES if ours and kept else examples_of(kept),
+        world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
     )  # fmt: skip
 
 
 def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
     """Queries that a collection suggests: some of its pictures, and the first words of some of its texts."""
-    images = [one for one in kept if one.image is not None]
-    texts = [one for one in kept if one.text]
+    images = _spread([one for one in kept if one.image is not None], each)
+    texts = _spread([one for one in kept if one.text], each)
     return [
-        *(Example(title="more like this", image=ImageIn(item=one.id)) for one in _spread(images, each)),
-        *(Example(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in _spread(texts, each)),
+        *(Example(title="more like this", image=ImageIn(item=one.id)) for one in images),
+        *(Example(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in texts),
     ]
 
 
 def _spread(kept: Sequence[Stored], count: int) -> Sequence[Stored]:
     return kept[:: max(1, -(-len(kept) // count))]
-
-
-@cache
-def page_html() -> bytes:
-    return (STATIC / "index.html").read_bytes()

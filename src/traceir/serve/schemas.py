@@ -1,36 +1,116 @@
-"""What the HTTP interface takes and gives, as pydantic models, and its refusals: the OpenAPI document is made of these."""
+"""What the HTTP interface takes and gives, as pydantic models, and its refusals: the OpenAPI document is made of these.
+
+A field that may be left out may also be null, which is the same; so its type has `None`, and who reads it says the default.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
+    AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
+    PlainValidator,
     SkipValidation,
     StringConstraints,
     Tag,
     WithJsonSchema,
+    model_validator,
 )
 
+from traceir.cutoff import Cut
 from traceir.index.filters import MAX_LIST_VALUES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
+from traceir.index.store import MAX_ID_BYTES, check_id
 from traceir.items import Modality, Route
+from traceir.serve.faults import SAID, kind_in_json, plain
 from traceir.serve.jobs import Served
-from traceir.serve.values import WHOLE, End, Id, Lenient, Scalar, Strict, Text, Value, one_of, tag_of
 
-MAX_INPUTS = 256
-MAX_PARTS = 32
-MAX_FIELDS = 32
-MAX_ITEM_FIELDS = 256
-MAX_LIST = MAX_LIST_VALUES
-MAX_VALUES = 10_000
-MAX_K = 1_000
-MAX_OFFSET = 10_000
+MAX_TEXT: Final = 262_144  # characters, for memory's sake; what is longer than the model reads is cut, and `cut` says how much
+MAX_VALUE: Final = 32_768
+MAX_INPUTS: Final = 256
+MAX_PARTS: Final = 32
+MAX_FIELDS: Final = 32
+MAX_ITEM_FIELDS: Final = 256
+MAX_VALUES: Final = 10_000
+MAX_K: Final = 1_000
+MAX_OFFSET: Final = 10_000
+NO_ZERO: Final = r"^[^\x00]*$"
+
+
+def _scalar(value: object) -> object:
+    """A value of a field: a text of at most MAX_VALUE characters, a finite number, true, false or null; else ValueError."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("it is not a finite number; send a number or null")
+    if isinstance(value, str) and len(value) > MAX_VALUE:
+        raise ValueError(f"{len(value)} characters, at most {MAX_VALUE}")
+    if isinstance(value, str) and plain(value) != value:
+        raise ValueError(SAID["string_unicode"])
+    if value is not None and not isinstance(value, str | int | float):
+        raise ValueError(f"{kind_in_json(value)}, where a text, a number, true, false or null is wanted")
+    return value
+
+
+def _end(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"{kind_in_json(value)}, where a text, a number or null is wanted")
+    return _scalar(value)
+
+
+def _few(where: object) -> object:
+    """Counts before any value is read, so that a large body is refused at once."""
+    if isinstance(where, dict) and len(where) > MAX_FIELDS:
+        raise ValueError(f"{len(where)} fields, at most {MAX_FIELDS}")
+    return where
+
+
+_TAGS: Final[Mapping[type, str]] = {str: "<text>", dict: "<object>", list: "<list>"}
+
+
+def _tag(value: object) -> str | None:
+    """The branch of a union that a value of JSON means; `place_of` leaves it out."""
+    return "<object>" if isinstance(value, BaseModel) else _TAGS.get(type(value))
+
+
+def _one_of(wanted: str) -> Discriminator:
+    """Chooses the branch of a union by the kind of the value, so that errors are those of the branch that was meant."""
+    return Discriminator(_tag, custom_error_type="kind", custom_error_message=f"{wanted} is wanted")
+
+
+Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_BYTES, pattern=NO_ZERO), AfterValidator(check_id)]
+"""At most MAX_ID_BYTES of UTF-8, which a schema cannot say."""
+_WHOLE: Final = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
+"""In JSON 3.0 is a whole number too; "3" and true are none."""
+_JSON_END: Final[list[dict[str, Any]]] = [{"type": "number"}, {"type": "string", "maxLength": MAX_VALUE}, {"type": "null"}]
+Scalar = Annotated[
+    bool | int | float | str | None,
+    PlainValidator(_scalar),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, *_JSON_END]}),
+]
+End = Annotated[int | float | str | None, PlainValidator(_end), WithJsonSchema({"anyOf": _JSON_END})]
+Value = bool | int | float | str | None | list[bool | int | float | str | None]
+"""A field as it is kept, which may have come by another road than this interface."""
+
+
+class Lenient(BaseModel):
+    """Values of another type are refused."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Strict(Lenient):
+    """Unknown fields are refused too, so that a typing error does not pass silently."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 class ImageIn(Strict):
@@ -48,62 +128,42 @@ class Range(Strict):
     lte: End = None
 
 
-def _few(where: object) -> object:
-    """Counts before any value is read, so that a large body is refused at once."""
-    if isinstance(where, dict) and len(where) > MAX_FIELDS:
-        raise ValueError(f"{len(where)} fields, at most {MAX_FIELDS}")
-    return where
-
-
 Condition = Annotated[
     Annotated[Scalar, Tag("<value>")]
     | Annotated[list[Scalar], Field(max_length=MAX_VALUES, fail_fast=True), Tag("<list>")]
     | Annotated[Range, Tag("<object>")],
-    Discriminator(lambda value: {"<object>": "<object>", "<list>": "<list>"}.get(tag_of(value), "<value>")),
+    Discriminator(lambda value: "<value>" if isinstance(value, str) else _tag(value) or "<value>"),
 ]
 Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeValidator(_few)]
 """Field -> a value, several of which one must match, or a range; all fields must match."""
-
-
-Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")], one_of("a text or a picture object")]
+Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")], _one_of("a text or a picture object")]
 
 
 class SearchIn(Strict):
     """A query: text, picture, both, or interleaved `parts`; `instruction` says what is wanted, `modality` of which kind."""
 
     most_texts: ClassVar[int] = 2 * MAX_FILTER_VALUES
-    model_config = ConfigDict(json_schema_extra={"examples": [{"text": "a red cup", "modality": "image", "k": 5}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"text": "a red cup", "modality": "image", "k": 5}]}, use_attribute_docstrings=True
+    )
 
     text: Text | None = None
     image: ImageIn | None = None
     parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
-    route: Route = "auto"
-    k: Annotated[int, Field(ge=1, le=MAX_K), WHOLE] = 10
-    offset: Annotated[int, Field(ge=0, le=MAX_OFFSET), WHOLE] = 0
+    route: Route | None = "auto"
+    k: Annotated[int, Field(ge=1, le=MAX_K), _WHOLE] | None = 10
+    offset: Annotated[int, Field(ge=0, le=MAX_OFFSET), _WHOLE] | None = 0
     where: Where | None = None
-    exact: bool = True
-    cutoff: Annotated[
-        float | None,
-        Field(
-            ge=0, lt=1,
-            description="Leave out hits that this share of queries would get whose answer is not there; 0: none, absent: the "
-            "server's own.",
-        ),
-    ] = None  # fmt: skip
-
-
-class Seconds(BaseModel):
-    """Wall time by stage; `search` only where an index was asked."""
-
-    queue: float
-    encode: float
-    search: float | None = None
+    exact: bool | None = True
+    cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Leave out hits that this share of queries would get whose answer is not there; 0: none, absent: the server's own."""
 
 
 class Trace(BaseModel):
-    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, where the time went."""
+    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, wall time by stage (null:
+    there was no search)."""
 
     route: Literal["reason", "direct"]
     reasoning: str
@@ -112,29 +172,33 @@ class Trace(BaseModel):
     emb_probability: float
     cut: int
     cached: bool
-    seconds: Seconds
+    seconds: dict[Literal["queue", "encode", "search"], float | None]
+
+    @classmethod
+    def of(cls, served: Served, search: float | None = None) -> Trace:
+        encoding = served.encoding
+        return cls(
+            route=encoding.route, reasoning=encoding.reasoning, tokens=encoding.tokens, truncated=encoding.truncated,
+            emb_probability=encoding.emb_probability, cut=served.cut, cached=served.cached,
+            seconds={"queue": served.queue, "encode": served.encode, "search": search},
+        )  # fmt: skip
 
 
-class HitOut(BaseModel):
-    """One found item. `image` is the path of its picture on this server."""
+class ItemOut(BaseModel):
+    """What is kept of an item; `image` is the path of its picture on this server."""
 
     id: str
-    score: float
-    rank: int
     modality: Modality
     text: str | None
     image: str | None
     fields: dict[str, Value]
 
 
-class Cutoff(BaseModel):
-    """What a cut-off did: hits of a modality score more than its threshold in `thresholds`, `below` of those looked at do not,
-    and the best of all scored `best` (null: there was none)."""
+class HitOut(ItemOut):
+    """One found item."""
 
-    rate: float
-    thresholds: dict[Modality, float]
-    below: int
-    best: float | None
+    score: float
+    rank: int
 
 
 class SearchOut(BaseModel):
@@ -146,12 +210,12 @@ class SearchOut(BaseModel):
     offset: int
     k: int
     more: bool
-    cutoff: Cutoff | None = None
+    cutoff: Cut | None = None
     note: str | None = None
 
 
 FieldIn = Annotated[
-    Annotated[Scalar, Tag("<value>")] | Annotated[list[Scalar], Field(max_length=MAX_LIST, fail_fast=True), Tag("<list>")],
+    Annotated[Scalar, Tag("<value>")] | Annotated[list[Scalar], Field(max_length=MAX_LIST_VALUES, fail_fast=True), Tag("<list>")],
     Discriminator(lambda value: "<list>" if isinstance(value, list) else "<value>"),
 ]
 
@@ -162,7 +226,7 @@ class ItemIn(Strict):
     id: Id
     text: Text | None = None
     image: ImageIn | None = None
-    fields: Annotated[dict[str, FieldIn], Field(max_length=MAX_ITEM_FIELDS)] = Field(default_factory=dict)
+    fields: Annotated[dict[str, FieldIn], Field(max_length=MAX_ITEM_FIELDS)] | None = None
 
 
 class ItemsIn(Strict):
@@ -200,16 +264,6 @@ class Deleted(BaseModel):
     deleted: int
 
 
-class ItemOut(BaseModel):
-    """What is kept of an item."""
-
-    id: str
-    modality: Modality
-    text: str | None
-    image: str | None
-    fields: dict[str, Value]
-
-
 class ItemPage(BaseModel):
     """Items in order of id; `more`: there are others behind them."""
 
@@ -225,7 +279,7 @@ class ContentIn(Strict):
     image: (
         Annotated[
             Annotated[str, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")],
-            one_of("base64, a data URL or a picture object"),
+            _one_of("base64, a data URL or a picture object"),
         ]
         | None
     ) = None
@@ -233,31 +287,41 @@ class ContentIn(Strict):
 
 Input = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[ContentIn, Tag("<object>")],
-    one_of("a text or an object of text and image (token ids belong to one model's tokenizer: send the text itself)"),
+    _one_of("a text or an object of text and image (token ids belong to one model's tokenizer: send the text itself)"),
 ]
-CHAT_ROLES: Final = ("system", "user", "assistant", "developer")
-_PART: Final = {
-    "type": "object", "required": ["type"], "description": "A text, or a picture by data URL or by address.",
-    "oneOf": [
-        {"required": ["text"], "properties": {"type": {"const": "text"}, "text": {"type": "string"}}},
-        {"required": ["image_url"], "properties": {"type": {"const": "image_url"}, "image_url": {
-            "type": "object", "required": ["url"], "properties": {"url": {"type": "string", "format": "uri"}},
-        }}},
-    ],
-}  # fmt: skip
-_CHAT: Final = {
-    "type": "array", "minItems": 1, "items": {
-        "type": "object", "required": ["role", "content"], "properties": {
-            "role": {"enum": list(CHAT_ROLES)}, "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART}]},
-        },
-    },
-}  # fmt: skip
-Chats = Annotated[
-    list[Any],
-    Field(max_length=MAX_INPUTS),
-    WithJsonSchema({"anyOf": [_CHAT | {"maxItems": MAX_INPUTS}, {"type": "array", "maxItems": MAX_INPUTS, "items": _CHAT}]}),
+
+
+class ChatPart(Lenient):
+    """A text, or a picture by data URL or by address."""
+
+    type: Literal["text", "input_text", "image_url", "image", "input_image", "image_base64"]
+    text: Text | None = None
+    image_url: Annotated[
+        str | None,
+        BeforeValidator(lambda value: value.get("url") if isinstance(value, dict) else value),
+        Field(validation_alias=AliasChoices("image_url", "image", "input_image", "image_base64")),
+        WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}]}),
+    ] = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> ChatPart:
+        wanted = "text" if "text" in self.type else "image_url"
+        if getattr(self, wanted) is None:
+            raise ValueError(f"a content of type {self.type!r} needs a {wanted}")
+        return self
+
+
+ChatParts = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[ChatPart, Tag("<object>")],
+    _one_of("a text or an object of type text or image_url"),
 ]
-"""One chat, or several; service.py reads them by hand, to say what is wrong with which."""
+
+
+class Message(Lenient):
+    role: Literal["system", "user", "assistant", "developer"]
+    content: Annotated[
+        Annotated[Text, Tag("<text>")] | Annotated[list[ChatParts], Tag("<list>")], _one_of("a text or a list of contents")
+    ]
 
 
 class EmbeddingsIn(Lenient):
@@ -269,17 +333,28 @@ class EmbeddingsIn(Lenient):
     input: (
         Annotated[
             Annotated[Text, Tag("<text>")] | Annotated[list[Input], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("<list>")],
-            one_of("a text, or a list of texts and objects of text and image,"),
+            _one_of("a text, or a list of texts and objects of text and image,"),
         ]
         | None
     ) = None
-    messages: Chats | None = None
+    messages: (
+        Annotated[
+            list[
+                Annotated[
+                    Annotated[Message, Tag("<object>")] | Annotated[list[Message], Tag("<list>")],
+                    _one_of("a message or a list of messages"),
+                ]
+            ],
+            Field(max_length=MAX_INPUTS, fail_fast=True),
+        ]
+        | None
+    ) = None
     input_type: Literal["query", "document"] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
-    route: Route = "auto"
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: Annotated[int, Field(ge=1, le=65_536), WHOLE] | None = None
+    route: Route | None = "auto"
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Annotated[int, Field(ge=1, le=65_536), _WHOLE] | None = None
     user: str | None = None
 
 
@@ -334,62 +409,6 @@ class ErrorOut(BaseModel):
     error: ErrorDetail
 
 
-Responses = dict[int | str, dict[str, Any]]
-
-
-def _refusals(told: Mapping[int, str], headers: Mapping[str, str] | None = None) -> Responses:
-    """Answers with an ErrorOut, by status."""
-    shape = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}}
-    shown = {name: {"schema": {"type": kind}, "required": True} for name, kind in (headers or {}).items()}
-    return {str(status): {"description": why, "content": shape, "headers": shown} for status, why in told.items()}
-
-
-WALL: Final[Responses] = _refusals({
-    400: "The request cannot be understood or done; the message says what to change.",
-    413: "The body is too large.",
-    414: "The path and query are too long.",
-    415: "A body is JSON, and not packed.",
-    421: "The server does not answer to this Host.",
-    431: "The headers are too many or too large.",
-}) | {500: {"model": ErrorOut, "description": "The server failed; its log says why."}}  # fmt: skip
-"""What any route may answer."""
-FOR_BODIES: Final = _refusals({408: "The body did not come, or the answer was not found, in time."})
-FOR_WRITERS: Final = _refusals({403: "A page of this origin may not use the server, or the key has no scope for this."})
-FOR_CALLERS: Final = _refusals({503: "The model is being loaded, or the index or the keys cannot be used now."}) | _refusals(
-    {429: "Too many requests."}, {"Retry-After": "integer"}
-)
-"""Of every route but those of `gate.OPEN_PATHS`."""
-FOR_KEYS: Final = _refusals({403: FOR_WRITERS["403"]["description"]}) | _refusals(
-    {401: "A key is needed, or the one given is not known."}, {"WWW-Authenticate": "string"}
-)
-NOT_READY: Final = _refusals({503: "The model is being loaded."})
-MISSING: Final = _refusals({404: "There is no such item, picture or model."})
-METRICS: Final[Responses] = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-JPEG: Final[Responses] = MISSING | {
-    200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
-}
-EVENTS: Final[Responses] = {
-    200: {
-        "description": (
-            "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
-            "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
-        ),
-        "content": {
-            "text/event-stream": {
-                "itemSchema": {
-                    "type": "object",
-                    "required": ["event", "data"],
-                    "properties": {
-                        "event": {"enum": ["route", "reasoning", "hits", "error"]},
-                        "data": {"type": "string", "contentMediaType": "application/json"},
-                    },
-                }
-            }
-        },
-    }
-}
-
-
 class Example(SearchIn):
     """A query that the page offers; `title` says what it shows."""
 
@@ -404,7 +423,8 @@ class CutoffConfig(BaseModel):
 
 
 class PageConfig(BaseModel):
-    """What the page shows before the first search."""
+    """What the page shows before the first search. `world`: what alone the model knows, "" where it has no bounds; `reasons`:
+    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows."""
 
     title: str
     instructions: list[str]
@@ -413,11 +433,8 @@ class PageConfig(BaseModel):
     count: dict[str, int]
     examples: list[Example]
     world: str
-    """What alone the model knows; "" where it has no such bounds."""
     reasons: bool
-    """Whether queries may be reasoned about."""
     instead: list[str]
-    """Commands that give useful hits, where the collection is not what the model knows."""
     cutoff: CutoffConfig
 
 
@@ -425,15 +442,17 @@ class Status(BaseModel):
     status: str
 
 
-def trace_of(served: Served, search: float | None = None) -> Trace:
-    encoding = served.encoding
-    return Trace(
-        route=encoding.route,
-        reasoning=encoding.reasoning,
-        tokens=encoding.tokens,
-        truncated=encoding.truncated,
-        emb_probability=encoding.emb_probability,
-        cut=served.cut,
-        cached=served.cached,
-        seconds=Seconds(queue=served.queue, encode=served.encode, search=search),
-    )
+_HEADERS: Final = {401: {"WWW-Authenticate": "string"}, 429: {"Retry-After": "integer"}}
+Responses = dict[int | str, dict[str, Any]]
+
+
+def refusals(*statuses: int) -> Responses:
+    """Answers with an ErrorOut, for the OpenAPI document."""
+    return {
+        str(status): {
+            "description": HTTPStatus(status).phrase,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}},
+            "headers": {name: {"schema": {"type": kind}, "required": True} for name, kind in _HEADERS.get(status, {}).items()},
+        }
+        for status in statuses
+    }

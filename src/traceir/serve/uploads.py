@@ -2,6 +2,7 @@
 
 No text of a client ever becomes a path. The only files read are those that an index names and that lie in the folders the
 operator gave; a picture from a request carries no name, so nothing a client says is stored where a path would be looked for.
+What can be known without decoding is checked here; who encodes a picture decodes it, once.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,10 @@ from traceir.images import ImageInput, ImageLimits
 from traceir.index.store import Index
 from traceir.serve.fair import Turns
 
-LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)
-"""Smaller than at the command line."""
-DECODERS: Final = 2
-"""Pictures decoded for checking at a time, which bounds memory whatever arrives."""
-_STANDARD: Final = str.maketrans("-_", "+/")
+LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
+DECODERS: Final = 2  # pictures decoded at a time to be shown, which bounds memory whatever is asked for
+_STANDARD: Final = str.maketrans("-_", "+/", " \t\r\n")
 _PIECE: Final = 256 * 1024
-_SPACE = re.compile(r"[ \t\r\n]+")
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
 
 
@@ -46,14 +44,14 @@ class Sources:
 
 
 class Intake:
-    """Takes in the pictures of requests; one for a server, so that its bound on decoding holds for all requests together."""
+    """Validates the pictures of requests; one for a server, so that its bound on decoding holds for all requests together."""
 
     def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
         self.limits = limits
         self._gate = Turns(decoders)
 
     async def take(self, told: object, place: str, sources: Sources) -> ImageInput:
-        """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for, decoded once to see that it is one.
+        """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
 
         `place` names it in messages ("image", "parts[2]"). Raises InputError, and PictureError for what is no picture.
         """
@@ -62,36 +60,32 @@ class Intake:
         [(kind, value)] = told.items()
         if not isinstance(value, str):
             raise InputError(f"{place}.{kind} is {type(value).__name__}, not a text")
-        if kind == "url":
-            if sources.fetcher is None:
-                raise InputError(f'{place}.url: this server fetches no pictures by address; send {{"data": base64}}')
-            return await sources.fetcher.fetch(value)
+        if kind == "item":
+            return await asyncio.to_thread(lambda: self._checked(image_of_item(value, place, sources), place))
         if kind == "data":
-            return await self.check_bytes(await asyncio.to_thread(bytes_of_base64, value, place, self.limits), place)
-        return await self._check(await asyncio.to_thread(image_of_item, value, place, sources), place)
+            return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(value, place, self.limits), place))
+        if sources.fetcher is None:
+            raise InputError(f'{place}.url: this server fetches no pictures by address; send {{"data": base64}}')
+        return await sources.fetcher.fetch(value)
 
     @asynccontextmanager
     async def decoding(self) -> AsyncIterator[None]:
-        """Held by whoever decodes a picture, a bounded number at a time."""
+        """Held by whoever decodes a picture to show it, a bounded number at a time."""
         async with self._gate.turn():
             yield
 
     async def check_bytes(self, data: bytes, place: str) -> ImageInput:
-        """A picture from the bytes of a file, decoded once to see that it is one; PictureError where it is not."""
-        return await self._check(await asyncio.to_thread(self._image_of, data, place), place)
+        """A picture from the bytes of a file; PictureError where it is none."""
+        return await asyncio.to_thread(self._of_bytes, data, place)
 
-    def _image_of(self, data: bytes, place: str) -> ImageInput:
+    def _of_bytes(self, data: bytes, place: str) -> ImageInput:
         if len(data) > self.limits.file_bytes:
             raise ImageError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
-        return ImageInput.from_bytes(data)
+        return self._checked(ImageInput.from_bytes(data), place)
 
-    async def _check(self, image: ImageInput, place: str) -> ImageInput:
-        """The same picture once it has been decoded; at most DECODERS at a time. The message names the place, never a path."""
-        async with self.decoding():
-            try:
-                await asyncio.to_thread(image.load, None, self.limits)
-            except ImageError as error:
-                raise ImageError(f"{place}: {without_paths([image], error)}") from error
+    def _checked(self, image: ImageInput, place: str) -> ImageInput:
+        with without_paths([image], f"{place}: "):
+            image.check(self.limits)
         return image
 
 
@@ -107,9 +101,7 @@ def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> byte
         text = _body_of(text, place)
     if not text.isascii():
         raise InputError(f"{place} is not base64: it holds characters beyond ASCII")
-    text = _SPACE.sub("", text) if any(one in text for one in " \t\r\n") else text
-    text = text.translate(_STANDARD) if "-" in text or "_" in text else text
-    plain = text.rstrip("=")
+    plain = (text.translate(_STANDARD) if any(one in text for one in "-_ \t\r\n") else text).rstrip("=")
     try:
         if "=" in plain:
             raise binascii.Error("'=' within it")
@@ -128,20 +120,30 @@ def _decoded(plain: str) -> Iterator[bytes]:
         yield binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True)
 
 
+def _body_of(text: str, place: str) -> str:
+    head = _DATA_URL.match(text[:256])
+    if head is None or ";base64" not in head[2].lower():
+        raise InputError(f"{place} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
+    kind = head[1].lower()
+    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
+        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no picture")
+    return text[head.end() :]
+
+
 def image_of_item(id: str, place: str, sources: Sources) -> ImageInput:
     """The picture of an item the caller can see. InputError where there is no such item, or none with a picture."""
     if sources.index is None:
         raise InputError(f"{place}.item: this server has no index; send the picture itself")
-    found = sources.index.get([id]).get(id)
-    if found is None or found.image is None:
+    stored = sources.index.get([id]).get(id)
+    if stored is None or stored.image is None:
         raise InputError(f"{place}.item: there is no item {id[:80]!r} with a picture")
-    return image_in_folders(found.image, sources.folders, id)
+    return image_in_folders(stored.image, sources.folders, id)
 
 
 def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput:
     """The file that an index names as an item's picture, only where it lies in one of the folders, links followed.
 
-    A relative name is looked for in each of them. What is no picture is found out when it is decoded, whatever its name.
+    A relative name is looked for in each of them. What is no picture is found out when it is read, whatever its name.
     InputError names the item, never the path.
     """
     roots = [folder.resolve() for folder in folders]
@@ -156,28 +158,14 @@ def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput
     raise InputError(f"the picture of item {id[:80]!r} is not among the server's pictures any more")
 
 
-def _body_of(text: str, place: str) -> str:
-    head = _DATA_URL.match(text[:256])
-    if head is None or ";base64" not in head[2].lower():
-        raise InputError(f"{place} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
-    kind = head[1].lower()
-    if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no picture")
-    return text[head.end() :]
-
-
 @contextmanager
-def told_without_paths(images: Sequence[ImageInput]) -> Iterator[None]:
-    """What goes wrong with these pictures within is told without their paths, also where a file fails after it was checked."""
+def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[None]:
+    """What goes wrong with these pictures within is told to a client without their paths, and without remedies that only the
+    server has; also where a file fails after it was checked. `before`: what the message begins with."""
     try:
         yield
     except ImageError as error:
-        raise ImageError(without_paths(images, error)) from error
-
-
-def without_paths(images: Sequence[ImageInput], error: ImageError) -> str:
-    """What is wrong with pictures, in words for the client: no path of the server, no remedy that only the server has."""
-    told = str(error)
-    for image in images:
-        told = told if image.path is None else told.replace(str(image.path), "of the item")
-    return re.sub(r"or raise PictureLimits\.\w+", "to less", told)
+        message = str(error)
+        for image in images:
+            message = message if image.path is None else message.replace(str(image.path), "of the item")
+        raise ImageError(before + re.sub(r"or raise PictureLimits\.\w+", "to less", message)) from error

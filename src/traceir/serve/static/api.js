@@ -9,12 +9,9 @@ const STATUS = { invalid_request_error: 400, authentication_error: 401, timeout_
 
 // What the server refused. `status` is 0 where it could not be reached.
 export class ApiError extends Error {
-  constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
+  constructor(message, status = 0, retryAfter = null) {
     super(message);
-    this.name = "ApiError";
-    this.status = status;
-    this.code = code;
-    this.retryAfter = retryAfter;
+    Object.assign(this, { name: "ApiError", status, retryAfter });
   }
 }
 
@@ -34,45 +31,32 @@ export const key = {
 
 // The address of a path such as "/pictures/Nw"; null for anything that is not a path of this server.
 export function addressOf(path) {
-  if (typeof path !== "string" || !path.startsWith("/") || path.startsWith("//") || path.includes("\\")) return null;
+  if (typeof path !== "string" || !/^\/(?!\/)[^\\]*$/.test(path)) return null;
   const address = new URL(path.slice(1), document.baseURI);
   return address.origin === location.origin ? address.href : null;
 }
 
-async function ask(path, { method = "GET", body, signal, accept = "application/json" } = {}) {
+async function ask(path, { body, signal, accept = "application/json" } = {}) {
   const headers = { accept };
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
-  if (body !== undefined) headers["content-type"] = "application/json";
+  if (body) headers["content-type"] = "application/json";
   let response;
   try {
-    response = await fetch(addressOf(path), {
-      method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body), cache: "no-store",
-    });
+    response = await fetch(addressOf(path), { method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body), cache: "no-store" });
   } catch (error) {
     if (isAbort(error)) throw error;
-    const why = navigator.onLine ? "The server cannot be reached. Is it still running?" : "This device is offline.";
-    throw new ApiError(why);
+    throw new ApiError(navigator.onLine ? "The server cannot be reached. Is it still running?" : "This device is offline.");
   }
-  if (!response.ok) throw await errorOf(response);
-  return response;
-}
-
-async function errorOf(response) {
-  let told = null;
-  try {
-    told = (await response.json()).error;
-  } catch { /* a proxy's page, or nothing */ }
+  if (response.ok) return response;
+  const told = await response.json().catch(() => null); // a proxy's page, or nothing
   const wait = Number.parseFloat(response.headers.get("retry-after") ?? "");
-  return new ApiError(messageOf(told) ?? `The server answered with status ${response.status}.`, {
-    status: response.status,
-    code: told?.code ?? null,
-    retryAfter: Number.isFinite(wait) ? wait : null,
-  });
+  throw new ApiError(messageOf(told?.error) ?? `The server answered with status ${response.status}.`, response.status,
+    Number.isFinite(wait) ? wait : null);
 }
 
-function messageOf(told) {
-  if (typeof told === "string" && told) return told;
-  return typeof told?.message === "string" && told.message ? told.message : null;
+function messageOf(error) {
+  const message = error?.message ?? error;
+  return typeof message === "string" && message ? message : null;
 }
 
 async function jsonOf(response) {
@@ -80,30 +64,29 @@ async function jsonOf(response) {
     return await response.json();
   } catch (error) {
     if (isAbort(error)) throw error;
-    throw new ApiError("The server's answer was cut off or is not JSON.", { status: response.status });
+    throw new ApiError("The server's answer was cut off or is not JSON.", response.status);
   }
 }
 
-export const getConfig = async (signal) => jsonOf(await ask("/page/config", { signal }));
+export const getConfig = async () => jsonOf(await ask("/page/config"));
 
-export const postSearch = async (body, signal) => jsonOf(await ask("/search", { method: "POST", body, signal }));
+export const postSearch = async (body) => jsonOf(await ask("/search", { body }));
 
 export const getItems = async (offset, limit) => (await jsonOf(await ask(`/items?offset=${offset}&limit=${limit}`))).items ?? [];
 
 // The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
 export async function* streamSearch(body, signal) {
-  const response = await ask("/search/stream", { method: "POST", body, signal, accept: "text/event-stream" });
+  const response = await ask("/search/stream", { body, signal, accept: "text/event-stream" });
   try {
     for await (const { event, data } of readEvents(response.body)) {
       let read;
       try {
         read = JSON.parse(data);
       } catch {
-        throw new ApiError("The server sent an event that is not JSON.", { status: response.status });
+        throw new ApiError("The server sent an event that is not JSON.", response.status);
       }
       if (event === "error") {
-        throw new ApiError(messageOf(read?.error) ?? "The server gave no reason.",
-          { status: STATUS[read?.error?.type] ?? 500, code: read?.error?.code ?? null });
+        throw new ApiError(messageOf(read?.error) ?? "The server gave no reason.", STATUS[read?.error?.type] ?? 500);
       }
       yield { event, data: read };
       if (event === "hits") return;
@@ -120,23 +103,21 @@ export async function* streamSearch(body, signal) {
 
 const pictures = new Map();
 
-function forgetPictures() {
-  for (const kept of pictures.values()) kept.then((address) => URL.revokeObjectURL(address), () => {});
-  pictures.clear();
+function forgetPictures(count = pictures.size) {
+  for (const [path, source] of [...pictures].slice(0, count)) {
+    pictures.delete(path);
+    source.then((address) => URL.revokeObjectURL(address), () => {});
+  }
 }
 
 // What to put into `src` for a picture's path. Rejects where it cannot be had.
-export async function pictureSource(path) {
+async function pictureSource(path) {
   const address = addressOf(path);
   if (address === null) throw new ApiError("This is not a picture of the server.");
   if (!key.get()) return address;
   if (!pictures.has(path)) {
-    pictures.set(path, ask(path, { accept: "image/*" }).then(async (response) => URL.createObjectURL(await response.blob())));
-    if (pictures.size > PICTURES_KEPT) {
-      const [oldest, kept] = pictures.entries().next().value;
-      pictures.delete(oldest);
-      kept.then((old) => URL.revokeObjectURL(old), () => {});
-    }
+    pictures.set(path, ask(path, { accept: "image/*" }).then((response) => response.blob()).then((blob) => URL.createObjectURL(blob)));
+    forgetPictures(pictures.size - PICTURES_KEPT);
   }
   return pictures.get(path);
 }

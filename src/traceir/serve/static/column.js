@@ -7,15 +7,17 @@ import { Grid } from "./results.js";
 import { Road } from "./reasoning.js";
 import { PAGE, moves } from "./run.js";
 
+const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
+
 export class Column {
   // actions: {open(run, place), refine(hit), retry(run), more(column), anything(query), compare()}
   constructor(run, { config, name, actions }) {
     this.run = run;
     this.actions = actions;
     this.road = new Road(run.query, { width: config.model?.width, count: config.count });
-    this.grid = new Grid({ open: (place) => actions.open(run, place), refine: (hit) => actions.refine(hit) });
+    this.grid = new Grid({ open: (place) => actions.open(run, place), refine: actions.refine });
     this.count = el("p", { class: "count quiet" });
-    this.compare = button("", () => actions.compare(), { class: "compare", "aria-keyshortcuts": "c", hidden: true });
+    this.compare = button("", actions.compare, { class: "compare", "aria-keyshortcuts": "c", hidden: true });
     this.state = el("div", { class: "state", hidden: true });
     this.note = el("p", { class: "note", dir: "auto", hidden: true });
     this.more = button("More", () => actions.more(this), { class: "more", hidden: true });
@@ -27,14 +29,13 @@ export class Column {
 
   // Brings everything up to the run. `other` is the run beside it, `tells` whether screen readers hear of it.
   update({ other = null, tells = true } = {}) {
-    const { run } = this;
+    const { run, grid } = this;
     this.road.silent = !tells;
     this.road.update(run);
     this.showState();
-    const compared = other?.status === "done" ? other : null;
-    if (run.status === "running" || run.status === "idle") this.wait();
-    else if (run.hits.length) this.grid.show(run.hits, compared && moves(run.hits, compared.hits));
-    else this.grid.clear();
+    if (run.hits.length) grid.show(run.hits, other?.status === "done" ? moves(run.hits, other.hits) : null);
+    else if (run.status !== "running" && run.status !== "idle") grid.clear();
+    else if (!grid.element.querySelector(".ghost")) grid.showWaiting(PAGE);
     say(this.count, this.counted());
     this.note.hidden = !run.note;
     say(this.note, run.note ?? "");
@@ -45,52 +46,47 @@ export class Column {
     say(this.compare, `Compare ${run.route === "reason" ? "without" : "with"} reasoning`);
   }
 
-  wait() {
-    if (!this.grid.element.querySelector(".ghost")) this.grid.showWaiting(PAGE);
-  }
-
   counted() {
     const { run } = this;
     if (run.status !== "done" || !run.hits.length) return "";
-    const noun = NOUNS[run.query.modality] ?? "item";
-    if (run.cut && !run.more) return `${plural(run.hits.length, noun)} above the cut-off, best first`;
-    return run.more ? `the best ${plural(run.hits.length, noun)}` : `all ${plural(run.hits.length, noun)}, best first`;
+    const count = plural(run.hits.length, NOUNS[run.query.modality] ?? "item");
+    if (run.more) return `the best ${count}`;
+    return run.cut ? `${count} above the cut-off, best first` : `all ${count}, best first`;
   }
 
   showState() {
-    const { run, actions } = this;
-    const parts = [];
-    if (run.status === "failed") {
-      this.state.setAttribute("role", "alert");
-      parts.push(el("h3", { text: titleOf(run.error) }), el("p", { dir: "auto", text: run.error.message }));
-      if (run.error.retryAfter) parts.push(el("p", { class: "quiet", text: `Try again in ${Math.ceil(run.error.retryAfter)} s.` }));
-      parts.push(button("Try again", () => actions.retry(run), { class: "strong" }));
-    } else if (run.status === "stopped") {
-      parts.push(el("h3", { text: "Stopped" }), el("p", { class: "quiet", text: "This search was stopped before the hits came." }),
-        button("Search again", () => actions.retry(run), { class: "strong" }));
-    } else if (run.status === "done" && !run.hits.length && typeof run.cut?.best === "number") {
-      parts.push(el("h3", { text: "Nothing found" }), el("p", { class: "quiet", text: sayCut(run.cut) }),
-        button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
-    } else if (run.status === "done" && !run.hits.length) {
-      parts.push(el("h3", { text: "No hits" }), el("p", { class: "quiet", text: run.query.modality
-        ? `There is no ${NOUNS[run.query.modality]} in this collection that fits.` : "The collection is empty." }));
-      if (run.query.modality) parts.push(button("Look for anything", () => actions.anything(run.query), { class: "strong" }));
-    }
-    if (run.status !== "failed") this.state.removeAttribute("role");
-    const key = `${run.status} ${run.error?.message ?? ""} ${run.hits.length > 0}`;
+    const { status, error, hits } = this.run;
+    const key = `${status} ${error?.message ?? ""} ${hits.length > 0}`;
     if (this.state.dataset.key === key) return;
+    const parts = this.stateOf();
     this.state.dataset.key = key;
     this.state.hidden = !parts.length;
-    this.state.replaceChildren(...parts);
-    if (run.status === "stopped" || (run.status === "done" && !run.hits.length)) announce(parts[0].textContent);
+    this.state.toggleAttribute("role", false);
+    if (status === "failed") this.state.setAttribute("role", "alert");
+    else if (parts.length) announce(parts[0].textContent);
+    this.state.replaceChildren(...parts.filter(Boolean));
   }
-}
 
-function titleOf(error) {
-  if (error.status === 0) return "No connection";
-  if (error.status === 401) return "A key is needed";
-  if (error.status === 403) return "This key may not search";
-  if (error.status === 429) return "The server is busy";
-  if (error.status === 503) return "The server is not ready";
-  return error.status >= 500 ? "The search failed" : "The server refused this search";
+  // What stands in the place of hits.
+  stateOf() {
+    const { run, actions } = this;
+    const title = (text) => el("h3", { text });
+    const told = (text) => el("p", { class: "quiet", text });
+    const again = (text) => button(text, () => actions.retry(run), { class: "strong" });
+    if (run.status === "failed") {
+      const { status, message, retryAfter } = run.error;
+      return [title(TITLES[status] ?? (status >= 500 ? "The search failed" : "The server refused this search")), el("p", { dir: "auto", text: message }),
+        retryAfter && told(`Try again in ${Math.ceil(retryAfter)} s.`), again("Try again")];
+    }
+    if (run.status === "stopped") return [title("Stopped"), told("This search was stopped before the hits came."), again("Search again")];
+    if (run.status !== "done" || run.hits.length) return [];
+    if (typeof run.cut?.best === "number") {
+      return [title("Nothing found"), told(sayCut(run.cut)),
+        button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 })))];
+    }
+    const noun = NOUNS[run.query.modality];
+    if (!noun) return [title("No hits"), told("The collection is empty.")];
+    return [title("No hits"), told(`There is no ${noun} in this collection that fits.`),
+      button("Look for anything", () => actions.anything(run.query), { class: "strong" })];
+  }
 }

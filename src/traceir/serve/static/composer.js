@@ -1,7 +1,7 @@
 // The search box: a picture by drop, paste or choice, words, instruction, modality, route.
 
 import { announce, el, find, say, toast } from "./dom.js";
-import { filePicture, itemPicture, kindOf, makeQuery } from "./query.js";
+import { filePicture, itemPicture, makeQuery } from "./query.js";
 import { shownPicture } from "./reasoning.js";
 import { DRAGGED } from "./results.js";
 
@@ -12,24 +12,18 @@ const PLAIN = "Describe what you look for, or add a picture and say what to chan
 const CHANGE = "now make it …";
 
 export class Composer {
-  // actions: {search(query), stop()}
-  constructor(actions) {
-    this.actions = actions;
-    this.picture = null;
-    this.reading = 0;
-    this.suggestions = [];
-    this.largest = LARGEST;
-    this.form = find("composer");
-    this.text = find("text");
-    this.instruction = find("instruction");
-    this.listen();
-    this.watchDrops();
-  }
+  picture = null;
+  reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
+  suggestions = [];
+  form = find("composer");
+  text = find("text");
+  instruction = find("instruction");
 
-  listen() {
+  // actions: {search(query), stop()}
+  constructor({ search, stop }) {
     this.form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.actions.search(this.query());
+      search(this.query());
     });
     this.form.addEventListener("input", () => this.refresh());
     this.text.addEventListener("keydown", (event) => {
@@ -37,7 +31,7 @@ export class Composer {
       event.preventDefault();
       this.form.requestSubmit();
     });
-    find("stop").addEventListener("click", () => this.actions.stop());
+    find("stop").addEventListener("click", stop);
     find("file").addEventListener("change", (event) => {
       this.takeFiles([...event.target.files]);
       event.target.value = "";
@@ -46,60 +40,54 @@ export class Composer {
       this.setPicture(null);
       find("file").focus();
     });
-    document.addEventListener("paste", (event) => this.onPaste(event));
-  }
-
-  onPaste(event) {
-    const files = [...(event.clipboardData?.files ?? [])];
-    if (!files.length || document.querySelector("dialog[open]")) return;
-    event.preventDefault();
-    this.takeFiles(files);
+    document.addEventListener("paste", (event) => {
+      const files = [...(event.clipboardData?.files ?? [])];
+      if (!files.length || document.querySelector("dialog[open]")) return;
+      event.preventDefault();
+      this.takeFiles(files);
+    });
+    this.watchDrops();
   }
 
   watchDrops() {
     let depth = 0;
-    const overlay = (shown) => {
-      depth = shown ? depth : 0;
-      find("drop").hidden = !shown;
+    const move = (by) => {
+      depth = by ? Math.max(0, depth + by) : 0;
+      find("drop").hidden = depth === 0;
     };
-    const fits = (event) => [...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === DRAGGED);
-    addEventListener("dragenter", (event) => { if (fits(event)) { depth += 1; overlay(true); } });
-    addEventListener("dragleave", (event) => { if (fits(event)) { depth -= 1; if (depth <= 0) overlay(false); } });
-    addEventListener("dragover", (event) => { if (fits(event)) event.preventDefault(); });
-    addEventListener("drop", (event) => {
-      if (!fits(event)) return;
+    const when = (kind, act) => addEventListener(kind, (event) => {
+      if ([...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === DRAGGED)) act(event);
+    });
+    when("dragenter", () => move(1));
+    when("dragleave", () => move(-1));
+    when("dragover", (event) => event.preventDefault());
+    when("drop", (event) => {
       event.preventDefault();
-      overlay(false);
+      move(0);
       const id = event.dataTransfer.getData(DRAGGED);
       if (id) this.setPicture(itemPicture(id));
       else this.takeFiles([...event.dataTransfer.files]);
       this.text.focus();
     });
-    addEventListener("dragend", () => overlay(false));
+    addEventListener("dragend", () => move(0));
   }
 
-  // The first picture among files that came together.
+  // The first picture among files that came together, sent as it is: what is searched with must be what was given.
   takeFiles(files) {
-    const picture = files.find((one) => one.type in READ);
-    if (picture) {
-      if (files.length > 1) toast(`One picture at a time: “${picture.name}” was taken.`);
-      return this.takeFile(picture);
-    }
-    if (!files.length) return null;
-    const kinds = `Give a picture as ${Object.values(READ).join(", ")}.`;
-    return this.complain(files.length > 1 ? `None of these ${files.length} files can be searched with. ${kinds}`
-      : `“${files[0].name}” cannot be searched with. ${kinds}`);
-  }
-
-  // A file as the query's picture, sent as it is: what is searched with must be what was given.
-  async takeFile(file) {
-    if (file.size > this.largest) return this.complain(`“${file.name}” is larger than ${Math.round(this.largest / 1048576)} MB.`);
-    const turn = ++this.reading;
-    try {
-      const data = await dataUrl(file);
-      if (turn === this.reading) this.setPicture(filePicture(data, file.name || "picture"));
-    } catch {
-      this.complain(`“${file.name}” cannot be read.`);
+    const file = files.find((one) => one.type in READ);
+    if (!files.length) return;
+    if (!file) {
+      const which = files.length > 1 ? `None of these ${files.length} files can` : `“${files[0].name}” cannot`;
+      this.complain(`${which} be searched with. Give a picture as ${Object.values(READ).join(", ")}.`);
+    } else if (file.size > LARGEST) {
+      this.complain(`“${file.name}” is larger than ${LARGEST / 1048576} MB.`);
+    } else {
+      if (files.length > 1) toast(`One picture at a time: “${file.name}” was taken.`);
+      const reader = new FileReader();
+      const turn = ++this.reading;
+      reader.onload = () => { if (turn === this.reading) this.setPicture(filePicture(reader.result, file.name || "picture")); };
+      reader.onerror = () => this.complain(`“${file.name}” cannot be read.`);
+      reader.readAsDataURL(file);
     }
   }
 
@@ -110,9 +98,9 @@ export class Composer {
     find("choose").hidden = picture !== null;
     find("chosen").hidden = picture === null;
     this.refresh();
-    const fresh = el("img", { id: "preview", alt: "the picture to search with" });
-    find("preview-lost").hidden = true;
-    fresh.addEventListener("error", () => { find("preview-lost").hidden = false; });
+    const lost = find("preview-lost");
+    lost.hidden = true;
+    const fresh = el("img", { id: "preview", alt: "the picture to search with", on: { error: () => { lost.hidden = false; } } });
     find("preview").replaceWith(fresh);
     if (picture) shownPicture(fresh, picture);
     const name = picture && (picture.kind === "item" ? picture.label || picture.id : picture.name);
@@ -121,9 +109,8 @@ export class Composer {
   }
 
   query() {
-    const chosen = (name) => this.form.elements[name].value;
-    return makeQuery({ text: this.text.value, picture: this.picture, instruction: this.instruction.value,
-      modality: chosen("modality"), route: chosen("route") });
+    const { modality, route } = this.form.elements;
+    return makeQuery({ text: this.text.value, picture: this.picture, instruction: this.instruction.value, modality: modality.value, route: route.value });
   }
 
   setQuery(query) {
@@ -134,18 +121,15 @@ export class Composer {
     this.setPicture(query.picture);
   }
 
-  // Ready for "now make it ..." of a hit: its picture, no words; an instruction for another kind of query goes.
+  // Ready for "now make it ..." of a hit: its picture, no words.
   refine(hit) {
     this.text.value = "";
-    const known = this.suggestions.find((one) => one.text === this.instruction.value.trim());
-    if (known?.query && known.query !== "image,text") this.instruction.value = "";
     this.setPicture(itemPicture(hit.id, hit.text ?? hit.id, hit.image));
-    this.text.placeholder = CHANGE;
     this.text.focus();
     announce("This picture is the next query's. Say what to change.");
   }
 
-  // What follows from the fields: placeholder, height, suggestions; and old complaints go.
+  // What follows from the fields: placeholder, suggestions; and old complaints go.
   refresh() {
     this.complain("");
     this.text.placeholder = this.picture ? CHANGE : PLAIN;
@@ -164,29 +148,20 @@ export class Composer {
     if (held) find(busy ? "stop" : "go").focus();
   }
 
-  // instructions: strings, or {text, query?, target?} with the modalities they are meant for.
-  setConfig({ instructions, limits }) {
-    const read = (one) => (typeof one === "string" ? { text: one } : one);
-    this.suggestions = (Array.isArray(instructions) ? instructions : []).map(read).filter((one) => typeof one?.text === "string");
-    if (Number.isFinite(limits?.picture_bytes)) this.largest = limits.picture_bytes;
-    const texts = [...new Set(this.suggestions.map((one) => one.text))];
-    find("instructions").replaceChildren(...texts.map((text) => el("option", { value: text })));
+  setInstructions(instructions) {
+    this.suggestions = [...new Set(instructions)];
+    find("instructions").replaceChildren(...this.suggestions.map((value) => el("option", { value })));
     this.drawChips();
   }
 
-  // The suggestions that fit this kind of query and the modality looked for.
   drawChips() {
-    const query = this.query();
-    const kind = kindOf(query);
-    // A picture without words yet will most likely get some.
-    const kinds = query.picture ? (query.text ? [kind] : ["image,text", "image"]) : [kind];
-    const fits = (one) => (!one.query || kinds.includes(one.query)) && (!one.target || !query.modality || one.target === query.modality);
-    const texts = [...new Set(this.suggestions.filter(fits).map((one) => one.text))].slice(0, CHIPS);
-    const key = JSON.stringify([texts, query.instruction]);
+    const chosen = this.query().instruction;
+    const texts = this.suggestions.slice(0, CHIPS);
+    const key = JSON.stringify([texts, chosen]);
     if (find("chips").dataset.key === key) return;
     find("chips").dataset.key = key;
     find("chips").hidden = !texts.length;
-    find("chips").replaceChildren(...texts.map((text) => this.chip(text, query.instruction === text)));
+    find("chips").replaceChildren(...texts.map((text) => this.chip(text, chosen === text)));
   }
 
   chip(text, chosen) {
@@ -196,13 +171,4 @@ export class Composer {
       [...find("chips").children].find((one) => one.textContent === text)?.focus();
     } } });
   }
-}
-
-function dataUrl(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(reader.result));
-    reader.addEventListener("error", () => reject(reader.error));
-    reader.readAsDataURL(file);
-  });
 }

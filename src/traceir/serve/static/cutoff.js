@@ -4,39 +4,36 @@ import { find, say } from "./dom.js";
 import { kindOf } from "./query.js";
 
 let calibrated = {};
-const field = () => find("cutoff");
+const choices = () => [...find("cutoff").querySelectorAll("input")];
 
 // What to ask for: a rate, 0 for none, null where the server decides because it cannot tell for this kind of query.
 export function cutoffFor(query) {
-  if (!(kindOf(query) in calibrated)) return null;
-  return Number(field().querySelector("input:checked")?.value ?? 0);
+  return kindOf(query) in calibrated ? Number(choices().find((one) => one.checked)?.value ?? 0) : null;
 }
 
 // `config`: {default, background}. Rates that the background cannot tell are not offered; without a background nothing is.
 export function setCutoff(config) {
   calibrated = config?.background ?? {};
   const most = Math.max(0, ...Object.values(calibrated));
-  field().hidden = most === 0;
   const own = config?.default ?? 0;
-  const choices = [...field().querySelectorAll("input")];
-  for (const one of choices) {
+  find("cutoff").hidden = most === 0;
+  if (!choices().some((one) => Number(one.value) === own)) addChoice(own);
+  for (const one of choices()) {
     const rate = Number(one.value);
-    one.disabled = rate > 0 && rate * (most + 1) < 1;
+    one.disabled = rate > 0 && rate !== own && rate * (most + 1) < 1;
     one.checked = rate === own;
   }
-  if (!choices.some((one) => one.checked)) addChoice(own);
 }
 
 // The server's own rate, where it is none of ours.
 function addChoice(rate) {
-  const label = field().querySelector("label:last-of-type").cloneNode(true);
-  const input = label.querySelector("input");
-  Object.assign(input, { value: String(rate), checked: true, disabled: false });
+  const label = find("cutoff").querySelector("label:last-of-type").cloneNode(true);
+  label.querySelector("input").value = String(rate);
   say(label.querySelector("span"), sayRate(rate));
-  field().querySelector("div").append(label);
+  find("cutoff").querySelector("div").append(label);
 }
 
-export const sayRate = (rate) => `1 in ${Math.round(1 / rate)}`;
+const sayRate = (rate) => `1 in ${Math.round(1 / rate)}`;
 
 // Why nothing is shown, for the `cutoff` of an answer.
 export const sayCut = (cut) =>

@@ -1,6 +1,6 @@
 // The page: what happens when. Each part draws itself; here they are put together.
 
-import { ApiError, getConfig, isAbort, key } from "./api.js";
+import { getConfig, key } from "./api.js";
 import { Column } from "./column.js";
 import { drawVerdict, linkTwins } from "./compare.js";
 import { Composer } from "./composer.js";
@@ -8,7 +8,7 @@ import { setCutoff } from "./cutoff.js";
 import { Details } from "./details.js";
 import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
 import { clearHistory, drawHistory, remember } from "./history.js";
-import { drawLanding, hideNotice, showNotice } from "./landing.js";
+import { drawLanding, showNotice } from "./landing.js";
 import { EMPTY, fromHash, isEmpty, itemPicture, makeQuery, samePicture, sayQuery, toHash } from "./query.js";
 import { follow, newRun, nextPage } from "./run.js";
 import { drawShelf } from "./shelf.js";
@@ -24,39 +24,44 @@ const composer = new Composer({ search, stop });
 const turns = new Turns(visit);
 const details = new Details({ refine, use });
 const actions = { open: openHit, refine, retry, more, anything, compare };
+const onclick = (id, act) => find(id).addEventListener("click", act);
 
 // Searches
 
-function search(query, { from = undefined } = {}) {
+function search(query, { from = parentOf(query) } = {}) {
   if (isEmpty(query)) {
     composer.complain("Give a picture, words, or an instruction.");
     find("text").focus();
     return;
   }
-  const turn = turns.add(query, from === undefined ? parentOf(query) : from, newRun(query));
-  [parent, taken] = [turn, null];
+  begin(query, from, "pushState");
   remember(query);
-  const hash = toHash(query);
-  history.pushState({ turn: turn.id }, "", hash ?? location.pathname + location.search);
-  show(turn);
-  start(turn.run);
-  showAnswer();
-}
-
-// On a narrow screen the answer is below the search box, and a keyboard on the screen would lie over it.
-function showAnswer() {
+  // On a narrow screen the answer is below the search box, and a keyboard on the screen would lie over it.
   if (!matchMedia("(max-width: 46rem)").matches) return;
   if (matchMedia("(pointer: coarse)").matches) find("text").blur();
   find("workspace").scrollIntoView({ block: "start" });
 }
 
+// A new turn. `way` of the browser's history: "pushState" or "replaceState".
+function begin(query, from, way) {
+  const turn = turns.add(query, from, newRun(query));
+  enter(turn, way);
+  start(turn.run);
+}
+
+function enter(turn, way) {
+  [parent, taken] = [turn, null];
+  history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
+  show(turn);
+}
+
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
-function parentOf(query) {
-  if (!parent || !query.picture) return null;
-  if (query.picture.kind === "item" && query.picture.id === taken) return parent;
-  if (samePicture(parent.query.picture, query.picture)) return parent.parent;
-  const isHit = (run) => query.picture.kind === "item" && run?.hits.some((hit) => hit.id === query.picture.id);
-  return isHit(parent.run) || isHit(parent.other) ? parent : null; // dragged
+function parentOf({ picture }) {
+  if (!parent || !picture) return null;
+  if (picture.kind === "item" && picture.id === taken) return parent;
+  if (samePicture(parent.query.picture, picture)) return parent.parent;
+  const hits = [...parent.run.hits, ...(parent.other?.hits ?? [])];
+  return picture.kind === "item" && hits.some((hit) => hit.id === picture.id) ? parent : null; // dragged
 }
 
 async function start(run) {
@@ -69,12 +74,10 @@ async function start(run) {
     await follow(run, mine.abort.signal, (what) => changed(run, what));
   } catch (error) {
     if (running === mine) askForKey(error.message, () => start(run));
-  } finally {
-    if (running === mine) {
-      running = null;
-      composer.setBusy(false);
-    }
   }
+  if (running !== mine) return;
+  running = null;
+  composer.setBusy(false);
 }
 
 function stop() {
@@ -84,11 +87,10 @@ function stop() {
 function changed(run, what) {
   if (!columns.some((column) => column.run === run)) return;
   update();
-  if (what === "hits") {
-    const [first] = run.hits;
-    const how = run.route === "reason" ? "with reasoning" : "without reasoning";
-    if (first) announce(`${plural(run.hits.length, "hit")} ${how}. The first: ${(first.text ?? first.id).slice(0, 200)}`);
-  }
+  const [first] = run.hits;
+  if (what !== "hits" || !first) return;
+  const how = run.route === "reason" ? "with reasoning" : "without reasoning";
+  announce(`${plural(run.hits.length, "hit")} ${how}. The first: ${(first.text ?? first.id).slice(0, 200)}`);
 }
 
 function retry(run) {
@@ -108,11 +110,10 @@ async function more(column) {
   run.paging = true;
   update();
   try {
-    const count = await nextPage(run);
-    announce(`${plural(count, "more hit")}`);
+    announce(plural(await nextPage(run), "more hit"));
   } catch (error) {
     if (error.status === 401) askForKey(error.message, () => more(column));
-    else if (!isAbort(error)) toast(error.message);
+    else toast(error.message);
   }
   run.paging = false;
   update();
@@ -145,10 +146,8 @@ function update() {
 
 function visit(turn) {
   turns.visit(turn);
-  [parent, taken] = [turn, null];
   composer.setQuery(turn.query);
-  history.pushState({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
-  show(turn);
+  enter(turn, "pushState");
   announce(`Turn ${turns.trail.indexOf(turn) + 1} of ${turns.trail.length}: ${sayQuery(turn.query)}`);
 }
 
@@ -183,7 +182,7 @@ function refine(hit) {
 // A hit as the whole query.
 function use(hit) {
   const picture = hit.image ? itemPicture(hit.id, hit.text ?? hit.id, hit.image) : null;
-  const query = makeQuery({ text: hit.text ?? "", picture, modality: composer.query().modality, route: composer.query().route });
+  const query = makeQuery({ ...composer.query(), text: hit.text, picture, instruction: "" });
   composer.setQuery(query);
   search(query, { from: turns.current });
 }
@@ -209,16 +208,17 @@ find("key-form").addEventListener("submit", (event) => {
   answerKey?.();
 });
 
-find("forget-key").addEventListener("click", () => {
+onclick("forget-key", () => {
   key.forget();
   find("key").close();
   find("open-key").hidden = true;
   toast("The key is forgotten.");
 });
 
-find("open-key").addEventListener("click", () => askForKey("A key is set for this tab.", null));
+onclick("open-key", () => askForKey("A key is set for this tab.", null));
+onclick("open-help", () => openDialog(find("help")));
 
-find("open-history").addEventListener("click", () => {
+onclick("open-history", () => {
   drawHistory(find("past"), (query, leftOut) => {
     find("history").close();
     composer.setQuery(query);
@@ -228,15 +228,13 @@ find("open-history").addEventListener("click", () => {
   openDialog(find("history"));
 });
 
-find("clear-history").addEventListener("click", () => {
+onclick("clear-history", () => {
   clearHistory();
-  drawHistory(find("past"), () => {});
+  drawHistory(find("past"));
   announce("History cleared");
 });
 
-find("open-help").addEventListener("click", () => openDialog(find("help")));
-
-find("home").addEventListener("click", (event) => {
+onclick("home", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
   history.pushState({}, "", location.pathname + location.search);
@@ -245,12 +243,8 @@ find("home").addEventListener("click", (event) => {
 
 function goHome() {
   stop();
-  [parent, taken] = [null, null];
-  turns.current = null;
-  columns = [];
-  find("workspace").hidden = true;
-  find("trail").hidden = true;
-  find("landing").hidden = false;
+  [parent, taken, turns.current, columns] = [null, null, null, []];
+  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
   document.title = config.title || "TraceIR";
   composer.setQuery(EMPTY);
   find("text").focus();
@@ -259,62 +253,41 @@ function goHome() {
 // The browser's own back and forward.
 addEventListener("popstate", (event) => {
   const known = turns.all.get(event.state?.turn);
-  if (known) {
-    turns.visit(known);
-    [parent, taken] = [known, null];
-    composer.setQuery(known.query);
-    show(known);
-    return;
-  }
-  readAddress();
+  if (!known) return readAddress();
+  turns.visit(known);
+  [parent, taken] = [known, null];
+  composer.setQuery(known.query);
+  return show(known);
 });
 
 function readAddress() {
   const query = fromHash(location.hash);
-  if (!query) {
-    goHome();
-    return;
-  }
-  const turn = turns.add(query, null, newRun(query));
-  [parent, taken] = [turn, null];
+  if (!query) return goHome();
   composer.setQuery(query);
-  history.replaceState({ turn: turn.id }, "", toHash(query));
-  show(turn);
-  start(turn.run);
+  return begin(query, null, "replaceState");
 }
 
+const KEYS = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => turns.step(-1), "]": () => turns.step(1) };
+
 addEventListener("keydown", (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return;
-  const inDialog = document.querySelector("dialog[open]") !== null;
-  if (event.key === "Escape" && !inDialog) {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
+  if (event.key === "Escape") {
     if (running) stop();
     else if (turns.current?.other) leaveComparison();
   }
-  if (inDialog || isTyping(event.target)) return;
-  const act = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => turns.step(-1), "]": () => turns.step(1) };
-  if (Object.hasOwn(act, event.key)) {
-    event.preventDefault();
-    act[event.key]();
-  }
+  if (isTyping(event.target) || !Object.hasOwn(KEYS, event.key)) return;
+  event.preventDefault();
+  KEYS[event.key]();
 });
 
 addEventListener("online", () => {
   const run = columns.at(-1)?.run;
-  if (run?.status === "failed" && run.error instanceof ApiError && run.error.status === 0) start(run);
+  if (run?.status === "failed" && run.error.status === 0) start(run);
 });
 
 async function loadConfig() {
   try {
     config = await getConfig();
-    composer.setConfig(config);
-    document.body.classList.toggle("one-pass", config.reasons === false);
-    setCutoff(config.cutoff);
-    drawLanding(config, (query) => {
-      composer.setQuery(query);
-      search(query, { from: null });
-    });
-    drawShelf(config.count ?? {}, refine);
-    if (!find("landing").hidden) document.title = config.title || "TraceIR";
   } catch (error) {
     if (error.status === 401) {
       askForKey(error.message, null);
@@ -323,9 +296,19 @@ async function loadConfig() {
       showNotice("The model is loading", el("p", { text: "This page goes on as soon as the server is ready." }));
       setTimeout(loadConfig, WAIT_FOR_MODEL);
     } else {
-      showNotice("No connection", error.message, () => { hideNotice(); loadConfig(); });
+      showNotice("No connection", error.message, loadConfig);
     }
+    return;
   }
+  composer.setInstructions(config.instructions ?? []);
+  document.body.classList.toggle("one-pass", config.reasons === false);
+  setCutoff(config.cutoff);
+  drawLanding(config, (query) => {
+    composer.setQuery(query);
+    search(query, { from: null });
+  });
+  drawShelf(config.count ?? {}, refine);
+  if (!find("landing").hidden) document.title = config.title || "TraceIR";
 }
 
 linkTwins(find("columns"));

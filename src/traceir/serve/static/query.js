@@ -2,50 +2,47 @@
 //
 // picture: null, {kind: "file", data: "data:image/...", name} or {kind: "item", id, label, path}; a null path is looked up. modality: "" is any.
 
-export const ROUTES = ["auto", "reason", "direct"];
-export const MODALITIES = ["image", "text", "image,text"];
+const ROUTES = ["auto", "reason", "direct"];
 export const NOUNS = { image: "picture", text: "text", "image,text": "pair" };
 
-export const EMPTY = Object.freeze({ text: "", picture: null, instruction: "", modality: "", route: "auto" });
-
-export function makeQuery(parts) {
-  const text = String(parts.text ?? "").trim();
-  const instruction = String(parts.instruction ?? "").trim();
-  const modality = MODALITIES.includes(parts.modality) ? parts.modality : "";
-  const route = ROUTES.includes(parts.route) ? parts.route : "auto";
-  return Object.freeze({ text, picture: parts.picture ?? null, instruction, modality, route });
+export function makeQuery({ text, instruction, modality, route, picture }) {
+  return Object.freeze({
+    text: String(text ?? "").trim(),
+    instruction: String(instruction ?? "").trim(),
+    modality: Object.hasOwn(NOUNS, modality ?? "") ? modality : "",
+    route: ROUTES.includes(route) ? route : "auto",
+    picture: picture ?? null,
+  });
 }
+
+export const EMPTY = makeQuery({});
 
 export const itemPicture = (id, label = "", path = null) => Object.freeze({ kind: "item", id, label, path });
 export const filePicture = (data, name = "picture") => Object.freeze({ kind: "file", data, name });
 
 export const isEmpty = (query) => !query.text && !query.picture && !query.instruction;
 
-// The modality of the query itself, by which instructions are suggested.
+// The modality of the query itself.
 export const kindOf = (query) => (query.picture ? (query.text ? "image,text" : "image") : "text");
 
-export const samePicture = (one, other) =>
-  one !== null && other !== null && one.kind === other.kind && (one.kind === "item" ? one.id === other.id : one.data === other.data);
+export const samePicture = (one, other) => one && other && one.kind === other.kind && (one.id ?? one.data) === (other.id ?? other.data);
+
+// Those of its fields that say something.
+const given = ({ text, instruction, modality }) => Object.entries({ text, instruction, modality }).filter(([, value]) => value);
 
 // The body of POST /search and POST /search/stream.
 export function toRequest(query, { k, offset = 0, route = query.route, cutoff = null }) {
-  const body = { route, k, offset };
+  const body = { route, k, offset, ...Object.fromEntries(given(query)) };
   if (cutoff !== null) body.cutoff = cutoff;
-  if (query.text) body.text = query.text;
   if (query.picture) body.image = query.picture.kind === "item" ? { item: query.picture.id } : { data: query.picture.data };
-  if (query.instruction) body.instruction = query.instruction;
-  if (query.modality) body.modality = query.modality;
   return body;
 }
 
 // The query as the hash of an address; null where it has a picture that only this page holds.
 export function toHash(query) {
   if (query.picture?.kind === "file") return null;
-  const parts = new URLSearchParams();
-  if (query.text) parts.set("text", query.text);
+  const parts = new URLSearchParams(given(query));
   if (query.picture) parts.set("item", query.picture.id);
-  if (query.instruction) parts.set("instruction", query.instruction);
-  if (query.modality) parts.set("modality", query.modality);
   if (query.route !== "auto") parts.set("route", query.route);
   return `#${parts}`;
 }

@@ -18,24 +18,21 @@ const TOLD = {
 };
 const SPOKEN = { reason: "Not simple: the model reasons first.", direct: "Simple: the model skips reasoning." };
 const EMB = "<|emb|>";
+const STATIONS = ["read", "decide", "reason", "embed", "find"];
 
 export class Road {
+  told = 0; // steps that screen readers have heard
+  saidRoute = false;
+
   // `count`: items by modality; `width`: numbers of a vector.
-  constructor(query, { width = null, count = {} } = {}) {
-    [this.width, this.count] = [width, count];
-    this.told = 0;
-    this.saidRoute = false;
-    this.nodes = { read: node("read", "Read"), decide: node("decide", "Decide"), reason: node("reason", "Reason"),
-      embed: node("embed", "Embed"), find: node("find", "Find") };
+  constructor(query, { width, count = {} }) {
+    this.count = count;
+    this.nodes = Object.fromEntries(STATIONS.map((name) => [name, station(name)]));
     this.badge = el("span", { class: "badge" });
     this.total = el("span", { class: "total quiet" });
     this.element = el("section", { class: "road", "aria-label": "How the model took it" },
       el("header", {}, el("h2", { text: "Trace" }), this.badge, this.total),
       el("ol", { class: "rail", role: "list" }, ...Object.values(this.nodes).map((one) => one.element)));
-    this.draw(query);
-  }
-
-  draw(query) {
     const { read, decide, reason, embed } = this.nodes;
     read.body.append(shownQuery(query));
     this.gauge = el("div", { class: "gauge", role: "meter", "aria-label": `Probability that the first token is ${EMB}`,
@@ -48,40 +45,35 @@ export class Road {
     this.steps = el("ol", { class: "steps", "aria-label": "The model's reasoning" });
     this.note = el("p", { class: "quiet" });
     reason.body.append(this.steps, this.note);
-    this.readOut = el("p", { class: "quiet" }, el("code", { class: "token", text: EMB }),
-      this.width ? ` → a vector of ${this.width} numbers` : " → a vector");
-    embed.body.append(this.readOut);
+    embed.body.append(el("p", { class: "quiet" }, el("code", { class: "token", text: EMB }), ` → a vector${width ? ` of ${width} numbers` : ""}`));
   }
 
   update(run) {
-    const { trace } = run;
     const over = run.status === "done";
     const halted = run.status === "failed" || run.status === "stopped";
-    this.element.dataset.route = run.route ?? "";
-    this.element.dataset.status = run.status;
+    Object.assign(this.element.dataset, { route: run.route ?? "", status: run.status });
     this.badge.className = `badge ${run.route ?? ""}`;
     say(this.badge, (over ? PAST : NOW)[run.route] ?? (halted ? "halted" : "reading …"));
     this.badge.title = run.route ? `route: ${run.route}` : "";
     this.updateDecision(run, over);
     this.updateReasoning(run, over);
-    const times = trace?.seconds ?? {};
-    say(this.nodes.read.time, times.queue >= 0.0005 ? `waited ${seconds(times.queue)}` : "");
-    say(this.nodes.embed.time, seconds(times.encode));
-    say(this.nodes.find.time, seconds(times.search));
-    if (trace?.cached) say(this.nodes.embed.time, "from the cache");
-    const spent = Object.values(times).filter(Number.isFinite).reduce((sum, one) => sum + one, 0);
-    const cost = [run.route === "reason" && trace?.tokens > 0 ? plural(trace.tokens, "token") : "", seconds(spent)];
-    say(this.total, over ? cost.filter(Boolean).join(" · ") : "");
-    this.total.title = Object.entries(times).map(([name, value]) => `${name} ${seconds(value)}`).join(" · ");
-    say(this.nodes.find.body, over ? this.among(run.query.modality) : "");
+    this.updateTimes(run, over);
     this.mark(run, over, halted);
   }
 
-  // How many items were searched.
-  among(modality) {
-    const counted = Object.entries(this.count).filter(([name]) => !modality || name === modality);
+  updateTimes({ route, trace, query }, over) {
+    const times = trace?.seconds ?? {};
+    const { read, embed, find } = this.nodes;
+    say(read.time, times.queue >= 0.0005 ? `waited ${seconds(times.queue)}` : "");
+    say(embed.time, trace?.cached ? "from the cache" : seconds(times.encode));
+    say(find.time, seconds(times.search));
+    const spent = Object.values(times).filter(Number.isFinite).reduce((sum, one) => sum + one, 0);
+    const cost = [route === "reason" && trace?.tokens > 0 ? plural(trace.tokens, "token") : "", seconds(spent)];
+    say(this.total, over ? cost.filter(Boolean).join(" · ") : "");
+    this.total.title = Object.entries(times).map(([name, value]) => `${name} ${seconds(value)}`).join(" · ");
+    const counted = Object.entries(this.count).filter(([name]) => !query.modality || name === query.modality);
     const total = counted.reduce((sum, [, count]) => sum + count, 0);
-    return total ? `among ${plural(total, NOUNS[modality] ?? "item")}` : "";
+    say(find.body, over && total ? `among ${plural(total, NOUNS[query.modality] ?? "item")}` : "");
   }
 
   updateDecision(run, over) {
@@ -90,13 +82,10 @@ export class Road {
     this.gauge.style.setProperty("--part", known ? String(Math.min(1, Math.max(0, run.probability))) : "0");
     if (known) this.gauge.setAttribute("aria-valuenow", fixed(run.probability));
     say(this.chance, known ? chance(run.probability) : "");
-    const [before, after] = (run.asked === run.route ? TOLD : CHOSEN)[run.route] ?? ["", ""];
-    if (this.why.textContent !== (before && before + EMB + after)) {
-      this.why.replaceChildren(...(before ? [before, el("code", { text: EMB }), after] : []));
-    }
-    if (run.status === "running" && !run.route) this.saidRoute = false;
-    if (run.route && !over && !this.saidRoute && !this.silent) announce(SPOKEN[run.route] ?? "");
-    if (run.route) this.saidRoute = true;
+    const why = (run.asked === run.route ? TOLD : CHOSEN)[run.route] ?? [];
+    if (this.why.textContent !== why.join(EMB)) this.why.replaceChildren(...(why.length ? [why[0], el("code", { text: EMB }), why[1]] : []));
+    if (run.route && !over && !this.saidRoute && !this.silent) announce(SPOKEN[run.route]);
+    this.saidRoute = Boolean(run.route);
   }
 
   updateReasoning(run, over) {
@@ -105,10 +94,12 @@ export class Road {
     steps.forEach((step, place) => {
       const line = this.steps.children[place] ?? this.steps.appendChild(el("li", { dir: "auto" }));
       say(line, step);
-      line.classList.toggle("writing", !over && run.status === "running" && place === steps.length - 1);
+      line.classList.toggle("writing", run.status === "running" && place === steps.length - 1);
     });
-    this.tell(steps, over);
-    if (run.status === "running" && !steps.length) this.told = 0;
+    // Screen readers hear each step once, when it is complete.
+    const complete = over ? steps.length : Math.max(0, steps.length - 1);
+    if (complete > this.told && !this.silent) announce(`${steps.slice(this.told, complete).join("; ")}.`);
+    this.told = run.status === "running" && !steps.length ? 0 : Math.max(this.told, complete);
     let note = "";
     if (run.route === "direct") note = "skipped";
     else if (run.trace?.truncated) note = `It ended before ${EMB} came, so its last state was read.`;
@@ -116,29 +107,20 @@ export class Road {
     say(this.note, note);
   }
 
-  // Screen readers hear each step once, when it is complete.
-  tell(steps, over) {
-    const complete = over ? steps.length : Math.max(0, steps.length - 1);
-    if (complete > this.told && !this.silent) announce(`${steps.slice(this.told, complete).join("; ")}.`);
-    this.told = Math.max(this.told, complete);
-  }
-
   mark(run, over, halted) {
-    const order = ["read", "decide", "reason", "embed", "find"];
-    const at = over ? order.length : run.reasoning || run.route === "reason" ? 2 : run.route === "direct" ? 3 : 1;
-    order.forEach((name, place) => {
-      let state = place < at ? "done" : place === at && !halted ? "now" : "ahead";
-      if (name === "reason" && run.route === "direct") state = "skipped";
-      this.nodes[name].element.dataset.state = state;
+    const at = over ? STATIONS.length : run.reasoning || run.route === "reason" ? 2 : run.route === "direct" ? 3 : 1;
+    STATIONS.forEach((name, place) => {
+      const state = place < at ? "done" : place === at && !halted ? "now" : "ahead";
+      this.nodes[name].element.dataset.state = name === "reason" && run.route === "direct" ? "skipped" : state;
     });
   }
 }
 
-function node(name, title) {
+function station(name) {
   const body = el("div", { class: "body" });
   const time = el("span", { class: "time number" });
-  const element = el("li", { class: "station", data: { node: name } }, el("h3", {}, title, time), body);
-  return { element, body, time };
+  const title = name[0].toUpperCase() + name.slice(1);
+  return { element: el("li", { class: "station", data: { node: name } }, el("h3", {}, title, time), body), body, time };
 }
 
 // A probability that is not quite 0 or 1 is not told as such.
@@ -148,18 +130,14 @@ function chance(value) {
 }
 
 // The picture and the words that were asked.
-export function shownQuery(query) {
-  const shown = el("div", { class: "shown-query" });
-  if (query.picture) {
-    const img = el("img", { alt: "the query's picture", class: "thumb" });
-    shownPicture(img, query.picture);
-    shown.append(img);
-  }
-  const words = el("div", {});
-  if (query.text) words.append(el("p", { class: "asked", dir: "auto", text: query.text }));
-  if (query.instruction) words.append(el("p", { class: "quiet", dir: "auto", text: query.instruction }));
-  shown.append(words);
-  return shown;
+function shownQuery({ picture, text, instruction }) {
+  return el("div", { class: "shown-query" }, thumb(picture, "the query's picture"), el("div", {},
+    text && el("p", { class: "asked", dir: "auto", text }), instruction && el("p", { class: "quiet", dir: "auto", text: instruction })));
+}
+
+// A query's picture, small; null where it has none.
+export function thumb(picture, alt = "") {
+  return picture && shownPicture(el("img", { alt, class: "thumb" }), picture);
 }
 
 export function shownPicture(img, picture) {
@@ -170,4 +148,5 @@ export function shownPicture(img, picture) {
     img.addEventListener("error", lost, { once: true });
     img.src = picture.data;
   }
+  return img;
 }

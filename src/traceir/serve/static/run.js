@@ -6,20 +6,21 @@ import { toRequest } from "./query.js";
 
 export const PAGE = 12;
 
+const fresh = () => ({ route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
+
 // status: "idle", "running", "done", "failed" or "stopped". cutoff: what is asked for, cut: what the answer says of it.
 export function newRun(query, route = query.route, cutoff = cutoffFor(query)) {
-  return { query, asked: route, cutoff, status: "idle", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false,
-    cut: null, note: null, error: null, paging: false };
+  return { query, asked: route, cutoff, status: "idle", paging: false, ...fresh() };
 }
 
-export const isOver = (run) => run.status !== "running" && run.status !== "idle";
+const requestOf = (run, offset) => toRequest(run.query, { k: PAGE, offset, route: run.asked, cutoff: run.cutoff });
 
 // Runs it to its end and never throws, but for a refused key (401), which the caller answers. `changed(what)` comes after every event.
 export async function follow(run, signal, changed) {
-  Object.assign(run, { status: "running", route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
+  Object.assign(run, { status: "running", ...fresh() });
   changed("start");
   try {
-    for await (const { event, data } of streamSearch(toRequest(run.query, { k: PAGE, route: run.asked, cutoff: run.cutoff }), signal)) {
+    for await (const { event, data } of streamSearch(requestOf(run, 0), signal)) {
       take(run, event, data);
       changed(event);
     }
@@ -38,26 +39,22 @@ function take(run, event, data) {
   } else if (event === "reasoning") {
     run.reasoning = String(data.text ?? "");
   } else if (event === "hits") {
-    run.trace = data.trace ?? {};
-    run.route = run.trace.route ?? run.route;
-    run.probability = run.trace.emb_probability ?? run.probability;
-    run.reasoning = run.trace.reasoning ?? run.reasoning;
-    run.hits = Array.isArray(data.hits) ? data.hits : [];
-    run.more = Boolean(data.more);
-    run.note = data.note ?? null;
-    run.cut = data.cutoff ?? null;
-    run.status = "done";
+    const { hits, trace = {}, more, note = null, cutoff = null } = data;
+    Object.assign(run, { trace, hits: Array.isArray(hits) ? hits : [], more: Boolean(more), note, cut: cutoff, status: "done" });
+    run.route = trace.route ?? run.route;
+    run.probability = trace.emb_probability ?? run.probability;
+    run.reasoning = trace.reasoning ?? run.reasoning;
   }
 }
 
 // The next page, behind what is there; returns how many hits came. Throws what the server says.
-export async function nextPage(run, signal) {
-  const answer = await postSearch(toRequest(run.query, { k: PAGE, offset: run.hits.length, route: run.asked, cutoff: run.cutoff }), signal);
+export async function nextPage(run) {
+  const answer = await postSearch(requestOf(run, run.hits.length));
   const known = new Set(run.hits.map((hit) => hit.id));
-  const fresh = answer.hits.filter((hit) => !known.has(hit.id));
-  run.hits = [...run.hits, ...fresh];
-  run.more = Boolean(answer.more) && fresh.length > 0;
-  return fresh.length;
+  const more = answer.hits.filter((hit) => !known.has(hit.id));
+  run.hits = [...run.hits, ...more];
+  run.more = Boolean(answer.more) && more.length > 0;
+  return more.length;
 }
 
 // The steps of a reasoning: split at each "; " and new line, without the blanks that a tokenizer leaves before punctuation.

@@ -2,16 +2,16 @@
 
 import { el, find } from "./dom.js";
 import { sayQuery } from "./query.js";
-import { shownPicture } from "./reasoning.js";
+import { thumb } from "./reasoning.js";
 
 export class Turns {
+  all = new Map();
+  trail = [];
+  current = null;
+
   // `go(turn)` is called when one is chosen.
   constructor(go) {
     this.go = go;
-    this.all = new Map();
-    this.trail = [];
-    this.current = null;
-    this.next = 1;
     find("back").addEventListener("click", () => this.step(-1));
     find("forth").addEventListener("click", () => this.step(1));
   }
@@ -19,22 +19,18 @@ export class Turns {
   // A new turn behind `parent` (null: a new search); what lay ahead of the parent leaves the trail.
   add(query, parent, run) {
     // Entries of the browser's history outlive this page, so ids must not come again after a reload.
-    const turn = { id: `${performance.timeOrigin}-${this.next++}`, query, parent, run, other: null };
+    const turn = { id: `${performance.timeOrigin}-${this.all.size}`, query, parent, run, other: null };
     this.all.set(turn.id, turn);
-    this.trail = [...this.pathTo(parent), turn];
-    this.current = turn;
+    this.visit(turn);
     return turn;
   }
 
-  pathTo(turn) {
-    const path = [];
-    for (let at = turn; at; at = at.parent) path.unshift(at);
-    return path;
-  }
-
-  // Makes a known turn the current one; the trail stays if it is on it.
+  // Makes a turn the current one; the trail stays if it is on it.
   visit(turn) {
-    if (!this.trail.includes(turn)) this.trail = this.pathTo(turn);
+    if (!this.trail.includes(turn)) {
+      this.trail = [];
+      for (let at = turn; at; at = at.parent) this.trail.unshift(at);
+    }
     this.current = turn;
   }
 
@@ -44,26 +40,20 @@ export class Turns {
   }
 
   draw() {
-    const at = this.trail.indexOf(this.current);
+    const [list, at] = [find("turns"), this.trail.indexOf(this.current)];
     find("trail").hidden = this.trail.length < 2;
     find("back").disabled = at <= 0;
     find("forth").disabled = at >= this.trail.length - 1;
-    find("turns").replaceChildren(...this.trail.map((turn, place) => this.crumb(turn, place)));
-    if (!find("trail").hidden) this.reveal(find("turns").children[at]);
-  }
-
-  // Scrolls the trail alone, never the page.
-  reveal(crumb) {
-    const list = find("turns");
-    list.scrollLeft = crumb.offsetLeft - list.offsetLeft - (list.clientWidth - crumb.offsetWidth) / 2;
+    list.replaceChildren(...this.trail.map((turn, place) => this.crumb(turn, place)));
+    const crumb = list.children[at];
+    // Scrolls the trail alone, never the page.
+    if (crumb) list.scrollLeft = crumb.offsetLeft - list.offsetLeft - (list.clientWidth - crumb.offsetWidth) / 2;
   }
 
   crumb(turn, place) {
-    const img = turn.query.picture ? el("img", { alt: "", class: "thumb" }) : null;
-    if (img) shownPicture(img, turn.query.picture);
     const words = turn.query.text || turn.query.instruction || sayQuery(turn.query);
     return el("li", {}, el("button", { type: "button", class: "crumb", "aria-current": turn === this.current ? "step" : null,
       title: words, on: { click: () => this.go(turn) } },
-      el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), img, el("span", { class: "crumb-words", dir: "auto", text: words })));
+      el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })));
   }
 }
