@@ -225,7 +225,7 @@ def test_field_report_22_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -
     (tmp_path / "hidden" / ".git").mkdir(parents=True)
     with opened(tmp_path / "index") as index:
         report = add([root, tmp_path / "empty", tmp_path / "hidden"], index, FakeEncoder(), progress=False)
-        assert counts(report) == (0, 0, 0, 3) and report.notes == ()
+        assert counts(report) == (0, 0, 0, 3) and report.notes == []
         said, empty, hidden = (failure.reason for failure in report.failed)
         assert "(2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder, 1 hidden)" in said
         for part in (".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl", "and .jsonl where"):

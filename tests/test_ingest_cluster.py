@@ -19,7 +19,6 @@ import pytest
 from fakes import FakeEncoder
 from PIL import Image
 
-from traceir import ingest_cluster
 from traceir.cli.main import main
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
@@ -121,14 +120,12 @@ def shelf(tmp_path: Path) -> Path:
     return root
 
 
-def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Path) -> None:
     paths = [shelf, shelf / "lines.jsonl"]
     with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
         expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
         assert counts(expected) == (27, 0, 0, 9) and len(expected.notes) == 3
-        with monkeypatch.context() as small:
-            small.setattr(ingest_cluster, "WINDOW_BATCHES", 5)
-            assert on_two_workers(paths, two) == expected
+        assert on_two_workers(paths, two) == expected
         assert rows(two) == rows(one)
         (shelf / "p3.png").write_bytes((shelf / "p4.png").read_bytes())  # new content, also of the line `both 3`
         (shelf / "cut.png").unlink()

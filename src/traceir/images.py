@@ -96,8 +96,9 @@ class _Memory:
         try:
             yield
         finally:
-            if taken >= _WORTH_TRIMMING:
-                _trim()
+            if taken >= _WORTH_TRIMMING:  # glibc keeps freed memory for each thread that ever decoded; this gives it back
+                with contextlib.suppress(AttributeError, OSError, TypeError):
+                    ctypes.CDLL(None).malloc_trim(0)
             with self._freed:
                 self._left += taken
                 self._freed.notify_all()
@@ -107,12 +108,6 @@ _WORTH_TRIMMING: Final = 64 * 1024 * 1024
 _BYTES_OF_PIXEL: Final = {"JPEG": 12, "PNG": 8, "WEBP": 16, "GIF": 8, "BMP": 8, "TIFF": 16}
 """What decoding takes for each pixel at most, the result included, as measured."""
 _MEMORY: Final = _Memory(MAX_DECODING_BYTES)
-
-
-def _trim() -> None:
-    """Gives the system back what the C library keeps of freed memory, for each thread that ever decoded; glibc alone can."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 class ImageInput:
@@ -128,7 +123,7 @@ class ImageInput:
         self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
     ) -> None:
         if sum(source is not None for source in (path, data, image)) != 1:
-            raise ImageError(f"picture {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_image")
+            raise ImageError(f"picture {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_pil")
         self._path = path
         self._data = data
         self._image = image
@@ -142,7 +137,7 @@ class ImageInput:
         text = os.fspath(path)
         if _ADDRESS.match(text):
             raise ImageError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
-        if not text or "\0" in text or not _is_file_name(text):
+        if not text or "\0" in text or not _is_encodable(text):
             raise ImageError(f"picture path {text!r} is not a file name; give the path of a picture file")
         return cls(path=Path(text), name=Path(text).name)
 
@@ -153,15 +148,14 @@ class ImageInput:
 
     @classmethod
     def from_pil(cls, image: Image.Image, name: str = "") -> ImageInput:
-        """A picture from pixels, which are copied and made RGB now. Raises PictureError beyond the default limits."""
-        label = _label(None, name)
-        _check_size(image.size, label, DEFAULT_LIMITS)
-        try:
+        """An image from pixels, which are copied and made RGB now. Raises ImageError beyond the default limits."""
+        made = cls(image=image, name=name)
+        _check_size(image.size, made._label, DEFAULT_LIMITS)
+        with made._readable("give an image that Pillow can load"):
             image.load()
             rgb = as_rgb(image)
-            return cls(image=rgb.copy() if rgb is image else rgb, name=name)
-        except _DECODER_ERRORS as error:
-            raise ImageError(f"{label} cannot be read: {error}; give an image that Pillow can load") from error
+            made._image = rgb.copy() if rgb is image else rgb
+        return made
 
     @property
     def name(self) -> str:
@@ -173,7 +167,7 @@ class ImageInput:
 
     @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the file's bytes; of size and RGB pixels for a picture made by `from_image`."""
+        """Hex SHA-256 of the file's bytes; of size and RGB pixels for a picture made by `from_pil`."""
         with self._lock:
             known = self._sha256
         if known is not None:
@@ -183,18 +177,15 @@ class ImageInput:
         return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
 
     def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
-        """The bytes of the picture's file as they are, and their format; PNG for one made by `from_image`.
+        """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`.
 
-        Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
+        Raises ImageError where the image is missing, of no known format, or beyond `limits.file_bytes`.
         """
         if self._image is not None:
             return file_bytes(self._image, "PNG"), FORMATS["PNG"]
         data = self._read(limits)
-        try:
-            with open_image(data) as image:
-                return data, FORMATS[str(image.format)]
-        except _DECODER_ERRORS as error:
-            raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+        with self._readable(), open_image(data) as image:
+            return data, FORMATS[str(image.format)]
 
     def moved_to(self, path: Path) -> ImageInput:
         """The same picture in a file that was written from it; its hash is not computed again."""
@@ -203,48 +194,53 @@ class ImageInput:
         return moved
 
     def size(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-        """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
+        """Width and height in pixels as the header says, nothing decoded; ImageError where there is none."""
         if self._image is not None:
             return self._image.size
-        try:
-            with open_image(self._read(limits)) as image:
-                return image.size
-        except _DECODER_ERRORS as error:
-            raise ImageError(f"{_label(self._path, self._name)} cannot be read: {error}; save it anew") from error
+        with self._readable(), open_image(self._read(limits)) as image:
+            return image.size
 
     def check(self, limits: ImageLimits = DEFAULT_LIMITS) -> None:
         """Raises what `load` would raise and can be known without decoding a pixel: format, size, truncation, limits."""
-        label = _label(self._path, self._name)
         if self._image is not None:
-            _check_size(self._image.size, label, limits)
+            _check_size(self._image.size, self._label, limits)
             return
-        with _opened(self._read(limits), label, limits):
+        with _opened(self._read(limits), self._label, limits):
             pass
 
     def load(self, shrink_to: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
-        """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
+        """The upright image as 8-bit RGB, transparency composited on white, the first frame of an animation.
 
         `shrink_to` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size while its short side stays at least
-        that many pixels. Raises PictureError where the picture is missing, damaged, or beyond `limits`.
+        that many pixels. Raises ImageError where the image is missing, damaged, or beyond `limits`.
         """
         if shrink_to is not None and shrink_to < 1:
             raise ImageError(f"shrink_to is {shrink_to}; give a number of pixels of at least 1")
-        label = _label(self._path, self._name)
         if self._image is not None:
-            _check_size(self._image.size, label, limits)
+            _check_size(self._image.size, self._label, limits)
             return self._image.copy()
         data = self._read(limits)
         if self._data is None:
             self._remember(hashlib.sha256(data).hexdigest())
-        return _decode(data, label, shrink_to, limits)
+        return _decode(data, self._label, shrink_to, limits)
+
+    @property
+    def _label(self) -> str:
+        return f"picture {self._path}" if self._path else f"picture {self._name}" if self._name else "picture (in memory)"
+
+    @contextlib.contextmanager
+    def _readable(self, remedy: str = "save it anew") -> Iterator[None]:
+        """Turns what Pillow raises on headers into an ImageError."""
+        try:
+            yield
+        except _DECODER_ERRORS as error:
+            raise ImageError(f"{self._label} cannot be read: {error}; {remedy}") from error
 
     def _read(self, limits: ImageLimits) -> bytes:
-        label = _label(self._path, self._name)
-        data = self._data if self._data is not None else _read_file(self._path, label, limits.file_bytes)
+        data = self._data if self._path is None else _read_file(self._path, self._label, limits.file_bytes)
         if not data:
-            raise ImageError(f"{label} is empty (0 bytes); replace or remove it")
-        if len(data) > limits.file_bytes:
-            raise ImageError(_too_many_bytes(label, len(data), limits.file_bytes))
+            raise ImageError(f"{self._label} is empty (0 bytes); replace or remove it")
+        _check_bytes(len(data), self._label, limits.file_bytes)
         return data
 
     def _remember(self, sha256: str) -> str:
@@ -253,8 +249,7 @@ class ImageInput:
                 self._sha256 = sha256
             known = self._sha256
         if known != sha256:
-            label = _label(self._path, self._name)
-            raise ImageError(f"{label} changed while in use; open it again once nothing writes it any more")
+            raise ImageError(f"{self._label} changed while in use; open it again once nothing writes it any more")
         return known
 
     def __eq__(self, other: object) -> bool:
@@ -267,7 +262,7 @@ class ImageInput:
         return f"ImageInput({str(self._path or self._name or 'in memory')!r})"
 
 
-def _is_file_name(text: str) -> bool:
+def _is_encodable(text: str) -> bool:
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -275,22 +270,17 @@ def _is_file_name(text: str) -> bool:
     return True
 
 
-def _label(path: Path | None, name: str) -> str:
-    return f"picture {path}" if path is not None else f"picture {name}" if name else "picture (in memory)"
+def _check_bytes(size: int, label: str, limit: int) -> None:
+    if size > limit:
+        raise ImageError(f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise ImageLimits.file_bytes")
 
 
-def _too_many_bytes(label: str, size: int, limit: int) -> str:
-    return f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise PictureLimits.file_bytes"
-
-
-def _read_file(path: Path | None, label: str, limit: int) -> bytes:
-    assert path is not None
+def _read_file(path: Path, label: str, limit: int) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise ImageError(f"{label} is not a regular file; give the path of a picture file")
-        if status.st_size > limit:
-            raise ImageError(_too_many_bytes(label, status.st_size, limit))
+        _check_bytes(status.st_size, label, limit)
         with path.open("rb") as file:
             return file.read(limit + 1)
     except FileNotFoundError as error:
@@ -353,7 +343,7 @@ def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: Ima
         kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
         raise ImageError(
             f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
-            "save it with 8 bits a sample, shrink it or raise PictureLimits.pixels"
+            "save it with 8 bits a sample, shrink it or raise ImageLimits.pixels"
         )
     if is_cut(image, size):
         raise ImageError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
@@ -366,8 +356,7 @@ def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
         raise ImageError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
     if width * height > limits.pixels:
         raise ImageError(
-            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; "
-            "shrink it or raise PictureLimits.pixels"
+            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; shrink it or raise ImageLimits.pixels"
         )
     ratio = max(width, height) / min(width, height)
     if ratio > limits.aspect_ratio:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -20,10 +20,10 @@ from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
 from traceir.search import EncoderLike, text_cut
-from traceir.sources import FILE_FIELD, Failure, Note, Source, check_path, find_batches, find_sources
+from traceir.sources import FILE_FIELD, Failure, Note, Source, SourceBatch, check_path, find_batches, find_sources
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AddReport:
     """What `add` did with every file and line.
 
@@ -31,11 +31,11 @@ class AddReport:
     the index, or not as they are now. `notes` tell what was left out, shortened or replaced.
     """
 
-    added: int
-    updated: int
-    skipped: int
-    failed: tuple[Failure, ...]
-    notes: tuple[Note, ...] = ()
+    added: int = 0
+    updated: int = 0
+    skipped: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
 
 
 def add(
@@ -53,59 +53,16 @@ def add(
     that does not exist.
     """
     check_paths(paths, batch)
-    counts = Counts()
-    failed: list[Failure] = []
-    notes: list[Note] = []
-    with tqdm(total=count_sources(paths) if progress else None, unit="item", desc="adding", disable=not progress) as bar:
+    report = AddReport()
+    with progress_bar(paths, progress) as bar:
         for found in find_batches(paths, batch):
             known = index.get([source.id for source in found.sources])
-            sorted_out = sort_out(found.sources, known)
-            done = encode_fresh(encoder, sorted_out.fresh, known)
-            counts += write(index, done.pairs, sorted_out.moved)
-            counts += Counts(skipped=found.again + sorted_out.skipped + done.skipped)
-            failed += [*found.failed, *sorted_out.failed, *done.failed]
-            notes += [*found.notes, *sorted_out.notes, *done.notes]
+            keep(index, found, process(found.sources, known, lambda: encoder), report)
             bar.update(found.size)
-    return AddReport(counts.added, counts.updated, counts.skipped, tuple(failed), tuple(notes))
+    return report
 
 
-# The steps of `add`, which are also those of ingest_cluster.py: `sort_out` and `encode_fresh` on workers, `write` in the driver
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Items added, updated and skipped so far."""
-
-    added: int = 0
-    updated: int = 0
-    skipped: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.added + other.added, self.updated + other.updated, self.skipped + other.skipped)
-
-
-@dataclass(frozen=True, slots=True)
-class SortedOut:
-    """A batch of sources: to be encoded, of known content but other fields or place (`moved`), unchanged, unusable."""
-
-    fresh: tuple[tuple[Source, Item], ...]
-    moved: tuple[Item, ...]
-    skipped: int
-    failed: tuple[Failure, ...]
-    notes: tuple[Note, ...]
-
-
-@dataclass(slots=True)
-class Encoded:
-    """Items with their vectors, those that were refused, and how many turned out to be there already."""
-
-    pairs: list[tuple[Item, Vector]] = field(default_factory=list)
-    failed: list[Failure] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
-    skipped: int = 0
-
-
-def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int) -> None:
+def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int = 1) -> None:
     """Raise InputError for a path that does not exist, or a batch of none."""
     if batch < 1:
         raise InputError(f"batch is {batch}; give at least 1")
@@ -113,18 +70,19 @@ def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int) -> None:
         check_path(Path(path))
 
 
-def count_sources(paths: Sequence[str | os.PathLike[str]]) -> int:
-    """The number of files and lines below the paths that will be added, or told to have failed."""
-    return sum(not isinstance(found, Note) for found in find_sources(paths))
+def progress_bar(paths: Sequence[str | os.PathLike[str]], shown: bool) -> tqdm[object]:
+    """A bar over the files and lines below the paths, which are counted first where it is shown."""
+    total = sum(not isinstance(found, Note) for found in find_sources(paths)) if shown else None
+    return tqdm(total=total, unit="item", desc="adding", disable=not shown)
 
 
 def first_items(paths: Sequence[str | os.PathLike[str]], count: int = 16) -> list[Item]:
     """The first of what is below the paths, without what cannot be read."""
-    found: list[Item] = []
-    for source in islice((one for one in find_sources(paths) if isinstance(one, Source)), count):
+    items: list[Item] = []
+    for source in islice((found for found in find_sources(paths) if isinstance(found, Source)), count):
         with suppress(InputError):
-            found.append(_make(source)[0])
-    return found
+            items.append(_make_item(source)[0])
+    return items
 
 
 def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
@@ -132,7 +90,7 @@ def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
 
     Raises InputError for a path that does not exist.
     """
-    check_paths(paths, 1)
+    check_paths(paths)
     failed: list[Failure] = []
     for found in find_sources(paths):
         if isinstance(found, Source):
@@ -142,61 +100,60 @@ def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
     return failed
 
 
-def sort_out(sources: Sequence[Source], known: Mapping[str, Stored]) -> SortedOut:
-    """Make the items, which reads and hashes their files, and compare them with what an index keeps under their ids."""
+# The two steps of `add`, which are also those of ingest_cluster.py: `process` on the workers, `keep` in the driver
+
+
+@dataclass(slots=True)
+class Processed:
+    """What became of a batch: items with new vectors, items of known content but other fields or place (`moved`), the rest."""
+
+    encoded: list[tuple[Item, Vector]] = field(default_factory=list)
+    moved: list[Item] = field(default_factory=list)
+    skipped: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+
+
+def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder: Callable[[], EncoderLike]) -> Processed:
+    """Read and hash the sources' files, compare them with what an index keeps under their ids, and encode what is new."""
+    done = Processed()
     fresh: list[tuple[Source, Item]] = []
-    moved: list[Item] = []
-    failed: list[Failure] = []
-    notes: list[Note] = []
     for source in sources:
         before = known.get(source.id)
         try:
-            item, told = _make(source)
+            item, notes = _make_item(source)
             check_items([item])
-            content = item.content_hash()
-            if before is not None and before.content_hash != content:
+            is_new = before is None or before.content_hash != item.content_hash()
+            if before is not None and is_new:
                 _check_same_origin(item, before)
         except InputError as error:
-            failed.append(Failure(source.place, str(error)))
+            done.failed.append(Failure(source.place, str(error)))
             continue
-        notes += told
-        if before is None or before.content_hash != content:
+        done.notes += notes
+        if is_new:
             fresh.append((source, item))
-        elif not same_fields(before.fields, item.fields) or before.image != image_of(item):
-            moved.append(item)
-    skipped = len(sources) - len(fresh) - len(moved) - len(failed)
-    return SortedOut(tuple(fresh), tuple(moved), skipped, tuple(failed), tuple(notes))
-
-
-def encode_fresh(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: Mapping[str, Stored]) -> Encoded:
-    """Encode all at once; where an item is refused, in halves, so that only the bad ones are left out."""
-    if not fresh:
-        return Encoded()
-    try:
-        encodings = encoder.encode_items([item for _, item in fresh])
-    except InputError as error:
-        if len(fresh) == 1:
-            return _encode_refused(encoder, *fresh[0], known, error)
-        middle = len(fresh) // 2
-        return _joined([encode_fresh(encoder, part, known) for part in (fresh[:middle], fresh[middle:])])
-    if len(encodings) != len(fresh):
-        raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(fresh)} items; report it")
-    done = Encoded([(item, one.vector) for (_, item), one in zip(fresh, encodings, strict=True)])
-    done.notes += [Note(source.place, text_cut(one)) for (source, _), one in zip(fresh, encodings, strict=True) if one.cut]
+        else:
+            _compare(item, before, done)
+    if fresh:
+        _encode(make_encoder(), fresh, known, done)
     return done
 
 
-def write(index: Index, encoded: Sequence[tuple[Item, Vector]], moved: Sequence[Item]) -> Counts:
-    """Keep encoded items, and moved ones with the vectors they have, durably."""
-    old = index.get([str(item.id) for item in moved], with_vectors=True)
-    kept = [(item, old[str(item.id)].vector) for item in moved if str(item.id) in old]
-    pairs = [*encoded, *((item, vector) for item, vector in kept if vector is not None)]
+def keep(index: Index, found: SourceBatch, done: Processed, report: AddReport) -> None:
+    """Keep encoded items, and moved ones with the vectors they have, durably; and report on the batch they came from."""
+    old = index.get([str(item.id) for item in done.moved], with_vectors=True)
+    moved = [(item, old[str(item.id)].vector) for item in done.moved if str(item.id) in old]
+    pairs = [*done.encoded, *((item, vector) for item, vector in moved if vector is not None)]
     new = index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs])) if pairs else ()
-    return Counts(added=len(new), updated=len(pairs) - len(new))
+    report.added += len(new)
+    report.updated += len(pairs) - len(new)
+    report.skipped += found.again + done.skipped
+    report.failed += [*found.failed, *done.failed]
+    report.notes += [*found.notes, *done.notes]
 
 
-def _make(source: Source) -> tuple[Item, tuple[Note, ...]]:
-    """The item of a source, its picture read and hashed; by its text alone where that picture cannot be used."""
+def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
+    """The item of a source, its image read and hashed; by its text alone where that image cannot be used."""
     try:
         item, notes = source.make_item()
         item.content_hash()
@@ -205,30 +162,51 @@ def _make(source: Source) -> tuple[Item, tuple[Note, ...]]:
     return item, notes
 
 
-def _encode_refused(encoder: EncoderLike, source: Source, item: Item, known: Mapping[str, Stored], error: InputError) -> Encoded:
-    """A single item that the encoder refused: by its text alone where only its picture is to blame."""
-    if not isinstance(error, ImageError) or not item.images:
-        return Encoded(failed=[Failure(source.place, str(error))])
+def _compare(item: Item, before: Stored | None, done: Processed) -> None:
+    """Of known content: skipped, or moved where fields or the image's place differ."""
+    if before is not None and same_fields(before.fields, item.fields) and before.image == image_of(item):
+        done.skipped += 1
+    else:
+        done.moved.append(item)
+
+
+def _encode(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: Mapping[str, Stored], done: Processed) -> None:
+    """Encode all at once; where an item is refused, in halves, so that only the bad ones are left out."""
     try:
+        encodings = encoder.encode_items([item for _, item in fresh])
+    except InputError as error:
+        if len(fresh) == 1:
+            _encode_without_image(encoder, *fresh[0], known, done, error)
+        else:
+            middle = len(fresh) // 2
+            _encode(encoder, fresh[:middle], known, done)
+            _encode(encoder, fresh[middle:], known, done)
+        return
+    if len(encodings) != len(fresh):
+        raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(fresh)} items; report it")
+    for (source, item), encoding in zip(fresh, encodings, strict=True):
+        done.encoded.append((item, encoding.vector))
+        if encoding.cut:
+            done.notes.append(Note(source.place, text_cut(encoding)))
+
+
+def _encode_without_image(
+    encoder: EncoderLike, source: Source, item: Item, known: Mapping[str, Stored], done: Processed, error: InputError
+) -> None:
+    """A single item that the encoder refused: by its text alone where only its image is to blame."""
+    try:
+        if not isinstance(error, ImageError) or not item.images:
+            raise error
         alone, notes = source.without_image(error)
-    except ImageError:
-        return Encoded(failed=[Failure(source.place, str(error))])
-    before = known.get(source.id)
-    if before is not None and before.content_hash == alone.content_hash() and same_fields(before.fields, alone.fields):
-        return Encoded(notes=list(notes), skipped=1)
-    done = encode_fresh(encoder, [(source, alone)], known)
+    except InputError:
+        done.failed.append(Failure(source.place, str(error)))
+        return
     done.notes += notes
-    return done
-
-
-def _joined(parts: Sequence[Encoded]) -> Encoded:
-    whole = Encoded()
-    for part in parts:
-        whole.pairs += part.pairs
-        whole.failed += part.failed
-        whole.notes += part.notes
-        whole.skipped += part.skipped
-    return whole
+    before = known.get(source.id)
+    if before is not None and before.content_hash == alone.content_hash():
+        _compare(alone, before, done)
+    else:
+        _encode(encoder, [(source, alone)], known, done)
 
 
 def _check_same_origin(item: Item, before: Stored) -> None:

@@ -1,43 +1,34 @@
-"""`add` on a cluster: workers of Ray Data read, hash and encode, and this process alone writes to the index.
+"""`add` on a cluster: Ray's workers read, hash and encode, and this process alone writes to the index.
 
-The steps are those of ingest.py. A batch goes to a worker with what the index keeps under its ids, comes back with vectors, and
-is durable before the next one is taken, in the order of arrival. A run that was cut off is simply repeated and goes on.
+The steps are those of ingest.py. A batch goes to an idle worker with what the index keeps under its ids, comes back with vectors,
+and is durable before its answer counts, in the order of arrival. A run that was cut off is simply repeated and goes on.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Final
-
-import numpy as np
-from tqdm import tqdm
 
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
-from traceir.index.store import Index, Stored, Vectors, check_maker, image_of
-from traceir.ingest import AddReport, Counts, Encoded, check_paths, count_sources, encode_fresh, sort_out, write
+from traceir.index.store import Index, Stored, check_maker, image_of
+from traceir.ingest import AddReport, Processed, check_paths, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
 from traceir.search import EncoderLike
-from traceir.sources import Failure, Note, Source, find_batches
+from traceir.sources import Source, SourceBatch, find_batches
 from traceir.world import World
 
-log = logging.getLogger(__name__)
 MakeEncoder = Callable[[], EncoderLike]
 """Makes the encoder where it is called; Ray sends it to the workers, so it holds settings and no weights."""
-WINDOW_BATCHES: Final = 4096
-WINDOW_CHARACTERS: Final = 64 * 2**20
-"""What is handed to Ray at a time: at most so many batches and little more than so many characters of sources."""
 MOST_STARTS: Final = 3
 """Workers that may die with a batch in their hands before it counts as the batch's fault."""
+_Answer = tuple[list[tuple[Stored, Vector]], list[Stored], Processed]
+"""Encoded items with their vectors, moved ones, and the rest of what became of a batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +53,27 @@ def add_on_ray(
 ) -> AddReport:
     """As `ingest.add`, by so many workers on the cluster of $RAY_ADDRESS, or on this machine where that is not set.
 
-    Paths, and the pictures that lines name, must lie on a file system that all workers see under the same names. A worker makes
+    Paths, and the images that lines name, must lie on a file system that all workers see under the same names. A worker makes
     its encoder when it first has something to encode; what stops a worker is a ModelError here. A worker that dies is
-    replaced, and its batches are done again. `failed` is in the order of the sources, as in `add`.
+    replaced, and its batch is done again. `failed` is in the order of the sources, as in `add`.
     """
     if workers < 1:
         raise InputError(f"workers is {workers}; give at least 1")
     check_paths(paths, batch)
-    total = count_sources(paths) if progress else None
-    info = index.info()
-    counts = Counts()
-    told_of: list[tuple[int, Failure | Note]] = []
-    with on_ray(workers, share), tqdm(total=total, unit="item", desc="adding", disable=not progress) as bar:
-        told = (make_encoder, info.uri, Described(info.fingerprint, info.prompt_version, info.dim), _count_starts())
-        for window in _windows(paths, index, batch):
-            told_of += window.told
-            counts += Counts(skipped=window.again)
-            bar.update(sum(isinstance(one, Failure) for _, one in window.told) + window.again)
-            for answer in _answers(window, told, workers, share):
-                counts += write(index, answer.encoded, answer.moved) + Counts(skipped=answer.skipped)
-                told_of += [(answer.number, one) for one in answer.told]
-                bar.update(answer.size)
-    told_of.sort(key=lambda numbered: numbered[0])
-    failed = tuple(one for _, one in told_of if isinstance(one, Failure))
-    notes = tuple(one for _, one in told_of if isinstance(one, Note))
-    return AddReport(counts.added, counts.updated, counts.skipped, failed, notes)
+    parts: dict[int, AddReport] = {}
+    with on_ray(workers, share), progress_bar(paths, progress) as bar:
+        for number, found, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
+            parts[number] = AddReport()
+            keep(index, found, done, parts[number])
+            bar.update(found.size)
+    ordered = [parts[number] for number in sorted(parts)]
+    return AddReport(
+        sum(part.added for part in ordered),
+        sum(part.updated for part in ordered),
+        sum(part.skipped for part in ordered),
+        [failure for part in ordered for failure in part.failed],
+        [note for part in ordered for note in part.notes],
+    )
 
 
 def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
@@ -98,177 +85,76 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
         return Described(encoder.fingerprint, encoder.prompt_version, encoder.width, getattr(encoder, "world", None))
 
     with _explained():
-        task = ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus)
-        maker: Described = ray.get(task.remote())
-    return maker
+        description: Described = ray.get(ray.remote(describe).options(num_cpus=share.cpus, num_gpus=share.gpus).remote())
+    return description
 
 
-@dataclass(slots=True)
-class _Window:
-    """Numbered batches as JSON, what was told on the way to them, and how many sources were merely named again."""
-
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    told: list[tuple[int, Failure | Note]] = field(default_factory=list)
-    again: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What a worker made of a batch of `size` sources."""
-
-    number: int
-    size: int
-    skipped: int
-    encoded: list[tuple[Item, Vector]]
-    moved: list[Item]
-    told: list[Failure | Note]
-
-
-def _windows(paths: Sequence[str | os.PathLike[str]], index: Index, batch: int) -> Iterator[_Window]:
-    """All sources in their order; a window bounds what this process and Ray's object store hold of them."""
-    window, characters = _Window(), 0
-    for number, found in enumerate(find_batches(paths, batch)):
-        window.told += [(number, failure) for failure in found.failed]
-        window.told += [(number, note) for note in found.notes]
-        window.again += found.again
-        if found.sources:
-            known = index.get([source.id for source in found.sources])
-            window.rows.append({"number": number, "batch": _packed(found.sources, known)})
-            characters += len(window.rows[-1]["batch"])
-        if len(window.rows) == WINDOW_BATCHES or characters > WINDOW_CHARACTERS:
-            yield window
-            window, characters = _Window(), 0
-    yield window
-
-
-def _answers(window: _Window, told: tuple[Any, ...], workers: int, share: Share) -> Iterator[_Answer]:
-    """What the workers return, in order of arrival, each batch once. Ray holds workers back while answers wait to be taken."""
-    if not window.rows:
-        return
+def _answers(
+    batches: Iterator[SourceBatch], index: Index, make_encoder: MakeEncoder, workers: int, share: Share
+) -> Iterator[tuple[int, SourceBatch, Processed]]:
+    """Every batch with its number and what became of it, in order of arrival; a worker has one batch in its hands at a time."""
     import ray
 
-    with _explained():
-        batches = ray.data.from_items(window.rows, override_num_blocks=len(window.rows))
-        batches.context.enable_progress_bars = False
-        answered = batches.map_batches(
-            ItemWorker,
-            fn_constructor_args=told,
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(size=min(workers, len(window.rows))),
-            num_cpus=share.cpus,
-            num_gpus=share.gpus or None,
-        )
-        waiting = {row["number"] for row in window.rows}
-        for table in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in table.to_pylist():
-                if row["number"] in waiting:  # a batch that a dying worker had answered may be answered again
-                    waiting.remove(row["number"])
-                    yield _unpacked_answer(row)
-        if waiting:
-            raise ModelError(f"Ray returned nothing for {len(waiting)} batches; run it again to go on")
+    info = index.info()
+    identity = Described(info.fingerprint, info.prompt_version, info.dim)
+    options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": -1, "max_task_retries": MOST_STARTS - 1}
+    numbered = enumerate(batches)
+    idle: list[Any] = []
+    busy: dict[Any, tuple[int, SourceBatch, Any]] = {}
+    started = 0
+    while True:
+        while (idle or started < workers) and (following := next(numbered, None)):
+            number, found = following
+            if not found.sources:
+                yield number, found, Processed()
+                continue
+            if not idle:
+                idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info.uri, identity))
+                started += 1
+            worker = idle.pop()
+            known = index.get([source.id for source in found.sources])
+            sources = [replace(source, path=source.path.absolute()) for source in found.sources]
+            busy[worker.process.remote(sources, _without_texts(known))] = number, found, worker
+        if not busy:
+            return
+        (ready,), _ = ray.wait(list(busy), num_returns=1)
+        number, found, worker = busy.pop(ready)
+        with _explained(found.sources):
+            encoded, moved, done = ray.get(ready)
+        idle.append(worker)
+        items = [(Copied(stored), vector) for stored, vector in encoded]
+        yield number, found, replace(done, encoded=items, moved=list(map(Copied, moved)))
 
 
 class ItemWorker:
-    """What Ray keeps on a worker: its encoder. Called with tables of one packed batch, it returns an answer as one row."""
+    """What Ray keeps on a worker: its encoder."""
 
-    def __init__(self, make_encoder: MakeEncoder, uri: str, maker: Described, starts: Any) -> None:
-        self.make_encoder, self.uri, self.maker, self.starts = make_encoder, uri, maker, starts
+    def __init__(self, make_encoder: MakeEncoder, uri: str, identity: Described) -> None:
+        self.make_encoder, self.uri, self.identity = make_encoder, uri, identity
         self.encoder: EncoderLike | None = None
 
-    def __call__(self, table: Any) -> Any:
-        import pyarrow as pa
-
-        (row,) = table.to_pylist()
-        sources, known = _unpacked(row["batch"])
+    def process(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> _Answer:
+        """What became of a batch; its items go back as an index keeps them, without the images that were read here."""
         try:
-            self._check_starts(row["number"], sources)
-            answer, vectors_ND = self._take(sources, known)
+            done = process(sources, known, self._encoder)
         except TraceError as error:
-            answer, vectors_ND = {"stopped": str(error)}, np.zeros((0, 0), dtype=np.float32)
-        columns = {"number": [row["number"]], "answer": [json.dumps(answer)], "vectors": [vectors_ND.tobytes()]}
-        return pa.table(columns)
-
-    def _take(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> tuple[dict[str, Any], Vectors]:
-        sorted_out = sort_out(sources, known)
-        done = encode_fresh(self._encoder(), sorted_out.fresh, known) if sorted_out.fresh else Encoded()
-        answer = {
-            "size": len(sources),
-            "skipped": sorted_out.skipped + done.skipped,
-            "encoded": [asdict(_stored(item)) for item, _ in done.pairs],
-            "moved": [asdict(_stored(item)) for item in sorted_out.moved],
-            "failed": [asdict(failure) for failure in (*sorted_out.failed, *done.failed)],
-            "notes": [asdict(note) for note in (*sorted_out.notes, *done.notes)],
-        }
-        rows = [vector for _, vector in done.pairs]
-        return answer, np.asarray(rows, dtype=np.float32).reshape(len(rows), -1 if rows else 0)
-
-    def _check_starts(self, number: int, sources: Sequence[Source]) -> None:
-        import ray
-
-        if ray.get(self.starts.add.remote(number)) > MOST_STARTS:
-            raise ModelError(
-                f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
-                "or run it again with --batch 1 to find the item and remove it"
-            )
+            raise ModelError(f"a worker stopped: {error}") from error
+        encoded = [(_stored(item), vector) for item, vector in done.encoded]
+        moved = [_stored(item) for item in done.moved]
+        return encoded, moved, replace(done, encoded=[], moved=[])
 
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:
             encoder = self.make_encoder()
-            check_maker(self.uri, "model", self.maker.fingerprint, encoder.fingerprint)
-            check_maker(self.uri, "prompt version", self.maker.prompt_version, encoder.prompt_version)
+            check_maker(self.uri, "model", self.identity.fingerprint, encoder.fingerprint)
+            check_maker(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
             self.encoder = encoder
         return self.encoder
 
 
-class _Starts:
-    """Counts how often work on each batch was begun. It lives on Ray, where it outlives the workers."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[int] = Counter()
-
-    def add(self, number: int) -> int:
-        self.counts[number] += 1
-        return self.counts[number]
-
-
-def _count_starts() -> Any:
-    import ray
-
-    return ray.remote(_Starts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1).remote()
-
-
-# What goes to a worker and comes back, as JSON: all of it is ASCII, whatever names and texts hold
-
-
-def _packed(sources: Sequence[Source], known: Mapping[str, Stored]) -> str:
-    """Sources with absolute paths, and of what is known all but the text, which is not compared."""
-    told = [{**asdict(source), "path": str(source.path.absolute())} for source in sources]
-    return json.dumps({"sources": told, "known": [asdict(replace(stored, text=None)) for stored in known.values()]})
-
-
-def _unpacked(batch: str) -> tuple[list[Source], dict[str, Stored]]:
-    told = json.loads(batch)
-    sources = [Source(**{**source, "path": Path(source["path"])}) for source in told["sources"]]
-    return sources, {stored["id"]: Stored(**stored) for stored in told["known"]}
-
-
-def _unpacked_answer(row: Mapping[str, Any]) -> _Answer:
-    """Raises ModelError where the worker was stopped by an error that is not about a single item."""
-    told = json.loads(row["answer"])
-    if "stopped" in told:
-        raise ModelError(f"a worker stopped: {told['stopped']}")
-    items: dict[str, list[Item]] = {name: [Copied(Stored(**one)) for one in told[name]] for name in ("encoded", "moved")}
-    count = len(items["encoded"])
-    vectors_ND = np.frombuffer(row["vectors"], dtype=np.float32).reshape(count, -1 if count else 0)
-    return _Answer(
-        number=row["number"],
-        size=told["size"],
-        skipped=told["skipped"],
-        encoded=list(zip(items["encoded"], vectors_ND, strict=True)),
-        moved=items["moved"],
-        told=[*(Failure(**failure) for failure in told["failed"]), *(Note(**note) for note in told["notes"])],
-    )
+def _without_texts(known: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Of what an index keeps all but the text, which is not compared."""
+    return {id: replace(stored, text=None) for id, stored in known.items()}
 
 
 def _stored(item: Item) -> Stored:
@@ -277,12 +163,19 @@ def _stored(item: Item) -> Stored:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(sources: Sequence[Source] = ()) -> Iterator[None]:
     """Turns what Ray raises into a ModelError of one line; an error of our own inside it is raised as it was."""
-    from ray.exceptions import RayError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
 
     try:
         yield
+    except RayActorError as error:
+        if not sources:
+            raise ModelError(f"the workers failed: {error}; see Ray's logs, and run it again to go on") from error
+        raise ModelError(
+            f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
+            "or run it again with --batch 1 to find the item and remove it"
+        ) from error
     except RayError as error:
         cause = error.cause if isinstance(error, RayTaskError) else None
         if isinstance(cause, TraceError):

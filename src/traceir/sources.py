@@ -89,7 +89,7 @@ class Source:
 
 
 @dataclass(slots=True)
-class Batch:
+class SourceBatch:
     """Sources whose ids differ from all before them, what was met on the way to them, and how many were merely named again."""
 
     sources: list[Source] = field(default_factory=list)
@@ -116,10 +116,10 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
             yield Failure(str(path), f"it is neither a picture nor a text; {_remedy([path.suffix.lower()])}")
 
 
-def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[Batch]:
+def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
     """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
     places: dict[str, str] = {}
-    batch = Batch()
+    batch = SourceBatch()
     for found in find_sources(paths):
         if isinstance(found, Failure):
             batch.failed.append(found)
@@ -134,7 +134,7 @@ def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator
             batch.failed.append(_given_twice(found, places[found.id]))
         if len(batch.sources) == size:
             yield batch
-            batch = Batch()
+            batch = SourceBatch()
     yield batch
 
 
