@@ -17,7 +17,7 @@ from traceir import items
 from traceir.batch import IGNORE
 from traceir.checkpoint import bundled_model
 from traceir.cli import main as cli
-from traceir.cli import parser
+from traceir.cli import index_verbs, parser, search_verbs
 from traceir.data.mbeir import find_tasks
 from traceir.data.settings import known_keys, override
 from traceir.encoder import Encoder
@@ -146,10 +146,10 @@ def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
 def test_errors_are_one_line_and_an_exit_code(
     error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(args: object) -> int:
+    def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_index_info", fail)
+    monkeypatch.setattr("traceir.index.open_index", fail)
     assert run("index", "info", "--index", "x") == code
     assert capsys.readouterr() == ("", said)
     assert run("index", "info", "--index", "x", "-v") == code
@@ -213,7 +213,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
     def no_model(*_: object) -> Any:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "load_encoder", no_model)
+    monkeypatch.setattr("traceir.cli.terminal.load_encoder", no_model)
     monkeypatch.setattr("traceir.cli.learn_verbs.load_encoder", no_model)
     index = tmp_path / "index"
     assert run("search", "--index", index) == 2
@@ -238,7 +238,7 @@ def test_field_report_22_a_folder_of_which_nothing_is_read_is_an_error(
     for name in ("1.heic", "2.HEIC", "film.mov"):
         (phone / name).write_bytes(b"x")
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr(index_verbs, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
         for paths in ([phone], [phone / "1.heic"], [phone, tmp_path / "things" / ".." / "phone" / "film.mov"]):
             assert run("index", "add", *paths, "--index", index) == 2
             said = capsys.readouterr().err
@@ -408,23 +408,23 @@ def test_field_report_24_what_ended_a_reasoning_is_told() -> None:
 
 
 def test_conditions_match_text_and_what_it_reads_as() -> None:
-    where = cli.parse_where(["year=1991", "code=a=b"])
+    where = search_verbs.parse_where(["year=1991", "code=a=b"])
     assert where is not None
     assert matches(where, "x", "text", {"year": 1991, "code": "a=b"})
     assert matches(where, "x", "text", {"year": "1991", "code": "a=b"})
     assert not matches(where, "x", "text", {"year": 1992, "code": "a=b"})
     assert not matches(where, "x", "text", {"year": 1991, "code": "a"})
-    none = cli.parse_where(["gone=null"])
+    none = search_verbs.parse_where(["gone=null"])
     assert none is not None and matches(none, "x", "text", {}) and not matches(none, "x", "text", {"gone": 0})
-    assert cli.parse_where([]) is None
+    assert search_verbs.parse_where([]) is None
 
 
 def test_field_report_10_conditions_that_read_as_no_value_are_texts_and_too_many_are_counted() -> None:
     for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):
-        where = cli.parse_where([f"code={text}"])
+        where = search_verbs.parse_where([f"code={text}"])
         assert where is not None and matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
     with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):
-        cli.parse_where(["a=1"] * 5000)
+        search_verbs.parse_where(["a=1"] * 5000)
 
 
 def test_stored_text_cannot_steer_the_terminal(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

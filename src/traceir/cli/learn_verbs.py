@@ -1,7 +1,4 @@
-"""What the learning verbs of the command line do: evaluate, mteb, report, build, train, ablate, merge, push.
-
-Like all verbs they import what they need when they run.
-"""
+"""What the verbs of evaluation, MiniBEIR and training do. Like all verbs these import what they need when they run."""
 
 from __future__ import annotations
 
@@ -12,10 +9,9 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from traceir.checkpoint import check_model, hub_answers
-from traceir.cli.parser import ROUTES
 from traceir.cli.terminal import (
     PARTLY,
     check_model_options,
@@ -29,7 +25,9 @@ from traceir.cli.terminal import (
     split,
 )
 from traceir.errors import InputError
-from traceir.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from traceir.items import Route
 
 
 def report(args: argparse.Namespace) -> int:
@@ -40,7 +38,7 @@ def report(args: argparse.Namespace) -> int:
 
         if not args.out:
             raise InputError("report scoreboard writes a page and a table too; name the Markdown file with --out")
-        print(write_scoreboard(args.folders, Path(args.out)))
+        print(write_scoreboard(args.folders, args.out))
         return 0
     if args.kind == "examples":
         from traceir.lab.examples import write_examples
@@ -50,16 +48,16 @@ def report(args: argparse.Namespace) -> int:
                 "report examples takes one evaluation, the folder it was made of (--data), and --out DIR for the page"
             )
         ((folder, route),) = named_runs(args.folders).values()
-        print(write_examples(folder, Path(args.data), Path(args.out), route=route))
+        print(write_examples(folder, args.data, args.out, route=route))
         return 0
-    print(run_report(args.kind, args.folders, Path(args.out) if args.out else None))
+    print(run_report(args.kind, args.folders, args.out))
     return 0
 
 
 def compare(args: argparse.Namespace) -> int:
     from traceir.evaluation.compare import compare
 
-    print(compare(args.first, args.second, k=args.k, out=Path(args.out) if args.out else None, shown=args.shown))
+    print(compare(args.first, args.second, k=args.k, out=args.out, shown=args.shown))
     return 0
 
 
@@ -70,22 +68,19 @@ def evaluate(args: argparse.Namespace) -> int:
     from traceir.evaluation.evaluate import evaluate, rehearse
     from traceir.evaluation.judged import table
 
-    rows = split(args.rows) if args.rows is not None else None
-    data, out = Path(args.data), Path(args.out)
+    options: dict[str, Any] = {"split": args.split, "routes": routes, "rows": _names(args.rows), "limit": args.limit}
     if args.dry_run:
-        print(rehearse(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
+        print(rehearse(load_encoder(args), args.data, **options))
         return 0
-    pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
-    results = evaluate(
-        load_encoder(args), data, out, split=args.split, routes=routes, pools=pools, prompt=args.prompt, seed=args.seed,
-        rows=rows, limit=args.limit, cache=Path(args.cache) if args.cache else None, on_error=args.on_error,
-        shard=parse_shard(args.shard) if args.shard else shard_from_environment(), progress=shows_progress(),
-    )  # fmt: skip
+    options |= {"pools": ["local", "global"] if args.pool == "both" else [args.pool], "cache": args.cache}
+    options |= {"prompt": args.prompt, "seed": args.seed, "on_error": args.on_error, "progress": shows_progress()}
+    options["shard"] = parse_shard(args.shard) if args.shard else shard_from_environment()
+    results = evaluate(load_encoder(args), args.data, args.out, **options)
     if results is None:
         print("this share is encoded; what others encode is not all there yet, the last to finish scores", file=sys.stderr)
         return 0
     print(table(results))
-    print(f"wrote {Path(args.out) / 'results.json'}", file=sys.stderr)
+    print(f"wrote {args.out / 'results.json'}", file=sys.stderr)
     return 0
 
 
@@ -93,19 +88,16 @@ def unseen(args: argparse.Namespace) -> int:
     _check_folders(args)
     from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
 
-    columns = split(args.columns) if args.columns is not None else None
+    columns, data, out = _names(args.columns), args.data, args.out
     if args.dry_run:
-        print(rehearse_unseen(Path(args.data), columns))
+        print(rehearse_unseen(data, columns))
         return 0
-    data, out, encoder = Path(args.data), Path(args.out), load_encoder(args)
-    cache = Path(args.cache) if args.cache else out / "embeddings"
+    encoder, cache, shown = load_encoder(args), args.cache or out / "embeddings", shows_progress()
     if args.circo_submission:
-        print(submit_circo(encoder, data, Path(args.circo_submission), cache=cache, progress=shows_progress()))
+        print(submit_circo(encoder, data, args.circo_submission, cache=cache, progress=shown))
         return 0
-    results = evaluate_unseen(
-        encoder, data, out, routes=_routes(args), columns=columns, missing=args.on_error, cache=cache, progress=shows_progress()
-    )
-    print(table(results))
+    options: dict[str, Any] = {"columns": columns, "missing": args.on_error, "cache": cache, "progress": shown}
+    print(table(evaluate_unseen(encoder, data, out, routes=_routes(args), **options)))
     print(f"wrote {out / 'results.json'}", file=sys.stderr)
     return 0
 
@@ -135,70 +127,69 @@ def mteb(args: argparse.Namespace) -> int:
     if world := getattr(encoder, "world", None):
         print(f"note: {world.says}", file=sys.stderr)
     model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
-    run = mteb_run.Run(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
+    run = mteb_run.Run(model, args.out, batch_size=args.batch_size, online=online, progress=shows_progress())
     if args.dry_run:
         print("\n".join(mteb_run.plan(run, tasks)))
         return 0
     outcomes = mteb_run.score(run, tasks, benchmarks=benchmarks, tell=lambda line: print(one_line(line), file=sys.stderr))
     print(mteb_run.table(outcomes))
     print(f"wrote {run.out / 'results.json'}, and beside it what mteb's own commands read", file=sys.stderr)
-    return PARTLY if any(one.score is None for one in outcomes) else 0
+    return PARTLY if any(outcome.score is None for outcome in outcomes) else 0
 
 
 def _check_folders(args: argparse.Namespace) -> None:
     """What can be told to be wrong with --data, --model and --device before anything heavy is imported."""
-    if not Path(args.data).is_dir():
+    if not args.data.is_dir():
         raise InputError(f"data folder {args.data} does not exist; make one with `traceir minibeir build --out {args.data}`")
     check_model_options(args)
 
 
-def _routes(args: argparse.Namespace) -> list[Any]:
-    routes: list[Any] = list(dict.fromkeys(split(",".join(args.route or ["auto"]))))
-    if unknown := [route for route in routes if route not in ROUTES]:
-        hint = did_you_mean(unknown[0], ROUTES)
-        raise InputError(f"route {unknown[0]!r} is unknown{hint}; choose among {', '.join(ROUTES)}")
-    return routes
+def _routes(args: argparse.Namespace) -> list[Route]:
+    from traceir.items import check_route
+
+    return [check_route(route) for route in dict.fromkeys(split(",".join(args.route or ["auto"])))]
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else split(text)
 
 
 def faithfulness(args: argparse.Namespace) -> int:
     _check_folders(args)
     from traceir.lab.faithful import probe, table
 
-    rows = split(args.rows) if args.rows is not None else None
     encoder = load_own_encoder(args)
-    found = probe(
-        encoder, Path(args.data), Path(args.out), split=args.split, rows=rows, limit=args.limit, progress=shows_progress()
-    )
-    print(table(found, encoder.fingerprint))
+    options = {"split": args.split, "rows": _names(args.rows), "limit": args.limit}
+    print(table(probe(encoder, args.data, args.out, **options, progress=shows_progress()), encoder.fingerprint))
     return 0
 
 
 def minibeir_build(args: argparse.Namespace) -> int:
     from traceir.minibeir.build import build
 
-    print(build(Path(args.out), scale=args.scale, seed=args.seed, workers=args.workers))
+    print(build(args.out, scale=args.scale, seed=args.seed, workers=args.workers))
     return 0
 
 
 def minibeir_unseen(args: argparse.Namespace) -> int:
     from traceir.minibeir.unseen.build import build_unseen
 
-    print(build_unseen(Path(args.out), scale=args.scale, seed=args.seed, progress=shows_progress()))
+    print(build_unseen(args.out, scale=args.scale, seed=args.seed, progress=shows_progress()))
     return 0
 
 
 def minibeir_sheet(args: argparse.Namespace) -> int:
     from traceir.minibeir.sheet import write_sheet
 
-    print(write_sheet(Path(args.data), Path(args.out)))
+    print(write_sheet(args.data, args.out))
     return 0
 
 
 def train(args: argparse.Namespace) -> int:
     if args.data is not None and not Path(args.data).is_dir():
         raise InputError(f"data folder {args.data} does not exist; give a folder in M-BEIR's layout or of M-BEIR-CoT")
-    if args.init is not None:
-        check_model(str(args.init))
+    if args.init not in (None, "random"):
+        check_model(args.init)
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
     from traceir.train.presets import resolve
@@ -207,14 +198,17 @@ def train(args: argparse.Namespace) -> int:
     log.setLevel(logging.INFO)  # which precision, and where it goes on, is told without -v
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
-    threads = [f"threads={args.threads}"] if args.threads else []
     if args.card:
         logging.getLogger("traceir.train.memory").setLevel(logging.INFO)
-    config = resolve(
-        args.preset, data=args.data, out=args.out, init=args.init, settings=[*threads, *args.settings], card=args.card
-    )
+    settings = [*_threads(args.threads), *args.settings]
+    config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=settings, card=args.card)
     print(train(config, resume_from=args.resume_from))
     return 0
+
+
+def _threads(count: int | None) -> list[str]:
+    """The setting of a run that `--threads` is."""
+    return [f"threads={count}"] if count else []
 
 
 def _train_before(preset: str, threads: int | None) -> None:
@@ -224,7 +218,7 @@ def _train_before(preset: str, threads: int | None) -> None:
 
     for stage in stages_before(preset):
         print(f"preset {preset} starts from {stage}, which is trained first", file=sys.stderr)
-        train(resolve(stage, settings=[f"threads={threads}"] if threads else []))
+        train(resolve(stage, settings=_threads(threads)))
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -247,8 +241,7 @@ def ablate(args: argparse.Namespace) -> int:
     if not args.report_only:
         if args.data is None:
             _train_before("ablation", args.threads)
-        threads = [f"threads={args.threads}"] if args.threads else []
-        base = resolve("ablation", data=args.data, out=args.out, settings=[*threads, *args.settings])
+        base = resolve("ablation", data=args.data, out=args.out, settings=[*_threads(args.threads), *args.settings])
         outcome = ablate(tables, out, base, seeds=seeds, jobs=args.jobs)
         print(f"{outcome.done} of {outcome.planned} runs are done, {len(outcome.skipped)} variants skipped")
         for name, reason in outcome.failed.items():
@@ -256,7 +249,7 @@ def ablate(args: argparse.Namespace) -> int:
         code = PARTLY if outcome.failed else 0
     if args.report:
         data = f" --data {args.data}" if args.data else ""
-        settings = "".join(f" --set {one}" for one in args.settings)
+        settings = "".join(f" --set {setting}" for setting in args.settings)
         command = f"traceir ablate {args.tables} --out {args.out} --seeds {args.seeds}{data}{settings}"
         print(write_report(out, Path(args.report), tables=tables, command=command))
     return code

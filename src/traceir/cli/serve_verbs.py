@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from traceir.cli.terminal import check_model_options, open_encoder
+from traceir.cli.terminal import check_model_options, open_encoder, split
 from traceir.errors import InputError
 from traceir.serve.config import ServeConfig
 
@@ -16,29 +17,10 @@ if TYPE_CHECKING:
 
 
 def serve(args: argparse.Namespace) -> int:
-    config = ServeConfig(
-        index=args.index,
-        host=args.host,
-        port=args.port,
-        keys=args.keys,
-        images=tuple(args.images),
-        uploads=args.uploads,
-        writing=args.writing,
-        allow_hosts=tuple(args.allow_host),
-        cors=tuple(args.cors),
-        fetch_hosts=tuple(args.fetch_host),
-        requests_per_minute=args.requests_per_minute,
-        capacity=args.capacity,
-        remembered=args.remember,
-        deadline_s=args.deadline,
-        model_name=args.name,
-        title=args.title,
-        instructions=args.instructions,
-        inputs_per_minute=args.inputs_per_minute,
-        audit=args.audit,
-        audit_contents=args.audit_contents,
-        cutoff=args.cutoff,
-    )
+    """The options bear the names of the fields of ServeConfig."""
+    options: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(ServeConfig)}
+    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    config = ServeConfig(**options)
     check_model_options(args)
     if args.keys is not None and not args.keys.is_file():
         raise InputError(f"--keys {args.keys} is not there; make it with `traceir keys add NAME --file {args.keys}`")
@@ -47,7 +29,7 @@ def serve(args: argparse.Namespace) -> int:
     except ImportError as error:
         raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
     load = partial(open_encoder, args, in_flight=args.capacity)
-    serve(config, load, lambda told: print(told, flush=True), open_browser=args.open)
+    serve(config, load, partial(print, flush=True), open_browser=args.open)
     return 0
 
 
@@ -56,19 +38,15 @@ def serve_demo(index: str, encoder: EncoderLike) -> int:
     from traceir.serve.run import serve
 
     config = ServeConfig(index=index, title="TraceIR, the gallery of the demonstration")
-    serve(config, lambda: encoder, lambda told: print(f"{told} (Ctrl-C ends it)", flush=True), open_browser=True)
+    serve(config, lambda: encoder, lambda line: print(f"{line} (Ctrl-C ends it)", flush=True), open_browser=True)
     return 0
 
 
 def keys_add(args: argparse.Namespace) -> int:
-    from traceir.cli.terminal import split
     from traceir.serve.keys import make_key
 
-    key = make_key(
-        Path(args.file), args.name, scopes=split(args.scopes), tenant=args.tenant, days=args.days,
-        requests_per_minute=args.requests_per_minute,
-    )  # fmt: skip
-    print(key)
+    limits = {"tenant": args.tenant, "days": args.days, "requests_per_minute": args.requests_per_minute}
+    print(make_key(Path(args.file), args.name, scopes=split(args.scopes), **limits))
     return 0
 
 

@@ -6,10 +6,10 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers, is_hub_id, is_library, plain_name
-from traceir.cli.parser import ENGINE_KEY_VARIABLE
 from traceir.engines.forms import split_engine
 from traceir.errors import InputError, ModelError, StoreError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from traceir.library import LibraryEncoder
     from traceir.search import EncoderLike
 
+ENGINE_KEY_VARIABLE: Final = "TRACEIR_ENGINE_KEY"
 PARTLY: Final = 1
 """Exit code where some of the work failed."""
 DEVICES: Final = ("cpu", "cuda", "mps", "xpu", "hpu", "npu", "mtia", "xla")
@@ -48,8 +49,7 @@ def is_endpoint(args: argparse.Namespace) -> bool:
 
 
 def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
-    """The encoder of `--model` in this process; transformers, where it is needed, keeps quiet unless asked."""
-    check_model_options(args)
+    """The encoder of `--model`, which `check_model_options` has passed; transformers keeps quiet unless asked."""
     if not args.verbose:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if is_hub_id(name := plain_name(model_name(args))) and not hub_answers():
@@ -69,9 +69,8 @@ def load_encoder(args: argparse.Namespace) -> Encoder | LibraryEncoder:
         raise InputError(
             f"--device {args.device}: torch has none here ({reason}); leave --device out to run on the CPU"
         ) from error
-    return load_encoder(
-        model_name(args), device=args.device, dtype=getattr(torch, args.dtype), profile=args.profile, dim=args.dim
-    )
+    dtype = getattr(torch, args.dtype)
+    return load_encoder(model_name(args), device=args.device, dtype=dtype, profile=args.profile, dim=args.dim)
 
 
 def load_own_encoder(args: argparse.Namespace) -> Encoder:
@@ -80,9 +79,9 @@ def load_own_encoder(args: argparse.Namespace) -> Encoder:
         raise ModelError(f"{name} is a model of sentence-transformers, of which this verb could see nothing but vectors")
     from traceir.encoder import Encoder
 
-    found = load_encoder(args)
-    assert isinstance(found, Encoder)
-    return found
+    encoder = load_encoder(args)
+    assert isinstance(encoder, Encoder)
+    return encoder
 
 
 def open_encoder(args: argparse.Namespace, *, in_flight: int = 64, known: str = "") -> EncoderLike:
@@ -119,8 +118,8 @@ def filled_by(args: argparse.Namespace) -> str:
     if not is_endpoint(args) or not index:
         return ""
     try:
-        with open_index(index) as found:
-            return str(found.info().fingerprint)
+        with open_index(index) as filled:
+            return str(filled.info().fingerprint)
     except StoreError:
         return ""
 
@@ -149,8 +148,8 @@ def one_line(text: str) -> str:
     return _CONTROL.sub(" ", text)
 
 
-def clean_lines(text: str) -> str:
-    return "\n".join(one_line(line) for line in text.split("\n"))
+def clean_lines(lines: Iterable[str]) -> str:
+    return "\n".join(map(one_line, lines))
 
 
 def shows_progress() -> bool:
