@@ -1,16 +1,16 @@
-"""What the bytes of a picture file say before a pixel is decoded: its format, where it ends, how its names and types are told.
+"""What the bytes of an image file say before a pixel is decoded: its format and where it ends.
 
 A file is whole where its own structure reaches its end; bytes behind that end (the video of a phone's motion photo, the second
-picture of a stereo camera) are no part of it. Formats are named as Pillow names them, but for MPO: that is a JPEG here.
+image of a stereo camera) are no part of it. Formats are named as Pillow names them, but for MPO: that is a JPEG here.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
@@ -74,12 +74,11 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 
 def _scale_transparent_sample(image: ImageFile.ImageFile, depth: int) -> None:
     """A PNG's transparent grey or colour as the samples come: Pillow makes 8 bits of all but 16-bit grey, but not of this one."""
-    told = image.info["transparency"]
-    most = 2**depth - 1
+    clear, most = image.info["transparency"], 2**depth - 1
     if image.mode == "L":
-        image.info["transparency"] = (told & most) * 255 // most
+        image.info["transparency"] = (clear & most) * 255 // most
     elif image.mode == "RGB":
-        image.info["transparency"] = tuple((one & most) >> (depth - 8) for one in told)
+        image.info["transparency"] = tuple((sample & most) >> (depth - 8) for sample in clear)
 
 
 def _read_planes_whole(image: TiffImagePlugin.TiffImageFile) -> None:
@@ -91,16 +90,21 @@ def _read_planes_whole(image: TiffImagePlugin.TiffImageFile) -> None:
                 image.tile[number] = tile._replace(args=(f"{tile.args[0]};16{order}", *tile.args[1:]))
 
 
+def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """The header of a TIFF, an empty one of all else."""
+    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+
+
 def largest_block(image: ImageFile.ImageFile) -> tuple[int, int]:
-    """Width and height of the largest piece that is decoded at once: a TIFF's tiles may be larger than its picture."""
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    """Width and height of the largest piece that is decoded at once: a TIFF's tiles may be larger than its image."""
+    tags = tiff_tags(image)
     tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
     return max(image.size, tile, key=lambda size: size[0] * size[1])
 
 
 def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
     """Whether a compressed strip or tile of a TIFF of `size` bytes ends behind the file: some decoders fill it up in silence."""
-    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    tags = tiff_tags(image)
     starts = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
     lengths = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
     compressed = tags.get(TiffImagePlugin.COMPRESSION, 1) != 1
@@ -130,14 +134,14 @@ def _walk_jpeg(data: bytes) -> Extent:
     place, frame, scans, scan_end, in_scan = 2, 0, 0, 0, False
     missing: dict[int, list[int]] = {}
     for _ in range(MAX_PARTS):
-        found = _MARKER.search(data, place)
-        if found is None:
+        marked = _MARKER.search(data, place)
+        if marked is None:
             break
-        marker, skipped, place = data[found.end() - 1], data[place : found.start()], found.end()
+        marker, skipped, place = data[marked.end() - 1], data[place : marked.start()], marked.end()
         if marker == _START or (scans and marker not in _BEHIND_SCAN) or (not in_scan and skipped.strip(b"\0\xff")):
             break
         if scans == 1 and not scan_end:
-            scan_end = found.start()
+            scan_end = marked.start()
         in_scan = marker == _SCAN
         if marker == _END:
             whole = scans > 0 and not any(map(any, missing.values()))

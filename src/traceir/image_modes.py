@@ -13,7 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageChops, TiffImagePlugin
+from PIL import Image, ImageChops
+
+from traceir.image_formats import tiff_tags
 
 STRIP_PIXELS: Final = 1 << 18
 """Pixels converted at a time, which bounds what conversion needs beside the picture and its result."""
@@ -35,7 +37,7 @@ class _Samples:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture as 8-bit RGB, transparency composited on white; the image itself where that is what it is."""
+    """The image as 8-bit RGB, transparency composited on white; the image itself where that is what it is."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     flatten = _flattener(image)
@@ -49,8 +51,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 def is_deep(image: Image.Image) -> bool:
     """Whether it has samples of 32 bits, or as a TIFF more than 32 bits a pixel; known from the header."""
-    bits = _tags(image).get(_BITS, (1,))
-    return image.mode in ("I", "F") or max(sum(bits), bits[0] * _tags(image).get(_SAMPLES, 1)) > 32
+    bits = tiff_tags(image).get(_BITS, (1,))
+    return image.mode in ("I", "F") or max(sum(bits), bits[0] * tiff_tags(image).get(_SAMPLES, 1)) > 32
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
@@ -96,7 +98,7 @@ def _values(strip: Image.Image, samples: _Samples) -> npt.NDArray[np.float64]:
 
 
 def _samples(image: Image.Image) -> _Samples:
-    tags = _tags(image)
+    tags = tiff_tags(image)
     bits, signed = tags.get(_BITS, (0,))[0], _is_signed(image)
     # Pillow reads 32 unsigned bits and 8 signed ones as if they were the other, and compressed samples of a big-endian file,
     # which libtiff has swapped already, once more.
@@ -130,9 +132,4 @@ def _range(image: Image.Image, samples: _Samples, tags: Mapping[int, Any]) -> tu
 
 
 def _is_signed(image: Image.Image) -> bool:
-    return image.mode in ("I", "L") and tuple(_tags(image).get(_SAMPLE_FORMAT, ()))[:1] == (2,)
-
-
-def _tags(image: Image.Image) -> Mapping[int, Any]:
-    """The header of a TIFF, an empty one of all else."""
-    return image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    return image.mode in ("I", "L") and tuple(tiff_tags(image).get(_SAMPLE_FORMAT, ()))[:1] == (2,)

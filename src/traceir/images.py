@@ -1,4 +1,4 @@
-"""Pictures read with care: checked before they are decoded, always handed out as upright 8-bit RGB."""
+"""Images read with care: checked before they are decoded, always handed out as upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -45,31 +45,16 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError.
-_DECODER_ERRORS: Final = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    NotImplementedError,
-    AttributeError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+_DAMAGED: Final = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError)
+_TOO_LARGE: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+_DECODER_ERRORS: Final = (*_DAMAGED, AttributeError, struct.error, zlib.error, *_TOO_LARGE)
+"""What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What a picture may be at most; checked from the file's size and header, before any pixel is decoded.
-
-    A quarter of `pixels` holds for samples of 32 bits and TIFF files of more than 32 bits a pixel.
-    """
+    """What an image may be at most, by its file's size and header. A quarter of `pixels` holds for samples of 32 bits and TIFF
+    files of more than 32 bits a pixel."""
 
     pixels: int = MAX_PIXELS
     file_bytes: int = MAX_FILE_BYTES
@@ -111,39 +96,41 @@ _MEMORY: Final = _Memory(MAX_DECODING_BYTES)
 
 
 class ImageInput:
-    """One picture: a file that is read when needed, encoded bytes, or pixels.
+    """One image: a file that is read when needed, encoded bytes, or pixels. Its `path` is None unless it is a file.
 
-    Equal content makes equal pictures. Thread-safe: every `load` decodes afresh and returns an image of its own.
+    Equal content makes equal images. Thread-safe: every `load` decodes afresh and returns pixels of its own.
     A file that changes between two reads is an error, so that a hash and the pixels it stands for never disagree.
     """
 
-    __slots__ = ("_data", "_image", "_lock", "_name", "_path", "_sha256")
+    __slots__ = ("_data", "_image", "_lock", "_sha256", "name", "path")
 
     def __init__(
         self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
     ) -> None:
         if sum(source is not None for source in (path, data, image)) != 1:
             raise ImageError(f"picture {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_pil")
-        self._path = path
-        self._data = data
-        self._image = image
-        self._name = name
+        self.path, self.name = path, name
+        self._data, self._image = data, image
         self._sha256: str | None = None
         self._lock = Lock()
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> ImageInput:
-        """A picture in a file, which is not touched before `sha256` or `load`. Network addresses are refused."""
+        """An image in a file, which is not touched before `sha256` or `load`. Network addresses are refused."""
         text = os.fspath(path)
         if _ADDRESS.match(text):
             raise ImageError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
-        if not text or "\0" in text or not _is_encodable(text):
+        try:
+            usable = text != "" and b"\0" not in os.fsencode(text)
+        except UnicodeEncodeError:
+            usable = False
+        if not usable:
             raise ImageError(f"picture path {text!r} is not a file name; give the path of a picture file")
         return cls(path=Path(text), name=Path(text).name)
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str = "") -> ImageInput:
-        """A picture from the bytes of a file (JPEG, PNG, WebP, GIF, BMP or TIFF); checked at `load`."""
+        """An image from the bytes of a file (JPEG, PNG, WebP, GIF, BMP or TIFF); checked at `load`."""
         return cls(data=bytes(data), name=name)
 
     @classmethod
@@ -158,16 +145,8 @@ class ImageInput:
         return made
 
     @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def path(self) -> Path | None:
-        return self._path
-
-    @property
     def sha256(self) -> str:
-        """Hex SHA-256 of the file's bytes; of size and RGB pixels for a picture made by `from_pil`."""
+        """Hex SHA-256 of the file's bytes; of size and RGB pixels for an image made by `from_pil`."""
         with self._lock:
             known = self._sha256
         if known is not None:
@@ -177,10 +156,7 @@ class ImageInput:
         return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
 
     def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
-        """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`.
-
-        Raises ImageError where the image is missing, of no known format, or beyond `limits.file_bytes`.
-        """
+        """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`. Raises ImageError."""
         if self._image is not None:
             return file_bytes(self._image, "PNG"), FORMATS["PNG"]
         data = self._read(limits)
@@ -188,7 +164,7 @@ class ImageInput:
             return data, FORMATS[str(image.format)]
 
     def moved_to(self, path: Path) -> ImageInput:
-        """The same picture in a file that was written from it; its hash is not computed again."""
+        """The same image in a file that was written from it; its hash is not computed again."""
         moved = ImageInput.open(path)
         moved._sha256 = self.sha256
         return moved
@@ -204,9 +180,9 @@ class ImageInput:
         """Raises what `load` would raise and can be known without decoding a pixel: format, size, truncation, limits."""
         if self._image is not None:
             _check_size(self._image.size, self._label, limits)
-            return
-        with _opened(self._read(limits), self._label, limits):
-            pass
+        else:
+            with _opened(self._read(limits), self._label, limits):
+                pass
 
     def load(self, shrink_to: int | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Image:
         """The upright image as 8-bit RGB, transparency composited on white, the first frame of an animation.
@@ -226,7 +202,7 @@ class ImageInput:
 
     @property
     def _label(self) -> str:
-        return f"picture {self._path}" if self._path else f"picture {self._name}" if self._name else "picture (in memory)"
+        return f"picture {self.path or self.name or '(in memory)'}"
 
     @contextlib.contextmanager
     def _readable(self, remedy: str = "save it anew") -> Iterator[None]:
@@ -237,7 +213,7 @@ class ImageInput:
             raise ImageError(f"{self._label} cannot be read: {error}; {remedy}") from error
 
     def _read(self, limits: ImageLimits) -> bytes:
-        data = self._data if self._path is None else _read_file(self._path, self._label, limits.file_bytes)
+        data = self._data if self.path is None else _read_file(self.path, self._label, limits.file_bytes)
         if not data:
             raise ImageError(f"{self._label} is empty (0 bytes); replace or remove it")
         _check_bytes(len(data), self._label, limits.file_bytes)
@@ -259,15 +235,7 @@ class ImageInput:
         return hash(self.sha256)
 
     def __repr__(self) -> str:
-        return f"ImageInput({str(self._path or self._name or 'in memory')!r})"
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-    return True
+        return f"ImageInput({str(self.path or self.name or 'in memory')!r})"
 
 
 def _check_bytes(size: int, label: str, limit: int) -> None:
@@ -301,8 +269,7 @@ def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits)
 
 @contextlib.contextmanager
 def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[ImageFile.ImageFile, int]]:
-    """The picture with its header checked, and the pixels of the largest piece that is decoded at once; decoders' errors become
-    PictureErrors."""
+    """The image, its header checked, and the pixels of the largest piece decoded at once; decoders' errors become ImageErrors."""
     try:
         extent = extent_of(data)
         if extent.scans > MAX_SCANS:
@@ -310,8 +277,7 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
         if extent.end is None:
             raise ImageError(f"{label} is truncated: the end of the file is missing; replace or remove it")
         with open_image(decodable(data, extent)) as image:
-            width, height = _check_header(image, len(data), label, limits)
-            yield image, width * height
+            yield image, _check_header(image, len(data), label, limits)
     except ImageError:
         raise
     except UnidentifiedImageError as error:
@@ -319,7 +285,7 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
             raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
         raise ImageError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+    except _TOO_LARGE as error:
         raise ImageError(f"{label} is too large to decode safely: {error}; shrink it") from error
     except _DECODER_ERRORS as error:
         raise ImageError(f"{label} is damaged or truncated: {error}; replace or remove it") from error
@@ -333,21 +299,17 @@ def _upright(image: ImageFile.ImageFile) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
-def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: ImageLimits) -> tuple[int, int]:
-    """Width and height of the largest piece that is decoded at once."""
+def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: ImageLimits) -> int:
+    """Pixels of the largest piece that is decoded at once."""
     _check_size(image.size, label, limits)
     width, height = largest_block(image)
-    deep = is_deep(image)
-    most = limits.pixels // 4 if deep else limits.pixels
+    kind, most = ("of 32-bit samples or more than 32 bits each, ", limits.pixels // 4) if is_deep(image) else ("", limits.pixels)
     if width * height > most:
-        kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
-        raise ImageError(
-            f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
-            "save it with 8 bits a sample, shrink it or raise ImageLimits.pixels"
-        )
+        why = f"{kind}more than the limit of {most}; save it with 8 bits a sample, shrink it or raise ImageLimits.pixels"
+        raise ImageError(f"{label} is decoded {width} x {height} pixels at a time, {why}")
     if is_cut(image, size):
         raise ImageError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
-    return width, height
+    return width * height
 
 
 def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
@@ -355,15 +317,12 @@ def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
     if width < 1 or height < 1:
         raise ImageError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
     if width * height > limits.pixels:
-        raise ImageError(
-            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; shrink it or raise ImageLimits.pixels"
-        )
+        why = f"more than the limit of {limits.pixels}; shrink it or raise ImageLimits.pixels"
+        raise ImageError(f"{label} is {width} x {height} pixels, {why}")
     ratio = max(width, height) / min(width, height)
     if ratio > limits.aspect_ratio:
-        raise ImageError(
-            f"{label} is {width} x {height} pixels, an aspect ratio of {ratio:.0f}, more than {limits.aspect_ratio:g}; "
-            "crop or pad it"
-        )
+        why = f"an aspect ratio of {ratio:.0f}, more than {limits.aspect_ratio:g}; crop or pad it"
+        raise ImageError(f"{label} is {width} x {height} pixels, {why}")
 
 
 def _orientation(image: Image.Image) -> int:
