@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
 
 if TYPE_CHECKING:
     from traceir.client import Client
@@ -44,10 +45,13 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Picture":
+        warn("traceir.Picture is now called traceir.ImageInput", DeprecationWarning, stacklevel=2)
+        return __getattr__("ImageInput")
     if name not in _HOMES:
         raise AttributeError(f"module 'traceir' has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
-    return found
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ class InputError(TraceError, ValueError):
 
 
 class ImageError(InputError):
-    """A picture cannot be read safely: missing, truncated, too large, too narrow, or not a picture."""
+    """An image cannot be read safely: missing, truncated, too large, too narrow, or not an image."""
 
 
 class DataError(TraceError):

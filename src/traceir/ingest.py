@@ -55,10 +55,10 @@ def add(
     check_paths(paths, batch)
     report = AddReport()
     with progress_bar(paths, progress) as bar:
-        for found in find_batches(paths, batch):
-            known = index.get([source.id for source in found.sources])
-            keep(index, found, process(found.sources, known, lambda: encoder), report)
-            bar.update(found.size)
+        for part in find_batches(paths, batch):
+            known = index.get([source.id for source in part.sources])
+            keep(index, part, process(part.sources, known, lambda: encoder), report)
+            bar.update(part.size)
     return report
 
 
@@ -72,14 +72,14 @@ def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int = 1) -> None
 
 def progress_bar(paths: Sequence[str | os.PathLike[str]], shown: bool) -> tqdm[object]:
     """A bar over the files and lines below the paths, which are counted first where it is shown."""
-    total = sum(not isinstance(found, Note) for found in find_sources(paths)) if shown else None
+    total = sum(not isinstance(outcome, Note) for outcome in find_sources(paths)) if shown else None
     return tqdm(total=total, unit="item", desc="adding", disable=not shown)
 
 
 def first_items(paths: Sequence[str | os.PathLike[str]], count: int = 16) -> list[Item]:
     """The first of what is below the paths, without what cannot be read."""
     items: list[Item] = []
-    for source in islice((found for found in find_sources(paths) if isinstance(found, Source)), count):
+    for source in islice((source for source in find_sources(paths) if isinstance(source, Source)), count):
         with suppress(InputError):
             items.append(_make_item(source)[0])
     return items
@@ -92,11 +92,11 @@ def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
     """
     check_paths(paths)
     failed: list[Failure] = []
-    for found in find_sources(paths):
-        if isinstance(found, Source):
+    for outcome in find_sources(paths):
+        if isinstance(outcome, Source):
             return []
-        if isinstance(found, Failure):
-            failed.append(found)
+        if isinstance(outcome, Failure):
+            failed.append(outcome)
     return failed
 
 
@@ -139,7 +139,7 @@ def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder
     return done
 
 
-def keep(index: Index, found: SourceBatch, done: Processed, report: AddReport) -> None:
+def keep(index: Index, batch: SourceBatch, done: Processed, report: AddReport) -> None:
     """Keep encoded items, and moved ones with the vectors they have, durably; and report on the batch they came from."""
     old = index.get([str(item.id) for item in done.moved], with_vectors=True)
     moved = [(item, old[str(item.id)].vector) for item in done.moved if str(item.id) in old]
@@ -147,9 +147,9 @@ def keep(index: Index, found: SourceBatch, done: Processed, report: AddReport) -
     new = index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs])) if pairs else ()
     report.added += len(new)
     report.updated += len(pairs) - len(new)
-    report.skipped += found.again + done.skipped
-    report.failed += [*found.failed, *done.failed]
-    report.notes += [*found.notes, *done.notes]
+    report.skipped += batch.again + done.skipped
+    report.failed += [*batch.failed, *done.failed]
+    report.notes += [*batch.notes, *done.notes]
 
 
 def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:

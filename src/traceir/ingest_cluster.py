@@ -60,19 +60,19 @@ def add_on_ray(
     if workers < 1:
         raise InputError(f"workers is {workers}; give at least 1")
     check_paths(paths, batch)
-    parts: dict[int, AddReport] = {}
+    reports: dict[int, AddReport] = {}
     with on_ray(workers, share), progress_bar(paths, progress) as bar:
-        for number, found, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
-            parts[number] = AddReport()
-            keep(index, found, done, parts[number])
-            bar.update(found.size)
-    ordered = [parts[number] for number in sorted(parts)]
+        for number, part, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
+            reports[number] = AddReport()
+            keep(index, part, done, reports[number])
+            bar.update(part.size)
+    ordered = [reports[number] for number in sorted(reports)]
     return AddReport(
-        sum(part.added for part in ordered),
-        sum(part.updated for part in ordered),
-        sum(part.skipped for part in ordered),
-        [failure for part in ordered for failure in part.failed],
-        [note for part in ordered for note in part.notes],
+        sum(report.added for report in ordered),
+        sum(report.updated for report in ordered),
+        sum(report.skipped for report in ordered),
+        [failure for report in ordered for failure in report.failed],
+        [note for report in ordered for note in report.notes],
     )
 
 
@@ -104,26 +104,26 @@ def _answers(
     started = 0
     while True:
         while (idle or started < workers) and (following := next(numbered, None)):
-            number, found = following
-            if not found.sources:
-                yield number, found, Processed()
+            number, part = following
+            if not part.sources:
+                yield number, part, Processed()
                 continue
             if not idle:
                 idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info.uri, identity))
                 started += 1
             worker = idle.pop()
-            known = index.get([source.id for source in found.sources])
-            sources = [replace(source, path=source.path.absolute()) for source in found.sources]
-            busy[worker.process.remote(sources, _without_texts(known))] = number, found, worker
+            known = index.get([source.id for source in part.sources])
+            sources = [replace(source, path=source.path.absolute()) for source in part.sources]
+            busy[worker.process.remote(sources, _without_texts(known))] = number, part, worker
         if not busy:
             return
         (ready,), _ = ray.wait(list(busy), num_returns=1)
-        number, found, worker = busy.pop(ready)
-        with _explained(found.sources):
+        number, part, worker = busy.pop(ready)
+        with _explained(part.sources):
             encoded, moved, done = ray.get(ready)
         idle.append(worker)
         items = [(Copied(stored), vector) for stored, vector in encoded]
-        yield number, found, replace(done, encoded=items, moved=list(map(Copied, moved)))
+        yield number, part, replace(done, encoded=items, moved=list(map(Copied, moved)))
 
 
 class ItemWorker:

@@ -23,7 +23,7 @@ from traceir.suggest import did_you_mean
 
 Part = str | ImageInput
 ImageLike = ImageInput | Image.Image | bytes | str | os.PathLike[str]
-"""What stands for a picture where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
+"""What stands for an image where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
 Modality = Literal["text", "image", "image,text"]
 Route = Literal["auto", "reason", "direct"]
 Road = Literal["reason", "direct"]
@@ -44,15 +44,13 @@ class Content:
 
     def check_parts(self) -> None:
         if isinstance(self.parts, str | bytes | ImageInput):
-            raise TypeError(
-                f"parts is one {type(self.parts).__name__}; give a tuple, or write {type(self).__name__}.of(text=..., image=...)"
-            )
+            remedy = f"give a tuple, or write {type(self).__name__}.of(text=..., image=...)"
+            raise TypeError(f"parts is one {type(self.parts).__name__}; {remedy}")
         object.__setattr__(self, "parts", tuple(self.parts))
-        for place, part in enumerate(self.parts):
+        for number, part in enumerate(self.parts):
             if not isinstance(part, str | ImageInput):
-                raise TypeError(
-                    f"part {place} is a {type(part).__name__}; give a str or a traceir.ImageInput (ImageInput.open, .from_pil)"
-                )
+                remedy = "give a str or a traceir.ImageInput (ImageInput.open, .from_pil)"
+                raise TypeError(f"part {number} is a {type(part).__name__}; {remedy}")
 
     @property
     def modality(self) -> Modality:
@@ -90,7 +88,7 @@ class Item(Content):
         id: str | None = None,
         fields: Mapping[str, Value] | None = None,
     ) -> Item:
-        """An item of at most one picture and one text, the picture first (the order of M-BEIR's `image,text`).
+        """An item of at most one image and one text, the image first (the order of M-BEIR's `image,text`).
 
         `image` may be an ImageInput, a PIL image, the bytes of a file, or its path, which is read when the item is encoded.
         """
@@ -129,7 +127,7 @@ class Query(Content):
         target: Modality | None = None,
         id: str | None = None,
     ) -> Query:
-        """A query of at most one picture and one text; `image` as in `Item.of`."""
+        """A query of at most one image and one text; `image` as in `Item.of`."""
         return cls(_parts(text, image), instruction=instruction, target=target, id=id)
 
     def content_hash(self) -> str:
@@ -141,11 +139,10 @@ class Query(Content):
 class Encoding:
     """What the encoder returns for one input.
 
-    `vector` is float32 of shape [D] and unit length. `route` is the road taken. `reasoning` is the text written before
-    `<|emb|>` ("" on the direct road), `tokens` the number of reasoning tokens, `emb_probability` the probability of `<|emb|>`
-    at the first step, `truncated` true where the model stopped before it wrote `<|emb|>`, and `ended` why, where that is known:
-    it ended its turn, or its budget of tokens was spent. `cut` is the number of text tokens of the input that were left out
-    because the model reads no more than `text_limit` (None: not told).
+    `vector`: float32 [D], unit length. `reasoning`: the text written before `<|emb|>`, "" where `route` is direct, of
+    `tokens` tokens. `emb_probability`: of `<|emb|>` at the first step. `truncated`: the model stopped before it wrote `<|emb|>`;
+    `ended` says why, where that is known (its turn, its token budget). `cut`: text tokens of the input left out because the model
+    reads no more than `text_limit` (None: not known).
     """
 
     vector: Vector
@@ -185,14 +182,13 @@ def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:
 
 def check_route(route: str) -> Route:
     """The route; InputError, with the nearest known one, for any other word."""
-    for known in ROUTES:
-        if route == known:
-            return known
+    if route in ROUTES:
+        return ROUTES[ROUTES.index(route)]
     raise InputError(f"route {route!r} is unknown{did_you_mean(str(route), ROUTES)}; choose one of {', '.join(ROUTES)}")
 
 
 def as_image(image: ImageLike) -> ImageInput:
-    """What stands for a picture, as one; TypeError for anything else. A path is not touched before the picture is read."""
+    """What stands for an image, as one; TypeError for anything else. A path is not touched before the image is read."""
     if isinstance(image, ImageInput):
         return image
     if isinstance(image, Image.Image):

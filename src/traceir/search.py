@@ -12,10 +12,10 @@ import numpy as np
 
 from traceir.background import encode_background
 from traceir.cutoff import Calibration, Cut, search_above
-from traceir.errors import InputError, ModelError, StoreError
+from traceir.errors import ModelError, StoreError
 from traceir.index.filters import Filter
 from traceir.index.store import Background, Index, Maker
-from traceir.items import Encoding, Hit, Item, Modality, Query, Route, check_route
+from traceir.items import Encoding, Hit, Item, Modality, Query, Route
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +116,10 @@ class Searcher:
         exact: bool = True,
         cutoff: float | None = None,
     ) -> list[SearchResult]:
-        """As `search` for each query, in order; encoded in one call and searched in one call a target modality."""
-        check_route(route)
-        if k < 1:
-            raise InputError(f"k is {k}; ask for at least 1 hit")
+        """As `search` for each query, in order; encoded in one call and searched in one call a target modality.
+
+        The encoder checks the route, the index checks k.
+        """
         if not queries:
             return []
         above = {} if cutoff is None else {pair: self.calibration.thresholds(*pair, cutoff) for pair in set(map(_pair, queries))}
@@ -127,19 +127,16 @@ class Searcher:
         encodings = self.encoder.encode_queries(queries, route=route)
         if len(encodings) != len(queries):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
-        if short := [row for row, encoding in enumerate(encodings) if encoding.cut]:
-            first = queries[short[0]]
-            log.warning(
-                "query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encodings[short[0]]), len(short), len(queries)
-            )
+        _warn_of_cut_texts(queries, encodings)
         encoded = time.perf_counter()
         hits: list[tuple[Hit, ...]] = [()] * len(queries)
         cuts: list[Cut | None] = [None] * len(queries)
-        for target, rows in _rows_by_target(queries).items():
+        for target in dict.fromkeys(query.target for query in queries):
+            rows = [row for row, query in enumerate(queries) if query.target == target]
             vectors = np.stack([encodings[row].vector for row in rows])
             own = [above.get(_pair(queries[row]), {}) for row in rows]
-            found = search_above(self.index, vectors, k, cutoff, own, where=where, modality=target, exact=exact)
-            for row, (best, cut) in zip(rows, found, strict=True):
+            ranked = search_above(self.index, vectors, k, cutoff, own, where=where, modality=target, exact=exact)
+            for row, (best, cut) in zip(rows, ranked, strict=True):
                 hits[row], cuts[row] = tuple(best), cut
         searched = time.perf_counter()
         seconds = Seconds((encoded - start) / len(queries), (searched - encoded) / len(queries))
@@ -158,8 +155,7 @@ def _pair(query: Query) -> tuple[Modality, Modality | None]:
     return query.modality, query.target
 
 
-def _rows_by_target(queries: Sequence[Query]) -> dict[Modality | None, list[int]]:
-    rows: dict[Modality | None, list[int]] = {}
-    for row, query in enumerate(queries):
-        rows.setdefault(query.target, []).append(row)
-    return rows
+def _warn_of_cut_texts(queries: Sequence[Query], encodings: Sequence[Encoding]) -> None:
+    if cut := [(query, encoding) for query, encoding in zip(queries, encodings, strict=True) if encoding.cut]:
+        first, encoding = cut[0]
+        log.warning("query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encoding), len(cut), len(queries))

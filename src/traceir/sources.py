@@ -1,4 +1,4 @@
-"""What is found below paths: folders, pictures, text files, JSON lines, and the candidate pools of M-BEIR.
+"""What is found below paths: folders, images, text files, JSON lines, and the candidate pools of M-BEIR.
 
 Ids are stable from run to run: a file's is its path below the folder given (its name, where the file itself was given),
 a line's is its `id` or `did`.
@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Literal
 
@@ -37,15 +38,16 @@ _REMEDIES: Final = (
     ("write tables as .jsonl, one {id, text, image} a line", ".json .csv .tsv .xls .xlsx .ods .parquet .xml .yaml .yml"),
 )
 _OTHER_ENCODINGS: Final = {
-    codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
-}  # fmt: skip
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+}
 
-Kind = Literal["picture", "text", "line"]
+Kind = Literal["image", "text", "line"]
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something that could not be added: where (path or file:line) and why."""
+    """What could not be added: where (path or file:line) and why."""
 
     place: str
     reason: str
@@ -53,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that was not taken as it stands: where, and what was done instead."""
+    """What was not taken as it stands: where, and what was done instead."""
 
     place: str
     what: str
@@ -70,12 +72,12 @@ class Source:
     record: Mapping[str, Any] | None = None
 
     def make_item(self) -> tuple[Item, tuple[Note, ...]]:
-        """The item and what is to be told of it. Raises InputError (PictureError, for a picture's path) naming what is wrong."""
+        """The item and what is to be told of it. Raises InputError (ImageError, for an image's path) naming what is wrong."""
         if self.record is not None:
             return _item_of_record(self, self.record, _image_of(self, self.record))
         path = self.path.resolve()
         fields = {FILE_FIELD: str(path)}
-        if self.kind == "picture":
+        if self.kind == "image":
             return Item.of(image=ImageInput.open(path), id=self.id, fields=fields), ()
         return Item.of(text=_read_text(self.path), id=self.id, fields=fields), ()
 
@@ -110,7 +112,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
             yield from _walk_folder(path)
         elif path.suffix.lower() in LINES_SUFFIXES:
             yield from _read_lines(path)
-        elif (kind := _kind_of(path) or ("picture" if _is_image(path) else None)) is not None:
+        elif (kind := _kind_of(path) or ("image" if _is_image(path) else None)) is not None:
             yield _source_of_file(path, path.name, kind)
         else:
             yield Failure(str(path), f"it is neither a picture nor a text; {_remedy([path.suffix.lower()])}")
@@ -120,18 +122,18 @@ def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator
     """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
     places: dict[str, str] = {}
     batch = SourceBatch()
-    for found in find_sources(paths):
-        if isinstance(found, Failure):
-            batch.failed.append(found)
-        elif isinstance(found, Note):
-            batch.notes.append(found)
-        elif found.id not in places:
-            places[found.id] = found.place
-            batch.sources.append(found)
-        elif os.path.realpath(found.place) == os.path.realpath(places[found.id]):
+    for outcome in find_sources(paths):
+        if isinstance(outcome, Failure):
+            batch.failed.append(outcome)
+        elif isinstance(outcome, Note):
+            batch.notes.append(outcome)
+        elif outcome.id not in places:
+            places[outcome.id] = outcome.place
+            batch.sources.append(outcome)
+        elif os.path.realpath(outcome.place) == os.path.realpath(places[outcome.id]):
             batch.again += 1
         else:
-            batch.failed.append(_given_twice(found, places[found.id]))
+            batch.failed.append(_given_twice(outcome, places[outcome.id]))
         if len(batch.sources) == size:
             yield batch
             batch = SourceBatch()
@@ -146,16 +148,14 @@ def check_path(path: Path) -> None:
 
 def _given_twice(source: Source, first: str) -> Failure:
     remedy = "give it another id" if source.kind == "line" else "rename it, or add the parent folder of both"
-    return Failure(
-        source.place, f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}"
-    )
+    why = f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}"
+    return Failure(source.place, why)
 
 
 def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
     """Pictures and texts below a folder in order of name, hidden ones left out; links to folders are not followed."""
-    is_empty = True
+    read = hidden = links = 0
     other: Counter[str] = Counter()
-    hidden = links = 0
     unreadable: list[OSError] = []
     for folder, folders, names in os.walk(root, onerror=unreadable.append):
         hidden += sum(name.startswith(".") for name in (*folders, *names))
@@ -163,22 +163,19 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
         links += sum((Path(folder) / name).is_symlink() for name in folders)
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder) / name
-            kind = _kind_of(path)
-            if kind is None:
-                other[path.suffix.lower()] += 1
-            else:
-                is_empty = False
+            if kind := _kind_of(path):
+                read += 1
                 yield _source_of_file(path, path.relative_to(root).as_posix(), kind)
+            else:
+                other[path.suffix.lower()] += 1
     for error in unreadable:
         yield Failure(str(error.filename), f"the folder cannot be read: {error.strerror}; check its rights")
     counts = [
-        f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda one: (-one[1], one[0]))
+        f"{other[suffix]} {suffix or 'without a suffix'}" for suffix in sorted(other, key=lambda name: (-other[name], name))
     ]
-    if links:
-        counts.append(f"{links} linked folder{'s' if links > 1 else ''}")
-    if is_empty and not unreadable:
-        if hidden:
-            counts.append(f"{hidden} hidden")
+    counts += [f"{links} linked folder{'s' if links > 1 else ''}"] if links else []
+    if not read and not unreadable:
+        counts += [f"{hidden} hidden"] if hidden else []
         yield Failure(str(root), f"nothing in it is read ({', '.join(counts) or 'it is empty'}); {_remedy(other)}")
     elif counts:
         yield Note(str(root), f"left out: {', '.join(counts)}; {_remedy(other)}")
@@ -187,8 +184,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
 def _remedy(suffixes: Iterable[str]) -> str:
     """What is read, and what to do with files of these suffixes."""
     read = ", ".join(sorted(IMAGE_SUFFIXES | TEXT_SUFFIXES)) + ", and .jsonl where the file is named"
-    found = set(suffixes)
-    return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if found & set(own.split()))])
+    return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if not set(own.split()).isdisjoint(suffixes))])
 
 
 def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
@@ -200,11 +196,11 @@ def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
 
 def _kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
-    return "picture" if suffix in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
+    return "image" if suffix in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
 
 
 def _is_image(path: Path) -> bool:
-    """Whether a file that was given by name is a picture, whatever its suffix says."""
+    """Whether a file that was given by name is an image, whatever its suffix says."""
     try:
         ImageInput.open(path).encoded()
     except ImageError:
@@ -220,8 +216,8 @@ def _read_text(path: Path) -> str:
             data = file.read(MAX_TEXT_BYTES + 1)
         if len(data) > MAX_TEXT_BYTES:
             raise InputError(f"{path} is longer than {MAX_TEXT_BYTES} bytes; split it")
-        if encoding := _other_encoding(data):
-            raise InputError(f"{path} is {encoding}, not UTF-8; convert it, for instance by `iconv -f {encoding} -t UTF-8`")
+        if why := _other_encoding(data):
+            raise InputError(f"{path} is {why}")
         text = data.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}; check its rights") from error
@@ -233,27 +229,24 @@ def _read_text(path: Path) -> str:
 
 
 def _other_encoding(data: bytes) -> str | None:
-    return next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+    """What is told of a file that starts as one of another encoding does."""
+    name = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+    return name and f"{name}, not UTF-8; convert it, for instance by `iconv -f {name} -t UTF-8`"
 
 
 def _read_lines(path: Path) -> Iterator[Source | Failure]:
     roots = _Roots(path.parent)
-    is_empty = True
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(_lines_of(file), start=1):
-                text = line.strip()
-                if is_empty and text and (why := _not_lines(line)):
-                    yield Failure(str(path), why)
-                    return
-                if text:
-                    is_empty = False
-                    yield _source_of_line(path, number, line, roots)
+            lines = ((number, line) for number, line in enumerate(_lines_of(file), start=1) if line.strip())
+            first = next(lines, None)
+            if why := "it holds no lines; write one {id, text, image} a line" if first is None else _not_lines(first[1]):
+                yield Failure(str(path), why)
+                return
+            for number, line in chain([first] if first else [], lines):
+                yield _source_of_line(path, number, line, roots)
     except OSError as error:
         yield Failure(str(path), f"it cannot be read: {error.strerror}; check its rights")
-        return
-    if is_empty:
-        yield Failure(str(path), "it holds no lines; write one {id, text, image} a line")
 
 
 def _lines_of(file: BinaryIO) -> Iterator[bytes]:
@@ -267,8 +260,8 @@ def _lines_of(file: BinaryIO) -> Iterator[bytes]:
 
 def _not_lines(first: bytes) -> str | None:
     """Why a file with this first line holds no JSON lines at all."""
-    if encoding := _other_encoding(first):
-        return f"it is {encoding}, not UTF-8; convert it, for instance by `iconv -f {encoding} -t UTF-8`"
+    if why := _other_encoding(first):
+        return f"it is {why}"
     if first.strip().removeprefix(codecs.BOM_UTF8) in (b"[", b"{"):
         return "it is one JSON text over many lines; write one object a line, for instance by `jq -c '.[]'`"
     return None
