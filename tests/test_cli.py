@@ -16,8 +16,8 @@ from conftest import both_roads, make_queries, picture, random_model
 from traceir import items
 from traceir.batch import IGNORE
 from traceir.checkpoint import bundled_model
-from traceir.cli import main as cli
 from traceir.cli import index_verbs, parser, search_verbs
+from traceir.cli import main as cli
 from traceir.data.mbeir import find_tasks
 from traceir.data.settings import known_keys, override
 from traceir.encoder import Encoder

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,35 @@ def ids(*paths: Path) -> list[str]:
     return [source.id for source in find_sources(paths) if isinstance(source, Source)]
 
 
-def failures(*paths: Path) -> list[Failure]:
-    return [source for source in find_sources(paths) if isinstance(source, Failure)]
+def failures(*paths: Path) -> dict[str, str]:
+    return {source.place: source.reason for source in find_sources(paths) if isinstance(source, Failure)}
 
 
 def counts(report: AddReport) -> tuple[int, int, int, int]:
     return report.added, report.updated, report.skipped, len(report.failed)
+
+
+class Adding:
+    """An index, and `add` into it."""
+
+    def __init__(self, index: SqliteIndex) -> None:
+        self.index, self.encoder = index, FakeEncoder()
+
+    def __call__(self, *paths: Path, batch: int = 4, progress: bool = False) -> AddReport:
+        self.encoder.encoded.clear()
+        return add(paths, self.index, self.encoder, batch=batch, progress=progress)
+
+    def count(self, *paths: Path) -> tuple[int, int, int, int]:
+        return counts(self(*paths))
+
+    def fields(self, id: str) -> dict[str, Any]:
+        return dict(self.index.get([id])[id].fields)
+
+
+@pytest.fixture
+def into(tmp_path: Path) -> Iterator[Adding]:
+    with opened(tmp_path / "index") as index:
+        yield Adding(index)
 
 
 @pytest.fixture
@@ -71,71 +95,60 @@ def test_a_folder_gives_images_and_texts_with_stable_ids(gallery: Path, monkeypa
     expected = ["a.JPG", "b.png", "e.bmp", "f.tiff", "g.jpeg", "page.md", "deep/d.gif", "deep/notes.txt", "deep/er/c.webp"]
     assert ids(gallery) == expected
     monkeypatch.chdir(gallery.parent)
-    assert ids(Path("gallery")) == expected
-    assert ids(gallery / "b.png") == ["b.png"]
-    assert ids(gallery / "table.csv") == [] and "write tables as .jsonl" in failures(gallery / "table.csv")[0].reason
+    assert ids(Path("gallery")) == expected and ids(gallery / "b.png") == ["b.png"]
     with pytest.raises(InputError, match="does not exist"):
         ids(gallery / "none")
 
 
-def test_what_is_added_can_be_found_and_is_skipped_the_second_time(gallery: Path, tmp_path: Path) -> None:
-    encoder = FakeEncoder()
-    with opened(tmp_path / "index") as index:
-        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (9, 0, 0, 0)
-        stored = index.get(["deep/notes.txt", "b.png"], with_vectors=True)
-        assert stored["deep/notes.txt"].text == "a short note" and stored["b.png"].modality == "image"
-        assert stored["b.png"].image == str((gallery / "b.png").resolve())
-        expected = Item.of(image=ImageInput.open(gallery / "b.png")).content_hash()
-        np.testing.assert_array_equal(stored["b.png"].vector, vector_of(expected, 16))
-        encoder.encoded.clear()
-        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (0, 0, 9, 0)
-        assert encoder.encoded == []
-        paint(gallery / "b.png", 200)
-        paint(gallery / "new.png", 201)
-        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (1, 1, 8, 0)
-        assert sorted(map(str, encoder.encoded)) == ["b.png", "new.png"]
-        assert index.count() == 10
+def test_what_is_added_can_be_found_and_is_skipped_the_second_time(gallery: Path, into: Adding) -> None:
+    assert into.count(gallery) == (9, 0, 0, 0)
+    stored = into.index.get(["deep/notes.txt", "b.png"], with_vectors=True)
+    assert stored["deep/notes.txt"].text == "a short note" and stored["b.png"].modality == "image"
+    assert stored["b.png"].image == str((gallery / "b.png").resolve())
+    expected = Item.of(image=ImageInput.open(gallery / "b.png")).content_hash()
+    np.testing.assert_array_equal(stored["b.png"].vector, vector_of(expected, 16))
+    assert into.count(gallery) == (0, 0, 9, 0) and into.encoder.encoded == []
+    paint(gallery / "b.png", 200)
+    paint(gallery / "new.png", 201)
+    assert into.count(gallery) == (1, 1, 8, 0) and sorted(map(str, into.encoder.encoded)) == ["b.png", "new.png"]
 
 
-def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, tmp_path: Path) -> None:
+def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, into: Adding) -> None:
     whole = (gallery / "b.png").read_bytes()
-    (gallery / "cut.png").write_bytes(whole[:-20])
-    (gallery / "empty.jpg").touch()
-    (gallery / "words.gif").write_text("words")
-    (gallery / "blank.txt").write_text(" \n")
-    (gallery / "latin.txt").write_bytes(b"caf\xe9")
-    encoder = FakeEncoder()
-    with opened(tmp_path / "index") as index:
-        report = add([gallery], index, encoder, batch=4, progress=False)
-        assert counts(report) == (9, 0, 0, 5)
-        named = {Path(failure.place).name: failure.reason for failure in report.failed}
-        assert set(named) == {"cut.png", "empty.jpg", "words.gif", "blank.txt", "latin.txt"}
-        assert "not a picture" in named["words.gif"] and "UTF-8" in named["latin.txt"]
-        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (0, 0, 9, 5)
-        (gallery / "cut.png").write_bytes(whole)
-        assert counts(add([gallery], index, encoder, batch=4, progress=False)) == (1, 0, 9, 4)
+    bad = {"cut.png": whole[:-20], "empty.jpg": b"", "words.gif": b"words", "blank.txt": b" \n", "latin.txt": b"caf\xe9",
+           "wide.txt": "words".encode("utf-16")}  # fmt: skip
+    for name, data in bad.items():
+        (gallery / name).write_bytes(data)
+    report = into(gallery)
+    reasons = {Path(failure.place).name: failure.reason for failure in report.failed}
+    assert counts(report) == (9, 0, 0, 6) and set(reasons) == set(bad)
+    assert "not a picture" in reasons["words.gif"] and "UTF-8" in reasons["latin.txt"] and "is UTF-16" in reasons["wide.txt"]
+    assert into.count(gallery) == (0, 0, 9, 6)
+    (gallery / "cut.png").write_bytes(whole)
+    assert into.count(gallery) == (1, 0, 9, 5)
 
 
-def test_lines_with_text_image_and_fields(gallery: Path, tmp_path: Path) -> None:
+def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
     path = lines(
         gallery / "items.jsonl",
-        {"id": "one", "text": "words", "year": 1999, "ok": True, "by": None},
+        {"id": "one", "text": "words", "year": 1999, "ok": True, "by": None, "file": "a.pdf"},
         {"id": 2, "image": "deep/d.gif"},
         {"id": "three", "text": "both", "image": "a.JPG", "modality": "image,text"},
         "",
+        {"id": "taken", "text": "x", FILE_FIELD: "/etc/passwd"},
     )
-    with opened(tmp_path / "index") as index:
-        encoder = FakeEncoder()
-        assert counts(add([path], index, encoder, progress=False)) == (3, 0, 0, 0)
-        stored = index.get(["one", "2", "three"])
-        assert dict(stored["one"].fields) == {"year": 1999, "ok": True, "by": None}
-        assert stored["2"].image == str((gallery / "deep/d.gif").resolve())
-        assert [stored[id].modality for id in ("one", "2", "three")] == ["text", "image", "image,text"]
-        lines(path, {"id": "one", "text": "words", "year": 2000})
-        calls = encoder.calls
-        assert counts(add([path], index, encoder, progress=False)) == (0, 1, 0, 0)
-        assert encoder.calls == calls  # a changed field alone costs no encoding
-        assert dict(index.get(["one"])["one"].fields) == {"year": 2000}
+    report = into(path)
+    assert counts(report) == (3, 0, 0, 1) and repr(FILE_FIELD) in report.failed[0].reason
+    stored = into.index.get(["one", "2", "three"])
+    assert into.fields("one") == {"year": 1999, "ok": True, "by": None, "file": "a.pdf"}
+    assert stored["2"].image == str((gallery / "deep/d.gif").resolve())
+    assert [stored[id].modality for id in ("one", "2", "three")] == ["text", "image", "image,text"]
+    lines(path, {"id": "one", "text": "words", "year": 2000})
+    assert into.count(path) == (0, 1, 0, 0) and into.encoder.encoded == []  # a changed field alone costs no encoding
+    assert into.fields("one") == {"year": 2000}
+    place = gallery / "a.JPG"  # as an index of an older release keeps it
+    into.index.upsert([Item.of(image=place, id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32))
+    assert into.count(place) == (0, 1, 0, 0) and into.fields("a.JPG") == {FILE_FIELD: str(place.resolve())}
 
 
 BAD_LINES: list[tuple[Any, str]] = [
@@ -159,113 +172,109 @@ BAD_LINES: list[tuple[Any, str]] = [
 ]
 
 
-def test_bad_lines_are_named_by_file_and_line(tmp_path: Path) -> None:
+def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, into: Adding) -> None:
     path = lines(tmp_path / "items.jsonl", *(line for line, _ in BAD_LINES), {"id": "good", "text": "x"})
-    with opened(tmp_path / "index") as index:
-        report = add([path], index, FakeEncoder(), progress=False)
-        assert counts(report) == (1, 0, 0, len(BAD_LINES))
-        found = {failure.place: failure.reason for failure in report.failed}
-        for number, (_, reason) in enumerate(BAD_LINES, start=1):
-            assert reason in found[f"{path}:{number}"]
+    report = into(path)
+    assert counts(report) == (1, 0, 0, len(BAD_LINES))
+    reasons = {failure.place: failure.reason for failure in report.failed}
+    for number, (_, reason) in enumerate(BAD_LINES, start=1):
+        assert reason in reasons[f"{path}:{number}"]
+    whole = [b'\xef\xbb\xbf{"id": "a", "text": "x"}\r\n', b"\r\n", b"# no comment\n"]
+    long = b'{"id": "long", "text": "' + b"y" * (2 * MAX_TEXT_BYTES + 9) + b'"}\n'
+    path.write_bytes(b"".join([*whole, long, b'{"id": "b", "text": "z"}']))
+    assert ids(path) == ["a", "b"] and [place.rpartition(":")[2] for place in failures(path)] == ["3", "4"]
+    assert "longer than" in failures(path)[f"{path}:4"]
 
 
-def test_a_pool_of_mbeir_finds_its_images_from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = tmp_path / "M-BEIR"
-    paint(root / "mbeir_images" / "x_images" / "a.jpg", 5)
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (json.dumps([{"id": "a", "text": "x"}], indent=2).encode(), "one JSON text over many lines"),
+        (b'{\n"id": "a"}', "one JSON text over many lines"),
+        ('{"id": "a", "text": "x"}\n'.encode("utf-16"), "UTF-16"),
+        (b'[{"id": "a", "text": "x"}]', "not a JSON object but a list"),
+        (b"\n \n", "holds no lines"),
+    ],
+)
+def test_files_that_hold_no_json_lines_say_so_once(data: bytes, why: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_bytes(data)
+    (reason,) = failures(tmp_path / "t.jsonl").values()
+    assert why in reason
+
+
+def test_a_pool_of_mbeir_finds_its_images_from_the_root(tmp_path: Path, into: Adding, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, image = tmp_path / "M-BEIR", "mbeir_images/x_images/a.jpg"
+    paint(root / image, 5)
     pool = lines(
         root / "cand_pool" / "local" / "mbeir_x_task0_cand_pool.jsonl",
-        {"txt": None, "img_path": "mbeir_images/x_images/a.jpg", "modality": "image", "did": "9:1", "src_content": None},
+        {"txt": None, "img_path": image, "modality": "image", "did": "9:1", "src_content": None},
         {"txt": "words", "img_path": None, "modality": "text", "did": "9:2", "src_content": None},
-        {"txt": "w", "img_path": "mbeir_images/x_images/a.jpg", "modality": "text,image", "did": "9:3"},
+        {"txt": "w", "img_path": image, "modality": "text,image", "did": "9:3"},
         {"txt": "w", "img_path": None, "modality": "image,text", "did": "9:4"},
     )
     monkeypatch.chdir(root)
-    with opened(tmp_path / "index") as index:
-        report = add([pool.relative_to(root)], index, FakeEncoder(), progress=False)
-        assert counts(report) == (3, 0, 0, 1) and "9:4" in report.failed[0].reason
-        stored = index.get(["9:1", "9:2", "9:3"])
-        assert [row.modality for row in stored.values()] == ["image", "text", "image,text"]
-        assert stored["9:1"].image == str((root / "mbeir_images/x_images/a.jpg").resolve())
+    report = into(pool.relative_to(root))
+    assert counts(report) == (3, 0, 0, 1) and "9:4" in report.failed[0].reason
+    stored = into.index.get(["9:1", "9:2", "9:3"])
+    assert [row.modality for row in stored.values()] == ["image", "text", "image,text"]
+    assert stored["9:1"].image == str((root / image).resolve())
 
 
-def test_field_report_23_of_one_id_the_first_source_counts(tmp_path: Path) -> None:
-    paint(tmp_path / "one" / "a.png", 1)
-    paint(tmp_path / "two" / "a.png", 2)
-    with opened(tmp_path / "index") as index:
-        with pytest.raises(InputError, match="does not exist"):
-            add([tmp_path / "one", tmp_path / "none"], index, FakeEncoder(), batch=1, progress=False)
-        assert index.count() == 0
-        report = add([tmp_path / "one", tmp_path / "two"], index, FakeEncoder(), batch=1, progress=False)
-        assert counts(report) == (1, 0, 0, 1)
-        assert re.search(r"'a\.png' is given twice.*one/a\.png.*two/a\.png", report.failed[0].reason)
-        twice = lines(
-            tmp_path / "t.jsonl", *({"id": id, "text": text} for id, text in ("x1", "y2", "x3", "24")), {"id": 2, "text": "5"}
-        )
-        for batch, expected in ((1, (3, 0, 0, 2)), (64, (0, 0, 3, 2))):
-            report = add([twice], index, FakeEncoder(), batch=batch, progress=False)
-            assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":3", ":5"]
-            assert re.search(r"t\.jsonl:1 and .*t\.jsonl:3", report.failed[0].reason)
-        assert index.get(["x"])["x"].text == "1"
-        named_again = [tmp_path / "one" / "a.png", tmp_path / "one", tmp_path / "one" / "." / "a.png"]
-        assert counts(add(named_again, index, FakeEncoder(), progress=False)) == (0, 0, 3, 0)
-        assert counts(add([twice, twice], index, FakeEncoder(), progress=False))[2:] == (6, 4)
-        report = add([tmp_path / "two"], index, FakeEncoder(), progress=False)
-        assert counts(report) == (0, 0, 0, 1) and "already belongs to" in report.failed[0].reason
-        (tmp_path / "one" / "a.png").unlink()
-        assert counts(add([tmp_path / "two"], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
+def test_of_one_id_the_first_source_counts(tmp_path: Path, into: Adding) -> None:
+    first, second = paint(tmp_path / "one" / "a.png", 1), paint(tmp_path / "two" / "a.png", 2)
+    with pytest.raises(InputError, match="does not exist"):
+        into(first.parent, tmp_path / "none", batch=1)
+    assert into.index.count() == 0
+    report = into(first.parent, second.parent, batch=1)
+    assert counts(report) == (1, 0, 0, 1)
+    assert re.search(r"'a\.png' is given twice.*one/a\.png.*two/a\.png", report.failed[0].reason)
+    records = [*({"id": id, "text": text} for id, text in ("x1", "y2", "x3", "24")), {"id": 2, "text": "5"}]
+    twice = lines(tmp_path / "t.jsonl", *records)
+    for batch, expected in ((1, (3, 0, 0, 2)), (64, (0, 0, 3, 2))):
+        report = into(twice, batch=batch)
+        assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":3", ":5"]
+        assert re.search(r"t\.jsonl:1 and .*t\.jsonl:3", report.failed[0].reason)
+    assert into.index.get(["x"])["x"].text == "1"
+    assert into.count(first, first.parent, tmp_path / "one" / "." / "a.png") == (0, 0, 3, 0)
+    assert into.count(twice, twice)[2:] == (6, 4)
+    report = into(second.parent)
+    assert counts(report) == (0, 0, 0, 1) and "already belongs to" in report.failed[0].reason
+    first.unlink()
+    assert into.count(second.parent) == (0, 1, 0, 0)
 
 
-def test_field_report_22_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
-    root = tmp_path / "phone"
+def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path, into: Adding) -> None:
+    root, empty, hidden = tmp_path / "phone", tmp_path / "empty", tmp_path / "hidden"
+    for folder in (root, empty, hidden / ".git"):
+        folder.mkdir(parents=True)
     for name in ("1.heic", "2.HEIC", "a.mov", "table.csv", "more.jsonl", "README", ".hidden"):
-        (root / name).parent.mkdir(exist_ok=True)
         (root / name).write_bytes(b"x")
     (root / "link").symlink_to(tmp_path, target_is_directory=True)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "hidden" / ".git").mkdir(parents=True)
-    with opened(tmp_path / "index") as index:
-        report = add([root, tmp_path / "empty", tmp_path / "hidden"], index, FakeEncoder(), progress=False)
-        assert counts(report) == (0, 0, 0, 3) and report.notes == []
-        said, empty, hidden = (failure.reason for failure in report.failed)
-        assert "(2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder, 1 hidden)" in said
-        for part in (".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl", "and .jsonl where"):
-            assert part in said
-        assert "it is empty" in empty and "1 hidden" in hidden
-        paint(root / "sub" / "one.PNG", 3)
-        report = add([root], index, FakeEncoder(), progress=True)
-        assert counts(report) == (1, 0, 0, 0)
-        assert [note.what.partition(";")[0] for note in report.notes] == [
-            "left out: 2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
-        ]
+    report = into(root, empty, hidden)
+    assert counts(report) == (0, 0, 0, 3) and report.notes == []
+    reason, of_empty, of_hidden = (failure.reason for failure in report.failed)
+    left_out = "2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
+    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl",
+                 "and .jsonl where"):  # fmt: skip
+        assert part in reason
+    assert "it is empty" in of_empty and "1 hidden" in of_hidden
+    paint(root / "sub" / "one.PNG", 3)
+    report = into(root, progress=True)
+    assert counts(report) == (1, 0, 0, 0) and [note.what.partition(";")[0] for note in report.notes] == [f"left out: {left_out}"]
 
 
-def test_field_report_22_a_file_given_by_name_is_judged_by_what_it_holds(tmp_path: Path) -> None:
-    plain = paint(tmp_path / "a.png", 1).read_bytes()
-    for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF"):
-        (tmp_path / name).write_bytes(plain)
-    for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "nothing", "cut.jpg"):
-        (tmp_path / name).write_bytes(b"no picture")
-    names = [
-        "photo.heic",
-        "photo",
-        "photo.jpg",
-        "PHOTO.TIFF",
-        "real.heic",
-        "table.csv",
-        "film.mp4",
-        "paper.pdf",
-        "nothing",
-        "cut.jpg",
-    ]
-    with opened(tmp_path / "index") as index:
-        report = add([tmp_path / name for name in names], index, FakeEncoder(), progress=False)
-        assert counts(report) == (4, 0, 0, 6)
-        assert {Path(failure.place).name for failure in report.failed} == set(names[4:])
-    (tmp_path / "none.jsonl").write_text("\n \n")
-    assert "holds no lines" in failures(tmp_path / "none.jsonl")[0].reason
+def test_a_file_given_by_name_is_judged_by_what_it_holds(tmp_path: Path, into: Adding) -> None:
+    good = [tmp_path / name for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF")]
+    bad = [tmp_path / name for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "nothing", "cut.jpg")]
+    data = paint(tmp_path / "a.png", 1).read_bytes()
+    for path in (*good, *bad):
+        path.write_bytes(data if path in good else b"no picture")
+    report = into(*good, *bad)
+    assert counts(report) == (4, 0, 0, 6) and {failure.place for failure in report.failed} == set(map(str, bad))
+    assert "write tables as .jsonl" in failures(tmp_path / "table.csv")[str(tmp_path / "table.csv")]
 
 
-def test_field_report_22_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paint(tmp_path / "open" / "a.png", 1)
     (tmp_path / "shut").mkdir()
     scan = os.scandir
@@ -276,39 +285,34 @@ def test_field_report_22_a_folder_without_rights_fails_by_its_name(tmp_path: Pat
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # whoever runs the tests may have every right
-    assert [failure.place for failure in failures(tmp_path)] == [str(tmp_path / "shut")]
-    assert ["check its rights" in failure.reason for failure in failures(tmp_path / "shut")] == [True]
+    for place in (tmp_path, tmp_path / "shut"):
+        assert "check its rights" in failures(place)[str(tmp_path / "shut")]
 
 
-def test_field_report_23_lists_are_fields_and_are_searched_for_their_values(tmp_path: Path) -> None:
+def test_lists_are_fields_and_are_searched_for_their_values(tmp_path: Path, into: Adding) -> None:
+    years = [1999, 2004.0, True, None]
     path = lines(
         tmp_path / "t.jsonl",
-        {"id": "a", "text": "x", "tags": ["red", "blue", "red"], "years": [1999, 2004.0, True, None]},
+        {"id": "a", "text": "x", "tags": ["red", "blue", "red"], "years": years},
         {"id": "b", "text": "y", "tags": "red", "years": 2001},
         {"id": "c", "text": "z", "tags": [], "years": [None]},
     )
-    with opened(tmp_path / "index") as index:
-        assert counts(add([path], index, FakeEncoder(), progress=False)) == (3, 0, 0, 0)
-        kept = index.get(["a", "c"])
-        assert dict(kept["a"].fields) == {"tags": ["red", "blue", "red"], "years": [1999, 2004.0, True, None]}
-        assert dict(kept["c"].fields) == {"tags": [], "years": [None]}
-        for where, expected in (
-            (Eq("tags", "red"), "ab"), (Eq("tags", "blue"), "a"), (In("tags", ("blue", "green")), "a"), (Eq("tags", None), "c"),
-            (Eq("years", 2004), "a"), (Eq("years", 1), ""), (Eq("years", True), "a"), (In("years", (None, 2001)), "bc"),
-            (Range("years", 1990, 2010), "b"), (Range("tags", "a", "z"), "b"),
-        ):  # fmt: skip
-            assert "".join(stored.id for stored in index.scan(where)) == expected, where
-        assert counts(add([path], index, FakeEncoder(), progress=False)) == (0, 0, 3, 0)
-        lines(
-            path,
-            {"id": "a", "text": "x", "tags": ["red"], "years": [1999, 2004.0, True, None]},
-            {"id": "b", "text": "y", "tags": "red", "years": 2001.0},
-        )
-        assert counts(add([path], index, FakeEncoder(), progress=False)) == (0, 2, 0, 0)
-        assert index.count(Eq("tags", "blue")) == 0
+    assert into.count(path) == (3, 0, 0, 0)
+    assert into.fields("a") == {"tags": ["red", "blue", "red"], "years": years}
+    assert into.fields("c") == {"tags": [], "years": [None]}
+    for where, expected in (
+        (Eq("tags", "red"), "ab"), (Eq("tags", "blue"), "a"), (In("tags", ("blue", "green")), "a"), (Eq("tags", None), "c"),
+        (Eq("years", 2004), "a"), (Eq("years", 1), ""), (Eq("years", True), "a"), (In("years", (None, 2001)), "bc"),
+        (Range("years", 1990, 2010), "b"), (Range("tags", "a", "z"), "b"),
+    ):  # fmt: skip
+        assert "".join(stored.id for stored in into.index.scan(where)) == expected, where
+    assert into.count(path) == (0, 0, 3, 0)
+    changed = {"id": "a", "text": "x", "tags": ["red"], "years": years}
+    lines(path, changed, {"id": "b", "text": "y", "tags": "red", "years": 2001.0})
+    assert into.count(path) == (0, 2, 0, 0) and into.index.count(Eq("tags", "blue")) == 0
 
 
-def test_field_report_23_a_line_without_text_is_known_by_its_title(tmp_path: Path) -> None:
+def test_a_line_without_text_is_known_by_its_title(tmp_path: Path, into: Adding) -> None:
     paint(tmp_path / "p.png", 1)
     path = lines(
         tmp_path / "t.jsonl",
@@ -317,18 +321,18 @@ def test_field_report_23_a_line_without_text_is_known_by_its_title(tmp_path: Pat
         {"id": "c", "image": "p.png", "title": "stays a field"},
         {"id": "d", "title": "", "name": 5},
     )
-    with opened(tmp_path / "index") as index:
-        report = add([path], index, FakeEncoder(), progress=False)
-        assert counts(report) == (3, 0, 0, 1) and "is empty" in report.failed[0].reason
-        kept = index.get(["a", "b", "c"])
-        assert [(one.text, one.modality) for one in kept.values()] == [("a red door", "text"), ("a cup", "text"), (None, "image")]
-        assert dict(kept["a"].fields) == {"title": "a red door", "shelf": 3}
-        assert [(note.place[-2:], note.what) for note in report.notes] == [
-            (":1", "it has no `text`: its `title` was taken"), (":2", "it has no `text`: its `caption` was taken"),
-        ]  # fmt: skip
+    report = into(path)
+    assert counts(report) == (3, 0, 0, 1) and "is empty" in report.failed[0].reason
+    assert [row.text for row in into.index.get(["a", "b", "c"]).values()] == ["a red door", "a cup", None]
+    assert into.fields("a") == {"title": "a red door", "shelf": 3}
+    said = "it has no `text`: its `{}` was taken"
+    assert [(note.place[-2:], note.what) for note in report.notes] == [
+        (":1", said.format("title")),
+        (":2", said.format("caption")),
+    ]
 
 
-def test_field_report_23_a_text_stays_where_its_image_cannot_be_used(tmp_path: Path) -> None:
+def test_a_text_stays_where_its_image_cannot_be_used(tmp_path: Path, into: Adding) -> None:
     cut = paint(tmp_path / "cut.png", 1)
     cut.write_bytes(cut.read_bytes()[:-20])
     bad = ["none.png", "cut.png", "http://a.example/x.png"]
@@ -338,69 +342,40 @@ def test_field_report_23_a_text_stays_where_its_image_cannot_be_used(tmp_path: P
         {"id": "stated", "text": "words", "image": "none.png", "modality": "image,text"},
         {"id": "alone", "image": "none.png"},
     )
-    with opened(tmp_path / "index") as index:
-        for expected in ((3, 0, 0, 2), (0, 0, 3, 2)):
-            report = add([path], index, FakeEncoder(), progress=False)
-            assert counts(report) == expected
-            assert [failure.place[-2:] for failure in report.failed] == [":4", ":5"]
-            assert sorted(note.place[-2:] for note in report.notes) == [":1", ":2", ":3"]
-            assert all("its text alone" in note.what for note in report.notes)
-        assert [(one.text, one.modality, dict(one.fields)) for one in index.get(["0", "1", "2"]).values()] == [
-            (f"words {n}", "text", {"n": n}) for n in range(3)
-        ]
-        paint(tmp_path / "none.png", 7)
-        assert counts(add([path], index, FakeEncoder(), progress=False)) == (2, 1, 2, 0)
-        assert index.get(["0"])["0"].modality == "image,text"
+    for expected in ((3, 0, 0, 2), (0, 0, 3, 2)):
+        report = into(path)
+        assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":4", ":5"]
+        assert sorted(note.place[-2:] for note in report.notes) == [":1", ":2", ":3"]
+        assert all("its text alone" in note.what for note in report.notes)
+    kept = into.index.get(["0", "1", "2"]).values()
+    assert [(row.text, row.modality, dict(row.fields)) for row in kept] == [(f"words {n}", "text", {"n": n}) for n in range(3)]
+    paint(tmp_path / "none.png", 7)
+    assert into.count(path) == (2, 1, 2, 0) and into.index.get(["0"])["0"].modality == "image,text"
 
 
-def test_field_report_23_files_that_hold_no_json_lines_say_so_once(tmp_path: Path) -> None:
-    pretty = json.dumps([{"id": "a", "text": "x"}], indent=2)
-    for data, said in (
-        (pretty.encode(), "one JSON text over many lines"),
-        (b'{\n"id": "a"}', "one JSON text over many lines"),
-        ('{"id": "a", "text": "x"}\n'.encode("utf-16"), "UTF-16"),
-        (b'[{"id": "a", "text": "x"}]', "not a JSON object but a list"),
-    ):
-        (tmp_path / "t.jsonl").write_bytes(data)
-        (failure,) = failures(tmp_path / "t.jsonl")
-        assert said in failure.reason
-    (tmp_path / "t.txt").write_bytes("words".encode("utf-16"))
-    with opened(tmp_path / "index") as index:
-        assert "is UTF-16" in add([tmp_path / "t.txt"], index, FakeEncoder(), progress=False).failed[0].reason
-
-
-def test_field_report_23_a_line_beyond_the_limit_fails_alone(tmp_path: Path) -> None:
-    whole = [b'\xef\xbb\xbf{"id": "a", "text": "x"}\r\n', b"\r\n", b"# no comment\n"]
-    long = b'{"id": "long", "text": "' + b"y" * (2 * MAX_TEXT_BYTES + 9) + b'"}\n'
-    (tmp_path / "t.jsonl").write_bytes(b"".join([*whole, long, b'{"id": "b", "text": "z"}']))
-    assert ids(tmp_path / "t.jsonl") == ["a", "b"]
-    found = {failure.place.rpartition(":")[2]: failure.reason for failure in failures(tmp_path / "t.jsonl")}
-    assert list(found) == ["3", "4"] and "longer than" in found["4"]
-
-
-def test_batches_commit_as_they_go(tmp_path: Path) -> None:
+def test_batches_commit_as_they_go(tmp_path: Path, into: Adding, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lines(tmp_path / "t.jsonl", *({"id": f"{n}", "text": f"t{n}"} for n in range(10)))
+    plain, encoder = FakeEncoder.encode_items, into.encoder
 
-    class Stops(FakeEncoder):
-        def encode_items(self, items: Any) -> Any:
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return super().encode_items(items)
+    def stop(items: Any) -> Any:
+        if encoder.calls == 2:
+            raise KeyboardInterrupt
+        return plain(encoder, items)
 
-    with opened(tmp_path / "index") as index:
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "encode_items", stop)
         with pytest.raises(KeyboardInterrupt):
-            add([path], index, Stops(), batch=4, progress=False)
-        assert index.count() == 8
-        assert counts(add([path], index, FakeEncoder(), batch=4, progress=False)) == (2, 0, 8, 0)
-        with pytest.raises(InputError, match="batch is 0"):
-            add([path], index, FakeEncoder(), batch=0)
+            into(path)
+    assert into.index.count() == 8 and into.count(path) == (2, 0, 8, 0)
+    with pytest.raises(InputError, match="batch is 0"):
+        into(path, batch=0)
 
 
 CHILD = """
 import os, sys
 from pathlib import Path
 from fakes import FakeEncoder
-from traceir.index import Eq, In, Range, SqliteIndex, open_index
+from traceir.index import SqliteIndex, open_index
 from traceir.ingest import add
 
 source, folder, acks = sys.argv[1:]
@@ -439,6 +414,7 @@ def acknowledged(tmp_path: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].split()
 
 
+@pytest.mark.slow
 def test_kill_nine_at_any_moment_loses_nothing_and_doubles_nothing(tmp_path: Path) -> None:
     expected = {f"n{n:03d}": f"thing {n}" for n in range(320)}
     source = lines(tmp_path / "t.jsonl", *({"id": id, "text": text} for id, text in expected.items()))
@@ -490,21 +466,3 @@ def wait_for_acks(tmp_path: Path, child: subprocess.Popen[bytes], count: int) ->
     deadline = time.monotonic() + 30
     while len(acknowledged(tmp_path)) < count and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
-
-
-def test_field_report_11_a_lines_own_file_field_is_kept_and_the_reserved_one_refused(gallery: Path, tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "items.jsonl",
-        {"id": "own", "text": "x", "file": "a.pdf"},
-        {"id": "taken", "text": "x", FILE_FIELD: "/etc/passwd"},
-    )
-    with opened(tmp_path / "index") as index:
-        report = add([path], index, FakeEncoder(), progress=False)
-        assert counts(report) == (1, 0, 0, 1) and repr(FILE_FIELD) in report.failed[0].reason
-        assert dict(index.get(["own"])["own"].fields) == {"file": "a.pdf"}
-        place = gallery / "a.JPG"
-        index.upsert(
-            [Item.of(image=ImageInput.open(place), id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32)
-        )
-        assert counts(add([place], index, FakeEncoder(), progress=False)) == (0, 1, 0, 0)
-        assert dict(index.get(["a.JPG"])["a.JPG"].fields) == {FILE_FIELD: str(place.resolve())}

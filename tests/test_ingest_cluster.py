@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import published
 import pytest
 from fakes import FakeEncoder
@@ -23,17 +22,19 @@ from traceir.cli.main import main
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
-from traceir.ingest_cluster import MOST_STARTS, add_on_ray, describe_encoder
+from traceir.ingest_cluster import MOST_STARTS, Described, ItemWorker, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
 from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
 from traceir.search import EncoderLike
+from traceir.sources import find_batches
 
 TESTS = Path(__file__).parent
 ROADS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+SAME = Described(FakeEncoder.fingerprint, FakeEncoder.prompt_version, 16)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     """One Ray for the tests of this file; its workers find the encoders below."""
     with pytest.MonkeyPatch.context() as patch:
@@ -41,6 +42,9 @@ def ray() -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         with on_ray(2, Share()):
             yield
+
+
+on_workers = [pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
 
 class Deadly(FakeEncoder):
@@ -62,10 +66,6 @@ class Foreign(FakeEncoder):
     fingerprint = "fake-2"
 
 
-def never() -> EncoderLike:
-    raise AssertionError("nothing is new, so no encoder is needed")
-
-
 def broken() -> EncoderLike:
     raise ModelError("the weights of this invented model are gone")
 
@@ -74,23 +74,15 @@ def opened(folder: Path) -> SqliteIndex:
     return open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True)
 
 
-def lines(path: Path, records: Sequence[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
-    return path
-
-
 def many(path: Path, count: int) -> Path:
-    return lines(path, [{"id": f"n{n:03d}", "text": f"thing {n}"} for n in range(count)])
+    path.write_text("".join(json.dumps({"id": f"n{n:03d}", "text": f"thing {n}"}) + "\n" for n in range(count)))
+    return path
 
 
 def rows(index: SqliteIndex) -> list[tuple[Any, ...]]:
     """All that an index keeps, vectors bit for bit."""
-    found = [(*(getattr(row, name) for name in NAMES), dict(row.fields), row.vector) for row in index.scan(with_vectors=True)]
-    return [(*row, vector.tobytes()) for *row, vector in found if vector is not None]
-
-
-NAMES = ("id", "modality", "text", "image", "content_hash")
+    stored = index.scan(with_vectors=True)
+    return [(row.id, row.modality, row.text, row.image, dict(row.fields), row.vector.tobytes()) for row in stored]
 
 
 def on_two_workers(paths: Sequence[Path], index: SqliteIndex, make_encoder: Any = FakeEncoder, batch: int = 4) -> AddReport:
@@ -103,7 +95,7 @@ def counts(report: AddReport) -> tuple[int, int, int, int]:
 
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
-    """Pictures, texts and lines, one in three of them bad in some way."""
+    """Images, texts and lines, one in three of them bad in some way."""
     root = tmp_path / "shelf"
     (root / "deep").mkdir(parents=True)
     for number in range(9):
@@ -114,65 +106,112 @@ def shelf(tmp_path: Path) -> Path:
     (root / "deep" / "blank.txt").write_text(" \n")
     (root / "deep" / "ünï.txt").write_text("Ærø 日本", encoding="utf-8")
     good = [{"id": f"both {n}", "text": f"pair {n}", "image": f"p{n}.png", "year": 1990 + n, "by": [n, "x"]} for n in range(6)]
-    bad = ["{broken", {"id": "gone", "image": "none.png"}, {"id": "odd", "text": "\ud800"}, {"text": "no id"}, {"id": "empty"}]
+    bad = [{"id": "gone", "image": "none.png"}, {"id": "odd", "text": "\ud800"}, {"text": "no id"}, {"id": "empty"}]
     more = [{"id": "both 0", "text": "again"}, {"id": "titled", "title": "x"}, {"id": "kept", "text": "w", "image": "none.png"}]
-    lines(root / "lines.jsonl", [*(record for pair in zip(good, [*bad, ""], strict=True) for record in pair), *more])
+    records = "".join(json.dumps(record) + "\n" for record in [*good, *bad, *more])
+    (root / "lines.jsonl").write_text("{broken\n" + records, encoding="utf-8")
     return root
 
 
-def test_two_workers_fill_an_index_as_one_process_does(shelf: Path, tmp_path: Path) -> None:
-    paths = [shelf, shelf / "lines.jsonl"]
-    with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
-        expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
-        assert counts(expected) == (27, 0, 0, 9) and len(expected.notes) == 3
-        assert on_two_workers(paths, two) == expected
-        assert rows(two) == rows(one)
-        (shelf / "p3.png").write_bytes((shelf / "p4.png").read_bytes())  # new content, also of the line `both 3`
-        (shelf / "cut.png").unlink()
-        changed = (shelf / "lines.jsonl").read_text("utf-8").replace("1990", "2020")  # a field alone, of `both 0`
-        (shelf / "lines.jsonl").write_text(changed, encoding="utf-8")
-        expected = add(paths, one, FakeEncoder(), batch=4, progress=False)
-        assert counts(expected) == (0, 3, 24, 8) and len(expected.notes) == 3
-        assert on_two_workers(paths, two) == expected
-        assert rows(two) == rows(one)
+def test_a_worker_answers_with_what_an_index_keeps(shelf: Path, tmp_path: Path) -> None:
+    (batch,) = find_batches([shelf / "lines.jsonl"], 64)
+    encoded, moved, rest = ItemWorker(FakeEncoder, "x", SAME).process(batch.sources, {})
+    assert [stored.id for stored, _ in encoded] == [f"both {n}" for n in range(6)] + ["titled", "kept"] and not moved
+    assert len(rest.failed) == 3 and len(rest.notes) == 2 and not rest.encoded
+    known = {stored.id: stored for stored, _ in encoded}
+    assert ItemWorker(broken, "x", SAME).process(batch.sources, known)[2].skipped == 8, "nothing is new, so no encoder is made"
+    for make_encoder, why in ((Foreign, "with model 'fake-1' but 'fake-2' is in use"), (broken, "invented model are gone")):
+        with pytest.raises(ModelError, match=rf"a worker stopped: .*{why}"):
+            ItemWorker(make_encoder, "x", SAME).process(batch.sources, {})
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_items_are_done_again(tmp_path: Path) -> None:
-    source = many(tmp_path / "t.jsonl", 40)
-    lives = tmp_path / "lives"
-    lives.mkdir()
-    deadly = partial(Deadly, "n021", lives)
-    with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
-        for number in range(MOST_STARTS):
-            (lives / f"{number}").touch()
-        with pytest.raises(
-            ModelError, match=rf"{MOST_STARTS} workers died of the batch from .*{source.name}:21 to .*{source.name}:24"
-        ):
-            on_two_workers([source], two, deadly)
-        assert not list(lives.iterdir())
-        kept = two.count()
-        (lives / "one more").touch()
-        assert counts(on_two_workers([source], two, deadly)) == (40 - kept, 0, kept, 0)
-        assert not list(lives.iterdir())
-        add([source], one, FakeEncoder(), progress=False)
-        assert rows(two) == rows(one)
-
-
-def test_what_stops_a_worker_stops_the_run_in_its_own_words(tmp_path: Path) -> None:
+def test_what_cannot_start_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = many(tmp_path / "t.jsonl", 3)
     with opened(tmp_path / "index") as index:
-        with pytest.raises(ModelError, match=r"a worker stopped: .* with model 'fake-1' but 'fake-2' is in use"):
-            on_two_workers([source], index, Foreign)
-        with pytest.raises(ModelError, match=r"^the weights of this invented model are gone$"):
-            describe_encoder(broken, Share())
-        for wrong, said in (
-            ({"workers": 0}, "workers is 0"),
-            ({"batch": 0}, "batch is 0"),
-            ({"share": Share(gpus=64)}, "64 GPU"),
-        ):
-            with pytest.raises(InputError, match=said):
+        for wrong, why in (({"workers": 0}, "workers is 0"), ({"batch": 0}, "batch is 0")):
+            with pytest.raises(InputError, match=why):
                 add_on_ray([source], index, FakeEncoder, **{"workers": 1, **wrong})
-        assert index.count() == 0
+    words = ["index", "add", str(source), "--index", str(tmp_path / "three"), "--workers", "2"]
+    assert main([*words, "--device", "cuda:1"]) == 2 and "--device cuda" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(words) == 2 and "pip install 'traceir[cluster]'" in capsys.readouterr().err
+
+
+class TestOnWorkers:
+    pytestmark = on_workers
+
+    def test_two_workers_fill_an_index_as_one_process_does(self, shelf: Path, tmp_path: Path) -> None:
+        paths = [shelf, shelf / "lines.jsonl"]
+        with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+            for expected in ((27, 0, 0, 9), (0, 3, 24, 8)):
+                report = add(paths, one, FakeEncoder(), batch=4, progress=False)
+                assert counts(report) == expected and len(report.notes) == 3
+                assert on_two_workers(paths, two) == report and rows(two) == rows(one)
+                (shelf / "p3.png").write_bytes((shelf / "p4.png").read_bytes())  # new content, also of the line `both 3`
+                (shelf / "cut.png").unlink(missing_ok=True)
+                changed = (shelf / "lines.jsonl").read_text("utf-8").replace("1990", "2020")  # a field alone, of `both 0`
+                (shelf / "lines.jsonl").write_text(changed, encoding="utf-8")
+
+    def test_a_worker_that_is_killed_is_replaced_and_its_items_are_done_again(self, tmp_path: Path) -> None:
+        source, lives = many(tmp_path / "t.jsonl", 40), tmp_path / "lives"
+        lives.mkdir()
+        deadly = partial(Deadly, "n021", lives)
+        with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+            for number in range(MOST_STARTS):
+                (lives / f"{number}").touch()
+            blamed = rf"{MOST_STARTS} workers died of the batch from .*{source.name}:21 to .*{source.name}:24"
+            with pytest.raises(ModelError, match=blamed):
+                on_two_workers([source], two, deadly)
+            kept = two.count()
+            (lives / "one more").touch()
+            assert counts(on_two_workers([source], two, deadly)) == (40 - kept, 0, kept, 0) and not list(lives.iterdir())
+            add([source], one, FakeEncoder(), progress=False)
+            assert rows(two) == rows(one)
+
+    def test_what_stops_a_worker_stops_the_run_in_its_own_words(self, tmp_path: Path) -> None:
+        source = many(tmp_path / "t.jsonl", 3)
+        with opened(tmp_path / "index") as index:
+            with pytest.raises(ModelError, match=r"a worker stopped: .* with model 'fake-1' but 'fake-2' is in use"):
+                on_two_workers([source], index, Foreign)
+            with pytest.raises(ModelError, match=r"^the weights of this invented model are gone$"):
+                describe_encoder(broken, Share())
+            with pytest.raises(InputError, match="64 GPU"):
+                add_on_ray([source], index, FakeEncoder, workers=1, share=Share(gpus=64))
+            assert index.count() == 0
+
+    def test_a_run_that_is_killed_is_repeated_and_goes_on(self, tmp_path: Path) -> None:
+        source = many(tmp_path / "t.jsonl", 400)
+        child = subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(tmp_path / "two")], stderr=subprocess.DEVNULL)
+        with opened(tmp_path / "two") as two, opened(tmp_path / "one") as one:
+            deadline = time.monotonic() + 60
+            while two.count() < 12 and child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            child.send_signal(signal.SIGKILL)
+            assert child.wait(timeout=30) == -signal.SIGKILL
+            kept = two.count()
+            assert 12 <= kept < 400 and kept % 4 == 0
+            assert counts(on_two_workers([source], two, batch=16)) == (400 - kept, 0, kept, 0)
+            add([source], one, FakeEncoder(), progress=False)
+            assert rows(two) == rows(one)
+
+    def test_the_command_line_takes_workers_also_for_a_published_model(
+        self, shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["--threads", "1", "index", "add", str(shelf), "--batch", "8", "--index"]
+        assert main([*words, str(tmp_path / "one")]) == 1
+        plain = capsys.readouterr()
+        assert main([*words, str(tmp_path / "two"), "--workers", "1"]) == 1
+        spread = capsys.readouterr()
+        assert spread.out == plain.out.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+        assert spread.err == plain.err and "cut.png" in plain.err
+        make_encoder = partial(load_encoder, published.save_bert(tmp_path / "bert"), dim=16)
+        encoder = make_encoder()
+        with open_index(tmp_path / "3", encoder, create=True) as one, open_index(tmp_path / "4", encoder, create=True) as two:
+            report = add([shelf / "deep"], one, encoder, batch=4, progress=False)
+            assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == report
+            assert counts(report) == (10, 0, 0, 1) and rows(two) == rows(one)
 
 
 CHILD = """
@@ -186,56 +225,3 @@ source, folder = sys.argv[1:]
 with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:
     add_on_ray([source], index, partial(FakeEncoder, delay=0.1), workers=2, batch=4, progress=False)
 """
-
-
-def test_a_run_that_is_killed_is_repeated_and_goes_on(tmp_path: Path) -> None:
-    source = many(tmp_path / "t.jsonl", 400)
-    child = subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(tmp_path / "two")], stderr=subprocess.DEVNULL)
-    with opened(tmp_path / "two") as two:
-        deadline = time.monotonic() + 60
-        while two.count() < 12 and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait(timeout=30) == -signal.SIGKILL
-        kept = two.count()
-        assert 12 <= kept < 400 and kept % 4 == 0
-        assert counts(on_two_workers([source], two, batch=16)) == (400 - kept, 0, kept, 0)
-        with opened(tmp_path / "one") as one:
-            add([source], one, FakeEncoder(), progress=False)
-            assert rows(two) == rows(one)
-        assert counts(on_two_workers([source], two, never, batch=64)) == (0, 0, 400, 0)
-
-
-def test_the_command_line_takes_workers(
-    shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told = ["--threads", "1", "index", "add", str(shelf), "--batch", "8", "--index"]
-    assert main([*told, str(tmp_path / "one")]) == 1
-    plain = capsys.readouterr()
-    assert main([*told, str(tmp_path / "two"), "--workers", "1"]) == 1
-    spread = capsys.readouterr()
-    assert spread.out == plain.out.replace(str(tmp_path / "one"), str(tmp_path / "two"))
-    assert spread.err == plain.err and "cut.png" in plain.err
-    with (
-        open_index(tmp_path / "one", fingerprint=None, prompt_version=None) as one,
-        open_index(tmp_path / "two", fingerprint=None, prompt_version=None) as two,
-    ):
-        pairs = list(zip(one.scan(with_vectors=True), two.scan(with_vectors=True), strict=True))
-        assert [left.id for left, _ in pairs] == [right.id for _, right in pairs]
-        np.testing.assert_allclose([left.vector for left, _ in pairs], [right.vector for _, right in pairs], atol=1e-6)
-    assert main([*told, str(tmp_path / "three"), "--workers", "2", "--device", "cuda:1"]) == 2
-    assert "--device cuda" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "ray", None)
-    assert main([*told, str(tmp_path / "three"), "--workers", "2"]) == 2
-    assert "pip install 'traceir[cluster]'" in capsys.readouterr().err
-
-
-def test_workers_encode_by_a_published_model(shelf: Path, tmp_path: Path) -> None:
-    """More than 3 s, because a worker imports sentence-transformers and what that imports."""
-    make_encoder = partial(load_encoder, published.save_bert(tmp_path / "bert"), dim=16)
-    encoder = make_encoder()
-    with open_index(tmp_path / "one", encoder, create=True) as one, open_index(tmp_path / "two", encoder, create=True) as two:
-        expected = add([shelf / "deep"], one, encoder, batch=4, progress=False)
-        assert counts(expected) == (10, 0, 0, 1)
-        assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == expected
-        assert rows(two) == rows(one)
