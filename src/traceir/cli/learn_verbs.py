@@ -33,7 +33,8 @@ from traceir.suggest import did_you_mean
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.lab.report import named_runs, run_report
+    from traceir.evaluation.runs import named_runs
+    from traceir.lab.report import run_report
 
     if args.kind == "scoreboard":
         from traceir.lab.scoreboard import write_scoreboard
@@ -135,7 +136,7 @@ def mteb(args: argparse.Namespace) -> int:
     if world := getattr(encoder, "world", None):
         print(f"note: {world.says}", file=sys.stderr)
     model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
-    run = mteb_run.Run(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
+    run = mteb_run.MtebRun(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
     if args.dry_run:
         print("\n".join(mteb_run.plan(run, tasks)))
         return 0
