@@ -15,10 +15,10 @@ from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.evaluation.evaluate import evaluate, rehearse
+from traceir.evaluation.evaluate import dry_run, evaluate
 from traceir.evaluation.judged import Judged, read_judged
 from traceir.evaluation.unseen.catalogue import COLUMNS
-from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 from traceir.lab.examples import choose, write_examples
 from traceir.lab.faithful import probe
 
@@ -109,14 +109,14 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_fold
         evaluate_unseen(encoder, root, tmp_path / "kept", missing="keep", progress=False)
     with pytest.raises(InputError, match="no zero-shot set"):
         evaluate_unseen(encoder, tmp_path, tmp_path / "other", progress=False)
-    dry = rehearse_unseen(root)
+    dry = dry_run_unseen(root)
     assert all(f"| {name} | {results['routes']['auto'][name]['queries']} |" in dry for name in COLUMNS)
     file = submit_circo(encoder, root, tmp_path / "submission.json", cache=tmp_path / "out" / "embeddings", progress=False)
     assert {len(ids) for ids in json.loads(file.read_text()).values()} == {50}
 
 
 def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
-    text = rehearse(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
+    text = dry_run(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
     assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
     assert "Encoding all of it takes about" in text
 

@@ -18,7 +18,7 @@ from PIL import Image
 from traceir.errors import DataError, InputError, ModelError
 from traceir.evaluation.unseen import catalogue, readers
 from traceir.evaluation.unseen.catalogue import CIRCO_TEST, read_columns, read_set
-from traceir.evaluation.unseen.run import rehearse_unseen, write_submission
+from traceir.evaluation.unseen.run import dry_run_unseen, write_submission
 from traceir.evaluation.unseen.score import NAMED, UnseenOutcome, rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, Source, UnseenQuery, UnseenTask
 from traceir.items import Content, Encoding, Item, Query, Route
@@ -227,11 +227,11 @@ def test_what_is_missing_stops_or_is_left_out_and_counted(root: Path, caplog: py
     with pytest.raises(DataError, match=r"1 annotation files are missing, first .*swap_obj\.json"):
         read(root, "sugarcrepe")
     assert names(*read(root, "sugarcrepe", "skip").left_out.files) == ["swap_obj.json"]
-    counts = rehearse_unseen(root, ["vist", "sugarcrepe"]).splitlines()[2:]
+    counts = dry_run_unseen(root, ["vist", "sugarcrepe"]).splitlines()[2:]
     assert counts == ["| vist | 2 | 3 | hit@1 | 2 | 0 | 0 |", "| sugarcrepe | 12 | 24 | accuracy | 0 | 0 | 1 |"]
     (root / "sugar-crepe/data").rename(root / "moved")
     write(root / "sugar-crepe/swap_obj.json", FILES["sugar-crepe/data/swap_obj.json"])
-    assert "| sugarcrepe | 2 | 4 | accuracy | 0 | 0 | 6 |" in rehearse_unseen(root, ["sugarcrepe"]), "the files by themselves"
+    assert "| sugarcrepe | 2 | 4 | accuracy | 0 | 0 | 6 |" in dry_run_unseen(root, ["sugarcrepe"]), "the files by themselves"
 
 
 CLOCK = [(1.0, 0.0), (0.9, 0.4358899), (0.6, 0.8), (0.0, 1.0), (-0.6, 0.8), (-1.0, 0.0)]

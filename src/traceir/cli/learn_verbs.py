@@ -68,13 +68,13 @@ def evaluate(args: argparse.Namespace) -> int:
     _check_folders(args)
     routes = _routes(args)
     from traceir.evaluation.embeddings import shard_from_environment
-    from traceir.evaluation.evaluate import evaluate, rehearse
+    from traceir.evaluation.evaluate import dry_run, evaluate
     from traceir.evaluation.judged import table
 
     rows = split(args.rows) if args.rows is not None else None
     data, out = Path(args.data), Path(args.out)
     if args.dry_run:
-        print(rehearse(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
+        print(dry_run(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
         return 0
     pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
     results = evaluate(
@@ -92,11 +92,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def unseen(args: argparse.Namespace) -> int:
     _check_folders(args)
-    from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+    from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 
     columns = split(args.columns) if args.columns is not None else None
     if args.dry_run:
-        print(rehearse_unseen(Path(args.data), columns))
+        print(dry_run_unseen(Path(args.data), columns))
         return 0
     data, out, encoder = Path(args.data), Path(args.out), load_encoder(args)
     cache = Path(args.cache) if args.cache else out / "embeddings"

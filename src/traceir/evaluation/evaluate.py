@@ -96,7 +96,7 @@ def evaluate(
     return results
 
 
-def rehearse(
+def dry_run(
     encoder: EvaluatedEncoder,
     data: Path,
     *,

@@ -80,8 +80,8 @@ class MtebResults(ResultCache):
         try:
             return super().load_task_result(task_name, *where, **options)
         except (ValueError, KeyError) as error:  # json's and pydantic's errors are ValueErrors
-            told = "the result of %s in %s cannot be read (%s); it is scored anew"
-            log.warning(told, task_name, self.cache_path, _words(error))
+            message = "the result of %s in %s cannot be read (%s); it is scored anew"
+            log.warning(message, task_name, self.cache_path, _words(error))
             return None
 
     def save_to_cache(self, task_result: TaskResult, model_name: Any, *where: Any, **options: Any) -> None:
@@ -215,11 +215,11 @@ class MtebRun:
             return replace(failed, reason=lost[0].reason if len(parts) == len(lost) else first)
         options = {"batch_size": self.batch_size, "show_progress_bar": self.progress}
         try:
-            found = mteb.evaluate(
+            scored = mteb.evaluate(
                 self.model, task, cache=MtebResults(self.out), overwrite_strategy="only-missing", encode_kwargs=options,
                 co2_tracker=False, public_only=False, show_progress_bar=False,
             )  # fmt: skip
-            return _with_score(replace(failed, state="scored"), found.task_results[0])
+            return _with_score(replace(failed, state="scored"), scored.task_results[0])
         except Exception as error:  # the loaders and scorers of hundreds of tasks may raise anything; the other tasks go on
             log.info("%s failed", about.name, exc_info=True)
             return replace(failed, reason=self._why(error))
@@ -227,8 +227,8 @@ class MtebRun:
     def _kept(self, task: AbsTask) -> TaskResult | None:
         if not self.out.is_dir():
             return None
-        found = MtebResults(self.out).load_task_result(task.metadata.name, self.model.mteb_model_meta)
-        return found if found is not None and not found.get_missing_evaluations(task) else None
+        kept = MtebResults(self.out).load_task_result(task.metadata.name, self.model.mteb_model_meta)
+        return kept if kept is not None and not kept.get_missing_evaluations(task) else None
 
     def _why(self, error: Exception) -> str:
         package = type(error).__module__.partition(".")[0]

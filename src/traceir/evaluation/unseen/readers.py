@@ -281,8 +281,8 @@ def _garments(split: Path, folder: Path) -> dict[str, Source]:
 
 def _feedback(image: Path, texts: Iterable[str]) -> tuple[Source, ...]:
     """An image, and what is said of it as one text, where anything is."""
-    said = " and ".join(text.strip() for text in texts if text.strip())
-    return (image, said) if said else (image,)
+    feedback = " and ".join(text.strip() for text in texts if text.strip())
+    return (image, feedback) if feedback else (image,)
 
 
 ImageSet = TypedDict("ImageSet", {"members": list[Id]})

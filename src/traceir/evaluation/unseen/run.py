@@ -61,7 +61,7 @@ def evaluate_unseen(
     return results
 
 
-def rehearse_unseen(root: Path, columns: Iterable[str] | None = None) -> str:
+def dry_run_unseen(root: Path, columns: Iterable[str] | None = None) -> str:
     """A dry run: reads every annotation file, counts, and says what is missing, as Markdown. Nothing is encoded."""
     rows = []
     for task in read_columns(root, _chosen(root, columns), "keep"):

@@ -147,12 +147,12 @@ def _rank_all(task: UnseenTask, pool: Embeddings, queries: Sequence[Encoding]) -
     """Of each query the ranks of its right candidates, and how many candidates it ranks: the pool, or its own gallery."""
     queries_QD = _matrix(queries)
     whole = [number for number, case in enumerate(task.cases) if case.gallery is None]
-    found: dict[int, tuple[Ranks, int]] = {}
+    ranked: dict[int, tuple[Ranks, int]] = {}
     if whole:
         relevant = _places(task, [task.cases[number].relevant for number in whole])
         masked = _places(task, [task.cases[number].masked for number in whole])
         ranking = rank_queries(queries_QD[whole], pool, relevant, top_k=1, excluded=masked)
-        found = {number: (ranks, len(pool)) for number, ranks in zip(whole, ranking.ranks, strict=True)}
+        ranked = {number: (ranks, len(pool)) for number, ranks in zip(whole, ranking.ranks, strict=True)}
     if len(whole) < len(task.cases):
         pool_ND = pool.matrix()
         galleries = _places(task, [case.gallery or () for case in task.cases])
@@ -160,8 +160,8 @@ def _rank_all(task: UnseenTask, pool: Embeddings, queries: Sequence[Encoding]) -
             if case.gallery is not None:
                 right, allowed = ([[id in ids for id in case.gallery]] for ids in (case.relevant, case.masked))
                 scores_QN = queries_QD[number : number + 1] @ pool_ND[places].T
-                found[number] = positive_ranks(scores_QN, np.array(right), ~np.array(allowed))[0], len(places)
-    return [found[number] for number in range(len(task.cases))]
+                ranked[number] = positive_ranks(scores_QN, np.array(right), ~np.array(allowed))[0], len(places)
+    return [ranked[number] for number in range(len(task.cases))]
 
 
 def _places(task: UnseenTask, names: Sequence[Sequence[str]]) -> list[list[int]]:
