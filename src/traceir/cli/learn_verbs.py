@@ -33,7 +33,8 @@ from traceir.suggest import did_you_mean
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.lab.report import named_runs, run_report
+    from traceir.evaluation.runs import named_runs
+    from traceir.lab.report import run_report
 
     if args.kind == "scoreboard":
         from traceir.lab.scoreboard import write_scoreboard
@@ -67,13 +68,13 @@ def evaluate(args: argparse.Namespace) -> int:
     _check_folders(args)
     routes = _routes(args)
     from traceir.evaluation.embeddings import shard_from_environment
-    from traceir.evaluation.evaluate import evaluate, rehearse
+    from traceir.evaluation.evaluate import dry_run, evaluate
     from traceir.evaluation.judged import table
 
     rows = split(args.rows) if args.rows is not None else None
     data, out = Path(args.data), Path(args.out)
     if args.dry_run:
-        print(rehearse(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
+        print(dry_run(load_encoder(args), data, split=args.split, routes=routes, rows=rows, limit=args.limit))
         return 0
     pools: list[Any] = ["local", "global"] if args.pool == "both" else [args.pool]
     results = evaluate(
@@ -91,11 +92,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def unseen(args: argparse.Namespace) -> int:
     _check_folders(args)
-    from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+    from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 
     columns = split(args.columns) if args.columns is not None else None
     if args.dry_run:
-        print(rehearse_unseen(Path(args.data), columns))
+        print(dry_run_unseen(Path(args.data), columns))
         return 0
     data, out, encoder = Path(args.data), Path(args.out), load_encoder(args)
     cache = Path(args.cache) if args.cache else out / "embeddings"
@@ -135,7 +136,7 @@ def mteb(args: argparse.Namespace) -> int:
     if world := getattr(encoder, "world", None):
         print(f"note: {world.says}", file=sys.stderr)
     model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
-    run = mteb_run.Run(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
+    run = mteb_run.MtebRun(model, Path(args.out), batch_size=args.batch_size, online=online, progress=shows_progress())
     if args.dry_run:
         print("\n".join(mteb_run.plan(run, tasks)))
         return 0
