@@ -27,7 +27,7 @@ from traceir.items import Item, Query
 from traceir.model import TraceModel, save
 from traceir.sentence import as_sentence_transformer, encode_with_reasoning
 
-LIMIT = 24
+LIMIT = 8
 QUIET: dict[str, Any] = {"show_progress_bar": False, "batch_size": 16}
 
 
