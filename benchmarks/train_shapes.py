@@ -136,10 +136,10 @@ def prepared(reader: Reader, device: str, precision: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a made-up pair: the query's prompt, of which so many are its picture's, what it writes, and the candidate."""
+    """Tokens of a made-up pair: the query's prompt, of which so many are its image's, what it writes, and the candidate."""
 
     query: int = 300
-    picture: int = 256
+    image: int = 256
     reasoning: int = 100
     candidate: int = 256
 

@@ -14,13 +14,13 @@ from conftest import picture
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.train import agree
-from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_up_turn
+from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_up_batch
 from benchmarks.train_sides import Ours, Plain
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.errors import TraceError
 from traceir.items import Item, Query
-from traceir.train.batches import Turns
-from traceir.train.presets import PRESETS
+from traceir.lab.mini_presets import PRESETS
+from traceir.train.batches import TrainBatches
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ class Made(TaskData):
 def test_the_plain_loop_computes_what_our_step_does() -> None:
     config = replace(PRESETS["mini"](), batch=8, chunk_tokens=120)
     ours_model, plain_model = (build("mini", "cpu", lora=False, precision="float32") for _ in range(2))
-    schedule = Schedule([Made("made", range(8))], [1.0], batch=8, family=4, steps=1, seed=0)
-    turns = Turns(schedule, ours_model.processor, "brief-1", turns=1, chunk_tokens=config.chunk_tokens, seed=0)
+    schedule = Schedule([Made("made", range(8))], [1.0], batch=8, group=4, batches=1, seed=0)
+    turns = TrainBatches(schedule, ours_model.processor, "brief-1", config.chunk_tokens)
     ours, plain = Ours(ours_model, turns, config, "cpu"), Plain(plain_model, schedule, config, "cpu")
     assert len(turns[0].queries) > 1 and turns[0].collision_BN.sum() > 8
     assert agree(ours, plain, "float32")["gradient"] < 1e-4
@@ -56,10 +56,10 @@ def test_the_plain_loop_computes_what_our_step_does() -> None:
         agree(ours, plain, "float32")
 
 
-def test_a_made_up_turn_has_the_stated_lengths() -> None:
+def test_a_made_up_batch_has_the_stated_lengths() -> None:
     model = build("mini", "cpu", lora=True, precision="bf16")
-    lengths = Lengths(query=30, picture=16, reasoning=5, candidate=33)
-    turn = made_up_turn(model, 7, lengths, chunk_tokens=80)
+    lengths = Lengths(query=30, image=16, reasoning=5, candidate=33)
+    turn = made_up_batch(model, 7, lengths, chunk_tokens=80)
     assert lengths.sides == (4, 3)
     assert {chunk.batch.ids.shape[1] for chunk in turn.queries} == {35}
     assert {chunk.batch.ids.shape[1] for chunk in turn.candidates} == {33}

@@ -13,7 +13,7 @@ from torch.nn import functional
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.items import Item, Query
 from traceir.model import TraceModel
-from traceir.train.batches import Turn, Turns
+from traceir.train.batches import TrainBatch, TrainBatches
 from traceir.train.gradcache import Objective, Reader, step
 
 
@@ -31,17 +31,17 @@ def examples(count: int, negatives: int = 0) -> list[Example]:
     return found
 
 
-def turns(model: TraceModel, chunk_tokens: int, rank: int = 0, world: int = 1, batch: int = 8) -> Turns:
-    schedule = Schedule([TaskData("made up", range(batch))], [1.0], batch=batch, family=1, steps=1, seed=0)
-    return Turns(schedule, model.processor, "brief-1", turns=1, chunk_tokens=chunk_tokens, seed=0, rank=rank, world=world)
+def batches(model: TraceModel, chunk_tokens: int, rank: int = 0, world: int = 1, batch: int = 8) -> TrainBatches:
+    schedule = Schedule([TaskData("made up", range(batch))], [1.0], batch=batch, group=1, batches=1, seed=0)
+    return TrainBatches(schedule, model.processor, "brief-1", chunk_tokens, rank=rank, world=world)
 
 
 def gradients(
-    model: TraceModel, turn: Turn, objective: Objective, *, cache: bool, learn: bool = False
+    model: TraceModel, turn: TrainBatch, objective: Objective, *, cache: bool, learn: bool = False
 ) -> dict[str, torch.Tensor]:
     reader = Reader(model, 0.1, learn_temperature=learn).train()
     reader.zero_grad(set_to_none=True)
-    step(reader, turn, objective, lambda loss, last: loss.backward(), cache=cache)
+    step(reader, turn, objective, cache=cache)
     return {name: p.grad.clone() for name, p in reader.named_parameters() if p.grad is not None}
 
 
@@ -60,7 +60,7 @@ def double() -> TraceModel:
 
 def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]) -> dict[str, torch.Tensor]:
     """The joint loss of the paper in one graph: no chunks, no cache, no surrogate."""
-    turn = turns(model, 10**9, batch=len(rows)).turn(0, "made up", rows)
+    turn = batches(model, 10**9, batch=len(rows)).batch(0, "made up", rows)
     (asked,), (offered,) = turn.queries, turn.candidates
     for parameter in model.network.parameters():
         parameter.grad = None
@@ -81,7 +81,7 @@ def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]
 @pytest.mark.parametrize("cache", [True, False])
 def test_gradients_equal_those_of_the_loss_written_out(double: TraceModel, cache: bool) -> None:
     objective, rows = Objective(lambda_gen=0.7, lambda_ret=1.3), examples(8, negatives=2)
-    turn = turns(double, 90).turn(0, "made up", rows)
+    turn = batches(double, 90).batch(0, "made up", rows)
     assert len(turn.queries) > 2 and len(turn.candidates) > 2, "several chunks a side"
     assert furthest(gradients(double, turn, objective, cache=cache), plain_gradients(double, objective, rows)) < 1e-9
 
@@ -92,7 +92,7 @@ def test_gradients_are_equal_with_dropout_too(double: TraceModel) -> None:
         layer.self_attn.attention_dropout = 0.2
     hooks = [layer.mlp.register_forward_hook(lambda _, __, out: functional.dropout(out, 0.3)) for layer in text.layers]
     try:
-        turn = turns(double, 90).turn(5, "made up", examples(8))
+        turn = batches(double, 90).batch(5, "made up", examples(8))
         cached = gradients(double, turn, Objective(), cache=True)
         again = gradients(double, replace(turn, number=6), Objective(), cache=True)
         assert furthest(cached, gradients(double, turn, Objective(), cache=False)) < 1e-9
@@ -106,7 +106,7 @@ def test_gradients_are_equal_with_dropout_too(double: TraceModel) -> None:
 
 def test_every_term_has_one_gradient_with_and_without_the_cache(double: TraceModel) -> None:
     objective = Objective(symmetric=True, distil=0.5, direct_ret=0.5)
-    turn = turns(double, 90).turn(0, "made up", examples(8, negatives=1))
+    turn = batches(double, 90).batch(0, "made up", examples(8, negatives=1))
     cached = gradients(double, turn, objective, cache=True, learn=True)
     assert furthest(cached, gradients(double, turn, objective, cache=False, learn=True)) < 1e-9
     assert "log_temperature" in cached
@@ -116,10 +116,10 @@ def test_every_term_has_one_gradient_with_and_without_the_cache(double: TraceMod
 
 def test_lessons_teach_by_language_model_loss_alone(double: TraceModel) -> None:
     rows = [Example(Query.of(text=f"count {n}"), "red " * (n % 4 + 1), None, frozenset()) for n in range(8)]
-    turn = turns(double, 60).turn(0, "lessons", rows)
+    turn = batches(double, 60).batch(0, "lessons", rows)
     assert not turn.candidates and len(turn.queries) > 1
     found = gradients(double, turn, Objective(lambda_gen=2.0), cache=True)
-    batch = turns(double, 10**9).turn(0, "lessons", rows).queries[0].batch
+    batch = batches(double, 10**9).batch(0, "lessons", rows).queries[0].batch
     for parameter in double.network.parameters():
         parameter.grad = None
     supervised = batch.targets >= 0
@@ -138,9 +138,9 @@ def test_a_loss_that_is_refused_leaves_no_gradient(double: TraceModel) -> None:
 
     reader = Reader(double, 0.1)
     reader.zero_grad(set_to_none=True)
-    turn = turns(double, 90).turn(0, "made up", examples(8))
+    turn = batches(double, 90).batch(0, "made up", examples(8))
     with pytest.raises(RefusedError):
-        step(reader, turn, Objective(), lambda loss, last: loss.backward(), cache=True, check=refuse)
+        step(reader, turn, Objective(), cache=True, check=refuse)
     assert all(parameter.grad is None for parameter in reader.parameters())
 
 
@@ -157,13 +157,13 @@ def worker(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     model = random_model(3)
     model.network.double()
-    turn = turns(model, 90, rank, world).turn(0, "made up", examples(8, negatives=2))
+    turn = batches(model, 90, rank, world).batch(0, "made up", examples(8, negatives=2))
     for cache in (True, False):
         reader = Reader(model, 0.1, learn_temperature=True).train()
         reader.zero_grad(set_to_none=True)
         wrapped = DistributedDataParallel(reader, broadcast_buffers=False)
         step(
-            wrapped, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
+            wrapped, turn, Objective(symmetric=True), cache=cache,
             ranks=Distribution(rank, world, wrapped.no_sync),
         )  # fmt: skip
         if rank == 0:
@@ -173,7 +173,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
     for cache in (True, False):
         reader.zero_grad(set_to_none=True)
         step(
-            reader, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
+            reader, turn, Objective(symmetric=True), cache=cache,
             ranks=Distribution(rank, world, even=True),
         )  # fmt: skip
         found = {name: fetched(p.grad, keep=rank == 0) for name, p in reader.named_parameters() if p.grad is not None}
@@ -192,7 +192,7 @@ def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Pa
     for process in running:
         process.join(timeout=120)
     assert [process.exitcode for process in running] == [0, 0]
-    turn = turns(double, 90).turn(0, "made up", examples(8, negatives=2))
+    turn = batches(double, 90).batch(0, "made up", examples(8, negatives=2))
     alone = gradients(double, turn, Objective(symmetric=True), cache=True, learn=True)
     for file in ("True", "False", "sharded-True", "sharded-False"):
         assert furthest(load_file(tmp_path / f"{file}.safetensors"), alone) < 1e-9, file

@@ -12,9 +12,10 @@ from backbones import KINDS, published
 from benchmarks.train_shapes import SHAPES
 from traceir.adapter import attach
 from traceir.errors import InputError
+from traceir.lab.mini_presets import emoji
 from traceir.model import load
 from traceir.train.memory import GIB, STEPS, USABLE, empty, need_of, on_card
-from traceir.train.presets import BACKBONES, PRESETS, resolve
+from traceir.train.presets import PRESETS, resolve
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -60,7 +61,7 @@ def test_what_does_not_fit_names_the_rank_that_does(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="choose a smaller backbone"):
         on_card(plan, 12)
     with pytest.raises(InputError, match="LoRA"):
-        on_card(PRESETS["emoji"](), 24)
+        on_card(emoji(), 24)
 
 
 def test_settings_count_more_than_the_card(tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_settings_count_more_than_the_card(tmp_path: Path) -> None:
 
 def test_backbones_differ_in_where_they_start_and_in_the_cells_of_their_images_alone() -> None:
     paper = PRESETS["qwen2.5-vl-7b"]()
-    for name, preset in BACKBONES.items():
+    for name, preset in PRESETS.items():
         config, cell = preset(), 28 if name.startswith("qwen2") else 32
         assert (config.min_pixels, config.max_pixels) == (4 * cell * cell, 300 * cell * cell)
         own = {"init": paper.init, "out": paper.out, "chunk_tokens": paper.chunk_tokens}

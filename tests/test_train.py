@@ -21,24 +21,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 from backbones import KINDS, published
 from conftest import FORKS, picture
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
 
 from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TrainError
 from traceir.items import Item, Query
+from traceir.lab.mini_presets import resolve
 from traceir.model import load, save
 from traceir.precision import bfloat16_on
-from traceir.train.batches import Turns
+from traceir.train.batches import TrainBatches
 from traceir.train.gradcache import Reader
 from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
-from traceir.train.presets import resolve
 from traceir.train.small import SmallSize
-from traceir.train.train import TrainConfig, rate, train
+from traceir.train.train import TrainConfig, train
 from traceir.weights import fingerprint
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(folder: Path, out: Path, **changes: object) -> TrainConfig:
     """Twelve steps in float32, which every processor is quick in."""
     base = TrainConfig(
-        data=str(folder), out=str(out), steps=12, batch=8, family=4, warmup=2, size=TINY, save_every=4, log_every=2, decay=0.0,
+        data=str(folder), out=str(out), steps=12, batch=8, group=4, warmup=2, size=TINY, save_every=4, log_every=2, decay=0.0,
         mixed_precision=False,
     )  # fmt: skip
     return replace(base, **changes)
@@ -166,16 +166,16 @@ def test_distillation_moves_the_direct_side_alone() -> None:
     assert direct.grad is not None and direct.grad[0].abs().sum() > 0 and direct.grad[1].abs().sum() == 0
 
 
-def turns_of(model_folder: Path, rows: int, **changes: int) -> Turns:
+def batches_of(model_folder: Path, rows: int, **changes: int) -> TrainBatches:
     model = load(model_folder)
-    schedule = Schedule([TaskData("made up", range(rows))], [1.0], batch=rows, family=1, steps=1, seed=0)
-    return Turns(schedule, model.processor, "brief-1", turns=1, chunk_tokens=200, seed=0, **changes)
+    schedule = Schedule([TaskData("made up", range(rows))], [1.0], batch=rows, group=1, batches=1, seed=0)
+    return TrainBatches(schedule, model.processor, "brief-1", 200, **changes)
 
 
 def test_chunks_hold_every_row_once_longest_first_within_the_budget(trained: Path) -> None:
     words = ["red " * (1 + 7 * number % 31) for number in range(16)]
     rows = [Example(Query.of(text=text), "", Item.of(text="a thing", id=f"1:{n}"), frozenset()) for n, text in enumerate(words)]
-    turn = turns_of(trained, 16).turn(0, "made up", rows)
+    turn = batches_of(trained, 16).batch(0, "made up", rows)
     for side in (turn.queries, turn.candidates):
         assert sorted(place for chunk in side for place in chunk.places.tolist()) == list(range(16))
         widths = [chunk.batch.ids.shape[1] for chunk in side]
@@ -186,20 +186,20 @@ def test_chunks_hold_every_row_once_longest_first_within_the_budget(trained: Pat
 
 def test_a_turn_is_shared_out_in_the_order_of_the_rows(trained: Path) -> None:
     rows = [Example(Query.of(text=f"red {n}", id=f"q{n}"), "", Item.of(text="x", id=f"1:{n}"), frozenset()) for n in range(6)]
-    parts = [turns_of(trained, 6, rank=rank, world=3).turn(0, "made up", rows) for rank in range(3)]
-    assert [name for part in parts for name in part.asked] == [f"q{n}" for n in range(6)]
+    parts = [batches_of(trained, 6, rank=rank, world=3).batch(0, "made up", rows) for rank in range(3)]
+    assert [name for part in parts for name in part.queried] == [f"q{n}" for n in range(6)]
     assert all(part.sizes == ((2, 0), (2, 0), (2, 0)) and part.collision_BN.shape == (6, 6) for part in parts)
     with pytest.raises(TrainError, match="4 processes"):
-        turns_of(trained, 6, rank=0, world=4)
+        batches_of(trained, 6, rank=0, world=4)
 
 
 def test_rate_warms_up_holds_and_falls(folder: Path) -> None:
     plan = config(folder, folder, steps=100, warmup=10, decay=0.2)
-    assert rate(0, plan) == pytest.approx(0.1) and rate(50, plan) == 1.0
-    assert rate(90, plan) == pytest.approx(0.5) and rate(99, plan) == pytest.approx(0.05)
+    assert plan.rate(0) == pytest.approx(0.1) and plan.rate(50) == 1.0
+    assert plan.rate(90) == pytest.approx(0.5) and plan.rate(99) == pytest.approx(0.05)
     round_ = replace(plan, curve="cosine")
-    assert rate(0, round_) == pytest.approx(0.1) and rate(10, round_) == 1.0
-    assert rate(55, round_) == pytest.approx(0.5) and rate(100, round_) == pytest.approx(0.0)
+    assert round_.rate(0) == pytest.approx(0.1) and round_.rate(10) == 1.0
+    assert round_.rate(55) == pytest.approx(0.5) and round_.rate(100) == pytest.approx(0.0)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +295,7 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
 def test_other_backbones_train_by_gradcache_and_resume_to_the_same_weights(folder: Path, tmp_path: Path, kind: str) -> None:
     start = save(load(published(tmp_path / "hub", kind), prompt_version="brief-1"), tmp_path / "start")
     plan = config(
-        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, family=2, save_every=1,
+        folder, tmp_path / "whole", init=str(start), lora_rank=2, lora_alpha=4, steps=2, batch=4, group=2, save_every=1,
         keep=(1,), grad_cache=True, checkpointing=True, chunk_tokens=128, min_pixels=2 * 32 * 32, max_pixels=4 * 32 * 32,
     )  # fmt: skip
     whole = train(plan)
@@ -424,7 +424,7 @@ def test_settings_that_never_ran_are_refused_with_the_remedy() -> None:
 def test_the_number_of_processes_is_checked_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainError, match="this is the only one; start it with torchrun"):
         train(config(tmp_path / "nowhere", tmp_path / "run", shard=True))
-    monkeypatch.setattr(TrainingArguments, "world_size", 3)
+    monkeypatch.setattr(PartialState, "num_processes", 3)
     with pytest.raises(TrainError, match="batch 8 does not divide among 3 processes"):
         train(config(tmp_path / "nowhere", tmp_path / "run"))
 
@@ -470,7 +470,7 @@ def recorded(run: Path) -> list[object]:
 def test_field_report_01_the_faster_type_is_taken_recorded_and_kept(
     folder: Path, tmp_path: Path, processor: Callable[[bool], None], caplog: pytest.LogCaptureFixture, fast: bool
 ) -> None:
-    caplog.set_level(logging.INFO, "traceir.train.train")
+    caplog.set_level(logging.INFO, "traceir.train.config")
     processor(fast)
     plan = config(folder, tmp_path / "run", steps=2, save_every=1, keep=(1,), mixed_precision="auto")
     seen: list[bool] = []

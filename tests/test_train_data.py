@@ -26,12 +26,10 @@ from traceir.data.samples import (
     Schedule,
     TaskData,
     completion,
-    image_names,
     keeps_reasoning,
-    read_lessons,
     read_pairs,
+    read_pretraining,
     task_shares,
-    texts,
 )
 from traceir.errors import DataError, TrainError
 from traceir.items import Query
@@ -141,7 +139,7 @@ def test_reading_joins_labels_and_leaves_out_what_is_not_reasoned(folder: Path) 
     assert [(task.name, len(task)) for task in tasks] == [("nights_task4", 5), ("cirr_task3", 8), ("cirr_task7", 8)]
     taught = examples(named(tasks, "cirr_task7"))
     assert [e.completion for e in taught[:4]] == ["see 15; thing 15", "", "see 3; thing 3", ""]
-    assert all(e.query.instruction in ("Change it.", "Edit it.") and e.query.target == "image" for e in taught)
+    assert all(e.query.instruction in ("change it", "edit it") and e.query.target == "image" for e in taught)
     assert taught[1].right == {"8:102", "8:101", "8:999"}, "right names positives that are not in the pool, too"
     assert {e.candidate.id for e in taught if e.candidate} <= {"8:101", *(f"8:{n + 101}" for n in range(16))}
     kept = {e.query.id for e in examples(named(read_pairs(folder, reasoned=0.5, seed=1), "cirr_task7")) if e.completion}
@@ -152,11 +150,11 @@ def test_reading_joins_labels_and_leaves_out_what_is_not_reasoned(folder: Path) 
 
 def test_candidates_write_what_the_first_query_by_number_tells(folder: Path) -> None:
     answer, reason = (named(read_pairs(folder, cot="none", candidates=kind), "cirr_task7") for kind in ("answer", "reason"))
-    assert (answer.description("8:104"), reason.description("8:104")) == ("thing 3", "see 3; thing 3")
-    assert answer.description("8:101") == "thing 3", "8:4 comes before 8:12 and 8:16"
-    assert answer.description("8:102") == "", "its only label is of a simple query"
+    assert (answer.descriptions["8:104"], reason.descriptions["8:104"]) == ("thing 3", "see 3; thing 3")
+    assert answer.descriptions["8:101"] == "thing 3", "8:4 comes before 8:12 and 8:16"
+    assert "8:102" not in answer.descriptions, "its only label is of a simple query"
     for example in examples(answer):
-        assert example.candidate and example.described == answer.description(example.candidate.id or "")
+        assert example.candidate and example.described == answer.descriptions.get(example.candidate.id or "", "")
     assert not any(e.described for e in examples(named(read_pairs(folder), "cirr_task7")))
 
 
@@ -173,7 +171,7 @@ def test_negatives_are_never_right_and_each_once(folder: Path) -> None:
     met: Counter[str] = Counter()
     for seed in range(8):
         for task in read_pairs(folder, negatives=3):
-            for number, record in enumerate(task.pairs):
+            for number, record in enumerate(task.rows.records):
                 example = task.example(number, np.random.default_rng(seed))
                 dids = [item.id or "" for item in example.negatives]
                 listed = set(record.negatives) - set(record.positives)
@@ -224,7 +222,7 @@ class Numbered(TaskData):
 
 def test_the_schedule_keeps_shares_families_and_epochs() -> None:
     tasks = [Numbered("a", range(16)), Numbered("b", range(8))]
-    schedule = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
+    schedule = Schedule(tasks, [3.0, 1.0], batch=8, group=4, batches=40, seed=1)
     names = [schedule.task(step).name for step in range(40)]
     assert names.count("a") == 30 and names.count("b") == 10
     rows = [[int(e.query.text.split()[1]) for e in schedule.examples(step)] for step in range(40) if names[step] == "a"]
@@ -234,7 +232,7 @@ def test_the_schedule_keeps_shares_families_and_epochs() -> None:
         for start in (0, 4):
             family = batch[start : start + 4]
             assert family == list(range(family[0], family[0] + 4)) and family[0] % 4 == 0
-    again = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
+    again = Schedule(tasks, [3.0, 1.0], batch=8, group=4, batches=40, seed=1)
     assert [e.query for e in again.examples(17)] == [e.query for e in schedule.examples(17)], "a step needs no history"
 
 
@@ -243,7 +241,7 @@ def test_the_schedule_keeps_shares_families_and_epochs() -> None:
 def test_every_example_is_seen_in_every_epoch(size: int, family: int, families: int, seed: int) -> None:
     per_epoch = -(-size // family)
     schedule = Schedule(
-        [Numbered("a", range(size))], [1.0], batch=family * families, family=family, steps=per_epoch * 3, seed=seed
+        [Numbered("a", range(size))], [1.0], batch=family * families, group=family, batches=per_epoch * 3, seed=seed
     )
     rows = [row for step in range(per_epoch * 3) for row in schedule.rows(step)]
     for epoch in range(3 * families):
@@ -255,22 +253,20 @@ def test_every_example_is_seen_in_every_epoch(size: int, family: int, families: 
 
 
 def test_schedule_refuses_what_cannot_be() -> None:
-    with pytest.raises(TrainError, match="multiple of family"):
-        Schedule([Numbered("a", range(9))], [1.0], batch=9, family=2, steps=1, seed=0)
-    with pytest.raises(TrainError, match="weights"):
-        Schedule([Numbered("a", range(9))], [0.0], batch=8, family=2, steps=1, seed=0)
+    with pytest.raises(TrainError, match="multiple of group"):
+        Schedule([Numbered("a", range(9))], [1.0], batch=9, group=2, batches=1, seed=0)
     with pytest.raises(TrainError, match="task a has no examples"):
-        Schedule([Numbered("a", range(0))], [1.0], batch=8, family=2, steps=1, seed=0)
+        Schedule([Numbered("a", range(0))], [1.0], batch=8, group=2, batches=1, seed=0)
 
 
 def test_lessons_are_sorted_by_length_within_a_window(tmp_path: Path) -> None:
     lines = [{"img_path": None, "prompt": f"count {n}", "target": " ".join(["one"] * (n % 7 + 1))} for n in range(40)]
     write_lines(tmp_path / "lessons/counting.jsonl", lines)
-    (counting,) = read_lessons(tmp_path)
+    (counting,) = read_pretraining(tmp_path)
     assert counting.name == "lessons_counting"
-    lengths = [len(prompt) + len(target) for _, prompt, target in counting.lines]
+    lengths = [len(prompt) + len(target) for _, prompt, target in counting.rows]
     assert lengths == sorted(lengths)
-    assert sorted(texts([counting])) == sorted(f"{line['prompt']} {line['target']}" for line in lines)
+    assert sorted(counting.texts()) == sorted(f"{line['prompt']} {line['target']}" for line in lines)
 
 
 # M-BEIR-CoT
@@ -303,7 +299,8 @@ def test_both_formats_give_the_examples_of_the_folder(folder: Path, tmp_path: Pa
             (task.name, len(task), folder.resolve()) for task in plain
         ]
         assert [examples(task) for task in inline] == [examples(task) for task in plain]
-        assert image_names(inline) == image_names(plain) and list(texts(inline)) == list(texts(plain))
+        assert [list(t.image_paths()) for t in inline] == [list(t.image_paths()) for t in plain]
+        assert [list(t.texts()) for t in inline] == [list(t.texts()) for t in plain]
 
 
 def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:

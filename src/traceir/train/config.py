@@ -153,7 +153,7 @@ class TrainConfig:
         object.__setattr__(self, "teach", FORMER_VALUES.get(("teach", self.teach), self.teach))
 
     def rate(self, step: int) -> float:
-        """Learning-rate factor in [0, 1] of steps 0, 1 ...: linear warm-up, then `hold` and a linear fall, or `cosine` (paper)."""
+        """Learning-rate factor in [0, 1] of steps 0, 1 ...: a linear warm-up, then `hold` and a linear fall, or `cosine`."""
         if self.curve == "cosine":
             warm = min(self.warmup, self.steps)
             if step < warm:
