@@ -341,7 +341,7 @@ def capacity_table(found: dict[str, Any]) -> list[str]:
     """The steps as Markdown."""
     lengths = found["lengths"]
     lines = [
-        f"Made-up turns: queries of {lengths['query']} tokens ({lengths['picture']} of a picture) and {lengths['reasoning']} of "
+        f"Made-up turns: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
         f"reasoning, candidates of {lengths['candidate']}. {found['trained'] / 1e6:.1f} M of {found['parameters'] / 1e6:.0f} M "
         "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, without making the turn. "
         "Share of the peak: 4 FLOPs a frozen parameter and token, 6 a trained one, 2 in the vision tower; nothing computed again "

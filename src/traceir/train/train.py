@@ -89,11 +89,11 @@ def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     run = Run(config, accelerator)
     resumed = run.restore(newest_step(out) or resume_from)
     loop = Loop(run.config, accelerator, run.reader, run.batches(), run.save)
-    started = time.monotonic()
+    started, first = time.monotonic(), step_of(resumed)
     loop.run(resumed)
     if accelerator.is_main_process:
         seconds = time.monotonic() - started
-        _write_meta(run.config, run.tasks, seconds=seconds, first_step=step_of(resumed), world=state.num_processes)
+        _write_meta(run.config, run.tasks, seconds=seconds, first_step=first, world=state.num_processes)
     loop.save_model(finished)
     for tracker in accelerator.trackers:
         tracker.finish()
