@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from traceir.data import mbeir
 from traceir.data.cot_table import FORMATS, GROUP_ROWS, Files, count_rows, load_table, write_file
-from traceir.data.samples import Pairs, Sample, Supervision, first_descriptions, join, task_prompts
+from traceir.data.samples import Pairs, Sample, Supervision, descriptions_of, join, task_prompts
 from traceir.errors import DataError
 
 NAME: Final = "M-BEIR-CoT"
@@ -237,7 +237,7 @@ def read_cot(path: Path | str, *, root: Path | None = None, cache: Path | None =
     if not len(table) or files.ends[-1] != len(table):
         raise DataError(f"{path}: {len(table)} rows where {files.ends[-1]} were written; copy or write the files again")
     by_task: dict[str, array[int]] = {}
-    descriptions = first_descriptions(TableRows(range(len(table)), table, files, supervision).checked(by_task))
+    descriptions = descriptions_of(TableRows(range(len(table)), table, files, supervision).checked(by_task), supervision)
     instructions = mbeir.read_instructions(root)
     tasks: list[Pairs] = []
     for name in sorted(by_task, key=_task_order):
@@ -267,13 +267,12 @@ class TableRows(Sequence[Sample]):
     def __iter__(self) -> Iterator[Sample]:
         return (_to_sample(fields, self.files.where(row), self.supervision) for row, fields in self._fields())
 
-    def checked(self, by_task: dict[str, array[int]]) -> Iterator[tuple[str, tuple[str, ...], str]]:
-        """One pass that checks every row and notes it with its task; yields qid, positives and what is said of them."""
+    def checked(self, by_task: dict[str, array[int]]) -> Iterator[Sample]:
+        """One pass that checks every row and notes it with its task."""
         for row, fields in tqdm(self._fields(), total=len(self), desc="checking samples", mininterval=2.0):
             where = self.files.where(row)
-            sample = _to_sample(fields, where, self.supervision)
+            yield _to_sample(fields, where, self.supervision)
             by_task.setdefault(_task_name(fields, where), array("q")).append(row)
-            yield sample.record.qid, sample.record.positives, self.supervision.description(sample.label)
 
     def _fields(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows with their numbers, a group of them in memory at a time."""

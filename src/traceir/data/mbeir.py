@@ -368,11 +368,6 @@ def dataset_id_in(qid: str, where: str) -> int:
     return int(prefix)
 
 
-def query_text(record: Record, prompt: str) -> str:
-    """Prompt and query text as one text, the way UniIR and LamRA hand it to a model."""
-    return normalise(f"{normalise(prompt)} {record.text or ''}")
-
-
 def candidate_text(candidate: Candidate) -> str:
     """The candidate's text; "" for an image alone. Candidates get no instruction."""
     return normalise(candidate.text)

@@ -10,24 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from traceir.data import mbeir
+from traceir.data.settings import check_choices
 from traceir.errors import DataError, TrainError
 from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.prompts import completion_text
 
-CHOICES: Final = {
-    "cot": ("both", "reasoning", "answer", "tagged", "none"),
-    "candidates": ("direct", "answer", "reason"),
-    "sampling": ("balanced", "proportional", "temperature"),
-}
 CLOSING_TAG: Final = " </answer>"
 WINDOW: Final = 4096
 """Lines of a pretraining task within which they are sorted by length."""
@@ -69,16 +65,15 @@ class Sample:
 class Supervision:
     """What of a Sample goes into its Example; the fields are those of TrainConfig. TrainError for values that mean nothing."""
 
-    cot: str = "both"
-    candidates: str = "direct"
+    cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
+    candidates: Literal["direct", "answer", "reason"] = "direct"
     reasoned: float = 1.0
     negatives: int = 0
     any_target: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("cot", self.cot)
-        check_choice("candidates", self.candidates)
+        check_choices(self)
         for name, share in (("reasoned", self.reasoned), ("any_target", self.any_target)):
             if not 0.0 <= share <= 1.0:
                 raise TrainError(f"{name} is {share}; it is a share from 0 to 1")
@@ -214,24 +209,6 @@ def _worded(text: str | None) -> str | None:
     return text if text and text.strip().strip('"') else None
 
 
-@dataclass(frozen=True, slots=True)
-class Joined(Sequence[Sample]):
-    """Samples joined on demand from records, labels and a pool in memory. `place` names the pool in errors."""
-
-    records: Sequence[mbeir.Record] = field(repr=False)
-    labels: Mapping[str, mbeir.Label] = field(repr=False)
-    pool: Mapping[str, mbeir.Candidate] = field(repr=False)
-    place: str
-    negatives: bool
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, number: Any) -> Any:
-        record = self.records[number]
-        return join(record, self.labels.get(record.qid), self.pool, self.place, negatives=self.negatives)
-
-
 def join(
     record: mbeir.Record, label: mbeir.Label | None, pool: Mapping[str, mbeir.Candidate], place: str, *, negatives: bool
 ) -> Sample:
@@ -250,16 +227,16 @@ def join(
     return Sample(record, label, positives, tuple(pool[did] for did in wrong))
 
 
-def first_descriptions(entries: Iterable[tuple[str, Iterable[str], str]]) -> dict[str, str]:
-    """did -> the description by the first query that has it among its positives, from (qid, positives, description).
+def descriptions_of(samples: Iterable[Sample], supervision: Supervision) -> dict[str, str]:
+    """did -> what the first query that has it among its positives says of it; those that nothing is said of are left out.
 
-    First by qid, compared part by part, numbers by value ("8:9" before "8:10"), whatever the order of the entries; an empty
-    description counts as none.
+    First by qid, compared part by part, numbers by value ("8:9" before "8:10"), whatever the order of the samples.
     """
     first: dict[str, tuple[list[tuple[int, str]], str]] = {}
-    for qid, dids, description in entries:
-        key = [(len(part), part) for part in qid.split(":")]
-        for did in dids if description else ():
+    for sample in samples:
+        key = [(len(part), part) for part in sample.record.qid.split(":")]
+        description = supervision.description(sample.label)
+        for did in sample.record.positives if description else ():
             if did not in first or key < first[did][0]:
                 first[did] = (key, description)
     return {did: description for did, (_, description) in first.items()}
@@ -275,21 +252,21 @@ def read_pairs(root: Path, **settings: Any) -> list[Pairs]:
     supervision, descriptions = Supervision(**settings), dict[str, str]()
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
     instructions = mbeir.read_instructions(root)
-    tasks: list[Pairs] = []
-    described: list[tuple[str, Iterable[str], str]] = []
+    tasks, place = list[Pairs](), f"the train pool of {root}"
     for dataset in mbeir.train_datasets(root):
         labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset)) if supervision.labelled else {}
         by_task: dict[int, list[mbeir.Record]] = {}
         for record in mbeir.read_train(root, dataset):
             by_task.setdefault(record.task_id, []).append(record)
-            described.append((record.qid, record.positives, supervision.description(labels.get(record.qid))))
         for task_id, records in sorted(by_task.items()):
-            samples = Joined(records, labels, pool, f"the train pool of {root}", supervision.negatives > 0)
+            samples = [
+                join(record, labels.get(record.qid), pool, place, negatives=supervision.negatives > 0) for record in records
+            ]
             prompts = task_prompts(instructions, records[0].qid, task_id)
             tasks.append(Pairs(f"{dataset}_task{task_id}", samples, root, prompts, supervision, descriptions))
     if not tasks:
         raise TrainError(f"{root} has no query/train/*.jsonl; build or download the train split first")
-    descriptions.update(first_descriptions(described))
+    descriptions.update(descriptions_of((sample for task in tasks for sample in task.samples()), supervision))
     return tasks
 
 
@@ -345,19 +322,21 @@ def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:
     return image is not None, len(prompt) + len(target)
 
 
+Sampling = Literal["balanced", "proportional", "temperature"]
+
+
 def task_shares(
-    sizes: Sequence[int], weights: Sequence[float], sampling: str = "balanced", temperature: float = 2.0
+    sizes: Sequence[int], weights: Sequence[float], sampling: Sampling = "balanced", temperature: float = 2.0
 ) -> list[float]:
     """The share of the batches that each task gets: weight x size^p, p = 0 (`balanced`), 1 (`proportional`), 1/T (`temperature`).
 
     Raises TrainError for a temperature that is not above 0, a negative weight, and where no task has a share.
     """
-    check_choice("sampling", sampling)
     if sampling == "temperature" and not temperature > 0:
         raise TrainError(f"sampling_temperature is {temperature}; it must be above 0 (1: proportional; larger: more even)")
     if any(weight < 0 for weight in weights):
         raise TrainError(f"task weights are {list(weights)}; each must be at least 0")
-    power = {"balanced": 0.0, "proportional": 1.0}.get(sampling, 1.0 / temperature if temperature else 0.0)
+    power = {"balanced": 0.0, "proportional": 1.0, "temperature": 1.0 / (temperature or 1.0)}[sampling]
     parts = [weight * float(size) ** power for size, weight in zip(sizes, weights, strict=True)]
     if not sum(parts) > 0:
         raise TrainError("all task weights are zero; give at least one task a weight")
@@ -423,8 +402,3 @@ class Schedule:
                 del self._orders[old]
             self._orders[key] = np.random.default_rng((self.seed, 2, task, epoch)).permutation(groups)
         return self._orders[key]
-
-
-def check_choice(name: str, value: str) -> None:
-    if value not in CHOICES[name]:
-        raise TrainError(f"{name} is {value!r}; choose one of {', '.join(CHOICES[name])}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -36,6 +36,20 @@ def known_keys(config: Any) -> list[str]:
         nested = known_keys(value) if is_dataclass(value) else ["NAME"] if isinstance(value, dict) else []
         keys += [f"{field.name}.{key}" for key in nested] or [field.name]
     return keys
+
+
+def check_choices(config: Any) -> None:
+    """InputError where a field of a dataclass is none of the values that its type, a Literal, names."""
+    for name, kind in get_type_hints(type(config)).items():
+        literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
+        known = [choice for part in literals for choice in get_args(part)] + [True, False] * (bool in get_args(kind))
+        if (value := getattr(config, name)) not in known and literals:
+            raise InputError(f"{name} is {value!r}; choose {_listed(known)}")
+
+
+def _listed(choices: Iterable[Any]) -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"
 
 
 def _replaced(config: Any, path: str, key: str, text: str) -> Any:
@@ -78,6 +92,5 @@ def _parse(text: str, kind: Any, key: str) -> Any:
     else:
         choices, text = ({} if kind is bool else {"auto": "auto"}) | truths, text.lower()
     if text not in choices:
-        *others, last = choices
-        raise InputError(f"--set {key}={text}: choose {', '.join(others)} or {last}")
+        raise InputError(f"--set {key}={text}: choose {_listed(choices)}")
     return choices[text]

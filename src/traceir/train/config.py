@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from traceir.batch import ReadOut
+from traceir.data.samples import Sampling
+from traceir.data.settings import check_choices
 from traceir.errors import InputError, TrainError
 from traceir.files import write_whole
 from traceir.precision import WIDEST, bfloat16_on
@@ -74,7 +76,7 @@ class TrainConfig:
     """Hard-negative group: neighbours in a train file that stay together in a batch; builders write near twins side by side."""
     negatives: int = 0
     """Hard negatives of a query, from its neg_cand_list."""
-    sampling: Literal["balanced", "proportional", "temperature"] = "balanced"
+    sampling: Sampling = "balanced"
     """A task's share of batches: weight times size^0 (`balanced`), times size (`proportional`), size^(1/T) (`temperature`)."""
     sampling_temperature: float = 2.0
     grad_cache: bool = False
@@ -187,16 +189,7 @@ def modern_settings(settings: Sequence[str]) -> list[str]:
 
 def check(config: TrainConfig) -> TrainConfig:
     """The configuration itself; InputError for fields that do not go together."""
-    choices = {
-        "curve": ("hold", "cosine"),
-        "dtype": ("float32", "bfloat16"),
-        "mixed_precision": ("auto", True, False),
-        "teach": ("pairs", "pretraining", "both"),
-    }
-    for name, known in choices.items():
-        if (value := getattr(config, name)) not in known:
-            *others, last = map(str, known)
-            raise InputError(f"{name} {value!r} is unknown; choose {', '.join(others)} or {last}")
+    check_choices(config)
     if config.dtype == "bfloat16" and not config.lora_rank:
         raise InputError("dtype bfloat16 is for a frozen base: set lora_rank, or dtype=float32 with mixed_precision=true")
     if config.read_out == "at_token" and (config.distil or config.direct_ret):
