@@ -271,9 +271,7 @@ def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("{broken", "not a row"),
     ],
 )
-def test_a_broken_line_is_named(
-    folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, found: str
-) -> None:
+def test_a_broken_line_is_named(folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, found: str) -> None:
     file = lines_of_cot / "train-00001-of-00003.jsonl"
     whole = file.read_text()
     lines = whole.splitlines()

@@ -50,101 +50,68 @@ class TrainConfig:
 
     data: str
     out: str
-    cache: str = ""
-    """Folder for resized images, shared by runs on the same data; `pixels` in the run's own folder if empty."""
-    init: str = "random"
-    """`random`, or the checkpoint to start from."""
-    teach: Literal["pairs", "pretraining", "both"] = "pairs"
-    """`pairs` (the TRACE objective), `pretraining` (language-model loss on lessons/), or `both`."""
+    cache: str = ""  # Folder for resized images, shared by runs on the same data; `pixels` in the run's own folder if empty.
+    init: str = "random"  # `random`, or the checkpoint to start from.
+    teach: Literal["pairs", "pretraining", "both"] = "pairs"  # The TRACE objective, language-model loss on lessons/, or both.
     cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
     """What a complex query writes before `<|emb|>` (paper, Table 5): reasoning and answer (`both`), `reasoning`, `answer`;
     `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""
-    candidates: Literal["direct", "answer", "reason"] = "direct"
-    """What candidates write (Table 6): nothing (`direct`), `answer`, or `reason`."""
-    reasoned: float = 1.0
-    """Share of the complex queries that keep their reasoning; the others are taught as simple ones."""
+    candidates: Literal["direct", "answer", "reason"] = "direct"  # What candidates write (Table 6); `direct`: nothing.
+    reasoned: float = 1.0  # Share of the complex queries that keep their reasoning; the others are taught as simple ones.
     read_out: ReadOut = "before_token"
     """Which state is the embedding (Table 4): the one that predicts `<|emb|>`, or `at_token`, that of `<|emb|>` itself."""
     steps: int = 1000
-    epochs: float = 0.0
-    """If above 0, the steps are as many as it takes to draw that many times the number of pairs; `steps` says nothing then."""
-    batch: int = 32
-    """Pairs of one InfoNCE batch over all processes, all of one task: its in-batch negatives."""
-    accumulate: int = 1
-    """Batches, of different tasks as far as the rotation goes, whose gradients make one step."""
+    epochs: float = 0.0  # If above 0, as many steps as draw that many times the number of pairs; `steps` says nothing then.
+    batch: int = 32  # Pairs of one InfoNCE batch over all processes, all of one task: its in-batch negatives.
+    accumulate: int = 1  # Batches, of different tasks as far as the rotation goes, whose gradients make one step.
     group: int = 4
     """Hard-negative group: neighbours in a train file that stay together in a batch; builders write near twins side by side."""
-    negatives: int = 0
-    """Hard negatives of a query, from its neg_cand_list."""
-    sampling: Sampling = "balanced"
-    """A task's share of batches: weight times size^0 (`balanced`), times size (`proportional`), size^(1/T) (`temperature`)."""
+    negatives: int = 0  # Hard negatives of a query, from its neg_cand_list.
+    sampling: Sampling = "balanced"  # A task's share of batches: its weight times size^0, size, or size^(1/temperature).
     sampling_temperature: float = 2.0
-    grad_cache: bool = False
-    """Two passes over chunks of `chunk_tokens`, in the memory of one chunk whatever the batch (gradcache.py)."""
-    chunk_tokens: int = 8192
-    """Padded tokens of one forward."""
-    checkpointing: bool = False
-    """Activations are computed again in the backward pass: less memory, about a third more work."""
+    grad_cache: bool = False  # Two passes over chunks, in the memory of one chunk whatever the batch (gradcache.py).
+    chunk_tokens: int = 8192  # Padded tokens of one forward.
+    checkpointing: bool = False  # Activations are computed again in the backward pass: less memory, a third more work.
     learning_rate: float = 7e-4
     warmup: int = 200
     curve: Literal["hold", "cosine"] = "hold"
     """After the warm-up: `hold`, then a linear fall to zero over the last `decay` of the steps; or `cosine` to zero (paper)."""
     decay: float = 0.2
     weight_decay: float = 0.01
-    beta: float = 0.98
-    """AdamW's second beta; the first is 0.9."""
+    beta: float = 0.98  # AdamW's second beta; the first is 0.9.
     clip: float = 1.0
     temperature: float = 0.04
-    learn_temperature: bool = False
-    """Its logarithm trains too, at the rate of everything else; `temperature` is where it starts."""
+    learn_temperature: bool = False  # Its logarithm trains too, at the rate of everything else, from `temperature` on.
     lambda_gen: float = 1.0
     lambda_ret: float = 1.0
-    symmetric: bool = False
-    """Candidates look for their queries as well; the mean of both directions."""
-    distil: float = 0.0
-    """Weight of 1 - cosine between the prefill state of a query that reasons and its embedding (not in the paper)."""
-    direct_ret: float = 0.0
-    """Weight of InfoNCE from that prefill state (not in the paper)."""
-    lora_rank: int = 0
-    """0 trains all weights; otherwise LoRA on the linears of the language model, and the row of `<|emb|>`."""
+    symmetric: bool = False  # Candidates look for their queries as well; the mean of both directions.
+    distil: float = 0.0  # Weight of 1 - cosine between a reasoning query's prefill state and its embedding (not in the paper).
+    direct_ret: float = 0.0  # Weight of InfoNCE from that prefill state (not in the paper).
+    lora_rank: int = 0  # 0 trains all weights; otherwise LoRA on the language model's linears, and the row of `<|emb|>`.
     lora_alpha: int = 256
     lora_dropout: float = 0.0
-    train_vision: bool = True
-    """False freezes the vision encoder (paper); with LoRA it is always frozen."""
+    train_vision: bool = True  # False freezes the vision encoder (paper); with LoRA it is always frozen.
     train_projector: bool = True
-    any_target: float = 0.1
-    """Share of queries that do not name the modality they look for, so that a search without one is no surprise."""
-    min_pixels: int = 0
+    any_target: float = 0.1  # Share of queries that do not name the modality they look for, as a search may not.
+    min_pixels: int = 0  # Image budget in pixels; 0 keeps the checkpoint's own.
     max_pixels: int = 0
-    """Image budget in pixels; 0 keeps the checkpoint's own."""
-    augment: int = 0
-    """Images are shifted by up to this many pixels (of the model's view) in training; 0 shows them as they are."""
-    weights: dict[str, float] = field(default_factory=dict)
-    """Weight of a task in the rotation; tasks not named count 1, 0 leaves a task out."""
+    augment: int = 0  # Images are shifted by up to this many pixels (of the model's view) in training.
+    weights: dict[str, float] = field(default_factory=dict)  # Of a task in the rotation; 1 if not named, 0 leaves it out.
     seed: int = 0
     mixed_precision: Literal["auto"] | bool = "auto"
     """Forward and backward in bfloat16; weights that train stay float32. `auto`: where the device is faster in it (precision.py),
     decided at the first start and kept for the whole run."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in memory; `bfloat16` halves a frozen base under LoRA."""
-    device: Literal["cpu", "auto"] = "cpu"
-    """`cpu`, or `auto`: the accelerator that is there."""
+    dtype: Literal["float32", "bfloat16"] = "float32"  # Of the weights in memory; bfloat16 halves a frozen base under LoRA.
+    device: Literal["cpu", "auto"] = "cpu"  # `auto`: the accelerator that is there.
     threads: int = 1
-    workers: int = 0
-    """Processes that decode images and lay out batches ahead of the loop; 0 does it in the loop."""
-    store_pixels: bool = True
-    """All images are decoded once, before the first step, into `cache`; False decodes them as they come, in the workers."""
-    precheck: bool = True
-    """A trial of the longest samples before the first step, so that memory runs out in the first minute or not at all."""
-    diverged: float = 10.0
-    """A loss this many times a task's usual one (at least 1) stops the run; 0 never does."""
-    report_to: tuple[str, ...] = ()
-    """Trackers that accelerate knows: tensorboard, trackio, wandb and others; each must be installed."""
-    shard: bool = False
-    """Weights, gradients and the optimiser's state are divided among the processes (FSDP2); False gives each the whole (DDP)."""
+    workers: int = 0  # Processes that decode images and lay out batches ahead of the loop; 0 does it in the loop.
+    store_pixels: bool = True  # All images are decoded once, before the first step, into `cache`; False: as they come.
+    precheck: bool = True  # A trial of the longest samples first, so that memory runs out in the first minute or not at all.
+    diverged: float = 10.0  # A loss this many times a task's usual one (at least 1) stops the run; 0 never does.
+    report_to: tuple[str, ...] = ()  # Trackers that accelerate knows: tensorboard, trackio, wandb and others, if installed.
+    shard: bool = False  # Weights, gradients and AdamW's state are divided among the processes (FSDP2) instead of DDP.
     save_every: int = 500
-    keep: tuple[int, ...] = ()
-    """Steps whose checkpoints are kept for good; of the others only the newest is."""
+    keep: tuple[int, ...] = ()  # Steps whose checkpoints are kept for good; of the others only the newest is.
     log_every: int = 20
     size: SmallSize = field(default_factory=SmallSize)
     prompt_version: str = "brief-1"

@@ -27,8 +27,10 @@ from traceir.train.batches import Chunk, TrainBatch
 from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
 
 Context = contextlib.AbstractContextManager[Any]
+Output = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of one chunk: embeddings [b, D], states that predict each row's first supervised token [b, D], sum of the cross-entropy."""
 Gradients = tuple[torch.Tensor, torch.Tensor | None]
-"""Of one chunk's rows, at their embeddings and at the states that predict their first supervised token."""
+"""Of one chunk: at its embeddings and at its first states."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,9 @@ class Reader(torch.nn.Module):
     def model(self) -> TraceModel:
         return self._model[0]
 
-    def forward(self, chunk: Chunk, gen: bool, touch: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings [b, D], the states that predict each row's first supervised token [b, D], and the sum of the cross-entropy.
-
-        `gen` false leaves that sum at 0. `touch` makes every trainable part take part in the graph, as wrappers for several
-        processes demand, whether or not the chunk holds an image.
-        """
+    def forward(self, chunk: Chunk, gen: bool, touch: bool) -> Output:
+        """`gen` false leaves the cross-entropy at 0. `touch` makes every trainable part take part in the graph, as wrappers for
+        several processes demand, whether or not the chunk holds an image."""
         batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
         # Before the language model, as images are: shards must be gathered in one order by all processes.
         blank = 0.0 * self._blank(batch.ids.device) if touch and batch.patches is None else 0.0
@@ -119,15 +118,16 @@ class Distribution:
         return float(value)
 
     def gather(self, rows_bD: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        """The rows of all processes, in the order of the ranks; `sizes` says how many each has."""
-        most = max(sizes)
-        if self.world == 1 or not most:
-            return rows_bD.clone()
-        padded = rows_bD.new_zeros(most, rows_bD.shape[1])
-        padded[: len(rows_bD)] = rows_bD
+        """The rows of all processes, in the order of the ranks; `sizes` says how many each has. Gradients reach one's own."""
+        if self.world == 1 or not max(sizes):
+            return rows_bD
+        padded = rows_bD.new_zeros(max(sizes), rows_bD.shape[1])
+        padded[: len(rows_bD)] = rows_bD.detach()
         everyone = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(everyone, padded)
-        return torch.cat([rows[:size] for rows, size in zip(everyone, sizes, strict=True)])
+        parts = [rows[:size] for rows, size in zip(everyone, sizes, strict=True)]
+        parts[self.rank] = rows_bD
+        return torch.cat(parts)
 
 
 ALONE = Distribution()
@@ -150,38 +150,37 @@ def step(
     `reader` is a Reader or what wraps one; its gradients are the mean over processes, as DDP and FSDP leave them. `check` sees
     the terms before anything is sent back (of a pretraining task: after it), and may raise. `backward` gets each scalar.
     """
-    forwards = _Forwards(reader, batch, objective.lambda_gen > 0, seed, ranks)
+    forwards, own = _Forwards(reader, batch, objective.lambda_gen > 0, seed, ranks), len(batch.chunks)
     tokens = max(1.0, ranks.sum(torch.tensor(float(batch.tokens), device=batch.collision_BN.device)))
-    outputs: list[tuple[torch.Tensor, ...]] = []
-    losses: dict[str, float] = {}
-    gradients: list[Gradients] = []
+    outputs: list[Output] = []
+    losses, gradients = dict[str, float](), list[Gradients]()
     if batch.candidates:
         for number in range(forwards.count):
             with torch.set_grad_enabled(not cache), forwards.synced(number):
                 outputs.append(forwards(number))
-        losses["gen"] = ranks.sum(torch.stack([out[2].detach() for out in outputs]).sum().float()) / tokens
+        losses["gen"] = ranks.sum(torch.stack([output[2].detach() for output in outputs[:own]]).sum().float()) / tokens
         terms, gradients = _at_embeddings(forwards.reader, batch, outputs, objective, ranks, share)
         losses |= terms
         check(losses)
-    again, written = cache or not batch.candidates, list[torch.Tensor]()
-    surrogates: list[torch.Tensor] = []
+    again, surrogates, entropies = cache or not batch.candidates, list[torch.Tensor](), list[torch.Tensor]()
     for number in range(forwards.count):
         with forwards.synced(number):
-            out = forwards(number) if again else outputs[number]
-            written.append(out[2].detach())
-            total = out[2] * (objective.lambda_gen * share * ranks.world / tokens)
-            if number >= len(batch.chunks):
-                total = (out[0].sum() + out[2]) * 0.0
-            elif gradients:
-                total = _with_gradients(total, out, gradients[number], ranks.world)
+            output = forwards(number) if again else outputs[number]
+            surrogate = output[2] * (objective.lambda_gen * share * ranks.world / tokens)
+            for state, gradient in zip(output, gradients[number] if number < len(gradients) else (), strict=False):
+                if gradient is not None:
+                    surrogate = surrogate + (state * (gradient * ranks.world)).sum()
+            if number >= own:
+                surrogate = (output[0].sum() + output[2]) * 0.0
             if again:
-                backward(total)
+                backward(surrogate)
+                entropies.append(output[2].detach())
             else:
-                surrogates.append(total)
-    if surrogates:
+                surrogates.append(surrogate)
+    if not again:
         backward(torch.stack(surrogates).sum())
     if not batch.candidates:
-        losses["gen"] = ranks.sum(torch.stack(written[: len(batch.chunks)]).sum().float()) / tokens
+        losses["gen"] = ranks.sum(torch.stack(entropies[:own]).sum().float()) / tokens
         check(losses)
     return losses
 
@@ -200,11 +199,11 @@ class _Forwards:
             dist.all_reduce(most, op=dist.ReduceOp.MAX)
             self.count = int(most)
 
-    def __call__(self, number: int) -> tuple[torch.Tensor, ...]:
+    def __call__(self, number: int) -> Output:
         number = min(number, len(self.chunks) - 1)
         torch.manual_seed((self.seed * 4096 + number) % 2**63)
         touch = self.ranks.even or (self.ranks.world > 1 and torch.is_grad_enabled())
-        output: tuple[torch.Tensor, ...] = self.wrapped(self.chunks[number], self.gen, touch)
+        output: Output = self.wrapped(self.chunks[number], self.gen, touch)
         return output
 
     def synced(self, number: int) -> Context:
@@ -221,30 +220,32 @@ def _with_gradients(total: torch.Tensor, out: Sequence[torch.Tensor], gradients:
 
 
 def _at_embeddings(
-    reader: Reader,
-    batch: TrainBatch,
-    outputs: Sequence[Sequence[torch.Tensor]],
-    objective: Objective,
-    ranks: Distribution,
-    share: float,
+    reader: Reader, batch: TrainBatch, outputs: Sequence[Output], objective: Objective, ranks: Distribution, share: float
 ) -> tuple[dict[str, float], list[Gradients]]:
     """The terms that compare embeddings of all processes, and the gradient of their weighted sum at each chunk's states."""
-    queries, rest = outputs[: len(batch.queries)], outputs[len(batch.queries) :]
+    states = [[state.detach() for state in output[:2]] for output in outputs[: len(batch.chunks)]]
+    leaves = [state.to(torch.promote_types(state.dtype, torch.float32)).requires_grad_() for pair in states for state in pair]
+    embeddings, firsts, count = leaves[0::2], leaves[1::2], len(batch.queries)
     sizes, further = ([size[side] for size in batch.sizes] for side in (0, 1))
-    own = sizes[ranks.rank]
-    query_BD = ranks.gather(_in_order(batch.queries, [out[0] for out in queries]), sizes).requires_grad_()
-    candidate_nD = _in_order(batch.candidates, [out[0] for out in rest[: len(batch.candidates)]])
-    parts = ranks.gather(candidate_nD[:own], sizes), ranks.gather(candidate_nD[own:], further)
-    leaves = [query_BD, candidate_ND := torch.cat(parts).requires_grad_()]
-    first_BD: torch.Tensor | None = None
-    if objective.distil > 0 or objective.direct_ret > 0:
-        first_BD = ranks.gather(_in_order(batch.queries, [out[1] for out in queries]), sizes).requires_grad_()
-        leaves.append(first_BD)
     learnt = reader.log_temperature.requires_grad
     log_temperature = reader.log_temperature.detach().clone().requires_grad_(learnt)
-    with torch.enable_grad(), torch.autocast(query_BD.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(batch.collision_BN.device.type, enabled=False):
         temperature = log_temperature.exp() if learnt else reader.temperature
-        terms = _terms(query_BD, candidate_ND, first_BD, temperature, batch.collision_BN, objective)
+        query_BD = ranks.gather(_in_order(batch.queries, embeddings[:count]), sizes)
+        candidate_nD = _in_order(batch.candidates, embeddings[count:])
+        positive_nD, negative_nD = candidate_nD[: sizes[ranks.rank]], candidate_nD[sizes[ranks.rank] :]
+        candidate_ND = torch.cat([ranks.gather(positive_nD, sizes), ranks.gather(negative_nD, further)])
+        retrieval = retrieval_loss(query_BD, candidate_ND, temperature, batch.collision_BN, symmetric=objective.symmetric)
+        terms = {"ret": (objective.lambda_ret, retrieval)}
+        if objective.distil > 0 or objective.direct_ret > 0:
+            first_BD = ranks.gather(_in_order(batch.queries, firsts[:count]), sizes)
+            # A query that writes nothing has its embedding where its first token is predicted: both states are the same one.
+            complex_B = (first_BD != query_BD).any(dim=1)
+            if objective.distil:
+                terms["distil"] = objective.distil, distillation_loss(first_BD, query_BD, complex_B)
+            if objective.direct_ret:
+                direct = retrieval_loss(first_BD, candidate_ND, temperature, batch.collision_BN, rows_B=complex_B)
+                terms["direct_ret"] = objective.direct_ret, direct
         total = torch.stack([weight * value for weight, value in terms.values()]).sum() * share
         gradients = torch.autograd.grad(total, [*leaves, log_temperature] if learnt else leaves, allow_unused=True)
     losses = {name: float(value.detach()) for name, (_, value) in terms.items()}
@@ -252,49 +253,9 @@ def _at_embeddings(
         losses["temperature"] = float(log_temperature.detach().exp())
         known, more = reader.log_temperature.grad, gradients[-1]
         reader.log_temperature.grad = more.clone() if known is None else known + more
-    return losses, _by_chunk(batch, gradients[: len(leaves)], sizes, further, ranks.rank)
-
-
-def _terms(
-    query_BD: torch.Tensor,
-    candidate_ND: torch.Tensor,
-    first_BD: torch.Tensor | None,
-    temperature: float | torch.Tensor,
-    collision_BN: torch.Tensor,
-    objective: Objective,
-) -> dict[str, tuple[float, torch.Tensor]]:
-    """Weight and value of every term, by its name in the log."""
-    retrieval = retrieval_loss(query_BD, candidate_ND, temperature, collision_BN, symmetric=objective.symmetric)
-    terms = {"ret": (objective.lambda_ret, retrieval)}
-    if first_BD is not None:
-        # A query that writes nothing has its embedding where its first token is predicted: both states are the same one.
-        complex_B = (first_BD != query_BD).any(dim=1).detach()
-        if objective.distil:
-            terms["distil"] = objective.distil, distillation_loss(first_BD, query_BD, complex_B)
-        if objective.direct_ret:
-            direct = retrieval_loss(first_BD, candidate_ND, temperature, collision_BN, rows_B=complex_B)
-            terms["direct_ret"] = objective.direct_ret, direct
-    return terms
-
-
-def _by_chunk(
-    batch: TrainBatch, gradients: Sequence[torch.Tensor], sizes: Sequence[int], further: Sequence[int], rank: int
-) -> list[Gradients]:
-    """This process's rows of the gradients (of queries, candidates and maybe first states), dealt out to its chunks."""
-    query_BD, candidate_ND, *first = gradients
-    start, after = sum(sizes[:rank]), sum(sizes) + sum(further[:rank])
-    own = slice(start, start + sizes[rank])
-    candidate_nD = torch.cat([candidate_ND[own], candidate_ND[after : after + further[rank]]])
-    dealt: list[Gradients] = [
-        (query_BD[own][chunk.places], first[0][own][chunk.places] if first else None) for chunk in batch.queries
-    ]
-    return dealt + [(candidate_nD[chunk.places], None) for chunk in batch.candidates]
+    return losses, list(zip(gradients[0::2], gradients[1::2], strict=False))
 
 
 def _in_order(chunks: Sequence[Chunk], states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several chunks in the order of their places, without their graphs; at least float32."""
-    places = torch.cat([chunk.places for chunk in chunks])
-    rows = torch.cat([state.detach() for state in states])
-    ordered = torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, torch.float32))
-    ordered[places] = rows.to(ordered.dtype)
-    return ordered
+    """Rows of several chunks in the order of their places."""
+    return torch.cat(list(states))[torch.cat([chunk.places for chunk in chunks]).argsort()]
