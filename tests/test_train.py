@@ -383,17 +383,12 @@ def test_other_backbones_train_by_gradcache_and_resume_to_the_same_weights(folde
     assert any("deepstack_merger_list" in name for name in names) == (kind == "qwen3_vl")
     assert any("linear_attn.in_proj_qkv.lora_A" in name for name in names) == (kind == "qwen3_5")
     assert load(whole).processor.image.max_pixels == 4 * 32 * 32 and load(whole).fingerprint != load(start).fingerprint
-
-
-@slow
-def test_a_frozen_vision_encoder_still_trains_its_mergers(folder: Path, trained: Path, tmp_path: Path) -> None:
-    deep = save(load(published(tmp_path / "hub", "qwen3_vl"), prompt_version="brief-1"), tmp_path / "start")
-    for start, merger in ((trained, "visual.merger"), (deep, "deepstack_merger_list")):
-        done = train(config(folder, tmp_path / merger, init=str(start), steps=1, batch=4, train_vision=False, learning_rate=0.01))
-        before, after = weights(start), weights(done)
-        changed = {name for name in before if not torch.equal(before[name], after[name])}
-        assert any(merger in name for name in changed) and any("self_attn" in name for name in changed)
-        assert not [name for name in changed if "visual" in name and "merger" not in name]
+    frozen = train(config(folder, tmp_path / "frozen", init=str(start), steps=1, batch=4, train_vision=False, learning_rate=0.01))
+    before, after = weights(start), weights(frozen)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("deepstack_merger_list" in name for name in changed) == (kind == "qwen3_vl")
+    assert any("visual.merger" in name for name in changed) and any("mlp" in name for name in changed)
+    assert not [name for name in changed if "visual" in name and "merger" not in name], "a frozen encoder's mergers train"
 
 
 @slow
