@@ -41,6 +41,7 @@ class Made(TaskData):
         return Example(query, said, Item.of(image=picture(100 + number), id=target), frozenset({target}))
 
 
+@pytest.mark.slow
 def test_the_plain_loop_computes_what_our_step_does() -> None:
     config = replace(PRESETS["mini"](), batch=8, chunk_tokens=120)
     ours_model, plain_model = (build("mini", "cpu", lora=False, precision="float32") for _ in range(2))

@@ -18,10 +18,10 @@ from traceir.train.batches import TrainBatch, TrainBatches
 from traceir.train.gradcache import Distribution, Objective, Reader, step
 
 
-def examples(negatives: int = 0) -> list[Example]:
-    """8 pairs of all modalities; every third query is complex, and two neighbours share a positive."""
+def examples(count: int = 8, negatives: int = 0) -> list[Example]:
+    """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
     found = []
-    for number in range(8):
+    for number in range(count):
         shown = picture(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
         text = " ".join(["red", "cube", "then", "blue"][: 1 + number % 4])
         did = f"1:{number - number % 2 if number < 4 else number}"
