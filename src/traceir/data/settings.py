@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Final, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from traceir.errors import InputError
 from traceir.suggest import did_you_mean
@@ -41,10 +42,17 @@ def known_keys(config: Any) -> list[str]:
 def check_choices(config: Any) -> None:
     """InputError where a field of a dataclass is none of the values that its type, a Literal, names."""
     for name, kind in get_type_hints(type(config)).items():
-        literals = [part for part in (kind, *get_args(kind)) if get_origin(part) is Literal]
-        known = [choice for part in literals for choice in get_args(part)] + [True, False] * (bool in get_args(kind))
-        if (value := getattr(config, name)) not in known and literals:
+        known, value = list(_choices(kind).values()), getattr(config, name)
+        if known and value not in known:
             raise InputError(f"{name} is {value!r}; choose {_listed(known)}")
+
+
+def _choices(kind: Any) -> dict[str, Any]:
+    """The values of a Literal, of bool or of a union of them, by how they are written; {} for other types."""
+    if get_origin(kind) is Literal or kind is bool:
+        return {str(value).lower() if kind is bool else value: value for value in get_args(kind) or (True, False)}
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return {written: value for part in parts for written, value in _choices(part).items()}
 
 
 def _listed(choices: Iterable[Any]) -> str:
@@ -86,11 +94,7 @@ def _parse(text: str, kind: Any, key: str) -> Any:
         return number
     if get_origin(kind) is tuple:
         return tuple(_parse(part.strip(), get_args(kind)[0], key) for part in text.split(",") if part.strip())
-    truths = {"true": True, "false": False}
-    if get_origin(kind) is Literal:
-        choices: dict[str, Any] = {name: name for name in get_args(kind)}
-    else:
-        choices, text = ({} if kind is bool else {"auto": "auto"}) | truths, text.lower()
-    if text not in choices:
+    choices = _choices(kind)
+    if (written := text if text in choices else text.lower()) not in choices:
         raise InputError(f"--set {key}={text}: choose {_listed(choices)}")
-    return choices[text]
+    return choices[written]
