@@ -12,7 +12,7 @@ from traceir.train.small import SmallSize
 
 MINI_DATA: Final = "data/minibeir"
 SIZE: Final = SmallSize(hidden=128, layers=4, inner=352, vision_hidden=96, vision_inner=192, initial=0.05)
-# What a row counts in the rotation: composed and multi-hop rows need more turns than captions; lessons go on beside the pairs.
+# What a row counts in the rotation: composed and multi-hop rows need more batches than captions.
 WEIGHTS: Final = {
     "cirr_task7": 5.0,
     "fashioniq_task7": 3.0,
@@ -23,7 +23,7 @@ WEIGHTS: Final = {
     "infoseek_task6": 1.5,
     "infoseek_task8": 1.5,
 }
-LESSONS: Final = (
+PRETRAINING: Final = (
     "scenes_naming",
     "scenes_edits",
     "scenes_views",
@@ -38,14 +38,14 @@ LESSONS: Final = (
 
 
 def teaching(**weights: float) -> dict[str, float]:
-    """A weight for every lesson of MiniBEIR; 0 for those not named."""
-    return {f"lessons_{name}": weights.get(name, 0.0) for name in LESSONS}
+    """A weight for every pretraining task of MiniBEIR; 0 for those not named."""
+    return {f"lessons_{name}": weights.get(name, 0.0) for name in PRETRAINING}
 
 
 def mini() -> TrainConfig:
-    """The bundled model's one stage of training, after the lessons: the joint objective on MiniBEIR's pairs.
+    """The bundled model's one stage of training, after pretraining: the joint objective on MiniBEIR's pairs.
 
-    Lessons go on in turn with the pairs. They stand for what a pretrained Qwen2.5-VL brings along: it can name what it sees, has
+    Pretraining tasks alternate with the pairs. They stand for what a pretrained Qwen2.5-VL brings along: it names what it sees, has
     read the encyclopedia and can follow a list of edits.
     """
     beside = teaching(
@@ -79,7 +79,7 @@ def mini() -> TrainConfig:
 
 
 def mini_naming() -> TrainConfig:
-    """The first lessons, from random weights: say what a picture shows. One skill at a time is learnt fastest."""
+    """The first pretraining, from random weights: say what an image shows. One skill at a time is learnt fastest."""
     weights = teaching(scenes_naming=1.5, garments_naming=1.0, news_naming=1.0, entities_naming=1.0)
     return replace(
         mini(), out="out/runs/mini-naming", init="random", teach="pretraining", weights=weights, steps=1500, warmup=100, decay=0.0
@@ -87,7 +87,7 @@ def mini_naming() -> TrainConfig:
 
 
 def mini_words() -> TrainConfig:
-    """The second lessons, nearly all without pictures: chains of edits upon a state in words, facts, chains of facts."""
+    """The second pretraining, nearly all without images: chains of edits upon a state in words, facts, chains of facts."""
     weights = teaching(
         scenes_naming=0.3,
         scenes_edits=2.0,
@@ -103,7 +103,7 @@ def mini_words() -> TrainConfig:
 
 
 def mini_lessons() -> TrainConfig:
-    """The last lessons: all kinds within each step, chains of edits from pictures among them."""
+    """The last pretraining: all tasks within each step, chains of edits from images among them."""
     weights = teaching(
         scenes_naming=1.0,
         scenes_edits=1.0,
@@ -131,7 +131,7 @@ def mini_lessons() -> TrainConfig:
 
 
 def mini_direct() -> TrainConfig:
-    """The baseline of `mini`: same start, pairs, order, lessons and updates; no pair reasons."""
+    """The baseline of `mini`: same start, pairs, order, pretraining and updates; no pair reasons."""
     return replace(mini(), out="out/runs/mini-direct", cot="none")
 
 
@@ -148,7 +148,7 @@ def mini_direct_long() -> TrainConfig:
 def ablation() -> TrainConfig:
     """The base of `traceir ablate`: the paper's single stage in miniature, on composed queries and some simple ones.
 
-    It starts from the lessons, which stand for a pretrained Qwen2.5-VL, with the vision encoder frozen (paper, section 2).
+    It starts from pretraining, which stands for a pretrained Qwen2.5-VL, with the vision encoder frozen (paper, section 2).
     """
     chosen = {"cirr_task7": 2.0, "mscoco_task3": 1.0}
     others = ("edis_task2", "fashion200k_task0", "fashion200k_task3", "fashioniq_task7", "infoseek_task6", "infoseek_task8",
@@ -161,7 +161,7 @@ def ablation() -> TrainConfig:
 
 
 def sized(stage: Callable[[], TrainConfig], name: str, size: SmallSize) -> Callable[[], TrainConfig]:
-    """A stage of another size: the same training, after the lessons of its own size."""
+    """A stage of another size: the same training, after the pretraining of its own size."""
 
     def config() -> TrainConfig:
         same = stage()
@@ -179,7 +179,7 @@ SIZES: Final = {
 
 
 def emoji() -> TrainConfig:
-    """A small model from random weights on a few thousand real pictures."""
+    """A small model from random weights on a few thousand real images."""
     return TrainConfig(
         data="data/emoji",
         out="out/runs/emoji",

@@ -211,14 +211,6 @@ class _Forwards:
         return contextlib.nullcontext() if number == self.count - 1 else self.ranks.no_sync()
 
 
-def _with_gradients(total: torch.Tensor, out: Sequence[torch.Tensor], gradients: Gradients, world: int) -> torch.Tensor:
-    """A scalar whose backward also sends `gradients` through the states of a chunk."""
-    for state, gradient in zip(out[:2], gradients, strict=True):
-        if gradient is not None:
-            total = total + (state * (gradient * world)).sum()
-    return total
-
-
 def _at_embeddings(
     reader: Reader, batch: TrainBatch, outputs: Sequence[Output], objective: Objective, ranks: Distribution, share: float
 ) -> tuple[dict[str, float], list[Gradients]]:
