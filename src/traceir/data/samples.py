@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -117,11 +117,13 @@ def keeps_reasoning(qid: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2.0**64
 
 
+@dataclass(eq=False)
 class TaskData:
     """All examples of one task, made on demand. `root` is the folder that image paths start from."""
 
-    def __init__(self, name: str, rows: Sequence[Any], root: Path = Path()) -> None:
-        self.name, self.rows, self.root = name, rows, root
+    name: str
+    rows: Sequence[Any] = field(repr=False)
+    root: Path = Path()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -131,30 +133,23 @@ class TaskData:
 
     def texts(self) -> Iterator[str]:
         """Every text, for training a tokenizer."""
-        return iter(())
+        raise NotImplementedError
 
     def image_paths(self) -> Iterator[str]:
         """Every image that an example can show, relative to `root`."""
-        return iter(())
+        raise NotImplementedError
 
 
+@dataclass(eq=False)
 class Pairs(TaskData):
     """Query-candidate pairs of one M-BEIR task, wherever its samples lie: equal samples and draws make equal Examples.
 
     `prompts` are the task's instructions; `descriptions` says what a candidate writes, by did, where a label tells.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: Sequence[Sample],
-        root: Path,
-        prompts: Sequence[str],
-        supervision: Supervision,
-        descriptions: Mapping[str, str],
-    ) -> None:
-        super().__init__(name, rows, root)
-        self.prompts, self.supervision, self.descriptions = prompts, supervision, descriptions
+    prompts: Sequence[str] = ()
+    supervision: Supervision = Supervision()
+    descriptions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def sample(self, number: int) -> Sample:
         made: Sample = self.rows[number]

@@ -45,7 +45,7 @@ def teaching(**weights: float) -> dict[str, float]:
 def mini() -> TrainConfig:
     """The bundled model's one stage of training, after pretraining: the joint objective on MiniBEIR's pairs.
 
-    Pretraining tasks alternate with the pairs. They stand for what a pretrained Qwen2.5-VL brings along: it names what it sees, has
+    Pretraining tasks alternate with the pairs. They stand for what a pretrained Qwen2.5-VL brings: it names what it sees, has
     read the encyclopedia and can follow a list of edits.
     """
     beside = teaching(

@@ -54,9 +54,7 @@ class Loop:
     ) -> None:
         self.config, self.accelerator, self.batches, self.write_model = config, accelerator, batches, save_model
         self.reader, self.out, self.device = reader, Path(config.out), accelerator.device
-        self.objective = Objective(
-            config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret
-        )  # fmt: skip
+        self.objective = Objective(config.lambda_gen, config.lambda_ret, config.symmetric, config.distil, config.direct_ret)
         if config.shard:
             shard(reader, self.device)
         # What accelerate calls evaluation is a model without DDP around it.
@@ -197,9 +195,7 @@ def _groups(reader: Reader, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameters (paper, section 2): matrices decay; vectors such as norms and biases do not."""
     trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
     matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}
-    ]  # fmt: skip
+    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

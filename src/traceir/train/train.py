@@ -226,9 +226,7 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
     model = load(config.init, dtype=dtype, as_published=False, world="", **written)
     if model.settings.profile is not None:
-        raise TrainError(
-            f"{config.init} is read by the profile of another project; training goes on from TRACE's checkpoints only"
-        )
+        raise TrainError(f"{config.init} is read by another project's profile; training goes on from TRACE's checkpoints only")
     own = model.processor.image
     least, most = config.min_pixels or own.min_pixels, config.max_pixels or own.max_pixels
     model.processor.image = replace(own, min_pixels=least, max_pixels=most)
