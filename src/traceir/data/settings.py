@@ -18,13 +18,15 @@ NUMBERS: Final = {int: "a whole number", float: "a number"}
 def override(config: Config, settings: Sequence[str]) -> Config:
     """A frozen dataclass with `key=value` applied in order; `size.hidden` reaches into a field, `weights.TASK` into a table.
 
-    Values are read as the field's type. InputError for an unknown key, which lists the known ones, and for a value of
-    another type.
+    Values are read as the field's type; a configuration with a `modern_setting` knows names of earlier releases. InputError for
+    an unknown key, which lists the known ones, and for a value of another type.
     """
     for setting in settings:
         key, equals, value = (part.strip() for part in setting.partition("="))
         if not equals or not key:
             raise InputError(f"--set {setting!r} is not of the form key=value; write for instance steps=500")
+        modern_setting = getattr(config, "modern_setting", None)
+        key, value = modern_setting(key, value) if modern_setting else (key, value)
         config = _replaced(config, key, key, value)
     return config
 

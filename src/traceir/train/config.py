@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -121,6 +121,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "teach", FORMER_VALUES.get(("teach", self.teach), self.teach))
 
+    @staticmethod
+    def modern_setting(key: str, value: str) -> tuple[str, str]:
+        """A setting under its name of today, with a notice (data/settings.py); InputError for one that never ran."""
+        if key in REFUSED:
+            raise InputError(f"--set {key}={value}: {REFUSED[key]} is not supported; {REMEDY}")
+        ((new_key, new_value),) = modern({key: value}).items()
+        if (new_key, new_value) != (key, value):
+            log.warning("--set %s=%s is now --set %s=%s", key, value, new_key, new_value)
+        return new_key, new_value
+
     def rate(self, step: int) -> float:
         """Learning-rate factor in [0, 1] of steps 0, 1 ...: a linear warm-up, then `hold` and a linear fall, or `cosine`."""
         if self.curve == "cosine":
@@ -138,20 +148,6 @@ def modern(fields: Mapping[str, Any]) -> dict[str, Any]:
         FORMER_KEYS.get(key, key): FORMER_VALUES.get((key, value), value) if isinstance(value, str) else value
         for key, value in fields.items()
     }
-
-
-def modern_settings(settings: Sequence[str]) -> list[str]:
-    """`key=value` settings under their names of today, with a notice; InputError for those that never ran."""
-    current = []
-    for setting in settings:
-        key, _, value = (part.strip() for part in setting.partition("="))
-        if key in REFUSED:
-            raise InputError(f"--set {setting}: {REFUSED[key]} is not supported; {REMEDY}")
-        if (key, value) != (now := next(iter(modern({key: value}).items()))):
-            log.warning("--set %s is now --set %s=%s", setting, *now)
-            setting = "=".join(now)
-        current.append(setting)
-    return current
 
 
 def check(config: TrainConfig) -> TrainConfig:

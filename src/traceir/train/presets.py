@@ -10,7 +10,7 @@ from typing import Final
 from traceir.data.settings import override
 from traceir.errors import InputError
 from traceir.suggest import did_you_mean
-from traceir.train.config import TrainConfig, modern_settings
+from traceir.train.config import TrainConfig
 
 Presets = Mapping[str, Callable[[], TrainConfig]]
 REMEDIES: Final = {"data/minibeir": "`traceir minibeir build --out data/minibeir --scale full`"}
@@ -99,7 +99,7 @@ def resolve(
     """
     if name not in presets:
         raise InputError(f"preset {name!r} is unknown{did_you_mean(name, presets)}; choose one of {', '.join(presets)}")
-    preset, settings = presets[name](), modern_settings(settings)
+    preset = presets[name]()
     config = replace(preset, data=data, cache="") if data is not None and data != preset.data else preset
     config = override(replace(config, out=out or config.out, init=init or config.init), settings)
     if not Path(config.data).exists():
