@@ -202,10 +202,11 @@ def train(args: argparse.Namespace) -> int:
         check_model(str(args.init))
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
-    from traceir.train.presets import resolve
-    from traceir.train.train import log, train
+    from traceir.lab.mini_presets import resolve
+    from traceir.train.train import train
 
-    log.setLevel(logging.INFO)  # which precision, and where it goes on, is told without -v
+    for part in ("config", "train"):  # which precision, and where it goes on, is said without -v
+        logging.getLogger(f"traceir.train.{part}").setLevel(logging.INFO)
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
     threads = [f"threads={args.threads}"] if args.threads else []
@@ -220,7 +221,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _train_before(preset: str, threads: int | None) -> None:
     """Trains the presets whose checkpoints this one starts from, where they are not there."""
-    from traceir.train.presets import resolve, stages_before
+    from traceir.lab.mini_presets import resolve, stages_before
     from traceir.train.train import train
 
     for stage in stages_before(preset):
@@ -232,7 +233,7 @@ def ablate(args: argparse.Namespace) -> int:
     from traceir.lab.ablate import ablate, list_tables
     from traceir.lab.ablate_report import write_report
     from traceir.lab.ablations import choose_tables
-    from traceir.train.presets import resolve
+    from traceir.lab.mini_presets import resolve
 
     if not all(part.isdecimal() for part in split(args.seeds)):
         raise InputError(f"--seeds {args.seeds!r} is not a list of whole numbers; write 0,1,2")
