@@ -14,7 +14,7 @@ from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.evaluation.evaluate import evaluate, rehearse
+from traceir.evaluation.evaluate import dry_run, evaluate
 from traceir.evaluation.judged import Judged, read_judged
 from traceir.evaluation.unseen.catalogue import COLUMNS
 from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
@@ -111,6 +111,6 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_fold
 
 @pytest.mark.slow
 def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
-    text = rehearse(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
+    text = dry_run(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
     assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
     assert "Encoding all of it takes about" in text

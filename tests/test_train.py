@@ -25,13 +25,13 @@ from conftest import FORKS
 from safetensors.torch import load_file, save_file
 from train_folder import TINY, make_folder
 
-from traceir.adapter import Base, _adapter_fingerprint, merge, weights_fingerprint
+from traceir.adapter import adapter_fingerprint, weights_fingerprint
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TrainError
 from traceir.items import Item, Query
 from traceir.lab.mini_presets import resolve
-from traceir.model import TraceSettings, load, save
+from traceir.model import TraceSettings, load, merge, save
 from traceir.precision import Speed, bfloat16_on
 from traceir.train.batches import TrainBatches
 from traceir.train.config import TrainConfig, settled
@@ -360,7 +360,7 @@ def test_field_report_04_a_resume_point_of_all_weights_is_a_base(folder: Path, t
     every = fingerprint(step, list(step.glob("*.safetensors")))
     told = json.loads((made / "traceir.json").read_text())
     told["base"]["fingerprint"] = every
-    told["fingerprint"] = _adapter_fingerprint(made, Base(str(step), every))
+    told["fingerprint"] = adapter_fingerprint(made, every)
     (made / "traceir.json").write_text(json.dumps(told))
     assert load(made).fingerprint == told["fingerprint"]
     save_file({"x": torch.zeros(1)}, step / "optimiser.safetensors")

@@ -153,7 +153,7 @@ class ImageInput:
 
     @classmethod
     def from_pil(cls, image: Image.Image, name: str = "") -> ImageInput:
-        """A picture from pixels, which are copied and made RGB now. Raises PictureError beyond the default limits."""
+        """A picture from pixels, which are copied and made RGB now. Raises ImageError beyond the default limits."""
         label = _label(None, name)
         _check_size(image.size, label, DEFAULT_LIMITS)
         try:
@@ -185,7 +185,7 @@ class ImageInput:
     def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
         """The bytes of the picture's file as they are, and their format; PNG for one made by `from_image`.
 
-        Raises PictureError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
+        Raises ImageError where the picture is missing, of no known format, or beyond `limits.file_bytes`.
         """
         if self._image is not None:
             return file_bytes(self._image, "PNG"), FORMATS["PNG"]
@@ -203,7 +203,7 @@ class ImageInput:
         return moved
 
     def size(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
-        """Width and height in pixels as the header says, nothing decoded; PictureError where there is none."""
+        """Width and height in pixels as the header says, nothing decoded; ImageError where there is none."""
         if self._image is not None:
             return self._image.size
         try:
@@ -225,7 +225,7 @@ class ImageInput:
         """The upright picture as 8-bit RGB, transparency composited on white, the first frame of an animation.
 
         `shrink_to` lets a large JPEG be decoded at 1/2, 1/4 or 1/8 of its size while its short side stays at least
-        that many pixels. Raises PictureError where the picture is missing, damaged, or beyond `limits`.
+        that many pixels. Raises ImageError where the picture is missing, damaged, or beyond `limits`.
         """
         if shrink_to is not None and shrink_to < 1:
             raise ImageError(f"shrink_to is {shrink_to}; give a number of pixels of at least 1")
@@ -280,7 +280,7 @@ def _label(path: Path | None, name: str) -> str:
 
 
 def _too_many_bytes(label: str, size: int, limit: int) -> str:
-    return f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise PictureLimits.file_bytes"
+    return f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise ImageLimits.file_bytes"
 
 
 def _read_file(path: Path | None, label: str, limit: int) -> bytes:
@@ -312,7 +312,7 @@ def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits)
 @contextlib.contextmanager
 def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[ImageFile.ImageFile, int]]:
     """The picture with its header checked, and the pixels of the largest piece that is decoded at once; decoders' errors become
-    PictureErrors."""
+    ImageErrors."""
     try:
         extent = extent_of(data)
         if extent.scans > MAX_SCANS:
@@ -353,7 +353,7 @@ def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: Ima
         kind = "of 32-bit samples or more than 32 bits each, " if deep else ""
         raise ImageError(
             f"{label} is decoded {width} x {height} pixels at a time, {kind}more than the limit of {most}; "
-            "save it with 8 bits a sample, shrink it or raise PictureLimits.pixels"
+            "save it with 8 bits a sample, shrink it or raise ImageLimits.pixels"
         )
     if is_cut(image, size):
         raise ImageError(f"{label} is truncated: the file ends within its pixels; replace or remove it")
@@ -366,8 +366,7 @@ def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
         raise ImageError(f"{label} is {width} x {height} pixels; it needs at least one pixel")
     if width * height > limits.pixels:
         raise ImageError(
-            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; "
-            "shrink it or raise PictureLimits.pixels"
+            f"{label} is {width} x {height} pixels, more than the limit of {limits.pixels}; shrink it or raise ImageLimits.pixels"
         )
     ratio = max(width, height) / min(width, height)
     if ratio > limits.aspect_ratio:

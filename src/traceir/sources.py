@@ -70,7 +70,7 @@ class Source:
     record: Mapping[str, Any] | None = None
 
     def make_item(self) -> tuple[Item, tuple[Note, ...]]:
-        """The item and what is to be told of it. Raises InputError (PictureError, for a picture's path) naming what is wrong."""
+        """The item and what is to be told of it. Raises InputError (ImageError, for a picture's path) naming what is wrong."""
         if self.record is not None:
             return _item_of_record(self, self.record, _image_of(self, self.record))
         path = self.path.resolve()
