@@ -21,8 +21,7 @@ from traceir.errors import InputError, StoreError
 from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index, sqlite
 from traceir.index.filters import matches
-from traceir.index.matrix import Growing, Rows
-from traceir.index.passing import Passing
+from traceir.index.vectors import Rows
 from traceir.index.sql import read_number
 from traceir.index.store import size_of
 from traceir.items import Hit, Item

@@ -1,0 +1,523 @@
+"""The vectors of an open SQLite index in memory, and the search over them.
+
+A look at the file before every search brings the rows up to it: rows above the highest number seen are read, those that were
+deleted become tombstones. A row is never changed once read, so a `VectorView` stays as it is while writers go on.
+
+All rows are scored in float32, a single query by FAISS's kernels, a batch by matrix products; the rows that can be among the best
+k whatever was rounded are then scored again in float64 in one fixed order (`rescore`). The IVF lists of an approximate search
+group the rows around centroids by spherical k-means; each modality has its own, since queries and candidates of different
+modalities lie apart, and shared lists lose neighbours across that gap.
+Shapes: N rows, D width, B bytes or components of a row in memory, Q queries, C centroids.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sqlite3
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from traceir.index.filters import Filter, key_of_filter, shown
+from traceir.index.sql import CHUNK, Rows, compile_filter, marks, read_counter, read_number, read_numbers
+from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
+from traceir.items import MODALITIES, Modality, Vector
+
+Mask = npt.NDArray[np.bool_]
+Lists = npt.NDArray[np.int32]
+Codes = npt.NDArray[Any]
+Scores = npt.NDArray[np.float32]
+NO_LIST: Final = -1
+_SPARE: Final = 16
+"""How many more rows than k are looked for at first, so that rounding costs no second look."""
+_FEW: Final = 3
+"""So many queries are scored one after the other: up to here a matrix product is slower."""
+_BLOCK_ROWS: Final = 1 << 16
+_BLOCK_SCORES: Final = 1 << 22
+_STRIP: Final = 1024
+"""Rows gathered at a time, so that they are still in the processor's cache when they are scored."""
+_SAMPLE_PER_LIST: Final = 64
+_COMPACT_ABOVE: Final = 0.25
+_FILTERS: Final = 256
+_FILTER_ROWS: Final = 1 << 22
+_VIEW_FILTERS: Final = 8
+_RETRAIN_ABOVE: Final = 4
+_LIST: Final = f"CASE WHEN typeof(c.cell) = 'integer' THEN c.cell ELSE {NO_LIST} END"
+
+
+@cache
+def _faiss() -> Any:
+    return importlib.import_module("faiss")  # when the first index is searched, not before
+
+
+class Codec:
+    """How rows are kept in memory: as stored (float32, float16), or for int8 as one byte a component, by ranges that a sample
+    [n, D] of the rows has. `exact`: whether scores of codes differ from those of the vectors by rounding alone."""
+
+    def __init__(self, dim: int, dtype: StoredType, sample: Vectors) -> None:
+        self.dim, self.exact = dim, dtype != "int8"
+        # More than twice the worst rounding error of a float32 product of two unit vectors of this width.
+        self.slack = np.float32(2.1 * dim * 2.0**-24 + 1e-6) if self.exact else np.float32(0)
+        self.dtype = {"float32": np.float32, "float16": np.float16, "int8": np.uint8}[dtype]
+        self._quantizer: Any = None
+        if dtype != "float32":
+            kind = _faiss().ScalarQuantizer
+            self._quantizer = kind(dim, kind.QT_fp16 if self.exact else kind.QT_8bit)
+            self._quantizer.rangestat_arg = 0.25  # by which the ranges are wider than those of the sample
+            if len(sample):  # otherwise there is no row yet
+                self._quantizer.train(sample)
+
+    def encode(self, vectors_ND: Codes) -> Codes:
+        return vectors_ND if self.exact else self._quantizer.compute_codes(vectors_ND)
+
+    def decode(self, codes_NB: Codes) -> Vectors:
+        return codes_NB if self._quantizer is None else self._quantizer.decode(codes_NB.view(np.uint8))
+
+    def scan(self, codes_NB: Codes, query_D: Vector, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
+        """Scores and rows of the best `count` of these rows (None: of all), in any order."""
+        faiss = _faiss()
+        at = faiss.swig_ptr
+        scores, found = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
+        if self._quantizer is None:
+            chosen = None if rows is None else faiss.IDSelectorArray(len(rows), at(rows))
+            faiss.knn_inner_product(at(query_D), at(codes_NB), self.dim, 1, len(codes_NB), count, at(scores), at(found), chosen)
+            return scores, found
+        scanner = self._quantizer.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, rows is None, None)
+        scanner.set_query(at(query_D))
+        scanner.list_no = 0
+        codes_NB = codes_NB.view(np.uint8)
+        if rows is None:
+            scanner.scan_codes(len(codes_NB), at(codes_NB), None, at(scores), at(found), count)
+        for start in range(0, 0 if rows is None else len(rows), _STRIP):
+            strip = rows[start : start + _STRIP]
+            gathered = codes_NB.take(strip, axis=0)
+            scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(found), count)
+        return scores, found
+
+
+@dataclass(frozen=True, slots=True)
+class Usable:
+    """Which rows of a view a search may find; `rows` is None where all are."""
+
+    mask_N: Mask
+    rows: Rows | None
+    count: int
+
+
+@dataclass(frozen=True)
+class VectorView:
+    """A fixed view of one modality's rows; later writes make a new one and leave this one as it was."""
+
+    codec: Codec
+    ids: Sequence[str]  # may be longer than N
+    codes_NB: Codes
+    numbers_N: Rows
+    alive_N: Mask  # False: a tombstone
+    lists_N: Lists  # NO_LIST where a row is in none, and so looked at by every search
+
+    def __len__(self) -> int:
+        return len(self.numbers_N)
+
+    @cached_property
+    def by_list(self) -> tuple[Rows, Rows]:
+        """Row indexes sorted by list, and where each list starts among them; those in none come first."""
+        order = np.argsort(self.lists_N, kind="stable").astype(np.int64)
+        top = int(self.lists_N.max(initial=NO_LIST))
+        return order, np.searchsorted(self.lists_N[order], np.arange(NO_LIST, top + 2)).astype(np.int64)
+
+    def usable(self, passing: Rows | None) -> Usable:
+        """The rows that are alive and have one of these numbers; the same array, asked again, has the same answer at once."""
+        for known, usable in self._usable[:]:
+            if known is passing:
+                return usable
+        mask = self.alive_N if passing is None else self.alive_N & np.isin(self.numbers_N, passing)
+        rows = np.flatnonzero(mask)
+        usable = Usable(mask, rows if len(rows) < len(self) else None, len(rows))
+        self._usable.append((passing, usable))
+        del self._usable[:-_VIEW_FILTERS]
+        return usable
+
+    @cached_property
+    def _usable(self) -> list[tuple[Rows | None, Usable]]:
+        """The last ones asked for. Threads share it, by single steps of a list, none of which another can interrupt."""
+        return []
+
+
+class VectorTable:
+    """The rows of one modality, appended to in place; `view` hands out what is there now."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+        self._ids: list[str] = []
+        # Of these the first len(self) rows are in use; a row that a view can see is never written again.
+        self._columns: dict[str, npt.NDArray[Any]] = {
+            "codes_NB": np.empty((0, codec.dim), dtype=codec.dtype),
+            "numbers_N": np.empty(0, dtype=np.int64),
+            "alive_N": np.empty(0, dtype=np.bool_),
+            "lists_N": np.empty(0, dtype=np.int32),
+        }
+        self._view: VectorView | None = None
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for this many rows in all, so that a load does not copy its rows over and over."""
+        for name, column in self._columns.items():
+            if rows > len(column):
+                self._columns[name] = np.empty((rows, *column.shape[1:]), dtype=column.dtype)
+                self._columns[name][: len(self)] = column[: len(self)]
+
+    def append(self, numbers: Sequence[int], ids: Sequence[str], vectors_ND: Codes, lists: Lists) -> None:
+        """Rows whose numbers ascend and are above all that were ever here."""
+        start, end = len(self), len(self) + len(ids)
+        if end > len(self._columns["alive_N"]):
+            self.reserve(max(end, 2 * start))
+        for column, values in zip(self._columns.values(), (self._codec.encode(vectors_ND), numbers, True, lists), strict=True):
+            column[start:end] = values
+        self._ids.extend(ids)
+        self._view = None
+
+    def bury(self, dead: Rows | None, live: Rows | None) -> None:
+        """Make tombstones of the rows with the `dead` numbers, or of those whose number is not `live`; copies the survivors
+        together once a quarter is dead."""
+        numbers_N, alive_N = self._columns["numbers_N"][: len(self)], self._columns["alive_N"].copy()
+        alive_N[: len(self)] &= np.isin(numbers_N, live) if dead is None else ~np.isin(numbers_N, dead)
+        self._columns["alive_N"], self._view = alive_N, None
+        rows = np.flatnonzero(alive_N[: len(self)])
+        if len(rows) < (1 - _COMPACT_ABOVE) * len(self):
+            self._take(rows)
+
+    def lay_out(self) -> None:
+        """Put the rows of a list side by side, for which all are copied."""
+        lists_N = self._columns["lists_N"][: len(self)]
+        if len(self) and lists_N.max() > NO_LIST:
+            self._take(np.argsort(lists_N, kind="stable"))
+
+    def _take(self, rows: Rows) -> None:
+        """Keep these rows, in this order, in new arrays: views of the old ones stay as they are."""
+        self._columns = {name: column[rows] for name, column in self._columns.items()}
+        self._ids = [self._ids[row] for row in rows]
+        self._view = None
+
+    def view(self) -> VectorView:
+        if self._view is None:
+            used = {name: column[: len(self)] for name, column in self._columns.items()}
+            self._view = VectorView(self._codec, self._ids, **used)
+        return self._view
+
+
+def search_view(
+    view: VectorView, queries_QD: Vectors, k: int, passing: Rows | None, centroids_CD: Vectors | None, probes: int
+) -> list[Rows]:
+    """For each query the rows that can be among its best k; with centroids only of the `probes` nearest lists.
+
+    Where a batch is large enough for a product with all rows to be cheaper than its lists, it is searched that way.
+    """
+    usable = view.usable(passing)
+    if centroids_CD is None or (len(queries_QD) > _FEW and 8 * probes >= len(centroids_CD)):
+        return candidates(view, queries_QD, k, usable.rows)
+    nearest = (nearest_rows(view, centroids_CD, query, k, usable, probes) for query in queries_QD)
+    return [candidates(view, query[None], k, rows)[0] for query, rows in zip(queries_QD, nearest, strict=True)]
+
+
+def nearest_rows(view: VectorView, centroids_CD: Vectors, query_D: Vector, k: int, usable: Usable, probes: int) -> Rows | None:
+    """The usable rows of the nearest `probes` lists, of more lists while there are fewer than k, and those in no list.
+
+    Where a filter leaves no more rows than the probes would visit, all of them: exact search is then the cheaper one.
+    """
+    if usable.count <= max(k, len(view) * probes / len(centroids_CD)):
+        return usable.rows
+    order, starts = view.by_list
+    nearest = np.argsort(-(centroids_CD @ query_D), kind="stable")
+    while True:
+        visited = [0, *(nearest[:probes] + 1)]
+        rows = np.concatenate([order[starts[at] : starts[at + 1]] for at in visited if at + 1 < len(starts)])
+        rows = rows[usable.mask_N[rows]]
+        if len(rows) >= k or probes >= len(nearest):
+            return rows
+        probes *= 4
+
+
+def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None) -> list[Rows]:
+    """For each query those of `rows` (None: all) that can be among its best k: a superset, whatever the order of float32
+    additions. Of int8 codes the best few times k, which is nearly always one."""
+    codec, total = view.codec, len(view) if rows is None else len(rows)
+    if total <= (8 * k if len(queries_QD) <= _FEW else k):
+        return [np.arange(total) if rows is None else rows for _ in queries_QD]
+    count = min(total, k + max(_SPARE, k // 4) if codec.exact else 4 * (k + _SPARE))
+    look = _scan_each if len(queries_QD) <= _FEW else _multiply
+    best_QM, found_QM = look(view, queries_QD, rows, count)
+    bounds = np.partition(best_QM, -k)[:, -k] - codec.slack
+    whole = (best_QM.min(axis=1) < bounds) | (count == total)
+    chosen_QM = best_QM >= bounds[:, None] if codec.exact else np.ones_like(best_QM, dtype=np.bool_)
+    found = [own[chosen] for own, chosen in zip(found_QM, chosen_QM, strict=True)]
+    for query in np.flatnonzero(~whole):  # more rows score alike than were looked for
+        blocks = _blocks(view, rows)
+        found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
+    return found
+
+
+def rescore(vectors_ND: Codes, query_D: Vector) -> Scores:
+    """Cosines added up in float64 in one fixed order, so that equal vectors score equally wherever they are stored."""
+    products = vectors_ND.astype(np.float64) * query_D.astype(np.float64)
+    scores: Scores = np.clip(products.sum(axis=1), -1.0, 1.0).astype(np.float32)
+    return scores
+
+
+def fit_lists(view: VectorView, lists: int | None, seed: int) -> tuple[Vectors, Lists]:
+    """Centroids [C, D] by k-means on a sample of the living rows, and the list of every row; equal seeds, equal lists."""
+    faiss = _faiss()
+    if torch := sys.modules.get("torch"):  # which knows what --threads said
+        faiss.omp_set_num_threads(torch.get_num_threads())
+    live = np.flatnonzero(view.alive_N)
+    wanted = min(lists or max(1, round(2 * math.sqrt(len(live)))), len(live))
+    sample = np.random.default_rng(seed).choice(live, size=min(len(live), _SAMPLE_PER_LIST * wanted), replace=False)
+    points = view.codec.decode(view.codes_NB[np.sort(sample)])
+    means = faiss.Kmeans(
+        view.codec.dim, wanted, niter=10, seed=seed, spherical=True, min_points_per_centroid=1, max_points_per_centroid=1 << 20
+    )
+    means.train(points)
+    centroids: Vectors = means.centroids
+    return centroids, np.concatenate([assign_lists(block, centroids) for _, block in _blocks(view, None)])
+
+
+def assign_lists(vectors_ND: Codes, centroids_CD: Vectors) -> Lists:
+    """The list of each row: that of the nearest centroid."""
+    parts = [vectors_ND[start : start + _STRIP] for start in range(0, len(vectors_ND), _STRIP)]
+    return np.concatenate([np.argmax(part.astype(np.float32, copy=False) @ centroids_CD.T, axis=1).astype(np.int32) for part in parts])
+
+
+def default_probes(lists: int) -> int:
+    return max(8, round(lists / 16))
+
+
+def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
+    """Scores and rows [Q, count] of the best of each query, in any order, a query at a time."""
+    pairs = [view.codec.scan(view.codes_NB, query, rows, count) for query in queries_QD]
+    return np.stack([scores for scores, _ in pairs]), np.stack([found for _, found in pairs])
+
+
+def _multiply(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
+    """The same by products of all queries with blocks of rows."""
+    best = np.full((len(queries_QD), count), -np.inf, dtype=np.float32)
+    found = np.full((len(queries_QD), count), -1, dtype=np.int64)
+    for at, block in _blocks(view, rows, len(queries_QD)):
+        scores_QN = queries_QD @ block.T
+        floors = best.min(axis=1)
+        for query in np.flatnonzero(scores_QN.max(axis=1) > floors):
+            higher = np.flatnonzero(scores_QN[query] > floors[query])
+            scores = np.concatenate([best[query], scores_QN[query, higher]])
+            top = np.argpartition(scores, -count)[-count:]
+            best[query], found[query] = scores[top], np.concatenate([found[query], at[higher]])[top]
+    return best, found
+
+
+def _blocks(view: VectorView, rows: Rows | None, queries: int = 1) -> Iterator[tuple[Rows, Vectors]]:
+    """Row indexes and vectors of these rows (None: of all), a block at a time; the first is small, for a bound to begin with."""
+    start, end, total = 0, 1024, len(view) if rows is None else len(rows)
+    while start < total:
+        at = np.arange(start, min(end, total)) if rows is None else rows[start:end]
+        yield at, view.codec.decode(view.codes_NB[start:end] if rows is None else view.codes_NB.take(at, axis=0))
+        start, end = end, end + min(8 * end, max(1024, min(_BLOCK_ROWS, _BLOCK_SCORES // queries)))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The rows of each modality at one moment, the numbers of those that pass a filter, and the centroids of the IVF lists."""
+
+    views: dict[Modality, VectorView]
+    passing: Rows | None
+    centroids: dict[Modality, Vectors]
+    probes: int
+
+
+class ResidentVectors:
+    """What is in memory of an index, brought up to the database by each `snapshot`.
+
+    Every call runs within a transaction, or at least under the lock, of the index it belongs to.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, dim: int, dtype: StoredType) -> None:
+        self._connection, self._dim, self._dtype = connection, dim, dtype
+        self._stored = np.dtype("<f2" if dtype == "float16" else "<f4")
+        self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
+        self.forget()
+
+    def forget(self) -> None:
+        self._tables: dict[Modality, VectorTable] = {}
+        self._probes = 0
+        self._trained = 0  # the highest number when the codec was made
+        # By filter, last used last: numbers of the rows that pass, the highest number then, how many passed when all were asked for.
+        self._passing: OrderedDict[bytes, tuple[Rows, int, int]] = OrderedDict()
+        self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
+        self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
+
+    def snapshot(self, where: Filter | None, centroids: bool = True) -> Snapshot:
+        """The rows of now, the numbers of those that pass `where`, and the centroids, where they are asked for."""
+        self._refresh()
+        passing = None if where is None else self._numbers_passing(where, self._seen[0])
+        views = {modality: table.view() for modality, table in self._tables.items()}
+        return Snapshot(views, passing, self.centroids(self._seen[2]) if centroids else {}, self._probes)
+
+    def centroids(self, built: int) -> dict[Modality, Vectors]:
+        """The centroids [C, D] of each modality that has any, of the current build; read once."""
+        if self._centroids[0] != built:
+            parts: dict[Modality, list[bytes]] = {}
+            rows = self._connection.execute("SELECT modality, cell, vector FROM centroids ORDER BY modality, cell")
+            for modality, number, blob in rows:
+                own = parts.setdefault(modality, [])
+                whole = isinstance(blob, bytes) and len(blob) == 4 * self._dim
+                if modality not in MODALITIES or number != len(own) or not whole:
+                    raise _no_list(modality, number)
+                own.append(blob)
+            read: dict[Modality, Vectors] = {}
+            for modality, blobs in parts.items():
+                read[modality] = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim)
+                if broken := rows_not_unit(read[modality]):
+                    raise _no_list(modality, broken[0])
+            self._centroids = built, read
+        return self._centroids[1]
+
+    def note_removal(self, numbers: Rows) -> None:
+        """Rows that were removed here, with one count of `deletions`; spares the next look a comparison with what is left."""
+        if self._tables:
+            self._removed.append(numbers)
+
+    def forget_removals(self) -> None:
+        """After a transaction that did not end well: what it removed is there again."""
+        self._removed = []
+
+    def vectors_of(self, ids: Sequence[object], blobs: Sequence[object]) -> Vectors:
+        """[N, D] from stored bytes; DamageError naming the items whose vector is missing, cut, or not of unit length."""
+        vectors = self._from_bytes(blobs).astype(np.float32, copy=False)
+        if broken := rows_not_unit(vectors):
+            raise unusable([ids[row] for row in broken])
+        return vectors
+
+    def exact_vectors(self, view: VectorView, rows: Rows) -> Codes | None:
+        """The vectors of these rows as stored; None where any has been removed since, which int8, read from the file, finds out."""
+        if view.codec.exact:
+            return view.codes_NB[rows]
+        numbers = view.numbers_N[rows].tolist()
+        blobs: dict[int, bytes] = {}
+        for part in (numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)):
+            blobs |= dict(self._connection.execute(f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part))
+        if len(blobs) < len(numbers):
+            return None
+        return self.vectors_of([view.ids[row] for row in rows], [blobs[number] for number in numbers])
+
+    def _refresh(self) -> None:
+        """Bring the rows in memory up to the transaction this runs in; three look-ups where nothing has changed."""
+        top, deletions, built = (
+            read_number(self._connection, "SELECT max(n) FROM items"),
+            read_counter(self._connection, "deletions"),
+            read_counter(self._connection, "built"),
+        )
+        if built != self._seen[2] or (self._dtype == "int8" and top > _RETRAIN_ABOVE * self._trained):
+            self.forget()
+            self._probes = read_counter(self._connection, "probes")
+        seen_top, seen_deletions, _ = self._seen
+        try:
+            if self._tables and deletions != seen_deletions:
+                self._follow(deletions - seen_deletions)
+            if top > seen_top or not self._tables:
+                self._load_rows(seen_top, top)
+        except BaseException:
+            self.forget()
+            raise
+        self._seen = (max(top, seen_top), deletions, built)
+
+    def _follow(self, deletions: int) -> None:
+        """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
+        own = deletions == len(self._removed)
+        dead = np.concatenate(self._removed) if own else None
+        live = None if own else read_numbers(self._connection, "SELECT n FROM items")
+        for table in self._tables.values():
+            table.bury(dead, live)
+        self._removed = []
+
+    def _load_rows(self, after: int, top: int) -> None:
+        if first := not self._tables:
+            codec = Codec(self._dim, self._dtype, self._sample())
+            self._tables = {modality: VectorTable(codec) for modality in MODALITIES}
+            self._trained = top
+        counts = self._connection.execute("SELECT modality, count(*) FROM items NOT INDEXED WHERE n > ? GROUP BY 1", (after,))
+        for modality, count in counts.fetchall() if first else ():
+            if modality in self._tables:
+                self._tables[modality].reserve(count)
+        cursor = self._connection.execute(
+            f"SELECT i.n, i.id, i.modality, v.vector, {_LIST} FROM items i "
+            "LEFT JOIN vectors v ON v.n = i.n LEFT JOIN cells c ON c.n = i.n WHERE i.n > ? ORDER BY i.n",
+            (after,),
+        )
+        lists = dict(self._connection.execute("SELECT modality, count(*) FROM centroids GROUP BY modality").fetchall())
+        broken = list[object]()
+        while rows := cursor.fetchmany(CHUNK):
+            broken += [row[1] for row in rows if row[2] not in self._tables or not isinstance(row[1], str)]
+            for modality, table in self._tables.items():
+                own = [row for row in rows if row[2] == modality]
+                if own:
+                    numbers, ids, _, blobs, at = zip(*own, strict=True)
+                    vectors, at_N = self._from_bytes(blobs), np.asarray(at)
+                    broken += [ids[row] for row in rows_not_unit(vectors.astype(np.float32, copy=False))]
+                    known = (at_N >= 0) & (at_N < lists.get(modality, 0))
+                    table.append(numbers, ids, vectors, np.where(known, at_N, NO_LIST).astype(np.int32))
+        if broken:
+            raise unusable(broken)
+        for table in self._tables.values() if first else ():
+            table.lay_out()
+        # Rows of a page that was overwritten may seem never to have been; the index of modalities, on other pages, has them.
+        there, known_count = sum(map(len, self._tables.values())), "SELECT count(*) FROM items INDEXED BY items_modality"
+        if first and there != (known_count := read_number(self._connection, known_count)):
+            what = f"{there} of {known_count} items can be read"
+            raise DamageError(f"{what}; restore it from a copy, or remove it and fill it again")
+
+    def _sample(self) -> Vectors:
+        """Vectors spread evenly over the rows, where the codec learns from them."""
+        if self._dtype != "int8":
+            return np.empty((0, self._dim), dtype=np.float32)
+        numbers = read_numbers(self._connection, "SELECT n FROM items")
+        chosen = np.sort(numbers)[:: max(1, len(numbers) // CHUNK)][:CHUNK].tolist()
+        rows = self._connection.execute(f"SELECT vector FROM vectors WHERE n IN ({marks(chosen)})", chosen).fetchall()
+        vectors = self._from_bytes([blob for (blob,) in rows])
+        return np.delete(vectors, rows_not_unit(vectors), axis=0)
+
+    def _from_bytes(self, blobs: Sequence[object]) -> Codes:
+        """[N, D] as stored; zeros where the bytes are not those of a vector."""
+        size = self._dim * self._stored.itemsize
+        whole = (blob if isinstance(blob, bytes) and len(blob) == size else bytes(size) for blob in blobs)
+        return np.frombuffer(bytearray().join(whole), dtype=self._stored).reshape(-1, self._dim)
+
+    def _numbers_passing(self, where: Filter, top: int) -> Rows:
+        """Ascending numbers [M] of the rows that pass a filter; the database is asked for all once, then for new ones.
+
+        Sound because a row is never changed once written: it passes for ever or never does. Numbers of rows that are gone may be
+        among them, at most about as many as of rows that are there. What a client sent is not kept, but its digest.
+        """
+        key = key_of_filter(where)
+        numbers, seen, whole = self._passing.pop(key, (np.empty(0, dtype=np.int64), 0, 0))
+        if len(numbers) > 2 * whole + _STRIP:
+            seen = 0
+        if seen < top:
+            condition, values = compile_filter(where, row_by_row=seen > 0)
+            statement = f"SELECT i.n FROM items i WHERE i.n > ? AND ({condition}) ORDER BY i.n"
+            added = read_numbers(self._connection, statement, [seen, *values])
+            numbers = added if not seen else np.concatenate([numbers, added]) if len(added) else numbers
+            whole = whole if seen else len(added)
+        self._passing[key] = numbers, top, whole
+        total = sum(len(known) for known, _, _ in self._passing.values())
+        while len(self._passing) > 1 and (total > _FILTER_ROWS or len(self._passing) > _FILTERS):
+            total -= len(self._passing.popitem(last=False)[1][0])
+        return numbers
+
+
+def _no_list(modality: object, number: object) -> DamageError:
+    return DamageError(f"list {shown(number)} of {shown(modality)} cannot be read; make all anew with `traceir index build-ann`")
