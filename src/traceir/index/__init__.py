@@ -38,7 +38,7 @@ def open_index(uri: str | os.PathLike[str], encoder: ModelIdentity | None = None
     counts at creation only. `timeout`: seconds to wait for a writer, or for a server to answer (10).
     """
     if encoder is not None:
-        options.update(fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width)
+        options |= {"fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version, "dim": encoder.width}
     text = os.fspath(uri)
     if not isinstance(uri, Path) and text.startswith(("milvus-lite:", "http://", "https://")):
         from traceir.index.milvus import MilvusIndex

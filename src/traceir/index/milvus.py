@@ -14,47 +14,35 @@ Threads: safe; writes of one handle take turns.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Any, Final, Unpack, cast
+from typing import Any, Final, TypeVar, Unpack, cast
 
 import numpy as np
 
 from traceir.errors import InputError, StoreError
-from traceir.index import store
+from traceir.index import milvus_rows, store
 from traceir.index.filters import Filter
-from traceir.index.milvus_rows import (
-    KEPT,
-    KEY,
-    MAX_KEY_CHARS,
-    MAX_VARCHAR_BYTES,
-    VECTOR,
-    compile_filter,
-    filter_columns,
-    id_of,
-    key_of,
-    keys_in,
-    row_bytes,
-    row_of,
-    stored_of,
-    vector_of,
-)
+from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
 from traceir.index.store import Background, Index, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
-from traceir.items import MODALITIES, Hit, Item, Modality
+from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
+T = TypeVar("T")
 MAX_REQUEST_BYTES: Final = 60 * 2**20  # Milvus takes 64 MB
 MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
 EFFORT: Final = 128  # how many rows a search keeps in sight in a graph, at least
 GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
 BACKGROUND: Final = "_background"
+_NAME: Final = "traceir"
 _PAGE: Final = 1000
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
 _PROPERTY: Final = "traceir"
@@ -81,15 +69,14 @@ def parse_address(uri: str) -> MilvusAddress:
     The environment variable TRACEIR_MILVUS_TOKEN keeps a token off the command line.
     """
     if match := re.fullmatch(r"milvus-lite:(.+?\.db)(?:/([^/]+))?", uri):
-        address = MilvusAddress(match[1], match[2] or "traceir", uri, file=Path(match[1]))
+        address = MilvusAddress(match[1], match[2] or _NAME, uri, file=Path(match[1]))
     elif match := re.fullmatch(r"(https?://)(?:([^/@]+)@)?([^/@]+)(?:/([^/]*))?", uri):
-        scheme, token, host, name = match.groups()
-        token, name = token or os.environ.get("TRACEIR_MILVUS_TOKEN", ""), name or "traceir"
-        address = MilvusAddress(scheme + host, name, f"{scheme}{host}/{name}", token)
-    elif uri.startswith("milvus-lite:"):
-        raise StoreError(f"index {uri!r} names no file that ends in .db; give milvus-lite:./FILE.db")
-    else:
-        raise StoreError("the index's address is not one of Milvus; give milvus-lite:./FILE.db or http://HOST:19530/NAME")
+        token, name = match[2] or os.environ.get("TRACEIR_MILVUS_TOKEN", ""), match[4] or _NAME
+        address = MilvusAddress(match[1] + match[3], name, f"{match[1]}{match[3]}/{name}", token)
+    else:  # which may hold a password
+        raise StoreError(
+            "the index's address is none of Milvus: give milvus-lite:FILE, which ends in .db, or http://HOST:19530/NAME"
+        )
     own = (*GRAPHS.values(), BACKGROUND)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", address.name, re.ASCII) or address.name.endswith(own):
         what = f"index {address.shown} has the name {address.name!r}"
@@ -109,7 +96,7 @@ class MilvusIndex(Index):
         self._client = _connect(self._address, self._opening)
         try:
             with self._explained("open it"):
-                version = str(self._client.get_server_version(timeout=_CALL_SECONDS))
+                version = str(self._call("get_server_version"))
                 self._is_small, self._merges = "lite" in version, version.startswith("milvus_lite")
                 if not self._has(self._name):
                     self._create_items()
@@ -123,7 +110,7 @@ class MilvusIndex(Index):
     def check(self, items: Sequence[Item]) -> None:
         store.check_items(items)
         for item in items:
-            row_of(item, np.zeros(self._meta.dim, dtype=np.float32))
+            milvus_rows.row_of(item, np.zeros(self._meta.dim, dtype=np.float32))
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError).
@@ -133,8 +120,8 @@ class MilvusIndex(Index):
         store.need_model(self._shown, self._opening, "add to")
         store.check_items(items)
         unit = store.check_vectors(vectors, len(items), self._meta.dim, [item.id for item in items])
-        rows = [row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
-        total = sum(row_bytes(row) for row in rows)
+        rows = [milvus_rows.row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
+        total = sum(milvus_rows.row_bytes(row) for row in rows)
         if total > MAX_REQUEST_BYTES:
             raise InputError(
                 f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}; nothing "
@@ -153,18 +140,19 @@ class MilvusIndex(Index):
                     self._upsert(name, own)
             self._upsert(self._name, rows)
             self._wrote()
-        return {id_of(key) for key in keys if key not in known}
+        return {milvus_rows.id_of(key) for key in keys if key not in known}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
-        by_id = isinstance(which, Sequence)
-        wanted = [key_of(id) for id in dict.fromkeys(store.check_ids(which))] if isinstance(which, Sequence) else []
-        expression = "" if isinstance(which, Sequence) else compile_filter(which)
+        if isinstance(which, Sequence):
+            find = partial(self._keys, [key_of(id) for id in dict.fromkeys(store.check_ids(which))])
+        else:
+            find = partial(self._keys_passing, compile_filter(which))
         with self._writing, self._explained("delete from it"):
-            keys = self._keys(wanted) if by_id else [row[KEY] for row in self._rows(expression, [KEY])]
+            keys = find()
             for part in _pages(keys, _PAGE):
                 for name in (self._name, *self._graphs().values()):
-                    self._client.delete(name, filter=keys_in(part), timeout=_CALL_SECONDS)
+                    self._call("delete", name, filter=keys_in(part))
             if keys:
                 self._wrote()
         return len(keys)
@@ -181,12 +169,9 @@ class MilvusIndex(Index):
                 self._drop(name)
                 if self._count(_of_modality(modality)):
                     self._create(name, (), None)
-                    columns = [KEY, "fields", VECTOR]
-                    for rows in _pages(self._rows(_of_modality(modality), columns), self._page):
-                        fields = [filter_columns(json.loads(row["fields"])) for row in rows]
-                        self._upsert(name, [
-                            {KEY: row[KEY], **own, VECTOR: vector_of(row[VECTOR])} for row, own in zip(rows, fields, strict=True)
-                        ])  # fmt: skip
+                    for page in _pages(map(stored_of, self._rows(_of_modality(modality), _columns(True))), self._page):
+                        rows = [{KEY: key_of(own.id), **filter_columns(own.fields), VECTOR: own.vector} for own in page]
+                        self._upsert(name, rows)
                     self._index_graph(name)
 
     def search(
@@ -202,21 +187,19 @@ class MilvusIndex(Index):
         store.need_model(self._shown, self._opening, "search")
         store.check_search(k, modality)
         queries = store.check_vectors(vectors, None, self._meta.dim)
-        own = f" and {_of_modality(modality)}" if modality else ""
-        expression = (compile_filter(where) + own).removeprefix(" and ")
+        passes = compile_filter(where)
+        expression = _both(passes, _of_modality(modality) if modality else "")
         with self._explained("search it"):
             if exact:
-                return self._search([self._name], queries, k, expression)
+                return self._search([self._name], queries, k, expression)[0]
             graphs = self._graphs()
             if not graphs:
                 raise StoreError(
                     f"index {self._shown} has no graph for approximate search; "
                     "call build_approximate() once, or search with exact=True"
                 )
-            names = [name for own, name in graphs.items() if modality in (None, own)]
-            hits = self._search(names, queries, k, compile_filter(where))
-            few = [row for row, found in enumerate(hits) if len(found) < k]
-            for row, found in zip(few, self._search([self._name], queries[few], k, expression), strict=True):
+            hits, few = self._search([graphs[own] for own in graphs if modality in (None, own)], queries, k, passes)
+            for row, found in zip(few, self._search([self._name], queries[few], k, expression)[0], strict=True):
                 hits[row] = found
             return hits
 
@@ -289,44 +272,40 @@ class MilvusIndex(Index):
 
     # Reading
 
-    def _search(self, names: Sequence[str], queries: Vectors, k: int, expression: str) -> list[list[Hit]]:
-        """The best of each query in these collections together; rows that have gone meanwhile are left out."""
+    def _search(self, names: Sequence[str], queries: Vectors, k: int, expression: str) -> tuple[list[list[Hit]], list[int]]:
+        """The best of each query in these collections together, and the queries for which they ran out of rows."""
         if k > MOST_HITS:
-            return [self._compare_all(query, k, expression) for query in queries]
-        scores: list[dict[str, float]] = [{} for _ in queries]
+            return [self._compare_all(query, k, expression) for query in queries], []
         limit = min(MOST_HITS, k + max(16, k // 4))
-        options: dict[str, Any] = {"metric_type": "IP", "params": {} if names == [self._name] else {"ef": max(EFFORT, 2 * limit)}}
-        step = max(1, 1_000_000 // limit)
-        for name in names:
-            for start in range(0, len(queries), step):
-                data = list(queries[start : start + step].astype(self._numpy_type))
-                answers = self._loaded(
-                    self._client.search, name, data=data, anns_field=VECTOR, limit=limit, filter=expression,
-                    output_fields=[KEY], search_params=options,
-                )  # fmt: skip
-                for own, answer in zip(scores[start:], answers, strict=False):
-                    own |= {hit[KEY]: float(hit["distance"]) for hit in answer}
+        effort = {} if names == [self._name] else {"ef": max(EFFORT, 2 * limit)}
+        options: dict[str, Any] = {"anns_field": VECTOR, "limit": limit, "filter": expression, "output_fields": [KEY]}
+        scores: list[dict[str, float]] = [{} for _ in queries]
+        for name, start in itertools.product(names, range(0, len(queries), max(1, 1_000_000 // limit))):
+            part = list(queries[start : start + max(1, 1_000_000 // limit)].astype(self._numpy_type))
+            answers = self._call("search", name, data=part, search_params={"metric_type": "IP", "params": effort}, **options)
+            for own, answer in zip(scores[start:], answers, strict=False):
+                own |= {hit[KEY]: float(hit["distance"]) for hit in answer}
         best = [sorted(own, key=lambda key: (-own[key], key))[:k] for own in scores]
         rows = self._fetch(sorted({key for keys in best for key in keys}), expression=expression)
-        broken = {rows[key].id for keys, own in zip(best, scores, strict=True) for key in keys if key in rows and not abs(own[key]) < 1.01}
-        if broken:
-            raise store.unusable(sorted(broken))
-        return [
-            [rows[key].hit(float(np.clip(own[key], -1, 1)), rank) for rank, key in enumerate((key for key in keys if key in rows), 1)]
-            for keys, own in zip(best, scores, strict=True)
-        ]
+        hits: list[list[Hit]] = []
+        for keys, own in zip(best, scores, strict=True):
+            there = [key for key in keys if key in rows]  # others have gone meanwhile
+            if broken := [rows[key].id for key in there if not abs(own[key]) <= 1 + store.UNIT]:
+                raise store.unusable(broken)
+            hits.append([rows[key].hit(max(-1.0, min(1.0, own[key])), rank) for rank, key in enumerate(there, start=1)])
+        return hits, [row for row, own in enumerate(scores) if len(own) < limit]
 
-    def _compare_all(self, query: Any, k: int, expression: str) -> list[Hit]:
+    def _compare_all(self, query: Vector, k: int, expression: str) -> list[Hit]:
         """The best of a query by reading every vector: for a larger k than Milvus returns."""
         best: list[tuple[float, Stored]] = []
         for page in _pages(map(stored_of, self._rows(expression, _columns(True))), _PAGE):
-            scores = np.clip(np.stack([cast(Any, stored.vector) for stored in page]) @ query, -1, 1).tolist()
+            scores = np.clip(np.stack([cast(Vector, stored.vector) for stored in page]) @ query, -1, 1).tolist()
             best = sorted([*best, *zip(scores, page, strict=True)], key=lambda pair: (-pair[0], pair[1].id))[:k]
         return [stored.hit(score, rank) for rank, (score, stored) in enumerate(best, start=1)]
 
     def _graphs(self) -> dict[Modality, str]:
         """The collections of finished graphs by modality; one without an index is a build that was cut off."""
-        there = set(self._client.list_collections(timeout=_CALL_SECONDS))
+        there = set(self._call("list_collections"))
         named = {modality: self._name + ending for modality, ending in GRAPHS.items()}
         return {modality: name for modality, name in named.items() if name in there and self._client.list_indexes(name)}
 
@@ -334,25 +313,25 @@ class MilvusIndex(Index):
         return int(self._query(expression, ["count(*)"])[0]["count(*)"])
 
     def _query(self, expression: str, columns: Sequence[str]) -> Any:
-        return self._loaded(self._client.query, self._name, filter=expression, output_fields=list(columns))
+        return self._call("query", self._name, filter=expression, output_fields=list(columns))
 
     def _fetch(self, keys: Sequence[str], with_vectors: bool = False, expression: str = "") -> dict[str, Stored]:
         """What is kept under these keys and passes."""
-        also = f" and {expression}" if expression else ""
-        parts = _pages(keys, self._page if with_vectors else _PAGE)
-        return {
-            row[KEY]: stored_of(row) for part in parts for row in self._query(keys_in(part) + also, _columns(with_vectors))
-        }
+        columns, parts = _columns(with_vectors), _pages(keys, self._page if with_vectors else _PAGE)
+        return {row[KEY]: stored_of(row) for part in parts for row in self._query(_both(keys_in(part), expression), columns)}
 
     def _keys(self, keys: Sequence[str]) -> list[str]:
         """Those of the keys that are there."""
         return [row[KEY] for part in _pages(keys, _PAGE) for row in self._query(keys_in(part), [KEY])]
 
+    def _keys_passing(self, expression: str) -> list[str]:
+        return [row[KEY] for row in self._rows(expression, [KEY])]
+
     def _rows(self, expression: str, columns: Sequence[str], name: str = "") -> Iterator[Any]:
         """Rows in order of their keys, which is that of their ids."""
         size = self._page if VECTOR in columns else _PAGE
-        iterate = self._client.query_iterator
-        pages = self._loaded(iterate, name or self._name, batch_size=size, filter=expression, output_fields=list(columns))
+        options: dict[str, Any] = {"batch_size": size, "filter": expression, "output_fields": list(columns)}
+        pages = self._call("query_iterator", name or self._name, **options)
         try:
             while page := pages.next():
                 yield from page
@@ -363,11 +342,11 @@ class MilvusIndex(Index):
         """Source, creation and number of queries, as it was written; texts of none where there is none."""
         if not self._has(self._name + BACKGROUND):
             return "", "", {}
-        described = self._client.describe_collection(self._name + BACKGROUND, timeout=_CALL_SECONDS)
+        described = self._call("describe_collection", self._name + BACKGROUND)
         return store.read_described((described.get("properties") or {}).get(_PROPERTY, ""))
 
     def _read_meta(self) -> IndexMeta:
-        described = self._client.describe_collection(self._name, timeout=_CALL_SECONDS).get("properties") or {}
+        described = self._call("describe_collection", self._name).get("properties") or {}
         if _PROPERTY not in described:
             raise StoreError(f"{self._shown} is a collection of another program, not an index of TraceIR; choose another name")
         try:
@@ -381,20 +360,20 @@ class MilvusIndex(Index):
     def _upsert(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write rows of one collection by key, in one request."""
         written = [{**row, VECTOR: row[VECTOR].astype(self._numpy_type)} for row in rows]
-        self._client.upsert(name, written, timeout=_CALL_SECONDS)
+        self._call("upsert", name, written)
 
     def _wrote(self, name: str = "") -> None:
         """Milvus Lite forces nothing to disk by itself; a server has its log, and refuses frequent flushes."""
         if self._is_small:
-            self._client.flush(name or self._name, timeout=_CALL_SECONDS)
+            self._call("flush", name or self._name)
         self._writes += 1
 
     def _has(self, name: str) -> bool:
-        return bool(self._client.has_collection(name, timeout=_CALL_SECONDS))
+        return bool(self._call("has_collection", name))
 
     def _drop(self, name: str) -> None:
         if self._has(name):
-            self._client.drop_collection(name, timeout=_CALL_SECONDS)
+            self._call("drop_collection", name)
 
     def _create_items(self) -> None:
         if not self._opening.create:
@@ -416,25 +395,25 @@ class MilvusIndex(Index):
         from pymilvus import DataType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
-        schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=MAX_KEY_CHARS)
+        schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=milvus_rows.MAX_KEY_CHARS)
         for column in columns:
-            schema.add_field(column, DataType.VARCHAR, max_length=MAX_VARCHAR_BYTES)
+            schema.add_field(column, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES)
         kind = DataType.FLOAT16_VECTOR if self._meta.dtype == "float16" else DataType.FLOAT_VECTOR
         schema.add_field(VECTOR, kind, dim=self._meta.dim)
         flat = {"index_params": self._index("FLAT", {}), "properties": {_PROPERTY: described}} if described else {}
         # One shard, so that one call is one entry of the log, all or none.
         options: dict[str, Any] = {"consistency_level": "Strong", "num_shards": 1, "timeout": _CALL_SECONDS, **flat}
-        self._client.create_collection(name, schema=schema, **options)
+        self._call("create_collection", name, schema=schema, **options)
 
     def _index_graph(self, name: str) -> None:
         """Returns when the server says that all rows are in the index."""
-        self._client.flush(name, timeout=_BUILD_SECONDS)
-        self._client.create_index(name, self._index("HNSW", _GRAPH), timeout=_BUILD_SECONDS)
+        self._call("flush", name, timeout=_BUILD_SECONDS)
+        self._call("create_index", name, self._index("HNSW", _GRAPH), timeout=_BUILD_SECONDS)
         while (state := self._client.describe_index(name, VECTOR)) and int(state.get("pending_index_rows") or 0):
             time.sleep(0.5)
         # Milvus Lite builds while it loads, so that from here on no search is a silent comparison of all rows.
-        self._client.release_collection(name, timeout=_CALL_SECONDS)
-        self._client.load_collection(name, timeout=_BUILD_SECONDS)
+        self._call("release_collection", name)
+        self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
     def _index(self, kind: str, parameters: Mapping[str, int]) -> Any:
         index = self._client.prepare_index_params()
@@ -462,22 +441,23 @@ class MilvusIndex(Index):
             )
             raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}") from error
 
-    def _loaded(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """What a call returns; a server that was started again must first be told to load its collections."""
+    def _call(self, action: str, *arguments: Any, timeout: float = _CALL_SECONDS, **options: Any) -> Any:
+        """What the client returns; a server that was started again must first be told to load its collections."""
         from pymilvus.exceptions import MilvusException
 
+        call = partial(getattr(self._client, action), *arguments, timeout=timeout, **options)
         try:
-            return call(*arguments, timeout=_CALL_SECONDS, **options)
+            return call()
         except MilvusException as error:
             if error.code != _NOT_LOADED:
                 raise
             self._load()
-            return call(*arguments, timeout=_CALL_SECONDS, **options)
+            return call()
 
     def _load(self) -> None:
         background = self._name + BACKGROUND
         for name in (self._name, *self._graphs().values(), *([background] if self._has(background) else [])):
-            self._client.load_collection(name, timeout=_BUILD_SECONDS)
+            self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
     @property
     def _numpy_type(self) -> type[np.floating[Any]]:
@@ -539,7 +519,11 @@ def _of_modality(modality: Modality) -> str:
     return f'(modality in ["{modality}"])'
 
 
-def _pages(values: Any, size: int) -> Iterator[list[Any]]:
+def _both(first: str, second: str) -> str:
+    return f"{first} and {second}" if first and second else first or second
+
+
+def _pages(values: Iterable[T], size: int) -> Iterator[list[T]]:
     rest = iter(values)
-    while page := list(islice(rest, size)):
+    while page := list(itertools.islice(rest, size)):
         yield page

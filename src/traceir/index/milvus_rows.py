@@ -18,7 +18,7 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.index import store
-from traceir.index.filters import Filter, Range, Scalar, Value, is_list, kind_of, leaves, shown, values_of, wanted_by_kind
+from traceir.index.filters import Filter, Kind, Range, Scalar, Value, is_list, kind_of, leaves, shown, values_of, wanted_by_kind
 from traceir.items import MODALITIES, Item, Vector
 
 KEY: Final = "key"
@@ -140,7 +140,7 @@ def sortable(value: Scalar) -> str:
     return f"{ordered:016x}{rest + 2048:03x}"
 
 
-def _compile_in(name: str, wanted: Mapping[str, Sequence[Scalar]]) -> str:
+def _compile_in(name: str, wanted: Mapping[Kind, Sequence[Scalar]]) -> str:
     if name == "id":
         return keys_in([key_of(str(value)) for value in wanted.get("text", ())])
     if name == "modality":

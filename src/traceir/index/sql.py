@@ -15,9 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import StoreError
-from traceir.index.filters import OWN_NAMES, Eq, Filter, In, Kind, Range, Scalar, is_list, kind_of, leaves, shown, values_of, wanted_by_kind
+from traceir.index.filters import (
+    OWN_NAMES,
+    Eq,
+    Filter,
+    In,
+    Kind,
+    Range,
+    Scalar,
+    is_list,
+    kind_of,
+    leaves,
+    shown,
+    values_of,
+    wanted_by_kind,
+)
 from traceir.index.store import (
-    FORMAT,
     Background,
     DamageError,
     IndexMeta,
@@ -90,7 +103,7 @@ _ERRORS: Final = (
 
 
 def connect(path: Path, opening: Opening) -> sqlite3.Connection:
-    """A connection in autocommit mode whose commits reach the disk before they return; its file and folder made where asked for."""
+    """A connection in autocommit mode whose commits reach the disk before they return; `create` makes the folder and the file."""
     try:
         if opening.create:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +215,7 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
     bound: list[Scalar] = []
     for leaf in leaves(where):
         if isinstance(leaf, Range):
-            values = [value for value, _ in leaf.bounds()]
+            values: list[Scalar] = [value for value, _ in leaf.bounds()]
             tests = [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
         else:
             tests = [(kind, f"value IN ({marks(wanted)})", wanted) for kind, wanted in wanted_by_kind(leaf).items()]
@@ -215,7 +228,9 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
     return " AND ".join(f"({condition})" for condition in conditions) or "1", bound
 
 
-def _compile_test(leaf: Eq | In | Range, kind: Kind, test: str, values: list[Scalar], row_by_row: bool) -> tuple[str, list[Scalar]]:
+def _compile_test(
+    leaf: Eq | In | Range, kind: Kind, test: str, values: list[Scalar], row_by_row: bool
+) -> tuple[str, list[Scalar]]:
     if leaf.name in OWN_NAMES:
         return (test.replace("value", f"i.{leaf.name}"), values) if kind == "text" else ("0", [])
     if kind == "none":

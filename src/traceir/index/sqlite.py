@@ -4,8 +4,8 @@ Durability: write-ahead log with `synchronous=FULL`, so what a call wrote is on 
 Processes: any number read while one writes; a second writer waits `timeout` seconds, then gets StoreError.
 Threads: safe; database calls take turns, the products of a search run beside others.
 Moments: an answer is what the index held at one moment, however often its items are replaced meanwhile.
-Precision: `float32` storage is exact; `float16` halves file and memory and moves scores by up to about 0.001; `int8` stores float32,
-keeps a quarter of it in memory, and scores what its codes propose exactly.
+Precision: `float32` storage is exact; `float16` halves file and memory and moves scores by up to about 0.001; `int8` stores
+float32, keeps a quarter of it in memory, and scores what its codes propose exactly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from traceir.index import sql, store
 from traceir.index.filters import Filter, Scalar
 from traceir.index.sql import FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
 from traceir.index.store import Background, Index, IndexInfo, Opening, OpenOptions, Stored, Vectors
-from traceir.index.vectors import ResidentVectors, Snapshot, assign_lists, default_probes, fit_lists, rescore, search_view
+from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists, default_probes, fit_lists, rescore, search_view
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
@@ -90,7 +90,7 @@ class SqliteIndex(Index):
             return self._remove(numbers.tolist())
 
     def build_approximate(self, cells: int | None = None, probes: int | None = None, seed: int = 0) -> None:
-        """Group the vectors of each modality into IVF lists (`cells`), so that `search(exact=False)` works; replaces earlier ones.
+        """Group the vectors of each modality into IVF lists (`cells`), so that `search(exact=False)` works; earlier ones go.
 
         Defaults: 2 sqrt(N) lists, of which a search visits one in 16, at least 8 (`probes`). Later items are placed as they come;
         build again once an index has grown severalfold. Deterministic for equal contents and seed.
@@ -256,7 +256,7 @@ class SqliteIndex(Index):
             self._resident.note_removal(np.asarray(numbers, dtype=np.int64))
         return len(numbers)
 
-    def _insert_lists(self, numbers: Rows, lists: Rows) -> None:
+    def _insert_lists(self, numbers: Rows, lists: Lists) -> None:
         pairs = zip(numbers.tolist(), lists.tolist(), strict=True)
         self._connection.executemany("INSERT INTO cells VALUES (?, ?)", pairs)
 
@@ -293,10 +293,13 @@ class SqliteIndex(Index):
     def _select(self, clause: str, values: Sequence[Scalar], with_vectors: bool) -> list[tuple[int, Stored]]:
         column, join = ("v.vector", "LEFT JOIN vectors v ON v.n = i.n") if with_vectors else ("NULL", "")
         with self._transaction():
-            rows = self._connection.execute(f"SELECT {sql.COLUMNS}, {column} FROM items i {join} WHERE {clause}", values).fetchall()
+            rows = self._connection.execute(
+                f"SELECT {sql.COLUMNS}, {column} FROM items i {join} WHERE {clause}", values
+            ).fetchall()
             vectors = self._resident.vectors_of([row[1] for row in rows], [row[7] for row in rows]) if with_vectors else None
             return [
-                (row[0], store.stored_of(*row[1:7], vector=None if vectors is None else vectors[at])) for at, row in enumerate(rows)
+                (row[0], store.stored_of(*row[1:7], vector=None if vectors is None else vectors[at]))
+                for at, row in enumerate(rows)
             ]
 
     def _bump(self, name: str) -> None:

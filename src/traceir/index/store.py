@@ -142,8 +142,8 @@ class IndexMeta:
 
 @dataclass(frozen=True, slots=True)
 class IndexInfo(IndexMeta):
-    """A description of an index: items by modality, the IVF lists of its approximate search (`cells`; 0: not built) and how many a
-    search visits (`probes`), and the queries of its background by modality (none: not calibrated), with what they are."""
+    """A description of an index: items by modality, IVF lists of its approximate search (`cells`; 0: not built) and how many a
+    search visits (`probes`), queries of its background by modality (none: not calibrated), and what those are."""
 
     uri: str
     counts: Mapping[Modality, int]

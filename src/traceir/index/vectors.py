@@ -25,7 +25,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from traceir.index.filters import Filter, key_of_filter, shown
+from traceir.index.filters import Filter, key_of_filter
 from traceir.index.sql import CHUNK, Rows, compile_filter, marks, read_counter, read_number, read_numbers
 from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
 from traceir.items import MODALITIES, Modality, Vector
@@ -77,27 +77,27 @@ class Codec:
     def encode(self, vectors_ND: Codes) -> Codes:
         return vectors_ND if self.exact else self._quantizer.compute_codes(vectors_ND)
 
-    def decode(self, codes_NB: Codes) -> Vectors:
-        return codes_NB if self._quantizer is None else self._quantizer.decode(codes_NB.view(np.uint8))
+    def decode(self, codes_ND: Codes) -> Vectors:
+        return codes_ND if self._quantizer is None else self._quantizer.decode(codes_ND.view(np.uint8))
 
-    def scan(self, codes_NB: Codes, query_D: Vector, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
+    def scan(self, codes_ND: Codes, query_D: Vector, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
         """Scores and rows of the best `count` of these rows (None: of all), in any order."""
         faiss = _faiss()
         at = faiss.swig_ptr
         scores, found = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
         if self._quantizer is None:
             chosen = None if rows is None else faiss.IDSelectorArray(len(rows), at(rows))
-            faiss.knn_inner_product(at(query_D), at(codes_NB), self.dim, 1, len(codes_NB), count, at(scores), at(found), chosen)
+            faiss.knn_inner_product(at(query_D), at(codes_ND), self.dim, 1, len(codes_ND), count, at(scores), at(found), chosen)
             return scores, found
         scanner = self._quantizer.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, rows is None, None)
         scanner.set_query(at(query_D))
         scanner.list_no = 0
-        codes_NB = codes_NB.view(np.uint8)
+        codes_ND = codes_ND.view(np.uint8)
         if rows is None:
-            scanner.scan_codes(len(codes_NB), at(codes_NB), None, at(scores), at(found), count)
-        for start in range(0, 0 if rows is None else len(rows), _STRIP):
-            strip = rows[start : start + _STRIP]
-            gathered = codes_NB.take(strip, axis=0)
+            scanner.scan_codes(len(codes_ND), at(codes_ND), None, at(scores), at(found), count)
+            return scores, found
+        for strip in (rows[start : start + _STRIP] for start in range(0, len(rows), _STRIP)):
+            gathered = codes_ND.take(strip, axis=0)
             scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(found), count)
         return scores, found
 
@@ -117,7 +117,7 @@ class VectorView:
 
     codec: Codec
     ids: Sequence[str]  # may be longer than N
-    codes_NB: Codes
+    codes_ND: Codes
     numbers_N: Rows
     alive_N: Mask  # False: a tombstone
     lists_N: Lists  # NO_LIST where a row is in none, and so looked at by every search
@@ -158,7 +158,7 @@ class VectorTable:
         self._ids: list[str] = []
         # Of these the first len(self) rows are in use; a row that a view can see is never written again.
         self._columns: dict[str, npt.NDArray[Any]] = {
-            "codes_NB": np.empty((0, codec.dim), dtype=codec.dtype),
+            "codes_ND": np.empty((0, codec.dim), dtype=codec.dtype),
             "numbers_N": np.empty(0, dtype=np.int64),
             "alive_N": np.empty(0, dtype=np.bool_),
             "lists_N": np.empty(0, dtype=np.int32),
@@ -185,11 +185,11 @@ class VectorTable:
         self._ids.extend(ids)
         self._view = None
 
-    def bury(self, dead: Rows | None, live: Rows | None) -> None:
-        """Make tombstones of the rows with the `dead` numbers, or of those whose number is not `live`; copies the survivors
-        together once a quarter is dead."""
+    def bury(self, numbers: Rows, *, dead: bool) -> None:
+        """Make tombstones of the rows with these numbers (`dead`), or of all others; copies the survivors together once a quarter
+        is dead."""
         numbers_N, alive_N = self._columns["numbers_N"][: len(self)], self._columns["alive_N"].copy()
-        alive_N[: len(self)] &= np.isin(numbers_N, live) if dead is None else ~np.isin(numbers_N, dead)
+        alive_N[: len(self)] &= np.isin(numbers_N, numbers, invert=dead)
         self._columns["alive_N"], self._view = alive_N, None
         rows = np.flatnonzero(alive_N[: len(self)])
         if len(rows) < (1 - _COMPACT_ABOVE) * len(self):
@@ -215,31 +215,31 @@ class VectorTable:
 
 
 def search_view(
-    view: VectorView, queries_QD: Vectors, k: int, passing: Rows | None, centroids_CD: Vectors | None, probes: int
+    view: VectorView, queries_QD: Vectors, k: int, passing: Rows | None, centroids: Vectors | None, probes: int
 ) -> list[Rows]:
     """For each query the rows that can be among its best k; with centroids only of the `probes` nearest lists.
 
     Where a batch is large enough for a product with all rows to be cheaper than its lists, it is searched that way.
     """
     usable = view.usable(passing)
-    if centroids_CD is None or (len(queries_QD) > _FEW and 8 * probes >= len(centroids_CD)):
+    if centroids is None or (len(queries_QD) > _FEW and 8 * probes >= len(centroids)):
         return candidates(view, queries_QD, k, usable.rows)
-    nearest = (nearest_rows(view, centroids_CD, query, k, usable, probes) for query in queries_QD)
+    nearest = (nearest_rows(view, centroids, query, k, usable, probes) for query in queries_QD)
     return [candidates(view, query[None], k, rows)[0] for query, rows in zip(queries_QD, nearest, strict=True)]
 
 
-def nearest_rows(view: VectorView, centroids_CD: Vectors, query_D: Vector, k: int, usable: Usable, probes: int) -> Rows | None:
+def nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int, usable: Usable, probes: int) -> Rows | None:
     """The usable rows of the nearest `probes` lists, of more lists while there are fewer than k, and those in no list.
 
     Where a filter leaves no more rows than the probes would visit, all of them: exact search is then the cheaper one.
     """
-    if usable.count <= max(k, len(view) * probes / len(centroids_CD)):
+    if usable.count <= max(k, len(view) * probes / len(centroids)):
         return usable.rows
     order, starts = view.by_list
-    nearest = np.argsort(-(centroids_CD @ query_D), kind="stable")
+    nearest = np.argsort(-(centroids @ query_D), kind="stable")
     while True:
         visited = [0, *(nearest[:probes] + 1)]
-        rows = np.concatenate([order[starts[at] : starts[at + 1]] for at in visited if at + 1 < len(starts)])
+        rows: Rows = np.concatenate([order[starts[at] : starts[at + 1]] for at in visited if at + 1 < len(starts)])
         rows = rows[usable.mask_N[rows]]
         if len(rows) >= k or probes >= len(nearest):
             return rows
@@ -254,11 +254,11 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
         return [np.arange(total) if rows is None else rows for _ in queries_QD]
     count = min(total, k + max(_SPARE, k // 4) if codec.exact else 4 * (k + _SPARE))
     look = _scan_each if len(queries_QD) <= _FEW else _multiply
-    best_QM, found_QM = look(view, queries_QD, rows, count)
-    bounds = np.partition(best_QM, -k)[:, -k] - codec.slack
-    whole = (best_QM.min(axis=1) < bounds) | (count == total)
-    chosen_QM = best_QM >= bounds[:, None] if codec.exact else np.ones_like(best_QM, dtype=np.bool_)
-    found = [own[chosen] for own, chosen in zip(found_QM, chosen_QM, strict=True)]
+    best, rows_of = look(view, queries_QD, rows, count)
+    bounds = np.partition(best, -k)[:, -k] - codec.slack
+    whole = (best.min(axis=1) < bounds) | (count == total)
+    chosen_of = best >= bounds[:, None] if codec.exact else np.ones_like(best, dtype=np.bool_)
+    found = [own[chosen] for own, chosen in zip(rows_of, chosen_of, strict=True)]
     for query in np.flatnonzero(~whole):  # more rows score alike than were looked for
         blocks = _blocks(view, rows)
         found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
@@ -280,7 +280,7 @@ def fit_lists(view: VectorView, lists: int | None, seed: int) -> tuple[Vectors, 
     live = np.flatnonzero(view.alive_N)
     wanted = min(lists or max(1, round(2 * math.sqrt(len(live)))), len(live))
     sample = np.random.default_rng(seed).choice(live, size=min(len(live), _SAMPLE_PER_LIST * wanted), replace=False)
-    points = view.codec.decode(view.codes_NB[np.sort(sample)])
+    points = view.codec.decode(view.codes_ND[np.sort(sample)])
     means = faiss.Kmeans(
         view.codec.dim, wanted, niter=10, seed=seed, spherical=True, min_points_per_centroid=1, max_points_per_centroid=1 << 20
     )
@@ -289,10 +289,12 @@ def fit_lists(view: VectorView, lists: int | None, seed: int) -> tuple[Vectors, 
     return centroids, np.concatenate([assign_lists(block, centroids) for _, block in _blocks(view, None)])
 
 
-def assign_lists(vectors_ND: Codes, centroids_CD: Vectors) -> Lists:
+def assign_lists(vectors_ND: Codes, centroids: Vectors) -> Lists:
     """The list of each row: that of the nearest centroid."""
     parts = [vectors_ND[start : start + _STRIP] for start in range(0, len(vectors_ND), _STRIP)]
-    return np.concatenate([np.argmax(part.astype(np.float32, copy=False) @ centroids_CD.T, axis=1).astype(np.int32) for part in parts])
+    return np.concatenate(
+        [np.argmax(part.astype(np.float32, copy=False) @ centroids.T, axis=1).astype(np.int32) for part in parts]
+    )
 
 
 def default_probes(lists: int) -> int:
@@ -301,7 +303,7 @@ def default_probes(lists: int) -> int:
 
 def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """Scores and rows [Q, count] of the best of each query, in any order, a query at a time."""
-    pairs = [view.codec.scan(view.codes_NB, query, rows, count) for query in queries_QD]
+    pairs = [view.codec.scan(view.codes_ND, query, rows, count) for query in queries_QD]
     return np.stack([scores for scores, _ in pairs]), np.stack([found for _, found in pairs])
 
 
@@ -325,7 +327,7 @@ def _blocks(view: VectorView, rows: Rows | None, queries: int = 1) -> Iterator[t
     start, end, total = 0, 1024, len(view) if rows is None else len(rows)
     while start < total:
         at = np.arange(start, min(end, total)) if rows is None else rows[start:end]
-        yield at, view.codec.decode(view.codes_NB[start:end] if rows is None else view.codes_NB.take(at, axis=0))
+        yield at, view.codec.decode(view.codes_ND[start:end] if rows is None else view.codes_ND.take(at, axis=0))
         start, end = end, end + min(8 * end, max(1024, min(_BLOCK_ROWS, _BLOCK_SCORES // queries)))
 
 
@@ -347,7 +349,6 @@ class ResidentVectors:
 
     def __init__(self, connection: sqlite3.Connection, dim: int, dtype: StoredType) -> None:
         self._connection, self._dim, self._dtype = connection, dim, dtype
-        self._stored = np.dtype("<f2" if dtype == "float16" else "<f4")
         self._centroids: tuple[int, dict[Modality, Vectors]] = (0, {})  # of which build, and they
         self.forget()
 
@@ -355,7 +356,7 @@ class ResidentVectors:
         self._tables: dict[Modality, VectorTable] = {}
         self._probes = 0
         self._trained = 0  # the highest number when the codec was made
-        # By filter, last used last: numbers of the rows that pass, the highest number then, how many passed when all were asked for.
+        # By filter, last used last: numbers of rows that pass, the highest number then, how many passed when all were asked for.
         self._passing: OrderedDict[bytes, tuple[Rows, int, int]] = OrderedDict()
         self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
@@ -370,19 +371,16 @@ class ResidentVectors:
     def centroids(self, built: int) -> dict[Modality, Vectors]:
         """The centroids [C, D] of each modality that has any, of the current build; read once."""
         if self._centroids[0] != built:
-            parts: dict[Modality, list[bytes]] = {}
-            rows = self._connection.execute("SELECT modality, cell, vector FROM centroids ORDER BY modality, cell")
-            for modality, number, blob in rows:
-                own = parts.setdefault(modality, [])
-                whole = isinstance(blob, bytes) and len(blob) == 4 * self._dim
-                if modality not in MODALITIES or number != len(own) or not whole:
-                    raise _no_list(modality, number)
-                own.append(blob)
             read: dict[Modality, Vectors] = {}
-            for modality, blobs in parts.items():
-                read[modality] = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, self._dim)
-                if broken := rows_not_unit(read[modality]):
-                    raise _no_list(modality, broken[0])
+            for modality in MODALITIES:
+                statement = "SELECT cell, vector FROM centroids WHERE modality = ? ORDER BY cell"
+                rows = self._connection.execute(statement, [modality]).fetchall()
+                vectors = self._from_bytes([blob for _, blob in rows], "<f4")
+                if broken := rows_not_unit(vectors) or [at for at, (number, _) in enumerate(rows) if number != at]:
+                    what = f"IVF list {broken[0]} of {modality} cannot be read"
+                    raise DamageError(f"{what}; make all anew with `traceir index build-ann`")
+                if rows:
+                    read[modality] = vectors
             self._centroids = built, read
         return self._centroids[1]
 
@@ -403,9 +401,9 @@ class ResidentVectors:
         return vectors
 
     def exact_vectors(self, view: VectorView, rows: Rows) -> Codes | None:
-        """The vectors of these rows as stored; None where any has been removed since, which int8, read from the file, finds out."""
+        """The vectors of these rows as stored; None where one of int8, which are read from the file, has been removed since."""
         if view.codec.exact:
-            return view.codes_NB[rows]
+            return view.codes_ND[rows]
         numbers = view.numbers_N[rows].tolist()
         blobs: dict[int, bytes] = {}
         for part in (numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)):
@@ -438,10 +436,9 @@ class ResidentVectors:
     def _follow(self, deletions: int) -> None:
         """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
         own = deletions == len(self._removed)
-        dead = np.concatenate(self._removed) if own else None
-        live = None if own else read_numbers(self._connection, "SELECT n FROM items")
+        numbers = np.concatenate(self._removed) if own else read_numbers(self._connection, "SELECT n FROM items")
         for table in self._tables.values():
-            table.bury(dead, live)
+            table.bury(numbers, dead=own)
         self._removed = []
 
     def _load_rows(self, after: int, top: int) -> None:
@@ -475,10 +472,9 @@ class ResidentVectors:
         for table in self._tables.values() if first else ():
             table.lay_out()
         # Rows of a page that was overwritten may seem never to have been; the index of modalities, on other pages, has them.
-        there, known_count = sum(map(len, self._tables.values())), "SELECT count(*) FROM items INDEXED BY items_modality"
-        if first and there != (known_count := read_number(self._connection, known_count)):
-            what = f"{there} of {known_count} items can be read"
-            raise DamageError(f"{what}; restore it from a copy, or remove it and fill it again")
+        there = sum(map(len, self._tables.values()))
+        if first and there != (kept := read_number(self._connection, "SELECT count(*) FROM items INDEXED BY items_modality")):
+            raise DamageError(f"{there} of {kept} items can be read; restore it from a copy, or remove it and fill it again")
 
     def _sample(self) -> Vectors:
         """Vectors spread evenly over the rows, where the codec learns from them."""
@@ -490,11 +486,12 @@ class ResidentVectors:
         vectors = self._from_bytes([blob for (blob,) in rows])
         return np.delete(vectors, rows_not_unit(vectors), axis=0)
 
-    def _from_bytes(self, blobs: Sequence[object]) -> Codes:
+    def _from_bytes(self, blobs: Sequence[object], dtype: str = "") -> Codes:
         """[N, D] as stored; zeros where the bytes are not those of a vector."""
-        size = self._dim * self._stored.itemsize
+        kind = np.dtype(dtype or ("<f2" if self._dtype == "float16" else "<f4"))
+        size = self._dim * kind.itemsize
         whole = (blob if isinstance(blob, bytes) and len(blob) == size else bytes(size) for blob in blobs)
-        return np.frombuffer(bytearray().join(whole), dtype=self._stored).reshape(-1, self._dim)
+        return np.frombuffer(bytearray().join(whole), dtype=kind).reshape(-1, self._dim)
 
     def _numbers_passing(self, where: Filter, top: int) -> Rows:
         """Ascending numbers [M] of the rows that pass a filter; the database is asked for all once, then for new ones.
@@ -517,7 +514,3 @@ class ResidentVectors:
         while len(self._passing) > 1 and (total > _FILTER_ROWS or len(self._passing) > _FILTERS):
             total -= len(self._passing.popitem(last=False)[1][0])
         return numbers
-
-
-def _no_list(modality: object, number: object) -> DamageError:
-    return DamageError(f"list {shown(number)} of {shown(modality)} cannot be read; make all anew with `traceir index build-ann`")
