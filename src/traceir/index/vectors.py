@@ -64,7 +64,7 @@ class Codec:
     def __init__(self, dim: int, dtype: StoredType, sample: Vectors) -> None:
         self.dim, self.exact = dim, dtype != "int8"
         # More than twice the worst rounding error of a float32 product of two unit vectors of this width.
-        self.slack = np.float32(2.1 * dim * 2.0**-24 + 1e-6) if self.exact else np.float32(0)
+        self.slack = np.float32(2.1 * dim * 2.0**-24 + 1e-6)
         self.dtype = {"float32": np.float32, "float16": np.float16, "int8": np.uint8}[dtype]
         self._quantizer: Any = None
         if dtype != "float32":
@@ -255,11 +255,10 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
     count = min(total, k + max(_SPARE, k // 4) if codec.exact else 4 * (k + _SPARE))
     look = _scan_each if len(queries_QD) <= _FEW else _multiply
     best, rows_of = look(view, queries_QD, rows, count)
-    bounds = np.partition(best, -k)[:, -k] - codec.slack
-    whole = (best.min(axis=1) < bounds) | (count == total)
-    chosen_of = best >= bounds[:, None] if codec.exact else np.ones_like(best, dtype=np.bool_)
-    found = [own[chosen] for own, chosen in zip(rows_of, chosen_of, strict=True)]
-    for query in np.flatnonzero(~whole):  # more rows score alike than were looked for
+    lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
+    bounds = (kth if codec.exact else lowest) - codec.slack
+    found = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
+    for query in np.flatnonzero(lowest >= kth - codec.slack) if count < total else ():  # more score alike than were looked for
         blocks = _blocks(view, rows)
         found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
     return found
@@ -309,10 +308,13 @@ def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: 
 
 def _multiply(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """The same by products of all queries with blocks of rows."""
-    best = np.full((len(queries_QD), count), -np.inf, dtype=np.float32)
-    found = np.full((len(queries_QD), count), -1, dtype=np.int64)
-    for at, block in _blocks(view, rows, len(queries_QD)):
+    best, found = np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
+    for at, block in _blocks(view, rows, count, len(queries_QD)):
         scores_QN = queries_QD @ block.T
+        if not len(best):
+            top_QN = np.argpartition(scores_QN, -count, axis=1)[:, -count:]
+            best, found = np.take_along_axis(scores_QN, top_QN, axis=1), at[top_QN]
+            continue
         floors = best.min(axis=1)
         for query in np.flatnonzero(scores_QN.max(axis=1) > floors):
             higher = np.flatnonzero(scores_QN[query] > floors[query])
@@ -322,9 +324,9 @@ def _multiply(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: i
     return best, found
 
 
-def _blocks(view: VectorView, rows: Rows | None, queries: int = 1) -> Iterator[tuple[Rows, Vectors]]:
+def _blocks(view: VectorView, rows: Rows | None, first: int = 0, queries: int = 1) -> Iterator[tuple[Rows, Vectors]]:
     """Row indexes and vectors of these rows (None: of all), a block at a time; the first is small, for a bound to begin with."""
-    start, end, total = 0, 1024, len(view) if rows is None else len(rows)
+    start, end, total = 0, max(first, 1024), len(view) if rows is None else len(rows)
     while start < total:
         at = np.arange(start, min(end, total)) if rows is None else rows[start:end]
         yield at, view.codec.decode(view.codes_ND[start:end] if rows is None else view.codes_ND.take(at, axis=0))
