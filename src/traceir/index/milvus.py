@@ -102,6 +102,10 @@ class MilvusIndex(Index):
                     self._create_items()
                 self._meta = self._read_meta()
                 self._meta.check(self._shown, self._opening)
+                self._numpy_type = np.float16 if self._meta.dtype == "float16" else np.float32
+                self._page = min(
+                    _PAGE, max(1, _ANSWER_BYTES // (4 * self._meta.dim))
+                )  # rows with vectors in a request or an answer
                 self._load()
         except BaseException:
             self.close()
@@ -123,18 +127,19 @@ class MilvusIndex(Index):
         rows = [milvus_rows.row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
         total = sum(milvus_rows.row_bytes(row) for row in rows)
         if total > MAX_REQUEST_BYTES:
-            raise InputError(
-                f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}; nothing "
-                f"was written: give at most {max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))} such items a call"
-            )
+            most = max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))
+            what = f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}"
+            raise InputError(f"{what}; nothing was written: give at most {most} such items a call")
         if not rows:
             return set()
         keys = [row[KEY] for row in rows]
         with self._writing, self._explained("add to it"):
-            known = self._fetch(keys) if self._merges else dict.fromkeys(self._keys(keys))
-            # Milvus Lite would keep the dynamic fields of the row that is replaced: they are set to null.
-            blank = {key: dict.fromkeys(filter_columns(old.fields)) for key, old in known.items() if old is not None}
-            rows = [{**blank.get(row[KEY], {}), **row} for row in rows]
+            known = set(self._keys(_keys_by_page(keys)))
+            if (
+                known and self._merges
+            ):  # Milvus Lite would keep the dynamic fields of the row that is replaced: they are set to null
+                blank = {key: dict.fromkeys(filter_columns(old.fields)) for key, old in self._fetch(known).items()}
+                rows = [{**blank.get(row[KEY], {}), **row} for row in rows]
             for modality, name in self._graphs().items():
                 if own := [_graph_row(row) for row in rows if row["modality"] == modality]:
                     self._upsert(name, own)
@@ -144,12 +149,9 @@ class MilvusIndex(Index):
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
-        if isinstance(which, Sequence):
-            find = partial(self._keys, [key_of(id) for id in dict.fromkeys(store.check_ids(which))])
-        else:
-            find = partial(self._keys_passing, compile_filter(which))
+        passing = _keys_by_page(map(key_of, store.check_ids(which))) if isinstance(which, Sequence) else [compile_filter(which)]
         with self._writing, self._explained("delete from it"):
-            keys = find()
+            keys = self._keys(passing)
             for part in _pages(keys, _PAGE):
                 for name in (self._name, *self._graphs().values()):
                     self._call("delete", name, filter=keys_in(part))
@@ -172,7 +174,13 @@ class MilvusIndex(Index):
                     for page in _pages(map(stored_of, self._rows(_of_modality(modality), _columns(True))), self._page):
                         rows = [{KEY: key_of(own.id), **filter_columns(own.fields), VECTOR: own.vector} for own in page]
                         self._upsert(name, rows)
-                    self._index_graph(name)
+                    self._call("flush", name, timeout=_BUILD_SECONDS)
+                    self._call("create_index", name, self._index("HNSW", _GRAPH), timeout=_BUILD_SECONDS)
+                    while int((self._call("describe_index", name, VECTOR) or {}).get("pending_index_rows") or 0):
+                        time.sleep(0.5)
+                    # Milvus Lite builds while it loads, so that from here on no search is a silent comparison of all rows.
+                    self._call("release_collection", name)
+                    self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
     def search(
         self,
@@ -192,19 +200,16 @@ class MilvusIndex(Index):
         with self._explained("search it"):
             if exact:
                 return self._search([self._name], queries, k, expression)[0]
-            graphs = self._graphs()
-            if not graphs:
-                raise StoreError(
-                    f"index {self._shown} has no graph for approximate search; "
-                    "call build_approximate() once, or search with exact=True"
-                )
+            if not (graphs := self._graphs()):
+                what = f"index {self._shown} has no graph for approximate search"
+                raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
             hits, few = self._search([graphs[own] for own in graphs if modality in (None, own)], queries, k, passes)
             for row, found in zip(few, self._search([self._name], queries[few], k, expression)[0], strict=True):
                 hits[row] = found
             return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
-        keys = [key_of(id) for id in dict.fromkeys(store.check_ids(ids))]
+        keys = [key_of(id) for id in store.check_ids(ids)]
         with self._explained("read it"):
             rows = self._fetch(keys, with_vectors)
             return {rows[key].id: rows[key] for key in keys if key in rows}
@@ -315,17 +320,14 @@ class MilvusIndex(Index):
     def _query(self, expression: str, columns: Sequence[str]) -> Any:
         return self._call("query", self._name, filter=expression, output_fields=list(columns))
 
-    def _fetch(self, keys: Sequence[str], with_vectors: bool = False, expression: str = "") -> dict[str, Stored]:
+    def _fetch(self, keys: Iterable[str], with_vectors: bool = False, expression: str = "") -> dict[str, Stored]:
         """What is kept under these keys and passes."""
-        columns, parts = _columns(with_vectors), _pages(keys, self._page if with_vectors else _PAGE)
-        return {row[KEY]: stored_of(row) for part in parts for row in self._query(_both(keys_in(part), expression), columns)}
+        columns, pages = _columns(with_vectors), _keys_by_page(keys, self._page if with_vectors else _PAGE)
+        return {row[KEY]: stored_of(row) for page in pages for row in self._query(_both(page, expression), columns)}
 
-    def _keys(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that are there."""
-        return [row[KEY] for part in _pages(keys, _PAGE) for row in self._query(keys_in(part), [KEY])]
-
-    def _keys_passing(self, expression: str) -> list[str]:
-        return [row[KEY] for row in self._rows(expression, [KEY])]
+    def _keys(self, expressions: Iterable[str]) -> list[str]:
+        """The keys of the rows that pass any of these; also of damaged ones."""
+        return [row[KEY] for expression in expressions for row in self._rows(expression, [KEY])]
 
     def _rows(self, expression: str, columns: Sequence[str], name: str = "") -> Iterator[Any]:
         """Rows in order of their keys, which is that of their ids."""
@@ -385,10 +387,8 @@ class MilvusIndex(Index):
             self._create(self._name, KEPT, json.dumps(asdict(self._meta)))
         except MilvusException as error:
             if not self._has(self._name):  # otherwise another process was quicker
-                raise StoreError(
-                    f"the server of {self._shown} makes no index of {self._meta.dtype} and width {self._meta.dim} "
-                    f"({_first_line(error)}); choose float32, or another server"
-                ) from error
+                what = f"the server of {self._shown} makes no index of {self._meta.dtype} and width {self._meta.dim}"
+                raise StoreError(f"{what} ({_first_line(error)}); choose float32, or another server") from error
 
     def _create(self, name: str, columns: Sequence[str], described: str | None) -> None:
         """A collection with a FLAT index that describes itself, or without both, to become a graph."""
@@ -404,16 +404,6 @@ class MilvusIndex(Index):
         # One shard, so that one call is one entry of the log, all or none.
         options: dict[str, Any] = {"consistency_level": "Strong", "num_shards": 1, "timeout": _CALL_SECONDS, **flat}
         self._call("create_collection", name, schema=schema, **options)
-
-    def _index_graph(self, name: str) -> None:
-        """Returns when the server says that all rows are in the index."""
-        self._call("flush", name, timeout=_BUILD_SECONDS)
-        self._call("create_index", name, self._index("HNSW", _GRAPH), timeout=_BUILD_SECONDS)
-        while (state := self._client.describe_index(name, VECTOR)) and int(state.get("pending_index_rows") or 0):
-            time.sleep(0.5)
-        # Milvus Lite builds while it loads, so that from here on no search is a silent comparison of all rows.
-        self._call("release_collection", name)
-        self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
     def _index(self, kind: str, parameters: Mapping[str, int]) -> Any:
         index = self._client.prepare_index_params()
@@ -434,11 +424,9 @@ class MilvusIndex(Index):
         except store.DamageError as error:
             raise StoreError(f"index {self._shown} is damaged: {error}") from error
         except MilvusException as error:
-            remedy = (
-                "check that the server runs and read its log, then repeat the call"
-                if self._address.file is None
-                else "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
-            )
+            remedy = "check that the server runs and read its log, then repeat the call"
+            if self._address.file is not None:
+                remedy = "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
             raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}") from error
 
     def _call(self, action: str, *arguments: Any, timeout: float = _CALL_SECONDS, **options: Any) -> Any:
@@ -458,15 +446,6 @@ class MilvusIndex(Index):
         background = self._name + BACKGROUND
         for name in (self._name, *self._graphs().values(), *([background] if self._has(background) else [])):
             self._call("load_collection", name, timeout=_BUILD_SECONDS)
-
-    @property
-    def _numpy_type(self) -> type[np.floating[Any]]:
-        return np.float16 if self._meta.dtype == "float16" else np.float32
-
-    @property
-    def _page(self) -> int:
-        """How many rows with vectors an answer or a request may hold."""
-        return min(_PAGE, max(1, _ANSWER_BYTES // (4 * self._meta.dim)))
 
 
 def _connect(address: MilvusAddress, opening: Opening) -> Any:
@@ -489,11 +468,11 @@ def _connect(address: MilvusAddress, opening: Opening) -> Any:
     try:
         return MilvusClient(address.uri, token=address.token, timeout=opening.timeout, dedicated=True)
     except MilvusException as error:
-        remedy = (
-            "check that the server runs and that address and token are right"
-            if address.file is None
-            else "another process may hold it (one at a time can), it is no file of Milvus Lite, or milvus-lite is not installed"
-        )
+        remedy = "check that the server runs and that address and token are right"
+        if address.file is not None:
+            remedy = (
+                "another process may hold it (one at a time can), it is no file of Milvus Lite, or milvus-lite is not installed"
+            )
         raise StoreError(f"index {address.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
 
 
@@ -517,6 +496,11 @@ def _graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _of_modality(modality: Modality) -> str:
     return f'(modality in ["{modality}"])'
+
+
+def _keys_by_page(keys: Iterable[str], size: int = _PAGE) -> list[str]:
+    """Expressions that together are true of these keys."""
+    return [keys_in(part) for part in _pages(dict.fromkeys(keys), size)]
 
 
 def _both(first: str, second: str) -> str:

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import StoreError
+from traceir.files import sync_folder
+from traceir.index import store
 from traceir.index.filters import (
     OWN_NAMES,
     Eq,
@@ -30,18 +32,7 @@ from traceir.index.filters import (
     values_of,
     wanted_by_kind,
 )
-from traceir.index.store import (
-    Background,
-    DamageError,
-    IndexMeta,
-    Opening,
-    Vectors,
-    background_damage,
-    image_of,
-    read_described,
-    rows_not_unit,
-    size_of,
-)
+from traceir.index.store import Background, DamageError, IndexMeta, Opening, Vectors
 from traceir.items import Item, Modality
 
 Rows = npt.NDArray[np.int64]
@@ -134,25 +125,18 @@ def create_tables(connection: sqlite3.Connection, path: Path, opening: Opening) 
         rows = [(name, str(getattr(meta, name))) for name in IndexMeta.__dataclass_fields__]
         connection.executemany("INSERT INTO meta VALUES (?, ?)", rows)
     connection.execute("COMMIT")
-    if os.name == "posix":  # the names of the new file and its folder are durable too
-        for folder in (path.parent, path.parent.parent):
-            handle = os.open(folder, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+    for folder in (path.parent, path.parent.parent) if os.name == "posix" else ():
+        sync_folder(folder)
 
 
 def read_meta(connection: sqlite3.Connection, path: Path) -> IndexMeta:
     """What the index says of itself; StoreError for a file of another program, another format, or a damaged one."""
     if read_number(connection, "PRAGMA application_id") != APPLICATION_ID:
-        raise StoreError(
-            f"{path} is not an index of TraceIR, or its creation was cut off; "
-            "choose another folder, or remove the file and fill the index again"
-        )
+        what = f"{path} is not an index of TraceIR, or its creation was cut off"
+        raise StoreError(f"{what}; choose another folder, or remove the file and fill the index again")
     page, size = read_number(connection, "PRAGMA page_size"), path.stat().st_size
-    if size % page and not size_of([path.with_name(path.name + "-wal")]):  # SQLite would read zeros where the rest was
-        raise StoreError(
-            f"{path} is damaged: it was cut off at byte {size}; restore it from a copy, or remove it and fill it again"
-        )
+    if size % page and not store.size_of([path.with_name(path.name + "-wal")]):  # SQLite would read zeros where the rest was
+        raise DamageError(f"it was cut off at byte {size}; restore it from a copy, or remove it and fill it again")
     kept = dict(connection.execute("SELECT name, value FROM meta").fetchall())
     return IndexMeta.read(str(path), kept, "restore it from a copy, or fill a new index")
 
@@ -188,7 +172,7 @@ def write_background(connection: sqlite3.Connection, background: Background) -> 
 def describe_background(connection: sqlite3.Connection) -> tuple[str, str, dict[Modality, int]]:
     """Source, creation and number of queries of what `write_background` kept; texts of none where nothing was."""
     row = connection.execute("SELECT value FROM meta WHERE name = 'background'").fetchone()
-    return ("", "", {}) if row is None else read_described(row[0])
+    return ("", "", {}) if row is None else store.read_described(row[0])
 
 
 def read_background(connection: sqlite3.Connection, dim: int) -> Background | None:
@@ -201,8 +185,8 @@ def read_background(connection: sqlite3.Connection, dim: int) -> Background | No
     for modality, count in counts.items():
         blobs = [blob for name, blob in rows if name == modality and isinstance(blob, bytes) and len(blob) == 4 * dim]
         vectors[modality] = np.frombuffer(b"".join(blobs), dtype="<f4").reshape(-1, dim)
-        if len(blobs) != count or rows_not_unit(vectors[modality]):
-            raise background_damage()
+        if len(blobs) != count or store.rows_not_unit(vectors[modality]):
+            raise store.background_damage()
     return Background(vectors, source, created)
 
 
@@ -249,7 +233,7 @@ def _has_field(test: str, row_by_row: bool) -> str:
 
 def row_of(item: Item) -> tuple[str | None, str, str | None, str | None, str, str]:
     fields = json.dumps(dict(item.fields), ensure_ascii=False)
-    return item.id, item.modality, item.text or None, image_of(item), fields, item.content_hash()
+    return item.id, item.modality, item.text or None, store.image_of(item), fields, item.content_hash()
 
 
 def field_rows(items: Sequence[Item], first: int) -> Iterator[tuple[int, str, str, Scalar]]:
@@ -285,11 +269,11 @@ def _enter_wal(connection: sqlite3.Connection, path: Path, timeout: float) -> No
     deadline = time.monotonic() + timeout
     while True:
         try:
-            mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
-            break
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode == "wal":
+                return
+            raise StoreError(f"the file system of {path} keeps no write-ahead log; put the index on a local disk")
         except sqlite3.OperationalError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-    if mode != "wal":
-        raise StoreError(f"the file system of {path} keeps no write-ahead log; put the index on a local disk")

@@ -24,7 +24,7 @@ from traceir.index import sql, store
 from traceir.index.filters import Filter, Scalar
 from traceir.index.sql import FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
 from traceir.index.store import Background, Index, IndexInfo, Opening, OpenOptions, Stored, Vectors
-from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists, default_probes, fit_lists, rescore, search_view
+from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists, fit_lists, rescore, search_view
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
@@ -100,7 +100,8 @@ class SqliteIndex(Index):
                 raise InputError(f"{name} is {value}; give at least 1, or leave it out")
         views = {modality: view for modality, view in self._snapshot(None, False).views.items() if view.alive_N.any()}
         fitted = {modality: fit_lists(view, cells, seed) for modality, view in views.items()}
-        visits = probes or default_probes(max((len(centroids) for centroids, _ in fitted.values()), default=1))
+        most = max((len(centroids) for centroids, _ in fitted.values()), default=1)
+        visits = probes or max(8, round(most / 16))
         with self._transaction(write=True):
             self._connection.execute("DELETE FROM cells")
             self._connection.execute("DELETE FROM centroids")
@@ -207,10 +208,8 @@ class SqliteIndex(Index):
     ) -> list[list[_Found]] | None:
         """For each query its best k, best first, equal scores in order of id; None where a row has been removed meanwhile."""
         if not exact and not snapshot.probes:
-            raise StoreError(
-                f"index {self._folder} has no IVF lists for approximate search; "
-                "call build_approximate() once, or search with exact=True"
-            )
+            what = f"index {self._folder} has no IVF lists for approximate search"
+            raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
         found: list[list[_Found]] = [[] for _ in queries]
         for name, view in snapshot.views.items():
             if not len(view) or modality not in (None, name):

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Literal, Protocol, Self, TypedDict, cast
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import OWN_NAMES, Filter, check_field, shown
+from traceir.index.filters import OWN_NAMES, Filter, check_field, is_value, shown
 from traceir.items import MODALITIES, Hit, Item, Modality, Value, Vector
 
 FORMAT: Final = 1
@@ -117,20 +117,16 @@ class IndexMeta:
     @classmethod
     def read(cls, uri: str, kept: Mapping[str, Any], remedy: str) -> IndexMeta:
         """What was written; StoreError for another format, or, with the `remedy`, for what is damaged."""
-        if str(kept.get("format", "none")) != str(FORMAT):
-            raise StoreError(
-                f"{uri} has index format {kept.get('format', 'none')} but this version reads format {FORMAT}; "
-                "use the version of TraceIR that made it, or fill a new index"
-            )
-        wrong = [name for name in ("fingerprint", "prompt_version", "created") if not isinstance(kept.get(name), str)]
-        dim, dtype = str(kept.get("dim")), kept.get("dtype")
-        if not (re.fullmatch("[0-9]{1,5}", dim, re.ASCII) and 1 <= int(dim) <= MAX_DIM):
-            wrong.append("dim")
-        if dtype not in ("float32", "float16", "int8"):
-            wrong.append("dtype")
-        if wrong:
+        if (number := str(kept.get("format", "none"))) != str(FORMAT):
+            what = f"{uri} has index format {number} but this version reads format {FORMAT}"
+            raise StoreError(f"{what}; use the version of TraceIR that made it, or fill a new index")
+        texts, dim = ("fingerprint", "prompt_version", "created"), str(kept.get("dim"))
+        valid = {name: isinstance(kept.get(name), str) for name in texts}
+        valid["dim"] = bool(re.fullmatch("[0-9]{1,5}", dim, re.ASCII)) and 1 <= int(dim) <= MAX_DIM
+        valid["dtype"] = kept.get("dtype") in get_args(StoredType)
+        if wrong := [name for name, is_valid in valid.items() if not is_valid]:
             raise StoreError(f"{uri} is damaged: {', '.join(wrong)} cannot be read; {remedy}")
-        return cls(FORMAT, int(dim), cast(StoredType, dtype), kept["fingerprint"], kept["prompt_version"], kept["created"])
+        return cls(FORMAT, int(dim), kept["dtype"], *(kept[name] for name in texts))
 
     def check(self, uri: str, opening: Opening) -> None:
         """Raise StoreError where the index was made by another model than the one it is opened for."""
@@ -251,14 +247,10 @@ def check_id(id: str | None) -> str:
     """The id, or InputError where it is missing, longer than MAX_ID_BYTES in UTF-8, or not plain text."""
     if not isinstance(id, str) or not id:
         raise InputError(f"id {shown(id)} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
-    try:
-        size = len(id.encode())
-    except UnicodeEncodeError as error:
-        raise InputError(f"id {id[:80]!r} is not valid Unicode text; rename it") from error
-    if size > MAX_ID_BYTES:
+    if not is_value(id):
+        raise InputError(f"id {id[:80]!r} is not valid Unicode text or contains a zero character; rename it")
+    if (size := len(id.encode())) > MAX_ID_BYTES:
         raise InputError(f"id {id[:80]!r}... has {size} bytes, more than {MAX_ID_BYTES}; give a shorter one")
-    if "\0" in id:
-        raise InputError(f"id {id[:80]!r} contains a zero character; remove it")
     return id
 
 
@@ -276,8 +268,7 @@ def check_items(items: Sequence[Item]) -> None:
         if id in seen:
             raise InputError(f"id {id!r} occurs twice in one call; ids must differ, nothing was written")
         seen.add(id)
-        check_text(id, item.text)
-        check_text(id, image_of(item) or "")
+        check_text(id, item.text + (image_of(item) or ""))
         for name, value in item.fields.items():
             if name in OWN_NAMES:
                 raise InputError(f"item {id!r} has a field called {name!r}, which an index keeps itself; rename it")
@@ -336,19 +327,15 @@ def check_search(k: int, modality: str | None) -> None:
 def check_maker(uri: str, what: str, stored: str, given: str | None) -> None:
     """Raise StoreError where the index was made by another model or prompt than the one in use."""
     if given is not None and stored != given:
-        raise StoreError(
-            f"index {uri} was made with {what} {stored!r} but {given!r} is in use; "
-            "search it with the model that filled it, or fill a new index"
-        )
+        clash = f"index {uri} was made with {what} {stored!r} but {given!r} is in use"
+        raise StoreError(f"{clash}; search it with the model that filled it, or fill a new index")
 
 
 def need_model(uri: str, opening: Opening, action: str) -> None:
     """Raise StoreError for a search or a write where the index was opened without a model."""
     if opening.fingerprint is None:
-        raise StoreError(
-            f"index {uri} was opened without a model, only to look at it; "
-            f"to {action} it, open it with the fingerprint of the model in use"
-        )
+        what = f"index {uri} was opened without a model, only to look at it"
+        raise StoreError(f"{what}; to {action} it, open it with the fingerprint of the model in use")
 
 
 def read_described(described: str) -> tuple[str, str, dict[Modality, int]]:
@@ -386,20 +373,17 @@ def stored_of(
 
 
 def rows_not_unit(vectors_ND: Vectors) -> list[int]:
-    """The rows of vectors that were kept whose length is not 1, among them those with NaN or infinity.
-
-    None may take part in a search: one NaN among the scores of a block hides all others.
-    """
+    """The rows of vectors that were kept whose length is not 1, among them those with NaN, which would hide all others."""
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.vecdot(vectors_ND, vectors_ND)
         return np.flatnonzero(~(np.abs(squares - 1.0) <= UNIT)).tolist()
 
 
 def unusable(ids: Sequence[object]) -> DamageError:
-    """That these items cannot take part in a search. Said and not passed over: the answers would lack them for ever."""
+    """That these items cannot take part in a search; passed over, the answers would lack them for ever."""
     named = ", ".join(shown(id) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-    some = f"item {named} has" if len(ids) == 1 else f"{len(ids)} items have"
-    what = f"{some} no whole vector of finite numbers and length 1" + (f": {named}" if len(ids) > 1 else "")
+    some, listed = (f"item {named} has", "") if len(ids) == 1 else (f"{len(ids)} items have", f": {named}")
+    what = f"{some} no whole vector of finite numbers and length 1{listed}"
     return DamageError(f"{what}; remove and add again (`traceir index rm ID`), or restore the index from a copy")
 
 

@@ -102,15 +102,6 @@ class Codec:
         return scores, found
 
 
-@dataclass(frozen=True, slots=True)
-class Usable:
-    """Which rows of a view a search may find; `rows` is None where all are."""
-
-    mask_N: Mask
-    rows: Rows | None
-    count: int
-
-
 @dataclass(frozen=True)
 class VectorView:
     """A fixed view of one modality's rows; later writes make a new one and leave this one as it was."""
@@ -132,20 +123,22 @@ class VectorView:
         top = int(self.lists_N.max(initial=NO_LIST))
         return order, np.searchsorted(self.lists_N[order], np.arange(NO_LIST, top + 2)).astype(np.int64)
 
-    def usable(self, passing: Rows | None) -> Usable:
-        """The rows that are alive and have one of these numbers; the same array, asked again, has the same answer at once."""
+    def usable(self, passing: Rows | None) -> tuple[Mask, Rows | None]:
+        """Which rows are alive and have one of these numbers, as a mask and by their indexes (None: all are).
+
+        The same array, asked again, has the same answer at once.
+        """
         for known, usable in self._usable[:]:
             if known is passing:
                 return usable
-        mask = self.alive_N if passing is None else self.alive_N & np.isin(self.numbers_N, passing)
-        rows = np.flatnonzero(mask)
-        usable = Usable(mask, rows if len(rows) < len(self) else None, len(rows))
-        self._usable.append((passing, usable))
+        mask_N = self.alive_N if passing is None else self.alive_N & np.isin(self.numbers_N, passing)
+        rows = None if mask_N.all() else np.flatnonzero(mask_N)
+        self._usable.append((passing, (mask_N, rows)))
         del self._usable[:-_VIEW_FILTERS]
-        return usable
+        return mask_N, rows
 
     @cached_property
-    def _usable(self) -> list[tuple[Rows | None, Usable]]:
+    def _usable(self) -> list[tuple[Rows | None, tuple[Mask, Rows | None]]]:
         """The last ones asked for. Threads share it, by single steps of a list, none of which another can interrupt."""
         return []
 
@@ -217,33 +210,18 @@ class VectorTable:
 def search_view(
     view: VectorView, queries_QD: Vectors, k: int, passing: Rows | None, centroids: Vectors | None, probes: int
 ) -> list[Rows]:
-    """For each query the rows that can be among its best k; with centroids only of the `probes` nearest lists.
+    """For each query the rows that can be among its best k; with centroids [C, D] only of the `probes` nearest lists.
 
-    Where a batch is large enough for a product with all rows to be cheaper than its lists, it is searched that way.
+    All rows are looked at where that is cheaper: for a batch, and under a filter that leaves fewer than the probes would visit.
     """
-    usable = view.usable(passing)
+    mask_N, rows = view.usable(passing)
+    count = len(view) if rows is None else len(rows)
     if centroids is None or (len(queries_QD) > _FEW and 8 * probes >= len(centroids)):
-        return candidates(view, queries_QD, k, usable.rows)
-    nearest = (nearest_rows(view, centroids, query, k, usable, probes) for query in queries_QD)
-    return [candidates(view, query[None], k, rows)[0] for query, rows in zip(queries_QD, nearest, strict=True)]
-
-
-def nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int, usable: Usable, probes: int) -> Rows | None:
-    """The usable rows of the nearest `probes` lists, of more lists while there are fewer than k, and those in no list.
-
-    Where a filter leaves no more rows than the probes would visit, all of them: exact search is then the cheaper one.
-    """
-    if usable.count <= max(k, len(view) * probes / len(centroids)):
-        return usable.rows
-    order, starts = view.by_list
-    nearest = np.argsort(-(centroids @ query_D), kind="stable")
-    while True:
-        visited = [0, *(nearest[:probes] + 1)]
-        rows: Rows = np.concatenate([order[starts[at] : starts[at + 1]] for at in visited if at + 1 < len(starts)])
-        rows = rows[usable.mask_N[rows]]
-        if len(rows) >= k or probes >= len(nearest):
-            return rows
-        probes *= 4
+        return candidates(view, queries_QD, k, rows)
+    if count <= max(k, len(view) * probes / len(centroids)):
+        return candidates(view, queries_QD, k, rows)
+    nearest = (_nearest_rows(view, centroids, query, k, mask_N, probes) for query in queries_QD)
+    return [candidates(view, query[None], k, own)[0] for query, own in zip(queries_QD, nearest, strict=True)]
 
 
 def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None) -> list[Rows]:
@@ -296,8 +274,17 @@ def assign_lists(vectors_ND: Codes, centroids: Vectors) -> Lists:
     )
 
 
-def default_probes(lists: int) -> int:
-    return max(8, round(lists / 16))
+def _nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int, mask_N: Mask, probes: int) -> Rows:
+    """The usable rows of the nearest `probes` lists, of more lists while there are fewer than k, and those in no list."""
+    order, starts = view.by_list
+    nearest = np.argsort(-(centroids @ query_D), kind="stable")
+    while True:
+        visited = [0, *(nearest[:probes] + 1)]
+        rows: Rows = np.concatenate([order[starts[at] : starts[at + 1]] for at in visited if at + 1 < len(starts)])
+        rows = rows[mask_N[rows]]
+        if len(rows) >= k or probes >= len(nearest):
+            return rows
+        probes *= 4
 
 
 def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
