@@ -39,7 +39,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     steps=STEPS,
     filters=st.lists(FILTERS, min_size=1, max_size=2),
@@ -77,18 +77,17 @@ def test_search_means_what_plain_numpy_says_whatever_two_handles_did(
 @pytest.mark.parametrize("batch", [1, 9])
 def test_the_best_are_found_and_ties_beyond_k_go_by_id(tmp_path: Path, dtype: Any, batch: int) -> None:
     """Also across blocks of rows, with tombstones, and with a filter that leaves few or many."""
-    same, others = drawn(1, 48), drawn(2000, 48, seed=1)
-    ids = [f"n{number:05d}" for number in np.random.default_rng(2).permutation(4000)]
+    same, others = drawn(1, 48), drawn(800, 48, seed=1)
+    ids = [f"n{number:05d}" for number in np.random.default_rng(2).permutation(1600)]
     with opened(tmp_path, dim=48, dtype=dtype) as index:
-        rows = np.concatenate([np.repeat(same, 2000, axis=0), others])
+        rows = np.concatenate([np.repeat(same, 800, axis=0), others])
         index.upsert([Item.of(text="x", id=id, fields={"n": n % 40}) for n, id in enumerate(ids)], rows)
         stored = np.stack([kept.vector for kept in index.get(ids, with_vectors=True).values()])
         queries = np.concatenate([same, others[: batch - 1]])
-        for gone, where, allowed in (
-            ((), None, range(40)), ((1, 2), None, range(40)), ((1, 2), Eq("n", 7), (7,)), ((1, 2), Range("n", 7, None), range(7, 40)),
-        ):  # fmt: skip
+        few, many = (Eq("n", 7), (7,)), (Range("n", 7, None), range(7, 40))
+        for gone, (where, allowed) in (((), (None, range(40))), ((1, 2), (None, range(40))), ((1, 2), few), ((1, 2), many)):
             index.delete([ids[n] for n in gone])
-            left = [n for n in range(4000) if n not in gone and n % 40 in allowed]
+            left = [n for n in range(1600) if n not in gone and n % 40 in allowed]
             for query, hits in zip(queries, index.search(queries, 20, where=where), strict=True):
                 scores = (stored[left].astype(np.float64) * query.astype(np.float64)).sum(axis=1).astype(np.float32).clip(-1, 1)
                 best = sorted(zip((-scores).tolist(), [ids[n] for n in left], strict=True))[:20]
@@ -96,13 +95,13 @@ def test_the_best_are_found_and_ties_beyond_k_go_by_id(tmp_path: Path, dtype: An
 
 
 def test_storages_differ_in_bytes_and_a_little_in_scores(tmp_path: Path) -> None:
-    rows, sizes = clustered(1500, 64), {}
+    rows, sizes = clustered(800, 64), {}
     with opened(tmp_path / "float32", dim=64) as full:
-        full.upsert(texts([f"{n}" for n in range(1500)]), rows)
+        full.upsert(texts([f"{n}" for n in range(800)]), rows)
         for dtype in ("float16", "int8"):
             with opened(tmp_path / dtype, dim=64, dtype=dtype) as index:
-                for start in range(0, 1500, 300):  # ranges are learnt anew as the index grows
-                    index.upsert(texts([f"{n}" for n in range(start, start + 300)]), rows[start : start + 300])
+                for start in range(0, 800, 200):  # ranges are learnt anew as the index grows
+                    index.upsert(texts([f"{n}" for n in range(start, start + 200)]), rows[start : start + 200])
                     index.search(rows[:1], 1)
                 assert index.info().dtype == dtype
                 near, true = index.search(rows[::10], 10), full.search(rows[::10], 10)

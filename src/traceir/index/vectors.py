@@ -15,7 +15,6 @@ from __future__ import annotations
 import importlib
 import math
 import sqlite3
-import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +43,9 @@ _BLOCK_SCORES: Final = 1 << 22
 _STRIP: Final = 1024
 """Rows gathered at a time, so that they are still in the processor's cache when they are scored."""
 _SAMPLE_PER_LIST: Final = 64
+_ROUNDS: Final = 10
+_ASSIGNED: Final = 16_384
+_TINY: Final = 1e-9
 _COMPACT_ABOVE: Final = 0.25
 _FILTERS: Final = 256
 _FILTER_ROWS: Final = 1 << 22
@@ -250,28 +252,30 @@ def rescore(vectors_ND: Codes, query_D: Vector) -> Scores:
 
 
 def fit_lists(view: VectorView, lists: int | None, seed: int) -> tuple[Vectors, Lists]:
-    """Centroids [C, D] by k-means on a sample of the living rows, and the list of every row; equal seeds, equal lists."""
-    faiss = _faiss()
-    if torch := sys.modules.get("torch"):  # which knows what --threads said
-        faiss.omp_set_num_threads(torch.get_num_threads())
-    live = np.flatnonzero(view.alive_N)
+    """Centroids [C, D] by spherical k-means on a sample of the living rows, and the list of every row; equal for equal seeds."""
+    generator, live = np.random.default_rng(seed), np.flatnonzero(view.alive_N)
     wanted = min(lists or max(1, round(2 * math.sqrt(len(live)))), len(live))
-    sample = np.random.default_rng(seed).choice(live, size=min(len(live), _SAMPLE_PER_LIST * wanted), replace=False)
-    points = view.codec.decode(view.codes_ND[np.sort(sample)])
-    means = faiss.Kmeans(
-        view.codec.dim, wanted, niter=10, seed=seed, spherical=True, min_points_per_centroid=1, max_points_per_centroid=1 << 20
-    )
-    means.train(points)
-    centroids: Vectors = means.centroids
+    sample = generator.choice(live, size=min(len(live), _SAMPLE_PER_LIST * wanted), replace=False)
+    points = view.codec.decode(view.codes_ND[np.sort(sample)]).astype(np.float32)
+    centroids: Vectors = points[generator.choice(len(points), size=wanted, replace=False)]
+    for _ in range(_ROUNDS):
+        nearest = assign_lists(points, centroids)
+        order = np.argsort(nearest, kind="stable")
+        present, starts = np.unique(nearest[order], return_index=True)
+        sums = np.add.reduceat(points[order], starts, axis=0, dtype=np.float64)
+        norms = np.linalg.norm(sums, axis=1)
+        centroids = points[generator.choice(len(points), size=wanted)]  # for lists that are empty
+        centroids[present[norms > _TINY]] = sums[norms > _TINY] / norms[norms > _TINY, None]
     return centroids, np.concatenate([assign_lists(block, centroids) for _, block in _blocks(view, None)])
 
 
 def assign_lists(vectors_ND: Codes, centroids: Vectors) -> Lists:
     """The list of each row: that of the nearest centroid."""
-    parts = [vectors_ND[start : start + _STRIP] for start in range(0, len(vectors_ND), _STRIP)]
-    return np.concatenate(
-        [np.argmax(part.astype(np.float32, copy=False) @ centroids.T, axis=1).astype(np.int32) for part in parts]
-    )
+    lists = np.empty(len(vectors_ND), dtype=np.int32)
+    for start in range(0, len(vectors_ND), _ASSIGNED):
+        block = vectors_ND[start : start + _ASSIGNED].astype(np.float32, copy=False)
+        lists[start : start + _ASSIGNED] = np.argmax(block @ centroids.T, axis=1)
+    return lists
 
 
 def _nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int, mask_N: Mask, probes: int) -> Rows:
