@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
-from traceir.index.filters import Filter
+from traceir.index.filters import Filter, matches
 from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
 from traceir.index.store import Background, Index, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
@@ -195,16 +195,22 @@ class MilvusIndex(Index):
         store.need_model(self._shown, self._opening, "search")
         store.check_search(k, modality)
         queries = store.check_vectors(vectors, None, self._meta.dim)
-        passes = compile_filter(where)
-        expression = _both(passes, _of_modality(modality) if modality else "")
+        passing = compile_filter(where)
+        expression = " and ".join(part for part in (passing, _of_modality(modality) if modality else "") if part)
+
+        def passes(row: Stored) -> bool:
+            """Also now: a row may have been replaced since it was found."""
+            return modality in (None, row.modality) and (where is None or matches(where, row.id, row.modality, row.fields))
+
         with self._explained("search it"):
             if exact:
-                return self._search([self._name], queries, k, expression)[0]
+                return self._search([self._name], queries, k, expression, passes)[0]
             if not (graphs := self._graphs()):
                 what = f"index {self._shown} has no graph for approximate search"
                 raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
-            hits, few = self._search([graphs[own] for own in graphs if modality in (None, own)], queries, k, passes)
-            for row, found in zip(few, self._search([self._name], queries[few], k, expression)[0], strict=True):
+            names = [name for own, name in graphs.items() if modality in (None, own)]
+            hits, few = self._search(names, queries, k, passing, passes)
+            for row, found in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
                 hits[row] = found
             return hits
 
@@ -277,7 +283,9 @@ class MilvusIndex(Index):
 
     # Reading
 
-    def _search(self, names: Sequence[str], queries: Vectors, k: int, expression: str) -> tuple[list[list[Hit]], list[int]]:
+    def _search(
+        self, names: Sequence[str], queries: Vectors, k: int, expression: str, passes: Callable[[Stored], bool]
+    ) -> tuple[list[list[Hit]], list[int]]:
         """The best of each query in these collections together, and the queries for which they ran out of rows."""
         if k > MOST_HITS:
             return [self._compare_all(query, k, expression) for query in queries], []
@@ -291,7 +299,8 @@ class MilvusIndex(Index):
             for own, answer in zip(scores[start:], answers, strict=False):
                 own |= {hit[KEY]: float(hit["distance"]) for hit in answer}
         best = [sorted(own, key=lambda key: (-own[key], key))[:k] for own in scores]
-        rows = self._fetch(sorted({key for keys in best for key in keys}), expression=expression)
+        fetched = self._fetch(sorted({key for keys in best for key in keys}))
+        rows = {key: row for key, row in fetched.items() if passes(row)}
         hits: list[list[Hit]] = []
         for keys, own in zip(best, scores, strict=True):
             there = [key for key in keys if key in rows]  # others have gone meanwhile
@@ -320,10 +329,10 @@ class MilvusIndex(Index):
     def _query(self, expression: str, columns: Sequence[str]) -> Any:
         return self._call("query", self._name, filter=expression, output_fields=list(columns))
 
-    def _fetch(self, keys: Iterable[str], with_vectors: bool = False, expression: str = "") -> dict[str, Stored]:
-        """What is kept under these keys and passes."""
+    def _fetch(self, keys: Iterable[str], with_vectors: bool = False) -> dict[str, Stored]:
+        """What is kept under these keys."""
         columns, pages = _columns(with_vectors), _keys_by_page(keys, self._page if with_vectors else _PAGE)
-        return {row[KEY]: stored_of(row) for page in pages for row in self._query(_both(page, expression), columns)}
+        return {row[KEY]: stored_of(row) for page in pages for row in self._query(page, columns)}
 
     def _keys(self, expressions: Iterable[str]) -> list[str]:
         """The keys of the rows that pass any of these; also of damaged ones."""
@@ -501,10 +510,6 @@ def _of_modality(modality: Modality) -> str:
 def _keys_by_page(keys: Iterable[str], size: int = _PAGE) -> list[str]:
     """Expressions that together are true of these keys."""
     return [keys_in(part) for part in _pages(dict.fromkeys(keys), size)]
-
-
-def _both(first: str, second: str) -> str:
-    return f"{first} and {second}" if first and second else first or second
 
 
 def _pages(values: Iterable[T], size: int) -> Iterator[list[T]]:
