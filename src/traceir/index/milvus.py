@@ -46,6 +46,7 @@ _NAME: Final = "traceir"
 _PAGE: Final = 1000
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
 _PROPERTY: Final = "traceir"
+_ROW_BYTES: Final = 1000  # of an item without its vector, about
 _ANSWER_BYTES: Final = 16 * 2**20
 _CALL_SECONDS: Final = 60.0
 _BUILD_SECONDS: Final = 24 * 3600.0
@@ -291,15 +292,19 @@ class MilvusIndex(Index):
             return [self._compare_all(query, k, expression) for query in queries], []
         limit = min(MOST_HITS, k + max(16, k // 4))
         effort = {} if names == [self._name] else {"ef": max(EFFORT, 2 * limit)}
-        options: dict[str, Any] = {"anns_field": VECTOR, "limit": limit, "filter": expression, "output_fields": [KEY]}
+        whole = names == [self._name] and len(queries) * limit * _ROW_BYTES <= _ANSWER_BYTES
+        columns, raw = _columns(False) if whole else [KEY], dict[str, Any]()
+        options: dict[str, Any] = {"anns_field": VECTOR, "limit": limit, "filter": expression, "output_fields": columns}
         scores: list[dict[str, float]] = [{} for _ in queries]
         for name, start in itertools.product(names, range(0, len(queries), max(1, 1_000_000 // limit))):
             part = list(queries[start : start + max(1, 1_000_000 // limit)].astype(self._numpy_type))
             answers = self._call("search", name, data=part, search_params={"metric_type": "IP", "params": effort}, **options)
             for own, answer in zip(scores[start:], answers, strict=False):
                 own |= {hit[KEY]: float(hit["distance"]) for hit in answer}
+                raw |= {hit[KEY]: {**hit["entity"], KEY: hit[KEY]} for hit in answer} if whole else {}
         best = [sorted(own, key=lambda key: (-own[key], key))[:k] for own in scores]
-        fetched = self._fetch(sorted({key for keys in best for key in keys}))
+        wanted = sorted({key for keys in best for key in keys})
+        fetched = {key: stored_of(raw[key]) for key in wanted} if whole else self._fetch(wanted)
         rows = {key: row for key, row in fetched.items() if passes(row)}
         hits: list[list[Hit]] = []
         for keys, own in zip(best, scores, strict=True):
