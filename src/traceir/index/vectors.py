@@ -45,7 +45,7 @@ _STRIP: Final = 1024
 _SAMPLE_PER_LIST: Final = 64
 _ROUNDS: Final = 10
 _ASSIGNED: Final = 16_384
-_TINY: Final = 1e-9
+_TINY: Final = 1e-6
 _COMPACT_ABOVE: Final = 0.25
 _FILTERS: Final = 256
 _FILTER_ROWS: Final = 1 << 22
@@ -238,7 +238,9 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
     lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
     bounds = (kth if codec.exact else lowest) - codec.slack
     found = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
-    for query in np.flatnonzero(lowest >= kth - codec.slack) if count < total else ():  # more score alike than were looked for
+    # More rows may score alike than were looked for. Of int8 those are equal rows, which the cut must not part at random.
+    cut = kth - codec.slack if codec.exact else np.partition(best, 1)[:, 1] - _TINY
+    for query in np.flatnonzero(lowest >= cut) if count < total else ():
         blocks = _blocks(view, rows)
         found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
     return found
