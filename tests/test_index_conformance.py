@@ -300,6 +300,7 @@ def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
             assert " ".join(stored.id for stored in index.scan(where)) == expected, where
 
 
+@MILVUS_IS_SLOW
 @pytest.mark.parametrize("size", [300, pytest.param(9_000, marks=pytest.mark.slow)])
 def test_every_kind_of_index_takes_the_largest_filters_and_ids(fresh: Fresh, size: int) -> None:
     numbers = tuple(In("n", tuple(range(start, start + size))) for start in (0, 5_000 * size // 9_000, 5_001 * size // 9_000))
