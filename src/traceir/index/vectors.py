@@ -228,11 +228,11 @@ def search_view(
 
 def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None) -> list[Rows]:
     """For each query those of `rows` (None: all) that can be among its best k: a superset, whatever the order of float32
-    additions. Of int8 codes the best few times k, which is nearly always one."""
+    additions. Of int8 codes the best 2 k + 16, which nearly always is one."""
     codec, total = view.codec, len(view) if rows is None else len(rows)
-    if total <= (8 * k if len(queries_QD) <= _FEW else k):
+    if total <= (8 * k if codec.exact and len(queries_QD) <= _FEW else k):
         return [np.arange(total) if rows is None else rows for _ in queries_QD]
-    count = min(total, k + max(_SPARE, k // 4) if codec.exact else 4 * (k + _SPARE))
+    count = min(total, k + max(_SPARE, k // 4) if codec.exact else 2 * k + _SPARE)
     look = _scan_each if len(queries_QD) <= _FEW else _multiply
     best, rows_of = look(view, queries_QD, rows, count)
     lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
