@@ -81,6 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
             "index add": _index_add,
             "index info": _index_info,
             "index rm": _index_remove,
+            "index build-ann": _index_build_ann,
             "index optimise": _index_optimise,
             "index calibrate": _index_calibrate,
             "index copy": _index_copy,
@@ -215,7 +216,7 @@ def _index_info(args: argparse.Namespace) -> int:
         print(json.dumps({**asdict(info), "count": info.count}))
         return 0
     counts = ", ".join(f"{info.counts[name]} {name}" for name in sorted(info.counts)) or "none"
-    approximate = f"{info.cells} cells, {info.probes} visited" if info.cells else "not built (`traceir index optimise`)"
+    approximate = f"{info.cells} IVF lists, {info.probes} visited" if info.cells else "not built (`traceir index build-ann`)"
     queries = ", ".join(f"{count} {name}" for name, count in info.background.items())
     background = f"calibrated with {queries} queries ({info.background_source})" if queries else _NOT_CALIBRATED
     for name, value in (
@@ -245,12 +246,17 @@ def _index_remove(args: argparse.Namespace) -> int:
 
 
 def _index_optimise(args: argparse.Namespace) -> int:
+    print("`index optimise` is now called `index build-ann`", file=sys.stderr)
+    return _index_build_ann(args)
+
+
+def _index_build_ann(args: argparse.Namespace) -> int:
     from traceir.index import open_index
 
     with open_index(args.index) as index:
         index.build_approximate()
         info = index.info()
-    print(f"{info.count} items in {info.cells} cells; an approximate search visits {info.probes} of each modality's")
+    print(f"{info.count} items in {info.cells} IVF lists; an approximate search visits {info.probes} of each modality's")
     return 0
 
 

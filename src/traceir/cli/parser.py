@@ -99,8 +99,8 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
         help="encode by N workers of Ray, on the cluster of $RAY_ADDRESS or on this machine (default: in this process)",
     )  # fmt: skip
     add.add_argument(
-        "--store", choices=("float32", "float16"), default="float32",
-        help="how a new index keeps vectors; float16 halves it (default: float32)",
+        "--store", choices=("float32", "float16", "int8"), default="float32",
+        help="how a new index keeps vectors; float16 halves it, int8 takes a quarter of the memory (default: float32)",
     )  # fmt: skip
     _add_model(add)
     _add_engine(add)
@@ -110,8 +110,8 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     remove = _verb(parts, shared, "rm", runs["index rm"], "remove items by id")
     remove.add_argument("--index", required=True, metavar="DIR|URI")
     remove.add_argument("ids", nargs="+", metavar="ID")
-    optimise = _verb(parts, shared, "optimise", runs["index optimise"], "build what `search --approximate` needs")
-    optimise.add_argument("--index", required=True, metavar="DIR|URI")
+    for name, words in (("build-ann", "build what `search --approximate` needs"), ("optimise", "the former name of build-ann")):
+        _verb(parts, shared, name, runs[f"index {name}"], words).add_argument("--index", required=True, metavar="DIR|URI")
     calibrate = _verb(
         parts, shared, "calibrate", runs["index calibrate"], "make `search --cutoff` possible: say nothing was found"
     )
@@ -130,7 +130,7 @@ def _add_index(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, R
     copied.add_argument("target", metavar="TO", help="index to write, made if it is not there")
     copied.add_argument("--batch", type=_count, default=500, metavar="N", help="items written at a time (default: 500)")
     copied.add_argument(
-        "--store", choices=("float32", "float16"), default="float32", help="vectors of a new index (default: float32)"
+        "--store", choices=("float32", "float16", "int8"), default="float32", help="vectors of a new index (default: float32)"
     )
 
 
@@ -140,7 +140,7 @@ def _add_search(verbs: Any, shared: argparse.ArgumentParser, runs: Mapping[str, 
     _add_query(search, "words to search with, or what to change in the picture")
     search.add_argument("--route", choices=ROUTES, default="auto", help="who decides about reasoning (default: auto, the model)")
     search.add_argument("-k", type=_count, default=10, metavar="N", help="number of hits (default: 10)")
-    search.add_argument("--approximate", action="store_true", help="faster on large indexes; needs `index optimise`")
+    search.add_argument("--approximate", action="store_true", help="faster on large indexes; needs `index build-ann`")
     search.add_argument(
         "--where", action="append", default=[], metavar="FIELD=VALUE", help="only items whose field has the value; repeatable"
     )
