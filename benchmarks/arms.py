@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from traceir.lab.mini_presets import mini, mini_direct
 from traceir.precision import bfloat16_on
 from traceir.train.gradcache import Objective, step
-from traceir.train.presets import mini, mini_direct
-from traceir.train.train import Run, arguments
+from traceir.train.train import Run, accelerated, joined
 
 WARM, TURNS = 30, 60
 
@@ -30,15 +30,16 @@ def main() -> int:
         sides = []
         for name, preset in (("ours", mini), ("direct", mini_direct)):
             config = replace(preset(), out=str(Path(scratch) / name), steps=WARM + TURNS)
-            run = Run(config, arguments(config, Path(config.out)))
-            sides.append((run.reader.train(), run.turns(), Objective(direct_ret=config.direct_ret)))
+            joined(config)
+            run = Run(config, accelerated(config))
+            sides.append((run.reader.train(), run.batches(), Objective(direct_ret=config.direct_ret)))
         spent = [0.0, 0.0]
         for number in tqdm(range(WARM + TURNS), desc="turns", file=sys.stderr):
-            for side, (reader, turns, objective) in enumerate(sides):
+            for side, (reader, batches, objective) in enumerate(sides):
                 begun = time.process_time()
-                turn = turns[number]
+                batch = batches[number]
                 with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16_on("cpu", reader.model.width).fast):
-                    step(reader, turn, objective, lambda loss, last: loss.backward(), cache=False)
+                    step(reader, batch, objective, cache=False)
                 reader.zero_grad(set_to_none=True)
                 if number >= WARM:
                     spent[side] += time.process_time() - begun

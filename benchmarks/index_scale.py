@@ -2,7 +2,7 @@
 
 The vectors are synthetic: 2,000 clusters of power-law sizes with a decaying spectrum (effective dimension about 30), shifted by
 modality, of unit length. Recall ranks the indexes on them and does not predict a model's. The embedded index is filled with
-float32 and with float16 storage, Milvus Lite's server (started here, on the loopback) with fewer rows. Each is searched exactly
+float32, float16 and int8 storage, Milvus Lite's server (started here, on the loopback) with fewer rows. Each is searched exactly
 and approximately, over all rows and over those that pass a filter (one in a thousand, one in two), and so is FAISS's flat index
 over the same rows, with a filter as its bitmap; the sides take turns, and a ratio is the median over the repetitions. FAISS
 takes the faster of its ways: its own kernel for a single query and with a filter, BLAS for a batch (its
@@ -39,7 +39,7 @@ from traceir.images import ImageInput
 from traceir.index import Eq, Filter, Index, Range, open_index
 from traceir.items import Item, Modality, Vector
 
-PARTS = ("float32", "float16", "engine")
+PARTS = ("float32", "float16", "int8", "engine")
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 CLUSTERS = 2000
 BLOCK = 5000
@@ -159,8 +159,12 @@ def measure(part: str, folder: Path, setup: Setup) -> dict[str, Any]:
     where = contextlib.nullcontext(str(folder / part)) if part != "engine" else engine(folder / "engine-data")
     with where as address:
         options: dict[str, Any] = {"fingerprint": f"seed {setup.seed}", "prompt_version": "none", "dim": setup.width}
-        with open_index(address, **options, create=True, dtype="float16" if part == "float16" else "float32") as index:
-            seconds = {"fill": timed(lambda: fill(index, world, rows)), "build": timed(lambda: build(index))}
+        with open_index(address, **options, create=True, dtype="float32" if part == "engine" else part) as index:
+            seconds = {"fill": timed(lambda: fill(index, world, rows))}
+            before = resident_megabytes()
+            seconds["open"] = timed(lambda: index.search(world.queries()[:1], 1))
+            resident = resident_megabytes() - before
+            seconds["build"] = timed(lambda: build(index))
             flat = flat_index(world, rows)
             measured = {}
             for name, (where, shelves) in FILTERS.items():
@@ -177,7 +181,8 @@ def measure(part: str, folder: Path, setup: Setup) -> dict[str, Any]:
                 "rows": rows,
                 "seconds": seconds,
                 "megabytes": round(size_of(folder / ("engine-data" if part == "engine" else part)) / 2**20),
-                "cells": index.info().cells,
+                "resident_megabytes": resident,
+                "lists": index.info().cells,
                 "filters": measured,
             }
 
@@ -294,6 +299,12 @@ def size_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def resident_megabytes() -> int:
+    """Memory of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+
 def report(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -302,16 +313,31 @@ def table(results: dict[str, dict[str, Any]], setup: Setup) -> str:
     lines = [
         f"Width {setup.width}, {setup.queries} queries, k = {setup.k}; the ratio is to exact FAISS in the same run, one thread.",
         "",
-        f"| index | rows | MB | of them | search | recall@{setup.k} | single queries/s (ratio) | in batches of {BATCH} (ratio) |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| index | rows | MB on disk | MB in memory | of them | search | recall@{setup.k} "
+        f"| single queries/s (ratio) | in batches of {BATCH} (ratio) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    names = {"float32": "embedded, float32", "float16": "embedded, float16", "engine": "Milvus Lite's server"}
+    names = {
+        "float32": "embedded, float32",
+        "float16": "embedded, float16",
+        "int8": "embedded, int8",
+        "engine": "Milvus Lite's server",
+    }
     for part, found in results.items():
         for name, of_filter in found["filters"].items():
             for side, recall in of_filter["recall"].items():
                 rates, ratios = of_filter["queries_per_second"], of_filter["ratio_to_faiss"]
                 speed = [f"{statistics.median(rates[kind][side]):.1f} ({ratios[kind][side]:.2f})" for kind in ("single", "batch")]
-                cells = (names[part], f"{found['rows']:,}", str(found["megabytes"]), name, side, f"{recall:.3f}", *speed)
+                cells = (
+                    names[part],
+                    f"{found['rows']:,}",
+                    str(found["megabytes"]),
+                    str(found["resident_megabytes"]),
+                    name,
+                    side,
+                    f"{recall:.3f}",
+                    *speed,
+                )
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

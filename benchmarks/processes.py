@@ -29,7 +29,7 @@ from traceir.checkpoint import bundled_model
 
 STEPS, KILLED_AT = 4, 2
 SETTINGS = (
-    f"steps={STEPS}", "save_every=1", "keep=1", "log_every=1", "batch=16", "family=4", "warmup=1", "augment=0", "grad_cache=true",
+    f"steps={STEPS}", "save_every=1", "keep=1", "log_every=1", "batch=16", "group=4", "warmup=1", "augment=0", "grad_cache=true",
     "chunk_tokens=512", "mixed_precision=false", "learn_temperature=true", "threads=1",
 )  # fmt: skip
 WAYS = {

@@ -35,8 +35,8 @@ from benchmarks.train_shapes import SHAPES, empty_network, machine, peak_mib
 from traceir.data.settings import override
 from traceir.encoder import Encoder
 from traceir.items import Item, Query
+from traceir.lab.mini_presets import PRESETS
 from traceir.model import load
-from traceir.train.presets import PRESETS
 from traceir.train.train import train
 
 SHARD_BYTES: Final = 2 * 10**9

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from traceir.errors import InputError
-from traceir.evaluation.embeddings import Embeddings, EmbeddingStore, Maker, Matrix
+from traceir.evaluation.embeddings import Embeddings, EmbeddingStore, EncoderIdentity, Matrix
 from traceir.evaluation.metrics import TIE
 from traceir.evaluation.ranking import Ranking, rank_queries
 from traceir.items import Encoding, Item, Vector
@@ -123,11 +123,11 @@ def in_child(stage: str, folder: Path, setup: Setup) -> dict[str, Any]:
 
 
 def run_stage(stage: str, folder: Path, setup: Setup) -> dict[str, Any]:
-    store = EmbeddingStore(folder, Maker("random", f"seed {setup.seed}", setup.width))
+    store = EmbeddingStore(folder, EncoderIdentity("random", f"seed {setup.seed}", setup.width))
     candidates, started = Candidates(setup.rows), time.perf_counter()
     if stage == "write":
         plan = store.fill(candidates, lambda chunk: draw_block(chunk, setup))
-        return {"blocks": len(plan.blocks), "seconds": time.perf_counter() - started}
+        return {"blocks": len(plan), "seconds": time.perf_counter() - started}
     found, queries_QD = store.open(store.plan(candidates)), draw_queries(setup)
     if stage == "stream":
         started = time.perf_counter()

@@ -50,12 +50,12 @@ from traceir.batch import Processor
 from traceir.data.image_store import pixel_store
 from traceir.data.samples import Schedule, TaskData, read_pairs
 from traceir.errors import InputError, TraceError
+from traceir.lab.mini_presets import PRESETS
 from traceir.model import TraceModel
 from traceir.precision import bfloat16_on
-from traceir.train.batches import Turns
+from traceir.train.batches import TrainBatches
+from traceir.train.config import TrainConfig
 from traceir.train.memory import largest, need_of
-from traceir.train.presets import PRESETS
-from traceir.train.train import TrainConfig
 
 TASKS: Final = "cirr_task7,mscoco_task3,mscoco_task0"
 AGREE: Final = {"float32": 1e-4, "bf16": 5e-2}
@@ -68,7 +68,7 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
     config = replace(config, grad_cache=False)
     turns_needed = len(options.tasks) * (options.rounds + 1)
     ours_model, plain_model = (build(options.shape, options.device, lora=lora, precision=options.precision) for _ in range(2))
-    turns = _turns(options, config, ours_model, turns_needed)
+    turns = _batches(options, config, ours_model, turns_needed)
     ours, plain = Ours(ours_model, turns, config, options.device), Plain(plain_model, turns.schedule, config, options.device)
     with tempfile.TemporaryDirectory() as cache:
         stored = _store(ours_model.processor, options.data, turns.schedule, turns_needed, Path(cache))
@@ -129,7 +129,7 @@ def _rounds(ours: Ours, plain: Plain, options: argparse.Namespace) -> list[list[
             found.append([])
         sides = (("ours", ours), ("plain", plain)) if number % 2 == 0 else (("plain", plain), ("ours", ours))
         spent = {name: side.train(number) for name, side in sides}
-        found[-1].append({"task": ours.turns.schedule.task(number).name, **spent})
+        found[-1].append({"task": ours.batches.schedule.task(number).name, **spent})
     return found
 
 
@@ -159,15 +159,15 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     steps = max(1, options.pairs // config.batch)
     lora = SHAPES[options.shape].fields is not None
     model = build(options.shape, options.device, lora=lora, precision=options.precision)
-    turns = _turns(options, config, model, steps)
+    turns = _batches(options, config, model, steps)
     side = Ours(model, turns, config, options.device)
     side.reader = prepared(side.reader, options.device, options.precision)
     with tempfile.TemporaryDirectory() as cache:
         _store(model.processor, options.data, turns.schedule, steps, Path(cache))
-        side.turns = _turns(options, replace(config, batch=config.family), model, 1)
+        side.batches = _batches(options, replace(config, batch=config.group), model, 1)
         side.train(0)
         side.forget()
-        side.turns, resident = turns, resident_mib(options.device)
+        side.batches, resident = turns, resident_mib(options.device)
         reset, started, peaks = reset_peak(options.device), time.perf_counter(), []
         for number in tqdm(range(steps), desc=f"batch {config.batch}", disable=steps < 2):
             side.train(number)
@@ -208,14 +208,14 @@ def _config(options: argparse.Namespace) -> TrainConfig:
     return replace(config, data=str(options.data), batch=batch, chunk_tokens=tokens, seed=options.seed)
 
 
-def _turns(options: argparse.Namespace, config: TrainConfig, model: TraceModel, turns: int) -> Turns:
-    """So many turns of the chosen tasks, one after the other."""
+def _batches(options: argparse.Namespace, config: TrainConfig, model: TraceModel, count: int) -> TrainBatches:
+    """So many batches of the chosen tasks, one after the other."""
     tasks: list[TaskData] = [task for task in read_pairs(options.data, seed=config.seed) if task.name in options.tasks]
     if missing := set(options.tasks) - {task.name for task in tasks}:
         raise InputError(f"{options.data} has no train rows {sorted(missing)}; choose others with --tasks")
-    schedule = Schedule(tasks, [1.0] * len(tasks), batch=config.batch, family=config.family, steps=turns, seed=config.seed)
+    schedule = Schedule(tasks, [1.0] * len(tasks), batch=config.batch, group=config.group, batches=count, seed=config.seed)
     version = model.settings.prompt_version
-    return Turns(schedule, model.processor, version, turns=turns, chunk_tokens=config.chunk_tokens, seed=config.seed)
+    return TrainBatches(schedule, model.processor, version, config.chunk_tokens)
 
 
 def _store(processor: Processor, data: Path, schedule: Schedule, turns: int, cache: Path) -> dict[str, float]:

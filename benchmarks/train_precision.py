@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -24,10 +23,10 @@ from tqdm import tqdm
 
 from benchmarks.train_shapes import machine
 from traceir.errors import TraceError
+from traceir.lab.mini_presets import PRESETS
 from traceir.precision import GAIN, bfloat16_on
 from traceir.train.gradcache import Objective, step
-from traceir.train.presets import PRESETS
-from traceir.train.train import Run, arguments
+from traceir.train.train import Run, accelerated, joined
 
 AVX2: Final = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 PROCESSORS: Final = {"as it is": {}, "limited to AVX2": AVX2}
@@ -63,15 +62,16 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
             preset, data=str(options.data), out=scratch, cache="", init="random", steps=options.rounds + 1,
             batch=options.batch, seed=options.seed, mixed_precision=False,
         )  # fmt: skip
-        run = Run(config, arguments(config, Path(scratch)))
-        reader, turns, speed = run.reader.train(), run.turns(), bfloat16_on("cpu", run.model.width)
+        joined(config)
+        run = Run(config, accelerated(config))
+        reader, batches, speed = run.reader.train(), run.batches(), bfloat16_on("cpu", run.model.width)
         spent_s: dict[str, list[float]] = {name: [] for name in TYPES}
         for number in range(options.rounds + 1):
-            turn = turns[number]
+            batch = batches[number]
             for name in TYPES:
                 began = time.process_time()
                 with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16"):
-                    step(reader, turn, Objective(), lambda loss, last: torch.autograd.backward(loss), cache=config.grad_cache)
+                    step(reader, batch, Objective(), cache=config.grad_cache)
                 reader.zero_grad(set_to_none=True)
                 if number:
                     spent_s[name].append(time.process_time() - began)

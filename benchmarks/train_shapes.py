@@ -29,13 +29,12 @@ from traceir.adapter import attach
 from traceir.batch import IGNORE, ImageBudget, Layout
 from traceir.checkpoint import bundled_model
 from traceir.errors import InputError
+from traceir.lab.mini_presets import PRESETS
 from traceir.model import TraceModel, load, wrap
 from traceir.prompts import IMAGE_PAD, VIDEO_PAD, VISION_END, VISION_START
-from traceir.train.batches import Chunk, Turn
+from traceir.train.batches import Chunk, TrainBatch
+from traceir.train.config import TrainConfig
 from traceir.train.gradcache import Objective, Reader, recomputing, step
-from traceir.train.loop import to_device
-from traceir.train.presets import PRESETS
-from traceir.train.train import TrainConfig
 
 COMMON: Final[dict[str, Any]] = {
     "attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "max_window_layers": 28,
@@ -128,7 +127,7 @@ def optimiser_of(module: torch.nn.Module, config: TrainConfig) -> torch.optim.Ad
 
 
 def prepared(reader: Reader, device: str, precision: str) -> Any:
-    """The reader as Hugging Face's Trainer hands it to our step: under autocast where the precision is bf16."""
+    """The reader as the loop hands it to our step: under autocast where the precision is bf16."""
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device == "cpu").prepare_model(reader)
 
 
@@ -137,10 +136,10 @@ def prepared(reader: Reader, device: str, precision: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of a made-up pair: the query's prompt, of which so many are its picture's, what it writes, and the candidate."""
+    """Tokens of a made-up pair: the query's prompt, of which so many are its image's, what it writes, and the candidate."""
 
     query: int = 300
-    picture: int = 256
+    image: int = 256
     reasoning: int = 100
     candidate: int = 256
 
@@ -155,7 +154,7 @@ class Lengths:
         return _root(self.image), _root(max(1, self.candidate - 24))
 
 
-def made_up_turn(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens: int, seed: int = 0) -> Turn:
+def made_up_batch(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens: int, seed: int = 0) -> TrainBatch:
     """A turn of `batch` pairs of random tokens and pictures, every row of a side of one length; no example of any data."""
     draw, (shown, offered) = np.random.default_rng(seed), lengths.sides
     unit = model.processor.image.patch * model.processor.image.merge
@@ -168,7 +167,7 @@ def made_up_turn(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens: 
     queries = [_row(model, draw, lengths.query, shown, pictures[shown][n % 4], lengths.reasoning) for n in range(batch)]
     candidates = [_row(model, draw, lengths.candidate, offered, pictures[offered][n % 4], None) for n in range(batch)]
     names = tuple(f"made up {number}" for number in range(batch))
-    return Turn(
+    return TrainBatch(
         0, "made up", _chunks(model, queries, chunk_tokens), _chunks(model, candidates, chunk_tokens),
         torch.eye(batch, dtype=torch.bool), ((batch, 0),), names, batch * (lengths.reasoning + 1),
     )  # fmt: skip
@@ -282,7 +281,7 @@ class Capacity:
         )
 
     def _run(self, batch: int, chunk_tokens: int, checkpointing: bool) -> float | None:
-        turn = made_up_turn(self.model, batch, self.lengths, chunk_tokens, self.seed)
+        made_up = made_up_batch(self.model, batch, self.lengths, chunk_tokens, self.seed)
         if checkpointing:
             self.model.network.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputing}
@@ -292,8 +291,8 @@ class Capacity:
         reset_peak(self.device)
         started = time.perf_counter()
         try:
-            turn = to_device(turn, torch.device(self.device))
-            step(self.reader, turn, Objective(), lambda loss, last: torch.autograd.backward(loss), cache=True, seed=self.seed)
+            batch_there = made_up.to(torch.device(self.device))
+            step(self.reader, batch_there, Objective(), cache=True, seed=self.seed)
             torch.nn.utils.clip_grad_norm_([p for p in self.reader.parameters() if p.requires_grad], self.config.clip)
             self.optimiser.step()
             self.optimiser.zero_grad()
@@ -342,7 +341,7 @@ def capacity_table(found: dict[str, Any]) -> list[str]:
     """The steps as Markdown."""
     lengths = found["lengths"]
     lines = [
-        f"Made-up turns: queries of {lengths['query']} tokens ({lengths['picture']} of a picture) and {lengths['reasoning']} of "
+        f"Made-up turns: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
         f"reasoning, candidates of {lengths['candidate']}. {found['trained'] / 1e6:.1f} M of {found['parameters'] / 1e6:.0f} M "
         "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, without making the turn. "
         "Share of the peak: 4 FLOPs a frozen parameter and token, 6 a trained one, 2 in the vision tower; nothing computed again "

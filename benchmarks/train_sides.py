@@ -18,10 +18,9 @@ from traceir.batch import Batch
 from traceir.data.samples import Schedule
 from traceir.model import TraceModel
 from traceir.prompts import PromptVersion, render_candidate, render_query
-from traceir.train.batches import Turns
+from traceir.train.batches import TrainBatches
+from traceir.train.config import TrainConfig
 from traceir.train.gradcache import Objective, Reader, step
-from traceir.train.loop import to_device
-from traceir.train.train import TrainConfig
 
 
 class Clock:
@@ -60,7 +59,7 @@ class Clock:
 
 
 class Side:
-    """One way to train on the turns of a schedule: forward and backward of a turn, then a step."""
+    """One way to train on the batches of a schedule: forward and backward of a batch, then a step."""
 
     def __init__(self, module: torch.nn.Module, config: TrainConfig, device: str) -> None:
         self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -69,11 +68,11 @@ class Side:
         self.tokens = self.padded = 0
 
     def losses(self, number: int) -> dict[str, float]:
-        """The terms of one turn; their gradient is added to the parameters."""
+        """The terms of one batch; their gradient is added to the parameters."""
         raise NotImplementedError
 
     def train(self, number: int) -> tuple[float, float]:
-        """Wall and CPU seconds of one turn from its files to the changed weights."""
+        """Wall and CPU seconds of one batch from its files to the changed weights."""
         wall, cpu = time.perf_counter(), time.process_time()
         self.losses(number)
         with self.clock.part("optimiser"):
@@ -93,23 +92,23 @@ class Side:
 
 
 class Ours(Side):
-    """The step of `traceir train`, as its Trainer calls it."""
+    """The step of `traceir train`, as its loop calls it."""
 
-    def __init__(self, model: TraceModel, turns: Turns, config: TrainConfig, device: str) -> None:
+    def __init__(self, model: TraceModel, batches: TrainBatches, config: TrainConfig, device: str) -> None:
         self.reader: Any = Reader(model, config.temperature).to(device)
         super().__init__(self.reader, config, device)
-        self.turns = turns
+        self.batches = batches
         model.processor.__dict__["pixels"] = self.clock.timed("pictures", model.processor.pixels)
 
     def losses(self, number: int) -> dict[str, float]:
         with self.clock.part("layout"):
-            turn = to_device(self.turns[number], torch.device(self.device))
-        for chunk in (*turn.queries, *turn.candidates):
+            batch = self.batches[number].to(torch.device(self.device))
+        for chunk in batch.chunks:
             self.count(chunk.batch)
         with self.clock.part("forward"):
-            return step(self.reader, turn, Objective(), self._backward, cache=self.config.grad_cache)
+            return step(self.reader, batch, Objective(), cache=self.config.grad_cache, backward=self._backward)
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+    def _backward(self, loss: torch.Tensor) -> None:
         with self.clock.part("backward"):
             torch.autograd.backward(loss)
 

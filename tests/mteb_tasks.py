@@ -1,4 +1,4 @@
-"""Small tasks of mteb's own classes, one of each kind that MIEB has, over drawn pictures; for `traceir mteb --tasks-from`."""
+"""Small tasks of mteb's own classes, one of each kind that MIEB has, over drawn images; for `traceir mteb --tasks-from`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 from PIL import Image, ImageDraw
 
 COLOURS = ("red", "green", "blue", "orange")
+ABOUT: dict[str, Any] = {"description": "Drawn for a test.", "eval_splits": ["test"], "eval_langs": ["eng-Latn"]}
 
 
 def draw(number: int) -> Image.Image:
@@ -41,132 +42,114 @@ def say(number: int) -> str:
 
 
 def described(name: str, type: str, category: str, main_score: str, **more: Any) -> TaskMetadata:
-    letters = {"t": "text", "i": "image"}
-    found = {letters[letter] for letter in category if letter in letters}
-    options = {"eval_langs": ["eng-Latn"], "modalities": sorted(found), **more}
-    return TaskMetadata(
-        name=name, type=type, category=category, main_score=main_score, description="Drawn for a test.",
-        dataset={"path": "drawn", "revision": "1"}, eval_splits=["test"], **options,
-    )  # fmt: skip
+    modalities = sorted({word for letter, word in (("t", "text"), ("i", "image")) if letter in category})
+    options = ABOUT | {"modalities": modalities, "dataset": {"path": "drawn", "revision": "1"}} | more
+    return TaskMetadata(name=name, type=type, category=category, main_score=main_score, **options)
 
 
 def rows(**columns: Any) -> Dataset:
-    """A data set of columns; those of pictures are told by their first value."""
+    """A data set of columns; those of images are told by their first value."""
     kinds = {name: ImageFeature() for name, values in columns.items() if isinstance(values[0], Image.Image)}
     whole = Dataset.from_dict({name: values for name, values in columns.items() if name not in kinds})
-    features = Features({**whole.features, **kinds})
-    return Dataset.from_dict(columns, features=features)
+    return Dataset.from_dict(columns, features=Features({**whole.features, **kinds}))
+
+
+def each(**values: Any) -> dict[str, Any]:
+    """Of a split its numbers, or of a column what makes its values."""
+    return values
 
 
 class Drawn:
-    """load_data of a task that knows its splits."""
+    """load_data of a task whose splits are columns of functions of a number."""
 
     data_loaded = False
+    numbers = each(test=range(12))
+    columns = each()
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-        self.dataset = DatasetDict(self.splits())
-        self.data_loaded = True
+        splits = {
+            split: rows(**{name: [make(number) for number in numbers] for name, make in self.columns.items()})
+            for split, numbers in self.numbers.items()
+        }
+        self.dataset, self.data_loaded = DatasetDict(splits), True
 
 
 class DrawnClassification(Drawn, AbsTaskClassification):
     metadata = described("DrawnClassification", "ImageClassification", "i2c", "accuracy")
     input_column_name, samples_per_label, n_experiments = "webp", 2, 2
-
-    def splits(self) -> dict[str, Dataset]:
-        return {name: rows(webp=[draw(n) for n in numbers], label=[n % 4 for n in numbers])
-                for name, numbers in (("train", range(12)), ("test", range(20, 28)))}  # fmt: skip
+    numbers = each(train=range(12), test=range(20, 28))
+    columns = each(webp=draw, label=lambda n: n % 4)
 
 
 class DrawnMultilabel(Drawn, AbsTaskMultilabelClassification):
     metadata = described("DrawnMultilabel", "ImageClassification", "i2c", "accuracy")
     input_column_name, samples_per_label, n_experiments = "image", 3, 2
-
-    def splits(self) -> dict[str, Dataset]:
-        return {name: rows(image=[draw(n) for n in numbers], label=[[n % 4, 4 + n % 2] for n in numbers])
-                for name, numbers in (("train", range(12)), ("test", range(20, 28)))}  # fmt: skip
+    numbers = each(train=range(12), test=range(20, 28))
+    columns = each(image=draw, label=lambda n: [n % 4, 4 + n % 2])
 
 
 class DrawnClusteringLegacy(Drawn, AbsTaskClusteringLegacy):
     metadata = described("DrawnClusteringLegacy", "ImageClustering", "i2c", "nmi")
     input_column_name, label_column_name = "img", "label"
-
-    def splits(self) -> dict[str, Dataset]:
-        return {"test": rows(img=[draw(n) for n in range(12)], label=[n % 4 for n in range(12)])}
+    columns = each(img=draw, label=lambda n: n % 4)
 
 
 class DrawnClustering(Drawn, AbsTaskClustering):
     metadata = described("DrawnClustering", "ImageClustering", "i2c", "v_measure")
     input_column_name, label_column_name = "image", "label"
     max_fraction_of_documents_to_embed, n_clusters, max_documents_per_cluster = None, 2, 12
-
-    def splits(self) -> dict[str, Dataset]:
-        return {"test": rows(image=[draw(n) for n in range(12)], label=[n % 4 for n in range(12)])}
+    columns = each(image=draw, label=lambda n: n % 4)
 
 
 class DrawnZeroShot(Drawn, AbsTaskZeroShotClassification):
     metadata = described("DrawnZeroShot", "ZeroShotClassification", "i2t", "accuracy")
-
-    def splits(self) -> dict[str, Dataset]:
-        return {"test": rows(image=[draw(n) for n in range(16)], label=[n % 4 for n in range(16)])}
+    numbers, columns = each(test=range(16)), each(image=draw, label=lambda n: n % 4)
 
     def get_candidate_labels(self) -> list[str]:
         return [f"a drawing of a {colour} square" for colour in COLOURS]
 
 
 class DrawnPairs(Drawn, AbsTaskImageTextPairClassification):
-    """Winoground's form: two pictures and two captions a sample."""
+    """Winoground's form: two images and two captions a sample."""
 
     metadata = described("DrawnPairs", "Compositionality", "i2t", "accuracy")
     images_column_names, texts_column_names = ("image_0", "image_1"), ("caption_0", "caption_1")
-
-    def splits(self) -> dict[str, Dataset]:
-        first, second = [*range(12)], [*range(1, 13)]
-        return {"test": rows(image_0=[draw(n) for n in first], image_1=[draw(n) for n in second],
-                             caption_0=[say(n) for n in first], caption_1=[say(n) for n in second])}  # fmt: skip
+    columns = each(image_0=draw, image_1=lambda n: draw(n + 1), caption_0=say, caption_1=lambda n: say(n + 1))
 
 
 class DrawnOrder(Drawn, AbsTaskImageTextPairClassification):
-    """ARO's form: a picture, the true caption, false ones."""
+    """ARO's form: an image, the true caption, false ones."""
 
     metadata = described("DrawnOrder", "Compositionality", "i2t", "text_acc")
     images_column_names, texts_column_names = ("images",), ("true", "false")
-
-    def splits(self) -> dict[str, Dataset]:
-        return {
-            "test": rows(
-                images=[draw(n) for n in range(8)], true=[say(n) for n in range(8)], false=[say(n + 2) for n in range(8)]
-            )
-        }
+    numbers, columns = each(test=range(8)), each(images=draw, true=say, false=lambda n: say(n + 2))
 
 
 class DrawnSTS(Drawn, AbsTaskSTS):
-    metadata = described("DrawnSTS", "VisualSTS(eng)", "i2i", "cosine_spearman")
-    shift = 1
+    """Pairs of other numbers, never the same twice: ties would be broken by rounding."""
 
-    def splits(self) -> dict[str, Dataset]:
-        numbers = [*range(12)]
-        others = [n * (n + self.shift) // 2 + 1 for n in numbers]  # never n itself: ties would be broken by rounding
-        scores = [5.0 * (n % 4 == m % 4) + n / 20 for n, m in zip(numbers, others, strict=True)]
-        return {"test": rows(sentence1=[draw(n) for n in numbers], sentence2=[draw(m) for m in others], score=scores)}
+    metadata = described("DrawnSTS", "VisualSTS(eng)", "i2i", "cosine_spearman")
+    columns = each(
+        sentence1=draw,
+        sentence2=lambda n: draw(n * (n + 1) // 2 + 1),
+        score=lambda n: 5.0 * (n % 4 == (n * (n + 1) // 2 + 1) % 4) + n / 20,
+    )
 
 
 class DrawnSTSMore(DrawnSTS):
     metadata = described("DrawnSTSMore", "VisualSTS(multi)", "i2i", "cosine_spearman")
-    shift = 2
+    columns = each(sentence1=draw, sentence2=lambda n: draw(n * n + 1), score=lambda n: 5.0 * (n % 4 == 1) + n / 20)
 
 
 class DrawnTextSTS(Drawn, AbsTaskSTS):
     metadata = described("DrawnTextSTS", "STS", "t2t", "cosine_spearman")
-
-    def splits(self) -> dict[str, Dataset]:
-        return {"test": rows(sentence1=[say(n) for n in range(8)], sentence2=[say(n * n) for n in range(8)],
-                             score=[5.0 * (n % 4 == n * n % 4) for n in range(8)])}  # fmt: skip
+    columns = each(sentence1=say, sentence2=lambda n: say(n * n), score=lambda n: 5.0 * (n % 4 == n * n % 4))
 
 
 class DrawnBoth(AbsTaskAggregate):
     metadata = AggregateTaskMetadata(
-        name="DrawnBoth", description="Drawn for a test.", tasks=[DrawnSTS(), DrawnSTSMore()], type="VisualSTS(eng)",
-        category="i2i", main_score="cosine_spearman", eval_splits=["test"], eval_langs=["eng-Latn"], modalities=["image"],
+        name="DrawnBoth", tasks=[DrawnSTS(), DrawnSTSMore()], type="VisualSTS(eng)", category="i2i", modalities=["image"],
+        main_score="cosine_spearman", **ABOUT,
     )  # fmt: skip
 
 
@@ -184,68 +167,40 @@ class DrawnSearch(AbsTaskRetrieval):
 
     def split(self, start: int) -> dict[str, Any]:
         asked, offered = self.metadata.category.split("2")
-        numbers = range(start, start + 8)
+        queries = {f"q{n}": n for n in range(start, start + 8)}
         documents = {f"d{n}": n for n in range(start + 20, start + 28)}
-        right = {f"q{n}": {id: 1 for id, m in documents.items() if m % 4 == n % 4} for n in numbers}
+        right = {qid: {id: 1 for id, m in documents.items() if m % 4 == n % 4} for qid, n in queries.items()}
         top = None
         if self.choices:
-            top = {
-                qid: [*list(found)[:1], *[id for id in documents if id not in found][: self.choices - 1]]
-                for qid, found in right.items()
-            }
-            right = {qid: {id: int(id in found) for id in top[qid]} for qid, found in right.items()}
-        return {"queries": self.side(asked, [f"q{n}" for n in numbers], [*numbers]), "top_ranked": top,
-                "corpus": self.side(offered, [*documents], [*documents.values()]), "relevant_docs": right}  # fmt: skip
+            wrong = {qid: [id for id in documents if id not in own][: self.choices - 1] for qid, own in right.items()}
+            top = {qid: [next(iter(own)), *wrong[qid]] for qid, own in right.items()}
+            right = {qid: {id: int(id in own) for id in top[qid]} for qid, own in right.items()}
+        return {"queries": self.side(asked, queries), "corpus": self.side(offered, documents), "relevant_docs": right,
+                "top_ranked": top}  # fmt: skip
 
-    def side(self, letters: str, ids: list[str], numbers: list[int]) -> Dataset:
-        columns: dict[str, Any] = {"id": ids}
-        if "t" in letters:
-            columns["text"] = [say(n) for n in numbers]
-        if "i" in letters:
-            columns["image"] = [draw(n) for n in numbers]
-        return rows(**columns)
+    def side(self, letters: str, numbers: dict[str, int]) -> Dataset:
+        columns = {"text": say, "image": draw}
+        made = {name: [make(n) for n in numbers.values()] for name, make in columns.items() if name[0] in letters}
+        return rows(id=[*numbers], **made)
 
 
-class DrawnI2T(DrawnSearch):
-    metadata = described("DrawnI2T", "Any2AnyRetrieval", "i2t", "ndcg_at_10")
+def search(name: str, type_: str, category: str, metric: str, choices: int = 0, **more: Any) -> type[DrawnSearch]:
+    subsets = tuple(more.get("eval_langs", ("default",)))
+    about = {"metadata": described(name, type_, category, metric, **more), "choices": choices, "subsets": subsets}
+    return type(name, (DrawnSearch,), about | {"__module__": __name__})
 
 
-class DrawnI2I(DrawnSearch):
-    metadata = described(
-        "DrawnI2I", "Any2AnyRetrieval", "i2i", "hit_rate_at_1", prompt={"query": "Find a picture of the same colour."}
-    )
-
-
-class DrawnIT2I(DrawnSearch):
-    metadata = described("DrawnIT2I", "Any2AnyRetrieval", "it2i", "ndcg_at_10")
-
-
-class DrawnIT2IT(DrawnSearch):
-    metadata = described("DrawnIT2IT", "Any2AnyRetrieval", "it2it", "ndcg_at_10")
-
-
-class DrawnT2T(DrawnSearch):
-    metadata = described("DrawnT2T", "Retrieval", "t2t", "ndcg_at_10")
-
-
-class DrawnPages(DrawnSearch):
-    metadata = described("DrawnPages", "DocumentUnderstanding", "t2i", "ndcg_at_5")
-
-
-class DrawnTongues(DrawnSearch):
-    subsets = ("en", "de")
-    metadata = described("DrawnTongues", "Any2AnyMultilingualRetrieval", "t2i", "ndcg_at_10",
-                         eval_langs={"en": ["eng-Latn"], "de": ["deu-Latn"]})  # fmt: skip
-
-
-class DrawnChoice(DrawnSearch):
-    choices = 3
-    metadata = described("DrawnChoice", "VisionCentricQA", "it2t", "accuracy")
-
-
-class DrawnRerank(DrawnSearch):
-    choices = 4
-    metadata = described("DrawnRerank", "Reranking", "t2t", "map_at_5")
+TONGUES = {"en": ["eng-Latn"], "de": ["deu-Latn"]}
+DrawnI2T = search("DrawnI2T", "Any2AnyRetrieval", "i2t", "ndcg_at_10")
+PROMPT = {"query": "Find an image of the same colour."}
+DrawnI2I = search("DrawnI2I", "Any2AnyRetrieval", "i2i", "hit_rate_at_1", prompt=PROMPT)
+DrawnIT2I = search("DrawnIT2I", "Any2AnyRetrieval", "it2i", "ndcg_at_10")
+DrawnIT2IT = search("DrawnIT2IT", "Any2AnyRetrieval", "it2it", "ndcg_at_10")
+DrawnT2T = search("DrawnT2T", "Retrieval", "t2t", "ndcg_at_10")
+DrawnPages = search("DrawnPages", "DocumentUnderstanding", "t2i", "ndcg_at_5")
+DrawnTongues = search("DrawnTongues", "Any2AnyMultilingualRetrieval", "t2i", "ndcg_at_10", eval_langs=TONGUES)
+DrawnChoice = search("DrawnChoice", "VisionCentricQA", "it2t", "accuracy", 3)
+DrawnRerank = search("DrawnRerank", "Reranking", "t2t", "map_at_5", 4)
 
 
 class DrawnAudio(DrawnTextSTS):
@@ -255,7 +210,7 @@ class DrawnAudio(DrawnTextSTS):
 class DrawnAbsent(DrawnTextSTS):
     metadata = described("DrawnAbsent", "STS", "t2t", "cosine_spearman")
 
-    def splits(self) -> dict[str, Dataset]:
+    def load_data(self, num_proc: int | None = None, **_: Any) -> None:
         raise ConnectionError("Couldn't reach 'drawn' on the Hub")
 
 
@@ -264,7 +219,7 @@ class DrawnSlow(DrawnTextSTS):
 
     metadata = described("DrawnSlow", "STS", "t2t", "cosine_spearman")
 
-    def splits(self) -> dict[str, Dataset]:
+    def load_data(self, num_proc: int | None = None, **options: Any) -> None:
         while os.environ.get("DRAWN_WAIT"):
             time.sleep(0.05)
-        return super().splits()
+        super().load_data(num_proc, **options)

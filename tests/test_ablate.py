@@ -183,14 +183,14 @@ def test_field_report_01_all_runs_have_the_precision_of_the_first(
         return fake_train(config)
 
     for fast, seeds in ((False, (0,)), (True, (0, 1))):
-        monkeypatch.setattr("traceir.train.train.bfloat16_on", lambda *_, fast=fast: Speed(fast, "made up"))
+        monkeypatch.setattr("traceir.train.config.bfloat16_on", lambda *_, fast=fast: Speed(fast, "made up"))
         run_all(tmp_path / "out", base, trains=train, seeds=seeds)
     assert seen == [False] * 4
     plan = json.loads((tmp_path / "out/ablation.json").read_text())
     plan["base"]["mixed_precision"] = True
     (tmp_path / "old").mkdir()
     (tmp_path / "old/ablation.json").write_text(json.dumps(plan))
-    monkeypatch.setattr("traceir.train.train.bfloat16_on", lambda *_: Speed(False, "made up"))
+    monkeypatch.setattr("traceir.train.config.bfloat16_on", lambda *_: Speed(False, "made up"))
     run_all(tmp_path / "old", base, trains=train, seeds=(0,))
     assert seen[4:] == [True, True]
 

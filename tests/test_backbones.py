@@ -15,7 +15,7 @@ from conftest import picture
 from safetensors.torch import load_file, save_file
 from test_adapter import learn, vectors
 from test_encoder import generate_one
-from test_gradcache import examples, furthest, gradients, plain_gradients, turns
+from test_gradcache import batch_of, examples, furthest, gradients, plain_gradients
 from test_serve_scheduler import same, scheduling
 from transformers import Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -193,7 +193,7 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
     double = load(folder, prompt_version="brief-1")
     double.network.double()
     rows = examples(8, negatives=1)
-    turn = turns(double, 120).turn(0, "made up", rows)
+    turn = batch_of(double, rows, 120)
     chunk = turn.queries[0].batch
     assert len(turn.queries) > 2 and chunk.patches is not None and chunk.patches.dtype == torch.uint8
     found, plain = gradients(double, turn, Objective(), cache=True), plain_gradients(double, Objective(), rows)
@@ -207,7 +207,7 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
 def test_every_part_that_trains_takes_part_in_a_chunk_without_images(folder: Path) -> None:
     model = load(folder, prompt_version="brief-1")
     rows = [replace(example, query=Query.of(text="red cube")) for example in examples(2)]
-    chunk = turns(model, 10**6, batch=2).turn(0, "made up", rows).queries[0]
+    chunk = batch_of(model, rows, 10**6).queries[0]
     state, _, total = Reader(model, 0.1)(chunk, True, True)
     (state.sum() + total).backward()
     for projector in projectors(model.network).values():

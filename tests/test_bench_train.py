@@ -1,4 +1,4 @@
-"""benchmarks/train.py: shapes as published, a plain loop that computes what our step does, made-up turns as long as stated."""
+"""benchmarks/train.py: shapes as published, a plain loop that computes what our step does, made-up batches as long as stated."""
 
 from __future__ import annotations
 
@@ -14,26 +14,24 @@ from conftest import picture
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks.train import agree
-from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_up_turn
+from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_up_batch
 from benchmarks.train_sides import Ours, Plain
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.errors import TraceError
 from traceir.items import Item, Query
-from traceir.train.batches import Turns
-from traceir.train.presets import PRESETS
+from traceir.lab.mini_presets import PRESETS
+from traceir.train.batches import TrainBatches
 
 
-@pytest.mark.parametrize(
-    ("shape", "parameters"), [("2b", 2_208_985_600), ("3b", 3_754_622_976), ("7b", 8_292_166_656)]
-)  # fmt: skip
-def test_a_shape_has_as_many_parameters_as_the_published_weights(shape: str, parameters: int) -> None:
-    network = empty_network(SHAPES[shape], "meta")
-    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+def test_a_shape_has_as_many_parameters_as_the_published_weights() -> None:
+    for shape, parameters in (("2b", 2_208_985_600), ("3b", 3_754_622_976), ("7b", 8_292_166_656)):
+        network = empty_network(SHAPES[shape], "meta")
+        assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+        assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
 
 
 class Made(TaskData):
-    """Pairs of unlike lengths: some reason, some show a picture; every third one shares its target with the one before."""
+    """Pairs of unlike lengths: some reason, some show an image; every third one shares its target with the one before."""
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
         said = "make the left cube red, then " * (number % 3) if number % 2 else ""
@@ -43,28 +41,26 @@ class Made(TaskData):
         return Example(query, said, Item.of(image=picture(100 + number), id=target), frozenset({target}))
 
 
+@pytest.mark.slow
 def test_the_plain_loop_computes_what_our_step_does() -> None:
     config = replace(PRESETS["mini"](), batch=8, chunk_tokens=120)
     ours_model, plain_model = (build("mini", "cpu", lora=False, precision="float32") for _ in range(2))
-    schedule = Schedule([Made("made", range(8))], [1.0], batch=8, family=4, steps=1, seed=0)
-    turns = Turns(schedule, ours_model.processor, "brief-1", turns=1, chunk_tokens=config.chunk_tokens, seed=0)
-    ours, plain = Ours(ours_model, turns, config, "cpu"), Plain(plain_model, schedule, config, "cpu")
-    assert len(turns[0].queries) > 1 and turns[0].collision_BN.sum() > 8
+    schedule = Schedule([Made("made", range(8))], [1.0], batch=8, group=4, batches=1, seed=0)
+    batches = TrainBatches(schedule, ours_model.processor, "brief-1", config.chunk_tokens)
+    ours, plain = Ours(ours_model, batches, config, "cpu"), Plain(plain_model, schedule, config, "cpu")
+    assert len(batches[0].queries) > 1 and batches[0].collision_BN.sum() > 8
     assert agree(ours, plain, "float32")["gradient"] < 1e-4
     plain.config = replace(config, temperature=0.05)
     with pytest.raises(TraceError, match="do not compute the same"):
         agree(ours, plain, "float32")
 
 
-def test_a_made_up_turn_has_the_stated_lengths() -> None:
+def test_a_made_up_batch_has_the_stated_lengths() -> None:
     model = build("mini", "cpu", lora=True, precision="bf16")
-    lengths = Lengths(query=30, picture=16, reasoning=5, candidate=33)
-    turn = made_up_turn(model, 7, lengths, chunk_tokens=80)
+    lengths = Lengths(query=30, image=16, reasoning=5, candidate=33)
+    batch = made_up_batch(model, 7, lengths, chunk_tokens=80)
     assert lengths.sides == (4, 3)
-    assert {chunk.batch.ids.shape[1] for chunk in turn.queries} == {35}
-    assert {chunk.batch.ids.shape[1] for chunk in turn.candidates} == {33}
-    for chunks in (turn.queries, turn.candidates):
+    for chunks, width in ((batch.queries, 35), (batch.candidates, 33)):
+        assert {chunk.batch.ids.shape[1] for chunk in chunks} == {width}
         assert torch.cat([chunk.places for chunk in chunks]).tolist() == list(range(7))
-    assert turn.tokens == 7 * 6 == sum(int((chunk.batch.targets >= 0).sum()) for chunk in (*turn.queries, *turn.candidates))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.isfinite(model.hidden(turn.queries[0].batch)).all()
+    assert batch.tokens == 7 * 6 == sum(int((chunk.batch.targets >= 0).sum()) for chunk in batch.chunks)

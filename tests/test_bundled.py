@@ -14,15 +14,15 @@ from traceir.checkpoint import bundled_model
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.evaluation.evaluate import evaluate, rehearse
+from traceir.evaluation.evaluate import dry_run, evaluate
 from traceir.evaluation.judged import Judged, read_judged
 from traceir.evaluation.unseen.catalogue import COLUMNS
-from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 from traceir.items import Item, Query
 from traceir.lab.examples import choose, write_examples
 from traceir.lab.faithful import probe
 
-LIMIT = 12
+LIMIT = 8
 
 
 def test_it_is_small_and_ordinary_and_finds_sentences_of_its_world(encoder: Encoder) -> None:
@@ -55,7 +55,7 @@ def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(judged: list[Jud
     assert np.mean(means) > 0.85 and min(means) > 0.5, means
     simple = [one.route == "reason" for one in judged if one.steps is not None and one.steps < 2]
     complex_ = [one.route == "reason" for one in judged if one.steps is not None and one.steps >= 2]
-    assert len(simple) > 100 and len(complex_) > 30 and np.mean(simple) <= 0.05 and np.mean(complex_) >= 0.9
+    assert len(simple) > 80 and len(complex_) > 30 and np.mean(simple) <= 0.05 and np.mean(complex_) >= 0.9
     reasoned = [one for one in judged if one.route == "reason"]
     assert np.mean([bool(one.exact) for one in reasoned]) > 0.3 and np.mean([one.truncated for one in reasoned]) < 0.05
 
@@ -93,7 +93,7 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_fold
     assert list(results["routes"]["auto"]) == list(COLUMNS) == list(results["routes"]["direct"])
     assert all(0.0 <= one["value"] <= 1.0 and one["queries"] > 0 for one in results["routes"]["auto"].values())
     assert results["data"] and all(one["reasoned"] == 0.0 for one in results["routes"]["direct"].values())
-    text, dry = table(results), rehearse_unseen(root)
+    text, dry = table(results), dry_run_unseen(root)
     assert "published" in text and all(f"| {name} |" in text for name in COLUMNS)
     assert all(f"| {name} | {results['routes']['auto'][name]['queries']} |" in dry for name in COLUMNS)
     again = evaluate_unseen(encoder, root, out, routes=["auto"], columns=["circo"], progress=False)
@@ -111,6 +111,6 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_fold
 
 @pytest.mark.slow
 def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
-    text = rehearse(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
+    text = dry_run(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
     assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
     assert "Encoding all of it takes about" in text

@@ -28,12 +28,12 @@ from traceir.index import open_index
 from traceir.index.filters import matches
 from traceir.items import Encoding, Item, Query
 from traceir.lab.gallery import cost
+from traceir.lab.mini_presets import PRESETS, resolve, stages_before
 from traceir.minibeir import rows
 from traceir.model import TraceModel, load, save
 from traceir.prompts import EMB, normalise, render_candidate, render_query
 from traceir.search import Searcher
 from traceir.suggest import did_you_mean
-from traceir.train.presets import PRESETS, resolve, stages_before
 from traceir.train.small import SmallSize
 from traceir.train.train import TrainConfig
 
@@ -544,7 +544,7 @@ def test_presets_are_whole_and_check_where_they_start(tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     for name, preset in PRESETS.items():
         config = preset()
-        assert config.batch % config.family == 0 and "size.hidden" in known_keys(config), name
+        assert config.batch % config.group == 0 and "size.hidden" in known_keys(config), name
         with pytest.raises(InputError, match="does not exist"):
             resolve(name)
     with pytest.raises(InputError, match="train --preset mini-lessons first"):

@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FORKS, picture, random_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.items import Item, Query
 from traceir.model import TraceModel
-from traceir.train.batches import Turn, Turns
-from traceir.train.gradcache import Objective, Reader, step
+from traceir.train.batches import TrainBatch, TrainBatches
+from traceir.train.gradcache import Distribution, Objective, Reader, step
 
 
-def examples(count: int, negatives: int = 0) -> list[Example]:
+def examples(count: int = 8, negatives: int = 0) -> list[Example]:
     """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
     found = []
     for number in range(count):
@@ -31,17 +32,21 @@ def examples(count: int, negatives: int = 0) -> list[Example]:
     return found
 
 
-def turns(model: TraceModel, chunk_tokens: int, rank: int = 0, world: int = 1, batch: int = 8) -> Turns:
-    schedule = Schedule([TaskData("made up", range(batch))], [1.0], batch=batch, family=1, steps=1, seed=0)
-    return Turns(schedule, model.processor, "brief-1", turns=1, chunk_tokens=chunk_tokens, seed=0, rank=rank, world=world)
+def pretraining() -> list[Example]:
+    return [Example(Query.of(text=f"count {n}"), "red " * (n % 4 + 1), None, frozenset()) for n in range(8)]
+
+
+def batch_of(model: TraceModel, rows: list[Example], chunk_tokens: int = 90, rank: int = 0, world: int = 1) -> TrainBatch:
+    schedule = Schedule([TaskData("made up", range(8))], [1.0], batch=8, group=1, batches=1, seed=0)
+    return TrainBatches(schedule, model.processor, "brief-1", chunk_tokens, rank=rank, world=world).batch(0, "made up", rows)
 
 
 def gradients(
-    model: TraceModel, turn: Turn, objective: Objective, *, cache: bool, learn: bool = False
+    model: TraceModel, batch: TrainBatch, objective: Objective, *, cache: bool, learn: bool = False
 ) -> dict[str, torch.Tensor]:
     reader = Reader(model, 0.1, learn_temperature=learn).train()
     reader.zero_grad(set_to_none=True)
-    step(reader, turn, objective, lambda loss, last: loss.backward(), cache=cache)
+    step(reader, batch, objective, cache=cache)
     return {name: p.grad.clone() for name, p in reader.named_parameters() if p.grad is not None}
 
 
@@ -60,139 +65,101 @@ def double() -> TraceModel:
 
 def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]) -> dict[str, torch.Tensor]:
     """The joint loss of the paper in one graph: no chunks, no cache, no surrogate."""
-    turn = turns(model, 10**9, batch=len(rows)).turn(0, "made up", rows)
-    (asked,), (offered,) = turn.queries, turn.candidates
-    for parameter in model.network.parameters():
-        parameter.grad = None
-    hidden = model.hidden(asked.batch)
-    targets = asked.batch.targets
-    gen = functional.cross_entropy(model.logits(hidden[targets >= 0]), targets[targets >= 0])
-    query = hidden[torch.arange(len(rows)), asked.batch.pooling_index][asked.places.argsort()]
-    candidate = model.hidden(offered.batch)[:, -1][offered.places.argsort()]
-    scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
-    keep = ~turn.collision_BN
-    keep[torch.arange(len(rows)), torch.arange(len(rows))] = True
-    scores = scores.masked_fill(~keep, float("-inf"))
-    ret = functional.cross_entropy(scores, torch.arange(len(rows)))
-    (objective.lambda_gen * gen + objective.lambda_ret * ret).backward()
+    batch = batch_of(model, rows, 10**9)
+    model.network.zero_grad(set_to_none=True)
+    queries = batch.queries[0]
+    hidden, targets, own = model.hidden(queries.batch), queries.batch.targets, torch.arange(len(rows))
+    loss = objective.lambda_gen * functional.cross_entropy(model.logits(hidden[targets >= 0]), targets[targets >= 0])
+    if batch.candidates:
+        query = hidden[own, queries.batch.pooling_index][queries.places.argsort()]
+        candidate = model.hidden(batch.candidates[0].batch)[:, -1][batch.candidates[0].places.argsort()]
+        scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
+        left_out = batch.collision_BN.clone()
+        left_out[own, own] = False
+        loss = loss + objective.lambda_ret * functional.cross_entropy(scores.masked_fill(left_out, float("-inf")), own)
+    loss.backward()
     return {f"network.{name}": p.grad.clone() for name, p in model.network.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("cache", [True, False])
-def test_gradients_equal_those_of_the_loss_written_out(double: TraceModel, cache: bool) -> None:
-    objective, rows = Objective(lambda_gen=0.7, lambda_ret=1.3), examples(8, negatives=2)
-    turn = turns(double, 90).turn(0, "made up", rows)
-    assert len(turn.queries) > 2 and len(turn.candidates) > 2, "several chunks a side"
-    assert furthest(gradients(double, turn, objective, cache=cache), plain_gradients(double, objective, rows)) < 1e-9
+@pytest.mark.parametrize("rows", [examples(negatives=2), pretraining()], ids=["pairs", "pretraining"])
+def test_gradients_equal_those_of_the_loss_written_out(double: TraceModel, rows: list[Example], cache: bool) -> None:
+    objective, batch = Objective(lambda_gen=0.7, lambda_ret=1.3), batch_of(double, rows, 60)
+    assert len(batch.queries) > 1 and len(batch.candidates) != 1, "several chunks a side"
+    assert furthest(gradients(double, batch, objective, cache=cache), plain_gradients(double, objective, rows)) < 1e-9
 
 
-def test_gradients_are_equal_with_dropout_too(double: TraceModel) -> None:
-    text = double.network.model.language_model
-    for layer in text.layers:
-        layer.self_attn.attention_dropout = 0.2
+def test_every_term_has_one_gradient_with_and_without_the_cache_and_under_dropout(double: TraceModel) -> None:
+    objective = Objective(symmetric=True, distil=0.5, direct_ret=0.5)
+    text, batch = double.network.model.language_model, batch_of(double, examples(negatives=1))
     hooks = [layer.mlp.register_forward_hook(lambda _, __, out: functional.dropout(out, 0.3)) for layer in text.layers]
     try:
-        turn = turns(double, 90).turn(5, "made up", examples(8))
-        cached = gradients(double, turn, Objective(), cache=True)
-        again = gradients(double, replace(turn, number=6), Objective(), cache=True)
-        assert furthest(cached, gradients(double, turn, Objective(), cache=False)) < 1e-9
-        assert furthest(cached, again) > 1e-3, "another turn drops others"
+        cached = gradients(double, batch, objective, cache=True, learn=True)
+        assert furthest(cached, gradients(double, batch, objective, cache=False, learn=True)) < 1e-9
+        assert "log_temperature" in cached
+        other = gradients(double, replace(batch, number=6), objective, cache=True, learn=True)
+        assert furthest(cached, other) > 1e-3, "another batch drops others"
+        plain = gradients(double, batch, Objective(), cache=True)
+        assert furthest({n: g for n, g in cached.items() if n in plain}, plain) > 1e-3
     finally:
         for hook in hooks:
             hook.remove()
-        for layer in text.layers:
-            layer.self_attn.attention_dropout = 0.0
-
-
-def test_every_term_has_one_gradient_with_and_without_the_cache(double: TraceModel) -> None:
-    objective = Objective(symmetric=True, distil=0.5, direct_ret=0.5)
-    turn = turns(double, 90).turn(0, "made up", examples(8, negatives=1))
-    cached = gradients(double, turn, objective, cache=True, learn=True)
-    assert furthest(cached, gradients(double, turn, objective, cache=False, learn=True)) < 1e-9
-    assert "log_temperature" in cached
-    plain = gradients(double, turn, Objective(), cache=True)
-    assert furthest({n: g for n, g in cached.items() if n in plain}, plain) > 1e-3
-
-
-def test_lessons_teach_by_language_model_loss_alone(double: TraceModel) -> None:
-    rows = [Example(Query.of(text=f"count {n}"), "red " * (n % 4 + 1), None, frozenset()) for n in range(8)]
-    turn = turns(double, 60).turn(0, "lessons", rows)
-    assert not turn.candidates and len(turn.queries) > 1
-    found = gradients(double, turn, Objective(lambda_gen=2.0), cache=True)
-    batch = turns(double, 10**9).turn(0, "lessons", rows).queries[0].batch
-    for parameter in double.network.parameters():
-        parameter.grad = None
-    supervised = batch.targets >= 0
-    loss = functional.cross_entropy(double.logits(double.hidden(batch)[supervised]), batch.targets[supervised])
-    (2.0 * loss).backward()
-    plain = {f"network.{n}": p.grad for n, p in double.network.named_parameters() if p.grad is not None}
-    assert furthest(found, plain) < 1e-9
 
 
 def test_a_loss_that_is_refused_leaves_no_gradient(double: TraceModel) -> None:
-    class RefusedError(Exception):
-        pass
-
     def refuse(losses: dict[str, float]) -> None:
-        raise RefusedError(losses)
+        raise ArithmeticError(losses)
 
     reader = Reader(double, 0.1)
     reader.zero_grad(set_to_none=True)
-    turn = turns(double, 90).turn(0, "made up", examples(8))
-    with pytest.raises(RefusedError):
-        step(reader, turn, Objective(), lambda loss, last: loss.backward(), cache=True, check=refuse)
+    with pytest.raises(ArithmeticError):
+        step(reader, batch_of(double, examples()), Objective(), cache=True, check=refuse)
     assert all(parameter.grad is None for parameter in reader.parameters())
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
     """One of two processes: DDP around the Reader, then shards of it, cached and uncached; the first writes the gradients."""
     import torch.distributed as dist
-    from safetensors.torch import save_file
     from torch.nn.parallel import DistributedDataParallel
 
-    from traceir.train.gradcache import Distribution
     from traceir.train.shard import fetched, shard
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
     model = random_model(3)
     model.network.double()
-    turn = turns(model, 90, rank, world).turn(0, "made up", examples(8, negatives=2))
-    for cache in (True, False):
+    batch = batch_of(model, examples(negatives=2), rank=rank, world=world)
+    for sharded in (False, True):
         reader = Reader(model, 0.1, learn_temperature=True).train()
-        reader.zero_grad(set_to_none=True)
-        wrapped = DistributedDataParallel(reader, broadcast_buffers=False)
-        step(
-            wrapped, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
-            ranks=Distribution(rank, world, wrapped.no_sync),
-        )  # fmt: skip
-        if rank == 0:
-            found = {name: p.grad.contiguous() for name, p in reader.named_parameters() if p.grad is not None}
-            save_file(found, folder / f"{cache}.safetensors")
-    shard(reader, torch.device("cpu"))
-    for cache in (True, False):
-        reader.zero_grad(set_to_none=True)
-        step(
-            reader, turn, Objective(symmetric=True), lambda loss, last: loss.backward(), cache=cache,
-            ranks=Distribution(rank, world, even=True),
-        )  # fmt: skip
-        found = {name: fetched(p.grad, keep=rank == 0) for name, p in reader.named_parameters() if p.grad is not None}
-        if rank == 0:
-            save_file(found, folder / f"sharded-{cache}.safetensors")
-    del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for
+        if sharded:
+            shard(reader, torch.device("cpu"))
+        for cache in (True, False):
+            reader.zero_grad(set_to_none=True)
+            wrapped = reader if sharded else DistributedDataParallel(reader, broadcast_buffers=False)
+            ranks = Distribution(rank, world, even=True) if sharded else Distribution(rank, world, wrapped.no_sync)
+            losses = step(wrapped, batch, Objective(symmetric=True), cache=cache, ranks=ranks)
+            found = {name: fetched(p.grad, keep=True) for name, p in reader.named_parameters() if p.grad is not None}
+            if rank == 0:
+                found = {name: gradient.contiguous() for name, gradient in found.items()}
+                save_file(found | {"gen": torch.tensor(losses["gen"])}, folder / f"{sharded}-{cache}.safetensors")
+            del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     running = [FORKS.Process(target=worker, args=(rank, 2, tmp_path)) for rank in range(2)]
     for process in running:
         process.start()
     for process in running:
         process.join(timeout=120)
     assert [process.exitcode for process in running] == [0, 0]
-    turn = turns(double, 90).turn(0, "made up", examples(8, negatives=2))
-    alone = gradients(double, turn, Objective(symmetric=True), cache=True, learn=True)
-    for file in ("True", "False", "sharded-True", "sharded-False"):
-        assert furthest(load_file(tmp_path / f"{file}.safetensors"), alone) < 1e-9, file
+    batch = batch_of(double, examples(negatives=2))
+    alone = gradients(double, batch, Objective(symmetric=True), cache=True, learn=True)
+    alone["gen"] = torch.tensor(step(Reader(double, 0.1), batch, Objective(), cache=True)["gen"])
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        found = load_file(file)
+        assert (
+            found["gen"].item() == pytest.approx(alone["gen"].item()) and furthest({**found, "gen": alone["gen"]}, alone) < 1e-9
+        ), file
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4

@@ -22,7 +22,7 @@ from fakes import vector_of
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from starlette.testclient import TestClient
-from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write_lines, write_row
+from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write, write_row
 from test_unseen import write_urban1k
 from transformers import AutoProcessor, Siglip2Model
 
@@ -170,7 +170,7 @@ def row_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_row(root, FASHION_ROW, [query(f"7:{n}", texts[n], [f"7:{n}"], 7, f"mbeir_images/{n}.png") for n in range(3)],
               [candidate(f"7:{n}", image=f"mbeir_images/{n}.png") for n in range(6)])  # fmt: skip
     label = {"qid": "2:0", "steps": 2, "z": 1, "reasoning": "one red", "answer": "red cube"}
-    write_lines(root / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [label])
+    write(root / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [label])
     instructions = root / "instructions" / "query_instructions.tsv"
     instructions.parent.mkdir()
     head = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
@@ -626,7 +626,7 @@ def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out(tmp_
             encoder.going.set()
             found = await others
             assert isinstance(found[1], ImageError)
-            assert [type(one).__name__ for one in found] == ["Served", "PictureError", "Served"] and (await first)
+            assert [type(one).__name__ for one in found] == ["Served", "ImageError", "Served"] and (await first)
             assert not any("left" in batch for batch in encoder.batches) and scheduler.alive
 
     asyncio.run(asyncio.wait_for(work(), 30))

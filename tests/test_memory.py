@@ -12,66 +12,53 @@ from backbones import KINDS, published
 from benchmarks.train_shapes import SHAPES
 from traceir.adapter import attach
 from traceir.errors import InputError
+from traceir.lab.mini_presets import emoji
 from traceir.model import load
 from traceir.train.memory import GIB, STEPS, USABLE, empty, need_of, on_card
-from traceir.train.presets import BACKBONES, PRESETS, resolve
+from traceir.train.presets import PRESETS, resolve
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_what_trains_and_what_is_frozen_is_what_an_adapter_makes_of_it(tmp_path: Path, kind: str) -> None:
     folder = published(tmp_path / kind, kind)
-    config = replace(PRESETS["qwen3-vl-2b"](), init=str(folder), lora_rank=3)
-    need = need_of(config, empty(str(folder)))
+    need = need_of(replace(PRESETS["qwen3-vl-2b"](), init=str(folder), lora_rank=3), empty(str(folder)))
     model = load(folder)
     weights = sum(value.numel() for value in model.network.parameters())
     adapter = attach(model, rank=3, alpha=6, dropout=0.0, train_projector=True, seed=0)
     named = {name: value.numel() for name, value in adapter.named_parameters() if value.requires_grad}
-    trained = sum(count for name, count in named.items() if "trainable_tokens" not in name)
-    projector = sum(count for name, count in named.items() if "modules_to_save" in name)
-    assert need.trained == 16 * trained and need.frozen == 2 * (weights - projector)
+    assert need.trained == 16 * sum(count for name, count in named.items() if "trainable_tokens" not in name)
+    assert need.frozen == 2 * (weights - sum(count for name, count in named.items() if "modules_to_save" in name))
+    asked = {"data": str(tmp_path), "init": str(folder), "card": 24}
+    assert resolve("qwen3-vl-2b", **asked).chunk_tokens == STEPS[0]
+    assert resolve("qwen3-vl-2b", **asked, settings=["chunk_tokens=512"]).chunk_tokens == 512, "settings count more"
 
 
-def described(folder: Path, shape: str) -> str:
-    """A folder with the published configuration alone."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape].fields))
-    return str(folder)
-
-
-def test_the_largest_chunks_that_fit_are_taken_and_nothing_else_that_counts_is_changed(tmp_path: Path) -> None:
-    plan = replace(PRESETS["qwen2.5-vl-3b"](), init=described(tmp_path / "3b", "3b"), grad_cache=False, checkpointing=False)
+def test_the_largest_chunks_that_fit_are_taken_and_what_does_not_fit_names_the_rank_that_does(tmp_path: Path) -> None:
+    plans = {}
+    for shape in ("3b", "7b"):
+        (tmp_path / shape).mkdir()
+        (tmp_path / shape / "config.json").write_text(json.dumps(SHAPES[shape].fields))
+        plans[shape] = replace(PRESETS[SHAPES[shape].preset](), init=str(tmp_path / shape))
+    plan = replace(plans["3b"], grad_cache=False, checkpointing=False)
     need = need_of(plan, empty(plan.init))
-    small, large = on_card(plan, 24), on_card(plan, 80)
-    assert (small.chunk_tokens, large.chunk_tokens) == (8192, 32768)
-    for card, fitted in ((24, small), (80, large)):
-        assert need.total(fitted.chunk_tokens) <= card * GIB * USABLE < need.total(2 * fitted.chunk_tokens)
-        assert fitted.grad_cache and fitted.checkpointing and fitted.chunk_tokens in STEPS
-        assert replace(fitted, chunk_tokens=plan.chunk_tokens, grad_cache=False, checkpointing=False) == plan
+    for card, tokens in ((24, 8192), (80, 32768)):
+        fitted = on_card(plan, card)
+        assert fitted == replace(plan, chunk_tokens=tokens, grad_cache=True, checkpointing=True)
+        assert need.total(tokens) <= card * GIB * USABLE < need.total(2 * tokens)
     # The worked example of docs/training.md is of the 7B model.
     layers, width, inner, vocabulary = 36, 2048, 11008, 151936
     assert need.token == 2 * layers * width + 2 * (10 * width + 4 * inner) + 5 * vocabulary
-
-
-def test_what_does_not_fit_names_the_rank_that_does(tmp_path: Path) -> None:
-    plan = replace(PRESETS["qwen2.5-vl-7b"](), init=described(tmp_path / "7b", "7b"))
-    with pytest.raises(InputError, match=r"lora_rank=128 needs 23\.2 GiB .* 21\.6 of 24 GiB .* set lora_rank=64"):
-        on_card(plan, 24)
-    assert on_card(replace(plan, lora_rank=64), 24).chunk_tokens >= STEPS[-1]
-    with pytest.raises(InputError, match="choose a smaller backbone"):
-        on_card(plan, 12)
-    with pytest.raises(InputError, match="LoRA"):
-        on_card(PRESETS["emoji"](), 24)
-
-
-def test_settings_count_more_than_the_card(tmp_path: Path) -> None:
-    asked = {"data": str(tmp_path), "init": str(published(tmp_path / "m", "qwen3_vl")), "card": 24}
-    assert resolve("qwen3-vl-2b", **asked).chunk_tokens == STEPS[0]
-    assert resolve("qwen3-vl-2b", **asked, settings=["chunk_tokens=512"]).chunk_tokens == 512
+    large = plans["7b"]
+    assert on_card(replace(large, lora_rank=64), 24).chunk_tokens >= STEPS[-1]
+    lacking = r"lora_rank=128 needs 23\.2 GiB .* 21\.6 of 24 GiB .* set lora_rank=64"
+    for config, card, said in ((large, 24, lacking), (large, 12, "choose a smaller backbone"), (emoji(), 24, "LoRA")):
+        with pytest.raises(InputError, match=said):
+            on_card(config, card)
 
 
 def test_backbones_differ_in_where_they_start_and_in_the_cells_of_their_images_alone() -> None:
     paper = PRESETS["qwen2.5-vl-7b"]()
-    for name, preset in BACKBONES.items():
+    for name, preset in PRESETS.items():
         config, cell = preset(), 28 if name.startswith("qwen2") else 32
         assert (config.min_pixels, config.max_pixels) == (4 * cell * cell, 300 * cell * cell)
         own = {"init": paper.init, "out": paper.out, "chunk_tokens": paper.chunk_tokens}

@@ -14,10 +14,10 @@ import pytest
 from traceir.errors import DataError, InputError
 from traceir.evaluation.compare import compare
 from traceir.evaluation.judged import Judged
+from traceir.evaluation.runs import read_run
 from traceir.lab.examples import choose
 from traceir.lab.report import (
     interval,
-    read_run,
     routes_report,
     routing_report,
     run_report,

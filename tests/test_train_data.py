@@ -16,6 +16,7 @@ import pytest
 from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_folder import TINY, make_folder, query, write_lines
 
 from traceir.data import mbeir
 from traceir.data.cot import PoolFile, is_cot, read_cot, write_cot
@@ -26,74 +27,16 @@ from traceir.data.samples import (
     Schedule,
     TaskData,
     completion,
-    image_names,
     keeps_reasoning,
-    read_lessons,
     read_pairs,
+    read_pretraining,
     task_shares,
-    texts,
 )
-from traceir.errors import DataError, TrainError
+from traceir.errors import DataError, InputError, TrainError
 from traceir.items import Query
 from traceir.model import TraceSettings
-from traceir.train.small import SmallSize, small_model, train_tokenizer
-
-TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
-                 vision_inner=32, vocabulary=420)  # fmt: skip
-COLOURS = ("red", "green", "blue", "white", "black", "pink")
-
-
-def write_lines(file: Path, records: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def query(qid: str, task_id: int, image: str, text: str | None, right: list[str], wrong: list[str]) -> dict[str, Any]:
-    return {
-        "qid": qid,
-        "query_txt": text,
-        "query_img_path": image,
-        "query_src_content": None,
-        "query_modality": "image,text" if text else "image",
-        "pos_cand_list": right,
-        "neg_cand_list": wrong,
-        "task_id": task_id,
-    }
-
-
-def make_folder(root: Path) -> Path:
-    """Invented data in M-BEIR's layout: 8 pictures to be named and 8 to be changed, in one file in turn; 5 to be matched.
-
-    Query 8:N+1 is right at 8:101+N and, if it is a change, at 8:101 and at 8:999, which is not in the pool. Of the changes,
-    every other one is complex.
-    """
-    (root / "mbeir_images").mkdir(parents=True)
-    queries, labels = [], []
-    pool: list[dict[str, Any]] = [{"did": "8:500", "txt": "a wrong thing", "img_path": None, "modality": "text"}]
-    for number in range(16):
-        name, composed = f"mbeir_images/{number}.png", number % 2 == 1
-        picture(number).load().save(root / name)
-        text = f"make it {COLOURS[number % 6]}" if composed else None
-        right = [f"8:{number + 101}", *(["8:101", "8:999"] if composed else [])]
-        wrong = [f"8:{other + 101}" for other in (number, (number + 1) % 16, (number + 2) % 16)] + ["8:500", "8:500"]
-        queries.append(query(f"8:{number + 1}", 7 if composed else 3, name, text, right, wrong[: number % 6]))
-        pool.append({"did": f"8:{number + 101}", "txt": f"thing {number}", "img_path": name, "modality": "image,text"})
-        if composed:
-            z = number // 2 % 2
-            told = {"reasoning": f"see {number}", "answer": f"thing {number}"} if z else {"reasoning": None, "answer": None}
-            labels.append({"qid": f"8:{number + 1}", "steps": 1 + z, "z": z, **told})
-    queries.insert(0, queries.pop())  # the file is not in the order of qids
-    write_lines(root / "query/train/mbeir_cirr_train.jsonl", queries)
-    write_lines(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)
-    matches = [query(f"4:{n}", 4, f"mbeir_images/{n}.png", None, [f"8:{n + 101}"], []) for n in range(5)]
-    write_lines(root / "query/train/mbeir_nights_train.jsonl", matches)
-    write_lines(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
-    (root / "instructions").mkdir()
-    (root / "instructions/query_instructions.tsv").write_text(
-        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\n"
-        "image\ttext\tcirr\t8\tname it\tsay it\nimage,text\timage\tcirr\t8\tchange it\tedit it\nimage\timage\tnights\t4\tmatch\n"
-    )
-    return root
+from traceir.prompts import render_query
+from traceir.train.small import small_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +84,9 @@ def test_reading_joins_labels_and_leaves_out_what_is_not_reasoned(folder: Path) 
     assert [(task.name, len(task)) for task in tasks] == [("nights_task4", 5), ("cirr_task3", 8), ("cirr_task7", 8)]
     taught = examples(named(tasks, "cirr_task7"))
     assert [e.completion for e in taught[:4]] == ["see 15; thing 15", "", "see 3; thing 3", ""]
-    assert all(e.query.instruction in ("Change it.", "Edit it.") and e.query.target == "image" for e in taught)
+    assert all(e.query.instruction in ("change it", "edit it") and e.query.target == "image" for e in taught)
+    shown = render_query(taught[2].query, "brief-1").show()
+    assert "it.\n" in shown and "Make it white." in shown, "the prompt puts texts into M-BEIR's form"
     assert taught[1].right == {"8:102", "8:101", "8:999"}, "right names positives that are not in the pool, too"
     assert {e.candidate.id for e in taught if e.candidate} <= {"8:101", *(f"8:{n + 101}" for n in range(16))}
     kept = {e.query.id for e in examples(named(read_pairs(folder, reasoned=0.5, seed=1), "cirr_task7")) if e.completion}
@@ -152,17 +97,17 @@ def test_reading_joins_labels_and_leaves_out_what_is_not_reasoned(folder: Path) 
 
 def test_candidates_write_what_the_first_query_by_number_tells(folder: Path) -> None:
     answer, reason = (named(read_pairs(folder, cot="none", candidates=kind), "cirr_task7") for kind in ("answer", "reason"))
-    assert (answer.description("8:104"), reason.description("8:104")) == ("thing 3", "see 3; thing 3")
-    assert answer.description("8:101") == "thing 3", "8:4 comes before 8:12 and 8:16"
-    assert answer.description("8:102") == "", "its only label is of a simple query"
+    assert (answer.descriptions["8:104"], reason.descriptions["8:104"]) == ("thing 3", "see 3; thing 3")
+    assert answer.descriptions["8:101"] == "thing 3", "8:4 comes before 8:12 and 8:16"
+    assert "8:102" not in answer.descriptions, "its only label is of a simple query"
     for example in examples(answer):
-        assert example.candidate and example.described == answer.description(example.candidate.id or "")
+        assert example.candidate and example.described == answer.descriptions.get(example.candidate.id or "", "")
     assert not any(e.described for e in examples(named(read_pairs(folder), "cirr_task7")))
 
 
 def test_settings_that_mean_nothing_are_refused(folder: Path) -> None:
     for wrong in ({"cot": "some"}, {"candidates": "all"}, {"reasoned": 1.5}, {"negatives": -1}, {"any_target": -0.1}):
-        with pytest.raises(TrainError, match=next(iter(wrong))):
+        with pytest.raises((InputError, TrainError), match=next(iter(wrong))):
             read_pairs(folder, **wrong)
 
 
@@ -171,12 +116,12 @@ def test_settings_that_mean_nothing_are_refused(folder: Path) -> None:
 
 def test_negatives_are_never_right_and_each_once(folder: Path) -> None:
     met: Counter[str] = Counter()
-    for seed in range(8):
-        for task in read_pairs(folder, negatives=3):
-            for number, record in enumerate(task.pairs):
-                example = task.example(number, np.random.default_rng(seed))
-                dids = [item.id or "" for item in example.negatives]
-                listed = set(record.negatives) - set(record.positives)
+    for task in read_pairs(folder, negatives=3):
+        for number, sample in enumerate(task.samples()):
+            listed = {candidate.did for candidate in sample.negatives}
+            assert not listed & set(sample.record.positives) and listed <= set(sample.record.negatives)
+            for seed in range(8):
+                dids = [item.id or "" for item in task.example(number, np.random.default_rng(seed)).negatives]
                 assert set(dids) <= listed and len(set(dids)) == len(dids) == min(3, len(listed))
                 met.update(dids)
     assert met["8:500"] and len(met) > 8
@@ -186,17 +131,16 @@ def test_negatives_are_never_right_and_each_once(folder: Path) -> None:
 
 def test_what_the_pool_lacks_is_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "m")
-    lines = [query("4:0", 4, "mbeir_images/0.png", None, ["8:101"], ["8:777"])]
-    lines.append(query("4:1", 4, "mbeir_images/1.png", None, ["8:999"], []))
-    write_lines(root / "query/train/mbeir_nights_train.jsonl", lines)
+    file = root / "query/train/mbeir_nights_train.jsonl"
+    write_lines(file, [query("4:0", 4, "mbeir_images/0.png", None, ["8:101"], ["8:777"])])
     assert named(read_pairs(root), "nights_task4").sample(0).negatives == ()
-    with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
-        named(read_pairs(root, negatives=1), "nights_task4").sample(0)
-    with pytest.raises(DataError, match=r"query 4:1: no positive \(8:999\)"):
-        named(read_pairs(root), "nights_task4").sample(1)
-    with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
-        write_cot(root, tmp_path / "cot")
+    for reading in (lambda: read_pairs(root, negatives=1), lambda: write_cot(root, tmp_path / "cot")):
+        with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
+            reading()
     assert not is_cot(tmp_path / "cot")
+    write_lines(file, [query("4:1", 4, "mbeir_images/1.png", None, ["8:999"], [])])
+    with pytest.raises(DataError, match=r"query 4:1: no positive \(8:999\)"):
+        read_pairs(root)
 
 
 # Schedule
@@ -208,13 +152,12 @@ def test_shares_by_hand() -> None:
     assert task_shares(sizes, weights, "proportional") == pytest.approx([1 / 9, 8 / 9, 0])
     assert task_shares(sizes, weights, "temperature", 2.0) == pytest.approx([1 / 5, 4 / 5, 0])
     assert task_shares(sizes, [1.0] * 3, "temperature", 1.0) == pytest.approx(task_shares(sizes, [1.0] * 3, "proportional"))
-    with pytest.raises(TrainError, match="sampling is 'even'"):
-        task_shares(sizes, weights, "even")
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(TrainError, match="above 0"):
             task_shares(sizes, weights, "temperature", temperature)
-    with pytest.raises(TrainError, match="weights"):
-        task_shares(sizes, [0.0] * 3)
+    for wrong in ([0.0] * 3, [1.0, -1.0, 1.0]):
+        with pytest.raises(TrainError, match="weights"):
+            task_shares(sizes, wrong)
 
 
 class Numbered(TaskData):
@@ -222,88 +165,77 @@ class Numbered(TaskData):
         return Example(Query.of(text=f"{self.name} {number}"), "", None, frozenset())
 
 
-def test_the_schedule_keeps_shares_families_and_epochs() -> None:
+def test_the_schedule_keeps_shares_groups_and_epochs() -> None:
     tasks = [Numbered("a", range(16)), Numbered("b", range(8))]
-    schedule = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
-    names = [schedule.task(step).name for step in range(40)]
+    schedule = Schedule(tasks, [3.0, 1.0], batch=8, group=4, batches=40, seed=1)
+    names = [schedule.task(number).name for number in range(40)]
     assert names.count("a") == 30 and names.count("b") == 10
-    rows = [[int(e.query.text.split()[1]) for e in schedule.examples(step)] for step in range(40) if names[step] == "a"]
+    rows = [[int(e.query.text.split()[1]) for e in schedule.examples(n)] for n in range(40) if names[n] == "a"]
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         assert sorted(first + second) == list(range(16)), "two batches of 8 make one epoch of 16"
-    for batch in rows:
-        for start in (0, 4):
-            family = batch[start : start + 4]
-            assert family == list(range(family[0], family[0] + 4)) and family[0] % 4 == 0
-    again = Schedule(tasks, [3.0, 1.0], batch=8, family=4, steps=40, seed=1)
-    assert [e.query for e in again.examples(17)] == [e.query for e in schedule.examples(17)], "a step needs no history"
+    for group in (batch[start : start + 4] for batch in rows for start in (0, 4)):
+        assert group == list(range(group[0], group[0] + 4)) and group[0] % 4 == 0
+    again = Schedule(tasks, [3.0, 1.0], batch=8, group=4, batches=40, seed=1)
+    assert [e.query for e in again.examples(17)] == [e.query for e in schedule.examples(17)], "a batch needs no history"
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 60), family=st.integers(1, 9), families=st.integers(1, 5), seed=st.integers(0, 3))
-def test_every_example_is_seen_in_every_epoch(size: int, family: int, families: int, seed: int) -> None:
-    per_epoch = -(-size // family)
-    schedule = Schedule(
-        [Numbered("a", range(size))], [1.0], batch=family * families, family=family, steps=per_epoch * 3, seed=seed
-    )
-    rows = [row for step in range(per_epoch * 3) for row in schedule.rows(step)]
-    for epoch in range(3 * families):
-        seen = rows[epoch * per_epoch * family : (epoch + 1) * per_epoch * family]
-        assert set(seen) == set(range(size))
-    if size >= family:
-        starts = range(0, len(rows), family)
-        assert all(len(set(rows[start : start + family])) == family for start in starts), "no example beside itself"
+@given(size=st.integers(1, 60), group=st.integers(1, 9), groups=st.integers(1, 5), seed=st.integers(0, 3))
+def test_every_example_is_seen_in_every_epoch(size: int, group: int, groups: int, seed: int) -> None:
+    epoch = -(-size // group) * group
+    count = 3 * -(-size // group)
+    schedule = Schedule([Numbered("a", range(size))], [1.0], batch=group * groups, group=group, batches=count, seed=seed)
+    rows = [row for number in range(count) for row in schedule.rows(number)]
+    for start in range(0, len(rows), epoch):
+        assert set(rows[start : start + epoch]) == set(range(size))
+    if size >= group:
+        starts = range(0, len(rows), group)
+        assert all(len(set(rows[start : start + group])) == group for start in starts), "no example beside itself"
 
 
 def test_schedule_refuses_what_cannot_be() -> None:
-    with pytest.raises(TrainError, match="multiple of family"):
-        Schedule([Numbered("a", range(9))], [1.0], batch=9, family=2, steps=1, seed=0)
-    with pytest.raises(TrainError, match="weights"):
-        Schedule([Numbered("a", range(9))], [0.0], batch=8, family=2, steps=1, seed=0)
+    with pytest.raises(TrainError, match="multiple of group"):
+        Schedule([Numbered("a", range(9))], [1.0], batch=9, group=2, batches=1, seed=0)
     with pytest.raises(TrainError, match="task a has no examples"):
-        Schedule([Numbered("a", range(0))], [1.0], batch=8, family=2, steps=1, seed=0)
+        Schedule([Numbered("a", range(0))], [1.0], batch=8, group=2, batches=1, seed=0)
 
 
-def test_lessons_are_sorted_by_length_within_a_window(tmp_path: Path) -> None:
-    lines = [{"img_path": None, "prompt": f"count {n}", "target": " ".join(["one"] * (n % 7 + 1))} for n in range(40)]
-    write_lines(tmp_path / "lessons/counting.jsonl", lines)
-    (counting,) = read_lessons(tmp_path)
-    assert counting.name == "lessons_counting"
-    lengths = [len(prompt) + len(target) for _, prompt, target in counting.lines]
-    assert lengths == sorted(lengths)
-    assert sorted(texts([counting])) == sorted(f"{line['prompt']} {line['target']}" for line in lines)
+def test_pretraining_examples_are_sorted_by_length_within_a_window(folder: Path, tmp_path: Path) -> None:
+    (counting,) = read_pretraining(folder)
+    lengths = [len(prompt) + len(target) for _, prompt, target in counting.rows]
+    assert counting.name == "lessons_counting" and lengths == sorted(lengths) and len(lengths) == 40
+    assert set(counting.texts()) == {f"count {n} {' '.join(['one'] * (n % 7 + 1))}" for n in range(40)}
+    write_lines(tmp_path / "lessons/counting.jsonl", [{"prompt": "x"}])
+    with pytest.raises(DataError, match=r"counting\.jsonl:1: not a pretraining example"):
+        read_pretraining(tmp_path)
 
 
 # M-BEIR-CoT
 
 
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_both_formats_give_the_examples_of_the_folder(
+    folder: Path, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("reading local files asked the network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-
-
-@pytest.mark.parametrize("format", ["parquet", "jsonl"])
-def test_both_formats_give_the_examples_of_the_folder(folder: Path, tmp_path: Path, format: str, no_network: None) -> None:
     manifest = write_cot(folder, tmp_path / "cot", format=format, rows_per_file=8)
     assert [file["name"] for file in manifest["files"]] == [f"train-0000{n}-of-00003.{format}" for n in range(3)]
     assert manifest["samples"] == 21 and sum(file["rows"] for file in manifest["files"]) == 21
     assert manifest["tasks"]["cirr_task7"] == {"samples": 8, "complex": 4, "negatives": 11, "positives_outside_pool": 8}
     assert is_cot(tmp_path / "cot") and not is_cot(folder)
     for taught in (
-        {},
         {"cot": "tagged", "negatives": 2, "any_target": 0.5},
         {"cot": "reasoning", "candidates": "reason", "reasoned": 0.5, "seed": 1},
         {"cot": "none", "candidates": "answer", "negatives": 1},
         {"cot": "none"},
     ):
-        plain, inline = read_pairs(folder, **taught), read_cot(tmp_path / "cot", **taught)
-        assert [(task.name, len(task), task.root.resolve()) for task in inline] == [
-            (task.name, len(task), folder.resolve()) for task in plain
-        ]
-        assert [examples(task) for task in inline] == [examples(task) for task in plain]
-        assert image_names(inline) == image_names(plain) and list(texts(inline)) == list(texts(plain))
+        for plain, inline in zip(read_pairs(folder, **taught), read_cot(tmp_path / "cot", **taught), strict=True):
+            assert (plain.name, len(plain), plain.root.resolve()) == (inline.name, len(inline), inline.root.resolve())
+            assert examples(plain) == examples(inline)
+            assert list(plain.image_paths()) == list(inline.image_paths()) and list(plain.texts()) == list(inline.texts())
 
 
 def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:
@@ -319,6 +251,13 @@ def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:
         read_cot(tmp_path / "cot")
 
 
+@pytest.fixture(scope="module")
+def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cot")
+    write_cot(folder, out, format="jsonl", rows_per_file=8)
+    return out
+
+
 @pytest.mark.parametrize(
     ("line", "found"),
     [
@@ -332,16 +271,17 @@ def test_one_file_is_read_with_a_root(folder: Path, tmp_path: Path) -> None:
         ("{broken", "not a row"),
     ],
 )
-def test_a_broken_line_is_named(folder: Path, tmp_path: Path, line: dict[str, Any] | str, found: str) -> None:
-    write_cot(folder, tmp_path / "cot", format="jsonl", rows_per_file=8)
-    file = tmp_path / "cot/train-00001-of-00003.jsonl"
-    lines = file.read_text().splitlines()
+def test_a_broken_line_is_named(folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, found: str) -> None:
+    file = lines_of_cot / "train-00001-of-00003.jsonl"
+    whole = file.read_text()
+    lines = whole.splitlines()
     row = json.loads(lines[3])
     assert row["qid"] == "8:6" and row["task"] == "cirr_task7"
     lines[3] = line if isinstance(line, str) else json.dumps(row | line)
     file.write_text("\n".join(lines) + "\n")
     with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{found}"):
-        read_cot(tmp_path / "cot")
+        read_cot(lines_of_cot, cache=tmp_path)
+    file.write_text(whole)
 
 
 def test_a_broken_parquet_row_is_named_also_where_the_file_was_read_before(folder: Path, tmp_path: Path) -> None:
@@ -351,15 +291,14 @@ def test_a_broken_parquet_row_is_named_also_where_the_file_was_read_before(folde
     table = pq.read_table(file)
     rows = table.to_pylist()
     rows[4]["query_img_path"] = "../outside.png"
-    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), file)
-    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet:5: query_img_path"):
-        read_cot(tmp_path / "cot")
-    pq.write_table(table.drop_columns(["steps"]), file)
-    with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: columns are missing.*steps"):
-        read_cot(tmp_path / "cot")
-    pq.write_table(table.slice(0, 7), file)
-    with pytest.raises(DataError, match="20 rows where 21 were written"):
-        read_cot(tmp_path / "cot")
+    for broken, said in (
+        (pa.Table.from_pylist(rows, schema=table.schema), r":5: query_img_path"),
+        (table.drop_columns(["steps"]), ": columns are missing.*steps"),
+        (table.slice(0, 7), None),
+    ):
+        pq.write_table(broken, file)
+        with pytest.raises(DataError, match=rf"{file.name}{said}" if said else "20 rows where 21 were written"):
+            read_cot(tmp_path / "cot")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: not a Parquet file"):
         read_cot(tmp_path / "cot")
@@ -387,26 +326,22 @@ def test_a_pool_file_is_the_pool(folder: Path, tmp_path: Path) -> None:
     assert "8:999" not in pool and len(pool) == 17
     pool.close()
     twice = tmp_path / "pool.jsonl"
-    twice.write_text(path.read_text() + '{"did": "8:101", "txt": "again", "modality": "text"}\n')
-    with pytest.raises(DataError, match="'8:101' occurs a second time"):
-        PoolFile(twice)
-    twice.write_text(path.read_text() + '{"did": "8:1000"}\n')
-    with pytest.raises(DataError, match=r"pool\.jsonl:18: modality"):
-        PoolFile(twice)
-
-
-# Pixel store
+    for line, said in (
+        ('{"did": "8:101", "txt": "again", "modality": "text"}\n', "'8:101' occurs a second time"),
+        ('{"did": "8:1000"}\n', r"pool\.jsonl:18: modality"),
+    ):
+        twice.write_text(path.read_text() + line)
+        with pytest.raises(DataError, match=said):
+            PoolFile(twice)
 
 
 def test_a_pixel_store_is_completed_without_what_it_holds_already(tmp_path: Path) -> None:
     model = small_model(train_tokenizer(["a thing"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
-    names = []
     for number in (1, 2):
-        names.append(f"{number}.png")
-        picture(number).load().save(tmp_path / names[-1])
-    first = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[:1])[str(tmp_path / "1.png")].copy()
+        picture(number).load().save(tmp_path / f"{number}.png")
+    first = pixel_store(tmp_path, tmp_path / "cache", model.processor, ["1.png"])[str(tmp_path / "1.png")].copy()
     (tmp_path / "1.png").unlink()
-    store = pixel_store(tmp_path, tmp_path / "cache", model.processor, names[1:])
+    store = pixel_store(tmp_path, tmp_path / "cache", model.processor, ["2.png"])
     assert len(store) == 2 and (store[str(tmp_path / "1.png")] == first).all()
     assert (store[str(tmp_path / "2.png")] != first).any()
     with pytest.raises(DataError, match=r"3\.png"):

@@ -349,7 +349,7 @@ def _url(image: ImageInput) -> str:
 
 
 def _base64(image: ImageInput) -> str:
-    """The file as it is, or pixels as PNG. Raises PictureError for what is no picture."""
+    """The file as it is, or pixels as PNG. Raises ImageError for what is no picture."""
     return base64.b64encode(image.encoded()[0]).decode()
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.lab.report import named_runs, run_report
+    from traceir.evaluation.runs import named_runs
+    from traceir.lab.report import run_report
 
     if args.kind == "scoreboard":
         from traceir.lab.scoreboard import write_scoreboard
@@ -65,12 +66,12 @@ def evaluate(args: argparse.Namespace) -> int:
     _check_folders(args)
     routes = _routes(args)
     from traceir.evaluation.embeddings import shard_from_environment
-    from traceir.evaluation.evaluate import evaluate, rehearse
+    from traceir.evaluation.evaluate import dry_run, evaluate
     from traceir.evaluation.judged import table
 
     options: dict[str, Any] = {"split": args.split, "routes": routes, "rows": _names(args.rows), "limit": args.limit}
     if args.dry_run:
-        print(rehearse(load_encoder(args), args.data, **options))
+        print(dry_run(load_encoder(args), args.data, **options))
         return 0
     options |= {"pools": ["local", "global"] if args.pool == "both" else [args.pool], "cache": args.cache}
     options |= {"prompt": args.prompt, "seed": args.seed, "on_error": args.on_error, "progress": shows_progress()}
@@ -86,11 +87,11 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def unseen(args: argparse.Namespace) -> int:
     _check_folders(args)
-    from traceir.evaluation.unseen.run import evaluate_unseen, rehearse_unseen, submit_circo, table
+    from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 
     columns, data, out = _names(args.columns), args.data, args.out
     if args.dry_run:
-        print(rehearse_unseen(data, columns))
+        print(dry_run_unseen(data, columns))
         return 0
     encoder, cache, shown = load_encoder(args), args.cache or out / "embeddings", shows_progress()
     if args.circo_submission:
@@ -127,7 +128,7 @@ def mteb(args: argparse.Namespace) -> int:
     if world := getattr(encoder, "world", None):
         print(f"note: {world.says}", file=sys.stderr)
     model = TraceEncoder.of(encoder, args.name or mteb_run.label(model_name(args)), route=args.route)
-    run = mteb_run.Run(model, args.out, batch_size=args.batch_size, online=online, progress=shows_progress())
+    run = mteb_run.MtebRun(model, args.out, batch_size=args.batch_size, online=online, progress=shows_progress())
     if args.dry_run:
         print("\n".join(mteb_run.plan(run, tasks)))
         return 0
@@ -192,14 +193,13 @@ def train(args: argparse.Namespace) -> int:
         check_model(args.init)
     if args.resume_from is not None and not (args.resume_from / "step.json").is_file():
         raise InputError(f"{args.resume_from} is not a step folder (it has no step.json); give RUN/steps/NNNNNN")
-    from traceir.train.presets import resolve
-    from traceir.train.train import log, train
+    from traceir.lab.mini_presets import resolve
+    from traceir.train.train import train
 
-    log.setLevel(logging.INFO)  # which precision, and where it goes on, is told without -v
+    for part in ("config", "train", *(["memory"] if args.card else [])):  # said without -v: precision, where it goes on, chunks
+        logging.getLogger(f"traceir.train.{part}").setLevel(logging.INFO)
     if args.init is None and args.data is None:
         _train_before(args.preset, args.threads)
-    if args.card:
-        logging.getLogger("traceir.train.memory").setLevel(logging.INFO)
     settings = [*_threads(args.threads), *args.settings]
     config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=settings, card=args.card)
     print(train(config, resume_from=args.resume_from))
@@ -213,7 +213,7 @@ def _threads(count: int | None) -> list[str]:
 
 def _train_before(preset: str, threads: int | None) -> None:
     """Trains the presets whose checkpoints this one starts from, where they are not there."""
-    from traceir.train.presets import resolve, stages_before
+    from traceir.lab.mini_presets import resolve, stages_before
     from traceir.train.train import train
 
     for stage in stages_before(preset):
@@ -225,7 +225,7 @@ def ablate(args: argparse.Namespace) -> int:
     from traceir.lab.ablate import ablate, list_tables
     from traceir.lab.ablate_report import write_report
     from traceir.lab.ablations import choose_tables
-    from traceir.train.presets import resolve
+    from traceir.lab.mini_presets import resolve
 
     if not all(part.isdecimal() for part in split(args.seeds)):
         raise InputError(f"--seeds {args.seeds!r} is not a list of whole numbers; write 0,1,2")

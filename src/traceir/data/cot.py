@@ -1,7 +1,7 @@
 """M-BEIR-CoT as files: training samples with their labels and candidates inline, so that no pool has to be in memory.
 
 A folder (format 1, docs/formats.md) holds `train-00000-of-00007.parquet` or `.jsonl`, one row a sample, and `manifest.json`,
-written last. Pictures and instructions stay where they are: in the data folder that the manifest names. `datasets` turns the
+written last. Images and instructions stay where they are: in the data folder that the manifest names. `datasets` turns the
 files into a memory-mapped Arrow cache once (cot_table.py); a row is read when its example is.
 """
 
@@ -13,19 +13,19 @@ import os
 import re
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from traceir.data import mbeir
-from traceir.data.cot_table import FORMATS, GROUP_ROWS, Files, count_rows, every_row, load_table, write_lines, write_parquet
-from traceir.data.samples import Pairs, Sample, Teaching, first_tellers, join, task_prompts
+from traceir.data.cot_table import FORMATS, GROUP_ROWS, Files, count_rows, load_table, write_file
+from traceir.data.samples import Pairs, Sample, Supervision, descriptions_of, join, task_prompts
 from traceir.errors import DataError
 
 NAME: Final = "M-BEIR-CoT"
@@ -39,21 +39,22 @@ class PoolFile(Mapping[str, mbeir.Candidate]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        hashes, starts = array("Q"), array("q")
+        hashes, starts, start = array("Q"), array("q"), 0
         try:
             self._stream = path.open("rb")
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
-        start = 0
         for number, raw in enumerate(tqdm(self._stream, desc="reading the pool", unit="line", mininterval=2.0), 1):
             if raw.strip():
-                hashes.append(_hash(mbeir.candidate_in(raw, f"{path}:{number}").did))
+                hashes.append(_hash(mbeir.to_candidate(mbeir.Line.read(raw, f"{path}:{number}")).did))
                 starts.append(start)
             start += len(raw)
         order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
         self.hashes = np.frombuffer(hashes, dtype=np.uint64)[order]
         self.starts = np.frombuffer(starts, dtype=np.int64)[order]
-        self._check_unique()
+        for place in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]).tolist():
+            if (did := self._at(place).did) == self._at(place + 1).did:
+                raise DataError(f"{path}: did {did!r} occurs a second time; remove one of the lines or rename it")
 
     def __getitem__(self, did: str) -> mbeir.Candidate:
         wanted = np.uint64(_hash(did))
@@ -77,20 +78,29 @@ class PoolFile(Mapping[str, mbeir.Candidate]):
     def _at(self, place: int) -> mbeir.Candidate:
         start = int(self.starts[place])
         self._stream.seek(start)
-        return mbeir.candidate_in(self._stream.readline(), f"{self.path}, at byte {start}")
-
-    def _check_unique(self) -> None:
-        for place in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]).tolist():
-            if (did := self._at(place).did) == self._at(place + 1).did:
-                raise DataError(f"{self.path}: did {did!r} occurs a second time; remove one of the lines or rename it")
+        return mbeir.to_candidate(mbeir.Line.read(self._stream.readline(), f"{self.path}, at byte {start}"))
 
 
-def cot_rows(root: Path, *, negatives: bool = True) -> Iterator[dict[str, Any]]:
-    """The train split of an M-BEIR folder as rows, streamed data set by data set, in the order of its files.
+def _hash(did: str) -> int:
+    return int.from_bytes(hashlib.blake2b(did.encode(), digest_size=8).digest(), "little")
 
-    In memory are the qids and labels of one data set and the places of the pool's lines. Raises DataError where a query has no
-    positive in the pool or a negative is missing.
+
+# Writing
+
+
+def write_cot(
+    root: Path, out: Path, *, format: str = "parquet", rows_per_file: int = 50_000, negatives: bool = True
+) -> dict[str, Any]:
+    """Writes the train split of an M-BEIR folder, labels joined, as M-BEIR-CoT; returns its manifest.
+
+    `negatives` false leaves out the hard negatives. Streams: in memory are the qids and labels of one data set and the places
+    of the pool's lines. Raises DataError for a broken source, a row that cannot be whole, and a folder that holds a finished
+    M-BEIR-CoT.
     """
+    return write_rows(_rows_of(root, negatives), root, out, format=format, rows_per_file=rows_per_file)
+
+
+def _rows_of(root: Path, negatives: bool) -> Iterator[dict[str, Any]]:
     with closing(PoolFile(mbeir.train_pool_path(root))) as pool:
         for dataset in mbeir.train_datasets(root):
             labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset))
@@ -121,21 +131,14 @@ def to_row(sample: Sample, dataset: str, provenance: Mapping[str, Any] | None = 
     }
 
 
-def write_cot(
-    root: Path, out: Path, *, format: str = "parquet", rows_per_file: int = 50_000, negatives: bool = True
-) -> dict[str, Any]:
-    """Writes the train split of an M-BEIR folder, labels joined, as M-BEIR-CoT; returns its manifest.
-
-    `negatives` false leaves out the hard negatives. Streams: see `cot_rows`. Raises DataError for a broken source, a row that
-    cannot be whole, and a folder that holds a finished M-BEIR-CoT.
-    """
-    return write_rows(cot_rows(root, negatives=negatives), root, out, format=format, rows_per_file=rows_per_file)
+def _inline(candidate: mbeir.Candidate) -> dict[str, str | None]:
+    return {"did": candidate.did, "txt": candidate.text, "img_path": candidate.image_path, "modality": candidate.modality}
 
 
 def write_rows(
     rows: Iterable[dict[str, Any]], root: Path, out: Path, *, format: str = "parquet", rows_per_file: int = 50_000
 ) -> dict[str, Any]:
-    """Rows (as of `to_row`) as a folder of files; returns its manifest. `root` is the folder of pictures and instructions.
+    """Rows (as of `to_row`) as a folder of files; returns its manifest. `root` is the folder of images and instructions.
 
     Written below `out/writing` and renamed, the manifest last: until it is there the folder is not read, and the next call
     begins anew.
@@ -144,65 +147,55 @@ def write_rows(
         raise DataError(f"format {format!r}, {rows_per_file} rows a file; choose {' or '.join(FORMATS)}, and at least 1 row")
     if (out / "manifest.json").exists():
         raise DataError(f"{out} holds a manifest.json; choose another folder, or remove it")
-    writing = out / "writing"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
-    tasks: dict[str, dict[str, int]] = {}
-    made: list[tuple[Path, int]] = []
-    stream = iter(_counted(tqdm(rows, desc="writing samples", unit="sample", mininterval=2.0), tasks))
+    staging, tasks = out / "writing", dict[str, dict[str, int]]()
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    stream = _counted(tqdm(rows, desc="writing samples", unit="sample", mininterval=2.0), tasks)
+    written: list[tuple[Path, int]] = []
     for first in stream:
-        path = writing / f"{len(made):05d}.{format}"
-        batch = chain((first,), islice(stream, rows_per_file - 1))
-        made.append((path, write_parquet(path, batch) if format == "parquet" else write_lines(path, batch)))
-    if not made:
+        path = staging / f"{len(written):05d}.{format}"
+        written.append((path, write_file(path, chain((first,), islice(stream, rows_per_file - 1)))))
+    if not written:
         raise DataError(f"{root} has no training queries; build or download the train split first")
-    for stale in [old for old in out.iterdir() if _FILE.fullmatch(old.name)]:
+    for stale in [file for file in out.iterdir() if _FILE.fullmatch(file.name)]:
         stale.unlink()  # of a call that ended before its manifest
-    files = []
-    for number, (path, count) in enumerate(made):
-        target = out / f"train-{number:05d}-of-{len(made):05d}.{format}"
-        files.append({"name": target.name, "rows": count, "bytes": path.stat().st_size, "sha256": _digest(path)})
-        os.replace(path, target)
-    manifest = _manifest(root, out, files, tasks)
-    fresh = writing / "manifest.json"
+    files = [_put(path, count, out / f"train-{n:05d}-of-{len(written):05d}.{format}") for n, (path, count) in enumerate(written)]
+    about = root / "meta.json"
+    manifest = {
+        "name": NAME,
+        "format": FORMAT,
+        "root": Path(os.path.relpath(root.resolve(), out.resolve())).as_posix(),
+        "source_fingerprint": json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None,
+        "samples": sum(count for _, count in written),
+        "tasks": {name: tasks[name] for name in sorted(tasks, key=_task_order)},
+        "files": files,
+    }
+    fresh = staging / "manifest.json"
     fresh.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(fresh, out / "manifest.json")
-    writing.rmdir()
+    staging.rmdir()
     return manifest
 
 
-class CotData(Pairs):
-    """Pairs of one task whose samples are rows of a memory-mapped table that all tasks share."""
+def _put(path: Path, rows: int, target: Path) -> dict[str, Any]:
+    """Moves a whole file into its place and describes it."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    os.replace(path, target)
+    return {"name": target.name, "rows": rows, "bytes": target.stat().st_size, "sha256": digest}
 
-    def __init__(
-        self,
-        name: str,
-        rows: npt.NDArray[np.int64],
-        table: Any,
-        files: Files,
-        root: Path,
-        prompts: tuple[str, ...],
-        teaching: Teaching,
-        tellers: Mapping[str, int],
-    ) -> None:
-        super().__init__(name, rows, root, prompts, teaching)
-        self.rows, self.table, self.files, self.tellers = rows, table, files, tellers
 
-    def sample(self, number: int) -> Sample:
-        row = int(self.rows[number])
-        return _to_sample(self.table[row].to_pylist()[0], self.files.where(row), self.teaching)
+def _counted(rows: Iterable[dict[str, Any]], tasks: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        task = tasks.setdefault(row["task"], {"samples": 0, "complex": 0, "negatives": 0, "positives_outside_pool": 0})
+        task["samples"] += 1
+        task["complex"] += int(row["z"])
+        task["negatives"] += len(row["negatives"])
+        task["positives_outside_pool"] += len(row["pos_cand_list"]) - len(row["positives"])
+        yield row
 
-    def samples(self) -> Iterator[Sample]:
-        for first in range(0, len(self.rows), GROUP_ROWS):
-            places = self.rows[first : first + GROUP_ROWS].tolist()
-            for row, fields in zip(places, self.table[places].to_pylist(), strict=True):
-                yield _to_sample(fields, self.files.where(row), self.teaching)
 
-    def description(self, did: str) -> str:
-        row = self.tellers.get(did)
-        if row is None:
-            return ""
-        return self.teaching.description(_to_label(self.table[row].to_pylist()[0], self.files.where(row)))
+# Reading
 
 
 def is_cot(path: Path | str) -> bool:
@@ -211,88 +204,97 @@ def is_cot(path: Path | str) -> bool:
     if path.is_file():
         return path.suffix.removeprefix(".") in FORMATS
     try:
-        found = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and found.get("name") == NAME
+    return isinstance(manifest, dict) and manifest.get("name") == NAME
 
 
 def source_folder(path: Path | str) -> Path:
-    """The data folder of pictures, instructions and lessons that M-BEIR-CoT, a folder or one of its files, names."""
+    """The data folder of images, instructions and pretraining tasks that M-BEIR-CoT, a folder or one of its files, names."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    return _root(folder, _read_manifest(folder))
+    manifest = _read_manifest(folder)
+    root = Path(os.path.normpath(folder.resolve() / manifest["root"])) if manifest else None
+    if root is None or not root.is_dir():
+        shown = f"{root}, which is not there" if root else "no manifest.json"
+        raise DataError(f"{folder} names its data folder by {shown}; give the folder of images and instructions as root")
+    return root
 
 
-def read_cot(
-    path: Path | str,
-    *,
-    root: Path | None = None,
-    cache: Path | None = None,
-    cot: str = "both",
-    candidates: str = "direct",
-    reasoned: float = 1.0,
-    negatives: int = 0,
-    any_target: float = 0.0,
-    seed: int = 0,
-) -> list[CotData]:
-    """M-BEIR-CoT, a folder or one of its files, as one CotData a task; settings, tasks and Examples are those of `read_pairs`.
+def read_cot(path: Path | str, *, root: Path | None = None, cache: Path | None = None, **settings: Any) -> list[Pairs]:
+    """M-BEIR-CoT, a folder or one of its files, as one Pairs a task; settings, tasks and Examples are those of `read_pairs`.
 
-    `root` is the folder of pictures and instructions, by default the one that the manifest names. The Arrow cache lies in
+    `root` is the folder of images and instructions, by default the one that the manifest names. The Arrow cache lies in
     `cache`, by default `arrow` beside the files. Every row is checked once, streamed; a broken one is a DataError that names
-    file and row. Memory: 8 bytes a row, and where candidates are described, one entry a described did. Nothing is fetched.
+    file and row. Memory: 8 bytes a row, and where candidates are described, their descriptions. Nothing is fetched.
     """
-    teaching = Teaching(cot, candidates, reasoned, negatives, any_target, seed)
-    path = Path(path)
+    supervision, path = Supervision(**settings), Path(path)
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder; give a folder of M-BEIR-CoT or one of its files")
-    folder = path if path.is_dir() else path.parent
-    manifest = _read_manifest(folder) if path.is_dir() or root is None else None
-    root = root or _root(folder, manifest)
-    paths, counts = _data_files(path, manifest)
-    table = load_table(paths, cache or folder / "arrow")
-    files = Files(paths, tuple(accumulate(counts)))
+    root = root or source_folder(path)
+    paths, counts = _data_files(path)
+    table, files = load_table(paths, cache or paths[0].parent / "arrow"), Files(paths, tuple(accumulate(counts)))
     if not len(table) or files.ends[-1] != len(table):
         raise DataError(f"{path}: {len(table)} rows where {files.ends[-1]} were written; copy or write the files again")
-    rows, tellers = _index(table, files, teaching)
+    by_task: dict[str, array[int]] = {}
+    descriptions = descriptions_of(TableRows(range(len(table)), table, files, supervision).checked(by_task), supervision)
     instructions = mbeir.read_instructions(root)
-    found: list[CotData] = []
-    for name in sorted(rows, key=_task_order):
-        places = np.frombuffer(rows[name], dtype=np.int64)
-        fields = table[int(places[0])].to_pylist()[0]
-        prompts = task_prompts(instructions, fields["qid"], fields["task_id"])
-        found.append(CotData(name, places, table, files, root, prompts, teaching, tellers))
-    return found
+    tasks: list[Pairs] = []
+    for name in sorted(by_task, key=_task_order):
+        samples = TableRows(by_task[name], table, files, supervision)
+        record = samples[0].record
+        prompts = task_prompts(instructions, record.qid, record.task_id)
+        tasks.append(Pairs(name, samples, root, prompts, supervision, descriptions))
+    return tasks
 
 
-def _index(table: Any, files: Files, teaching: Teaching) -> tuple[dict[str, array[int]], dict[str, int]]:
-    """One pass over all rows, checking each: task -> its rows, and did -> the row that tells what the candidate writes."""
-    rows: dict[str, array[int]] = {}
+@dataclass(frozen=True, slots=True)
+class TableRows(Sequence[Sample]):
+    """The Samples in some rows of a memory-mapped table."""
 
-    def tellers() -> Iterator[tuple[str, list[str], int]]:
-        for row, fields in enumerate(tqdm(every_row(table), total=len(table), desc="checking samples", mininterval=2.0)):
-            where = files.where(row)
-            sample = _to_sample(fields, where, teaching)
-            rows.setdefault(_task_name(fields, where), array("q")).append(row)
-            if teaching.description(sample.label):
-                yield fields["qid"], fields["pos_cand_list"], row
+    rows: Sequence[int] = field(repr=False)
+    table: Any = field(repr=False)
+    files: Files
+    supervision: Supervision
 
-    return rows, first_tellers(tellers())
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        row = self.rows[number]
+        return _to_sample(self.table[row].to_pylist()[0], self.files.where(row), self.supervision)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (_to_sample(fields, self.files.where(row), self.supervision) for row, fields in self._fields())
+
+    def checked(self, by_task: dict[str, array[int]]) -> Iterator[Sample]:
+        """One pass that checks every row and notes it with its task."""
+        for row, fields in tqdm(self._fields(), total=len(self), desc="checking samples", mininterval=2.0):
+            where = self.files.where(row)
+            yield _to_sample(fields, where, self.supervision)
+            by_task.setdefault(_task_name(fields, where), array("q")).append(row)
+
+    def _fields(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Rows with their numbers, a group of them in memory at a time."""
+        for first in range(0, len(self.rows), GROUP_ROWS):
+            places = self.rows[first : first + GROUP_ROWS]
+            group = self.table[places if isinstance(places, range) else list(places)]
+            yield from zip(places, group.to_pylist(), strict=True)
 
 
-def _to_sample(fields: dict[str, Any], where: str, teaching: Teaching) -> Sample:
-    record = mbeir.record_of(fields | {"neg_cand_list": fields["negatives"]}, where)
-    label = _to_label(fields, where)
-    positives = tuple(mbeir.candidate_of(one or {}, where) for one in fields["positives"] or ())
-    wrong = tuple(mbeir.candidate_of(one or {}, where) for one in fields["negatives"] or ())
-    if not positives or not {one.did for one in positives} <= set(record.positives):
+def _to_sample(fields: dict[str, Any], where: str, supervision: Supervision) -> Sample:
+    record = mbeir.to_record(mbeir.Line(fields | {"neg_cand_list": fields["negatives"]}, where))
+    label = mbeir.to_label(mbeir.Line(fields | {"steps": fields["steps"] or 0}, where))
+    positives, wrong = (
+        tuple(mbeir.to_candidate(mbeir.Line(candidate or {}, where)) for candidate in fields[name] or ())
+        for name in ("positives", "negatives")
+    )
+    right = set(record.positives)
+    if not positives or not {candidate.did for candidate in positives} <= right:
         raise DataError(f"{where}: positives must hold at least one candidate, each named in pos_cand_list; write the row again")
-    if named := set(record.positives) & {one.did for one in wrong}:
-        raise DataError(f"{where}: {sorted(named)[0]} is a positive and among the negatives; remove it from one of them")
-    return Sample(record, label if teaching.labelled else None, positives, wrong if teaching.negatives else ())
-
-
-def _to_label(fields: dict[str, Any], where: str) -> mbeir.Label:
-    return mbeir.label_of(fields if fields["steps"] is not None else fields | {"steps": 0}, where)
+    if both := right & {candidate.did for candidate in wrong}:
+        raise DataError(f"{where}: {min(both)} is a positive and among the negatives; remove it from one of them")
+    return Sample(record, label if supervision.labelled else None, positives, wrong if supervision.negatives else ())
 
 
 def _task_name(fields: dict[str, Any], where: str) -> str:
@@ -315,73 +317,24 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON ({error}); write the folder again") from error
-    if not isinstance(found, dict) or found.get("name") != NAME or found.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("name") != NAME or manifest.get("format") != FORMAT:
         raise DataError(f"{file}: not a manifest of {NAME}, format {FORMAT}; write the folder again with this release")
-    return found
+    return manifest
 
 
-def _root(folder: Path, manifest: dict[str, Any] | None) -> Path:
-    root = Path(os.path.normpath(folder.resolve() / manifest["root"])) if manifest else None
-    if root is None or not root.is_dir():
-        shown = f"{root}, which is not there" if root else "no manifest.json"
-        raise DataError(f"{folder} names its data folder by {shown}; give the folder of pictures and instructions as root")
-    return root
-
-
-def _data_files(path: Path, manifest: dict[str, Any] | None) -> tuple[tuple[Path, ...], list[int]]:
+def _data_files(path: Path) -> tuple[tuple[Path, ...], list[int]]:
     """The files to read, and the rows of each."""
     if path.is_file():
         if path.suffix.removeprefix(".") not in FORMATS:
             raise DataError(f"{path}: neither .parquet nor .jsonl; give a file or a folder of M-BEIR-CoT")
         return (path,), [count_rows(path)]
+    manifest = _read_manifest(path)
     if manifest is None:
         raise DataError(f"{path} has no manifest.json; it is not M-BEIR-CoT, or was not written to its end: write it again")
-    paths = tuple(path / one["name"] for one in manifest["files"])
+    paths = tuple(path / file["name"] for file in manifest["files"])
     if missing := next((file for file in paths if not file.is_file()), None):
         raise DataError(f"{missing} is missing, but named by the manifest; copy or write it again")
-    return paths, [int(one["rows"]) for one in manifest["files"]]
-
-
-def _counted(rows: Iterable[dict[str, Any]], tasks: dict[str, dict[str, int]]) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        task = tasks.setdefault(row["task"], {"samples": 0, "complex": 0, "negatives": 0, "positives_outside_pool": 0})
-        task["samples"] += 1
-        task["complex"] += int(row["z"])
-        task["negatives"] += len(row["negatives"])
-        task["positives_outside_pool"] += len(row["pos_cand_list"]) - len(row["positives"])
-        yield row
-
-
-def _manifest(root: Path, out: Path, files: list[dict[str, Any]], tasks: dict[str, dict[str, int]]) -> dict[str, Any]:
-    about = root / "meta.json"
-    source = json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
-    return {
-        "name": NAME,
-        "format": FORMAT,
-        "root": Path(os.path.relpath(root.resolve(), out.resolve())).as_posix(),
-        "source_fingerprint": source,
-        "samples": sum(int(one["rows"]) for one in files),
-        "tasks": {name: tasks[name] for name in sorted(tasks, key=_task_order)},
-        "files": files,
-    }
-
-
-def _inline(candidate: mbeir.Candidate) -> dict[str, str | None]:
-    return {
-        "did": candidate.did,
-        "txt": candidate.text,
-        "img_path": candidate.image_path,
-        "modality": candidate.modality,
-    }
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _hash(did: str) -> int:
-    return int.from_bytes(hashlib.blake2b(did.encode(), digest_size=8).digest(), "little")
+    return paths, [int(file["rows"]) for file in manifest["files"]]

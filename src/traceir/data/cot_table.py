@@ -37,60 +37,55 @@ def load_table(paths: tuple[Path, ...], cache: Path) -> Any:
         import pyarrow
     except ImportError as error:
         raise TrainError("reading M-BEIR-CoT needs the package datasets; pip install 'traceir[learn]'") from error
-    features = datasets.Features.from_arrow_schema(_schema())
     parquet = paths[0].suffix == ".parquet"
-    if parquet:
-        _check_columns(paths)
+    for path in paths if parquet else ():
+        _check_columns(path)
     read = datasets.Dataset.from_parquet if parquet else datasets.Dataset.from_json
+    features = datasets.Features.from_arrow_schema(_schema())
     try:
         table = read([str(path.resolve()) for path in paths], features=features, cache_dir=str(cache.resolve()))
     except (OSError, ValueError, TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
-        _find_broken(paths)
-        raise DataError(f"{paths[0].parent}: cannot be read as M-BEIR-CoT ({_cause(error)}); write its files again") from error
+        for path in paths if not parquet else ():
+            _find_broken_line(path)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        shown = f"{type(cause).__name__}: {str(cause)[:200]}"
+        raise DataError(f"{paths[0].parent}: cannot be read as M-BEIR-CoT ({shown}); write its files again") from error
     return table.with_format("arrow")
 
 
-def _check_columns(paths: tuple[Path, ...]) -> None:
+def _check_columns(path: Path) -> None:
     import pyarrow
     import pyarrow.parquet as pq
 
     wanted = _schema()
-    for path in paths:
-        try:
-            found = pq.read_schema(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise DataError(f"{path}: not a Parquet file that can be read ({error}); copy or write it again") from error
-        wrong = [f"{one.name} ({one.type})" for one in wanted if one.name not in found.names]
-        if wrong or set(found.names) - set(wanted.names):
-            more = sorted(set(found.names) - set(wanted.names))
-            raise DataError(f"{path}: columns are missing: {wrong}, or not known: {more}; write it as docs/formats.md says")
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error}); copy or write it again") from error
+    missing = [f"{column.name} ({column.type})" for column in wanted if column.name not in names]
+    unknown = sorted(set(names) - set(wanted.names))
+    if missing or unknown:
+        raise DataError(f"{path}: columns are missing: {missing}, or not known: {unknown}; write it as docs/formats.md says")
 
 
-def _find_broken(paths: tuple[Path, ...]) -> None:
-    """Raises DataError for the first line of JSON-lines files that is no row; returns where none is found."""
+def _find_broken_line(path: Path) -> None:
+    """Raises DataError for the first line that is no row; returns where none is found."""
     import pyarrow
 
-    known = _schema()
-    for path in paths:
-        if path.suffix != ".jsonl":
-            continue
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                if not raw.strip():
-                    continue
-                try:
-                    fields = json.loads(raw)
-                    pyarrow.RecordBatch.from_pylist([fields], schema=known)
-                except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
-                    raise DataError(f"{path}:{number}: not a row of M-BEIR-CoT ({error}); write it again") from error
-                if more := sorted(set(fields) - set(known.names)):
-                    raise DataError(f"{path}:{number}: fields are not known: {more}; remove them")
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    schema = _schema()
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            if not raw.strip():
+                continue
+            try:
+                fields = json.loads(raw)
+                pyarrow.RecordBatch.from_pylist([fields], schema=schema)
+            except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+                raise DataError(f"{path}:{number}: not a row of M-BEIR-CoT ({error}); write it again") from error
+            if more := sorted(set(fields) - set(schema.names)):
+                raise DataError(f"{path}:{number}: fields are not known: {more}; remove them")
 
 
 def count_rows(path: Path) -> int:
@@ -98,24 +93,25 @@ def count_rows(path: Path) -> int:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        _check_columns((path,))
+        _check_columns(path)
         return int(pq.read_metadata(path).num_rows)
     with path.open("rb") as stream:
         return sum(1 for raw in stream if raw.strip())
 
 
-def every_row(table: Any) -> Iterator[dict[str, Any]]:
-    """All rows of a table, a group of them in memory at a time."""
-    for first in range(0, len(table), GROUP_ROWS):
-        yield from table[first : first + GROUP_ROWS].to_pylist()
-
-
-def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes the rows and returns their number."""
+def write_file(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Writes the rows as the path's suffix says and returns their number."""
+    count = 0
+    if path.suffix == ".jsonl":
+        with path.open("w", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        return count
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count, schema = 0, _schema()
+    schema = _schema()
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         while group := list(islice(rows, GROUP_ROWS)):
             writer.write_table(pa.Table.from_pylist(group, schema=schema))
@@ -123,39 +119,13 @@ def write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> int:
     return count
 
 
-def write_lines(path: Path, rows: Iterator[dict[str, Any]]) -> int:
-    """Writes the rows and returns their number."""
-    count = 0
-    with path.open("w", encoding="utf-8") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
-
-
 def _schema() -> Any:
     """The columns of a row, as Arrow has them."""
     import pyarrow as pa
 
-    text = pa.string()
+    text, number = pa.string(), pa.int32()
     candidates = pa.list_(pa.struct([(name, text) for name in ("did", "txt", "img_path", "modality")]))
-    return pa.schema(
-        [
-            ("qid", text),
-            ("task", text),
-            ("task_id", pa.int32()),
-            ("dataset_id", pa.int32()),
-            ("query_txt", text),
-            ("query_img_path", text),
-            ("query_modality", text),
-            ("cand_modality", text),
-            ("z", pa.int32()),
-            ("reasoning", text),
-            ("answer", text),
-            ("steps", pa.int32()),
-            ("pos_cand_list", pa.list_(text)),
-            ("positives", candidates),
-            ("negatives", candidates),
-            ("provenance", text),
-        ]
-    )
+    columns = dict.fromkeys(("qid", "task"), text) | dict.fromkeys(("task_id", "dataset_id"), number)
+    columns |= dict.fromkeys(("query_txt", "query_img_path", "query_modality", "cand_modality"), text) | {"z": number}
+    columns |= dict.fromkeys(("reasoning", "answer"), text) | {"steps": number, "pos_cand_list": pa.list_(text)}
+    return pa.schema([*columns.items(), ("positives", candidates), ("negatives", candidates), ("provenance", text)])

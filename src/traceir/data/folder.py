@@ -1,19 +1,20 @@
 """What of a folder in M-BEIR's layout can be scored: rows, pools, what is right, and everything that is wrong with the files.
 
-Nothing is encoded before the whole folder has been looked at, so that a broken line or a missing picture costs seconds and not a
-night. With the policy `stop` the first broken line, or all missing pictures together, end it with an error. With `skip` each is
-told, counted, kept in the results, and what it touches is left out: a broken line; a candidate whose picture is missing; a query
-whose picture is missing. A query that loses all its right candidates stays: it was asked, and it misses.
+Nothing is encoded before the whole folder has been looked at, so that a broken line or a missing image costs seconds and not a
+night. With the policy `stop` the first broken line, or all missing images together, end it with an error. With `skip` each is
+logged, counted, kept in the results, and what it touches is left out: a broken line; a candidate whose image is missing; a query
+whose image is missing. A query that loses all its right candidates stays: it was asked, and it misses.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from traceir.data import mbeir
 from traceir.errors import DataError
@@ -22,19 +23,20 @@ from traceir.items import Item
 log = logging.getLogger(__name__)
 
 Policy = Literal["stop", "skip"]
+Content = TypeVar("Content", mbeir.Record, mbeir.Candidate)
 SHOWN: Final = 5
 
 
 @dataclass
 class Problems:
-    """What was found wrong, in words that name file and line, and what is done about it."""
+    """What is wrong with a folder, in words that name file and line, and what is done about it."""
 
     policy: Policy
     lines: list[str] = field(default_factory=list)
     images: list[str] = field(default_factory=list)
 
     def take_line(self, error: DataError) -> None:
-        """A broken line: raised, or told and counted."""
+        """A broken line: raised, or logged and counted."""
         if self.policy == "stop":
             raise DataError(f"{error} (or leave such lines out with --on-error skip)") from error
         self.lines.append(str(error))
@@ -43,14 +45,14 @@ class Problems:
     def take_image(self, place: str) -> None:
         self.images.append(place)
         if self.policy == "skip":
-            log.warning("left out, its picture is missing: %s", place)
+            log.warning("left out, its image is missing: %s", place)
 
     def settle(self) -> None:
-        """Raises DataError where pictures are missing and that is not to be skipped."""
+        """Raises DataError where images are missing and that is not to be skipped."""
         if self.policy == "stop" and self.images:
             shown = "; ".join(self.images[:SHOWN]) + ("; ..." if len(self.images) > SHOWN else "")
             raise DataError(
-                f"{len(self.images)} pictures are missing: {shown}; complete the folder, or leave out what they touch with "
+                f"{len(self.images)} images are missing: {shown}; complete the folder, or leave out what they touch with "
                 "--on-error skip"
             )
 
@@ -69,7 +71,6 @@ class Row:
     """One row, ready to be scored.
 
     `records` are its queries; `dids` its local pool in file order; `relevant` maps a qid to its right dids, in any pool.
-    `dropped` are the dids that the pool lost.
     """
 
     task: mbeir.Task
@@ -77,35 +78,33 @@ class Row:
     dids: tuple[str, ...] = field(repr=False)
     relevant: dict[str, frozenset[str]] = field(repr=False)
     labels: dict[str, mbeir.Label] = field(repr=False)
-    dropped: frozenset[str] = field(repr=False, default=frozenset())
 
     def items(self) -> Iterator[Item]:
-        """The candidates of `dids`, in that order, read again from the file; no picture is opened yet."""
-        kept = set(self.dids)
-        for candidate in mbeir.read_pool(self.task.pool_path, _ignore):
+        """The candidates of `dids`, in that order, read again from the file; no image is opened yet."""
+        kept, ignored = set(self.dids), list[DataError]()
+        for candidate in mbeir.read_pool(self.task.pool_path, ignored.append):  # broken lines were reported before
             if candidate.did in kept:
                 kept.discard(candidate.did)
                 yield mbeir.to_item(candidate, self.task.root)
 
 
 class Listing:
-    """Which picture files are there; each folder is listed once, which is much faster than a look at every file."""
+    """Which image files are there; each folder is listed once, which is much faster than a look at every file."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self._folders: dict[Path, set[str]] = {}
+        self.root, self._names = root, lru_cache(maxsize=None)(_file_names)
 
     def has(self, image_path: str) -> bool:
         path = self.root / image_path
-        names = self._folders.get(path.parent)
-        if names is None:
-            try:
-                with os.scandir(path.parent) as entries:
-                    names = {entry.name for entry in entries if entry.is_file()}
-            except (FileNotFoundError, NotADirectoryError):
-                names = set()
-            self._folders[path.parent] = names
-        return path.name in names
+        return path.name in self._names(path.parent)
+
+
+def _file_names(folder: Path) -> frozenset[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return frozenset(entry.name for entry in entries if entry.is_file())
+    except (FileNotFoundError, NotADirectoryError):
+        return frozenset()
 
 
 def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int | None = None) -> Row:
@@ -113,16 +112,20 @@ def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int 
 
     `limit` takes the first so many queries that can be scored.
     """
-    dids, dropped = _read_pool(task, problems, listing)
-    records = _read_records(task, problems, listing)
+    pool = mbeir.read_pool(task.pool_path, problems.take_line)
+    dids = tuple(candidate.did for candidate, there in _with_image(pool, task.pool_path, problems, listing) if there)
+    if not dids:
+        problems.settle()
+        raise DataError(f"{task.pool_path} holds no candidate that can be found; rebuild or download it again")
+    queries = mbeir.read_queries(task.query_path, problems.take_line)
+    records = dict(_with_image(queries, task.query_path, problems, listing))
     relevant = _read_relevant(task, {record.qid for record in records}, problems)
     for record in records:
         relevant[record.qid] = relevant.get(record.qid, frozenset()) | frozenset(record.positives)
-    kept = tuple(record for record in records if record.image_path is None or listing.has(record.image_path))
+    kept = tuple(record for record, there in records.items() if there)
     if not kept:
         raise DataError(f"{task.query_path} holds no queries that can be scored; rebuild or download it again")
-    labels = mbeir.read_labels(task.labels_path, problems.take_line) if task.labels_path.is_file() else {}
-    return Row(task, kept[:limit], dids, relevant, labels, dropped)
+    return Row(task, kept[:limit], dids, relevant, mbeir.read_labels(task.labels_path, problems.take_line))
 
 
 def survey(rows: Sequence[Row], problems: Problems) -> str:
@@ -137,33 +140,19 @@ def survey(rows: Sequence[Row], problems: Problems) -> str:
         without = sum(not row.relevant[record.qid] & pool for record in row.records)
         lines.append(f"| {row.task.name} | {len(row.records)} | {len(pool)} | {len(outside)} | {without} |")
     queries, pools = sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows)
-    lines.append(f"| **all** | {queries} | {pools} | | |")
-    lines += ["", f"{len(problems.lines)} broken lines, {len(problems.images)} missing pictures."]
-    lines += [f"- {what}" for what in (*problems.lines, *problems.images)]
-    return "\n".join(lines) + "\n"
+    lines += [f"| **all** | {queries} | {pools} | | |", ""]
+    lines += [f"{len(problems.lines)} broken lines, {len(problems.images)} missing images."]
+    return "\n".join([*lines, *(f"- {what}" for what in (*problems.lines, *problems.images))]) + "\n"
 
 
-def _read_pool(task: mbeir.Task, problems: Problems, listing: Listing) -> tuple[tuple[str, ...], frozenset[str]]:
-    dids: list[str] = []
-    dropped: set[str] = set()
-    for candidate in mbeir.read_pool(task.pool_path, problems.take_line):
-        if candidate.image_path is not None and not listing.has(candidate.image_path):
-            problems.take_image(f"{task.pool_path}: {candidate.did}: {candidate.image_path}")
-            dropped.add(candidate.did)
-        else:
-            dids.append(candidate.did)
-    if not dids:
-        problems.settle()
-        raise DataError(f"{task.pool_path} holds no candidate that can be found; rebuild or download it again")
-    return tuple(dids), frozenset(dropped)
-
-
-def _read_records(task: mbeir.Task, problems: Problems, listing: Listing) -> list[mbeir.Record]:
-    records = list(mbeir.read_queries(task.query_path, problems.take_line))
-    for record in records:
-        if record.image_path is not None and not listing.has(record.image_path):
-            problems.take_image(f"{task.query_path}: {record.qid}: {record.image_path}")
-    return records
+def _with_image(contents: Iterable[Content], file: Path, problems: Problems, listing: Listing) -> Iterator[tuple[Content, bool]]:
+    """Each query or candidate, and whether the image that it names is there."""
+    for content in contents:
+        there = content.image_path is None or listing.has(content.image_path)
+        if not there:
+            name = content.qid if isinstance(content, mbeir.Record) else content.did
+            problems.take_image(f"{file}: {name}: {content.image_path}")
+        yield content, there
 
 
 def _read_relevant(task: mbeir.Task, qids: set[str], problems: Problems) -> dict[str, frozenset[str]]:
@@ -172,14 +161,8 @@ def _read_relevant(task: mbeir.Task, qids: set[str], problems: Problems) -> dict
         return {}
     judged = mbeir.read_judgements(task.qrels_path, problems.take_line)
     for qid in [qid for qid in judged if qid not in qids]:
-        number = min(judged.pop(qid).values())
+        place = f"{task.qrels_path}:{min(judged.pop(qid).values())}"
         problems.take_line(
-            DataError(
-                f"{task.qrels_path}:{number}: query {qid!r} is not in {task.query_path}; remove the line, or complete that file"
-            )
+            DataError(f"{place}: query {qid!r} is not in {task.query_path}; remove the line, or complete that file")
         )
     return {qid: frozenset(dids) for qid, dids in judged.items()}
-
-
-def _ignore(error: DataError) -> None:
-    """Broken lines were told when the row was read."""

@@ -64,7 +64,7 @@ _MODALITY_NAMES: Final[Mapping[str, Modality]] = {
     "text,image": "image,text",  # printed so by M-BEIR's README in places
 }
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>\d+)")
+_TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,35 @@ class Task:
     dataset_id: int
     task_id: int
     split: Split
-    query_modality: Modality
-    cand_modality: Modality
-    metric_k: int
     root: Path
-    query_path: Path
-    pool_path: Path
-    qrels_path: Path
-    labels_path: Path
+
+    @property
+    def query_modality(self) -> Modality:
+        return TASK_MODALITIES[self.task_id][0]
+
+    @property
+    def cand_modality(self) -> Modality:
+        return TASK_MODALITIES[self.task_id][1]
+
+    @property
+    def metric_k(self) -> int:
+        return 10 if self.dataset in FASHION else 5
+
+    @property
+    def query_path(self) -> Path:
+        return self.root / "query" / self.split / f"mbeir_{self.name}_{self.split}.jsonl"
+
+    @property
+    def pool_path(self) -> Path:
+        return pool_path(self.root, self.dataset, self.task_id, self.split)
+
+    @property
+    def qrels_path(self) -> Path:
+        return self.root / "qrels" / self.split / f"mbeir_{self.name}_{self.split}_qrels.txt"
+
+    @property
+    def labels_path(self) -> Path:
+        return self.root / "cot" / self.split / f"mbeir_{self.name}_{self.split}_cot.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,71 +151,111 @@ class Instructions:
 
     def prompts(self, dataset_id: int, query_modality: Modality, cand_modality: Modality) -> tuple[str, ...]:
         """The prompts of one key, in file order, at least one. Raises DataError where the file has none."""
-        found = self.table.get((dataset_id, query_modality, cand_modality))
-        if found is None:
+        prompts = self.table.get((dataset_id, query_modality, cand_modality))
+        if prompts is None:
             raise DataError(
                 f"{self.path}: no instructions for dataset {dataset_id}, query {query_modality!r}, candidate "
                 f"{cand_modality!r}; add a line with these first, second and fourth columns"
             )
-        return found
+        return prompts
 
 
-class _Line:
-    """One JSON object of a file, whose fields are read with checks that name the place."""
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One JSON object whose fields are read with checks: a DataError names `where`, the field, its value and what it must be."""
 
-    __slots__ = ("fields", "where")
+    fields: Mapping[str, Any]
+    where: str
 
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
-        self.fields = fields
-        self.where = where
+    @classmethod
+    def read(cls, raw: bytes | str, where: str) -> Line:
+        text = _decoded(raw, where) if isinstance(raw, bytes) else raw
+        try:
+            fields = read_json(text)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON ({error}): {text[:80].strip()!r}; write one object per line") from error
+        if not isinstance(fields, dict):
+            raise DataError(f"{where}: {text[:80].strip()!r} is not an object; write one JSON object per line")
+        return cls(fields, where)
 
-    def fail(self, name: str, wanted: str) -> DataError:
+    def wrong(self, name: str, wanted: str) -> DataError:
         shown = repr(self.fields[name])[:120] if name in self.fields else "missing"
         return DataError(f"{self.where}: {name} is {shown}; it must be {wanted}")
 
-    def optional(self, name: str) -> str | None:
+    def text(self, name: str) -> str | None:
         """A string, or None for null, an absent field and blank text."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, str):
-            raise self.fail(name, "a string or null")
+            raise self.wrong(name, "a string or null")
         return valid(value) if value and value.strip() else None
 
     def identifier(self, name: str) -> str:
         value = self.fields.get(name)
-        if not isinstance(value, str) or not value or value.split() != [value]:
-            raise self.fail(name, 'a string without blanks such as "9:6"')
+        if not isinstance(value, str) or value.split() != [value]:
+            raise self.wrong(name, 'a string without blanks such as "9:6"')
         return value
 
     def identifiers(self, name: str) -> tuple[str, ...]:
         """A list of dids, given as strings (M-BEIR's files) or as objects with a `did` (M-BEIR's README)."""
-        value = self.fields.get(name)
-        if value is None:
-            return ()
-        if not isinstance(value, list):
-            raise self.fail(name, "a list of dids")
-        found = [entry.get("did") if isinstance(entry, dict) else entry for entry in value]
-        dids = tuple(entry for entry in found if isinstance(entry, str) and entry.split() == [entry])
-        if len(dids) != len(found):
-            raise self.fail(name, 'a list of did strings such as "9:6", or of objects {"did": "9:6"}')
+        entries = self.fields.get(name)
+        if entries is not None and not isinstance(entries, list):
+            raise self.wrong(name, "a list of dids")
+        named = [entry.get("did") if isinstance(entry, dict) else entry for entry in entries or ()]
+        dids = tuple(did for did in named if isinstance(did, str) and did.split() == [did])
+        if len(dids) != len(named):
+            raise self.wrong(name, 'a list of did strings such as "9:6", or of objects {"did": "9:6"}')
         return dids
 
     def integer(self, name: str, low: int, high: int) -> int:
         value = self.fields.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise self.fail(name, f"an integer from {low} to {high}")
+        if type(value) is not int or not low <= value <= high:
+            raise self.wrong(name, f"an integer from {low} to {high}")
         return value
-
-    def modality(self, name: str) -> Modality:
-        value = self.fields.get(name)
-        if not isinstance(value, str) or value not in _MODALITY_NAMES:
-            raise self.fail(name, "one of text; image; image,text")
-        return _MODALITY_NAMES[value]
 
     def image(self, name: str) -> str | None:
-        value = self.optional(name)
+        value = self.text(name)
         if value is not None and (PurePosixPath(value).is_absolute() or ".." in PurePosixPath(value).parts):
-            raise self.fail(name, "a path below the root of the data folder, without '..'")
+            raise self.wrong(name, "a path below the root of the data folder, without '..'")
         return value
+
+    def content(self, text_name: str, image_name: str, modality_name: str) -> tuple[str | None, str | None, Modality]:
+        """Text, image path and modality; an image may lack the text beside it, but not a modality its image or its only text."""
+        text, image, named = self.text(text_name), self.image(image_name), self.fields.get(modality_name)
+        if not isinstance(named, str) or named not in _MODALITY_NAMES:
+            raise self.wrong(modality_name, "one of text; image; image,text")
+        modality = _MODALITY_NAMES[named]
+        if modality != "text" and image is None:
+            raise self.wrong(image_name, f"a path, because the modality is {modality}")
+        if modality == "text" and text is None:
+            raise self.wrong(text_name, "a text that is not blank, because the modality is text")
+        return text, image, modality
+
+
+def to_record(line: Line) -> Record:
+    qid, source = line.identifier("qid"), line.fields.get("query_src_content")
+    content = line.content("query_txt", "query_img_path", "query_modality")
+    positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
+    task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
+    return Record(qid, *content, positives, negatives, task_id, source if isinstance(source, str) else None)
+
+
+def to_candidate(line: Line) -> Candidate:
+    return Candidate(line.identifier("did"), *line.content("txt", "img_path", "modality"))
+
+
+def to_label(line: Line) -> Label:
+    qid, steps, z = line.identifier("qid"), line.integer("steps", 0, 99), line.integer("z", 0, 1)
+    reasoning, answer = line.text("reasoning"), line.text("answer")
+    if z and reasoning is None:
+        raise line.wrong("reasoning", "a text where z is 1")
+    if not z and (reasoning or answer):
+        raise line.wrong("reasoning" if reasoning else "answer", "null where z is 0")
+    return Label(qid, steps, z, reasoning, answer)
+
+
+def record_in(raw: bytes, where: str) -> Record:
+    """One query from the bytes of its line; `where` names its place in the DataError of a broken one."""
+    return to_record(Line.read(raw, where))
 
 
 OnBroken = Callable[[DataError], None]
@@ -203,24 +264,17 @@ OnBroken = Callable[[DataError], None]
 
 def read_queries(path: Path, on_broken: OnBroken | None = None) -> Iterator[Record]:
     """The queries of one file, streamed. Raises DataError on a broken line and on a qid met before."""
-    seen: set[str] = set()
-
-    def parse(line: _Line) -> Record:
-        _new_identifier(line, "qid", seen)
-        return _to_record(line)
-
-    return _parse_lines(path, parse, on_broken)
+    return _objects(path, "qid", to_record, on_broken)
 
 
 def read_pool(path: Path, on_broken: OnBroken | None = None) -> Iterator[Candidate]:
     """The candidates of one pool, streamed. Raises DataError on a broken line and on a did met before."""
-    seen: set[str] = set()
+    return _objects(path, "did", to_candidate, on_broken)
 
-    def parse(line: _Line) -> Candidate:
-        _new_identifier(line, "did", seen)
-        return _to_candidate(line)
 
-    return _parse_lines(path, parse, on_broken)
+def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Label]:
+    """qid -> label, from lines `{"qid", "steps", "z", "reasoning", "answer"}`; {} where the file is absent."""
+    return {label.qid: label for label in _objects(path, "qid", to_label, on_broken)} if path.exists() else {}
 
 
 def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, set[str]]:
@@ -234,22 +288,9 @@ def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, set[s
 def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
     """As `read_qrels`, with the number of the line that names each did."""
     relevant: dict[str, dict[str, int]] = {}
-    for number, raw in _read_raw(path):
-        columns = raw.split()
-        try:
-            if len(columns) not in (4, 5):
-                raise DataError(f"{path}:{number}: {len(columns)} columns; write `qid 0 did relevance task_id`")
-            try:
-                relevance = int(columns[3])
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: relevance is {columns[3]!r}; it must be an integer") from error
-        except DataError as error:
-            if on_broken is None:
-                raise
-            on_broken(error)
-            continue
+    for number, (qid, did, relevance) in _parsed(path, _judgement, on_broken):
         if relevance > 0:
-            relevant.setdefault(columns[0], {}).setdefault(columns[2], number)
+            relevant.setdefault(qid, {}).setdefault(did, number)
     return relevant
 
 
@@ -260,42 +301,11 @@ def read_relevant(task: Task) -> dict[str, set[str]]:
     return {record.qid: set(record.positives) for record in read_queries(task.query_path)}
 
 
-def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Label]:
-    """qid -> label, from lines `{"qid", "steps", "z", "reasoning", "answer"}`; {} where the file is absent."""
-    if not path.exists():
-        return {}
-    seen: set[str] = set()
-
-    def parse(line: _Line) -> Label:
-        _new_identifier(line, "qid", seen)
-        return _to_label(line)
-
-    return {label.qid: label for label in _parse_lines(path, parse, on_broken)}
-
-
 def read_instructions(root: Path | str) -> Instructions:
     """The prompts of a folder. A key that occurs twice keeps its last line, as in UniIR."""
     path = Path(root) / "instructions" / "query_instructions.tsv"
-    table: dict[tuple[int, Modality, Modality], tuple[str, ...]] = {}
-    for number, raw in _read_raw(path):
-        if number == 1:
-            continue  # the header
-        columns = [column.strip() for column in raw.rstrip("\r\n").split("\t")]
-        if len(columns) < 5:
-            raise DataError(
-                f"{path}:{number}: {len(columns)} columns; write query_modality, cand_modality, dataset_name, "
-                "dataset_id and one to four prompts, separated by tabs"
-            )
-        query, candidate = (_MODALITY_NAMES.get(name) for name in columns[:2])
-        if query is None or candidate is None:
-            raise DataError(f"{path}:{number}: modalities {columns[:2]}; each must be one of text; image; image,text")
-        if not _NUMBER.fullmatch(columns[3]):
-            raise DataError(f"{path}:{number}: dataset_id is {columns[3]!r}; it must be an integer of 1 to 9 digits")
-        prompts = tuple(column for column in columns[4:] if column)
-        if not prompts:
-            raise DataError(f"{path}:{number}: no prompt; fill the fifth column")
-        table[int(columns[3]), query, candidate] = prompts
-    return Instructions(path, table)
+    rows = (key_and_prompts for _, key_and_prompts in _parsed(path, _instruction, None, header=True))
+    return Instructions(path, dict(rows))
 
 
 def find_tasks(root: Path | str, split: Split) -> list[Task]:
@@ -304,26 +314,25 @@ def find_tasks(root: Path | str, split: Split) -> list[Task]:
     Only names and the first line of each query file are read. Raises DataError where there is no query file at all.
     """
     folder = Path(root) / "query" / split
-    found = sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl"))
-    tasks = [_describe(Path(root), path, split) for path in found]
+    tasks = [_task(Path(root), path, split) for path in sorted(folder.glob(f"mbeir_*_task*_{split}.jsonl"))]
     if not tasks:
         raise DataError(
             f"{folder}: no file mbeir_{{dataset}}_task{{N}}_{split}.jsonl; give the root of a folder in M-BEIR's layout"
         )
-    return sorted(tasks, key=lambda task: (_place(task.name), task.name))
+    order = {name: place for place, name in enumerate(EVAL_ROWS)}
+    return sorted(tasks, key=lambda task: (order.get(task.name, len(order)), task.name))
 
 
 def train_datasets(root: Path | str) -> list[str]:
     """Names of the data sets that have a training file, in the order in which the paper's rows name them."""
-    found = [path.name for path in (Path(root) / "query" / "train").glob("mbeir_*_train.jsonl")]
-    names = [name.removeprefix("mbeir_").removesuffix("_train.jsonl") for name in found]
-    return sorted(names, key=dataset_order)
+    names = [path.name for path in (Path(root) / "query" / "train").glob("mbeir_*_train.jsonl")]
+    return sorted((name.removeprefix("mbeir_").removesuffix("_train.jsonl") for name in names), key=dataset_order)
 
 
 def dataset_order(dataset: str) -> tuple[int, str]:
     """Sort key of data sets: in the order in which the paper's rows name them, then others by name."""
-    order = {row.rsplit("_task", 1)[0]: place for place, row in reversed(list(enumerate(EVAL_ROWS)))}
-    return order.get(dataset, len(EVAL_ROWS)), dataset
+    named = [row.rpartition("_task")[0] for row in EVAL_ROWS]
+    return named.index(dataset) if dataset in named else len(named), dataset
 
 
 def train_path(root: Path | str, dataset: str) -> Path:
@@ -351,61 +360,24 @@ def pool_path(root: Path | str, dataset: str, task_id: int, split: Split) -> Pat
     return own if own.exists() or (dataset == "mscoco" and not shared.exists()) else shared
 
 
-def record_of(fields: dict[str, Any], where: str) -> Record:
-    """One query from the fields of a query line; `where` names its place in the DataError of a broken one."""
-    return _to_record(_Line(fields, where))
-
-
-def candidate_of(fields: dict[str, Any], where: str) -> Candidate:
-    """One candidate from the fields of a pool line; `where` as in `record_of`."""
-    return _to_candidate(_Line(fields, where))
-
-
-def label_of(fields: dict[str, Any], where: str) -> Label:
-    """One label from the fields of a label line; `where` as in `record_of`."""
-    return _to_label(_Line(fields, where))
-
-
-def record_in(raw: bytes, where: str) -> Record:
-    """One query from the bytes of its line; `where` as in `record_of`."""
-    return _to_record(_read_line(where, _decoded(raw, where)))
-
-
-def candidate_in(raw: bytes, where: str) -> Candidate:
-    """One candidate from the bytes of its line; `where` as in `record_of`."""
-    return _to_candidate(_read_line(where, _decoded(raw, where)))
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-
-
 def dataset_id_in(qid: str, where: str) -> int:
-    """The number of the data set that a qid begins with, of at most nine digits; `where` as in `record_of`."""
+    """The number of the data set that a qid begins with, of at most nine digits."""
     prefix = qid.partition(":")[0]
     if not _NUMBER.fullmatch(prefix):
         raise DataError(f'{where}: qid is {qid[:80]!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
     return int(prefix)
 
 
-def query_text(record: Record, prompt: str) -> str:
-    """Prompt and query text as one text, the way UniIR and LamRA hand it to a model."""
-    return normalise(f"{normalise(prompt)} {record.text or ''}")
-
-
 def candidate_text(candidate: Candidate) -> str:
-    """The candidate's text; "" for a picture alone. Candidates get no instruction."""
+    """The candidate's text; "" for an image alone. Candidates get no instruction."""
     return normalise(candidate.text)
 
 
 def to_query(record: Record, instruction: str | None, root: Path | str) -> Query:
-    """The record as a Query: the instruction in its own field, `target` from the task id. Reads no picture yet."""
+    """The record as a Query: the instruction in its own field, `target` from the task id. Reads no image yet."""
     return Query.of(
         text=normalise(record.text) or None,
-        image=_open_image(record.image_path, root),
+        image=open_image(record.image_path, root),
         instruction=normalise(instruction) or None,
         target=TASK_MODALITIES[record.task_id][1],
         id=record.qid,
@@ -413,127 +385,92 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
 
 
 def to_item(candidate: Candidate, root: Path | str) -> Item:
-    """The candidate as an Item. Reads no picture yet."""
-    return Item.of(text=candidate_text(candidate) or None, image=_open_image(candidate.image_path, root), id=candidate.did)
+    """The candidate as an Item. Reads no image yet."""
+    return Item.of(text=candidate_text(candidate) or None, image=open_image(candidate.image_path, root), id=candidate.did)
 
 
-def _open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
+def open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
     return None if image_path is None else ImageInput.open(Path(root) / image_path)
 
 
-def _to_record(line: _Line) -> Record:
-    qid = line.identifier("qid")
-    text, image = line.optional("query_txt"), line.image("query_img_path")
-    modality = line.modality("query_modality")
-    _check_modality(line, modality, ("query_txt", text), ("query_img_path", image))
-    positives, negatives = line.identifiers("pos_cand_list"), line.identifiers("neg_cand_list")
-    task_id = line.integer("task_id", 0, max(TASK_MODALITIES))
-    source = line.fields.get("query_src_content")
-    return Record(qid, text, image, modality, positives, negatives, task_id, source if isinstance(source, str) else None)
-
-
-def _to_candidate(line: _Line) -> Candidate:
-    did = line.identifier("did")
-    text, image = line.optional("txt"), line.image("img_path")
-    modality = line.modality("modality")
-    _check_modality(line, modality, ("txt", text), ("img_path", image))
-    return Candidate(did, text, image, modality)
-
-
-def _to_label(line: _Line) -> Label:
-    qid = line.identifier("qid")
-    steps, z = line.integer("steps", 0, 99), line.integer("z", 0, 1)
-    reasoning, answer = line.optional("reasoning"), line.optional("answer")
-    if z == 1 and reasoning is None:
-        raise line.fail("reasoning", "a text where z is 1")
-    if z == 0 and (reasoning or answer):
-        raise line.fail("reasoning" if reasoning else "answer", "null where z is 0")
-    return Label(qid, steps, z, reasoning, answer)
-
-
-def _describe(root: Path, path: Path, split: Split) -> Task:
+def _task(root: Path, path: Path, split: Split) -> Task:
     name = path.name.removeprefix("mbeir_").removesuffix(f"_{split}.jsonl")
     match = _TASK_NAME.fullmatch(name)
-    task_id = int(match["task"]) if match else -1
-    if match is None or task_id not in TASK_MODALITIES:
+    if match is None:
         raise DataError(f"{path}: the name has no task id from 0 to 8; rename it mbeir_{{dataset}}_task{{N}}_{split}.jsonl")
-    dataset = match["dataset"]
-    query, candidate = TASK_MODALITIES[task_id]
-    return Task(
-        name=name,
-        dataset=dataset,
-        dataset_id=_first_dataset_id(path),
-        task_id=task_id,
-        split=split,
-        query_modality=query,
-        cand_modality=candidate,
-        metric_k=10 if dataset in FASHION else 5,
-        root=root,
-        query_path=path,
-        pool_path=pool_path(root, dataset, task_id, split),
-        qrels_path=root / "qrels" / split / f"mbeir_{name}_{split}_qrels.txt",
-        labels_path=root / "cot" / split / f"mbeir_{name}_{split}_cot.jsonl",
-    )
+    first = next(read_queries(path), None)
+    if first is None:
+        raise DataError(f"{path}: the file has no query; remove it or fill it")
+    return Task(name, match["dataset"], dataset_id_in(first.qid, f"{path}:1"), int(match["task"]), split, root)
 
 
-def _first_dataset_id(path: Path) -> int:
-    for record in read_queries(path):
-        return dataset_id_in(record.qid, f"{path}:1")
-    raise DataError(f"{path}: the file has no query; remove it or fill it")
-
-
-def _place(name: str) -> int:
-    return EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS)
-
-
-def _new_identifier(line: _Line, name: str, seen: set[str]) -> str:
-    value = line.identifier(name)
-    if value in seen:
-        raise DataError(f"{line.where}: {name} {value!r} occurs a second time; remove one of the lines or rename it")
-    seen.add(value)
-    return value
-
-
-def _check_modality(line: _Line, modality: Modality, text: tuple[str, str | None], image: tuple[str, str | None]) -> None:
-    """Refuse a modality whose picture, or whose only text, is not there; a picture may lack the text beside it."""
-    if modality != "text" and image[1] is None:
-        raise line.fail(image[0], f"a path, because the modality is {modality}")
-    if modality == "text" and text[1] is None:
-        raise line.fail(text[0], "a text that is not blank, because the modality is text")
-
-
-def _read_raw(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines from 1, blank ones left out."""
+def _judgement(raw: str, where: str) -> tuple[str, str, int]:
+    columns = raw.split()
+    if len(columns) not in (4, 5):
+        raise DataError(f"{where}: {len(columns)} columns; write `qid 0 did relevance task_id`")
     try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
+        return columns[0], columns[2], int(columns[3])
+    except ValueError as error:
+        raise DataError(f"{where}: relevance is {columns[3]!r}; it must be an integer") from error
+
+
+def _instruction(raw: str, where: str) -> tuple[tuple[int, Modality, Modality], tuple[str, ...]]:
+    columns = [column.strip() for column in raw.rstrip("\r\n").split("\t")]
+    if len(columns) < 5:
+        raise DataError(
+            f"{where}: {len(columns)} columns; write query_modality, cand_modality, dataset_name, "
+            "dataset_id and one to four prompts, separated by tabs"
+        )
+    query, candidate = (_MODALITY_NAMES.get(name) for name in columns[:2])
+    if query is None or candidate is None:
+        raise DataError(f"{where}: modalities {columns[:2]}; each must be one of text; image; image,text")
+    if not _NUMBER.fullmatch(columns[3]):
+        raise DataError(f"{where}: dataset_id is {columns[3]!r}; it must be an integer of 1 to 9 digits")
+    if not (prompts := tuple(filter(None, columns[4:]))):
+        raise DataError(f"{where}: no prompt; fill the fifth column")
+    return (int(columns[3]), query, candidate), prompts
+
+
+def _objects(path: Path, key: str, parse: Callable[[Line], Parsed], on_broken: OnBroken | None) -> Iterator[Parsed]:
+    """The objects of a file of JSON lines, each with another `key`."""
+    seen: set[str] = set()
+
+    def parse_new(raw: str, where: str) -> Parsed:
+        line = Line.read(raw, where)
+        identifier = line.identifier(key)
+        if identifier in seen:
+            raise DataError(f"{where}: {key} {identifier!r} occurs a second time; remove one of the lines or rename it")
+        seen.add(identifier)
+        return parse(line)
+
+    return (parsed for _, parsed in _parsed(path, parse_new, on_broken))
+
+
+def _parsed(
+    path: Path, parse: Callable[[str, str], Parsed], on_broken: OnBroken | None, *, header: bool = False
+) -> Iterator[tuple[int, Parsed]]:
+    """What `parse` makes of each line (given its text and its place), with the line's number; blank lines are left out."""
+    try:
+        with path.open("rb") as stream:
+            for number, raw in enumerate(stream, start=1):
+                where = f"{path}:{number}"
+                text = _decoded(raw, where)
+                if not text.strip() or (header and number == 1):
+                    continue
                 try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: not UTF-8 at byte {error.start}; save it as UTF-8") from error
-                if text.strip():
-                    yield number, text
+                    parsed = parse(text, where)
+                except DataError as error:
+                    if on_broken is None:
+                        raise
+                    on_broken(error)
+                    continue
+                yield number, parsed
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
 
 
-def _parse_lines(path: Path, parse: Callable[[_Line], Parsed], on_broken: OnBroken | None) -> Iterator[Parsed]:
-    for number, raw in _read_raw(path):
-        try:
-            parsed = parse(_read_line(f"{path}:{number}", raw))
-        except DataError as error:
-            if on_broken is None:
-                raise
-            on_broken(error)
-            continue
-        yield parsed
-
-
-def _read_line(where: str, raw: str) -> _Line:
+def _decoded(raw: bytes, where: str) -> str:
     try:
-        fields = read_json(raw)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}): {raw[:80].strip()!r}; write one object per line") from error
-    if not isinstance(fields, dict):
-        raise DataError(f"{where}: {raw[:80].strip()!r} is not an object; write one JSON object per line")
-    return _Line(fields, where)
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 at byte {error.start}; save it as UTF-8") from error

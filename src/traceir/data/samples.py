@@ -1,45 +1,42 @@
-"""Training data as Examples: an M-BEIR folder's train split joined with its reasoning labels, in batches fixed by (seed, step).
+"""Training data as Examples: an M-BEIR folder's train split joined with its reasoning labels, in batches fixed by (seed, number).
 
-A batch comes from one task, so that its in-batch negatives are hard; tasks take turns by their shares (the paper's task-aware
-sampling). Neighbours in a train file stay together in families, since builders write near twins side by side; a batch of lessons
-is one run of neighbours, which are of like length. The same samples written inline, for data too large for memory, are read by
-cot.py.
+A batch comes from one task, so that its in-batch negatives are hard; tasks alternate by their shares (the paper's task-aware
+sampling). Neighbours in a train file stay together in hard-negative groups, since builders write near twins side by side. The
+same samples written inline, for data too large for memory, are read by cot.py.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from traceir.data import mbeir
+from traceir.data.settings import check_choices
 from traceir.errors import DataError, TrainError
 from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.prompts import completion_text
 
-COTS: Final = ("both", "reasoning", "answer", "tagged", "none")
-CANDIDATES: Final = ("direct", "answer", "reason")
-SAMPLINGS: Final = ("balanced", "proportional", "temperature")
 CLOSING_TAG: Final = " </answer>"
-
-Told = TypeVar("Told")
+WINDOW: Final = 4096
+"""Lines of a pretraining task within which they are sorted by length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One thing to learn from.
+    """One thing to learn from; its texts are as in the files.
 
-    A pair has a `query`, a `candidate` and `right`, the dids of all positives of the query, in the pool or not; a lesson has no
-    candidate, and its completion ends the turn instead of asking for an embedding. `completion` is what the query's model writes
-    before `<|emb|>`, `described` what the candidate's writes ("": `<|emb|>` at once). `negatives` are further candidates that
-    are wrong for this query, none of them in `right`.
+    A pair has a `query`, a `candidate` and `right`, the dids of all positives of the query, in the pool or not; a pretraining
+    example has no candidate, and its completion ends the chat turn instead of asking for an embedding. `completion` is what the
+    query's model writes before `<|emb|>`, `described` what the candidate's writes ("": `<|emb|>` at once). `negatives` are
+    further candidates that are wrong for this query, none of them in `right`.
     """
 
     query: Query
@@ -59,26 +56,24 @@ class Sample:
     positives: tuple[mbeir.Candidate, ...]
     negatives: tuple[mbeir.Candidate, ...]
 
+    @property
+    def contents(self) -> tuple[mbeir.Record | mbeir.Candidate, ...]:
+        return (self.record, *self.positives, *self.negatives)
+
 
 @dataclass(frozen=True, slots=True)
-class Teaching:
-    """What of a Sample goes into its Example.
+class Supervision:
+    """What of a Sample goes into its Example; the fields are those of TrainConfig. TrainError for values that mean nothing."""
 
-    `cot`: what a complex query writes (`completion`). `candidates`: what candidates write (`description`). `reasoned`: share of
-    the complex queries that keep their reasoning; the others are taught as simple ones. `negatives`: hard negatives of a query,
-    fewer where its list is shorter. `any_target`: share of Examples whose query does not say which modality it looks for.
-    """
-
-    cot: str = "both"
-    candidates: str = "direct"
+    cot: Literal["both", "reasoning", "answer", "tagged", "none"] = "both"
+    candidates: Literal["direct", "answer", "reason"] = "direct"
     reasoned: float = 1.0
     negatives: int = 0
     any_target: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_choice("cot", self.cot, COTS)
-        _check_choice("candidates", self.candidates, CANDIDATES)
+        check_choices(self)
         for name, share in (("reasoned", self.reasoned), ("any_target", self.any_target)):
             if not 0.0 <= share <= 1.0:
                 raise TrainError(f"{name} is {share}; it is a share from 0 to 1")
@@ -92,9 +87,7 @@ class Teaching:
 
     def completion(self, label: mbeir.Label | None) -> str:
         """What the label's query writes; "" for a simple one and for one that `reasoned` leaves without its reasoning."""
-        if label is None or not keeps_reasoning(label.qid, self.reasoned, self.seed):
-            return ""
-        return completion(label, self.cot)
+        return completion(label, self.cot) if label and keeps_reasoning(label.qid, self.reasoned, self.seed) else ""
 
     def description(self, label: mbeir.Label | None) -> str:
         """What a positive of the label's query writes, whatever `cot` and `reasoned` are."""
@@ -107,10 +100,8 @@ def completion(label: mbeir.Label, cot: str) -> str:
     """What a complex query writes before `<|emb|>`; "" for a simple one (paper, Table 5).
 
     `both` is reasoning and answer; `tagged` closes it with the answer's closing tag in plain text, so that the state before
-    `<|emb|>` is the tag's (Table 4). A label without an answer makes a simple query of `answer`. Raises TrainError for an unknown
-    `cot`.
+    `<|emb|>` is the tag's (Table 4). A label without an answer makes a simple query of `answer`.
     """
-    _check_choice("cot", cot, COTS)
     if not label.z or cot == "none":
         return ""
     text = completion_text(None if cot == "answer" else label.reasoning, None if cot == "reasoning" else label.answer)
@@ -126,88 +117,91 @@ def keeps_reasoning(qid: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest, "big") < share * 2.0**64
 
 
+@dataclass(eq=False)
 class TaskData:
-    """All examples of one task, materialised on demand from plain records (a few hundred bytes each)."""
+    """All examples of one task, made on demand. `root` is the folder that image paths start from."""
 
-    root = Path()
-    """The folder that picture paths start from."""
-
-    def __init__(self, name: str, records: Sized) -> None:
-        self.name = name
-        self.records = records
+    name: str
+    rows: Sequence[Any] = field(repr=False)
+    root: Path = Path()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.rows)
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
         raise NotImplementedError
 
+    def texts(self) -> Iterator[str]:
+        """Every text, for training a tokenizer."""
+        raise NotImplementedError
 
+    def image_paths(self) -> Iterator[str]:
+        """Every image that an example can show, relative to `root`."""
+        raise NotImplementedError
+
+
+@dataclass(eq=False)
 class Pairs(TaskData):
     """Query-candidate pairs of one M-BEIR task, wherever its samples lie: equal samples and draws make equal Examples.
 
-    `root` is the folder that picture paths are relative to, `prompts` the task's instructions.
+    `prompts` are the task's instructions; `descriptions` says what a candidate writes, by did, where a label tells.
     """
 
-    def __init__(self, name: str, records: Sized, root: Path, prompts: Sequence[str], teaching: Teaching) -> None:
-        super().__init__(name, records)
-        self.root, self.prompts, self.teaching = root, prompts, teaching
+    prompts: Sequence[str] = ()
+    supervision: Supervision = Supervision()
+    descriptions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def sample(self, number: int) -> Sample:
-        raise NotImplementedError
-
-    def description(self, did: str) -> str:
-        """What the candidate of this did writes before `<|emb|>`; "" where no label tells."""
-        raise NotImplementedError
+        made: Sample = self.rows[number]
+        return made
 
     def samples(self) -> Iterator[Sample]:
-        """All samples in order."""
-        return (self.sample(number) for number in range(len(self)))
+        return iter(self.rows)
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
         """The Example of one sample: `draw` picks instruction, positive, whether the target is named, then the negatives."""
-        sample, teaching = self.sample(number), self.teaching
+        sample, supervision = self.sample(number), self.supervision
+        record = sample.record
         prompt = self.prompts[int(draw.integers(len(self.prompts)))] if self.prompts else None
         chosen = sample.positives[int(draw.integers(len(sample.positives)))]
-        query = mbeir.to_query(sample.record, prompt, self.root)
-        if teaching.any_target and draw.random() < teaching.any_target:
-            query = replace(query, target=None)
-        count = min(teaching.negatives, len(sample.negatives))
+        unnamed = bool(supervision.any_target) and draw.random() < supervision.any_target
+        count = min(supervision.negatives, len(sample.negatives))
         wrong = draw.choice(len(sample.negatives), size=count, replace=False).tolist() if count else []
+        query = Query.of(
+            text=_worded(record.text),
+            image=mbeir.open_image(record.image_path, self.root),
+            instruction=_worded(prompt),
+            target=None if unnamed else mbeir.TASK_MODALITIES[record.task_id][1],
+            id=record.qid,
+        )
         return Example(
             query,
-            teaching.completion(sample.label),
-            mbeir.to_item(chosen, self.root),
-            frozenset(sample.record.positives),
-            tuple(mbeir.to_item(sample.negatives[place], self.root) for place in wrong),
-            self.description(chosen.did),
+            supervision.completion(sample.label),
+            self._item(chosen),
+            frozenset(record.positives),
+            tuple(self._item(sample.negatives[place]) for place in wrong),
+            self.descriptions.get(chosen.did, ""),
         )
 
+    def _item(self, candidate: mbeir.Candidate) -> Item:
+        image = mbeir.open_image(candidate.image_path, self.root)
+        return Item.of(text=_worded(candidate.text), image=image, id=candidate.did)
 
-class PairData(Pairs):
-    """Pairs of records, labels and a pool in memory."""
+    def texts(self) -> Iterator[str]:
+        """Of each label the whole, whatever part of it is taught."""
+        yield from self.prompts
+        for sample in self.samples():
+            yield from (content.text for content in sample.contents if content.text)
+            if sample.label and sample.label.z:
+                yield completion(sample.label, "both")
 
-    def __init__(
-        self,
-        name: str,
-        records: Sequence[mbeir.Record],
-        root: Path,
-        prompts: Sequence[str],
-        candidates: Mapping[str, mbeir.Candidate],
-        labels: Mapping[str, mbeir.Label],
-        teaching: Teaching,
-        descriptions: Mapping[str, str],
-    ) -> None:
-        super().__init__(name, records, root, prompts, teaching)
-        self.pairs, self.candidates, self.labels, self.descriptions = records, candidates, labels, descriptions
+    def image_paths(self) -> Iterator[str]:
+        return (content.image_path for sample in self.samples() for content in sample.contents if content.image_path)
 
-    def sample(self, number: int) -> Sample:
-        record = self.pairs[number]
-        negatives = self.teaching.negatives > 0
-        return join(record, self.labels.get(record.qid), self.candidates, f"the train pool of {self.root}", negatives=negatives)
 
-    def description(self, did: str) -> str:
-        return self.descriptions.get(did, "")
+def _worded(text: str | None) -> str | None:
+    """The text as it is, which the prompt normalises; None where that would leave nothing."""
+    return text if text and text.strip().strip('"') else None
 
 
 def join(
@@ -228,69 +222,47 @@ def join(
     return Sample(record, label, positives, tuple(pool[did] for did in wrong))
 
 
-def first_tellers(entries: Iterable[tuple[str, Iterable[str], Told]]) -> dict[str, Told]:
-    """did -> what the first query that has it among its positives tells of it, from (qid, positives, what it tells).
+def descriptions_of(samples: Iterable[Sample], supervision: Supervision) -> dict[str, str]:
+    """did -> what the first query that has it among its positives says of it; those that nothing is said of are left out.
 
-    First by qid, compared part by part, numbers by value ("8:9" before "8:10"), whatever the order of the entries.
+    First by qid, compared part by part, numbers by value ("8:9" before "8:10"), whatever the order of the samples.
     """
-    found: dict[str, tuple[list[tuple[int, str]], Told]] = {}
-    for qid, dids, told in entries:
-        key = [(len(part), part) for part in qid.split(":")]
-        for did in dids:
-            if did not in found or key < found[did][0]:
-                found[did] = (key, told)
-    return {did: told for did, (_, told) in found.items()}
+    first: dict[str, tuple[list[tuple[int, str]], str]] = {}
+    for sample in samples:
+        key = [(len(part), part) for part in sample.record.qid.split(":")]
+        description = supervision.description(sample.label)
+        for did in sample.record.positives if description else ():
+            if did not in first or key < first[did][0]:
+                first[did] = (key, description)
+    return {did: description for did, (_, description) in first.items()}
 
 
-class LessonData(TaskData):
-    """Pretraining lessons: picture and prompt in, text out (format: lessons/*.jsonl, docs/formats.md)."""
-
-    def __init__(self, name: str, root: Path, lines: Sequence[tuple[str | None, str, str]]) -> None:
-        super().__init__(name, lines)
-        self.lines, self.root = lines, root
-
-    def example(self, number: int, draw: np.random.Generator) -> Example:
-        name, prompt, target = self.lines[number]
-        image = ImageInput.open(self.root / name) if name else None
-        return Example(Query.of(text=prompt or None, image=image), target, None, frozenset())
-
-
-def read_pairs(
-    root: Path,
-    *,
-    cot: str = "both",
-    candidates: str = "direct",
-    reasoned: float = 1.0,
-    negatives: int = 0,
-    any_target: float = 0.0,
-    seed: int = 0,
-) -> list[PairData]:
-    """The train split of an M-BEIR folder, one PairData a task; the settings are those of `Teaching`.
+def read_pairs(root: Path, **settings: Any) -> list[Pairs]:
+    """The train split of an M-BEIR folder, one Pairs a task; the settings are the fields of Supervision.
 
     M-BEIR-CoT has no labels for candidates, so the candidate side of the paper's Table 6 is taught from those of the queries: a
     candidate writes the answer (`candidates="answer"`), or reasoning and answer (`"reason"`), of the first complex query by qid
     that has it among its positives; one that no label describes writes `<|emb|>` at once.
     """
-    teaching = Teaching(cot, candidates, reasoned, negatives, any_target, seed)
+    supervision, descriptions = Supervision(**settings), dict[str, str]()
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
     instructions = mbeir.read_instructions(root)
-    descriptions: dict[str, str] = {}
-    found: list[PairData] = []
+    tasks, place = list[Pairs](), f"the train pool of {root}"
     for dataset in mbeir.train_datasets(root):
-        labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset)) if teaching.labelled else {}
+        labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset)) if supervision.labelled else {}
         by_task: dict[int, list[mbeir.Record]] = {}
         for record in mbeir.read_train(root, dataset):
             by_task.setdefault(record.task_id, []).append(record)
         for task_id, records in sorted(by_task.items()):
-            name = f"{dataset}_task{task_id}"
+            samples = [
+                join(record, labels.get(record.qid), pool, place, negatives=supervision.negatives > 0) for record in records
+            ]
             prompts = task_prompts(instructions, records[0].qid, task_id)
-            found.append(PairData(name, records, root, prompts, pool, labels, teaching, descriptions))
-    if not found:
+            tasks.append(Pairs(f"{dataset}_task{task_id}", samples, root, prompts, supervision, descriptions))
+    if not tasks:
         raise TrainError(f"{root} has no query/train/*.jsonl; build or download the train split first")
-    if teaching.candidates != "direct":
-        told = ((r.qid, r.positives, teaching.description(task.labels.get(r.qid))) for task in found for r in task.pairs)
-        descriptions.update(first_tellers(entry for entry in told if entry[2]))
-    return found
+    descriptions.update(descriptions_of((sample for task in tasks for sample in task.samples()), supervision))
+    return tasks
 
 
 def task_prompts(instructions: mbeir.Instructions, qid: str, task_id: int) -> tuple[str, ...]:
@@ -298,52 +270,68 @@ def task_prompts(instructions: mbeir.Instructions, qid: str, task_id: int) -> tu
     return instructions.prompts(mbeir.dataset_id_in(qid, "the train split"), *mbeir.TASK_MODALITIES[task_id])
 
 
-def read_lessons(root: Path) -> list[LessonData]:
-    """lessons/*.jsonl of a folder, each file one task: of NAME.jsonl comes `lessons_NAME`.
+class PretrainingData(TaskData):
+    """A pretraining task: image and prompt in, text out. Its rows are (image path, prompt, target)."""
 
-    Each is shuffled once by a fixed seed, then sorted by length within windows of 4,096, so that neighbours are of like length
-    and a family as large as the batch gives batches with little padding.
+    def example(self, number: int, draw: np.random.Generator) -> Example:
+        name, prompt, target = self.rows[number]
+        image = ImageInput.open(self.root / name) if name else None
+        return Example(Query.of(text=prompt or None, image=image), target, None, frozenset())
+
+    def texts(self) -> Iterator[str]:
+        return (f"{prompt} {target}" for _, prompt, target in self.rows)
+
+    def image_paths(self) -> Iterator[str]:
+        return (name for name, _, _ in self.rows if name)
+
+
+def read_pretraining(root: Path) -> list[PretrainingData]:
+    """lessons/*.jsonl of a folder (docs/formats.md), each file one task: of NAME.jsonl comes `lessons_NAME`.
+
+    Each is shuffled once by a fixed seed, then sorted by length within windows, so that neighbours are of like length and a
+    group as large as the batch gives batches with little padding.
     """
-    kinds: dict[str, list[tuple[str | None, str, str]]] = {}
-    for file in sorted((root / "lessons").glob("*.jsonl")):
-        lessons = kinds.setdefault(f"lessons_{file.stem}", [])
-        with file.open() as stream:
-            for number, line in enumerate(stream, 1):
-                try:
-                    found = json.loads(line)
-                    lessons.append((found["img_path"], found["prompt"], found["target"]))
-                except (json.JSONDecodeError, KeyError) as error:
-                    raise DataError(f"{file}:{number}: not a lesson ({error}); rebuild the folder") from error
-    if not kinds:
-        raise TrainError(f"{root} has no lessons; only folders built by `traceir minibeir build` do")
-    found_tasks = []
-    for name, lines in sorted(kinds.items()):
-        mixed = [lines[place] for place in np.random.default_rng(0).permutation(len(lines))]
-        windows = [mixed[first : first + 4096] for first in range(0, len(mixed), 4096)]
-        found_tasks.append(LessonData(name, root, [one for window in windows for one in sorted(window, key=_lesson_length)]))
-    return found_tasks
+    tasks = [_read_pretraining_task(file, root) for file in sorted((root / "lessons").glob("*.jsonl"))]
+    if not tasks:
+        raise TrainError(f"{root} has no pretraining tasks (lessons/*.jsonl); only folders built by `traceir minibeir build` do")
+    return tasks
 
 
-def _lesson_length(line: tuple[str | None, str, str]) -> tuple[bool, int]:
-    image, prompt, target = line
+def _read_pretraining_task(file: Path, root: Path) -> PretrainingData:
+    rows: list[tuple[str | None, str, str]] = []
+    with file.open() as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                fields = json.loads(line)
+                rows.append((fields["img_path"], fields["prompt"], fields["target"]))
+            except (json.JSONDecodeError, KeyError) as error:
+                raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
+    mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+    windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
+    by_length = [row for window in windows for row in sorted(window, key=_length)]
+    return PretrainingData(f"lessons_{file.stem}", by_length, root)
+
+
+def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:
+    image, prompt, target = row
     return image is not None, len(prompt) + len(target)
 
 
-def task_shares(
-    sizes: Sequence[int], weights: Sequence[float], sampling: str = "balanced", temperature: float = 2.0
-) -> list[float]:
-    """The share of the steps that each task gets, in sum 1: weight x size^0 (`balanced`), x size (`proportional`) or
-    x size^(1 / temperature) (`temperature`).
+Sampling = Literal["balanced", "proportional", "temperature"]
 
-    Whatever the shares, each InfoNCE batch is of one task (the paper's task-aware sampling). Raises TrainError for an unknown
-    mode, a temperature that is not above 0, a negative weight, and where no task has a share.
+
+def task_shares(
+    sizes: Sequence[int], weights: Sequence[float], sampling: Sampling = "balanced", temperature: float = 2.0
+) -> list[float]:
+    """The share of the batches that each task gets: weight x size^p, p = 0 (`balanced`), 1 (`proportional`), 1/T (`temperature`).
+
+    Raises TrainError for a temperature that is not above 0, a negative weight, and where no task has a share.
     """
-    _check_choice("sampling", sampling, SAMPLINGS)
     if sampling == "temperature" and not temperature > 0:
         raise TrainError(f"sampling_temperature is {temperature}; it must be above 0 (1: proportional; larger: more even)")
     if any(weight < 0 for weight in weights):
         raise TrainError(f"task weights are {list(weights)}; each must be at least 0")
-    power = {"balanced": 0.0, "proportional": 1.0}.get(sampling, 1.0 / temperature if temperature else 0.0)
+    power = {"balanced": 0.0, "proportional": 1.0, "temperature": 1.0 / (temperature or 1.0)}[sampling]
     parts = [weight * float(size) ** power for size, weight in zip(sizes, weights, strict=True)]
     if not sum(parts) > 0:
         raise TrainError("all task weights are zero; give at least one task a weight")
@@ -351,102 +339,61 @@ def task_shares(
 
 
 class Schedule:
-    """Which examples make up step n: a pure function of (seed, step), so that resuming needs no sampler state.
+    """Which examples make up batch n: a pure function of (seed, n), so that resuming needs no sampler state.
 
-    In every epoch of a task every one of its examples is seen. Families begin at multiples of `family`; the last of a task whose
-    length is no multiple is filled up with rows from other families, and from where moves on with the epoch, so that none is
-    seen more often than another in the long run.
+    In every epoch of a task every one of its examples is seen. Groups begin at multiples of `group`; the last of a task whose
+    length is no multiple is filled up with rows from other groups, and from where moves on with the epoch, so that none is
+    seen more often than another in the long run. A pretraining task's group is the whole batch: one run of neighbours.
     """
 
     def __init__(
-        self, tasks: Sequence[TaskData], weights: Sequence[float], *, batch: int, family: int, steps: int, seed: int
+        self, tasks: Sequence[TaskData], shares: Sequence[float], *, batch: int, group: int, batches: int, seed: int
     ) -> None:
-        if family < 1 or batch % family:
-            raise TrainError(f"batch {batch} is not a multiple of family {family}; change one of them")
-        if empty := next((task.name for task, weight in zip(tasks, weights, strict=True) if weight and not len(task)), None):
+        if group < 1 or batch % group:
+            raise TrainError(f"batch {batch} is not a multiple of group {group}; change one of them")
+        if empty := next((task.name for task, share in zip(tasks, shares, strict=True) if share and not len(task)), None):
             raise TrainError(f"task {empty} has no examples; complete its files or give it the weight 0")
-        self.tasks, self.batch, self.family, self.seed = tasks, batch, family, seed
-        total = sum(weights)
-        if total <= 0:
-            raise TrainError("all task weights are zero; give at least one task a weight")
-        share = np.array(weights) / total
-        # Smooth weighted round-robin: at every step the task furthest behind its share goes next.
-        credit, chosen = np.random.default_rng(seed).random(len(tasks)) * share, np.empty(steps, dtype=np.int64)
-        for step in range(steps):
+        self.tasks, self.batch, self.group, self.seed = tasks, batch, group, seed
+        share = np.array(shares) / sum(shares)
+        self.chosen, self.nth = np.empty(batches, dtype=np.int64), np.empty(batches, dtype=np.int64)
+        # Smooth weighted round-robin: at every batch the task furthest behind its share goes next.
+        credit, seen = np.random.default_rng(seed).random(len(tasks)) * share, np.zeros(len(tasks), dtype=np.int64)
+        for number in range(batches):
             credit += share
-            chosen[step] = int(credit.argmax())
-            credit[chosen[step]] -= 1.0
-        self.chosen = chosen
-        self._orders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
-        self.turn = np.zeros(steps, dtype=np.int64)
-        seen = np.zeros(len(tasks), dtype=np.int64)
-        for step, task in enumerate(chosen):
-            self.turn[step] = seen[task]
+            task = int(credit.argmax())
+            credit[task] -= 1.0
+            self.chosen[number], self.nth[number] = task, seen[task]
             seen[task] += 1
+        self._orders: dict[tuple[int, int], npt.NDArray[np.int64]] = {}
 
-    def task(self, step: int) -> TaskData:
-        return self.tasks[int(self.chosen[step])]
+    def task(self, number: int) -> TaskData:
+        return self.tasks[int(self.chosen[number])]
 
-    def rows(self, step: int) -> list[int]:
-        """The numbers, within its task, of the examples of a step: `batch` of them, family by family."""
-        number, task = int(self.chosen[step]), self.task(step)
-        family = self.batch if isinstance(task, LessonData) else self.family
-        size, families = len(task), -(-len(task) // family)
-        short = families * family - size
-        others = (families - 1) * family or size  # where the last family is filled up from
-        need = self.batch // family
+    def rows(self, number: int) -> list[int]:
+        """The numbers, within its task, of the examples of a batch: group by group."""
+        task = self.task(number)
+        group = self.batch if isinstance(task, PretrainingData) else self.group
+        size, groups = len(task), -(-len(task) // group)
+        short = groups * group - size
+        others = (groups - 1) * group or size  # where the last group is filled up from
+        first, count = int(self.nth[number]) * (self.batch // group), self.batch // group
         rows: list[int] = []
-        for place in range(int(self.turn[step]) * need, (int(self.turn[step]) + 1) * need):
-            epoch, within = divmod(place, families)
-            start = int(self._order(number, epoch, families)[within]) * family
-            rows += [row if row < size else (row - size + epoch * short) % others for row in range(start, start + family)]
+        for place in range(first, first + count):
+            epoch, within = divmod(place, groups)
+            start = int(self._order(int(self.chosen[number]), epoch, groups)[within]) * group
+            rows += [row if row < size else (row - size + epoch * short) % others for row in range(start, start + group)]
         return rows
 
-    def examples(self, step: int) -> list[Example]:
-        """The examples of a step. Each has a generator of its own, so what one draws has no influence on the others."""
-        task = self.task(step)
-        return [
-            task.example(row, np.random.default_rng((self.seed, 1, step, place))) for place, row in enumerate(self.rows(step))
-        ]
+    def examples(self, number: int) -> list[Example]:
+        """The examples of a batch. Each has a generator of its own, so what one draws has no influence on the others."""
+        task, draws = self.task(number), np.random.default_rng
+        return [task.example(row, draws((self.seed, 1, number, place))) for place, row in enumerate(self.rows(number))]
 
-    def _order(self, task: int, epoch: int, families: int) -> npt.NDArray[np.int64]:
-        """The order of a task's families in one epoch; the newest two epochs of each task are remembered."""
+    def _order(self, task: int, epoch: int, groups: int) -> npt.NDArray[np.int64]:
+        """The order of a task's groups in one epoch; the newest two epochs of each task are remembered."""
         key = (task, epoch)
         if key not in self._orders:
             for old in [known for known in self._orders if known[0] == task and abs(known[1] - epoch) > 1]:
                 del self._orders[old]
-            self._orders[key] = np.random.default_rng((self.seed, 2, task, epoch)).permutation(families)
+            self._orders[key] = np.random.default_rng((self.seed, 2, task, epoch)).permutation(groups)
         return self._orders[key]
-
-
-def image_names(tasks: Sequence[TaskData]) -> list[str]:
-    """Paths, relative to the data folder, of every picture that the tasks can show."""
-    names: set[str] = set()
-    for task in tasks:
-        if isinstance(task, Pairs):
-            for sample in task.samples():
-                shown: tuple[mbeir.Record | mbeir.Candidate, ...] = (sample.record, *sample.positives, *sample.negatives)
-                names.update(one.image_path for one in shown if one.image_path)
-        elif isinstance(task, LessonData):
-            names.update(image for image, _, _ in task.lines if image)
-    return sorted(names)
-
-
-def texts(tasks: Sequence[TaskData]) -> Iterator[str]:
-    """Every text of the tasks, for training a tokenizer; of each label the whole, whatever part of it is taught."""
-    for task in tasks:
-        if isinstance(task, Pairs):
-            yield from task.prompts
-            for sample in task.samples():
-                shown: tuple[mbeir.Record | mbeir.Candidate, ...] = (sample.record, *sample.positives, *sample.negatives)
-                yield from (one.text for one in shown if one.text)
-                if sample.label and sample.label.z:
-                    yield completion(sample.label, "both")
-        elif isinstance(task, LessonData):
-            for _, prompt, target in task.lines:
-                yield f"{prompt} {target}"
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise TrainError(f"{name} is {value!r}; choose one of {', '.join(known)}")

@@ -3,40 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from traceir.errors import InputError
 from traceir.suggest import did_you_mean
 
 Config = TypeVar("Config")
+NUMBERS: Final = {int: "a whole number", float: "a number"}
 
 
 def override(config: Config, settings: Sequence[str]) -> Config:
     """A frozen dataclass with `key=value` applied in order; `size.hidden` reaches into a field, `weights.TASK` into a table.
 
-    Values are read as the field's type. InputError for an unknown key, which lists the known ones, and for a value of
-    another type.
+    Values are read as the field's type; a configuration with a `modern_setting` knows names of earlier releases. InputError for
+    an unknown key, which lists the known ones, and for a value of another type.
     """
     for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key.strip():
+        key, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals or not key:
             raise InputError(f"--set {setting!r} is not of the form key=value; write for instance steps=500")
-        config = _replaced(config, key.strip(), key.strip(), value.strip())
+        modern_setting = getattr(config, "modern_setting", None)
+        key, value = modern_setting(key, value) if modern_setting else (key, value)
+        config = _replaced(config, key, key, value)
     return config
 
 
 def known_keys(config: Any) -> list[str]:
     """The keys that `override` takes, nested ones in full."""
-    found: list[str] = []
+    keys: list[str] = []
     for field in fields(config):
         value = getattr(config, field.name)
-        if is_dataclass(value):
-            found += [f"{field.name}.{key}" for key in known_keys(value)]
-        else:
-            found.append(f"{field.name}.NAME" if isinstance(value, dict) else field.name)
-    return found
+        nested = known_keys(value) if is_dataclass(value) else ["NAME"] if isinstance(value, dict) else []
+        keys += [f"{field.name}.{key}" for key in nested] or [field.name]
+    return keys
+
+
+def check_choices(config: Any) -> None:
+    """InputError where a field of a dataclass is none of the values that its type, a Literal, names."""
+    for name, kind in get_type_hints(type(config)).items():
+        known, value = list(_choices(kind).values()), getattr(config, name)
+        if known and value not in known:
+            raise InputError(f"{name} is {value!r}; choose {_listed(known)}")
+
+
+def _choices(kind: Any) -> dict[str, Any]:
+    """The values of a Literal, of bool or of a union of them, by how they are written; {} for other types."""
+    if get_origin(kind) is Literal or kind is bool:
+        return {str(value).lower() if kind is bool else value: value for value in get_args(kind) or (True, False)}
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else ()
+    return {written: value for part in parts for written, value in _choices(part).items()}
+
+
+def _listed(choices: Iterable[Any]) -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"
 
 
 def _replaced(config: Any, path: str, key: str, text: str) -> Any:
@@ -60,30 +83,20 @@ def _replaced(config: Any, path: str, key: str, text: str) -> Any:
     return replace(config, **{name: _parse(text, kinds[name], key)})
 
 
-def _parse(text: str, kind: Any, key: str, others: str = "") -> Any:
+def _parse(text: str, kind: Any, key: str) -> Any:
     if kind is str:
         return text
-    if kind == Literal["auto"] | bool:
-        return text.lower() if text.lower() == "auto" else _parse(text, bool, key, "auto, ")
-    if get_origin(kind) is Literal:
-        if text not in get_args(kind):
-            raise InputError(f"--set {key}={text}: choose one of {', '.join(get_args(kind))}")
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise InputError(f"--set {key}={text}: write {others}true or false")
-        return text.lower() == "true"
-    if kind is int or kind is float:
+    if kind in NUMBERS:
         try:
             number = kind(text)
         except ValueError as error:
-            wanted = "a whole number" if kind is int else "a number"
-            raise InputError(f"--set {key}={text}: write {wanted}") from error
+            raise InputError(f"--set {key}={text}: write {NUMBERS[kind]}") from error
         if not math.isfinite(number):
             raise InputError(f"--set {key}={text}: write a finite number")
         return number
-    if kind == tuple[str, ...]:
-        return tuple(part.strip() for part in text.split(",") if part.strip())
-    if kind == tuple[int, ...]:
-        return tuple(_parse(part.strip(), int, key) for part in text.split(",") if part.strip())
-    raise InputError(f"--set {key}: a field of type {kind} cannot be set here; change the preset in train/presets.py")
+    if get_origin(kind) is tuple:
+        return tuple(_parse(part.strip(), get_args(kind)[0], key) for part in text.split(",") if part.strip())
+    choices = _choices(kind)
+    if (written := text if text in choices else text.lower()) not in choices:
+        raise InputError(f"--set {key}={text}: choose {_listed(choices)}")
+    return choices[written]

@@ -367,7 +367,7 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 def data_url(image: ImageInput) -> str:
     """The picture for a server that may know neither rotation nor transparency: the file itself where it is an upright RGB JPEG
-    or PNG, else upright pixels as PNG. Raises PictureError for what cannot be read."""
+    or PNG, else upright pixels as PNG. Raises ImageError for what cannot be read."""
     upright = image.load()
     data, format = image.encoded()
     if format.media_type not in ("image/jpeg", "image/png") or not _plain(data):

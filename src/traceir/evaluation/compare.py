@@ -10,11 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from traceir.errors import InputError
 from traceir.evaluation.metrics import bootstrap_difference, mcnemar_test
-from traceir.lab.report import Key, Run, Values, named_runs, read_run, same_queries
+from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_run, same_queries
+from traceir.evaluation.tables import markdown_table, percent
+from traceir.files import write_whole
 
 SHOWN = 5
+_NOTE = (
+    "Difference in points with its 95 % bootstrap interval, paired by query. p: McNemar's exact test, two-sided; rows are "
+    "tested one by one, so that about one in twenty falls below 0.05 by chance alone.\n"
+)
 
 
 def compare(first: str, second: str, *, k: int | None = None, out: Path | None = None, shown: int = SHOWN) -> str:
@@ -27,78 +35,56 @@ def compare(first: str, second: str, *, k: int | None = None, out: Path | None =
     one, other = (read_run(folder, route, label) for label, (folder, route) in named_runs([first, second]).items())
     keys = same_queries([one, other])
     depth = "the row's own depth" if k is None else f"depth {k}"
-    text = "\n".join(
-        [
-            f"# {other.label} against {one.label}\n",
-            f"Data {one.results.get('data') or '(no fingerprint)'}, split {one.results.get('split')}, {len(keys)} queries, "
-            f"hits at {depth}.\n",
-            *(f"- {run.label}: model {run.results.get('model')}, route {run.route}" for run in (one, other)),
-            "",
-            _rows_table(one, other, keys, k),
-            *_moved(one, other, keys, k, shown),
-        ]
-    )
+    parts = [
+        f"# {other.label} against {one.label}\n",
+        f"Data {one.results.get('data') or '(no fingerprint)'}, split {one.results.get('split')}, {len(keys)} queries, "
+        f"hits at {depth}.\n",
+        *(f"- {run.label}: model {run.results.get('model')}, route {run.route}" for run in (one, other)),
+        "",
+        _rows_table(one, other, keys, k),
+        "",
+        _NOTE,
+        *_moved(one, other, keys, k, shown),
+    ]
+    text = "\n".join(parts)
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        write_whole(out, text)
     return text
 
 
-def _rows_table(one: Run, other: Run, keys: Sequence[Key], k: int | None) -> str:
-    lines = [
-        f"| row | n | {one.label} | {other.label} | difference | won | lost | both | neither | p |",
-        "|---|---:|---:|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    rows = {"**all**": list(keys)} | _kinds(one, keys)
-    rows |= {row: [key for key in keys if key[0] == row] for row in dict.fromkeys(key[0] for key in keys)}
-    for name, own in rows.items():
-        before, after = _hits(one, own, k), _hits(other, own, k)
-        apart = bootstrap_difference(after, before)
-        counts = [
-            int(((after == now) & (before == then)).sum()) for now, then in ((1.0, 0.0), (0.0, 1.0), (1.0, 1.0), (0.0, 0.0))
-        ]
-        cells = [f"{100 * before.mean():.1f}", f"{100 * after.mean():.1f}"]
-        cells.append(f"{100 * apart.mean:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]")
-        cells += [*(str(count) for count in counts), _chance(mcnemar_test(after, before))]
-        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} |")
-    note = (
-        "Difference in points with its 95 % bootstrap interval, paired by query. p: McNemar's exact test, two-sided; rows are "
-        "tested one by one, so that about one in twenty falls below 0.05 by chance alone.\n"
-    )
-    return "\n".join([*lines, "", note])
+def _rows_table(one: ScoredRun, other: ScoredRun, keys: Sequence[Key], k: int | None) -> str:
+    groups = {"**all**": list(keys)} | _kinds(one, keys)
+    groups |= {row: [key for key in keys if key[0] == row] for row in dict.fromkeys(key[0] for key in keys)}
+    rows = []
+    for name, own in groups.items():
+        before, after = one.hits(own, k), other.hits(own, k)
+        apart, p = bootstrap_difference(after, before), mcnemar_test(after, before)
+        difference = f"{100 * apart.mean:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+        counts = [np.count_nonzero((after == now) & (before == then)) for now, then in ((1, 0), (0, 1), (1, 1), (0, 0))]
+        chance = "< 0.001" if p < 0.001 else f"{p:.3f}"
+        rows.append((name, len(own), percent(before.mean()), percent(after.mean()), difference, *counts, chance))
+    names = ("row", "n", one.label, other.label, "difference", "won", "lost", "both", "neither", "p")
+    return markdown_table(names, "lrrrlrrrrr", rows)
 
 
-def _kinds(run: Run, keys: Sequence[Key]) -> dict[str, list[Key]]:
+def _kinds(run: ScoredRun, keys: Sequence[Key]) -> dict[str, list[Key]]:
     """The queries by the steps that their labels say they need; {} where none has a label."""
-    steps = {key: run.judged[key].steps for key in keys}
-    simple = [key for key, count in steps.items() if count is not None and count < 2]
-    complex_ = [key for key, count in steps.items() if count is not None and count >= 2]
+    simple = [key for key in keys if 0 <= run.steps(key) < 2]
+    complex_ = [key for key in keys if run.steps(key) >= 2]
     return {"**simple** (0 and 1 steps)": simple, "**complex** (2 and more)": complex_} if simple and complex_ else {}
 
 
-def _moved(one: Run, other: Run, keys: Sequence[Key], k: int | None, shown: int) -> list[str]:
+def _moved(one: ScoredRun, other: ScoredRun, keys: Sequence[Key], k: int | None, shown: int) -> list[str]:
     """The queries that moved furthest, won and lost, with what each run wrote."""
-    before, after = _hits(one, keys, k), _hits(other, keys, k)
+    before, after = one.hits(keys, k), other.hits(keys, k)
     parts: list[str] = []
-    for word, now, then in (("Won", 1.0, 0.0), ("Lost", 0.0, 1.0)):
-        moved = [key for key, a, b in zip(keys, after, before, strict=True) if (a, b) == (now, then)]
+    for word, wanted in (("Won", 1.0), ("Lost", -1.0)):
+        moved = [key for key, change in zip(keys, after - before, strict=True) if change == wanted]
         moved.sort(key=lambda key: (-abs(one.judged[key].rank - other.judged[key].rank), key))
         parts.append(f"## {word}: {len(moved)}, the {min(shown, len(moved))} furthest\n")
         for key in moved[:shown]:
+            written = [f"\n  - {run.label} wrote: {text}" for run in (one, other) if (text := run.judged[key].reasoning)]
             ranks = f"rank {one.judged[key].rank} to {other.judged[key].rank}"
-            parts.append(f"- {key[0]} {key[1]}: {ranks}{_wrote(one, key)}{_wrote(other, key)}")
+            parts.append(f"- {key[0]} {key[1]}: {ranks}{''.join(written)}")
         parts.append("")
     return parts
-
-
-def _wrote(run: Run, key: Key) -> str:
-    reasoning = run.judged[key].reasoning
-    return f"\n  - {run.label} wrote: {reasoning}" if reasoning else ""
-
-
-def _hits(run: Run, keys: Sequence[Key], k: int | None) -> Values:
-    return run.metric_hits(keys) if k is None else run.hits(keys, k)
-
-
-def _chance(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -23,9 +24,8 @@ import numpy as np
 from traceir.data import mbeir
 from traceir.data.folder import Listing, Policy, Problems, Row, read_row, survey
 from traceir.errors import InputError
-from traceir.evaluation.embedder import Embedder
-from traceir.evaluation.embeddings import Embeddings, Shard
-from traceir.evaluation.judged import Judged, average, continue_results, describe_machine, read_judged, summarise
+from traceir.evaluation.embeddings import Embedder, Embeddings, Shard
+from traceir.evaluation.judged import Judged, average, continue_results, describe_machine, header_of, read_judged, summarise
 from traceir.evaluation.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
@@ -37,19 +37,13 @@ log = logging.getLogger(__name__)
 
 PoolKind = Literal["local", "global"]
 PromptChoice = Literal["first", "seeded", "all"]
+Choice = tuple[int | None, int]
+"""The number of an instruction, or None for one drawn for each query; the seed of the draw."""
 PROMPTS: Final[tuple[PromptChoice, ...]] = ("first", "seeded", "all")
 FORMAT: Final = 2
 TOP_K: Final = 50
 TOGETHER: Final = 40_000
 """Queries that are ranked in one pass over a global pool."""
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to choose the instruction of each query; `suffix` goes into the names of its files."""
-
-    suffix: str
-    choose: Callable[[Sequence[str], str], str]
 
 
 def evaluate(
@@ -81,27 +75,28 @@ def evaluate(
     for route in routes:
         encoder.encode_queries([], route=route)  # a route that the model lacks is told now, not behind the candidates
     tasks = mbeir.find_tasks(data, split)
-    chosen = choose_tasks(tasks, rows, data)
-    results = continue_results(out, _header(encoder, data, split, prompt, seed, limit))
+    chosen = {task.name for task in choose_tasks(tasks, rows, data)}
+    header = header_of(encoder, FORMAT, data / "meta.json")
+    header |= {"split": split, "prompt": prompt if prompt != "seeded" else f"seeded {seed}", "limit": limit}
+    results = continue_results(out, header | {"machine": describe_machine(), **encoder.run_settings})
     problems, listing = Problems(on_error), Listing(data)
-    read = [read_row(task, problems, listing, limit) for task in (tasks if "global" in pools else chosen)]
+    read = [read_row(task, problems, listing, limit) for task in tasks if "global" in pools or task.name in chosen]
     problems.settle()
     results["problems"] = problems.summary()
-    names = {task.name for task in chosen}
-    work = _Work(encoder, data, cache or out / "embeddings", shard, on_error == "skip", progress)
-    encoded = work.encode(read, [row for row in read if row.task.name in names], routes, variants(prompt, seed))
+    embedder = Embedder(encoder, cache or out / "embeddings", shard=shard, repair=on_error == "skip", progress=progress)
+    encoded = _encode(embedder, read, [row for row in read if row.task.name in chosen], routes, _choices(prompt, seed))
     if encoded is None:
+        log.info("shard %d of %d is done; others are not", *shard)
         return None
-    out.mkdir(parents=True, exist_ok=True)
     for kind in pools:
         for route in routes:
-            sums = results.setdefault("routes" if kind == "local" else "global", {}).setdefault(route, {})
-            sums |= _score(encoder, encoded, kind, route, out, progress)
+            scored = results.setdefault("routes" if kind == "local" else "global", {}).setdefault(route, {})
+            scored |= _score(encoder, encoded, kind, route, out, progress)
     _finish(out, results)
     return results
 
 
-def rehearse(
+def dry_run(
     encoder: EvaluatedEncoder,
     data: Path,
     *,
@@ -117,11 +112,9 @@ def rehearse(
     """
     problems, listing = Problems("skip"), Listing(data)
     read = [read_row(task, problems, listing, limit) for task in choose_tasks(mbeir.find_tasks(data, split), rows, data)]
-    instructions, total = mbeir.read_instructions(data), 0.0
+    total = 0.0
     for row in read:
-        prompts = instructions.prompts(row.task.dataset_id, row.task.query_modality, row.task.cand_modality)
-        items = list(islice(row.items(), sample))
-        queries = [mbeir.to_query(record, prompts[0], data) for record in row.records[:sample]]
+        items, queries = list(islice(row.items(), sample)), list(islice(_queries(row, 0, 0), sample))
         started = time.perf_counter()
         encoder.encode_items(items)
         middle = time.perf_counter()
@@ -129,23 +122,9 @@ def rehearse(
             encoder.encode_queries(queries, route=route)
         ended = time.perf_counter()
         total += (middle - started) * len(row.dids) / len(items) + (ended - middle) * len(row.records) / len(queries)
-    return f"{survey(read, problems)}\nEncoding all of it takes about {_clock(total)} on this machine.\n"
-
-
-def _clock(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if seconds >= 60 else f"{seconds:.0f} s"
-
-
-def variants(prompt: PromptChoice, seed: int) -> list[Variant]:
-    """The ways to choose instructions: one, or for `all` one for each of M-BEIR's four."""
-    if prompt == "first":
-        return [Variant("", lambda prompts, _: prompts[0])]
-    if prompt == "seeded":
-        return [Variant("", lambda prompts, qid: prompts[_draw(seed, qid) % len(prompts)])]
-    if prompt != "all":
-        raise InputError(f"prompt {prompt!r} is unknown; choose one of {', '.join(PROMPTS)}")
-    return [Variant(f"-prompt{number + 1}", _pick(number)) for number in range(4)]
+    hours, minutes = divmod(round(total / 60), 60)
+    clock = f"{hours} h {minutes:02d} min" if total >= 60 else f"{total:.0f} s"
+    return f"{survey(read, problems)}\nEncoding all of it takes about {clock} on this machine.\n"
 
 
 def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path) -> list[mbeir.Task]:
@@ -158,9 +137,27 @@ def choose_tasks(tasks: list[mbeir.Task], rows: Sequence[str] | None, data: Path
     return [task for task in tasks if task.name in rows or task.dataset in rows]
 
 
+def _choices(prompt: PromptChoice, seed: int) -> dict[str, Choice]:
+    """The ways to choose instructions, by what goes into the names of their files."""
+    if prompt == "all":
+        return {f"-prompt{number + 1}": (number, seed) for number in range(4)}
+    if prompt not in PROMPTS:
+        raise InputError(f"prompt {prompt!r} is unknown; choose one of {', '.join(PROMPTS)}")
+    return {"": (0 if prompt == "first" else None, seed)}
+
+
+def _queries(row: Row, number: int | None, seed: int) -> Iterator[Query]:
+    """The row's queries with one of its instructions, in the order of its records."""
+    task = row.task
+    prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
+    for record in row.records:
+        drawn = int.from_bytes(hashlib.sha256(f"{seed} {record.qid}".encode()).digest()[:8], "big") if number is None else number
+        yield mbeir.to_query(record, prompts[drawn % len(prompts)], task.root)
+
+
 @dataclass(frozen=True)
 class _Encoded:
-    """All vectors of an evaluation: pools by row, queries by (route, suffix of the variant, row)."""
+    """All vectors of an evaluation: pools by row, queries by (route, suffix, row)."""
 
     rows: Sequence[Row]
     scored: Sequence[Row]
@@ -168,157 +165,93 @@ class _Encoded:
     candidates: Mapping[str, Embeddings]
     queries: Mapping[tuple[Route, str, str], Embeddings]
 
-    def pools(self, kind: PoolKind) -> dict[str, Pool]:
-        """The pool that each scored row is ranked in; under `global` it is one and the same."""
-        if kind == "global":
-            union = Pool([(row.dids, self.candidates[row.task.name]) for row in self.rows])
-            return {row.task.name: union for row in self.scored}
-        return {row.task.name: Pool([(row.dids, self.candidates[row.task.name])]) for row in self.scored}
 
-
-class _Work:
-    """The encoding of one evaluation."""
-
-    def __init__(self, encoder: EvaluatedEncoder, data: Path, cache: Path, shard: Shard, repair: bool, progress: bool) -> None:
-        self.embedder = Embedder(encoder, cache, shard=shard, repair=repair, progress=progress)
-        self.instructions = mbeir.read_instructions(data)
-
-    def encode(
-        self, rows: Sequence[Row], scored: Sequence[Row], routes: Sequence[Route], chosen: Sequence[Variant]
-    ) -> _Encoded | None:
-        """This shard's share of the pools of `rows` and the queries of `scored`; None while other shares are missing."""
-        candidates = {row.task.name: self.candidates(row) for row in rows}
-        queries = {
-            (route, variant.suffix, row.task.name): self.queries(row, route, variant)
-            for route in routes
-            for variant in chosen
-            for row in scored
-        }
-        whole = {name: found for name, found in candidates.items() if found is not None}
-        asked = {key: found for key, found in queries.items() if found is not None}
-        if len(whole) < len(candidates) or len(asked) < len(queries):
-            log.info("shard %d of %d is done; others are not", *self.embedder.shard)
-            return None
-        return _Encoded(rows, scored, tuple(variant.suffix for variant in chosen), whole, asked)
-
-    def candidates(self, row: Row) -> Embeddings | None:
-        """The row's local pool, in the order of its dids; None while other shards are not done."""
+def _encode(
+    embedder: Embedder, rows: Sequence[Row], scored: Sequence[Row], routes: Sequence[Route], choices: Mapping[str, Choice]
+) -> _Encoded | None:
+    """This shard's share of the pools of `rows` and the queries of `scored`; None while other shares are missing."""
+    pools, asked = {}, {}
+    for row in rows:
         log.info("%s: %d candidates", row.task.name, len(row.dids))
-        return self.embedder.items(row.items, len(row.dids))
-
-    def queries(self, row: Row, route: Route, variant: Variant) -> Embeddings | None:
-        """The row's queries by one route, in the order of its records; None while other shards are not done."""
-        prompts = self.instructions.prompts(row.task.dataset_id, row.task.query_modality, row.task.cand_modality)
-
-        def make() -> Iterator[Query]:
-            for record in row.records:
-                yield mbeir.to_query(record, variant.choose(prompts, record.qid), row.task.root)
-
+        pools[row.task.name] = embedder.items(row.items, len(row.dids))
+    for route, (suffix, choice), row in product(routes, choices.items(), scored):
         log.info("%s: %d queries, route %s", row.task.name, len(row.records), route)
-        return self.embedder.queries(make, len(row.records), route)
+        asked[route, suffix, row.task.name] = embedder.queries(partial(_queries, row, *choice), len(row.records), route)
+    whole = {name: embedded for name, embedded in pools.items() if embedded is not None}
+    queries = {key: embedded for key, embedded in asked.items() if embedded is not None}
+    complete = len(whole) == len(pools) and len(queries) == len(asked)
+    return _Encoded(rows, scored, tuple(choices), whole, queries) if complete else None
 
 
 def _score(
     encoder: EvaluatedEncoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """Ranks one route in one kind of pool, writes its files, and returns its entries of results.json by row."""
-    pools = encoded.pools(kind)
     judged: dict[str, list[list[Judged]]] = {row.task.name: [] for row in encoded.scored}
+    sizes: dict[str, int] = {}
+    run_id = encoder.fingerprint.replace(" ", "_")
     for suffix in encoded.suffixes:
         name = f"{route}{'-global' if kind == 'global' else ''}{suffix}"
-        for row, ranking in _rank(encoded, pools, route, suffix, progress):
-            _write_run(out, row, ranking, pools[row.task.name], name, encoder.fingerprint)
-            judged[row.task.name].append(_judge(encoder, row, encoded.queries[route, suffix, row.task.name], ranking))
-        _append(out / f"queries-{name}.jsonl", [one for own in judged.values() for one in own[-1]])
+        for row, pool, ranking in _rank(encoded, kind, route, suffix, progress):
+            qids, file = [record.qid for record in row.records], out / "runs" / f"{row.task.name}-{name}.txt"
+            write_run(file, qids, ranking, pool, run_id=run_id, task_ids=row.task.task_id)
+            outcomes = zip(qids, ranking.best.tolist(), encoded.queries[route, suffix, row.task.name].encodings(), strict=True)
+            judged[row.task.name].append([_judge(encoder, row, *outcome) for outcome in outcomes])
+            sizes[row.task.name] = len(pool)
+        _append(out / f"queries-{name}.jsonl", [outcome for own in judged.values() for outcome in own[-1]])
     sums = {}
     for row in encoded.scored:
         name = row.task.name
         spent = sum(encoded.queries[route, suffix, name].seconds for suffix in encoded.suffixes)
-        sums[name] = _sum(judged[name], row.task.metric_k, len(pools[name])) | {
-            "pool": len(pools[name]),
-            "queries_per_second": round(sum(len(own) for own in judged[name]) / max(spent, 1e-9), 2),
+        sums[name] = _sum(judged[name], row.task.metric_k, sizes[name]) | {
+            "pool": sizes[name],
+            "queries_per_second": round(sum(map(len, judged[name])) / max(spent, 1e-9), 2),
             "candidates_per_second": round(len(row.dids) / max(encoded.candidates[name].seconds, 1e-9), 2),
         }
     return sums
 
 
-def _rank(
-    encoded: _Encoded, pools: Mapping[str, Pool], route: Route, suffix: str, progress: bool
-) -> Iterator[tuple[Row, Ranking]]:
-    """Each row with its ranking; rows that share a pool are ranked in one pass, up to TOGETHER queries."""
+def _rank(encoded: _Encoded, kind: PoolKind, route: Route, suffix: str, progress: bool) -> Iterator[tuple[Row, Pool, Ranking]]:
+    """Each row with its pool and ranking; rows of the global pool are ranked in one pass, up to TOGETHER queries."""
+    union = Pool([(row.dids, encoded.candidates[row.task.name]) for row in encoded.rows]) if kind == "global" else None
     groups: list[list[Row]] = []
     for row in encoded.scored:
-        last = groups[-1] if groups else []
-        shared = last and pools[last[0].task.name] is pools[row.task.name]
-        if shared and sum(len(one.records) for one in last) + len(row.records) <= TOGETHER:
-            last.append(row)
+        if union is not None and groups and sum(len(one.records) for one in (*groups[-1], row)) <= TOGETHER:
+            groups[-1].append(row)
         else:
             groups.append([row])
     for group in groups:
-        pool = pools[group[0].task.name]
-        vectors_QD = np.concatenate([encoded.queries[route, suffix, row.task.name].matrix() for row in group])
+        pool = union or Pool([(row.dids, encoded.candidates[row.task.name]) for row in group])
+        queries_QD = np.concatenate([encoded.queries[route, suffix, row.task.name].matrix() for row in group])
         right = [pool.places(row.relevant[record.qid]) for row in group for record in row.records]
-        ranking = rank_queries(vectors_QD, pool, right, top_k=min(TOP_K, len(pool)), progress=progress)
+        ranking = rank_queries(queries_QD, pool, right, top_k=min(TOP_K, len(pool)), progress=progress)
         first = 0
         for row in group:
-            last_one = first + len(row.records)
-            own = slice(first, last_one)
-            yield row, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
-            first = last_one
+            own = slice(first, first := first + len(row.records))
+            yield row, pool, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
 
 
-def _judge(encoder: EvaluatedEncoder, row: Row, embedded: Embeddings, ranking: Ranking) -> list[Judged]:
-    return [
-        _compare(encoder, row.task.name, record.qid, int(rank), encoding, row.labels.get(record.qid))
-        for record, rank, encoding in zip(row.records, ranking.best, embedded.encodings(), strict=True)
-    ]
-
-
-def _compare(encoder: EvaluatedEncoder, row: str, qid: str, rank: int, encoding: Encoding, label: mbeir.Label | None) -> Judged:
-    exact = answer_exact = None
+def _judge(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> Judged:
+    label, exact, answer_exact = row.labels.get(qid), None, None
     if label is not None and label.z:
         wanted = encoder.as_written(completion_text(label.reasoning, label.answer))
         answer = encoder.as_written(label.answer or "")
         exact, answer_exact = encoding.reasoning == wanted, encoding.reasoning.endswith(answer)
-    steps = label.steps if label is not None else None
     return Judged(
-        row, qid, rank, encoding.route, encoding.tokens, encoding.truncated, round(encoding.emb_probability, 6),
-        steps, exact, answer_exact, encoding.reasoning,
+        row.task.name, qid, rank, encoding.route, encoding.tokens, encoding.truncated, round(encoding.emb_probability, 6),
+        label.steps if label is not None else None, exact, answer_exact, encoding.reasoning,
     )  # fmt: skip
 
 
 def _sum(judged: Sequence[list[Judged]], k: int, pool: int) -> dict[str, Any]:
     """Sums of a row: of one choice of instructions, or the mean of the hits over several, with each and their spread."""
     every = [summarise(own, k, pool) for own in judged]
-    found = every[0]
+    summary = every[0]
     if len(every) > 1:
         each = [one[f"hit@{k}"] for one in every]
-        found |= {name: round(float(np.mean([one[name] for one in every])), 4) for name in found if name.startswith("hit@")}
-        found |= {"prompts": each, "prompt_spread": round(max(each) - min(each), 4)}
-    return found
-
-
-def _write_run(out: Path, row: Row, ranking: Ranking, pool: Pool, name: str, fingerprint: str) -> None:
-    qids = [record.qid for record in row.records]
-    file = out / "runs" / f"{row.task.name}-{name}.txt"
-    write_run(file, qids, ranking, pool, run_id=fingerprint.replace(" ", "_"), task_ids=row.task.task_id)
-
-
-def _header(
-    encoder: EvaluatedEncoder, data: Path, split: mbeir.Split, prompt: PromptChoice, seed: int, limit: int | None
-) -> dict[str, Any]:
-    about = data / "meta.json"
-    return {
-        "format": FORMAT,
-        "model": encoder.fingerprint,
-        "prompt_version": encoder.prompt_version,
-        "data": json.loads(about.read_text()).get("fingerprint") if about.is_file() else None,
-        "split": split,
-        "prompt": prompt if prompt != "seeded" else f"seeded {seed}",
-        "limit": limit,
-        "machine": describe_machine(),
-        **encoder.run_settings,
-    }
+        summary |= {name: round(float(np.mean([one[name] for one in every])), 4) for name in summary if name.startswith("hit@")}
+        summary |= {"prompts": each, "prompt_spread": round(max(each) - min(each), 4)}
+    return summary
 
 
 def _finish(out: Path, results: dict[str, Any]) -> None:
@@ -341,11 +274,3 @@ def _append(file: Path, judged: Sequence[Judged]) -> None:
 
 def _place(row: str) -> tuple[int, str]:
     return mbeir.EVAL_ROWS.index(row) if row in mbeir.EVAL_ROWS else len(mbeir.EVAL_ROWS), row
-
-
-def _draw(seed: int, qid: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {qid}".encode()).digest()[:8], "big")
-
-
-def _pick(number: int) -> Callable[[Sequence[str], str], str]:
-    return lambda prompts, _: prompts[number % len(prompts)]

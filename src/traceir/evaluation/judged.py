@@ -11,18 +11,21 @@ import platform
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from traceir.errors import InputError
-from traceir.evaluation.metrics import hit_at
+from traceir.errors import DataError, InputError
+from traceir.evaluation.tables import markdown_table, percent
+from traceir.search import EvaluatedEncoder
+
+DEPTHS: Final = (1, 5, 10)
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The outcome of one query: rank of its best positive (from 1), the road it took, and how it compares with its label."""
+    """The outcome of one query: rank of its best positive (from 1), the route it took, and how it compares with its label."""
 
     row: str
     qid: str
@@ -39,52 +42,47 @@ class Judged:
 
 def summarise(judged: Sequence[Judged], metric_k: int, pool: int) -> dict[str, Any]:
     """Shares over one row: hits, routing, reasoning length; with labels also hits by steps and the share of exact reasoning."""
-    ranks = np.array([j.rank for j in judged])
-    reasoned = np.array([j.route == "reason" for j in judged])
-    found: dict[str, Any] = {
-        "queries": len(judged),
-        "metric_k": metric_k,
-        **{f"hit@{k}": round(float(hit_at(ranks, k, pool).mean()), 4) for k in (1, 5, 10)},
-        "reasoned": round(float(reasoned.mean()), 4),
-        "tokens_per_query": round(float(np.mean([j.tokens for j in judged])), 2),
-        "truncated": round(float(np.mean([j.truncated for j in judged])), 4),
-    }
-    labelled = [j for j in judged if j.steps is not None]
-    if labelled:
-        found["by_steps"] = by_steps(labelled, pool)
-    return found
-
-
-def by_steps(judged: Iterable[Judged], pool: int) -> dict[str, dict[str, Any]]:
-    """Hits, routing and exactness grouped by the number of steps a query needs."""
-    groups: dict[int, list[Judged]] = {}
-    for one in judged:
-        if one.steps is not None:
-            groups.setdefault(one.steps, []).append(one)
-    found: dict[str, dict[str, Any]] = {}
-    for steps, group in sorted(groups.items()):
-        exact = [one.exact for one in group if one.exact is not None]
-        answers = [one.answer_exact for one in group if one.answer_exact is not None]
-        found[str(steps)] = {
-            "queries": len(group),
-            **{f"hit@{k}": round(float(np.mean([one.rank <= min(k, pool) for one in group])), 4) for k in (1, 5, 10)},
-            "reasoned": round(float(np.mean([one.route == "reason" for one in group])), 4),
-            "exact": round(float(np.mean(exact)), 4) if exact else None,
-            "answer_exact": round(float(np.mean(answers)), 4) if answers else None,
+    summary: dict[str, Any] = {"queries": len(judged), "metric_k": metric_k} | _shares(judged, pool)
+    summary["tokens_per_query"] = round(float(np.mean([one.tokens for one in judged])), 2)
+    summary["truncated"] = _mean(one.truncated for one in judged)
+    if steps := sorted({one.steps for one in judged if one.steps is not None}):
+        groups = {count: [one for one in judged if one.steps == count] for count in steps}
+        summary["by_steps"] = {
+            str(count): _shares(group, pool)
+            | {"exact": _mean(one.exact for one in group), "answer_exact": _mean(one.answer_exact for one in group)}
+            for count, group in groups.items()
         }
-    return found
+    return summary
+
+
+def _shares(judged: Sequence[Judged], pool: int) -> dict[str, Any]:
+    hits = {f"hit@{k}": _mean(one.rank <= min(k, pool) for one in judged) for k in DEPTHS}
+    return {"queries": len(judged), **hits, "reasoned": _mean(one.route == "reason" for one in judged)}
+
+
+def _mean(values: Iterable[bool | None]) -> float | None:
+    """Over the values that there are, None where there is none."""
+    known = [value for value in values if value is not None]
+    return round(float(np.mean(known)), 4) if known else None
 
 
 def average(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Plain mean over rows of each row's own metric (hit@5, or hit@10 for the fashion rows), and the lowest row."""
-    values = {name: row[f"hit@{row['metric_k']}"] for name, row in rows.items()}
-    return {"mean": round(float(np.mean(list(values.values()))), 4), "lowest": min(values.values())}
+    values = [row[f"hit@{row['metric_k']}"] for row in rows.values()]
+    return {"mean": round(float(np.mean(values)), 4), "lowest": min(values)}
 
 
 def read_judged(file: Path) -> list[Judged]:
-    """The lines of a queries-ROUTE.jsonl file."""
-    with file.open() as stream:
-        return [Judged(**json.loads(line)) for line in stream]
+    """The lines of a queries-ROUTE.jsonl file. DataError where it is missing, or for a line that is none."""
+    if not file.is_file():
+        raise DataError(f"{file} is missing beside its results.json; evaluate again")
+    judged: list[Judged] = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            judged.append(Judged(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{file}:{number}: not a judged query ({error}); evaluate again") from error
+    return judged
 
 
 def continue_results(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -95,10 +93,21 @@ def continue_results(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     file = out / "results.json"
     if not file.is_file():
         return {**header, "routes": {}}
-    found: dict[str, Any] = json.loads(file.read_text())
-    if different := sorted(key for key in header if key != "machine" and found.get(key) != header[key]):
+    results: dict[str, Any] = json.loads(file.read_text())
+    if different := sorted(key for key in header if key != "machine" and results.get(key) != header[key]):
         raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
-    return found
+    return results
+
+
+def data_fingerprint(about: Path) -> Any:
+    """What a data folder's description says of its content; None where it has no description."""
+    return json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
+
+
+def header_of(encoder: EvaluatedEncoder, format: int, about: Path) -> dict[str, Any]:
+    """The first lines of every results.json: its format, the model, and the content of the data described in `about`."""
+    model = {"model": encoder.fingerprint, "prompt_version": encoder.prompt_version}
+    return {"format": format, **model, "data": data_fingerprint(about)}
 
 
 def describe_machine() -> str:
@@ -107,26 +116,20 @@ def describe_machine() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, one line a row, route and kind of pool; the row's own metric in bold."""
-    lines = ["| row | route | pool | queries | hit@1 | hit@5 | hit@10 | reasoned | tokens/query | queries/s |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for kind, means in (("routes", "average"), ("global", "average_global")):
-        word = "local" if kind == "routes" else "global"
+    lines: list[list[str]] = []
+    for kind, means, word in (("routes", "average", "local"), ("global", "average_global", "global")):
         for route, rows in results.get(kind, {}).items():
-            lines += [_line(name, route, word, row) for name, row in rows.items()]
+            lines += [[name, route, f"{word} {row['pool']}", *_cells(row)] for name, row in rows.items()]
             if mean := results.get(means, {}).get(route):
-                lines.append(
-                    f"| **average** (hit@5, fashion hit@10) | {route} | {word} | | | **{100 * mean['mean']:.1f}** | | | | |"
-                )
-    return "\n".join(lines)
+                bold = f"**{percent(mean['mean'])}**"
+                lines.append(["**average** (hit@5, fashion hit@10)", route, word, "", "", bold, "", "", "", ""])
+    names = ("row", "route", "pool", "queries", *(f"hit@{k}" for k in DEPTHS), "reasoned", "tokens/query", "queries/s")
+    return markdown_table(names, "l" * len(names), lines)
 
 
-def _line(name: str, route: str, kind: str, row: dict[str, Any]) -> str:
-    hits = " | ".join(
-        f"**{100 * row[f'hit@{k}']:.1f}**" if k == row["metric_k"] else f"{100 * row[f'hit@{k}']:.1f}" for k in (1, 5, 10)
-    )
+def _cells(row: dict[str, Any]) -> list[str]:
+    hits = [f"**{percent(row[f'hit@{k}'])}**" if k == row["metric_k"] else percent(row[f"hit@{k}"]) for k in DEPTHS]
     if "prompt_spread" in row:
-        hits += f" (prompts spread {100 * row['prompt_spread']:.1f})"
-    return (
-        f"| {name} | {route} | {kind} {row['pool']} | {row['queries']} | {hits} | {100 * row['reasoned']:.0f} % "
-        f"| {row['tokens_per_query']:.1f} | {row['queries_per_second']:.0f} |"
-    )
+        hits[-1] += f" (prompts spread {percent(row['prompt_spread'])})"
+    return [str(row["queries"]), *hits, f"{percent(row['reasoned'], 0)} %", f"{row['tokens_per_query']:.1f}",
+            f"{row['queries_per_second']:.0f}"]  # fmt: skip

@@ -1,17 +1,15 @@
 """Ranks, the metrics that follow from them, and how sure they are: pure functions on numpy arrays.
 
-Ties are pessimistic: a candidate that is not right and scores the same as a right one, to within TIE, counts as ranked above it.
-Among themselves the positives of a query keep the order of their scores. A pool is what a query may find: positives outside of
-it are never counted, neither as found nor in a denominator (M-BEIR's qrels name documents of other pools).
+Ties are pessimistic: a wrong candidate that scores the same as a right one, to within TIE, counts as ranked above it. Among
+themselves the positives of a query keep the order of their scores. Positives outside a query's pool are never counted (M-BEIR's
+qrels name documents of other pools).
 
-Shapes: Q queries, N candidates, P positives of one query within its pool. Ranks of one query are int64 of shape [P], ascending;
-values to be averaged are float64 of shape [Q].
+Shapes: Q queries, N candidates, P positives of one query within its pool. Ranks of one query are int64 [P], ascending; values to
+be averaged are float64 [Q].
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,27 +42,20 @@ class Interval:
 
 
 def rank_positives(scores_QN: Scores, relevant_QN: Mask, allowed_QN: Mask | None = None) -> Ranks:
-    """Rank (from 1) of the best positive of each query [Q]; N + 1 where its pool holds none. Ties count against the query.
-
-    `allowed_QN` is each query's pool: all other candidates, positives too, are as if they were not there. A score that is not a
-    number counts as above where it is a wrong candidate's, and sends the query to the end where it is a positive's.
-    """
-    if allowed_QN is not None:
-        relevant_QN = relevant_QN & allowed_QN
-    best = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1)
-    above_QN = ~(scores_QN < best[:, None] - TIE) & ~relevant_QN
-    if allowed_QN is not None:
-        above_QN &= allowed_QN
-    ranks: Ranks = np.where(relevant_QN.any(axis=1), above_QN.sum(axis=1) + 1, scores_QN.shape[1] + 1)
-    return ranks
+    """Rank (from 1) of the best positive of each query [Q]; N + 1 where its pool, `allowed_QN`, holds none."""
+    absent = scores_QN.shape[1] + 1
+    return np.array(
+        [own[0] if len(own) else absent for own in positive_ranks(scores_QN, relevant_QN, allowed_QN)], dtype=np.int64
+    )
 
 
 def positive_ranks(scores_QN: Scores, relevant_QN: Mask, allowed_QN: Mask | None = None) -> list[Ranks]:
     """Ranks (from 1) of all positives of each query, ascending, each [P]; empty where its pool holds none.
 
-    The n-th best positive has rank n plus the wrong candidates not below it, so that the first rank is `rank_positives`.
+    The n-th best positive has rank n plus the wrong candidates not below it. A score that is not a number counts as above where
+    it is a wrong candidate's, and sends the query to the end where it is a positive's.
     """
-    found: list[Ranks] = []
+    ranks: list[Ranks] = []
     for query, (scores_N, relevant_N) in enumerate(zip(scores_QN, relevant_QN, strict=True)):
         allowed_N = allowed_QN[query] if allowed_QN is not None else np.ones(len(scores_N), dtype=np.bool_)
         own = np.sort(scores_N[relevant_N & allowed_N])[::-1]
@@ -72,8 +63,8 @@ def positive_ranks(scores_QN: Scores, relevant_QN: Mask, allowed_QN: Mask | None
         above = len(wrong) - np.searchsorted(wrong, own - TIE, side="left")
         if np.isnan(own).any():
             above[:] = len(wrong)
-        found.append(above.astype(np.int64) + np.arange(1, len(own) + 1))
-    return found
+        ranks.append(above.astype(np.int64) + np.arange(1, len(own) + 1))
+    return ranks
 
 
 def hit_at(ranks: Ranks, k: int, pool: int | None = None) -> Values:
@@ -123,20 +114,21 @@ def ndcg_at(ranks: Ranks, k: int, positives: int | None = None) -> float:
 def bootstrap_mean(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """Mean of one value a query, with a 95 % percentile bootstrap interval; the same input gives the same interval.
 
-    Resampling n values with replacement is a multinomial draw over the distinct ones, which is what is drawn where these are few.
-    Memory is bounded whatever Q is. An interval without width (all queries alike) says nothing about queries not asked.
+    Resampling with replacement is a multinomial draw over the distinct values, which is a thousand times as fast where these are
+    few (hits). Memory is bounded whatever Q is.
     """
+    from scipy import stats  # half a second that ranking does not need
+
     values = _values(values)
     draw = np.random.default_rng(seed)
     distinct, counts = np.unique(values, return_counts=True)
-    means: list[Values] = []
     if len(distinct) <= _FEW:
-        for rows in _chunks(resamples, len(distinct)):
-            means.append(draw.multinomial(len(values), counts / len(values), rows) @ distinct / len(values))
+        means = draw.multinomial(len(values), counts / len(values), _checked(resamples)) @ distinct / len(values)
+        low, high = np.percentile(means, (2.5, 97.5))
     else:
-        for rows in _chunks(resamples, len(values)):
-            means.append(values[draw.integers(0, len(values), (rows, len(values)))].mean(axis=1))
-    low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
+        low, high = stats.bootstrap(
+            (values,), np.mean, n_resamples=_checked(resamples), batch=_batch(values), method="percentile", rng=draw
+        ).confidence_interval
     return Interval(float(values.mean()), float(low), float(high))
 
 
@@ -144,7 +136,7 @@ def bootstrap_difference(
     first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Interval:
     """Mean of first minus second, paired: both are resampled by the same queries."""
-    return bootstrap_mean(_apart(first, second), resamples=resamples, seed=seed)
+    return bootstrap_mean(_differences(first, second), resamples=resamples, seed=seed)
 
 
 def mcnemar_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -152,16 +144,14 @@ def mcnemar_test(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 
     Of the queries that only one of the two hits, either is as likely to be that one: a binomial test with probability 1/2.
     """
-    for given in (first, second):
-        if not np.isin(_values(given), (0.0, 1.0)).all():
+    from scipy import stats
+
+    for hits in (first, second):
+        if not np.isin(_values(hits), (0.0, 1.0)).all():
             raise InputError("McNemar's test compares hits; give 0 or 1 for each query, or use randomisation_test")
-    apart = _apart(first, second)
-    total, least = int(np.count_nonzero(apart)), int(min(np.count_nonzero(apart > 0), np.count_nonzero(apart < 0)))
-    # P(X <= least) from its greatest term downwards: P(X = i - 1) = P(X = i) * i / (total - i + 1)
-    log_top = math.lgamma(total + 1) - math.lgamma(least + 1) - math.lgamma(total - least + 1) - total * math.log(2.0)
-    downwards = np.arange(least, 0, -1, dtype=np.float64)
-    tail = 1.0 + float(np.cumprod(downwards / (total - downwards + 1.0)).sum())
-    return min(1.0, 2.0 * math.exp(log_top) * tail)
+    differences = _differences(first, second)
+    total = np.count_nonzero(differences)
+    return float(stats.binomtest(np.count_nonzero(differences > 0), total).pvalue) if total else 1.0
 
 
 def randomisation_test(first: npt.ArrayLike, second: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = SEED) -> float:
@@ -170,30 +160,26 @@ def randomisation_test(first: npt.ArrayLike, second: npt.ArrayLike, *, resamples
     Each query's pair is swapped with probability 1/2, `resamples` times; the arrangement observed is counted as one of them, so
     the smallest p-value is 1 / (resamples + 1). For any metric, not for hits alone.
     """
-    apart = _apart(first, second)
+    differences = _differences(first, second)
     draw = np.random.default_rng(seed)
-    sizes, counts = np.unique(np.abs(apart[apart != 0.0]), return_counts=True)
-    observed = abs(float(apart.sum())) * (1.0 - 1e-12) - 1e-12  # a sum that differs by rounding alone is as large
-    extreme = 0
-    if len(sizes) <= _FEW:
-        for rows in _chunks(resamples, max(1, len(sizes))):
-            sums = (2 * draw.binomial(counts, 0.5, (rows, len(sizes))) - counts) @ sizes
-            extreme += int(np.count_nonzero(np.abs(sums) >= observed))
-    else:
-        nonzero = apart[apart != 0.0]
-        for rows in _chunks(resamples, len(nonzero)):
-            signs = 2.0 * draw.integers(0, 2, (rows, len(nonzero)), dtype=np.int8) - 1.0
-            extreme += int(np.count_nonzero(np.abs(signs @ nonzero) >= observed))
+    sizes, counts = np.unique(np.abs(differences[differences != 0.0]), return_counts=True)
+    observed = abs(float(differences.sum())) * (1.0 - 1e-12) - 1e-12  # a sum that differs by rounding alone is as large
+    extreme, batch = 0, _batch(differences)
+    for start in range(0, _checked(resamples), batch):
+        swapped = draw.binomial(counts, 0.5, (min(batch, resamples - start), len(sizes)))
+        extreme += int(np.count_nonzero(np.abs((2 * swapped - counts) @ sizes) >= observed))
     return (extreme + 1) / (resamples + 1)
 
 
-def _chunks(rows: int, width: int) -> Iterator[int]:
-    """Numbers of rows that add up to `rows`, each so that rows x width stays within a fixed number of cells."""
-    if rows < 1:
-        raise InputError(f"resamples is {rows}; draw at least 1, better {RESAMPLES}")
-    step = max(1, _CELLS // width)
-    for first in range(0, rows, step):
-        yield min(step, rows - first)
+def _batch(values: Values) -> int:
+    """Resamples that are in memory together."""
+    return max(1, _CELLS // len(values))
+
+
+def _checked(resamples: int) -> int:
+    if resamples < 1:
+        raise InputError(f"resamples is {resamples}; draw at least 1, better {RESAMPLES}")
+    return resamples
 
 
 def _depth(k: int) -> int:
@@ -215,7 +201,7 @@ def _values(values: npt.ArrayLike) -> Values:
     return values
 
 
-def _apart(first: npt.ArrayLike, second: npt.ArrayLike) -> Values:
+def _differences(first: npt.ArrayLike, second: npt.ArrayLike) -> Values:
     first, second = _values(first), _values(second)
     if len(first) != len(second):
         raise InputError(f"{len(first)} and {len(second)} values; a paired comparison needs the same queries in the same order")

@@ -3,7 +3,7 @@
     model = TraceEncoder.of(Encoder.from_pretrained())
     mteb.evaluate(model, mbeir_task("data/minibeir", "cirr_task7"), cache=None)
 
-`mteb_run.py` is the verb over it. Pictures need Pillow only, not the torchvision that mteb asks for. mteb does its own search and
+`mteb_run.py` is the verb over it. Images need Pillow only, not the torchvision that mteb asks for. mteb does its own search and
 its own scoring.
 """
 
@@ -32,6 +32,7 @@ from tqdm import tqdm
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
+from traceir.evaluation.judged import data_fingerprint
 from traceir.evaluation.metrics import TIE
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
@@ -45,7 +46,6 @@ ABSENT: Final = "(no positive)"
 """Stands for the positives of a query that has none: mteb would leave such a query out, M-BEIR counts it as missed."""
 _LETTERS: Final[Mapping[Modality, str]] = {"text": "t", "image": "i", "image,text": "it"}
 _ROWS: Final = 256
-_UNREAD: Final = ("audio", "video")
 
 
 class TraceEncoder(AbsEncoder):
@@ -53,7 +53,7 @@ class TraceEncoder(AbsEncoder):
 
     Inputs of tasks without sides (classes, clusters, labels, captions, pairs) are encoded as documents are, without instruction.
     Queries get the task's own prompt (or their own, where the task has instructions by query) and the modality of the task's
-    documents; mteb's general prompts by class ("Retrieve text based on user query.", of pictures too) are left out. The size of
+    documents; mteb's general prompts by class ("Retrieve text based on user query.", of images too) are left out. The size of
     mteb's batches decides how many rows are in memory at a time, never what is encoded.
 
     mteb's loader calls it with the model's name; `source` says where the weights are, or is the encoder.
@@ -95,29 +95,26 @@ class TraceEncoder(AbsEncoder):
         show_progress_bar: bool = False,
         **_: Any,
     ) -> Vector:
-        """Unit vectors [N, D] of a data loader's batches, in order; only `prompt_type` query takes the road that may reason."""
-        instruction = _prompt(task_metadata)
+        """Unit vectors [N, D] of a data loader's batches, in order; only `prompt_type` query takes the way that may reason."""
         target = _target(task_metadata) if prompt_type == PromptType.query else None
-        blocks: list[Vector] = []
+        title = f"{task_metadata.name} {hf_split}"
+        vectors = [np.zeros((0, self.encoder.width), dtype=np.float32)]
         total = len(getattr(inputs, "dataset", ())) or None
-        with tqdm(
-            total=total, desc=f"{task_metadata.name} {hf_split}", disable=not show_progress_bar, mininterval=2.0, leave=False
-        ) as bar:
+        with tqdm(total=total, desc=title, disable=not show_progress_bar, mininterval=2.0, leave=False) as bar:
             for rows in _chunks(inputs, batch_size):
                 if prompt_type == PromptType.query:
-                    queries = [_query(row, instruction, target, task_metadata.name) for row in rows]
-                    found = self.encoder.encode_queries(queries, route=self.route)
+                    queries = [_query(row, task_metadata, target) for row in rows]
+                    encodings = self.encoder.encode_queries(queries, route=self.route)
                 else:
-                    found = self.encoder.encode_items([Item(_parts(row, task_metadata.name)) for row in rows])
-                blocks.append(np.stack([one.vector for one in found]))
+                    encodings = self.encoder.encode_items([Item(_parts(row, task_metadata.name)) for row in rows])
+                vectors.append(np.stack([encoding.vector for encoding in encodings]))
                 bar.update(len(rows))
-        return np.concatenate(blocks) if blocks else np.zeros((0, self.encoder.width), dtype=np.float32)
+        return np.concatenate(vectors[1:] or vectors)
 
 
 def modalities_of(encoder: EncoderLike) -> tuple[Modality, ...]:
     """What an encoder takes as one input; all three where it does not say."""
-    told: tuple[Modality, ...] = tuple(getattr(encoder, "modalities", MODALITIES))
-    return told
+    return tuple(getattr(encoder, "modalities", MODALITIES))
 
 
 def revision_of(encoder: EncoderLike) -> str:
@@ -149,28 +146,21 @@ def model_meta(
     A route other than auto counts as an experiment, so that mteb keeps its results apart. `options` (profile) go to `load`.
     Licence and languages are not ours to say of any checkpoint, and stay open.
     """
-    return TraceMeta(
-        loader=TraceEncoder,
-        loader_kwargs={**({} if source is None else {"source": str(source)}), **options},
-        name=name,
-        revision=revision,
-        experiment_kwargs=None if route == "auto" else {"route": route},
-        modalities=[one for one in ("text", "image") if one in modalities],
-        embed_dim=width,
-        similarity_fn_name=ScoringFunction.COSINE,
-        use_instructions=True,
-        framework=["PyTorch"],
-        languages=None,
-        license=None,
-        open_weights=None,
-        n_parameters=None,
-        memory_usage_mb=None,
-        max_tokens=None,
-        release_date=None,
-        public_training_code=None,
-        public_training_data=None,
-        training_datasets=None,
+    meta: TraceMeta = TraceMeta.create_empty(
+        {
+            "loader": TraceEncoder,
+            "loader_kwargs": {**({} if source is None else {"source": str(source)}), **options},
+            "name": name,
+            "revision": revision,
+            "experiment_kwargs": None if route == "auto" else {"route": route},
+            "modalities": [modality for modality in ("text", "image") if modality in modalities],
+            "embed_dim": width,
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": True,
+            "framework": ["PyTorch"],
+        }
     )
+    return meta
 
 
 def register(meta: ModelMeta) -> None:
@@ -196,22 +186,17 @@ class MbeirTask(AbsTaskRetrieval):
     k_values = (1, 3, 5, 10, 20, 100)
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-        """Reads queries, pool and relevance of the row; pictures stay files until they are encoded."""
+        """Reads queries, pool and relevance of the row; images stay files until they are encoded."""
         if self.data_loaded:
             return
-        task = self.row
-        relevant = mbeir.read_relevant(task)
-        queries: list[Query] = []
-        positives: dict[str, dict[str, int]] = {}
-        for record in list(mbeir.read_queries(task.query_path))[: self.limit]:
-            queries.append(mbeir.to_query(record, None, task.root))
-            right = relevant.get(record.qid, set()) | set(record.positives)
-            positives[record.qid] = dict.fromkeys(sorted(right) or [ABSENT], 1)
+        task, relevant = self.row, mbeir.read_relevant(self.row)
+        records = list(mbeir.read_queries(task.query_path))[: self.limit]
+        right = {one.qid: sorted(relevant.get(one.qid, set()) | set(one.positives)) or [ABSENT] for one in records}
         items = [mbeir.to_item(candidate, task.root) for candidate in mbeir.read_pool(task.pool_path)]
         data = {
             "corpus": _dataset(items, task.cand_modality),
-            "queries": _dataset(queries, task.query_modality),
-            "relevant_docs": positives,
+            "queries": _dataset([mbeir.to_query(record, None, task.root) for record in records], task.query_modality),
+            "relevant_docs": {qid: dict.fromkeys(dids, 1) for qid, dids in right.items()},
             "top_ranked": None,
         }
         self.dataset = {"default": {task.split: data}}
@@ -227,29 +212,27 @@ class MbeirTask(AbsTaskRetrieval):
     ) -> dict[str, float]:
         """Shares over all queries, from mteb's own scores and rankings: `success_at_K` and `hit_at_K`."""
         ranks = np.array([_rank(results[qid], right) for qid, right in qrels.items()])
-        found = {f"success_at_{k}": float(np.mean([scores[qid][f"success_{k}"] for qid in qrels])) for k in KS}
-        return {**found, **{f"hit_at_{k}": float((ranks <= k).mean()) for k in KS}}
+        successes = {f"success_at_{k}": float(np.mean([scores[qid][f"success_{k}"] for qid in qrels])) for k in KS}
+        return successes | {f"hit_at_{k}": float((ranks <= k).mean()) for k in KS}
 
 
 def mbeir_task(root: str | Path, row: str, *, split: mbeir.Split = "test", limit: int | None = None) -> MbeirTask:
     """The row of a folder as an mteb task; `limit` takes its first so many queries. DataError where there is no such row."""
-    found = {task.name: task for task in mbeir.find_tasks(root, split)}
-    if row not in found:
-        raise DataError(f"{root} has no row {row!r} in its {split} split; it has {', '.join(found)}")
-    described = {"metadata": _describe(found[row]), "row": found[row], "limit": limit, "__doc__": MbeirTask.__doc__}
+    tasks = {task.name: task for task in mbeir.find_tasks(root, split)}
+    if row not in tasks:
+        raise DataError(f"{root} has no row {row!r} in its {split} split; it has {', '.join(tasks)}")
+    described = {"metadata": _describe(tasks[row]), "row": tasks[row], "limit": limit, "__doc__": MbeirTask.__doc__}
     made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), described)()
     return made
 
 
 def _describe(task: mbeir.Task) -> TaskMetadata:
     prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
-    about = task.root / "meta.json"
-    revision = json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
     modalities = sorted({*task.query_modality.split(","), *task.cand_modality.split(",")})
     return TaskMetadata(
         name=f"{task.root.resolve().name}-{task.name}",
         description=f"Row {task.name} of a local folder in M-BEIR's layout.",
-        dataset={"path": str(task.root), "revision": str(revision or "local")},
+        dataset={"path": str(task.root), "revision": str(data_fingerprint(task.root / "meta.json") or "local")},
         type="Retrieval" if modalities == ["text"] else "Any2AnyRetrieval",
         category=f"{_LETTERS[task.query_modality]}2{_LETTERS[task.cand_modality]}",
         modalities=modalities,
@@ -262,7 +245,7 @@ def _describe(task: mbeir.Task) -> TaskMetadata:
 
 
 def _dataset(contents: Sequence[Query | Item], modality: Modality) -> Dataset:
-    """Ids, and a column for each modality; pictures by path."""
+    """Ids, and a column for each modality; images by path."""
     columns: dict[str, Any] = {"id": [one.id for one in contents]}
     features: dict[str, Any] = {"id": Value("string")}
     if "text" in modality:
@@ -285,7 +268,7 @@ def _chunks(inputs: Any, size: int) -> Iterator[list[dict[str, Any]]]:
     rows: list[dict[str, Any]] = []
     for batch in inputs:
         names = [name for name in ("text", "image", "query", "instruction") if name in batch]
-        if not {"text", "image"} & set(names) or set(_UNREAD) & set(batch):
+        if not {"text", "image"} & set(names) or {"audio", "video"} & set(batch):
             raise InputError(f"a batch of mteb has {sorted(batch)}; TraceIR reads text and image")
         rows += [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
         while len(rows) >= size:
@@ -295,42 +278,41 @@ def _chunks(inputs: Any, size: int) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
-def _prompt(task_metadata: TaskMetadata) -> str | None:
-    """The task's own instruction for its queries, None where it has none."""
-    prompt = task_metadata.prompt
-    return (prompt.get("query") if isinstance(prompt, Mapping) else prompt) or None
-
-
-def _query(row: Mapping[str, Any], instruction: str | None, target: Modality | None, task: str) -> Query:
-    """Tasks with instructions by query hand over both apart, as `query` and `instruction`, and joined as `text`."""
-    if row.get("instruction"):
-        instruction, row = row["instruction"], {**row, "text": row.get("query", row.get("text"))}
-    return Query(_parts(row, task), instruction=instruction, target=target)
+def _query(row: Mapping[str, Any], task: TaskMetadata, target: Modality | None) -> Query:
+    """With the task's own instruction for its queries; tasks with instructions by query hand over both apart, as `query` and
+    `instruction`, and joined as `text`."""
+    instruction = row.get("instruction")
+    if instruction:
+        row = {**row, "text": row.get("query", row.get("text"))}
+    else:
+        instruction = task.prompt.get("query") if isinstance(task.prompt, Mapping) else task.prompt
+    return Query(_parts(row, task.name), instruction=instruction or None, target=target)
 
 
 def _parts(row: Mapping[str, Any], task: str) -> tuple[Part, ...]:
-    """The pictures of a row, then its text; some rows have a list of pictures."""
-    raw, text = row.get("image"), row.get("text")
-    images = [_image(image) for image in (raw if isinstance(raw, list | tuple) else [raw]) if image is not None]
+    """The images of a row, then its text; some rows have a list of images."""
+    images, text = row.get("image"), row.get("text")
+    parts: list[Part] = []
+    for image in images if isinstance(images, list | tuple) else [images]:
+        if image is not None:
+            if not isinstance(image, Image.Image):
+                raise InputError(f"mteb hands over an image as {type(image).__name__}; TraceIR reads PIL images")
+            parts.append(ImageInput.from_pil(image))
     if text is not None and not isinstance(text, str):
         raise InputError(f"{task} hands over a text as {type(text).__name__}; TraceIR reads strings")
-    if not images and not (text or "").strip():
+    if text and text.strip():
+        parts.append(text)
+    if not parts:
         log.warning("%s has an input without any content; it is encoded as the text 'Empty.'", task)
-        text = "Empty."
-    return (*images, *([text] if text and text.strip() else []))
+        parts.append("Empty.")
+    return tuple(parts)
 
 
-def _image(image: Any) -> ImageInput:
-    if not isinstance(image, Image.Image):
-        raise InputError(f"mteb hands over a picture as {type(image).__name__}; TraceIR reads PIL images")
-    return ImageInput.from_pil(image)
-
-
-def _target(task_metadata: TaskMetadata) -> Modality | None:
+def _target(task: TaskMetadata) -> Modality | None:
     """What the task's documents are; None where its metadata do not tell queries and documents apart."""
-    if task_metadata.category is None:
+    if task.category is None:
         return None
-    wanted = set(task_metadata.get_modalities(PromptType.document))
+    wanted = set(task.get_modalities(PromptType.document))
     if unknown := wanted - {"text", "image"}:
-        raise InputError(f"{task_metadata.name} looks for {sorted(unknown)}; TraceIR embeds text and images")
+        raise InputError(f"{task.name} looks for {sorted(unknown)}; TraceIR embeds text and images")
     return "image,text" if len(wanted) == 2 else "image" if "image" in wanted else "text"

@@ -10,12 +10,11 @@ import importlib
 import importlib.util
 import json
 import logging
-import os
 import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -31,6 +30,7 @@ import huggingface_hub.constants
 import mteb
 from mteb.abstasks import AbsTask, AbsTaskRetrieval
 from mteb.cache import ResultCache
+from mteb.get_tasks import _TASKS_REGISTRY
 from mteb.results import TaskResult
 from mteb.types import PromptType
 
@@ -38,6 +38,8 @@ from traceir.checkpoint import is_hub_id, plain_name
 from traceir.data import markdown as md
 from traceir.errors import DataError, InputError
 from traceir.evaluation.mteb_model import TraceEncoder, modalities_of, register
+from traceir.evaluation.tables import markdown_table
+from traceir.files import write_whole
 from traceir.items import Modality
 from traceir.suggest import did_you_mean
 
@@ -51,7 +53,7 @@ _NO_HUB: Final = "the data are not on this machine, and the hub does not answer"
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class MtebOutcome:
     """What became of one task: its main score and seconds as mteb gives them, or the reason why there is none."""
 
     task: str
@@ -62,23 +64,29 @@ class Outcome:
     seconds: float | None = None
     reason: str = ""
 
+    @property
+    def line(self) -> str:
+        """What is said of it at once; what many tasks share is left to the table."""
+        if self.score is None:
+            return "" if self.state == "skipped" or self.reason == _NO_HUB else f"failed: {self.reason}"
+        took = "scored before" if self.state == "kept" else f"{self.seconds or 0.0:.1f} s"
+        return f"{self.metric} {100 * self.score:.2f}  {took}"
 
-class Results(ResultCache):
+
+class MtebResults(ResultCache):
     """mteb's folder of results, written so that a file is there whole or not at all; a broken one counts as none."""
 
     def load_task_result(self, task_name: str, *where: Any, **options: Any) -> TaskResult | None:
         try:
             return super().load_task_result(task_name, *where, **options)
         except (ValueError, KeyError) as error:  # json's and pydantic's errors are ValueErrors
-            log.warning(
-                "the result of %s in %s cannot be read (%s); it is scored anew", task_name, self.cache_path, _words(error)
-            )
+            message = "the result of %s in %s cannot be read (%s); it is scored anew"
+            log.warning(message, task_name, self.cache_path, _words(error))
             return None
 
     def save_to_cache(self, task_result: TaskResult, model_name: Any, *where: Any, **options: Any) -> None:
         """As mteb writes, elsewhere; then each file is moved here, the result last."""
         target = self.get_task_result_path(task_result.task_name, model_name, *where)
-        target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as scratch:
             elsewhere = ResultCache(scratch)
             fresh = elsewhere.get_task_result_path(task_result.task_name, model_name, *where)
@@ -87,8 +95,8 @@ class Results(ResultCache):
             if settings.is_file():
                 shutil.copyfile(settings, fresh.parent / settings.name)
             elsewhere.save_to_cache(task_result, model_name, *where, **options)
-            for file in sorted(fresh.parent.iterdir(), key=lambda file: file == fresh):
-                _replace(target.parent / file.name, file.read_text(encoding="utf-8"))
+            for file in sorted(fresh.parent.iterdir(), key=fresh.__eq__):
+                write_whole(target.parent / file.name, file.read_text(encoding="utf-8"))
 
 
 def choose_tasks(benchmarks: Sequence[str], names: Sequence[str], module: str | None = None) -> list[AbsTask]:
@@ -96,29 +104,29 @@ def choose_tasks(benchmarks: Sequence[str], names: Sequence[str], module: str | 
 
     With names, a module only adds to what a name may mean. InputError for what neither mteb nor the module has.
     """
-    own = {task.metadata.name: task for task in (tasks_of(_module(module)) if module else [])}
-    found = [task for name in benchmarks for task in _benchmark(name).tasks]
-    found += [own.get(name) or _task(name, own) for name in names]
+    own = {task.metadata.name: task for task in (_tasks_of(_module(module)) if module else [])}
+    boards = [
+        _known("benchmark", name, mteb.get_benchmark, lambda: [board.name for board in mteb.get_benchmarks()])
+        for name in benchmarks
+    ]
+    tasks = [task for board in boards for task in board.tasks]
+    tasks += [own.get(name) or _known("task", name, mteb.get_task, lambda: [*own, *_TASKS_REGISTRY]) for name in names]
     if own and not names:
-        found += own.values()
-    return list({task.metadata.name: task for task in found}.values())
+        tasks += own.values()
+    return list({task.metadata.name: task for task in tasks}.values())
 
 
-def tasks_of(module: ModuleType) -> list[AbsTask]:
+def _tasks_of(module: ModuleType) -> list[AbsTask]:
     """mteb tasks among the names of a module: instances as they are, classes made; not mteb's own, imported to build on."""
-    found = []
+    tasks = []
     for value in vars(module).values():
         if isinstance(value, AbsTask):
-            found.append(value)
-        elif isinstance(value, type) and issubclass(value, AbsTask) and _is_own(value):
-            found.append(value())
-    if not found:
+            tasks.append(value)
+        elif isinstance(value, type) and issubclass(value, AbsTask) and not value.__module__.startswith(_MTEBS_TASKS):
+            tasks += [value()] if getattr(value, "metadata", None) is not None else []
+    if not tasks:
         raise InputError(f"{module.__name__} defines no mteb task; it needs a subclass of an AbsTask class with metadata")
-    return found
-
-
-def _is_own(kind: type[AbsTask]) -> bool:
-    return getattr(kind, "metadata", None) is not None and not kind.__module__.startswith(_MTEBS_TASKS)
+    return tasks
 
 
 def _module(name: str) -> ModuleType:
@@ -136,26 +144,12 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def _benchmark(name: str) -> Any:
+def _known(kind: str, name: str, get: Callable[[str], Any], known: Callable[[], Iterable[str]]) -> Any:
     try:
-        return mteb.get_benchmark(name)
+        return get(name)
     except KeyError as error:
-        known = [one.name for one in mteb.get_benchmarks()]
-        raise InputError(
-            f"mteb has no benchmark {name!r}{did_you_mean(name, known)}; list them with `mteb available-benchmarks`"
-        ) from error
-
-
-def _task(name: str, own: Mapping[str, AbsTask]) -> AbsTask:
-    try:
-        return mteb.get_task(name)
-    except KeyError as error:
-        from mteb.get_tasks import TASK_LIST
-
-        known = [*own, *(task.metadata.name for task in TASK_LIST)]
-        raise InputError(
-            f"mteb has no task {name!r}{did_you_mean(name, known)}; list them with `mteb available-tasks`"
-        ) from error
+        hint = f"{did_you_mean(name, known())}; list them with `mteb available-{kind}s`"
+        raise InputError(f"mteb has no {kind} {name!r}{hint}") from error
 
 
 def label(model: str) -> str:
@@ -184,7 +178,7 @@ def lacks(task: AbsTask, modalities: Sequence[Modality]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class MtebRun:
     """One model over tasks into one folder. `online` False says that the hub does not answer, which explains failures."""
 
     model: TraceEncoder
@@ -193,11 +187,10 @@ class Run:
     online: bool = True
     progress: bool = False
 
-    def outcomes(self, tasks: Sequence[AbsTask]) -> Iterator[Outcome]:
+    def outcomes(self, tasks: Sequence[AbsTask]) -> Iterator[MtebOutcome]:
         """What becomes of each task, as it becomes of it; no failure of one stops the others."""
         register(self.model.mteb_model_meta)
-        for task in tasks:
-            yield self._outcome(task)
+        return map(self._outcome, tasks)
 
     def place(self, task: AbsTask) -> str:
         """What is to be expected of a task: `scored` already, `here`, `to fetch`, `out of reach`, or skipped and why."""
@@ -209,32 +202,33 @@ class Run:
             return "here"
         return "to fetch" if self.online else "out of reach"
 
-    def _outcome(self, task: AbsTask) -> Outcome:
+    def _outcome(self, task: AbsTask) -> MtebOutcome:
         about = task.metadata
-        described = (about.name, about.type, about.main_score)
+        failed = MtebOutcome(about.name, about.type, about.main_score, "failed")
         if reason := lacks(task, modalities_of(self.model.encoder)):
-            return Outcome(*described, "skipped", reason=reason)
+            return replace(failed, state="skipped", reason=reason)
         if kept := self._kept(task):
-            return _with_score(Outcome(*described, "kept"), kept)
+            return _with_score(replace(failed, state="kept"), kept)
         parts = [self._outcome(part) for part in about.tasks] if task.is_aggregate else []
         if lost := [part for part in parts if part.score is None]:
-            return Outcome(*described, "failed", reason=lost[0].reason if len(parts) == len(lost) else _some(lost, len(parts)))
+            first = f"{len(lost)} of its {len(parts)} parts have no score, the first {lost[0].task}: {lost[0].reason}"
+            return replace(failed, reason=lost[0].reason if len(parts) == len(lost) else first)
         options = {"batch_size": self.batch_size, "show_progress_bar": self.progress}
         try:
-            found = mteb.evaluate(
-                self.model, task, cache=Results(self.out), overwrite_strategy="only-missing", encode_kwargs=options,
+            scored = mteb.evaluate(
+                self.model, task, cache=MtebResults(self.out), overwrite_strategy="only-missing", encode_kwargs=options,
                 co2_tracker=False, public_only=False, show_progress_bar=False,
             )  # fmt: skip
-            return _with_score(Outcome(*described, "scored"), found.task_results[0])
+            return _with_score(replace(failed, state="scored"), scored.task_results[0])
         except Exception as error:  # the loaders and scorers of hundreds of tasks may raise anything; the other tasks go on
             log.info("%s failed", about.name, exc_info=True)
-            return Outcome(*described, "failed", reason=self._why(error))
+            return replace(failed, reason=self._why(error))
 
     def _kept(self, task: AbsTask) -> TaskResult | None:
         if not self.out.is_dir():
             return None
-        found = Results(self.out).load_task_result(task.metadata.name, self.model.mteb_model_meta)
-        return found if found is not None and not found.get_missing_evaluations(task) else None
+        kept = MtebResults(self.out).load_task_result(task.metadata.name, self.model.mteb_model_meta)
+        return kept if kept is not None and not kept.get_missing_evaluations(task) else None
 
     def _why(self, error: Exception) -> str:
         package = type(error).__module__.partition(".")[0]
@@ -243,15 +237,11 @@ class Run:
         return f"{type(error).__name__}: {_words(error)}"
 
 
-def _with_score(outcome: Outcome, result: TaskResult) -> Outcome:
+def _with_score(outcome: MtebOutcome, result: TaskResult) -> MtebOutcome:
     value = float(result.get_score())
     if not isfinite(value):
         return replace(outcome, state="failed", reason=f"mteb's score is {value}: nothing to compare, or vectors all alike")
     return replace(outcome, score=value, seconds=result.evaluation_time)
-
-
-def _some(lost: Sequence[Outcome], count: int) -> str:
-    return f"{len(lost)} of its {count} parts have no score, the first {lost[0].task}: {lost[0].reason}"
 
 
 def _words(error: Exception) -> str:
@@ -267,62 +257,42 @@ def _is_here(task: AbsTask) -> bool:
     return cached.is_dir() or (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()
 
 
-def means(outcomes: Sequence[Outcome]) -> dict[str, float]:
+def means(outcomes: Sequence[MtebOutcome]) -> dict[str, float]:
     """The mean over the tasks that have a score, and over the means of their types, as mteb's leaderboards rank."""
     by_type: dict[str, list[float]] = {}
-    for one in outcomes:
-        if one.score is not None:
-            by_type.setdefault(one.type, []).append(one.score)
+    for outcome in outcomes:
+        if outcome.score is not None:
+            by_type.setdefault(outcome.type, []).append(outcome.score)
     if not by_type:
         return {}
     return {"tasks": fmean(chain.from_iterable(by_type.values())), "types": fmean(map(fmean, by_type.values()))}
 
 
-def table(outcomes: Sequence[Outcome]) -> str:
+def table(outcomes: Sequence[MtebOutcome]) -> str:
     """The outcomes as Markdown: a row for each score, the means, and what has none, by reason."""
-    scored = [one for one in outcomes if one.score is not None]
-    lines = ["| task | type | metric | score | seconds |", "|---|---|---|---:|---:|"]
-    for one in scored:
-        before = ", before" if one.state == "kept" else ""
-        seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-        lines.append(f"| {one.task} | {one.type} | {one.metric} | {100 * (one.score or 0.0):.2f} | {seconds}{before} |")
-    for over, mean in means(outcomes).items():
-        lines.append(f"| **mean over {over}** ({len(scored)} of {len(outcomes)} scored) | | | **{100 * mean:.2f}** | |")
-    told = [f"- {md.escape(why)}: {', '.join(names)}" for why, names in reasons(outcomes).items()]
-    return "\n".join([*(lines if scored else []), *([""] if scored and told else []), *told])
-
-
-def reasons(outcomes: Sequence[Outcome]) -> dict[str, list[str]]:
-    """The tasks without a score, by how many there are of them and why."""
-    found: dict[tuple[State, str], list[str]] = {}
+    rows: list[tuple[object, ...]] = []
     for one in outcomes:
-        if one.score is None:
-            found.setdefault((one.state, one.reason), []).append(one.task)
-    return {f"{len(names)} {state}: {why}": names for (state, why), names in found.items()}
+        if one.score is not None:
+            seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
+            before = ", before" if one.state == "kept" else ""
+            rows.append((one.task, one.type, one.metric, f"{100 * one.score:.2f}", f"{seconds}{before}"))
+    share = f"({len(rows)} of {len(outcomes)} scored)"
+    rows += [(f"**mean over {over}** {share}", "", "", f"**{100 * mean:.2f}**", "") for over, mean in means(outcomes).items()]
+    scored = [markdown_table(("task", "type", "metric", "score", "seconds"), "lllrr", rows)] if rows else []
+    unscored = [f"- {md.escape(why)}: {', '.join(names)}" for why, names in reasons(outcomes).items()]
+    return "\n".join([*scored, *([""] if scored and unscored else []), *unscored])
 
 
-def write(run: Run, outcomes: Sequence[Outcome], benchmarks: Sequence[str]) -> Path:
-    """`results.json` and `results.md` in the folder of the run, each whole or not at all; the path of the former."""
-    meta, encoder = run.model.mteb_model_meta, run.model.encoder
-    head = {
-        "format": FORMAT, "model": meta.name, "fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version,
-        "revision": meta.revision, "route": run.model.route, "benchmarks": list(benchmarks), "mteb": version("mteb"),
-        "means": means(outcomes),
-    }  # fmt: skip
-    text = json.dumps({**head, "tasks": [asdict(one) for one in outcomes]}, indent=1) + "\n"
-    title = f"# {md.line(meta.name)} under mteb {version('mteb')}, route {run.model.route}\n\n"
-    _replace(run.out / "results.md", f"{title}{table(outcomes)}\n")
-    return _replace(run.out / "results.json", text)
+def reasons(outcomes: Sequence[MtebOutcome]) -> dict[str, list[str]]:
+    """The tasks without a score, by how many there are of them and why."""
+    groups: dict[tuple[State, str], list[str]] = {}
+    for outcome in outcomes:
+        if outcome.score is None:
+            groups.setdefault((outcome.state, outcome.reason), []).append(outcome.task)
+    return {f"{len(names)} {state}: {why}": names for (state, why), names in groups.items()}
 
 
-def _replace(path: Path, text: str) -> Path:
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
-    return path
-
-
-def plan(run: Run, tasks: Sequence[AbsTask]) -> list[str]:
+def plan(run: MtebRun, tasks: Sequence[AbsTask]) -> list[str]:
     """A line for each task: its name, type, what its inputs are, and what to expect of it; then the counts."""
     places = [run.place(task) for task in tasks]
     lines = [
@@ -334,26 +304,32 @@ def plan(run: Run, tasks: Sequence[AbsTask]) -> list[str]:
 
 
 def score(
-    run: Run, tasks: Sequence[AbsTask], *, benchmarks: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
-) -> list[Outcome]:
+    run: MtebRun, tasks: Sequence[AbsTask], *, benchmarks: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
+) -> list[MtebOutcome]:
     """Runs the tasks, says a line for each, writes the results after each. DataError where none of them has a score."""
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {run.out} cannot be made a folder ({error}); choose another") from error
-    outcomes: list[Outcome] = []
-    for number, one in enumerate(run.outcomes(tasks), start=1):
-        outcomes.append(one)
-        write(run, outcomes, benchmarks)
-        if line := _line(one):
-            tell(f"{number}/{len(tasks)}  {one.task}  {line}")
-    if all(one.score is None for one in outcomes):
+    outcomes: list[MtebOutcome] = []
+    for number, outcome in enumerate(run.outcomes(tasks), start=1):
+        outcomes.append(outcome)
+        _write(run, outcomes, benchmarks)
+        if outcome.line:
+            tell(f"{number}/{len(tasks)}  {outcome.task}  {outcome.line}")
+    if all(outcome.score is None for outcome in outcomes):
         raise DataError(f"none of {len(tasks)} tasks has a score, see {run.out / 'results.md'}; {'; '.join(reasons(outcomes))}")
     return outcomes
 
 
-def _line(one: Outcome) -> str:
-    """What is said of an outcome at once; what many tasks share is left to the table."""
-    if one.score is None:
-        return "" if one.state == "skipped" or one.reason == _NO_HUB else f"failed: {one.reason}"
-    return f"{one.metric} {100 * one.score:.2f}  {'scored before' if one.state == 'kept' else f'{one.seconds or 0.0:.1f} s'}"
+def _write(run: MtebRun, outcomes: Sequence[MtebOutcome], benchmarks: Sequence[str]) -> None:
+    """`results.json` and `results.md` in the folder of the run, each whole or not at all."""
+    meta, encoder = run.model.mteb_model_meta, run.model.encoder
+    results = {
+        "format": FORMAT, "model": meta.name, "fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version,
+        "revision": meta.revision, "route": run.model.route, "benchmarks": list(benchmarks), "mteb": version("mteb"),
+        "means": means(outcomes), "tasks": [asdict(outcome) for outcome in outcomes],
+    }  # fmt: skip
+    title = f"# {md.line(meta.name)} under mteb {version('mteb')}, route {run.model.route}\n\n"
+    write_whole(run.out / "results.md", f"{title}{table(outcomes)}\n")
+    write_whole(run.out / "results.json", json.dumps(results, indent=1) + "\n")

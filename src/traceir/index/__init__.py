@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import overload
+from typing import Unpack, overload
 
 from traceir.errors import StoreError
 from traceir.index.filters import And, Eq, Filter, In, Range
 from traceir.index.sqlite import SqliteIndex
-from traceir.index.store import Index, IndexInfo, Maker, Stored, StoredType
+from traceir.index.store import Index, IndexInfo, ModelIdentity, OpenOptions, Stored
 
 __all__ = [
     "And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index",
@@ -18,44 +18,14 @@ __all__ = [
 
 
 @overload
-def open_index(
-    uri: Path,
-    encoder: Maker | None = None,
-    *,
-    fingerprint: str | None = None,
-    prompt_version: str | None = None,
-    dim: int | None = None,
-    create: bool = False,
-    dtype: StoredType = "float32",
-    timeout: float = 10.0,
-) -> SqliteIndex: ...
+def open_index(uri: Path, encoder: ModelIdentity | None = None, **options: Unpack[OpenOptions]) -> SqliteIndex: ...
 
 
 @overload
-def open_index(
-    uri: str | os.PathLike[str],
-    encoder: Maker | None = None,
-    *,
-    fingerprint: str | None = None,
-    prompt_version: str | None = None,
-    dim: int | None = None,
-    create: bool = False,
-    dtype: StoredType = "float32",
-    timeout: float = 10.0,
-) -> Index: ...
+def open_index(uri: str | os.PathLike[str], encoder: ModelIdentity | None = None, **options: Unpack[OpenOptions]) -> Index: ...
 
 
-def open_index(
-    uri: str | os.PathLike[str],
-    encoder: Maker | None = None,
-    *,
-    fingerprint: str | None = None,
-    prompt_version: str | None = None,
-    dim: int | None = None,
-    create: bool = False,
-    dtype: StoredType = "float32",
-    timeout: float = 10.0,
-) -> Index:
+def open_index(uri: str | os.PathLike[str], encoder: ModelIdentity | None = None, **options: Unpack[OpenOptions]) -> Index:
     """The index at `uri`, made now if `create` and not there yet.
 
     A path names a folder, `milvus-lite:./FILE.db` a local file of Milvus, `http://HOST:19530/NAME` a collection on a Milvus
@@ -64,36 +34,19 @@ def open_index(
     `encoder` is who makes the vectors; another model's index is refused (StoreError). Without one the index can be looked at and
     pruned (info, get, scan, delete), not searched or added to. What is asked of an encoder can be told instead: its
     `fingerprint`, its `prompt_version`, and `dim`, its width, which is needed to create and checked otherwise. `dtype`
-    counts at creation only. `timeout`: seconds to wait for a writer, or for a server to answer.
+    ("float32", "float16", or "int8": a folder that keeps float32 and is searched by a quarter of its bytes in memory)
+    counts at creation only. `timeout`: seconds to wait for a writer, or for a server to answer (10).
     """
     if encoder is not None:
-        fingerprint, prompt_version, dim = encoder.fingerprint, encoder.prompt_version, encoder.width
+        options |= {"fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version, "dim": encoder.width}
     text = os.fspath(uri)
     if not isinstance(uri, Path) and text.startswith(("milvus-lite:", "http://", "https://")):
         from traceir.index.milvus import MilvusIndex
-        from traceir.index.milvus_server import parse_place
 
-        place = parse_place(text)
-        return MilvusIndex(
-            place,
-            fingerprint=fingerprint,
-            prompt_version=prompt_version,
-            dim=dim,
-            create=create,
-            dtype=dtype,
-            timeout=timeout,
-        )
+        return MilvusIndex(text, **options)
     if re.match(r"[A-Za-z][A-Za-z0-9+-]+:", text) or not text:
         raise StoreError(
             f"index {text!r} has no adapter in this version; "
             "give the path of a folder, milvus-lite:./FILE.db, or http://HOST:19530/NAME"
         )
-    return SqliteIndex(
-        Path(text),
-        fingerprint=fingerprint,
-        prompt_version=prompt_version,
-        dim=dim,
-        create=create,
-        dtype=dtype,
-        timeout=timeout,
-    )
+    return SqliteIndex(Path(text), **options)

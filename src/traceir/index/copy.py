@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from traceir.errors import InputError, StoreError
 from traceir.images import ImageInput
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_maker
-from traceir.items import Item
+from traceir.items import Item, Vector
 
 _MOST_BYTES: Final = 32 * 2**20
 
@@ -21,7 +20,7 @@ _MOST_BYTES: Final = 32 * 2**20
 def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = True) -> int:
     """Put every item of `source` with its vector into `target`, and return how many had to be written.
 
-    An item that `target` has with the same content hash, text, picture name and fields is skipped; one that differs is replaced;
+    An item that `target` has with the same content hash, text, image name and fields is skipped; one that differs is replaced;
     what only `target` has stays. Each batch is durable before the next. StoreError where the two were filled by different models.
     A `target` of float16 rounds the vectors as it always does. The background of `source`, where it has one, replaces that of
     `target`.
@@ -33,14 +32,14 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
     check_maker(right.uri, "prompt version", right.prompt_version, left.prompt_version)
     if left.dim != right.dim:
         raise StoreError(f"index {right.uri} holds vectors of width {right.dim}, not {left.dim} as {left.uri}; fill a new index")
-    size = max(1, min(batch, _MOST_BYTES // (4 * left.dim)))
-    written = 0
+    rows, written = source.scan(with_vectors=True), 0
     with tqdm(total=left.count, unit="item", desc="copying", disable=not progress) as bar:
-        for page in _pages(source, size):
+        while page := list(islice(rows, max(1, min(batch, _MOST_BYTES // (4 * left.dim))))):
             known = target.get([stored.id for stored in page])
             missing = [stored for stored in page if not _is_same(stored, known.get(stored.id))]
             if missing:
-                target.upsert([Copied(stored) for stored in missing], np.stack([_vector(one) for one in missing]))
+                vectors = np.stack([cast(Vector, stored.vector) for stored in missing])
+                target.upsert([Copied(stored) for stored in missing], vectors)
                 written += len(missing)
             bar.update(len(page))
     if (background := source.background()) is not None:
@@ -49,7 +48,7 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
 
 
 class Copied(Item):
-    """An item as an index keeps it: the bytes of its pictures are not there any more, only their hash."""
+    """An item as an index keeps it: the bytes of its images are not there any more, only their hash."""
 
     __slots__ = ("_content_hash",)
 
@@ -64,19 +63,7 @@ class Copied(Item):
         return kept
 
 
-def _pages(source: Index, size: int) -> Iterator[Sequence[Stored]]:
-    rows = source.scan(with_vectors=True)
-    while page := list(islice(rows, size)):
-        yield page
-
-
-def _is_same(one: Stored, other: Stored | None) -> bool:
-    if other is None or one.content_hash != other.content_hash or one.modality != other.modality:
+def _is_same(stored: Stored, other: Stored | None) -> bool:
+    if other is None or stored.content_hash != other.content_hash or stored.modality != other.modality:
         return False
-    return (one.text, one.image) == (other.text, other.image) and same_fields(one.fields, other.fields)
-
-
-def _vector(stored: Stored) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    if stored.vector is None:
-        raise StoreError(f"item {stored.id!r} came without its vector; report it")
-    return stored.vector
+    return (stored.text, stored.image) == (other.text, other.image) and same_fields(stored.fields, other.fields)

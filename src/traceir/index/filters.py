@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from traceir.errors import InputError
@@ -41,9 +41,7 @@ class Eq:
     value: Scalar
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        check_value(self.name, self.value)
-        _check_size([self])
+        _check([self])
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +50,16 @@ class In:
 
     name: str
     values: tuple[Scalar, ...]
-    _known: frozenset[tuple[Kind, Scalar]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_name(self.name)
         if isinstance(self.values, str | bytes) or not isinstance(self.values, Iterable):
-            raise InputError(f"filter In on {self.name!r} has the value {shown(self.values)}; give a tuple of several, or use Eq")
+            raise InputError(
+                f"filter In on {shown(self.name)} has the value {shown(self.values)}; give a tuple of several, or use Eq"
+            )
         object.__setattr__(self, "values", tuple(self.values))
         if len(self.values) > MAX_IN_VALUES:
-            raise InputError(f"filter In on {self.name!r} has {len(self.values)} values; give at most {MAX_IN_VALUES}")
-        for value in self.values:
-            check_value(self.name, value)
-        _check_size([self])
-        object.__setattr__(self, "_known", frozenset((kind_of(value), value) for value in self.values))
-
-    def has(self, value: Scalar) -> bool:
-        return (kind_of(value), value) in self._known
+            raise InputError(f"filter In on {shown(self.name)} has {len(self.values)} values; give at most {MAX_IN_VALUES}")
+        _check([self])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +71,16 @@ class Range:
     high: str | float | None = None
 
     def __post_init__(self) -> None:
-        check_name(self.name)
-        kinds = {kind_of(bound) for bound in (self.low, self.high) if bound is not None}
-        if len(kinds) != 1 or not kinds <= {"text", "number"}:
+        if {kind_of(bound) for bound, _ in self.bounds()} not in ({"text"}, {"number"}):
             raise InputError(
-                f"filter Range on {self.name!r} has the bounds {shown(self.low)} and {shown(self.high)}; "
+                f"filter Range on {shown(self.name)} has the bounds {shown(self.low)} and {shown(self.high)}; "
                 "give one or two numbers, or one or two texts"
             )
-        for bound in (self.low, self.high):
-            check_value(self.name, bound)
-        _check_size([self])
+        _check([self])
+
+    def bounds(self) -> list[tuple[str | float, str]]:
+        """Each bound with the sign that a value has towards it."""
+        return [(bound, sign) for bound, sign in ((self.low, ">="), (self.high, "<=")) if bound is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +92,29 @@ class And:
     def __init__(self, parts: Iterable[Filter]) -> None:
         if not isinstance(parts, Iterable):
             raise InputError(f"filter And has the part {shown(parts)}; give a tuple of Eq, In, Range and And")
-        flat: list[Eq | In | Range] = []
-        for part in parts:
-            if not isinstance(part, Filter):
-                raise not_a_filter(part)
-            flat += part.parts if isinstance(part, And) else [part]
+        flat = [leaf for part in parts for leaf in leaves(part)]
         _check_size(flat)
         object.__setattr__(self, "parts", tuple(flat))
 
 
 Filter = Eq | In | Range | And
+
+
+def leaves(where: Filter | None) -> tuple[Eq | In | Range, ...]:
+    """The conditions of a filter, all of which must hold; InputError for what is none."""
+    if where is None or isinstance(where, And):
+        return () if where is None else where.parts
+    if not isinstance(where, Filter):
+        raise InputError(f"{shown(where)} is not a filter; build one from Eq, In, Range and And")
+    return (where,)
+
+
+def wanted_by_kind(leaf: Eq | In) -> dict[Kind, list[Scalar]]:
+    """The values that match, by their kind."""
+    wanted: dict[Kind, list[Scalar]] = {}
+    for value in _values(leaf):
+        wanted.setdefault(kind_of(value), []).append(value)
+    return wanted
 
 
 def kind_of(value: Scalar) -> Kind:
@@ -122,9 +127,8 @@ def kind_of(value: Scalar) -> Kind:
 
 def values_of(value: Value) -> list[Scalar]:
     """The values of a field that is a list, without None and those equal to earlier ones."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return [] if value is None else [value]
-    return list({(kind_of(one), one): one for one in value if one is not None}.values())
+    values: Any = value if is_list(value) else (value,)
+    return list({(kind_of(part), part): part for part in values if part is not None}.values())
 
 
 def is_list(value: Value) -> bool:
@@ -133,23 +137,13 @@ def is_list(value: Value) -> bool:
 
 def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Value]) -> bool:
     """What a filter means, in plain Python; adapters must agree with it."""
-    if isinstance(where, And):
-        return all(matches(part, id, modality, fields) for part in where.parts)
-    own = {"id": id, "modality": modality}
-    kept = own[where.name] if where.name in own else fields.get(where.name)
-    found: list[Scalar] = values_of(kept) or [None]
-    if isinstance(where, Range):
-        return not is_list(kept) and _within(found[0], where.low, where.high)
-    return any(where.has(one) if isinstance(where, In) else _equal(one, where.value) for one in found)
+    kept = {**fields, "id": id, "modality": modality}
+    return all(_matches(leaf, kept.get(leaf.name)) for leaf in leaves(where))
 
 
 def key_of_filter(where: Filter) -> bytes:
     """32 bytes that no other filter has, whatever its size."""
     return hashlib.sha256(repr(where).encode()).digest()
-
-
-def not_a_filter(found: object) -> InputError:
-    return InputError(f"{shown(found)} is not a filter; build one from Eq, In, Range and And")
 
 
 def shown(value: object) -> str:
@@ -162,10 +156,8 @@ def shown(value: object) -> str:
 
 def check_name(name: str) -> None:
     """Raise InputError where a field name is empty, not UTF-8 text, or longer than MAX_NAME_BYTES."""
-    if not isinstance(name, str) or not name:
-        raise InputError(f"field name {shown(name)} is not a text; give a name of 1 to {MAX_NAME_BYTES} bytes")
-    if "\0" in name or not _encodable(name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise InputError(f"field name {name[:80]!r} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
+    if not isinstance(name, str) or not name or not is_value(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise InputError(f"field name {shown(name)} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
 
 
 def check_field(name: str, value: Value) -> None:
@@ -174,13 +166,8 @@ def check_field(name: str, value: Value) -> None:
     values: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_LIST_VALUES:
         raise InputError(f"field {name!r} is a list of {len(values)} values; give at most {MAX_LIST_VALUES}")
-    for one in values:
-        check_value(name, one, remedy="use text, a finite number, a 64-bit integer, true, false, null, or a list of these")
-
-
-def same_fields(one: Mapping[str, Value], other: Mapping[str, Value]) -> bool:
-    """Whether fields are equal, also in the kinds of their values: 1, 1.0 and true differ."""
-    return json.dumps(dict(one), sort_keys=True) == json.dumps(dict(other), sort_keys=True)
+    for part in values:
+        check_value(name, part, remedy="use text, a finite number, a 64-bit integer, true, false, null, or a list of these")
 
 
 def check_value(name: str, value: Scalar, *, remedy: str = _REMEDY) -> None:
@@ -192,46 +179,52 @@ def check_value(name: str, value: Scalar, *, remedy: str = _REMEDY) -> None:
 def is_value(value: object) -> bool:
     if value is None or isinstance(value, bool):
         return True
-    if isinstance(value, int):
-        return -_INT64 <= value < _INT64
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, str) and "\0" not in value and _encodable(value)
+    if isinstance(value, int | float):
+        return -_INT64 <= value < _INT64 if isinstance(value, int) else math.isfinite(value)
+    try:
+        return isinstance(value, str) and b"\0" not in value.encode()
+    except UnicodeEncodeError:
+        return False
 
 
-def _check_size(parts: Sequence[Eq | In | Range]) -> None:
-    values = sum(len(part.values) for part in parts if isinstance(part, In))
-    text = sum(len(value.encode()) for part in parts for value in _values(part) if isinstance(value, str))
-    for found, most, what in (
-        (len(parts), MAX_CONDITIONS, "conditions"),
+def same_fields(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool:
+    """Whether fields are equal, also in the kinds of their values: 1, 1.0 and true differ."""
+    return json.dumps(dict(first), sort_keys=True) == json.dumps(dict(second), sort_keys=True)
+
+
+def _check(leaves: Sequence[Eq | In | Range]) -> None:
+    for leaf in leaves:
+        check_name(leaf.name)
+        for value in _values(leaf):
+            check_value(leaf.name, value)
+    _check_size(leaves)
+
+
+def _check_size(leaves: Sequence[Eq | In | Range]) -> None:
+    values = sum(len(leaf.values) for leaf in leaves if isinstance(leaf, In))
+    text = sum(len(value.encode()) for leaf in leaves for value in _values(leaf) if isinstance(value, str))
+    for size, most, what in (
+        (len(leaves), MAX_CONDITIONS, "conditions"),
         (values, MAX_VALUES, "values to be one of"),
         (text, MAX_TEXT_BYTES, "bytes of text"),
     ):
-        if found > most:
-            raise InputError(f"the filter has {found} {what} in all; give at most {most}, or ask several times")
+        if size > most:
+            raise InputError(f"the filter has {size} {what} in all; give at most {most}, or ask several times")
 
 
-def _values(part: Eq | In | Range) -> Sequence[Scalar]:
-    if isinstance(part, In):
-        return part.values
-    return (part.value,) if isinstance(part, Eq) else (part.low, part.high)
+def _values(leaf: Eq | In | Range) -> Sequence[Scalar]:
+    if isinstance(leaf, In):
+        return leaf.values
+    return (leaf.value,) if isinstance(leaf, Eq) else (leaf.low, leaf.high)
 
 
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _equal(found: Scalar, wanted: Scalar) -> bool:
-    return kind_of(found) == kind_of(wanted) and found == wanted
-
-
-def _within(found: Scalar, low: Scalar, high: Scalar) -> bool:
-    bound = low if low is not None else high
-    if kind_of(found) != kind_of(bound):
-        return False
-    # kind_of has shown that both sides are of one ordered kind, which mypy cannot follow.
-    return (low is None or low <= found) and (high is None or found <= high)  # type: ignore[operator]
+def _matches(leaf: Eq | In | Range, value: Value) -> bool:
+    values = values_of(value) or [None]
+    if isinstance(leaf, Range):
+        bounds = leaf.bounds()
+        if is_list(value) or kind_of(values[0]) != kind_of(bounds[0][0]):
+            return False
+        # kind_of has shown that both sides are of one ordered kind, which mypy cannot follow.
+        return all(values[0] >= bound if sign == ">=" else values[0] <= bound for bound, sign in bounds)  # type: ignore[operator]
+    wanted = wanted_by_kind(leaf)
+    return any(part in wanted.get(kind_of(part), ()) for part in values)

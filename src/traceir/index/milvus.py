@@ -1,9 +1,10 @@
 """The distributed index: Milvus, as a server or a cluster (http://HOST:19530/NAME) or as a local file (milvus-lite:./FILE.db).
 
-One collection holds the items and is searched exactly (a FLAT index); the scores of its best are computed again here, in float64,
-so hits, scores and ties are those of the embedded index. `build_approximate` adds one collection a modality with an HNSW graph:
-queries and candidates of different modalities lie apart, and a shared graph loses neighbours across that gap. A graph only
-proposes ids. What is returned comes from the first collection, so a graph that lags behind costs recall, never truth.
+One collection holds the items and is searched exactly (a FLAT index). `build_approximate` adds one collection a modality with an
+HNSW graph: queries and candidates of different modalities lie apart, and a shared graph loses neighbours across that gap. A graph
+proposes keys and scores; what is returned comes from the first collection, so a graph that lags behind costs recall, never truth.
+Scores are Milvus's own. Of equal scores the lower id comes first; which ones are among the best k, where more than a few rows
+beyond k score alike, is Milvus's choice.
 
 Durability: Milvus Lite is flushed to disk before a call returns; a server answers once the call is in its log.
 Processes: a file belongs to one process until it ends; a server takes any number of readers, Milvus Lite's one writer.
@@ -12,130 +13,151 @@ Threads: safe; writes of one handle take turns.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from threading import RLock
-from types import TracebackType
-from typing import Any, Final, Self, cast
+from typing import Any, Final, TypeVar, Unpack, cast
 
 import numpy as np
 
 from traceir.errors import InputError, StoreError
+from traceir.index import milvus_rows, store
 from traceir.index.filters import Filter, matches
-from traceir.index.matrix import margin, rescore
-from traceir.index.milvus_rows import (
-    compile_filter,
-    filter_columns,
-    graph_row,
-    id_of,
-    join_filters,
-    key_of,
-    row_bytes,
-    row_of,
-    stored_of,
-)
-from traceir.index.milvus_server import EFFORT, MOST_HITS, PAGE, Collections, Place, Row, describe_new
-from traceir.index.store import (
-    Background,
-    IndexInfo,
-    Stored,
-    StoredType,
-    Vectors,
-    check_background,
-    check_ids,
-    check_items,
-    check_maker,
-    check_search,
-    check_vectors,
-    rows_not_unit,
-    size_of,
-    unusable,
-)
+from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
+from traceir.index.store import Background, Index, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
+T = TypeVar("T")
 MAX_REQUEST_BYTES: Final = 60 * 2**20  # Milvus takes 64 MB
-_TRIES: Final = 5
-_Found = list[tuple[float, Stored]]
+MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
+EFFORT: Final = 128  # how many rows a search keeps in sight in a graph, at least
+GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
+BACKGROUND: Final = "_background"
+_NAME: Final = "traceir"
+_PAGE: Final = 1000
+_GRAPH: Final = {"M": 16, "efConstruction": 200}
+_PROPERTY: Final = "traceir"
+_ROW_BYTES: Final = 1000  # of an item without its vector, about
+_ANSWER_BYTES: Final = 16 * 2**20
+_CALL_SECONDS: Final = 60.0
+_BUILD_SECONDS: Final = 24 * 3600.0
+_NOT_LOADED: Final = 101  # Milvus's code
 
 
-class MilvusIndex:
+@dataclass(frozen=True, slots=True)
+class MilvusAddress:
+    """Where an index is: what a client connects to, the collection, and how messages name it (without the token)."""
+
+    uri: str
+    name: str
+    shown: str
+    token: str = ""
+    file: Path | None = None
+
+
+def parse_address(uri: str) -> MilvusAddress:
+    """`milvus-lite:PATH.db[/NAME]` or `http[s]://[USER:PASSWORD@]HOST[:PORT][/NAME]`; StoreError for what is neither.
+
+    The environment variable TRACEIR_MILVUS_TOKEN keeps a token off the command line.
+    """
+    if match := re.fullmatch(r"milvus-lite:(.+?\.db)(?:/([^/]+))?", uri):
+        address = MilvusAddress(match[1], match[2] or _NAME, uri, file=Path(match[1]))
+    elif match := re.fullmatch(r"(https?://)(?:([^/@]+)@)?([^/@]+)(?:/([^/]*))?", uri):
+        token, name = match[2] or os.environ.get("TRACEIR_MILVUS_TOKEN", ""), match[4] or _NAME
+        address = MilvusAddress(match[1] + match[3], name, f"{match[1]}{match[3]}/{name}", token)
+    else:  # which may hold a password
+        raise StoreError(
+            "the index's address is none of Milvus: give milvus-lite:FILE, which ends in .db, or http://HOST:19530/NAME"
+        )
+    own = (*GRAPHS.values(), BACKGROUND)
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", address.name, re.ASCII) or address.name.endswith(own):
+        what = f"index {address.shown} has the name {address.name!r}"
+        raise StoreError(f"{what}; use up to 200 letters, digits and _, and no ending of our own")
+    return address
+
+
+class MilvusIndex(Index):
     """An `Index` in a Milvus collection; made by `open_index`."""
 
-    def __init__(
-        self,
-        place: Place,
-        *,
-        fingerprint: str | None,
-        prompt_version: str | None,
-        dim: int | None = None,
-        create: bool = False,
-        dtype: StoredType = "float32",
-        timeout: float = 10.0,
-    ) -> None:
-        self._place = place
-        self._has_maker = fingerprint is not None
+    def __init__(self, uri: str, **options: Unpack[OpenOptions]) -> None:
+        self._address, self._opening = parse_address(uri), Opening(**options)
+        self._name, self._shown = self._address.name, self._address.shown
         self._writing = RLock()
         self._writes = 0
-        new = (lambda: describe_new(place, fingerprint, prompt_version, dim, dtype)) if create else None
-        self._collections = Collections(place, create=new, timeout=timeout)
-        self._maker = self._collections.maker
+        self._closed = False
+        self._client = _connect(self._address, self._opening)
         try:
-            check_maker(place.shown, "model", self._maker.fingerprint, fingerprint)
-            check_maker(place.shown, "prompt version", self._maker.prompt_version, prompt_version)
-            if dim is not None and dim != self._maker.dim:
-                raise StoreError(f"index {place.shown} holds vectors of width {self._maker.dim}, not {dim}; use the same encoder")
+            with self._explained("open it"):
+                version = str(self._call("get_server_version"))
+                self._is_small, self._merges = "lite" in version, version.startswith("milvus_lite")
+                if not self._has(self._name):
+                    self._create_items()
+                self._meta = self._read_meta()
+                self._meta.check(self._shown, self._opening)
+                self._numpy_type = np.float16 if self._meta.dtype == "float16" else np.float32
+                self._page = min(
+                    _PAGE, max(1, _ANSWER_BYTES // (4 * self._meta.dim))
+                )  # rows with vectors in a request or an answer
+                self._load()
         except BaseException:
-            self._collections.close()
+            self.close()
             raise
 
     def check(self, items: Sequence[Item]) -> None:
-        check_items(items)
-        blank = np.zeros(self._maker.dim, dtype=np.float32)
+        store.check_items(items)
         for item in items:
-            row_of(item, blank)
+            milvus_rows.row_of(item, np.zeros(self._meta.dim, dtype=np.float32))
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError).
 
         Which ids were new is exact among the writes of this handle; another process may write between the look and the write.
         """
-        self._need_maker("add to")
-        check_items(items)
-        unit = check_vectors(vectors, len(items), self._maker.dim, [item.id for item in items])
-        rows = [row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
-        _check_size(rows)
+        store.need_model(self._shown, self._opening, "add to")
+        store.check_items(items)
+        unit = store.check_vectors(vectors, len(items), self._meta.dim, [item.id for item in items])
+        rows = [milvus_rows.row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
+        total = sum(milvus_rows.row_bytes(row) for row in rows)
+        if total > MAX_REQUEST_BYTES:
+            most = max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))
+            what = f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}"
+            raise InputError(f"{what}; nothing was written: give at most {most} such items a call")
         if not rows:
             return set()
-        keys = [row["key"] for row in rows]
-        with self._writing, self._collections.explained("add to it"):
-            new = set(keys).difference(self._collections.keys_of(keys))
-            blank = self._collections.blank_columns(keys)
-            rows = [{**blank.get(row["key"], {}), **row} for row in rows]
-            for modality, name in self._collections.graphs().items():
-                if own := [graph_row(row) for row in rows if row["modality"] == modality]:
-                    self._collections.upsert(name, own)
-            self._collections.upsert(self._place.name, rows)
-            self._collections.flush()
-            self._writes += 1
-        return {id_of(key) for key in new}
+        keys = [row[KEY] for row in rows]
+        with self._writing, self._explained("add to it"):
+            known = set(self._keys(_keys_by_page(keys)))
+            if (
+                known and self._merges
+            ):  # Milvus Lite would keep the dynamic fields of the row that is replaced: they are set to null
+                blank = {key: dict.fromkeys(filter_columns(old.fields)) for key, old in self._fetch(known).items()}
+                rows = [{**blank.get(row[KEY], {}), **row} for row in rows]
+            for modality, name in self._graphs().items():
+                if own := [_graph_row(row) for row in rows if row["modality"] == modality]:
+                    self._upsert(name, own)
+            self._upsert(self._name, rows)
+            self._wrote()
+        return {milvus_rows.id_of(key) for key in keys if key not in known}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
-        if isinstance(which, Sequence):
-            wanted = [key_of(id) for id in dict.fromkeys(check_ids(which))]
-            find = partial(self._collections.keys_of, wanted)
-        else:
-            find = partial(self._collections.keys, compile_filter(which))
-        with self._writing, self._collections.explained("delete from it"):
-            keys = find()
+        passing = _keys_by_page(map(key_of, store.check_ids(which))) if isinstance(which, Sequence) else [compile_filter(which)]
+        with self._writing, self._explained("delete from it"):
+            keys = self._keys(passing)
+            for part in _pages(keys, _PAGE):
+                for name in (self._name, *self._graphs().values()):
+                    self._call("delete", name, filter=keys_in(part))
             if keys:
-                self._collections.delete(keys)
-                self._collections.flush()
-                self._writes += 1
+                self._wrote()
         return len(keys)
 
     def build_approximate(self) -> None:
@@ -144,11 +166,22 @@ class MilvusIndex:
         Earlier graphs are dropped first. Later items are placed as they come.
         What other processes write meanwhile may be missing from the graphs: let none.
         """
-        with self._writing, self._collections.explained("build its graphs"):
-            self._collections.drop_graphs()
-            for modality in MODALITIES:
-                if self._collections.count(_of_modality(modality)):
-                    self._collections.build_graph(modality, self._graph_pages(modality))
+        with self._writing, self._explained("build its graphs"):
+            for modality, ending in GRAPHS.items():
+                name = self._name + ending
+                self._drop(name)
+                if self._count(_of_modality(modality)):
+                    self._create(name, (), None)
+                    for page in _pages(map(stored_of, self._rows(_of_modality(modality), _columns(True))), self._page):
+                        rows = [{KEY: key_of(own.id), **filter_columns(own.fields), VECTOR: own.vector} for own in page]
+                        self._upsert(name, rows)
+                    self._call("flush", name, timeout=_BUILD_SECONDS)
+                    self._call("create_index", name, self._index("HNSW", _GRAPH), timeout=_BUILD_SECONDS)
+                    while int((self._call("describe_index", name, VECTOR) or {}).get("pending_index_rows") or 0):
+                        time.sleep(0.5)
+                    # Milvus Lite builds while it loads, so that from here on no search is a silent comparison of all rows.
+                    self._call("release_collection", name)
+                    self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
     def search(
         self,
@@ -160,217 +193,331 @@ class MilvusIndex:
         exact: bool = True,
     ) -> list[list[Hit]]:
         """As `Index.search`; where the graphs find few rows, as under a filter that few pass, a query is searched exactly."""
-        self._need_maker("search")
-        check_search(k, modality)
-        queries = check_vectors(vectors, None, self._maker.dim)
-        asked = _Asked(k, where, modality)
-        with self._collections.explained("search it"):
+        store.need_model(self._shown, self._opening, "search")
+        store.check_search(k, modality)
+        queries = store.check_vectors(vectors, None, self._meta.dim)
+        passing = compile_filter(where)
+        expression = " and ".join(part for part in (passing, _of_modality(modality) if modality else "") if part)
+
+        def passes(row: Stored) -> bool:
+            """Also now: a row may have been replaced since it was found."""
+            return modality in (None, row.modality) and (where is None or matches(where, row.id, row.modality, row.fields))
+
+        with self._explained("search it"):
             if exact:
-                found = self._search_exactly(queries, asked)
-            else:
-                found, few = self._search_graphs(queries, asked)
-                for row, best in zip(few, self._search_exactly(queries[few], asked), strict=True):
-                    found[row] = best
-        return [[_hit(stored, score, rank) for rank, (score, stored) in enumerate(best, start=1)] for best in found]
+                return self._search([self._name], queries, k, expression, passes)[0]
+            if not (graphs := self._graphs()):
+                what = f"index {self._shown} has no graph for approximate search"
+                raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
+            names = [name for own, name in graphs.items() if modality in (None, own)]
+            hits, few = self._search(names, queries, k, passing, passes)
+            for row, found in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
+                hits[row] = found
+            return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
-        keys = [key_of(id) for id in dict.fromkeys(check_ids(ids))]
-        with self._collections.explained("read it"):
-            rows = self._collections.fetch(keys, with_vectors)
-            return {id_of(key): stored_of(rows[key].columns, rows[key].vector) for key in keys if key in rows}
+        keys = [key_of(id) for id in store.check_ids(ids)]
+        with self._explained("read it"):
+            rows = self._fetch(keys, with_vectors)
+            return {rows[key].id: rows[key] for key in keys if key in rows}
 
     def count(self, where: Filter | None = None) -> int:
-        expression = compile_filter(where)
-        with self._collections.explained("count in it"):
-            return self._collections.count(expression)
+        with self._explained("count in it"):
+            return self._count(compile_filter(where))
 
     def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
-        expression = compile_filter(where)
-        with self._collections.explained("read it"):
-            for row in self._collections.iterate(expression, with_vectors):
-                yield stored_of(row.columns, row.vector)
+        with self._explained("read it"):
+            yield from map(stored_of, self._rows(compile_filter(where), _columns(with_vectors)))
 
     def info(self) -> IndexInfo:
         """As `Index.info`; `cells` is the number of graphs, `probes` their effort; `bytes` is 0 on a server."""
-        with self._collections.explained("describe it"):
-            counts = {modality: self._collections.count(_of_modality(modality)) for modality in MODALITIES}
-            graphs = len(self._collections.graphs())
-            source, _, background = self._collections.describe_background()
-        file = self._place.file
+        with self._explained("describe it"):
+            counts = {modality: self._count(_of_modality(modality)) for modality in MODALITIES}
+            graphs = len(self._graphs())
+            source, _, background = self._describe_background()
+        file = self._address.file
         return IndexInfo(
-            **asdict(self._maker),
-            uri=self._place.shown,
+            **asdict(self._meta),
+            uri=self._shown,
             counts={modality: count for modality, count in counts.items() if count},
             cells=graphs,
             probes=EFFORT if graphs else 0,
-            bytes=0 if file is None else size_of(Path(folder, name) for folder, _, names in os.walk(file) for name in names),
+            bytes=0 if file is None else store.size_of(path for path in file.rglob("*") if path.is_file()),
             background=background,
             background_source=source,
         )
 
     def keep_background(self, background: Background) -> None:
-        """As `Index.keep_background`, in a collection of its own; where it is cut off the index is not calibrated any more."""
-        checked = check_background(background, self._maker.dim)
-        with self._writing, self._collections.explained("keep a background in it"):
-            self._collections.write_background(checked)
-            self._writes += 1
+        """As `Index.keep_background`, in a collection of its own, made anew; one that was cut off counts as none."""
+        checked, name = store.check_background(background, self._meta.dim), self._name + BACKGROUND
+        with self._writing, self._explained("keep a background in it"):
+            self._drop(name)
+            self._create(name, (), checked.described())
+            for modality, vectors in checked.vectors.items():
+                rows = [{KEY: f"{modality} {number:09}", VECTOR: vector} for number, vector in enumerate(vectors)]
+                for part in _pages(rows, self._page):
+                    self._upsert(name, part)
+            self._wrote(name)
 
     def background(self) -> Background | None:
-        with self._collections.explained("read its background"):
-            return self._collections.read_background()
+        with self._explained("read its background"):
+            source, created, counts = self._describe_background()
+            if not counts:
+                return None
+            rows = self._rows("", [KEY, VECTOR], self._name + BACKGROUND)
+            found = sorted((row[KEY].rpartition(" ")[0], row[KEY], vector_of(row[VECTOR]).tolist()) for row in rows)
+        vectors = {name: np.array([own for kind, _, own in found if kind == name], dtype=np.float32) for name in counts}
+        whole = all(len(vectors[name]) == count for name, count in counts.items())
+        return Background(vectors, source, created) if whole else None
 
     def version(self) -> str:
         """As `Index.version`; what other processes replace is noticed once the number of items changes."""
-        with self._collections.explained("count in it"):
-            _, created, _ = self._collections.describe_background()
-            return f"{self._collections.count('')}.{self._writes}.{created}"
+        with self._explained("count in it"):
+            return f"{self._count('')}.{self._writes}.{self._describe_background()[1]}"
 
     def close(self) -> None:
         """Close the connection. Milvus Lite keeps its file to this process until the process ends."""
         with self._writing:
-            self._collections.close()
+            if not self._closed:
+                self._closed = True
+                self._client.close()
 
-    def __enter__(self) -> Self:
-        return self
+    # Reading
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def _search(
+        self, names: Sequence[str], queries: Vectors, k: int, expression: str, passes: Callable[[Stored], bool]
+    ) -> tuple[list[list[Hit]], list[int]]:
+        """The best of each query in these collections together, and the queries for which they ran out of rows."""
+        if k > MOST_HITS:
+            return [self._compare_all(query, k, expression) for query in queries], []
+        limit = min(MOST_HITS, k + max(16, k // 4))
+        effort = {} if names == [self._name] else {"ef": max(EFFORT, 2 * limit)}
+        whole = names == [self._name] and len(queries) * limit * _ROW_BYTES <= _ANSWER_BYTES
+        columns, raw = _columns(False) if whole else [KEY], dict[str, Any]()
+        options: dict[str, Any] = {"anns_field": VECTOR, "limit": limit, "filter": expression, "output_fields": columns}
+        scores: list[dict[str, float]] = [{} for _ in queries]
+        for name, start in itertools.product(names, range(0, len(queries), max(1, 1_000_000 // limit))):
+            part = list(queries[start : start + max(1, 1_000_000 // limit)].astype(self._numpy_type))
+            answers = self._call("search", name, data=part, search_params={"metric_type": "IP", "params": effort}, **options)
+            for own, answer in zip(scores[start:], answers, strict=False):
+                own |= {hit[KEY]: float(hit["distance"]) for hit in answer}
+                raw |= {hit[KEY]: {**hit["entity"], KEY: hit[KEY]} for hit in answer} if whole else {}
+        best = [sorted(own, key=lambda key: (-own[key], key))[:k] for own in scores]
+        wanted = sorted({key for keys in best for key in keys})
+        fetched = {key: stored_of(raw[key]) for key in wanted} if whole else self._fetch(wanted)
+        rows = {key: row for key, row in fetched.items() if passes(row)}
+        hits: list[list[Hit]] = []
+        for keys, own in zip(best, scores, strict=True):
+            there = [key for key in keys if key in rows]  # others have gone meanwhile
+            if broken := [rows[key].id for key in there if not abs(own[key]) <= 1 + store.UNIT]:
+                raise store.unusable(broken)
+            hits.append([rows[key].hit(max(-1.0, min(1.0, own[key])), rank) for rank, key in enumerate(there, start=1)])
+        return hits, [row for row, own in enumerate(scores) if len(own) < limit]
 
-    # Steps of a search
+    def _compare_all(self, query: Vector, k: int, expression: str) -> list[Hit]:
+        """The best of a query by reading every vector: for a larger k than Milvus returns."""
+        best: list[tuple[float, Stored]] = []
+        for page in _pages(map(stored_of, self._rows(expression, _columns(True))), _PAGE):
+            scores = np.clip(np.stack([cast(Vector, stored.vector) for stored in page]) @ query, -1, 1).tolist()
+            best = sorted([*best, *zip(scores, page, strict=True)], key=lambda pair: (-pair[0], pair[1].id))[:k]
+        return [stored.hit(score, rank) for rank, (score, stored) in enumerate(best, start=1)]
 
-    def _search_exactly(self, queries: Vectors, asked: _Asked) -> list[_Found]:
-        best: list[_Found] = []
-        for _ in range(_TRIES if len(queries) else 0):
-            best, lost = self._try_exactly(queries, asked)
-            if not lost:
-                break  # otherwise a hit was replaced or deleted meanwhile: look again
-        return best
+    def _graphs(self) -> dict[Modality, str]:
+        """The collections of finished graphs by modality; one without an index is a build that was cut off."""
+        there = set(self._call("list_collections"))
+        named = {modality: self._name + ending for modality, ending in GRAPHS.items()}
+        return {modality: name for modality, name in named.items() if name in there and self._client.list_indexes(name)}
 
-    def _try_exactly(self, queries: Vectors, asked: _Asked) -> tuple[list[_Found], bool]:
-        """The best of each query, and whether a row had gone between being found and being fetched."""
-        keys: dict[int, list[str]] = {}
-        rows: dict[str, Row] = {}
-        limit = max(2 * asked.k, asked.k + 16) if asked.k >= MOST_HITS else min(MOST_HITS, max(2 * asked.k, asked.k + 16))
-        todo = list(range(len(queries)))
-        while todo and limit <= MOST_HITS:
-            answers, read = self._collections.ask(self._place.name, queries[todo], limit, asked.expression)
-            rows |= read
-            for row, answer in zip(todo, answers, strict=True):
-                promising = _promising(answer, asked.k, limit, self._slack())
-                if promising is not None:
-                    keys[row] = promising
-            todo = [row for row in todo if row not in keys]
-            limit = 8 * limit if limit == MOST_HITS else min(8 * limit, MOST_HITS)
-        wanted = {key for own in keys.values() for key in own}
-        rows |= self._collections.fetch(sorted(wanted - rows.keys()), True)
-        usable = {key: rows[key] for key in wanted & rows.keys() if asked.takes(rows[key])}
-        best = [
-            _rank(query, [usable[key] for key in keys.get(row, ()) if key in usable], asked.k)
-            for row, query in enumerate(queries)
-        ]
-        for row in todo:
-            best[row] = self._compare_all(queries[row], asked)
-        return best, len(usable) < len(wanted)
+    def _count(self, expression: str) -> int:
+        return int(self._query(expression, ["count(*)"])[0]["count(*)"])
 
-    def _search_graphs(self, queries: Vectors, asked: _Asked) -> tuple[list[_Found], list[int]]:
-        """The best of each query that the graphs propose, and the queries for which they ran out of rows."""
-        graphs = self._collections.graphs()
-        if not graphs:
-            raise StoreError(
-                f"index {self._place.shown} has no graph for approximate search; "
-                "call build_approximate() once, or search with exact=True"
+    def _query(self, expression: str, columns: Sequence[str]) -> Any:
+        return self._call("query", self._name, filter=expression, output_fields=list(columns))
+
+    def _fetch(self, keys: Iterable[str], with_vectors: bool = False) -> dict[str, Stored]:
+        """What is kept under these keys."""
+        columns, pages = _columns(with_vectors), _keys_by_page(keys, self._page if with_vectors else _PAGE)
+        return {row[KEY]: stored_of(row) for page in pages for row in self._query(page, columns)}
+
+    def _keys(self, expressions: Iterable[str]) -> list[str]:
+        """The keys of the rows that pass any of these; also of damaged ones."""
+        return [row[KEY] for expression in expressions for row in self._rows(expression, [KEY])]
+
+    def _rows(self, expression: str, columns: Sequence[str], name: str = "") -> Iterator[Any]:
+        """Rows in order of their keys, which is that of their ids."""
+        size = self._page if VECTOR in columns else _PAGE
+        options: dict[str, Any] = {"batch_size": size, "filter": expression, "output_fields": list(columns)}
+        pages = self._call("query_iterator", name or self._name, **options)
+        try:
+            while page := pages.next():
+                yield from page
+        finally:
+            pages.close()
+
+    def _describe_background(self) -> tuple[str, str, dict[Modality, int]]:
+        """Source, creation and number of queries, as it was written; texts of none where there is none."""
+        if not self._has(self._name + BACKGROUND):
+            return "", "", {}
+        described = self._call("describe_collection", self._name + BACKGROUND)
+        return store.read_described((described.get("properties") or {}).get(_PROPERTY, ""))
+
+    def _read_meta(self) -> IndexMeta:
+        described = self._call("describe_collection", self._name).get("properties") or {}
+        if _PROPERTY not in described:
+            raise StoreError(f"{self._shown} is a collection of another program, not an index of TraceIR; choose another name")
+        try:
+            kept = dict(json.loads(described[_PROPERTY]))
+        except (ValueError, TypeError) as error:
+            raise store.DamageError(f"{error}; drop the collection and fill it again") from error
+        return IndexMeta.read(self._shown, kept, "drop the collection and fill it again")
+
+    # Writing
+
+    def _upsert(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of one collection by key, in one request."""
+        written = [{**row, VECTOR: row[VECTOR].astype(self._numpy_type)} for row in rows]
+        self._call("upsert", name, written)
+
+    def _wrote(self, name: str = "") -> None:
+        """Milvus Lite forces nothing to disk by itself; a server has its log, and refuses frequent flushes."""
+        if self._is_small:
+            self._call("flush", name or self._name)
+        self._writes += 1
+
+    def _has(self, name: str) -> bool:
+        return bool(self._call("has_collection", name))
+
+    def _drop(self, name: str) -> None:
+        if self._has(name):
+            self._call("drop_collection", name)
+
+    def _create_items(self) -> None:
+        if not self._opening.create:
+            raise _missing(self._shown)
+        self._meta = IndexMeta.new(self._shown, self._opening, ("float32", "float16"))
+        from pymilvus.exceptions import MilvusException
+
+        try:
+            self._create(self._name, KEPT, json.dumps(asdict(self._meta)))
+        except MilvusException as error:
+            if not self._has(self._name):  # otherwise another process was quicker
+                what = f"the server of {self._shown} makes no index of {self._meta.dtype} and width {self._meta.dim}"
+                raise StoreError(f"{what} ({_first_line(error)}); choose float32, or another server") from error
+
+    def _create(self, name: str, columns: Sequence[str], described: str | None) -> None:
+        """A collection with a FLAT index that describes itself, or without both, to become a graph."""
+        from pymilvus import DataType
+
+        schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
+        schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=milvus_rows.MAX_KEY_CHARS)
+        for column in columns:
+            schema.add_field(column, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES)
+        kind = DataType.FLOAT16_VECTOR if self._meta.dtype == "float16" else DataType.FLOAT_VECTOR
+        schema.add_field(VECTOR, kind, dim=self._meta.dim)
+        flat = {"index_params": self._index("FLAT", {}), "properties": {_PROPERTY: described}} if described else {}
+        # One shard, so that one call is one entry of the log, all or none.
+        options: dict[str, Any] = {"consistency_level": "Strong", "num_shards": 1, "timeout": _CALL_SECONDS, **flat}
+        self._call("create_collection", name, schema=schema, **options)
+
+    def _index(self, kind: str, parameters: Mapping[str, int]) -> Any:
+        index = self._client.prepare_index_params()
+        index.add_index(VECTOR, index_type=kind, metric_type="IP", params=dict(parameters))
+        return index
+
+    # The connection
+
+    @contextlib.contextmanager
+    def _explained(self, action: str) -> Iterator[None]:
+        """Errors of the client, and what it should not have returned, as StoreErrors that say what could not be done."""
+        from pymilvus.exceptions import MilvusException
+
+        if self._closed:
+            raise StoreError(f"index {self._shown} is closed; open it again")
+        try:
+            yield
+        except store.DamageError as error:
+            raise StoreError(f"index {self._shown} is damaged: {error}") from error
+        except MilvusException as error:
+            remedy = "check that the server runs and read its log, then repeat the call"
+            if self._address.file is not None:
+                remedy = "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
+            raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}") from error
+
+    def _call(self, action: str, *arguments: Any, timeout: float = _CALL_SECONDS, **options: Any) -> Any:
+        """What the client returns; a server that was started again must first be told to load its collections."""
+        from pymilvus.exceptions import MilvusException
+
+        call = partial(getattr(self._client, action), *arguments, timeout=timeout, **options)
+        try:
+            return call()
+        except MilvusException as error:
+            if error.code != _NOT_LOADED:
+                raise
+            self._load()
+            return call()
+
+    def _load(self) -> None:
+        background = self._name + BACKGROUND
+        for name in (self._name, *self._graphs().values(), *([background] if self._has(background) else [])):
+            self._call("load_collection", name, timeout=_BUILD_SECONDS)
+
+
+def _connect(address: MilvusAddress, opening: Opening) -> Any:
+    try:
+        from pymilvus import MilvusClient
+        from pymilvus.exceptions import MilvusException
+    except ImportError as error:
+        raise StoreError(f"index {address.shown} needs pymilvus; install it with `pip install 'traceir[milvus]'`") from error
+    # They log each refusal with a traceback before they raise it; Milvus Lite in this process also logs what it does not do.
+    for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if address.file else [])):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if address.file is not None:
+        try:
+            if not opening.create and not address.file.exists():
+                raise _missing(address.shown)
+            address.file.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise StoreError(f"the file of index {address.shown} cannot be looked for or made: {why}; choose another") from error
+    try:
+        return MilvusClient(address.uri, token=address.token, timeout=opening.timeout, dedicated=True)
+    except MilvusException as error:
+        remedy = "check that the server runs and that address and token are right"
+        if address.file is not None:
+            remedy = (
+                "another process may hold it (one at a time can), it is no file of Milvus Lite, or milvus-lite is not installed"
             )
-        keys: list[set[str]] = [set() for _ in queries]
-        limit = min(MOST_HITS, max(2 * asked.k, asked.k + 16))
-        for modality, name in graphs.items():
-            if asked.modality in (None, modality) and len(queries):
-                answers, _ = self._collections.ask(name, queries, limit, compile_filter(asked.where))
-                for own, answer in zip(keys, answers, strict=True):
-                    own |= {key for key, _ in answer}
-        rows = self._collections.fetch(sorted({key for own in keys for key in own}), True)
-        usable = {key: row for key, row in rows.items() if asked.takes(row)}
-        own_rows = [[usable[key] for key in own & usable.keys()] for own in keys]
-        found = [_rank(query, own, asked.k) for query, own in zip(queries, own_rows, strict=True)]
-        return found, [row for row, own in enumerate(own_rows) if len(keys[row]) < limit or len(own) < asked.k]
-
-    def _compare_all(self, query: Vector, asked: _Asked) -> _Found:
-        """The best of a query by reading every vector: for a larger k, or more equal scores, than Milvus returns."""
-        best: _Found = []
-        rows = self._collections.iterate(asked.expression, True)
-        while page := list(islice(rows, PAGE)):
-            best = _first(best + _rank(query, page, asked.k), asked.k)
-        return best
-
-    def _slack(self) -> float:
-        """More than twice what the server's scores and ours can differ by; float16 also rounds the query it compares with."""
-        return margin(self._maker.dim) + (2.0**-9 if self._maker.dtype == "float16" else 0.0)
-
-    def _graph_pages(self, modality: Modality) -> Iterator[list[dict[str, Any]]]:
-        rows = self._collections.iterate(_of_modality(modality), True)
-        while page := list(islice(rows, PAGE)):
-            kept = [(row, stored_of(row.columns, None).fields) for row in page]
-            yield [{"key": row.columns["key"], **filter_columns(fields), "vector": row.vector} for row, fields in kept]
-
-    def _need_maker(self, action: str) -> None:
-        if not self._has_maker:
-            raise StoreError(
-                f"index {self._place.shown} was opened without a model, only to look at it; "
-                f"to {action} it, open it with the fingerprint of the model in use"
-            )
+        raise StoreError(f"index {address.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
 
 
-class _Asked:
-    """What a search asks for beside its vectors."""
-
-    def __init__(self, k: int, where: Filter | None, modality: Modality | None) -> None:
-        self.k, self.where, self.modality = k, where, modality
-        self.expression = join_filters(compile_filter(where), _of_modality(modality) if modality else "")
-
-    def takes(self, row: Row) -> bool:
-        """Whether a row, which may have changed since it was found, still passes."""
-        stored = stored_of(row.columns, None)
-        if self.modality not in (None, stored.modality):
-            return False
-        return self.where is None or matches(self.where, stored.id, stored.modality, stored.fields)
+def _missing(shown: str) -> StoreError:
+    return StoreError(f"there is no index at {shown}; check the address, or fill one with `traceir index add`")
 
 
-def _check_size(rows: Sequence[dict[str, Any]]) -> None:
-    total = sum(row_bytes(row) for row in rows)
-    if total > MAX_REQUEST_BYTES:
-        raise InputError(
-            f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}; nothing was "
-            f"written: give at most {max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))} such items a call"
-        )
+def _first_line(error: Exception) -> str:
+    text = str(getattr(error, "message", "") or error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
+
+
+def _columns(with_vectors: bool) -> list[str]:
+    return [KEY, *KEPT, *([VECTOR] if with_vectors else [])]
+
+
+def _graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the collection of a graph holds of a row: what it is found and filtered by, not what is shown."""
+    return {name: value for name, value in row.items() if name not in KEPT}
 
 
 def _of_modality(modality: Modality) -> str:
-    return f'modality in ["{modality}"]'
+    return f'(modality in ["{modality}"])'
 
 
-def _promising(answer: Sequence[tuple[str, float]], k: int, limit: int, slack: float) -> list[str] | None:
-    """The keys that can be among the best k; None where rows that the limit cut off could be."""
-    if len(answer) <= k and len(answer) < limit:
-        return [key for key, _ in answer]
-    scores = sorted((score for _, score in answer), reverse=True)
-    floor = scores[k - 1] - slack
-    if len(answer) >= limit and scores[-1] >= floor:
-        return None
-    return [key for key, score in answer if not score < floor]  # NaN too, which is then found out
+def _keys_by_page(keys: Iterable[str], size: int = _PAGE) -> list[str]:
+    """Expressions that together are true of these keys."""
+    return [keys_in(part) for part in _pages(dict.fromkeys(keys), size)]
 
 
-def _rank(query: Vector, rows: Sequence[Row], k: int) -> _Found:
-    if not rows:
-        return []
-    vectors = np.stack([cast(Vector, row.vector) for row in rows])
-    if broken := rows_not_unit(vectors):
-        raise unusable([id_of(rows[row].columns["key"]) for row in broken])
-    scores = rescore(vectors, query)
-    return _first([(float(score), stored_of(row.columns, None)) for score, row in zip(scores, rows, strict=True)], k)
-
-
-def _first(found: _Found, k: int) -> _Found:
-    return sorted(found, key=lambda pair: (-pair[0], pair[1].id))[:k]
-
-
-def _hit(stored: Stored, score: float, rank: int) -> Hit:
-    return Hit(stored.id, score, rank, stored.modality, stored.text, stored.image, stored.fields)
+def _pages(values: Iterable[T], size: int) -> Iterator[list[T]]:
+    rest = iter(values)
+    while page := list(itertools.islice(rest, size)):
+        yield page

@@ -18,14 +18,13 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.index import store
-from traceir.index.filters import And, Eq, Filter, In, Range, Scalar, Value, is_list, kind_of, not_a_filter, shown, values_of
-from traceir.index.store import MAX_ID_BYTES, DamageError, Stored, image_of
+from traceir.index.filters import Filter, Kind, Range, Scalar, Value, is_list, kind_of, leaves, shown, values_of, wanted_by_kind
 from traceir.items import MODALITIES, Item, Vector
 
 KEY: Final = "key"
 VECTOR: Final = "vector"
 KEPT: Final = ("modality", "text", "image", "fields", "content_hash")
-MAX_KEY_CHARS: Final = 2 * MAX_ID_BYTES
+MAX_KEY_CHARS: Final = 2 * store.MAX_ID_BYTES
 MAX_VARCHAR_BYTES: Final = 65_535
 MAX_DYNAMIC_BYTES: Final = 65_536
 NOTHING: Final = f'{KEY} == ""'  # no item has an empty id
@@ -43,25 +42,24 @@ def id_of(key: str) -> str:
 
 
 def row_of(item: Item, vector: Vector) -> dict[str, Any]:
-    """The columns of an item; InputError where one is longer than Milvus takes. Reads pictures, for the content hash."""
+    """The columns of an item; InputError where one is longer than Milvus takes. Reads images, for the content hash."""
     columns: dict[str, Any] = {
         KEY: key_of(str(item.id)),
         "modality": item.modality,
         "text": item.text,
-        "image": image_of(item) or "",
+        "image": store.image_of(item) or "",
         "fields": json.dumps(dict(item.fields), ensure_ascii=False),
         "content_hash": item.content_hash(),
     }
-    for name in ("text", "image", "fields"):
-        _check_length(str(item.id), name, len(columns[name].encode()), MAX_VARCHAR_BYTES)
     dynamic = filter_columns(item.fields)
-    _check_length(str(item.id), "filter values", len(json.dumps(dynamic)), MAX_DYNAMIC_BYTES)
+    lengths = [(name, len(columns[name].encode()), MAX_VARCHAR_BYTES) for name in ("text", "image", "fields")]
+    for what, length, most in (*lengths, ("filter values", len(json.dumps(dynamic)), MAX_DYNAMIC_BYTES)):
+        if length > most:
+            raise InputError(
+                f"the {what} of item {str(item.id)[:80]!r} take {length} bytes, more than the {most} that Milvus keeps; "
+                "nothing was written: shorten them, or use an index in a folder"
+            )
     return {**columns, **dynamic, VECTOR: vector}
-
-
-def graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the collection of a graph holds of a row: what it is found and filtered by, not what is shown."""
-    return {name: value for name, value in row.items() if name not in KEPT}
 
 
 def filter_columns(fields: Mapping[str, Value]) -> dict[str, str | list[str]]:
@@ -69,11 +67,11 @@ def filter_columns(fields: Mapping[str, Value]) -> dict[str, str | list[str]]:
     columns: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     for name, value in fields.items():
-        for one in values_of(value):
+        for part in values_of(value):
             if is_list(value):
-                lists.setdefault(list_column_of(name, one), []).append(sortable(one))
+                lists.setdefault(list_column_of(name, part), []).append(sortable(part))
             else:
-                columns[column_of(name, one)] = sortable(one)
+                columns[column_of(name, part)] = sortable(part)
     return {**columns, **lists}
 
 
@@ -83,13 +81,15 @@ def row_bytes(row: Mapping[str, Any]) -> int:
     return sum(values) + sum(len(name) + 16 for name in row)
 
 
-def stored_of(row: Mapping[str, Any], vector: Vector | None) -> Stored:
+def stored_of(row: Mapping[str, Any]) -> store.Stored:
+    """What was read of an item, with its vector where it was asked for; DamageError where it is not what is ever written."""
     try:
-        id = id_of(row[KEY])
-    except ValueError as error:
-        raise DamageError(f"{shown(row[KEY])} is no key of an item; drop the collection and fill it again") from error
-    kept = (row["modality"], row["text"] or None, row["image"] or None, row["fields"], row["content_hash"])
-    return store.stored_of(id, *kept, vector=vector)
+        vector = vector_of(row[VECTOR]) if VECTOR in row else None
+        kept = (id_of(row[KEY]), row["modality"], row["text"] or None, row["image"] or None, row["fields"], row["content_hash"])
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"the row of key {shown(row.get(KEY))} cannot be read ({type(error).__name__}: {error})"
+        raise store.DamageError(f"{what}; drop the collection and fill it again") from error
+    return store.stored_of(*kept, vector=vector)
 
 
 def vector_of(value: Any) -> Vector:
@@ -103,26 +103,14 @@ def vector_of(value: Any) -> Vector:
 
 def compile_filter(where: Filter | None) -> str:
     """A filter as a Milvus expression; the empty one matches everything."""
-    if where is None:
-        return ""
-    if isinstance(where, And):
-        parts = [compile_filter(part) for part in where.parts]
-        return " and ".join(f"({part})" for part in parts if part)
-    if isinstance(where, Eq):
-        return _compile_in(where.name, (where.value,))
-    if isinstance(where, In):
-        return _compile_in(where.name, where.values)
-    if isinstance(where, Range):
-        return _compile_range(where)
-    raise not_a_filter(where)
-
-
-def join_filters(*expressions: str) -> str:
-    return " and ".join(f"({one})" for one in expressions if one)
+    return " and ".join(
+        f"({_compile_range(leaf) if isinstance(leaf, Range) else _compile_in(leaf.name, wanted_by_kind(leaf))})"
+        for leaf in leaves(where)
+    )
 
 
 def keys_in(keys: Sequence[str]) -> str:
-    return f"{KEY} in [{_quoted(keys)}]" if keys else NOTHING
+    return _one_of(KEY, keys)
 
 
 def column_of(name: str, value: Scalar) -> str:
@@ -139,12 +127,10 @@ def list_column_of(name: str, value: Scalar) -> str:
 
 def sortable(value: Scalar) -> str:
     """A value as text whose order, code point by code point, is that of the values of its kind; equal values, equal texts."""
-    if isinstance(value, bool):
-        return str(int(value))
     if isinstance(value, str):
         return value.encode().hex()
-    if value is None:
-        raise InputError("None has no place in an order; filter it with Eq(name, None)")
+    if value is None or isinstance(value, bool):
+        return str(int(value or 0))
     near = float(value)
     bits = struct.unpack(">Q", struct.pack(">d", near))[0]
     bits = 0 if bits == _SIGN else bits  # -0.0 is 0.0; by bits, because a processor may be set to take the smallest for 0
@@ -154,35 +140,32 @@ def sortable(value: Scalar) -> str:
     return f"{ordered:016x}{rest + 2048:03x}"
 
 
-def _compile_in(name: str, values: Sequence[Scalar]) -> str:
+def _compile_in(name: str, wanted: Mapping[Kind, Sequence[Scalar]]) -> str:
     if name == "id":
-        return keys_in([key_of(value) for value in values if isinstance(value, str)])
+        return keys_in([key_of(str(value)) for value in wanted.get("text", ())])
     if name == "modality":
-        return _one_of("modality", [value for value in MODALITIES if value in values])
-    by_column: dict[tuple[str, str], list[str]] = {}
-    for value in values:
-        if value is not None:
-            by_column.setdefault((column_of(name, value), list_column_of(name, value)), []).append(sortable(value))
+        return _one_of("modality", [value for value in MODALITIES if value in wanted.get("text", ())])
     conditions = []
-    for (column, list_column), wanted in by_column.items():
-        conditions += [_one_of(column, wanted), f"json_contains_any({list_column}, [{_quoted(wanted)}])"]
-    if any(value is None for value in values):
-        kinds: tuple[Scalar, ...] = ("", 0, False)
-        columns = [column(name, kind) for kind in kinds for column in (column_of, list_column_of)]
-        conditions.append(" and ".join(f"(not exists {column})" for column in columns))
+    for kind, values in wanted.items():
+        if kind == "none":
+            columns = [column(name, example) for example in ("", 0, False) for column in (column_of, list_column_of)]
+            conditions.append(" and ".join(f"(not exists {column})" for column in columns))
+        else:
+            texts = [sortable(value) for value in values]
+            conditions.append(_one_of(column_of(name, values[0]), texts))
+            conditions.append(f"json_contains_any({list_column_of(name, values[0])}, [{_quoted(texts)}])")
     return " or ".join(f"({condition})" for condition in conditions) or NOTHING
 
 
-def _compile_range(where: Range) -> str:
-    bounds = [(sign, bound) for sign, bound in ((">=", where.low), ("<=", where.high)) if bound is not None]
-    is_text = isinstance(bounds[0][1], str)
-    if where.name in ("id", "modality") and not is_text:
+def _compile_range(leaf: Range) -> str:
+    bounds = leaf.bounds()
+    if leaf.name in ("id", "modality") and kind_of(bounds[0][0]) != "text":
         return NOTHING
-    if where.name == "modality":
-        low, high = str(where.low or ""), where.high
-        return _one_of("modality", [one for one in MODALITIES if low <= one and (high is None or one <= str(high))])
-    column = KEY if where.name == "id" else column_of(where.name, bounds[0][1])
-    return " and ".join(f'{column} {sign} "{sortable(bound)}"' for sign, bound in bounds)
+    if leaf.name == "modality":
+        low, high = str(leaf.low or ""), leaf.high
+        return _one_of("modality", [name for name in MODALITIES if low <= name and (high is None or name <= str(high))])
+    column = KEY if leaf.name == "id" else column_of(leaf.name, bounds[0][0])
+    return " and ".join(f'{column} {sign} "{sortable(bound)}"' for bound, sign in bounds)
 
 
 def _one_of(column: str, values: Sequence[str]) -> str:
@@ -191,11 +174,3 @@ def _one_of(column: str, values: Sequence[str]) -> str:
 
 def _quoted(values: Sequence[str]) -> str:
     return ", ".join(f'"{value}"' for value in values)
-
-
-def _check_length(id: str, what: str, found: int, most: int) -> None:
-    if found > most:
-        raise InputError(
-            f"the {what} of item {id[:80]!r} take {found} bytes, more than the {most} that Milvus keeps; "
-            "nothing was written: shorten them, or use an index in a folder"
-        )

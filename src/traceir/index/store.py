@@ -1,26 +1,30 @@
-"""The interface every index keeps, what it returns, and the checks made before anything is written."""
+"""The interface every index keeps, what it returns, what it says of itself, and the checks made before anything is written."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self, TypedDict, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
-from traceir.index.filters import OWN_NAMES, Filter, check_field, shown
+from traceir.index.filters import OWN_NAMES, Filter, check_field, is_value, shown
 from traceir.items import MODALITIES, Hit, Item, Modality, Value, Vector
 
+FORMAT: Final = 1
+"""Of the SQLite file and of the Milvus collection."""
 MAX_ID_BYTES: Final = 1024
 MAX_DIM: Final = 65_536
-StoredType = Literal["float32", "float16"]
+StoredType = Literal["float32", "float16", "int8"]
 Vectors = npt.NDArray[np.float32]
 UNIT: Final = 0.01
 """By how much the squared length of a vector that was kept may differ from 1: float16 rounds by a tenth of it at most."""
@@ -30,6 +34,46 @@ _TEXT: Final = (str, type(None))
 
 class DamageError(Exception):
     """What was read is not what an index holds; an adapter makes a StoreError of it that says which index."""
+
+
+class ModelIdentity(Protocol):
+    """Which model makes the vectors of an index: an encoder, or what is known of one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def prompt_version(self) -> str: ...
+
+    @property
+    def width(self) -> int:
+        """The length D of its vectors."""
+
+
+Maker = ModelIdentity  # the former name
+
+
+class OpenOptions(TypedDict, total=False):
+    """The options of `open_index`, which describes them."""
+
+    fingerprint: str | None
+    prompt_version: str | None
+    dim: int | None
+    create: bool
+    dtype: StoredType
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """`OpenOptions` with the defaults filled in."""
+
+    fingerprint: str | None = None
+    prompt_version: str | None = None
+    dim: int | None = None
+    create: bool = False
+    dtype: StoredType = "float32"
+    timeout: float = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +88,60 @@ class Stored:
     content_hash: str
     vector: Vector | None = None
 
+    def hit(self, score: float, rank: int) -> Hit:
+        return Hit(self.id, score, rank, self.modality, self.text, self.image, self.fields)
+
 
 @dataclass(frozen=True, slots=True)
-class IndexInfo:
-    """A description of an index: items by modality, the cells of its approximate search (0: not built), and the queries of its
-    background by modality (none: not calibrated), with what they are."""
+class IndexMeta:
+    """What an index says of itself, written when it is made."""
 
-    uri: str
     format: int
     dim: int
     dtype: StoredType
     fingerprint: str
     prompt_version: str
     created: str
+
+    @classmethod
+    def new(cls, uri: str, opening: Opening, dtypes: Sequence[StoredType]) -> IndexMeta:
+        """Of an index about to be made; InputError where something is missing or not among `dtypes`."""
+        dim, dtype = opening.dim, opening.dtype
+        if not opening.fingerprint or not opening.prompt_version or dim is None:
+            raise InputError(f"a new index at {uri} needs the encoder's fingerprint, prompt version and width")
+        if not 1 <= dim <= MAX_DIM or dtype not in dtypes:
+            raise InputError(f"this index cannot hold {dtype} of width {dim}; choose {' or '.join(dtypes)} and 1 to {MAX_DIM}")
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return cls(FORMAT, dim, dtype, opening.fingerprint, opening.prompt_version, created)
+
+    @classmethod
+    def read(cls, uri: str, kept: Mapping[str, Any], remedy: str) -> IndexMeta:
+        """What was written; StoreError for another format, or, with the `remedy`, for what is damaged."""
+        if (number := str(kept.get("format", "none"))) != str(FORMAT):
+            what = f"{uri} has index format {number} but this version reads format {FORMAT}"
+            raise StoreError(f"{what}; use the version of TraceIR that made it, or fill a new index")
+        texts, dim = ("fingerprint", "prompt_version", "created"), str(kept.get("dim"))
+        valid = {name: isinstance(kept.get(name), str) for name in texts}
+        valid["dim"] = bool(re.fullmatch("[0-9]{1,5}", dim, re.ASCII)) and 1 <= int(dim) <= MAX_DIM
+        valid["dtype"] = kept.get("dtype") in get_args(StoredType)
+        if wrong := [name for name, is_valid in valid.items() if not is_valid]:
+            raise StoreError(f"{uri} is damaged: {', '.join(wrong)} cannot be read; {remedy}")
+        return cls(FORMAT, int(dim), kept["dtype"], *(kept[name] for name in texts))
+
+    def check(self, uri: str, opening: Opening) -> None:
+        """Raise StoreError where the index was made by another model than the one it is opened for."""
+        check_maker(uri, "model", self.fingerprint, opening.fingerprint)
+        check_maker(uri, "prompt version", self.prompt_version, opening.prompt_version)
+        if opening.dim not in (None, self.dim):
+            raise StoreError(f"index {uri} holds vectors of width {self.dim}, not {opening.dim}; use the same encoder")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexInfo(IndexMeta):
+    """A description of an index: items by modality, IVF lists of its approximate search (`cells`; 0: not built) and how many a
+    search visits (`probes`), queries of its background by modality (none: not calibrated), and what those are."""
+
+    uri: str
     counts: Mapping[Modality, int]
     cells: int
     probes: int
@@ -85,19 +170,9 @@ class Background:
         """How many queries of each modality there are."""
         return {modality: len(own) for modality, own in self.vectors.items()}
 
-
-class Maker(Protocol):
-    """Who makes the vectors of an index: an encoder, or what is known of one."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def prompt_version(self) -> str: ...
-
-    @property
-    def width(self) -> int:
-        """The length D of its vectors."""
+    def described(self) -> str:
+        """All but the vectors, as JSON."""
+        return json.dumps({"source": self.source, "created": self.created, "counts": self.counts})
 
 
 class Index(Protocol):
@@ -108,6 +183,7 @@ class Index(Protocol):
 
     def check(self, items: Sequence[Item]) -> None:
         """Raises InputError for an item that `upsert` would refuse, whatever its vector."""
+        check_items(items)
 
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         """Add or replace items by id, all or none; `vectors` is [N, D]. Durable on disk when it returns.
@@ -154,13 +230,15 @@ class Index(Protocol):
 
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
 
 
 def image_of(item: Item) -> str | None:
-    """What an index keeps of the first picture: its path, or its name, or None."""
+    """What an index keeps of the first image: its path, or its name, or None."""
     image = item.images[0] if item.images else None
     return None if image is None else str(image.path) if image.path else image.name or None
 
@@ -169,62 +247,11 @@ def check_id(id: str | None) -> str:
     """The id, or InputError where it is missing, longer than MAX_ID_BYTES in UTF-8, or not plain text."""
     if not isinstance(id, str) or not id:
         raise InputError(f"id {shown(id)} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
-    try:
-        size = len(id.encode())
-    except UnicodeEncodeError as error:
-        raise InputError(f"id {id[:80]!r} is not valid Unicode text; rename it") from error
-    if size > MAX_ID_BYTES:
+    if not is_value(id):
+        raise InputError(f"id {id[:80]!r} is not valid Unicode text or contains a zero character; rename it")
+    if (size := len(id.encode())) > MAX_ID_BYTES:
         raise InputError(f"id {id[:80]!r}... has {size} bytes, more than {MAX_ID_BYTES}; give a shorter one")
-    if "\0" in id:
-        raise InputError(f"id {id[:80]!r} contains a zero character; remove it")
     return id
-
-
-def stored_of(
-    id: object, modality: object, text: object, image: object, fields: str, content_hash: object, *, vector: Vector | None
-) -> Stored:
-    """What was read of an item; DamageError where it is not what is ever written."""
-    try:
-        name = check_id(id if isinstance(id, str) else None)
-        read = json.loads(fields)
-        for field, value in read.items():
-            if value.__class__ is not str or not value.isascii():  # most texts need no second look
-                check_field(field, value)
-        if modality not in MODALITIES:
-            raise ValueError(f"modality {shown(modality)}")
-        if not (isinstance(text, _TEXT) and isinstance(image, _TEXT) and isinstance(content_hash, str)):
-            raise ValueError("a text, picture or hash that is none")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        what = f"item {shown(id)} is damaged ({str(error)[:200]})"
-        raise DamageError(f"{what}; remove it with `traceir index rm` and add it again") from error
-    return Stored(name, modality, text, image, read, content_hash, vector)
-
-
-def rows_not_unit(vectors_ND: Vectors) -> list[int]:
-    """The rows of vectors that were kept whose length is not 1, among them those with NaN or infinity.
-
-    None may take part in a search: one NaN among the scores of a block hides all others.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.vecdot(vectors_ND, vectors_ND)
-        return np.flatnonzero(~(np.abs(squares - 1.0) <= UNIT)).tolist()
-
-
-def unusable(ids: Sequence[object]) -> DamageError:
-    """That these items cannot take part in a search. Said and not passed over: the answers would lack them for ever."""
-    named = ", ".join(shown(id) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
-    some = f"item {named} has" if len(ids) == 1 else f"{len(ids)} items have"
-    what = f"{some} no whole vector of finite numbers and length 1" + (f": {named}" if len(ids) > 1 else "")
-    return DamageError(f"{what}; remove and add again (`traceir index rm ID`), or restore the index from a copy")
-
-
-def size_of(files: Iterable[Path]) -> int:
-    """Bytes of these files together; one that another process has removed meanwhile counts nothing."""
-    total = 0
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):
-            total += file.stat().st_size
-    return total
 
 
 def check_ids(ids: Sequence[str]) -> list[str]:
@@ -241,8 +268,7 @@ def check_items(items: Sequence[Item]) -> None:
         if id in seen:
             raise InputError(f"id {id!r} occurs twice in one call; ids must differ, nothing was written")
         seen.add(id)
-        check_text(id, item.text)
-        check_text(id, image_of(item) or "")
+        check_text(id, item.text + (image_of(item) or ""))
         for name, value in item.fields.items():
             if name in OWN_NAMES:
                 raise InputError(f"item {id!r} has a field called {name!r}, which an index keeps itself; rename it")
@@ -301,7 +327,70 @@ def check_search(k: int, modality: str | None) -> None:
 def check_maker(uri: str, what: str, stored: str, given: str | None) -> None:
     """Raise StoreError where the index was made by another model or prompt than the one in use."""
     if given is not None and stored != given:
-        raise StoreError(
-            f"index {uri} was made with {what} {stored!r} but {given!r} is in use; "
-            "search it with the model that filled it, or fill a new index"
-        )
+        clash = f"index {uri} was made with {what} {stored!r} but {given!r} is in use"
+        raise StoreError(f"{clash}; search it with the model that filled it, or fill a new index")
+
+
+def need_model(uri: str, opening: Opening, action: str) -> None:
+    """Raise StoreError for a search or a write where the index was opened without a model."""
+    if opening.fingerprint is None:
+        what = f"index {uri} was opened without a model, only to look at it"
+        raise StoreError(f"{what}; to {action} it, open it with the fingerprint of the model in use")
+
+
+def read_described(described: str) -> tuple[str, str, dict[Modality, int]]:
+    """Source, creation and counts of what `Background.described` wrote; DamageError for anything else."""
+    try:
+        read = json.loads(described)
+        counts = {modality: int(read["counts"][modality]) for modality in MODALITIES if modality in read["counts"]}
+        return str(read["source"]), str(read["created"]), counts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise background_damage() from error
+
+
+def background_damage() -> DamageError:
+    return DamageError("its background cannot be read; make it anew with `traceir index calibrate`")
+
+
+def stored_of(
+    id: object, modality: object, text: object, image: object, fields: str, content_hash: object, *, vector: Vector | None
+) -> Stored:
+    """What was read of an item; DamageError where it is not what is ever written."""
+    try:
+        name = check_id(id if isinstance(id, str) else None)
+        read = json.loads(fields)
+        for field_name, value in read.items():
+            if value.__class__ is not str or not value.isascii():  # most texts need no second look
+                check_field(field_name, value)
+        if modality not in MODALITIES:
+            raise ValueError(f"modality {shown(modality)}")
+        if not (isinstance(text, _TEXT) and isinstance(image, _TEXT) and isinstance(content_hash, str)):
+            raise ValueError("a text, image or hash that is none")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        what = f"item {shown(id)} is damaged ({str(error)[:200]})"
+        raise DamageError(f"{what}; remove it with `traceir index rm` and add it again") from error
+    return Stored(name, modality, text, image, read, content_hash, vector)
+
+
+def rows_not_unit(vectors_ND: Vectors) -> list[int]:
+    """The rows of vectors that were kept whose length is not 1, among them those with NaN, which would hide all others."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vecdot(vectors_ND, vectors_ND)
+        return np.flatnonzero(~(np.abs(squares - 1.0) <= UNIT)).tolist()
+
+
+def unusable(ids: Sequence[object]) -> DamageError:
+    """That these items cannot take part in a search; passed over, the answers would lack them for ever."""
+    named = ", ".join(shown(id) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+    some, listed = (f"item {named} has", "") if len(ids) == 1 else (f"{len(ids)} items have", f": {named}")
+    what = f"{some} no whole vector of finite numbers and length 1{listed}"
+    return DamageError(f"{what}; remove and add again (`traceir index rm ID`), or restore the index from a copy")
+
+
+def size_of(files: Iterable[Path]) -> int:
+    """Bytes of these files together; one that another process has removed meanwhile counts nothing."""
+    total = 0
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total

@@ -29,7 +29,8 @@ from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, ROWS, Run, check_result, identity, plan_runs, write_plan
 from traceir.lab.ablate_score import device_of, score
 from traceir.lab.ablations import Table
-from traceir.train.train import TrainConfig, settled, train
+from traceir.train.config import TrainConfig, settled
+from traceir.train.train import train
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from typing import Any, Final
 from traceir.errors import DataError, InputError
 from traceir.files import write_whole
 from traceir.lab.ablations import Table, Variant
-from traceir.train.presets import PRESETS
-from traceir.train.train import FREE, TrainConfig
+from traceir.lab.mini_presets import PRESETS
+from traceir.train.config import FREE, TrainConfig, modern
 
 FORMAT: Final = 1
 ROWS: Final = ("cirr_task7", "mscoco_task3")
@@ -103,6 +103,7 @@ def check_result(run: Run) -> None:
     if not run.is_done:
         return
     old, new = read_result(run.result)["identity"], identity(run)
+    old["config"] = modern(old["config"])
     defaults = {one.name: one.default for one in fields(run.config) if one.default is not MISSING}
     changed = [
         f"{key}: {old['config'].get(key, defaults.get(key))!r} -> {value!r}"

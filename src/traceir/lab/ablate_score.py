@@ -20,7 +20,7 @@ from traceir.evaluation.judged import read_judged
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablate_plan import Run
 from traceir.lab.ablations import TIMED
-from traceir.train.train import TrainConfig
+from traceir.train.config import TrainConfig
 
 LOST: Final = 11
 """Ranks are kept up to 10; this stands for all beyond."""

@@ -15,9 +15,9 @@ import numpy as np
 from traceir.data import mbeir
 from traceir.errors import DataError
 from traceir.evaluation.judged import Judged
+from traceir.evaluation.runs import read_run
 from traceir.items import Encoding, Hit, Route
 from traceir.lab.gallery import Entry, write_gallery
-from traceir.lab.report import read_run
 from traceir.prompts import normalise
 
 

@@ -1,8 +1,8 @@
 """Figures that others published, to stand beside ours; every table that shows one says "published".
 
-Source: TRACE, arXiv 2603.02929v2, Tables 1 and 3, and the figures of its peers as that paper gives them. They are scores on the
-real M-BEIR (local pools, hit@5, hit@10 for the fashion rows) and unseen sets, in per cent; beside scores on a miniature they
-show the shape of a result, not a rank.
+Source: TRACE, arXiv 2603.02929v2, Table 1, and the figures of its peers as that paper gives them (its Table 3 stands in
+`evaluation/unseen/catalogue.py`). They are scores on the real M-BEIR (local pools, hit@5, hit@10 for the fashion rows), in per
+cent; beside scores on a miniature they show the shape of a result, not a rank.
 """
 
 from __future__ import annotations
@@ -26,23 +26,6 @@ MBEIR: Final[Mapping[str, Mapping[str, float]]] = {
     method: dict(zip(EVAL_ROWS, scores, strict=True)) for method, scores in _TABLE_1.items()
 }
 """Method -> row -> score on M-BEIR's local pool, in per cent."""
-
-UNSEEN: Final[Mapping[str, float]] = {
-    "sharegpt4v_t2i": 94.9,
-    "urban1k_t2i": 94.8,
-    "flickr30k_t2i": 84.5,
-    "sharegpt4v_i2t": 89.1,
-    "urban1k_i2t": 94.1,
-    "flickr30k_i2t": 94.5,
-    "circo": 34.8,
-    "genecis": 20.5,
-    "visdial": 65.4,
-    "vist": 25.8,
-    "mtfiq": 63.2,
-    "ccneg": 84.1,
-    "sugarcrepe": 87.5,
-}
-"""Column -> TRACE's score on the unseen set (Table 3), each by its own metric, in per cent."""
 
 
 def average(method: str) -> float:

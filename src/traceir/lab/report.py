@@ -7,23 +7,17 @@ always give the same bytes. A query is simple at 0 and 1 steps and complex from 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import Judged
+from traceir.errors import InputError
 from traceir.evaluation.metrics import RESAMPLES, SEED, bootstrap_mean
-from traceir.items import ROUTES, Route
+from traceir.evaluation.runs import Key, ScoredRun, Values, named_runs, read_results, read_run, same_queries
+from traceir.items import ROUTES
 from traceir.suggest import did_you_mean
-
-Key = tuple[str, str]
-Values = npt.NDArray[np.float64]
 
 GROUPS: Final[tuple[tuple[str, int, int], ...]] = (("0-1", 0, 1), ("2", 2, 2), ("3+", 3, 99))
 """Name, least and greatest number of steps of each group of queries."""
@@ -31,36 +25,6 @@ GROUPS: Final[tuple[tuple[str, int, int], ...]] = (("0-1", 0, 1), ("2", 2, 2), (
 MAX_SIMPLE_REASON: Final = 0.05
 MIN_COMPLEX_REASON: Final = 0.90
 KINDS: Final = ("steps", "routing", "routes")
-
-
-@dataclass(frozen=True)
-class Run:
-    """One finished evaluation by one route: the header of its results and its judged queries by (row, qid)."""
-
-    label: str
-    route: str
-    folder: Path
-    results: Mapping[str, Any]
-    judged: Mapping[Key, Judged]
-
-    def hits(self, keys: Sequence[Key], k: int) -> Values:
-        """1.0 where the query is hit at k, else 0.0; shape [len(keys)]."""
-        rows = self.results["routes"][self.route]
-        return np.array([float(self.judged[key].rank <= min(k, rows[key[0]].get("pool", k))) for key in keys])
-
-    def metric_hits(self, keys: Sequence[Key]) -> Values:
-        """As `hits`, each query at its own row's k."""
-        rows = self.results["routes"][self.route]
-        depths = {name: min(row["metric_k"], row.get("pool", row["metric_k"])) for name, row in rows.items()}
-        return np.array([float(self.judged[key].rank <= depths[key[0]]) for key in keys])
-
-    def reasoned(self, keys: Sequence[Key]) -> Values:
-        return np.array([float(self.judged[key].route == "reason") for key in keys])
-
-    def steps(self, key: Key) -> int:
-        """The label's number of steps; -1 without a label."""
-        found = self.judged[key].steps
-        return -1 if found is None else found
 
 
 def run_report(kind: str, folders: Sequence[str | Path], out: Path | None = None) -> str:
@@ -151,7 +115,7 @@ def routes_report(folder: Path) -> str:
     Compares the rows that all routes have scored. Speed is known per row only, so it is taken over the rows where at least half
     of the queries are of the kind; the report says how pure these are.
     """
-    results = _read_results(folder)
+    results = read_results(folder)
     routes = [route for route in ROUTES if results["routes"].get(route)]
     if not routes:
         raise InputError(f"{folder / 'results.json'} has no scored route; run `traceir evaluate` to its end")
@@ -182,92 +146,29 @@ def routes_report(folder: Path) -> str:
     return "\n".join(parts)
 
 
-def read_run(folder: Path, route: str, label: str = "") -> Run:
-    """One route of an evaluation folder, without the lines of a row whose evaluation did not end.
-
-    Raises InputError where the route was never scored, DataError on a broken or incomplete file.
-    """
-    results = _read_results(folder)
-    rows = results["routes"].get(route)
-    if not rows:
-        have = ", ".join(results["routes"]) or "none"
-        raise InputError(f"{folder} has no route {route!r} (it has: {have}); run `traceir evaluate --route {route}`")
-    if results.get("prompt") == "all":
-        raise InputError(f"{folder} tried every instruction; reports read an evaluation with --prompt first or seeded")
-    file = folder / f"queries-{route}.jsonl"
-    judged = {(one.row, one.qid): one for one in _read_judged(file) if one.row in rows}
-    for name, row in rows.items():
-        count = sum(key[0] == name for key in judged)
-        if count != row["queries"]:
-            raise DataError(f"{file}: {count} queries of {name}, results.json has {row['queries']}; evaluate again")
-    return Run(label or folder.name, route, folder, results, judged)
-
-
 def interval(values: Values) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean of `values`."""
     found = bootstrap_mean(values)
     return found.low, found.high
 
 
-def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Route]]:
-    """`[LABEL=]FOLDER[:ROUTE]` as label -> folder and route; InputError where two have one label."""
-    runs: dict[str, tuple[Path, Route]] = {}
-    for given in folders:
-        label, named, rest = str(given).partition("=")
-        label, rest = (label, rest) if named else ("", label)
-        folder, colon, ending = rest.rpartition(":")
-        route = next((known for known in ROUTES if colon and known == ending), None)
-        if route is None:
-            folder, colon, route = rest, "", "auto"
-        label = label or (f"{Path(folder).name} ({route})" if colon else Path(folder).name)
-        if label in runs:
-            raise InputError(f"two runs are called {label!r}; name them: LABEL=FOLDER:ROUTE")
-        runs[label] = (Path(folder), route)
-    return runs
-
-
-def same_queries(runs: Sequence[Run]) -> list[Key]:
-    """The queries all runs judged, in the first run's order; InputError where they differ."""
-    first = runs[0]
-    for run in runs[1:]:
-        ours, theirs = first.results.get("data"), run.results.get("data")
-        if ours != theirs:
-            raise InputError(
-                f"{run.label!r} ({run.folder}) was evaluated on data {theirs}, {first.label!r} ({first.folder}) on {ours}; "
-                "evaluate both on one folder"
-            )
-        if different := sorted(set(first.judged) ^ set(run.judged)):
-            row, qid = different[0]
-            raise InputError(
-                f"{run.label!r} ({run.folder}) and {first.label!r} ({first.folder}) judge different queries: {len(different)} "
-                f"are in one only, such as {qid} of {row}; evaluate both with the same --rows, --split and --limit"
-            )
-        for key in first.judged:
-            if first.steps(key) != run.steps(key):
-                raise InputError(
-                    f"query {key[1]} of {key[0]} has {first.steps(key)} steps in {first.folder} and {run.steps(key)} in "
-                    f"{run.folder}; evaluate both on the same labels"
-                )
-    return list(first.judged)
-
-
-def _labelled(run: Run, keys: Iterable[Key]) -> list[Key]:
+def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
     found = [key for key in keys if run.steps(key) >= 0]
     if not found:
         raise InputError(f"{run.folder}: no query has a label with its number of steps; this report needs labelled data")
     return found
 
 
-def _between(run: Run, keys: Iterable[Key], low: int, high: int) -> list[Key]:
+def _between(run: ScoredRun, keys: Iterable[Key], low: int, high: int) -> list[Key]:
     return [key for key in keys if low <= run.steps(key) <= high]
 
 
-def _split(run: Run, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
+def _split(run: ScoredRun, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
     """Simple and complex queries."""
     return _between(run, keys, 0, 1), _between(run, keys, 2, 99)
 
 
-def _steps_table(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]]) -> str:
+def _steps_table(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]]) -> str:
     lines = [
         "| steps | run | n | R@1 | R@5 | R@1 to first | R@5 to first | reasoned | exactly right |",
         "|---|---|---:|---|---|---|---|---:|---:|",
@@ -280,7 +181,7 @@ def _steps_table(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows_table(runs: Sequence[Run], keys: Sequence[Key]) -> str:
+def _rows_table(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> str:
     """R@1 of every row and group, so that a gain or loss can be traced to where it comes from."""
     lines = ["| row | steps | n | " + " | ".join(_cell(run.label) for run in runs) + " |"]
     lines.append("|---|---|---:|" + "---:|" * len(runs))
@@ -292,7 +193,7 @@ def _rows_table(runs: Sequence[Run], keys: Sequence[Key]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _right_reasoning(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]]) -> str:
+def _right_reasoning(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]]) -> str:
     """R@1 where the reasoning is exactly right and where it is not, with the first run on the very same queries."""
     lines = [
         "## R@1 where the written reasoning is exactly right, and where it is not\n",
@@ -313,20 +214,20 @@ def _right_reasoning(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]]) -> 
     return "\n".join(lines) + "\n" if found else ""
 
 
-def _route_line(run: Run, first: Run, keys: Sequence[Key], rows: Sequence[str]) -> str:
+def _route_line(run: ScoredRun, first: ScoredRun, keys: Sequence[Key], rows: Sequence[str]) -> str:
     tokens = float(np.mean([run.judged[key].tokens for key in keys]))
     scored = run.results["routes"][run.route]
     speeds = [(scored[row]["queries"], scored[row]["queries_per_second"]) for row in rows]
     known = speeds and all(speed > 0 for _, speed in speeds)
     speed = sum(count for count, _ in speeds) / sum(count / speed for count, speed in speeds) if known else None
-    hits = f"{_mean(run.hits(keys, 1))} | {_difference(run, first, keys, 1)} | {_percent(run.metric_hits(keys).mean())}"
+    hits = f"{_mean(run.hits(keys, 1))} | {_difference(run, first, keys, 1)} | {_percent(run.hits(keys).mean())}"
     return (
         f"| {run.route} | {hits} | {tokens:.1f} "
         f"| {_share(run.reasoned(keys).mean())} | {'–' if speed is None else f'{speed:.1f}'} |"
     )
 
 
-def _rows_of_kind(run: Run, keys: Sequence[Key], number: int) -> tuple[list[str], float]:
+def _rows_of_kind(run: ScoredRun, keys: Sequence[Key], number: int) -> tuple[list[str], float]:
     """The rows with at least half of their queries simple (0) or complex (1), and the share of that kind in them."""
     rows: list[str] = []
     right = total = 0
@@ -338,14 +239,14 @@ def _rows_of_kind(run: Run, keys: Sequence[Key], number: int) -> tuple[list[str]
     return rows, right / total if total else 0.0
 
 
-def _exact_share(run: Run, keys: Sequence[Key]) -> float | None:
+def _exact_share(run: ScoredRun, keys: Sequence[Key]) -> float | None:
     """None where no query of these reasons or none has a reasoning in its label."""
     judged = [run.judged[key] for key in keys]
     exact = [one.exact for one in judged if one.exact is not None]
     return float(np.mean(exact)) if exact and any(one.route == "reason" for one in judged) else None
 
 
-def _plot(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]], file: Path) -> None:
+def _plot(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]], file: Path) -> None:
     """Recall@1 against steps, one line with error bars a run; the same input gives the same bytes."""
     try:
         from matplotlib import rc_context
@@ -369,7 +270,7 @@ def _plot(runs: Sequence[Run], sets: Mapping[str, Sequence[Key]], file: Path) ->
         figure.savefig(file, format="svg", metadata={"Date": None})
 
 
-def _header(runs: Sequence[Run]) -> str:
+def _header(runs: Sequence[ScoredRun]) -> str:
     about = runs[0].results
     extent = f"the first {about['limit']} queries of each row" if about.get("limit") else "all queries"
     lines = [f"Data {about.get('data') or '(no fingerprint)'}, split {about.get('split')}, {extent}.\n"]
@@ -378,32 +279,6 @@ def _header(runs: Sequence[Run]) -> str:
         knob = "" if threshold is None else f", threshold {threshold}"
         lines.append(f"- {_cell(run.label)}: model {run.results.get('model')}, route {run.route}{knob}")
     return "\n".join(lines) + "\n"
-
-
-def _read_results(folder: Path) -> dict[str, Any]:
-    file = folder / "results.json"
-    if not file.is_file():
-        raise InputError(f"{file} is not there; give a folder written by `traceir evaluate --out`")
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); evaluate again") from error
-    if found.get("format") != 2 or not isinstance(found.get("routes"), dict):
-        raise DataError(f"{file}: format is {found.get('format')!r}, this release reads 2; evaluate again")
-    return found
-
-
-def _read_judged(file: Path) -> list[Judged]:
-    if not file.is_file():
-        raise DataError(f"{file} is missing beside its results.json; evaluate again")
-    judged: list[Judged] = []
-    with file.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            try:
-                judged.append(Judged(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise DataError(f"{file}:{number}: not a judged query ({error}); evaluate again") from error
-    return judged
 
 
 def _markdown_file(out: Path) -> Path:
@@ -422,7 +297,7 @@ def _mean(values: Values) -> str:
     return f"{_percent(values.mean())} [{_percent(low)}, {_percent(high)}]"
 
 
-def _difference(run: Run, first: Run, keys: Sequence[Key], k: int) -> str:
+def _difference(run: ScoredRun, first: ScoredRun, keys: Sequence[Key], k: int) -> str:
     if run is first:
         return "–"
     apart = run.hits(keys, k) - first.hits(keys, k)

@@ -18,9 +18,9 @@ import numpy as np
 from traceir.data.mbeir import EVAL_ROWS
 from traceir.errors import InputError
 from traceir.evaluation.metrics import Interval, bootstrap_mean
+from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_run, same_queries
 from traceir.files import write_whole
 from traceir.lab import published
-from traceir.lab.report import Key, Run, named_runs, read_run, same_queries
 
 SHOWN_BESIDE: Final = ("UniIR CLIP-SF", "LamRA-Ret", "TRACE")
 """Published methods in the tables."""
@@ -52,17 +52,17 @@ _NOTE: Final = (
 )
 
 
-def _scores(run: Run, keys: Sequence[Key]) -> dict[str, Interval]:
+def _scores(run: ScoredRun, keys: Sequence[Key]) -> dict[str, Interval]:
     """The row's own metric, by row, shares from 0 to 1."""
     rows = dict.fromkeys(key[0] for key in keys)
-    return {row: bootstrap_mean(run.metric_hits([key for key in keys if key[0] == row])) for row in rows}
+    return {row: bootstrap_mean(run.hits([key for key in keys if key[0] == row])) for row in rows}
 
 
 def _mean(scores: Mapping[str, Interval]) -> float:
     return float(np.mean([score.mean for score in scores.values()]))
 
 
-def _head(runs: Sequence[Run], keys: Sequence[Key]) -> str:
+def _head(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> str:
     about = runs[0].results
     extent = f"the first {about['limit']} queries of each row" if about.get("limit") else "all queries"
     lines = ["# Scoreboard\n", f"Data {about.get('data') or '(no fingerprint)'}, split {about.get('split')}, {extent}"]
@@ -96,7 +96,7 @@ def _rows_table(scores: Mapping[str, Mapping[str, Interval]]) -> list[str]:
     ]
 
 
-def _routing_cells(runs: Sequence[Run], keys: Sequence[Key]) -> list[list[str]]:
+def _routing_cells(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> list[list[str]]:
     """For each run the queries by what they need (label) and the road they took."""
     lines = []
     for run in runs:
@@ -116,12 +116,12 @@ def _routing_cells(runs: Sequence[Run], keys: Sequence[Key]) -> list[list[str]]:
 _ROUTING_HEADER: Final = ["run", "queries", "direct", "reason", "tokens/query"]
 
 
-def _routing_table(runs: Sequence[Run], keys: Sequence[Key]) -> list[str]:
+def _routing_table(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> list[str]:
     lines = [_ROUTING_HEADER, ["---", "---", "---:", "---:", "---:"], *_routing_cells(runs, keys)]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
 
-def _as_csv(runs: Sequence[Run], keys: Sequence[Key], scores: Mapping[str, Mapping[str, Interval]]) -> str:
+def _as_csv(runs: Sequence[ScoredRun], keys: Sequence[Key], scores: Mapping[str, Mapping[str, Interval]]) -> str:
     stream = io.StringIO()
     table = csv.writer(stream, lineterminator="\n")
     table.writerow(["source", "run", "route", "row", "queries", "metric", "value", "low", "high", "tokens_per_query"])
@@ -141,7 +141,7 @@ def _as_csv(runs: Sequence[Run], keys: Sequence[Key], scores: Mapping[str, Mappi
     return stream.getvalue()
 
 
-def _page(runs: Sequence[Run], keys: Sequence[Key], scores: Mapping[str, Mapping[str, Interval]]) -> str:
+def _page(runs: Sequence[ScoredRun], keys: Sequence[Key], scores: Mapping[str, Mapping[str, Interval]]) -> str:
     header, lines = _cells(scores)
     body = [
         f"<p>{html.escape(_head(runs, keys).removeprefix('# Scoreboard').strip())}</p>".replace("\n", "<br>"),
@@ -184,22 +184,22 @@ def _bars(scores: Mapping[str, Mapping[str, Interval]]) -> str:
     return _svg(figure)
 
 
-def _frontier(runs: Sequence[Run], keys: Sequence[Key]) -> str:
+def _frontier(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> str:
     """Recall against reasoning tokens."""
     figure, axes = _figure(6.8, 4.2)
     for number, run in enumerate(runs):
         colour = f"C{number}"
         for row in dict.fromkeys(key[0] for key in keys):
             own = [key for key in keys if key[0] == row]
-            axes.plot(_tokens(run, own), 100 * run.metric_hits(own).mean(), ".", color=colour, alpha=0.4)
-        axes.plot(_tokens(run, keys), 100 * run.metric_hits(keys).mean(), "o", color=colour, markersize=10, label=run.label)
+            axes.plot(_tokens(run, own), 100 * run.hits(own).mean(), ".", color=colour, alpha=0.4)
+        axes.plot(_tokens(run, keys), 100 * run.hits(keys).mean(), "o", color=colour, markersize=10, label=run.label)
     axes.set(xlabel="reasoning tokens a query", ylabel="the rows' metric, %", ylim=(0, 102))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
     return _svg(figure)
 
 
-def _tokens(run: Run, keys: Sequence[Key]) -> float:
+def _tokens(run: ScoredRun, keys: Sequence[Key]) -> float:
     return float(np.mean([run.judged[key].tokens for key in keys]))
 
 

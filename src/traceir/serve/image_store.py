@@ -95,7 +95,7 @@ def _sync(folder: Path) -> None:
 
 
 def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
-    """The picture as JPEG, its longer side at most `side` pixels. Raises PictureError."""
+    """The picture as JPEG, its longer side at most `side` pixels. Raises ImageError."""
     try:
         return file_bytes(image.load(shrink_to=side, limits=LIMITS), side=side)
     except OSError as error:

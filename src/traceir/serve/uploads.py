@@ -53,7 +53,7 @@ class Intake:
     async def take(self, told: object, place: str, sources: Sources) -> ImageInput:
         """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
 
-        `place` names it in messages ("image", "parts[2]"). Raises InputError, and PictureError for what is no picture.
+        `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no picture.
         """
         if not isinstance(told, Mapping) or len(told) != 1 or not told.keys() <= {"data", "item", "url"}:
             raise InputError(f'{place} is not a picture; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
@@ -75,7 +75,7 @@ class Intake:
             yield
 
     async def check_bytes(self, data: bytes, place: str) -> ImageInput:
-        """A picture from the bytes of a file; PictureError where it is none."""
+        """A picture from the bytes of a file; ImageError where it is none."""
         return await asyncio.to_thread(self._of_bytes, data, place)
 
     def _of_bytes(self, data: bytes, place: str) -> ImageInput:
@@ -92,7 +92,7 @@ class Intake:
 def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> bytes:
     """What stands in base64 (either alphabet, padded or not, white space ignored) or in a `data:` URL; not decoded yet.
 
-    Its size is checked before anything is decoded. Raises InputError for what is not base64, PictureError for too many bytes.
+    Its size is checked before anything is decoded. Raises InputError for what is not base64, ImageError for too many bytes.
     """
     most = limits.file_bytes * 4 // 3 + limits.file_bytes // 32 + 1024  # line ends and the head of a data URL included
     if len(text) > most:
@@ -168,4 +168,4 @@ def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[No
         message = str(error)
         for image in images:
             message = message if image.path is None else message.replace(str(image.path), "of the item")
-        raise ImageError(before + re.sub(r"or raise PictureLimits\.\w+", "to less", message)) from error
+        raise ImageError(before + re.sub(r"or raise ImageLimits\.\w+", "to less", message)) from error

@@ -1,9 +1,11 @@
-"""Turns of training as tensors: which rows this process reads, cut into chunks of like length, ready for a forward each.
+"""Training batches as tensors: which rows this process reads, cut into chunks of like length, ready for a forward each.
 
-A turn is one InfoNCE batch of one task (or one batch of lessons); `accumulate` turns make one optimiser step. Its rows are sorted
-by length and cut into chunks of at most `chunk_tokens` padded tokens, so little is spent on padding and the memory of a forward
-is bounded whatever the size of the batch (gradcache.py). Everything here runs in the workers of a DataLoader; a turn is a pure
-function of (seed, turn, rank), so resuming needs no state.
+A TrainBatch is one InfoNCE batch of one task (or one batch of a pretraining task); `accumulate` of them make one optimiser step.
+Its rows are sorted by length and cut into chunks of at most `chunk_tokens` padded tokens, so little is spent on padding and the
+memory of a forward is bounded whatever the size of the batch (gradcache.py). Everything here runs in the workers of a DataLoader;
+a batch is a pure function of (seed, number, rank), so resuming needs no state.
+
+A sample on its way from file to tensors: JSON line, Record and Candidates, Sample, Example, Prompt, Layout, TrainBatch.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from traceir.batch import Batch, Layout, Processor
+from traceir.batch import IGNORE, Batch, Layout, Processor
 from traceir.data.samples import Example, Schedule
+from traceir.errors import TrainError
 from traceir.items import Item
 from traceir.prompts import EMB, TURN_END, PromptVersion, render_candidate, render_query
-from traceir.train.launch import check_shares
 
 WIDTHS: Final = 8
 """The padded width of a chunk is a multiple of this."""
@@ -33,13 +35,16 @@ class Chunk:
     batch: Batch
     places: torch.Tensor
 
+    def to(self, device: torch.device) -> Chunk:
+        return Chunk(self.batch.to(device), self.places.to(device))
+
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """What one process reads of one turn, and what it must know of the others'.
+class TrainBatch:
+    """What one process reads of one batch, and what it must know of the others' rows.
 
-    `candidates` is empty for lessons. `collision_BN` covers all processes: queries by candidates, in the order of the ranks, all
-    positives before all further negatives. `sizes` is (queries, positives and negatives) of each rank. `asked` names this
+    `candidates` is empty for a pretraining task. `collision_BN` covers all processes: queries by candidates, in the order of the
+    ranks, all positives before all further negatives. `sizes` is (queries, further negatives) of each rank. `queried` names this
     process's queries; `tokens` counts its supervised tokens.
     """
 
@@ -49,74 +54,75 @@ class Turn:
     candidates: tuple[Chunk, ...]
     collision_BN: torch.Tensor
     sizes: tuple[tuple[int, int], ...]
-    asked: tuple[str, ...]
+    queried: tuple[str, ...]
     tokens: int
 
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        return (*self.queries, *self.candidates)
 
-class Turns(Dataset[Turn]):
-    """All turns of a run as this process sees them; decoding, tokenising and padding happen on access."""
+    def to(self, device: torch.device) -> TrainBatch:
+        queries, candidates = (tuple(chunk.to(device) for chunk in side) for side in (self.queries, self.candidates))
+        return replace(self, queries=queries, candidates=candidates, collision_BN=self.collision_BN.to(device))
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        processor: Processor,
-        version: PromptVersion,
-        *,
-        turns: int,
-        chunk_tokens: int,
-        seed: int,
-        augment: int = 0,
-        teach_candidates: bool = False,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        check_shares(schedule.batch, world)
-        self.schedule, self.processor, self.version = schedule, processor, version
-        self.turns, self.chunk_tokens, self.seed, self.augment = turns, chunk_tokens, seed, augment
-        self.teach_candidates = teach_candidates
-        self.rank, self.world = rank, world
+
+@dataclass(frozen=True)
+class TrainBatches(Dataset[TrainBatch]):
+    """All batches of a run as this process sees them; decoding, tokenising and padding happen on access.
+
+    `augment` shifts images by up to so many pixels; `teach_candidates` lets candidates write (paper, Table 6).
+    """
+
+    schedule: Schedule
+    processor: Processor
+    version: PromptVersion
+    chunk_tokens: int
+    augment: int = 0
+    teach_candidates: bool = False
+    rank: int = 0
+    world: int = 1
+
+    def __post_init__(self) -> None:
+        check_shares(self.schedule.batch, self.world)
 
     def __len__(self) -> int:
-        return self.turns
+        return len(self.schedule.chosen)
 
-    def __getitem__(self, number: int) -> Turn:
-        return self.turn(number, self.schedule.task(number).name, self.schedule.examples(number))
+    def __getitem__(self, number: int) -> TrainBatch:
+        return self.batch(number, self.schedule.task(number).name, self.schedule.examples(number))
 
-    def turn(self, number: int, task: str, examples: Sequence[Example]) -> Turn:
-        """The turn of these examples, which are those of all processes."""
+    def batch(self, number: int, task: str, examples: Sequence[Example]) -> TrainBatch:
+        """The batch of these examples, which are those of all processes."""
         share = len(examples) // self.world
         shares = [examples[rank * share : (rank + 1) * share] for rank in range(self.world)]
-        mine = shares[self.rank]
-        first = self.rank * share
-        asked = [self._shifted(self._query(example), number, (0, first + row)) for row, example in enumerate(mine)]
-        offered: list[Layout] = []
-        for row, example in enumerate(mine):
-            if example.candidate is not None:
-                layout = self._candidate(example.candidate, example.described)
-                offered.append(self._shifted(layout, number, (1, first + row)))
-        for row, example in enumerate(mine):
-            offered += [
-                self._shifted(self._candidate(item, ""), number, (2 + place, first + row))
-                for place, item in enumerate(example.negatives)
-            ]
-        queries, candidates = self.chunks(asked), self.chunks(offered)
-        tokens = sum(int((chunk.batch.targets >= 0).sum()) for chunk in (*queries, *candidates))
-        sizes = tuple((len(one), sum(len(e.negatives) for e in one)) for one in shares)
-        names = tuple(example.query.id or f"row {place}" for place, example in enumerate(mine))
-        return Turn(number, task, queries, candidates, collisions(examples), sizes, names, tokens)
+        mine, first = shares[self.rank], self.rank * share
+        queries = [self._shifted(self._query(example), number, 0, first + row) for row, example in enumerate(mine)]
+        offered = [(1, row, example.candidate, example.described) for row, example in enumerate(mine) if example.candidate]
+        offered += [(2 + n, row, item, "") for row, example in enumerate(mine) for n, item in enumerate(example.negatives)]
+        candidates = [self._shifted(self._candidate(item, text), number, n, first + row) for n, row, item, text in offered]
+        return TrainBatch(
+            number,
+            task,
+            self.chunks(queries),
+            self.chunks(candidates),
+            collisions(examples),
+            tuple((len(part), sum(len(example.negatives) for example in part)) for part in shares),
+            tuple(example.query.id or f"row {row}" for row, example in enumerate(mine)),
+            sum(int((layout.targets != IGNORE).sum()) for layout in (*queries, *candidates)),
+        )
 
     def chunks(self, layouts: Sequence[Layout]) -> tuple[Chunk, ...]:
-        """Longest first, so that the first forward of a turn asks for the most memory; few different widths, so that kernels and
+        """Longest first, so that the first forward of a batch asks for the most memory; few different widths, so that kernels and
         buffers made for one shape serve again."""
-        done: list[Chunk] = []
+        chunks: list[Chunk] = []
         order = sorted(range(len(layouts)), key=lambda place: (-len(layouts[place]), place))
         while order:
             width = -(-len(layouts[order[0]]) // WIDTHS) * WIDTHS
             rows = max(1, self.chunk_tokens // width)
             places, order = order[:rows], order[rows:]
             batch = self.processor.collate([layouts[place] for place in places], raw=True, multiple=WIDTHS)
-            done.append(Chunk(batch, torch.tensor(places)))
-        return tuple(done)
+            chunks.append(Chunk(batch, torch.tensor(places)))
+        return tuple(chunks)
 
     def _query(self, example: Example) -> Layout:
         end = TURN_END if example.candidate is None else EMB
@@ -128,29 +134,33 @@ class Turns(Dataset[Turn]):
         if self.teach_candidates:
             return self.processor.lay_out(prompt, described)
         layout = self.processor.forced(prompt)
-        return replace(layout, targets=np.full_like(layout.targets, -100))
+        return replace(layout, targets=np.full_like(layout.targets, IGNORE))
 
-    def _shifted(self, layout: Layout, number: int, place: tuple[int, int]) -> Layout:
-        """The layout with each picture moved by up to `augment` pixels, its edge repeated into the gap.
+    def _shifted(self, layout: Layout, number: int, side: int, row: int) -> Layout:
+        """The layout with each image moved by up to `augment` pixels, its edge repeated into the gap.
 
-        How far depends on (seed, turn, side, row of the whole turn) alone, whatever the number of processes.
+        How far depends on (seed, number, side, row of the whole batch) alone, whatever the number of processes.
         """
         reach = self.augment
         if not reach or not layout.pixels:
             return layout
-        draw = np.random.default_rng((self.seed, 3, number, *place))
+        draw = np.random.default_rng((self.schedule.seed, 3, number, side, row))
         moved = []
         for image in layout.pixels:
-            down, right = (int(value) for value in draw.integers(0, 2 * reach + 1, size=2))
+            down, right = draw.integers(0, 2 * reach + 1, size=2).tolist()
             padded = np.pad(image, ((reach, reach), (reach, reach), (0, 0)), mode="edge")
             moved.append(padded[down : down + image.shape[0], right : right + image.shape[1]])
         return replace(layout, pixels=tuple(moved))
 
 
+def check_shares(batch: int, world: int) -> None:
+    """TrainError where a batch cannot be dealt out evenly."""
+    if batch % world:
+        raise TrainError(f"batch {batch} does not divide among {world} processes; choose a multiple")
+
+
 def collisions(examples: Sequence[Example]) -> torch.Tensor:
     """[B, N], true where a candidate is among all positives of a query (not only the sampled one): no negative of it."""
-    if examples[0].candidate is None:
-        return torch.zeros(len(examples), 0, dtype=torch.bool)
     dids = [example.candidate.id for example in examples if example.candidate is not None]
     dids += [item.id for example in examples for item in example.negatives]
-    return torch.tensor([[did in example.right for did in dids] for example in examples])
+    return torch.tensor([[did in example.right for did in dids] for example in examples], dtype=torch.bool)

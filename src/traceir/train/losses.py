@@ -53,9 +53,9 @@ def retrieval_loss(
 
 
 def distillation_loss(direct_BD: torch.Tensor, reasoned_BD: torch.Tensor, rows_B: torch.Tensor) -> torch.Tensor:
-    """1 - cosine between what a query's prefill state is and what its reasoning makes of it; the mean over `rows_B` (bool).
+    """1 - cosine between a query's prefill state and the embedding after its reasoning; the mean over `rows_B` (bool), else 0.
 
-    The reasoned side gets no gradient: the direct road learns from it. 0 where no row is named. Not in the paper.
+    The reasoned side gets no gradient: the direct route learns from it. Not in the paper.
     """
     if not bool(rows_B.any()):
         return direct_BD.sum() * 0.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from traceir.adapter import LINEARS, projectors
 from traceir.checkpoint import fetch
 from traceir.errors import InputError, ModelError
 from traceir.model import NETWORKS
-from traceir.train.train import TrainConfig
+from traceir.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ GIB: Final = 2**30
 USABLE: Final = 0.9
 """Of a card; the rest is left to the context, workspaces and fragments."""
 STEPS: Final = (65536, 32768, 16384, 8192, 4096, 2048)
-"""Chunks that are tried. A row of two pictures and some text has up to 1,000 tokens: fewer would leave no room for two rows."""
+"""Chunks that are tried. A row of two images and some text has up to 1,000 tokens: fewer would leave no room for two rows."""
 WRITTEN: Final = 0.5
 """Share of a chunk's tokens that are supervised, at most: rows that write as much as they read."""
 
@@ -56,7 +57,13 @@ def on_card(config: TrainConfig, gib: int) -> TrainConfig:
     need = need_of(config, network)
     tokens = largest(need, gib)
     if not tokens:
-        raise InputError(_too_much(config, network, need, gib))
+        ranks = [rank for rank in (64, 32, 16, 8) if rank < config.lora_rank]
+        fits = next((rank for rank in ranks if largest(need_of(replace(config, lora_rank=rank), network), gib)), 0)
+        lower = f"set lora_rank={fits} and lora_alpha={2 * fits}, which learns less, or " if fits else ""
+        raise InputError(
+            f"{config.init} with lora_rank={config.lora_rank} needs {need.total(STEPS[-1]) / GIB:.1f} GiB at chunks of "
+            f"{STEPS[-1]} tokens, and {gib * USABLE:.1f} of {gib} GiB can be used; {lower}choose a smaller backbone"
+        )
     log.info(
         "one card of %d GiB: %.1f GB of weights, %.1f GB that trains, %.1f GB for chunks of %d tokens (by arithmetic, not tried)",
         gib, need.frozen / 1e9, need.trained / 1e9, need.token * tokens / 1e9, tokens,
@@ -73,17 +80,15 @@ def need_of(config: TrainConfig, network: Any) -> Need:
     """What LoRA over `network`, which may be without weights, needs with GradCache and checkpointing."""
     text = network.config.text_config
     width, inner, layers, vocabulary = text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.vocab_size
-    weights = sum(parameter.numel() for parameter in network.parameters())
-    projector = _size(projectors(network).values()) if config.train_projector else 0
+    projector = sum(_size(part.parameters()) for part in projectors(network).values()) if config.train_projector else 0
     trained = projector + config.lora_rank * sum(
         layer.in_features + layer.out_features
         for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear) and re.fullmatch(LINEARS, name)
     )  # fmt: skip
-    half = 2 if config.dtype == "bfloat16" else 4
     rows = config.batch * (2 + config.negatives)
     activations = 2 * layers * width + 2 * (10 * width + 4 * inner)
     return Need(
-        frozen=half * (weights - projector),
+        frozen=(2 if config.dtype == "bfloat16" else 4) * (_size(network.parameters()) - projector),
         trained=16 * trained,
         scores=20 * width * rows + 12 * config.batch * (rows - config.batch),
         token=int(activations + WRITTEN * 10 * vocabulary),
@@ -104,17 +109,5 @@ def empty(source: str) -> Any:
         return getattr(importlib.import_module("transformers"), NETWORKS[config.model_type])(config)
 
 
-def _size(modules: Any) -> int:
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def _too_much(config: TrainConfig, network: Any, need: Need, gib: int) -> str:
-    least = STEPS[-1]
-    said = (
-        f"{config.init} with lora_rank={config.lora_rank} needs {need.total(least) / GIB:.1f} GiB at chunks of {least} tokens, "
-        f"and {gib * USABLE:.1f} of {gib} GiB can be used"
-    )
-    for rank in (64, 32, 16, 8):
-        if rank < config.lora_rank and largest(need_of(replace(config, lora_rank=rank), network), gib):
-            return f"{said}; set lora_rank={rank} and lora_alpha={2 * rank}, which learns less, or choose a smaller backbone"
-    return f"{said}; choose a smaller backbone"
+def _size(parameters: Iterable[torch.Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

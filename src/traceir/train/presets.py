@@ -10,201 +10,17 @@ from typing import Final
 from traceir.data.settings import override
 from traceir.errors import InputError
 from traceir.suggest import did_you_mean
-from traceir.train.launch import refuse_settings
-from traceir.train.small import SmallSize
-from traceir.train.train import TrainConfig
+from traceir.train.config import TrainConfig
 
-MINI_DATA: Final = "data/minibeir"
-SIZE: Final = SmallSize(hidden=128, layers=4, inner=352, vision_hidden=96, vision_inner=192, initial=0.05)
-# What a row counts in the rotation: composed and multi-hop rows need more turns than captions; lessons go on beside the pairs.
-WEIGHTS: Final = {
-    "cirr_task7": 5.0,
-    "fashioniq_task7": 3.0,
-    "mscoco_task0": 2.0,
-    "nights_task4": 0.5,
-    "oven_task6": 0.7,
-    "oven_task8": 0.7,
-    "infoseek_task6": 1.5,
-    "infoseek_task8": 1.5,
-}
-LESSONS: Final = (
-    "scenes_naming",
-    "scenes_edits",
-    "scenes_views",
-    "garments_naming",
-    "garments_edits",
-    "garments_views",
-    "news_naming",
-    "entities_naming",
-    "entities_facts",
-    "entities_chains",
-)
-
-
-def teaching(**weights: float) -> dict[str, float]:
-    """A weight for every lesson of MiniBEIR; 0 for those not named."""
-    return {f"lessons_{name}": weights.get(name, 0.0) for name in LESSONS}
-
-
-def mini() -> TrainConfig:
-    """The bundled model's one stage of training, after the lessons: the joint objective on MiniBEIR's pairs.
-
-    Lessons go on in turn with the pairs. They stand for what a pretrained Qwen2.5-VL brings along: it can name what it sees, has
-    read the encyclopedia and can follow a list of edits.
-    """
-    beside = teaching(
-        scenes_naming=1.0,
-        scenes_edits=0.7,
-        scenes_views=1.3,
-        garments_naming=0.5,
-        garments_edits=0.4,
-        garments_views=0.6,
-        news_naming=0.7,
-        entities_naming=0.8,
-        entities_facts=1.5,
-        entities_chains=0.5,
-    )
-    return TrainConfig(
-        data=MINI_DATA,
-        out="out/runs/mini",
-        init="out/runs/mini-lessons/checkpoint",
-        cache="data/pixels",
-        teach="both",
-        weights={**WEIGHTS, **beside},
-        steps=3600,
-        warmup=50,
-        learning_rate=1e-3,
-        decay=0.45,
-        direct_ret=0.5,
-        chunk_tokens=2048,
-        save_every=250,
-        size=SIZE,
-    )
-
-
-def mini_naming() -> TrainConfig:
-    """The first lessons, from random weights: say what a picture shows. One skill at a time is learnt fastest."""
-    weights = teaching(scenes_naming=1.5, garments_naming=1.0, news_naming=1.0, entities_naming=1.0)
-    return replace(
-        mini(), out="out/runs/mini-naming", init="random", teach="lessons", weights=weights, steps=1500, warmup=100, decay=0.0
-    )
-
-
-def mini_words() -> TrainConfig:
-    """The second lessons, nearly all without pictures: chains of edits upon a state in words, facts, chains of facts."""
-    weights = teaching(
-        scenes_naming=0.3,
-        scenes_edits=2.0,
-        garments_naming=0.2,
-        garments_edits=1.0,
-        news_naming=0.2,
-        entities_naming=0.3,
-        entities_facts=1.0,
-        entities_chains=0.3,
-    )
-    before = "out/runs/mini-naming/checkpoint"
-    return replace(mini_naming(), out="out/runs/mini-words", init=before, weights=weights, steps=2400, warmup=20, seed=1)
-
-
-def mini_lessons() -> TrainConfig:
-    """The last lessons: all kinds within each step, chains of edits from pictures among them."""
-    weights = teaching(
-        scenes_naming=1.0,
-        scenes_edits=1.0,
-        scenes_views=2.0,
-        garments_naming=0.7,
-        garments_edits=0.5,
-        garments_views=1.0,
-        news_naming=0.7,
-        entities_naming=0.7,
-        entities_facts=1.5,
-        entities_chains=0.7,
-    )
-    before = "out/runs/mini-words/checkpoint"
-    return replace(
-        mini_naming(),
-        out="out/runs/mini-lessons",
-        init=before,
-        weights=weights,
-        steps=1600,
-        warmup=20,
-        batch=16,
-        accumulate=4,
-        seed=2,
-    )
-
-
-def mini_direct() -> TrainConfig:
-    """The baseline of `mini`: same start, pairs, order, lessons and updates; no pair reasons."""
-    return replace(mini(), out="out/runs/mini-direct", cot="none")
-
-
-def mini_direct_long() -> TrainConfig:
-    """The baseline with more updates, since its steps are cheaper: about the wall time of `mini`.
-
-    Until the learning rate of `mini-direct` falls, the two are one run; that step is kept, to resume `mini-direct` from.
-    """
-    short = mini_direct()
-    falls = round(short.steps * (1 - short.decay))
-    return replace(short, out="out/runs/mini-direct-long", steps=round(short.steps * 1.27), keep=(falls,))
-
-
-def ablation() -> TrainConfig:
-    """The base of `traceir ablate`: the paper's single stage in miniature, on composed queries and some simple ones.
-
-    It starts from the lessons, which stand for a pretrained Qwen2.5-VL, with the vision encoder frozen (paper, section 2).
-    """
-    chosen = {"cirr_task7": 2.0, "mscoco_task3": 1.0}
-    others = ("edis_task2", "fashion200k_task0", "fashion200k_task3", "fashioniq_task7", "infoseek_task6", "infoseek_task8",
-              "mscoco_task0", "nights_task4", "oven_task6", "oven_task8", "visualnews_task0", "visualnews_task3", "webqa_task1",
-              "webqa_task2")  # fmt: skip
-    return replace(
-        mini(), out="out/ablate", teach="pairs", weights={**dict.fromkeys(others, 0.0), **chosen}, steps=100, warmup=10,
-        decay=0.4, direct_ret=0.0, train_vision=False, save_every=1000, log_every=10, precheck=False,
-    )  # fmt: skip
-
-
-def sized(stage: Callable[[], TrainConfig], name: str, size: SmallSize) -> Callable[[], TrainConfig]:
-    """A stage of another size: the same training, after the lessons of its own size."""
-
-    def config() -> TrainConfig:
-        same = stage()
-        init, out = (place.replace("out/runs/mini-", f"out/runs/{name}-") for place in (same.init, same.out))
-        return replace(same, init=init, out=out, size=size)
-
-    return config
-
-
-SIZES: Final = {
-    "small": replace(SIZE, hidden=64, inner=176, layers=3),
-    "middle": replace(SIZE, hidden=96, inner=264),
-}
-"""Smaller backbones for `traceir ablate backbone`; the base has a width of 128 in 4 layers."""
-
-
-def emoji() -> TrainConfig:
-    """A small model from random weights on a few thousand real pictures."""
-    return TrainConfig(
-        data="data/emoji",
-        out="out/runs/emoji",
-        steps=1600,
-        learning_rate=1e-3,
-        batch=64,
-        family=2,
-        size=SmallSize(
-            hidden=128, layers=3, inner=352, vision_hidden=96, vision_inner=192, pixels=48, vocabulary=2600, initial=0.05
-        ),
-        weight_decay=0.1,
-        temperature=0.05,
-        augment=3,
-        decay=0.4,
-    )  # fmt: skip
+Presets = Mapping[str, Callable[[], TrainConfig]]
+REMEDIES: Final = {"data/minibeir": "`traceir minibeir build --out data/minibeir --scale full`"}
+"""Of data that a preset trains on, what makes it."""
 
 
 def qwen2_5_vl_7b() -> TrainConfig:
     """The paper's training (section 2): LoRA 128/256, vision frozen, projector trained, AdamW 2e-4, cosine, 1 epoch, batch 1,024.
 
-    Not stated there and chosen here: temperature .05, warm-up of 30 steps, picture budget of 4 to 300 cells of 28 x 28 and 480
+    Not stated there and chosen here: temperature .05, warm-up of 30 steps, image budget of 4 to 300 cells of 28 x 28 and 480
     text tokens (LamRA's), weight decay 0, AdamW's betas .9 and .999.
     """
     return TrainConfig(
@@ -216,7 +32,7 @@ def qwen2_5_vl_7b() -> TrainConfig:
         max_text_tokens=480,
         epochs=1.0,
         batch=1024,
-        family=1,
+        group=1,
         grad_cache=True,
         chunk_tokens=16384,
         checkpointing=True,
@@ -240,7 +56,7 @@ def qwen2_5_vl_7b() -> TrainConfig:
 
 
 def over(name: str, init: str, chunk_tokens: int, cell: int = 28) -> Callable[[], TrainConfig]:
-    """The paper's training over another backbone, of whose pictures `cell` x `cell` pixels are one token."""
+    """The paper's training over another backbone, of whose images `cell` x `cell` pixels are one token."""
 
     def config() -> TrainConfig:
         area = cell * cell
@@ -252,9 +68,7 @@ def over(name: str, init: str, chunk_tokens: int, cell: int = 28) -> Callable[[]
     return config
 
 
-# The paper's two, one that it does not try, and those of 2026. Where there is an embedding model of a size, training starts from
-# it: the start moves more than the method (docs/training.md).
-BACKBONES: Final = {
+PRESETS: Final[Presets] = {
     "qwen2-vl-2b": over("qwen2-vl-2b", "Qwen/Qwen2-VL-2B-Instruct", 32768),
     "qwen2.5-vl-3b": over("qwen2.5-vl-3b", "Qwen/Qwen2.5-VL-3B-Instruct", 32768),
     "qwen2.5-vl-7b": qwen2_5_vl_7b,
@@ -264,34 +78,14 @@ BACKBONES: Final = {
     "qwen3.5-2b": over("qwen3.5-2b", "Qwen/Qwen3.5-2B", 16384, 32),
     "qwen3.5-4b": over("qwen3.5-4b", "Qwen/Qwen3.5-4B", 16384, 32),
 }
-
-
-PRESETS: Final[Mapping[str, Callable[[], TrainConfig]]] = {
-    "mini": mini,
-    "mini-naming": mini_naming,
-    "mini-words": mini_words,
-    "mini-lessons": mini_lessons,
-    "mini-direct": mini_direct,
-    "mini-direct-long": mini_direct_long,
-    "ablation": ablation,
-    **{
-        f"{prefix}{name}{suffix}": sized(stage, name, size)
-        for name, size in SIZES.items()
-        for prefix, suffix, stage in (
-            ("", "-naming", mini_naming),
-            ("", "-words", mini_words),
-            ("", "-lessons", mini_lessons),
-            ("ablation-", "", ablation),
-        )
-    },
-    "emoji": emoji,
-    **BACKBONES,
-}
+"""The paper's two, one that it does not try, and those of 2026. Where there is an embedding model of a size, training starts from
+it: the start moves more than the method (docs/training.md)."""
 
 
 def resolve(
     name: str,
     *,
+    presets: Presets = PRESETS,
     data: str | None = None,
     out: str | None = None,
     init: str | None = None,
@@ -303,35 +97,31 @@ def resolve(
     `card` fits it to one accelerator of so many GiB; what `settings` say counts more. Other data than the preset's get a pixel
     cache of their own run, unless `settings` name one.
     """
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r} is unknown{did_you_mean(name, PRESETS)}; choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]()
-    config = preset
-    if data is not None and data != preset.data:
-        config = replace(config, data=data, cache="")
-    config = replace(config, out=out or config.out, init=init or config.init)
-    refuse_settings(settings)
-    config = override(config, settings)
+    if name not in presets:
+        raise InputError(f"preset {name!r} is unknown{did_you_mean(name, presets)}; choose one of {', '.join(presets)}")
+    preset = presets[name]()
+    config = replace(preset, data=data, cache="") if data is not None and data != preset.data else preset
+    config = override(replace(config, out=out or config.out, init=init or config.init), settings)
     if not Path(config.data).exists():
-        remedy = f"`traceir minibeir build --out {config.data} --scale full`" if config.data == MINI_DATA else "--data DIR"
+        remedy = REMEDIES.get(config.data, "--data DIR")
         raise InputError(f"data folder {config.data} does not exist; make it by or name another: {remedy}")
     before = Path(config.init).parent.name
-    if config.init == preset.init and before in PRESETS and not Path(config.init).is_dir():
+    if config.init == preset.init and before in presets and not Path(config.init).is_dir():
         raise InputError(
             f"preset {name} starts from {config.init}, which is not there; train --preset {before} first, or name another start"
             " with --init"
         )
-    if card is not None:
-        from traceir.train.memory import on_card
+    if card is None:
+        return config
+    from traceir.train.memory import on_card
 
-        config = override(on_card(config, card), settings)
-    return config
+    return override(on_card(config, card), settings)
 
 
-def stages_before(name: str) -> list[str]:
+def stages_before(name: str, presets: Presets = PRESETS) -> list[str]:
     """The unfinished presets to train before this one, in order: each starts from the checkpoint of the one before."""
-    found: list[str] = []
-    while (start := Path(PRESETS[name]().init)).parent.name in PRESETS and not (start / "traceir.json").is_file():
-        name = start.parent.name
-        found.insert(0, name)
-    return found
+    start = Path(presets[name]().init)
+    before = start.parent.name
+    if before not in presets or (start / "traceir.json").is_file():
+        return []
+    return [*stages_before(before, presets), before]

@@ -5,7 +5,7 @@ output matrix where it is not the input matrix; embeddings and final norm belong
 chunk. Weights that train and frozen ones may differ in type.
 
 Processes must gather the same units in the same order, or they wait for each other for ever. Therefore all of them run equally
-many chunks, each chunk shows the vision tower a picture, its own or a blank one (gradcache.py), and the tower is one unit
+many chunks, each chunk shows the vision tower an image, its own or a blank one (gradcache.py), and the tower is one unit
 whatever the number of grids. Accelerate's plugin wraps each block instead, needs an accelerator, and refuses a scalar.
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -27,24 +27,19 @@ def shard(reader: Reader, device: torch.device) -> None:
     Its parameters are others afterwards: make the optimiser after this. Every process must hold the same weights.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    network = reader.network
+    network, model = reader.network, reader.model
     for layer in network.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
-    _shard_tower(reader, mesh)
+    tower: Any = network.model.visual
+    fully_shard(tower, mesh=mesh)
+    if network.config.model_type == "qwen2_5_vl":
+        # `image_features` runs the tower's parts one by one, and so no hook of the tower's own: it gets hooks itself.
+        tower.image_features = model.image_features
+        register_fsdp_forward_method(tower, "image_features")
+        model.__dict__["image_features"] = tower.image_features
     if not set(network.lm_head.parameters()) & set(network.model.language_model.embed_tokens.parameters()):
         fully_shard(network.lm_head, mesh=mesh)
     fully_shard(reader, mesh=mesh, ignored_params={reader.log_temperature})
-
-
-def _shard_tower(reader: Reader, mesh: DeviceMesh) -> None:
-    """One unit, gathered by `picture_features`: that runs the tower's parts one by one, and so no hook of the tower's own."""
-    model: Any = reader.model  # whose method is replaced by the same one with hooks around it
-    tower = reader.network.model.visual
-    fully_shard(tower, mesh=mesh)
-    if reader.network.config.model_type == "qwen2_5_vl":
-        tower.image_features = model.image_features
-        register_fsdp_forward_method(tower, "image_features")
-        model.image_features = tower.image_features
 
 
 def fetched(tensor: torch.Tensor, *, keep: bool) -> torch.Tensor:
@@ -69,6 +64,5 @@ def gathered(reader: Reader, *, keep: bool) -> dict[str, torch.Tensor]:
     named: dict[str, torch.Tensor] = reader.network.state_dict(keep_vars=True)
     adapted = hasattr(reader.network, "peft_config")
     chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad or not adapted}
-    known = {id(tensor): tensor for tensor in chosen.values()}
-    full = {number: fetched(tensor, keep=keep) for number, tensor in known.items()}
+    full = {number: fetched(tensor, keep=keep) for number, tensor in {id(t): t for t in chosen.values()}.items()}
     return {name: full[id(tensor)] for name, tensor in chosen.items()}

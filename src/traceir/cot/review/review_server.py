@@ -162,7 +162,7 @@ class ReviewSession:
         return {"number": number, "mark": _MARKS[stands.decision] if stands else "."}
 
     def image(self, number: int, place: int) -> bytes:
-        """The query's picture (place 0) or that of a positive (1, 2, ...), as JPEG. Raises PictureError and InputError."""
+        """The query's picture (place 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
         case = self._at(number).outcome.case
         paths = [case.record.image_path, *(target.image_path for target in case.positives)]
         path = paths[place] if place < len(paths) else None
@@ -341,7 +341,7 @@ def _number(request: Request, name: str) -> int:
 
 
 def _as_jpeg(path: Path) -> bytes:
-    """A picture file, upright and RGB, at most SIDE pixels wide and high, as JPEG. Raises PictureError."""
+    """A picture file, upright and RGB, at most SIDE pixels wide and high, as JPEG. Raises ImageError."""
     image = ImageInput.open(path).load(shrink_to=SIDE)
     image.thumbnail((SIDE, SIDE))
     stream = BytesIO()

@@ -1,40 +1,35 @@
 """Scores one zero-shot task: encodes its pool once and its queries, ranks what each query may choose from, and sums up.
 
-Ties are pessimistic (evaluation/metrics.py). Shapes: Q queries, N candidates or members of a gallery, D width.
+Ties are pessimistic (evaluation/metrics.py). Shapes: Q queries, N candidates of the pool or members of a gallery, D width.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 
-from traceir.errors import InputError, ModelError
-from traceir.evaluation.embedder import Embedder, in_pieces
-from traceir.evaluation.metrics import average_precision_at, hit_at, positive_ranks, rank_positives
-from traceir.evaluation.unseen.task import Case, LeftOut, Task
-from traceir.items import Encoding, Item, Query, Route, Vector
+from traceir.errors import InputError
+from traceir.evaluation.embeddings import Embedder, Embeddings
+from traceir.evaluation.metrics import Ranks, average_precision_at, positive_ranks
+from traceir.evaluation.ranking import rank_queries
+from traceir.evaluation.unseen.task import LeftOut, UnseenQuery, UnseenTask
+from traceir.items import Encoding, Route, Vector
 from traceir.search import EncoderLike
 
-log = logging.getLogger(__name__)
-
-BLOCK: Final = 256
-"""Queries whose scores are in memory at once."""
 NAMED: Final = 100
 """Names of each kind of loss that a summary lists; the task has all."""
-
 _METRIC = re.compile(r"(?:hit|map)@[1-9]\d*|accuracy")
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class UnseenOutcome:
     """One query scored. `rank` is that of its best right candidate, from 1; one more than the candidates where none may be found.
 
     `values` has one number in [0, 1] for each metric of the task.
@@ -50,20 +45,9 @@ class Outcome:
     truncated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """Consecutive queries whose scores have one shape: their numbers in the task, and the columns of their galleries [Q, N].
-
-    `columns_QN` is None where they rank the whole pool.
-    """
-
-    numbers: range
-    columns_QN: npt.NDArray[np.int64] | None
-
-
 def score(
-    encoder: EncoderLike, task: Task, *, route: Route = "auto", cache: Path | None = None, progress: bool = False
-) -> tuple[list[Outcome], dict[str, Any]]:
+    encoder: EncoderLike, task: UnseenTask, *, route: Route = "auto", cache: Path | None = None, progress: bool = False
+) -> tuple[list[UnseenOutcome], dict[str, Any]]:
     """Outcomes in the order of the task's queries, and their summary; embeddings are kept below `cache`, if given.
 
     Raises InputError for a task without published truth.
@@ -73,26 +57,18 @@ def score(
         raise InputError(f"{task.name}: query {unanswered} has no right candidate to score by; write a submission instead")
     if wrong := [metric for metric in task.metrics if not _METRIC.fullmatch(metric)]:
         raise InputError(f"{task.name}: metrics {wrong} are unknown; give hit@k, map@k or accuracy")
-    pool_ND = _matrix(_encode_pool(encoder, task, cache, progress), task)
-    encodings = _encode_cases(encoder, task, route, cache, progress)
-    queries_QD = _matrix(encodings, task)
-    place = {id: number for number, id in enumerate(task.pool)}
-    outcomes: list[Outcome] = []
-    for block in _blocks(task.cases, place):
-        cases = task.cases[block.numbers.start : block.numbers.stop]
-        scores_QN = _similarities(queries_QD[block.numbers.start : block.numbers.stop], pool_ND, block)
-        relevant_QN, allowed_QN = _masks(cases, block, place, scores_QN.shape)
-        values = _judge(task.metrics, scores_QN, relevant_QN, allowed_QN)
-        ranks = rank_positives(scores_QN, relevant_QN, allowed_QN)
-        for row, (case, number) in enumerate(zip(cases, block.numbers, strict=True)):
-            own = {metric: float(column[row]) for metric, column in values.items()}
-            e = encodings[number]
-            outcomes.append(Outcome(task.name, case.id, case.group, int(ranks[row]), own, e.route, e.tokens, e.truncated))
+    outcomes: list[UnseenOutcome] = []
+    with _embedded(encoder, task, route, cache, progress) as (pool, queries):
+        for case, encoding, (ranks, size) in zip(task.cases, queries, _rank_all(task, pool, queries), strict=True):
+            best = int(ranks[0]) if len(ranks) else size + 1
+            values = {metric: _value(metric, ranks, best, size) for metric in task.metrics}
+            how = encoding.route, encoding.tokens, encoding.truncated
+            outcomes.append(UnseenOutcome(task.name, case.id, case.group, best, values, *how))
     return outcomes, summarise(task, outcomes)
 
 
 def rank_pool(
-    encoder: EncoderLike, task: Task, k: int, *, route: Route = "auto", cache: Path | None = None, progress: bool = False
+    encoder: EncoderLike, task: UnseenTask, k: int, *, route: Route = "auto", cache: Path | None = None, progress: bool = False
 ) -> dict[str, list[str]]:
     """The first k ids of each query, best first, equal scores in the order of the pool: what a submission holds.
 
@@ -101,26 +77,25 @@ def rank_pool(
     if any(case.gallery is not None for case in task.cases):
         raise InputError(f"{task.name}: its queries rank galleries of their own; only tasks over one pool are ranked here")
     ids = list(task.pool)
-    pool_ND = _matrix(_encode_pool(encoder, task, cache, progress), task)
-    queries_QD = _matrix(_encode_cases(encoder, task, route, cache, progress), task)
-    found: dict[str, list[str]] = {}
-    for number, case in enumerate(task.cases):
-        masked = set(case.masked)
-        order = np.argsort(-(queries_QD[number] @ pool_ND.T), kind="stable")[: k + len(masked)]
-        found[case.id] = [ids[place] for place in order if ids[place] not in masked][:k]
-    return found
+    with _embedded(encoder, task, route, cache, progress) as (pool, queries):
+        masked = _places(task, [case.masked for case in task.cases])
+        ranking = rank_queries(_matrix(queries), pool, [()] * len(queries), top_k=k, excluded=masked)
+    return {
+        case.id: [ids[place] for place in places if place >= 0]
+        for case, places in zip(task.cases, ranking.places.tolist(), strict=True)
+    }
 
 
-def summarise(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def summarise(task: UnseenTask, outcomes: Sequence[UnseenOutcome]) -> dict[str, Any]:
     """The task's result: metrics over all queries, for each group and as the mean over groups, and what was left out.
 
     `value` is the number to report: `main`, over all queries or as the mean over groups.
     """
-    groups: dict[str, list[Outcome]] = {}
+    groups: dict[str, list[UnseenOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.group, []).append(outcome)
     overall = _means(task.metrics, outcomes)
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "task": task.name,
         "column": task.column,
         "queries": len(outcomes),
@@ -128,125 +103,85 @@ def summarise(task: Task, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "metrics": _rounded(overall),
         "main": task.main,
         "value": round(overall[task.main], 4),
-        "reasoned": round(float(np.mean([o.route == "reason" for o in outcomes])), 4),
-        "tokens_per_query": round(float(np.mean([o.tokens for o in outcomes])), 2),
-        "truncated": round(float(np.mean([o.truncated for o in outcomes])), 4),
+        "reasoned": round(float(np.mean([outcome.route == "reason" for outcome in outcomes])), 4),
+        "tokens_per_query": round(float(np.mean([outcome.tokens for outcome in outcomes])), 2),
+        "truncated": round(float(np.mean([outcome.truncated for outcome in outcomes])), 4),
     }
     if len(groups) > 1 or task.by_group:
         each = {name: _means(task.metrics, group) for name, group in groups.items()}
         mean = {metric: float(np.mean([values[metric] for values in each.values()])) for metric in task.metrics}
-        found["groups"] = {name: {"queries": len(groups[name])} | _rounded(values) for name, values in each.items()}
-        found["mean_over_groups"] = _rounded(mean)
+        summary["groups"] = {name: {"queries": len(groups[name])} | _rounded(values) for name, values in each.items()}
+        summary["mean_over_groups"] = _rounded(mean)
         if task.by_group:
-            found["value"] = round(mean[task.main], 4)
+            summary["value"] = round(mean[task.main], 4)
     if task.left_out:
-        found["left_out"] = describe(task.left_out)
-    return found
+        summary["left_out"] = _describe(task.left_out)
+    return summary
 
 
-def describe(left_out: LeftOut) -> dict[str, Any]:
+def _describe(left_out: LeftOut) -> dict[str, Any]:
     """What was not scored, by number and by name (the first 100 of each kind)."""
-    kinds = {
-        "queries": left_out.cases,
-        "candidates": left_out.candidates,
-        "pictures": left_out.images,
-        "unknown_ids": left_out.unknown,
-        "files": left_out.files,
+    names = asdict(left_out)
+    kinds = {"queries": "cases", "candidates": "candidates", "pictures": "images", "unknown_ids": "unknown", "files": "files"}
+    return {
+        kind: {"count": len(names[field]), "names": [str(name) for name in names[field][:NAMED]]}
+        for kind, field in kinds.items()
+        if names[field]
     }
-    return {kind: {"count": len(names), "names": [str(name) for name in names[:NAMED]]} for kind, names in kinds.items() if names}
 
 
-def _encode_pool(encoder: EncoderLike, task: Task, cache: Path | None, progress: bool) -> Vector:
-    """Vectors of the pool [N, D], in its order."""
-
-    def make() -> Iterator[Item]:
-        return (task.item(id) for id in task.pool)
-
-    if cache is not None:
-        embedded = Embedder(encoder, cache, progress=progress).items(make, len(task.pool))
-        assert embedded is not None, "one share is the whole"
-        return embedded.matrix()
-    return np.stack([encoding.vector for encoding in in_pieces(encoder.encode_items)(list(make()))])
-
-
-def _encode_cases(encoder: EncoderLike, task: Task, route: Route, cache: Path | None, progress: bool) -> list[Encoding]:
-    def make() -> Iterator[Query]:
-        return (case.query() for case in task.cases)
-
-    if cache is not None:
-        embedded = Embedder(encoder, cache, progress=progress).queries(make, len(task.cases), route)
-        assert embedded is not None, "one share is the whole"
-        return list(embedded.encodings())
-    return in_pieces(lambda queries: encoder.encode_queries(queries, route=route))(list(make()))
+@contextmanager
+def _embedded(
+    encoder: EncoderLike, task: UnseenTask, route: Route, cache: Path | None, progress: bool
+) -> Iterator[tuple[Embeddings, list[Encoding]]]:
+    """The pool's vectors, in its order, and the queries' encodings."""
+    with TemporaryDirectory() if cache is None else nullcontext(cache) as folder:
+        embedder = Embedder(encoder, Path(folder), progress=progress)
+        pool = embedder.items(lambda: map(task.item, task.pool), len(task.pool))
+        queries = embedder.queries(lambda: map(UnseenQuery.query, task.cases), len(task.cases), route)
+        assert pool is not None and queries is not None, "one share is the whole"
+        yield pool, list(queries.encodings())
 
 
-def _matrix(vectors: Vector | Sequence[Encoding], task: Task) -> Vector:
-    matrix: Vector = vectors if isinstance(vectors, np.ndarray) else np.stack([encoding.vector for encoding in vectors])
-    if not np.isfinite(matrix).all():
-        raise ModelError(f"{task.name}: the model's vectors are not finite; the checkpoint has diverged")
-    return matrix
+def _rank_all(task: UnseenTask, pool: Embeddings, queries: Sequence[Encoding]) -> list[tuple[Ranks, int]]:
+    """Of each query the ranks of its right candidates, and how many candidates it ranks: the pool, or its own gallery."""
+    queries_QD = _matrix(queries)
+    whole = [number for number, case in enumerate(task.cases) if case.gallery is None]
+    ranked: dict[int, tuple[Ranks, int]] = {}
+    if whole:
+        relevant = _places(task, [task.cases[number].relevant for number in whole])
+        masked = _places(task, [task.cases[number].masked for number in whole])
+        ranking = rank_queries(queries_QD[whole], pool, relevant, top_k=1, excluded=masked)
+        ranked = {number: (ranks, len(pool)) for number, ranks in zip(whole, ranking.ranks, strict=True)}
+    if len(whole) < len(task.cases):
+        pool_ND = pool.matrix()
+        galleries = _places(task, [case.gallery or () for case in task.cases])
+        for number, (case, places) in enumerate(zip(task.cases, galleries, strict=True)):
+            if case.gallery is not None:
+                right, allowed = ([[id in ids for id in case.gallery]] for ids in (case.relevant, case.masked))
+                scores_QN = queries_QD[number : number + 1] @ pool_ND[places].T
+                ranked[number] = positive_ranks(scores_QN, np.array(right), ~np.array(allowed))[0], len(places)
+    return [ranked[number] for number in range(len(task.cases))]
 
 
-def _blocks(cases: Sequence[Case], place: Mapping[str, int]) -> Iterator[_Block]:
-    """Consecutive queries with galleries of one size, at most BLOCK together."""
-    first = 0
-    for number in range(1, len(cases) + 1):
-        if number < len(cases) and number - first < BLOCK and _size(cases[number]) == _size(cases[first]):
-            continue
-        galleries = [case.gallery for case in cases[first:number] if case.gallery is not None]
-        columns = np.array([[place[id] for id in gallery] for gallery in galleries], dtype=np.int64) if galleries else None
-        yield _Block(range(first, number), columns)
-        first = number
+def _places(task: UnseenTask, names: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Where ids are in the pool; those that are not there are left out."""
+    place = {id: number for number, id in enumerate(task.pool)}
+    return [[place[id] for id in ids if id in place] for ids in names]
 
 
-def _size(case: Case) -> int | None:
-    return None if case.gallery is None else len(case.gallery)
+def _matrix(queries: Sequence[Encoding]) -> Vector:
+    return np.stack([encoding.vector for encoding in queries])
 
 
-def _similarities(queries_QD: Vector, pool_ND: Vector, block: _Block) -> Vector:
-    """Cosines [Q, N] of queries to the pool, or each to its gallery."""
-    if block.columns_QN is None:
-        return queries_QD @ pool_ND.T
-    scores_QN: Vector = np.einsum("qd,qnd->qn", queries_QD, pool_ND[block.columns_QN])
-    return scores_QN
+def _value(metric: str, ranks: Ranks, best: int, size: int) -> float:
+    kind, _, depth = metric.partition("@")
+    if kind == "map":
+        return average_precision_at(ranks, int(depth))
+    return float(best <= min(int(depth or 1), size))  # accuracy is hit@1 over two candidates
 
 
-def _masks(cases: Sequence[Case], block: _Block, place: Mapping[str, int], shape: tuple[int, ...]) -> tuple[Mask, Mask | None]:
-    """Which candidates are right [Q, N], and which may be found [Q, N]; None where all may."""
-    relevant_QN = np.zeros(shape, dtype=np.bool_)
-    allowed_QN = np.ones(shape, dtype=np.bool_)
-    for row, case in enumerate(cases):
-        columns = None if block.columns_QN is None else block.columns_QN[row]
-        _mark(relevant_QN[row], [place[id] for id in case.relevant], columns, True)
-        _mark(allowed_QN[row], [place[id] for id in case.masked if id in place], columns, False)
-    return relevant_QN, None if allowed_QN.all() else allowed_QN
-
-
-def _mark(row: Mask, places: list[int], columns: npt.NDArray[np.int64] | None, value: bool) -> None:
-    if columns is None:
-        row[places] = value
-    else:
-        row[np.isin(columns, places)] = value
-
-
-def _judge(
-    metrics: Sequence[str], scores_QN: Vector, relevant_QN: Mask, allowed_QN: Mask | None
-) -> dict[str, npt.NDArray[np.float64]]:
-    """Each metric, one value a query."""
-    best = rank_positives(scores_QN, relevant_QN, allowed_QN)
-    each = positive_ranks(scores_QN, relevant_QN, allowed_QN) if any(m.startswith("map") for m in metrics) else []
-    found: dict[str, npt.NDArray[np.float64]] = {}
-    for metric in metrics:
-        kind, _, depth = metric.partition("@")
-        k = int(depth) if depth else 1  # accuracy is hit@1 over two candidates
-        if kind == "map":
-            found[metric] = np.array([average_precision_at(ranks, k) for ranks in each])
-        else:
-            found[metric] = hit_at(best, k, pool=scores_QN.shape[1])
-    return found
-
-
-def _means(metrics: Sequence[str], outcomes: Sequence[Outcome]) -> dict[str, float]:
+def _means(metrics: Sequence[str], outcomes: Sequence[UnseenOutcome]) -> dict[str, float]:
     return {metric: float(np.mean([outcome.values[metric] for outcome in outcomes])) for metric in metrics}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -20,17 +20,17 @@ from traceir.items import Item, Modality, Query
 log = logging.getLogger(__name__)
 
 Missing = Literal["stop", "skip", "keep"]
-"""What to do about missing pictures and unknown ids: refuse the set; leave out and count the queries they touch; or only count
+"""What to do about missing images and unknown ids: refuse the set; leave out and count the queries they touch; or only count
 (`keep`, for dry runs: such a task cannot be scored)."""
 
 Source = str | Path
-"""A text, or the file of a picture."""
+"""A text, or the file of an image."""
 
 SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class UnseenQuery:
     """One query of a task.
 
     `parts` come in reading order. `relevant` are the right ids (none where the truth is not published). `gallery` are the only
@@ -47,15 +47,19 @@ class Case:
     masked: tuple[str, ...] = ()
     group: str = ""
 
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The candidates without which it cannot be scored: the right ones, and its gallery, because a smaller one asks less."""
+        return tuple(dict.fromkeys((*self.relevant, *(self.gallery or ()))))
+
     def query(self) -> Query:
-        """The case as a Query. Reads no picture yet."""
-        parts = tuple(_open(part) for part in self.parts)
-        return Query(parts, instruction=self.instruction, target=self.target, id=self.id)
+        """As a Query. Reads no image yet."""
+        return Query(tuple(map(_open, self.parts)), instruction=self.instruction, target=self.target, id=self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What is not scored, and why: absent files and pictures, ids that name nothing, and the ids lost with them."""
+    """What is not scored, and why: absent files and images, ids that name nothing, and the ids lost with them."""
 
     files: tuple[Path, ...] = ()
     images: tuple[Path, ...] = ()
@@ -68,8 +72,8 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One zero-shot task. `pool` maps ids, in order, to a text or the file of a picture.
+class UnseenTask:
+    """One zero-shot task. `pool` maps ids, in order, to a text or the file of an image.
 
     `metrics` are `hit@k`, `map@k` or `accuracy`; `main` is the one that the papers report, taken over all queries, or where
     `by_group` is set as the plain mean over groups. `source` is the file that the queries come from.
@@ -78,7 +82,7 @@ class Task:
     name: str
     column: str
     source: Path
-    cases: tuple[Case, ...] = field(repr=False)
+    cases: tuple[UnseenQuery, ...] = field(repr=False)
     pool: Mapping[str, Source] = field(repr=False)
     metrics: tuple[str, ...]
     main: str
@@ -86,80 +90,49 @@ class Task:
     left_out: LeftOut = LeftOut()
 
     def item(self, id: str) -> Item:
-        """The candidate as an Item. Reads no picture yet."""
+        """The candidate as an Item. Reads no image yet."""
         return Item((_open(self.pool[id]),), id=id)
 
 
-def settle(task: Task, missing: Missing) -> Task:
-    """The task with nothing in it that cannot be scored.
+def settle(task: UnseenTask, missing: Missing) -> UnseenTask:
+    """The task with nothing in it that cannot be scored; a candidate of a whole pool is left out by itself.
 
-    A query is left out where one of its pictures or one of its right candidates is gone, or one of its gallery, because a smaller
-    gallery is another question. A candidate of a whole pool is left out by itself. Raises DataError where the pool or the queries
-    are empty, before or after that, where a query id occurs twice, and, with `missing="stop"`, where anything is gone. With
-    `keep` everything stays, and what is gone is only noted.
+    Raises DataError where the pool or the queries are empty, before or after that, where a query id occurs twice, and, with
+    `missing="stop"`, where anything is gone. With `keep` everything stays, and what is gone is only noted.
     """
     if missing == "stop":
         _refuse(task, task.left_out)
     _check_whole(task)
-    gone = _gone(task)
-    lost = {id for id, source in task.pool.items() if source in gone}
-    unknown = tuple(
-        f"{case.id}: {id}"
-        for case in task.cases
-        for id in dict.fromkeys((*case.relevant, *(case.gallery or ())))
-        if id not in task.pool
+    gone = _gone([*(part for case in task.cases for part in case.parts), *task.pool.values()])
+    absent = replace(
+        task.left_out,
+        images=tuple(gone),
+        unknown=tuple(f"{case.id}: {id}" for case in task.cases for id in case.named if id not in task.pool),
     )
-    absent = replace(task.left_out, images=tuple(gone), unknown=unknown)
     if missing == "stop":
         _refuse(task, absent)
     if not absent or missing == "keep":
         return replace(task, left_out=absent)
-    left_out = tuple(case.id for case in task.cases if not _whole(case, task.pool, gone, lost))
-    dropped = set(left_out)
-    cases = tuple(case for case in task.cases if case.id not in dropped)
-    pool = {id: source for id, source in task.pool.items() if id not in lost}
+    pool = {id: source for id, source in task.pool.items() if source not in gone}
+    cases = tuple(case for case in task.cases if gone.keys().isdisjoint(case.parts) and pool.keys() >= set(case.named))
     if not cases:
         raise DataError(
-            f"{task.source}: no query of {task.name} is left: {len(gone)} pictures are missing, first "
-            f"{_show(gone)}; put the pictures in place"
+            f"{task.source}: no query of {task.name} is left: {len(gone)} images are missing, first {_show(tuple(gone))}; "
+            "put the images in place"
         )
-    absent = replace(absent, candidates=tuple(id for id in task.pool if id in lost), cases=left_out)
+    kept = {case.id for case in cases}
+    lost = tuple(case.id for case in task.cases if case.id not in kept)
+    absent = replace(absent, candidates=tuple(id for id in task.pool if id not in pool), cases=lost)
     log.warning(
-        "%s: left out %d of %d queries (first: %s) and %d of %d candidates; missing %d pictures (first: %s), %d ids, %d files",
-        task.name, len(left_out), len(task.cases), _show(left_out), len(lost), len(task.pool), len(gone), _show(gone),
-        len(unknown), len(absent.files),
+        "%s: left out %d of %d queries (first: %s) and %d of %d candidates; missing %d images (first: %s), %d ids, %d files",
+        task.name, len(lost), len(task.cases), _show(lost), len(absent.candidates), len(task.pool), len(gone),
+        _show(absent.images), len(absent.unknown), len(absent.files),
     )  # fmt: skip
     return replace(task, cases=cases, pool=pool, left_out=absent)
 
 
-def _open(source: Source) -> str | ImageInput:
-    return ImageInput.open(source) if isinstance(source, Path) else source
-
-
-def _whole(case: Case, pool: Mapping[str, Source], gone: Mapping[Path, None], lost: set[str]) -> bool:
-    """Whether the query's own pictures, its right candidates and its gallery are all there."""
-    named = {*case.relevant, *(case.gallery or ())}
-    return not any(isinstance(part, Path) and part in gone for part in case.parts) and not any(
-        id in lost or id not in pool for id in named
-    )
-
-
-def _gone(task: Task) -> dict[Path, None]:
-    """The files of pictures that are not there, in the order in which queries and pool name them."""
-    folders: dict[Path, set[str]] = {}
-    named: Iterable[Source] = (*(part for case in task.cases for part in case.parts), *task.pool.values())
-    found: dict[Path, None] = {}
-    for path in named:
-        if isinstance(path, Path):
-            if path.parent not in folders:
-                folders[path.parent] = files_in(path.parent)
-            if path.name not in folders[path.parent]:
-                found[path] = None
-    return found
-
-
 def files_in(folder: Path) -> set[str]:
-    """One listing is much faster than a look at each of 123,000 pictures."""
+    """One listing is much faster than a look at each of 123,000 images."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
@@ -167,7 +140,24 @@ def files_in(folder: Path) -> set[str]:
         return set()
 
 
-def _check_whole(task: Task) -> None:
+def _open(source: Source) -> str | ImageInput:
+    return ImageInput.open(source) if isinstance(source, Path) else source
+
+
+def _gone(sources: Iterable[Source]) -> dict[Path, None]:
+    """The files of images that are not there, in order."""
+    folders: dict[Path, set[str]] = {}
+    gone: dict[Path, None] = {}
+    for path in sources:
+        if isinstance(path, Path):
+            if path.parent not in folders:
+                folders[path.parent] = files_in(path.parent)
+            if path.name not in folders[path.parent]:
+                gone[path] = None
+    return gone
+
+
+def _check_whole(task: UnseenTask) -> None:
     if not task.cases:
         raise DataError(f"{task.source}: {task.name} has no queries; download the file again")
     if not task.pool:
@@ -179,19 +169,17 @@ def _check_whole(task: Task) -> None:
         seen.add(case.id)
 
 
-def _refuse(task: Task, absent: LeftOut) -> None:
-    found = []
-    if absent.files:
-        found.append(f"{len(absent.files)} annotation files are missing, first {_show(absent.files)}")
-    if absent.images:
-        found.append(f"{len(absent.images)} pictures are missing, first {_show(absent.images)}")
-    if absent.unknown:
-        found.append(f"{len(absent.unknown)} ids are not in the pool, first {_show(absent.unknown)} (query: id)")
-    if found:
+def _refuse(task: UnseenTask, absent: LeftOut) -> None:
+    kinds: tuple[tuple[Sequence[object], str, str], ...] = (
+        (absent.files, "annotation files are missing", ""),
+        (absent.images, "images are missing", ""),
+        (absent.unknown, "ids are not in the pool", " (query: id)"),
+    )
+    if problems := [f"{len(names)} {what}, first {_show(names)}{form}" for names, what, form in kinds if names]:
         raise DataError(
-            f"{task.source}: {'; '.join(found)}; complete the folder, or choose missing='skip' to leave out the queries touched"
+            f"{task.source}: {'; '.join(problems)}; complete the folder, or choose missing='skip' to leave out the queries"
         )
 
 
-def _show(names: Iterable[object]) -> str:
-    return ", ".join(str(name) for name in list(names)[:SHOWN]) or "none"
+def _show(names: Sequence[object]) -> str:
+    return ", ".join(map(str, names[:SHOWN])) or "none"
