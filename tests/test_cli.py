@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ from conftest import both_roads, make_queries, picture, random_model
 from traceir import items
 from traceir.batch import IGNORE
 from traceir.checkpoint import bundled_model
-from traceir.cli import index_verbs, parser, search_verbs
 from traceir.cli import main as cli
-from traceir.data.mbeir import find_tasks
+from traceir.cli import parser, search_verbs
 from traceir.data.settings import known_keys, override
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
-from traceir.evaluation.evaluate import choose_tasks
 from traceir.explain import describe, explain
-from traceir.index import open_index
 from traceir.index.filters import matches
 from traceir.items import Encoding, Item, Query
 from traceir.lab.gallery import cost
@@ -32,8 +28,6 @@ from traceir.lab.mini_presets import PRESETS, resolve, stages_before
 from traceir.minibeir import rows
 from traceir.model import TraceModel, load, save
 from traceir.prompts import EMB, normalise, render_candidate, render_query
-from traceir.search import Searcher
-from traceir.suggest import did_you_mean
 from traceir.train.small import SmallSize
 from traceir.train.train import TrainConfig
 
@@ -113,12 +107,21 @@ for words in ([], ["index", "add"], ["search"], ["explain"], ["evaluate"], ["min
 print("heavy:", sorted({"torch", "numpy", "PIL", "transformers"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("heavy: []\n") and "--preset" in done.stdout
+    assert done.stdout.endswith("heavy: []\n") and "--preset" in done.stdout and "optimise" not in done.stdout
 
 
 def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
     assert parser.ROUTES == items.ROUTES and set(parser.MODALITIES) == set(items.MODALITIES)
     assert tuple(PRESETS) == parser.PRESETS and parser.SCALES == rows.SCALES
+
+
+def test_former_names_are_accepted_with_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("index", "optimise", "--index", tmp_path / "none") == 2
+    notice, error = capsys.readouterr().err.splitlines()
+    assert notice == "note: `index optimise` is now called `index build-ann`" and "none" in error
+    args = parser.build_parser().parse_args(["serve", "--index", "i", "--pictures", "a", "--images", "b", "--pictures", "c"])
+    assert args.images == [Path("a"), Path("b"), Path("c")]
+    assert capsys.readouterr().err.splitlines() == ["note: --pictures is now called --images"] * 2
 
 
 def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
@@ -136,44 +139,41 @@ def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
-        (InputError("two\nlines"), 2, "traceir: error: two lines\n"),
-        (KeyboardInterrupt(), 130, "traceir: error: interrupted\n"),
-        (ZeroDivisionError("odd"), 1, f"traceir: error: ZeroDivisionError: odd {HINT}\n"),
+        (InputError("two\nlines"), 2, "two lines"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (ZeroDivisionError("odd"), 1, "ZeroDivisionError: odd (unexpected; run it again with -v for the traceback)"),
     ],
-)  # fmt: skip
+)
 def test_errors_are_one_line_and_an_exit_code(
-    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*_: object) -> int:
         raise error
 
     monkeypatch.setattr("traceir.index.open_index", fail)
     assert run("index", "info", "--index", "x") == code
-    assert capsys.readouterr() == ("", said)
-    assert run("index", "info", "--index", "x", "-v") == code
-    assert "Traceback" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", f"traceir: error: {message}\n")
+    assert run("index", "info", "--index", "x", "-v") == code and "Traceback" in capsys.readouterr().err
 
 
-def test_an_index_is_filled_described_searched_and_pruned(
+def test_an_index_is_filled_described_copied_and_pruned(
     things: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = tmp_path / "index"
+    index, copy = tmp_path / "index", tmp_path / "copy"
     assert fill(things, index, checkpoint) == 1
     seen = capsys.readouterr()
-    assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 1; 6 items")
-    assert "broken.png" in seen.err
+    assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 1; 6 items") and "broken.png" in seen.err
     (things / "broken.png").unlink()
-    assert fill(things, index, checkpoint) == 0
-    assert capsys.readouterr().out.startswith("added 0, updated 0, skipped 6")
+    assert fill(things, index, checkpoint) == 0 and capsys.readouterr().out.startswith("added 0, updated 0, skipped 6")
 
-    assert run("index", "info", "--index", index, "--json") == 0
+    assert run("index", "copy", index, copy) == 0 and capsys.readouterr().out.startswith("copied 6, skipped 0 already there; 6")
+    assert run("index", "info", "--index", copy, "--json") == 0
     info = json.loads(capsys.readouterr().out)
     assert info["count"] == 6 and info["counts"] == {"image": 2, "text": 4} and info["cells"] == 0
-    assert run("index", "optimise", "--index", index) == 0
-    assert run("index", "info", "--index", index) == 0
-    assert "6 (2 image, 4 text)" in capsys.readouterr().out
+    assert run("index", "build-ann", "--index", index) == 0 and "IVF lists" in capsys.readouterr().out
+    assert run("index", "info", "--index", index) == 0 and "6 (2 image, 4 text)" in capsys.readouterr().out
 
     assert run("index", "rm", "--index", index, "note.txt", "line1") == 0
     assert run("index", "rm", "--index", index, "note.txt") == 1
@@ -200,57 +200,50 @@ def test_a_search_prints_what_the_encoder_and_the_index_say(
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("route      direct") and len(printed) == 3
     assert {"0.png", "1.png"} == {line.split()[2] for line in printed[1:]}
-
     assert run("search", *words, "--where", "year=1991", "--json") == 0
     assert [hit["id"] for hit in json.loads(capsys.readouterr().out)["hits"]] == ["line1"]
-    assert run("search", *words, "--approximate") == 2
-    assert "build_approximate" in capsys.readouterr().err
+    assert run("search", *words, "--approximate") == 2 and "build" in capsys.readouterr().err
+
+    model = ("--model", checkpoint)
+    answers = []
+    for order in (["a red cube", "--index", index, *model], ["--index", index, *model, "a", "red", "cube"],
+                  ["--index", index, "--route", "auto", "--text", "a red cube", *model]):  # fmt: skip
+        assert run("search", *order, "-k", 3) == 0
+        answers.append(capsys.readouterr().out.splitlines()[1:])
+    assert all(answer == answers[0] for answer in answers)
+    for verb in (["search", "--index", index], ["explain"], ["explain", "--candidate"]):
+        assert run(*verb, "a red cube", "--text", "a ball", *model) == 2
+        assert "the text is given twice" in capsys.readouterr().err
 
 
 def test_wrong_input_is_refused_before_a_model_is_loaded(
     things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_model(*_: object) -> Any:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("traceir.cli.terminal.load_encoder", no_model)
-    monkeypatch.setattr("traceir.cli.learn_verbs.load_encoder", no_model)
-    index = tmp_path / "index"
-    assert run("search", "--index", index) == 2
-    assert run("search", "--index", index, "--text", "a") == 2
-    assert run("search", "--index", index, "--image", tmp_path / "none.png") == 2
-    assert run("search", "--index", index, "--text", "a", "--where", "year") == 2
-    assert run("index", "add", things, tmp_path / "none", "--index", index) == 2
-    assert run("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast") == 2
-    assert run("evaluate", "--data", tmp_path / "none", "--out", tmp_path / "out") == 2
-    assert run("explain", "--candidate", "--text", "a", "--modality", "text") == 2
-    assert not index.exists()
-    assert "'fast'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        run("search", "--index", index, "--text", "a", "-k", 0)
-
-
-def test_field_report_22_a_folder_of_which_nothing_is_read_is_an_error(
-    things: Path, tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    phone, index = tmp_path / "phone", tmp_path / "index"
+    monkeypatch.setitem(sys.modules, "traceir.library", None)
+    index, phone = tmp_path / "index", tmp_path / "phone"
     phone.mkdir()
     for name in ("1.heic", "2.HEIC", "film.mov"):
         (phone / name).write_bytes(b"x")
-    with monkeypatch.context() as patch:
-        patch.setattr(index_verbs, "open_encoder", lambda *_: pytest.fail("a model was loaded"))
-        for paths in ([phone], [phone / "1.heic"], [phone, tmp_path / "things" / ".." / "phone" / "film.mov"]):
-            assert run("index", "add", *paths, "--index", index) == 2
-            said = capsys.readouterr().err
-            assert said.count("failed: ") == len(paths) and "convert pictures" in said and "nothing was added" in said
-        assert not index.exists()
-    assert run("index", "add", phone, things / "note.txt", "--index", index, "--model", checkpoint) == 1
-    seen = capsys.readouterr()
-    assert seen.out.startswith("added 1, updated 0, skipped 0 already there, failed 1;")
-    assert f"failed: {phone}: nothing in it is read (2 .heic, 1 .mov)" in seen.err
-    (things / "broken.png").unlink()
-    assert run("index", "add", things, "--index", index, "--model", checkpoint) == 0
-    assert capsys.readouterr().err.count("1 .jsonl") == 1, "what was left out is told once"
+    for words, why in (
+        (("search", "--index", index), "nothing to search with"),
+        (("search", "", "--index", index), "nothing to search with"),
+        (("search", "--index", index, "--text", "a"), "no index"),
+        (("search", "--index", index, "--image", tmp_path / "none.png"), "does not exist"),
+        (("search", "--index", index, "--text", "a", "--where", "year"), "FIELD=VALUE"),
+        (("search", "--index", index, "--text", "a", "--model", tmp_path / "none"), "there is no folder"),
+        (("search", "--index", index, "--text", "a", "--device", "gpu"), "unknown to torch"),
+        (("index", "add", things, tmp_path / "none", "--index", index), "does not exist"),
+        (("index", "add", phone, phone / "film.mov", "--index", index), "convert pictures"),
+        (("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
+        (("evaluate", "--data", tmp_path / "none", "--out", tmp_path / "out"), "does not exist"),
+        (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
+        (("train", "--preset", "emoji", "--data", things, "--init", "randon"), "there is no folder 'randon'"),
+    ):
+        assert run(*words) == 2, words
+        assert why in capsys.readouterr().err, words
+    assert not index.exists()
+    with pytest.raises(SystemExit, match="2"):
+        run("search", "--index", index, "--text", "a", "-k", 0)
 
 
 @pytest.mark.parametrize(
@@ -268,91 +261,43 @@ def test_field_report_22_a_folder_of_which_nothing_is_read_is_an_error(
         "merge {} --out {}/out",
     ],
 )
-def test_field_report_22_an_empty_folder_is_an_error_of_every_verb(
-    line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_folder_is_an_error_of_every_verb(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert run(*line.replace("{}", str(tmp_path / "empty")).split()) == 2
     seen = capsys.readouterr()
     assert str(tmp_path / "empty") in seen.err and "unexpected" not in seen.err and seen.out == ""
 
 
-def test_field_report_23_every_line_has_an_outcome(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [{"id": "a", "text": "x", "tags": ["red", "blue"]}, {"id": "b", "title": "a door"}, {"id": "c", "title": "a cup"},
-             {"id": "a", "text": "again"}, {"id": "d", "text": "kept", "image": "none.png"}, {"id": "e"}]  # fmt: skip
+def test_every_line_has_an_outcome_and_no_text_can_steer_the_terminal(
+    tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [{"id": "a", "text": "red\x1b[31m\ncube", "tags": ["red", "blue"]}, {"id": "b", "title": "a door"},
+             {"id": "c", "title": "a cup"}, {"id": "a", "text": "again"}, {"id": "d", "text": "kept", "image": "none.png"},
+             {"id": "e"}, {"id": "f", "text": "red " * 2000}, {"id": "g", "text": "red " * 3000}]  # fmt: skip
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ("--index", tmp_path / "i", "--model", checkpoint)
     assert run("index", "add", tmp_path / "t.jsonl", *words) == 1
     seen = capsys.readouterr()
-    assert seen.out.startswith("added 4, updated 0, skipped 0 already there, failed 2; 4 items")
-    told = [line.replace(f"{tmp_path}/", "").partition("; ")[0] for line in seen.err.splitlines()]
-    assert [line[: line.index(":", 7)] for line in told] == [
-        "note: t.jsonl", "note: t.jsonl", "failed: t.jsonl", "failed: t.jsonl"
-    ]  # fmt: skip
-    assert "t.jsonl:2 and 1 more: it has no `text`: its `title` was taken" in told[0]
-    assert "t.jsonl:5: kept with its text alone" in told[1] and "given twice, by t.jsonl:1 and t.jsonl:4" in told[2]
-    for value, ids in (("red", ["a"]), ("green", []), ("null", ["b", "c", "d"])):
+    assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 2; 6 items")
+    printed = seen.err.replace(f"{tmp_path}/", "").splitlines()
+    limit = loaded.settings.max_text_tokens
+    for start, rest in (
+        ("note: t.jsonl:2 and 1 more", "it has no `text`: its `title` was taken"),
+        ("note: t.jsonl:5", "kept with its text alone"),
+        ("note: t.jsonl:7 and 1 more", f"its text is longer than the {limit} tokens"),
+        ("failed: t.jsonl:4", "given twice, by t.jsonl:1 and t.jsonl:4"),
+        ("failed: t.jsonl:6", "is empty"),
+    ):
+        assert sum(line.startswith(start) and rest in line for line in printed) == 1, start
+    assert len(printed) == 5
+    for value, ids in (("red", ["a"]), ("green", []), ("null", ["b", "c", "d", "f", "g"])):
         assert run("search", "x", *words, "--route", "direct", "--where", f"tags={value}", "--json") == 0
         hits = json.loads(capsys.readouterr().out)["hits"]
         assert sorted(hit["id"] for hit in hits) == ids
         assert all(hit["fields"]["tags"] == ["red", "blue"] for hit in hits if hit["id"] == "a")
-
-
-def test_field_report_24_texts_that_are_cut_are_told(
-    tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "t.jsonl").write_text(
-        "".join(json.dumps({"id": f"{n}", "text": "red " * 900 * n + "x"}) + "\n" for n in range(4))
-    )
-    words = ("--index", tmp_path / "i", "--model", checkpoint)
-    assert run("index", "add", tmp_path / "t.jsonl", *words, "--batch", 3) == 0
-    limit = loaded.settings.max_text_tokens
-    (said,) = capsys.readouterr().err.splitlines()
-    assert f"t.jsonl:3 and 1 more: its text is longer than the {limit} tokens" in said
-    assert run("search", "red " * 2000, *words, "--route", "direct", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["cut"] > 0 and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
-    caplog.clear()
-    queries = [Query.of(text="red"), Query.of(text="red " * 2000, id="long")]
-    found = Encoder(loaded).encode_queries(queries)
-    assert found[0].cut == 0 and found[1].cut > 0 and found[1].text_limit == limit
-    with open_index(tmp_path / "i", fingerprint=loaded.fingerprint, prompt_version="brief-1") as index:
-        Searcher(Encoder(loaded), index).search_many(queries, route="direct")
-    assert "query 'long'" in caplog.text and "(1 of 2)" in caplog.text
-
-
-def test_field_report_24_no_warning_of_transformers_is_shown(checkpoint: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        stock = load(checkpoint)
-        Encoder(stock).encode_queries([Query.of(text="red"), Query.of(image=picture(1))], route="reason")
-
-
-def test_field_report_24_the_words_of_a_search_need_no_option(
-    things: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    index = tmp_path / "index"
-    fill(things, index, checkpoint)
-    capsys.readouterr()
-    model = ("--model", checkpoint)
-    answers = []
-    for words in (["--text", "a red cube"], ["a red cube"], ["a", "red", "cube"]):
-        for order in (
-            [*words, "--index", index, *model],
-            ["--index", index, *model, *words, "-k", 3],
-            ["--index", index, "--route", "auto", *words, *model],
-        ):
-            assert run("search", *order, "-k", 3) == 0
-            answers.append(capsys.readouterr().out.splitlines()[1:])
-    assert len(answers) == 9 and all(answer == answers[0] for answer in answers)
-    shown = []
-    for words in (["--text", "a red cube"], ["a red cube"]):
-        assert run("explain", *words, *model, "--candidate") == 0
-        shown.append(capsys.readouterr().out)
-    assert shown[0] == shown[1] and "A red cube." in shown[0]
-    for verb in (["search", "--index", index], ["explain"], ["explain", "--candidate"]):
-        assert run(*verb, "a red cube", "--text", "a ball", *model) == 2
-        assert "the text is given twice" in capsys.readouterr().err
-    assert run("search", "", "--index", index) == 2
+    assert run("search", "red " * 2000, *words, "--route", "direct", "--where", "tags=red") == 0
+    (found,) = capsys.readouterr().out.splitlines()[1:]
+    assert found.endswith("red [31m cube") and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -372,67 +317,42 @@ def test_field_report_24_the_words_of_a_search_need_no_option(
         ("report scorebord a", "scoreboard"),
     ],
 )
-def test_field_report_24_a_slip_of_the_pen_is_answered_with_the_nearest_name(
-    line: str, meant: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_slip_of_the_pen_is_answered_with_the_nearest_name(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(*line.split())
     assert f"did you mean '{meant}'?" in capsys.readouterr().err
 
 
-def test_field_report_24_names_in_values_have_a_nearest_one_too(tmp_path: Path) -> None:
-    data = write_benchmark(tmp_path / "data")
-    with pytest.raises(InputError, match="did you mean 'steps'"):
-        override(TrainConfig(data="d", out="o"), ["stepz=3"])
-    with pytest.raises(InputError, match="did you mean 'hidden'"):
-        override(TrainConfig(data="d", out="o"), ["size.hiden=3"])
-    with pytest.raises(InputError, match="did you mean 'cirr_task7'"):
-        choose_tasks(find_tasks(data, "test"), ["cirr_tsk7"], data)
-    with pytest.raises(InputError, match="did you mean 'mini-words'"):
-        resolve("mini-wrds")
-    with pytest.raises(InputError, match="did you mean 'image'"):
-        Query.of(text="x", target="picture")
-    assert did_you_mean("zebra", ["image", "text"]) == ""
-
-
-def test_field_report_24_what_ended_a_reasoning_is_told() -> None:
-    told = {
-        "turn": "4 tokens, ended its turn without <|emb|>",
-        "budget": "4 tokens, cut off at the budget before <|emb|>",
-        None: "4 tokens, ended without <|emb|>",
-    }
-    for ended, words in told.items():
-        encoding = Encoding(np.ones(1, dtype=np.float32), "reason", "a b c d", 4, 0.1, True, ended=ended)
-        assert cost(encoding).endswith(words)
-    assert cost(Encoding(np.ones(1, dtype=np.float32), "reason", "a", 1, 0.1, False)).endswith("1 token")
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        ("turn", "4 tokens, ended its turn without <|emb|>"),
+        ("budget", "4 tokens, cut off at the budget before <|emb|>"),
+        (None, "4 tokens, ended without <|emb|>"),
+    ],
+)
+def test_what_ended_a_reasoning_is_told(ended: Any, words: str) -> None:
+    one = np.ones(1, dtype=np.float32)
+    assert cost(Encoding(one, "reason", "a b c d", 4, 0.1, True, ended=ended)).endswith(words)
+    assert cost(Encoding(one, "reason", "a", 1, 0.1, False)).endswith("1 token")
 
 
 def test_conditions_match_text_and_what_it_reads_as() -> None:
     where = search_verbs.parse_where(["year=1991", "code=a=b"])
     assert where is not None
-    assert matches(where, "x", "text", {"year": 1991, "code": "a=b"})
-    assert matches(where, "x", "text", {"year": "1991", "code": "a=b"})
-    assert not matches(where, "x", "text", {"year": 1992, "code": "a=b"})
-    assert not matches(where, "x", "text", {"year": 1991, "code": "a"})
+    for fields, expected in (
+        ({"year": 1991, "code": "a=b"}, True), ({"year": "1991", "code": "a=b"}, True),
+        ({"year": 1992, "code": "a=b"}, False), ({"year": 1991, "code": "a"}, False),
+    ):  # fmt: skip
+        assert matches(where, "x", "text", fields) is expected
     none = search_verbs.parse_where(["gone=null"])
     assert none is not None and matches(none, "x", "text", {}) and not matches(none, "x", "text", {"gone": 0})
-    assert search_verbs.parse_where([]) is None
-
-
-def test_field_report_10_conditions_that_read_as_no_value_are_texts_and_too_many_are_counted() -> None:
-    for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):
+    for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):  # these read as no value
         where = search_verbs.parse_where([f"code={text}"])
         assert where is not None and matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
     with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):
         search_verbs.parse_where(["a=1"] * 5000)
-
-
-def test_stored_text_cannot_steer_the_terminal(tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "text": "red\x1b[31m\ncube"}) + "\n")
-    assert run("index", "add", tmp_path / "a.jsonl", "--index", tmp_path / "i", "--model", checkpoint) == 0
-    assert run("search", "--index", tmp_path / "i", "--model", checkpoint, "--text", "a", "--route", "direct") == 0
-    printed = capsys.readouterr().out
-    assert "\x1b" not in printed and printed.splitlines()[-1].endswith("red [31m cube")
+    assert search_verbs.parse_where([]) is None
 
 
 def test_an_explanation_shows_what_is_supervised_and_read(
