@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,17 +30,13 @@ Option = tuple[Sequence[str], Mapping[str, Any]]
 """Names and settings of one argument, as `add_argument` takes them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """What runs a verb (parsed arguments to exit code), its help, and its options in the order of the help."""
-
-    run: Callable[[argparse.Namespace], int]
-    help: str
-    options: Sequence[Option] = ()
+Run = Callable[[argparse.Namespace], int]
+Verb = tuple[Run, str, tuple[Option, ...]]
+"""What runs a verb (parsed arguments to exit code), its help, and its options in the order of the help."""
 
 
-def verb(run: Callable[[argparse.Namespace], int], help: str, *options: Option) -> Verb:
-    return Verb(run, help, options)
+def verb(run: Run, help: str, *options: Option) -> Verb:
+    return run, help, options
 
 
 # Kinds of options
@@ -168,7 +163,7 @@ def query(words: str) -> Sequence[Option]:
 
 # The verbs
 
-INDEX_VERBS: Final = {
+VERBS: Final[Mapping[str, Verb]] = {
     "index add": verb(
         index_verbs.add,
         "add folders, pictures, texts, .jsonl files or M-BEIR pools",
@@ -243,9 +238,6 @@ INDEX_VERBS: Final = {
         "list the published models that are known, and what was verified how",
         flag("--json", "one JSON list"),
     ),
-}
-
-SERVE_VERBS: Final = {
     "serve": verb(
         serve_verbs.serve,
         "serve search, embeddings and a page over HTTP",
@@ -288,9 +280,6 @@ SERVE_VERBS: Final = {
     ),
     "keys list": verb(serve_verbs.keys_list, "list the keys, without their secrets", KEYS_FILE),
     "keys revoke": verb(serve_verbs.keys_revoke, "revoke a key, also in a running server", text("name", "NAME"), KEYS_FILE),
-}
-
-EVALUATION_VERBS: Final = {
     "evaluate": verb(
         learn_verbs.evaluate,
         "score a model on a folder in M-BEIR's layout",
@@ -371,9 +360,6 @@ EVALUATION_VERBS: Final = {
         count("--shown", "won and lost queries to name", 5),
         text("--out", "FILE.md", "write it here too", type=Path),
     ),
-}
-
-DATA_VERBS: Final = {
     "minibeir build": verb(
         learn_verbs.minibeir_build,
         "write the benchmark; goes on where it was cut off",
@@ -479,9 +465,6 @@ DATA_VERBS: Final = {
         text("--log", "FILE.jsonl", "write every request here"),
         option("--seed", type=int, default=0, metavar="N", help="of the faults"),
     ),
-}
-
-TRAIN_VERBS: Final = {
     "train": verb(
         learn_verbs.train,
         "train a model; the same command again resumes",
@@ -540,7 +523,6 @@ TRAIN_VERBS: Final = {
     ),
 }
 
-VERBS: Final[Mapping[str, Verb]] = {**INDEX_VERBS, **SERVE_VERBS, **EVALUATION_VERBS, **DATA_VERBS, **TRAIN_VERBS}
 GROUPS: Final = {
     "index": "fill, describe, prune an index",
     "keys": "make, list and revoke keys for `traceir serve`",
@@ -560,20 +542,14 @@ def build_parser() -> argparse.ArgumentParser:
         where.add_argument("--threads", type=positive, metavar="N", help="CPU threads for the model (default: torch's choice)")
         where.add_argument("-v", "--verbose", action="store_true", help="log what happens; show tracebacks")
     parts: dict[str, Any] = {"": parser.add_subparsers(title="verbs", required=True, metavar="VERB")}
-    for name, verb in VERBS.items():
+    for name in [*VERBS, *FORMER_NAMES]:
         group, _, word = name.rpartition(" ")
         if group not in parts:
             parts[group] = parts[""].add_parser(group, help=GROUPS[group]).add_subparsers(required=True, metavar="VERB")
-        _fill(parts[group].add_parser(word, help=verb.help, description=verb.help, parents=[shared]), verb)
-    for former, name in FORMER_NAMES.items():
-        group, _, word = former.rpartition(" ")
-        own = parts[group].add_parser(word, description=VERBS[name].help, parents=[shared])
-        _fill(own, VERBS[name])
-        own.set_defaults(notice=f"`{former}` is now called `{name}`")
+        run, help, options = VERBS[FORMER_NAMES.get(name, name)]
+        shown, notice = ({"help": help}, None) if name in VERBS else ({}, f"`{name}` is now called `{FORMER_NAMES[name]}`")
+        own = parts[group].add_parser(word, description=help, parents=[shared], **shown)
+        for names, settings in options:
+            own.add_argument(*names, **settings)
+        own.set_defaults(verb=run, notice=notice)
     return parser
-
-
-def _fill(parser: argparse.ArgumentParser, verb: Verb) -> None:
-    for names, settings in verb.options:
-        parser.add_argument(*names, **settings)
-    parser.set_defaults(verb=verb.run, notice=None)
