@@ -131,13 +131,13 @@ def _walk_jpeg(data: bytes) -> Extent:
 
     Each component must have come to full precision in all its 64 coefficients: else scans of a progressive file are missing.
     """
-    place, frame, scans, scan_end, in_scan = 2, 0, 0, 0, False
+    offset, frame, scans, scan_end, in_scan = 2, 0, 0, 0, False
     missing: dict[int, list[int]] = {}
     for _ in range(MAX_PARTS):
-        marked = _MARKER.search(data, place)
+        marked = _MARKER.search(data, offset)
         if marked is None:
             break
-        marker, skipped, place = data[marked.end() - 1], data[place : marked.start()], marked.end()
+        marker, skipped, offset = data[marked.end() - 1], data[offset : marked.start()], marked.end()
         if marker == _START or (scans and marker not in _BEHIND_SCAN) or (not in_scan and skipped.strip(b"\0\xff")):
             break
         if scans == 1 and not scan_end:
@@ -146,10 +146,10 @@ def _walk_jpeg(data: bytes) -> Extent:
         if marker == _END:
             whole = scans > 0 and not any(map(any, missing.values()))
             single = scans == 1 and frame in (0xC0, 0xC1)
-            return Extent(place if whole else None, scans, scan_end if single else 0)
-        length = max(2, int.from_bytes(data[place : place + 2], "big"))
-        body = data[place + 2 : place + length]
-        place += length
+            return Extent(offset if whole else None, scans, scan_end if single else 0)
+        length = max(2, int.from_bytes(data[offset : offset + 2], "big"))
+        body = data[offset + 2 : offset + length]
+        offset += length
         if marker in _FRAMES:
             frame, missing = marker, {component: [1] * 64 for component in body[6::3]}
         elif in_scan:
@@ -167,14 +167,14 @@ def _note_scan(body: bytes, missing: dict[int, list[int]], *, progressive: bool)
 
 
 def _walk_png(data: bytes) -> Extent:
-    place = 8
+    offset = 8
     for _ in range(MAX_PARTS):
-        kind = data[place + 4 : place + 8]
-        place += 12 + int.from_bytes(data[place : place + 4], "big")
-        if place > len(data):
+        kind = data[offset + 4 : offset + 8]
+        offset += 12 + int.from_bytes(data[offset : offset + 4], "big")
+        if offset > len(data):
             break
         if kind == b"IEND":
-            return Extent(place)
+            return Extent(offset)
     return Extent(None)
 
 
@@ -186,29 +186,29 @@ def _walk_webp(data: bytes) -> Extent:
 def _walk_gif(data: bytes) -> Extent:
     """From block to block, zeros between them left out."""
     try:
-        place = 13 + _table_bytes(data[10])
-        while (kind := data[place]) != 0x3B:
+        offset = 13 + _table_bytes(data[10])
+        while (kind := data[offset]) != 0x3B:
             if kind == 0x2C:
-                place = _behind_blocks(data, place + 11 + _table_bytes(data[place + 9]))
+                offset = _behind_blocks(data, offset + 11 + _table_bytes(data[offset + 9]))
             elif kind == 0x21:
-                place = _behind_blocks(data, place + 2)
+                offset = _behind_blocks(data, offset + 2)
             elif kind == 0:
-                place += 1
+                offset += 1
             else:
                 return Extent(None)
     except IndexError:
         return Extent(None)
-    return Extent(place + 1)
+    return Extent(offset + 1)
 
 
 def _table_bytes(flags: int) -> int:
     return 3 * 2 ** (flags % 8 + 1) if flags & 0x80 else 0
 
 
-def _behind_blocks(data: bytes, place: int) -> int:
-    while size := data[place]:
-        place += 1 + size
-    return place + 1
+def _behind_blocks(data: bytes, offset: int) -> int:
+    while size := data[offset]:
+        offset += 1 + size
+    return offset + 1
 
 
 _WALKS: Final[dict[bytes, Callable[[bytes], Extent]]] = {

@@ -49,11 +49,11 @@ def on_ray(workers: int, share: Share) -> Iterator[None]:
             where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
             raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error
     try:
-        there = ray.cluster_resources()
+        resources = ray.cluster_resources()
         for name, wanted in (("CPU", share.cpus), ("GPU", share.gpus)):
-            if wanted > there.get(name, 0):
+            if wanted > resources.get(name, 0):
                 raise InputError(
-                    f"a worker wants {wanted:g} {name} and Ray has {there.get(name, 0):g}; "
+                    f"a worker wants {wanted:g} {name} and Ray has {resources.get(name, 0):g}; "
                     "start Ray's nodes with it, or ask for less with --device or --threads"
                 )
         with _quiet():
@@ -73,12 +73,13 @@ def _reach(address: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Ray Data's own account of each run off the terminal, unless asked; Ray's log files have it."""
-    consoles = [one for one in logging.getLogger("ray.data").handlers if isinstance(one, logging.StreamHandler)]
-    levels = [one.level for one in consoles]
+    level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL
+    handlers = logging.getLogger("ray.data").handlers
+    consoles = {handler: handler.level for handler in handlers if isinstance(handler, logging.StreamHandler)}
     for console in consoles:
-        console.setLevel(logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL)
+        console.setLevel(level)
     try:
         yield
     finally:
-        for console, level in zip(consoles, levels, strict=True):
-            console.setLevel(level)
+        for console, before in consoles.items():
+            console.setLevel(before)
