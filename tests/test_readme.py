@@ -88,7 +88,7 @@ def test_field_report_20_the_search_of_the_first_screen_finds_what_it_asks_for(f
 def test_field_report_26_the_python_of_the_first_screen_prints_what_it_says(
     screen: dict[str, list[str]], first_hour: dict[str, str]
 ) -> None:
-    assert first_hour["python"] == screen["text"][0]
+    assert first_hour["python"] == screen["text"][1]
     statements = [line for line in screen["python"][0].splitlines() if line.strip() and "import" not in line]
     assert len(statements) <= 8
 
