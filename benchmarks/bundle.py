@@ -125,7 +125,7 @@ def write_unseen(encoder: Encoder) -> None:
         build_unseen(UNSEEN, scale="full", seed=0)
     results = evaluate_unseen(encoder, UNSEEN, OUT / "unseen" / encoder.fingerprint, routes=ROUTES)
     head = "# The bundled model on the 13 unseen columns in miniature\n\nNo query of these kinds is in its training data "
-    head += "([minibeir-unseen.md](../minibeir-unseen.md)).\n\n"
+    head += "([minibeir.md](../minibeir.md)).\n\n"
     made = f"`python -m benchmarks.bundle`; model `{encoder.fingerprint}`, data `{results['data'][:16]}`, seed 0, "
     made += f"{results['machine']}."
     (RESULTS / "unseen.md").write_text(f"{head}{made}\n\n{unseen_table(results)}\n")

@@ -13,8 +13,8 @@ from typing import Final
 from traceir.cli.main import main as traceir
 
 README: Final = Path(__file__).parents[1] / "README.md"
-SHOWN: Final = (1, 3, 7, 11)
-"""Numbers of the demonstration's queries: a simple one, one that goes wrong, a chain of two edits, a question of three hops."""
+SHOWN: Final = (11,)
+"""Numbers of the demonstration's queries: a question of three hops."""
 SAMPLE: Final = re.compile(r"(<!-- printed by python -m benchmarks\.readme -->\n```text\n)(.*?)(```)", re.DOTALL)
 
 
@@ -22,7 +22,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         printed = printed_by(["demo", "--out", folder, "--serve", "no"])
     text = README.read_text(encoding="utf-8")
-    README.write_text(SAMPLE.sub(lambda found: found[1] + sample(printed) + found[3], text), encoding="utf-8")
+    README.write_text(SAMPLE.sub(lambda match: match[1] + sample(printed) + match[3], text), encoding="utf-8")
     return 0
 
 

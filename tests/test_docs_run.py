@@ -41,9 +41,9 @@ NOT_RUN = {
     r"SGLangEncoder|^python -m benchmarks\.engine_parity": "an SGLang server; tests/test_engines.py has a stand-in",
     r"^traceir minibeir build --scale small --out data/minibeir-small$": "belongs to the SGLang server's commands",
     r"--profile (lamra|own\.json)|--model Alibaba-NLP/": "weights of other projects; tests/test_profiles.py has their shapes",
-    r"^traceir minibeir build .*--scale full|^traceir minibeir unseen .*--scale full": "minutes of drawing",
+    r"^traceir minibeir build .*--scale full": "minutes of drawing",
     r"^traceir minibeir build --(out data/small$|out OUT --scale small|scale small --out out/look)": "12 s; tests/conftest.py",
-    r"^traceir minibeir sheet": "seconds of drawing; tests/test_minibeir_build.py",
+    r"^traceir minibeir (sheet|unseen)": "seconds of drawing; tests/test_minibeir_build.py, tests/test_minibeir_unseen.py",
     r"^runs/|^traceir (--threads 1 )?train --preset mini|^python -m benchmarks\.bundle": "hours of training",
     r"^traceir evaluate .*(out/runs/mini/checkpoint|out/models/7b)": "a model that hours of training make",
     r"^(torchrun|accelerate|CUDA_VISIBLE_DEVICES=0)|--preset qwen": "GPUs; tests/test_train.py has two processes",
@@ -215,7 +215,7 @@ def place(tmp_path: Path, folder: Path, unseen_folder: Path, monkeypatch: pytest
         {"id": "two", "text": "Mug."},
     ]
     (tmp_path / "catalogue.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    links = {"out/demo/minibeir": folder, "some/checkpoint": bundled_model(), "OUT": unseen_folder, "data/unseen": unseen_folder,
+    links = {"out/demo/minibeir": folder, "some/checkpoint": bundled_model(), "data/unseen": unseen_folder,
              "out/look": folder, "M-BEIR": Path("data/small"), "cot": Path("out/cot")}  # fmt: skip
     for name, target in links.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

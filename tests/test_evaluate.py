@@ -309,7 +309,7 @@ def test_a_broken_folder_is_told_by_file_and_line_or_scored_without_the_broken_p
     lines[22] = whole_line
     pool.write_text("\n".join(lines) + "\n")
     qrels.unlink()
-    with pytest.raises(DataError, match=r"3 pictures are missing: .*7:5: mbeir_images/5\.png"):
+    with pytest.raises(DataError, match=r"3 images are missing: .*7:5: mbeir_images/5\.png"):
         evaluate(folder, tmp_path / "other")
 
 

@@ -45,7 +45,7 @@ def test_the_largest_chunks_that_fit_are_taken_and_what_does_not_fit_names_the_r
         fitted = on_card(plan, card)
         assert fitted == replace(plan, chunk_tokens=tokens, grad_cache=True, checkpointing=True)
         assert need.total(tokens) <= card * GIB * USABLE < need.total(2 * tokens)
-    # The worked example of docs/training.md is of the 7B model.
+    # A token of a chunk, by the formula of docs/training.md.
     layers, width, inner, vocabulary = 36, 2048, 11008, 151936
     assert need.token == 2 * layers * width + 2 * (10 * width + 4 * inner) + 5 * vocabulary
     large = plans["7b"]

@@ -6,7 +6,8 @@ that these inputs need, at their real ids.
 
 Ids: a list [N, id, ...] stands for N times those ids. Positions, the same in all three rows but for pictures: [start, N] counts
 on from start, [start, rows, columns] is a picture. Pixels: the mean of the patches, and six of their values. None of a picture
-with transparency where the project drops alpha, which we set on white (docs/judges.md). A prompt ends at its pooling position.
+with transparency where the project drops alpha, which we set on white (docs/third-party.md). A prompt ends at its pooling
+position.
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
         ran = {}
         for program, *arguments in lines:
             if program == "traceir" and arguments[0] != "serve":
-                words = [
-                    word for given in arguments for word in (map(str, sorted(Path().glob(given))) if "*" in given else [given])
-                ]
+                words = [word for part in arguments for word in (map(str, sorted(Path().glob(part))) if "*" in part else [part])]
                 ran[arguments[0]] = printed_by(words)
         out = io.StringIO()
         with contextlib.redirect_stdout(out):
@@ -54,13 +52,13 @@ def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
         yield ran
 
 
-def test_field_report_20_the_sample_is_what_the_demo_prints(first_hour: dict[str, str]) -> None:
+def test_the_sample_is_what_the_demo_prints(first_hour: dict[str, str]) -> None:
     shown = SAMPLE.search(README.read_text(encoding="utf-8"))
     assert shown is not None, "`python -m benchmarks.readme` writes it"
     printed = sample(first_hour["demo"])
     assert NUMBER.sub("#", shown[2]) == NUMBER.sub("#", printed)
-    for said, seen in zip(NUMBER.findall(shown[2]), NUMBER.findall(printed), strict=True):
-        assert float(seen) == pytest.approx(float(said), abs=0.005)
+    for in_page, now in zip(NUMBER.findall(shown[2]), NUMBER.findall(printed), strict=True):
+        assert float(now) == pytest.approx(float(in_page), abs=0.005)
 
 
 def test_the_road_to_real_images_ends_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
@@ -75,33 +73,31 @@ def test_the_road_to_real_images_ends_offline_in_one_line(screen: dict[str, list
         command = [sys.executable, "-m", "traceir", *words]
         ran = subprocess.run(command, env=around, cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert (ran.returncode, ran.stdout) == (2, "")
-        [told] = ran.stderr.splitlines()
-        assert model in told and "check the name and the connection" in told
+        [message] = ran.stderr.splitlines()
+        assert model in message and "check the name and the connection" in message
     assert not (tmp_path / "photos.index").exists()
 
 
-def test_field_report_20_the_search_of_the_first_screen_finds_what_it_asks_for(first_hour: dict[str, str]) -> None:
+def test_the_search_of_the_first_screen_finds_what_it_asks_for(first_hour: dict[str, str]) -> None:
     first = next(line for line in first_hour["search"].splitlines() if line.startswith("  1  "))
     assert "scene_wobopo" in first, "a white ring, a blue ring, a purple ring (the letters name colour and shape)"
 
 
-def test_field_report_26_the_python_of_the_first_screen_prints_what_it_says(
-    screen: dict[str, list[str]], first_hour: dict[str, str]
-) -> None:
-    assert first_hour["python"] == screen["text"][0]
+def test_the_python_of_the_first_screen_prints_what_it_says(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
+    assert first_hour["python"] == screen["text"][1]
     statements = [line for line in screen["python"][0].splitlines() if line.strip() and "import" not in line]
     assert len(statements) <= 8
 
 
-def test_field_report_20_the_curl_line_finds_what_it_asks_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
+def test_the_curl_line_finds_what_it_asks_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
     line = next(block for block in screen["sh"] if block.startswith("curl"))
     asked = json.loads(shlex.split(line.replace("\\\n", " "))[-1])
     assert first_hour
     encoder = Encoder.from_pretrained()
-    [place] = Path().glob("out/demo/index-*")
-    with open_index(place, encoder) as index:
-        found = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
-    assert "scene_wobopo" in str(found.hits[0].image)
+    [folder] = Path().glob("out/demo/index-*")
+    with open_index(folder, encoder) as index:
+        result = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
+    assert "scene_wobopo" in str(result.hits[0].image)
 
 
 def test_images_of_the_first_screen_are_there() -> None:

@@ -647,5 +647,5 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
         "hits or items of an answer": [bodies.MAX_ANSWER >> 20],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
-        "picture": [uploads.LIMITS.file_bytes >> 20, uploads.LIMITS.pixels // 10**6, uploads.LIMITS.pixels // 10**6 // 4, 2048],
+        "image": [uploads.LIMITS.file_bytes >> 20, uploads.LIMITS.pixels // 10**6, uploads.LIMITS.pixels // 10**6 // 4, 2048],
     }

@@ -2,7 +2,7 @@
 
 A profile holds one template for queries and one for candidates, and says where the embedding is read: before a token, at a token,
 or at the last token of the prompt; whether that token stands in the template or the model writes it; and who may write.
-A user's own profile is a JSON file with the same fields (docs/judges.md).
+A user's own profile is a JSON file with the same fields (docs/third-party.md).
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def profile_of(found: object, place: str) -> Profile:
     values |= {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key != "base"}
     for key, value in values.items():
         if not isinstance(value, _types(str(keys[key].type))):
-            raise InputError(f"{place}: {key} is {value!r}, which is of the wrong type; see docs/judges.md")
+            raise InputError(f"{place}: {key} is {value!r}, which is of the wrong type; see docs/third-party.md")
     if missing := {"name", "query", "candidate"} - set(values):
         raise InputError(f"{place}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
     return Profile(**{keys[key].name: value for key, value in values.items()})
