@@ -79,7 +79,7 @@ def test_a_check_refuses_without_decoding_what_a_header_shows() -> None:
     data = encode(noise(), "PNG")
     ImageInput.from_bytes(data).check()
     assert ImageInput.from_bytes(data).size() == (64, 48)
-    for wrong, why in ((data[:-12], "truncated"), (b"words", "not a picture"), (png_header(401, 2), "aspect ratio")):
+    for wrong, why in ((data[:-12], "truncated"), (b"words", "not an image"), (png_header(401, 2), "aspect ratio")):
         with pytest.raises(ImageError, match=why):
             ImageInput.from_bytes(wrong).check()
 
@@ -109,7 +109,7 @@ def test_what_is_no_image_file_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("these are only words")
     os.mkfifo(tmp_path / "pipe.png")
     for name, reason in (
-        ("none.png", "does not exist"), ("empty.png", "is empty"), ("words.png", "not a picture"),
+        ("none.png", "does not exist"), ("empty.png", "is empty"), ("words.png", "not an image"),
         ("", "not a regular file"), ("pipe.png", "not a regular file"),
     ):  # fmt: skip
         with pytest.raises(ImageError, match=reason) as caught:
@@ -122,7 +122,7 @@ def test_what_is_no_image_file_is_refused_by_its_name(tmp_path: Path) -> None:
         with pytest.raises(ImageError, match="not a file name"):
             ImageInput.open(name)
     for format in ("PPM", "PDF", "ICO"):
-        with pytest.raises(ImageError, match="not a picture"):
+        with pytest.raises(ImageError, match="not an image"):
             read(encode(Image.new("RGB", (32, 32)), format))
 
 

@@ -122,7 +122,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, into: Adding
     report = into(gallery)
     reasons = {Path(failure.place).name: failure.reason for failure in report.failed}
     assert counts(report) == (9, 0, 0, 6) and set(reasons) == set(bad)
-    assert "not a picture" in reasons["words.gif"] and "UTF-8" in reasons["latin.txt"] and "is UTF-16" in reasons["wide.txt"]
+    assert "not an image" in reasons["words.gif"] and "UTF-8" in reasons["latin.txt"] and "is UTF-16" in reasons["wide.txt"]
     assert into.count(gallery) == (0, 0, 9, 6)
     (gallery / "cut.png").write_bytes(whole)
     assert into.count(gallery) == (1, 0, 9, 5)

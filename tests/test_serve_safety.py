@@ -241,7 +241,7 @@ def test_redirects_are_checked_anew_and_not_endless() -> None:
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 ANSWERS: list[tuple[bytes, str]] = [
-    (b"HTTP/1.1 200 OK\r\ncontent-length: 15\r\n\r\n<html>no</html>", "not a picture"),
+    (b"HTTP/1.1 200 OK\r\ncontent-length: 15\r\n\r\n<html>no</html>", "not an image"),
     (b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n", "status 404"),
     (b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 0\r\n\r\n", "packed"),
     (b"HTTP/1.1 200 OK\r\ncontent-length: 999999999\r\n\r\n" + bytes(200_000), "more than 100000"),

@@ -51,7 +51,7 @@ SUFFIXES: Final = frozenset(suffix for known in FORMATS.values() for suffix in k
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """`end`: one past the picture's last byte, None where that is missing. The rest is of a JPEG: its scans, and where the data
+    """`end`: one past the image's last byte, None where that is missing. The rest is of a JPEG: its scans, and where the data
     of a single one ends, 0 where there are several or they are not Huffman-coded in sequence."""
 
     end: int | None
@@ -118,7 +118,7 @@ def extent_of(data: bytes) -> Extent:
 
 
 def decodable(data: bytes, extent: Extent) -> bytes:
-    """The bytes to decode, so that a picture with too little data is refused.
+    """The bytes to decode, so that an image with too little data is refused.
 
     At an end-of-image marker that comes too early, as in a file that was cut and closed again, libjpeg fills the rest with
     grey. Of a JPEG of one scan the data are therefore given without any marker behind them, where it asks for more in vain.

@@ -29,7 +29,7 @@ from traceir.image_modes import as_rgb, is_deep
 MAX_PIXELS: Final = 64_000_000
 MAX_FILE_BYTES: Final = 64 * 1024 * 1024
 MAX_ASPECT_RATIO: Final = 200.0
-"""Qwen's smart resize refuses pictures whose longer side is more than 200 times the shorter one."""
+"""Qwen's smart resize refuses images whose longer side is more than 200 times the shorter one."""
 
 MAX_DECODING_BYTES: Final = 512 * 1024 * 1024
 """What a process decodes at a time takes together, by estimate from the headers; more wait."""
@@ -108,7 +108,7 @@ class ImageInput:
         self, *, path: Path | None = None, data: bytes | None = None, image: Image.Image | None = None, name: str = ""
     ) -> None:
         if sum(source is not None for source in (path, data, image)) != 1:
-            raise ImageError(f"picture {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_pil")
+            raise ImageError(f"image {name!r} needs exactly one source; use ImageInput.open, from_bytes or from_pil")
         self.path, self.name = path, name
         self._data, self._image = data, image
         self._sha256: str | None = None
@@ -119,13 +119,13 @@ class ImageInput:
         """An image in a file, which is not touched before `sha256` or `load`. Network addresses are refused."""
         text = os.fspath(path)
         if _ADDRESS.match(text):
-            raise ImageError(f"picture {text[:200]!r} is an address, not a file; save it first and give its path")
+            raise ImageError(f"image {text[:200]!r} is an address, not a file; save it first and give its path")
         try:
             usable = text != "" and b"\0" not in os.fsencode(text)
         except UnicodeEncodeError:
             usable = False
         if not usable:
-            raise ImageError(f"picture path {text!r} is not a file name; give the path of a picture file")
+            raise ImageError(f"image path {text!r} is not a file name; give the path of an image file")
         return cls(path=Path(text), name=Path(text).name)
 
     @classmethod
@@ -202,7 +202,7 @@ class ImageInput:
 
     @property
     def _label(self) -> str:
-        return f"picture {self.path or self.name or '(in memory)'}"
+        return f"image {self.path or self.name or '(in memory)'}"
 
     @contextlib.contextmanager
     def _readable(self, remedy: str = "save it anew") -> Iterator[None]:
@@ -247,7 +247,7 @@ def _read_file(path: Path, label: str, limit: int) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{label} is not a regular file; give the path of a picture file")
+            raise ImageError(f"{label} is not a regular file; give the path of an image file")
         _check_bytes(status.st_size, label, limit)
         with path.open("rb") as file:
             return file.read(limit + 1)
@@ -284,7 +284,7 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
         if data.startswith((b"II*\0", b"MM\0*")):
             raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
-        raise ImageError(f"{label} is not a picture TraceIR reads ({known}); convert or remove it") from error
+        raise ImageError(f"{label} is not an image TraceIR reads ({known}); convert or remove it") from error
     except _TOO_LARGE as error:
         raise ImageError(f"{label} is too large to decode safely: {error}; shrink it") from error
     except _DECODER_ERRORS as error:

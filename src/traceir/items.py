@@ -77,7 +77,7 @@ class Item(Content):
     def __post_init__(self) -> None:
         self.check_parts()
         if not self.parts or all(isinstance(part, str) and not part.strip() for part in self.parts):
-            raise InputError(f"item {self.id or '(no id)'} is empty: give it a text, a picture, or both")
+            raise InputError(f"item {self.id or '(no id)'} is empty: give it a text, an image, or both")
 
     @classmethod
     def of(
@@ -112,7 +112,7 @@ class Query(Content):
         if self.instruction is not None and not isinstance(self.instruction, str):
             raise TypeError(f"instruction is a {type(self.instruction).__name__}; give a str or None")
         if not self.parts and not (self.instruction or "").strip():
-            raise InputError(f"query {self.id or '(no id)'} is empty: give it a text, a picture, or both")
+            raise InputError(f"query {self.id or '(no id)'} is empty: give it a text, an image, or both")
         if self.target is not None and self.target not in MODALITIES:
             hint = did_you_mean(str(self.target), MODALITIES)
             raise InputError(f"target modality {self.target!r} is unknown{hint}; choose one of {', '.join(MODALITIES)}")

@@ -115,7 +115,7 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
         elif (kind := _kind_of(path) or ("image" if _is_image(path) else None)) is not None:
             yield _source_of_file(path, path.name, kind)
         else:
-            yield Failure(str(path), f"it is neither a picture nor a text; {_remedy([path.suffix.lower()])}")
+            yield Failure(str(path), f"it is neither an image nor a text; {_remedy([path.suffix.lower()])}")
 
 
 def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
@@ -143,7 +143,7 @@ def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator
 def check_path(path: Path) -> None:
     """Raise InputError for a path that is not there."""
     if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists never an error where rights are missing
-        raise InputError(f"{path} does not exist; give folders, pictures, text files or .jsonl files")
+        raise InputError(f"{path} does not exist; give folders, images, text files or .jsonl files")
 
 
 def _given_twice(source: Source, first: str) -> Failure:
@@ -305,7 +305,7 @@ class _Roots:
             if os.path.exists(folder / image):  # noqa: PTH110 - unlike Path.exists never an error for odd names
                 self._last = folder
                 return str(folder / image)
-        raise InputError(f"picture {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool")
+        raise InputError(f"image {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool")
 
 
 def _plain_record(record: Mapping[str, Any], roots: _Roots) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def _query(args: argparse.Namespace, text: str | None) -> Query:
         raise InputError("there is nothing to search with; give a text, --image, or both")
     image = as_image(args.image) if args.image else None
     if image is not None and not Path(args.image).is_file():
-        raise InputError(f"picture {args.image} does not exist; give the path of a picture file")
+        raise InputError(f"image {args.image} does not exist; give the path of an image file")
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 
 
