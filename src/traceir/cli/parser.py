@@ -117,10 +117,14 @@ SEED: Final = option("--seed", type=int, default=0, metavar="N")
 INDEX: Final = needed("--index", "DIR|URI")
 JSON: Final = flag("--json", "one JSON object")
 DATA: Final = needed("--data", "DIR", type=Path)
-RESULTS: Final = needed("--out", "DIR", "folder for results.json and the outcome of each query", type=Path)
-SOME_ROUTES: Final = option("--route", action="append", metavar="ROUTE[,ROUTE]", help="auto, reason, direct (default: auto)")
+SCORED: Final = (
+    needed("--out", "DIR", "folder for results.json and the outcome of each query", type=Path),
+    option("--route", action="append", metavar="ROUTE[,ROUTE]", help="auto, reason, direct (default: auto)"),
+)
 SPLIT: Final = choice("--split", ("val", "test"), default="test")
+KEY: Final = text("name", "NAME")
 KEYS_FILE: Final = needed("--file", "FILE")
+MADE: Final = (needed("--out", "DIR", type=Path), choice("--scale", SCALES), SEED)
 EVALUATION: Final = "[LABEL=]FOLDER[:ROUTE]"
 BUILD: Final = text("out", "OUT", "folder of the build")
 DTYPES: Final = ("float32", "bfloat16")
@@ -271,7 +275,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "keys add": verb(
         serve_verbs.keys_add,
         "make a key and print it, this once",
-        text("name", "NAME"),
+        KEY,
         needed("--file", "FILE", "file of keys, made if it is not there"),
         text("--scopes", "A,B", "read, write (default: read)", default="read"),
         text("--tenant", "T", "the key sees this tenant's items alone"),
@@ -279,13 +283,12 @@ VERBS: Final[Mapping[str, Verb]] = {
         count("--requests-per-minute"),
     ),
     "keys list": verb(serve_verbs.keys_list, "list the keys, without their secrets", KEYS_FILE),
-    "keys revoke": verb(serve_verbs.keys_revoke, "revoke a key, also in a running server", text("name", "NAME"), KEYS_FILE),
+    "keys revoke": verb(serve_verbs.keys_revoke, "revoke a key, also in a running server", KEY, KEYS_FILE),
     "evaluate": verb(
         learn_verbs.evaluate,
         "score a model on a folder in M-BEIR's layout",
         DATA,
-        RESULTS,
-        SOME_ROUTES,
+        *SCORED,
         text("--rows", "A,B", "rows such as cirr_task7, or whole data sets such as cirr (default: all)"),
         count("--limit", "only the first N queries of each row"),
         SPLIT,
@@ -306,8 +309,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         learn_verbs.unseen,
         "score a model on the 13 zero-shot columns, or those that are there",
         needed("--data", "DIR", "folder of the sets, laid out as in docs/unseen.md", type=Path),
-        RESULTS,
-        SOME_ROUTES,
+        *SCORED,
         text("--columns", "A,B", "for instance circo,vist (default: all that are there)"),
         choice("--on-error", ("stop", "skip"), "missing pictures: stop, or leave out and tell"),
         text("--cache", "DIR", "folder of embeddings (default: OUT/embeddings)", type=Path),
@@ -363,9 +365,7 @@ VERBS: Final[Mapping[str, Verb]] = {
     "minibeir build": verb(
         learn_verbs.minibeir_build,
         "write the benchmark; goes on where it was cut off",
-        needed("--out", "DIR", type=Path),
-        choice("--scale", SCALES),
-        SEED,
+        *MADE,
         count("--workers", "processes that draw pictures", 1),
     ),
     "minibeir sheet": verb(
@@ -374,13 +374,7 @@ VERBS: Final[Mapping[str, Verb]] = {
         DATA,
         needed("--out", "FILE", "a .png file", type=Path),
     ),
-    "minibeir unseen": verb(
-        learn_verbs.minibeir_unseen,
-        "write the 13 zero-shot columns in miniature",
-        needed("--out", "DIR", type=Path),
-        choice("--scale", SCALES),
-        SEED,
-    ),
+    "minibeir unseen": verb(learn_verbs.minibeir_unseen, "write the 13 zero-shot columns in miniature", *MADE),
     "reasoning build": verb(
         cot_verbs.build,
         "assess, reason, filter, verify; the same command resumes",
