@@ -99,7 +99,7 @@ class Service:
         except StoreError as error:
             if exact or self.index.info().cells:
                 raise
-            raise InputError("exact is false, but the index has no cells; run `traceir index optimise` first") from error
+            raise InputError("exact is false, but the index has no IVF lists; run `traceir index build-ann` first") from error
         seconds = time.perf_counter() - started
         self.metrics.seconds.labels("search").observe(seconds)
         trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
