@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from traceir.data import markdown as md
+from traceir.data.report import size
 from traceir.errors import InputError, TraceError
 
 # What the hub's client raises where there is no network; which HTTP package it uses has changed before.
@@ -41,27 +41,22 @@ def upload(
     it is never read here. Raises TraceError where the hub refuses or cannot be reached; the upload can then be repeated.
     """
     if dry_run:
-        lines = [f"{md.size(size):>10}  {name}" for name, size in files]
-        place = f"{kind} {repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
-        told = f"in {len(files)} files would go to the {place}; nothing was uploaded"
-        return "\n".join([*lines, f"{md.size(sum(size for _, size in files)):>10}  {told}"])
+        target = f"{kind} {repo}{f' at {revision}' if revision else ''} ({'private' if private else 'public'})"
+        total = f"in {len(files)} files would go to the {target}; nothing was uploaded"
+        lines = [*files, (total, sum(count for _, count in files))]
+        return "\n".join(f"{size(count):>10}  {name}" for name, count in lines)
     api = HfApi()
     try:
         api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
         if private and not api.repo_info(repo, repo_type=kind).private:
-            raise TraceError(
-                f"{repo} exists and is public, but a private one was asked for; make it private or choose another name"
-            )
+            raise TraceError(f"{repo} exists and is public, not private as asked for; make it private or choose another name")
         if revision:
             api.create_branch(repo, repo_type=kind, branch=revision, exist_ok=True)
+        names = [name for name, _ in files]
         commit = api.upload_folder(
-            repo_id=repo,
-            repo_type=kind,
-            folder_path=folder,
-            allow_patterns=[name for name, _ in files],
-            revision=revision,
+            repo_id=repo, repo_type=kind, folder_path=folder, allow_patterns=names, revision=revision,
             commit_message="Upload by traceir",
-        )
+        )  # fmt: skip
     except HfHubHTTPError as error:
         raise TraceError(_refusal(repo, error)) from error
     except _NETWORK as error:

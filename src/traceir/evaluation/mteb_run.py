@@ -35,7 +35,7 @@ from mteb.results import TaskResult
 from mteb.types import PromptType
 
 from traceir.checkpoint import is_hub_id, plain_name
-from traceir.data import markdown as md
+from traceir.data import report as md
 from traceir.errors import DataError, InputError
 from traceir.evaluation.mteb_model import TraceEncoder, modalities_of, register
 from traceir.evaluation.tables import markdown_table

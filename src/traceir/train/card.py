@@ -1,7 +1,7 @@
 """A checkpoint or adapter made ready for the Hugging Face hub: its model card, a check of its files, and the upload.
 
-The card says what the folder and its run say, and nothing else: base, data, configuration, scores of `traceir evaluate`. Text
-that comes from data is escaped. Front matter: https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
+The card (`model_card.md.j2`) says what the folder and its run say, and nothing else: base, data, configuration, scores of
+`traceir evaluate`. Front matter: https://github.com/huggingface/hub-docs/blob/main/modelcard.md.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Final
 
 from huggingface_hub import EvalResult, ModelCardData
+from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from traceir.adapter import Base, read_base, weights_fingerprint
 from traceir.checkpoint import ADAPTER
 from traceir.data import hub
-from traceir.data import markdown as md
+from traceir.data.report import code, line, render, size
 from traceir.errors import InputError, ModelError
 from traceir.files import write_whole
-from traceir.model import TraceSettings, read_settings
+from traceir.model import read_settings
 from traceir.weights import weight_files
 
 MARK: Final = "<!-- Written by `traceir push`, which replaces it. Remove this line to keep what you change. -->"
@@ -34,25 +34,14 @@ STATE: Final = re.compile(r"^(optimi[sz]er|scheduler|scaler|rng_state|step|train
 MAX_FILE_BYTES: Final = 50 * 10**9
 MAX_FILES: Final = 10_000
 """The hub's limits: bytes of a file, entries of a folder (huggingface.co/docs/hub/storage-limits)."""
-READ_OUTS: Final = {
-    "before_token": "the last hidden state at the position that predicts `<|emb|>`",
-    "at_token": "the last hidden state at `<|emb|>` itself",
+POOLING: Final = {
+    "before_token": Markup("the last hidden state at the position that predicts `<|emb|>`"),
+    "at_token": Markup("the last hidden state at `<|emb|>` itself"),
     "last": "the last hidden state at the end of the prompt",
 }
-"""What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What a card is made of. `meta` is the meta.json of the run, empty where there is none."""
-
-    name: str
-    settings: TraceSettings
-    fingerprint: str
-    base: Base | None
-    meta: dict[str, Any]
-    data: str
-    evaluations: tuple[dict[str, Any], ...]
+Row = tuple[str, str, str, dict[str, Any]]
+"""Of results.json: row, route, kind of pool, scores."""
 
 
 def write_card(
@@ -72,9 +61,33 @@ def write_card(
     readme = folder / "README.md"
     if readme.is_file() and MARK not in readme.read_text(encoding="utf-8"):
         raise InputError(f"{readme} was not written by traceir; remove it, or push without --run and --evaluation to keep it")
-    facts = _facts(folder, run, evaluations, repo)
-    parts = (_opening(facts), _loading(facts), _data(facts), _training(facts), _scores(facts), _limits(facts))
-    text = f"---\n{_front_matter(facts, licence)}---\n\n{MARK}\n\n" + "\n".join(parts)
+    if repo is not None:
+        hub.check_name(repo)
+    settings = read_settings(folder / "traceir.json")
+    if settings is None:
+        raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")
+    name, base, meta = repo or str(code(folder.resolve().name)), _base(folder), _read_meta(folder, run)
+    title, data, fingerprint = name.rpartition("/")[2], _data_name(meta), settings.fingerprint or weights_fingerprint(folder)
+    read = [_read_results(place, fingerprint) for place in evaluations]
+    results = [(_evaluated(one, meta, data), one) for one in read]
+    text = render(
+        "train/model_card.md.j2",
+        front_matter=Markup(_front_matter(title, data, _base_model(base, meta), base, results, licence)),
+        mark=Markup(MARK),
+        name=name,
+        title=title,
+        base=base,
+        base_folder=Path(base.source).name if base else "",
+        settings=settings,
+        pooling=POOLING[settings.pooling_position],
+        fingerprint=fingerprint,
+        data=data,
+        meta=meta,
+        tasks=list(meta["tasks"].items()) if isinstance(meta.get("tasks"), dict) else [],
+        recorded=_recorded(meta),
+        scores=[row for name, one in results for row in _score_rows(name, one)],
+        limited=any(one.get("limit") for one in read),
+    )
     write_whole(readme, text)
     return text
 
@@ -94,35 +107,34 @@ def uploaded_files(folder: Path) -> list[tuple[str, int]]:
     """Names and sizes in bytes of what is uploaded; hidden files stay. Raises ModelError for a folder that must not be."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give the folder of a checkpoint or an adapter, such as RUN/checkpoint")
-    found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    for path in found:
-        _check_file(path)
-    if len(found) > MAX_FILES:
-        raise ModelError(f"{folder} holds {len(found)} files, the hub takes {MAX_FILES}; this is hardly a checkpoint")
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in files:
+        if problem := _problem(path):
+            raise ModelError(f"{path} {problem}")
+    if len(files) > MAX_FILES:
+        raise ModelError(f"{folder} holds {len(files)} files, the hub takes {MAX_FILES}; this is hardly a checkpoint")
     _check_whole(folder)
-    return [(path.name, path.stat().st_size) for path in found]
+    return [(path.name, path.stat().st_size) for path in files]
 
 
-def _check_file(path: Path) -> None:
+def _problem(path: Path) -> str:
+    """Why a file must not be uploaded, and what to do; "" where it may."""
     if path.is_dir():
-        raise ModelError(f"{path} is a folder inside the checkpoint; push a plain checkpoint, such as RUN/checkpoint, not a run")
+        return "is a folder inside the checkpoint; push a plain checkpoint, such as RUN/checkpoint, not a run"
     if path.suffix.lower() in PICKLES:
-        raise ModelError(
-            f"{path} may hold a pickle, which runs code where it is read; store weights as .safetensors and remove it"
-        )
+        return "may hold a pickle, which runs code where it is read; store weights as .safetensors and remove it"
     if STATE.match(path.name):
-        raise ModelError(f"{path} belongs to a training that goes on; push the result, RUN/checkpoint, not a step")
+        return "belongs to a training that goes on; push the result, RUN/checkpoint, not a step"
     if path.suffix.lower() not in UPLOADED:
-        raise ModelError(f"{path} is no file of a checkpoint; remove it, or hide it by a name that begins with a dot")
-    if (size := path.stat().st_size) > MAX_FILE_BYTES:
-        raise ModelError(
-            f"{path} has {md.size(size)}, the hub takes {md.size(MAX_FILE_BYTES)} a file; save the weights in shards"
-        )
+        return "is no file of a checkpoint; remove it, or hide it by a name that begins with a dot"
+    if (count := path.stat().st_size) > MAX_FILE_BYTES:
+        return f"has {size(count)}, the hub takes {size(MAX_FILE_BYTES)} a file; save the weights in shards"
+    return ""
 
 
 def _check_whole(folder: Path) -> None:
     """Weights, configuration and traceir.json are there, fit each other, and mean something to others."""
-    base = read_base(folder) if (folder / ADAPTER).is_file() else None
+    base = _base(folder)
     needed = ["traceir.json", "tokenizer.json"] if base is not None else ["config.json", "traceir.json", "tokenizer.json"]
     if missing := [name for name in needed if not (folder / name).is_file()]:
         raise ModelError(f"{folder} lacks {', '.join(missing)}; push a checkpoint that traceir has saved")
@@ -141,46 +153,35 @@ def _check_whole(folder: Path) -> None:
         raise ModelError(f"{folder} holds weights {actual}, its traceir.json is of {settings.fingerprint}; copy or save it again")
 
 
-# The card
+def _base(folder: Path) -> Base | None:
+    return read_base(folder) if (folder / ADAPTER).is_file() else None
 
 
-def _facts(folder: Path, run: Path | None, evaluations: Sequence[Path], repo: str | None) -> _Facts:
-    if repo is not None:
-        hub.check_name(repo)
-    settings = read_settings(folder / "traceir.json")
-    if settings is None:
-        raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")
-    base = read_base(folder) if (folder / ADAPTER).is_file() else None
-    meta = _read_meta(folder, run)
-    fingerprint = settings.fingerprint or weights_fingerprint(folder)
-    results = tuple(_read_results(place, fingerprint) for place in evaluations)
-    return _Facts(repo or md.code(folder.resolve().name), settings, fingerprint, base, meta, _data_name(meta), results)
+# What the card says
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(missing) from error
     except ValueError as error:
         raise InputError(f"{file} is not JSON ({error}); make it again") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object; make it again")
-    return found
+    return content
 
 
 def _read_meta(folder: Path, run: Path | None) -> dict[str, Any]:
     file = (run or folder) / "meta.json"
-    if file.is_file():
-        return _read_json(file)
-    if run is not None:
-        raise InputError(f"{run} holds no meta.json; give the folder of a finished training (`traceir train --out`)")
-    return {}
+    if run is None and not file.is_file():
+        return {}
+    return _read_json(file, f"{run} holds no meta.json; give the folder of a finished training (`traceir train --out`)")
 
 
 def _read_results(folder: Path, fingerprint: str) -> dict[str, Any]:
     file = folder / "results.json" if folder.is_dir() else folder
-    if not file.is_file():
-        raise InputError(f"{folder} holds no results.json; give what `traceir evaluate --out` wrote")
-    results = _read_json(file)
+    results = _read_json(file, f"{folder} holds no results.json; give what `traceir evaluate --out` wrote")
     if results.get("format") != RESULTS_FORMAT or not isinstance(results.get("routes"), dict):
         raise InputError(f"{file} is not of format {RESULTS_FORMAT} of `traceir evaluate`; evaluate again")
     if results.get("model") != fingerprint:
@@ -191,14 +192,14 @@ def _read_results(folder: Path, fingerprint: str) -> dict[str, Any]:
 def _data_name(meta: dict[str, Any]) -> str:
     """What the training data call themselves: in the run's meta.json, else in that of the data folder, else the folder's name."""
     if isinstance(meta.get("data"), str):
-        return md.line(meta["data"])
+        return line(meta["data"])
     folder = Path(str(_config(meta).get("data") or ""))
-    about = _read_json(folder / "meta.json") if folder.name and (folder / "meta.json").is_file() else {}
+    about = _read_json(folder / "meta.json", "") if folder.name and (folder / "meta.json").is_file() else {}
     if not about.get("name"):
-        return md.line(folder.name)
+        return line(folder.name)
     more = [f"{about['scale']} scale"] if "scale" in about else []
     more += [f"seed {about['seed']}"] if "seed" in about else []
-    return md.line(", ".join([str(about["name"]), *more]))
+    return line(", ".join([str(about["name"]), *more]))
 
 
 def _config(meta: dict[str, Any]) -> dict[str, Any]:
@@ -206,137 +207,89 @@ def _config(meta: dict[str, Any]) -> dict[str, Any]:
     stages = meta.get("stages")
     if isinstance(stages, dict) and stages:
         meta = list(stages.values())[-1]
-    found = meta.get("config")
-    return found if isinstance(found, dict) else {}
+    config = meta.get("config")
+    return config if isinstance(config, dict) else {}
 
 
-def _front_matter(facts: _Facts, licence: str | None) -> str:
-    short = facts.data.partition(",")[0]
-    kinds = ["peft", "lora"] if facts.base is not None else ["qwen2_5_vl"]
-    base_model = _base_model(facts)
-    more = {"base_model_relation": "adapter" if facts.base is not None else "finetune"} if base_model else {}
-    data = ModelCardData(
+def _base_model(base: Base | None, meta: dict[str, Any]) -> str | None:
+    """The hub id that training began with; None where it began with a folder or with nothing."""
+    if base is not None:
+        return base.source if base.on_hub else None
+    begun = str(_config(meta).get("init") or "")
+    plain = re.fullmatch(r"[\w.-]+/[\w.-]+", begun) and not begun.startswith((".", "~")) and not Path(begun).exists()
+    return begun if plain else None
+
+
+def _front_matter(
+    title: str, data: str, base_model: str | None, base: Base | None, results: Sequence[tuple[str, dict[str, Any]]],
+    licence: str | None,
+) -> str:  # fmt: skip
+    short = data.partition(",")[0]
+    kinds = ["peft", "lora"] if base is not None else ["qwen2_5_vl"]
+    more = {"base_model_relation": "adapter" if base is not None else "finetune"} if base_model else {}
+    card = ModelCardData(
         library_name="traceir",
         base_model=base_model,
         pipeline_tag="feature-extraction",
         tags=["traceir", "multimodal-retrieval", "embeddings", "reasoning", *kinds],
         license=licence,
         datasets=[short] if short else None,
-        model_name=facts.name.rpartition("/")[2],
-        eval_results=list(_eval_results(facts)) or None,
+        model_name=title,
+        eval_results=[_eval_result(name, one, row) for name, one in results for row in _rows(one)] or None,
         **more,
     )
-    return f"{data.to_yaml()}\n"
+    return f"{card.to_yaml()}\n"
 
 
-def _base_model(facts: _Facts) -> str | None:
-    """The hub id that training began with; None where it began with a folder or with nothing."""
-    if facts.base is not None:
-        return facts.base.source if facts.base.on_hub else None
-    begun = str(_config(facts.meta).get("init") or "")
-    plain = re.fullmatch(r"[\w.-]+/[\w.-]+", begun) and not begun.startswith((".", "~")) and not Path(begun).exists()
-    return begun if plain else None
+def _eval_result(name: str, results: dict[str, Any], row: Row) -> EvalResult:
+    row_name, route, pool, scores = row
+    k = scores["metric_k"]
+    return EvalResult(
+        task_type="retrieval",
+        task_name="Multimodal retrieval",
+        dataset_type=re.sub(r"[^\w.-]+", "-", name.lower()).strip("-"),
+        dataset_name=f"{name}, {line(row_name)}",
+        dataset_config=line(row_name),
+        dataset_split=str(results.get("split")),
+        dataset_revision=results.get("data"),
+        metric_type=f"hit_at_{k}",
+        metric_name=f"hit@{k}, route {line(route)}, {pool} pool",
+        metric_value=scores[f"hit@{k}"],
+    )
 
 
-def _eval_results(facts: _Facts) -> Iterator[EvalResult]:
-    for results in facts.evaluations:
-        name = _evaluated(facts, results)
-        for row, route, pool, scores in _rows(results):
-            k = scores["metric_k"]
-            yield EvalResult(
-                task_type="retrieval",
-                task_name="Multimodal retrieval",
-                dataset_type=re.sub(r"[^\w.-]+", "-", name.lower()).strip("-"),
-                dataset_name=f"{name}, {md.line(row)}",
-                dataset_config=md.line(row),
-                dataset_split=str(results.get("split")),
-                dataset_revision=results.get("data"),
-                metric_type=f"hit_at_{k}",
-                metric_name=f"hit@{k}, route {route}, {pool} pool",
-                metric_value=scores[f"hit@{k}"],
-            )
-
-
-def _rows(results: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
-    """Row, route, kind of pool and scores, in the order of results.json."""
+def _rows(results: dict[str, Any]) -> Iterator[Row]:
     for kind, pool in (("routes", "local"), ("global", "global")):
         for route, rows in results.get(kind, {}).items():
-            yield from ((row, md.line(route), pool, scores) for row, scores in rows.items())
+            yield from ((row, route, pool, scores) for row, scores in rows.items())
 
 
-def _evaluated(facts: _Facts, results: dict[str, Any]) -> str:
+def _score_rows(name: str, results: dict[str, Any]) -> Iterator[list[object]]:
+    """Of the card's table: averages, then row by row."""
+    split = results.get("split")
+    for kind, pool in (("average", "local"), ("average_global", "global")):
+        for route, mean in results.get(kind, {}).items():
+            shown = Markup(f"**{100 * mean['mean']:.1f}**")
+            yield [name, Markup("**all rows**"), split, route, pool, "", "mean", shown, "", ""]
+    for row, route, pool, scores in _rows(results):
+        metric = f"hit@{scores['metric_k']}"
+        shares = f"{100 * scores[metric]:.1f}", f"{100 * scores['reasoned']:.0f}", f"{scores['tokens_per_query']:.1f}"
+        yield [name, row, split, route, f"{pool} {scores['pool']}", scores["queries"], metric, *shares]
+
+
+def _evaluated(results: dict[str, Any], meta: dict[str, Any], data: str) -> str:
     """The name of evaluated data: that of the training data if the fingerprints agree."""
-    found = results.get("data")
-    if found and found == facts.meta.get("data_fingerprint"):
-        return facts.data.partition(",")[0]
-    return f"data {str(found)[:16]}" if found else "unnamed data"
+    digest = results.get("data")
+    if digest and digest == meta.get("data_fingerprint"):
+        return data.partition(",")[0]
+    return f"data {str(digest)[:16]}" if digest else "unnamed data"
 
 
-def _opening(facts: _Facts) -> str:
-    settings = facts.settings
-    budget = f"It may write up to {settings.max_reasoning_tokens} tokens of reasoning; "
-    over = f" It is an adapter and needs its base, {md.escape(_base_name(facts.base))}." if facts.base is not None else ""
-    return (
-        f"# {md.escape(facts.name.rpartition('/')[2])}\n\n"
-        "A model for multimodal retrieval: it embeds texts, pictures, and both together into one space, as queries and as "
-        "candidates. A query that asks for something it does not show is reasoned about first: the model writes what is sought, "
-        f"then `<|emb|>`. A simple query is embedded at once.{over}\n\n"
-        f"Method: TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929)). {budget}the embedding is "
-        f"{READ_OUTS[settings.pooling_position]}, scaled to length 1. "
-        f"Prompts: `{md.code(settings.prompt_version)}` of `traceir.prompts`. "
-        f"Fingerprint of the weights: `{md.code(facts.fingerprint)}`.\n"
-    )
-
-
-def _base_name(base: Base) -> str:
-    """A hub id, or a folder without the path that leads to it."""
-    return base.source if base.on_hub else f"{Path(base.source).name} ({base.fingerprint})"
-
-
-def _loading(facts: _Facts) -> str:
-    name = json.dumps(facts.name)
-    if facts.base is None:
-        stock = (
-            f"from transformers import AutoModelForImageTextToText\n\nmodel = AutoModelForImageTextToText.from_pretrained({name})"
-        )
-    else:
-        base = json.dumps(facts.base.source if facts.base.on_hub else Path(facts.base.source).name)
-        stock = (
-            "from peft import PeftModel\nfrom transformers import AutoModelForImageTextToText\n\n"
-            f"base = AutoModelForImageTextToText.from_pretrained({base})\nmodel = PeftModel.from_pretrained(base, {name})"
-        )
-    return (
-        "## Use\n\n```python\nfrom traceir.encoder import Encoder\nfrom traceir.items import Item, Query\n"
-        "from traceir.images import ImageInput\n\n"
-        f"encoder = Encoder.from_pretrained({name})\n"
-        '[query] = encoder.encode_queries([Query.of(text="make it red", image=ImageInput.open("chair.jpg"), target="image")])\n'
-        '[candidate] = encoder.encode_items([Item.of(image=ImageInput.open("red-chair.jpg"))])\n'
-        "print(query.route, query.reasoning, query.vector @ candidate.vector)\n```\n\n"
-        f"On the command line: `traceir search --model {facts.name} ...`. The weights alone, without prompts, reasoning and "
-        f"read-out, which TraceIR adds:\n\n```python\n{stock}\n```\n"
-    )
-
-
-def _data(facts: _Facts) -> str:
-    if not facts.meta:
-        return "## Data\n\nThe folder does not say what it was trained on.\n"
-    lines = [
-        f"- Name: {md.escape(facts.data) or 'not recorded'}",
-        f"- Fingerprint: `{md.code(facts.meta.get('data_fingerprint'))}`",
-    ]
-    tasks = facts.meta.get("tasks")
-    if isinstance(tasks, dict) and tasks:
-        lines += ["", "| task | training examples |", "|---|---|"]
-        lines += [f"| {md.escape(name)} | {md.escape(count)} |" for name, count in tasks.items()]
-    return "## Data\n\n" + "\n".join(lines) + "\n"
-
-
-def _training(facts: _Facts) -> str:
-    if not facts.meta:
-        return "## Training\n\nThe configuration of the training was not given.\n"
-    shown = json.dumps(_without_paths({key: value for key, value in facts.meta.items() if key != "tasks"}), indent=2)
+def _recorded(meta: dict[str, Any]) -> Markup:
+    """meta.json without its tasks as a block of code that no text in it can end."""
+    shown = json.dumps(_without_paths({key: value for key, value in meta.items() if key != "tasks"}), indent=2)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    return f"## Training\n\nEverything that `traceir train` recorded:\n\n{fence}json\n{shown}\n{fence}\n"
+    return Markup(f"{fence}json\n{shown}\n{fence}")
 
 
 def _without_paths(value: Any) -> Any:
@@ -349,42 +302,3 @@ def _without_paths(value: Any) -> Any:
         if isinstance(value, str) and kind(value).is_absolute():
             return f".../{kind(value).name}"
     return value
-
-
-def _scores(facts: _Facts) -> str:
-    if not facts.evaluations:
-        return "## Scores\n\nNone were given.\n"
-    lines = ["| data | row | split | route | pool | queries | metric | % | reasoned % | tokens a query |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
-    for results in facts.evaluations:
-        about, split = md.escape(_evaluated(facts, results)), md.escape(results.get("split"))
-        for kind, pool in (("average", "local"), ("average_global", "global")):
-            for route, mean in results.get(kind, {}).items():
-                shown = f"{100 * mean['mean']:.1f}"
-                lines.append(f"| {about} | **all rows** | {split} | {md.escape(route)} | {pool} | | mean | **{shown}** | | |")
-        for row, route, pool, scores in _rows(results):
-            k = scores["metric_k"]
-            lines.append(
-                f"| {about} | {md.escape(row)} | {split} | {md.escape(route)} | {pool} {scores['pool']} "
-                f"| {scores['queries']} | hit@{k} | {100 * scores[f'hit@{k}']:.1f} | {100 * scores['reasoned']:.0f} "
-                f"| {scores['tokens_per_query']:.1f} |"
-            )
-    told = (
-        "Measured by `traceir evaluate` on these very weights. hit@k: share of queries with a right candidate among the first k."
-    )
-    limited = any(results.get("limit") for results in facts.evaluations)
-    return (
-        f"## Scores\n\n{told}{' Only the first queries of each row were scored.' if limited else ''}\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
-
-
-def _limits(facts: _Facts) -> str:
-    return (
-        "## Limits\n\n"
-        "- Scores hold for the data they were measured on and say little about others.\n"
-        "- Reasoning may be wrong, and then the embedding follows it. It is not filtered; do not show it as fact.\n"
-        f"- Texts beyond {facts.settings.max_text_tokens} tokens are cut; reasoning that spends its budget is cut and marked.\n"
-        "- Embeddings are comparable only with those of the same fingerprint.\n"
-    )
