@@ -116,7 +116,7 @@ def review(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.cot.quality.quality_page import write_quality
+    from traceir.cot.quality_report import write_quality
 
     print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
     return 0

@@ -1,8 +1,8 @@
-"""The data card of an assembled M-BEIR-CoT, and its upload to the Hugging Face hub.
+"""The data card of an assembled M-BEIR-CoT (`data_card.md.j2`), and its upload to the Hugging Face hub.
 
-The card says what the folder, its build and its quality report say, and nothing else; text that comes from data or models is
-escaped. Its front matter names the data files and their columns, so that `datasets.load_dataset(FOLDER)` reads the folder as it
-is: https://huggingface.co/docs/datasets/repository_structure.
+The card says what the folder, its build and its quality report say, and nothing else. Its front matter names the data files and
+their columns, so that `datasets.load_dataset(FOLDER)` reads the folder as it is:
+https://huggingface.co/docs/datasets/repository_structure.
 """
 
 from __future__ import annotations
@@ -10,21 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from huggingface_hub import DatasetCardData
+from markupsafe import Markup
 from tqdm import tqdm
 
 from traceir.cot.files import write_text
 from traceir.cot.plan import CONFIG_FILE, read_build
-from traceir.cot.quality.quality import FILE, Quality, percent, read_quality, told_estimate
+from traceir.cot.quality.quality import FILE, Quality, estimate_in_words, read_quality
 from traceir.cot.rules import RULES
 from traceir.data import hub
-from traceir.data import markdown as md
 from traceir.data.cot import FORMAT as COT_FORMAT
 from traceir.data.cot import NAME
+from traceir.data.report import code, line, number, render
 from traceir.errors import DataError
 
 MARK: Final = "<!-- Written by `traceir reasoning`, which replaces it. Remove this line to keep what you change. -->"
@@ -51,26 +51,6 @@ COLUMNS: Final[tuple[tuple[str, Any, str], ...]] = (
     ("provenance", "string", "JSON: teacher, verifier, prompt version, seed, keys of the answers, tokens, reviewers"),
 )
 """Name, type and meaning of each column (docs/formats.md, section 17)."""
-"""What a request may raise; the HTTP library below huggingface_hub changes with its releases."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What a card is made of; `build`, `funnel` and `quality` are empty or None where there are none."""
-
-    manifest: Mapping[str, Any]
-    build: Mapping[str, Any]
-    funnel: Mapping[str, int]
-    quality: Quality | None
-    source: str
-
-    @property
-    def teacher(self) -> str:
-        return _model(self.build.get("model"))
-
-    @property
-    def verifier(self) -> str:
-        return _model(self.build.get("verifier")) or self.teacher
 
 
 def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | None = None, licence: str | None = None) -> str:
@@ -83,18 +63,39 @@ def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | 
     readme = folder / "README.md"
     if readme.is_file() and MARK not in (text := readme.read_text(encoding="utf-8")):
         return text
-    facts = _facts(folder, out, quality)
-    parts = (
-        _opening(facts),
-        _making(facts),
-        _tasks(facts),
-        _fields(),
-        _loading(facts),
-        _images(facts),
-        _limits(facts),
-        _cost(facts),
+    manifest = _read_manifest(folder)
+    build = read_build(out) if out is not None and (out / CONFIG_FILE).is_file() else {}
+    teacher = _model(build.get("model"))
+    about = _read_json(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
+    source = line(about.get("name") or "data in M-BEIR's layout")
+    complex_ = sum(int(task["complex"]) for task in manifest["tasks"].values())
+    if quality is None and out is not None and (out / QUALITY / FILE).is_file():
+        quality = read_quality(out / QUALITY / FILE)
+    if quality is not None and quality.overall.funnel["curated"] != complex_:
+        quality = None  # of another state of the data
+    funnel = _read_json(out / "funnel.json").get("all", {}) if out is not None else {}
+    text = render(
+        "cot/data_card.md.j2",
+        front_matter=Markup(_front_matter(manifest, f"{NAME}, {source}" + (f", by {teacher}" if teacher else ""), licence)),
+        mark=Markup(MARK),
+        dataset=NAME,
+        source=source,
+        samples=int(manifest["samples"]),
+        complex=complex_,
+        build=build,
+        teacher=teacher,
+        verifier=_model(build.get("verifier")) or teacher,
+        rules=Markup(", ".join(RULES)),
+        unasked=_unasked(build),
+        funnel=list(_funnel_rows(funnel)) if funnel else [],
+        tasks=[
+            [name, *(number(row[key]) for key in ("samples", "complex", "negatives"))] for name, row in manifest["tasks"].items()
+        ],
+        columns=[[Markup(f"`{name}`"), _kind(kind), Markup(meaning)] for name, kind, meaning in COLUMNS],
+        quality=quality,
+        hallucination=Markup(estimate_in_words(quality.hallucination)) if quality else "",
+        fault=Markup(estimate_in_words(quality.fault)) if quality else "",
     )
-    text = f"---\n{_front_matter(facts, licence)}---\n\n{MARK}\n\n" + "\n".join(parts)
     write_text(readme, text)
     return text
 
@@ -115,62 +116,42 @@ def pushed_files(folder: Path) -> list[tuple[str, int]]:
     manifest = _read_manifest(folder)
     if not (folder / "README.md").is_file():
         raise DataError(f"{folder} has no README.md, which tells the hub how to read it; run `traceir reasoning assemble`")
-    for one in tqdm(manifest["files"], desc="checking files", unit="file", delay=2.0):
-        path = folder / one["name"]
+    for entry in tqdm(manifest["files"], desc="checking files", unit="file", delay=2.0):
+        path = folder / entry["name"]
         with path.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != one["sha256"]:
+        if digest != entry["sha256"]:
             raise DataError(f"{path} is not the file that the manifest names; run `traceir reasoning assemble` again")
-    names = ["README.md", "manifest.json", *(one["name"] for one in manifest["files"])]
+    names = ["README.md", "manifest.json", *(entry["name"] for entry in manifest["files"])]
     return [(name, (folder / name).stat().st_size) for name in names]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); assemble the data to its end first") from error
-    if not isinstance(found, dict) or found.get("name") != NAME or found.get("format") != COT_FORMAT:
+    manifest = _read_json(file)
+    if not manifest:
+        raise DataError(f"{file} cannot be read; assemble the data to its end first")
+    if manifest.get("name") != NAME or manifest.get("format") != COT_FORMAT:
         raise DataError(f"{file}: not a manifest of {NAME}, format {COT_FORMAT}; write the folder again with this release")
-    missing = [
-        one["name"] for one in found["files"] if Path(one["name"]).name != one["name"] or not (folder / one["name"]).is_file()
-    ]
-    if missing:
-        raise DataError(f"{folder / missing[0]} is missing, but named by the manifest; copy or write it again")
-    return found
-
-
-# The card
-
-
-def _facts(folder: Path, out: Path | None, quality: Quality | None) -> _Facts:
-    manifest = _read_manifest(folder)
-    build = read_build(out) if out is not None and (out / CONFIG_FILE).is_file() else {}
-    if quality is None and out is not None and (out / QUALITY / FILE).is_file():
-        quality = read_quality(out / QUALITY / FILE)
-    reasoned = sum(int(one["complex"]) for one in manifest["tasks"].values())
-    if quality is not None and quality.overall.funnel["curated"] != reasoned:
-        quality = None  # of another state of the data
-    funnel = _read_json(out / "funnel.json").get("all", {}) if out is not None else {}
-    about = _read_json(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
-    return _Facts(manifest, build, funnel, quality, md.line(about.get("name") or "data in M-BEIR's layout"))
+    for name in (entry["name"] for entry in manifest["files"]):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise DataError(f"{folder / name} is missing, but named by the manifest; copy or write it again")
+    return manifest
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    """{} where the file is not there."""
+    """{} where the file is not there, or holds another value."""
     if not file.is_file():
         return {}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); make it again") from error
-    return found if isinstance(found, dict) else {}
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read ({error}); make it again") from error
+    return content if isinstance(content, dict) else {}
 
 
-def _front_matter(facts: _Facts, licence: str | None) -> str:
-    samples = int(facts.manifest["samples"])
-    name = f"{NAME}, {facts.source}" + (f", by {md.line(facts.teacher)}" if facts.teacher else "")
+def _front_matter(manifest: Mapping[str, Any], name: str, licence: str | None) -> str:
+    samples, suffix = int(manifest["samples"]), Path(str(manifest["files"][0]["name"])).suffix
     card = DatasetCardData(
         pretty_name=name,
         language="en",
@@ -178,7 +159,7 @@ def _front_matter(facts: _Facts, licence: str | None) -> str:
         size_categories=next((word for most, word in SIZES if samples < most), "10M<n<100M"),
         task_categories=["feature-extraction", "text-retrieval"],
         tags=["traceir", "multimodal-retrieval", "reasoning", "chain-of-thought", "synthetic"],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"train-*.{_suffix(facts)}"}]}],
+        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"train-*{suffix}"}]}],
         dataset_info={"features": [_column(column, kind) for column, kind, _ in COLUMNS]},
     )
     return f"{card.to_yaml()}\n"
@@ -187,160 +168,28 @@ def _front_matter(facts: _Facts, licence: str | None) -> str:
 def _column(name: str, kind: Any) -> dict[str, Any]:
     if isinstance(kind, str):
         return {"name": name, "dtype": kind}
-    return {"name": name, "list": kind[0] if kind == ["string"] else [dict(one) for one in kind]}
-
-
-def _suffix(facts: _Facts) -> str:
-    return Path(str(facts.manifest["files"][0]["name"])).suffix.removeprefix(".")
-
-
-def _opening(facts: _Facts) -> str:
-    by = f" The reasoning was written by `{md.code(facts.teacher)}`." if facts.teacher else ""
-    total, complex_ = int(facts.manifest["samples"]), sum(int(one["complex"]) for one in facts.manifest["tasks"].values())
-    return (
-        f"# {NAME}, {md.escape(facts.source)}\n\n"
-        f"{total:,} training samples for multimodal retrieval that reasons when a query needs it: {complex_:,} complex queries "
-        f"with reasoning and a description of the target, {total - complex_:,} direct ones without.{by}\n\n"
-        "The recipe is that of TRACE ([arXiv 2603.02929](https://arxiv.org/abs/2603.02929), section 3), whose own data were not "
-        "published. Texts are machine-made; see the limits below before training on them.\n"
-    )
-
-
-def _making(facts: _Facts) -> str:
-    if not facts.build:
-        return "## How it was made\n\nThe build was not given.\n"
-    build = facts.build
-    limits = build.get("limits", {})
-    steps = [
-        f"Complexity: the teacher `{md.code(facts.teacher)}` sorts queries into direct (z = 0) and complex (z = 1)."
-        f"{_unasked(build)}",
-        "Reasoning: for complex queries it writes `<reasoning>` and `<answer>`, by a prompt for each kind of task; it does not "
-        "see the target.",
-        f"Rules: {', '.join(RULES)}, in this order; the first one that is broken drops the sample. Reasoning has "
-        f"{limits.get('reasoning_least')} to {limits.get('reasoning_most')} tokens, an answer {limits.get('answer_least')} to "
-        f"{limits.get('answer_most')}.",
-        f"Verifier: `{md.code(facts.verifier)}` sees query, answer and true target; kept is a yes with a "
-        f"confidence above {build.get('verify_above')}.",
-        "Review: decisions of people, where there are any, replace those of the filter.",
-    ]
-    told = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
-    told.append(
-        f"\nPrompts `{md.code(build.get('prompts'))}`, seed {md.code(build.get('seed'))}, temperature "
-        f"{md.code(build.get('temperature'))}, attempts at each question: at most {md.code(build.get('attempts'))}. "
-        f"Fingerprint of the data: `{md.code(build.get('data_fingerprint') or 'none')}`.\n"
-    )
-    return "## How it was made\n\n" + "\n".join(told) + _funnel(facts)
-
-
-def _unasked(build: Mapping[str, Any]) -> str:
-    """Which tasks the settings decided."""
-    named = [(z, [md.line(name) for name in build.get(kind) or ()]) for kind, z in (("direct", 0), ("complex", 1))]
-    told = [f"{', '.join(f'`{md.code(name)}`' for name in names)} (z = {z})" for z, names in named if names]
-    return f" Taken so by the settings, unasked: {'; '.join(told)}." if told else ""
-
-
-def _funnel(facts: _Facts) -> str:
-    if not facts.funnel:
-        return ""
-    rows = [("queries", "queries"), ("direct", "direct"), ("complex, kept", "kept"), ("complex, dropped", "dropped")]
-    lines = [f"| {word} | {facts.funnel.get(name, 0):,} |" for word, name in rows]
-    dropped = [(name[5:], count) for name, count in facts.funnel.items() if name.startswith("rule:")]
-    lines += [f"| dropped by `{md.code(name)}` | {count:,} |" for name, count in sorted(dropped, key=lambda one: -one[1])]
-    return "\n| | queries |\n|---|---:|\n" + "\n".join(lines) + "\n"
-
-
-def _tasks(facts: _Facts) -> str:
-    lines = [
-        f"| {md.escape(name)} | {one['samples']:,} | {one['complex']:,} | {one['negatives']:,} |"
-        for name, one in facts.manifest["tasks"].items()
-    ]
-    return "## Tasks\n\n| task | samples | with reasoning | hard negatives |\n|---|---:|---:|---:|\n" + "\n".join(lines) + "\n"
-
-
-def _fields() -> str:
-    lines = [f"| `{name}` | {_kind(kind)} | {meaning} |" for name, kind, meaning in COLUMNS]
-    return "## Fields\n\n| column | type | meaning |\n|---|---|---|\n" + "\n".join(lines) + "\n"
+    return {"name": name, "list": kind[0] if kind == ["string"] else [dict(field) for field in kind]}
 
 
 def _kind(kind: Any) -> str:
     return kind if isinstance(kind, str) else "list of strings" if kind == ["string"] else "list of candidates"
 
 
-def _loading(facts: _Facts) -> str:
-    return (
-        "## Use\n\n```python\nfrom datasets import load_dataset\n\n"
-        'samples = load_dataset("FOLDER", split="train")  # this folder, or its name on the hub\n```\n\n'
-        "`traceir train --preset NAME --data FOLDER` trains on it. For pictures and instructions, `root` in `manifest.json` "
-        "names the data folder relative to this one; change it where that folder lies elsewhere.\n"
-    )
+def _unasked(build: Mapping[str, Any]) -> Markup:
+    """Which tasks the settings decided."""
+    names = ((z, ", ".join(f"`{code(name)}`" for name in build.get(kind) or ())) for kind, z in (("direct", 0), ("complex", 1)))
+    return Markup("; ".join(f"{shown} (z = {z})" for z, shown in names if shown))
 
 
-def _images(facts: _Facts) -> str:
-    return (
-        "## Pictures and licences\n\n"
-        f"Pictures are not included. Queries, candidates and pictures come from {md.escape(facts.source)}; their terms hold "
-        "for what is repeated here. M-BEIR's are on its page, "
-        "[TIGER-Lab/M-BEIR](https://huggingface.co/datasets/TIGER-Lab/M-BEIR), data set by data set. Those of the teacher's "
-        "maker may limit what its texts may be used for.\n"
-    )
-
-
-def _limits(facts: _Facts) -> str:
-    lines = [
-        "- Reasoning may be wrong although rules and verifier let it pass; the verifier is a model too.",
-        "- The reasoning is English, in the manner of one teacher.",
-        "- The teacher may describe people in terms that nothing in the data supports.",
-    ]
-    return (
-        "## Limits and biases\n\n" + "\n".join([*lines, *(_measured(facts.quality) if facts.quality else [_UNMEASURED])]) + "\n"
-    )
-
-
-_UNMEASURED: Final = (
-    "- Not measured yet: `traceir reasoning report` measures hallucination, repetition, terms about people and copying."
-)
-
-
-def _measured(quality: Quality) -> Iterator[str]:
-    own = quality.overall
-    yield f"- Hallucinated: {told_estimate(quality.hallucination)}."
-    yield f"- Dropped for any reason, or edited, by reviewers: {told_estimate(quality.fault)}."
-    exact, near = own.duplicates["exact"], own.duplicates["near"]
-    yield (
-        f"- Repetition: {percent(exact['share'])} of the reasonings repeat another word for word; {percent(near['share'])} of "
-        f"{near['samples']:,} looked at are near duplicates; the ten most frequent openings begin "
-        f"{percent(own.openings['share'])} of all."
-    )
-    for kind, word in (("told", "the target has words"), ("untold", "the target is a picture alone")):
-        found = own.people[kind]
-        if found["samples"]:
-            groups = "; ".join(
-                f"{group} {one['samples']:,} ({', '.join(term['term'] for term in one['terms'][:5])})"
-                for group, one in found["groups"].items()
-            )
-            yield (
-                f"- Terms about people that neither query nor target tells, where {word}: {percent(found['share'])} of "
-                f"{found['samples']:,} samples{f'. {groups}' if groups else ''}."
-            )
-    if own.copied["samples"]:
-        yield (
-            f"- Copied from the target's text (8 words in a row, or a short text whole): {percent(own.copied['share'])} of "
-            f"{own.copied['samples']:,} samples whose target has text."
-        )
-
-
-def _cost(facts: _Facts) -> str:
-    if facts.quality is None:
-        return "## Cost\n\nNot measured yet; the column `provenance` has the tokens of each sample.\n"
-    cost = facts.quality.cost
-    usd = f", {cost['usd']:,.2f} USD" if "usd" in cost else ""
-    return (
-        f"## Cost\n\n{cost['prompt_tokens']:,.0f} tokens read and {cost['completion_tokens']:,.0f} written{usd}, for the answers "
-        "that stand; repeated attempts are not in it.\n"
-    )
+def _funnel_rows(funnel: Mapping[str, int]) -> Iterator[tuple[object, str]]:
+    rows = (("queries", "queries"), ("direct", "direct"), ("complex, kept", "kept"), ("complex, dropped", "dropped"))
+    yield from ((words, number(funnel.get(name, 0))) for words, name in rows)
+    dropped = {name.removeprefix("rule:"): count for name, count in funnel.items() if name.startswith("rule:")}
+    for rule in sorted(dropped, key=lambda rule: -dropped[rule]):
+        yield Markup(f"dropped by `{code(rule)}`"), number(dropped[rule])
 
 
 def _model(name: object) -> str:
     """The name a teacher is served by; of a path its last part: where somebody's files lie is nobody's business."""
-    text = md.line(name or "")
+    text = line(name or "")
     return Path(text).name if text.startswith(("/", "~", ".")) else text

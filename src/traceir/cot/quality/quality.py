@@ -1,7 +1,7 @@
 """Figures of a build of M-BEIR-CoT: what was kept and why, how it reads, how often it is wrong, what it says of people.
 
-One pass over the outcomes in bounded memory (8 bytes a kept sample, and a sample of texts chosen by hash). `quality.json` holds
-the figures (docs/formats.md), `quality.html` shows them (quality_page.py).
+One pass writes a row of measures for each outcome (samples.py), SQL makes figures of them, of each task and of all. `quality.json`
+holds the figures (docs/formats.md), `quality.html` shows them (cot/quality_report.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from tqdm import tqdm
 
 from traceir.cot.files import write_json
 from traceir.cot.outcomes import CotOutcome
-from traceir.cot.quality.likeness import NEAR, Words, diversity, near_duplicates
+from traceir.cot.quality.people_terms import GROUPS
 from traceir.cot.quality.reviewed import Stratum, estimate_share
-from traceir.cot.quality.sketches import HashSample
-from traceir.cot.quality.tally import COPIED, DROPPED_BY, FUNNEL, Tally, Texts
+from traceir.cot.quality.samples import BINS, COPIED, DROPPED_BY, FUNNEL, MEASURES, SampleTable, measures_of, open_table
+from traceir.cot.quality.similarity import NEAR, Words, diversity, near_duplicates
 from traceir.cot.review.decisions import Decision
-from traceir.cot.review.review import Settled, sample_hash
-from traceir.data.mbeir import EVAL_ROWS
+from traceir.cot.review.review import Settled
+from traceir.data.report import percent
 from traceir.errors import DataError, InputError
 
 NAME: Final = "M-BEIR-CoT quality"
@@ -34,6 +35,46 @@ DIVERSITY: Final = 2_000
 """Of these, the first whose lexical diversity is measured, of each task and of all."""
 TOP: Final = 10
 """Openings that are listed."""
+QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
+HISTOGRAM: Final = 40
+"""Most bins of a histogram, but for one that begins before the least value."""
+
+_COUNTS: Final = f"""
+    SELECT task, count(*), {", ".join(f"count(*) FILTER (stage >= {stage})" for stage in range(1, 6))}, count(*) FILTER (curated),
+        count(words), count(DISTINCT hash(words)) FILTER (curated), count(longest_copy),
+        count(*) FILTER (longest_copy >= {COPIED}), count(*) FILTER (whole), count(copied),
+        min_by({{qid: qid, task: task, copied: copied}}, place, 3) FILTER (copied IS NOT NULL)
+    FROM samples GROUP BY GROUPING SETS ((task), ())"""
+_RULES: Final = """
+    SELECT task, rule, count(*), min_by({qid: qid, detail: detail, text: reply, task: task}, place, 3)
+    FROM samples WHERE rule IS NOT NULL GROUP BY GROUPING SETS ((task, rule), (rule))"""
+_LENGTHS: Final = f"""
+    SELECT task, measure, length, count(*)
+    FROM (UNPIVOT (FROM samples) ON {", ".join(MEASURES)}, longest_copy INTO NAME measure VALUE length)
+    GROUP BY GROUPING SETS ((task, measure, length), (measure, length)) ORDER BY length"""
+_OPENINGS: Final = f"""
+    WITH counts AS (SELECT task, opening, count(*) AS amount FROM samples WHERE curated
+                    GROUP BY GROUPING SETS ((task, opening), (opening)))
+    SELECT task, opening, amount, count(*) OVER (PARTITION BY task) FROM counts
+    QUALIFY row_number() OVER (PARTITION BY task ORDER BY amount DESC, opening) <= {TOP} ORDER BY amount DESC, opening"""
+_PEOPLE: Final = """
+    SELECT task, told, count(*), count(*) FILTER (len(terms) > 0) FROM samples WHERE curated
+    GROUP BY GROUPING SETS ((task, told), (told))"""
+_TERMS: Final = """
+    WITH found AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM samples WHERE curated)
+    SELECT task, told, "group", term, count(*), count(DISTINCT place), min_by({qid: qid, task: task, words: words}, place, 3)
+    FROM found GROUP BY GROUPING SETS ((task, told, "group", term), (told, "group", term), (task, told, "group"), (told, "group"))
+    ORDER BY count(*) DESC, term"""
+_CONFIDENCE: Final = """
+    SELECT task, verdict, bin, count(*) FROM samples WHERE verdict IS NOT NULL
+    GROUP BY GROUPING SETS ((task, verdict, bin), (verdict, bin))"""
+_MADE_BY: Final = """
+    SELECT role, name, count(*) FROM (UNPIVOT (FROM samples) ON teacher, verifier, prompts INTO NAME role VALUE name)
+    GROUP BY role, name ORDER BY count(*) DESC, min(place)"""
+_STRATA: Final = """
+    SELECT task, count(*), count(*) FILTER (reviewed), count(*) FILTER (hallucinated), count(*) FILTER (faulty)
+    FROM samples WHERE kept GROUP BY task ORDER BY min(place)"""
+_SAMPLE: Final = f"SELECT task, words FROM samples WHERE curated ORDER BY draw, number LIMIT {SAMPLE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +123,36 @@ def measure(
     """The figures of a stream of outcomes as the filter left them, that is before people's decisions are applied.
 
     `decisions` (reviewer -> qid -> decision) give the estimates; `settled` (qid -> what its reviewers settled) is applied to all
-    other figures. `captions`: picture path -> its words, where the data have any. `tokenizer` as of rules.Limits; prices in USD
-    for a million tokens. Raises DataError where a package is missing.
+    other figures. `captions`: picture path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits; prices in
+    USD for a million tokens. Raises DataError where a package is missing.
     """
-    tallies: dict[str, Tally] = {}
-    strata: dict[str, Stratum] = {}
-    sample: HashSample[tuple[str, Words]] = HashSample(SAMPLE)
-    votes = _by_qid(decisions or {})
-    for outcome in tqdm(outcomes, desc="measuring samples", unit="sample", delay=2.0):
-        qid, task = outcome.case.record.qid, outcome.case.task
-        tally = tallies.setdefault(task, Tally())
-        decided = (settled or {}).get(qid) if outcome.status != "direct" else None
-        kept = decided.decision == "keep" if decided else outcome.status == "kept"
-        tally.add(outcome, kept, decided is not None)
-        if outcome.status == "kept":
-            strata.setdefault(task, Stratum()).add(_valid(votes.get(qid, ()), outcome))
-        if kept:
-            reasoning, answer = (decided or outcome).reasoning, (decided or outcome).answer
-            words = tally.add_kept(Texts(outcome, reasoning, answer, captions or {}), tokenizer)
-            sample.add(f"{task} {qid}", (task, words))
-    if not tallies:
-        raise InputError("there is no outcome to measure; run `traceir reasoning build` first")
-    return _quality(tallies, strata, sample.entries(), price_in, price_out)
+    votes: dict[str, list[Decision]] = {}
+    for own in (decisions or {}).values():
+        for qid, decision in own.items():
+            votes.setdefault(qid, []).append(decision)
+    with open_table() as table:
+        for outcome in tqdm(outcomes, desc="measuring samples", unit="sample", delay=2.0):
+            qid = outcome.case.record.qid
+            own_settled = (settled or {}).get(qid) if outcome.status != "direct" else None
+            table.add(measures_of(outcome, own_settled, votes.get(qid, ()), captions or {}, tokenizer))
+        tasks = table.finish()
+        if not tasks:
+            raise InputError("there is no outcome to measure; run `traceir reasoning build` first")
+        figures = _figures(table, tasks)
+        strata = table.rows(_STRATA)
+        hallucination, fault = ({row[0]: Stratum(row[1], row[2], row[wrong]) for row in strata} for wrong in (3, 4))
+        made_by: dict[str, dict[str, int]] = {"teacher": {}, "verifier": {}, "prompts": {}}
+        for role, name, count in table.rows(_MADE_BY):
+            made_by[role][name] = count
+        cost = _cost(table, price_in, price_out)
+    return Quality(
+        figures[None],
+        {task: figures[task] for task in tasks},
+        estimate_share(hallucination),
+        estimate_share(fault),
+        made_by,
+        cost,
+    )
 
 
 def save_quality(file: Path, quality: Quality) -> None:
@@ -114,136 +163,149 @@ def save_quality(file: Path, quality: Quality) -> None:
 def read_quality(file: Path) -> Quality:
     """What `save_quality` wrote. Raises InputError where it is not there, DataError where it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(f"{file} is not there; make it with `traceir reasoning report`") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: {error}; make it again") from error
-    if not isinstance(found, dict) or found.get("name") != NAME or found.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("name") != NAME or content.get("format") != FORMAT:
         raise DataError(f"{file}: not {NAME} of format {FORMAT}; make it again with this release")
     try:
-        tasks = {name: Figures(**own) for name, own in found["tasks"].items()}
-        rest = {name: found[name] for name in ("hallucination", "fault", "made_by", "cost")}
-        return Quality(Figures(**found["overall"]), tasks, **rest)
+        tasks = {name: Figures(**own) for name, own in content["tasks"].items()}
+        rest = {name: content[name] for name in ("hallucination", "fault", "made_by", "cost")}
+        return Quality(Figures(**content["overall"]), tasks, **rest)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{file}: figures are missing ({error}); make it again") from error
 
 
-def summary(quality: Quality) -> str:
-    """The figures in short, as Markdown without any text of the data but task and model names."""
-    lines = [
-        "| task | queries | complex | kept | share | words | top 10 openings | near duplicates | people terms | copied |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, own in [*quality.tasks.items(), ("**all**", quality.overall)]:
-        words = own.lengths["reasoning_words"]["quantiles"].get("0.50", "–")
-        cells = [str(own.funnel["queries"]), str(own.funnel["complex"]), str(own.funnel["curated"]), percent(own.kept_share)]
-        cells += [str(words), percent(own.openings["share"]), percent(own.duplicates["near"]["share"])]
-        cells += [percent(own.people["told"]["share"]), percent(own.copied["share"])]
-        shown = name if name.startswith("**") else name.replace("|", "\\|").replace("`", "")
-        lines.append(f"| {shown} | {' | '.join(cells)} |")
-    for name, found in (("Hallucinated", quality.hallucination), ("Faulty (dropped or edited by a reviewer)", quality.fault)):
-        lines.append(f"\n{name}: {told_estimate(found)}.")
-    return "\n".join(lines) + "\n"
-
-
-def told_estimate(found: Mapping[str, Any]) -> str:
-    """An estimate in words."""
-    if found["share"] is None:
+def estimate_in_words(estimate: Mapping[str, Any]) -> str:
+    """An estimate of reviewed.estimate_share as part of a sentence."""
+    if estimate["share"] is None:
         return "not reviewed"
-    reach = "" if found["covered"] >= 0.99995 else f"; the reviewed tasks hold {percent(found['covered'])} of the kept samples"
+    covered = estimate["covered"]
+    reach = "" if covered >= 0.99995 else f"; the reviewed tasks hold {percent(covered)} of the kept samples"
     return (
-        f"{percent(found['share'])} of kept samples (95 % interval {percent(found['low'])} to {percent(found['high'])}; "
-        f"{found['wrong']} of {found['reviewed']} reviewed at random{reach})"
+        f"{percent(estimate['share'])} of kept samples (95 % interval {percent(estimate['low'])} to {percent(estimate['high'])}; "
+        f"{estimate['wrong']} of {estimate['reviewed']} reviewed at random{reach})"
     )
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
+def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, float]:
+    [(read, written)] = table.rows("SELECT sum(prompt_tokens), sum(completion_tokens) FROM samples")
+    spent = {"usd": round((float(read) * price_in + float(written) * price_out) / 1e6, 4)} if price_in or price_out else {}
+    return {"prompt_tokens": float(read), "completion_tokens": float(written), **spent}
 
 
-def _by_qid(decisions: Mapping[str, Mapping[str, Decision]]) -> dict[str, list[Decision]]:
-    votes: dict[str, list[Decision]] = {}
-    for own in decisions.values():
-        for qid, decision in own.items():
-            votes.setdefault(qid, []).append(decision)
-    return votes
-
-
-def _valid(votes: Iterable[Decision], outcome: CotOutcome) -> list[Decision]:
-    """Those on the very text that the sample has now."""
-    found = list(votes)
-    return [vote for vote in found if vote.sample == sample_hash(outcome)] if found else []
-
-
-def _quality(
-    tallies: Mapping[str, Tally],
-    strata: Mapping[str, Stratum],
-    sample: list[tuple[str, Words]],
-    price_in: float,
-    price_out: float,
-) -> Quality:
-    near = near_duplicates([words for _, words in sample])
-    whole = Tally()
-    tasks: dict[str, Figures] = {}
-    for task in sorted(tallies, key=_task_order):
-        whole.absorb(tallies[task])
-        own = [(words, again) for (name, words), again in zip(sample, near, strict=True) if name == task]
-        tasks[task] = _figures(tallies[task], own)
-    everything = _figures(whole, [(words, again) for (_, words), again in zip(sample, near, strict=True)])
-    tokens = {name: float(whole.tokens[name]) for name in ("prompt_tokens", "completion_tokens")}
-    money = (tokens["prompt_tokens"] * price_in + tokens["completion_tokens"] * price_out) / 1e6
-    spent = {"usd": round(money, 4)} if price_in or price_out else {}
-    ordered = {task: strata[task] for task in sorted(strata, key=_task_order)}
-    return Quality(
-        overall=everything,
-        tasks=tasks,
-        hallucination=estimate_share(ordered, "hallucinated"),
-        fault=estimate_share(ordered, "faulty"),
-        made_by={name: dict(counts.most_common()) for name, counts in whole.made_by.items()},
-        cost=tokens | spent,
+def _figures(table: SampleTable, tasks: list[str]) -> dict[str | None, Figures]:
+    """The figures of each task, and of all under None."""
+    drawn = [(task, words.split()) for task, words in table.rows(_SAMPLE)]
+    repeated = near_duplicates([words for _, words in drawn])
+    sample = [(task, words, again) for (task, words), again in zip(drawn, repeated, strict=True)]
+    counts, rules, lengths, openings, people, terms, confidence = (
+        table.by_task(sql) for sql in (_COUNTS, _RULES, _LENGTHS, _OPENINGS, _PEOPLE, _TERMS, _CONFIDENCE)
     )
+    return {
+        task: _figures_of(
+            counts[task][0], rules[task], _lengths(lengths[task]), openings[task], _people(people[task], terms[task]),
+            _confidence(confidence[task]), [(words, again) for name, words, again in sample if task in (None, name)],
+        )
+        for task in (None, *tasks)
+    }  # fmt: skip
 
 
-def _figures(tally: Tally, sampled: list[tuple[Words, bool]]) -> Figures:
-    surplus = sum(again for _, again in sampled)
-    top = tally.openings.top(TOP)
-    complex_, kept = tally.funnel["complex"], tally.openings.total
-    compared = tally.copies.counts.total()
+def _figures_of(
+    counts: list[Any],
+    rules: list[Any],
+    lengths: dict[str, dict[str, Any]],
+    openings: list[Any],
+    people: dict[str, dict[str, Any]],
+    confidence: dict[str, list[int]],
+    sample: list[tuple[Words, bool]],
+) -> Figures:
+    funnel = dict(zip(FUNNEL, counts, strict=False))
+    kept, different, compared, run, whole, copied, copies = counts[len(FUNNEL) :]
+    dropped, examples = {rule: n for rule, n, _ in rules}, {rule: shown for rule, _, shown in rules}
+    repeated = sum(again for _, again in sample)
     return Figures(
-        funnel={name: tally.funnel[name] for name in FUNNEL},
-        kept_share=_share(tally.funnel["curated"], complex_),
-        rules={name: tally.rules[name] for name in DROPPED_BY},
-        examples={name: tally.examples[name] for name in DROPPED_BY if name in tally.examples},
-        lengths={name: lengths.summary() for name, lengths in tally.lengths.items()},
-        diversity=diversity(words for words, _ in sampled[:DIVERSITY]),
+        funnel=funnel,
+        kept_share=_share(funnel["curated"], funnel["complex"]),
+        rules={name: dropped.get(name, 0) for name in DROPPED_BY},
+        examples={name: examples[name] for name in DROPPED_BY if name in examples},
+        lengths={name: lengths[name] for name in MEASURES},
+        diversity=diversity([words for words, _ in sample[:DIVERSITY]]),
         openings={
             "samples": kept,
-            "different": len(tally.openings.counts),
-            "share": _share(sum(count for _, count in top), kept),
-            "error": tally.openings.error,
-            "top": [{"words": words, "samples": count} for words, count in top],
+            "different": openings[0][2] if openings else 0,
+            "share": _share(sum(amount for _, amount, _ in openings), kept),
+            "error": 0,
+            "top": [{"words": opening, "samples": amount} for opening, amount, _ in openings],
         },
         duplicates={
-            "exact": tally.exact(),
-            "near": {"samples": len(sampled), "surplus": surplus, "share": _share(surplus, len(sampled)), "threshold": NEAR},
+            "exact": {"samples": kept, "surplus": kept - different, "share": _share(kept - different, kept)},
+            "near": {"samples": len(sample), "surplus": repeated, "share": _share(repeated, len(sample)), "threshold": NEAR},
         },
-        people={"told": tally.told.summary(), "untold": tally.untold.summary()},
+        people=people,
         copied={
-            "samples": compared,
-            "least": COPIED,
-            **{name: tally.copied[name] for name in ("run", "whole", "either")},
-            "share": _share(tally.copied["either"], compared),
-            "longest": tally.copies.summary(),
-            "examples": tally.copy_examples,
+            "samples": compared, "least": COPIED, "run": run, "whole": whole, "either": copied,
+            "share": _share(copied, compared), "longest": lengths["longest_copy"], "examples": copies or [],
         },
-        confidence=tally.confidence,
-    )
+        confidence=confidence,
+    )  # fmt: skip
+
+
+def _lengths(rows: list[Any]) -> dict[str, dict[str, Any]]:
+    """Of each measure, from the counts of its lengths in ascending order: samples, mean, least, most, quantiles, histogram."""
+    return {name: _summary(*(np.array([row[at] for row in rows if row[0] == name], int) for at in (1, 2)))
+            for name in (*MEASURES, "longest_copy")}  # fmt: skip
+
+
+def _summary(lengths: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """A quantile is the least length that at least this share of the samples do not exceed. A histogram is `[first length, last
+    length, samples]` of bins of equal width (1, 2, 5, 10, ...) that begin at its multiples, empty ones in between counted."""
+    if not len(lengths):
+        return {"samples": 0, "mean": 0.0, "least": 0, "most": 0, "quantiles": {}, "histogram": []}
+    total, below, least, most = int(counts.sum()), counts.cumsum(), int(lengths[0]), int(lengths[-1])
+    widths = (digit * 10**power for power in range(6) for digit in (1, 2, 5))
+    width = next(width for width in widths if (most - least) // width < HISTOGRAM)
+    binned = np.bincount(lengths // width - least // width, weights=counts)
+    return {
+        "samples": total,
+        "mean": round(int(lengths @ counts) / total, 3),
+        "least": least,
+        "most": most,
+        "quantiles": {f"{share:.2f}": int(lengths[np.searchsorted(below, share * total)]) for share in QUANTILES},
+        "histogram": [[at * width, (at + 1) * width - 1, int(n)] for at, n in enumerate(binned, least // width)],
+    }
+
+
+def _people(samples: list[Any], terms: list[Any]) -> dict[str, dict[str, Any]]:
+    """Samples that hold terms about people which the data do not tell: by group, by term, with examples."""
+    people: dict[str, dict[str, Any]] = {}
+    for kind in ("told", "untold"):
+        total, holding = next((counts for told, *counts in samples if told == kind), (0, 0))
+        own = [row for told, *row in terms if told == kind]
+        groups = {
+            group: {
+                "samples": next(distinct for name, term, _, distinct, _ in own if name == group and term is None),
+                "terms": [
+                    {"term": term, "samples": count, "examples": examples}
+                    for name, term, count, _, examples in own
+                    if name == group and term is not None
+                ],
+            }
+            for group in GROUPS
+            if any(name == group for name, *_ in own)
+        }
+        people[kind] = {"samples": total, "holding": holding, "share": _share(holding, total), "groups": groups}
+    return people
+
+
+def _confidence(rows: list[Any]) -> dict[str, list[int]]:
+    bins = {"yes": [0] * BINS, "no": [0] * BINS}
+    for verdict, place, count in rows:
+        bins[verdict][place] = count
+    return bins
 
 
 def _share(part: int, whole: int) -> float:
     return round(part / whole, 4) if whole else 0.0
-
-
-def _task_order(name: str) -> tuple[int, str]:
-    return EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name

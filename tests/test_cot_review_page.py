@@ -14,7 +14,7 @@ from typing import Any
 import playwright.sync_api as playwright
 import pytest
 from PIL import Image
-from test_reasoning_review import outcome
+from test_cot_review import outcome
 
 from traceir.cot.review.decisions import read_decisions
 from traceir.cot.review.review import settle

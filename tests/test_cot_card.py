@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 from huggingface_hub import DatasetCard, HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
-from test_reasoning_quality import outcome
+from test_cot_quality import outcome
 
 from traceir.cot.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
 from traceir.cot.plan import FORMAT, NAME, BuildConfig
@@ -79,7 +79,7 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
         and "| dropped by `tags` | 7 |" in card.text
         and "Not measured yet" in card.text
     )
-    assert "invented\\|b\\_task7 | 2 | 2 | 0 |" in card.text and "\\<b\\>" in card.text and str(tmp_path) not in text
+    assert "invented\\|b_task7 | 2 | 2 | 0 |" in card.text and "\\<b\\>" in card.text and str(tmp_path) not in text
     for name in ("arrow", "writing"):  # a cache of `datasets`, and a write that was killed
         (folder / name).mkdir()
         (folder / name / "train-00000-of-00001.jsonl").write_text('{"other": 1}\n')

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any, Final
@@ -23,52 +22,33 @@ NEAR: Final = 0.8
 BANDS, ROWS = 21, 6
 """Of MinHash: a pair at similarity 0.8 is looked at with probability 0.998, and then compared exactly."""
 COMPARED: Final = 20
-"""Candidates of a text that are compared exactly, those with the most alike MinHash first."""
-TOLD_RUN: Final = 3
+"""Candidates of a text that are compared exactly, those with the most equal values of MinHash first."""
+QUERY_RUN: Final = 3
 """Words in a row that the query must share with a target for them not to count as copied."""
-SHORT_TARGET: Final = 3
-"""Words from which a target counts as copied whole; a name of one or two words is the answer itself."""
 
 
-def diversity(texts: Iterable[Words]) -> dict[str, Any]:
+def diversity(texts: Sequence[Words]) -> dict[str, Any]:
     """distinct-1 and distinct-2 (different words and word pairs / all of them; Li et al. 2016) and the moving-average type-token
     ratio (Covington and McFall 2010) over windows of 50 words of all texts one after the other.
 
     distinct-n falls as text grows: compare figures of like numbers of words.
     """
-    ones: set[str] = set()
-    twos: set[tuple[str, str]] = set()
-    samples = words = pairs = 0
-    window: deque[str] = deque()
-    inside: Counter[str] = Counter()
-    ratios = windows = 0
-    for text in texts:
-        samples, words, pairs = samples + 1, words + len(text), pairs + max(0, len(text) - 1)
-        ones.update(text)
-        twos.update(pairwise(text))
-        for word in text:
-            window.append(word)
-            inside[word] += 1
-            if len(window) > WINDOW:
-                gone = window.popleft()
-                inside[gone] -= 1
-                if not inside[gone]:
-                    del inside[gone]
-            if len(window) == WINDOW:
-                ratios, windows = ratios + len(inside), windows + 1
-    moving = ratios / (windows * WINDOW) if windows else (len(ones) / words if words else 0.0)
+    words = [word for text in texts for word in text]
+    pairs = [pair for text in texts for pair in pairwise(text)]
+    width = min(WINDOW, len(words))
+    kinds = [len(set(words[start : start + width])) for start in range(len(words) - width + 1)]
     return {
-        "samples": samples,
-        "words": words,
-        "distinct_1": round(len(ones) / words, 4) if words else 0.0,
-        "distinct_2": round(len(twos) / pairs, 4) if pairs else 0.0,
-        "moving_ratio": round(moving, 4),
+        "samples": len(texts),
+        "words": len(words),
+        "distinct_1": round(len(set(words)) / max(len(words), 1), 4),
+        "distinct_2": round(len(set(pairs)) / max(len(pairs), 1), 4),
+        "moving_ratio": round(sum(kinds) / max(len(kinds) * width, 1), 4),
     }
 
 
 def shingles(words: Words) -> frozenset[int]:
     """Hashes (32 bits) of all runs of three words; a shorter text is one shingle."""
-    runs = zip(*(words[start:] for start in range(SHINGLE)), strict=False) if len(words) >= SHINGLE else [tuple(words)]
+    runs = _grams(words, SHINGLE) if len(words) >= SHINGLE else [tuple(words)]
     return frozenset(zlib.crc32("\x00".join(run).encode("utf-8", "surrogatepass")) for run in runs)
 
 
@@ -83,47 +63,44 @@ def near_duplicates(texts: Sequence[Words]) -> list[bool]:
         raise DataError("near duplicates need the package datasketch; pip install 'traceir[reasoning]'") from error
     empty = MinHash(num_perm=BANDS * ROWS, hashfunc=int)
     index = MinHashLSH(num_perm=BANDS * ROWS, params=(BANDS, ROWS))
-    first: list[frozenset[int]] = []
-    signs: list[Any] = []
+    originals: list[tuple[frozenset[int], Any]] = []
     known: set[frozenset[int]] = set()
-    found: list[bool] = []
+    repeated: list[bool] = []
     for words in tqdm(texts, desc="looking for near duplicates", unit="text", delay=2.0):
         own = shingles(words)
         if own in known:
-            found.append(True)
+            repeated.append(True)
             continue
         known.add(own)
         sign = empty.copy()
         sign.update_batch(own)
-        places = sorted(index.query(sign))
-        if len(places) > COMPARED:
-            alike = np.array([signs[place] for place in places]) == sign.hashvalues
-            places = [places[at] for at in np.argsort(-alike.sum(axis=1), kind="stable")[:COMPARED]]
-        near = any(len(own & first[place]) >= NEAR * len(own | first[place]) for place in places)
-        found.append(near)
+        candidates = [originals[place] for place in sorted(index.query(sign))]
+        if len(candidates) > COMPARED:
+            candidates.sort(key=lambda original: -int(np.sum(original[1] == sign.hashvalues)))
+        near = any(len(own & other) >= NEAR * len(own | other) for other, _ in candidates[:COMPARED])
+        repeated.append(near)
         if not near:
-            index.insert(len(first), sign)
-            first.append(own)
-            signs.append(sign.hashvalues)
-    return found
+            index.insert(len(originals), sign)
+            originals.append((own, sign.hashvalues))
+    return repeated
 
 
-def longest_copy(said: Sequence[Words], target: Words, told: Sequence[Words]) -> Words:
-    """The longest run of words that a target shares with one of the texts `said`, the first of equal ones; [] if none.
+def longest_copy(texts: Sequence[Words], target: Words, query: Words) -> Words:
+    """The longest run of words that a target shares with one of the texts, the first of equal ones; [] if none.
 
-    What the texts `told` share with the target in runs of three words and more is cut out of the target first.
+    What the query shares with the target in runs of three words and more is cut out of the target first.
     """
-    pieces = _untold(target, told)
-    low, high, found = 0, max((len(piece) for piece in pieces), default=0), []
+    pieces = _without_query(target, query)
+    low, high, longest = 0, max((len(piece) for piece in pieces), default=0), []
     while low < high:
         size = (low + high + 1) // 2
-        grams = {gram for text in said for gram in _grams(text, size)}
+        grams = {gram for text in texts for gram in _grams(text, size)}
         run = next((gram for piece in pieces for gram in _grams(piece, size) if gram in grams), None)
         if run is None:
             high = size - 1
         else:
-            low, found = size, list(run)
-    return found
+            low, longest = size, list(run)
+    return longest
 
 
 def holds(texts: Sequence[Words], run: Words) -> bool:
@@ -131,10 +108,10 @@ def holds(texts: Sequence[Words], run: Words) -> bool:
     return any(tuple(run) in set(_grams(text, len(run))) for text in texts)
 
 
-def _untold(target: Words, told: Sequence[Words]) -> list[Words]:
-    """The pieces of the target between the runs that the told texts hold too."""
-    known = {gram for text in told for gram in _grams(text, TOLD_RUN)}
-    cut = {place + step for place, gram in enumerate(_grams(target, TOLD_RUN)) if gram in known for step in range(TOLD_RUN)}
+def _without_query(target: Words, query: Words) -> list[Words]:
+    """The pieces of the target between the runs that the query holds too."""
+    known = set(_grams(query, QUERY_RUN))
+    cut = {place + step for place, gram in enumerate(_grams(target, QUERY_RUN)) if gram in known for step in range(QUERY_RUN)}
     pieces: list[Words] = [[]]
     for place, word in enumerate(target):
         if place in cut:

@@ -1,0 +1,199 @@
+"""Every outcome of a build as one row of measures in a DuckDB file of its own, from which the figures are asked by SQL.
+
+The file lies in a temporary folder and goes with it; DuckDB holds at most MEMORY of it at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+import pyarrow as pa
+
+from traceir.cot.outcomes import CotOutcome
+from traceir.cot.quality.people_terms import introduced
+from traceir.cot.quality.reviewed import judge
+from traceir.cot.quality.similarity import Words, holds, longest_copy
+from traceir.cot.review.decisions import Decision
+from traceir.cot.review.review import Settled, sample_hash
+from traceir.cot.rules import RULES, count_tokens, words_of
+from traceir.data.mbeir import EVAL_ROWS
+from traceir.errors import DataError
+from traceir.outside import valid_all
+
+DROPPED_BY: Final = ("teacher", *RULES, "verifier", "reviewer")
+FUNNEL: Final = ("queries", "complex", "reasoned", "passed_rules", "verified", "kept", "curated")
+"""All; z = 1; with a reply; through the rules on single replies; yes with enough confidence; no duplicates; after review."""
+MEASURES: Final = ("reasoning_words", "reasoning_tokens", "answer_words", "answer_tokens")
+LONGEST: Final = 10_000
+"""Lengths above are counted as this one."""
+OPENING: Final = 4
+"""Words of an opening."""
+COPIED: Final = 8
+"""Words in a row from which a run counts as copied from the target."""
+SHORT_TARGET: Final = 3
+"""Words from which a target counts as copied whole; a name of one or two words is the answer itself."""
+TARGETS: Final = 8
+"""Positives whose texts are compared."""
+BINS: Final = 20
+"""Of the verifier's confidence."""
+SHOWN: Final = 400
+"""Characters of a text in an example."""
+MEMORY: Final = "256MB"
+BATCH: Final = 2000
+"""Rows that are inserted at a time."""
+
+_TEXT, _COUNT, _FLAG = pa.string(), pa.int64(), pa.bool_()
+SCHEMA: Final = pa.schema(
+    {"number": _COUNT, "qid": _TEXT, "task": _TEXT}
+    | {"stage": _COUNT, "curated": _FLAG, "rule": _TEXT, "detail": _TEXT, "reply": _TEXT, "verdict": _TEXT, "bin": _COUNT}
+    | {"kept": _FLAG, "reviewed": _FLAG, "hallucinated": _FLAG, "faulty": _FLAG}
+    | {"teacher": _TEXT, "verifier": _TEXT, "prompts": _TEXT, "prompt_tokens": _COUNT, "completion_tokens": _COUNT}
+    | {"words": _TEXT, "opening": _TEXT, "draw": pa.uint64()}
+    | dict.fromkeys(MEASURES, _COUNT)
+    | {"told": _TEXT, "terms": pa.list_(pa.struct({"group": _TEXT, "term": _TEXT, "words": _TEXT}))}
+    | {"longest_copy": _COUNT, "whole": _FLAG, "copied": _TEXT}
+)
+"""`stage`: the last of FUNNEL before review. `rule`: what dropped it. From `words` on: of curated samples alone; `told`: whether
+the target has words (`told`) or is a picture alone (`untold`); `terms`: those about people that the data do not tell.
+`longest_copy`: null where the target has no text; `copied`: what was copied, null where nothing was."""
+
+
+@dataclass(slots=True)
+class SampleTable:
+    """The rows of all outcomes. `place` of the view `samples` orders them by task (as M-BEIR lists them), then as they came."""
+
+    connection: Any
+    _batch: list[dict[str, Any]] = field(default_factory=list)
+    _count: int = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._batch.append({"number": self._count, **row})
+        self._count += 1
+        if len(self._batch) == BATCH:
+            self._flush()
+
+    def finish(self) -> list[str]:
+        """To be called after the last row; returns all tasks in order."""
+        self._flush()
+        names = [name for (name,) in self.connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
+        tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
+        self.connection.execute("CREATE TABLE ranks (task VARCHAR, rank BIGINT)")
+        self.connection.executemany(
+            "INSERT INTO ranks VALUES (?, ?)", [(task, rank) for rank, task in enumerate(tasks)] or [("", 0)]
+        )
+        self.connection.execute(
+            "CREATE VIEW samples AS SELECT outcomes.*, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
+        )
+        return tasks
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        rows: list[tuple[Any, ...]] = self.connection.execute(sql).fetchall()
+        return rows
+
+    def by_task(self, sql: str) -> dict[str | None, list[Any]]:
+        """The rows of a query by their first column, a task, or None for all tasks together; without that column."""
+        groups: dict[str | None, list[Any]] = defaultdict(list)
+        for task, *rest in self.rows(sql):
+            groups[task].append(rest)
+        return groups
+
+    def _flush(self) -> None:
+        if self._batch:
+            self.connection.register("batch", pa.Table.from_pylist(valid_all(self._batch), SCHEMA))
+            self.connection.execute("INSERT INTO outcomes SELECT * FROM batch")
+            self.connection.unregister("batch")
+            self._batch.clear()
+
+
+@contextmanager
+def open_table() -> Iterator[SampleTable]:
+    """An empty table. Raises DataError where DuckDB is missing."""
+    try:
+        import duckdb
+    except ImportError as error:
+        raise DataError("the report needs the package duckdb; pip install 'traceir[reasoning]'") from error
+    with TemporaryDirectory(prefix="traceir-quality-") as folder:
+        settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 1, "temp_directory": folder}
+        with duckdb.connect(Path(folder) / "samples.duckdb", config=settings) as connection:
+            connection.register("batch", SCHEMA.empty_table())
+            connection.execute("CREATE TABLE outcomes AS SELECT * FROM batch")
+            connection.unregister("batch")
+            yield SampleTable(connection)
+
+
+def measures_of(
+    outcome: CotOutcome, settled: Settled | None, votes: Sequence[Decision], captions: Mapping[str, str], tokenizer: str
+) -> dict[str, Any]:
+    """The row of an outcome. `settled` is what people have settled on it, `votes` are their decisions, on whatever text."""
+    curated = settled.decision == "keep" if settled else outcome.status == "kept"
+    row = {"qid": outcome.case.record.qid, "task": outcome.case.task, "stage": _stage(outcome), "curated": curated}
+    row |= {"kept": outcome.status == "kept"} | _provenance(outcome)
+    if outcome.status == "kept" and votes:
+        row |= judge(vote for vote in votes if vote.sample == sample_hash(outcome))
+    if outcome.status != "direct" and not curated:
+        reply = outcome.raw or outcome.reasoning
+        row |= {"rule": "reviewer" if settled else outcome.rule, "detail": outcome.detail[:SHOWN], "reply": reply[:SHOWN]}
+    if outcome.verdict is not None and outcome.verdict_confidence >= 0.0 and outcome.rule != "teacher":
+        row |= {
+            "verdict": "yes" if outcome.verdict else "no",
+            "bin": min(int(outcome.verdict_confidence * BINS + 1e-9), BINS - 1),
+        }
+    if curated:
+        row |= _text_measures(outcome, (settled or outcome).reasoning, (settled or outcome).answer, captions, tokenizer)
+    return row
+
+
+def _stage(outcome: CotOutcome) -> int:
+    """The last stage of FUNNEL that a sample came through, people aside."""
+    if not outcome.z or outcome.status == "direct":
+        return 0
+    if outcome.rule == "teacher" and outcome.verdict is None:
+        return 1
+    if outcome.rule in RULES and outcome.rule != "duplicate":
+        return 2
+    if outcome.rule not in ("", "duplicate"):
+        return 3
+    return 5 if outcome.status == "kept" else 4
+
+
+def _provenance(outcome: CotOutcome) -> dict[str, Any]:
+    made = json.loads(outcome.provenance or "{}")
+    names = {name: str(made[name]) for name in ("teacher", "verifier", "prompts") if made.get(name)}
+    return names | {name: int(made.get(name, 0)) for name in ("prompt_tokens", "completion_tokens")}
+
+
+def _text_measures(
+    outcome: CotOutcome, reasoning: str, answer: str, captions: Mapping[str, str], tokenizer: str
+) -> dict[str, Any]:
+    """What a curated sample says, held against all that the data told the teacher."""
+    case, record = outcome.case, outcome.case.record
+    texts = [words_of(reasoning), words_of(answer)]
+    query = f"{record.text or ''}\n{captions.get(record.image_path or '', '')}\n{case.instruction}"
+    targets = [target.text for target in case.positives if target.text]
+    known = [*targets, *filter(None, (captions.get(target.image_path or "", "") for target in case.positives))]
+    terms = introduced(f"{reasoning}\n{answer}", "\n".join([query, *known]))
+    sizes = (len(texts[0]), count_tokens(reasoning, tokenizer), len(texts[1]), count_tokens(answer, tokenizer))
+    draw = hashlib.blake2b(f"{case.task} {record.qid}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    row = {"words": " ".join(texts[0]), "opening": " ".join(texts[0][:OPENING]), "draw": int.from_bytes(draw)}
+    row |= {name: min(length, LONGEST) for name, length in zip(MEASURES, sizes, strict=True)}
+    row |= {"told": "told" if known else "untold"}
+    row |= {"terms": [{"group": term.group, "term": term.name, "words": words[:SHOWN]} for term, words in terms.items()]}
+    return row | (_copy(texts, [words_of(target) for target in targets[:TARGETS]], words_of(query)) if targets else {})
+
+
+def _copy(texts: Sequence[Words], targets: Iterable[Words], query: Words) -> dict[str, Any]:
+    targets = list(targets)
+    run = max((longest_copy(texts, target, query) for target in targets), key=len)
+    short = (target for target in targets if SHORT_TARGET <= len(target) < COPIED)
+    whole = next((target for target in short if holds(texts, target) and not holds([query], target)), None)
+    copied = run if len(run) >= COPIED else whole
+    shown = " ".join(copied)[:SHOWN] if copied else None
+    return {"longest_copy": min(len(run), LONGEST), "whole": whole is not None, "copied": shown}
