@@ -20,7 +20,7 @@ from traceir.cot.ask import CotCase
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.review.decisions import Decision, Journal, read_decisions, reviewers
 from traceir.cot.review.review import (
-    agreement,
+    agree,
     agreement_table,
     choose,
     kappa,
@@ -239,7 +239,7 @@ def test_agreement_counts_what_both_judged_alike(tmp_path: Path) -> None:
         judged(one, "edit", **edit) if n < 20 or 25 <= n < 35 else judged(one, "drop", **drop) for n, one in enumerate(samples)
     ]
     write(tmp_path, "bob", *bob[:50], replace(bob[50], sample="of another text"))
-    (pair,) = agreement(tmp_path)
+    (pair,) = agree(read_decisions(tmp_path))
     assert (pair.first, pair.second, pair.n) == ("ada", "bob", 50)
     assert (pair.agreed, pair.kappa) == (pytest.approx(0.7), pytest.approx(0.4))
     assert agreement_table(tmp_path).splitlines()[1] == "ada, bob   50  70.0 %  0.400  0.151 to 0.649"
@@ -262,8 +262,12 @@ def call(app: Any, method: str, path: str, headers: dict[str, str], body: bytes 
     }  # fmt: skip
     sent: list[dict[str, Any]] = []
 
+    requests = [{"type": "http.request", "body": body, "more_body": False}]
+
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": body, "more_body": False}
+        if not requests:
+            await asyncio.Event().wait()  # the client stays
+        return requests.pop()
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)

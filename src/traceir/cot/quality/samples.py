@@ -46,7 +46,7 @@ BINS: Final = 20
 """Of the verifier's confidence."""
 SHOWN: Final = 400
 """Characters of a text in an example."""
-MEMORY: Final = "256MB"
+MEMORY: Final = "128MB"
 BATCH: Final = 2000
 """Rows that are inserted at a time."""
 

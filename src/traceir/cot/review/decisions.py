@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +67,6 @@ class Journal:
     """
 
     def __init__(self, out: Path, reviewer: str) -> None:
-        self.reviewer = check_name(reviewer)
         self.path = journal_path(out, reviewer)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,53 +75,47 @@ class Journal:
             raise DataError(f"{self.path} cannot be written: {error}; make room on the disk, or check its rights") from error
         try:
             fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._live, whole = _read_file(self.path)
+            self._standing, whole = _read_file(self.path)
             self._stream.truncate(whole)
-        except BlockingIOError as error:
+        except (OSError, DataError) as error:
             self._stream.close()
-            raise InputError(f"{self.path} is open in another review; end that one, or choose another name") from error
-        except OSError as error:
-            self._stream.close()
-            raise DataError(f"{self.path}: {error.strerror or error}; the folder must allow locks and writing") from error
-        except DataError:
-            self._stream.close()
+            if isinstance(error, BlockingIOError):
+                raise InputError(f"{self.path} is open in another review; end that one, or choose another name") from error
+            if isinstance(error, OSError):
+                raise DataError(f"{self.path}: {error.strerror or error}; the folder must allow locks and writing") from error
             raise
 
-    def add(self, decision: Decision) -> Decision:
+    def add(self, decision: Decision) -> None:
         """Writes the decision with the time of now; it is on the disk when this returns. Raises DataError on a full disk."""
-        decision = _stamped(decision)
-        self._write(decision)
-        self._live.append(decision)
-        return decision
+        self._standing.append(self._write(decision))
 
-    def undo(self, among: Iterable[str]) -> Decision | None:
+    def undo(self, among: Collection[str]) -> Decision | None:
         """Takes back the newest decision on one of these qids; returns it, or None where there is none."""
-        qids = set(among)
-        place = next((place for place in reversed(range(len(self._live))) if self._live[place].qid in qids), None)
-        if place is None:
+        if (place := _newest(self._standing, among)) is None:
             return None
-        last = self._live[place]
-        self._write(_stamped(Decision(last.qid, last.task, "undo", last.sample, how=last.how)))
-        return self._live.pop(place)
+        last = self._standing[place]
+        self._write(Decision(last.qid, last.task, "undo", last.sample, how=last.how))
+        return self._standing.pop(place)
 
     def latest(self) -> dict[str, Decision]:
         """qid -> the decision that stands."""
-        return {one.qid: one for one in self._live}
+        return {decision.qid: decision for decision in self._standing}
 
     def close(self) -> None:
         self._stream.close()
 
-    def _write(self, decision: Decision) -> None:
+    def _write(self, decision: Decision) -> Decision:
+        decision = replace(decision, time=datetime.now(UTC).isoformat(timespec="microseconds"))
         line = valid(json.dumps(asdict(decision), ensure_ascii=False)).encode() + b"\n"
         before = os.fstat(self._stream.fileno()).st_size
         try:
-            written = self._stream.write(line)
-            if written != len(line):
+            if (written := self._stream.write(line)) != len(line):
                 raise OSError(f"{written} of {len(line)} bytes written")
             os.fsync(self._stream.fileno())
         except OSError as error:
             self._stream.truncate(before)
             raise DataError(f"{self.path}: not saved ({error}); make room on the disk and decide again") from error
+        return decision
 
 
 def check_name(reviewer: str) -> str:
@@ -162,7 +155,7 @@ def reviewers(out: Path) -> list[str]:
 
 def read_decisions(out: Path) -> dict[str, dict[str, Decision]]:
     """Reviewer -> qid -> the decision that stands. A half-written last line is left out with a warning."""
-    return {name: {one.qid: one for one in _read_file(out / "review" / f"{name}.jsonl")[0]} for name in reviewers(out)}
+    return {name: {own.qid: own for own in _read_file(journal_path(out, name))[0]} for name in reviewers(out)}
 
 
 def _read_file(path: Path) -> tuple[list[Decision], int]:
@@ -171,28 +164,26 @@ def _read_file(path: Path) -> tuple[list[Decision], int]:
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         _logger.warning("%s: the last line is half-written (%d bytes) and is left out", path, len(data) - whole)
-    live: list[Decision] = []
+    standing: list[Decision] = []
     for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
         decision = _read_line(line, f"{path}:{number}")
         if decision.decision != "undo":
-            live.append(decision)
-            continue
-        place = next((place for place in reversed(range(len(live))) if live[place].qid == decision.qid), None)
-        if place is not None:
-            live.pop(place)
-    return live, whole
+            standing.append(decision)
+        elif (place := _newest(standing, (decision.qid,))) is not None:
+            del standing[place]
+    return standing, whole
+
+
+def _newest(standing: list[Decision], qids: Collection[str]) -> int | None:
+    return next((place for place in reversed(range(len(standing))) if standing[place].qid in qids), None)
 
 
 def _read_line(line: bytes, where: str) -> Decision:
     try:
-        found = read_json(line)
-        decision = Decision(**{one.name: found[one.name] for one in fields(Decision)})
+        content = read_json(line)
+        decision = Decision(**{name.name: content[name.name] for name in fields(Decision)})
+        if decision.decision not in DECISIONS or not all(isinstance(value, str) for value in asdict(decision).values()):
+            raise ValueError(f"decision {decision.decision!r}, or a field that is no text")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a decision ({type(error).__name__}: {error}); repair or remove this line") from error
-    if decision.decision not in DECISIONS or not all(isinstance(value, str) for value in asdict(decision).values()):
-        raise DataError(f"{where}: decision {decision.decision!r}, or a field that is no text; repair or remove this line")
     return decision
-
-
-def _stamped(decision: Decision) -> Decision:
-    return replace(decision, time=datetime.now(UTC).isoformat(timespec="microseconds"))

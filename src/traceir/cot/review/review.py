@@ -10,19 +10,20 @@ import heapq
 import json
 import logging
 import math
-import os
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+import numpy as np
 from tqdm import tqdm
 
-from traceir.cot.outcomes import CotOutcome
+from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.review.decisions import Choice, Decision, read_decisions
 from traceir.errors import DataError, InputError
+from traceir.files import write_whole
 from traceir.outside import read_json
 
 Order = Literal["random", "doubt"]
@@ -97,8 +98,8 @@ class Agreement:
 def sample_hash(outcome: CotOutcome) -> str:
     """Hash of what a reviewer judges: the query, its positives, the reply, reasoning and answer; 16 hex digits."""
     record = outcome.case.record
-    shown = [[one.text or "", one.image_path or ""] for one in outcome.case.positives]
-    judged = [record.qid, record.text or "", record.image_path or "", shown, outcome.raw, outcome.reasoning, outcome.answer]
+    targets = [[target.text or "", target.image_path or ""] for target in outcome.case.positives]
+    judged = [record.qid, record.text or "", record.image_path or "", targets, outcome.raw, outcome.reasoning, outcome.answer]
     return hashlib.sha256(json.dumps(judged, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -116,28 +117,29 @@ def choose(
         shown = f"per_stratum {per_stratum}, order {order!r}, strata {','.join(strata)!r}"
         raise InputError(f"{shown}: choose at least 1, an order of {', '.join(ORDERS)}, and strata of {', '.join(STRATA)}")
     heaps: dict[str, list[tuple[float, int, int, CotOutcome]]] = defaultdict(list)
-    sizes: dict[str, int] = defaultdict(int)
+    sizes: Counter[str] = Counter()
     doubted: set[str] = set()
     for outcome in tqdm(outcomes, desc="choosing samples", unit="sample", delay=2.0):
         if outcome.status == "direct":
             continue
-        stratum = _stratum(outcome, strata)
+        parts = {"task": outcome.case.task, "status": outcome.status, "rule": outcome.rule}
+        stratum = " / ".join(parts[name] for name in strata if parts[name]) or "all"
         sizes[stratum] += 1
-        asked = order == "doubt" and outcome.verdict_confidence >= 0.0
-        if asked:
+        doubt = 2.0
+        if order == "doubt" and outcome.verdict_confidence >= 0.0:
+            doubt = abs(outcome.verdict_confidence - threshold)
             doubted.add(stratum)
-        doubt = abs(outcome.verdict_confidence - threshold) if asked else 2.0
-        entry = (-doubt, -_draw(seed, outcome), sizes[stratum], outcome)  # the worst is at the head
+        entry = (-doubt, -_draw(seed, outcome), sizes[stratum], outcome)  # the worst is at the head, the number unlike any other
         if len(heaps[stratum]) < per_stratum:
             heapq.heappush(heaps[stratum], entry)
-        elif entry[:3] > heaps[stratum][0][:3]:
-            heapq.heapreplace(heaps[stratum], entry)
+        else:
+            heapq.heappushpop(heaps[stratum], entry)
     columns = []
     for stratum in sorted(heaps):
-        best = sorted(heaps[stratum], key=lambda entry: entry[:3], reverse=True)
         how: Order = "doubt" if stratum in doubted else "random"
-        columns.append([Chosen(one, stratum, how, sizes[stratum], sample_hash(one)) for *_, one in best])
-    return [one for row in zip_longest(*columns) for one in row if one is not None]
+        best = [entry[-1] for entry in sorted(heaps[stratum], reverse=True)]
+        columns.append([Chosen(outcome, stratum, how, sizes[stratum], sample_hash(outcome)) for outcome in best])
+    return [chosen for row in zip_longest(*columns) for chosen in row if chosen is not None]
 
 
 def open_sample(
@@ -159,13 +161,16 @@ def open_sample(
     kept = read_sample(out)
     if kept["arguments"] != arguments:
         _logger.warning("%s was drawn with %s and is used as it is; remove it for a fresh list", path, kept["arguments"])
-    wanted = {str(one["qid"]): one for one in kept["samples"]}
-    found = _find(outcomes, wanted)
-    if gone := len(wanted) - len(found):
+    wanted = {str(entry["qid"]): entry for entry in kept["samples"]}
+    present = _find(outcomes, wanted)
+    if gone := len(wanted) - len(present):
         _logger.warning("%d of %d samples in %s are no longer there and are left out", gone, len(wanted), path)
-    pairs = [(one, found[qid]) for qid, one in wanted.items() if qid in found]
-    chosen = [Chosen(o, one["stratum"], one["how"], kept["strata"][one["stratum"]], sample_hash(o)) for one, o in pairs]
-    if changed := sum(now.sample != one["sample"] for now, (one, _) in zip(chosen, pairs, strict=True)):
+    chosen = [
+        Chosen(present[qid], entry["stratum"], entry["how"], kept["strata"][entry["stratum"]], sample_hash(present[qid]))
+        for qid, entry in wanted.items()
+        if qid in present
+    ]
+    if changed := sum(now.sample != wanted[now.outcome.case.record.qid]["sample"] for now in chosen):
         _logger.warning("%d samples have changed since they were drawn; older decisions on them are not applied", changed)
     return chosen
 
@@ -174,16 +179,13 @@ def read_sample(out: Path) -> dict[str, Any]:
     """`sample.json`: `arguments`, `strata` (name -> size) and `samples` (qid, task, stratum, how, sample)."""
     path = out / "review" / "sample.json"
     try:
-        found = read_json(path.read_bytes())
-        sizes, samples = found["strata"], found["samples"]
-        whole = found["format"] == FORMAT and all(
-            one["stratum"] in sizes and one["how"] in ORDERS and one["qid"] for one in samples
-        )
+        content = read_json(path.read_bytes())
+        sizes, entries = content["strata"], content["samples"]
+        if content["format"] != FORMAT or not all(e["stratum"] in sizes and e["how"] in ORDERS and e["qid"] for e in entries):
+            raise ValueError(f"it is not a list of format {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove it for a fresh list") from error
-    if not whole:
-        raise DataError(f"{path} is not a list of format {FORMAT}; remove it for a fresh list")
-    return cast("dict[str, Any]", found)
+    return cast("dict[str, Any]", content)
 
 
 def _write_sample(path: Path, arguments: Mapping[str, Any], chosen: Sequence[Chosen]) -> None:
@@ -191,38 +193,28 @@ def _write_sample(path: Path, arguments: Mapping[str, Any], chosen: Sequence[Cho
         {"qid": c.outcome.case.record.qid, "task": c.outcome.case.task, "stratum": c.stratum, "how": c.how, "sample": c.sample}
         for c in chosen
     ]
-    told = {"format": FORMAT, "arguments": arguments, "strata": {c.stratum: c.size for c in chosen}, "samples": samples}
-    fresh = path.with_suffix(".writing")
+    content = {"format": FORMAT, "arguments": arguments, "strata": {c.stratum: c.size for c in chosen}, "samples": samples}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-        os.replace(fresh, path)
+        write_whole(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}; make room on the disk, or check its rights") from error
 
 
-def _stratum(outcome: CotOutcome, strata: Sequence[str]) -> str:
-    parts = {"task": outcome.case.task, "status": outcome.status, "rule": outcome.rule}
-    return " / ".join(parts[name] for name in strata if parts[name]) or "all"
-
-
 def _draw(seed: int, outcome: CotOutcome) -> int:
-    told = f"{seed} {outcome.case.task} {outcome.case.record.qid}"
-    return int.from_bytes(hashlib.blake2b(told.encode("utf-8", "surrogatepass"), digest_size=16).digest())
+    key = f"{seed} {outcome.case.task} {outcome.case.record.qid}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest())
 
 
 def _find(outcomes: Iterable[CotOutcome], wanted: Iterable[str]) -> dict[str, CotOutcome]:
     """qid -> outcome; the stream is read no further than needed."""
-    left = set(wanted)
-    found: dict[str, CotOutcome] = {}
-    for outcome in tqdm(outcomes if left else (), desc="finding samples", unit="sample", delay=2.0):
-        qid = outcome.case.record.qid
-        if qid in left:
-            found[qid] = outcome
-            left.remove(qid)
-            if not left:
+    missing, present = set(wanted), dict[str, CotOutcome]()
+    for outcome in tqdm(outcomes if missing else (), desc="finding samples", unit="sample", delay=2.0):
+        if (qid := outcome.case.record.qid) in missing:
+            present[qid] = outcome
+            missing.remove(qid)
+            if not missing:
                 break
-    return found
+    return present
 
 
 # What follows from the decisions
@@ -238,67 +230,58 @@ def settle(out: Path, outcomes: Iterable[CotOutcome] | None = None) -> Settlemen
     for reviewer, latest in read_decisions(out).items():
         for qid, decision in latest.items():
             votes[qid][reviewer] = decision
-    found = _find(_outcomes_of(out) if outcomes is None and votes else outcomes or (), votes)
-    tally = _Tally()
+    present = _find(read_outcomes(out) if outcomes is None and votes else outcomes or (), votes)
+    settled: dict[str, Settled] = {}
+    unused: list[Unused] = []
+    ties = 0
     for qid in sorted(votes):
-        tally.count(qid, votes[qid], found.get(qid))
-    if tally.unused:
-        first = tally.unused[0]
-        shown = f"first {first.qid} by {first.reviewer}: {first.why}"
-        _logger.warning("%s: %d decisions were not applied (%s); review them again", out / "review", len(tally.unused), shown)
-    return Settlement(tally.settled, tuple(tally.unused), tally.ties)
+        outcome = present.get(qid)
+        faults = {name: _fault(vote, outcome) for name, vote in votes[qid].items()}
+        unused += [Unused(name, qid, fault) for name, fault in faults.items() if fault]
+        applied = {name: vote for name, vote in votes[qid].items() if not faults[name]}
+        if outcome is not None and applied:
+            settled[qid], tie = _settle(applied, outcome)
+            ties += tie
+    if unused:
+        first = f"first {unused[0].qid} by {unused[0].reviewer}: {unused[0].why}"
+        _logger.warning("%s: %d decisions were not applied (%s); review them again", out / "review", len(unused), first)
+    return Settlement(settled, tuple(unused), ties)
 
 
-@dataclass(slots=True)
-class _Tally:
-    settled: dict[str, Settled] = field(default_factory=dict)
-    unused: list[Unused] = field(default_factory=list)
-    ties: int = 0
-
-    def count(self, qid: str, votes: Mapping[str, Decision], outcome: CotOutcome | None) -> None:
-        """Settles one sample."""
-        if outcome is None:
-            self.unused += [Unused(name, qid, "gone") for name in votes]
-            return
-        now, readable = sample_hash(outcome), bool(outcome.reasoning and outcome.answer)
-        valid: dict[str, Decision] = {}
-        for name, one in votes.items():
-            if one.sample != now:
-                self.unused.append(Unused(name, qid, "changed"))
-            elif one.decision == "keep" and not readable:
-                self.unused.append(Unused(name, qid, "nothing to keep"))
-            else:
-                valid[name] = one
-        if not valid:
-            return
-        keeps = [one for one in valid.values() if one.choice == "keep"]
-        drops = len(valid) - len(keeps)
-        self.ties += len(keeps) == drops
-        keep = len(keeps) > drops or (len(keeps) == drops and outcome.status == "kept")
-        edits = [one for one in keeps if one.decision == "edit"] if keep else []
-        edit = max(edits, key=lambda one: one.time, default=None)
-        texts = (edit.reasoning, edit.answer) if edit else (outcome.reasoning, outcome.answer)
-        self.settled[qid] = Settled("keep" if keep else "drop", *texts, tuple(sorted(valid)), edit is not None)
+def _fault(vote: Decision, outcome: CotOutcome | None) -> str:
+    """Why a decision cannot be applied, "" where it can."""
+    if outcome is None:
+        return "gone"
+    if vote.sample != sample_hash(outcome):
+        return "changed"
+    return "nothing to keep" if vote.decision == "keep" and not (outcome.reasoning and outcome.answer) else ""
 
 
-def agreement(out: Path) -> list[Agreement]:
-    """Each pair of reviewers, on the samples that both judged while their text was the same; pairs without one are left out."""
-    return agree(read_decisions(out))
+def _settle(votes: Mapping[str, Decision], outcome: CotOutcome) -> tuple[Settled, bool]:
+    """What these decisions settle, and whether it was a tie."""
+    keeps = [vote for vote in votes.values() if vote.choice == "keep"]
+    drops = len(votes) - len(keeps)
+    tie = len(keeps) == drops
+    keep = len(keeps) > drops or (tie and outcome.status == "kept")
+    edits = [vote for vote in keeps if keep and vote.decision == "edit"]
+    edit = max(edits, key=lambda vote: vote.time, default=None)
+    source = edit or outcome
+    return Settled("keep" if keep else "drop", source.reasoning, source.answer, tuple(sorted(votes)), edit is not None), tie
 
 
 def agree(decisions: Mapping[str, Mapping[str, Decision]]) -> list[Agreement]:
-    """As `agreement`, of decisions at hand: reviewer -> qid -> decision."""
-    found = []
+    """Each pair of reviewers (reviewer -> qid -> decision) on the samples that both judged while their text was the same; pairs
+    without one are left out."""
+    agreements = []
     for first, second in combinations(sorted(decisions), 2):
-        one, two = decisions[first], decisions[second]
-        common = [qid for qid in one if qid in two and one[qid].sample == two[qid].sample]
+        ours, theirs = decisions[first], decisions[second]
+        common = [qid for qid in ours if qid in theirs and ours[qid].sample == theirs[qid].sample]
         if common:
-            table = {(a, b): 0 for a in ("keep", "drop") for b in ("keep", "drop")}
-            for qid in common:
-                table[one[qid].choice, two[qid].choice] += 1
-            counts = (table["keep", "keep"], table["keep", "drop"], table["drop", "keep"], table["drop", "drop"])
-            found.append(Agreement(first, second, len(common), (counts[0] + counts[3]) / len(common), *kappa(*counts)))
-    return found
+            table = Counter((ours[qid].choice, theirs[qid].choice) for qid in common)
+            counts = [table[a, b] for a in ("keep", "drop") for b in ("keep", "drop")]
+            share = (counts[0] + counts[3]) / len(common)
+            agreements.append(Agreement(first, second, len(common), share, *kappa(*counts)))
+    return agreements
 
 
 def kappa(both_keep: int, keep_drop: int, drop_keep: int, both_drop: int) -> tuple[float, float, float]:
@@ -306,34 +289,28 @@ def kappa(both_keep: int, keep_drop: int, drop_keep: int, both_drop: int) -> tup
 
     The variance is that of Fleiss, Cohen and Everitt (1969) for kappa other than 0; where all agree it is 0, however few.
     """
-    n = both_keep + keep_drop + drop_keep + both_drop
-    p = [[both_keep / n, keep_drop / n], [drop_keep / n, both_drop / n]]
-    rows, columns = [sum(row) for row in p], [p[0][j] + p[1][j] for j in (0, 1)]
-    observed, chance = p[0][0] + p[1][1], sum(rows[i] * columns[i] for i in (0, 1))
+    counts = np.array([[both_keep, keep_drop], [drop_keep, both_drop]], float)
+    shares = counts / counts.sum()
+    rows, columns, observed = shares.sum(1), shares.sum(0), float(shares.trace())
+    chance = float(rows @ columns)
     if chance >= 1.0 - 1e-12:
         return math.nan, math.nan, math.nan
     value = (observed - chance) / (1 - chance)
-    same = sum(p[i][i] * ((1 - chance) - (rows[i] + columns[i]) * (1 - observed)) ** 2 for i in (0, 1))
-    other = (1 - observed) ** 2 * sum(p[i][1 - i] * (columns[i] + rows[1 - i]) ** 2 for i in (0, 1))
-    variance = (same + other - (observed * chance - 2 * chance + observed) ** 2) / (n * (1 - chance) ** 4)
+    same = shares.diagonal() @ ((1 - chance) - (rows + columns) * (1 - observed)) ** 2
+    other = (1 - observed) ** 2 * np.sum((shares - np.diag(shares.diagonal())) * (columns[:, None] + rows[None, :]) ** 2)
+    variance = (same + other - (observed * chance - 2 * chance + observed) ** 2) / (counts.sum() * (1 - chance) ** 4)
     reach = 1.959964 * math.sqrt(max(variance, 0.0))
     return value, max(value - reach, -1.0), min(value + reach, 1.0)
 
 
 def agreement_table(out: Path) -> str:
     """The agreement of every pair of reviewers as lines of text; one sentence where there is no pair."""
-    found = agreement(out)
-    if not found:
-        return "no two reviewers have judged the same sample yet"
     rows = [("reviewers", "n", "agreed", "kappa", "95 %")]
-    for one in found:
-        value, reach = ("undefined", "") if math.isnan(one.kappa) else (f"{one.kappa:.3f}", f"{one.low:.3f} to {one.high:.3f}")
-        rows.append((f"{one.first}, {one.second}", str(one.n), f"{100 * one.agreed:.1f} %", value, reach))
-    widths = [max(len(row[place]) for row in rows) for place in range(5)]
+    for pair in agree(read_decisions(out)):
+        value, reach = f"{pair.kappa:.3f}", f"{pair.low:.3f} to {pair.high:.3f}"
+        shown = ("undefined", "") if math.isnan(pair.kappa) else (value, reach)
+        rows.append((f"{pair.first}, {pair.second}", str(pair.n), f"{100 * pair.agreed:.1f} %", *shown))
+    if len(rows) == 1:
+        return "no two reviewers have judged the same sample yet"
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _outcomes_of(out: Path) -> Iterator[CotOutcome]:
-    from traceir.cot import outcomes
-
-    return outcomes.read_outcomes(out)
