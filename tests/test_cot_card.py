@@ -27,26 +27,15 @@ BAD = "bad: [x]\n---\n- | `y` <b>"
 
 def rows() -> Iterator[dict[str, Any]]:
     """Five rows of two tasks; the two complex ones come last, so that types cannot be guessed from the first file."""
+    image = {"did": "9:1", "txt": None, "img_path": "pictures/b.png", "modality": "image"}
+    direct = {"task": "invented_task0", "task_id": 0, "dataset_id": 9, "query_txt": "make it red", "query_img_path": None,
+              "query_modality": "text", "cand_modality": "image", "z": 0, "reasoning": None, "answer": None, "steps": None,
+              "pos_cand_list": ["9:1"], "positives": [image], "negatives": [], "provenance": None}  # fmt: skip
+    reasoned = {"task": "invented|b_task7", "task_id": 7, "query_img_path": "pictures/a.png", "query_modality": "image,text",
+                "z": 1, "reasoning": "the chair is blue; make it red", "answer": "a red chair", "steps": 0,
+                "provenance": json.dumps({"teacher": BAD})}  # fmt: skip
     for number in range(5):
-        z = int(number >= 3)
-        yield {
-            "qid": f"9:{number}",
-            "task": "invented|b_task7" if z else "invented_task0",
-            "task_id": 7 if z else 0,
-            "dataset_id": 9,
-            "query_txt": "make it red",
-            "query_img_path": "pictures/a.png" if z else None,
-            "query_modality": "image,text" if z else "text",
-            "cand_modality": "image",
-            "z": z,
-            "reasoning": "the chair is blue; make it red" if z else None,
-            "answer": "a red chair" if z else None,
-            "steps": 0 if z else None,
-            "pos_cand_list": ["9:1"],
-            "positives": [{"did": "9:1", "txt": None, "img_path": "pictures/b.png", "modality": "image"}],
-            "negatives": [],
-            "provenance": json.dumps({"teacher": BAD}) if z else None,
-        }
+        yield {"qid": f"9:{number}", **direct, **(reasoned if number >= 3 else {})}
 
 
 @pytest.fixture(params=["parquet", "jsonl"])
@@ -90,6 +79,7 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
     assert found.features["steps"].dtype == "int32" and found.features["reasoning"].dtype == "string"
 
 
+@pytest.mark.parametrize("built", ["parquet"], indirect=True)
 def test_card_tells_what_was_measured(built: Path) -> None:
     folder = built / "dataset"
     man = "*an* old man | waits"
@@ -108,6 +98,10 @@ def test_card_tells_what_was_measured(built: Path) -> None:
     (folder / "manifest.json").unlink()
     with pytest.raises(DataError, match="assemble"):
         push_cot(folder, "somebody/data")
+
+
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise OfflineModeIsEnabled("offline")
 
 
 class FakeHub:
@@ -148,18 +142,11 @@ def test_push(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         push_cot(folder, "somebody/data", dry_run=False)
     with pytest.raises(InputError, match="OWNER/NAME"):
         push_cot(folder, "no good name")
+    with monkeypatch.context() as patch, pytest.raises(TraceError, match="hf auth login"):
+        patch.setattr("traceir.data.hub.HfApi", HfApi)
+        patch.setattr(HfApi, "create_repo", _refuse)
+        push_cot(folder, "somebody/data", dry_run=False)
     with (folder / files[1]).open("ab") as stream:
         stream.write(b"more")
     with pytest.raises(DataError, match=files[1]):
         push_cot(folder, "somebody/data")
-
-
-@pytest.mark.parametrize("built", ["jsonl"], indirect=True)
-def test_push_without_network_names_the_remedy(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise OfflineModeIsEnabled("offline")
-
-    write_cot_card(built / "dataset", built)
-    monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(TraceError, match="hf auth login"):
-        push_cot(built / "dataset", "somebody/data", dry_run=False)

@@ -19,7 +19,7 @@ from traceir.cot.quality_report import page, summary
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled, sample_hash
 from traceir.data.mbeir import TASK_MODALITIES, Candidate, Record
-from traceir.errors import DataError
+from traceir.errors import DataError, InputError
 
 
 def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> CotOutcome:
@@ -39,12 +39,11 @@ def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: s
 
 def dropped(qid: str, rule: str, verdict: bool | None = None, **more: Any) -> CotOutcome:
     confidence = -1.0 if verdict is None else 0.3
-    return outcome(
-        qid, "words", status="dropped", rule=rule, detail=f"why {qid}", verdict=verdict, verdict_confidence=confidence, **more
-    )
+    detail = {"detail": f"why {qid}", "verdict": verdict, "verdict_confidence": confidence}
+    return outcome(qid, "words", status="dropped", rule=rule, **{**detail, **more})
 
 
-def test_funnel_and_rules() -> None:
+def test_funnel_rules_cost_and_what_people_settled() -> None:
     found = measure(
         [
             outcome("1:1", "one two three four five"),
@@ -67,9 +66,8 @@ def test_funnel_and_rules() -> None:
         ("queries", 14), ("complex", 12), ("reasoned", 11), ("passed_rules", 5), ("verified", 3), ("kept", 2), ("curated", 2),
     ]  # fmt: skip
     assert own.kept_share == round(2 / 12, 4) and found.overall.funnel["queries"] == 15
-    assert {rule: n for rule, n in own.rules.items() if n} == {
-        "teacher": 3, "tags": 1, "language": 5, "duplicate": 1, "verifier": 1,
-    }  # fmt: skip
+    drops = {"teacher": 3, "tags": 1, "language": 5, "duplicate": 1, "verifier": 1}
+    assert {rule: n for rule, n in own.rules.items() if n} == drops
     assert [*own.rules][:2] == ["teacher", "refusal"] and [*own.rules][-2:] == ["verifier", "reviewer"]
     assert [one["qid"] for one in own.examples["language"]] == ["1:10", "1:11", "1:12"]
     assert own.examples["tags"] == [{"qid": "1:6", "task": "invented_task7", "detail": "why 1:6", "text": "<words>"}]
@@ -77,36 +75,42 @@ def test_funnel_and_rules() -> None:
     assert sum(own.confidence["no"]) == 1  # what could not be read has no confidence
     assert found.made_by["teacher"] == {"t": 15}
     assert found.cost == {"prompt_tokens": 1500.0, "completion_tokens": 150.0, "usd": round((1500 * 2 + 150 * 8) / 1e6, 4)}
+    settled = {
+        "1:2": Settled("drop", "to be dropped", "a thing", ("ann",)),
+        "1:3": Settled("keep", "edited by a person", "a thing", ("ann",), True),
+    }
+    stream = [outcome("1:1", "as it was"), outcome("1:2", "to be dropped"), dropped("1:3", "verifier", verdict=False)]
+    own = measure(stream, settled=settled).overall
+    assert own.funnel["kept"] == 2 and own.funnel["curated"] == 2 and own.rules["reviewer"] == 1 and own.rules["verifier"] == 0
+    assert [one["words"] for one in own.openings["top"]] == ["as it was", "edited by a person"]
+    with pytest.raises(InputError, match="no outcome"):
+        measure([])
 
 
-def test_lengths_openings_and_repetition() -> None:
+def test_lengths_repetition_and_diversity() -> None:
     said = "the chair is red now and it stands on four thin legs"  # 12 words: 10 shingles
     near = f"{said} of oak"  # 12 shingles, 10 of them shared
     far = "the chair is red now but nothing else of what you see there stays the same"
-    found = measure(outcome(f"1:{n}", text) for n, text in enumerate([said, said.upper() + "!", near, far]))
-    own = found.overall
-    assert own.lengths["reasoning_words"]["quantiles"]["0.50"] == 12 and own.lengths["reasoning_words"]["most"] == 16
+    own = measure(outcome(f"1:{n}", text) for n, text in enumerate([said, said.upper() + "!", near, far])).overall
+    lengths = own.lengths["reasoning_words"]
+    assert (lengths["quantiles"]["0.50"], lengths["most"]) == (12, 16)
+    assert lengths["histogram"] == [[12, 12, 2], [13, 13, 0], [14, 14, 1], [15, 15, 0], [16, 16, 1]]
     assert own.lengths["reasoning_tokens"]["mean"] == (12 + 13 + 14 + 16) / 4
-    assert own.lengths["answer_words"]["histogram"] == [[2, 2, 4]]
     assert own.openings["top"] == [{"words": "the chair is red", "samples": 4}] and own.openings["share"] == 1.0
     assert own.duplicates["exact"] == {"samples": 4, "surplus": 1, "share": 0.25}
     assert own.duplicates["near"] == {"samples": 4, "surplus": 2, "share": 0.5, "threshold": 0.8}
-
-
-def test_near_duplicates_and_diversity_by_hand() -> None:
     words = [f"w{n}" for n in range(20)]  # 18 shingles
-    assert near_duplicates([words, [*words, "more", "of", "it"], ["x", *words[1:-1], "y"]]) == [False, True, True]
     # 18 / 21 = 0.857; the third shares 16 of 20 with the first: 0.8
+    assert near_duplicates([words, [*words, "more", "of", "it"], ["x", *words[1:-1], "y"]]) == [False, True, True]
     assert near_duplicates([words, ["x", "y", *words[2:-1], "z"]]) == [False, False]  # 15 of 21
     assert near_duplicates([["a", "b"], ["a", "b"], ["a", "c"], []]) == [False, True, False, False]
     found = diversity([["a", "b", "a", "b"], ["a", "c"]])
     assert (found["distinct_1"], found["distinct_2"], found["moving_ratio"]) == (0.5, 0.75, 0.5)
-    assert diversity([["a"] * 50, ["b"]])["moving_ratio"] == (1 + 2) / 2 / 50
-    assert diversity([])["distinct_1"] == 0.0
+    assert diversity([["a"] * 50, ["b"]])["moving_ratio"] == (1 + 2) / 2 / 50 and diversity([])["distinct_1"] == 0.0
 
 
 @pytest.mark.parametrize(
-    ("text", "told", "found"),
+    ("text", "known", "found"),
     [
         ("a white cube on a black dress from Turkey, baby blue, near a French press", "", set()),
         ("The women's black dress", "", {("gender", "women")}),
@@ -124,29 +128,28 @@ def test_near_duplicates_and_diversity_by_hand() -> None:
         ("HE WAITS", "the boy", set()),
     ],
 )
-def test_terms_about_people(text: str, told: str, found: set[tuple[str, str]]) -> None:
-    assert {(term.group, term.name) for term in introduced(text, told)} == found
+def test_terms_about_people(text: str, known: str, found: set[tuple[str, str]]) -> None:
+    assert {(term.group, term.name) for term in introduced(text, known)} == found
 
 
 def test_people_by_what_the_data_tell() -> None:
-    found = measure(
-        [
-            outcome("1:1", "an old man waits", target="a bench with an elderly guest"),  # tells the age
-            outcome("1:2", "the woman waits", text="her hat in red", target="a hat on a shelf"),  # the query tells
-            outcome("1:3", "nobody waits", target="a bench"),
-            outcome("1:4", "a young woman waits"),  # the target is a picture
-            outcome("1:5", "a guy and a lady wait", task="invented_task6", target="a picture"),
-        ]
-    )
-    told, untold = found.overall.people["told"], found.overall.people["untold"]
+    stream = [
+        outcome("1:1", "an old man waits", target="a bench with an elderly guest"),  # tells the age
+        outcome("1:2", "the woman waits", text="her hat in red", target="a hat on a shelf"),  # the query tells
+        outcome("1:3", "nobody waits", target="a bench"),
+        outcome("1:4", "a young woman waits"),  # the target is a picture
+        outcome("1:5", "a guy and a lady wait", task="invented_task6", target="a picture"),
+    ]
+    people = measure(stream).overall.people
+    told, untold = people["told"], people["untold"]
     assert (told["samples"], told["holding"], told["share"]) == (4, 2, 0.5)
     assert {group: one["samples"] for group, one in told["groups"].items()} == {"gender": 2}
     terms = {one["term"]: one for one in told["groups"]["gender"]["terms"]}
     assert set(terms) == {"man", "guy", "lady"} and terms["man"]["samples"] == 1
     assert terms["man"]["examples"] == [{"qid": "1:1", "task": "invented_task6", "words": "man"}]
     assert (untold["samples"], untold["holding"]) == (1, 1) and set(untold["groups"]) == {"gender", "age"}
-    captioned = measure([outcome("1:4", "a young woman waits")], captions={"b.png": "a girl on a bench"})
-    assert captioned.overall.people["told"]["share"] == 0.0 and captioned.overall.people["untold"]["samples"] == 0
+    captioned = measure(stream[3:4], captions={"b.png": "a girl on a bench"}).overall.people
+    assert captioned["told"]["share"] == 0.0 and captioned["untold"]["samples"] == 0
 
 
 def test_copies_of_the_target() -> None:
@@ -166,46 +169,31 @@ def test_copies_of_the_target() -> None:
         ]
     ).overall.copied
     assert (found["samples"], found["run"], found["whole"], found["either"], found["share"]) == (6, 1, 1, 2, round(2 / 6, 4))
-    assert found["longest"]["most"] == 8
-    assert [one["copied"] for one in found["examples"]] == ["a b c d e f g h", "the red barn"]
+    assert found["longest"]["most"] == 8 and [one["copied"] for one in found["examples"]] == ["a b c d e f g h", "the red barn"]
 
 
 def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> None:
     first = [outcome(f"1:{n}", f"number {n} is it") for n in range(30)]
     second = [outcome(f"2:{n}", f"number {n} is it", target="some text") for n in range(10)]
-    third = [outcome("3:1", "never looked at", task="unseen_task7")]
-    bad = dropped("4:1", "tags")
+    bad, unseen = dropped("4:1", "tags"), outcome("3:1", "never looked at", task="unseen_task7")
 
-    def said(one: CotOutcome, decision: str, why: str = "", how: str = "random") -> Decision:
+    def vote(one: CotOutcome, decision: str, why: str = "", how: str = "random") -> Decision:
         return Decision(one.case.record.qid, one.case.task, decision, sample_hash(one), why, how=how)
 
-    votes = [said(one, "keep") for one in first[:8]] + [said(first[8], "drop", "hallucination"), said(first[9], "edit")]
-    votes += [said(one, "keep") for one in second[:3]] + [said(second[3], "drop", "vague")]
-    votes += [said(first[10], "drop", "hallucination", how="doubt"), said(bad, "drop", "hallucination")]
-    votes += [replace(said(first[11], "drop", "hallucination"), sample="of another text")]
-    decisions = {"ann": {one.qid: one for one in votes}, "bob": {"1:0": said(first[0], "keep")}}
-    found = measure([*first, *second, *third, bad], decisions=decisions)
+    votes = [vote(one, "keep") for one in first[:8]] + [vote(first[8], "drop", "hallucination"), vote(first[9], "edit")]
+    votes += [vote(one, "keep") for one in second[:3]] + [vote(second[3], "drop", "vague")]
+    votes += [vote(first[10], "drop", "hallucination", how="doubt"), vote(bad, "drop", "hallucination")]
+    votes += [replace(vote(first[11], "drop", "hallucination"), sample="of another text")]
+    decisions = {"ann": {one.qid: one for one in votes}, "bob": {"1:0": vote(first[0], "keep")}}
+    found = measure([*first, *second, unseen, bad], decisions=decisions)
     one, two = found.hallucination, found.fault
     assert (one["reviewed"], one["wrong"], two["wrong"]) == (14, 1, 3)
     assert one["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
     assert one["covered"] == round(40 / 41, 4) and one["effective"] == round(1 / (0.75**2 / 10 + 0.25**2 / 4), 2)
-    assert one["low"] < one["share"] < one["high"]
-    assert one["tasks"]["unseen_task7"]["share"] is None and one["tasks"]["invented_task7"]["share"] == 0.1
+    assert one["low"] < one["share"] < one["high"] and one["tasks"]["unseen_task7"]["share"] is None
     low, high = wilson(0.1, 10)
     assert (round(low, 4), round(high, 4)) == (0.0179, 0.4042)  # Wilson (1927), as in Brown, Cai and DasGupta (2001)
-    assert one["tasks"]["invented_task7"] | {"low": 0.0179, "high": 0.4042} == one["tasks"]["invented_task7"]
-    assert measure(first).hallucination["share"] is None and "not reviewed" in summary(measure(first))
-
-
-def test_reviews_are_applied_to_the_other_figures() -> None:
-    kept, lost, saved = outcome("1:1", "as it was"), outcome("1:2", "to be dropped"), dropped("1:3", "verifier", verdict=False)
-    settled = {
-        "1:2": Settled("drop", "to be dropped", "a thing", ("ann",)),
-        "1:3": Settled("keep", "edited by a person", "a thing", ("ann",), True),
-    }
-    own = measure([kept, lost, saved], settled=settled).overall
-    assert own.funnel["kept"] == 2 and own.funnel["curated"] == 2 and own.rules["reviewer"] == 1 and own.rules["verifier"] == 0
-    assert [one["words"] for one in own.openings["top"]] == ["as it was", "edited by a person"]
+    assert one["tasks"]["invented_task7"] == {"kept": 30, "reviewed": 10, "wrong": 1, "share": 0.1, "low": 0.0179, "high": 0.4042}
 
 
 def test_figures_and_page(tmp_path: Path) -> None:
@@ -215,9 +203,9 @@ def test_figures_and_page(tmp_path: Path) -> None:
     assert read_quality(tmp_path / "quality.json") == found
     text = page(found)
     assert text == page(read_quality(tmp_path / "quality.json"))
-    assert "<script" not in text and "&lt;script&gt;" in text and "a&lt;b&gt;$c$" in text
+    assert "<script" not in text and "&lt;script&gt;" in text and "a&lt;b&gt;$c$" in text and "://" not in text
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and text.count("<svg") == 6
-    assert "://" not in text and "a\\<b\\>\\$c\\$\\|" in summary(found)
+    assert "a\\<b\\>\\$c\\$\\|" in summary(found) and "not reviewed" in summary(found)
     (tmp_path / "quality.json").write_text('{"name": "M-BEIR-CoT quality", "format": 99}')
     with pytest.raises(DataError, match="format 1"):
         read_quality(tmp_path / "quality.json")
