@@ -7,6 +7,7 @@ One pass writes a row of measures for each outcome (samples.py), SQL makes figur
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from traceir.cot.files import write_json
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.people_terms import GROUPS
 from traceir.cot.quality.reviewed import Stratum, estimate_share
-from traceir.cot.quality.samples import BINS, COPIED, DROPPED_BY, FUNNEL, MEASURES, SampleTable, measures_of, open_table
+from traceir.cot.quality.samples import BINS, COPIED, DROPPED_BY, FUNNEL, MEASURES, SampleTable, measures_of, sample_table
 from traceir.cot.quality.similarity import NEAR, Words, diversity, near_duplicates
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled
@@ -126,19 +127,19 @@ def measure(
     other figures. `captions`: picture path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits; prices in
     USD for a million tokens. Raises DataError where a package is missing.
     """
-    votes: dict[str, list[Decision]] = {}
+    votes: dict[str, list[Decision]] = defaultdict(list)
     for own in (decisions or {}).values():
         for qid, decision in own.items():
-            votes.setdefault(qid, []).append(decision)
-    with open_table() as table:
-        for outcome in tqdm(outcomes, desc="measuring samples", unit="sample", delay=2.0):
-            qid = outcome.case.record.qid
-            own_settled = (settled or {}).get(qid) if outcome.status != "direct" else None
-            table.add(measures_of(outcome, own_settled, votes.get(qid, ()), captions or {}, tokenizer))
-        tasks = table.finish()
-        if not tasks:
+            votes[qid].append(decision)
+    settled, captions = settled or {}, captions or {}
+    rows = (
+        measures_of(outcome, settled.get(outcome.case.record.qid), votes.get(outcome.case.record.qid, ()), captions, tokenizer)
+        for outcome in tqdm(outcomes, desc="measuring samples", unit="sample", delay=2.0)
+    )
+    with sample_table(rows) as table:
+        if not table.tasks:
             raise InputError("there is no outcome to measure; run `traceir reasoning build` first")
-        figures = _figures(table, tasks)
+        figures = _figures(table)
         strata = table.rows(_STRATA)
         hallucination, fault = ({row[0]: Stratum(row[1], row[2], row[wrong]) for row in strata} for wrong in (3, 4))
         made_by: dict[str, dict[str, int]] = {"teacher": {}, "verifier": {}, "prompts": {}}
@@ -147,7 +148,7 @@ def measure(
         cost = _cost(table, price_in, price_out)
     return Quality(
         figures[None],
-        {task: figures[task] for task in tasks},
+        {task: figures[task] for task in table.tasks},
         estimate_share(hallucination),
         estimate_share(fault),
         made_by,
@@ -196,7 +197,7 @@ def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, fl
     return {"prompt_tokens": float(read), "completion_tokens": float(written), **spent}
 
 
-def _figures(table: SampleTable, tasks: list[str]) -> dict[str | None, Figures]:
+def _figures(table: SampleTable) -> dict[str | None, Figures]:
     """The figures of each task, and of all under None."""
     drawn = [(task, words.split()) for task, words in table.rows(_SAMPLE)]
     repeated = near_duplicates([words for _, words in drawn])
@@ -209,7 +210,7 @@ def _figures(table: SampleTable, tasks: list[str]) -> dict[str | None, Figures]:
             counts[task][0], rules[task], _lengths(lengths[task]), openings[task], _people(people[task], terms[task]),
             _confidence(confidence[task]), [(words, again) for name, words, again in sample if task in (None, name)],
         )
-        for task in (None, *tasks)
+        for task in (None, *table.tasks)
     }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Every outcome of a build as one row of measures in a DuckDB file of its own, from which the figures are asked by SQL.
+"""Every outcome of a build as one row of measures in a DuckDB file of its own, which is asked for the figures by SQL.
 
 The file lies in a temporary folder and goes with it; DuckDB holds at most MEMORY of it at a time.
 """
@@ -10,12 +10,10 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
-
-import pyarrow as pa
 
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.people_terms import introduced
@@ -47,52 +45,34 @@ BINS: Final = 20
 SHOWN: Final = 400
 """Characters of a text in an example."""
 MEMORY: Final = "128MB"
-BATCH: Final = 2000
-"""Rows that are inserted at a time."""
 
-_TEXT, _COUNT, _FLAG = pa.string(), pa.int64(), pa.bool_()
-SCHEMA: Final = pa.schema(
-    {"number": _COUNT, "qid": _TEXT, "task": _TEXT}
-    | {"stage": _COUNT, "curated": _FLAG, "rule": _TEXT, "detail": _TEXT, "reply": _TEXT, "verdict": _TEXT, "bin": _COUNT}
-    | {"kept": _FLAG, "reviewed": _FLAG, "hallucinated": _FLAG, "faulty": _FLAG}
-    | {"teacher": _TEXT, "verifier": _TEXT, "prompts": _TEXT, "prompt_tokens": _COUNT, "completion_tokens": _COUNT}
-    | {"words": _TEXT, "opening": _TEXT, "draw": pa.uint64()}
-    | dict.fromkeys(MEASURES, _COUNT)
-    | {"told": _TEXT, "terms": pa.list_(pa.struct({"group": _TEXT, "term": _TEXT, "words": _TEXT}))}
-    | {"longest_copy": _COUNT, "whole": _FLAG, "copied": _TEXT}
+COLUMNS: Final = (
+    {"number": "BIGINT", "qid": "VARCHAR", "task": "VARCHAR", "stage": "BIGINT", "curated": "BOOLEAN"}
+    | {"rule": "VARCHAR", "detail": "VARCHAR", "reply": "VARCHAR", "verdict": "VARCHAR", "bin": "BIGINT"}
+    | {"kept": "BOOLEAN", "reviewed": "BOOLEAN", "hallucinated": "BOOLEAN", "faulty": "BOOLEAN"}
+    | {
+        "teacher": "VARCHAR",
+        "verifier": "VARCHAR",
+        "prompts": "VARCHAR",
+        "prompt_tokens": "BIGINT",
+        "completion_tokens": "BIGINT",
+    }
+    | {"words": "VARCHAR", "opening": "VARCHAR", "draw": "UBIGINT"}
+    | dict.fromkeys(MEASURES, "BIGINT")
+    | {"told": "VARCHAR", "terms": 'STRUCT("group" VARCHAR, term VARCHAR, words VARCHAR)[]'}
+    | {"longest_copy": "BIGINT", "whole": "BOOLEAN", "copied": "VARCHAR"}
 )
 """`stage`: the last of FUNNEL before review. `rule`: what dropped it. From `words` on: of curated samples alone; `told`: whether
 the target has words (`told`) or is a picture alone (`untold`); `terms`: those about people that the data do not tell.
 `longest_copy`: null where the target has no text; `copied`: what was copied, null where nothing was."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class SampleTable:
-    """The rows of all outcomes. `place` of the view `samples` orders them by task (as M-BEIR lists them), then as they came."""
+    """The view `samples` of all rows, and their `tasks` as M-BEIR orders them. `place` orders rows by task, then as they came."""
 
     connection: Any
-    _batch: list[dict[str, Any]] = field(default_factory=list)
-    _count: int = 0
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._batch.append({"number": self._count, **row})
-        self._count += 1
-        if len(self._batch) == BATCH:
-            self._flush()
-
-    def finish(self) -> list[str]:
-        """To be called after the last row; returns all tasks in order."""
-        self._flush()
-        names = [name for (name,) in self.connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
-        tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
-        self.connection.execute("CREATE TABLE ranks (task VARCHAR, rank BIGINT)")
-        self.connection.executemany(
-            "INSERT INTO ranks VALUES (?, ?)", [(task, rank) for rank, task in enumerate(tasks)] or [("", 0)]
-        )
-        self.connection.execute(
-            "CREATE VIEW samples AS SELECT outcomes.*, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
-        )
-        return tasks
+    tasks: list[str]
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         rows: list[tuple[Any, ...]] = self.connection.execute(sql).fetchall()
@@ -105,34 +85,38 @@ class SampleTable:
             groups[task].append(rest)
         return groups
 
-    def _flush(self) -> None:
-        if self._batch:
-            self.connection.register("batch", pa.Table.from_pylist(valid_all(self._batch), SCHEMA))
-            self.connection.execute("INSERT INTO outcomes SELECT * FROM batch")
-            self.connection.unregister("batch")
-            self._batch.clear()
-
 
 @contextmanager
-def open_table() -> Iterator[SampleTable]:
-    """An empty table. Raises DataError where DuckDB is missing."""
+def sample_table(rows: Iterable[dict[str, Any]]) -> Iterator[SampleTable]:
+    """The rows of `measures_of`, on the disk as JSON lines first. Raises DataError where DuckDB is missing."""
     try:
         import duckdb
     except ImportError as error:
         raise DataError("the report needs the package duckdb; pip install 'traceir[reasoning]'") from error
     with TemporaryDirectory(prefix="traceir-quality-") as folder:
+        file = Path(folder) / "samples.jsonl"
+        with file.open("w", encoding="utf-8") as stream:
+            for number, row in enumerate(rows):
+                stream.write(json.dumps(valid_all({"number": number, **row}), ensure_ascii=False) + "\n")
         settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 1, "temp_directory": folder}
         with duckdb.connect(Path(folder) / "samples.duckdb", config=settings) as connection:
-            connection.register("batch", SCHEMA.empty_table())
-            connection.execute("CREATE TABLE outcomes AS SELECT * FROM batch")
-            connection.unregister("batch")
-            yield SampleTable(connection)
+            read = "read_json($file, columns = $columns, format = 'newline_delimited')"
+            connection.execute(f"CREATE TABLE outcomes AS FROM {read}", {"file": str(file), "columns": COLUMNS})
+            names = [name for (name,) in connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
+            tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
+            ranks = "SELECT unnest($tasks) AS task, unnest(range(len($tasks))) AS rank"
+            connection.execute(f"CREATE TABLE ranks AS {ranks}", {"tasks": tasks})
+            connection.execute(
+                "CREATE VIEW samples AS SELECT *, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
+            )
+            yield SampleTable(connection, tasks)
 
 
 def measures_of(
     outcome: CotOutcome, settled: Settled | None, votes: Sequence[Decision], captions: Mapping[str, str], tokenizer: str
 ) -> dict[str, Any]:
     """The row of an outcome. `settled` is what people have settled on it, `votes` are their decisions, on whatever text."""
+    settled = settled if outcome.status != "direct" else None
     curated = settled.decision == "keep" if settled else outcome.status == "kept"
     row = {"qid": outcome.case.record.qid, "task": outcome.case.task, "stage": _stage(outcome), "curated": curated}
     row |= {"kept": outcome.status == "kept"} | _provenance(outcome)
