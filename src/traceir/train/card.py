@@ -68,11 +68,11 @@ def write_card(
         raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")
     name, base, meta = repo or str(code(folder.resolve().name)), _base(folder), _read_meta(folder, run)
     title, data, fingerprint = name.rpartition("/")[2], _data_name(meta), settings.fingerprint or weights_fingerprint(folder)
-    read = [_read_results(place, fingerprint) for place in evaluations]
-    results = [(_evaluated(one, meta, data), one) for one in read]
+    read = [_read_results(folder_or_file, fingerprint) for folder_or_file in evaluations]
+    named = [(_evaluated(results, meta, data), results) for results in read]
     text = render(
         "train/model_card.md.j2",
-        front_matter=Markup(_front_matter(title, data, _base_model(base, meta), base, results, licence)),
+        front_matter=Markup(_front_matter(title, data, _base_model(base, meta), base, named, licence)),
         mark=Markup(MARK),
         name=name,
         title=title,
@@ -85,8 +85,8 @@ def write_card(
         meta=meta,
         tasks=list(meta["tasks"].items()) if isinstance(meta.get("tasks"), dict) else [],
         recorded=_recorded(meta),
-        scores=[row for name, one in results for row in _score_rows(name, one)],
-        limited=any(one.get("limit") for one in read),
+        scores=[row for name, results in named for row in _score_rows(name, results)],
+        limited=any(results.get("limit") for results in read),
     )
     write_whole(readme, text)
     return text
@@ -221,7 +221,7 @@ def _base_model(base: Base | None, meta: dict[str, Any]) -> str | None:
 
 
 def _front_matter(
-    title: str, data: str, base_model: str | None, base: Base | None, results: Sequence[tuple[str, dict[str, Any]]],
+    title: str, data: str, base_model: str | None, base: Base | None, named: Sequence[tuple[str, dict[str, Any]]],
     licence: str | None,
 ) -> str:  # fmt: skip
     short = data.partition(",")[0]
@@ -235,7 +235,7 @@ def _front_matter(
         license=licence,
         datasets=[short] if short else None,
         model_name=title,
-        eval_results=[_eval_result(name, one, row) for name, one in results for row in _rows(one)] or None,
+        eval_results=[_eval_result(name, results, row) for name, results in named for row in _rows(results)] or None,
         **more,
     )
     return f"{card.to_yaml()}\n"

@@ -62,10 +62,14 @@ _PEOPLE: Final = """
     SELECT task, told, count(*), count(*) FILTER (len(terms) > 0) FROM samples WHERE curated
     GROUP BY GROUPING SETS ((task, told), (told))"""
 _TERMS: Final = """
-    WITH found AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM samples WHERE curated)
-    SELECT task, told, "group", term, count(*), count(DISTINCT place), min_by({qid: qid, task: task, words: words}, place, 3)
-    FROM found GROUP BY GROUPING SETS ((task, told, "group", term), (told, "group", term), (task, told, "group"), (told, "group"))
-    ORDER BY count(*) DESC, term"""
+    WITH held AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM samples WHERE curated),
+    groups AS (SELECT task, told, "group", count(DISTINCT place) AS samples FROM held
+               GROUP BY GROUPING SETS ((task, told, "group"), (told, "group"))),
+    entries AS (SELECT task, told, "group", {term: term, samples: count(*),
+                       examples: min_by({qid: qid, task: task, words: words}, place, 3)} AS entry
+                FROM held GROUP BY GROUPING SETS ((task, told, "group", term), (told, "group", term)))
+    SELECT groups.task, told, "group", samples, list(entry ORDER BY entry.samples DESC, entry.term)
+    FROM groups JOIN entries USING (told, "group") WHERE groups.task IS NOT DISTINCT FROM entries.task GROUP BY ALL"""
 _CONFIDENCE: Final = """
     SELECT task, verdict, bin, count(*) FROM samples WHERE verdict IS NOT NULL
     GROUP BY GROUPING SETS ((task, verdict, bin), (verdict, bin))"""
@@ -279,25 +283,14 @@ def _summary(lengths: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> dic
     }
 
 
-def _people(samples: list[Any], terms: list[Any]) -> dict[str, dict[str, Any]]:
+def _people(samples: list[Any], groups: list[Any]) -> dict[str, dict[str, Any]]:
     """Samples that hold terms about people which the data do not tell: by group, by term, with examples."""
     people: dict[str, dict[str, Any]] = {}
     for kind in ("told", "untold"):
         total, holding = next((counts for told, *counts in samples if told == kind), (0, 0))
-        own = [row for told, *row in terms if told == kind]
-        groups = {
-            group: {
-                "samples": next(distinct for name, term, _, distinct, _ in own if name == group and term is None),
-                "terms": [
-                    {"term": term, "samples": count, "examples": examples}
-                    for name, term, count, _, examples in own
-                    if name == group and term is not None
-                ],
-            }
-            for group in GROUPS
-            if any(name == group for name, *_ in own)
-        }
-        people[kind] = {"samples": total, "holding": holding, "share": _share(holding, total), "groups": groups}
+        by_group = {group: {"samples": count, "terms": terms} for told, group, count, terms in groups if told == kind}
+        ordered = {group: by_group[group] for group in GROUPS if group in by_group}
+        people[kind] = {"samples": total, "holding": holding, "share": _share(holding, total), "groups": ordered}
     return people
 
 
