@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from traceir.adapter import Base, read_base, weights_fingerprint
 from traceir.checkpoint import ADAPTER
 from traceir.data import hub
-from traceir.data.report import code, line, render, size
+from traceir.data.report import code, escape, line, render, size
 from traceir.errors import InputError, ModelError
 from traceir.files import write_whole
 from traceir.model import read_settings
@@ -274,7 +274,8 @@ def _score_rows(name: str, results: dict[str, Any]) -> Iterator[list[object]]:
     for row, route, pool, scores in _rows(results):
         metric = f"hit@{scores['metric_k']}"
         shares = f"{100 * scores[metric]:.1f}", f"{100 * scores['reasoned']:.0f}", f"{scores['tokens_per_query']:.1f}"
-        yield [name, row, split, route, f"{pool} {scores['pool']}", scores["queries"], metric, *shares]
+        shown = Markup(f"hit@{escape(scores['metric_k'])}")
+        yield [name, row, split, route, f"{pool} {scores['pool']}", scores["queries"], shown, *shares]
 
 
 def _evaluated(results: dict[str, Any], meta: dict[str, Any], data: str) -> str:

@@ -71,23 +71,16 @@ function put(id, text, absent = "") {
 
 function putPicture(name, address) {
   byId(`${name}-link`).hidden = !address;
-  if (address) {
-    byId(`${name}-link`).href = address;
-    byId(`${name}-picture`).src = address;
-  } else {
-    byId(`${name}-link`).removeAttribute("href");
-    byId(`${name}-picture`).removeAttribute("src");
+  for (const [id, attribute] of [[`${name}-link`, "href"], [`${name}-picture`, "src"]]) {
+    if (address) byId(id).setAttribute(attribute, address);
+    else byId(id).removeAttribute(attribute);
   }
 }
 
-async function load(number) {
+async function show(number) {
   const known = state.ahead.get(number);
   state.ahead.clear();
-  return known ? await known : await ask(`/api/sample/${number}?${ofReviewer()}`);
-}
-
-async function show(number) {
-  const sample = await load(number);
+  const sample = await (known || ask(`/api/sample/${number}?${ofReviewer()}`));
   Object.assign(state, { number, sample, target: 0 });
   setMode("look");
   render();
@@ -291,19 +284,20 @@ function turnTarget(step) {
 
 const KEYS = {
   k: () => act(() => decide("keep")),
-  d: () => setMode("why"),
+  d: () => setMode(state.mode === "why" ? "look" : "why"),
   e: edit,
   u: () => act(undo),
   n: () => act(() => go(1), true),
   p: () => act(() => go(-1), true),
-  ArrowRight: () => act(() => go(1), true),
-  ArrowLeft: () => act(() => go(-1), true),
   "[": () => turnTarget(-1),
   "]": () => turnTarget(1),
   r: () => { byId("raw-box").open = !byId("raw-box").open; },
   m: () => byId("note").focus(),
   "?": () => byId("help").showModal(),
 };
+
+KEYS.ArrowRight = KEYS.n;
+KEYS.ArrowLeft = KEYS.p;
 
 document.addEventListener("keydown", (event) => {
   if (!state.sample || document.querySelector("dialog[open]")) return;
@@ -330,18 +324,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-const click = (id, run) => byId(id).addEventListener("click", run);
-click("keep", KEYS.k);
-click("drop", () => setMode(state.mode === "why" ? "look" : "why"));
-click("edit", edit);
-click("undo", KEYS.u);
-click("next", KEYS.n);
-click("back", KEYS.p);
-click("target-back", KEYS["["]);
-click("target-next", KEYS["]"]);
-click("edit-cancel", () => { setMode("look"); byId("edit").focus(); });
-click("help-open", KEYS["?"]);
-click("who", () => askName());
+for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", KEYS[button.dataset.key]);
+byId("edit-cancel").addEventListener("click", () => { setMode("look"); byId("edit").focus(); });
+byId("who").addEventListener("click", askName);
 byId("editor").addEventListener("submit", (event) => { event.preventDefault(); act(saveEdit); });
 byId("jump").addEventListener("submit", (event) => { event.preventDefault(); byId("at").blur(); });
 byId("at").addEventListener("change", () => act(async () => {
@@ -352,16 +337,18 @@ byId("strata-box").addEventListener("toggle", renderProgress);
 byId("agreement-box").addEventListener("toggle", () => {
   if (byId("agreement-box").open) act(async () => renderAgreement((await ask(`/api/review?${ofReviewer()}`)).agreement));
 });
-byId("keys").addEventListener("change", () => remember("traceir-keys", byId("keys").checked ? "on" : "off"));
+byId("keys").addEventListener("change", () => setting("traceir-keys", byId("keys").checked ? "on" : "off"));
 
 // Beginning
 
-function remember(name, value) {
-  try { localStorage.setItem(name, value); } catch { /* a browser that keeps nothing still reviews */ }
-}
-
-function remembered(name) {
-  try { return localStorage.getItem(name) || ""; } catch { return ""; }
+/** Keeps a setting in the browser, or reads it; a browser that keeps nothing still reviews. */
+function setting(name, value) {
+  try {
+    if (value !== undefined) localStorage.setItem(name, value);
+    return localStorage.getItem(name) || "";
+  } catch {
+    return "";
+  }
 }
 
 function askName() {
@@ -380,7 +367,7 @@ async function begin(reviewer) {
   const found = await ask(`/api/review?reviewer=${encodeURIComponent(reviewer)}`);
   Object.assign(state, { reviewer, marks: [...found.marks], strata: found.strata, reasons: found.reasons });
   state.ahead.clear();
-  remember("traceir-reviewer", reviewer);
+  setting("traceir-reviewer", reviewer);
   put("build", found.build);
   put("who", `Reviewer: ${reviewer}`);
   byId("reasons").replaceChildren(...found.reasons.map((why, place) => {
@@ -400,10 +387,10 @@ async function begin(reviewer) {
   byId("actions").hidden = false;
 }
 
-byId("keys").checked = remembered("traceir-keys") !== "off";
+byId("keys").checked = setting("traceir-keys") !== "off";
 act(async () => {
   const { reviewer } = await ask("/api/start");
-  const name = new URL(location.href).searchParams.get("reviewer") || reviewer || remembered("traceir-reviewer");
+  const name = new URL(location.href).searchParams.get("reviewer") || reviewer || setting("traceir-reviewer");
   if (name) await begin(name);
   else askName();
 });
