@@ -196,7 +196,7 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     assert one["tasks"]["invented_task7"] == {"kept": 30, "reviewed": 10, "wrong": 1, "share": 0.1, "low": 0.0179, "high": 0.4042}
 
 
-def test_figures_and_page(tmp_path: Path) -> None:
+def test_figures_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "<script>alert(1)</script> $x_1$ & an old man"
     found = measure([outcome("1:1", evil, task="a<b>$c$|_task7"), replace(dropped("1:2", "tags"), raw=evil, detail=evil)])
     save_quality(tmp_path / "quality.json", found)
@@ -209,3 +209,6 @@ def test_figures_and_page(tmp_path: Path) -> None:
     (tmp_path / "quality.json").write_text('{"name": "M-BEIR-CoT quality", "format": 99}')
     with pytest.raises(DataError, match="format 1"):
         read_quality(tmp_path / "quality.json")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    with pytest.raises(DataError, match="TMPDIR"):
+        measure([outcome("1:1")])

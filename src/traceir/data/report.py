@@ -44,8 +44,8 @@ def code(text: object) -> Markup:
 
 
 def table(rows: Iterable[Sequence[object]], header: Sequence[object], align: str) -> Markup:
-    """A Markdown table without a line end behind it; `align` has `l`, `r` or `-` for each column."""
-    rule = "|".join({"l": ":---", "r": "---:", "-": "---"}[kind] for kind in align)
+    """A Markdown table without a line end behind it; `align` has `l` or `r` for each column."""
+    rule = "|".join({"l": "---", "r": "---:"}[letter] for letter in align)
     lines = (f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows)
     return Markup("\n".join([f"| {' | '.join(escape(cell) for cell in header)} |", f"|{rule}|", *lines]))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Final
 
 from traceir.cot.outcomes import CotOutcome
@@ -88,28 +88,33 @@ class SampleTable:
 
 @contextmanager
 def sample_table(rows: Iterable[dict[str, Any]]) -> Iterator[SampleTable]:
-    """The rows of `measures_of`, on the disk as JSON lines first. Raises DataError where DuckDB is missing."""
+    """The rows of `measures_of`, on the disk as JSON lines first. Raises DataError where DuckDB or room is missing."""
     try:
         import duckdb
     except ImportError as error:
         raise DataError("the report needs the package duckdb; pip install 'traceir[reasoning]'") from error
-    with TemporaryDirectory(prefix="traceir-quality-") as folder:
-        file = Path(folder) / "samples.jsonl"
-        with file.open("w", encoding="utf-8") as stream:
-            for number, row in enumerate(rows):
-                stream.write(json.dumps(valid_all({"number": number, **row}), ensure_ascii=False) + "\n")
-        settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 1, "temp_directory": folder}
-        with duckdb.connect(Path(folder) / "samples.duckdb", config=settings) as connection:
-            read = "read_json($file, columns = $columns, format = 'newline_delimited')"
-            connection.execute(f"CREATE TABLE outcomes AS FROM {read}", {"file": str(file), "columns": COLUMNS})
-            names = [name for (name,) in connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
-            tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
-            ranks = "SELECT unnest($tasks) AS task, unnest(range(len($tasks))) AS rank"
-            connection.execute(f"CREATE TABLE ranks AS {ranks}", {"tasks": tasks})
-            connection.execute(
-                "CREATE VIEW samples AS SELECT *, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
-            )
-            yield SampleTable(connection, tasks)
+    try:
+        with TemporaryDirectory(prefix="traceir-quality-") as folder:
+            file = Path(folder) / "samples.jsonl"
+            with file.open("w", encoding="utf-8") as stream:
+                for number, row in enumerate(rows):
+                    stream.write(json.dumps(valid_all({"number": number, **row}), ensure_ascii=False) + "\n")
+            settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 1, "temp_directory": folder}
+            with duckdb.connect(Path(folder) / "samples.duckdb", config=settings) as connection:
+                read = "read_json($file, columns = $columns, format = 'newline_delimited')"
+                connection.execute(f"CREATE TABLE outcomes AS FROM {read}", {"file": str(file), "columns": COLUMNS})
+                names = [name for (name,) in connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
+                tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
+                ranks = "SELECT unnest($tasks) AS task, unnest(range(len($tasks))) AS rank"
+                connection.execute(f"CREATE TABLE ranks AS {ranks}", {"tasks": tasks})
+                connection.execute(
+                    "CREATE VIEW samples AS SELECT *, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
+                )
+                yield SampleTable(connection, tasks)
+    except (OSError, duckdb.Error) as error:
+        raise DataError(
+            f"{gettempdir()}: no figures can be made there ({error}); make room, or set TMPDIR to a folder"
+        ) from error
 
 
 def measures_of(
