@@ -41,38 +41,32 @@ HISTOGRAM: Final = 40
 """Most bins of a histogram, but for one that begins before the least value."""
 
 _COUNTS: Final = f"""
-    SELECT task, count(*), {", ".join(f"count(*) FILTER (stage >= {stage})" for stage in range(1, 6))}, count(*) FILTER (curated),
-        count(words), count(DISTINCT hash(words)) FILTER (curated), count(longest_copy),
-        count(*) FILTER (longest_copy >= {COPIED}), count(*) FILTER (whole), count(copied),
+    SELECT count(*), {", ".join(f"count(*) FILTER (stage >= {stage})" for stage in range(1, 6))}, count(*) FILTER (curated),
+        count(DISTINCT hash(words)) FILTER (curated), count(longest_copy), count(*) FILTER (longest_copy >= {COPIED}),
+        count(*) FILTER (whole), count(copied),
         min_by({{qid: qid, task: task, copied: copied}}, place, 3) FILTER (copied IS NOT NULL)
-    FROM samples GROUP BY GROUPING SETS ((task), ())"""
+    FROM chosen"""
 _RULES: Final = """
-    SELECT task, rule, count(*), min_by({qid: qid, detail: detail, text: reply, task: task}, place, 3)
-    FROM samples WHERE rule IS NOT NULL GROUP BY GROUPING SETS ((task, rule), (rule))"""
+    SELECT rule, count(*), min_by({qid: qid, detail: detail, text: reply, task: task}, place, 3)
+    FROM chosen WHERE rule IS NOT NULL GROUP BY rule"""
 _LENGTHS: Final = f"""
-    SELECT task, measure, length, count(*)
-    FROM (UNPIVOT (FROM samples) ON {", ".join(MEASURES)}, longest_copy INTO NAME measure VALUE length)
-    GROUP BY GROUPING SETS ((task, measure, length), (measure, length)) ORDER BY length"""
+    SELECT measure, length, count(*)
+    FROM (UNPIVOT (FROM chosen) ON {", ".join(MEASURES)}, longest_copy INTO NAME measure VALUE length)
+    GROUP BY measure, length ORDER BY length"""
 _OPENINGS: Final = f"""
-    WITH counts AS (SELECT task, opening, count(*) AS amount FROM samples WHERE curated
-                    GROUP BY GROUPING SETS ((task, opening), (opening)))
-    SELECT task, opening, amount, count(*) OVER (PARTITION BY task) FROM counts
-    QUALIFY row_number() OVER (PARTITION BY task ORDER BY amount DESC, opening) <= {TOP} ORDER BY amount DESC, opening"""
+    SELECT opening, count(*), count(*) OVER () FROM chosen WHERE curated
+    GROUP BY opening ORDER BY count(*) DESC, opening LIMIT {TOP}"""
 _PEOPLE: Final = """
-    SELECT task, told, count(*), count(*) FILTER (len(terms) > 0) FROM samples WHERE curated
-    GROUP BY GROUPING SETS ((task, told), (told))"""
+    SELECT told, count(*), count(*) FILTER (len(terms) > 0) FROM chosen WHERE curated GROUP BY told"""
 _TERMS: Final = """
-    WITH held AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM samples WHERE curated),
-    groups AS (SELECT task, told, "group", count(DISTINCT place) AS samples FROM held
-               GROUP BY GROUPING SETS ((task, told, "group"), (told, "group"))),
-    entries AS (SELECT task, told, "group", {term: term, samples: count(*),
+    WITH held AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM chosen WHERE curated),
+    groups AS (SELECT told, "group", count(DISTINCT place) AS samples FROM held GROUP BY ALL),
+    entries AS (SELECT told, "group", {term: term, samples: count(*),
                        examples: min_by({qid: qid, task: task, words: words}, place, 3)} AS entry
-                FROM held GROUP BY GROUPING SETS ((task, told, "group", term), (told, "group", term)))
-    SELECT groups.task, told, "group", samples, list(entry ORDER BY entry.samples DESC, entry.term)
-    FROM groups JOIN entries USING (told, "group") WHERE groups.task IS NOT DISTINCT FROM entries.task GROUP BY ALL"""
-_CONFIDENCE: Final = """
-    SELECT task, verdict, bin, count(*) FROM samples WHERE verdict IS NOT NULL
-    GROUP BY GROUPING SETS ((task, verdict, bin), (verdict, bin))"""
+                FROM held GROUP BY told, "group", term)
+    SELECT told, "group", samples, list(entry ORDER BY entry.samples DESC, entry.term)
+    FROM groups JOIN entries USING (told, "group") GROUP BY ALL"""
+_CONFIDENCE: Final = "SELECT verdict, bin, count(*) FROM chosen WHERE verdict IS NOT NULL GROUP BY verdict, bin"
 _MADE_BY: Final = """
     SELECT role, name, count(*) FROM (UNPIVOT (FROM samples) ON teacher, verifier, prompts INTO NAME role VALUE name)
     GROUP BY role, name ORDER BY count(*) DESC, min(place)"""
@@ -80,6 +74,7 @@ _STRATA: Final = """
     SELECT task, count(*), count(*) FILTER (reviewed), count(*) FILTER (hallucinated), count(*) FILTER (faulty)
     FROM samples WHERE kept GROUP BY task ORDER BY min(place)"""
 _SAMPLE: Final = f"SELECT task, words FROM samples WHERE curated ORDER BY draw, number LIMIT {SAMPLE}"
+"""`samples` are all rows, `chosen` those of one task, or all (samples.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,21 +138,18 @@ def measure(
     with sample_table(rows) as table:
         if not table.tasks:
             raise InputError("there is no outcome to measure; run `traceir reasoning build` first")
-        figures = _figures(table)
+        drawn = [(task, words.split()) for task, words in table.rows(_SAMPLE)]
+        repeated = near_duplicates([words for _, words in drawn])
+        sample = [(task, words, again) for (task, words), again in zip(drawn, repeated, strict=True)]
+        tasks = {task: _figures(table, task, sample) for task in table.tasks}
+        overall = _figures(table, None, sample)
         strata = table.rows(_STRATA)
         hallucination, fault = ({row[0]: Stratum(row[1], row[2], row[wrong]) for row in strata} for wrong in (3, 4))
         made_by: dict[str, dict[str, int]] = {"teacher": {}, "verifier": {}, "prompts": {}}
         for role, name, count in table.rows(_MADE_BY):
             made_by[role][name] = count
         cost = _cost(table, price_in, price_out)
-    return Quality(
-        figures[None],
-        {task: figures[task] for task in table.tasks},
-        estimate_share(hallucination),
-        estimate_share(fault),
-        made_by,
-        cost,
-    )
+    return Quality(overall, tasks, estimate_share(hallucination), estimate_share(fault), made_by, cost)
 
 
 def save_quality(file: Path, quality: Quality) -> None:
@@ -201,43 +193,23 @@ def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, fl
     return {"prompt_tokens": float(read), "completion_tokens": float(written), **spent}
 
 
-def _figures(table: SampleTable) -> dict[str | None, Figures]:
-    """The figures of each task, and of all under None."""
-    drawn = [(task, words.split()) for task, words in table.rows(_SAMPLE)]
-    repeated = near_duplicates([words for _, words in drawn])
-    sample = [(task, words, again) for (task, words), again in zip(drawn, repeated, strict=True)]
-    counts, rules, lengths, openings, people, terms, confidence = (
-        table.by_task(sql) for sql in (_COUNTS, _RULES, _LENGTHS, _OPENINGS, _PEOPLE, _TERMS, _CONFIDENCE)
-    )
-    return {
-        task: _figures_of(
-            counts[task][0], rules[task], _lengths(lengths[task]), openings[task], _people(people[task], terms[task]),
-            _confidence(confidence[task]), [(words, again) for name, words, again in sample if task in (None, name)],
-        )
-        for task in (None, *table.tasks)
-    }  # fmt: skip
-
-
-def _figures_of(
-    counts: list[Any],
-    rules: list[Any],
-    lengths: dict[str, dict[str, Any]],
-    openings: list[Any],
-    people: dict[str, dict[str, Any]],
-    confidence: dict[str, list[int]],
-    sample: list[tuple[Words, bool]],
-) -> Figures:
+def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words, bool]]) -> Figures:
+    """The figures of a task, or of all. `sample`: of the rows of _SAMPLE, the task, the words, and whether they repeat others."""
+    table.choose(task)
+    [counts] = table.rows(_COUNTS)
     funnel = dict(zip(FUNNEL, counts, strict=False))
-    kept, different, compared, run, whole, copied, copies = counts[len(FUNNEL) :]
+    different, compared, run, whole, copied, copies = counts[len(FUNNEL) :]
+    rules, openings, lengths = table.rows(_RULES), table.rows(_OPENINGS), _lengths(table.rows(_LENGTHS))
     dropped, examples = {rule: n for rule, n, _ in rules}, {rule: shown for rule, _, shown in rules}
-    repeated = sum(again for _, again in sample)
+    own = [(words, again) for name, words, again in sample if task in (None, name)]
+    kept, repeated = funnel["curated"], sum(again for _, again in own)
     return Figures(
         funnel=funnel,
-        kept_share=_share(funnel["curated"], funnel["complex"]),
+        kept_share=_share(kept, funnel["complex"]),
         rules={name: dropped.get(name, 0) for name in DROPPED_BY},
         examples={name: examples[name] for name in DROPPED_BY if name in examples},
         lengths={name: lengths[name] for name in MEASURES},
-        diversity=diversity([words for words, _ in sample[:DIVERSITY]]),
+        diversity=diversity([words for words, _ in own[:DIVERSITY]]),
         openings={
             "samples": kept,
             "different": openings[0][2] if openings else 0,
@@ -247,14 +219,14 @@ def _figures_of(
         },
         duplicates={
             "exact": {"samples": kept, "surplus": kept - different, "share": _share(kept - different, kept)},
-            "near": {"samples": len(sample), "surplus": repeated, "share": _share(repeated, len(sample)), "threshold": NEAR},
+            "near": {"samples": len(own), "surplus": repeated, "share": _share(repeated, len(own)), "threshold": NEAR},
         },
-        people=people,
+        people=_people(table.rows(_PEOPLE), table.rows(_TERMS)),
         copied={
             "samples": compared, "least": COPIED, "run": run, "whole": whole, "either": copied,
             "share": _share(copied, compared), "longest": lengths["longest_copy"], "examples": copies or [],
         },
-        confidence=confidence,
+        confidence=_confidence(table.rows(_CONFIDENCE)),
     )  # fmt: skip
 
 

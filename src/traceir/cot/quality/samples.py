@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,12 +77,9 @@ class SampleTable:
         rows: list[tuple[Any, ...]] = self.connection.execute(sql).fetchall()
         return rows
 
-    def by_task(self, sql: str) -> dict[str | None, list[Any]]:
-        """The rows of a query by their first column, a task, or None for all tasks together; without that column."""
-        groups: dict[str | None, list[Any]] = defaultdict(list)
-        for task, *rest in self.rows(sql):
-            groups[task].append(rest)
-        return groups
+    def choose(self, task: str | None) -> None:
+        """Makes the view `chosen` the rows of one task, or all."""
+        self.connection.execute("SET VARIABLE task = $task", {"task": task})
 
 
 @contextmanager
@@ -110,6 +106,7 @@ def sample_table(rows: Iterable[dict[str, Any]]) -> Iterator[SampleTable]:
                 connection.execute(
                     "CREATE VIEW samples AS SELECT *, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
                 )
+                connection.execute("CREATE VIEW chosen AS FROM samples WHERE coalesce(task = getvariable('task'), true)")
                 yield SampleTable(connection, tasks)
     except (OSError, duckdb.Error) as error:
         raise DataError(
