@@ -23,21 +23,27 @@ GROUPS: Final = ("gender", "age", "skin", "origin", "religion", "body", "orienta
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """One term: `pattern` is where a text holds it, `concept` where a text tells its concept in whatever words."""
+    """One term: `pattern` is where a text holds it, `concept` where a text tells its concept in whatever words; both are
+    regular expressions, compiled at their first use."""
 
     group: str
     name: str
-    pattern: re.Pattern[str]
-    concept: re.Pattern[str]
+    pattern: str
+    concept: str
 
 
 def introduced(text: str, known: str) -> dict[Term, str]:
     """The terms of a text whose concept the text `known` does not tell, each with the words that first hold it."""
     low, index = _lowered(text), _index()
     tried = dict.fromkeys(term for word in _WORD.findall(low) for term in index.get(word, ()))
-    terms = {term: match[0] for term in tried if (match := term.pattern.search(low))}
+    terms = {term: match[0] for term in tried if (match := _compiled(term.pattern).search(low))}
     known = _lowered(known) if terms else ""
-    return {term: words for term, words in terms.items() if not term.concept.search(known)}
+    return {term: words for term, words in terms.items() if not _compiled(term.concept).search(known)}
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
 
 
 def _lowered(text: str) -> str:
@@ -74,11 +80,9 @@ def _plain_terms() -> Iterator[Term]:
     rows = _rows(_LISTS["plain"])
     for group, concept, words in rows:
         known = {word for row in rows if row[:2] == [group, concept] for word in row[2].split()}
-        if group == "skin":  # the bare colour tells nothing of a person
-            telling = re.compile(f"{_any(known).pattern}|{_of_skin(concept.lower())}")
-        else:
-            telling = _any(known | {concept.lower()})
-        yield from (Term(group, word, re.compile(f"{_own(word)}{_END}"), telling) for word in words.split())
+        # the bare colour tells nothing of a person
+        telling = f"{_any(known)}|{_of_skin(concept.lower())}" if group == "skin" else _any(known | {concept.lower()})
+        yield from (Term(group, word, f"{_own(word)}{_END}", telling) for word in words.split())
 
 
 def _beside_terms() -> Iterator[Term]:
@@ -86,10 +90,10 @@ def _beside_terms() -> Iterator[Term]:
         skin = group == "skin"
         patterns = {word: _of_skin(word) if skin else _of_people(word) for word in words.split()}
         if skin:
-            telling = re.compile("|".join([*patterns.values(), _any({*more.split()}).pattern]))
+            telling = "|".join([*patterns.values(), _any({*more.split()})])
         else:
             telling = _any({*patterns, *more.split(), concept.lower()})
-        yield from (Term(group, word, re.compile(pattern), telling) for word, pattern in patterns.items())
+        yield from (Term(group, word, pattern, telling) for word, pattern in patterns.items())
 
 
 def _origin_terms() -> Iterator[Term]:
@@ -99,7 +103,7 @@ def _origin_terms() -> Iterator[Term]:
         telling = _any({*names, *people.split(), *more.split()})
         for name in names:
             descent = rf"{_own(name)}[\s-]+(?:descent|origin|ancestry|heritage|ethnicity)\b"
-            yield Term("origin", name, re.compile(f"{_of_people(name)}|{descent}"), telling)
+            yield Term("origin", name, f"{_of_people(name)}|{descent}", telling)
         yield from (Term("origin", word, _any({word}), telling) for word in people.split())
 
 
@@ -127,6 +131,6 @@ def _own(word: str) -> str:
     return f"{_START}{before}{re.escape(word).replace(chr(92) + ' ', '[ -]')}{after}"
 
 
-def _any(words: set[str]) -> re.Pattern[str]:
+def _any(words: set[str]) -> str:
     longest_first = sorted(words, key=lambda word: (-len(word), word))
-    return re.compile(f"{_START}(?:{'|'.join(re.escape(word) for word in longest_first)}){_END}")
+    return f"{_START}(?:{'|'.join(re.escape(word) for word in longest_first)}){_END}"
