@@ -32,6 +32,9 @@ from traceir.lab.ablations import Table
 from traceir.train.config import TrainConfig, settled
 from traceir.train.train import train
 
+Score = Callable[[Run], dict[str, Any]]
+"""The part of result.json that a run's evaluation gives: `routes`, `speed`, `data`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -41,10 +44,6 @@ class Outcome:
     planned: int
     failed: Mapping[str, str]
     skipped: Mapping[str, str]
-
-
-Score = Callable[[Run], dict[str, Any]]
-"""The part of result.json that a run's evaluation gives: `routes`, `speed`, `data`."""
 
 
 def ablate(
@@ -75,8 +74,16 @@ def ablate(
     for name, reason in skipped.items():
         _tell(f"{name} is skipped: {reason}")
     worker = _Worker(runs, jobs, poll, time.time(), trains, scores)
-    _work_together(worker)
-    failed = {run.name: reason for run in runs if not run.is_done for reason in [_failure(run, worker.started)] if reason}
+    context = multiprocessing.get_context("spawn")
+    children = [context.Process(target=_work_as_child, args=(worker,)) for _ in range(jobs - 1)]
+    for child in children:
+        child.start()
+    try:
+        worker.work()  # and what a child left that ended early
+    finally:
+        for child in children:
+            child.join()
+    failed = {run.name: worker.failure(run) for run in runs if not run.is_done and worker.failure(run)}
     return Outcome(sum(run.is_done for run in runs), len(runs), failed, skipped)
 
 
@@ -90,12 +97,9 @@ def list_tables(tables: Sequence[Table], seeds: Sequence[int]) -> str:
     return "\n".join([*lines, f"{count} runs x {len(seeds)} seeds"])
 
 
-# Working through the runs
-
-
 @dataclass(slots=True)
 class _Worker:
-    """One process's way through the runs."""
+    """One process's way through the runs. `started`: seconds since 1970; what failed before is tried again."""
 
     runs: list[Run]
     jobs: int
@@ -107,53 +111,58 @@ class _Worker:
 
     def work(self) -> None:
         """Takes runs that nobody works on until none is left, waiting for those that others work on."""
-        while waiting := [run for run in self.runs if not run.is_done and not _failure(run, self.started)]:
+        while waiting := [run for run in self.runs if self._is_open(run)]:
             if not any(self._take(run) for run in waiting):
                 time.sleep(self.poll)
 
+    def failure(self, run: Run) -> str:
+        """Why the run failed in this call, or in one beside it; "" where it did not."""
+        try:
+            failure = json.loads(run.failure.read_text())
+        except FileNotFoundError:
+            return ""
+        return str(failure["reason"]) if failure["time"] >= self.started else ""
+
+    def _is_open(self, run: Run) -> bool:
+        return not run.is_done and not self.failure(run)
+
     def _take(self, run: Run) -> bool:
         """Does the run; False where it has to wait: for another process, or for the runs that it uses."""
-        unmet = [one for one in self.runs if one.folder in run.uses and not one.is_done]
-        if any(not _failure(one, self.started) for one in unmet):
+        unmet = [other for other in self.runs if other.folder in run.uses and not other.is_done]
+        if any(map(self._is_open, unmet)):
             return False
         with claim(run.folder) as claimed:
-            if not claimed:
-                return False
-            if run.is_done or _failure(run, self.started):
-                return True
-            if unmet:
-                return self._fail(run, f"it needs {unmet[0].name}, which failed")
-            begun = time.monotonic()
-            try:
-                found = do_run(run, self.trains, self.scores)
-            except (TraceError, RuntimeError) as error:  # RuntimeError: what torch raises, lack of memory among it
-                return self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
-            self.spent.append(time.monotonic() - begun)
-        self._report(run, found)
-        return True
+            if claimed and self._is_open(run):
+                self._do(run, unmet)
+            return claimed
 
-    def _fail(self, run: Run, reason: str) -> bool:
-        _tell(f"{run.name} failed: {reason}")
-        write_whole(run.failure, json.dumps({"time": time.time(), "reason": reason}) + "\n")
-        return True
-
-    def _report(self, run: Run, result: dict[str, Any]) -> None:
-        done = sum(one.is_done for one in self.runs)
+    def _do(self, run: Run, unmet: Sequence[Run]) -> None:
+        if unmet:
+            return self._fail(run, f"it needs {unmet[0].name}, which failed")
+        begun = time.monotonic()
+        try:
+            result = _do_run(run, self.trains, self.scores)
+        except (TraceError, RuntimeError) as error:  # RuntimeError: what torch raises, lack of memory among it
+            return self._fail(run, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        self.spent.append(time.monotonic() - begun)
+        done = sum(other.is_done for other in self.runs)
         left = statistics.mean(self.spent) * (len(self.runs) - done) / self.jobs
-        routes = result.get("routes") or {}
-        shares = [f"{route} {100 * found[run.rows[0]]['hit@5']:.1f}" for route, found in routes.items()]
-        scored = f": R@5 on {run.rows[0]} {', '.join(shares)}" if shares else ""
+        recalls = [f"{route} {100 * own[run.rows[0]]['hit@5']:.1f}" for route, own in result.get("routes", {}).items()]
+        scored = f": R@5 on {run.rows[0]} {', '.join(recalls)}" if recalls else ""
         _tell(f"[{done}/{len(self.runs)}] {run.name}{scored}; {self.spent[-1]:.0f} s, about {left / 60:.0f} min left")
 
+    def _fail(self, run: Run, reason: str) -> None:
+        _tell(f"{run.name} failed: {reason}")
+        write_whole(run.failure, json.dumps({"time": time.time(), "reason": reason}) + "\n")
 
-def do_run(run: Run, trains: Callable[[TrainConfig], Path], scores: Score) -> dict[str, Any]:
+
+def _do_run(run: Run, trains: Callable[[TrainConfig], Path], scores: Score) -> dict[str, Any]:
     """Trains (or goes on, or finds it trained), evaluates, removes what only helped, and writes result.json last."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     if run.variant.work == "train":
         trains(run.config)
-    middle = time.monotonic()
-    found = scores(run)
+    trained = time.monotonic()
+    scored = scores(run)
     ended = time.monotonic()
     seconds, losses = read_log(run.folder / "log.jsonl")
     for name in ("steps", "embeddings", "evaluation/runs"):
@@ -164,9 +173,9 @@ def do_run(run: Run, trains: Callable[[TrainConfig], Path], scores: Score) -> di
         "seed": run.seed,
         "identity": identity(run),
         "machine": describe_machine(),
-        "seconds": {"train": round(seconds or middle - begun, 1), "evaluate": round(ended - middle, 1)},
+        "seconds": {"train": round(seconds or trained - begun, 1), "evaluate": round(ended - trained, 1)},
         "losses": losses,
-        **found,
+        **scored,
     }
     write_whole(run.result, json.dumps(result) + "\n")
     run.failure.unlink(missing_ok=True)
@@ -204,21 +213,7 @@ def read_log(file: Path) -> tuple[float, dict[str, float]]:
         total += now - before if now >= before else now
         before = now
     last = lines[-1] if lines else {}
-    losses = {k: v for k, v in last.items() if k not in ("step", "seconds") and isinstance(v, int | float)}
-    return total, losses
-
-
-def _work_together(worker: _Worker) -> None:
-    """Works through the runs with `jobs` - 1 child processes; what a child left that ended early is done by this one."""
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=_work_as_child, args=(worker,)) for _ in range(worker.jobs - 1)]
-    for child in children:
-        child.start()
-    try:
-        worker.work()
-    finally:
-        for child in children:
-            child.join()
+    return total, {k: v for k, v in last.items() if k not in ("step", "seconds") and isinstance(v, int | float)}
 
 
 def _work_as_child(worker: _Worker) -> None:
@@ -226,18 +221,6 @@ def _work_as_child(worker: _Worker) -> None:
         worker.work()
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-# Files and messages
-
-
-def _failure(run: Run, since: float) -> str:
-    """Why the run failed in this call, or in one beside it; "" where it did not."""
-    try:
-        found = json.loads(run.failure.read_text())
-    except FileNotFoundError:
-        return ""
-    return str(found["reason"]) if found["time"] >= since else ""
 
 
 def _tell(line: str) -> None:

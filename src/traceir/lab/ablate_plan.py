@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -58,13 +58,14 @@ def plan_runs(
     """All runs in the order in which they are done, and the variants that cannot be run here with the reason."""
     variants = {variant.name: variant for table in tables for variant in table.variants}
     skipped = {name: reason for name, variant in variants.items() if (reason := obstacle(variant))}
-    runs: list[Run] = []
-    for seed in seeds:
-        for variant in sorted(variants.values(), key=lambda one: bool(one.uses)):  # stable: those that need others come last
-            if variant.name not in skipped:
-                folder = run_folder(out, variant.name, seed)
-                uses = tuple(run_folder(out, name, seed) for name in variant.uses)
-                runs.append(Run(variant, seed, folder, configure(variant, base, seed, out), tuple(rows), uses))
+    ordered = sorted(variants.values(), key=lambda variant: bool(variant.uses))  # stable: those that need others come last
+    runs = [
+        Run(variant, seed, run_folder(out, variant.name, seed), configure(variant, base, seed, out), tuple(rows),
+            tuple(run_folder(out, name, seed) for name in variant.uses))
+        for seed in seeds
+        for variant in ordered
+        if variant.name not in skipped
+    ]  # fmt: skip
     return runs, skipped
 
 
@@ -73,9 +74,8 @@ def run_folder(out: Path, variant: str, seed: int) -> Path:
 
 
 def configure(variant: Variant, base: TrainConfig, seed: int, out: Path) -> TrainConfig:
-    """The base with the variant's fields, this seed, and its place below `out`; pictures are cached once for all."""
-    known = {one.name for one in fields(base)}
-    if unknown := sorted(set(variant.settings) - known):
+    """The base with the variant's fields, this seed, and its place below `out`; images are cached once for all."""
+    if unknown := sorted(set(variant.settings) - {field.name for field in fields(base)}):
         raise InputError(f"variant {variant.name} sets {', '.join(unknown)}, which a training configuration does not have")
     config = replace(base, **variant.settings)
     if variant.preset:
@@ -85,15 +85,24 @@ def configure(variant: Variant, base: TrainConfig, seed: int, out: Path) -> Trai
     return replace(config, seed=seed, out=str(run_folder(out, variant.name, seed)), cache=cache)
 
 
+def obstacle(variant: Variant) -> str:
+    """Why the variant cannot be run here; "" where it can."""
+    if not variant.preset:
+        return ""
+    if variant.preset not in PRESETS:
+        return f"there is no preset {variant.preset}"
+    start = PRESETS[variant.preset]().init
+    there = start == "random" or (Path(start) / "traceir.json").is_file()
+    return "" if there else f"it starts from {start}, which is not there; train it first"
+
+
 def identity(run: Run) -> dict[str, Any]:
     """All that decides a result: decisive fields of the configuration, routes, rows, the model it starts from, the data."""
-    config = json.loads(json.dumps({k: v for k, v in asdict(run.config).items() if k not in NEUTRAL}))
-    start = _fingerprint(Path(run.config.init) / "traceir.json") if run.config.init != "random" else None
     return {
-        "config": config,
+        "config": _decisive(run.config),
         "routes": list(run.variant.routes),
         "rows": list(run.rows),
-        "start": start,
+        "start": _fingerprint(Path(run.config.init) / "traceir.json"),
         "data": _fingerprint(Path(run.config.data) / "meta.json"),
     }
 
@@ -103,16 +112,8 @@ def check_result(run: Run) -> None:
     if not run.is_done:
         return
     old, new = read_result(run.result)["identity"], identity(run)
-    old["config"] = modern(old["config"])
-    defaults = {one.name: one.default for one in fields(run.config) if one.default is not MISSING}
-    changed = [
-        f"{key}: {old['config'].get(key, defaults.get(key))!r} -> {value!r}"
-        for key, value in new["config"].items()
-        if old["config"].get(key, defaults.get(key)) != value
-    ]
-    changed += [
-        f"{key}: {old.get(key)!r} -> {value!r}" for key, value in new.items() if key != "config" and old.get(key) != value
-    ]
+    defaults = {field.name: field.default for field in fields(run.config) if field.default is not MISSING}
+    changed = _changes(defaults | modern(old.pop("config")), new.pop("config")) + _changes(old, new)
     if changed:
         raise InputError(
             f"{run.result} is of another configuration ({'; '.join(changed)}); choose another --out, or remove "
@@ -120,44 +121,41 @@ def check_result(run: Run) -> None:
         )
 
 
-def read_result(file: Path) -> dict[str, Any]:
-    """A result.json; DataError where it is not one of this format."""
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON ({error}); remove it and run the ablation again") from error
-    if found.get("format") != FORMAT:
-        raise DataError(f"{file}: format is {found.get('format')!r}, this release reads {FORMAT}; run the ablation again")
-    return found
-
-
-def obstacle(variant: Variant) -> str:
-    """Why the variant cannot be run here; "" where it can."""
-    if not variant.preset:
-        return ""
-    if variant.preset not in PRESETS:
-        return f"there is no preset {variant.preset}"
-    start = PRESETS[variant.preset]().init
-    if start != "random" and not (Path(start) / "traceir.json").is_file():
-        return f"it starts from {start}, which is not there; train it first"
-    return ""
-
-
 def write_plan(out: Path, base: TrainConfig, seeds: Sequence[int], rows: Sequence[str]) -> None:
     """ablation.json, or the check that the one in `out` is of the same base configuration and rows; its seeds are added up."""
     file = out / "ablation.json"
-    config = json.loads(json.dumps({k: v for k, v in asdict(base).items() if k not in NEUTRAL}))
-    old: dict[str, Any] = read_result(file) if file.is_file() else {}
-    if old and (changed := [key for key, value in config.items() if old["base"].get(key, value) != value]):
-        pairs = ", ".join(f"{key}: {old['base'][key]!r} -> {config[key]!r}" for key in changed)
-        raise InputError(f"{out} holds ablations of another base configuration ({pairs}); choose another --out")
-    if old and old["rows"] != list(rows):
-        raise InputError(f"{out} holds ablations on {old['rows']}, not {list(rows)}; choose another --out")
-    every = sorted({*old.get("seeds", []), *seeds})
-    plan = {"format": FORMAT, "base": config, "seeds": every, "rows": list(rows)}
+    plan = {"format": FORMAT, "base": _decisive(base), "seeds": sorted(set(seeds)), "rows": list(rows)}
+    if file.is_file():
+        old = read_result(file)
+        if changed := _changes(plan["base"] | modern(old["base"]), plan["base"]):
+            raise InputError(f"{out} holds ablations of another base configuration ({', '.join(changed)}); choose another --out")
+        if old["rows"] != list(rows):
+            raise InputError(f"{out} holds ablations on {old['rows']}, not {list(rows)}; choose another --out")
+        plan["seeds"] = sorted({*old.get("seeds", []), *seeds})
     write_whole(file, json.dumps(plan, indent=1) + "\n")
 
 
+def read_result(file: Path) -> dict[str, Any]:
+    """A result.json or an ablation.json; DataError where it is not one of this format."""
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON ({error}); remove it and run the ablation again") from error
+    if content.get("format") != FORMAT:
+        raise DataError(f"{file}: format is {content.get('format')!r}, this release reads {FORMAT}; run the ablation again")
+    return content
+
+
+def _decisive(config: TrainConfig) -> dict[str, Any]:
+    """As JSON gives it back."""
+    values: dict[str, Any] = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k not in NEUTRAL}))
+    return values
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    return [f"{key}: {old.get(key)!r} -> {value!r}" for key, value in new.items() if old.get(key) != value]
+
+
 def _fingerprint(file: Path) -> str | None:
-    found: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
-    return found.get("fingerprint")
+    content: dict[str, str] = json.loads(file.read_text()) if file.is_file() else {}
+    return content.get("fingerprint")

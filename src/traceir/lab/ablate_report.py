@@ -8,33 +8,31 @@ verdict rests on the first. What is not run yet is said to be so; no figure is f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from statistics import fmean
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
+from scipy import stats
 
+from traceir.data.report import render
 from traceir.errors import DataError, InputError
 from traceir.evaluation.judged import describe_machine
-from traceir.evaluation.metrics import Interval, Values, bootstrap_difference
+from traceir.evaluation.metrics import Interval, bootstrap_difference
+from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, obstacle, read_result
 from traceir.lab.ablations import TABLES, Claim, Comparison, Kind, Line, Metric, Table
+from traceir.lab.plots import Series, plot_lines
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not run"]
-RECALLS: Final[tuple[tuple[Metric, int], ...]] = (("R@1", 1), ("R@5", 5), ("R@10", 10))
+RECALLS: Final[tuple[Metric, ...]] = ("R@1", "R@5", "R@10")
 MAIN: Final[Metric] = "R@5"
-KINDS: Final[tuple[Kind, ...]] = ("complex", "simple")
-
-STUDENT: Final = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
-    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantiles of Student's t for 1 to 30 degrees of freedom; beyond, the last one is a little too wide."""
-
+PAPER_DATA: Final[Mapping[Kind, str]] = {"complex": "CIRR", "simple": "MSCOCO"}
+"""The two kinds of rows, and what the paper evaluates them on."""
 _OURS: Final[Mapping[Verdict, str]] = {"reproduced": "confirmed", "not reproduced": "refuted"}
 """What the verdicts are called where the claim is not the paper's."""
 
@@ -48,9 +46,11 @@ class Estimate:
     high: float | None
     seeds: int
 
+    def shown(self, form: str = ".1f") -> str:
+        return f"{self.mean:{form}}" + ("" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]")
 
-@dataclass(frozen=True, slots=True)
-class Compared:
+
+class Compared(NamedTuple):
     """One comparison: better minus worse over seeds, over queries (recall only), and in the paper; None where it is not known."""
 
     comparison: Comparison
@@ -64,23 +64,35 @@ class Results:
     """What a folder of ablations holds: ablation.json, and the results by (variant, seed)."""
 
     plan: Mapping[str, Any]
-    found: Mapping[tuple[str, int], Mapping[str, Any]]
+    runs: Mapping[tuple[str, int], Mapping[str, Any]]
 
     def row(self, kind: Kind) -> str:
         return str(self.plan["rows"][0 if kind == "complex" else 1])
 
+    def size(self, kind: Kind) -> str:
+        """How many queries the row has, in words; "" before the first result."""
+        counts = (own[self.row(kind)]["queries"] for run in self.runs.values() for own in run.get("routes", {}).values())
+        return next((f" ({count} queries)" for count in counts), "")
+
+    def count(self, tables: Sequence[Table]) -> tuple[int, int]:
+        """Runs that are done of those that are planned."""
+        planned = {(run.name, seed) for table in tables for run in table.variants for seed in self.plan["seeds"]}
+        return len(planned & set(self.runs)), len(planned)
+
+    def of(self, variant: str) -> dict[int, Mapping[str, Any]]:
+        """The results of a variant by seed."""
+        return {seed: run for (name, seed), run in sorted(self.runs.items()) if name == variant}
+
     def entries(self, line: Line, kind: Kind) -> dict[int, Mapping[str, Any]]:
         """The line's figures on one row, by seed."""
-        own = {seed: one for (name, seed), one in sorted(self.found.items()) if name == line.variant.name}
-        return {seed: one["routes"][line.route][self.row(kind)] for seed, one in own.items()}
+        return {seed: run["routes"][line.route][self.row(kind)] for seed, run in self.of(line.variant.name).items()}
 
     def values(self, table: Table, line: Line, kind: Kind, metric: Metric) -> dict[int, float]:
         """One metric by seed: recall in percent, speed in multiples of the direct route's."""
         if metric != "speed":
-            return {seed: 100.0 * one[f"hit@{metric[2:]}"] for seed, one in self.entries(line, kind).items()}
-        name = table.speed.name if table.speed is not None else ""
-        own = {seed: one["speed"][self.row(kind)] for (run, seed), one in sorted(self.found.items()) if run == name}
-        return {seed: one["relative"][f"{line.variant.name}:{line.route}"] for seed, one in own.items()}
+            return {seed: 100.0 * own[f"hit@{metric[2:]}"] for seed, own in self.entries(line, kind).items()}
+        way, runs = f"{line.variant.name}:{line.route}", self.of(table.speed.name) if table.speed is not None else {}
+        return {seed: run["speed"][self.row(kind)]["relative"][way] for seed, run in runs.items()}
 
 
 def write_report(out: Path, target: Path, *, tables: Sequence[Table] = TABLES, command: str = "") -> Path:
@@ -90,12 +102,12 @@ def write_report(out: Path, target: Path, *, tables: Sequence[Table] = TABLES, c
     ablations, DataError where its runs judge different queries.
     """
     results = read_results(out)
-    target.mkdir(parents=True, exist_ok=True)
     for table in tables:
-        plot(results, table, target / f"{table.id}.svg")
-        write_whole(target / f"{table.id}.md", table_page(results, table))
-    write_whole(target / "runs.json", json.dumps(figures(results, tables), indent=1) + "\n")
-    write_whole(target / "README.md", index_page(results, tables, _failures(out), command))
+        write_whole(target / f"{table.id}.svg", _plot(results, table))
+        page = _page("ablation_table", results, [table], **_table_values(results, table))
+        write_whole(target / f"{table.id}.md", page)
+    write_whole(target / "runs.json", json.dumps(_figures(results, tables), indent=1) + "\n")
+    write_whole(target / "README.md", _page("ablations", results, tables, **_index_values(results, out, command)))
     return target / "README.md"
 
 
@@ -104,19 +116,15 @@ def read_results(out: Path) -> Results:
     file = out / "ablation.json"
     if not file.is_file():
         raise InputError(f"{file} is not there; run `traceir ablate TABLE --out {out}` first")
-    plan = read_result(file)
-    found: dict[tuple[str, int], Mapping[str, Any]] = {}
-    asked: dict[str, int] = {}
+    runs: dict[tuple[str, int], Mapping[str, Any]] = {}
+    counts: dict[str, int] = {}
     for name in sorted((out / "runs").glob("*/seed*/result.json")):
-        one = read_result(name)
-        for routes in one.get("routes", {}).values():
-            for row, figures_of_row in routes.items():
-                if asked.setdefault(row, figures_of_row["queries"]) != figures_of_row["queries"]:
-                    raise DataError(
-                        f"{name}: {figures_of_row['queries']} queries of {row}, other runs have {asked[row]}; run it again"
-                    )
-        found[one["variant"], one["seed"]] = one
-    return Results(plan, found)
+        run = read_result(name)
+        for row, own in [pair for rows in run.get("routes", {}).values() for pair in rows.items()]:
+            if counts.setdefault(row, own["queries"]) != own["queries"]:
+                raise DataError(f"{name}: {own['queries']} queries of {row}, other runs have {counts[row]}; run it again")
+        runs[run["variant"], run["seed"]] = run
+    return Results(read_result(file), runs)
 
 
 # Statistics
@@ -124,28 +132,26 @@ def read_results(out: Path) -> Results:
 
 def t_interval(values: Sequence[float]) -> Estimate:
     """Mean and 95 % t interval of one value a seed; at least one value."""
-    count, mean = len(values), math.fsum(values) / len(values)
+    count, mean = len(values), fmean(values)
     if count == 1:
         return Estimate(mean, None, None, 1)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
-    half = STUDENT[min(count - 1, len(STUDENT)) - 1] * deviation / math.sqrt(count)
+    half = float(stats.t.ppf(0.975, count - 1) * stats.sem(values))
     return Estimate(mean, mean - half, mean + half, count)
 
 
 def compare(results: Results, table: Table, comparison: Comparison) -> Compared:
     """Better minus worse on the seeds that both have."""
-    better, worse = table.line(comparison.better), table.line(comparison.worse)
+    lines = table.line(comparison.better), table.line(comparison.worse)
     kind, metric = comparison.kind, comparison.metric
-    ours, theirs = (results.values(table, line, kind, metric) for line in (better, worse))
+    ours, theirs = (results.values(table, line, kind, metric) for line in lines)
     seeds = sorted(set(ours) & set(theirs))
-    over_seeds = t_interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
     over_queries = None
     if seeds and metric != "speed":
-        first, second = (_mean_hits(results, line, kind, int(metric[2:]), seeds) for line in (better, worse))
-        over_queries = bootstrap_difference(100.0 * first, 100.0 * second)
-    key = (kind, metric)
-    known = key in better.paper and key in worse.paper
-    return Compared(comparison, over_seeds, over_queries, better.paper[key] - worse.paper[key] if known else None)
+        ranks = [np.array([results.entries(line, kind)[seed]["ranks"] for seed in seeds]) for line in lines]
+        over_queries = bootstrap_difference(*(100.0 * (own <= int(metric[2:])).mean(axis=0) for own in ranks))
+    over_seeds = t_interval([ours[seed] - theirs[seed] for seed in seeds]) if seeds else None
+    paper = [line.paper[kind, metric] for line in lines if (kind, metric) in line.paper]
+    return Compared(comparison, over_seeds, over_queries, paper[0] - paper[1] if len(paper) == 2 else None)
 
 
 def judge(differences: Sequence[Estimate | None]) -> Verdict:
@@ -153,260 +159,142 @@ def judge(differences: Sequence[Estimate | None]) -> Verdict:
 
     Reproduced where every interval lies above 0, not reproduced where any lies below 0, not run where a difference is missing.
     """
-    if any(one is None for one in differences):
-        return "not run"
     known = [one for one in differences if one is not None]
+    if len(known) < len(differences):
+        return "not run"
     if any(one.high is not None and one.high < 0 for one in known):
         return "not reproduced"
-    if all(one.low is not None and one.low > 0 for one in known):
-        return "reproduced"
-    return "undecided"
+    return "reproduced" if all(one.low is not None and one.low > 0 for one in known) else "undecided"
 
 
-def sentence(results: Results, table: Table, claim: Claim) -> str:
+def _sentence(results: Results, table: Table, claim: Claim) -> str:
     """The verdict, the claim, and the figures of every comparison."""
-    compared = [compare(results, table, one) for one in claim.comparisons]
+    compared = [compare(results, table, comparison) for comparison in claim.comparisons]
     verdict = judge([one.seeds for one in compared])
     word = verdict if table.paper else _OURS.get(verdict, verdict)
     counts = sorted({one.seeds.seeds for one in compared if one.seeds is not None})
     seeds = f" {' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}." if counts else ""
-    told = "; ".join(_told(results, one) for one in compared)
-    return f"**{word.capitalize()}:** {claim.text}. {told[:1].upper()}{told[1:]}.{seeds}"
+    details = "; ".join(_details(results, one) for one in compared)
+    return f"**{word.capitalize()}:** {claim.text}. {details[:1].upper()}{details[1:]}.{seeds}"
 
 
-def _told(results: Results, one: Compared) -> str:
-    asked = one.comparison
-    where = f"{asked.better} against {asked.worse} on {results.row(asked.kind)}"
-    if one.seeds is None:
+def _details(results: Results, compared: Compared) -> str:
+    comparison, seeds, queries, paper = compared
+    where = f"{comparison.better} against {comparison.worse} on {results.row(comparison.kind)}"
+    if seeds is None:
         return f"{where}: not run yet"
-    form, unit = ("+.2f", "times the speed of direct embedding") if asked.metric == "speed" else ("+.1f", asked.metric)
-    text = f"{where}: {one.seeds.mean:{form}} {unit}"
-    if one.seeds.low is not None and one.seeds.high is not None:
-        text += f" [{one.seeds.low:{form}}, {one.seeds.high:{form}}] over seeds,"
-    if one.queries is not None:
-        text += f" [{one.queries.low:{form}}, {one.queries.high:{form}}] over queries"
-    text = text.rstrip(",")
-    data = "CIRR" if asked.kind == "complex" else "MSCOCO"
-    return text + (f"; the paper on {data}: {one.paper:{form}}" if one.paper is not None else "")
-
-
-def _mean_hits(results: Results, line: Line, kind: Kind, k: int, seeds: Sequence[int]) -> Values:
-    """Hits of each query averaged over seeds, [Q]."""
-    entries = results.entries(line, kind)
-    hits = np.array([[float(rank <= k) for rank in entries[seed]["ranks"]] for seed in seeds])
-    mean: Values = hits.mean(axis=0)
-    return mean
+    is_speed = comparison.metric == "speed"
+    form, unit = ("+.2f", "times the speed of direct embedding") if is_speed else ("+.1f", comparison.metric)
+    over = [f"[{seeds.low:{form}}, {seeds.high:{form}}] over seeds"] if seeds.low is not None else []
+    over += [f"[{queries.low:{form}}, {queries.high:{form}}] over queries"] if queries is not None else []
+    beside = f"; the paper on {PAPER_DATA[comparison.kind]}: {paper:{form}}" if paper is not None else ""
+    return " ".join([f"{where}: {seeds.mean:{form}} {unit}", ", ".join(over)]).rstrip() + beside
 
 
 # Pages
 
 
-def index_page(results: Results, tables: Sequence[Table], failures: Mapping[str, str], command: str) -> str:
-    """README.md: what was run, and the sentence of every claim."""
-    planned = {(name, seed) for table in tables for name in _variants(table) for seed in results.plan["seeds"]}
-    done = len(planned & set(results.found))
-    machines = sorted({str(one["machine"]) for one in results.found.values()}) or [describe_machine()]
-    seeds = ", ".join(map(str, results.plan["seeds"]))
-    parts = [
-        "# Ablations\n",
-        f"{done} of {len(planned)} runs are there: every variant with seeds {seeds}. Complex row: {results.row('complex')}"
-        f"{_size(results, 'complex')}; simple row: {results.row('simple')}{_size(results, 'simple')}.\n",
-        f"Made by `{command}` on {'; '.join(machines)}.\n" if command else f"Made on {'; '.join(machines)}.\n",
-        _METHOD,
+def _page(template: str, results: Results, tables: Sequence[Table], **values: object) -> str:
+    """A page that has runs that are done of all planned, and each table with the sentences of its claims."""
+    told = [(table, [_sentence(results, table, claim) for claim in table.claims]) for table in tables]
+    return render(f"lab/templates/{template}.md.j2", results=results, done=results.count(tables), tables=told, **values)
+
+
+def _index_values(results: Results, out: Path, command: str) -> dict[str, object]:
+    """README.md also has the machines, what failed last time and was not done since, and the base configuration."""
+    files = [file for file in sorted((out / "runs").glob("*/seed*/failed.json")) if not file.with_name("result.json").is_file()]
+    return {
+        "machines": sorted({str(run["machine"]) for run in results.runs.values()}) or [describe_machine()],
+        "failures": {f"{file.parents[1].name}, {file.parent.name}": json.loads(file.read_text())["reason"] for file in files},
+        "base": json.dumps(results.plan["base"], indent=1, sort_keys=True),
+        "command": command,
+    }
+
+
+def _table_values(results: Results, table: Table) -> dict[str, object]:
+    """The page of a table also has recall on both rows, and what it costs."""
+    recalls = ["variant", "seeds", *RECALLS, f"R@5 to {_cell(table.against)}", "the paper: R@1 / R@5 / R@10"]
+    costs = ["variant", "reasoned, complex / simple", "tokens", "exact", "training, s"]
+    costs += ["speed, complex / simple"] if table.speed is not None else []
+    rows = {kind: [_recall_row(results, table, line, kind) for line in table.lines] for kind in PAPER_DATA}
+    return {
+        "skipped": {
+            run.name: reason for run in table.variants if (reason := obstacle(run)) and (run.name, 0) not in results.runs
+        },
+        "recalls": {kind: markdown_table(recalls, "lrlllll", own) for kind, own in rows.items()},
+        "costs": markdown_table(
+            costs, "lrrrrl"[: len(costs)], [_cost_row(results, table, line)[: len(costs)] for line in table.lines]
+        ),
+    }
+
+
+def _recall_row(results: Results, table: Table, line: Line, kind: Kind) -> list[str | None]:
+    values = [list(results.values(table, line, kind, metric).values()) for metric in RECALLS]
+    shown = [t_interval(own).shown() if own else "not run" for own in values]
+    seeds = compare(results, table, Comparison(line.label, table.against, kind, MAIN)).seeds
+    apart = "not run" if seeds is None else seeds.shown("+.1f")
+    paper = [f"{line.paper[kind, metric]:.2f}" if (kind, metric) in line.paper else "–" for metric in RECALLS]
+    known = " / ".join(paper) if set(paper) != {"–"} else None
+    return [_cell(line.label), str(len(values[0])), *shown, None if line.label == table.against else apart, known]
+
+
+def _cost_row(results: Results, table: Table, line: Line) -> list[str | None]:
+    own = [pd.DataFrame(list(results.entries(line, kind).values())) for kind in PAPER_DATA]
+    if own[0].empty:
+        return [_cell(line.label), "not run", "", "", "", ""]
+    exact = own[0]["exact"].dropna().astype(float)
+    seconds = [run["seconds"]["train"] for run in results.of(line.variant.name).values()]
+    return [
+        _cell(line.label),
+        " / ".join(f"{100 * entries['reasoned'].mean():.0f} %" for entries in own),
+        f"{own[0]['tokens_per_query'].mean():.1f}",
+        f"{100 * exact.mean():.1f} %" if len(exact) else None,
+        f"{fmean(seconds):.0f}" if line.variant.work == "train" else None,
+        " / ".join(_speed(results, table, line, kind) for kind in PAPER_DATA),
     ]
-    for table in tables:
-        where = f", the paper's {table.paper}" if table.paper else ", not in the paper"
-        parts += [f"## [{table.title}]({table.id}.md){where}\n"]
-        parts += ["".join(f"- {sentence(results, table, claim)}\n" for claim in table.claims)]
-    if failures:
-        parts += ["## Runs that failed\n", "".join(f"- {name}: {reason}\n" for name, reason in failures.items())]
-    config = json.dumps(results.plan["base"], indent=1, sort_keys=True)
-    parts += ["## The base configuration\n", f"```json\n{config}\n```\n"]
-    return "\n".join(parts)
-
-
-_METHOD: Final = (
-    "A claim is reproduced (confirmed, where it is ours) if the interval over seeds of every comparison it names lies on the "
-    "claimed side of 0, not reproduced (refuted) if one lies wholly on the other, undecided otherwise. Differences are in "
-    "points, paired by seed. Intervals are 95 %: over seeds Student's t; over queries a paired bootstrap of the hits averaged "
-    "over seeds. With few seeds the first is wide, and of twenty intervals around nothing one misses 0 by chance. The models are "
-    "miniatures, trained for a short time from one common checkpoint, on drawn pictures; the paper's figures are of a 7B model "
-    "on CIRR and stand beside ours to compare signs, not sizes.\n"
-)
-
-
-def table_page(results: Results, table: Table) -> str:
-    """One table: sentences, plot, recall on both rows, what it costs."""
-    planned = {(name, seed) for name in _variants(table) for seed in results.plan["seeds"]}
-    done = len(planned & set(results.found))
-    where = f" (the paper's {table.paper})" if table.paper else ""
-    skipped = {variant.name: reason for variant in table.variants if (reason := obstacle(variant))}
-    parts = [f"# {table.title}{where}\n", f"{done} of {len(planned)} runs are there.\n"]
-    parts += [f"{name} is left out: {reason}.\n" for name, reason in skipped.items() if (name, 0) not in results.found]
-    parts += [f"{table.about}\n"] if table.about else []
-    parts += ["".join(f"- {sentence(results, table, claim)}\n" for claim in table.claims)]
-    parts += [f"![{table.title}]({table.id}.svg)\n"]
-    for kind in KINDS:
-        parts += [f"## {results.row(kind)}, the {kind} row{_size(results, kind)}\n", _recall_table(results, table, kind)]
-    parts += ["## Cost and behaviour\n", _cost_table(results, table), _LEGEND, "[All tables](README.md)\n"]
-    return "\n".join(parts)
-
-
-_LEGEND: Final = (
-    "Means over seeds, with 95 % t intervals over seeds in brackets. Reasoned: share of queries that reason, on the complex and "
-    "on the simple row. Tokens: written for a query of the complex row. Exact: share of the complex queries with a label where "
-    "what was written is the label's to the letter.\n"
-)
-
-
-def _recall_table(results: Results, table: Table, kind: Kind) -> str:
-    lines = [f"| variant | seeds | R@1 | R@5 | R@10 | R@5 to {_cell(table.against)} | the paper: R@1 / R@5 / R@10 |"]
-    lines.append("|---|---:|---|---|---|---|---|")
-    for line in table.lines:
-        values = [list(results.values(table, line, kind, metric).values()) for metric, _ in RECALLS]
-        shown = [_shown(t_interval(own)) if own else "not run" for own in values]
-        apart = "–"
-        if line.label != table.against:
-            found = compare(results, table, Comparison(line.label, table.against, kind, MAIN)).seeds
-            apart = _shown(found, signed=True) if found is not None else "not run"
-        known = [f"{line.paper[kind, metric]:.2f}" if (kind, metric) in line.paper else "–" for metric, _ in RECALLS]
-        paper = " / ".join(known) if set(known) != {"–"} else "–"
-        lines.append(f"| {_cell(line.label)} | {len(values[0])} | {' | '.join(shown)} | {apart} | {paper} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cost_table(results: Results, table: Table) -> str:
-    timed = table.speed is not None
-    lines = [
-        "| variant | reasoned, complex / simple | tokens | exact | training, s |"
-        + (" speed, complex / simple |" if timed else "")
-    ]
-    lines.append("|---|---:|---:|---:|---:|" + ("---|" if timed else ""))
-    for line in table.lines:
-        complex_, simple = (list(results.entries(line, kind).values()) for kind in KINDS)
-        if not complex_:
-            lines.append(f"| {_cell(line.label)} | not run | | | |" + (" |" if timed else ""))
-            continue
-        runs = [one for (name, _), one in results.found.items() if name == line.variant.name]
-        exact = [one["exact"] for one in complex_ if one["exact"] is not None]
-        trained = f"{np.mean([one['seconds']['train'] for one in runs]):.0f}" if line.variant.work == "train" else "–"
-        cells = [
-            f"{_mean_share(complex_, 'reasoned')} / {_mean_share(simple, 'reasoned')}",
-            f"{np.mean([one['tokens_per_query'] for one in complex_]):.1f}",
-            f"{100 * np.mean(exact):.1f} %" if exact else "–",
-            trained,
-        ]
-        if timed:
-            cells.append(" / ".join(_speed(results, table, line, kind) for kind in KINDS))
-        lines.append(f"| {_cell(line.label)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _speed(results: Results, table: Table, line: Line, kind: Kind) -> str:
     values = list(results.values(table, line, kind, "speed").values())
     paper = line.paper.get((kind, "speed"))
-    beside = f" (the paper: {paper:.2f})" if paper is not None else ""
-    return (_shown(t_interval(values), digits=2) if values else "not run") + beside
+    return (t_interval(values).shown(".2f") if values else "not run") + (
+        f" (the paper: {paper:.2f})" if paper is not None else ""
+    )
 
 
-def plot(results: Results, table: Table, file: Path) -> None:
+def _cell(label: str) -> str:
+    return label.replace("|", "\\|")
+
+
+def _plot(results: Results, table: Table) -> str:
     """R@5 of every line on both rows with intervals over seeds, each seed a dot, the paper's figure a hollow mark."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the plot needs matplotlib; install it with `pip install 'traceir[learn]'`") from error
-    with rc_context({"svg.hashsalt": "traceir", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7.2, 1.4 + 0.5 * len(table.lines)), layout="constrained")
-        axes = figure.add_subplot()
-        for number, kind in enumerate(KINDS):
-            _draw(axes, results, table, kind, number)
-        axes.set_yticks(range(len(table.lines)), [line.label.replace("`", "") for line in table.lines])
-        axes.set_ylim(len(table.lines) - 0.5, -0.5)
-        axes.set(xlim=(0, 102), xlabel=f"{MAIN}, %")
-        axes.grid(axis="x", alpha=0.3)
-        figure.legend(loc="outside lower center", ncols=4)
-        figure.savefig(file, format="svg", metadata={"Date": None})
+    series = []
+    for kind, data in PAPER_DATA.items():
+        dots = {at: list(results.values(table, line, kind, MAIN).values()) for at, line in enumerate(table.lines)}
+        means = {at: t_interval(own) for at, own in dots.items() if own}
+        bars = {at: (one.mean, one.mean - one.low if one.low is not None else 0.0) for at, one in means.items()}
+        paper = {at: line.paper[kind, MAIN] for at, line in enumerate(table.lines) if (kind, MAIN) in line.paper}
+        series.append(Series(results.row(kind), dots, bars, paper, f"the paper, {data}"))
+    return plot_lines([line.label.replace("`", "") for line in table.lines], series, f"{MAIN}, %")
 
 
-def _draw(axes: Any, results: Results, table: Table, kind: Kind, number: int) -> None:
-    colour, label = f"C{number}", results.row(kind)
-    place = -0.12 + 0.24 * number
-    drawn = [
-        (at + place, t_interval(own), own) for at, line in enumerate(table.lines) if (own := _main(results, table, line, kind))
-    ]
-    for at, _, own in drawn:
-        axes.plot(own, [at] * len(own), ".", color=colour, alpha=0.45, markersize=5)
-    means = [one.mean for _, one, _ in drawn]
-    widths = [one.mean - one.low if one.low is not None else 0.0 for _, one, _ in drawn]
-    axes.errorbar(means, [at for at, _, _ in drawn], xerr=widths, fmt="o", color=colour, capsize=3, markersize=5, label=label)
-    known = [(line.paper[kind, MAIN], at + place) for at, line in enumerate(table.lines) if (kind, MAIN) in line.paper]
-    if known:
-        data = "CIRR" if kind == "complex" else "MSCOCO"
-        axes.plot(*zip(*known, strict=True), "D", color=colour, fillstyle="none", markersize=5, label=f"the paper, {data}")
-
-
-def figures(results: Results, tables: Sequence[Table]) -> dict[str, Any]:
+def _figures(results: Results, tables: Sequence[Table]) -> dict[str, Any]:
     """All figures as plain data: the plan, each run without its queries, each claim with its comparisons and verdict."""
     runs = []
-    for (name, seed), one in sorted(results.found.items()):
-        kept = {key: one[key] for key in ("machine", "seconds", "losses", "data", "speed") if key in one}
+    for (name, seed), run in sorted(results.runs.items()):
+        kept = {key: run[key] for key in ("machine", "seconds", "losses", "data", "speed") if key in run}
         routes = {
             route: {row: {key: value for key, value in own.items() if key != "ranks"} for row, own in rows.items()}
-            for route, rows in one.get("routes", {}).items()
+            for route, rows in run.get("routes", {}).items()
         }
         runs.append({"variant": name, "seed": seed, **kept, "routes": routes})
-    claims = []
-    for table in tables:
-        for claim in table.claims:
-            compared = [compare(results, table, one) for one in claim.comparisons]
-            told = [
-                asdict(one.comparison) | {key: _plain(getattr(one, key)) for key in ("seeds", "queries", "paper")}
-                for one in compared
-            ]
-            claims.append(
-                {"table": table.id, "claim": claim.text, "verdict": judge([one.seeds for one in compared]), "comparisons": told}
-            )
+    claims = [_claim(results, table, claim) for table in tables for claim in table.claims]
     return {"format": FORMAT, "plan": dict(results.plan), "claims": claims, "runs": runs}
 
 
-def _failures(out: Path) -> dict[str, str]:
-    """Run: reason, for the runs that failed last time and were not done since."""
-    found = {}
-    for file in sorted((out / "runs").glob("*/seed*/failed.json")):
-        if not (file.parent / "result.json").is_file():
-            found[f"{file.parent.parent.name}, {file.parent.name}"] = str(json.loads(file.read_text())["reason"])
-    return found
-
-
-def _variants(table: Table) -> list[str]:
-    return [variant.name for variant in table.variants]
-
-
-def _main(results: Results, table: Table, line: Line, kind: Kind) -> list[float]:
-    return list(results.values(table, line, kind, MAIN).values())
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if isinstance(value, Estimate | Interval) else value
-
-
-def _size(results: Results, kind: Kind) -> str:
-    for one in results.found.values():
-        for rows in one.get("routes", {}).values():
-            return f" ({rows[results.row(kind)]['queries']} queries)"
-    return ""
-
-
-def _shown(one: Estimate, *, signed: bool = False, digits: int = 1) -> str:
-    form = f"{'+' if signed else ''}.{digits}f"
-    mean = format(one.mean, form)
-    return mean if one.low is None or one.high is None else f"{mean} [{one.low:{form}}, {one.high:{form}}]"
-
-
-def _mean_share(entries: Sequence[Mapping[str, Any]], name: str) -> str:
-    return f"{100 * np.mean([one[name] for one in entries]):.0f} %"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _claim(results: Results, table: Table, claim: Claim) -> dict[str, Any]:
+    compared = [compare(results, table, comparison) for comparison in claim.comparisons]
+    known = [{"seeds": one.seeds and asdict(one.seeds), "queries": one.queries and asdict(one.queries)} for one in compared]
+    comparisons = [asdict(one.comparison) | own | {"paper": one.paper} for one, own in zip(compared, known, strict=True)]
+    verdict = judge([one.seeds for one in compared])
+    return {"table": table.id, "claim": claim.text, "verdict": verdict, "comparisons": comparisons}

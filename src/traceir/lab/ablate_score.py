@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import choose_tasks, evaluate
-from traceir.evaluation.judged import read_judged
+from traceir.evaluation.judged import Judged, read_judged
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablate_plan import Run
 from traceir.lab.ablations import TIMED
@@ -47,26 +47,28 @@ def score(run: Run) -> dict[str, Any]:
 def read_outcomes(file: Path) -> dict[str, dict[str, Any]]:
     """Row: shares of hits, routing, length and exactness of the reasoning, and each query's rank (up to LOST), in file order."""
     judged = read_judged(file)
-    found: dict[str, dict[str, Any]] = {}
-    for row in dict.fromkeys(one.row for one in judged):
-        own = [one for one in judged if one.row == row]
-        exact = [one.exact for one in own if one.exact is not None]
-        found[row] = {
-            "queries": len(own),
-            **{f"hit@{k}": sum(one.rank <= k for one in own) / len(own) for k in (1, 5, 10)},
-            "reasoned": sum(one.route == "reason" for one in own) / len(own),
-            "tokens_per_query": sum(one.tokens for one in own) / len(own),
-            "truncated": sum(one.truncated for one in own) / len(own),
-            "exact": sum(exact) / len(exact) if exact else None,
-            "ranks": [min(one.rank, LOST) for one in own],
-        }
-    return found
+    rows = {row: [one for one in judged if one.row == row] for row in dict.fromkeys(one.row for one in judged)}
+    return {row: _outcome(own) for row, own in rows.items()}
+
+
+def _outcome(judged: Sequence[Judged]) -> dict[str, Any]:
+    count = len(judged)
+    exact = [one.exact for one in judged if one.exact is not None]
+    return {
+        "queries": count,
+        **{f"hit@{k}": sum(one.rank <= k for one in judged) / count for k in (1, 5, 10)},
+        "reasoned": sum(one.route == "reason" for one in judged) / count,
+        "tokens_per_query": sum(one.tokens for one in judged) / count,
+        "truncated": sum(one.truncated for one in judged) / count,
+        "exact": sum(exact) / len(exact) if exact else None,
+        "ranks": [min(one.rank, LOST) for one in judged],
+    }
 
 
 class TwoStage(Encoder):
     """One model writes, another encodes: what the writer wrote is put behind the query's text, which goes by the direct route.
 
-    Candidates are the second model's. The Encodings tell the writer's route and words with the second model's vector.
+    Candidates are the second model's. The Encodings have the writer's route and words with the second model's vector.
     """
 
     def __init__(self, writer: Encoder, second: Encoder) -> None:
@@ -79,21 +81,18 @@ class TwoStage(Encoder):
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto", progress: bool = False) -> list[Encoding]:
         written = self.writer.encode_queries(queries, route=route, progress=progress)
-        told = [told_more(query, one.reasoning) for query, one in zip(queries, written, strict=True)]
-        found = super().encode_queries(told, route="direct", progress=progress)
-        return [replace(first, vector=second.vector) for first, second in zip(written, found, strict=True)]
+        longer = [append_text(query, one.reasoning) for query, one in zip(queries, written, strict=True)]
+        encoded = super().encode_queries(longer, route="direct", progress=progress)
+        return [replace(first, vector=second.vector) for first, second in zip(written, encoded, strict=True)]
 
 
-def told_more(query: Query, written: str) -> Query:
+def append_text(query: Query, written: str) -> Query:
     """The query with these words behind its last text, or as its text where it has none."""
-    if not written:
-        return query
-    places = [number for number, part in enumerate(query.parts) if isinstance(part, str)]
-    if not places:
-        return replace(query, parts=(*query.parts, written))
-    parts = list(query.parts)
-    parts[places[-1]] = f"{parts[places[-1]]} {written}"
-    return replace(query, parts=tuple(parts))
+    texts = [number for number, part in enumerate(query.parts) if isinstance(part, str)]
+    if not written or not texts:
+        return replace(query, parts=(*query.parts, written)) if written else query
+    last = texts[-1]
+    return replace(query, parts=(*query.parts[:last], f"{query.parts[last]} {written}", *query.parts[last + 1 :]))
 
 
 def measure_speed(run: Run) -> dict[str, Any]:
@@ -101,16 +100,16 @@ def measure_speed(run: Run) -> dict[str, Any]:
     encoders = {
         folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device_of(run.config)) for folder in run.uses
     }
+    ways = {f"{name}:{route}": (encoders[name], route) for name, route in TIMED}
     data = Path(run.config.data)
     instructions = mbeir.read_instructions(data)
-    found: dict[str, Any] = {}
+    speeds: dict[str, Any] = {}
     for task in choose_tasks(mbeir.find_tasks(data, "test"), run.rows, data):
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
         records = islice(mbeir.read_queries(task.query_path), SPEED_QUERIES)
         queries = [mbeir.to_query(record, prompt, data) for record in records]
-        ways = {f"{name}:{route}": (encoders[name], route) for name, route in TIMED}
-        found[task.name] = {"queries": len(queries), **relative_speeds(time_routes(ways, queries))}
-    return {"speed": found}
+        speeds[task.name] = {"queries": len(queries), **relative_speeds(time_routes(ways, queries))}
+    return {"speed": speeds}
 
 
 def time_routes(
@@ -118,21 +117,18 @@ def time_routes(
 ) -> dict[str, list[float]]:
     """Seconds of each way of encoding the queries in each round; all ways take turns within a round."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, (encoder, route) in ways.items():
             begun = time.perf_counter()
             encoder.encode_queries(queries, route=route)
-            if turn:
-                seconds[name].append(time.perf_counter() - begun)
-    return seconds
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def relative_speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Speed of each way as a multiple of the first's: the median over rounds of the ratio within a round."""
     first = next(iter(seconds.values()))
-    relative = {
-        name: statistics.median(one / own for one, own in zip(first, times, strict=True)) for name, times in seconds.items()
-    }
+    relative = {name: float(np.median(np.array(first) / times)) for name, times in seconds.items()}
     return {"relative": relative, "seconds": {name: list(times) for name, times in seconds.items()}}
 
 

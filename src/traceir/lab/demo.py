@@ -1,4 +1,4 @@
-"""The demonstration: a small mixed gallery of pictures, texts and pairs, searched in every way there is, judged by labels.
+"""The demonstration: a small mixed gallery of images, texts and pairs, searched in every way there is, judged by labels.
 
 Which queries are asked is fixed by a rule (`WISHES`: the first of a row with so many steps, in file order), never by outcome.
 """
@@ -6,14 +6,14 @@ Which queries are asked is fixed by a rule (`WISHES`: the first of a row with so
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from traceir.data import mbeir
 from traceir.errors import DataError
+from traceir.files import write_whole
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.items import Query
@@ -27,14 +27,12 @@ DEPTH: Final = 10
 """How far down the list a right hit counts as found."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """Ask the first `count` queries of a row that need so many steps."""
+class Wish(NamedTuple):
+    """Ask the first query of a row that needs so many steps."""
 
     title: str
     row: str
     steps: int
-    count: int = 1
 
 
 WISHES: Final = (
@@ -63,6 +61,10 @@ class Question:
     query: Query
     right: frozenset[str]
 
+    @property
+    def source(self) -> str:
+        return f"{self.row}, {self.steps} step{'' if self.steps == 1 else 's'}"
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -83,37 +85,34 @@ def prepare(out: Path) -> tuple[Path, list[Question]]:
     tasks = {task.name: task for task in mbeir.find_tasks(data, "test")}
     instructions = mbeir.read_instructions(data)
     questions: list[Question] = []
+    asked: dict[str, list[mbeir.Record]] = {}
+    for wish in WISHES:
+        task = tasks[wish.row]
+        record = _first(task, wish.steps)
+        prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
+        questions.append(Question(*wish, mbeir.to_query(record, prompts[0], data), frozenset(record.positives)))
+        asked.setdefault(wish.row, []).append(record)
     lines: dict[str, str] = {}
-    for row in dict.fromkeys(wish.row for wish in WISHES):
-        asked = list(_choose(tasks[row], [wish for wish in WISHES if wish.row == row]))
-        prompts = instructions.prompts(tasks[row].dataset_id, tasks[row].query_modality, tasks[row].cand_modality)
-        for wish, record in asked:
-            query = mbeir.to_query(record, prompts[0], data)
-            questions.append(Question(wish.title, row, wish.steps, query, frozenset(record.positives)))
-        lines |= _lend(tasks[row], [record for _, record in asked])
+    for row, records in asked.items():
+        lines |= _lend(tasks[row], records)
     pool = data / "cand_pool" / "demo" / "mbeir_demo_cand_pool.jsonl"
-    _write_text(pool, "".join(f"{line}\n" for line in lines.values()))
-    order = {(wish.row, wish.steps): place for place, wish in enumerate(WISHES)}
-    return pool, sorted(questions, key=lambda one: order[one.row, one.steps])
+    write_whole(pool, "".join(f"{line}\n" for line in lines.values()))
+    return pool, questions
 
 
 def fill(pool: Path, out: Path, encoder: EncoderLike, *, progress: bool = True) -> tuple[SqliteIndex, AddReport]:
     """The index of the gallery, one a model, filled by the same road as `traceir index add`; close it after use."""
-    index = open_index(
-        out / f"index-{encoder.fingerprint.replace('/', '-').replace(':', '-')}",
-        fingerprint=encoder.fingerprint,
-        prompt_version=encoder.prompt_version,
-        dim=encoder.width,
-        create=True,
-    )
+    folder = out / f"index-{encoder.fingerprint.replace('/', '-').replace(':', '-')}"
+    version, dim = encoder.prompt_version, encoder.width
+    index = open_index(folder, fingerprint=encoder.fingerprint, prompt_version=version, dim=dim, create=True)
     try:
         report = add([pool], index, encoder, progress=progress)
+        if report.failed:
+            failure = report.failed[0]
+            raise DataError(f"{failure.place}: {failure.reason}; remove {out} and run the demo again")
     except BaseException:
         index.close()
         raise
-    if report.failed:
-        index.close()
-        raise DataError(f"{report.failed[0].place}: {report.failed[0].reason}; remove {out} and run the demo again")
     return index, report
 
 
@@ -125,11 +124,8 @@ def ask(questions: Sequence[Question], encoder: EncoderLike, index: SqliteIndex)
 
 def write_page(answers: Sequence[Answer], out: Path) -> Path:
     """The contact sheet; returns the path of its page."""
-    entries = [
-        Entry(one.question.title, one.question.query, one.result.encoding, one.result.hits, one.question.right,
-              f"{one.question.row}, {_steps(one.question.steps)}")
-        for one in answers
-    ]  # fmt: skip
+    asked = [(answer.question, answer.result) for answer in answers]
+    entries = [Entry(one.title, one.query, found.encoding, found.hits, one.right, one.source) for one, found in asked]
     intro = (
         "A small mixed gallery searched by words, by a picture, and by a picture with words. The queries were chosen by a fixed "
         "rule, not by success; hits are judged by the benchmark's labels."
@@ -140,31 +136,25 @@ def write_page(answers: Sequence[Answer], out: Path) -> Path:
 def describe(number: int, answer: Answer, *, top: int = 3) -> str:
     """One answer for people: query, route, reasoning, the first hits, and whether the right one was first."""
     question, encoding = answer.question, answer.result.encoding
-    image = ", ".join(image.name for image in question.query.images)
-    asked = " + ".join(part for part in (f"[{image}]" if image else "", question.query.text) if part)
-    lines = [
-        f"{number}. {question.title} ({question.row}, {_steps(question.steps)})",
-        f"   query      {asked}",
-        f"   route      {encoding.route} ({cost(encoding)})",
-    ]
+    images = ", ".join(image.name for image in question.query.images)
+    asked = " + ".join(part for part in (f"[{images}]" if images else "", question.query.text) if part)
+    lines = [f"{number}. {question.title} ({question.source})", f"   query      {asked}"]
+    lines.append(f"   route      {encoding.route} ({cost(encoding)})")
     for place, step in enumerate(reasoning_steps(encoding.reasoning)):
         lines.append(f"   {'reasoning' if place == 0 else '':9}  {step}")
     for hit in answer.result.hits[:top]:
         shown = " | ".join(part for part in (Path(hit.image).name if hit.image else "", hit.text or "") if part)
         lines.append(f"   {'*' if hit.id in question.right else ' '} {hit.rank}  {hit.score:.3f}  {shown}  ({hit.id})")
-    lines.append(f"   {verdict(answer.result.hits, question.right)}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"   {verdict(answer.result.hits, question.right)}"])
 
 
-def _choose(task: mbeir.Task, wishes: Sequence[Wish]) -> Iterator[tuple[Wish, mbeir.Record]]:
-    """The first records, in file order, that the wishes ask for; DataError where there are too few."""
+def _first(task: mbeir.Task, steps: int) -> mbeir.Record:
+    """The first record, in file order, that needs so many steps; DataError where there is none."""
     labels = mbeir.read_labels(task.labels_path)
-    records = list(mbeir.read_queries(task.query_path))
-    for wish in wishes:
-        fitting = [record for record in records if record.qid in labels and labels[record.qid].steps == wish.steps]
-        if len(fitting) < wish.count:
-            raise DataError(f"{task.query_path} has {len(fitting)} queries of {_steps(wish.steps)}; build the folder again")
-        yield from ((wish, record) for record in fitting[: wish.count])
+    for record in mbeir.read_queries(task.query_path):
+        if record.qid in labels and labels[record.qid].steps == steps:
+            return record
+    raise DataError(f"{task.query_path} has no query of {steps} steps; unpack the folder again")
 
 
 def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> Mapping[str, str]:
@@ -179,21 +169,6 @@ def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> Mapping[str, str
 
 def _line(candidate: mbeir.Candidate) -> str:
     """The candidate with its text in the form the models are trained on."""
-    record = {
-        "did": candidate.did,
-        "txt": mbeir.candidate_text(candidate) or None,
-        "img_path": candidate.image_path,
-        "modality": candidate.modality,
-    }
-    return json.dumps(record, ensure_ascii=False)
-
-
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count} steps"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
+    text, image = mbeir.candidate_text(candidate) or None, candidate.image_path
+    line = {"did": candidate.did, "txt": text, "img_path": image, "modality": candidate.modality}
+    return json.dumps(line, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Hits and misses of an evaluation with their pictures and reasoning, as one page: what the figures look like from near.
+"""Hits and misses of an evaluation with their images and reasoning, as one page: what the figures look like from near.
 
 Which queries are shown follows a fixed rule, so that none is picked by hand: of every row the first query that is hit at 1 and
 the first that is missed at the row's k, of those that reasoned and of those that did not.
@@ -6,7 +6,7 @@ the first that is missed at the row's k, of those that reasoned and of those tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,30 +28,11 @@ def write_examples(folder: Path, data: Path, out: Path, *, route: Route = "auto"
     """
     run = read_run(folder, route)
     entries: list[Entry] = []
-    instructions = mbeir.read_instructions(data)
     for task in mbeir.find_tasks(data, run.results.get("split") or "test"):
-        judged = [one for key, one in run.judged.items() if key[0] == task.name and (rows is None or task.name in rows)]
-        chosen = choose(judged, task.metric_k)
-        if not chosen:
-            continue
-        records = {record.qid: record for record in mbeir.read_queries(task.query_path)}
-        pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
-        found = _read_hits(folder / "runs" / f"{task.name}-{route}.txt", {one.qid for one in chosen})
-        relevant = mbeir.read_relevant(task)
-        prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
-        for one in chosen:
-            if one.qid not in records or any(did not in pool for did, _ in found.get(one.qid, [])):
-                raise DataError(f"{folder} names query {one.qid} or candidates that {data} does not have; evaluate again")
-            record = records[one.qid]
-            hits = [_hit(pool[did], score, rank, data) for rank, (did, score) in enumerate(found.get(one.qid, []), start=1)]
-            road: Literal["reason", "direct"] = "reason" if one.route == "reason" else "direct"
-            encoding = Encoding(
-                np.zeros(0, dtype=np.float32), road, one.reasoning, one.tokens, one.emb_probability, one.truncated
-            )
-            steps = "" if one.steps is None else f", {one.steps} step{'' if one.steps == 1 else 's'}"
-            title = f"{task.name}{steps}: {'hit' if one.rank == 1 else 'missed'}, right one at rank {one.rank}"
-            right = frozenset(relevant.get(one.qid, set()) | set(record.positives))
-            entries.append(Entry(title, mbeir.to_query(record, prompts[0], data), encoding, hits, right, f"query {one.qid}"))
+        judged = [one for (row, _), one in run.judged.items() if row == task.name and (rows is None or row in rows)]
+        if chosen := choose(judged, task.metric_k):
+            hits = _read_hits(folder / "runs" / f"{task.name}-{route}.txt", {one.qid for one in chosen})
+            entries += _entries(task, chosen, hits, folder, data)
     about = f"Model {run.results.get('model')}, route {route}. Of every row the first query hit at 1 and the first one missed, "
     about += "with and without reasoning; nothing is picked by hand."
     return write_gallery(entries, out, title="TraceIR: hits and misses", intro=about)
@@ -60,26 +41,49 @@ def write_examples(folder: Path, data: Path, out: Path, *, route: Route = "auto"
 def choose(judged: Sequence[Judged], k: int) -> list[Judged]:
     """The first hit at 1 and the first miss at k, of the queries that reasoned and of those that did not, in file order."""
     chosen: list[Judged] = []
-    for road in ("direct", "reason"):
-        own = [one for one in judged if one.route == road]
+    for route in ("direct", "reason"):
+        own = [one for one in judged if one.route == route]
         chosen += [one for one in own if one.rank == 1][:1] + [one for one in own if one.rank > k][:1]
     return chosen
 
 
+def _entries(
+    task: mbeir.Task, chosen: Sequence[Judged], hits: Mapping[str, Sequence[tuple[str, float]]], folder: Path, data: Path
+) -> list[Entry]:
+    records = {record.qid: record for record in mbeir.read_queries(task.query_path)}
+    pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
+    relevant = mbeir.read_relevant(task)
+    prompt = mbeir.read_instructions(data).prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
+    entries = []
+    for one in chosen:
+        own = hits[one.qid]
+        if one.qid not in records or any(did not in pool for did, _ in own):
+            raise DataError(f"{folder} names query {one.qid} or candidates that {data} does not have; evaluate again")
+        record = records[one.qid]
+        shown = [_hit(pool[did], score, rank, data) for rank, (did, score) in enumerate(own, start=1)]
+        route: Literal["reason", "direct"] = "reason" if one.route == "reason" else "direct"
+        blank = np.zeros(0, dtype=np.float32)
+        encoding = Encoding(blank, route, one.reasoning, one.tokens, one.emb_probability, one.truncated)
+        steps = "" if one.steps is None else f", {one.steps} step{'' if one.steps == 1 else 's'}"
+        title = f"{task.name}{steps}: {'hit' if one.rank == 1 else 'missed'}, right one at rank {one.rank}"
+        right = frozenset(relevant.get(one.qid, set()) | set(record.positives))
+        entries.append(Entry(title, mbeir.to_query(record, prompt, data), encoding, shown, right, f"query {one.qid}"))
+    return entries
+
+
 def _read_hits(file: Path, wanted: set[str]) -> dict[str, list[tuple[str, float]]]:
-    """The first hits of the wanted queries from a run file, best first."""
-    found: dict[str, list[tuple[str, float]]] = {}
+    """The first five hits of the wanted queries from a run file of 7 columns, best first."""
+    hits: dict[str, list[tuple[str, float]]] = {qid: [] for qid in wanted}
     try:
         with file.open(encoding="utf-8") as stream:
-            for number, line in enumerate(stream, start=1):
-                columns = line.split()
+            for number, columns in enumerate(map(str.split, stream), start=1):
                 if len(columns) != 7:
                     raise DataError(f"{file}:{number}: {len(columns)} columns, a run file has 7; evaluate again")
-                if columns[0] in wanted and len(found.setdefault(columns[0], [])) < 5:
-                    found[columns[0]].append((columns[2], float(columns[4])))
+                if columns[0] in wanted and len(hits[columns[0]]) < 5:
+                    hits[columns[0]].append((columns[2], float(columns[4])))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}; evaluate again") from error
-    return found
+    return hits
 
 
 def _hit(candidate: mbeir.Candidate, score: float, rank: int, data: Path) -> Hit:

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
+from markupsafe import Markup
 from torch.nn import functional
 
 from traceir.data import mbeir
+from traceir.data.report import render
+from traceir.data.report import table as markdown_table
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.evaluate import choose_tasks
@@ -64,21 +67,18 @@ def probe(
     """
     if not encoder.model.writes("query"):
         raise InputError("this checkpoint is read at the end of its prompt and writes no reasoning; there is nothing to probe")
-    instructions = mbeir.read_instructions(data)
-    found: list[Probe] = []
+    probes: list[Probe] = []
     for task in choose_tasks(mbeir.find_tasks(data, split), rows, data):
         labels = {qid: label for qid, label in mbeir.read_labels(task.labels_path).items() if label.z}
         records = [record for record in mbeir.read_queries(task.query_path) if record.qid in labels]
         if len(records) >= 2:
-            prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
-            queries = [mbeir.to_query(record, prompts[0], data) for record in records]
-            found += _probe_row(encoder, task, data, records[:limit], queries[:limit], labels, progress)
-    if not found:
+            probes += _probe_row(encoder, task, data, records[:limit], labels, progress)
+    if not probes:
         raise InputError(f"{data}: no row of split {split} has two queries that reason and have a reasoning label")
     header = {"format": 1, "model": encoder.fingerprint, "data": str(data.name), "split": split, "limit": limit}
-    write_whole(out / "faithful.json", json.dumps({**header, "probes": [asdict(one) for one in found]}, indent=1) + "\n")
-    write_whole(out / "faithful.md", table(found, encoder.fingerprint))
-    return found
+    write_whole(out / "faithful.json", json.dumps({**header, "probes": [asdict(one) for one in probes]}, indent=1) + "\n")
+    write_whole(out / "faithful.md", table(probes, encoder.fingerprint))
+    return probes
 
 
 @torch.inference_mode()
@@ -100,49 +100,45 @@ def encode_given(encoder: Encoder, queries: Sequence[Query], reasonings: Sequenc
 
 def table(probes: Sequence[Probe], model: str) -> str:
     """The probes as Markdown: all rows together, weighted by their queries, then each row."""
-    lines = ["# Is the reasoning used?\n", f"Model `{model}`. Complex queries that reason by themselves, each encoded again with"]
-    lines += ["a reasoning given to it:\n", *(f"- **{kind}**: {meaning}" for kind, meaning in KINDS.items()), ""]
-    lines.append("| row | reasoning | queries | R@1 | R@k | cosine to own | first hit is the other's target |")
-    lines.append("|---|---|---:|---:|---:|---:|---:|")
     everything = [_pool([one for one in probes if one.kind == kind]) for kind in KINDS]
+    lines = []
     for one in [*everything, *probes]:
         other = "" if one.hit_1_of_other is None else f"{100 * one.hit_1_of_other:.1f}"
-        hits = f"{100 * one.hit_1:.1f} | {100 * one.hit_k:.1f} | {one.cosine:.3f} | {other}"
-        lines.append(f"| {one.row} | {one.kind} | {one.queries} | {hits} |")
-    return "\n".join(lines) + "\n\nR@k: hit@5, on fashion rows hit@10, in the local pool.\n"
+        hits = f"{100 * one.hit_1:.1f}", f"{100 * one.hit_k:.1f}"
+        lines.append([Markup(one.row), one.kind, one.queries, *hits, f"{one.cosine:.3f}", other])
+    header = ["row", "reasoning", "queries", "R@1", "R@k", "cosine to own", "first hit is the other's target"]
+    rows = markdown_table(lines, list(map(Markup, header)), "--rrrrr")
+    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, rows=rows)
 
 
 def _probe_row(
-    encoder: Encoder, task: mbeir.Task, data: Path, records: Sequence[mbeir.Record], queries: Sequence[Query],
-    labels: dict[str, mbeir.Label], progress: bool,
+    encoder: Encoder, task: mbeir.Task, data: Path, records: Sequence[mbeir.Record], labels: Mapping[str, mbeir.Label],
+    progress: bool,
 ) -> list[Probe]:  # fmt: skip
+    prompts = mbeir.read_instructions(data).prompts(task.dataset_id, task.query_modality, task.cand_modality)
+    queries = [mbeir.to_query(record, prompts[0], data) for record in records]
     encodings = encoder.encode_queries(queries, progress=progress)
     kept = [number for number, encoding in enumerate(encodings) if encoding.route == "reason"]
     if len(kept) < 2:
         log.info("%s: fewer than two of %d complex queries reason; left out", task.name, len(queries))
         return []
     candidates = list(mbeir.read_pool(task.pool_path))
-    pool_ND = np.stack(
-        [one.vector for one in encoder.encode_items([mbeir.to_item(c, data) for c in candidates], progress=progress)]
-    )
-    records, queries = [records[n] for n in kept], [queries[n] for n in kept]
-    own_QD = np.stack([encodings[n].vector for n in kept])
-    written = [encodings[n].reasoning for n in kept]
-    wanted = [completion_text(labels[record.qid].reasoning, labels[record.qid].answer) for record in records]
-    place = {candidate.did: number for number, candidate in enumerate(candidates)}
-    relevant = mbeir.read_relevant(task)
-    relevant_QN = np.zeros((len(records), len(candidates)), dtype=bool)
-    for number, record in enumerate(records):
-        known = [place[did] for did in relevant.get(record.qid, set()) | set(record.positives) if did in place]
-        relevant_QN[number, known] = True
+    items = [mbeir.to_item(candidate, data) for candidate in candidates]
+    pool_ND = np.stack([one.vector for one in encoder.encode_items(items, progress=progress)])
+    records, queries, encodings = ([own[n] for n in kept] for own in (records, queries, encodings))
+    own_QD = np.stack([encoding.vector for encoding in encodings])
+    relevant, dids = mbeir.read_relevant(task), np.array([candidate.did for candidate in candidates])
+    targets = [list(relevant.get(record.qid, set()) | set(record.positives)) for record in records]
+    relevant_QN = np.stack([np.isin(dids, own) for own in targets])
+    written = [encoding.reasoning for encoding in encodings]
     given = {
         "own": written,
-        "label": wanted,
+        "label": [completion_text(labels[record.qid].reasoning, labels[record.qid].answer) for record in records],
         "blank": [""] * len(written),
-        "half": [_half(text) for text in written],
+        "half": [" ".join(text.split(" ")[: len(text.split(" ")) // 2]) for text in written],
         "swapped": [*written[1:], written[0]],
     }
-    found = []
+    probes = []
     for kind, reasonings in given.items():
         vectors_QD = encode_given(encoder, queries, reasonings)
         scores_QN = vectors_QD @ pool_ND.T
@@ -150,22 +146,15 @@ def _probe_row(
         of_other = float((rank_positives(scores_QN, np.roll(relevant_QN, -1, axis=0)) == 1).mean()) if kind == "swapped" else None
         cosine = float((vectors_QD * own_QD).sum(axis=1).mean())
         hits = [float((ranks <= k).mean()) for k in (1, task.metric_k)]
-        found.append(Probe(task.name, kind, len(records), hits[0], hits[1], round(cosine, 4), of_other))
-    return found
-
-
-def _half(text: str) -> str:
-    words = text.split(" ")
-    return " ".join(words[: len(words) // 2])
+        probes.append(Probe(task.name, kind, len(records), hits[0], hits[1], round(cosine, 4), of_other))
+    return probes
 
 
 def _pool(probes: Sequence[Probe]) -> Probe:
     """The probes of one kind over all rows, weighted by their queries."""
     weights = [one.queries for one in probes]
-
-    def mean(values: Sequence[Any]) -> float:
-        return float(np.average(values, weights=weights))
-
-    other = mean([one.hit_1_of_other for one in probes]) if probes[0].hit_1_of_other is not None else None
-    hits = mean([one.hit_1 for one in probes]), mean([one.hit_k for one in probes])
-    return Probe("**all**", probes[0].kind, sum(weights), *hits, mean([one.cosine for one in probes]), other)
+    values = np.array([[one.hit_1, one.hit_k, one.cosine, one.hit_1_of_other or 0.0] for one in probes])
+    hit_1, hit_k, cosine, other = map(float, np.average(values, axis=0, weights=weights))
+    return Probe(
+        "**all**", probes[0].kind, sum(weights), hit_1, hit_k, cosine, None if probes[0].hit_1_of_other is None else other
+    )

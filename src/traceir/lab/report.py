@@ -8,19 +8,25 @@ always give the same bytes. A query is simple at 0 and 1 steps and complex from 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import numpy as np
+import pandas as pd
+from markupsafe import Markup
 
+from traceir.data.report import percent, render, table
 from traceir.errors import InputError
 from traceir.evaluation.metrics import RESAMPLES, SEED, bootstrap_mean
-from traceir.evaluation.runs import Key, ScoredRun, Values, named_runs, read_results, read_run, same_queries
+from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_results, read_run, same_queries
+from traceir.files import write_whole
 from traceir.items import ROUTES
+from traceir.lab.plots import plot_steps
 from traceir.suggest import did_you_mean
 
-GROUPS: Final[tuple[tuple[str, int, int], ...]] = (("0-1", 0, 1), ("2", 2, 2), ("3+", 3, 99))
-"""Name, least and greatest number of steps of each group of queries."""
+GROUPS: Final[Mapping[str, tuple[int, int]]] = {"0-1": (0, 1), "2": (2, 2), "3+": (3, 99)}
+"""Least and greatest number of steps of each group of queries."""
+SPLIT: Final[Mapping[str, tuple[int, int]]] = {"simple": (0, 1), "complex": (2, 99)}
 
 MAX_SIMPLE_REASON: Final = 0.05
 MIN_COMPLEX_REASON: Final = 0.90
@@ -41,10 +47,10 @@ def run_report(kind: str, folders: Sequence[str | Path], out: Path | None = None
         if out is None:
             raise InputError("report steps writes a table and a plot; name the Markdown file with --out")
         return steps_report(named_runs(folders), out).read_text(encoding="utf-8")
-    one = routing_report if kind == "routing" else routes_report
-    text = "\n".join(one(Path(folder)) for folder in folders)
+    report = routing_report if kind == "routing" else routes_report
+    text = "\n".join(report(Path(folder)) for folder in folders)
     if out is not None:
-        _write(_markdown_file(out), text)
+        write_whole(markdown_file(out), text)
     return text
 
 
@@ -56,57 +62,45 @@ def steps_report(runs: Mapping[str, tuple[Path, str]], out: Path) -> Path:
     """
     if not runs:
         raise InputError("no run to compare; give at least one evaluation folder")
-    file = _markdown_file(out)
+    plot = markdown_file(out).with_suffix(".svg")
     read = [read_run(Path(folder), route, label) for label, (folder, route) in runs.items()]
-    keys = _labelled(read[0], same_queries(read))
-    by_group = {name: _between(read[0], keys, low, high) for name, low, high in GROUPS}
-    steps = sorted({read[0].steps(key) for key in keys})
-    by_steps = {str(count): _between(read[0], keys, count, count) for count in steps}
-    plot = file.with_suffix(".svg")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    _plot(read, by_steps, plot)
-    parts = [
-        "# Recall by number of reasoning steps\n",
-        _header(read),
-        f"![Recall@1 against the number of steps]({plot.name})\n",
-        "## Groups\n",
-        _steps_table(read, by_group | {"all": keys}),
-        "## Each number of steps\n",
-        _steps_table(read, by_steps),
-        _right_reasoning(read, by_group),
-        "## R@1 by row\n",
-        _rows_table(read, keys),
-        "R@k: share of queries with a right candidate among the first k, in percent, pooled over rows. [low, high]: 95 % "
-        f"percentile bootstrap interval over queries ({RESAMPLES:,} resamples, seed {SEED}). Differences are in points and "
-        "their intervals paired: both runs are resampled by the same queries. Exactly right: of the queries whose label holds "
-        "a reasoning, those where the model wrote it to the letter. An interval without width (all queries alike) says only that "
-        "resampling cannot look beyond these queries.\n",
-    ]
-    _write(file, "\n".join(part for part in parts if part))
-    return file
+    queries = outcomes(read, _labelled(read[0], same_queries(read)))
+    by_steps = [(str(steps), own) for steps, own in queries.groupby("steps")]
+    by_group = [(name, between(queries, bounds)) for name, bounds in GROUPS.items()]
+    write_whole(plot, plot_steps(measure(queries, ["run", "steps"], "hit@1").sort_values("steps", kind="stable")))
+    text = render(
+        "lab/templates/steps.md.j2",
+        runs=read,
+        plot=plot.name,
+        groups=_steps_table([*by_group, ("all", queries)]),
+        by_steps=_steps_table(by_steps),
+        right=_right_reasoning(by_group),
+        rows=_rows_table(queries),
+        resamples=f"{RESAMPLES:,}",
+        seed=SEED,
+    )
+    write_whole(out, text)
+    return out
 
 
 def routing_report(folder: Path) -> str:
     """Routing of route `auto`, query by query against the label, as Markdown: each row, all rows, the mixed rows."""
     run = read_run(folder, "auto")
-    keys = _labelled(run, list(run.judged))
-    rows = {name: [key for key in keys if key[0] == name] for name in dict.fromkeys(key[0] for key in keys)}
-    mixed = [name for name, own in rows.items() if all(_split(run, own))]
-    sets = [(name, own, "mixed" if name in mixed else "") for name, own in rows.items()]
-    sets += [("**all mixed rows**", [key for key in keys if key[0] in mixed], "mixed"), ("**all rows**", keys, "")]
-    lines = ["| row | | simple | of these reason | complex | of these reason |", "|---|---|---:|---:|---:|---:|"]
-    broken: list[str] = []
-    for name, own, mark in sets:
-        simple, complex_ = _split(run, own)
-        shares = [float(run.reasoned(part).mean()) if part else None for part in (simple, complex_)]
-        lines.append(f"| {name} | {mark} | {len(simple)} | {_share(shares[0])} | {len(complex_)} | {_share(shares[1])} |")
-        too_many = shares[0] is not None and shares[0] > MAX_SIMPLE_REASON
-        too_few = shares[1] is not None and shares[1] < MIN_COMPLEX_REASON
-        if too_many or too_few:
-            broken.append(name.strip("*"))
-    verdict = f"not in {', '.join(broken)}" if broken else "everywhere"
-    bound = f"At most {100 * MAX_SIMPLE_REASON:.0f} % of the simple and at least {100 * MIN_COMPLEX_REASON:.0f} % of the complex"
-    return "\n".join(["# Routing against the labels\n", _header([run]), *lines, "", f"{bound} queries reason: {verdict}.\n"])
+    queries = outcomes([run], _labelled(run, run.judged))
+    rows: dict[object, pd.DataFrame] = dict(iter(queries.groupby("row", sort=False)))
+    mixed = [name for name, own in rows.items() if all(len(between(own, bounds)) for bounds in SPLIT.values())]
+    rows[Markup("**all mixed rows**")] = queries[queries["row"].isin(mixed)]
+    rows[Markup("**all rows**")] = queries
+    lines, broken = [], []
+    for name, own in rows.items():
+        simple, complex_ = (between(own, bounds)["reasoned"] for bounds in SPLIT.values())
+        mark = "mixed" if name in (*mixed, "**all mixed rows**") else ""
+        lines.append([name, mark, len(simple), _share(simple), len(complex_), _share(complex_)])
+        if simple.mean() > MAX_SIMPLE_REASON or complex_.mean() < MIN_COMPLEX_REASON:
+            broken.append(str(name).strip("*"))
+    bounds = {"most": 100 * MAX_SIMPLE_REASON, "least": 100 * MIN_COMPLEX_REASON}
+    header = ["row", "", "simple", "of these reason", "complex", "of these reason"]
+    return render("lab/templates/routing.md.j2", runs=[run], table=table(lines, header, "--rrrr"), broken=broken, **bounds)
 
 
 def routes_report(folder: Path) -> str:
@@ -119,199 +113,145 @@ def routes_report(folder: Path) -> str:
     routes = [route for route in ROUTES if results["routes"].get(route)]
     if not routes:
         raise InputError(f"{folder / 'results.json'} has no scored route; run `traceir evaluate` to its end")
-    runs = [read_run(folder, route) for route in routes]
+    runs = [read_run(folder, route, route) for route in routes]
     common = set.intersection(*(set(run.judged) for run in runs))
-    keys = _labelled(runs[0], [key for key in runs[0].judged if key in common])
-    parts = ["# Routes on simple and on complex queries\n", _header(runs[:1])]
-    for number, name in enumerate(("simple", "complex")):
-        own = _split(runs[0], keys)[number]
-        if not own:
-            parts.append(f"No {name} queries.\n")
-            continue
-        rows, purity = _rows_of_kind(runs[0], keys, number)
-        lines = [f"## {name.capitalize()} queries ({len(own)})\n"]
-        lines += [
-            f"| route | R@1 | R@1 to {routes[0]} | row metric | tokens/query | reasoned | queries/s |",
-            "|---|---|---|---:|---:|---:|---:|",
-        ]
-        lines += [_route_line(run, runs[0], own, rows) for run in runs]
-        speed = (
-            f"over {len(rows)} rows in which {_percent(purity)} % of the queries are {name}" if rows else "no row is mostly so"
-        )
-        parts += ["\n".join(lines), f"\nqueries/s: {speed}.\n"]
-    parts.append(
-        "Row metric: hit@5, on fashion rows hit@10, pooled over queries. [low, high]: 95 % bootstrap interval, paired for the "
-        "difference. The routes were timed one after the other; benchmarks/encoder.py times them in pairs.\n"
-    )
-    return "\n".join(parts)
+    queries = outcomes(runs, _labelled(runs[0], [key for key in runs[0].judged if key in common]))
+    kinds = {name: _kind_of_queries(results["routes"], queries, bounds) for name, bounds in SPLIT.items()}
+    about = ScoredRun(folder.name, routes[0], folder, results, {})
+    return render("lab/templates/routes.md.j2", runs=[about], kinds=kinds)
 
 
-def interval(values: Values) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `values`."""
-    found = bootstrap_mean(values)
-    return found.low, found.high
+def outcomes(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> pd.DataFrame:
+    """One line a run and query: the fields of Judged with steps -1 where there is no label, `run`, whether it is the `first` run's,
+    `reasoned`, hits (`hit@1`, `hit@5`, `hit` at the row's own k), and those of the first run (`first@1`, `first@5`).
+    """
+    frames = []
+    for number, run in enumerate(runs):
+        frame = pd.DataFrame([run.judged[key] for key in keys])
+        hits = {f"hit@{k}": run.hits(keys, k) for k in (1, 5)} | {f"first@{k}": runs[0].hits(keys, k) for k in (1, 5)}
+        frame = frame.assign(run=run.label, first=number == 0, hit=run.hits(keys), **hits)
+        steps, reasoned = frame["steps"].fillna(-1).astype(int), (frame["route"] == "reason").astype(float)
+        frames.append(frame.assign(steps=steps, reasoned=reasoned, exact=frame["exact"].astype(object)))
+    return pd.concat(frames, ignore_index=True)
 
 
-def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
-    found = [key for key in keys if run.steps(key) >= 0]
-    if not found:
-        raise InputError(f"{run.folder}: no query has a label with its number of steps; this report needs labelled data")
-    return found
-
-
-def _between(run: ScoredRun, keys: Iterable[Key], low: int, high: int) -> list[Key]:
-    return [key for key in keys if low <= run.steps(key) <= high]
-
-
-def _split(run: ScoredRun, keys: Sequence[Key]) -> tuple[list[Key], list[Key]]:
-    """Simple and complex queries."""
-    return _between(run, keys, 0, 1), _between(run, keys, 2, 99)
-
-
-def _steps_table(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]]) -> str:
+def measure(queries: pd.DataFrame, by: list[str], hit: str) -> pd.DataFrame:
+    """One line a group: its `queries`, the `mean` of one of the hits with its interval (`low`, `high`), and mean `tokens`."""
     lines = [
-        "| steps | run | n | R@1 | R@5 | R@1 to first | R@5 to first | reasoned | exactly right |",
-        "|---|---|---:|---|---|---|---|---:|---:|",
+        {
+            **dict(zip(by, key, strict=True)),
+            "queries": len(own),
+            **asdict(bootstrap_mean(own[hit])),
+            "tokens": own["tokens"].mean(),
+        }
+        for key, own in queries.groupby(by, sort=False)
     ]
-    for name, keys in sets.items():
-        for run in runs if keys else ():
-            apart = [_difference(run, runs[0], keys, k) for k in (1, 5)]
-            cells = [name, _cell(run.label), str(len(keys)), *(_mean(run.hits(keys, k)) for k in (1, 5)), *apart]
-            lines.append(f"| {' | '.join(cells)} | {_share(run.reasoned(keys).mean())} | {_share(_exact_share(run, keys))} |")
-    return "\n".join(lines) + "\n"
+    return pd.DataFrame(lines)
 
 
-def _rows_table(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> str:
-    """R@1 of every row and group, so that a gain or loss can be traced to where it comes from."""
-    lines = ["| row | steps | n | " + " | ".join(_cell(run.label) for run in runs) + " |"]
-    lines.append("|---|---|---:|" + "---:|" * len(runs))
-    for row in dict.fromkeys(key[0] for key in keys):
-        for name, low, high in GROUPS:
-            if own := _between(runs[0], [key for key in keys if key[0] == row], low, high):
-                cells = " | ".join(_percent(run.hits(own, 1).mean()) for run in runs)
-                lines.append(f"| {row} | {name} | {len(own)} | {cells} |")
-    return "\n".join(lines) + "\n"
+def between(queries: pd.DataFrame, steps: tuple[int, int]) -> pd.DataFrame:
+    return queries[queries["steps"].between(*steps)]
 
 
-def _right_reasoning(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]]) -> str:
-    """R@1 where the reasoning is exactly right and where it is not, with the first run on the very same queries."""
-    lines = [
-        "## R@1 where the written reasoning is exactly right, and where it is not\n",
-        "| run | steps | reasoning | n | R@1 | first run, same queries |",
-        "|---|---|---|---:|---|---|",
-    ]
-    found = 0
-    for run in runs:
-        for name, keys in sets.items():
-            written = [key for key in keys if run.judged[key].route == "reason" and run.judged[key].exact is not None]
-            for right, word in ((True, "right"), (False, "wrong")):
-                if own := [key for key in written if run.judged[key].exact is right]:
-                    found += 1
-                    reference = "–" if run is runs[0] else _mean(runs[0].hits(own, 1))
-                    lines.append(
-                        f"| {_cell(run.label)} | {name} | {word} | {len(own)} | {_mean(run.hits(own, 1))} | {reference} |"
-                    )
-    return "\n".join(lines) + "\n" if found else ""
+def figure(values: Any, form: str = ".1f") -> Markup:
+    """The mean of shares in per cent, with its interval."""
+    share = bootstrap_mean(values)
+    return Markup(f"{100 * share.mean:{form}} [{100 * share.low:{form}}, {100 * share.high:{form}}]")
 
 
-def _route_line(run: ScoredRun, first: ScoredRun, keys: Sequence[Key], rows: Sequence[str]) -> str:
-    tokens = float(np.mean([run.judged[key].tokens for key in keys]))
-    scored = run.results["routes"][run.route]
-    speeds = [(scored[row]["queries"], scored[row]["queries_per_second"]) for row in rows]
-    known = speeds and all(speed > 0 for _, speed in speeds)
-    speed = sum(count for count, _ in speeds) / sum(count / speed for count, speed in speeds) if known else None
-    hits = f"{_mean(run.hits(keys, 1))} | {_difference(run, first, keys, 1)} | {_percent(run.hits(keys).mean())}"
-    return (
-        f"| {run.route} | {hits} | {tokens:.1f} "
-        f"| {_share(run.reasoned(keys).mean())} | {'–' if speed is None else f'{speed:.1f}'} |"
-    )
-
-
-def _rows_of_kind(run: ScoredRun, keys: Sequence[Key], number: int) -> tuple[list[str], float]:
-    """The rows with at least half of their queries simple (0) or complex (1), and the share of that kind in them."""
-    rows: list[str] = []
-    right = total = 0
-    for name in dict.fromkeys(key[0] for key in keys):
-        own = [key for key in keys if key[0] == name]
-        count = len(_split(run, own)[number])
-        if 2 * count >= len(own):
-            rows, right, total = [*rows, name], right + count, total + len(own)
-    return rows, right / total if total else 0.0
-
-
-def _exact_share(run: ScoredRun, keys: Sequence[Key]) -> float | None:
-    """None where no query of these reasons or none has a reasoning in its label."""
-    judged = [run.judged[key] for key in keys]
-    exact = [one.exact for one in judged if one.exact is not None]
-    return float(np.mean(exact)) if exact and any(one.route == "reason" for one in judged) else None
-
-
-def _plot(runs: Sequence[ScoredRun], sets: Mapping[str, Sequence[Key]], file: Path) -> None:
-    """Recall@1 against steps, one line with error bars a run; the same input gives the same bytes."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the plot needs matplotlib; install it with `pip install 'traceir[learn]'`") from error
-    with rc_context({"svg.hashsalt": "traceir", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.add_subplot()
-        for number, run in enumerate(runs):
-            hits = [run.hits(keys, 1) for keys in sets.values()]
-            means, bounds = [100 * float(own.mean()) for own in hits], [interval(own) for own in hits]
-            below = [max(0.0, mean - 100 * low) for mean, (low, _) in zip(means, bounds, strict=True)]
-            above = [max(0.0, 100 * high - mean) for mean, (_, high) in zip(means, bounds, strict=True)]
-            places = [int(name) + 0.06 * (number - (len(runs) - 1) / 2) for name in sets]
-            axes.errorbar(places, means, yerr=[below, above], marker="o", capsize=3, label=run.label)
-        axes.set_xticks([int(name) for name in sets], [f"{name}\nn = {len(keys)}" for name, keys in sets.items()])
-        axes.set(xlabel="dependent steps a query needs", ylabel="recall@1, %", ylim=(0, 103))
-        axes.grid(axis="y", alpha=0.3)
-        axes.legend()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-
-
-def _header(runs: Sequence[ScoredRun]) -> str:
-    about = runs[0].results
-    extent = f"the first {about['limit']} queries of each row" if about.get("limit") else "all queries"
-    lines = [f"Data {about.get('data') or '(no fingerprint)'}, split {about.get('split')}, {extent}.\n"]
-    for run in runs:
-        threshold = run.results.get("threshold")
-        knob = "" if threshold is None else f", threshold {threshold}"
-        lines.append(f"- {_cell(run.label)}: model {run.results.get('model')}, route {run.route}{knob}")
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_file(out: Path) -> Path:
+def markdown_file(out: Path) -> Path:
     if out.suffix != ".md" or out.is_dir():
         raise InputError(f"{out} must name a Markdown file that ends in .md")
     return out
 
 
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
+    labelled = [key for key in keys if run.steps(key) >= 0]
+    if not labelled:
+        raise InputError(f"{run.folder}: no query has a label with its number of steps; this report needs labelled data")
+    return labelled
 
 
-def _mean(values: Values) -> str:
-    low, high = interval(values)
-    return f"{_percent(values.mean())} [{_percent(low)}, {_percent(high)}]"
+def _by_run(queries: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
+    return queries.groupby("run", sort=False)
 
 
-def _difference(run: ScoredRun, first: ScoredRun, keys: Sequence[Key], k: int) -> str:
-    if run is first:
+def _share(values: pd.Series) -> str:
+    return percent(values.mean()) if len(values) else "–"
+
+
+def _difference(own: pd.DataFrame, k: int) -> str:
+    """Of one run to the first."""
+    return "–" if own["first"].all() else figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
+
+
+def _steps_table(sets: Sequence[tuple[str, pd.DataFrame]]) -> Markup:
+    """The last column is known where a query of these reasons and one has a reasoning in its label."""
+    lines = [
+        [name, label, len(own), figure(own["hit@1"]), figure(own["hit@5"]), _difference(own, 1), _difference(own, 5),
+         _share(own["reasoned"]), _share(own["exact"].dropna() if own["reasoned"].any() else own["exact"][:0])]
+        for name, queries in sets
+        for label, own in _by_run(queries)
+    ]  # fmt: skip
+    header = ["steps", "run", "n", "R@1", "R@5", "R@1 to first", "R@5 to first", "reasoned", "exactly right"]
+    return table(lines, map(_head, header), "--r----rr")
+
+
+def _rows_table(queries: pd.DataFrame) -> Markup:
+    """R@1 of every row and group, so that a gain or loss can be traced to where it comes from."""
+    lines = []
+    for row, own in queries.groupby("row", sort=False):
+        for name, bounds in GROUPS.items():
+            shares = [
+                (len(hits), f"{100 * hits.mean():.1f}") for _, hits in between(own, bounds).groupby("run", sort=False)["hit@1"]
+            ]
+            if shares:
+                lines.append([row, name, shares[0][0], *(share for _, share in shares)])
+    labels = list(queries["run"].unique())
+    return table(lines, ["row", "steps", "n", *labels], "--r" + "r" * len(labels))
+
+
+def _right_reasoning(sets: Sequence[tuple[str, pd.DataFrame]]) -> Markup | None:
+    """R@1 where the reasoning is exactly right and where it is not, with the first run on the very same queries."""
+    written = [(name, own[(own["route"] == "reason") & own["exact"].notna()]) for name, own in sets]
+    labels = pd.concat([own for _, own in sets])["run"].unique()
+    lines = [
+        [label, name, word, len(own), figure(own["hit@1"]), "–" if own["first"].all() else figure(own["first@1"])]
+        for label in labels
+        for name, queries in written
+        for right, word in ((True, "right"), (False, "wrong"))
+        if len(own := queries[(queries["run"] == label) & (queries["exact"] == right)])
+    ]
+    header = ["run", "steps", "reasoning", "n", "R@1", "first run, same queries"]
+    return table(lines, map(_head, header), "---r--") if lines else None
+
+
+def _head(name: str) -> Markup:
+    return Markup(name)
+
+
+def _kind_of_queries(routes: Mapping[str, Any], queries: pd.DataFrame, bounds: tuple[int, int]) -> dict[str, Any]:
+    """The table of one kind of queries by route, how many they are, and the rows that are mostly so."""
+    own = between(queries, bounds)
+    count = int(own["first"].sum())
+    if not count:
+        return {"count": 0}
+    first = queries[queries["first"]]
+    shares = first["steps"].between(*bounds).groupby(first["row"], sort=False).mean()
+    rows = list(shares[shares >= 0.5].index)
+    lines = [
+        [route, figure(part["hit@1"]), _difference(part, 1), f"{100 * part['hit'].mean():.1f}", f"{part['tokens'].mean():.1f}",
+         _share(part["reasoned"]), _speed([routes[route][row] for row in rows])]
+        for route, part in _by_run(own)
+    ]  # fmt: skip
+    header = ["route", "R@1", f"R@1 to {lines[0][0]}", "row metric", "tokens/query", "reasoned", "queries/s"]
+    pure = first[first["row"].isin(rows)]["steps"].between(*bounds).mean()
+    return {"count": count, "table": table(lines, map(_head, header), "---rrrr"), "rows": len(rows), "purity": pure}
+
+
+def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Queries per second over these rows; a dash where one is not known."""
+    if not rows or any(row["queries_per_second"] <= 0 for row in rows):
         return "–"
-    apart = run.hits(keys, k) - first.hits(keys, k)
-    low, high = interval(apart)
-    return f"{100 * apart.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}"
-
-
-def _share(share: float | None) -> str:
-    return "–" if share is None else f"{_percent(share)} %"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    seconds = sum(row["queries"] / row["queries_per_second"] for row in rows)
+    return f"{sum(row['queries'] for row in rows) / seconds:.1f}"
