@@ -59,8 +59,8 @@ def fake_score(run: Run) -> dict[str, Any]:
 
 def made_up(ranks: list[int], routes: tuple[Route, ...] = ("auto",)) -> dict[str, Any]:
     shares = {f"hit@{k}": float(np.mean([rank <= k for rank in ranks])) for k in (1, 5, 10)}
-    rest = {"reasoned": 0.5, "tokens_per_query": 8.0, "truncated": 0.0, "exact": None, "ranks": ranks}
-    return {"data": "data-1", "routes": {route: dict.fromkeys(ROWS, {"queries": 4, **shares, **rest}) for route in routes}}
+    own = {"queries": 4, **shares, "reasoned": 0.5, "tokens_per_query": 8.0, "truncated": 0.0, "exact": None, "ranks": ranks}
+    return {"data": "data-1", "routes": {route: dict.fromkeys(ROWS, own) for route in routes}}
 
 
 def run_all(out: Path, base: TrainConfig, **options: Any) -> Any:

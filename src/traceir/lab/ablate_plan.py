@@ -124,7 +124,7 @@ def check_result(run: Run) -> None:
 def write_plan(out: Path, base: TrainConfig, seeds: Sequence[int], rows: Sequence[str]) -> None:
     """ablation.json, or the check that the one in `out` is of the same base configuration and rows; its seeds are added up."""
     file = out / "ablation.json"
-    plan = {"format": FORMAT, "base": _decisive(base), "seeds": sorted(set(seeds)), "rows": list(rows)}
+    plan: dict[str, Any] = {"format": FORMAT, "base": _decisive(base), "seeds": sorted(set(seeds)), "rows": list(rows)}
     if file.is_file():
         old = read_result(file)
         if changed := _changes(plan["base"] | modern(old["base"]), plan["base"]):

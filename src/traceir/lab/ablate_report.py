@@ -22,7 +22,6 @@ from traceir.data.report import render
 from traceir.errors import DataError, InputError
 from traceir.evaluation.judged import describe_machine
 from traceir.evaluation.metrics import Interval, bootstrap_difference
-from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, obstacle, read_result
 from traceir.lab.ablations import TABLES, Claim, Comparison, Kind, Line, Metric, Table
@@ -104,10 +103,9 @@ def write_report(out: Path, target: Path, *, tables: Sequence[Table] = TABLES, c
     results = read_results(out)
     for table in tables:
         write_whole(target / f"{table.id}.svg", _plot(results, table))
-        page = _page("ablation_table", results, [table], **_table_values(results, table))
-        write_whole(target / f"{table.id}.md", page)
+        write_whole(target / f"{table.id}.md", _table_page(results, table))
     write_whole(target / "runs.json", json.dumps(_figures(results, tables), indent=1) + "\n")
-    write_whole(target / "README.md", _page("ablations", results, tables, **_index_values(results, out, command)))
+    write_whole(target / "README.md", _index_page(results, tables, out, command))
     return target / "README.md"
 
 
@@ -195,75 +193,37 @@ def _details(results: Results, compared: Compared) -> str:
 
 
 def _page(template: str, results: Results, tables: Sequence[Table], **values: object) -> str:
-    """A page that has runs that are done of all planned, and each table with the sentences of its claims."""
-    told = [(table, [_sentence(results, table, claim) for claim in table.claims]) for table in tables]
-    return render(f"lab/templates/{template}.md.j2", results=results, done=results.count(tables), tables=told, **values)
+    """A page of a template that gets the runs that are done of all planned, and each table with the sentences of its claims."""
+    claims = [(table, [_sentence(results, table, claim) for claim in table.claims]) for table in tables]
+    return render(f"lab/templates/{template}.md.j2", results=results, done=results.count(tables), tables=claims, **values)
 
 
-def _index_values(results: Results, out: Path, command: str) -> dict[str, object]:
-    """README.md also has the machines, what failed last time and was not done since, and the base configuration."""
+def _index_page(results: Results, tables: Sequence[Table], out: Path, command: str) -> str:
+    """README.md: every claim, and what failed last time and was not done since."""
     files = [file for file in sorted((out / "runs").glob("*/seed*/failed.json")) if not file.with_name("result.json").is_file()]
-    return {
-        "machines": sorted({str(run["machine"]) for run in results.runs.values()}) or [describe_machine()],
-        "failures": {f"{file.parents[1].name}, {file.parent.name}": json.loads(file.read_text())["reason"] for file in files},
-        "base": json.dumps(results.plan["base"], indent=1, sort_keys=True),
-        "command": command,
-    }
+    failures = {f"{file.parents[1].name}, {file.parent.name}": json.loads(file.read_text())["reason"] for file in files}
+    machines = sorted({str(run["machine"]) for run in results.runs.values()}) or [describe_machine()]
+    return _page("ablations", results, tables, failures=failures, machines=machines, command=command)
 
 
-def _table_values(results: Results, table: Table) -> dict[str, object]:
-    """The page of a table also has recall on both rows, and what it costs."""
-    recalls = ["variant", "seeds", *RECALLS, f"R@5 to {_cell(table.against)}", "the paper: R@1 / R@5 / R@10"]
-    costs = ["variant", "reasoned, complex / simple", "tokens", "exact", "training, s"]
-    costs += ["speed, complex / simple"] if table.speed is not None else []
-    rows = {kind: [_recall_row(results, table, line, kind) for line in table.lines] for kind in PAPER_DATA}
-    return {
-        "skipped": {
-            run.name: reason for run in table.variants if (reason := obstacle(run)) and (run.name, 0) not in results.runs
-        },
-        "recalls": {kind: markdown_table(recalls, "lrlllll", own) for kind, own in rows.items()},
-        "costs": markdown_table(
-            costs, "lrrrrl"[: len(costs)], [_cost_row(results, table, line)[: len(costs)] for line in table.lines]
-        ),
-    }
+def _table_page(results: Results, table: Table) -> str:
+    """One table: its claims, the plot, recall on both rows, what it costs."""
 
+    def shown(line: Line, kind: Kind, metric: Metric) -> str:
+        values = list(results.values(table, line, kind, metric).values())
+        return t_interval(values).shown(".2f" if metric == "speed" else ".1f") if values else "not run"
 
-def _recall_row(results: Results, table: Table, line: Line, kind: Kind) -> list[str | None]:
-    values = [list(results.values(table, line, kind, metric).values()) for metric in RECALLS]
-    shown = [t_interval(own).shown() if own else "not run" for own in values]
-    seeds = compare(results, table, Comparison(line.label, table.against, kind, MAIN)).seeds
-    apart = "not run" if seeds is None else seeds.shown("+.1f")
-    paper = [f"{line.paper[kind, metric]:.2f}" if (kind, metric) in line.paper else "–" for metric in RECALLS]
-    known = " / ".join(paper) if set(paper) != {"–"} else None
-    return [_cell(line.label), str(len(values[0])), *shown, None if line.label == table.against else apart, known]
+    def apart(line: Line, kind: Kind) -> str:
+        seeds = compare(results, table, Comparison(line.label, table.against, kind, MAIN)).seeds
+        return "not run" if seeds is None else seeds.shown("+.1f")
 
+    def cost(line: Line, kind: Kind) -> pd.DataFrame:
+        seconds = [run["seconds"]["train"] for run in results.of(line.variant.name).values()]
+        return pd.DataFrame(list(results.entries(line, kind).values())).assign(seconds=seconds)
 
-def _cost_row(results: Results, table: Table, line: Line) -> list[str | None]:
-    own = [pd.DataFrame(list(results.entries(line, kind).values())) for kind in PAPER_DATA]
-    if own[0].empty:
-        return [_cell(line.label), "not run", "", "", "", ""]
-    exact = own[0]["exact"].dropna().astype(float)
-    seconds = [run["seconds"]["train"] for run in results.of(line.variant.name).values()]
-    return [
-        _cell(line.label),
-        " / ".join(f"{100 * entries['reasoned'].mean():.0f} %" for entries in own),
-        f"{own[0]['tokens_per_query'].mean():.1f}",
-        f"{100 * exact.mean():.1f} %" if len(exact) else None,
-        f"{fmean(seconds):.0f}" if line.variant.work == "train" else None,
-        " / ".join(_speed(results, table, line, kind) for kind in PAPER_DATA),
-    ]
-
-
-def _speed(results: Results, table: Table, line: Line, kind: Kind) -> str:
-    values = list(results.values(table, line, kind, "speed").values())
-    paper = line.paper.get((kind, "speed"))
-    return (t_interval(values).shown(".2f") if values else "not run") + (
-        f" (the paper: {paper:.2f})" if paper is not None else ""
-    )
-
-
-def _cell(label: str) -> str:
-    return label.replace("|", "\\|")
+    skipped = {run.name: reason for run in table.variants if (reason := obstacle(run)) and (run.name, 0) not in results.runs}
+    functions = {"shown": shown, "apart": apart, "cost": cost}
+    return _page("ablation_table", results, [table], recalls=RECALLS, kinds=list(PAPER_DATA), skipped=skipped, **functions)
 
 
 def _plot(results: Results, table: Table) -> str:

@@ -101,7 +101,8 @@ def choose_tables(names: Sequence[str]) -> list[Table]:
 
 
 def _variant(name: str, about: Mapping[str, Any]) -> Variant:
-    return Variant(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
+    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in about.items()}
+    return Variant(name, **fields)
 
 
 def _table(about: Mapping[str, Any]) -> Table:

@@ -16,16 +16,15 @@ from typing import Final
 
 import numpy as np
 import torch
-from markupsafe import Markup
 from torch.nn import functional
 
 from traceir.data import mbeir
 from traceir.data.report import render
-from traceir.data.report import table as markdown_table
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.evaluate import choose_tasks
 from traceir.evaluation.metrics import rank_positives
+from traceir.evaluation.tables import markdown_table, percent
 from traceir.files import write_whole
 from traceir.items import Query, Vector
 from traceir.prompts import completion_text
@@ -103,12 +102,10 @@ def table(probes: Sequence[Probe], model: str) -> str:
     everything = [_pool([one for one in probes if one.kind == kind]) for kind in KINDS]
     lines = []
     for one in [*everything, *probes]:
-        other = "" if one.hit_1_of_other is None else f"{100 * one.hit_1_of_other:.1f}"
-        hits = f"{100 * one.hit_1:.1f}", f"{100 * one.hit_k:.1f}"
-        lines.append([Markup(one.row), one.kind, one.queries, *hits, f"{one.cosine:.3f}", other])
+        other = "" if one.hit_1_of_other is None else percent(one.hit_1_of_other)
+        lines.append([one.row, one.kind, one.queries, percent(one.hit_1), percent(one.hit_k), f"{one.cosine:.3f}", other])
     header = ["row", "reasoning", "queries", "R@1", "R@k", "cosine to own", "first hit is the other's target"]
-    rows = markdown_table(lines, list(map(Markup, header)), "--rrrrr")
-    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, rows=rows)
+    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, rows=markdown_table(header, "llrrrrr", lines))
 
 
 def _probe_row(
@@ -125,7 +122,7 @@ def _probe_row(
     candidates = list(mbeir.read_pool(task.pool_path))
     items = [mbeir.to_item(candidate, data) for candidate in candidates]
     pool_ND = np.stack([one.vector for one in encoder.encode_items(items, progress=progress)])
-    records, queries, encodings = ([own[n] for n in kept] for own in (records, queries, encodings))
+    records, queries, encodings = [records[n] for n in kept], [queries[n] for n in kept], [encodings[n] for n in kept]
     own_QD = np.stack([encoding.vector for encoding in encodings])
     relevant, dids = mbeir.read_relevant(task), np.array([candidate.did for candidate in candidates])
     targets = [list(relevant.get(record.qid, set()) | set(record.positives)) for record in records]

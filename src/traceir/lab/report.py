@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
-from markupsafe import Markup
 
-from traceir.data.report import percent, render, table
+from traceir.data.report import escape, percent, render
 from traceir.errors import InputError
 from traceir.evaluation.metrics import RESAMPLES, SEED, bootstrap_mean
 from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_results, read_run, same_queries
+from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.items import ROUTES
 from traceir.lab.plots import plot_steps
@@ -65,14 +65,14 @@ def steps_report(runs: Mapping[str, tuple[Path, str]], out: Path) -> Path:
     plot = markdown_file(out).with_suffix(".svg")
     read = [read_run(Path(folder), route, label) for label, (folder, route) in runs.items()]
     queries = outcomes(read, _labelled(read[0], same_queries(read)))
-    by_steps = [(str(steps), own) for steps, own in queries.groupby("steps")]
-    by_group = [(name, between(queries, bounds)) for name, bounds in GROUPS.items()]
+    by_steps = {str(steps): own for steps, own in queries.groupby("steps")}
+    by_group = {name: between(queries, bounds) for name, bounds in GROUPS.items()}
     write_whole(plot, plot_steps(measure(queries, ["run", "steps"], "hit@1").sort_values("steps", kind="stable")))
     text = render(
         "lab/templates/steps.md.j2",
         runs=read,
         plot=plot.name,
-        groups=_steps_table([*by_group, ("all", queries)]),
+        groups=_steps_table(by_group | {"all": queries}),
         by_steps=_steps_table(by_steps),
         right=_right_reasoning(by_group),
         rows=_rows_table(queries),
@@ -87,20 +87,20 @@ def routing_report(folder: Path) -> str:
     """Routing of route `auto`, query by query against the label, as Markdown: each row, all rows, the mixed rows."""
     run = read_run(folder, "auto")
     queries = outcomes([run], _labelled(run, run.judged))
-    rows: dict[object, pd.DataFrame] = dict(iter(queries.groupby("row", sort=False)))
+    rows = {str(name): own for name, own in queries.groupby("row", sort=False)}
     mixed = [name for name, own in rows.items() if all(len(between(own, bounds)) for bounds in SPLIT.values())]
-    rows[Markup("**all mixed rows**")] = queries[queries["row"].isin(mixed)]
-    rows[Markup("**all rows**")] = queries
+    rows |= {"**all mixed rows**": queries[queries["row"].isin(mixed)], "**all rows**": queries}
     lines, broken = [], []
     for name, own in rows.items():
         simple, complex_ = (between(own, bounds)["reasoned"] for bounds in SPLIT.values())
         mark = "mixed" if name in (*mixed, "**all mixed rows**") else ""
         lines.append([name, mark, len(simple), _share(simple), len(complex_), _share(complex_)])
         if simple.mean() > MAX_SIMPLE_REASON or complex_.mean() < MIN_COMPLEX_REASON:
-            broken.append(str(name).strip("*"))
-    bounds = {"most": 100 * MAX_SIMPLE_REASON, "least": 100 * MIN_COMPLEX_REASON}
+            broken.append(name.strip("*"))
     header = ["row", "", "simple", "of these reason", "complex", "of these reason"]
-    return render("lab/templates/routing.md.j2", runs=[run], table=table(lines, header, "--rrrr"), broken=broken, **bounds)
+    bounds = {"most": 100 * MAX_SIMPLE_REASON, "least": 100 * MIN_COMPLEX_REASON}
+    text = markdown_table(header, "llrrrr", lines)
+    return render("lab/templates/routing.md.j2", runs=[run], table=text, broken=broken, **bounds)
 
 
 def routes_report(folder: Path) -> str:
@@ -122,16 +122,17 @@ def routes_report(folder: Path) -> str:
 
 
 def outcomes(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> pd.DataFrame:
-    """One line a run and query: the fields of Judged with steps -1 where there is no label, `run`, whether it is the `first` run's,
-    `reasoned`, hits (`hit@1`, `hit@5`, `hit` at the row's own k), and those of the first run (`first@1`, `first@5`).
+    """One line a run and query: the fields of Judged (steps -1 without a label), `run`, `first` (whether it is the first run's),
+    `reasoned`, hits (`hit@1`, `hit@5`, and `hit` at the row's own k), and those of the first run (`first@1`, `first@5`).
     """
     frames = []
-    for number, run in enumerate(runs):
-        frame = pd.DataFrame([run.judged[key] for key in keys])
+    for run in runs:
+        frame = pd.DataFrame([run.judged[key] for key in keys]).astype({"exact": object})
         hits = {f"hit@{k}": run.hits(keys, k) for k in (1, 5)} | {f"first@{k}": runs[0].hits(keys, k) for k in (1, 5)}
-        frame = frame.assign(run=run.label, first=number == 0, hit=run.hits(keys), **hits)
         steps, reasoned = frame["steps"].fillna(-1).astype(int), (frame["route"] == "reason").astype(float)
-        frames.append(frame.assign(steps=steps, reasoned=reasoned, exact=frame["exact"].astype(object)))
+        frames.append(
+            frame.assign(run=run.label, first=run is runs[0], steps=steps, reasoned=reasoned, hit=run.hits(keys), **hits)
+        )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -153,10 +154,10 @@ def between(queries: pd.DataFrame, steps: tuple[int, int]) -> pd.DataFrame:
     return queries[queries["steps"].between(*steps)]
 
 
-def figure(values: Any, form: str = ".1f") -> Markup:
+def figure(values: pd.Series, form: str = ".1f") -> str:
     """The mean of shares in per cent, with its interval."""
     share = bootstrap_mean(values)
-    return Markup(f"{100 * share.mean:{form}} [{100 * share.low:{form}}, {100 * share.high:{form}}]")
+    return f"{100 * share.mean:{form}} [{100 * share.low:{form}}, {100 * share.high:{form}}]"
 
 
 def markdown_file(out: Path) -> Path:
@@ -172,86 +173,77 @@ def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
     return labelled
 
 
-def _by_run(queries: pd.DataFrame) -> Iterable[tuple[Any, pd.DataFrame]]:
-    return queries.groupby("run", sort=False)
+def _share(values: pd.Series) -> str | None:
+    return percent(values.mean()) if len(values) else None
 
 
-def _share(values: pd.Series) -> str:
-    return percent(values.mean()) if len(values) else "–"
-
-
-def _difference(own: pd.DataFrame, k: int) -> str:
+def _difference(own: pd.DataFrame, k: int) -> str | None:
     """Of one run to the first."""
-    return "–" if own["first"].all() else figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
+    return None if own["first"].all() else figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
 
 
-def _steps_table(sets: Sequence[tuple[str, pd.DataFrame]]) -> Markup:
+def _steps_table(sets: Mapping[str, pd.DataFrame]) -> str:
     """The last column is known where a query of these reasons and one has a reasoning in its label."""
-    lines = [
-        [name, label, len(own), figure(own["hit@1"]), figure(own["hit@5"]), _difference(own, 1), _difference(own, 5),
-         _share(own["reasoned"]), _share(own["exact"].dropna() if own["reasoned"].any() else own["exact"][:0])]
-        for name, queries in sets
-        for label, own in _by_run(queries)
-    ]  # fmt: skip
+    lines = []
+    for name, queries in sets.items():
+        for label, own in queries.groupby("run", sort=False):
+            hits = figure(own["hit@1"]), figure(own["hit@5"]), _difference(own, 1), _difference(own, 5)
+            exact = own["exact"].dropna() if own["reasoned"].any() else own["exact"][:0]
+            lines.append([name, escape(label), len(own), *hits, _share(own["reasoned"]), _share(exact)])
     header = ["steps", "run", "n", "R@1", "R@5", "R@1 to first", "R@5 to first", "reasoned", "exactly right"]
-    return table(lines, map(_head, header), "--r----rr")
+    return markdown_table(header, "llrllllrr", lines)
 
 
-def _rows_table(queries: pd.DataFrame) -> Markup:
+def _rows_table(queries: pd.DataFrame) -> str:
     """R@1 of every row and group, so that a gain or loss can be traced to where it comes from."""
     lines = []
     for row, own in queries.groupby("row", sort=False):
         for name, bounds in GROUPS.items():
-            shares = [
-                (len(hits), f"{100 * hits.mean():.1f}") for _, hits in between(own, bounds).groupby("run", sort=False)["hit@1"]
-            ]
-            if shares:
-                lines.append([row, name, shares[0][0], *(share for _, share in shares)])
-    labels = list(queries["run"].unique())
-    return table(lines, ["row", "steps", "n", *labels], "--r" + "r" * len(labels))
+            hits = between(own, bounds).groupby("run", sort=False)["hit@1"]
+            if len(hits):
+                lines.append([row, name, int(hits.size().iloc[0]), *(f"{100 * share:.1f}" for share in hits.mean())])
+    labels = [escape(label) for label in queries["run"].unique()]
+    return markdown_table(["row", "steps", "n", *labels], "llr" + "r" * len(labels), lines)
 
 
-def _right_reasoning(sets: Sequence[tuple[str, pd.DataFrame]]) -> Markup | None:
+def _right_reasoning(sets: Mapping[str, pd.DataFrame]) -> str:
     """R@1 where the reasoning is exactly right and where it is not, with the first run on the very same queries."""
-    written = [(name, own[(own["route"] == "reason") & own["exact"].notna()]) for name, own in sets]
-    labels = pd.concat([own for _, own in sets])["run"].unique()
-    lines = [
-        [label, name, word, len(own), figure(own["hit@1"]), "–" if own["first"].all() else figure(own["first@1"])]
-        for label in labels
-        for name, queries in written
-        for right, word in ((True, "right"), (False, "wrong"))
-        if len(own := queries[(queries["run"] == label) & (queries["exact"] == right)])
-    ]
+    labelled = pd.concat([own.assign(group=name) for name, own in sets.items()])
+    written = labelled[(labelled["route"] == "reason") & labelled["exact"].notna()]
+    lines = []
+    for label in labelled["run"].unique():
+        for name in sets:
+            for right, word in ((True, "right"), (False, "wrong")):
+                own = written[(written["run"] == label) & (written["group"] == name) & (written["exact"] == right)]
+                if len(own):
+                    first = None if own["first"].all() else figure(own["first@1"])
+                    lines.append([escape(label), name, word, len(own), figure(own["hit@1"]), first])
     header = ["run", "steps", "reasoning", "n", "R@1", "first run, same queries"]
-    return table(lines, map(_head, header), "---r--") if lines else None
-
-
-def _head(name: str) -> Markup:
-    return Markup(name)
+    return markdown_table(header, "lllrll", lines) if lines else ""
 
 
 def _kind_of_queries(routes: Mapping[str, Any], queries: pd.DataFrame, bounds: tuple[int, int]) -> dict[str, Any]:
     """The table of one kind of queries by route, how many they are, and the rows that are mostly so."""
-    own = between(queries, bounds)
-    count = int(own["first"].sum())
-    if not count:
+    own, first = between(queries, bounds), queries[queries["first"]]
+    if own.empty:
         return {"count": 0}
-    first = queries[queries["first"]]
-    shares = first["steps"].between(*bounds).groupby(first["row"], sort=False).mean()
+    is_own = first["steps"].between(*bounds)
+    shares = is_own.groupby(first["row"], sort=False).mean()
     rows = list(shares[shares >= 0.5].index)
-    lines = [
-        [route, figure(part["hit@1"]), _difference(part, 1), f"{100 * part['hit'].mean():.1f}", f"{part['tokens'].mean():.1f}",
-         _share(part["reasoned"]), _speed([routes[route][row] for row in rows])]
-        for route, part in _by_run(own)
-    ]  # fmt: skip
+    lines = []
+    for route, part in own.groupby("run", sort=False):
+        means = f"{100 * part['hit'].mean():.1f}", f"{part['tokens'].mean():.1f}", _share(part["reasoned"])
+        lines.append(
+            [route, figure(part["hit@1"]), _difference(part, 1), *means, _speed([routes[str(route)][row] for row in rows])]
+        )
     header = ["route", "R@1", f"R@1 to {lines[0][0]}", "row metric", "tokens/query", "reasoned", "queries/s"]
-    pure = first[first["row"].isin(rows)]["steps"].between(*bounds).mean()
-    return {"count": count, "table": table(lines, map(_head, header), "---rrrr"), "rows": len(rows), "purity": pure}
+    text = markdown_table(header, "lllrrrr", lines)
+    return {"count": int(own["first"].sum()), "table": text, "rows": len(rows), "purity": is_own[first["row"].isin(rows)].mean()}
 
 
-def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
+def _speed(rows: Sequence[Mapping[str, Any]]) -> str | None:
     """Queries per second over these rows; a dash where one is not known."""
     if not rows or any(row["queries_per_second"] <= 0 for row in rows):
-        return "–"
+        return None
     seconds = sum(row["queries"] / row["queries_per_second"] for row in rows)
     return f"{sum(row['queries'] for row in rows) / seconds:.1f}"

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pandas as pd
 from markupsafe import Markup
 
-from traceir.data.report import percent, render, table
+from traceir.data.report import escape, percent, render
 from traceir.errors import InputError
 from traceir.evaluation.runs import ScoredRun, named_runs, read_run, same_queries
+from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.lab.plots import plot_cost, plot_rows
 from traceir.lab.report import measure, outcomes
@@ -25,7 +26,7 @@ SOURCE: Final = "arXiv 2603.02929v2, Table 1"
 SHOWN_BESIDE: Final = ("UniIR CLIP-SF", "LamRA-Ret", "TRACE")
 """Published methods in the tables."""
 CSV: Final = ["source", "run", "route", "row", "queries", "metric", "value", "low", "high", "tokens_per_query"]
-Cells = list[list[Any]]
+Cells = list[list[str]]
 """The lines of a table, its header first."""
 
 
@@ -42,13 +43,10 @@ def write_scoreboard(folders: Sequence[str | Path], out: Path) -> str:
     published = pd.read_csv(Path(__file__).with_name("published.csv"), index_col="row")
     rows, routing = _rows(measured, published), _routing(queries)
     about = {"runs": runs, "queries": int(queries["first"].sum()), "source": SOURCE}
-    bold = [Markup(f"**{cell}**") for cell in rows[-1]]
-    text = render(
-        "lab/templates/scoreboard.md.j2",
-        rows=table([*rows[1:-1], bold], rows[0], "-" + "r" * (len(rows[0]) - 1)),
-        routing=table(routing[1:], routing[0], "--rrr"),
-        **about,
-    )
+    header = [rows[0][0], *(escape(run.label) for run in runs), *rows[0][len(runs) + 1 :]]
+    marked = markdown_table(header, "l" + "r" * (len(header) - 1), [*rows[1:-1], [f"**{cell}**" for cell in rows[-1]]])
+    routes = markdown_table(routing[0], "llrrr", [[escape(line[0]), *line[1:]] for line in routing[1:]])
+    text = render("lab/templates/scoreboard.md.j2", rows=marked, routing=routes, **about)
     plots = [Markup(svg[svg.index("<svg") :]) for svg in (plot_rows(measured), plot_cost(queries))]
     page = render("lab/templates/scoreboard.html.j2", rows=rows, routing=routing, bars=plots[0], cost=plots[1], **about)
     write_whole(out.with_suffix(".csv"), _csv(measured, published, runs))
@@ -61,7 +59,7 @@ def _rows(measured: pd.DataFrame, published: pd.DataFrame) -> Cells:
     """Every row's own metric and the average; without a published figure the cell is a dash."""
     rows, labels = measured["row"].unique(), measured["run"].unique()
     beside = published.loc[:, list(SHOWN_BESIDE) if published.index.isin(rows).any() else []].reindex(rows)
-    lines: Cells = [["row", *labels, *(Markup(f"{method} (published)") for method in beside)]]
+    lines: Cells = [["row", *labels, *(f"{method} (published)" for method in beside)]]
     for row, own in measured.groupby("row", sort=False):
         shown = [
             Markup(f"{100 * one.mean:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]") for one in own.itertuples(name="Own")
@@ -84,7 +82,7 @@ def _routing(queries: pd.DataFrame) -> Cells:
     for label, own in queries.groupby("run", sort=False):
         for need, part in own.groupby(needs, observed=True):
             counts = [int((1 - part["reasoned"]).sum()), int(part["reasoned"].sum())]
-            shares = [Markup(f"{count} ({percent(count / len(part))})") for count in counts]
+            shares = [f"{count} ({percent(count / len(part))})" for count in counts]
             lines.append([label, need, *shares, f"{part['tokens'].mean():.1f}"])
     return lines
 
@@ -107,4 +105,4 @@ def _csv(measured: pd.DataFrame, published: pd.DataFrame, runs: Sequence[ScoredR
         "tokens_per_query": "{:.2f}",
     }.items():
         whole[column] = whole[column].map(form.format, na_action="ignore")
-    return whole.to_csv(index=False, lineterminator="\n")
+    return str(whole.to_csv(index=False, lineterminator="\n"))
