@@ -24,7 +24,6 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.evaluate import choose_tasks
 from traceir.evaluation.metrics import rank_positives
-from traceir.evaluation.tables import markdown_table, percent
 from traceir.files import write_whole
 from traceir.items import Query, Vector
 from traceir.prompts import completion_text
@@ -100,12 +99,7 @@ def encode_given(encoder: Encoder, queries: Sequence[Query], reasonings: Sequenc
 def table(probes: Sequence[Probe], model: str) -> str:
     """The probes as Markdown: all rows together, weighted by their queries, then each row."""
     everything = [_pool([one for one in probes if one.kind == kind]) for kind in KINDS]
-    lines = []
-    for one in [*everything, *probes]:
-        other = "" if one.hit_1_of_other is None else percent(one.hit_1_of_other)
-        lines.append([one.row, one.kind, one.queries, percent(one.hit_1), percent(one.hit_k), f"{one.cosine:.3f}", other])
-    header = ["row", "reasoning", "queries", "R@1", "R@k", "cosine to own", "first hit is the other's target"]
-    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, rows=markdown_table(header, "llrrrrr", lines))
+    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, probes=[*everything, *probes])
 
 
 def _probe_row(

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
+from markupsafe import Markup
 
-from traceir.data.report import escape, percent, render
+from traceir.data.report import percent, render
 from traceir.errors import InputError
 from traceir.evaluation.metrics import RESAMPLES, SEED, bootstrap_mean
 from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_results, read_run, same_queries
-from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.items import ROUTES
 from traceir.lab.plots import plot_steps
@@ -65,21 +65,12 @@ def steps_report(runs: Mapping[str, tuple[Path, str]], out: Path) -> Path:
     plot = markdown_file(out).with_suffix(".svg")
     read = [read_run(Path(folder), route, label) for label, (folder, route) in runs.items()]
     queries = outcomes(read, _labelled(read[0], same_queries(read)))
-    by_steps = {str(steps): own for steps, own in queries.groupby("steps")}
-    by_group = {name: between(queries, bounds) for name, bounds in GROUPS.items()}
+    groups = {name: between(queries, bounds) for name, bounds in GROUPS.items()}
+    steps = {str(count): own for count, own in queries.groupby("steps")}
     write_whole(plot, plot_steps(measure(queries, ["run", "steps"], "hit@1").sort_values("steps", kind="stable")))
-    text = render(
-        "lab/templates/steps.md.j2",
-        runs=read,
-        plot=plot.name,
-        groups=_steps_table(by_group | {"all": queries}),
-        by_steps=_steps_table(by_steps),
-        right=_right_reasoning(by_group),
-        rows=_rows_table(queries),
-        resamples=f"{RESAMPLES:,}",
-        seed=SEED,
-    )
-    write_whole(out, text)
+    written = queries[(queries["route"] == "reason") & queries["exact"].notna()]
+    values = {"written": written, "plot": plot.name, "resamples": f"{RESAMPLES:,}", "seed": SEED}
+    write_whole(out, _page("steps", read, queries=queries, groups=groups, steps=steps, bounds=GROUPS, **values))
     return out
 
 
@@ -90,17 +81,14 @@ def routing_report(folder: Path) -> str:
     rows = {str(name): own for name, own in queries.groupby("row", sort=False)}
     mixed = [name for name, own in rows.items() if all(len(between(own, bounds)) for bounds in SPLIT.values())]
     rows |= {"**all mixed rows**": queries[queries["row"].isin(mixed)], "**all rows**": queries}
-    lines, broken = [], []
-    for name, own in rows.items():
-        simple, complex_ = (between(own, bounds)["reasoned"] for bounds in SPLIT.values())
-        mark = "mixed" if name in (*mixed, "**all mixed rows**") else ""
-        lines.append([name, mark, len(simple), _share(simple), len(complex_), _share(complex_)])
-        if simple.mean() > MAX_SIMPLE_REASON or complex_.mean() < MIN_COMPLEX_REASON:
-            broken.append(name.strip("*"))
-    header = ["row", "", "simple", "of these reason", "complex", "of these reason"]
-    bounds = {"most": 100 * MAX_SIMPLE_REASON, "least": 100 * MIN_COMPLEX_REASON}
-    text = markdown_table(header, "llrrrr", lines)
-    return render("lab/templates/routing.md.j2", runs=[run], table=text, broken=broken, **bounds)
+    reasoned = {name: [between(own, bounds)["reasoned"] for bounds in SPLIT.values()] for name, own in rows.items()}
+    broken = [
+        name.strip("*")
+        for name, (simple, complex_) in reasoned.items()
+        if simple.mean() > MAX_SIMPLE_REASON or complex_.mean() < MIN_COMPLEX_REASON
+    ]
+    bounds = {"most": MAX_SIMPLE_REASON, "least": MIN_COMPLEX_REASON}
+    return _page("routing", [run], rows=reasoned, mixed=mixed, broken=broken, **bounds)
 
 
 def routes_report(folder: Path) -> str:
@@ -118,7 +106,7 @@ def routes_report(folder: Path) -> str:
     queries = outcomes(runs, _labelled(runs[0], [key for key in runs[0].judged if key in common]))
     kinds = {name: _kind_of_queries(results["routes"], queries, bounds) for name, bounds in SPLIT.items()}
     about = ScoredRun(folder.name, routes[0], folder, results, {})
-    return render("lab/templates/routes.md.j2", runs=[about], kinds=kinds)
+    return _page("routes", [about], kinds=kinds)
 
 
 def outcomes(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> pd.DataFrame:
@@ -154,12 +142,6 @@ def between(queries: pd.DataFrame, steps: tuple[int, int]) -> pd.DataFrame:
     return queries[queries["steps"].between(*steps)]
 
 
-def figure(values: pd.Series, form: str = ".1f") -> str:
-    """The mean of shares in per cent, with its interval."""
-    share = bootstrap_mean(values)
-    return f"{100 * share.mean:{form}} [{100 * share.low:{form}}, {100 * share.high:{form}}]"
-
-
 def markdown_file(out: Path) -> Path:
     if out.suffix != ".md" or out.is_dir():
         raise InputError(f"{out} must name a Markdown file that ends in .md")
@@ -173,77 +155,41 @@ def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
     return labelled
 
 
-def _share(values: pd.Series) -> str | None:
-    return percent(values.mean()) if len(values) else None
+def _page(template: str, runs: Sequence[ScoredRun], **values: object) -> str:
+    functions = {"between": between, "figure": _figure, "share": _share, "difference": _difference}
+    return render(f"lab/templates/{template}.md.j2", runs=runs, **functions, **values)
 
 
-def _difference(own: pd.DataFrame, k: int) -> str | None:
+def _figure(values: pd.Series, form: str = ".1f") -> Markup:
+    """The mean of shares in per cent, with its interval."""
+    share = bootstrap_mean(values)
+    return Markup(f"{100 * share.mean:{form}} [{100 * share.low:{form}}, {100 * share.high:{form}}]")
+
+
+def _share(values: pd.Series) -> str:
+    return percent(values.mean()) if len(values) else "–"
+
+
+def _difference(own: pd.DataFrame, k: int) -> str:
     """Of one run to the first."""
-    return None if own["first"].all() else figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
-
-
-def _steps_table(sets: Mapping[str, pd.DataFrame]) -> str:
-    """The last column is known where a query of these reasons and one has a reasoning in its label."""
-    lines = []
-    for name, queries in sets.items():
-        for label, own in queries.groupby("run", sort=False):
-            hits = figure(own["hit@1"]), figure(own["hit@5"]), _difference(own, 1), _difference(own, 5)
-            exact = own["exact"].dropna() if own["reasoned"].any() else own["exact"][:0]
-            lines.append([name, escape(label), len(own), *hits, _share(own["reasoned"]), _share(exact)])
-    header = ["steps", "run", "n", "R@1", "R@5", "R@1 to first", "R@5 to first", "reasoned", "exactly right"]
-    return markdown_table(header, "llrllllrr", lines)
-
-
-def _rows_table(queries: pd.DataFrame) -> str:
-    """R@1 of every row and group, so that a gain or loss can be traced to where it comes from."""
-    lines = []
-    for row, own in queries.groupby("row", sort=False):
-        for name, bounds in GROUPS.items():
-            hits = between(own, bounds).groupby("run", sort=False)["hit@1"]
-            if len(hits):
-                lines.append([row, name, int(hits.size().iloc[0]), *(f"{100 * share:.1f}" for share in hits.mean())])
-    labels = [escape(label) for label in queries["run"].unique()]
-    return markdown_table(["row", "steps", "n", *labels], "llr" + "r" * len(labels), lines)
-
-
-def _right_reasoning(sets: Mapping[str, pd.DataFrame]) -> str:
-    """R@1 where the reasoning is exactly right and where it is not, with the first run on the very same queries."""
-    labelled = pd.concat([own.assign(group=name) for name, own in sets.items()])
-    written = labelled[(labelled["route"] == "reason") & labelled["exact"].notna()]
-    lines = []
-    for label in labelled["run"].unique():
-        for name in sets:
-            for right, word in ((True, "right"), (False, "wrong")):
-                own = written[(written["run"] == label) & (written["group"] == name) & (written["exact"] == right)]
-                if len(own):
-                    first = None if own["first"].all() else figure(own["first@1"])
-                    lines.append([escape(label), name, word, len(own), figure(own["hit@1"]), first])
-    header = ["run", "steps", "reasoning", "n", "R@1", "first run, same queries"]
-    return markdown_table(header, "lllrll", lines) if lines else ""
+    return "–" if own["first"].all() else _figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
 
 
 def _kind_of_queries(routes: Mapping[str, Any], queries: pd.DataFrame, bounds: tuple[int, int]) -> dict[str, Any]:
-    """The table of one kind of queries by route, how many they are, and the rows that are mostly so."""
-    own, first = between(queries, bounds), queries[queries["first"]]
-    if own.empty:
-        return {"count": 0}
+    """One kind of queries by route, with the speed over the rows that are mostly so, and how pure these are."""
+    first = queries[queries["first"]]
     is_own = first["steps"].between(*bounds)
     shares = is_own.groupby(first["row"], sort=False).mean()
     rows = list(shares[shares >= 0.5].index)
-    lines = []
-    for route, part in own.groupby("run", sort=False):
-        means = f"{100 * part['hit'].mean():.1f}", f"{part['tokens'].mean():.1f}", _share(part["reasoned"])
-        lines.append(
-            [route, figure(part["hit@1"]), _difference(part, 1), *means, _speed([routes[str(route)][row] for row in rows])]
-        )
-    header = ["route", "R@1", f"R@1 to {lines[0][0]}", "row metric", "tokens/query", "reasoned", "queries/s"]
-    text = markdown_table(header, "lllrrrr", lines)
-    return {"count": int(own["first"].sum()), "table": text, "rows": len(rows), "purity": is_own[first["row"].isin(rows)].mean()}
+    routes_of = {str(route): own for route, own in between(queries, bounds).groupby("run", sort=False)}
+    speeds = {route: _speed([routes[route][row] for row in rows]) for route in routes_of}
+    purity = is_own[first["row"].isin(rows)].mean()
+    return {"count": int(is_own.sum()), "routes": routes_of, "speeds": speeds, "rows": len(rows), "purity": purity}
 
 
-def _speed(rows: Sequence[Mapping[str, Any]]) -> str | None:
+def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
     """Queries per second over these rows; a dash where one is not known."""
     if not rows or any(row["queries_per_second"] <= 0 for row in rows):
-        return None
+        return "–"
     seconds = sum(row["queries"] / row["queries_per_second"] for row in rows)
     return f"{sum(row['queries'] for row in rows) / seconds:.1f}"
