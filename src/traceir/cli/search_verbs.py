@@ -89,7 +89,7 @@ def demo(args: argparse.Namespace) -> int:
     for number, answer in enumerate(answers, start=1):
         print(clean_lines(demo.describe(number, answer).split("\n")) + "\n")
     right = sum(answer.is_right for answer in answers)
-    reasoned = sum(answer.result.encoding.route == "reason" for answer in answers)
+    reasoned = sum(answer.encoding.route == "reason" for answer in answers)
     print(f"{right} of {len(answers)} queries have the right one first; {reasoned} were reasoned about, the others not.")
     print("The queries are the first of their row and kind (WISHES in demo.py), whatever comes of them.")
     print(f"contact sheet: {demo.write_page(answers, args.out)}")

@@ -1,4 +1,4 @@
-"""The ablations as data, read from ablations.toml: which runs there are, which tables show them, and what each table claims."""
+"""The ablations as data, read from ablations.toml, which says what each field means."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ Figures = Mapping[tuple[Kind, Metric], float]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One run: fields of TrainConfig that differ from the base, and the routes it is evaluated by.
-
-    `preset` takes start and size of the model from another preset. `work`: `train` trains and evaluates; `pipeline` evaluates
-    the first of `uses` as the writer before the second as the encoder; `speed` times both. These two train nothing.
-    """
+    """One run. `pipeline` and `speed` train nothing: they evaluate or time the runs that they use."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -37,8 +33,6 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a table: what it is called, the run and route it shows, the paper's figures."""
-
     label: str
     variant: Variant
     route: Route = "auto"
@@ -47,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """`better` and `worse` are labels of lines; `kind` and `metric` say where the one must beat the other."""
+    """`better` and `worse` are labels of lines."""
 
     better: str
     worse: str
@@ -57,17 +51,13 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A sentence without its full stop, and the comparisons that must all hold."""
-
     text: str
     comparisons: tuple[Comparison, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`paper` names the place in the paper (`text`: no table; "" for a question of ours), `against` the line that differences are
-    taken to, `about` how the variants are made and where they depart from the paper; `speed` is the run that times the lines.
-    """
+    """`paper` is "" for a question of ours, `speed` the run that times the lines."""
 
     id: str
     title: str

@@ -18,8 +18,8 @@ from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
 from traceir.items import Query
 from traceir.lab.fixture import unpack
-from traceir.lab.gallery import Entry, cost, first_right, reasoning_steps, verdict, write_gallery
-from traceir.search import EncoderLike, Searcher, SearchResult
+from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
+from traceir.search import EncoderLike, Searcher
 
 PER_ROW: Final = 60
 """Candidates that each row lends to the gallery: what its chosen queries are judged with, then others of its pool."""
@@ -61,23 +61,6 @@ class Question:
     query: Query
     right: frozenset[str]
 
-    @property
-    def source(self) -> str:
-        return f"{self.row}, {self.steps} step{'' if self.steps == 1 else 's'}"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A question with what the search made of it."""
-
-    question: Question
-    result: SearchResult
-
-    @property
-    def is_right(self) -> bool:
-        """Whether the first hit is a right one."""
-        return first_right(self.result.hits, self.question.right) == 1
-
 
 def prepare(out: Path) -> tuple[Path, list[Question]]:
     """The gallery as a pool file, and the questions; unpacks the small frozen MiniBEIR first where it is missing."""
@@ -116,36 +99,37 @@ def fill(pool: Path, out: Path, encoder: EncoderLike, *, progress: bool = True) 
     return index, report
 
 
-def ask(questions: Sequence[Question], encoder: EncoderLike, index: SqliteIndex) -> list[Answer]:
-    """Every question by the `auto` route, one call each, as a user's would be."""
-    searcher = Searcher(encoder, index)
-    return [Answer(question, searcher.search(question.query, k=DEPTH)) for question in questions]
+def ask(questions: Sequence[Question], encoder: EncoderLike, index: SqliteIndex) -> list[Entry]:
+    """Every question with its answer, by the `auto` route, one call each, as a user's would be."""
+    searcher, entries = Searcher(encoder, index), []
+    for question in questions:
+        result = searcher.search(question.query, k=DEPTH)
+        source = f"{question.row}, {question.steps} step{'' if question.steps == 1 else 's'}"
+        entries.append(Entry(question.title, question.query, result.encoding, result.hits, question.right, source))
+    return entries
 
 
-def write_page(answers: Sequence[Answer], out: Path) -> Path:
+def write_page(answers: Sequence[Entry], out: Path) -> Path:
     """The contact sheet; returns the path of its page."""
-    asked = [(answer.question, answer.result) for answer in answers]
-    entries = [Entry(one.title, one.query, found.encoding, found.hits, one.right, one.source) for one, found in asked]
     intro = (
         "A small mixed gallery searched by words, by a picture, and by a picture with words. The queries were chosen by a fixed "
         "rule, not by success; hits are judged by the benchmark's labels."
     )
-    return write_gallery(entries, out / "page", title="TraceIR: reason, then retrieve", intro=intro)
+    return write_gallery(answers, out / "page", title="TraceIR: reason, then retrieve", intro=intro)
 
 
-def describe(number: int, answer: Answer, *, top: int = 3) -> str:
+def describe(number: int, answer: Entry, *, top: int = 3) -> str:
     """One answer for people: query, route, reasoning, the first hits, and whether the right one was first."""
-    question, encoding = answer.question, answer.result.encoding
-    images = ", ".join(image.name for image in question.query.images)
-    asked = " + ".join(part for part in (f"[{images}]" if images else "", question.query.text) if part)
-    lines = [f"{number}. {question.title} ({question.source})", f"   query      {asked}"]
-    lines.append(f"   route      {encoding.route} ({cost(encoding)})")
-    for place, step in enumerate(reasoning_steps(encoding.reasoning)):
+    images = ", ".join(image.name for image in answer.query.images)
+    asked = " + ".join(part for part in (f"[{images}]" if images else "", answer.query.text) if part)
+    lines = [f"{number}. {answer.title} ({answer.note})", f"   query      {asked}"]
+    lines.append(f"   route      {answer.encoding.route} ({cost(answer.encoding)})")
+    for place, step in enumerate(reasoning_steps(answer.encoding.reasoning)):
         lines.append(f"   {'reasoning' if place == 0 else '':9}  {step}")
-    for hit in answer.result.hits[:top]:
+    for hit in answer.hits[:top]:
         shown = " | ".join(part for part in (Path(hit.image).name if hit.image else "", hit.text or "") if part)
-        lines.append(f"   {'*' if hit.id in question.right else ' '} {hit.rank}  {hit.score:.3f}  {shown}  ({hit.id})")
-    return "\n".join([*lines, f"   {verdict(answer.result.hits, question.right)}"])
+        lines.append(f"   {'*' if hit.id in answer.right else ' '} {hit.rank}  {hit.score:.3f}  {shown}  ({hit.id})")
+    return "\n".join([*lines, f"   {verdict(answer.hits, answer.right)}"])
 
 
 def _first(task: mbeir.Task, steps: int) -> mbeir.Record:
