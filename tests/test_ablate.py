@@ -134,6 +134,9 @@ def test_runs_that_use_others_wait_for_them_and_fail_with_them(tmp_path: Path, b
 
 def test_another_configuration_is_refused_and_a_neutral_change_is_not(tmp_path: Path, base: TrainConfig) -> None:
     run_all(tmp_path / "out", base)
+    for name in ("ablation.json", "runs/base/seed0/result.json"):  # fields have had other names
+        file = tmp_path / "out" / name
+        file.write_text(file.read_text().replace('"group"', '"family"'))
     run_all(tmp_path / "out", replace(base, threads=2, log_every=1))
     with pytest.raises(InputError, match=r"of another base configuration \(steps: 4 -> 5\); choose another --out"):
         run_all(tmp_path / "out", replace(base, steps=5))

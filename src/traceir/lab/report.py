@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,8 @@ SPLIT: Final[Mapping[str, tuple[int, int]]] = {"simple": (0, 1), "complex": (2, 
 MAX_SIMPLE_REASON: Final = 0.05
 MIN_COMPLEX_REASON: Final = 0.90
 KINDS: Final = ("steps", "routing", "routes")
+COLUMNS: Final = ["row", "route", "tokens", "steps", "exact"]
+_FIELDS: Final = attrgetter(*COLUMNS)
 
 
 def run_report(kind: str, folders: Sequence[str | Path], out: Path | None = None) -> str:
@@ -110,12 +113,12 @@ def routes_report(folder: Path) -> str:
 
 
 def outcomes(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> pd.DataFrame:
-    """One line a run and query: the fields of Judged (steps -1 without a label), `run`, `first` (whether it is the first run's),
+    """One line a run and query: some fields of Judged (steps -1 without a label), `run`, `first` (whether it is the first run's),
     `reasoned`, hits (`hit@1`, `hit@5`, and `hit` at the row's own k), and those of the first run (`first@1`, `first@5`).
     """
     frames = []
     for run in runs:
-        frame = pd.DataFrame([run.judged[key] for key in keys]).astype({"exact": object})
+        frame = pd.DataFrame([_FIELDS(run.judged[key]) for key in keys], columns=COLUMNS).astype({"exact": object})
         hits = {f"hit@{k}": run.hits(keys, k) for k in (1, 5)} | {f"first@{k}": runs[0].hits(keys, k) for k in (1, 5)}
         steps, reasoned = frame["steps"].fillna(-1).astype(int), (frame["route"] == "reason").astype(float)
         frames.append(

@@ -61,9 +61,7 @@ def _rows(measured: pd.DataFrame, published: pd.DataFrame) -> Cells:
     beside = published.loc[:, list(SHOWN_BESIDE) if published.index.isin(rows).any() else []].reindex(rows)
     lines: Cells = [["row", *labels, *(f"{method} (published)" for method in beside)]]
     for row, own in measured.groupby("row", sort=False):
-        shown = [
-            Markup(f"{100 * one.mean:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]") for one in own.itertuples(name="Own")
-        ]
+        shown = [f"{100 * one.mean:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in own.itertuples()]
         lines.append([row, *shown, *map(_known, beside.loc[row])])
     means = measured.groupby("run", sort=False)["mean"].mean()
     averages = beside.mean() if set(rows) == set(published.index) else beside.mean() * float("nan")
@@ -76,7 +74,7 @@ def _known(figure: float) -> str:
 
 def _routing(queries: pd.DataFrame) -> Cells:
     """For each run the queries by what they need (label) and the route they took."""
-    needs = pd.cut(queries["steps"], [-2, -1, 1, 99], labels=["no label", "simple", "complex"])
+    needs = pd.cut(queries["steps"], [-2, -1, 1, float("inf")], labels=["no label", "simple", "complex"])
     needs = needs.cat.reorder_categories(["simple", "complex", "no label"])
     lines: Cells = [["run", "queries", "direct", "reason", "tokens/query"]]
     for label, own in queries.groupby("run", sort=False):
@@ -97,12 +95,7 @@ def _csv(measured: pd.DataFrame, published: pd.DataFrame, runs: Sequence[ScoredR
     depth = others["row"].str.startswith("fashion").map({True: "hit@10", False: "hit@5"})
     others = others.assign(source=f"published, real M-BEIR, {SOURCE}", metric=depth, value=others["value"] / 100)
     whole = pd.concat([own, others]).reindex(columns=CSV)
-    for column, form in {
-        "queries": "{:.0f}",
-        "value": "{:.4f}",
-        "low": "{:.4f}",
-        "high": "{:.4f}",
-        "tokens_per_query": "{:.2f}",
-    }.items():
+    forms = {"queries": "{:.0f}", **dict.fromkeys(("value", "low", "high"), "{:.4f}"), "tokens_per_query": "{:.2f}"}
+    for column, form in forms.items():
         whole[column] = whole[column].map(form.format, na_action="ignore")
     return str(whole.to_csv(index=False, lineterminator="\n"))
