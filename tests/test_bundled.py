@@ -112,5 +112,5 @@ def test_the_unseen_sets_are_scored_by_every_route(encoder: Encoder, unseen_fold
 @pytest.mark.slow
 def test_a_dry_run_counts_and_estimates(encoder: Encoder, folder: Path) -> None:
     text = dry_run(encoder, folder, rows=["cirr", "webqa_task1"], sample=2)
-    assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing pictures" in text
+    assert "| cirr_task7 |" in text and "| webqa_task1 |" in text and "0 broken lines, 0 missing images" in text
     assert "Encoding all of it takes about" in text
