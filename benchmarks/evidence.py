@@ -22,7 +22,7 @@ from benchmarks import encoder as encoder_benchmark
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import Judged, read_judged
+from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.minibeir.build import build
 
 WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     encoder = Encoder.from_pretrained(bundled_model())
     results = evaluate(encoder, data, OUT / encoder.fingerprint, routes=ROUTES)
     assert results is not None
-    judged = {route: read_judged(OUT / encoder.fingerprint / f"queries-{route}.jsonl") for route in ROUTES}
+    judged = {route: read_outcomes(OUT / encoder.fingerprint / f"queries-{route}.jsonl") for route in ROUTES}
     figures = [*quality(results), *routing(judged["auto"]), *forced(judged), *speed(data)]
     text = table(figures, encoder.fingerprint, str(results["data"]))
     print(text)
@@ -69,7 +69,7 @@ def quality(results: dict[str, Any]) -> list[Figure]:
     ]
 
 
-def routing(judged: list[Judged]) -> list[Figure]:
+def routing(judged: list[QueryOutcome]) -> list[Figure]:
     """Routing query by query against the label, everywhere and within rows that hold both kinds."""
     kinds: dict[str, set[bool]] = {}
     for one in judged:
@@ -84,7 +84,7 @@ def routing(judged: list[Judged]) -> list[Figure]:
     return figures
 
 
-def forced(judged: dict[str, list[Judged]]) -> list[Figure]:
+def forced(judged: dict[str, list[QueryOutcome]]) -> list[Figure]:
     """What thinking is worth: complex queries by their own route against the forced bypass."""
     hits = {route: _share([one.rank == 1 for one in judged[route] if (one.steps or 0) >= 2]) for route in ("auto", "direct")}
     gain = 100 * (hits["auto"] - hits["direct"])

@@ -224,7 +224,7 @@ def fill(index: Index, world: World, rows: int) -> None:
 def build(index: Any) -> None:
     if not index.info().cells:
         report("building for approximate search")
-        index.build_approximate()
+        index.build_ann()
 
 
 def flat_index(world: World, rows: int) -> Any:

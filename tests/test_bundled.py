@@ -15,7 +15,7 @@ from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import dry_run, evaluate
-from traceir.evaluation.judged import Judged, read_judged
+from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.evaluation.unseen.catalogue import COLUMNS
 from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
 from traceir.items import Item, Query
@@ -41,14 +41,14 @@ def test_it_is_small_and_ordinary_and_finds_sentences_of_its_world(encoder: Enco
 
 
 @pytest.fixture(scope="module")
-def judged(encoder: Encoder, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Judged]]:
+def judged(encoder: Encoder, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[QueryOutcome]]:
     out = tmp_path_factory.mktemp("scores")
     evaluate(encoder, folder, out, limit=LIMIT, progress=False)
-    yield read_judged(out / "queries-auto.jsonl")
+    yield read_outcomes(out / "queries-auto.jsonl")
 
 
 @pytest.mark.slow
-def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(judged: list[Judged]) -> None:
+def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(judged: list[QueryOutcome]) -> None:
     rows = {row: [one.rank <= 10 for one in judged if one.row == row] for row in mbeir.EVAL_ROWS}
     assert all(len(hits) == LIMIT for hits in rows.values())
     means = [float(np.mean(hits)) for hits in rows.values()]
@@ -75,8 +75,8 @@ def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder:
 def test_a_page_of_hits_and_misses_shows_them(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
     evaluate(encoder, folder, tmp_path / "scores", rows=["mscoco", "infoseek_task6"], limit=8, progress=False)
     page = write_examples(tmp_path / "scores", folder, tmp_path / "page").read_text()
-    rows: dict[str, list[Judged]] = {}
-    for one in read_judged(tmp_path / "scores" / "queries-auto.jsonl"):
+    rows: dict[str, list[QueryOutcome]] = {}
+    for one in read_outcomes(tmp_path / "scores" / "queries-auto.jsonl"):
         rows.setdefault(one.row, []).append(one)
     shown = [one for judged in rows.values() for one in choose(judged, 5)]
     assert len(rows) == 3 and len(shown) >= 4 and all(f"query {one.qid}<" in page for one in shown)

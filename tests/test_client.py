@@ -26,7 +26,7 @@ from traceir.connection import Connection
 from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Hit, Item, Query
-from traceir.serve.bodies import MAX_BODY, BodyGuard
+from traceir.serve.bodies import MAX_BODY, BodyMiddleware
 from traceir.serve.schemas import EmbeddingsIn, ItemOut, ItemPage, ItemResult, ItemsIn, SearchIn
 from traceir.serve.service import id_in, image_path
 from traceir.serve.strict import read_items
@@ -51,7 +51,7 @@ class Shop:
             told = self.answers.pop(0) if self.answers else None
             return told or await getattr(self, request.scope["path"].split("/")[1])(request)
 
-        return BodyGuard(Starlette(routes=[Route("/{rest:path}", answer, methods=["GET", "POST"])]), most=BOUND)
+        return BodyMiddleware(Starlette(routes=[Route("/{rest:path}", answer, methods=["GET", "POST"])]), most=BOUND)
 
     async def items(self, request: Request) -> Response:
         if request.method == "POST":

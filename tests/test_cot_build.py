@@ -41,7 +41,7 @@ from traceir.cot.stages import PATIENCE
 from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
-from traceir.serve.guard import Guard, Wall
+from traceir.serve.guard import AccessRules, SecurityMiddleware
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = RuleLimits(reasoning_least=4)
@@ -308,7 +308,9 @@ class Speaking:
         self.teacher = ScriptedTeacher(Oracle(root), ScriptedOptions())
         listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        config = uvicorn.Config(Guard(self.teacher.app, Wall.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none")
+        config = uvicorn.Config(
+            SecurityMiddleware(self.teacher.app, AccessRules.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none"
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
         self._thread.start()

@@ -17,7 +17,7 @@ from traceir.data import mbeir
 from traceir.errors import DataError, InputError, StoreError
 from traceir.evaluation.embeddings import EmbeddingStore
 from traceir.evaluation.evaluate import evaluate as evaluate_share
-from traceir.evaluation.judged import average, read_judged, table
+from traceir.evaluation.judged import average, read_outcomes, table
 from traceir.items import Encoding, Item, Query, Vector
 
 TEXT_ROW, FASHION_ROW = "webqa_task1", "fashioniq_task7"
@@ -118,7 +118,7 @@ def evaluate(data: Path, out: Path, encoder: Planned | None = None, **options: A
 
 
 def ranks_in(file: Path) -> dict[str, int]:
-    return {one.qid: one.rank for one in read_judged(file)}
+    return {one.qid: one.rank for one in read_outcomes(file)}
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ranks_equal_a_naive_oracle_and_labelled_rows_are_grouped_by_steps(data: Path, whole: Path) -> None:
     results, encoder = json.loads((whole / "results.json").read_text()), Planned()
-    judged = {(one.row, one.qid): one for one in read_judged(whole / "queries-auto.jsonl")}
+    judged = {(one.row, one.qid): one for one in read_outcomes(whole / "queries-auto.jsonl")}
     for task in mbeir.find_tasks(data, "test"):
         records, pool = list(mbeir.read_queries(task.query_path)), list(mbeir.read_pool(task.pool_path))
         items = encoder.encode_items([mbeir.to_item(one, data) for one in pool])
@@ -183,7 +183,7 @@ def test_written_reasoning_is_compared_with_its_label(tmp_path: Path) -> None:
     write(data / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [{"qid": f"2:{n}", **label} for n in range(3)] + [simple])
     right, other = (f"make one {colour}; red cube" for colour in ("red", "blue"))
     evaluate(data, tmp_path / "out", Planned(**{"2:0": right, "2:1": other, "2:3": right}))
-    found = {one.qid: (one.exact, one.answer_exact) for one in read_judged(tmp_path / "out" / "queries-auto.jsonl")}
+    found = {one.qid: (one.exact, one.answer_exact) for one in read_outcomes(tmp_path / "out" / "queries-auto.jsonl")}
     assert found == {"2:0": (True, True), "2:1": (False, True), "2:2": (False, False), "2:3": (None, None)}
 
 

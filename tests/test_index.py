@@ -75,7 +75,7 @@ def test_search_means_what_plain_numpy_says_whatever_two_handles_did(
                     writer.upsert([item for item, _ in new.values()], np.stack([vector for _, vector in new.values()]))
                 there |= new
             elif kind == "build":
-                index.build_approximate(cells=what, probes=3)
+                index.build_ann(cells=what, probes=3)
             else:
                 writer.delete([f"i{n}" for n in what])
                 there = {n: kept for n, kept in there.items() if n not in what}
@@ -122,7 +122,7 @@ def test_storages_differ_in_bytes_and_a_little_in_scores(tmp_path: Path) -> None
                 near, true = index.search(rows[::10], 10), full.search(rows[::10], 10)
                 assert share(near, true) >= 0.99 and [a[0].id for a in near] == [b[0].id for b in true]
                 assert near[0][0].score == pytest.approx(true[0][0].score, abs=1e-3)
-                index.build_approximate(probes=20)
+                index.build_ann(probes=20)
                 assert share([index.search(row[None], 10, exact=False)[0] for row in rows[::10]], true) >= 0.99
                 sizes[dtype] = sum(view.codes_ND.nbytes for view in index._snapshot(None, False).views.values())
     assert sizes == {"float16": rows.nbytes // 2, "int8": rows.nbytes // 4}
@@ -158,9 +158,9 @@ def test_lists_that_another_handle_made_or_that_lack_a_modality_are_noticed(tmp_
     rows = clustered(300)
     with opened(tmp_path, dim=24) as one, opened(tmp_path, dim=24) as two:
         one.upsert(texts([f"{n:03d}" for n in range(200)]), rows[:200])
-        one.build_approximate(cells=8, probes=2)
+        one.build_ann(cells=8, probes=2)
         two.upsert(texts([f"{n:03d}" for n in range(200, 300)]), rows[200:])
-        one.build_approximate(cells=5, probes=5)
+        one.build_ann(cells=5, probes=5)
         two.upsert([*texts(["last"]), Item.of(image=DOT, id="other")], rows[:2])
         assert one.info().cells == 5 and one.info().probes == 5
         exact = [pairs(hits) for hits in two.search(rows[:20], 10)]
@@ -179,7 +179,7 @@ def test_an_index_of_an_earlier_version_opens_searches_and_takes_writes(tmp_path
                 assert index.search(rows[n : n + 1], 3, where=Eq("x", n % 5), exact=exact)[0][0].id == f"{n:02}"
         assert index.upsert(texts(["00", "01"]), rows[:2]) == {"00"}
         assert index.search(rows[:1], 1, exact=False)[0][0].id == "00" and index.count() == 60
-        index.build_approximate()
+        index.build_ann()
         assert index.search(rows[1:2], 1, exact=False)[0][0].id == "01"
 
 

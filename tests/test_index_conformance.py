@@ -384,7 +384,7 @@ def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh,
         index.upsert(items[: rows - 100], vectors[: rows - 100])
         with pytest.raises(StoreError, match="build_approximate"):
             index.search(vectors[:1], 10, exact=False)
-        index.build_approximate()
+        index.build_ann()
         assert index.info().cells >= 1
         index.upsert(items[rows - 100 :], vectors[rows - 100 :])  # placed as they come
         assert index.search(vectors[-50:-49], 1, exact=False)[0][0].id == f"{rows - 50:04}"

@@ -63,7 +63,7 @@ def test_the_largest_filter_is_within_what_sqlite_is_built_for_everywhere(tmp_pa
         for exact in (True, False):
             assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where, exact=exact)[0]] == ["a"]
             index.upsert([*texts(["b"], v=1)], drawn(1, 4))  # and of what is new
-            index.build_approximate()
+            index.build_ann()
         for k in (10**12, 10**30):  # beyond all rows costs what all rows cost
             assert index.search(drawn(1, 4), k) == index.search(drawn(1, 4), 3) == index.search(drawn(1, 4), k, exact=False)
         assert index.count(where) == 1 == len(list(index.scan(where))) == index.delete(where)
@@ -123,7 +123,7 @@ def test_a_row_that_poisons_a_search_is_named_and_never_empties_it(tmp_path: Pat
     ids = [*(f"{n:02}" for n in range(40 - len(broken))), *broken]
     with opened(tmp_path, dtype=dtype) as index:
         index.upsert(texts(ids, x=1), vectors)
-        index.build_approximate(cells=4, probes=2)
+        index.build_ann(cells=4, probes=2)
     for id, vector in broken.items():
         damage(tmp_path, "UPDATE OR IGNORE vectors SET vector = ? WHERE n = (SELECT n FROM items WHERE id = ?)", vector, id)
     damage(tmp_path, "DELETE FROM vectors WHERE n = (SELECT n FROM items WHERE id = 'gone')")
@@ -132,7 +132,7 @@ def test_a_row_that_poisons_a_search_is_named_and_never_empties_it(tmp_path: Pat
             lambda: index.search(vectors[:1], 3),
             lambda: index.search(vectors, 3, where=Eq("x", 1), modality="text"),
             lambda: index.search(vectors[:1], 3, exact=False),
-            index.build_approximate,
+            index.build_ann,
             lambda: index.get(ids, with_vectors=True),
             lambda: list(index.scan(with_vectors=True)),
         ):
@@ -174,7 +174,7 @@ def test_lists_that_cannot_be_used_hide_no_row(tmp_path: Path) -> None:
     for change in ("UPDATE cells SET cell = ? WHERE n > 290", "DELETE FROM cells WHERE n > 290 AND ?"):
         for cell in ("text", b"\xff", 2**60, -7, 99, 1.5) if "UPDATE" in change else (1,):
             with opened(tmp_path, dim=24) as index:
-                index.build_approximate(cells=8, probes=1)
+                index.build_ann(cells=8, probes=1)
             damage(tmp_path, change, cell)
             with opened(tmp_path, dim=24) as index:
                 for row in range(291, 300):
@@ -186,7 +186,7 @@ def test_lists_that_cannot_be_used_hide_no_row(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match="cannot be read; make all anew with `traceir index build-ann`"):
                 index.search(vectors[:1], 1, exact=False)
             assert index.search(vectors[:1], 1)[0][0].id == "000"
-            index.build_approximate(cells=8, probes=1)
+            index.build_ann(cells=8, probes=1)
             assert index.search(vectors[:1], 1, exact=False)[0][0].id == "000"
 
 
@@ -229,7 +229,7 @@ def use_all(folder: Path, vectors: Any) -> list[str]:
                 lambda index=index: list(index.scan(Eq("x", None))),
                 lambda index=index: index.upsert(texts(["07"], x=1), vectors[:1]),
                 lambda index=index: index.delete(Eq("x", 2)),
-                lambda index=index: index.build_approximate(3, 1),
+                lambda index=index: index.build_ann(3, 1),
                 lambda index=index: index.search(vectors[:2], 99),
             ):
                 try:
@@ -248,7 +248,7 @@ def whole_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
             Item.of(text=f"text of {n} " * (n % 9 + 1), id=f"{n:02}", fields={"x": n % 5, "y": f"w{n % 3}"}) for n in range(60)
         ]
         index.upsert(many, drawn(60, 8))
-        index.build_approximate(4, 2)
+        index.build_ann(4, 2)
         index.upsert(many[3:4], drawn(1, 8))
     return (folder / "index.sqlite").read_bytes()
 

@@ -20,7 +20,7 @@ from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import read_judged
+from traceir.evaluation.judged import read_outcomes
 from traceir.evaluation.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
 from traceir.images import ImageInput
 from traceir.items import Item, Query
@@ -41,7 +41,7 @@ def scores_of(model: TraceEncoder, task: Any) -> dict[str, float]:
 @pytest.mark.parametrize("row", ["cirr_task7", "webqa_task2"])
 def test_mteb_counts_the_same_hits(encoder: Encoder, folder: Path, tmp_path: Path, row: str) -> None:
     evaluate(encoder, folder, tmp_path, rows=[row], limit=LIMIT, progress=False)
-    ranks = np.array([one.rank for one in read_judged(tmp_path / "queries-auto.jsonl")])
+    ranks = np.array([one.rank for one in read_outcomes(tmp_path / "queries-auto.jsonl")])
     assert len(ranks) == LIMIT
     theirs = scores_of(TraceEncoder.of(encoder), mbeir_task(folder, row, limit=LIMIT))
     rates = {k: float((ranks <= k).mean()) for k in KS}

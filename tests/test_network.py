@@ -19,7 +19,7 @@ from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.items import Item
 from traceir.model import TraceModel, create, load, save
-from traceir.network import Network, Words, fits
+from traceir.network import InferenceTokenizer, Network, fits
 from traceir.train.small import train_tokenizer
 
 
@@ -81,7 +81,7 @@ def test_bfloat16_and_two_matrices_are_read_as_they_are(checkpoint: Path) -> Non
 
 def test_words_are_those_of_transformers(checkpoint: Path) -> None:
     for folder in (checkpoint, bundled_model()):
-        stock, ours = AutoTokenizer.from_pretrained(folder), Words(folder / "tokenizer.json")
+        stock, ours = AutoTokenizer.from_pretrained(folder), InferenceTokenizer(folder / "tokenizer.json")
         assert ours.get_added_vocab() == stock.get_added_vocab()
         for token in (*stock.get_vocab(), "no such token"):
             assert ours.convert_tokens_to_ids(token) == stock.convert_tokens_to_ids(token)

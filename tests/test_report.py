@@ -12,18 +12,18 @@ import pytest
 
 from traceir.errors import DataError, InputError
 from traceir.evaluation.compare import compare
-from traceir.evaluation.judged import Judged
+from traceir.evaluation.judged import QueryOutcome
 from traceir.evaluation.runs import read_run
 from traceir.lab.examples import choose
 from traceir.lab.report import run_report, steps_report
 from traceir.lab.scoreboard import write_scoreboard
 
 
-def judged(row: str, qid: str, rank: int, steps: int | None, *, said: str = "", exact: bool | None = None) -> Judged:
-    return Judged(row, qid, rank, "reason" if said else "direct", len(said.split()), False, 0.5, steps, exact, exact, said)
+def judged(row: str, qid: str, rank: int, steps: int | None, *, said: str = "", exact: bool | None = None) -> QueryOutcome:
+    return QueryOutcome(row, qid, rank, "reason" if said else "direct", len(said.split()), False, 0.5, steps, exact, exact, said)
 
 
-def write_run(folder: Path, routes: dict[str, list[Judged]], speed: dict[Any, float] | None = None, **about: Any) -> Path:
+def write_run(folder: Path, routes: dict[str, list[QueryOutcome]], speed: dict[Any, float] | None = None, **about: Any) -> Path:
     """An evaluation folder as evaluate() leaves it, as far as reports read it."""
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": 2, "model": f"model-{folder.name}", "data": "data-1", "split": "test", "limit": None, "threshold": None}
@@ -116,7 +116,7 @@ def test_routing_counts_who_reasons_against_the_label(tmp_path: Path) -> None:
 
 
 def test_routes_are_compared_on_simple_and_on_complex_queries(tmp_path: Path) -> None:
-    def run(route: str) -> list[Judged]:
+    def run(route: str) -> list[QueryOutcome]:
         said = {"direct": ("", ""), "auto": ("", "a b c d"), "reason": ("a b", "a b c d")}[route]
         ones = [judged("mscoco_task3", f"9:{n}", 1 if n < 3 or route != "reason" else 6, 0, said=said[0]) for n in range(4)]
         ones += [judged("fashioniq_task7", "7:0", 8, 1, said=said[0])]

@@ -21,8 +21,8 @@ from traceir.errors import StoreError
 from traceir.images import ImageInput
 from traceir.items import Query
 from traceir.serve.audit import AuditLog, read_secret
-from traceir.serve.gate import KeyGate, Limits
-from traceir.serve.guard import Guard, Wall
+from traceir.serve.gate import KeyMiddleware, Limits
+from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.keys import KeyRing, make_key
 
 
@@ -46,7 +46,7 @@ def test_gate_writes_who_asked_what(tmp_path: Path) -> None:
     for contents in (False, True):
         path = tmp_path / f"audit-{contents}.jsonl"
         audit = AuditLog(path, contents=contents)
-        app = Guard(KeyGate(handler, KeyRing(tmp_path / "keys.json"), Limits(), audit), Wall())
+        app = SecurityMiddleware(KeyMiddleware(handler, KeyRing(tmp_path / "keys.json"), Limits(), audit), AccessRules())
         _, headers, _ = post(app, bearer(key))
         post(app)
         audit.close()

@@ -23,9 +23,9 @@ from traceir.errors import InputError
 from traceir.items import Hit, Item, Query
 from traceir.model import TraceModel
 from traceir.serve import bodies, fair, service
-from traceir.serve.bodies import SMALL, BodyGuard
+from traceir.serve.bodies import SMALL, BodyMiddleware
 from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
-from traceir.serve.gate import KeyGate, Limits
+from traceir.serve.gate import KeyMiddleware, Limits
 from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import BusyError
 from traceir.serve.keys import KeyRing, make_key
@@ -141,7 +141,7 @@ def test_usage_is_forgotten_by_half_and_bodies_have_pauses_while_another_asks(mo
         await sleep(0)
 
     async def work() -> None:
-        crowd = Crowd(BodyGuard(answering(0)))
+        crowd = Crowd(BodyMiddleware(answering(0)))
         for who, size in (("greedy", 16), ("greedy", 16), ("other", 0), *[("greedy", 160)] * 3, ("other", 0)):
             await crowd.ask(who, SMALL * size)
 
@@ -244,7 +244,7 @@ def answering(size: int, wait: Callable[[], Any] | None = None) -> App:
 
 def test_bodies_and_untaken_answers_of_one_caller_leave_room_for_another() -> None:
     async def work() -> None:
-        guard = BodyGuard(answering(0), most=SMALL * 4, together=SMALL * 16)
+        guard = BodyMiddleware(answering(0), most=SMALL * 4, together=SMALL * 16)
         crowd = Crowd(guard)
         endless = [crowd.ask("greedy", SMALL * 4, ends=False) for _ in range(6)]
         await turns_of_the_loop()
@@ -256,7 +256,7 @@ def test_bodies_and_untaken_answers_of_one_caller_leave_room_for_another() -> No
         assert guard.shares.held == 0
         await crowd.ask("greedy", SMALL * 3)
         assert crowd.statuses == {("greedy", 429): 4, ("other", 200): 1, ("greedy", 200): 1}
-        guard = BodyGuard(answering(SMALL * 4), together=SMALL * 16)
+        guard = BodyMiddleware(answering(SMALL * 4), together=SMALL * 16)
         crowd = Crowd(guard)
         deaf = [crowd.ask("deaf") for _ in range(9)]
         await turns_of_the_loop()
@@ -275,7 +275,7 @@ def test_requests_of_one_key_leave_room_for_another_and_without_keys_an_address_
 
     async def work() -> None:
         answered = asyncio.Event()
-        crowd = Crowd(KeyGate(answering(2, answered.wait), KeyRing(tmp_path / "keys.json"), Limits(), together=8))
+        crowd = Crowd(KeyMiddleware(answering(2, answered.wait), KeyRing(tmp_path / "keys.json"), Limits(), together=8))
         asked = [crowd.ask(name, key=keys[name]) for name in ["greedy"] * 9 + ["other"]]
         await turns_of_the_loop()
         assert crowd.statuses == {("greedy", 429): 5}
@@ -291,7 +291,7 @@ def test_requests_of_one_key_leave_room_for_another_and_without_keys_an_address_
         await answering(0)(scope, receive, send)
 
     for address in ("127.0.0.1", "127.0.0.2", "2001:db8:1:2:3::4"):
-        ask(KeyGate(noting, None, Limits()), "POST", "/search", [HOST, KIND], client=address)
+        ask(KeyMiddleware(noting, None, Limits()), "POST", "/search", [HOST, KIND], client=address)
     assert seen == ["127.0.0.1", "127.0.0.2", "2001:db8:1:2::/64"]
 
 

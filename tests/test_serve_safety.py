@@ -29,15 +29,15 @@ from traceir.images import ImageInput, ImageLimits
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
 from traceir.items import Item
 from traceir.serve import fetch
-from traceir.serve.bodies import MAX_DEPTH, BodyGuard, parse_json
+from traceir.serve.bodies import MAX_DEPTH, BodyMiddleware, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
-from traceir.serve.gate import KeyGate, Limits, scope_needed
-from traceir.serve.guard import Guard, Message, Receive, Refusal, Send, Wall
+from traceir.serve.gate import KeyMiddleware, Limits, scope_needed
+from traceir.serve.guard import AccessRules, Message, Receive, Refusal, SecurityMiddleware, Send
 from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
-from traceir.serve.uploads import LIMITS, Intake, Sources, bytes_of_base64, image_in_folders
+from traceir.serve.uploads import LIMITS, Sources, UploadValidator, bytes_of_base64, image_in_folders
 
 PUBLIC = "93.184.215.14"
 
@@ -290,7 +290,7 @@ NO_IMAGE: list[object] = [
 
 
 def take(told: object, limits: ImageLimits = LIMITS) -> ImageInput:
-    return asyncio.run(Intake(limits).take(told, "image", Sources()))
+    return asyncio.run(UploadValidator(limits).take(told, "image", Sources()))
 
 
 def test_image_comes_as_base64_or_data_url_within_limits() -> None:
@@ -428,8 +428,14 @@ def post(app: Asgi, *more: tuple[bytes, bytes], chunks: Sequence[bytes | None] =
 
 
 APP, EVIL = (b"origin", b"https://app.example"), (b"origin", b"https://app.example.evil.test")
-LOCAL, OPENED = Guard(echo, Wall.of("127.0.0.1")), Guard(echo, Wall.of("127.0.0.1", origins=["https://app.example/"]))
-PUBLIC_ONE, ONE_PORT = Guard(echo, Wall.of("0.0.0.0", hosts=["search.example"])), Guard(echo, Wall.of("127.0.0.1", port=8080))
+LOCAL, OPENED = (
+    SecurityMiddleware(echo, AccessRules.of("127.0.0.1")),
+    SecurityMiddleware(echo, AccessRules.of("127.0.0.1", origins=["https://app.example/"])),
+)
+PUBLIC_ONE, ONE_PORT = (
+    SecurityMiddleware(echo, AccessRules.of("0.0.0.0", hosts=["search.example"])),
+    SecurityMiddleware(echo, AccessRules.of("127.0.0.1", port=8080)),
+)
 PREFLIGHT = [HOST, APP, (b"access-control-request-method", b"POST")]
 WRONG_HOSTS = b"evil.test 127.0.0.1.evil.test localhost.evil.test:8080 127.1 0.0.0.0 [::]".split()
 HOSTS = [
@@ -488,7 +494,7 @@ def test_pages_let_nothing_in_from_elsewhere_and_websockets_are_closed() -> None
     assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
     for origin in ("*", "null", "app.example", "https://app.example/path", "https://*.example"):
         with pytest.raises(InputError):
-            Wall.of("127.0.0.1", origins=[origin])
+            AccessRules.of("127.0.0.1", origins=[origin])
     sent: list[Message] = []
 
     async def receive() -> Message:
@@ -502,7 +508,7 @@ def test_pages_let_nothing_in_from_elsewhere_and_websockets_are_closed() -> None
 
 
 def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
-    app = Guard(BodyGuard(echo, most=100, seconds=0.05), Wall())
+    app = SecurityMiddleware(BodyMiddleware(echo, most=100, seconds=0.05), AccessRules())
     chunked = [HOST, KIND, CHUNKS]
     assert post(app, chunks=[b"x" * 100])[2] == {"size": 100}
     for status, headers, told in (post(app, chunks=[b"x" * 101]), ask(app, "POST", "/search", chunked, [b"x" * 30] * 10)):
@@ -513,7 +519,7 @@ def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
         raise RuntimeError("a fault")
 
     with pytest.raises(RuntimeError):
-        post(BodyGuard(broken))
+        post(BodyMiddleware(broken))
 
 
 @pytest.fixture
@@ -530,7 +536,7 @@ def bearer(secret: str) -> tuple[bytes, bytes]:
 
 def test_gate_asks_for_keys_before_the_body_is_touched(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
-    app = Guard(KeyGate(echo, keys, Limits()), Wall())
+    app = SecurityMiddleware(KeyMiddleware(echo, keys, Limits()), AccessRules())
     status, headers, told = post(app, chunks=[None])  # the body never comes, and nobody waits for it
     assert status == 401 and headers["www-authenticate"].startswith("Bearer") and told["error"]["type"] == "authentication_error"
     assert post(app, bearer(reads))[0] == post(app, bearer(writes))[0] == 200
@@ -541,13 +547,13 @@ def test_gate_asks_for_keys_before_the_body_is_touched(ring: tuple[KeyRing, str,
         assert ask(app, path=path)[0] == 200
     for path in ("/metrics", "/items", "/page/config", "/v1/models", "/Health", "/staticx", "//", "/health/../items"):
         assert ask(app, path=path)[0] in (401, 429)
-    assert ask(KeyGate(echo, None, Limits()), "DELETE", "/items/a")[0] == 200, "without keys everyone is anyone"
+    assert ask(KeyMiddleware(echo, None, Limits()), "DELETE", "/items/a")[0] == 200, "without keys everyone is anyone"
     assert scope_needed("POST", "/items") == "write" and scope_needed("POST", "/search/stream") == "read"
 
 
 def test_gate_slows_down_one_key_and_strangers_but_no_neighbour(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
-    app = KeyGate(echo, keys, Limits(failures=Rate(1, 5)))
+    app = KeyMiddleware(echo, keys, Limits(failures=Rate(1, 5)))
     assert [ask(app, headers=[bearer(reads)])[0] for _ in range(4)] == [200, 200, 200, 429]
     assert int(ask(app, headers=[bearer(reads)])[1]["retry-after"]) >= 1
     assert [ask(app)[0] for _ in range(7)] == [401] * 5 + [429] * 2

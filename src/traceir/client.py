@@ -27,7 +27,7 @@ from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 
 CHUNK: Final = 64  # inputs of one request at most; longer calls send several
-CHUNK_BYTES: Final = 24 * 1024 * 1024  # bytes of one request, of JSON with pictures in base64, beyond which no input joins it
+CHUNK_BYTES: Final = 24 * 1024 * 1024  # bytes of one request, of JSON with images in base64, beyond which no input joins it
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
 _PAGE: Final = 500
@@ -97,7 +97,7 @@ class Client:
     """One server by address and API key. Thread-safe; `close` when done, or use it in a `with`.
 
     Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong,
-    ModelError where it cannot be reached, fails, or refuses the key. An input of more than 31 MiB in JSON (about 23 MB of picture
+    ModelError where it cannot be reached, fails, or refuses the key. An input of more than 31 MiB in JSON (about 23 MB of image
     files) is an InputError too, before anything of its request is sent.
     """
 
@@ -142,10 +142,10 @@ class Client:
         return _read(Found, told)
 
     def add(self, items: Sequence[Item]) -> list[Added]:
-        """Indexes items, each of one picture, one text, or both, and an id; in order, what became of each.
+        """Indexes items, each of one image, one text, or both, and an id; in order, what became of each.
 
         They travel in requests one after another. `failed` are also items that cannot be sent (without an id, of another form,
-        with a picture that cannot be read or is too large), those of a request that the server refuses as a whole, and, where the
+        with an image that cannot be read or is too large), those of a request that the server refuses as a whole, and, where the
         server is lost after it has answered one request, all those it has not confirmed; they may be sent again. Raises
         ModelError where the server does not answer the first request.
         """
@@ -183,12 +183,12 @@ class Client:
             after = kept[-1].id if kept else after
 
     def image(self, found: Hit | Kept, *, side: int = 2048) -> ImageInput:
-        """The picture of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
+        """The image of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
 
         Raises InputError where it has none, or the server does not show it.
         """
         if found.image is None or not found.image.startswith("/pictures/"):
-            raise InputError(f"{found.id!r} has no picture of a server ({found.image!r}); give a hit with one, of this client")
+            raise InputError(f"{found.id!r} has no image of a server ({found.image!r}); give a hit with one, of this client")
         path = f"{found.image}?side={side}"
         answer = self._checked(path, self._connection.call("GET", path, refused=_REFUSED, raw=True))
         return ImageInput.from_bytes(answer.body, name=found.id)
@@ -289,7 +289,7 @@ def _piece(place: int, content: Item | Query, body: Any) -> _Piece:
         named = ", ".join(str(image.path or image.name or "in memory") for image in content.images)
         kind = type(content).__name__.lower()
         raise InputError(
-            f"{kind} {content.id or '(no id)'} (pictures: {named or 'none'}) is {size} bytes in JSON, more than the "
+            f"{kind} {content.id or '(no id)'} (images: {named or 'none'}) is {size} bytes in JSON, more than the "
             f"{MAX_INPUT_BYTES} that a request takes; make it smaller"
         )
     return _Piece(place, body, size)
@@ -312,7 +312,7 @@ def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piec
     for place, item in enumerate(items):
         try:
             if item.id is None or not _plain(item.parts):
-                raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one picture, one text, or both")
+                raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one image, one text, or both")
             check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
             body: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
             for part in item.parts:
@@ -325,7 +325,7 @@ def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piec
 
 
 def _plain(parts: Sequence[Part]) -> bool:
-    """Whether parts are at most one picture and then at most one text, the form of `input`."""
+    """Whether parts are at most one image and then at most one text, the form of `input`."""
     return [isinstance(part, ImageInput) for part in parts] in ([True], [False], [True, False])
 
 
@@ -349,7 +349,7 @@ def _url(image: ImageInput) -> str:
 
 
 def _base64(image: ImageInput) -> str:
-    """The file as it is, or pixels as PNG. Raises ImageError for what is no picture."""
+    """The file as it is, or pixels as PNG. Raises ImageError for what is no image."""
     return base64.b64encode(image.encoded()[0]).decode()
 
 

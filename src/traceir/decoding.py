@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from traceir.batch import Layout
 from traceir.forward import TraceModel
-from traceir.items import Encoding, Ended, Road, Route, Vector
+from traceir.items import Encoding, Ended, Route, TakenRoute, Vector
 from traceir.network import Cache
 from traceir.prompts import TURN_END
 
@@ -160,7 +160,7 @@ class Decoder:
             ended = "turn" if chosen == self.model.processor.special[TURN_END] else "budget"
             vector = self._close(batch, place, closing) if closing else _unit(state_BD[place : place + 1])[0]
         written = [token for token in row.written if token != self.model.processor.emb_id]
-        road: Road = "reason" if written else "direct"
+        road: TakenRoute = "reason" if written else "direct"
         return Encoding(vector, road, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
 
     def _close(self, batch: DecodeBatch, place: int, closing: str) -> Vector:

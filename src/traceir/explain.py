@@ -11,7 +11,7 @@ import torch
 from traceir.batch import IGNORE, Layout
 from traceir.errors import InputError
 from traceir.forward import TraceModel
-from traceir.items import Road
+from traceir.items import TakenRoute
 from traceir.prompts import EMB, IMAGE_PAD, Prompt, Role
 
 
@@ -42,7 +42,7 @@ class Explanation:
     tokens: tuple[Token, ...]
     pooling_index: int
     emb_probability: float
-    route: Road
+    route: TakenRoute
     cut: int
 
 
@@ -57,7 +57,7 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     # A closed prompt leaves nothing to write: it is pooled at its end.
     probability, bypass = (1.0, True) if prompt.closed else _first_step(model, model.processor.lay_out(prompt))
     position = model.settings.pooling_position
-    route: Road = "direct" if bypass or prompt.role == "candidate" or position == "last" else "reason"
+    route: TakenRoute = "direct" if bypass or prompt.role == "candidate" or position == "last" else "reason"
     return Explanation(
         prompt.role, prompt.version, position, prompt.show(), completion, tuple(_tokens(model, layout)), layout.pooling_index,
         probability, route, layout.cut,

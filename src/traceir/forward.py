@@ -14,7 +14,7 @@ from torch.nn import functional
 from traceir.batch import Batch, ImageBudget, Processor, by_shape
 from traceir.errors import ModelError
 from traceir.items import Item, Query
-from traceir.network import Cache, Network, see
+from traceir.network import Cache, Network, vision_states
 from traceir.prompts import Prompt, Role, render_candidate, render_query
 from traceir.settings import TraceSettings
 
@@ -129,7 +129,7 @@ class TraceModel:
 
         def features(numbers: list[int]) -> torch.Tensor:
             _, high, wide = shapes[numbers[0]]
-            return see(visual, torch.stack([images[number] for number in numbers]), high, wide)
+            return vision_states(visual, torch.stack([images[number] for number in numbers]), high, wide)
 
         return by_shape(shapes, features), []
 

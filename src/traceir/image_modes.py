@@ -18,7 +18,7 @@ from PIL import Image, ImageChops
 from traceir.image_formats import tiff_tags
 
 STRIP_PIXELS: Final = 1 << 18
-"""Pixels converted at a time, which bounds what conversion needs beside the picture and its result."""
+"""Pixels converted at a time, which bounds what conversion needs beside the image and its result."""
 _BITS, _COMPRESSION, _PHOTOMETRIC, _SAMPLES, _SAMPLE_FORMAT, _LEAST, _MOST = 258, 259, 262, 277, 339, 340, 341
 _KEYED: Final = frozenset({"1", "L", "P", "RGB"})
 """Modes of which one colour, or entries of the palette, may be transparent."""

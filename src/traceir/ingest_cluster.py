@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
-from traceir.index.store import Index, Stored, check_maker, image_of
+from traceir.index.store import Index, Stored, check_identity, image_of
 from traceir.ingest import AddReport, Processed, check_paths, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
@@ -146,8 +146,8 @@ class ItemWorker:
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:
             encoder = self.make_encoder()
-            check_maker(self.uri, "model", self.identity.fingerprint, encoder.fingerprint)
-            check_maker(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
+            check_identity(self.uri, "model", self.identity.fingerprint, encoder.fingerprint)
+            check_identity(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
             self.encoder = encoder
         return self.encoder
 

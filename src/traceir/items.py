@@ -26,7 +26,7 @@ ImageLike = ImageInput | Image.Image | bytes | str | os.PathLike[str]
 """What stands for an image where one is asked for: itself, pixels, the bytes of a file, or the path of one."""
 Modality = Literal["text", "image", "image,text"]
 Route = Literal["auto", "reason", "direct"]
-Road = Literal["reason", "direct"]
+TakenRoute = Literal["reason", "direct"]
 Ended = Literal["turn", "budget"] | None
 MODALITIES: tuple[Modality, ...] = ("text", "image", "image,text")
 ROUTES: tuple[Route, ...] = ("auto", "reason", "direct")
@@ -146,7 +146,7 @@ class Encoding:
     """
 
     vector: Vector
-    route: Road
+    route: TakenRoute
     reasoning: str
     tokens: int
     emb_probability: float

@@ -25,7 +25,7 @@ from traceir.checkpoint import ADAPTER, CONFIG, fetch
 from traceir.errors import ModelError
 from traceir.files import replacing_folder
 from traceir.forward import TraceModel, add_token, wrap
-from traceir.network import Network, Words, fits, read_network
+from traceir.network import InferenceTokenizer, Network, fits, read_network
 from traceir.profiles import Profile, resolve_profile
 from traceir.prompts import EMB, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 from traceir.settings import (
@@ -90,7 +90,7 @@ def load(
             network: Any
             tokenizer: Any
             if inference and profile is None and _runs_here(folder):
-                network, tokenizer = read_network(folder, dtype), Words(folder / "tokenizer.json")
+                network, tokenizer = read_network(folder, dtype), InferenceTokenizer(folder / "tokenizer.json")
             else:
                 network, tokenizer = _stock(folder, name, dtype)
                 if settings.profile is None:

@@ -235,7 +235,7 @@ class Network(nn.Module):
         return self.lm_head.weight.device
 
 
-def see(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.Tensor:
+def vision_states(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) -> torch.Tensor:
     """The vision tower over N images of one grid of `high` x `wide` patches: [N, tokens, D]. `visual` may be of transformers.
 
     Patches come in Qwen's order, those that are merged side by side. Nothing is reordered for windowed attention: it alone asks
@@ -313,7 +313,7 @@ def _causal(mask: torch.Tensor, new: int) -> torch.Tensor:
     return (before & mask.bool()[:, None, None, :]) | itself
 
 
-class Words:
+class InferenceTokenizer:
     """A tokenizer.json by the library `tokenizers`, with the part of transformers' interface that TraceIR uses."""
 
     unk_token_id: Final = None

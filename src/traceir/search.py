@@ -14,13 +14,13 @@ from traceir.background import encode_background
 from traceir.cutoff import Calibration, Cut, search_above
 from traceir.errors import ModelError, StoreError
 from traceir.index.filters import Filter
-from traceir.index.store import Background, Index, Maker
+from traceir.index.store import Background, Index, ModelIdentity
 from traceir.items import Encoding, Hit, Item, Modality, Query, Route
 
 log = logging.getLogger(__name__)
 
 
-class EncoderLike(Maker, Protocol):
+class EncoderLike(ModelIdentity, Protocol):
     """What the serving road asks of an encoder: in this process, behind a network, or a stand-in for tests."""
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...

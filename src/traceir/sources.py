@@ -153,7 +153,7 @@ def _given_twice(source: Source, first: str) -> Failure:
 
 
 def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
-    """Pictures and texts below a folder in order of name, hidden ones left out; links to folders are not followed."""
+    """Images and texts below a folder in order of name, hidden ones left out; links to folders are not followed."""
     read = hidden = links = 0
     other: Counter[str] = Counter()
     unreadable: list[OSError] = []

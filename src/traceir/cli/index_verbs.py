@@ -26,7 +26,7 @@ from traceir.cli.terminal import (
 from traceir.errors import InputError
 
 if TYPE_CHECKING:
-    from traceir.index.store import IndexInfo, Maker
+    from traceir.index.store import IndexInfo, ModelIdentity
     from traceir.ingest import AddReport
     from traceir.sources import Failure, Note
     from traceir.world import World
@@ -81,7 +81,7 @@ def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
             return report, index.info()
 
 
-def _notice_of_paths(encoder: Maker, paths: Sequence[str]) -> str | None:
+def _notice_of_paths(encoder: ModelIdentity, paths: Sequence[str]) -> str | None:
     """What is told where the first of what lies below the paths is not of the encoder's world."""
     from traceir.ingest import first_items
 
@@ -159,7 +159,7 @@ def build_ann(args: argparse.Namespace) -> int:
     from traceir.index import open_index
 
     with open_index(args.index) as index:
-        index.build_approximate()
+        index.build_ann()
         info = index.info()
     print(f"{info.count} items in {info.cells} IVF lists; an approximate search visits {info.probes} of each modality's")
     return 0

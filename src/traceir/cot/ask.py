@@ -1,7 +1,7 @@
 """What a teacher is asked at each stage, and what its reply says (paper, section 3: M-BEIR-CoT).
 
 The only home of the teacher's prompts. A question shows the same few blocks to every teacher, each between tags (`<task>`,
-`<instruction>`, `<query>`, `<target>`, `<proposal>`), and then its pictures; text from data cannot close a block.
+`<instruction>`, `<query>`, `<target>`, `<proposal>`), and then its images; text from data cannot close a block.
 """
 
 from __future__ import annotations

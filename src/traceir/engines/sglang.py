@@ -30,7 +30,7 @@ from traceir.checkpoint import fetch
 from traceir.connection import Connection, TransientError
 from traceir.errors import ModelError
 from traceir.images import ImageInput
-from traceir.items import Encoding, Ended, Item, Query, Road, Route, Vector, check_route
+from traceir.items import Encoding, Ended, Item, Query, Route, TakenRoute, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
 from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
 
@@ -202,7 +202,7 @@ class SGLangEncoder:
         return (await self._generate(asked, written + closing, 1, probability=False)).state
 
     def _encoding(self, written: tuple[int, ...], state: Vector, probability: float, ended: Ended) -> Encoding:
-        road: Road = "reason" if written else "direct"
+        road: TakenRoute = "reason" if written else "direct"
         text = self.model.processor.decode(written)
         return Encoding(_unit(state), road, text, len(written), probability, ended is not None, ended=ended)
 

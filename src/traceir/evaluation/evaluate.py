@@ -25,7 +25,15 @@ from traceir.data import mbeir
 from traceir.data.folder import Listing, Policy, Problems, Row, read_row, survey
 from traceir.errors import InputError
 from traceir.evaluation.embeddings import Embedder, Embeddings, Shard
-from traceir.evaluation.judged import Judged, average, continue_results, describe_machine, header_of, read_judged, summarise
+from traceir.evaluation.judged import (
+    QueryOutcome,
+    average,
+    continue_results,
+    describe_machine,
+    header_of,
+    read_outcomes,
+    summarise,
+)
 from traceir.evaluation.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
@@ -187,7 +195,7 @@ def _score(
     encoder: EvaluatedEncoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """Ranks one route in one kind of pool, writes its files, and returns its entries of results.json by row."""
-    judged: dict[str, list[list[Judged]]] = {row.task.name: [] for row in encoded.scored}
+    judged: dict[str, list[list[QueryOutcome]]] = {row.task.name: [] for row in encoded.scored}
     sizes: dict[str, int] = {}
     run_id = encoder.fingerprint.replace(" ", "_")
     for suffix in encoded.suffixes:
@@ -231,19 +239,19 @@ def _rank(encoded: _Encoded, kind: PoolKind, route: Route, suffix: str, progress
             yield row, pool, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
 
 
-def _judge(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> Judged:
+def _judge(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> QueryOutcome:
     label, exact, answer_exact = row.labels.get(qid), None, None
     if label is not None and label.z:
         wanted = encoder.as_written(completion_text(label.reasoning, label.answer))
         answer = encoder.as_written(label.answer or "")
         exact, answer_exact = encoding.reasoning == wanted, encoding.reasoning.endswith(answer)
-    return Judged(
+    return QueryOutcome(
         row.task.name, qid, rank, encoding.route, encoding.tokens, encoding.truncated, round(encoding.emb_probability, 6),
         label.steps if label is not None else None, exact, answer_exact, encoding.reasoning,
     )  # fmt: skip
 
 
-def _sum(judged: Sequence[list[Judged]], k: int, pool: int) -> dict[str, Any]:
+def _sum(judged: Sequence[list[QueryOutcome]], k: int, pool: int) -> dict[str, Any]:
     """Sums of a row: of one choice of instructions, or the mean of the hits over several, with each and their spread."""
     every = [summarise(own, k, pool) for own in judged]
     summary = every[0]
@@ -264,10 +272,10 @@ def _finish(out: Path, results: dict[str, Any]) -> None:
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _append(file: Path, judged: Sequence[Judged]) -> None:
+def _append(file: Path, judged: Sequence[QueryOutcome]) -> None:
     """Replaces the lines of the rows judged, so that a row scored again is not there twice."""
     rows = {one.row for one in judged}
-    kept = [one for one in read_judged(file) if one.row not in rows] if file.is_file() else []
+    kept = [one for one in read_outcomes(file) if one.row not in rows] if file.is_file() else []
     ordered = sorted([*kept, *judged], key=lambda one: _place(one.row))
     write_whole(file, "".join(json.dumps(asdict(one)) + "\n" for one in ordered))
 

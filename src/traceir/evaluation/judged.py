@@ -24,7 +24,7 @@ DEPTHS: Final = (1, 5, 10)
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class QueryOutcome:
     """The outcome of one query: rank of its best positive (from 1), the route it took, and how it compares with its label."""
 
     row: str
@@ -40,7 +40,7 @@ class Judged:
     reasoning: str
 
 
-def summarise(judged: Sequence[Judged], metric_k: int, pool: int) -> dict[str, Any]:
+def summarise(judged: Sequence[QueryOutcome], metric_k: int, pool: int) -> dict[str, Any]:
     """Shares over one row: hits, routing, reasoning length; with labels also hits by steps and the share of exact reasoning."""
     summary: dict[str, Any] = {"queries": len(judged), "metric_k": metric_k} | _shares(judged, pool)
     summary["tokens_per_query"] = round(float(np.mean([one.tokens for one in judged])), 2)
@@ -55,7 +55,7 @@ def summarise(judged: Sequence[Judged], metric_k: int, pool: int) -> dict[str, A
     return summary
 
 
-def _shares(judged: Sequence[Judged], pool: int) -> dict[str, Any]:
+def _shares(judged: Sequence[QueryOutcome], pool: int) -> dict[str, Any]:
     hits = {f"hit@{k}": _mean(one.rank <= min(k, pool) for one in judged) for k in DEPTHS}
     return {"queries": len(judged), **hits, "reasoned": _mean(one.route == "reason" for one in judged)}
 
@@ -72,14 +72,14 @@ def average(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {"mean": round(float(np.mean(values)), 4), "lowest": min(values)}
 
 
-def read_judged(file: Path) -> list[Judged]:
+def read_outcomes(file: Path) -> list[QueryOutcome]:
     """The lines of a queries-ROUTE.jsonl file. DataError where it is missing, or for a line that is none."""
     if not file.is_file():
         raise DataError(f"{file} is missing beside its results.json; evaluate again")
-    judged: list[Judged] = []
+    judged: list[QueryOutcome] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            judged.append(Judged(**json.loads(line)))
+            judged.append(QueryOutcome(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise DataError(f"{file}:{number}: not a judged query ({error}); evaluate again") from error
     return judged

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import Judged, read_judged
+from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.items import ROUTES, Route
 
 Key = tuple[str, str]
@@ -28,7 +28,7 @@ class ScoredRun:
     route: str
     folder: Path
     results: Mapping[str, Any]
-    judged: Mapping[Key, Judged]
+    judged: Mapping[Key, QueryOutcome]
 
     def hits(self, keys: Sequence[Key], k: int | None = None) -> Values:
         """1.0 where the query is hit at k (None: at its own row's k), else 0.0; shape [len(keys)]."""
@@ -58,7 +58,7 @@ def read_run(folder: Path, route: str, label: str = "") -> ScoredRun:
     if results.get("prompt") == "all":
         raise InputError(f"{folder} tried every instruction; reports read an evaluation with --prompt first or seeded")
     file = folder / f"queries-{route}.jsonl"
-    judged = {(one.row, one.qid): one for one in read_judged(file) if one.row in rows}
+    judged = {(one.row, one.qid): one for one in read_outcomes(file) if one.row in rows}
     for name, row in rows.items():
         count = sum(key[0] == name for key in judged)
         if count != row["queries"]:

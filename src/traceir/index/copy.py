@@ -11,7 +11,7 @@ from tqdm import tqdm
 from traceir.errors import InputError, StoreError
 from traceir.images import ImageInput
 from traceir.index.filters import same_fields
-from traceir.index.store import Index, Stored, check_maker
+from traceir.index.store import Index, Stored, check_identity
 from traceir.items import Item, Vector
 
 _MOST_BYTES: Final = 32 * 2**20
@@ -28,8 +28,8 @@ def copy(source: Index, target: Index, *, batch: int = 500, progress: bool = Tru
     if batch < 1:
         raise InputError(f"batch is {batch}; give at least 1")
     left, right = source.info(), target.info()
-    check_maker(right.uri, "model", right.fingerprint, left.fingerprint)
-    check_maker(right.uri, "prompt version", right.prompt_version, left.prompt_version)
+    check_identity(right.uri, "model", right.fingerprint, left.fingerprint)
+    check_identity(right.uri, "prompt version", right.prompt_version, left.prompt_version)
     if left.dim != right.dim:
         raise StoreError(f"index {right.uri} holds vectors of width {right.dim}, not {left.dim} as {left.uri}; fill a new index")
     rows, written = source.scan(with_vectors=True), 0

@@ -160,7 +160,7 @@ class MilvusIndex(Index):
                 self._wrote()
         return len(keys)
 
-    def build_approximate(self) -> None:
+    def build_ann(self) -> None:
         """Make a graph of each modality, so that `search(exact=False)` works; returns when they are built.
 
         Earlier graphs are dropped first. Later items are placed as they come.

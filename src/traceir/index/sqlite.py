@@ -89,7 +89,7 @@ class SqliteIndex(Index):
             numbers = read_numbers(self._connection, f"SELECT i.n FROM items i WHERE {clause}", values)
             return self._remove(numbers.tolist())
 
-    def build_approximate(self, cells: int | None = None, probes: int | None = None, seed: int = 0) -> None:
+    def build_ann(self, cells: int | None = None, probes: int | None = None, seed: int = 0) -> None:
         """Group the vectors of each modality into IVF lists (`cells`), so that `search(exact=False)` works; earlier ones go.
 
         Defaults: 2 sqrt(N) lists, of which a search visits one in 16, at least 8 (`probes`). Later items are placed as they come;

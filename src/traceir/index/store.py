@@ -50,7 +50,7 @@ class ModelIdentity(Protocol):
         """The length D of its vectors."""
 
 
-Maker = ModelIdentity  # the former name
+ModelIdentity = ModelIdentity  # the former name
 
 
 class OpenOptions(TypedDict, total=False):
@@ -130,8 +130,8 @@ class IndexMeta:
 
     def check(self, uri: str, opening: Opening) -> None:
         """Raise StoreError where the index was made by another model than the one it is opened for."""
-        check_maker(uri, "model", self.fingerprint, opening.fingerprint)
-        check_maker(uri, "prompt version", self.prompt_version, opening.prompt_version)
+        check_identity(uri, "model", self.fingerprint, opening.fingerprint)
+        check_identity(uri, "prompt version", self.prompt_version, opening.prompt_version)
         if opening.dim not in (None, self.dim):
             raise StoreError(f"index {uri} holds vectors of width {self.dim}, not {opening.dim}; use the same encoder")
 
@@ -195,7 +195,7 @@ class Index(Protocol):
     def delete(self, which: Sequence[str] | Filter) -> int:
         """Remove items by id or by filter, durably; returns how many were there."""
 
-    def build_approximate(self) -> None:
+    def build_ann(self) -> None:
         """Makes what `search(exact=False)` needs; replaces what was made before."""
 
     def search(
@@ -324,7 +324,7 @@ def check_search(k: int, modality: str | None) -> None:
         raise InputError(f"modality {modality!r} is unknown; choose one of {', '.join(MODALITIES)}")
 
 
-def check_maker(uri: str, what: str, stored: str, given: str | None) -> None:
+def check_identity(uri: str, what: str, stored: str, given: str | None) -> None:
     """Raise StoreError where the index was made by another model or prompt than the one in use."""
     if given is not None and stored != given:
         clash = f"index {uri} was made with {what} {stored!r} but {given!r} is in use"

@@ -16,7 +16,7 @@ import torch
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import choose_tasks, evaluate
-from traceir.evaluation.judged import Judged, read_judged
+from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablate_plan import Run
 from traceir.lab.ablations import TIMED
@@ -41,17 +41,17 @@ def score(run: Run) -> dict[str, Any]:
     routes, cache = run.variant.routes, run.folder / "embeddings"
     results = evaluate(encoder, Path(run.config.data), out, routes=routes, rows=run.rows, cache=cache, progress=False)
     assert results is not None
-    return {"data": results["data"], "routes": {route: read_outcomes(out / f"queries-{route}.jsonl") for route in routes}}
+    return {"data": results["data"], "routes": {route: outcomes_by_row(out / f"queries-{route}.jsonl") for route in routes}}
 
 
-def read_outcomes(file: Path) -> dict[str, dict[str, Any]]:
+def outcomes_by_row(file: Path) -> dict[str, dict[str, Any]]:
     """Row: shares of hits, routing, length and exactness of the reasoning, and each query's rank (up to LOST), in file order."""
-    judged = read_judged(file)
+    judged = read_outcomes(file)
     rows = {row: [one for one in judged if one.row == row] for row in dict.fromkeys(one.row for one in judged)}
     return {row: _outcome(own) for row, own in rows.items()}
 
 
-def _outcome(judged: Sequence[Judged]) -> dict[str, Any]:
+def _outcome(judged: Sequence[QueryOutcome]) -> dict[str, Any]:
     count = len(judged)
     exact = [one.exact for one in judged if one.exact is not None]
     return {

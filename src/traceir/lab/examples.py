@@ -14,7 +14,7 @@ import numpy as np
 
 from traceir.data import mbeir
 from traceir.errors import DataError
-from traceir.evaluation.judged import Judged
+from traceir.evaluation.judged import QueryOutcome
 from traceir.evaluation.runs import read_run
 from traceir.items import Encoding, Hit, Route
 from traceir.lab.gallery import Entry, write_gallery
@@ -38,9 +38,9 @@ def write_examples(folder: Path, data: Path, out: Path, *, route: Route = "auto"
     return write_gallery(entries, out, title="TraceIR: hits and misses", intro=about)
 
 
-def choose(judged: Sequence[Judged], k: int) -> list[Judged]:
+def choose(judged: Sequence[QueryOutcome], k: int) -> list[QueryOutcome]:
     """The first hit at 1 and the first miss at k, of the queries that reasoned and of those that did not, in file order."""
-    chosen: list[Judged] = []
+    chosen: list[QueryOutcome] = []
     for route in ("direct", "reason"):
         own = [one for one in judged if one.route == route]
         chosen += [one for one in own if one.rank == 1][:1] + [one for one in own if one.rank > k][:1]
@@ -48,7 +48,7 @@ def choose(judged: Sequence[Judged], k: int) -> list[Judged]:
 
 
 def _entries(
-    task: mbeir.Task, chosen: Sequence[Judged], hits: Mapping[str, Sequence[tuple[str, float]]], folder: Path, data: Path
+    task: mbeir.Task, chosen: Sequence[QueryOutcome], hits: Mapping[str, Sequence[tuple[str, float]]], folder: Path, data: Path
 ) -> list[Entry]:
     records = {record.qid: record for record in mbeir.read_queries(task.query_path)}
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}

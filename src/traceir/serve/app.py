@@ -268,7 +268,7 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
     async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, noted: Audit) -> Response:
-        """Vectors of texts, pictures and pairs, as OpenAI gives them, with a `trace` beside each."""
+        """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
         service, model = server.view(principal), server.model(asked.model)
         if asked.dimensions not in (None, model.width):
             raise InputError(
@@ -295,7 +295,7 @@ def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
 def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
     async def search(asked: schemas.SearchIn, request: Request, principal: Caller, noted: Audit) -> Response:
-        """The items nearest to a query of text, picture, both, or parts in reading order."""
+        """The items nearest to a query of text, image, both, or parts in reading order."""
         _, answer = await _while_connected(request, server.view(principal).search(asked, noted=noted))
         return _json(answer)
 
@@ -392,7 +392,7 @@ def _add_items(app: FastAPI, server: Server) -> None:
 
     @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | jpeg)
     async def image(name: str, principal: Caller, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
-        """The picture of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
+        """The image of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
             content = await server.view(principal).jpeg(id_in(name), side)
         except InputError as error:

@@ -46,7 +46,7 @@ _BRACKET = re.compile(rb"[\[\]{}]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-class BodyGuard:
+class BodyMiddleware:
     """Middleware, inside `KeyGate`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
 
     Bodies that are not answered yet and answers that are not taken yet have at most `together` bytes, those of one caller its
@@ -81,7 +81,7 @@ class BodyGuard:
 class _Body:
     """One request's way in and out."""
 
-    def __init__(self, guard: BodyGuard, receive: Receive, send: Send) -> None:
+    def __init__(self, guard: BodyMiddleware, receive: Receive, send: Send) -> None:
         self._guard, self._receive, self._send = guard, receive, send
         self.who, self.holds = caller.get(), 0
         self._read, self.started = 0, False

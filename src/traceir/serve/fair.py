@@ -56,7 +56,7 @@ class Usage:
         return len(latest) > 1 and self._clock() - latest[0][1] <= ALONE_S
 
 
-Company = Usage
+Usage = Usage
 
 
 class Shares:

@@ -21,7 +21,7 @@ import httpx2
 from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.serve.fair import Turns
-from traceir.serve.uploads import Intake
+from traceir.serve.uploads import UploadValidator
 
 log = logging.getLogger(__name__)
 MAX_URL: Final = 2048
@@ -69,11 +69,11 @@ class Fetcher:
         hosts: Iterable[str],
         *,
         limits: FetchLimits | None = None,
-        intake: Intake | None = None,
+        intake: UploadValidator | None = None,
         resolve: Resolve | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._limits, self._intake = limits or FetchLimits(), intake or Intake()
+        self._limits, self._intake = limits or FetchLimits(), intake or UploadValidator()
         self._allowed = frozenset(_read_host(host) for host in hosts)
         self._resolve, self._transport = resolve or _resolve, transport or _transport()
         self._gate = Turns(self._limits.at_once)

@@ -45,7 +45,7 @@ class Limits:
         return self._failures.take(network_of(address))
 
 
-class KeyGate:
+class KeyMiddleware:
     """Middleware, inside `Guard`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys.
 
     `together` bounds the requests that are being answered, of which each caller (a key, or an address) has a share.

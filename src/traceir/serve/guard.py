@@ -82,7 +82,7 @@ WRONG_ORIGIN: Final = Refusal(
 
 
 @dataclass(frozen=True, slots=True)
-class Wall:
+class AccessRules:
     """What `Guard` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
     `https://app.example.org`, that may use the server from a browser. `port`: how a Host must end, as `:8890`; None: any."""
 
@@ -94,7 +94,7 @@ class Wall:
     path_bytes: int = 8 * 1024
 
     @classmethod
-    def of(cls, bound_to: str, *, hosts: Iterable[str] = (), origins: Iterable[str] = (), port: int | None = None) -> Wall:
+    def of(cls, bound_to: str, *, hosts: Iterable[str] = (), origins: Iterable[str] = (), port: int | None = None) -> AccessRules:
         """For a server bound to an address: on loopback the loopback names and `hosts`, elsewhere `hosts`, or any if there
         are none. InputError for what is no host or origin."""
         named = frozenset(host.strip().lower() for host in hosts)
@@ -109,10 +109,10 @@ class Wall:
         return cls(named | frozenset(LOOPBACK) if local else named or None, pages, f":{port}" if port else None)
 
 
-class Guard:
+class SecurityMiddleware:
     """The middleware. Puts `request_id` into `scope["state"]`."""
 
-    def __init__(self, app: App, wall: Wall) -> None:
+    def __init__(self, app: App, wall: AccessRules) -> None:
         self.app, self.wall = app, wall
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that stay: those that clients send with items, as files, and what a page is shown of any item's picture."""
+"""Images that stay: those that clients send with items, as files, and what a page is shown of any item's image."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from traceir.serve.uploads import LIMITS
 
 _OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32})?")
 LEFT_S: Final = 3600.0  # seconds after which a file that no item names is not on its way into the index any more
-MAX_SIDE: Final = 2048  # pixels of the longer side of a picture that is handed out, at most
+MAX_SIDE: Final = 2048  # pixels of the longer side of an image that is handed out, at most
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFolder:
-    """Uploaded pictures below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
-    it: what was sent, named by its SHA-256. So the picture of an item goes with the item, and no other's with it. `tidy` belongs
+    """Uploaded images below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
+    it: what was sent, named by its SHA-256. So the image of an item goes with the item, and no other's with it. `tidy` belongs
     to the one thread that writes the index, which calls `keep` again right before, for what was tidied meanwhile.
     """
 
@@ -33,7 +33,7 @@ class ImageFolder:
     tenant: str | None = None
 
     def keep(self, image: ImageInput, id: str) -> ImageInput:
-        """The picture as the item's own file that survives a crash; a file that is no upload stays where it is."""
+        """The image as the item's own file that survives a crash; a file that is no upload stays where it is."""
         if image.path is not None and not image.path.is_relative_to(self.folder):
             return image
         data, format = image.encoded(LIMITS)
@@ -67,7 +67,7 @@ class ImageFolder:
     def sweep(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
         """Throws away what a server that was killed left behind: our files that no item names, of at least this age; how many.
 
-        `named` are the pictures of all items that may have files here; so not for a folder that several indexes share.
+        `named` are the images of all items that may have files here; so not for a folder that several indexes share.
         """
         kept = {path for path in named if path is not None}
         now, swept = time.time(), 0
@@ -95,8 +95,8 @@ def _sync(folder: Path) -> None:
 
 
 def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
-    """The picture as JPEG, its longer side at most `side` pixels. Raises ImageError."""
+    """The image as JPEG, its longer side at most `side` pixels. Raises ImageError."""
     try:
         return file_bytes(image.load(shrink_to=side, limits=LIMITS), side=side)
     except OSError as error:
-        raise ImageError(f"the picture cannot be shown: {error}; add it anew") from error
+        raise ImageError(f"the image cannot be shown: {error}; add it anew") from error

@@ -24,7 +24,7 @@ from traceir.decoding import DecodeBatch, Finished, keep_rows, merge_batches, tr
 from traceir.encoder import Encoder
 from traceir.items import Query, Route
 from traceir.prompts import Role
-from traceir.serve.fair import Company, Rounds, Usage
+from traceir.serve.fair import Rounds, Usage
 from traceir.serve.jobs import FAILURES, PATIENT, Job, Progress, Worker
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class ModelThread(Worker):
         self._own_rows = max(1, writing - writing // 4)  # that one caller may have written, so that others find some free
         self._arrived: Rounds[_Input] = Rounds()
         self._postponed: Rounds[_Input] = Rounds()
-        self._company, self._usage = Company(), Usage()
+        self._company, self._usage = Usage(), Usage()
         self._rate = 0.0  # tokens a second of the last prefills
         self._wake, self._closing = threading.Condition(), False
         self._rows: dict[int, _Input] = {}  # by number: what is being prefilled or written, for the thread alone

@@ -73,7 +73,7 @@ def page_config(
 
 
 def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
-    """Queries that a collection suggests: some of its pictures, and the first words of some of its texts."""
+    """Queries that a collection suggests: some of its images, and the first words of some of its texts."""
     images = _spread([one for one in kept if one.image is not None], each)
     texts = _spread([one for one in kept if one.text], each)
     return [

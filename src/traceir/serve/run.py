@@ -22,12 +22,12 @@ from traceir.index.store import Index
 from traceir.search import EncoderLike
 from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
-from traceir.serve.bodies import BodyGuard
+from traceir.serve.bodies import BodyMiddleware
 from traceir.serve.config import ServeConfig
 from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
-from traceir.serve.gate import TOGETHER, KeyGate, Limits
-from traceir.serve.guard import Guard, Wall
+from traceir.serve.gate import TOGETHER, KeyMiddleware, Limits
+from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.image_store import ImageFolder
 from traceir.serve.keys import KeyRing
 from traceir.serve.limits import Rate
@@ -35,8 +35,8 @@ from traceir.serve.metrics import Counted, Metrics
 from traceir.serve.page import read_instructions
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
-from traceir.serve.tenants import Census, TenantIndex
-from traceir.serve.uploads import Intake, Sources
+from traceir.serve.tenants import TenantIndex, TenantPresence
+from traceir.serve.uploads import Sources, UploadValidator
 from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ SWITCH_S: Final = 0.00005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
 small model takes."""
 LOOKED_AT: Final = 20_000
-"""Items looked at for the folders of their pictures."""
+"""Items looked at for the folders of their images."""
 
 
 def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
@@ -66,10 +66,12 @@ def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
 
 def make_application(config: ServeConfig, server: Server) -> Any:
     """The ASGI application behind its wall."""
-    inside = BodyGuard(create_app(server))
+    inside = BodyMiddleware(create_app(server))
     together = min(TOGETHER, possible_connections() // 2)
-    gate = KeyGate(inside, server.keys, server.limits or Limits(), server.audit, together)
-    return Counted(Guard(gate, Wall.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics)
+    gate = KeyMiddleware(inside, server.keys, server.limits or Limits(), server.audit, together)
+    return Counted(
+        SecurityMiddleware(gate, AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics
+    )
 
 
 def serve(
@@ -110,7 +112,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
-    census, calibrations = Census(index), Calibrations()
+    census, calibrations = TenantPresence(index), Calibrations()
     # The first to search does not wait until all vectors are in memory, nor until the tenants are counted.
     await asyncio.to_thread(index.search, np.eye(1, encoder.width, dtype=np.float32), 1)
     await asyncio.to_thread(census.any)
@@ -122,7 +124,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
         collecting = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
-    intake = Intake()
+    intake = UploadValidator()
     fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()

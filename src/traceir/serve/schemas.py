@@ -114,7 +114,7 @@ class Strict(Lenient):
 
 
 class ImageIn(Strict):
-    """A picture: exactly one of base64 `data` (or a data URL), an indexed `item`, or a `url` of an allowed host."""
+    """An image: exactly one of base64 `data` (or a data URL), an indexed `item`, or a `url` of an allowed host."""
 
     data: str | None = None
     item: Id | None = None
@@ -140,7 +140,7 @@ Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[ImageIn, Tag("<objec
 
 
 class SearchIn(Strict):
-    """A query: text, picture, both, or interleaved `parts`; `instruction` says what is wanted, `modality` of which kind."""
+    """A query: text, image, both, or interleaved `parts`; `instruction` says what is wanted, `modality` of which kind."""
 
     most_texts: ClassVar[int] = 2 * MAX_FILTER_VALUES
     model_config = ConfigDict(
@@ -185,7 +185,7 @@ class Trace(BaseModel):
 
 
 class ItemOut(BaseModel):
-    """What is kept of an item; `image` is the path of its picture on this server."""
+    """What is kept of an item; `image` is the path of its image on this server."""
 
     id: str
     modality: Modality
@@ -221,7 +221,7 @@ FieldIn = Annotated[
 
 
 class ItemIn(Strict):
-    """One item to be indexed: a text, a picture, or both, and free fields."""
+    """One item to be indexed: a text, an image, or both, and free fields."""
 
     id: Id
     text: Text | None = None
@@ -273,7 +273,7 @@ class ItemPage(BaseModel):
 
 
 class ContentIn(Strict):
-    """A text, a picture, or both, as SGLang and Jina write it; `image` is base64 or a data URL."""
+    """A text, an image, or both, as SGLang and Jina write it; `image` is base64 or a data URL."""
 
     text: Text | None = None
     image: (
@@ -292,7 +292,7 @@ Input = Annotated[
 
 
 class ChatPart(Lenient):
-    """A text, or a picture by data URL or by address."""
+    """A text, or an image by data URL or by address."""
 
     type: Literal["text", "input_text", "image_url", "image", "input_image", "image_base64"]
     text: Text | None = None
@@ -325,7 +325,7 @@ class Message(Lenient):
 
 
 class EmbeddingsIn(Lenient):
-    """OpenAI's request, and more: objects of text and picture, or chats. Fields we do not know are ignored, as OpenAI's are."""
+    """OpenAI's request, and more: objects of text and image, or chats. Fields we do not know are ignored, as OpenAI's are."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red cup", {"text": "a blue cup"}]}]})
 

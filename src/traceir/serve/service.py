@@ -28,32 +28,32 @@ from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.strict import read_items
-from traceir.serve.tenants import Census, TenantIndex
-from traceir.serve.uploads import Intake, Sources, image_of_item, without_paths
+from traceir.serve.tenants import TenantIndex, TenantPresence
+from traceir.serve.uploads import Sources, UploadValidator, image_of_item, without_paths
 from traceir.world import notice
 
 Result = TypeVar("Result")
 Given = TypeVar("Given")
-Noted = Callable[[Query | Item], None]  # hears what a request asks, for the audit log; it may read pictures
+Noted = Callable[[Query | Item], None]  # hears what a request asks, for the audit log; it may read images
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One model, one index, one store of uploaded pictures.
+    """One model, one index, one store of uploaded images.
 
-    `index` is what this caller may see (a tenant's view of it, or all), `sources` where the pictures of its requests may come
+    `index` is what this caller may see (a tenant's view of it, or all), `sources` where the images of its requests may come
     from. Index calls run in threads: reads side by side, writes one after the other.
     """
 
     scheduler: Scheduler
     index: Index
-    intake: Intake
+    intake: UploadValidator
     sources: Sources
     images: ImageFolder
     readers: ThreadPoolExecutor
     writer: ThreadPoolExecutor
-    census: Census
+    census: TenantPresence
     metrics: Metrics
     deadline_s: float = 60.0
     cutoff: float | None = None
@@ -144,7 +144,7 @@ class Service:
         return served
 
     async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
-        """In a thread, since it reads pictures."""
+        """In a thread, since it reads images."""
         if noted is not None:
             with without_paths([image for one in contents for image in one.images]):
                 await self.read(lambda: [noted(one) for one in contents])
@@ -152,7 +152,7 @@ class Service:
     # What is asked
 
     async def _query(self, asked: schemas.SearchIn) -> Query:
-        """The Query of a request, its pictures found but not decoded."""
+        """The Query of a request, its images found but not decoded."""
         if asked.parts is not None and (asked.text is not None or asked.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
         given: list[tuple[str, str | schemas.ImageIn | None]] = [
@@ -162,7 +162,7 @@ class Service:
         return Query(parts, instruction=asked.instruction, target=asked.modality)
 
     async def _parts(self, given: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
-        """Texts that are not blank, and pictures, each with its place in the request."""
+        """Texts that are not blank, and images, each with its place in the request."""
         parts: list[Part] = []
         for place, one in given:
             if isinstance(one, schemas.ImageIn):
@@ -227,7 +227,7 @@ class Service:
         return results
 
     async def _made(self, given: schemas.ItemIn) -> tuple[Item, Item, Served] | str:
-        """The item as it was sent, and with its picture in a file that stays, and its encoding; or why it cannot be had."""
+        """The item as it was sent, and with its image in a file that stays, and its encoding; or why it cannot be had."""
         try:
             parts = await self._parts([("image", given.image), ("text", given.text)])
             item = Item(parts, id=given.id, fields=given.fields or {})
@@ -256,7 +256,7 @@ class Service:
             self._tidy([str(item.id) for item, _, _ in whole])
 
     async def delete(self, ids: Sequence[str]) -> int:
-        """Removes items and the pictures that were sent with them; how many there were."""
+        """Removes items and the images that were sent with them; how many there were."""
 
         def remove() -> int:
             count = self.index.delete(list(ids))
@@ -302,7 +302,7 @@ class Service:
         return await self.read(page)
 
     async def jpeg(self, id: str, side: int) -> bytes:
-        """The picture of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
+        """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
         image = await self.read(lambda: image_of_item(id, "picture", self.sources))
         async with self.intake.decoding():
             with without_paths([image]):
@@ -353,7 +353,7 @@ def placed(place: str) -> Iterator[None]:
 
 
 def _chat_parts(chat: list[schemas.Message] | schemas.Message, place: str) -> Iterator[tuple[str, str, str | schemas.ImageIn]]:
-    """The parts of a chat: place, role, and a text or a picture."""
+    """The parts of a chat: place, role, and a text or an image."""
     for number, message in enumerate(chat if isinstance(chat, list) else [chat]):
         spot = f"{place}[{number}].content"
         if isinstance(message.content, str):
@@ -368,7 +368,7 @@ def _chat_parts(chat: list[schemas.Message] | schemas.Message, place: str) -> It
 
 
 def _image_at(address: str, place: str) -> schemas.ImageIn:
-    """The picture of a chat's `image_url`: a data URL, or an address."""
+    """The image of a chat's `image_url`: a data URL, or an address."""
     if address.startswith("data:"):
         return schemas.ImageIn(data=address)
     if len(address) > 2048:
@@ -411,7 +411,7 @@ def _shown(one: Hit | Stored) -> dict[str, Any]:
 
 
 def image_path(id: str, image: str | None) -> str | None:
-    """Where a page finds the picture of an item: its id in base64, so that no id can change the meaning of the path."""
+    """Where a page finds the image of an item: its id in base64, so that no id can change the meaning of the path."""
     return None if image is None else f"/pictures/{base64.urlsafe_b64encode(id.encode()).decode().rstrip('=')}"
 
 
@@ -420,4 +420,4 @@ def id_in(name: str) -> str:
     try:
         return base64.b64decode(name + "=" * (-len(name) % 4), altchars=b"-_", validate=True).decode()
     except ValueError as error:
-        raise InputError(f"{name[:80]!r} is not the name of a picture here; use the path that a hit gives") from error
+        raise InputError(f"{name[:80]!r} is not the name of an image here; use the path that a hit gives") from error

@@ -35,7 +35,7 @@ def check_tenant(name: str) -> str:
     return name
 
 
-class Census:
+class TenantPresence:
     """Whether an index holds items of any tenant, as far as this server knows; where not, those without one need no filter."""
 
     def __init__(self, index: Index) -> None:
@@ -57,12 +57,12 @@ class TenantIndex:
     Closing it does not close the index; background and approximate search are those of the whole index.
     """
 
-    def __init__(self, index: Index, tenant: str | None, census: Census | None = None) -> None:
-        self._index, self._census = index, census or Census(index)
+    def __init__(self, index: Index, tenant: str | None, census: TenantPresence | None = None) -> None:
+        self._index, self._census = index, census or TenantPresence(index)
         self.tenant = None if tenant is None else check_tenant(tenant)
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
         self.keep_background, self.background = index.keep_background, index.background
-        self.version, self.build_approximate = index.version, index.build_approximate
+        self.version, self.build_ann = index.version, index.build_ann
 
     def check(self, items: Sequence[Item]) -> None:
         self._index.check(self._marked(items))

@@ -1,8 +1,8 @@
-"""Pictures that arrive in a request: as base64, by the id of an indexed item, or by address where a host is allowed.
+"""Images that arrive in a request: as base64, by the id of an indexed item, or by address where a host is allowed.
 
 No text of a client ever becomes a path. The only files read are those that an index names and that lie in the folders the
-operator gave; a picture from a request carries no name, so nothing a client says is stored where a path would be looked for.
-What can be known without decoding is checked here; who encodes a picture decodes it, once.
+operator gave; an image from a request carries no name, so nothing a client says is stored where a path would be looked for.
+What can be known without decoding is checked here; who encodes an image decodes it, once.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from traceir.index.store import Index
 from traceir.serve.fair import Turns
 
 LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
-DECODERS: Final = 2  # pictures decoded at a time to be shown, which bounds memory whatever is asked for
+DECODERS: Final = 2  # images decoded at a time to be shown, which bounds memory whatever is asked for
 _STANDARD: Final = str.maketrans("-_", "+/", " \t\r\n")
 _PIECE: Final = 256 * 1024
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
 
 
 class Fetches(Protocol):
-    """What gets pictures by address (fetch.Fetcher)."""
+    """What gets images by address (fetch.Fetcher)."""
 
     async def fetch(self, url: str) -> ImageInput: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where a request's pictures may come from: the caller's own part of the index, folders of its files, hosts."""
+    """Where a request's images may come from: the caller's own part of the index, folders of its files, hosts."""
 
     index: Index | None = None
     folders: Sequence[Path] = ()
     fetcher: Fetches | None = None
 
 
-class Intake:
-    """Validates the pictures of requests; one for a server, so that its bound on decoding holds for all requests together."""
+class UploadValidator:
+    """Validates the images of requests; one for a server, so that its bound on decoding holds for all requests together."""
 
     def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
         self.limits = limits
         self._gate = Turns(decoders)
 
     async def take(self, told: object, place: str, sources: Sources) -> ImageInput:
-        """The picture that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
+        """The image that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
 
-        `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no picture.
+        `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no image.
         """
         if not isinstance(told, Mapping) or len(told) != 1 or not told.keys() <= {"data", "item", "url"}:
-            raise InputError(f'{place} is not a picture; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
+            raise InputError(f'{place} is not an image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
         [(kind, value)] = told.items()
         if not isinstance(value, str):
             raise InputError(f"{place}.{kind} is {type(value).__name__}, not a text")
@@ -65,22 +65,22 @@ class Intake:
         if kind == "data":
             return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(value, place, self.limits), place))
         if sources.fetcher is None:
-            raise InputError(f'{place}.url: this server fetches no pictures by address; send {{"data": base64}}')
+            raise InputError(f'{place}.url: this server fetches no images by address; send {{"data": base64}}')
         return await sources.fetcher.fetch(value)
 
     @asynccontextmanager
     async def decoding(self) -> AsyncIterator[None]:
-        """Held by whoever decodes a picture to show it, a bounded number at a time."""
+        """Held by whoever decodes an image to show it, a bounded number at a time."""
         async with self._gate.turn():
             yield
 
     async def check_bytes(self, data: bytes, place: str) -> ImageInput:
-        """A picture from the bytes of a file; ImageError where it is none."""
+        """An image from the bytes of a file; ImageError where it is none."""
         return await asyncio.to_thread(self._of_bytes, data, place)
 
     def _of_bytes(self, data: bytes, place: str) -> ImageInput:
         if len(data) > self.limits.file_bytes:
-            raise ImageError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller picture")
+            raise ImageError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller image")
         return self._checked(ImageInput.from_bytes(data), place)
 
     def _checked(self, image: ImageInput, place: str) -> ImageInput:
@@ -96,7 +96,7 @@ def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> byte
     """
     most = limits.file_bytes * 4 // 3 + limits.file_bytes // 32 + 1024  # line ends and the head of a data URL included
     if len(text) > most:
-        raise ImageError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller picture")
+        raise ImageError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller image")
     if text[:5].lower() == "data:":
         text = _body_of(text, place)
     if not text.isascii():
@@ -107,9 +107,9 @@ def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> byte
             raise binascii.Error("'=' within it")
         data = b"".join(_decoded(plain))
     except binascii.Error as error:
-        raise InputError(f"{place} is not base64 ({error}); send a picture file in base64, or a data: URL") from error
+        raise InputError(f"{place} is not base64 ({error}); send an image file in base64, or a data: URL") from error
     if not data:
-        raise InputError(f"{place} is empty; send a picture file in base64, or a data: URL")
+        raise InputError(f"{place} is empty; send an image file in base64, or a data: URL")
     return data
 
 
@@ -126,24 +126,24 @@ def _body_of(text: str, place: str) -> str:
         raise InputError(f"{place} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
     kind = head[1].lower()
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no picture")
+        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no image")
     return text[head.end() :]
 
 
 def image_of_item(id: str, place: str, sources: Sources) -> ImageInput:
-    """The picture of an item the caller can see. InputError where there is no such item, or none with a picture."""
+    """The image of an item the caller can see. InputError where there is no such item, or none with an image."""
     if sources.index is None:
-        raise InputError(f"{place}.item: this server has no index; send the picture itself")
+        raise InputError(f"{place}.item: this server has no index; send the image itself")
     stored = sources.index.get([id]).get(id)
     if stored is None or stored.image is None:
-        raise InputError(f"{place}.item: there is no item {id[:80]!r} with a picture")
+        raise InputError(f"{place}.item: there is no item {id[:80]!r} with an image")
     return image_in_folders(stored.image, sources.folders, id)
 
 
 def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput:
-    """The file that an index names as an item's picture, only where it lies in one of the folders, links followed.
+    """The file that an index names as an item's image, only where it lies in one of the folders, links followed.
 
-    A relative name is looked for in each of them. What is no picture is found out when it is read, whatever its name.
+    A relative name is looked for in each of them. What is no image is found out when it is read, whatever its name.
     InputError names the item, never the path.
     """
     roots = [folder.resolve() for folder in folders]
@@ -155,12 +155,12 @@ def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput
             continue
         if real.is_file() and any(real.is_relative_to(root) for root in roots):
             return ImageInput.open(real)
-    raise InputError(f"the picture of item {id[:80]!r} is not among the server's pictures any more")
+    raise InputError(f"the image of item {id[:80]!r} is not among the server's images any more")
 
 
 @contextmanager
 def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[None]:
-    """What goes wrong with these pictures within is told to a client without their paths, and without remedies that only the
+    """What goes wrong with these images within is told to a client without their paths, and without remedies that only the
     server has; also where a file fails after it was checked. `before`: what the message begins with."""
     try:
         yield

@@ -82,7 +82,7 @@ class Figures:
     """The figures of one task, or of all, as plain data; shares are from 0 to 1.
 
     `funnel`: samples that reached each stage. `rules`: samples that each rule dropped, in the order of the stages, with up to 3
-    `examples`. `people`: `told` counts the samples whose target has words, `untold` those whose target is a picture alone.
+    `examples`. `people`: `told` counts the samples whose target has words, `untold` those whose target is an image alone.
     """
 
     funnel: dict[str, int]
@@ -123,7 +123,7 @@ def measure(
     """The figures of a stream of outcomes as the filter left them, that is before people's decisions are applied.
 
     `decisions` (reviewer -> qid -> decision) give the estimates; `settled` (qid -> what its reviewers settled) is applied to all
-    other figures. `captions`: picture path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits; prices in
+    other figures. `captions`: image path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits; prices in
     USD for a million tokens. Raises DataError where a package is missing.
     """
     votes: dict[str, list[Decision]] = defaultdict(list)

@@ -62,7 +62,7 @@ COLUMNS: Final = (
     | {"longest_copy": "BIGINT", "whole": "BOOLEAN", "copied": "VARCHAR"}
 )
 """`stage`: the last of FUNNEL before review. `rule`: what dropped it. From `words` on: of curated samples alone; `told`: whether
-the target has words (`told`) or is a picture alone (`untold`); `terms`: those about people that the data do not tell.
+the target has words (`told`) or is an image alone (`untold`); `terms`: those about people that the data do not tell.
 `longest_copy`: null where the target has no text; `copied`: what was copied, null where nothing was."""
 
 

@@ -38,7 +38,7 @@ from traceir.cot.review.review import STRATA, THRESHOLD, Chosen, Order, agree, o
 from traceir.errors import ImageError, InputError, TraceError
 from traceir.images import ImageInput
 from traceir.outside import read_json
-from traceir.serve.guard import Guard, Wall
+from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.wire import settings
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class ReviewSession:
         chosen = self._at(number)
         path = next((path for at, path in enumerate(_paths(chosen)) if at == place), None)
         if path is None:
-            raise InputError(f"sample {number} has no picture {place}")
+            raise InputError(f"sample {number} has no image {place}")
         image = ImageInput.open(chosen.outcome.case.root / path).load(shrink_to=SIDE)
         image.thumbnail((SIDE, SIDE))
         stream = BytesIO()
@@ -194,7 +194,7 @@ class ReviewSession:
         return number is not None and self.chosen[number].sample == decision.sample
 
 
-def app_of(session: ReviewSession, port: int) -> Guard:
+def app_of(session: ReviewSession, port: int) -> SecurityMiddleware:
     """The page as an ASGI application that answers to a loopback name with this port alone."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -233,7 +233,9 @@ def app_of(session: ReviewSession, port: int) -> Guard:
         Route("/api/decide", decide, methods=["POST"]),
         Route("/api/undo", undo, methods=["POST"]),
     ]
-    return Guard(Starlette(routes=routes, exception_handlers={TraceError: problem}), Wall.of("127.0.0.1", port=port))
+    return SecurityMiddleware(
+        Starlette(routes=routes, exception_handlers={TraceError: problem}), AccessRules.of("127.0.0.1", port=port)
+    )
 
 
 def serve_review(

@@ -133,7 +133,7 @@ class Faults:
 
 
 def barred_for(asked: ReadQuestion, oracle: Oracle) -> tuple[str, ...]:
-    """The faults that the reply to this question cannot show: no picture to copy from, no other answer to mistake it for."""
+    """The faults that the reply to this question cannot show: no image to copy from, no other answer to mistake it for."""
     if asked.stage != "reason":
         return ()
     source, answer = plain(asked.known.source), plain(asked.known.answer)

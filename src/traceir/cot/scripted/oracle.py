@@ -1,7 +1,7 @@
 """A scripted teacher: it knows the truth of an M-BEIR folder, and answers the questions of ask.py from their content alone.
 
-Data sets with labels (`cot/train`, as MiniBEIR's) are answered from them. For others, queries of picture and text are complex,
-and their reasoning is a script over the captions of the folder's own pictures; all other queries are direct.
+Data sets with labels (`cot/train`, as MiniBEIR's) are answered from them. For others, queries of image and text are complex,
+and their reasoning is a script over the captions of the folder's own images; all other queries are direct.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from traceir.errors import DataError, InputError
 from traceir.images import ImageInput
 
 _SEES: Final = "see "
-"""How MiniBEIR's labels begin where they name the source picture; its description goes on to the first semicolon."""
+"""How MiniBEIR's labels begin where they name the source image; its description goes on to the first semicolon."""
 
 
 @dataclass(frozen=True, slots=True)
 class KnownQuery:
     """What is known of all training queries of one content.
 
-    `source`: the picture to be changed in words, where the target is a picture; "" for others and where it is not known.
+    `source`: the image to be changed in words, where the target is an image; "" for others and where it is not known.
     """
 
     qids: tuple[str, ...]
@@ -48,7 +48,7 @@ class KnownQuery:
 
 @dataclass(frozen=True, slots=True)
 class ReadQuestion:
-    """One question, read. `digest` is of stage, texts and pictures; `key` of the whole body, equal to the client's own key.
+    """One question, read. `digest` is of stage, texts and images; `key` of the whole body, equal to the client's own key.
 
     Both are 64 hex digits. `words` and `images` count those of the whole prompt.
     """
@@ -64,16 +64,16 @@ class ReadQuestion:
 
 
 class Oracle:
-    """Answers for the train split below `root`. Reads all its queries and query pictures at once, and keeps digests and labels.
+    """Answers for the train split below `root`. Reads all its queries and query images at once, and keeps digests and labels.
 
-    Pictures are known as they lie there, and as OpenAITeacher sends them with at most `pixels` pixels. About 0.6 KB of memory a
-    query. Raises DataError where the folder has no training queries or breaks its format, ImageError for a broken picture.
+    Images are known as they lie there, and as OpenAITeacher sends them with at most `pixels` pixels. About 0.6 KB of memory a
+    query. Raises DataError where the folder has no training queries or breaks its format, ImageError for a broken image.
     """
 
     def __init__(self, root: Path | str, *, pixels: int = PIXELS) -> None:
         self.root, self.pixels = Path(root), pixels
         self._sent: dict[str, str] = {}
-        """Digest of a picture file -> that of the picture as it is sent, where they differ."""
+        """Digest of an image file -> that of the image as it is sent, where they differ."""
         self._known: dict[bytes, KnownQuery] = {}
         self._complex: dict[str, list[KnownQuery]] = {}
         datasets = mbeir.train_datasets(self.root)
@@ -130,7 +130,7 @@ class Oracle:
         return next((other for other in rotated if plain(other.answer) != plain(known.answer)), None)
 
     def _find(self, shown: Mapping[str, str], stage: Stage, image: str) -> KnownQuery:
-        """The first picture is the query's; of a verifier's question it may be the target's, where the query has none."""
+        """The first image is the query's; of a verifier's question it may be the target's, where the query has none."""
         if "task" not in shown:
             raise InputError("the question has no <task> block; ask with the templates of traceir.cot.ask")
         task, text, image = shown["task"], shown.get("query", ""), self._sent.get(image, image)
@@ -141,7 +141,7 @@ class Oracle:
             seen = f"a picture of sha256 {image[:12]}" if image else "no picture"
             raise InputError(
                 f"no training query of {self.root} is this one: task {task!r}, text {text[:80]!r}, {seen}; "
-                f"ask about its train split, with pictures as they are or shrunk to {self.pixels} pixels by the teacher client"
+                f"ask about its train split, with images as they are or shrunk to {self.pixels} pixels by the teacher client"
             )
         return found
 
@@ -190,7 +190,7 @@ def _from_labels(root: Path, dataset: str) -> Iterator[tuple[mbeir.Record, Known
 
 
 def _from_captions(root: Path, dataset: str, captions: Mapping[str, str]) -> Iterator[tuple[mbeir.Record, KnownQuery]]:
-    """Reasoning for a data set without labels, told from the captions that the folder has for its pictures."""
+    """Reasoning for a data set without labels, told from the captions that the folder has for its images."""
     instructions = mbeir.read_instructions(root)
     with closing(PoolFile(mbeir.train_pool_path(root))) as pool:
         for record in mbeir.read_train(root, dataset):
@@ -208,7 +208,7 @@ def _from_captions(root: Path, dataset: str, captions: Mapping[str, str]) -> Ite
 
 
 def _is_edit(record: mbeir.Record) -> bool:
-    """Whether it asks for a picture like its own, with a change: only its answer can be the source's description again."""
+    """Whether it asks for an image like its own, with a change: only its answer can be the source's description again."""
     return mbeir.TASK_MODALITIES[record.task_id] == ("image,text", "image")
 
 
@@ -229,7 +229,7 @@ def _content(task: str, text: str, image: str) -> bytes:
 
 
 def _read_messages(messages: list[Any]) -> tuple[str, list[str], list[str], list[dict[str, Any]]]:
-    """System text, the user's texts, and the sha256 of the user's pictures, in reading order.
+    """System text, the user's texts, and the sha256 of the user's images, in reading order.
 
     Last the messages with digests in place of data URLs, as the client's keys are made of.
     """

@@ -36,7 +36,7 @@ from traceir.cot.scripted.faults import ALL, STYLES, TRANSPORT, Faults, barred_f
 from traceir.cot.scripted.oracle import Oracle, ReadQuestion
 from traceir.errors import InputError, TeacherError, TraceError
 from traceir.serve.bodies import parse_json
-from traceir.serve.guard import Guard, Wall
+from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.wire import WireLimits, settings
 
 MODEL: Final = "scripted-oracle"
@@ -211,7 +211,8 @@ def serve(options: ScriptedOptions, on_ready: Callable[[str], None] | None = Non
     if on_ready is not None:
         on_ready(url)
     config = uvicorn.Config(
-        Guard(teacher.app, Wall.of(options.host)), log_level=logging.CRITICAL, access_log=False, lifespan="off",
+        SecurityMiddleware(teacher.app, AccessRules.of(options.host)),
+        log_level=logging.CRITICAL, access_log=False, lifespan="off",
         timeout_graceful_shutdown=1, server_header=False, **settings(WireLimits(head_s=120.0)),
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
