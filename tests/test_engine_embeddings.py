@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse, Response
 
 from traceir.cli.main import main
 from traceir.encoder import Encoder
-from traceir.engines.embeddings import EmbeddingsEncoder, data_url
+from traceir.engines.embeddings import EmbeddingsEncoder, upright_url
 from traceir.engines.forms import FORMS, form_for, split_engine
 from traceir.errors import ImageError, InputError, ModelError
 from traceir.images import ImageInput
@@ -171,13 +171,13 @@ def test_a_image_goes_upright_and_without_transparency(tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(clear)
     plain = tmp_path / "plain.jpg"
     picture(2).load().save(plain)
-    assert data_url(ImageInput.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
+    assert upright_url(ImageInput.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
     for path, size in ((photo, (24, 40)), (clear, (8, 8))):
-        sent = ImageInput.from_bytes(base64.b64decode(data_url(ImageInput.open(path)).partition(",")[2]))
+        sent = ImageInput.from_bytes(base64.b64decode(upright_url(ImageInput.open(path)).partition(",")[2]))
         assert sent.load().size == size and np.array_equal(sent.load(), ImageInput.open(path).load())
     photo.write_bytes(photo.read_bytes()[:400])
     with pytest.raises(ImageError):
-        data_url(ImageInput.open(photo))
+        upright_url(ImageInput.open(photo))
 
 
 # Pictures are proved to be seen

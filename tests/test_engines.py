@@ -194,7 +194,7 @@ def spoiled(**meta: Any) -> Callable[[dict[str, Any]], Any]:
         (spoiled(hidden_states=[float("nan")] * 128), "not finite"),
         (spoiled(hidden_states=[0.0] * 128), "all zero"),
         (spoiled(hidden_states=[0.5] * 384), "joins several layers"),
-        (spoiled(hidden_states=["a"] * 128), "no numbers"),
+        (spoiled(hidden_states=["a"] * 128), "no list of numbers"),
         (spoiled(finish_reason={"type": "stop", "matched": "NaN happened"}), "NaN happened"),
         (spoiled(finish_reason={"type": "abort", "message": "too long", "status_code": 400}), "too long"),
         (spoiled(weight_version="next"), "changed its weights"),

@@ -12,56 +12,81 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from traceir.errors import InputError
 from traceir.suggest import did_you_mean
 
 Role = Literal["query", "candidate"]
+Json = dict[str, Any]
 QWEN_INSTRUCTION: Final = "Represent the user's input."
 """What Qwen3-VL-Embedding reads where no instruction is given, for queries and candidates alike."""
 _BEHIND_VLLM: Final = (("qwen3-vl-embedding", "qwen3-vl"), ("siglip", "siglip"), ("clip", "clip"))
 """Parts of names of models whose vectors depend on more than a chat, and the form of each behind vLLM."""
-_FLOATS: Final[Mapping[str, Any]] = MappingProxyType({"encoding_format": "float"})
 _ENGINE: Final = re.compile(r"([A-Za-z][\w.+-]*):(https?://.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
-    """One text of an input, as it was typed."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Image:
-    """One picture of an input, as a data URL."""
-
-    url: str
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One input as it is sent: its parts in reading order, and what is asked of it ("": nothing)."""
+class EngineInput:
+    """One input as it is sent: its parts in reading order, texts and data URLs as OpenAI's chat has them; "": no instruction."""
 
     role: Role
     instruction: str
-    parts: tuple[Text | Image, ...]
+    parts: tuple[Json, ...]
 
     @property
     def words(self) -> str:
         """Instruction and texts as one text, for the forms that have no place of their own for an instruction."""
-        texts = [self.instruction, *(part.text for part in self.parts if isinstance(part, Text))]
+        texts = [self.instruction, *(part["text"] for part in self.parts if part["type"] == "text")]
         return " ".join(text.strip() for text in texts if text.strip())
 
     @property
-    def images(self) -> tuple[str, ...]:
-        return tuple(part.url for part in self.parts if isinstance(part, Image))
+    def image(self) -> str:
+        """The first picture, "" where there is none."""
+        return next((str(part["image_url"]["url"]) for part in self.parts if part["type"] == "image_url"), "")
 
 
-Takes = Literal["texts", "one", "pair", "any"]
+def text_part(text: str) -> Json:
+    return {"type": "text", "text": text}
+
+
+def image_part(url: str) -> Json:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def _turn(role: str, *parts: Json) -> Json:
+    return {"role": role, "content": list(parts)}
+
+
+def _object(content: EngineInput) -> Json:
+    return {name: value for name, value in (("text", content.words), ("image", content.image)) if value}
+
+
+def _text_or_uri(content: EngineInput) -> str:
+    return content.image or content.words
+
+
+def _chat(content: EngineInput) -> list[Json]:
+    """The instruction, where there is one, as the system's turn; alone it is the user's, since a chat needs one."""
+    if not content.parts:
+        return [_turn("user", text_part(content.instruction))]
+    system = [_turn("system", text_part(content.instruction))] if content.instruction else []
+    return [*system, _turn("user", *content.parts)]
+
+
+def _qwen_chat(content: EngineInput) -> list[Json]:
+    """As Qwen's own script lays it out: always a system's turn, its last character a punctuation mark, and an open answer."""
+    instruction = content.instruction.strip() or QWEN_INSTRUCTION
+    if not unicodedata.category(instruction[-1]).startswith("P"):
+        instruction += "."
+    parts = content.parts or (text_part("NULL"),)
+    return [_turn("system", text_part(instruction)), _turn("user", *parts), _turn("assistant", text_part(""))]
+
+
+def _text_or_chat(content: EngineInput) -> str | list[Json]:
+    """A text by itself, since vLLM's tokenizer ends it as CLIP needs it there and not in a chat."""
+    return _chat(content) if content.image else content.words
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,47 +94,79 @@ class Form:
     """One form of request.
 
     `takes`: texts alone; a text or a picture; at most one of each; any sequence of both. `tell` gives an input as JSON. `fields`
-    gives what a request states once, so that inputs of different fields never share one. `texts` and `pictures` are how many
-    inputs a request holds at most, those with pictures counted apart.
+    are what a request states once, by what it is for: every one, those of a role, those with or without a picture; inputs of
+    different fields never share a request. `texts` and `images` are the most inputs of one, those with pictures counted apart.
     """
 
     name: str
-    takes: Takes
-    tell: Callable[[Said], Any]
-    fields: Callable[[Said], Mapping[str, Any]]
+    takes: Literal["texts", "one", "pair", "any"]
+    tell: Callable[[EngineInput], Any]
+    fields: Mapping[str, Json] = field(default_factory=dict)
     texts: int = 32
     images: int = 8
 
-    def check(self, texts: int, images: int) -> None:
-        """Raises InputError for an input of so many texts and pictures that this form has no place for."""
+    def refusal(self, texts: int, images: int) -> str:
+        """Why this form has no place for an input of so many texts and pictures; "" where it has."""
         if self.takes == "texts" and images:
-            raise InputError(
-                f"the form `{self.name}` of requests is for texts alone; for a server that takes pictures write one of "
-                f"{', '.join(f'{form.name}:URL' for form in FORMS.values() if form.takes != 'texts')} (docs/engines.md)"
+            others = ", ".join(f"{form.name}:URL" for form in FORMS.values() if form.takes != "texts")
+            return (
+                f"the form `{self.name}` of requests is for texts alone; for a server that takes pictures write one of {others} "
+                "(docs/engines.md)"
             )
         if (self.takes == "one" and texts and images) or (self.takes in ("one", "pair") and images > 1):
             most = "a text or one picture" if self.takes == "one" else "one picture beside one text"
-            raise InputError(
+            return (
                 f"it has {images} picture(s) and {texts} text(s), an instruction counted; an input of the form `{self.name}` "
                 f"has place for {most}"
             )
+        return ""
 
-    def body(self, told: list[Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    def fields_of(self, content: EngineInput) -> Json:
+        """What the request of an input states once."""
+        kinds = ("every", content.role, "image" if content.image else "text")
+        return {name: value for kind in kinds for name, value in self.fields.get(kind, {}).items()}
+
+    def body(self, told: list[Any], fields: Json) -> Json:
         """A request without the model's name: a conversation, which is a list, as `messages`, all else under `input`."""
         return {**({"messages": told[0]} if isinstance(told[0], list) else {"input": told}), **fields}
 
 
+_FLOATS: Final[Json] = {"encoding_format": "float"}
+_PLAIN: Final = {"every": _FLOATS}
+# Ends the prompt as Qwen's script does: behind the assistant's opening, by the tokenizer's last token.
+_OPEN: Final = {"every": {**_FLOATS, "continue_final_message": True, "add_special_tokens": True}}
+_PADDED: Final = {**_PLAIN, "text": {"padding": "max_length"}}  # SigLIP learnt from texts of full length
+_MODALITY: Final = {**_PLAIN, "image": {"modality": "image"}, "text": {"modality": "text"}}
+_INPUT_TYPE: Final = {**_PLAIN, "query": {"input_type": "query"}, "candidate": {"input_type": "document"}}
+_TASK: Final = {
+    "every": {"normalized": True, "embedding_type": "float"},
+    "query": {"task": "retrieval.query"},
+    "candidate": {"task": "retrieval.passage"},
+}
+_FORMS: Final = (
+    Form("openai", "texts", _text_or_uri, _PLAIN),
+    Form("vllm", "any", _chat, _PLAIN, texts=1, images=1),
+    Form("qwen3-vl", "any", _qwen_chat, _OPEN, texts=1, images=1),
+    Form("clip", "one", _text_or_chat, _PLAIN, images=1),
+    Form("siglip", "one", _text_or_chat, _PADDED, images=1),
+    Form("infinity", "one", _text_or_uri, _MODALITY),
+    Form("objects", "pair", _object, _INPUT_TYPE),
+    Form("jina", "one", _object, _TASK),
+)
+FORMS: Final[Mapping[str, Form]] = {form.name: form for form in _FORMS}
+
+
 def split_engine(text: str) -> tuple[str | None, str]:
     """Form and address of `FORM:URL`; None where there is no form before it. Raises InputError for an unknown form."""
-    found = _ENGINE.fullmatch(text)
-    if found is None:
+    match = _ENGINE.fullmatch(text)
+    if match is None:
         return None, text
-    if found[1] not in FORMS:
+    if match[1] not in FORMS:
         raise InputError(
-            f"engine {text[:200]!r}: the form {found[1]!r} is unknown{did_you_mean(found[1], FORMS)}; write one of "
+            f"engine {text[:200]!r}: the form {match[1]!r} is unknown{did_you_mean(match[1], FORMS)}; write one of "
             f"{', '.join(f'{name}:URL' for name in FORMS)} for an endpoint of embeddings, or the URL alone for SGLang"
         )
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def form_for(name: str, model: str) -> Form:
@@ -118,92 +175,3 @@ def form_for(name: str, model: str) -> Form:
         raise InputError(f"the form {name!r} is unknown{did_you_mean(name, FORMS)}; give one of {', '.join(FORMS)}")
     own = [form for part, form in _BEHIND_VLLM if part in model.lower()] if name == "vllm" else []
     return FORMS[own[0] if own else name]
-
-
-def _floats(_: Said) -> Mapping[str, Any]:
-    return _FLOATS
-
-
-def _words(said: Said) -> str:
-    return said.words
-
-
-def _object(said: Said) -> dict[str, str]:
-    return {name: value for name, value in (("text", said.words), ("image", "".join(said.images))) if value}
-
-
-def _input_type(said: Said) -> Mapping[str, Any]:
-    return {**_FLOATS, "input_type": "query" if said.role == "query" else "document"}
-
-
-def _jina_fields(said: Said) -> Mapping[str, Any]:
-    task = "retrieval.query" if said.role == "query" else "retrieval.passage"
-    return {"task": task, "normalized": True, "embedding_type": "float"}
-
-
-def _text_or_uri(said: Said) -> str:
-    return said.images[0] if said.images else said.words
-
-
-def _modality(said: Said) -> Mapping[str, Any]:
-    return {**_FLOATS, "modality": "image" if said.images else "text"}
-
-
-def _contents(said: Said) -> list[dict[str, Any]]:
-    return [
-        {"type": "image_url", "image_url": {"url": part.url}} if isinstance(part, Image) else {"type": "text", "text": part.text}
-        for part in said.parts
-    ]
-
-
-def _chat(said: Said) -> list[dict[str, Any]]:
-    """The instruction, where there is one, as the system's turn; alone it is the user's, since a chat needs one."""
-    if not said.parts:
-        return [{"role": "user", "content": [{"type": "text", "text": said.instruction}]}]
-    system = [{"role": "system", "content": [{"type": "text", "text": said.instruction}]}] if said.instruction else []
-    return [*system, {"role": "user", "content": _contents(said)}]
-
-
-def _qwen_chat(said: Said) -> list[dict[str, Any]]:
-    """As Qwen's own script lays it out: always a system's turn, its last character a punctuation mark, and an open answer."""
-    instruction = said.instruction.strip() or QWEN_INSTRUCTION
-    if not unicodedata.category(instruction[-1]).startswith("P"):
-        instruction += "."
-    content = _contents(said) or [{"type": "text", "text": "NULL"}]
-    return [
-        {"role": "system", "content": [{"type": "text", "text": instruction}]},
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": ""}]},
-    ]
-
-
-def _open_answer(_: Said) -> Mapping[str, Any]:
-    """What vLLM needs to end the prompt as Qwen's script does: behind the assistant's opening, by the tokenizer's last token."""
-    return {**_FLOATS, "continue_final_message": True, "add_special_tokens": True}
-
-
-def _text_or_chat(said: Said) -> str | list[dict[str, Any]]:
-    """A text by itself, since vLLM's tokenizer ends it as CLIP needs it there and not in a chat."""
-    return _chat(said) if said.images else said.words
-
-
-def _padded(said: Said) -> Mapping[str, Any]:
-    """SigLIP learnt from texts of full length; vLLM pads them where it is asked to."""
-    return _FLOATS if said.images else {**_FLOATS, "padding": "max_length"}
-
-
-FORMS: Final[Mapping[str, Form]] = MappingProxyType(
-    {
-        form.name: form
-        for form in (
-            Form("openai", "texts", _words, _floats),
-            Form("vllm", "any", _chat, _floats, texts=1, images=1),
-            Form("qwen3-vl", "any", _qwen_chat, _open_answer, texts=1, images=1),
-            Form("clip", "one", _text_or_chat, _floats, images=1),
-            Form("siglip", "one", _text_or_chat, _padded, images=1),
-            Form("infinity", "one", _text_or_uri, _modality),
-            Form("objects", "pair", _object, _input_type),
-            Form("jina", "one", _object, _jina_fields),
-        )
-    }
-)

@@ -1,15 +1,13 @@
 """An encoder over SGLang's HTTP server (0.5.17 or later): its `/generate`, with the last hidden state of each request.
 
 Prompts, token ids and pictures are made here by the same code as in `encoder.py`, from the checkpoint's tokenizer and
-traceir.json; the weights stay with the engine. What has to be asked for, and why, stands at `_sampling` and `_body`; what is
-checked of an engine, in `_check_model` and `_check_server`. Commands, and what was verified how: docs/engines.md.
-Shapes: D width.
+traceir.json; the weights stay with the engine. What has to be asked for, and why, stands at `_body`; what is checked of an
+engine, in `_check_model` and `_check_server`. Commands, and what was verified how: docs/engines.md. Shapes: D width.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import logging
 import math
 import re
@@ -17,22 +15,21 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-import numpy as np
 from PIL import Image
 
-from traceir.batch import Layout, Pixels, Processor, smart_resize
+from traceir.batch import Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
-from traceir.connection import Connection, TransientError
+from traceir.connection import Answer, Connection, TransientError
+from traceir.engines.base import WEIGHTS, HttpEngine
 from traceir.errors import ModelError
-from traceir.images import ImageInput
-from traceir.items import Encoding, Ended, Item, Query, Route, TakenRoute, Vector, check_route
+from traceir.images import ImageInput, data_url, file_bytes
+from traceir.items import Encoding, Ended, Item, Query, Route, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
-from traceir.prompts import IMAGE_PAD, TURN_END, Prompt
+from traceir.prompts import IMAGE_PAD, TURN_END
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +38,11 @@ OLDEST: Final = (0, 5, 17)
 _UNNAMED: Final = ("", "default")
 """What SGLang gives as weight version where its launch named none."""
 _LAUNCH: Final = "launch it with `--return-hidden-states-mode last`"
+_GREEDY: Final[Mapping[str, Any]] = {
+    "temperature": 0.0, "top_p": 1.0, "top_k": 1, "min_p": 0.0, "frequency_penalty": 0.0, "presence_penalty": 0.0,
+    "repetition_penalty": 1.0, "min_new_tokens": 0, "n": 1, "ignore_eos": False,
+}  # fmt: skip
+"""Every field, since a server fills what is left out from its own preferred sampling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """What one request wrote, the stop token included; the state [D] that predicted its last token; why it ended.
+    """What one request wrote, the stop token included; the unit state [D] that predicted its last token; whether a stop ended it.
 
     `emb_probability` and `others`, the likeliest tokens, are those of the first step, where they were asked for.
     """
@@ -72,13 +74,13 @@ class _Reply:
     others: tuple[int, ...]
 
 
-class SGLangEncoder:
+class SGLangEncoder(HttpEngine):
     """Queries and items to Encodings by an SGLang server at `address` that serves the checkpoint `model`.
 
     `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read. The
     server is asked at once who it is: another model, an old release or missing flags raise ModelError. Results are in the order
-    of the input. Thread-safe; all threads share the `in_flight` requests. Greedy, but the engine computes in its own precision
-    and batches: the text may differ from an Encoder's where two tokens are almost equally likely.
+    of the input. Greedy, but the engine computes in its own precision and batches: the text may differ from an Encoder's where
+    two tokens are almost equally likely.
     """
 
     def __init__(
@@ -93,83 +95,49 @@ class SGLangEncoder:
         pause_s: float = 0.25,
         max_reasoning_tokens: int | None = None,
     ) -> None:
-        self.model = without_weights(model)
-        self.budget = max_reasoning_tokens or self.model.settings.max_reasoning_tokens
+        self.model, self._name = without_weights(model), str(model)
+        settings = self.model.settings
+        self.budget = max_reasoning_tokens or settings.max_reasoning_tokens
+        self.fingerprint, self.width = self.model.fingerprint, self.model.width
+        before = settings.pooling_position == "before_token"
+        self.prompt_version = settings.prompt_version + ("" if before else f", read {settings.pooling_position}")
         address = re.sub(r"/(v1|generate)?/*$", "", address)
-        self._connection = Connection(address, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s)
-        self._name = str(model)
-        try:
-            self._weight_version = self._check_model()
-            self._check_server()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def address(self) -> str:
-        return self._connection.address
-
-    @property
-    def fingerprint(self) -> str:
-        return self.model.fingerprint
-
-    @property
-    def prompt_version(self) -> str:
-        """As an in-process Encoder names it, so that both may fill and search one index."""
-        version, position = self.model.settings.prompt_version, self.model.settings.pooling_position
-        return version if position == "before_token" else f"{version}, read {position}"
-
-    @property
-    def width(self) -> int:
-        return self.model.width
+        super().__init__(Connection(address, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s))
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning, unless the checkpoint lets candidates write."""
         route: Route = "auto" if self.model.writes("candidate") else "direct"
-        return self._connection.gather([partial(self._one, item, route) for item in items])
+        return self._connection.gather([partial(self._encode, item, route) for item in items])
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries by the given route. `reason` costs a second request where the model would have bypassed."""
         check_route(route)
-        if not self.model.writes("query"):
-            route = "direct"
-        return self._connection.gather([partial(self._one, query, route) for query in queries])
+        route = route if self.model.writes("query") else "direct"
+        return self._connection.gather([partial(self._encode, query, route) for query in queries])
 
     def prepare(self, content: Query | Item, route: Route) -> Asked:
         """Token ids and pictures as SGLang wants them: it repeats each image token itself, once it has sized the picture."""
         prompt, processor = self.model.prompt(content, direct=route == "direct"), self.model.processor
-        layout = processor.lay_out(prompt)
+        layout, pad = processor.lay_out(prompt), processor.special[IMAGE_PAD]
         read = tuple(layout.ids.tolist())
-        ids, images = _folded(read, processor.special[IMAGE_PAD]), _images(prompt, layout, processor)
+        ids = tuple(token for place, token in enumerate(read) if token != pad or place == 0 or read[place - 1] != pad)
+        images = tuple(_png_url(*pair, processor) for pair in zip(prompt.images, layout.pixels, strict=True))
         return Asked(ids, images, read, layout.cut, route, isinstance(content, Query))
 
     def start(self, asked: Asked) -> Future[Encoding]:
         """What `prepare` made, on its way; cancelling the future gives the request up, at the engine too."""
         return self._connection.start(partial(self._run, asked))
 
-    def close(self) -> None:
-        """Closes the connections to the engine."""
-        self._connection.close()
-
-    def __enter__(self) -> SGLangEncoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    async def _one(self, content: Query | Item, route: Route) -> Encoding:
+    async def _encode(self, content: Query | Item, route: Route) -> Encoding:
         return await self._run(await asyncio.to_thread(self.prepare, content, route))
 
     async def _run(self, asked: Asked) -> Encoding:
-        if asked.route != "direct":
-            return self._told(await self._write(asked), asked)
-        reply = await self._generate(asked, (), 1, probability=asked.probability)
-        probability = reply.emb_probability if asked.probability else 1.0
-        return self._told(Encoding(_unit(reply.state), "direct", "", 0, probability, False), asked)
-
-    def _told(self, encoding: Encoding, asked: Asked) -> Encoding:
-        limit = self.model.settings.max_text_tokens
-        return replace(encoding, cut=asked.cut, text_limit=limit) if asked.cut else encoding
+        if asked.route == "direct":
+            reply = await self._generate(asked, (), 1, probability=asked.probability)
+            encoding = self._encoding((), reply.state, reply.emb_probability, None)
+        else:
+            encoding = await self._write(asked)
+        return replace(encoding, cut=asked.cut, text_limit=self.model.settings.max_text_tokens) if asked.cut else encoding
 
     async def _write(self, asked: Asked) -> Encoding:
         """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
@@ -192,40 +160,36 @@ class SGLangEncoder:
             if whole[-1] == emb:
                 return self._encoding(whole[:-1], reply.state, probability, None)
             if not reply.stopped or len(whole) > self.budget or (whole[-1] == turn_end and len(whole) > 1):
-                state = await self._close(asked, whole[:-1]) if self.model.settings.closing else reply.state
+                state = await self._closed(asked, whole[:-1]) if self.model.settings.closing else reply.state
                 return self._encoding(whole[:-1], state, probability, "turn" if whole[-1] == turn_end else "budget")
             written = whole
 
-    async def _close(self, asked: Asked, written: tuple[int, ...]) -> Vector:
+    async def _closed(self, asked: Asked, written: tuple[int, ...]) -> Vector:
         """It stopped short of `<|emb|>`: the state behind the trained closing text, by a request of its own."""
         closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
         return (await self._generate(asked, written + closing, 1, probability=False)).state
 
     def _encoding(self, written: tuple[int, ...], state: Vector, probability: float, ended: Ended) -> Encoding:
-        road: TakenRoute = "reason" if written else "direct"
         text = self.model.processor.decode(written)
-        return Encoding(_unit(state), road, text, len(written), probability, ended is not None, ended=ended)
+        return Encoding(state, "reason" if written else "direct", text, len(written), probability, ended is not None, ended=ended)
 
     async def _generate(self, asked: Asked, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
-        body = self._body(asked, written, most, probability)
-        for attempt in range(1, self._connection.tries + 1):
-            answer = await self._connection.request("POST", "/generate", body, refused=(400, 404, 422))
+        """One request for at most so many tokens after what was written."""
+
+        def read(answer: Answer) -> _Reply:
             if answer.status > 299:
-                raise ModelError(self._refusal(answer.status, answer.said))
-            try:
-                return self._read(answer.body, asked.read + written, probability)
-            except TransientError:
-                if attempt == self._connection.tries:
-                    raise
-                await asyncio.sleep(self._connection.pause_s * 2 ** (attempt - 1))
-        raise AssertionError("unreachable")
+                raise self._wrong(_refusal(answer))
+            return self._read(answer.body, asked.read + written, probability)
+
+        return await self._ask("/generate", self._body(asked, written, most, probability), (400, 404, 422), read)
 
     def _body(self, asked: Asked, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
         """The request. `last` and never `true`: the full form misplaces rows after a prefill in chunks."""
         emb = self.model.processor.emb_id
+        stops = [emb, self.model.processor.special[TURN_END]]
         body: dict[str, Any] = {
             "input_ids": [*asked.ids, *written],
-            "sampling_params": self._sampling(most, emb),
+            "sampling_params": {**_GREEDY, "max_new_tokens": most, "stop_token_ids": stops},
             "return_hidden_states": "last",
             "stream": False,
         }
@@ -235,23 +199,6 @@ class SGLangEncoder:
             body |= {"return_logprob": True, "token_ids_logprob": [emb], "top_logprobs_num": 2}
         return body
 
-    def _sampling(self, most: int, emb: int) -> dict[str, Any]:
-        """Greedy in every field: a server fills what is left out from its own preferred sampling."""
-        return {
-            "max_new_tokens": most,
-            "temperature": 0.0,
-            "top_p": 1.0,
-            "top_k": 1,
-            "min_p": 0.0,
-            "frequency_penalty": 0.0,
-            "presence_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "min_new_tokens": 0,
-            "n": 1,
-            "ignore_eos": False,
-            "stop_token_ids": [emb, self.model.processor.special[TURN_END]],
-        }
-
     def _read(self, body: Any, read: tuple[int, ...], probability: bool) -> _Reply:
         """The reply's parts, each checked. Raises TransientError where the engine gave the request up for now."""
         if not isinstance(body, dict) or not isinstance(body.get("meta_info"), dict):
@@ -259,20 +206,7 @@ class SGLangEncoder:
         meta: dict[str, Any] = body["meta_info"]
         reason = meta.get("finish_reason")
         finish: dict[str, Any] = reason if isinstance(reason, dict) else {"type": reason}
-        matched = finish.get("matched")
-        if finish.get("type") == "abort":
-            said = f"gave a request up: {finish.get('message')}"
-            if finish.get("status_code") in (429, 503):
-                raise TransientError(f"the engine at {self.address} {said}")
-            raise self._wrong(said)
-        if isinstance(matched, str):
-            raise self._wrong(f"stopped with {matched!r} instead of a token; are its weights whole, is its precision right?")
-        found = body.get("output_ids")
-        ids = tuple(found) if isinstance(found, list) and all(isinstance(token, int) for token in found) else ()
-        if isinstance(matched, int) and ids[-1:] != (matched,):
-            ids += (matched,)  # a stop token that was trimmed
-        if not ids:
-            raise self._wrong("returned no output_ids; TraceIR needs an SGLang of 0.5.17 or later")
+        ids = self._written(body, finish)
         self._check_read(body, meta, read)
         if self._weight_version != (version := str(meta.get("weight_version") or self._weight_version)):
             raise self._wrong(f"changed its weights to {version!r}; make a new encoder for the checkpoint that it serves now")
@@ -281,37 +215,47 @@ class SGLangEncoder:
             raise self._wrong("returned no log-probabilities; is a proxy between that drops them?")
         return _Reply(ids, self._state(meta.get("hidden_states")), finish.get("type") == "stop", first, others)
 
-    def _state(self, found: Any) -> Vector:
+    def _written(self, body: Mapping[str, Any], finish: Mapping[str, Any]) -> tuple[int, ...]:
+        """The tokens of a reply, with the stop token where it was trimmed."""
+        matched, ids = finish.get("matched"), body.get("output_ids")
+        if finish.get("type") == "abort":
+            kind = TransientError if finish.get("status_code") in (429, 503) else ModelError
+            raise self._wrong(f"gave a request up: {finish.get('message')}", kind)
+        if isinstance(matched, str):
+            raise self._wrong(f"stopped with {matched!r} instead of a token; {WEIGHTS}")
+        written = tuple(ids) if isinstance(ids, list) and all(isinstance(token, int) for token in ids) else ()
+        if isinstance(matched, int) and written[-1:] != (matched,):
+            written += (matched,)
+        if not written:
+            raise self._wrong("returned no output_ids; TraceIR needs an SGLang of 0.5.17 or later")
+        return written
+
+    def _state(self, rows: Any) -> Vector:
         """The last row of whatever form came: [D] under `last`, else rows of steps, of which the first may be a whole prefill."""
-        if not found:
+        if not rows:
             raise self._wrong(f"returned no hidden states; {_LAUNCH}")
-        while isinstance(found, list) and found and isinstance(found[-1], list):
-            found = found[-1]
-        try:
-            state = np.array(found, dtype=np.float32).ravel()
-        except (TypeError, ValueError) as error:
-            raise self._wrong(f"returned hidden states that are no numbers: {str(found)[:80]}") from error
-        if len(state) != self.width:
-            hint = "it joins several layers; launch it without a speculative algorithm" if len(state) % self.width == 0 else ""
-            raise self._wrong(
-                f"returned a state of {len(state)} components for a model of width {self.width}; {hint}".rstrip("; ")
-            )
-        if not np.isfinite(state).all() or not state.any():
-            raise self._wrong("returned a state that is not finite or all zero; are its weights whole, is its precision right?")
-        return state
+        while isinstance(rows, list) and rows and isinstance(rows[-1], list):
+            rows = rows[-1]
+        if isinstance(rows, list) and len(rows) > self.width and len(rows) % self.width == 0:
+            told = f"returned a state of {len(rows)} components for a model of width {self.width}"
+            raise self._wrong(f"{told}; it joins several layers; launch it without a speculative algorithm")
+        return self._unit(rows, "state", self.width)
 
     def _check_read(self, body: Mapping[str, Any], meta: Mapping[str, Any], read: tuple[int, ...]) -> None:
         """Holds the engine to our tokens. Where pictures stand, only their number counts: some releases put hashes there."""
         seen, pad = body.get("prompt_token_ids"), self.model.processor.special[IMAGE_PAD]
         count = len(seen) if isinstance(seen, list) else meta.get("prompt_tokens", len(read))
-        same = count == len(read)
-        if same and isinstance(seen, list):
-            same = all(ours in (pad, theirs) for ours, theirs in zip(read, seen, strict=True))
-        if not same:
+        if count != len(read) or (
+            isinstance(seen, list) and any(ours not in (pad, its) for ours, its in zip(read, seen, strict=True))
+        ):
             raise self._wrong(
                 f"read a prompt of {count} tokens that is not TraceIR's of {len(read)}: it took a text apart anew or sized a "
                 "picture otherwise; launch it with SGLANG_MM_AVOID_RETOKENIZE=1 and the checkpoint's own preprocessor_config.json"
             )
+
+    def _meet(self) -> None:
+        self._weight_version = self._check_model()
+        self._check_server()
 
     def _check_model(self) -> str:
         """Asks which weights are served; returns their version as the engine calls it."""
@@ -326,45 +270,33 @@ class SGLangEncoder:
                 raise self._other(f"weight version {version!r}")
             return version
         served = read_settings(Path(path, "traceir.json")) if path and Path(path, "traceir.json").is_file() else None
-        if served is not None and served.fingerprint != self.fingerprint:
-            raise self._other(f"{path}, whose fingerprint is {served.fingerprint!r}")
         if served is None and Path(path).name != Path(self._name).name:
             raise self._other(path)
         if served is None:
             log.warning("%s serves a model named %r; only the name could be compared, see docs/engines.md", self.address, path)
+        elif served.fingerprint != self.fingerprint:
+            raise self._other(f"{path}, whose fingerprint is {served.fingerprint!r}")
         return version
 
     def _check_server(self) -> None:
         """What its launch must and must not have switched on, as far as the engine tells."""
-        info = self._info("/server_info", "/get_server_info")
-        if info is None:
-            return
+        info = self._info("/server_info", "/get_server_info") or {}
         version = tuple(int(part) for part in re.findall(r"\d+", str(info.get("version", "")))[:3])
+        speculates = str(info.get("speculative_algorithm") or "")
         if version and version < OLDEST:
             raise self._wrong(f"is SGLang {info['version']}; hidden states of mode `last` need 0.5.17 or later")
         if "return_hidden_states_mode" in info and info["return_hidden_states_mode"] not in ("last", "full"):
             raise self._wrong(f"was launched without hidden states; {_LAUNCH}")
-        if str(info.get("speculative_algorithm") or "").upper() == "NGRAM":
+        if speculates.upper() == "NGRAM":
             raise self._wrong("speculates by NGRAM, which returns states of other positions; launch it without")
-        if info.get("speculative_algorithm"):
-            log.warning("%s speculates (%s): not tested with TraceIR", self.address, info["speculative_algorithm"])
+        if speculates:
+            log.warning("%s speculates (%s): not tested with TraceIR", self.address, speculates)
         if info.get("enable_deterministic_inference") is False:
             log.warning("%s is not deterministic: reasoning may depend on what else it computes at the time", self.address)
 
     def _info(self, *paths: str) -> dict[str, Any] | None:
-        for path in paths:
-            answer = self._connection.call("GET", path, refused=(404, 405))
-            if isinstance(answer.body, dict):
-                return answer.body
-        return None
-
-    def _refusal(self, status: int, said: str) -> str:
-        remedy = "is it an SGLang server?" if status == 404 else "see the engine's log"
-        if "hidden state" in said:
-            remedy = _LAUNCH
-        elif "context length" in said:
-            remedy = "raise its --context-length, or lower max_text_tokens or the picture's size"
-        return f"the engine at {self.address} refuses a request ({status}: {said}); {remedy}"
+        bodies = (self._connection.call("GET", path, refused=(404, 405)).body for path in paths)
+        return next((body for body in bodies if isinstance(body, dict)), None)
 
     def _other(self, served: str) -> ModelError:
         return self._wrong(
@@ -372,14 +304,11 @@ class SGLangEncoder:
             f"--weight-version {self.fingerprint} if it is the same"
         )
 
-    def _wrong(self, what: str) -> ModelError:
-        return ModelError(f"the engine at {self.address} {what}")
-
 
 def without_weights(source: str | Path) -> TraceModel:
     """A checkpoint's tokenizer, picture settings and traceir.json as a TraceModel that renders and lays out, and cannot run.
 
-    Raises ModelError where an engine could not serve what is asked: adapters, profiles, a read-out at the token itself.
+    Raises ModelError where an engine could not serve what is asked: adapters, profiles, pooling at the token itself.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -393,38 +322,37 @@ def without_weights(source: str | Path) -> TraceModel:
         tokenizer = AutoTokenizer.from_pretrained(local, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read {name}: {error}") from error
-    if config.model_type not in NETWORKS or settings.profile is not None or settings.pooling_position == "at_token":
+    position = settings.pooling_position
+    if config.model_type not in NETWORKS or settings.profile is not None or position == "at_token":
         raise ModelError(
-            f"{name} ({config.model_type}, read {settings.pooling_position}) cannot be encoded by an engine: it gives the state "
-            "before a token and knows no profiles; encode it in this process"
+            f"{name} ({config.model_type}, read {position}) cannot be encoded by an engine: it gives the state before a token and "
+            "knows no profiles; encode it in this process"
         )
     if not settings.fingerprint:
         raise ModelError(f"{name}: traceir.json names no fingerprint; save the checkpoint again by this release")
     preprocessor = local / "preprocessor_config.json"
     image = image_budget(preprocessor if preprocessor.is_file() else None, config)
-    processor = Processor(tokenizer, image, pooling_position=settings.pooling_position, max_text_tokens=settings.max_text_tokens)
+    processor = Processor(tokenizer, image, pooling_position=position, max_text_tokens=settings.max_text_tokens)
     return TraceModel(SimpleNamespace(config=config), processor, settings)
 
 
-def _images(prompt: Prompt, layout: Layout, processor: Processor) -> tuple[str, ...]:
-    return tuple(_data_url(image, pixels, processor) for image, pixels in zip(prompt.images, layout.pixels, strict=True))
-
-
-def _data_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
+def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
     """The picture as PNG, at the size the model sees, so that the engine has nothing to resize.
 
     Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the picture goes as it is.
     """
     height, width = pixels.shape[:2]
     settled = smart_resize(height, width, processor.image) == (height, width)
-    packed = BytesIO()
-    (Image.fromarray(pixels) if settled else image.load()).save(packed, "PNG", compress_level=1)
-    return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
+    return data_url(file_bytes(Image.fromarray(pixels) if settled else image.load(), "PNG", compress_level=1), "image/png")
 
 
-def _folded(ids: Sequence[int], pad: int) -> tuple[int, ...]:
-    """Token ids with each run of image tokens as one."""
-    return tuple(token for place, token in enumerate(ids) if token != pad or place == 0 or ids[place - 1] != pad)
+def _refusal(answer: Answer) -> str:
+    remedy = "is it an SGLang server?" if answer.status == 404 else "see the engine's log"
+    if "hidden state" in answer.said:
+        remedy = _LAUNCH
+    elif "context length" in answer.said:
+        remedy = "raise its --context-length, or lower max_text_tokens or the picture's size"
+    return f"refuses a request ({answer.status}: {answer.said}); {remedy}"
 
 
 def _first_step(meta: Mapping[str, Any]) -> tuple[float, tuple[int, ...]]:
@@ -434,7 +362,3 @@ def _first_step(meta: Mapping[str, Any]) -> tuple[float, tuple[int, ...]]:
         return chance, tuple(int(entry[1]) for entry in meta["output_top_logprobs"][0])
     except (KeyError, IndexError, TypeError, ValueError):
         return math.nan, ()
-
-
-def _unit(state: Vector) -> Vector:
-    return state / np.linalg.norm(state)
