@@ -66,11 +66,11 @@ def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
     ordered = {modality: np.sort(own) for modality, own in scores.items()}
     count = len(next(iter(ordered.values())))
     # The place of a query is how many score as it does or more, where fewest do: 1 for the best.
-    places = np.min([count - np.searchsorted(ordered[modality], own, side="left") for modality, own in scores.items()], axis=0)
-    within = np.searchsorted(np.sort(places), np.arange(1, count + 1), side="right")  # how many have one of the first places
-    place = int(np.searchsorted(within, math.floor(rate * (count + 1) + 1e-9), side="right"))
+    places = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
+    alarms = math.floor(rate * (count + 1) + 1e-9)
+    place = int(places[alarms]) - 1 if alarms < count else count
     if not place:
-        least = int(within[0])
+        least = int(np.searchsorted(places, 1, side="right"))
         raise InputError(
             f"cutoff {rate:g} is less than {count} background queries can tell, which is 1 in {(count + 1) // least}; give a "
             f"higher rate, or calibrate with --count {math.ceil(least / rate)} or a larger --background"
@@ -87,7 +87,9 @@ class Calibration:
     def __init__(self, index: Index, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._index, self._clock = index, clock
         self._lock = threading.Lock()
-        self._forget()
+        self._version, self._until = "", -math.inf
+        self._background: Background | None = None
+        self._known: dict[Modality, Scores] = {}
 
     def thresholds(self, query: Modality, target: Modality | None, rate: float) -> dict[Modality, float]:
         """By the modality of hits, for queries of one modality that look for `target` (None: anything).
@@ -100,16 +102,10 @@ class Calibration:
             scores = self._scores_of(query)
         return thresholds({name: own for name, own in scores.items() if target in (None, name)}, rate)
 
-    def _forget(self) -> None:
-        self._version = ""
-        self._background: Background | None = None
-        self._known: dict[Modality, Scores] = {}
-        self._until = -math.inf
-
     def _scores_of(self, query: Modality) -> Scores:
         if self._clock() >= self._until and (version := self._index.version()) != self._version:
-            self._forget()
-            self._version, self._background = version, self._index.background()
+            self._version, self._background, self._known = version, self._index.background(), {}
+            self._until = -math.inf
         if query not in self._known:
             started = self._clock()
             self._known[query] = best_scores(self._index, background_of(self._background, query))
@@ -127,12 +123,11 @@ class Calibrations:
 
     def of(self, tenant: str | None, index: Index) -> Calibration:
         with self._lock:
-            found = self._known.get(tenant) or Calibration(index)
-            self._known[tenant] = found
+            calibration = self._known.setdefault(tenant, Calibration(index))
             self._known.move_to_end(tenant)
-            while len(self._known) > _TENANTS:
+            if len(self._known) > _TENANTS:
                 self._known.popitem(last=False)
-            return found
+            return calibration
 
 
 def background_of(background: Background | None, query: Modality) -> Vectors:
@@ -150,12 +145,12 @@ def background_of(background: Background | None, query: Modality) -> Vectors:
 
 def best_scores(index: Index, vectors: Vectors) -> Scores:
     """The best score of each of these queries among the items of each modality that the index has."""
-    found: dict[Modality, npt.NDArray[np.float32]] = {}
-    for modality in MODALITIES:
-        hits = index.search(vectors, 1, modality=modality)
-        if any(hits):
-            found[modality] = np.array([own[0].score if own else -1.0 for own in hits], dtype=np.float32)
-    return found
+    hits = {modality: index.search(vectors, 1, modality=modality) for modality in MODALITIES}
+    return {
+        modality: np.array([best[0].score if best else -1.0 for best in of_queries], dtype=np.float32)
+        for modality, of_queries in hits.items()
+        if any(of_queries)
+    }
 
 
 def search_above(
@@ -178,10 +173,10 @@ def search_above(
     if rate is None:
         return [(hits, None) for hits in index.search(vectors, k, where=where, modality=modality, exact=exact)]
     looked = [name for name in MODALITIES if modality in (None, name)]
-    found = [index.search(vectors, k, where=where, modality=name, exact=exact) for name in looked]
+    parts = [index.search(vectors, k, where=where, modality=name, exact=exact) for name in looked]
     answers: list[tuple[list[Hit], Cut | None]] = []
     for row, own in enumerate(above):
-        hits = sorted((hit for part in found for hit in part[row]), key=lambda hit: (-hit.score, hit.id))
+        hits = sorted((hit for part in parts for hit in part[row]), key=lambda hit: (-hit.score, hit.id))
         kept = [hit for hit in hits if hit.modality in own and hit.score > own[hit.modality]]
         cut = Cut(rate, own, len(hits) - len(kept), hits[0].score if hits else None)
         answers.append(([replace(hit, rank=rank) for rank, hit in enumerate(kept[:k], start=1)], cut))

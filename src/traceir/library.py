@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,9 +36,9 @@ VERSION: Final = "library-1"
 _ASKED: Final = re.compile(r"(.*\bInstruct: ?)(.+?)(\n *\w+: ?)", re.DOTALL)
 """A query prompt with a place for an instruction, "Instruct: ...\\nQuery:", as E5, GTE and Qwen3-Embedding have it."""
 _FIXED_LENGTH: Final = ("siglip", "siglip2")
-"""Model types whose text tower reads the last position, whatever stands there, and was trained on padded texts alone ("we pass
-padding=max_length and max_length=64 since the model was trained with this", transformers' page on SigLIP 2). Where such a
-checkpoint has no modules.json the library pads to the longest text of a batch, and a text's vector hangs on its company."""
+"""Model types whose text tower reads the last position, whatever stands there, and was trained on padded texts alone
+(transformers' page on SigLIP 2). Where such a checkpoint has no modules.json the library pads to the longest text of a batch."""
+_KINDS: Final[dict[Modality, str]] = {"text": "a text", "image": "a picture", "image,text": "a picture and a text together"}
 
 
 def load_encoder(
@@ -75,17 +75,25 @@ class LibraryEncoder:
     floating-point rounding.
     """
 
+    run_settings: Final[dict[str, str | int | float | None]] = dict.fromkeys(
+        ("token_budget", "threshold", "max_reasoning_tokens")
+    )
+
     def __init__(self, model: Any, name: str, fingerprint: str, *, dim: int | None = None, batch_rows: int = 32) -> None:
         self.model, self.name, self.fingerprint, self.batch_rows = model, name, fingerprint, batch_rows
         self._lock = threading.Lock()
-        self._unused = False
-        supported = [one for one in MODALITIES if model.supports(("image", "text") if one == "image,text" else one)]
-        self.modalities: tuple[Modality, ...] = tuple(supported)
+        self._warned = False
+        self._reads_messages = "message" in model.modalities
+        self.modalities: tuple[Modality, ...] = tuple(
+            kind for kind in MODALITIES if model.supports(("image", "text") if kind == "image,text" else kind)
+        )
         whole = model.get_embedding_dimension() or len(self._probe())
         if dim is not None and not 1 <= dim <= whole:
             raise InputError(f"vectors of {name} have {whole} components and cannot be truncated to {dim}; give 1 to {whole}")
         self.width: int = dim or whole
         self.dim = dim if dim != whole else None
+        self.prompt_version = VERSION if self.dim is None else f"{VERSION}, first {self.dim}"
+        self.vector_settings = {"dtype": str(model.dtype), "max_text_tokens": model.max_seq_length}
 
     @classmethod
     def from_pretrained(
@@ -100,22 +108,8 @@ class LibraryEncoder:
         folder = fetch(name)
         check_kind(folder, name)
         fingerprint = library_fingerprint(folder)
-        called = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
-        return cls(_load(folder, name, device, dtype), called, fingerprint, dim=dim)
-
-    @property
-    def prompt_version(self) -> str:
-        """How inputs are handed on, and the truncation, which changes every vector."""
-        return VERSION if self.dim is None else f"{VERSION}, first {self.dim}"
-
-    @property
-    def vector_settings(self) -> dict[str, str | int | float | None]:
-        """What else decides a vector."""
-        return {"dtype": str(self.model.dtype), "max_text_tokens": self.model.max_seq_length}
-
-    @property
-    def run_settings(self) -> dict[str, str | int | float | None]:
-        return {"token_budget": None, "threshold": None, "max_reasoning_tokens": None}
+        shown = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
+        return cls(_load(folder, name, device, dtype), shown, fingerprint, dim=dim)
 
     def as_written(self, text: str) -> str:
         return text
@@ -126,8 +120,7 @@ class LibraryEncoder:
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         """Queries, by the model's `encode_query`; `route` is `auto` or `direct`, which are the same here."""
-        check_route(route)
-        if route == "reason":
+        if check_route(route) == "reason":
             raise InputError(f"{self.name} writes nothing before its vector, so it cannot reason; use route direct or auto")
         return self._encode(queries, [self._prompt(query) for query in queries], self.model.encode_query)
 
@@ -138,29 +131,24 @@ class LibraryEncoder:
             self._check(content)
         done: dict[int, Encoding] = {}
         for numbers in _batches(contents, prompts, self.batch_rows):
-            inputs = [self._input(contents[number]) for number in numbers]
             prompt = prompts[numbers[0]]
-            vectors = self._vectors([contents[number] for number in numbers], inputs, prompt, encode)
+            vectors = self._vectors([contents[number] for number in numbers], prompt, encode)
             for number, vector in zip(numbers, vectors, strict=True):
                 cut = self._cut(contents[number], prompt)
                 limit = self.model.max_seq_length if cut else None
                 done[number] = Encoding(vector, "direct", "", 0, 1.0, False, cut=cut, text_limit=limit)
         return [done[number] for number in range(len(contents))]
 
-    def _vectors(
-        self, contents: Sequence[Item | Query], inputs: list[Any], prompt: str | None, encode: Callable[..., Any]
-    ) -> Vector:
+    def _vectors(self, contents: Sequence[Item | Query], prompt: str | None, encode: Callable[..., Any]) -> Vector:
         """Unit vectors [B, D] of one batch. What the library refuses is an InputError, so that the rest of a batch can go on."""
+        inputs = [self._input(content) for content in contents]
+        options = {"batch_size": len(inputs), "truncate_dim": self.dim, "show_progress_bar": False}
         try:
             with self._lock:
-                found = encode(
-                    inputs, prompt=prompt, batch_size=len(inputs), truncate_dim=self.dim, normalize_embeddings=True,
-                    show_progress_bar=False,
-                )  # fmt: skip
+                vectors = np.asarray(encode(inputs, prompt=prompt, normalize_embeddings=True, **options), dtype=np.float32)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             who = _who(contents[0]) if len(contents) == 1 else f"one of {len(contents)} inputs"
             raise InputError(f"{who}: sentence-transformers cannot encode it by {self.name}: {_one_line(error)}") from error
-        vectors = np.asarray(found, dtype=np.float32)
         if vectors.shape != (len(inputs), self.width):
             raise ModelError(f"{self.name} returned vectors of shape {list(vectors.shape)}, not [{len(inputs)}, {self.width}]")
         if not np.isfinite(vectors).all():
@@ -173,7 +161,7 @@ class LibraryEncoder:
         if known and (_form(content) != "message" or self._reads_messages):
             return
         what = "several parts" if known else _KINDS[content.modality]
-        taken = ", ".join(_KINDS[one] for one in self.modalities)
+        taken = ", ".join(_KINDS[kind] for kind in self.modalities)
         raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {taken}, or use another model")
 
     def _prompt(self, query: Query) -> str | None:
@@ -186,18 +174,14 @@ class LibraryEncoder:
         if not asked or not query.parts:
             return None
         for own in (self.model.prompts.get("query"), *self.model.prompts.values()):
-            if found := _ASKED.fullmatch(own or ""):
-                return f"{found[1]}{asked}{found[3]}"
+            if match := _ASKED.fullmatch(own or ""):
+                return f"{match[1]}{asked}{match[3]}"
         if self._reads_messages:
             return asked
-        if not self._unused:
-            self._unused = True
+        if not self._warned:
+            self._warned = True
             log.warning("%s has no place for an instruction: the instructions of queries are left out", self.name)
         return None
-
-    @property
-    def _reads_messages(self) -> bool:
-        return "message" in self.model.modalities
 
     def _input(self, content: Item | Query) -> Any:
         """The content as the library takes it: a text, a picture, a dict of both, or a message of parts in reading order."""
@@ -229,16 +213,10 @@ class LibraryEncoder:
 
     def _probe(self) -> Vector:
         """One vector, from a model that does not tell its width."""
-        blank = np.zeros((32, 32, 3), dtype=np.uint8)
         from PIL import Image
 
-        vector: Vector = self.model.encode("a" if "text" in self.modalities else Image.fromarray(blank))
+        vector: Vector = self.model.encode("a" if "text" in self.modalities else Image.new("RGB", (32, 32)))
         return vector
-
-
-_KINDS: Final[Mapping[Modality, str]] = {
-    "text": "a text", "image": "a picture", "image,text": "a picture and a text together",
-}  # fmt: skip
 
 
 def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> Any:
@@ -271,10 +249,9 @@ def _complete(model: Any, name: str) -> None:
 
 def _why(error: Exception) -> str:
     """A remedy for what the library's messages, of many lines, say most often."""
-    told = str(error)
-    if "torchvision" in told.lower():
+    if "torchvision" in str(error).lower():
         return "its picture or video processor needs torchvision; pip install torchvision"
-    if "trust_remote_code" in told:
+    if "trust_remote_code" in str(error):
         return "it needs code that comes with it, and TraceIR runs none"
     return _one_line(error)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final
 
 from traceir.checkpoint import ADAPTER, MODULES, OWN_MODULE, PREFIX, fetch, module_paths
 from traceir.errors import ModelError
@@ -35,8 +35,7 @@ def check_modules(name: str, types: Sequence[str]) -> None:
 
 def check_kind(folder: Path, name: str) -> None:
     """Raises ModelError for the library's other kinds of model, which it would turn into one of this kind and say little."""
-    about = folder / "config_sentence_transformers.json"
-    kind = read_object(about).get("model_type") if about.is_file() else None
+    kind = _about(folder / "config_sentence_transformers.json").get("model_type")
     if kind not in (None, "SentenceTransformer"):
         raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
 
@@ -53,13 +52,16 @@ def library_fingerprint(folder: Path) -> str:
     modules = _module_folders(folder)
     beside = {file for place in (folder, *modules) for file in place.iterdir() if file.is_file()}
     files = {file for file in beside if file.name in DECIDING or file.name.endswith(_CONFIG)}
-    files |= {file for place in modules for file in _weights(place)}
-    files |= {file for place in modules for base in _bases(place) for file in weight_files(base)}
-    return digest((_counted_as(file, folder), file) for file in sorted(files))
+    for place in modules:
+        files.update(_weights(place))
+        if (place / ADAPTER).is_file():  # over another checkpoint
+            files.update(weight_files(fetch(str(read_object(place / ADAPTER).get("base_model_name_or_path")))))
+    inside = [(file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name) for file in sorted(files)]
+    return digest(zip(inside, sorted(files), strict=True))
 
 
-def _counted_as(file: Path, folder: Path) -> str:
-    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
+def _about(file: Path) -> dict[str, Any]:
+    return read_object(file) if file.is_file() else {}
 
 
 def _module_folders(folder: Path) -> list[Path]:
@@ -76,7 +78,7 @@ def _module_folders(folder: Path) -> list[Path]:
 def _routed(place: Path) -> Sequence[str]:
     """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
     for file in ("router_config.json", "config.json"):
-        types = read_object(place / file).get("types") if (place / file).is_file() else None
+        types = _about(place / file).get("types")
         if isinstance(types, dict):
             check_modules(str(place), [str(kind) for kind in types.values()])
             return list(types)
@@ -91,16 +93,10 @@ def _inside(path: str, folder: Path) -> str:
 
 def _weights(place: Path) -> list[Path]:
     """The weights of a module; ModelError where it has some and none as safetensors."""
-    about = read_object(place / "config.json") if (place / "config.json").is_file() else {}
-    if (place / ADAPTER).is_file() or "model_type" in about:
+    if (place / ADAPTER).is_file() or "model_type" in _about(place / "config.json"):
         return weight_files(place)
     like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
     own = [file for file in like if file.suffix == ".safetensors"]
     if like and place / SINGLE not in own:
         raise ModelError(f"{place} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
     return own
-
-
-def _bases(place: Path) -> list[Path]:
-    """The folder of the checkpoint under an adapter."""
-    return [fetch(str(read_object(place / ADAPTER).get("base_model_name_or_path")))] if (place / ADAPTER).is_file() else []

@@ -1,8 +1,7 @@
 """Text and JSON that others wrote, made valid where they come in, so that whatever holds them can be written again.
 
 JSON can spell what is no text (half of a surrogate pair, as `"\\ud83d"`) or what no file name and few readers take (NUL).
-Such a character becomes U+FFFD here, and nothing behind this door has to expect it. The server's own door is stricter
-(`serve/bodies.py`): it refuses.
+Such a character becomes U+FFFD here, and nothing behind this door has to expect it. The server's own door refuses it.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ def valid(text: str) -> str:
     return text if text.isascii() and "\x00" not in text else _INVALID.sub(REPLACED, text)
 
 
-def valid_all(found: Any) -> Any:
+def valid_all(value: Any) -> Any:
     """Plain JSON with `valid` texts and names, at any depth."""
-    if isinstance(found, str):
-        return valid(found)
-    if isinstance(found, dict):
-        return {valid(name): valid_all(value) for name, value in found.items()}
-    return [valid_all(value) for value in found] if isinstance(found, list) else found
+    if isinstance(value, str):
+        return valid(value)
+    if isinstance(value, dict):
+        return {valid(name): valid_all(inner) for name, inner in value.items()}
+    return [valid_all(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_json(raw: bytes | str) -> Any:
@@ -40,8 +39,8 @@ def read_json(raw: bytes | str) -> Any:
     """
     text = raw.decode("utf-8-sig", "replace") if isinstance(raw, bytes) else valid(raw).removeprefix("\ufeff")
     try:
-        found = json.loads(text)
-        return valid_all(found) if "\\u" in text else found
+        value = json.loads(text)
+        return valid_all(value) if "\\u" in text else value
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

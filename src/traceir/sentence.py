@@ -11,8 +11,6 @@ path of an existing picture file, both together a dict {"text", "image"}.
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,12 +28,12 @@ from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_image, check_route
 from traceir.model import load, save
-
-log = logging.getLogger(__name__)
+from traceir.weights import read_object
 
 _CONFIG: Final = "config_sentence_transformers.json"
 _KEPT: Final = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")
 """What a saved SentenceTransformer says beside its modules."""
+_HUB_OPTIONS: Final = ("token", "cache_folder", "revision", "local_files_only")
 
 
 class TraceModule(InputModule):
@@ -67,28 +65,25 @@ class TraceModule(InputModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Queries under task "query", with `prompt` as their instruction, else Items."""
-        if options.get("task") == "query":
-            target = options.get("target") or self.target
-            return {"contents": [_query(one, prompt or None, target) for one in inputs]}
-        return {"contents": _items(inputs, prompt, options)}
+        if options.get("task") != "query":
+            return {"contents": _items(inputs, prompt, options)}
+        about: dict[str, Any] = {"instruction": prompt or None, "target": options.get("target") or self.target}
+        return {"contents": [one if isinstance(one, Query) else Query(_parts(one), **about) for one in inputs]}
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [B, D] and, one value a row, `reasoned`, `tokens`, `emb_probability` and `truncated`."""
-        found = self.encode_contents(features["contents"], options.get("route"))
-        return {
-            "sentence_embedding": torch.from_numpy(np.stack([one.vector for one in found])).to(self.encoder.model.device),
-            "reasoned": torch.tensor([one.route == "reason" for one in found]),
-            "tokens": torch.tensor([one.tokens for one in found]),
-            "emb_probability": torch.tensor([one.emb_probability for one in found]),
-            "truncated": torch.tensor([one.truncated for one in found]),
-        }
+        encodings = self.encode_contents(features["contents"], options.get("route"))
+        vectors = np.stack([encoding.vector for encoding in encodings])
+        rows = {name: torch.tensor([getattr(encoding, name) for encoding in encodings]) for name in _BY_ROW}
+        reasoned = torch.tensor([encoding.route == "reason" for encoding in encodings])
+        return {"sentence_embedding": torch.from_numpy(vectors).to(self.encoder.model.device), "reasoned": reasoned, **rows}
 
     def encode_contents(self, contents: Sequence[Query | Item], route: Route | None) -> list[Encoding]:
         """Encodings of what `preprocess` made: all queries, or all items."""
-        queries = [one for one in contents if isinstance(one, Query)]
+        queries = [content for content in contents if isinstance(content, Query)]
         if queries:
             return self.encoder.encode_queries(queries, route=route or self.route)
-        return self.encoder.encode_items([one for one in contents if isinstance(one, Item)])
+        return self.encoder.encode_items([content for content in contents if isinstance(content, Item)])
 
     def save(self, output_path: str, *_: Any, safe_serialization: bool = True, **__: Any) -> None:
         """The checkpoint, as `traceir.model.save` writes it, into a folder that has files of the library already."""
@@ -105,14 +100,12 @@ class TraceModule(InputModule):
     def load(cls, model_name_or_path: str, subfolder: str = "", **options: Any) -> TraceModule:
         """What the library calls for a saved folder or a hub id; `model_kwargs` may hold `dtype` and `profile`."""
         source = Path(model_name_or_path) / subfolder if subfolder else model_name_or_path
-        config = cls.load_config(
-            model_name_or_path, subfolder, **{key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
-        )
+        hub = {key: options[key] for key in _HUB_OPTIONS if options.get(key) is not None}
         chosen = {key: value for key, value in (options.get("model_kwargs") or {}).items() if key in ("dtype", "profile")}
-        return cls(Encoder(load(source, **chosen)), **config)
+        return cls(Encoder(load(source, **chosen)), **cls.load_config(model_name_or_path, subfolder, **hub))
 
 
-_HUB_OPTIONS: Final = ("token", "cache_folder", "revision", "local_files_only")
+_BY_ROW: Final = ("tokens", "emb_probability", "truncated")
 
 
 def as_sentence_transformer(
@@ -129,18 +122,13 @@ def as_sentence_transformer(
     `prompts` names instructions for `prompt_name=`; the one called "query" is `encode_query`'s default. What a folder saved by
     the library says about route, prompts and similarity holds where nothing else is given. `options` go to `traceir.model.load`.
     """
-    told: dict[str, Any] = {}
-    if isinstance(source, Encoder):
-        encoder, defaults = source, {}
-    else:
-        encoder = Encoder(load(source, device=device, **options))
-        folder = Path(source)
-        defaults = _read_json(folder / TraceModule.config_file_name)
-        told = {key: value for key, value in _read_json(folder / _CONFIG).items() if key in _KEPT}
+    encoder = source if isinstance(source, Encoder) else Encoder(load(source, device=device, **options))
+    files = () if isinstance(source, Encoder) else (Path(source, TraceModule.config_file_name), Path(source, _CONFIG))
+    defaults, saved = (read_object(file) if file.is_file() else {} for file in files) if files else ({}, {})
     module = TraceModule(encoder, route=route or defaults.get("route", "auto"), target=target or defaults.get("target"))
-    told["prompts"] = {**told.get("prompts", {}), **(prompts or {})}
-    told.setdefault("similarity_fn_name", "cosine")
-    return SentenceTransformer(modules=[module], device=str(encoder.model.device), **told)
+    kept: dict[str, Any] = {"similarity_fn_name": "cosine"} | {key: saved[key] for key in _KEPT if key in saved}
+    kept["prompts"] = {**kept.get("prompts", {}), **(prompts or {})}
+    return SentenceTransformer(modules=[module], device=str(encoder.model.device), **kept)
 
 
 def encode_with_reasoning(
@@ -177,41 +165,31 @@ def _items(inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any]
     return [one if isinstance(one, Item) else Item(_parts(one)) for one in inputs]
 
 
-def _query(one: Any, instruction: str | None, target: Modality | None) -> Query:
-    return one if isinstance(one, Query) else Query(_parts(one), instruction=instruction, target=target)
+def _parts(value: Any) -> tuple[Part, ...]:
+    """The parts of one input, the picture before the text as in M-BEIR; a list under a key gives several.
 
-
-def _parts(one: Any) -> tuple[Part, ...]:
-    """The parts of one input, the picture before the text as in M-BEIR; a list under a key gives several."""
-    if not isinstance(one, Mapping):
-        return (_part(one),)
-    if unknown := set(one) - {"text", "image"}:
-        raise InputError(f"an input has the keys {sorted(map(str, unknown))}; TraceIR takes text and image")
-    parts: list[Part] = []
-    for key in ("image", "text"):
-        value = one.get(key)
-        for single in value if isinstance(value, list | tuple) else [value]:
-            if key == "image" and single is not None:
-                parts.append(_image(single))
-            elif isinstance(single, str) and single.strip():
-                parts.append(single)
-            elif single is not None and not isinstance(single, str):
-                raise InputError(f"the text of an input is a {type(single).__name__}; give a str")
-    return tuple(parts)
-
-
-def _part(one: Any) -> Part:
-    """A str is a picture where it names a picture file that exists, as the library has it."""
-    if isinstance(one, list | tuple):
+    A str by itself is a picture where it names a picture file that exists, as the library has it.
+    """
+    if isinstance(value, list | tuple):
         raise InputError("an input is a list; TraceIR takes a text, a picture or a dict of both, no conversations and no pairs")
-    if isinstance(one, str) and not is_image_url_or_path(one):
-        return one
-    return _image(one)
+    if not isinstance(value, Mapping):
+        return (value if isinstance(value, str) and not is_image_url_or_path(value) else _image(value),)
+    if unknown := set(value) - {"text", "image"}:
+        raise InputError(f"an input has the keys {sorted(map(str, unknown))}; TraceIR takes text and image")
+    texts = [text for text in _listed(value.get("text")) if not isinstance(text, str) or text.strip()]
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"the text of an input is a {type(text).__name__}; give a str")
+    return (*map(_image, _listed(value.get("image"))), *texts)
 
 
-def _image(one: Any) -> ImageInput:
+def _listed(value: Any) -> list[Any]:
+    return [one for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+
+
+def _image(value: Any) -> ImageInput:
     try:
-        return as_image(one)
+        return as_image(value)
     except TypeError as error:
         raise InputError(str(error)) from error
 
@@ -220,10 +198,3 @@ def _check_options(route: Route, target: Modality | None) -> None:
     check_route(route)
     if target is not None and target not in MODALITIES:
         raise InputError(f"target modality {target!r} is unknown; choose one of {', '.join(MODALITIES)}")
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found

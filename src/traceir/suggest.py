@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any, Final, NoReturn
 
 _MEANT: Final = {
@@ -17,8 +18,6 @@ _MEANT: Final = {
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no known name is near."""
-    from difflib import get_close_matches
-
     names = {name.lower(): name for name in known}
     word = given.strip().lower()
     meant = _MEANT.get(word, word)
@@ -34,10 +33,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, but what a verb does not know is told by the parser of that verb."""
         self.given = list(sys.argv[1:] if args is None else args)
-        found, unknown = super().parse_known_args(args, namespace)
+        known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
-        return found, unknown
+        return known, unknown
 
     def error(self, message: str) -> NoReturn:
         known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -47,18 +46,16 @@ class Parser(argparse.ArgumentParser):
         super().error("; ".join([message, *hints]))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is None or value in action.choices:
-            return
-        names = [str(name) for name in action.choices]
-        hint = did_you_mean(str(value), names)
-        if isinstance(action, argparse._SubParsersAction):
-            hint = _below(str(value), action) or hint
-        raise argparse.ArgumentError(action, f"{value!r} is unknown{hint}; choose one of {', '.join(names)}")
+        if action.choices is not None and value not in action.choices:
+            names = [str(name) for name in action.choices]
+            hint = _below(str(value), action) or did_you_mean(str(value), names)
+            raise argparse.ArgumentError(action, f"{value!r} is unknown{hint}; choose one of {', '.join(names)}")
 
 
-def _below(verb: str, action: argparse._SubParsersAction[Any]) -> str:
+def _below(verb: str, action: argparse.Action) -> str:
     """The hint for a verb that is given without the one it belongs to, as in `add` for `index add`."""
-    for name, parser in action.choices.items():
+    verbs = action.choices.items() if isinstance(action, argparse._SubParsersAction) else ()
+    for name, parser in verbs:
         for own in parser._actions:
             if isinstance(own, argparse._SubParsersAction) and {verb, _MEANT.get(verb)} & set(own.choices):
                 return f" (did you mean '{name} {verb if verb in own.choices else _MEANT[verb]}'?)"

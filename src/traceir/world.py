@@ -26,33 +26,20 @@ class World:
     """The bounds of a model, as its traceir.json states them (docs/formats.md, section 1).
 
     `says` puts them in words for whoever searches with it. `words` are all that its training texts hold, in lower case, and
-    `picture` is the width and height in pixels of every picture it has seen; where one is missing, nothing of the kind is known.
+    `image` is the width and height in pixels of every picture it has seen; where one is missing, nothing of the kind is known.
     """
 
     says: str
     words: frozenset[str] = field(default_factory=frozenset)
     image: tuple[int, int] | None = None
 
-    def knows_text(self, text: str) -> bool:
-        """Whether all words of a text occur in its training."""
-        return words_of(text) <= self.words
-
-    def knows_image(self, image: ImageInput) -> bool:
-        """Whether a picture has the size of those it has seen. One that cannot be read is told of elsewhere."""
-        try:
-            return image.size() == self.image
-        except ImageError:
-            return True
-
     def knows(self, content: Content) -> bool:
-        return self.knows_text(content.text) and all(map(self.knows_image, content.images))
+        """Whether all words of a content occur in the training, and its pictures have the size of those seen there."""
+        return words_of(content.text) <= self.words and all(_size(image) in (None, self.image) for image in content.images)
 
     def knows_kept(self, text: str | None, image: str | None) -> bool:
         """The same of what an index keeps of an item: its text, and its picture's path."""
-        return self.knows_text(text or "") and (image is None or _size(image) in (None, self.image))
-
-    def knows_hits(self, hits: Iterable[Hit]) -> bool:
-        return all(self.knows_kept(hit.text, hit.image) for hit in hits)
+        return words_of(text or "") <= self.words and (image is None or _size_of_kept(image) in (None, self.image))
 
     @property
     def notice(self) -> str:
@@ -68,30 +55,35 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(word.lower() for word in _WORD.findall(text))
 
 
-def world_of(found: object, place: str) -> World | None:
+def world_of(value: object, place: str) -> World | None:
     """What the field `world` of a traceir.json states; a text alone, as earlier releases wrote it, leaves the rest unknown."""
-    if not found:
-        return None
-    if isinstance(found, str):
-        return World(found)
-    if not isinstance(found, dict) or not isinstance(found.get("says"), str):
-        raise ModelError(f"{place}: world is {str(found)[:80]!r}; it is an object of says, words and picture")
-    width, height = found.get("picture") or (0, 0)
-    return World(found["says"], frozenset(str(found.get("words", "")).split()), (width, height) if width else None)
-
-
-@lru_cache(maxsize=8192)
-def _size(image: str) -> tuple[int, int] | None:
-    """Of a kept picture, remembered, since every search asks; None where it cannot be read."""
-    try:
-        return ImageInput.open(image).size()
-    except ImageError:
-        return None
+    if not value or isinstance(value, str):
+        return World(value) if isinstance(value, str) and value else None
+    if not isinstance(value, dict) or not isinstance(value.get("says"), str):
+        raise ModelError(f"{place}: world is {str(value)[:80]!r}; it is an object of says, words and picture")
+    width, height = value.get("picture") or (0, 0)
+    return World(value["says"], frozenset(str(value.get("words", "")).split()), (width, height) if width else None)
 
 
 def notice(encoder: object, query: Content, hits: Iterable[Hit]) -> str | None:
     """What is to be told of a search: the notice of the encoder's world, where query or hits are not of it."""
     world = getattr(encoder, "world", None)
-    if world is None or (world.knows(query) and world.knows_hits(hits)):
+    if world is None or (world.knows(query) and all(world.knows_kept(hit.text, hit.image) for hit in hits)):
         return None
     return str(world.notice)
+
+
+def _size(image: ImageInput) -> tuple[int, int] | None:
+    """None where it cannot be read, which is told of elsewhere."""
+    try:
+        return image.size()
+    except ImageError:
+        return None
+
+
+@lru_cache(maxsize=8192)  # since every search asks
+def _size_of_kept(path: str) -> tuple[int, int] | None:
+    try:
+        return _size(ImageInput.open(path))
+    except ImageError:
+        return None

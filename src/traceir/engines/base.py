@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self, TypedDict, TypeVar
 
 import numpy as np
 
@@ -16,13 +16,23 @@ T = TypeVar("T")
 WEIGHTS: Final = "are its weights whole, is its precision right?"
 
 
+class Limits(TypedDict, total=False):
+    """Options of a Connection, with its defaults."""
+
+    api_key: str
+    in_flight: int
+    timeout_s: float
+    tries: int
+    pause_s: float
+
+
 class HttpEngine:
-    """A server over `connection`, asked at once (`_meet`) whether it will do. Thread-safe; all threads share the connection."""
+    """A server at `address`, asked at once (`_meet`) whether it will do. Thread-safe; all threads share the connection."""
 
     kind = "engine"
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    def __init__(self, address: str, limits: Limits) -> None:
+        self._connection = Connection(address, **limits)
         self._path = ""
         try:
             self._meet()
@@ -49,7 +59,7 @@ class HttpEngine:
         raise NotImplementedError
 
     async def _ask(self, path: str, body: Mapping[str, Any], refused: Sequence[int], read: Callable[[Answer], T]) -> T:
-        """What `read` makes of the answer; asked again, with doubling pauses, while it raises TransientError and tries are left."""
+        """What `read` makes of the answer; asked again, after doubling pauses, while it raises TransientError and tries last."""
         for attempt in range(self._connection.tries):
             answer = await self._connection.request("POST", path, body, refused=refused)
             try:
@@ -61,7 +71,7 @@ class HttpEngine:
         raise AssertionError("unreachable")
 
     def _unit(self, values: Any, what: str, width: int) -> Vector:
-        """Numbers as a vector [D] of unit length; ModelError where they are none, not `width` (0: any), not finite or all zero."""
+        """Numbers as a vector [D] of unit length; ModelError for others, also of another width than `width` (0: any)."""
         try:
             with np.errstate(over="ignore"):  # what float32 does not hold becomes infinite, and is told of below
                 vector = np.asarray(values, dtype=np.float32)

@@ -17,12 +17,12 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 import numpy as np
 
-from traceir.connection import Answer, Connection, TransientError
-from traceir.engines.base import HttpEngine
+from traceir.connection import Answer, TransientError
+from traceir.engines.base import HttpEngine, Limits
 from traceir.engines.forms import EngineInput, Form, Role, form_for, image_part, text_part
 from traceir.engines.probes import SAME, TEXTS, WORDS, compared, kept, probe_images, tells_apart
 from traceir.errors import InputError, ModelError
@@ -36,7 +36,6 @@ REQUEST_BYTES: Final = 24 * 1024 * 1024
 """Bytes of inputs in one request, beyond which no other input joins."""
 _START_S: Final = 60.0
 _START_TRIES: Final = 3
-"""The most that a probe is given."""
 _WRONG: Final = (400, 413, 415, 422)
 """By these a server says that it is the input, or the size of the request, that it does not take."""
 _AGAIN: Final = (424, 500)
@@ -77,11 +76,7 @@ class EmbeddingsEncoder(HttpEngine):
         *,
         dim: int | None = None,
         known: str = "",
-        api_key: str = "",
-        in_flight: int = 64,
-        timeout_s: float = 120.0,
-        tries: int = 7,
-        pause_s: float = 0.25,
+        **limits: Unpack[Limits],
     ) -> None:
         if not model.strip():
             raise InputError("an endpoint of embeddings serves models by name; give one")
@@ -89,12 +84,10 @@ class EmbeddingsEncoder(HttpEngine):
             raise InputError(f"dim is {dim}; give at least 1")
         self.form, self.model, self._dim, self._known = form_for(form, model), model, dim, known
         self.prompt_version = f"{self.form.name}-1"
-        self.in_flight, self.width, self.tokens, self._lock = in_flight, dim or 0, 0, threading.Lock()
+        self.width, self.tokens, self._lock = dim or 0, 0, threading.Lock()
         self._unread: dict[Modality, str] = {}
         root, self._paths = _places(address)
-        longest, most = min(timeout_s, _START_S), min(tries, _START_TRIES)
-        super().__init__(Connection(root, api_key, in_flight=in_flight, timeout_s=longest, tries=most, pause_s=pause_s))
-        self._connection.timeout_s, self._connection.tries = timeout_s, tries
+        super().__init__(root, limits)
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -181,15 +174,20 @@ class EmbeddingsEncoder(HttpEngine):
         return self._unit(told, "vector", self.width)
 
     def _meet(self) -> None:
+        """Within fewer tries and seconds than later requests, since somebody waits."""
+        connection = self._connection
+        timeout_s, tries, self.in_flight = connection.timeout_s, connection.tries, connection.in_flight
+        connection.timeout_s, connection.tries = min(timeout_s, _START_S), min(tries, _START_TRIES)
         self._find()
-        own = f"{self.model}#{self._probe()}"
-        self.fingerprint = self._recognise(own)
+        self.fingerprint = self._recognise(f"{self.model}#{self._probe()}")
+        connection.timeout_s, connection.tries = timeout_s, tries
 
     def _find(self) -> None:
         """The path of the endpoint: what the address names, else `/v1/embeddings`, else `/embeddings`, as Infinity has it."""
         body, answers = self._body([_piece(TEXTS[0], "candidate", self.form)]), []
-        for self._path in self._paths:
-            answers += self._connection.gather([partial(self._ask, self._path, body, _REFUSED, self._settled)])
+        for path in self._paths:
+            self._path = path
+            answers += self._connection.gather([partial(self._ask, path, body, _REFUSED, self._settled)])
             if answers[-1].status not in (404, 405):
                 return
         raise self._wrong(f"answers {answers[0].status}: {answers[0].said}{self._names()}; are address and model right?")
@@ -257,8 +255,8 @@ class EmbeddingsEncoder(HttpEngine):
         if not cosines:
             told = f"it was filled by another form than `{self.form.name}`, or of other modalities"
         raise self._wrong(
-            f"serves another model as {self.model!r} than the one that filled the index: it answers the probes otherwise ({told}); "
-            "serve the former, in the form of then, or fill a new index"
+            f"serves another model as {self.model!r} than the one that filled the index: it answers the probes otherwise "
+            f"({told}); serve the former, in the form of then, or fill a new index"
         )
 
 

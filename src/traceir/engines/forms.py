@@ -138,7 +138,7 @@ _OPEN: Final = {"every": {**_FLOATS, "continue_final_message": True, "add_specia
 _PADDED: Final = {**_PLAIN, "text": {"padding": "max_length"}}  # SigLIP learnt from texts of full length
 _MODALITY: Final = {**_PLAIN, "image": {"modality": "image"}, "text": {"modality": "text"}}
 _INPUT_TYPE: Final = {**_PLAIN, "query": {"input_type": "query"}, "candidate": {"input_type": "document"}}
-_TASK: Final = {
+_TASK: Final[Mapping[str, Json]] = {
     "every": {"normalized": True, "embedding_type": "float"},
     "query": {"task": "retrieval.query"},
     "candidate": {"task": "retrieval.passage"},

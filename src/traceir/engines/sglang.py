@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from PIL import Image
 
 from traceir.batch import Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
-from traceir.connection import Answer, Connection, TransientError
-from traceir.engines.base import WEIGHTS, HttpEngine
+from traceir.connection import Answer, TransientError
+from traceir.engines.base import WEIGHTS, HttpEngine, Limits
 from traceir.errors import ModelError
 from traceir.images import ImageInput, data_url, file_bytes
 from traceir.items import Encoding, Ended, Item, Query, Route, Vector, check_route
@@ -88,12 +88,8 @@ class SGLangEncoder(HttpEngine):
         address: str,
         model: str | Path,
         *,
-        api_key: str = "",
-        in_flight: int = 64,
-        timeout_s: float = 120.0,
-        tries: int = 7,
-        pause_s: float = 0.25,
         max_reasoning_tokens: int | None = None,
+        **limits: Unpack[Limits],
     ) -> None:
         self.model, self._name = without_weights(model), str(model)
         settings = self.model.settings
@@ -101,8 +97,7 @@ class SGLangEncoder(HttpEngine):
         self.fingerprint, self.width = self.model.fingerprint, self.model.width
         before = settings.pooling_position == "before_token"
         self.prompt_version = settings.prompt_version + ("" if before else f", read {settings.pooling_position}")
-        address = re.sub(r"/(v1|generate)?/*$", "", address)
-        super().__init__(Connection(address, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s))
+        super().__init__(re.sub(r"/(v1|generate)?/*$", "", address), limits)
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning, unless the checkpoint lets candidates write."""
@@ -325,8 +320,8 @@ def without_weights(source: str | Path) -> TraceModel:
     position = settings.pooling_position
     if config.model_type not in NETWORKS or settings.profile is not None or position == "at_token":
         raise ModelError(
-            f"{name} ({config.model_type}, read {position}) cannot be encoded by an engine: it gives the state before a token and "
-            "knows no profiles; encode it in this process"
+            f"{name} ({config.model_type}, read {position}) cannot be encoded by an engine: it gives the state before a token "
+            "and knows no profiles; encode it in this process"
         )
     if not settings.fingerprint:
         raise ModelError(f"{name}: traceir.json names no fingerprint; save the checkpoint again by this release")

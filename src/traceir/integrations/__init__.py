@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
-from traceir.items import Item
+from traceir.items import Encoding, Item
+from traceir.search import EncoderLike
+
+Vectors = list[list[float]]
 
 
-def text_items(texts: Sequence[str]) -> list[Item]:
-    """Candidates of one text each. InputError names the place of a text that holds nothing."""
+def served(base_url: str, api_key: str) -> EncoderLike:
+    """The encoder of a running `traceir serve`."""
+    return ServedEncoder(Client(base_url, api_key))
+
+
+def embed_texts(encoder: EncoderLike, texts: Sequence[str]) -> Vectors:
+    """Vectors of candidates of one text each. InputError names the place of a text that holds nothing."""
     for place, text in enumerate(texts):
         if not text.strip():
             raise InputError(f"text {place} (from 0) of {len(texts)} is empty; leave it out, or write it")
-    return [Item.of(text=text) for text in texts]
+    return lists(encoder.encode_items([Item.of(text=text) for text in texts]))
+
+
+def lists(encodings: Sequence[Encoding]) -> Vectors:
+    return [encoding.vector.tolist() for encoding in encodings]

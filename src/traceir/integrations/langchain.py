@@ -9,13 +9,11 @@ retriever.invoke("a red shoe")[0].metadata["traceir"]["score"]
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
-from traceir.integrations import text_items
-from traceir.items import Encoding, Hit, Item, Modality, Query, Route
+from traceir.integrations import Vectors, embed_texts, lists, served
+from traceir.items import Item, Modality, Query, Route
 from traceir.search import EncoderLike
 
 try:
@@ -26,19 +24,6 @@ try:
     from pydantic import ConfigDict, field_validator
 except ImportError as error:
     raise ImportError("traceir.integrations.langchain needs langchain-core: pip install 'traceir[langchain]'") from error
-
-
-class Found(Protocol):
-    """What a search gives, in this process or over a server."""
-
-    @property
-    def hits(self) -> tuple[Hit, ...]: ...
-
-
-class Searches(Protocol):
-    """A Searcher, or a Client."""
-
-    def search(self, query: Query, *, k: int, route: Route, where: Any, exact: bool) -> Found: ...
 
 
 class TraceEmbeddings(Embeddings):
@@ -52,33 +37,27 @@ class TraceEmbeddings(Embeddings):
     @classmethod
     def of_server(cls, base_url: str, api_key: str = "", **options: Any) -> TraceEmbeddings:
         """Over a running `traceir serve`; `options` as for the class."""
-        return cls(ServedEncoder(Client(base_url, api_key)), **options)
+        return cls(served(base_url, api_key), **options)
 
-    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+    def embed_documents(self, texts: list[str]) -> Vectors:
         """Vectors of texts as candidates. Raises InputError for an empty text."""
-        return _lists(self.encoder.encode_items(text_items(texts)))
+        return embed_texts(self.encoder, texts)
 
     def embed_query(self, text: str) -> list[float]:
         """The vector of a text as a query."""
         return self.embed_multimodal_query(text)
 
-    def embed_image(self, uris: list[str]) -> list[list[float]]:
+    def embed_image(self, uris: list[str]) -> Vectors:
         """Vectors of picture files as candidates, by their paths; network addresses are refused."""
-        return _lists(self.encoder.encode_items([Item.of(image=uri) for uri in uris]))
+        return lists(self.encoder.encode_items([Item.of(image=uri) for uri in uris]))
+
+    async def aembed_image(self, uris: list[str]) -> Vectors:
+        return await asyncio.to_thread(self.embed_image, uris)
 
     def embed_multimodal_query(self, text: str | None = None, image: str | None = None) -> list[float]:
         """The vector of a query of a text, a picture file, or both ("the same in green")."""
         query = Query.of(text=text, image=image, instruction=self.instruction, target=self.target)
-        return _lists(self.encoder.encode_queries([query], route=self.route))[0]
-
-    async def aembed_documents(self, texts: list[str]) -> list[list[float]]:
-        return await asyncio.to_thread(self.embed_documents, texts)
-
-    async def aembed_query(self, text: str) -> list[float]:
-        return await asyncio.to_thread(self.embed_query, text)
-
-    async def aembed_image(self, uris: list[str]) -> list[list[float]]:
-        return await asyncio.to_thread(self.embed_image, uris)
+        return lists(self.encoder.encode_queries([query], route=self.route))[0]
 
 
 class TraceRetriever(BaseRetriever):
@@ -107,16 +86,14 @@ class TraceRetriever(BaseRetriever):
         return source
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
-        source: Searches = self.source
         asked = Query.of(text=query, instruction=self.instruction, target=self.target)
-        found = source.search(asked, k=self.k, route=self.route, where=self.where, exact=self.exact)
-        return [_document(hit) for hit in found.hits]
-
-
-def _document(hit: Hit) -> Document:
-    own = {"id": hit.id, "score": hit.score, "rank": hit.rank, "modality": hit.modality, "image": hit.image}
-    return Document(id=hit.id, page_content=hit.text or "", metadata={**hit.fields, "traceir": own})
-
-
-def _lists(encodings: Sequence[Encoding]) -> list[list[float]]:
-    return [encoding.vector.tolist() for encoding in encodings]
+        hits = self.source.search(asked, k=self.k, route=self.route, where=self.where, exact=self.exact).hits
+        names = ("id", "score", "rank", "modality", "image")
+        return [
+            Document(
+                id=hit.id,
+                page_content=hit.text or "",
+                metadata={**hit.fields, "traceir": {name: getattr(hit, name) for name in names}},
+            )
+            for hit in hits
+        ]

@@ -13,9 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from traceir.client import Client, ServedEncoder
-from traceir.integrations import text_items
-from traceir.items import Encoding, Item, Modality, Query, Route
+from traceir.integrations import embed_texts, lists, served
+from traceir.items import Item, Modality, Query, Route
 from traceir.search import EncoderLike
 
 try:
@@ -46,7 +45,7 @@ class TraceEmbedding(MultiModalEmbedding):
     @classmethod
     def of_server(cls, base_url: str, api_key: str = "", **options: Any) -> TraceEmbedding:
         """Over a running `traceir serve`; `options` as for the class."""
-        return cls(ServedEncoder(Client(base_url, api_key)), **options)
+        return cls(served(base_url, api_key), **options)
 
     @classmethod
     def class_name(cls) -> str:
@@ -54,23 +53,20 @@ class TraceEmbedding(MultiModalEmbedding):
 
     def _get_query_embedding(self, query: str) -> Vector:
         asked = Query.of(text=query, instruction=self.instruction, target=self.target)
-        return _lists(self._encoder.encode_queries([asked], route=self.route))[0]
+        return lists(self._encoder.encode_queries([asked], route=self.route))[0]
 
     def _get_text_embedding(self, text: str) -> Vector:
         return self._get_text_embeddings([text])[0]
 
     def _get_text_embeddings(self, texts: list[str]) -> list[Vector]:
-        return _lists(self._encoder.encode_items(text_items(texts)))
+        return embed_texts(self._encoder, texts)
 
     def _get_image_embedding(self, img_file_path: ImageFile) -> Vector:
         return self._get_image_embeddings([img_file_path])[0]
 
     def _get_image_embeddings(self, img_file_paths: Sequence[ImageFile]) -> list[Vector]:
-        return _lists(
-            self._encoder.encode_items(
-                [Item.of(image=one.getvalue() if isinstance(one, BytesIO) else one) for one in img_file_paths]
-            )
-        )
+        images = [file.getvalue() if isinstance(file, BytesIO) else file for file in img_file_paths]
+        return lists(self._encoder.encode_items([Item.of(image=image) for image in images]))
 
     async def _aget_query_embedding(self, query: str) -> Vector:
         return await asyncio.to_thread(self._get_query_embedding, query)
@@ -86,7 +82,3 @@ class TraceEmbedding(MultiModalEmbedding):
 
     async def _aget_image_embeddings(self, img_file_paths: Sequence[ImageFile]) -> list[Vector]:
         return await asyncio.to_thread(self._get_image_embeddings, img_file_paths)
-
-
-def _lists(encodings: Sequence[Encoding]) -> list[Vector]:
-    return [encoding.vector.tolist() for encoding in encodings]
