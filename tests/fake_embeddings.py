@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from fakes import vector_of
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,7 +35,8 @@ class RefusedError(Exception):
         self.status, self.body = status, body
 
 
-Read = Callable[[dict[str, Any], str], list[tuple[str, Image.Image | None]]]
+Inputs = list[tuple[str, Image.Image | None]]
+Read = Callable[[dict[str, Any], str], Inputs]
 """A request to texts and pictures, by the rules of one server, for a model of a name."""
 
 
@@ -78,11 +79,8 @@ class FakeEndpoint:
         width = body.get("dimensions") or WIDTH
         data = [{"object": "embedding", "index": n, "embedding": vector[:width].tolist()} for n, vector in enumerate(vectors)]
         tokens = sum(len(text.split()) + 9 * (image is not None) for text, image in inputs)
-        return JSONResponse(
-            self.after(
-                {"object": "list", "model": MODEL, "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
-            )
-        )
+        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        return JSONResponse(self.after({"object": "list", "model": MODEL, "data": data, "usage": usage}))
 
     def vector(self, text: str, image: Image.Image | None) -> Any:
         """Not of unit length, as some servers send them."""
@@ -98,128 +96,107 @@ class FakeEndpoint:
 # The servers
 
 
-def read_tei(body: dict[str, Any], _: str) -> list[tuple[str, Image.Image | None]]:
+def texts_of(body: dict[str, Any]) -> list[Any]:
+    return [body["input"]] if isinstance(body["input"], str) else list(body["input"])
+
+
+def read_tei(body: dict[str, Any], _: str) -> Inputs:
     """text-embeddings-inference: texts, 32 at most; whatever model is asked for."""
-    _only(body, {"input", "model", "user", "encoding_format", "dimensions"}, 422)
-    inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-    if not all(isinstance(one, str) for one in inputs):
-        raise RefusedError(422, "Failed to deserialize the JSON body into the target type: input: data did not match any variant")
-    if not inputs or not all(inputs):
-        raise RefusedError(400, {"message": "`inputs` cannot be empty", "code": 400, "type": "empty"})
-    if len(inputs) > 32:
-        raise RefusedError(
-            422, {"message": f"batch size {len(inputs)} > maximum allowed batch size 32", "code": 422, "type": "Validation"}
-        )
+    _only(body, {"input", "model", "user", "encoding_format", "dimensions"})
+    inputs = texts_of(body)
+    _demand(all(isinstance(one, str) for one in inputs), 422, "input: data did not match any variant")
+    _demand(bool(inputs) and all(inputs), 400, {"message": "`inputs` cannot be empty", "code": 400, "type": "empty"})
+    _demand(len(inputs) <= 32, 422, {"message": f"batch size {len(inputs)} > maximum allowed batch size 32", "code": 422})
     for text in inputs:
-        if len(text.split()) > 512:
-            told = f"`inputs` must have less than 512 tokens. Given: {len(text.split())}"
-            raise RefusedError(413, {"message": told, "code": 413, "type": "Validation"})
+        told = {"message": f"`inputs` must have less than 512 tokens. Given: {len(text.split())}", "code": 413}
+        _demand(len(text.split()) <= 512, 413, told)
     return [(text, None) for text in inputs]
 
 
-def read_infinity(body: dict[str, Any], _: str) -> list[tuple[str, Image.Image | None]]:
+def read_infinity(body: dict[str, Any], _: str) -> Inputs:
     """Infinity: texts, or data URIs of 32 pictures at most; FastAPI's errors; more members are ignored."""
-    modality, inputs = body.get("modality", "text"), body["input"] if isinstance(body["input"], list) else [body["input"]]
-    if modality not in ("text", "image") or not all(isinstance(one, str) for one in inputs):
-        raise RefusedError(
-            422, {"detail": [{"type": "string_type", "loc": ["body", "text", "input"], "msg": "Input should be a string"}]}
-        )
-    if not 1 <= len(inputs) <= (2048 if modality == "text" else 32):
-        raise RefusedError(422, {"detail": [{"type": "too_long", "loc": ["body", modality, "input"], "msg": "List too long"}]})
+    modality, inputs = body.get("modality", "text"), texts_of(body)
+    fits = modality in ("text", "image") and all(isinstance(one, str) for one in inputs)
+    _demand(fits, 422, {"detail": [{"loc": ["body", "text", "input"], "msg": "Input should be a string"}]})
+    _demand(1 <= len(inputs) <= (2048 if modality == "text" else 32), 422, {"detail": [{"msg": "List too long"}]})
     if modality == "text":
         return [(text.strip(), None) for text in inputs]
-    return [
-        ("", _decoded(uri, lambda why: RefusedError(400, {"error": {"message": f"ImageCorruption -> {why}"}}))) for uri in inputs
-    ]
+    return [("", _decoded(uri, 400)) for uri in inputs]
 
 
-def read_vllm(body: dict[str, Any], model: str) -> list[tuple[str, Image.Image | None]]:
+def read_vllm(body: dict[str, Any], model: str) -> Inputs:
     """vLLM: texts under `input`, or one conversation under `messages`; unknown members are ignored, wrong values are not."""
-    if model != MODEL:
-        raise RefusedError(404, _openai(f"The model `{model}` does not exist.", 404))
-    if "normalize" in body or (body.get("continue_final_message") and body.get("add_generation_prompt")):
-        raise RefusedError(400, _openai("removed, or both set", 400))
+    _demand(model == MODEL, 404, _openai(f"The model `{model}` does not exist."))
+    _demand("normalize" not in body, 400, _openai("removed"))
+    _demand(not (body.get("continue_final_message") and body.get("add_generation_prompt")), 400, _openai("both set"))
     if "messages" not in body:
-        inputs = [body["input"]] if isinstance(body["input"], str) else body["input"]
-        if not all(isinstance(one, str) for one in inputs):
-            raise RefusedError(400, _openai("Input should be a valid string", 400))
-        return [(text, None) for text in inputs]
+        _demand(all(isinstance(one, str) for one in texts_of(body)), 400, _openai("Input should be a valid string"))
+        return [(text, None) for text in texts_of(body)]
     texts: list[str] = []
     images: list[Image.Image] = []
     for message in body["messages"]:
-        if set(message) != {"role", "content"} or message["role"] not in ("system", "user", "assistant"):
-            raise RefusedError(400, _openai(f"messages: {message}", 400))
+        fits = set(message) == {"role", "content"} and message["role"] in ("system", "user", "assistant")
+        _demand(fits, 400, _openai(f"messages: {message}"))
         for part in message["content"]:
-            if part["type"] == "image_url":
-                images.append(_decoded(part["image_url"]["url"], lambda why: RefusedError(400, _openai(why, 400))))
-            elif part["type"] == "text" and isinstance(part["text"], str):
-                texts.append(part["text"])
+            _demand(part["type"] in ("image_url", "text"), 400, _openai(f"Unknown part type: {part['type']}"))
+            if part["type"] == "text":
+                texts.append(str(part["text"]))
             else:
-                raise RefusedError(400, _openai(f"Unknown part type: {part['type']}", 400))
-    if len(images) > 1:
-        raise RefusedError(400, _openai("At most 1 image(s) may be provided in one prompt.", 400))
+                images.append(_decoded(part["image_url"]["url"], 400))
+    _demand(len(images) <= 1, 400, _openai("At most 1 image(s) may be provided in one prompt."))
     return [(" ".join(text for text in texts if text), images[0] if images else None)]
 
 
-def read_clip_behind_vllm(body: dict[str, Any], model: str) -> list[tuple[str, Image.Image | None]]:
+def read_clip_behind_vllm(body: dict[str, Any], model: str) -> Inputs:
     """vLLM over a CLIP, which has place for a text or a picture."""
-    found = read_vllm(body, model)
-    if any(text and image for text, image in found):
-        raise RefusedError(400, _openai("CLIP accepts text-only or image-only inputs, not both!", 400))
-    return found
+    inputs = read_vllm(body, model)
+    apart = not any(text and image for text, image in inputs)
+    _demand(apart, 400, _openai("CLIP accepts text-only or image-only inputs, not both!"))
+    return inputs
 
 
-def read_text_model_behind_vllm(body: dict[str, Any], model: str) -> list[tuple[str, Image.Image | None]]:
-    found = read_vllm(body, model)
-    if any(image for _, image in found):
-        raise RefusedError(400, _openai(f"{model} is not a multimodal model", 400))
-    return found
+def read_text_model_behind_vllm(body: dict[str, Any], model: str) -> Inputs:
+    inputs = read_vllm(body, model)
+    _demand(not any(image for _, image in inputs), 400, _openai(f"{model} is not a multimodal model"))
+    return inputs
 
 
-def read_sglang(body: dict[str, Any], _: str) -> list[tuple[str, Image.Image | None]]:
+def read_sglang(body: dict[str, Any], _: str) -> Inputs:
     """SGLang over GME: texts, or objects of text and picture; unknown members are ignored; no text is `padding`."""
-    found: list[tuple[str, Image.Image | None]] = []
-    for one in body["input"]:
-        if isinstance(one, str):
-            found.append((one, None))
-            continue
-        image = _decoded(one["image"], lambda why: RefusedError(400, _openai(why, 400))) if one.get("image") else None
-        found.append((one.get("text") or "padding", image))
-    if not found:
-        raise RefusedError(400, _openai("Input cannot be empty", 400))
-    return found
+    inputs = [{"text": one} if isinstance(one, str) else one for one in body["input"]]
+    _demand(bool(inputs), 400, _openai("Input cannot be empty"))
+    return [(one.get("text") or "padding", _decoded(one["image"], 400) if one.get("image") else None) for one in inputs]
 
 
-def read_jina(body: dict[str, Any], model: str) -> list[tuple[str, Image.Image | None]]:
+def read_jina(body: dict[str, Any], model: str) -> Inputs:
     """Jina: texts, or objects of one text or one picture; a closed set of tasks."""
-    _only(body, {"model", "input", "task", "normalized", "embedding_type", "dimensions", "late_chunking", "truncate"}, 422)
-    if model != MODEL or body.get("task") not in (None, "retrieval.query", "retrieval.passage", "text-matching"):
-        raise RefusedError(422, {"detail": f"model {model}, task {body.get('task')}"})
-    found: list[tuple[str, Image.Image | None]] = []
+    _only(body, {"model", "input", "task", "normalized", "embedding_type", "dimensions", "late_chunking", "truncate"})
+    tasks = (None, "retrieval.query", "retrieval.passage", "text-matching")
+    _demand(model == MODEL and body.get("task") in tasks, 422, {"detail": f"model {model}, task {body.get('task')}"})
     for one in body["input"]:
-        if set(one) not in ({"text"}, {"image"}):
-            raise RefusedError(422, {"detail": "an input is a text or an image"})
-        image = _decoded(one["image"], lambda why: RefusedError(422, {"detail": why})) if "image" in one else None
-        found.append((one.get("text", ""), image))
-    return found
+        _demand(set(one) in ({"text"}, {"image"}), 422, {"detail": "an input is a text or an image"})
+    return [(one.get("text", ""), _decoded(one["image"], 422) if "image" in one else None) for one in body["input"]]
 
 
-def _only(body: dict[str, Any], known: set[str], status: int) -> None:
-    if unknown := set(body) - known:
-        raise RefusedError(status, {"detail": f"unknown members: {sorted(unknown)}"})
+def _demand(fits: bool, status: int, body: Any) -> None:
+    if not fits:
+        raise RefusedError(status, body)
 
 
-def _decoded(uri: str, refuse: Callable[[str], RefusedError]) -> Image.Image:
+def _only(body: dict[str, Any], known: set[str]) -> None:
+    _demand(set(body) <= known, 422, {"detail": f"unknown members: {sorted(set(body) - known)}"})
+
+
+def _decoded(uri: str, status: int) -> Image.Image:
     head, _, data = uri.partition(";base64,")
-    if not head.startswith("data:image/"):
-        raise refuse("no data URI of a picture")
+    _demand(head.startswith("data:image/"), status, _openai("no data URI of a picture"))
     try:
         image = Image.open(BytesIO(base64.b64decode(data, validate=True)))
         image.load()
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise refuse(f"error decoding data URI: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RefusedError(status, _openai(f"error decoding data URI: {error}")) from error
     return image
 
 
-def _openai(message: str, status: int) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "BadRequestError", "param": None, "code": status}}
+def _openai(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "BadRequestError", "param": None}}

@@ -10,21 +10,27 @@ import base64
 import json
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import httpx
 import torch
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from traceir.search import EncoderLike
+from traceir.serve.run import ServeConfig, make_application, make_server
 
 PREFERRED = {"temperature": 0.9, "top_k": 20, "repetition_penalty": 1.3, "min_new_tokens": 4}
 """What the server fills in where a request leaves it out; a request that is not greedy in every field goes astray."""
@@ -50,47 +56,29 @@ class FakeSGLang:
         self.after: Callable[[dict[str, Any]], Any] = lambda reply: reply
         self.retokenizes = False
         self.more_stops: set[int] = set()
-        self.model_info: dict[str, Any] = {
-            "model_path": "served/" + self.checkpoint.name,
-            "is_generation": True,
-            "weight_version": self.weight_version,
-        }
-        self.server_info: dict[str, Any] = {
-            "version": "0.5.23",
-            "return_hidden_states_mode": "last",
-            "speculative_algorithm": None,
-            "enable_deterministic_inference": True,
-        }
+        path, version = "served/" + self.checkpoint.name, self.weight_version
+        self.model_info: dict[str, Any] = {"model_path": path, "is_generation": True, "weight_version": version}
+        self.server_info: dict[str, Any] = {"version": "0.5.23", "return_hidden_states_mode": "last"}
+        self.server_info |= {"speculative_algorithm": None, "enable_deterministic_inference": True}
 
     def app(self) -> Starlette:
-        async def model_info(_: Request) -> Response:
-            return JSONResponse(self.model_info)
-
-        async def server_info(_: Request) -> Response:
-            return JSONResponse(self.server_info)
-
-        def answer(body: dict[str, Any]) -> Response:
-            with self.lock:
-                self.bodies.append(body)
-                if (instead := self.before(len(self.bodies))) is not None:
-                    return instead
-                try:
-                    return Response(json.dumps(self.after(self.generate(body))), media_type="application/json")
-                except ValueError as error:
-                    return JSONResponse({"error": {"message": str(error)}}, status_code=400)
+        async def info(request: Request) -> Response:
+            return JSONResponse(self.model_info if "model" in request.url.path else self.server_info)
 
         async def generate(request: Request) -> Response:
-            from starlette.concurrency import run_in_threadpool
+            return await run_in_threadpool(self._answer, await request.json())
 
-            return await run_in_threadpool(answer, await request.json())
+        return Starlette(routes=[Route("/{name}_info", info), Route("/generate", generate, methods=["POST"])])
 
-        return Starlette(
-            routes=[
-                Route("/model_info", model_info),
-                Route("/server_info", server_info),
-                Route("/generate", generate, methods=["POST"]),
-            ]
-        )
+    def _answer(self, body: dict[str, Any]) -> Response:
+        with self.lock:
+            self.bodies.append(body)
+            if (instead := self.before(len(self.bodies))) is not None:
+                return instead
+            try:
+                return Response(json.dumps(self.after(self.generate(body))), media_type="application/json")
+            except ValueError as error:
+                return JSONResponse({"error": {"message": str(error)}}, status_code=400)
 
     @torch.inference_mode()
     def generate(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +100,8 @@ class FakeSGLang:
                 finish = {"type": "stop", "matched": written[-1]}
             elif len(written) >= sampling["max_new_tokens"]:
                 finish = {"type": "length", "length": len(written)}
-        meta: dict[str, Any] = {
-            "finish_reason": finish,
-            "prompt_tokens": len(ids),
-            "completion_tokens": len(written),
-            "weight_version": self.model_info["weight_version"],
-            "num_retractions": 0,
-        }
+        meta: dict[str, Any] = {"finish_reason": finish, "prompt_tokens": len(ids), "completion_tokens": len(written)}
+        meta |= {"weight_version": self.model_info["weight_version"], "num_retractions": 0}
         if body["return_hidden_states"]:
             meta["hidden_states"] = state.tolist()
         if body.get("return_logprob"):
@@ -145,13 +128,8 @@ class FakeSGLang:
 
     def _step(self, ids: Sequence[int], seen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids_BT = torch.tensor([ids])
-        out = self.network.model(
-            input_ids=ids_BT,
-            attention_mask=torch.ones_like(ids_BT),
-            mm_token_type_ids=(ids_BT == IMAGE_PAD).int(),
-            use_cache=False,
-            **seen,
-        )
+        kinds, mask = (ids_BT == IMAGE_PAD).int(), torch.ones_like(ids_BT)
+        out = self.network.model(input_ids=ids_BT, attention_mask=mask, mm_token_type_ids=kinds, use_cache=False, **seen)
         state = out.last_hidden_state[0, -1]
         return state, self.network.lm_head(state)
 
@@ -167,17 +145,27 @@ class FakeSGLang:
 
 
 @contextmanager
-def served(app: Any) -> Iterator[str]:
+def served(app: Any, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str]:
     """An ASGI app on a free port of this machine, in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", lifespan=lifespan))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
-        if not thread.is_alive():
-            raise RuntimeError("the stand-in server did not start")
+        assert thread.is_alive(), "the server did not start"
         thread.join(0.01)
     try:
         yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+@contextmanager
+def serving_here(index: Path, encoder: EncoderLike, **options: Any) -> Iterator[str]:
+    """`traceir serve` over an encoder of this process, in a thread of it; yields its address once it is ready."""
+    config = ServeConfig(str(index), **options)
+    with served(make_application(config, make_server(config, lambda: encoder)), lifespan="on") as url:
+        with httpx.Client() as http:
+            while http.get(f"{url}/ready").status_code != 200:
+                time.sleep(0.02)
+        yield url
