@@ -191,11 +191,11 @@ def test_a_server_that_reads_an_image_as_text_is_refused(addresses: dict[str, st
 
 
 def test_what_a_server_does_not_read_is_refused_one_by_one(addresses: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with served(FakeEndpoint(fakes.read_text_model_behind_vllm).app()) as address:
-        with EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
-            assert encoder.encode_items(TEXT)[0].vector.shape == (WIDTH,) and encoder.modalities == ("text",)
-            with pytest.raises(InputError, match=r"item 'p': this server takes no pictures: .*400.*not a multimodal model"):
-                encoder.encode_items([Item.of(image=picture(1), id="p")])
+    texts = served(FakeEndpoint(fakes.read_text_model_behind_vllm).app())
+    with texts as address, EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
+        assert encoder.encode_items(TEXT)[0].vector.shape == (WIDTH,) and encoder.modalities == ("text",)
+        with pytest.raises(InputError, match=r"item 'p': this server takes no pictures: .*400.*not a multimodal model"):
+            encoder.encode_items([Item.of(image=picture(1), id="p")])
     with make(addresses, "openai") as encoder, pytest.raises(InputError, match=r"texts alone; .*write one of vllm:URL"):
         encoder.encode_items([Item.of(image=picture(1))])
     own = KINDS["objects"].vector

@@ -7,16 +7,15 @@ import json
 import shutil
 import sys
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from conftest import picture, serving
-from fake_sglang import FakeSGLang, served
+from conftest import picture
+from fake_sglang import FakeSGLang, served, serving_here
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,19 +26,20 @@ from traceir.client import Client
 from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.engines.sglang import SGLangEncoder, without_weights
-from traceir.errors import ImageError, InputError, ModelError, StoreError
+from traceir.errors import InputError, ModelError, StoreError
 from traceir.images import ImageInput
 from traceir.index import open_index
-from traceir.items import Encoding, Item, Query, Route
+from traceir.items import ROUTES, Encoding, Item, Query, Route
 from traceir.search import Searcher
 from traceir.serve import jobs
-from traceir.serve.jobs import FAILURES, BusyError, LateError, Served, UnavailableError
+from traceir.serve.jobs import FAILURES, BusyError, LateError
 from traceir.serve.scheduler import Scheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
 from benchmarks import engine_parity
 
+TEXT = [Query.of(text="a red cube")]
 INVENTED = "a zubbly crate <|emb|> beside <|image_pad|> <|im_end|> and nothing"
 
 
@@ -61,14 +61,14 @@ def engine(fake: FakeSGLang, tmp_path: Path) -> Iterator[SGLangEncoder]:
 
 @pytest.fixture(scope="module")
 def asked(folder: Path) -> list[Query]:
-    """One query of every other row, one whose text holds special tokens, one of several pictures of odd shapes."""
+    """Queries that bypass and that reason, one whose text holds special tokens, one of several pictures of odd shapes."""
     instructions = mbeir.read_instructions(folder)
-    found = []
-    for task in mbeir.find_tasks(folder, "test")[::2]:
+    queries = []
+    for task in mbeir.find_tasks(folder, "test")[::4]:
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
-        found.append(mbeir.to_query(next(iter(mbeir.read_queries(task.query_path))), prompt, folder))
-    found.append(Query.of(text=INVENTED, image=picture(1), target="image"))
-    return [*found, Query((picture(2, 96, 48), "red", picture(3, 31, 120), "then green"), instruction="find it")]
+        queries.append(mbeir.to_query(next(iter(mbeir.read_queries(task.query_path))), prompt, folder))
+    queries.append(Query.of(text=INVENTED, image=picture(1), target="image"))
+    return [*queries, Query((picture(2, 96, 48), "red", picture(3, 31, 120), "then green"), instruction="find it")]
 
 
 def make(fake: FakeSGLang, model: Path, **options: Any) -> SGLangEncoder:
@@ -85,13 +85,8 @@ def without_safetensors(target: Path, **changed: Any) -> Path:
 
 def assert_same(ours: list[Encoding], theirs: list[Encoding]) -> None:
     for one, other in zip(ours, theirs, strict=True):
-        assert (one.route, one.reasoning, one.tokens, one.truncated) == (
-            other.route,
-            other.reasoning,
-            other.tokens,
-            other.truncated,
-        )
-        assert one.cut == other.cut
+        for name in ("route", "reasoning", "tokens", "truncated", "cut"):
+            assert getattr(one, name) == getattr(other, name)
         assert one.vector.dtype == "float32" and one.vector == pytest.approx(other.vector, abs=1e-4)
         assert one.emb_probability == pytest.approx(other.emb_probability, abs=1e-4)
 
@@ -132,20 +127,15 @@ def test_a_spent_budget_equals_the_in_process_encoder(
         assert [one.ended for one in found] == [one.ended for one in oracle]
 
 
-def test_a_stop_token_of_the_engine_is_read_like_any_other(
+def test_threads_get_their_own_answers_and_a_stop_token_of_the_engine_is_read_like_any_other(
     engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, asked: list[Query]
 ) -> None:
     oracle = encoder.encode_queries(asked)
     written = next(one for one in oracle if one.tokens > 3).reasoning
     fake.more_stops = set(encoder.model.processor.plain_ids(written)[:3])
-    assert_same(engine.encode_queries(asked), oracle)
-    assert len(fake.bodies) > len(asked)
-
-
-def test_threads_share_it_and_get_their_own_answers(engine: SGLangEncoder, encoder: Encoder, asked: list[Query]) -> None:
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda query: engine.encode_queries([query])[0], asked))
-    assert_same(found, encoder.encode_queries(asked))
+        assert_same(list(threads.map(lambda query: engine.encode_queries([query])[0], asked)), oracle)
+    assert len(fake.bodies) > len(asked)
 
 
 def test_an_index_filled_in_process_is_searched_through_the_engine(
@@ -209,7 +199,7 @@ def test_a_spoiled_reply_is_refused_with_a_remedy(
 ) -> None:
     fake.after = after
     with pytest.raises(ModelError, match=message) as error:
-        engine.encode_queries([Query.of(text="a red cube")])
+        engine.encode_queries(TEXT)
     assert fake.address in str(error.value)
 
 
@@ -218,12 +208,10 @@ def test_the_last_row_is_found_in_every_layout(engine: SGLangEncoder, fake: Fake
     def arrange(reply: dict[str, Any]) -> dict[str, Any]:
         state = reply["meta_info"]["hidden_states"]
         other = [1.0] * len(state)
-        reply["meta_info"]["hidden_states"] = [other, state] if layout == "rows" else [[other, other, state]]
-        return reply
+        return spoiled(hidden_states=[other, state] if layout == "rows" else [[other, other, state]])(reply)
 
     fake.after = arrange
-    queries = [Query.of(text="a red cube")]
-    assert_same(engine.encode_queries(queries), encoder.encode_queries(queries))
+    assert_same(engine.encode_queries(TEXT), encoder.encode_queries(TEXT))
 
 
 def test_an_engine_that_takes_texts_apart_anew_is_noticed(engine: SGLangEncoder, fake: FakeSGLang) -> None:
@@ -281,6 +269,7 @@ def test_addresses_and_checkpoints_that_cannot_do(tmp_path: Path) -> None:
         without_weights(tmp_path / "empty")
 
 
+@pytest.mark.slow
 def test_the_parity_benchmark_passes_here_and_notices_a_difference(
     fake: FakeSGLang, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,56 +289,39 @@ def test_the_parity_benchmark_passes_here_and_notices_a_difference(
     assert "direct: least_cosine" in capsys.readouterr().err
 
 
-def test_the_server_s_scheduler_over_an_engine_equals_the_encoder(fake: FakeSGLang, encoder: Encoder, asked: list[Query]) -> None:
-    fake.reset()
-    items = [Item(query.parts) for query in asked]
-    routes: list[Route] = ["auto", "direct"]
-    wanted = [one for route in routes for one in encoder.encode_queries(asked, route=route)] + encoder.encode_items(items)
-
-    async def work() -> list[Served]:
-        scheduler = Scheduler(make(fake, bundled_model()), remembered=0)
-        scheduler.start()
-        try:
-            return await asyncio.gather(
-                *(scheduler.encode_query(query, route) for route in routes for query in asked),
-                *(scheduler.encode_item(item) for item in items),
-            )
-        finally:
-            await scheduler.close()
-
-    found = asyncio.run(asyncio.wait_for(work(), 60))
-    assert_same([one.encoding for one in found], wanted)
-    prompts = [encoder.model.prompt(query, direct=False) for query in asked]
-    assert [one.prompt_tokens for one in found[: len(asked)]] == [len(encoder.model.processor.lay_out(one)) for one in prompts]
-
-
-def test_an_engine_that_fails_is_told_and_one_that_is_back_is_used(
-    fake: FakeSGLang, asked: list[Query], monkeypatch: pytest.MonkeyPatch
+def test_traceir_serve_over_an_engine(
+    fake: FakeSGLang,
+    encoder: Encoder,
+    asked: list[Query],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     fake.reset()
-
-    async def work() -> None:
-        scheduler = Scheduler(make(fake, bundled_model(), tries=1), remembered=0)
-        scheduler.start()
-        try:
-            fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
-            for place in range(FAILURES):
-                assert scheduler.alive
-                with pytest.raises(UnavailableError, match="no memory"):
-                    await scheduler.encode_query(asked[place % len(asked)])
-            assert not scheduler.alive and scheduler.under_way == 0
-            with pytest.raises(ImageError):
-                await scheduler.encode_query(Query.of(image=ImageInput.from_bytes(b"no picture", name="broken")))
-            with monkeypatch.context() as patched:
-                patched.setattr(jobs, "AGAIN_S", 0.0)
-                assert scheduler.alive, "requests must come, else nobody learns that it is back"
-            fake.before = lambda _: None
-            await scheduler.encode_query(asked[0])
-            assert scheduler.alive
-        finally:
-            await scheduler.close()
-
-    asyncio.run(asyncio.wait_for(work(), 60))
+    items = [Item.of(text=text, id=text) for text in ("a blue mug", "a green vase", "a red ring")]
+    broken = Item.of(image=ImageInput.from_bytes(b"no picture"), id="broken")
+    with (
+        make(fake, without_safetensors(tmp_path / "mini"), tries=1) as engine,
+        serving_here(tmp_path / "index", engine) as url,
+        Client(url, tries=1) as client,
+    ):
+        assert [added.status for added in client.add([*items, broken])] == ["added"] * 3 + ["failed"]
+        for route in ROUTES:
+            assert_same(client.embed_queries(asked, route=route), encoder.encode_queries(asked, route=route))
+        assert_same(client.embed_items(items), encoder.encode_items(items))
+        usage = httpx.post(f"{url}/v1/embeddings", json={"model": "traceir", "input": "a red ring"}).json()["usage"]
+        assert usage["prompt_tokens"] == len(encoder.model.processor.lay_out(encoder.model.prompt(items[2], direct=True)))
+        oracle = encoder.encode_queries(TEXT)[0].vector
+        scores = {str(item.id): float(oracle @ encoder.encode_items([item])[0].vector) for item in items}
+        assert [hit.id for hit in client.search(TEXT[0], k=3).hits] == sorted(scores, key=lambda id: -scores[id])
+        fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
+        for number in range(FAILURES):
+            with pytest.raises(ModelError, match="answers 503"):
+                client.search(Query.of(text=f"something new {number}"))
+        assert "answers 500: no memory" in caplog.text and httpx.get(f"{url}/ready").status_code == 503
+        monkeypatch.setattr(jobs, "AGAIN_S", 0.0)  # requests must come, else nobody learns that it is back
+        fake.before = lambda _: None
+        assert client.search(Query.of(text="something newer"), k=1).hits
 
 
 def test_who_leaves_is_given_up_at_the_engine_too(fake: FakeSGLang) -> None:
@@ -392,29 +364,3 @@ def test_who_leaves_is_given_up_at_the_engine_too(fake: FakeSGLang) -> None:
     paths = [Path_("/generate", hold, methods=["POST"]), Path_("/{name}_info", told)]
     with served(Starlette(routes=paths)) as address:
         asyncio.run(asyncio.wait_for(work(address), 60))
-
-
-def test_traceir_serve_over_an_engine(fake: FakeSGLang, encoder: Encoder, tmp_path: Path) -> None:
-    fake.reset()
-    model = without_safetensors(tmp_path / "mini")
-    query = Query.of(text="Left: a blue ball; middle: a mug in the colour of the left one.")
-    items = [{"id": text, "text": text} for text in ("a blue mug", "a green vase", "a red ring")]
-    options = ("--engine", fake.address, "--model", str(model))
-    with serving(tmp_path / "index", *options) as url, Client(url, tries=1) as client:
-        assert {one["status"] for one in post(f"{url}/items", {"items": items})["results"]} == {"added"}
-        assert_same(client.embed_queries([query], route="reason"), encoder.encode_queries([query], route="reason"))
-        page = client.search(query, k=3)
-        oracle = encoder.encode_queries([query])[0]
-        vectors = encoder.encode_items([Item.of(text=str(one["text"])) for one in items])
-        scores = {str(one["id"]): float(oracle.vector @ vector.vector) for one, vector in zip(items, vectors, strict=True)}
-        assert [hit.id for hit in page.hits] == sorted(scores, key=lambda id: -scores[id])
-        fake.before = lambda _: JSONResponse({"error": {"message": "no memory"}}, status_code=500)
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            post(f"{url}/search", {"text": "something new"})
-        assert refused.value.code == 503
-
-
-def post(url: str, body: Any) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.loads(response.read())

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import httpx
 import pytest
-from conftest import picture, serving
-from test_serve_app import call
+from conftest import picture
+from fake_sglang import serving_here
 
 from traceir.checkpoint import bundled_model
 from traceir.cli import main as cli
@@ -18,15 +19,6 @@ from traceir.model import load, save
 from traceir.world import INSTEAD, World, world_of
 
 CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Path:
-    """A folder of two pictures that are no drawings of MiniBEIR, and an index of them by the bundled model."""
-    folder = tmp_path_factory.mktemp("photos")
-    for number in range(2):
-        picture(number, 60, 40).load().save(folder / f"{number}.png")
-    return folder
 
 
 def test_words_and_the_size_of_images_are_the_bounds(encoder: Encoder, folder: Path) -> None:
@@ -42,25 +34,33 @@ def test_words_and_the_size_of_images_are_the_bounds(encoder: Encoder, folder: P
 
 
 def test_a_checkpoint_keeps_its_world(tmp_path: Path, encoder: Encoder) -> None:
-    model = load(save(load(bundled_model()), tmp_path / "copy"))
-    assert model.settings.world == encoder.world
+    assert load(save(load(bundled_model()), tmp_path / "copy")).settings.world == encoder.world
     assert world_of("It knows little.", "here") == World("It knows little.")
     assert world_of(None, "here") is world_of("", "here") is None
     with pytest.raises(ModelError, match=r"there: world is .*\bsays\b"):
         world_of({"words": "a b"}, "there")
 
 
-def test_index_and_search_say_it_once_with_the_commands_that_help(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_index_search_and_server_say_it_once_with_the_commands_that_help(
+    encoder: Encoder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    index = str(tmp_path / "index")
-    assert cli.main(["index", "add", str(photos), "--index", index]) == 0
+    photos, index = tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    for number in range(2):
+        picture(number, 60, 40).load().save(photos / f"{number}.png")
+    assert cli.main(["index", "add", str(photos), "--index", str(index)]) == 0
     told = capsys.readouterr().err
     assert told.count("note: The bundled model is a miniature") == 1
     assert all(command in told for command in INSTEAD)
-    assert cli.main(["search", CAPTION, "--index", index, "--json"]) == 0
+    assert cli.main(["search", CAPTION, "--index", str(index), "--json"]) == 0
     out, err = capsys.readouterr()
     assert err.count("note:") == 1 and json.loads(out)["note"] in err
+    with serving_here(index, encoder) as url, httpx.Client(base_url=url) as http:
+        answer = http.post("/search", json={"text": CAPTION})
+        assert answer.status_code == 200 and INSTEAD[0] in answer.json()["note"]
+        config = http.get("/page/config").json()
+    assert config["instead"] == list(INSTEAD) and config["instructions"] == []
+    assert [example["image"]["item"] for example in config["examples"]] == ["0.png", "1.png"]
 
 
 def test_nothing_is_said_of_its_own_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,14 +73,3 @@ def test_nothing_is_said_of_its_own_data(folder: Path, tmp_path: Path, capsys: p
     assert "note:" not in err and '"note": null' in out
     assert cli.main(["search", "a giraffe", "--index", index]) == 0
     assert "note: The bundled model" in capsys.readouterr().err
-
-
-def test_the_server_says_it_of_answers_and_on_the_page(photos: Path, tmp_path: Path) -> None:
-    index = tmp_path / "index"
-    assert cli.main(["index", "add", str(photos), "--index", str(index)]) == 0
-    with serving(index) as url:
-        status, found = call(f"{url}/search", {"text": CAPTION})
-        assert status == 200 and INSTEAD[0] in found["note"]
-        config = call(f"{url}/page/config")[1]
-    assert config["instead"] == list(INSTEAD) and config["instructions"] == []
-    assert [example["image"]["item"] for example in config["examples"]] == ["0.png", "1.png"]
