@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from conftest import Running, serving
+from fake_sglang import serving_here
 from fakes import FakeEncoder
 from PIL import Image
 from test_index_conformance import drawn_background
@@ -41,7 +41,7 @@ SCORES: dict[str, Draw] = {
 }
 
 
-def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modality, ...], trials: int = 400) -> float:
+def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modality, ...], trials: int = 100) -> float:
     """The share of fresh queries, drawn as the background was, that score more than a threshold in any modality."""
     draw = np.random.default_rng(0)
     found = 0.0
@@ -58,8 +58,8 @@ def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modalit
 def test_the_rate_of_false_alarms_holds(kind: str, rate: float) -> None:
     one = alarms(SCORES[kind], 299, rate, ("image",))
     several = alarms(SCORES[kind], 599, rate, ("image", "text", "image,text"))
-    # Standard deviations of the mean over 400 backgrounds, each a Beta(k, n + 1 - k) of which 500 queries are drawn.
-    slack = 4 * math.sqrt((rate / 300 + rate / 500) / 400)
+    # Standard deviations of the mean over 100 backgrounds, each a Beta(k, n + 1 - k) of which 500 queries are drawn.
+    slack = 4 * math.sqrt((rate / 300 + rate / 500) / 100)
     assert one <= rate + slack and several <= rate + slack
     if kind != "tied":
         assert one >= rate - slack, "no more careful than it must be"
@@ -115,9 +115,6 @@ def test_an_index_that_never_had_one_opens_and_a_damaged_one_is_told(tmp_path: P
             index.background()
         index.keep_background(drawn_background(np.random.default_rng(0)))
         assert index.background() is not None
-
-
-# Thresholds of an index
 
 
 def some(encoder: FakeEncoder, index: Index, count: int = 20) -> None:
@@ -200,12 +197,15 @@ def test_thresholds_are_computed_anew_only_so_often(searcher: Searcher) -> None:
 
 
 def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
-    encoder = FakeEncoder()
+    encoder, calibrations = FakeEncoder(), Calibrations()
     with open_index(tmp_path / "index", encoder, create=True) as index:
         ours, theirs = (TenantIndex(index, name) for name in ("ours", "theirs"))
         some(encoder, ours)
         index.keep_background(encode_background(encoder, built_in(200), "built in"))
-        before = Calibration(ours).thresholds("text", None, 0.02)
+        own = calibrations.of("ours", ours)
+        before = own.thresholds("text", None, 0.02)
+        assert set(before) == {"text", "image"} and calibrations.of("ours", TenantIndex(index, "ours")) is own
+        assert calibrations.of("theirs", theirs).thresholds("text", None, 0.02) == {}
         # The other tenant holds what the background asks for; whoever could see that would be told a threshold near 1.
         told = [Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(50))]
         theirs.upsert(told, np.stack([one.vector for one in encoder.encode_items(told)]))
@@ -218,10 +218,8 @@ def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
 
 
 def test_built_in_queries_are_many_different_and_stable() -> None:
-    queries = built_in()
-    assert (
-        len({query.text for query in queries}) == COUNT == build_parser().parse_args(["index", "calibrate", "--index", "i"]).count
-    )
+    queries, default = built_in(), build_parser().parse_args(["index", "calibrate", "--index", "i"]).count
+    assert len({query.text for query in queries}) == COUNT == default
     assert built_in(5) == queries[:5] and built_in(5, seed=1) != queries[:5]
     assert queries[0].text == "a falcon, a blacksmith and a catapult"
     with pytest.raises(InputError, match="0 built-in"):
@@ -255,79 +253,75 @@ def test_backgrounds_of_users(tmp_path: Path) -> None:
         read_queries(lines)
 
 
-# The command line
+# The command line and the server
 
 
-def test_calibrate_and_search_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], running: Running) -> None:
-    index = str(tmp_path / "copy")
-    assert main(["index", "copy", str(running.index), index]) == 0
-    asked = ["search", "--index", index, "a cat in a hat", "-k", "3"]
-    capsys.readouterr()
-    assert main([*asked, "--cutoff", "0.01"]) == 2
-    assert "run `traceir index calibrate`" in capsys.readouterr().err
-    assert main([*asked, "--cutoff", "1"]) == 2
-    assert "between 0 and 1" in capsys.readouterr().err
-    assert main(["index", "info", "--index", index]) == 0
-    assert "not calibrated (`traceir index calibrate`)" in capsys.readouterr().out
-    assert main(["index", "calibrate", "--index", index, "--count", "400"]) == 0
-    out = capsys.readouterr().out
-    assert "calibrated with 400 text queries (" in out and "at 1 in 100, a query of text finds image that scores" in out
-    assert main(["index", "info", "--index", index]) == 0
-    assert "cut-off      calibrated with 400 text queries (" in capsys.readouterr().out
-    assert main(["index", "info", "--index", index, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["background"] == {"text": 400}
-    assert main([*asked, "--cutoff", "0.01"]) == 0
-    assert "nothing found above the cut-off of 0.01 (the best scored 0." in capsys.readouterr().out
-    assert main([*asked, "--cutoff", "0.01", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (
-        told["hits"] == [] and told["cutoff"]["below"] > 0 and told["cutoff"]["best"] < min(told["cutoff"]["thresholds"].values())
-    )
-    assert main([*asked, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+@pytest.fixture
+def shelf(encoder: Encoder, tmp_path: Path) -> Path:
+    """An index by the bundled model, of texts and pictures."""
+    items = [Item.of(text=CAPTION, id="there"), *(Item.of(text=f"a {word} ring", id=word) for word in ("red", "blue", "green"))]
+    items += [Item.of(image=tile(number), id=f"p{number}") for number in range(4)]
+    with open_index(tmp_path / "shelf", encoder, create=True) as index:
+        index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
+    return tmp_path / "shelf"
+
+
+def test_calibrate_and_search_from_the_command_line(shelf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*line: str, code: int = 0) -> str:
+        assert main([*line, "--index", str(shelf)]) == code
+        out, err = capsys.readouterr()
+        return err if code else out
+
+    asked = ["search", "a cat in a hat", "-k", "3"]
+    assert "run `traceir index calibrate`" in run(*asked, "--cutoff", "0.01", code=2)
+    assert "between 0 and 1" in run(*asked, "--cutoff", "1", code=2)
+    assert "not calibrated (`traceir index calibrate`)" in run("index", "info")
+    out = run("index", "calibrate", "--count", "200")
+    assert "calibrated with 200 text queries (" in out and "at 1 in 100, a query of text finds image that scores" in out
+    assert "cut-off      calibrated with 200 text queries (" in run("index", "info")
+    assert json.loads(run("index", "info", "--json"))["background"] == {"text": 200}
+    assert "nothing found above the cut-off of 0.01 (the best scored " in run(*asked, "--cutoff", "0.01")
+    told = json.loads(run(*asked, "--cutoff", "0.01", "--json"))
+    assert told["hits"] == [] and told["cutoff"]["below"] > 0
+    assert told["cutoff"]["best"] < max(told["cutoff"]["thresholds"].values())
+    told = json.loads(run(*asked, "--json"))
     assert told["cutoff"] is None and len(told["hits"]) == 3
 
 
-# The server
-
-
-def test_the_server_says_that_nothing_was_found(running: Running, encoder: Encoder, tmp_path: Path) -> None:
-    """Starts a server of its own, since the index of the others is not calibrated."""
-    index = str(tmp_path / "copy")
-    assert main(["index", "copy", str(running.index), index]) == 0
-    here = Searcher(encoder, open_index(index, encoder))
-    here.calibrate(choose_queries([], bundled_model(), count=400)[0])
-    absent, there, picture = Query.of(text="a cat in a hat"), Query.of(text=CAPTION), Query.of(image=running.items[3].images[0])
-    with serving(Path(index), "--cutoff", "0.01") as url, Client(url) as client:
-        for query in (absent, there):
-            wanted, found = here.search(query, k=4, cutoff=0.05), client.search(query, k=4, cutoff=0.05)
-            assert [hit.id for hit in found.hits] == [hit.id for hit in wanted.hits]
-            assert [hit.rank for hit in found.hits] == list(range(1, len(found.hits) + 1))
-            assert found.cutoff is not None and wanted.cut is not None and found.cutoff.rate == 0.05
-            assert found.cutoff.thresholds == pytest.approx(wanted.cut.thresholds, abs=1e-5)
-            assert found.cutoff.best == pytest.approx(wanted.cut.best, abs=1e-4)
+def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -> None:
+    absent, there = Query.of(text="a cat in a hat"), Query.of(text=CAPTION)
+    with open_index(shelf, encoder) as index:
+        here = Searcher(encoder, index)
+        here.calibrate(choose_queries([], bundled_model(), count=200)[0])
+        wanted = [here.search(query, k=4, cutoff=0.05) for query in (absent, there)]
+    with serving_here(shelf, encoder, cutoff=0.01) as url, Client(url) as client:
+        for query, own in zip((absent, there), wanted, strict=True):
+            found = client.search(query, k=4, cutoff=0.05)
+            assert [(hit.id, hit.rank) for hit in found.hits] == [(hit.id, hit.rank) for hit in own.hits]
+            assert found.cutoff is not None and own.cut is not None and found.cutoff.rate == 0.05
+            assert found.cutoff.thresholds == pytest.approx(own.cut.thresholds, abs=1e-5)
+            assert found.cutoff.best == pytest.approx(own.cut.best, abs=1e-4)
         assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
         assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
-        uncut = client.search(picture)
+        uncut = client.search(Query.of(image=tile(1)))
         assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
-        with pytest.raises(InputError, match="queries that are texts, not pictures"):
-            client.search(picture, cutoff=0.01)
-        with pytest.raises(InputError, match=r"less than 400 background queries can tell"):
-            client.search(absent, cutoff=0.0001)
-        with pytest.raises(InputError, match=r"cutoff"):
-            client.search(absent, cutoff=1)
-        with urllib.request.urlopen(f"{url}/page/config", timeout=60) as answer:
-            assert json.loads(answer.read())["cutoff"] == {"default": 0.01, "background": {"text": 400}}
-    here.index.close()
+        for query, rate, told in (
+            (Query.of(image=tile(1)), 0.01, "queries that are texts, not pictures"),
+            (absent, 0.0001, "less than 200 background queries can tell"),
+            (absent, 1, "cutoff"),
+        ):
+            with pytest.raises(InputError, match=told):
+                client.search(query, cutoff=rate)
+        config = httpx.get(f"{url}/page/config").json()
+        assert config["cutoff"] == {"default": 0.01, "background": {"text": 200}}
 
 
 def test_a_server_that_could_not_keep_its_cutoff_does_not_start(tmp_path: Path) -> None:
     encoder: Any = FakeEncoder()
     config = ServeConfig(str(tmp_path / "index"), cutoff=0.001)
-    make = make_server(config, lambda: encoder).make
 
     async def start() -> None:
-        await make()
+        await make_server(config, lambda: encoder).make()
 
     with pytest.raises(InputError, match="not calibrated"):
         asyncio.run(start())
@@ -338,17 +332,3 @@ def test_a_server_that_could_not_keep_its_cutoff_does_not_start(tmp_path: Path) 
         asyncio.run(start())
     with pytest.raises(InputError, match="between 0 and 1"):
         ServeConfig("i", cutoff=1.5)
-
-
-def test_a_tenant_of_the_server_has_its_own_thresholds(tmp_path: Path) -> None:
-    encoder = FakeEncoder()
-    with open_index(tmp_path / "index", encoder, create=True) as index:
-        calibrations = Calibrations()
-        ours = TenantIndex(index, "ours")
-        some(encoder, ours)
-        index.keep_background(encode_background(encoder, built_in(200), "built in"))
-        own = calibrations.of("ours", ours)
-        assert calibrations.of("ours", TenantIndex(index, "ours")) is own
-        assert calibrations.of("theirs", TenantIndex(index, "theirs")) is not own
-        assert calibrations.of("theirs", TenantIndex(index, "theirs")).thresholds("text", None, 0.02) == {}
-        assert set(own.thresholds("text", None, 0.02)) == {"text", "image"}
