@@ -69,14 +69,7 @@ class EmbeddingsEncoder(HttpEngine):
     kind = "endpoint"
 
     def __init__(
-        self,
-        address: str,
-        model: str,
-        form: str = "openai",
-        *,
-        dim: int | None = None,
-        known: str = "",
-        **limits: Unpack[Limits],
+        self, address: str, model: str, form: str = "openai", *, dim: int | None = None, known: str = "", **limits: Unpack[Limits]
     ) -> None:
         if not model.strip():
             raise InputError("an endpoint of embeddings serves models by name; give one")

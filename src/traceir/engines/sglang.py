@@ -84,12 +84,7 @@ class SGLangEncoder(HttpEngine):
     """
 
     def __init__(
-        self,
-        address: str,
-        model: str | Path,
-        *,
-        max_reasoning_tokens: int | None = None,
-        **limits: Unpack[Limits],
+        self, address: str, model: str | Path, *, max_reasoning_tokens: int | None = None, **limits: Unpack[Limits]
     ) -> None:
         self.model, self._name = without_weights(model), str(model)
         settings = self.model.settings
