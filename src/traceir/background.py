@@ -48,8 +48,8 @@ def _texts(seed: int) -> Iterator[str]:
     draw = random.Random(seed)
     seen: set[str] = set()
     while True:
-        one, two, three = (f"{'an' if thing[0] in 'aeio' else 'a'} {thing}" for thing in draw.sample(words["things"], 3))
-        text = draw.choice(words["forms"]).format(one, draw.choice(words["deeds"]), two, draw.choice(words["places"]), three)
+        first, second, third = (f"{'an' if thing[0] in 'aeio' else 'a'} {thing}" for thing in draw.sample(words["things"], 3))
+        text = draw.choice(words["forms"]).format(first, draw.choice(words["deeds"]), second, draw.choice(words["places"]), third)
         if text not in seen:
             seen.add(text)
             yield text

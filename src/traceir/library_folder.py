@@ -50,12 +50,12 @@ def library_fingerprint(folder: Path) -> str:
     The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
     """
     modules = _module_folders(folder)
-    beside = {file for place in (folder, *modules) for file in place.iterdir() if file.is_file()}
+    beside = {file for module in (folder, *modules) for file in module.iterdir() if file.is_file()}
     files = {file for file in beside if file.name in DECIDING or file.name.endswith(_CONFIG)}
-    for place in modules:
-        files.update(_weights(place))
-        if (place / ADAPTER).is_file():  # over another checkpoint
-            files.update(weight_files(fetch(str(read_object(place / ADAPTER).get("base_model_name_or_path")))))
+    for module in modules:
+        files.update(_weights(module))
+        if (module / ADAPTER).is_file():  # over another checkpoint
+            files.update(weight_files(fetch(str(read_object(module / ADAPTER).get("base_model_name_or_path")))))
     inside = [(file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name) for file in sorted(files)]
     return digest(zip(inside, sorted(files), strict=True))
 
@@ -68,19 +68,19 @@ def _module_folders(folder: Path) -> list[Path]:
     """Those of its modules, also of those behind a router; without modules.json the folder itself."""
     if not (folder / MODULES).is_file():
         return [folder]
-    places: list[Path] = []
+    folders: list[Path] = []
     for path in module_paths(folder / MODULES):
-        place = folder / _inside(path, folder)
-        places += [place, *(place / _inside(key, place) for key in _routed(place))]
-    return sorted({place for place in places if place.is_dir()})
+        module = folder / _inside(path, folder)
+        folders += [module, *(module / _inside(key, module) for key in _routed(module))]
+    return sorted({module for module in folders if module.is_dir()})
 
 
-def _routed(place: Path) -> Sequence[str]:
+def _routed(module: Path) -> Sequence[str]:
     """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
     for file in ("router_config.json", "config.json"):
-        types = _about(place / file).get("types")
+        types = _about(module / file).get("types")
         if isinstance(types, dict):
-            check_modules(str(place), [str(kind) for kind in types.values()])
+            check_modules(str(module), [str(kind) for kind in types.values()])
             return list(types)
     return []
 
@@ -91,12 +91,12 @@ def _inside(path: str, folder: Path) -> str:
     return path
 
 
-def _weights(place: Path) -> list[Path]:
+def _weights(module: Path) -> list[Path]:
     """The weights of a module; ModelError where it has some and none as safetensors."""
-    if (place / ADAPTER).is_file() or "model_type" in _about(place / "config.json"):
-        return weight_files(place)
-    like = sorted(file for file in place.iterdir() if file.suffix in WEIGHT_LIKE)
+    if (module / ADAPTER).is_file() or "model_type" in _about(module / "config.json"):
+        return weight_files(module)
+    like = sorted(file for file in module.iterdir() if file.suffix in WEIGHT_LIKE)
     own = [file for file in like if file.suffix == ".safetensors"]
-    if like and place / SINGLE not in own:
-        raise ModelError(f"{place} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
+    if like and module / SINGLE not in own:
+        raise ModelError(f"{module} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
     return own

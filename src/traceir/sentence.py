@@ -68,7 +68,7 @@ class TraceModule(InputModule):
         if options.get("task") != "query":
             return {"contents": _items(inputs, prompt, options)}
         about: dict[str, Any] = {"instruction": prompt or None, "target": options.get("target") or self.target}
-        return {"contents": [one if isinstance(one, Query) else Query(_parts(one), **about) for one in inputs]}
+        return {"contents": [each if isinstance(each, Query) else Query(_parts(each), **about) for each in inputs]}
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [B, D] and, one value a row, `reasoned`, `tokens`, `emb_probability` and `truncated`."""
@@ -162,7 +162,7 @@ def _items(inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any]
     for name in ("route", "target"):
         if options.get(name) is not None:
             raise InputError(f"a candidate takes no {name}, because candidates never reason; use encode_query for queries")
-    return [one if isinstance(one, Item) else Item(_parts(one)) for one in inputs]
+    return [each if isinstance(each, Item) else Item(_parts(each)) for each in inputs]
 
 
 def _parts(value: Any) -> tuple[Part, ...]:
@@ -184,7 +184,7 @@ def _parts(value: Any) -> tuple[Part, ...]:
 
 
 def _listed(value: Any) -> list[Any]:
-    return [one for one in (value if isinstance(value, list | tuple) else [value]) if one is not None]
+    return [each for each in (value if isinstance(value, list | tuple) else [value]) if each is not None]
 
 
 def _image(value: Any) -> ImageInput:

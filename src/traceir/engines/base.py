@@ -16,7 +16,7 @@ T = TypeVar("T")
 WEIGHTS: Final = "are its weights whole, is its precision right?"
 
 
-class Limits(TypedDict, total=False):
+class ConnectionOptions(TypedDict, total=False):
     """Options of a Connection, with its defaults."""
 
     api_key: str
@@ -31,8 +31,8 @@ class HttpEngine:
 
     kind = "engine"
 
-    def __init__(self, address: str, limits: Limits) -> None:
-        self._connection = Connection(address, **limits)
+    def __init__(self, address: str, options: ConnectionOptions) -> None:
+        self._connection = Connection(address, **options)
         self._path = ""
         try:
             self._meet()

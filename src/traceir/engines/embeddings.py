@@ -22,7 +22,7 @@ from typing import Any, Final, Unpack
 import numpy as np
 
 from traceir.connection import Answer, TransientError
-from traceir.engines.base import HttpEngine, Limits
+from traceir.engines.base import ConnectionOptions, HttpEngine
 from traceir.engines.forms import EngineInput, Form, Role, form_for, image_part, text_part
 from traceir.engines.probes import SAME, TEXTS, WORDS, compared, kept, probe_images, tells_apart
 from traceir.errors import InputError, ModelError
@@ -44,11 +44,11 @@ _ORIENTATION: Final = 0x0112
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """One input as it is told, what its request states once, and its bytes in JSON."""
+class _Payload:
+    """One input as it is sent, what its request states once, and its bytes in JSON."""
 
     content: Item | Query
-    told: Any
+    payload: Any
     fields: dict[str, Any]
     bytes: int
 
@@ -69,7 +69,14 @@ class EmbeddingsEncoder(HttpEngine):
     kind = "endpoint"
 
     def __init__(
-        self, address: str, model: str, form: str = "openai", *, dim: int | None = None, known: str = "", **limits: Unpack[Limits]
+        self,
+        address: str,
+        model: str,
+        form: str = "openai",
+        *,
+        dim: int | None = None,
+        known: str = "",
+        **options: Unpack[ConnectionOptions],
     ) -> None:
         if not model.strip():
             raise InputError("an endpoint of embeddings serves models by name; give one")
@@ -80,7 +87,7 @@ class EmbeddingsEncoder(HttpEngine):
         self.width, self.tokens, self._lock = dim or 0, 0, threading.Lock()
         self._unread: dict[Modality, str] = {}
         root, self._paths = _places(address)
-        super().__init__(root, limits)
+        super().__init__(root, options)
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -121,7 +128,7 @@ class EmbeddingsEncoder(HttpEngine):
         pieces = await asyncio.to_thread(lambda: [_piece(content, role, self.form) for content in contents])
         return [vector for batch in _batches(pieces) for vector in await self._request(batch)]
 
-    async def _request(self, batch: Sequence[_Piece]) -> list[Vector]:
+    async def _request(self, batch: Sequence[_Payload]) -> list[Vector]:
         """The vectors of one request; where it is refused, those of its halves, so that only what is wrong fails."""
         answer = await self._ask(self._path, self._body(batch), _REFUSED, self._settled)
         if answer.status < 300:
@@ -133,9 +140,9 @@ class EmbeddingsEncoder(HttpEngine):
         half = len(batch) // 2
         return [*await self._request(batch[:half]), *await self._request(batch[half:])]
 
-    def _body(self, batch: Sequence[_Piece]) -> Mapping[str, Any]:
-        told = self.form.body([piece.told for piece in batch], batch[0].fields)
-        return {"model": self.model, **told, **({"dimensions": self._dim} if self._dim else {})}
+    def _body(self, batch: Sequence[_Payload]) -> Mapping[str, Any]:
+        body = self.form.body([piece.payload for piece in batch], batch[0].fields)
+        return {"model": self.model, **body, **({"dimensions": self._dim} if self._dim else {})}
 
     def _settled(self, answer: Answer) -> Answer:
         """The answer; an inner error of the server's may pass."""
@@ -148,23 +155,23 @@ class EmbeddingsEncoder(HttpEngine):
         data = body.get("data") if isinstance(body, dict) else None
         if not isinstance(data, list) or not all(isinstance(row, dict) for row in data):
             raise self._wrong(f"answers with {str(body)[:120]!r}, which is no list of embeddings; is it an endpoint of them?")
-        rows = {str(row.get("index", place)): row.get("embedding") for place, row in enumerate(data)}
-        if len(data) != count or rows.keys() != {str(place) for place in range(count)}:
+        rows = {str(row.get("index", number)): row.get("embedding") for number, row in enumerate(data)}
+        if len(data) != count or rows.keys() != {str(number) for number in range(count)}:
             raise self._wrong(f"returned {len(data)} vectors for {count} inputs, or not one for each; report it to its makers")
         usage = body.get("usage")
-        told = usage.get("prompt_tokens", usage.get("total_tokens")) if isinstance(usage, dict) else None
+        tokens = usage.get("prompt_tokens", usage.get("total_tokens")) if isinstance(usage, dict) else None
         with self._lock:
-            self.tokens += told if isinstance(told, int) else 0
-        return [self._vector(rows[str(place)]) for place in range(count)]
+            self.tokens += tokens if isinstance(tokens, int) else 0
+        return [self._vector(rows[str(number)]) for number in range(count)]
 
-    def _vector(self, told: Any) -> Vector:
+    def _vector(self, value: Any) -> Vector:
         """Numbers, or base64 of float32 in little-endian order."""
-        if isinstance(told, str):
+        if isinstance(value, str):
             try:
-                told = np.frombuffer(base64.b64decode(told, validate=True), dtype="<f4")
+                value = np.frombuffer(base64.b64decode(value, validate=True), dtype="<f4")
             except (ValueError, binascii.Error) as error:
-                raise self._wrong(f"returned a vector that is no list of numbers: {told[:80]}") from error
-        return self._unit(told, "vector", self.width)
+                raise self._wrong(f"returned a vector that is no list of numbers: {value[:80]}") from error
+        return self._unit(value, "vector", self.width)
 
     def _meet(self) -> None:
         """Within fewer tries and seconds than later requests, since somebody waits."""
@@ -202,8 +209,8 @@ class EmbeddingsEncoder(HttpEngine):
         try:
             text, another = (encoding.vector for encoding in self.encode_items(TEXTS))
         except InputError as error:
-            told = f"takes no text in the form `{self.form.name}`: {error}{self._names()}; give the form that it takes"
-            raise self._wrong(told) from error
+            reason = f"takes no text in the form `{self.form.name}`: {error}{self._names()}; give the form that it takes"
+            raise self._wrong(reason) from error
         self.width = len(text)
         if not tells_apart(text, text, [another]):
             raise self._wrong("gives one vector for different texts; is it a model of embeddings?")
@@ -244,12 +251,12 @@ class EmbeddingsEncoder(HttpEngine):
         cosines = compared(code, own.rpartition("#")[2])
         if cosines and min(cosines) >= SAME:
             return self._known
-        told = "cosines " + ", ".join(f"{cosine:.3f}" for cosine in cosines) + f", at least {SAME} for one and the same model"
+        reason = "cosines " + ", ".join(f"{cosine:.3f}" for cosine in cosines) + f", at least {SAME} for one and the same model"
         if not cosines:
-            told = f"it was filled by another form than `{self.form.name}`, or of other modalities"
+            reason = f"it was filled by another form than `{self.form.name}`, or of other modalities"
         raise self._wrong(
             f"serves another model as {self.model!r} than the one that filled the index: it answers the probes otherwise "
-            f"({told}); serve the former, in the form of then, or fill a new index"
+            f"({reason}); serve the former, in the form of then, or fill a new index"
         )
 
 
@@ -260,18 +267,18 @@ def _groups(contents: Sequence[Item | Query], form: Form) -> Iterator[list[int]]
         yield from (numbers[start : start + most] for start in range(0, len(numbers), most))
 
 
-def _piece(content: Item | Query, role: Role, form: Form) -> _Piece:
+def _piece(content: Item | Query, role: Role, form: Form) -> _Payload:
     instruction = (content.instruction or "").strip() if isinstance(content, Query) else ""
     parts = [part for part in content.parts if not isinstance(part, str) or part.strip()]
     sent = tuple(text_part(part) if isinstance(part, str) else image_part(upright_url(part)) for part in parts)
     about = EngineInput(role, instruction, sent)
-    told = form.tell(about)
-    return _Piece(content, told, form.fields_of(about), len(json.dumps(told)))
+    payload = form.tell(about)
+    return _Payload(content, payload, form.fields_of(about), len(json.dumps(payload)))
 
 
-def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+def _batches(pieces: Sequence[_Payload]) -> Iterator[list[_Payload]]:
     """In order, each of like fields and of at most `REQUEST_BYTES`, or of one larger piece."""
-    batch: list[_Piece] = []
+    batch: list[_Payload] = []
     for piece in pieces:
         size = sum(other.bytes for other in batch) + piece.bytes
         if batch and (size > REQUEST_BYTES or batch[0].fields != piece.fields):

@@ -126,9 +126,9 @@ class Form:
         kinds = ("every", content.role, "image" if content.image else "text")
         return {name: value for kind in kinds for name, value in self.fields.get(kind, {}).items()}
 
-    def body(self, told: list[Any], fields: Json) -> Json:
+    def body(self, payloads: list[Any], fields: Json) -> Json:
         """A request without the model's name: a conversation, which is a list, as `messages`, all else under `input`."""
-        return {**({"messages": told[0]} if isinstance(told[0], list) else {"input": told}), **fields}
+        return {**({"messages": payloads[0]} if isinstance(payloads[0], list) else {"input": payloads}), **fields}
 
 
 _FLOATS: Final[Json] = {"encoding_format": "float"}

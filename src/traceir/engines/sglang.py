@@ -24,7 +24,7 @@ from PIL import Image
 from traceir.batch import Pixels, Processor, smart_resize
 from traceir.checkpoint import fetch
 from traceir.connection import Answer, TransientError
-from traceir.engines.base import WEIGHTS, HttpEngine, Limits
+from traceir.engines.base import WEIGHTS, ConnectionOptions, HttpEngine
 from traceir.errors import ModelError
 from traceir.images import ImageInput, data_url, file_bytes
 from traceir.items import Encoding, Ended, Item, Query, Route, Vector, check_route
@@ -46,7 +46,7 @@ _GREEDY: Final[Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class EngineRequest:
     """A prompt as the engine takes it, with one image token and one data URL a picture; `read` is what it must make of it.
 
     `cut`: the text's tokens beyond its limit; `probability`: whether P(`<|emb|>`) is asked for.
@@ -84,7 +84,7 @@ class SGLangEncoder(HttpEngine):
     """
 
     def __init__(
-        self, address: str, model: str | Path, *, max_reasoning_tokens: int | None = None, **limits: Unpack[Limits]
+        self, address: str, model: str | Path, *, max_reasoning_tokens: int | None = None, **options: Unpack[ConnectionOptions]
     ) -> None:
         self.model, self._name = without_weights(model), str(model)
         settings = self.model.settings
@@ -92,7 +92,7 @@ class SGLangEncoder(HttpEngine):
         self.fingerprint, self.width = self.model.fingerprint, self.model.width
         before = settings.pooling_position == "before_token"
         self.prompt_version = settings.prompt_version + ("" if before else f", read {settings.pooling_position}")
-        super().__init__(re.sub(r"/(v1|generate)?/*$", "", address), limits)
+        super().__init__(re.sub(r"/(v1|generate)?/*$", "", address), options)
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         """Candidates: one prefill each, never any reasoning, unless the checkpoint lets candidates write."""
@@ -105,23 +105,23 @@ class SGLangEncoder(HttpEngine):
         route = route if self.model.writes("query") else "direct"
         return self._connection.gather([partial(self._encode, query, route) for query in queries])
 
-    def prepare(self, content: Query | Item, route: Route) -> Asked:
+    def prepare(self, content: Query | Item, route: Route) -> EngineRequest:
         """Token ids and pictures as SGLang wants them: it repeats each image token itself, once it has sized the picture."""
         prompt, processor = self.model.prompt(content, direct=route == "direct"), self.model.processor
         layout, pad = processor.lay_out(prompt), processor.special[IMAGE_PAD]
         read = tuple(layout.ids.tolist())
-        ids = tuple(token for place, token in enumerate(read) if token != pad or place == 0 or read[place - 1] != pad)
+        ids = tuple(token for n, token in enumerate(read) if token != pad or n == 0 or read[n - 1] != pad)
         images = tuple(_png_url(*pair, processor) for pair in zip(prompt.images, layout.pixels, strict=True))
-        return Asked(ids, images, read, layout.cut, route, isinstance(content, Query))
+        return EngineRequest(ids, images, read, layout.cut, route, isinstance(content, Query))
 
-    def start(self, asked: Asked) -> Future[Encoding]:
+    def start(self, asked: EngineRequest) -> Future[Encoding]:
         """What `prepare` made, on its way; cancelling the future gives the request up, at the engine too."""
         return self._connection.start(partial(self._run, asked))
 
     async def _encode(self, content: Query | Item, route: Route) -> Encoding:
         return await self._run(await asyncio.to_thread(self.prepare, content, route))
 
-    async def _run(self, asked: Asked) -> Encoding:
+    async def _run(self, asked: EngineRequest) -> Encoding:
         if asked.route == "direct":
             reply = await self._generate(asked, (), 1, probability=asked.probability)
             encoding = self._encoding((), reply.state, reply.emb_probability, None)
@@ -129,7 +129,7 @@ class SGLangEncoder(HttpEngine):
             encoding = await self._write(asked)
         return replace(encoding, cut=asked.cut, text_limit=self.model.settings.max_text_tokens) if asked.cut else encoding
 
-    async def _write(self, asked: Asked) -> Encoding:
+    async def _write(self, asked: EngineRequest) -> Encoding:
         """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
 
         One request does, except in two cases that go on with a second one, whose prompt ends in what was written so far: under
@@ -154,7 +154,7 @@ class SGLangEncoder(HttpEngine):
                 return self._encoding(whole[:-1], state, probability, "turn" if whole[-1] == turn_end else "budget")
             written = whole
 
-    async def _closed(self, asked: Asked, written: tuple[int, ...]) -> Vector:
+    async def _closed(self, asked: EngineRequest, written: tuple[int, ...]) -> Vector:
         """It stopped short of `<|emb|>`: the state behind the trained closing text, by a request of its own."""
         closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
         return (await self._generate(asked, written + closing, 1, probability=False)).state
@@ -163,7 +163,7 @@ class SGLangEncoder(HttpEngine):
         text = self.model.processor.decode(written)
         return Encoding(state, "reason" if written else "direct", text, len(written), probability, ended is not None, ended=ended)
 
-    async def _generate(self, asked: Asked, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
+    async def _generate(self, asked: EngineRequest, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
         """One request for at most so many tokens after what was written."""
 
         def read(answer: Answer) -> _Reply:
@@ -173,7 +173,7 @@ class SGLangEncoder(HttpEngine):
 
         return await self._ask("/generate", self._body(asked, written, most, probability), (400, 404, 422), read)
 
-    def _body(self, asked: Asked, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
+    def _body(self, asked: EngineRequest, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
         """The request. `last` and never `true`: the full form misplaces rows after a prefill in chunks."""
         emb = self.model.processor.emb_id
         stops = [emb, self.model.processor.special[TURN_END]]
@@ -227,8 +227,8 @@ class SGLangEncoder(HttpEngine):
         while isinstance(rows, list) and rows and isinstance(rows[-1], list):
             rows = rows[-1]
         if isinstance(rows, list) and len(rows) > self.width and len(rows) % self.width == 0:
-            told = f"returned a state of {len(rows)} components for a model of width {self.width}"
-            raise self._wrong(f"{told}; it joins several layers; launch it without a speculative algorithm")
+            joined = f"returned a state of {len(rows)} components for a model of width {self.width}"
+            raise self._wrong(f"{joined}; it joins several layers; launch it without a speculative algorithm")
         return self._unit(rows, "state", self.width)
 
     def _check_read(self, body: Mapping[str, Any], meta: Mapping[str, Any], read: tuple[int, ...]) -> None:
