@@ -51,6 +51,13 @@ def addresses() -> Iterator[dict[str, str]]:
         yield {kind: stack.enter_context(served(server.app())) for kind, server in KINDS.items()}
 
 
+@pytest.fixture(scope="module")
+def texts(addresses: dict[str, str]) -> Iterator[EmbeddingsEncoder]:
+    KINDS["openai"].reset()
+    with make(addresses, "openai") as encoder:
+        yield encoder
+
+
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     for server in KINDS.values():
@@ -191,8 +198,8 @@ def test_a_server_that_reads_an_image_as_text_is_refused(addresses: dict[str, st
 
 
 def test_what_a_server_does_not_read_is_refused_one_by_one(addresses: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    texts = served(FakeEndpoint(fakes.read_text_model_behind_vllm).app())
-    with texts as address, EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
+    reads_texts = served(FakeEndpoint(fakes.read_text_model_behind_vllm).app())
+    with reads_texts as address, EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
         assert encoder.encode_items(TEXT)[0].vector.shape == (WIDTH,) and encoder.modalities == ("text",)
         with pytest.raises(InputError, match=r"item 'p': this server takes no pictures: .*400.*not a multimodal model"):
             encoder.encode_items([Item.of(image=picture(1), id="p")])
@@ -264,39 +271,35 @@ PACKED_NAN = base64.b64encode(np.full(WIDTH, np.nan, dtype="<f4").tobytes()).dec
         (lambda reply: [1, 2], "no list of embeddings"),
     ],
 )
-def test_answers_that_are_no_vectors_are_told_in_words(addresses: dict[str, str], after: Any, told: str) -> None:
-    with make(addresses, "openai") as encoder:
-        KINDS["openai"].after = after
-        with pytest.raises(ModelError, match=told) as failed:
-            encoder.encode_items(TEXT)
-        assert addresses["openai"] in str(failed.value)
+def test_answers_that_are_no_vectors_are_told_in_words(texts: EmbeddingsEncoder, after: Any, told: str) -> None:
+    KINDS["openai"].after = after
+    with pytest.raises(ModelError, match=told) as failed:
+        texts.encode_items(TEXT)
+    assert texts.address in str(failed.value)
 
 
-def test_vectors_in_base64_and_out_of_order(addresses: dict[str, str]) -> None:
+def test_vectors_in_base64_and_out_of_order(texts: EmbeddingsEncoder) -> None:
     def packed(reply: dict[str, Any]) -> dict[str, Any]:
         told = [np.array(row["embedding"], dtype="<f4").tobytes() for row in reply["data"]]
         rows = [{**row, "embedding": base64.b64encode(raw).decode()} for row, raw in zip(reply["data"], told, strict=True)]
         return {**reply, "data": rows[::-1]}
 
     items = [Item.of(text="one"), Item.of(text="two")]
-    with make(addresses, "openai") as encoder:
-        plain = vectors(encoder.encode_items(items))
-        KINDS["openai"].after = packed
-        assert vectors(encoder.encode_items(items)) == pytest.approx(plain, abs=1e-6)
+    plain = vectors(texts.encode_items(items))
+    KINDS["openai"].after = packed
+    assert vectors(texts.encode_items(items)) == pytest.approx(plain, abs=1e-6)
 
 
-def test_what_passes_is_tried_again(addresses: dict[str, str]) -> None:
+def test_what_passes_is_tried_again(texts: EmbeddingsEncoder) -> None:
     server = KINDS["openai"]
-    with make(addresses, "openai") as encoder:
-        begun = len(server.bodies)
-        slow = JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.01"})
-        server.before = {begun + 1: slow, begun + 2: JSONResponse({"error": {"message": "out of memory"}}, 500)}.get
-        assert encoder.encode_items(TEXT)[0].vector == pytest.approx(unit(server.vector(WORDS, None)), abs=1e-6)
-        assert len(server.bodies) == begun + 3
-        server.before = lambda count: JSONResponse({"error": {"message": "CUDA error"}}, 500)
-        with pytest.raises(ModelError, match="answers 500: CUDA error"):
-            encoder.encode_items(TEXT)
-        assert len(server.bodies) == begun + 6
+    slow = JSONResponse({"error": {"message": "slow down"}}, 429, headers={"Retry-After": "0.01"})
+    server.before = {1: slow, 2: JSONResponse({"error": {"message": "out of memory"}}, 500)}.get
+    assert texts.encode_items(TEXT)[0].vector == pytest.approx(unit(server.vector(WORDS, None)), abs=1e-6)
+    assert len(server.bodies) == 3
+    server.before = lambda count: JSONResponse({"error": {"message": "CUDA error"}}, 500)
+    with pytest.raises(ModelError, match="answers 500: CUDA error"):
+        texts.encode_items(TEXT)
+    assert len(server.bodies) == 6
 
 
 def test_a_refused_request_is_halved_until_only_the_input_at_fault_fails(addresses: dict[str, str], tmp_path: Path) -> None:

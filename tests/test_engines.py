@@ -51,12 +51,17 @@ def fake(encoder: Encoder) -> Iterator[FakeSGLang]:
         yield server
 
 
-@pytest.fixture
-def engine(fake: FakeSGLang, tmp_path: Path) -> Iterator[SGLangEncoder]:
+@pytest.fixture(scope="module")
+def made(fake: FakeSGLang, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangEncoder]:
     """Over a folder that holds no weights at all."""
+    with make(fake, without_safetensors(tmp_path_factory.mktemp("engine") / "mini")) as encoder:
+        yield encoder
+
+
+@pytest.fixture
+def engine(made: SGLangEncoder, fake: FakeSGLang) -> SGLangEncoder:
     fake.reset()
-    with make(fake, without_safetensors(tmp_path / "mini")) as made:
-        yield made
+    return made
 
 
 @pytest.fixture(scope="module")
