@@ -180,7 +180,7 @@ def test_items_and_images_are_read_back(client: Client, shop: Shop, monkeypatch:
     with pytest.raises(InputError, match="not shown"):
         client.image(kept)
     for image in (None, "folder/cup.png"):
-        with pytest.raises(InputError, match="has no picture of a server"):
+        with pytest.raises(InputError, match="has no image of a server"):
             client.image(Hit("a", 0.5, 1, "image", None, image, {}))
 
 
