@@ -19,16 +19,19 @@ from conftest import FORKS
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablate import ablate, claim, list_tables
-from traceir.lab.ablate_plan import Run, plan_runs
+from traceir.lab.ablate_plan import AblationRun, plan_runs
 from traceir.lab.ablate_report import Estimate, judge, t_interval, write_report
 from traceir.lab.ablate_score import TwoStage, append_text, relative_speeds, score
-from traceir.lab.ablations import TABLES, TIMED, VARIANTS, Claim, Comparison, Line, Table, Variant, choose_tables
+from traceir.lab.ablations import TABLES, TIMED, VARIANTS, AblationLine, Claim, Comparison, Table, Variant, choose_tables
 from traceir.precision import Speed
 from traceir.train.config import TrainConfig
 
 ROWS = ("invented_complex", "invented_simple")
 BASE, COLD = VARIANTS["base"], VARIANTS["temperature-0.02"]
-LINES = Line("warm", BASE, "direct", {("complex", "R@5"): 50.0}), Line("cold", COLD, paper={("complex", "R@5"): 46.0})
+LINES = (
+    AblationLine("warm", BASE, "direct", {("complex", "R@5"): 50.0}),
+    AblationLine("cold", COLD, paper={("complex", "R@5"): 46.0}),
+)
 CLAIMS = (Claim("Warm beats cold", (Comparison("warm", "cold"),)),)
 TINY = (Table("tiny", "A tiny table", "Table 0", LINES, CLAIMS, against="warm"),)
 
@@ -49,7 +52,7 @@ def fake_train(config: TrainConfig) -> Path:
     return folder / "checkpoint"
 
 
-def fake_score(run: Run) -> dict[str, Any]:
+def fake_score(run: AblationRun) -> dict[str, Any]:
     """Four queries a row; a better variant or seed has more of them among the first five."""
     if run.variant.work == "speed":
         return {"speed": {row: relative_speeds({f"{n}:{r}": [1.0 + at, 2.0] for at, (n, r) in enumerate(TIMED)}) for row in ROWS}}
@@ -117,7 +120,14 @@ def test_all_variants_of_a_seed_come_before_the_next_seed_and_nothing_is_done_tw
 
 def test_runs_that_use_others_wait_for_them_and_fail_with_them(tmp_path: Path, base: TrainConfig) -> None:
     pipeline, small = Variant("p", work="pipeline", uses=("base",)), Variant("s", preset="no-such-preset")
-    table = Table("pair", "Two", "", (Line("pipeline", pipeline), Line("small", small), Line("one", BASE)), (), "one")
+    table = Table(
+        "pair",
+        "Two",
+        "",
+        (AblationLine("pipeline", pipeline), AblationLine("small", small), AblationLine("one", BASE)),
+        (),
+        "one",
+    )
 
     def train(config: TrainConfig) -> Path:
         raise TrainError("step 3: loss is nan\non queries 8:1")
@@ -334,7 +344,7 @@ def test_the_report_holds_every_claim_and_tells_what_is_not_run(tmp_path: Path, 
     assert "| base | 0 | not run | not run | not run | – | – |" in (tmp_path / "part/better.md").read_text()
 
 
-def write_result(run: Run) -> None:
+def write_result(run: AblationRun) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     about = {"format": 1, "variant": run.variant.name, "seed": run.seed, "identity": {}, "machine": "an invented machine"}
     run.result.write_text(json.dumps({**about, "seconds": {"train": 9.0}, "losses": {}, **fake_score(run)}))

@@ -25,20 +25,20 @@ from traceir.minibeir.rows import (
     SPLITS,
     WORLDS,
     CandidateDraft,
+    DrawnRow,
+    DrawnWorld,
     LessonDraft,
     QueryDraft,
-    Row,
     Sketch,
-    World,
 )
 from traceir.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
 NAMED = {row.name: row for row in ROWS}
-Change = Callable[[Row, str, QueryDraft], QueryDraft]
+Change = Callable[[DrawnRow, str, QueryDraft], QueryDraft]
 
 
-def keep(row: Row, split: str, draft: QueryDraft) -> QueryDraft:
+def keep(row: DrawnRow, split: str, draft: QueryDraft) -> QueryDraft:
     return draft
 
 
@@ -50,14 +50,14 @@ def sketch(key: str) -> Sketch:
     return Sketch(key, draw)
 
 
-def candidate(row: Row, key: str) -> CandidateDraft:
+def candidate(row: DrawnRow, key: str) -> CandidateDraft:
     text = f"passage {key}" if "text" in row.cand_modality else None
     shown = key if text is None else "emblem"  # few images make a fast test
     return CandidateDraft(text, sketch(shown) if "image" in row.cand_modality else None)
 
 
-def fake_worlds(change: Change = keep, extra: int = 0, fills: bool = True) -> dict[str, World]:
-    def make(row: Row, split: str, count: int, seed: int) -> Iterator[QueryDraft]:
+def fake_worlds(change: Change = keep, extra: int = 0, fills: bool = True) -> dict[str, DrawnWorld]:
+    def make(row: DrawnRow, split: str, count: int, seed: int) -> Iterator[QueryDraft]:
         for number in range(count + extra):
             steps = number % 5 if row.task_id in (6, 7, 8) else number % 2
             source = f"{split}-{row.task_id}-{seed}-{number // FAMILY}"
@@ -81,9 +81,9 @@ def fake_worlds(change: Change = keep, extra: int = 0, fills: bool = True) -> di
             shown = sketch(f"train-7-{seed}-{number // 8}") if number % 2 else None
             yield LessonDraft(shown, "see", f"a thing {number}", "naming" if number % 2 else "facts")
 
-    def world(name: str) -> World:
+    def world(name: str) -> DrawnWorld:
         rows = {row.name: lambda *asked, row=row: make(row, *asked) for row in ROWS if row.world == name}
-        return World(rows, fill, teach)
+        return DrawnWorld(rows, fill, teach)
 
     return {name: world(name) for name in WORLDS}
 
@@ -163,7 +163,7 @@ def test_a_rebuild_is_byte_identical_and_a_finished_one_is_left_alone(root: Path
 
 
 def test_an_interrupted_build_goes_on(root: Path, tmp_path: Path) -> None:
-    def stop(row: Row, split: str, draft: QueryDraft) -> QueryDraft:
+    def stop(row: DrawnRow, split: str, draft: QueryDraft) -> QueryDraft:
         if row.name == "oven_task6":
             raise KeyboardInterrupt
         return draft
@@ -194,7 +194,7 @@ def test_a_killed_build_goes_on(root: Path, tmp_path: Path) -> None:
 
 
 def bad(split: str = "test", **changes: Any) -> Change:
-    def change(row: Row, of: str, draft: QueryDraft) -> QueryDraft:
+    def change(row: DrawnRow, of: str, draft: QueryDraft) -> QueryDraft:
         return dataclasses.replace(draft, **changes) if row.name == "cirr_task7" and of in (split, "test") else draft
 
     return change

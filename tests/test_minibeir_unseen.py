@@ -21,7 +21,7 @@ from traceir.minibeir.scenes import Scene
 from traceir.minibeir.sprites import Photo
 from traceir.minibeir.unseen import changes, pairs, told
 from traceir.minibeir.unseen.build import IMAGES_FILE, MANIFEST, SETS, build_unseen
-from traceir.minibeir.unseen.states import Part, is_beside, shows
+from traceir.minibeir.unseen.states import StatePart, is_beside, shows
 
 SCENE = Scene((("red", "cube"), ("blue", "ball"), ("red", "star")))
 COAT = Garment("coat", "red", "white dots", "long", "sleeveless", "v-neck", False)
@@ -29,7 +29,7 @@ FAIR = Photo("Hupu", "Drinu", "fair", "Wobbis", "night")
 
 
 @cache
-def make(name: str) -> Part:
+def make(name: str) -> StatePart:
     return SETS[name].make(2 if name in ("genecis", "sugarcrepe") else 4, random.Random(f"seed {name}"))
 
 

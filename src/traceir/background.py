@@ -61,7 +61,7 @@ def choose_queries(
     """The queries to calibrate with, and what they are in words.
 
     Texts are those given, else those of the checkpoint's own `background.txt`, else the built-in ones: the first `count` of them.
-    Pictures are those given; where no query of both is, each picture is also asked beside one of the texts.
+    Images are those given; where no query of both is, each image is also asked beside one of the texts.
     """
     queries = [query for path in given for query in read_queries(path)]
     sources = [path.name for path in given]
@@ -86,7 +86,7 @@ def read_queries(path: Path) -> list[Query]:
     else:
         queries = [_query_of(source) for source in find_sources([path]) if isinstance(source, Source | Failure)]
     if not queries:
-        raise InputError(f"{path} holds no query; give pictures, a .jsonl file, or a .txt file of one text a line")
+        raise InputError(f"{path} holds no query; give images, a .jsonl file, or a .txt file of one text a line")
     return queries
 
 

@@ -138,7 +138,7 @@ def background_of(background: Background | None, query: Modality) -> Vectors:
         kinds = ", ".join(_KINDS[modality] for modality in background.vectors)
         raise InputError(
             f"the index is calibrated for queries that are {kinds}, not {_KINDS[query]}; leave out the cut-off, or run `traceir "
-            "index calibrate` with --background FOLDER, a folder of pictures of which it has none"
+            "index calibrate` with --background FOLDER, a folder of images of which it has none"
         )
     return background.vectors[query]
 

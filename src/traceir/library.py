@@ -71,7 +71,7 @@ class LibraryEncoder:
     """Queries and items to Encodings by one SentenceTransformer. Thread-safe: the library encodes for one thread at a time.
 
     `dim` keeps the first so many components of each vector, for models trained to allow that. A batch holds at most `batch_rows`
-    texts, or a quarter as many inputs with pictures, which are decoded together. A batch of n equals n singles up to
+    texts, or a quarter as many inputs with images, which are decoded together. A batch of n equals n singles up to
     floating-point rounding.
     """
 
@@ -156,7 +156,7 @@ class LibraryEncoder:
         return vectors
 
     def _check(self, content: Item | Query) -> None:
-        """Raises InputError for a modality that the model lacks, and for several pictures or texts where it reads no messages."""
+        """Raises InputError for a modality that the model lacks, and for several images or texts where it reads no messages."""
         known = content.modality in self.modalities
         if known and (_form(content) != "message" or self._reads_messages):
             return
@@ -184,7 +184,7 @@ class LibraryEncoder:
         return None
 
     def _input(self, content: Item | Query) -> Any:
-        """The content as the library takes it: a text, a picture, a dict of both, or a message of parts in reading order."""
+        """The content as the library takes it: a text, an image, a dict of both, or a message of parts in reading order."""
         parts = [part if isinstance(part, str) else part.load() for part in _parts(content)]
         if len(parts) == 1:
             return self._text(parts[0]) if isinstance(parts[0], str) else parts[0]
@@ -194,7 +194,7 @@ class LibraryEncoder:
         return [{"role": "user", "content": [{"type": kind, kind: part} for kind, part in named]}]
 
     def _text(self, text: str) -> Any:
-        """A text so that it stays one: the library would open a str that is a path or an address of a picture."""
+        """A text so that it stays one: the library would open a str that is a path or an address of an image."""
         from sentence_transformers.base.modality import infer_modality
 
         return text if infer_modality(text, supported_modalities=self.model.modalities) == "text" else {"text": text}
@@ -273,7 +273,7 @@ def _batches(contents: Sequence[Item | Query], prompts: Sequence[str | None], ro
 
 
 def _parts(content: Item | Query) -> tuple[Part, ...]:
-    """The parts that say something, or their text where there are no pictures; of a query without any, its instruction."""
+    """The parts that say something, or their text where there are no images; of a query without any, its instruction."""
     if not content.images:
         return (_text_of(content),)
     return tuple(part for part in content.parts if not isinstance(part, str) or part.strip())
@@ -284,7 +284,7 @@ def _text_of(content: Item | Query) -> str:
 
 
 def _form(content: Item | Query) -> str:
-    """The modality, or "message" where there is more than one picture and one text. A batch of both would be read as neither."""
+    """The modality, or "message" where there is more than one image and one text. A batch of both would be read as neither."""
     return content.modality if len(_parts(content)) == len(content.modality.split(",")) else "message"
 
 

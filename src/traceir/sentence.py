@@ -5,8 +5,8 @@
     model.encode_document(["shoe-1.png", "a red shoe"])
 
 `encode_query` takes an instruction as its `prompt`; `route` and `target` are its own arguments. `encode_document`, and `encode`,
-which names no task, embed candidates: they never reason and take no instruction. A text is a str, a picture a PIL image or the
-path of an existing picture file, both together a dict {"text", "image"}.
+which names no task, embed candidates: they never reason and take no instruction. A text is a str, an image a PIL image or the
+path of an existing image file, both together a dict {"text", "image"}.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class TraceModule(InputModule):
 
     @property
     def modalities(self) -> list[Any]:
-        """As the library counts them; "message" admits batches that mix texts and pictures, conversations are refused."""
+        """As the library counts them; "message" admits batches that mix texts and images, conversations are refused."""
         return ["text", "image", ("image", "text"), "message"]
 
     def get_embedding_dimension(self) -> int:
@@ -166,12 +166,12 @@ def _items(inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any]
 
 
 def _parts(value: Any) -> tuple[Part, ...]:
-    """The parts of one input, the picture before the text as in M-BEIR; a list under a key gives several.
+    """The parts of one input, the image before the text as in M-BEIR; a list under a key gives several.
 
-    A str by itself is a picture where it names a picture file that exists, as the library has it.
+    A str by itself is an image where it names an image file that exists, as the library has it.
     """
     if isinstance(value, list | tuple):
-        raise InputError("an input is a list; TraceIR takes a text, a picture or a dict of both, no conversations and no pairs")
+        raise InputError("an input is a list; TraceIR takes a text, an image or a dict of both, no conversations and no pairs")
     if not isinstance(value, Mapping):
         return (value if isinstance(value, str) and not is_image_url_or_path(value) else _image(value),)
     if unknown := set(value) - {"text", "image"}:

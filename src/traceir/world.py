@@ -1,4 +1,4 @@
-"""What alone a miniature knows: its words, the size of its pictures; and what is told where it is used on anything else."""
+"""What alone a miniature knows: its words, the size of its images; and what is told where it is used on anything else."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class World:
     """The bounds of a model, as its traceir.json states them (docs/formats.md, section 1).
 
     `says` puts them in words for whoever searches with it. `words` are all that its training texts hold, in lower case, and
-    `image` is the width and height in pixels of every picture it has seen; where one is missing, nothing of the kind is known.
+    `image` is the width and height in pixels of every image it has seen; where one is missing, nothing of the kind is known.
     """
 
     says: str
@@ -34,11 +34,11 @@ class World:
     image: tuple[int, int] | None = None
 
     def knows(self, content: Content) -> bool:
-        """Whether all words of a content occur in the training, and its pictures have the size of those seen there."""
+        """Whether all words of a content occur in the training, and its images have the size of those seen there."""
         return words_of(content.text) <= self.words and all(_size(image) in (None, self.image) for image in content.images)
 
     def knows_kept(self, text: str | None, image: str | None) -> bool:
-        """The same of what an index keeps of an item: its text, and its picture's path."""
+        """The same of what an index keeps of an item: its text, and its image's path."""
         return words_of(text or "") <= self.words and (image is None or _size_of_kept(image) in (None, self.image))
 
     @property
@@ -60,7 +60,7 @@ def world_of(value: object, place: str) -> World | None:
     if not value or isinstance(value, str):
         return World(value) if isinstance(value, str) and value else None
     if not isinstance(value, dict) or not isinstance(value.get("says"), str):
-        raise ModelError(f"{place}: world is {str(value)[:80]!r}; it is an object of says, words and picture")
+        raise ModelError(f"{place}: world is {str(value)[:80]!r}; it is an object of `says`, `words` and `picture`")
     width, height = value.get("picture") or (0, 0)
     return World(value["says"], frozenset(str(value.get("words", "")).split()), (width, height) if width else None)
 

@@ -1,8 +1,8 @@
 """An encoder over an OpenAI-compatible endpoint of embeddings: vLLM's pooling, Infinity, text-embeddings-inference, hosted ones.
 
 The model, its templates and its limits are the server's; here are the requests, in the form (forms.py) that the server takes. At
-the start the server is asked for probes (probes.py): they tell the width, and prove that it reads pictures and pairs, since a
-server may take a picture and ignore it. Nothing reasons there: every route is `direct`. Shapes: D width.
+the start the server is asked for probes (probes.py): they tell the width, and prove that it reads images and pairs, since a
+server may take an image and ignore it. Nothing reasons there: every route is `direct`. Shapes: D width.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class EmbeddingsEncoder(HttpEngine):
 
     `dim`: the width asked for, where the model can be cut to it. `known`: the fingerprint of an index that is to be searched or
     added to; where the server's answers to the probes are those kept in it, up to rounding, it becomes this encoder's own.
-    Raises ModelError where the server cannot be reached, has no such model, ignores pictures, or is another model under the same
+    Raises ModelError where the server cannot be reached, has no such model, ignores images, or is another model under the same
     name than the one of `known`; InputError for inputs that the form or the server has no place for. Results are in the order of
     the input, of unit length.
 
@@ -225,7 +225,7 @@ class EmbeddingsEncoder(HttpEngine):
             return kept(text)
         if not tells_apart(seen[0], seen[1], [seen[2]]):
             raise self._wrong(
-                "takes pictures and does not see them: it gives other vectors for equal pixels, or equal ones for others; is "
+                "takes images and does not see them: it gives other vectors for equal pixels, or equal ones for others; is "
                 f"`{self.form.name}` its form (docs/engines.md)? For a model that reads texts alone write openai:{self.address}"
             )
         if self.form.takes != "one" and (why := self._unread_pairs(image, other, seen[0])):
@@ -233,7 +233,7 @@ class EmbeddingsEncoder(HttpEngine):
         return f"{kept(text)}.{kept(seen[0])}"
 
     def _unread_pairs(self, image: ImageInput, other: ImageInput, alone: Vector) -> str:
-        """Why pairs of a picture and a text cannot be sent; "" where both count in them."""
+        """Why pairs of an image and a text cannot be sent; "" where both count in them."""
         pairs = [(image, WORDS[0]), (image, WORDS[0]), (other, WORDS[0]), (image, WORDS[1])]
         try:
             first, again, *others = (encoding.vector for encoding in self.encode_items([Item(pair) for pair in pairs]))
@@ -261,7 +261,7 @@ class EmbeddingsEncoder(HttpEngine):
 
 
 def _groups(contents: Sequence[Item | Query], form: Form) -> Iterator[list[int]]:
-    """Numbers of inputs that are prepared together: those with pictures apart, as many as a request holds."""
+    """Numbers of inputs that are prepared together: those with images apart, as many as a request holds."""
     for most, with_images in ((form.texts, False), (form.images, True)):
         numbers = [number for number, content in enumerate(contents) if bool(content.images) == with_images]
         yield from (numbers[start : start + most] for start in range(0, len(numbers), most))
@@ -290,7 +290,7 @@ def _batches(pieces: Sequence[_Payload]) -> Iterator[list[_Payload]]:
 
 
 def upright_url(image: ImageInput) -> str:
-    """The picture for a server that may know neither rotation nor transparency: the file itself where it is an upright RGB JPEG
+    """The image for a server that may know neither rotation nor transparency: the file itself where it is an upright RGB JPEG
     or PNG, else upright pixels as PNG. Raises ImageError for what cannot be read."""
     upright = image.load()
     data, format = image.encoded()

@@ -1,7 +1,7 @@
-"""What servers of `/v1/embeddings` take: OpenAI's request is for texts alone, and each that takes pictures has its own form.
+"""What servers of `/v1/embeddings` take: OpenAI's request is for texts alone, and each that takes images has its own form.
 
 A form is chosen by name, as `--engine FORM:URL`; nothing is guessed, since most servers ignore what they do not know, and a
-picture they ignored would pass for one they saw. Read from the sources and documents of: vLLM
+image they ignored would pass for one they saw. Read from the sources and documents of: vLLM
 (entrypoints/pooling/base/protocol.py, examples/pooling/embed/vision_embedding_online.py), Infinity 0.0.77
 (fastapi_schemas/pymodels.py), text-embeddings-inference (router/src/http/types.rs), SGLang (entrypoints/openai/protocol.py), and
 Jina's interface as its clients use it. Imports nothing heavy.
@@ -43,7 +43,7 @@ class EngineInput:
 
     @property
     def image(self) -> str:
-        """The first picture, "" where there is none."""
+        """The first image, "" where there is none."""
         return next((str(part["image_url"]["url"]) for part in self.parts if part["type"] == "image_url"), "")
 
 
@@ -93,9 +93,9 @@ def _text_or_chat(content: EngineInput) -> str | list[Json]:
 class Form:
     """One form of request.
 
-    `takes`: texts alone; a text or a picture; at most one of each; any sequence of both. `tell` gives an input as JSON. `fields`
-    are what a request states once, by what it is for: every one, those of a role, those with or without a picture; inputs of
-    different fields never share a request. `texts` and `images` are the most inputs of one, those with pictures counted apart.
+    `takes`: texts alone; a text or an image; at most one of each; any sequence of both. `tell` gives an input as JSON. `fields`
+    are what a request states once, by what it is for: every one, those of a role, those with or without an image; inputs of
+    different fields never share a request. `texts` and `images` are the most inputs of one, those with images counted apart.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Form:
     images: int = 8
 
     def refusal(self, texts: int, images: int) -> str:
-        """Why this form has no place for an input of so many texts and pictures; "" where it has."""
+        """Why this form has no place for an input of so many texts and images; "" where it has."""
         if self.takes == "texts" and images:
             others = ", ".join(f"{form.name}:URL" for form in FORMS.values() if form.takes != "texts")
             return (

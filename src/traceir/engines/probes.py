@@ -1,4 +1,4 @@
-"""Inputs that show whether a server sees pictures, and what of its answers to them names its model in a fingerprint.
+"""Inputs that show whether a server sees images, and what of its answers to them names its model in a fingerprint.
 
 Shapes: D width.
 """
@@ -29,7 +29,7 @@ _LEAST: Final = 1e-3
 
 
 def probe_images() -> tuple[ImageInput, ImageInput, ImageInput]:
-    """A picture, the same pixels in other bytes, and another picture of the same size.
+    """An image, the same pixels in other bytes, and another image of the same size.
 
     The second is told from the first earlier in its file than the third is. A server that reads the file as text therefore
     finds the equal ones different before it finds the different ones so, however much of it it reads.

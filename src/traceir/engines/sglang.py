@@ -1,6 +1,6 @@
 """An encoder over SGLang's HTTP server (0.5.17 or later): its `/generate`, with the last hidden state of each request.
 
-Prompts, token ids and pictures are made here by the same code as in `encoder.py`, from the checkpoint's tokenizer and
+Prompts, token ids and images are made here by the same code as in `encoder.py`, from the checkpoint's tokenizer and
 traceir.json; the weights stay with the engine. What has to be asked for, and why, stands at `_body`; what is checked of an
 engine, in `_check_model` and `_check_server`. Commands, and what was verified how: docs/engines.md. Shapes: D width.
 """
@@ -47,7 +47,7 @@ _GREEDY: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A prompt as the engine takes it, with one image token and one data URL a picture; `read` is what it must make of it.
+    """A prompt as the engine takes it, with one image token and one data URL an image; `read` is what it must make of it.
 
     `cut`: the text's tokens beyond its limit; `probability`: whether P(`<|emb|>`) is asked for.
     """
@@ -106,7 +106,7 @@ class SGLangEncoder(HttpEngine):
         return self._connection.gather([partial(self._encode, query, route) for query in queries])
 
     def prepare(self, content: Query | Item, route: Route) -> EngineRequest:
-        """Token ids and pictures as SGLang wants them: it repeats each image token itself, once it has sized the picture."""
+        """Token ids and images as SGLang wants them: it repeats each image token itself, once it has sized the image."""
         prompt, processor = self.model.prompt(content, direct=route == "direct"), self.model.processor
         layout, pad = processor.lay_out(prompt), processor.special[IMAGE_PAD]
         read = tuple(layout.ids.tolist())
@@ -232,7 +232,7 @@ class SGLangEncoder(HttpEngine):
         return self._unit(rows, "state", self.width)
 
     def _check_read(self, body: Mapping[str, Any], meta: Mapping[str, Any], read: tuple[int, ...]) -> None:
-        """Holds the engine to our tokens. Where pictures stand, only their number counts: some releases put hashes there."""
+        """Holds the engine to our tokens. Where images stand, only their number counts: some releases put hashes there."""
         seen, pad = body.get("prompt_token_ids"), self.model.processor.special[IMAGE_PAD]
         count = len(seen) if isinstance(seen, list) else meta.get("prompt_tokens", len(read))
         if count != len(read) or (
@@ -240,7 +240,7 @@ class SGLangEncoder(HttpEngine):
         ):
             raise self._wrong(
                 f"read a prompt of {count} tokens that is not TraceIR's of {len(read)}: it took a text apart anew or sized a "
-                "picture otherwise; launch it with SGLANG_MM_AVOID_RETOKENIZE=1 and the checkpoint's own preprocessor_config.json"
+                "image otherwise; launch it with SGLANG_MM_AVOID_RETOKENIZE=1 and the checkpoint's own preprocessor_config.json"
             )
 
     def _meet(self) -> None:
@@ -296,7 +296,7 @@ class SGLangEncoder(HttpEngine):
 
 
 def without_weights(source: str | Path) -> TraceModel:
-    """A checkpoint's tokenizer, picture settings and traceir.json as a TraceModel that renders and lays out, and cannot run.
+    """A checkpoint's tokenizer, image settings and traceir.json as a TraceModel that renders and lays out, and cannot run.
 
     Raises ModelError where an engine could not serve what is asked: adapters, profiles, pooling at the token itself.
     """
@@ -327,9 +327,9 @@ def without_weights(source: str | Path) -> TraceModel:
 
 
 def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
-    """The picture as PNG, at the size the model sees, so that the engine has nothing to resize.
+    """The image as PNG, at the size the model sees, so that the engine has nothing to resize.
 
-    Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the picture goes as it is.
+    Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the image goes as it is.
     """
     height, width = pixels.shape[:2]
     settled = smart_resize(height, width, processor.image) == (height, width)

@@ -48,14 +48,14 @@ class TraceEmbeddings(Embeddings):
         return self.embed_multimodal_query(text)
 
     def embed_image(self, uris: list[str]) -> Vectors:
-        """Vectors of picture files as candidates, by their paths; network addresses are refused."""
+        """Vectors of image files as candidates, by their paths; network addresses are refused."""
         return lists(self.encoder.encode_items([Item.of(image=uri) for uri in uris]))
 
     async def aembed_image(self, uris: list[str]) -> Vectors:
         return await asyncio.to_thread(self.embed_image, uris)
 
     def embed_multimodal_query(self, text: str | None = None, image: str | None = None) -> list[float]:
-        """The vector of a query of a text, a picture file, or both ("the same in green")."""
+        """The vector of a query of a text, an image file, or both ("the same in green")."""
         query = Query.of(text=text, image=image, instruction=self.instruction, target=self.target)
         return lists(self.encoder.encode_queries([query], route=self.route))[0]
 

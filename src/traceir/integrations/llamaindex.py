@@ -1,4 +1,4 @@
-"""TraceIR inside LlamaIndex (extra `llamaindex`): one embedding for texts and pictures, whose queries may reason.
+"""TraceIR inside LlamaIndex (extra `llamaindex`): one embedding for texts and images, whose queries may reason.
 
 embedding = TraceEmbedding(Encoder.from_pretrained())                   # in this process
 embedding = TraceEmbedding.of_server("http://localhost:8080", "tir_...")  # by `traceir serve`
@@ -30,7 +30,7 @@ Vector = list[float]
 class TraceEmbedding(MultiModalEmbedding):
     """LlamaIndex's multimodal embedding over an encoder.
 
-    Texts and pictures are candidates, which never reason; a query takes `route`, with `instruction` and `target`.
+    Texts and images are candidates, which never reason; a query takes `route`, with `instruction` and `target`.
     """
 
     instruction: str | None = Field(default=None, description="what a query looks for, in words")

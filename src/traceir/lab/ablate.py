@@ -26,13 +26,13 @@ from tqdm import tqdm
 from traceir.errors import InputError, TraceError
 from traceir.evaluation.judged import describe_machine
 from traceir.files import write_whole
-from traceir.lab.ablate_plan import FORMAT, ROWS, Run, check_result, identity, plan_runs, write_plan
+from traceir.lab.ablate_plan import FORMAT, ROWS, AblationRun, check_result, identity, plan_runs, write_plan
 from traceir.lab.ablate_score import device_of, score
 from traceir.lab.ablations import Table
 from traceir.train.config import TrainConfig, settled
 from traceir.train.train import train
 
-Score = Callable[[Run], dict[str, Any]]
+Score = Callable[[AblationRun], dict[str, Any]]
 """The part of result.json that a run's evaluation gives: `routes`, `speed`, `data`."""
 
 
@@ -101,7 +101,7 @@ def list_tables(tables: Sequence[Table], seeds: Sequence[int]) -> str:
 class _Worker:
     """One process's way through the runs. `started`: seconds since 1970; what failed before is tried again."""
 
-    runs: list[Run]
+    runs: list[AblationRun]
     jobs: int
     poll: float
     started: float
@@ -115,7 +115,7 @@ class _Worker:
             if not any(self._take(run) for run in waiting):
                 time.sleep(self.poll)
 
-    def failure(self, run: Run) -> str:
+    def failure(self, run: AblationRun) -> str:
         """Why the run failed in this call, or in one beside it; "" where it did not."""
         try:
             failure = json.loads(run.failure.read_text())
@@ -123,10 +123,10 @@ class _Worker:
             return ""
         return str(failure["reason"]) if failure["time"] >= self.started else ""
 
-    def _is_open(self, run: Run) -> bool:
+    def _is_open(self, run: AblationRun) -> bool:
         return not run.is_done and not self.failure(run)
 
-    def _take(self, run: Run) -> bool:
+    def _take(self, run: AblationRun) -> bool:
         """Does the run; False where it has to wait: for another process, or for the runs that it uses."""
         unmet = [other for other in self.runs if other.folder in run.uses and not other.is_done]
         if any(map(self._is_open, unmet)):
@@ -136,7 +136,7 @@ class _Worker:
                 self._do(run, unmet)
             return claimed
 
-    def _do(self, run: Run, unmet: Sequence[Run]) -> None:
+    def _do(self, run: AblationRun, unmet: Sequence[AblationRun]) -> None:
         if unmet:
             return self._fail(run, f"it needs {unmet[0].name}, which failed")
         begun = time.monotonic()
@@ -151,12 +151,12 @@ class _Worker:
         scored = f": R@5 on {run.rows[0]} {', '.join(recalls)}" if recalls else ""
         _tell(f"[{done}/{len(self.runs)}] {run.name}{scored}; {self.spent[-1]:.0f} s, about {left / 60:.0f} min left")
 
-    def _fail(self, run: Run, reason: str) -> None:
+    def _fail(self, run: AblationRun, reason: str) -> None:
         _tell(f"{run.name} failed: {reason}")
         write_whole(run.failure, json.dumps({"time": time.time(), "reason": reason}) + "\n")
 
 
-def _do_run(run: Run, trains: Callable[[TrainConfig], Path], scores: Score) -> dict[str, Any]:
+def _do_run(run: AblationRun, trains: Callable[[TrainConfig], Path], scores: Score) -> dict[str, Any]:
     """Trains (or goes on, or finds it trained), evaluates, removes what only helped, and writes result.json last."""
     begun = time.monotonic()
     if run.variant.work == "train":

@@ -25,7 +25,7 @@ NEUTRAL: Final = frozenset({*FREE, "out", "save_every", "store_pixels", "checkpo
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class AblationRun:
     """One variant with one seed. `uses` are the folders of the runs whose checkpoints it needs, `rows` what it is scored on."""
 
     variant: Variant
@@ -54,13 +54,13 @@ class Run:
 
 def plan_runs(
     tables: Sequence[Table], out: Path, base: TrainConfig, seeds: Sequence[int], rows: Sequence[str]
-) -> tuple[list[Run], dict[str, str]]:
+) -> tuple[list[AblationRun], dict[str, str]]:
     """All runs in the order in which they are done, and the variants that cannot be run here with the reason."""
     variants = {variant.name: variant for table in tables for variant in table.variants}
     skipped = {name: reason for name, variant in variants.items() if (reason := obstacle(variant))}
     ordered = sorted(variants.values(), key=lambda variant: bool(variant.uses))  # stable: those that need others come last
     runs = [
-        Run(variant, seed, run_folder(out, variant.name, seed), configure(variant, base, seed, out), tuple(rows),
+        AblationRun(variant, seed, run_folder(out, variant.name, seed), configure(variant, base, seed, out), tuple(rows),
             tuple(run_folder(out, name, seed) for name in variant.uses))
         for seed in seeds
         for variant in ordered
@@ -96,7 +96,7 @@ def obstacle(variant: Variant) -> str:
     return "" if there else f"it starts from {start}, which is not there; train it first"
 
 
-def identity(run: Run) -> dict[str, Any]:
+def identity(run: AblationRun) -> dict[str, Any]:
     """All that decides a result: decisive fields of the configuration, routes, rows, the model it starts from, the data."""
     return {
         "config": _decisive(run.config),
@@ -107,7 +107,7 @@ def identity(run: Run) -> dict[str, Any]:
     }
 
 
-def check_result(run: Run) -> None:
+def check_result(run: AblationRun) -> None:
     """InputError where the run's result is of another configuration, start or data; fields it does not know count as default."""
     if not run.is_done:
         return

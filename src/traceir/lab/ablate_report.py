@@ -24,7 +24,7 @@ from traceir.evaluation.judged import describe_machine
 from traceir.evaluation.metrics import Interval, bootstrap_difference
 from traceir.files import write_whole
 from traceir.lab.ablate_plan import FORMAT, obstacle, read_result
-from traceir.lab.ablations import TABLES, Claim, Comparison, Kind, Line, Metric, Table
+from traceir.lab.ablations import TABLES, AblationLine, Claim, Comparison, Kind, Metric, Table
 from traceir.lab.plots import Series, plot_lines
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not run"]
@@ -82,11 +82,11 @@ class Results:
         """The results of a variant by seed."""
         return {seed: run for (name, seed), run in sorted(self.runs.items()) if name == variant}
 
-    def entries(self, line: Line, kind: Kind) -> dict[int, Mapping[str, Any]]:
+    def entries(self, line: AblationLine, kind: Kind) -> dict[int, Mapping[str, Any]]:
         """The line's figures on one row, by seed."""
         return {seed: run["routes"][line.route][self.row(kind)] for seed, run in self.of(line.variant.name).items()}
 
-    def values(self, table: Table, line: Line, kind: Kind, metric: Metric) -> dict[int, float]:
+    def values(self, table: Table, line: AblationLine, kind: Kind, metric: Metric) -> dict[int, float]:
         """One metric by seed: recall in percent, speed in multiples of the direct route's."""
         if metric != "speed":
             return {seed: 100.0 * own[f"hit@{metric[2:]}"] for seed, own in self.entries(line, kind).items()}
@@ -209,15 +209,15 @@ def _index_page(results: Results, tables: Sequence[Table], out: Path, command: s
 def _table_page(results: Results, table: Table) -> str:
     """One table: its claims, the plot, recall on both rows, what it costs."""
 
-    def shown(line: Line, kind: Kind, metric: Metric) -> str:
+    def shown(line: AblationLine, kind: Kind, metric: Metric) -> str:
         values = list(results.values(table, line, kind, metric).values())
         return t_interval(values).shown(".2f" if metric == "speed" else ".1f") if values else "not run"
 
-    def apart(line: Line, kind: Kind) -> str:
+    def apart(line: AblationLine, kind: Kind) -> str:
         seeds = compare(results, table, Comparison(line.label, table.against, kind, MAIN)).seeds
         return "not run" if seeds is None else seeds.shown("+.1f")
 
-    def cost(line: Line, kind: Kind) -> pd.DataFrame:
+    def cost(line: AblationLine, kind: Kind) -> pd.DataFrame:
         seconds = [run["seconds"]["train"] for run in results.of(line.variant.name).values()]
         return pd.DataFrame(list(results.entries(line, kind).values())).assign(seconds=seconds)
 

@@ -18,7 +18,7 @@ from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import choose_tasks, evaluate
 from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.items import Encoding, Query, Route
-from traceir.lab.ablate_plan import Run
+from traceir.lab.ablate_plan import AblationRun
 from traceir.lab.ablations import TIMED
 from traceir.train.config import TrainConfig
 
@@ -28,7 +28,7 @@ SPEED_QUERIES: Final = 128
 SPEED_ROUNDS: Final = 5
 
 
-def score(run: Run) -> dict[str, Any]:
+def score(run: AblationRun) -> dict[str, Any]:
     """Evaluates a run as its variant says: its checkpoint, the pipeline of two others, or their speed."""
     torch.set_num_threads(run.config.threads)
     if run.variant.work == "speed":
@@ -95,7 +95,7 @@ def append_text(query: Query, written: str) -> Query:
     return replace(query, parts=(*query.parts[:last], f"{query.parts[last]} {written}", *query.parts[last + 1 :]))
 
 
-def measure_speed(run: Run) -> dict[str, Any]:
+def measure_speed(run: AblationRun) -> dict[str, Any]:
     """Times TIMED on the first queries of each row: one warm-up, then rounds of one after the other."""
     encoders = {
         folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device_of(run.config)) for folder in run.uses

@@ -32,7 +32,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class AblationLine:
     label: str
     variant: Variant
     route: Route = "auto"
@@ -62,7 +62,7 @@ class Table:
     id: str
     title: str
     paper: str
-    lines: tuple[Line, ...]
+    lines: tuple[AblationLine, ...]
     claims: tuple[Claim, ...]
     against: str
     about: str = ""
@@ -74,7 +74,7 @@ class Table:
         runs = [line.variant for line in self.lines] + ([self.speed] if self.speed is not None else [])
         return list({variant.name: variant for variant in runs}.values())
 
-    def line(self, label: str) -> Line:
+    def line(self, label: str) -> AblationLine:
         return next(line for line in self.lines if line.label == label)
 
 
@@ -99,7 +99,7 @@ def _table(about: Mapping[str, Any]) -> Table:
     measure = next(line for line in about["lines"] if line["label"] == about["against"])
     lines = [line | {"variant": VARIANTS[line["variant"]], "paper": _figures(line, measure)} for line in about["lines"]]
     claims = [Claim(claim["text"], tuple(Comparison(*row) for row in claim["holds"])) for claim in about["claims"]]
-    whole = {"paper": "", **about, "lines": tuple(Line(**line) for line in lines), "claims": tuple(claims)}
+    whole = {"paper": "", **about, "lines": tuple(AblationLine(**line) for line in lines), "claims": tuple(claims)}
     return Table(**whole | {"speed": VARIANTS[about["speed"]] if "speed" in about else None})
 
 

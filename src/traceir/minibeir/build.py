@@ -36,11 +36,11 @@ from traceir.minibeir.rows import (
     TWINS,
     WORLDS,
     CandidateDraft,
+    DrawnRow,
+    DrawnWorld,
     QueryDraft,
-    Row,
     Scale,
     Sketch,
-    World,
     load_worlds,
 )
 from traceir.minibeir.verify import verify
@@ -64,7 +64,7 @@ def build(
     seed: int = 0,
     splits: Sequence[Split] = SPLITS,
     workers: int = 1,
-    worlds: Mapping[str, World] | None = None,
+    worlds: Mapping[str, DrawnWorld] | None = None,
 ) -> Path:
     """Writes the benchmark into `out` and returns it; a folder that is complete already is left as it is.
 
@@ -224,7 +224,7 @@ class _Builder:
     scale: Scale
     seed: int
     splits: Sequence[Split]
-    worlds: Mapping[str, World]
+    worlds: Mapping[str, DrawnWorld]
     bar: tqdm[Any]
     files: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     dids: defaultdict[int, dict[CandidateDraft, str]] = field(default_factory=lambda: defaultdict(dict))
@@ -243,12 +243,12 @@ class _Builder:
         table = resources.files("traceir.minibeir").joinpath("instructions.tsv").read_text(encoding="utf-8")
         write_text(self.album.root / "instructions" / "query_instructions.tsv", table)
 
-    def _drafts(self, row: Row, split: Split) -> Iterator[QueryDraft]:
+    def _drafts(self, row: DrawnRow, split: Split) -> Iterator[QueryDraft]:
         for draft in self.worlds[row.world].rows[row.name](split, row.count(self.scale, split), self.seed):
             self.bar.update()
             yield draft
 
-    def _add_dataset(self, rows: Sequence[Row]) -> None:
+    def _add_dataset(self, rows: Sequence[DrawnRow]) -> None:
         if "train" in self.splits:
             union = self.files["cand_pool/global/mbeir_union_train_cand_pool.jsonl"]
             counts = [row.count(self.scale, "train") for row in rows]
@@ -260,7 +260,7 @@ class _Builder:
                 if group:
                     self._add_row(row, group)
 
-    def _add_row(self, row: Row, splits: Sequence[Split]) -> None:
+    def _add_row(self, row: DrawnRow, splits: Sequence[Split]) -> None:
         """The val and test files of a row that share a pool, and that pool, scattered so that equal scores favour nobody."""
         least, most = POOLS[self.scale]
         drafts = [(split, draft) for split in splits for draft in self._drafts(row, split)]
@@ -278,7 +278,7 @@ class _Builder:
         for split in splits:
             self.files[f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl"] += lines
 
-    def _did(self, draft: CandidateDraft, row: Row) -> str:
+    def _did(self, draft: CandidateDraft, row: DrawnRow) -> str:
         dids = self.dids[row.dataset_id]
         if draft not in dids:
             dids[draft] = did = f"{row.dataset_id}:{len(dids) + 1}"
@@ -287,7 +287,7 @@ class _Builder:
             self.lines[did] = dump(line)
         return dids[draft]
 
-    def _add(self, split: Split, name: str, row: Row, draft: QueryDraft, distractors: Sequence[CandidateDraft]) -> list[str]:
+    def _add(self, split: Split, name: str, row: DrawnRow, draft: QueryDraft, distractors: Sequence[CandidateDraft]) -> list[str]:
         """A query with its labels and judgements; returns its candidates."""
         self.queries[row.dataset_id] += 1
         qid = f"{row.dataset_id}:{self.queries[row.dataset_id]}"

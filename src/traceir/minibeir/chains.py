@@ -17,10 +17,10 @@ from traceir.minibeir.rows import (
     FAMILY,
     VARIANTS,
     CandidateDraft,
+    DrawnWorld,
     LessonDraft,
     QueryDraft,
     Sketch,
-    World,
     derive_seed,
     share_split,
 )
@@ -235,13 +235,13 @@ def stand_beside(split: Split, target: Composition, rng: random.Random) -> tuple
 # --- worlds -----------------------------------------------------------------------------------------------------------
 
 
-def make_world(kind: type[C], rows: Mapping[str, Callable[[Split, int, random.Random], Iterator[QueryDraft]]]) -> World:
+def make_world(kind: type[C], rows: Mapping[str, Callable[[Split, int, random.Random], Iterator[QueryDraft]]]) -> DrawnWorld:
     """The world of a kind of composition; a row is made from (split, count, random numbers)."""
 
     def make(name: str, split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
         return rows[name](split, count, random.Random(derive_seed(name, split, seed)))
 
-    return World({name: partial(make, name) for name in rows}, partial(_fill_pool, kind), partial(_teach, kind))
+    return DrawnWorld({name: partial(make, name) for name in rows}, partial(_fill_pool, kind), partial(_teach, kind))
 
 
 def _fill_pool(kind: type[C], row: str, count: int, seed: int) -> Iterator[CandidateDraft]:

@@ -30,7 +30,7 @@ from traceir.minibeir.encyclopedia import (
     state_fact,
     write_passage,
 )
-from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, LessonDraft, QueryDraft, World, hash_stably
+from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import find_emblem, sketch_emblem
 
 HELD_OUT_PERCENT: Final = 18
@@ -295,4 +295,4 @@ def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
         yield next(dice.choices(sources, weights=(45, 35, 20))[0])
 
 
-WORLD: Final = World({name: partial(_make_row, name) for name in RECIPES}, _fill_pool, _teach)
+WORLD: Final = DrawnWorld({name: partial(_make_row, name) for name in RECIPES}, _fill_pool, _teach)

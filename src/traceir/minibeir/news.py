@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, LessonDraft, QueryDraft, World, hash_stably
+from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 WEEKDAYS: Final = tuple("monday tuesday wednesday thursday friday saturday sunday".split())
@@ -151,4 +151,4 @@ def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
 
 
 _ROWS: Final = ("visualnews_task0", "visualnews_task3", "edis_task2")
-WORLD: Final = World({row: partial(_make_row, row) for row in _ROWS}, _fill_pool, _teach)
+WORLD: Final = DrawnWorld({row: partial(_make_row, row) for row in _ROWS}, _fill_pool, _teach)

@@ -80,7 +80,7 @@ RowMaker = Callable[[Split, int, int], Iterator[QueryDraft]]
 
 
 @dataclass(frozen=True)
-class World:
+class DrawnWorld:
     """What makes drafts: one function for each row by name, one for further candidates of a row's pool that are right for
     no query (row, count, seed), one for pretraining examples (count, seed)."""
 
@@ -90,7 +90,7 @@ class World:
 
 
 @dataclass(frozen=True)
-class Row:
+class DrawnRow:
     """One row: a data set in miniature and a task id."""
 
     dataset: str
@@ -128,23 +128,23 @@ COUNTS: Final[Mapping[Scale, Mapping[Split, int]]] = {
 POOLS: Final[Mapping[Scale, tuple[int, int]]] = {"small": (120, 240), "full": (1_000, 4_000)}
 """The least and the aimed-at greatest size of a pool; twins may push it beyond."""
 
-ROWS: Final[tuple[Row, ...]] = (
-    Row("visualnews", 0, 0, "news", 7_000),
-    Row("mscoco", 9, 0, "scenes", 10_000),
-    Row("fashion200k", 1, 0, "garments", 6_000),
-    Row("webqa", 2, 1, "entities", 5_000),
-    Row("edis", 3, 2, "news", 7_000),
-    Row("webqa", 2, 2, "entities", 5_000),
-    Row("visualnews", 0, 3, "news", 7_000),
-    Row("mscoco", 9, 3, "scenes", 8_000),
-    Row("fashion200k", 1, 3, "garments", 6_000),
-    Row("nights", 4, 4, "scenes", 5_000),
-    Row("oven", 5, 6, "entities", 4_000),
-    Row("infoseek", 6, 6, "entities", 9_000),
-    Row("fashioniq", 7, 7, "garments", 14_000),
-    Row("cirr", 8, 7, "scenes", 24_000),
-    Row("oven", 5, 8, "entities", 4_000),
-    Row("infoseek", 6, 8, "entities", 9_000),
+ROWS: Final[tuple[DrawnRow, ...]] = (
+    DrawnRow("visualnews", 0, 0, "news", 7_000),
+    DrawnRow("mscoco", 9, 0, "scenes", 10_000),
+    DrawnRow("fashion200k", 1, 0, "garments", 6_000),
+    DrawnRow("webqa", 2, 1, "entities", 5_000),
+    DrawnRow("edis", 3, 2, "news", 7_000),
+    DrawnRow("webqa", 2, 2, "entities", 5_000),
+    DrawnRow("visualnews", 0, 3, "news", 7_000),
+    DrawnRow("mscoco", 9, 3, "scenes", 8_000),
+    DrawnRow("fashion200k", 1, 3, "garments", 6_000),
+    DrawnRow("nights", 4, 4, "scenes", 5_000),
+    DrawnRow("oven", 5, 6, "entities", 4_000),
+    DrawnRow("infoseek", 6, 6, "entities", 9_000),
+    DrawnRow("fashioniq", 7, 7, "garments", 14_000),
+    DrawnRow("cirr", 8, 7, "scenes", 24_000),
+    DrawnRow("oven", 5, 8, "entities", 4_000),
+    DrawnRow("infoseek", 6, 8, "entities", 9_000),
 )
 """In the order of M-BEIR's 16 evaluation rows."""
 
@@ -155,7 +155,7 @@ LESSONS: Final[Mapping[Scale, Mapping[str, int]]] = {
 """Pretraining examples of each world."""
 
 
-def load_worlds() -> dict[str, World]:
+def load_worlds() -> dict[str, DrawnWorld]:
     return {name: importlib.import_module(f"traceir.minibeir.{name}").WORLD for name in WORLDS}
 
 

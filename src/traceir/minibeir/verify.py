@@ -10,7 +10,7 @@ from typing import Any
 
 from traceir.data import mbeir
 from traceir.errors import DataError
-from traceir.minibeir.rows import HELD_OUT_WORLDS, LESSON_FOLDER, POOLS, ROWS, TWINS, Row, Scale
+from traceir.minibeir.rows import HELD_OUT_WORLDS, LESSON_FOLDER, POOLS, ROWS, TWINS, DrawnRow, Scale
 
 _Content = tuple[str | None, str | None]
 """Text and image path of a candidate."""
@@ -56,7 +56,9 @@ def _verify_train(root: Path, trained: dict[str, set[_Content]], images: set[str
     return counts
 
 
-def _verify_task(task: mbeir.Task, row: Row, scale: Scale, trained: set[_Content], images: set[str | None]) -> dict[str, Any]:
+def _verify_task(
+    task: mbeir.Task, row: DrawnRow, scale: Scale, trained: set[_Content], images: set[str | None]
+) -> dict[str, Any]:
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
     relevant, labels = mbeir.read_qrels(task.qrels_path), mbeir.read_labels(task.labels_path)
     steps: Counter[int] = Counter()

@@ -288,7 +288,7 @@ def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
         shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
         data.append(schemas.EmbeddingOut(index=place, embedding=shown, trace=schemas.Trace.of(one)))
     tokens = sum(one.prompt_tokens for one in served)
-    usage = schemas.Usage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+    usage = schemas.TokenUsage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
     return schemas.EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
 
 

@@ -56,9 +56,6 @@ class Usage:
         return len(latest) > 1 and self._clock() - latest[0][1] <= ALONE_S
 
 
-Usage = Usage
-
-
 class Shares:
     """Places or bytes of which a caller may hold as much as then stays free, so that something is left for one that comes anew.
 

@@ -11,7 +11,7 @@ from traceir.errors import InputError
 from traceir.index.store import Stored
 from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, Example, ImageIn, ModelOut, PageConfig
+from traceir.serve.schemas import CutoffConfig, ImageIn, ModelOut, PageConfig, PageExample
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -31,8 +31,8 @@ WORDS: Final = 12  # of a text that is an example
 _SIMPLE: Final = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
 _INDIRECT: Final = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
 EXAMPLES: Final = [
-    Example(title="simple: found at once", text=_SIMPLE, instruction=INSTRUCTIONS[0], modality="image"),
-    Example(title="not simple: reasoned about first", text=_INDIRECT, instruction=INSTRUCTIONS[0], modality="image"),
+    PageExample(title="simple: found at once", text=_SIMPLE, instruction=INSTRUCTIONS[0], modality="image"),
+    PageExample(title="not simple: reasoned about first", text=_INDIRECT, instruction=INSTRUCTIONS[0], modality="image"),
 ]
 
 
@@ -72,13 +72,13 @@ def page_config(
     )  # fmt: skip
 
 
-def examples_of(kept: Sequence[Stored], each: int = 2) -> list[Example]:
+def examples_of(kept: Sequence[Stored], each: int = 2) -> list[PageExample]:
     """Queries that a collection suggests: some of its images, and the first words of some of its texts."""
     images = _spread([one for one in kept if one.image is not None], each)
     texts = _spread([one for one in kept if one.text], each)
     return [
-        *(Example(title="more like this", image=ImageIn(item=one.id)) for one in images),
-        *(Example(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in texts),
+        *(PageExample(title="more like this", image=ImageIn(item=one.id)) for one in images),
+        *(PageExample(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in texts),
     ]
 
 

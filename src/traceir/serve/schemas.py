@@ -121,7 +121,7 @@ class ImageIn(Strict):
     url: Annotated[str, StringConstraints(max_length=2048)] | None = None
 
 
-class Range(Strict):
+class RangeIn(Strict):
     """Ends of a range, both included."""
 
     gte: End = None
@@ -131,7 +131,7 @@ class Range(Strict):
 Condition = Annotated[
     Annotated[Scalar, Tag("<value>")]
     | Annotated[list[Scalar], Field(max_length=MAX_VALUES, fail_fast=True), Tag("<list>")]
-    | Annotated[Range, Tag("<object>")],
+    | Annotated[RangeIn, Tag("<object>")],
     Discriminator(lambda value: "<value>" if isinstance(value, str) else _tag(value) or "<value>"),
 ]
 Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeValidator(_few)]
@@ -367,7 +367,7 @@ class EmbeddingOut(BaseModel):
     trace: Trace
 
 
-class Usage(BaseModel):
+class TokenUsage(BaseModel):
     prompt_tokens: int
     total_tokens: int
 
@@ -376,7 +376,7 @@ class EmbeddingsOut(BaseModel):
     object: Literal["list"] = "list"
     data: list[EmbeddingOut]
     model: str
-    usage: Usage
+    usage: TokenUsage
 
 
 class ModelOut(BaseModel):
@@ -409,7 +409,7 @@ class ErrorOut(BaseModel):
     error: ErrorDetail
 
 
-class Example(SearchIn):
+class PageExample(SearchIn):
     """A query that the page offers; `title` says what it shows."""
 
     title: str
@@ -431,7 +431,7 @@ class PageConfig(BaseModel):
     modalities: list[Modality]
     model: ModelOut
     count: dict[str, int]
-    examples: list[Example]
+    examples: list[PageExample]
     world: str
     reasons: bool
     instead: list[str]

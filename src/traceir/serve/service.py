@@ -380,7 +380,7 @@ def filter_of(where: schemas.Where | None) -> Filter | None:
     """The filter tree of a request's `where`."""
     parts: list[Filter] = []
     for name, wanted in (where or {}).items():
-        if isinstance(wanted, schemas.Range):
+        if isinstance(wanted, schemas.RangeIn):
             parts.append(Range(name, wanted.gte, wanted.lte))
         else:
             parts.append(In(name, tuple(wanted)) if isinstance(wanted, list) else Eq(name, wanted))

@@ -18,7 +18,7 @@ from typing import Final
 from traceir.minibeir.build import Album, check_plan, dump, fingerprint, holds, write_text
 from traceir.minibeir.rows import Scale, derive_seed
 from traceir.minibeir.unseen import changes, pairs, told
-from traceir.minibeir.unseen.states import Part, depict
+from traceir.minibeir.unseen.states import StatePart, depict
 
 FORMAT: Final = 1
 MANIFEST: Final = "unseen.json"
@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 class _Set:
     """One unseen set: what makes it, what checks that its texts are right for its images alone, its count at each scale."""
 
-    make: Callable[[int, random.Random], Part]
-    check: Callable[[Part], None]
+    make: Callable[[int, random.Random], StatePart]
+    check: Callable[[StatePart], None]
     small: int
     full: int
 
@@ -80,7 +80,7 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
     return out
 
 
-def write_parts(root: Path, parts: Mapping[str, Part], plan: Mapping[str, object], progress: bool = False) -> None:
+def write_parts(root: Path, parts: Mapping[str, StatePart], plan: Mapping[str, object], progress: bool = False) -> None:
     """Files and images, a list of what each image shows, and the manifest."""
     for name, content in ((name, content) for part in parts.values() for name, content in part.files.items()):
         if name.endswith(".pt"):

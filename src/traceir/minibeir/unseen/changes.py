@@ -16,7 +16,7 @@ from traceir.minibeir.garments import COLLARS, LENGTHS, SLEEVES, Garment
 from traceir.minibeir.news import PARTS, list_others, swap_sides
 from traceir.minibeir.scenes import PAIRS, SLOTS, Scene
 from traceir.minibeir.sprites import Photo
-from traceir.minibeir.unseen.states import ITEMS, LOOKS, Part, S, State, demand, depict, list_near, name_item, tests
+from traceir.minibeir.unseen.states import ITEMS, LOOKS, S, State, StatePart, demand, depict, list_near, name_item, tests
 
 # --- CIRCO ------------------------------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def _others(*places: int) -> list[int]:
     return [place for place in range(3) if place not in places]
 
 
-def make_circo(count: int, rng: random.Random) -> Part:
+def make_circo(count: int, rng: random.Random) -> StatePart:
     """`count` val queries with their answers, and a fifth as many test queries without.
 
     The pool holds what the queries bring: reference, two to four answers, near misses. Right is whatever in the whole pool
@@ -86,7 +86,7 @@ def make_circo(count: int, rng: random.Random) -> Part:
             pool |= dict.fromkeys([reference, *right, *rng.sample(wrong, min(1, len(wrong))), *list_near(right[0], rng)[:1]])
             queries.append((reference, text))
     ids = {scene: 1000 + place for place, scene in enumerate(rng.sample(list(pool), len(pool)))}
-    part = Part(count, len(pool), shown={f"circo/unlabeled2017/{number:012}.jpg": scene for scene, number in ids.items()})
+    part = StatePart(count, len(pool), shown={f"circo/unlabeled2017/{number:012}.jpg": scene for scene, number in ids.items()})
     for split, some in (("val", queries[:count]), ("test", queries[count:])):
         entries = part.files[f"circo/annotations/{split}.json"] = []
         for number, (reference, text) in enumerate(some):
@@ -98,7 +98,7 @@ def make_circo(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_circo(part: Part) -> None:
+def check_circo(part: StatePart) -> None:
     """At least two images are right, among them not the reference, and all that are right are told."""
     pool = {int(name[-16:-4]): scene for name, scene in part.shown.items() if isinstance(scene, Scene)}
     for split in ("val", "test"):
@@ -206,9 +206,9 @@ def _draw_choice(name: str, rng: random.Random) -> tuple[str, list[State]]:
                 return text, [reference, target, *itertools.islice(wrong, GALLERY[name])]
 
 
-def make_genecis(count: int, rng: random.Random) -> Part:
+def make_genecis(count: int, rng: random.Random) -> StatePart:
     """Four files of `count` queries: an object or a trait to be reached, an object or a trait to look at."""
-    part = Part(4 * count, 4 * count + count * sum(GALLERY.values()))
+    part = StatePart(4 * count, 4 * count + count * sum(GALLERY.values()))
     ids: dict[str, dict[State, int]] = {"val_image_id": {}, "image_id": {}}
     for name in ("change_object", "focus_object", "change_attribute", "focus_attribute"):
         entries = part.files[f"genecis/annotations/{name}.json"] = []
@@ -227,7 +227,7 @@ def _crop(name: str, image: dict[str, int], sample: int, crop: int) -> str:
     return f"genecis/visual_genome/{name}/{image['image_id']}_{sample}_{crop}.jpg"
 
 
-def check_genecis(part: Part) -> None:
+def check_genecis(part: StatePart) -> None:
     """Of each gallery the target alone is right, and no image stands twice in it."""
     for name, size in GALLERY.items():
         for sample, entry in enumerate(part.files[f"genecis/annotations/{name}.json"]):
@@ -326,10 +326,10 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
             yield story, texts
 
 
-def make_vist(count: int, rng: random.Random) -> Part:
+def make_vist(count: int, rng: random.Random) -> StatePart:
     """Stories of five images of which the last is to be found; scenes and photos by turns, in three image formats."""
     worlds: list[Any] = [list(_write_stories(Scene, count - count // 2, rng)), list(_write_stories(Photo, count // 2, rng))]
-    part = Part(count, IMAGES * count)
+    part = StatePart(count, IMAGES * count)
     annotations: list[list[dict[str, object]]] = []
     for story in range(count):
         for order, (state, text) in enumerate(zip(*worlds[story % 2][story // 2], strict=True)):
@@ -342,7 +342,7 @@ def make_vist(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_vist(part: Part) -> None:
+def check_vist(part: StatePart) -> None:
     """Every sentence is true where it stands, and the last one leads to the last image, which stands in no other story."""
     lines = [line for (line,) in part.files["vist/sis/val.story-in-sequence.json"]["annotations"]]
     shown = {name.split("/")[-1].split(".")[0]: state for name, state in part.shown.items()}
@@ -402,7 +402,7 @@ def _draw_round(references: Sequence[Garment], rng: random.Random) -> tuple[list
     return None
 
 
-def make_multiturn(count: int, rng: random.Random) -> Part:
+def make_multiturn(count: int, rng: random.Random) -> StatePart:
     """Two or three rounds of changes to a garment; the pool holds references, targets and garments near the targets."""
     entries: list[dict[str, object]] = []
     names: dict[Garment, str] = {}
@@ -420,10 +420,10 @@ def make_multiturn(count: int, rng: random.Random) -> Part:
             entries.append({"reference": reference, "target": [wanted, names[states[-1]]]})
     files = {"data/all.val.json": entries, "image_splits/split.all.val.json": sorted(names.values())}
     shown: dict[str, State] = {f"{_WORN}/{name}.jpg": garment for garment, name in names.items()}
-    return Part(count, len(names), {f"multiturnfashion/{name}": content for name, content in files.items()}, shown)
+    return StatePart(count, len(names), {f"multiturnfashion/{name}": content for name, content in files.items()}, shown)
 
 
-def check_multiturn(part: Part) -> None:
+def check_multiturn(part: StatePart) -> None:
     """Every round leads to the next garment, which is none of those before."""
     demand(len(set(part.shown.values())) == len(part.shown), "multiturnfashion", "a garment stands twice in the pool")
     for number, entry in enumerate(part.files["multiturnfashion/data/all.val.json"]):

@@ -15,7 +15,7 @@ from traceir.minibeir.drawing import COLOUR_NAMES, SHAPES
 from traceir.minibeir.garments import Garment
 from traceir.minibeir.scenes import Scene
 from traceir.minibeir.sprites import EVENTS, PERSONS, Photo
-from traceir.minibeir.unseen.states import SIDES, Part, State, demand, is_beside, name_item, shows, tests
+from traceir.minibeir.unseen.states import SIDES, State, StatePart, demand, is_beside, name_item, shows, tests
 
 PREFIX: Final = "/authors/datasets/cc3m/"
 """Stands before the image names of CC-Neg, as the folder of its authors does in the published file."""
@@ -111,9 +111,9 @@ def _negate(kind: str, rng: random.Random) -> Draft:
     return state, frame.format(*parts), frame.format(*denied)
 
 
-def make_ccneg(count: int, rng: random.Random) -> Part:
+def make_ccneg(count: int, rng: random.Random) -> StatePart:
     """Captions and their negations; scenes, garments and photos by turns. No caption has a comma: readers remove them."""
-    part = Part(count, 2 * count)
+    part = StatePart(count, 2 * count)
     paths, annotations = [], []
     for place in range(count):
         state, caption, negative = _draw_true(_negate, ("scene", "garment", "photo")[place % 3], rng)
@@ -124,7 +124,7 @@ def make_ccneg(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_ccneg(part: Part) -> None:
+def check_ccneg(part: StatePart) -> None:
     for name, notes in zip(part.shown, part.files["ccneg/ccneg_preprocessed.pt"]["annotations"], strict=True):
         caption, negative = notes["json"]["caption"], notes["sop_data"]["negative-prompt"]
         demand("," not in caption + negative, name, "a caption has a comma, which readers remove from one side only")
@@ -133,7 +133,7 @@ def check_ccneg(part: Part) -> None:
         _check_pair(part, name, caption, negative)
 
 
-def _check_pair(part: Part, name: str, caption: str, negative: str) -> None:
+def _check_pair(part: StatePart, name: str, caption: str, negative: str) -> None:
     demand(is_true(caption, part.shown[name]), name, f"{caption!r} is false")
     demand(not is_true(negative, part.shown[name]), name, f"{negative!r} is true")
 
@@ -208,9 +208,9 @@ def is_small_edit(kind: str, caption: str, negative: str) -> bool:
     return max(len(old), len(new)) - sum([*each, False].index(False) for each in same) in (1, 2)
 
 
-def make_sugarcrepe(count: int, rng: random.Random) -> Part:
+def make_sugarcrepe(count: int, rng: random.Random) -> StatePart:
     """Seven files of `count` images with a true caption and a false one that is a small edit away."""
-    part = Part(7 * count, 14 * count)
+    part = StatePart(7 * count, 14 * count)
     ids: dict[State, int] = {}
     for kind in KINDS:
         entries = part.files[f"sugar-crepe/data/{kind}.json"] = {}
@@ -223,7 +223,7 @@ def make_sugarcrepe(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_sugarcrepe(part: Part) -> None:
+def check_sugarcrepe(part: StatePart) -> None:
     for kind in KINDS:
         for entry in part.files[f"sugar-crepe/data/{kind}.json"].values():
             name, caption, negative = (entry[key] for key in ("filename", "caption", "negative_caption"))

@@ -32,7 +32,7 @@ SIDES: Final = ("left", "right")
 
 
 @dataclass(slots=True)
-class Part:
+class StatePart:
     """One unseen set, ready to be written.
 
     `files` maps paths to their content: a string is written as it is, anything else as JSON (or by torch, where the path ends in

@@ -18,7 +18,7 @@ from traceir.minibeir.garments import Garment
 from traceir.minibeir.rows import WORDS
 from traceir.minibeir.scenes import SLOTS, Scene
 from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
-from traceir.minibeir.unseen.states import SIDES, Part, State, at, demand, draw_clusters, is_beside, name_item
+from traceir.minibeir.unseen.states import SIDES, State, StatePart, at, demand, draw_clusters, is_beside, name_item
 
 FIVE: Final = 5
 """Captions of an image in Flickr30K."""
@@ -97,9 +97,9 @@ def is_true(caption: str, state: State) -> bool:
     return set(caption.strip().removesuffix(".").split(". ")) <= _facts(state)
 
 
-def make_sharegpt4v(count: int, rng: random.Random) -> Part:
+def make_sharegpt4v(count: int, rng: random.Random) -> StatePart:
     """Long captions and scenes, one to one."""
-    part = Part(count, count)
+    part = StatePart(count, count)
     pairs = part.files["sharegpt4v/datas_for_validation.json"] = []
     for place, scene in enumerate(draw_clusters(Scene, count, rng)):
         part.shown[f"sharegpt4v/val_data/scene_{place:06}.jpg"] = scene
@@ -107,16 +107,16 @@ def make_sharegpt4v(count: int, rng: random.Random) -> Part:
     return part
 
 
-def make_urban(count: int, rng: random.Random) -> Part:
+def make_urban(count: int, rng: random.Random) -> StatePart:
     """Long captions and press photos, one to one; numbered from 1, and only the first line of a caption file counts."""
-    part = Part(count, count)
+    part = StatePart(count, count)
     for number, photo in enumerate(draw_clusters(Photo, count, rng), start=1):
         part.shown[f"Urban1k/image/{number}.jpg"] = photo
         part.files[f"Urban1k/caption/{number}.txt"] = describe(photo, rng) + "\n"
     return part
 
 
-def check_long(part: Part) -> None:
+def check_long(part: StatePart) -> None:
     """Every caption is true of its own image and of no other."""
     pairs = part.files.get("sharegpt4v/datas_for_validation.json")
     captions = [each["caption"] for each in pairs] if pairs else part.files.values()
@@ -132,9 +132,9 @@ def list_five(state: State) -> list[str]:
     return [template.format_map(state.slots) for template in WORDS["five captions"][type(state).__name__]]
 
 
-def make_flickr(count: int, rng: random.Random) -> Part:
+def make_flickr(count: int, rng: random.Random) -> StatePart:
     """Five captions to an image; scenes, garments and photos by turns."""
-    part = Part(FIVE * count, count)
+    part = StatePart(FIVE * count, count)
     kinds: tuple[type[State], ...] = (Scene, Garment, Photo)
     worlds = [iter(draw_clusters(kind, len(range(place, count, 3)), rng)) for place, kind in enumerate(kinds)]
     captions = part.files["flickr/flickr_text.json"] = []
@@ -144,7 +144,7 @@ def make_flickr(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_flickr(part: Part) -> None:
+def check_flickr(part: StatePart) -> None:
     """Every caption is true of its own image and of no other."""
     captions = part.files["flickr/flickr_text.json"]
     names, fives = list(part.shown), {name: set(list_five(state)) for name, state in part.shown.items()}
@@ -234,10 +234,10 @@ def _ask_photo(photo: Photo, rng: random.Random) -> tuple[list[list[str]], list[
     return blocks, others + [f"what colour does {person} wear" for person in (photo.left, photo.right)]
 
 
-def make_visdial(count: int, rng: random.Random) -> Part:
+def make_visdial(count: int, rng: random.Random) -> StatePart:
     """A dialog for each image, whose answers are those of no other image; scenes and photos by turns."""
     scenes, photos = draw_clusters(Scene, count - count // 2, rng), draw_clusters(Photo, count // 2, rng)
-    part = Part(count, count)
+    part = StatePart(count, count)
     questions: dict[str, int] = {}
     answers: dict[str, int] = {}
     dialogs = []
@@ -261,7 +261,7 @@ def make_visdial(count: int, rng: random.Random) -> Part:
     return part
 
 
-def check_visdial(part: Part) -> None:
+def check_visdial(part: StatePart) -> None:
     """The answers of a dialog are those of its own image and of no other."""
     data = part.files["visdial/visdial_1.0_val.json"]["data"]
     for dialog, (name, own) in zip(data["dialogs"], part.shown.items(), strict=True):
