@@ -302,7 +302,7 @@ BAD_ITEMS: dict[str, tuple[str, str]] = {
     "broken picture": ('{"id": "p2", "image": {"data": "aGVsbG8="}}', "image: "),
     "half pair in a picture": (r'{"id": "p3", "image": {"data": "\ud83d"}}', "image is not base64"),
     "picture as a text": ('{"id": "p4", "image": "aGVsbG8="}', "image: a text, where an object is wanted"),
-    "picture of two kinds": ('{"id": "p5", "image": {"data": "aGVs", "item": "x"}}', "image does not say in one way"),
+    "picture of two kinds": ('{"id": "p5", "image": {"data": "aGVs", "item": "x"}}', "image names no single image"),
     "nobody's picture": ('{"id": "p6", "image": {"item": "never"}}', "never"),
     "a name twice": ('{"id": "d1", "text": "a", "text": "b"}', "text: the name occurs twice"),
     "a field twice": ('{"id": "d2", "text": "a", "fields": {"n": 1, "n": 2}}', "fields.n: the name occurs twice"),

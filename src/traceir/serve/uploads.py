@@ -56,9 +56,7 @@ class UploadValidator:
         `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no image.
         """
         if not isinstance(told, Mapping) or len(told) != 1 or not told.keys() <= {"data", "item", "url"}:
-            raise InputError(
-                f'{place} does not say in one way where the image is; give {{"data": base64}}, {{"item": id}} or {{"url": address}}'
-            )
+            raise InputError(f'{place} names no single image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
         [(kind, value)] = told.items()
         if not isinstance(value, str):
             raise InputError(f"{place}.{kind} is {type(value).__name__}, not a text")
