@@ -248,8 +248,9 @@ def _found(name: str) -> list[Example]:
     return list(examples(PAGES[name].read_text(encoding="utf-8")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PAGES if any(one.reason is None for one in _found(name))])
-def test_field_report_21_the_examples_of_a_page_run(name: str, place: Path, shell: Shell) -> None:
+def test_the_examples_of_a_page_run(name: str, place: Path, shell: Shell) -> None:
     for example in _found(name):
         if example.reason is not None:
             continue
@@ -259,13 +260,13 @@ def test_field_report_21_the_examples_of_a_page_run(name: str, place: Path, shel
             raise AssertionError(f"{name}:{example.line}: {example.text.splitlines()[0]}: {error!r}") from error
 
 
-def test_field_report_21_every_reason_belongs_to_an_example() -> None:
+def test_every_reason_belongs_to_an_example() -> None:
     found = [example.text for name in PAGES for example in _found(name)]
     for pattern in (*NOT_RUN, *SHORTER):
         assert any(re.search(pattern, text) for text in found), f"no page has an example of {pattern}; remove it"
 
 
-def test_field_report_21_the_reader_of_examples_finds_them() -> None:
+def test_the_reader_of_examples_finds_them() -> None:
     shell = "```sh\na \\\n  b  # why\n# no\n```\n\n    traceir x   # told\n    XY=1 python -m y\n"
     page = f'{shell}    {{"no": 1}}\n\n```python\nz = 1\n```\n'
     assert [(one.line, one.language, one.text) for one in examples(page)] == [
