@@ -60,6 +60,7 @@ Fresh = Callable[[], str]
 def milvus_server(folder: Path, port: int = 0) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """`milvus-lite server` on a free port of the loopback, or on this one, over a folder that outlives it."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # the killed server's connections may not have ended
         probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     command = ["server", "--data-dir", str(folder), "--host", "127.0.0.1", "--port", str(port)]

@@ -341,7 +341,7 @@ def adapted(folder: Path, trained: Path, tmp_path_factory: pytest.TempPathFactor
 def test_field_report_04_a_resume_point_with_lora_is_a_model(folder: Path, adapted: TrainConfig, tmp_path: Path) -> None:
     whole, step, bare = Path(adapted.out) / "checkpoint", Path(adapted.out) / "steps/000003", tmp_path / "bare"
     assert same(whole, train(replace(adapted, out=str(tmp_path / "again"), keep=()), resume_from=step)), "dropout is drawn alike"
-    assert not same(whole, step) and load(whole).settings.read_out == "before_token"
+    assert not same(whole, step) and load(whole).settings.pooling_position == "before_token"
     shutil.copytree(step, bare, ignore=shutil.ignore_patterns("optimiser.safetensors", "*step.json"))
     assert load(step).fingerprint == load(bare).fingerprint != load(whole).fingerprint
     assert load(merge(step, tmp_path / "merged")).fingerprint == weights_fingerprint(tmp_path / "merged")
