@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -93,10 +93,10 @@ def main() -> int:
 
 
 @contextmanager
-def server(index: Path, *more: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+def server(index: Path, *more: str, environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A running server; its address and process."""
     command = [sys.executable, "-m", "traceir", "--threads", "1", "serve", "--index", str(index), "--port", "0", *more]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
