@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.batch import ImageBudget, Processor, smart_resize
+from traceir.checkpoint import fingerprint
 from traceir.errors import ImageError, ModelError
 from traceir.forward import add_token
 from traceir.items import Item, Query
 from traceir.model import TraceModel, image_budget, load, save
 from traceir.prompts import EMB, render_candidate, render_query
-from traceir.weights import fingerprint
 
 
 @pytest.mark.parametrize(

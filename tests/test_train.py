@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from train_folder import TINY, make_folder
 
 from traceir.adapter import adapter_fingerprint, weights_fingerprint
+from traceir.checkpoint import fingerprint
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError, TrainError
@@ -38,7 +39,6 @@ from traceir.train.config import TrainConfig, settled
 from traceir.train.losses import distillation_loss, generation_loss, retrieval_loss
 from traceir.train.small import small_model, train_tokenizer
 from traceir.train.train import train
-from traceir.weights import fingerprint
 
 slow = pytest.mark.slow
 

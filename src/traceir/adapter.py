@@ -19,13 +19,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from traceir.checkpoint import ADAPTER, fetch, is_hub_id
+from traceir.checkpoint import ADAPTER, fetch, fingerprint, is_hub_id, read_object
+from traceir.checkpoint import ADAPTER_WEIGHTS as WEIGHTS
 from traceir.errors import InputError, ModelError
 from traceir.files import replacing_folder
 from traceir.forward import TraceModel
 from traceir.settings import SETTINGS, write_companions, write_settings
-from traceir.weights import ADAPTER_WEIGHTS as WEIGHTS
-from traceir.weights import fingerprint, read_object
 
 LINEARS: Final = (
     r"model\.language_model\.layers\.\d+\."

@@ -1,14 +1,20 @@
-"""Where a checkpoint is: the bundled one, a folder, an id on the Hugging Face hub; and whether sentence-transformers is to load
-it. Answered without torch, so that a wrong name costs nothing."""
+"""Where a checkpoint is (bundled, a folder, an id on the Hugging Face hub), whether sentence-transformers is to load it, which of
+its files are weights, and the fingerprint that names them. Answered without torch, so that a wrong name costs nothing.
+
+Only what a checkpoint itself names counts as its weights, in the order in which transformers and PEFT look for it. What lies
+beside it (an optimiser's state, averaged or consolidated weights, another precision) is neither read nor fingerprinted.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from traceir.catalogue import profile_for
@@ -24,8 +30,16 @@ MODULES: Final = "modules.json"
 """The file by which sentence-transformers knows its models: which modules, in which folders, make up one."""
 OWN_MODULE: Final = "traceir.sentence.TraceModule"
 """The module type that TraceIR writes there: such a folder is a checkpoint of its own."""
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
+SINGLE: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+REMEDY: Final = (
+    "TraceIR reads weights from .safetensors only, since other formats may hold pickles, which run code where they are read; "
+    "load the checkpoint where that is safe and convert it with transformers: model.save_pretrained(FOLDER)"
+)
+WEIGHT_LIKE: Final = frozenset({".safetensors", ".bin", ".pt", ".pth", ".pkl", ".ckpt", ".gguf"})
+WHOLE_HASH_BYTES: Final = 256 * 2**20
 _COMPANIONS: Final = ("*.json", "*.jinja", "*.txt")
-_WEIGHTS: Final = "*.safetensors"
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _CONNECT_S: Final = 3.0
 _TAKES: Final = "--model takes a Hugging Face checkpoint directory or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
@@ -80,15 +94,11 @@ def is_library(name: str) -> bool:
 def module_types(name: str) -> list[str]:
     """The types of module that the modules.json of a folder or hub repository names; [] where there is none."""
     file = Path(name) / MODULES if Path(name).is_dir() else _hub_modules(name)
-    return _of_modules(file, "type") if file is not None and file.is_file() else []
+    return modules_of(file, "type") if file is not None and file.is_file() else []
 
 
-def module_paths(file: Path) -> list[str]:
-    """The folders of the modules that a modules.json names, as they stand there."""
-    return _of_modules(file, "path")
-
-
-def _of_modules(file: Path, key: str) -> list[str]:
+def modules_of(file: Path, key: str) -> list[str]:
+    """What a modules.json says under `key`, `type` or `path`, of each module."""
     try:
         return [str(module[key]) for module in json.loads(file.read_text(encoding="utf-8"))]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,7 +135,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
         return Path(name)
     from huggingface_hub import snapshot_download
 
-    answers, wanted = hub_answers(), [*_COMPANIONS, *([_WEIGHTS] if weights else [])]
+    answers, wanted = hub_answers(), [*_COMPANIONS, *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not answers))
     except (OSError, ValueError) as error:
@@ -157,3 +167,76 @@ def hub_answers() -> bool:
 
 def _hub() -> str:
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weights of a checkpoint or adapter folder; ModelError where there are none, or not all that it names."""
+    if (folder / ADAPTER).is_file():
+        names = {ADAPTER_WEIGHTS}
+    elif named := read_object(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None:
+        names = _shards(folder / named) if str(named).endswith(".index.json") else {_checked(str(named), folder / CONFIG)}
+    elif (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        names = _shards(folder / INDEX)
+    else:
+        names = {SINGLE}
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing in ([SINGLE], [ADAPTER_WEIGHTS]):
+        others = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_LIKE)
+        only = f", only {', '.join(others[:3])}" if others else ""
+        raise ModelError(f"{folder} holds no safetensors weights, {missing[0]}{only}. {REMEDY}")
+    if missing:
+        raise ModelError(f"{folder} lacks weights that it names: {', '.join(missing)}; copy it again")
+    return [folder / name for name in sorted(names)]
+
+
+def _shards(index: Path) -> set[str]:
+    """The files that an index of sharded weights names."""
+    try:
+        return {_checked(str(name), index) for name in read_object(index)["weight_map"].values()}
+    except (KeyError, AttributeError) as error:
+        raise ModelError(f"{index} maps no weights to files; copy the checkpoint again") from error
+
+
+def _checked(name: str, where: Path) -> str:
+    """The name itself; ModelError where it is that of no safetensors file in the same folder."""
+    if Path(name).name != name or not name.endswith((".safetensors", ".safetensors.index.json")):
+        raise ModelError(f"{where} names {name!r}, which is no .safetensors file of its folder. {REMEDY}")
+    return name
+
+
+def fingerprint(folder: Path, files: Sequence[Path] | None = None) -> str:
+    """16 hex digits that name the weights in a folder and its tokenizer, whatever the folder is called.
+
+    `files` are other weights than those that the folder names. Files of up to 256 MB count whole; of larger ones the size, the
+    header and 64 evenly spaced blocks of 64 KB.
+    """
+    counted = sorted([*(weight_files(folder) if files is None else files), *folder.glob("tokenizer.json")])
+    return digest((file.name, file) for file in counted)
+
+
+def digest(named: Iterable[tuple[str, Path]]) -> str:
+    """16 hex digits over files and the names under which they count, in the order given."""
+    sha = hashlib.sha256()
+    for name, file in named:
+        size = file.stat().st_size
+        sha.update(f"{name}:{size}".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE_HASH_BYTES:
+                while block := stream.read(2**20):
+                    sha.update(block)
+            else:
+                for part in range(64):
+                    stream.seek(part * (size - 65536) // 63)
+                    sha.update(stream.read(65536))
+    return sha.hexdigest()[:16]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a checkpoint; ModelError where there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file} holds no JSON object; copy the checkpoint again")
+    return content

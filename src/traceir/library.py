@@ -3,8 +3,8 @@
     encoder = load_encoder("sentence-transformers/clip-ViT-B-32")
 
 The library makes the vectors; here its models are found, refused where they cannot be loaded safely, given their inputs and named
-by a fingerprint. None of TraceIR's templates plays a part, and such a model never reasons: its only route is `direct`.
-Shapes: D width.
+by a fingerprint. None of TraceIR's templates plays a part, and such a model never reasons: its only route is `direct`. Only
+safetensors are loaded, and no code that comes with a model. Shapes: D width.
 """
 
 from __future__ import annotations
@@ -13,15 +13,31 @@ import logging
 import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from traceir.checkpoint import MODULES, bundled_model, fetch, is_library, module_types, plain_name
+from traceir.checkpoint import (
+    ADAPTER,
+    MODULES,
+    OWN_MODULE,
+    PREFIX,
+    REMEDY,
+    SINGLE,
+    WEIGHT_LIKE,
+    bundled_model,
+    digest,
+    fetch,
+    is_library,
+    module_types,
+    modules_of,
+    plain_name,
+    read_object,
+    weight_files,
+)
 from traceir.errors import InputError, ModelError
 from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, Vector, check_route
-from traceir.library_folder import check_kind, check_modules, foreign_types, library_fingerprint
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +54,16 @@ _ASKED: Final = re.compile(r"(.*\bInstruct: ?)(.+?)(\n *\w+: ?)", re.DOTALL)
 _FIXED_LENGTH: Final = ("siglip", "siglip2")
 """Model types whose text tower reads the last position, whatever stands there, and was trained on padded texts alone
 (transformers' page on SigLIP 2). Where such a checkpoint has no modules.json the library pads to the longest text of a batch."""
+_DECIDING: Final = frozenset(
+    """modules.json config.json config_sentence_transformers.json special_tokens_map.json added_tokens.json tokenizer.json
+    vocab.json vocab.txt merges.txt chat_template.jinja chat_template.json""".split()
+)
+"""Files that decide a vector beside the weights, in the model's folder and in its modules'; so do those named *_config.json."""
+_REMEDIES: Final = {
+    "torchvision": "its picture or video processor needs torchvision; pip install torchvision",
+    "trust_remote_code": "it needs code that comes with it, and TraceIR runs none",
+}
+"""What to say where a message of the library, of many lines, holds a word."""
 _KINDS: Final[dict[Modality, str]] = {"text": "a text", "image": "a picture", "image,text": "a picture and a text together"}
 
 
@@ -55,7 +81,7 @@ def load_encoder(
     what `profile` is given for, an Encoder. `dim` truncates the vectors of the former. Raises ModelError, InputError.
     """
     name = str(source or bundled_model())
-    if is_library(name) and (profile is None or not foreign_types(module_types(plain_name(name)))):
+    if is_library(name) and (profile is None or not _foreign(module_types(plain_name(name)))):
         if profile is not None:
             raise InputError(f"{name} is a model of sentence-transformers, read as its own files say; leave out the profile")
         return LibraryEncoder.from_pretrained(name, device=device, dtype=dtype, dim=dim)
@@ -87,7 +113,7 @@ class LibraryEncoder:
         self.modalities: tuple[Modality, ...] = tuple(
             kind for kind in MODALITIES if model.supports(("image", "text") if kind == "image,text" else kind)
         )
-        whole = model.get_embedding_dimension() or len(self._probe())
+        whole = model.get_embedding_dimension() or len(model.encode(self._probe()))
         if dim is not None and not 1 <= dim <= whole:
             raise InputError(f"vectors of {name} have {whole} components and cannot be truncated to {dim}; give 1 to {whole}")
         self.width: int = dim or whole
@@ -104,10 +130,12 @@ class LibraryEncoder:
         Raises ModelError where it cannot be had, has other weights than safetensors, or needs code of its own.
         """
         name = plain_name(str(source))
-        check_modules(name, module_types(name))
+        _check_modules(name, module_types(name))
         folder = fetch(name)
-        check_kind(folder, name)
-        fingerprint = library_fingerprint(folder)
+        kind = _object(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+        if kind not in (None, "SentenceTransformer"):  # the library would turn it into one of this kind and say little
+            raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
+        fingerprint = _fingerprint(folder)
         shown = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
         return cls(_load(folder, name, device, dtype), shown, fingerprint, dim=dim)
 
@@ -211,49 +239,35 @@ class LibraryEncoder:
             tokens = len(tokenizer(whole + text, truncation=False, verbose=False)["input_ids"])
         return max(0, tokens - int(limit))
 
-    def _probe(self) -> Vector:
-        """One vector, from a model that does not tell its width."""
+    def _probe(self) -> Any:
+        """An input for a model that does not tell its width."""
         from PIL import Image
 
-        vector: Vector = self.model.encode("a" if "text" in self.modalities else Image.new("RGB", (32, 32)))
-        return vector
+        return "a" if "text" in self.modalities else Image.new("RGB", (32, 32))
 
 
 def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
 
-    chosen = {"dtype": dtype or torch.float32, "use_safetensors": True}
+    options = {"dtype": dtype or torch.float32, "use_safetensors": True}
     try:
         model = SentenceTransformer(
-            str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=chosen
+            str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=options
         )
     except Exception as error:  # of whatever kind its modules and transformers raise
-        raise ModelError(f"sentence-transformers cannot load {name}: {_why(error)}") from error
-    if not (folder / MODULES).is_file():
-        _complete(model, name)
+        remedies = (remedy for word, remedy in _REMEDIES.items() if word in str(error).lower())
+        raise ModelError(f"sentence-transformers cannot load {name}: {next(remedies, _one_line(error))}") from error
+    if not (folder / MODULES).is_file():  # nothing says how it is read
+        config: Any = getattr(model[0], "config", None)
+        if getattr(config, "model_type", "") in _FIXED_LENGTH:
+            length = config.text_config.max_position_embeddings
+            model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
+        if len(model) > 1:
+            log.warning("%s has no %s: it is pooled by the library's default, not as its publisher may have meant", name, MODULES)
     if model.similarity_fn_name == "dot" and type(model[-1]).__name__ != "Normalize":
         log.warning("%s asks for dot products of vectors of any length; TraceIR ranks by cosine", name)
     return model
-
-
-def _complete(model: Any, name: str) -> None:
-    """What is said, or done, where no modules.json says how a checkpoint is read."""
-    config: Any = getattr(model[0], "config", None)
-    if getattr(config, "model_type", "") in _FIXED_LENGTH:
-        length = config.text_config.max_position_embeddings
-        model[0].processing_kwargs["text"] = {"padding": "max_length", "max_length": length, "truncation": True}
-    if len(model) > 1:
-        log.warning("%s has no %s: it is pooled by the library's default, not as its publisher may have meant", name, MODULES)
-
-
-def _why(error: Exception) -> str:
-    """A remedy for what the library's messages, of many lines, say most often."""
-    if "torchvision" in str(error).lower():
-        return "its picture or video processor needs torchvision; pip install torchvision"
-    if "trust_remote_code" in str(error):
-        return "it needs code that comes with it, and TraceIR runs none"
-    return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
@@ -291,3 +305,76 @@ def _form(content: Item | Query) -> str:
 def _who(content: Item | Query) -> str:
     kind = "query" if isinstance(content, Query) else "item"
     return f"{kind} {content.id or '(no id)'}"
+
+
+def _check_modules(name: str, types: Sequence[str]) -> None:
+    """Raises ModelError where a module would be code from elsewhere than the library."""
+    if list(types) == [OWN_MODULE]:
+        raise ModelError(f"{name} is a checkpoint of TraceIR itself; leave out {PREFIX}")
+    if foreign := _foreign(types):
+        raise ModelError(
+            f"{name} needs code of its own ({foreign[0]} in {MODULES}), and TraceIR runs none that comes with a checkpoint; "
+            "use another model, or --profile where there is one for it"
+        )
+
+
+def _foreign(types: Sequence[str]) -> list[str]:
+    return [kind for kind in types if not kind.startswith("sentence_transformers.")]
+
+
+def _fingerprint(folder: Path) -> str:
+    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates.
+
+    The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
+    """
+    modules = _module_folders(folder)
+    beside = {file for module in (folder, *modules) for file in module.iterdir() if file.is_file()}
+    files = {file for file in beside if file.name in _DECIDING or file.name.endswith("_config.json")}
+    for module in modules:
+        files.update(_weights(module))
+        if (module / ADAPTER).is_file():  # over another checkpoint
+            files.update(weight_files(fetch(str(read_object(module / ADAPTER).get("base_model_name_or_path")))))
+    inside = ((file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name) for file in sorted(files))
+    return digest(zip(inside, sorted(files), strict=True))
+
+
+def _object(file: Path) -> dict[str, Any]:
+    return read_object(file) if file.is_file() else {}
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """Those of its modules, also of those behind a router; without modules.json the folder itself."""
+    if not (folder / MODULES).is_file():
+        return [folder]
+    folders: list[Path] = []
+    for path in modules_of(folder / MODULES, "path"):
+        module = folder / _inside(path, folder)
+        folders += [module, *(module / _inside(key, module) for key in _routed(module))]
+    return sorted({module for module in folders if module.is_dir()})
+
+
+def _routed(module: Path) -> Sequence[str]:
+    """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
+    for file in ("router_config.json", "config.json"):
+        types = _object(module / file).get("types")
+        if isinstance(types, dict):
+            _check_modules(str(module), [str(kind) for kind in types.values()])
+            return list(types)
+    return []
+
+
+def _inside(path: str, folder: Path) -> str:
+    if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        raise ModelError(f"{folder / MODULES} names the folder {path!r}, which is not below its own; copy the checkpoint again")
+    return path
+
+
+def _weights(module: Path) -> list[Path]:
+    """The weights of a module; ModelError where it has some and none as safetensors."""
+    if (module / ADAPTER).is_file() or "model_type" in _object(module / "config.json"):
+        return weight_files(module)
+    like = sorted(file for file in module.iterdir() if file.suffix in WEIGHT_LIKE)
+    own = [file for file in like if file.suffix == ".safetensors"]
+    if like and module / SINGLE not in own:
+        raise ModelError(f"{module} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
+    return own

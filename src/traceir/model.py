@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged
 from traceir.batch import ImageBudget
 from traceir.catalogue import profile_for
-from traceir.checkpoint import ADAPTER, CONFIG, fetch
+from traceir.checkpoint import ADAPTER, CONFIG, fetch, fingerprint, read_object, weight_files
 from traceir.errors import ModelError
 from traceir.files import replacing_folder
 from traceir.forward import TraceModel, add_token, wrap
@@ -37,7 +37,6 @@ from traceir.settings import (
     write_companions,
     write_settings,
 )
-from traceir.weights import fingerprint, read_object, weight_files
 
 if TYPE_CHECKING:
     from transformers import Qwen2_5_VLConfig

@@ -22,8 +22,8 @@ from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional
 
+from traceir.checkpoint import weight_files
 from traceir.errors import ModelError
-from traceir.weights import weight_files
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines, which may be multiplied with heads [..., E]."""

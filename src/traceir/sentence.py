@@ -23,12 +23,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modality import is_image_url_or_path
 from sentence_transformers.base.modules import InputModule
 
+from traceir.checkpoint import read_object
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Encoding, Item, Modality, Part, Query, Route, as_image, check_route
 from traceir.model import load, save
-from traceir.weights import read_object
 
 _CONFIG: Final = "config_sentence_transformers.json"
 _KEPT: Final = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim")

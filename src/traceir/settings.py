@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from traceir.batch import ImageBudget, PoolingPosition, Processor
-from traceir.checkpoint import MODULES, OWN_MODULE
+from traceir.checkpoint import MODULES, OWN_MODULE, read_object
 from traceir.errors import InputError, ModelError
 from traceir.profiles import JSON_KEYS, Profile, profile_of
 from traceir.prompts import PromptVersion
-from traceir.weights import read_object
 from traceir.world import World, world_of
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,12 @@ from markupsafe import Markup
 from safetensors import SafetensorError, safe_open
 
 from traceir.adapter import Base, read_base, weights_fingerprint
-from traceir.checkpoint import ADAPTER
+from traceir.checkpoint import ADAPTER, weight_files
 from traceir.data import hub
 from traceir.data.report import code, escape, line, render, size
 from traceir.errors import InputError, ModelError
 from traceir.files import write_whole
 from traceir.model import read_settings
-from traceir.weights import weight_files
 
 MARK: Final = "<!-- Written by `traceir push`, which replaces it. Remove this line to keep what you change. -->"
 RESULTS_FORMAT: Final = 2
