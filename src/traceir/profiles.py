@@ -1,4 +1,4 @@
-"""Profiles: how checkpoints of other projects are prompted and read, as data instead of code.
+"""Profiles: how checkpoints of other projects are prompted and read, as data instead of code (profiles.toml).
 
 A profile holds one template for queries and one for candidates, and says where the embedding is read: before a token, at a token,
 or at the last token of the prompt; whether that token stands in the template or the model writes it; and who may write.
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -117,12 +118,12 @@ class Profile:
     def render(self, content: Query | Item, *, direct: bool) -> Prompt:
         """What the model reads; `direct` asks a side that may write not to. The prompt ends where nothing behind it counts."""
         role: Role = "query" if isinstance(content, Query) else "candidate"
-        template, may_write = (self.query if role == "query" else self.candidate), role in self.writes
-        closed = not may_write or (direct and self.direct_token is not None)
-        if closed and self.direct_token is not None:
-            template = _until(template, self.direct_token, "at_token")
-        elif closed and self.token is not None:
-            template = _until(template, self.token, self.pooling_position)
+        template: str = getattr(self, role)
+        closed = role not in self.writes or (direct and self.direct_token is not None)
+        read_at = self.direct_token or self.token
+        if closed and read_at is not None:  # attention is causal: what follows changes nothing
+            template = template.partition(read_at)[0]
+            template += read_at if self.direct_token or self.pooling_position == "at_token" else ""
         most = self.max_query_tokens if role == "query" else self.max_candidate_tokens
         return Prompt(tuple(self._pieces(template, content)), role, self.version, closed, most)
 
@@ -176,32 +177,26 @@ def resolve_profile(source: Profile | str | Path) -> Profile:
         raise InputError(f"profile {name}: not JSON ({error}); write one object") from error
 
 
-def profile_of(found: object, place: str) -> Profile:
+def profile_of(read: object, place: str) -> Profile:
     """A profile from the fields of a JSON object; a `base` among them names the profile whose other fields it takes over."""
     keys = {JSON_KEYS.get(field.name, field.name): field for field in fields(Profile)}
-    if not isinstance(found, dict) or (unknown := set(found) - {*keys, "base"}):
-        shown = sorted(unknown) if isinstance(found, dict) else type(found).__name__
+    if not isinstance(read, dict) or (unknown := set(read) - {*keys, "base"}):
+        shown = sorted(unknown) if isinstance(read, dict) else type(read).__name__
         raise InputError(f"{place}: {shown} is not a profile; its fields are base, {', '.join(sorted(keys))}")
-    values = resolve_profile(str(found["base"])).as_json() if "base" in found else {}
-    values |= {key: tuple(value) if isinstance(value, list) else value for key, value in found.items() if key != "base"}
+    values = resolve_profile(str(read["base"])).as_json() if "base" in read else {}
+    values |= {key: tuple(value) if isinstance(value, list) else value for key, value in read.items() if key != "base"}
     for key, value in values.items():
-        if not isinstance(value, _types(str(keys[key].type))):
+        if not isinstance(value, _types(keys[key])):
             raise InputError(f"{place}: {key} is {value!r}, which is of the wrong type; see docs/third-party.md")
     if missing := {"name", "query", "candidate"} - set(values):
         raise InputError(f"{place}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
     return Profile(**{keys[key].name: value for key, value in values.items()})
 
 
-def _types(annotation: str) -> tuple[type, ...]:
-    """What a field's value may be: `str | None` as it stands; Literals are checked as str here, and by Profile."""
+def _types(field: Field[Any]) -> tuple[type, ...]:
+    """What its value may be; Literals are str here, and checked by Profile."""
     known = {"int": int, "bool": bool, "None": type(None)}
-    return tuple(tuple if name.startswith("tuple") else known.get(name, str) for name in annotation.split(" | "))
-
-
-def _until(template: str, token: str, pooling_position: PoolingPosition) -> str:
-    """The template up to its first `token`, which is kept under `at_token`: attention is causal, what follows changes nothing."""
-    head, _, _ = template.partition(token)
-    return head + token if pooling_position == "at_token" else head
+    return tuple(tuple if name.startswith("tuple") else known.get(name, str) for name in str(field.type).split(" | "))
 
 
 @lru_cache(maxsize=1)
@@ -209,59 +204,10 @@ def _blank() -> ImageInput:
     return ImageInput.from_pil(Image.new("RGB", (56, 56), "white"), "blank")
 
 
-def _chat(user: str, assistant: str = "", system: str | None = "You are a helpful assistant.") -> str:
-    """Qwen's chat layout, open for the assistant; the system turn is the default of Qwen2-VL's and Qwen2.5-VL's chat template."""
-    before = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
-    return f"{before}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n{assistant}"
-
-
-_CONTEXT: Final = 32_768
-"""Tokens of text where the project's code cuts none: what its backbone reads."""
-_LAMRA: Final = "\nSummarize above {kind} in one word: "
-_UME_R1: Final = (
-    "\n<disc_emb>\nRepresent the above input text, images, videos, or any combination of the three as embeddings. "
-    "First output the thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. "
-    "Finally, use the <gen_emb> tag to represent the entire input."
-)
-_GME: Final = _chat("{images}{text}", "<|endoftext|>", system="{instruction}")
-_EMBED_RL: Final = "Summarize the above content in one word:"
-
+_FILE: Final = Path(__file__).with_suffix(".toml")
+_DATA: Final = tomllib.loads(_FILE.read_text(encoding="utf-8"))
 PROFILES: Final[Mapping[str, Profile]] = {
-    profile.name: profile
-    for profile in (
-        # LamRA 7286399, dataset/datasets_mbeir.py, collators/mbeir_eval.py, models/qwen2_vl.py: the state before a fixed <emb>,
-        # which is that of the last token before it; positions counted one by one; candidates cut at 1,024 tokens of the whole.
-        Profile(
-            "lamra", _chat("{images}{asked}" + _LAMRA), _chat("{images}{text}" + _LAMRA),
-            words=("sentence", "image", "image and sentence"), normalise=True, rope="sequential", resize="utils",
-            min_pixels=4 * 28 * 28, max_pixels=300 * 28 * 28, max_text_tokens=_CONTEXT, max_candidate_tokens=1024,
-        ),
-        # UME-R1 55e5512, src/eval/VLM2Vec/eval_twomode.py and README.md; mteb 2.26.24, ume_r1.py: both sides write and are read
-        # at their last <gen_emb>, or at <disc_emb> where they may not write; text alone stands behind a white image.
-        Profile(
-            "ume-r1", _chat("{images}{asked}" + _UME_R1), _chat("{images}{text}" + _UME_R1), pooling_position="at_token",
-            token="<gen_emb>", writes=("query", "candidate"), writes_on=True, direct_token="<disc_emb>", blank_image=True,
-            min_pixels=784, max_pixels=2_359_296, max_text_tokens=_CONTEXT, max_reasoning_tokens=8192,
-        ),
-        # GME, gme_inference.py as in VLM2Vec d9978e0: the state of <|endoftext|>, positions counted one by one, 1,800 tokens. So
-        # does modeling_gme_qwen2vl.py, the publisher's later code, which asks for transformers below 4.52.
-        Profile(
-            "gme", _GME, _GME, instruction="You are a helpful assistant.", rope="sequential", resize="both",
-            min_pixels=256 * 28 * 28, max_pixels=1280 * 28 * 28, max_text_tokens=_CONTEXT,
-            max_query_tokens=1800, max_candidate_tokens=1800,
-        ),
-        # Embed-RL 87b52f7, eval/toy_eval/image_eval.py: the state of a fixed <emb>, texts of 512 characters. What its reasoner
-        # writes is another model's, to be joined to the text.
-        Profile(
-            "embed-rl", _chat("{images}{asked}" + _EMBED_RL, "<emb>", system=None),
-            _chat("{images}{text}" + _EMBED_RL, "<emb>", system=None), pooling_position="at_token", token="<emb>", add_token=True,
-            min_pixels=128 * 32 * 32, max_pixels=768 * 32 * 32, max_text_chars=512, max_text_tokens=_CONTEXT,
-        ),
-    )
-}  # fmt: skip
-
-REMOVED: Final[Mapping[str, str]] = {
-    "qwen3-vl-embedding": "leave --profile out; sentence-transformers reads Qwen/Qwen3-VL-Embedding-2B and -8B by their files",
-    "vlm2vec": "VLM2Vec shows bare image tokens, which no profile writes; take --model Alibaba-NLP/gme-Qwen2-VL-2B-Instruct",
+    name: profile_of({"name": name, **written}, str(_FILE)) for name, written in _DATA["profiles"].items()
 }
+REMOVED: Final[Mapping[str, str]] = _DATA["removed"]
 """Profiles of earlier releases, and what to take in their place."""
