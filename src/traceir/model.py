@@ -1,4 +1,4 @@
-"""The checkpoint: load, create, save, merge.
+"""The checkpoint: load, save, merge.
 
 A checkpoint is an ordinary Hugging Face directory of one of NETWORKS plus `traceir.json` (docs/formats.md). Checkpoints of other
 projects are read by a profile (profiles.py). transformers is imported where it is used: a checkpoint of ours over Qwen2.5-VL that
@@ -10,16 +10,14 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError
 
 from traceir.adapter import adapter_fingerprint, checked_base, foreign_base, merged
-from traceir.batch import ImageBudget
 from traceir.catalogue import profile_for
 from traceir.checkpoint import ADAPTER, CONFIG, fetch, fingerprint, read_object, weight_files
 from traceir.errors import ModelError
@@ -27,7 +25,7 @@ from traceir.files import replacing_folder
 from traceir.forward import TraceModel, add_token, wrap
 from traceir.network import InferenceTokenizer, Network, fits, read_network
 from traceir.profiles import Profile, resolve_profile
-from traceir.prompts import EMB, IMAGE_PAD, TURN_END, VIDEO_PAD, VISION_END, VISION_START
+from traceir.prompts import EMB, TURN_END
 from traceir.settings import (
     PREPROCESSOR,
     SETTINGS,
@@ -38,10 +36,7 @@ from traceir.settings import (
     write_settings,
 )
 
-if TYPE_CHECKING:
-    from transformers import Qwen2_5_VLConfig
-
-__all__ = ["NETWORKS", "TraceModel", "TraceSettings", "create", "image_budget", "load", "merge", "read_settings", "save", "wrap"]
+__all__ = ["NETWORKS", "TraceModel", "TraceSettings", "image_budget", "load", "merge", "read_settings", "save", "wrap"]
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +83,9 @@ def load(
         else:
             network: Any
             tokenizer: Any
-            if inference and profile is None and _runs_here(folder):
+            files = (SETTINGS, CONFIG, "tokenizer.json")
+            ours = all((folder / file).is_file() for file in files)
+            if inference and profile is None and ours and fits(read_object(folder / CONFIG)):
                 network, tokenizer = read_network(folder, dtype), InferenceTokenizer(folder / "tokenizer.json")
             else:
                 network, tokenizer = _stock(folder, name, dtype)
@@ -103,36 +100,31 @@ def load(
     return model
 
 
-def _runs_here(folder: Path) -> bool:
-    """Whether a folder is a whole checkpoint that TraceIR saved, of which network.py's Network runs all there is."""
-    files = (SETTINGS, CONFIG, "tokenizer.json")
-    return all((folder / file).is_file() for file in files) and fits(read_object(folder / CONFIG))
+def network_class(kind: str, name: str) -> Any:
+    """transformers' class for a model type; ModelError where `name` is of another."""
+    if kind not in NETWORKS:
+        raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
+    return getattr(importlib.import_module("transformers"), NETWORKS[kind])
 
 
 def _stock(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Network and tokenizer of a checkpoint by transformers' classes."""
+    """Network and tokenizer of a checkpoint by transformers' classes.
+
+    The input rows stand for the output matrix where that alone is missing; ModelError where other weights are, which
+    transformers would draw at random.
+    """
     from transformers import AutoTokenizer, PreTrainedConfig
 
-    kind = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
-    if kind not in NETWORKS:
-        raise ModelError(f"{name} is a {kind!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
+    made = network_class(str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type")), name)
     weight_files(folder)  # an error of ours where there are only pickles
-    network_class = getattr(importlib.import_module("transformers"), NETWORKS[kind])
-    network, loaded = network_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
-    _complete(network, loaded["missing_keys"], name)
-    return network, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-
-
-def _complete(network: Any, missing: Iterable[str], name: str) -> None:
-    """Takes the input rows for the output matrix where that alone is missing; ModelError where other weights are, which
-    transformers would draw at random."""
-    lost = sorted(set(missing) - {HEAD})
-    if lost:
+    network, loaded = made.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if lost := sorted(set(loaded["missing_keys"]) - {HEAD}):
         raise ModelError(f"cannot load {name}: it lacks {len(lost)} tensors of its architecture such as {lost[0]}; copy it again")
-    if HEAD in missing:
+    if HEAD in loaded["missing_keys"]:
         log.warning("%s has no output matrix (%s): an embedding model; what it writes is untrained", name, HEAD)
         network.lm_head.weight = network.get_input_embeddings().weight
         network.config.tie_word_embeddings = network.config.text_config.tie_word_embeddings = True
+    return network, AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def _with_adapter(
@@ -156,24 +148,6 @@ def _with_adapter(
     own = profile is None or (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if own else base.processor.tokenizer
     return wrap(merged(base.network, folder), tokenizer, settings, image)
-
-
-def create(config: Qwen2_5_VLConfig, tokenizer: Any, settings: TraceSettings, image: ImageBudget, seed: int) -> TraceModel:
-    """A model with random weights: `config` names the sizes, token ids are taken from the tokenizer."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    torch.manual_seed(seed)
-    for field, token in (
-        ("image_token_id", IMAGE_PAD),
-        ("video_token_id", VIDEO_PAD),
-        ("vision_start_token_id", VISION_START),
-        ("vision_end_token_id", VISION_END),
-    ):
-        setattr(config, field, tokenizer.convert_tokens_to_ids(token))
-    config.text_config.pad_token_id = None
-    network = Qwen2_5_VLForConditionalGeneration(config)
-    add_token(network, tokenizer, EMB)
-    return wrap(network.eval(), tokenizer, settings, image)
 
 
 def save(model: TraceModel, target: Path, *, state: dict[str, torch.Tensor] | None = None) -> Path:

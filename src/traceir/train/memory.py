@@ -6,7 +6,6 @@ the factors of activations are estimates. The precheck tries the longest samples
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ import torch
 from traceir.adapter import LINEARS, projectors
 from traceir.checkpoint import fetch
 from traceir.errors import InputError, ModelError
-from traceir.model import NETWORKS
+from traceir.model import network_class
 from traceir.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -103,10 +102,8 @@ def empty(source: str) -> Any:
         config = AutoConfig.from_pretrained(fetch(source, weights=False), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the configuration of {source}: {error}") from error
-    if config.model_type not in NETWORKS:
-        raise ModelError(f"{source} is a {config.model_type!r} checkpoint; TraceIR runs on {', '.join(NETWORKS)}")
     with torch.device("meta"):
-        return getattr(importlib.import_module("transformers"), NETWORKS[config.model_type])(config)
+        return network_class(config.model_type, source)(config)
 
 
 def _size(parameters: Iterable[torch.Tensor]) -> int:

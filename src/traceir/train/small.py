@@ -1,6 +1,6 @@
 """Small models from nothing: a tokenizer trained on a data folder's texts and a Qwen2.5-VL with few parameters.
 
-The classes are the real ones; only the sizes are small, so a small checkpoint takes every road that a 7B one takes.
+The classes are the real ones; only the sizes are small, so a small checkpoint goes through all the code that a 7B one does.
 """
 
 from __future__ import annotations
@@ -9,12 +9,32 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from traceir.batch import ImageBudget
-from traceir.model import TraceModel, TraceSettings, create
-from traceir.prompts import EMB, IMAGE_PAD, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, VISION_END, VISION_START
+from traceir.forward import TraceModel, add_token, wrap
+from traceir.prompts import (
+    EMB,
+    IMAGE_PAD,
+    PAD,
+    SPECIAL_TOKENS,
+    TURN_END,
+    TURN_START,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
+from traceir.settings import TraceSettings
+
+# Qwen's chat layout in its shortest form, so that the stock processor can render a conversation too.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +80,9 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     core.train_from_iterator(texts, trainer)
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, EMB)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=TURN_END, padding_side="left")
-    tokenizer.add_special_tokens(
-        {"additional_special_tokens": [TURN_START, VISION_START, VISION_END, IMAGE_PAD, EMB]},
-    )
+    tokenizer.add_special_tokens({"additional_special_tokens": [TURN_START, VISION_START, VISION_END, IMAGE_PAD, EMB]})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-# Qwen's chat layout in its shortest form, so that the stock processor can render a conversation too.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: int) -> TraceModel:
@@ -84,8 +93,13 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
     # give a cell of width about a quarter of a radian.
     time, high = max(1, rotary // 12), max(1, rotary // 5)
     sections = [time, high, rotary - time - high]
+    id_of = tokenizer.convert_tokens_to_ids
     config = Qwen2_5_VLConfig(
         tie_word_embeddings=True,
+        image_token_id=id_of(IMAGE_PAD),
+        video_token_id=id_of(VIDEO_PAD),
+        vision_start_token_id=id_of(VISION_START),
+        vision_end_token_id=id_of(VISION_END),
         text_config={
             "vocab_size": -(-len(tokenizer) // 64) * 64,
             "hidden_size": size.hidden,
@@ -94,8 +108,8 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "num_attention_heads": size.heads,
             "num_key_value_heads": size.key_heads,
             "initializer_range": size.initial,
-            "bos_token_id": tokenizer.convert_tokens_to_ids(PAD),
-            "eos_token_id": tokenizer.convert_tokens_to_ids(TURN_END),
+            "bos_token_id": id_of(PAD),
+            "eos_token_id": id_of(TURN_END),
             "max_position_embeddings": 4096,
             "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": sections},
             "tie_word_embeddings": True,
@@ -114,6 +128,10 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
             "out_hidden_size": size.hidden,
         },
     )
+    config.text_config.pad_token_id = None
     area = size.pixels**2
     image = ImageBudget(patch=size.patch, merge=2, temporal=2, min_pixels=area, max_pixels=area)
-    return create(config, tokenizer, settings, image, seed)
+    torch.manual_seed(seed)
+    network = Qwen2_5_VLForConditionalGeneration(config)
+    add_token(network, tokenizer, EMB)
+    return wrap(network.eval(), tokenizer, settings, image)
