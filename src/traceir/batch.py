@@ -129,8 +129,9 @@ class Processor:
         core.no_padding()
         self._core = core
         self._short_ids = lru_cache(maxsize=8192)(self._encode_plain)
-        self._split_template = lru_cache(maxsize=4096)(self._split)
         self._template_ids = lru_cache(maxsize=4096)(self._read_span)
+        names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._special_token = re.compile(f"({'|'.join(map(re.escape, names))})")
 
     @property
     def emb_id(self) -> int:
@@ -170,7 +171,8 @@ class Processor:
         left, cut, start, shown_to = self.max_text_tokens, 0, 0, 0
         for piece in prompt.pieces:
             if isinstance(piece, Span):
-                span_ids, used, lost = self._span_ids(piece, left)
+                of_template = all(isinstance(part, str) for part in piece.parts)
+                span_ids, used, lost = self._template_ids(piece, 0) if of_template else self._read_span(piece, left)
                 left, cut = left - used, cut + lost
                 ids += span_ids
                 block = _text_positions(start, len(span_ids))
@@ -188,12 +190,8 @@ class Processor:
             ids, positions, cut = ids[:kept], positions[:, :kept], cut + len(ids) - kept
         return ids, positions, pixels, cut
 
-    def _span_ids(self, span: Span, left: int) -> tuple[list[int], int, int]:
-        """Token ids, and how many of the user's tokens were used and cut: at most `left` are kept."""
-        of_template = all(isinstance(part, str) for part in span.parts)
-        return self._template_ids(span, 0) if of_template else self._read_span(span, left)
-
     def _read_span(self, span: Span, left: int) -> tuple[list[int], int, int]:
+        """Token ids, and how many of the user's tokens were used and cut: at most `left` are kept."""
         ids: list[int] = []
         used, cut = 0, 0
         for special, run in self._runs(span):
@@ -209,7 +207,7 @@ class Processor:
             if isinstance(part, UserText):
                 runs[-1][1].append(part)
                 continue
-            plain, *rest = self._split_template(part)
+            plain, *rest = self._special_token.split(part)
             runs[-1][1].append(plain)
             runs += [([_id_of(self.tokenizer, token)], [text]) for token, text in zip(rest[::2], rest[1::2], strict=True)]
         return runs
@@ -231,11 +229,6 @@ class Processor:
                 room -= len(part_ids)
             ids += part_ids
         return ids, left - room, wanted - (left - room) + dropped
-
-    def _split(self, text: str) -> tuple[str, ...]:
-        """Template text around the tokens that the tokenizer knows by name: text, token, text, ..., text."""
-        names = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
-        return tuple(re.split(f"({'|'.join(re.escape(name) for name in names)})", text)) if names else (text,)
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without special tokens. Those of short texts alone are remembered, which bounds what is kept."""

@@ -64,10 +64,7 @@ class Decoder:
         self.model, self.budget, self.threshold = model, budget, threshold
         profile = model.settings.profile
         self.writes_on = profile is not None and profile.writes_on
-
-    @property
-    def at_token(self) -> bool:
-        return self.model.settings.pooling_position == "at_token"
+        self.at_token = model.settings.pooling_position == "at_token"
 
     @torch.inference_mode()
     def prefill_direct(self, numbers: Sequence[int], layouts: Sequence[Layout], *, probability: Sequence[bool]) -> Finished:
@@ -160,8 +157,8 @@ class Decoder:
             ended = "turn" if chosen == self.model.processor.special[TURN_END] else "budget"
             vector = self._close(batch, place, closing) if closing else _unit(state_BD[place : place + 1])[0]
         written = [token for token in row.written if token != self.model.processor.emb_id]
-        road: TakenRoute = "reason" if written else "direct"
-        return Encoding(vector, road, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
+        taken: TakenRoute = "reason" if written else "direct"
+        return Encoding(vector, taken, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
 
     def _close(self, batch: DecodeBatch, place: int, closing: str) -> Vector:
         """The row stopped short of `<|emb|>`: feeds the trained closing text to it alone and reads the state that follows."""

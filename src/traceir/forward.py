@@ -15,7 +15,7 @@ from traceir.batch import Batch, ImageBudget, Processor, by_shape
 from traceir.errors import ModelError
 from traceir.items import Item, Query
 from traceir.network import Cache, Network, vision_states
-from traceir.prompts import Prompt, Role, render_candidate, render_query
+from traceir.prompts import EMB, Prompt, Role, render_candidate, render_query
 from traceir.settings import TraceSettings
 
 
@@ -122,9 +122,9 @@ class TraceModel:
         patches_PC = patches_PC.to(visual.dtype)
         shapes = [tuple(int(side) for side in grid) for grid in grids.tolist()]
         if self.network.config.model_type != "qwen2_5_vl" or any(time != 1 for time, _, _ in shapes):
-            found = self.network.model.get_image_features(patches_PC, grids, return_dict=True)
-            layers = getattr(found, "deepstack_features", None) or ()
-            return torch.cat(found.pooler_output), [torch.cat(layer) for layer in layers]
+            output = self.network.model.get_image_features(patches_PC, grids, return_dict=True)
+            layers = getattr(output, "deepstack_features", None) or ()
+            return torch.cat(output.pooler_output), [torch.cat(layer) for layer in layers]
         images = torch.split(patches_PC, [high * wide for _, high, wide in shapes])
 
         def features(numbers: list[int]) -> torch.Tensor:
@@ -136,21 +136,26 @@ class TraceModel:
 
 def wrap(network: Any, tokenizer: Any, settings: TraceSettings, image: ImageBudget) -> TraceModel:
     """A TraceModel around a network in memory; swaps the patch convolution for an equal matrix product."""
-    _linear_patches(network.model.visual.patch_embed)
-    pooling, budget, profile = settings.pooling_position, settings.max_text_tokens, settings.profile
-    if profile is None:
-        processor = Processor(tokenizer, image, pooling_position=pooling, max_text_tokens=budget)
-        return TraceModel(network, processor, settings)
-    if profile.add_token and profile.token is not None:
-        add_token(network, tokenizer, profile.token, trained=True)
-    image = replace(
-        image,
-        min_pixels=profile.min_pixels or image.min_pixels,
-        max_pixels=profile.max_pixels or image.max_pixels,
-        resize=profile.resize,
-    )
+    patch_embed, profile = network.model.visual.patch_embed, settings.profile
+    projection = patch_embed.proj
+
+    def forward(patches: torch.Tensor) -> torch.Tensor:
+        """Stride equals kernel, so the 3-D convolution is the same sum, slower on CPUs."""
+        return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
+
+    patch_embed.forward = forward
+    if profile is not None:
+        if profile.add_token and profile.token is not None:
+            add_token(network, tokenizer, profile.token, trained=True)
+        least, most = profile.min_pixels or image.min_pixels, profile.max_pixels or image.max_pixels
+        image = replace(image, min_pixels=least, max_pixels=most, resize=profile.resize)
     processor = Processor(
-        tokenizer, image, pooling_position=pooling, max_text_tokens=budget, emb_token=profile.token, rope=profile.rope
+        tokenizer,
+        image,
+        pooling_position=settings.pooling_position,
+        max_text_tokens=settings.max_text_tokens,
+        emb_token=EMB if profile is None else profile.token,
+        rope="mrope" if profile is None else profile.rope,
     )
     return TraceModel(network, processor, settings)
 
@@ -177,13 +182,3 @@ def add_token(network: Any, tokenizer: Any, token: str, *, trained: bool = False
         for matrix in {network.get_input_embeddings().weight, network.get_output_embeddings().weight}:
             matrix[new] = matrix[:new].mean(dim=0)
     return new
-
-
-def _linear_patches(patch_embed: Any) -> None:
-    """Patch embedding as one matrix product: stride equals kernel, so the 3-D convolution is the same sum, slower on CPUs."""
-    projection = patch_embed.proj
-
-    def forward(patches: torch.Tensor) -> torch.Tensor:
-        return functional.linear(patches.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
-
-    patch_embed.forward = forward

@@ -107,57 +107,41 @@ _ANY_STRATEGY: Final = "Attend to whatever identifies the item sought."
 def render_query(query: Query, version: PromptVersion) -> Prompt:
     """The prompt of a query: role, modality, strategy and output rules, then instruction, images and text in their order."""
     target = query.target or "any"
-    if version == "trace-1":
-        strategy = _STRATEGY[query.modality].get(target, _ANY_STRATEGY)
-        opening = _system_message(
-            f"You are a multimodal retrieval encoder. The input is a query: {_NOUN[query.modality]}. It looks for "
-            f"{_NOUN[target]}. {strategy} If the query is simple, output only the embedding token. If it is complex, first "
-            "write a concise description of the target, then the embedding token. Write nothing after it."
-        )
-    else:
-        opening = _brief(f"query {query.modality.replace(',', ' ')} find {target.replace(',', ' ')}. ")
-    instruction = normalise(query.instruction)
-    asked = (Span((UserText(instruction + "\n"),)),) if instruction else ()
-    return Prompt((*opening, *asked, *_body(query.parts), *_closing()), "query", version)
+    strategy = _STRATEGY[query.modality].get(target, _ANY_STRATEGY)
+    system = (
+        f"You are a multimodal retrieval encoder. The input is a query: {_NOUN[query.modality]}. It looks for "
+        f"{_NOUN[target]}. {strategy} If the query is simple, output only the embedding token. If it is complex, first "
+        "write a concise description of the target, then the embedding token. Write nothing after it."
+    )
+    brief = f"query {query.modality.replace(',', ' ')} find {target.replace(',', ' ')}. "
+    return _prompt("query", version, system, brief, query.parts, query.instruction)
 
 
 def render_candidate(item: Item, version: PromptVersion) -> Prompt:
     """The prompt of a candidate: role, modality and output rules, then its images and text. Candidates never reason."""
-    if version == "trace-1":
-        opening = _system_message(
-            f"You are a multimodal retrieval encoder. The input is a candidate: {_NOUN[item.modality]}. Attend to everything "
-            "that a query could ask of it. Output only the embedding token."
-        )
-    else:
-        opening = _brief(f"candidate {item.modality.replace(',', ' ')}. ")
-    return Prompt((*opening, *_body(item.parts), *_closing()), "candidate", version)
+    system = (
+        f"You are a multimodal retrieval encoder. The input is a candidate: {_NOUN[item.modality]}. Attend to everything "
+        "that a query could ask of it. Output only the embedding token."
+    )
+    return _prompt("candidate", version, system, f"candidate {item.modality.replace(',', ' ')}. ", item.parts)
 
 
-def _system_message(text: str) -> tuple[Piece, ...]:
-    return (*_template(f"{TURN_START}system\n", text, f"{TURN_END}\n"), *_template(f"{TURN_START}user\n"))
-
-
-def _brief(words: str) -> tuple[Piece, ...]:
-    return _template(f"{TURN_START}user\n", words)
-
-
-def _closing() -> tuple[Piece, ...]:
-    return _template(f"{TURN_END}\n", f"{TURN_START}assistant\n")
-
-
-def _template(*texts: str) -> tuple[Piece, ...]:
+def _prompt(
+    role: Role, version: PromptVersion, system: str, brief: str, parts: tuple[Part, ...], instruction: str | None = None
+) -> Prompt:
     """Each text a span of its own: no merge of the tokenizer crosses from one to the next."""
-    return tuple(Span((text,)) for text in texts)
-
-
-def _body(parts: tuple[Part, ...]) -> tuple[Piece, ...]:
-    pieces: list[Piece] = []
+    user = f"{TURN_START}user\n"
+    opening = (f"{TURN_START}system\n", system, f"{TURN_END}\n", user) if version == "trace-1" else (user, brief)
+    pieces: list[Piece] = [Span((text,)) for text in opening]
+    if instruction := normalise(instruction):
+        pieces.append(Span((UserText(instruction + "\n"),)))
     for part in parts:
         if isinstance(part, ImageInput):
             pieces += [Span((VISION_START,)), part, Span((VISION_END,))]
         elif text := normalise(part):
             pieces.append(Span((UserText(text),)))
-    return tuple(pieces)
+    pieces += [Span((f"{TURN_END}\n",)), Span((f"{TURN_START}assistant\n",))]
+    return Prompt(tuple(pieces), role, version)
 
 
 def normalise(text: str | None) -> str:

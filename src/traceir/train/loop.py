@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
@@ -26,18 +28,19 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from traceir.data.samples import Example, TaskData
 from traceir.errors import TrainError
 from traceir.files import replacing_folder
 from traceir.train.batches import TrainBatch, TrainBatches
 from traceir.train.config import TrainConfig
 from traceir.train.gradcache import Distribution, Objective, Reader, step
-from traceir.train.precheck import precheck
 from traceir.train.shard import fetched, gathered, own_part, shard
 
 log = logging.getLogger(__name__)
 
 STATE: Final = "step.json"
 OPTIMISER: Final = "optimiser.safetensors"
+SCANNED: Final = 2048
 KNOWN: Final = 20
 """Batches of a task before a loss of it can count as diverged."""
 Check = Callable[[dict[str, float]], None]
@@ -78,7 +81,11 @@ class Loop:
         bar = tqdm(
             desc="training", initial=self.done, total=config.steps, mininterval=5.0, disable=not self.accelerator.is_main_process
         )
-        batches = iter(self._loader(self.done * config.accumulate))
+        # Each process makes its own share of every batch, so nothing is sharded or sent between them.
+        numbers, ahead = range(self.done * config.accumulate, len(self.batches)), 4 if config.workers else None
+        batches = iter(
+            DataLoader(self.batches, batch_size=None, sampler=numbers, num_workers=config.workers, prefetch_factor=ahead)
+        )
         while self.done < config.steps:
             rate, norm = self._step(batches)
             bar.update()
@@ -87,14 +94,6 @@ class Loop:
             if self.done % config.save_every == 0 or self.done in (config.steps, *config.keep):
                 self._save_step()
         bar.close()
-
-    def _loader(self, first: int) -> DataLoader[TrainBatch]:
-        """The batches from `first` on; each process makes its own share, so nothing is sharded or sent between them."""
-        workers = self.config.workers
-        return DataLoader(
-            self.batches, batch_size=None, sampler=range(first, len(self.batches)), collate_fn=_as_it_is, num_workers=workers,
-            prefetch_factor=4 if workers else None,
-        )  # fmt: skip
 
     def _step(self, batches: Iterator[TrainBatch]) -> tuple[float, float]:
         """One step of the optimiser over `accumulate` batches; returns its learning rate and the gradient's norm."""
@@ -199,10 +198,6 @@ def _groups(reader: Reader, weight_decay: float) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
 def newest_step(out: Path) -> Path | None:
     """The newest whole step folder of a run."""
     return max((folder for folder in (out / "steps").glob("[0-9]*") if (folder / STATE).is_file()), default=None)
@@ -211,3 +206,43 @@ def newest_step(out: Path) -> Path | None:
 def step_of(folder: Path | None) -> int:
     """The step that a step folder was written at; 0 for None."""
     return int(json.loads((folder / STATE).read_text())["step"]) if folder is not None else 0
+
+
+def precheck(batches: TrainBatches, run: Callable[[TrainBatch], object], device: torch.device) -> None:
+    """A trial before the first step: one batch of the longest samples of the task that has the longest.
+
+    What would fail hours later, on the batch that holds the longest texts and the largest images, fails here, as a TrainError
+    with the numbers that have to change. They are found by their texts, among `SCANNED` samples of each task; images are not
+    opened for it.
+    """
+    schedule = batches.schedule
+    drawn = [schedule.tasks[number] for number in sorted(set(schedule.chosen.tolist()))]
+    longest = {task.name: _longest(task, schedule.batch) for task in drawn}
+    name = max(longest, key=lambda name: _length(longest[name][0]))
+    batch = batches.batch(len(batches), name, longest[name])
+    widest = max(chunk.batch.ids.shape[1] for chunk in batch.chunks)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        run(batch)
+    except torch.OutOfMemoryError as error:
+        raise TrainError(
+            f"memory runs out on the longest samples (task {name}, {widest} tokens, queries {', '.join(batch.queried[:4])}, "
+            "...): lower chunk_tokens, set grad_cache=true and checkpointing=true, or cut max_text_tokens"
+        ) from error
+    on_cuda = device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(device) if on_cuda else 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    log.info("the longest samples (%s, %d tokens) fit: peak %.2f GiB", name, widest, peak / 2**30)
+
+
+def _longest(task: TaskData, rows: int) -> list[Example]:
+    """The `rows` samples with the most text, longest first; fewer are repeated."""
+    draw = np.random.default_rng(0)
+    places = dict.fromkeys(np.linspace(0, len(task) - 1, min(len(task), SCANNED)).astype(int).tolist())
+    examples = sorted((task.example(place, draw) for place in places), key=_length, reverse=True)[:rows]
+    return [examples[row % len(examples)] for row in range(rows)]
+
+
+def _length(example: Example) -> int:
+    candidate = example.candidate.text if example.candidate is not None else ""
+    return len(example.query.text) + len(example.completion) + len(candidate) + len(example.described)
