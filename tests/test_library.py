@@ -119,7 +119,7 @@ def test_the_command_line_gives_the_library_s_vectors(
     if kind in IMAGES:
         assert code == 0 and "added 8" in told.out
     else:
-        assert code == 1 and "added 4" in told.out and told.err.count("is a picture, which") == 4
+        assert code == 1 and "added 4" in told.out and told.err.count("is an image, which") == 4
     texts = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
     files = {f"{number}.png": Image.open(things / f"{number}.png") for number in range(4)} if kind in IMAGES else {}
     wanted = dict(zip([*texts, *files], [*documents_of(own, list(texts.values())), *_pictures(own, files)], strict=True))
@@ -330,11 +330,11 @@ def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
 def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
     clip, bert = load_encoder(places / "clip"), load_encoder(places / "bert")
     picture = ImageInput.from_pil(pixels(0))
-    with pytest.raises(InputError, match=r"item both is a picture and a text together, which .* give it a text, a picture, or"):
+    with pytest.raises(InputError, match=r"item both is an image and a text together, which .* give it a text, an image, or"):
         clip.encode_items([Item.of(text="a"), Item.of(text="a", image=picture, id="both")])
     with pytest.raises(InputError, match=r"query \(no id\) is several parts"):
         clip.encode_queries([Query((picture, picture))])
-    with pytest.raises(InputError, match=r"item shot is a picture, which .* cannot encode; give it a text, or use another model"):
+    with pytest.raises(InputError, match=r"item shot is an image, which .* cannot encode; give it a text, or use another model"):
         bert.encode_items([Item.of(image=picture, id="shot")])
     with pytest.raises(InputError, match="cannot reason; use route direct or auto"):
         clip.encode_queries([Query.of(text="a")], route="reason")

@@ -192,7 +192,9 @@ def merged(network: Any, folder: Path) -> Any:
         config = peft.LoraConfig.from_pretrained(str(folder))
         config.base_model_name_or_path = None
         adapter = _with_adapter(network, config)
-        tensors = {_today(name): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+        tensors = load_file(folder / WEIGHTS)
+        for old, new in _RENAMED:
+            tensors = {re.sub(rf"^(base_model\.model\.){old}", rf"\g<1>{new}", name): value for name, value in tensors.items()}
         wanted = peft.get_peft_model_state_dict(adapter, save_embedding_layers=False)
         if strange := sorted(set(wanted) ^ set(tensors)):
             raise ModelError(
@@ -216,13 +218,6 @@ def _with_adapter(network: Any, config: Any, seed: int | None = None) -> Any:
         if seed is not None:
             torch.manual_seed(seed)
         return _peft().get_peft_model(network, config)
-
-
-def _today(name: str) -> str:
-    """The name of an adapter's tensor in today's layout."""
-    for old, new in _RENAMED:
-        name = re.sub(rf"^(base_model\.model\.){old}", rf"\g<1>{new}", name)
-    return name
 
 
 def _peft() -> Any:

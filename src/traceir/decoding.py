@@ -125,17 +125,17 @@ class Decoder:
         state_BD = self.model.step(batch.next_B, position_B, batch.mask_BT, batch.cache)
         chosen_B = self.model.logits(state_BD).argmax(dim=-1)
         fed, chosen = batch.next_B.tolist(), chosen_B.tolist()
-        pooled = [place for place, token in enumerate(fed if self.at_token else chosen) if token == emb]
-        for place, vector in zip(pooled, _unit(state_BD[pooled]) if pooled else (), strict=True):
-            batch.rows[place].vector = vector.copy()
+        pooled = [index for index, token in enumerate(fed if self.at_token else chosen) if token == emb]
+        for index, vector in zip(pooled, _unit(state_BD[pooled]) if pooled else (), strict=True):
+            batch.rows[index].vector = vector.copy()
         live: list[int] = []
         finished: Finished = []
-        for place, row in enumerate(batch.rows):
-            row.written.append(fed[place])
-            if self._goes_on(row, chosen[place]):
-                live.append(place)
+        for index, row in enumerate(batch.rows):
+            row.written.append(fed[index])
+            if self._goes_on(row, chosen[index]):
+                live.append(index)
             else:
-                finished.append((row.number, self._encoding(batch, place, chosen[place], state_BD)))
+                finished.append((row.number, self._encoding(batch, index, chosen[index], state_BD)))
         batch.next_B = chosen_B
         if len(live) < len(batch.rows):
             keep_rows(batch, live)
@@ -149,21 +149,26 @@ class Decoder:
             return True
         return len(row.written) < self.budget and chosen != self.model.processor.special[TURN_END]
 
-    def _encoding(self, batch: DecodeBatch, place: int, chosen: int, state_BD: torch.Tensor) -> Encoding:
-        row, closing = batch.rows[place], self.model.settings.closing
+    def _encoding(self, batch: DecodeBatch, index: int, chosen: int, state_BD: torch.Tensor) -> Encoding:
+        row, closing = batch.rows[index], self.model.settings.closing
         vector = row.vector
         ended: Ended = None
         if vector is None:
             ended = "turn" if chosen == self.model.processor.special[TURN_END] else "budget"
-            vector = self._close(batch, place, closing) if closing else _unit(state_BD[place : place + 1])[0]
+            vector = self._close(batch, index, closing) if closing else _unit(state_BD[index : index + 1])[0]
         written = [token for token in row.written if token != self.model.processor.emb_id]
         taken: TakenRoute = "reason" if written else "direct"
         return Encoding(vector, taken, self.text_of(row), len(written), row.probability, ended is not None, ended=ended)
 
-    def _close(self, batch: DecodeBatch, place: int, closing: str) -> Vector:
+    def _close(self, batch: DecodeBatch, index: int, closing: str) -> Vector:
         """The row stopped short of `<|emb|>`: feeds the trained closing text to it alone and reads the state that follows."""
-        row, cache = batch.rows[place], _copy_row(batch.cache, place)
-        mask_BT, device = batch.mask_BT[place : place + 1], batch.mask_BT.device
+        row, cache = batch.rows[index], copy(batch.cache)
+        cache.layers = [copy(layer) for layer in batch.cache.layers]
+        for layer in filter(_recurs, cache.layers):
+            for name in RECURRENT:
+                setattr(layer, name, dict(getattr(layer, name)))
+        cache.reorder_cache(torch.tensor([index]))
+        mask_BT, device = batch.mask_BT[index : index + 1], batch.mask_BT.device
         state_BD = torch.empty(0)
         for position, token in enumerate(self.model.processor.plain_ids(closing), start=row.start + len(row.written)):
             mask_BT = functional.pad(mask_BT, (0, 1), value=1)
@@ -209,7 +214,7 @@ def merge_batches(batches: Sequence[DecodeBatch]) -> DecodeBatch:
 def keep_rows(batch: DecodeBatch, live: Sequence[int]) -> None:
     """Leaves these rows alone in a batch, in their order."""
     kept = torch.tensor(live, dtype=torch.long, device=batch.mask_BT.device)
-    batch.rows = [batch.rows[place] for place in live]
+    batch.rows = [batch.rows[index] for index in live]
     if live:
         batch.cache.reorder_cache(kept)
     batch.mask_BT, batch.next_B = batch.mask_BT[kept], batch.next_B[kept]
@@ -225,16 +230,6 @@ def trim(batch: DecodeBatch) -> None:
         if not _recurs(layer):
             layer.keys, layer.values = layer.keys[:, :, unread:].contiguous(), layer.values[:, :, unread:].contiguous()
     batch.mask_BT = batch.mask_BT[:, unread:]
-
-
-def _copy_row(cache: Cache, place: int) -> Cache:
-    single = copy(cache)
-    single.layers = [copy(layer) for layer in cache.layers]
-    for layer in single.layers:
-        for name in RECURRENT if _recurs(layer) else ():
-            setattr(layer, name, dict(getattr(layer, name)))
-    single.reorder_cache(torch.tensor([place]))
-    return single
 
 
 def _recurs(layer: Any) -> bool:

@@ -58,14 +58,21 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     probability, bypass = (1.0, True) if prompt.closed else _first_step(model, model.processor.lay_out(prompt))
     position = model.settings.pooling_position
     route: TakenRoute = "direct" if bypass or prompt.role == "candidate" or position == "last" else "reason"
+    tokens = tuple(
+        Token(
+            number, token, _token_text(model, token), None if target == IGNORE else _token_text(model, target),
+            number == layout.pooling_index,
+        )
+        for number, (token, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True))
+    )  # fmt: skip
     return Explanation(
-        prompt.role, prompt.version, position, prompt.show(), completion, tuple(_tokens(model, layout)), layout.pooling_index,
-        probability, route, layout.cut,
+        prompt.role, prompt.version, position, prompt.show(), completion, tokens, layout.pooling_index, probability, route,
+        layout.cut,
     )  # fmt: skip
 
 
 def describe(explanation: Explanation) -> str:
-    """The explanation for people: one line a token, the cells of an image in one line."""
+    """The explanation for people: one line a token, those of an image in one line."""
     lines = [
         f"{explanation.role}, prompt version {explanation.prompt_version}, pooling position {explanation.pooling_position}",
         "",
@@ -91,12 +98,6 @@ def _first_step(model: TraceModel, layout: Layout) -> tuple[float, bool]:
     batch = model.processor.collate([layout]).to(model.device)
     logits_V, emb = model.logits(model.hidden(batch)[0, -1]).float(), model.processor.emb_id
     return float(torch.softmax(logits_V, dim=-1)[emb]), int(logits_V.argmax()) == emb
-
-
-def _tokens(model: TraceModel, layout: Layout) -> Iterator[Token]:
-    for place, (token, target) in enumerate(zip(layout.ids.tolist(), layout.targets.tolist(), strict=True)):
-        wanted = None if target == IGNORE else _token_text(model, target)
-        yield Token(place, token, _token_text(model, token), wanted, place == layout.pooling_index)
 
 
 def _token_text(model: TraceModel, token: int) -> str:

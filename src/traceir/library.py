@@ -60,11 +60,11 @@ _DECIDING: Final = frozenset(
 )
 """Files that decide a vector beside the weights, in the model's folder and in its modules'; so do those named *_config.json."""
 _REMEDIES: Final = {
-    "torchvision": "its picture or video processor needs torchvision; pip install torchvision",
+    "torchvision": "its image or video processor needs torchvision; pip install torchvision",
     "trust_remote_code": "it needs code that comes with it, and TraceIR runs none",
 }
 """What to say where a message of the library, of many lines, holds a word."""
-_KINDS: Final[dict[Modality, str]] = {"text": "a text", "image": "a picture", "image,text": "a picture and a text together"}
+_KINDS: Final[dict[Modality, str]] = {"text": "a text", "image": "an image", "image,text": "an image and a text together"}
 
 
 def load_encoder(
@@ -343,24 +343,17 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _module_folders(folder: Path) -> list[Path]:
-    """Those of its modules, also of those behind a router; without modules.json the folder itself."""
+    """Those of its modules, also of those behind a router, which are checked alike; without modules.json the folder itself."""
     if not (folder / MODULES).is_file():
         return [folder]
     folders: list[Path] = []
     for path in modules_of(folder / MODULES, "path"):
         module = folder / _inside(path, folder)
-        folders += [module, *(module / _inside(key, module) for key in _routed(module))]
+        routers = (_object(module / file).get("types") for file in ("router_config.json", "config.json"))
+        types = next((types for types in routers if isinstance(types, dict)), {})
+        _check_modules(str(module), list(map(str, types.values())))
+        folders += [module, *(module / _inside(key, module) for key in types)]
     return sorted({module for module in folders if module.is_dir()})
-
-
-def _routed(module: Path) -> Sequence[str]:
-    """The folders of the modules behind a router, whose types are checked as those of modules.json are."""
-    for file in ("router_config.json", "config.json"):
-        types = _object(module / file).get("types")
-        if isinstance(types, dict):
-            _check_modules(str(module), [str(kind) for kind in types.values()])
-            return list(types)
-    return []
 
 
 def _inside(path: str, folder: Path) -> str:

@@ -156,18 +156,15 @@ class Language(nn.Module):
     ) -> SimpleNamespace:
         """`attention_mask` [B, K] is 1 where a token counts; None where all do."""
         states = inputs_embeds
-        rotation = self._rotation(position_ids, states.dtype)
+        # Each frequency turns by the time, the row or the column (Qwen2-VL's M-RoPE): [B, 1, T, E].
+        parts = torch.split(_angles(position_ids, self.theta, self.width), self.sections, dim=-1)
+        angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
+        angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+        rotation = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
         mask = None if attention_mask is None else _causal(attention_mask, states.shape[1])
         for layer in self.layers:
             states = layer(states, rotation, mask, cache)
         return SimpleNamespace(last_hidden_state=self.norm(states))
-
-    def _rotation(self, positions: torch.Tensor, dtype: torch.dtype) -> Rotation:
-        """[B, 1, T, E]: each frequency turns by the time, the row or the column (Qwen2-VL's M-RoPE)."""
-        parts = torch.split(_angles(positions, self.theta, self.width), self.sections, dim=-1)
-        angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
-        angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 class VisionBlock(nn.Module):

@@ -1,4 +1,4 @@
-"""What alone a miniature knows: its words, the size of its images; and what is told where it is used on anything else."""
+"""What alone a miniature knows: its words, the size of its images; and the notice where it is used on anything else."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class World:
 
     def knows_kept(self, text: str | None, image: str | None) -> bool:
         """The same of what an index keeps of an item: its text, and its image's path."""
-        return words_of(text or "") <= self.words and (image is None or _size_of_kept(image) in (None, self.image))
+        return words_of(text or "") <= self.words and (image is None or _size_of_file(image) in (None, self.image))
 
     @property
     def notice(self) -> str:
-        """What is told, in one line, of anything else."""
+        """One line about anything else."""
         return f"{self.says} For your own pictures: {INSTEAD[0]}; then {INSTEAD[1]}"
 
     def as_json(self) -> dict[str, Any]:
@@ -66,24 +66,19 @@ def world_of(value: object, place: str) -> World | None:
 
 
 def notice(encoder: object, query: Content, hits: Iterable[Hit]) -> str | None:
-    """What is to be told of a search: the notice of the encoder's world, where query or hits are not of it."""
+    """The notice of the encoder's world, where the query or hits of a search are not of it."""
     world = getattr(encoder, "world", None)
     if world is None or (world.knows(query) and all(world.knows_kept(hit.text, hit.image) for hit in hits)):
         return None
     return str(world.notice)
 
 
-def _size(image: ImageInput) -> tuple[int, int] | None:
-    """None where it cannot be read, which is told of elsewhere."""
+def _size(image: ImageInput | str) -> tuple[int, int] | None:
+    """Of an image or a path; None where it cannot be read, for which others raise."""
     try:
-        return image.size()
+        return (ImageInput.open(image) if isinstance(image, str) else image).size()
     except ImageError:
         return None
 
 
-@lru_cache(maxsize=8192)  # since every search asks
-def _size_of_kept(path: str) -> tuple[int, int] | None:
-    try:
-        return _size(ImageInput.open(path))
-    except ImageError:
-        return None
+_size_of_file: Final = lru_cache(maxsize=8192)(_size)  # since every search asks

@@ -43,7 +43,8 @@ class Chunk:
 class TrainBatch:
     """What one process reads of one batch, and what it must know of the others' rows.
 
-    `candidates` is empty for a pretraining task. `collision_BN` covers all processes: queries by candidates, in the order of the
+    `candidates` is empty for a pretraining task. `collision_BN` is true where a candidate is among all positives of a query
+    (not only the sampled one) and so no negative of it; it covers all processes: queries by candidates, in the order of the
     ranks, all positives before all further negatives. `sizes` is (queries, further negatives) of each rank. `queried` names this
     process's queries; `tokens` counts its supervised tokens.
     """
@@ -100,12 +101,14 @@ class TrainBatches(Dataset[TrainBatch]):
         offered = [(1, row, example.candidate, example.described) for row, example in enumerate(mine) if example.candidate]
         offered += [(2 + n, row, item, "") for row, example in enumerate(mine) for n, item in enumerate(example.negatives)]
         candidates = [self._shifted(self._candidate(item, text), number, n, first + row) for n, row, item, text in offered]
+        dids = [example.candidate.id for example in examples if example.candidate is not None]
+        dids += [item.id for example in examples for item in example.negatives]
         return TrainBatch(
             number,
             task,
             self.chunks(queries),
             self.chunks(candidates),
-            collisions(examples),
+            torch.tensor([[did in example.right for did in dids] for example in examples], dtype=torch.bool),
             tuple((len(part), sum(len(example.negatives) for example in part)) for part in shares),
             tuple(example.query.id or f"row {row}" for row, example in enumerate(mine)),
             sum(int((layout.targets != IGNORE).sum()) for layout in (*queries, *candidates)),
@@ -157,10 +160,3 @@ def check_shares(batch: int, world: int) -> None:
     """TrainError where a batch cannot be dealt out evenly."""
     if batch % world:
         raise TrainError(f"batch {batch} does not divide among {world} processes; choose a multiple")
-
-
-def collisions(examples: Sequence[Example]) -> torch.Tensor:
-    """[B, N], true where a candidate is among all positives of a query (not only the sampled one): no negative of it."""
-    dids = [example.candidate.id for example in examples if example.candidate is not None]
-    dids += [item.id for example in examples for item in example.negatives]
-    return torch.tensor([[did in example.right for did in dids] for example in examples], dtype=torch.bool)

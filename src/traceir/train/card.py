@@ -65,13 +65,16 @@ def write_card(
     settings = read_settings(folder / "traceir.json")
     if settings is None:
         raise ModelError(f"{folder} holds no traceir.json; give the folder of a checkpoint or adapter that traceir has saved")
-    name, base, meta = repo or str(code(folder.resolve().name)), _base(folder), _read_meta(folder, run)
+    file = (run or folder) / "meta.json"
+    missing = f"{run} holds no meta.json; give the folder of a finished training (`traceir train --out`)"
+    meta = _read_json(file, missing) if run is not None or file.is_file() else {}
+    name, base = repo or str(code(folder.resolve().name)), _base(folder)
     title, data, fingerprint = name.rpartition("/")[2], _data_name(meta), settings.fingerprint or weights_fingerprint(folder)
     read = [_read_results(folder_or_file, fingerprint) for folder_or_file in evaluations]
     named = [(_evaluated(results, meta, data), results) for results in read]
     text = render(
         "train/model_card.md.j2",
-        front_matter=Markup(_front_matter(title, data, _base_model(base, meta), base, named, licence)),
+        front_matter=Markup(_front_matter(title, data, base, meta, named, licence)),
         mark=Markup(MARK),
         name=name,
         title=title,
@@ -156,9 +159,6 @@ def _base(folder: Path) -> Base | None:
     return read_base(folder) if (folder / ADAPTER).is_file() else None
 
 
-# What the card says
-
-
 def _read_json(file: Path, missing: str) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -169,13 +169,6 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file} holds no JSON object; make it again")
     return content
-
-
-def _read_meta(folder: Path, run: Path | None) -> dict[str, Any]:
-    file = (run or folder) / "meta.json"
-    if run is None and not file.is_file():
-        return {}
-    return _read_json(file, f"{run} holds no meta.json; give the folder of a finished training (`traceir train --out`)")
 
 
 def _read_results(folder: Path, fingerprint: str) -> dict[str, Any]:
@@ -196,39 +189,31 @@ def _data_name(meta: dict[str, Any]) -> str:
     about = _read_json(folder / "meta.json", "") if folder.name and (folder / "meta.json").is_file() else {}
     if not about.get("name"):
         return line(folder.name)
-    more = [f"{about['scale']} scale"] if "scale" in about else []
-    more += [f"seed {about['seed']}"] if "seed" in about else []
-    return line(", ".join([str(about["name"]), *more]))
+    forms = {"name": "{}", "scale": "{} scale", "seed": "seed {}"}
+    return line(", ".join(form.format(about[key]) for key, form in forms.items() if key in about))
 
 
 def _config(meta: dict[str, Any]) -> dict[str, Any]:
     """The configuration of the run, or of the last of its stages."""
     stages = meta.get("stages")
-    if isinstance(stages, dict) and stages:
-        meta = list(stages.values())[-1]
-    config = meta.get("config")
+    config = (list(stages.values())[-1] if isinstance(stages, dict) and stages else meta).get("config")
     return config if isinstance(config, dict) else {}
 
 
-def _base_model(base: Base | None, meta: dict[str, Any]) -> str | None:
-    """The hub id that training began with; None where it began with a folder or with nothing."""
-    if base is not None:
-        return base.source if base.on_hub else None
-    begun = str(_config(meta).get("init") or "")
-    plain = re.fullmatch(r"[\w.-]+/[\w.-]+", begun) and not begun.startswith((".", "~")) and not Path(begun).exists()
-    return begun if plain else None
-
-
 def _front_matter(
-    title: str, data: str, base_model: str | None, base: Base | None, named: Sequence[tuple[str, dict[str, Any]]],
+    title: str, data: str, base: Base | None, meta: dict[str, Any], named: Sequence[tuple[str, dict[str, Any]]],
     licence: str | None,
 ) -> str:  # fmt: skip
-    short = data.partition(",")[0]
-    kinds = ["peft", "lora"] if base is not None else ["qwen2_5_vl"]
-    more = {"base_model_relation": "adapter" if base is not None else "finetune"} if base_model else {}
+    """`base_model` is the hub id that training began with; it is left out where it began with a folder or with nothing."""
+    begun = base.source if base is not None and base.on_hub else ""
+    if base is None:
+        init = str(_config(meta).get("init") or "")
+        begun = init if re.fullmatch(r"\w[\w.-]*/[\w.-]+", init) and not Path(init).exists() else ""
+    short, kinds = data.partition(",")[0], ["peft", "lora"] if base is not None else ["qwen2_5_vl"]
+    more = {"base_model_relation": "adapter" if base is not None else "finetune"} if begun else {}
     card = ModelCardData(
         library_name="traceir",
-        base_model=base_model,
+        base_model=begun or None,
         pipeline_tag="feature-extraction",
         tags=["traceir", "multimodal-retrieval", "embeddings", "reasoning", *kinds],
         license=licence,

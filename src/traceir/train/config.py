@@ -21,21 +21,9 @@ from traceir.train.small import SmallSize
 
 log = logging.getLogger(__name__)
 
-FREE: Final = (
-    "threads",
-    "log_every",
-    "cache",
-    "device",
-    "workers",
-    "report_to",
-    "precheck",
-    "keep",
-    "shard",
-    "chunk_tokens",
-    "save_every",
-    "grad_cache",
-    "checkpointing",
-    "diverged",
+FREE: Final = frozenset(
+    """threads log_every cache device workers report_to precheck keep shard chunk_tokens save_every grad_cache checkpointing
+    diverged""".split()
 )
 """Fields that may change when a run goes on: they decide where and how it runs, not what it learns."""
 FORMER_KEYS: Final = {"family": "group"}

@@ -215,13 +215,13 @@ def precheck(batches: TrainBatches, run: Callable[[TrainBatch], object], device:
     with the numbers that have to change. They are found by their texts, among `SCANNED` samples of each task; images are not
     opened for it.
     """
-    schedule = batches.schedule
+    schedule, on_cuda = batches.schedule, device.type == "cuda"
     drawn = [schedule.tasks[number] for number in sorted(set(schedule.chosen.tolist()))]
     longest = {task.name: _longest(task, schedule.batch) for task in drawn}
     name = max(longest, key=lambda name: _length(longest[name][0]))
     batch = batches.batch(len(batches), name, longest[name])
     widest = max(chunk.batch.ids.shape[1] for chunk in batch.chunks)
-    if device.type == "cuda":
+    if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
     try:
         run(batch)
@@ -230,7 +230,6 @@ def precheck(batches: TrainBatches, run: Callable[[TrainBatch], object], device:
             f"memory runs out on the longest samples (task {name}, {widest} tokens, queries {', '.join(batch.queried[:4])}, "
             "...): lower chunk_tokens, set grad_cache=true and checkpointing=true, or cut max_text_tokens"
         ) from error
-    on_cuda = device.type == "cuda"
     peak = torch.cuda.max_memory_allocated(device) if on_cuda else 2**10 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     log.info("the longest samples (%s, %d tokens) fit: peak %.2f GiB", name, widest, peak / 2**30)
 
@@ -238,8 +237,8 @@ def precheck(batches: TrainBatches, run: Callable[[TrainBatch], object], device:
 def _longest(task: TaskData, rows: int) -> list[Example]:
     """The `rows` samples with the most text, longest first; fewer are repeated."""
     draw = np.random.default_rng(0)
-    places = dict.fromkeys(np.linspace(0, len(task) - 1, min(len(task), SCANNED)).astype(int).tolist())
-    examples = sorted((task.example(place, draw) for place in places), key=_length, reverse=True)[:rows]
+    numbers = dict.fromkeys(np.linspace(0, len(task) - 1, min(len(task), SCANNED)).astype(int).tolist())
+    examples = sorted((task.example(number, draw) for number in numbers), key=_length, reverse=True)[:rows]
     return [examples[row % len(examples)] for row in range(rows)]
 
 
