@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,12 +14,11 @@ from safetensors.torch import load_file, save_file
 from test_adapter import learn, vectors
 from test_encoder import generate_one
 from test_gradcache import batch_of, examples, furthest, gradients, plain_gradients
-from test_serve_scheduler import same, scheduling
+from test_serve_scheduler import same
 from transformers import Qwen3VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.adapter import attach, projectors, save_adapter
-from traceir.cli.main import main
 from traceir.decoding import DecodeBatch, Decoder, keep_rows, merge_batches, trim
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
@@ -172,23 +169,6 @@ def test_the_closing_text_is_read_by_the_row_that_stops_short_and_by_no_other(mo
 
 
 @others
-def test_the_server_gives_what_the_encoder_gives(model: TraceModel, asked: list[Query]) -> None:
-    wanted = Encoder(model).encode_queries(asked, route="reason")
-
-    async def work() -> None:
-        async with scheduling(model, writing=3, remembered=0) as scheduler:
-
-            async def ask(number: int) -> None:
-                await asyncio.sleep(0.004 * number)
-                served = await scheduler.encode_query(asked[number], "reason")
-                assert same(served.encoding, wanted[number])
-
-            await asyncio.gather(*(ask(number) for number in range(len(asked))))
-
-    asyncio.run(asyncio.wait_for(work(), 60))
-
-
-@others
 def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: Path) -> None:
     double = load(folder, prompt_version="brief-1")
     double.network.double()
@@ -268,18 +248,3 @@ def test_weights_that_are_missing_are_never_drawn_at_random(tmp_path: Path) -> N
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"):
         load(folder)
-
-
-def test_a_published_checkpoint_indexes_and_searches_from_the_command_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, gallery = published(tmp_path / "hub", "qwen2_5_vl"), tmp_path / "gallery"
-    gallery.mkdir()
-    for number in range(4):
-        picture(number, 80, 60).load().save(gallery / f"{number}.png")
-    model = ["--index", str(tmp_path / "index"), "--model", str(folder)]
-    assert main(["index", "add", str(gallery), *model]) == 0
-    capsys.readouterr()
-    assert main(["search", *model, "--image", str(gallery / "2.png"), "-k", "2", "--route", "direct", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert len(found["hits"]) == 2 and found["route"] == "direct"

@@ -76,7 +76,7 @@ def test_at_token_reads_one_state_later_and_last_never_writes(queries: list[Quer
     assert last.prompt_version == "brief-1, read last", "an index notices"
 
 
-def test_threshold_is_a_latency_knob(model: TraceModel, queries: list[Query]) -> None:
+def test_threshold_is_a_latency_knob_and_wrong_options_are_refused(model: TraceModel, queries: list[Query]) -> None:
     def share(threshold: float) -> float:
         encodings = Encoder(model, threshold=threshold).encode_queries(queries)
         return sum(encoding.route == "direct" for encoding in encodings) / len(encodings)
@@ -84,6 +84,9 @@ def test_threshold_is_a_latency_knob(model: TraceModel, queries: list[Query]) ->
     assert share(0.0) == 1.0 and share(1.0) <= share(0.5) <= share(0.05) < 1.0
     with pytest.raises(InputError, match="probability"):
         Encoder(model, threshold=1.5)
+    with pytest.raises(InputError, match="sideways"):
+        Encoder(model).encode_queries(queries, route="sideways")
+    assert Encoder(model).encode_queries([]) == []
 
 
 def test_why_a_row_stopped_short_is_told_and_the_closing_text_is_read(queries: list[Query]) -> None:
@@ -117,9 +120,3 @@ def test_eight_threads_share_one_model(model: TraceModel, queries: list[Query]) 
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(lambda _: encoder.encode_queries(queries), range(8)):
             assert all(alike(one, other) for one, other in zip(alone, found, strict=True))
-
-
-def test_an_unknown_route_is_refused(model: TraceModel, queries: list[Query]) -> None:
-    with pytest.raises(InputError, match="sideways"):
-        Encoder(model).encode_queries(queries, route="sideways")
-    assert Encoder(model).encode_queries([]) == []

@@ -20,10 +20,10 @@ import published
 import pytest
 import torch
 from fake_sglang import serving_here
-from fakes import vector_of
+from fakes import FakeEncoder
 from PIL import Image
 from sentence_transformers import SentenceTransformer
-from test_evaluate import FASHION_ROW, TEXT_ROW, candidate, query, write, write_instructions, write_row
+from train_folder import query, write_lines
 from transformers import AutoProcessor, Siglip2Model
 
 import traceir
@@ -44,7 +44,7 @@ ASKED = "Find a picture of the same thing."
 
 
 def run(*arguments: object) -> int:
-    return main([str(one) for one in arguments])
+    return main(list(map(str, arguments)))
 
 
 def pixels(seed: int) -> Image.Image:
@@ -115,25 +115,21 @@ def test_the_command_line_gives_the_library_s_vectors(
 ) -> None:
     own, index = SentenceTransformer(str(places / kind)), tmp_path / "index"
     code = run("index", "add", things, "--index", index, "--model", places / kind)
-    told = capsys.readouterr()
+    out, err = capsys.readouterr()
+    inputs: dict[str, Any] = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
     if kind in IMAGES:
-        assert code == 0 and "added 8" in told.out
+        inputs |= {f"{number}.png": Image.open(things / f"{number}.png").convert("RGB") for number in range(4)}
+        assert code == 0 and "added 8" in out
     else:
-        assert code == 1 and "added 4" in told.out and told.err.count("is an image, which") == 4
-    texts = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
-    files = {f"{number}.png": Image.open(things / f"{number}.png") for number in range(4)} if kind in IMAGES else {}
-    wanted = dict(zip([*texts, *files], [*documents_of(own, list(texts.values())), *_pictures(own, files)], strict=True))
+        assert code == 1 and "added 4" in out and err.count("is an image, which") == 4
+    # One by one: the library makes other vectors of texts and images in one list.
+    wanted = np.concatenate([documents_of(own, [value]) for value in inputs.values()])
     with open_index(index) as opened:
-        stored = opened.get(list(wanted), with_vectors=True)
-    assert far([stored[name].vector for name in wanted], list(wanted.values())) < 1e-6
+        stored = opened.get(list(inputs), with_vectors=True)
+    assert far([stored[name].vector for name in inputs], wanted) < 1e-6
     assert run("search", TEXT, "--index", index, "--model", places / kind, "--json", "-k", 8) == 0
-    asked = queries_of(own, [TEXT])[0]
-    found = {hit["id"]: hit["score"] for hit in json.loads(capsys.readouterr().out)["hits"]}
-    assert far([found[name] for name in wanted], [float(asked @ vector) for vector in wanted.values()]) < 1e-5
-
-
-def _pictures(model: SentenceTransformer, files: dict[str, Image.Image]) -> list[Vector]:
-    return list(documents_of(model, [image.convert("RGB") for image in files.values()])) if files else []
+    scores = {hit["id"]: hit["score"] for hit in json.loads(capsys.readouterr().out)["hits"]}
+    assert far([scores[name] for name in inputs], wanted @ queries_of(own, [TEXT])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ("clip", "gemma"))
@@ -150,49 +146,51 @@ def test_the_server_gives_the_library_s_vectors(kind: str, places: Path, things:
         assert refused.status_code == 400 and "cannot reason" in refused.text
 
 
+ROW = "fashioniq_task7"
+
+
 @pytest.fixture(scope="module")
 def row_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A row of texts with one label of reasoning, and a row of edits."""
+    """A row of edits in M-BEIR's layout, and its texts in M-BEIR's form, which evaluation gives."""
     root = tmp_path_factory.mktemp("mbeir")
     (root / "mbeir_images").mkdir()
-    for number in range(6):
-        pixels(number).save(root / f"mbeir_images/{number}.png")
-    texts = [" ".join(published.WORDS[n : n + 4]).capitalize() + "." for n in range(8)]  # M-BEIR's form, which evaluation gives
-    asked = [query(f"2:{n}", texts[n], [f"2:{n}"], 1) for n in range(3)]
-    write_row(root, TEXT_ROW, asked, [candidate(f"2:{n}", text=texts[n + 2]) for n in range(6)])
-    edits = [query(f"7:{n}", texts[n], [f"7:{n}"], 7, f"mbeir_images/{n}.png") for n in range(3)]
-    write_row(root, FASHION_ROW, edits, [candidate(f"7:{n}", image=f"mbeir_images/{n}.png") for n in range(6)])
-    label = {"qid": "2:0", "steps": 2, "z": 1, "reasoning": "one red", "answer": "red cube"}
-    write(root / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [label])
-    write_instructions(root, "Change it.")
+    images = [f"mbeir_images/{number}.png" for number in range(6)]
+    for number, image in enumerate(images):
+        pixels(number).save(root / image)
+    texts = [" ".join(published.WORDS[n : n + 4]).capitalize() + "." for n in range(3)]
+    edits = [query(f"7:{n}", 7, images[n], text, [f"7:{n}"], []) for n, text in enumerate(texts)]
+    pool = [{"did": f"7:{n}", "txt": None, "img_path": image, "modality": "image"} for n, image in enumerate(images)]
+    write_lines(root / f"query/test/mbeir_{ROW}_test.jsonl", edits)
+    write_lines(root / f"cand_pool/local/mbeir_{ROW}_cand_pool.jsonl", pool)
+    (root / "instructions").mkdir()
+    (root / "instructions/query_instructions.tsv").write_text(
+        "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\nimage,text\timage\tFashionIQ\t7\tChange it.\n"
+    )
     return root
 
 
-@pytest.mark.parametrize(("kind", "row"), [("qwen", FASHION_ROW), ("gemma", TEXT_ROW)])
-def test_evaluation_ranks_by_the_library_s_vectors(kind: str, row: str, row_folder: Path, places: Path, tmp_path: Path) -> None:
-    assert run("evaluate", "--data", row_folder, "--out", tmp_path, "--rows", row, "--model", places / kind) == 0
-    own = SentenceTransformer(str(places / kind))
-    asked = [json.loads(line) for line in (row_folder / f"query/test/mbeir_{row}_test.jsonl").read_text().splitlines()]
-    pool = [json.loads(line) for line in (row_folder / f"cand_pool/local/mbeir_{row}_cand_pool.jsonl").read_text().splitlines()]
-    wanted = documents_of(own, [one["txt"] or Image.open(row_folder / one["img_path"]) for one in pool])
-    if row == FASHION_ROW:
-        inputs = [{"image": Image.open(row_folder / one["query_img_path"]), "text": one["query_txt"]} for one in asked]
-        scores = queries_of(own, inputs, prompt="Change it.") @ wanted.T
-    else:
-        scores = queries_of(own, [one["query_txt"] for one in asked]) @ wanted.T
-    lines = [line.split() for line in (tmp_path / "runs" / f"{row}-auto.txt").read_text().splitlines()]
+def test_evaluation_ranks_by_the_library_s_vectors(row_folder: Path, places: Path, tmp_path: Path) -> None:
+    assert run("evaluate", "--data", row_folder, "--out", tmp_path, "--rows", ROW, "--model", places / "qwen") == 0
+    own = SentenceTransformer(str(places / "qwen"))
+    asked = [json.loads(line) for line in (row_folder / f"query/test/mbeir_{ROW}_test.jsonl").read_text().splitlines()]
+    wanted = documents_of(own, [Image.open(row_folder / f"mbeir_images/{number}.png") for number in range(6)])
+    inputs = [{"image": Image.open(row_folder / one["query_img_path"]), "text": one["query_txt"]} for one in asked]
+    lines = [line.split() for line in (tmp_path / "runs" / f"{ROW}-auto.txt").read_text().splitlines()]
     ranked = {(qid, did): float(score) for qid, _, did, _, score, *_ in lines}
-    assert far([[ranked[one["qid"], other["did"]] for other in pool] for one in asked], scores) < 2e-6
+    scores = [[ranked[f"7:{row}", f"7:{number}"] for number in range(6)] for row in range(3)]
+    assert far(scores, queries_of(own, inputs, prompt="Change it.") @ wanted.T) < 2e-6
     about = json.loads((tmp_path / "results.json").read_text())
-    assert about["model"] == load_encoder(places / kind).fingerprint and about["prompt_version"] == "library-1"
-    assert about["max_reasoning_tokens"] is None and row in about["routes"]["auto"]
+    assert about["model"] == load_encoder(places / "qwen").fingerprint and about["prompt_version"] == "library-1"
+    assert about["max_reasoning_tokens"] is None and ROW in about["routes"]["auto"]
 
 
 def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path, tmp_path: Path) -> None:
     files = {number: tmp_path / "sets" / "Urban1k" / "image" / f"{number}.jpg" for number in (1, 2, 10)}
     for number, file in files.items():
-        write(tmp_path / f"sets/Urban1k/caption/{number}.txt", f"Street {number}.\nA second line.\n")
-        file.parent.mkdir(exist_ok=True)
+        caption = tmp_path / f"sets/Urban1k/caption/{number}.txt"
+        for folder in (file.parent, caption.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        caption.write_text(f"Street {number}.\nA second line.\n")
         pixels(number).save(file)
     assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
     own = SentenceTransformer(str(places / "clip"))
@@ -319,12 +317,14 @@ def _message(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in pairs]}]
 
 
-def test_weights_may_be_in_bfloat16_and_vectors_are_not(places: Path) -> None:
+def test_weights_may_be_in_bfloat16_and_threads_share_one_encoder(places: Path) -> None:
     encoder = load_encoder(places / "bert", dtype=torch.bfloat16)
     own = SentenceTransformer(str(places / "bert"), model_kwargs={"dtype": torch.bfloat16})
-    found = vectors(encoder.encode_queries([Query.of(text=TEXT)]))
+    texts = [" ".join(published.WORDS[: 2 + n % 9]) + f" {n}" for n in range(24)]
+    with ThreadPoolExecutor(4) as pool:
+        found = vectors(list(pool.map(lambda text: encoder.encode_queries([Query.of(text=text)])[0], texts)))
     assert encoder.vector_settings["dtype"] == "torch.bfloat16" and found.dtype == np.float32
-    assert far(found, queries_of(own, [TEXT])) < 1e-6
+    assert far(found, [queries_of(own, [text])[0] for text in texts]) < 1e-6
 
 
 def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
@@ -400,14 +400,9 @@ def test_the_fingerprint_is_of_all_that_decides_a_vector(places: Path, tmp_path:
     found = [load_encoder(place).fingerprint for place in (pooled, prompted, other, places / "clip", places / "old-clip")]
     assert len({first, *found}) == 6
     dense = published.copied(places / "gemma", tmp_path / "dense")
-    (dense / "2_Dense" / "model.safetensors").write_bytes(_changed(dense / "2_Dense" / "model.safetensors"))
+    weights = dense / "2_Dense" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     assert load_encoder(dense).fingerprint != load_encoder(places / "gemma").fingerprint
-
-
-def _changed(file: Path) -> bytes:
-    data = bytearray(file.read_bytes())
-    data[-4:] = bytes(4)
-    return bytes(data)
 
 
 def _bin(folder: Path) -> None:
@@ -477,31 +472,25 @@ def test_a_hub_id_is_decided_by_its_modules_file_and_offline_by_the_cache(
         assert _error(capsys).startswith("someone/else is no folder here and not in the local cache")
 
 
-MODULES = json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]).encode()
-
-
 class _Hub(BaseHTTPRequestHandler):
     """Of a hub, the modules.json of two repositories: one has it, one has none; a third cannot be told."""
 
     asked: ClassVar[list[str]] = []
 
-    def do_HEAD(self) -> None:
-        self._answer(b"")
-
     def do_GET(self) -> None:
-        self._answer(MODULES)
-
-    def _answer(self, body: bytes) -> None:
+        body = json.dumps([{"type": "sentence_transformers.models.Transformer", "path": ""}]).encode()
         self.asked.append(self.path)
         missing, broken = "/plain/" in self.path, "/broken/" in self.path
         self.send_response(404 if missing else 403 if broken else 200)
-        self.send_header("X-Repo-Commit", "0123456789012345678901234567890123456789")
-        self.send_header("ETag", '"0123"')
-        self.send_header("Content-Length", str(len(MODULES)))
-        if missing:
-            self.send_header("X-Error-Code", "EntryNotFound")
+        headers = {"X-Repo-Commit": "0" * 40, "ETag": '"0123"', "Content-Length": str(len(body))}
+        for name, value in (headers | ({"X-Error-Code": "EntryNotFound"} if missing else {})).items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
@@ -513,11 +502,10 @@ def test_the_hub_is_asked_for_one_file_to_decide(tmp_path: Path, monkeypatch: py
         address = f"http://127.0.0.1:{hub.server_port}"
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        pattern = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + pattern)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        pattern = address + "/{repo_id}/resolve/{revision}/{filename}"
+        values = {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": pattern, "HF_HUB_CACHE": str(tmp_path)}
+        for name, value in (values | {"HF_HUB_OFFLINE": False}).items():
+            monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         assert is_library("someone/model") and not is_library("someone/plain")
         with pytest.raises(ModelError, match="someone/broken cannot be had from the hub: "):
             is_library("someone/broken")
@@ -530,41 +518,39 @@ def test_the_hub_is_asked_for_one_file_to_decide(tmp_path: Path, monkeypatch: py
 # The worker for encoders that cannot be looked into
 
 
-class Watched:
-    """Encodes as a real encoder would; remembers its batches, and fails at what it is told to."""
+class Watched(FakeEncoder):
+    """Remembers its batches, waits until it may go on, and fails at what it is told to."""
 
-    fingerprint, prompt_version, width, batch_rows = "watched", "p", 8, 4
+    batch_rows = 4
 
     def __init__(self, *, broken: Exception | None = None, in_flight: int = 1) -> None:
-        self.broken, self.in_flight = broken, in_flight
-        self.batches: list[list[str]] = []
+        super().__init__(8)
+        self.broken, self.in_flight, self.closed = broken, in_flight, False
+        self.batches: list[list[Any]] = []
         self.going = threading.Event()
-        self.closed = False
 
     def encode_queries(self, queries: Sequence[Query], *, route: str = "auto") -> list[Encoding]:
         if route == "reason":
             raise InputError("it cannot reason")
-        return self._encode([f"?{one.text}" for one in queries], queries)
+        self._wait(queries)
+        return super().encode_queries(queries)
 
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
-        return self._encode([one.text for one in items], items)
+        self._wait(items)
+        return super().encode_items(items)
 
-    def _encode(self, names: list[str], contents: Sequence[Query | Item]) -> list[Encoding]:
-        self.batches.append(names)
+    def _wait(self, contents: Sequence[Query | Item]) -> None:
+        self.batches.append(list(contents))
         self.going.wait(10)
         if self.broken is not None:
             raise self.broken
-        for content in contents:
-            for part in content.images:
-                part.load()
-        return [Encoding(vector_of(name, self.width), "direct", "", 0, 1.0, False) for name in names]
 
     def close(self) -> None:
         self.closed = True
 
 
 @asynccontextmanager
-async def scheduling(encoder: Any) -> AsyncIterator[Scheduler]:
+async def scheduling(encoder: Watched) -> AsyncIterator[Scheduler]:
     async with asyncio.timeout(30):
         scheduler = Scheduler(encoder)
         scheduler.start()
@@ -576,21 +562,21 @@ async def scheduling(encoder: Any) -> AsyncIterator[Scheduler]:
 
 
 def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
+    items, asked = [Item.of(text=f"i{n}") for n in range(20)], [Query.of(text=f"q{n}") for n in range(3)]
+
     async def work() -> None:
         encoder = Watched(in_flight=3)
         async with scheduling(encoder) as scheduler:
-            asked = [scheduler.encode_item(Item.of(text=f"i{n}")) for n in range(20)]
-            asked += [scheduler.encode_query(Query.of(text=f"q{n}"), "auto") for n in range(3)]
-            waiting = asyncio.gather(*asked)
+            work = [*map(scheduler.encode_item, items), *(scheduler.encode_query(query, "auto") for query in asked)]
+            waiting = asyncio.gather(*work)
             await asyncio.sleep(0.1)
             assert len(encoder.batches) == 3, "as many batches are under way as the encoder takes"
             encoder.going.set()
-            served = await waiting
-            names = [f"i{n}" for n in range(20)] + [f"?q{n}" for n in range(3)]
-            assert far([one.encoding.vector for one in served], [vector_of(name, 8) for name in names]) == 0
-            assert sorted(name for batch in encoder.batches for name in batch) == sorted(names)
-            assert max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 10
-            assert all(len({name[0] for name in batch}) == 1 for batch in encoder.batches)
+            served, fake = await waiting, FakeEncoder(8)
+            wanted = [*fake.encode_items(items), *fake.encode_queries(asked)]
+            assert far(vectors([one.encoding for one in served]), vectors(wanted)) == 0
+            assert sum(map(len, encoder.batches)) == 23 and max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 10
+            assert all(len(set(map(type, batch))) == 1 for batch in encoder.batches)
             with pytest.raises(InputError, match="cannot reason"):
                 await scheduler.encode_query(Query.of(text="a"), "reason")
         assert encoder.closed
@@ -599,21 +585,22 @@ def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
 
 
 def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out() -> None:
+    bad, left = Item.of(text="bad", image=ImageInput.from_bytes(b"no picture")), Item.of(text="left")
+
     async def work() -> None:
         encoder = Watched()
         async with scheduling(encoder) as scheduler:
-            bad = Item.of(text="bad", image=ImageInput.from_bytes(b"no picture"))
             first = asyncio.ensure_future(scheduler.encode_item(Item.of(text="first")))
             await asyncio.sleep(0.05)
-            left = asyncio.ensure_future(scheduler.encode_item(Item.of(text="left")))
+            nobody = asyncio.ensure_future(scheduler.encode_item(left))
             items = (Item.of(text="a"), bad, Item.of(text="b"))
-            others = asyncio.gather(*[scheduler.encode_item(one) for one in items], return_exceptions=True)
+            others = asyncio.gather(*map(scheduler.encode_item, items), return_exceptions=True)
             await asyncio.sleep(0.1)
-            left.cancel()
+            nobody.cancel()
             await asyncio.sleep(0)
             encoder.going.set()
             assert [type(one).__name__ for one in await others] == ["Served", "ImageError", "Served"] and (await first)
-            assert not any("left" in batch for batch in encoder.batches) and scheduler.alive
+            assert not any(left in batch for batch in encoder.batches) and scheduler.alive
 
     asyncio.run(work())
 
@@ -634,11 +621,3 @@ def test_a_failing_encoder_is_unavailable_and_its_server_not_ready(error: Except
             assert scheduler.alive
 
     asyncio.run(work())
-
-
-def test_threads_share_one_encoder(places: Path) -> None:
-    encoder, own = both_of(places / "bert")
-    texts = [" ".join(published.WORDS[: 2 + n % 9]) + f" {n}" for n in range(24)]
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda text: encoder.encode_queries([Query.of(text=text)])[0], texts))
-    assert far(vectors(found), queries_of(own, texts)) < 1e-6

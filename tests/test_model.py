@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from backbones import published
 from conftest import picture, random_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.batch import ImageBudget, Processor, smart_resize
-from traceir.checkpoint import fingerprint
+from traceir.checkpoint import bundled_model, fingerprint
+from traceir.encoder import Encoder
 from traceir.errors import ImageError, ModelError
 from traceir.forward import add_token
 from traceir.items import Item, Query
@@ -78,6 +81,14 @@ def test_pixel_store_is_used_instead_of_the_file(model: TraceModel) -> None:
     assert not stored.pixels(picture(1)).any()
 
 
+def test_transformers_warns_of_nothing_where_a_model_loads_and_reasons(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    (encoding,) = Encoder(load(bundled_model())).encode_queries([Query.of(text="a red cube", image=picture(1))], route="reason")
+    assert encoding.reasoning and not caplog.records
+
+
 def test_save_and_load_give_the_same_vectors_and_an_ordinary_checkpoint(model: TraceModel, tmp_path: Path) -> None:
     folder = save(model, tmp_path / "checkpoint")
     again = load(folder)
@@ -122,27 +133,16 @@ def test_broken_settings_name_file_and_field(model: TraceModel, tmp_path: Path, 
 
 
 def test_adding_emb_never_shrinks_the_vocabulary(tmp_path: Path) -> None:
-    """A checkpoint as transformers saves it, with spare rows and without `<|emb|>`, as Qwen publishes its own."""
-    made, folder = random_model(), tmp_path / "published"
-    made.network.save_pretrained(folder)
-    made.processor.tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer.json"
-    text = json.loads(file.read_text())
-    text["added_tokens"] = [token for token in text["added_tokens"] if token["content"] != EMB]
-    text["model"]["vocab"].pop(EMB)
-    file.write_text(json.dumps(text))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    for key in ("extra_special_tokens", "additional_special_tokens"):
-        settings.pop(key, None)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    bare = AutoTokenizer.from_pretrained(folder)
-    assert EMB not in bare.get_vocab()
-    rows = made.network.get_input_embeddings().weight.shape[0]
+    """Qwen publishes its checkpoints without `<|emb|>` and with spare rows; one more row is made where those are used up."""
+    folder = published(tmp_path / "published", "qwen2_5_vl")
     network = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder)
-    new = add_token(network, bare, EMB)
-    assert network.get_input_embeddings().weight.shape[0] == max(rows, new + 1)
-    assert add_token(network, bare, EMB) == new, "adding twice changes nothing"
-    assert bool(torch.isfinite(network.lm_head.weight[new]).all())
+    for spare in (1, 0):
+        tokenizer, rows = AutoTokenizer.from_pretrained(folder), network.get_input_embeddings().weight.shape[0]
+        tokenizer.add_tokens([f"<{number}>" for number in range(rows - spare - len(tokenizer))])
+        new = add_token(network, tokenizer, EMB)
+        assert add_token(network, tokenizer, EMB) == new, "adding twice changes nothing"
+        assert network.get_input_embeddings().weight.shape[0] == max(rows, new + 1) == rows + 1 - spare
+        assert bool(torch.isfinite(network.lm_head.weight[new]).all())
 
 
 @pytest.fixture(scope="module")
@@ -172,14 +172,12 @@ def test_weights_are_found_as_transformers_finds_them(sharded: Path, tmp_path: P
     folder = shutil.copytree(sharded, tmp_path / "cache" / "snapshot", copy_function=lambda a, b: Path(b).symlink_to(a))
     assert fingerprint(folder) == load(folder).fingerprint == fingerprint(sharded), "the hub's cache holds links"
     other = save(random_model(1), tmp_path / "other")
-    (folder / "model.safetensors").symlink_to(other / "model.safetensors")
     head = load(other).network.lm_head.weight
-    assert torch.equal(load(folder).network.lm_head.weight, head)
-    (folder / "model-00001-of-00009.safetensors").write_bytes(b"old")
-    assert fingerprint(folder) == load(folder).fingerprint != fingerprint(sharded), "one whole file goes before shards"
     for file in sharded.glob("model*"):
         shutil.copy(file, other)
-    assert torch.equal(load(other, inference=True).network.lm_head.weight, head), "and so it does without transformers"
+    for inference in (False, True):
+        assert torch.equal(load(other, inference=inference).network.lm_head.weight, head), "one whole file goes before shards"
+    assert fingerprint(other) == load(other).fingerprint != fingerprint(sharded)
 
 
 def test_a_shard_that_is_missing_and_weights_that_are_damaged_are_named(sharded: Path, tmp_path: Path) -> None:

@@ -12,15 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import both_roads, make_queries, picture, random_model
-from transformers import AutoTokenizer, Qwen2_5_VLConfig
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import ModelError
 from traceir.items import Item
-from traceir.model import TraceModel, create, load, save
+from traceir.model import TraceModel, load, save, wrap
 from traceir.network import InferenceTokenizer, Network, fits
-from traceir.train.small import train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,10 @@ def windowed_model() -> TraceModel:
     whole["vision_config"] |= {"depth": 3, "window_size": 32, "fullatt_block_indexes": [1]}
     whole["text_config"] |= {"num_key_value_heads": 2, "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}}  # fmt: skip
-    tokenizer = train_tokenizer(["a red cube", "a green ball"] * 20, 300)
+    torch.manual_seed(3)
+    network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig.from_dict(whole)).eval()
     image = replace(made.processor.image, min_pixels=16 * 16, max_pixels=160 * 160)
-    return create(Qwen2_5_VLConfig.from_dict(whole), tokenizer, made.settings, image, seed=3)
+    return wrap(network, made.processor.tokenizer, made.settings, image)
 
 
 @pytest.mark.parametrize("route", ["auto", "reason", "direct"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import peft
 import pytest
 import torch
 from conftest import WORDS, picture
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
@@ -25,25 +24,15 @@ from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
 from traceir.explain import explain
 from traceir.items import Encoding, Item, Query
-from traceir.model import load, save
+from traceir.model import TraceModel, load, save
 from traceir.profiles import PROFILES, resolve_profile
 
 QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-THINK = (
-    "\n<disc_emb>\nRepresent the above input text, images, videos, or any combination of the three as embeddings. First output "
-    "the thinking process in <think> </think> tags and then summarize the entire input in a word or sentence. Finally, use the "
-    "<gen_emb> tag to represent the entire input."
-)
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 ASK, RED, SHOWN = "Find it.", "a red cube", picture(5, 140, 112)
 QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instruction=ASK),
            Query.of(text=RED, image=SHOWN, instruction=ASK)]  # fmt: skip
 ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]
-
-Reader = Callable[[list[int]], int]
-Write = Callable[[str, str, str], str]
 
 
 def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
@@ -109,32 +98,25 @@ SHAPES = {
 }
 
 
-class Stock:
-    """The raw transformers model and tokenizer of a folder: a whole prompt as one string, the states of all its tokens."""
+def shown_to(network: Any, layout: Layout, model: TraceModel) -> dict[str, torch.Tensor]:
+    """A layout as transformers' own forward pass takes it. What a layout should hold: test_profiles_golden.py."""
+    batch = model.processor.collate([layout])
+    inputs = {"input_ids": batch.ids, "mm_token_type_ids": (batch.ids == network.config.image_token_id).int()}
+    if batch.patches is not None and batch.grids is not None:
+        inputs |= {"pixel_values": batch.patches, "image_grid_thw": batch.grids}
+    return inputs
 
-    def __init__(self, folder: Path, **pixels: int) -> None:
-        self.network = AutoModelForImageTextToText.from_pretrained(folder)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
-        if pixels:
-            self.images.size = {**dict(self.images.size), **pixels}
 
-    def inputs(self, prompt: str, shown: Image.Image | None = None) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        if "<|image_pad|>" in prompt:
-            found = dict(self.images(images=[shown or SHOWN.load()], return_tensors="pt"))
-            prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * int(found["image_grid_thw"].prod() // 4))
-        found["input_ids"] = torch.tensor([self.tokenizer(prompt)["input_ids"]])
-        found["mm_token_type_ids"] = (found["input_ids"] == self.network.config.image_token_id).int()
-        return found
-
-    def vector(self, prompt: str, place: Reader, *, sequential: bool = False, shown: Image.Image | None = None) -> np.ndarray:
-        inputs = self.inputs(prompt, shown)
-        length = inputs["input_ids"].shape[1]
-        places = {"position_ids": torch.arange(length).view(1, 1, -1).expand(3, 1, -1)} if sequential else {}
+def stock_vectors(network: Any, model: TraceModel, contents: Sequence[Query | Item]) -> list[np.ndarray]:
+    """The states of the stock class at the end of each prompt, asked not to write."""
+    vectors = []
+    for content in contents:
+        layout = model.processor.forced(model.prompt(content, direct=True))
         with torch.no_grad():
-            states = self.network.model(**inputs, **places).last_hidden_state[0]
-        return unit(states[place(inputs["input_ids"][0].tolist())])
+            positions = torch.from_numpy(layout.positions.copy())[:, None]
+            states = network.model(**shown_to(network, layout, model), position_ids=positions).last_hidden_state[0]
+        vectors.append(unit(states[-1]))
+    return vectors
 
 
 def unit(state: torch.Tensor) -> np.ndarray:
@@ -142,60 +124,26 @@ def unit(state: torch.Tensor) -> np.ndarray:
 
 
 def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
-    """Same vectors, on the direct road, which differ from each other where there are several."""
+    """Same vectors, on the direct route, which differ from each other where there are several."""
     for one, vector in zip(found, expected, strict=True):
         assert np.abs(one.vector - vector).max() < 2e-6
         assert one.route == "direct" and not one.reasoning
     assert all(np.abs(expected[0] - other).max() > 1e-2 for other in expected[1:]), "the test needs vectors that differ"
 
 
-def lamra(ask: str, text: str, image: str) -> str:
-    """LamRA's whole prompt; it puts texts into M-BEIR's form."""
-    body = {"": "", ASK: "Find it.", RED: "A red cube.", f"{ASK} {RED}": "Find it. a red cube."}[f"{ask} {text}".strip()]
-    kind = "sentence" if not image else "image and sentence" if body else "image"
-    user = f"{image}{body}\nSummarize above {kind} in one word: "
-    return f"{SYSTEM}{user}<|im_end|>\n<|im_start|>assistant\n<emb>.<|im_end|>\n<|im_start|>assistant\n"
-
-
-def gme(ask: str, text: str, image: str) -> str:
-    system = f"<|im_start|>system\n{ask or 'You are a helpful assistant.'}<|im_end|>\n<|im_start|>user\n"
-    return f"{system}{image}{text}<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
-
-
-def embed_rl(ask: str, text: str, image: str) -> str:
-    user = f"{image}{f'{ask} {text}'.strip()}Summarize the above content in one word:"
-    return f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n<emb><|im_end|>\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "extra", "pixels", "write", "token", "before"),
-    [
-        ("lamra", "qwen2_vl", ["<emb>"], (4 * 28**2, 300 * 28**2), lamra, "<emb>", 1),
-        ("gme", "qwen2_vl", [], (256 * 28**2, 1280 * 28**2), gme, "<|endoftext|>", 0),
-        ("embed-rl", "qwen3_vl", [], (128 * 32**2, 768 * 32**2), embed_rl, "<emb>", 0),
-    ],
-)
-def test_vectors_are_the_stock_states_at_the_projects_position(
-    tmp_path: Path, name: str, kind: str, extra: list[str], pixels: tuple[int, int], write: Write, token: str, before: int
-) -> None:
-    folder = checkpoint(tmp_path / name, kind, extra)
-    encoder = Encoder(load(folder, profile=name))
-    stock = Stock(folder, shortest_edge=pixels[0], longest_edge=pixels[1])
-    stock.tokenizer.add_tokens([token])
-    mark = stock.tokenizer.convert_tokens_to_ids(token)
-
-    def read(ask: str) -> list[np.ndarray]:
-        prompts = [write(ask, text, image) for text, image in ((RED, ""), ("", IMAGE), (RED, IMAGE))]
-        return [stock.vector(one, lambda ids: ids.index(mark) - before, sequential=kind == "qwen2_vl") for one in prompts]
-
+@pytest.mark.parametrize(("name", "kind"), [("lamra", "qwen2_vl"), ("gme", "qwen2_vl"), ("embed-rl", "qwen3_vl")])
+def test_vectors_are_the_stock_states_where_a_profile_reads(tmp_path: Path, name: str, kind: str) -> None:
+    folder = checkpoint(tmp_path / name, kind, ["<emb>"] if name == "lamra" else [])
+    encoder, stock = Encoder(load(folder, profile=name)), AutoModelForImageTextToText.from_pretrained(folder)
     for route in ("auto", "reason", "direct"):
-        check(encoder.encode_queries(QUERIES, route=route), read(ASK))
-    check(encoder.encode_items(ITEMS), read(""))
+        check(encoder.encode_queries(QUERIES, route=route), stock_vectors(stock, encoder.model, QUERIES))
+    expected = stock_vectors(stock, encoder.model, ITEMS)
+    check(encoder.encode_items(ITEMS), expected)
     if name == "lamra":
         assert encoder.model.network.get_input_embeddings().weight.shape[0] == 512, "nothing is added"
         assert Encoder.from_pretrained(folder).prompt_version == "trace-1", "without its profile it is read as TRACE"
         turned = Encoder(load(folder, profile=replace(PROFILES[name], name="turned", rope="mrope"))).encode_items(ITEMS[1:2])
-        assert np.abs(turned[0].vector - read("")[1]).max() > 1e-4, "positions in the plane make another vector of an image"
+        assert np.abs(turned[0].vector - expected[1]).max() > 1e-4, "positions in the plane make another vector of an image"
 
 
 def test_a_profile_needs_no_token_or_matrix_that_it_does_not_read(tmp_path: Path) -> None:
@@ -231,43 +179,29 @@ def test_an_index_knows_profiles_by_name_and_fields() -> None:
 def test_ume_r1_writes_on_both_sides_and_reads_at_its_token(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path / "ume", "qwen2_vl", ["<disc_emb>", "<gen_emb>"])
     profile = replace(PROFILES["ume-r1"], max_reasoning_tokens=20)
-    encoder = Encoder(load(folder, profile=profile))
-    stock = Stock(folder, shortest_edge=784, longest_edge=2_359_296)
-    written, mark = stock.tokenizer.convert_tokens_to_ids("<gen_emb>"), stock.tokenizer.convert_tokens_to_ids("<disc_emb>")
-    blank = Image.new("RGB", (56, 56), "white")
-    shown = (blank, None, None)
-
-    def prompts(text: str) -> list[str]:
-        parts = (text, text.replace(RED, "").strip(), text)
-        return [f"{SYSTEM}{IMAGE}{part}{THINK}<|im_end|>\n<|im_start|>assistant\n" for part in parts]
-
+    encoder, stock = Encoder(load(folder, profile=profile)), AutoModelForImageTextToText.from_pretrained(folder)
+    model, tokenizer = encoder.model, encoder.model.processor.tokenizer
+    written = tokenizer.convert_tokens_to_ids("<gen_emb>")
     reasoned = again = 0
-    for asked, found in (
-        (prompts(f"{ASK} {RED}"), encoder.encode_queries(QUERIES)),
-        (prompts(RED), encoder.encode_items(ITEMS)),
-    ):
-        for prompt, image_shown, one in zip(asked, shown, found, strict=True):
-            inputs = stock.inputs(prompt, image_shown)
-            out = stock.network.generate(
-                **inputs, max_new_tokens=22, do_sample=False, output_hidden_states=True,
-                return_dict_in_generate=True, eos_token_id=stock.tokenizer.eos_token_id, pad_token_id=0,
-            )  # fmt: skip
-            ids = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()[:20]
-            assert one.truncated == (written not in ids)
-            if not one.truncated:
-                place = len(ids) - 1 - ids[::-1].index(written)
-                reasoned += place > 0
-                again += ids.count(written) > 1
-                assert one.tokens == len([token for token in ids if token not in (written, stock.tokenizer.eos_token_id)])
-                assert np.abs(one.vector - unit(out.hidden_states[place + 1][-1][0, -1])).max() < 2e-6
+    encodings = [*encoder.encode_queries(QUERIES), *encoder.encode_items(ITEMS)]
+    for content, encoding in zip([*QUERIES, *ITEMS], encodings, strict=True):
+        layout = model.processor.lay_out(model.prompt(content))
+        out = stock.generate(
+            **shown_to(stock, layout, model), max_new_tokens=22, do_sample=False, output_hidden_states=True,
+            return_dict_in_generate=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=0,
+        )  # fmt: skip
+        ids = out.sequences[0, len(layout) :].tolist()[:20]
+        assert encoding.truncated == (written not in ids)
+        if not encoding.truncated:
+            last = len(ids) - 1 - ids[::-1].index(written)
+            reasoned += last > 0
+            again += ids.count(written) > 1
+            assert encoding.tokens == len([token for token in ids if token not in (written, tokenizer.eos_token_id)])
+            assert np.abs(encoding.vector - unit(out.hidden_states[last + 1][-1][0, -1])).max() < 2e-6
     assert reasoned >= 2 and again >= 1, "the test needs inputs that write before the token, and that write it twice"
-
-    def read(prompts: list[str]) -> list[np.ndarray]:
-        return [stock.vector(prompt, lambda ids: ids.index(mark), shown=one) for prompt, one in zip(prompts, shown, strict=True)]
-
-    check(encoder.encode_queries(QUERIES, route="direct"), read(prompts(f"{ASK} {RED}")))
+    check(encoder.encode_queries(QUERIES, route="direct"), stock_vectors(stock, model, QUERIES))
     halved = Encoder(load(folder, profile=replace(profile, name="halved", writes=("query",))))
-    check(halved.encode_items(ITEMS), read(prompts(RED)))
+    check(halved.encode_items(ITEMS), stock_vectors(stock, model, ITEMS))
 
 
 def test_user_text_never_closes_a_template_and_cuts_spare_template_and_images(tmp_path: Path) -> None:
@@ -315,24 +249,25 @@ def test_a_profile_is_a_file_and_travels_with_the_checkpoint(tmp_path: Path, cap
 
 
 @pytest.mark.parametrize(
-    ("found", "message"),
+    ("changes", "message"),
     [
-        ({"query": "{text}", "candidate": "{text}"}, "name missing"),
-        ({"name": "x", "query": "{txt}", "candidate": "{text}"}, "asks for .'txt'."),
-        ({"name": "x", "query": "{text}", "candidate": "{text"}, "not readable"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "token": "<emb>"}, "token"),
-        ({"name": "x", "query": "{text}<emb>", "candidate": "{text}", "token": "<emb>", "read_out": "at_token"}, "holds <emb>"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "read_out": "mean"}, "before_token, at_token, last"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "normalise": 1}, "wrong type"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "resize": "twice"}, "processor, utils, both"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "add_token": True}, "add_token"),
-        ({"name": "x", "query": "{text}", "candidate": "{text}", "colour": 1}, "colour"),
+        ({"name": None}, "name missing"),
+        ({"query": "{txt}"}, "asks for .'txt'."),
+        ({"candidate": "{text"}, "not readable"),
+        ({"token": "<emb>"}, "token"),
+        ({"query": "{text}<emb>", "token": "<emb>", "read_out": "at_token"}, "holds <emb>"),
+        ({"read_out": "mean"}, "before_token, at_token, last"),
+        ({"normalise": 1}, "wrong type"),
+        ({"resize": "twice"}, "processor, utils, both"),
+        ({"add_token": True}, "add_token"),
+        ({"colour": 1}, "colour"),
         ([], "not a profile"),
     ],
 )
-def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, found: object, message: str) -> None:
-    file = tmp_path / "broken.json"
-    file.write_text(json.dumps(found))
+def test_a_broken_profile_is_refused_with_its_field(tmp_path: Path, changes: Any, message: str) -> None:
+    file, whole = tmp_path / "broken.json", {"name": "x", "query": "{text}", "candidate": "{text}"}
+    content = {key: value for key, value in (whole | changes).items() if value} if changes else changes
+    file.write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         resolve_profile(file)
 
@@ -365,20 +300,17 @@ def test_an_adapter_of_another_project_loads_under_a_profile(tmp_path: Path) -> 
     )
     adapted.peft_config["default"].base_model_name_or_path = "../base"
     adapted.save_pretrained(folder)
-    stock = Stock(base, shortest_edge=256 * 28**2, longest_edge=1280 * 28**2)
-    plain = load(base, profile="gme")
-    stock.network = adapted.merge_and_unload()
-    expected = stock.vector(gme("", RED, IMAGE), lambda ids: len(ids) - 1, sequential=True)
-    model = load(folder, profile="gme")
-    check(Encoder(model).encode_items(ITEMS[2:]), [expected])
-    assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected).max() > 1e-2
+    plain, model = load(base, profile="gme"), load(folder, profile="gme")
+    expected = stock_vectors(adapted.merge_and_unload(), plain, ITEMS[2:])
+    check(Encoder(model).encode_items(ITEMS[2:]), expected)
+    assert np.abs(Encoder(plain).encode_items(ITEMS[2:])[0].vector - expected[0]).max() > 1e-2
     assert model.fingerprint != plain.fingerprint
 
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(".model.language_model.layers." in name for name in tensors)
     old = {name.replace(".model.language_model.", ".model."): tensor for name, tensor in tensors.items()}
     save_file(old, folder / "adapter_model.safetensors")
-    check(Encoder(load(folder, profile="gme")).encode_items(ITEMS[2:]), [expected])
+    check(Encoder(load(folder, profile="gme")).encode_items(ITEMS[2:]), expected)
 
     with pytest.raises(ModelError, match=r"no traceir\.json.*--profile"):
         load(folder)

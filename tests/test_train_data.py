@@ -16,7 +16,7 @@ import pytest
 from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from train_folder import TINY, make_folder, query, write_lines
+from train_folder import make_folder, query, tiny_model, write_lines
 
 from traceir.data import mbeir
 from traceir.data.cot import PoolFile, is_cot, read_cot, write_cot
@@ -34,9 +34,7 @@ from traceir.data.samples import (
 )
 from traceir.errors import DataError, InputError, TrainError
 from traceir.items import Query
-from traceir.model import TraceSettings
 from traceir.prompts import render_query
-from traceir.train.small import small_model, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +334,7 @@ def test_a_pool_file_is_the_pool(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_pixel_store_is_completed_without_what_it_holds_already(tmp_path: Path) -> None:
-    model = small_model(train_tokenizer(["a thing"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
+    model = tiny_model()
     for number in (1, 2):
         picture(number).load().save(tmp_path / f"{number}.png")
     first = pixel_store(tmp_path, tmp_path / "cache", model.processor, ["1.png"])[str(tmp_path / "1.png")].copy()

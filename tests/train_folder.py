@@ -8,11 +8,16 @@ from typing import Any
 
 from conftest import picture
 
-from traceir.train.small import SmallSize
+from traceir.model import TraceModel, TraceSettings
+from traceir.train.small import SmallSize, small_model, train_tokenizer
 
 TINY = SmallSize(hidden=32, layers=1, heads=2, inner=48, vision_hidden=32, vision_layers=1, vision_heads=2,
                  vision_inner=32, vocabulary=420)  # fmt: skip
 COLOURS = ("red", "green", "blue", "white", "black", "pink")
+
+
+def tiny_model() -> TraceModel:
+    return small_model(train_tokenizer(["red a thing x"], 300), TINY, TraceSettings(prompt_version="brief-1"), 0)
 
 
 def write_lines(file: Path, records: list[dict[str, Any]]) -> None:

@@ -47,6 +47,9 @@ class Encoder:
         if threshold is not None and not 0.0 <= threshold <= 1.0:
             raise InputError(f"threshold {threshold} is not a probability; give a value in [0, 1]")
         self.model, self.threshold = model, threshold
+        self.width = model.width
+        self.world: World | None = model.settings.world
+        """What alone the model knows; None where it has no such bounds."""
         self.token_budget, self.batch_rows, self.decode_rows = token_budget, batch_rows, decode_rows
         self.budget = max_reasoning_tokens or model.settings.max_reasoning_tokens
         half = next(model.network.parameters()).dtype == torch.bfloat16
@@ -76,15 +79,6 @@ class Encoder:
             return settings.profile.version
         usual = settings.pooling_position == "before_token"
         return settings.prompt_version if usual else f"{settings.prompt_version}, read {settings.pooling_position}"
-
-    @property
-    def width(self) -> int:
-        return self.model.width
-
-    @property
-    def world(self) -> World | None:
-        """What alone the model knows; None where it has no such bounds."""
-        return self.model.settings.world
 
     @property
     def vector_settings(self) -> dict[str, str | int | float | None]:

@@ -56,14 +56,8 @@ class Reader(torch.nn.Module):
 
     def __init__(self, model: TraceModel, temperature: float, *, learn_temperature: bool = False) -> None:
         super().__init__()
-        self.network = model.network
-        self.temperature = temperature
+        self.model, self.network, self.temperature = model, model.network, temperature
         self.log_temperature = torch.nn.Parameter(torch.tensor(temperature).log(), requires_grad=learn_temperature)
-        self._model = [model]  # in a list, so that the network is registered once
-
-    @property
-    def model(self) -> TraceModel:
-        return self._model[0]
 
     def forward(self, chunk: Chunk, gen: bool, touch: bool) -> Output:
         """`gen` false leaves the cross-entropy at 0. `touch` makes every trainable part take part in the graph, as wrappers for

@@ -7,6 +7,7 @@ batch holds is in batches.py, how it goes forward and backward in gradcache.py, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -88,11 +89,10 @@ def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     run = Run(config, accelerator)
     resumed = run.restore(newest_step(out) or resume_from)
     loop = Loop(run.config, accelerator, run.reader, run.batches(), run.save)
-    started, first = time.monotonic(), step_of(resumed)
+    started = time.monotonic()
     loop.run(resumed)
     if accelerator.is_main_process:
-        seconds = time.monotonic() - started
-        _write_meta(run.config, run.tasks, seconds=seconds, first_step=first, world=state.num_processes)
+        run.write_meta(seconds=time.monotonic() - started, first_step=step_of(resumed))
     loop.save_model(finished)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -153,8 +153,8 @@ class Run:
 
     def batches(self) -> TrainBatches:
         config = self.config
-        weights, sizes = [config.weights.get(task.name, 1.0) for task in self.tasks], [len(task) for task in self.tasks]
-        shares = task_shares(sizes, weights, config.sampling, config.sampling_temperature)
+        weights = [config.weights.get(task.name, 1.0) for task in self.tasks]
+        shares = task_shares(list(map(len, self.tasks)), weights, config.sampling, config.sampling_temperature)
         schedule = Schedule(
             self.tasks, shares, batch=config.batch, group=config.group, batches=config.steps * config.accumulate, seed=config.seed
         )
@@ -169,6 +169,25 @@ class Run:
             save(self.model, target, state=state)
         else:
             save_adapter(self.model, self.adapter, target, self.config.init, state=state)
+
+    def write_meta(self, *, seconds: float, first_step: int) -> None:
+        config, root = self.config, Path(self.config.data)
+        about = root / ("manifest.json" if is_cot(root) else "meta.json")
+        data = json.loads(about.read_text()) if about.is_file() else {}
+        meta = {
+            "format": 1,
+            "traceir": __version__,
+            "torch": torch.__version__,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.threads} thread(s) used",
+            "processes": self.accelerator.num_processes,
+            "config": asdict(config),
+            "data_fingerprint": data.get("fingerprint") or data.get("source_fingerprint"),
+            "tasks": {task.name: len(task) for task in self.tasks},
+            "examples_seen": config.steps * config.accumulate * config.batch,
+            "seconds_since_last_start": round(seconds, 1),
+            "last_start_at_step": first_step,
+        }
+        write_whole(self.out / "meta.json", json.dumps(meta, indent=2) + "\n")
 
     def restore(self, folder: Path | None) -> Path | None:
         """Loads the weights of a step folder; checks that it lies within this run."""
@@ -217,9 +236,8 @@ def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
         root = Path(config.data)
         readable: list[TaskData] = [*tasks] if is_cot(root) else [*read_pairs(root)]
         readable += read_pretraining(root) if (root / "lessons").is_dir() else []
-        tokenizer = train_tokenizer(
-            [*(text for task in readable for text in task.texts()), *TEMPLATE_WORDS], config.size.vocabulary
-        )
+        texts = [*(text for task in readable for text in task.texts()), *TEMPLATE_WORDS]
+        tokenizer = train_tokenizer(texts, config.size.vocabulary)
         settings = TraceSettings(prompt_version=config.prompt_version, **written)
         return small_model(tokenizer, config.size, settings, config.seed)
     dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -251,32 +269,12 @@ def _trainable(model: TraceModel, config: TrainConfig) -> Any:
 
 def _cut_log(file: Path, step: int) -> None:
     """Leaves out of the log what was written after the step, and a line that was not finished."""
+    if not file.is_file():
+        return
     kept = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        try:
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in file.read_text().splitlines():
             if json.loads(line)["step"] > step:
                 break
-        except json.JSONDecodeError:
-            break
-        kept.append(f"{line}\n")
-    if file.is_file():
-        write_whole(file, "".join(kept))
-
-
-def _write_meta(config: TrainConfig, tasks: list[TaskData], *, seconds: float, first_step: int, world: int) -> None:
-    about = Path(config.data) / ("manifest.json" if is_cot(Path(config.data)) else "meta.json")
-    data = json.loads(about.read_text()) if about.is_file() else {}
-    meta = {
-        "format": 1,
-        "traceir": __version__,
-        "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {config.threads} thread(s) used",
-        "processes": world,
-        "config": asdict(config),
-        "data_fingerprint": data.get("fingerprint") or data.get("source_fingerprint"),
-        "tasks": {task.name: len(task) for task in tasks},
-        "examples_seen": config.steps * config.accumulate * config.batch,
-        "seconds_since_last_start": round(seconds, 1),
-        "last_start_at_step": first_step,
-    }
-    write_whole(Path(config.out) / "meta.json", json.dumps(meta, indent=2) + "\n")
+            kept.append(f"{line}\n")
+    write_whole(file, "".join(kept))
