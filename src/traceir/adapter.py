@@ -207,10 +207,8 @@ def merged(network: Any, folder: Path) -> Any:
 
 
 def _with_adapter(network: Any, config: Any, seed: int | None = None) -> Any:
-    """PEFT's model around a network; the configuration says beforehand whether input and output rows are one matrix.
-
-    PEFT reads that there, and transformers leaves a checkpoint untied that holds both matrices, whatever its configuration says.
-    """
+    """PEFT's model around a network."""
+    # PEFT asks the configuration, and transformers leaves a checkpoint untied that holds both matrices, whatever that says.
     tied = network.get_input_embeddings().weight is network.get_output_embeddings().weight
     for part in (network.config, network.config.text_config):
         part.tie_word_embeddings = tied

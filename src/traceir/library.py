@@ -193,11 +193,7 @@ class LibraryEncoder:
         raise InputError(f"{_who(content)} is {what}, which {self.name} cannot encode; give it {taken}, or use another model")
 
     def _prompt(self, query: Query) -> str | None:
-        """What the library gets as `prompt`: the instruction, where the model has a place for one; None: the model's own.
-
-        That place is in a prompt of its own, else the system message of its chat template. Put before the text of any other
-        model an instruction would be part of what is looked for.
-        """
+        """The instruction where a prompt of the model or its chat template has a place for one; None: the model's own prompt."""
         asked = (query.instruction or "").strip()
         if not asked or not query.parts:
             return None
@@ -323,10 +319,7 @@ def _foreign(types: Sequence[str]) -> list[str]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates.
-
-    The revision of a hub id is not in it: what it changes of a model is. Raises ModelError for weights that are no safetensors.
-    """
+    """Over all that decides a vector: the weights of every module, tokenizers, prompts, pooling and templates."""
     modules = _module_folders(folder)
     beside = {file for module in (folder, *modules) for file in module.iterdir() if file.is_file()}
     files = {file for file in beside if file.name in _DECIDING or file.name.endswith("_config.json")}

@@ -108,11 +108,7 @@ def network_class(kind: str, name: str) -> Any:
 
 
 def _stock(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Network and tokenizer of a checkpoint by transformers' classes.
-
-    The input rows stand for the output matrix where that alone is missing; ModelError where other weights are, which
-    transformers would draw at random.
-    """
+    """Network and tokenizer by transformers' classes; no weight that is missing is drawn at random, as they would."""
     from transformers import AutoTokenizer, PreTrainedConfig
 
     made = network_class(str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type")), name)
@@ -130,11 +126,7 @@ def _stock(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 def _with_adapter(
     folder: Path, settings: TraceSettings, dtype: torch.dtype, profile: Profile | None, overrides: dict[str, Any]
 ) -> TraceModel:
-    """The base with the adapter merged in memory, in `dtype`.
-
-    A folder of TraceIR's has tokenizer, image settings and fingerprint of its own. Of another project's, which needs a profile,
-    settings are the base's, and the tokenizer where the adapter has none.
-    """
+    """The base with the adapter merged in memory; one of another project lacks TraceIR's files and takes those of its base."""
     from transformers import AutoTokenizer
 
     weight_files(folder)  # an error of ours where there are only pickles

@@ -166,10 +166,7 @@ def _items(inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any]
 
 
 def _parts(value: Any) -> tuple[Part, ...]:
-    """The parts of one input, the image before the text as in M-BEIR; a list under a key gives several.
-
-    A str by itself is an image where it names an image file that exists, as the library has it.
-    """
+    """The parts of one input, the image before the text as in M-BEIR; a list under a key gives several."""
     if isinstance(value, list | tuple):
         raise InputError("an input is a list; TraceIR takes a text, an image or a dict of both, no conversations and no pairs")
     if not isinstance(value, Mapping):

@@ -140,10 +140,7 @@ class TrainBatches(Dataset[TrainBatch]):
         return replace(layout, targets=np.full_like(layout.targets, IGNORE))
 
     def _shifted(self, layout: Layout, number: int, side: int, row: int) -> Layout:
-        """The layout with each image moved by up to `augment` pixels, its edge repeated into the gap.
-
-        How far depends on (seed, number, side, row of the whole batch) alone, whatever the number of processes.
-        """
+        """The layout with each image moved by up to `augment` pixels, alike for any number of processes; its edge is repeated."""
         reach = self.augment
         if not reach or not layout.pixels:
             return layout
