@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,3 @@ def save_gemma(folder: Path) -> Path:
     modules = [Transformer(str(bare)), Pooling(32, "mean"), *dense, Normalize()]
     SentenceTransformer(modules=modules, prompts=GEMMA_PROMPTS).save_pretrained(str(folder))
     return folder
-
-
-def copied(folder: Path, to: Path) -> Path:
-    return Path(shutil.copytree(folder, to))

@@ -9,8 +9,8 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -218,17 +218,9 @@ def test_nothing_half_written_and_nothing_overwritten(trained: Trained, tmp_path
 
 def evaluation(folder: Path, fingerprint: str, row: str = "cirr_task7") -> Path:
     """What `traceir evaluate` leaves, with made-up scores."""
-    scores = {"queries": 8, "pool": 20, "metric_k": 5, "hit@1": 0.25, "hit@5": 0.625, "hit@10": 0.75, "reasoned": 0.5,
-              "tokens_per_query": 4.5, "truncated": 0.0}  # fmt: skip
-    results = {
-        "format": 2,
-        "model": fingerprint,
-        "data": "d" * 64,
-        "split": "test",
-        "limit": None,
-        "routes": {"auto": {row: scores}},
-        "average": {"auto": {"mean": 0.625, "lowest": 0.625}},
-    }
+    scores = {"queries": 8, "pool": 20, "metric_k": 5, "hit@5": 0.625, "reasoned": 0.5, "tokens_per_query": 4.5}
+    results = {"format": 2, "model": fingerprint, "data": "d" * 64, "split": "test", "limit": None,
+               "routes": {"auto": {row: scores}}, "average": {"auto": {"mean": 0.625, "lowest": 0.625}}}  # fmt: skip
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results))
     return folder
@@ -239,12 +231,11 @@ def ready(tmp_path: Path) -> tuple[Path, Path]:
     """A plain checkpoint and the folder of its run, with text that would break Markdown and YAML."""
     checkpoint = save(base_model(tied=True), tmp_path / "checkpoint")
     run, data = tmp_path / "run", tmp_path / "data"
-    run.mkdir()
-    data.mkdir()
-    (data / "meta.json").write_text(json.dumps({"name": "Bad | `name`\n---\n- [x](y): <b>", "seed": 3}))
     config = {"data": str(data), "init": "Qwen/Qwen2.5-VL-3B-Instruct", "lora_rank": 128, "note": "```\nend"}
     meta = {"format": 1, "config": config, "data_fingerprint": "d" * 64, "tasks": {"cirr|7": 11}}
-    (run / "meta.json").write_text(json.dumps(meta))
+    for folder, content in ((data, {"name": "Bad | `name`\n---\n- [x](y): <b>", "seed": 3}), (run, meta)):
+        folder.mkdir()
+        (folder / "meta.json").write_text(json.dumps(content))
     return checkpoint, run
 
 
@@ -270,32 +261,21 @@ def test_card_is_valid_and_says_what_the_folder_says(ready: tuple[Path, Path], t
         write_card(checkpoint)
 
 
-class FakeHub:
-    """Stands for HfApi: remembers what it was asked, as HfApi's methods are named."""
-
-    public = False
-    calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*_: Any, **options: Any) -> Any:
-            self.calls.append((name, options))
-            return SimpleNamespace(private=not self.public, commit_url="https://hub.test/commit/1")
-
-        return call
-
-
 def test_push(ready: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, _ = ready
-    monkeypatch.setattr("traceir.data.hub.HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
+    api = MagicMock()
+    api.repo_info.return_value.private = True
+    api.upload_folder.return_value.commit_url = "https://hub.test/commit/1"
+    monkeypatch.setattr("traceir.data.hub.HfApi", lambda **_: api)
     (checkpoint / ".secret").write_text("stays here")
-    told = push(checkpoint, "somebody/trace-test")
-    assert "model.safetensors" in told and "nothing was uploaded" in told and ".secret" not in told and not FakeHub.calls
+    plan = push(checkpoint, "somebody/trace-test")
+    assert "model.safetensors" in plan and "nothing was uploaded" in plan and ".secret" not in plan and not api.method_calls
     assert push(checkpoint, "somebody/trace-test", private=True, dry_run=False).endswith("/commit/1")
-    assert [name for name, _ in FakeHub.calls] == ["create_repo", "repo_info", "upload_folder"]
-    assert FakeHub.calls[0][1] == {"private": True, "exist_ok": True, "repo_type": "model"}
-    assert set(FakeHub.calls[-1][1]["allow_patterns"]) == {path.name for path in checkpoint.iterdir()} - {".secret"}
-    monkeypatch.setattr(FakeHub, "public", True)
+    assert [name for name, _, _ in api.method_calls] == ["create_repo", "repo_info", "upload_folder"]
+    assert api.create_repo.call_args.kwargs == {"private": True, "exist_ok": True, "repo_type": "model"}
+    names = {path.name for path in checkpoint.iterdir()}
+    assert set(api.upload_folder.call_args.kwargs["allow_patterns"]) == names - {".secret"}
+    api.repo_info.return_value.private = False
     with pytest.raises(TraceError, match="is public"):
         push(checkpoint, "somebody/trace-test", private=True, dry_run=False)
     with pytest.raises(InputError, match="OWNER/NAME"):

@@ -73,17 +73,15 @@ def test_langchain_embeddings(either: Encoder | ServedEncoder, encoder: Encoder,
     images = rows(encoder.encode_items([Item.of(image=image)]))
     query = rows(encoder.encode_queries([Query.of(text=TEXTS[2], target="image")]))
     both = rows(encoder.encode_queries([Query.of(text="in red", image=image, target="image")]))
-    assert np.array(embeddings.embed_documents(TEXTS)) == documents
-    assert np.array([embeddings.embed_query(TEXTS[2])]) == query
-    assert np.array(embeddings.embed_image([photo])) == images
     assert np.array([embeddings.embed_multimodal_query("in red", photo)]) == both
 
-    async def all_of_it() -> list[Any]:
+    async def later() -> list[Any]:
         work = (embeddings.aembed_documents(TEXTS), embeddings.aembed_query(TEXTS[2]), embeddings.aembed_image([photo]))
         return list(await asyncio.gather(*work))
 
-    told = asyncio.run(all_of_it())
-    assert np.array(told[0]) == documents and np.array([told[1]]) == query and np.array(told[2]) == images
+    now = [embeddings.embed_documents(TEXTS), embeddings.embed_query(TEXTS[2]), embeddings.embed_image([photo])]
+    for texts, text, shown in (now, asyncio.run(later())):
+        assert np.array(texts) == documents and np.array([text]) == query and np.array(shown) == images
     store = InMemoryVectorStore.from_texts(TEXTS, embeddings)
     assert store.similarity_search(TEXTS[1], k=1)[0].page_content == TEXTS[1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,15 +39,10 @@ def test_it_is_small_and_ordinary_and_finds_sentences_of_its_world(encoder: Enco
     assert reasoned.route == "reason" and reasoned.tokens > 0 and reasoned.reasoning
 
 
-@pytest.fixture(scope="module")
-def judged(encoder: Encoder, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[QueryOutcome]]:
-    out = tmp_path_factory.mktemp("scores")
-    evaluate(encoder, folder, out, limit=LIMIT, progress=False)
-    yield read_outcomes(out / "queries-auto.jsonl")
-
-
 @pytest.mark.slow
-def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(judged: list[QueryOutcome]) -> None:
+def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
+    evaluate(encoder, folder, tmp_path, limit=LIMIT, progress=False)
+    judged = read_outcomes(tmp_path / "queries-auto.jsonl")
     rows = {row: [one.rank <= 10 for one in judged if one.row == row] for row in mbeir.EVAL_ROWS}
     assert all(len(hits) == LIMIT for hits in rows.values())
     means = [float(np.mean(hits)) for hits in rows.values()]

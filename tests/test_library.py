@@ -388,7 +388,7 @@ def test_truncated_vectors_are_the_library_s_and_another_index(
 
 def test_the_fingerprint_is_of_all_that_decides_a_vector(places: Path, tmp_path: Path) -> None:
     first = load_encoder(places / "bert").fingerprint
-    moved = published.copied(places / "bert", tmp_path / "moved")
+    moved = shutil.copytree(places / "bert", tmp_path / "moved")
     (moved / "README.md").write_text("another card")
     (moved / "optimizer.pt").write_bytes(b"left by a training")
     (moved / "2_Normalize" / "notes.json").write_text("{}")
@@ -399,7 +399,7 @@ def test_the_fingerprint_is_of_all_that_decides_a_vector(places: Path, tmp_path:
     other = published.save_clip(tmp_path / "other", seed=1)
     found = [load_encoder(place).fingerprint for place in (pooled, prompted, other, places / "clip", places / "old-clip")]
     assert len({first, *found}) == 6
-    dense = published.copied(places / "gemma", tmp_path / "dense")
+    dense = shutil.copytree(places / "gemma", tmp_path / "dense")
     weights = dense / "2_Dense" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     assert load_encoder(dense).fingerprint != load_encoder(places / "gemma").fingerprint
@@ -432,7 +432,7 @@ ABOUT = "config_sentence_transformers.json"
 def test_pickles_and_code_that_comes_with_a_model_are_refused(
     kind: str, spoil: Callable[[Path], object], told: str, places: Path, tmp_path: Path
 ) -> None:
-    spoil(place := published.copied(places / kind, tmp_path / "spoilt"))
+    spoil(place := shutil.copytree(places / kind, tmp_path / "spoilt"))
     with pytest.raises(ModelError, match=told):
         load_encoder(place)
 

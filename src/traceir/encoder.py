@@ -132,7 +132,7 @@ class Encoder:
         return [done[number] for number in range(len(layouts))]
 
     def _finished(self, layouts: Sequence[Layout], asked: Sequence[bool], route: Route) -> Iterator[Finished]:
-        """Rows as they are done; those that write wait for each other. `asked`: whose P(`<|emb|>`) the direct route is to know."""
+        """Rows as they are done; those that write wait for each other. `asked`: whose P(`<|emb|>`) the direct route tells."""
         decoder = self.decoder()
         waiting: list[DecodeBatch] = []
         for numbers in self._chunks(layouts):
