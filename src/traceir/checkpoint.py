@@ -93,33 +93,28 @@ def is_library(name: str) -> bool:
 
 def module_types(name: str) -> list[str]:
     """The types of module that the modules.json of a folder or hub repository names; [] where there is none."""
-    file = Path(name) / MODULES if Path(name).is_dir() else _hub_modules(name)
-    return modules_of(file, "type") if file is not None and file.is_file() else []
-
-
-def modules_of(file: Path, key: str) -> list[str]:
-    """What a modules.json says under `key`, `type` or `path`, of each module."""
-    try:
-        return [str(module[key]) for module in json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
-
-
-def _hub_modules(name: str) -> Path | None:
-    if not is_hub_id(name):
-        return None
+    if Path(name).is_dir() or not is_hub_id(name):
+        return modules_of(Path(name) / MODULES, "type")
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import RemoteEntryNotFoundError, RepositoryNotFoundError
 
     known = try_to_load_from_cache(name, MODULES)
     if known is not None or not hub_answers():
-        return Path(known) if isinstance(known, str) else None
+        return modules_of(Path(known), "type") if isinstance(known, str) else []
     try:
-        return Path(hf_hub_download(name, MODULES))
+        return modules_of(Path(hf_hub_download(name, MODULES)), "type")
     except (RemoteEntryNotFoundError, RepositoryNotFoundError):
-        return None  # `fetch` says which repository is missing
+        return []  # `fetch` says which repository is missing
     except (OSError, ValueError) as error:
         raise ModelError(f"{name} cannot be had from the hub: {error}") from error
+
+
+def modules_of(file: Path, key: str) -> list[str]:
+    """What a modules.json says under `key`, `type` or `path`, of each module; [] where there is no such file."""
+    try:
+        return [str(module[key]) for module in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"cannot read {file}: {error}; copy the checkpoint again") from error
 
 
 def fetch(name: str, *, weights: bool = True) -> Path:

@@ -8,7 +8,7 @@ from itertools import groupby
 
 import torch
 
-from traceir.batch import IGNORE, Layout
+from traceir.batch import IGNORE
 from traceir.errors import InputError
 from traceir.forward import TraceModel
 from traceir.items import TakenRoute
@@ -54,8 +54,12 @@ def explain(model: TraceModel, prompt: Prompt, completion: str | None = None) ->
     if completion is not None and prompt.role == "candidate":
         raise InputError("a candidate has no completion, because candidates never reason; explain it as a query instead")
     layout = model.processor.forced(prompt) if completion is None else model.processor.lay_out(prompt, completion)
-    # A closed prompt leaves nothing to write: it is pooled at its end.
-    probability, bypass = (1.0, True) if prompt.closed else _first_step(model, model.processor.lay_out(prompt))
+    probability, bypass = 1.0, True
+    if not prompt.closed:  # else it is pooled at its end, and there is nothing to write
+        with torch.inference_mode():
+            batch = model.processor.collate([model.processor.lay_out(prompt)]).to(model.device)
+            logits_V, emb = model.logits(model.hidden(batch)[0, -1]).float(), model.processor.emb_id
+            probability, bypass = float(torch.softmax(logits_V, dim=-1)[emb]), int(logits_V.argmax()) == emb
     position = model.settings.pooling_position
     route: TakenRoute = "direct" if bypass or prompt.role == "candidate" or position == "last" else "reason"
     tokens = tuple(
@@ -90,14 +94,6 @@ def describe(explanation: Explanation) -> str:
     if explanation.route == "reason" and explanation.completion is None:
         lines.append("The model reasons first, so its own pooling position lies behind what it writes; --completion shows it.")
     return "\n".join(lines)
-
-
-@torch.inference_mode()
-def _first_step(model: TraceModel, layout: Layout) -> tuple[float, bool]:
-    """P(`<|emb|>`) after the prompt alone, and whether it is the arg-max."""
-    batch = model.processor.collate([layout]).to(model.device)
-    logits_V, emb = model.logits(model.hidden(batch)[0, -1]).float(), model.processor.emb_id
-    return float(torch.softmax(logits_V, dim=-1)[emb]), int(logits_V.argmax()) == emb
 
 
 def _token_text(model: TraceModel, token: int) -> str:

@@ -324,7 +324,13 @@ def _fingerprint(folder: Path) -> str:
     beside = {file for module in (folder, *modules) for file in module.iterdir() if file.is_file()}
     files = {file for file in beside if file.name in _DECIDING or file.name.endswith("_config.json")}
     for module in modules:
-        files.update(_weights(module))
+        if (module / ADAPTER).is_file() or "model_type" in _object(module / "config.json"):
+            files.update(weight_files(module))
+        else:
+            like = sorted(file for file in module.iterdir() if file.suffix in WEIGHT_LIKE)
+            files.update(own := [file for file in like if file.suffix == ".safetensors"])
+            if like and module / SINGLE not in own:
+                raise ModelError(f"{module} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
         if (module / ADAPTER).is_file():  # over another checkpoint
             files.update(weight_files(fetch(str(read_object(module / ADAPTER).get("base_model_name_or_path")))))
     inside = ((file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name) for file in sorted(files))
@@ -353,14 +359,3 @@ def _inside(path: str, folder: Path) -> str:
     if Path(path).is_absolute() or ".." in PurePosixPath(path).parts:
         raise ModelError(f"{folder / MODULES} names the folder {path!r}, which is not below its own; copy the checkpoint again")
     return path
-
-
-def _weights(module: Path) -> list[Path]:
-    """The weights of a module; ModelError where it has some and none as safetensors."""
-    if (module / ADAPTER).is_file() or "model_type" in _object(module / "config.json"):
-        return weight_files(module)
-    like = sorted(file for file in module.iterdir() if file.suffix in WEIGHT_LIKE)
-    own = [file for file in like if file.suffix == ".safetensors"]
-    if like and module / SINGLE not in own:
-        raise ModelError(f"{module} holds no {SINGLE}, only {', '.join(file.name for file in like[:3])}. {REMEDY}")
-    return own

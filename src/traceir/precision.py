@@ -36,23 +36,19 @@ class Speed:
 def bfloat16_on(device: str, width: int = WIDEST) -> Speed:
     """The answer for a torch device and a model's width; on a CPU it takes about a second. Draws no random number."""
     kind = torch.device(device).type
-    if kind == "cpu":
-        return _on_the_processor(min(width, WIDEST))
     if kind == "cuda":
         name, native = torch.cuda.get_device_name(device), torch.cuda.is_bf16_supported(including_emulation=False)
-        said = f"{name} has {'bfloat16 units' if native else 'no bfloat16 units and emulates them'}"
-        return Speed(native, said, slow=not native)
-    from transformers.utils import is_torch_bf16_gpu_available
+        why = f"{name} has {'bfloat16 units' if native else 'no bfloat16 units and emulates them'}"
+        return Speed(native, why, slow=not native)
+    if kind != "cpu":
+        from transformers.utils import is_torch_bf16_gpu_available
 
-    native = kind != "mps" and is_torch_bf16_gpu_available()  # some of Apple's GPUs emulate it, and none says so
-    return Speed(native, f"torch {'says' if native else 'does not say'} that {kind} has bfloat16 units", slow=not native)
-
-
-def _on_the_processor(width: int) -> Speed:
+        native = kind != "mps" and is_torch_bf16_gpu_available()  # some of Apple's GPUs emulate it, and none says so
+        return Speed(native, f"torch {'says' if native else 'does not say'} that {kind} has bfloat16 units", slow=not native)
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # missing where torch is built without oneDNN
     if supported is None or not supported():
         return Speed(False, "torch has no bfloat16 kernels for this processor (AVX512-BF16, AMX or Arm's BF16)", slow=True)
-    spent = {True: float("inf"), False: float("inf")}
+    width, spent = min(width, WIDEST), {True: float("inf"), False: float("inf")}
     for number in range(TRIES):
         for half in spent:
             # Each try has a length of its own, as batches have: oneDNN makes a kernel for every new shape.

@@ -88,10 +88,9 @@ class Profile:
         if self.add_token and self.token is None:
             raise self._wrong("add_token", "false where there is no token")
         for role in roles:
-            self._check_template(role)
+            self._check_template(role, getattr(self, role))
 
-    def _check_template(self, role: Role) -> None:
-        template: str = getattr(self, role)
+    def _check_template(self, role: Role, template: str) -> None:
         try:
             unknown = {field for _, field, _, _ in Formatter().parse(template) if field is not None} - set(PLACEHOLDERS)
         except ValueError as error:

@@ -65,10 +65,15 @@ class TraceModule(InputModule):
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **options: Any) -> dict[str, Any]:
         """Queries under task "query", with `prompt` as their instruction, else Items."""
-        if options.get("task") != "query":
-            return {"contents": _items(inputs, prompt, options)}
-        about: dict[str, Any] = {"instruction": prompt or None, "target": options.get("target") or self.target}
-        return {"contents": [each if isinstance(each, Query) else Query(_parts(each), **about) for each in inputs]}
+        if options.get("task") == "query":
+            about: dict[str, Any] = {"instruction": prompt or None, "target": options.get("target") or self.target}
+            return {"contents": [each if isinstance(each, Query) else Query(_parts(each), **about) for each in inputs]}
+        if prompt:
+            raise InputError(f"a candidate takes no instruction, but prompt is {prompt[:80]!r}; use encode_query for queries")
+        for name in ("route", "target"):
+            if options.get(name) is not None:
+                raise InputError(f"a candidate takes no {name}, because candidates never reason; use encode_query for queries")
+        return {"contents": [each if isinstance(each, Item) else Item(_parts(each)) for each in inputs]}
 
     def forward(self, features: dict[str, Any], **options: Any) -> dict[str, Any]:
         """Adds `sentence_embedding` [B, D] and, one value a row, `reasoned`, `tokens`, `emb_probability` and `truncated`."""
@@ -154,15 +159,6 @@ def encode_with_reasoning(
     _check_options(route or "auto", target)
     asked = [inputs] if model.is_singular_input(inputs) else list(inputs)
     return module.encode_contents(module.preprocess(asked, prompt, task="query", target=target)["contents"], route)
-
-
-def _items(inputs: Sequence[Any], prompt: str | None, options: Mapping[str, Any]) -> list[Item]:
-    if prompt:
-        raise InputError(f"a candidate takes no instruction, but prompt is {prompt[:80]!r}; use encode_query for queries")
-    for name in ("route", "target"):
-        if options.get(name) is not None:
-            raise InputError(f"a candidate takes no {name}, because candidates never reason; use encode_query for queries")
-    return [each if isinstance(each, Item) else Item(_parts(each)) for each in inputs]
 
 
 def _parts(value: Any) -> tuple[Part, ...]:

@@ -106,7 +106,11 @@ def push(folder: Path, repo: str, *, private: bool = True, dry_run: bool = True,
 
 
 def uploaded_files(folder: Path) -> list[tuple[str, int]]:
-    """Names and sizes in bytes of what is uploaded; hidden files stay. Raises ModelError for a folder that must not be."""
+    """Names and sizes in bytes of what is uploaded; hidden files stay.
+
+    Raises ModelError for a folder that must not be: weights, configuration and traceir.json are there, fit each other, and mean
+    something to others.
+    """
     if not folder.is_dir():
         raise ModelError(f"{folder} is no folder; give the folder of a checkpoint or an adapter, such as RUN/checkpoint")
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -115,27 +119,6 @@ def uploaded_files(folder: Path) -> list[tuple[str, int]]:
             raise ModelError(f"{path} {problem}")
     if len(files) > MAX_FILES:
         raise ModelError(f"{folder} holds {len(files)} files, the hub takes {MAX_FILES}; this is hardly a checkpoint")
-    _check_whole(folder)
-    return [(path.name, path.stat().st_size) for path in files]
-
-
-def _problem(path: Path) -> str:
-    """Why a file must not be uploaded, and what to do; "" where it may."""
-    if path.is_dir():
-        return "is a folder inside the checkpoint; push a plain checkpoint, such as RUN/checkpoint, not a run"
-    if path.suffix.lower() in PICKLES:
-        return "may hold a pickle, which runs code where it is read; store weights as .safetensors and remove it"
-    if STATE.match(path.name):
-        return "belongs to a training that goes on; push the result, RUN/checkpoint, not a step"
-    if path.suffix.lower() not in UPLOADED:
-        return "is no file of a checkpoint; remove it, or hide it by a name that begins with a dot"
-    if (count := path.stat().st_size) > MAX_FILE_BYTES:
-        return f"has {size(count)}, the hub takes {size(MAX_FILE_BYTES)} a file; save the weights in shards"
-    return ""
-
-
-def _check_whole(folder: Path) -> None:
-    """Weights, configuration and traceir.json are there, fit each other, and mean something to others."""
     base = _base(folder)
     needed = ["traceir.json", "tokenizer.json"] if base is not None else ["config.json", "traceir.json", "tokenizer.json"]
     if missing := [name for name in needed if not (folder / name).is_file()]:
@@ -153,6 +136,22 @@ def _check_whole(folder: Path) -> None:
     settings = read_settings(folder / "traceir.json")
     if settings is not None and settings.fingerprint not in ("", actual := weights_fingerprint(folder)):
         raise ModelError(f"{folder} holds weights {actual}, its traceir.json is of {settings.fingerprint}; copy or save it again")
+    return [(path.name, path.stat().st_size) for path in files]
+
+
+def _problem(path: Path) -> str:
+    """Why a file must not be uploaded, and what to do; "" where it may."""
+    if path.is_dir():
+        return "is a folder inside the checkpoint; push a plain checkpoint, such as RUN/checkpoint, not a run"
+    if path.suffix.lower() in PICKLES:
+        return "may hold a pickle, which runs code where it is read; store weights as .safetensors and remove it"
+    if STATE.match(path.name):
+        return "belongs to a training that goes on; push the result, RUN/checkpoint, not a step"
+    if path.suffix.lower() not in UPLOADED:
+        return "is no file of a checkpoint; remove it, or hide it by a name that begins with a dot"
+    if (count := path.stat().st_size) > MAX_FILE_BYTES:
+        return f"has {size(count)}, the hub takes {size(MAX_FILE_BYTES)} a file; save the weights in shards"
+    return ""
 
 
 def _base(folder: Path) -> Base | None:

@@ -62,9 +62,12 @@ class Loop:
             shard(reader, self.device)
         # What accelerate calls evaluation is a model without DDP around it.
         self.model: Any = accelerator.prepare_model(reader, evaluation_mode=config.shard)
-        self.optimiser = torch.optim.AdamW(
-            _groups(reader, config.weight_decay), lr=config.learning_rate, betas=(0.9, config.beta), eps=1e-8
-        )
+        # Matrices decay (paper, section 2); vectors such as norms and biases do not.
+        trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
+        matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        self.optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta), eps=1e-8)
         self.done, self.started = 0, time.monotonic()
         self.sums: dict[str, list[float]] = {}
         self.usual: dict[str, list[float]] = {}
@@ -188,14 +191,6 @@ class Loop:
             with torch.no_grad():
                 self.reader.log_temperature.copy_(file.get_tensor("log_temperature"))
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": state})
-
-
-def _groups(reader: Reader, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameters (paper, section 2): matrices decay; vectors such as norms and biases do not."""
-    trained = [parameter for parameter in reader.parameters() if parameter.requires_grad]
-    matrices, others = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def newest_step(out: Path) -> Path | None:
