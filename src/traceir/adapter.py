@@ -140,37 +140,37 @@ def read_base(folder: Path) -> Base:
 def checked_base(folder: Path) -> Path:
     """The folder of the checkpoint that an adapter belongs to; ModelError where it is missing or is another one."""
     base = read_base(folder)
-    place = local_base(base.source, folder)
-    if place is None and not base.on_hub:
+    path = local_base(base.source, folder)
+    if path is None and not base.on_hub:
         tried = " nor at ".join(dict.fromkeys((base.source, str(folder / base.source))))
         raise ModelError(f"{folder} is an adapter over {base.source}, which is not at {tried}; put the checkpoint there")
-    place = place or fetch(base.source)
-    recorded, actual = base.fingerprint.removeprefix(HUB), weights_fingerprint(place)
+    path = path or fetch(base.source)
+    recorded, actual = base.fingerprint.removeprefix(HUB), weights_fingerprint(path)
     # Earlier releases took in every .safetensors file beside the weights.
-    if recorded != actual and recorded != fingerprint(place, list(place.glob("*.safetensors"))):
+    if recorded != actual and recorded != fingerprint(path, list(path.glob("*.safetensors"))):
         raise ModelError(
-            f"{folder} is an adapter over weights {base.fingerprint}, but {place} holds {actual}; give it the checkpoint it was "
+            f"{folder} is an adapter over weights {base.fingerprint}, but {path} holds {actual}; give it the checkpoint it was "
             f"trained from, or write into base.source of {folder / SETTINGS} where that is"
         )
-    return place
+    return path
 
 
 def foreign_base(folder: Path) -> str:
     """The folder or hub id of the base that PEFT's folder of another project names; ModelError where it is missing."""
     source = str(read_object(folder / ADAPTER).get("base_model_name_or_path") or "")
-    place = local_base(source, folder) if source else None
-    if place is None and not is_hub_id(source):
+    path = local_base(source, folder) if source else None
+    if path is None and not is_hub_id(source):
         raise ModelError(
             f"{folder} is an adapter over {source or 'a base that it does not name'}, which is not here; write into "
             f"base_model_name_or_path of {folder / ADAPTER} where it is"
         )
-    return str(place or source)
+    return str(path or source)
 
 
 def local_base(source: str, folder: Path) -> Path | None:
     """The base as a folder: from the working directory, else from the adapter folder; None where there is none."""
-    places = (Path(source), folder / source)
-    return next((place for place in places if place.is_dir() and place.resolve() != folder.resolve()), None)
+    folders = (Path(source), folder / source)
+    return next((path for path in folders if path.is_dir() and path.resolve() != folder.resolve()), None)
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -305,25 +305,25 @@ def by_shape(shapes: Sequence[Hashable], run: Callable[[list[int]], Iterable[tor
     return torch.cat([done[number] for number in range(len(shapes))])
 
 
-def _sizes(height: int, width: int, budget: ImageBudget, place: str) -> Iterator[tuple[int, int]]:
+def _sizes(height: int, width: int, budget: ImageBudget, name: str) -> Iterator[tuple[int, int]]:
     """Heights and widths that an image is brought to, one after the other."""
     if budget.resize != "processor":
         area = budget.cell**2
         bounds = replace(budget, min_pixels=4 * area, max_pixels=16_384 * area) if budget.resize == "both" else budget
-        height, width = smart_resize(height, width, bounds, place, least=budget.cell)
+        height, width = smart_resize(height, width, bounds, name, least=budget.cell)
         yield height, width
     if budget.resize != "utils":
-        yield smart_resize(height, width, budget, place)
+        yield smart_resize(height, width, budget, name)
 
 
-def smart_resize(height: int, width: int, budget: ImageBudget, place: str = "image", least: int = 0) -> tuple[int, int]:
+def smart_resize(height: int, width: int, budget: ImageBudget, name: str = "image", least: int = 0) -> tuple[int, int]:
     """Height and width, multiples of patch x merge, whose product lies within the budget and whose ratio stays close.
 
     The rule is Qwen2-VL's; qwen_vl_utils takes a side for `least` pixels at least. Raises ImageError for an aspect ratio
     beyond 200, which that rule refuses as well.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ImageError(f"{place}: aspect ratio {width}x{height} is beyond 200; crop the image")
+        raise ImageError(f"{name}: aspect ratio {width}x{height} is beyond 200; crop the image")
     unit = budget.cell
     high, wide = max(least, round(height / unit) * unit), max(least, round(width / unit) * unit)
     if high * wide > budget.max_pixels:

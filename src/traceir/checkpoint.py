@@ -60,11 +60,11 @@ def bundled_model() -> Path:
 
 def check_model(name: str) -> None:
     """Raises ModelError where a name can be no checkpoint: no such folder, a folder without one, a word that is no hub id."""
-    place = Path(name := plain_name(name))
-    if place.is_dir():
-        if not any((place / file).is_file() for file in (CONFIG, ADAPTER, MODULES)):
+    path = Path(name := plain_name(name))
+    if path.is_dir():
+        if not any((path / file).is_file() for file in (CONFIG, ADAPTER, MODULES)):
             raise ModelError(f"{name} holds no {CONFIG}; {_TAKES}")
-    elif place.exists():
+    elif path.exists():
         raise ModelError(f"{name} is a file; {_TAKES}")
     elif not is_hub_id(name):
         raise ModelError(f"there is no folder {name!r}; {_TAKES}")
@@ -151,10 +151,10 @@ def hub_answers() -> bool:
         return False
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
-    place = urlsplit(_hub())
+    address = urlsplit(_hub())
     try:
-        port = place.port or (80 if place.scheme == "http" else 443)
-        with socket.create_connection((place.hostname or "", port), _CONNECT_S):
+        port = address.port or (80 if address.scheme == "http" else 443)
+        with socket.create_connection((address.hostname or "", port), _CONNECT_S):
             return True
     except (OSError, ValueError):
         return False

@@ -176,19 +176,19 @@ def resolve_profile(source: Profile | str | Path) -> Profile:
         raise InputError(f"profile {name}: not JSON ({error}); write one object") from error
 
 
-def profile_of(read: object, place: str) -> Profile:
+def profile_of(read: object, source: str) -> Profile:
     """A profile from the fields of a JSON object; a `base` among them names the profile whose other fields it takes over."""
     keys = {JSON_KEYS.get(field.name, field.name): field for field in fields(Profile)}
     if not isinstance(read, dict) or (unknown := set(read) - {*keys, "base"}):
         shown = sorted(unknown) if isinstance(read, dict) else type(read).__name__
-        raise InputError(f"{place}: {shown} is not a profile; its fields are base, {', '.join(sorted(keys))}")
+        raise InputError(f"{source}: {shown} is not a profile; its fields are base, {', '.join(sorted(keys))}")
     values = resolve_profile(str(read["base"])).as_json() if "base" in read else {}
     values |= {key: tuple(value) if isinstance(value, list) else value for key, value in read.items() if key != "base"}
     for key, value in values.items():
         if not isinstance(value, _types(keys[key])):
-            raise InputError(f"{place}: {key} is {value!r}, which is of the wrong type; see docs/third-party.md")
+            raise InputError(f"{source}: {key} is {value!r}, which is of the wrong type; see docs/third-party.md")
     if missing := {"name", "query", "candidate"} - set(values):
-        raise InputError(f"{place}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
+        raise InputError(f"{source}: {', '.join(sorted(missing))} missing; a profile needs a name and two templates")
     return Profile(**{keys[key].name: value for key, value in values.items()})
 
 

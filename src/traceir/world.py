@@ -55,12 +55,12 @@ def words_of(text: str) -> frozenset[str]:
     return frozenset(word.lower() for word in _WORD.findall(text))
 
 
-def world_of(value: object, place: str) -> World | None:
+def world_of(value: object, source: str) -> World | None:
     """What the field `world` of a traceir.json states; a text alone, as earlier releases wrote it, leaves the rest unknown."""
     if not value or isinstance(value, str):
         return World(value) if isinstance(value, str) and value else None
     if not isinstance(value, dict) or not isinstance(value.get("says"), str):
-        raise ModelError(f"{place}: world is {str(value)[:80]!r}; it is an object of `says`, `words` and `picture`")
+        raise ModelError(f"{source}: world is {str(value)[:80]!r}; it is an object of `says`, `words` and `picture`")
     width, height = value.get("picture") or (0, 0)
     return World(value["says"], frozenset(str(value.get("words", "")).split()), (width, height) if width else None)
 

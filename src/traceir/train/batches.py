@@ -118,12 +118,12 @@ class TrainBatches(Dataset[TrainBatch]):
         """Longest first, so that the first forward of a batch asks for the most memory; few different widths, so that kernels and
         buffers made for one shape serve again."""
         chunks: list[Chunk] = []
-        order = sorted(range(len(layouts)), key=lambda place: (-len(layouts[place]), place))
+        order = sorted(range(len(layouts)), key=lambda row: (-len(layouts[row]), row))
         while order:
             width = -(-len(layouts[order[0]]) // WIDTHS) * WIDTHS
             rows = max(1, self.chunk_tokens // width)
             places, order = order[:rows], order[rows:]
-            batch = self.processor.collate([layouts[place] for place in places], raw=True, multiple=WIDTHS)
+            batch = self.processor.collate([layouts[row] for row in places], raw=True, multiple=WIDTHS)
             chunks.append(Chunk(batch, torch.tensor(places)))
         return tuple(chunks)
 

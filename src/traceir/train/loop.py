@@ -128,13 +128,13 @@ class Loop:
 
     def _check(self, batch: TrainBatch, losses: dict[str, float]) -> None:
         total, limit = self.objective.total(losses), self.config.diverged
-        place = f"step {self.done}: loss of {batch.task} is {total:.4g} on queries {', '.join(batch.queried)}"
+        where = f"step {self.done}: loss of {batch.task} is {total:.4g} on queries {', '.join(batch.queried)}"
         if not math.isfinite(total):
-            raise TrainError(f"{place}; lower the learning rate, or look at these queries")
+            raise TrainError(f"{where}; lower the learning rate, or look at these queries")
         count, mean = self.usual.get(batch.task, (0.0, 0.0))
         if limit and count >= KNOWN and total > limit * max(mean, 1.0):
             raise TrainError(
-                f"{place}, {total / max(mean, 1e-9):.0f} times what it was; the newest step folder is from before: lower "
+                f"{where}, {total / max(mean, 1e-9):.0f} times what it was; the newest step folder is from before: lower "
                 "learning_rate and go on from it, look at these queries, or raise `diverged`"
             )
         self.usual[batch.task] = [count + 1, total if not count else 0.95 * mean + 0.05 * total]
