@@ -68,7 +68,7 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
 
     `bare` leaves out the output matrix and the prefix `model.` of every name, as a model without a head is saved.
     """
-    tokenizer = _without_emb()
+    tokenizer = qwen_tokenizer()
     ids = {
         "image_token_id": IMAGE_PAD, "video_token_id": VIDEO_PAD, "vision_start_token_id": VISION_START,
         "vision_end_token_id": VISION_END,
@@ -93,8 +93,8 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
     return folder
 
 
-def _without_emb() -> Qwen2Tokenizer:
-    """Qwen's tokenizer over a small vocabulary, with its special tokens and without `<|emb|>`."""
+def qwen_tokenizer(*extra: str) -> Qwen2Tokenizer:
+    """Qwen's tokenizer over a small vocabulary, with its special tokens, without `<|emb|>`, and with further tokens."""
     draw = np.random.default_rng(0)
     made = Qwen2Tokenizer()
     core = Tokenizer(BPE())
@@ -104,5 +104,6 @@ def _without_emb() -> Qwen2Tokenizer:
     learnt = json.loads(core.to_str())["model"]
     made = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]])
     made.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    made.add_tokens(list(extra))
     made.eos_token, made.pad_token, made.padding_side = TURN_END, PAD, "left"
     return made

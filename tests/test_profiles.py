@@ -12,10 +12,10 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import WORDS, picture
+from backbones import qwen_tokenizer
+from conftest import picture
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from traceir.batch import Layout
@@ -27,29 +27,10 @@ from traceir.items import Encoding, Item, Query
 from traceir.model import TraceModel, load, save
 from traceir.profiles import PROFILES, resolve_profile
 
-QWEN_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 ASK, RED, SHOWN = "Find it.", "a red cube", picture(5, 140, 112)
 QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instruction=ASK),
            Query.of(text=RED, image=SHOWN, instruction=ASK)]  # fmt: skip
 ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]
-
-
-def tokenizer_with(extra: list[str]) -> PreTrainedTokenizerFast:
-    """A small tokenizer that splits as Qwen's does, so that a full stop and the line break behind it become one token."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    core.train_from_iterator([" ".join(WORDS) + ".\n"] * 9, trainer)
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.add_tokens(extra)
-    return tokenizer
 
 
 def checkpoint(
@@ -63,7 +44,7 @@ def checkpoint(
     **preprocessor: Any,
 ) -> Path:
     """A random checkpoint of one architecture; its untied output rows let the last of the extra tokens win now and then."""
-    tokenizer = tokenizer or tokenizer_with(extra)
+    tokenizer = tokenizer or qwen_tokenizer(*extra)
     named = ("image_pad", "video_pad", "vision_start", "vision_end")
     ids = {f"{name.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in named}
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 3, 3]}
@@ -164,7 +145,7 @@ def test_a_profile_needs_no_token_or_matrix_that_it_does_not_read(tmp_path: Path
     embed = Encoder(load(checkpoint(tmp_path / "rl", "qwen3_vl", []), profile="embed-rl"))
     first, second = embed.encode_items([Item.of(text=long), Item.of(text=short)])
     assert first.cut > 0 == second.cut and first.text_limit is None and np.allclose(first.vector, second.vector, atol=1e-6)
-    full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(tokenizer_with([])))])
+    full = checkpoint(tmp_path / "full", "qwen3_vl", [f"<spare{n}>" for n in range(512 - len(qwen_tokenizer()))])
     with pytest.raises(ModelError, match="<emb> would be token 512"):
         load(full, profile="embed-rl")
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_profiles import QWEN_SPLIT, checkpoint
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from test_profiles import checkpoint
+from tokenizers import AddedToken
+from transformers import Qwen2Tokenizer
 
 from traceir.items import Item, Query
 from traceir.model import load
@@ -39,15 +39,11 @@ def shown(width: int, height: int, mode: str) -> Image.Image:
     return Image.fromarray(np.stack(bands, axis=-1).astype(np.uint8), mode)
 
 
-def tokenizer(special: list[str]) -> PreTrainedTokenizerFast:
-    vocabulary = GOLDEN["vocab"] | {token: 151_643 + place for place, token in enumerate(special)}
-    core = Tokenizer(models.BPE(vocabulary, [tuple(pair) for pair in GOLDEN["merges"]]))
-    core.normalizer = normalizers.NFC()
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+def tokenizer(special: list[str]) -> Qwen2Tokenizer:
+    vocabulary = GOLDEN["vocab"] | {token: 151_643 + number for number, token in enumerate(special)}
+    made = Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in GOLDEN["merges"]])
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    return made
 
 
 def ids_of(runs: list[Any]) -> Iterator[int]:
