@@ -131,7 +131,7 @@ class Processor:
         self._short_ids = lru_cache(maxsize=8192)(self._encode_plain)
         self._template_ids = lru_cache(maxsize=4096)(self._read_span)
         names = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-        self._special_token = re.compile(f"({'|'.join(map(re.escape, names))})")
+        self._special_token = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")  # without names it matches nothing
 
     @property
     def emb_id(self) -> int:

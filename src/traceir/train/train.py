@@ -89,10 +89,10 @@ def _train(config: TrainConfig, resume_from: Path | None) -> Path:
     run = Run(config, accelerator)
     resumed = run.restore(newest_step(out) or resume_from)
     loop = Loop(run.config, accelerator, run.reader, run.batches(), run.save)
-    started = time.monotonic()
+    started, first = time.monotonic(), step_of(resumed)  # whose folder goes when later ones are written
     loop.run(resumed)
     if accelerator.is_main_process:
-        run.write_meta(seconds=time.monotonic() - started, first_step=step_of(resumed))
+        run.write_meta(seconds=time.monotonic() - started, first_step=first)
     loop.save_model(finished)
     for tracker in accelerator.trackers:
         tracker.finish()
