@@ -481,9 +481,11 @@ def small_run(folder: Path, start: Path, out: Path, *settings: str) -> list[str]
 
 
 @slow
-@pytest.mark.parametrize("settings", [("shard=false", "accumulate=2", "grad_cache=false"), ("shard=true", "symmetric=true")])
+@pytest.mark.parametrize(
+    "settings", [("shard=false", "accumulate=2"), ("shard=false", "grad_cache=false"), ("shard=true", "symmetric=true")]
+)
 def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
-    """The command, DDP without the cache or shards with it, over gloo."""
+    """The command, DDP or shards over gloo."""
     one = started(small_run(folder, trained, tmp_path / "one", *settings[1:]), 1, tmp_path / "told-one")
     two = started(small_run(folder, trained, tmp_path / "two", *settings), 2, tmp_path / "told-two")
     ended(one, tmp_path / "told-one")
