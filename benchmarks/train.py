@@ -55,7 +55,7 @@ from traceir.model import TraceModel
 from traceir.precision import bfloat16_on
 from traceir.train.batches import TrainBatches
 from traceir.train.config import TrainConfig
-from traceir.train.memory import largest, need_of
+from traceir.train.presets import largest, need_of
 
 TASKS: Final = "cirr_task7,mscoco_task3,mscoco_task0"
 AGREE: Final = {"float32": 1e-4, "bf16": 5e-2}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from test_gradcache import examples
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
@@ -18,7 +18,6 @@ from benchmarks.train_shapes import SHAPES, Lengths, build, empty_network, made_
 from benchmarks.train_sides import Ours, Plain
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.errors import TraceError
-from traceir.items import Item, Query
 from traceir.lab.mini_presets import PRESETS
 from traceir.train.batches import TrainBatches
 
@@ -31,14 +30,10 @@ def test_a_shape_has_as_many_parameters_as_the_published_weights() -> None:
 
 
 class Made(TaskData):
-    """Pairs of unlike lengths: some reason, some show an image; every third one shares its target with the one before."""
+    """Pairs of unlike lengths: some reason, some show an image, some share their target."""
 
     def example(self, number: int, draw: np.random.Generator) -> Example:
-        said = "make the left cube red, then " * (number % 3) if number % 2 else ""
-        image = picture(number, 60, 48) if number % 4 else None
-        target = f"1:{number - (number % 3 == 2)}"
-        query = Query.of(text="find a red ball " * (1 + number), image=image, target="image", id=f"1:{number}")
-        return Example(query, said, Item.of(image=picture(100 + number), id=target), frozenset({target}))
+        return examples()[number]
 
 
 @pytest.mark.slow

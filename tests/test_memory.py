@@ -14,8 +14,7 @@ from traceir.adapter import attach
 from traceir.errors import InputError
 from traceir.lab.mini_presets import emoji
 from traceir.model import load
-from traceir.train.memory import GIB, STEPS, USABLE, empty, need_of, on_card
-from traceir.train.presets import PRESETS, resolve
+from traceir.train.presets import GIB, PRESETS, STEPS, USABLE, empty, need_of, on_card, resolve
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
