@@ -1,19 +1,21 @@
-"""The step of training, cached and uncached, against autograd on the loss written out plainly; two processes: test_train.py."""
+"""The step of training: cached and uncached, one process and two, against autograd on the loss written out plainly."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, random_model
+from conftest import FORKS, picture, random_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from traceir.data.samples import Example, Schedule, TaskData
 from traceir.items import Item, Query
 from traceir.model import TraceModel
 from traceir.train.batches import TrainBatch, TrainBatches
-from traceir.train.gradcache import Objective, Reader, step
+from traceir.train.gradcache import Distribution, Objective, Reader, step
 
 
 def examples(count: int = 8, negatives: int = 0) -> list[Example]:
@@ -113,3 +115,51 @@ def test_a_loss_that_is_refused_leaves_no_gradient(double: TraceModel) -> None:
     with pytest.raises(ArithmeticError):
         step(reader, batch_of(double, examples()), Objective(), cache=True, check=refuse)
     assert all(parameter.grad is None for parameter in reader.parameters())
+
+
+def worker(rank: int, world: int, folder: Path) -> None:
+    """One of two processes: DDP around the Reader, then shards of it, cached and uncached; the first writes the gradients."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from traceir.train.shard import fetched, shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=world)
+    model = random_model(3)
+    model.network.double()
+    batch = batch_of(model, examples(negatives=2), rank=rank, world=world)
+    for sharded in (False, True):
+        reader = Reader(model, 0.1, learn_temperature=True).train()
+        if sharded:
+            shard(reader, torch.device("cpu"))
+        for cache in (True, False):
+            reader.zero_grad(set_to_none=True)
+            wrapped = reader if sharded else DistributedDataParallel(reader, broadcast_buffers=False)
+            ranks = Distribution(rank, world, even=True) if sharded else Distribution(rank, world, wrapped.no_sync)
+            losses = step(wrapped, batch, Objective(symmetric=True), cache=cache, ranks=ranks)
+            held = {name: fetched(p.grad, keep=True) for name, p in reader.named_parameters() if p.grad is not None}
+            if rank == 0:
+                held = {name: gradient.contiguous() for name, gradient in held.items()}
+                save_file(held | {"gen": torch.tensor(losses["gen"])}, folder / f"{sharded}-{cache}.safetensors")
+            del wrapped  # else its reducer ends gloo while it holds Python's lock, which gloo's thread may be waiting for
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Path) -> None:
+    running = [FORKS.Process(target=worker, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(timeout=120)
+    assert [process.exitcode for process in running] == [0, 0]
+    batch = batch_of(double, examples(negatives=2))
+    alone = gradients(double, batch, Objective(symmetric=True), cache=True, learn=True)
+    alone["gen"] = torch.tensor(step(Reader(double, 0.1), batch, Objective(), cache=True)["gen"])
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        found = load_file(file)
+        assert (
+            found["gen"].item() == pytest.approx(alone["gen"].item()) and furthest({**found, "gen": alone["gen"]}, alone) < 1e-9
+        ), file
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
