@@ -1,6 +1,6 @@
 """What a teacher is asked at each stage, and what its reply says (paper, section 3: M-BEIR-CoT).
 
-The only home of the teacher's prompts. A question shows the same few blocks to every teacher, each between tags (`<task>`,
+Its prompts are in prompts.toml. A question shows the same few blocks to every teacher, each between tags (`<task>`,
 `<instruction>`, `<query>`, `<target>`, `<proposal>`), and then its images; text from data cannot close a block.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,43 +30,9 @@ WORD_TOKENS: Final = 128
 """Tokens of an assessment or a verdict, likewise."""
 
 TEMPLATES: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "assess": (
-            "You sort queries of a multimodal retrieval system. A query is direct if what it shows or says already describes the "
-            "target. It is complex if the target follows only from steps that depend on each other: a change applied to a "
-            "picture, a fact recalled about what is seen, a comparison, several conditions combined.\n"
-            'Reply with one JSON object and nothing else: {"complex": true or false, "reason": "one sentence", '
-            '"confidence": 0.0 to 1.0}'
-        ),
-        "reason": (
-            "You write the reasoning with which a multimodal retrieval system finds the target of a complex query. {strategy}\n"
-            "Use only what the query shows and what is generally known. Write plain English.\n"
-            "Reply in exactly this form, with nothing before, between or after:\n"
-            "<reasoning>the steps, 16 to 256 tokens</reasoning><answer>a short description of the target, 2 to 64 "
-            "tokens</answer>"
-        ),
-        "visual": "Spell out the details of the picture that decide what is meant, then sum up.",
-        "composed": (
-            "Name the state of the source picture, then the operation that is asked for, then what must not change, and end "
-            "with the state of the target."
-        ),
-        "knowledge": "Name what the query is about, then recall one fact after the other until the question is answered.",
-        "verify-image": (
-            "You check descriptions of the target of a retrieval query. You see the query, the true target as the last picture, "
-            "and a proposed description of it. Say yes only if the description fits the true target and obeys the change that "
-            "the query asks for."
-        ),
-        "verify-text": (
-            "You check answers to a retrieval query. You see the query, the true document and a proposed answer. Say yes only "
-            "if the document entails the answer, and if the answer is specific enough to single this document out."
-        ),
-        "verdict": (
-            'Reply with one JSON object and nothing else: {"verdict": "yes" or "no", "confidence": 0.0 to 1.0, '
-            '"reason": "one sentence"}'
-        ),
-    }
+    tomllib.loads((Path(__file__).parent / "prompts.toml").read_text(encoding="utf-8"))
 )
-"""Templates by name. `reason` holds `{strategy}`, filled by the one of the task's family."""
+"""Templates by name. `reason` holds `{strategy}`, filled by that of the case."""
 
 
 @dataclass(frozen=True, slots=True)
