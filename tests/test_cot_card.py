@@ -13,9 +13,9 @@ import pytest
 from huggingface_hub import DatasetCard
 from test_cot_quality import outcome
 
-from traceir.cot.cot_card import CANDIDATES, COLUMNS, push_cot, write_cot_card
 from traceir.cot.plan import FORMAT, NAME, BuildConfig
 from traceir.cot.quality.quality import measure
+from traceir.cot.reports import CANDIDATE, COLUMNS, push_cot, write_cot_card
 from traceir.cot.rules import RuleLimits
 from traceir.data.cot import write_rows
 from traceir.errors import DataError, InputError
@@ -73,8 +73,8 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
         (folder / name / "train-00000-of-00001.jsonl").write_text('{"other": 1}\n')
     found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
     assert list(found) == list(rows())
-    assert list(found.features) == [name for name, _, _ in COLUMNS]
-    assert [*found.features["positives"].feature] == [one["name"] for one in CANDIDATES]
+    assert list(found.features) == list(COLUMNS)
+    assert [*found.features["positives"].feature] == list(CANDIDATE)
     assert found.features["steps"].dtype == "int32" and found.features["reasoning"].dtype == "string"
 
 

@@ -72,8 +72,8 @@ def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart
 
 def assemble(args: argparse.Namespace) -> int:
     from traceir.cot.assemble import assemble
-    from traceir.cot.cot_card import write_cot_card
     from traceir.cot.plan import DATASET
+    from traceir.cot.reports import write_cot_card
     from traceir.cot.stages import summarise
 
     out = Path(args.out)
@@ -116,7 +116,7 @@ def review(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.cot.quality_report import write_quality
+    from traceir.cot.reports import write_quality
 
     print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
     return 0
@@ -131,8 +131,8 @@ def teacher(args: argparse.Namespace) -> int:
 
 
 def push(args: argparse.Namespace) -> int:
-    from traceir.cot.cot_card import push_cot
     from traceir.cot.plan import DATASET
+    from traceir.cot.reports import push_cot
 
     print(push_cot(Path(args.out) / DATASET, args.repo, dry_run=args.dry_run, private=args.private))
     return 0

@@ -128,7 +128,6 @@ class _Run:
                 self.done(sum(stage == "verify" or bool(line.get("rule")) or line.get("z") == 0 for line in lines[stage]))
                 continue
             lines[stage] = await stages.run(stage, lines)
-            file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines[stage]))
             self.monitor.wrote(file)
         kept = sum(passed(line, work.config) for line in lines["verify"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from io import BufferedWriter
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from traceir.errors import DataError, TeacherError
+from traceir.errors import DataError, InputError, TeacherError
+from traceir.files import write_whole
 from traceir.outside import read_json, valid
 
 Row = TypeVar("Row")
@@ -37,20 +37,33 @@ def json_lines(path: Path, read: Callable[[Any], Row], remedy: str, *, ended: bo
         raise DataError(f"{path}:{number}: {error!r}; {remedy}") from error
 
 
+def read_document(path: Path, name: str, format: int, missing: str, remedy: str) -> dict[str, Any]:
+    """The JSON object of this `name` and `format` in a file, as `write_json` wrote it.
+
+    Raises InputError, which says what to do where it is `missing`, and DataError with the remedy where it is something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or (content.get("name"), content.get("format")) != (name, format):
+            raise ValueError(f"not a {name} of format {format}")
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is not there; {missing}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {error}; {remedy}") from error
+    return content
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Written beside its place and renamed; a path that is no UTF-8 keeps its bytes, escaped."""
+    """`write_text` of JSON; a path that is no UTF-8 keeps its bytes, escaped."""
     text = json.dumps(content, indent=2, ensure_ascii=False)
     write_text(path, (text if text == valid(text) else json.dumps(content, indent=2)) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside its place and renamed, so that a reader never sees half of it."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    """Written beside its place and renamed, so that a reader never sees half of it; missing folders are made."""
     try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
+        write_whole(path, text)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
         raise DataError(f"{path}: {error.strerror or error}; free some space or choose another folder, then run again") from error
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.ask import Questions
-from traceir.cot.files import write_json, write_text
+from traceir.cot.files import read_document, write_json, write_text
 from traceir.cot.rules import RuleLimits
 from traceir.cot.source import find_captions
 from traceir.errors import DataError, InputError
@@ -118,16 +118,8 @@ def describe(config: BuildConfig) -> dict[str, Any]:
 
 def read_build(out: Path) -> dict[str, Any]:
     """`build.json` of a folder. Raises InputError where there is none, DataError where it is broken."""
-    path = out / CONFIG_FILE
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{out} holds no {CONFIG_FILE}; make it with `traceir reasoning build --out {out}`") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: {error}; restore it, or build into another folder") from error
-    if not isinstance(found, dict) or found.get("name") != NAME or found.get("format") != FORMAT:
-        raise DataError(f"{path}: not a {NAME} of format {FORMAT}; build into another folder with this release")
-    return found
+    missing = f"make it with `traceir reasoning build --out {out}`"
+    return read_document(out / CONFIG_FILE, NAME, FORMAT, missing, "restore it, or build into another folder with this release")
 
 
 def read_config(out: Path) -> BuildConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -31,26 +32,9 @@ _TAG: Final = re.compile(r"</?(?:reasoning|answer)>", re.IGNORECASE)
 _ORDERED: Final = re.compile(r"<reasoning>(.*?)</reasoning>(.*?)<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _TOKEN: Final = re.compile(r"\w+|[^\w\s]")
 _WORD: Final = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
-_REFUSAL: Final = re.compile(
-    r"\b(?:i['’]?m|i am) (?:sorry|unable|not able|not allowed)\b"
-    r"|\bi (?:cannot|can['’]?t|can not|won['’]?t|am unable to|must decline)\b"
-    r"|\bi (?:do not|don['’]t) (?:feel|have (?:access|the ability|enough information))"
-    r"|\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b"
-    r"|\bunable to (?:assist|comply|help|identify|provide|see|view)\b"
-    r"|\b(?:against|violates?) (?:my|our|the) (?:guidelines|policy|policies)\b"
-    r"|\bhappy to help\b|\bi hope this helps\b|\blet me know if\b",
-    re.IGNORECASE,
-)
-STOP_WORDS: Final = frozenset(
-    """
-    a about above after again all also an and any are as at be because been before being below between both but by can
-    could did do does doing down during each few find for from further get give had has have having he her here hers him
-    his how i if in into is it its just like made make me more most my no nor not now of off on once one only or other our
-    out over own same she should show so some such than that the their them then there these they thing this those through
-    to too under until up very was we were what when where which while who whom whose why will with would you your picture
-    image photo describe description target answer query question
-    """.split()
-)
+_WORDS: Final = tomllib.loads((Path(__file__).parent / "rules.toml").read_text(encoding="utf-8"))
+_REFUSAL: Final = re.compile("|".join(_WORDS["refusals"]), re.IGNORECASE)
+STOP_WORDS: Final = frozenset(_WORDS["stop_words"].split())
 """Words that say nothing of a target."""
 
 

@@ -1,12 +1,12 @@
 """Figures of a build of M-BEIR-CoT: what was kept and why, how it reads, how often it is wrong, what it says of people.
 
 One pass writes a row of measures for each outcome (samples.py), SQL makes figures of them, of each task and of all. They are in
-`quality.json` (docs/formats.md), and shown by `quality.html` (cot/quality_report.py).
+`quality.json` (docs/formats.md), and shown by `quality.html` (cot/reports.py).
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -16,65 +16,35 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from traceir.cot.files import write_json
+from traceir.cot.files import read_document, write_json
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.people_terms import GROUPS
-from traceir.cot.quality.reviewed import Stratum, estimate_share
 from traceir.cot.quality.samples import BINS, COPIED, DROPPED_BY, FUNNEL, MEASURES, SampleTable, measures_of, sample_table
 from traceir.cot.quality.similarity import NEAR, Words, diversity, near_duplicates
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled
-from traceir.data.report import percent
 from traceir.errors import DataError, InputError
 
 NAME: Final = "M-BEIR-CoT quality"
 FORMAT: Final = 1
 FILE: Final = "quality.json"
-SAMPLE: Final = 20_000
-"""Kept reasonings among which near duplicates are looked for."""
 DIVERSITY: Final = 2_000
-"""Of these, the first whose lexical diversity is measured, of each task and of all."""
-TOP: Final = 10
-"""Openings that are listed."""
+"""The first kept reasonings whose lexical diversity is measured, of each task and of all."""
 QUANTILES: Final = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 HISTOGRAM: Final = 40
 """Most bins of a histogram, but for one that begins before the least value."""
 
-_COUNTS: Final = f"""
-    SELECT count(*), {", ".join(f"count(*) FILTER (stage >= {stage})" for stage in range(1, 6))}, count(*) FILTER (curated),
-        count(DISTINCT hash(words)) FILTER (curated), count(longest_copy), count(*) FILTER (longest_copy >= {COPIED}),
-        count(*) FILTER (whole), count(copied),
-        min_by({{qid: qid, task: task, copied: copied}}, place, 3) FILTER (copied IS NOT NULL)
-    FROM chosen"""
-_RULES: Final = """
-    SELECT rule, count(*), min_by({qid: qid, detail: detail, text: reply, task: task}, place, 3)
-    FROM chosen WHERE rule IS NOT NULL GROUP BY rule"""
-_LENGTHS: Final = f"""
-    SELECT measure, length, count(*)
-    FROM (UNPIVOT (FROM chosen) ON {", ".join(MEASURES)}, longest_copy INTO NAME measure VALUE length)
-    GROUP BY measure, length ORDER BY length"""
-_OPENINGS: Final = f"""
-    SELECT opening, count(*), count(*) OVER () FROM chosen WHERE curated
-    GROUP BY opening ORDER BY count(*) DESC, opening LIMIT {TOP}"""
-_PEOPLE: Final = """
-    SELECT told, count(*), count(*) FILTER (len(terms) > 0) FROM chosen WHERE curated GROUP BY told"""
-_TERMS: Final = """
-    WITH held AS (SELECT task, told, qid, place, unnest(terms, recursive := true) FROM chosen WHERE curated),
-    groups AS (SELECT told, "group", count(DISTINCT place) AS samples FROM held GROUP BY ALL),
-    entries AS (SELECT told, "group", {term: term, samples: count(*),
-                       examples: min_by({qid: qid, task: task, words: words}, place, 3)} AS entry
-                FROM held GROUP BY told, "group", term)
-    SELECT told, "group", samples, list(entry ORDER BY entry.samples DESC, entry.term)
-    FROM groups JOIN entries USING (told, "group") GROUP BY ALL"""
-_CONFIDENCE: Final = "SELECT verdict, bin, count(*) FROM chosen WHERE verdict IS NOT NULL GROUP BY verdict, bin"
-_MADE_BY: Final = """
-    SELECT role, name, count(*) FROM (UNPIVOT (FROM samples) ON teacher, verifier, prompts INTO NAME role VALUE name)
-    GROUP BY role, name ORDER BY count(*) DESC, min(place)"""
-_STRATA: Final = """
-    SELECT task, count(*), count(*) FILTER (reviewed), count(*) FILTER (hallucinated), count(*) FILTER (faulty)
-    FROM samples WHERE kept GROUP BY task ORDER BY min(place)"""
-_SAMPLE: Final = f"SELECT task, words FROM samples WHERE curated ORDER BY draw, number LIMIT {SAMPLE}"
-"""`samples` are all rows, `chosen` those of one task, or all (samples.py)."""
+Z: Final = 1.959964
+"""Of a 95 % interval."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stratum:
+    """Kept samples of one task, and of those that were reviewed at random: how many, and how many of these were wrong."""
+
+    kept: int
+    reviewed: int
+    wrong: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +70,7 @@ class Figures:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """All figures of a build. `hallucination` and `fault` are the estimates of reviewed.estimate_share."""
+    """All figures of a build. `hallucination` and `fault` are the estimates of estimate_share."""
 
     overall: Figures
     tasks: dict[str, Figures]
@@ -138,15 +108,15 @@ def measure(
     with sample_table(rows) as table:
         if not table.tasks:
             raise InputError("there is no outcome to measure; run `traceir reasoning build` first")
-        drawn = [(task, words.split()) for task, words in table.rows(_SAMPLE)]
+        drawn = [(task, words.split()) for task, words in table.rows("sample")]
         repeated = near_duplicates([words for _, words in drawn])
         sample = [(task, words, again) for (task, words), again in zip(drawn, repeated, strict=True)]
         tasks = {task: _figures(table, task, sample) for task in table.tasks}
         overall = _figures(table, None, sample)
-        strata = table.rows(_STRATA)
+        strata = table.rows("strata")
         hallucination, fault = ({row[0]: Stratum(row[1], row[2], row[wrong]) for row in strata} for wrong in (3, 4))
         made_by: dict[str, dict[str, int]] = {"teacher": {}, "verifier": {}, "prompts": {}}
-        for role, name, count in table.rows(_MADE_BY):
+        for role, name, count in table.rows("made_by"):
             made_by[role][name] = count
         cost = _cost(table, price_in, price_out)
     return Quality(overall, tasks, estimate_share(hallucination), estimate_share(fault), made_by, cost)
@@ -159,14 +129,7 @@ def save_quality(file: Path, quality: Quality) -> None:
 
 def read_quality(file: Path) -> Quality:
     """What `save_quality` wrote. Raises InputError where it is not there, DataError where it cannot be read."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} is not there; make it with `traceir reasoning report`") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: {error}; make it again") from error
-    if not isinstance(content, dict) or content.get("name") != NAME or content.get("format") != FORMAT:
-        raise DataError(f"{file}: not {NAME} of format {FORMAT}; make it again with this release")
+    content = read_document(file, NAME, FORMAT, "make it with `traceir reasoning report`", "make it again with this release")
     try:
         tasks = {name: Figures(**own) for name, own in content["tasks"].items()}
         rest = {name: content[name] for name in ("hallucination", "fault", "made_by", "cost")}
@@ -175,31 +138,59 @@ def read_quality(file: Path) -> Quality:
         raise DataError(f"{file}: figures are missing ({error}); make it again") from error
 
 
-def estimate_in_words(estimate: Mapping[str, Any]) -> str:
-    """An estimate of reviewed.estimate_share as part of a sentence."""
-    if estimate["share"] is None:
-        return "not reviewed"
-    covered = estimate["covered"]
-    reach = "" if covered >= 0.99995 else f"; the reviewed tasks hold {percent(covered)} of the kept samples"
-    return (
-        f"{percent(estimate['share'])} of kept samples (95 % interval {percent(estimate['low'])} to {percent(estimate['high'])}; "
-        f"{estimate['wrong']} of {estimate['reviewed']} reviewed at random{reach})"
-    )
+def estimate_share(strata: Mapping[str, Stratum]) -> dict[str, Any]:
+    """The share of kept samples that are wrong, with its 95 % interval, as plain data.
+
+    Stratified by task: each stratum's share weighs as much as its kept samples. The interval is Wilson's for the stratified share
+    and Kish's effective number of reviews, 1 / sum(weight^2 / reviews). Tasks without reviews are left out; `covered` is the
+    share of kept samples in the others. `share`, `low` and `high` are null where nothing was reviewed.
+    """
+    asked = [stratum for stratum in strata.values() if stratum.reviewed]
+    reached, kept = sum(stratum.kept for stratum in asked), sum(stratum.kept for stratum in strata.values())
+    share = sum(stratum.kept / reached * stratum.wrong / stratum.reviewed for stratum in asked)
+    effective = 1 / sum((stratum.kept / reached) ** 2 / stratum.reviewed for stratum in asked) if asked else 0.0
+    return {
+        "reviewed": sum(stratum.reviewed for stratum in asked),
+        "wrong": sum(stratum.wrong for stratum in asked),
+        **_with_interval(share, effective),
+        "covered": round(reached / kept, 4) if kept else 0.0,
+        "effective": round(effective, 2),
+        "tasks": {
+            name: {"kept": own.kept, "reviewed": own.reviewed, "wrong": own.wrong}
+            | _with_interval(own.wrong / max(own.reviewed, 1), own.reviewed)
+            for name, own in strata.items()
+        },
+    }
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share seen in `count` trials, which need not be a whole number as scipy asks."""
+    scale = 1 + Z * Z / count
+    centre = (share + Z * Z / (2 * count)) / scale
+    reach = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def _with_interval(share: float, count: float) -> dict[str, float | None]:
+    if not count:
+        return {"share": None, "low": None, "high": None}
+    low, high = wilson(share, count)
+    return {"share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
 
 
 def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, float]:
-    [(read, written)] = table.rows("SELECT sum(prompt_tokens), sum(completion_tokens) FROM samples")
+    [(read, written)] = table.rows("tokens")
     spent = {"usd": round((float(read) * price_in + float(written) * price_out) / 1e6, 4)} if price_in or price_out else {}
     return {"prompt_tokens": float(read), "completion_tokens": float(written), **spent}
 
 
 def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words, bool]]) -> Figures:
-    """The figures of a task, or of all. `sample`: of the rows of _SAMPLE, the task, the words, and whether they repeat others."""
+    """The figures of a task, or of all. `sample`: task and words of some rows, and whether they repeat others."""
     table.choose(task)
-    [counts] = table.rows(_COUNTS)
+    [counts] = table.rows("counts")
     funnel = dict(zip(FUNNEL, counts, strict=False))
     different, compared, run, whole, copied, copies = counts[len(FUNNEL) :]
-    rules, openings, lengths = table.rows(_RULES), table.rows(_OPENINGS), _lengths(table.rows(_LENGTHS))
+    rules, openings, lengths = table.rows("rules"), table.rows("openings"), _lengths(table.rows("lengths"))
     dropped, examples = {rule: n for rule, n, _ in rules}, {rule: shown for rule, _, shown in rules}
     own = [(words, again) for name, words, again in sample if task in (None, name)]
     kept, repeated = funnel["curated"], sum(again for _, again in own)
@@ -221,12 +212,12 @@ def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words
             "exact": {"samples": kept, "surplus": kept - different, "share": _share(kept - different, kept)},
             "near": {"samples": len(own), "surplus": repeated, "share": _share(repeated, len(own)), "threshold": NEAR},
         },
-        people=_people(table.rows(_PEOPLE), table.rows(_TERMS)),
+        people=_people(table.rows("people"), table.rows("terms")),
         copied={
             "samples": compared, "least": COPIED, "run": run, "whole": whole, "either": copied,
             "share": _share(copied, compared), "longest": lengths["longest_copy"], "examples": copies or [],
         },
-        confidence=_confidence(table.rows(_CONFIDENCE)),
+        confidence=_confidence(table.rows("confidence")),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any, Final
 
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.quality.people_terms import introduced
-from traceir.cot.quality.reviewed import judge
 from traceir.cot.quality.similarity import Words, holds, longest_copy
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled, sample_hash
@@ -45,25 +45,8 @@ SHOWN: Final = 400
 """Characters of a text in an example."""
 MEMORY: Final = "128MB"
 
-COLUMNS: Final = (
-    {"number": "BIGINT", "qid": "VARCHAR", "task": "VARCHAR", "stage": "BIGINT", "curated": "BOOLEAN"}
-    | {"rule": "VARCHAR", "detail": "VARCHAR", "reply": "VARCHAR", "verdict": "VARCHAR", "bin": "BIGINT"}
-    | {"kept": "BOOLEAN", "reviewed": "BOOLEAN", "hallucinated": "BOOLEAN", "faulty": "BOOLEAN"}
-    | {
-        "teacher": "VARCHAR",
-        "verifier": "VARCHAR",
-        "prompts": "VARCHAR",
-        "prompt_tokens": "BIGINT",
-        "completion_tokens": "BIGINT",
-    }
-    | {"words": "VARCHAR", "opening": "VARCHAR", "draw": "UBIGINT"}
-    | dict.fromkeys(MEASURES, "BIGINT")
-    | {"told": "VARCHAR", "terms": 'STRUCT("group" VARCHAR, term VARCHAR, words VARCHAR)[]'}
-    | {"longest_copy": "BIGINT", "whole": "BOOLEAN", "copied": "VARCHAR"}
-)
-"""`stage`: the last of FUNNEL before review. `rule`: what dropped it. From `words` on: of curated samples alone; `told`: whether
-the target has words (`told`) or is an image alone (`untold`); `terms`: those about people that the data do not tell.
-`longest_copy`: null where the target has no text; `copied`: what was copied, null where nothing was."""
+TABLES: Final = tomllib.loads((Path(__file__).parent / "tables.toml").read_text(encoding="utf-8"))
+"""The columns of the table, and SQL by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +56,9 @@ class SampleTable:
     connection: Any
     tasks: list[str]
 
-    def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        rows: list[tuple[Any, ...]] = self.connection.execute(sql).fetchall()
+    def rows(self, name: str) -> list[tuple[Any, ...]]:
+        """What a query of TABLES gives."""
+        rows: list[tuple[Any, ...]] = self.connection.execute(TABLES[name]).fetchall()
         return rows
 
     def choose(self, task: str | None) -> None:
@@ -98,7 +82,7 @@ def sample_table(rows: Iterable[dict[str, Any]]) -> Iterator[SampleTable]:
             settings: dict[str, Any] = {"memory_limit": MEMORY, "threads": 1, "temp_directory": folder}
             with duckdb.connect(Path(folder) / "samples.duckdb", config=settings) as connection:
                 read = "read_json($file, columns = $columns, format = 'newline_delimited')"
-                connection.execute(f"CREATE TABLE outcomes AS FROM {read}", {"file": str(file), "columns": COLUMNS})
+                connection.execute(f"CREATE TABLE outcomes AS FROM {read}", {"file": str(file), "columns": TABLES["columns"]})
                 names = [name for (name,) in connection.execute("SELECT DISTINCT task FROM outcomes").fetchall()]
                 tasks = sorted(names, key=lambda name: (EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name))
                 ranks = "SELECT unnest($tasks) AS task, unnest(range(len($tasks))) AS rank"
@@ -107,6 +91,7 @@ def sample_table(rows: Iterable[dict[str, Any]]) -> Iterator[SampleTable]:
                     "CREATE VIEW samples AS SELECT *, rank << 40 | number AS place FROM outcomes JOIN ranks USING (task)"
                 )
                 connection.execute("CREATE VIEW chosen AS FROM samples WHERE coalesce(task = getvariable('task'), true)")
+                connection.execute("SET VARIABLE least_copied = $least", {"least": COPIED})
                 yield SampleTable(connection, tasks)
     except (OSError, duckdb.Error) as error:
         raise DataError(
@@ -123,7 +108,7 @@ def measures_of(
     row = {"qid": outcome.case.record.qid, "task": outcome.case.task, "stage": _stage(outcome), "curated": curated}
     row |= {"kept": outcome.status == "kept"} | _provenance(outcome)
     if outcome.status == "kept" and votes:
-        row |= judge(vote for vote in votes if vote.sample == sample_hash(outcome))
+        row |= _review_of(vote for vote in votes if vote.sample == sample_hash(outcome))
     if outcome.status != "direct" and not curated:
         reply = outcome.raw or outcome.reasoning
         row |= {"rule": "reviewer" if settled else outcome.rule, "detail": outcome.detail[:SHOWN], "reply": reply[:SHOWN]}
@@ -135,6 +120,15 @@ def measures_of(
     if curated:
         row |= _text_measures(outcome, (settled or outcome).reasoning, (settled or outcome).answer, captions, tokenizer)
     return row
+
+
+def _review_of(votes: Iterable[Decision]) -> dict[str, bool]:
+    """What the decisions on one kept sample say of it; where there are several, half of them are enough against it."""
+    drawn = [vote for vote in votes if vote.how == "random"]
+    hallucinated = sum(vote.decision == "drop" and vote.why == "hallucination" for vote in drawn)
+    faulty = sum(vote.decision in ("drop", "edit") for vote in drawn)
+    against = {"hallucinated": 2 * hallucinated >= len(drawn), "faulty": 2 * faulty >= len(drawn)}
+    return {"reviewed": bool(drawn)} | (against if drawn else dict.fromkeys(against, False))
 
 
 def _stage(outcome: CotOutcome) -> int:

@@ -21,7 +21,7 @@ Message = dict[str, Any]
 _DATA: Final = json.loads((Path(__file__).parent / "faults.json").read_text(encoding="utf-8"))
 MEANT: Final[Mapping[str, str]] = {kind: fault["rule"] for kind, fault in _DATA["content"].items()} | {"bad_json": "teacher"}
 """Fault -> what is meant to drop its reply: one of rules.RULES, `verifier`, or `teacher` where the reply cannot be read."""
-CONTENT: Final = tuple(_DATA["content"])
+CONTENT: Final[tuple[str, ...]] = tuple(_DATA["content"])
 """Faults of replies that write reasoning."""
 UNREADABLE: Final = ("bad_json",)
 """Faults of the other replies."""
@@ -99,7 +99,7 @@ def styled(style: str, text: str) -> Message:
         fields = {name: words[value] if isinstance(value, bool) else value for name, value in json.loads(text).items()}
         text = json.dumps(fields | {"confidence": f"{fields['confidence']:.0%}"})
     template = json.dumps(STYLES[style] if style else {"content": "$TEXT"})
-    for name, words in (("$DRAFT", _DATA["draft"]), ("$TEXT", text)):
-        template = template.replace(name, json.dumps(words)[1:-1])
+    for name, shown in (("$DRAFT", _DATA["draft"]), ("$TEXT", text)):
+        template = template.replace(name, json.dumps(shown)[1:-1])
     message: Message = json.loads(template)
     return message

@@ -1,14 +1,15 @@
-"""The data card of an assembled M-BEIR-CoT (`data_card.md.j2`), and its upload to the Hugging Face hub.
+"""What a build tells of itself: the quality report, and the data card of its assembled M-BEIR-CoT with its upload to the hub.
 
-The card says what the folder, its build and its quality report say, and nothing else. Its front matter names the data files and
-their columns, so that `datasets.load_dataset(FOLDER)` reads the folder as it is:
-https://huggingface.co/docs/datasets/repository_structure.
+The report is `quality.json`, and the same as `quality.md` and as one HTML page that opens anywhere; its policy forbids scripts and
+outside addresses. The card says what the folder, its build and its report say, and nothing else; by its front matter
+`datasets.load_dataset(FOLDER)` reads the folder as it is: https://huggingface.co/docs/datasets/repository_structure.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -17,40 +18,115 @@ from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 from tqdm import tqdm
 
-from traceir.cot.files import write_text
-from traceir.cot.plan import CONFIG_FILE, read_build
-from traceir.cot.quality.quality import FILE, Quality, estimate_in_words, read_quality
+from traceir.cot.files import read_document, write_text
+from traceir.cot.outcomes import read_outcomes
+from traceir.cot.plan import CONFIG_FILE, DATASET, gather_captions, read_build, read_config
+from traceir.cot.quality.people_terms import GROUPS
+from traceir.cot.quality.quality import FILE, Quality, measure, read_quality, save_quality
+from traceir.cot.quality.samples import BINS, FUNNEL
+from traceir.cot.review.decisions import read_decisions
+from traceir.cot.review.review import settle
 from traceir.cot.rules import RULES
+from traceir.cot.source import read_captions
 from traceir.data import hub
 from traceir.data.cot import FORMAT as COT_FORMAT
 from traceir.data.cot import NAME
-from traceir.data.report import code, line, number, render
+from traceir.data.report import code, line, number, percent, render
 from traceir.errors import DataError
 
 MARK: Final = "<!-- Written by `traceir reasoning`, which replaces it. Remove this line to keep what you change. -->"
 QUALITY: Final = "quality"
 """Folder of the report within a build."""
 SIZES: Final = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
-CANDIDATES: Final = [{"name": name, "dtype": "string"} for name in ("did", "txt", "img_path", "modality")]
-COLUMNS: Final[tuple[tuple[str, Any, str], ...]] = (
-    ("qid", "string", "`DATASET_ID:INDEX`"),
-    ("task", "string", "data set and task id, such as `cirr_task7`"),
-    ("task_id", "int32", "M-BEIR's task, 0 to 8"),
-    ("dataset_id", "int32", "M-BEIR's number of the data set"),
-    ("query_txt", "string", "text of the query, or null"),
-    ("query_img_path", "string", "picture of the query, or null; a path below the data folder"),
-    ("query_modality", "string", "`text`, `image` or `image,text`"),
-    ("cand_modality", "string", "the same of the candidates"),
-    ("z", "int32", "1: complex, with reasoning; 0: direct"),
-    ("reasoning", "string", "the teacher's reasoning, null where z is 0"),
-    ("answer", "string", "its description of the target, null where z is 0"),
-    ("steps", "int32", "dependent steps, 0 where nobody counted them; null without a label"),
-    ("pos_cand_list", ["string"], "ids of all positives"),
-    ("positives", CANDIDATES, "those in the train pool: `did`, `txt`, `img_path`, `modality`"),
-    ("negatives", CANDIDATES, "hard negatives, may be empty"),
-    ("provenance", "string", "JSON: teacher, verifier, prompt version, seed, keys of the answers, tokens, reviewers"),
+CANDIDATE: Final = ("did", "txt", "img_path", "modality")
+COLUMNS: Final[Mapping[str, tuple[str, str]]] = tomllib.loads(
+    (Path(__file__).parent / "data_card.toml").read_text(encoding="utf-8")
 )
-"""Name, type and meaning of each column (docs/formats.md, section 17)."""
+"""Type and meaning of each column."""
+PlotRow = tuple[str, list[float]]
+"""A label, and a value for each part of its bar."""
+
+
+def write_quality(out: Path, to: Path) -> str:
+    """Measures a build into `to`: `quality.json`, `quality.html`, `quality.md`; returns the text of the last.
+
+    The data card beside the assembled files, where there are any, is written anew. Raises DataError where a part is not finished.
+    """
+    config = read_config(out)
+    quality = measure(
+        read_outcomes(out), decisions=read_decisions(out), settled=settle(out).settled,
+        captions=read_captions(gather_captions(out, config)), tokenizer=config.limits.tokenizer,
+    )  # fmt: skip
+    to.mkdir(parents=True, exist_ok=True)
+    save_quality(to / FILE, quality)
+    text = summary(quality)
+    write_text(to / "quality.md", text)
+    write_text(to / "quality.html", page(quality))
+    if (out / DATASET / "manifest.json").is_file():
+        write_cot_card(out / DATASET, out, quality=quality)
+    return text
+
+
+def summary(quality: Quality) -> str:
+    """The figures in short, as Markdown without any text of the data but task names."""
+    return _render("cot/quality.md.j2", quality)
+
+
+def page(quality: Quality) -> str:
+    """The whole page as text; equal figures give equal pages."""
+    dropped_by = {rule: count for rule, count in quality.overall.rules.items() if count}
+    plots = {
+        "kept": [
+            (task, [100 * own.funnel[stage] / max(own.funnel["complex"], 1) for stage in FUNNEL[1:]])
+            for task, own in quality.tasks.items()
+        ],
+        "drops": [(rule, [own.rules[rule] for own in quality.tasks.values()]) for rule in dropped_by],
+        "confidence": [
+            (f"{place / BINS:.2f}", [quality.overall.confidence[word][place] for word in ("yes", "no")]) for place in range(BINS)
+        ],
+        "groups": list(_groups(quality)),
+        **{name: list(_lengths(quality, name)) for name in ("reasoning_words", "answer_words")},
+    }
+    stages = [name.replace("_", " ") for name in FUNNEL]
+    return _render("cot/quality.html.j2", quality, plots=plots, dropped_by=dropped_by, stages=stages)
+
+
+def _render(template: str, quality: Quality, **more: object) -> str:
+    return render(
+        template,
+        dataset=NAME,
+        quality=quality,
+        all=quality.overall,
+        named=[*quality.tasks.items(), ("all", quality.overall)],
+        hallucination=_in_words(quality.hallucination),
+        fault=_in_words(quality.fault),
+        **more,
+    )
+
+
+def _lengths(quality: Quality, measure_name: str) -> Iterator[PlotRow]:
+    for first, last, count in quality.overall.lengths[measure_name]["histogram"]:
+        yield f"{first}–{last}" if first < last else str(first), [count]
+
+
+def _groups(quality: Quality) -> Iterator[PlotRow]:
+    """Samples of each group of terms, in percent of those whose target has words, and of the others."""
+    people: list[dict[str, Any]] = [quality.overall.people[kind] for kind in ("told", "untold")]
+    for group in GROUPS if any(kind["groups"] for kind in people) else ():
+        counts = ((kind["groups"].get(group, {"samples": 0})["samples"], max(kind["samples"], 1)) for kind in people)
+        yield group, [100 * count / total for count, total in counts]
+
+
+def _in_words(estimate: Mapping[str, Any]) -> Markup:
+    """An estimate of quality.estimate_share as part of a sentence."""
+    if estimate["share"] is None:
+        return Markup("not reviewed")
+    share, low, high, covered = (estimate[name] for name in ("share", "low", "high", "covered"))
+    reach = "" if covered >= 0.99995 else f"; the reviewed tasks hold {percent(covered)} of the kept samples"
+    return Markup(
+        f"{percent(share)} of kept samples (95 % interval {percent(low)} to {percent(high)}; "
+        f"{estimate['wrong']} of {estimate['reviewed']} reviewed at random{reach})"
+    )
 
 
 def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | None = None, licence: str | None = None) -> str:
@@ -91,10 +167,10 @@ def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | 
         tasks=[
             [name, *(number(row[key]) for key in ("samples", "complex", "negatives"))] for name, row in manifest["tasks"].items()
         ],
-        columns=[[Markup(f"`{name}`"), _kind(kind), Markup(meaning)] for name, kind, meaning in COLUMNS],
+        columns=[[Markup(f"`{name}`"), kind, Markup(meaning)] for name, (kind, meaning) in COLUMNS.items()],
         quality=quality,
-        hallucination=Markup(estimate_in_words(quality.hallucination)) if quality else "",
-        fault=Markup(estimate_in_words(quality.fault)) if quality else "",
+        hallucination=_in_words(quality.hallucination) if quality else "",
+        fault=_in_words(quality.fault) if quality else "",
     )
     write_text(readme, text)
     return text
@@ -128,11 +204,9 @@ def pushed_files(folder: Path) -> list[tuple[str, int]]:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / "manifest.json"
-    manifest = _read_json(file)
-    if not manifest:
-        raise DataError(f"{file} cannot be read; assemble the data to its end first")
-    if manifest.get("name") != NAME or manifest.get("format") != COT_FORMAT:
-        raise DataError(f"{file}: not a manifest of {NAME}, format {COT_FORMAT}; write the folder again with this release")
+    if not file.is_file():
+        raise DataError(f"{file} is not there; assemble the data to its end first")
+    manifest = read_document(file, NAME, COT_FORMAT, "", "write the folder again with this release")
     for name in (entry["name"] for entry in manifest["files"]):
         if Path(name).name != name or not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing, but named by the manifest; copy or write it again")
@@ -160,19 +234,15 @@ def _front_matter(manifest: Mapping[str, Any], name: str, licence: str | None) -
         task_categories=["feature-extraction", "text-retrieval"],
         tags=["traceir", "multimodal-retrieval", "reasoning", "chain-of-thought", "synthetic"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": f"train-*{suffix}"}]}],
-        dataset_info={"features": [_column(column, kind) for column, kind, _ in COLUMNS]},
+        dataset_info={"features": [_feature(name, kind) for name, (kind, _) in COLUMNS.items()]},
     )
     return f"{card.to_yaml()}\n"
 
 
-def _column(name: str, kind: Any) -> dict[str, Any]:
-    if isinstance(kind, str):
-        return {"name": name, "dtype": kind}
-    return {"name": name, "list": kind[0] if kind == ["string"] else [dict(field) for field in kind]}
-
-
-def _kind(kind: Any) -> str:
-    return kind if isinstance(kind, str) else "list of strings" if kind == ["string"] else "list of candidates"
+def _feature(name: str, kind: str) -> dict[str, Any]:
+    """A column as the front matter has it; equal parts are never the same object, which YAML would write as a reference."""
+    lists = {"list of strings": "string", "list of candidates": [{"name": field, "dtype": "string"} for field in CANDIDATE]}
+    return {"name": name} | ({"list": lists[kind]} if kind in lists else {"dtype": kind})
 
 
 def _unasked(build: Mapping[str, Any]) -> Markup:
