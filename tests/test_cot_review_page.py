@@ -17,7 +17,7 @@ from PIL import Image
 from test_cot_review import outcome
 
 from traceir.cot.review.decisions import read_decisions
-from traceir.cot.review.review import settle
+from traceir.cot.review.review import Sampling, settle
 from traceir.cot.review.review_server import serve_review
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -32,7 +32,7 @@ def serve(out: Path, count: int, port: int, tell: Connection) -> None:
     texts = [ATTACK, *[""] * (count - 1)]
     outcomes = [outcome(n, "language" if n == 2 else "", root=out.parent, text=text) for n, text in enumerate(texts)]
     address = "127.0.0.1:"
-    serve_review(out, port=port, per_stratum=count, strata=("task",), outcomes=outcomes,
+    serve_review(out, Sampling(count, strata=("task",)), port=port, outcomes=outcomes,
                  announce=lambda line: tell.send(int(line.partition(address)[2].partition("/")[0])))  # fmt: skip
 
 
@@ -119,7 +119,7 @@ def test_a_review_by_keyboard_survives_a_kill_and_shows_text_as_text(tmp_path: P
             playwright.expect(page.locator("#target-text")).to_have_text("a second hat")
     decided = {qid: (one.decision, one.why) for qid, one in read_decisions(out)["ada"].items()}
     assert decided == {shown[0]: ("keep", ""), shown[1]: ("drop", "wrong answer"), shown[2]: ("edit", "")}
-    settled = settle(out, [outcome(n, "language" if n == 2 else "", text=ATTACK if n == 0 else "") for n in range(6)]).settled
+    settled = settle(out, [outcome(n, "language" if n == 2 else "", text=ATTACK if n == 0 else "") for n in range(6)])
     assert (settled[shown[2]].decision, settled[shown[2]].answer) == ("keep", "a blue hat, kept by hand")
 
 

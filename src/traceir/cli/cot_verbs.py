@@ -101,17 +101,15 @@ def import_answers(args: argparse.Namespace) -> int:
 
 def review(args: argparse.Namespace) -> int:
     from traceir.cot.plan import read_build
-    from traceir.cot.review.review import agreement_table
+    from traceir.cot.review.review import Sampling, agreement_table
     from traceir.cot.review.review_server import serve_review
 
     if args.agreement:
         read_build(Path(args.out))  # a folder without a build has no agreement either
         print(agreement_table(Path(args.out)))
         return 0
-    serve_review(
-        Path(args.out), port=args.port, reviewer=args.reviewer or "", per_stratum=args.per_stratum, order=args.order,
-        seed=args.seed, open_browser=not args.no_browser, announce=print,
-    )  # fmt: skip
+    sampling, browser = Sampling(args.per_stratum, args.order, seed=args.seed), not args.no_browser
+    serve_review(Path(args.out), sampling, port=args.port, reviewer=args.reviewer or "", open_browser=browser, announce=print)
     return 0
 
 

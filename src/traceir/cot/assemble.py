@@ -86,7 +86,7 @@ def assemble(
     """
     if dropped not in ("leave_out", "direct"):
         raise InputError(f"dropped is {dropped!r}; choose leave_out or direct")
-    config, funnel, settled = read_config(out), Funnel(), settle(out).settled
+    config, funnel, settled = read_config(out), Funnel(), settle(out)
     root, target = Path(config.data), out / DATASET
     fresh, old = target.with_suffix(".new"), target.with_suffix(".old")
     shutil.rmtree(fresh, ignore_errors=True)

@@ -54,7 +54,7 @@ def write_quality(out: Path, to: Path) -> str:
     """
     config = read_config(out)
     quality = measure(
-        read_outcomes(out), decisions=read_decisions(out), settled=settle(out).settled,
+        read_outcomes(out), decisions=read_decisions(out), settled=settle(out),
         captions=read_captions(gather_captions(out, config)), tokenizer=config.limits.tokenizer,
     )  # fmt: skip
     to.mkdir(parents=True, exist_ok=True)

@@ -11,14 +11,15 @@ import logging
 import os
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
+from traceir.cot.files import json_lines
 from traceir.cot.outcomes import CotOutcome
 from traceir.errors import DataError, InputError
-from traceir.outside import read_json, valid
+from traceir.outside import valid
 
 Choice = Literal["keep", "drop"]
 
@@ -91,11 +92,11 @@ class Journal:
 
     def undo(self, among: Collection[str]) -> Decision | None:
         """Takes back the newest decision on one of these qids; returns it, or None where there is none."""
-        if (place := _newest(self._standing, among)) is None:
+        if (index := _newest(self._standing, among)) is None:
             return None
-        last = self._standing[place]
+        last = self._standing[index]
         self._write(Decision(last.qid, last.task, "undo", last.sample, how=last.how))
-        return self._standing.pop(place)
+        return self._standing.pop(index)
 
     def latest(self) -> dict[str, Decision]:
         """qid -> the decision that stands."""
@@ -165,25 +166,20 @@ def _read_file(path: Path) -> tuple[list[Decision], int]:
     if whole < len(data):
         _logger.warning("%s: the last line is half-written (%d bytes) and is left out", path, len(data) - whole)
     standing: list[Decision] = []
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], 1):
-        decision = _read_line(line, f"{path}:{number}")
+    for decision in json_lines(path, _decision_of, "no decision; repair or remove this line", ended=True):
         if decision.decision != "undo":
             standing.append(decision)
-        elif (place := _newest(standing, (decision.qid,))) is not None:
-            del standing[place]
+        elif (index := _newest(standing, (decision.qid,))) is not None:
+            del standing[index]
     return standing, whole
 
 
 def _newest(standing: list[Decision], qids: Collection[str]) -> int | None:
-    return next((place for place in reversed(range(len(standing))) if standing[place].qid in qids), None)
+    return next((index for index in reversed(range(len(standing))) if standing[index].qid in qids), None)
 
 
-def _read_line(line: bytes, where: str) -> Decision:
-    try:
-        content = read_json(line)
-        decision = Decision(**{name.name: content[name.name] for name in fields(Decision)})
-        if decision.decision not in DECISIONS or not all(isinstance(value, str) for value in asdict(decision).values()):
-            raise ValueError(f"decision {decision.decision!r}, or a field that is no text")
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not a decision ({type(error).__name__}: {error}); repair or remove this line") from error
+def _decision_of(row: dict[str, Any]) -> Decision:
+    decision = Decision(**{name: row[name] for name in Decision.__dataclass_fields__})
+    if decision.decision not in DECISIONS or not all(isinstance(value, str) for value in asdict(decision).values()):
+        raise ValueError(f"decision {decision.decision!r}, or a field that is no text")
     return decision

@@ -12,18 +12,18 @@ import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal
 
 import numpy as np
 from tqdm import tqdm
 
+from traceir.cot.files import write_text
 from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.review.decisions import Choice, Decision, read_decisions
 from traceir.errors import DataError, InputError
-from traceir.files import write_whole
 from traceir.outside import read_json
 
 Order = Literal["random", "doubt"]
@@ -34,6 +34,26 @@ THRESHOLD: Final = 0.7
 """The verifier's yes counts above this confidence (paper, section 3); doubt is the distance from it."""
 FORMAT: Final = 1
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Which outcomes are reviewed: at most `per_stratum` of each stratum, of which there is one for all values of `strata`.
+
+    `random` draws by hash of `seed` and qid, whatever the order of the stream; any beginning of a stratum's list is a random
+    draw too. `doubt` takes those whose verifier confidence is nearest to the threshold; a stratum that the verifier never saw is
+    drawn at random. Raises InputError.
+    """
+
+    per_stratum: int = 20
+    order: Order = "random"
+    strata: Sequence[str] = STRATA
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.per_stratum < 1 or self.order not in ORDERS or not self.strata or not set(self.strata) <= set(STRATA):
+            shown = f"per_stratum {self.per_stratum}, order {self.order!r}, strata {','.join(self.strata)!r}"
+            raise InputError(f"{shown}: choose at least 1, an order of {', '.join(ORDERS)}, and strata of {', '.join(STRATA)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,24 +82,6 @@ class Settled:
 
 
 @dataclass(frozen=True, slots=True)
-class Unused:
-    """A decision that was not applied, and why: the sample `changed`, is `gone`, or has `nothing to keep`."""
-
-    reviewer: str
-    qid: str
-    why: str
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """qid -> what its reviewers settled; a qid that is absent keeps what the filter decided."""
-
-    settled: Mapping[str, Settled]
-    unused: tuple[Unused, ...] = ()
-    ties: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Agreement:
     """Two reviewers on the `n` samples that both judged; `kappa`, `low` and `high` (95 %) are nan where undefined."""
 
@@ -92,9 +94,6 @@ class Agreement:
     high: float
 
 
-# Sampling
-
-
 def sample_hash(outcome: CotOutcome) -> str:
     """Hash of what a reviewer judges: the query, its positives, the reply, reasoning and answer; 16 hex digits."""
     record = outcome.case.record
@@ -103,19 +102,11 @@ def sample_hash(outcome: CotOutcome) -> str:
     return hashlib.sha256(json.dumps(judged, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def choose(
-    outcomes: Iterable[CotOutcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA, seed: int = 0,
-    threshold: float = THRESHOLD,
-) -> list[Chosen]:  # fmt: skip
-    """At most `per_stratum` outcomes of each stratum, the strata in turn; the same arguments give the same list.
+def choose(outcomes: Iterable[CotOutcome], sampling: Sampling, threshold: float = THRESHOLD) -> list[Chosen]:
+    """What is to be reviewed, the strata in turn; the same arguments give the same list.
 
-    `random` draws by hash of seed and qid, whatever the order of the stream; any beginning of a stratum's list is a random
-    draw too. `doubt` takes those whose verifier confidence is nearest to `threshold`; a stratum that the verifier never saw is
-    drawn at random. Direct samples have no reasoning and are left out. Streams: memory holds the chosen alone. Raises InputError.
+    Direct samples have no reasoning and are left out. Streams: memory holds the chosen alone.
     """
-    if per_stratum < 1 or order not in ORDERS or not strata or not set(strata) <= set(STRATA):
-        shown = f"per_stratum {per_stratum}, order {order!r}, strata {','.join(strata)!r}"
-        raise InputError(f"{shown}: choose at least 1, an order of {', '.join(ORDERS)}, and strata of {', '.join(STRATA)}")
     heaps: dict[str, list[tuple[float, int, int, CotOutcome]]] = defaultdict(list)
     sizes: Counter[str] = Counter()
     doubted: set[str] = set()
@@ -123,42 +114,38 @@ def choose(
         if outcome.status == "direct":
             continue
         parts = {"task": outcome.case.task, "status": outcome.status, "rule": outcome.rule}
-        stratum = " / ".join(parts[name] for name in strata if parts[name]) or "all"
+        stratum = " / ".join(parts[name] for name in sampling.strata if parts[name]) or "all"
         sizes[stratum] += 1
         doubt = 2.0
-        if order == "doubt" and outcome.verdict_confidence >= 0.0:
+        if sampling.order == "doubt" and outcome.verdict_confidence >= 0.0:
             doubt = abs(outcome.verdict_confidence - threshold)
             doubted.add(stratum)
-        entry = (-doubt, -_draw(seed, outcome), sizes[stratum], outcome)  # the worst is at the head, the number unlike any other
-        if len(heaps[stratum]) < per_stratum:
-            heapq.heappush(heaps[stratum], entry)
-        else:
-            heapq.heappushpop(heaps[stratum], entry)
+        key = f"{sampling.seed} {outcome.case.task} {outcome.case.record.qid}".encode("utf-8", "surrogatepass")
+        draw = int.from_bytes(hashlib.blake2b(key, digest_size=16).digest())
+        entry = (-doubt, -draw, sizes[stratum], outcome)  # the worst is at the head, the number unlike any other
+        (heapq.heappush if len(heaps[stratum]) < sampling.per_stratum else heapq.heappushpop)(heaps[stratum], entry)
     columns = []
     for stratum in sorted(heaps):
-        how: Order = "doubt" if stratum in doubted else "random"
-        best = [entry[-1] for entry in sorted(heaps[stratum], reverse=True)]
-        columns.append([Chosen(outcome, stratum, how, sizes[stratum], sample_hash(outcome)) for outcome in best])
+        about: tuple[str, Order, int] = stratum, "doubt" if stratum in doubted else "random", sizes[stratum]
+        best = (entry[-1] for entry in sorted(heaps[stratum], reverse=True))
+        columns.append([Chosen(outcome, *about, sample_hash(outcome)) for outcome in best])
     return [chosen for row in zip_longest(*columns) for chosen in row if chosen is not None]
 
 
-def open_sample(
-    out: Path, outcomes: Iterable[CotOutcome], *, per_stratum: int, order: Order = "random", strata: Sequence[str] = STRATA,
-    seed: int = 0, threshold: float = THRESHOLD,
-) -> list[Chosen]:  # fmt: skip
+def open_sample(out: Path, outcomes: Iterable[CotOutcome], sampling: Sampling, threshold: float = THRESHOLD) -> list[Chosen]:
     """The list of this review: chosen at the first call and kept in `sample.json`, the same ever after.
 
     Other arguments at a later call change nothing and are warned of, and so are outcomes that are gone or have changed.
     """
     path = out / "review" / "sample.json"
-    arguments = {"per_stratum": per_stratum, "order": order, "strata": list(strata), "seed": seed}
+    arguments = asdict(sampling) | {"strata": list(sampling.strata)}
     if not path.exists():
-        chosen = choose(outcomes, per_stratum=per_stratum, order=order, strata=strata, seed=seed, threshold=threshold)
+        chosen = choose(outcomes, sampling, threshold)
         if not chosen:
             raise DataError(f"{out}: there is no complex sample to review; run `traceir reasoning build` first")
         _write_sample(path, arguments, chosen)
         return chosen
-    kept = read_sample(out)
+    kept = _read_sample(path)
     if kept["arguments"] != arguments:
         _logger.warning("%s was drawn with %s and is used as it is; remove it for a fresh list", path, kept["arguments"])
     wanted = {str(entry["qid"]): entry for entry in kept["samples"]}
@@ -175,17 +162,16 @@ def open_sample(
     return chosen
 
 
-def read_sample(out: Path) -> dict[str, Any]:
-    """`sample.json`: `arguments`, `strata` (name -> size) and `samples` (qid, task, stratum, how, sample)."""
-    path = out / "review" / "sample.json"
+def _read_sample(path: Path) -> dict[str, Any]:
+    """`arguments`, `strata` (name -> size) and `samples` (qid, task, stratum, how, sample)."""
     try:
-        content = read_json(path.read_bytes())
+        content: dict[str, Any] = read_json(path.read_bytes())
         sizes, entries = content["strata"], content["samples"]
         if content["format"] != FORMAT or not all(e["stratum"] in sizes and e["how"] in ORDERS and e["qid"] for e in entries):
             raise ValueError(f"it is not a list of format {FORMAT}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} cannot be read ({error}); remove it for a fresh list") from error
-    return cast("dict[str, Any]", content)
+    return content
 
 
 def _write_sample(path: Path, arguments: Mapping[str, Any], chosen: Sequence[Chosen]) -> None:
@@ -194,15 +180,7 @@ def _write_sample(path: Path, arguments: Mapping[str, Any], chosen: Sequence[Cho
         for c in chosen
     ]
     content = {"format": FORMAT, "arguments": arguments, "strata": {c.stratum: c.size for c in chosen}, "samples": samples}
-    try:
-        write_whole(path, json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error}; make room on the disk, or check its rights") from error
-
-
-def _draw(seed: int, outcome: CotOutcome) -> int:
-    key = f"{seed} {outcome.case.task} {outcome.case.record.qid}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(key, digest_size=16).digest())
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _find(outcomes: Iterable[CotOutcome], wanted: Iterable[str]) -> dict[str, CotOutcome]:
@@ -217,14 +195,12 @@ def _find(outcomes: Iterable[CotOutcome], wanted: Iterable[str]) -> dict[str, Co
     return present
 
 
-# What follows from the decisions
+def settle(out: Path, outcomes: Iterable[CotOutcome] | None = None) -> dict[str, Settled]:
+    """qid -> what the reviewers of a build settled; of a qid that is absent the filter's decision holds.
 
-
-def settle(out: Path, outcomes: Iterable[CotOutcome] | None = None) -> Settlement:
-    """What the reviewers of a build settled. `outcomes` default to those of the build, read only if somebody decided something.
-
-    The majority wins; on a tie the filter's own decision stands. The newest edit among those who keep gives the texts. Decisions
-    on a text that has changed since are not applied; they are in `unused`, and warned of. Raises DataError for a broken line.
+    `outcomes` default to those of the build, read only if somebody decided something. The majority wins; on a tie the filter's
+    own decision stands. The newest edit among those who keep gives the texts. Decisions on a text that has changed since are not
+    applied, and warned of. Raises DataError for a broken line.
     """
     votes: dict[str, dict[str, Decision]] = defaultdict(dict)
     for reviewer, latest in read_decisions(out).items():
@@ -232,20 +208,18 @@ def settle(out: Path, outcomes: Iterable[CotOutcome] | None = None) -> Settlemen
             votes[qid][reviewer] = decision
     present = _find(read_outcomes(out) if outcomes is None and votes else outcomes or (), votes)
     settled: dict[str, Settled] = {}
-    unused: list[Unused] = []
-    ties = 0
+    unused: list[str] = []
     for qid in sorted(votes):
         outcome = present.get(qid)
         faults = {name: _fault(vote, outcome) for name, vote in votes[qid].items()}
-        unused += [Unused(name, qid, fault) for name, fault in faults.items() if fault]
+        unused += [f"{qid} by {name}: {fault}" for name, fault in faults.items() if fault]
         applied = {name: vote for name, vote in votes[qid].items() if not faults[name]}
         if outcome is not None and applied:
-            settled[qid], tie = _settle(applied, outcome)
-            ties += tie
+            settled[qid] = _settle(applied, outcome)
     if unused:
-        first = f"first {unused[0].qid} by {unused[0].reviewer}: {unused[0].why}"
-        _logger.warning("%s: %d decisions were not applied (%s); review them again", out / "review", len(unused), first)
-    return Settlement(settled, tuple(unused), ties)
+        text = "%s: %d decisions were not applied (first %s); review them again"
+        _logger.warning(text, out / "review", len(unused), unused[0])
+    return settled
 
 
 def _fault(vote: Decision, outcome: CotOutcome | None) -> str:
@@ -257,16 +231,14 @@ def _fault(vote: Decision, outcome: CotOutcome | None) -> str:
     return "nothing to keep" if vote.decision == "keep" and not (outcome.reasoning and outcome.answer) else ""
 
 
-def _settle(votes: Mapping[str, Decision], outcome: CotOutcome) -> tuple[Settled, bool]:
-    """What these decisions settle, and whether it was a tie."""
+def _settle(votes: Mapping[str, Decision], outcome: CotOutcome) -> Settled:
     keeps = [vote for vote in votes.values() if vote.choice == "keep"]
-    drops = len(votes) - len(keeps)
-    tie = len(keeps) == drops
-    keep = len(keeps) > drops or (tie and outcome.status == "kept")
+    more = 2 * len(keeps) - len(votes)
+    keep = more > 0 or (more == 0 and outcome.status == "kept")
     edits = [vote for vote in keeps if keep and vote.decision == "edit"]
     edit = max(edits, key=lambda vote: vote.time, default=None)
     source = edit or outcome
-    return Settled("keep" if keep else "drop", source.reasoning, source.answer, tuple(sorted(votes)), edit is not None), tie
+    return Settled("keep" if keep else "drop", source.reasoning, source.answer, tuple(sorted(votes)), edit is not None)
 
 
 def agree(decisions: Mapping[str, Mapping[str, Decision]]) -> list[Agreement]:

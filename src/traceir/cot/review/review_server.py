@@ -16,7 +16,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from dataclasses import asdict
-from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
@@ -34,9 +33,9 @@ from traceir.cot.review.decisions import (
     read_decisions,
     reviewers,
 )
-from traceir.cot.review.review import STRATA, THRESHOLD, Chosen, Order, agree, open_sample
+from traceir.cot.review.review import THRESHOLD, Chosen, Sampling, agree, open_sample
 from traceir.errors import ImageError, InputError, TraceError
-from traceir.images import ImageInput
+from traceir.images import ImageInput, file_bytes
 from traceir.outside import read_json
 from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.wire import settings
@@ -154,10 +153,7 @@ class ReviewSession:
         if path is None:
             raise InputError(f"sample {number} has no image {place}")
         image = ImageInput.open(chosen.outcome.case.root / path).load(shrink_to=SIDE)
-        image.thumbnail((SIDE, SIDE))
-        stream = BytesIO()
-        image.save(stream, "JPEG", quality=92, subsampling=0)
-        return stream.getvalue()
+        return file_bytes(image, side=SIDE, quality=92, subsampling=0)
 
     def close(self) -> None:
         with self._lock:
@@ -240,13 +236,10 @@ def app_of(session: ReviewSession, port: int) -> SecurityMiddleware:
 
 def serve_review(
     out: Path,
+    sampling: Sampling | None = None,
     *,
     port: int = 8890,
     reviewer: str = "",
-    per_stratum: int = 20,
-    order: Order = "random",
-    strata: Sequence[str] = STRATA,
-    seed: int = 0,
     open_browser: bool = False,
     outcomes: Iterable[CotOutcome] | None = None,
     announce: Callable[[str], None] = _logger.info,
@@ -268,7 +261,7 @@ def serve_review(
     if reviewer:
         check_name(reviewer)
     with _listen(port) as listener:
-        chosen = open_sample(out, outcomes, per_stratum=per_stratum, order=order, strata=strata, seed=seed, threshold=threshold)
+        chosen = open_sample(out, outcomes, sampling or Sampling(), threshold)
         taken = int(listener.getsockname()[1])
         address = f"http://127.0.0.1:{taken}/"
         with closing(ReviewSession(out, chosen, reviewer)) as session, suppress(KeyboardInterrupt):
