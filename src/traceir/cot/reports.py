@@ -1,7 +1,7 @@
 """What a build tells of itself: the quality report, and the data card of its assembled M-BEIR-CoT with its upload to the hub.
 
-The report is `quality.json`, and the same as `quality.md` and as one HTML page that opens anywhere; its policy forbids scripts and
-outside addresses. The card says what the folder, its build and its report say, and nothing else; by its front matter
+The report is `quality.json`, and the same as `quality.md` and as one HTML page that opens anywhere; its policy forbids scripts
+and outside addresses. The card says what the folder, its build and its report say, and nothing else; by its front matter
 `datasets.load_dataset(FOLDER)` reads the folder as it is: https://huggingface.co/docs/datasets/repository_structure.
 """
 

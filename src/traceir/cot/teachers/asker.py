@@ -19,8 +19,18 @@ from traceir.cot.teachers.answer_cache import AnswerCache
 from traceir.cot.teachers.teacher import Reply, RetryableError, Teacher, TeacherRequest, UnansweredError
 from traceir.errors import InputError, TeacherError
 
+log = logging.getLogger(__name__)
 LONGEST_HOLD_S: Final = 600.0
 """A teacher that asks to wait longer is asked again after this."""
+FIRST_TRIES: Final = 4
+"""A teacher that has never been reached is given up after so many tries of one question."""
+FIRST_GARBLED: Final = 12
+"""A teacher that has sent so many answers, none of which was a chat completion, is given up; any other teacher's question after
+FIRST_TRIES of them: they may have been paid for."""
+CHARACTERS_PER_TOKEN: Final = 3
+TOKENS_PER_IMAGE: Final = 400
+_RATE_OVER: Final = 512
+_ENDING: Final = "the build is ending before this question was asked; run again to go on"
 Clock = Callable[[], float]
 
 
@@ -66,7 +76,7 @@ class Pacer:
         self.concurrency, self.permitted, self.in_flight = concurrency, float(concurrency), 0
         self._requests, self._tokens = TokenBucket(requests_per_minute, clock), TokenBucket(tokens_per_minute, clock)
         self._clock, self._number, self._halved_at, self._held_until = clock, 0, 0, -math.inf
-        self._turn, self._freed = asyncio.Lock(), asyncio.Event()
+        self._first, self._freed = asyncio.Lock(), asyncio.Event()
 
     def delay(self, tokens: int) -> float:
         """Seconds until a request of so many tokens may start; infinite where one in flight has to end first."""
@@ -76,7 +86,7 @@ class Pacer:
 
     async def start(self, tokens: int = 0) -> int:
         """Waits until a request of about so many tokens may start, and numbers it; each number must be handed to `end`."""
-        async with self._turn:
+        async with self._first:
             while (wait := self.delay(tokens)) > 0:
                 self._freed.clear()
                 with suppress(TimeoutError):
@@ -107,19 +117,6 @@ class Pacer:
         self._freed.set()
 
 
-log = logging.getLogger(__name__)
-
-FIRST_TRIES: Final = 4
-"""A teacher that has never been reached is given up after so many tries of one question."""
-FIRST_GARBLED: Final = 12
-"""A teacher that has sent so many answers, none of which was a chat completion, is given up; any other teacher's question after
-FIRST_TRIES of them: they may have been paid for."""
-CHARACTERS_PER_TOKEN: Final = 3
-TOKENS_PER_IMAGE: Final = 400
-_RATE_OVER: Final = 512
-_ENDING: Final = "the build is ending before this question was asked; run again to go on"
-
-
 class SpendLimitError(TeacherError):
     """The next question might pass the spend limit."""
 
@@ -145,8 +142,8 @@ class Budget:
     def hold(self, cost: float) -> None:
         """Sets `cost` aside for a request, whose end takes it from `pending` again. Raises SpendLimitError."""
         if self.limit is not None and self.spent + self.pending + cost > self.limit:
-            shown = f"{self.spent:.4f} USD are spent, up to {self.pending:.4f} in flight, the limit is {self.limit:g}"
-            raise SpendLimitError(f"{shown}; raise the spend limit to go on, all answers are kept")
+            spent = f"{self.spent:.4f} USD are spent, up to {self.pending:.4f} in flight, the limit is {self.limit:g}"
+            raise SpendLimitError(f"{spent}; raise the spend limit to go on, all answers are kept")
         self.pending += cost
 
     def check_usage(self, reply: Reply) -> None:

@@ -27,6 +27,7 @@ from traceir.cot.teachers.teacher import (
     RetryableError,
     TeacherRequest,
     UnansweredError,
+    check_extra,
     error_of,
     prepare,
     read_completion,
@@ -63,7 +64,7 @@ class BatchTeacher:
         requests_per_file: int = REQUESTS,
         bytes_per_file: int = BYTES,
     ) -> None:
-        self.name, self.folder, self.pixels, self.extra = model, folder, pixels, dict(extra or {})
+        self.name, self.folder, self.pixels, self.extra = model, folder, pixels, check_extra(extra or {})
         self.requests_per_file, self.bytes_per_file = requests_per_file, bytes_per_file
         self._begun, self.written, self._lines = folder / "requests.writing", 0, 0
         self._stream: BufferedWriter | None = None

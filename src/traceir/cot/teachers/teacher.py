@@ -4,7 +4,6 @@ in whatever shape."""
 from __future__ import annotations
 
 import asyncio
-import base64
 import hashlib
 import importlib.util
 import json
@@ -12,9 +11,9 @@ import re
 import sqlite3
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -24,8 +23,11 @@ from traceir.cot.ask import TeacherQuestion
 from traceir.cot.files import json_lines
 from traceir.errors import ImageError, TeacherError
 from traceir.image_formats import FORMATS, extent_of, open_image
-from traceir.images import DEFAULT_LIMITS, ImageInput
+from traceir.images import DEFAULT_LIMITS, ImageInput, data_url, file_bytes
 from traceir.outside import read_json, valid
+
+if TYPE_CHECKING:
+    import openai
 
 _FINISHES: Final = dict.fromkeys(("length", "max_tokens", "model_length"), "length") | dict.fromkeys(
     ("content_filter", "safety"), "content_filter"
@@ -39,7 +41,7 @@ _THOUGHTS: Final = ("reasoning_content", "reasoning", "thinking")
 class Reply:
     """What came back. `finish`: `stop`, `length`, `content_filter`, or `error` with the reason in `error`; `key`: of the request.
 
-    Its texts are valid (outside.valid) and its tokens from 0 to 2^31 - 1, whatever a server or a file said.
+    Its texts are valid (outside.valid) and its tokens from 0 to 2^31 - 1, 0 for unknown, whatever a server or a file said.
     """
 
     text: str
@@ -54,7 +56,10 @@ class Reply:
         for name in ("text", "model", "error"):
             object.__setattr__(self, name, valid(getattr(self, name)))
         for name in ("prompt_tokens", "completion_tokens"):
-            object.__setattr__(self, name, tokens_in(getattr(self, name)))
+            value: object = getattr(self, name)
+            whole = re.fullmatch(r"([0-9]{1,10})(\.0*)?", str(value)) if isinstance(value, (str, float)) else None
+            value = int(whole[1]) if whole else value
+            object.__setattr__(self, name, value if type(value) is int and 0 <= value < 2**31 else 0)
 
 
 @dataclass(eq=False)
@@ -83,37 +88,27 @@ def reply_of(text: str | bytes, model: str) -> Reply:
         raise _garbled(text if isinstance(text, str) else text.decode(errors="replace")) from error
 
 
-def read_completion(found: Any, model: str) -> Reply:
+def read_completion(body: Any, model: str) -> Reply:
     """`reply_of` for parsed JSON; `model` stands in where the completion names none. One without a choice is a refusal."""
-    choices = found.get("choices") if isinstance(found, dict) else None
+    choices = body.get("choices") if isinstance(body, dict) else None
     if not isinstance(choices, list):
-        raise _garbled(str(found))
-    usage, named = found.get("usage"), str(found.get("model") or model)[:200]
-    counts = usage if isinstance(usage, dict) else {}
-    tokens = tokens_in(counts.get("prompt_tokens")), tokens_in(counts.get("completion_tokens"))
+        raise _garbled(str(body))
+    usage, named = body.get("usage"), str(body.get("model") or model)[:200]
+    counts: Mapping[str, Any] = usage if isinstance(usage, dict) else {}
+    tokens = counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0)
     if not choices or not isinstance(choices[0], dict):
         return Reply("", "error", named, *tokens, "the completion holds no choice")
     message, finish = choices[0].get("message"), str(choices[0].get("finish_reason")).lower()
     return Reply(_content(message) if isinstance(message, dict) else "", _FINISHES.get(finish, "stop"), named, *tokens)
 
 
-def tokens_in(value: object) -> int:
-    """A number of tokens, also as a text or a float; 0, which is unknown, for what cannot be one."""
-    whole = re.fullmatch(r"([0-9]{1,10})(\.0*)?", str(value)) if isinstance(value, (str, float)) else None
-    value = int(whole[1]) if whole else value
-    return value if type(value) is int and 0 <= value < 2**31 else 0
-
-
 def error_of(text: str) -> tuple[str, str]:
     """Code and message of an error's body, on one line, cut to 500 characters; the body itself where it has no such fields."""
     code = ""
-    try:
-        found = read_json(text)
-        found = found.get("error", found)
-        if isinstance(found, dict):
-            code, text = str(found.get("code") or ""), str(found.get("message") or text)
-    except (ValueError, AttributeError):
-        pass
+    with suppress(ValueError, AttributeError):
+        body = read_json(text)
+        fields = body.get("error", body)
+        code, text = str(fields.get("code") or ""), str(fields.get("message") or text)
     return code, " ".join(valid(text[:500]).split())
 
 
@@ -156,9 +151,6 @@ def _part(part: object) -> str:
 def _garbled(text: str) -> RetryableError:
     return RetryableError(f"the teacher's answer is not a chat completion: {text[:200]!r}", garbled=True)
 
-
-if TYPE_CHECKING:
-    import openai
 
 PIXELS: Final = 512 * 512
 PATH: Final = "/chat/completions"
@@ -313,9 +305,9 @@ class RecordedTeacher:
 
     async def send(self, request: TeacherRequest) -> Reply:
         asked = request.question.stage, request.question.qid, request.question.attempt
-        found = self._replies.execute("SELECT text FROM replies WHERE (stage, qid, attempt) = (?, ?, ?)", asked).fetchone()
-        if found is not None:
-            return Reply(found[0], "stop", self.name)
+        row = self._replies.execute("SELECT text FROM replies WHERE (stage, qid, attempt) = (?, ?, ?)", asked).fetchone()
+        if row is not None:
+            return Reply(row[0], "stop", self.name)
         shown = f"{self.path} has no reply for stage {asked[0]!r}, qid {asked[1]!r}, attempt {asked[2]}; record one"
         return Reply("", "error", self.name, error=shown)
 
@@ -329,37 +321,33 @@ def image_url(path: Path, pixels: int = PIXELS) -> tuple[str, str]:
     A plain JPEG, PNG or WebP within `pixels` is sent as it is; all else is decoded to upright RGB, shrunk, and sent as JPEG of
     quality 90. Raises ImageError, which names the file.
     """
-    data = read_image(path)
-    return _url(data, kind) if (kind := _kind(data, pixels)) else _url(_shrink(path, data, pixels), "image/jpeg")
+    data = _read_image(path)
+    media_type = _plain_type(data, pixels)
+    return _url(data, media_type) if media_type else _shrunk_url(path, data, pixels)
 
 
-def read_image(path: Path) -> bytes:
-    """The bytes of an image file, not empty and within the limits of images.py."""
-    limit = DEFAULT_LIMITS.file_bytes
+def _read_image(path: Path) -> bytes:
+    """The bytes of an image file, at most one more than may be decoded."""
     try:
         with path.open("rb") as stream:
-            data = stream.read(limit + 1)
+            return stream.read(DEFAULT_LIMITS.file_bytes + 1)
     except OSError as error:
         raise ImageError(f"image {path} cannot be read: {error.strerror or error}; check the path and rights") from error
-    if not 0 < len(data) <= limit:
-        raise ImageError(f"image {path} has {'no' if not data else 'too many'} bytes (limit {limit}); replace or remove it")
-    return data
 
 
 async def prepare(
     question: TeacherQuestion, model: str, pixels: int = PIXELS, extra: Mapping[str, Any] | None = None
 ) -> TeacherRequest:
     """The request of a question: a body of chat completions with its images as data URLs, shrunk in threads."""
-    images = []
+    images: dict[Path, tuple[str, str]] = {}
     for path in question.images:
-        data = read_image(path)
-        kind = _kind(data, pixels)
-        images.append(_url(data, kind) if kind else _url(await asyncio.to_thread(_shrink, path, data, pixels), "image/jpeg"))
-    left = iter(images)
+        data = _read_image(path)
+        media_type = _plain_type(data, pixels)
+        images[path] = _url(data, media_type) if media_type else await asyncio.to_thread(_shrunk_url, path, data, pixels)
     parts = [
         {"type": "text", "text": part}
         if isinstance(part, str)
-        else {"type": "image_url", "image_url": {"url": f"sha256:{next(left)[1]}"}}
+        else {"type": "image_url", "image_url": {"url": f"sha256:{images[part][1]}"}}
         for part in question.parts
     ]
     body = {
@@ -368,12 +356,12 @@ async def prepare(
         "max_tokens": question.max_tokens,
         "temperature": question.temperature,
         "seed": question.seed,
-        **check_extra(extra or {}),
+        **(extra or {}),
     }
     payload = canonical({name: value for name, value in body.items() if value is not None})
     key = hashlib.sha256(payload).hexdigest()
-    for url, digest in images:
-        # Within a JSON string the quotation marks would be escaped: this is found only where a image stands.
+    for url, digest in images.values():
+        # Within a JSON string the quotation marks would be escaped: this is found only where an image stands.
         payload = payload.replace(f'"url":"sha256:{digest}"'.encode(), f'"url":"{url}"'.encode())
     return TeacherRequest(key, payload, question)
 
@@ -389,13 +377,14 @@ def check_extra(extra: Mapping[str, Any]) -> dict[str, Any]:
     return dict(extra)
 
 
-def _kind(data: bytes, pixels: int) -> str:
-    """The media type of a image that can be sent as it is; "" where it must be decoded (and checked) first."""
+def _plain_type(data: bytes, pixels: int) -> str:
+    """The media type of an image that can be sent as it is; "" where it must be decoded (and checked) first."""
     try:
         with open_image(data) as image:
             width, height = image.size
             plain = (
                 image.format in _SENT_AS_IS
+                and len(data) <= DEFAULT_LIMITS.file_bytes
                 and 0 < width * height <= min(pixels or DEFAULT_LIMITS.pixels, DEFAULT_LIMITS.pixels)
                 and max(width, height) <= DEFAULT_LIMITS.aspect_ratio * min(width, height)
                 and image.mode in ("RGB", "L")
@@ -409,19 +398,17 @@ def _kind(data: bytes, pixels: int) -> str:
         return ""
 
 
-def _shrink(path: Path, data: bytes, pixels: int) -> bytes:
+def _shrunk_url(path: Path, data: bytes, pixels: int) -> tuple[str, str]:
     image = ImageInput.from_bytes(data, str(path)).load()
     if pixels and image.width * image.height > pixels:
         scale = (pixels / (image.width * image.height)) ** 0.5
         size = max(1, int(image.width * scale)), max(1, int(image.height * scale))
         image = image.resize(size, Image.Resampling.LANCZOS)
-    written = BytesIO()
-    image.save(written, "JPEG", quality=90)
-    return written.getvalue()
+    return _url(file_bytes(image, quality=90), "image/jpeg")
 
 
-def _url(data: bytes, kind: str) -> tuple[str, str]:
-    return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}", hashlib.sha256(data).hexdigest()
+def _url(data: bytes, media_type: str) -> tuple[str, str]:
+    return data_url(data, media_type), hashlib.sha256(data).hexdigest()
 
 
 def _recorded(row: dict[str, Any]) -> tuple[str, str, int, str]:
