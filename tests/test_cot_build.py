@@ -29,10 +29,9 @@ from traceir.cli.terminal import parse_shard
 from traceir.cot.ask import TeacherQuestion, blocks
 from traceir.cot.assemble import assemble
 from traceir.cot.build import BuildSummary, Work, is_finished, run_parts, write_manifests
-from traceir.cot.estimate import estimate
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
-from traceir.cot.reach import Reach, open_work
+from traceir.cot.reach import Reach, estimate, open_work
 from traceir.cot.rules import RuleFilter, RuleLimits
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import MODEL, ScriptedOptions, ScriptedTeacher, running

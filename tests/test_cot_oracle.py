@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from test_cot_build import candidate, line, write
 
-from traceir.cot.ask import CotCase, Questions, TeacherQuestion, read_assessment, read_verdict
-from traceir.cot.replies import ReplyFormatError
+from traceir.cot.ask import CotCase, Questions, TeacherQuestion
+from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import RuleFilter
 from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
 from traceir.cot.scripted.oracle import Oracle

@@ -13,10 +13,8 @@ from traceir.cot.ask import (
     Questions,
     block,
     blocks,
-    read_assessment,
-    read_verdict,
 )
-from traceir.cot.replies import ReplyFormatError
+from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
 from traceir.cot.scripted.faults import STYLES, styled
 from traceir.cot.teachers.teacher import reply_of

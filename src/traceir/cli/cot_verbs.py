@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: lis
 
 
 def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart]) -> int:
-    from traceir.cot.estimate import estimate, estimate_table
+    from traceir.cot.reach import estimate, estimate_table
     from traceir.cot.source import CaseSource
 
     with closing(CaseSource(Path(config.data), config.tasks)) as source:

@@ -1,4 +1,4 @@
-"""What a teacher is asked at each stage, and what its reply says (paper, section 3: M-BEIR-CoT).
+"""What a teacher is asked at each stage (paper, section 3: M-BEIR-CoT).
 
 Its prompts are in prompts.toml. A question shows the same few blocks to every teacher, each between tags (`<task>`,
 `<instruction>`, `<query>`, `<target>`, `<proposal>`), and then its images; text from data cannot close a block.
@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
-from traceir.cot.replies import fields_of, share_of, yes_or_no
 from traceir.data import mbeir
 from traceir.errors import DataError
 
@@ -46,8 +45,8 @@ class CotCase:
     root: Path = field(compare=False)
 
     @property
-    def family(self) -> str:
-        """Which strategy its reasoning follows: `composed`, `knowledge` or `visual`."""
+    def strategy(self) -> str:
+        """What its reasoning follows: `composed`, `knowledge` or `visual`."""
         query, candidate = mbeir.TASK_MODALITIES[self.record.task_id]
         if query == "image,text":
             return "composed" if candidate == "image" else "knowledge"
@@ -104,7 +103,7 @@ class Questions:
         return self._question("assess", case, attempt, self._text("assess"))
 
     def reason(self, case: CotCase, attempt: int = 0) -> TeacherQuestion:
-        return self._question("reason", case, attempt, self._text("reason").replace("{strategy}", self._text(case.family)))
+        return self._question("reason", case, attempt, self._text("reason").replace("{strategy}", self._text(case.strategy)))
 
     def verify(self, case: CotCase, answer: str, attempt: int = 0) -> TeacherQuestion:
         """The verifier sees the query and the true target, the first positive; of a text target its first 2,000 characters."""
@@ -138,17 +137,3 @@ def block(name: str, text: str) -> str:
 def blocks(text: str) -> dict[str, str]:
     """The blocks of a question's text by name, as `block` wrote them."""
     return {found[1]: found[2] for found in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}
-
-
-def read_assessment(text: str, finish: str = "stop") -> dict[str, Any]:
-    """z (1: complex), reason and confidence (0 to 1) of the assessment in a reply. Raises ReplyFormatError."""
-    found = fields_of(text, finish, "complex", "confidence")
-    z, confidence = int(yes_or_no(found, "complex")), share_of(found, "confidence")
-    return {"z": z, "reason": str(found.get("reason") or ""), "confidence": confidence}
-
-
-def read_verdict(text: str, finish: str = "stop") -> dict[str, Any]:
-    """What the verifier says of an answer: yes (or no), confidence (0 to 1) and reason. Raises ReplyFormatError."""
-    found = fields_of(text, finish, "verdict", "confidence")
-    yes, confidence = yes_or_no(found, "verdict"), share_of(found, "confidence")
-    return {"yes": yes, "confidence": confidence, "reason": str(found.get("reason") or "")}

@@ -35,6 +35,7 @@ _FENCES: Final = re.compile(r"[\s`]*(?:json)?[\s`]*")
 _FLAT: Final = re.compile(r"\{[^{}\\]{0,4000}\}")
 _WORDS: Final = {"true": "True", "false": "False", "null": "None"}
 _NUMBER: Final = re.compile(r"[+~≈]?\s*([0-9]{0,12}(?:[.,][0-9]{1,30})?)\s*(%|/\s*[0-9]{1,12})?")
+_YES: Final = ("true", "yes", "y", "1")
 _DECODER: Final = json.JSONDecoder(strict=False)
 
 
@@ -95,24 +96,32 @@ def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
     raise ReplyFormatError(f"it holds no whole JSON object with {' and '.join(wanted)}")
 
 
-def yes_or_no(fields: dict[str, Any], name: str) -> bool:
-    """A field that is true or false, also as 0, 1 or a word. Raises ReplyFormatError."""
-    word = str(fields[name]).strip(" \t\n.!*'\"`").lower()
-    if word not in ("true", "yes", "y", "1", "false", "no", "n", "0"):
+def read_assessment(text: str, finish: str = "stop") -> dict[str, Any]:
+    """z (1: complex), reason and confidence (0 to 1) of the assessment in a reply. Raises ReplyFormatError."""
+    fields = _decided(text, finish, "complex")
+    return {"z": int(fields["complex"]), "reason": fields["reason"], "confidence": fields["confidence"]}
+
+
+def read_verdict(text: str, finish: str = "stop") -> dict[str, Any]:
+    """What the verifier says of an answer: yes (or no), confidence (0 to 1) and reason. Raises ReplyFormatError."""
+    fields = _decided(text, finish, "verdict")
+    return {"yes": fields["verdict"], "confidence": fields["confidence"], "reason": fields["reason"]}
+
+
+def _decided(text: str, finish: str, name: str) -> dict[str, Any]:
+    """The fields of a reply of which `name` is yes or no, also as a boolean, a number or another word, and `confidence` is a
+    number from 0 to 1, also as a text: 0.9, 0,9, 90 %, 9/10."""
+    fields = fields_of(text, finish, name, "confidence")
+    word, value = str(fields[name]).strip(" \t\n.!*'\"`").lower(), fields["confidence"]
+    if word not in (*_YES, "false", "no", "n", "0"):
         raise ReplyFormatError(f"its {name} is neither yes nor no")
-    return word in ("true", "yes", "y", "1")
-
-
-def share_of(fields: dict[str, Any], name: str) -> float:
-    """A field that is a number from 0 to 1, also as a text: 0.9, 0,9, 90 %, 9/10. Raises ReplyFormatError."""
-    value = fields[name]
     if isinstance(value, str):
-        found = _NUMBER.fullmatch(value.strip(" \t\n*'\"`"))
-        divisor = (100.0 if found[2] == "%" else float((found[2] or "/1")[1:])) if found and found[1] else 0.0
-        value = float(found[1].replace(",", ".")) / divisor if found and divisor else None
+        number = _NUMBER.fullmatch(value.strip(" \t\n*'\"`"))
+        divisor = (100.0 if number[2] == "%" else float((number[2] or "/1")[1:])) if number and number[1] else 0.0
+        value = float(number[1].replace(",", ".")) / divisor if number and divisor else None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise ReplyFormatError(f"its {name} is no number from 0 to 1")
-    return float(value)
+        raise ReplyFormatError("its confidence is no number from 0 to 1")
+    return {name: word in _YES, "confidence": float(value), "reason": str(fields.get("reason") or "")}
 
 
 def _after_thoughts(text: str) -> str:

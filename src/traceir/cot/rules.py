@@ -107,7 +107,7 @@ class RuleFilter:
             known |= salient(candidate.text or "") | salient(self.captions.get(candidate.image_path or "", ""))
         shown = ", ".join(sorted(words)[:8]) or "no salient word"
         yield "" if words & known else f"none of {shown} is in query or target"
-        source = self.captions.get(case.record.image_path or "", "") if case.family == "composed" else ""
+        source = self.captions.get(case.record.image_path or "", "") if case.strategy == "composed" else ""
         yield f"the answer is the source's caption, {source!r}" if source and plain(source) == plain(answer) else ""
 
     def _leak(self, texts: Iterable[str]) -> str:

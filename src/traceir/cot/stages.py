@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.cot.ask import REASON_TOKENS, CotCase, Questions, Stage, TeacherQuestion, read_assessment, read_verdict
+from traceir.cot.ask import REASON_TOKENS, CotCase, Questions, Stage, TeacherQuestion
 from traceir.cot.plan import BuildConfig
-from traceir.cot.replies import CUT, ReplyFormatError
+from traceir.cot.replies import CUT, ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import RuleFilter
 from traceir.cot.teachers.teacher import Reply
 from traceir.errors import TeacherError
