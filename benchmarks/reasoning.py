@@ -31,12 +31,12 @@ from typing import Any
 from PIL import Image
 
 from traceir.cot.ask import TeacherQuestion, blocks
-from traceir.cot.assemble import assemble
 from traceir.cot.build import Work, run_parts
 from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.plan import DATASET, STAGES, BuildConfig, begin
+from traceir.cot.products import assemble
 from traceir.cot.rules import RuleFilter
-from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT
+from traceir.cot.scripted.oracle import ALL, CONTENT, MEANT, TRANSPORT
 from traceir.cot.scripted.teacher_server import MODEL, running
 from traceir.cot.source import CaseSource, find_parts
 from traceir.cot.teachers.answer_cache import FILE

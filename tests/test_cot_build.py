@@ -27,16 +27,15 @@ from test_cot_teacher import Server, completion, failure
 from traceir.cli.main import main
 from traceir.cli.terminal import parse_shard
 from traceir.cot.ask import TeacherQuestion, blocks
-from traceir.cot.assemble import assemble
-from traceir.cot.build import BuildSummary, Work, is_finished, run_parts, write_manifests
+from traceir.cot.build import PATIENCE, BuildSummary, Work, is_finished, run_parts, write_manifests
 from traceir.cot.outcomes import read_outcomes
 from traceir.cot.plan import STAGES, BuildConfig, begin, gather_captions, read_config
+from traceir.cot.products import assemble
 from traceir.cot.reach import Reach, estimate, open_work
 from traceir.cot.rules import RuleFilter, RuleLimits
 from traceir.cot.scripted.oracle import Oracle
 from traceir.cot.scripted.teacher_server import MODEL, ScriptedOptions, ScriptedTeacher, running
 from traceir.cot.source import CaseSource, check_tasks, find_captions, find_parts, read_captions
-from traceir.cot.stages import PATIENCE
 from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError

@@ -14,8 +14,8 @@ from huggingface_hub import DatasetCard
 from test_cot_quality import outcome
 
 from traceir.cot.plan import FORMAT, NAME, BuildConfig
+from traceir.cot.products import CANDIDATE, COLUMNS, push_cot, write_cot_card
 from traceir.cot.quality.quality import measure
-from traceir.cot.reports import CANDIDATE, COLUMNS, push_cot, write_cot_card
 from traceir.cot.rules import RuleLimits
 from traceir.data.cot import write_rows
 from traceir.errors import DataError, InputError

@@ -16,8 +16,7 @@ from test_cot_build import candidate, line, write
 from traceir.cot.ask import CotCase, Questions, TeacherQuestion
 from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import RuleFilter
-from traceir.cot.scripted.faults import ALL, CONTENT, MEANT, TRANSPORT, Faults, barred_for, spoil
-from traceir.cot.scripted.oracle import Oracle
+from traceir.cot.scripted.oracle import ALL, CONTENT, MEANT, TRANSPORT, Faults, Oracle, barred_for, spoil
 from traceir.cot.scripted.teacher_server import running
 from traceir.cot.source import CaseSource, find_captions, find_parts
 from traceir.cot.teachers.teacher import TeacherRequest, prepare

@@ -16,7 +16,7 @@ from traceir.cot.ask import (
 )
 from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
-from traceir.cot.scripted.faults import STYLES, styled
+from traceir.cot.scripted.oracle import STYLES, styled
 from traceir.cot.teachers.teacher import reply_of
 from traceir.data import mbeir
 

@@ -71,10 +71,9 @@ def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart
 
 
 def assemble(args: argparse.Namespace) -> int:
-    from traceir.cot.assemble import assemble
+    from traceir.cot.build import summarise
     from traceir.cot.plan import DATASET
-    from traceir.cot.reports import write_cot_card
-    from traceir.cot.stages import summarise
+    from traceir.cot.products import assemble, write_cot_card
 
     out = Path(args.out)
     funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
@@ -114,7 +113,7 @@ def review(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.cot.reports import write_quality
+    from traceir.cot.products import write_quality
 
     print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
     return 0
@@ -130,7 +129,7 @@ def teacher(args: argparse.Namespace) -> int:
 
 def push(args: argparse.Namespace) -> int:
     from traceir.cot.plan import DATASET
-    from traceir.cot.reports import push_cot
+    from traceir.cot.products import push_cot
 
     print(push_cot(Path(args.out) / DATASET, args.repo, dry_run=args.dry_run, private=args.private))
     return 0

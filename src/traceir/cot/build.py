@@ -1,7 +1,10 @@
-"""Builds M-BEIR-CoT: parts through the four stages, any number of processes, any kill, one result.
+"""Builds M-BEIR-CoT: parts through assess, reason, filter and verify (paper, section 3), any number of processes, any kill, one
+result.
 
 A part's stage is a file that is written whole and renamed; what is there is not done again. What a stage had asked before a kill
-lies in the cache of answers, so the stage is replayed from it and only what was in flight is asked again.
+lies in the cache of answers, so the stage is replayed from it and only what was in flight is asked again. Lines are JSON objects
+without nulls, so that any reader infers the same columns from every file (docs/formats.md). A teacher whose first replies are all
+of no use is asked no more.
 """
 
 from __future__ import annotations
@@ -10,21 +13,23 @@ import asyncio
 import hashlib
 import json
 import logging
+import re
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from tqdm import tqdm
 
-from traceir.cot.ask import Questions, TeacherQuestion
+from traceir.cot.ask import REASON_TOKENS, CotCase, Questions, Stage, TeacherQuestion
 from traceir.cot.files import json_lines, write_json, write_text
 from traceir.cot.plan import STAGES, BuildConfig
-from traceir.cot.rules import RuleFilter
+from traceir.cot.replies import CUT, ReplyFormatError, read_assessment, read_verdict
+from traceir.cot.rules import FORM, RuleFilter
 from traceir.cot.source import CaseSource, DataPart
-from traceir.cot.stages import PATIENCE, Ask, Line, PartStages, ReplyMonitor
 from traceir.cot.teachers.asker import Asker
 from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.errors import ImageError, TeacherError
@@ -34,6 +39,190 @@ WINDOW: Final = 4
 """Parts in work at a time, so that the end of one does not leave the teacher idle."""
 SILENT: Final = 8
 """So many parts in a row that lack answers end a run."""
+PATIENCE: Final = 24
+"""So many replies to one stage, with none of use before, between or after them, end a run: a teacher that keeps 3 in 10 is taken
+for such a one less than once in 5,000 times."""
+MORE_ROOM: Final = (
+    f"give its thoughts room, --set max_tokens={REASON_TOKENS + 4096} with another --out, or turn them off by --extra"
+)
+LOOK: Final = (
+    "look at them in the cache of answers and change the teacher, --extra or --templates, or go on with --patience 0; these "
+    "replies are asked for anew, all others are kept"
+)
+_SHOWN: Final = 3
+_VARIES: Final = re.compile(r"(?<!\w)'[^']*'|(?<!^)\b[0-9]{2,}\b")
+Line = dict[str, Any]
+Ask = Callable[[TeacherQuestion], Awaitable[Reply]]
+UNREADABLE: Final = "the reply cannot be read"
+
+
+@dataclass(slots=True)
+class ReplyMonitor:
+    """Sees every reply of a run, and every file made of them. `stop` gets the error that ends the run, and the keys of the
+    replies that were of no use; files made of them alone are removed.
+
+    `patience` 0 never ends it. A stage is left alone from its first reply of use on.
+    """
+
+    patience: int
+    stop: Callable[[TeacherError, Sequence[str]], None]
+    _of_use: set[str] = field(default_factory=set)
+    _reasons: dict[str, Counter[str]] = field(default_factory=dict)
+    _keys: dict[str, list[str]] = field(default_factory=dict)
+    _doubtful: list[Path] = field(default_factory=list)
+    _ended: bool = False
+
+    def note(self, stage: Stage, reply: Reply, problem: str) -> None:
+        """`problem`: why the reply is of no use, "" where it is of use."""
+        if not problem:
+            self._of_use.add(stage)
+        if stage in self._of_use or not self.patience or not reply.model:  # without a model it is no reply, nobody was asked
+            return
+        reasons, keys = self._reasons.setdefault(stage, Counter()), self._keys.setdefault(stage, [])
+        reasons[reason_kind(problem)] += 1
+        keys += [reply.key] if reply.key else []
+        if (count := reasons.total()) < self.patience:
+            return
+        shown = summarise(reasons)
+        remedy = MORE_ROOM if CUT in shown else LOOK
+        error = TeacherError(f"{reply.model}: {count} replies to stage {stage!r} and none of use ({shown}); {remedy}")
+        self.stop(error, keys)
+        keys.clear()
+        self._ended = True
+        self._remove()
+
+    def wrote(self, file: Path) -> None:
+        """A stage's file is there; it is in doubt while a stage has had replies and none of use."""
+        self._doubtful += [file]
+        if self._reasons.keys() <= self._of_use:
+            self._doubtful.clear()
+        elif self._ended:
+            self._remove()
+
+    def _remove(self) -> None:
+        while self._doubtful:
+            self._doubtful.pop().unlink(missing_ok=True)
+
+
+def reason_kind(problem: str) -> str:
+    """A reason without what differs from query to query: texts in quotation marks, and numbers."""
+    return _VARIES.sub("...", problem)[:160]
+
+
+def summarise(reasons: Counter[str]) -> str:
+    """The most frequent reasons in words, with their numbers."""
+    shown = reasons.most_common(_SHOWN)
+    rest = reasons.total() - sum(count for _, count in shown)
+    return "; ".join([*(f"{count} x {reason}" for reason, count in shown), *([f"{rest} others"] if rest else [])])
+
+
+@dataclass(frozen=True, slots=True)
+class PartStages:
+    """The stages over the cases of one part, by qid. `note` is told of every reply, and why it is of no use ("": it is of use);
+    `done`, how many cases have just come to their end."""
+
+    cases: Mapping[str, CotCase]
+    config: BuildConfig
+    questions: Questions
+    rules: RuleFilter
+    teacher: Ask
+    verifier: Ask
+    note: Callable[[Stage, Reply, str], None]
+    done: Callable[[int], None]
+
+    async def run(self, stage: str, before: Mapping[str, Sequence[Line]]) -> list[Line]:
+        """The lines of a stage, in the order of the data."""
+        if stage == "assess":
+            return await _all(self._assess(case) for case in self.cases.values())
+        if stage == "reason":
+            return await _all(self._reason(line["qid"]) for line in before["assess"] if line["z"] and not line["error"])
+        if stage == "filter":
+            return await self._filter(before["reason"])
+        return await _all(self._verify(line["qid"], line["answer"]) for line in before["filter"] if not line["rule"])
+
+    async def _assess(self, case: CotCase) -> Line:
+        """z with reason and confidence; tasks that are `direct` or `complex` by the settings are not asked about."""
+        fields: Line = {"z": 0, "reason": "", "confidence": 0.0}
+        if case.task in (*self.config.direct, *self.config.complex):
+            line = _line(case, None, 0, "")
+            fields = {"z": int(case.task in self.config.complex), "reason": "by the settings", "confidence": 1.0}
+        else:
+            found, line = await self._ask(self.teacher, case, partial(self.questions.assess, case), read_assessment)
+            fields |= found
+        if not fields["z"]:
+            self.done(1)
+        return line | fields
+
+    async def _reason(self, qid: str) -> Line:
+        """The reply for a complex case, asked anew while it breaks a rule and `attempts` are left; the last one stands."""
+        case = self.cases[qid]
+        for attempt in range(self.config.attempts):
+            reply = await self.teacher(self.questions.reason(case, attempt))
+            checked = self.rules.check(case, reply.text, reply.finish)
+            problem = CUT if checked.rule == "truncated" else f"rule {checked.rule!r}" if checked.rule in FORM else ""
+            self.note("reason", reply, reply.error or problem)
+            if reply.error or not checked.rule:
+                break
+        return _line(case, reply, attempt, reply.error) | {"raw": reply.text, "finish": reply.finish}
+
+    async def _filter(self, reasoned: Sequence[Line]) -> list[Line]:
+        """The texts of every reply without tags, and the rule that drops it ("": none); `teacher` where there is no reply."""
+        lines = []
+        for number, line in enumerate(reasoned):
+            if number % 16 == 0:
+                await asyncio.sleep(0)  # others' answers are read in between
+            case = self.cases[line["qid"]]
+            checked = self.rules.check(case, line["raw"], line["finish"])
+            rule, detail = ("teacher", line["error"]) if line["error"] else (checked.rule, checked.detail)
+            if rule:
+                self.done(1)
+            texts = {"reasoning": checked.reasoning, "answer": checked.answer, "rule": rule, "detail": detail}
+            lines.append({"qid": case.record.qid, "task": case.task} | texts)
+        return lines
+
+    async def _verify(self, qid: str, answer: str) -> Line:
+        """The verifier's word on an answer that the rules let pass."""
+        case = self.cases[qid]
+        found, line = await self._ask(self.verifier, case, partial(self.questions.verify, case, answer), read_verdict)
+        self.done(1)
+        return line | {"yes": False, "confidence": 0.0, "reason": ""} | found
+
+    async def _ask(
+        self, ask: Ask, case: CotCase, question: Callable[[int], TeacherQuestion], read: Callable[[str, str], Line]
+    ) -> tuple[Line, Line]:
+        """What the reply to a question says, asked anew while it cannot be read and `attempts` are left; and its line."""
+        fields: Line = {}
+        for attempt in range(self.config.attempts):
+            asked = question(attempt)
+            reply = await ask(asked)
+            error = reply.error
+            if not error:
+                try:
+                    fields = read(reply.text, reply.finish)
+                except ReplyFormatError as problem:
+                    error = f"{UNREADABLE}: {problem}"
+            self.note(asked.stage, reply, error)
+            if fields or reply.error:
+                break
+        return fields, _line(case, reply, attempt, error)
+
+
+def _line(case: CotCase, reply: Reply | None, attempt: int, error: str) -> Line:
+    """What the lines of all stages that ask have in common."""
+    reply = reply or Reply("", "", "")
+    tokens = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+    about = {"qid": case.record.qid, "task": case.task, "attempt": attempt, "error": error}
+    return about | {"model": reply.model, "key": reply.key} | tokens
+
+
+async def _all(waiting: Iterable[Coroutine[Any, Any, Line]]) -> list[Line]:
+    """The results in order. All are awaited before the first failure is raised, so that no paid answer is thrown away."""
+    lines: list[Line] = []
+    for result in await asyncio.gather(*waiting, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+        lines.append(result)
+    return lines
 
 
 @dataclass(frozen=True, slots=True)

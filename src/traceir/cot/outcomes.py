@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Literal
 
 from traceir.cot.ask import CotCase
-from traceir.cot.build import is_finished, passed, read_lines, stage_file
+from traceir.cot.build import Line, is_finished, passed, read_lines, stage_file
 from traceir.cot.plan import STAGES, BuildConfig, read_build, read_config
 from traceir.cot.rules import duplicate_key
 from traceir.cot.source import CaseSource, DataPart, find_parts
-from traceir.cot.stages import Line
 from traceir.errors import DataError
 
 Status = Literal["direct", "kept", "dropped"]

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.ask import CotCase, TeacherQuestion
-from traceir.cot.build import WINDOW, BuildSummary, Work, read_lines, run_parts, stage_file
+from traceir.cot.build import PATIENCE, WINDOW, BuildSummary, Work, read_lines, run_parts, stage_file
 from traceir.cot.plan import BuildConfig, gather_captions
 from traceir.cot.rules import RuleFilter, count_tokens
 from traceir.cot.source import CaseSource, DataPart, read_captions
-from traceir.cot.stages import PATIENCE
 from traceir.cot.teachers.answer_cache import AnswerCache
 from traceir.cot.teachers.asker import Asker, Budget, Pacer
 from traceir.cot.teachers.batch_files import BatchTeacher
@@ -46,7 +45,7 @@ class Reach:
     process; prices are USD for a million tokens; `spend_limit` is USD for all that was ever answered there; of what is left of
     it, and of concurrency and rates, each of `workers` takes an equal share. `extra` goes into every request body. A question
     that fails for a time is tried `tries` times, some minutes in all, before its part is left for a later run. `patience`: see
-    stages.ReplyMonitor; replies of a recorded file or an imported batch cost nothing any more and do not try it.
+    build.ReplyMonitor; replies of a recorded file or an imported batch cost nothing any more and do not try it.
     """
 
     teacher: str

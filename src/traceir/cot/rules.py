@@ -68,11 +68,6 @@ class Checked:
     rule: str = ""
     detail: str = ""
 
-    @property
-    def formless(self) -> bool:
-        """Whether it has not the form that was asked for, whatever it says."""
-        return self.rule in FORM
-
 
 @dataclass(frozen=True)
 class RuleFilter:

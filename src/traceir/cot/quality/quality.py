@@ -1,7 +1,7 @@
 """Figures of a build of M-BEIR-CoT: what was kept and why, how it reads, how often it is wrong, what it says of people.
 
 One pass writes a row of measures for each outcome (samples.py), SQL makes figures of them, of each task and of all. They are in
-`quality.json` (docs/formats.md), and shown by `quality.html` (cot/reports.py).
+`quality.json` (docs/formats.md), and shown by `quality.html` (cot/products.py).
 """
 
 from __future__ import annotations

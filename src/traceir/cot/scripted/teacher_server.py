@@ -32,8 +32,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from traceir.cot.scripted.faults import ALL, STYLES, TRANSPORT, Faults, barred_for, spoil, styled
-from traceir.cot.scripted.oracle import Oracle, ReadQuestion
+from traceir.cot.scripted.oracle import ALL, STYLES, TRANSPORT, Faults, Oracle, ReadQuestion, barred_for, spoil, styled
 from traceir.errors import InputError, TeacherError, TraceError
 from traceir.serve.bodies import parse_json
 from traceir.serve.guard import AccessRules, SecurityMiddleware
