@@ -89,12 +89,16 @@ def body(question: TeacherQuestion) -> dict[str, Any]:
     return found
 
 
+def reply(oracle: Oracle, asked: dict[str, Any]) -> str:
+    return oracle.answer(oracle.read(asked))
+
+
 def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
     oracle, cases = Oracle(labelled), cases_of(labelled)
-    found = {qid: read_assessment(oracle.reply(body(QUESTIONS.assess(case)))) for qid, case in cases.items()}
+    found = {qid: read_assessment(reply(oracle, body(QUESTIONS.assess(case)))) for qid, case in cases.items()}
     assert {qid for qid, one in found.items() if one["z"] == 0} == {"50:8"}
     assert all(0.75 <= one["confidence"] <= 0.99 for one in found.values())
-    assert oracle.reply(body(QUESTIONS.reason(cases["50:1"]))) == (
+    assert reply(oracle, body(QUESTIONS.reason(cases["50:1"]))) == (
         "<reasoning>see green duck, old robot, small kite 1; left blue; blue duck, old robot, small kite 1; the rest stays"
         "</reasoning><answer>blue duck, old robot, small kite 1</answer>"
     )
@@ -105,7 +109,7 @@ def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
         ("50:30", "a small kite toy", True),  # the only picture is the target's
         ("50:30", "", False),
     ):
-        assert read_verdict(oracle.reply(body(QUESTIONS.verify(cases[qid], answer))))["yes"] == right
+        assert read_verdict(reply(oracle, body(QUESTIONS.verify(cases[qid], answer))))["yes"] == right
     first, again = QUESTIONS.reason(cases["50:0"]), QUESTIONS.reason(cases["50:0"], 1)
     assert oracle.read(body(QUESTIONS.reason(cases["50:21"]))).known.qids == ("50:20", "50:21"), "of one content"
     assert oracle.read(body(first)).key == request(first).key != request(again).key
@@ -116,9 +120,9 @@ def test_unknown_and_broken_questions_are_refused_in_words(labelled: Path) -> No
     oracle, cases = Oracle(labelled), cases_of(labelled)
     stranger = json.loads(json.dumps(body(QUESTIONS.assess(cases["50:0"]))).replace("make the left", "burn the left"))
     with pytest.raises(InputError, match=r"toys_task7.*burn the left toy number 0"):
-        oracle.reply(stranger)
+        reply(oracle, stranger)
     with pytest.raises(InputError, match="direct"):
-        oracle.reply(body(QUESTIONS.reason(cases["50:8"])))
+        reply(oracle, body(QUESTIONS.reason(cases["50:8"])))
 
 
 def test_without_labels_composed_queries_are_scripted_from_captions(tmp_path: Path) -> None:
@@ -135,10 +139,10 @@ def test_without_labels_composed_queries_are_scripted_from_captions(tmp_path: Pa
     root = folder(tmp_path / "signs", "sign", queries, pool, [])
     oracle, rules, answers = Oracle(root), RuleFilter(captions=find_captions(root, None)), {}
     for qid, case in cases_of(root).items():
-        assert read_assessment(oracle.reply(body(QUESTIONS.assess(case))))["z"] == (qid in ("60:3", "60:4"))
+        assert read_assessment(reply(oracle, body(QUESTIONS.assess(case))))["z"] == (qid in ("60:3", "60:4"))
         if qid in ("60:3", "60:4"):
-            checked = rules.check(case, oracle.reply(body(QUESTIONS.reason(case))))
-            assert checked.rule == "" and read_verdict(oracle.reply(body(QUESTIONS.verify(case, checked.answer))))["yes"]
+            checked = rules.check(case, reply(oracle, body(QUESTIONS.reason(case))))
+            assert checked.rule == "" and read_verdict(reply(oracle, body(QUESTIONS.verify(case, checked.answer))))["yes"]
             answers[qid] = checked.answer, checked.reasoning.partition(".")[0]
     assert answers == {
         "60:3": ("sign of emerald square", "The picture shows crimson square"),
@@ -161,7 +165,7 @@ def test_every_fault_meets_the_rule_meant_for_it(labelled: Path, kind: str) -> N
             checked = rules.check(case, raw, finish)
             shown += 1
             if kind == "hallucination":
-                verdict = read_verdict(oracle.reply(body(QUESTIONS.verify(case, checked.answer))))
+                verdict = read_verdict(reply(oracle, body(QUESTIONS.verify(case, checked.answer))))
                 assert checked.rule == "keyword" or not verdict["yes"]
             else:
                 assert (checked.rule, raw) == (MEANT[kind], raw)
@@ -175,7 +179,7 @@ def test_bad_json_cannot_be_read_and_true_replies_break_no_rule(labelled: Path) 
             read_assessment(*spoil("bad_json", oracle.read(body(QUESTIONS.assess(case))), oracle))
         with pytest.raises(ReplyFormatError):
             read_verdict(*spoil("bad_json", oracle.read(body(QUESTIONS.verify(case, f"toy {number}"))), oracle))
-        assert qid == "50:8" or RuleFilter().check(case, oracle.reply(body(QUESTIONS.reason(case)))).rule == ""
+        assert qid == "50:8" or RuleFilter().check(case, reply(oracle, body(QUESTIONS.reason(case)))).rule == ""
 
 
 def test_faults_are_drawn_by_content_at_their_rate_in_equal_shares() -> None:
@@ -236,12 +240,12 @@ def test_the_server_shows_each_fault_once_logs_it_and_refuses_all_that_is_no_que
                 with pytest.raises((http.client.IncompleteRead, ConnectionError)):
                     ask(url, told)
             else:
-                status, reply, headers = ask(url, told)
-                assert status == {"rate_limit": 429, "server_error": 500}[fault] and reply["error"]["message"]
+                status, answer, headers = ask(url, told)
+                assert status == {"rate_limit": 429, "server_error": 500}[fault] and answer["error"]["message"]
                 assert status != 429 or (float(headers["retry-after"]), headers["retry-after-ms"]) == (0.05, "50")
-            status, reply, _ = ask(url, told)
-            assert status == 200 and reply["choices"][0]["message"]["content"] == oracle.reply(told)
-            assert reply["usage"]["prompt_tokens"] > 2 * 85
+            status, answer, _ = ask(url, told)
+            assert status == 200 and answer["choices"][0]["message"]["content"] == reply(oracle, told)
+            assert answer["usage"]["prompt_tokens"] > 2 * 85
         assert ask(url, told, Authorization="Bearer guess")[1]["error"]["code"] == "invalid_api_key"
         assert ask(url, {**told, "model": "gpt-none"})[1]["error"]["code"] == "model_not_found"
         assert ask(url, told, "/v1/embeddings")[0] == 404 and ask(url, b"", method="GET")[0] == 405

@@ -121,31 +121,30 @@ class Oracle:
         content = json.dumps([stage, system, texts, images], sort_keys=True).encode()
         key = hashlib.sha256(canonical({**body, "messages": bare})).hexdigest()
         words = sum(len(text.split()) for text in (system, *texts))
-        known = self._find(shown_blocks, stage, images[0] if images else "")
-        proposal = shown_blocks.get("proposal", "")
+        known, proposal = self._find(shown_blocks, stage, images[0] if images else ""), shown_blocks.get("proposal", "")
         return ReadQuestion(stage, known, proposal, system, hashlib.sha256(content).hexdigest(), key, words, len(images))
 
     def answer(self, asked: ReadQuestion) -> str:
         """The true reply. Raises InputError for reasoning about a direct query: there is none."""
         known, sure = asked.known, (75 + int(asked.digest[:8], 16) % 25) / 100
         if asked.stage == "assess":
-            return json.dumps({"complex": bool(known.z), "reason": _why(known), "confidence": sure})
+            source = "changes applied to the picture" if known.source else "facts that depend on each other"
+            reason = (
+                f"The target follows only from {source}." if known.z else "What it shows or says already describes the target."
+            )
+            return json.dumps({"complex": bool(known.z), "reason": reason, "confidence": sure})
         if asked.stage == "reason":
             if not known.z:
                 raise InputError(f"query {known.qids[0]} of {known.task} is direct; the oracle knows no reasoning for it")
-            return well_formed(known.reasoning, known.answer)
+            return f"<reasoning>{known.reasoning}</reasoning><answer>{known.answer}</answer>"
         right = bool(known.answer) and plain(asked.proposal) == plain(known.answer)
         verdict = f"It describes {'the true target' if right else 'something else than the true target'}."
         return json.dumps({"verdict": "yes" if right else "no", "confidence": sure, "reason": verdict})
 
-    def reply(self, body: Mapping[str, Any]) -> str:
-        """The text of the true reply to a chat body; `read`, then `answer`."""
-        return self.answer(self.read(body))
-
     def other(self, known: KnownQuery, draw: int) -> KnownQuery | None:
         """Another complex query of the same task with another answer, chosen by `draw`; None where the task has none."""
-        there = self._complex.get(known.task, [])
-        rotated = (there[(draw + step) % len(there)] for step in range(len(there)))
+        others = self._complex.get(known.task, [])
+        rotated = (others[(draw + step) % len(others)] for step in range(len(others)))
         return next((other for other in rotated if plain(other.answer) != plain(known.answer)), None)
 
     def _find(self, shown: Mapping[str, str], stage: Stage, image: str) -> KnownQuery:
@@ -153,16 +152,14 @@ class Oracle:
         if "task" not in shown:
             raise InputError("the question has no <task> block; ask with the templates of traceir.cot.ask")
         task, text, image = shown["task"], shown.get("query", ""), self._sent.get(image, image)
-        found = self._known.get(_content(task, text, image))
-        if found is None and stage == "verify":
-            found = self._known.get(_content(task, text, ""))
-        if found is None:
-            seen = f"a picture of sha256 {image[:12]}" if image else "no picture"
-            raise InputError(
-                f"no training query of {self.root} is this one: task {task!r}, text {text[:80]!r}, {seen}; "
-                f"ask about its train split, with images as they are or shrunk to {self.pixels} pixels by the teacher client"
-            )
-        return found
+        for shown_image in (image, "") if stage == "verify" else (image,):
+            if (known := self._known.get(_content(task, text, shown_image))) is not None:
+                return known
+        seen = f"a picture of sha256 {image[:12]}" if image else "no picture"
+        raise InputError(
+            f"no training query of {self.root} is this one: task {task!r}, text {text[:80]!r}, {seen}; "
+            f"ask about its train split, with images as they are or shrunk to {self.pixels} pixels by the teacher client"
+        )
 
     def _add(self, record: mbeir.Record, known: KnownQuery) -> None:
         """Of queries with equal content the first stands for all, and bears all qids."""
@@ -172,11 +169,9 @@ class Oracle:
             sent = self._sent.get(own) or self._sent.setdefault(own, image_url(self.root / record.image_path, self.pixels)[1])
         text = blocks(block("query", record.text)).get("query", "") if record.text else ""
         key = _content(known.task, text, sent)
-        if (there := self._known.get(key)) is not None:
-            self._known[key] = replace(there, qids=there.qids + known.qids)
-            return
-        self._known[key] = known
-        if known.z:
+        if (first := self._known.setdefault(key, known)) is not known:
+            self._known[key] = replace(first, qids=first.qids + known.qids)
+        elif known.z:
             self._complex.setdefault(known.task, []).append(known)
 
 
@@ -189,11 +184,6 @@ def tell(source: str, change: str, target: str, noun: str) -> tuple[str, str]:
         f"unsaid stays the same as in the picture. So the target is {answer}."
     )
     return reasoning, answer
-
-
-def well_formed(reasoning: str, answer: str) -> str:
-    """A reply in the form that is asked for."""
-    return f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
 
 
 def _from_labels(root: Path, dataset: str) -> Iterator[tuple[mbeir.Record, KnownQuery]]:
@@ -229,13 +219,6 @@ def _from_captions(root: Path, dataset: str, captions: Mapping[str, str]) -> Ite
 def _is_edit(record: mbeir.Record) -> bool:
     """Whether it asks for an image like its own, with a change: only its answer can be the source's description again."""
     return mbeir.TASK_MODALITIES[record.task_id] == ("image,text", "image")
-
-
-def _why(known: KnownQuery) -> str:
-    if not known.z:
-        return "What it shows or says already describes the target."
-    from_what = "changes applied to the picture" if known.source else "facts that depend on each other"
-    return f"The target follows only from {from_what}."
 
 
 def _clean(text: str, most: int) -> str:

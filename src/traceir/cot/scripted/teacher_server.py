@@ -89,8 +89,7 @@ class RequestLog:
     """
 
     def __init__(self, path: str = "") -> None:
-        self.requests = 0
-        self._file = -1
+        self.requests, self._file = 0, -1
         if path:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
@@ -103,9 +102,9 @@ class RequestLog:
         self.requests += 1
         return {"request": self.requests, "key": key, "stage": "", "qids": (), "fault": None, "status": 0, "paid": False}
 
-    def write(self, event: str, call: dict[str, Any]) -> None:
+    def write(self, event: str, call: dict[str, Any], **more: Any) -> None:
         if self._file >= 0:
-            os.write(self._file, json.dumps({"time": round(time.time(), 6), "event": event, **call}).encode() + b"\n")
+            os.write(self._file, json.dumps({"time": round(time.time(), 6), "event": event, **call, **more}).encode() + b"\n")
 
 
 class ScriptedTeacher:
@@ -117,7 +116,14 @@ class ScriptedTeacher:
         self.faults = Faults(options.faults, options.fault_seed, kinds)
         self._met: set[str] = set()  # digests of the questions whose fault of transport has happened
         routes = [Route("/v1/models", self.models), Route("/v1/chat/completions", self.complete, methods=["POST"])]
-        self.app = Starlette(routes=routes, exception_handlers={HTTPException: _failure})
+        self.app = Starlette(routes=routes, exception_handlers={HTTPException: self.failure})
+
+    async def failure(self, _: Request, error: Exception) -> Response:
+        """An error in OpenAI's shape."""
+        assert isinstance(error, HTTPException)
+        code, kind = CODES.get(error.status_code, ("invalid_request", "invalid_request_error"))
+        about = {"message": error.detail, "type": kind, "param": None, "code": code}
+        return JSONResponse({"error": about}, error.status_code, dict(error.headers or {}))
 
     async def models(self, request: Request) -> Response:
         self._check_key(request)
@@ -134,13 +140,13 @@ class ScriptedTeacher:
         except (InputError, HTTPException) as error:
             failure = error if isinstance(error, HTTPException) else HTTPException(400, str(error))
             self.log.write("start", call)
-            self.log.write("end", call | {"status": failure.status_code})
+            self.log.write("end", call, status=failure.status_code)
             raise failure from error
         self.log.write("start", call)
         await asyncio.sleep(self.options.latency)
         if call["fault"] in TRANSPORT:
             return await self._break(call)
-        self.log.write("end", call | {"status": 200, "paid": True})
+        self.log.write("end", call, status=200, paid=True)
         finish = "length" if self.options.thinking == "cut" else finish
         return JSONResponse(_completion(self.options.model, asked, text, styled(self.options.thinking, text), finish))
 
@@ -153,13 +159,11 @@ class ScriptedTeacher:
         self._check_key(request)
         if len(raw) > MOST_BYTES:
             raise HTTPException(413, f"the body is longer than {MOST_BYTES} bytes")
-        body = parse_json(raw)
+        body, model = parse_json(raw), self.options.model
         if not isinstance(body, dict) or body.get("stream"):
             raise InputError("the body is not a JSON object, or its stream is true; the scripted teacher answers in one piece")
-        if body.get("model") != self.options.model:
-            raise HTTPException(
-                404, f"the model {str(body.get('model'))[:80]!r} does not exist; {self.options.model!r} is served"
-            )
+        if body.get("model") != model:
+            raise HTTPException(404, f"the model {str(body.get('model'))[:80]!r} does not exist; {model!r} is served")
         return self.oracle.read(body)
 
     def _write(self, asked: ReadQuestion, call: dict[str, Any]) -> tuple[str, str]:
@@ -167,23 +171,21 @@ class ScriptedTeacher:
         fault = None
         if asked.stage != "reason" or asked.known.z:
             fault = self.faults.fault_of(asked.digest, asked.stage, barred_for(asked, self.oracle))
-        if fault in TRANSPORT and asked.digest in self._met:
-            fault = None
+        if fault in TRANSPORT:
+            fault = None if asked.digest in self._met else fault
+            self._met.add(asked.digest)
         call["fault"] = fault
-        if fault is None or fault in TRANSPORT:
-            self._met |= {asked.digest} if fault else set()
-            return self.oracle.answer(asked), "stop"
-        return spoil(fault, asked, self.oracle)
+        return (self.oracle.answer(asked), "stop") if fault is None or fault in TRANSPORT else spoil(fault, asked, self.oracle)
 
     async def _break(self, call: dict[str, Any]) -> Response:
         fault, wait = call["fault"], self.options.retry_after
         if fault == "stall":
             await asyncio.sleep(self.options.stall)
         status = {"rate_limit": 429, "server_error": 500}.get(fault, 200)
-        self.log.write("end", call | {"status": status})
-        if fault == "rate_limit":
+        self.log.write("end", call, status=status)
+        if status == 429:
             raise HTTPException(429, "too many requests", {"retry-after": f"{wait:g}", "retry-after-ms": f"{1000 * wait:.0f}"})
-        if fault == "server_error":
+        if status == 500:
             raise HTTPException(500, "the server had an error; ask again")
         # A reply that ends before its length makes uvicorn close the connection.
         piece = b'{"id": "chatcmpl-' if fault == "cut" else b""
@@ -274,23 +276,11 @@ async def _read_body(request: Request) -> bytes:
 def _completion(model: str, asked: ReadQuestion, text: str, message: dict[str, Any], finish: str) -> dict[str, Any]:
     prompt = int(asked.words * WORD_TOKENS) + IMAGE_TOKENS * asked.images
     completion = int(len(text.split()) * WORD_TOKENS)
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
     message = {"role": "assistant", "refusal": None, **message}
-    return {
-        "id": f"chatcmpl-{asked.key[:24]}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": finish}],
-        "usage": {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
-    }
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    """An error in OpenAI's shape."""
-    assert isinstance(error, HTTPException)
-    code, kind = CODES.get(error.status_code, ("invalid_request", "invalid_request_error"))
-    about = {"message": error.detail, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": about}, error.status_code, dict(error.headers or {}))
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
+    about = {"id": f"chatcmpl-{asked.key[:24]}", "object": "chat.completion", "created": int(time.time()), "model": model}
+    return about | {"choices": [choice], "usage": usage}
 
 
 if __name__ == "__main__":
