@@ -74,34 +74,30 @@ def _outcomes(
         if "assess" not in lines:
             where = f"{stage_file(out, 'assess', part)}: no line for {case.record.qid}"
             raise DataError(f"{where}; the data have changed since, build into another folder")
-        yield _outcome(case, lines, config, prompts, seen)
-
-
-def _outcome(case: CotCase, lines: Mapping[str, Line], config: BuildConfig, prompts: str, seen: set[bytes]) -> CotOutcome:
-    assessed, verified = lines["assess"], lines.get("verify", {})
-    texts = lines.get("filter", {"reasoning": "", "answer": ""})
-    status, rule, detail = _status(lines, config)
-    if status == "kept":
-        key = duplicate_key(case, texts["answer"])
-        if key in seen:
-            status, rule, detail = "dropped", "duplicate", "the task has this query and answer already"
-        seen.add(key)
-    return CotOutcome(
-        case=case,
-        z=assessed["z"],
-        assessment=assessed["reason"],
-        confidence=assessed["confidence"],
-        reasoning=texts["reasoning"],
-        answer=texts["answer"],
-        raw=lines.get("reason", {"raw": ""})["raw"],
-        status=status,
-        rule=rule,
-        detail=detail,
-        verdict=verified.get("yes"),
-        verdict_confidence=verified.get("confidence", -1.0),
-        verdict_reason=verified.get("reason", ""),
-        provenance=_provenance(lines, config, prompts),
-    )
+        assessed, verified = lines["assess"], lines.get("verify", {})
+        texts = lines.get("filter", {"reasoning": "", "answer": ""})
+        status, rule, detail = _status(lines, config)
+        if status == "kept":
+            key = duplicate_key(case, texts["answer"])
+            if key in seen:
+                status, rule, detail = "dropped", "duplicate", "the task has this query and answer already"
+            seen.add(key)
+        yield CotOutcome(
+            case=case,
+            z=assessed["z"],
+            assessment=assessed["reason"],
+            confidence=assessed["confidence"],
+            reasoning=texts["reasoning"],
+            answer=texts["answer"],
+            raw=lines.get("reason", {"raw": ""})["raw"],
+            status=status,
+            rule=rule,
+            detail=detail,
+            verdict=verified.get("yes"),
+            verdict_confidence=verified.get("confidence", -1.0),
+            verdict_reason=verified.get("reason", ""),
+            provenance=_provenance(lines, config, prompts),
+        )
 
 
 def _status(lines: Mapping[str, Line], config: BuildConfig) -> tuple[Status, str, str]:

@@ -174,10 +174,9 @@ def write_quality(out: Path, to: Path) -> str:
     The data card beside the assembled files, where there are any, is written anew. Raises DataError where a part is not finished.
     """
     config = read_config(out)
-    quality = measure(
-        read_outcomes(out), decisions=read_decisions(out), settled=settle(out),
-        captions=read_captions(gather_captions(out, config)), tokenizer=config.limits.tokenizer,
-    )  # fmt: skip
+    captions, decisions = read_captions(gather_captions(out, config)), read_decisions(out)
+    outcomes, tokenizer = read_outcomes(out), config.limits.tokenizer
+    quality = measure(outcomes, decisions=decisions, settled=settle(out), captions=captions, tokenizer=tokenizer)
     to.mkdir(parents=True, exist_ok=True)
     save_quality(to / FILE, quality)
     text = summary(quality)

@@ -23,7 +23,7 @@ from traceir.prompts import normalise
 from traceir.suggest import did_you_mean
 
 COMPOSED: Final = (6, 7, 8)
-"""Ids of the tasks whose queries are a image and a text."""
+"""Ids of the tasks whose queries are an image and a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,17 +43,17 @@ class DataPart:
 
 def find_parts(root: Path, size: int) -> list[DataPart]:
     """All parts of a folder's train split in file order. Reads every line's length, not its content."""
-    found: list[DataPart] = []
+    parts: list[DataPart] = []
     for dataset in mbeir.train_datasets(root):
         with mbeir.train_path(root, dataset).open("rb") as stream:
             lines = iter(tqdm(stream, desc=f"finding parts of {dataset}", unit="line", delay=2.0))
             start = first = 0
             while lengths := [len(raw) for raw in islice(lines, size)]:
-                found.append(DataPart(dataset, first // size, first + 1, len(lengths), start))
+                parts.append(DataPart(dataset, first // size, first + 1, len(lengths), start))
                 start, first = start + sum(lengths), first + len(lengths)
-    if not found:
+    if not parts:
         raise DataError(f"{root} has no training queries below query/train; give the root of a folder in M-BEIR's layout")
-    return found
+    return parts
 
 
 class CaseSource:
@@ -69,26 +69,23 @@ class CaseSource:
 
     def cases(self, part: DataPart) -> list[CotCase]:
         """The cases of one part, in file order. Raises DataError with `file:line` for a broken line."""
-        path, found = mbeir.train_path(self.root, part.dataset), list[CotCase]()
+        path, cases = mbeir.train_path(self.root, part.dataset), list[CotCase]()
         try:
             with path.open("rb") as stream:
                 stream.seek(part.start)
                 for number, raw in enumerate(islice(stream, part.lines), part.first):
-                    if raw.strip():
-                        record = mbeir.record_in(raw, f"{path}:{number}")
+                    record = mbeir.record_in(raw, f"{path}:{number}") if raw.strip() else None
+                    if record and (not self.tasks or f"{part.dataset}_task{record.task_id}" in self.tasks):
+                        sample = join(record, None, self.pool, str(self.pool.path), negatives=False)
+                        instruction = normalise(task_prompts(self.instructions, record.qid, record.task_id)[0])
                         task = f"{part.dataset}_task{record.task_id}"
-                        found += [self._case(record, task)] if not self.tasks or task in self.tasks else []
+                        cases.append(CotCase(record, task, instruction, sample.positives, self.root))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror or error}; check the path and the layout of the folder") from error
-        return found
+        return cases
 
     def close(self) -> None:
         self.pool.close()
-
-    def _case(self, record: mbeir.Record, task: str) -> CotCase:
-        sample = join(record, None, self.pool, str(self.pool.path), negatives=False)
-        instruction = normalise(task_prompts(self.instructions, record.qid, record.task_id)[0])
-        return CotCase(record, task, instruction, sample.positives, self.root)
 
 
 def read_train(root: Path) -> Iterator[tuple[str, mbeir.Record]]:
@@ -105,31 +102,33 @@ def check_tasks(root: Path, wanted: Sequence[str]) -> None:
         if any(task.rpartition("_task")[0] == dataset for task in missing):
             missing -= {f"{dataset}_task{record.task_id}" for record in mbeir.read_train(root, dataset)}
     if unknown := next((task for task in wanted if task in missing), None):
-        there = sorted({task for task, _ in read_train(root)})
-        hint = did_you_mean(unknown, there)
-        raise InputError(f"task {unknown!r} has no training query in {root}{hint}; there are {', '.join(there)}")
+        known = sorted({task for task, _ in read_train(root)})
+        raise InputError(
+            f"task {unknown!r} has no training query in {root}{did_you_mean(unknown, known)}; there are {', '.join(known)}"
+        )
 
 
 def find_captions(root: Path, file: Path | None) -> dict[str, str]:
     """Image path -> what it shows in words, for the images of composed queries and of their targets.
 
     From `file`, JSON lines `{"img_path", "caption"}`, and else from the train pairs of image and text (tasks 0 and 3) of the
-    folder itself. Real M-BEIR has none of its own for CIRR and FashionIQ. Reads the whole train split twice.
+    folder itself, of several the first of the shortest. Real M-BEIR has none of its own for CIRR and FashionIQ. Reads the whole
+    train split twice.
     """
     wanted = _composed_images(root)
-    return _paired_captions(root, wanted) | ({} if file is None else read_captions(file, wanted))
-
-
-def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
-    """The captions of a file, of the `wanted` images only where they are given. Raises DataError with `file:line`."""
-    rows = json_lines(file, _caption, 'give a file of JSON lines {"img_path": ..., "caption": ...}')
-    return {path: caption for path, caption in rows if wanted is None or path in wanted}
-
-
-def _caption(row: dict[str, Any]) -> tuple[str, str]:
-    if not isinstance(row["img_path"], str):
-        raise TypeError(f"img_path {str(row['img_path'])[:80]!r}")
-    return row["img_path"], str(row["caption"])
+    halves: dict[str, list[tuple[str | None, str | None]]] = {}  # did -> image and text of the queries it belongs to
+    captions: dict[str, str] = {}
+    for _, record in read_train(root):
+        if (record.task_id == 3 and record.image_path in wanted) or (record.task_id == 0 and record.text and wanted):
+            half = (record.image_path, None) if record.task_id == 3 else (None, record.text)
+            for did in record.positives:
+                halves.setdefault(did, []).append(half)
+    for item in mbeir.read_pool(mbeir.train_pool_path(root)) if halves else ():
+        for image, text in halves.get(item.did, ()):
+            path, caption = image or item.image_path, text or item.text
+            if path in wanted and caption and len(caption) < len(captions.get(path, caption + " ")):
+                captions[path] = caption
+    return captions | ({} if file is None else read_captions(file, wanted))
 
 
 def _composed_images(root: Path) -> set[str]:
@@ -139,24 +138,17 @@ def _composed_images(root: Path) -> set[str]:
         if record.task_id in COMPOSED and record.image_path:
             images.add(record.image_path)
             targets.update(record.positives if record.task_id == 7 else ())
-    if targets:
-        pool = mbeir.read_pool(mbeir.train_pool_path(root))
-        images.update(item.image_path for item in pool if item.did in targets and item.image_path)
-    return images
+    pool = mbeir.read_pool(mbeir.train_pool_path(root)) if targets else ()
+    return images | {item.image_path for item in pool if item.did in targets and item.image_path}
 
 
-def _paired_captions(root: Path, wanted: set[str]) -> dict[str, str]:
-    """Captions from the pairs of tasks 0 and 3; a image with several keeps the first of its shortest texts."""
-    halves: dict[str, list[tuple[str | None, str | None]]] = {}  # did -> image and text of the queries it belongs to
-    found: dict[str, str] = {}
-    for _, record in read_train(root):
-        if (record.task_id == 3 and record.image_path in wanted) or (record.task_id == 0 and record.text and wanted):
-            half = (record.image_path, None) if record.task_id == 3 else (None, record.text)
-            for did in record.positives:
-                halves.setdefault(did, []).append(half)
-    for item in mbeir.read_pool(mbeir.train_pool_path(root)) if halves else ():
-        for image, text in halves.get(item.did, ()):
-            path, caption = image or item.image_path, text or item.text
-            if path in wanted and caption and len(caption) < len(found.get(path, caption + " ")):
-                found[path] = caption
-    return found
+def read_captions(file: Path, wanted: Collection[str] | None = None) -> dict[str, str]:
+    """The captions of a file, of the `wanted` images only where they are given. Raises DataError with `file:line`."""
+
+    def read(row: dict[str, Any]) -> tuple[str, str]:
+        if not isinstance(row["img_path"], str):
+            raise TypeError(f"img_path {str(row['img_path'])[:80]!r}")
+        return row["img_path"], str(row["caption"])
+
+    rows = json_lines(file, read, 'give a file of JSON lines {"img_path": ..., "caption": ...}')
+    return {path: caption for path, caption in rows if wanted is None or path in wanted}
