@@ -38,91 +38,65 @@ def reply(reasoning: str = GOOD, answer: str = ANSWER) -> str:
     return f"<reasoning>{reasoning}</reasoning><answer>{answer}</answer>"
 
 
-BROKEN = {
-    "refusal": "I'm sorry, but I can't help with that picture.",
-    "tags": f"<reasoning>{GOOD}</reasoning><answer>{ANSWER}",
-    "order": f"<answer>{ANSWER}</answer><reasoning>{GOOD}</reasoning>",
-    "nesting": f"<reasoning>{GOOD}<answer>{ANSWER}</answer></reasoning>",
-    "outside": f"Sure! {reply()}",
-    "prompt_leak": reply(f"{TEMPLATES['composed']} {GOOD}"),
-    "reasoning_length": reply("The boat gets a red sail."),
-    "answer_length": reply(answer="boat"),
-    "repetition": reply(GOOD + " and a red sail" * 8),
-    "language": reply(
-        "Das Bild zeigt ein kleines Boot aus Holz auf einem See. Verlangt wird ein Segel in Rot, alles andere bleibt gleich.",
-        "ein kleines Boot mit rotem Segel, red sail",
-    ),
-    "keyword": reply(answer="an orange helicopter above the city"),
-    "source_copy": reply(answer="A small wooden boat, on a lake with red shore!"),
-}
 RULE_FILTER = RuleFilter(captions={"a.jpg": "a small wooden boat on a lake with red shore"})
+STRICT = RuleFilter(RuleLimits(reasoning_least=3, reasoning_most=5, answer_least=2, answer_most=3))
+LANTERNS = RuleFilter(captions={"b.jpg": "two purple lanterns"})
+SAIL, DO_IT = case("red sail blue mast"), case("do it")
+LANTERN = reply(answer="the lantern at night")
+GERMAN = "Das Bild zeigt ein kleines Boot aus Holz auf einem See. Verlangt wird ein Segel in Rot, alles andere bleibt gleich."
+RUSSIAN = "На картинке маленькая деревянная лодка на озере, просят добавить красный парус, остальное без изменений. Red sail."
+TERSE = (
+    "see green cube, green ball, white cone; right cube; green cube, green ball, white cube; right green; green cube, "
+    "green ball, green cube; swap middle right; green cube, green cube, green ball"
+)
+CHECKED = [
+    ("", RULE_FILTER, case(), f"\n{reply()}  "),
+    ("refusal", RULE_FILTER, case(), "I'm sorry, but I can't help with that picture."),
+    ("tags", RULE_FILTER, case(), f"<reasoning>{GOOD}</reasoning><answer>{ANSWER}"),
+    ("order", RULE_FILTER, case(), f"<answer>{ANSWER}</answer><reasoning>{GOOD}</reasoning>"),
+    ("nesting", RULE_FILTER, case(), f"<reasoning>{GOOD}<answer>{ANSWER}</answer></reasoning>"),
+    ("outside", RULE_FILTER, case(), f"Sure! {reply()}"),
+    ("prompt_leak", RULE_FILTER, case(), reply(f"{TEMPLATES['composed']} {GOOD}")),
+    ("reasoning_length", RULE_FILTER, case(), reply("The boat gets a red sail.")),
+    ("answer_length", RULE_FILTER, case(), reply(answer="boat")),
+    ("", STRICT, SAIL, reply("one red sail", "red sail")),
+    ("reasoning_length", STRICT, SAIL, reply("red sail", "red sail")),
+    ("reasoning_length", STRICT, SAIL, reply("one two three four five red", "red sail")),
+    ("answer_length", STRICT, SAIL, reply("one red sail", "one red sail there")),
+    ("repetition", RULE_FILTER, case(), reply(GOOD + " and a red sail" * 8)),
+    ("", RULE_FILTER, case("make the right one purple"), reply(TERSE, "green cube, green cube, purple ball")),
+    ("language", RULE_FILTER, case(), reply(GERMAN, "ein kleines Boot mit rotem Segel, red sail")),
+    ("language", RULE_FILTER, case(), reply(RUSSIAN, "red sail лодка")),
+    ("keyword", RULE_FILTER, case(), reply(answer="an orange helicopter above the city")),
+    ("", LANTERNS, DO_IT, LANTERN),
+    ("", LANTERNS, case("do it", 6, "Zagreb: a city with lanterns."), LANTERN),
+    ("keyword", LANTERNS, case("do it", 6, "Zagreb: a city."), LANTERN),
+    ("source_copy", RULE_FILTER, case(), reply(answer="A small wooden boat, on a lake with red shore!")),
+]
 
 
-def test_a_good_reply_passes_and_comes_out_without_tags() -> None:
-    checked = RULE_FILTER.check(case(), f"\n{reply()}  ")
-    assert (checked.rule, checked.reasoning, checked.answer) == ("", GOOD, ANSWER)
+@pytest.mark.parametrize(("rule", "rules", "asked", "raw"), CHECKED)
+def test_each_rule_drops_its_own(rule: str, rules: RuleFilter, asked: CotCase, raw: str) -> None:
+    checked = rules.check(asked, raw)
+    assert (checked.rule, bool(checked.detail)) == (rule, bool(rule)), checked
 
 
-@pytest.mark.parametrize("rule", BROKEN)
-def test_each_rule_drops_its_own(rule: str) -> None:
-    checked = RULE_FILTER.check(case(), BROKEN[rule])
-    assert checked.rule == rule, checked
-    assert checked.detail
-
-
-def test_every_rule_has_a_test() -> None:
-    assert set(BROKEN) | {"truncated", "duplicate"} == set(RULES)
-
-
-def test_a_reply_that_was_cut_or_filtered_is_dropped_as_such() -> None:
+def test_every_rule_is_tested_and_a_cut_or_filtered_reply_is_dropped_as_such() -> None:
+    assert {rule for rule, *_ in CHECKED} | {"truncated", "duplicate"} == {"", *RULES}
+    assert (RULE_FILTER.check(case(), reply()).reasoning, RULE_FILTER.check(case(), reply()).answer) == (GOOD, ANSWER)
     assert RULE_FILTER.check(case(), reply()[:60], "length").rule == "truncated"
     assert RULE_FILTER.check(case(), "", "content_filter").rule == "refusal"
 
 
-def test_both_ends_of_the_lengths_hold() -> None:
-    strict = RuleFilter(RuleLimits(reasoning_least=3, reasoning_most=5, answer_least=2, answer_most=3))
-    told = case("red sail blue mast")
-    assert strict.check(told, reply("one red sail", "red sail")).rule == ""
-    assert strict.check(told, reply("red sail", "red sail")).rule == "reasoning_length"
-    assert strict.check(told, reply("one two three four five red", "red sail")).rule == "reasoning_length"
-    assert strict.check(told, reply("one red sail", "one red sail there")).rule == "answer_length"
-
-
-def test_another_script_is_another_language_however_short() -> None:
-    russian = "На картинке маленькая деревянная лодка на озере, просят добавить красный парус, остальное без изменений. Red sail."
-    assert RULE_FILTER.check(case(), reply(russian, "red sail лодка")).rule == "language"
-
-
-def test_terse_english_with_repeated_phrases_passes() -> None:
-    terse = (
-        "see green cube, green ball, white cone; right cube; green cube, green ball, white cube; right green; green cube, "
-        "green ball, green cube; swap middle right; green cube, green cube, green ball"
-    )
-    assert RULE_FILTER.check(case("make the right one purple"), reply(terse, "green cube, green cube, purple ball")).rule == ""
-
-
-def test_a_keyword_may_come_from_query_target_or_caption() -> None:
-    rules = RuleFilter(captions={"b.jpg": "two purple lanterns"})
-    assert rules.check(case("do it"), reply(answer="the lantern at night")).rule == ""
-    assert rules.check(case("do it", 6, "Zagreb: a city with lanterns."), reply(answer="the lantern at night")).rule == ""
-    assert rules.check(case("do it", 6, "Zagreb: a city."), reply(answer="the lantern at night")).rule == "keyword"
-
-
-def test_stop_words_and_plurals_say_nothing() -> None:
-    assert salient("Show me the picture of the boats") == {"boat"}
-
-
-def test_duplicates_are_of_one_task_text_image_and_answer() -> None:
+def test_duplicates_are_of_one_task_text_image_and_answer_and_stop_words_say_nothing() -> None:
     key = duplicate_key(case("Add a red sail."), "A red sail!")
     assert key == duplicate_key(case("add a RED sail"), "a red sail")
     assert key != duplicate_key(case("add a red sail", picture="c.jpg"), "a red sail")
     assert key != duplicate_key(case("add a red sail", task_id=8), "a red sail")
     assert key != duplicate_key(case("add a red sail"), "a blue sail")
-
-
-def test_a_tokenizer_counts_where_it_is_named() -> None:
+    assert salient("Show me the picture of the boats") == {"boat"}
     folder = Path(__file__).parents[1] / "models" / "mini"
-    assert count_tokens("an unbelievably long word", str(folder)) != count_tokens("an unbelievably long word")
+    assert count_tokens("an unbelievably long word", str(folder)) != count_tokens("an unbelievably long word") == 4
 
 
 def test_text_of_the_data_cannot_close_a_block() -> None:
@@ -132,21 +106,14 @@ def test_text_of_the_data_cannot_close_a_block() -> None:
     assert blocks(block("query", hostile))["query"].startswith("boat")
 
 
-def test_replies_are_read_with_or_without_words_around_them() -> None:
-    assert read_assessment('Here: ```json\n{"complex": true, "reason": "two steps", "confidence": 0.8}```')["z"] == 1
-    assert read_assessment('{"complex": "true", "confidence": 0.8}')["z"] == 1
-    assert read_verdict('{"verdict": "No", "confidence": 1}')["yes"] is False
-    for unread in ('{"verdict": "yes", "confidence": 7}', "yes"):
-        with pytest.raises(ReplyFormatError):
-            read_verdict(unread)
-
-
 SAYS = '{"complex": true, "reason": "why", "confidence": 0.9}'
 
 
 @pytest.mark.parametrize(
     "text",
     [
+        f"Here: ```json\n{SAYS}```",
+        '{"complex": "true", "confidence": 0.9}',
         f"<think>{{a}} {{}} {SAYS.replace('true', 'false')}</think>{SAYS}",
         f"<THINK>\n\n</THINK>\n{SAYS}\n<think>",
         f"no {{braces: here}}</think>\n```json\n{SAYS}\n```\nI hope that helps {{}}",
@@ -164,32 +131,23 @@ SAYS = '{"complex": true, "reason": "why", "confidence": 0.9}'
         '{"a":' * 3000 + SAYS,
     ],
 )
-def test_field_report_09_the_last_whole_object_after_the_thoughts_is_read(text: str) -> None:
+def test_the_last_whole_object_after_the_thoughts_is_read(text: str) -> None:
     found = read_assessment(text)
     assert (found["z"], found["confidence"]) == (1, 0.9)
     found["reason"].encode()
 
 
-@pytest.mark.parametrize(
-    ("told", "number"),
-    [("0.9", 0.9), (" 90 %", 0.9), ("0,9", 0.9), ("9/10", 0.9), ("4 / 5", 0.8), (".5", 0.5), ("1", 1.0), (1, 1.0), ("~0.7", 0.7),
-     ("high", None), ("", None), ("1/0", None), ("95", None), (95, None), (True, None), (None, None), ("-0.1", None),
-     ("nan", None), (float("nan"), None), (float("inf"), None), (10**4000, None),
-     ("9" * 5000, None), ([0.9], None), ("0.9" * 2, None)],
-)  # fmt: skip
-def test_field_report_09_numbers_are_read_as_text_too(told: object, number: float | None) -> None:
-    text = json.dumps({"verdict": "yes", "confidence": told})
-    if number is None:
+def test_numbers_yes_and_no_are_read_in_any_form() -> None:
+    numbers = {"0.9": 0.9, " 90 %": 0.9, "0,9": 0.9, "9/10": 0.9, "4 / 5": 0.8, ".5": 0.5, "1": 1.0, 1: 1.0, "~0.7": 0.7}
+    for number, share in numbers.items():
+        assert read_verdict(json.dumps({"verdict": "yes", "confidence": number}))["confidence"] == pytest.approx(share)
+    odd = ["high", "", "1/0", "95", 95, 7, True, None, "-0.1", "nan", float("nan"), float("inf"), 10**4000, "9" * 5000, [0.9]]
+    for number in [*odd, "0.90.9"]:
         with pytest.raises(ReplyFormatError, match="its confidence is no number from 0 to 1"):
-            read_verdict(text)
-    else:
-        assert read_verdict(text)["confidence"] == pytest.approx(number)
-
-
-@pytest.mark.parametrize(("told", "yes"), [("Yes.", True), (True, True), ("TRUE", True), (1, True), ("no", False), (0, False)])
-def test_field_report_09_yes_and_no_are_read_in_any_form(told: object, yes: bool) -> None:
-    assert read_verdict(json.dumps({"Verdict": told, "CONFIDENCE": 1}))["yes"] is yes
-    assert read_assessment(json.dumps({"complex": told, "confidence": "1"}))["z"] == int(yes)
+            read_verdict(json.dumps({"verdict": "yes", "confidence": number}))
+    for word, yes in (("Yes.", True), (True, True), ("TRUE", True), (1, True), ("no", False), (0, False)):
+        assert read_verdict(json.dumps({"Verdict": word, "CONFIDENCE": 1}))["yes"] is yes
+        assert read_assessment(json.dumps({"complex": word, "confidence": "1"}))["z"] == int(yes)
 
 
 @pytest.mark.parametrize(
@@ -206,18 +164,14 @@ def test_field_report_09_yes_and_no_are_read_in_any_form(told: object, yes: bool
         ('{"complex": ' + "9" * 5000 + ', "confidence": 1}', "stop", "no whole JSON object"),
     ],
 )
-def test_field_report_09_what_cannot_be_read_is_said_why(text: str, finish: str, why: str) -> None:
+def test_what_cannot_be_read_is_said_why(text: str, finish: str, why: str) -> None:
     with pytest.raises(ReplyFormatError, match=why):
         read_assessment(text, finish)
+    for whole in (f"{SAYS}\n\nLet me explain: the", f"I see.</think>```json\n{SAYS}"):  # before the cut, or at it
+        assert read_assessment(whole, "length")["z"] == 1
 
 
-def test_field_report_09_a_whole_object_before_or_at_the_cut_counts() -> None:
-    assert read_assessment(f"{SAYS}\n\nLet me explain: the", "length")["z"] == 1
-    assert read_assessment(f"I see.</think>```json\n{SAYS}", "length")["z"] == 1
-
-
-def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None:
-    rules = RuleFilter()
+def test_rules_look_at_what_is_said_after_the_thoughts() -> None:
     thought = "I'm sorry, I can't tell. <reasoning>a draft</reasoning>"
     for raw in (
         f"<think>{thought}</think>{reply()}",
@@ -225,13 +179,13 @@ def test_field_report_09_rules_look_at_what_is_said_after_the_thoughts() -> None
         f"<think>{reply()}",
         f"```xml\n{reply()}\n```",
     ):
-        assert rules.check(case(), raw) == rules.check(case(), reply())
-    assert rules.check(case(), f"<think>{thought}", "length").rule == "truncated"
-    assert rules.check(case(), f"<think>{thought}</think>Sure! {reply()}").rule == "outside"
+        assert RULE_FILTER.check(case(), raw) == RULE_FILTER.check(case(), reply())
+    assert RULE_FILTER.check(case(), f"<think>{thought}", "length").rule == "truncated"
+    assert RULE_FILTER.check(case(), f"<think>{thought}</think>Sure! {reply()}").rule == "outside"
 
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "cut"])
-def test_field_report_09_every_way_of_thinking_says_the_same(style: str) -> None:
+def test_every_way_of_thinking_says_the_same(style: str) -> None:
     def said(text: str) -> str:
         completion = {"choices": [{"message": {"role": "assistant", **styled(style, text)}, "finish_reason": "stop"}]}
         return reply_of(json.dumps(completion), "m").text
