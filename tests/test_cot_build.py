@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from PIL import Image
-from test_cot_teacher import Server, completion, failure
+from cot_fakes import Chat, candidate, completion, failure, label, line, train_split
+from fake_sglang import served
 
 from traceir.cli.main import main
 from traceir.cli.terminal import parse_shard
@@ -48,49 +46,18 @@ LIMITS = RuleLimits(reasoning_least=4)
 @pytest.fixture(scope="module")
 def boats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 changes of pictures of boats, the first two of one picture and text, and then 6 captions."""
-    root = tmp_path_factory.mktemp("boats")
-    for place in ("query/train", "cand_pool/global", "instructions", "mbeir_images", "cot/train"):
-        (root / place).mkdir(parents=True)
-    queries: list[dict[str, Any]] = []
-    pool: list[dict[str, Any]] = []
-    labels: list[dict[str, Any]] = []
+    queries, pool, labels = [], [], []
     for number in range(len(COLOURS)):
-        for kind in ("from", "to"):
-            Image.new("RGB", (40, 40), (number * 20, 90 if kind == "to" else 10, 50)).save(
-                root / f"mbeir_images/{kind}{number}.png"
-            )
         shown = 0 if number == 1 else number
-        told = f"paint the boat {COLOURS[shown]}"
-        queries.append(line(f"8:{number + 1}", told, f"mbeir_images/from{shown}.png", f"8:{number + 100}", 7))
+        colour, image = COLOURS[shown], f"mbeir_images/from{shown}.png"
+        queries.append(line(f"8:{number + 1}", f"paint the boat {colour}", image, f"8:{number + 100}", 7))
         pool.append(candidate(f"8:{number + 100}", None, f"mbeir_images/to{number}.png"))
-        reasoning = f"the boat is plain; the paint is {COLOURS[shown]}; the boat becomes {COLOURS[shown]}"
-        labels.append(
-            {"qid": f"8:{number + 1}", "steps": 2, "z": 1, "reasoning": reasoning, "answer": f"a {COLOURS[shown]} boat"}
-        )
+        reasoning = f"the boat is plain; the paint is {colour}; the boat becomes {colour}"
+        labels.append(label(f"8:{number + 1}", reasoning, f"a {colour} boat"))
     for number in range(6):
         queries.append(line(f"8:{number + 50}", f"a boat in {COLOURS[number]}", None, f"8:{number + 100}", 0))
-        labels.append({"qid": f"8:{number + 50}", "steps": 0, "z": 0, "reasoning": None, "answer": None})
-    write(root / "query/train/mbeir_cirr_train.jsonl", queries)
-    write(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
-    write(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)
-    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
-    told = "image,text\timage\tBoats\t8\tFind the boat.\ntext\timage\tBoats\t8\tFind it.\n"
-    (root / "instructions/query_instructions.tsv").write_text(header + told)
-    return root
-
-
-def line(qid: str, text: str, image: str | None, positive: str, task_id: int) -> dict[str, Any]:
-    modality = "image,text" if image else "text"
-    return {"qid": qid, "query_txt": text, "query_img_path": image, "query_modality": modality, "query_src_content": None,
-            "pos_cand_list": [positive], "neg_cand_list": [], "task_id": task_id}  # fmt: skip
-
-
-def candidate(did: str, text: str | None, image: str | None) -> dict[str, Any]:
-    return {"did": did, "txt": text, "img_path": image, "modality": "image" if image else "text", "src_content": None}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        labels.append(label(f"8:{number + 50}"))
+    return train_split(tmp_path_factory.mktemp("boats") / "data", "cirr", queries, pool, labels)
 
 
 class Script:
@@ -104,8 +71,8 @@ class Script:
         if question.stage == "reason" and question.qid in self.fails:
             raise UnansweredError(f"no answer to {question.qid}")
         shown = blocks("".join(part for part in question.parts if isinstance(part, str)))
-        told = self.odd.get((question.stage, question.qid)) or self.say(question.stage, shown)
-        return Reply(told, "stop", "script", 10, 5)
+        text = self.odd.get((question.stage, question.qid)) or self.say(question.stage, shown)
+        return Reply(text, "stop", "script", 10, 5)
 
     def say(self, stage: str, shown: dict[str, str]) -> str:
         if stage == "assess":
@@ -127,23 +94,16 @@ class Script:
 def run(boats: Path, out: Path, script: Script, shard: tuple[int, int] = (0, 1), **settings: Any) -> BuildSummary:
     config = BuildConfig(str(boats), "script", part_size=4, limits=LIMITS, **settings)
     begin(out, config)
-    source = CaseSource(boats, config.tasks)
     parts = [part for part in find_parts(boats, 4)[shard[0] :: shard[1]] if not is_finished(out, part)]
     rules = RuleFilter(LIMITS, find_captions(boats, None))
-    try:
+    with closing(CaseSource(boats, config.tasks)) as source:
         return run_parts(Work(config, out, source, config.questions(), rules, script, script), parts, progress=False)
-    finally:
-        source.close()
 
 
 def files(folder: Path) -> dict[str, str]:
     """Digests of the stage files and of the data set."""
-    places = [place for name in (*STAGES, "dataset") for place in sorted((folder / name).glob("*")) if place.is_file()]
-    return {
-        str(place.relative_to(folder)): hashlib.sha256(place.read_bytes()).hexdigest()
-        for place in places
-        if place.name != "README.md"
-    }
+    paths = [path for name in (*STAGES, "dataset") for path in (folder / name).glob("*.*") if path.name != "README.md"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def test_parts_cover_every_line_once_and_captions_come_from_the_pairs_of_the_folder(boats: Path, tmp_path: Path) -> None:
@@ -234,12 +194,12 @@ def test_a_dry_run_counts_requests_and_tokens_and_asks_nothing(
     assert found["assess"].requests == 6, "complex tasks are not asked about"
     assert found["reason"].requests == found["verify"].requests == round(12 + 0.5 * 6)
     assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
-    assert main([*told(boats, tmp_path / "new", "http://127.0.0.1:9/v1"), "--dry-run", "--price-in", "1"]) == 0
+    assert main([*command_of(boats, tmp_path / "new", "http://127.0.0.1:9/v1"), "--dry-run", "--price-in", "1"]) == 0
     assert "requests" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
 
 def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    base = told(boats, tmp_path, "http://127.0.0.1:9/v1")
+    base = command_of(boats, tmp_path, "http://127.0.0.1:9/v1")
     for more, shown in (
         (["--tasks", "oven_task6"], "oven_task6"),
         (["--teacher", "localhost:8000"], "localhost:8000"),
@@ -255,7 +215,7 @@ def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys
 # Through HTTP and the command line
 
 
-def told(boats: Path, out: Path, url: str) -> list[str]:
+def command_of(boats: Path, out: Path, url: str) -> list[str]:
     command = ["reasoning", "build", "--data", str(boats), "--out", str(out), "--teacher", url, "--model", MODEL]
     settings = (f"--set={one}" for one in ("attempts=1", "limits.reasoning_least=4", "part_size=4"))
     return [*command, "--concurrency", "8", *settings]
@@ -273,18 +233,18 @@ def kept_answers(out: Path) -> int:
 def test_a_build_through_http_survives_faults_and_a_kill(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     faults = {"faults": 0.3, "fault_seed": 5, "stall": 0.05, "retry_after": 0.01}
     with running(boats, **faults) as url:
-        assert main(told(boats, tmp_path / "whole", url)) == 0
+        assert main(command_of(boats, tmp_path / "whole", url)) == 0
         assert "cirr_task7" in capsys.readouterr().out
     log = tmp_path / "teacher.jsonl"
     with running(boats, **faults, latency=0.05, log=str(log)) as url:
-        command = [sys.executable, "-m", "traceir", *told(boats, tmp_path / "killed", url)]
+        command = [sys.executable, "-m", "traceir", *command_of(boats, tmp_path / "killed", url)]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and kept_answers(tmp_path / "killed") < 6:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         kept = kept_answers(tmp_path / "killed")
-        assert main(told(boats, tmp_path / "killed", url)) == 0
+        assert main(command_of(boats, tmp_path / "killed", url)) == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
     paid = [line["key"] for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "end" and line["paid"]]
     assert kept > 0 and len(paid) - len(set(paid)) <= 16, "only what was in flight, or not on the disk yet, is paid twice"
@@ -293,8 +253,8 @@ def test_a_build_through_http_survives_faults_and_a_kill(boats: Path, tmp_path: 
 @pytest.mark.slow
 def test_ray_makes_the_same_files_from_the_same_functions(boats: Path, tmp_path: Path) -> None:
     with running(boats) as url:
-        assert main([*told(boats, tmp_path / "ray", url), "--engine", "ray", "--workers", "2"]) == 0
-        assert main(told(boats, tmp_path / "local", url)) == 0
+        assert main([*command_of(boats, tmp_path / "ray", url), "--engine", "ray", "--workers", "2"]) == 0
+        assert main(command_of(boats, tmp_path / "local", url)) == 0
     assert files(tmp_path / "ray") == files(tmp_path / "local")
     assert kept_answers(tmp_path / "ray") >= kept_answers(tmp_path / "local")
 
@@ -303,44 +263,33 @@ class Speaking:
     """The scripted teacher on a thread of this process; `teacher.options` are how it speaks from now on."""
 
     def __init__(self, root: Path) -> None:
-        self.teacher = ScriptedTeacher(Oracle(root), ScriptedOptions())
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        config = uvicorn.Config(
-            SecurityMiddleware(self.teacher.app, AccessRules.of("127.0.0.1")), log_level="critical", lifespan="off", ws="none"
-        )
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
-        self._thread.start()
+        self.teacher, self.url = ScriptedTeacher(Oracle(root), ScriptedOptions()), ""
 
     @property
     def paid(self) -> int:
         return self.teacher.log.requests
 
-    def close(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
 
 @pytest.fixture(scope="module")
-def served(boats: Path) -> Iterator[Speaking]:
-    made = Speaking(boats)
-    yield made
-    made.close()
+def shared(boats: Path) -> Iterator[Speaking]:
+    speaking = Speaking(boats)
+    with served(SecurityMiddleware(speaking.teacher.app, AccessRules.of("127.0.0.1"))) as address:
+        speaking.url = f"{address}/v1"
+        yield speaking
 
 
 @pytest.fixture
-def speaking(served: Speaking) -> Speaking:
-    served.teacher.options = ScriptedOptions()
-    return served
+def speaking(shared: Speaking) -> Speaking:
+    shared.teacher.options = ScriptedOptions()
+    return shared
 
 
 @pytest.fixture(scope="module")
-def plain_rows(boats: Path, served: Speaking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def plain_rows(boats: Path, shared: Speaking, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Digests of the data set that a teacher without thoughts makes."""
     out = tmp_path_factory.mktemp("plain")
-    served.teacher.options = ScriptedOptions()
-    assert main(told(boats, out, served.url)) == 0
+    shared.teacher.options = ScriptedOptions()
+    assert main(command_of(boats, out, shared.url)) == 0
     return {name: digest for name, digest in files(out).items() if name.endswith(".parquet")}
 
 
@@ -349,16 +298,16 @@ def test_a_wrong_key_an_unreachable_teacher_and_a_spent_limit_end_in_one_line_an
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "invented-key")
     speaking.teacher.options = ScriptedOptions(key="another-key")
-    assert main(told(boats, tmp_path, speaking.url)) == 1
+    assert main(command_of(boats, tmp_path, speaking.url)) == 1
     error = capsys.readouterr().err
     assert "refuses the API key" in error and "invented-key" not in error and "another-key" not in error
-    assert main(told(boats, tmp_path, "http://127.0.0.1:9/v1")) == 1
+    assert main(command_of(boats, tmp_path, "http://127.0.0.1:9/v1")) == 1
     assert "cannot be reached" in capsys.readouterr().err
     speaking.teacher.options = ScriptedOptions(key="invented-key")
     prices = ["--price-in", "100", "--price-out", "100", "--spend-limit"]
-    assert main([*told(boats, tmp_path, speaking.url), *prices, "0.3"]) == 1
+    assert main([*command_of(boats, tmp_path, speaking.url), *prices, "0.3"]) == 1
     assert "spend limit" in capsys.readouterr().err
-    assert main([*told(boats, tmp_path, speaking.url), *prices, "100"]) == 0
+    assert main([*command_of(boats, tmp_path, speaking.url), *prices, "100"]) == 0
 
 
 @pytest.mark.parametrize("style", ["harmony", "texts"])
@@ -366,7 +315,7 @@ def test_a_teacher_that_thinks_makes_the_same_data(
     style: str, boats: Path, tmp_path: Path, speaking: Speaking, plain_rows: dict[str, str]
 ) -> None:
     speaking.teacher.options, before = ScriptedOptions(thinking=style), speaking.paid
-    assert main(told(boats, tmp_path, speaking.url)) == 0
+    assert main(command_of(boats, tmp_path, speaking.url)) == 0
     assert {name: digest for name, digest in files(tmp_path).items() if name.endswith(".parquet")} == plain_rows
     assert speaking.paid - before == 17 + 11 + 12, "as without thoughts: two queries are one question, no try is paid twice"
 
@@ -375,7 +324,7 @@ def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
     boats: Path, tmp_path: Path, speaking: Speaking, capsys: pytest.CaptureFixture[str]
 ) -> None:
     speaking.teacher.options, before = ScriptedOptions(thinking="cut"), speaking.paid
-    command = [*told(boats, tmp_path, speaking.url), "--set=attempts=4", "--concurrency=2"]
+    command = [*command_of(boats, tmp_path, speaking.url), "--set=attempts=4", "--concurrency=2"]
     assert main(command) == 1
     error = capsys.readouterr().err
     assert "replies to stage 'assess' and none of use" in error and "cut at max_tokens" in error and "max_tokens=" in error
@@ -393,15 +342,15 @@ def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
 
 
 def test_a_teacher_that_refuses_every_question_is_quoted(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    server = Server()
+    server = Chat()
     server.script = lambda number, body: failure(400, f"Unsupported parameter: 'max_tokens' in {1000 + number}.")
-    assert main([*told(boats, tmp_path, server.url), "--patience=9", "--concurrency=1"]) == 1
-    error = capsys.readouterr().err
-    assert "9 x 400: Unsupported parameter: ... in ...." in error and "--extra" in error and len(server.bodies) <= 12
-    server.script = lambda number, body: (200, {}, completion("I would say so."))
-    assert main([*told(boats, tmp_path, server.url), "--patience=0"]) == 2, "what was refused is asked anew"
-    assert "18 x the reply cannot be read: it holds no whole JSON object" in capsys.readouterr().err
-    server.close()
+    with served(server.app) as address:
+        assert main([*command_of(boats, tmp_path, f"{address}/v1"), "--patience=9", "--concurrency=1"]) == 1
+        error = capsys.readouterr().err
+        assert "9 x 400: Unsupported parameter: ... in ...." in error and "--extra" in error and len(server.bodies) <= 12
+        server.script = lambda number, body: (200, {}, completion("I would say so."))
+        assert main([*command_of(boats, tmp_path, f"{address}/v1"), "--patience=0"]) == 2, "what was refused is asked anew"
+        assert "18 x the reply cannot be read: it holds no whole JSON object" in capsys.readouterr().err
 
 
 def test_no_complex_query_kept_is_no_success(boats: Path, tmp_path: Path) -> None:
@@ -436,46 +385,31 @@ def test_an_interrupt_asks_nothing_more_of_what_waits(boats: Path, tmp_path: Pat
 LONE = "two steps \ud83d and a \x00"
 
 
-@pytest.mark.slow
-def test_half_a_surrogate_pair_in_a_reply_of_any_stage_is_repaired(boats: Path, tmp_path: Path) -> None:
-    odd = {
-        ("assess", "8:3"): json.dumps({"complex": True, "reason": LONE, "confidence": 0.9}),
-        (
-            "reason",
-            "8:3",
-        ): f"<reasoning>the boat is plain, {LONE}, then the paint is green</reasoning><answer>green boat</answer>",
-        ("verify", "8:3"): json.dumps({"verdict": "yes", "confidence": 0.9, "reason": LONE}),
-    }
-    assert not run(boats, tmp_path, Script(odd=odd)).unfinished
-    for format in ("parquet", "jsonl"):
-        assemble(tmp_path, format=format)
-        samples = {one.record.qid: one for data in read_cot(tmp_path / "dataset") for one in data.samples()}
-        assert samples["8:3"].label.reasoning.endswith("two steps \ufffd and a \ufffd, then the paint is green")
-    assert main(["reasoning", "report", str(tmp_path)]) == 0
-
-
 def test_a_build_goes_on_from_the_journal_of_an_older_release(boats: Path, tmp_path: Path, speaking: Speaking) -> None:
-    assert main(told(boats, tmp_path, speaking.url)) == 0
+    assert main(command_of(boats, tmp_path, speaking.url)) == 0
     cache = tmp_path / "journal" / "answers.sqlite"
     with closing(sqlite3.connect(cache)) as database:
         database.row_factory = sqlite3.Row
-        lines = [dict(row) for row in database.execute("SELECT * FROM answers")]
+        rows = [dict(row) for row in database.execute("SELECT * FROM answers")]
     cache.unlink()
-    for line in lines:
-        line["model"] += "\udc80"
-        line["prompt_tokens"] = 10**400
-        if line["stage"] == "assess":
-            line["text"] = json.dumps(json.loads(line["text"]) | {"reason": LONE})
-        elif line["stage"] == "reason":
-            line["text"] = line["text"].replace("</reasoning>", f" {LONE}</reasoning>")
-    cache.with_name("0000-of-0001.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for row in rows:
+        row |= {"model": row["model"] + "\udc80", "prompt_tokens": 10**400}
+        if row["stage"] == "assess":
+            row["text"] = json.dumps(json.loads(row["text"]) | {"reason": LONE})
+        row["text"] = row["text"].replace("</reasoning>", f" {LONE}</reasoning>")
+    cache.with_name("0000-of-0001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for stage in STAGES:
         for file in (tmp_path / stage).glob("*"):
             file.unlink()
     before = speaking.paid
-    assert main([*told(boats, tmp_path, speaking.url), "--price-in=1"]) == 0
+    assert main([*command_of(boats, tmp_path, speaking.url), "--price-in=1"]) == 0
     assert speaking.paid == before, "all is replayed"
-    assert {one.verdict for one in read_outcomes(tmp_path)} == {True, None}
+    assert {outcome.verdict for outcome in read_outcomes(tmp_path)} == {True, None}
+    assert main(["reasoning", "report", str(tmp_path)]) == 0
+    for format in ("parquet", "jsonl"):
+        assemble(tmp_path, format=format)
+        texts = [sample.label.reasoning or "" for data in read_cot(tmp_path / "dataset") for sample in data.samples()]
+        assert any(text.endswith("two steps \ufffd and a \ufffd") for text in texts)
 
 
 def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_path: Path) -> None:

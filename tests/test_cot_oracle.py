@@ -6,12 +6,12 @@ import asyncio
 import http.client
 import json
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
-from test_cot_build import candidate, line, write
+from cot_fakes import candidate, label, line, train_split
 
 from traceir.cot.ask import CotCase, Questions, TeacherQuestion
 from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
@@ -26,67 +26,39 @@ QUESTIONS = Questions()
 COLOURS = ("red", "green", "blue", "white")
 
 
-def folder(
-    root: Path, dataset: str, queries: list[dict[str, Any]], pool: list[dict[str, Any]], labels: list[dict[str, Any]]
-) -> Path:
-    """A train split in M-BEIR's layout, its pictures painted."""
-    for place in ("query/train", "cand_pool/global", "instructions", "mbeir_images", "cot/train"):
-        (root / place).mkdir(parents=True)
-    write(root / f"query/train/mbeir_{dataset}_train.jsonl", queries)
-    write(root / "cand_pool/global/mbeir_union_train_cand_pool.jsonl", pool)
-    if labels:
-        write(root / f"cot/train/mbeir_{dataset}_train_cot.jsonl", labels)
-    paths = dict.fromkeys(path for row in [*queries, *pool] if (path := row.get("query_img_path") or row.get("img_path")))
-    for shade, path in enumerate(paths):
-        Image.new("RGB", (32, 32), (shade * 10, 255 - shade * 10, shade * 7)).convert("RGB" if labels else "P").save(root / path)
-    rows = [f"{first}\t{second}\t{dataset}\t{queries[0]['qid'].split(':')[0]}\tFind the {dataset} that is meant."
-            for first in ("image", "text", "image,text") for second in ("image", "text")]  # fmt: skip
-    header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1"
-    (root / "instructions/query_instructions.tsv").write_text("\n".join([header, *rows]) + "\n")
-    return root
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Toys: 8 complex changes of a picture, one direct, two questions in words of one content, and one to a picture."""
     queries, labels, pool = [], [], []
     for number in range(9):
         first, last = COLOURS[number % 4], COLOURS[(number + 1) % 4]
-        image = f"mbeir_images/toy{number}.png"
+        image, things = f"mbeir_images/toy{number}.png", f"old robot, small kite {number}"
         queries.append(line(f"50:{number}", f"make the left toy number {number} {last}", image, f"50:{number}", 7))
         pool.append(candidate(f"50:{number}", None, f"mbeir_images/goal{number}.png"))
-        things = f"old robot, small kite {number}"
         reasoning = f"see {first} duck, {things}; left {last}; {last} duck, {things}; the rest stays"
-        label = {"steps": 2, "z": 1, "reasoning": reasoning, "answer": f"{last} duck, {things}"}
-        labels.append(
-            {"qid": f"50:{number}"} | (label if number < 8 else {"steps": 1, "z": 0, "reasoning": None, "answer": None})
-        )
+        labels.append(label(f"50:{number}", *((reasoning, f"{last} duck, {things}") if number < 8 else ())))
     for qid in ("50:20", "50:21"):
         queries.append(line(qid, "what does the toy maker of Norvik carve", None, "50:20", 1))
         reasoning = "the toy maker of norvik is olga; olga lives by the lake; she carves all winter long"
-        labels.append({"qid": qid, "steps": 2, "z": 1, "reasoning": reasoning, "answer": "olga carves ducks"})
+        labels.append(label(qid, reasoning, "olga carves ducks"))
     pool.append(candidate("50:20", "Olga of Norvik carves ducks.", None))
     queries.append(line("50:30", "the toy right of the one left of the kite", None, "50:0", 0))
     reasoning = "left of the kite stands a robot; right of that robot stands the kite itself; so it is a kite"
-    labels.append({"qid": "50:30", "steps": 2, "z": 1, "reasoning": reasoning, "answer": "a small kite toy"})
-    return folder(tmp_path_factory.mktemp("toys") / "data", "toys", queries, pool, labels)
+    labels.append(label("50:30", reasoning, "a small kite toy"))
+    return train_split(tmp_path_factory.mktemp("toys") / "data", "toys", queries, pool, labels)
 
 
 def cases_of(root: Path) -> dict[str, CotCase]:
-    source = CaseSource(root)
-    try:
+    with closing(CaseSource(root)) as source:
         return {case.record.qid: case for part in find_parts(root, 1000) for case in source.cases(part)}
-    finally:
-        source.close()
 
 
 def request(question: TeacherQuestion) -> TeacherRequest:
     return asyncio.run(prepare(question, "scripted-oracle"))
 
 
-def body(question: TeacherQuestion) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(request(question).payload)
-    return found
+def body(question: TeacherQuestion) -> Any:
+    return json.loads(request(question).payload)
 
 
 def reply(oracle: Oracle, asked: dict[str, Any]) -> str:
@@ -126,17 +98,15 @@ def test_unknown_and_broken_questions_are_refused_in_words(labelled: Path) -> No
 
 
 def test_without_labels_composed_queries_are_scripted_from_captions(tmp_path: Path) -> None:
-    red, green, nameless = (
-        f"mbeir_images/{name}.png" for name in ("red", "green", "nameless")
-    )  # which cannot be sent as they are
+    red, green, nameless = (f"mbeir_images/{name}.png" for name in ("red", "green", "nameless"))
     queries = [
-        line("60:1", "", red, "60:3", 3) | {"query_txt": None, "query_modality": "image"},
+        line("60:1", None, red, "60:3", 3),
         line("60:2", "emerald square", None, "60:2", 0),
         line("60:3", "the same, but in green", red, "60:2", 7),
         line("60:4", "the same, but in a kind of dark red", nameless, "60:3", 6),
     ]
     pool = [candidate("60:1", None, red), candidate("60:2", None, green), candidate("60:3", "crimson square", None)]
-    root = folder(tmp_path / "signs", "sign", queries, pool, [])
+    root = train_split(tmp_path / "signs", "sign", queries, pool, [])
     oracle, rules, answers = Oracle(root), RuleFilter(captions=find_captions(root, None)), {}
     for qid, case in cases_of(root).items():
         assert read_assessment(reply(oracle, body(QUESTIONS.assess(case))))["z"] == (qid in ("60:3", "60:4"))
