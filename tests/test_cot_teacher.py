@@ -24,9 +24,8 @@ from PIL import Image
 
 from traceir.connection import Connection
 from traceir.cot.ask import Stage, TeacherQuestion
-from traceir.cot.teachers.answer_cache import FILE, AnswerCache
+from traceir.cot.teachers.answer_cache import FILE, AnswerCache, BatchTeacher, read_batch_results
 from traceir.cot.teachers.asker import Asker, Budget, Pacer, SpendLimitError
-from traceir.cot.teachers.batch_files import BatchTeacher, read_batch_results
 from traceir.cot.teachers.teacher import (
     OpenAITeacher,
     RecordedTeacher,

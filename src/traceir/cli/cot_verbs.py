@@ -89,8 +89,7 @@ def assemble(args: argparse.Namespace) -> int:
 
 
 def import_answers(args: argparse.Namespace) -> int:
-    from traceir.cot.teachers.answer_cache import AnswerCache
-    from traceir.cot.teachers.batch_files import read_batch_results
+    from traceir.cot.teachers.answer_cache import AnswerCache, read_batch_results
 
     with AnswerCache(Path(args.journal or Path(args.out) / "journal"), "batch") as cache:
         counts = read_batch_results([Path(file) for file in args.files], cache)

@@ -37,6 +37,17 @@ def json_lines(path: Path, read: Callable[[Any], Row], remedy: str, *, ended: bo
         raise DataError(f"{path}:{number}: {error!r}; {remedy}") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is not there. Raises DataError where it cannot be read, or holds another value."""
+    try:
+        content = read_json(path.read_bytes()) if path.is_file() else {}
+        if not isinstance(content, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); make it again, or remove it") from error
+    return content
+
+
 def read_document(path: Path, name: str, format: int, missing: str, remedy: str) -> dict[str, Any]:
     """The JSON object of this `name` and `format` in a file, as `write_json` wrote it.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.cot.ask import Questions
-from traceir.cot.files import read_document, write_json, write_text
+from traceir.cot.files import read_document, read_object, write_json, write_text
 from traceir.cot.rules import RuleLimits
 from traceir.cot.source import find_captions
 from traceir.errors import DataError, InputError
@@ -101,11 +101,7 @@ def gather_captions(out: Path, config: BuildConfig) -> Path:
 
 def describe(config: BuildConfig) -> dict[str, Any]:
     """The settings as plain JSON, with digests of the files they name and the fingerprint of the data."""
-    meta = Path(config.data) / "meta.json"
-    try:
-        fingerprint = read_json(meta.read_bytes()).get("fingerprint") if meta.is_file() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{meta}: not a JSON object ({error}); restore it, or remove it") from error
+    fingerprint = read_object(Path(config.data) / "meta.json").get("fingerprint")
     try:
         captions = hashlib.sha256(Path(config.captions).read_bytes()).hexdigest() if config.captions else ""
     except OSError as error:

@@ -26,7 +26,7 @@ from markupsafe import Markup
 from tqdm import tqdm
 
 from traceir.cot.build import MORE_ROOM, reason_kind, summarise
-from traceir.cot.files import read_document, write_json, write_text
+from traceir.cot.files import read_document, read_object, write_json, write_text
 from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.plan import CONFIG_FILE, DATASET, gather_captions, read_build, read_config
 from traceir.cot.quality.people_terms import GROUPS
@@ -262,14 +262,14 @@ def write_cot_card(folder: Path, out: Path | None = None, *, quality: Quality | 
     manifest = _read_manifest(folder)
     build = read_build(out) if out is not None and (out / CONFIG_FILE).is_file() else {}
     teacher = _model(build.get("model"))
-    about = _read_json(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
+    about = read_object(Path(str(build["data"])) / "meta.json") if build.get("data") else {}
     source = line(about.get("name") or "data in M-BEIR's layout")
     complex_ = sum(int(task["complex"]) for task in manifest["tasks"].values())
     if quality is None and out is not None and (out / QUALITY / FILE).is_file():
         quality = read_quality(out / QUALITY / FILE)
     if quality is not None and quality.overall.funnel["curated"] != complex_:
         quality = None  # of another state of the data
-    funnel = _read_json(out / "funnel.json").get("all", {}) if out is not None else {}
+    funnel = read_object(out / "funnel.json").get("all", {}) if out is not None else {}
     text = render(
         "cot/data_card.md.j2",
         front_matter=Markup(_front_matter(manifest, f"{NAME}, {source}" + (f", by {teacher}" if teacher else ""), licence)),
@@ -331,17 +331,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         if Path(name).name != name or not (folder / name).is_file():
             raise DataError(f"{folder / name} is missing, but named by the manifest; copy or write it again")
     return manifest
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """{} where the file is not there, or holds another value."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read ({error}); make it again") from error
-    return content if isinstance(content, dict) else {}
 
 
 def _front_matter(manifest: Mapping[str, Any], name: str, licence: str | None) -> str:

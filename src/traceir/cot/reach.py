@@ -19,9 +19,8 @@ from traceir.cot.build import PATIENCE, WINDOW, BuildSummary, Work, read_lines, 
 from traceir.cot.plan import BuildConfig, gather_captions
 from traceir.cot.rules import RuleFilter, count_tokens
 from traceir.cot.source import CaseSource, DataPart, read_captions
-from traceir.cot.teachers.answer_cache import AnswerCache
+from traceir.cot.teachers.answer_cache import AnswerCache, BatchTeacher
 from traceir.cot.teachers.asker import Asker, Budget, Pacer
-from traceir.cot.teachers.batch_files import BatchTeacher
 from traceir.cot.teachers.teacher import OpenAITeacher, RecordedTeacher, Teacher
 from traceir.errors import InputError
 from traceir.images import ImageInput

@@ -11,7 +11,7 @@ import re
 import tomllib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain
@@ -108,7 +108,7 @@ class RuleFilter:
     def _leak(self, texts: Iterable[str]) -> str:
         size = self.limits.leaked + 1
         prompt = _prompt_runs(tuple(sorted((dict(TEMPLATES) | dict(self.templates)).items())), size)
-        leaked = next((run for text in texts for run in _runs(words_of(text), size) if run in prompt), ())
+        leaked = next((run for text in texts for run in runs_of(words_of(text), size) if run in prompt), ())
         return f"{' '.join(leaked)!r} is in the prompt" if leaked else ""
 
     def _length(self, text: str, least: int, most: int) -> str:
@@ -123,7 +123,7 @@ class RuleFilter:
                 run = run + 1 if words[place] == words[place - size] else 0
                 if run >= size * most:
                     return f"{' '.join(words[place - size + 1 : place + 1])!r} follows itself more than {most} times"
-        grams = Counter(_runs(words, 4))
+        grams = Counter(runs_of(words, 4))
         share = (grams.total() - len(grams)) / grams.total() if grams.total() >= 40 else 0.0
         return f"{share:.0%} of its 4-grams occurred before" if share > self.limits.repeats else ""
 
@@ -192,7 +192,7 @@ def salient(text: str) -> set[str]:
     return {word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word for word in words}
 
 
-def _runs(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
+def runs_of(words: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     """All runs of so many words."""
     return zip(*(words[first:] for first in range(size)), strict=False)
 
@@ -200,7 +200,7 @@ def _runs(words: list[str], size: int) -> Iterator[tuple[str, ...]]:
 @cache
 def _prompt_runs(templates: tuple[tuple[str, str], ...], size: int) -> frozenset[tuple[str, ...]]:
     """All runs of `size` words in the templates, names and texts as of ask.TEMPLATES."""
-    return frozenset(run for _, text in templates for run in _runs(words_of(text), size))
+    return frozenset(run for _, text in templates for run in runs_of(words_of(text), size))
 
 
 @cache

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -50,12 +50,12 @@ def _lowered(text: str) -> str:
     return " ".join(text.lower().replace("’", "'").split())
 
 
-def _either(words: str) -> str:
-    return f"(?:{'|'.join(re.escape(word) for word in words.split())})"
+def _either(words: Iterable[str]) -> str:
+    return f"(?:{'|'.join(re.escape(word) for word in words)})"
 
 
 _LISTS: Final = tomllib.loads((Path(__file__).parent / "people_terms.toml").read_text(encoding="utf-8"))
-_PEOPLE, _BETWEEN = _either(_LISTS["people"]), _either(_LISTS["between"])
+_PEOPLE, _BETWEEN = _either(_LISTS["people"].split()), _either(_LISTS["between"].split())
 _THINGS: Final = "|".join(_LISTS["not_skin"].split())
 _WORD: Final = re.compile(r"[a-z]+")
 _START, _END = r"(?<![\w-])", r"(?![\w-])"
@@ -66,27 +66,18 @@ _START, _END = r"(?<![\w-])", r"(?![\w-])"
 def _index() -> dict[str, tuple[Term, ...]]:
     """The first word of a term -> the terms that begin with it."""
     index: dict[str, list[Term]] = {}
-    for term in (*_plain_terms(), *_beside_terms(), *_origin_terms()):
+    for term in _terms():
         index.setdefault(_WORD.findall(term.name)[0], []).append(term)
     return {word: tuple(terms) for word, terms in index.items()}
 
 
-def _rows(text: str) -> list[list[str]]:
-    """A row begins at each line that is not indented."""
-    return [[part.strip() for part in line.split("|")] for line in text.replace("\n  ", " ").strip().splitlines()]
-
-
-def _plain_terms() -> Iterator[Term]:
-    rows = _rows(_LISTS["plain"])
-    for group, concept, words in rows:
-        known = {word for row in rows if row[:2] == [group, concept] for word in row[2].split()}
+def _terms() -> Iterator[Term]:
+    for group, concept, words in _LISTS["plain"]:
+        known = {word for row in _LISTS["plain"] if row[:2] == [group, concept] for word in row[2].split()}
         # the bare colour tells nothing of a person
         telling = f"{_any(known)}|{_of_skin(concept.lower())}" if group == "skin" else _any(known | {concept.lower()})
         yield from (Term(group, word, f"{_own(word)}{_END}", telling) for word in words.split())
-
-
-def _beside_terms() -> Iterator[Term]:
-    for group, concept, words, more in _rows(_LISTS["beside"]):
+    for group, concept, words, more in _LISTS["beside"]:
         skin = group == "skin"
         patterns = {word: _of_skin(word) if skin else _of_people(word) for word in words.split()}
         if skin:
@@ -94,12 +85,8 @@ def _beside_terms() -> Iterator[Term]:
         else:
             telling = _any({*patterns, *more.split(), concept.lower()})
         yield from (Term(group, word, pattern, telling) for word, pattern in patterns.items())
-
-
-def _origin_terms() -> Iterator[Term]:
-    for entry in _LISTS["origins"].strip().replace("\n", "|").split("|"):
-        adjectives, people, more = (part.strip().lower() for part in entry.split(":"))
-        names = [name.strip() for name in adjectives.split(",")]
+    for adjectives, people, more in _LISTS["origins"]:
+        names = adjectives.lower().split(", ")
         telling = _any({*names, *people.split(), *more.split()})
         for name in names:
             descent = rf"{_own(name)}[\s-]+(?:descent|origin|ancestry|heritage|ethnicity)\b"
@@ -133,4 +120,4 @@ def _own(word: str) -> str:
 
 def _any(words: set[str]) -> str:
     longest_first = sorted(words, key=lambda word: (-len(word), word))
-    return f"{_START}(?:{'|'.join(re.escape(word) for word in longest_first)}){_END}"
+    return f"{_START}{_either(longest_first)}{_END}"

@@ -163,19 +163,14 @@ def estimate_share(strata: Mapping[str, Stratum]) -> dict[str, Any]:
     }
 
 
-def wilson(share: float, count: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share seen in `count` trials, which need not be a whole number as scipy asks."""
+def _with_interval(share: float, count: float) -> dict[str, float | None]:
+    """A share seen in `count` trials, which need not be a whole number as scipy asks, with Wilson's 95 % score interval."""
+    if not count:
+        return {"share": None, "low": None, "high": None}
     scale = 1 + Z * Z / count
     centre = (share + Z * Z / (2 * count)) / scale
     reach = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
-    return max(0.0, centre - reach), min(1.0, centre + reach)
-
-
-def _with_interval(share: float, count: float) -> dict[str, float | None]:
-    if not count:
-        return {"share": None, "low": None, "high": None}
-    low, high = wilson(share, count)
-    return {"share": round(share, 4), "low": round(low, 4), "high": round(high, 4)}
+    return {"share": round(share, 4), "low": round(max(0.0, centre - reach), 4), "high": round(min(1.0, centre + reach), 4)}
 
 
 def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, float]:
@@ -193,6 +188,7 @@ def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words
     rules, openings, lengths = table.rows("rules"), table.rows("openings"), _lengths(table.rows("lengths"))
     dropped, examples = {rule: n for rule, n, _ in rules}, {rule: shown for rule, _, shown in rules}
     own = [(words, again) for name, words, again in sample if task in (None, name)]
+    verdicts = {(verdict, place): count for verdict, place, count in table.rows("confidence")}
     kept, repeated = funnel["curated"], sum(again for _, again in own)
     return Figures(
         funnel=funnel,
@@ -217,7 +213,7 @@ def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words
             "samples": compared, "least": COPIED, "run": run, "whole": whole, "either": copied,
             "share": _share(copied, compared), "longest": lengths["longest_copy"], "examples": copies or [],
         },
-        confidence=_confidence(table.rows("confidence")),
+        confidence={word: [verdicts.get((word, place), 0) for place in range(BINS)] for word in ("yes", "no")},
     )  # fmt: skip
 
 
@@ -255,13 +251,6 @@ def _people(samples: list[Any], groups: list[Any]) -> dict[str, dict[str, Any]]:
         ordered = {group: by_group[group] for group in GROUPS if group in by_group}
         people[kind] = {"samples": total, "holding": holding, "share": _share(holding, total), "groups": ordered}
     return people
-
-
-def _confidence(rows: list[Any]) -> dict[str, list[int]]:
-    bins = {"yes": [0] * BINS, "no": [0] * BINS}
-    for verdict, place, count in rows:
-        bins[verdict][place] = count
-    return bins
 
 
 def _share(part: int, whole: int) -> float:

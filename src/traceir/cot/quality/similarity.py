@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from tqdm import tqdm
 
+from traceir.cot.rules import runs_of
 from traceir.errors import DataError
 
 Words = list[str]
@@ -48,7 +49,7 @@ def diversity(texts: Sequence[Words]) -> dict[str, Any]:
 
 def shingles(words: Words) -> frozenset[int]:
     """Hashes (32 bits) of all runs of three words; a shorter text is one shingle."""
-    runs = _grams(words, SHINGLE) if len(words) >= SHINGLE else [tuple(words)]
+    runs = runs_of(words, SHINGLE) if len(words) >= SHINGLE else [tuple(words)]
     return frozenset(zlib.crc32("\x00".join(run).encode("utf-8", "surrogatepass")) for run in runs)
 
 
@@ -94,8 +95,8 @@ def longest_copy(texts: Sequence[Words], target: Words, query: Words) -> Words:
     low, high, longest = 0, max((len(piece) for piece in pieces), default=0), []
     while low < high:
         size = (low + high + 1) // 2
-        grams = {gram for text in texts for gram in _grams(text, size)}
-        run = next((gram for piece in pieces for gram in _grams(piece, size) if gram in grams), None)
+        grams = {gram for text in texts for gram in runs_of(text, size)}
+        run = next((gram for piece in pieces for gram in runs_of(piece, size) if gram in grams), None)
         if run is None:
             high = size - 1
         else:
@@ -105,13 +106,13 @@ def longest_copy(texts: Sequence[Words], target: Words, query: Words) -> Words:
 
 def holds(texts: Sequence[Words], run: Words) -> bool:
     """Whether one of the texts holds this run of words."""
-    return any(tuple(run) in set(_grams(text, len(run))) for text in texts)
+    return any(tuple(run) in set(runs_of(text, len(run))) for text in texts)
 
 
 def _without_query(target: Words, query: Words) -> list[Words]:
     """The pieces of the target between the runs that the query holds too."""
-    known = set(_grams(query, QUERY_RUN))
-    cut = {place + step for place, gram in enumerate(_grams(target, QUERY_RUN)) if gram in known for step in range(QUERY_RUN)}
+    known = set(runs_of(query, QUERY_RUN))
+    cut = {place + step for place, gram in enumerate(runs_of(target, QUERY_RUN)) if gram in known for step in range(QUERY_RUN)}
     pieces: list[Words] = [[]]
     for place, word in enumerate(target):
         if place in cut:
@@ -119,7 +120,3 @@ def _without_query(target: Words, query: Words) -> list[Words]:
         else:
             pieces[-1].append(word)
     return [piece for piece in pieces if piece]
-
-
-def _grams(words: Words, size: int) -> Iterable[tuple[str, ...]]:
-    return zip(*(words[start:] for start in range(size)), strict=False)

@@ -69,6 +69,11 @@ class Chosen:
     size: int
     sample: str
 
+    @property
+    def images(self) -> list[str | None]:
+        """The query's image, then those of the positives; None where there is none."""
+        return [self.outcome.case.record.image_path, *(target.image_path for target in self.outcome.case.positives)]
+
 
 @dataclass(frozen=True, slots=True)
 class Settled:

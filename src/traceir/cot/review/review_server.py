@@ -96,7 +96,7 @@ class ReviewSession:
         outcome, case = chosen.outcome, chosen.outcome.case
         with self._lock:
             mine = self._valid(reviewer).get(case.record.qid)
-        images = [f"/api/picture/{number}/{place}?v={chosen.sample}" if path else "" for place, path in enumerate(_paths(chosen))]
+        images = [f"/api/picture/{number}/{place}?v={chosen.sample}" if path else "" for place, path in enumerate(chosen.images)]
         plain = ("z", "confidence", "status", "rule", "verdict", "verdict_confidence", "reasoning", "answer")
         cut = ("assessment", "raw", "detail", "verdict_reason", "provenance")
         return {
@@ -149,7 +149,7 @@ class ReviewSession:
     def image(self, number: int, place: int) -> bytes:
         """The query's image (place 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
         chosen = self._at(number)
-        path = next((path for at, path in enumerate(_paths(chosen)) if at == place), None)
+        path = next((path for at, path in enumerate(chosen.images) if at == place), None)
         if path is None:
             raise InputError(f"sample {number} has no image {place}")
         image = ImageInput.open(chosen.outcome.case.root / path).load(shrink_to=SIDE)
@@ -260,7 +260,11 @@ def serve_review(
         outcomes, threshold = read_outcomes(out), read_config(out).verify_above
     if reviewer:
         check_name(reviewer)
-    with _listen(port) as listener:
+    try:
+        listener = socket.create_server(("127.0.0.1", port), backlog=128)
+    except (OSError, OverflowError) as error:
+        raise InputError(f"port {port} cannot be used: {error}; choose another with --port, or 0 for any") from error
+    with listener:
         chosen = open_sample(out, outcomes, sampling or Sampling(), threshold)
         taken = int(listener.getsockname()[1])
         address = f"http://127.0.0.1:{taken}/"
@@ -271,13 +275,6 @@ def serve_review(
             if open_browser:
                 webbrowser.open(address)  # the socket listens already
             uvicorn.Server(config).run(sockets=[listener])
-
-
-def _listen(port: int) -> socket.socket:
-    try:
-        return socket.create_server(("127.0.0.1", port), backlog=128)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"port {port} cannot be used: {error}; choose another with --port, or 0 for any") from error
 
 
 async def _posted(request: Request) -> dict[str, Any]:
@@ -302,12 +299,6 @@ def _number(request: Request, name: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise InputError(f"{name} is {text[:20]!r}; it must be a number from 0")
     return int(text)
-
-
-def _paths(chosen: Chosen) -> list[str | None]:
-    """The images of a sample: the query's, then those of the positives; None where there is none."""
-    case = chosen.outcome.case
-    return [case.record.image_path, *(target.image_path for target in case.positives)]
 
 
 def _cut(text: str | None) -> str:

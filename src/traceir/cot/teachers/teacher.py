@@ -132,7 +132,9 @@ def _content(message: Mapping[str, Any]) -> str:
     """
     content = message.get("content")
     if isinstance(content, list):
-        content = "".join(_part(part) for part in content)
+        parts = ({"text": part} if isinstance(part, str) else part for part in content)
+        spoken = (part for part in parts if isinstance(part, dict) and part.get("type") not in ("thinking", "reasoning"))
+        content = "".join(str(part.get("text") or "") for part in spoken)
     text = json.dumps(content) if isinstance(content, dict) else "" if content is None else str(content)
     if text.strip():
         return text
@@ -140,12 +142,6 @@ def _content(message: Mapping[str, Any]) -> str:
         return str(refused)
     thought = next((value for name in _THOUGHTS if isinstance(value := message.get(name), str)), "")
     return f"<think>{thought}" if thought.strip() else text
-
-
-def _part(part: object) -> str:
-    if not isinstance(part, dict):
-        return part if isinstance(part, str) else ""
-    return str(part.get("text") or "") if part.get("type") not in ("thinking", "reasoning") else ""
 
 
 def _garbled(text: str) -> RetryableError:
@@ -292,7 +288,14 @@ class RecordedTeacher:
     def __init__(self, path: Path) -> None:
         self.path, self._replies = path, sqlite3.connect("")
         self._replies.execute("CREATE TABLE replies (stage, qid, attempt, text, PRIMARY KEY (stage, qid, attempt))")
-        rows = json_lines(path, _recorded, 'write recorded replies as {"stage": "reason", "qid": "9:6", "text": "..."}')
+
+        def read(row: dict[str, Any]) -> tuple[str, str, int, str]:
+            texts, attempt = (row["stage"], row["qid"], row["text"]), row.get("attempt", 0)
+            if not all(isinstance(text, str) for text in texts) or type(attempt) is not int:
+                raise TypeError("wrong types")
+            return *texts[:2], attempt, texts[2]
+
+        rows = json_lines(path, read, 'write recorded replies as {"stage": "reason", "qid": "9:6", "text": "..."}')
         self._replies.executemany("INSERT OR IGNORE INTO replies VALUES (?, ?, ?, ?)", rows)
         with path.open("rb") as stream:
             self.name = f"recorded:{hashlib.file_digest(stream, 'sha256').hexdigest()[:8]}"
@@ -409,10 +412,3 @@ def _shrunk_url(path: Path, data: bytes, pixels: int) -> tuple[str, str]:
 
 def _url(data: bytes, media_type: str) -> tuple[str, str]:
     return data_url(data, media_type), hashlib.sha256(data).hexdigest()
-
-
-def _recorded(row: dict[str, Any]) -> tuple[str, str, int, str]:
-    texts, attempt = [row[name] for name in ("stage", "qid", "text")], row.get("attempt", 0)
-    if not all(isinstance(text, str) for text in texts) or type(attempt) is not int:
-        raise TypeError("wrong types")
-    return texts[0], texts[1], attempt, texts[2]
