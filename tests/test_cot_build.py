@@ -177,12 +177,9 @@ def test_tasks_can_be_chosen_and_taken_as_complex_unasked_and_other_settings_are
     begin(tmp_path, config)
     with pytest.raises(InputError, match=r"limits.reasoning_least = 4, now it is 16"):
         begin(tmp_path, replace(config, limits=RuleLimits()))
-
-
-@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "9" * 5000 + "/4", "0/²"])
-def test_a_share_that_cannot_be_is_refused(text: str) -> None:
-    with pytest.raises(InputError, match="--shard"):
-        parse_shard(text)
+    for share in ("2/2", "1", "-1/2", "a/b", "9" * 5000 + "/4", "0/²"):
+        with pytest.raises(InputError, match="--shard"):
+            parse_shard(share)
 
 
 def test_a_dry_run_counts_requests_and_tokens_and_asks_nothing(

@@ -204,9 +204,7 @@ def session(tmp_path: Path) -> ReviewSession:
     (tmp_path / "pictures").mkdir()
     Image.new("RGBA", (40, 30), (200, 30, 30, 255)).save(tmp_path / "pictures" / "0.png")
     (tmp_path / "secret.txt").write_text("secret")
-    return ReviewSession(
-        tmp_path, choose([outcome(0, root=tmp_path), outcome(1, "tags", root=tmp_path)], Sampling(per_stratum=5)), "ada"
-    )
+    return ReviewSession(tmp_path, choose([outcome(0, root=tmp_path), outcome(1, "tags", root=tmp_path)], Sampling(5)), "ada")
 
 
 def test_a_decision_is_in_the_file_when_it_is_answered(session: ReviewSession) -> None:
@@ -245,13 +243,8 @@ def test_only_our_own_page_gets_in_and_sees_only_images_of_samples(session: Revi
     for host, refused in (("evil.example:8420", 421), ("127.0.0.1:8421", 421), ("127.0.0.1", 421), ("", 400)):
         assert call(app, "GET", "/api/review?reviewer=ada", {"host": host})[0] == refused, host
     undo = {"reviewer": "ada"}
-    for more, expected in (
-        ({"origin": "http://evil.example"}, 403),
-        ({"origin": "null"}, 403),
-        ({"content-type": "text/plain"}, 415),
-        ({}, 200),
-    ):
-        assert call(app, "POST", "/api/undo", JSON | more, undo)[0] == expected
+    wrong = {"origin": "http://evil.example"}, {"origin": "null"}, {"content-type": "text/plain"}, {}
+    assert [call(app, "POST", "/api/undo", JSON | more, undo)[0] for more in wrong] == [403, 403, 415, 200]
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
         assert call(app, method, "/api/review?reviewer=ada", JSON)[0] == 405
     assert [call(app, "GET", path)[0] for path in ("/api/decide", "/api/undo")] == [405, 405]
@@ -264,19 +257,7 @@ def test_only_our_own_page_gets_in_and_sees_only_images_of_samples(session: Revi
         assert call(app, "GET", path)[0] == 404, path
 
 
-NUMBERS = (
-    "9" * 5000,
-    "-1",
-    "1e3",
-    "NaN",
-    "%00",
-    "\u0663",
-    "0x1",
-    "9" * 12,
-    " 1",
-    "%ff",
-    "\ud83d".encode("utf-8", "surrogatepass").hex(),
-)
+NUMBERS = ("9" * 5000, " 1", *"-1 1e3 NaN %00 \u0663 0x1 999999999999 %ff eda0bd".split())
 BODIES = (
     b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff\xfe", b"NaN", b'{"number": ' + b"9" * 5000 + b"}", b'{"number": 1e999}',
     b'{"number": NaN}', b'{"number": true}', b'{"number": "0"}', b'{"number": 0.0}', b'{"number": null}', b'{"number": -1}',
@@ -307,10 +288,8 @@ def test_undo_begins_no_file_and_few_files_are_open(session: ReviewSession) -> N
     for number in range(30):
         assert post(app, "/api/undo", {"reviewer": f"name{number}"}) == (200, {"number": -1, "mark": "."})
     assert not list(session.out.glob("review/*"))
-    drop, before = (
-        {"number": 0, "decision": "drop", "why": "vague", "sample": session.chosen[0].sample},
-        len(list(files.iterdir())),
-    )
+    drop = {"number": 0, "decision": "drop", "why": "vague", "sample": session.chosen[0].sample}
+    before = len(list(files.iterdir()))
     statuses = [post(app, "/api/decide", drop | {"reviewer": f"name{number}"})[0] for number in range(102)]
     assert statuses == [200] * 100 + [400] * 2 and len(reviewers(session.out)) == 100
     assert len(list(files.iterdir())) - before <= OPEN_FILES
