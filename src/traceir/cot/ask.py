@@ -131,9 +131,9 @@ class Questions:
 
 def block(name: str, text: str) -> str:
     """`<name>text</name>`; a tag of any block within the text loses its angle brackets."""
-    return f"<{name}>{_BLOCK_TAG.sub(lambda found: found[0][1:-1], text)}</{name}>"
+    return f"<{name}>{_BLOCK_TAG.sub(lambda match: match[0][1:-1], text)}</{name}>"
 
 
 def blocks(text: str) -> dict[str, str]:
     """The blocks of a question's text by name, as `block` wrote them."""
-    return {found[1]: found[2] for found in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}
+    return {match[1]: match[2] for match in re.finditer(rf"<({'|'.join(BLOCKS)})>(.*?)</\1>", text, re.DOTALL)}

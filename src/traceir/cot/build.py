@@ -147,8 +147,8 @@ class PartStages:
             line = _line(case, None, 0, "")
             fields = {"z": int(case.task in self.config.complex), "reason": "by the settings", "confidence": 1.0}
         else:
-            found, line = await self._ask(self.teacher, case, partial(self.questions.assess, case), read_assessment)
-            fields |= found
+            assessment, line = await self._ask(self.teacher, case, partial(self.questions.assess, case), read_assessment)
+            fields |= assessment
         if not fields["z"]:
             self.done(1)
         return line | fields
@@ -183,9 +183,9 @@ class PartStages:
     async def _verify(self, qid: str, answer: str) -> Line:
         """The verifier's word on an answer that the rules let pass."""
         case = self.cases[qid]
-        found, line = await self._ask(self.verifier, case, partial(self.questions.verify, case, answer), read_verdict)
+        verdict, line = await self._ask(self.verifier, case, partial(self.questions.verify, case, answer), read_verdict)
         self.done(1)
-        return line | {"yes": False, "confidence": 0.0, "reason": ""} | found
+        return line | {"yes": False, "confidence": 0.0, "reason": ""} | verdict
 
     async def _ask(
         self, ask: Ask, case: CotCase, question: Callable[[int], TeacherQuestion], read: Callable[[str, str], Line]

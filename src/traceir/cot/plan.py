@@ -30,7 +30,7 @@ class BuildConfig:
     `model` and `verifier` are the names the endpoint knows the teachers by (`verifier` "": the same). `direct` and `complex`:
     tasks that are taken as such unasked, as the paper's table of subsets has whole tasks. `attempts`: how often a question is
     asked while its reply cannot be read or breaks a rule. `verify_above`: confidence a yes must exceed (paper: 0.7). `pixels`:
-    most pixels of a image shown to the teacher. `captions`: file of image captions. `templates`: JSON file of prompts that
+    most pixels of an image shown to the teacher. `captions`: file of image captions. `templates`: JSON file of prompts that
     override ask.TEMPLATES.
     """
 
@@ -93,8 +93,8 @@ def gather_captions(out: Path, config: BuildConfig) -> Path:
     """`OUT/captions.jsonl`: the image captions that the rules use, found once (source.find_captions)."""
     file = out / CAPTIONS
     if not file.exists():
-        found = find_captions(Path(config.data), Path(config.captions) if config.captions else None)
-        rows = ({"img_path": path, "caption": text} for path, text in sorted(found.items()))
+        captions = find_captions(Path(config.data), Path(config.captions) if config.captions else None)
+        rows = ({"img_path": path, "caption": text} for path, text in sorted(captions.items()))
         write_text(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
     return file
 
@@ -120,10 +120,12 @@ def read_build(out: Path) -> dict[str, Any]:
 
 def read_config(out: Path) -> BuildConfig:
     """The settings with which the build in `out` was begun."""
-    found = read_build(out)
+    settings = read_build(out)
     names = [name for name in BuildConfig.__dataclass_fields__ if name != "limits"]
-    plain: dict[str, Any] = {name: tuple(found[name]) if isinstance(found[name], list) else found[name] for name in names}
-    return BuildConfig(**plain, limits=RuleLimits(**found["limits"]))
+    plain: dict[str, Any] = {
+        name: tuple(settings[name]) if isinstance(settings[name], list) else settings[name] for name in names
+    }
+    return BuildConfig(**plain, limits=RuleLimits(**settings["limits"]))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def page(quality: Quality) -> str:
         ],
         "drops": [(rule, [own.rules[rule] for own in quality.tasks.values()]) for rule in dropped_by],
         "confidence": [
-            (f"{place / BINS:.2f}", [quality.overall.confidence[word][place] for word in ("yes", "no")]) for place in range(BINS)
+            (f"{step / BINS:.2f}", [quality.overall.confidence[word][step] for word in ("yes", "no")]) for step in range(BINS)
         ],
         "groups": list(_groups(quality)),
         **{name: list(_lengths(quality, name)) for name in ("reasoning_words", "answer_words")},

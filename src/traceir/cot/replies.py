@@ -54,8 +54,8 @@ def spoken(text: str, finish: str = "stop") -> str:
         answer = _OPENED.sub("", _CLOSED.sub("", text))
     answer = answer.strip()
     for _ in range(8):
-        if found := _MARK.match(answer):
-            answer = answer[found.end() :].strip()
+        if mark := _MARK.match(answer):
+            answer = answer[mark.end() :].strip()
         start = answer.rfind("<")
         if start >= 0 and _MARK.fullmatch(answer, start):
             answer = answer[:start].strip()
@@ -80,9 +80,9 @@ def fields_of(text: str, finish: str, *wanted: str) -> dict[str, Any]:
             for start, end, row in there
             if _FENCES.fullmatch(answer, 0, start) or _FENCES.fullmatch(answer, end)
         ]
-    found = whole or [fields for _, _, row in there for fields in _holding(row, wanted)]
-    if found:
-        return found[-1]
+    held = whole or [fields for _, _, row in there for fields in _holding(row, wanted)]
+    if held:
+        return held[-1]
     if finish == "length":
         raise ReplyFormatError(CUT)
     if finish == "content_filter":
@@ -142,33 +142,33 @@ def _after_thoughts(text: str) -> str:
 def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """Whole objects that are in no other, with their places, in order; also those written as Python writes them."""
     end = 0
-    for brace in [found.start() for found in re.finditer(r"\{", text)][-MOST_TRIED:]:
+    for brace in [match.start() for match in re.finditer(r"\{", text)][-MOST_TRIED:]:
         if brace < end:
             continue
         try:
-            found, end = _DECODER.raw_decode(text, brace)
-            yield brace, end, valid_all(found)
+            value, end = _DECODER.raw_decode(text, brace)
+            yield brace, end, valid_all(value)
         except (ValueError, RecursionError):
             flat = _FLAT.match(text, brace)
-            if flat and isinstance(found := _as_python(flat[0]), dict) and all(isinstance(name, str) for name in found):
+            if flat and isinstance(value := _as_python(flat[0]), dict) and all(isinstance(name, str) for name in value):
                 end = flat.end()
-                yield brace, end, valid_all(found)
+                yield brace, end, valid_all(value)
 
 
 def _as_python(text: str) -> Any:
     """`{'complex': True, }`, with JSON's words or Python's; None where it is not that."""
     try:
-        return ast.literal_eval(re.sub(r"\b(?:true|false|null)\b", lambda found: _WORDS[found[0]], text))
+        return ast.literal_eval(re.sub(r"\b(?:true|false|null)\b", lambda match: _WORDS[match[0]], text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
 
 
-def _holding(found: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _holding(value: Any, wanted: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The objects in JSON, itself or within it, that have all the wanted fields, in order."""
-    if isinstance(found, dict):
-        named = {str(name).strip().lower(): value for name, value in found.items()}
+    if isinstance(value, dict):
+        named = {str(name).strip().lower(): field for name, field in value.items()}
         if all(name in named for name in wanted):
             yield named
             return
-    for inner in found.values() if isinstance(found, dict) else found if isinstance(found, list) else ():
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         yield from _holding(inner, wanted)

@@ -85,8 +85,8 @@ class RuleFilter:
         raw = spoken(raw, finish)
         match = _ORDERED.search(raw)
         reasoning, answer = (_TAG.sub(" ", match[group]).strip() if match else "" for group in (1, 3))
-        found = zip(RULES, chain(_form(raw, finish, match), self._content(case, reasoning, answer)), strict=False)
-        rule, detail = next(((rule, detail) for rule, detail in found if detail), ("", ""))
+        problems = zip(RULES, chain(_form(raw, finish, match), self._content(case, reasoning, answer)), strict=False)
+        rule, detail = next(((rule, detail) for rule, detail in problems if detail), ("", ""))
         return Checked(reasoning, answer, rule, detail)
 
     def _content(self, case: CotCase, reasoning: str, answer: str) -> Iterator[str]:
@@ -119,10 +119,10 @@ class RuleFilter:
         words, most = words_of(text), self.limits.repeated
         for size in range(1, len(words) // (most + 1) + 1):
             run = 0
-            for place in range(size, len(words)):
-                run = run + 1 if words[place] == words[place - size] else 0
+            for position in range(size, len(words)):
+                run = run + 1 if words[position] == words[position - size] else 0
                 if run >= size * most:
-                    return f"{' '.join(words[place - size + 1 : place + 1])!r} follows itself more than {most} times"
+                    return f"{' '.join(words[position - size + 1 : position + 1])!r} follows itself more than {most} times"
         grams = Counter(runs_of(words, 4))
         share = (grams.total() - len(grams)) / grams.total() if grams.total() >= 40 else 0.0
         return f"{share:.0%} of its 4-grams occurred before" if share > self.limits.repeats else ""

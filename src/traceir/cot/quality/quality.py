@@ -213,7 +213,7 @@ def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words
             "samples": compared, "least": COPIED, "run": run, "whole": whole, "either": copied,
             "share": _share(copied, compared), "longest": lengths["longest_copy"], "examples": copies or [],
         },
-        confidence={word: [verdicts.get((word, place), 0) for place in range(BINS)] for word in ("yes", "no")},
+        confidence={word: [verdicts.get((word, step), 0) for step in range(BINS)] for word in ("yes", "no")},
     )  # fmt: skip
 
 
@@ -246,8 +246,8 @@ def _people(samples: list[Any], groups: list[Any]) -> dict[str, dict[str, Any]]:
     """Samples that hold terms about people which the data do not tell: by group, by term, with examples."""
     people: dict[str, dict[str, Any]] = {}
     for kind in ("told", "untold"):
-        total, holding = next((counts for told, *counts in samples if told == kind), (0, 0))
-        by_group = {group: {"samples": count, "terms": terms} for told, group, count, terms in groups if told == kind}
+        total, holding = next((counts for name, *counts in samples if name == kind), (0, 0))
+        by_group = {group: {"samples": count, "terms": terms} for name, group, count, terms in groups if name == kind}
         ordered = {group: by_group[group] for group in GROUPS if group in by_group}
         people[kind] = {"samples": total, "holding": holding, "share": _share(holding, total), "groups": ordered}
     return people

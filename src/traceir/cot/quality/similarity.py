@@ -75,7 +75,7 @@ def near_duplicates(texts: Sequence[Words]) -> list[bool]:
         known.add(own)
         sign = empty.copy()
         sign.update_batch(own)
-        candidates = [originals[place] for place in sorted(index.query(sign))]
+        candidates = [originals[number] for number in sorted(index.query(sign))]
         if len(candidates) > COMPARED:
             candidates.sort(key=lambda original: -int(np.sum(original[1] == sign.hashvalues)))
         near = any(len(own & other) >= NEAR * len(own | other) for other, _ in candidates[:COMPARED])
@@ -112,10 +112,12 @@ def holds(texts: Sequence[Words], run: Words) -> bool:
 def _without_query(target: Words, query: Words) -> list[Words]:
     """The pieces of the target between the runs that the query holds too."""
     known = set(runs_of(query, QUERY_RUN))
-    cut = {place + step for place, gram in enumerate(runs_of(target, QUERY_RUN)) if gram in known for step in range(QUERY_RUN)}
+    cut = {
+        position + step for position, gram in enumerate(runs_of(target, QUERY_RUN)) if gram in known for step in range(QUERY_RUN)
+    }
     pieces: list[Words] = [[]]
-    for place, word in enumerate(target):
-        if place in cut:
+    for position, word in enumerate(target):
+        if position in cut:
             pieces.append([])
         else:
             pieces[-1].append(word)

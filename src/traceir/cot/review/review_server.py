@@ -1,8 +1,8 @@
 """The review page on 127.0.0.1: samples to people, their decisions to the disk.
 
-A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. `serve.guard.Guard` lets in
-only what names a loopback host and our port, and only JSON of our own page; images are named by number and handed out decoded and
-encoded anew. A GET writes nothing.
+A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. serve.guard lets in only what
+names a loopback host and our port, and only JSON of our own page; images are named by number and handed out decoded and encoded
+anew. A GET writes nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class ReviewSession:
         outcome, case = chosen.outcome, chosen.outcome.case
         with self._lock:
             mine = self._valid(reviewer).get(case.record.qid)
-        images = [f"/api/picture/{number}/{place}?v={chosen.sample}" if path else "" for place, path in enumerate(chosen.images)]
+        images = [
+            f"/api/picture/{number}/{position}?v={chosen.sample}" if path else "" for position, path in enumerate(chosen.images)
+        ]
         plain = ("z", "confidence", "status", "rule", "verdict", "verdict_confidence", "reasoning", "answer")
         cut = ("assessment", "raw", "detail", "verdict_reason", "provenance")
         return {
