@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from cot_fakes import candidate, label, line, train_split
 
-from traceir.cot.ask import CotCase, Questions, TeacherQuestion
-from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
+from traceir.cot.ask import CotCase, Questions, ReplyFormatError, TeacherQuestion, read_assessment, read_verdict
 from traceir.cot.rules import RuleFilter
 from traceir.cot.scripted.oracle import ALL, CONTENT, MEANT, TRANSPORT, Faults, Oracle, barred_for, spoil
 from traceir.cot.scripted.teacher_server import running

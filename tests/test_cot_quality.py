@@ -12,9 +12,8 @@ import pytest
 from traceir.cot.ask import CotCase
 from traceir.cot.outcomes import CotOutcome
 from traceir.cot.products import page, summary
-from traceir.cot.quality.people_terms import introduced
 from traceir.cot.quality.quality import measure, read_quality, save_quality
-from traceir.cot.quality.similarity import diversity, longest_copy, near_duplicates
+from traceir.cot.quality.texts import diversity, introduced, longest_copy, near_duplicates
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled, sample_hash
 from traceir.data.mbeir import TASK_MODALITIES, Candidate, Record

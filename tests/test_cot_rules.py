@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from traceir.cot.ask import TEMPLATES, CotCase, Questions, block, blocks
-from traceir.cot.replies import ReplyFormatError, read_assessment, read_verdict
+from traceir.cot.ask import TEMPLATES, CotCase, Questions, ReplyFormatError, block, blocks, read_assessment, read_verdict
 from traceir.cot.rules import RULES, RuleFilter, RuleLimits, count_tokens, duplicate_key, salient
 from traceir.cot.scripted.oracle import STYLES, styled
 from traceir.cot.teachers.teacher import reply_of

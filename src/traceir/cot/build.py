@@ -24,10 +24,19 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from traceir.cot.ask import REASON_TOKENS, CotCase, Questions, Stage, TeacherQuestion
+from traceir.cot.ask import (
+    CUT,
+    REASON_TOKENS,
+    CotCase,
+    Questions,
+    ReplyFormatError,
+    Stage,
+    TeacherQuestion,
+    read_assessment,
+    read_verdict,
+)
 from traceir.cot.files import json_lines, write_json, write_text
 from traceir.cot.plan import STAGES, BuildConfig
-from traceir.cot.replies import CUT, ReplyFormatError, read_assessment, read_verdict
 from traceir.cot.rules import FORM, RuleFilter
 from traceir.cot.source import CaseSource, DataPart
 from traceir.cot.teachers.asker import Asker

@@ -25,14 +25,14 @@ from huggingface_hub import DatasetCardData
 from markupsafe import Markup
 from tqdm import tqdm
 
+from traceir.cot.ask import CUT
 from traceir.cot.build import MORE_ROOM, reason_kind, summarise
 from traceir.cot.files import read_document, read_object, write_json, write_text
 from traceir.cot.outcomes import CotOutcome, read_outcomes
 from traceir.cot.plan import CONFIG_FILE, DATASET, gather_captions, read_build, read_config
-from traceir.cot.quality.people_terms import GROUPS
 from traceir.cot.quality.quality import FILE, Quality, measure, read_quality, save_quality
 from traceir.cot.quality.samples import BINS, FUNNEL
-from traceir.cot.replies import CUT
+from traceir.cot.quality.texts import GROUPS
 from traceir.cot.review.decisions import read_decisions
 from traceir.cot.review.review import Settled, settle
 from traceir.cot.rules import RULES

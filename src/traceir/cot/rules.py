@@ -18,8 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from traceir.cot.ask import TEMPLATES, CotCase
-from traceir.cot.replies import spoken
+from traceir.cot.ask import TEMPLATES, CotCase, spoken
 from traceir.errors import DataError
 
 FORM: Final = ("refusal", "truncated", "tags", "order", "nesting", "outside")
@@ -80,7 +79,7 @@ class RuleFilter:
     def check(self, case: CotCase, raw: str, finish: str = "stop") -> Checked:
         """The reply's texts, and the first rule it breaks. Pure: equal arguments give equal results.
 
-        What is checked is what the reply says after the thoughts that some models write first (replies.spoken).
+        What is checked is what the reply says after the thoughts that some models write first (ask.spoken).
         """
         raw = spoken(raw, finish)
         match = _ORDERED.search(raw)

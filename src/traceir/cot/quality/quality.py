@@ -18,9 +18,8 @@ from tqdm import tqdm
 
 from traceir.cot.files import read_document, write_json
 from traceir.cot.outcomes import CotOutcome
-from traceir.cot.quality.people_terms import GROUPS
 from traceir.cot.quality.samples import BINS, COPIED, DROPPED_BY, FUNNEL, MEASURES, SampleTable, measures_of, sample_table
-from traceir.cot.quality.similarity import NEAR, Words, diversity, near_duplicates
+from traceir.cot.quality.texts import GROUPS, NEAR, Words, diversity, near_duplicates
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled
 from traceir.errors import DataError, InputError

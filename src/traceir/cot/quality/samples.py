@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, Final
 
 from traceir.cot.outcomes import CotOutcome
-from traceir.cot.quality.people_terms import introduced
-from traceir.cot.quality.similarity import Words, holds, longest_copy
+from traceir.cot.quality.texts import Words, holds, introduced, longest_copy
 from traceir.cot.review.decisions import Decision
 from traceir.cot.review.review import Settled, sample_hash
 from traceir.cot.rules import RULES, count_tokens, words_of

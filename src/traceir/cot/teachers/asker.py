@@ -8,7 +8,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -205,14 +205,14 @@ class Asker:
                     raise UnansweredError(_ENDING) from None  # `close` took the task, nobody took the one that asks
                 raise
 
-    def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
+    def stop(self, error: TeacherError, worthless: Sequence[str] = ()) -> None:
         """Asks nothing more: this and all later questions raise the error, what is in flight ends and is kept.
 
         Answers with `worthless` keys are taken back, so that a later run asks for them anew.
         """
         self._stopped(error)
-        if keys := list(worthless):
-            self.cache.take_back(keys)
+        if worthless:
+            self.cache.take_back(list(worthless))
 
     def status(self) -> str:
         """A few words for a progress line."""

@@ -128,7 +128,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def _content(message: Mapping[str, Any]) -> str:
     """The text of a message, of a list of parts those that are no thought; of a refusal without text its words.
 
-    Where a server has put all into the field of the thoughts, they come as one that has no end (replies.spoken).
+    Where a server has put all into the field of the thoughts, they come as one that has no end (ask.spoken).
     """
     content = message.get("content")
     if isinstance(content, list):
