@@ -78,12 +78,10 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
 def test_card_tells_what_was_measured(built: Path) -> None:
     folder = built / "dataset"
     man = "*an* old man | waits"
-    figures = measure(
-        [outcome("1:1", man, target="a bench"), outcome("1:2", man, "the bench", target="some bench")], price_in=5.0
-    )
+    figures = measure([outcome("1:1", man, target="a bench"), outcome("1:2", man, "the bench", target="some bench")])
     text = write_cot_card(folder, built, quality=figures)
     assert "Hallucinated: not reviewed." in text and "100.0 % of 2 samples. gender 2 (man); age 2 (old)" in text
-    assert "50.0 % of the reasonings repeat another" in text and "200 tokens read and 20 written, 0.00 USD" in text
+    assert "50.0 % of the reasonings repeat another" in text and "200 tokens read and 20 written, for" in text
     assert "- | waits" not in text  # no text of the data
     other = measure([outcome("1:1", man)])
     assert "Not measured yet" in write_cot_card(folder, built, quality=other)  # of one sample, the data have two

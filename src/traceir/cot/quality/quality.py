@@ -86,14 +86,12 @@ def measure(
     settled: Mapping[str, Settled] | None = None,
     captions: Mapping[str, str] | None = None,
     tokenizer: str = "",
-    price_in: float = 0.0,
-    price_out: float = 0.0,
 ) -> Quality:
     """The figures of a stream of outcomes as the filter left them, that is before people's decisions are applied.
 
     `decisions` (reviewer -> qid -> decision) give the estimates; `settled` (qid -> what its reviewers settled) is applied to all
-    other figures. `captions`: image path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits; prices in
-    USD for a million tokens. Raises DataError where a package is missing.
+    other figures. `captions`: image path -> its words, where the data have any. `tokenizer` as of rules.RuleLimits.
+    Raises DataError where a package is missing.
     """
     votes: dict[str, list[Decision]] = defaultdict(list)
     for own in (decisions or {}).values():
@@ -117,7 +115,8 @@ def measure(
         made_by: dict[str, dict[str, int]] = {"teacher": {}, "verifier": {}, "prompts": {}}
         for role, name, count in table.rows("made_by"):
             made_by[role][name] = count
-        cost = _cost(table, price_in, price_out)
+        [tokens] = table.rows("tokens")
+        cost = dict(zip(("prompt_tokens", "completion_tokens"), map(float, tokens), strict=True))
     return Quality(overall, tasks, estimate_share(hallucination), estimate_share(fault), made_by, cost)
 
 
@@ -170,12 +169,6 @@ def _with_interval(share: float, count: float) -> dict[str, float | None]:
     centre = (share + Z * Z / (2 * count)) / scale
     reach = Z / scale * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
     return {"share": round(share, 4), "low": round(max(0.0, centre - reach), 4), "high": round(min(1.0, centre + reach), 4)}
-
-
-def _cost(table: SampleTable, price_in: float, price_out: float) -> dict[str, float]:
-    [(read, written)] = table.rows("tokens")
-    spent = {"usd": round((float(read) * price_in + float(written) * price_out) / 1e6, 4)} if price_in or price_out else {}
-    return {"prompt_tokens": float(read), "completion_tokens": float(written), **spent}
 
 
 def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words, bool]]) -> Figures:

@@ -151,7 +151,7 @@ class ReviewSession:
     def image(self, number: int, place: int) -> bytes:
         """The query's image (place 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
         chosen = self._at(number)
-        path = next((path for at, path in enumerate(chosen.images) if at == place), None)
+        path = chosen.images[place] if place < len(chosen.images) else None
         if path is None:
             raise InputError(f"sample {number} has no image {place}")
         image = ImageInput.open(chosen.outcome.case.root / path).load(shrink_to=SIDE)
