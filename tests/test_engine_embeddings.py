@@ -135,7 +135,7 @@ def test_a_form_without_place_for_pairs_refuses_them_and_what_would_lose_an_inst
 ) -> None:
     with make(addresses, form) as encoder:
         for query in (Query.of(text="a cup", image=picture(1)), Query.of(image=picture(1), instruction="find this")):
-            with pytest.raises(InputError, match="has place for a text or one picture"):
+            with pytest.raises(InputError, match="has place for a text or one image"):
                 encoder.encode_queries([query])
 
 
@@ -182,7 +182,7 @@ def test_a_server_that_ignores_images_is_refused(addresses: dict[str, str], form
     server.blind, server.noise = True, 1e-4
     own = server.vector
     monkeypatch.setattr(server, "vector", lambda text, image: own(text or "nothing", image))
-    with pytest.raises(ModelError, match="takes pictures and does not see them"):
+    with pytest.raises(ModelError, match="takes images and does not see them"):
         make(addresses, form)
 
 
@@ -201,7 +201,7 @@ def test_what_a_server_does_not_read_is_refused_one_by_one(addresses: dict[str, 
     reads_texts = served(FakeEndpoint(fakes.read_text_model_behind_vllm).app())
     with reads_texts as address, EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
         assert encoder.encode_items(TEXT)[0].vector.shape == (WIDTH,) and encoder.modalities == ("text",)
-        with pytest.raises(InputError, match=r"item 'p': this server takes no pictures: .*400.*not a multimodal model"):
+        with pytest.raises(InputError, match=r"item 'p': this server takes no images: .*400.*not a multimodal model"):
             encoder.encode_items([Item.of(image=picture(1), id="p")])
     with make(addresses, "openai") as encoder, pytest.raises(InputError, match=r"texts alone; .*write one of vllm:URL"):
         encoder.encode_items([Item.of(image=picture(1))])
@@ -210,7 +210,7 @@ def test_what_a_server_does_not_read_is_refused_one_by_one(addresses: dict[str, 
     with make(addresses, "objects") as encoder:
         assert len(encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])) == 2
         assert encoder.modalities == ("text", "image")
-        with pytest.raises(InputError, match="ignores the picture or the text where both are in one input"):
+        with pytest.raises(InputError, match="ignores the image or the text where both are in one input"):
             encoder.encode_items([PAIR])
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -339,7 +339,7 @@ def _hash_pixels(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def file_bytes(image: Image.Image, format: str = "JPEG", *, side: int = 0, **options: int) -> bytes:
+def file_bytes(image: Image.Image, format: str = "JPEG", *, side: int = 0, **options: Any) -> bytes:
     """Pixels as the bytes of a file, JPEG at quality 88 where `options` say no other; `side`: the longer one at most (0: any)."""
     if side and max(image.size) > side:
         image = image.copy()
