@@ -21,8 +21,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from traceir import client as client_module
-from traceir.client import CHUNK_BYTES, MAX_INPUT_BYTES, Client
+from traceir.client import MAX_INPUT_BYTES, Client
 from traceir.connection import Connection
+from traceir.engines import base
+from traceir.engines.base import REQUEST_BYTES
 from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Hit, Item, Query
@@ -107,7 +109,7 @@ def address(shop: Shop) -> Iterator[str]:
 
 @pytest.fixture
 def client(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
-    monkeypatch.setattr(client_module, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(base, "REQUEST_BYTES", 30_000)
     monkeypatch.setattr(client_module, "MAX_INPUT_BYTES", 38_000)
     with Client(address, pause_s=0.01) as made:
         yield made
@@ -122,7 +124,7 @@ def noise(side: int, name: str = "") -> ImageInput:
 
 
 def test_the_bounds_of_the_client_fit_those_of_the_server() -> None:
-    assert CHUNK_BYTES <= MAX_INPUT_BYTES < MAX_BODY
+    assert REQUEST_BYTES <= MAX_INPUT_BYTES < MAX_BODY
 
 
 def test_requests_stay_within_the_body_that_the_server_takes(client: Client, shop: Shop) -> None:
