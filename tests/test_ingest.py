@@ -254,7 +254,7 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path, into: Adding) -> 
     assert counts(report) == (0, 0, 0, 3) and report.notes == []
     reason, of_empty, of_hidden = (failure.reason for failure in report.failed)
     left_out = "2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
-    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl",
+    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert images", "frames of videos", "write tables as .jsonl",
                  "and .jsonl where"):  # fmt: skip
         assert part in reason
     assert "it is empty" in of_empty and "1 hidden" in of_hidden

@@ -117,9 +117,11 @@ def test_a_worker_answers_with_what_an_index_keeps(shelf: Path, tmp_path: Path) 
     (batch,) = find_batches([shelf / "lines.jsonl"], 64)
     encoded, moved, rest = ItemWorker(FakeEncoder, "x", SAME).process(batch.sources, {})
     assert [stored.id for stored, _ in encoded] == [f"both {n}" for n in range(6)] + ["titled", "kept"] and not moved
-    assert len(rest.failed) == 3 and len(rest.notes) == 2 and not rest.encoded
+    assert len(rest.rest.failed) == 3 and len(rest.rest.notes) == 2 and not rest.encoded
     known = {stored.id: stored for stored, _ in encoded}
-    assert ItemWorker(broken, "x", SAME).process(batch.sources, known)[2].skipped == 8, "nothing is new, so no encoder is made"
+    assert ItemWorker(broken, "x", SAME).process(batch.sources, known)[2].rest.skipped == 8, (
+        "nothing is new, so no encoder is made"
+    )
     for make_encoder, why in ((Foreign, "with model 'fake-1' but 'fake-2' is in use"), (broken, "invented model are gone")):
         with pytest.raises(ModelError, match=rf"a worker stopped: .*{why}"):
             ItemWorker(make_encoder, "x", SAME).process(batch.sources, {})

@@ -96,9 +96,15 @@ class Connection:
         return self._wait(self.request(method, path, body, **options))
 
     async def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False,
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        refused: Sequence[int] = (),
+        raw: bool = False,
         check: Callable[[Answer], None] = lambda _: None,
-    ) -> Answer:  # fmt: skip
+    ) -> Answer:
         """One request with its tries. A status in `refused` comes back as an Answer, any other above 299 raises ModelError.
 
         `raw`: the answer is not JSON, and comes as bytes. `check` raises TransientError for an answer to be asked for again.

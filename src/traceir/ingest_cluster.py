@@ -63,17 +63,12 @@ def add_on_ray(
     reports: dict[int, AddReport] = {}
     with on_ray(workers, share), progress_bar(paths, progress) as bar:
         for number, part, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
-            reports[number] = AddReport()
-            keep(index, part, done, reports[number])
+            reports[number] = keep(index, part, done)
             bar.update(part.size)
-    ordered = [reports[number] for number in sorted(reports)]
-    return AddReport(
-        sum(report.added for report in ordered),
-        sum(report.updated for report in ordered),
-        sum(report.skipped for report in ordered),
-        [failure for report in ordered for failure in report.failed],
-        [note for report in ordered for note in report.notes],
-    )
+    whole = AddReport()
+    for number in sorted(reports):
+        whole.include(reports[number])
+    return whole
 
 
 def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
@@ -113,8 +108,9 @@ def _answers(
                 started += 1
             worker = idle.pop()
             known = index.get([source.id for source in part.sources])
+            known = {id: replace(stored, text=None) for id, stored in known.items()}  # texts are not compared
             sources = [replace(source, path=source.path.absolute()) for source in part.sources]
-            busy[worker.process.remote(sources, _without_texts(known))] = number, part, worker
+            busy[worker.process.remote(sources, known)] = number, part, worker
         if not busy:
             return
         (ready,), _ = ray.wait(list(busy), num_returns=1)
@@ -140,8 +136,7 @@ class ItemWorker:
         except TraceError as error:
             raise ModelError(f"a worker stopped: {error}") from error
         encoded = [(_stored(item), vector) for item, vector in done.encoded]
-        moved = [_stored(item) for item in done.moved]
-        return encoded, moved, replace(done, encoded=[], moved=[])
+        return encoded, list(map(_stored, done.moved)), Processed(rest=done.rest)
 
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:
@@ -150,11 +145,6 @@ class ItemWorker:
             check_identity(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
             self.encoder = encoder
         return self.encoder
-
-
-def _without_texts(known: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Of what an index keeps all but the text, which is not compared."""
-    return {id: replace(stored, text=None) for id, stored in known.items()}
 
 
 def _stored(item: Item) -> Stored:
@@ -169,17 +159,14 @@ def _explained(sources: Sequence[Source] = ()) -> Iterator[None]:
 
     try:
         yield
-    except RayActorError as error:
-        if not sources:
-            raise ModelError(f"the workers failed: {error}; see Ray's logs, and run it again to go on") from error
-        raise ModelError(
-            f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
-            "or run it again with --batch 1 to find the item and remove it"
-        ) from error
     except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(cause, TraceError):
-            raise cause from None
+        if isinstance(error, RayTaskError) and isinstance(error.cause, TraceError):
+            raise error.cause from None
+        if isinstance(error, RayActorError) and sources:
+            raise ModelError(
+                f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
+                "or run it again with --batch 1 to find the item and remove it"
+            ) from error
         named = re.search(r"^[\w.]+(Error|Exception)\b.*$", str(error), re.MULTILINE)  # behind it come the frames of Ray itself
         what = named[0] if named else f"{type(error).__name__}: {error}"
         raise ModelError(f"the workers failed: {what}; see Ray's logs, and run it again to go on") from error
