@@ -152,7 +152,7 @@ def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> No
     assert nothing.cut.best <= max(nothing.cut.thresholds.values())
     plain = searcher.search("thing 7", k=5)
     assert plain.cut is None and len(plain.hits) == 5
-    with pytest.raises(InputError, match="queries that are texts, not pictures"):
+    with pytest.raises(InputError, match="queries that are texts, not images"):
         searcher.search(Query.of(image=tile(3)), cutoff=0.01)
 
 
@@ -306,7 +306,7 @@ def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -
         uncut = client.search(Query.of(image=tile(1)))
         assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
         for query, rate, told in (
-            (Query.of(image=tile(1)), 0.01, "queries that are texts, not pictures"),
+            (Query.of(image=tile(1)), 0.01, "queries that are texts, not images"),
             (absent, 0.0001, "less than 200 background queries can tell"),
             (absent, 1, "cutoff"),
         ):

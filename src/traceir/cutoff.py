@@ -30,7 +30,7 @@ from traceir.items import MODALITIES, Hit, Modality
 PATIENCE: Final = 20.0
 """Old thresholds serve this many times as long as computing them took, however often the contents change meanwhile."""
 _TENANTS: Final = 256
-_KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "pictures", "image,text": "pictures with words"}
+_KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "images", "image,text": "images with words"}
 Scores = Mapping[Modality, npt.NDArray[np.float32]]
 """By the modality of items: the best score of each background query among them."""
 
@@ -99,19 +99,16 @@ class Calibration:
         """
         check_rate(rate)
         with self._lock:
-            scores = self._scores_of(query)
+            if self._clock() >= self._until and (version := self._index.version()) != self._version:
+                self._version, self._background, self._known = version, self._index.background(), {}
+                self._until = -math.inf
+            if query not in self._known:
+                started = self._clock()
+                self._known[query] = _best_scores(self._index, _background_of(self._background, query))
+                ended = self._clock()
+                self._until = max(self._until, ended + PATIENCE * (ended - started))
+            scores = self._known[query]
         return thresholds({name: own for name, own in scores.items() if target in (None, name)}, rate)
-
-    def _scores_of(self, query: Modality) -> Scores:
-        if self._clock() >= self._until and (version := self._index.version()) != self._version:
-            self._version, self._background, self._known = version, self._index.background(), {}
-            self._until = -math.inf
-        if query not in self._known:
-            started = self._clock()
-            self._known[query] = best_scores(self._index, background_of(self._background, query))
-            ended = self._clock()
-            self._until = max(self._until, ended + PATIENCE * (ended - started))
-        return self._known[query]
 
 
 class Calibrations:
@@ -130,8 +127,7 @@ class Calibrations:
             return calibration
 
 
-def background_of(background: Background | None, query: Modality) -> Vectors:
-    """The background queries of one modality; InputError, naming the remedy, where there are none."""
+def _background_of(background: Background | None, query: Modality) -> Vectors:
     if background is None:
         raise InputError("the index is not calibrated, so there is no cut-off; run `traceir index calibrate` on it once")
     if query not in background.vectors:
@@ -143,7 +139,7 @@ def background_of(background: Background | None, query: Modality) -> Vectors:
     return background.vectors[query]
 
 
-def best_scores(index: Index, vectors: Vectors) -> Scores:
+def _best_scores(index: Index, vectors: Vectors) -> Scores:
     """The best score of each of these queries among the items of each modality that the index has."""
     hits = {modality: index.search(vectors, 1, modality=modality) for modality in MODALITIES}
     return {
