@@ -161,10 +161,12 @@ def served(app: Any, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str]
 
 
 @contextmanager
-def serving_here(index: Path, encoder: EncoderLike, **options: Any) -> Iterator[str]:
+def serving_here(
+    index: Path, encoder: EncoderLike, *, wrap: Callable[[Any], Any] = lambda app: app, **options: Any
+) -> Iterator[str]:
     """`traceir serve` over an encoder of this process, in a thread of it; yields its address once it is ready."""
     config = ServeConfig(str(index), **options)
-    with served(make_application(config, make_server(config, lambda: encoder)), lifespan="on") as url:
+    with served(wrap(make_application(config, make_server(config, lambda: encoder))), lifespan="on") as url:
         with httpx.Client() as http:
             while http.get(f"{url}/ready").status_code != 200:
                 time.sleep(0.02)
