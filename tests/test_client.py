@@ -124,7 +124,9 @@ def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, 
     with pytest.raises(ModelError, match="answers 500"):
         client.add(items[:1])
     first, nameless = client.add([items[0], Item.of(text="a spoon")])
-    assert first.status == "updated" and (nameless.id, nameless.status) == ("", "failed") and "give it an id" in str(nameless.error)
+    assert (
+        first.status == "updated" and (nameless.id, nameless.status) == ("", "failed") and "give it an id" in str(nameless.error)
+    )
 
 
 def test_items_and_images_are_read_back(client: Client, server: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

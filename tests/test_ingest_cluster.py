@@ -1,13 +1,11 @@
-"""The same index from `add` and from two workers on Ray, also where a worker or the whole run is killed midway."""
+"""The same index from `add` and from two workers on Ray, also where a worker is killed midway."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +15,7 @@ import published
 import pytest
 from fakes import FakeEncoder
 from PIL import Image
+from test_ingest import counts, lines, opened
 
 from traceir.cli.main import main
 from traceir.errors import InputError, ModelError
@@ -70,13 +69,8 @@ def broken() -> EncoderLike:
     raise ModelError("the weights of this invented model are gone")
 
 
-def opened(folder: Path) -> SqliteIndex:
-    return open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True)
-
-
 def many(path: Path, count: int) -> Path:
-    path.write_text("".join(json.dumps({"id": f"n{n:03d}", "text": f"thing {n}"}) + "\n" for n in range(count)))
-    return path
+    return lines(path, *({"id": f"n{n:03d}", "text": f"thing {n}"} for n in range(count)))
 
 
 def rows(index: SqliteIndex) -> list[tuple[Any, ...]]:
@@ -87,10 +81,6 @@ def rows(index: SqliteIndex) -> list[tuple[Any, ...]]:
 
 def on_two_workers(paths: Sequence[Path], index: SqliteIndex, make_encoder: Any = FakeEncoder, batch: int = 4) -> AddReport:
     return add_on_ray(paths, index, make_encoder, workers=2, batch=batch, progress=False)
-
-
-def counts(report: AddReport) -> tuple[int, int, int, int]:
-    return report.added, report.updated, report.skipped, len(report.failed)
 
 
 @pytest.fixture
@@ -183,21 +173,6 @@ class TestOnWorkers:
                 add_on_ray([source], index, FakeEncoder, workers=1, share=Share(gpus=64))
             assert index.count() == 0
 
-    def test_a_run_that_is_killed_is_repeated_and_goes_on(self, tmp_path: Path) -> None:
-        source = many(tmp_path / "t.jsonl", 400)
-        child = subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(tmp_path / "two")], stderr=subprocess.DEVNULL)
-        with opened(tmp_path / "two") as two, opened(tmp_path / "one") as one:
-            deadline = time.monotonic() + 60
-            while two.count() < 12 and child.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.01)
-            child.send_signal(signal.SIGKILL)
-            assert child.wait(timeout=30) == -signal.SIGKILL
-            kept = two.count()
-            assert 12 <= kept < 400 and kept % 4 == 0
-            assert counts(on_two_workers([source], two, batch=16)) == (400 - kept, 0, kept, 0)
-            add([source], one, FakeEncoder(), progress=False)
-            assert rows(two) == rows(one)
-
     def test_the_command_line_takes_workers_also_for_a_published_model(
         self, shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -214,16 +189,3 @@ class TestOnWorkers:
             report = add([shelf / "deep"], one, encoder, batch=4, progress=False)
             assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == report
             assert counts(report) == (10, 0, 0, 1) and rows(two) == rows(one)
-
-
-CHILD = """
-import sys
-from functools import partial
-from fakes import FakeEncoder
-from traceir.index import open_index
-from traceir.ingest_cluster import add_on_ray
-
-source, folder = sys.argv[1:]
-with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:
-    add_on_ray([source], index, partial(FakeEncoder, delay=0.1), workers=2, batch=4, progress=False)
-"""
