@@ -90,9 +90,8 @@ class Kept:
 class Client(Connected):
     """One server by address and API key. Thread-safe; `close` when done, or use it in a `with`.
 
-    Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong,
-    ModelError where it cannot be reached, fails, or refuses the key. An input of more than 31 MiB in JSON (about 23 MB of image
-    files) is an InputError too, before anything of its request is sent.
+    Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong, and,
+    before it is sent, for an input of more than 31 MiB in JSON; ModelError where it cannot be reached, fails, or refuses the key.
     """
 
     def __init__(
@@ -136,10 +135,9 @@ class Client(Connected):
     def add(self, items: Sequence[Item]) -> list[Added]:
         """Indexes items, each of one image, one text, or both, and an id; in order, what became of each.
 
-        They travel in requests one after another. `failed` are also items that cannot be sent (without an id, of another form,
-        with an image that cannot be read or is too large), those of a request that the server refuses as a whole, and, where the
-        server is lost after it has answered one request, all those it has not confirmed; they may be sent again. Raises
-        ModelError where the server does not answer the first request.
+        `failed` are also items that cannot be sent (without an id, of another form, with an image that cannot be read or is too
+        large), those of a request that the server refuses as a whole, and, where the server is lost after its first answer, all
+        that it has not confirmed; they may be sent again. Raises ModelError where it does not answer the first request.
         """
         results: dict[int, Added] = {}
         answered, reason = False, "the server does not confirm it"

@@ -3,10 +3,8 @@
 The best score that such a background query reaches among the items of one modality is what chance reaches. With n of them, a hit
 counts if it scores more than the k-th highest of these scores, k = floor(rate (n + 1)): of queries like those of the background,
 to which there is no answer, at most this rate finds something all the same (split conformal prediction; Vovk, Gammerman and
-Shafer 2005, section 4.1). A search over several modalities shares its alarms among them.
-
-Scores of different pairs of modalities are not comparable, so each pair of query and item modality has its own threshold. The raw
-best score is the statistic because none that relates it to the query's other scores kept more (docs/results/cutoff.md).
+Shafer 2005, section 4.1). Each pair of query and item modality has its own threshold, since their scores are not comparable; a
+search over several modalities shares its alarms among them. Why the raw best score: docs/results/cutoff.md.
 """
 
 from __future__ import annotations
@@ -37,11 +35,8 @@ Scores = Mapping[Modality, npt.NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a cut-off did to one answer.
-
-    A hit of a modality must score more than its threshold in `thresholds`. `below` counts, among the k best of each modality that
-    was looked at, those that do not; `best` is the best score of all that was found, None where nothing was.
-    """
+    """What a cut-off did to one answer. `below` counts, among the k best of each modality that was looked at, those that do not
+    score more than its threshold; `best` is the best score of all that was found, None where nothing was."""
 
     rate: float
     thresholds: Mapping[Modality, float]
@@ -79,10 +74,7 @@ def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
 
 
 class Calibration:
-    """The thresholds of one index, computed from what it holds and kept until that changes. Thread-safe.
-
-    Computing costs a search of all background queries at once: each of them against every vector.
-    """
+    """The thresholds of one index, by a search of all its background queries, kept until its contents change. Thread-safe."""
 
     def __init__(self, index: Index, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._index, self._clock = index, clock
@@ -163,8 +155,7 @@ def search_above(
     """As `Index.search`, for each query the k best of those hits that score more than its own thresholds in `above`, which are
     those of `rate`; without a rate, the k best.
 
-    A modality without a threshold, new in the index, has no hits yet. Each modality is searched by itself, so that hits which are
-    none do not hide those of another that are.
+    A modality without a threshold has no hits. Each is searched by itself, so that what is cut hides nothing of another.
     """
     if rate is None:
         return [(hits, None) for hits in index.search(vectors, k, where=where, modality=modality, exact=exact)]

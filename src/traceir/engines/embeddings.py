@@ -289,8 +289,8 @@ def _named(content: Item | Query) -> str:
 def probe_images() -> list[ImageInput]:
     """An image, the same pixels in other bytes, and another image of the same size.
 
-    The second is told from the first earlier in its file than the third is. A server that reads the file as text therefore
-    finds the equal ones different before it finds the different ones so, however much of it it reads.
+    The second file differs from the first earlier than the third does, so that a server which reads files as text, however much
+    of them, takes the equal ones for different ones first.
     """
     height, width = np.mgrid[0:96, 0:96]
     wave = ((height + width) * 255 // 190).astype(np.uint8)
@@ -317,17 +317,14 @@ def _kept(vector: Vector) -> str:
 
 def _compared(code: str, other: str) -> list[float]:
     """Cosines of the probes kept in two fingerprints, [] where they are not of one shape."""
+    parts = ([part + "=" * (-len(part) % 4) for part in text.split(".")] for text in (code, other))
     try:
-        ours, theirs = ([_unpacked(part) for part in text.split(".")] for text in (code, other))
+        ours, theirs = ([np.frombuffer(base64.urlsafe_b64decode(part), dtype=np.int8) for part in own] for own in parts)
     except ValueError:
         return []
     if [len(part) for part in ours] != [len(part) for part in theirs] or not all(part.any() for part in ours + theirs):
         return []
     return [_cosine(mine, yours) for mine, yours in zip(ours, theirs, strict=True)]
-
-
-def _unpacked(code: str) -> npt.NDArray[np.int8]:
-    return np.frombuffer(base64.urlsafe_b64decode(code + "=" * (-len(code) % 4)), dtype=np.int8)
 
 
 def _cosine(first: npt.NDArray[Any], other: npt.NDArray[Any]) -> float:

@@ -1,8 +1,7 @@
 """An encoder over SGLang's HTTP server (0.5.17 or later): its `/generate`, with the last hidden state of each request.
 
 Prompts, token ids and images are made here by the same code as in `encoder.py`, from the checkpoint's tokenizer and
-traceir.json; the weights stay with the engine. What has to be asked for, and why, stands at `_body`; what is checked of an
-engine, in `_check_model` and `_check_server`. Commands, and what was verified how: docs/engines.md. Shapes: D width.
+traceir.json; the weights stay with the engine. Commands, and what was verified how: docs/engines.md. Shapes: D width.
 """
 
 from __future__ import annotations
@@ -47,10 +46,8 @@ _GREEDY: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A prompt as the engine takes it, with one image token and one data URL an image; `read` is what it must make of it.
-
-    `cut`: the text's tokens beyond its limit; `probability`: whether P(`<|emb|>`) is asked for.
-    """
+    """A prompt as the engine takes it, with one image token and one data URL an image; `read` is what it must make of it, `cut`
+    the text's tokens beyond its limit, and `probability` whether P(`<|emb|>`) is asked for."""
 
     ids: tuple[int, ...]
     images: tuple[str, ...]
@@ -62,10 +59,8 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """What one request wrote, the stop token included; the unit state [D] that predicted its last token; whether a stop ended it.
-
-    `emb_probability` and `others`, the likeliest tokens, are those of the first step, where they were asked for.
-    """
+    """What one request wrote, the stop token included; the unit state [D] that predicted its last token; whether a stop ended it;
+    P(`<|emb|>`) and the likeliest tokens of the first step, where they were asked for."""
 
     ids: tuple[int, ...]
     state: Vector
@@ -77,10 +72,9 @@ class _Reply:
 class SGLangEncoder(HttpEngine):
     """Queries and items to Encodings by an SGLang server at `address` that serves the checkpoint `model`.
 
-    `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read. The
-    server is asked at once who it is: another model, an old release or missing flags raise ModelError. Results are in the order
-    of the input. Greedy, but the engine computes in its own precision and batches: the text may differ from an Encoder's where
-    two tokens are almost equally likely.
+    `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read.
+    Another model, an old release or missing flags raise ModelError at once. Results are in the order of the input. The engine
+    computes in its own precision: the text may differ from an Encoder's where two tokens are almost equally likely.
     """
 
     def __init__(
@@ -128,12 +122,11 @@ class SGLangEncoder(HttpEngine):
         return self._encoding(asked, (), reply.state, reply.emb_probability, None)
 
     async def _write(self, asked: EngineRequest) -> Encoding:
-        """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
+        """Lets the model write until `<|emb|>`, `<|im_end|>`, or the budget, as `Encoder` does.
 
-        One request does, except in two cases that go on with a second one, whose prompt ends in what was written so far: under
-        `reason` a bypass is replaced by the second likeliest token, and an end of the turn at the first step, or a stop token of
-        the engine's that is none of ours, is read like any other token. The engine's own switch `min_new_tokens` would spare the
-        former, but it forbids all stop tokens, hides P(`<|emb|>`), and counts anew for a request that the engine took back.
+        Two cases go on with a second request, whose prompt ends in what was written so far: under `reason` a bypass is replaced
+        by the second likeliest token, and `<|im_end|>` at the first step, or a stop token of the engine's that is none of ours,
+        is read like any other token. The engine's own `min_new_tokens` forbids all stop tokens and hides P(`<|emb|>`).
         """
         emb, turn_end = self.model.processor.emb_id, self.model.processor.special[TURN_END]
         written: tuple[int, ...] = ()
@@ -290,10 +283,7 @@ class SGLangEncoder(HttpEngine):
 
 
 def without_weights(source: str | Path) -> TraceModel:
-    """A checkpoint's tokenizer, image settings and traceir.json as a TraceModel that renders and lays out, and cannot run.
-
-    Raises ModelError where an engine could not serve what is asked: adapters, profiles, pooling at the token itself.
-    """
+    """A checkpoint as a TraceModel that renders and lays out, and cannot run; ModelError for what an engine cannot serve."""
     from transformers import AutoConfig, AutoTokenizer
 
     name = str(source)
@@ -320,10 +310,7 @@ def without_weights(source: str | Path) -> TraceModel:
 
 
 def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
-    """The image as PNG, at the size the model sees, so that the engine has nothing to resize.
-
-    Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the image goes as it is.
-    """
+    """The image as PNG, at the size the model sees; as it is where Qwen's rule would resize even that."""
     height, width = pixels.shape[:2]
     settled = smart_resize(height, width, processor.image) == (height, width)
     return data_url(file_bytes(Image.fromarray(pixels) if settled else image.load(), "PNG", compress_level=1), "image/png")
