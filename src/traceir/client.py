@@ -235,7 +235,7 @@ class Client(Connected):
 
     def _checked(self, path: str, answer: Answer) -> Answer:
         if answer.status > 299:
-            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
+            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.message}")
         return answer
 
 

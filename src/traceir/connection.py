@@ -47,7 +47,7 @@ class Answer:
 
     status: int
     body: Any
-    said: str = ""
+    message: str = ""
 
 
 class Connection:
@@ -198,16 +198,16 @@ class Connection:
         except httpx2.TransportError as error:
             shown = f"cannot reach {url}: {error or type(error).__name__}; is the server running, and is this its address?"
             raise TransientError(shown) from error
-        status, said = response.status_code, _said(response.text) if response.status_code > 299 else ""
+        status, message = response.status_code, _message_of(response.text) if response.status_code > 299 else ""
         if status in _PASSING:
             wait = _seconds(response.headers.get("retry-after"))
-            raise TransientError(f"{url} answers {status}: {said}; it is busy or still starting", wait)
+            raise TransientError(f"{url} answers {status}: {message}; it is busy or still starting", wait)
         if status in (401, 403):
-            raise ModelError(f"{url} refuses the API key ({status}: {said}); give the right key")
+            raise ModelError(f"{url} refuses the API key ({status}: {message}); give the right key")
         if status > 299 and status not in refused:
-            raise ModelError(f"{url} answers {status}: {said}")
+            raise ModelError(f"{url} answers {status}: {message}")
         if raw or status > 299 or not response.content.strip():
-            return Answer(status, response.content if raw and status < 300 else None, said)
+            return Answer(status, response.content if raw and status < 300 else None, message)
         try:
             return Answer(status, read_json(response.content))
         except ValueError as error:
@@ -234,7 +234,7 @@ class Connected:
         self.close()
 
 
-def _said(text: str) -> str:
+def _message_of(text: str) -> str:
     """What an error answer says: its message, in OpenAI's, FastAPI's or SGLang's form, else the text itself."""
     try:
         message = read_json(text)

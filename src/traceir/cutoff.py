@@ -60,17 +60,17 @@ def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
         return {}
     ordered = {modality: np.sort(own) for modality, own in scores.items()}
     count = len(next(iter(ordered.values())))
-    # The place of a query is how many score as it does or more, where fewest do: 1 for the best.
-    places = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
+    # The rank of a query is how many score as it does or more, where fewest do: 1 for the best.
+    ranks = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
     alarms = math.floor(rate * (count + 1) + 1e-9)
-    place = int(places[alarms]) - 1 if alarms < count else count
-    if not place:
-        least = int(np.searchsorted(places, 1, side="right"))
+    rank = int(ranks[alarms]) - 1 if alarms < count else count
+    if not rank:
+        least = int(np.searchsorted(ranks, 1, side="right"))
         raise InputError(
             f"cutoff {rate:g} is less than {count} background queries can tell, which is 1 in {(count + 1) // least}; give a "
             f"higher rate, or calibrate with --count {math.ceil(least / rate)} or a larger --background"
         )
-    return {modality: float(own[count - place]) for modality, own in ordered.items()}
+    return {modality: float(own[count - rank]) for modality, own in ordered.items()}
 
 
 class Calibration:

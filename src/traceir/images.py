@@ -294,14 +294,14 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:
-    turn = None
+    transpose = None
     with contextlib.suppress(*_DECODER_ERRORS):  # unreadable EXIF says nothing about rotation; the pixels are still good
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+        transpose = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
     rgb = as_rgb(image)
     if rgb is image:
-        return image.copy() if turn is None else image.transpose(turn)
+        return image.copy() if transpose is None else image.transpose(transpose)
     image.close()  # its pixels are not kept beside both those of the result and those being turned
-    return rgb if turn is None else rgb.transpose(turn)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: ImageLimits) -> int:

@@ -41,10 +41,10 @@ def on_ray(workers: int, share: Share) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         address = os.environ.get("RAY_ADDRESS", "")
-        room = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
+        resources = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
         try:
             _reach(address)
-            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else room))
+            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else resources))
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
             raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error

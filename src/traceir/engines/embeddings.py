@@ -136,9 +136,9 @@ class EmbeddingsEncoder(HttpEngine):
         if answer.status < 300:
             return dict(zip((payload.number for payload in batch), self._read(answer.body, len(batch)), strict=True))
         if answer.status not in _WRONG:
-            raise self._wrong(f"answers {answer.status}: {answer.said}")
+            raise self._wrong(f"answers {answer.status}: {answer.message}")
         if len(batch) == 1:
-            raise InputError(f"{_named(batch[0].content)}: {self.address} refuses it ({answer.status}: {answer.said})")
+            raise InputError(f"{_named(batch[0].content)}: {self.address} refuses it ({answer.status}: {answer.message})")
         half = len(batch) // 2
         return await self._request(batch[:half]) | await self._request(batch[half:])
 
@@ -151,7 +151,7 @@ class EmbeddingsEncoder(HttpEngine):
     def _settled(self, answer: Answer) -> None:
         """An inner error of the server's may pass."""
         if answer.status in _AGAIN:
-            raise self._wrong(f"answers {answer.status}: {answer.said}", TransientError)
+            raise self._wrong(f"answers {answer.status}: {answer.message}", TransientError)
 
     def _read(self, body: Any, count: int) -> list[Vector]:
         """The vectors of an answer by their `index`, each checked and of unit length."""
@@ -193,7 +193,7 @@ class EmbeddingsEncoder(HttpEngine):
             answers.append(self._connection.call("POST", self._path, body, refused=_REFUSED, check=self._settled))
             if answers[-1].status not in (404, 405):
                 return
-        raise self._wrong(f"answers {answers[0].status}: {answers[0].said}{self._names()}; are address and model right?")
+        raise self._wrong(f"answers {answers[0].status}: {answers[0].message}{self._names()}; are address and model right?")
 
     def _names(self) -> str:
         """The names of the models that the server lists, as part of a message."""

@@ -318,11 +318,11 @@ def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
 
 def _refusal(answer: Answer) -> str:
     remedy = "is it an SGLang server?" if answer.status == 404 else "see the engine's log"
-    if "hidden state" in answer.said:
+    if "hidden state" in answer.message:
         remedy = _LAUNCH
-    elif "context length" in answer.said:
+    elif "context length" in answer.message:
         remedy = "raise its --context-length, or lower max_text_tokens or the image's size"
-    return f"refuses a request ({answer.status}: {answer.said}); {remedy}"
+    return f"refuses a request ({answer.status}: {answer.message}); {remedy}"
 
 
 def _finish(body: Any) -> dict[str, Any]:

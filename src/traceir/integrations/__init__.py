@@ -19,9 +19,9 @@ def served(base_url: str, api_key: str) -> EncoderLike:
 
 def embed_texts(encoder: EncoderLike, texts: Sequence[str]) -> Vectors:
     """Vectors of candidates of one text each. InputError names the place of a text that holds nothing."""
-    for place, text in enumerate(texts):
+    for number, text in enumerate(texts):
         if not text.strip():
-            raise InputError(f"text {place} (from 0) of {len(texts)} is empty; leave it out, or write it")
+            raise InputError(f"text {number} (from 0) of {len(texts)} is empty; leave it out, or write it")
     return lists(encoder.encode_items([Item.of(text=text) for text in texts]))
 
 
