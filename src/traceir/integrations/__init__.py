@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Item
 from traceir.search import EncoderLike
 
 Vectors = list[list[float]]
-
-
-def served(base_url: str, api_key: str) -> EncoderLike:
-    """The encoder of a running `traceir serve`."""
-    return ServedEncoder(Client(base_url, api_key))
 
 
 def embed_texts(encoder: EncoderLike, texts: Sequence[str]) -> Vectors:
