@@ -21,7 +21,7 @@ from traceir.cli.main import main
 from traceir.errors import InputError, ModelError
 from traceir.index import SqliteIndex, open_index
 from traceir.ingest import AddReport, add
-from traceir.ingest_cluster import MOST_STARTS, Described, ItemWorker, add_on_ray, describe_encoder
+from traceir.ingest_cluster import MOST_STARTS, ItemWorker, add_on_ray, describe_encoder
 from traceir.items import Encoding, Item
 from traceir.library import load_encoder
 from traceir.ray_session import Share, on_ray
@@ -30,7 +30,6 @@ from traceir.sources import find_batches
 
 TESTS = Path(__file__).parent
 ROADS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
-SAME = Described(FakeEncoder.fingerprint, FakeEncoder.prompt_version, 16)
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +104,16 @@ def shelf(tmp_path: Path) -> Path:
 
 def test_a_worker_answers_with_what_an_index_keeps(shelf: Path, tmp_path: Path) -> None:
     (batch,) = find_batches([shelf / "lines.jsonl"], 64)
-    encoded, moved, rest = ItemWorker(FakeEncoder, "x", SAME).process(batch.sources, {})
+    with opened(tmp_path / "index") as index:
+        info = index.info()
+    encoded, moved, rest = ItemWorker(FakeEncoder, info).process(batch.sources, {})
     assert [stored.id for stored, _ in encoded] == [f"both {n}" for n in range(6)] + ["titled", "kept"] and not moved
     assert len(rest.rest.failed) == 3 and len(rest.rest.notes) == 2 and not rest.encoded
     known = {stored.id: stored for stored, _ in encoded}
-    assert ItemWorker(broken, "x", SAME).process(batch.sources, known)[2].rest.skipped == 8, (
-        "nothing is new, so no encoder is made"
-    )
+    assert ItemWorker(broken, info).process(batch.sources, known)[2].rest.skipped == 8, "nothing is new, so no encoder is made"
     for make_encoder, why in ((Foreign, "with model 'fake-1' but 'fake-2' is in use"), (broken, "invented model are gone")):
         with pytest.raises(ModelError, match=rf"a worker stopped: .*{why}"):
-            ItemWorker(make_encoder, "x", SAME).process(batch.sources, {})
+            ItemWorker(make_encoder, info).process(batch.sources, {})
 
 
 def test_what_cannot_start_is_refused(

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -200,7 +201,9 @@ class Connection:
             raise TransientError(shown) from error
         status, message = response.status_code, _message_of(response.text) if response.status_code > 299 else ""
         if status in _PASSING:
-            wait = _seconds(response.headers.get("retry-after"))
+            wait = None
+            with suppress(ValueError):
+                wait = max(0.0, float(response.headers.get("retry-after", "")))
             raise TransientError(f"{url} answers {status}: {message}; it is busy or still starting", wait)
         if status in (401, 403):
             raise ModelError(f"{url} refuses the API key ({status}: {message}); give the right key")
@@ -243,10 +246,3 @@ def _message_of(text: str) -> str:
     while isinstance(message, dict):
         message = next((message[name] for name in ("error", "message", "detail") if name in message), str(message))
     return str(message)[:500]
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return max(0.0, float(header)) if header else None
-    except ValueError:
-        return None

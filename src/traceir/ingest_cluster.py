@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
-from traceir.index.store import Index, Stored, check_identity, image_of
+from traceir.index.store import Index, IndexInfo, Opening, Stored, image_of
 from traceir.ingest import AddReport, Processed, check_paths, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
@@ -91,7 +91,7 @@ def _answers(
     import ray
 
     info = index.info()
-    identity = Described(info.fingerprint, info.prompt_version, info.dim)
+
     options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": -1, "max_task_retries": MOST_STARTS - 1}
     numbered = enumerate(batches)
     idle: list[Any] = []
@@ -104,7 +104,7 @@ def _answers(
                 yield number, part, Processed()
                 continue
             if not idle:
-                idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info.uri, identity))
+                idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info))
                 started += 1
             worker = idle.pop()
             known = index.get([source.id for source in part.sources])
@@ -125,8 +125,8 @@ def _answers(
 class ItemWorker:
     """What Ray keeps on a worker: its encoder."""
 
-    def __init__(self, make_encoder: MakeEncoder, uri: str, identity: Described) -> None:
-        self.make_encoder, self.uri, self.identity = make_encoder, uri, identity
+    def __init__(self, make_encoder: MakeEncoder, info: IndexInfo) -> None:
+        self.make_encoder, self.info = make_encoder, info
         self.encoder: EncoderLike | None = None
 
     def process(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> _Answer:
@@ -141,8 +141,7 @@ class ItemWorker:
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:
             encoder = self.make_encoder()
-            check_identity(self.uri, "model", self.identity.fingerprint, encoder.fingerprint)
-            check_identity(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
+            self.info.check(self.info.uri, Opening(encoder.fingerprint, encoder.prompt_version, encoder.width))
             self.encoder = encoder
         return self.encoder
 
