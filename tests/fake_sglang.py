@@ -1,6 +1,6 @@
-"""SGLang's /generate as a stand-in: its request and reply, its stops, its picture tokens, around a real checkpoint.
+"""SGLang's /generate as a stand-in: its request and reply, its stops, its image tokens, around a real checkpoint.
 
-What computes here is transformers alone (its model, its picture processor, no cache), so that nothing is shared with the encoder
+What computes here is transformers alone (its model, its image processor, no cache), so that nothing is shared with the encoder
 under test but the weights. Faults are injected by a test through `before` and `after`.
 """
 
@@ -110,13 +110,12 @@ class FakeSGLang:
         return reply | ({"prompt_token_ids": ids} if body.get("return_prompt_token_ids") else {})
 
     def _expanded(self, body: dict[str, Any]) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """Token ids with as many image tokens as each picture takes, and the pictures as the network reads them."""
+        """Token ids with as many image tokens as each image takes, and the images as the network reads them."""
         given = [int(token) for token in body["input_ids"]]
         if self.retokenizes:
             given = self.tokenizer.encode(self.tokenizer.decode(given), add_special_tokens=False)
-        images = [
-            Image.open(BytesIO(base64.b64decode(one.split(",", 1)[1], validate=True))) for one in body.get("image_data") or ()
-        ]
+        files = [base64.b64decode(url.split(",", 1)[1], validate=True) for url in body.get("image_data") or ()]
+        images = [Image.open(BytesIO(file)) for file in files]
         if given.count(IMAGE_PAD) != len(images):
             raise ValueError(f"prompt has {given.count(IMAGE_PAD)} image placeholder token(s) but {len(images)} image(s)")
         if not images:
@@ -161,10 +160,12 @@ def served(app: Any, *, lifespan: Literal["on", "off"] = "off") -> Iterator[str]
 
 
 @contextmanager
-def serving_here(index: Path, encoder: EncoderLike, **options: Any) -> Iterator[str]:
+def serving_here(
+    index: Path, encoder: EncoderLike, *, wrap: Callable[[Any], Any] = lambda app: app, **options: Any
+) -> Iterator[str]:
     """`traceir serve` over an encoder of this process, in a thread of it; yields its address once it is ready."""
     config = ServeConfig(str(index), **options)
-    with served(make_application(config, make_server(config, lambda: encoder)), lifespan="on") as url:
+    with served(wrap(make_application(config, make_server(config, lambda: encoder))), lifespan="on") as url:
         with httpx.Client() as http:
             while http.get(f"{url}/ready").status_code != 200:
                 time.sleep(0.02)

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from traceir.images import ImageInput
-from traceir.items import Encoding, Item, Part, Query, Route, Vector
+from traceir.items import Encoding, Item, Query, Route, Vector
 
 
 def vector_of(content_hash: str, width: int) -> Vector:
@@ -20,7 +19,7 @@ def vector_of(content_hash: str, width: int) -> Vector:
 
 
 class FakeEncoder:
-    """Reads every picture, as a real encoder does; queries with a step word ("then") take the reasoning road."""
+    """Reads every image, as a real encoder does; queries with a step word ("then") reason."""
 
     fingerprint = "fake-1"
     prompt_version = "p1"
@@ -37,22 +36,16 @@ class FakeEncoder:
     def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
         self.calls += 1
         time.sleep(self.delay)
-        for item in items:
-            _read(item.parts)
         self.encoded += [item.id for item in items]
-        return [Encoding(vector_of(item.content_hash(), self.width), "direct", "", 0, 1.0, False) for item in items]
+        return [Encoding(self._vector(item), "direct", "", 0, 1.0, False) for item in items]
 
     def _encode_query(self, query: Query, route: Route) -> Encoding:
-        _read(query.parts)
-        parts = query.parts or (query.instruction or "",)
-        reasons = route == "reason" or (route == "auto" and "then" in query.text.split())
-        vector = vector_of(Item(parts).content_hash(), self.width)
-        if reasons:
+        vector = self._vector(Item(query.parts or (query.instruction or "",)))
+        if route == "reason" or (route == "auto" and "then" in query.text.split()):
             return Encoding(vector, "reason", "first this, then that", 5, 0.1, False)
         return Encoding(vector, "direct", "", 0, 0.9, False)
 
-
-def _read(parts: Sequence[Part]) -> None:
-    for part in parts:
-        if isinstance(part, ImageInput):
-            part.load()
+    def _vector(self, item: Item) -> Vector:
+        for image in item.images:
+            image.load()
+        return vector_of(item.content_hash(), self.width)

@@ -204,7 +204,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         (("search", "--index", index, "--text", "a", "--model", tmp_path / "none"), "there is no folder"),
         (("search", "--index", index, "--text", "a", "--device", "gpu"), "unknown to torch"),
         (("index", "add", things, tmp_path / "none", "--index", index), "does not exist"),
-        (("index", "add", phone, phone / "film.mov", "--index", index), "convert pictures"),
+        (("index", "add", phone, phone / "film.mov", "--index", index), "convert images"),
         (("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
         (("evaluate", "--data", tmp_path / "none", "--out", tmp_path / "out"), "does not exist"),
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),

@@ -519,6 +519,6 @@ def test_answers_of_any_server_are_valid_text(server: Chat) -> None:
     server.script = lambda number, body: (400 if number == 2 else 200, {}, bodies[number - 1])
     with closing(Connection(server.url, tries=1)) as connection:
         assert connection.call("POST", "/x", {}).body == {"a\ufffd": ["\ufffd\ufffd"]}
-        assert connection.call("POST", "/x", {}, refused=(400,)).said == "no \ufffd"
+        assert connection.call("POST", "/x", {}, refused=(400,)).message == "no \ufffd"
         with pytest.raises(ModelError, match="no whole JSON"):
             connection.call("POST", "/x", {})

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from conftest import picture
 from fake_sglang import serving_here
 from fakes import FakeEncoder
-from PIL import Image
 from test_index_conformance import drawn_background
 
 from traceir.background import COUNT, built_in, choose_queries, encode_background, read_queries
@@ -24,11 +24,10 @@ from traceir.client import Client
 from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
 from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
-from traceir.images import ImageInput
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
-from traceir.search import Searcher
+from traceir.search import EncoderLike, Searcher
 from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex
 
@@ -43,14 +42,12 @@ SCORES: dict[str, Draw] = {
 
 def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modality, ...], trials: int = 100) -> float:
     """The share of fresh queries, drawn as the background was, that score more than a threshold in any modality."""
-    draw = np.random.default_rng(0)
-    found = 0.0
+    draw, share = np.random.default_rng(0), 0.0
     for _ in range(trials):
-        scores = {name: draw_scores(draw, count).astype(np.float32) for name in modalities}
-        above = thresholds(scores, rate)
+        above = thresholds({name: draw_scores(draw, count).astype(np.float32) for name in modalities}, rate)
         asked = np.stack([draw_scores(draw, 500).astype(np.float32) > above[name] for name in modalities])
-        found += float(asked.any(axis=0).mean())
-    return found / trials
+        share += float(asked.any(axis=0).mean()) / trials
+    return share
 
 
 @pytest.mark.parametrize("kind", SCORES)
@@ -66,17 +63,14 @@ def test_the_rate_of_false_alarms_holds(kind: str, rate: float) -> None:
         assert several >= 0.75 * rate
 
 
-def test_a_threshold_is_a_score_of_the_background() -> None:
+def test_a_threshold_is_a_score_of_a_background_that_is_large_enough() -> None:
     scores = {"image": np.arange(99, dtype=np.float32)}
     assert thresholds(scores, 0.01) == {"image": 98.0} and thresholds(scores, 0.1) == {"image": 89.0}
     assert thresholds(scores, 0.019) == {"image": 98.0}, "a rate between two counts is rounded to the careful side"
     assert thresholds({}, 0.01) == {}
-
-
-def test_a_background_too_small_for_a_rate_is_told() -> None:
     with pytest.raises(InputError, match=r"0\.001 is less than 99 background queries can tell, which is 1 in 100.*--count 1000"):
-        thresholds({"image": np.arange(99, dtype=np.float32)}, 0.001)
-    apart = {"image": np.arange(99, dtype=np.float32), "text": -np.arange(99, dtype=np.float32)}
+        thresholds(scores, 0.001)
+    apart = {**scores, "text": -scores["image"]}
     with pytest.raises(InputError, match="1 in 50"):
         thresholds(apart, 0.01)
     assert thresholds(apart, 0.02) == {"image": 98.0, "text": 0.0}
@@ -89,7 +83,9 @@ def test_a_background_too_small_for_a_rate_is_told() -> None:
 # The background in an index
 
 
-def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_breaks_off_leaves_what_was_there_and_a_damaged_background_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draw = np.random.default_rng(0)
     with SqliteIndex(tmp_path, fingerprint="m1", prompt_version="p1", dim=4, create=True) as index:
         index.keep_background(drawn_background(draw))
@@ -99,33 +95,26 @@ def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path, monkeypat
             write_background(*arguments)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("traceir.index.sqlite.write_background", break_off)
-        with pytest.raises(KeyboardInterrupt):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("traceir.index.sqlite.write_background", break_off)
             index.keep_background(drawn_background(draw))
         after = index.background()
         assert before is not None and after is not None and index.version() == version
         assert np.array_equal(before.vectors["text"], after.vectors["text"])
-
-
-def test_an_index_that_never_had_one_opens_and_a_damaged_one_is_told(tmp_path: Path) -> None:
-    with SqliteIndex(tmp_path, fingerprint="m1", prompt_version="p1", dim=4, create=True) as index:
-        index.keep_background(drawn_background(np.random.default_rng(0)))
         index._connection.execute("DELETE FROM background WHERE number = 3")
         with pytest.raises(StoreError, match="make it anew with `traceir index calibrate`"):
             index.background()
-        index.keep_background(drawn_background(np.random.default_rng(0)))
+        index.keep_background(drawn_background(draw))
         assert index.background() is not None
+
+
+def put(encoder: EncoderLike, index: Index, *items: Item) -> None:
+    index.upsert(items, np.stack([encoding.vector for encoding in encoder.encode_items(items)]))
 
 
 def some(encoder: FakeEncoder, index: Index, count: int = 20) -> None:
     items = [Item.of(text=f"thing {n}", id=f"t{n}") for n in range(count)]
-    items += [Item.of(image=tile(n), id=f"p{n}") for n in range(count)]
-    index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
-
-
-def tile(seed: int) -> ImageInput:
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
-    return ImageInput.from_pil(Image.fromarray(pixels))
+    put(encoder, index, *items, *(Item.of(image=picture(n, 8, 8), id=f"p{n}") for n in range(count)))
 
 
 @pytest.fixture
@@ -146,14 +135,14 @@ def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> No
     assert found.cut.rate == 0.01 and found.cut.below == 9 and found.cut.best == pytest.approx(1.0, abs=1e-6)
     absent = [Query.of(text=f"no such thing {n}", target=(None, "text", "image")[n % 3]) for n in range(300)]
     answers = searcher.search_many(absent, cutoff=0.01)
-    assert sum(bool(one.hits) for one in answers) <= 10
-    nothing = next(one for one in answers if not one.hits)
+    assert sum(bool(answer.hits) for answer in answers) <= 10
+    nothing = next(answer for answer in answers if not answer.hits)
     assert nothing.cut is not None and nothing.cut.best is not None
     assert nothing.cut.best <= max(nothing.cut.thresholds.values())
     plain = searcher.search("thing 7", k=5)
     assert plain.cut is None and len(plain.hits) == 5
-    with pytest.raises(InputError, match="queries that are texts, not pictures"):
-        searcher.search(Query.of(image=tile(3)), cutoff=0.01)
+    with pytest.raises(InputError, match="queries that are texts, not images"):
+        searcher.search(Query.of(image=picture(3)), cutoff=0.01)
 
 
 def test_hits_of_one_modality_do_not_hide_those_of_another(searcher: Searcher) -> None:
@@ -167,7 +156,7 @@ def test_hits_of_one_modality_do_not_hide_those_of_another(searcher: Searcher) -
     assert cut is not None and cut.below == 4 and cut.best == texts[0].score
 
 
-def test_thresholds_follow_the_contents(searcher: Searcher) -> None:
+def test_thresholds_follow_the_contents_but_only_so_often(searcher: Searcher) -> None:
     now = 0.0
     calibration = Calibration(searcher.index, clock=lambda: now)
     searcher.index.keep_background(encode_background(searcher.encoder, built_in(200), "built in"))
@@ -183,17 +172,11 @@ def test_thresholds_follow_the_contents(searcher: Searcher) -> None:
     assert calibration.thresholds("text", "text", 0.01) == before
     searcher.index.keep_background(encode_background(searcher.encoder, built_in(200, seed=1), "another"))
     assert calibration.thresholds("text", "text", 0.01) != before
-
-
-def test_thresholds_are_computed_anew_only_so_often(searcher: Searcher) -> None:
     times = iter([0.0, 0.0, 1.0, *[1.5] * 2, *[30.0] * 9])
-    calibration = Calibration(searcher.index, clock=lambda: next(times))
-    searcher.calibrate(built_in(200))
-    before = calibration.thresholds("text", "text", 0.01)  # takes a second, so it serves for 20 more
-    searcher.add([Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(3))])
-    assert calibration.thresholds("text", "text", 0.01) == before
-    assert calibration.thresholds("text", "text", 0.01) == before
-    assert calibration.thresholds("text", "text", 0.01) != before
+    patient = Calibration(searcher.index, clock=lambda: next(times))
+    before = patient.thresholds("text", "text", 0.01)  # takes a second, so it serves for 20 more
+    searcher.add([Item.of(text=query.text, id=f"c{n}") for n, query in enumerate(built_in(3, seed=1))])
+    assert [patient.thresholds("text", "text", 0.01) == before for _ in range(3)] == [True, True, False]
 
 
 def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
@@ -207,8 +190,7 @@ def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
         assert set(before) == {"text", "image"} and calibrations.of("ours", TenantIndex(index, "ours")) is own
         assert calibrations.of("theirs", theirs).thresholds("text", None, 0.02) == {}
         # The other tenant holds what the background asks for; whoever could see that would be told a threshold near 1.
-        told = [Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(50))]
-        theirs.upsert(told, np.stack([one.vector for one in encoder.encode_items(told)]))
+        put(encoder, theirs, *(Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(50))))
         assert Calibration(ours).thresholds("text", None, 0.02) == before
         assert Calibration(theirs).thresholds("text", None, 0.02)["text"] > 0.99
         assert "image" not in Calibration(theirs).thresholds("text", None, 0.02)
@@ -217,22 +199,19 @@ def test_a_tenant_is_judged_by_its_own_items(tmp_path: Path) -> None:
 # Backgrounds
 
 
-def test_built_in_queries_are_many_different_and_stable() -> None:
+def test_backgrounds_built_in_and_of_users(tmp_path: Path) -> None:
     queries, default = built_in(), build_parser().parse_args(["index", "calibrate", "--index", "i"]).count
     assert len({query.text for query in queries}) == COUNT == default
     assert built_in(5) == queries[:5] and built_in(5, seed=1) != queries[:5]
     assert queries[0].text == "a falcon, a blacksmith and a catapult"
     with pytest.raises(InputError, match="0 built-in"):
         built_in(0)
-
-
-def test_backgrounds_of_users(tmp_path: Path) -> None:
     lines = tmp_path / "absent.txt"
     lines.write_text("a yak\n\n a yak \na tuba\n", encoding="utf-8")
     assert [query.text for query in read_queries(lines)] == ["a yak", "a tuba"]
     (tmp_path / "pictures").mkdir()
     for number in range(3):
-        tile(number).load().save(tmp_path / "pictures" / f"{number}.png")
+        picture(number, 8, 8).load().save(tmp_path / "pictures" / f"{number}.png")
     queries, source = choose_queries([tmp_path / "pictures"], tmp_path, count=10)
     counts = {kind: sum(query.modality == kind for query in queries) for kind in ("text", "image", "image,text")}
     assert counts == {"text": 10, "image": 3, "image,text": 3} and source == "pictures, built in"
@@ -260,9 +239,9 @@ def test_backgrounds_of_users(tmp_path: Path) -> None:
 def shelf(encoder: Encoder, tmp_path: Path) -> Path:
     """An index by the bundled model, of texts and pictures."""
     items = [Item.of(text=CAPTION, id="there"), *(Item.of(text=f"a {word} ring", id=word) for word in ("red", "blue", "green"))]
-    items += [Item.of(image=tile(number), id=f"p{number}") for number in range(4)]
+    items += [Item.of(image=picture(number, 8, 8), id=f"p{number}") for number in range(4)]
     with open_index(tmp_path / "shelf", encoder, create=True) as index:
-        index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
+        put(encoder, index, *items)
     return tmp_path / "shelf"
 
 
@@ -303,10 +282,10 @@ def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -
             assert found.cutoff.best == pytest.approx(own.cut.best, abs=1e-4)
         assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
         assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
-        uncut = client.search(Query.of(image=tile(1)))
+        uncut = client.search(Query.of(image=picture(1)))
         assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
         for query, rate, told in (
-            (Query.of(image=tile(1)), 0.01, "queries that are texts, not pictures"),
+            (Query.of(image=picture(1)), 0.01, "queries that are texts, not images"),
             (absent, 0.0001, "less than 200 background queries can tell"),
             (absent, 1, "cutoff"),
         ):

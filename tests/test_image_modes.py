@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiffs import FLOAT, SHORT, encode, float_tiff, grey_tiff, tiff
+from tiffs import FLOAT, SHORT, encode, float_tiff, grey_tiff, png, tiff
 
 from traceir.errors import ImageError
 from traceir.image_modes import as_rgb
 from traceir.images import ImageInput
 
-WIDTH, HEIGHT = 50, 40
+SIZE = WIDTH, HEIGHT = 50, 40
 RAMP = np.linspace(0.0, 1.0, WIDTH * HEIGHT).reshape(HEIGHT, WIDTH)
 """Black to white, row by row."""
 WANTED = 255.0 * RAMP
@@ -39,20 +38,11 @@ def packed_bits(values: np.ndarray, bits: int) -> bytes:
     return np.packbits(planes, axis=1).tobytes()
 
 
-def png(depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
-    row = len(rows) // HEIGHT
-    lines = b"".join(b"\0" + rows[start : start + row] for start in range(0, len(rows), row))
-    head = struct.pack(">IIBBBBB", WIDTH, HEIGHT, depth, colour, 0, 0, 0)
-    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
-    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
-
-
 def of_samples(stored: np.ndarray, photometric: int, extra: Sequence[int] = (), **options: object) -> bytes:
     """A TIFF of interleaved samples [H, W, S]; `extra`: what the header calls a fourth one."""
     count = stored.shape[-1]
     tags = {258: (SHORT, (stored.itemsize * 8,) * count), 262: (SHORT, (photometric,)), 277: (SHORT, (count,))}
-    return tiff(WIDTH, HEIGHT, stored.tobytes(), tags={**tags, **({338: (SHORT, tuple(extra))} if extra else {})}, **options)
+    return tiff(*SIZE, stored.tobytes(), tags={**tags, **({338: (SHORT, tuple(extra))} if extra else {})}, **options)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -63,7 +53,7 @@ def test_grey_tiff_of_every_depth_spans_black_to_white(bits: int, packed: bool) 
     wanted = np.rint(levels * 255 / (2**bits - 1))
     for photometric in (1, 0) if bits != 12 else (1,):  # Pillow reads none of 12 bits with white at 0
         tags = {258: (SHORT, (bits,)), 262: (SHORT, (photometric,))}
-        assert off(tiff(WIDTH, HEIGHT, pixels, packed=packed, tags=tags), wanted if photometric else 255 - wanted) <= 1
+        assert off(tiff(*SIZE, pixels, packed=packed, tags=tags), wanted if photometric else 255 - wanted) <= 1
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -95,45 +85,47 @@ def test_floats_of_0_to_1_and_of_0_to_255_keep_their_range_and_stated_ranges_hol
         (grey_tiff(np.full((4, 4), np.nan), "f4"), np.zeros((4, 4))),
     ):
         assert off(data, wanted) <= 0.5 + 0.5 * (wanted.max() < 20)
+    with pytest.raises(ImageError, match="TIFF of samples TraceIR reads; save it with 8 or 16 bits"):
+        shown(grey_tiff(RAMP, "f8"))
     odd = RAMP * 1000
     odd[0, :3] = np.nan, np.inf, -np.inf
     levels = shown(grey_tiff(odd, "f4"))[..., 0]
     assert levels[0, :3].tolist() == [0, 255, 0] and np.abs(levels - WANTED)[1:].max() <= 1
 
 
-def test_sixteen_bits_with_transparency() -> None:
+def test_png_of_every_depth_with_transparency_and_sixteen_bits_of_either_byte_order() -> None:
+    for mode in ("I;16", "I;16B", "I;16L"):
+        order = ">" if mode.endswith("B") else "<"
+        assert off(Image.frombytes(mode, SIZE, np.rint(RAMP * 65535).astype(f"{order}u2").tobytes()), WANTED) <= 1
     grey, alpha = np.rint(RAMP * 65535).astype(np.uint16), np.rint(RAMP[::-1] * 65535).astype(np.uint16)
     key = int(grey[7, 7])
-    keyed = png(16, 0, grey.astype(">u2").tobytes(), (b"tRNS", struct.pack(">H", key)))
+    keyed = png(*SIZE, 16, 0, grey.astype(">u2").tobytes(), (b"tRNS", struct.pack(">H", key)))
     assert off(keyed, np.where(grey == key, 255.0, WANTED)) <= 1
     wanted = WANTED * RAMP[::-1] + 255 * (1 - RAMP[::-1])
     for colour, samples in ((4, [grey, alpha]), (6, [grey, grey, grey, alpha])):
-        assert off(png(16, colour, np.stack(samples, -1).astype(">u2").tobytes()), wanted) <= 2
+        assert off(png(*SIZE, 16, colour, np.stack(samples, -1).astype(">u2").tobytes()), wanted) <= 2
+    for depth in (1, 2, 4, 8):
+        most = 2**depth - 1
+        levels = np.rint(RAMP * most)
+        for key in {0, 1, most // 2, most}:
+            data = png(*SIZE, depth, 0, packed_bits(levels, depth), (b"tRNS", struct.pack(">H", key)))
+            assert off(data, np.where(levels == key, 255.0, levels * 255 / most)) == 0
     colours = np.stack([grey, grey // 2, grey // 3], -1).astype(">u2")
-    seen = shown(png(16, 2, colours.tobytes(), (b"tRNS", struct.pack(">3H", *colours[20, 20].tolist()))))
+    seen = shown(png(*SIZE, 16, 2, colours.tobytes(), (b"tRNS", struct.pack(">3H", *colours[20, 20].tolist()))))
     assert seen[20, 20].tolist() == [255, 255, 255] and np.abs(seen - colours / 257.0)[:10].max() <= 1
-
-
-@pytest.mark.parametrize("depth", [1, 2, 4, 8])
-def test_a_transparent_grey_of_few_bits_is_that_grey(depth: int) -> None:
-    most = 2**depth - 1
-    levels = np.rint(RAMP * most)
-    for key in {0, 1, most // 2, most}:
-        data = png(depth, 0, packed_bits(levels, depth), (b"tRNS", struct.pack(">H", key)))
-        assert off(data, np.where(levels == key, 255.0, levels * 255 / most)) == 0
 
 
 def test_palettes_with_transparency() -> None:
     index = (np.arange(WIDTH * HEIGHT) % 4).reshape(HEIGHT, WIDTH).astype(np.uint8)
     colours = np.array([[200, 0, 0], [0, 200, 0], [0, 0, 200], [40, 40, 40]], dtype=float)
     for alphas in ([255] * 4, [0, 255, 255, 255], [255, 51, 0, 255]):
-        data = png(8, 3, index.tobytes(), (b"PLTE", bytes(colours.astype(np.uint8))), (b"tRNS", bytes(alphas)))
+        data = png(*SIZE, 8, 3, index.tobytes(), (b"PLTE", bytes(colours.astype(np.uint8))), (b"tRNS", bytes(alphas)))
         share = np.array(alphas)[index][..., None] / 255
         assert off(data, colours[index] * share + 255 * (1 - share)) <= 1
     table = np.zeros((3, 256), dtype=int)
     table[:, :4] = np.round(colours.T * 257).astype(int)
     tags = {258: (SHORT, (8,)), 262: (SHORT, (3,)), 320: (SHORT, tuple(table.ravel().tolist()))}
-    assert off(tiff(WIDTH, HEIGHT, index.tobytes(), tags=tags), colours[index]) == 0
+    assert off(tiff(*SIZE, index.tobytes(), tags=tags), colours[index]) == 0
     image = Image.new("P", (8, 8), 1)
     image.putpalette([0, 0, 0, 255, 0, 0])
     assert off(encode(image, "GIF"), np.full((8, 8, 3), (255, 0, 0))) == 0
@@ -149,7 +141,7 @@ def test_colour_tiff_interleaved_and_in_planes(bits: int, order: str) -> None:
         assert off(of_samples(stored, 2, order=order, packed=packed), 255 * colours) <= 1
     tags = {258: (SHORT, (bits,) * 3), 262: (SHORT, (2,)), 277: (SHORT, (3,)), 284: (SHORT, (2,))}
     planes, pieces = np.moveaxis(stored, -1, 0).tobytes(), (WIDTH * HEIGHT * bits // 8,) * 3
-    assert off(tiff(WIDTH, HEIGHT, planes, order=order, tags=tags, pieces=pieces), 255 * colours) <= 1
+    assert off(tiff(*SIZE, planes, order=order, tags=tags, pieces=pieces), 255 * colours) <= 1
 
 
 @pytest.mark.parametrize(("extra", "bits"), [(0, 8), (1, 8), (2, 8), (1, 16), (2, 16)])
@@ -161,18 +153,14 @@ def test_a_tiffs_fourth_sample_is_what_its_header_calls_it(extra: int, bits: int
     assert off(of_samples(stored, 2, [extra]), flat) <= 3
 
 
-def test_inks_are_inverted_only_where_adobe_wrote_the_jpeg() -> None:
+def test_inks_are_inverted_only_where_adobe_wrote_the_jpeg_and_lab_is_read_by_its_definition() -> None:
     adobe = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
     start = adobe.index(b"\xff\xee\0\x0eAdobe")
     assert np.abs(shown(adobe)[0, 0] - (255, 0, 0)).max() < 15
     plain = adobe[:start] + adobe[start + 16 :]  # the inverse of no cyan, all magenta and yellow, no black
     assert np.abs(shown(plain)[0, 0]).max() < 15
     assert off(of_samples(np.rint(np.stack([RAMP, RAMP, RAMP, RAMP * 0], -1) * 255).astype(np.uint8), 5), 255 - WANTED) <= 1
-
-
-def test_lab_is_read_by_its_definition() -> None:
-    """L* of 0 to 100 in 8 bits, a* and b* signed; grey where these are 0. L* 53.6 is sRGB 128."""
-    lab = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
+    lab = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)  # L* of 0 to 100 in 8 bits, a* and b* signed; L* 53.6 is sRGB 128
     lab[..., 0] = round(53.6 * 2.55)
     assert off(of_samples(lab, 8), np.full((HEIGHT, WIDTH), 128.0)) <= 2
     lab[..., 1] = 60
@@ -197,18 +185,6 @@ def test_every_mode_with_alpha_is_composited_on_white(steps: tuple[str, ...]) ->
     assert image.mode == steps[-1] and off(image, 100 * 0.4 + 255 * 0.6) <= 2
     if image.mode in ("LA", "RGBA"):
         assert off(encode(image, "PNG"), 100 * 0.4 + 255 * 0.6) <= 2
-
-
-@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L"])
-def test_sixteen_bit_images_of_either_byte_order(mode: str) -> None:
-    order = ">" if mode.endswith("B") else "<"
-    image = Image.frombytes(mode, (WIDTH, HEIGHT), np.rint(RAMP * 65535).astype(f"{order}u2").tobytes())
-    assert off(image, WANTED) <= 1
-
-
-def test_tiff_kinds_that_are_not_read_are_named() -> None:
-    with pytest.raises(ImageError, match="TIFF of samples TraceIR reads; save it with 8 or 16 bits"):
-        shown(grey_tiff(RAMP, "f8"))
 
 
 def test_strips_make_the_same_image(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import struct
 import subprocess
 import sys
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import picture
 from PIL import Image, ImageFile
-from tiffs import LONG, SHORT, encode, tiff
+from tiffs import LONG, SHORT, encode, png, tiff
 
 from traceir import images
 from traceir.errors import ImageError, InputError
@@ -27,22 +26,11 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def noise(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, size=(height, width, 3), dtype=np.uint8))
+    return picture(seed, width, height).load()
 
 
 def read(data: bytes) -> Image.Image:
     return ImageInput.from_bytes(data).load()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-    parts = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(bytes(10))),
-        (b"IEND", b""),
-    ]
-    chunks = (struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in parts)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 @pytest.fixture
@@ -63,7 +51,7 @@ def test_every_format_is_read_and_named(format: str) -> None:
 def test_bombs_are_refused_from_the_header_alone() -> None:
     for side in (8001, 12_000, 60_000):  # beyond our limit, Pillow's warning, Pillow's error
         with pytest.raises(ImageError, match=r"large|limit"):
-            read(png_header(side, side))
+            read(png(side, side, 8, 2, bytes(9)))
     for bits, sample, photometric in (((32,), 3, 1), ((32,), 2, 1), ((16,) * 4, 1, 2), ((8,) * 6, 1, 2)):
         extra = {338: (SHORT, (0,) * (len(bits) - 3))} if len(bits) > 4 else {}
         tags = {258: (SHORT, bits), 262: (SHORT, (photometric,)), 277: (SHORT, (len(bits),)), 339: (SHORT, (sample,)), **extra}
@@ -79,7 +67,7 @@ def test_a_check_refuses_without_decoding_what_a_header_shows() -> None:
     data = encode(noise(), "PNG")
     ImageInput.from_bytes(data).check()
     assert ImageInput.from_bytes(data).size() == (64, 48)
-    for wrong, why in ((data[:-12], "truncated"), (b"words", "not an image"), (png_header(401, 2), "aspect ratio")):
+    for wrong, why in ((data[:-12], "truncated"), (b"words", "not an image"), (png(401, 2, 8, 2, bytes(9)), "aspect ratio")):
         with pytest.raises(ImageError, match=why):
             ImageInput.from_bytes(wrong).check()
 

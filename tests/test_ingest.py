@@ -21,7 +21,7 @@ from PIL import Image
 
 from traceir.errors import InputError
 from traceir.images import ImageInput
-from traceir.index import Eq, In, Range, SqliteIndex, open_index
+from traceir.index import Eq, SqliteIndex, open_index
 from traceir.index.sql import read_number
 from traceir.ingest import AddReport, add
 from traceir.items import Item
@@ -91,16 +91,16 @@ def gallery(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_folder_gives_images_and_texts_with_stable_ids(gallery: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_added_has_a_stable_id_can_be_found_and_is_skipped_the_second_time(
+    gallery: Path, into: Adding, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = ["a.JPG", "b.png", "e.bmp", "f.tiff", "g.jpeg", "page.md", "deep/d.gif", "deep/notes.txt", "deep/er/c.webp"]
     assert ids(gallery) == expected
-    monkeypatch.chdir(gallery.parent)
-    assert ids(Path("gallery")) == expected and ids(gallery / "b.png") == ["b.png"]
+    with monkeypatch.context() as patch:
+        patch.chdir(gallery.parent)
+        assert ids(Path("gallery")) == expected and ids(gallery / "b.png") == ["b.png"]
     with pytest.raises(InputError, match="does not exist"):
         ids(gallery / "none")
-
-
-def test_what_is_added_can_be_found_and_is_skipped_the_second_time(gallery: Path, into: Adding) -> None:
     assert into.count(gallery) == (9, 0, 0, 0)
     stored = into.index.get(["deep/notes.txt", "b.png"], with_vectors=True)
     assert stored["deep/notes.txt"].text == "a short note" and stored["b.png"].modality == "image"
@@ -131,7 +131,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, into: Adding
 def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
     path = lines(
         gallery / "items.jsonl",
-        {"id": "one", "text": "words", "year": 1999, "ok": True, "by": None, "file": "a.pdf"},
+        {"id": "one", "text": "words", "year": 1999, "ok": True, "by": None, "file": "a.pdf", "tags": ["red", "blue", 5, None]},
         {"id": 2, "image": "deep/d.gif"},
         {"id": "three", "text": "both", "image": "a.JPG", "modality": "image,text"},
         "",
@@ -140,12 +140,14 @@ def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
     report = into(path)
     assert counts(report) == (3, 0, 0, 1) and repr(FILE_FIELD) in report.failed[0].reason
     stored = into.index.get(["one", "2", "three"])
-    assert into.fields("one") == {"year": 1999, "ok": True, "by": None, "file": "a.pdf"}
+    assert into.fields("one") == {"year": 1999, "ok": True, "by": None, "file": "a.pdf", "tags": ["red", "blue", 5, None]}
+    assert [row.id for row in into.index.scan(Eq("tags", "blue"))] == ["one"]
     assert stored["2"].image == str((gallery / "deep/d.gif").resolve())
     assert [stored[id].modality for id in ("one", "2", "three")] == ["text", "image", "image,text"]
-    lines(path, {"id": "one", "text": "words", "year": 2000})
-    assert into.count(path) == (0, 1, 0, 0) and into.encoder.encoded == []  # a changed field alone costs no encoding
-    assert into.fields("one") == {"year": 2000}
+    for fields in ({"year": 1999, "tags": ["red"]}, {"year": 1999.0, "tags": ["red"]}):
+        lines(path, {"id": "one", "text": "words", **fields})
+        assert into.count(path) == (0, 1, 0, 0) and into.encoder.encoded == []  # a changed field alone costs no encoding
+        assert into.fields("one") == fields
     place = gallery / "a.JPG"  # as an index of an older release keeps it
     into.index.upsert([Item.of(image=place, id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32))
     assert into.count(place) == (0, 1, 0, 0) and into.fields("a.JPG") == {FILE_FIELD: str(place.resolve())}
@@ -159,7 +161,6 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({"id": "empty"}, "empty"),
     ({"id": "list", "text": "x", "tags": [[1]]}, "tags"),
     ({"id": "object", "text": "x", "meta": {"a": 1}}, "meta"),
-    ({"id": "long list", "text": "x", "tags": [1] * 1001}, "at most 1000"),
     ({"id": "number", "text": 5}, "text of 'number' is 5"),
     ({"id": "gone", "image": "none.png"}, "does not exist"),
     ({"id": "far", "image": "http://a.example/x.png"}, "address"),
@@ -172,7 +173,7 @@ BAD_LINES: list[tuple[Any, str]] = [
 ]
 
 
-def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, into: Adding) -> None:
+def test_bad_lines_are_named_and_a_file_of_none_is_said_once(tmp_path: Path, into: Adding) -> None:
     path = lines(tmp_path / "items.jsonl", *(line for line, _ in BAD_LINES), {"id": "good", "text": "x"})
     report = into(path)
     assert counts(report) == (1, 0, 0, len(BAD_LINES))
@@ -184,22 +185,16 @@ def test_bad_lines_are_named_by_file_and_line(tmp_path: Path, into: Adding) -> N
     path.write_bytes(b"".join([*whole, long, b'{"id": "b", "text": "z"}']))
     assert ids(path) == ["a", "b"] and [place.rpartition(":")[2] for place in failures(path)] == ["3", "4"]
     assert "longer than" in failures(path)[f"{path}:4"]
-
-
-@pytest.mark.parametrize(
-    ("data", "why"),
-    [
+    for data, why in (
         (json.dumps([{"id": "a", "text": "x"}], indent=2).encode(), "one JSON text over many lines"),
         (b'{\n"id": "a"}', "one JSON text over many lines"),
         ('{"id": "a", "text": "x"}\n'.encode("utf-16"), "UTF-16"),
         (b'[{"id": "a", "text": "x"}]', "not a JSON object but a list"),
         (b"\n \n", "holds no lines"),
-    ],
-)
-def test_files_that_hold_no_json_lines_say_so_once(data: bytes, why: str, tmp_path: Path) -> None:
-    (tmp_path / "t.jsonl").write_bytes(data)
-    (reason,) = failures(tmp_path / "t.jsonl").values()
-    assert why in reason
+    ):
+        path.write_bytes(data)
+        (reason,) = failures(path).values()
+        assert why in reason
 
 
 def test_a_pool_of_mbeir_finds_its_images_from_the_root(tmp_path: Path, into: Adding, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +238,9 @@ def test_of_one_id_the_first_source_counts(tmp_path: Path, into: Adding) -> None
     assert into.count(second.parent) == (0, 1, 0, 0)
 
 
-def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path, into: Adding) -> None:
+def test_what_a_folder_leaves_out_is_counted_by_suffix_and_a_named_file_is_judged_by_what_it_holds(
+    tmp_path: Path, into: Adding
+) -> None:
     root, empty, hidden = tmp_path / "phone", tmp_path / "empty", tmp_path / "hidden"
     for folder in (root, empty, hidden / ".git"):
         folder.mkdir(parents=True)
@@ -254,21 +251,17 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path, into: Adding) -> 
     assert counts(report) == (0, 0, 0, 3) and report.notes == []
     reason, of_empty, of_hidden = (failure.reason for failure in report.failed)
     left_out = "2 .heic, 1 without a suffix, 1 .csv, 1 .jsonl, 1 .mov, 1 linked folder"
-    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert pictures", "frames of videos", "write tables as .jsonl",
+    for part in (f"({left_out}, 1 hidden)", ".jpg", ".txt", "convert images", "frames of videos", "write tables as .jsonl",
                  "and .jsonl where"):  # fmt: skip
         assert part in reason
     assert "it is empty" in of_empty and "1 hidden" in of_hidden
-    paint(root / "sub" / "one.PNG", 3)
+    data = paint(root / "sub" / "one.PNG", 3).read_bytes()
     report = into(root, progress=True)
     assert counts(report) == (1, 0, 0, 0) and [note.what.partition(";")[0] for note in report.notes] == [f"left out: {left_out}"]
-
-
-def test_a_file_given_by_name_is_judged_by_what_it_holds(tmp_path: Path, into: Adding) -> None:
-    good = [tmp_path / name for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF")]
+    good = [tmp_path / name for name in ("photo.heic", "photo", "photo.jpg", "PHOTO.TIFF")]  # a file that is named is read
     bad = [tmp_path / name for name in ("real.heic", "table.csv", "film.mp4", "paper.pdf", "nothing", "cut.jpg")]
-    data = paint(tmp_path / "a.png", 1).read_bytes()
     for path in (*good, *bad):
-        path.write_bytes(data if path in good else b"no picture")
+        path.write_bytes(data if path in good else b"no image")
     report = into(*good, *bad)
     assert counts(report) == (4, 0, 0, 6) and {failure.place for failure in report.failed} == set(map(str, bad))
     assert "write tables as .jsonl" in failures(tmp_path / "table.csv")[str(tmp_path / "table.csv")]
@@ -287,29 +280,6 @@ def test_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "scandir", refuse)  # whoever runs the tests may have every right
     for place in (tmp_path, tmp_path / "shut"):
         assert "check its rights" in failures(place)[str(tmp_path / "shut")]
-
-
-def test_lists_are_fields_and_are_searched_for_their_values(tmp_path: Path, into: Adding) -> None:
-    years = [1999, 2004.0, True, None]
-    path = lines(
-        tmp_path / "t.jsonl",
-        {"id": "a", "text": "x", "tags": ["red", "blue", "red"], "years": years},
-        {"id": "b", "text": "y", "tags": "red", "years": 2001},
-        {"id": "c", "text": "z", "tags": [], "years": [None]},
-    )
-    assert into.count(path) == (3, 0, 0, 0)
-    assert into.fields("a") == {"tags": ["red", "blue", "red"], "years": years}
-    assert into.fields("c") == {"tags": [], "years": [None]}
-    for where, expected in (
-        (Eq("tags", "red"), "ab"), (Eq("tags", "blue"), "a"), (In("tags", ("blue", "green")), "a"), (Eq("tags", None), "c"),
-        (Eq("years", 2004), "a"), (Eq("years", 1), ""), (Eq("years", True), "a"), (In("years", (None, 2001)), "bc"),
-        (Range("years", 1990, 2010), "b"), (Range("tags", "a", "z"), "b"),
-    ):  # fmt: skip
-        assert "".join(stored.id for stored in into.index.scan(where)) == expected, where
-    assert into.count(path) == (0, 0, 3, 0)
-    changed = {"id": "a", "text": "x", "tags": ["red"], "years": years}
-    lines(path, changed, {"id": "b", "text": "y", "tags": "red", "years": 2001.0})
-    assert into.count(path) == (0, 2, 0, 0) and into.index.count(Eq("tags", "blue")) == 0
 
 
 def test_a_line_without_text_is_known_by_its_title(tmp_path: Path, into: Adding) -> None:
@@ -372,32 +342,15 @@ def test_batches_commit_as_they_go(tmp_path: Path, into: Adding, monkeypatch: py
 
 
 CHILD = """
-import os, sys
+import sys
 from fakes import FakeEncoder
-from traceir.index import SqliteIndex, open_index
+from traceir.index import open_index
 from traceir.ingest import add
 
-source, folder, acks = sys.argv[1:]
-plain = SqliteIndex.upsert
-
-def upsert(self, items, vectors):
-    count = plain(self, items, vectors)
-    with open(acks, "a") as file:
-        file.write("".join(item.id + "\\n" for item in items))
-        file.flush()
-        os.fsync(file.fileno())
-    return count
-
-SqliteIndex.upsert = upsert
+source, folder = sys.argv[1:]
 with open_index(folder, fingerprint="fake-1", prompt_version="p1", dim=16, create=True) as index:
     add([source], index, FakeEncoder(delay=0.004), batch=8, progress=False)
 """
-
-
-def acknowledged(folder: Path) -> list[str]:
-    path = folder / "acks"
-    text = path.read_text() if path.exists() else ""
-    return text[: text.rfind("\n") + 1].split()
 
 
 @pytest.mark.slow
@@ -406,38 +359,21 @@ def test_kill_nine_at_any_moment_loses_nothing_and_doubles_nothing(tmp_path: Pat
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tests), str(tests.parent / "src"), os.environ.get("PYTHONPATH", "")]))
     texts = {f"n{n:03d}": f"thing {n}" for n in range(320)}
     source = lines(tmp_path / "t.jsonl", *({"id": id, "text": text} for id, text in texts.items()))
-    randomness, kills, kills_while_writing = random.Random(5), 0, 0
-    while kills < 12:  # a round ends when a child gets to the end; a quick machine needs more than one
-        folder = tmp_path / f"round{kills}"
-        folder.mkdir()
-        done = False
-        while not done:
-            before = len(acknowledged(folder))
-            words = [sys.executable, "-c", CHILD, str(source), str(folder / "index"), str(folder / "acks")]
-            child = subprocess.Popen(words, stderr=subprocess.PIPE)
-            if kills < 12:  # wait until it writes, so that kills fall into the work and not into the start of Python
-                wanted, deadline = before + randomness.choice([0, 1, 1, 1]), time.monotonic() + 30
-                while len(acknowledged(folder)) < wanted and child.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.001)
-                time.sleep(randomness.uniform(0.0, 0.03))
-                child.send_signal(signal.SIGKILL)
-            _, errors = child.communicate(timeout=60)
-            done = child.returncode == 0
-            assert done or child.returncode == -signal.SIGKILL, errors.decode()
-            kills += not done
-            kills_while_writing += not done and len(acknowledged(folder)) > before
-            check_kept(folder, texts, whole=done)
-    assert kills_while_writing >= 6
-
-
-def check_kept(folder: Path, texts: dict[str, str], *, whole: bool) -> None:
-    if not (folder / "index" / "index.sqlite").exists():
-        return
-    with opened(folder / "index") as index:
-        acks, rows = acknowledged(folder), list(index.scan(with_vectors=True))
-        assert set(acks) <= {row.id for row in rows} and len(acks) == len(set(acks))  # none acknowledged was encoded again
-        assert not whole or {row.id: row.text for row in rows} == texts
-        for row in rows:
-            np.testing.assert_array_equal(row.vector, vector_of(Item.of(text=row.text).content_hash(), 16))
-        assert {read_number(index._connection, f"SELECT count(*) FROM {table}") for table in ("items", "vectors")} == {len(rows)}
-        assert index._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    randomness, kept, kills = random.Random(5), 0, 0
+    with opened(tmp_path / "index") as index:
+        while kept < len(texts):
+            child = subprocess.Popen([sys.executable, "-c", CHILD, str(source), str(tmp_path / "index")])
+            while index.count() == kept and child.poll() is None:  # so that it dies at work, not while Python starts
+                time.sleep(0.001)
+            time.sleep(randomness.uniform(0.0, 0.02))
+            child.kill()
+            assert child.wait(60) in (0, -signal.SIGKILL)
+            kills += child.returncode != 0
+            before, rows = kept, list(index.scan(with_vectors=True))
+            kept = len(rows)
+            assert kept > before and kept % 8 == 0 and {row.id: row.text for row in rows}.items() <= texts.items()
+            for row in rows:
+                np.testing.assert_array_equal(row.vector, vector_of(Item.of(text=row.text).content_hash(), 16))
+            sizes = {read_number(index._connection, f"SELECT count(*) FROM {table}") for table in ("items", "vectors")}
+            assert sizes == {kept} and index._connection.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
+    assert kills >= 3

@@ -26,6 +26,9 @@ def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query]
         made = kind.of(image=image, text="a cat")
         assert made.modality == "image,text" and made.text == "a cat" and made.images == (shown,)
         assert made.content_hash() == kind.of(image=shown, text="a cat").content_hash()
+    assert kind(["a", shown]).parts == ("a", shown)
+    with pytest.raises(ImageError, match="does not exist"):
+        kind.of(image=str(tmp_path / "missing.png")).content_hash()
     pixels = kind.of(image=picture(1).load())
     np.testing.assert_array_equal(np.asarray(pixels.images[0].load()), np.asarray(shown.load()))
 
@@ -48,15 +51,12 @@ def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query]
         (InputError, "did you mean 'image'", Query, {"text": "x", "target": "picture"}),
     ],
 )
-def test_what_is_no_content_is_refused(error: type[Exception], reason: str, kind: type[Content], given: Any) -> None:
+def test_what_is_no_content_or_route_is_refused(error: type[Exception], reason: str, kind: type[Content], given: Any) -> None:
     with pytest.raises(error, match=reason):
         _ = kind.of(**given) if isinstance(given, dict) else kind(given)
-
-
-def test_parts_are_kept_in_order_and_a_missing_file_shows_when_it_is_read(tmp_path: Path) -> None:
-    assert Query(["a", picture(1)]).parts == Query(("a", picture(1))).parts
-    with pytest.raises(ImageError, match="does not exist"):
-        Item.of(image=str(tmp_path / "missing.png")).content_hash()
+    assert [check_route(route) for route in ROUTES] == list(ROUTES)
+    with pytest.raises(InputError, match=r"route 'dierct' is unknown.*direct.*choose one of auto, reason, direct"):
+        check_route("dierct")
 
 
 def test_import_traceir_gives_the_names_and_costs_nothing() -> None:
@@ -70,9 +70,3 @@ def test_import_traceir_gives_the_names_and_costs_nothing() -> None:
     script += "; import traceir.images, traceir.index, traceir.search, traceir.ingest; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\nFalse\n"
-
-
-def test_a_route_is_checked_in_one_place() -> None:
-    assert [check_route(route) for route in ROUTES] == list(ROUTES)
-    with pytest.raises(InputError, match=r"route 'dierct' is unknown.*direct.*choose one of auto, reason, direct"):
-        check_route("dierct")

@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def windowed_model() -> TraceModel:
-    """Real proportions in small: shared keys, windows of 2 x 2 merged cells, one of three layers over the whole picture."""
+    """Real proportions in small: shared keys, windows of 2 x 2 merged cells, one of three layers over the whole image."""
     made = random_model()
     whole = made.network.config.to_dict()
     whole["vision_config"] |= {"depth": 3, "window_size": 32, "fullatt_block_indexes": [1]}
@@ -47,11 +47,11 @@ def test_encodings_are_those_of_transformers(checkpoint: Path, route: str) -> No
     for name in ("fingerprint", "prompt_version", "width", "vector_settings"):
         assert getattr(ours, name) == getattr(stock, name)
     queries = make_queries()
-    for one, other in zip(ours.encode_queries(queries, route=route), stock.encode_queries(queries, route=route), strict=True):
+    for own, other in zip(ours.encode_queries(queries, route=route), stock.encode_queries(queries, route=route), strict=True):
         for name in ("route", "reasoning", "tokens", "truncated"):
-            assert getattr(one, name) == getattr(other, name)
-        assert float(one.vector @ other.vector) > 0.999999
-        assert one.emb_probability == pytest.approx(other.emb_probability, abs=1e-5)
+            assert getattr(own, name) == getattr(other, name)
+        assert float(own.vector @ other.vector) > 0.999999
+        assert own.emb_probability == pytest.approx(other.emb_probability, abs=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (48, 80), (144, 112)], ids=str)
@@ -86,8 +86,8 @@ def test_words_are_those_of_transformers(checkpoint: Path) -> None:
         for token in (*stock.get_vocab(), "no such token"):
             assert ours.convert_tokens_to_ids(token) == stock.convert_tokens_to_ids(token)
         ids = list(range(0, len(stock), 3))
-        assert ours.decode(ids, skip_special_tokens=True) == stock.decode(ids, skip_special_tokens=True)
-        assert ours.decode(ids, skip_special_tokens=False) == stock.decode(ids, skip_special_tokens=False)
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == stock.decode(ids, skip_special_tokens=skip)
 
 
 def test_what_it_lacks_takes_the_other_road(checkpoint: Path, tmp_path: Path) -> None:

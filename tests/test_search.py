@@ -23,7 +23,7 @@ def searcher(tmp_path: Path) -> Iterator[Searcher]:
         yield searcher
 
 
-def test_a_query_finds_its_item_and_says_how(searcher: Searcher) -> None:
+def test_a_query_finds_its_item_by_the_model_that_filled_the_index(searcher: Searcher) -> None:
     result = searcher.search("thing 7", k=3)
     assert len(result.hits) == 3 and result.hits[0].id == "t7" and result.hits[0].score > 0.999
     assert result.encoding.route == "direct" and result.encoding.reasoning == ""
@@ -31,6 +31,11 @@ def test_a_query_finds_its_item_and_says_how(searcher: Searcher) -> None:
     searcher.add([])
     with pytest.raises(InputError, match="id"):
         searcher.add([Item.of(text="no id")])
+    other = FakeEncoder()
+    other.fingerprint = "fake-2"
+    for encoder, why in ((other, r"'fake-1'.*'fake-2'"), (FakeEncoder(width=8), "width 16")):
+        with pytest.raises(StoreError, match=why):
+            Searcher(encoder, searcher.index)
 
 
 def test_routes_filters_and_targets_are_passed_on(searcher: Searcher) -> None:
@@ -53,12 +58,3 @@ def test_many_queries_keep_their_order_across_targets(searcher: Searcher) -> Non
         assert result.hits == searcher.search(query, k=2).hits
         assert [hit.id for hit in result.hits[:1]] == ([] if n % 3 == 2 else [f"t{n}"])
     assert searcher.search_many([]) == []
-
-
-def test_an_index_of_another_model_is_refused(searcher: Searcher) -> None:
-    other = FakeEncoder()
-    other.fingerprint = "fake-2"
-    with pytest.raises(StoreError, match=r"'fake-1'.*'fake-2'"):
-        Searcher(other, searcher.index)
-    with pytest.raises(StoreError, match="width 16"):
-        Searcher(FakeEncoder(width=8), searcher.index)

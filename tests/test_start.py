@@ -52,17 +52,16 @@ def test_wrong_arguments_are_answered_before_torch_is_imported(tmp_path: Path) -
 import contextlib, io, sys
 from traceir.cli.main import main
 for line in sys.stdin.read().splitlines():
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told), contextlib.suppress(SystemExit):
-        code = 2
+    shown, code = io.StringIO(), 2
+    with contextlib.redirect_stderr(shown), contextlib.suppress(SystemExit):
         code = main(line.split())
-    print(line, code, "torch" in sys.modules, " ".join(told.getvalue().split()), sep="\\t")
+    print(line, code, "torch" in sys.modules, " ".join(shown.getvalue().split()), sep="\\t")
 """
     done = subprocess.run([sys.executable, "-c", script], input="\n".join(wrong), capture_output=True, text=True, check=True)
     answers = [line.split("\t") for line in done.stdout.splitlines()]
     assert [line for line, *_ in answers] == list(wrong)
-    for line, code, torch, told in answers:
-        assert (code, torch) == ("2", "False") and wrong[line] in told, (line, code, torch, told)
+    for line, code, torch, shown in answers:
+        assert (code, torch) == ("2", "False") and wrong[line] in shown, (line, code, torch, shown)
     assert not (tmp_path / "index").exists(), "nothing was made"
 
 
@@ -84,7 +83,7 @@ def test_an_unreachable_hub_is_asked_once(tmp_path: Path, monkeypatch: pytest.Mo
         assert not hub_answers()
         tries: list[object] = []
         connect = socket.create_connection
-        monkeypatch.setattr(socket, "create_connection", lambda *given: tries.append(given) or connect(*given))
+        monkeypatch.setattr(socket, "create_connection", lambda *arguments: tries.append(arguments) or connect(*arguments))
         with pytest.raises(ModelError, match=r"Qwen/Nothere.*local cache.*does not answer"):
             fetch("Qwen/Nothere")
         assert len(tries) == 1

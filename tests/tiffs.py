@@ -1,4 +1,4 @@
-"""Image files for tests: of Pillow, and TIFF files written by hand from the specification (TIFF 6.0)."""
+"""Image files for tests: of Pillow, and PNG and TIFF files written by hand from their specifications (TIFF 6.0)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def encode(image: Image.Image, format: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def png(width: int, height: int, depth: int, colour: int, rows: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """Unfiltered rows of samples; fewer than `height` of them where the file claims more than it holds."""
+    row = width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour] + 7 >> 3
+    lines = b"".join(b"\0" + rows[start : start + row] for start in range(0, len(rows), row))
+    head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    parts = [(b"IHDR", head), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    packed = (struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
 def tiff(
     width: int, height: int, pixels: bytes, *, tags: Tags, order: str = "<", packed: bool = False, pieces: tuple[int, ...] = ()
 ) -> bytes:
@@ -34,21 +44,19 @@ def tiff(
         273: (LONG, (0,) * len(pieces or "1")), 277: (SHORT, (1,)), 278: (LONG, (height,)),
         279: (LONG, pieces or (len(body),)), **tags,
     }  # fmt: skip
-    beyond = 8 + 2 + 12 * len(header) + 4
-    entries, values_beyond = b"", b""
+    starts_at = 8 + 2 + 12 * len(header) + 4
     data_of = {tag: struct.pack(f"{order}{len(values)}{_FORMS[kind]}", *values) for tag, (kind, values) in header.items()}
-    start = beyond + sum(len(data) for data in data_of.values() if len(data) > 4)
+    start = starts_at + sum(len(data) for data in data_of.values() if len(data) > 4)
     starts = [start + sum(pieces[:number]) for number in range(len(pieces) or 1)]
     data_of[273] = struct.pack(f"{order}{len(starts)}I", *starts)
+    entries = beyond = b""
     for tag, (kind, values) in sorted(header.items()):
-        entries += struct.pack(f"{order}HHI", tag, kind, len(values))
-        if len(data_of[tag]) > 4:
-            entries += struct.pack(f"{order}I", beyond + len(values_beyond))
-            values_beyond += data_of[tag]
-        else:
-            entries += data_of[tag].ljust(4, b"\0")
+        data = data_of[tag]
+        if len(data) > 4:
+            data, beyond = struct.pack(f"{order}I", starts_at + len(beyond)), beyond + data
+        entries += struct.pack(f"{order}HHI", tag, kind, len(values)) + data.ljust(4, b"\0")
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(header))
-    return head + entries + bytes(4) + values_beyond + body
+    return head + entries + bytes(4) + beyond + body
 
 
 def grey_tiff(

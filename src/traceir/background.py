@@ -10,19 +10,21 @@ from __future__ import annotations
 import datetime
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from traceir.errors import InputError
 from traceir.index.store import Background
-from traceir.items import MODALITIES, Encoding, Query, Route, Vector
+from traceir.items import MODALITIES, Query, Vector
 from traceir.outside import lines_of
 from traceir.sources import Failure, Source, find_sources
+
+if TYPE_CHECKING:
+    from traceir.search import EncoderLike
 
 COUNT: Final = 2000
 """Queries: enough for a rate of 1 in 1000 over two modalities."""
@@ -30,41 +32,30 @@ FILE_NAME: Final = "background.txt"
 AT_ONCE: Final = 64
 
 
-class QueryEncoder(Protocol):
-    """The part of `EncoderLike` that is asked."""
-
-    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...
-
-
 def built_in(count: int = COUNT, seed: int = 0) -> list[Query]:
     """`count` different texts; the first n of equal seeds are equal, whatever the count. InputError for more than there are."""
     if not 1 <= count <= 100_000:
         raise InputError(f"{count} built-in queries cannot be drawn; ask for 1 to 100000")
-    return [Query.of(text=text) for text in islice(_texts(seed), count)]
-
-
-def _texts(seed: int) -> Iterator[str]:
     words = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
     draw = random.Random(seed)
-    seen: set[str] = set()
-    while True:
-        first, second, third = (f"{'an' if thing[0] in 'aeio' else 'a'} {thing}" for thing in draw.sample(words["things"], 3))
+    texts: dict[str, None] = {}
+    while len(texts) < count:
+        first, second, third = (f"{'an' if noun[0] in 'aeio' else 'a'} {noun}" for noun in draw.sample(words["things"], 3))
         text = draw.choice(words["forms"]).format(first, draw.choice(words["deeds"]), second, draw.choice(words["places"]), third)
-        if text not in seen:
-            seen.add(text)
-            yield text
+        texts[text] = None
+    return [Query.of(text=text) for text in texts]
 
 
 def choose_queries(
-    given: Sequence[Path], model: Path, *, count: int = COUNT, instruction: str | None = None
+    paths: Sequence[Path], model: Path, *, count: int = COUNT, instruction: str | None = None
 ) -> tuple[list[Query], str]:
     """The queries to calibrate with, and what they are in words.
 
-    Texts are those given, else those of the checkpoint's own `background.txt`, else the built-in ones: the first `count` of them.
-    Images are those given; where no query of both is, each image is also asked beside one of the texts.
+    Texts are those of the paths, else those of the checkpoint's own `background.txt`, else the built-in ones: the first `count`.
+    Images are those of the paths; where no query of both is, each image is also asked beside one of the texts.
     """
-    queries = [query for path in given for query in read_queries(path)]
-    sources = [path.name for path in given]
+    queries = [query for path in paths for query in read_queries(path)]
+    sources = [path.name for path in paths]
     own = model / FILE_NAME
     if not any(query.modality == "text" for query in queries):
         queries += (read_queries(own) if own.is_file() else built_in(count))[:count]
@@ -84,22 +75,25 @@ def read_queries(path: Path) -> list[Query]:
         lines = dict.fromkeys(line.strip() for line in lines_of(path, "query") if line.strip())
         queries = [Query.of(text=line) for line in lines]
     else:
-        queries = [_query_of(source) for source in find_sources([path]) if isinstance(source, Source | Failure)]
+        queries = []
+        for outcome in find_sources([path]):
+            if isinstance(outcome, Failure):
+                raise InputError(f"{outcome.place}: {outcome.reason}")
+            if isinstance(outcome, Source):
+                queries.append(_query_of(outcome))
     if not queries:
         raise InputError(f"{path} holds no query; give images, a .jsonl file, or a .txt file of one text a line")
     return queries
 
 
-def _query_of(source: Source | Failure) -> Query:
-    if isinstance(source, Failure):
-        raise InputError(f"{source.place}: {source.reason}")
+def _query_of(source: Source) -> Query:
     try:
         return Query(source.make_item()[0].parts, id=source.id)
     except InputError as error:
         raise InputError(f"{source.place}: {error}") from error
 
 
-def encode_background(encoder: QueryEncoder, queries: Sequence[Query], source: str, *, progress: bool = False) -> Background:
+def encode_background(encoder: EncoderLike, queries: Sequence[Query], source: str, *, progress: bool = False) -> Background:
     """The background that these queries make, each encoded by the route that the model chooses."""
     from tqdm import tqdm
 

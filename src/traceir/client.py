@@ -11,28 +11,31 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any, Final, Literal, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 
-from traceir.connection import Answer, Connection
+from traceir.connection import Answer, Connected, Connection
 from traceir.cutoff import Cut
+from traceir.engines.base import Payload, batches
+from traceir.engines.forms import content_parts, message
 from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput, data_url
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
 
-CHUNK: Final = 64  # inputs of one request at most; longer calls send several
-CHUNK_BYTES: Final = 24 * 1024 * 1024  # bytes of one request, of JSON with images in base64, beyond which no input joins it
+MAX_INPUTS: Final = 64
+"""Inputs, or ids, of one request; longer calls send several."""
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
 """Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
 _PAGE: Final = 500
 _NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
-_REFUSED: Final = (400, 404, 409, 413, 415, 422)  # the server's word for a request that is wrong as it stands
+_REFUSED: Final = (400, 404, 409, 413, 415, 422)
+"""By these the server says that a request is wrong as it stands."""
 Read = TypeVar("Read")
 
 
@@ -48,7 +51,7 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's road, seconds by stage; `cut`: how many
+    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's route, seconds by stage; `cut`: how many
     tokens of a long text the model did not read; `cutoff`: what a cut-off did, None where none was on."""
 
     hits: tuple[Hit, ...]
@@ -84,21 +87,11 @@ class Kept:
     fields: Mapping[str, Value]
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """One input as it is sent, its place among those of the call, and its bytes in JSON."""
-
-    place: int
-    body: Any
-    bytes: int
-
-
-class Client:
+class Client(Connected):
     """One server by address and API key. Thread-safe; `close` when done, or use it in a `with`.
 
-    Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong,
-    ModelError where it cannot be reached, fails, or refuses the key. An input of more than 31 MiB in JSON (about 23 MB of image
-    files) is an InputError too, before anything of its request is sent.
+    Waits and tries again where the server is busy or restarting. Raises InputError where the server finds the request wrong, and,
+    before it is sent, for an input of more than 31 MiB in JSON; ModelError where it cannot be reached, fails, or refuses the key.
     """
 
     def __init__(
@@ -107,9 +100,7 @@ class Client:
     ) -> None:  # fmt: skip
         self._connection = Connection(base_url, api_key, in_flight=in_flight, timeout_s=timeout_s, tries=tries, pause_s=pause_s)
 
-    @property
-    def base_url(self) -> str:
-        return self._connection.address
+    base_url = Connected.address
 
     @cached_property
     def model(self) -> ServedModel:
@@ -130,42 +121,41 @@ class Client:
     ) -> Found:  # fmt: skip
         """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}. `cutoff` as in
         `Searcher.search`; 0 is none, None what the server does by itself."""
-        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact}
+        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact, "cutoff": cutoff}
+        body["where"] = dict(where) if where else None
         if query.parts:
-            parts = [part if isinstance(part, str) else {"data": _base64(part)} for part in query.parts]
-            body["parts"] = _piece(0, query, parts).body
-        body |= _given(instruction=query.instruction, modality=query.target, where=dict(where) if where else None, cutoff=cutoff)
-        answer = self._call("POST", "/search", body)
-        told = {"seconds": {}, **(answer.get("trace") or {}), "more": bool(answer.get("more"))}
-        told["hits"] = tuple(_read(Hit, one) for one in _list_of(answer, "hits"))
-        told["cutoff"] = answer.get("cutoff") and _read(Cut, answer["cutoff"])
-        return _read(Found, told)
+            parts = [part if isinstance(part, str) else {"data": _url(part)} for part in query.parts]
+            body["parts"] = _payload(0, query, parts).body
+        answer = self._call("POST", "/search", body | {"instruction": query.instruction, "modality": query.target})
+        cut = answer.get("cutoff") and _read(Cut, answer["cutoff"])
+        hits = tuple(_read(Hit, entry) for entry in _list_of(answer, "hits"))
+        known = {"hits": hits, "more": bool(answer.get("more")), "cutoff": cut}
+        return _read(Found, {"seconds": {}, **(answer.get("trace") or {}), **known})
 
     def add(self, items: Sequence[Item]) -> list[Added]:
         """Indexes items, each of one image, one text, or both, and an id; in order, what became of each.
 
-        They travel in requests one after another. `failed` are also items that cannot be sent (without an id, of another form,
-        with an image that cannot be read or is too large), those of a request that the server refuses as a whole, and, where the
-        server is lost after it has answered one request, all those it has not confirmed; they may be sent again. Raises
-        ModelError where the server does not answer the first request.
+        `failed` are also items that cannot be sent (without an id, of another form, with an image that cannot be read or is too
+        large), those of a request that the server refuses as a whole, and, where the server is lost after its first answer, all
+        that it has not confirmed; they may be sent again. Raises ModelError where it does not answer the first request.
         """
         results: dict[int, Added] = {}
-        answered, lost = False, "the server does not confirm it"
-        for chunk in _chunks(_sendable(items, results)):
+        answered, reason = False, "the server does not confirm it"
+        for batch in batches(_sendable(items, results), MAX_INPUTS):
             try:
-                answer = self._call("POST", "/items", {"items": [piece.body for piece in chunk]})
-                told = [_read(Added, one) for one in _list_of(answer, "results", len(chunk))]
-                results.update(zip((piece.place for piece in chunk), told, strict=True))
+                answer = self._call("POST", "/items", {"items": [payload.body for payload in batch]})
+                added = [_read(Added, entry) for entry in _list_of(answer, "results", len(batch))]
+                results.update(zip((payload.number for payload in batch), added, strict=True))
             except InputError as error:
-                results.update({piece.place: Added("", "failed", str(error)) for piece in chunk})
+                results |= {payload.number: Added("", "failed", str(error)) for payload in batch}
             except ModelError as error:
                 if not answered:
                     raise
-                lost = str(error)
+                reason = str(error)
                 break
             answered = True
-        ordered = [results.get(place) or Added("", "failed", lost) for place in range(len(items))]
-        return [Added(str(item.id or ""), one.status, one.error, one.cut) for item, one in zip(items, ordered, strict=True)]
+        missing = Added("", "failed", reason)
+        return [replace(results.get(number, missing), id=str(item.id or "")) for number, item in enumerate(items)]
 
     def get(self, id: str) -> Kept:
         """What is kept of an item. Raises InputError where there is none of this id."""
@@ -177,7 +167,7 @@ class Client:
         more = True
         while more:
             page = self._call("GET", f"/items?after={quote(after, safe='')}&limit={_PAGE}")
-            kept = [_read(Kept, one) for one in _list_of(page, "items")]
+            kept = [_read(Kept, entry) for entry in _list_of(page, "items")]
             yield from kept
             more = bool(page.get("more")) and bool(kept)
             after = kept[-1].id if kept else after
@@ -198,62 +188,54 @@ class Client:
     def delete(self, ids: Sequence[str]) -> int:
         """Removes items by id; returns how many were there. Raises InputError, before anything is removed, for what is no id."""
         check_ids(ids)
-        chunks = [list(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)]
+        chunks = [list(ids[start : start + MAX_INPUTS]) for start in range(0, len(ids), MAX_INPUTS)]
         return sum(int(self._call("DELETE", "/items", {"ids": chunk})["deleted"]) for chunk in chunks)
 
-    def close(self) -> None:
-        """Closes the connections to the server."""
-        self._connection.close()
-
-    def __enter__(self) -> Client:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _embed(self, contents: Sequence[Query] | Sequence[Item], input_type: str, route: Route) -> list[Encoding]:
+    def _embed(self, contents: Sequence[Query | Item], input_type: str, route: Route) -> list[Encoding]:
         """Requests of one instruction and target each, since a request states them once, sent side by side."""
-        groups: dict[tuple[str | None, Modality | None, bool], list[int]] = {}
-        for place, content in enumerate(contents):
-            asked = (content.instruction, content.target) if isinstance(content, Query) else (None, None)
-            groups.setdefault((*asked, _plain(content.parts)), []).append(place)
-        bodies, chunks = [], []
-        for (instruction, target, plain), members in groups.items():
-            name, form = ("input", _pair) if plain else ("messages", _chat)
-            shared = _given(instruction=instruction, modality=target, input_type=input_type, route=route)
-            for chunk in _chunks(_piece(place, contents[place], form(contents[place].parts)) for place in members):
-                bodies.append({name: [piece.body for piece in chunk], **shared, "encoding_format": "base64"})
-                chunks.append([piece.place for piece in chunk])
-        answers = self._connection.gather(
-            [partial(self._embed_chunk, body, places) for body, places in zip(bodies, chunks, strict=True)]
-        )
+        payloads = []
+        for number, content in enumerate(contents):
+            plain = _plain(content.parts)
+            body = _pair(content.parts) if plain else [message("user", content_parts(content.parts, _url))]
+            shared: dict[str, str | None] = {"as": "input" if plain else "messages", "input_type": input_type, "route": route}
+            if isinstance(content, Query):
+                shared |= {"instruction": content.instruction, "modality": content.target}
+            payloads.append(_payload(number, content, body, shared))
+        payloads.sort(key=lambda payload: json.dumps(payload.fields))
+        chunks = list(batches(payloads, MAX_INPUTS))
         encodings: dict[int, Encoding] = {}
-        for places, answer in zip(chunks, answers, strict=True):
-            encodings.update(zip(places, map(_encoding, _list_of(answer, "data", len(places))), strict=True))
-        return [encodings[place] for place in range(len(contents))]
+        for chunk, answer in zip(
+            chunks, self._connection.gather([partial(self._embed_chunk, chunk) for chunk in chunks]), strict=True
+        ):
+            read = map(_encoding, _list_of(answer, "data", len(chunk)))
+            encodings.update(zip((payload.number for payload in chunk), read, strict=True))
+        return [encodings[number] for number in range(len(contents))]
 
-    async def _embed_chunk(self, body: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
-        """The answer; where one input is refused, the error names its place in the whole call."""
+    async def _embed_chunk(self, chunk: Sequence[Payload]) -> dict[str, Any]:
+        """The answer; where one input is refused, the error names its number in the whole call."""
+        shared = dict(chunk[0].fields)
+        body = {shared.pop("as"): [payload.body for payload in chunk], **shared, "encoding_format": "base64"}
         try:
             return await self._request("POST", "/v1/embeddings", body)
         except InputError as error:
             named = _NAMED.search(str(error))
-            if named is None or int(named[1]) >= len(places):
+            if named is None or int(named[1]) >= len(chunk):
                 raise
-            raise InputError(f"number {places[int(named[1])]} of what was given (from 0) is refused: {error}") from error
+            raise InputError(f"number {chunk[int(named[1])].number} of what was given (from 0) is refused: {error}") from error
 
     def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return self._connection.gather([partial(self._request, method, path, body)])[0]
 
     async def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        answer = self._checked(path, await self._connection.request(method, path, body, refused=_REFUSED))
+        stated = body and {name: value for name, value in body.items() if value is not None}
+        answer = self._checked(path, await self._connection.request(method, path, stated, refused=_REFUSED))
         if not isinstance(answer.body, dict):
             raise ModelError(f"{self.base_url}{path} answers with {str(answer.body)[:80]!r}; is it `traceir serve`?")
         return answer.body
 
     def _checked(self, path: str, answer: Answer) -> Answer:
         if answer.status > 299:
-            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.said}")
+            raise InputError(f"{self.base_url}{path} refuses the request ({answer.status}): {answer.message}")
         return answer
 
 
@@ -282,46 +264,33 @@ class ServedEncoder:
         return self.client.embed_items(items)
 
 
-def _piece(place: int, content: Item | Query, body: Any) -> _Piece:
+def _payload(number: int, content: Item | Query, body: Any, fields: Mapping[str, Any] | None = None) -> Payload:
     """Raises InputError where the input alone is more than a request may hold."""
-    size = len(json.dumps(body))
-    if size > MAX_INPUT_BYTES:
+    payload = Payload(number, content, body, fields or {})
+    if payload.bytes > MAX_INPUT_BYTES:
         named = ", ".join(str(image.path or image.name or "in memory") for image in content.images)
-        kind = type(content).__name__.lower()
         raise InputError(
-            f"{kind} {content.id or '(no id)'} (images: {named or 'none'}) is {size} bytes in JSON, more than the "
-            f"{MAX_INPUT_BYTES} that a request takes; make it smaller"
+            f"{type(content).__name__.lower()} {content.id or '(no id)'} (images: {named or 'none'}) is {payload.bytes} bytes in "
+            f"JSON, more than the {MAX_INPUT_BYTES} that a request takes; make it smaller"
         )
-    return _Piece(place, body, size)
+    return payload
 
 
-def _chunks(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """In order, each of at most `CHUNK` pieces and `CHUNK_BYTES`, or of one larger piece."""
-    chunk: list[_Piece] = []
-    for piece in pieces:
-        if chunk and (len(chunk) == CHUNK or sum(one.bytes for one in chunk) + piece.bytes > CHUNK_BYTES):
-            yield chunk
-            chunk = []
-        chunk.append(piece)
-    if chunk:
-        yield chunk
-
-
-def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[_Piece]:
-    """The items as pieces, made one by one; those that cannot be sent are noted in `failed` by their place."""
-    for place, item in enumerate(items):
+def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[Payload]:
+    """The items as they are sent, made one by one; those that cannot be are noted in `failed` by their number."""
+    for number, item in enumerate(items):
         try:
             if item.id is None or not _plain(item.parts):
                 raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one image, one text, or both")
             check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
-            body: dict[str, Any] = {"id": item.id, "fields": dict(item.fields)}
-            for part in item.parts:
-                body |= {"image": {"data": _base64(part)}} if isinstance(part, ImageInput) else {"text": part}
-            piece = _piece(place, item, body)
+            pair: dict[str, Any] = _pair(item.parts)
+            if "image" in pair:
+                pair["image"] = {"data": pair["image"]}
+            payload = _payload(number, item, {"id": item.id, "fields": dict(item.fields), **pair})
         except InputError as error:
-            failed[place] = Added("", "failed", str(error))
+            failed[number] = Added("", "failed", str(error))
         else:
-            yield piece
+            yield payload
 
 
 def _plain(parts: Sequence[Part]) -> bool:
@@ -333,57 +302,34 @@ def _pair(parts: Sequence[Part]) -> dict[str, str]:
     return dict(("text", part) if isinstance(part, str) else ("image", _url(part)) for part in parts)
 
 
-def _chat(parts: Sequence[Part]) -> list[dict[str, Any]]:
-    contents: list[dict[str, Any]] = []
-    for part in parts:
-        if isinstance(part, str):
-            contents.append({"type": "text", "text": part})
-        else:
-            contents.append({"type": "image_url", "image_url": {"url": _url(part)}})
-    return [{"role": "user", "content": contents}]
-
-
 def _url(image: ImageInput) -> str:
+    """The file as it is, or pixels as PNG. Raises ImageError for what is no image."""
     data, format = image.encoded()
     return data_url(data, format.media_type)
 
 
-def _base64(image: ImageInput) -> str:
-    """The file as it is, or pixels as PNG. Raises ImageError for what is no image."""
-    return base64.b64encode(image.encoded()[0]).decode()
-
-
-def _encoding(told: Any) -> Encoding:
+def _encoding(entry: Any) -> Encoding:
     try:
-        vector = np.frombuffer(base64.b64decode(told["embedding"], validate=True), dtype="<f4").astype(np.float32)
-        return _read(Encoding, {**told["trace"], "vector": vector})
+        vector = np.frombuffer(base64.b64decode(entry["embedding"], validate=True), dtype="<f4").astype(np.float32)
+        return _read(Encoding, {**entry["trace"], "vector": vector})
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError("the server's embeddings have no `trace`; is it `traceir serve`?") from error
 
 
-def _read(kind: type[Read], told: Any) -> Read:
+def _read(kind: type[Read], entry: Any) -> Read:
     """A dataclass from the fields of the same names of a JSON object; ModelError where it has not those that are needed."""
     try:
         wanted = {field.name: field.default is MISSING for field in fields(kind)}  # type: ignore[arg-type]  # always a dataclass
-        return kind(**{name: told[name] for name, needed in wanted.items() if needed or name in told})
+        return kind(**{name: entry[name] for name, needed in wanted.items() if needed or name in entry})
     except (KeyError, TypeError) as error:
-        raise ModelError(
-            f"a {kind.__name__} of the server cannot be read: {str(told)[:80]!r}; is it `traceir serve` of the same release?"
-        ) from error
+        why = f"cannot be read: {str(entry)[:80]!r}; is it `traceir serve` of the same release?"
+        raise ModelError(f"a {kind.__name__} of the server {why}") from error
 
 
 def _list_of(answer: Mapping[str, Any], name: str, count: int = -1) -> list[Any]:
     """A list of an answer, of `count` entries where that is known."""
     entries = answer.get(name)
-    if not isinstance(entries, list) or count not in (-1, len(entries)):
-        shown = (
-            f"{len(entries)} entries of {name!r} for {count}"
-            if isinstance(entries, list)
-            else f"no {name!r}: {str(answer)[:80]!r}"
-        )
-        raise ModelError(f"the server's answer has {shown}; is it `traceir serve`?")
-    return entries
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+    if isinstance(entries, list) and count in (-1, len(entries)):
+        return entries
+    shown = f"{len(entries)} {name!r} for {count}" if isinstance(entries, list) else f"no {name!r}: {str(answer)[:80]!r}"
+    raise ModelError(f"the server's answer has {shown}; is it `traceir serve`?")

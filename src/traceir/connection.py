@@ -14,8 +14,9 @@ import re
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from traceir.errors import InputError, ModelError
 from traceir.outside import read_json, valid
@@ -29,7 +30,8 @@ T = TypeVar("T")
 _PASSING: Final = frozenset({429, 502, 503, 504})
 """By these a server says that the same request may succeed later. 408 is none: that request has spent the server's time once."""
 _LONGEST_PAUSE_S: Final = 30.0
-_CLOSING_S: Final = 10.0  # what `close` waits at most for requests to end
+_CLOSING_S: Final = 10.0
+"""What `close` waits at most for requests to end."""
 
 
 class TransientError(ModelError):
@@ -46,7 +48,7 @@ class Answer:
 
     status: int
     body: Any
-    said: str = ""
+    message: str = ""
 
 
 class Connection:
@@ -90,18 +92,23 @@ class Connection:
         """Begins one job, when one of the `in_flight` places is free; cancelling the future ends it."""
         return self._started(self._bounded(job))
 
-    def call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False
-    ) -> Answer:
-        """One request, waited for; see `request`."""
-        return self._wait(self.request(method, path, body, refused=refused, raw=raw))
+    def call(self, method: str, path: str, body: Mapping[str, Any] | None = None, **options: Any) -> Answer:
+        """One request, waited for; `options` as for `request`."""
+        return self._wait(self.request(method, path, body, **options))
 
     async def request(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, refused: Sequence[int] = (), raw: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        refused: Sequence[int] = (),
+        raw: bool = False,
+        check: Callable[[Answer], None] = lambda _: None,
     ) -> Answer:
         """One request with its tries. A status in `refused` comes back as an Answer, any other above 299 raises ModelError.
 
-        `raw`: the answer is not JSON, and comes as bytes.
+        `raw`: the answer is not JSON, and comes as bytes. `check` raises TransientError for an answer to be asked for again.
         """
         try:
             content = None if body is None else json.dumps(body, allow_nan=False).encode()
@@ -110,7 +117,9 @@ class Connection:
         attempt = 1
         while True:
             try:
-                return await self._try(method, f"{self.address}{path}", content, refused, raw)
+                answer = await self._try(method, f"{self.address}{path}", content, refused, raw)
+                check(answer)
+                return answer
             except TransientError as error:
                 if attempt == self.tries:
                     raise ModelError(f"{error} (tried {attempt} times)") from error
@@ -145,10 +154,8 @@ class Connection:
                 work.close()
                 raise ModelError(f"the connection to {self.address} is closed; make a new one")
             if self._thread is None:
-                ready = threading.Event()
-                self._thread = threading.Thread(
-                    target=lambda: asyncio.run(self._run(ready)), name=f"traceir {self.address}", daemon=True
-                )
+                ready, name = threading.Event(), f"traceir {self.address}"
+                self._thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), name=name, daemon=True)
                 self._thread.start()
                 ready.wait()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -162,7 +169,7 @@ class Connection:
 
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
-        async with httpx2.AsyncClient(headers=self._headers, limits=limits, timeout=None, follow_redirects=False) as self._client:
+        async with httpx2.AsyncClient(headers=self._headers, limits=limits, timeout=None) as self._client:
             ready.set()
             await self._stop.wait()
 
@@ -185,41 +192,57 @@ class Connection:
         try:
             async with asyncio.timeout(self.timeout_s):
                 response = await self._client.request(method, url, content=content)
-        except (TimeoutError, httpx2.TimeoutException) as error:
-            shown = f"{url} gave no answer within {self.timeout_s:g} s; raise timeout_s or lower in_flight"
-            raise TransientError(shown) from error
+        except TimeoutError as error:
+            raise TransientError(
+                f"{url} gave no answer within {self.timeout_s:g} s; raise timeout_s or lower in_flight"
+            ) from error
         except httpx2.TransportError as error:
             shown = f"cannot reach {url}: {error or type(error).__name__}; is the server running, and is this its address?"
             raise TransientError(shown) from error
-        status, said = response.status_code, _said(response.text) if response.status_code > 299 else ""
+        status, message = response.status_code, _message_of(response.text) if response.status_code > 299 else ""
         if status in _PASSING:
-            wait = _seconds(response.headers.get("retry-after"))
-            raise TransientError(f"{url} answers {status}: {said}; it is busy or still starting", wait)
+            wait = None
+            with suppress(ValueError):
+                wait = max(0.0, float(response.headers.get("retry-after", "")))
+            raise TransientError(f"{url} answers {status}: {message}; it is busy or still starting", wait)
         if status in (401, 403):
-            raise ModelError(f"{url} refuses the API key ({status}: {said}); give the right key")
+            raise ModelError(f"{url} refuses the API key ({status}: {message}); give the right key")
         if status > 299 and status not in refused:
-            raise ModelError(f"{url} answers {status}: {said}")
-        if raw or status > 299:
-            return Answer(status, response.content if status < 300 else None, said)
+            raise ModelError(f"{url} answers {status}: {message}")
+        if raw or status > 299 or not response.content.strip():
+            return Answer(status, response.content if raw and status < 300 else None, message)
         try:
-            return Answer(status, read_json(response.content) if response.content.strip() else None)
+            return Answer(status, read_json(response.content))
         except ValueError as error:
             raise TransientError(f"{url} answered with something that is no whole JSON: {response.content[:80]!r}") from error
 
 
-def _said(text: str) -> str:
+class Connected:
+    """What works over a connection; `close` when done, or use it in a `with`."""
+
+    _connection: Connection
+
+    @property
+    def address(self) -> str:
+        return self._connection.address
+
+    def close(self) -> None:
+        """Closes the connections to the server."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _message_of(text: str) -> str:
     """What an error answer says: its message, in OpenAI's, FastAPI's or SGLang's form, else the text itself."""
     try:
-        found = read_json(text)
+        message = read_json(text)
     except ValueError:
         return valid(text.strip()[:500]) or "no reason given"
-    while isinstance(found, dict):
-        found = next((found[name] for name in ("error", "message", "detail") if name in found), str(found))
-    return str(found)[:500]
-
-
-def _seconds(header: str | None) -> float | None:
-    try:
-        return max(0.0, float(header)) if header else None
-    except ValueError:
-        return None
+    while isinstance(message, dict):
+        message = next((message[name] for name in ("error", "message", "detail") if name in message), str(message))
+    return str(message)[:500]

@@ -3,10 +3,8 @@
 The best score that such a background query reaches among the items of one modality is what chance reaches. With n of them, a hit
 counts if it scores more than the k-th highest of these scores, k = floor(rate (n + 1)): of queries like those of the background,
 to which there is no answer, at most this rate finds something all the same (split conformal prediction; Vovk, Gammerman and
-Shafer 2005, section 4.1). A search over several modalities shares its alarms among them.
-
-Scores of different pairs of modalities are not comparable, so each pair of query and item modality has its own threshold. The raw
-best score is the statistic because none that relates it to the query's other scores kept more (docs/results/cutoff.md).
+Shafer 2005, section 4.1). Each pair of query and item modality has its own threshold, since their scores are not comparable; a
+search over several modalities shares its alarms among them. Why the raw best score: docs/results/cutoff.md.
 """
 
 from __future__ import annotations
@@ -30,18 +28,15 @@ from traceir.items import MODALITIES, Hit, Modality
 PATIENCE: Final = 20.0
 """Old thresholds serve this many times as long as computing them took, however often the contents change meanwhile."""
 _TENANTS: Final = 256
-_KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "pictures", "image,text": "pictures with words"}
+_KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "images", "image,text": "images with words"}
 Scores = Mapping[Modality, npt.NDArray[np.float32]]
 """By the modality of items: the best score of each background query among them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a cut-off did to one answer.
-
-    A hit of a modality must score more than its threshold in `thresholds`. `below` counts, among the k best of each modality that
-    was looked at, those that do not; `best` is the best score of all that was found, None where nothing was.
-    """
+    """What a cut-off did to one answer. `below` counts, among the k best of each modality that was looked at, those that do not
+    score more than its threshold; `best` is the best score of all that was found, None where nothing was."""
 
     rate: float
     thresholds: Mapping[Modality, float]
@@ -65,24 +60,21 @@ def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
         return {}
     ordered = {modality: np.sort(own) for modality, own in scores.items()}
     count = len(next(iter(ordered.values())))
-    # The place of a query is how many score as it does or more, where fewest do: 1 for the best.
-    places = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
+    # The rank of a query is how many score as it does or more, where fewest do: 1 for the best.
+    ranks = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
     alarms = math.floor(rate * (count + 1) + 1e-9)
-    place = int(places[alarms]) - 1 if alarms < count else count
-    if not place:
-        least = int(np.searchsorted(places, 1, side="right"))
+    rank = int(ranks[alarms]) - 1 if alarms < count else count
+    if not rank:
+        least = int(np.searchsorted(ranks, 1, side="right"))
         raise InputError(
             f"cutoff {rate:g} is less than {count} background queries can tell, which is 1 in {(count + 1) // least}; give a "
             f"higher rate, or calibrate with --count {math.ceil(least / rate)} or a larger --background"
         )
-    return {modality: float(own[count - place]) for modality, own in ordered.items()}
+    return {modality: float(own[count - rank]) for modality, own in ordered.items()}
 
 
 class Calibration:
-    """The thresholds of one index, computed from what it holds and kept until that changes. Thread-safe.
-
-    Computing costs a search of all background queries at once: each of them against every vector.
-    """
+    """The thresholds of one index, by a search of all its background queries, kept until its contents change. Thread-safe."""
 
     def __init__(self, index: Index, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._index, self._clock = index, clock
@@ -99,19 +91,16 @@ class Calibration:
         """
         check_rate(rate)
         with self._lock:
-            scores = self._scores_of(query)
+            if self._clock() >= self._until and (version := self._index.version()) != self._version:
+                self._version, self._background, self._known = version, self._index.background(), {}
+                self._until = -math.inf
+            if query not in self._known:
+                started = self._clock()
+                self._known[query] = _best_scores(self._index, _background_of(self._background, query))
+                ended = self._clock()
+                self._until = max(self._until, ended + PATIENCE * (ended - started))
+            scores = self._known[query]
         return thresholds({name: own for name, own in scores.items() if target in (None, name)}, rate)
-
-    def _scores_of(self, query: Modality) -> Scores:
-        if self._clock() >= self._until and (version := self._index.version()) != self._version:
-            self._version, self._background, self._known = version, self._index.background(), {}
-            self._until = -math.inf
-        if query not in self._known:
-            started = self._clock()
-            self._known[query] = best_scores(self._index, background_of(self._background, query))
-            ended = self._clock()
-            self._until = max(self._until, ended + PATIENCE * (ended - started))
-        return self._known[query]
 
 
 class Calibrations:
@@ -130,8 +119,7 @@ class Calibrations:
             return calibration
 
 
-def background_of(background: Background | None, query: Modality) -> Vectors:
-    """The background queries of one modality; InputError, naming the remedy, where there are none."""
+def _background_of(background: Background | None, query: Modality) -> Vectors:
     if background is None:
         raise InputError("the index is not calibrated, so there is no cut-off; run `traceir index calibrate` on it once")
     if query not in background.vectors:
@@ -143,7 +131,7 @@ def background_of(background: Background | None, query: Modality) -> Vectors:
     return background.vectors[query]
 
 
-def best_scores(index: Index, vectors: Vectors) -> Scores:
+def _best_scores(index: Index, vectors: Vectors) -> Scores:
     """The best score of each of these queries among the items of each modality that the index has."""
     hits = {modality: index.search(vectors, 1, modality=modality) for modality in MODALITIES}
     return {
@@ -167,8 +155,7 @@ def search_above(
     """As `Index.search`, for each query the k best of those hits that score more than its own thresholds in `above`, which are
     those of `rate`; without a rate, the k best.
 
-    A modality without a threshold, new in the index, has no hits yet. Each modality is searched by itself, so that hits which are
-    none do not hide those of another that are.
+    A modality without a threshold has no hits. Each is searched by itself, so that what is cut hides nothing of another.
     """
     if rate is None:
         return [(hits, None) for hits in index.search(vectors, k, where=where, modality=modality, exact=exact)]

@@ -6,6 +6,7 @@ image of a stereo camera) are no part of it. Formats are named as Pillow names t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -97,9 +98,8 @@ def tiff_tags(image: Image.Image) -> Mapping[int, Any]:
 
 def largest_block(image: ImageFile.ImageFile) -> tuple[int, int]:
     """Width and height of the largest piece that is decoded at once: a TIFF's tiles may be larger than its image."""
-    tags = tiff_tags(image)
-    tile = tags.get(TiffImagePlugin.TILEWIDTH, 0), tags.get(TiffImagePlugin.TILELENGTH, 0)
-    return max(image.size, tile, key=lambda size: size[0] * size[1])
+    tile = tiff_tags(image).get(TiffImagePlugin.TILEWIDTH, 0), tiff_tags(image).get(TiffImagePlugin.TILELENGTH, 0)
+    return max(image.size, tile, key=math.prod)
 
 
 def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
@@ -114,7 +114,10 @@ def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
 def extent_of(data: bytes) -> Extent:
     """Where the file's own structure ends. BMP and TIFF have no end of their own: `is_cut`, and their decoders, find the rest."""
     walk = next((walk for start, walk in _WALKS.items() if data.startswith(start)), None)
-    return walk(data) if walk else Extent(len(data))
+    if walk is not None:
+        return walk(data)
+    end = int.from_bytes(data[4:8], "little") + 8 if data.startswith(b"RIFF") else len(data)
+    return Extent(end if end <= len(data) else None)
 
 
 def decodable(data: bytes, extent: Extent) -> bytes:
@@ -178,11 +181,6 @@ def _walk_png(data: bytes) -> Extent:
     return Extent(None)
 
 
-def _walk_webp(data: bytes) -> Extent:
-    end = int.from_bytes(data[4:8], "little") + 8
-    return Extent(end if end <= len(data) else None)
-
-
 def _walk_gif(data: bytes) -> Extent:
     """From block to block, zeros between them left out."""
     try:
@@ -214,6 +212,5 @@ def _behind_blocks(data: bytes, offset: int) -> int:
 _WALKS: Final[dict[bytes, Callable[[bytes], Extent]]] = {
     JPEG_START: _walk_jpeg,
     b"\x89PNG\r\n\x1a\n": _walk_png,
-    b"RIFF": _walk_webp,
     b"GIF8": _walk_gif,
 }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Any, Final
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -45,9 +45,11 @@ _UPRIGHT: Final = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DAMAGED: Final = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError)
 _TOO_LARGE: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_DECODER_ERRORS: Final = (*_DAMAGED, AttributeError, struct.error, zlib.error, *_TOO_LARGE)
+_DECODER_ERRORS: Final = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError),
+    *(AttributeError, struct.error, zlib.error, *_TOO_LARGE),
+)
 """What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError."""
 
 
@@ -147,13 +149,12 @@ class ImageInput:
     @property
     def sha256(self) -> str:
         """Hex SHA-256 of the file's bytes; of size and RGB pixels for an image made by `from_pil`."""
-        with self._lock:
-            known = self._sha256
-        if known is not None:
-            return known
+        if self._sha256 is not None:
+            return self._sha256
         if self._image is not None:
-            return self._remember(_hash_pixels(self._image))
-        return self._remember(hashlib.sha256(self._read(DEFAULT_LIMITS)).hexdigest())
+            size = f"RGB {self._image.width} {self._image.height}\n"
+            return self._remember(size.encode(), self._image.tobytes())
+        return self._remember(self._read(DEFAULT_LIMITS))
 
     def encoded(self, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[bytes, Format]:
         """The bytes of the file as they are, and their format; PNG for an image made by `from_pil`. Raises ImageError."""
@@ -197,8 +198,14 @@ class ImageInput:
             return self._image.copy()
         data = self._read(limits)
         if self._data is None:
-            self._remember(hashlib.sha256(data).hexdigest())
-        return _decode(data, self._label, shrink_to, limits)
+            self._remember(data)
+        with _opened(data, self._label, limits) as (image, block):
+            if shrink_to is not None and image.format == "JPEG":
+                image.draft(None, (shrink_to, shrink_to))
+            with _MEMORY.taking(block * _BYTES_OF_PIXEL[str(image.format)]):
+                image.load()
+                _check_size(image.size, self._label, limits)
+                return _upright(image)
 
     @property
     def _label(self) -> str:
@@ -213,20 +220,44 @@ class ImageInput:
             raise ImageError(f"{self._label} cannot be read: {error}; {remedy}") from error
 
     def _read(self, limits: ImageLimits) -> bytes:
-        data = self._data if self.path is None else _read_file(self.path, self._label, limits.file_bytes)
+        most, data = limits.file_bytes, self._data or b""
+        size = len(data)
+        if self.path is not None:
+            size, data = self._read_file(self.path, most)
+        if size > most:
+            raise ImageError(
+                f"{self._label} has {size} bytes, more than the limit of {most}; shrink it or raise ImageLimits.file_bytes"
+            )
         if not data:
             raise ImageError(f"{self._label} is empty (0 bytes); replace or remove it")
-        _check_bytes(len(data), self._label, limits.file_bytes)
         return data
 
-    def _remember(self, sha256: str) -> str:
+    def _read_file(self, path: Path, most: int) -> tuple[int, bytes]:
+        """Size and bytes of the file, which is not read where it has more than `most`."""
+        try:
+            status = path.stat()
+            if not stat.S_ISREG(status.st_mode):
+                raise ImageError(f"{self._label} is not a regular file; give the path of an image file")
+            if status.st_size > most:
+                return status.st_size, b""
+            with path.open("rb") as file:
+                data = file.read(most + 1)
+            return len(data), data
+        except FileNotFoundError as error:
+            raise ImageError(f"{self._label} does not exist; check the path") from error
+        except OSError as error:
+            raise ImageError(f"{self._label} cannot be read: {error.strerror or error}; check the path and rights") from error
+
+    def _remember(self, *data: bytes) -> str:
+        """The SHA-256 of the data, which an image has once and for all."""
+        digest = hashlib.sha256()
+        for part in data:
+            digest.update(part)
         with self._lock:
-            if self._sha256 is None:
-                self._sha256 = sha256
-            known = self._sha256
-        if known != sha256:
+            self._sha256 = self._sha256 or digest.hexdigest()
+        if self._sha256 != digest.hexdigest():
             raise ImageError(f"{self._label} changed while in use; open it again once nothing writes it any more")
-        return known
+        return self._sha256
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, ImageInput) and self.sha256 == other.sha256)
@@ -236,35 +267,6 @@ class ImageInput:
 
     def __repr__(self) -> str:
         return f"ImageInput({str(self.path or self.name or 'in memory')!r})"
-
-
-def _check_bytes(size: int, label: str, limit: int) -> None:
-    if size > limit:
-        raise ImageError(f"{label} has {size} bytes, more than the limit of {limit}; shrink it or raise ImageLimits.file_bytes")
-
-
-def _read_file(path: Path, label: str, limit: int) -> bytes:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{label} is not a regular file; give the path of an image file")
-        _check_bytes(status.st_size, label, limit)
-        with path.open("rb") as file:
-            return file.read(limit + 1)
-    except FileNotFoundError as error:
-        raise ImageError(f"{label} does not exist; check the path") from error
-    except OSError as error:
-        raise ImageError(f"{label} cannot be read: {error.strerror or error}; check the path and rights") from error
-
-
-def _decode(data: bytes, label: str, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
-    with _opened(data, label, limits) as (image, block):
-        if shrink_to is not None and image.format == "JPEG":
-            image.draft(None, (shrink_to, shrink_to))
-        with _MEMORY.taking(block * _BYTES_OF_PIXEL[str(image.format)]):
-            image.load()
-            _check_size(image.size, label, limits)
-            return _upright(image)
 
 
 @contextlib.contextmanager
@@ -292,11 +294,14 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
 
 
 def _upright(image: ImageFile.ImageFile) -> Image.Image:
-    turn, rgb = _UPRIGHT.get(_orientation(image)), as_rgb(image)
+    transpose = None
+    with contextlib.suppress(*_DECODER_ERRORS):  # unreadable EXIF says nothing about rotation; the pixels are still good
+        transpose = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    rgb = as_rgb(image)
     if rgb is image:
-        return image.copy() if turn is None else image.transpose(turn)
+        return image.copy() if transpose is None else image.transpose(transpose)
     image.close()  # its pixels are not kept beside both those of the result and those being turned
-    return rgb if turn is None else rgb.transpose(turn)
+    return rgb if transpose is None else rgb.transpose(transpose)
 
 
 def _check_header(image: ImageFile.ImageFile, size: int, label: str, limits: ImageLimits) -> int:
@@ -325,21 +330,7 @@ def _check_size(size: tuple[int, int], label: str, limits: ImageLimits) -> None:
         raise ImageError(f"{label} is {width} x {height} pixels, {why}")
 
 
-def _orientation(image: Image.Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except _DECODER_ERRORS:
-        return 1  # unreadable EXIF says nothing about rotation; the pixels are still good
-    return value if isinstance(value, int) else 1
-
-
-def _hash_pixels(image: Image.Image) -> str:
-    digest = hashlib.sha256(f"RGB {image.width} {image.height}\n".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()
-
-
-def file_bytes(image: Image.Image, format: str = "JPEG", *, side: int = 0, **options: int) -> bytes:
+def file_bytes(image: Image.Image, format: str = "JPEG", *, side: int = 0, **options: Any) -> bytes:
     """Pixels as the bytes of a file, JPEG at quality 88 where `options` say no other; `side`: the longer one at most (0: any)."""
     if side and max(image.size) > side:
         image = image.copy()

@@ -37,14 +37,17 @@ class AddReport:
     failed: list[Failure] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
 
+    def include(self, other: AddReport) -> None:
+        """Counts what another one reports, too."""
+        self.added += other.added
+        self.updated += other.updated
+        self.skipped += other.skipped
+        self.failed += other.failed
+        self.notes += other.notes
+
 
 def add(
-    paths: Sequence[str | os.PathLike[str]],
-    index: Index,
-    encoder: EncoderLike,
-    *,
-    batch: int = 64,
-    progress: bool = True,
+    paths: Sequence[str | os.PathLike[str]], index: Index, encoder: EncoderLike, *, batch: int = 64, progress: bool = True
 ) -> AddReport:
     """Encode what is below the paths and keep it in the index; items already there with equal content are skipped.
 
@@ -57,7 +60,7 @@ def add(
     with progress_bar(paths, progress) as bar:
         for part in find_batches(paths, batch):
             known = index.get([source.id for source in part.sources])
-            keep(index, part, process(part.sources, known, lambda: encoder), report)
+            report.include(keep(index, part, process(part.sources, known, lambda: encoder)))
             bar.update(part.size)
     return report
 
@@ -109,9 +112,7 @@ class Processed:
 
     encoded: list[tuple[Item, Vector]] = field(default_factory=list)
     moved: list[Item] = field(default_factory=list)
-    skipped: int = 0
-    failed: list[Failure] = field(default_factory=list)
-    notes: list[Note] = field(default_factory=list)
+    rest: AddReport = field(default_factory=AddReport)
 
 
 def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder: Callable[[], EncoderLike]) -> Processed:
@@ -127,9 +128,9 @@ def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder
             if before is not None and is_new:
                 _check_same_origin(item, before)
         except InputError as error:
-            done.failed.append(Failure(source.place, str(error)))
+            done.rest.failed.append(Failure(source.place, str(error)))
             continue
-        done.notes += notes
+        done.rest.notes += notes
         if is_new:
             fresh.append((source, item))
         else:
@@ -139,17 +140,15 @@ def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder
     return done
 
 
-def keep(index: Index, batch: SourceBatch, done: Processed, report: AddReport) -> None:
-    """Keep encoded items, and moved ones with the vectors they have, durably; and report on the batch they came from."""
+def keep(index: Index, batch: SourceBatch, done: Processed) -> AddReport:
+    """Keep encoded items, and moved ones with the vectors they have, durably; the report on the batch they came from."""
     old = index.get([str(item.id) for item in done.moved], with_vectors=True)
     moved = [(item, old[str(item.id)].vector) for item in done.moved if str(item.id) in old]
     pairs = [*done.encoded, *((item, vector) for item, vector in moved if vector is not None)]
     new = index.upsert([item for item, _ in pairs], np.stack([vector for _, vector in pairs])) if pairs else ()
-    report.added += len(new)
-    report.updated += len(pairs) - len(new)
-    report.skipped += batch.again + done.skipped
-    report.failed += [*batch.failed, *done.failed]
-    report.notes += [*batch.notes, *done.notes]
+    report = AddReport(len(new), len(pairs) - len(new), batch.again, batch.failed, batch.notes)
+    report.include(done.rest)
+    return report
 
 
 def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
@@ -165,7 +164,7 @@ def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
 def _compare(item: Item, before: Stored | None, done: Processed) -> None:
     """Of known content: skipped, or moved where fields or the image's place differ."""
     if before is not None and same_fields(before.fields, item.fields) and before.image == image_of(item):
-        done.skipped += 1
+        done.rest.skipped += 1
     else:
         done.moved.append(item)
 
@@ -187,7 +186,7 @@ def _encode(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: M
     for (source, item), encoding in zip(fresh, encodings, strict=True):
         done.encoded.append((item, encoding.vector))
         if encoding.cut:
-            done.notes.append(Note(source.place, text_cut(encoding)))
+            done.rest.notes.append(Note(source.place, text_cut(encoding)))
 
 
 def _encode_without_image(
@@ -199,9 +198,9 @@ def _encode_without_image(
             raise error
         alone, notes = source.without_image(error)
     except InputError:
-        done.failed.append(Failure(source.place, str(error)))
+        done.rest.failed.append(Failure(source.place, str(error)))
         return
-    done.notes += notes
+    done.rest.notes += notes
     before = known.get(source.id)
     if before is not None and before.content_hash == alone.content_hash():
         _compare(alone, before, done)
@@ -213,7 +212,5 @@ def _check_same_origin(item: Item, before: Stored) -> None:
     """Refuse to overwrite the item of another file that still exists and merely has the same name below its folder."""
     mine, other = item.fields.get(FILE_FIELD), before.fields.get(FILE_FIELD)
     if isinstance(mine, str) and isinstance(other, str) and mine != other and Path(other).exists():
-        raise InputError(
-            f"id {item.id!r} already belongs to {other}, which still exists; "
-            "add a common parent folder instead, or remove that item first"
-        )
+        remedy = "add a common parent folder instead, or remove that item first"
+        raise InputError(f"id {item.id!r} already belongs to {other}, which still exists; {remedy}")

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from traceir.errors import InputError, ModelError, TraceError
 from traceir.index.copy import Copied
-from traceir.index.store import Index, Stored, check_identity, image_of
+from traceir.index.store import Index, IndexInfo, Opening, Stored, image_of
 from traceir.ingest import AddReport, Processed, check_paths, keep, process, progress_bar
 from traceir.items import Item, Vector
 from traceir.ray_session import ONE_CPU, Share, on_ray
@@ -63,17 +63,12 @@ def add_on_ray(
     reports: dict[int, AddReport] = {}
     with on_ray(workers, share), progress_bar(paths, progress) as bar:
         for number, part, done in _answers(find_batches(paths, batch), index, make_encoder, workers, share):
-            reports[number] = AddReport()
-            keep(index, part, done, reports[number])
+            reports[number] = keep(index, part, done)
             bar.update(part.size)
-    ordered = [reports[number] for number in sorted(reports)]
-    return AddReport(
-        sum(report.added for report in ordered),
-        sum(report.updated for report in ordered),
-        sum(report.skipped for report in ordered),
-        [failure for report in ordered for failure in report.failed],
-        [note for report in ordered for note in report.notes],
-    )
+    whole = AddReport()
+    for number in sorted(reports):
+        whole.include(reports[number])
+    return whole
 
 
 def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
@@ -96,7 +91,7 @@ def _answers(
     import ray
 
     info = index.info()
-    identity = Described(info.fingerprint, info.prompt_version, info.dim)
+
     options = {"num_cpus": share.cpus, "num_gpus": share.gpus, "max_restarts": -1, "max_task_retries": MOST_STARTS - 1}
     numbered = enumerate(batches)
     idle: list[Any] = []
@@ -109,12 +104,13 @@ def _answers(
                 yield number, part, Processed()
                 continue
             if not idle:
-                idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info.uri, identity))
+                idle.append(ray.remote(ItemWorker).options(**options).remote(make_encoder, info))
                 started += 1
             worker = idle.pop()
             known = index.get([source.id for source in part.sources])
+            known = {id: replace(stored, text=None) for id, stored in known.items()}  # texts are not compared
             sources = [replace(source, path=source.path.absolute()) for source in part.sources]
-            busy[worker.process.remote(sources, _without_texts(known))] = number, part, worker
+            busy[worker.process.remote(sources, known)] = number, part, worker
         if not busy:
             return
         (ready,), _ = ray.wait(list(busy), num_returns=1)
@@ -129,8 +125,8 @@ def _answers(
 class ItemWorker:
     """What Ray keeps on a worker: its encoder."""
 
-    def __init__(self, make_encoder: MakeEncoder, uri: str, identity: Described) -> None:
-        self.make_encoder, self.uri, self.identity = make_encoder, uri, identity
+    def __init__(self, make_encoder: MakeEncoder, info: IndexInfo) -> None:
+        self.make_encoder, self.info = make_encoder, info
         self.encoder: EncoderLike | None = None
 
     def process(self, sources: Sequence[Source], known: Mapping[str, Stored]) -> _Answer:
@@ -140,21 +136,14 @@ class ItemWorker:
         except TraceError as error:
             raise ModelError(f"a worker stopped: {error}") from error
         encoded = [(_stored(item), vector) for item, vector in done.encoded]
-        moved = [_stored(item) for item in done.moved]
-        return encoded, moved, replace(done, encoded=[], moved=[])
+        return encoded, list(map(_stored, done.moved)), Processed(rest=done.rest)
 
     def _encoder(self) -> EncoderLike:
         if self.encoder is None:
             encoder = self.make_encoder()
-            check_identity(self.uri, "model", self.identity.fingerprint, encoder.fingerprint)
-            check_identity(self.uri, "prompt version", self.identity.prompt_version, encoder.prompt_version)
+            self.info.check(self.info.uri, Opening(encoder.fingerprint, encoder.prompt_version, encoder.width))
             self.encoder = encoder
         return self.encoder
-
-
-def _without_texts(known: Mapping[str, Stored]) -> dict[str, Stored]:
-    """Of what an index keeps all but the text, which is not compared."""
-    return {id: replace(stored, text=None) for id, stored in known.items()}
 
 
 def _stored(item: Item) -> Stored:
@@ -169,17 +158,14 @@ def _explained(sources: Sequence[Source] = ()) -> Iterator[None]:
 
     try:
         yield
-    except RayActorError as error:
-        if not sources:
-            raise ModelError(f"the workers failed: {error}; see Ray's logs, and run it again to go on") from error
-        raise ModelError(
-            f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
-            "or run it again with --batch 1 to find the item and remove it"
-        ) from error
     except RayError as error:
-        cause = error.cause if isinstance(error, RayTaskError) else None
-        if isinstance(cause, TraceError):
-            raise cause from None
+        if isinstance(error, RayTaskError) and isinstance(error.cause, TraceError):
+            raise error.cause from None
+        if isinstance(error, RayActorError) and sources:
+            raise ModelError(
+                f"{MOST_STARTS} workers died of the batch from {sources[0].place} to {sources[-1].place}; give them more memory, "
+                "or run it again with --batch 1 to find the item and remove it"
+            ) from error
         named = re.search(r"^[\w.]+(Error|Exception)\b.*$", str(error), re.MULTILINE)  # behind it come the frames of Ray itself
         what = named[0] if named else f"{type(error).__name__}: {error}"
         raise ModelError(f"the workers failed: {what}; see Ray's logs, and run it again to go on") from error

@@ -1,4 +1,4 @@
-"""The nouns of the serving road: Item, Query, Encoding, Hit, Route.
+"""What is indexed, asked, and answered: Item, Query, Encoding, Hit, Route.
 
 An Item is what gets indexed, a Query is what asks; both are sequences of parts, each a text or an ImageInput, so that text,
 image, image+text and interleaved inputs are one type.
@@ -141,8 +141,8 @@ class Encoding:
 
     `vector`: float32 [D], unit length. `reasoning`: the text written before `<|emb|>`, "" where `route` is direct, of
     `tokens` tokens. `emb_probability`: of `<|emb|>` at the first step. `truncated`: the model stopped before it wrote `<|emb|>`;
-    `ended` says why, where that is known (its turn, its token budget). `cut`: text tokens of the input left out because the model
-    reads no more than `text_limit` (None: not known).
+    `ended` says why, where that is known: it ended its answer ("turn"), or its token budget was spent. `cut`: text tokens of the
+    input left out because the model reads no more than `text_limit` (None: not known).
     """
 
     vector: Vector

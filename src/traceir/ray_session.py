@@ -41,10 +41,12 @@ def on_ray(workers: int, share: Share) -> Iterator[None]:
     started = not ray.is_initialized()
     if started:
         address = os.environ.get("RAY_ADDRESS", "")
-        room = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
+        resources = {"num_cpus": max(os.cpu_count() or 1, math.ceil(workers * share.cpus)), "include_dashboard": False}
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
-            _reach(address)
-            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else room))
+            if port.isdecimal():  # where nothing listens, Ray itself would go on trying for minutes
+                socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            ray.init(address or "local", configure_logging=False, log_to_driver=False, **({} if address else resources))
         except (OSError, RuntimeError, ValueError) as error:
             where = f"the cluster of $RAY_ADDRESS ({address})" if address else "this machine"
             raise InputError(f"Ray cannot be used on {where}: {error}; is it running, and of the same release?") from error
@@ -61,13 +63,6 @@ def on_ray(workers: int, share: Share) -> Iterator[None]:
     finally:
         if started:
             ray.shutdown()
-
-
-def _reach(address: str) -> None:
-    """Raises OSError where nothing listens at HOST:PORT; Ray itself would go on trying for minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
-    if colon and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

@@ -12,16 +12,16 @@ import numpy as np
 
 from traceir.background import encode_background
 from traceir.cutoff import Calibration, Cut, search_above
-from traceir.errors import ModelError, StoreError
+from traceir.errors import ModelError
 from traceir.index.filters import Filter
-from traceir.index.store import Background, Index, ModelIdentity
+from traceir.index.store import Background, Index, ModelIdentity, Opening
 from traceir.items import Encoding, Hit, Item, Modality, Query, Route
 
 log = logging.getLogger(__name__)
 
 
 class EncoderLike(ModelIdentity, Protocol):
-    """What the serving road asks of an encoder: in this process, behind a network, or a stand-in for tests."""
+    """What indexing and searching ask of an encoder: in this process, behind a network, or a stand-in for tests."""
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]: ...
 
@@ -65,16 +65,8 @@ class Searcher:
 
     def __init__(self, encoder: EncoderLike, index: Index) -> None:
         info = index.info()
-        used = (encoder.fingerprint, encoder.prompt_version, encoder.width)
-        filled = (info.fingerprint, info.prompt_version, info.dim)
-        if used != filled:
-            raise StoreError(
-                f"index {info.uri} was filled by model {filled[0]!r}, prompt version {filled[1]!r}, width {filled[2]}, "
-                f"but the encoder is {used[0]!r}, {used[1]!r}, {used[2]}; use the same model, or fill a new index"
-            )
-        self.encoder = encoder
-        self.index = index
-        self.calibration = Calibration(index)
+        info.check(info.uri, Opening(encoder.fingerprint, encoder.prompt_version, encoder.width))
+        self.encoder, self.index, self.calibration = encoder, index, Calibration(index)
 
     def add(self, items: Sequence[Item]) -> None:
         """Encodes items and keeps them, durably; those whose ids are there already are replaced. Files: `traceir.ingest.add`."""
@@ -127,21 +119,20 @@ class Searcher:
         encodings = self.encoder.encode_queries(queries, route=route)
         if len(encodings) != len(queries):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
-        _warn_of_cut_texts(queries, encodings)
+        if cut_texts := [number for number, encoding in enumerate(encodings) if encoding.cut]:
+            query, why = queries[cut_texts[0]], text_cut(encodings[cut_texts[0]])
+            log.warning("query %r: %s (%d of %d)", query.id or query.text[:40], why, len(cut_texts), len(queries))
         encoded = time.perf_counter()
-        hits: list[tuple[Hit, ...]] = [()] * len(queries)
-        cuts: list[Cut | None] = [None] * len(queries)
+        answers: dict[int, tuple[list[Hit], Cut | None]] = {}
         for target in dict.fromkeys(query.target for query in queries):
             rows = [row for row, query in enumerate(queries) if query.target == target]
             vectors = np.stack([encodings[row].vector for row in rows])
             own = [above.get(_pair(queries[row]), {}) for row in rows]
             ranked = search_above(self.index, vectors, k, cutoff, own, where=where, modality=target, exact=exact)
-            for row, (best, cut) in zip(rows, ranked, strict=True):
-                hits[row], cuts[row] = tuple(best), cut
-        searched = time.perf_counter()
-        seconds = Seconds((encoded - start) / len(queries), (searched - encoded) / len(queries))
-        answers = zip(hits, encodings, cuts, strict=True)
-        return [SearchResult(best, encoding, seconds, cut) for best, encoding, cut in answers]
+            answers.update(zip(rows, ranked, strict=True))
+        seconds = Seconds((encoded - start) / len(queries), (time.perf_counter() - encoded) / len(queries))
+        ordered = (answers[row] for row in range(len(queries)))
+        return [SearchResult(tuple(hits), of, seconds, cut) for of, (hits, cut) in zip(encodings, ordered, strict=True)]
 
 
 def text_cut(encoding: Encoding) -> str:
@@ -153,9 +144,3 @@ def text_cut(encoding: Encoding) -> str:
 def _pair(query: Query) -> tuple[Modality, Modality | None]:
     """What decides the thresholds of a query."""
     return query.modality, query.target
-
-
-def _warn_of_cut_texts(queries: Sequence[Query], encodings: Sequence[Encoding]) -> None:
-    if cut := [(query, encoding) for query, encoding in zip(queries, encodings, strict=True) if encoding.cut]:
-        first, encoding = cut[0]
-        log.warning("query %r: %s (%d of %d)", first.id or first.text[:40], text_cut(encoding), len(cut), len(queries))

@@ -69,9 +69,9 @@ class TraceSettings:
         named = {_FIELDS.get(name, name): value for name, value in values.items()}
         if renamed := sorted(set(values) - set(named)):
             log.warning("%s is now called %s", renamed[0], _FIELDS[renamed[0]])
-        known = sorted(field.name for field in fields(TraceSettings))
-        if unknown := sorted(set(named) - set(known)):
-            raise ModelError(f"unknown settings {unknown}; {SETTINGS} has {known}")
+        known = {field.name for field in fields(TraceSettings)}
+        if unknown := sorted(named.keys() - known):
+            raise ModelError(f"unknown settings {unknown}; {SETTINGS} has {sorted(known)}")
         return replace(self, **named)
 
 
@@ -103,20 +103,18 @@ def write_settings(settings: TraceSettings, folder: Path, **more: Any) -> None:
     (folder / SETTINGS).write_text(json.dumps({"format": FORMAT, **written, **more}, indent=2) + "\n")
 
 
-def image_budget(file: Path | None, config: Any) -> ImageBudget:
+def image_budget(file: Path, config: Any) -> ImageBudget:
     """What a preprocessor_config.json says. As in transformers, `min_pixels` and `max_pixels` at its top go before `size`."""
     vision = config.vision_config
     budget = ImageBudget(vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    if file is None or not file.is_file():
-        return budget
-    found = read_object(file)
-    size = found.get("size") or {}
+    stated = read_object(file) if file.is_file() else {}
+    size = stated.get("size") or {}
     return replace(
         budget,
-        min_pixels=found.get("min_pixels") or size.get("shortest_edge") or budget.min_pixels,
-        max_pixels=found.get("max_pixels") or size.get("longest_edge") or budget.max_pixels,
-        mean=tuple(found.get("image_mean", budget.mean)),
-        std=tuple(found.get("image_std", budget.std)),
+        min_pixels=stated.get("min_pixels") or size.get("shortest_edge") or budget.min_pixels,
+        max_pixels=stated.get("max_pixels") or size.get("longest_edge") or budget.max_pixels,
+        mean=tuple(stated.get("image_mean", budget.mean)),
+        std=tuple(stated.get("image_std", budget.std)),
     )
 
 

@@ -32,9 +32,9 @@ TEXT_NAMES: Final = ("caption", "title", "description", "name", "content")
 FILE_FIELD: Final = "_file"
 """The field that holds the path of an item's file, for `add` alone: no line may set it, no server shows or filters by it."""
 _REMEDIES: Final = (
-    ("convert pictures to JPEG or PNG", ".heic .heif .avif .jxl .jp2 .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raw"),
-    ("save single frames of videos as pictures", ".mp4 .mov .avi .mkv .webm .m4v .wmv .3gp"),
-    ("save documents as .txt, or their pages as pictures", ".pdf .doc .docx .odt .rtf .epub .ppt .pptx .htm .html .rst .tex"),
+    ("convert images to JPEG or PNG", ".heic .heif .avif .jxl .jp2 .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raw"),
+    ("save single frames of videos as images", ".mp4 .mov .avi .mkv .webm .m4v .wmv .3gp"),
+    ("save documents as .txt, or their pages as images", ".pdf .doc .docx .odt .rtf .epub .ppt .pptx .htm .html .rst .tex"),
     ("write tables as .jsonl, one {id, text, image} a line", ".json .csv .tsv .xls .xlsx .ods .parquet .xml .yaml .yml"),
 )
 _OTHER_ENCODINGS: Final = {
@@ -74,12 +74,12 @@ class Source:
     def make_item(self) -> tuple[Item, tuple[Note, ...]]:
         """The item and what is to be told of it. Raises InputError (ImageError, for an image's path) naming what is wrong."""
         if self.record is not None:
-            return _item_of_record(self, self.record, _image_of(self, self.record))
+            name = _text_or_none(self.id, "image", self.record.get("image"))
+            image = ImageInput.open(name if "://" in name else self.path.parent.resolve() / name) if name else None
+            return _item_of_record(self, self.record, image)
         path = self.path.resolve()
-        fields = {FILE_FIELD: str(path)}
-        if self.kind == "image":
-            return Item.of(image=ImageInput.open(path), id=self.id, fields=fields), ()
-        return Item.of(text=_read_text(self.path), id=self.id, fields=fields), ()
+        content = {"image": path} if self.kind == "image" else {"text": _read_text(self.path)}
+        return Item.of(**content, id=self.id, fields={FILE_FIELD: str(path)}), ()
 
     def without_image(self, error: ImageError) -> tuple[Item, tuple[Note, ...]]:
         """The item by its text alone, because of this error; raises it where there is no text, or the line states a modality."""
@@ -112,10 +112,8 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
             yield from _walk_folder(path)
         elif path.suffix.lower() in LINES_SUFFIXES:
             yield from _read_lines(path)
-        elif (kind := _kind_of(path) or ("image" if _is_image(path) else None)) is not None:
-            yield _source_of_file(path, path.name, kind)
         else:
-            yield Failure(str(path), f"it is neither an image nor a text; {_remedy([path.suffix.lower()])}")
+            yield _named_file(path)
 
 
 def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
@@ -133,7 +131,10 @@ def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator
         elif os.path.realpath(outcome.place) == os.path.realpath(places[outcome.id]):
             batch.again += 1
         else:
-            batch.failed.append(_given_twice(outcome, places[outcome.id]))
+            remedy = "give it another id" if outcome.kind == "line" else "rename it, or add the parent folder of both"
+            both = f"{places[outcome.id]} and {outcome.place}"
+            why = f"id {outcome.id!r} is given twice, by {both}; the first one counts: {remedy}"
+            batch.failed.append(Failure(outcome.place, why))
         if len(batch.sources) == size:
             yield batch
             batch = SourceBatch()
@@ -144,12 +145,6 @@ def check_path(path: Path) -> None:
     """Raise InputError for a path that is not there."""
     if not os.path.exists(path):  # noqa: PTH110 - unlike Path.exists never an error where rights are missing
         raise InputError(f"{path} does not exist; give folders, images, text files or .jsonl files")
-
-
-def _given_twice(source: Source, first: str) -> Failure:
-    remedy = "give it another id" if source.kind == "line" else "rename it, or add the parent folder of both"
-    why = f"id {source.id!r} is given twice, by {first} and {source.place}; the first one counts: {remedy}"
-    return Failure(source.place, why)
 
 
 def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
@@ -171,7 +166,7 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
     for error in unreadable:
         yield Failure(str(error.filename), f"the folder cannot be read: {error.strerror}; check its rights")
     counts = [
-        f"{other[suffix]} {suffix or 'without a suffix'}" for suffix in sorted(other, key=lambda name: (-other[name], name))
+        f"{count} {suffix or 'without a suffix'}" for suffix, count in sorted(other.items(), key=lambda pair: (-pair[1], pair))
     ]
     counts += [f"{links} linked folder{'s' if links > 1 else ''}"] if links else []
     if not read and not unreadable:
@@ -187,6 +182,17 @@ def _remedy(suffixes: Iterable[str]) -> str:
     return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if not set(own.split()).isdisjoint(suffixes))])
 
 
+def _named_file(path: Path) -> Source | Failure:
+    """A file given by its name, which may be an image whatever its suffix says."""
+    kind = _kind_of(path)
+    try:
+        if kind is None:
+            ImageInput.open(path).encoded()
+    except ImageError:
+        return Failure(str(path), f"it is neither an image nor a text; {_remedy([path.suffix.lower()])}")
+    return _source_of_file(path, path.name, kind or "image")
+
+
 def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
     try:
         return Source(check_id(id), str(path), kind, path)
@@ -197,15 +203,6 @@ def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
 def _kind_of(path: Path) -> Kind | None:
     suffix = path.suffix.lower()
     return "image" if suffix in IMAGE_SUFFIXES else "text" if suffix in TEXT_SUFFIXES else None
-
-
-def _is_image(path: Path) -> bool:
-    """Whether a file that was given by name is an image, whatever its suffix says."""
-    try:
-        ImageInput.open(path).encoded()
-    except ImageError:
-        return False
-    return True
 
 
 def _read_text(path: Path) -> str:
@@ -228,14 +225,15 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _other_encoding(data: bytes) -> str | None:
-    """What is told of a file that starts as one of another encoding does."""
-    name = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), None)
+def _other_encoding(data: bytes) -> str:
+    """What is told of a file that starts as one of another encoding does, else ""."""
+    name = next((name for mark, name in _OTHER_ENCODINGS.items() if data.startswith(mark)), "")
     return name and f"{name}, not UTF-8; convert it, for instance by `iconv -f {name} -t UTF-8`"
 
 
 def _read_lines(path: Path) -> Iterator[Source | Failure]:
-    roots = _Roots(path.parent)
+    start = path.parent.resolve()
+    folders = [start, start, *start.parents]
     try:
         with path.open("rb") as file:
             lines = ((number, line) for number, line in enumerate(_lines_of(file), start=1) if line.strip())
@@ -244,7 +242,7 @@ def _read_lines(path: Path) -> Iterator[Source | Failure]:
                 yield Failure(str(path), why)
                 return
             for number, line in chain([first] if first else [], lines):
-                yield _source_of_line(path, number, line, roots)
+                yield _source_of_line(path, number, line, folders)
     except OSError as error:
         yield Failure(str(path), f"it cannot be read: {error.strerror}; check its rights")
 
@@ -267,7 +265,7 @@ def _not_lines(first: bytes) -> str | None:
     return None
 
 
-def _source_of_line(path: Path, number: int, line: bytes, roots: _Roots) -> Source | Failure:
+def _source_of_line(path: Path, number: int, line: bytes, folders: list[Path]) -> Source | Failure:
     place = f"{path}:{number}"
     try:
         if len(line) > MAX_TEXT_BYTES:
@@ -276,7 +274,7 @@ def _source_of_line(path: Path, number: int, line: bytes, roots: _Roots) -> Sour
         if not isinstance(record, dict):
             raise InputError(f"the line is not a JSON object but a {type(record).__name__}; write one object {{...}} a line")
         if "did" in record:
-            record = _plain_record(record, roots)
+            record = _plain_record(record, folders)
         id = record.get("id")
         id = str(id) if isinstance(id, int) and not isinstance(id, bool) else id
         return Source(check_id(id), place, "line", path, record)
@@ -292,45 +290,26 @@ def _source_of_line(path: Path, number: int, line: bytes, roots: _Roots) -> Sour
         return Failure(place, f"the line holds a value that cannot be read: {error}; correct it")
 
 
-class _Roots:
-    """Finds the folder that M-BEIR's image paths start from: the nearest ancestor of the pool that holds the path."""
+def _plain_record(record: Mapping[str, Any], folders: list[Path]) -> dict[str, Any]:
+    """A line of an M-BEIR pool ({did, txt, img_path, modality}) as {id, text, image, modality}.
 
-    def __init__(self, start: Path) -> None:
-        self._ancestors = [start.resolve(), *start.resolve().parents]
-        self._last: Path | None = None
-
-    def find(self, image: str) -> str:
-        folders = self._ancestors if self._last is None else [self._last, *self._ancestors]
-        for folder in folders:
-            if os.path.exists(folder / image):  # noqa: PTH110 - unlike Path.exists never an error for odd names
-                self._last = folder
-                return str(folder / image)
-        raise InputError(f"image {image!r} is in no folder above {self._ancestors[0]}; unpack the images beside the pool")
-
-
-def _plain_record(record: Mapping[str, Any], roots: _Roots) -> dict[str, Any]:
-    """A line of an M-BEIR pool ({did, txt, img_path, modality}) as {id, text, image, modality}."""
-    image = record.get("img_path")
-    if image is not None and not isinstance(image, str):
-        raise InputError(f"img_path is {image!r}; write a path or null")
-    modality = record.get("modality")
-    return {
-        "id": record["did"],
-        "text": record.get("txt"),
-        "image": roots.find(image) if image else None,
-        "modality": "image,text" if modality == "text,image" else modality,
-    }
-
-
-def _image_of(source: Source, record: Mapping[str, Any]) -> ImageInput | None:
-    image = _text_or_none(source.id, "image", record.get("image"))
-    return ImageInput.open(image if "://" in image else source.path.parent.resolve() / image) if image else None
+    Paths of images start at an ancestor of the pool: `folders` are the one that held the last image, then all, nearest first.
+    """
+    image = _text_or_none(record["did"], "img_path", record.get("img_path"))
+    if image:
+        root = next((root for root in folders if os.path.exists(root / image)), None)  # noqa: PTH110 - never an error for odd names
+        if root is None:
+            raise InputError(f"image {image!r} is in no folder above {folders[1]}; unpack the images beside the pool")
+        folders[0], image = root, str(root / image)
+    modality = "image,text" if record.get("modality") == "text,image" else record.get("modality")
+    return {"id": record["did"], "text": record.get("txt"), "image": image or None, "modality": modality}
 
 
 def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput | None) -> tuple[Item, tuple[Note, ...]]:
     text = _text_or_none(source.id, "text", record.get("text"))
     notes: tuple[Note, ...] = ()
-    if not record.get("image") and not (text or "").strip() and (name := _text_name(record)):
+    named = (name for name in TEXT_NAMES if isinstance(record.get(name), str) and record[name].strip())
+    if not record.get("image") and not (text or "").strip() and (name := next(named, "")):
         text, notes = record[name], (Note(source.place, f"it has no `text`: its `{name}` was taken"),)
     if text is not None:
         check_text(source.id, text)
@@ -346,11 +325,7 @@ def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput
     return item, notes
 
 
-def _text_name(record: Mapping[str, Any]) -> str | None:
-    return next((name for name in TEXT_NAMES if isinstance(record.get(name), str) and record[name].strip()), None)
-
-
-def _text_or_none(id: str, name: str, value: Any) -> str | None:
+def _text_or_none(id: object, name: str, value: Any) -> str | None:
     if value is not None and not isinstance(value, str):
         raise InputError(f"{name} of {id!r} is {repr(value)[:80]}; write a text or null")
     return value

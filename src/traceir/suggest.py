@@ -16,10 +16,10 @@ _MEANT: Final = {
 """What else people call what we have one word for."""
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)`, or nothing where no known name is near."""
     names = {name.lower(): name for name in known}
-    word = given.strip().lower()
+    word = name.strip().lower()
     meant = _MEANT.get(word, word)
     near = [meant] if meant in names else get_close_matches(word, names, n=1)
     return f" (did you mean {names[near[0]]!r}?)" if near else ""
@@ -28,11 +28,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 class Parser(argparse.ArgumentParser):
     """An argument parser that names the nearest verb, choice or option for one that it does not have."""
 
-    given: Sequence[str] = ()
+    words: Sequence[str] = ()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, but what a verb does not know is told by the parser of that verb."""
-        self.given = list(sys.argv[1:] if args is None else args)
+        self.words = list(sys.argv[1:] if args is None else args)
         known, unknown = super().parse_known_args(args, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        options = [word.partition("=")[0] for word in self.given if word.startswith("--") and word != "--"]
+        options = [word.partition("=")[0] for word in self.words if word.startswith("--") and word != "--"]
         wrong = [option for option in options if not any(name.startswith(option) for name in known)]
         hints = [f"{option} is unknown{hint}" for option in wrong if (hint := did_you_mean(option, known))]
         super().error("; ".join([message, *hints]))

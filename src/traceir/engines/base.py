@@ -1,19 +1,21 @@
-"""What encoders over HTTP servers share: the connection, requests asked again, checks of what comes back. Shapes: D width."""
+"""What encoders over HTTP servers share: the connection, inputs as they are sent, checks of what comes back. Shapes: D width."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, Self, TypedDict, TypeVar
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypedDict
 
 import numpy as np
 
-from traceir.connection import Answer, Connection, TransientError
+from traceir.connection import Connected, Connection
 from traceir.errors import ModelError
-from traceir.items import Vector
+from traceir.items import Item, Query, Vector
 
-T = TypeVar("T")
 WEIGHTS: Final = "are its weights whole, is its precision right?"
+REQUEST_BYTES: Final = 24 * 1024 * 1024
+"""Bytes of inputs in one request, in JSON with images in base64, beyond which no input joins."""
 
 
 class ConnectionOptions(TypedDict, total=False):
@@ -26,7 +28,34 @@ class ConnectionOptions(TypedDict, total=False):
     pause_s: float
 
 
-class HttpEngine:
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One input as it is sent: its number in the call, what its request states once, and its bytes in JSON."""
+
+    number: int
+    content: Item | Query
+    body: Any
+    fields: Mapping[str, Any]
+    bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes", len(json.dumps(self.body)))
+
+
+def batches(payloads: Iterable[Payload], most: int) -> Iterator[list[Payload]]:
+    """In order, each of like fields, of at most `most` inputs and `REQUEST_BYTES`, or of one larger input."""
+    batch: list[Payload] = []
+    for payload in payloads:
+        size = sum(other.bytes for other in batch) + payload.bytes
+        if batch and (len(batch) == most or size > REQUEST_BYTES or batch[0].fields != payload.fields):
+            yield batch
+            batch = []
+        batch.append(payload)
+    if batch:
+        yield batch
+
+
+class HttpEngine(Connected):
     """A server at `address`, asked at once (`_meet`) whether it will do. Thread-safe; all threads share the connection."""
 
     kind = "engine"
@@ -40,35 +69,9 @@ class HttpEngine:
             self.close()
             raise
 
-    @property
-    def address(self) -> str:
-        return self._connection.address
-
-    def close(self) -> None:
-        """Closes the connections to the server."""
-        self._connection.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _meet(self) -> None:
         """Raises ModelError where the server is not the one that is needed."""
         raise NotImplementedError
-
-    async def _ask(self, path: str, body: Mapping[str, Any], refused: Sequence[int], read: Callable[[Answer], T]) -> T:
-        """What `read` makes of the answer; asked again, after doubling pauses, while it raises TransientError and tries last."""
-        for attempt in range(self._connection.tries):
-            answer = await self._connection.request("POST", path, body, refused=refused)
-            try:
-                return read(answer)
-            except TransientError:
-                if attempt + 1 == self._connection.tries:
-                    raise
-            await asyncio.sleep(self._connection.pause_s * 2**attempt)
-        raise AssertionError("unreachable")
 
     def _unit(self, values: Any, what: str, width: int) -> Vector:
         """Numbers as a vector [D] of unit length; ModelError for others, also of another width than `width` (0: any)."""

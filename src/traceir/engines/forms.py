@@ -1,6 +1,6 @@
 """What servers of `/v1/embeddings` take: OpenAI's request is for texts alone, and each that takes images has its own form.
 
-A form is chosen by name, as `--engine FORM:URL`; nothing is guessed, since most servers ignore what they do not know, and a
+A form is chosen by name, as `--engine FORM:URL`; nothing is guessed, since most servers ignore what they do not know, and an
 image they ignored would pass for one they saw. Read from the sources and documents of: vLLM
 (entrypoints/pooling/base/protocol.py, examples/pooling/embed/vision_embedding_online.py), Infinity 0.0.77
 (fastapi_schemas/pymodels.py), text-embeddings-inference (router/src/http/types.rs), SGLang (entrypoints/openai/protocol.py), and
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from traceir.errors import InputError
+from traceir.images import ImageInput
 from traceir.suggest import did_you_mean
 
 Role = Literal["query", "candidate"]
@@ -47,16 +48,17 @@ class EngineInput:
         return next((str(part["image_url"]["url"]) for part in self.parts if part["type"] == "image_url"), "")
 
 
-def text_part(text: str) -> Json:
-    return {"type": "text", "text": text}
+def content_parts(parts: Iterable[str | ImageInput], url_of: Callable[[ImageInput], str]) -> list[Json]:
+    """Texts and images as OpenAI's chat has them."""
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image_url", "image_url": {"url": url_of(part)}}
+        for part in parts
+    ]
 
 
-def image_part(url: str) -> Json:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def _turn(role: str, *parts: Json) -> Json:
-    return {"role": role, "content": list(parts)}
+def message(role: str, content: str | Iterable[Json]) -> Json:
+    """A message of a chat, of one text or of parts."""
+    return {"role": role, "content": [{"type": "text", "text": content}] if isinstance(content, str) else list(content)}
 
 
 def _object(content: EngineInput) -> Json:
@@ -68,20 +70,17 @@ def _text_or_uri(content: EngineInput) -> str:
 
 
 def _chat(content: EngineInput) -> list[Json]:
-    """The instruction, where there is one, as the system's turn; alone it is the user's, since a chat needs one."""
-    if not content.parts:
-        return [_turn("user", text_part(content.instruction))]
-    system = [_turn("system", text_part(content.instruction))] if content.instruction else []
-    return [*system, _turn("user", *content.parts)]
+    """The instruction, where there is one, as the system's message; alone it is the user's, since a chat needs one."""
+    system = [message("system", content.instruction)] if content.parts and content.instruction else []
+    return [*system, message("user", content.parts or content.instruction)]
 
 
 def _qwen_chat(content: EngineInput) -> list[Json]:
-    """As Qwen's own script lays it out: always a system's turn, its last character a punctuation mark, and an open answer."""
+    """As Qwen's own script lays it out: always a system's message that ends in a punctuation mark, and an open answer."""
     instruction = content.instruction.strip() or QWEN_INSTRUCTION
     if not unicodedata.category(instruction[-1]).startswith("P"):
         instruction += "."
-    parts = content.parts or (text_part("NULL"),)
-    return [_turn("system", text_part(instruction)), _turn("user", *parts), _turn("assistant", text_part(""))]
+    return [message("system", instruction), message("user", content.parts or "NULL"), message("assistant", "")]
 
 
 def _text_or_chat(content: EngineInput) -> str | list[Json]:
@@ -95,13 +94,13 @@ class Form:
 
     `takes`: texts alone; a text or an image; at most one of each; any sequence of both. `tell` gives an input as JSON. `fields`
     are what a request states once, by what it is for: every one, those of a role, those with or without an image; inputs of
-    different fields never share a request. `texts` and `images` are the most inputs of one, those with images counted apart.
+    different fields never share a request. `texts` and `images` are the most inputs of a request, by whether they have images.
     """
 
     name: str
     takes: Literal["texts", "one", "pair", "any"]
     tell: Callable[[EngineInput], Any]
-    fields: Mapping[str, Json] = field(default_factory=dict)
+    fields: Mapping[str, Json]
     texts: int = 32
     images: int = 8
 
@@ -109,26 +108,17 @@ class Form:
         """Why this form has no place for an input of so many texts and images; "" where it has."""
         if self.takes == "texts" and images:
             others = ", ".join(f"{form.name}:URL" for form in FORMS.values() if form.takes != "texts")
-            return (
-                f"the form `{self.name}` of requests is for texts alone; for a server that takes pictures write one of {others} "
-                "(docs/engines.md)"
-            )
+            return f"the form `{self.name}` is for texts alone; for a server that takes images write one of {others}"
         if (self.takes == "one" and texts and images) or (self.takes in ("one", "pair") and images > 1):
-            most = "a text or one picture" if self.takes == "one" else "one picture beside one text"
-            return (
-                f"it has {images} picture(s) and {texts} text(s), an instruction counted; an input of the form `{self.name}` "
-                f"has place for {most}"
-            )
+            most = "a text or one image" if self.takes == "one" else "one image beside one text"
+            count = f"{images} image(s) and {texts} text(s), an instruction counted"
+            return f"it has {count}; an input of the form `{self.name}` has place for {most}"
         return ""
 
     def fields_of(self, content: EngineInput) -> Json:
         """What the request of an input states once."""
         kinds = ("every", content.role, "image" if content.image else "text")
         return {name: value for kind in kinds for name, value in self.fields.get(kind, {}).items()}
-
-    def body(self, payloads: list[Any], fields: Json) -> Json:
-        """A request without the model's name: a conversation, which is a list, as `messages`, all else under `input`."""
-        return {**({"messages": payloads[0]} if isinstance(payloads[0], list) else {"input": payloads}), **fields}
 
 
 _FLOATS: Final[Json] = {"encoding_format": "float"}

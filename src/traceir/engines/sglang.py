@@ -1,8 +1,7 @@
 """An encoder over SGLang's HTTP server (0.5.17 or later): its `/generate`, with the last hidden state of each request.
 
 Prompts, token ids and images are made here by the same code as in `encoder.py`, from the checkpoint's tokenizer and
-traceir.json; the weights stay with the engine. What has to be asked for, and why, stands at `_body`; what is checked of an
-engine, in `_check_model` and `_check_server`. Commands, and what was verified how: docs/engines.md. Shapes: D width.
+traceir.json; the weights stay with the engine. Commands, and what was verified how: docs/engines.md. Shapes: D width.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +26,7 @@ from traceir.connection import Answer, TransientError
 from traceir.engines.base import WEIGHTS, ConnectionOptions, HttpEngine
 from traceir.errors import ModelError
 from traceir.images import ImageInput, data_url, file_bytes
-from traceir.items import Encoding, Ended, Item, Query, Route, Vector, check_route
+from traceir.items import Encoding, Ended, Item, Query, Route, TakenRoute, Vector, check_route
 from traceir.model import NETWORKS, TraceModel, image_budget, read_settings
 from traceir.prompts import IMAGE_PAD, TURN_END
 
@@ -47,10 +46,8 @@ _GREEDY: Final[Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """A prompt as the engine takes it, with one image token and one data URL an image; `read` is what it must make of it.
-
-    `cut`: the text's tokens beyond its limit; `probability`: whether P(`<|emb|>`) is asked for.
-    """
+    """A prompt as the engine takes it, with one image token and one data URL an image; `read` is what it must make of it, `cut`
+    the text's tokens beyond its limit, and `probability` whether P(`<|emb|>`) is asked for."""
 
     ids: tuple[int, ...]
     images: tuple[str, ...]
@@ -62,10 +59,8 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Reply:
-    """What one request wrote, the stop token included; the unit state [D] that predicted its last token; whether a stop ended it.
-
-    `emb_probability` and `others`, the likeliest tokens, are those of the first step, where they were asked for.
-    """
+    """What one request wrote, the stop token included; the unit state [D] that predicted its last token; whether a stop ended it;
+    P(`<|emb|>`) and the likeliest tokens of the first step, where they were asked for."""
 
     ids: tuple[int, ...]
     state: Vector
@@ -77,10 +72,9 @@ class _Reply:
 class SGLangEncoder(HttpEngine):
     """Queries and items to Encodings by an SGLang server at `address` that serves the checkpoint `model`.
 
-    `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read. The
-    server is asked at once who it is: another model, an old release or missing flags raise ModelError. Results are in the order
-    of the input. Greedy, but the engine computes in its own precision and batches: the text may differ from an Encoder's where
-    two tokens are almost equally likely.
+    `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read.
+    Another model, an old release or missing flags raise ModelError at once. Results are in the order of the input. The engine
+    computes in its own precision: the text may differ from an Encoder's where two tokens are almost equally likely.
     """
 
     def __init__(
@@ -122,20 +116,17 @@ class SGLangEncoder(HttpEngine):
         return await self._run(await asyncio.to_thread(self.prepare, content, route))
 
     async def _run(self, asked: EngineRequest) -> Encoding:
-        if asked.route == "direct":
-            reply = await self._generate(asked, (), 1, probability=asked.probability)
-            encoding = self._encoding((), reply.state, reply.emb_probability, None)
-        else:
-            encoding = await self._write(asked)
-        return replace(encoding, cut=asked.cut, text_limit=self.model.settings.max_text_tokens) if asked.cut else encoding
+        if asked.route != "direct":
+            return await self._write(asked)
+        reply = await self._generate(asked, (), 1, probability=asked.probability)
+        return self._encoding(asked, (), reply.state, reply.emb_probability, None)
 
     async def _write(self, asked: EngineRequest) -> Encoding:
-        """Lets the model write until `<|emb|>`, the end of its turn, or the budget, as `Encoder` does.
+        """Lets the model write until `<|emb|>`, `<|im_end|>`, or the budget, as `Encoder` does.
 
-        One request does, except in two cases that go on with a second one, whose prompt ends in what was written so far: under
-        `reason` a bypass is replaced by the second likeliest token, and an end of the turn at the first step, or a stop token of
-        the engine's that is none of ours, is read like any other token. The engine's own switch `min_new_tokens` would spare the
-        former, but it forbids all stop tokens, hides P(`<|emb|>`), and counts anew for a request that the engine took back.
+        Two cases go on with a second request, whose prompt ends in what was written so far: under `reason` a bypass is replaced
+        by the second likeliest token, and `<|im_end|>` at the first step, or a stop token of the engine's that is none of ours,
+        is read like any other token. The engine's own `min_new_tokens` forbids all stop tokens and hides P(`<|emb|>`).
         """
         emb, turn_end = self.model.processor.emb_id, self.model.processor.special[TURN_END]
         written: tuple[int, ...] = ()
@@ -148,30 +139,35 @@ class SGLangEncoder(HttpEngine):
                 written = (next(token for token in reply.others if token != emb),)
                 continue
             if whole[-1] == emb:
-                return self._encoding(whole[:-1], reply.state, probability, None)
+                return self._encoding(asked, whole[:-1], reply.state, probability, None)
             if not reply.stopped or len(whole) > self.budget or (whole[-1] == turn_end and len(whole) > 1):
-                state = await self._closed(asked, whole[:-1]) if self.model.settings.closing else reply.state
-                return self._encoding(whole[:-1], state, probability, "turn" if whole[-1] == turn_end else "budget")
+                if self.model.settings.closing:  # the state behind the trained closing text, by a request of its own
+                    closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
+                    reply = await self._generate(asked, whole[:-1] + closing, 1, probability=False)
+                return self._encoding(asked, whole[:-1], reply.state, probability, "turn" if whole[-1] == turn_end else "budget")
             written = whole
 
-    async def _closed(self, asked: EngineRequest, written: tuple[int, ...]) -> Vector:
-        """It stopped short of `<|emb|>`: the state behind the trained closing text, by a request of its own."""
-        closing = tuple(self.model.processor.plain_ids(self.model.settings.closing))
-        return (await self._generate(asked, written + closing, 1, probability=False)).state
-
-    def _encoding(self, written: tuple[int, ...], state: Vector, probability: float, ended: Ended) -> Encoding:
-        text = self.model.processor.decode(written)
-        return Encoding(state, "reason" if written else "direct", text, len(written), probability, ended is not None, ended=ended)
+    def _encoding(
+        self, asked: EngineRequest, written: tuple[int, ...], state: Vector, probability: float, ended: Ended
+    ) -> Encoding:
+        text, limit = self.model.processor.decode(written), self.model.settings.max_text_tokens if asked.cut else None
+        route: TakenRoute = "reason" if written else "direct"
+        return Encoding(state, route, text, len(written), probability, ended is not None, asked.cut, ended, limit)
 
     async def _generate(self, asked: EngineRequest, written: tuple[int, ...], most: int, *, probability: bool) -> _Reply:
         """One request for at most so many tokens after what was written."""
+        body = self._body(asked, written, most, probability)
+        answer = await self._connection.request("POST", "/generate", body, refused=(400, 404, 422), check=self._check_finished)
+        if answer.status > 299:
+            raise self._wrong(_refusal(answer))
+        return self._read(answer.body, asked.read + written, probability)
 
-        def read(answer: Answer) -> _Reply:
-            if answer.status > 299:
-                raise self._wrong(_refusal(answer))
-            return self._read(answer.body, asked.read + written, probability)
-
-        return await self._ask("/generate", self._body(asked, written, most, probability), (400, 404, 422), read)
+    def _check_finished(self, answer: Answer) -> None:
+        """Raises TransientError where the engine gave the request up for now, ModelError where it did for good."""
+        finish = _finish(answer.body)
+        if finish.get("type") == "abort":
+            kind = TransientError if finish.get("status_code") in (429, 503) else ModelError
+            raise self._wrong(f"gave a request up: {finish.get('message')}", kind)
 
     def _body(self, asked: EngineRequest, written: tuple[int, ...], most: int, probability: bool) -> dict[str, Any]:
         """The request. `last` and never `true`: the full form misplaces rows after a prefill in chunks."""
@@ -190,27 +186,22 @@ class SGLangEncoder(HttpEngine):
         return body
 
     def _read(self, body: Any, read: tuple[int, ...], probability: bool) -> _Reply:
-        """The reply's parts, each checked. Raises TransientError where the engine gave the request up for now."""
+        """The reply's parts, each checked."""
         if not isinstance(body, dict) or not isinstance(body.get("meta_info"), dict):
             raise self._wrong(f"answers with {str(body)[:120]!r}, which is no reply of SGLang's /generate")
         meta: dict[str, Any] = body["meta_info"]
-        reason = meta.get("finish_reason")
-        finish: dict[str, Any] = reason if isinstance(reason, dict) else {"type": reason}
-        ids = self._written(body, finish)
+        ids = self._written(body)
         self._check_read(body, meta, read)
         if self._weight_version != (version := str(meta.get("weight_version") or self._weight_version)):
             raise self._wrong(f"changed its weights to {version!r}; make a new encoder for the checkpoint that it serves now")
         first, others = _first_step(meta) if probability else (1.0, ())
         if probability and (math.isnan(first) or len(others) < 2):
             raise self._wrong("returned no log-probabilities; is a proxy between that drops them?")
-        return _Reply(ids, self._state(meta.get("hidden_states")), finish.get("type") == "stop", first, others)
+        return _Reply(ids, self._state(meta.get("hidden_states")), _finish(body).get("type") == "stop", first, others)
 
-    def _written(self, body: Mapping[str, Any], finish: Mapping[str, Any]) -> tuple[int, ...]:
+    def _written(self, body: Mapping[str, Any]) -> tuple[int, ...]:
         """The tokens of a reply, with the stop token where it was trimmed."""
-        matched, ids = finish.get("matched"), body.get("output_ids")
-        if finish.get("type") == "abort":
-            kind = TransientError if finish.get("status_code") in (429, 503) else ModelError
-            raise self._wrong(f"gave a request up: {finish.get('message')}", kind)
+        matched, ids = _finish(body).get("matched"), body.get("output_ids")
         if isinstance(matched, str):
             raise self._wrong(f"stopped with {matched!r} instead of a token; {WEIGHTS}")
         written = tuple(ids) if isinstance(ids, list) and all(isinstance(token, int) for token in ids) else ()
@@ -227,50 +218,51 @@ class SGLangEncoder(HttpEngine):
         while isinstance(rows, list) and rows and isinstance(rows[-1], list):
             rows = rows[-1]
         if isinstance(rows, list) and len(rows) > self.width and len(rows) % self.width == 0:
-            joined = f"returned a state of {len(rows)} components for a model of width {self.width}"
-            raise self._wrong(f"{joined}; it joins several layers; launch it without a speculative algorithm")
+            raise self._wrong(f"returned {len(rows)} components: it joins several layers; launch it without speculation")
         return self._unit(rows, "state", self.width)
 
     def _check_read(self, body: Mapping[str, Any], meta: Mapping[str, Any], read: tuple[int, ...]) -> None:
         """Holds the engine to our tokens. Where images stand, only their number counts: some releases put hashes there."""
-        seen, pad = body.get("prompt_token_ids"), self.model.processor.special[IMAGE_PAD]
-        count = len(seen) if isinstance(seen, list) else meta.get("prompt_tokens", len(read))
-        if count != len(read) or (
-            isinstance(seen, list) and any(ours not in (pad, its) for ours, its in zip(read, seen, strict=True))
-        ):
+        pad, seen = self.model.processor.special[IMAGE_PAD], body.get("prompt_token_ids")
+        alike, count = True, meta.get("prompt_tokens", len(read))
+        if isinstance(seen, list):
+            alike, count = all(ours in (pad, its) for ours, its in zip(read, seen, strict=False)), len(seen)
+        if count != len(read) or not alike:
             raise self._wrong(
                 f"read a prompt of {count} tokens that is not TraceIR's of {len(read)}: it took a text apart anew or sized a "
                 "image otherwise; launch it with SGLANG_MM_AVOID_RETOKENIZE=1 and the checkpoint's own preprocessor_config.json"
             )
 
     def _meet(self) -> None:
-        self._weight_version = self._check_model()
-        self._check_server()
-
-    def _check_model(self) -> str:
-        """Asks which weights are served; returns their version as the engine calls it."""
-        info = self._info("/model_info", "/get_model_info")
-        if info is None:
+        """Asks which weights are served (`_weight_version` as the engine calls them), and how it was launched."""
+        model = self._info("/model_info", "/get_model_info")
+        if not model:
             raise self._wrong("has no /model_info; is it an SGLang server?")
-        if info.get("is_generation") is False:
+        if model.get("is_generation") is False:
             raise self._wrong("serves embeddings, which cannot write; launch it without --is-embedding")
-        version, path = str(info.get("weight_version") or ""), str(info.get("model_path") or "")
-        if version not in _UNNAMED:
-            if version != self.fingerprint:
-                raise self._other(f"weight version {version!r}")
-            return version
-        served = read_settings(Path(path, "traceir.json")) if path and Path(path, "traceir.json").is_file() else None
-        if served is None and Path(path).name != Path(self._name).name:
-            raise self._other(path)
-        if served is None:
-            log.warning("%s serves a model named %r; only the name could be compared, see docs/engines.md", self.address, path)
-        elif served.fingerprint != self.fingerprint:
-            raise self._other(f"{path}, whose fingerprint is {served.fingerprint!r}")
-        return version
+        self._weight_version = str(model.get("weight_version") or "")
+        if other := self._other(self._weight_version, str(model.get("model_path") or "")):
+            raise self._wrong(
+                f"serves {other}, not {self._name} (fingerprint {self.fingerprint!r}); give the model it serves, or launch it "
+                f"with --weight-version {self.fingerprint} if it is the same"
+            )
+        self._check_launch(self._info("/server_info", "/get_server_info"))
 
-    def _check_server(self) -> None:
+    def _other(self, version: str, path: str) -> str:
+        """What is served where it is not this model, else ""; told by its version, its folder, or only its name."""
+        if version not in _UNNAMED:
+            return "" if version == self.fingerprint else f"weight version {version!r}"
+        served = read_settings(Path(path, "traceir.json")) if path else None
+        if served is not None:
+            same = served.fingerprint == self.fingerprint
+            return "" if same else f"{path}, whose fingerprint is {served.fingerprint!r}"
+        if Path(path).name != Path(self._name).name:
+            return path or "an unnamed model"
+        log.warning("%s serves a model named %r; only the name could be compared, see docs/engines.md", self.address, path)
+        return ""
+
+    def _check_launch(self, info: Mapping[str, Any]) -> None:
         """What its launch must and must not have switched on, as far as the engine tells."""
-        info = self._info("/server_info", "/get_server_info") or {}
         version = tuple(int(part) for part in re.findall(r"\d+", str(info.get("version", "")))[:3])
         speculates = str(info.get("speculative_algorithm") or "")
         if version and version < OLDEST:
@@ -284,28 +276,20 @@ class SGLangEncoder(HttpEngine):
         if info.get("enable_deterministic_inference") is False:
             log.warning("%s is not deterministic: reasoning may depend on what else it computes at the time", self.address)
 
-    def _info(self, *paths: str) -> dict[str, Any] | None:
+    def _info(self, *paths: str) -> dict[str, Any]:
+        """What the engine says of itself under the first of these paths that it has; {} where it has none."""
         bodies = (self._connection.call("GET", path, refused=(404, 405)).body for path in paths)
-        return next((body for body in bodies if isinstance(body, dict)), None)
-
-    def _other(self, served: str) -> ModelError:
-        return self._wrong(
-            f"serves {served}, not {self._name} (fingerprint {self.fingerprint!r}); give the model it serves, or launch it with "
-            f"--weight-version {self.fingerprint} if it is the same"
-        )
+        return next((body for body in bodies if isinstance(body, dict)), {})
 
 
 def without_weights(source: str | Path) -> TraceModel:
-    """A checkpoint's tokenizer, image settings and traceir.json as a TraceModel that renders and lays out, and cannot run.
-
-    Raises ModelError where an engine could not serve what is asked: adapters, profiles, pooling at the token itself.
-    """
+    """A checkpoint as a TraceModel that renders and lays out, and cannot run; ModelError for what an engine cannot serve."""
     from transformers import AutoConfig, AutoTokenizer
 
     name = str(source)
     try:
         local = fetch(name, weights=False)
-        settings = read_settings(local / "traceir.json") if (local / "traceir.json").is_file() else None
+        settings = read_settings(local / "traceir.json")
         if settings is None or not (local / "config.json").is_file():
             raise ModelError(f"{name} has no config.json with traceir.json; an engine serves whole checkpoints: `traceir merge`")
         config = AutoConfig.from_pretrained(local, trust_remote_code=False)
@@ -320,17 +304,13 @@ def without_weights(source: str | Path) -> TraceModel:
         )
     if not settings.fingerprint:
         raise ModelError(f"{name}: traceir.json names no fingerprint; save the checkpoint again by this release")
-    preprocessor = local / "preprocessor_config.json"
-    image = image_budget(preprocessor if preprocessor.is_file() else None, config)
+    image = image_budget(local / "preprocessor_config.json", config)
     processor = Processor(tokenizer, image, pooling_position=position, max_text_tokens=settings.max_text_tokens)
     return TraceModel(SimpleNamespace(config=config), processor, settings)
 
 
 def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
-    """The image as PNG, at the size the model sees, so that the engine has nothing to resize.
-
-    Where Qwen's rule would resize even that (budgets whose least and greatest area almost meet) the image goes as it is.
-    """
+    """The image as PNG, at the size the model sees; as it is where Qwen's rule would resize even that."""
     height, width = pixels.shape[:2]
     settled = smart_resize(height, width, processor.image) == (height, width)
     return data_url(file_bytes(Image.fromarray(pixels) if settled else image.load(), "PNG", compress_level=1), "image/png")
@@ -338,11 +318,18 @@ def _png_url(image: ImageInput, pixels: Pixels, processor: Processor) -> str:
 
 def _refusal(answer: Answer) -> str:
     remedy = "is it an SGLang server?" if answer.status == 404 else "see the engine's log"
-    if "hidden state" in answer.said:
+    if "hidden state" in answer.message:
         remedy = _LAUNCH
-    elif "context length" in answer.said:
-        remedy = "raise its --context-length, or lower max_text_tokens or the picture's size"
-    return f"refuses a request ({answer.status}: {answer.said}); {remedy}"
+    elif "context length" in answer.message:
+        remedy = "raise its --context-length, or lower max_text_tokens or the image's size"
+    return f"refuses a request ({answer.status}: {answer.message}); {remedy}"
+
+
+def _finish(body: Any) -> dict[str, Any]:
+    """Why a reply ended, as the engine says it."""
+    meta = body.get("meta_info") if isinstance(body, dict) else None
+    reason = meta.get("finish_reason") if isinstance(meta, dict) else None
+    return reason if isinstance(reason, dict) else {"type": reason}
 
 
 def _first_step(meta: Mapping[str, Any]) -> tuple[float, tuple[int, ...]]:

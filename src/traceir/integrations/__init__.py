@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.items import Encoding, Item
 from traceir.search import EncoderLike
@@ -12,16 +11,11 @@ from traceir.search import EncoderLike
 Vectors = list[list[float]]
 
 
-def served(base_url: str, api_key: str) -> EncoderLike:
-    """The encoder of a running `traceir serve`."""
-    return ServedEncoder(Client(base_url, api_key))
-
-
 def embed_texts(encoder: EncoderLike, texts: Sequence[str]) -> Vectors:
     """Vectors of candidates of one text each. InputError names the place of a text that holds nothing."""
-    for place, text in enumerate(texts):
+    for number, text in enumerate(texts):
         if not text.strip():
-            raise InputError(f"text {place} (from 0) of {len(texts)} is empty; leave it out, or write it")
+            raise InputError(f"text {number} (from 0) of {len(texts)} is empty; leave it out, or write it")
     return lists(encoder.encode_items([Item.of(text=text) for text in texts]))
 
 

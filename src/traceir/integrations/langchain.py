@@ -11,8 +11,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
-from traceir.integrations import Vectors, embed_texts, lists, served
+from traceir.integrations import Vectors, embed_texts, lists
 from traceir.items import Item, Modality, Query, Route
 from traceir.search import EncoderLike
 
@@ -37,7 +38,7 @@ class TraceEmbeddings(Embeddings):
     @classmethod
     def of_server(cls, base_url: str, api_key: str = "", **options: Any) -> TraceEmbeddings:
         """Over a running `traceir serve`; `options` as for the class."""
-        return cls(served(base_url, api_key), **options)
+        return cls(ServedEncoder(Client(base_url, api_key)), **options)
 
     def embed_documents(self, texts: list[str]) -> Vectors:
         """Vectors of texts as candidates. Raises InputError for an empty text."""

@@ -13,7 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from traceir.integrations import embed_texts, lists, served
+from traceir.client import Client, ServedEncoder
+from traceir.integrations import embed_texts, lists
 from traceir.items import Item, Modality, Query, Route
 from traceir.search import EncoderLike
 
@@ -45,7 +46,7 @@ class TraceEmbedding(MultiModalEmbedding):
     @classmethod
     def of_server(cls, base_url: str, api_key: str = "", **options: Any) -> TraceEmbedding:
         """Over a running `traceir serve`; `options` as for the class."""
-        return cls(served(base_url, api_key), **options)
+        return cls(ServedEncoder(Client(base_url, api_key)), **options)
 
     @classmethod
     def class_name(cls) -> str:
