@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,12 +18,13 @@ from traceir import items
 from traceir.batch import IGNORE
 from traceir.checkpoint import bundled_model
 from traceir.cli import main as cli
-from traceir.cli import parser, search_verbs
+from traceir.cli import search_verbs
 from traceir.data.settings import known_keys, override
 from traceir.encoder import Encoder
 from traceir.errors import InputError, ModelError
 from traceir.explain import describe, explain
 from traceir.index.filters import matches
+from traceir.index.store import StoredType
 from traceir.items import Encoding, Item, Query
 from traceir.lab.gallery import cost
 from traceir.lab.mini_presets import PRESETS, resolve, stages_before
@@ -82,15 +85,24 @@ print("heavy:", sorted({"torch", "numpy", "PIL", "transformers"} & set(sys.modul
 
 
 def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
-    assert parser.ROUTES == items.ROUTES and set(parser.MODALITIES) == set(items.MODALITIES)
-    assert tuple(PRESETS) == parser.PRESETS and parser.SCALES == rows.SCALES
+    table = tomllib.loads(Path(cli.__file__).with_name("verbs.toml").read_text(encoding="utf-8"))
+    choices: dict[str, list[tuple[str, ...]]] = {}
+    for options in [*table["shared"].values(), *(verb["options"] for verb in table["verbs"].values())]:
+        for option in (option for option in options if "choices" in option and isinstance(option, dict)):
+            choices.setdefault(option["names"], []).append(tuple(option["choices"]))
+    assert {*choices["--route"]} == {items.ROUTES} and {*choices["--scale"]} == {rows.SCALES}
+    assert {*choices["--store"]} == {get_args(StoredType)} and choices["--preset"] == [tuple(PRESETS)]
+    assert set(*choices["--modality"]) == set(items.MODALITIES)
+    for name, verb in table["verbs"].items():
+        module, _, function = verb["run"].partition(".")
+        assert callable(getattr(importlib.import_module(f"traceir.cli.{module}"), function)), name
 
 
 def test_former_names_are_accepted_with_a_notice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("index", "optimise", "--index", tmp_path / "none") == 2
     notice, error = capsys.readouterr().err.splitlines()
     assert notice == "note: `index optimise` is now called `index build-ann`" and "none" in error
-    args = parser.build_parser().parse_args(["serve", "--index", "i", "--pictures", "a", "--images", "b", "--pictures", "c"])
+    args = cli.build_parser().parse_args(["serve", "--index", "i", "--pictures", "a", "--images", "b", "--pictures", "c"])
     assert args.images == [Path("a"), Path("b"), Path("c")]
     assert capsys.readouterr().err.splitlines() == ["note: --pictures is now called --images"] * 2
 
@@ -123,7 +135,7 @@ def test_errors_are_one_line_and_an_exit_code(
     def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr("traceir.index.open_index", fail)
+    monkeypatch.setattr("traceir.cli.index_verbs.open_index", fail)
     assert run("index", "info", "--index", "x") == code
     assert capsys.readouterr() == ("", f"traceir: error: {message}\n")
     assert run("index", "info", "--index", "x", "-v") == code and "Traceback" in capsys.readouterr().err
@@ -369,10 +381,10 @@ def test_the_benchmark_verbs_pass_their_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("traceir.minibeir.build.build", lambda out, **options: asked.update(options) or out)
+    monkeypatch.setattr("traceir.cli.cot_verbs.minibeir.build", lambda out, **options: asked.update(options) or out)
     assert run("minibeir", "build", "--out", tmp_path / "m", "--scale", "full", "--seed", 3, "--workers", 2) == 0
     assert asked == {"scale": "full", "seed": 3, "workers": 2} and capsys.readouterr().out == f"{tmp_path / 'm'}\n"
-    monkeypatch.setattr("traceir.minibeir.sheet.write_sheet", lambda data, out: f"{out} of {data}")
+    monkeypatch.setattr("traceir.cli.cot_verbs.sheet.write_sheet", lambda data, out: f"{out} of {data}")
     assert run("minibeir", "sheet", "--data", "d", "--out", "s.png") == 0 and capsys.readouterr().out == "s.png of d\n"
 
 
