@@ -383,7 +383,7 @@ def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh,
     items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 100 == 0}) for n in range(rows)]
     with opened(fresh(), dim=24) as index:
         index.upsert(items[: rows - 100], vectors[: rows - 100])
-        with pytest.raises(StoreError, match="build_approximate"):
+        with pytest.raises(StoreError, match="build_ann"):
             index.search(vectors[:1], 10, exact=False)
         index.build_ann()
         assert index.info().cells >= 1

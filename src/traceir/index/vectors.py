@@ -13,6 +13,7 @@ Shapes: N rows, D width, B bytes or components of a row in memory, Q queries, C 
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sqlite3
 from collections import OrderedDict
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from traceir.index.filters import Filter, key_of_filter
-from traceir.index.sql import CHUNK, Rows, compile_filter, marks, read_counter, read_number, read_numbers
+from traceir.index.sql import AMONG, CHUNK, Rows, compile_filter, read_counter, read_number, read_numbers
 from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
 from traceir.items import MODALITIES, Modality, Vector
 
@@ -180,11 +181,11 @@ class VectorTable:
         self._ids.extend(ids)
         self._view = None
 
-    def bury(self, numbers: Rows, *, dead: bool) -> None:
-        """Make tombstones of the rows with these numbers (`dead`), or of all others; copies the survivors together once a quarter
-        is dead."""
+    def mark_removed(self, numbers: Rows, *, invert: bool) -> None:
+        """Make tombstones of the rows with these numbers, or of all others (`invert`); copies the rest together once a quarter of
+        all are tombstones."""
         numbers_N, alive_N = self._columns["numbers_N"][: len(self)], self._columns["alive_N"].copy()
-        alive_N[: len(self)] &= np.isin(numbers_N, numbers, invert=dead)
+        alive_N[: len(self)] &= np.isin(numbers_N, numbers, invert=not invert)
         self._columns["alive_N"], self._view = alive_N, None
         rows = np.flatnonzero(alive_N[: len(self)])
         if len(rows) < (1 - _COMPACT_ABOVE) * len(self):
@@ -400,9 +401,7 @@ class ResidentVectors:
         if view.codec.exact:
             return view.codes_ND[rows]
         numbers = view.numbers_N[rows].tolist()
-        blobs: dict[int, bytes] = {}
-        for part in (numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)):
-            blobs |= dict(self._connection.execute(f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part))
+        blobs = dict(self._connection.execute(f"SELECT n, vector FROM vectors WHERE n {AMONG}", [json.dumps(numbers)]))
         if len(blobs) < len(numbers):
             return None
         return self.vectors_of([view.ids[row] for row in rows], [blobs[number] for number in numbers])
@@ -433,7 +432,7 @@ class ResidentVectors:
         own = deletions == len(self._removed)
         numbers = np.concatenate(self._removed) if own else read_numbers(self._connection, "SELECT n FROM items")
         for table in self._tables.values():
-            table.bury(numbers, dead=own)
+            table.mark_removed(numbers, invert=not own)
         self._removed = []
 
     def _load_rows(self, after: int, top: int) -> None:
@@ -477,7 +476,7 @@ class ResidentVectors:
             return np.empty((0, self._dim), dtype=np.float32)
         numbers = read_numbers(self._connection, "SELECT n FROM items")
         chosen = np.sort(numbers)[:: max(1, len(numbers) // CHUNK)][:CHUNK].tolist()
-        rows = self._connection.execute(f"SELECT vector FROM vectors WHERE n IN ({marks(chosen)})", chosen).fetchall()
+        rows = self._connection.execute(f"SELECT vector FROM vectors WHERE n {AMONG}", [json.dumps(chosen)]).fetchall()
         vectors = self._from_bytes([blob for (blob,) in rows])
         return np.delete(vectors, rows_not_unit(vectors), axis=0)
 
