@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_index_conformance import clustered, drawn, opened, texts
+from test_index_conformance import clustered, damage, drawn, opened, texts
 
 from traceir.errors import InputError, StoreError
 from traceir.index import And, Eq, Filter, In, Range, sql
@@ -100,11 +100,6 @@ def test_what_is_not_the_disks_fault_is_not_blamed_on_it(tmp_path: Path) -> None
         error.sqlite_errorcode = code
         said = str(sql.explain_error(error, tmp_path, 3))
         assert words in said and ("disk," in said) == (words == "check the disk")
-
-
-def damage(folder: Path, statement: str, *values: object) -> None:
-    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as file, file:
-        file.execute(statement, values)
 
 
 def broken_vectors(dtype: str) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def review(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    print(write_quality(args.out, args.to or args.out / "quality"))
+    print(write_quality(args.out, Path(args.to or args.out / "quality")))
     return 0
 
 
@@ -142,7 +142,7 @@ def _reach(args: argparse.Namespace) -> Reach:
     if not args.teacher:
         raise InputError("name the teacher with --teacher: http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER")
     try:
-        extra = read_json(args.extra)
+        extra = read_json(args.extra or "{}")
         if not isinstance(extra, dict):
             raise ValueError("another value")
     except ValueError as error:

@@ -1,8 +1,9 @@
 """The command `traceir`: every verb of the project. Data go to stdout, progress and messages to stderr.
 
-`verbs.toml` holds verbs, options, defaults and help; what a verb does is in the modules `*_verbs`, of which one is imported when
-it runs, so that `traceir --help` is instant. Exit codes: 0 done, 1 done in part or an unexpected error, 2 an error that names its
-remedy, 130 interrupted, 141 the reader of stdout went away.
+Verbs, options, defaults and help are in traceir/verbs.json: `run` is a function of the modules `*_verbs`, of which one is
+imported when it runs, so that `traceir --help` is instant; an option is what add_argument takes, its `names` apart by spaces; a
+text among the options stands for those of this name under `shared`. Exit codes: 0 done, 1 done in part or an unexpected error,
+2 an error that names its remedy, 130 interrupted, 141 the reader of stdout went away.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
+import json
 import logging
 import os
 import sys
-import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def _fail(args: argparse.Namespace, message: str, code: int) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line; imports nothing heavy. The parsed arguments name what runs the verb as `verb`."""
-    table = tomllib.loads(Path(__file__).with_name("verbs.toml").read_text(encoding="utf-8"))
+    table = json.loads((Path(__file__).parents[1] / "verbs.json").read_text(encoding="utf-8"))
     parser = Parser(prog="traceir", description="Universal multimodal retrieval that thinks when a query needs it.")
     parser.add_argument("--version", action="version", version=f"traceir {__version__}")
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -116,7 +117,7 @@ class _FormerName(argparse.Action):
 
 
 _WORDS: Final[Mapping[str, Any]] = {"int": int, "float": float, "path": Path, "count": count, "former_name": _FormerName}
-"""What `type` and `action` name in verbs.toml; other actions are argparse's own."""
+"""What `type` and `action` name in verbs.json; other actions are argparse's own."""
 
 if __name__ == "__main__":
     sys.exit(main())
