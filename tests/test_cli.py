@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -78,9 +79,11 @@ for words in ([], ["index", "add"], ["search"], ["explain"], ["evaluate"], ["min
     except SystemExit as done:
         assert done.code == 0, words
 print("heavy:", sorted({"torch", "numpy", "PIL", "transformers"} & set(sys.modules)))
+import traceir.index
+print("with an index:", sorted({"faiss", "torch", "pymilvus"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("heavy: []\n") and "--preset" in done.stdout and "optimise" not in done.stdout
+    assert done.stdout.endswith("heavy: []\nwith an index: []\n") and "--preset" in done.stdout and "optimise" not in done.stdout
 
 
 def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
@@ -131,10 +134,7 @@ def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
 def test_errors_are_one_line_and_an_exit_code(
     error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> int:
-        raise error
-
-    monkeypatch.setattr("traceir.cli.index_verbs.open_index", fail)
+    monkeypatch.setattr("traceir.cli.index_verbs.open_index", Mock(side_effect=error))
     assert run("index", "info", "--index", "x") == code
     assert capsys.readouterr() == ("", f"traceir: error: {message}\n")
     assert run("index", "info", "--index", "x", "-v") == code and "Traceback" in capsys.readouterr().err
@@ -209,15 +209,9 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
     for words, why in (
         (("search", "--index", index), "nothing to search with"),
         (("search", "", "--index", index), "nothing to search with"),
-        (("search", "--index", index, "--text", "a"), "no index"),
-        (("search", "--index", index, "--image", tmp_path / "none.png"), "does not exist"),
         (("search", "--index", index, "--text", "a", "--where", "year"), "FIELD=VALUE"),
-        (("search", "--index", index, "--text", "a", "--model", tmp_path / "none"), "there is no folder"),
-        (("search", "--index", index, "--text", "a", "--device", "gpu"), "unknown to torch"),
-        (("index", "add", things, tmp_path / "none", "--index", index), "does not exist"),
         (("index", "add", phone, phone / "film.mov", "--index", index), "convert pictures"),
         (("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
-        (("evaluate", "--data", tmp_path / "none", "--out", tmp_path / "out"), "does not exist"),
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
         (("train", "--preset", "emoji", "--data", things, "--init", "randon"), "there is no folder 'randon'"),
     ):
@@ -282,59 +276,45 @@ def test_every_line_has_an_outcome_and_no_text_can_steer_the_terminal(
     assert found.endswith("red [31m cube") and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("line", "meant"),
-    [
-        ("serch x", "search"),
-        ("add photos", "index add"),
-        ("delete a", "index rm"),
-        ("index ad x", "add"),
-        ("reasoning biuld", "build"),
-        ("search x --indx i", "--index"),
-        ("search x --index i --aproximate", "--approximate"),
-        ("search x --index i --modality picture", "image"),
-        ("search x --index i --modality text,image", "image,text"),
-        ("search x --index i --route Reson", "reason"),
-        ("train --preset minni", "mini"),
-        ("report scorebord a", "scoreboard"),
-    ],
-)
-def test_a_slip_of_the_pen_is_answered_with_the_nearest_name(line: str, meant: str, capsys: pytest.CaptureFixture[str]) -> None:
+SLIPS = {
+    "serch x": "search", "add photos": "index add", "delete a": "index rm", "index ad x": "add", "reasoning biuld": "build",
+    "search x --indx i": "--index", "search x --index i --aproximate": "--approximate",
+    "search x --index i --modality picture": "image", "search x --index i --modality text,image": "image,text",
+    "search x --index i --route Reson": "reason", "train --preset minni": "mini", "report scorebord a": "scoreboard",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SLIPS)
+def test_a_slip_of_the_pen_is_answered_with_the_nearest_name(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run(*line.split())
-    assert f"did you mean '{meant}'?" in capsys.readouterr().err
+    assert f"did you mean '{SLIPS[line]}'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("ended", "words"),
-    [
+def test_what_ended_a_reasoning_is_told() -> None:
+    vector = np.ones(1, dtype=np.float32)
+    for ended, words in (
         ("turn", "4 tokens, ended its turn without <|emb|>"),
         ("budget", "4 tokens, cut off at the budget before <|emb|>"),
         (None, "4 tokens, ended without <|emb|>"),
-    ],
-)
-def test_what_ended_a_reasoning_is_told(ended: Any, words: str) -> None:
-    one = np.ones(1, dtype=np.float32)
-    assert cost(Encoding(one, "reason", "a b c d", 4, 0.1, True, ended=ended)).endswith(words)
-    assert cost(Encoding(one, "reason", "a", 1, 0.1, False)).endswith("1 token")
+    ):
+        assert cost(Encoding(vector, "reason", "a b c d", 4, 0.1, True, ended=ended)).endswith(words)
+    assert cost(Encoding(vector, "reason", "a", 1, 0.1, False)).endswith("1 token")
 
 
 def test_conditions_match_text_and_what_it_reads_as() -> None:
-    where = search_verbs.parse_where(["year=1991", "code=a=b"])
-    assert where is not None
-    for fields, expected in (
-        ({"year": 1991, "code": "a=b"}, True), ({"year": "1991", "code": "a=b"}, True),
-        ({"year": 1992, "code": "a=b"}, False), ({"year": 1991, "code": "a"}, False),
+    both, none = search_verbs.parse_where(["year=1991", "code=a=b"]), search_verbs.parse_where(["gone=null"])
+    for where, fields, expected in (
+        (both, {"year": 1991, "code": "a=b"}, True), (both, {"year": "1991", "code": "a=b"}, True),
+        (both, {"year": 1992, "code": "a=b"}, False), (both, {"year": 1991, "code": "a"}, False),
+        (none, {}, True), (none, {"gone": 0}, False), (search_verbs.parse_where([]), {}, True),
     ):  # fmt: skip
         assert matches(where, "x", "text", fields) is expected
-    none = search_verbs.parse_where(["gone=null"])
-    assert none is not None and matches(none, "x", "text", {}) and not matches(none, "x", "text", {"gone": 0})
     for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):  # these read as no value
         where = search_verbs.parse_where([f"code={text}"])
-        assert where is not None and matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
+        assert matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
     with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):
         search_verbs.parse_where(["a=1"] * 5000)
-    assert search_verbs.parse_where([]) is None
 
 
 def test_an_explanation_shows_what_is_supervised_and_read(
@@ -379,12 +359,11 @@ def test_evaluate_prints_a_table_and_writes_the_results(
 def test_the_benchmark_verbs_pass_their_options_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked: dict[str, Any] = {}
-    monkeypatch.setattr("traceir.cli.cot_verbs.minibeir.build", lambda out, **options: asked.update(options) or out)
-    assert run("minibeir", "build", "--out", tmp_path / "m", "--scale", "full", "--seed", 3, "--workers", 2) == 0
-    assert asked == {"scale": "full", "seed": 3, "workers": 2} and capsys.readouterr().out == f"{tmp_path / 'm'}\n"
-    monkeypatch.setattr("traceir.cli.cot_verbs.sheet.write_sheet", lambda data, out: f"{out} of {data}")
-    assert run("minibeir", "sheet", "--data", "d", "--out", "s.png") == 0 and capsys.readouterr().out == "s.png of d\n"
+    build = Mock(return_value="built")
+    monkeypatch.setattr("traceir.cli.cot_verbs.minibeir.build", build)
+    assert run("minibeir", "build", "--out", tmp_path, "--scale", "full", "--seed", 3, "--workers", 2) == 0
+    build.assert_called_once_with(tmp_path, scale="full", seed=3, workers=2)
+    assert capsys.readouterr().out == "built\n"
 
 
 def test_train_runs_a_preset_with_overrides(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -409,23 +388,16 @@ def test_overrides_take_their_type_from_the_field() -> None:
     assert config == TrainConfig(data="d", out="o")
 
 
-@pytest.mark.parametrize(
-    ("setting", "said"),
-    [
-        ("stepz=3", "stepz.*did you mean 'steps'.*weights.NAME.*size.hidden"),
-        ("size.hiden=3", "did you mean 'hidden'"),
-        ("size=3", "size.hidden"),
-        ("steps.a=3", "steps has no parts"),
-        ("weights=3", "weights.NAME"),
-        ("steps=3.5", "whole number"),
-        ("temperature=nan", "finite"),
-        ("precheck=1", "true or false"),
-        ("cot=most", "both, reasoning, answer"),
-        ("steps", "key=value"),
-    ],
-)
-def test_a_wrong_override_names_the_remedy(setting: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+WRONG_OVERRIDES = {
+    "stepz=3": "stepz.*did you mean 'steps'.*weights.NAME.*size.hidden", "size.hiden=3": "did you mean 'hidden'",
+    "size=3": "size.hidden", "steps.a=3": "steps has no parts", "weights=3": "weights.NAME", "steps=3.5": "whole number",
+    "temperature=nan": "finite", "precheck=1": "true or false", "cot=most": "both, reasoning, answer", "steps": "key=value",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", WRONG_OVERRIDES)
+def test_a_wrong_override_names_the_remedy(setting: str) -> None:
+    with pytest.raises(InputError, match=WRONG_OVERRIDES[setting]):
         override(TrainConfig(data="d", out="o"), [setting])
 
 

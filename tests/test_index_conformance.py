@@ -246,7 +246,8 @@ def test_upsert_replaces_and_delete_removes(fresh: Fresh) -> None:
         assert index.search(drawn(2, 4), 3) == [[], []] and index.search(np.empty((0, 4), dtype=np.float32), 3) == []
         assert index.upsert([], np.zeros((0, 4), dtype=np.float32)) == set()
         index.upsert(texts(["a", "b", "c"], year=1), np.stack([first, 3 * first, first]))  # of any length
-        assert [hit.id for hit in index.search(first[None], 9)[0]] == ["a", "b", "c"], "equal scores, in order of id"
+        for k in (9, 10**12, 10**30):
+            assert [hit.id for hit in index.search(first[None], k)[0]] == ["a", "b", "c"], "equal scores, in order of id"
         assert index.upsert([Item.of(image=DOT, text="new", id="b", fields={"year": 2})], second[None]) == set()
         assert [hit.id for hit in index.search(second[None], 1)[0]] == ["b"]
         assert index.count() == 3 and index.count(Eq("year", 1)) == 2 and index.count(Eq("modality", "image,text")) == 1
@@ -295,10 +296,8 @@ MEANINGS: list[tuple[Filter, str]] = [
 def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
     """Texts, numbers and booleans never mix; a list is found by each of its values."""
     items = [Item.of(text="x", id=f"{n:02}", fields={"v": value}) for n, value in enumerate(SINGLE)]
-    items += [
-        Item.of(text="x", id="none"),
-        *(Item.of(text="x", id=f"l{n}", fields={"w v": v, "v": [2, "?"]}) for n, v in enumerate(LISTS)),
-    ]
+    items += [Item.of(text="x", id=f"l{n}", fields={"w v": v, "v": [2, "?"]}) for n, v in enumerate(LISTS)]
+    items += [Item.of(text="x", id="none")]
     with opened(fresh()) as index:
         index.upsert(items, drawn(len(items), 4))
         for where, expected in MEANINGS:
@@ -306,18 +305,20 @@ def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
 
 
 @MILVUS_IS_SLOW
-@pytest.mark.parametrize("size", [300, pytest.param(9_000, marks=pytest.mark.slow)])
-def test_every_kind_of_index_takes_the_largest_filters_and_ids(fresh: Fresh, size: int) -> None:
-    numbers = tuple(In("n", tuple(range(start, start + size))) for start in (0, 5_000 * size // 9_000, 5_001 * size // 9_000))
-    many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253 if size == 9_000 else 20))))
-    long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64 if size == 9_000 else 4))))
+def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh) -> None:
+    numbers = tuple(In("n", tuple(range(start, start + 9_000))) for start in (0, 5_000, 5_001))
+    many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253))))
+    long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64))))
     with opened(fresh()) as index:
-        for id, fields in (("a", {"n": size - 1, "f7": 7, "t": "wanted"}), ("b", {"n": size}), ("c", {"n": size - 1, "f7": 8})):
+        if hasattr(index, "_connection"):  # what SQLite is built for everywhere
+            index._connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
+        for id, fields in (("a", {"n": 8_999, "f7": 7, "t": "wanted"}), ("b", {"n": 9_000}), ("c", {"n": 8_999, "f7": 8})):
             index.upsert(texts([id], **fields), drawn(1, 4))
-        for where in (many, long):
-            assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
-        ids = [f"{n:06}" for n in range(size)]
-        assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1 and index.count() == 2
+            for where in (many, long):  # once more with each that is new
+                assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
+        ids = [f"{n:06}" for n in range(9_000)]
+        assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
+        assert index.count(many) == 1 == len(list(index.scan(many))) == index.delete(many) and index.count() == 1
 
 
 REFUSED_ITEMS: list[tuple[dict[str, Any], str]] = [
@@ -381,9 +382,8 @@ def test_another_model_prompt_or_width_is_refused(fresh: Fresh) -> None:
 
 
 @MILVUS_IS_SLOW
-@pytest.mark.parametrize("rows", [300, pytest.param(1500, marks=pytest.mark.slow)])
-def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh, rows: int) -> None:
-    vectors = clustered(rows)
+def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh) -> None:
+    vectors, rows = clustered(400), 400
     items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 100 == 0}) for n in range(rows)]
     with opened(fresh(), dim=24) as index:
         index.upsert(items[: rows - 100], vectors[: rows - 100])
@@ -405,10 +405,7 @@ def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh,
 
 @MILVUS_IS_SLOW
 def test_copy_goes_on_where_it_was_cut_off_and_carries_the_background(fresh: Fresh, tmp_path: Path) -> None:
-    items = [
-        *texts([f"t{n:02}" for n in range(30)], year=1),
-        *(Item.of(image=DOT, id=name, fields={name: 1}) for name in HOSTILE),
-    ]
+    items = texts([f"t{n:02}" for n in range(30)], year=1) + [Item.of(image=DOT, id=name, fields={name: 1}) for name in HOSTILE]
     vectors = drawn(len(items), 4)
     with opened(str(tmp_path / "a")) as source, opened(fresh()) as target, opened(str(tmp_path / "b")) as back:
         source.upsert(items, vectors)
@@ -429,17 +426,13 @@ def test_copy_goes_on_where_it_was_cut_off_and_carries_the_background(fresh: Fre
 
 
 def drawn_background(draw: np.random.Generator, count: int = 30, dim: int = 4) -> Background:
-    return Background(
-        {"text": unit(*draw.normal(size=(count, dim))), "image": unit(*draw.normal(size=(7, dim)))},
-        "drawn",
-        "2026-01-01T00:00:00+00:00",
-    )
+    vectors = {"text": unit(*draw.normal(size=(count, dim))), "image": unit(*draw.normal(size=(7, dim)))}
+    return Background(vectors, "drawn", "2026-01-01T00:00:00+00:00")
 
 
 @MILVUS_IS_SLOW
 def test_an_index_keeps_a_background_and_notices_changes(fresh: Fresh) -> None:
-    draw = np.random.default_rng(0)
-    address = fresh()
+    draw, address = np.random.default_rng(0), fresh()
     with opened(address) as index:
         versions = [index.version()]
         assert index.background() is None and index.info().background == {}
@@ -527,18 +520,14 @@ def test_what_milvus_cannot_keep_is_refused_before_anything_is_written(tmp_path:
             (Item.of(text="x", id="b", fields={"long": "y" * 66_000}), "fields of item 'b'"),
             (Item.of(text="x", id="b", fields={"long": "y" * 40_000}), "filter values of item 'b'"),
         ):
-            for act in (
-                lambda item=item: index.upsert([*texts(["a"]), item], drawn(2, 4)),
-                lambda item=item: index.check([item]),
-            ):
-                with pytest.raises(InputError, match=what):
-                    act()
+            with pytest.raises(InputError, match=what):
+                index.upsert([*texts(["a"]), item], drawn(2, 4))
+            with pytest.raises(InputError, match=what):
+                index.check([item])
         large = [Item.of(text="y" * 60_000, id=f"{n}") for n in range(1100)]
         with pytest.raises(InputError, match=r"at most [0-9]+ such items a call"):
             index.upsert(large, drawn(1100, 4))
         assert index.count() == 0
-        index.upsert(texts(["a"]), drawn(1, 4))
-        assert [hit.id for hit in index.search(drawn(1, 4), 20_000)[0]] == ["a"]  # a larger k than Milvus returns
     with pytest.raises(StoreError, match="no index of float16 and width 4"):
         opened(f"milvus-lite:{tmp_path}/new/half.db", dtype="float16")
     with pytest.raises(InputError, match="cannot hold int8"):
