@@ -6,8 +6,9 @@ import importlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 from unittest.mock import Mock
 
 import numpy as np
@@ -61,12 +62,24 @@ def things(tmp_path: Path) -> Path:
     return folder
 
 
+Call = Callable[..., Any]
+
+
 def run(*arguments: object) -> int:
     return cli.main([str(argument) for argument in arguments])
 
 
-def fill(things: Path, index: Path, checkpoint: Path) -> int:
-    return run("index", "add", things, things / "more.jsonl", "--index", index, "--model", checkpoint, "--batch", 3)
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
+    """Runs a command, which must end with this code, and returns what it printed as `out` and `err`."""
+
+    def called(*arguments: object, code: int = 0) -> Any:
+        capsys.readouterr()
+        ended, printed = run(*arguments), capsys.readouterr()
+        assert ended == code, printed.err
+        return printed
+
+    return called
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -132,74 +145,57 @@ def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(
-    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.setattr("traceir.cli.index_verbs.open_index", Mock(side_effect=error))
-    assert run("index", "info", "--index", "x") == code
-    assert capsys.readouterr() == ("", f"traceir: error: {message}\n")
-    assert run("index", "info", "--index", "x", "-v") == code and "Traceback" in capsys.readouterr().err
+    assert call("index", "info", "--index", "x", code=code) == ("", f"traceir: error: {message}\n")
+    assert "Traceback" in call("index", "info", "--index", "x", "-v", code=code).err
 
 
-def test_an_index_is_filled_described_copied_and_pruned(
-    things: Path, tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_index_is_filled_described_copied_and_pruned(things: Path, tmp_path: Path, checkpoint: Path, call: Call) -> None:
     index, copy = tmp_path / "index", tmp_path / "copy"
-    assert fill(things, index, checkpoint) == 1
-    seen = capsys.readouterr()
+    fill = ("index", "add", things, things / "more.jsonl", "--index", index, "--model", checkpoint, "--batch", 3)
+    seen = call(*fill, code=1)
     assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 1; 6 items") and "broken.png" in seen.err
     (things / "broken.png").unlink()
-    assert fill(things, index, checkpoint) == 0 and capsys.readouterr().out.startswith("added 0, updated 0, skipped 6")
-
-    assert run("index", "copy", index, copy) == 0 and capsys.readouterr().out.startswith("copied 6, skipped 0 already there; 6")
-    assert run("index", "info", "--index", copy, "--json") == 0
-    info = json.loads(capsys.readouterr().out)
+    assert call(*fill).out.startswith("added 0, updated 0, skipped 6")
+    assert call("index", "copy", index, copy).out.startswith("copied 6, skipped 0 already there; 6")
+    info = json.loads(call("index", "info", "--index", copy, "--json").out)
     assert info["count"] == 6 and info["counts"] == {"image": 2, "text": 4} and info["cells"] == 0
-    assert run("index", "build-ann", "--index", index) == 0 and "IVF lists" in capsys.readouterr().out
-    assert run("index", "info", "--index", index) == 0 and "6 (2 image, 4 text)" in capsys.readouterr().out
-
-    assert run("index", "rm", "--index", index, "note.txt", "line1") == 0
-    assert run("index", "rm", "--index", index, "note.txt") == 1
-    seen = capsys.readouterr()
-    assert seen.out == "removed 2\nremoved 0\n" and "note.txt" in seen.err
+    assert "IVF lists" in call("index", "build-ann", "--index", index).out
+    assert "6 (2 image, 4 text)" in call("index", "info", "--index", index).out
+    assert call("index", "rm", "--index", index, "note.txt", "line1").out == "removed 2\n"
+    seen = call("index", "rm", "--index", index, "note.txt", code=1)
+    assert seen.out == "removed 0\n" and "note.txt" in seen.err
 
 
 def test_a_search_prints_what_the_encoder_and_the_index_say(
-    things: Path, tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str]
+    things: Path, tmp_path: Path, checkpoint: Path, loaded: TraceModel, call: Call
 ) -> None:
-    index = tmp_path / "index"
-    fill(things, index, checkpoint)
-    capsys.readouterr()
-    words = ("--index", index, "--model", checkpoint, "--image", things / "0.png", "--text", "then a ball", "-k", 2)
-    assert run("search", *words, "--modality", "text", "--route", "reason", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    index, model = ("--index", tmp_path / "index"), ("--model", checkpoint)
+    call("index", "add", things, things / "more.jsonl", *index, *model, code=1)
+    words = ("search", *index, *model, "--image", things / "0.png", "--text", "then a ball", "-k", 2)
+    answer = json.loads(call(*words, "--modality", "text", "--route", "reason", "--json").out)
     query = Query.of(text="then a ball", image=picture(0), target="text")
     (encoding,) = Encoder(loaded).encode_queries([query], route="reason")
-    assert found["route"] == "reason" and found["reasoning"] == encoding.reasoning and found["tokens"] == encoding.tokens > 0
-    assert [hit["rank"] for hit in found["hits"]] == [1, 2] and {hit["modality"] for hit in found["hits"]} == {"text"}
-    assert found["hits"][0]["score"] >= found["hits"][1]["score"]
+    assert answer["route"] == "reason" and answer["reasoning"] == encoding.reasoning and answer["tokens"] == encoding.tokens > 0
+    assert [hit["rank"] for hit in answer["hits"]] == [1, 2] and {hit["modality"] for hit in answer["hits"]} == {"text"}
+    assert answer["hits"][0]["score"] >= answer["hits"][1]["score"]
 
-    assert run("search", *words, "--route", "direct", "--modality", "image") == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = call(*words, "--route", "direct", "--modality", "image").out.splitlines()
     assert printed[0].startswith("route      direct") and len(printed) == 3
     assert {"0.png", "1.png"} == {line.split()[2] for line in printed[1:]}
-    assert run("search", *words, "--where", "year=1991", "--json") == 0
-    assert [hit["id"] for hit in json.loads(capsys.readouterr().out)["hits"]] == ["line1"]
-    assert run("search", *words, "--approximate") == 2 and "build" in capsys.readouterr().err
-
-    model = ("--model", checkpoint)
-    answers = []
-    for order in (["a red cube", "--index", index, *model], ["--index", index, *model, "a", "red", "cube"],
-                  ["--index", index, "--route", "auto", "--text", "a red cube", *model]):  # fmt: skip
-        assert run("search", *order, "-k", 3) == 0
-        answers.append(capsys.readouterr().out.splitlines()[1:])
-    assert all(answer == answers[0] for answer in answers)
-    for verb in (["search", "--index", index], ["explain"], ["explain", "--candidate"]):
-        assert run(*verb, "a red cube", "--text", "a ball", *model) == 2
-        assert "the text is given twice" in capsys.readouterr().err
+    assert [hit["id"] for hit in json.loads(call(*words, "--where", "year=1991", "--json").out)["hits"]] == ["line1"]
+    assert "build" in call(*words, "--approximate", code=2).err
+    for order in (["a red cube", *index], [*index, "a", "red", "cube"], [*index, "--route", "auto", "--text", "a red cube"]):
+        assert len(hits := call("search", *model, "-k", 3, *order).out.splitlines()[1:]) == 3
+        assert hits == call("search", "a red cube", *index, *model, "-k", 3).out.splitlines()[1:]
+    for verb in (["search", *index], ["explain"], ["explain", "--candidate"]):
+        assert "the text is given twice" in call(*verb, "a red cube", "--text", "a ball", *model, code=2).err
 
 
 def test_wrong_input_is_refused_before_a_model_is_loaded(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.setitem(sys.modules, "traceir.library", None)
     index, phone = tmp_path / "index", tmp_path / "phone"
@@ -215,8 +211,7 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
         (("train", "--preset", "emoji", "--data", things, "--init", "randon"), "there is no folder 'randon'"),
     ):
-        assert run(*words) == 2, words
-        assert why in capsys.readouterr().err, words
+        assert why in call(*words, code=2).err, words
     assert not index.exists()
     with pytest.raises(SystemExit, match="2"):
         run("search", "--index", index, "--text", "a", "-k", 0)
@@ -237,23 +232,21 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         "merge {} --out {}/out",
     ],
 )
-def test_an_empty_folder_is_an_error_of_every_verb(line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_folder_is_an_error_of_every_verb(line: str, tmp_path: Path, call: Call) -> None:
     (tmp_path / "empty").mkdir()
-    assert run(*line.replace("{}", str(tmp_path / "empty")).split()) == 2
-    seen = capsys.readouterr()
+    seen = call(*line.replace("{}", str(tmp_path / "empty")).split(), code=2)
     assert str(tmp_path / "empty") in seen.err and "unexpected" not in seen.err and seen.out == ""
 
 
 def test_every_line_has_an_outcome_and_no_text_can_steer_the_terminal(
-    tmp_path: Path, checkpoint: Path, loaded: TraceModel, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, checkpoint: Path, loaded: TraceModel, call: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = [{"id": "a", "text": "red\x1b[31m\ncube", "tags": ["red", "blue"]}, {"id": "b", "title": "a door"},
              {"id": "c", "title": "a cup"}, {"id": "a", "text": "again"}, {"id": "d", "text": "kept", "image": "none.png"},
              {"id": "e"}, {"id": "f", "text": "red " * 2000}, {"id": "g", "text": "red " * 3000}]  # fmt: skip
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ("--index", tmp_path / "i", "--model", checkpoint)
-    assert run("index", "add", tmp_path / "t.jsonl", *words) == 1
-    seen = capsys.readouterr()
+    seen = call("index", "add", tmp_path / "t.jsonl", *words, code=1)
     assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 2; 6 items")
     printed = seen.err.replace(f"{tmp_path}/", "").splitlines()
     limit = loaded.settings.max_text_tokens
@@ -267,13 +260,11 @@ def test_every_line_has_an_outcome_and_no_text_can_steer_the_terminal(
         assert sum(line.startswith(start) and rest in line for line in printed) == 1, start
     assert len(printed) == 5
     for value, ids in (("red", ["a"]), ("green", []), ("null", ["b", "c", "d", "f", "g"])):
-        assert run("search", "x", *words, "--route", "direct", "--where", f"tags={value}", "--json") == 0
-        hits = json.loads(capsys.readouterr().out)["hits"]
+        hits = json.loads(call("search", "x", *words, "--route", "direct", "--where", f"tags={value}", "--json").out)["hits"]
         assert sorted(hit["id"] for hit in hits) == ids
         assert all(hit["fields"]["tags"] == ["red", "blue"] for hit in hits if hit["id"] == "a")
-    assert run("search", "red " * 2000, *words, "--route", "direct", "--where", "tags=red") == 0
-    (found,) = capsys.readouterr().out.splitlines()[1:]
-    assert found.endswith("red [31m cube") and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
+    (hit,) = call("search", "red " * 2000, *words, "--route", "direct", "--where", "tags=red").out.splitlines()[1:]
+    assert hit.endswith("red [31m cube") and f"{limit} tokens" in caplog.text and "(1 of 1)" in caplog.text
 
 
 SLIPS = {
@@ -317,9 +308,7 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
         search_verbs.parse_where(["a=1"] * 5000)
 
 
-def test_an_explanation_shows_what_is_supervised_and_read(
-    loaded: TraceModel, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_explanation_shows_what_is_supervised_and_read(loaded: TraceModel, checkpoint: Path, call: Call) -> None:
     query = Query.of(text="then make one red", image=picture(3), instruction="find it", target="image")
     prompt = render_query(query, "brief-1")
     found = explain(loaded, prompt, "red cube")
@@ -336,46 +325,39 @@ def test_an_explanation_shows_what_is_supervised_and_read(
     assert candidate.route == "direct" and all(token.target is None for token in candidate.tokens)
     with pytest.raises(InputError, match="never reason"):
         explain(loaded, render_candidate(Item.of(text="red"), "brief-1"), "red")
-    assert run("explain", "--model", checkpoint, "--text", "red " * 2000, "--modality", "text") == 0
-    cut = int(capsys.readouterr().out.partition("text tokens cut: ")[2].split()[0])
+    printed = call("explain", "--model", checkpoint, "--text", "red " * 2000, "--modality", "text").out
+    cut = int(printed.partition("text tokens cut: ")[2].split()[0])
     assert cut == len(loaded.processor.plain_ids(normalise("red " * 2000))) - loaded.processor.max_text_tokens > 0
 
 
-def test_evaluate_prints_a_table_and_writes_the_results(
-    tmp_path: Path, folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_prints_a_table_and_writes_the_results(tmp_path: Path, folder: Path, checkpoint: Path, call: Call) -> None:
     out = tmp_path / "out"
     words = ("evaluate", "--data", folder, "--model", checkpoint, "--out", out, "--rows", "cirr_task7", "--limit", 3)
-    assert run(*words, "--route", "direct", "--route", "auto,reason") == 0
-    printed = capsys.readouterr()
+    printed = call(*words, "--route", "direct", "--route", "auto,reason")
     results = json.loads((out / "results.json").read_text())
     assert list(results["routes"]) == ["direct", "auto", "reason"] and "results.json" in printed.err
     assert printed.out.count("| cirr_task7 |") == 3
     assert {row["cirr_task7"]["queries"] for row in results["routes"].values()} == {3}
-    assert run(*words, "--dry-run") == 0 and "cirr_task7" in capsys.readouterr().out
-    assert run(*words[:-4], "--rows", "cirr_tsk7") == 2 and "did you mean 'cirr_task7'" in capsys.readouterr().err
+    assert "cirr_task7" in call(*words, "--dry-run").out
+    assert "did you mean 'cirr_task7'" in call(*words[:-4], "--rows", "cirr_tsk7", code=2).err
 
 
-def test_the_benchmark_verbs_pass_their_options_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_benchmark_verbs_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     build = Mock(return_value="built")
     monkeypatch.setattr("traceir.cli.cot_verbs.minibeir.build", build)
-    assert run("minibeir", "build", "--out", tmp_path, "--scale", "full", "--seed", 3, "--workers", 2) == 0
+    assert call("minibeir", "build", "--out", tmp_path, "--scale", "full", "--seed", 3, "--workers", 2).out == "built\n"
     build.assert_called_once_with(tmp_path, scale="full", seed=3, workers=2)
-    assert capsys.readouterr().out == "built\n"
 
 
-def test_train_runs_a_preset_with_overrides(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_runs_a_preset_with_overrides(tmp_path: Path, folder: Path, call: Call) -> None:
     settings = [f"size.{size}" for size in SMALL.split()] + ["steps=2", "batch=2", "group=1", "mixed_precision=false"]
     words = ["train", "--preset", "emoji", "--init", "random", "--data", folder, "--out", tmp_path / "run"]
     words += [word for setting in settings for word in ("--set", setting)]
-    assert run(*words) == 0
-    assert Path(capsys.readouterr().out.strip()) == tmp_path / "run" / "checkpoint"
+    assert Path(call(*words).out.strip()) == tmp_path / "run" / "checkpoint"
     meta = json.loads((tmp_path / "run" / "meta.json").read_text())
     assert meta["config"]["steps"] == 2 and meta["config"]["size"]["hidden"] == 48 and meta["config"]["temperature"] == 0.05
     assert load(tmp_path / "run" / "checkpoint").width == 48
-    assert run(*words, "--resume-from", tmp_path) == 2
+    call(*words, "--resume-from", tmp_path, code=2)
 
 
 def test_overrides_take_their_type_from_the_field() -> None:

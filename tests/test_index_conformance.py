@@ -312,13 +312,15 @@ def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh
     with opened(fresh()) as index:
         if hasattr(index, "_connection"):  # what SQLite is built for everywhere
             index._connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
-        for id, fields in (("a", {"n": 8_999, "f7": 7, "t": "wanted"}), ("b", {"n": 9_000}), ("c", {"n": 8_999, "f7": 8})):
-            index.upsert(texts([id], **fields), drawn(1, 4))
-            for where in (many, long):  # once more with each that is new
+        kept = {"a": {"n": 8_999, "f7": 7, "t": "wanted"}, "b": {"n": 9_000}, "c": {"n": 8_999, "f7": 8}}
+        for ids, filters in ((("a", "b"), (many, long)), (("c",), (many,))):  # once more, with one that is new
+            for id in ids:
+                index.upsert(texts([id], **kept[id]), drawn(1, 4))
+            for where in filters:
                 assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
-        ids = [f"{n:06}" for n in range(9_000)]
+        ids = tuple(f"{n:06}" for n in range(9_000))
         assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
-        assert index.count(many) == 1 == len(list(index.scan(many))) == index.delete(many) and index.count() == 1
+        assert index.count(many) == 1 == index.delete(many) and index.count() == 1
 
 
 REFUSED_ITEMS: list[tuple[dict[str, Any], str]] = [

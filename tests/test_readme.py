@@ -98,8 +98,3 @@ def test_the_curl_line_finds_what_it_asks_for(screen: dict[str, list[str]], firs
     with open_index(folder, encoder) as index:
         result = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
     assert "scene_wobopo" in str(result.hits[0].image)
-
-
-def test_images_of_the_first_screen_are_there() -> None:
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).is_file()

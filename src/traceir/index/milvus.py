@@ -122,7 +122,9 @@ class MilvusIndex(CheckedIndex):
         Which ids were new is exact among the writes of this handle; another process may write between the look and the write.
         """
         rows = [milvus_rows.row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
-        total = sum(milvus_rows.row_bytes(row) for row in rows)
+        # About what the rows take in a request.
+        total = sum(len(name) + 16 + len(str(value).encode()) for row in rows for name, value in row.items() if name != VECTOR)
+        total += unit.nbytes
         if total > MAX_REQUEST_BYTES:
             most = max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))
             what = f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}"

@@ -255,7 +255,7 @@ class SqliteIndex(CheckedIndex):
                     yield
                     self._connection.execute("COMMIT")
             except BaseException:
-                self._resident.forget_removals()
+                self._resident.removed = []  # it is there again
                 raise
             finally:
                 if self._connection.in_transaction:

@@ -196,13 +196,7 @@ class Index(Protocol):
         """Makes what `search(exact=False)` needs; replaces what was made before."""
 
     def search(
-        self,
-        vectors: Vectors,
-        k: int,
-        *,
-        where: Filter | None = None,
-        modality: Modality | None = None,
-        exact: bool = True,
+        self, vectors: Vectors, k: int, *, where: Filter | None = None, modality: Modality | None = None, exact: bool = True
     ) -> list[list[Hit]]:
         """The k items of highest cosine for each row of `vectors` [Q, D], best first; equal scores in order of id."""
 

@@ -12,6 +12,7 @@ Shapes: N rows, D width, B bytes or components of a row in memory, Q queries, C 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import math
@@ -25,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from traceir.index.filters import Filter, key_of_filter
+from traceir.index.filters import Filter
 from traceir.index.sql import AMONG, CHUNK, Rows, compile_filter, read_counter, read_number, read_numbers
 from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
 from traceir.items import MODALITIES, Modality, Vector
@@ -354,7 +355,7 @@ class ResidentVectors:
         self._trained = 0  # the highest number when the codec was made
         # By filter, last used last: numbers of rows that pass, the highest number then, how many passed when all were asked for.
         self._passing: OrderedDict[bytes, tuple[Rows, int, int]] = OrderedDict()
-        self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
+        self.removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
     def snapshot(self, where: Filter | None, centroids: bool = True) -> Snapshot:
@@ -383,11 +384,7 @@ class ResidentVectors:
     def note_removal(self, numbers: Rows) -> None:
         """Rows that were removed here, with one count of `deletions`; spares the next look a comparison with what is left."""
         if self._tables:
-            self._removed.append(numbers)
-
-    def forget_removals(self) -> None:
-        """After a transaction that did not end well: what it removed is there again."""
-        self._removed = []
+            self.removed.append(numbers)
 
     def vectors_of(self, ids: Sequence[object], blobs: Sequence[object]) -> Vectors:
         """[N, D] from stored bytes; DamageError naming the items whose vector is missing, cut, or not of unit length."""
@@ -419,21 +416,18 @@ class ResidentVectors:
         seen_top, seen_deletions, _ = self._seen
         try:
             if self._tables and deletions != seen_deletions:
-                self._follow(deletions - seen_deletions)
+                # Our own by their numbers, those of other processes by comparing with what is left.
+                own = deletions - seen_deletions == len(self.removed)
+                numbers = np.concatenate(self.removed) if own else read_numbers(self._connection, "SELECT n FROM items")
+                for table in self._tables.values():
+                    table.mark_removed(numbers, invert=not own)
+                self.removed = []
             if top > seen_top or not self._tables:
                 self._load_rows(seen_top, top)
         except BaseException:
             self.forget()
             raise
         self._seen = (max(top, seen_top), deletions, built)
-
-    def _follow(self, deletions: int) -> None:
-        """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
-        own = deletions == len(self._removed)
-        numbers = np.concatenate(self._removed) if own else read_numbers(self._connection, "SELECT n FROM items")
-        for table in self._tables.values():
-            table.mark_removed(numbers, invert=not own)
-        self._removed = []
 
     def _load_rows(self, after: int, top: int) -> None:
         if first := not self._tables:
@@ -493,7 +487,7 @@ class ResidentVectors:
         Sound because a row is never changed once written: it passes for ever or never does. Numbers of rows that are gone may be
         among them, at most about as many as of rows that are there. What a client sent is not kept, but its digest.
         """
-        key = key_of_filter(where)
+        key = hashlib.sha256(repr(where).encode()).digest()
         numbers, seen, whole = self._passing.pop(key, (np.empty(0, dtype=np.int64), 0, 0))
         if len(numbers) > 2 * whole + _STRIP:
             seen = 0
