@@ -103,7 +103,7 @@ def test_the_choices_of_the_parser_are_those_of_the_code() -> None:
     table = json.loads((Path(cli.__file__).parents[1] / "verbs.json").read_text(encoding="utf-8"))
     choices: dict[str, list[tuple[str, ...]]] = {}
     for options in [*table["shared"].values(), *(verb["options"] for verb in table["verbs"].values())]:
-        for option in (option for option in options if "choices" in option and isinstance(option, dict)):
+        for option in (option for option in options if isinstance(option, dict) and "choices" in option):
             choices.setdefault(option["names"], []).append(tuple(option["choices"]))
     assert {*choices["--route"]} == {items.ROUTES} and {*choices["--scale"]} == {rows.SCALES}
     assert {*choices["--store"]} == {get_args(StoredType)} and choices["--preset"] == [tuple(PRESETS)]

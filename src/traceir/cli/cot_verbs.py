@@ -38,7 +38,10 @@ def build(args: argparse.Namespace) -> int:
     check_tasks(Path(config.data), [*config.tasks, *config.direct, *config.complex])
     parts = find_parts(Path(config.data), config.part_size)
     if args.dry_run:
-        return _dry_run(args, config, parts)
+        with closing(CaseSource(Path(config.data), config.tasks)) as source:
+            stages = estimate(config, source, parts, out, complex_share=args.complex_share)
+        print(estimate_table(stages, args.price_in, args.price_out))
+        return 0
     reach, (number, count) = _reach(args), parse_shard(args.shard)
     begin(out, config)
     mine = [part for part in parts[number::count] if not is_finished(out, part)]
@@ -61,13 +64,6 @@ def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: lis
         return run_on_ray(config, args.out, parts, reach, workers=args.workers)
     with open_work(config, args.out, reach, writer) as work:
         return run_parts(work, parts, progress=shows_progress())
-
-
-def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart]) -> int:
-    with closing(CaseSource(Path(config.data), config.tasks)) as source:
-        stages = estimate(config, source, parts, args.out, complex_share=args.complex_share)
-    print(estimate_table(stages, args.price_in, args.price_out))
-    return 0
 
 
 def assemble(args: argparse.Namespace) -> int:

@@ -14,9 +14,9 @@ from typing import Any, Final
 from traceir import catalogue
 from traceir.cli.terminal import (
     check_model_options,
-    clean_lines,
     load_encoder,
     load_own_encoder,
+    one_line,
     open_encoder,
     say,
     shows_progress,
@@ -83,7 +83,7 @@ def demo(args: argparse.Namespace) -> int:
         print(f"gallery: {sum(counts.values())} items ({described}), {report.skipped} of them indexed before\n")
         answers = demonstration.ask(questions, encoder, index)
     for number, answer in enumerate(answers, start=1):
-        print(clean_lines(demonstration.describe(number, answer).split("\n")) + "\n")
+        print(*map(one_line, demonstration.describe(number, answer).split("\n")), sep="\n", end="\n\n")
     right = sum(answer.is_right for answer in answers)
     reasoned = sum(answer.encoding.route == "reason" for answer in answers)
     print(f"{right} of {len(answers)} queries have the right one first; {reasoned} were reasoned about, the others not.")
@@ -159,7 +159,7 @@ def _result_as_text(result: SearchResult) -> str:
         lines.append(f"nothing found above the cut-off of {cut.rate:g} (the best scored {cut.best:.4f})")
     elif not result.hits:
         lines.append("no hits")
-    return clean_lines(lines)
+    return "\n".join(map(one_line, lines))
 
 
 def serve(args: argparse.Namespace) -> int:

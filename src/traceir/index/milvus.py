@@ -197,8 +197,8 @@ class MilvusIndex(CheckedIndex):
                 raise StoreError(f"{what}; call build_ann() once, or search with exact=True")
             names = [name for own, name in graphs.items() if modality in (None, own)]
             hits, few = self._search(names, queries, k, passing, passes)
-            for row, found in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
-                hits[row] = found
+            for row, exact_hits in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
+                hits[row] = exact_hits
             return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
@@ -251,8 +251,8 @@ class MilvusIndex(CheckedIndex):
             if not counts:
                 return None
             rows = self._rows("", [KEY, VECTOR], self._name + BACKGROUND)
-            found = sorted((row[KEY].rpartition(" ")[0], row[KEY], vector_of(row[VECTOR]).tolist()) for row in rows)
-        vectors = {name: np.array([own for kind, _, own in found if kind == name], dtype=np.float32) for name in counts}
+            kept = sorted((row[KEY].rpartition(" ")[0], row[KEY], vector_of(row[VECTOR]).tolist()) for row in rows)
+        vectors = {name: np.array([own for kind, _, own in kept if kind == name], dtype=np.float32) for name in counts}
         whole = all(len(vectors[name]) == count for name, count in counts.items())
         return Background(vectors, source, created) if whole else None
 

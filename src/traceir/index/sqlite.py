@@ -126,8 +126,8 @@ class SqliteIndex(CheckedIndex):
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         rows = self._select(_IDS, [json.dumps(store.check_ids(ids))], with_vectors)
-        found = {stored.id: stored for _, stored in rows}
-        return {id: found[id] for id in ids if id in found}
+        kept = {stored.id: stored for _, stored in rows}
+        return {id: kept[id] for id in ids if id in kept}
 
     def count(self, where: Filter | None = None) -> int:
         clause, values = compile_filter(where)
@@ -191,13 +191,13 @@ class SqliteIndex(CheckedIndex):
         if not exact and not snapshot.probes:
             what = f"index {self._shown} has no IVF lists for approximate search"
             raise StoreError(f"{what}; call build_ann() once, or search with exact=True")
-        found: list[list[_Found]] = [[] for _ in queries]
+        ranked: list[list[_Found]] = [[] for _ in queries]
         for name, view in snapshot.views.items():
             if not len(view) or modality not in (None, name):
                 continue
             most = min(k, len(view))
             rows_of = search_view(view, queries, most, snapshot.passing, snapshot.centroids.get(name), snapshot.probes)
-            for query, rows, best in zip(queries, rows_of, found, strict=True):
+            for query, rows, best in zip(queries, rows_of, ranked, strict=True):
                 with self._transaction() if not view.codec.exact else nullcontext():
                     vectors = self._resident.exact_vectors(view, rows)
                 if vectors is None:
@@ -207,15 +207,15 @@ class SqliteIndex(CheckedIndex):
                     kept = np.flatnonzero(scores >= np.partition(scores, -most)[-most])
                     rows, scores = rows[kept], scores[kept]
                 best += zip(scores.tolist(), [view.ids[row] for row in rows], view.numbers_N[rows].tolist(), strict=True)
-        return [sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k] for best in found]
+        return [sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k] for best in ranked]
 
     def _read_hits(self, best: list[list[_Found]]) -> list[list[Hit]] | None:
         """What was found with its texts and fields; None where any of it was replaced or deleted meanwhile."""
-        wanted = {number for found in best for _, _, number in found}
+        wanted = {number for own in best for _, _, number in own}
         rows = dict(self._select(f"i.n {AMONG}", [json.dumps(sorted(wanted))], False))
         if len(rows) < len(wanted):
             return None
-        return [[rows[number].hit(score, rank) for rank, (score, _, number) in enumerate(found, start=1)] for found in best]
+        return [[rows[number].hit(score, rank) for rank, (score, _, number) in enumerate(own, start=1)] for own in best]
 
     # Steps of a write
 

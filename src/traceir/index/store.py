@@ -364,10 +364,10 @@ def check_search(k: int, modality: str | None) -> None:
         raise InputError(f"modality {modality!r} is unknown; choose one of {', '.join(MODALITIES)}")
 
 
-def check_identity(uri: str, what: str, stored: str, given: str | None) -> None:
+def check_identity(uri: str, what: str, stored: str, current: str | None) -> None:
     """Raise StoreError where the index was made by another model or prompt than the one in use."""
-    if given is not None and stored != given:
-        clash = f"index {uri} was made with {what} {stored!r} but {given!r} is in use"
+    if current is not None and stored != current:
+        clash = f"index {uri} was made with {what} {stored!r} but {current!r} is in use"
         raise StoreError(f"{clash}; search it with the model that filled it, or fill a new index")
 
 

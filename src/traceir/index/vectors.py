@@ -19,7 +19,7 @@ import math
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Final
 
@@ -88,22 +88,24 @@ class Codec:
         """Scores and rows of the best `count` of these rows (None: of all), in any order."""
         faiss = _faiss()
         at = faiss.swig_ptr
-        scores, found = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
+        scores, best_rows = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
         if self._quantizer is None:
             chosen = None if rows is None else faiss.IDSelectorArray(len(rows), at(rows))
-            faiss.knn_inner_product(at(query_D), at(codes_ND), self.dim, 1, len(codes_ND), count, at(scores), at(found), chosen)
-            return scores, found
+            faiss.knn_inner_product(
+                at(query_D), at(codes_ND), self.dim, 1, len(codes_ND), count, at(scores), at(best_rows), chosen
+            )
+            return scores, best_rows
         scanner = self._quantizer.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, rows is None, None)
         scanner.set_query(at(query_D))
         scanner.list_no = 0
         codes_ND = codes_ND.view(np.uint8)
         if rows is None:
-            scanner.scan_codes(len(codes_ND), at(codes_ND), None, at(scores), at(found), count)
-            return scores, found
+            scanner.scan_codes(len(codes_ND), at(codes_ND), None, at(scores), at(best_rows), count)
+            return scores, best_rows
         for strip in (rows[start : start + _STRIP] for start in range(0, len(rows), _STRIP)):
             gathered = codes_ND.take(strip, axis=0)
-            scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(found), count)
-        return scores, found
+            scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(best_rows), count)
+        return scores, best_rows
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class VectorView:
     numbers_N: Rows
     alive_N: Mask  # False: a tombstone
     lists_N: Lists  # NO_LIST where a row is in none, and so looked at by every search
+    # Answers of `usable`. Threads share them, by single steps of a list, none of which another can interrupt.
+    _usable: list[tuple[Rows | None, tuple[Mask, Rows | None]]] = field(init=False, default_factory=list)
 
     def __len__(self) -> int:
         return len(self.numbers_N)
@@ -140,11 +144,6 @@ class VectorView:
         self._usable.append((passing, (mask_N, rows)))
         del self._usable[:-_VIEW_FILTERS]
         return mask_N, rows
-
-    @cached_property
-    def _usable(self) -> list[tuple[Rows | None, tuple[Mask, Rows | None]]]:
-        """The last ones asked for. Threads share it, by single steps of a list, none of which another can interrupt."""
-        return []
 
 
 class VectorTable:
@@ -239,13 +238,13 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
     best, rows_of = look(view, queries_QD, rows, count)
     lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
     bounds = (kth if codec.exact else lowest) - codec.slack
-    found = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
+    best_rows = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
     # More rows may score alike than were looked for. Of int8 those are equal rows, which the cut must not part at random.
     cut = kth - codec.slack if codec.exact else np.partition(best, 1)[:, 1] - _TINY
     for query in np.flatnonzero(lowest >= cut) if count < total else ():
         blocks = _blocks(view, rows)
-        found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
-    return found
+        best_rows[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
+    return best_rows
 
 
 def rescore(vectors_ND: Codes, query_D: Vector) -> Scores:
@@ -298,25 +297,25 @@ def _nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int,
 def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """Scores and rows [Q, count] of the best of each query, in any order, a query at a time."""
     pairs = [view.codec.scan(view.codes_ND, query, rows, count) for query in queries_QD]
-    return np.stack([scores for scores, _ in pairs]), np.stack([found for _, found in pairs])
+    return np.stack([scores for scores, _ in pairs]), np.stack([best_rows for _, best_rows in pairs])
 
 
 def _multiply(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """The same by products of all queries with blocks of rows."""
-    best, found = np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
+    best, best_rows = np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
     for at, block in _blocks(view, rows, count, len(queries_QD)):
         scores_QN = queries_QD @ block.T
         if not len(best):
             top_QN = np.argpartition(scores_QN, -count, axis=1)[:, -count:]
-            best, found = np.take_along_axis(scores_QN, top_QN, axis=1), at[top_QN]
+            best, best_rows = np.take_along_axis(scores_QN, top_QN, axis=1), at[top_QN]
             continue
         floors = best.min(axis=1)
         for query in np.flatnonzero(scores_QN.max(axis=1) > floors):
             higher = np.flatnonzero(scores_QN[query] > floors[query])
             scores = np.concatenate([best[query], scores_QN[query, higher]])
             top = np.argpartition(scores, -count)[-count:]
-            best[query], found[query] = scores[top], np.concatenate([found[query], at[higher]])[top]
-    return best, found
+            best[query], best_rows[query] = scores[top], np.concatenate([best_rows[query], at[higher]])[top]
+    return best, best_rows
 
 
 def _blocks(view: VectorView, rows: Rows | None, first: int = 0, queries: int = 1) -> Iterator[tuple[Rows, Vectors]]:
