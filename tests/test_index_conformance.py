@@ -46,14 +46,12 @@ KINDS = [
     pytest.param("server", marks=[needs_milvus, pytest.mark.slow]),
     *(["given"] if GIVEN else []),
 ]
-MILVUS_IS_SLOW = pytest.mark.parametrize(
-    "fresh",
-    [KINDS[0], *(pytest.param(kind, marks=[needs_milvus, pytest.mark.slow]) for kind in ("file", "server"))],
-    indirect=True,
-)
+SLOW_KINDS = [KINDS[0], *(pytest.param(kind, marks=[needs_milvus, pytest.mark.slow]) for kind in ("file", "server"))]
+MILVUS_IS_SLOW = pytest.mark.parametrize("fresh", SLOW_KINDS, indirect=True)
 DOT = ImageInput.from_bytes(b"not decoded here", name="dot.png")
 HOSTILE = ("it's", 'say "hi"', "back\\slash", "a\nb\tc", '"] or key != ""', "%_*", "ünï 🦉", "$meta", " ")
 Fresh = Callable[[], str]
+Scored = list[tuple[str, float]]
 
 
 @contextlib.contextmanager
@@ -91,8 +89,9 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 client.drop_collection(name)
 
 
-def opened(address: str | Path, *, dim: int = 4, create: bool = True, **options: Any) -> Any:
-    return open_index(address, fingerprint="m1", prompt_version="p1", dim=dim, create=create, **options)
+def opened(address: str | Path, **options: Any) -> Any:
+    """The index at `address`, made where it is not there; every option can be another."""
+    return open_index(address, **{"fingerprint": "m1", "prompt_version": "p1", "dim": 4, "create": True, **options})
 
 
 def texts(ids: Sequence[str], **fields: Any) -> list[Item]:
@@ -124,20 +123,18 @@ def item_of(number: int, kind: str, fields: dict[str, Any]) -> Item:
     return Item.of(text=text, image=None if kind == "text" else DOT, id=f"i{number}", fields=fields)
 
 
-def naive(
-    items: Sequence[Item], vectors: Any, query: Any, k: int, where: Filter | None, modality: Any
-) -> list[tuple[str, float]]:
-    """Every item, one by one: the meaning of search."""
-    scored = []
-    for item, vector in zip(items, vectors, strict=True):
-        id = str(item.id)
-        if modality in (None, item.modality) and (where is None or matches(where, id, item.modality, item.fields)):
-            products = vector[None].astype(np.float64) * query.astype(np.float64)
-            scored.append((id, float(np.clip(products.sum(axis=1), -1, 1).astype(np.float32)[0])))
+def naive(items: Sequence[Item], vectors: Any, query: Any, k: int, where: Filter | None, modality: Any) -> Scored:
+    """The meaning of search: every item is looked at."""
+    scores = (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1).clip(-1, 1).astype(np.float32).tolist()
+    scored = [
+        (str(item.id), score)
+        for item, score in zip(items, scores, strict=True)
+        if modality in (None, item.modality) and (where is None or matches(where, str(item.id), item.modality, item.fields))
+    ]
     return sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
-def pairs(hits: Sequence[Hit]) -> list[tuple[str, float]]:
+def pairs(hits: Sequence[Hit]) -> Scored:
     assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
     return [(hit.id, hit.score) for hit in hits]
 
@@ -146,7 +143,8 @@ def share(found: Sequence[Sequence[Hit]], true: Sequence[Sequence[Hit]]) -> floa
     return float(np.mean([len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(found, true, strict=True)]))
 
 
-VALUES = st.sampled_from([None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"])
+KEPT = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"]
+VALUES = st.sampled_from(KEPT)
 NAMES = st.sampled_from(["x", "y"])
 LEAVES: st.SearchStrategy[Filter] = st.one_of(
     st.builds(Eq, NAMES, VALUES),
@@ -166,27 +164,7 @@ CORNERS = st.sampled_from(ROWS)
 @pytest.fixture(scope="module")
 def filled(fresh: Fresh) -> Iterator[tuple[Index, list[Item], Any]]:
     """Forty items of every modality and kind of field, some replaced and some deleted, with many equal vectors."""
-    values: list[Any] = [
-        None,
-        True,
-        False,
-        0,
-        1,
-        2,
-        -1,
-        0.0,
-        1.0,
-        1.5,
-        "",
-        "0",
-        "1",
-        "a",
-        "b",
-        "ä",
-        ["a", 1, 1.0, None],
-        [],
-        [True],
-    ]
+    values: list[Any] = [*KEPT, ["a", 1, 1.0, None], [], [True]]
     kinds = ("text", "image", "both")
     items = [item_of(n, kinds[n % 3], {"x": values[n % 19], "y": values[n * 7 % 19]} if n % 5 else {}) for n in range(44)]
     vectors = unit(*(ROWS[n * 3 % 5] for n in range(44)))
@@ -364,20 +342,21 @@ def test_what_is_refused_leaves_nothing(fresh: Fresh) -> None:
 
 
 def test_another_model_prompt_or_width_is_refused(fresh: Fresh) -> None:
-    address = fresh()
+    address, no_model = fresh(), {"fingerprint": None, "prompt_version": None, "dim": None}
     with pytest.raises(StoreError, match="there is no index at"):
         opened(address, create=False)
     with pytest.raises(InputError, match="needs the encoder's fingerprint"):
-        open_index(address, fingerprint=None, prompt_version=None, create=True)
+        opened(address, **no_model)
     with opened(address) as index:
         index.upsert(texts(["a", "b"]), drawn(2, 4))
-    with pytest.raises(StoreError, match=r"model 'm1' but 'm2'.*new index"):
-        open_index(address, fingerprint="m2", prompt_version="p1")
-    with pytest.raises(StoreError, match="prompt version 'p1' but 'p2'"):
-        open_index(address, fingerprint="m1", prompt_version="p2", create=True, dim=4)
-    with pytest.raises(StoreError, match="width 4, not 8"):
-        opened(address, dim=8)
-    with open_index(address, fingerprint=None, prompt_version=None) as index:
+    for option, why in (
+        ({"fingerprint": "m2"}, r"model 'm1' but 'm2'.*new index"),
+        ({"prompt_version": "p2"}, "prompt version 'p1' but 'p2'"),
+        ({"dim": 8}, "width 4, not 8"),
+    ):
+        with pytest.raises(StoreError, match=why):
+            opened(address, **option)
+    with opened(address, **no_model, create=False) as index:
         assert index.info().fingerprint == "m1" and index.delete(["a"]) == 1 and index.count() == 1
         for act in (lambda: index.search(drawn(1, 4), 1), lambda: index.upsert(texts(["c"]), drawn(1, 4))):
             with pytest.raises(StoreError, match="without a model"):
@@ -426,8 +405,7 @@ def test_copy_goes_on_where_it_was_cut_off_and_carries_the_background(fresh: Fre
             described = [(s.id, s.modality, s.text, s.image, dict(s.fields), s.content_hash) for s in (ours, theirs)]
             assert described[0] == described[1]
         np.testing.assert_allclose(back.background().vectors["text"], source.background().vectors["text"], atol=1e-6)
-        other = open_index(str(tmp_path / "c"), fingerprint="m2", prompt_version="p1", dim=4, create=True)
-        with other, pytest.raises(StoreError, match="model 'm2' but 'm1'"):
+        with opened(str(tmp_path / "c"), fingerprint="m2") as other, pytest.raises(StoreError, match="model 'm2' but 'm1'"):
             copy(source, other, progress=False)
 
 
