@@ -18,7 +18,6 @@ from traceir.cot.plan import DATASET, BuildConfig, begin, read_build
 from traceir.cot.quality_report import write_quality
 from traceir.cot.reach import Reach, open_work, run_on_ray
 from traceir.cot.review.review import agreement_table
-from traceir.cot.review.review_server import serve_review
 from traceir.cot.source import CaseSource, DataPart, check_tasks, find_parts
 from traceir.cot.stages import summarise
 from traceir.cot.teachers.answer_cache import AnswerCache
@@ -92,6 +91,8 @@ def review(args: argparse.Namespace) -> int:
         read_build(args.out)  # a folder without a build has no agreement either
         print(agreement_table(args.out))
         return 0
+    from traceir.cot.review.review_server import serve_review
+
     serve_review(
         args.out, port=args.port, reviewer=args.reviewer, per_stratum=args.per_stratum, order=args.order,
         seed=args.seed, open_browser=not args.no_browser, announce=print,
