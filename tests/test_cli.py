@@ -345,7 +345,7 @@ def test_evaluate_prints_a_table_and_writes_the_results(tmp_path: Path, folder: 
 
 def test_the_benchmark_verbs_pass_their_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
     build = Mock(return_value="built")
-    monkeypatch.setattr("traceir.cli.cot_verbs.minibeir.build", build)
+    monkeypatch.setattr("traceir.cli.learn_verbs.minibeir.build", build)
     assert call("minibeir", "build", "--out", tmp_path, "--scale", "full", "--seed", 3, "--workers", 2).out == "built\n"
     build.assert_called_once_with(tmp_path, scale="full", seed=3, workers=2)
 

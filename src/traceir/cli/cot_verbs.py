@@ -1,4 +1,4 @@
-"""What `traceir reasoning ...` and `traceir minibeir ...` do."""
+"""What `traceir reasoning ...` does."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ from traceir.cot.teachers.answer_cache import AnswerCache
 from traceir.cot.teachers.batch_files import read_batch_results
 from traceir.data.settings import override
 from traceir.errors import InputError
-from traceir.minibeir import build as minibeir
-from traceir.minibeir import sheet
-from traceir.minibeir.unseen import build as unseen
 from traceir.outside import read_json
 
 
@@ -147,18 +144,3 @@ def _reach(args: argparse.Namespace) -> Reach:
     named = ("teacher", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
              "spend_limit", "patience", "verifier", "journal")  # fmt: skip
     return Reach(**{name: getattr(args, name) for name in named}, timeout_s=args.timeout, extra=extra)
-
-
-def minibeir_build(args: argparse.Namespace) -> int:
-    print(minibeir.build(args.out, scale=args.scale, seed=args.seed, workers=args.workers))
-    return 0
-
-
-def minibeir_unseen(args: argparse.Namespace) -> int:
-    print(unseen.build_unseen(args.out, scale=args.scale, seed=args.seed, progress=shows_progress()))
-    return 0
-
-
-def minibeir_sheet(args: argparse.Namespace) -> int:
-    print(sheet.write_sheet(args.data, args.out))
-    return 0

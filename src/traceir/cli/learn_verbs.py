@@ -1,4 +1,4 @@
-"""What the verbs of evaluation and training do; what needs torch is imported once their input has been checked."""
+"""What the verbs of evaluation, MiniBEIR and training do; what needs torch is imported once their input has been checked."""
 
 from __future__ import annotations
 
@@ -26,6 +26,9 @@ from traceir.cli.terminal import (
 )
 from traceir.errors import InputError
 from traceir.items import Route, check_route
+from traceir.minibeir import build as minibeir
+from traceir.minibeir.sheet import write_sheet
+from traceir.minibeir.unseen.build import build_unseen
 
 
 def report(args: argparse.Namespace) -> int:
@@ -158,6 +161,21 @@ def faithfulness(args: argparse.Namespace) -> int:
     encoder = load_own_encoder(args)
     options = {"split": args.split, "rows": _names(args.rows), "limit": args.limit}
     print(table(probe(encoder, args.data, args.out, **options, progress=shows_progress()), encoder.fingerprint))
+    return 0
+
+
+def minibeir_build(args: argparse.Namespace) -> int:
+    print(minibeir.build(args.out, scale=args.scale, seed=args.seed, workers=args.workers))
+    return 0
+
+
+def minibeir_unseen(args: argparse.Namespace) -> int:
+    print(build_unseen(args.out, scale=args.scale, seed=args.seed, progress=shows_progress()))
+    return 0
+
+
+def minibeir_sheet(args: argparse.Namespace) -> int:
+    print(write_sheet(args.data, args.out))
     return 0
 
 
