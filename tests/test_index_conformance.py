@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -30,7 +31,6 @@ from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Index, Range, open_index
 from traceir.index.copy import copy
 from traceir.index.filters import matches
-from traceir.index.milvus_rows import sortable
 from traceir.index.store import Background
 from traceir.items import Hit, Item
 
@@ -46,14 +46,12 @@ KINDS = [
     pytest.param("server", marks=[needs_milvus, pytest.mark.slow]),
     *(["given"] if GIVEN else []),
 ]
-MILVUS_IS_SLOW = pytest.mark.parametrize(
-    "fresh",
-    [KINDS[0], *(pytest.param(kind, marks=[needs_milvus, pytest.mark.slow]) for kind in ("file", "server"))],
-    indirect=True,
-)
+SLOW_KINDS = [KINDS[0], *(pytest.param(kind, marks=[needs_milvus, pytest.mark.slow]) for kind in ("file", "server"))]
+MILVUS_IS_SLOW = pytest.mark.parametrize("fresh", SLOW_KINDS, indirect=True)
 DOT = ImageInput.from_bytes(b"not decoded here", name="dot.png")
 HOSTILE = ("it's", 'say "hi"', "back\\slash", "a\nb\tc", '"] or key != ""', "%_*", "ünï 🦉", "$meta", " ")
 Fresh = Callable[[], str]
+Scored = list[tuple[str, float]]
 
 
 @contextlib.contextmanager
@@ -91,8 +89,9 @@ def fresh(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
                 client.drop_collection(name)
 
 
-def opened(address: str | Path, *, dim: int = 4, create: bool = True, **options: Any) -> Any:
-    return open_index(address, fingerprint="m1", prompt_version="p1", dim=dim, create=create, **options)
+def opened(address: str | Path, **options: Any) -> Any:
+    """The index at `address`, made where it is not there; every option can be another."""
+    return open_index(address, **{"fingerprint": "m1", "prompt_version": "p1", "dim": 4, "create": True, **options})
 
 
 def texts(ids: Sequence[str], **fields: Any) -> list[Item]:
@@ -114,25 +113,28 @@ def clustered(rows: int, dim: int = 24) -> Any:
     return unit(*(centres[generator.integers(0, 60, rows)] + 0.4 * generator.normal(size=(rows, dim))))
 
 
+def damage(folder: Path, statement: str, *values: object) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "index.sqlite")) as file, file:
+        file.execute(statement, values)
+
+
 def item_of(number: int, kind: str, fields: dict[str, Any]) -> Item:
     text = None if kind == "image" else f"text {number}"
     return Item.of(text=text, image=None if kind == "text" else DOT, id=f"i{number}", fields=fields)
 
 
-def naive(
-    items: Sequence[Item], vectors: Any, query: Any, k: int, where: Filter | None, modality: Any
-) -> list[tuple[str, float]]:
-    """Every item, one by one: the meaning of search."""
-    scored = []
-    for item, vector in zip(items, vectors, strict=True):
-        id = str(item.id)
-        if modality in (None, item.modality) and (where is None or matches(where, id, item.modality, item.fields)):
-            products = vector[None].astype(np.float64) * query.astype(np.float64)
-            scored.append((id, float(np.clip(products.sum(axis=1), -1, 1).astype(np.float32)[0])))
+def naive(items: Sequence[Item], vectors: Any, query: Any, k: int, where: Filter | None, modality: Any) -> Scored:
+    """The meaning of search: every item is looked at."""
+    scores = (vectors.astype(np.float64) * query.astype(np.float64)).sum(axis=1).clip(-1, 1).astype(np.float32).tolist()
+    scored = [
+        (str(item.id), score)
+        for item, score in zip(items, scores, strict=True)
+        if modality in (None, item.modality) and (where is None or matches(where, str(item.id), item.modality, item.fields))
+    ]
     return sorted(scored, key=lambda pair: (-pair[1], pair[0]))[:k]
 
 
-def pairs(hits: Sequence[Hit]) -> list[tuple[str, float]]:
+def pairs(hits: Sequence[Hit]) -> Scored:
     assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
     return [(hit.id, hit.score) for hit in hits]
 
@@ -141,7 +143,8 @@ def share(found: Sequence[Sequence[Hit]], true: Sequence[Sequence[Hit]]) -> floa
     return float(np.mean([len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(found, true, strict=True)]))
 
 
-VALUES = st.sampled_from([None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"])
+KEPT = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"]
+VALUES = st.sampled_from(KEPT)
 NAMES = st.sampled_from(["x", "y"])
 LEAVES: st.SearchStrategy[Filter] = st.one_of(
     st.builds(Eq, NAMES, VALUES),
@@ -154,37 +157,17 @@ LEAVES: st.SearchStrategy[Filter] = st.one_of(
 )
 FILTERS = st.recursive(LEAVES, lambda inner: st.builds(And, st.lists(inner, max_size=3).map(tuple)), max_leaves=4)
 # Few distinct vectors, so that ties are the rule.
-CORNERS = st.sampled_from([(1, 0, 0, 0), (1, 1, 0, 0), (0, 1, 0, 0), (-1, 0, 0, 1), (0.3, 0.2, 0.1, 0.7)])
+ROWS = [(1, 0, 0, 0), (1, 1, 0, 0), (0, 1, 0, 0), (-1, 0, 0, 1), (0.3, 0.2, 0.1, 0.7)]
+CORNERS = st.sampled_from(ROWS)
 
 
 @pytest.fixture(scope="module")
 def filled(fresh: Fresh) -> Iterator[tuple[Index, list[Item], Any]]:
     """Forty items of every modality and kind of field, some replaced and some deleted, with many equal vectors."""
-    values: list[Any] = [
-        None,
-        True,
-        False,
-        0,
-        1,
-        2,
-        -1,
-        0.0,
-        1.0,
-        1.5,
-        "",
-        "0",
-        "1",
-        "a",
-        "b",
-        "ä",
-        ["a", 1, 1.0, None],
-        [],
-        [True],
-    ]
+    values: list[Any] = [*KEPT, ["a", 1, 1.0, None], [], [True]]
     kinds = ("text", "image", "both")
     items = [item_of(n, kinds[n % 3], {"x": values[n % 19], "y": values[n * 7 % 19]} if n % 5 else {}) for n in range(44)]
-    corners = [(1, 0, 0, 0), (1, 1, 0, 0), (0, 1, 0, 0), (-1, 0, 0, 1), (0.3, 0.2, 0.1, 0.7)]
-    vectors = unit(*(corners[n * 3 % 5] for n in range(44)))
+    vectors = unit(*(ROWS[n * 3 % 5] for n in range(44)))
     with opened(fresh()) as index:
         index.upsert([item_of(n, "text", {"x": "old"}) for n in range(0, 44, 2)], drawn(22, 4))
         index.upsert(items, vectors)
@@ -203,14 +186,12 @@ def filled(fresh: Fresh) -> Iterator[tuple[Index, list[Item], Any]]:
 def test_search_count_and_scan_mean_what_plain_python_says(filled: Any, query: Any, k: int, where: Any, modality: Any) -> None:
     index, items, vectors = filled
     (asked,) = unit(query)
-    found, wanted = (
-        pairs(index.search(asked[None], k, where=where, modality=modality)[0]),
-        (items, vectors, asked, k, where, modality),
-    )
-    true, everything = naive(*wanted), dict(naive(items, vectors, asked, 99, where, modality))
+    found = pairs(index.search(asked[None], k, where=where, modality=modality)[0])
+    everything = naive(items, vectors, asked, 99, where, modality)
+    true, scores = everything[:k], dict(everything)
     assert [score for _, score in found] == pytest.approx([score for _, score in true], abs=1e-6)
-    assert all(score == pytest.approx(everything[id], abs=1e-6) for id, score in found) and len(dict(found)) == len(true)
-    kept = sorted(str(one.id) for one in items if where is None or matches(where, str(one.id), one.modality, one.fields))
+    assert all(score == pytest.approx(scores[id], abs=1e-6) for id, score in found) and len(dict(found)) == len(true)
+    kept = sorted(id for id, _ in naive(items, vectors, asked, 99, where, None))
     assert index.count(where) == len(kept) and [stored.id for stored in index.scan(where)] == kept
 
 
@@ -242,7 +223,8 @@ def test_upsert_replaces_and_delete_removes(fresh: Fresh) -> None:
         assert index.search(drawn(2, 4), 3) == [[], []] and index.search(np.empty((0, 4), dtype=np.float32), 3) == []
         assert index.upsert([], np.zeros((0, 4), dtype=np.float32)) == set()
         index.upsert(texts(["a", "b", "c"], year=1), np.stack([first, 3 * first, first]))  # of any length
-        assert [hit.id for hit in index.search(first[None], 9)[0]] == ["a", "b", "c"], "equal scores, in order of id"
+        for k in (9, 10**12, 10**30):
+            assert [hit.id for hit in index.search(first[None], k)[0]] == ["a", "b", "c"], "equal scores, in order of id"
         assert index.upsert([Item.of(image=DOT, text="new", id="b", fields={"year": 2})], second[None]) == set()
         assert [hit.id for hit in index.search(second[None], 1)[0]] == ["b"]
         assert index.count() == 3 and index.count(Eq("year", 1)) == 2 and index.count(Eq("modality", "image,text")) == 1
@@ -275,14 +257,19 @@ def test_hostile_ids_names_and_values_are_only_data(fresh: Fresh) -> None:
 
 
 LISTS: list[Any] = [["red", "it's"], ["red"], "red", [], [None], [1, "1", True], [2**53 + 1], ("a", "b"), ["x"] * 1000]
-SINGLE: list[Any] = [1, 1.0, True, "1", None, 0, False, "", 2**53 + 1, float(2**53), -(2**63), -1.5, -1e300]
+SINGLE: list[Any] = [1, 1.0, True, "1", None, 0, False, "", 2**53 + 1, float(2**53), -(2**63), -1.5, -1e300, 5e-324, 2**63 - 1,
+                     2.0**63, "aä", "\uffff", "\U0001f989", -0.0]  # fmt: skip
 MEANINGS: list[tuple[Filter, str]] = [
     (Eq("v", 1), "00 01"), (Eq("v", True), "02"), (Eq("v", "1"), "03"), (In("v", (None, False)), "04 06 none"),
-    (In("v", (0, "")), "05 07"), (Eq("v", 2**53), "09"), (Range("v", 2**53 + 1, None), "08"), (Range("v", None, -1), "10 11 12"),
-    (Range("v", -1e299, -1.5), "10 11"), (Range("v", 0, 1), "00 01 05"), (Range("v", "", None), "03 07"),
+    (In("v", (0, "")), "05 07 19"), (Eq("v", 2**53), "09"), (Range("v", 2**53 + 1, 2**60), "08"),
+    (Range("v", None, -1), "10 11 12"), (Range("v", -1e299, -1.5), "10 11"), (Range("v", 0, 1), "00 01 05 13 19"),
+    (Range("v", "", None), "03 07 16 17 18"),
+    (Range("v", 2**63 - 1, 2**63 - 1), "14"), (Range("v", 2.0**63, None), "15"), (Range("v", None, 0), "05 10 11 12 19"),
+    (Range("v", "b", "\uffff"), "17"), (Range("v", "a\x7f", "b"), "16"), (Range("v", "\U0001f989", None), "18"),
     (Range("id", "03", "05"), "03 04 05"), (In("v", ()), ""), (Eq("id", 1), ""), (Eq("id", None), ""),
-    (In("id", tuple(f"{n}" for n in range(10_000))), "10 11 12"), (Eq("w v", "x"), "l8"), (Eq("w v", "red"), "l0 l1 l2"),
-    (Eq("w v", "it's"), "l0"), (Eq("w v", 1), "l5"), (Eq("w v", True), "l5"), (Eq("w v", 2**53), ""),
+    (In("id", tuple(f"{n}" for n in range(8_000, 10_000))), ""), (In("id", ("10", "12", 11)), "10 12"),
+    (Eq("w v", "x"), "l8"), (Eq("w v", "red"), "l0 l1 l2"), (Eq("w v", "it's"), "l0"),
+    (Eq("w v", 1), "l5"), (Eq("w v", True), "l5"), (Eq("w v", 2**53), ""),
     (In("w v", ("b", 2**53 + 1)), "l6 l7"), (Range("w v", "a", "z"), "l2"), (Range("w v", 0, None), ""),
     (And((Eq("w v", "red"), Eq("w v", "it's"))), "l0"), (And((Eq("w v", None), Range("id", "l", None))), "l3 l4 none"),
 ]  # fmt: skip
@@ -291,10 +278,8 @@ MEANINGS: list[tuple[Filter, str]] = [
 def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
     """Texts, numbers and booleans never mix; a list is found by each of its values."""
     items = [Item.of(text="x", id=f"{n:02}", fields={"v": value}) for n, value in enumerate(SINGLE)]
-    items += [
-        Item.of(text="x", id="none"),
-        *(Item.of(text="x", id=f"l{n}", fields={"w v": v, "v": [2, "?"]}) for n, v in enumerate(LISTS)),
-    ]
+    items += [Item.of(text="x", id=f"l{n}", fields={"w v": v, "v": [2, "?"]}) for n, v in enumerate(LISTS)]
+    items += [Item.of(text="x", id="none")]
     with opened(fresh()) as index:
         index.upsert(items, drawn(len(items), 4))
         for where, expected in MEANINGS:
@@ -302,18 +287,22 @@ def test_filters_keep_kinds_and_lists_apart(fresh: Fresh) -> None:
 
 
 @MILVUS_IS_SLOW
-@pytest.mark.parametrize("size", [300, pytest.param(9_000, marks=pytest.mark.slow)])
-def test_every_kind_of_index_takes_the_largest_filters_and_ids(fresh: Fresh, size: int) -> None:
-    numbers = tuple(In("n", tuple(range(start, start + size))) for start in (0, 5_000 * size // 9_000, 5_001 * size // 9_000))
-    many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253 if size == 9_000 else 20))))
-    long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64 if size == 9_000 else 4))))
+def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh) -> None:
+    numbers = tuple(In("n", tuple(range(start, start + 9_000))) for start in (0, 5_000, 5_001))
+    many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253))))
+    long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64))))
     with opened(fresh()) as index:
-        for id, fields in (("a", {"n": size - 1, "f7": 7, "t": "wanted"}), ("b", {"n": size}), ("c", {"n": size - 1, "f7": 8})):
-            index.upsert(texts([id], **fields), drawn(1, 4))
-        for where in (many, long):
-            assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
-        ids = [f"{n:06}" for n in range(size)]
-        assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1 and index.count() == 2
+        if hasattr(index, "_connection"):  # what SQLite is built for everywhere
+            index._connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
+        kept = {"a": {"n": 8_999, "f7": 7, "t": "wanted"}, "b": {"n": 9_000}, "c": {"n": 8_999, "f7": 8}}
+        for ids, filters in ((("a", "b"), (many, long)), (("c",), (many,))):  # once more, with one that is new
+            for id in ids:
+                index.upsert(texts([id], **kept[id]), drawn(1, 4))
+            for where in filters:
+                assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
+        ids = tuple(f"{n:06}" for n in range(9_000))
+        assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
+        assert index.count(many) == 1 == index.delete(many) and index.count() == 1
 
 
 REFUSED_ITEMS: list[tuple[dict[str, Any], str]] = [
@@ -353,20 +342,21 @@ def test_what_is_refused_leaves_nothing(fresh: Fresh) -> None:
 
 
 def test_another_model_prompt_or_width_is_refused(fresh: Fresh) -> None:
-    address = fresh()
+    address, no_model = fresh(), {"fingerprint": None, "prompt_version": None, "dim": None}
     with pytest.raises(StoreError, match="there is no index at"):
         opened(address, create=False)
     with pytest.raises(InputError, match="needs the encoder's fingerprint"):
-        open_index(address, fingerprint=None, prompt_version=None, create=True)
+        opened(address, **no_model)
     with opened(address) as index:
         index.upsert(texts(["a", "b"]), drawn(2, 4))
-    with pytest.raises(StoreError, match=r"model 'm1' but 'm2'.*new index"):
-        open_index(address, fingerprint="m2", prompt_version="p1")
-    with pytest.raises(StoreError, match="prompt version 'p1' but 'p2'"):
-        open_index(address, fingerprint="m1", prompt_version="p2", create=True, dim=4)
-    with pytest.raises(StoreError, match="width 4, not 8"):
-        opened(address, dim=8)
-    with open_index(address, fingerprint=None, prompt_version=None) as index:
+    for option, why in (
+        ({"fingerprint": "m2"}, r"model 'm1' but 'm2'.*new index"),
+        ({"prompt_version": "p2"}, "prompt version 'p1' but 'p2'"),
+        ({"dim": 8}, "width 4, not 8"),
+    ):
+        with pytest.raises(StoreError, match=why):
+            opened(address, **option)
+    with opened(address, **no_model, create=False) as index:
         assert index.info().fingerprint == "m1" and index.delete(["a"]) == 1 and index.count() == 1
         for act in (lambda: index.search(drawn(1, 4), 1), lambda: index.upsert(texts(["c"]), drawn(1, 4))):
             with pytest.raises(StoreError, match="without a model"):
@@ -377,13 +367,12 @@ def test_another_model_prompt_or_width_is_refused(fresh: Fresh) -> None:
 
 
 @MILVUS_IS_SLOW
-@pytest.mark.parametrize("rows", [300, pytest.param(1500, marks=pytest.mark.slow)])
-def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh, rows: int) -> None:
-    vectors = clustered(rows)
+def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh) -> None:
+    vectors, rows = clustered(400), 400
     items = [Item.of(text=f"t{n}", id=f"{n:04d}", fields={"odd": n % 2 == 1, "rare": n % 100 == 0}) for n in range(rows)]
     with opened(fresh(), dim=24) as index:
         index.upsert(items[: rows - 100], vectors[: rows - 100])
-        with pytest.raises(StoreError, match="build_approximate"):
+        with pytest.raises(StoreError, match="build_ann"):
             index.search(vectors[:1], 10, exact=False)
         index.build_ann()
         assert index.info().cells >= 1
@@ -401,10 +390,7 @@ def test_approximate_search_is_refused_until_built_then_finds_most(fresh: Fresh,
 
 @MILVUS_IS_SLOW
 def test_copy_goes_on_where_it_was_cut_off_and_carries_the_background(fresh: Fresh, tmp_path: Path) -> None:
-    items = [
-        *texts([f"t{n:02}" for n in range(30)], year=1),
-        *(Item.of(image=DOT, id=name, fields={name: 1}) for name in HOSTILE),
-    ]
+    items = texts([f"t{n:02}" for n in range(30)], year=1) + [Item.of(image=DOT, id=name, fields={name: 1}) for name in HOSTILE]
     vectors = drawn(len(items), 4)
     with opened(str(tmp_path / "a")) as source, opened(fresh()) as target, opened(str(tmp_path / "b")) as back:
         source.upsert(items, vectors)
@@ -419,23 +405,18 @@ def test_copy_goes_on_where_it_was_cut_off_and_carries_the_background(fresh: Fre
             described = [(s.id, s.modality, s.text, s.image, dict(s.fields), s.content_hash) for s in (ours, theirs)]
             assert described[0] == described[1]
         np.testing.assert_allclose(back.background().vectors["text"], source.background().vectors["text"], atol=1e-6)
-        other = open_index(str(tmp_path / "c"), fingerprint="m2", prompt_version="p1", dim=4, create=True)
-        with other, pytest.raises(StoreError, match="model 'm2' but 'm1'"):
+        with opened(str(tmp_path / "c"), fingerprint="m2") as other, pytest.raises(StoreError, match="model 'm2' but 'm1'"):
             copy(source, other, progress=False)
 
 
 def drawn_background(draw: np.random.Generator, count: int = 30, dim: int = 4) -> Background:
-    return Background(
-        {"text": unit(*draw.normal(size=(count, dim))), "image": unit(*draw.normal(size=(7, dim)))},
-        "drawn",
-        "2026-01-01T00:00:00+00:00",
-    )
+    vectors = {"text": unit(*draw.normal(size=(count, dim))), "image": unit(*draw.normal(size=(7, dim)))}
+    return Background(vectors, "drawn", "2026-01-01T00:00:00+00:00")
 
 
 @MILVUS_IS_SLOW
 def test_an_index_keeps_a_background_and_notices_changes(fresh: Fresh) -> None:
-    draw = np.random.default_rng(0)
-    address = fresh()
+    draw, address = np.random.default_rng(0), fresh()
     with opened(address) as index:
         versions = [index.version()]
         assert index.background() is None and index.info().background == {}
@@ -465,12 +446,16 @@ def test_an_index_keeps_a_background_and_notices_changes(fresh: Fresh) -> None:
         assert again.background().counts == {"text": 30, "image": 7}
 
 
+def write_batch(index: Index, batch: int) -> None:
+    ids = [f"{batch:03d}-{n}" for n in range(5)]
+    index.upsert(texts(ids, batch=batch), np.stack([vector_of(id, 4) for id in ids]))
+
+
 def write_until_killed(address: str) -> None:
     """Runs in a process of its own: says each batch once it is acknowledged, and deletes one item of every third."""
     with opened(address) as index:
         for batch in range(1000):
-            ids = [f"{batch:03d}-{n}" for n in range(5)]
-            index.upsert(texts(ids, batch=batch), np.stack([vector_of(id, 4) for id in ids]))
+            write_batch(index, batch)
             print(f"+ {batch}", flush=True)
             if batch % 3 == 2:
                 index.delete([f"{batch:03d}-0"])
@@ -519,18 +504,14 @@ def test_what_milvus_cannot_keep_is_refused_before_anything_is_written(tmp_path:
             (Item.of(text="x", id="b", fields={"long": "y" * 66_000}), "fields of item 'b'"),
             (Item.of(text="x", id="b", fields={"long": "y" * 40_000}), "filter values of item 'b'"),
         ):
-            for act in (
-                lambda item=item: index.upsert([*texts(["a"]), item], drawn(2, 4)),
-                lambda item=item: index.check([item]),
-            ):
-                with pytest.raises(InputError, match=what):
-                    act()
+            with pytest.raises(InputError, match=what):
+                index.upsert([*texts(["a"]), item], drawn(2, 4))
+            with pytest.raises(InputError, match=what):
+                index.check([item])
         large = [Item.of(text="y" * 60_000, id=f"{n}") for n in range(1100)]
         with pytest.raises(InputError, match=r"at most [0-9]+ such items a call"):
             index.upsert(large, drawn(1100, 4))
         assert index.count() == 0
-        index.upsert(texts(["a"]), drawn(1, 4))
-        assert [hit.id for hit in index.search(drawn(1, 4), 20_000)[0]] == ["a"]  # a larger k than Milvus returns
     with pytest.raises(StoreError, match="no index of float16 and width 4"):
         opened(f"milvus-lite:{tmp_path}/new/half.db", dtype="float16")
     with pytest.raises(InputError, match="cannot hold int8"):
@@ -613,26 +594,3 @@ def test_damaged_files_of_milvus_lite_end_in_a_store_error(tmp_path: Path) -> No
     for path in ("file.db", "file/below.db", "none.db", f"{'n' * 300}.db"):
         with pytest.raises(StoreError, match=r"\.db.*(no file of Milvus Lite|choose another|check the address)"):
             opened(f"milvus-lite:{tmp_path}/{path}", create=path == "file/below.db")
-
-
-def test_sortable_texts_keep_the_order_of_values() -> None:
-    numbers: list[Any] = [
-        -1e308,
-        -(2**63),
-        -(2**53) - 1,
-        -(2**53),
-        -1.5,
-        -1,
-        0,
-        5e-324,
-        1,
-        2**53,
-        2**53 + 1,
-        2**63 - 1,
-        2.0**63,
-        1e308,
-    ]
-    assert [sortable(number) for number in numbers] == sorted({sortable(number) for number in numbers})
-    assert sortable(-0.0) == sortable(0) and sortable(1) == sortable(1.0)
-    words = ["", "a", "a\x7f", "aä", "b", "ä", "\uffff", "\U0001f989"]
-    assert [sortable(word) for word in words] == sorted(sortable(word) for word in words)

@@ -29,8 +29,8 @@ from transformers import AutoProcessor, Siglip2Model
 import traceir
 from traceir import Encoder, Item, Query, load_encoder, open_index
 from traceir.checkpoint import bundled_model, is_library
-from traceir.cli import index_verbs, parser
-from traceir.cli.main import main
+from traceir.cli import index_verbs
+from traceir.cli.main import build_parser, main
 from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput
 from traceir.items import Encoding, Vector
@@ -260,7 +260,7 @@ def test_a_relative_path_behind_the_prefix_means_the_same_on_a_worker(
 ) -> None:
     monkeypatch.chdir(places)
     for given, meant in (("st:bert", f"st:{places / 'bert'}"), ("bert", str(places / "bert")), ("st:a/b", "st:a/b")):
-        args = parser.build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", given, "--dim", "8"])
+        args = build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", given, "--dim", "8"])
         args.threads, args.verbose = None, False
         found = index_verbs.encoder_anywhere(args)
         assert (found.model, found.dim, found.engine) == (meant, 8, None)

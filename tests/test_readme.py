@@ -61,7 +61,7 @@ def test_the_sample_is_what_the_demo_prints(first_hour: dict[str, str]) -> None:
         assert float(now) == pytest.approx(float(in_page), abs=0.005)
 
 
-def test_the_road_to_real_images_ends_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
+def test_the_commands_for_real_images_end_offline_in_one_line(screen: dict[str, list[str]], tmp_path: Path) -> None:
     """Up to the download itself, which nothing here can answer: not the hub, and not an empty cache."""
     lines = [shlex.split(line, comments=True) for line in screen["sh"][0].splitlines()]
     [model] = [line[1].partition("=")[2] for line in lines if line[0] == "export"]
@@ -78,28 +78,13 @@ def test_the_road_to_real_images_ends_offline_in_one_line(screen: dict[str, list
     assert not (tmp_path / "photos.index").exists()
 
 
-def test_the_search_of_the_first_screen_finds_what_it_asks_for(first_hour: dict[str, str]) -> None:
+def test_searches_of_the_first_screen_find_what_they_ask_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
+    """By the command, by Python, by the body of the curl line: a white, a blue, a purple ring (letters name colour and shape)."""
     first = next(line for line in first_hour["search"].splitlines() if line.startswith("  1  "))
-    assert "scene_wobopo" in first, "a white ring, a blue ring, a purple ring (the letters name colour and shape)"
-
-
-def test_the_python_of_the_first_screen_prints_what_it_says(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
-    assert first_hour["python"] == screen["text"][1]
-    statements = [line for line in screen["python"][0].splitlines() if line.strip() and "import" not in line]
-    assert len(statements) <= 8
-
-
-def test_the_curl_line_finds_what_it_asks_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
+    assert "scene_wobopo" in first and first_hour["python"] == screen["text"][1]
+    assert len([line for line in screen["python"][0].splitlines() if line.strip() and "import" not in line]) <= 8
     line = next(block for block in screen["sh"] if block.startswith("curl"))
-    asked = json.loads(shlex.split(line.replace("\\\n", " "))[-1])
-    assert first_hour
-    encoder = Encoder.from_pretrained()
-    [folder] = Path().glob("out/demo/index-*")
-    with open_index(folder, encoder) as index:
+    asked, encoder = json.loads(shlex.split(line.replace("\\\n", " "))[-1]), Encoder.from_pretrained()
+    with open_index(next(Path().glob("out/demo/index-*")), encoder) as index:
         result = Searcher(encoder, index).search(Query.of(text=asked["text"], target=asked["modality"]), k=asked["k"])
     assert "scene_wobopo" in str(result.hits[0].image)
-
-
-def test_images_of_the_first_screen_are_there() -> None:
-    for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README.read_text(encoding="utf-8")):
-        assert (README.parent / target).is_file()

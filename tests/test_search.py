@@ -45,7 +45,7 @@ def test_routes_filters_and_targets_are_passed_on(searcher: Searcher) -> None:
     odd = searcher.search("thing 4", k=20, where=Eq("even", False)).hits
     assert len(odd) == 10 and all(not hit.fields["even"] for hit in odd)
     assert searcher.search(Query.of(text="thing 4", target="image")).hits == ()
-    with pytest.raises(StoreError, match="build_approximate"):
+    with pytest.raises(StoreError, match="build_ann"):
         searcher.search("thing 4", exact=False)
     with pytest.raises(InputError, match="k is 0"):
         searcher.search("x", k=0)

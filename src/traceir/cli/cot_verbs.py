@@ -1,4 +1,4 @@
-"""What `traceir reasoning ...` does. Like all verbs these import what they need when they run."""
+"""What `traceir reasoning ...` does."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ import os
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from traceir.cli.terminal import PARTLY, one_line, parse_shard, shows_progress, split
+from traceir.cot import products
+from traceir.cot.build import BuildSummary, is_finished, run_parts, summarise, write_manifests
+from traceir.cot.plan import DATASET, BuildConfig, begin, read_build
+from traceir.cot.products import push_cot, write_cot_card, write_quality
+from traceir.cot.reach import Reach, estimate, estimate_table, open_work, run_on_ray
+from traceir.cot.review.review import Sampling, agreement_table
+from traceir.cot.source import CaseSource, DataPart, check_tasks, find_parts
+from traceir.cot.teachers.answer_cache import AnswerCache, read_batch_results
+from traceir.data.settings import override
 from traceir.errors import InputError
-
-if TYPE_CHECKING:
-    from traceir.cot.build import BuildSummary
-    from traceir.cot.plan import BuildConfig
-    from traceir.cot.reach import Reach
-    from traceir.cot.source import DataPart
+from traceir.outside import read_json
 
 
 def build(args: argparse.Namespace) -> int:
-    from traceir.cot.build import is_finished, write_manifests
-    from traceir.cot.plan import begin
-    from traceir.cot.source import check_tasks, find_parts
-
-    out, config = Path(args.out), _config(args)
+    out, config = args.out, _config(args)
     if not Path(config.data).is_dir():
         raise InputError(f"data folder {config.data} does not exist; give the root of a folder in M-BEIR's layout")
     check_tasks(Path(config.data), [*config.tasks, *config.direct, *config.complex])
     parts = find_parts(Path(config.data), config.part_size)
     if args.dry_run:
-        return _dry_run(args, config, parts)
+        with closing(CaseSource(Path(config.data), config.tasks)) as source:
+            stages = estimate(config, source, parts, out, complex_share=args.complex_share)
+        print(estimate_table(stages, args.price_in, args.price_out))
+        return 0
     reach, (number, count) = _reach(args), parse_shard(args.shard)
     begin(out, config)
     mine = [part for part in parts[number::count] if not is_finished(out, part)]
@@ -50,33 +53,14 @@ def build(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, config: BuildConfig, reach: Reach, parts: list[DataPart], writer: str) -> BuildSummary:
     if args.engine == "ray":
-        from traceir.cot.reach import run_on_ray
-
-        return run_on_ray(config, Path(args.out), parts, reach, workers=args.workers)
-    from traceir.cot.build import run_parts
-    from traceir.cot.reach import open_work
-
-    with open_work(config, Path(args.out), reach, writer) as work:
+        return run_on_ray(config, args.out, parts, reach, workers=args.workers)
+    with open_work(config, args.out, reach, writer) as work:
         return run_parts(work, parts, progress=shows_progress())
 
 
-def _dry_run(args: argparse.Namespace, config: BuildConfig, parts: list[DataPart]) -> int:
-    from traceir.cot.reach import estimate, estimate_table
-    from traceir.cot.source import CaseSource
-
-    with closing(CaseSource(Path(config.data), config.tasks)) as source:
-        stages = estimate(config, source, parts, Path(args.out), complex_share=args.complex_share)
-    print(estimate_table(stages, args.price_in, args.price_out))
-    return 0
-
-
 def assemble(args: argparse.Namespace) -> int:
-    from traceir.cot.build import summarise
-    from traceir.cot.plan import DATASET
-    from traceir.cot.products import assemble, write_cot_card
-
-    out = Path(args.out)
-    funnel = assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
+    out = args.out
+    funnel = products.assemble(out, format=args.format, dropped=args.dropped, negatives=not args.no_negatives)
     write_cot_card(out / DATASET, out)
     print(funnel.table())
     print(f"wrote {out / DATASET}", file=sys.stderr)
@@ -89,32 +73,26 @@ def assemble(args: argparse.Namespace) -> int:
 
 
 def import_answers(args: argparse.Namespace) -> int:
-    from traceir.cot.teachers.answer_cache import AnswerCache, read_batch_results
-
-    with AnswerCache(Path(args.journal or Path(args.out) / "journal"), "batch") as cache:
-        counts = read_batch_results([Path(file) for file in args.files], cache)
+    with AnswerCache(Path(args.journal or args.out / "journal"), "batch") as cache:
+        counts = read_batch_results(args.files, cache)
     print(", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0
 
 
 def review(args: argparse.Namespace) -> int:
-    from traceir.cot.plan import read_build
-    from traceir.cot.review.review import Sampling, agreement_table
+    if args.agreement:
+        read_build(args.out)  # a folder without a build has no agreement either
+        print(agreement_table(args.out))
+        return 0
     from traceir.cot.review.review_server import serve_review
 
-    if args.agreement:
-        read_build(Path(args.out))  # a folder without a build has no agreement either
-        print(agreement_table(Path(args.out)))
-        return 0
     sampling, browser = Sampling(args.per_stratum, args.order, seed=args.seed), not args.no_browser
-    serve_review(Path(args.out), sampling, port=args.port, reviewer=args.reviewer or "", open_browser=browser, announce=print)
+    serve_review(args.out, sampling, port=args.port, reviewer=args.reviewer, open_browser=browser, announce=print)
     return 0
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.cot.products import write_quality
-
-    print(write_quality(Path(args.out), Path(args.to) if args.to else Path(args.out) / "quality"))
+    print(write_quality(args.out, Path(args.to or args.out / "quality")))
     return 0
 
 
@@ -122,35 +100,26 @@ def teacher(args: argparse.Namespace) -> int:
     from traceir.cot.scripted.teacher_server import KEY_VARIABLE, ScriptedOptions, serve
 
     key, named = args.key or os.environ.get(KEY_VARIABLE, ""), ("data", "host", "port", "model", "faults", "latency", "stall")
-    serve(ScriptedOptions(key=key, fault_seed=args.seed, log=args.log or "", **{name: getattr(args, name) for name in named}))
+    serve(ScriptedOptions(key=key, fault_seed=args.seed, log=args.log, **{name: getattr(args, name) for name in named}))
     return 0
 
 
 def push(args: argparse.Namespace) -> int:
-    from traceir.cot.plan import DATASET
-    from traceir.cot.products import push_cot
-
-    print(push_cot(Path(args.out) / DATASET, args.repo, dry_run=args.dry_run, private=args.private))
+    print(push_cot(args.out / DATASET, args.repo, dry_run=args.dry_run, private=args.private))
     return 0
 
 
 def _config(args: argparse.Namespace) -> BuildConfig:
-    from traceir.cot.plan import BuildConfig
-    from traceir.data.settings import override
-
-    tasks, direct, complex = (tuple(split(names or "")) for names in (args.tasks, args.direct, args.complex))
-    captions, templates = args.captions or "", args.templates or ""
-    config = BuildConfig(
-        args.data, _model(args), args.verifier_model or "", tasks, direct, complex, captions=captions, templates=templates
-    )
-    return override(config, args.settings)
+    named: dict[str, Any] = {name: tuple(split(getattr(args, name))) for name in ("tasks", "direct", "complex")}
+    named |= {name: getattr(args, name) for name in ("data", "captions", "templates")}
+    return override(BuildConfig(model=_model(args), verifier=args.verifier_model, **named), args.settings)
 
 
 def _model(args: argparse.Namespace) -> str:
     """The teacher's name: options, or that of a recorded file."""
     if args.model:
         return str(args.model)
-    if (args.teacher or "").startswith("recorded:"):
+    if args.teacher.startswith("recorded:"):
         return "recorded"
     if args.dry_run:
         return "none"
@@ -158,9 +127,6 @@ def _model(args: argparse.Namespace) -> str:
 
 
 def _reach(args: argparse.Namespace) -> Reach:
-    from traceir.cot.reach import Reach
-    from traceir.outside import read_json
-
     if not args.teacher:
         raise InputError("name the teacher with --teacher: http://HOST:PORT/v1, recorded:FILE.jsonl or batch:FOLDER")
     try:
@@ -170,6 +136,5 @@ def _reach(args: argparse.Namespace) -> Reach:
     except ValueError as error:
         raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
     named = ("teacher", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",
-             "spend_limit", "patience")  # fmt: skip
-    options = {name: getattr(args, name) for name in named}
-    return Reach(**options, verifier=args.verifier or "", journal=args.journal or "", timeout_s=args.timeout, extra=extra)
+             "spend_limit", "patience", "verifier", "journal")  # fmt: skip
+    return Reach(**{name: getattr(args, name) for name in named}, timeout_s=args.timeout, extra=extra)

@@ -1,4 +1,4 @@
-"""What `traceir index ...` does. Like all verbs these import what they need when they run."""
+"""What `traceir index ...` does."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from traceir import ingest
+from traceir.background import choose_queries
 from traceir.checkpoint import plain_name
 from traceir.cli.terminal import (
     PARTLY,
@@ -24,18 +25,19 @@ from traceir.cli.terminal import (
     shows_progress,
 )
 from traceir.errors import InputError
-
-if TYPE_CHECKING:
-    from traceir.index.store import IndexInfo, ModelIdentity
-    from traceir.ingest import AddReport
-    from traceir.sources import Failure, Note
-    from traceir.world import World
+from traceir.index import IndexInfo, open_index
+from traceir.index import copy as index_copy
+from traceir.index.store import ModelIdentity
+from traceir.ingest_cluster import add_on_ray, describe_encoder
+from traceir.items import MODALITIES
+from traceir.ray_session import Share, on_ray
+from traceir.search import Searcher
+from traceir.sources import Failure
+from traceir.world import World
 
 
 def add(args: argparse.Namespace) -> int:
-    from traceir.ingest import nothing_below
-
-    if nothing := nothing_below(args.paths):
+    if nothing := ingest.nothing_below(args.paths):
         _print_failures(nothing)
         raise InputError("nothing was added: none of what is named can be read; see above")
     check_model_options(args)
@@ -44,63 +46,48 @@ def add(args: argparse.Namespace) -> int:
         f"added {report.added}, updated {report.updated}, skipped {report.skipped} already there, "
         f"failed {len(report.failed)}; {info.count} items in {info.uri}"
     )
-    _print_notes(report.notes)
+    places: dict[str, list[str]] = {}
+    for note in report.notes:
+        places.setdefault(note.what, []).append(note.place)
+    for what, own in places.items():
+        say(f"{own[0] if len(own) == 1 else f'{own[0]} and {len(own) - 1} more'}: {what}")
     _print_failures(report.failed)
     return PARTLY if report.failed else 0
 
 
-def _add_here(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
-    from traceir.index import open_index
-    from traceir.ingest import add
-
+def _add_here(args: argparse.Namespace) -> tuple[ingest.AddReport, IndexInfo]:
     encoder = open_encoder(args)
-    say(_notice_of_paths(encoder, args.paths))
+    _say_if_unknown(encoder, args.paths)
     with open_index(args.index, encoder, create=True, dtype=args.store) as index:
-        return add(args.paths, index, encoder, batch=args.batch, progress=shows_progress()), index.info()
+        return ingest.add(args.paths, index, encoder, batch=args.batch, progress=shows_progress()), index.info()
 
 
-def _add_on_ray(args: argparse.Namespace) -> tuple[AddReport, IndexInfo]:
+def _add_on_ray(args: argparse.Namespace) -> tuple[ingest.AddReport, IndexInfo]:
     """What `index add --workers` does. A worker takes --threads CPUs (default: 1), and one GPU with --device cuda."""
-    from traceir.index import open_index
-    from traceir.ingest_cluster import add_on_ray, describe_encoder
-    from traceir.ray_session import Share, on_ray
-
     if args.engine is None and args.device.startswith("cuda:"):
         raise InputError(f"--device {args.device}: Ray gives each worker a GPU of its own; write --device cuda")
     share = Share(cpus=args.threads or 1, gpus=1 if args.engine is None and args.device == "cuda" else 0)
     make_encoder = partial(open_encoder, encoder_anywhere(args), known=filled_by(args))
     with on_ray(args.workers, share):
-        maker = describe_encoder(make_encoder, share)
-        say(_notice_of_paths(maker, args.paths))
-        make_encoder = partial(make_encoder, known=maker.fingerprint)
-        shown = shows_progress()
-        with open_index(args.index, maker, create=True, dtype=args.store) as index:
-            report = add_on_ray(
-                args.paths, index, make_encoder, workers=args.workers, batch=args.batch, share=share, progress=shown
-            )
+        identity = describe_encoder(make_encoder, share)
+        _say_if_unknown(identity, args.paths)
+        make_encoder = partial(make_encoder, known=identity.fingerprint)
+        workers, shown = args.workers, shows_progress()
+        with open_index(args.index, identity, create=True, dtype=args.store) as index:
+            report = add_on_ray(args.paths, index, make_encoder, workers=workers, batch=args.batch, share=share, progress=shown)
             return report, index.info()
 
 
-def _notice_of_paths(encoder: ModelIdentity, paths: Sequence[str]) -> str | None:
-    """What is told where the first of what lies below the paths is not of the encoder's world."""
-    from traceir.ingest import first_items
-
+def _say_if_unknown(encoder: ModelIdentity, paths: Sequence[str]) -> None:
+    """The notice of the encoder's world where the first of what lies below the paths is not of it."""
     world: World | None = getattr(encoder, "world", None)
-    return None if world is None or all(map(world.knows, first_items(paths))) else world.notice
+    if world is not None and not all(map(world.knows, ingest.first_items(paths))):
+        say(world.notice)
 
 
 def _print_failures(failures: Sequence[Failure]) -> None:
     for failure in failures:
         print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
-
-
-def _print_notes(notes: Sequence[Note]) -> None:
-    """Notes that say the same in one line, with their number and the first of them."""
-    places: dict[str, list[str]] = {}
-    for note in notes:
-        places.setdefault(note.what, []).append(note.place)
-    for what, own in places.items():
-        say(f"{own[0] if len(own) == 1 else f'{own[0]} and {len(own) - 1} more'}: {what}")
 
 
 def encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:
@@ -119,15 +106,12 @@ def _absolute(path: str | None) -> str | None:
 
 
 def info(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
-
     with open_index(args.index) as index:
         info = index.info()
     if args.json:
         print(json.dumps({**asdict(info), "count": info.count}))
         return 0
     counts = ", ".join(f"{info.counts[name]} {name}" for name in sorted(info.counts)) or "none"
-    approximate = f"{info.cells} IVF lists, {info.probes} visited" if info.cells else "not built (`traceir index build-ann`)"
     queries = ", ".join(f"{count} {name}" for name, count in info.background.items())
     calibrated = f"calibrated with {queries} queries ({info.background_source})"
     for name, value in (
@@ -135,7 +119,10 @@ def info(args: argparse.Namespace) -> int:
         ("items", f"{info.count} ({counts})"),
         ("vectors", f"{info.dim} x {info.dtype}"),
         ("model", f"{info.fingerprint}, prompt version {info.prompt_version}"),
-        ("approximate", approximate),
+        (
+            "approximate",
+            f"{info.cells} IVF lists, {info.probes} visited" if info.cells else "not built (`traceir index build-ann`)",
+        ),
         ("cut-off", calibrated if queries else "not calibrated (`traceir index calibrate`)"),
         ("created", info.created),
         ("size", f"{info.bytes / 2**20:.1f} MB, format {info.format}"),
@@ -145,8 +132,6 @@ def info(args: argparse.Namespace) -> int:
 
 
 def remove(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
-
     with open_index(args.index) as index:
         missing = sorted(set(args.ids) - set(index.get(args.ids)))
         print(f"removed {index.delete(args.ids)}")
@@ -156,8 +141,6 @@ def remove(args: argparse.Namespace) -> int:
 
 
 def build_ann(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
-
     with open_index(args.index) as index:
         index.build_ann()
         info = index.info()
@@ -166,11 +149,6 @@ def build_ann(args: argparse.Namespace) -> int:
 
 
 def calibrate(args: argparse.Namespace) -> int:
-    from traceir.background import choose_queries
-    from traceir.index import open_index
-    from traceir.items import MODALITIES
-    from traceir.search import Searcher
-
     check_model_options(args)
     queries, source = choose_queries(args.background, Path(model_name(args)), count=args.count, instruction=args.instruction)
     open_index(args.index).close()  # a wrong path shows before the model is loaded
@@ -188,14 +166,11 @@ def calibrate(args: argparse.Namespace) -> int:
 
 
 def copy(args: argparse.Namespace) -> int:
-    from traceir.index import open_index
-    from traceir.index.copy import copy
-
     with open_index(args.source) as source:
         info = source.info()
-        maker = {"fingerprint": info.fingerprint, "prompt_version": info.prompt_version}
-        with open_index(args.target, dim=info.dim, create=True, dtype=args.store, **maker) as target:
-            written = copy(source, target, batch=args.batch, progress=shows_progress())
+        identity = {"fingerprint": info.fingerprint, "prompt_version": info.prompt_version}
+        with open_index(args.target, dim=info.dim, create=True, dtype=args.store, **identity) as target:
+            written = index_copy.copy(source, target, batch=args.batch, progress=shows_progress())
             made = target.info()
     print(f"copied {written}, skipped {info.count - written} already there; {made.count} items in {made.uri}")
     return 0

@@ -1,4 +1,4 @@
-"""What the verbs of evaluation, MiniBEIR and training do. Like all verbs these import what they need when they run."""
+"""What the verbs of evaluation, MiniBEIR and training do; what needs torch is imported once their input has been checked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceir.checkpoint import check_model, hub_answers
 from traceir.cli.terminal import (
@@ -25,9 +25,10 @@ from traceir.cli.terminal import (
     split,
 )
 from traceir.errors import InputError
-
-if TYPE_CHECKING:
-    from traceir.items import Route
+from traceir.items import Route, check_route
+from traceir.minibeir import build as minibeir
+from traceir.minibeir.sheet import write_sheet
+from traceir.minibeir.unseen.build import build_unseen
 
 
 def report(args: argparse.Namespace) -> int:
@@ -146,8 +147,6 @@ def _check_folders(args: argparse.Namespace) -> None:
 
 
 def _routes(args: argparse.Namespace) -> list[Route]:
-    from traceir.items import check_route
-
     return [check_route(route) for route in dict.fromkeys(split(",".join(args.route or ["auto"])))]
 
 
@@ -166,22 +165,16 @@ def faithfulness(args: argparse.Namespace) -> int:
 
 
 def minibeir_build(args: argparse.Namespace) -> int:
-    from traceir.minibeir.build import build
-
-    print(build(args.out, scale=args.scale, seed=args.seed, workers=args.workers))
+    print(minibeir.build(args.out, scale=args.scale, seed=args.seed, workers=args.workers))
     return 0
 
 
 def minibeir_unseen(args: argparse.Namespace) -> int:
-    from traceir.minibeir.unseen.build import build_unseen
-
     print(build_unseen(args.out, scale=args.scale, seed=args.seed, progress=shows_progress()))
     return 0
 
 
 def minibeir_sheet(args: argparse.Namespace) -> int:
-    from traceir.minibeir.sheet import write_sheet
-
     print(write_sheet(args.data, args.out))
     return 0
 
@@ -198,27 +191,23 @@ def train(args: argparse.Namespace) -> int:
 
     for part in ("config", "train", *(["memory"] if args.card else [])):  # said without -v: precision, where it goes on, chunks
         logging.getLogger(f"traceir.train.{part}").setLevel(logging.INFO)
+    threads = [f"threads={args.threads}"] if args.threads else []
     if args.init is None and args.data is None:
-        _train_before(args.preset, args.threads)
-    settings = [*_threads(args.threads), *args.settings]
+        _train_before(args.preset, threads)
+    settings = [*threads, *args.settings]
     config = resolve(args.preset, data=args.data, out=args.out, init=args.init, settings=settings, card=args.card)
     print(train(config, resume_from=args.resume_from))
     return 0
 
 
-def _threads(count: int | None) -> list[str]:
-    """The setting of a run that `--threads` is."""
-    return [f"threads={count}"] if count else []
-
-
-def _train_before(preset: str, threads: int | None) -> None:
+def _train_before(preset: str, settings: list[str]) -> None:
     """Trains the presets whose checkpoints this one starts from, where they are not there."""
     from traceir.lab.mini_presets import resolve, stages_before
     from traceir.train.train import train
 
     for stage in stages_before(preset):
         print(f"preset {preset} starts from {stage}, which is trained first", file=sys.stderr)
-        train(resolve(stage, settings=_threads(threads)))
+        train(resolve(stage, settings=settings))
 
 
 def ablate(args: argparse.Namespace) -> int:
@@ -238,10 +227,11 @@ def ablate(args: argparse.Namespace) -> int:
     if args.report_only and not args.report:
         raise InputError("--report-only needs the folder to write to; name it with --report")
     out, code = Path(args.out), 0
+    threads = [f"threads={args.threads}"] if args.threads else []
     if not args.report_only:
         if args.data is None:
-            _train_before("ablation", args.threads)
-        base = resolve("ablation", data=args.data, out=args.out, settings=[*_threads(args.threads), *args.settings])
+            _train_before("ablation", threads)
+        base = resolve("ablation", data=args.data, out=args.out, settings=[*threads, *args.settings])
         outcome = ablate(tables, out, base, seeds=seeds, jobs=args.jobs)
         print(f"{outcome.done} of {outcome.planned} runs are done, {len(outcome.skipped)} variants skipped")
         for name, reason in outcome.failed.items():

@@ -1,4 +1,4 @@
-"""What `traceir search`, `explain`, `models` and `demo` do. Like all verbs these import what they need when they run."""
+"""What `traceir search`, `explain`, `models`, `demo`, `serve` and `keys ...` do."""
 
 from __future__ import annotations
 
@@ -6,35 +6,38 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from traceir import catalogue
 from traceir.cli.terminal import (
     check_model_options,
-    clean_lines,
     load_encoder,
     load_own_encoder,
+    one_line,
     open_encoder,
     say,
     shows_progress,
+    split,
 )
+from traceir.cutoff import check_rate
 from traceir.errors import InputError
-
-if TYPE_CHECKING:
-    from traceir.index.filters import Filter
-    from traceir.items import Hit, Query
-    from traceir.search import SearchResult
+from traceir.index import open_index
+from traceir.index.filters import And, Filter, In, is_value
+from traceir.items import Item, Query, as_image
+from traceir.lab import demo as demonstration
+from traceir.lab.gallery import cost, reasoning_steps
+from traceir.search import Searcher, SearchResult
+from traceir.serve.config import ServeConfig
+from traceir.serve.keys import list_keys, make_key, revoke_key
+from traceir.world import notice
 
 _HIT_FIELDS: Final = ("rank", "score", "id", "modality", "text", "image")
 
 
 def search(args: argparse.Namespace) -> int:
-    from traceir.cutoff import check_rate
-    from traceir.index import open_index
-    from traceir.search import Searcher
-    from traceir.world import notice
-
     query, where = _query(args, _text(args)), parse_where(args.where)
     if args.cutoff is not None:
         check_rate(args.cutoff)
@@ -51,8 +54,6 @@ def search(args: argparse.Namespace) -> int:
 
 
 def explain(args: argparse.Namespace) -> int:
-    from traceir.items import Item
-
     if args.candidate and (args.instruction or args.modality):
         raise InputError("--candidate takes neither --instruction nor --modality; those belong to queries")
     text = _text(args)
@@ -66,36 +67,35 @@ def explain(args: argparse.Namespace) -> int:
 
 
 def models(args: argparse.Namespace) -> int:
-    from traceir.catalogue import KNOWN, described
-
-    print(json.dumps([known.as_json() for known in KNOWN], indent=2) if args.json else described())
+    print(json.dumps([known.as_json() for known in catalogue.KNOWN], indent=2) if args.json else catalogue.described())
     return 0
 
 
 def demo(args: argparse.Namespace) -> int:
-    from traceir.cli.serve_verbs import serve_demo
-    from traceir.lab import demo
-
     check_model_options(args)
     print(f"preparing the gallery in {args.out}", file=sys.stderr)
-    pool, questions = demo.prepare(args.out)
+    pool, questions = demonstration.prepare(args.out)
     encoder = load_encoder(args)
-    index, report = demo.fill(pool, args.out, encoder, progress=shows_progress())
+    index, report = demonstration.fill(pool, args.out, encoder, progress=shows_progress())
     with index:
         counts, uri = index.info().counts, index.info().uri
         described = ", ".join(f"{counts[name]} {name}" for name in sorted(counts))
         print(f"gallery: {sum(counts.values())} items ({described}), {report.skipped} of them indexed before\n")
-        answers = demo.ask(questions, encoder, index)
+        answers = demonstration.ask(questions, encoder, index)
     for number, answer in enumerate(answers, start=1):
-        print(clean_lines(demo.describe(number, answer).split("\n")) + "\n")
+        print(*map(one_line, demonstration.describe(number, answer).split("\n")), sep="\n", end="\n\n")
     right = sum(answer.is_right for answer in answers)
     reasoned = sum(answer.encoding.route == "reason" for answer in answers)
     print(f"{right} of {len(answers)} queries have the right one first; {reasoned} were reasoned about, the others not.")
     print("The queries are the first of their row and kind (WISHES in demo.py), whatever comes of them.")
-    print(f"contact sheet: {demo.write_page(answers, args.out)}")
+    print(f"contact sheet: {demonstration.write_page(answers, args.out)}")
     if args.serve == "yes" or (args.serve == "terminal" and sys.stdout.isatty()):
-        return serve_demo(uri, encoder)
-    print(f"search it on a page: traceir serve --index {uri} --open")
+        from traceir.serve.run import serve
+
+        config = ServeConfig(index=uri, title="TraceIR, the gallery of the demonstration")
+        serve(config, lambda: encoder, lambda line: print(f"{line} (Ctrl-C ends it)", flush=True), open_browser=True)
+    else:
+        print(f"search it on a page: traceir serve --index {uri} --open")
     return 0
 
 
@@ -104,8 +104,6 @@ def parse_where(conditions: Sequence[str]) -> Filter | None:
 
     A value matches the text and also, where it reads as one, the number, true, false or null (a missing field).
     """
-    from traceir.index.filters import And, In, is_value
-
     parts: list[Filter] = []
     for condition in conditions:
         name, equals, value = condition.partition("=")
@@ -129,8 +127,6 @@ def _text(args: argparse.Namespace) -> str | None:
 
 
 def _query(args: argparse.Namespace, text: str | None) -> Query:
-    from traceir.items import Query, as_image
-
     if not (text or args.image or args.instruction):
         raise InputError("there is nothing to search with; give a text, --image, or both")
     image = as_image(args.image) if args.image else None
@@ -151,22 +147,52 @@ def _result_as_json(result: SearchResult, note: str | None) -> dict[str, Any]:
 
 
 def _result_as_text(result: SearchResult) -> str:
-    from traceir.lab.gallery import cost, reasoning_steps
-
     spent = 1000 * (result.seconds.encode + result.seconds.search)
     lines = [f"route      {result.encoding.route} ({cost(result.encoding)}, {spent:.0f} ms)"]
     for number, step in enumerate(reasoning_steps(result.encoding.reasoning)):
         lines.append(f"{'' if number else 'reasoning':9}  {step}")
-    return clean_lines([*lines, *(map(_hit_as_text, result.hits) if result.hits else [_nothing(result)])])
+    for hit in result.hits:
+        words = hit.text or ""
+        shown = words if len(words) <= 160 else words[:159] + "…"
+        lines.append(f"{hit.rank:3d}  {hit.score:.4f}  " + "  ".join(filter(None, (hit.id, hit.image, shown))))
+    if not result.hits and (cut := result.cut) is not None and cut.best is not None:
+        lines.append(f"nothing found above the cut-off of {cut.rate:g} (the best scored {cut.best:.4f})")
+    elif not result.hits:
+        lines.append("no hits")
+    return "\n".join(map(one_line, lines))
 
 
-def _nothing(result: SearchResult) -> str:
-    if result.cut is None or result.cut.best is None:
-        return "no hits"
-    return f"nothing found above the cut-off of {result.cut.rate:g} (the best scored {result.cut.best:.4f})"
+def serve(args: argparse.Namespace) -> int:
+    """The options bear the names of the fields of ServeConfig."""
+    options: dict[str, Any] = {field.name: getattr(args, field.name) for field in fields(ServeConfig)}
+    options |= {name: tuple(value) for name, value in options.items() if isinstance(value, list)}
+    config = ServeConfig(**options)
+    check_model_options(args)
+    if args.keys is not None and not args.keys.is_file():
+        raise InputError(f"--keys {args.keys} is not there; make it with `traceir keys add NAME --file {args.keys}`")
+    try:
+        from traceir.serve.run import serve
+    except ImportError as error:
+        raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
+    load = partial(open_encoder, args, in_flight=args.capacity)
+    serve(config, load, partial(print, flush=True), open_browser=args.open)
+    return 0
 
 
-def _hit_as_text(hit: Hit) -> str:
-    words = hit.text or ""
-    shown = words if len(words) <= 160 else words[:159] + "…"
-    return f"{hit.rank:3d}  {hit.score:.4f}  " + "  ".join(part for part in (hit.id, hit.image or "", shown) if part)
+def keys_add(args: argparse.Namespace) -> int:
+    limits = {"tenant": args.tenant, "days": args.days, "requests_per_minute": args.requests_per_minute}
+    print(make_key(args.file, args.name, scopes=split(args.scopes), **limits))
+    return 0
+
+
+def keys_list(args: argparse.Namespace) -> int:
+    for key in list_keys(args.file):
+        rest = f"tenant {key.tenant or '-'}  created {key.created}  expires {key.expires or 'never'}"
+        print(f"{key.name:<24} {','.join(key.scopes):<11} {rest}")
+    return 0
+
+
+def keys_revoke(args: argparse.Namespace) -> int:
+    revoke_key(args.file, args.name)
+    print(f"revoked {args.name}")
+    return 0

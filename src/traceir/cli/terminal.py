@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
 from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers, is_hub_id, is_library, plain_name
@@ -146,10 +145,6 @@ def parse_shard(text: str) -> tuple[int, int]:
 def one_line(text: str) -> str:
     """One line without control characters, so that a stored text can neither break the layout nor steer a terminal."""
     return _CONTROL.sub(" ", text)
-
-
-def clean_lines(lines: Iterable[str]) -> str:
-    return "\n".join(map(one_line, lines))
 
 
 def shows_progress() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import islice
+from operator import attrgetter
 from typing import Final, cast
 
 import numpy as np
@@ -64,6 +65,5 @@ class Copied(Item):
 
 
 def _is_same(stored: Stored, other: Stored | None) -> bool:
-    if other is None or stored.content_hash != other.content_hash or stored.modality != other.modality:
-        return False
-    return (stored.text, stored.image) == (other.text, other.image) and same_fields(stored.fields, other.fields)
+    kept = attrgetter("content_hash", "modality", "text", "image")
+    return other is not None and kept(stored) == kept(other) and same_fields(stored.fields, other.fields)

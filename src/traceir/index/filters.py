@@ -10,7 +10,6 @@ MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text. SQLite and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +29,7 @@ MAX_TEXT_BYTES: Final = 4 * 2**20
 MAX_LIST_VALUES: Final = 1_000
 MAX_NAME_BYTES: Final = 128
 _INT64: Final = 2**63
-_REMEDY: Final = "use text, a finite number, a 64-bit integer, true, false or null"
+_SINGLE: Final = "text, a finite number, a 64-bit integer, true, false or null"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class Eq:
     value: Scalar
 
     def __post_init__(self) -> None:
-        _check([self])
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class In:
         object.__setattr__(self, "values", tuple(self.values))
         if len(self.values) > MAX_IN_VALUES:
             raise InputError(f"filter In on {shown(self.name)} has {len(self.values)} values; give at most {MAX_IN_VALUES}")
-        _check([self])
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class Range:
                 f"filter Range on {shown(self.name)} has the bounds {shown(self.low)} and {shown(self.high)}; "
                 "give one or two numbers, or one or two texts"
             )
-        _check([self])
+        _check(self)
 
     def bounds(self) -> list[tuple[str | float, str]]:
         """Each bound with the sign that a value has towards it."""
@@ -141,11 +140,6 @@ def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Value]) 
     return all(_matches(leaf, kept.get(leaf.name)) for leaf in leaves(where))
 
 
-def key_of_filter(where: Filter) -> bytes:
-    """32 bytes that no other filter has, whatever its size."""
-    return hashlib.sha256(repr(where).encode()).digest()
-
-
 def shown(value: object) -> str:
     """A value that may be of any size and kind, for a message."""
     try:
@@ -154,26 +148,20 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of too many digits"
 
 
-def check_name(name: str) -> None:
-    """Raise InputError where a field name is empty, not UTF-8 text, or longer than MAX_NAME_BYTES."""
-    if not isinstance(name, str) or not name or not is_value(name) or len(name.encode()) > MAX_NAME_BYTES:
-        raise InputError(f"field name {shown(name)} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
-
-
 def check_field(name: str, value: Value) -> None:
     """Raise InputError where a name or a value of a field cannot be kept."""
-    check_name(name)
     values: Sequence[Any] = value if isinstance(value, list | tuple) else [value]
     if len(values) > MAX_LIST_VALUES:
-        raise InputError(f"field {name!r} is a list of {len(values)} values; give at most {MAX_LIST_VALUES}")
-    for part in values:
-        check_value(name, part, remedy="use text, a finite number, a 64-bit integer, true, false, null, or a list of these")
+        raise InputError(f"field {shown(name)} is a list of {len(values)} values; give at most {MAX_LIST_VALUES}")
+    _check_values(name, values, f"{_SINGLE}, or a list of these")
 
 
-def check_value(name: str, value: Scalar, *, remedy: str = _REMEDY) -> None:
-    """Raise InputError where a value is no text, finite number, 64-bit integer, boolean or None."""
-    if not is_value(value):
-        raise InputError(f"field {name!r} has the value {shown(value)} ({type(value).__name__}); {remedy}")
+def _check_values(name: str, values: Iterable[Scalar], allowed: str) -> None:
+    if not isinstance(name, str) or not name or not is_value(name) or len(name.encode()) > MAX_NAME_BYTES:
+        raise InputError(f"field name {shown(name)} is unusable; give plain text of 1 to {MAX_NAME_BYTES} bytes")
+    for value in values:
+        if not is_value(value):
+            raise InputError(f"field {name!r} has the value {shown(value)} ({type(value).__name__}); use {allowed}")
 
 
 def is_value(value: object) -> bool:
@@ -192,12 +180,9 @@ def same_fields(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool
     return json.dumps(dict(first), sort_keys=True) == json.dumps(dict(second), sort_keys=True)
 
 
-def _check(leaves: Sequence[Eq | In | Range]) -> None:
-    for leaf in leaves:
-        check_name(leaf.name)
-        for value in _values(leaf):
-            check_value(leaf.name, value)
-    _check_size(leaves)
+def _check(leaf: Eq | In | Range) -> None:
+    _check_values(leaf.name, _values(leaf), _SINGLE)
+    _check_size([leaf])
 
 
 def _check_size(leaves: Sequence[Eq | In | Range]) -> None:

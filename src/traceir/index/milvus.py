@@ -1,6 +1,6 @@
 """The distributed index: Milvus, as a server or a cluster (http://HOST:19530/NAME) or as a local file (milvus-lite:./FILE.db).
 
-One collection holds the items and is searched exactly (a FLAT index). `build_approximate` adds one collection a modality with an
+One collection holds the items and is searched exactly (a FLAT index). `build_ann` adds one collection a modality with an
 HNSW graph: queries and candidates of different modalities lie apart, and a shared graph loses neighbours across that gap. A graph
 proposes keys and scores; what is returned comes from the first collection, so a graph that lags behind costs recall, never truth.
 Scores are Milvus's own. Of equal scores the lower id comes first; which ones are among the best k, where more than a few rows
@@ -33,7 +33,7 @@ from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
 from traceir.index.filters import Filter, matches
 from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
-from traceir.index.store import Background, Index, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
+from traceir.index.store import Background, CheckedIndex, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ def parse_address(uri: str) -> MilvusAddress:
     return address
 
 
-class MilvusIndex(Index):
+class MilvusIndex(CheckedIndex):
     """An `Index` in a Milvus collection; made by `open_index`."""
 
     def __init__(self, uri: str, **options: Unpack[OpenOptions]) -> None:
@@ -104,9 +104,8 @@ class MilvusIndex(Index):
                 self._meta = self._read_meta()
                 self._meta.check(self._shown, self._opening)
                 self._numpy_type = np.float16 if self._meta.dtype == "float16" else np.float32
-                self._page = min(
-                    _PAGE, max(1, _ANSWER_BYTES // (4 * self._meta.dim))
-                )  # rows with vectors in a request or an answer
+                # Rows with vectors in a request or an answer.
+                self._page = min(_PAGE, max(1, _ANSWER_BYTES // (4 * self._meta.dim)))
                 self._load()
         except BaseException:
             self.close()
@@ -117,33 +116,31 @@ class MilvusIndex(Index):
         for item in items:
             milvus_rows.row_of(item, np.zeros(self._meta.dim, dtype=np.float32))
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
-        """As `Index.upsert`; one request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError).
+    def _write(self, items: Sequence[Item], unit: Vectors) -> set[str]:
+        """One request holds all items, so a call of more than MAX_REQUEST_BYTES is refused (InputError).
 
         Which ids were new is exact among the writes of this handle; another process may write between the look and the write.
         """
-        store.need_model(self._shown, self._opening, "add to")
-        store.check_items(items)
-        unit = store.check_vectors(vectors, len(items), self._meta.dim, [item.id for item in items])
         rows = [milvus_rows.row_of(item, vector) for item, vector in zip(items, unit, strict=True)]
-        total = sum(milvus_rows.row_bytes(row) for row in rows)
+        # About what the rows take in a request.
+        total = sum(len(name) + 16 + len(str(value).encode()) for row in rows for name, value in row.items() if name != VECTOR)
+        total += unit.nbytes
         if total > MAX_REQUEST_BYTES:
             most = max(1, int(0.9 * len(rows) * MAX_REQUEST_BYTES / total))
             what = f"{len(rows)} items make a request of {total / 2**20:.0f} MB, more than {MAX_REQUEST_BYTES / 2**20:.0f}"
             raise InputError(f"{what}; nothing was written: give at most {most} such items a call")
-        if not rows:
-            return set()
         keys = [row[KEY] for row in rows]
         with self._writing, self._explained("add to it"):
             known = set(self._keys(_keys_by_page(keys)))
-            if (
-                known and self._merges
-            ):  # Milvus Lite would keep the dynamic fields of the row that is replaced: they are set to null
+            if known and self._merges:
+                # Milvus Lite would keep the dynamic fields of the row that is replaced: they are set to null.
                 blank = {key: dict.fromkeys(filter_columns(old.fields)) for key, old in self._fetch(known).items()}
                 rows = [{**blank.get(row[KEY], {}), **row} for row in rows]
             for modality, name in self._graphs().items():
-                if own := [_graph_row(row) for row in rows if row["modality"] == modality]:
-                    self._upsert(name, own)
+                # A graph holds what rows are found and filtered by, not what is shown of them.
+                own = [row for row in rows if row["modality"] == modality]
+                if own:
+                    self._upsert(name, [{key: value for key, value in row.items() if key not in KEPT} for row in own])
             self._upsert(self._name, rows)
             self._wrote()
         return {milvus_rows.id_of(key) for key in keys if key not in known}
@@ -183,19 +180,8 @@ class MilvusIndex(Index):
                     self._call("release_collection", name)
                     self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
-    def search(
-        self,
-        vectors: Vectors,
-        k: int,
-        *,
-        where: Filter | None = None,
-        modality: Modality | None = None,
-        exact: bool = True,
-    ) -> list[list[Hit]]:
-        """As `Index.search`; where the graphs find few rows, as under a filter that few pass, a query is searched exactly."""
-        store.need_model(self._shown, self._opening, "search")
-        store.check_search(k, modality)
-        queries = store.check_vectors(vectors, None, self._meta.dim)
+    def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
+        """Where the graphs find few rows, as under a filter that few pass, a query is searched exactly."""
         passing = compile_filter(where)
         expression = " and ".join(part for part in (passing, _of_modality(modality) if modality else "") if part)
 
@@ -208,11 +194,11 @@ class MilvusIndex(Index):
                 return self._search([self._name], queries, k, expression, passes)[0]
             if not (graphs := self._graphs()):
                 what = f"index {self._shown} has no graph for approximate search"
-                raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
+                raise StoreError(f"{what}; call build_ann() once, or search with exact=True")
             names = [name for own, name in graphs.items() if modality in (None, own)]
             hits, few = self._search(names, queries, k, passing, passes)
-            for row, found in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
-                hits[row] = found
+            for row, exact_hits in zip(few, self._search([self._name], queries[few], k, expression, passes)[0], strict=True):
+                hits[row] = exact_hits
             return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
@@ -265,8 +251,8 @@ class MilvusIndex(Index):
             if not counts:
                 return None
             rows = self._rows("", [KEY, VECTOR], self._name + BACKGROUND)
-            found = sorted((row[KEY].rpartition(" ")[0], row[KEY], vector_of(row[VECTOR]).tolist()) for row in rows)
-        vectors = {name: np.array([own for kind, _, own in found if kind == name], dtype=np.float32) for name in counts}
+            kept = sorted((row[KEY].rpartition(" ")[0], row[KEY], vector_of(row[VECTOR]).tolist()) for row in rows)
+        vectors = {name: np.array([own for kind, _, own in kept if kind == name], dtype=np.float32) for name in counts}
         whole = all(len(vectors[name]) == count for name, count in counts.items())
         return Background(vectors, source, created) if whole else None
 
@@ -393,7 +379,7 @@ class MilvusIndex(Index):
 
     def _create_items(self) -> None:
         if not self._opening.create:
-            raise _missing(self._shown)
+            raise store.missing(self._shown)
         self._meta = IndexMeta.new(self._shown, self._opening, ("float32", "float16"))
         from pymilvus.exceptions import MilvusException
 
@@ -472,26 +458,14 @@ def _connect(address: MilvusAddress, opening: Opening) -> Any:
     for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if address.file else [])):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if address.file is not None:
-        try:
-            if not opening.create and not address.file.exists():
-                raise _missing(address.shown)
-            address.file.parent.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            raise StoreError(f"the file of index {address.shown} cannot be looked for or made: {why}; choose another") from error
+        store.prepare_file(address.file, address.shown, opening.create, Path.exists)
     try:
         return MilvusClient(address.uri, token=address.token, timeout=opening.timeout, dedicated=True)
     except MilvusException as error:
         remedy = "check that the server runs and that address and token are right"
         if address.file is not None:
-            remedy = (
-                "another process may hold it (one at a time can), it is no file of Milvus Lite, or milvus-lite is not installed"
-            )
+            remedy = "another process may hold it (one can), it is no file of Milvus Lite, or milvus-lite is not installed"
         raise StoreError(f"index {address.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
-
-
-def _missing(shown: str) -> StoreError:
-    return StoreError(f"there is no index at {shown}; check the address, or fill one with `traceir index add`")
 
 
 def _first_line(error: Exception) -> str:
@@ -501,11 +475,6 @@ def _first_line(error: Exception) -> str:
 
 def _columns(with_vectors: bool) -> list[str]:
     return [KEY, *KEPT, *([VECTOR] if with_vectors else [])]
-
-
-def _graph_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What the collection of a graph holds of a row: what it is found and filtered by, not what is shown."""
-    return {name: value for name, value in row.items() if name not in KEPT}
 
 
 def _of_modality(modality: Modality) -> str:

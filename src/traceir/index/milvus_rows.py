@@ -75,12 +75,6 @@ def filter_columns(fields: Mapping[str, Value]) -> dict[str, str | list[str]]:
     return {**columns, **lists}
 
 
-def row_bytes(row: Mapping[str, Any]) -> int:
-    """About what a row takes in a request."""
-    values = (value.nbytes if isinstance(value, np.ndarray) else len(str(value).encode()) for value in row.values())
-    return sum(values) + sum(len(name) + 16 for name in row)
-
-
 def stored_of(row: Mapping[str, Any]) -> store.Stored:
     """What was read of an item, with its vector where it was asked for; DamageError where it is not what is ever written."""
     try:

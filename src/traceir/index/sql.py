@@ -60,8 +60,11 @@ BACKGROUND: Final = (
 COLUMNS: Final = "i.n, i.id, i.modality, i.text, i.image, i.fields, i.content_hash"
 FAULTS: Final = (sqlite3.Error, DamageError, OverflowError, UnicodeDecodeError)
 """What reading and writing raise: also OverflowError for a number too large, UnicodeDecodeError for a message that is none."""
+AMONG: Final = "IN (SELECT value FROM json_each(?))"
+"""One of a JSON array's values, of which there may be any number."""
 CHUNK: Final = 2000
-"""Rows, or values of a statement, at a time."""
+"""Rows at a time."""
+_TABLES: Final = "SELECT count(*) FROM sqlite_master"
 _STATEMENTS: Final = 8
 """Prepared ones that are kept, each with the values it was last run with, a whole filter for instance."""
 _ERRORS: Final = (
@@ -95,14 +98,7 @@ _ERRORS: Final = (
 
 def connect(path: Path, opening: Opening) -> sqlite3.Connection:
     """A connection in autocommit mode whose commits reach the disk before they return; `create` makes the folder and the file."""
-    try:
-        if opening.create:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        elif not path.is_file():
-            raise StoreError(f"there is no index at {path.parent}; check the path, or fill one with `traceir index add`")
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise StoreError(f"folder {path.parent} of an index cannot be made or looked into: {why}; choose another") from error
+    store.prepare_file(path, str(path.parent), opening.create, Path.is_file)
     address = f"{path.absolute().as_uri()}?mode={'rwc' if opening.create else 'rw'}"
     connection = sqlite3.connect(
         address, uri=True, timeout=opening.timeout, isolation_level=None, check_same_thread=False, cached_statements=_STATEMENTS
@@ -114,12 +110,12 @@ def connect(path: Path, opening: Opening) -> sqlite3.Connection:
 
 def create_tables(connection: sqlite3.Connection, path: Path, opening: Opening) -> None:
     """Make the tables in an empty file; where another process was quicker, or the file is in use, leave it alone."""
-    if _has_tables(connection):
+    if read_number(connection, _TABLES):
         return
     meta = IndexMeta.new(str(path.parent), opening, ("float32", "float16", "int8"))
     _enter_wal(connection, path, opening.timeout)
     connection.execute("BEGIN IMMEDIATE")
-    if not _has_tables(connection):
+    if not read_number(connection, _TABLES):
         for statement in (*SCHEMA, f"PRAGMA application_id = {APPLICATION_ID}"):
             connection.execute(statement)
         rows = [(name, str(getattr(meta, name))) for name in IndexMeta.__dataclass_fields__]
@@ -202,7 +198,9 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
             values: list[Scalar] = [value for value, _ in leaf.bounds()]
             tests = [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
         else:
-            tests = [(kind, f"value IN ({marks(wanted)})", wanted) for kind, wanted in wanted_by_kind(leaf).items()]
+            tests = [
+                (kind, f"value IN ({', '.join('?' * len(wanted))})", wanted) for kind, wanted in wanted_by_kind(leaf).items()
+            ]
         alternatives = []
         for kind, test, values in tests:
             condition, used = _compile_test(leaf, kind, test, values, row_by_row)
@@ -231,9 +229,9 @@ def _has_field(test: str, row_by_row: bool) -> str:
     return f"(i.n IN (SELECT n FROM fields WHERE {test}))"
 
 
-def row_of(item: Item) -> tuple[str | None, str, str | None, str | None, str, str]:
+def row_of(item: Item) -> tuple[str, str, str | None, str | None, str, str]:
     fields = json.dumps(dict(item.fields), ensure_ascii=False)
-    return item.id, item.modality, item.text or None, store.image_of(item), fields, item.content_hash()
+    return str(item.id), item.modality, item.text or None, store.image_of(item), fields, item.content_hash()
 
 
 def field_rows(items: Sequence[Item], first: int) -> Iterator[tuple[int, str, str, Scalar]]:
@@ -254,14 +252,6 @@ def explain_error(error: Exception, path: Path, timeout: float) -> StoreError:
         return StoreError(f"index {path} is damaged: {error}")
     words = next(words for codes, pattern, words in _ERRORS if code in codes or (pattern and pattern.search(text)))
     return StoreError(words.format(path=path, text=text, timeout=timeout))
-
-
-def marks(values: Sequence[object]) -> str:
-    return ", ".join("?" * len(values))
-
-
-def _has_tables(connection: sqlite3.Connection) -> bool:
-    return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
 
 
 def _enter_wal(connection: sqlite3.Connection, path: Path, timeout: float) -> None:

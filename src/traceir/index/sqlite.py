@@ -10,34 +10,35 @@ float32, keeps a quarter of it in memory, and scores what its codes propose exac
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from threading import RLock
-from typing import Final, TypeVar, Unpack, cast
+from typing import Final, Unpack
 
 import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import sql, store
 from traceir.index.filters import Filter, Scalar
-from traceir.index.sql import FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
-from traceir.index.store import Background, Index, IndexInfo, Opening, OpenOptions, Stored, Vectors
+from traceir.index.sql import AMONG, FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
+from traceir.index.store import Background, CheckedIndex, IndexInfo, Opening, OpenOptions, Stored, Vectors
 from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists, fit_lists, rescore, search_view
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
 _TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
-T = TypeVar("T")
+_IDS: Final = f"i.id {AMONG}"
 
 
-class SqliteIndex(Index):
+class SqliteIndex(CheckedIndex):
     """An `Index` in DIR/index.sqlite; made by `open_index`."""
 
     def __init__(self, folder: Path, **options: Unpack[OpenOptions]) -> None:
-        self._folder, self._path, self._opening = folder, folder / FILE_NAME, Opening(**options)
+        self._shown, self._path, self._opening = str(folder), folder / FILE_NAME, Opening(**options)
         self._lock = RLock()
         self._closed = False
         with self._explained():
@@ -47,23 +48,18 @@ class SqliteIndex(Index):
                 if self._opening.create:
                     sql.create_tables(self._connection, self._path, self._opening)
                 self._meta = sql.read_meta(self._connection, self._path)
-            self._meta.check(str(folder), self._opening)
+            self._meta.check(self._shown, self._opening)
         except BaseException:
             self._connection.close()
             raise
         self._resident = ResidentVectors(self._connection, self._meta.dim, self._meta.dtype)
 
-    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
-        store.need_model(str(self._folder), self._opening, "add to")
-        store.check_items(items)
-        ids = [cast(str, item.id) for item in items]
-        unit = store.check_vectors(vectors, len(items), self._meta.dim, ids)
+    def _write(self, items: Sequence[Item], unit: Vectors) -> set[str]:
         rows = [sql.row_of(item) for item in items]  # reads images, so before the lock
+        ids = [row[0] for row in rows]
         stored = unit.astype("<f2" if self._meta.dtype == "float16" else "<f4")
-        if not items:
-            return set()
         with self._transaction(write=True):
-            there = self._numbers_of(ids)
+            there = dict(self._connection.execute(f"SELECT id, n FROM items WHERE id {AMONG}", [json.dumps(ids)]))
             self._remove(list(there.values()))
             first = 1 + read_number(self._connection, "SELECT coalesce(max(seq), 0) FROM sqlite_sequence WHERE name = 'items'")
             insert = self._connection.executemany
@@ -81,10 +77,9 @@ class SqliteIndex(Index):
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         if isinstance(which, Sequence):
-            ids = store.check_ids(which)
-            with self._transaction(write=True):
-                return self._remove(list(self._numbers_of(ids).values()))
-        clause, values = compile_filter(which)
+            clause, values = _IDS, list[Scalar]([json.dumps(store.check_ids(which))])
+        else:
+            clause, values = compile_filter(which)
         with self._transaction(write=True):
             numbers = read_numbers(self._connection, f"SELECT i.n FROM items i WHERE {clause}", values)
             return self._remove(numbers.tolist())
@@ -113,20 +108,8 @@ class SqliteIndex(Index):
             self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('probes', ?)", (str(visits),))
             self._bump("built")
 
-    def search(
-        self,
-        vectors: Vectors,
-        k: int,
-        *,
-        where: Filter | None = None,
-        modality: Modality | None = None,
-        exact: bool = True,
-    ) -> list[list[Hit]]:
-        """As `Index.search`. Searched exactly all the same: a modality that had no items at `build_approximate`, and a batch for
-        which that is faster."""
-        store.need_model(str(self._folder), self._opening, "search")
-        store.check_search(k, modality)
-        queries = store.check_vectors(vectors, None, self._meta.dim)
+    def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
+        """Searched exactly all the same: a modality that had no items at `build_ann`, and a batch for which that is faster."""
 
         def look() -> list[list[Hit]] | None:
             best = self._best(self._snapshot(where, not exact), queries, k, modality, exact)
@@ -138,15 +121,13 @@ class SqliteIndex(Index):
         with self._transaction():  # writers were quicker every time: let them wait, and find and read at one moment
             hits = look()
         if hits is None:
-            raise StoreError(f"items of index {self._folder} were removed by another program than TraceIR; open the index again")
+            raise StoreError(f"items of index {self._shown} were removed by another program than TraceIR; open the index again")
         return hits
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
-        found: dict[str, Stored] = {}
-        for part in _chunks(store.check_ids(ids)):
-            rows = self._select(f"i.id IN ({sql.marks(part)})", part, with_vectors)
-            found |= {stored.id: stored for _, stored in rows}
-        return {id: found[id] for id in ids if id in found}
+        rows = self._select(_IDS, [json.dumps(store.check_ids(ids))], with_vectors)
+        kept = {stored.id: stored for _, stored in rows}
+        return {id: kept[id] for id in ids if id in kept}
 
     def count(self, where: Filter | None = None) -> int:
         clause, values = compile_filter(where)
@@ -166,11 +147,11 @@ class SqliteIndex(Index):
             source, _, background = sql.describe_background(self._connection)
             return IndexInfo(
                 **asdict(self._meta),
-                uri=str(self._folder),
+                uri=self._shown,
                 counts=dict(counts),
                 cells=read_number(self._connection, "SELECT count(*) FROM centroids"),
                 probes=read_counter(self._connection, "probes"),
-                bytes=store.size_of(self._folder / (FILE_NAME + ending) for ending in ("", "-wal")),
+                bytes=store.size_of(self._path.with_name(FILE_NAME + ending) for ending in ("", "-wal")),
                 background=background,
                 background_source=source,
             )
@@ -208,15 +189,15 @@ class SqliteIndex(Index):
     ) -> list[list[_Found]] | None:
         """For each query its best k, best first, equal scores in order of id; None where a row has been removed meanwhile."""
         if not exact and not snapshot.probes:
-            what = f"index {self._folder} has no IVF lists for approximate search"
-            raise StoreError(f"{what}; call build_approximate() once, or search with exact=True")
-        found: list[list[_Found]] = [[] for _ in queries]
+            what = f"index {self._shown} has no IVF lists for approximate search"
+            raise StoreError(f"{what}; call build_ann() once, or search with exact=True")
+        ranked: list[list[_Found]] = [[] for _ in queries]
         for name, view in snapshot.views.items():
             if not len(view) or modality not in (None, name):
                 continue
             most = min(k, len(view))
             rows_of = search_view(view, queries, most, snapshot.passing, snapshot.centroids.get(name), snapshot.probes)
-            for query, rows, best in zip(queries, rows_of, found, strict=True):
+            for query, rows, best in zip(queries, rows_of, ranked, strict=True):
                 with self._transaction() if not view.codec.exact else nullcontext():
                     vectors = self._resident.exact_vectors(view, rows)
                 if vectors is None:
@@ -226,26 +207,17 @@ class SqliteIndex(Index):
                     kept = np.flatnonzero(scores >= np.partition(scores, -most)[-most])
                     rows, scores = rows[kept], scores[kept]
                 best += zip(scores.tolist(), [view.ids[row] for row in rows], view.numbers_N[rows].tolist(), strict=True)
-        return [sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k] for best in found]
+        return [sorted(best, key=lambda hit: (-hit[0], hit[1]))[:k] for best in ranked]
 
     def _read_hits(self, best: list[list[_Found]]) -> list[list[Hit]] | None:
         """What was found with its texts and fields; None where any of it was replaced or deleted meanwhile."""
-        wanted = {number for found in best for _, _, number in found}
-        rows: dict[int, Stored] = {}
-        for part in _chunks(sorted(wanted)):
-            rows |= dict(self._select(f"i.n IN ({sql.marks(part)})", part, False))
+        wanted = {number for own in best for _, _, number in own}
+        rows = dict(self._select(f"i.n {AMONG}", [json.dumps(sorted(wanted))], False))
         if len(rows) < len(wanted):
             return None
-        return [[rows[number].hit(score, rank) for rank, (score, _, number) in enumerate(found, start=1)] for found in best]
+        return [[rows[number].hit(score, rank) for rank, (score, _, number) in enumerate(own, start=1)] for own in best]
 
     # Steps of a write
-
-    def _numbers_of(self, ids: Sequence[str]) -> dict[str, int]:
-        """The numbers of those ids that are there."""
-        found: dict[str, int] = {}
-        for part in _chunks(ids):
-            found |= dict(self._connection.execute(f"SELECT id, n FROM items WHERE id IN ({sql.marks(part)})", part))
-        return found
 
     def _remove(self, numbers: Sequence[int]) -> int:
         for table in ("items", "vectors", "fields", "cells"):
@@ -273,7 +245,7 @@ class SqliteIndex(Index):
         """The lock, and a transaction; within one of the same thread, that one goes on."""
         with self._lock:
             if self._closed:
-                raise StoreError(f"index {self._folder} is closed; open it again")
+                raise StoreError(f"index {self._shown} is closed; open it again")
             if self._connection.in_transaction:
                 yield
                 return
@@ -283,7 +255,7 @@ class SqliteIndex(Index):
                     yield
                     self._connection.execute("COMMIT")
             except BaseException:
-                self._resident.forget_removals()
+                self._resident.removed = []  # it is there again
                 raise
             finally:
                 if self._connection.in_transaction:
@@ -304,8 +276,3 @@ class SqliteIndex(Index):
     def _bump(self, name: str) -> None:
         raised = str(read_counter(self._connection, name) + 1)
         self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, raised))
-
-
-def _chunks(values: Sequence[T]) -> Iterator[Sequence[T]]:
-    for start in range(0, len(values), sql.CHUNK):
-        yield values[start : start + sql.CHUNK]

@@ -7,7 +7,7 @@ import datetime
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +48,6 @@ class ModelIdentity(Protocol):
     @property
     def width(self) -> int:
         """The length D of its vectors."""
-
-
-ModelIdentity = ModelIdentity  # the former name
 
 
 class OpenOptions(TypedDict, total=False):
@@ -199,13 +196,7 @@ class Index(Protocol):
         """Makes what `search(exact=False)` needs; replaces what was made before."""
 
     def search(
-        self,
-        vectors: Vectors,
-        k: int,
-        *,
-        where: Filter | None = None,
-        modality: Modality | None = None,
-        exact: bool = True,
+        self, vectors: Vectors, k: int, *, where: Filter | None = None, modality: Modality | None = None, exact: bool = True
     ) -> list[list[Hit]]:
         """The k items of highest cosine for each row of `vectors` [Q, D], best first; equal scores in order of id."""
 
@@ -235,6 +226,55 @@ class Index(Protocol):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class CheckedIndex(Index, Protocol):
+    """What every adapter does before it comes to its own storage."""
+
+    _shown: str
+    """How messages name the index."""
+    _opening: Opening
+    _meta: IndexMeta
+
+    def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
+        self._need_model("add to")
+        check_items(items)
+        unit = check_vectors(vectors, len(items), self._meta.dim, [item.id for item in items])
+        return self._write(items, unit) if items else set()
+
+    def search(
+        self, vectors: Vectors, k: int, *, where: Filter | None = None, modality: Modality | None = None, exact: bool = True
+    ) -> list[list[Hit]]:
+        self._need_model("search")
+        check_search(k, modality)
+        return self._find(check_vectors(vectors, None, self._meta.dim), k, where, modality, exact)
+
+    def _need_model(self, action: str) -> None:
+        if self._opening.fingerprint is None:
+            what = f"index {self._shown} was opened without a model, only to look at it"
+            raise StoreError(f"{what}; to {action} it, open it with the fingerprint of the model in use")
+
+    def _write(self, items: Sequence[Item], unit: Vectors) -> set[str]:
+        """`upsert` of at least one item."""
+
+    def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
+        """`search` by vectors of unit length."""
+
+
+def prepare_file(file: Path, shown: str, create: bool, is_there: Callable[[Path], bool]) -> None:
+    """Make the folder of an index's file; StoreError where that cannot be, or where the file is missing and not to be made."""
+    try:
+        if create:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        elif not is_there(file):
+            raise missing(shown)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise StoreError(f"the folder of index {shown} cannot be made or looked into: {why}; choose another") from error
+
+
+def missing(shown: str) -> StoreError:
+    return StoreError(f"there is no index at {shown}; check the address, or fill one with `traceir index add`")
 
 
 def image_of(item: Item) -> str | None:
@@ -324,18 +364,11 @@ def check_search(k: int, modality: str | None) -> None:
         raise InputError(f"modality {modality!r} is unknown; choose one of {', '.join(MODALITIES)}")
 
 
-def check_identity(uri: str, what: str, stored: str, given: str | None) -> None:
+def check_identity(uri: str, what: str, stored: str, current: str | None) -> None:
     """Raise StoreError where the index was made by another model or prompt than the one in use."""
-    if given is not None and stored != given:
-        clash = f"index {uri} was made with {what} {stored!r} but {given!r} is in use"
+    if current is not None and stored != current:
+        clash = f"index {uri} was made with {what} {stored!r} but {current!r} is in use"
         raise StoreError(f"{clash}; search it with the model that filled it, or fill a new index")
-
-
-def need_model(uri: str, opening: Opening, action: str) -> None:
-    """Raise StoreError for a search or a write where the index was opened without a model."""
-    if opening.fingerprint is None:
-        what = f"index {uri} was opened without a model, only to look at it"
-        raise StoreError(f"{what}; to {action} it, open it with the fingerprint of the model in use")
 
 
 def read_described(described: str) -> tuple[str, str, dict[Modality, int]]:

@@ -12,20 +12,22 @@ Shapes: N rows, D width, B bytes or components of a row in memory, Q queries, C 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import math
 import sqlite3
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from traceir.index.filters import Filter, key_of_filter
-from traceir.index.sql import CHUNK, Rows, compile_filter, marks, read_counter, read_number, read_numbers
+from traceir.index.filters import Filter
+from traceir.index.sql import AMONG, CHUNK, Rows, compile_filter, read_counter, read_number, read_numbers
 from traceir.index.store import DamageError, StoredType, Vectors, rows_not_unit, unusable
 from traceir.items import MODALITIES, Modality, Vector
 
@@ -86,22 +88,24 @@ class Codec:
         """Scores and rows of the best `count` of these rows (None: of all), in any order."""
         faiss = _faiss()
         at = faiss.swig_ptr
-        scores, found = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
+        scores, best_rows = np.full(count, -np.inf, dtype=np.float32), np.full(count, -1, dtype=np.int64)
         if self._quantizer is None:
             chosen = None if rows is None else faiss.IDSelectorArray(len(rows), at(rows))
-            faiss.knn_inner_product(at(query_D), at(codes_ND), self.dim, 1, len(codes_ND), count, at(scores), at(found), chosen)
-            return scores, found
+            faiss.knn_inner_product(
+                at(query_D), at(codes_ND), self.dim, 1, len(codes_ND), count, at(scores), at(best_rows), chosen
+            )
+            return scores, best_rows
         scanner = self._quantizer.select_InvertedListScanner(faiss.METRIC_INNER_PRODUCT, None, rows is None, None)
         scanner.set_query(at(query_D))
         scanner.list_no = 0
         codes_ND = codes_ND.view(np.uint8)
         if rows is None:
-            scanner.scan_codes(len(codes_ND), at(codes_ND), None, at(scores), at(found), count)
-            return scores, found
+            scanner.scan_codes(len(codes_ND), at(codes_ND), None, at(scores), at(best_rows), count)
+            return scores, best_rows
         for strip in (rows[start : start + _STRIP] for start in range(0, len(rows), _STRIP)):
             gathered = codes_ND.take(strip, axis=0)
-            scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(found), count)
-        return scores, found
+            scanner.scan_codes(len(strip), at(gathered), at(strip), at(scores), at(best_rows), count)
+        return scores, best_rows
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class VectorView:
     numbers_N: Rows
     alive_N: Mask  # False: a tombstone
     lists_N: Lists  # NO_LIST where a row is in none, and so looked at by every search
+    # Answers of `usable`. Threads share them, by single steps of a list, none of which another can interrupt.
+    _usable: list[tuple[Rows | None, tuple[Mask, Rows | None]]] = field(init=False, default_factory=list)
 
     def __len__(self) -> int:
         return len(self.numbers_N)
@@ -138,11 +144,6 @@ class VectorView:
         self._usable.append((passing, (mask_N, rows)))
         del self._usable[:-_VIEW_FILTERS]
         return mask_N, rows
-
-    @cached_property
-    def _usable(self) -> list[tuple[Rows | None, tuple[Mask, Rows | None]]]:
-        """The last ones asked for. Threads share it, by single steps of a list, none of which another can interrupt."""
-        return []
 
 
 class VectorTable:
@@ -180,11 +181,11 @@ class VectorTable:
         self._ids.extend(ids)
         self._view = None
 
-    def bury(self, numbers: Rows, *, dead: bool) -> None:
-        """Make tombstones of the rows with these numbers (`dead`), or of all others; copies the survivors together once a quarter
-        is dead."""
+    def mark_removed(self, numbers: Rows, *, invert: bool) -> None:
+        """Make tombstones of the rows with these numbers, or of all others (`invert`); copies the rest together once a quarter of
+        all are tombstones."""
         numbers_N, alive_N = self._columns["numbers_N"][: len(self)], self._columns["alive_N"].copy()
-        alive_N[: len(self)] &= np.isin(numbers_N, numbers, invert=dead)
+        alive_N[: len(self)] &= np.isin(numbers_N, numbers, invert=not invert)
         self._columns["alive_N"], self._view = alive_N, None
         rows = np.flatnonzero(alive_N[: len(self)])
         if len(rows) < (1 - _COMPACT_ABOVE) * len(self):
@@ -237,13 +238,13 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
     best, rows_of = look(view, queries_QD, rows, count)
     lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
     bounds = (kth if codec.exact else lowest) - codec.slack
-    found = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
+    best_rows = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
     # More rows may score alike than were looked for. Of int8 those are equal rows, which the cut must not part at random.
     cut = kth - codec.slack if codec.exact else np.partition(best, 1)[:, 1] - _TINY
     for query in np.flatnonzero(lowest >= cut) if count < total else ():
         blocks = _blocks(view, rows)
-        found[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
-    return found
+        best_rows[query] = np.concatenate([at[block @ queries_QD[query] >= bounds[query]] for at, block in blocks])
+    return best_rows
 
 
 def rescore(vectors_ND: Codes, query_D: Vector) -> Scores:
@@ -296,25 +297,25 @@ def _nearest_rows(view: VectorView, centroids: Vectors, query_D: Vector, k: int,
 def _scan_each(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """Scores and rows [Q, count] of the best of each query, in any order, a query at a time."""
     pairs = [view.codec.scan(view.codes_ND, query, rows, count) for query in queries_QD]
-    return np.stack([scores for scores, _ in pairs]), np.stack([found for _, found in pairs])
+    return np.stack([scores for scores, _ in pairs]), np.stack([best_rows for _, best_rows in pairs])
 
 
 def _multiply(view: VectorView, queries_QD: Vectors, rows: Rows | None, count: int) -> tuple[Scores, Rows]:
     """The same by products of all queries with blocks of rows."""
-    best, found = np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
+    best, best_rows = np.empty((0, count), dtype=np.float32), np.empty((0, count), dtype=np.int64)
     for at, block in _blocks(view, rows, count, len(queries_QD)):
         scores_QN = queries_QD @ block.T
         if not len(best):
             top_QN = np.argpartition(scores_QN, -count, axis=1)[:, -count:]
-            best, found = np.take_along_axis(scores_QN, top_QN, axis=1), at[top_QN]
+            best, best_rows = np.take_along_axis(scores_QN, top_QN, axis=1), at[top_QN]
             continue
         floors = best.min(axis=1)
         for query in np.flatnonzero(scores_QN.max(axis=1) > floors):
             higher = np.flatnonzero(scores_QN[query] > floors[query])
             scores = np.concatenate([best[query], scores_QN[query, higher]])
             top = np.argpartition(scores, -count)[-count:]
-            best[query], found[query] = scores[top], np.concatenate([found[query], at[higher]])[top]
-    return best, found
+            best[query], best_rows[query] = scores[top], np.concatenate([best_rows[query], at[higher]])[top]
+    return best, best_rows
 
 
 def _blocks(view: VectorView, rows: Rows | None, first: int = 0, queries: int = 1) -> Iterator[tuple[Rows, Vectors]]:
@@ -353,7 +354,7 @@ class ResidentVectors:
         self._trained = 0  # the highest number when the codec was made
         # By filter, last used last: numbers of rows that pass, the highest number then, how many passed when all were asked for.
         self._passing: OrderedDict[bytes, tuple[Rows, int, int]] = OrderedDict()
-        self._removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
+        self.removed: list[Rows] = []  # numbers, one part for each count of `deletions` since `_seen` that was ours
         self._seen = (0, 0, 0)  # highest number, count of deletions, count of builds
 
     def snapshot(self, where: Filter | None, centroids: bool = True) -> Snapshot:
@@ -382,11 +383,7 @@ class ResidentVectors:
     def note_removal(self, numbers: Rows) -> None:
         """Rows that were removed here, with one count of `deletions`; spares the next look a comparison with what is left."""
         if self._tables:
-            self._removed.append(numbers)
-
-    def forget_removals(self) -> None:
-        """After a transaction that did not end well: what it removed is there again."""
-        self._removed = []
+            self.removed.append(numbers)
 
     def vectors_of(self, ids: Sequence[object], blobs: Sequence[object]) -> Vectors:
         """[N, D] from stored bytes; DamageError naming the items whose vector is missing, cut, or not of unit length."""
@@ -400,9 +397,7 @@ class ResidentVectors:
         if view.codec.exact:
             return view.codes_ND[rows]
         numbers = view.numbers_N[rows].tolist()
-        blobs: dict[int, bytes] = {}
-        for part in (numbers[start : start + CHUNK] for start in range(0, len(numbers), CHUNK)):
-            blobs |= dict(self._connection.execute(f"SELECT n, vector FROM vectors WHERE n IN ({marks(part)})", part))
+        blobs = dict(self._connection.execute(f"SELECT n, vector FROM vectors WHERE n {AMONG}", [json.dumps(numbers)]))
         if len(blobs) < len(numbers):
             return None
         return self.vectors_of([view.ids[row] for row in rows], [blobs[number] for number in numbers])
@@ -420,21 +415,18 @@ class ResidentVectors:
         seen_top, seen_deletions, _ = self._seen
         try:
             if self._tables and deletions != seen_deletions:
-                self._follow(deletions - seen_deletions)
+                # Our own by their numbers, those of other processes by comparing with what is left.
+                own = deletions - seen_deletions == len(self.removed)
+                numbers = np.concatenate(self.removed) if own else read_numbers(self._connection, "SELECT n FROM items")
+                for table in self._tables.values():
+                    table.mark_removed(numbers, invert=not own)
+                self.removed = []
             if top > seen_top or not self._tables:
                 self._load_rows(seen_top, top)
         except BaseException:
             self.forget()
             raise
         self._seen = (max(top, seen_top), deletions, built)
-
-    def _follow(self, deletions: int) -> None:
-        """Follow so many deletions: our own by their numbers, those of other processes by comparing with what is left."""
-        own = deletions == len(self._removed)
-        numbers = np.concatenate(self._removed) if own else read_numbers(self._connection, "SELECT n FROM items")
-        for table in self._tables.values():
-            table.bury(numbers, dead=own)
-        self._removed = []
 
     def _load_rows(self, after: int, top: int) -> None:
         if first := not self._tables:
@@ -477,7 +469,7 @@ class ResidentVectors:
             return np.empty((0, self._dim), dtype=np.float32)
         numbers = read_numbers(self._connection, "SELECT n FROM items")
         chosen = np.sort(numbers)[:: max(1, len(numbers) // CHUNK)][:CHUNK].tolist()
-        rows = self._connection.execute(f"SELECT vector FROM vectors WHERE n IN ({marks(chosen)})", chosen).fetchall()
+        rows = self._connection.execute(f"SELECT vector FROM vectors WHERE n {AMONG}", [json.dumps(chosen)]).fetchall()
         vectors = self._from_bytes([blob for (blob,) in rows])
         return np.delete(vectors, rows_not_unit(vectors), axis=0)
 
@@ -494,7 +486,7 @@ class ResidentVectors:
         Sound because a row is never changed once written: it passes for ever or never does. Numbers of rows that are gone may be
         among them, at most about as many as of rows that are there. What a client sent is not kept, but its digest.
         """
-        key = key_of_filter(where)
+        key = hashlib.sha256(repr(where).encode()).digest()
         numbers, seen, whole = self._passing.pop(key, (np.empty(0, dtype=np.int64), 0, 0))
         if len(numbers) > 2 * whole + _STRIP:
             seen = 0
