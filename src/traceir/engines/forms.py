@@ -13,11 +13,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from traceir.errors import InputError
-from traceir.images import ImageInput
 from traceir.suggest import did_you_mean
+
+if TYPE_CHECKING:
+    from traceir.images import ImageInput
 
 Role = Literal["query", "candidate"]
 Json = dict[str, Any]
