@@ -19,10 +19,21 @@ from conftest import FORKS
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablate import ablate, claim, list_tables
-from traceir.lab.ablate_plan import AblationRun, plan_runs
-from traceir.lab.ablate_report import Estimate, judge, t_interval, write_report
+from traceir.lab.ablate_report import Estimate, find_verdict, t_interval, write_report
 from traceir.lab.ablate_score import TwoStage, append_text, relative_speeds, score
-from traceir.lab.ablations import TABLES, TIMED, VARIANTS, AblationLine, Claim, Comparison, Table, Variant, choose_tables
+from traceir.lab.ablations import (
+    TABLES,
+    TIMED,
+    VARIANTS,
+    AblationLine,
+    AblationRun,
+    Claim,
+    Comparison,
+    Table,
+    Variant,
+    choose_tables,
+    plan_runs,
+)
 from traceir.precision import Speed
 from traceir.train.config import TrainConfig
 
@@ -294,7 +305,7 @@ def test_the_t_interval_is_that_of_the_textbook() -> None:
     ],
 )
 def test_a_claim_holds_only_if_every_comparison_does(intervals: list[Any], verdict: str) -> None:
-    assert judge([pair and Estimate(0.0, *pair, 2) for pair in intervals]) == verdict
+    assert find_verdict([pair and Estimate(0.0, *pair, 2) for pair in intervals]) == verdict
 
 
 @pytest.mark.parametrize(

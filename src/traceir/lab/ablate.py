@@ -26,9 +26,8 @@ from tqdm import tqdm
 from traceir.errors import InputError, TraceError
 from traceir.evaluation.judged import describe_machine
 from traceir.files import write_whole
-from traceir.lab.ablate_plan import FORMAT, ROWS, AblationRun, check_result, identity, plan_runs, write_plan
 from traceir.lab.ablate_score import device_of, score
-from traceir.lab.ablations import Table
+from traceir.lab.ablations import FORMAT, ROWS, AblationRun, Table, check_result, identity, plan_runs, write_plan
 from traceir.train.config import TrainConfig, settled
 from traceir.train.train import train
 

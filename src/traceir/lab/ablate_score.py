@@ -18,8 +18,7 @@ from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import choose_tasks, evaluate
 from traceir.evaluation.judged import QueryOutcome, read_outcomes
 from traceir.items import Encoding, Query, Route
-from traceir.lab.ablate_plan import AblationRun
-from traceir.lab.ablations import TIMED
+from traceir.lab.ablations import TIMED, AblationRun
 from traceir.train.config import TrainConfig
 
 LOST: Final = 11
@@ -97,32 +96,23 @@ def append_text(query: Query, written: str) -> Query:
 
 def measure_speed(run: AblationRun) -> dict[str, Any]:
     """Times TIMED on the first queries of each row: one warm-up, then rounds of one after the other."""
-    encoders = {
-        folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device_of(run.config)) for folder in run.uses
-    }
-    ways = {f"{name}:{route}": (encoders[name], route) for name, route in TIMED}
-    data = Path(run.config.data)
+    device, data = device_of(run.config), Path(run.config.data)
+    encoders = {folder.parent.name: Encoder.from_pretrained(folder / "checkpoint", device=device) for folder in run.uses}
     instructions = mbeir.read_instructions(data)
     speeds: dict[str, Any] = {}
     for task in choose_tasks(mbeir.find_tasks(data, "test"), run.rows, data):
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
         records = islice(mbeir.read_queries(task.query_path), SPEED_QUERIES)
         queries = [mbeir.to_query(record, prompt, data) for record in records]
-        speeds[task.name] = {"queries": len(queries), **relative_speeds(time_routes(ways, queries))}
+        seconds: dict[str, list[float]] = {f"{name}:{route}": [] for name, route in TIMED}
+        for _ in range(SPEED_ROUNDS + 1):
+            for name, route in TIMED:
+                begun = time.perf_counter()
+                encoders[name].encode_queries(queries, route=route)
+                seconds[f"{name}:{route}"].append(time.perf_counter() - begun)
+        times = relative_speeds({way: own[1:] for way, own in seconds.items()})
+        speeds[task.name] = {"queries": len(queries), **times}
     return {"speed": speeds}
-
-
-def time_routes(
-    ways: Mapping[str, tuple[Encoder, Route]], queries: Sequence[Query], rounds: int = SPEED_ROUNDS
-) -> dict[str, list[float]]:
-    """Seconds of each way of encoding the queries in each round; all ways take turns within a round."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds + 1):
-        for name, (encoder, route) in ways.items():
-            begun = time.perf_counter()
-            encoder.encode_queries(queries, route=route)
-            seconds[name].append(time.perf_counter() - begun)
-    return {name: times[1:] for name, times in seconds.items()}
 
 
 def relative_speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
