@@ -13,6 +13,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from pydantic import TypeAdapter
+
 from traceir.errors import DataError, InputError
 from traceir.files import write_whole
 from traceir.items import Route
@@ -100,7 +102,7 @@ def choose_tables(names: Sequence[str]) -> list[Table]:
     return [table for table in TABLES if "all" in names or table.id in names]
 
 
-def _table(about: Mapping[str, Any]) -> Table:
+def _table(about: dict[str, Any]) -> Table:
     """The paper's speeds of a line are divided by those of the line that differences are taken to."""
     measure = next(line for line in about["lines"] if line["label"] == about["against"])
     lines = []
@@ -115,10 +117,9 @@ def _table(about: Mapping[str, Any]) -> Table:
 
 
 _SOURCE: Final = tomllib.loads(Path(__file__).with_name("ablations.toml").read_text(encoding="utf-8"))
-VARIANTS: Final[Mapping[str, Variant]] = {
-    name: Variant(name, **{key: tuple(value) if isinstance(value, list) else value for key, value in about.items()})
-    for name, about in _SOURCE["variants"].items()
-}
+VARIANTS: Final[Mapping[str, Variant]] = TypeAdapter(dict[str, Variant]).validate_python(
+    {name: {"name": name, **about} for name, about in _SOURCE["variants"].items()}
+)
 TABLES: Final[tuple[Table, ...]] = tuple(_table(about) for about in _SOURCE["tables"])
 TIMED: Final[tuple[tuple[str, Route], ...]] = tuple((name, route) for name, route in _SOURCE["timed"])
 """What the run `speed` times: variant and route. The first is the measure of the others."""
