@@ -19,7 +19,7 @@ from traceir.minibeir.build import fingerprint, read_torch
 from traceir.minibeir.garments import Garment
 from traceir.minibeir.scenes import Scene
 from traceir.minibeir.sprites import Photo
-from traceir.minibeir.unseen import changes, pairs, told
+from traceir.minibeir.unseen import captions, changes, pairs
 from traceir.minibeir.unseen.build import IMAGES_FILE, MANIFEST, SETS, build_unseen
 from traceir.minibeir.unseen.states import StatePart, is_beside, shows
 
@@ -135,7 +135,7 @@ def test_sights_are_judged_as_a_person_would() -> None:
     assert not pairs.is_small_edit("add_att", caption, "a cube and a blue ball")
     assert not pairs.is_small_edit("replace_obj", caption, "a white cube and a blue star")
     asked = ["what colour is the right one", "what shape is it", "how many objects have the colour red"]
-    assert told.hold_dialog(asked, SCENE) == ["red", "star", "two"]
+    assert captions.hold_dialog(asked, SCENE) == ["red", "star", "two"]
     first = changes.apply_round(["has a green base", "has a belt"], [COAT])
     assert (first.colour, first.belt, first.pattern) == ("green", True, "white dots")
     last = changes.apply_round(["has its old colour again", "has no pattern"], [COAT, first])

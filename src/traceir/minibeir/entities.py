@@ -236,8 +236,8 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
         steps = len(path.hops) + recipe.seen
         sketch = sketch_emblem(path.start, RENDERINGS[split] + variant) if recipe.seen else None
         positives, beside = (tuple(_offer(each, recipe.illustrated) for each in some) for some in ([path.target], twins))
-        told = (path.explain(seen=recipe.seen), path.answer) if steps >= 2 else (None, None)
-        return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *told)
+        written = (path.explain(seen=recipe.seen), path.answer) if steps >= 2 else (None, None)
+        return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *written)
 
     if split == "train":
         for made, group in enumerate(_spread(recipe.shares, -(-count // FAMILY))):

@@ -89,15 +89,11 @@ class Garment(Composition):
         sleeves = "no sleeves" if self.sleeves == "sleeveless" else self.sleeves
         look, belt = "no pattern" if self.figure is None else self.pattern, "a belt" if self.belt else "no belt"
         cut = {"kind": self.kind, "length": self.length, "colour": self.colour, "collar": self.collar}
-        return cut | {"look": look, "sleeves": sleeves, "belt": belt}
+        return cut | {"look": look, "pattern": self.pattern, "sleeves": sleeves, "bare": self.sleeves, "belt": belt}
 
     def state(self) -> str:
         parts = [f"{self.length} {self.colour} {self.kind}", self.pattern, self.sleeves, self.collar]
         return ", ".join([*parts, "belt"] if self.belt else parts)
-
-    def caption(self, style: int) -> str:
-        template: str = WORDS["captions"]["Garment"][style]
-        return template.format(**self.slots, pattern=self.pattern, bare=self.sleeves)
 
     def sketch(self, variant: int) -> Sketch:
         return Sketch(f"garment_{self.code}_{variant}", partial(self._draw, variant))

@@ -57,10 +57,6 @@ class Scene(Composition):
     def state(self) -> str:
         return ", ".join(f"{colour} {shape}" for colour, shape in self.objects)
 
-    def caption(self, style: int) -> str:
-        template: str = WORDS["captions"]["Scene"][style]
-        return template.format(**self.slots)
-
     def sketch(self, variant: int) -> Sketch:
         return Sketch(f"scene_{self.code}_{variant}", partial(draw_scene, self.objects, variant))
 
@@ -68,12 +64,12 @@ class Scene(Composition):
         return Scene((*self.objects[:slot], item, *self.objects[slot + 1 :]))
 
     def alter(self, slot: int, value: str) -> Scene:
-        """The scene with another colour or shape (told by the word) in a slot."""
+        """The scene with another colour or shape in a slot."""
         colour, shape = self.objects[slot]
         return self.put(slot, (value, shape) if value in COLOURS else (colour, value))
 
-    def swap(self, one: int, other: int) -> Scene:
-        return self.put(one, self.objects[other]).put(other, self.objects[one])
+    def swap(self, slot: int, other: int) -> Scene:
+        return self.put(slot, self.objects[other]).put(other, self.objects[slot])
 
     @classmethod
     def invent(cls, rng: random.Random) -> Scene:
@@ -225,7 +221,7 @@ Parts = list[list[str | int]]
 
 @dataclass(frozen=True, slots=True)
 class Riddle:
-    """A scene told by reference. `order` lists the slots so that every reference points to an earlier one."""
+    """A scene described by reference. `order` lists the slots so that every reference points to an earlier one."""
 
     order: list[int]
     parts: Parts

@@ -17,7 +17,7 @@ from typing import Final
 
 from traceir.minibeir.build import Album, check_plan, dump, fingerprint, holds, write_text
 from traceir.minibeir.rows import Scale, derive_seed
-from traceir.minibeir.unseen import changes, pairs, told
+from traceir.minibeir.unseen import captions, changes, pairs
 from traceir.minibeir.unseen.states import StatePart, depict
 
 FORMAT: Final = 1
@@ -39,12 +39,12 @@ class _Set:
 
 
 SETS: Final[Mapping[str, _Set]] = {
-    "sharegpt4v": _Set(told.make_sharegpt4v, told.check_long, 12, 500),
-    "urban1k": _Set(told.make_urban, told.check_long, 12, 500),
-    "flickr": _Set(told.make_flickr, told.check_flickr, 12, 300),
+    "sharegpt4v": _Set(captions.make_sharegpt4v, captions.check_long, 12, 500),
+    "urban1k": _Set(captions.make_urban, captions.check_long, 12, 500),
+    "flickr": _Set(captions.make_flickr, captions.check_flickr, 12, 300),
     "circo": _Set(changes.make_circo, changes.check_circo, 12, 300),
     "genecis": _Set(changes.make_genecis, changes.check_genecis, 3, 100),
-    "visdial": _Set(told.make_visdial, told.check_visdial, 12, 400),
+    "visdial": _Set(captions.make_visdial, captions.check_visdial, 12, 400),
     "vist": _Set(changes.make_vist, changes.check_vist, 12, 300),
     "multiturnfashion": _Set(changes.make_multiturn, changes.check_multiturn, 12, 300),
     "ccneg": _Set(pairs.make_ccneg, pairs.check_ccneg, 12, 400),
