@@ -18,9 +18,8 @@ from conftest import FORKS
 
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
-from traceir.lab.ablate import ablate, claim, list_tables
+from traceir.lab.ablate import TwoStage, ablate, append_text, claim, list_tables, relative_speeds, score
 from traceir.lab.ablate_report import Estimate, find_verdict, t_interval, write_report
-from traceir.lab.ablate_score import TwoStage, append_text, relative_speeds, score
 from traceir.lab.ablations import (
     TABLES,
     TIMED,
@@ -268,7 +267,7 @@ def test_runs_are_scored_by_their_routes_and_timed(
 ) -> None:
     from traceir.model import save
 
-    monkeypatch.setattr("traceir.lab.ablate_score.SPEED_QUERIES", 3)
+    monkeypatch.setattr("traceir.lab.ablate.SPEED_QUERIES", 3)
     rows, (table,) = ("cirr_task7", "mscoco_task3"), choose_tables(["table2"])
     runs, _ = plan_runs([table], tmp_path, replace(base, data=str(folder)), (0,), rows)
     for used in runs[-1].uses:

@@ -72,7 +72,10 @@ def prepare(out: Path) -> tuple[Path, list[Question]]:
     for wish in WISHES:
         task = tasks[wish.row]
         labels = mbeir.read_labels(task.labels_path)
-        record = next(record for record in mbeir.read_queries(task.query_path) if labels[record.qid].steps == wish.steps)
+        fitting = {qid for qid, label in labels.items() if label.steps == wish.steps}
+        record = next((record for record in mbeir.read_queries(task.query_path) if record.qid in fitting), None)
+        if record is None:
+            raise DataError(f"{task.query_path} has no query of {wish.steps} steps; unpack the folder again")
         prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
         questions.append(Question(*wish, mbeir.to_query(record, prompts[0], data), frozenset(record.positives)))
         asked.setdefault(wish.row, []).append(record)
