@@ -63,6 +63,7 @@ def test_the_benchmark_stays_as_published() -> None:
 @pytest.mark.parametrize("row", [row.name for row in ROWS])
 def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> None:
     pools: dict[State, CandidateDraft] = {}
+    keys: dict[str, State] = {}
     for split in ("train", "val", "test"):
         for draft in drafts(row, split):
             assert draft.steps <= 4 and (draft.steps >= 2) == bool(draft.reasoning) == bool(draft.answer)
@@ -73,6 +74,7 @@ def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> Non
                 assert answer.split == split
                 assert split != "train" or draft.sketch is None or state_of(draft.sketch).split == "train"
                 beside = [(state_of(each.sketch), each) for each in (*draft.positives, *draft.distractors) if each.sketch]
+                assert all(keys.setdefault(each.sketch.key, state) == state for state, each in beside if each.sketch)
                 for state, each in beside if row != "edis_task2" and split == "test" else ():
                     assert pools.setdefault(state, each) == each  # a composition has one rendering in all pools
                 if WORLD_OF[row] != "news" and split == "test" and beside:
