@@ -162,7 +162,7 @@ def trace(draft: QueryDraft) -> entities.Path:
 def test_the_encyclopedia_is_whole_and_its_emblems_differ() -> None:
     passages = list(encyclopedia.list_passages())
     assert len({passage.text for passage in passages}) == len(passages) >= 1050
-    assert all(encyclopedia.state_fact(each.entity, each.facet) in each.text.lower() for each in passages)
+    assert all(each.entity.fact(each.facet) in each.text.lower() for each in passages)
     looks = [sprites.find_emblem(entity) for entity in encyclopedia.list_entities()]
     assert len(set(looks)) == len(looks) == 202
     pale = {"yellow white", "white yellow", "blue black", "purple black", "purple blue"}

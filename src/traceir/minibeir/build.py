@@ -26,25 +26,8 @@ from tqdm import tqdm
 from traceir.data import mbeir
 from traceir.data.mbeir import Split
 from traceir.errors import DataError, InputError
-from traceir.minibeir.rows import (
-    FAMILY,
-    HELD_OUT_WORLDS,
-    LESSON_FOLDER,
-    LESSONS,
-    POOLS,
-    ROWS,
-    SCALES,
-    SPLITS,
-    TWINS,
-    WORLDS,
-    CandidateDraft,
-    DrawnRow,
-    DrawnWorld,
-    QueryDraft,
-    Scale,
-    Sketch,
-    load_worlds,
-)
+from traceir.minibeir import rows
+from traceir.minibeir.rows import CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Scale, Sketch
 
 FORMAT: Final = 1
 META: Final = "meta.json"
@@ -63,7 +46,7 @@ def build(
     *,
     scale: Scale,
     seed: int = 0,
-    splits: Sequence[Split] = SPLITS,
+    splits: Sequence[Split] = rows.SPLITS,
     workers: int = 1,
     worlds: Mapping[str, DrawnWorld] | None = None,
 ) -> Path:
@@ -73,11 +56,11 @@ def build(
     Raises InputError where `out` holds something else, DataError where the result breaks a rule.
     """
     check_plan(scale, seed)
-    if not splits or any(split not in SPLITS for split in splits):
-        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(SPLITS)}")
+    if not splits or any(split not in rows.SPLITS for split in splits):
+        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(rows.SPLITS)}")
     if workers < 1:
         raise InputError(f"workers is {workers}; give at least 1")
-    ordered = [split for split in SPLITS if split in splits]
+    ordered = [split for split in rows.SPLITS if split in splits]
     plan = {"name": "MiniBEIR", "format": FORMAT, "scale": scale, "seed": seed, "splits": ordered}
     if holds(out, META, plan, MARK):
         return out
@@ -85,10 +68,10 @@ def build(
     for path in out.rglob(".*.tmp"):  # of killed builds; younger ones may belong to a live one
         if time.time() - path.stat().st_mtime > 60:
             path.unlink(missing_ok=True)
-    work = sum(row.count(scale, split) for row in ROWS for split in ordered)
-    work += sum(LESSONS[scale].values()) if "train" in ordered else 0
+    work = sum(row.count(scale, split) for row in rows.ROWS for split in ordered)
+    work += sum(rows.LESSONS[scale].values()) if "train" in ordered else 0
     with tqdm(total=work, unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
-        _Builder(Album(out, workers), scale, seed, ordered, load_worlds() if worlds is None else worlds, bar).write()
+        _Builder(Album(out, workers), scale, seed, ordered, rows.load_worlds() if worlds is None else worlds, bar).write()
     meta = plan | verify(out, scale, ordered)
     write_text(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
     (out / MARK).unlink(missing_ok=True)
@@ -97,8 +80,8 @@ def build(
 
 
 def check_plan(scale: str, seed: int) -> None:
-    if scale not in SCALES:
-        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    if scale not in rows.SCALES:
+        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(rows.SCALES)}")
     if seed < 0:
         raise InputError(f"seed is {seed}; give an integer of at least 0")
 
@@ -233,13 +216,13 @@ class _Builder:
     queries: Counter[int] = field(default_factory=Counter)
 
     def write(self) -> None:
-        for _, rows in itertools.groupby(sorted(ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
-            self._add_dataset(sorted(rows, key=ROWS.index))
-        for world in WORLDS if "train" in self.splits else ():
-            for lesson in self.worlds[world].lessons(LESSONS[self.scale][world], self.seed):
+        for _, group in itertools.groupby(sorted(rows.ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
+            self._add_dataset(sorted(group, key=rows.ROWS.index))
+        for world in rows.WORLDS if "train" in self.splits else ():
+            for lesson in self.worlds[world].lessons(rows.LESSONS[self.scale][world], self.seed):
                 image = self.album.place(lesson.sketch, world, f"lessons_images/{world}")
                 line = {"img_path": image, "prompt": lesson.prompt, "target": lesson.target}
-                self.files[f"{LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
+                self.files[f"{rows.LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
                 self.bar.update()
         self.album.draw()
         for name, lines in self.files.items():
@@ -253,21 +236,21 @@ class _Builder:
             self.bar.update()
             yield draft
 
-    def _add_dataset(self, rows: Sequence[DrawnRow]) -> None:
+    def _add_dataset(self, group: Sequence[DrawnRow]) -> None:
         if "train" in self.splits:
             union = self.files["cand_pool/global/mbeir_union_train_cand_pool.jsonl"]
-            counts = [row.count(self.scale, "train") for row in rows]
-            for which, draft in _interleave([self._drafts(row, "train") for row in rows], counts):
-                union += [self.lines[did] for did in self._add("train", rows[which].dataset, rows[which], draft, ())]
+            counts = [row.count(self.scale, "train") for row in group]
+            for which, draft in _interleave([self._drafts(row, "train") for row in group], counts):
+                union += [self.lines[did] for did in self._add("train", group[which].dataset, group[which], draft, ())]
         splits = [split for split in self.splits if split != "train"]
-        for row in rows:
-            for group in [[split] for split in splits] if row.split_pools else [splits]:
-                if group:
-                    self._add_row(row, group)
+        for row in group:
+            for shared in [[split] for split in splits] if row.split_pools else [splits]:
+                if shared:
+                    self._add_row(row, shared)
 
     def _add_row(self, row: DrawnRow, splits: Sequence[Split]) -> None:
         """The val and test files of a row that share a pool, and that pool, scattered so that equal scores favour nobody."""
-        least, most = POOLS[self.scale]
+        least, most = rows.POOLS[self.scale]
         drafts = [(split, draft) for split in splits for draft in self._drafts(row, split)]
         spared = spare_distractors([draft for _, draft in drafts], most)
         pool: dict[str, None] = {}
@@ -320,7 +303,7 @@ class _Builder:
 def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tuple[CandidateDraft, ...]]:
     """The distractors that go into the pool: all, or so many fewer for each query that the pool keeps to `pool_most`.
 
-    The source and the intermediate states (first of a draft's distractors) and the last `TWINS` twins always stay, so that a
+    The source and the intermediate states (first of a draft's distractors) and the last TWINS twins always stay, so that a
     pool may still end up larger.
     """
     kept: list[tuple[CandidateDraft, ...]] = []
@@ -328,7 +311,7 @@ def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tupl
         kept = []
         for draft in drafts:
             first = max(draft.steps, 1)
-            spared = range(first + spare, max(len(draft.distractors) - TWINS, first))
+            spared = range(first + spare, max(len(draft.distractors) - rows.TWINS, first))
             source = CandidateDraft(sketch=draft.sketch)
             places = enumerate(draft.distractors)
             kept.append(tuple(each for place, each in places if place not in spared or (each.sketch and each == source)))
@@ -342,7 +325,7 @@ def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) 
     done = [0] * len(streams)
     while done != list(counts):
         which = min(range(len(streams)), key=lambda place: (done[place] / max(counts[place], 1), place))
-        for _ in range(min(FAMILY, counts[which] - done[which])):
+        for _ in range(min(rows.FAMILY, counts[which] - done[which])):
             yield which, next(streams[which])
             done[which] += 1
 
@@ -355,19 +338,19 @@ _Content = tuple[str | None, str | None]
 
 def verify(root: Path, scale: Scale, splits: Sequence[Split]) -> dict[str, Any]:
     """Reads the files back, checks what the benchmark promises, and counts. Raises DataError naming the file."""
-    counts: dict[str, Any] = {"rows": {row.name: {} for row in ROWS}, "lessons": 0}
+    counts: dict[str, Any] = {"rows": {row.name: {} for row in rows.ROWS}, "lessons": 0}
     images: set[str | None] = set()
-    trained: dict[str, set[_Content]] = {row.world: set() for row in ROWS}
+    trained: dict[str, set[_Content]] = {row.world: set() for row in rows.ROWS}
     if "train" in splits:
         train_counts = _verify_train(root, trained, images)
-        lessons = [json.loads(line) for file in (root / LESSON_FOLDER).glob("*.jsonl") for line in file.open("rb")]
+        lessons = [json.loads(line) for file in (root / rows.LESSON_FOLDER).glob("*.jsonl") for line in file.open("rb")]
         images.update(lesson["img_path"] for lesson in lessons)
         counts["lessons"] = len(lessons)
     for split in [split for split in splits if split != "train"]:
-        for task, row in zip(mbeir.find_tasks(root, split), ROWS, strict=True):
-            seen = trained[row.world] if split == "test" and row.world in HELD_OUT_WORLDS else set()
+        for task, row in zip(mbeir.find_tasks(root, split), rows.ROWS, strict=True):
+            seen = trained[row.world] if split == "test" and row.world in rows.HELD_OUT_WORLDS else set()
             counts["rows"][row.name][split] = _verify_task(task, row, scale, seen, images)
-    for row in ROWS if "train" in splits else ():
+    for row in rows.ROWS if "train" in splits else ():
         counts["rows"][row.name]["train"] = {"queries": train_counts[row.name]}
     images.discard(None)
     for name in sorted(map(str, images)):
@@ -381,7 +364,7 @@ def _verify_train(root: Path, trained: dict[str, set[_Content]], images: set[str
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
     counts: Counter[str] = Counter()
     for dataset in mbeir.train_datasets(root):
-        world = next(row.world for row in ROWS if row.dataset == dataset)
+        world = next(row.world for row in rows.ROWS if row.dataset == dataset)
         for record in mbeir.read_train(root, dataset):
             counts[f"{dataset}_task{record.task_id}"] += 1
             images.add(record.image_path)
@@ -411,7 +394,7 @@ def _verify_task(
 
     for did, candidate in pool.items():
         demand_modality(f"{task.pool_path}: candidate {did}", candidate, row.cand_modality)
-    least = POOLS[scale][0]
+    least = rows.POOLS[scale][0]
     demand(len(pool) >= least, f"{task.pool_path}: {len(pool)} candidates, fewer than {least}; make more pool fill")
     for record in mbeir.read_queries(task.query_path):
         where = f"{task.query_path}: query {record.qid}"
@@ -423,8 +406,8 @@ def _verify_task(
         demand(relevant.get(record.qid) == positives, f"{where}: its qrels differ from its positives; write both from one list")
         demand(not missing, f"{where}: candidates {sorted(missing)} are not in {task.pool_path.name}; add them to the pool")
         demand(not both, f"{where}: {sorted(both)} is both positive and distractor; make them differ")
-        twins = task.split != "test" or len(negatives) >= TWINS
-        demand(twins, f"{where} has {len(negatives)} distractors, fewer than {TWINS}; make more near twins")
+        twins = task.split != "test" or len(negatives) >= rows.TWINS
+        demand(twins, f"{where} has {len(negatives)} distractors, fewer than {rows.TWINS}; make more near twins")
         demand(not leaked, f"{where}: positive {leaked} is a training answer too; hold its composition out")
         demand(labels[record.qid].steps <= 4, f"{where} has {labels[record.qid].steps} steps; it must have 0 to 4")
         steps[labels[record.qid].steps] += 1

@@ -17,19 +17,7 @@ from functools import cache, partial
 from typing import Final
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.encyclopedia import (
-    FACETS,
-    INTRO,
-    RELATIONS,
-    Entity,
-    Passage,
-    follow_relation,
-    list_entities,
-    list_facets,
-    list_passages,
-    state_fact,
-    write_passage,
-)
+from traceir.minibeir.encyclopedia import FACETS, INTRO, RELATIONS, Entity, Passage, list_entities, list_passages
 from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import find_emblem, sketch_emblem
 
@@ -48,22 +36,22 @@ class Path:
 
     def walk(self) -> tuple[Entity, ...]:
         """The entities passed, the start first and the one asked about last."""
-        return tuple(itertools.accumulate(self.hops, follow_relation, initial=self.start))
+        return tuple(itertools.accumulate(self.hops, Entity.follow, initial=self.start))
 
     @property
     def target(self) -> Passage:
         """The passage that answers."""
-        return write_passage(self.walk()[-1], self.facet)
+        return self.walk()[-1].passage(self.facet)
 
     @property
     def answer(self) -> str:
         """The fact asked for: what the right passage begins with or says."""
-        return state_fact(self.walk()[-1], self.facet)
+        return self.walk()[-1].fact(self.facet)
 
     def explain(self, *, seen: bool) -> str:
         """What to think before the answer: what the emblem is, where it is `seen`, and the fact behind every hop."""
         facts = [f"this is {self.start.name.lower()}"] if seen else []
-        return "; ".join(facts + [state_fact(entity, hop) for entity, hop in zip(self.walk(), self.hops, strict=False)])
+        return "; ".join(facts + [entity.fact(hop) for entity, hop in zip(self.walk(), self.hops, strict=False)])
 
     @property
     def held_out(self) -> bool:
@@ -215,14 +203,14 @@ def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) ->
 def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
     """Passages beside the right one: those of the way there, then other facets, then other entities."""
     walked = path.walk()
-    way = [write_passage(entity, hop) for entity, hop in zip(walked, path.hops, strict=False)]
-    way += [write_passage(entity, INTRO) for entity in walked]
-    facets = [write_passage(walked[-1], facet) for facet in list_facets(walked[-1])]
+    way = [entity.passage(hop) for entity, hop in zip(walked, path.hops, strict=False)]
+    way += [entity.passage(INTRO) for entity in walked]
+    facets = [walked[-1].passage(facet) for facet in walked[-1].facets]
     others = list(_list_alike(walked[-1]))
     others = others[:4] + dice.sample(others[4:], min(len(others) - 4, TWINS)) if len(others) > 4 else others
-    same = [write_passage(entity, path.facet) for entity in others]
-    origin = [write_passage(path.start, facet) for facet in list_facets(path.start)]
-    neighbours = [write_passage(entity, facet) for entity in others for facet in list_facets(entity)]
+    same = [entity.passage(path.facet) for entity in others]
+    origin = [path.start.passage(facet) for facet in path.start.facets]
+    neighbours = [entity.passage(facet) for entity in others for facet in entity.facets]
     twins = dict.fromkeys((*way, *facets[:4], *same[:8], *origin, *neighbours))
     twins.pop(path.target, None)
     return list(twins)[:TWINS]

@@ -11,16 +11,8 @@ from typing import Any
 from PIL import Image
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.chains import (
-    Chain,
-    Composition,
-    draw_targets,
-    keep_apart,
-    make_world,
-    pose_captions,
-    pose_chains,
-    stand_beside,
-)
+from traceir.minibeir import chains
+from traceir.minibeir.chains import Chain, Composition
 from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, draw_garment
 from traceir.minibeir.rows import WORDS, QueryDraft, Sketch
 
@@ -146,7 +138,7 @@ class Garment(Composition):
             patterns.sort(key=lambda pattern: not set(pattern.split()) & set(self.pattern.split()))
         rng.shuffle(groups)
         turns = [group[turn] for turn in range(max(map(len, groups))) for group in groups if turn < len(group)]
-        return keep_apart(self, [self.apply(op) for op in turns])
+        return chains.keep_apart(self, [self.apply(op) for op in turns])
 
     def near(self, rng: random.Random) -> list[Garment]:
         """The garment with its two colours swapped, and its twins."""
@@ -221,8 +213,8 @@ def _choose_edit(states: list[Garment], written: str, alone: bool, rng: random.R
 
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Description to image."""
-    for garment in draw_targets(Garment, split, count, rng):
-        beside = stand_beside(split, garment, rng)
+    for garment in chains.draw_targets(Garment, split, count, rng):
+        beside = chains.stand_beside(split, garment, rng)
         text = garment.caption(rng.randrange(Garment.styles))
         yield QueryDraft(text, None, (garment.candidate,), beside)
 
@@ -230,10 +222,10 @@ def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDra
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to three relative captions to image."""
     lengths = [_STEPS[place % len(_STEPS)] for place in range(count)]
-    return pose_chains(Garment, split, lengths, rng, shuffled=False)
+    return chains.pose_chains(Garment, split, lengths, rng, shuffled=False)
 
 
-WORLD = make_world(
+WORLD = chains.make_world(
     Garment,
-    {"fashion200k_task0": _describe, "fashion200k_task3": partial(pose_captions, Garment), "fashioniq_task7": _edit},
+    {"fashion200k_task0": _describe, "fashion200k_task3": partial(chains.pose_captions, Garment), "fashioniq_task7": _edit},
 )

@@ -8,16 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.chains import (
-    Chain,
-    Composition,
-    draw_targets,
-    keep_apart,
-    make_world,
-    pose_captions,
-    pose_chains,
-    stand_beside,
-)
+from traceir.minibeir import chains
+from traceir.minibeir.chains import Chain, Composition
 from traceir.minibeir.drawing import COLOUR_NAMES, COLOURS, SHAPES, draw_scene
 from traceir.minibeir.rows import VARIANTS, WORDS, CandidateDraft, QueryDraft, Sketch, derive_seed
 
@@ -77,13 +69,13 @@ class Scene(Composition):
 
     def twins(self, rng: random.Random) -> list[Scene]:
         """All 30, shuffled."""
-        twins = keep_apart(self, [self.alter(slot, value) for slot in range(3) for value in (*COLOUR_NAMES, *SHAPES)])
+        twins = chains.keep_apart(self, [self.alter(slot, value) for slot in range(3) for value in (*COLOUR_NAMES, *SHAPES)])
         rng.shuffle(twins)
         return twins
 
     def near(self, rng: random.Random) -> list[Scene]:
         """The same objects in another order, and the twins."""
-        return keep_apart(self, [*(self.swap(*pair) for pair in PAIRS.values()), *self.twins(rng)])
+        return chains.keep_apart(self, [*(self.swap(*pair) for pair in PAIRS.values()), *self.twins(rng)])
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Scene]:
         while True:
@@ -291,36 +283,36 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
 
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Text to image: captions, and 12 % descriptions by reference."""
-    scenes, riddles = draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
+    scenes, riddles = chains.draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
     for place in range(count):
         unit = place // 4 if split == "train" else place
         if (unit + 1) * 12 // 100 > unit * 12 // 100:
             riddle, style = next(riddles), rng.randrange(3)
-            yield riddle.pose(style, stand_beside(split, riddle.solve(), rng))
+            yield riddle.pose(style, chains.stand_beside(split, riddle.solve(), rng))
         else:
             scene = next(scenes)
-            text, beside = scene.caption(rng.randrange(Scene.styles)), stand_beside(split, scene, rng)
+            text, beside = scene.caption(rng.randrange(Scene.styles)), chains.stand_beside(split, scene, rng)
             yield QueryDraft(text, None, (scene.candidate,), beside)
 
 
 def _find_again(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image to image: the same composition in another rendering."""
-    for scene in draw_targets(Scene, split, count, rng):
+    for scene in chains.draw_targets(Scene, split, count, rng):
         variant = (derive_seed("canonical", scene.code) + rng.randrange(1, VARIANTS)) % VARIANTS
-        beside = stand_beside(split, scene, rng)
+        beside = chains.stand_beside(split, scene, rng)
         yield QueryDraft(None, scene.sketch(variant), (scene.candidate,), beside)
 
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to four edits to image; each length is a quarter of the row."""
-    return pose_chains(Scene, split, [place % 4 + 1 for place in range(count)], rng, shuffled=True)
+    return chains.pose_chains(Scene, split, [place % 4 + 1 for place in range(count)], rng, shuffled=True)
 
 
-WORLD = make_world(
+WORLD = chains.make_world(
     Scene,
     {
         "mscoco_task0": _describe,
-        "mscoco_task3": partial(pose_captions, Scene),
+        "mscoco_task3": partial(chains.pose_captions, Scene),
         "nights_task4": _find_again,
         "cirr_task7": _edit,
     },
