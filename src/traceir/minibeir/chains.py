@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -86,13 +86,22 @@ class Composition(Protocol):
 C = TypeVar("C", bound=Composition)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chain(Generic[C]):
     """A source and the edits upon it: `states` has one more entry than `ops` (resolved) and `words` (as asked)."""
 
-    states: tuple[C, ...]
-    ops: tuple[str, ...]
-    words: tuple[str, ...]
+    states: list[C]
+    ops: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    def add(self, state: C, op: str, words: str) -> None:
+        self.states.append(state)
+        self.ops.append(op)
+        self.words.append(words)
+
+    def is_whole(self, steps: int) -> bool:
+        """Whether it has so many edits, and no state twice."""
+        return len(self.ops) == steps and len({state.code for state in self.states}) == steps + 1
 
     @property
     def target(self) -> C:

@@ -147,16 +147,12 @@ class Garment(Composition):
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Garment]:
         while True:
-            states, edits, words = [self], list[Edit](), list[str]()
-            for _ in range(steps):
-                edit = _choose_edit(states, "".join(each.writes for each in edits), steps == 1, rng)
-                if edit is None:
-                    break
-                states.append(states[-1].apply(edit.op))
-                edits.append(edit)
-                words.append(rng.choice(edit.words))
-            if len(edits) == steps and len({state.code for state in states}) == steps + 1:
-                return Chain(tuple(states), tuple(edit.op for edit in edits), tuple(words))
+            chain, written = Chain([self]), ""
+            while len(chain.ops) < steps and (edit := _choose_edit(chain.states, written, steps == 1, rng)):
+                chain.add(chain.target.apply(edit.op), edit.op, rng.choice(edit.words))
+                written += edit.writes
+            if chain.is_whole(steps):
+                return chain
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -165,8 +161,8 @@ class Garment(Composition):
 def _list_edits(garment: Garment, rng: random.Random) -> list[Edit]:
     """All edits that can be asked of a garment, with random goals."""
     base, second, figure, size = garment.colour, garment.figure_colour, garment.figure, SLEEVES.index(garment.sleeves)
-    one, two = rng.sample([colour for colour in COLOUR_NAMES if colour not in (base, second)], 2)
-    slots = {"base": base, "second": second, "figure": figure, "one": one, "two": two}
+    new = rng.sample([colour for colour in COLOUR_NAMES if colour not in (base, second)], 2)
+    slots = {"base": base, "second": second, "figure": figure, "one": new[0], "two": new[1]}
     slots["other"] = rng.choice([pattern for pattern in PATTERNS if pattern != figure])
     slots["sleeves"] = rng.choice([name for name in SLEEVES if name != garment.sleeves])
     slots["kind"] = rng.choice([name for name in GARMENT_TYPES if name != garment.kind])

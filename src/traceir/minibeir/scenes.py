@@ -79,13 +79,13 @@ class Scene(Composition):
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Scene]:
         while True:
-            chain = _Growth(self, rng)
+            growth = _Growth(Chain([self]), rng)
             for _ in range(25 * steps):
-                chain.propose()
-                if len(chain.ops) == steps:
+                growth.propose()
+                if len(growth.chain.ops) == steps:
                     break
-            if len(chain.ops) == steps and len({state.code for state in chain.states}) == steps + 1:
-                return Chain(tuple(chain.states), tuple(chain.ops), tuple(chain.words))
+            if growth.chain.is_whole(steps):
+                return growth.chain
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -98,22 +98,16 @@ class _Growth:
     `leans` tells whether the words drawn last can be understood only after the edits before.
     """
 
-    source: Scene
+    chain: Chain[Scene]
     rng: random.Random
-    states: list[Scene] = field(default_factory=list)
-    ops: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
     order: list[int] = field(default_factory=lambda: [0, 1, 2])
     written: set[tuple[int, str]] = field(default_factory=set)
     swapped: set[tuple[int, int]] = field(default_factory=set)
     leans: bool = False
 
-    def __post_init__(self) -> None:
-        self.states.append(self.source)
-
     @property
     def objects(self) -> tuple[tuple[str, str], ...]:
-        return self.states[-1].objects
+        return self.chain.target.objects
 
     def propose(self) -> None:
         """Adds one more edit, unless it would undo or overwrite an earlier one."""
@@ -124,11 +118,6 @@ class _Growth:
             self._propose_swap(slot)
         else:
             self._propose_value(slot, draw < 0.5)
-
-    def _add(self, state: Scene, op: str, words: str) -> None:
-        self.states.append(state)
-        self.ops.append(op)
-        self.words.append(words)
 
     def _has_moved(self, slot: int) -> bool:
         return any(slot in pair for pair in self.swapped)
@@ -176,7 +165,7 @@ class _Growth:
         words = self.rng.choice((f"swap {both}", f"exchange {both}", f"let {both} trade places"))
         self.swapped.add(pair)
         self.order[slot], self.order[other] = self.order[other], self.order[slot]
-        self._add(self.states[-1].swap(*pair), f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words)
+        self.chain.add(self.chain.target.swap(*pair), f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words)
 
     def _propose_value(self, slot: int, copies: bool) -> None:
         """Another colour or shape in a slot (or, half the time, copied from it); mostly one that leans on earlier edits."""
@@ -199,10 +188,10 @@ class _Growth:
         mark = (self.order[slot], kind)
         if mark in self.written or value in self.objects[slot]:
             return
-        if self.ops and not self.leans and self.rng.random() < 0.85:
+        if self.chain.ops and not self.leans and self.rng.random() < 0.85:
             return
         self.written.add(mark)
-        self._add(self.states[-1].alter(slot, value), f"{SLOTS[slot]} {value}", words)
+        self.chain.add(self.chain.target.alter(slot, value), f"{SLOTS[slot]} {value}", words)
 
 
 # --- indirect descriptions --------------------------------------------------------------------------------------------
@@ -230,12 +219,11 @@ class Riddle:
         """The reasoning resolves the objects one by one, each after those it refers to."""
         scene = self.solve()
         reasoning = "; ".join(f"{SLOTS[slot]} {' '.join(scene.objects[slot])}" for slot in self.order)
-        positives = (scene.candidate,)
         steps = sum(isinstance(part, int) for parts in self.parts for part in parts)
-        text = WORDS["captions"]["Riddle"][style].format(*(self._tell(slot) for slot in range(3)))
-        return QueryDraft(text, None, positives, distractors, steps, reasoning, scene.state())
+        text = WORDS["captions"]["Riddle"][style].format(*(self._describe(slot) for slot in range(3)))
+        return QueryDraft(text, None, (scene.candidate,), distractors, steps, reasoning, scene.state())
 
-    def _tell(self, slot: int) -> str:
+    def _describe(self, slot: int) -> str:
         colour, shape = self.parts[0][slot], self.parts[1][slot]
         if isinstance(colour, int) and isinstance(shape, int):
             return f"an object with the colour of the {SLOTS[colour]} one and the shape of the {SLOTS[shape]} one"
@@ -256,14 +244,6 @@ def _draw_riddle(rng: random.Random) -> Riddle:
     return Riddle(order, parts)
 
 
-def _vary_riddle(riddle: Riddle, rng: random.Random) -> Riddle:
-    """The riddle with one of its words replaced."""
-    parts = [list(values) for values in riddle.parts]
-    which, slot = rng.choice([(p, s) for p in range(2) for s in range(3) if isinstance(parts[p][s], str)])
-    parts[which][slot] = rng.choice(SHAPES if which else COLOUR_NAMES)
-    return Riddle(riddle.order, parts)
-
-
 def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
     """Riddles of the split without end; in train four at a time that differ in a word."""
     while True:
@@ -272,7 +252,10 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
             continue
         group = {base.solve().code: base}
         while split == "train" and len(group) < 4:
-            twin = _vary_riddle(base, rng)
+            parts = [list(values) for values in base.parts]
+            which, slot = rng.choice([(p, s) for p in range(2) for s in range(3) if isinstance(parts[p][s], str)])
+            parts[which][slot] = rng.choice(SHAPES if which else COLOUR_NAMES)
+            twin = Riddle(base.order, parts)
             if twin.solve().split == "train":
                 group[twin.solve().code] = twin
         yield from group.values()
