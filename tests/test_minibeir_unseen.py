@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from traceir.errors import DataError, InputError
-from traceir.minibeir.build import fingerprint, read_torch
+from traceir.minibeir.build import fingerprint
 from traceir.minibeir.garments import Garment
 from traceir.minibeir.scenes import Scene
 from traceir.minibeir.sprites import Photo
@@ -82,7 +83,7 @@ def test_a_build_is_whole_or_not_there_and_other_folders_are_refused(tmp_path: P
     out = build_unseen(tmp_path / "built", scale="small", seed=0, progress=False)
     again = build_unseen(tmp_path / "again", scale="small", seed=0, progress=False)
     assert fingerprint(again) == fingerprint(out) and sorted(path.name for path in tmp_path.iterdir()) == ["again", "built"]
-    manifest, paths = json.loads((out / MANIFEST).read_bytes()), read_torch(out / "ccneg/ccneg_preprocessed.pt")["image_paths"]
+    manifest, paths = json.loads((out / MANIFEST).read_bytes()), torch.load(out / "ccneg/ccneg_preprocessed.pt")["image_paths"]
     assert manifest["fingerprint"] == fingerprint(out, MANIFEST)
     assert manifest["sets"] == {"ccneg": {"queries": 12, "candidates": 24, "pictures": 12}}
     shown = [json.loads(line)["path"] for line in (out / IMAGES_FILE).read_text().splitlines()]

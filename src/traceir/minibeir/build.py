@@ -26,6 +26,7 @@ from tqdm import tqdm
 from traceir.data import mbeir
 from traceir.data.mbeir import Split
 from traceir.errors import DataError, InputError
+from traceir.files import replacing, write_whole
 from traceir.minibeir import rows
 from traceir.minibeir.rows import CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Scale, Sketch
 
@@ -64,8 +65,8 @@ def build(
     plan = {"name": "MiniBEIR", "format": FORMAT, "scale": scale, "seed": seed, "splits": ordered}
     if holds(out, META, plan, MARK):
         return out
-    write_text(out / MARK, json.dumps(plan) + "\n")
-    for path in out.rglob(".*.tmp"):  # of killed builds; younger ones may belong to a live one
+    write_whole(out / MARK, json.dumps(plan) + "\n")
+    for path in [*out.rglob(".*.new"), *out.rglob(".*.tmp")]:  # of killed builds; younger ones may belong to a live one
         if time.time() - path.stat().st_mtime > 60:
             path.unlink(missing_ok=True)
     work = sum(row.count(scale, split) for row in rows.ROWS for split in ordered)
@@ -73,7 +74,7 @@ def build(
     with tqdm(total=work, unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
         _Builder(Album(out, workers), scale, seed, ordered, rows.load_worlds() if worlds is None else worlds, bar).write()
     meta = plan | verify(out, scale, ordered)
-    write_text(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
+    write_whole(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
     (out / MARK).unlink(missing_ok=True)
     logger.info("MiniBEIR %s is complete in %s: %d images", scale, out, meta["pictures"])
     return out
@@ -116,27 +117,18 @@ def fingerprint(root: Path, *but: str) -> str:
     found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".txt", ".tsv", ".pt")]
     names = {path.relative_to(root).as_posix(): path for path in found}
     for name in sorted(set(names) - {META, MARK, *but}):
-        content = dump(read_torch(names[name])).encode() if name.endswith(".pt") else names[name].read_bytes()
+        if name.endswith(".pt"):
+            import torch
+
+            content = dump(torch.load(names[name], weights_only=True)).encode()
+        else:
+            content = names[name].read_bytes()
         digest.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def read_torch(path: Path) -> Any:
-    """What a torch file holds; only plain data is loaded."""
-    import torch
-
-    return torch.load(path, weights_only=True)
-
-
 def dump(content: object) -> str:
     return json.dumps(content, ensure_ascii=False)
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -174,8 +166,6 @@ class Album:
 
         This process draws a share of its own: forks inherit what the worlds have cached of earlier drawing.
         """
-        for folder in {path.parent for _, path in self.pending}:
-            folder.mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork" if self.workers > 1 else None)
         shards = [self.pending[start :: self.workers] for start in range(1, self.workers)]
         processes = [fork.Process(target=_draw, args=(shard, os.getpid())) for shard in shards if shard]
@@ -192,9 +182,8 @@ def _draw(shard: Iterable[tuple[Sketch, Path]], parent: int | None = None) -> No
     for sketch, path in shard:
         if parent is not None and os.getppid() != parent:
             return  # the build was killed; leave the rest to the next one
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        sketch.draw().save(temporary, format=FORMATS[path.suffix], quality=JPEG_QUALITY)
-        temporary.replace(path)
+        with replacing(path, binary=True) as stream:
+            sketch.draw().save(stream, format=FORMATS[path.suffix], quality=JPEG_QUALITY)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -227,9 +216,9 @@ class _Builder:
         self.album.draw()
         for name, lines in self.files.items():
             unique = dict.fromkeys(lines) if name.startswith("cand_pool/global") else lines
-            write_text(self.album.root / name, "".join(f"{line}\n" for line in unique))
+            write_whole(self.album.root / name, "".join(f"{line}\n" for line in unique))
         table = resources.files("traceir.minibeir").joinpath("instructions.tsv").read_text(encoding="utf-8")
-        write_text(self.album.root / "instructions" / "query_instructions.tsv", table)
+        write_whole(self.album.root / "instructions" / "query_instructions.tsv", table)
 
     def _drafts(self, row: DrawnRow, split: Split) -> Iterator[QueryDraft]:
         for draft in self.worlds[row.world].rows[row.name](split, row.count(self.scale, split), self.seed):

@@ -27,19 +27,19 @@ Draft = tuple[State, str, str]
 
 def is_true(caption: str, state: State) -> bool:
     """Whether a caption of this module is true of an image; "no race" is true where there is none."""
-    one, side, other = [*re.split(r" (left|right) of ", caption), "", ""][:3]
+    name, side, other = [*re.split(r" (left|right) of ", caption), "", ""][:3]
     if isinstance(state, Scene):
         if side:
-            return is_beside(state, one, side, other)
+            return is_beside(state, name, side, other)
         return shows(state, caption.removeprefix("a table with ").removesuffix(" on a table").split(" and "))
     if isinstance(state, Garment):
         head, trims = caption.split(" with ")
         return set(head.split()[1:]) <= {state.kind, state.colour} and all(has_trim(state, trim) for trim in trims.split(" and "))
     seen = {state.left, state.right, f"the {state.event}", state.event, state.place}
     if side:
-        people, town = other.split(" in ")[0], other.split(" in ")[1]
-        pair = (one, people) if side == "left" else (people, one)
-        return pair == (state.left, state.right) and town == state.place
+        person, town = other.split(" in ")
+        pair = (name, person) if side == "left" else (person, name)
+        return (*pair, town) == (state.left, state.right, state.place)
     parts = re.split(" at | in | and | with ", caption.removeprefix("a photo of "))
     return all((part[3:] not in seen) if part.startswith("no ") else part in seen for part in parts)
 
@@ -47,12 +47,7 @@ def is_true(caption: str, state: State) -> bool:
 def has_trim(garment: Garment, trim: str) -> bool:
     """Whether a garment has "white dots", "long sleeves", "a v-neck", "a belt", or has them not: "no white dots"."""
     has = {garment.pattern, garment.sleeves, garment.collar, "belt" if garment.belt else ""}
-    return trim.removeprefix("no ").removeprefix("a ") in has if not trim.startswith("no ") else trim[3:] not in has
-
-
-def deny(part: str) -> str:
-    """The part said to be missing: "a red cube" to "no red cube", "white dots" to "no white dots"."""
-    return f"no {part.removeprefix('a ').removeprefix('the ')}"
+    return trim[3:] not in has if trim.startswith("no ") else trim.removeprefix("a ") in has
 
 
 def _draw_scene(rng: random.Random) -> tuple[Scene, list[tuple[str, str]]]:
@@ -102,12 +97,14 @@ def _negate(kind: str, rng: random.Random) -> Draft:
         head = f"a {state.kind}" if rng.random() < 0.5 else f"a {state.colour} {state.kind}"
         frame = f"{head} with {' and '.join('{}' for _ in parts)}"
     else:
-        state, (one, other) = _draw_photo(rng)
-        town, deed = state.place, f"the {state.event}"
-        frames = ((f"{one} and {{}} in {town}", other), (f"a photo of {town} with {{}}", one), (f"{one} at {{}} in {town}", deed))
-        frame, part = rng.choice(frames)
+        state, (person, other) = _draw_photo(rng)
+        town = state.place
+        frames = {f"{person} and {{}} in {town}": other, f"a photo of {town} with {{}}": person}
+        frames[f"{person} at {{}} in {town}"] = f"the {state.event}"
+        frame, part = rng.choice(list(frames.items()))
         parts, place = [part], 0
-    denied = [deny(part) if at == place else part for at, part in enumerate(parts)]
+    denied = list(parts)  # "a red cube" becomes "no red cube", "white dots" "no white dots"
+    denied[place] = f"no {parts[place].removeprefix('a ').removeprefix('the ')}"
     return state, frame.format(*parts), frame.format(*denied)
 
 
