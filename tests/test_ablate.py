@@ -54,11 +54,8 @@ def fake_train(config: TrainConfig) -> Path:
 def fake_score(run: AblationRun) -> dict[str, Any]:
     """Four queries a row; a better variant or seed has more of them among the first five."""
     if run.variant.work == "speed":
-        return {
-            "speed": {
-                row: relative_speeds({f"{n}:{r}": [1.0 + at, 2.0] for at, (n, r) in enumerate(ablations.TIMED)}) for row in ROWS
-            }
-        }
+        seconds = {f"{name}:{route}": [1.0 + at, 2.0] for at, (name, route) in enumerate(ablations.TIMED)}
+        return {"speed": dict.fromkeys(ROWS, relative_speeds(seconds))}
     hits = {"base": 3, "none": 1}.get(run.variant.name, 2) + (run.seed == 1 and run.variant.name == "base")
     return made_up([1] * hits + [11] * (4 - hits), run.variant.routes)
 

@@ -77,7 +77,7 @@ def ablate(
     for run in runs:
         check_result(run)
     for name, reason in skipped.items():
-        _tell(f"{name} is skipped: {reason}")
+        _report(f"{name} is skipped: {reason}")
     worker = _Worker(runs, jobs, poll, time.time(), trains, scores or score)
     context = multiprocessing.get_context("spawn")
     children = [context.Process(target=worker.work_as_child) for _ in range(jobs - 1)]
@@ -158,10 +158,10 @@ class _Worker:
         left = statistics.mean(self.spent) * (len(self.runs) - done) / self.jobs
         recalls = [f"{route} {100 * own[run.rows[0]]['hit@5']:.1f}" for route, own in result.get("routes", {}).items()]
         scored = f": R@5 on {run.rows[0]} {', '.join(recalls)}" if recalls else ""
-        _tell(f"[{done}/{len(self.runs)}] {run.name}{scored}; {self.spent[-1]:.0f} s, about {left / 60:.0f} min left")
+        _report(f"[{done}/{len(self.runs)}] {run.name}{scored}; {self.spent[-1]:.0f} s, about {left / 60:.0f} min left")
 
     def _fail(self, run: AblationRun, reason: str) -> None:
-        _tell(f"{run.name} failed: {reason}")
+        _report(f"{run.name} failed: {reason}")
         write_whole(run.failure, json.dumps({"time": time.time(), "reason": reason}) + "\n")
 
 
@@ -222,7 +222,7 @@ def read_log(file: Path) -> tuple[float, dict[str, float]]:
     return total, {k: v for k, v in last.items() if k not in ("step", "seconds") and isinstance(v, int | float)}
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 

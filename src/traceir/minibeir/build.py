@@ -96,11 +96,11 @@ def holds(out: Path, manifest: str, plan: Mapping[str, Any], mark: str = "") -> 
             raise InputError(f"{out} is not empty and holds no {manifest}; give a new or an empty folder")
         return False
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}:1: not JSON ({error}); remove the folder and build again") from error
     for key, wanted in plan.items():
-        shown = found.get(key) if isinstance(found, dict) else found
+        shown = content.get(key) if isinstance(content, dict) else content
         if shown != wanted:
             raise InputError(
                 f"{path}: the folder holds {key} {shown!r}, asked for is {wanted!r}; give another folder or remove this one"
@@ -114,8 +114,8 @@ def fingerprint(root: Path, *but: str) -> str:
     A torch file counts by the JSON of what it holds, because its bytes may differ between versions of torch.
     """
     digest = hashlib.sha256()
-    found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".txt", ".tsv", ".pt")]
-    names = {path.relative_to(root).as_posix(): path for path in found}
+    kinds = (".jsonl", ".json", ".txt", ".tsv", ".pt")
+    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.suffix in kinds}
     for name in sorted(set(names) - {META, MARK, *but}):
         if name.endswith(".pt"):
             import torch

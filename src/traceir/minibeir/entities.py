@@ -187,7 +187,7 @@ def _deal(paths: Sequence[Path], dice: random.Random) -> Iterator[tuple[Path, in
     """Paths in a random order, all, then all again in that order, each with how often it was dealt before."""
     shuffled = list(paths)
     dice.shuffle(shuffled)
-    return ((path, turn) for turn in itertools.count() for path in shuffled)
+    return ((path, number) for number in itertools.count() for path in shuffled)
 
 
 def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Path, int]]:
@@ -233,8 +233,8 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
             for path in _gather(dice.choice(pool), pool, dice)[: count - made * FAMILY]:
                 yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
-    for path, turn in _list_held(recipe, split, count, dice):
-        yield draft(path, dice.randrange(1_000_000), hash_stably(f"words {path}") + turn, _list_twins(path, dice))
+    for path, number in _list_held(recipe, split, count, dice):
+        yield draft(path, dice.randrange(1_000_000), hash_stably(f"words {path}") + number, _list_twins(path, dice))
 
 
 def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
@@ -247,8 +247,8 @@ def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def _tell_facts(dice: random.Random) -> Iterator[LessonDraft]:
-    """Facts told under a heading, or as the answer to a question that training may ask; all, then all again."""
+def _list_facts(dice: random.Random) -> Iterator[LessonDraft]:
+    """Facts under a heading, or as the answer to a question that training may ask; all, then all again."""
     passages = list(list_passages())
     dice.shuffle(passages)
     for passage in itertools.cycle(passages):
@@ -259,7 +259,7 @@ def _tell_facts(dice: random.Random) -> Iterator[LessonDraft]:
         yield LessonDraft(None, heading, path.answer, "facts")
 
 
-def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
+def _list_emblems(dice: random.Random) -> Iterator[LessonDraft]:
     entities = list(list_entities())
     dice.shuffle(entities)
     for entity in itertools.cycle(entities):
@@ -267,10 +267,10 @@ def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
         yield LessonDraft(sketch, "what is this", f"this is {entity.name.lower()}", "naming")
 
 
-def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
-    one, two = (_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2))
+def _list_chains(dice: random.Random) -> Iterator[LessonDraft]:
+    decks = [_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2)]
     while True:
-        path, _ = next(one if dice.random() < 0.5 else two)
+        path, _ = next(decks[dice.random() >= 0.5])
         target = f"{path.explain(seen=False)}; {path.answer}"
         yield LessonDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
 
@@ -278,7 +278,7 @@ def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
 def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
     """45 % facts of the whole encyclopedia, 35 % emblems to be named, 20 % chains over paths that training may ask."""
     dice = random.Random(hash_stably(f"entity lessons {seed}"))
-    sources = (_tell_facts(dice), _tell_emblems(dice), _tell_chains(dice))
+    sources = (_list_facts(dice), _list_emblems(dice), _list_chains(dice))
     for _ in range(count):
         yield next(dice.choices(sources, weights=(45, 35, 20))[0])
 

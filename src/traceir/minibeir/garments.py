@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -137,8 +138,8 @@ class Garment(Composition):
         if self.figure is not None:  # those that share the pattern's colour or figure come first
             patterns.sort(key=lambda pattern: not set(pattern.split()) & set(self.pattern.split()))
         rng.shuffle(groups)
-        turns = [group[turn] for turn in range(max(map(len, groups))) for group in groups if turn < len(group)]
-        return chains.keep_apart(self, [self.apply(op) for op in turns])
+        mixed = [op for ops in itertools.zip_longest(*groups) for op in ops if op is not None]
+        return chains.keep_apart(self, [self.apply(op) for op in mixed])
 
     def near(self, rng: random.Random) -> list[Garment]:
         """The garment with its two colours swapped, and its twins."""

@@ -193,8 +193,8 @@ def _draw_choice(name: str, rng: random.Random) -> tuple[str, list[State]]:
         text, reference, right, groups = choice
         target = right[0] if name.startswith("change") else rng.choice(right)
         wrong: dict[State, None] = {}
-        for turn in itertools.zip_longest(*groups):
-            wrong |= {each: None for each in turn if each is not None and text not in list_traits(name, reference, each)}
+        for states in itertools.zip_longest(*groups):
+            wrong |= {each: None for each in states if each is not None and text not in list_traits(name, reference, each)}
             wrong.pop(reference, None)
             if len(wrong) >= GALLERY[name]:
                 return text, [reference, target, *itertools.islice(wrong, GALLERY[name])]
@@ -278,7 +278,7 @@ def is_seen(text: str, state: Any) -> bool:
     return sorted(re.findall(r"a (?!table)\w+ \w+", text)) == sorted(map(name_item, state.objects))
 
 
-def _tell_seen(state: Any, first: bool, rng: random.Random) -> str:
+def _describe_seen(state: Any, first: bool, rng: random.Random) -> str:
     if isinstance(state, Photo):
         person, other = rng.sample((state.left, state.right), 2)
         now = f"now {person} is at a {state.event} {state.slots['time']}"
@@ -298,7 +298,7 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
     while count:
         story, texts = [starts.pop()], list[str]()
         while story[0] in free and len(story) < IMAGES:
-            texts = texts or [_tell_seen(story[0], True, rng)]
+            texts = texts or [_describe_seen(story[0], True, rng)]
             options: dict[str, list[tuple[str, S]]] = {}
             for name, text, state in list_changes(story):
                 if state in free and state not in story:
@@ -306,7 +306,7 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
             if not options:
                 break
             text, state = rng.choice(options[rng.choice(list(options))])
-            seen = _tell_seen(state, False, rng)
+            seen = _describe_seen(state, False, rng)
             if len(story) < IMAGES - 1 and rng.random() < 0.3 and seen not in texts:
                 text = seen
             story.append(state)
@@ -406,7 +406,7 @@ def make_multiturn(count: int, rng: random.Random) -> StatePart:
                 states.append(drawn[1])
         if len(rounds) == wanted:
             names |= {garment: depict(garment).key for garment in (*states, *list_near(states[-1], rng)[:2])}
-            reference = [[turn, texts, names[states[turn]]] for turn, texts in enumerate(rounds)]
+            reference = [[number, texts, names[states[number]]] for number, texts in enumerate(rounds)]
             entries.append({"reference": reference, "target": [wanted, names[states[-1]]]})
     part = StatePart(count, len(names), shown={f"{_WORN}/{name}.jpg": garment for garment, name in names.items()})
     part.files["multiturnfashion/data/all.val.json"] = entries
@@ -420,7 +420,7 @@ def check_multiturn(part: StatePart) -> None:
     for number, entry in enumerate(part.files["multiturnfashion/data/all.val.json"]):
         names = [name for _, _, name in entry["reference"]] + [entry["target"][1]]
         garments: list[Any] = [part.shown[f"{_WORN}/{name}.jpg"] for name in names]
-        for turn, texts, _ in entry["reference"]:
-            after = apply_round(texts, garments[: turn + 1])
-            good = after == garments[turn + 1] and after not in garments[: turn + 1]
-            demand(good, f"multiturnfashion: query {number}", f"round {turn} leads to {after}")
+        for place, texts, _ in entry["reference"]:
+            after = apply_round(texts, garments[: place + 1])
+            good = after == garments[place + 1] and after not in garments[: place + 1]
+            demand(good, f"multiturnfashion: query {number}", f"round {place} leads to {after}")

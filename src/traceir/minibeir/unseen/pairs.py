@@ -143,24 +143,24 @@ KINDS: Final = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel
 
 def _edit_scene(kind: str, rng: random.Random) -> Draft:
     scene, ((colour, shape), other, _) = _draw_scene(rng)
-    one, two = f"a {colour} {shape}", name_item(other)
+    first, second = f"a {colour} {shape}", name_item(other)
     if kind == "add_obj":
         added = name_item((rng.choice(COLOUR_NAMES), rng.choice(SHAPES)))
-        return scene, f"{one} and {two}", f"{one} and {two} and {added}"
+        return scene, f"{first} and {second}", f"{first} and {second} and {added}"
     if kind == "replace_rel":
         side, wrong = rng.sample(SIDES, 2)
-        return scene, f"{one} {side} of {two}", f"{one} {wrong} of {two}"
+        return scene, f"{first} {side} of {second}", f"{first} {wrong} of {second}"
     if kind == "swap_obj":
         side = rng.choice(SIDES)
-        return scene, f"{one} {side} of {two}", f"{two} {side} of {one}"
+        return scene, f"{first} {side} of {second}", f"{second} {side} of {first}"
     frame = rng.choice(_FRAMES)
     if kind == "add_att":
-        return scene, frame.format(f"a {shape}", two), frame.format(f"a {rng.choice(COLOUR_NAMES)} {shape}", two)
+        return scene, frame.format(f"a {shape}", second), frame.format(f"a {rng.choice(COLOUR_NAMES)} {shape}", second)
     if kind == "replace_att":
-        return scene, frame.format(one, two), frame.format(f"a {_unlike(rng, COLOUR_NAMES, colour)} {shape}", two)
+        return scene, frame.format(first, second), frame.format(f"a {_unlike(rng, COLOUR_NAMES, colour)} {shape}", second)
     if kind == "replace_obj":
-        return scene, frame.format(one, two), frame.format(f"a {colour} {_unlike(rng, SHAPES, shape)}", two)
-    return scene, frame.format(one, two), frame.format(f"a {other[0]} {shape}", f"a {colour} {other[1]}")
+        return scene, frame.format(first, second), frame.format(f"a {colour} {_unlike(rng, SHAPES, shape)}", second)
+    return scene, frame.format(first, second), frame.format(f"a {other[0]} {shape}", f"a {colour} {other[1]}")
 
 
 def _edit_garment(kind: str, rng: random.Random) -> Draft:
@@ -176,21 +176,21 @@ def _edit_garment(kind: str, rng: random.Random) -> Draft:
 
 
 def _edit_photo(kind: str, rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    side, wrong = SIDES if one == photo.left else SIDES[::-1]
+    photo, (person, other) = _draw_photo(rng)
+    side, wrong = SIDES if person == photo.left else SIDES[::-1]
     if kind == "add_obj":
-        added = _unlike(rng, tuple(PERSONS), one, other)
-        return photo, f"{one} at the {photo.event}", f"{one} and {added} at the {photo.event}"
+        added = _unlike(rng, tuple(PERSONS), person, other)
+        return photo, f"{person} at the {photo.event}", f"{person} and {added} at the {photo.event}"
     if kind == "replace_rel":
-        return photo, f"{one} {side} of {other} in {photo.place}", f"{one} {wrong} of {other} in {photo.place}"
+        return photo, f"{person} {side} of {other} in {photo.place}", f"{person} {wrong} of {other} in {photo.place}"
     if kind == "swap_obj":
-        return photo, f"{one} {side} of {other} in {photo.place}", f"{other} {side} of {one} in {photo.place}"
-    person, event = other, photo.event
+        return photo, f"{person} {side} of {other} in {photo.place}", f"{other} {side} of {person} in {photo.place}"
+    with_whom, event = other, photo.event
     if rng.random() < 0.5:
-        person = _unlike(rng, tuple(PERSONS), one, other)
+        with_whom = _unlike(rng, tuple(PERSONS), person, other)
     else:
         event = _unlike(rng, EVENTS, event)
-    return photo, f"{one} and {other} at the {photo.event}", f"{one} and {person} at the {event}"
+    return photo, f"{person} and {other} at the {photo.event}", f"{person} and {with_whom} at the {event}"
 
 
 def is_small_edit(kind: str, caption: str, negative: str) -> bool:
