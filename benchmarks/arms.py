@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from traceir.lab.mini_presets import mini, mini_direct
+from traceir.lab.mini_presets import preset
 from traceir.precision import bfloat16_on
 from traceir.train.gradcache import Objective, step
 from traceir.train.train import Run, accelerated, joined
@@ -28,8 +28,8 @@ def main() -> int:
     torch.set_flush_denormal(True)
     with tempfile.TemporaryDirectory() as scratch:
         sides = []
-        for name, preset in (("ours", mini), ("direct", mini_direct)):
-            config = replace(preset(), out=str(Path(scratch) / name), steps=WARM + TURNS)
+        for name, arm in (("ours", "mini"), ("direct", "mini-direct")):
+            config = replace(preset(arm), out=str(Path(scratch) / name), steps=WARM + TURNS)
             joined(config)
             run = Run(config, accelerated(config))
             sides.append((run.reader.train(), run.batches(), Objective(direct_ret=config.direct_ret)))

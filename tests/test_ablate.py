@@ -18,16 +18,15 @@ from conftest import FORKS
 
 from traceir.errors import InputError, TrainError
 from traceir.items import Encoding, Query, Route
-from traceir.lab.ablate import ablate, claim, list_tables
-from traceir.lab.ablate_plan import AblationRun, plan_runs
-from traceir.lab.ablate_report import Estimate, judge, t_interval, write_report
-from traceir.lab.ablate_score import TwoStage, append_text, relative_speeds, score
-from traceir.lab.ablations import TABLES, TIMED, VARIANTS, AblationLine, Claim, Comparison, Table, Variant, choose_tables
+from traceir.lab import ablations
+from traceir.lab.ablate import TwoStage, ablate, append_text, claim, list_tables, relative_speeds, score
+from traceir.lab.ablate_report import Estimate, find_verdict, t_interval, write_report
+from traceir.lab.ablations import AblationLine, AblationRun, Claim, Comparison, Table, Variant
 from traceir.precision import Speed
 from traceir.train.config import TrainConfig
 
 ROWS = ("invented_complex", "invented_simple")
-BASE, COLD = VARIANTS["base"], VARIANTS["temperature-0.02"]
+BASE, COLD = ablations.VARIANTS["base"], ablations.VARIANTS["temperature-0.02"]
 LINES = (
     AblationLine("warm", BASE, "direct", {("complex", "R@5"): 50.0}),
     AblationLine("cold", COLD, paper={("complex", "R@5"): 46.0}),
@@ -55,7 +54,8 @@ def fake_train(config: TrainConfig) -> Path:
 def fake_score(run: AblationRun) -> dict[str, Any]:
     """Four queries a row; a better variant or seed has more of them among the first five."""
     if run.variant.work == "speed":
-        return {"speed": {row: relative_speeds({f"{n}:{r}": [1.0 + at, 2.0] for at, (n, r) in enumerate(TIMED)}) for row in ROWS}}
+        seconds = {f"{name}:{route}": [1.0 + at, 2.0] for at, (name, route) in enumerate(ablations.TIMED)}
+        return {"speed": dict.fromkeys(ROWS, relative_speeds(seconds))}
     hits = {"base": 3, "none": 1}.get(run.variant.name, 2) + (run.seed == 1 and run.variant.name == "base")
     return made_up([1] * hits + [11] * (4 - hits), run.variant.routes)
 
@@ -67,8 +67,8 @@ def made_up(ranks: list[int], routes: tuple[Route, ...] = ("auto",)) -> dict[str
 
 
 def run_all(out: Path, base: TrainConfig, **options: Any) -> Any:
-    given = {"tables": TINY, "seeds": (0, 1), "rows": ROWS, "poll": 0.01, "trains": fake_train, "scores": fake_score} | options
-    return ablate(given.pop("tables"), out, base, **given)
+    fakes = {"tables": TINY, "seeds": (0, 1), "rows": ROWS, "poll": 0.01, "trains": fake_train, "scores": fake_score}
+    return ablate(out=out, base=base, **fakes | options)
 
 
 def trainings(out: Path) -> dict[str, int]:
@@ -79,23 +79,23 @@ def trainings(out: Path) -> dict[str, int]:
 
 def test_every_table_is_whole_and_sets_only_fields_that_exist() -> None:
     known = {field.name for field in fields(TrainConfig)}
-    for table in TABLES:
+    for table in ablations.TABLES:
         labels = [line.label for line in table.lines]
         named = {label for one in table.claims for asked in one.comparisons for label in (asked.better, asked.worse)}
         assert table.claims and len(set(labels)) == len(labels) and named | {table.against} <= set(labels), table.id
         for variant in table.variants:
             assert set(variant.settings) <= known and set(variant.uses) <= {one.name for one in table.variants}, variant.name
         assert all(line.route in line.variant.routes for line in table.lines)
-    assert {table.paper for table in TABLES} >= {f"Table {n}" for n in (2, 4, 5, 6, 7, 8)}
-    assert TABLES[0].line("adaptive").paper["simple", "speed"] == 8.25 / 15.68
+    assert {table.paper for table in ablations.TABLES} >= {f"Table {n}" for n in (2, 4, 5, 6, 7, 8)}
+    assert ablations.TABLES[0].line("adaptive").paper["simple", "speed"] == 8.25 / 15.68
 
 
 def test_tables_are_chosen_by_name_and_listed_with_each_run_once() -> None:
-    assert [table.id for table in choose_tables(["share", "table4"])] == ["table4", "share"]
-    assert choose_tables(["all"]) == list(TABLES)
+    assert [table.id for table in ablations.choose_tables(["share", "table4"])] == ["table4", "share"]
+    assert ablations.choose_tables(["all"]) == list(ablations.TABLES)
     with pytest.raises(InputError, match=r"table 'table9' is unknown .*choose all, or among table2"):
-        choose_tables(["table9"])
-    listed = list_tables(choose_tables(["table5", "symmetric"]), (0, 1, 2))
+        ablations.choose_tables(["table9"])
+    listed = list_tables(ablations.choose_tables(["table5", "symmetric"]), (0, 1, 2))
     assert "reasoning only: run reasoning, route auto" in listed and listed.endswith("5 runs x 3 seeds")
 
 
@@ -120,14 +120,8 @@ def test_all_variants_of_a_seed_come_before_the_next_seed_and_nothing_is_done_tw
 
 def test_runs_that_use_others_wait_for_them_and_fail_with_them(tmp_path: Path, base: TrainConfig) -> None:
     pipeline, small = Variant("p", work="pipeline", uses=("base",)), Variant("s", preset="no-such-preset")
-    table = Table(
-        "pair",
-        "Two",
-        "",
-        (AblationLine("pipeline", pipeline), AblationLine("small", small), AblationLine("one", BASE)),
-        (),
-        "one",
-    )
+    lines = (AblationLine("pipeline", pipeline), AblationLine("small", small), AblationLine("base", BASE))
+    table = Table("pair", "Two", "", lines, (), "base")
 
     def train(config: TrainConfig) -> Path:
         raise TrainError("step 3: loss is nan\non queries 8:1")
@@ -257,9 +251,9 @@ def test_runs_are_scored_by_their_routes_and_timed(
 ) -> None:
     from traceir.model import save
 
-    monkeypatch.setattr("traceir.lab.ablate_score.SPEED_QUERIES", 3)
-    rows, (table,) = ("cirr_task7", "mscoco_task3"), choose_tables(["table2"])
-    runs, _ = plan_runs([table], tmp_path, replace(base, data=str(folder)), (0,), rows)
+    monkeypatch.setattr("traceir.lab.ablate.SPEED_QUERIES", 3)
+    rows, (table,) = ("cirr_task7", "mscoco_task3"), ablations.choose_tables(["table2"])
+    runs, _ = ablations.plan_runs([table], tmp_path, replace(base, data=str(folder)), (0,), rows)
     for used in runs[-1].uses:
         save(model, used / "checkpoint")
     speeds = score(runs[-1])["speed"]
@@ -275,11 +269,18 @@ def test_runs_are_scored_by_their_routes_and_timed(
     assert len(own["ranks"]) == own["queries"] > 0 and own["hit@5"] == np.mean(np.array(own["ranks"]) <= 5)
 
 
-def test_the_t_interval_is_that_of_the_textbook() -> None:
-    estimate = t_interval([1.0, 2.0, 6.0])  # deviation sqrt(7), t(2) 4.303: 3 +- 4.303 * sqrt(7 / 3)
-    assert estimate.mean == 3.0 and (estimate.low, estimate.high) == pytest.approx((3 - 6.573, 3 + 6.573), abs=1e-3)
-    assert t_interval([5.0]) == Estimate(5.0, None, None, 1)
-    assert t_interval([2.0, 2.0]) == Estimate(2.0, 2.0, 2.0, 2)
+@pytest.mark.parametrize(
+    ("values", "interval"),
+    [
+        ([1.0, 2.0, 6.0], (3 - 6.573, 3 + 6.573)),  # deviation sqrt(7), t(2) 4.303: 3 +- 4.303 * sqrt(7 / 3)
+        ([5.0], (None, None)),
+        ([2.0, 2.0], (2.0, 2.0)),
+    ],
+)
+def test_the_t_interval_is_that_of_the_textbook(values: list[float], interval: tuple[Any, Any]) -> None:
+    estimate = t_interval(values)
+    assert (estimate.mean, estimate.seeds) == (np.mean(values), len(values))
+    assert (estimate.low, estimate.high) == pytest.approx(interval, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +295,7 @@ def test_the_t_interval_is_that_of_the_textbook() -> None:
     ],
 )
 def test_a_claim_holds_only_if_every_comparison_does(intervals: list[Any], verdict: str) -> None:
-    assert judge([pair and Estimate(0.0, *pair, 2) for pair in intervals]) == verdict
+    assert find_verdict([pair and Estimate(0.0, *pair, 2) for pair in intervals]) == verdict
 
 
 @pytest.mark.parametrize(
@@ -322,8 +323,8 @@ def test_the_report_holds_every_claim_and_tells_what_is_not_run(tmp_path: Path, 
     with pytest.raises(InputError, match=r"ablation.json is not there; run `traceir ablate TABLE"):
         write_report(tmp_path, tmp_path / "report")
     run_all(tmp_path, base)
-    tables = choose_tables(["table2", "better"])
-    for run in plan_runs(tables, tmp_path, base, (0, 1), ROWS)[0]:
+    tables = ablations.choose_tables(["table2", "better"])
+    for run in ablations.plan_runs(tables, tmp_path, base, (0, 1), ROWS)[0]:
         write_result(run)
     page, report = write_report(tmp_path, tmp_path / "report", tables=tables).read_text(), tmp_path / "report"
     assert "16 of 16 runs are there" in page and "an invented machine" in page

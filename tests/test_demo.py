@@ -32,14 +32,15 @@ def hit(rank: int, id: str, text: str | None = "a text", image: str | None = Non
 
 def test_the_command_answers_all_questions_and_says_where_it_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pool, questions = demo.prepare(tmp_path)
-    candidates = {one.did: one for one in mbeir.read_pool(pool)}
-    assert 250 <= len(candidates) <= 900 and {one.modality for one in candidates.values()} == {"image", "text", "image,text"}
-    assert [(one.row, one.steps) for one in questions] == [(wish.row, wish.steps) for wish in demo.WISHES]
-    for one in questions:
-        task = next(task for task in mbeir.find_tasks(tmp_path / "minibeir", "test") if task.name == one.row)
+    candidates = {candidate.did: candidate for candidate in mbeir.read_pool(pool)}
+    assert 250 <= len(candidates) <= 900
+    assert {candidate.modality for candidate in candidates.values()} == {"image", "text", "image,text"}
+    assert [(question.row, question.steps) for question in questions] == [(wish.row, wish.steps) for wish in demo.WISHES]
+    for question in questions:
+        task = next(task for task in mbeir.find_tasks(tmp_path / "minibeir", "test") if task.name == question.row)
         labels = mbeir.read_labels(task.labels_path)
-        first = next(record for record in mbeir.read_queries(task.query_path) if labels[record.qid].steps == one.steps)
-        assert one.query.id == first.qid and one.right == set(first.positives) and one.query.instruction
+        first = next(record for record in mbeir.read_queries(task.query_path) if labels[record.qid].steps == question.steps)
+        assert question.query.id == first.qid and question.right == set(first.positives) and question.query.instruction
         assert {*first.positives, *first.negatives} <= candidates.keys(), "every answer and its twins"
     checkpoint = save(both_roads(random_model(), make_queries()), tmp_path / "model")
     assert cli.main(["demo", "--out", str(tmp_path), "--model", str(checkpoint)]) == 0

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +19,14 @@ from PIL import Image
 
 from traceir.data import mbeir
 from traceir.errors import DataError, InputError
+from traceir.minibeir import rows
 from traceir.minibeir.build import Album, build, fingerprint, spare_distractors
-from traceir.minibeir.rows import (
-    FAMILY,
-    ROWS,
-    SPLITS,
-    WORLDS,
-    CandidateDraft,
-    DrawnRow,
-    DrawnWorld,
-    LessonDraft,
-    QueryDraft,
-    Sketch,
-)
+from traceir.minibeir.rows import FAMILY, ROWS, SPLITS, WORLDS, CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Sketch
 from traceir.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
 NAMED = {row.name: row for row in ROWS}
 Change = Callable[[DrawnRow, str, QueryDraft], QueryDraft]
-
-
-def keep(row: DrawnRow, split: str, draft: QueryDraft) -> QueryDraft:
-    return draft
 
 
 def sketch(key: str) -> Sketch:
@@ -56,7 +43,7 @@ def candidate(row: DrawnRow, key: str) -> CandidateDraft:
     return CandidateDraft(text, sketch(shown) if "image" in row.cand_modality else None)
 
 
-def fake_worlds(change: Change = keep, extra: int = 0, fills: bool = True) -> dict[str, DrawnWorld]:
+def fake_worlds(change: Change = lambda row, split, draft: draft, extra: int = 0, fills: bool = True) -> dict[str, DrawnWorld]:
     def make(row: DrawnRow, split: str, count: int, seed: int) -> Iterator[QueryDraft]:
         for number in range(count + extra):
             steps = number % 5 if row.task_id in (6, 7, 8) else number % 2
@@ -76,25 +63,24 @@ def fake_worlds(change: Change = keep, extra: int = 0, fills: bool = True) -> di
     def fill(name: str, count: int, seed: int) -> Iterator[CandidateDraft]:
         return (candidate(NAMED[name], f"fill-{seed}-{number // 2}") for number in range(count if fills else 0))
 
-    def teach(count: int, seed: int) -> Iterator[LessonDraft]:
+    def teach(count: int, seed: int) -> Iterator[rows.LessonDraft]:
         for number in range(count):
             shown = sketch(f"train-7-{seed}-{number // 8}") if number % 2 else None
-            yield LessonDraft(shown, "see", f"a thing {number}", "naming" if number % 2 else "facts")
+            yield rows.LessonDraft(shown, "see", f"a thing {number}", "naming" if number % 2 else "facts")
 
     def world(name: str) -> DrawnWorld:
-        rows = {row.name: lambda *asked, row=row: make(row, *asked) for row in ROWS if row.world == name}
-        return DrawnWorld(rows, fill, teach)
+        return DrawnWorld({row.name: partial(make, row) for row in ROWS if row.world == name}, fill, teach)
 
     return {name: world(name) for name in WORLDS}
 
 
-def build_fake(out: Path, change: Change = keep, **options: Any) -> Path:
-    return build(out, **{"scale": "small", "worlds": fake_worlds(change)} | options)
+def build_fake(out: Path, worlds: dict[str, DrawnWorld] | None = None, **options: Any) -> Path:
+    return build(out, **{"scale": "small", "worlds": worlds or fake_worlds()} | options)
 
 
 def text_files(root: Path) -> dict[str, bytes]:
-    found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".tsv", ".txt")]
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in found}
+    kinds = (".jsonl", ".json", ".tsv", ".txt")
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.suffix in kinds}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +94,7 @@ def test_the_layout_is_that_of_mbeir_and_its_reader_reads_it(root: Path) -> None
     assert tuple(row.name for row in ROWS) == mbeir.EVAL_ROWS
     assert {f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl" for split in SPLITS} <= names
     assert sum(name.startswith("query/train/") for name in names) == 10
-    assert sum(name.startswith("cand_pool/local/") for name in names) == 18 and not list(root.rglob("*.tmp"))
+    assert sum(name.startswith("cand_pool/local/") for name in names) == 18 and not list(root.rglob("*.new"))
     instructions = mbeir.read_instructions(root)
     for split, count in (("val", 8), ("test", 24)):
         tasks = mbeir.find_tasks(root, split)
@@ -116,15 +102,12 @@ def test_the_layout_is_that_of_mbeir_and_its_reader_reads_it(root: Path) -> None
         union = {each.did for each in mbeir.read_pool(root / f"cand_pool/global/mbeir_union_{split}_cand_pool.jsonl")}
         assert union == {each.did for task in tasks for each in mbeir.read_pool(task.pool_path)}
         for task in tasks:
-            records = list(mbeir.read_queries(task.query_path))
-            pool = {each.did: each for each in mbeir.read_pool(task.pool_path)}
-            assert len(records) == count and len({(each.text, each.image_path) for each in pool.values()}) == len(pool) >= 120
+            records, pool = list(mbeir.read_queries(task.query_path)), list(mbeir.read_pool(task.pool_path))
+            assert len(records) == count and len({(each.text, each.image_path) for each in pool}) == len(pool) >= 120
             prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
             assert len(set(prompts)) == 4 and all(len(prompt.split()) <= 8 for prompt in prompts)
-            assert mbeir.read_labels(task.labels_path).keys() == {record.qid for record in records}
-            for record in records:
-                assert {*record.positives, *record.negatives} <= pool.keys() and len(record.negatives) >= 8
-                assert json.loads(record.source or "")["steps"] == mbeir.read_labels(task.labels_path)[record.qid].steps
+            steps = {qid: label.steps for qid, label in mbeir.read_labels(task.labels_path).items()}
+            assert steps == {record.qid: json.loads(record.source or "")["steps"] for record in records}
     labels = mbeir.read_labels(mbeir.train_labels_path(root, "cirr"))
     assert {(label.steps, label.z, label.reasoning is None) for label in labels.values()} == {
         (0, 0, True), (1, 0, True), (2, 1, False), (3, 1, False), (4, 1, False),
@@ -168,36 +151,34 @@ def test_an_interrupted_build_goes_on(root: Path, tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return draft
 
-    out = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        build_fake(out, stop)
-    assert not (out / "meta.json").exists()
+        build_fake(tmp_path, fake_worlds(stop))
+    assert not (tmp_path / "meta.json").exists()
     with pytest.raises(InputError, match="seed"):
-        build_fake(out, seed=5)
-    build_fake(out)
-    assert text_files(out) == text_files(root)
+        build_fake(tmp_path, seed=5)
+    assert text_files(build_fake(tmp_path)) == text_files(root)
 
 
 @pytest.mark.slow
 def test_a_killed_build_goes_on(root: Path, tmp_path: Path) -> None:
-    out = tmp_path / "killed"
-    process = multiprocessing.get_context("fork").Process(target=build_fake, args=(out,))
+    process = multiprocessing.get_context("fork").Process(target=build_fake, args=(tmp_path,))
     process.start()
-    while sum(1 for _ in out.rglob("*.jpg")) < 200 and process.is_alive():
+    while sum(1 for _ in tmp_path.rglob("*.jpg")) < 200 and process.is_alive():
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL and not (out / "meta.json").exists()
-    build_fake(out)
-    assert text_files(out) == text_files(root)
-    assert all(path.read_bytes() == (root / path.relative_to(out)).read_bytes() for path in out.rglob("*.jpg"))
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "meta.json").exists()
+    assert text_files(build_fake(tmp_path)) == text_files(root)
+    assert all(path.read_bytes() == (root / path.relative_to(tmp_path)).read_bytes() for path in tmp_path.rglob("*.jpg"))
 
 
-def bad(split: str = "test", **changes: Any) -> Change:
+def bad(split: str = "test", fills: bool = True, **changes: Any) -> dict[str, DrawnWorld]:
+    """Worlds whose queries of one row are changed."""
+
     def change(row: DrawnRow, of: str, draft: QueryDraft) -> QueryDraft:
         return dataclasses.replace(draft, **changes) if row.name == "cirr_task7" and of in (split, "test") else draft
 
-    return change
+    return fake_worlds(change, fills=fills)
 
 
 LEAK = (CandidateDraft(sketch=sketch("leak")),)
@@ -206,17 +187,16 @@ LEAK = (CandidateDraft(sketch=sketch("leak")),)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"change": bad(text=None)}, "is image; the row asks for image,text"),
-        ({"change": bad(distractors=())}, "0 distractors, fewer than 8"),
-        ({"change": bad(positives=())}, "has no positive"),
-        ({"change": bad(steps=5, reasoning="r", answer="a")}, "has 5 steps"),
-        ({"change": lambda row, split, draft: dataclasses.replace(draft, distractors=draft.distractors + draft.positives)},
-         "is both positive and distractor"),
-        ({"change": bad("train", positives=LEAK), "splits": SPLITS}, "is a training answer too"),
+        ({"worlds": bad(text=None)}, "is image; the row asks for image,text"),
+        ({"worlds": bad(distractors=())}, "0 distractors, fewer than 8"),
+        ({"worlds": bad(positives=())}, "has no positive"),
+        ({"worlds": bad(steps=5, reasoning="r", answer="a")}, "has 5 steps"),
+        ({"worlds": bad(positives=LEAK, distractors=LEAK)}, "is both positive and distractor"),
+        ({"worlds": bad("train", positives=LEAK), "splits": SPLITS}, "is a training answer too"),
         ({"worlds": fake_worlds(extra=-21)}, "makes 3 of 24"),
-        ({"worlds": fake_worlds(bad(distractors=()), fills=False)}, "candidates, fewer than 120"),
+        ({"worlds": bad(fills=False, distractors=())}, "candidates, fewer than 120"),
     ],
-)  # fmt: skip
+)
 def test_what_breaks_a_rule_is_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         build_fake(tmp_path / "bad", **{"splits": ("test",)} | options)
@@ -224,14 +204,11 @@ def test_what_breaks_a_rule_is_refused(tmp_path: Path, options: dict[str, Any], 
 
 
 def test_large_pools_keep_sources_states_and_twins() -> None:
-    names = ("source", "middle", *(f"other-{n}" for n in range(30)), *(f"twin-{n}" for n in range(8)))
-    row = NAMED["cirr_task7"]
-
-    def pose(number: int) -> QueryDraft:
-        beside = tuple(candidate(row, f"{number}-{name}") for name in names)
-        return QueryDraft("edit", sketch("s"), (candidate(row, f"{number}-goal"),), beside, 2, "r", "a")
-
-    drafts = [pose(number) for number in range(10)]
+    row, drafts = NAMED["cirr_task7"], []
+    for number in range(10):
+        names = ("source", "middle", *(f"other-{n}" for n in range(30)), *(f"twin-{n}" for n in range(8)))
+        goal, *beside = (candidate(row, f"{number}-{name}") for name in ("goal", *names))
+        drafts.append(QueryDraft("edit", sketch("s"), (goal,), tuple(beside), 2, "r", "a"))
     for number, distractors in enumerate(spare_distractors(drafts, 150)):
         kept = {each.sketch.key for each in distractors if each.sketch}
         assert len(kept) == 14  # 10 queries of 14 distractors and a positive make 150
@@ -247,9 +224,9 @@ def test_keys_that_file_systems_refuse_become_digests(tmp_path: Path) -> None:
 
 
 def test_options_that_cannot_be_and_foreign_folders(tmp_path: Path) -> None:
-    for options in ({"seed": -1}, {"splits": ()}, {"splits": ("dev",)}, {"workers": 0}, {"scale": "huge"}):
-        with pytest.raises(InputError):
-            build_fake(tmp_path / "none", **options)
+    for name, value in (("seed", -1), ("splits", ()), ("splits", ("dev",)), ("workers", 0), ("scale", "huge")):
+        with pytest.raises(InputError, match=name):
+            build_fake(tmp_path / "none", **{name: value})
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="is not empty"):
         build_fake(tmp_path)

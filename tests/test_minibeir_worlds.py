@@ -7,8 +7,8 @@ import itertools
 import random
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +16,9 @@ import pytest
 from traceir.data.mbeir import Split
 from traceir.minibeir import chains, encyclopedia, entities, news, sprites
 from traceir.minibeir.drawing import COLOURS, GARMENT_TYPES, SHAPES, SIZE, draw_garment, draw_scene, object_sprite
-from traceir.minibeir.garments import COLLARS, PATTERNS, SLEEVES, Garment
+from traceir.minibeir.garments import PATTERNS, Garment
 from traceir.minibeir.rows import FAMILY, HELD_OUT_WORLDS, ROWS, CandidateDraft, LessonDraft, QueryDraft, Sketch, load_worlds
-from traceir.minibeir.scenes import SLOTS, Scene
+from traceir.minibeir.scenes import PAIRS, SLOTS, Scene
 from traceir.minibeir.unseen.states import State
 
 WORLDS = load_worlds()
@@ -31,23 +31,15 @@ def drafts(row: str, split: Split, count: int = 24) -> tuple[QueryDraft, ...]:
 
 
 def state_of(sketch: Sketch | None) -> State:
-    """What an image shows, from its key alone."""
-    assert sketch is not None
-    kind, code, *parts = re.split("[_-]", sketch.key.replace("garden_show", "garden show"))
-    if kind == "photo":
-        return sprites.Photo(code.capitalize(), parts[0].capitalize(), parts[1], parts[2].capitalize(), parts[3])
-    colours = {name[0]: name for name in COLOURS}
-    if kind == "scene":
-        shapes = dict(zip("cbnosm", SHAPES, strict=True))
-        return Scene(tuple((colours[code[at]], shapes[code[at + 1]]) for at in (0, 2, 4)))
-    choices = {0: GARMENT_TYPES, 4: ("short", "long"), 6: COLLARS}
-    garment, length, collar = (next(name for name in names if name[0] == code[at]) for at, names in choices.items())
-    pattern = "plain" if code[3] == "x" else f"{colours[code[2]]} {next(p for p in PATTERNS if p[0] == code[3])}"
-    return Garment(garment, colours[code[1]], pattern, length, SLEEVES["nsl".index(code[5])], collar, code[7] == "b")
+    """What an image shows: what it would be drawn from."""
+    drawing: Any = sketch and sketch.draw
+    if isinstance(drawing.args[0], sprites.Photo):
+        return drawing.args[0]
+    return Scene(drawing.args[0]) if drawing.func is draw_scene else drawing.func.__self__
 
 
-def told_in(text: str) -> Scene | Garment:
-    """The composition that a state of reasoning tells."""
+def read_state(text: str) -> Scene | Garment:
+    """The composition that a state of reasoning describes."""
     first, *rest = text.removeprefix("see ").split(", ")
     if len(first.split()) == 2:
         return Scene(tuple((part.split()[0], part.split()[1]) for part in (first, *rest)))
@@ -71,6 +63,7 @@ def test_the_benchmark_stays_as_published() -> None:
 @pytest.mark.parametrize("row", [row.name for row in ROWS])
 def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> None:
     pools: dict[State, CandidateDraft] = {}
+    keys: dict[str, State] = {}
     for split in ("train", "val", "test"):
         for draft in drafts(row, split):
             assert draft.steps <= 4 and (draft.steps >= 2) == bool(draft.reasoning) == bool(draft.answer)
@@ -81,6 +74,7 @@ def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> Non
                 assert answer.split == split
                 assert split != "train" or draft.sketch is None or state_of(draft.sketch).split == "train"
                 beside = [(state_of(each.sketch), each) for each in (*draft.positives, *draft.distractors) if each.sketch]
+                assert all(keys.setdefault(each.sketch.key, state) == state for state, each in beside if each.sketch)
                 for state, each in beside if row != "edis_task2" and split == "test" else ():
                     assert pools.setdefault(state, each) == each  # a composition has one rendering in all pools
                 if WORLD_OF[row] != "news" and split == "test" and beside:
@@ -93,21 +87,21 @@ def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> Non
 
 
 def find(scene: Scene, ref: str) -> int:
-    """The one slot that words refer to."""
+    """The only slot that words refer to."""
     words = set(ref.split())
-    for slot, place in enumerate(SLOTS):
-        if place in words:
-            return slot
-    fits = [s for s, (c, f) in enumerate(scene.objects) if words & set(COLOURS) <= {c} and words & set(SHAPES) <= {f}]
-    assert len(fits) == 1 and words & {*COLOURS, *SHAPES}, f"{ref!r} does not name one of {scene}"
+    fits = [slot for slot, place in enumerate(SLOTS) if place in words] or [
+        slot
+        for slot, (colour, shape) in enumerate(scene.objects)
+        if words & set(COLOURS) <= {colour} and words & set(SHAPES) <= {shape} and words & {*COLOURS, *SHAPES}
+    ]
+    assert len(fits) == 1, f"{ref!r} does not name one of {scene}"
     return fits[0]
 
 
 def obey(scene: Scene, words: str) -> Scene:
     """Carries out one edit from its words alone."""
-    if match := re.fullmatch(r"(?:swap|exchange|let) (.*?)(?: trade places)?", words):
-        pair = {"the left two": (0, 1), "the right two": (1, 2), "the outer two": (0, 2)}.get(match[1])
-        return scene.swap(*(pair or (find(scene, ref) for ref in match[1].split(" and "))))
+    if match := re.fullmatch(r"(?:swap|exchange|let) (?:the (\w+ two)|(.*?) and (.*?))(?: trade places)?", words):
+        return scene.swap(*(PAIRS[match[1]] if match[1] else (find(scene, match[2]), find(scene, match[3]))))
     if match := re.fullmatch(r"(?:give|make) (.*) the (?:same )?(colour|shape) (?:of|as) (.*)", words):
         return scene.alter(find(scene, match[1]), scene.objects[find(scene, match[3])][match[2] == "shape"])
     match = re.fullmatch(r"(?:make|paint|turn|change) (.*?)(?: into)?(?: a)? (\w+)", words)
@@ -115,17 +109,15 @@ def obey(scene: Scene, words: str) -> Scene:
     return scene.alter(find(scene, match[1]), match[2])
 
 
-def check_chain(start: State, text: str, told: list[str]) -> State:
+def check_chain(start: State, text: str, written: list[str]) -> State:
     """Walks `see state; op; state; ...`: each state is what the words ask and what the op makes; returns the last."""
-    now, passed, edits = start, [start], text.split(", then ")
-    assert told_in(told[0]) == start and len(told) == 2 * len(edits)
-    for place, words in enumerate(edits):
-        then = obey(now, words) if isinstance(now, Scene) else now.apply(told[2 * place + 1])
-        assert then not in passed
-        assert told[2 * place + 2 : 2 * place + 3] == ([] if place == len(edits) - 1 else [then.state()])
-        now = then
-        passed.append(now)
-    return now
+    passed, edits = [start], text.split(", then ")
+    states = [read_state(state) for state in written[::2]]
+    for words, op in zip(edits, written[1::2], strict=True):
+        now = passed[-1]
+        passed.append(obey(now, words) if isinstance(now, Scene) else now.apply(op))
+    assert states == passed[:-1] and len(set(passed)) == len(passed)
+    return passed[-1]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -138,11 +130,12 @@ def test_edits_do_what_their_words_say(row: str, steps: dict[int, int], split: S
     for query in queries:
         source, target, text = state_of(query.sketch), state_of(query.positives[0].sketch), query.text or ""
         if query.reasoning and query.answer:
-            assert check_chain(source, text, query.reasoning.split("; ")) == told_in(query.answer) == target
+            assert check_chain(source, text, query.reasoning.split("; ")) == read_state(query.answer) == target
             if split == "test":
                 assert CandidateDraft(sketch=query.sketch) in query.distractors
-                states = [told_in(told) for told in query.reasoning.split("; ")[2::2]]
-                assert {state_of(each.sketch) for each in query.distractors} >= set(states)
+                assert {state_of(each.sketch) for each in query.distractors} >= set(
+                    map(read_state, query.reasoning.split("; ")[2::2])
+                )
         else:
             assert target != source and (not isinstance(source, Scene) or obey(source, text) == target)
 
@@ -153,12 +146,12 @@ def test_edits_do_what_their_words_say(row: str, steps: dict[int, int], split: S
 @cache
 def list_questions() -> dict[tuple[str, str | None], entities.Path]:
     """Every question that can be asked, with the name whose emblem stands beside it, and the path it asks."""
-    found: dict[tuple[str, str | None], entities.Path] = {}
+    questions: dict[tuple[str, str | None], entities.Path] = {}
     for seen, groups in {(recipe.seen, tuple(recipe.shares)): None for recipe in entities.RECIPES.values()}:
         for path, phrasing in itertools.product(itertools.chain(*(group.list() for group in groups)), range(entities.PHRASINGS)):
             asked = path.ask(phrasing, seen=seen), path.start.name.lower() if seen else None
-            assert found.setdefault(asked, path) == path, f"{asked} asks for two things"
-    return found
+            assert questions.setdefault(asked, path) == path, f"{asked} asks for two things"
+    return questions
 
 
 def trace(draft: QueryDraft) -> entities.Path:
@@ -169,7 +162,7 @@ def trace(draft: QueryDraft) -> entities.Path:
 def test_the_encyclopedia_is_whole_and_its_emblems_differ() -> None:
     passages = list(encyclopedia.list_passages())
     assert len({passage.text for passage in passages}) == len(passages) >= 1050
-    assert all(encyclopedia.state_fact(each.entity, each.facet) in each.text.lower() for each in passages)
+    assert all(each.entity.fact(each.facet) in each.text.lower() for each in passages)
     looks = [sprites.find_emblem(entity) for entity in encyclopedia.list_entities()]
     assert len(set(looks)) == len(looks) == 202
     pale = {"yellow white", "white yellow", "blue black", "purple black", "purple blue"}
@@ -181,15 +174,15 @@ def test_the_encyclopedia_is_whole_and_its_emblems_differ() -> None:
 
 @pytest.mark.parametrize("row", entities.RECIPES)
 def test_questions_lead_to_their_passage_and_training_never_asks_what_is_held_out(row: str) -> None:
-    told = " ".join(passage.text.lower() for passage in encyclopedia.list_passages())
+    facts = " ".join(passage.text.lower() for passage in encyclopedia.list_passages())
     for split in ("train", "test"):
         for draft in drafts(row, split):
             path = trace(draft)
             assert draft.positives[0].text == path.target.text and draft.steps == len(path.hops) + bool(draft.sketch)
             if draft.reasoning and draft.answer:
-                facts = draft.reasoning.split("; ")
-                assert not draft.sketch or facts.pop(0) == f"this is {draft.sketch.key.split('-')[1]}"
-                assert all(fact in told for fact in facts) and draft.answer in (draft.positives[0].text or "").lower()
+                written = draft.reasoning.split("; ")
+                assert not draft.sketch or written.pop(0) == f"this is {draft.sketch.key.split('-')[1]}"
+                assert all(fact in facts for fact in written) and draft.answer in (draft.positives[0].text or "").lower()
             if path.hops or path.facet != encyclopedia.INTRO:
                 assert path.split == split and not (split == "train" and path.held_out)
     held = [trace(draft).held_out for draft in drafts(row, "test") if draft.steps >= 2]
@@ -206,47 +199,41 @@ def check_lesson(lesson: LessonDraft) -> None:
         assert path.split == "train" and lesson.target.endswith(path.answer)
     elif lesson.kind in ("edits", "views"):
         state, _, text = lesson.prompt.rpartition(": ")
-        start = state_of(lesson.sketch) if lesson.sketch else told_in(state)
-        told, _, answer = lesson.target.rpartition("; ")
-        final = check_chain(start, text, told.split("; "))
-        assert final == told_in(answer) and {start.split, final.split} == {"train"}
+        start = state_of(lesson.sketch) if lesson.sketch else read_state(state)
+        written, _, answer = lesson.target.rpartition("; ")
+        final = check_chain(start, text, written.split("; "))
+        assert final == read_state(answer) and {start.split, final.split} == {"train"}
     elif lesson.sketch and not lesson.sketch.key.startswith("emblem"):
         assert state_of(lesson.sketch).split == "train"
-        assert not lesson.prompt.startswith("name the ") or told_in(lesson.target) == state_of(lesson.sketch)
+        assert not lesson.prompt.startswith("name the ") or read_state(lesson.target) == state_of(lesson.sketch)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_pretraining_examples_are_true_and_of_training_compositions(world: str) -> None:
-    kinds = {
-        "scenes": "naming edits views",
-        "garments": "naming edits views",
-        "news": "naming",
-        "entities": "facts naming chains",
-    }
+KINDS = {
+    "scenes": {"naming", "edits", "views"},
+    "garments": {"naming", "edits", "views"},
+    "news": {"naming"},
+    "entities": {"facts", "naming", "chains"},
+}
+
+
+@pytest.mark.parametrize(("world", "kinds"), KINDS.items())
+def test_pretraining_examples_are_true_and_of_training_compositions(world: str, kinds: set[str]) -> None:
     lessons = list(WORLDS[world].lessons(60, 2))
-    assert {lesson.kind for lesson in lessons} == set(kinds[world].split())
+    assert {lesson.kind for lesson in lessons} == kinds
     for lesson in lessons:
         check_lesson(lesson)
 
 
-def images() -> Iterator[Sketch]:
-    photo = sprites.Photo("Hupu", "Vupi", "race", "Wobbis", "day")
-    yield from (
-        altered.sketch(3) for part in (*news.PARTS, "swap") for altered in [news.alter_photo(photo, part, random.Random(0))]
-    )
-    town = encyclopedia.list_entities("town")[3]
-    for shown in (photo, Scene.draw(random.Random(1)), Garment.draw(random.Random(1))):
-        yield from (shown.sketch(variant) for variant in (3, 4))
-    yield from (sprites.sketch_emblem(town, variant) for variant in (5, 6))
-
-
 def test_a_key_stands_for_its_pixels() -> None:
-    drawn = {}
-    for sketch in images():
-        image = sketch.draw()
-        assert (image.mode, image.size) == ("RGB", (SIZE, SIZE)) and image.tobytes() == sketch.draw().tobytes()
-        drawn[sketch.key] = image.resize((48, 48)).tobytes()
-    assert len(set(drawn.values())) == len(drawn) == 14
+    photo, town = sprites.Photo("Hupu", "Vupi", "race", "Wobbis", "day"), encyclopedia.list_entities("town")[3]
+    sketches = [news.alter_photo(photo, part, random.Random(0)).sketch(3) for part in (*news.PARTS, "swap")]
+    for shown in (photo, Scene.draw(random.Random(1)), Garment.draw(random.Random(1))):
+        sketches += [shown.sketch(variant) for variant in (3, 4)]
+    sketches += [sprites.sketch_emblem(town, variant) for variant in (5, 6)]
+    images = {sketch.key: sketch.draw() for sketch in sketches}
+    assert {(image.mode, image.size) for image in images.values()} == {("RGB", (SIZE, SIZE))}
+    assert all(images[sketch.key].tobytes() == sketch.draw().tobytes() for sketch in sketches)
+    assert len({image.resize((48, 48)).tobytes() for image in images.values()}) == len(images) == 14
 
 
 def count_colours(pixels: np.ndarray) -> Counter[str]:

@@ -23,8 +23,7 @@ from traceir.errors import DataError, InputError
 from traceir.evaluation.judged import describe_machine
 from traceir.evaluation.metrics import Interval, bootstrap_difference
 from traceir.files import write_whole
-from traceir.lab.ablate_plan import FORMAT, obstacle, read_result
-from traceir.lab.ablations import TABLES, AblationLine, Claim, Comparison, Kind, Metric, Table
+from traceir.lab.ablations import FORMAT, TABLES, AblationLine, Comparison, Kind, Metric, Table, obstacle, read_result
 from traceir.lab.plots import Series, plot_lines
 
 Verdict = Literal["reproduced", "not reproduced", "undecided", "not run"]
@@ -56,6 +55,16 @@ class Compared(NamedTuple):
     seeds: Estimate | None
     queries: Interval | None
     paper: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        intervals = {"seeds": self.seeds and asdict(self.seeds), "queries": self.queries and asdict(self.queries)}
+        return asdict(self.comparison) | intervals | {"paper": self.paper}
+
+
+class CheckedClaim(NamedTuple):
+    text: str
+    compared: Sequence[Compared]
+    verdict: Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,14 +107,23 @@ def write_report(out: Path, target: Path, *, tables: Sequence[Table] = TABLES, c
     """Writes README.md (every claim's sentence), a page and a plot for each table, and runs.json to `target`; returns README.md.
 
     Works on whatever part of the runs is done. `command` is printed as what made it. Raises InputError where `out` holds no
-    ablations, DataError where its runs judge different queries.
+    ablations, DataError where its runs are of different queries.
     """
     results = read_results(out)
-    for table in tables:
+    checked = {table.id: _check_claims(results, table) for table in tables}
+    sentences = [(table, [_sentence(results, table, claim) for claim in checked[table.id]]) for table in tables]
+    for table, own in sentences:
         write_whole(target / f"{table.id}.svg", _plot(results, table))
-        write_whole(target / f"{table.id}.md", _table_page(results, table))
-    write_whole(target / "runs.json", json.dumps(_figures(results, tables), indent=1) + "\n")
-    write_whole(target / "README.md", _index_page(results, tables, out, command))
+        write_whole(target / f"{table.id}.md", _table_page(results, table, tables=[(table, own)]))
+    write_whole(target / "runs.json", json.dumps(_figures(results, checked), indent=1) + "\n")
+    failed = [file for file in sorted((out / "runs").glob("*/seed*/failed.json")) if not file.with_name("result.json").is_file()]
+    about = {
+        "done": results.count(tables),
+        "failures": {f"{file.parents[1].name}, {file.parent.name}": json.loads(file.read_text())["reason"] for file in failed},
+        "machines": sorted({str(run["machine"]) for run in results.runs.values()}) or [describe_machine()],
+    }
+    page = render("lab/templates/ablations.md.j2", results=results, tables=sentences, command=command, **about)
+    write_whole(target / "README.md", page)
     return target / "README.md"
 
 
@@ -152,27 +170,33 @@ def compare(results: Results, table: Table, comparison: Comparison) -> Compared:
     return Compared(comparison, over_seeds, over_queries, paper[0] - paper[1] if len(paper) == 2 else None)
 
 
-def judge(differences: Sequence[Estimate | None]) -> Verdict:
+def find_verdict(differences: Sequence[Estimate | None]) -> Verdict:
     """The verdict on a claim whose comparisons have these differences, better minus worse.
 
     Reproduced where every interval lies above 0, not reproduced where any lies below 0, not run where a difference is missing.
     """
-    known = [one for one in differences if one is not None]
+    known = [each for each in differences if each is not None]
     if len(known) < len(differences):
         return "not run"
-    if any(one.high is not None and one.high < 0 for one in known):
+    if any(each.high is not None and each.high < 0 for each in known):
         return "not reproduced"
-    return "reproduced" if all(one.low is not None and one.low > 0 for one in known) else "undecided"
+    return "reproduced" if all(each.low is not None and each.low > 0 for each in known) else "undecided"
 
 
-def _sentence(results: Results, table: Table, claim: Claim) -> str:
+def _check_claims(results: Results, table: Table) -> list[CheckedClaim]:
+    checked = []
+    for claim in table.claims:
+        compared = [compare(results, table, comparison) for comparison in claim.comparisons]
+        checked.append(CheckedClaim(claim.text, compared, find_verdict([each.seeds for each in compared])))
+    return checked
+
+
+def _sentence(results: Results, table: Table, claim: CheckedClaim) -> str:
     """The verdict, the claim, and the figures of every comparison."""
-    compared = [compare(results, table, comparison) for comparison in claim.comparisons]
-    verdict = judge([one.seeds for one in compared])
-    word = verdict if table.paper else _OURS.get(verdict, verdict)
-    counts = sorted({one.seeds.seeds for one in compared if one.seeds is not None})
+    word = claim.verdict if table.paper else _OURS.get(claim.verdict, claim.verdict)
+    counts = sorted({each.seeds.seeds for each in claim.compared if each.seeds is not None})
     seeds = f" {' or '.join(map(str, counts))} seed{'s' if counts != [1] else ''}." if counts else ""
-    details = "; ".join(_details(results, one) for one in compared)
+    details = "; ".join(_details(results, each) for each in claim.compared)
     return f"**{word.capitalize()}:** {claim.text}. {details[:1].upper()}{details[1:]}.{seeds}"
 
 
@@ -192,21 +216,7 @@ def _details(results: Results, compared: Compared) -> str:
 # Pages
 
 
-def _page(template: str, results: Results, tables: Sequence[Table], **values: object) -> str:
-    """A page of a template that gets the runs that are done of all planned, and each table with the sentences of its claims."""
-    claims = [(table, [_sentence(results, table, claim) for claim in table.claims]) for table in tables]
-    return render(f"lab/templates/{template}.md.j2", results=results, done=results.count(tables), tables=claims, **values)
-
-
-def _index_page(results: Results, tables: Sequence[Table], out: Path, command: str) -> str:
-    """README.md: every claim, and what failed last time and was not done since."""
-    files = [file for file in sorted((out / "runs").glob("*/seed*/failed.json")) if not file.with_name("result.json").is_file()]
-    failures = {f"{file.parents[1].name}, {file.parent.name}": json.loads(file.read_text())["reason"] for file in files}
-    machines = sorted({str(run["machine"]) for run in results.runs.values()}) or [describe_machine()]
-    return _page("ablations", results, tables, failures=failures, machines=machines, command=command)
-
-
-def _table_page(results: Results, table: Table) -> str:
+def _table_page(results: Results, table: Table, **values: object) -> str:
     """One table: its claims, the plot, recall on both rows, what it costs."""
 
     def shown(line: AblationLine, kind: Kind, metric: Metric) -> str:
@@ -223,7 +233,8 @@ def _table_page(results: Results, table: Table) -> str:
 
     skipped = {run.name: reason for run in table.variants if (reason := obstacle(run)) and (run.name, 0) not in results.runs}
     functions = {"shown": shown, "apart": apart, "cost": cost}
-    return _page("ablation_table", results, [table], recalls=RECALLS, kinds=list(PAPER_DATA), skipped=skipped, **functions)
+    values |= {"recalls": RECALLS, "kinds": list(PAPER_DATA), "skipped": skipped, "done": results.count([table])}
+    return render("lab/templates/ablation_table.md.j2", results=results, **functions, **values)
 
 
 def _plot(results: Results, table: Table) -> str:
@@ -232,13 +243,13 @@ def _plot(results: Results, table: Table) -> str:
     for kind, data in PAPER_DATA.items():
         dots = {at: list(results.values(table, line, kind, MAIN).values()) for at, line in enumerate(table.lines)}
         means = {at: t_interval(own) for at, own in dots.items() if own}
-        bars = {at: (one.mean, one.mean - one.low if one.low is not None else 0.0) for at, one in means.items()}
+        bars = {at: (own.mean, own.mean - own.low if own.low is not None else 0.0) for at, own in means.items()}
         paper = {at: line.paper[kind, MAIN] for at, line in enumerate(table.lines) if (kind, MAIN) in line.paper}
         series.append(Series(results.row(kind), dots, bars, paper, f"the paper, {data}"))
     return plot_lines([line.label.replace("`", "") for line in table.lines], series, f"{MAIN}, %")
 
 
-def _figures(results: Results, tables: Sequence[Table]) -> dict[str, Any]:
+def _figures(results: Results, checked: Mapping[str, Sequence[CheckedClaim]]) -> dict[str, Any]:
     """All figures as plain data: the plan, each run without its queries, each claim with its comparisons and verdict."""
     runs = []
     for (name, seed), run in sorted(results.runs.items()):
@@ -248,13 +259,14 @@ def _figures(results: Results, tables: Sequence[Table]) -> dict[str, Any]:
             for route, rows in run.get("routes", {}).items()
         }
         runs.append({"variant": name, "seed": seed, **kept, "routes": routes})
-    claims = [_claim(results, table, claim) for table in tables for claim in table.claims]
+    claims = [
+        {
+            "table": table,
+            "claim": claim.text,
+            "verdict": claim.verdict,
+            "comparisons": [each.as_json() for each in claim.compared],
+        }
+        for table, own in checked.items()
+        for claim in own
+    ]
     return {"format": FORMAT, "plan": dict(results.plan), "claims": claims, "runs": runs}
-
-
-def _claim(results: Results, table: Table, claim: Claim) -> dict[str, Any]:
-    compared = [compare(results, table, comparison) for comparison in claim.comparisons]
-    known = [{"seeds": one.seeds and asdict(one.seeds), "queries": one.queries and asdict(one.queries)} for one in compared]
-    comparisons = [asdict(one.comparison) | own | {"paper": one.paper} for one, own in zip(compared, known, strict=True)]
-    verdict = judge([one.seeds for one in compared])
-    return {"table": table.id, "claim": claim.text, "verdict": verdict, "comparisons": comparisons}

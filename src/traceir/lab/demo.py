@@ -6,7 +6,7 @@ Which queries are asked is fixed by a rule (`WISHES`: the first of a row with so
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -71,15 +71,17 @@ def prepare(out: Path) -> tuple[Path, list[Question]]:
     asked: dict[str, list[mbeir.Record]] = {}
     for wish in WISHES:
         task = tasks[wish.row]
-        record = _first(task, wish.steps)
+        labels = mbeir.read_labels(task.labels_path)
+        fitting = {qid for qid, label in labels.items() if label.steps == wish.steps}
+        record = next((record for record in mbeir.read_queries(task.query_path) if record.qid in fitting), None)
+        if record is None:
+            raise DataError(f"{task.query_path} has no query of {wish.steps} steps; unpack the folder again")
         prompts = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)
         questions.append(Question(*wish, mbeir.to_query(record, prompts[0], data), frozenset(record.positives)))
         asked.setdefault(wish.row, []).append(record)
-    lines: dict[str, str] = {}
-    for row, records in asked.items():
-        lines |= _lend(tasks[row], records)
+    lent = {candidate.did: candidate for row, records in asked.items() for candidate in _lend(tasks[row], records)}
     pool = data / "cand_pool" / "demo" / "mbeir_demo_cand_pool.jsonl"
-    write_whole(pool, "".join(f"{line}\n" for line in lines.values()))
+    write_whole(pool, "".join(map(_line, lent.values())))
     return pool, questions
 
 
@@ -113,8 +115,8 @@ def write_page(answers: Sequence[Entry], out: Path) -> Path:
     """The contact sheet; returns the path of its page."""
     intro = (
         "A small mixed gallery searched by words, by a picture, and by a picture with words. The queries were chosen by a fixed "
-        "rule, not by success; hits are judged by the benchmark's labels."
     )
+    intro += "rule, not by success; hits are judged by the benchmark's labels."
     return write_gallery(answers, out / "page", title="TraceIR: reason, then retrieve", intro=intro)
 
 
@@ -132,27 +134,18 @@ def describe(number: int, answer: Entry, *, top: int = 3) -> str:
     return "\n".join([*lines, f"   {verdict(answer.hits, answer.right)}"])
 
 
-def _first(task: mbeir.Task, steps: int) -> mbeir.Record:
-    """The first record, in file order, that needs so many steps; DataError where there is none."""
-    labels = mbeir.read_labels(task.labels_path)
-    for record in mbeir.read_queries(task.query_path):
-        if record.qid in labels and labels[record.qid].steps == steps:
-            return record
-    raise DataError(f"{task.query_path} has no query of {steps} steps; unpack the folder again")
-
-
-def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> Mapping[str, str]:
-    """did -> pool line: all positives and distractors of the records, then others in the pool's order up to PER_ROW."""
+def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> list[mbeir.Candidate]:
+    """All positives and distractors of the records, then others in the pool's order up to PER_ROW."""
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
     needed = {did for record in records for did in (*record.positives, *record.negatives) if did in pool}
     others = [did for did in pool if did not in needed]
     chosen = {*needed, *others[: max(0, PER_ROW - len(needed))]}
     # In the pool's order, which is scattered, so that equal scores favour nobody.
-    return {did: _line(pool[did]) for did in pool if did in chosen}
+    return [candidate for did, candidate in pool.items() if did in chosen]
 
 
 def _line(candidate: mbeir.Candidate) -> str:
     """The candidate with its text in the form the models are trained on."""
     text, image = mbeir.candidate_text(candidate) or None, candidate.image_path
     line = {"did": candidate.did, "txt": text, "img_path": image, "modality": candidate.modality}
-    return json.dumps(line, ensure_ascii=False)
+    return json.dumps(line, ensure_ascii=False) + "\n"

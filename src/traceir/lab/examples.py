@@ -29,21 +29,21 @@ def write_examples(folder: Path, data: Path, out: Path, *, route: Route = "auto"
     run = read_run(folder, route)
     entries: list[Entry] = []
     for task in mbeir.find_tasks(data, run.results.get("split") or "test"):
-        judged = [one for (row, _), one in run.judged.items() if row == task.name and (rows is None or row in rows)]
-        if chosen := choose(judged, task.metric_k):
-            hits = _read_hits(folder / "runs" / f"{task.name}-{route}.txt", {one.qid for one in chosen})
+        outcomes = [own for (row, _), own in run.judged.items() if row == task.name and (rows is None or row in rows)]
+        if chosen := choose(outcomes, task.metric_k):
+            hits = _read_hits(folder / "runs" / f"{task.name}-{route}.txt", {outcome.qid for outcome in chosen})
             entries += _entries(task, chosen, hits, folder, data)
     about = f"Model {run.results.get('model')}, route {route}. Of every row the first query hit at 1 and the first one missed, "
     about += "with and without reasoning; nothing is picked by hand."
     return write_gallery(entries, out, title="TraceIR: hits and misses", intro=about)
 
 
-def choose(judged: Sequence[QueryOutcome], k: int) -> list[QueryOutcome]:
+def choose(outcomes: Sequence[QueryOutcome], k: int) -> list[QueryOutcome]:
     """The first hit at 1 and the first miss at k, of the queries that reasoned and of those that did not, in file order."""
     chosen: list[QueryOutcome] = []
     for route in ("direct", "reason"):
-        own = [one for one in judged if one.route == route]
-        chosen += [one for one in own if one.rank == 1][:1] + [one for one in own if one.rank > k][:1]
+        own = [outcome for outcome in outcomes if outcome.route == route]
+        chosen += [outcome for outcome in own if outcome.rank == 1][:1] + [outcome for outcome in own if outcome.rank > k][:1]
     return chosen
 
 
@@ -55,19 +55,20 @@ def _entries(
     relevant = mbeir.read_relevant(task)
     prompt = mbeir.read_instructions(data).prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
     entries = []
-    for one in chosen:
-        own = hits[one.qid]
-        if one.qid not in records or any(did not in pool for did, _ in own):
-            raise DataError(f"{folder} names query {one.qid} or candidates that {data} does not have; evaluate again")
-        record = records[one.qid]
-        shown = [_hit(pool[did], score, rank, data) for rank, (did, score) in enumerate(own, start=1)]
-        route: Literal["reason", "direct"] = "reason" if one.route == "reason" else "direct"
+    for own in chosen:
+        if own.qid not in records or any(did not in pool for did, _ in hits[own.qid]):
+            raise DataError(f"{folder} names query {own.qid} or candidates that {data} does not have; evaluate again")
+        record, shown = records[own.qid], []
+        for rank, (did, score) in enumerate(hits[own.qid], start=1):
+            image, text = pool[did].image_path, normalise(pool[did].text) or None
+            shown.append(Hit(did, score, rank, pool[did].modality, text, str(data / image) if image else None, {}))
+        route: Literal["reason", "direct"] = "reason" if own.route == "reason" else "direct"
         blank = np.zeros(0, dtype=np.float32)
-        encoding = Encoding(blank, route, one.reasoning, one.tokens, one.emb_probability, one.truncated)
-        steps = "" if one.steps is None else f", {one.steps} step{'' if one.steps == 1 else 's'}"
-        title = f"{task.name}{steps}: {'hit' if one.rank == 1 else 'missed'}, right one at rank {one.rank}"
-        right = frozenset(relevant.get(one.qid, set()) | set(record.positives))
-        entries.append(Entry(title, mbeir.to_query(record, prompt, data), encoding, shown, right, f"query {one.qid}"))
+        encoding = Encoding(blank, route, own.reasoning, own.tokens, own.emb_probability, own.truncated)
+        steps = "" if own.steps is None else f", {own.steps} step{'' if own.steps == 1 else 's'}"
+        title = f"{task.name}{steps}: {'hit' if own.rank == 1 else 'missed'}, right one at rank {own.rank}"
+        right = frozenset(relevant.get(own.qid, set()) | set(record.positives))
+        entries.append(Entry(title, mbeir.to_query(record, prompt, data), encoding, shown, right, f"query {own.qid}"))
     return entries
 
 
@@ -84,8 +85,3 @@ def _read_hits(file: Path, wanted: set[str]) -> dict[str, list[tuple[str, float]
     except OSError as error:
         raise DataError(f"{file}: {error.strerror or error}; evaluate again") from error
     return hits
-
-
-def _hit(candidate: mbeir.Candidate, score: float, rank: int, data: Path) -> Hit:
-    image = str(data / candidate.image_path) if candidate.image_path else None
-    return Hit(candidate.did, score, rank, candidate.modality, normalise(candidate.text) or None, image, {})

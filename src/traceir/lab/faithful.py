@@ -74,7 +74,7 @@ def probe(
     if not probes:
         raise InputError(f"{data}: no row of split {split} has two queries that reason and have a reasoning label")
     header = {"format": 1, "model": encoder.fingerprint, "data": str(data.name), "split": split, "limit": limit}
-    write_whole(out / "faithful.json", json.dumps({**header, "probes": [asdict(one) for one in probes]}, indent=1) + "\n")
+    write_whole(out / "faithful.json", json.dumps({**header, "probes": [asdict(each) for each in probes]}, indent=1) + "\n")
     write_whole(out / "faithful.md", table(probes, encoder.fingerprint))
     return probes
 
@@ -98,8 +98,15 @@ def encode_given(encoder: Encoder, queries: Sequence[Query], reasonings: Sequenc
 
 def table(probes: Sequence[Probe], model: str) -> str:
     """The probes as Markdown: all rows together, weighted by their queries, then each row."""
-    everything = [_pool([one for one in probes if one.kind == kind]) for kind in KINDS]
-    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, probes=[*everything, *probes])
+    whole = []
+    for kind in KINDS:
+        own = [each for each in probes if each.kind == kind]
+        queries = [each.queries for each in own]
+        values = [[each.hit_1, each.hit_k, each.cosine, each.hit_1_of_other or 0.0] for each in own]
+        hit_1, hit_k, cosine, of_other = map(float, np.average(values, axis=0, weights=queries))
+        other = None if own[0].hit_1_of_other is None else of_other
+        whole.append(Probe("**all**", kind, sum(queries), hit_1, hit_k, cosine, other))
+    return render("lab/templates/faithful.md.j2", model=model, kinds=KINDS, probes=[*whole, *probes])
 
 
 def _probe_row(
@@ -115,14 +122,14 @@ def _probe_row(
         return []
     candidates = list(mbeir.read_pool(task.pool_path))
     items = [mbeir.to_item(candidate, data) for candidate in candidates]
-    pool_ND = np.stack([one.vector for one in encoder.encode_items(items, progress=progress)])
+    pool_ND = np.stack([encoding.vector for encoding in encoder.encode_items(items, progress=progress)])
     records, queries, encodings = [records[n] for n in kept], [queries[n] for n in kept], [encodings[n] for n in kept]
     own_QD = np.stack([encoding.vector for encoding in encodings])
     relevant, dids = mbeir.read_relevant(task), np.array([candidate.did for candidate in candidates])
     targets = [list(relevant.get(record.qid, set()) | set(record.positives)) for record in records]
     relevant_QN = np.stack([np.isin(dids, own) for own in targets])
     written = [encoding.reasoning for encoding in encodings]
-    given = {
+    reasonings_by_kind = {
         "own": written,
         "label": [completion_text(labels[record.qid].reasoning, labels[record.qid].answer) for record in records],
         "blank": [""] * len(written),
@@ -130,7 +137,7 @@ def _probe_row(
         "swapped": [*written[1:], written[0]],
     }
     probes = []
-    for kind, reasonings in given.items():
+    for kind, reasonings in reasonings_by_kind.items():
         vectors_QD = encode_given(encoder, queries, reasonings)
         scores_QN = vectors_QD @ pool_ND.T
         ranks = rank_positives(scores_QN, relevant_QN)
@@ -139,13 +146,3 @@ def _probe_row(
         hits = [float((ranks <= k).mean()) for k in (1, task.metric_k)]
         probes.append(Probe(task.name, kind, len(records), hits[0], hits[1], round(cosine, 4), of_other))
     return probes
-
-
-def _pool(probes: Sequence[Probe]) -> Probe:
-    """The probes of one kind over all rows, weighted by their queries."""
-    weights = [one.queries for one in probes]
-    values = np.array([[one.hit_1, one.hit_k, one.cosine, one.hit_1_of_other or 0.0] for one in probes])
-    hit_1, hit_k, cosine, other = map(float, np.average(values, axis=0, weights=weights))
-    return Probe(
-        "**all**", probes[0].kind, sum(weights), hit_1, hit_k, cosine, None if probes[0].hit_1_of_other is None else other
-    )

@@ -49,25 +49,13 @@ class Entry:
         return first_right(self.hits, self.right) == 1
 
 
-def write_gallery(
-    entries: Sequence[Entry], out_dir: Path, *, title: str = "TraceIR: searches", intro: str = "", cards: int = CARDS
-) -> Path:
-    """Writes `index.html` into the folder and returns its path; of each entry the first `cards` hits become cards.
+def write_gallery(entries: Sequence[Entry], out_dir: Path, *, title: str = "TraceIR: searches", intro: str = "") -> Path:
+    """Writes `index.html` into the folder and returns its path; of each entry the first `CARDS` hits become cards.
 
     An image that cannot be read any more is shown as such; nothing is raised for it.
     """
-    page = render(
-        "lab/templates/gallery.html.j2",
-        entries=entries,
-        title=title,
-        intro=intro,
-        cards=cards,
-        cost=cost,
-        verdict=verdict,
-        steps=reasoning_steps,
-        thumbnail=_thumbnail,
-        open=ImageInput.open,
-    )
+    functions = {"cost": cost, "verdict": verdict, "steps": reasoning_steps, "thumbnail": _thumbnail, "open": ImageInput.open}
+    page = render("lab/templates/gallery.html.j2", entries=entries, title=title, intro=intro, cards=CARDS, **functions)
     target = out_dir / FILE_NAME
     write_whole(target, page.encode("utf-8", "replace"))
     return target

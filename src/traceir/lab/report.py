@@ -85,13 +85,9 @@ def routing_report(folder: Path) -> str:
     mixed = [name for name, own in rows.items() if all(len(between(own, bounds)) for bounds in SPLIT.values())]
     rows |= {"**all mixed rows**": queries[queries["row"].isin(mixed)], "**all rows**": queries}
     reasoned = {name: [between(own, bounds)["reasoned"] for bounds in SPLIT.values()] for name, own in rows.items()}
-    broken = [
-        name.strip("*")
-        for name, (simple, complex_) in reasoned.items()
-        if simple.mean() > MAX_SIMPLE_REASON or complex_.mean() < MIN_COMPLEX_REASON
-    ]
-    bounds = {"most": MAX_SIMPLE_REASON, "least": MIN_COMPLEX_REASON}
-    return _page("routing", [run], rows=reasoned, mixed=mixed, broken=broken, **bounds)
+    most, least = MAX_SIMPLE_REASON, MIN_COMPLEX_REASON
+    broken = [name.strip("*") for name, own in reasoned.items() if own[0].mean() > most or own[1].mean() < least]
+    return _page("routing", [run], rows=reasoned, mixed=mixed, broken=broken, most=most, least=least)
 
 
 def routes_report(folder: Path) -> str:
@@ -120,24 +116,18 @@ def outcomes(runs: Sequence[ScoredRun], keys: Sequence[Key]) -> pd.DataFrame:
     for run in runs:
         frame = pd.DataFrame([_FIELDS(run.judged[key]) for key in keys], columns=COLUMNS).astype({"exact": object})
         hits = {f"hit@{k}": run.hits(keys, k) for k in (1, 5)} | {f"first@{k}": runs[0].hits(keys, k) for k in (1, 5)}
-        steps, reasoned = frame["steps"].fillna(-1).astype(int), (frame["route"] == "reason").astype(float)
-        frames.append(
-            frame.assign(run=run.label, first=run is runs[0], steps=steps, reasoned=reasoned, hit=run.hits(keys), **hits)
-        )
-    return pd.concat(frames, ignore_index=True)
+        frames.append(frame.assign(run=run.label, first=run is runs[0], hit=run.hits(keys), **hits))
+    queries = pd.concat(frames, ignore_index=True)
+    steps, reasoned = queries["steps"].fillna(-1).astype(int), (queries["route"] == "reason").astype(float)
+    return queries.assign(steps=steps, reasoned=reasoned)
 
 
 def measure(queries: pd.DataFrame, by: list[str], hit: str) -> pd.DataFrame:
     """One line a group: its `queries`, the `mean` of one of the hits with its interval (`low`, `high`), and mean `tokens`."""
-    lines = [
-        {
-            **dict(zip(by, key, strict=True)),
-            "queries": len(own),
-            **asdict(bootstrap_mean(own[hit])),
-            "tokens": own["tokens"].mean(),
-        }
-        for key, own in queries.groupby(by, sort=False)
-    ]
+    lines = []
+    for key, own in queries.groupby(by, sort=False):
+        interval = asdict(bootstrap_mean(own[hit]))
+        lines.append(dict(zip(by, key, strict=True)) | {"queries": len(own), **interval, "tokens": own["tokens"].mean()})
     return pd.DataFrame(lines)
 
 
@@ -159,7 +149,11 @@ def _labelled(run: ScoredRun, keys: Iterable[Key]) -> list[Key]:
 
 
 def _page(template: str, runs: Sequence[ScoredRun], **values: object) -> str:
-    functions = {"between": between, "figure": _figure, "share": _share, "difference": _difference}
+    def difference(own: pd.DataFrame, k: int) -> str:
+        """Of one run to the first."""
+        return "–" if own["first"].all() else _figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
+
+    functions = {"between": between, "figure": _figure, "share": _share, "difference": difference}
     return render(f"lab/templates/{template}.md.j2", runs=runs, **functions, **values)
 
 
@@ -171,11 +165,6 @@ def _figure(values: pd.Series, form: str = ".1f") -> Markup:
 
 def _share(values: pd.Series) -> str:
     return percent(values.mean()) if len(values) else "–"
-
-
-def _difference(own: pd.DataFrame, k: int) -> str:
-    """Of one run to the first."""
-    return "–" if own["first"].all() else _figure(own[f"hit@{k}"] - own[f"first@{k}"], "+.1f")
 
 
 def _kind_of_queries(routes: Mapping[str, Any], queries: pd.DataFrame, bounds: tuple[int, int]) -> dict[str, Any]:

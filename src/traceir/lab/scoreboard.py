@@ -61,7 +61,7 @@ def _rows(measured: pd.DataFrame, published: pd.DataFrame) -> Cells:
     beside = published.loc[:, list(SHOWN_BESIDE) if published.index.isin(rows).any() else []].reindex(rows)
     lines: Cells = [["row", *labels, *(f"{method} (published)" for method in beside)]]
     for row, own in measured.groupby("row", sort=False):
-        shown = [f"{100 * one.mean:.1f} [{100 * one.low:.1f}, {100 * one.high:.1f}]" for one in own.itertuples()]
+        shown = [f"{100 * run.mean:.1f} [{100 * run.low:.1f}, {100 * run.high:.1f}]" for run in own.itertuples()]
         lines.append([row, *shown, *map(_known, beside.loc[row])])
     means = measured.groupby("run", sort=False)["mean"].mean()
     averages = beside.mean() if set(rows) == set(published.index) else beside.mean() * float("nan")

@@ -23,27 +23,12 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
+from traceir.data import mbeir
 from traceir.data.mbeir import Split
 from traceir.errors import DataError, InputError
-from traceir.minibeir.rows import (
-    FAMILY,
-    LESSON_FOLDER,
-    LESSONS,
-    POOLS,
-    ROWS,
-    SCALES,
-    SPLITS,
-    TWINS,
-    WORLDS,
-    CandidateDraft,
-    DrawnRow,
-    DrawnWorld,
-    QueryDraft,
-    Scale,
-    Sketch,
-    load_worlds,
-)
-from traceir.minibeir.verify import verify
+from traceir.files import replacing, write_whole
+from traceir.minibeir import rows
+from traceir.minibeir.rows import CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Scale, Sketch
 
 FORMAT: Final = 1
 META: Final = "meta.json"
@@ -62,7 +47,7 @@ def build(
     *,
     scale: Scale,
     seed: int = 0,
-    splits: Sequence[Split] = SPLITS,
+    splits: Sequence[Split] = rows.SPLITS,
     workers: int = 1,
     worlds: Mapping[str, DrawnWorld] | None = None,
 ) -> Path:
@@ -72,32 +57,32 @@ def build(
     Raises InputError where `out` holds something else, DataError where the result breaks a rule.
     """
     check_plan(scale, seed)
-    if not splits or any(split not in SPLITS for split in splits):
-        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(SPLITS)}")
+    if not splits or any(split not in rows.SPLITS for split in splits):
+        raise InputError(f"splits are {tuple(splits)}; choose some of {', '.join(rows.SPLITS)}")
     if workers < 1:
         raise InputError(f"workers is {workers}; give at least 1")
-    ordered = [split for split in SPLITS if split in splits]
+    ordered = [split for split in rows.SPLITS if split in splits]
     plan = {"name": "MiniBEIR", "format": FORMAT, "scale": scale, "seed": seed, "splits": ordered}
     if holds(out, META, plan, MARK):
         return out
-    write_text(out / MARK, json.dumps(plan) + "\n")
-    for path in out.rglob(".*.tmp"):  # of killed builds; younger ones may belong to a live one
+    write_whole(out / MARK, json.dumps(plan) + "\n")
+    for path in [*out.rglob(".*.new"), *out.rglob(".*.tmp")]:  # of killed builds; younger ones may belong to a live one
         if time.time() - path.stat().st_mtime > 60:
             path.unlink(missing_ok=True)
-    work = sum(row.count(scale, split) for row in ROWS for split in ordered)
-    work += sum(LESSONS[scale].values()) if "train" in ordered else 0
+    work = sum(row.count(scale, split) for row in rows.ROWS for split in ordered)
+    work += sum(rows.LESSONS[scale].values()) if "train" in ordered else 0
     with tqdm(total=work, unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
-        _Builder(Album(out, workers), scale, seed, ordered, load_worlds() if worlds is None else worlds, bar).write()
+        _Builder(Album(out, workers), scale, seed, ordered, rows.load_worlds() if worlds is None else worlds, bar).write()
     meta = plan | verify(out, scale, ordered)
-    write_text(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
+    write_whole(out / META, json.dumps(meta | {"fingerprint": fingerprint(out)}, indent=1) + "\n")
     (out / MARK).unlink(missing_ok=True)
     logger.info("MiniBEIR %s is complete in %s: %d images", scale, out, meta["pictures"])
     return out
 
 
 def check_plan(scale: str, seed: int) -> None:
-    if scale not in SCALES:
-        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(SCALES)}")
+    if scale not in rows.SCALES:
+        raise InputError(f"scale {scale!r} is unknown; choose one of {', '.join(rows.SCALES)}")
     if seed < 0:
         raise InputError(f"seed is {seed}; give an integer of at least 0")
 
@@ -111,11 +96,11 @@ def holds(out: Path, manifest: str, plan: Mapping[str, Any], mark: str = "") -> 
             raise InputError(f"{out} is not empty and holds no {manifest}; give a new or an empty folder")
         return False
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}:1: not JSON ({error}); remove the folder and build again") from error
     for key, wanted in plan.items():
-        shown = found.get(key) if isinstance(found, dict) else found
+        shown = content.get(key) if isinstance(content, dict) else content
         if shown != wanted:
             raise InputError(
                 f"{path}: the folder holds {key} {shown!r}, asked for is {wanted!r}; give another folder or remove this one"
@@ -129,30 +114,21 @@ def fingerprint(root: Path, *but: str) -> str:
     A torch file counts by the JSON of what it holds, because its bytes may differ between versions of torch.
     """
     digest = hashlib.sha256()
-    found = [path for path in root.rglob("*") if path.suffix in (".jsonl", ".json", ".txt", ".tsv", ".pt")]
-    names = {path.relative_to(root).as_posix(): path for path in found}
+    kinds = (".jsonl", ".json", ".txt", ".tsv", ".pt")
+    names = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.suffix in kinds}
     for name in sorted(set(names) - {META, MARK, *but}):
-        content = dump(read_torch(names[name])).encode() if name.endswith(".pt") else names[name].read_bytes()
+        if name.endswith(".pt"):
+            import torch
+
+            content = dump(torch.load(names[name], weights_only=True)).encode()
+        else:
+            content = names[name].read_bytes()
         digest.update(f"{name}\n{hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def read_torch(path: Path) -> Any:
-    """What a torch file holds; only plain data is loaded."""
-    import torch
-
-    return torch.load(path, weights_only=True)
-
-
 def dump(content: object) -> str:
     return json.dumps(content, ensure_ascii=False)
-
-
-def write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -190,8 +166,6 @@ class Album:
 
         This process draws a share of its own: forks inherit what the worlds have cached of earlier drawing.
         """
-        for folder in {path.parent for _, path in self.pending}:
-            folder.mkdir(parents=True, exist_ok=True)
         fork = multiprocessing.get_context("fork" if self.workers > 1 else None)
         shards = [self.pending[start :: self.workers] for start in range(1, self.workers)]
         processes = [fork.Process(target=_draw, args=(shard, os.getpid())) for shard in shards if shard]
@@ -208,9 +182,8 @@ def _draw(shard: Iterable[tuple[Sketch, Path]], parent: int | None = None) -> No
     for sketch, path in shard:
         if parent is not None and os.getppid() != parent:
             return  # the build was killed; leave the rest to the next one
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        sketch.draw().save(temporary, format=FORMATS[path.suffix], quality=JPEG_QUALITY)
-        temporary.replace(path)
+        with replacing(path, binary=True) as stream:
+            sketch.draw().save(stream, format=FORMATS[path.suffix], quality=JPEG_QUALITY)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -232,37 +205,41 @@ class _Builder:
     queries: Counter[int] = field(default_factory=Counter)
 
     def write(self) -> None:
-        for _, rows in itertools.groupby(sorted(ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
-            self._add_dataset(sorted(rows, key=ROWS.index))
-        if "train" in self.splits:
-            self._add_lessons()
+        for _, group in itertools.groupby(sorted(rows.ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
+            self._add_dataset(sorted(group, key=rows.ROWS.index))
+        for world in rows.WORLDS if "train" in self.splits else ():
+            for lesson in self.worlds[world].lessons(rows.LESSONS[self.scale][world], self.seed):
+                image = self.album.place(lesson.sketch, world, f"lessons_images/{world}")
+                line = {"img_path": image, "prompt": lesson.prompt, "target": lesson.target}
+                self.files[f"{rows.LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
+                self.bar.update()
         self.album.draw()
         for name, lines in self.files.items():
             unique = dict.fromkeys(lines) if name.startswith("cand_pool/global") else lines
-            write_text(self.album.root / name, "".join(f"{line}\n" for line in unique))
+            write_whole(self.album.root / name, "".join(f"{line}\n" for line in unique))
         table = resources.files("traceir.minibeir").joinpath("instructions.tsv").read_text(encoding="utf-8")
-        write_text(self.album.root / "instructions" / "query_instructions.tsv", table)
+        write_whole(self.album.root / "instructions" / "query_instructions.tsv", table)
 
     def _drafts(self, row: DrawnRow, split: Split) -> Iterator[QueryDraft]:
         for draft in self.worlds[row.world].rows[row.name](split, row.count(self.scale, split), self.seed):
             self.bar.update()
             yield draft
 
-    def _add_dataset(self, rows: Sequence[DrawnRow]) -> None:
+    def _add_dataset(self, group: Sequence[DrawnRow]) -> None:
         if "train" in self.splits:
             union = self.files["cand_pool/global/mbeir_union_train_cand_pool.jsonl"]
-            counts = [row.count(self.scale, "train") for row in rows]
-            for which, draft in _interleave([self._drafts(row, "train") for row in rows], counts):
-                union += [self.lines[did] for did in self._add("train", rows[which].dataset, rows[which], draft, ())]
+            counts = [row.count(self.scale, "train") for row in group]
+            for which, draft in _interleave([self._drafts(row, "train") for row in group], counts):
+                union += [self.lines[did] for did in self._add("train", group[which].dataset, group[which], draft, ())]
         splits = [split for split in self.splits if split != "train"]
-        for row in rows:
-            for group in [[split] for split in splits] if row.split_pools else [splits]:
-                if group:
-                    self._add_row(row, group)
+        for row in group:
+            for shared in [[split] for split in splits] if row.split_pools else [splits]:
+                if shared:
+                    self._add_row(row, shared)
 
     def _add_row(self, row: DrawnRow, splits: Sequence[Split]) -> None:
         """The val and test files of a row that share a pool, and that pool, scattered so that equal scores favour nobody."""
-        least, most = POOLS[self.scale]
+        least, most = rows.POOLS[self.scale]
         drafts = [(split, draft) for split in splits for draft in self._drafts(row, split)]
         spared = spare_distractors([draft for _, draft in drafts], most)
         pool: dict[str, None] = {}
@@ -304,27 +281,18 @@ class _Builder:
             "neg_cand_list": negatives,
             "task_id": row.task_id,
         }
-        told = (draft.reasoning, draft.answer) if draft.steps >= 2 else (None, None)
-        label = {"qid": qid, "steps": draft.steps, "z": int(draft.steps >= 2), "reasoning": told[0], "answer": told[1]}
+        written = {"reasoning": draft.reasoning, "answer": draft.answer}
+        label = {"qid": qid, "steps": draft.steps, "z": int(draft.steps >= 2), **written}
         self.files[f"query/{split}/mbeir_{name}_{split}.jsonl"].append(dump(query))
         self.files[f"cot/{split}/mbeir_{name}_{split}_cot.jsonl"].append(dump(label))
         self.files[f"qrels/{split}/mbeir_{name}_{split}_qrels.txt"] += [f"{qid} 0 {did} 1 {row.task_id}" for did in positives]
         return [*positives, *negatives]
 
-    def _add_lessons(self) -> None:
-        """A file for each world and kind."""
-        for world in WORLDS:
-            for lesson in self.worlds[world].lessons(LESSONS[self.scale][world], self.seed):
-                image = self.album.place(lesson.sketch, world, f"lessons_images/{world}")
-                line = {"img_path": image, "prompt": lesson.prompt, "target": lesson.target}
-                self.files[f"{LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
-                self.bar.update()
-
 
 def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tuple[CandidateDraft, ...]]:
     """The distractors that go into the pool: all, or so many fewer for each query that the pool keeps to `pool_most`.
 
-    The source and the intermediate states (first of a draft's distractors) and the last `TWINS` twins always stay, so that a
+    The source and the intermediate states (first of a draft's distractors) and the last TWINS twins always stay, so that a
     pool may still end up larger.
     """
     kept: list[tuple[CandidateDraft, ...]] = []
@@ -332,7 +300,7 @@ def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tupl
         kept = []
         for draft in drafts:
             first = max(draft.steps, 1)
-            spared = range(first + spare, max(len(draft.distractors) - TWINS, first))
+            spared = range(first + spare, max(len(draft.distractors) - rows.TWINS, first))
             source = CandidateDraft(sketch=draft.sketch)
             places = enumerate(draft.distractors)
             kept.append(tuple(each for place, each in places if place not in spared or (each.sketch and each == source)))
@@ -346,6 +314,92 @@ def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) 
     done = [0] * len(streams)
     while done != list(counts):
         which = min(range(len(streams)), key=lambda place: (done[place] / max(counts[place], 1), place))
-        for _ in range(min(FAMILY, counts[which] - done[which])):
+        for _ in range(min(rows.FAMILY, counts[which] - done[which])):
             yield which, next(streams[which])
             done[which] += 1
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+_Content = tuple[str | None, str | None]
+"""Text and image path of a candidate."""
+
+
+def verify(root: Path, scale: Scale, splits: Sequence[Split]) -> dict[str, Any]:
+    """Reads the files back, checks what the benchmark promises, and counts. Raises DataError naming the file."""
+    counts: dict[str, Any] = {"rows": {row.name: {} for row in rows.ROWS}, "lessons": 0}
+    images: set[str | None] = set()
+    trained: dict[str, set[_Content]] = {row.world: set() for row in rows.ROWS}
+    if "train" in splits:
+        train_counts = _verify_train(root, trained, images)
+        lessons = [json.loads(line) for file in (root / rows.LESSON_FOLDER).glob("*.jsonl") for line in file.open("rb")]
+        images.update(lesson["img_path"] for lesson in lessons)
+        counts["lessons"] = len(lessons)
+    for split in [split for split in splits if split != "train"]:
+        for task, row in zip(mbeir.find_tasks(root, split), rows.ROWS, strict=True):
+            seen = trained[row.world] if split == "test" and row.world in rows.HELD_OUT_WORLDS else set()
+            counts["rows"][row.name][split] = _verify_task(task, row, scale, seen, images)
+    for row in rows.ROWS if "train" in splits else ():
+        counts["rows"][row.name]["train"] = {"queries": train_counts[row.name]}
+    images.discard(None)
+    for name in sorted(map(str, images)):
+        if not (root / name).is_file():
+            raise DataError(f"{root / name}: the image is named by a file but missing; remove {root} and build again")
+    return counts | {"pictures": len(images)}
+
+
+def _verify_train(root: Path, trained: dict[str, set[_Content]], images: set[str | None]) -> Counter[str]:
+    """Training queries for each row; adds the contents of training answers by world."""
+    pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
+    counts: Counter[str] = Counter()
+    for dataset in mbeir.train_datasets(root):
+        world = next(row.world for row in rows.ROWS if row.dataset == dataset)
+        for record in mbeir.read_train(root, dataset):
+            counts[f"{dataset}_task{record.task_id}"] += 1
+            images.add(record.image_path)
+            for did in record.positives:
+                if did not in pool:
+                    raise DataError(f"{mbeir.train_pool_path(root)}: positive {did} of {record.qid} is not in the pool")
+                trained[world].add((pool[did].text, pool[did].image_path))
+    images.update(candidate.image_path for candidate in pool.values())
+    return counts
+
+
+def _verify_task(
+    task: mbeir.Task, row: DrawnRow, scale: Scale, trained: set[_Content], images: set[str | None]
+) -> dict[str, Any]:
+    pool = {candidate.did: candidate for candidate in mbeir.read_pool(task.pool_path)}
+    relevant, labels = mbeir.read_qrels(task.qrels_path), mbeir.read_labels(task.labels_path)
+    steps: Counter[int] = Counter()
+
+    def demand(holds: bool, what: str) -> None:
+        if not holds:
+            raise DataError(what)
+
+    def demand_modality(where: str, each: mbeir.Record | mbeir.Candidate, wanted: str) -> None:
+        images.add(each.image_path)
+        shown = ",".join(name for name, part in (("image", each.image_path), ("text", each.text)) if part)
+        demand(shown == wanted, f"{where} is {shown}; the row asks for {wanted}")
+
+    for did, candidate in pool.items():
+        demand_modality(f"{task.pool_path}: candidate {did}", candidate, row.cand_modality)
+    least = rows.POOLS[scale][0]
+    demand(len(pool) >= least, f"{task.pool_path}: {len(pool)} candidates, fewer than {least}; make more pool fill")
+    for record in mbeir.read_queries(task.query_path):
+        where = f"{task.query_path}: query {record.qid}"
+        positives, negatives = set(record.positives), set(record.negatives)
+        both, missing = positives & negatives, (positives | negatives) - pool.keys()
+        leaked = [did for did in positives & pool.keys() if (pool[did].text, pool[did].image_path) in trained]
+        demand_modality(where, record, row.query_modality)
+        demand(bool(positives), f"{where} has no positive; give at least one")
+        demand(relevant.get(record.qid) == positives, f"{where}: its qrels differ from its positives; write both from one list")
+        demand(not missing, f"{where}: candidates {sorted(missing)} are not in {task.pool_path.name}; add them to the pool")
+        demand(not both, f"{where}: {sorted(both)} is both positive and distractor; make them differ")
+        twins = task.split != "test" or len(negatives) >= rows.TWINS
+        demand(twins, f"{where} has {len(negatives)} distractors, fewer than {rows.TWINS}; make more near twins")
+        demand(not leaked, f"{where}: positive {leaked} is a training answer too; hold its composition out")
+        demand(labels[record.qid].steps <= 4, f"{where} has {labels[record.qid].steps} steps; it must have 0 to 4")
+        steps[labels[record.qid].steps] += 1
+    made, wanted = sum(steps.values()), row.count(scale, task.split)
+    demand(made == wanted, f"{task.query_path}: world {row.world} makes {made} of {wanted} queries; make exactly as many")
+    return {"queries": made, "pool": len(pool), "steps": {str(count): steps[count] for count in sorted(steps)}}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
@@ -16,6 +16,7 @@ from traceir.data.mbeir import Split
 from traceir.minibeir.rows import (
     FAMILY,
     VARIANTS,
+    WORDS,
     CandidateDraft,
     DrawnWorld,
     LessonDraft,
@@ -49,7 +50,8 @@ class Composition(Protocol):
     @property
     def attributes(self) -> tuple[str, ...]: ...
     def state(self) -> str: ...
-    def caption(self, style: int) -> str: ...
+    @property
+    def slots(self) -> dict[str, str]: ...
     def sketch(self, variant: int) -> Sketch: ...
     def twins(self, rng: random.Random) -> list[Self]: ...
     def near(self, rng: random.Random) -> list[Self]: ...
@@ -65,6 +67,11 @@ class Composition(Protocol):
             if split is None or composition.split == split:
                 return composition
 
+    def caption(self, style: int) -> str:
+        """In one of the phrasings, which name `slots`."""
+        template: str = WORDS["captions"][type(self).__name__][style]
+        return template.format_map(self.slots)
+
     @property
     def split(self) -> Split:
         """The split that owns this composition."""
@@ -79,21 +86,26 @@ class Composition(Protocol):
 C = TypeVar("C", bound=Composition)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Chain(Generic[C]):
     """A source and the edits upon it: `states` has one more entry than `ops` (resolved) and `words` (as asked)."""
 
-    states: tuple[C, ...]
-    ops: tuple[str, ...]
-    words: tuple[str, ...]
+    states: list[C]
+    ops: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+
+    def add(self, state: C, op: str, words: str) -> None:
+        self.states.append(state)
+        self.ops.append(op)
+        self.words.append(words)
+
+    def is_whole(self, steps: int) -> bool:
+        """Whether it has so many edits, and no state twice."""
+        return len(self.ops) == steps and len({state.code for state in self.states}) == steps + 1
 
     @property
     def target(self) -> C:
         return self.states[-1]
-
-    @property
-    def text(self) -> str:
-        return ", then ".join(self.words)
 
     @property
     def reasoning(self) -> str:
@@ -102,9 +114,9 @@ class Chain(Generic[C]):
         return "; ".join([f"see {self.states[0].state()}", *written, self.ops[-1]])
 
 
-def count_differences(one: Composition, other: Composition) -> int:
+def count_differences(composition: Composition, other: Composition) -> int:
     """In how many attributes two compositions differ."""
-    return sum(a != b for a, b in zip(one.attributes, other.attributes, strict=True))
+    return sum(a != b for a, b in zip(composition.attributes, other.attributes, strict=True))
 
 
 def keep_apart(target: Composition, others: Iterable[C]) -> list[C]:
@@ -120,8 +132,8 @@ def keep_apart(target: Composition, others: Iterable[C]) -> list[C]:
 def _pose_chain(chain: Chain[C], query: Sketch | None, distractors: Iterable[C] = ()) -> QueryDraft:
     """The query of a chain of edits; from two edits on it carries reasoning and answer."""
     beside = tuple(other.candidate for other in keep_apart(chain.target, distractors))
-    told = (chain.reasoning, chain.target.state()) if len(chain.ops) >= 2 else (None, None)
-    return QueryDraft(chain.text, query, (chain.target.candidate,), beside, len(chain.ops), *told)
+    written = (chain.reasoning, chain.target.state()) if len(chain.ops) >= 2 else (None, None)
+    return QueryDraft(", then ".join(chain.words), query, (chain.target.candidate,), beside, len(chain.ops), *written)
 
 
 def _grow_group(kind: type[C], lengths: Sequence[int], rng: random.Random) -> list[Chain[C]]:
@@ -274,8 +286,8 @@ def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:
             chain = kind.draw(rng, "train").grow(rng.randint(1, kind.longest), rng)
             if chain.target.split == "train":
                 break
-        goal = f"{chain.reasoning}; {chain.target.state()}"
+        text, goal = ", then ".join(chain.words), f"{chain.reasoning}; {chain.target.state()}"
         if draw < worded:
-            yield LessonDraft(None, f"{chain.states[0].state()}: {chain.text}", goal, "edits")
+            yield LessonDraft(None, f"{chain.states[0].state()}: {text}", goal, "edits")
         else:
-            yield LessonDraft(chain.states[0].sketch(rng.randrange(VARIANTS)), chain.text, goal, "views")
+            yield LessonDraft(chain.states[0].sketch(rng.randrange(VARIANTS)), text, goal, "views")

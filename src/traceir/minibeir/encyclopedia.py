@@ -24,14 +24,6 @@ FACETS: Final = {entry["kind"]: tuple(entry)[3:] for entry in ENTRIES.values()}
 
 
 @dataclass(frozen=True, slots=True)
-class Entity:
-    """Something with a name and an emblem. `name` is capitalised; sentences of facts use it in lower case."""
-
-    name: str
-    kind: str
-
-
-@dataclass(frozen=True, slots=True)
 class Passage:
     """One entry of the encyclopedia: what is said of one facet of one entity (`intro`: what it is)."""
 
@@ -40,36 +32,39 @@ class Passage:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """Something with a name and an emblem. `name` is capitalised; sentences of facts use it in lower case."""
+
+    name: str
+    kind: str
+
+    @property
+    def facets(self) -> tuple[str, ...]:
+        """All that has a passage: the introduction first, then the facets."""
+        return (INTRO, *FACETS[self.kind])
+
+    def follow(self, relation: str) -> Entity:
+        """The entity one hop away."""
+        return Entity(ENTRIES[self.name][relation], relation)
+
+    def fact(self, facet: str) -> str:
+        """The one sentence in which this fact always stands, in lower case: "the river of torvale is lind"."""
+        name = self.name.lower()
+        return f"{name} is a {self.kind}" if facet == INTRO else f"the {facet} of {name} is {ENTRIES[self.name][facet].lower()}"
+
+    def passage(self, facet: str) -> Passage:
+        """The passage on one facet. It contains its fact word for word but for capitals."""
+        value = ENTRIES[self.name][facet]
+        return Passage(self, facet, value if facet == INTRO else f"{self.name}: the {facet} of {self.name} is {value}.")
+
+
 @cache
 def list_entities(kind: str | None = None) -> tuple[Entity, ...]:
     """All entities, or those of one kind, in a fixed order."""
     return tuple(Entity(name, entry["kind"]) for name, entry in ENTRIES.items() if kind in (None, entry["kind"]))
 
 
-def follow_relation(entity: Entity, relation: str) -> Entity:
-    """The entity one hop away."""
-    return Entity(ENTRIES[entity.name][relation], relation)
-
-
-def state_fact(entity: Entity, facet: str) -> str:
-    """The one sentence in which this fact is always told, in lower case: "the river of torvale is lind"."""
-    name = entity.name.lower()
-    return f"{name} is a {entity.kind}" if facet == INTRO else f"the {facet} of {name} is {ENTRIES[entity.name][facet].lower()}"
-
-
-@cache
-def write_passage(entity: Entity, facet: str) -> Passage:
-    """The passage on one facet. It contains `state_fact` word for word but for capitals."""
-    value = ENTRIES[entity.name][facet]
-    text = value if facet == INTRO else f"{entity.name}: the {facet} of {entity.name} is {value}."
-    return Passage(entity, facet, text)
-
-
-def list_facets(entity: Entity) -> tuple[str, ...]:
-    """All that has a passage: the introduction first, then the facets."""
-    return (INTRO, *FACETS[entity.kind])
-
-
 def list_passages() -> Iterator[Passage]:
     """The whole encyclopedia, entity by entity."""
-    return (write_passage(entity, facet) for entity in list_entities() for facet in list_facets(entity))
+    return (entity.passage(facet) for entity in list_entities() for facet in entity.facets)

@@ -17,19 +17,7 @@ from functools import cache, partial
 from typing import Final
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.encyclopedia import (
-    FACETS,
-    INTRO,
-    RELATIONS,
-    Entity,
-    Passage,
-    follow_relation,
-    list_entities,
-    list_facets,
-    list_passages,
-    state_fact,
-    write_passage,
-)
+from traceir.minibeir.encyclopedia import FACETS, INTRO, RELATIONS, Entity, Passage, list_entities, list_passages
 from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import find_emblem, sketch_emblem
 
@@ -48,22 +36,22 @@ class Path:
 
     def walk(self) -> tuple[Entity, ...]:
         """The entities passed, the start first and the one asked about last."""
-        return tuple(itertools.accumulate(self.hops, follow_relation, initial=self.start))
+        return tuple(itertools.accumulate(self.hops, Entity.follow, initial=self.start))
 
     @property
     def target(self) -> Passage:
         """The passage that answers."""
-        return write_passage(self.walk()[-1], self.facet)
+        return self.walk()[-1].passage(self.facet)
 
     @property
     def answer(self) -> str:
         """The fact asked for: what the right passage begins with or says."""
-        return state_fact(self.walk()[-1], self.facet)
+        return self.walk()[-1].fact(self.facet)
 
     def explain(self, *, seen: bool) -> str:
         """What to think before the answer: what the emblem is, where it is `seen`, and the fact behind every hop."""
         facts = [f"this is {self.start.name.lower()}"] if seen else []
-        return "; ".join(facts + [state_fact(entity, hop) for entity, hop in zip(self.walk(), self.hops, strict=False)])
+        return "; ".join(facts + [entity.fact(hop) for entity, hop in zip(self.walk(), self.hops, strict=False)])
 
     @property
     def held_out(self) -> bool:
@@ -199,7 +187,7 @@ def _deal(paths: Sequence[Path], dice: random.Random) -> Iterator[tuple[Path, in
     """Paths in a random order, all, then all again in that order, each with how often it was dealt before."""
     shuffled = list(paths)
     dice.shuffle(shuffled)
-    return ((path, turn) for turn in itertools.count() for path in shuffled)
+    return ((path, number) for number in itertools.count() for path in shuffled)
 
 
 def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) -> Iterator[tuple[Path, int]]:
@@ -215,14 +203,14 @@ def _list_held(recipe: Recipe, split: Split, count: int, dice: random.Random) ->
 def _list_twins(path: Path, dice: random.Random) -> list[Passage]:
     """Passages beside the right one: those of the way there, then other facets, then other entities."""
     walked = path.walk()
-    way = [write_passage(entity, hop) for entity, hop in zip(walked, path.hops, strict=False)]
-    way += [write_passage(entity, INTRO) for entity in walked]
-    facets = [write_passage(walked[-1], facet) for facet in list_facets(walked[-1])]
+    way = [entity.passage(hop) for entity, hop in zip(walked, path.hops, strict=False)]
+    way += [entity.passage(INTRO) for entity in walked]
+    facets = [walked[-1].passage(facet) for facet in walked[-1].facets]
     others = list(_list_alike(walked[-1]))
     others = others[:4] + dice.sample(others[4:], min(len(others) - 4, TWINS)) if len(others) > 4 else others
-    same = [write_passage(entity, path.facet) for entity in others]
-    origin = [write_passage(path.start, facet) for facet in list_facets(path.start)]
-    neighbours = [write_passage(entity, facet) for entity in others for facet in list_facets(entity)]
+    same = [entity.passage(path.facet) for entity in others]
+    origin = [path.start.passage(facet) for facet in path.start.facets]
+    neighbours = [entity.passage(facet) for entity in others for facet in entity.facets]
     twins = dict.fromkeys((*way, *facets[:4], *same[:8], *origin, *neighbours))
     twins.pop(path.target, None)
     return list(twins)[:TWINS]
@@ -236,8 +224,8 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
         steps = len(path.hops) + recipe.seen
         sketch = sketch_emblem(path.start, RENDERINGS[split] + variant) if recipe.seen else None
         positives, beside = (tuple(_offer(each, recipe.illustrated) for each in some) for some in ([path.target], twins))
-        told = (path.explain(seen=recipe.seen), path.answer) if steps >= 2 else (None, None)
-        return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *told)
+        written = (path.explain(seen=recipe.seen), path.answer) if steps >= 2 else (None, None)
+        return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *written)
 
     if split == "train":
         for made, group in enumerate(_spread(recipe.shares, -(-count // FAMILY))):
@@ -245,8 +233,8 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
             for path in _gather(dice.choice(pool), pool, dice)[: count - made * FAMILY]:
                 yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
-    for path, turn in _list_held(recipe, split, count, dice):
-        yield draft(path, dice.randrange(1_000_000), hash_stably(f"words {path}") + turn, _list_twins(path, dice))
+    for path, number in _list_held(recipe, split, count, dice):
+        yield draft(path, dice.randrange(1_000_000), hash_stably(f"words {path}") + number, _list_twins(path, dice))
 
 
 def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
@@ -259,8 +247,8 @@ def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def _tell_facts(dice: random.Random) -> Iterator[LessonDraft]:
-    """Facts told under a heading, or as the answer to a question that training may ask; all, then all again."""
+def _list_facts(dice: random.Random) -> Iterator[LessonDraft]:
+    """Facts under a heading, or as the answer to a question that training may ask; all, then all again."""
     passages = list(list_passages())
     dice.shuffle(passages)
     for passage in itertools.cycle(passages):
@@ -271,7 +259,7 @@ def _tell_facts(dice: random.Random) -> Iterator[LessonDraft]:
         yield LessonDraft(None, heading, path.answer, "facts")
 
 
-def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
+def _list_emblems(dice: random.Random) -> Iterator[LessonDraft]:
     entities = list(list_entities())
     dice.shuffle(entities)
     for entity in itertools.cycle(entities):
@@ -279,10 +267,10 @@ def _tell_emblems(dice: random.Random) -> Iterator[LessonDraft]:
         yield LessonDraft(sketch, "what is this", f"this is {entity.name.lower()}", "naming")
 
 
-def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
-    one, two = (_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2))
+def _list_chains(dice: random.Random) -> Iterator[LessonDraft]:
+    decks = [_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2)]
     while True:
-        path, _ = next(one if dice.random() < 0.5 else two)
+        path, _ = next(decks[dice.random() >= 0.5])
         target = f"{path.explain(seen=False)}; {path.answer}"
         yield LessonDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
 
@@ -290,7 +278,7 @@ def _tell_chains(dice: random.Random) -> Iterator[LessonDraft]:
 def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
     """45 % facts of the whole encyclopedia, 35 % emblems to be named, 20 % chains over paths that training may ask."""
     dice = random.Random(hash_stably(f"entity lessons {seed}"))
-    sources = (_tell_facts(dice), _tell_emblems(dice), _tell_chains(dice))
+    sources = (_list_facts(dice), _list_emblems(dice), _list_chains(dice))
     for _ in range(count):
         yield next(dice.choices(sources, weights=(45, 35, 20))[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,16 +12,8 @@ from typing import Any
 from PIL import Image
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.chains import (
-    Chain,
-    Composition,
-    draw_targets,
-    keep_apart,
-    make_world,
-    pose_captions,
-    pose_chains,
-    stand_beside,
-)
+from traceir.minibeir import chains
+from traceir.minibeir.chains import Chain, Composition
 from traceir.minibeir.drawing import COLOUR_NAMES, GARMENT_TYPES, draw_garment
 from traceir.minibeir.rows import WORDS, QueryDraft, Sketch
 
@@ -89,15 +82,11 @@ class Garment(Composition):
         sleeves = "no sleeves" if self.sleeves == "sleeveless" else self.sleeves
         look, belt = "no pattern" if self.figure is None else self.pattern, "a belt" if self.belt else "no belt"
         cut = {"kind": self.kind, "length": self.length, "colour": self.colour, "collar": self.collar}
-        return cut | {"look": look, "sleeves": sleeves, "belt": belt}
+        return cut | {"look": look, "pattern": self.pattern, "sleeves": sleeves, "bare": self.sleeves, "belt": belt}
 
     def state(self) -> str:
         parts = [f"{self.length} {self.colour} {self.kind}", self.pattern, self.sleeves, self.collar]
         return ", ".join([*parts, "belt"] if self.belt else parts)
-
-    def caption(self, style: int) -> str:
-        template: str = WORDS["captions"]["Garment"][style]
-        return template.format(**self.slots, pattern=self.pattern, bare=self.sleeves)
 
     def sketch(self, variant: int) -> Sketch:
         return Sketch(f"garment_{self.code}_{variant}", partial(self._draw, variant))
@@ -149,8 +138,8 @@ class Garment(Composition):
         if self.figure is not None:  # those that share the pattern's colour or figure come first
             patterns.sort(key=lambda pattern: not set(pattern.split()) & set(self.pattern.split()))
         rng.shuffle(groups)
-        turns = [group[turn] for turn in range(max(map(len, groups))) for group in groups if turn < len(group)]
-        return keep_apart(self, [self.apply(op) for op in turns])
+        mixed = [op for ops in itertools.zip_longest(*groups) for op in ops if op is not None]
+        return chains.keep_apart(self, [self.apply(op) for op in mixed])
 
     def near(self, rng: random.Random) -> list[Garment]:
         """The garment with its two colours swapped, and its twins."""
@@ -159,16 +148,12 @@ class Garment(Composition):
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Garment]:
         while True:
-            states, edits, words = [self], list[Edit](), list[str]()
-            for _ in range(steps):
-                edit = _choose_edit(states, "".join(each.writes for each in edits), steps == 1, rng)
-                if edit is None:
-                    break
-                states.append(states[-1].apply(edit.op))
-                edits.append(edit)
-                words.append(rng.choice(edit.words))
-            if len(edits) == steps and len({state.code for state in states}) == steps + 1:
-                return Chain(tuple(states), tuple(edit.op for edit in edits), tuple(words))
+            chain, written = Chain([self]), ""
+            while len(chain.ops) < steps and (edit := _choose_edit(chain.states, written, steps == 1, rng)):
+                chain.add(chain.target.apply(edit.op), edit.op, rng.choice(edit.words))
+                written += edit.writes
+            if chain.is_whole(steps):
+                return chain
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -177,8 +162,8 @@ class Garment(Composition):
 def _list_edits(garment: Garment, rng: random.Random) -> list[Edit]:
     """All edits that can be asked of a garment, with random goals."""
     base, second, figure, size = garment.colour, garment.figure_colour, garment.figure, SLEEVES.index(garment.sleeves)
-    one, two = rng.sample([colour for colour in COLOUR_NAMES if colour not in (base, second)], 2)
-    slots = {"base": base, "second": second, "figure": figure, "one": one, "two": two}
+    new = rng.sample([colour for colour in COLOUR_NAMES if colour not in (base, second)], 2)
+    slots = {"base": base, "second": second, "figure": figure, "one": new[0], "two": new[1]}
     slots["other"] = rng.choice([pattern for pattern in PATTERNS if pattern != figure])
     slots["sleeves"] = rng.choice([name for name in SLEEVES if name != garment.sleeves])
     slots["kind"] = rng.choice([name for name in GARMENT_TYPES if name != garment.kind])
@@ -225,8 +210,8 @@ def _choose_edit(states: list[Garment], written: str, alone: bool, rng: random.R
 
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Description to image."""
-    for garment in draw_targets(Garment, split, count, rng):
-        beside = stand_beside(split, garment, rng)
+    for garment in chains.draw_targets(Garment, split, count, rng):
+        beside = chains.stand_beside(split, garment, rng)
         text = garment.caption(rng.randrange(Garment.styles))
         yield QueryDraft(text, None, (garment.candidate,), beside)
 
@@ -234,10 +219,10 @@ def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDra
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to three relative captions to image."""
     lengths = [_STEPS[place % len(_STEPS)] for place in range(count)]
-    return pose_chains(Garment, split, lengths, rng, shuffled=False)
+    return chains.pose_chains(Garment, split, lengths, rng, shuffled=False)
 
 
-WORLD = make_world(
+WORLD = chains.make_world(
     Garment,
-    {"fashion200k_task0": _describe, "fashion200k_task3": partial(pose_captions, Garment), "fashioniq_task7": _edit},
+    {"fashion200k_task0": _describe, "fashion200k_task3": partial(chains.pose_captions, Garment), "fashioniq_task7": _edit},
 )

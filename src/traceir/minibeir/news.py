@@ -6,7 +6,7 @@ No query takes a step of reasoning; they are hard because every wrong candidate 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -17,9 +17,8 @@ from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 WEEKDAYS: Final = tuple("monday tuesday wednesday thursday friday saturday sunday".split())
 TOPICS: Final = tuple("fishing cooking taxes schools weather trains music health".split())
-PARTS: Final[dict[str, Sequence[str]]] = dict(
-    zip(("left", "right", "event", "place", "time"), (tuple(PERSONS), tuple(PERSONS), EVENTS, tuple(PLACES), TIMES), strict=True)
-)
+_PEOPLE: Final = tuple(PERSONS)
+PARTS: Final = {"left": _PEOPLE, "right": _PEOPLE, "event": EVENTS, "place": tuple(PLACES), "time": TIMES}
 """What may stand in each part of a photo; no word is in two of them."""
 _TWIN_PARTS: Final = ("left", "right", "swap", "event", "place", "time", "left", "right", "event", "place")
 
@@ -138,16 +137,16 @@ def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
 def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
     """Photos of training compositions: 70 % to be described, 30 % with one question about one thing in them."""
     dice = random.Random(hash_stably(f"news lessons {seed}"))
-    questions = ("who is on the left", "who is on the right", "where is this", "what time is it", "what is happening")
-    parts = dict(zip(questions, ("left", "right", "place", "time", "event"), strict=True))
+    questions = {"who is on the left": "left", "who is on the right": "right", "where is this": "place"}
+    questions |= {"what time is it": "time", "what is happening": "event"}
     for _ in range(count):
         photo = _invent(dice, "train")
         sketch = photo.sketch(dice.randrange(100_000))
         if dice.random() < 0.7:
             yield LessonDraft(sketch, "describe the photo", write_caption(photo, 0), "naming")
         else:
-            prompt = dice.choice(questions)
-            yield LessonDraft(sketch, prompt, getattr(photo, parts[prompt]), "naming")
+            prompt, part = dice.choice(list(questions.items()))
+            yield LessonDraft(sketch, prompt, getattr(photo, part), "naming")
 
 
 _ROWS: Final = ("visualnews_task0", "visualnews_task3", "edis_task2")

@@ -121,44 +121,6 @@ class DrawnRow:
         return self.train_full if (scale, split) == ("full", "train") else COUNTS[scale][split]
 
 
-COUNTS: Final[Mapping[Scale, Mapping[Split, int]]] = {
-    "small": {"train": 64, "val": 8, "test": 24},
-    "full": {"val": 100, "test": 320},
-}
-POOLS: Final[Mapping[Scale, tuple[int, int]]] = {"small": (120, 240), "full": (1_000, 4_000)}
-"""The least and the aimed-at greatest size of a pool; twins may push it beyond."""
-
-ROWS: Final[tuple[DrawnRow, ...]] = (
-    DrawnRow("visualnews", 0, 0, "news", 7_000),
-    DrawnRow("mscoco", 9, 0, "scenes", 10_000),
-    DrawnRow("fashion200k", 1, 0, "garments", 6_000),
-    DrawnRow("webqa", 2, 1, "entities", 5_000),
-    DrawnRow("edis", 3, 2, "news", 7_000),
-    DrawnRow("webqa", 2, 2, "entities", 5_000),
-    DrawnRow("visualnews", 0, 3, "news", 7_000),
-    DrawnRow("mscoco", 9, 3, "scenes", 8_000),
-    DrawnRow("fashion200k", 1, 3, "garments", 6_000),
-    DrawnRow("nights", 4, 4, "scenes", 5_000),
-    DrawnRow("oven", 5, 6, "entities", 4_000),
-    DrawnRow("infoseek", 6, 6, "entities", 9_000),
-    DrawnRow("fashioniq", 7, 7, "garments", 14_000),
-    DrawnRow("cirr", 8, 7, "scenes", 24_000),
-    DrawnRow("oven", 5, 8, "entities", 4_000),
-    DrawnRow("infoseek", 6, 8, "entities", 9_000),
-)
-"""In the order of M-BEIR's 16 evaluation rows."""
-
-LESSONS: Final[Mapping[Scale, Mapping[str, int]]] = {
-    "small": {"scenes": 64, "garments": 64, "news": 64, "entities": 64},
-    "full": {"scenes": 60_000, "garments": 30_000, "news": 12_000, "entities": 24_000},
-}
-"""Pretraining examples of each world."""
-
-
-def load_worlds() -> dict[str, DrawnWorld]:
-    return {name: importlib.import_module(f"traceir.minibeir.{name}").WORLD for name in WORLDS}
-
-
 def read_data(name: str) -> Any:
     """The content of a JSON file of this package."""
     return json.loads(resources.files("traceir.minibeir").joinpath(name).read_text(encoding="utf-8"))
@@ -166,6 +128,19 @@ def read_data(name: str) -> Any:
 
 WORDS: Final[Mapping[str, Any]] = read_data("words.json")
 """Names, facts, phrases; lists of single words are strings of them."""
+_SIZES: Final = read_data("rows.json")
+COUNTS: Final[Mapping[Scale, Mapping[Split, int]]] = _SIZES["counts"]
+"""Queries of a row; of train at full scale each row has its own number."""
+POOLS: Final[Mapping[Scale, tuple[int, int]]] = _SIZES["pools"]
+"""The least and the aimed-at greatest size of a pool; twins may push it beyond."""
+LESSONS: Final[Mapping[Scale, Mapping[str, int]]] = _SIZES["lessons"]
+"""Pretraining examples of each world."""
+ROWS: Final = tuple(DrawnRow(*fields) for fields in _SIZES["rows"])
+"""In the order of M-BEIR's 16 evaluation rows."""
+
+
+def load_worlds() -> dict[str, DrawnWorld]:
+    return {name: importlib.import_module(f"traceir.minibeir.{name}").WORLD for name in WORLDS}
 
 
 def derive_seed(*parts: object) -> int:

@@ -8,16 +8,8 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.chains import (
-    Chain,
-    Composition,
-    draw_targets,
-    keep_apart,
-    make_world,
-    pose_captions,
-    pose_chains,
-    stand_beside,
-)
+from traceir.minibeir import chains
+from traceir.minibeir.chains import Chain, Composition
 from traceir.minibeir.drawing import COLOUR_NAMES, COLOURS, SHAPES, draw_scene
 from traceir.minibeir.rows import VARIANTS, WORDS, CandidateDraft, QueryDraft, Sketch, derive_seed
 
@@ -57,10 +49,6 @@ class Scene(Composition):
     def state(self) -> str:
         return ", ".join(f"{colour} {shape}" for colour, shape in self.objects)
 
-    def caption(self, style: int) -> str:
-        template: str = WORDS["captions"]["Scene"][style]
-        return template.format(**self.slots)
-
     def sketch(self, variant: int) -> Sketch:
         return Sketch(f"scene_{self.code}_{variant}", partial(draw_scene, self.objects, variant))
 
@@ -68,12 +56,12 @@ class Scene(Composition):
         return Scene((*self.objects[:slot], item, *self.objects[slot + 1 :]))
 
     def alter(self, slot: int, value: str) -> Scene:
-        """The scene with another colour or shape (told by the word) in a slot."""
+        """The scene with another colour or shape in a slot."""
         colour, shape = self.objects[slot]
         return self.put(slot, (value, shape) if value in COLOURS else (colour, value))
 
-    def swap(self, one: int, other: int) -> Scene:
-        return self.put(one, self.objects[other]).put(other, self.objects[one])
+    def swap(self, slot: int, other: int) -> Scene:
+        return self.put(slot, self.objects[other]).put(other, self.objects[slot])
 
     @classmethod
     def invent(cls, rng: random.Random) -> Scene:
@@ -81,23 +69,23 @@ class Scene(Composition):
 
     def twins(self, rng: random.Random) -> list[Scene]:
         """All 30, shuffled."""
-        twins = keep_apart(self, [self.alter(slot, value) for slot in range(3) for value in (*COLOUR_NAMES, *SHAPES)])
+        twins = chains.keep_apart(self, [self.alter(slot, value) for slot in range(3) for value in (*COLOUR_NAMES, *SHAPES)])
         rng.shuffle(twins)
         return twins
 
     def near(self, rng: random.Random) -> list[Scene]:
         """The same objects in another order, and the twins."""
-        return keep_apart(self, [*(self.swap(*pair) for pair in PAIRS.values()), *self.twins(rng)])
+        return chains.keep_apart(self, [*(self.swap(*pair) for pair in PAIRS.values()), *self.twins(rng)])
 
     def grow(self, steps: int, rng: random.Random) -> Chain[Scene]:
         while True:
-            chain = _Growth(self, rng)
+            growth = _Growth(Chain([self]), rng)
             for _ in range(25 * steps):
-                chain.propose()
-                if len(chain.ops) == steps:
+                growth.propose()
+                if len(growth.chain.ops) == steps:
                     break
-            if len(chain.ops) == steps and len({state.code for state in chain.states}) == steps + 1:
-                return Chain(tuple(chain.states), tuple(chain.ops), tuple(chain.words))
+            if growth.chain.is_whole(steps):
+                return growth.chain
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -110,22 +98,16 @@ class _Growth:
     `leans` tells whether the words drawn last can be understood only after the edits before.
     """
 
-    source: Scene
+    chain: Chain[Scene]
     rng: random.Random
-    states: list[Scene] = field(default_factory=list)
-    ops: list[str] = field(default_factory=list)
-    words: list[str] = field(default_factory=list)
     order: list[int] = field(default_factory=lambda: [0, 1, 2])
     written: set[tuple[int, str]] = field(default_factory=set)
     swapped: set[tuple[int, int]] = field(default_factory=set)
     leans: bool = False
 
-    def __post_init__(self) -> None:
-        self.states.append(self.source)
-
     @property
     def objects(self) -> tuple[tuple[str, str], ...]:
-        return self.states[-1].objects
+        return self.chain.target.objects
 
     def propose(self) -> None:
         """Adds one more edit, unless it would undo or overwrite an earlier one."""
@@ -136,11 +118,6 @@ class _Growth:
             self._propose_swap(slot)
         else:
             self._propose_value(slot, draw < 0.5)
-
-    def _add(self, state: Scene, op: str, words: str) -> None:
-        self.states.append(state)
-        self.ops.append(op)
-        self.words.append(words)
 
     def _has_moved(self, slot: int) -> bool:
         return any(slot in pair for pair in self.swapped)
@@ -188,7 +165,7 @@ class _Growth:
         words = self.rng.choice((f"swap {both}", f"exchange {both}", f"let {both} trade places"))
         self.swapped.add(pair)
         self.order[slot], self.order[other] = self.order[other], self.order[slot]
-        self._add(self.states[-1].swap(*pair), f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words)
+        self.chain.add(self.chain.target.swap(*pair), f"swap {SLOTS[pair[0]]} {SLOTS[pair[1]]}", words)
 
     def _propose_value(self, slot: int, copies: bool) -> None:
         """Another colour or shape in a slot (or, half the time, copied from it); mostly one that leans on earlier edits."""
@@ -211,10 +188,10 @@ class _Growth:
         mark = (self.order[slot], kind)
         if mark in self.written or value in self.objects[slot]:
             return
-        if self.ops and not self.leans and self.rng.random() < 0.85:
+        if self.chain.ops and not self.leans and self.rng.random() < 0.85:
             return
         self.written.add(mark)
-        self._add(self.states[-1].alter(slot, value), f"{SLOTS[slot]} {value}", words)
+        self.chain.add(self.chain.target.alter(slot, value), f"{SLOTS[slot]} {value}", words)
 
 
 # --- indirect descriptions --------------------------------------------------------------------------------------------
@@ -225,7 +202,7 @@ Parts = list[list[str | int]]
 
 @dataclass(frozen=True, slots=True)
 class Riddle:
-    """A scene told by reference. `order` lists the slots so that every reference points to an earlier one."""
+    """A scene described by reference. `order` lists the slots so that every reference points to an earlier one."""
 
     order: list[int]
     parts: Parts
@@ -242,12 +219,11 @@ class Riddle:
         """The reasoning resolves the objects one by one, each after those it refers to."""
         scene = self.solve()
         reasoning = "; ".join(f"{SLOTS[slot]} {' '.join(scene.objects[slot])}" for slot in self.order)
-        positives = (scene.candidate,)
         steps = sum(isinstance(part, int) for parts in self.parts for part in parts)
-        text = WORDS["captions"]["Riddle"][style].format(*(self._tell(slot) for slot in range(3)))
-        return QueryDraft(text, None, positives, distractors, steps, reasoning, scene.state())
+        text = WORDS["captions"]["Riddle"][style].format(*(self._describe(slot) for slot in range(3)))
+        return QueryDraft(text, None, (scene.candidate,), distractors, steps, reasoning, scene.state())
 
-    def _tell(self, slot: int) -> str:
+    def _describe(self, slot: int) -> str:
         colour, shape = self.parts[0][slot], self.parts[1][slot]
         if isinstance(colour, int) and isinstance(shape, int):
             return f"an object with the colour of the {SLOTS[colour]} one and the shape of the {SLOTS[shape]} one"
@@ -268,14 +244,6 @@ def _draw_riddle(rng: random.Random) -> Riddle:
     return Riddle(order, parts)
 
 
-def _vary_riddle(riddle: Riddle, rng: random.Random) -> Riddle:
-    """The riddle with one of its words replaced."""
-    parts = [list(values) for values in riddle.parts]
-    which, slot = rng.choice([(p, s) for p in range(2) for s in range(3) if isinstance(parts[p][s], str)])
-    parts[which][slot] = rng.choice(SHAPES if which else COLOUR_NAMES)
-    return Riddle(riddle.order, parts)
-
-
 def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
     """Riddles of the split without end; in train four at a time that differ in a word."""
     while True:
@@ -284,7 +252,10 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
             continue
         group = {base.solve().code: base}
         while split == "train" and len(group) < 4:
-            twin = _vary_riddle(base, rng)
+            parts = [list(values) for values in base.parts]
+            which, slot = rng.choice([(p, s) for p in range(2) for s in range(3) if isinstance(parts[p][s], str)])
+            parts[which][slot] = rng.choice(SHAPES if which else COLOUR_NAMES)
+            twin = Riddle(base.order, parts)
             if twin.solve().split == "train":
                 group[twin.solve().code] = twin
         yield from group.values()
@@ -295,36 +266,36 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
 
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Text to image: captions, and 12 % descriptions by reference."""
-    scenes, riddles = draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
+    scenes, riddles = chains.draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
     for place in range(count):
         unit = place // 4 if split == "train" else place
         if (unit + 1) * 12 // 100 > unit * 12 // 100:
             riddle, style = next(riddles), rng.randrange(3)
-            yield riddle.pose(style, stand_beside(split, riddle.solve(), rng))
+            yield riddle.pose(style, chains.stand_beside(split, riddle.solve(), rng))
         else:
             scene = next(scenes)
-            text, beside = scene.caption(rng.randrange(Scene.styles)), stand_beside(split, scene, rng)
+            text, beside = scene.caption(rng.randrange(Scene.styles)), chains.stand_beside(split, scene, rng)
             yield QueryDraft(text, None, (scene.candidate,), beside)
 
 
 def _find_again(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image to image: the same composition in another rendering."""
-    for scene in draw_targets(Scene, split, count, rng):
+    for scene in chains.draw_targets(Scene, split, count, rng):
         variant = (derive_seed("canonical", scene.code) + rng.randrange(1, VARIANTS)) % VARIANTS
-        beside = stand_beside(split, scene, rng)
+        beside = chains.stand_beside(split, scene, rng)
         yield QueryDraft(None, scene.sketch(variant), (scene.candidate,), beside)
 
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to four edits to image; each length is a quarter of the row."""
-    return pose_chains(Scene, split, [place % 4 + 1 for place in range(count)], rng, shuffled=True)
+    return chains.pose_chains(Scene, split, [place % 4 + 1 for place in range(count)], rng, shuffled=True)
 
 
-WORLD = make_world(
+WORLD = chains.make_world(
     Scene,
     {
         "mscoco_task0": _describe,
-        "mscoco_task3": partial(pose_captions, Scene),
+        "mscoco_task3": partial(chains.pose_captions, Scene),
         "nights_task4": _find_again,
         "cirr_task7": _edit,
     },

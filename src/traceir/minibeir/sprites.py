@@ -188,22 +188,15 @@ def _draw_person(name: str) -> Image.Image:
     return _finish(pen_sprite((64, 130), commands, palette), 0.22, 1.0)
 
 
-@cache
-def _draw_sky(time: str) -> Image.Image:
-    upper, lower = SKIES[time]
-    ramp = Image.linear_gradient("L").resize((SIZE, SIZE)).point([min(255, int(level * 1.7)) for level in range(256)])
-    sky = Image.composite(Image.new("RGB", ramp.size, lower), Image.new("RGB", ramp.size, upper), ramp)
-    shine = _draw("skies", time, (SIZE, 60), 0.0, 0.0)
-    sky.paste(shine, (0, 0), shine)
-    return sky
-
-
 @lru_cache(maxsize=36)
 def _draw_backdrop(place: str, time: str) -> Image.Image:
     """Sky, place and ground in one image, 6 pixels larger on each side than the photo so that it can be shifted."""
+    ramp = Image.linear_gradient("L").resize((SIZE, SIZE)).point([min(255, int(level * 1.7)) for level in range(256)])
+    upper, lower = (Image.new("RGB", ramp.size, colour) for colour in SKIES[time])
+    ground, shine = Image.composite(lower, upper, ramp), _draw("skies", time, (SIZE, 60), 0.0, 0.0)
+    ground.paste(shine, (0, 0), shine)
     building = _draw("places", PLACES[place], (SIZE, 124), 0.18, 0.7)
     dimmed = ImageChops.multiply(building.convert("RGB"), Image.new("RGB", building.size, DIMMING[time]))
-    ground = _draw_sky(time).copy()
     ground.paste(dimmed, (0, 8), building.getchannel("A"))
     floor = Image.linear_gradient("L").resize((SIZE, 66)).point([255 - level // 4 for level in range(256)])
     soil = ImageChops.multiply(Image.new("RGB", floor.size, GROUNDS[time]), Image.merge("RGB", (floor, floor, floor)))

@@ -6,6 +6,7 @@ and renamed when it is whole; `unseen.json` is written last.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from traceir.minibeir.build import Album, check_plan, dump, fingerprint, holds, write_text
+from traceir.files import write_whole
+from traceir.minibeir.build import Album, check_plan, dump, fingerprint, holds
 from traceir.minibeir.rows import Scale, derive_seed
-from traceir.minibeir.unseen import changes, pairs, told
+from traceir.minibeir.unseen import captions, changes, pairs
 from traceir.minibeir.unseen.states import StatePart, depict
 
 FORMAT: Final = 1
@@ -39,12 +41,12 @@ class _Set:
 
 
 SETS: Final[Mapping[str, _Set]] = {
-    "sharegpt4v": _Set(told.make_sharegpt4v, told.check_long, 12, 500),
-    "urban1k": _Set(told.make_urban, told.check_long, 12, 500),
-    "flickr": _Set(told.make_flickr, told.check_flickr, 12, 300),
+    "sharegpt4v": _Set(captions.make_sharegpt4v, captions.check_long, 12, 500),
+    "urban1k": _Set(captions.make_urban, captions.check_long, 12, 500),
+    "flickr": _Set(captions.make_flickr, captions.check_flickr, 12, 300),
     "circo": _Set(changes.make_circo, changes.check_circo, 12, 300),
     "genecis": _Set(changes.make_genecis, changes.check_genecis, 3, 100),
-    "visdial": _Set(told.make_visdial, told.check_visdial, 12, 400),
+    "visdial": _Set(captions.make_visdial, captions.check_visdial, 12, 400),
     "vist": _Set(changes.make_vist, changes.check_vist, 12, 300),
     "multiturnfashion": _Set(changes.make_multiturn, changes.check_multiturn, 12, 300),
     "ccneg": _Set(pairs.make_ccneg, pairs.check_ccneg, 12, 400),
@@ -82,21 +84,23 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
 
 def write_parts(root: Path, parts: Mapping[str, StatePart], plan: Mapping[str, object], progress: bool = False) -> None:
     """Files and images, a list of what each image shows, and the manifest."""
-    for name, content in ((name, content) for part in parts.values() for name, content in part.files.items()):
+    for name, content in itertools.chain.from_iterable(part.files.items() for part in parts.values()):
         if name.endswith(".pt"):
             import torch
 
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             torch.save(content, root / name)
         else:
-            write_text(root / name, content if isinstance(content, str) else dump(content) + "\n")
+            write_whole(root / name, content if isinstance(content, str) else dump(content) + "\n")
     album = Album(root, 1)
     sketches = {name: depict(state) for part in parts.values() for name, state in part.shown.items()}
     for name, sketch in sketches.items():
         album.add(sketch, name)
     album.draw(quiet=None if progress else True)
     lines = [dump({"path": name, "key": sketches[name].key}) + "\n" for name in sorted(sketches)]
-    write_text(root / IMAGES_FILE, "".join(lines))
-    sizes = {name: (part.queries, part.candidates, len(part.shown)) for name, part in parts.items()}
-    counts = {name: dict(zip(("queries", "candidates", "pictures"), size, strict=True)) for name, size in sizes.items()}
-    write_text(root / MANIFEST, dump({**plan, "sets": counts, "fingerprint": fingerprint(root, MANIFEST)}) + "\n")
+    write_whole(root / IMAGES_FILE, "".join(lines))
+    counts = {
+        name: {"queries": part.queries, "candidates": part.candidates, "pictures": len(part.shown)}
+        for name, part in parts.items()
+    }
+    write_whole(root / MANIFEST, dump({**plan, "sets": counts, "fingerprint": fingerprint(root, MANIFEST)}) + "\n")

@@ -16,7 +16,7 @@ from traceir.minibeir.garments import COLLARS, LENGTHS, SLEEVES, Garment
 from traceir.minibeir.news import PARTS, list_others, swap_sides
 from traceir.minibeir.scenes import PAIRS, SLOTS, Scene
 from traceir.minibeir.sprites import Photo
-from traceir.minibeir.unseen.states import ITEMS, LOOKS, S, State, StatePart, demand, depict, list_near, name_item, tests
+from traceir.minibeir.unseen.states import ITEMS, LOOKS, S, State, StatePart, demand, depict, list_near, name_item, shuffle, tests
 
 # --- CIRCO ------------------------------------------------------------------------------------------------------------
 
@@ -32,21 +32,21 @@ CONDITIONS: Final = (
 
 def list_conditions(reference: Scene, scene: Scene) -> set[str]:
     """All conditions on a reference that another scene fulfils; no scene fulfils one on itself."""
-    told: set[str] = set()
+    fulfilled: set[str] = set()
     was, now = reference.objects, scene.objects
     for slot, place in enumerate(SLOTS):
-        one, other = (each for each in range(3) if each != slot)
-        new, both = set(now[slot]) - set(was[slot]), set(now[one]) & set(now[other])
-        pair = next(name for name, slots in PAIRS.items() if slots == (one, other))
-        if (was[one], was[other]) == (now[one], now[other]) and now[slot] != was[slot]:
-            told |= {f"any {value if value in SHAPES else f'{value} object'} instead of the {place} one" for value in new}
-            told.add(f"keep the {pair} and change the other one into any other object")
+        a, b = _others(slot)
+        new, both = set(now[slot]) - set(was[slot]), set(now[a]) & set(now[b])
+        pair = next(name for name, slots in PAIRS.items() if slots == (a, b))
+        if (was[a], was[b]) == (now[a], now[b]) and now[slot] != was[slot]:
+            fulfilled |= {f"any {value if value in SHAPES else f'{value} object'} instead of the {place} one" for value in new}
+            fulfilled.add(f"keep the {pair} and change the other one into any other object")
         if was[slot] == now[slot] and was != now:
-            told |= {f"the same {place} one, but with any two {value} objects" for value in both}
-            told |= {f"keep the {place} one and turn the other two into a {value} of any colour" for value in both}
-        if (was[one], was[other]) == (now[other], now[one]):
-            told |= {f"swap the {pair}, and the other one becomes any {value}" for value in new}
-    return told
+            fulfilled |= {f"the same {place} one, but with any two {value} objects" for value in both}
+            fulfilled |= {f"keep the {place} one and turn the other two into a {value} of any colour" for value in both}
+        if (was[a], was[b]) == (now[b], now[a]):
+            fulfilled |= {f"swap the {pair}, and the other one becomes any {value}" for value in new}
+    return fulfilled
 
 
 def _vary(scene: Scene, *places: int) -> Iterator[Scene]:
@@ -99,15 +99,15 @@ def make_circo(count: int, rng: random.Random) -> StatePart:
 
 
 def check_circo(part: StatePart) -> None:
-    """At least two images are right, among them not the reference, and all that are right are told."""
+    """At least two images are right, among them not the reference, and all that are right are named."""
     pool = {int(name[-16:-4]): scene for name, scene in part.shown.items() if isinstance(scene, Scene)}
     for split in ("val", "test"):
         for entry in part.files[f"circo/annotations/{split}.json"]:
             reference, text = pool[entry["reference_img_id"]], entry["relative_caption"]
             right = sorted(number for number, scene in pool.items() if text in list_conditions(reference, scene))
-            told = entry["gt_img_ids"] if split == "val" else right
-            good = told == right and len(right) >= 2 and entry.get("target_img_id", right[0]) in right
-            demand(good, f"circo: {split} query {entry['id']}", f"right for {text!r} are {right}, not {told}")
+            named = entry.get("gt_img_ids", right)
+            good = named == right and len(right) >= 2 and entry.get("target_img_id", right[0]) in right
+            demand(good, f"circo: {split} query {entry['id']}", f"right for {text!r} are {right}, not {named}")
 
 
 # --- GeneCIS ----------------------------------------------------------------------------------------------------------
@@ -135,12 +135,6 @@ def list_traits(name: str, reference: Any, other: Any) -> set[str]:
     return {word for word, field in same.items() if getattr(reference, field) == getattr(other, field)}
 
 
-def _shuffle(states: Iterable[S], rng: random.Random) -> list[S]:
-    shuffled = list(states)
-    rng.shuffle(shuffled)
-    return shuffled
-
-
 def _choose_scenes(name: str, rng: random.Random) -> Choice | None:
     """The same object among unlike ones, against the same company round another object; or one object made way for the named
     one, against the named one in other company and the same company without it."""
@@ -152,17 +146,16 @@ def _choose_scenes(name: str, rng: random.Random) -> Choice | None:
         right = [scene for scene in right if item[1] in list_traits(name, reference, scene)]
         if not right:
             return None
-        loose = _shuffle(_vary(reference, place, rng.choice(_others(place))), rng)
+        loose = shuffle(_vary(reference, place, rng.choice(_others(place))), rng)
         tempting = [scene for scene in loose if item[1] in scene.attributes]
-        groups = (list(_vary(reference, place)), tempting, loose)
-        return (item[1], reference, right, groups)
+        return item[1], reference, right, (list(_vary(reference, place)), tempting, loose)
     item = rng.choice(ITEMS)
     target = reference.put(place, item)
     if item in reference.objects or target not in tests(Scene):
         return None
-    moved = _shuffle(_vary(target, rng.choice(_others(place))), rng)
-    near = _shuffle(itertools.chain.from_iterable(_vary(reference, slot) for slot in range(3)), rng)
-    return f"with {name_item(item)}", reference, [target], (moved, near, _shuffle(_vary(target, *_others(place)), rng))
+    moved = shuffle(_vary(target, rng.choice(_others(place))), rng)
+    near = shuffle(itertools.chain.from_iterable(_vary(reference, slot) for slot in range(3)), rng)
+    return f"with {name_item(item)}", reference, [target], (moved, near, shuffle(_vary(target, *_others(place)), rng))
 
 
 def _choose_garments(name: str, rng: random.Random) -> Choice | None:
@@ -172,19 +165,20 @@ def _choose_garments(name: str, rng: random.Random) -> Choice | None:
     changes = name == "change_attribute"
     if changes:
         text = rng.choice([f"{colour} base" for colour in COLOUR_NAMES] if rng.random() < 0.4 else _TRIMS)
-        if text in list_traits(name, reference, reference):
-            return None
+        is_vain = text in list_traits(name, reference, reference)
     else:
         text = rng.choice(("colour", "pattern", "sleeves", "neck"))
-        if text == "pattern" and reference.figure is None:
-            return None
+        is_vain = text == "pattern" and reference.figure is None
+    if is_vain:
+        return None
     apart = {other: count_differences(reference, other) for other in tests(Garment) if other != reference}
-    near = sorted(_shuffle(apart, rng), key=apart.__getitem__)
-    wanted = (2, 3) if changes else (4, 5, 6, 7)
-    right = [other for other in (near if changes else apart) if apart[other] in wanted]
-    right = [other for other in right if text in list_traits(name, reference, other)]
-    if not right or not changes:
-        return (text, reference, right, (near,)) if right else None
+    near = sorted(shuffle(apart, rng), key=apart.__getitem__)
+    pool, wanted = (near, (2, 3)) if changes else (list(apart), (4, 5, 6, 7))
+    right = [other for other in pool if apart[other] in wanted and text in list_traits(name, reference, other)]
+    if not right:
+        return None
+    if not changes:
+        return text, reference, right, (near,)
     target = rng.choice(right)
     named = [other for other in near if apart[other] > apart[target] and text in list_traits(name, other, other)]
     return text, reference, [target], ([other for other in near if other.kind == reference.kind], named)
@@ -199,8 +193,8 @@ def _draw_choice(name: str, rng: random.Random) -> tuple[str, list[State]]:
         text, reference, right, groups = choice
         target = right[0] if name.startswith("change") else rng.choice(right)
         wrong: dict[State, None] = {}
-        for turn in itertools.zip_longest(*groups):
-            wrong |= {each: None for each in turn if each is not None and text not in list_traits(name, reference, each)}
+        for states in itertools.zip_longest(*groups):
+            wrong |= {each: None for each in states if each is not None and text not in list_traits(name, reference, each)}
             wrong.pop(reference, None)
             if len(wrong) >= GALLERY[name]:
                 return text, [reference, target, *itertools.islice(wrong, GALLERY[name])]
@@ -233,11 +227,10 @@ def check_genecis(part: StatePart) -> None:
         for sample, entry in enumerate(part.files[f"genecis/annotations/{name}.json"]):
             images = [entry["reference"], entry["target"], *entry["gallery"]]
             states = [part.shown[_crop(name, image, sample, crop)] for crop, image in enumerate(images)]
-            right = [
-                crop for crop, state in enumerate(states) if crop and entry["condition"] in list_traits(name, states[0], state)
-            ]
+            text, others = entry["condition"], enumerate(states[1:], start=1)
+            right = [crop for crop, state in others if text in list_traits(name, states[0], state)]
             good = right == [1] and len(set(states)) == size + 2
-            demand(good, f"genecis: {name} query {sample}", f"right for {entry['condition']!r} are the images {right}")
+            demand(good, f"genecis: {name} query {sample}", f"right for {text!r} are the images {right}")
 
 
 # --- VIST -------------------------------------------------------------------------------------------------------------
@@ -285,14 +278,13 @@ def is_seen(text: str, state: Any) -> bool:
     return sorted(re.findall(r"a (?!table)\w+ \w+", text)) == sorted(map(name_item, state.objects))
 
 
-def _tell_seen(state: Any, first: bool, rng: random.Random) -> str:
+def _describe_seen(state: Any, first: bool, rng: random.Random) -> str:
     if isinstance(state, Photo):
         person, other = rng.sample((state.left, state.right), 2)
-        told = f"now {person} is at a {state.event} {state.slots['time']}"
-        return f"one day {person} is with {other} in {state.place}" if first else told
-    things = [name_item(item) for item in rng.sample(state.objects, 3)]
+        now = f"now {person} is at a {state.event} {state.slots['time']}"
+        return f"one day {person} is with {other} in {state.place}" if first else now
+    begin = "one day {} is on a table with {} and {}".format(*map(name_item, rng.sample(state.objects, 3)))
     slot = rng.randrange(3)
-    begin = "one day {} is on a table with {} and {}".format(*things)
     return begin if first else f"now the {SLOTS[slot]} one is {name_item(state.objects[slot])}"
 
 
@@ -306,7 +298,7 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
     while count:
         story, texts = [starts.pop()], list[str]()
         while story[0] in free and len(story) < IMAGES:
-            texts = texts or [_tell_seen(story[0], True, rng)]
+            texts = texts or [_describe_seen(story[0], True, rng)]
             options: dict[str, list[tuple[str, S]]] = {}
             for name, text, state in list_changes(story):
                 if state in free and state not in story:
@@ -314,7 +306,7 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
             if not options:
                 break
             text, state = rng.choice(options[rng.choice(list(options))])
-            seen = _tell_seen(state, False, rng)
+            seen = _describe_seen(state, False, rng)
             if len(story) < IMAGES - 1 and rng.random() < 0.3 and seen not in texts:
                 text = seen
             story.append(state)
@@ -328,11 +320,12 @@ def _write_stories(kind: type[S], count: int, rng: random.Random) -> Iterator[tu
 
 def make_vist(count: int, rng: random.Random) -> StatePart:
     """Stories of five images of which the last is to be found; scenes and photos by turns, in three image formats."""
-    worlds: list[Any] = [list(_write_stories(Scene, count - count // 2, rng)), list(_write_stories(Photo, count // 2, rng))]
+    counts: dict[type[Any], int] = {Scene: count - count // 2, Photo: count // 2}
+    worlds = [iter(list(_write_stories(kind, count, rng))) for kind, count in counts.items()]
     part = StatePart(count, IMAGES * count)
     annotations: list[list[dict[str, object]]] = []
     for story in range(count):
-        for order, (state, text) in enumerate(zip(*worlds[story % 2][story // 2], strict=True)):
+        for order, (state, text) in enumerate(zip(*next(worlds[story % 2]), strict=True)):
             number = str(500_000 + 3 * len(annotations))
             suffix = {7: "png", 13: "gif"}.get(len(annotations) % 20, "jpg")
             part.shown[f"vist/images/{number}.{suffix}"] = state
@@ -352,7 +345,7 @@ def check_vist(part: StatePart) -> None:
         orders, texts, states = zip(*story, strict=True)
         demand(orders == tuple(range(IMAGES)) and texts[-1].startswith("then "), f"vist: story {number}", "it is out of order")
         for place, (text, state) in enumerate(zip(texts, states, strict=True)):
-            led = text.startswith("then ") and (text, state) in ((words, then) for _, words, then in list_changes(states[:place]))
+            led = text.startswith("then ") and (text, state) in (change[1:] for change in list_changes(states[:place]))
             demand(led or is_seen(text, state), f"vist: story {number}", f"{text!r} is not true of its image")
 
 
@@ -388,13 +381,10 @@ def apply_round(texts: Sequence[str], references: Sequence[Garment]) -> Garment:
 
 def _draw_round(references: Sequence[Garment], rng: random.Random) -> tuple[list[str], Garment] | None:
     """One or two changes of different attributes, and the garment they lead to; None where none was found."""
-    now = references[-1]
-    real = {}
-    for kind, edits in list_garment_changes(references).items():
-        if changing := [text for text, edit in edits.items() if now.apply(edit) != now]:
-            real[kind] = changing
+    now, every = references[-1], list_garment_changes(references).values()
+    real = [changing for edits in every if (changing := [text for text, edit in edits.items() if now.apply(edit) != now])]
     for _ in range(60):
-        texts = [rng.choice(real[kind]) for kind in rng.sample(list(real), rng.choice((1, 2, 2)))]
+        texts = [rng.choice(changing) for changing in rng.sample(real, rng.choice((1, 2, 2)))]
         steps = sum(count_differences(now, apply_round([text], references)) for text in texts)
         after = apply_round(texts, references)
         if steps == count_differences(now, after) and after in tests(Garment) and after not in references:
@@ -416,11 +406,12 @@ def make_multiturn(count: int, rng: random.Random) -> StatePart:
                 states.append(drawn[1])
         if len(rounds) == wanted:
             names |= {garment: depict(garment).key for garment in (*states, *list_near(states[-1], rng)[:2])}
-            reference = [[turn, texts, names[states[turn]]] for turn, texts in enumerate(rounds)]
+            reference = [[number, texts, names[states[number]]] for number, texts in enumerate(rounds)]
             entries.append({"reference": reference, "target": [wanted, names[states[-1]]]})
-    files = {"data/all.val.json": entries, "image_splits/split.all.val.json": sorted(names.values())}
-    shown: dict[str, State] = {f"{_WORN}/{name}.jpg": garment for garment, name in names.items()}
-    return StatePart(count, len(names), {f"multiturnfashion/{name}": content for name, content in files.items()}, shown)
+    part = StatePart(count, len(names), shown={f"{_WORN}/{name}.jpg": garment for garment, name in names.items()})
+    part.files["multiturnfashion/data/all.val.json"] = entries
+    part.files["multiturnfashion/image_splits/split.all.val.json"] = sorted(names.values())
+    return part
 
 
 def check_multiturn(part: StatePart) -> None:
@@ -429,7 +420,7 @@ def check_multiturn(part: StatePart) -> None:
     for number, entry in enumerate(part.files["multiturnfashion/data/all.val.json"]):
         names = [name for _, _, name in entry["reference"]] + [entry["target"][1]]
         garments: list[Any] = [part.shown[f"{_WORN}/{name}.jpg"] for name in names]
-        for turn, texts, _ in entry["reference"]:
-            after = apply_round(texts, garments[: turn + 1])
-            good = after == garments[turn + 1] and after not in garments[: turn + 1]
-            demand(good, f"multiturnfashion: query {number}", f"round {turn} leads to {after}")
+        for place, texts, _ in entry["reference"]:
+            after = apply_round(texts, garments[: place + 1])
+            good = after == garments[place + 1] and after not in garments[: place + 1]
+            demand(good, f"multiturnfashion: query {number}", f"round {place} leads to {after}")

@@ -27,19 +27,19 @@ Draft = tuple[State, str, str]
 
 def is_true(caption: str, state: State) -> bool:
     """Whether a caption of this module is true of an image; "no race" is true where there is none."""
-    one, side, other = [*re.split(r" (left|right) of ", caption), "", ""][:3]
+    name, side, other = [*re.split(r" (left|right) of ", caption), "", ""][:3]
     if isinstance(state, Scene):
         if side:
-            return is_beside(state, one, side, other)
+            return is_beside(state, name, side, other)
         return shows(state, caption.removeprefix("a table with ").removesuffix(" on a table").split(" and "))
     if isinstance(state, Garment):
         head, trims = caption.split(" with ")
         return set(head.split()[1:]) <= {state.kind, state.colour} and all(has_trim(state, trim) for trim in trims.split(" and "))
     seen = {state.left, state.right, f"the {state.event}", state.event, state.place}
     if side:
-        people, town = other.split(" in ")[0], other.split(" in ")[1]
-        pair = (one, people) if side == "left" else (people, one)
-        return pair == (state.left, state.right) and town == state.place
+        person, town = other.split(" in ")
+        pair = (name, person) if side == "left" else (person, name)
+        return (*pair, town) == (state.left, state.right, state.place)
     parts = re.split(" at | in | and | with ", caption.removeprefix("a photo of "))
     return all((part[3:] not in seen) if part.startswith("no ") else part in seen for part in parts)
 
@@ -47,12 +47,7 @@ def is_true(caption: str, state: State) -> bool:
 def has_trim(garment: Garment, trim: str) -> bool:
     """Whether a garment has "white dots", "long sleeves", "a v-neck", "a belt", or has them not: "no white dots"."""
     has = {garment.pattern, garment.sleeves, garment.collar, "belt" if garment.belt else ""}
-    return trim.removeprefix("no ").removeprefix("a ") in has if not trim.startswith("no ") else trim[3:] not in has
-
-
-def deny(part: str) -> str:
-    """The part said to be missing: "a red cube" to "no red cube", "white dots" to "no white dots"."""
-    return f"no {part.removeprefix('a ').removeprefix('the ')}"
+    return trim[3:] not in has if trim.startswith("no ") else trim.removeprefix("a ") in has
 
 
 def _draw_scene(rng: random.Random) -> tuple[Scene, list[tuple[str, str]]]:
@@ -102,12 +97,14 @@ def _negate(kind: str, rng: random.Random) -> Draft:
         head = f"a {state.kind}" if rng.random() < 0.5 else f"a {state.colour} {state.kind}"
         frame = f"{head} with {' and '.join('{}' for _ in parts)}"
     else:
-        state, (one, other) = _draw_photo(rng)
-        town, deed = state.place, f"the {state.event}"
-        frames = ((f"{one} and {{}} in {town}", other), (f"a photo of {town} with {{}}", one), (f"{one} at {{}} in {town}", deed))
-        frame, part = rng.choice(frames)
+        state, (person, other) = _draw_photo(rng)
+        town = state.place
+        frames = {f"{person} and {{}} in {town}": other, f"a photo of {town} with {{}}": person}
+        frames[f"{person} at {{}} in {town}"] = f"the {state.event}"
+        frame, part = rng.choice(list(frames.items()))
         parts, place = [part], 0
-    denied = [deny(part) if at == place else part for at, part in enumerate(parts)]
+    denied = list(parts)  # "a red cube" becomes "no red cube", "white dots" "no white dots"
+    denied[place] = f"no {parts[place].removeprefix('a ').removeprefix('the ')}"
     return state, frame.format(*parts), frame.format(*denied)
 
 
@@ -146,24 +143,24 @@ KINDS: Final = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel
 
 def _edit_scene(kind: str, rng: random.Random) -> Draft:
     scene, ((colour, shape), other, _) = _draw_scene(rng)
-    one, two = f"a {colour} {shape}", name_item(other)
+    first, second = f"a {colour} {shape}", name_item(other)
     if kind == "add_obj":
         added = name_item((rng.choice(COLOUR_NAMES), rng.choice(SHAPES)))
-        return scene, f"{one} and {two}", f"{one} and {two} and {added}"
+        return scene, f"{first} and {second}", f"{first} and {second} and {added}"
     if kind == "replace_rel":
         side, wrong = rng.sample(SIDES, 2)
-        return scene, f"{one} {side} of {two}", f"{one} {wrong} of {two}"
+        return scene, f"{first} {side} of {second}", f"{first} {wrong} of {second}"
     if kind == "swap_obj":
         side = rng.choice(SIDES)
-        return scene, f"{one} {side} of {two}", f"{two} {side} of {one}"
+        return scene, f"{first} {side} of {second}", f"{second} {side} of {first}"
     frame = rng.choice(_FRAMES)
     if kind == "add_att":
-        return scene, frame.format(f"a {shape}", two), frame.format(f"a {rng.choice(COLOUR_NAMES)} {shape}", two)
+        return scene, frame.format(f"a {shape}", second), frame.format(f"a {rng.choice(COLOUR_NAMES)} {shape}", second)
     if kind == "replace_att":
-        return scene, frame.format(one, two), frame.format(f"a {_unlike(rng, COLOUR_NAMES, colour)} {shape}", two)
+        return scene, frame.format(first, second), frame.format(f"a {_unlike(rng, COLOUR_NAMES, colour)} {shape}", second)
     if kind == "replace_obj":
-        return scene, frame.format(one, two), frame.format(f"a {colour} {_unlike(rng, SHAPES, shape)}", two)
-    return scene, frame.format(one, two), frame.format(f"a {other[0]} {shape}", f"a {colour} {other[1]}")
+        return scene, frame.format(first, second), frame.format(f"a {colour} {_unlike(rng, SHAPES, shape)}", second)
+    return scene, frame.format(first, second), frame.format(f"a {other[0]} {shape}", f"a {colour} {other[1]}")
 
 
 def _edit_garment(kind: str, rng: random.Random) -> Draft:
@@ -179,21 +176,21 @@ def _edit_garment(kind: str, rng: random.Random) -> Draft:
 
 
 def _edit_photo(kind: str, rng: random.Random) -> Draft:
-    photo, (one, other) = _draw_photo(rng)
-    side, wrong = SIDES if one == photo.left else SIDES[::-1]
+    photo, (person, other) = _draw_photo(rng)
+    side, wrong = SIDES if person == photo.left else SIDES[::-1]
     if kind == "add_obj":
-        added = _unlike(rng, tuple(PERSONS), one, other)
-        return photo, f"{one} at the {photo.event}", f"{one} and {added} at the {photo.event}"
+        added = _unlike(rng, tuple(PERSONS), person, other)
+        return photo, f"{person} at the {photo.event}", f"{person} and {added} at the {photo.event}"
     if kind == "replace_rel":
-        return photo, f"{one} {side} of {other} in {photo.place}", f"{one} {wrong} of {other} in {photo.place}"
+        return photo, f"{person} {side} of {other} in {photo.place}", f"{person} {wrong} of {other} in {photo.place}"
     if kind == "swap_obj":
-        return photo, f"{one} {side} of {other} in {photo.place}", f"{other} {side} of {one} in {photo.place}"
-    person, event = other, photo.event
+        return photo, f"{person} {side} of {other} in {photo.place}", f"{other} {side} of {person} in {photo.place}"
+    with_whom, event = other, photo.event
     if rng.random() < 0.5:
-        person = _unlike(rng, tuple(PERSONS), one, other)
+        with_whom = _unlike(rng, tuple(PERSONS), person, other)
     else:
         event = _unlike(rng, EVENTS, event)
-    return photo, f"{one} and {other} at the {photo.event}", f"{one} and {person} at the {event}"
+    return photo, f"{person} and {other} at the {photo.event}", f"{person} and {with_whom} at the {event}"
 
 
 def is_small_edit(kind: str, caption: str, negative: str) -> bool:

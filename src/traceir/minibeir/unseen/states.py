@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final, TypeVar
@@ -23,6 +23,7 @@ from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 State = Scene | Garment | Photo
 S = TypeVar("S", bound=State)
+T = TypeVar("T")
 
 Item = tuple[str, str]
 """Colour and shape of an object."""
@@ -78,13 +79,17 @@ def depict(state: State) -> Sketch:
     return state.sketch(seed % (100_000 if isinstance(state, Photo) else VARIANTS))
 
 
+def shuffle(items: Iterable[T], rng: random.Random) -> list[T]:
+    shuffled = list(items)
+    rng.shuffle(shuffled)
+    return shuffled
+
+
 def list_near(state: Any, rng: random.Random) -> list[Any]:
     """The test compositions that differ from this one in one attribute, or in the order of two objects or people, shuffled."""
     if isinstance(state, Photo):
         altered = [replace(state, **{part: choice}) for part in PARTS for choice in list_others(state, part)]
-        near: list[Any] = [each for each in (swap_sides(state), *altered) if each in tests(Photo)]
-        rng.shuffle(near)
-        return near
+        return shuffle((photo for photo in (swap_sides(state), *altered) if photo in tests(Photo)), rng)
     if isinstance(state, Garment):
         return [twin for twin in state.twins(rng) if twin in tests(Garment)]
     near = [each for each in state.near(rng) if each in tests(Scene)]
@@ -101,6 +106,12 @@ def draw_clusters(kind: type[S], count: int, rng: random.Random) -> list[S]:
     return rng.sample(list(chosen), count)
 
 
+def draw_by_turns(kinds: Sequence[type[State]], count: int, rng: random.Random) -> list[Any]:
+    """As `draw_clusters`, of these kinds by turns."""
+    drawn = [draw_clusters(kind, len(range(place, count, len(kinds))), rng) for place, kind in enumerate(kinds)]
+    return [drawn[place % len(kinds)][place // len(kinds)] for place in range(count)]
+
+
 # --- what can be seen -------------------------------------------------------------------------------------------------
 
 
@@ -113,19 +124,19 @@ def name_item(item: Iterable[str]) -> str:
     return f"a {' '.join(item)}"
 
 
-def fits(item: Item, thing: str) -> bool:
+def fits(item: Item, name: str) -> bool:
     """Whether an object is "a red cube", "a cube"."""
-    return set(thing.split()[1:]) <= set(item)
+    return set(name.split()[1:]) <= set(item)
 
 
-def shows(scene: Scene, things: Iterable[str]) -> bool:
-    """Whether all things are seen, each in an object of its own; "no red cube" is seen where no object is one."""
-    wanted = [thing for thing in things if thing.startswith("a ")]
-    denied = any(fits(item, thing) for item in scene.objects for thing in things if not thing.startswith("a "))
+def shows(scene: Scene, names: Iterable[str]) -> bool:
+    """Whether all is seen, each in an object of its own; "no red cube" is seen where no object is one."""
+    wanted = [name for name in names if name.startswith("a ")]
+    denied = any(fits(item, name) for item in scene.objects for name in names if not name.startswith("a "))
     return not denied and any(all(map(fits, order, wanted)) for order in itertools.permutations(scene.objects, len(wanted)))
 
 
-def is_beside(scene: Scene, thing: str, side: str, other: str) -> bool:
-    """Whether some object that is `thing` stands anywhere to that side of some object that is `other`."""
-    things = (thing, other) if side == "left" else (other, thing)
-    return any(all(map(fits, pair, things)) for pair in itertools.combinations(scene.objects, 2))
+def is_beside(scene: Scene, name: str, side: str, other: str) -> bool:
+    """Whether some object of that name stands anywhere to that side of some object that is `other`."""
+    names = (name, other) if side == "left" else (other, name)
+    return any(all(map(fits, pair, names)) for pair in itertools.combinations(scene.objects, 2))
