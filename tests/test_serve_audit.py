@@ -20,10 +20,10 @@ from test_serve_safety import Message, Receive, Send, bearer, echo, encoded, pos
 from traceir.errors import StoreError
 from traceir.images import ImageInput
 from traceir.items import Query
+from traceir.serve.access import KeyMiddleware, Limits
 from traceir.serve.audit import AuditLog, read_secret
-from traceir.serve.gate import KeyMiddleware, Limits
-from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.keys import KeyRing, make_key
+from traceir.serve.security import AccessRules, SecurityMiddleware
 
 
 def written(path: Path) -> list[Any]:

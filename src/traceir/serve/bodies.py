@@ -14,8 +14,8 @@ from typing import Any, Final
 from traceir.errors import InputError
 from traceir.serve.fair import Shares, Usage, caller
 from traceir.serve.faults import Doubled, place_of_half
-from traceir.serve.guard import App, Message, Receive, Refusal, Send, refuse
 from traceir.serve.limits import Buckets, Rate
+from traceir.serve.security import App, Message, Receive, Refusal, Send, refuse
 
 MAX_BODY: Final = 32 * 1024 * 1024
 MAX_ANSWER: Final = 4 * 1024 * 1024

@@ -24,7 +24,7 @@ from typing import Final, Literal, cast
 
 from traceir.errors import InputError, StoreError
 from traceir.files import replacing
-from traceir.serve.guard import Refusal
+from traceir.serve.security import Refusal
 from traceir.serve.tenants import check_tenant
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Any, Final
 from traceir.items import Item, Query
 from traceir.serve.audit import MAX_WHAT, AuditLog
 from traceir.serve.fair import Shares, caller
-from traceir.serve.guard import SAFE_METHODS, App, Message, Receive, Refusal, Send, refuse
 from traceir.serve.keys import ANYONE, KeyRing, Principal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.security import SAFE_METHODS, App, Message, Receive, Refusal, Send, refuse
 
 OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/health/", "/ready", "/ready/", "/openapi.json"})
 """What needs no key: the page, which asks for one, and what a watchdog calls."""

@@ -15,9 +15,9 @@ from conftest import Running
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from traceir.serve import wire
-from traceir.serve.guard import Message, Receive, Send
-from traceir.serve.wire import WireLimits, settings
+from traceir.serve import connections
+from traceir.serve.connections import ConnectionLimits, settings
+from traceir.serve.security import Message, Receive, Send
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
@@ -46,7 +46,7 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
 
 
 @contextmanager
-def listening(parser: type, limits: WireLimits) -> Iterator[Address]:
+def listening(parser: type, limits: ConnectionLimits) -> Iterator[Address]:
     """A server of `application` in a thread: where it listens."""
     server = uvicorn.Server(uvicorn.Config(application, log_level="critical", lifespan="off", **settings(limits, parser)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -62,15 +62,15 @@ def listening(parser: type, limits: WireLimits) -> Iterator[Address]:
 @pytest.fixture(params=PARSERS, scope="module")
 def patient(request: pytest.FixtureRequest) -> Iterator[Address]:
     """A server whose deadlines never come."""
-    with listening(request.param, WireLimits(unread=1 << 20)) as address:
+    with listening(request.param, ConnectionLimits(unread=1 << 20)) as address:
         yield address
 
 
 @pytest.fixture(params=PARSERS)
 def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     """A server whose deadlines come at once."""
-    monkeypatch.setattr(wire, "TICK_S", 0.02)
-    with listening(request.param, WireLimits(head_s=0.2, unread_s=0.2, write_s=0.2)) as address:
+    monkeypatch.setattr(connections, "TICK_S", 0.02)
+    with listening(request.param, ConnectionLimits(head_s=0.2, unread_s=0.2, write_s=0.2)) as address:
         yield address
 
 
@@ -187,7 +187,7 @@ def test_what_does_not_end_is_given_up_and_others_are_served(hasty: Address) -> 
 
 @pytest.mark.parametrize("parser", PARSERS)
 def test_connections_that_wait_make_room_and_busy_ones_do_not(parser: type) -> None:
-    with listening(parser, WireLimits(connections=8)) as address:
+    with listening(parser, ConnectionLimits(connections=8)) as address:
         waiting = [connected(address) for _ in range(6)]
         for number in range(12):
             assert one_of(address, GET).endswith(b"0"), number
