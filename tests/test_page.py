@@ -145,7 +145,7 @@ def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
 
 def shown_ids(page: Any, column: int = 0) -> list[str]:
     """The ids of the hits of a column, once its search is over."""
-    road = page.locator(".road").nth(column)
+    road = page.locator(".trace").nth(column)
     playwright.expect(road).to_have_attribute("data-status", "done")
     found: list[str] = (
         page.locator(".grid").nth(column).locator(".card[data-id]").evaluate_all("all => all.map((c) => c.dataset.id)")
@@ -212,12 +212,14 @@ def test_a_dropped_image_is_edited_reasoned_over_and_refined(
     ask(page, question.query)
     expected = service.searcher.search(question.query, k=PAGE)
     assert shown_ids(page) == ids(expected.hits) and expected.hits[0].id in question.right
-    playwright.expect(page.locator(".road .badge")).to_have_text("reasoned")
+    playwright.expect(page.locator(".trace .badge")).to_have_text("reasoned")
     assert page.locator(".steps li").all_inner_texts()[-1] == expected.encoding.reasoning.split("; ")[-1]
-    playwright.expect(page.locator(".road [role=meter]")).to_have_attribute(
+    playwright.expect(page.locator(".trace [role=meter]")).to_have_attribute(
         "aria-valuenow", f"{expected.encoding.emb_probability:.3f}"
     )
-    playwright.expect(page.locator(".road .total")).to_have_text(re.compile(rf"^{expected.encoding.tokens} tokens · [\d.]+ m?s$"))
+    playwright.expect(page.locator(".trace .total")).to_have_text(
+        re.compile(rf"^{expected.encoding.tokens} tokens · [\d.]+ m?s$")
+    )
     playwright.expect(page.locator("#live")).to_contain_text("12 hits")
     said = page.evaluate("window.said.join(' ')")
     assert all(one in said for one in ("Searching.", "reasons first", *expected.encoding.reasoning.split("; "), "12 hits")), said
@@ -456,8 +458,7 @@ def test_addresses_and_history_bring_a_search_back(service: Service, open_page: 
     playwright.expect(fresh.locator("#instruction")).to_have_value(query.instruction)
 
     script = """async () => {
-      const {remember, readHistory, PICTURE_CHARACTERS} = await import("/static/history.js");
-      const {makeQuery, filePicture} = await import("/static/query.js");
+      const {remember, readHistory, PICTURE_CHARACTERS, makeQuery, filePicture} = await import("/static/query.js");
       const data = "data:image/png;base64," + "A".repeat(PICTURE_CHARACTERS);
       remember(makeQuery({text: "large", picture: filePicture(data, "large.png")}));
       return readHistory()[0];
@@ -555,18 +556,17 @@ def test_event_streams_are_read_however_they_are_cut(service: Service, open_page
     page = open_page(service.url)
     found = page.evaluate(
         """async (stream) => {
-          const {SseParser, readEvents} = await import("/static/sse.js");
-          const split = (...cuts) => {
-            const parser = new SseParser();
-            return [0, ...cuts].flatMap((cut, at) => parser.push(stream.slice(cut, [...cuts, stream.length][at])));
-          };
-          const ways = [split(), split(...Array.from(stream, (_, at) => at))];
-          for (let cut = 1; cut < stream.length; cut += 1) ways.push(split(cut));
+          const {readEvents} = await import("/static/api.js");
           const bytes = new TextEncoder().encode(stream);
-          const body = new ReadableStream({start(to) { bytes.forEach((one) => to.enqueue(Uint8Array.of(one))); to.close(); }});
-          const read = [];
-          for await (const one of readEvents(body)) read.push(one);
-          return [...new Set([...ways, read].map((one) => JSON.stringify(one)))];
+          const read = async (pieces) => {
+            const events = [];
+            const body = new ReadableStream({start(to) { pieces.forEach((piece) => to.enqueue(piece)); to.close(); }});
+            for await (const event of readEvents(body)) events.push(event);
+            return JSON.stringify(events);
+          };
+          const cuts = Array.from(bytes, (_, at) => [bytes.slice(0, at), bytes.slice(at)]);
+          const ways = await Promise.all([[...bytes].map((byte) => Uint8Array.of(byte)), ...cuts].map(read));
+          return [...new Set(ways)];
         }""",
         stream,
     )

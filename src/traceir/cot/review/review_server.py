@@ -223,7 +223,7 @@ def app_of(session: ReviewSession, port: int) -> SecurityMiddleware:
     routes = [
         Route("/", lambda _: FileResponse(STATIC / "review.html")),
         Route("/favicon.ico", lambda _: Response(status_code=204)),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", StaticFiles(directory=STATIC, packages=[("traceir.serve", "static")])),
         Route("/api/start", lambda _: JSONResponse({"reviewer": session.reviewer})),
         Route("/api/review", overview),
         Route("/api/sample/{number}", sample),

@@ -1,6 +1,6 @@
-// The server, as the page sees it. Addresses are relative to the page, so that it also works below a path of a proxy.
+// The server, as the pages see it. Addresses are relative to the page, so that it also works below a path of a proxy.
 
-import { readEvents } from "./sse.js";
+import { el } from "./dom.js";
 
 const KEY = "traceir.key";
 const PICTURES_KEPT = 300;
@@ -48,9 +48,9 @@ async function ask(path, { body, signal, accept = "application/json" } = {}) {
     throw new ApiError(navigator.onLine ? "The server cannot be reached. Is it still running?" : "This device is offline.");
   }
   if (response.ok) return response;
-  const told = await response.json().catch(() => null); // a proxy's page, or nothing
+  const answer = await response.json().catch(() => null); // a proxy's page, or nothing
   const wait = Number.parseFloat(response.headers.get("retry-after") ?? "");
-  throw new ApiError(messageOf(told?.error) ?? `The server answered with status ${response.status}.`, response.status,
+  throw new ApiError(messageOf(answer?.error) ?? `The server answered with status ${response.status}.`, response.status,
     Number.isFinite(wait) ? wait : null);
 }
 
@@ -59,7 +59,9 @@ function messageOf(error) {
   return typeof message === "string" && message ? message : null;
 }
 
-async function jsonOf(response) {
+// The JSON at a path; with a `body` it is posted.
+export async function askJson(path, body = null) {
+  const response = await ask(path, { body });
   try {
     return await response.json();
   } catch (error) {
@@ -68,23 +70,12 @@ async function jsonOf(response) {
   }
 }
 
-export const getConfig = async () => jsonOf(await ask("/page/config"));
-
-export const postSearch = async (body) => jsonOf(await ask("/search", { body }));
-
-export const getItems = async (offset, limit) => (await jsonOf(await ask(`/items?offset=${offset}&limit=${limit}`))).items ?? [];
-
 // The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
 export async function* streamSearch(body, signal) {
   const response = await ask("/search/stream", { body, signal, accept: "text/event-stream" });
   try {
     for await (const { event, data } of readEvents(response.body)) {
-      let read;
-      try {
-        read = JSON.parse(data);
-      } catch {
-        throw new ApiError("The server sent an event that is not JSON.", response.status);
-      }
+      const read = JSON.parse(data);
       if (event === "error") {
         throw new ApiError(messageOf(read?.error) ?? "The server gave no reason.", STATUS[read?.error?.type] ?? 500);
       }
@@ -93,10 +84,36 @@ export async function* streamSearch(body, signal) {
     }
   } catch (error) {
     if (isAbort(error) || error instanceof ApiError) throw error;
+    if (error instanceof SyntaxError) throw new ApiError("The server sent an event that is not JSON.", response.status);
     throw new ApiError("The connection was lost before the hits came.");
   }
   if (signal?.aborted) throw new DOMException("stopped", "AbortError");
   throw new ApiError("The connection ended before the hits came.");
+}
+
+// The server-sent events (HTML standard, 9.2) of a stream of bytes, which is cancelled when the caller stops reading. EventSource can
+// neither POST nor send a key. An event that no blank line ended is dropped.
+export async function* readEvents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let [rest, event, data] = ["", "", []];
+  try {
+    for (;;) {
+      const { done, value: text = "" } = await reader.read();
+      const lines = (rest + text).split(done ? /\r\n|\r|\n/ : /\r\n|\r(?!$)|\n/); // the \n of a \r\n may still come
+      rest = lines.pop();
+      for (const line of lines) {
+        const [, name, value = ""] = /^([^:]*)(?:: ?(.*))?$/s.exec(line);
+        if (name === "event") event = value;
+        else if (name === "data") data.push(value);
+        if (line) continue; // comments, id and retry mean nothing here
+        if (data.length) yield { event: event || "message", data: data.join("\n") };
+        [event, data] = ["", []];
+      }
+      if (done) return;
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
 }
 
 // Pictures. An <img> sends no key, so with a key they are fetched and shown as blobs.
@@ -125,13 +142,28 @@ async function pictureSource(path) {
 // Shows a picture of the server in an <img>, at least `side` pixels wide if it has them; `onlost` where it cannot be shown.
 export function showPicture(img, path, side, onlost) {
   img.addEventListener("error", onlost, { once: true });
-  Promise.resolve(path).then((found) => pictureSource(side ? `${found}?side=${side}` : found)).then((source) => { img.src = source; }, onlost);
+  Promise.resolve(path).then((known) => pictureSource(side ? `${known}?side=${side}` : known)).then((source) => { img.src = source; }, onlost);
 }
 
 const paths = new Map();
 
 // The path of the picture of an item that is known by its id alone.
-export function pathOfItem(id) {
-  if (!paths.has(id)) paths.set(id, ask(`/items/${encodeURIComponent(id)}`).then(jsonOf).then((item) => item.image));
+function pathOfItem(id) {
+  if (!paths.has(id)) paths.set(id, askJson(`/items/${encodeURIComponent(id)}`).then((item) => item.image));
   return paths.get(id);
 }
+
+// Shows the picture of a query in an <img>.
+export function showQueryPicture(img, picture) {
+  const lost = () => img.classList.add("lost");
+  if (picture.kind === "item") {
+    showPicture(img, picture.path ?? pathOfItem(picture.id), 256, lost);
+  } else {
+    img.addEventListener("error", lost, { once: true });
+    img.src = picture.data;
+  }
+  return img;
+}
+
+// A query's picture, small; null where it has none.
+export const thumb = (picture, alt = "") => picture && showQueryPicture(el("img", { alt, class: "thumb" }), picture);

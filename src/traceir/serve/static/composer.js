@@ -1,12 +1,13 @@
-// The search box: a picture by drop, paste or choice, words, instruction, modality, route.
+// The search box: a picture by drop, paste or choice, words, instruction, modality, route; and the cut-off, a setting of the page.
 
-import { announce, el, find, say, toast } from "./dom.js";
-import { filePicture, itemPicture, makeQuery } from "./query.js";
-import { shownPicture } from "./reasoning.js";
+import { showQueryPicture } from "./api.js";
+import { announce, button, el, find, onClick, say, sayRate, toast } from "./dom.js";
+import { filePicture, hitPicture, itemPicture, kindOf, makeQuery } from "./query.js";
 import { DRAGGED } from "./results.js";
 
 const LARGEST = 20 * 1024 * 1024;
 const CHIPS = 8;
+const RATES = [0, 0.1, 0.01, 0.001]; // of the cut-off; 0 is none
 const READ = { "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WebP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF" };
 const PLAIN = "Describe what you look for, or add a picture and say what to change";
 const CHANGE = "now make it …";
@@ -15,6 +16,7 @@ export class Composer {
   picture = null;
   reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
   suggestions = [];
+  calibrated = {}; // the kinds of query that a cut-off can be told for
   form = find("composer");
   text = find("text");
   instruction = find("instruction");
@@ -31,12 +33,12 @@ export class Composer {
       event.preventDefault();
       this.form.requestSubmit();
     });
-    find("stop").addEventListener("click", stop);
+    onClick("stop", stop);
     find("file").addEventListener("change", (event) => {
       this.takeFiles([...event.target.files]);
       event.target.value = "";
     });
-    find("remove").addEventListener("click", () => {
+    onClick("remove", () => {
       this.setPicture(null);
       find("file").focus();
     });
@@ -74,7 +76,7 @@ export class Composer {
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
   takeFiles(files) {
-    const file = files.find((one) => one.type in READ);
+    const file = files.find(({ type }) => type in READ);
     if (!files.length) return;
     if (!file) {
       const which = files.length > 1 ? `None of these ${files.length} files can` : `“${files[0].name}” cannot`;
@@ -102,7 +104,7 @@ export class Composer {
     lost.hidden = true;
     const fresh = el("img", { id: "preview", alt: "the picture to search with", on: { error: () => { lost.hidden = false; } } });
     find("preview").replaceWith(fresh);
-    if (picture) shownPicture(fresh, picture);
+    if (picture) showQueryPicture(fresh, picture);
     const name = picture && (picture.kind === "item" ? picture.label || picture.id : picture.name);
     say(find("about-picture"), picture ? `with ${name}` : "Drop or paste a picture anywhere on this page.");
     if (picture || had) announce(picture ? `Picture added: ${name}` : "Picture removed");
@@ -117,14 +119,14 @@ export class Composer {
     this.text.value = query.text;
     this.instruction.value = query.instruction;
     // One by one: the `value` of a radio group does not take "".
-    for (const one of this.form.querySelectorAll("input[type=radio]")) if (one.name in query) one.checked = one.value === query[one.name];
+    for (const radio of this.form.querySelectorAll("input[type=radio]")) if (radio.name in query) radio.checked = radio.value === query[radio.name];
     this.setPicture(query.picture);
   }
 
   // Ready for "now make it ..." of a hit: its picture, no words.
   refine(hit) {
     this.text.value = "";
-    this.setPicture(itemPicture(hit.id, hit.text ?? hit.id, hit.image));
+    this.setPicture(hitPicture(hit));
     this.text.focus();
     announce("This picture is the next query's. Say what to change.");
   }
@@ -165,10 +167,30 @@ export class Composer {
   }
 
   chip(text, chosen) {
-    return el("button", { type: "button", class: "chip", "aria-pressed": String(chosen), dir: "auto", text, on: { click: () => {
+    const choose = () => {
       this.instruction.value = chosen ? "" : text;
       this.refresh();
-      [...find("chips").children].find((one) => one.textContent === text)?.focus();
-    } } });
+      [...find("chips").children].find((chip) => chip.textContent === text)?.focus();
+    };
+    return button(text, choose, { class: "chip", "aria-pressed": String(chosen), dir: "auto" });
+  }
+
+  // How often a query whose answer is not here may be shown hits all the same: a rate, 0 for no cut-off, null where the server decides
+  // because it cannot tell for this kind of query.
+  cutoffFor(query) {
+    return kindOf(query) in this.calibrated ? Number(this.form.elements.cutoff.value) : null;
+  }
+
+  // `config`: {default, background}. Rates that the background cannot tell are not offered; without a background nothing is.
+  setCutoff(config) {
+    this.calibrated = config?.background ?? {};
+    const most = Math.max(0, ...Object.values(this.calibrated));
+    const own = config?.default ?? 0;
+    find("cutoff").hidden = most === 0;
+    find("rates").replaceChildren(...[...new Set([...RATES, own])].map((value) => {
+      const disabled = value > 0 && value !== own && value * (most + 1) < 1;
+      const radio = el("input", { type: "radio", name: "cutoff", value, disabled, checked: value === own });
+      return el("label", { title: value ? null : "Always show the nearest" }, radio, el("span", { text: value ? sayRate(value) : "Off" }));
+    }));
   }
 }

@@ -1,8 +1,10 @@
-// Elements, made so that text from data can only ever become text.
+// Elements, made so that text from data can only ever become text, and messages to the reader. The review page uses these too.
 
 const TOGETHER = 120; // milliseconds
 
 export const find = (id) => document.getElementById(id);
+
+export const onClick = (id, act) => find(id).addEventListener("click", act);
 
 // A new element. Attributes: `text`, `on` (listeners by name), `data` (dataset), and any other by its name; false, null and
 // undefined leave one out. Children that are strings become text nodes.
@@ -18,36 +20,34 @@ export function el(tag, { text, on = {}, data = {}, ...attributes } = {}, ...chi
   return made;
 }
 
+// One of the icons of index.html.
 export function icon(name) {
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS(space, "use"));
-  svg.firstChild.setAttribute("href", `#i-${name}`);
+  const svg = document.querySelector("svg.icon").cloneNode(true);
+  svg.firstElementChild.setAttribute("href", `#i-${name}`);
   return svg;
 }
 
-export const button = (text, onclick, attributes = {}) => el("button", { type: "button", text, ...attributes, on: { click: onclick } });
+// `face`: a text, an element, or several.
+export const button = (face, onclick, attributes = {}) => el("button", { type: "button", ...attributes, on: { click: onclick } }, ...[face].flat());
 
 // Sets text only where it changed, so that selections and screen readers are left in peace.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-let untold = [];
+let pending = [];
 
 // Tells screen readers. What comes within a moment is told together, or the last would drown the rest; the same words twice are told twice.
 export function announce(text) {
   if (!text) return;
-  if (!untold.length) setTimeout(tell, TOGETHER);
-  untold.push(text);
+  if (!pending.length) setTimeout(flush, TOGETHER);
+  pending.push(text);
 }
 
-function tell() {
+function flush() {
   const live = find("live");
-  const text = untold.join(" ");
-  untold = [];
+  const text = pending.join(" ");
+  pending = [];
   live.textContent = live.textContent === text ? `${text} ` : text;
 }
 
@@ -83,4 +83,6 @@ export function seconds(value) {
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
 
-export const plural = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+export const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+
+export const sayRate = (rate) => `1 in ${Math.round(1 / rate)}`;

@@ -1,14 +1,15 @@
-// What the page shows before the first search: what the server holds, examples, or why there is nothing yet.
+// What the page shows before the first search: what the server holds, examples, some pictures, or why there is nothing yet.
 
+import { askJson, thumb } from "./api.js";
 import { announce, button, el, find, plural, say } from "./dom.js";
-import { NOUNS, fromRecord } from "./query.js";
-import { thumb } from "./reasoning.js";
+import { NOUNS, fromRecord, itemPicture } from "./query.js";
 
 const EMPTY_HELP = "traceir index add FOLDER --index DIR";
+const SHELF = { pictures: 6, pages: 9, items: 24 }; // so many pictures at most, from so many pages of so many items
 const code = (text) => el("code", { text });
 
-// `choose(query)` runs an example.
-export function drawLanding(config, choose) {
+// `choose(query)` runs an example, `take(hit)` begins with a picture of the collection.
+export function drawLanding(config, choose, take) {
   const counts = Object.entries(config.count ?? {}).filter(([, count]) => count > 0);
   say(find("collection"), counts.map(([modality, count]) => plural(count, NOUNS[modality] ?? modality)).join(" · ") || "nothing indexed yet");
   find("home").setAttribute("aria-label", `${config.title}, start page`);
@@ -24,15 +25,33 @@ export function drawLanding(config, choose) {
   } else {
     find("notice").hidden = true;
   }
-  const examples = config.examples ?? [];
-  find("examples-part").hidden = !examples.length;
-  find("examples").replaceChildren(...examples.map((example) => drawExample(example, choose)));
+  fill("examples", (config.examples ?? []).map((example) => drawExample(example, choose)));
+  drawShelf(counts.reduce((sum, [, count]) => sum + count, 0), take);
+}
+
+// A list that is hidden with its heading while it is empty.
+function fill(id, entries) {
+  find(`${id}-part`).hidden = !entries.length;
+  find(id).replaceChildren(...entries.map((entry) => el("li", {}, entry)));
 }
 
 function drawExample(example, choose) {
   const query = fromRecord(example);
-  return el("li", {}, el("button", { type: "button", class: "example", on: { click: () => choose(query) } }, thumb(query.picture),
-    el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: query.text || query.instruction }))));
+  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: query.text || query.instruction }));
+  return button([thumb(query.picture), words], () => choose(query), { class: "example" });
+}
+
+// Pictures from all over the collection, to start from without a picture of one's own.
+async function drawShelf(total, take) {
+  const offsets = new Set(Array.from({ length: total && SHELF.pages }, (_, page) => Math.floor((total * page) / SHELF.pages)));
+  const pages = await Promise.all([...offsets].map((offset) => askJson(`/items?offset=${offset}&limit=${SHELF.items}`).catch(() => ({}))));
+  const items = new Map();
+  for (const page of pages) {
+    const item = page.items?.find(({ id, image }) => image && !items.has(id));
+    if (item && items.size < SHELF.pictures) items.set(item.id, item);
+  }
+  fill("shelf", [...items.values()].map((item) =>
+    button([thumb(itemPicture(item.id, "", item.image), item.text?.slice(0, 200) || `picture ${item.id}`)], () => take(item))));
 }
 
 // A message above the welcome; `retry` adds a button.

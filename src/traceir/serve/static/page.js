@@ -1,17 +1,13 @@
 // The page: what happens when. Each part draws itself; here they are put together.
 
-import { getConfig, key } from "./api.js";
-import { Column } from "./column.js";
-import { drawVerdict, linkTwins } from "./compare.js";
+import { askJson, key } from "./api.js";
+import { Column, drawVerdict, linkTwins } from "./column.js";
 import { Composer } from "./composer.js";
-import { setCutoff } from "./cutoff.js";
-import { Details } from "./details.js";
-import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
-import { clearHistory, drawHistory, remember } from "./history.js";
+import { announce, find, isTyping, onClick, openDialog, plural, say, toast } from "./dom.js";
 import { drawLanding, showNotice } from "./landing.js";
-import { EMPTY, fromHash, isEmpty, itemPicture, makeQuery, samePicture, sayQuery, toHash } from "./query.js";
+import { EMPTY, clearHistory, drawHistory, fromHash, hitPicture, isEmpty, makeQuery, remember, samePicture, sayQuery, toHash } from "./query.js";
+import { Details } from "./results.js";
 import { follow, newRun, nextPage } from "./run.js";
-import { drawShelf } from "./shelf.js";
 import { Turns } from "./turns.js";
 
 const WAIT_FOR_MODEL = 2000;
@@ -21,10 +17,12 @@ let taken = null; // the id of the hit that "now make it ..." took from it
 let columns = [];
 let running = null; // {run, abort}
 const composer = new Composer({ search, stop });
-const turns = new Turns(visit);
+const turns = new Turns((turn) => {
+  visit(turn, "pushState");
+  announce(`Turn ${turns.trail.indexOf(turn) + 1} of ${turns.trail.length}: ${sayQuery(turn.query)}`);
+});
 const details = new Details({ refine, use });
 const actions = { open: openHit, refine, retry, more, anything, compare };
-const onclick = (id, act) => find(id).addEventListener("click", act);
 
 // Searches
 
@@ -42,17 +40,29 @@ function search(query, { from = parentOf(query) } = {}) {
   find("workspace").scrollIntoView({ block: "start" });
 }
 
+function searchAnew(query, from = null) {
+  composer.setQuery(query);
+  search(query, { from });
+}
+
 // A new turn. `way` of the browser's history: "pushState" or "replaceState".
 function begin(query, from, way) {
-  const turn = turns.add(query, from, newRun(query));
+  const turn = turns.add(query, from, newRun(query, composer.cutoffFor(query)));
   enter(turn, way);
   start(turn.run);
 }
 
-function enter(turn, way) {
+// Shows a turn; without a `way` the browser's history is there already.
+function enter(turn, way = null) {
   [parent, taken] = [turn, null];
-  history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
+  if (way) history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
   show(turn);
+}
+
+function visit(turn, way = null) {
+  turns.visit(turn);
+  composer.setQuery(turn.query);
+  enter(turn, way);
 }
 
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
@@ -99,9 +109,7 @@ function retry(run) {
 }
 
 function anything(query) {
-  const wider = makeQuery({ ...query, modality: "" });
-  composer.setQuery(wider);
-  search(wider, { from: turns.current.parent });
+  searchAnew(makeQuery({ ...query, modality: "" }), turns.current.parent);
 }
 
 async function more(column) {
@@ -123,13 +131,12 @@ async function more(column) {
 // What is shown
 
 function show(turn) {
-  turns.current = turn;
   find("landing").hidden = true;
   find("workspace").hidden = false;
   document.title = `${sayQuery(turn.query).slice(0, 60)} · ${config.title || "TraceIR"}`;
   const runs = turn.other ? [turn.run, turn.other] : [turn.run];
   const names = turn.other ? ["The route taken", "The other route"] : ["Result"];
-  columns = runs.map((run, place) => new Column(run, { config, name: names[place], actions }));
+  columns = runs.map((run, side) => new Column(run, { config, name: names[side], actions }));
   find("columns").replaceChildren(...columns.map((column) => column.element));
   find("columns").classList.toggle("compare", columns.length > 1);
   turns.draw();
@@ -137,24 +144,17 @@ function show(turn) {
 }
 
 function update() {
-  const [one, other] = columns;
-  one?.update({ other: other?.run ?? null, tells: !other });
-  other?.update({ other: one.run });
-  if (other) drawVerdict(find("verdict"), one.run, other.run, leaveComparison);
+  const [mine, other] = columns;
+  mine?.update({ other: other?.run ?? null, tells: !other });
+  other?.update({ other: mine.run });
+  if (other) drawVerdict(find("verdict"), mine.run, other.run, leaveComparison);
   else find("verdict").hidden = true;
-}
-
-function visit(turn) {
-  turns.visit(turn);
-  composer.setQuery(turn.query);
-  enter(turn, "pushState");
-  announce(`Turn ${turns.trail.indexOf(turn) + 1} of ${turns.trail.length}: ${sayQuery(turn.query)}`);
 }
 
 function compare() {
   const turn = turns.current;
   if (!turn || turn.other || turn.run.status !== "done" || config.reasons === false) return;
-  turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason", turn.run.cutoff);
+  turn.other = newRun(turn.query, turn.run.cutoff, turn.run.route === "reason" ? "direct" : "reason");
   show(turn);
   start(turn.other);
   find("verdict").querySelector("button").focus();
@@ -169,7 +169,7 @@ function leaveComparison() {
 }
 
 function openHit(run, place) {
-  const column = columns.find((one) => one.run === run);
+  const column = columns.find((shown) => shown.run === run);
   details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.focus(last); });
 }
 
@@ -181,10 +181,16 @@ function refine(hit) {
 
 // A hit as the whole query.
 function use(hit) {
-  const picture = hit.image ? itemPicture(hit.id, hit.text ?? hit.id, hit.image) : null;
-  const query = makeQuery({ ...composer.query(), text: hit.text, picture, instruction: "" });
-  composer.setQuery(query);
-  search(query, { from: turns.current });
+  searchAnew(makeQuery({ ...composer.query(), text: hit.text, picture: hit.image && hitPicture(hit), instruction: "" }), turns.current);
+}
+
+function goHome() {
+  stop();
+  [parent, taken, turns.current, columns] = [null, null, null, []];
+  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
+  document.title = config.title || "TraceIR";
+  composer.setQuery(EMPTY);
+  find("text").focus();
 }
 
 // Key, history, addresses
@@ -199,65 +205,51 @@ function askForKey(why, then) {
   openDialog(find("key"));
 }
 
-find("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
+// The form closes the dialog by itself.
+find("key-form").addEventListener("submit", () => {
   key.set(find("key-value").value.trim());
   find("open-key").hidden = false;
-  find("key").close();
   if (!config.count) loadConfig();
   answerKey?.();
 });
 
-onclick("forget-key", () => {
+onClick("forget-key", () => {
   key.forget();
-  find("key").close();
   find("open-key").hidden = true;
   toast("The key is forgotten.");
 });
 
-onclick("open-key", () => askForKey("A key is set for this tab.", null));
-onclick("open-help", () => openDialog(find("help")));
+onClick("open-key", () => askForKey("A key is set for this tab.", null));
+onClick("open-help", () => openDialog(find("help")));
 
-onclick("open-history", () => {
+onClick("open-history", () => {
   drawHistory(find("past"), (query, leftOut) => {
     find("history").close();
+    if (!leftOut) return searchAnew(query);
     composer.setQuery(query);
-    if (leftOut) composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
-    else search(query, { from: null });
+    return composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
   });
   openDialog(find("history"));
 });
 
-onclick("clear-history", () => {
+onClick("clear-history", () => {
   clearHistory();
   drawHistory(find("past"));
   announce("History cleared");
 });
 
-onclick("home", (event) => {
+onClick("home", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
   history.pushState({}, "", location.pathname + location.search);
   goHome();
 });
 
-function goHome() {
-  stop();
-  [parent, taken, turns.current, columns] = [null, null, null, []];
-  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
-  document.title = config.title || "TraceIR";
-  composer.setQuery(EMPTY);
-  find("text").focus();
-}
-
 // The browser's own back and forward.
 addEventListener("popstate", (event) => {
   const known = turns.all.get(event.state?.turn);
-  if (!known) return readAddress();
-  turns.visit(known);
-  [parent, taken] = [known, null];
-  composer.setQuery(known.query);
-  return show(known);
+  if (known) visit(known);
+  else readAddress();
 });
 
 function readAddress() {
@@ -287,27 +279,23 @@ addEventListener("online", () => {
 
 async function loadConfig() {
   try {
-    config = await getConfig();
-  } catch (error) {
-    if (error.status === 401) {
-      askForKey(error.message, null);
-      showNotice("A key is needed", error.message, () => askForKey(error.message, loadConfig));
-    } else if (error.status === 503) {
-      showNotice("The model is loading", el("p", { text: "This page goes on as soon as the server is ready." }));
+    config = await askJson("/page/config");
+  } catch ({ status, message }) {
+    if (status === 401) {
+      askForKey(message, null);
+      showNotice("A key is needed", message, () => askForKey(message, loadConfig));
+    } else if (status === 503) {
+      showNotice("The model is loading", "This page goes on as soon as the server is ready.");
       setTimeout(loadConfig, WAIT_FOR_MODEL);
     } else {
-      showNotice("No connection", error.message, loadConfig);
+      showNotice("No connection", message, loadConfig);
     }
     return;
   }
   composer.setInstructions(config.instructions ?? []);
+  composer.setCutoff(config.cutoff);
   document.body.classList.toggle("one-pass", config.reasons === false);
-  setCutoff(config.cutoff);
-  drawLanding(config, (query) => {
-    composer.setQuery(query);
-    search(query, { from: null });
-  });
-  drawShelf(config.count ?? {}, refine);
+  drawLanding(config, (query) => searchAnew(query), refine);
   if (!find("landing").hidden) document.title = config.title || "TraceIR";
 }
 

@@ -1,39 +1,41 @@
-// The road of one query, drawn as it is taken: read, decide, reason, embed, find.
+// How the model took one query, drawn as it happens: read, decide, reason, embed, find.
 
+import { thumb } from "./api.js";
 import { announce, el, fixed, plural, say, seconds } from "./dom.js";
-import { pathOfItem, showPicture } from "./api.js";
 import { NOUNS } from "./query.js";
 import { stepsOf } from "./run.js";
 
-// What each route is called while it is taken and afterwards, and why it was taken.
-const NOW = { reason: "reasoning …", direct: "skips reasoning" };
-const PAST = { reason: "reasoned", direct: "skipped reasoning" };
-const CHOSEN = {
-  reason: ["Its first token is not ", ", “ready to embed”. So the query is not simple, and it first writes down what is sought."],
-  direct: ["Its first token is ", ", “ready to embed”. So the query is simple, and there is nothing to write down."],
-};
-const TOLD = {
-  reason: ["Told to reason first, whatever the chance of ", "."],
-  direct: ["Told to embed at once, whatever the chance of ", "."],
-};
-const SPOKEN = { reason: "Not simple: the model reasons first.", direct: "Simple: the model skips reasoning." };
 const EMB = "<|emb|>";
 const STATIONS = ["read", "decide", "reason", "embed", "find"];
+// What each route is called while it is taken and afterwards, what screen readers hear of it, and why it was taken: by the model's own
+// choice, or because it was asked for. The text of a reason goes around `<|emb|>`.
+const ROUTES = {
+  reason: {
+    now: "reasoning …", past: "reasoned", spoken: "Not simple: the model reasons first.",
+    chosen: ["Its first token is not ", ", “ready to embed”. So the query is not simple, and it first writes down what is sought."],
+    asked: ["Told to reason first, whatever the chance of ", "."],
+  },
+  direct: {
+    now: "skips reasoning", past: "skipped reasoning", spoken: "Simple: the model skips reasoning.",
+    chosen: ["Its first token is ", ", “ready to embed”. So the query is simple, and there is nothing to write down."],
+    asked: ["Told to embed at once, whatever the chance of ", "."],
+  },
+};
 
-export class Road {
-  told = 0; // steps that screen readers have heard
+export class TracePanel {
+  heard = 0; // steps that screen readers have heard
   saidRoute = false;
 
   // `count`: items by modality; `width`: numbers of a vector.
   constructor(query, { width, count = {} }) {
     this.count = count;
-    this.nodes = Object.fromEntries(STATIONS.map((name) => [name, station(name)]));
+    this.stations = Object.fromEntries(STATIONS.map((name) => [name, station(name)]));
     this.badge = el("span", { class: "badge" });
     this.total = el("span", { class: "total quiet" });
-    this.element = el("section", { class: "road", "aria-label": "How the model took it" },
+    this.element = el("section", { class: "trace", "aria-label": "How the model took it" },
       el("header", {}, el("h2", { text: "Trace" }), this.badge, this.total),
-      el("ol", { class: "rail", role: "list" }, ...Object.values(this.nodes).map((one) => one.element)));
-    const { read, decide, reason, embed } = this.nodes;
+      el("ol", { role: "list" }, ...Object.values(this.stations).map(({ element }) => element)));
+    const { read, decide, reason, embed } = this.stations;
     read.body.append(shownQuery(query));
     this.gauge = el("div", { class: "gauge", role: "meter", "aria-label": `Probability that the first token is ${EMB}`,
       "aria-valuemin": 0, "aria-valuemax": 1 }, el("span", { class: "fill" }));
@@ -53,7 +55,7 @@ export class Road {
     const halted = run.status === "failed" || run.status === "stopped";
     Object.assign(this.element.dataset, { route: run.route ?? "", status: run.status });
     this.badge.className = `badge ${run.route ?? ""}`;
-    say(this.badge, (over ? PAST : NOW)[run.route] ?? (halted ? "halted" : "reading …"));
+    say(this.badge, ROUTES[run.route]?.[over ? "past" : "now"] ?? (halted ? "halted" : "reading …"));
     this.badge.title = run.route ? `route: ${run.route}` : "";
     this.updateDecision(run, over);
     this.updateReasoning(run, over);
@@ -63,11 +65,11 @@ export class Road {
 
   updateTimes({ route, trace, query }, over) {
     const times = trace?.seconds ?? {};
-    const { read, embed, find } = this.nodes;
+    const { read, embed, find } = this.stations;
     say(read.time, times.queue >= 0.0005 ? `waited ${seconds(times.queue)}` : "");
     say(embed.time, trace?.cached ? "from the cache" : seconds(times.encode));
     say(find.time, seconds(times.search));
-    const spent = Object.values(times).filter(Number.isFinite).reduce((sum, one) => sum + one, 0);
+    const spent = Object.values(times).filter(Number.isFinite).reduce((sum, time) => sum + time, 0);
     const cost = [route === "reason" && trace?.tokens > 0 ? plural(trace.tokens, "token") : "", seconds(spent)];
     say(this.total, over ? cost.filter(Boolean).join(" · ") : "");
     this.total.title = Object.entries(times).map(([name, value]) => `${name} ${seconds(value)}`).join(" · ");
@@ -82,9 +84,9 @@ export class Road {
     this.gauge.style.setProperty("--part", known ? String(Math.min(1, Math.max(0, run.probability))) : "0");
     if (known) this.gauge.setAttribute("aria-valuenow", fixed(run.probability));
     say(this.chance, known ? chance(run.probability) : "");
-    const why = (run.asked === run.route ? TOLD : CHOSEN)[run.route] ?? [];
-    if (this.why.textContent !== why.join(EMB)) this.why.replaceChildren(...(why.length ? [why[0], el("code", { text: EMB }), why[1]] : []));
-    if (run.route && !over && !this.saidRoute && !this.silent) announce(SPOKEN[run.route]);
+    const why = ROUTES[run.route]?.[run.asked === run.route ? "asked" : "chosen"];
+    if (this.why.textContent !== (why?.join(EMB) ?? "")) this.why.replaceChildren(...(why ? [why[0], el("code", { text: EMB }), why[1]] : []));
+    if (run.route && !over && !this.saidRoute && !this.silent) announce(ROUTES[run.route]?.spoken);
     this.saidRoute = Boolean(run.route);
   }
 
@@ -98,8 +100,8 @@ export class Road {
     });
     // Screen readers hear each step once, when it is complete.
     const complete = over ? steps.length : Math.max(0, steps.length - 1);
-    if (complete > this.told && !this.silent) announce(`${steps.slice(this.told, complete).join("; ")}.`);
-    this.told = run.status === "running" && !steps.length ? 0 : Math.max(this.told, complete);
+    if (complete > this.heard && !this.silent) announce(`${steps.slice(this.heard, complete).join("; ")}.`);
+    this.heard = run.status === "running" && !steps.length ? 0 : Math.max(this.heard, complete);
     let note = "";
     if (run.route === "direct") note = "skipped";
     else if (run.trace?.truncated) note = `It ended before ${EMB} came, so its last state was read.`;
@@ -111,7 +113,7 @@ export class Road {
     const at = over ? STATIONS.length : run.reasoning || run.route === "reason" ? 2 : run.route === "direct" ? 3 : 1;
     STATIONS.forEach((name, place) => {
       const state = place < at ? "done" : place === at && !halted ? "now" : "ahead";
-      this.nodes[name].element.dataset.state = name === "reason" && run.route === "direct" ? "skipped" : state;
+      this.stations[name].element.dataset.state = name === "reason" && run.route === "direct" ? "skipped" : state;
     });
   }
 }
@@ -133,20 +135,4 @@ function chance(value) {
 function shownQuery({ picture, text, instruction }) {
   return el("div", { class: "shown-query" }, thumb(picture, "the query's picture"), el("div", {},
     text && el("p", { class: "asked", dir: "auto", text }), instruction && el("p", { class: "quiet", dir: "auto", text: instruction })));
-}
-
-// A query's picture, small; null where it has none.
-export function thumb(picture, alt = "") {
-  return picture && shownPicture(el("img", { alt, class: "thumb" }), picture);
-}
-
-export function shownPicture(img, picture) {
-  const lost = () => img.classList.add("lost");
-  if (picture.kind === "item") {
-    showPicture(img, picture.path ?? pathOfItem(picture.id), 256, lost);
-  } else {
-    img.addEventListener("error", lost, { once: true });
-    img.src = picture.data;
-  }
-  return img;
 }

@@ -1,9 +1,10 @@
-// Hits as a grid of cards: pictures, texts, and both for pairs. Arrows move among them, Enter opens one, R takes it further.
+// Hits as a grid of cards, and all that is known of one in a dialog. Arrows move among the cards, Enter opens one, R takes it further.
 
-import { el, fixed, icon, plural } from "./dom.js";
 import { showPicture } from "./api.js";
+import { button, el, find, fixed, icon, openDialog, plural, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
 
+const LONGEST = 20000; // characters of a text in the dialog
 export const DRAGGED = "application/x-traceir-item";
 
 export class Grid {
@@ -13,7 +14,7 @@ export class Grid {
   constructor(actions) {
     this.actions = actions;
     this.element = el("ol", { class: "grid", role: "list", "aria-label": "Hits, best first", on: {
-      keydown: (event) => this.onKey(event), focusin: (event) => this.keepStop(event.target) } });
+      keydown: (event) => this.onKey(event), focusin: (event) => this.setStop(this.placeOf(event.target)) } });
   }
 
   clear() {
@@ -24,6 +25,7 @@ export class Grid {
 
   // Places that will be filled.
   showWaiting(count) {
+    if (this.element.querySelector(".ghost")) return;
     this.clear();
     this.element.setAttribute("aria-busy", "true");
     this.element.append(...Array.from({ length: count }, () => el("li", { class: "card ghost", "aria-hidden": "true" })));
@@ -36,15 +38,11 @@ export class Grid {
       this.cards.push(makeCard(hit, this.cards.length, this.actions));
       this.element.append(this.cards.at(-1).element);
     }
-    // Tab reaches one card.
-    const stop = Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0));
-    this.cards.forEach((card, place) => {
-      setStop(card, place === stop);
-      markMove(card, moved ? moved.get(card.hit.id) : undefined);
-    });
+    this.setStop(Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0)));
+    for (const card of this.cards) markMove(card, moved ? moved.get(card.hit.id) : undefined);
   }
 
-  focus(place = 0) {
+  focus(place) {
     this.cards[place]?.opener.focus();
   }
 
@@ -52,9 +50,11 @@ export class Grid {
     return this.cards.findIndex((card) => card.element.contains(target));
   }
 
-  keepStop(target) {
-    const current = this.placeOf(target);
-    if (current >= 0) this.cards.forEach((card, place) => setStop(card, place === current));
+  // Tab stops at this card and its button alone; the arrows go on from there.
+  setStop(stop) {
+    this.cards.forEach(({ opener, refine }, place) => {
+      for (const control of [opener, refine]) if (control) control.tabIndex = place === stop ? 0 : -1;
+    });
   }
 
   onKey(event) {
@@ -86,30 +86,23 @@ export class Grid {
     const others = boxes.filter(({ box }) => (box.top - here.top) * way > 4);
     const row = Math.min(...others.map(({ box }) => box.top * way)) * way;
     const off = ({ box }) => Math.abs(box.left + box.width / 2 - here.left - here.width / 2);
-    const near = others.filter(({ box }) => Math.abs(box.top - row) <= 4).sort((one, other) => off(one) - off(other));
+    const near = others.filter(({ box }) => Math.abs(box.top - row) <= 4).sort((first, second) => off(first) - off(second));
     return near[0]?.at ?? place;
   }
 }
 
 function makeCard(hit, place, actions) {
   const move = el("span", { class: "move", hidden: true });
-  const opener = el("button", { type: "button", class: "opener", tabindex: -1, on: { click: () => actions.open(place) } },
-    ...faceOf(hit),
-    el("span", { class: "foot" },
-      el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) })));
+  const foot = el("span", { class: "foot" },
+    el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) }));
+  const opener = button([...faceOf(hit), foot], () => actions.open(place), { class: "opener", tabindex: -1 });
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.setProperty("--part", String(Math.min(1, Math.max(0, hit.score))));
-  const refine = hit.image && el("button", { type: "button", class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}`,
-    on: { click: () => actions.refine(hit) } }, "now make it …");
+  const refine = hit.image && button("now make it …", () => actions.refine(hit),
+    { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
   const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, data: { id: hit.id },
     draggable: hit.image ? "true" : null, on: { dragstart: (event) => event.dataTransfer?.setData(DRAGGED, hit.id) } }, opener, bar, refine);
   return { element, opener, refine, move, hit };
-}
-
-// Whether Tab stops at this card and its button; the arrows go on from there.
-function setStop(card, here) {
-  card.opener.tabIndex = here ? 0 : -1;
-  if (card.refine) card.refine.tabIndex = here ? 0 : -1;
 }
 
 function faceOf(hit) {
@@ -119,7 +112,7 @@ function faceOf(hit) {
 }
 
 // A hit's picture in a frame, or what stands there where it is lost.
-export function framed(tag, hit, side = null) {
+function framed(tag, hit, side = null) {
   const img = el("img", { alt: hit.text ? "" : `picture ${hit.id}`, decoding: "async", draggable: "false" });
   const frame = el(tag, { class: "frame" }, img);
   showPicture(img, hit.image, side, () => frame.replaceChildren(icon("picture"), el("span", { class: "quiet", text: "picture lost" })));
@@ -139,4 +132,54 @@ function markMove({ move, element, opener, hit }, by) {
   const name = [`Hit ${hit.rank}`, `score ${fixed(hit.score)}`, by === undefined ? "" : words,
     `${NOUNS[hit.modality] ?? "item"}: ${hit.text ? hit.text.slice(0, 200) : hit.id}`];
   opener.setAttribute("aria-label", name.filter(Boolean).join(", "));
+}
+
+// The dialog of a hit: picture, text, exact score, fields, and what to do with it.
+export class Details {
+  dialog = find("details");
+
+  // actions: {refine(hit), use(hit)}
+  constructor(actions) {
+    this.actions = actions;
+    this.dialog.addEventListener("keydown", ({ key }) => {
+      if (key === "ArrowRight" || key === "ArrowLeft") this.show(this.place + (key === "ArrowRight" ? 1 : -1));
+    });
+  }
+
+  // `closed(place)`: called with the place of the hit shown last.
+  open(hits, place, closed) {
+    this.hits = hits;
+    this.dialog.addEventListener("close", () => closed(this.place), { once: true });
+    this.show(place);
+  }
+
+  show(place) {
+    const hit = this.hits[place];
+    if (!hit) return;
+    this.place = place;
+    const act = (what) => () => { this.dialog.close(); what(hit); };
+    const round = (name, label, attributes, onclick) => button(icon(name), onclick, { class: "round", "aria-label": label, ...attributes });
+    const turner = (way, name, label) => round(name, label, { disabled: !this.hits[place + way] }, () => this.show(place + way));
+    this.dialog.replaceChildren(
+      el("header", {}, el("h2", { id: "details-title", tabindex: -1, text: `Hit ${hit.rank}` }),
+        el("span", { class: "quiet", text: NOUNS[hit.modality] ?? hit.modality }),
+        turner(-1, "back", "Previous hit"), turner(1, "forth", "Next hit"), round("cross", "Close", { "data-close": true })),
+      el("div", { class: "leaf" }, hit.image && framed("div", hit),
+        el("div", { class: "about" }, hit.text && el("p", { class: "whole-text", dir: "auto", text: hit.text.slice(0, LONGEST) }),
+          el("dl", { class: "facts" }, ...factsOf(hit)))),
+      el("footer", {}, button("Copy id", () => copy(hit.id), { class: "plain" }), button("Search with this", act(this.actions.use)),
+        hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
+    openDialog(this.dialog);
+    this.dialog.querySelector("h2").focus();
+  }
+}
+
+function factsOf({ id, score, rank, modality, fields }) {
+  const facts = [...Object.entries({ id, score, rank, modality }), ...Object.entries(fields ?? {})];
+  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value)).slice(0, LONGEST);
+  return facts.map(([name, value]) => el("div", {}, el("dt", { dir: "auto", text: name }), el("dd", { dir: "auto", text: shown(value) })));
+}
+
+function copy(text) {
+  navigator.clipboard.writeText(text).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
 }

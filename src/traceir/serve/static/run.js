@@ -1,7 +1,6 @@
 // One search as it goes on: what is known of it so far, changed in place as events come.
 
-import { isAbort, postSearch, streamSearch } from "./api.js";
-import { cutoffFor } from "./cutoff.js";
+import { askJson, isAbort, streamSearch } from "./api.js";
 import { toRequest } from "./query.js";
 
 export const PAGE = 12;
@@ -9,9 +8,7 @@ export const PAGE = 12;
 const fresh = () => ({ route: null, probability: null, reasoning: "", trace: null, hits: [], more: false, cut: null, note: null, error: null });
 
 // status: "idle", "running", "done", "failed" or "stopped". cutoff: what is asked for, cut: what the answer says of it.
-export function newRun(query, route = query.route, cutoff = cutoffFor(query)) {
-  return { query, asked: route, cutoff, status: "idle", paging: false, ...fresh() };
-}
+export const newRun = (query, cutoff, route = query.route) => ({ query, asked: route, cutoff, status: "idle", paging: false, ...fresh() });
 
 const requestOf = (run, offset) => toRequest(run.query, { k: PAGE, offset, route: run.asked, cutoff: run.cutoff });
 
@@ -49,7 +46,7 @@ function take(run, event, data) {
 
 // The next page, behind what is there; returns how many hits came. Throws what the server says.
 export async function nextPage(run) {
-  const answer = await postSearch(requestOf(run, run.hits.length));
+  const answer = await askJson("/search", requestOf(run, run.hits.length));
   const known = new Set(run.hits.map((hit) => hit.id));
   const more = answer.hits.filter((hit) => !known.has(hit.id));
   run.hits = [...run.hits, ...more];

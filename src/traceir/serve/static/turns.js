@@ -1,8 +1,8 @@
 // The turns of a search: each refinement hangs on the one before it. The trail shows the way to the current one and onwards.
 
-import { el, find } from "./dom.js";
+import { thumb } from "./api.js";
+import { button, el, find, onClick } from "./dom.js";
 import { sayQuery } from "./query.js";
-import { thumb } from "./reasoning.js";
 
 export class Turns {
   all = new Map();
@@ -12,8 +12,8 @@ export class Turns {
   // `go(turn)` is called when one is chosen.
   constructor(go) {
     this.go = go;
-    find("back").addEventListener("click", () => this.step(-1));
-    find("forth").addEventListener("click", () => this.step(1));
+    onClick("back", () => this.step(-1));
+    onClick("forth", () => this.step(1));
   }
 
   // A new turn behind `parent` (null: a new search); what lay ahead of the parent leaves the trail.
@@ -52,8 +52,7 @@ export class Turns {
 
   crumb(turn, place) {
     const words = turn.query.text || turn.query.instruction || sayQuery(turn.query);
-    return el("li", {}, el("button", { type: "button", class: "crumb", "aria-current": turn === this.current ? "step" : null,
-      title: words, on: { click: () => this.go(turn) } },
-      el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })));
+    const face = [el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })];
+    return el("li", {}, button(face, () => this.go(turn), { class: "crumb", "aria-current": turn === this.current ? "step" : null, title: words }));
   }
 }
