@@ -27,10 +27,8 @@ from traceir.errors import StoreError
 from traceir.items import Content, Item, Query
 
 log = logging.getLogger(__name__)
-MAX_TEXT: Final = 10_000
-"""Characters of one text in a line, with `contents`."""
-MAX_WHAT: Final = 1000
-"""Contents that one line names; of more it gives their number."""
+MAX_TEXT: Final = 10_000  # characters of one text in a line, with `contents`
+MAX_WHAT: Final = 1000  # contents that one line names; of more it gives their number
 Line = Mapping[str, Any]
 
 

@@ -19,12 +19,9 @@ from traceir.serve.fair import Shares
 from traceir.serve.limits import network_of
 from traceir.serve.security import Refusal
 
-PIECE: Final = 16 * 1024
-"""Bytes that a parser is given at a time, so that it never works through much that is refused."""
-TICK_S: Final = 1.0
-"""Seconds between two looks at a connection, by which deadlines are late at most."""
-SPARE_FILES: Final = 256
-"""File handles that connections leave to the index, images and logs."""
+PIECE: Final = 16 * 1024  # bytes that a parser is given at a time, so that it never works through much that is refused
+TICK_S: Final = 1.0  # seconds between two looks at a connection, by which deadlines are late at most
+SPARE_FILES: Final = 256  # file handles that connections leave to the index, images and logs
 CONNECTIONS: Final = 2048
 
 
@@ -80,15 +77,11 @@ class _Watched(asyncio.Protocol):
     pipeline: deque[Any] | tuple[()] = ()
     address = ""
     lingering = False
-    since = 0.0
-    """When it began to wait, to linger or to close."""
-    _stuck: float | None = None
-    """Since when too little of an answer is taken."""
+    since = 0.0  # when it began to wait, to linger or to close
+    _stuck: float | None = None  # since when too little of an answer is taken
     _timer: asyncio.TimerHandle | None = None
-    _spent = _framing = _body = 0
-    """Bytes since the last head or piece of a body; of this body: all that frames it, and its own."""
-    _left = 0
-    """Bytes that are still thrown away while it lingers."""
+    _spent = _framing = _body = 0  # bytes since the last head or piece of a body; of this body: all that frames it, and its own
+    _left = 0  # bytes that are still thrown away while it lingers
 
     @property
     def busy(self) -> bool:

@@ -47,12 +47,8 @@ class Principal:
     tenant: str | None = None
     requests_per_minute: int | None = None
 
-    def may(self, scope: Scope) -> bool:
-        return scope in self.scopes
 
-
-ANYONE: Final = Principal("anyone", SCOPES)
-"""Who asks where no keys are configured, which is on a loopback address only."""
+ANYONE: Final = Principal("anyone", SCOPES)  # who asks where no keys are configured, which is on a loopback address only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +186,7 @@ class KeyRing:
 
 
 def _unknown(message: str, code: str) -> Refusal:
-    return Refusal(401, message, code, ((b"www-authenticate", b'Bearer realm="traceir"'),))
+    return Refusal(401, message, code, (("www-authenticate", 'Bearer realm="traceir"'),))
 
 
 def _hash(secret: str) -> str:

@@ -10,9 +10,11 @@ import json
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from starlette.responses import Response
 
 from traceir.errors import InputError
 
@@ -21,7 +23,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
-ByName = dict[str, list[str]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 PAGE_POLICY: Final = (
@@ -42,14 +43,13 @@ ALWAYS: Final[Headers] = (
 )
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 METHODS: Final = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-ALLOW: Final = (b"allow", b"GET, HEAD, POST, DELETE")
-"""The methods of our routes."""
-PREFLIGHT: Final[Headers] = (
-    ALLOW,
-    (b"access-control-allow-methods", ALLOW[1]),
-    (b"access-control-allow-headers", b"authorization, content-type"),
-    (b"access-control-max-age", b"600"),
-)
+ALLOW: Final = (("allow", "GET, HEAD, POST, DELETE"),)  # the methods of our routes
+PREFLIGHT: Final = {
+    **dict(ALLOW),
+    "access-control-allow-methods": ALLOW[0][1],
+    "access-control-allow-headers": "authorization, content-type",
+    "access-control-max-age": "600",
+}
 EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, retry-after")
 PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
 """What watchdogs ask by the address of a machine, so under any Host: it tells nothing but whether the server lives."""
@@ -64,13 +64,17 @@ class Refusal:
     status: int
     message: str
     code: str
-    headers: Headers = ()
+    headers: Sequence[tuple[str, str]] = ()
 
     @property
     def body(self) -> bytes:
         """In the shape of this server's errors, which is OpenAI's."""
         error = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
         return json.dumps({"error": error}).encode()
+
+    @property
+    def response(self) -> Response:
+        return Response(self.body, self.status, dict(self.headers), "application/json")
 
 
 WRONG_HOST: Final = Refusal(
@@ -83,7 +87,7 @@ WRONG_ORIGIN: Final = Refusal(
 
 @dataclass(frozen=True, slots=True)
 class AccessRules:
-    """What `Guard` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
+    """What `SecurityMiddleware` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
     `https://app.example.org`, that may use the server from a browser. `port`: how a Host must end, as `:8890`; None: any."""
 
     hosts: frozenset[str] | None = frozenset(LOOPBACK)
@@ -112,8 +116,8 @@ class AccessRules:
 class SecurityMiddleware:
     """The middleware. Puts `request_id` into `scope["state"]`."""
 
-    def __init__(self, app: App, wall: AccessRules) -> None:
-        self.app, self.wall = app, wall
+    def __init__(self, app: App, rules: AccessRules) -> None:
+        self.app, self.rules = app, rules
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -123,47 +127,47 @@ class SecurityMiddleware:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers: ByName = defaultdict(list)
+        headers: dict[str, list[str]] = defaultdict(list)
         for name, value in scope["headers"]:
             headers[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
         request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(12)
         origin = headers.get("origin", [""])[0]
-        shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.wall.origins else []
+        shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.rules.origins else []
         dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *shared])
         refusal = next(self._refusals(scope, headers), None)
+        app = self.app
         if refusal is not None:
-            await refuse(dressed, refusal)
+            app = refusal.response
         elif scope["method"] == "OPTIONS":
-            await answer(dressed, 204, PREFLIGHT)
-        else:
-            await self.app(scope, receive, dressed)
+            app = Response(status_code=204, headers=PREFLIGHT)
+        await app(scope, receive, dressed)
 
-    def _refusals(self, scope: Message, headers: ByName) -> Iterator[Refusal]:
+    def _refusals(self, scope: Message, headers: Mapping[str, Sequence[str]]) -> Iterator[Refusal]:
         """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""
-        wall, method, matched = self.wall, scope["method"], _HOST.fullmatch(headers.get("host", [""])[0].lower())
+        rules, method, matched = self.rules, scope["method"], _HOST.fullmatch(headers.get("host", [""])[0].lower())
         origin, (host, name, port) = headers.get("origin", [""])[0], matched.group(0, 1, 2) if matched else ("", None, None)
         sizes = [len(name) + len(value) for name, value in scope["headers"]]
-        if len(sizes) > wall.headers or sum(sizes) > wall.header_bytes:
-            yield Refusal(431, f"more than {wall.headers} headers, or {wall.header_bytes} bytes of them", "headers_too_large")
-        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > wall.path_bytes:
-            yield Refusal(414, f"the path and query have more than {wall.path_bytes} bytes", "path_too_long")
+        if len(sizes) > rules.headers or sum(sizes) > rules.header_bytes:
+            yield Refusal(431, f"more than {rules.headers} headers, or {rules.header_bytes} bytes of them", "headers_too_large")
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > rules.path_bytes:
+            yield Refusal(414, f"the path and query have more than {rules.path_bytes} bytes", "path_too_long")
         for doubled in filter(lambda name: len(headers.get(name, ())) > 1, _ONCE):
             yield Refusal(400, f"the header {doubled} occurs more than once", "bad_header")
         if "transfer-encoding" in headers and "content-length" in headers:
             yield Refusal(400, "Content-Length and Transfer-Encoding exclude each other", "bad_header")
         if method not in METHODS:
-            yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", (ALLOW,))
+            yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", ALLOW)
         if not host and ("host" in headers or scope.get("http_version") != "1.0"):
             yield Refusal(400, "the Host header is missing or unusable", "bad_host")
-        here = (wall.hosts is None or name in wall.hosts) and wall.port in (None, port)
+        here = (rules.hosts is None or name in rules.hosts) and rules.port in (None, port)
         probe = _is_probe(method, scope["path"], origin)
         if not here and not probe:
             yield WRONG_HOST
         ours = host and origin.lower() in (f"http://{host}", f"https://{host}")
-        if origin and method not in SAFE_METHODS and origin not in wall.origins and not ours:
+        if origin and method not in SAFE_METHODS and origin not in rules.origins and not ours:
             yield WRONG_ORIGIN
-        if method == "OPTIONS" and not probe and not (origin in wall.origins and "access-control-request-method" in headers):
-            yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", (ALLOW,))
+        if method == "OPTIONS" and not probe and not (origin in rules.origins and "access-control-request-method" in headers):
+            yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", ALLOW)
         if "content-encoding" in headers:
             yield Refusal(415, "packed bodies are not read; send the JSON as it is", "packed_body")
         kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
@@ -196,13 +200,3 @@ def kind_of(status: int) -> str:
     """OpenAI's word for the kind of an error."""
     kinds = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-
-
-async def refuse(send: Send, refusal: Refusal) -> None:
-    await answer(send, refusal.status, [(b"content-type", b"application/json"), *refusal.headers], refusal.body)
-
-
-async def answer(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
-    length = [(b"content-length", str(len(body)).encode())] if body else []
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
-    await send({"type": "http.response.body", "body": body})

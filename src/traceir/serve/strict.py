@@ -18,8 +18,7 @@ from traceir.serve.bodies import MAX_TEXTS, parse_json
 from traceir.serve.faults import fault_of, plain
 from traceir.serve.schemas import ItemIn, ItemResult
 
-LARGE: Final = 256 * 1024
-"""Bytes of a body from which on it is read in a thread, so that other requests go on meanwhile."""
+LARGE: Final = 256 * 1024  # bytes of a body from which on it is read in a thread, so that other requests go on meanwhile
 
 
 class UnreadableError(HTTPException):

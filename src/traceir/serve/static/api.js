@@ -19,18 +19,14 @@ export const isAbort = (error) => error instanceof DOMException && error.name ==
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
-  set(value) {
+  set(value = "") {
     sessionStorage.setItem(KEY, value);
-    forgetPictures();
-  },
-  forget() {
-    sessionStorage.removeItem(KEY);
     forgetPictures();
   },
 };
 
 // The address of a path such as "/pictures/Nw"; null for anything that is not a path of this server.
-export function addressOf(path) {
+function addressOf(path) {
   if (typeof path !== "string" || !/^\/(?!\/)[^\\]*$/.test(path)) return null;
   const address = new URL(path.slice(1), document.baseURI);
   return address.origin === location.origin ? address.href : null;
@@ -54,20 +50,12 @@ async function ask(path, { body, signal, accept = "application/json" } = {}) {
     Number.isFinite(wait) ? wait : null);
 }
 
-function messageOf(error) {
-  const message = error?.message ?? error;
-  return typeof message === "string" && message ? message : null;
-}
+const messageOf = (error) => [error?.message, error].find((text) => typeof text === "string" && text);
 
 // The JSON at a path; with a `body` it is posted.
 export async function askJson(path, body = null) {
   const response = await ask(path, { body });
-  try {
-    return await response.json();
-  } catch (error) {
-    if (isAbort(error)) throw error;
-    throw new ApiError("The server's answer was cut off or is not JSON.", response.status);
-  }
+  return response.json().catch(() => { throw new ApiError("The server's answer was cut off or is not JSON.", response.status); });
 }
 
 // The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
@@ -116,9 +104,8 @@ export async function* readEvents(body) {
   }
 }
 
-// Pictures. An <img> sends no key, so with a key they are fetched and shown as blobs.
-
-const pictures = new Map();
+const pictures = new Map(); // An <img> sends no key, so with a key pictures are fetched and shown as blobs.
+const paths = new Map(); // of the pictures of items that are known by their ids alone
 
 function forgetPictures(count = pictures.size) {
   for (const [path, source] of [...pictures].slice(0, count)) {
@@ -129,6 +116,7 @@ function forgetPictures(count = pictures.size) {
 
 // What to put into `src` for a picture's path. Rejects where it cannot be had.
 async function pictureSource(path) {
+  if (String(path).startsWith("data:image/")) return path;
   const address = addressOf(path);
   if (address === null) throw new ApiError("This is not a picture of the server.");
   if (!key.get()) return address;
@@ -145,23 +133,11 @@ export function showPicture(img, path, side, onlost) {
   Promise.resolve(path).then((known) => pictureSource(side ? `${known}?side=${side}` : known)).then((source) => { img.src = source; }, onlost);
 }
 
-const paths = new Map();
-
-// The path of the picture of an item that is known by its id alone.
-function pathOfItem(id) {
-  if (!paths.has(id)) paths.set(id, askJson(`/items/${encodeURIComponent(id)}`).then((item) => item.image));
-  return paths.get(id);
-}
-
 // Shows the picture of a query in an <img>.
-export function showQueryPicture(img, picture) {
-  const lost = () => img.classList.add("lost");
-  if (picture.kind === "item") {
-    showPicture(img, picture.path ?? pathOfItem(picture.id), 256, lost);
-  } else {
-    img.addEventListener("error", lost, { once: true });
-    img.src = picture.data;
-  }
+export function showQueryPicture(img, { kind, id, path, data }) {
+  const known = kind === "file" ? data : path ?? paths.get(id) ?? askJson(`/items/${encodeURIComponent(id)}`).then((item) => item.image);
+  if (kind === "item") paths.set(id, known);
+  showPicture(img, known, kind === "file" ? null : 256, () => img.classList.add("lost"));
   return img;
 }
 

@@ -15,7 +15,6 @@ const CHANGE = "now make it …";
 export class Composer {
   picture = null;
   reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
-  suggestions = [];
   calibrated = {}; // the kinds of query that a cut-off can be told for
   form = find("composer");
   text = find("text");
@@ -51,27 +50,24 @@ export class Composer {
     this.watchDrops();
   }
 
+  // While something is dragged over the page, a sheet lies over all of it and takes the drop.
   watchDrops() {
-    let depth = 0;
-    const move = (by) => {
-      depth = by ? Math.max(0, depth + by) : 0;
-      find("drop").hidden = depth === 0;
-    };
+    const show = (shown) => { find("drop").hidden = !shown; };
     const when = (kind, act) => addEventListener(kind, (event) => {
       if ([...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === DRAGGED)) act(event);
     });
-    when("dragenter", () => move(1));
-    when("dragleave", () => move(-1));
+    when("dragenter", () => show(true));
+    when("dragleave", (event) => { if (event.target === find("drop")) show(false); });
     when("dragover", (event) => event.preventDefault());
     when("drop", (event) => {
       event.preventDefault();
-      move(0);
+      show(false);
       const id = event.dataTransfer.getData(DRAGGED);
       if (id) this.setPicture(itemPicture(id));
       else this.takeFiles([...event.dataTransfer.files]);
       this.text.focus();
     });
-    addEventListener("dragend", () => move(0));
+    addEventListener("dragend", () => show(false));
   }
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
@@ -131,11 +127,15 @@ export class Composer {
     announce("This picture is the next query's. Say what to change.");
   }
 
-  // What follows from the fields: placeholder, suggestions; and old complaints go.
+  // What follows from the fields: placeholder, chosen suggestion; and old complaints go.
   refresh() {
     this.complain("");
     this.text.placeholder = this.picture ? CHANGE : PLAIN;
-    this.drawChips();
+    this.markChips();
+  }
+
+  markChips() {
+    for (const chip of find("chips").children) chip.ariaPressed = String(chip.textContent === this.instruction.value.trim());
   }
 
   complain(text) {
@@ -151,28 +151,15 @@ export class Composer {
   }
 
   setInstructions(instructions) {
-    this.suggestions = [...new Set(instructions)];
-    find("instructions").replaceChildren(...this.suggestions.map((value) => el("option", { value })));
-    this.drawChips();
-  }
-
-  drawChips() {
-    const chosen = this.query().instruction;
-    const texts = this.suggestions.slice(0, CHIPS);
-    const key = JSON.stringify([texts, chosen]);
-    if (find("chips").dataset.key === key) return;
-    find("chips").dataset.key = key;
-    find("chips").hidden = !texts.length;
-    find("chips").replaceChildren(...texts.map((text) => this.chip(text, chosen === text)));
-  }
-
-  chip(text, chosen) {
-    const choose = () => {
-      this.instruction.value = chosen ? "" : text;
+    const suggestions = [...new Set(instructions)];
+    const toggle = (text) => {
+      this.instruction.value = this.instruction.value.trim() === text ? "" : text;
       this.refresh();
-      [...find("chips").children].find((chip) => chip.textContent === text)?.focus();
     };
-    return button(text, choose, { class: "chip", "aria-pressed": String(chosen), dir: "auto" });
+    find("instructions").replaceChildren(...suggestions.map((value) => el("option", { value })));
+    find("chips").replaceChildren(...suggestions.slice(0, CHIPS).map((text) => button(text, () => toggle(text), { class: "chip", dir: "auto" })));
+    find("chips").hidden = !suggestions.length;
+    this.markChips();
   }
 
   // How often a query whose answer is not here may be shown hits all the same: a rate, 0 for no cut-off, null where the server decides

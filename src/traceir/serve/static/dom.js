@@ -6,12 +6,11 @@ export const find = (id) => document.getElementById(id);
 
 export const onClick = (id, act) => find(id).addEventListener("click", act);
 
-// A new element. Attributes: `text`, `on` (listeners by name), `data` (dataset), and any other by its name; false, null and
+// A new element. Attributes: `text`, `on` (listeners by name), and any other by its name; false, null and
 // undefined leave one out. Children that are strings become text nodes.
-export function el(tag, { text, on = {}, data = {}, ...attributes } = {}, ...children) {
+export function el(tag, { text, on = {}, ...attributes } = {}, ...children) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = String(text);
-  Object.assign(made.dataset, data);
   for (const [kind, what] of Object.entries(on)) made.addEventListener(kind, what);
   for (const [name, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : String(value));
@@ -20,7 +19,6 @@ export function el(tag, { text, on = {}, data = {}, ...attributes } = {}, ...chi
   return made;
 }
 
-// One of the icons of index.html.
 export function icon(name) {
   const svg = document.querySelector("svg.icon").cloneNode(true);
   svg.firstElementChild.setAttribute("href", `#i-${name}`);
@@ -76,7 +74,6 @@ export const isTyping = (target) => target instanceof HTMLElement &&
 // A number with fixed digits, or a dash where there is none.
 export const fixed = (value, digits = 3) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 
-// Seconds as people read them.
 export function seconds(value) {
   if (!Number.isFinite(value)) return "";
   if (value < 1) return value < 0.0005 ? "<1 ms" : `${Math.round(value * 1000)} ms`;

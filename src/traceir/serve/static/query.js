@@ -1,5 +1,4 @@
 // A query of the page: {text, picture, instruction, modality, route}, never changed once made; and the queries of the past.
-//
 // picture: null, {kind: "file", data: "data:image/...", name} or {kind: "item", id, label, path}; a null path is looked up. modality: "" is any.
 
 import { thumb } from "./api.js";
@@ -21,8 +20,6 @@ export function makeQuery({ text, instruction, modality, route, picture }) {
   });
 }
 
-export const EMPTY = makeQuery({});
-
 export const itemPicture = (id, label = "", path = null) => Object.freeze({ kind: "item", id, label, path });
 export const hitPicture = (hit) => itemPicture(hit.id, hit.text ?? hit.id, hit.image);
 export const filePicture = (data, name = "picture") => Object.freeze({ kind: "file", data, name });
@@ -33,7 +30,6 @@ export const isEmpty = (query) => !query.text && !query.picture && !query.instru
 export const kindOf = (query) => (query.picture ? (query.text ? "image,text" : "image") : "text");
 
 export const samePicture = (mine, other) => mine && other && mine.kind === other.kind && (mine.id ?? mine.data) === (other.id ?? other.data);
-
 // Those of its fields that say something.
 const filled = ({ text, instruction, modality }) => Object.entries({ text, instruction, modality }).filter(([, value]) => value);
 
@@ -71,14 +67,12 @@ export function fromRecord(record) {
   return makeQuery({ ...record, picture });
 }
 
-// In words, for labels and titles.
 export function sayQuery(query) {
   const words = query.text || query.instruction;
   return query.picture ? (words ? `picture + ${words}` : "by picture") : words;
 }
 
-// The past, in this browser's localStorage. Pictures over a size are left out; a full store loses pictures, then the oldest.
-
+// The past is in this browser's localStorage. Pictures over a size are left out; a full store loses pictures, then the oldest.
 export function readHistory() {
   try {
     return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => record !== null && typeof record === "object");

@@ -1,13 +1,140 @@
-// Hits as a grid of cards, and all that is known of one in a dialog. Arrows move among the cards, Enter opens one, R takes it further.
+// One search on the page: how it was taken and its hits, or the state that stands in their place; two routes of one query side by side;
+// and all that is known of one hit, in a dialog. Arrows move among the cards of hits, Enter opens one, R takes it further.
 
 import { showPicture } from "./api.js";
-import { button, el, find, fixed, icon, openDialog, plural, toast } from "./dom.js";
+import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, seconds, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
+import { PAGE, TracePanel, moves } from "./run.js";
 
 const LONGEST = 20000; // characters of a text in the dialog
 export const DRAGGED = "application/x-traceir-item";
+const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
+const LEGEND = [["▲", "up", "higher here than on the other route"], ["▼", "down", "lower here"], ["=", "", "the same place"],
+  ["only here", "new", "not among the other's hits"]];
 
-export class Grid {
+export class Column {
+  // actions: {open(run, place), refine(hit), retry(run), more(column), anything(query), compare()}
+  constructor(run, { config, name, actions }) {
+    this.run = run;
+    this.actions = actions;
+    this.trace = new TracePanel(run.query, { width: config.model?.width, count: config.count });
+    this.grid = new Grid({ open: (place) => actions.open(run, place), refine: actions.refine });
+    this.count = el("p", { class: "count quiet" });
+    this.compare = button("", actions.compare, { class: "compare", "aria-keyshortcuts": "c", hidden: true });
+    this.state = el("div", { class: "state", hidden: true });
+    this.note = el("p", { class: "note", dir: "auto", hidden: true });
+    this.more = button("More", () => actions.more(this), { class: "more", hidden: true });
+    this.element = el("section", { class: "column", "aria-label": name },
+      this.trace.element,
+      el("section", { class: "found", "aria-label": "Hits" },
+        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.note, this.grid.element, this.more));
+  }
+
+  // Brings everything up to the run. `other` is the run beside it, `tells` whether screen readers hear of it.
+  update({ other = null, tells = true } = {}) {
+    const { run, grid } = this;
+    this.trace.silent = !tells;
+    this.trace.update(run);
+    this.showState();
+    if (run.hits.length) grid.show(run.hits, other?.status === "done" ? moves(run.hits, other.hits) : null);
+    else if (run.status !== "running" && run.status !== "idle") grid.clear();
+    else grid.showWaiting(PAGE);
+    say(this.count, this.counted());
+    this.note.hidden = !run.note;
+    say(this.note, run.note ?? "");
+    this.more.hidden = !run.more || run.status !== "done";
+    this.more.disabled = run.paging;
+    say(this.more, run.paging ? "Loading …" : "More hits");
+    this.compare.hidden = other !== null || run.status !== "done";
+    say(this.compare, `Compare ${run.route === "reason" ? "without" : "with"} reasoning`);
+  }
+
+  counted() {
+    const { run } = this;
+    if (run.status !== "done" || !run.hits.length) return "";
+    const count = plural(run.hits.length, NOUNS[run.query.modality] ?? "item");
+    if (run.more) return `the best ${count}`;
+    return run.cut ? `${count} above the cut-off, best first` : `all ${count}, best first`;
+  }
+
+  showState() {
+    const { status, error, hits } = this.run;
+    const key = `${status} ${error?.message ?? ""} ${hits.length > 0}`;
+    if (this.state.dataset.key === key) return;
+    const parts = this.stateOf();
+    this.state.dataset.key = key;
+    this.state.hidden = !parts.length;
+    this.state.role = status === "failed" ? "alert" : null;
+    if (status !== "failed" && parts.length) announce(parts[0].textContent);
+    this.state.replaceChildren(...parts.filter(Boolean));
+  }
+
+  // What stands in the place of hits.
+  stateOf() {
+    const { run, actions } = this;
+    const says = (title, text, ...more) => [el("h3", { text: title }), text && el("p", { class: "quiet", text }), ...more];
+    const again = (text) => button(text, () => actions.retry(run), { class: "strong" });
+    if (run.status === "failed") {
+      const { status, message, retryAfter } = run.error;
+      return says(TITLES[status] ?? (status >= 500 ? "The search failed" : "The server refused this search"), "", el("p", { dir: "auto", text: message }),
+        retryAfter && el("p", { class: "quiet", text: `Try again in ${Math.ceil(retryAfter)} s.` }), again("Try again"));
+    }
+    if (run.status === "stopped") return says("Stopped", "This search was stopped before the hits came.", again("Search again"));
+    if (run.status !== "done" || run.hits.length) return [];
+    if (typeof run.cut?.best === "number") {
+      return says("Nothing found", sayCut(run.cut),
+        button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
+    }
+    const noun = NOUNS[run.query.modality];
+    if (!noun) return says("No hits", "The collection is empty.");
+    return says("No hits", `There is no ${noun} in this collection that fits.`,
+      button("Look for anything", () => actions.anything(run.query), { class: "strong" }));
+  }
+}
+
+// Why nothing is shown, for the `cutoff` of an answer.
+const sayCut = (cut) =>
+  `Nothing here scores better than what ${sayRate(cut.rate)} queries find whose answer is not in the collection. The nearest scores ${cut.best.toFixed(2)}.`;
+
+// The line above two columns: what the routes agree on, what moved, and what reasoning cost. `leave` ends the comparison.
+export function drawVerdict(verdict, mine, other, leave) {
+  if (verdict.hidden || !verdict.firstChild) {
+    const legend = LEGEND.map(([sign, kind, words]) => el("span", {}, el("span", { class: `move ${kind}`, text: sign }), ` ${words}`));
+    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }),
+      el("p", { class: "legend quiet" }, ...legend));
+  }
+  verdict.hidden = false;
+  const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine, other) : ["Comparing the two routes …"]));
+  if (verdict.firstChild.textContent !== text.textContent) verdict.firstChild.replaceChildren(...text.childNodes);
+}
+
+function compared(mine, other) {
+  const [first, second] = [mine.hits, other.hits];
+  const shared = [...moves(first, second).values()].filter((move) => move !== null);
+  const kept = shared.filter((move) => move === 0).length;
+  const same = first.length > 0 && first[0].id === second[0]?.id;
+  return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`,
+    costOf(...(mine.route === "reason" ? [mine, other] : [other, mine]))];
+}
+
+function costOf(reasoned, direct) {
+  if (reasoned.route === direct.route) return ` Both took the ${direct.route} route.`;
+  const more = (reasoned.trace.seconds?.encode ?? NaN) - (direct.trace.seconds?.encode ?? NaN);
+  const fresh = !reasoned.trace.cached && !direct.trace.cached && more > 0;
+  return ` Reasoning cost ${plural(reasoned.trace.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
+}
+
+// While a hit is pointed at or has the focus, the same hit in the other column is marked.
+export function linkTwins(columns) {
+  const mark = (event) => {
+    const card = event.type === "focusout" ? null : event.target.closest(".card[data-id]");
+    for (const other of columns.querySelectorAll(".card")) other.classList.toggle("twin", Boolean(card) && other !== card && other.dataset.id === card.dataset.id);
+  };
+  for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) columns.addEventListener(kind, mark);
+}
+
+class Grid {
   cards = [];
 
   // actions: {open(place), refine(hit)}
@@ -23,7 +150,6 @@ export class Grid {
     this.element.removeAttribute("aria-busy");
   }
 
-  // Places that will be filled.
   showWaiting(count) {
     if (this.element.querySelector(".ghost")) return;
     this.clear();
@@ -64,12 +190,9 @@ export class Grid {
     const next = this.neighbour(place, event.key);
     if (next === null && event.key.toLowerCase() !== "r") return;
     event.preventDefault();
-    if (next === null) {
-      if (hit.image) this.actions.refine(hit);
-      return;
-    }
-    this.focus(next);
-    this.cards[next].element.scrollIntoView({ block: "nearest" });
+    this.cards[next]?.element.scrollIntoView({ block: "nearest" });
+    if (next !== null) this.focus(next);
+    else if (hit.image) this.actions.refine(hit);
   }
 
   neighbour(place, key) {
@@ -81,34 +204,29 @@ export class Grid {
 
   // The nearest card of the next row, by what is seen.
   above(place, way) {
-    const boxes = this.cards.map((card, at) => ({ at, box: card.element.getBoundingClientRect() }));
-    const here = boxes[place].box;
-    const others = boxes.filter(({ box }) => (box.top - here.top) * way > 4);
-    const row = Math.min(...others.map(({ box }) => box.top * way)) * way;
-    const off = ({ box }) => Math.abs(box.left + box.width / 2 - here.left - here.width / 2);
-    const near = others.filter(({ box }) => Math.abs(box.top - row) <= 4).sort((first, second) => off(first) - off(second));
-    return near[0]?.at ?? place;
+    const here = this.cards[place].element;
+    const rows = ({ element }) => (element.offsetTop - here.offsetTop) * way;
+    const off = ({ element }) => Math.abs(element.offsetLeft + element.offsetWidth / 2 - here.offsetLeft - here.offsetWidth / 2);
+    const others = this.cards.filter((card) => rows(card) > 0).sort((first, second) => rows(first) - rows(second) || off(first) - off(second));
+    return others.length ? this.cards.indexOf(others[0]) : place;
   }
 }
 
 function makeCard(hit, place, actions) {
+  const text = hit.text?.slice(0, 600);
+  const face = [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text }),
+    !hit.image && !text && el("span", { class: "caption quiet", text: hit.id })];
   const move = el("span", { class: "move", hidden: true });
   const foot = el("span", { class: "foot" },
     el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) }));
-  const opener = button([...faceOf(hit), foot], () => actions.open(place), { class: "opener", tabindex: -1 });
+  const opener = button([...face, foot], () => actions.open(place), { class: "opener", tabindex: -1 });
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.setProperty("--part", String(Math.min(1, Math.max(0, hit.score))));
   const refine = hit.image && button("now make it …", () => actions.refine(hit),
     { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
-  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, data: { id: hit.id },
+  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id,
     draggable: hit.image ? "true" : null, on: { dragstart: (event) => event.dataTransfer?.setData(DRAGGED, hit.id) } }, opener, bar, refine);
   return { element, opener, refine, move, hit };
-}
-
-function faceOf(hit) {
-  const text = hit.text?.slice(0, 600);
-  return [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text }),
-    !hit.image && !text && el("span", { class: "caption quiet", text: hit.id })];
 }
 
 // A hit's picture in a frame, or what stands there where it is lost.
@@ -134,7 +252,7 @@ function markMove({ move, element, opener, hit }, by) {
   opener.setAttribute("aria-label", name.filter(Boolean).join(", "));
 }
 
-// The dialog of a hit: picture, text, exact score, fields, and what to do with it.
+// The dialog of a hit.
 export class Details {
   dialog = find("details");
 
@@ -157,6 +275,7 @@ export class Details {
     const hit = this.hits[place];
     if (!hit) return;
     this.place = place;
+    const copy = () => navigator.clipboard.writeText(hit.id).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
     const act = (what) => () => { this.dialog.close(); what(hit); };
     const round = (name, label, attributes, onclick) => button(icon(name), onclick, { class: "round", "aria-label": label, ...attributes });
     const turner = (way, name, label) => round(name, label, { disabled: !this.hits[place + way] }, () => this.show(place + way));
@@ -167,7 +286,7 @@ export class Details {
       el("div", { class: "leaf" }, hit.image && framed("div", hit),
         el("div", { class: "about" }, hit.text && el("p", { class: "whole-text", dir: "auto", text: hit.text.slice(0, LONGEST) }),
           el("dl", { class: "facts" }, ...factsOf(hit)))),
-      el("footer", {}, button("Copy id", () => copy(hit.id), { class: "plain" }), button("Search with this", act(this.actions.use)),
+      el("footer", {}, button("Copy id", copy, { class: "plain" }), button("Search with this", act(this.actions.use)),
         hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
     openDialog(this.dialog);
     this.dialog.querySelector("h2").focus();
@@ -178,8 +297,4 @@ function factsOf({ id, score, rank, modality, fields }) {
   const facts = [...Object.entries({ id, score, rank, modality }), ...Object.entries(fields ?? {})];
   const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value)).slice(0, LONGEST);
   return facts.map(([name, value]) => el("div", {}, el("dt", { dir: "auto", text: name }), el("dd", { dir: "auto", text: shown(value) })));
-}
-
-function copy(text) {
-  navigator.clipboard.writeText(text).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
 }

@@ -50,8 +50,6 @@ function tell(problem) {
 const askReview = (reviewer) => askJson(`/api/review?reviewer=${encodeURIComponent(reviewer)}`);
 const askSample = (number) => askJson(`/api/sample/${number}?reviewer=${encodeURIComponent(state.reviewer)}`);
 
-// Showing
-
 function put(id, text, absent = "") {
   say(find(id), String(text || absent));
   find(id).classList.toggle("absent", !text);
@@ -159,12 +157,11 @@ function renderStrata() {
 }
 
 function renderAgreement(pairs) {
-  find("agreement-none").hidden = pairs.length > 0;
-  find("agreement-table").hidden = pairs.length === 0;
-  find("agreement").replaceChildren(...pairs.map(({ first, second, n, agreed, kappa, low, high }) => {
+  const rows = pairs.map(({ first, second, n, agreed, kappa, low, high }) => {
     const [value, range] = kappa === null ? ["undefined", ""] : [kappa.toFixed(3), `${low.toFixed(3)} to ${high.toFixed(3)}`];
     return row(`${first}, ${second}`, n, `${(100 * agreed).toFixed(1)} %`, value, range);
-  }));
+  });
+  find("agreement").replaceChildren(...(rows.length ? rows : [row("No two reviewers have judged the same sample yet.")]));
 }
 
 function setMode(mode) {
@@ -178,8 +175,6 @@ function setMode(mode) {
   if (mode === "why") find("reasons").firstElementChild?.focus();
   if (mode === "look" && before !== "look") document.activeElement?.blur();
 }
-
-// Deciding
 
 /** The next undecided sample after `number`, round the end; -1 where all are decided. */
 function after(number) {
@@ -245,8 +240,6 @@ function turnTarget(step) {
   }
 }
 
-// Keys
-
 const KEYS = {
   k: () => act(() => decide("keep")),
   d: () => setMode(state.mode === "why" ? "look" : "why"),
@@ -294,17 +287,15 @@ onClick("edit-cancel", () => { setMode("look"); find("edit").focus(); });
 onClick("who", askName);
 find("editor").addEventListener("submit", (event) => { event.preventDefault(); act(saveEdit); });
 find("jump").addEventListener("submit", (event) => { event.preventDefault(); find("at").blur(); });
-find("at").addEventListener("change", () => act(async () => {
-  const number = Math.min(Math.max(Math.trunc(Number(find("at").value)) || 1, 1), state.marks.length) - 1;
-  await show(number);
+find("at").addEventListener("change", () => act(() => {
+  const number = Math.min(Math.max(Math.trunc(Number(find("at").value)) || 1, 1), state.marks.length);
+  return show(number - 1);
 }));
 find("strata-box").addEventListener("toggle", renderProgress);
 find("agreement-box").addEventListener("toggle", () => {
   if (find("agreement-box").open) act(async () => renderAgreement((await askReview(state.reviewer)).agreement));
 });
 find("keys").addEventListener("change", () => setting("traceir-keys", find("keys").checked ? "on" : "off"));
-
-// Beginning
 
 /** Keeps a setting in the browser, or reads it; a browser that keeps nothing still reviews. */
 function setting(name, value) {
