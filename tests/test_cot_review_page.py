@@ -32,7 +32,7 @@ def serve(out: Path, count: int, port: int, tell: Connection) -> None:
     """The body of the server's process."""
 
     def announce(line: str) -> None:
-        tell.send(line.partition("http://")[2].partition(" ")[0].partition(";")[0])
+        tell.send(line.partition("http://")[2].partition(";")[0])
 
     sampling = Sampling(count, strata=("task",))
     serve_review(out, sampling, port=port, outcomes=outcomes(count, out.parent), announce=announce)

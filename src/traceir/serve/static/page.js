@@ -139,7 +139,7 @@ async function more(column) {
   }
   run.paging = false;
   update();
-  if (run.hits.length > had && columns.includes(column)) column.grid.focus(had);
+  if (run.hits.length > had && columns.includes(column)) column.grid.cards[had].opener.focus();
 }
 
 function show(turn) {
@@ -199,7 +199,7 @@ function leaveComparison() {
 
 function openHit(run, place) {
   const column = columns.find((shown) => shown.run === run);
-  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.focus(last); });
+  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.cards[last]?.opener.focus(); });
 }
 
 function refine(hit) {

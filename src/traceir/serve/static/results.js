@@ -168,10 +168,6 @@ class Grid {
     for (const card of this.cards) markMove(card, moved ? moved.get(card.hit.id) : undefined);
   }
 
-  focus(place) {
-    this.cards[place]?.opener.focus();
-  }
-
   placeOf(target) {
     return this.cards.findIndex((card) => card.element.contains(target));
   }
@@ -191,7 +187,7 @@ class Grid {
     if (next === null && event.key.toLowerCase() !== "r") return;
     event.preventDefault();
     this.cards[next]?.element.scrollIntoView({ block: "nearest" });
-    if (next !== null) this.focus(next);
+    if (next !== null) this.cards[next].opener.focus();
     else if (hit.image) this.actions.refine(hit);
   }
 
