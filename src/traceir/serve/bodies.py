@@ -146,17 +146,11 @@ def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> 
     forbid, which are looked at before anything is built. `lenient`, for callers that judge the parts of a body one by one: half
     pairs stay, what is no number or too large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
-    number = partial(_number, lenient=lenient)
+    pairs, number = partial(_object, lenient=lenient), partial(_number, lenient=lenient)
     try:
         text = raw.decode("utf-8")
         _check_shape(raw, texts)
-        value = json.loads(
-            text,
-            object_pairs_hook=partial(_object, lenient=lenient),
-            parse_constant=number,
-            parse_float=number,
-            parse_int=number,
-        )
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=number, parse_float=number, parse_int=number)
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
     except json.JSONDecodeError as error:

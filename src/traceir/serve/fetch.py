@@ -67,11 +67,11 @@ class Fetcher:
         hosts: Iterable[str],
         *,
         limits: FetchLimits | None = None,
-        intake: UploadValidator | None = None,
+        validator: UploadValidator | None = None,
         resolve: Resolve | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._limits, self._intake = limits or FetchLimits(), intake or UploadValidator()
+        self._limits, self._validator = limits or FetchLimits(), validator or UploadValidator()
         self._allowed = frozenset(_read_host(host) for host in hosts)
         self._resolve = resolve or _resolve
         self._transport = transport or httpx2.AsyncHTTPTransport(
@@ -90,7 +90,7 @@ class Fetcher:
                 data = await self._follow(target)
         except TimeoutError as error:
             raise InputError(f"{target.host} did not send the image within {self._limits.seconds:g} seconds") from error
-        return await self._intake.check_bytes(data, f"what {target.host} sent")
+        return await self._validator.check_bytes(data, f"what {target.host} sent")
 
     def check(self, url: str) -> httpx2.URL:
         """The address, or InputError where its form, scheme, host or port is not allowed. Nothing is resolved."""

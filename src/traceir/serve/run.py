@@ -125,7 +125,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
     intake = UploadValidator()
-    fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
+    fetcher = Fetcher(config.fetch_hosts, validator=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
     log.info("%s is ready, images from %d folders", config.index, len(folders))

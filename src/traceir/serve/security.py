@@ -77,14 +77,6 @@ class Refusal:
         return Response(self.body, self.status, dict(self.headers), "application/json")
 
 
-WRONG_HOST: Final = Refusal(
-    421, "this server does not answer to that Host; start it with --allow-host NAME, or keep its port in a tunnel", "wrong_host"
-)
-WRONG_ORIGIN: Final = Refusal(
-    403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
-)
-
-
 @dataclass(frozen=True, slots=True)
 class AccessRules:
     """What `SecurityMiddleware` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
@@ -162,10 +154,12 @@ class SecurityMiddleware:
         here = (rules.hosts is None or name in rules.hosts) and rules.port in (None, port)
         probe = _is_probe(method, scope["path"], origin)
         if not here and not probe:
-            yield WRONG_HOST
+            message = "this server does not answer to that Host; start it with --allow-host NAME, or keep its port in a tunnel"
+            yield Refusal(421, message, "wrong_host")
         ours = host and origin.lower() in (f"http://{host}", f"https://{host}")
         if origin and method not in SAFE_METHODS and origin not in rules.origins and not ours:
-            yield WRONG_ORIGIN
+            message = "pages of this origin may not use the server; start it with --cors ORIGIN to change that"
+            yield Refusal(403, message, "wrong_origin")
         if method == "OPTIONS" and not probe and not (origin in rules.origins and "access-control-request-method" in headers):
             yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", ALLOW)
         if "content-encoding" in headers:
