@@ -41,33 +41,32 @@ WATCH = """() => {
 """Keeps what the page shows of a reasoning while it is being written, and what it tells screen readers."""
 LOW_CONTRAST = """async () => {
   for (let frame = 0; frame < 2; frame += 1) await new Promise(requestAnimationFrame);
-  await Promise.all(document.getAnimations().map((one) => one.finished));
+  await Promise.all(document.getAnimations().map(({finished}) => finished));
   const context = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const colour = (css) => {
-    context.clearRect(0, 0, 1, 1);
+  const paint = (css) => {
     context.fillStyle = css;
     context.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = context.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
   };
-  const over = ([...top], below) => [0, 1, 2].map((at) => top[at] * top[3] + below[at] * (1 - top[3]));
   const linear = (value) => (value / 255 <= 0.04045 ? value / 255 / 12.92 : ((value / 255 + 0.055) / 1.055) ** 2.4);
-  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const light = () => {
+    const [red, green, blue] = [...context.getImageData(0, 0, 1, 1).data].map(linear);
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
+  };
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const found = [];
+  const low = [];
   while (texts.nextNode()) {
     const element = texts.currentNode.parentElement;
     const isSeen = element.checkVisibility({opacityProperty: true}) && !element.closest(".unseen, :disabled");
     if (!isSeen || !texts.currentNode.data.trim()) continue;
-    let ground = [255, 255, 255];
-    const around = [];
-    for (let at = element; at; at = at.parentElement) around.unshift(at);
-    for (const one of around) ground = over(colour(getComputedStyle(one).backgroundColor), ground);
-    const lights = [light(over(colour(getComputedStyle(element).color), ground)), light(ground)].sort((a, b) => b - a);
-    const ratio = (lights[0] + 0.05) / (lights[1] + 0.05);
-    if (ratio < 4.5) found.push([ratio.toFixed(2), element.className || element.tagName, texts.currentNode.data.slice(0, 40)]);
+    const grounds = ["white"];
+    for (let at = element; at; at = at.parentElement) grounds.splice(1, 0, getComputedStyle(at).backgroundColor);
+    grounds.forEach(paint);
+    const ground = light();
+    paint(getComputedStyle(element).color);
+    const ratio = (Math.max(light(), ground) + 0.05) / (Math.min(light(), ground) + 0.05);
+    if (ratio < 4.5) low.push([ratio.toFixed(2), element.className || element.tagName, texts.currentNode.data.slice(0, 40)]);
   }
-  return found;
+  return low;
 }"""
 """Visible texts whose contrast (WCAG 2.2, 1.4.3) is below 4.5."""
 

@@ -63,7 +63,7 @@ class KeyMiddleware:
 
         try:
             if (refusal := self._refusal(scope, needed)) is not None:
-                await refusal.response(scope, receive, watched)
+                await refusal.answer(watched)
                 return
             try:
                 await self.app(scope, receive, watched)

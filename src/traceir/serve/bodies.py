@@ -61,7 +61,7 @@ class BodyMiddleware:
         announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
         body = _Body(self, receive, send)
         if announced > self.most:
-            await body.too_large(announced).response(scope, receive, send)
+            await body.too_large(announced).answer(send)
             return
         try:
             await self.app(scope, body.receive, body.send)
@@ -71,7 +71,7 @@ class BodyMiddleware:
         finally:
             self.shares.give(body.who, body.holds)
         if body.refusal is not None and not body.started:
-            await body.refusal.response(scope, receive, send)
+            await body.refusal.answer(send)
 
 
 class _Body:

@@ -14,8 +14,6 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Mu
 from dataclasses import dataclass
 from typing import Any, Final
 
-from starlette.responses import Response
-
 from traceir.errors import InputError
 
 Message = MutableMapping[str, Any]
@@ -44,12 +42,12 @@ ALWAYS: Final[Headers] = (
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 METHODS: Final = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 ALLOW: Final = (("allow", "GET, HEAD, POST, DELETE"),)  # the methods of our routes
-PREFLIGHT: Final = {
-    **dict(ALLOW),
-    "access-control-allow-methods": ALLOW[0][1],
-    "access-control-allow-headers": "authorization, content-type",
-    "access-control-max-age": "600",
-}
+PREFLIGHT: Final = (
+    *ALLOW,
+    ("access-control-allow-methods", ALLOW[0][1]),
+    ("access-control-allow-headers", "authorization, content-type"),
+    ("access-control-max-age", "600"),
+)
 EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, retry-after")
 PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
 """What watchdogs ask by the address of a machine, so under any Host: it tells nothing but whether the server lives."""
@@ -72,9 +70,11 @@ class Refusal:
         error = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
         return json.dumps({"error": error}).encode()
 
-    @property
-    def response(self) -> Response:
-        return Response(self.body, self.status, dict(self.headers), "application/json")
+    async def answer(self, send: Send) -> None:
+        length = str(len(self.body))
+        await answer(
+            send, self.status, [("content-type", "application/json"), ("content-length", length), *self.headers], self.body
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +127,12 @@ class SecurityMiddleware:
         shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.rules.origins else []
         dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *shared])
         refusal = next(self._refusals(scope, headers), None)
-        app = self.app
         if refusal is not None:
-            app = refusal.response
+            await refusal.answer(dressed)
         elif scope["method"] == "OPTIONS":
-            app = Response(status_code=204, headers=PREFLIGHT)
-        await app(scope, receive, dressed)
+            await answer(dressed, 204, PREFLIGHT)
+        else:
+            await self.app(scope, receive, dressed)
 
     def _refusals(self, scope: Message, headers: Mapping[str, Sequence[str]]) -> Iterator[Refusal]:
         """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""
@@ -194,3 +194,9 @@ def kind_of(status: int) -> str:
     """OpenAI's word for the kind of an error."""
     kinds = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+
+
+async def answer(send: Send, status: int, headers: Iterable[tuple[str, str]], body: bytes = b"") -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})
