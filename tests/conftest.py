@@ -6,14 +6,16 @@ import gc
 import itertools
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Idle threads of OpenMP wait by computing: on a busy machine two of them take three times the CPU seconds of one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -179,6 +181,48 @@ def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFac
         index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
     with serving(place) as url:
         yield Running(url, place, tuple(items))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+# The browser is a program of the system, not a package: where there is none, these cannot run.
+IN_BROWSER = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on the PATH")]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Makes pages; whatever goes wrong in one fails the test. `refusals`: the browser may report answers that are errors."""
+    contexts: list[Any] = []
+    wrong: list[str] = []
+
+    def opened(url: str, *, refusals: bool = False, before: Callable[[Any], None] | None = None, **how: Any) -> Any:
+        def console(message: Any) -> None:
+            if message.type == "error" and not (refusals and "Failed to load resource" in message.text):
+                wrong.append(message.text)
+
+        contexts.append(browser.new_context(**how))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", console)
+        if before:
+            before(page)
+        page.goto(url)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not wrong, wrong
 
 
 def pytest_collection_finish() -> None:

@@ -37,7 +37,7 @@ from traceir.cot.source import CaseSource, check_tasks, find_captions, find_part
 from traceir.cot.teachers.teacher import Reply, UnansweredError
 from traceir.data.cot import read_cot
 from traceir.errors import DataError, InputError, TeacherError
-from traceir.serve.guard import AccessRules, SecurityMiddleware
+from traceir.serve.security import AccessRules, SecurityMiddleware
 
 COLOURS = ("red", "green", "blue", "white", "black", "amber", "violet", "silver", "golden", "brown", "pink", "grey")
 LIMITS = RuleLimits(reasoning_least=4)

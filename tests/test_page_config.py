@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from traceir.cot.review.review_server import STATIC as REVIEW
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.index.store import Stored
@@ -59,14 +60,14 @@ def test_bad_instruction_files_say_what_to_mend(tmp_path: Path, content: bytes |
         read_instructions(file)
 
 
-def test_the_files_hold_nothing_that_the_policy_would_forbid() -> None:
-    files = {file.name: file.read_text(encoding="utf-8") for file in STATIC.iterdir()}
+def test_the_files_of_both_pages_hold_nothing_that_the_policy_would_forbid() -> None:
+    files = {file.name: file.read_text(encoding="utf-8") for folder in (STATIC, REVIEW) for file in folder.iterdir()}
     for name, text in files.items():
         addresses = set(re.findall(r"(?:https?:)?//[\w.-]+\.[a-z]{2,}[\w./-]*", text)) - {"http://www.w3.org/2000/svg"}
         assert not addresses, (name, addresses)
         wrong = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:"
         assert not re.search(wrong, text), name
-    assert not re.search(r"\s(?:style|on\w+)=|<style|<script(?! type=\"module\" src=)", files["index.html"])
-    imported = re.findall(r'from "\./([\w.]+)"', "".join(files.values()))
-    wanted = {*re.findall(r'"static/([\w.]+)"', files["index.html"]), *imported}
+    html = files["index.html"] + files["review.html"]
+    assert not re.search(r"\s(?:style|on\w+)=|<style|<script(?! type=\"module\" src=)", html)
+    wanted = {*re.findall(r'"/?static/([\w.]+)"', html), *re.findall(r'from "\./([\w.]+)"', "".join(files.values()))}
     assert wanted <= files.keys() and {name for name in files if name.endswith(".js")} <= wanted

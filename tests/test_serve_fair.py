@@ -23,14 +23,14 @@ from traceir.errors import InputError
 from traceir.items import Hit, Item, Query
 from traceir.model import TraceModel
 from traceir.serve import bodies, fair, service
+from traceir.serve.access import KeyMiddleware, Limits
 from traceir.serve.bodies import SMALL, BodyMiddleware
 from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
-from traceir.serve.gate import KeyMiddleware, Limits
-from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import BusyError
 from traceir.serve.keys import KeyRing, make_key
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.schemas import SearchIn
+from traceir.serve.security import App, Message, Receive, Send
 from traceir.serve.service import check_answer
 from traceir.serve.strict import UnreadableError, read_body
 

@@ -29,13 +29,13 @@ from traceir.images import ImageInput, ImageLimits
 from traceir.index import And, Eq, Filter, In, Range, SqliteIndex, open_index
 from traceir.items import Item
 from traceir.serve import fetch
+from traceir.serve.access import KeyMiddleware, Limits, scope_needed
 from traceir.serve.bodies import MAX_DEPTH, BodyMiddleware, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
-from traceir.serve.gate import KeyMiddleware, Limits, scope_needed
-from traceir.serve.guard import AccessRules, Message, Receive, Refusal, SecurityMiddleware, Send
 from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.security import AccessRules, Message, Receive, Refusal, SecurityMiddleware, Send
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
 from traceir.serve.uploads import LIMITS, Sources, UploadValidator, bytes_of_base64, image_in_folders
 
@@ -168,16 +168,21 @@ class Net(httpx2.AsyncBaseTransport):
         return asyncio.run(fetcher.fetch(url))
 
 
-def found() -> httpx2.Response:
+def sent() -> httpx2.Response:
     return httpx2.Response(200, stream=httpx2.ByteStream(PNG))
 
 
+def moved(to: str = "/b.png") -> httpx2.Response:
+    return httpx2.Response(302, headers={"location": to})
+
+
 def test_image_is_fetched_from_the_checked_address_under_its_name() -> None:
-    net = Net(found(), addresses=[[PUBLIC], ["127.0.0.1"]])  # the second look would lead inside
+    net = Net(sent(), addresses=[[PUBLIC], ["127.0.0.1"]])  # the second look would lead inside
     assert net.fetch("https://img.example/a/b.png?x=1#part").load().size == (8, 6)
     (request,) = net.asked
     assert (request.url.host, request.url.raw_path) == (PUBLIC, b"/a/b.png?x=1") and request.headers["host"] == "img.example"
     assert request.extensions["sni_hostname"] == "img.example"
+    assert Net(moved(), sent()).fetch().load().size == (8, 6)
 
 
 CLOSED = (
@@ -187,15 +192,6 @@ CLOSED = (
     "ff02::1 2002:7f00:1::1 2001:0:7f00:1::1 2001:db8::1 fec0::1 3fff::1 100::1 2130706433 0x7f000001 0177.0.0.1 127.1 0x7f.1 "
     "localhost 2606:4700::1%1"
 ).split()
-
-
-def test_host_that_resolves_inside_is_never_connected_to() -> None:
-    for address in CLOSED:
-        net = Net(addresses=[[PUBLIC, address]])  # one public address beside it does not help
-        with pytest.raises(InputError, match="not public") as told:
-            net.fetch()
-        assert net.asked == [] and address not in str(told.value)
-    assert all(map(is_public, (PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14")))
 
 
 REFUSED_URLS = [
@@ -212,31 +208,27 @@ REFUSED_URLS = [
 ]  # fmt: skip
 
 
-def test_address_that_is_not_exactly_allowed_is_refused_before_anything_is_resolved() -> None:
-    for url in REFUSED_URLS:
-        net = Net(addresses=[])
-        with pytest.raises(InputError):
+MOVED = "http://127.0.0.1/ https://evil.test/ //evil.test/ http://img.example/ https://[ file:///etc/passwd".split()
+HERE = "https://img.example/a.png"
+REFUSED_NETS = [  # a network, what is asked of it, what is told, and how many requests went out
+    *((Net(addresses=[]), url, "image", 0) for url in REFUSED_URLS),
+    *((Net(addresses=[[PUBLIC, address]]), HERE, "not public", 0) for address in CLOSED),  # one public address does not help
+    *((Net(moved(to)), HERE, "redirects", 1) for to in MOVED),
+    (Net(moved(), addresses=[[PUBLIC], ["10.0.0.1"]]), HERE, "not public", 1),
+    (Net(moved(), moved(), moved()), HERE, "more than 2 times", 3),
+]
+
+
+def test_what_is_not_exactly_allowed_or_leads_inside_is_never_connected_to() -> None:
+    for net, url, shown, asked in REFUSED_NETS:
+        with pytest.raises(InputError, match=shown) as refusal:
             net.fetch(url)
+        assert len(net.asked) == asked, url
+        assert not any(address in str(refusal.value) for addresses in net.addresses for address in addresses)
+    assert all(map(is_public, (PUBLIC, "2606:4700::1111", "64:ff9b::5db8:d70e", "::ffff:93.184.215.14")))
     for host in "127.0.0.1 2130706433 0x7f000001 10.0.0.0x1 *.b b/c [::1] ftp://b.c b.c:0 a@b.c b.c:70000 : ".split(" "):
         with pytest.raises(InputError):
             Fetcher([host])
-
-
-def test_redirects_are_checked_anew_and_not_endless() -> None:
-    def moved(to: str = "/b.png") -> httpx2.Response:
-        return httpx2.Response(302, headers={"location": to})
-
-    for location in "http://127.0.0.1/ https://evil.test/ //evil.test/ http://img.example/ https://[ file:///etc/passwd".split():
-        net = Net(moved(location))
-        with pytest.raises(InputError, match="redirects"):
-            net.fetch()
-        assert len(net.asked) == 1
-    assert Net(moved(), found()).fetch().load().size == (8, 6)
-    inside = Net(moved(), addresses=[[PUBLIC], ["10.0.0.1"]])
-    with pytest.raises(InputError, match="not public"):
-        inside.fetch()
-    with pytest.raises(InputError, match="more than 2 times"):
-        Net(moved(), moved(), moved()).fetch()
 
 
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -392,20 +384,9 @@ async def echo(scope: Message, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": json.dumps({"size": size}).encode()})
 
 
-def ask(
-    app: Asgi,
-    method: str = "GET",
-    path: str = "/items",
-    headers: Sequence[tuple[bytes, bytes]] = (HOST,),
-    chunks: Sequence[bytes | None] = (b"",),
-    client: str = "198.51.100.7",
-) -> tuple[int, dict[str, str], Any]:
-    """Status, headers and JSON of one request; a chunk None never comes."""
-    scope: Message = {
-        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1",
-        "headers": list(headers), "client": (client, 5),
-    }  # fmt: skip
-    waiting, sent = list(chunks), []
+async def drive(app: Asgi, scope: Message, chunks: Sequence[bytes | None] = ()) -> list[Message]:
+    """What an application sends; a chunk None of a body never comes."""
+    waiting, sent = list(chunks), list[Message]()
 
     async def receive() -> Message:
         if not waiting or waiting[0] is None:
@@ -416,10 +397,35 @@ def ask(
     async def send(message: Message) -> None:
         sent.append(message)
 
-    asyncio.run(asyncio.wait_for(cast(Any, app(scope, receive, send)), 10))
-    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
-    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], found, json.loads(sent[1]["body"] or b"null")
+    async with asyncio.timeout(10):
+        await app(scope, receive, send)
+    return sent
+
+
+def ask(
+    app: Asgi,
+    method: str = "GET",
+    path: str = "/items",
+    headers: Sequence[tuple[bytes, bytes]] = (HOST,),
+    chunks: Sequence[bytes | None] = (b"",),
+    client: str = "198.51.100.7",
+) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and JSON of one request."""
+    scope: Message = {
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "http_version": "1.1",
+        "headers": list(headers), "client": (client, 5),
+    }  # fmt: skip
+    start, body = asyncio.run(drive(app, scope, chunks))
+    assert (start["type"], body["type"]) == ("http.response.start", "http.response.body")
+    return (
+        start["status"],
+        {name.decode(): value.decode() for name, value in start["headers"]},
+        json.loads(body["body"] or b"null"),
+    )
+
+
+def bearer(secret: str) -> tuple[bytes, bytes]:
+    return (b"authorization", f"Bearer {secret}".encode())
 
 
 def post(app: Asgi, *more: tuple[bytes, bytes], chunks: Sequence[bytes | None] = (b"{}",)) -> tuple[int, dict[str, str], Any]:
@@ -428,23 +434,22 @@ def post(app: Asgi, *more: tuple[bytes, bytes], chunks: Sequence[bytes | None] =
 
 
 APP, EVIL = (b"origin", b"https://app.example"), (b"origin", b"https://app.example.evil.test")
-LOCAL, OPENED = (
-    SecurityMiddleware(echo, AccessRules.of("127.0.0.1")),
-    SecurityMiddleware(echo, AccessRules.of("127.0.0.1", origins=["https://app.example/"])),
-)
-PUBLIC_ONE, ONE_PORT = (
-    SecurityMiddleware(echo, AccessRules.of("0.0.0.0", hosts=["search.example"])),
-    SecurityMiddleware(echo, AccessRules.of("127.0.0.1", port=8080)),
-)
+LOCAL, OPENED, ONE_PORT, PUBLIC_ONE = (
+    SecurityMiddleware(echo, AccessRules.of(address, **options))
+    for address, options in (
+        ("127.0.0.1", {}), ("127.0.0.1", {"origins": ["https://app.example/"]}), ("127.0.0.1", {"port": 8080}),
+        ("0.0.0.0", {"hosts": ["search.example"]}),
+    )
+)  # fmt: skip
 PREFLIGHT = [HOST, APP, (b"access-control-request-method", b"POST")]
 WRONG_HOSTS = b"evil.test 127.0.0.1.evil.test localhost.evil.test:8080 127.1 0.0.0.0 [::]".split()
-HOSTS = [
+HOSTS: list[tuple[Asgi, bytes, int, str]] = [
     *((LOCAL, host, 200, "") for host in (b"127.0.0.1:9", b"LOCALHOST", b"[::1]:8080")),
     *((app, host, 421, "wrong_host") for app in (LOCAL, PUBLIC_ONE) for host in WRONG_HOSTS),
     (PUBLIC_ONE, b"search.example:443", 200, ""), (ONE_PORT, HOST[1], 200, ""), (ONE_PORT, b"127.0.0.1:8081", 421, "wrong_host"),
     (ONE_PORT, b"127.0.0.1", 421, "wrong_host"), (LOCAL, b"a b", 400, "bad_host"), (LOCAL, b"", 400, "bad_host"),
 ]  # fmt: skip
-READS = [
+READS: list[tuple[Asgi, str, str, list[tuple[bytes, bytes]], int, str]] = [
     (LOCAL, "GET", "/items", [], 400, "bad_host"),
     (LOCAL, "GET", "/health", [(b"host", b"10.0.0.1")], 200, ""),
     (LOCAL, "GET", "/" + "a" * 9000, [HOST], 414, "path_too_long"),
@@ -454,31 +459,25 @@ READS = [
     (LOCAL, "OPTIONS", "/items", PREFLIGHT, 403, "wrong_origin"),
     (OPENED, "OPTIONS", "/items", PREFLIGHT, 204, ""),
 ]
-POSTS = [
+POSTS: list[tuple[Asgi, list[tuple[bytes, bytes]], int, str]] = [
     *((LOCAL, [KIND, TWO, (b"origin", o)], 403, "wrong_origin") for o in (APP[1], b"null", b"http://127.0.0.1:9", b"http://[")),
-    (LOCAL, [KIND, TWO, (b"origin", b"http://127.0.0.1:8080")], 200, ""),
-    (LOCAL, [KIND, TWO], 200, ""),
-    (OPENED, [KIND, TWO, APP], 200, ""),
     (OPENED, [KIND, TWO, EVIL], 403, "wrong_origin"),
-    (LOCAL, [(b"x", b"y")] * 200, 431, "headers_too_large"),
-    (LOCAL, [(b"x", b"y" * 40_000)], 431, "headers_too_large"),
-    (LOCAL, [HOST], 400, "bad_header"),
-    (LOCAL, [(b"authorization", b"a"), (b"authorization", b"b")], 400, "bad_header"),
-    (LOCAL, [KIND, TWO, CHUNKS], 400, "bad_header"),
+    *((LOCAL, [KIND, TWO, *more], 200, "") for more in ([], [(b"origin", b"http://127.0.0.1:8080")])),
+    (OPENED, [KIND, TWO, APP], 200, ""),
+    *((LOCAL, headers, 431, "headers_too_large") for headers in ([(b"x", b"y")] * 200, [(b"x", b"y" * 40_000)])),
+    *((LOCAL, headers, 400, "bad_header") for headers in ([HOST], [bearer("a"), bearer("b")], [KIND, TWO, CHUNKS])),
     (LOCAL, [KIND, TWO, (b"content-encoding", b"gzip")], 415, "packed_body"),
-    (LOCAL, [(b"content-type", b"text/plain"), TWO], 415, "wrong_content_type"),
-    (LOCAL, [TWO], 415, "wrong_content_type"),
-    (LOCAL, [CHUNKS], 415, "wrong_content_type"),
+    *((LOCAL, headers, 415, "wrong_content_type") for headers in ([(b"content-type", b"text/plain"), TWO], [TWO], [CHUNKS])),
 ]
-GUARDED: list[tuple[Asgi, str, str, list[tuple[bytes, bytes]], int, str]] = [
+REQUESTS = [
     *((app, "GET", "/items", [(b"host", host)], status, code) for app, host, status, code in HOSTS),
     *READS,
     *((app, "POST", "/search", [HOST, *headers], status, code) for app, headers, status, code in POSTS),
 ]
 
 
-@pytest.mark.parametrize(("app", "method", "path", "headers", "status", "code"), GUARDED)
-def test_the_guard_lets_in_what_it_should_and_dresses_every_answer(
+@pytest.mark.parametrize(("app", "method", "path", "headers", "status", "code"), REQUESTS)
+def test_requests_are_let_in_as_they_should_and_every_answer_is_headed(
     app: Asgi, method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, code: str
 ) -> None:
     got, answered, told = ask(app, method, path, headers, [b"{}"])
@@ -495,16 +494,7 @@ def test_pages_let_nothing_in_from_elsewhere_and_websockets_are_closed() -> None
     for origin in ("*", "null", "app.example", "https://app.example/path", "https://*.example"):
         with pytest.raises(InputError):
             AccessRules.of("127.0.0.1", origins=[origin])
-    sent: list[Message] = []
-
-    async def receive() -> Message:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Message) -> None:
-        sent.append(message)
-
-    asyncio.run(cast(Any, LOCAL({"type": "websocket", "headers": []}, receive, send)))
-    assert sent[0]["type"] == "websocket.close"
+    assert asyncio.run(drive(LOCAL, {"type": "websocket", "headers": []}, [b""]))[0]["type"] == "websocket.close"
 
 
 def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
@@ -530,11 +520,7 @@ def ring(tmp_path: Path) -> tuple[KeyRing, str, str]:
     return KeyRing(path), reads, writes
 
 
-def bearer(secret: str) -> tuple[bytes, bytes]:
-    return (b"authorization", f"Bearer {secret}".encode())
-
-
-def test_gate_asks_for_keys_before_the_body_is_touched(ring: tuple[KeyRing, str, str]) -> None:
+def test_a_key_is_asked_for_before_the_body_is_touched(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
     app = SecurityMiddleware(KeyMiddleware(echo, keys, Limits()), AccessRules())
     status, headers, told = post(app, chunks=[None])  # the body never comes, and nobody waits for it
@@ -551,7 +537,7 @@ def test_gate_asks_for_keys_before_the_body_is_touched(ring: tuple[KeyRing, str,
     assert scope_needed("POST", "/items") == "write" and scope_needed("POST", "/search/stream") == "read"
 
 
-def test_gate_slows_down_one_key_and_strangers_but_no_neighbour(ring: tuple[KeyRing, str, str]) -> None:
+def test_limits_slow_down_one_key_and_strangers_but_no_neighbour(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
     app = KeyMiddleware(echo, keys, Limits(failures=Rate(1, 5)))
     assert [ask(app, headers=[bearer(reads)])[0] for _ in range(4)] == [200, 200, 200, 429]

@@ -19,7 +19,7 @@ import uvicorn
 from PIL import Image
 
 from traceir.encoder import Encoder
-from traceir.serve.gate import Limits
+from traceir.serve.access import Limits
 from traceir.serve.keys import make_key
 from traceir.serve.limits import Rate
 from traceir.serve.run import ServeConfig, make_application, make_server

@@ -24,15 +24,15 @@ from starlette.exceptions import HTTPException
 from traceir import __version__
 from traceir.errors import DataError, InputError, StoreError, TraceError
 from traceir.serve import schemas
+from traceir.serve.access import Asked, Limits, scope_needed
 from traceir.serve.audit import AuditLog
 from traceir.serve.faults import fault_of
-from traceir.serve.gate import Asked, Limits, scope_needed
-from traceir.serve.guard import kind_of
 from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
 from traceir.serve.keys import KeyRing, Principal
 from traceir.serve.limits import retry_after
 from traceir.serve.metrics import Metrics
 from traceir.serve.page import LOOKED_AT, STATIC, page_config
+from traceir.serve.security import kind_of
 from traceir.serve.service import Noted, Service, id_in
 from traceir.serve.strict import StrictRoute, UnreadableError
 
@@ -113,7 +113,7 @@ class Refused(HTTPException):
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application of one server. Safe-guards on the raw request (guard.py) go around it."""
+    """The application of one server. Safe-guards on the raw request (security.py) go around it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -196,7 +196,7 @@ def error_response(
 
 
 async def principal_of(request: Request) -> Principal:
-    """Who asks, as KeyGate found it, which has checked that they may."""
+    """Who asks, as KeyMiddleware found it, which has checked that they may."""
     known: Principal = request.state.principal
     return known
 

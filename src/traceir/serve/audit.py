@@ -27,10 +27,8 @@ from traceir.errors import StoreError
 from traceir.items import Content, Item, Query
 
 log = logging.getLogger(__name__)
-MAX_TEXT: Final = 10_000
-"""Characters of one text in a line, with `contents`."""
-MAX_WHAT: Final = 1000
-"""Contents that one line names; of more it gives their number."""
+MAX_TEXT: Final = 10_000  # characters of one text in a line, with `contents`
+MAX_WHAT: Final = 1000  # contents that one line names; of more it gives their number
 Line = Mapping[str, Any]
 
 
@@ -42,16 +40,9 @@ class AuditLog:
     """
 
     def __init__(
-        self,
-        path: Path,
-        *,
-        contents: bool = False,
-        most_bytes: int = 64 * 1024 * 1024,
-        keep: int = 5,
-        waiting: int = 10_000,
+        self, path: Path, *, contents: bool = False, most_bytes: int = 64 * 1024 * 1024, keep: int = 5, waiting: int = 10_000
     ) -> None:
-        self.contents = contents
-        self._path, self._secret = path, read_secret(path)
+        self.contents, self._path, self._secret = contents, path, read_secret(path)
         self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(waiting)
         try:
             self._lines = _Lines(path, most_bytes, keep)

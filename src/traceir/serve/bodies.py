@@ -14,31 +14,27 @@ from typing import Any, Final
 from traceir.errors import InputError
 from traceir.serve.fair import Shares, Usage, caller
 from traceir.serve.faults import Doubled, place_of_half
-from traceir.serve.guard import App, Message, Receive, Refusal, Send, refuse
 from traceir.serve.limits import Buckets, Rate
+from traceir.serve.security import App, Message, Receive, Refusal, Send
 
 MAX_BODY: Final = 32 * 1024 * 1024
-MAX_ANSWER: Final = 4 * 1024 * 1024
-"""Bytes of the items of one answer, if they are several."""
+MAX_ANSWER: Final = 4 * 1024 * 1024  # bytes of the items of one answer, if they are several
 MAX_TOGETHER: Final = 512 * 1024 * 1024
 """Bytes of the bodies of all requests that are not answered yet, and of all answers that are not taken yet."""
-SMALL: Final = 64 * 1024
-"""Bytes that a caller may always have in bodies and answers, and in which answers are handed on."""
+SMALL: Final = 64 * 1024  # bytes that a caller may always have in bodies and answers, and in which answers are handed on
 CROWDED_RATE: Final = 8 * 1024 * 1024
 """Bytes a second of the bodies of one caller while others ask too: reading one holds up whatever else this process does."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 250_000
 """Commas and opening brackets of a body, which bounds the objects Python makes of it; an image in base64 is one text."""
-MAX_TEXTS: Final = 200_000
-"""Texts of a body, names of fields included; counted first, at the cost of a look at each byte."""
+MAX_TEXTS: Final = 200_000  # texts of a body, names of fields included; counted first, at the cost of a look at each byte
 MAX_DIGITS: Final = 40
-CLOSE: Final = (b"connection", b"close")
-"""What is left of the body is not read."""
+CLOSE: Final = ("connection", "close")  # what is left of the body is not read
 TOO_MANY_BYTES: Final = Refusal(
     429,
     "the server holds as many bytes of your requests and answers as it can; take the answers, and try again in a second",
     "too_many_bytes",
-    (CLOSE, (b"retry-after", b"1")),
+    (CLOSE, ("retry-after", "1")),
 )
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 """A text, or the rest of the body where it does not end: possessive, and never tried twice at one place, so linear."""
@@ -47,7 +43,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class BodyMiddleware:
-    """Middleware, inside `KeyGate`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
+    """Middleware, inside `KeyMiddleware`: a body has at most `most` bytes (else 413) and arrives within `seconds` (else 408).
 
     Bodies that are not answered yet and answers that are not taken yet have at most `together` bytes, those of one caller its
     share (else 429). The application sees a client that went away, and its answer is replaced.
@@ -65,7 +61,7 @@ class BodyMiddleware:
         announced = int(dict(scope["headers"]).get(b"content-length", b"0"))
         body = _Body(self, receive, send)
         if announced > self.most:
-            await refuse(send, body.too_large(announced))
+            await body.too_large(announced).answer(send)
             return
         try:
             await self.app(scope, body.receive, body.send)
@@ -75,22 +71,22 @@ class BodyMiddleware:
         finally:
             self.shares.give(body.who, body.holds)
         if body.refusal is not None and not body.started:
-            await refuse(send, body.refusal)
+            await body.refusal.answer(send)
 
 
 class _Body:
     """One request's way in and out."""
 
-    def __init__(self, guard: BodyMiddleware, receive: Receive, send: Send) -> None:
-        self._guard, self._receive, self._send = guard, receive, send
+    def __init__(self, bounds: BodyMiddleware, receive: Receive, send: Send) -> None:
+        self._bounds, self._receive, self._send = bounds, receive, send
         self.who, self.holds = caller.get(), 0
         self._read, self.started = 0, False
-        self._deadline: float | None = asyncio.get_running_loop().time() + guard.seconds
+        self._deadline: float | None = asyncio.get_running_loop().time() + bounds.seconds
         self._start: Message | None = None
         self.refusal: Refusal | None = None
 
     def too_large(self, size: int) -> Refusal:
-        return Refusal(413, f"the body has {size} bytes or more, at most {self._guard.most}", "body_too_large", (CLOSE,))
+        return Refusal(413, f"the body has {size} bytes or more, at most {self._bounds.most}", "body_too_large", (CLOSE,))
 
     async def receive(self) -> Message:
         if self.refusal is not None:
@@ -99,27 +95,23 @@ class _Body:
             async with asyncio.timeout_at(self._deadline):
                 message = await self._receive()
         except TimeoutError:
-            late = f"the body did not arrive within {self._guard.seconds:g} seconds"
+            late = f"the body did not arrive within {self._bounds.seconds:g} seconds"
             self.refusal = Refusal(408, late, "body_too_slow", (CLOSE,))
             return await self.receive()
         self._read += (count := len(message.get("body", b"")))
-        if self._read > self._guard.most:
+        if self._read > self._bounds.most:
             self.refusal = self.too_large(self._read)
         elif not self._hold(count):
             self.refusal = TOO_MANY_BYTES
         elif self._deadline is not None and not message.get("more_body", False):
             self._deadline = None  # what comes next is that the client goes away, however long the answer takes
-            await self._pause()
+            self._bounds.usage.note(self.who)
+            if self._bounds.usage.crowded:  # then those of one caller are not read without a pause
+                await asyncio.sleep(self._bounds.paces.take(self.who, self._read, on_debt=True))
         return message if self.refusal is None else await self.receive()
 
-    async def _pause(self) -> None:
-        """Between the bodies of one caller, while there are several."""
-        self._guard.usage.note(self.who)
-        if self._guard.usage.crowded:
-            await asyncio.sleep(self._guard.paces.take(self.who, self._read, on_debt=True))
-
     def _hold(self, count: int) -> bool:
-        taken = not count or self._guard.shares.take(self.who, count)
+        taken = not count or self._bounds.shares.take(self.who, count)
         self.holds += count * taken
         return taken
 
@@ -143,7 +135,7 @@ class _Body:
         for at in range(0, max(1, len(body)), SMALL):
             more = at + SMALL < len(body) or bool(message.get("more_body", False))
             await self._send({"type": "http.response.body", "body": body[at : at + SMALL], "more_body": more})
-        self._guard.shares.give(self.who, held)
+        self._bounds.shares.give(self.who, held)
         self.holds -= held
 
 
@@ -154,17 +146,11 @@ def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> 
     forbid, which are looked at before anything is built. `lenient`, for callers that judge the parts of a body one by one: half
     pairs stay, what is no number or too large becomes NaN or infinity, and a name that occurs twice stands for a `Doubled`.
     """
-    number = partial(_number, lenient=lenient)
+    pairs, number = partial(_object, lenient=lenient), partial(_number, lenient=lenient)
     try:
         text = raw.decode("utf-8")
         _check_shape(raw, texts)
-        value = json.loads(
-            text,
-            object_pairs_hook=partial(_object, lenient=lenient),
-            parse_constant=number,
-            parse_float=number,
-            parse_int=number,
-        )
+        value = json.loads(text, object_pairs_hook=pairs, parse_constant=number, parse_float=number, parse_int=number)
     except UnicodeDecodeError as error:
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
     except json.JSONDecodeError as error:

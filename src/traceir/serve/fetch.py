@@ -26,13 +26,11 @@ from traceir.serve.uploads import UploadValidator
 log = logging.getLogger(__name__)
 MAX_URL: Final = 2048
 PORTS: Final = {"https": 443, "http": 80}
-Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Name and port to addresses."""
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]  # name and port to addresses
 _HOST = re.compile(r"(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _ENTRY = re.compile(r"(?:(https?)://)?([^:]*)(?::(\d{1,5}))?", re.ASCII)
 _NUMBER = re.compile(r"(.*\.)?(\d+|0x[0-9a-f]*)")
-_URL = re.compile(r"[!-\[\]-~]+")
-"""Printable ASCII but for space and backslash."""
+_URL = re.compile(r"[!-\[\]-~]+")  # printable ASCII but for space and backslash
 _PLAIN: Final = {"Accept-Encoding": "identity", "Connection": "close"}
 _REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
@@ -69,14 +67,17 @@ class Fetcher:
         hosts: Iterable[str],
         *,
         limits: FetchLimits | None = None,
-        intake: UploadValidator | None = None,
+        validator: UploadValidator | None = None,
         resolve: Resolve | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        self._limits, self._intake = limits or FetchLimits(), intake or UploadValidator()
+        self._limits, self._validator = limits or FetchLimits(), validator or UploadValidator()
         self._allowed = frozenset(_read_host(host) for host in hosts)
-        self._resolve, self._transport = resolve or _resolve, transport or _transport()
-        self._gate = Turns(self._limits.at_once)
+        self._resolve = resolve or _resolve
+        self._transport = transport or httpx2.AsyncHTTPTransport(
+            verify=ssl.create_default_context(), trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
+        )
+        self._slots = Turns(self._limits.at_once)
 
     async def fetch(self, url: str) -> ImageInput:
         """The image at an address. InputError where it is not allowed or cannot be had, ImageError where it is no image.
@@ -85,11 +86,11 @@ class Fetcher:
         """
         target = self.check(url)
         try:
-            async with asyncio.timeout(self._limits.seconds), self._gate.turn():
+            async with asyncio.timeout(self._limits.seconds), self._slots.turn():
                 data = await self._follow(target)
         except TimeoutError as error:
             raise InputError(f"{target.host} did not send the image within {self._limits.seconds:g} seconds") from error
-        return await self._intake.check_bytes(data, f"what {target.host} sent")
+        return await self._validator.check_bytes(data, f"what {target.host} sent")
 
     def check(self, url: str) -> httpx2.URL:
         """The address, or InputError where its form, scheme, host or port is not allowed. Nothing is resolved."""
@@ -191,9 +192,3 @@ def _read_host(text: str) -> tuple[str, str, int]:
 async def _resolve(host: str, port: int) -> list[str]:
     entries = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
-
-
-def _transport() -> httpx2.AsyncBaseTransport:
-    return httpx2.AsyncHTTPTransport(
-        verify=ssl.create_default_context(), trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
-    )

@@ -24,7 +24,7 @@ from typing import Final, Literal, cast
 
 from traceir.errors import InputError, StoreError
 from traceir.files import replacing
-from traceir.serve.guard import Refusal
+from traceir.serve.security import Refusal
 from traceir.serve.tenants import check_tenant
 
 log = logging.getLogger(__name__)
@@ -47,12 +47,8 @@ class Principal:
     tenant: str | None = None
     requests_per_minute: int | None = None
 
-    def may(self, scope: Scope) -> bool:
-        return scope in self.scopes
 
-
-ANYONE: Final = Principal("anyone", SCOPES)
-"""Who asks where no keys are configured, which is on a loopback address only."""
+ANYONE: Final = Principal("anyone", SCOPES)  # who asks where no keys are configured, which is on a loopback address only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +186,7 @@ class KeyRing:
 
 
 def _unknown(message: str, code: str) -> Refusal:
-    return Refusal(401, message, code, ((b"www-authenticate", b'Bearer realm="traceir"'),))
+    return Refusal(401, message, code, (("www-authenticate", 'Bearer realm="traceir"'),))
 
 
 def _hash(secret: str) -> str:

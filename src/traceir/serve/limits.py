@@ -11,8 +11,7 @@ from threading import Lock
 from typing import Final
 
 MAX_BUCKETS: Final = 10_000
-_REST: Final = "\0rest"
-"""The bucket that newcomers share where all others are in use; no principal or address is called so."""
+_REST: Final = "\0rest"  # the bucket that newcomers share where all others are in use; no principal or address is called so
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from traceir.items import Modality
-from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import Served
 from traceir.serve.scheduler import Scheduler
+from traceir.serve.security import App, Message, Receive, Send
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500)

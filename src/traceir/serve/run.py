@@ -20,24 +20,24 @@ from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.search import EncoderLike
+from traceir.serve.access import TOGETHER, KeyMiddleware, Limits
 from traceir.serve.app import Server, create_app
 from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyMiddleware
 from traceir.serve.config import ServeConfig
+from traceir.serve.connections import possible_connections, settings
 from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
-from traceir.serve.gate import TOGETHER, KeyMiddleware, Limits
-from traceir.serve.guard import AccessRules, SecurityMiddleware
 from traceir.serve.image_store import ImageFolder
 from traceir.serve.keys import KeyRing
 from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
 from traceir.serve.page import read_instructions
 from traceir.serve.scheduler import Scheduler
+from traceir.serve.security import AccessRules, SecurityMiddleware
 from traceir.serve.service import Service
 from traceir.serve.tenants import TenantIndex, TenantPresence
 from traceir.serve.uploads import Sources, UploadValidator
-from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
@@ -125,7 +125,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
     intake = UploadValidator()
-    fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
+    fetcher = Fetcher(config.fetch_hosts, validator=intake) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
     log.info("%s is ready, images from %d folders", config.index, len(folders))

@@ -18,8 +18,7 @@ from traceir.serve.bodies import MAX_TEXTS, parse_json
 from traceir.serve.faults import fault_of, plain
 from traceir.serve.schemas import ItemIn, ItemResult
 
-LARGE: Final = 256 * 1024
-"""Bytes of a body from which on it is read in a thread, so that other requests go on meanwhile."""
+LARGE: Final = 256 * 1024  # bytes of a body from which on it is read in a thread, so that other requests go on meanwhile
 
 
 class UnreadableError(HTTPException):
@@ -66,20 +65,18 @@ def read_items(entries: Sequence[object]) -> list[ItemIn | ItemResult]:
     """Each item as it is meant, or its failure; of several with one id the first counts."""
     seen: set[str] = set()
     items: list[ItemIn | ItemResult] = []
-    for item in map(_read_item, entries):
+    for entry in entries:
+        item: ItemIn | ItemResult
+        try:
+            item = ItemIn.model_validate(entry)
+        except ValidationError as error:
+            place, reason = fault_of(error.errors(include_url=False))
+            id = entry.get("id") if isinstance(entry, dict) else None
+            shown = plain(id)[:MAX_ID_BYTES] if isinstance(id, str) else None
+            item = ItemResult(id=shown, status="failed", error=f"{place}: {reason}" if place else reason)
         if item.id in seen:
             item = ItemResult(id=item.id, status="failed", error=f"id {item.id!r} occurs twice in one request; send it once")
         elif isinstance(item, ItemIn):
             seen.add(item.id)
         items.append(item)
     return items
-
-
-def _read_item(entry: object) -> ItemIn | ItemResult:
-    try:
-        return ItemIn.model_validate(entry)
-    except ValidationError as error:
-        place, reason = fault_of(error.errors(include_url=False))
-        id = entry.get("id") if isinstance(entry, dict) else None
-        shown = plain(id)[:MAX_ID_BYTES] if isinstance(id, str) else None
-        return ItemResult(id=shown, status="failed", error=f"{place}: {reason}" if place else reason)

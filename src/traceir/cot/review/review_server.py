@@ -1,8 +1,8 @@
 """The review page on 127.0.0.1: samples to people, their decisions to the disk.
 
-A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. serve.guard lets in only what
-names a loopback host and our port, and only JSON of our own page; images are named by number and handed out decoded and encoded
-anew. A GET writes nothing.
+A decision is answered with 200 only after its line is fsynced. The page loads one sample at a time. `SecurityMiddleware` lets in
+only what names a loopback host and our port, and only JSON of our own page; images are named by number and handed out decoded and
+encoded anew. A GET writes nothing.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from traceir.cot.review.review import THRESHOLD, Chosen, Sampling, agree, open_s
 from traceir.errors import ImageError, InputError, TraceError
 from traceir.images import ImageInput, file_bytes
 from traceir.outside import read_json
-from traceir.serve.guard import AccessRules, SecurityMiddleware
-from traceir.serve.wire import settings
+from traceir.serve.connections import settings
+from traceir.serve.security import AccessRules, SecurityMiddleware
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -223,7 +223,7 @@ def app_of(session: ReviewSession, port: int) -> SecurityMiddleware:
     routes = [
         Route("/", lambda _: FileResponse(STATIC / "review.html")),
         Route("/favicon.ico", lambda _: Response(status_code=204)),
-        Mount("/static", StaticFiles(directory=STATIC)),
+        Mount("/static", StaticFiles(directory=STATIC, packages=[("traceir.serve", "static")])),
         Route("/api/start", lambda _: JSONResponse({"reviewer": session.reviewer})),
         Route("/api/review", overview),
         Route("/api/sample/{number}", sample),

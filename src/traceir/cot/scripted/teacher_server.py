@@ -35,8 +35,8 @@ from starlette.routing import Route
 from traceir.cot.scripted.oracle import ALL, STYLES, TRANSPORT, Faults, Oracle, ReadQuestion, barred_for, spoil, styled
 from traceir.errors import InputError, TeacherError, TraceError
 from traceir.serve.bodies import parse_json
-from traceir.serve.guard import AccessRules, SecurityMiddleware
-from traceir.serve.wire import WireLimits, settings
+from traceir.serve.connections import ConnectionLimits, settings
+from traceir.serve.security import AccessRules, SecurityMiddleware
 
 MODEL: Final = "scripted-oracle"
 KEY_VARIABLE: Final = "TRACEIR_TEACHER_KEY"
@@ -214,7 +214,7 @@ def serve(options: ScriptedOptions, on_ready: Callable[[str], None] | None = Non
     config = uvicorn.Config(
         SecurityMiddleware(teacher.app, AccessRules.of(options.host)),
         log_level=logging.CRITICAL, access_log=False, lifespan="off",
-        timeout_graceful_shutdown=1, server_header=False, **settings(WireLimits(head_s=120.0)),
+        timeout_graceful_shutdown=1, server_header=False, **settings(ConnectionLimits(head_s=120.0)),
     )  # fmt: skip
     uvicorn.Server(config).run(sockets=[listener])
 

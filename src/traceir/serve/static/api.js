@@ -1,6 +1,6 @@
-// The server, as the page sees it. Addresses are relative to the page, so that it also works below a path of a proxy.
+// The server, as the pages see it. Addresses are relative to the page, so that it also works below a path of a proxy.
 
-import { readEvents } from "./sse.js";
+import { el } from "./dom.js";
 
 const KEY = "traceir.key";
 const PICTURES_KEPT = 300;
@@ -19,18 +19,14 @@ export const isAbort = (error) => error instanceof DOMException && error.name ==
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
-  set(value) {
+  set(value = "") {
     sessionStorage.setItem(KEY, value);
-    forgetPictures();
-  },
-  forget() {
-    sessionStorage.removeItem(KEY);
     forgetPictures();
   },
 };
 
 // The address of a path such as "/pictures/Nw"; null for anything that is not a path of this server.
-export function addressOf(path) {
+function addressOf(path) {
   if (typeof path !== "string" || !/^\/(?!\/)[^\\]*$/.test(path)) return null;
   const address = new URL(path.slice(1), document.baseURI);
   return address.origin === location.origin ? address.href : null;
@@ -48,43 +44,26 @@ async function ask(path, { body, signal, accept = "application/json" } = {}) {
     throw new ApiError(navigator.onLine ? "The server cannot be reached. Is it still running?" : "This device is offline.");
   }
   if (response.ok) return response;
-  const told = await response.json().catch(() => null); // a proxy's page, or nothing
+  const answer = await response.json().catch(() => null); // a proxy's page, or nothing
   const wait = Number.parseFloat(response.headers.get("retry-after") ?? "");
-  throw new ApiError(messageOf(told?.error) ?? `The server answered with status ${response.status}.`, response.status,
+  throw new ApiError(messageOf(answer?.error) ?? `The server answered with status ${response.status}.`, response.status,
     Number.isFinite(wait) ? wait : null);
 }
 
-function messageOf(error) {
-  const message = error?.message ?? error;
-  return typeof message === "string" && message ? message : null;
+const messageOf = (error) => [error?.message, error].find((text) => typeof text === "string" && text);
+
+// The JSON at a path; with a `body` it is posted.
+export async function askJson(path, body = null) {
+  const response = await ask(path, { body });
+  return response.json().catch(() => { throw new ApiError("The server's answer was cut off or is not JSON.", response.status); });
 }
-
-async function jsonOf(response) {
-  try {
-    return await response.json();
-  } catch (error) {
-    if (isAbort(error)) throw error;
-    throw new ApiError("The server's answer was cut off or is not JSON.", response.status);
-  }
-}
-
-export const getConfig = async () => jsonOf(await ask("/page/config"));
-
-export const postSearch = async (body) => jsonOf(await ask("/search", { body }));
-
-export const getItems = async (offset, limit) => (await jsonOf(await ask(`/items?offset=${offset}&limit=${limit}`))).items ?? [];
 
 // The events of one search: {event: "route" | "reasoning" | "hits", data}. An `error` event is thrown, and so is an early end.
 export async function* streamSearch(body, signal) {
   const response = await ask("/search/stream", { body, signal, accept: "text/event-stream" });
   try {
     for await (const { event, data } of readEvents(response.body)) {
-      let read;
-      try {
-        read = JSON.parse(data);
-      } catch {
-        throw new ApiError("The server sent an event that is not JSON.", response.status);
-      }
+      const read = JSON.parse(data);
       if (event === "error") {
         throw new ApiError(messageOf(read?.error) ?? "The server gave no reason.", STATUS[read?.error?.type] ?? 500);
       }
@@ -93,15 +72,40 @@ export async function* streamSearch(body, signal) {
     }
   } catch (error) {
     if (isAbort(error) || error instanceof ApiError) throw error;
+    if (error instanceof SyntaxError) throw new ApiError("The server sent an event that is not JSON.", response.status);
     throw new ApiError("The connection was lost before the hits came.");
   }
   if (signal?.aborted) throw new DOMException("stopped", "AbortError");
   throw new ApiError("The connection ended before the hits came.");
 }
 
-// Pictures. An <img> sends no key, so with a key they are fetched and shown as blobs.
+// The server-sent events (HTML standard, 9.2) of a stream of bytes, which is cancelled when the caller stops reading. EventSource can
+// neither POST nor send a key. An event that no blank line ended is dropped.
+export async function* readEvents(body) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let [rest, event, data] = ["", "", []];
+  try {
+    for (;;) {
+      const { done, value: text = "" } = await reader.read();
+      const lines = (rest + text).split(done ? /\r\n|\r|\n/ : /\r\n|\r(?!$)|\n/); // the \n of a \r\n may still come
+      rest = lines.pop();
+      for (const line of lines) {
+        const [, name, value = ""] = /^([^:]*)(?:: ?(.*))?$/s.exec(line);
+        if (name === "event") event = value;
+        else if (name === "data") data.push(value);
+        if (line) continue; // comments, id and retry mean nothing here
+        if (data.length) yield { event: event || "message", data: data.join("\n") };
+        [event, data] = ["", []];
+      }
+      if (done) return;
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
 
-const pictures = new Map();
+const pictures = new Map(); // An <img> sends no key, so with a key pictures are fetched and shown as blobs.
+const paths = new Map(); // of the pictures of items that are known by their ids alone
 
 function forgetPictures(count = pictures.size) {
   for (const [path, source] of [...pictures].slice(0, count)) {
@@ -112,6 +116,7 @@ function forgetPictures(count = pictures.size) {
 
 // What to put into `src` for a picture's path. Rejects where it cannot be had.
 async function pictureSource(path) {
+  if (String(path).startsWith("data:image/")) return path;
   const address = addressOf(path);
   if (address === null) throw new ApiError("This is not a picture of the server.");
   if (!key.get()) return address;
@@ -125,13 +130,16 @@ async function pictureSource(path) {
 // Shows a picture of the server in an <img>, at least `side` pixels wide if it has them; `onlost` where it cannot be shown.
 export function showPicture(img, path, side, onlost) {
   img.addEventListener("error", onlost, { once: true });
-  Promise.resolve(path).then((found) => pictureSource(side ? `${found}?side=${side}` : found)).then((source) => { img.src = source; }, onlost);
+  Promise.resolve(path).then((known) => pictureSource(side ? `${known}?side=${side}` : known)).then((source) => { img.src = source; }, onlost);
 }
 
-const paths = new Map();
-
-// The path of the picture of an item that is known by its id alone.
-export function pathOfItem(id) {
-  if (!paths.has(id)) paths.set(id, ask(`/items/${encodeURIComponent(id)}`).then(jsonOf).then((item) => item.image));
-  return paths.get(id);
+// Shows the picture of a query in an <img>.
+export function showQueryPicture(img, { kind, id, path, data }) {
+  const known = kind === "file" ? data : path ?? paths.get(id) ?? askJson(`/items/${encodeURIComponent(id)}`).then((item) => item.image);
+  if (kind === "item") paths.set(id, known);
+  showPicture(img, known, kind === "file" ? null : 256, () => img.classList.add("lost"));
+  return img;
 }
+
+// A query's picture, small; null where it has none.
+export const thumb = (picture, alt = "") => picture && showQueryPicture(el("img", { alt, class: "thumb" }), picture);

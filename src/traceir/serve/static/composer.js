@@ -1,12 +1,13 @@
-// The search box: a picture by drop, paste or choice, words, instruction, modality, route.
+// The search box: a picture by drop, paste or choice, words, instruction, modality, route; and the cut-off, a setting of the page.
 
-import { announce, el, find, say, toast } from "./dom.js";
-import { filePicture, itemPicture, makeQuery } from "./query.js";
-import { shownPicture } from "./reasoning.js";
+import { showQueryPicture } from "./api.js";
+import { announce, button, el, find, onClick, say, sayRate, toast } from "./dom.js";
+import { filePicture, hitPicture, itemPicture, kindOf, makeQuery } from "./query.js";
 import { DRAGGED } from "./results.js";
 
 const LARGEST = 20 * 1024 * 1024;
 const CHIPS = 8;
+const RATES = [0, 0.1, 0.01, 0.001]; // of the cut-off; 0 is none
 const READ = { "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WebP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF" };
 const PLAIN = "Describe what you look for, or add a picture and say what to change";
 const CHANGE = "now make it …";
@@ -14,7 +15,7 @@ const CHANGE = "now make it …";
 export class Composer {
   picture = null;
   reading = 0; // counts what became of the picture, so that a file that is read late does not take its place
-  suggestions = [];
+  calibrated = {}; // the kinds of query that a cut-off can be told for
   form = find("composer");
   text = find("text");
   instruction = find("instruction");
@@ -31,12 +32,12 @@ export class Composer {
       event.preventDefault();
       this.form.requestSubmit();
     });
-    find("stop").addEventListener("click", stop);
+    onClick("stop", stop);
     find("file").addEventListener("change", (event) => {
       this.takeFiles([...event.target.files]);
       event.target.value = "";
     });
-    find("remove").addEventListener("click", () => {
+    onClick("remove", () => {
       this.setPicture(null);
       find("file").focus();
     });
@@ -49,32 +50,29 @@ export class Composer {
     this.watchDrops();
   }
 
+  // While something is dragged over the page, a sheet lies over all of it and takes the drop.
   watchDrops() {
-    let depth = 0;
-    const move = (by) => {
-      depth = by ? Math.max(0, depth + by) : 0;
-      find("drop").hidden = depth === 0;
-    };
+    const show = (shown) => { find("drop").hidden = !shown; };
     const when = (kind, act) => addEventListener(kind, (event) => {
       if ([...(event.dataTransfer?.types ?? [])].some((type) => type === "Files" || type === DRAGGED)) act(event);
     });
-    when("dragenter", () => move(1));
-    when("dragleave", () => move(-1));
+    when("dragenter", () => show(true));
+    when("dragleave", (event) => { if (event.target === find("drop")) show(false); });
     when("dragover", (event) => event.preventDefault());
     when("drop", (event) => {
       event.preventDefault();
-      move(0);
+      show(false);
       const id = event.dataTransfer.getData(DRAGGED);
       if (id) this.setPicture(itemPicture(id));
       else this.takeFiles([...event.dataTransfer.files]);
       this.text.focus();
     });
-    addEventListener("dragend", () => move(0));
+    addEventListener("dragend", () => show(false));
   }
 
   // The first picture among files that came together, sent as it is: what is searched with must be what was given.
   takeFiles(files) {
-    const file = files.find((one) => one.type in READ);
+    const file = files.find(({ type }) => type in READ);
     if (!files.length) return;
     if (!file) {
       const which = files.length > 1 ? `None of these ${files.length} files can` : `“${files[0].name}” cannot`;
@@ -102,7 +100,7 @@ export class Composer {
     lost.hidden = true;
     const fresh = el("img", { id: "preview", alt: "the picture to search with", on: { error: () => { lost.hidden = false; } } });
     find("preview").replaceWith(fresh);
-    if (picture) shownPicture(fresh, picture);
+    if (picture) showQueryPicture(fresh, picture);
     const name = picture && (picture.kind === "item" ? picture.label || picture.id : picture.name);
     say(find("about-picture"), picture ? `with ${name}` : "Drop or paste a picture anywhere on this page.");
     if (picture || had) announce(picture ? `Picture added: ${name}` : "Picture removed");
@@ -117,23 +115,27 @@ export class Composer {
     this.text.value = query.text;
     this.instruction.value = query.instruction;
     // One by one: the `value` of a radio group does not take "".
-    for (const one of this.form.querySelectorAll("input[type=radio]")) if (one.name in query) one.checked = one.value === query[one.name];
+    for (const radio of this.form.querySelectorAll("input[type=radio]")) if (radio.name in query) radio.checked = radio.value === query[radio.name];
     this.setPicture(query.picture);
   }
 
   // Ready for "now make it ..." of a hit: its picture, no words.
   refine(hit) {
     this.text.value = "";
-    this.setPicture(itemPicture(hit.id, hit.text ?? hit.id, hit.image));
+    this.setPicture(hitPicture(hit));
     this.text.focus();
     announce("This picture is the next query's. Say what to change.");
   }
 
-  // What follows from the fields: placeholder, suggestions; and old complaints go.
+  // What follows from the fields: placeholder, chosen suggestion; and old complaints go.
   refresh() {
     this.complain("");
     this.text.placeholder = this.picture ? CHANGE : PLAIN;
-    this.drawChips();
+    this.markChips();
+  }
+
+  markChips() {
+    for (const chip of find("chips").children) chip.ariaPressed = String(chip.textContent === this.instruction.value.trim());
   }
 
   complain(text) {
@@ -149,26 +151,33 @@ export class Composer {
   }
 
   setInstructions(instructions) {
-    this.suggestions = [...new Set(instructions)];
-    find("instructions").replaceChildren(...this.suggestions.map((value) => el("option", { value })));
-    this.drawChips();
-  }
-
-  drawChips() {
-    const chosen = this.query().instruction;
-    const texts = this.suggestions.slice(0, CHIPS);
-    const key = JSON.stringify([texts, chosen]);
-    if (find("chips").dataset.key === key) return;
-    find("chips").dataset.key = key;
-    find("chips").hidden = !texts.length;
-    find("chips").replaceChildren(...texts.map((text) => this.chip(text, chosen === text)));
-  }
-
-  chip(text, chosen) {
-    return el("button", { type: "button", class: "chip", "aria-pressed": String(chosen), dir: "auto", text, on: { click: () => {
-      this.instruction.value = chosen ? "" : text;
+    const suggestions = [...new Set(instructions)];
+    const toggle = (text) => {
+      this.instruction.value = this.instruction.value.trim() === text ? "" : text;
       this.refresh();
-      [...find("chips").children].find((one) => one.textContent === text)?.focus();
-    } } });
+    };
+    find("instructions").replaceChildren(...suggestions.map((value) => el("option", { value })));
+    find("chips").replaceChildren(...suggestions.slice(0, CHIPS).map((text) => button(text, () => toggle(text), { class: "chip", dir: "auto" })));
+    find("chips").hidden = !suggestions.length;
+    this.markChips();
+  }
+
+  // How often a query whose answer is not here may be shown hits all the same: a rate, 0 for no cut-off, null where the server decides
+  // because it cannot tell for this kind of query.
+  cutoffFor(query) {
+    return kindOf(query) in this.calibrated ? Number(this.form.elements.cutoff.value) : null;
+  }
+
+  // `config`: {default, background}. Rates that the background cannot tell are not offered; without a background nothing is.
+  setCutoff(config) {
+    this.calibrated = config?.background ?? {};
+    const most = Math.max(0, ...Object.values(this.calibrated));
+    const own = config?.default ?? 0;
+    find("cutoff").hidden = most === 0;
+    find("rates").replaceChildren(...[...new Set([...RATES, own])].map((value) => {
+      const disabled = value > 0 && value !== own && value * (most + 1) < 1;
+      const radio = el("input", { type: "radio", name: "cutoff", value, disabled, checked: value === own });
+      return el("label", { title: value ? null : "Always show the nearest" }, radio, el("span", { text: value ? sayRate(value) : "Off" }));
+    }));
   }
 }

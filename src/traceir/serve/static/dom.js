@@ -1,15 +1,16 @@
-// Elements, made so that text from data can only ever become text.
+// Elements, made so that text from data can only ever become text, and messages to the reader. The review page uses these too.
 
 const TOGETHER = 120; // milliseconds
 
 export const find = (id) => document.getElementById(id);
 
-// A new element. Attributes: `text`, `on` (listeners by name), `data` (dataset), and any other by its name; false, null and
+export const onClick = (id, act) => find(id).addEventListener("click", act);
+
+// A new element. Attributes: `text`, `on` (listeners by name), and any other by its name; false, null and
 // undefined leave one out. Children that are strings become text nodes.
-export function el(tag, { text, on = {}, data = {}, ...attributes } = {}, ...children) {
+export function el(tag, { text, on = {}, ...attributes } = {}, ...children) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = String(text);
-  Object.assign(made.dataset, data);
   for (const [kind, what] of Object.entries(on)) made.addEventListener(kind, what);
   for (const [name, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) made.setAttribute(name, value === true ? "" : String(value));
@@ -19,35 +20,32 @@ export function el(tag, { text, on = {}, data = {}, ...attributes } = {}, ...chi
 }
 
 export function icon(name) {
-  const space = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(space, "svg");
-  svg.setAttribute("class", "icon");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS(space, "use"));
-  svg.firstChild.setAttribute("href", `#i-${name}`);
+  const svg = document.querySelector("svg.icon").cloneNode(true);
+  svg.firstElementChild.setAttribute("href", `#i-${name}`);
   return svg;
 }
 
-export const button = (text, onclick, attributes = {}) => el("button", { type: "button", text, ...attributes, on: { click: onclick } });
+// `face`: a text, an element, or several.
+export const button = (face, onclick, attributes = {}) => el("button", { type: "button", ...attributes, on: { click: onclick } }, ...[face].flat());
 
 // Sets text only where it changed, so that selections and screen readers are left in peace.
 export function say(element, text) {
   if (element.textContent !== text) element.textContent = text;
 }
 
-let untold = [];
+let pending = [];
 
 // Tells screen readers. What comes within a moment is told together, or the last would drown the rest; the same words twice are told twice.
 export function announce(text) {
   if (!text) return;
-  if (!untold.length) setTimeout(tell, TOGETHER);
-  untold.push(text);
+  if (!pending.length) setTimeout(flush, TOGETHER);
+  pending.push(text);
 }
 
-function tell() {
+function flush() {
   const live = find("live");
-  const text = untold.join(" ");
-  untold = [];
+  const text = pending.join(" ");
+  pending = [];
   live.textContent = live.textContent === text ? `${text} ` : text;
 }
 
@@ -76,11 +74,12 @@ export const isTyping = (target) => target instanceof HTMLElement &&
 // A number with fixed digits, or a dash where there is none.
 export const fixed = (value, digits = 3) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 
-// Seconds as people read them.
 export function seconds(value) {
   if (!Number.isFinite(value)) return "";
   if (value < 1) return value < 0.0005 ? "<1 ms" : `${Math.round(value * 1000)} ms`;
   return `${value.toFixed(value < 10 ? 2 : 1)} s`;
 }
 
-export const plural = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
+export const plural = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+
+export const sayRate = (rate) => `1 in ${Math.round(1 / rate)}`;

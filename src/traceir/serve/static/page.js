@@ -1,32 +1,38 @@
 // The page: what happens when. Each part draws itself; here they are put together.
 
-import { getConfig, key } from "./api.js";
-import { Column } from "./column.js";
-import { drawVerdict, linkTwins } from "./compare.js";
+import { askJson, key, thumb } from "./api.js";
 import { Composer } from "./composer.js";
-import { setCutoff } from "./cutoff.js";
-import { Details } from "./details.js";
-import { announce, el, find, isTyping, openDialog, plural, say, toast } from "./dom.js";
-import { clearHistory, drawHistory, remember } from "./history.js";
-import { drawLanding, showNotice } from "./landing.js";
-import { EMPTY, fromHash, isEmpty, itemPicture, makeQuery, samePicture, sayQuery, toHash } from "./query.js";
+import { announce, button, el, find, isTyping, onClick, openDialog, plural, say, toast } from "./dom.js";
+import {
+  NOUNS, clearHistory, drawHistory, fromHash, fromRecord, hitPicture, isEmpty, itemPicture, makeQuery, remember, samePicture, sayQuery, toHash,
+} from "./query.js";
+import { Column, Details, drawVerdict, linkTwins } from "./results.js";
 import { follow, newRun, nextPage } from "./run.js";
-import { drawShelf } from "./shelf.js";
-import { Turns } from "./turns.js";
 
 const WAIT_FOR_MODEL = 2000;
+const EMPTY_HELP = "traceir index add FOLDER --index DIR";
+const SHELF = { pictures: 6, pages: 9, items: 24 }; // so many pictures at most, from so many pages of so many items
 let config = {};
+const turns = new Map(); // a turn is {id, query, parent, run, other}: each refinement has the turn before it as its parent
+let trail = []; // the way to the current turn, and onwards
+let current = null;
 let parent = null; // the turn that the search box shows
 let taken = null; // the id of the hit that "now make it ..." took from it
 let columns = [];
 let running = null; // {run, abort}
 const composer = new Composer({ search, stop });
-const turns = new Turns(visit);
 const details = new Details({ refine, use });
-const actions = { open: openHit, refine, retry, more, anything, compare };
-const onclick = (id, act) => find(id).addEventListener("click", act);
-
-// Searches
+const actions = {
+  open: openHit,
+  refine,
+  more,
+  compare,
+  retry(run) {
+    start(run);
+    find("stop").focus();
+  },
+  anything: (query) => searchAnew(makeQuery({ ...query, modality: "" }), current.parent),
+};
 
 function search(query, { from = parentOf(query) } = {}) {
   if (isEmpty(query)) {
@@ -42,17 +48,44 @@ function search(query, { from = parentOf(query) } = {}) {
   find("workspace").scrollIntoView({ block: "start" });
 }
 
-// A new turn. `way` of the browser's history: "pushState" or "replaceState".
-function begin(query, from, way) {
-  const turn = turns.add(query, from, newRun(query));
-  enter(turn, way);
-  start(turn.run);
+function searchAnew(query, from = null) {
+  composer.setQuery(query);
+  search(query, { from });
 }
 
-function enter(turn, way) {
-  [parent, taken] = [turn, null];
-  history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
+// A new turn behind `from` (null: a new search); what lay ahead of that leaves the trail. `way` of the browser's history: "pushState" or
+// "replaceState". Its entries outlive this page, so ids must not come again after a reload.
+function begin(query, from, way) {
+  const id = `${performance.timeOrigin}-${turns.size}`;
+  turns.set(id, { id, query, parent: from, run: newRun(query, composer.cutoffFor(query)), other: null });
+  enter(turns.get(id), way);
+  start(current.run);
+}
+
+// Makes a turn the current one; the trail stays if it is on it. Without a `way` the browser's history is there already.
+function enter(turn, way = null) {
+  if (!trail.includes(turn)) {
+    trail = [];
+    for (let at = turn; at; at = at.parent) trail.unshift(at);
+  }
+  [current, parent, taken] = [turn, turn, null];
+  if (way) history[way]({ turn: turn.id }, "", toHash(turn.query) ?? location.pathname + location.search);
   show(turn);
+}
+
+function visit(turn, way = null) {
+  composer.setQuery(turn.query);
+  enter(turn, way);
+}
+
+function step(by) {
+  const next = trail[trail.indexOf(current) + by];
+  if (next) choose(next);
+}
+
+function choose(turn) {
+  visit(turn, "pushState");
+  announce(`Turn ${trail.indexOf(turn) + 1} of ${trail.length}: ${sayQuery(turn.query)}`);
 }
 
 // A search goes on from the turn whose hit it took, or beside the turn whose picture it keeps; else it is new.
@@ -93,17 +126,6 @@ function changed(run, what) {
   announce(`${plural(run.hits.length, "hit")} ${how}. The first: ${(first.text ?? first.id).slice(0, 200)}`);
 }
 
-function retry(run) {
-  start(run);
-  find("stop").focus();
-}
-
-function anything(query) {
-  const wider = makeQuery({ ...query, modality: "" });
-  composer.setQuery(wider);
-  search(wider, { from: turns.current.parent });
-}
-
 async function more(column) {
   const { run } = column;
   const had = run.hits.length;
@@ -117,51 +139,58 @@ async function more(column) {
   }
   run.paging = false;
   update();
-  if (run.hits.length > had && columns.includes(column)) column.grid.focus(had);
+  if (run.hits.length > had && columns.includes(column)) column.grid.cards[had].opener.focus();
 }
 
-// What is shown
-
 function show(turn) {
-  turns.current = turn;
   find("landing").hidden = true;
   find("workspace").hidden = false;
   document.title = `${sayQuery(turn.query).slice(0, 60)} · ${config.title || "TraceIR"}`;
   const runs = turn.other ? [turn.run, turn.other] : [turn.run];
   const names = turn.other ? ["The route taken", "The other route"] : ["Result"];
-  columns = runs.map((run, place) => new Column(run, { config, name: names[place], actions }));
+  columns = runs.map((run, side) => new Column(run, { config, name: names[side], actions }));
   find("columns").replaceChildren(...columns.map((column) => column.element));
   find("columns").classList.toggle("compare", columns.length > 1);
-  turns.draw();
+  drawTrail();
   update();
 }
 
+function drawTrail() {
+  const [list, at] = [find("turns"), trail.indexOf(current)];
+  find("trail").hidden = trail.length < 2;
+  find("back").disabled = at <= 0;
+  find("forth").disabled = at >= trail.length - 1;
+  list.replaceChildren(...trail.map((turn, place) => el("li", {}, crumb(turn, place))));
+  // Scrolls the trail alone, never the page.
+  const shown = list.children[at];
+  list.scrollLeft = shown.offsetLeft - list.offsetLeft - (list.clientWidth - shown.offsetWidth) / 2;
+}
+
+function crumb(turn, place) {
+  const words = turn.query.text || turn.query.instruction || sayQuery(turn.query);
+  const face = [el("span", { class: "unseen", text: `Turn ${place + 1}: ` }), thumb(turn.query.picture), el("span", { class: "crumb-words", dir: "auto", text: words })];
+  return button(face, () => choose(turn), { class: "crumb", "aria-current": turn === current ? "step" : null, title: words });
+}
+
 function update() {
-  const [one, other] = columns;
-  one?.update({ other: other?.run ?? null, tells: !other });
-  other?.update({ other: one.run });
-  if (other) drawVerdict(find("verdict"), one.run, other.run, leaveComparison);
+  const [mine, other] = columns;
+  mine?.update({ other: other?.run ?? null, tells: !other });
+  other?.update({ other: mine.run });
+  if (other) drawVerdict(find("verdict"), mine.run, other.run, leaveComparison);
   else find("verdict").hidden = true;
 }
 
-function visit(turn) {
-  turns.visit(turn);
-  composer.setQuery(turn.query);
-  enter(turn, "pushState");
-  announce(`Turn ${turns.trail.indexOf(turn) + 1} of ${turns.trail.length}: ${sayQuery(turn.query)}`);
-}
-
 function compare() {
-  const turn = turns.current;
+  const turn = current;
   if (!turn || turn.other || turn.run.status !== "done" || config.reasons === false) return;
-  turn.other = newRun(turn.query, turn.run.route === "reason" ? "direct" : "reason", turn.run.cutoff);
+  turn.other = newRun(turn.query, turn.run.cutoff, turn.run.route === "reason" ? "direct" : "reason");
   show(turn);
   start(turn.other);
   find("verdict").querySelector("button").focus();
 }
 
 function leaveComparison() {
-  const turn = turns.current;
+  const turn = current;
   if (running?.run === turn.other) stop();
   turn.other = null;
   show(turn);
@@ -169,95 +198,134 @@ function leaveComparison() {
 }
 
 function openHit(run, place) {
-  const column = columns.find((one) => one.run === run);
-  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.focus(last); });
+  const column = columns.find((shown) => shown.run === run);
+  details.open(run.hits, place, (last) => { if (!document.activeElement?.closest("#composer")) column.grid.cards[last]?.opener.focus(); });
 }
 
 function refine(hit) {
-  [parent, taken] = [turns.current, hit.id];
+  [parent, taken] = [current, hit.id];
   composer.refine(hit);
   scrollTo({ top: 0, behavior: matchMedia("(prefers-reduced-motion: reduce)").matches ? "auto" : "smooth" });
 }
 
-// A hit as the whole query.
 function use(hit) {
-  const picture = hit.image ? itemPicture(hit.id, hit.text ?? hit.id, hit.image) : null;
-  const query = makeQuery({ ...composer.query(), text: hit.text, picture, instruction: "" });
-  composer.setQuery(query);
-  search(query, { from: turns.current });
+  searchAnew(makeQuery({ ...composer.query(), text: hit.text, picture: hit.image && hitPicture(hit), instruction: "" }), current);
 }
 
-// Key, history, addresses
+function goHome() {
+  stop();
+  [parent, taken, current, columns] = [null, null, null, []];
+  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
+  document.title = config.title || "TraceIR";
+  composer.setQuery(makeQuery({}));
+  find("text").focus();
+}
 
-let answerKey = null;
+function drawLanding() {
+  const code = (text) => el("code", { text });
+  const counts = Object.entries(config.count ?? {}).filter(([, count]) => count > 0);
+  say(find("collection"), counts.map(([modality, count]) => plural(count, NOUNS[modality] ?? modality)).join(" · ") || "nothing indexed yet");
+  find("home").setAttribute("aria-label", `${config.title}, start page`);
+  if (!counts.length) {
+    showNotice("The collection is empty", el("p", {}, "Add a folder of pictures and texts with ", code(EMPTY_HELP), ", or post them to ",
+      code("/items"), ". Then load this page again."));
+  } else if (config.world && config.instead.length) {
+    showNotice("This model does not know your collection", el("div", {}, el("p", { dir: "auto", text: config.world }),
+      el("p", { text: "Hits that mean something take a model that knows such things, for instance:" }),
+      ...config.instead.map((command) => el("p", {}, code(command)))));
+  } else if (config.world) {
+    showNotice("What this model knows", config.world);
+  } else {
+    find("notice").hidden = true;
+  }
+  fill("examples", (config.examples ?? []).map(drawExample));
+  drawShelf(counts.reduce((sum, [, count]) => sum + count, 0));
+}
+
+// A list that is hidden with its heading while it is empty.
+function fill(id, entries) {
+  find(`${id}-part`).hidden = !entries.length;
+  find(id).replaceChildren(...entries.map((entry) => el("li", {}, entry)));
+}
+
+function drawExample(example) {
+  const query = fromRecord(example);
+  const words = el("span", {}, el("b", { dir: "auto", text: example.title }), el("span", { class: "asked", dir: "auto", text: query.text || query.instruction }));
+  return button([thumb(query.picture), words], () => searchAnew(query), { class: "example" });
+}
+
+// Pictures from all over the collection, to start from without a picture of one's own.
+async function drawShelf(total) {
+  const offsets = new Set(Array.from({ length: total && SHELF.pages }, (_, page) => Math.floor((total * page) / SHELF.pages)));
+  const pages = await Promise.all([...offsets].map((offset) => askJson(`/items?offset=${offset}&limit=${SHELF.items}`).catch(() => ({}))));
+  const items = new Map();
+  for (const page of pages) {
+    const item = page.items?.find(({ id, image }) => image && !items.has(id));
+    if (item && items.size < SHELF.pictures) items.set(item.id, item);
+  }
+  fill("shelf", [...items.values()].map((item) =>
+    button([thumb(itemPicture(item.id, "", item.image), item.text?.slice(0, 200) || `picture ${item.id}`)], () => refine(item))));
+}
+
+function showNotice(title, body, retry = null) {
+  announce(title);
+  find("notice").hidden = false;
+  find("notice").replaceChildren(el("h2", { text: title }), typeof body === "string" ? el("p", { dir: "auto", text: body }) : body,
+    ...(retry ? [button("Try again", retry, { class: "strong" })] : []));
+}
 
 function askForKey(why, then) {
   say(find("key-why"), why);
   find("key-value").value = "";
   find("forget-key").hidden = !key.get();
-  answerKey = then;
+  // The form closes the dialog by itself.
+  find("key-form").onsubmit = () => {
+    key.set(find("key-value").value.trim());
+    find("open-key").hidden = false;
+    if (!config.count) loadConfig();
+    then?.();
+  };
   openDialog(find("key"));
 }
 
-find("key-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  key.set(find("key-value").value.trim());
-  find("open-key").hidden = false;
-  find("key").close();
-  if (!config.count) loadConfig();
-  answerKey?.();
-});
-
-onclick("forget-key", () => {
-  key.forget();
-  find("key").close();
+onClick("forget-key", () => {
+  key.set();
   find("open-key").hidden = true;
   toast("The key is forgotten.");
 });
 
-onclick("open-key", () => askForKey("A key is set for this tab.", null));
-onclick("open-help", () => openDialog(find("help")));
+onClick("back", () => step(-1));
+onClick("forth", () => step(1));
+onClick("open-key", () => askForKey("A key is set for this tab.", null));
+onClick("open-help", () => openDialog(find("help")));
 
-onclick("open-history", () => {
+onClick("open-history", () => {
   drawHistory(find("past"), (query, leftOut) => {
     find("history").close();
+    if (!leftOut) return searchAnew(query);
     composer.setQuery(query);
-    if (leftOut) composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
-    else search(query, { from: null });
+    return composer.complain(`The picture “${leftOut}” was too large to keep. Add it again, then search.`);
   });
   openDialog(find("history"));
 });
 
-onclick("clear-history", () => {
+onClick("clear-history", () => {
   clearHistory();
   drawHistory(find("past"));
   announce("History cleared");
 });
 
-onclick("home", (event) => {
+onClick("home", (event) => {
   if (event.ctrlKey || event.metaKey || event.shiftKey || event.button) return;
   event.preventDefault();
   history.pushState({}, "", location.pathname + location.search);
   goHome();
 });
 
-function goHome() {
-  stop();
-  [parent, taken, turns.current, columns] = [null, null, null, []];
-  for (const [id, hidden] of [["workspace", true], ["trail", true], ["landing", false]]) find(id).hidden = hidden;
-  document.title = config.title || "TraceIR";
-  composer.setQuery(EMPTY);
-  find("text").focus();
-}
-
-// The browser's own back and forward.
 addEventListener("popstate", (event) => {
-  const known = turns.all.get(event.state?.turn);
-  if (!known) return readAddress();
-  turns.visit(known);
-  [parent, taken] = [known, null];
-  composer.setQuery(known.query);
-  return show(known);
+  const known = turns.get(event.state?.turn);
+  if (known) visit(known);
+  else readAddress();
 });
 
 function readAddress() {
@@ -267,13 +335,13 @@ function readAddress() {
   return begin(query, null, "replaceState");
 }
 
-const KEYS = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => turns.step(-1), "]": () => turns.step(1) };
+const KEYS = { "/": () => find("text").focus(), "?": () => openDialog(find("help")), "c": compare, "[": () => step(-1), "]": () => step(1) };
 
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || event.isComposing || document.querySelector("dialog[open]")) return;
   if (event.key === "Escape") {
     if (running) stop();
-    else if (turns.current?.other) leaveComparison();
+    else if (current?.other) leaveComparison();
   }
   if (isTyping(event.target) || !Object.hasOwn(KEYS, event.key)) return;
   event.preventDefault();
@@ -287,27 +355,23 @@ addEventListener("online", () => {
 
 async function loadConfig() {
   try {
-    config = await getConfig();
-  } catch (error) {
-    if (error.status === 401) {
-      askForKey(error.message, null);
-      showNotice("A key is needed", error.message, () => askForKey(error.message, loadConfig));
-    } else if (error.status === 503) {
-      showNotice("The model is loading", el("p", { text: "This page goes on as soon as the server is ready." }));
+    config = await askJson("/page/config");
+  } catch ({ status, message }) {
+    if (status === 401) {
+      askForKey(message, null);
+      showNotice("A key is needed", message, () => askForKey(message, loadConfig));
+    } else if (status === 503) {
+      showNotice("The model is loading", "This page goes on as soon as the server is ready.");
       setTimeout(loadConfig, WAIT_FOR_MODEL);
     } else {
-      showNotice("No connection", error.message, loadConfig);
+      showNotice("No connection", message, loadConfig);
     }
     return;
   }
   composer.setInstructions(config.instructions ?? []);
+  composer.setCutoff(config.cutoff);
   document.body.classList.toggle("one-pass", config.reasons === false);
-  setCutoff(config.cutoff);
-  drawLanding(config, (query) => {
-    composer.setQuery(query);
-    search(query, { from: null });
-  });
-  drawShelf(config.count ?? {}, refine);
+  drawLanding();
   if (!find("landing").hidden) document.title = config.title || "TraceIR";
 }
 
@@ -315,4 +379,4 @@ linkTwins(find("columns"));
 find("open-key").hidden = !key.get();
 if (document.activeElement === document.body && matchMedia("(hover: hover)").matches) find("text").focus();
 await loadConfig();
-if (!turns.current && fromHash(location.hash)) readAddress(); // unless somebody was faster
+if (!current && fromHash(location.hash)) readAddress(); // unless somebody was faster

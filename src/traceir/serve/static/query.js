@@ -1,8 +1,13 @@
-// A query of the page: {text, picture, instruction, modality, route}, never changed once made.
-//
+// A query of the page: {text, picture, instruction, modality, route}, never changed once made; and the queries of the past.
 // picture: null, {kind: "file", data: "data:image/...", name} or {kind: "item", id, label, path}; a null path is looked up. modality: "" is any.
 
+import { thumb } from "./api.js";
+import { button, el } from "./dom.js";
+
 const ROUTES = ["auto", "reason", "direct"];
+const HISTORY = "traceir.history";
+const MOST = 60; // queries of the past
+export const PICTURE_CHARACTERS = 96 * 1024;
 export const NOUNS = { image: "picture", text: "text", "image,text": "pair" };
 
 export function makeQuery({ text, instruction, modality, route, picture }) {
@@ -15,9 +20,8 @@ export function makeQuery({ text, instruction, modality, route, picture }) {
   });
 }
 
-export const EMPTY = makeQuery({});
-
 export const itemPicture = (id, label = "", path = null) => Object.freeze({ kind: "item", id, label, path });
+export const hitPicture = (hit) => itemPicture(hit.id, hit.text ?? hit.id, hit.image);
 export const filePicture = (data, name = "picture") => Object.freeze({ kind: "file", data, name });
 
 export const isEmpty = (query) => !query.text && !query.picture && !query.instruction;
@@ -25,14 +29,13 @@ export const isEmpty = (query) => !query.text && !query.picture && !query.instru
 // The modality of the query itself.
 export const kindOf = (query) => (query.picture ? (query.text ? "image,text" : "image") : "text");
 
-export const samePicture = (one, other) => one && other && one.kind === other.kind && (one.id ?? one.data) === (other.id ?? other.data);
-
+export const samePicture = (mine, other) => mine && other && mine.kind === other.kind && (mine.id ?? mine.data) === (other.id ?? other.data);
 // Those of its fields that say something.
-const given = ({ text, instruction, modality }) => Object.entries({ text, instruction, modality }).filter(([, value]) => value);
+const filled = ({ text, instruction, modality }) => Object.entries({ text, instruction, modality }).filter(([, value]) => value);
 
 // The body of POST /search and POST /search/stream.
 export function toRequest(query, { k, offset = 0, route = query.route, cutoff = null }) {
-  const body = { route, k, offset, ...Object.fromEntries(given(query)) };
+  const body = { route, k, offset, ...Object.fromEntries(filled(query)) };
   if (cutoff !== null) body.cutoff = cutoff;
   if (query.picture) body.image = query.picture.kind === "item" ? { item: query.picture.id } : { data: query.picture.data };
   return body;
@@ -41,7 +44,7 @@ export function toRequest(query, { k, offset = 0, route = query.route, cutoff = 
 // The query as the hash of an address; null where it has a picture that only this page holds.
 export function toHash(query) {
   if (query.picture?.kind === "file") return null;
-  const parts = new URLSearchParams(given(query));
+  const parts = new URLSearchParams(filled(query));
   if (query.picture) parts.set("item", query.picture.id);
   if (query.route !== "auto") parts.set("route", query.route);
   return `#${parts}`;
@@ -64,8 +67,64 @@ export function fromRecord(record) {
   return makeQuery({ ...record, picture });
 }
 
-// In words, for labels and titles.
 export function sayQuery(query) {
   const words = query.text || query.instruction;
   return query.picture ? (words ? `picture + ${words}` : "by picture") : words;
+}
+
+// The past is in this browser's localStorage. Pictures over a size are left out; a full store loses pictures, then the oldest.
+export function readHistory() {
+  try {
+    return JSON.parse(localStorage.getItem(HISTORY) ?? "[]").filter((record) => record !== null && typeof record === "object");
+  } catch {
+    return []; // not ours, or storage is forbidden
+  }
+}
+
+export function remember(query) {
+  const fresh = toRecord(query);
+  const same = (record) => JSON.stringify({ ...record, when: 0 }) === JSON.stringify({ ...fresh, when: 0 });
+  write([fresh, ...readHistory().filter((record) => !same(record))].slice(0, MOST));
+}
+
+export const clearHistory = () => localStorage.removeItem(HISTORY);
+
+function toRecord({ text, instruction, modality, route, picture }) {
+  const record = { when: Date.now(), text, instruction, modality, route };
+  if (picture?.kind === "item") record.image = { item: picture.id, label: picture.label.slice(0, 200) };
+  else if (picture) record.image = { data: picture.data, name: picture.name };
+  return picture?.data?.length > PICTURE_CHARACTERS ? withoutPicture(record) : record;
+}
+
+const withoutPicture = ({ image, ...rest }) => ({ ...rest, left_out: image.name ?? "picture" });
+
+function write(records) {
+  try {
+    localStorage.setItem(HISTORY, JSON.stringify(records));
+  } catch {
+    if (!records.length) return; // storage is forbidden: no history then
+    const bare = records.findLastIndex((record) => record.image?.data);
+    write(bare < 0 ? records.slice(0, -1) : records.with(bare, withoutPicture(records[bare])));
+  }
+}
+
+// Fills a list with the past; `choose(query, left_out)` is called with the one that is pressed.
+export function drawHistory(list, choose) {
+  list.replaceChildren(...readHistory().map((record) => el("li", {}, entry(record, choose))));
+  if (!list.children.length) list.append(el("li", { class: "quiet", text: "Nothing yet." }));
+}
+
+function entry(record, choose) {
+  const query = fromRecord(record);
+  const about = [record.left_out ? "its picture was not kept" : "", query.route === "auto" ? "" : query.route, ago(record.when)];
+  const words = el("span", { class: "row-words" }, el("span", { dir: "auto", text: sayQuery(query) || "a picture" }),
+    el("span", { class: "quiet", text: about.filter(Boolean).join(" · ") }));
+  return button([thumb(query.picture), words], () => choose(query, record.left_out ?? ""), { class: "row" });
+}
+
+function ago(when) {
+  if (!Number.isFinite(when)) return "";
+  const minutes = Math.round((Date.now() - when) / 60000);
+  if (minutes < 60) return minutes < 1 ? "just now" : `${minutes} min ago`;
+  return new Date(when).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 }

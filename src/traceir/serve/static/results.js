@@ -1,19 +1,147 @@
-// Hits as a grid of cards: pictures, texts, and both for pairs. Arrows move among them, Enter opens one, R takes it further.
+// One search on the page: how it was taken and its hits, or the state that stands in their place; two routes of one query side by side;
+// and all that is known of one hit, in a dialog. Arrows move among the cards of hits, Enter opens one, R takes it further.
 
-import { el, fixed, icon, plural } from "./dom.js";
 import { showPicture } from "./api.js";
+import { announce, button, el, find, fixed, icon, openDialog, plural, say, sayRate, seconds, toast } from "./dom.js";
 import { NOUNS } from "./query.js";
+import { PAGE, TracePanel, moves } from "./run.js";
 
+const LONGEST = 20000; // characters of a text in the dialog
 export const DRAGGED = "application/x-traceir-item";
+const TITLES = { 0: "No connection", 401: "A key is needed", 403: "This key may not search", 429: "The server is busy", 503: "The server is not ready" };
+const LEGEND = [["▲", "up", "higher here than on the other route"], ["▼", "down", "lower here"], ["=", "", "the same place"],
+  ["only here", "new", "not among the other's hits"]];
 
-export class Grid {
+export class Column {
+  // actions: {open(run, place), refine(hit), retry(run), more(column), anything(query), compare()}
+  constructor(run, { config, name, actions }) {
+    this.run = run;
+    this.actions = actions;
+    this.trace = new TracePanel(run.query, { width: config.model?.width, count: config.count });
+    this.grid = new Grid({ open: (place) => actions.open(run, place), refine: actions.refine });
+    this.count = el("p", { class: "count quiet" });
+    this.compare = button("", actions.compare, { class: "compare", "aria-keyshortcuts": "c", hidden: true });
+    this.state = el("div", { class: "state", hidden: true });
+    this.note = el("p", { class: "note", dir: "auto", hidden: true });
+    this.more = button("More", () => actions.more(this), { class: "more", hidden: true });
+    this.element = el("section", { class: "column", "aria-label": name },
+      this.trace.element,
+      el("section", { class: "found", "aria-label": "Hits" },
+        el("header", {}, el("h2", { text: "Hits" }), this.count, this.compare), this.state, this.note, this.grid.element, this.more));
+  }
+
+  // Brings everything up to the run. `other` is the run beside it, `tells` whether screen readers hear of it.
+  update({ other = null, tells = true } = {}) {
+    const { run, grid } = this;
+    this.trace.silent = !tells;
+    this.trace.update(run);
+    this.showState();
+    if (run.hits.length) grid.show(run.hits, other?.status === "done" ? moves(run.hits, other.hits) : null);
+    else if (run.status !== "running" && run.status !== "idle") grid.clear();
+    else grid.showWaiting(PAGE);
+    say(this.count, this.counted());
+    this.note.hidden = !run.note;
+    say(this.note, run.note ?? "");
+    this.more.hidden = !run.more || run.status !== "done";
+    this.more.disabled = run.paging;
+    say(this.more, run.paging ? "Loading …" : "More hits");
+    this.compare.hidden = other !== null || run.status !== "done";
+    say(this.compare, `Compare ${run.route === "reason" ? "without" : "with"} reasoning`);
+  }
+
+  counted() {
+    const { run } = this;
+    if (run.status !== "done" || !run.hits.length) return "";
+    const count = plural(run.hits.length, NOUNS[run.query.modality] ?? "item");
+    if (run.more) return `the best ${count}`;
+    return run.cut ? `${count} above the cut-off, best first` : `all ${count}, best first`;
+  }
+
+  showState() {
+    const { status, error, hits } = this.run;
+    const key = `${status} ${error?.message ?? ""} ${hits.length > 0}`;
+    if (this.state.dataset.key === key) return;
+    const parts = this.stateOf();
+    this.state.dataset.key = key;
+    this.state.hidden = !parts.length;
+    this.state.role = status === "failed" ? "alert" : null;
+    if (status !== "failed" && parts.length) announce(parts[0].textContent);
+    this.state.replaceChildren(...parts.filter(Boolean));
+  }
+
+  // What stands in the place of hits.
+  stateOf() {
+    const { run, actions } = this;
+    const says = (title, text, ...more) => [el("h3", { text: title }), text && el("p", { class: "quiet", text }), ...more];
+    const again = (text) => button(text, () => actions.retry(run), { class: "strong" });
+    if (run.status === "failed") {
+      const { status, message, retryAfter } = run.error;
+      return says(TITLES[status] ?? (status >= 500 ? "The search failed" : "The server refused this search"), "", el("p", { dir: "auto", text: message }),
+        retryAfter && el("p", { class: "quiet", text: `Try again in ${Math.ceil(retryAfter)} s.` }), again("Try again"));
+    }
+    if (run.status === "stopped") return says("Stopped", "This search was stopped before the hits came.", again("Search again"));
+    if (run.status !== "done" || run.hits.length) return [];
+    if (typeof run.cut?.best === "number") {
+      return says("Nothing found", sayCut(run.cut),
+        button("Show the nearest all the same", () => actions.retry(Object.assign(run, { cutoff: 0 }))));
+    }
+    const noun = NOUNS[run.query.modality];
+    if (!noun) return says("No hits", "The collection is empty.");
+    return says("No hits", `There is no ${noun} in this collection that fits.`,
+      button("Look for anything", () => actions.anything(run.query), { class: "strong" }));
+  }
+}
+
+// Why nothing is shown, for the `cutoff` of an answer.
+const sayCut = (cut) =>
+  `Nothing here scores better than what ${sayRate(cut.rate)} queries find whose answer is not in the collection. The nearest scores ${cut.best.toFixed(2)}.`;
+
+// The line above two columns: what the routes agree on, what moved, and what reasoning cost. `leave` ends the comparison.
+export function drawVerdict(verdict, mine, other, leave) {
+  if (verdict.hidden || !verdict.firstChild) {
+    const legend = LEGEND.map(([sign, kind, words]) => el("span", {}, el("span", { class: `move ${kind}`, text: sign }), ` ${words}`));
+    verdict.replaceChildren(el("p", { role: "status" }), button("End the comparison", leave, { "aria-keyshortcuts": "Escape" }),
+      el("p", { class: "legend quiet" }, ...legend));
+  }
+  verdict.hidden = false;
+  const text = el("p", {}, ...(mine.status === "done" && other.status === "done" ? compared(mine, other) : ["Comparing the two routes …"]));
+  if (verdict.firstChild.textContent !== text.textContent) verdict.firstChild.replaceChildren(...text.childNodes);
+}
+
+function compared(mine, other) {
+  const [first, second] = [mine.hits, other.hits];
+  const shared = [...moves(first, second).values()].filter((move) => move !== null);
+  const kept = shared.filter((move) => move === 0).length;
+  const same = first.length > 0 && first[0].id === second[0]?.id;
+  return [el("b", { text: same ? "Both routes find the same first hit." : "The routes disagree on the first hit." }),
+    ` They share ${shared.length} of ${Math.max(first.length, second.length)}: ${kept} in the same place, ${shared.length - kept} moved.`,
+    costOf(...(mine.route === "reason" ? [mine, other] : [other, mine]))];
+}
+
+function costOf(reasoned, direct) {
+  if (reasoned.route === direct.route) return ` Both took the ${direct.route} route.`;
+  const more = (reasoned.trace.seconds?.encode ?? NaN) - (direct.trace.seconds?.encode ?? NaN);
+  const fresh = !reasoned.trace.cached && !direct.trace.cached && more > 0;
+  return ` Reasoning cost ${plural(reasoned.trace.tokens ?? 0, "token")}${fresh ? ` and ${seconds(more)}` : ""}.`;
+}
+
+// While a hit is pointed at or has the focus, the same hit in the other column is marked.
+export function linkTwins(columns) {
+  const mark = (event) => {
+    const card = event.type === "focusout" ? null : event.target.closest(".card[data-id]");
+    for (const other of columns.querySelectorAll(".card")) other.classList.toggle("twin", Boolean(card) && other !== card && other.dataset.id === card.dataset.id);
+  };
+  for (const kind of ["pointerover", "pointerleave", "focusin", "focusout"]) columns.addEventListener(kind, mark);
+}
+
+class Grid {
   cards = [];
 
   // actions: {open(place), refine(hit)}
   constructor(actions) {
     this.actions = actions;
     this.element = el("ol", { class: "grid", role: "list", "aria-label": "Hits, best first", on: {
-      keydown: (event) => this.onKey(event), focusin: (event) => this.keepStop(event.target) } });
+      keydown: (event) => this.onKey(event), focusin: (event) => this.setStop(this.placeOf(event.target)) } });
   }
 
   clear() {
@@ -22,8 +150,8 @@ export class Grid {
     this.element.removeAttribute("aria-busy");
   }
 
-  // Places that will be filled.
   showWaiting(count) {
+    if (this.element.querySelector(".ghost")) return;
     this.clear();
     this.element.setAttribute("aria-busy", "true");
     this.element.append(...Array.from({ length: count }, () => el("li", { class: "card ghost", "aria-hidden": "true" })));
@@ -36,25 +164,19 @@ export class Grid {
       this.cards.push(makeCard(hit, this.cards.length, this.actions));
       this.element.append(this.cards.at(-1).element);
     }
-    // Tab reaches one card.
-    const stop = Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0));
-    this.cards.forEach((card, place) => {
-      setStop(card, place === stop);
-      markMove(card, moved ? moved.get(card.hit.id) : undefined);
-    });
-  }
-
-  focus(place = 0) {
-    this.cards[place]?.opener.focus();
+    this.setStop(Math.max(0, this.cards.findIndex((card) => card.opener.tabIndex === 0)));
+    for (const card of this.cards) markMove(card, moved ? moved.get(card.hit.id) : undefined);
   }
 
   placeOf(target) {
     return this.cards.findIndex((card) => card.element.contains(target));
   }
 
-  keepStop(target) {
-    const current = this.placeOf(target);
-    if (current >= 0) this.cards.forEach((card, place) => setStop(card, place === current));
+  // Tab stops at this card and its button alone; the arrows go on from there.
+  setStop(stop) {
+    this.cards.forEach(({ opener, refine }, place) => {
+      for (const control of [opener, refine]) if (control) control.tabIndex = place === stop ? 0 : -1;
+    });
   }
 
   onKey(event) {
@@ -64,12 +186,9 @@ export class Grid {
     const next = this.neighbour(place, event.key);
     if (next === null && event.key.toLowerCase() !== "r") return;
     event.preventDefault();
-    if (next === null) {
-      if (hit.image) this.actions.refine(hit);
-      return;
-    }
-    this.focus(next);
-    this.cards[next].element.scrollIntoView({ block: "nearest" });
+    this.cards[next]?.element.scrollIntoView({ block: "nearest" });
+    if (next !== null) this.cards[next].opener.focus();
+    else if (hit.image) this.actions.refine(hit);
   }
 
   neighbour(place, key) {
@@ -81,45 +200,33 @@ export class Grid {
 
   // The nearest card of the next row, by what is seen.
   above(place, way) {
-    const boxes = this.cards.map((card, at) => ({ at, box: card.element.getBoundingClientRect() }));
-    const here = boxes[place].box;
-    const others = boxes.filter(({ box }) => (box.top - here.top) * way > 4);
-    const row = Math.min(...others.map(({ box }) => box.top * way)) * way;
-    const off = ({ box }) => Math.abs(box.left + box.width / 2 - here.left - here.width / 2);
-    const near = others.filter(({ box }) => Math.abs(box.top - row) <= 4).sort((one, other) => off(one) - off(other));
-    return near[0]?.at ?? place;
+    const here = this.cards[place].element;
+    const rows = ({ element }) => (element.offsetTop - here.offsetTop) * way;
+    const off = ({ element }) => Math.abs(element.offsetLeft + element.offsetWidth / 2 - here.offsetLeft - here.offsetWidth / 2);
+    const others = this.cards.filter((card) => rows(card) > 0).sort((first, second) => rows(first) - rows(second) || off(first) - off(second));
+    return others.length ? this.cards.indexOf(others[0]) : place;
   }
 }
 
 function makeCard(hit, place, actions) {
+  const text = hit.text?.slice(0, 600);
+  const face = [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text }),
+    !hit.image && !text && el("span", { class: "caption quiet", text: hit.id })];
   const move = el("span", { class: "move", hidden: true });
-  const opener = el("button", { type: "button", class: "opener", tabindex: -1, on: { click: () => actions.open(place) } },
-    ...faceOf(hit),
-    el("span", { class: "foot" },
-      el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) })));
+  const foot = el("span", { class: "foot" },
+    el("span", { class: "rank number", text: hit.rank }), move, el("span", { class: "score number", text: fixed(hit.score) }));
+  const opener = button([...face, foot], () => actions.open(place), { class: "opener", tabindex: -1 });
   const bar = el("span", { class: "bar", "aria-hidden": "true" });
   bar.style.setProperty("--part", String(Math.min(1, Math.max(0, hit.score))));
-  const refine = hit.image && el("button", { type: "button", class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}`,
-    on: { click: () => actions.refine(hit) } }, "now make it …");
-  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, data: { id: hit.id },
+  const refine = hit.image && button("now make it …", () => actions.refine(hit),
+    { class: "refine", tabindex: -1, "aria-label": `Now make it … with hit ${hit.rank}` });
+  const element = el("li", { class: `card ${hit.image ? (hit.text ? "pair" : "image") : "text"}`, "data-id": hit.id,
     draggable: hit.image ? "true" : null, on: { dragstart: (event) => event.dataTransfer?.setData(DRAGGED, hit.id) } }, opener, bar, refine);
   return { element, opener, refine, move, hit };
 }
 
-// Whether Tab stops at this card and its button; the arrows go on from there.
-function setStop(card, here) {
-  card.opener.tabIndex = here ? 0 : -1;
-  if (card.refine) card.refine.tabIndex = here ? 0 : -1;
-}
-
-function faceOf(hit) {
-  const text = hit.text?.slice(0, 600);
-  return [hit.image && framed("span", hit, 512), text && el("span", { class: "caption", dir: "auto", text }),
-    !hit.image && !text && el("span", { class: "caption quiet", text: hit.id })];
-}
-
 // A hit's picture in a frame, or what stands there where it is lost.
-export function framed(tag, hit, side = null) {
+function framed(tag, hit, side = null) {
   const img = el("img", { alt: hit.text ? "" : `picture ${hit.id}`, decoding: "async", draggable: "false" });
   const frame = el(tag, { class: "frame" }, img);
   showPicture(img, hit.image, side, () => frame.replaceChildren(icon("picture"), el("span", { class: "quiet", text: "picture lost" })));
@@ -139,4 +246,51 @@ function markMove({ move, element, opener, hit }, by) {
   const name = [`Hit ${hit.rank}`, `score ${fixed(hit.score)}`, by === undefined ? "" : words,
     `${NOUNS[hit.modality] ?? "item"}: ${hit.text ? hit.text.slice(0, 200) : hit.id}`];
   opener.setAttribute("aria-label", name.filter(Boolean).join(", "));
+}
+
+// The dialog of a hit.
+export class Details {
+  dialog = find("details");
+
+  // actions: {refine(hit), use(hit)}
+  constructor(actions) {
+    this.actions = actions;
+    this.dialog.addEventListener("keydown", ({ key }) => {
+      if (key === "ArrowRight" || key === "ArrowLeft") this.show(this.place + (key === "ArrowRight" ? 1 : -1));
+    });
+  }
+
+  // `closed(place)`: called with the place of the hit shown last.
+  open(hits, place, closed) {
+    this.hits = hits;
+    this.dialog.addEventListener("close", () => closed(this.place), { once: true });
+    this.show(place);
+  }
+
+  show(place) {
+    const hit = this.hits[place];
+    if (!hit) return;
+    this.place = place;
+    const copy = () => navigator.clipboard.writeText(hit.id).then(() => toast("Copied."), () => toast("The browser does not let this page copy."));
+    const act = (what) => () => { this.dialog.close(); what(hit); };
+    const round = (name, label, attributes, onclick) => button(icon(name), onclick, { class: "round", "aria-label": label, ...attributes });
+    const turner = (way, name, label) => round(name, label, { disabled: !this.hits[place + way] }, () => this.show(place + way));
+    this.dialog.replaceChildren(
+      el("header", {}, el("h2", { id: "details-title", tabindex: -1, text: `Hit ${hit.rank}` }),
+        el("span", { class: "quiet", text: NOUNS[hit.modality] ?? hit.modality }),
+        turner(-1, "back", "Previous hit"), turner(1, "forth", "Next hit"), round("cross", "Close", { "data-close": true })),
+      el("div", { class: "leaf" }, hit.image && framed("div", hit),
+        el("div", { class: "about" }, hit.text && el("p", { class: "whole-text", dir: "auto", text: hit.text.slice(0, LONGEST) }),
+          el("dl", { class: "facts" }, ...factsOf(hit)))),
+      el("footer", {}, button("Copy id", copy, { class: "plain" }), button("Search with this", act(this.actions.use)),
+        hit.image && button("Now make it …", act(this.actions.refine), { class: "strong" })));
+    openDialog(this.dialog);
+    this.dialog.querySelector("h2").focus();
+  }
+}
+
+function factsOf({ id, score, rank, modality, fields }) {
+  const facts = [...Object.entries({ id, score, rank, modality }), ...Object.entries(fields ?? {})];
+  const shown = (value) => (typeof value === "string" ? value : JSON.stringify(value)).slice(0, LONGEST);
+  return facts.map(([name, value]) => el("div", {}, el("dt", { dir: "auto", text: name }), el("dd", { dir: "auto", text: shown(value) })));
 }

@@ -1,7 +1,10 @@
 // The review page: one sample at a time; a decision counts once the server has answered. Text from data is only ever textContent.
 
-const byId = (id) => document.getElementById(id);
+import { ApiError, askJson } from "./api.js";
+import { announce, button, el, find, onClick, openDialog, say } from "./dom.js";
+
 const WORDS = { k: "kept", d: "dropped", e: "edited", ".": "undecided" };
+const LOST = "The server does not answer: nothing was saved. Start it again; what was saved before is safe.";
 
 const state = {
   reviewer: "",
@@ -17,23 +20,6 @@ const state = {
   ahead: new Map(), // the sample after this one, already asked for
 };
 
-class Refusal extends Error {}
-
-async function ask(path, body) {
-  const options = body ? { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) } : {};
-  let reply;
-  try {
-    reply = await fetch(path, options);
-  } catch {
-    throw new Refusal("The server does not answer: nothing was saved. Start it again; what was saved before is safe.");
-  }
-  const found = await reply.json().catch(() => ({}));
-  if (!reply.ok) throw new Refusal(found.error?.message || found.error || `The server answered ${reply.status}.`);
-  return found;
-}
-
-const ofReviewer = () => `reviewer=${encodeURIComponent(state.reviewer)}`;
-
 /** Runs one action and tells what goes wrong. While one runs, steps wait their turn and decisions, which would fall on a sample
  * that nobody has seen, are not taken. */
 function act(action, waits = false) {
@@ -47,40 +33,37 @@ async function attempt(action) {
     tell("");
     await action();
   } catch (error) {
-    tell(error instanceof Refusal ? error.message : `The page is at fault: ${error}`);
-    if (!(error instanceof Refusal)) reportError(error);
+    const isRefusal = error instanceof ApiError;
+    tell(isRefusal ? error.message : `The page is at fault: ${error}`);
+    if (isRefusal && !error.status) tell(LOST);
+    if (!isRefusal) reportError(error);
   } finally {
     state.busy -= 1;
   }
 }
 
 function tell(problem) {
-  byId("alert").textContent = problem;
-  byId("alert").hidden = !problem;
+  find("alert").textContent = problem;
+  find("alert").hidden = !problem;
 }
 
-const announce = (text) => { byId("live").textContent = text; };
-
-// Showing
+const askReview = (reviewer) => askJson(`/api/review?reviewer=${encodeURIComponent(reviewer)}`);
+const askSample = (number) => askJson(`/api/sample/${number}?reviewer=${encodeURIComponent(state.reviewer)}`);
 
 function put(id, text, absent = "") {
-  const element = byId(id);
-  element.textContent = text || absent;
-  element.classList.toggle("absent", !text);
+  say(find(id), String(text || absent));
+  find(id).classList.toggle("absent", !text);
 }
 
 function putPicture(name, address) {
-  byId(`${name}-link`).hidden = !address;
-  for (const [id, attribute] of [[`${name}-link`, "href"], [`${name}-picture`, "src"]]) {
-    if (address) byId(id).setAttribute(attribute, address);
-    else byId(id).removeAttribute(attribute);
-  }
+  const img = () => el("img", { id: `${name}-picture`, src: address, alt: `Picture of the ${name}` });
+  find(`${name}-frame`).replaceChildren(address ? el("a", { href: address, target: "_blank", rel: "noopener" }, img()) : "");
 }
 
 async function show(number) {
   const known = state.ahead.get(number);
   state.ahead.clear();
-  const sample = await (known || ask(`/api/sample/${number}?${ofReviewer()}`));
+  const sample = await (known || askSample(number));
   Object.assign(state, { number, sample, target: 0 });
   setMode("look");
   render();
@@ -94,8 +77,8 @@ async function show(number) {
 
 function lookAhead() {
   const next = after(state.number);
-  if (next < 0 || next === state.number) return;
-  const asked = ask(`/api/sample/${next}?${ofReviewer()}`);
+  if (next < 0) return;
+  const asked = askSample(next);
   asked.then((sample) => {
     for (const address of [sample.query.picture, sample.targets[0]?.picture]) if (address) new Image().src = address;
   }).catch(() => state.ahead.delete(next));
@@ -104,19 +87,16 @@ function lookAhead() {
 
 function render() {
   const { sample, number } = state;
-  byId("at").value = number + 1;
-  byId("status").dataset.fate = sample.status;
+  find("at").value = number + 1;
+  find("status").dataset.fate = sample.status;
   put("fate", fate(sample));
   put("detail", sample.detail || sample.verdict_reason);
-  put("task", sample.task);
-  put("qid", sample.qid);
+  for (const name of ["task", "qid", "instruction", "provenance"]) put(name, sample[name]);
   put("how", sample.how === "doubt" ? "drawn by doubt" : "drawn at random");
-  put("instruction", sample.instruction);
   put("query-text", sample.query.text);
   putPicture("query", sample.query.picture);
   put("raw", sample.raw, "There was no reply.");
   put("assessment", sample.z ? `Complex, ${sample.confidence.toFixed(2)} sure. ${sample.assessment}` : sample.assessment);
-  put("provenance", sample.provenance);
   renderTarget();
   renderWritten();
   renderProgress();
@@ -132,24 +112,26 @@ function fate({ status, rule, verdict, verdict_confidence: sure }) {
 function renderTarget() {
   const { targets } = state.sample;
   const target = targets[state.target];
-  byId("targets").hidden = targets.length < 2;
+  find("targets").hidden = targets.length < 2;
   put("target-place", `${state.target + 1} of ${targets.length}`);
   put("target-did", target?.did, "The target is not in the pool.");
   put("target-text", target?.text);
   putPicture("target", target?.picture);
 }
 
+/** What the teacher wrote, or what the reviewer made of it. */
+const written = ({ mine, ...sample }) => (mine?.decision === "edit" ? mine : sample);
+
 function renderWritten() {
   const { mine } = state.sample;
-  const edited = mine?.decision === "edit";
-  const { reasoning, answer } = edited ? mine : state.sample;
-  byId("edited").hidden = !edited;
+  const { reasoning, answer } = written(state.sample);
+  find("edited").hidden = mine?.decision !== "edit";
   put("reasoning", reasoning, "No reasoning could be read; see the raw reply.");
   put("answer", answer, "No answer could be read; see the raw reply.");
-  byId("note").value = mine?.note || "";
+  find("note").value = mine?.note || "";
   const mark = state.marks[state.number];
-  byId("mine").hidden = mark === ".";
-  byId("mine").dataset.mark = mark;
+  find("mine").hidden = mark === ".";
+  find("mine").dataset.mark = mark;
   put("mine", `you ${WORDS[mark]} it${mine?.why ? `: ${mine.why}` : ""}`);
 }
 
@@ -157,77 +139,56 @@ function renderProgress() {
   const total = state.marks.length;
   const done = state.marks.filter((mark) => mark !== ".").length;
   put("progress", `${done} of ${total} decided, ${total - done} left`);
-  put("total", String(total));
-  byId("at").max = total;
-  byId("bar").max = total;
-  byId("bar").value = done;
-  if (byId("strata-box").open) renderStrata();
+  put("total", total);
+  find("at").max = total;
+  find("bar").max = total;
+  find("bar").value = done;
+  if (find("strata-box").open) renderStrata();
 }
 
-function row(...cells) {
-  const line = document.createElement("tr");
-  for (const cell of cells) {
-    const place = document.createElement("td");
-    place.append(cell); // a string becomes a text node
-    line.append(place);
-  }
-  return line;
-}
+const row = (...cells) => el("tr", {}, ...cells.map((cell) => el("td", {}, cell)));
 
 function renderStrata() {
-  byId("strata").replaceChildren(...state.strata.map((stratum) => {
-    const left = stratum.numbers.filter((number) => state.marks[number] === ".");
-    const name = document.createElement("button");
-    name.type = "button";
-    name.className = "plain";
-    name.textContent = stratum.name;
-    name.addEventListener("click", () => act(() => show(left[0] ?? stratum.numbers[0])));
-    const drawn = stratum.numbers.length;
-    return row(name, `${drawn - left.length} of ${drawn}`, String(left.length), stratum.how, String(stratum.size));
+  find("strata").replaceChildren(...state.strata.map(({ name, numbers, how, size }) => {
+    const left = numbers.filter((number) => state.marks[number] === ".");
+    const open = button(name, () => act(() => show(left[0] ?? numbers[0])), { class: "link" });
+    return row(open, `${numbers.length - left.length} of ${numbers.length}`, left.length, how, size);
   }));
 }
 
 function renderAgreement(pairs) {
-  byId("agreement-none").hidden = pairs.length > 0;
-  byId("agreement-table").hidden = pairs.length === 0;
-  byId("agreement").replaceChildren(...pairs.map((pair) => {
-    const [kappa, reach] = pair.kappa === null
-      ? ["undefined", ""] : [pair.kappa.toFixed(3), `${pair.low.toFixed(3)} to ${pair.high.toFixed(3)}`];
-    return row(`${pair.first}, ${pair.second}`, String(pair.n), `${(100 * pair.agreed).toFixed(1)} %`, kappa, reach);
-  }));
+  const rows = pairs.map(({ first, second, n, agreed, kappa, low, high }) => {
+    const [value, range] = kappa === null ? ["undefined", ""] : [kappa.toFixed(3), `${low.toFixed(3)} to ${high.toFixed(3)}`];
+    return row(`${first}, ${second}`, n, `${(100 * agreed).toFixed(1)} %`, value, range);
+  });
+  find("agreement").replaceChildren(...(rows.length ? rows : [row("No two reviewers have judged the same sample yet.")]));
 }
 
 function setMode(mode) {
   const before = state.mode;
   state.mode = mode;
-  byId("why").hidden = mode !== "why";
-  byId("drop").setAttribute("aria-expanded", String(mode === "why"));
-  byId("editor").hidden = mode !== "edit";
-  byId("written").hidden = mode === "edit";
-  for (const button of byId("choices").children) button.disabled = mode === "edit";
-  if (mode === "why") byId("reasons").firstElementChild?.focus();
+  find("why").hidden = mode !== "why";
+  find("drop").setAttribute("aria-expanded", String(mode === "why"));
+  find("editor").hidden = mode !== "edit";
+  find("written").hidden = mode === "edit";
+  find("choices").disabled = mode === "edit";
+  if (mode === "why") find("reasons").firstElementChild?.focus();
   if (mode === "look" && before !== "look") document.activeElement?.blur();
 }
 
-// Deciding
-
 /** The next undecided sample after `number`, round the end; -1 where all are decided. */
 function after(number) {
-  const total = state.marks.length;
-  for (let step = 1; step <= total; step++) {
-    const place = (number + step) % total;
-    if (state.marks[place] === "." && place !== number) return place;
-  }
-  return -1;
+  const next = state.marks.indexOf(".", number + 1);
+  const first = state.marks.indexOf(".");
+  return next < 0 && first < number ? first : next;
 }
 
 async function decide(decision, more = {}) {
   const { number, sample } = state;
-  const note = byId("note").value;
-  const told = { number, reviewer: state.reviewer, decision, sample: sample.sample, note, ...more };
-  const { mark } = await ask("/api/decide", told);
+  const posted = { number, reviewer: state.reviewer, decision, sample: sample.sample, note: find("note").value, ...more };
+  const { mark } = await askJson("/api/decide", posted);
   state.marks[number] = mark;
-  sample.mine = { why: "", reasoning: "", answer: "", ...told };
+  sample.mine = { why: "", reasoning: "", answer: "", ...posted };
   const next = after(number);
   if (next < 0) {
     setMode("look");
@@ -236,11 +197,11 @@ async function decide(decision, more = {}) {
     return;
   }
   await show(next);
-  announce(`Sample ${number + 1} ${WORDS[mark]}. Now sample ${next + 1} of ${state.marks.length}. ${byId("fate").textContent}`);
+  announce(`Sample ${number + 1} ${WORDS[mark]}. Now sample ${next + 1} of ${state.marks.length}. ${find("fate").textContent}`);
 }
 
 async function undo() {
-  const { number, mark } = await ask("/api/undo", { reviewer: state.reviewer });
+  const { number, mark } = await askJson("/api/undo", { reviewer: state.reviewer });
   if (number < 0) {
     announce("There is nothing to undo.");
     return;
@@ -258,19 +219,18 @@ async function go(step) {
     return;
   }
   await show(number);
-  announce(`Sample ${number + 1} of ${state.marks.length}, ${WORDS[state.marks[number]]}. ${byId("fate").textContent}`);
+  announce(`Sample ${number + 1} of ${state.marks.length}, ${WORDS[state.marks[number]]}. ${find("fate").textContent}`);
 }
 
 function edit() {
-  const { mine } = state.sample;
-  const { reasoning, answer } = mine?.decision === "edit" ? mine : state.sample;
-  byId("edit-reasoning").value = reasoning;
-  byId("edit-answer").value = answer;
+  const { reasoning, answer } = written(state.sample);
+  find("edit-reasoning").value = reasoning;
+  find("edit-answer").value = answer;
   setMode("edit");
-  byId("edit-reasoning").focus();
+  find("edit-reasoning").focus();
 }
 
-const saveEdit = () => decide("edit", { reasoning: byId("edit-reasoning").value, answer: byId("edit-answer").value });
+const saveEdit = () => decide("edit", { reasoning: find("edit-reasoning").value, answer: find("edit-answer").value });
 
 function turnTarget(step) {
   const count = state.sample.targets.length;
@@ -279,8 +239,6 @@ function turnTarget(step) {
     renderTarget();
   }
 }
-
-// Keys
 
 const KEYS = {
   k: () => act(() => decide("keep")),
@@ -291,9 +249,9 @@ const KEYS = {
   p: () => act(() => go(-1), true),
   "[": () => turnTarget(-1),
   "]": () => turnTarget(1),
-  r: () => { byId("raw-box").open = !byId("raw-box").open; },
-  m: () => byId("note").focus(),
-  "?": () => byId("help").showModal(),
+  r: () => { find("raw-box").open = !find("raw-box").open; },
+  m: () => find("note").focus(),
+  "?": () => openDialog(find("help")),
 };
 
 KEYS.ArrowRight = KEYS.n;
@@ -315,7 +273,7 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   if (event.target.id === "note" && event.key === "Enter") event.target.blur();
-  if (typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !byId("keys").checked) return;
+  if (typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !find("keys").checked) return;
   const why = state.mode === "why" ? state.reasons[Number(event.key) - 1] : undefined;
   const run = state.mode === "why" ? why && (() => act(() => decide("drop", { why }))) : KEYS[event.key];
   if (run) {
@@ -324,22 +282,20 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-for (const button of document.querySelectorAll("[data-key]")) button.addEventListener("click", KEYS[button.dataset.key]);
-byId("edit-cancel").addEventListener("click", () => { setMode("look"); byId("edit").focus(); });
-byId("who").addEventListener("click", askName);
-byId("editor").addEventListener("submit", (event) => { event.preventDefault(); act(saveEdit); });
-byId("jump").addEventListener("submit", (event) => { event.preventDefault(); byId("at").blur(); });
-byId("at").addEventListener("change", () => act(async () => {
-  const number = Math.min(Math.max(Math.trunc(Number(byId("at").value)) || 1, 1), state.marks.length) - 1;
-  await show(number);
+for (const pressed of document.querySelectorAll("[data-key]")) pressed.addEventListener("click", KEYS[pressed.dataset.key]);
+onClick("edit-cancel", () => { setMode("look"); find("edit").focus(); });
+onClick("who", askName);
+find("editor").addEventListener("submit", (event) => { event.preventDefault(); act(saveEdit); });
+find("jump").addEventListener("submit", (event) => { event.preventDefault(); find("at").blur(); });
+find("at").addEventListener("change", () => act(() => {
+  const number = Math.min(Math.max(Math.trunc(Number(find("at").value)) || 1, 1), state.marks.length);
+  return show(number - 1);
 }));
-byId("strata-box").addEventListener("toggle", renderProgress);
-byId("agreement-box").addEventListener("toggle", () => {
-  if (byId("agreement-box").open) act(async () => renderAgreement((await ask(`/api/review?${ofReviewer()}`)).agreement));
+find("strata-box").addEventListener("toggle", renderProgress);
+find("agreement-box").addEventListener("toggle", () => {
+  if (find("agreement-box").open) act(async () => renderAgreement((await askReview(state.reviewer)).agreement));
 });
-byId("keys").addEventListener("change", () => setting("traceir-keys", byId("keys").checked ? "on" : "off"));
-
-// Beginning
+find("keys").addEventListener("change", () => setting("traceir-keys", find("keys").checked ? "on" : "off"));
 
 /** Keeps a setting in the browser, or reads it; a browser that keeps nothing still reviews. */
 function setting(name, value) {
@@ -352,44 +308,33 @@ function setting(name, value) {
 }
 
 function askName() {
-  byId("name").value = state.reviewer;
-  byId("name-box").showModal();
+  find("name").value = state.reviewer;
+  find("name-box").showModal();
 }
 
-byId("name-box").addEventListener("cancel", (event) => { if (!state.reviewer) event.preventDefault(); });
-byId("name-form").addEventListener("submit", (event) => {
-  event.preventDefault();
-  byId("name-box").close();
-  act(() => begin(byId("name").value));
-});
+find("name-box").addEventListener("cancel", (event) => { if (!state.reviewer) event.preventDefault(); });
+find("name-form").addEventListener("submit", () => act(() => begin(find("name").value))); // closes its dialog by itself
 
 async function begin(reviewer) {
-  const found = await ask(`/api/review?reviewer=${encodeURIComponent(reviewer)}`);
-  Object.assign(state, { reviewer, marks: [...found.marks], strata: found.strata, reasons: found.reasons });
+  const { marks, strata, reasons, build, agreement } = await askReview(reviewer);
+  Object.assign(state, { reviewer, marks: [...marks], strata, reasons });
   state.ahead.clear();
   setting("traceir-reviewer", reviewer);
-  put("build", found.build);
+  put("build", build);
   put("who", `Reviewer: ${reviewer}`);
-  byId("reasons").replaceChildren(...found.reasons.map((why, place) => {
-    const button = document.createElement("button");
-    const key = document.createElement("kbd");
-    key.textContent = String(place + 1);
-    button.type = "button";
-    button.append(`${why} `, key);
-    button.addEventListener("click", () => act(() => decide("drop", { why })));
-    return button;
-  }));
+  find("reasons").replaceChildren(...reasons.map((why, place) =>
+    button([`${why} `, el("kbd", { text: place + 1 })], () => act(() => decide("drop", { why })))));
   const named = Number(new URL(location.href).searchParams.get("n"));
   const first = named >= 1 && named <= state.marks.length ? named - 1 : Math.max(state.marks.indexOf("."), 0);
   await show(first);
-  renderAgreement(found.agreement);
-  byId("main").hidden = false;
-  byId("actions").hidden = false;
+  renderAgreement(agreement);
+  find("main").hidden = false;
+  find("actions").hidden = false;
 }
 
-byId("keys").checked = setting("traceir-keys") !== "off";
+find("keys").checked = setting("traceir-keys") !== "off";
 act(async () => {
-  const { reviewer } = await ask("/api/start");
+  const { reviewer } = await askJson("/api/start");
   const name = new URL(location.href).searchParams.get("reviewer") || reviewer || setting("traceir-reviewer");
   if (name) await begin(name);
   else askName();

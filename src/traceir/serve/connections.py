@@ -16,20 +16,17 @@ from typing import Any, Final
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from traceir.serve.fair import Shares
-from traceir.serve.guard import Refusal
 from traceir.serve.limits import network_of
+from traceir.serve.security import Refusal
 
-PIECE: Final = 16 * 1024
-"""Bytes that a parser is given at a time, so that it never works through much that is refused."""
-TICK_S: Final = 1.0
-"""Seconds between two looks at a connection, by which deadlines are late at most."""
-SPARE_FILES: Final = 256
-"""File handles that connections leave to the index, images and logs."""
+PIECE: Final = 16 * 1024  # bytes that a parser is given at a time, so that it never works through much that is refused
+TICK_S: Final = 1.0  # seconds between two looks at a connection, by which deadlines are late at most
+SPARE_FILES: Final = 256  # file handles that connections leave to the index, images and logs
 CONNECTIONS: Final = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class WireLimits:
+class ConnectionLimits:
     """Bounds of one connection, and of all.
 
     `head`: bytes of a head, of a trailer, of a chunk's own line, and of the framing of a body beyond the body's own. `head_s`:
@@ -46,9 +43,9 @@ class WireLimits:
     connections: int = CONNECTIONS
 
 
-def settings(limits: WireLimits | None = None, protocol: type[asyncio.Protocol] = AutoHTTPProtocol) -> dict[str, Any]:
+def settings(limits: ConnectionLimits | None = None, protocol: type[asyncio.Protocol] = AutoHTTPProtocol) -> dict[str, Any]:
     """What of `uvicorn.Config` makes its own protocol a watched one."""
-    limits = limits or WireLimits()
+    limits = limits or ConnectionLimits()
     limits = replace(limits, connections=min(limits.connections, possible_connections()))
     bound = {"limits": limits, "shares": Shares(limits.connections), "watched": dict[_Watched, None]()}
     watched = type("WatchedProtocol", (_Watched, protocol), bound)
@@ -70,7 +67,7 @@ class _Watched(asyncio.Protocol):
     """Goes before one of uvicorn's protocols. A connection is `busy` with a request, or waits for the next head, or is
     `lingering`: it was answered, and what it still sends is thrown away unparsed."""
 
-    limits: WireLimits
+    limits: ConnectionLimits
     shares: Shares
     watched: dict[_Watched, None]
     """All of one server, the oldest first."""
@@ -80,15 +77,11 @@ class _Watched(asyncio.Protocol):
     pipeline: deque[Any] | tuple[()] = ()
     address = ""
     lingering = False
-    since = 0.0
-    """When it began to wait, to linger or to close."""
-    _stuck: float | None = None
-    """Since when too little of an answer is taken."""
+    since = 0.0  # when it began to wait, to linger or to close
+    _stuck: float | None = None  # since when too little of an answer is taken
     _timer: asyncio.TimerHandle | None = None
-    _spent = _framing = _body = 0
-    """Bytes since the last head or piece of a body; of this body: all that frames it, and its own."""
-    _left = 0
-    """Bytes that are still thrown away while it lingers."""
+    _spent = _framing = _body = 0  # bytes since the last head or piece of a body; of this body: all that frames it, and its own
+    _left = 0  # bytes that are still thrown away while it lingers
 
     @property
     def busy(self) -> bool:

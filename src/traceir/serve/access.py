@@ -1,4 +1,4 @@
-"""The inner gate of the server, as ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
+"""Access to the server, as ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
 
 It stands before the application, so that a stranger's body is never read. What needs no key is listed here; all else does.
 """
@@ -12,9 +12,9 @@ from typing import Any, Final
 from traceir.items import Item, Query
 from traceir.serve.audit import MAX_WHAT, AuditLog
 from traceir.serve.fair import Shares, caller
-from traceir.serve.guard import SAFE_METHODS, App, Message, Receive, Refusal, Send, refuse
 from traceir.serve.keys import ANYONE, KeyRing, Principal, Scope
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
+from traceir.serve.security import SAFE_METHODS, App, Message, Receive, Refusal, Send
 
 OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/health/", "/ready", "/ready/", "/openapi.json"})
 """What needs no key: the page, which asks for one, and what a watchdog calls."""
@@ -23,30 +23,22 @@ FAILURES: Final = Rate(per_minute=30, burst=30)
 """Requests with a bad key from one address; a good key passes all the same, so nobody is locked out by a neighbour."""
 REQUESTS: Final = Rate(per_minute=600, burst=120)
 INPUTS: Final = Rate(per_minute=6000, burst=2000)
-TOGETHER: Final = 1024
-"""Requests that are being answered."""
+TOGETHER: Final = 1024  # requests that are being answered
 
 
 class Limits:
     """How fast each principal may ask and embed, and each address fail; one for a server. None: as fast as it likes."""
 
     def __init__(self, requests: Rate | None = REQUESTS, inputs: Rate | None = INPUTS, failures: Rate = FAILURES) -> None:
-        self._requests, self._inputs, self._failures = Buckets(requests), Buckets(inputs), Buckets(failures)
-
-    def take_request(self, who: Principal) -> float:
-        """0.0, or the seconds to wait before the next request. A key's own limit goes before the server's."""
-        return self._requests.take(who.name, rate=Rate(who.requests_per_minute) if who.requests_per_minute else None)
+        self.requests, self.inputs, self.failures = Buckets(requests), Buckets(inputs), Buckets(failures)
 
     def take_inputs(self, who: Principal, count: int) -> float:
         """0.0, or the seconds to wait before `count` more texts and images may be embedded."""
-        return self._inputs.take(who.name, count)
-
-    def take_failure(self, address: str) -> float:
-        return self._failures.take(network_of(address))
+        return self.inputs.take(who.name, count)
 
 
 class KeyMiddleware:
-    """Middleware, inside `Guard`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys.
+    """Inside `SecurityMiddleware`. Puts `principal`, and `audit` (an `Asked`), into `scope["state"]`; `ring` None: no keys.
 
     `together` bounds the requests that are being answered, of which each caller (a key, or an address) has a share.
     """
@@ -71,7 +63,7 @@ class KeyMiddleware:
 
         try:
             if (refusal := self._refusal(scope, needed)) is not None:
-                await refuse(watched, refusal)
+                await refusal.answer(watched)
                 return
             try:
                 await self.app(scope, receive, watched)
@@ -87,13 +79,14 @@ class KeyMiddleware:
         if needed and self.ring is not None:
             header = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)
             if isinstance(known := self.ring.check(header), Refusal):
-                wait = self.limits.take_failure(address) if known.status == 401 else 0.0
+                wait = self.limits.failures.take(network_of(address)) if known.status == 401 else 0.0
                 return _too_fast("too many requests without a valid key from this address", "failures", wait) if wait else known
             who = known
         scope["state"]["principal"] = who
-        if needed and not who.may(needed):
+        if needed and needed not in who.scopes:
             return Refusal(403, f"the key {who.name!r} has no {needed} scope", "missing_scope")
-        if needed and (wait := self.limits.take_request(who)):
+        own = Rate(who.requests_per_minute) if who.requests_per_minute else None  # goes before the server's
+        if needed and (wait := self.limits.requests.take(who.name, rate=own)):
             return _too_fast(f"the key {who.name!r} asks too often; wait {retry_after(wait)} s", "requests", wait)
         caller.set(who.name if self.ring is not None and needed else network_of(address))
         if not self._under_way.take(caller.get()):
@@ -133,7 +126,7 @@ def scope_needed(method: str, path: str) -> Scope | None:
 
 
 def _too_fast(message: str, what: str, wait: float) -> Refusal:
-    return Refusal(429, message, f"too_many_{what}", ((b"retry-after", retry_after(wait).encode()),))
+    return Refusal(429, message, f"too_many_{what}", (("retry-after", retry_after(wait)),))
 
 
 def _address(scope: Message) -> str:

@@ -15,9 +15,9 @@ from conftest import Running
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from traceir.serve import wire
-from traceir.serve.guard import Message, Receive, Send
-from traceir.serve.wire import WireLimits, settings
+from traceir.serve import connections
+from traceir.serve.connections import ConnectionLimits, settings
+from traceir.serve.security import Message, Receive, Send
 
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 POST = b"POST / HTTP/1.1\r\nHost: a\r\n"
@@ -38,15 +38,15 @@ async def application(scope: Message, receive: Receive, send: Send) -> None:
         size += len(message["body"])
         if not message["more_body"]:
             break
-    told = bytes(64 * 1024 * 1024) if scope["path"] == "/large" else str(size).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(told)).encode())]})
-    for place in range(0, len(told), 65_536):
-        piece = told[place : place + 65_536]
-        await send({"type": "http.response.body", "body": piece, "more_body": place + len(piece) < len(told)})
+    answer = bytes(64 * 1024 * 1024) if scope["path"] == "/large" else str(size).encode()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", str(len(answer)).encode())]})
+    for start in range(0, len(answer), 65_536):
+        piece = answer[start : start + 65_536]
+        await send({"type": "http.response.body", "body": piece, "more_body": start + len(piece) < len(answer)})
 
 
 @contextmanager
-def listening(parser: type, limits: WireLimits) -> Iterator[Address]:
+def listening(parser: type, limits: ConnectionLimits) -> Iterator[Address]:
     """A server of `application` in a thread: where it listens."""
     server = uvicorn.Server(uvicorn.Config(application, log_level="critical", lifespan="off", **settings(limits, parser)))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -62,15 +62,15 @@ def listening(parser: type, limits: WireLimits) -> Iterator[Address]:
 @pytest.fixture(params=PARSERS, scope="module")
 def patient(request: pytest.FixtureRequest) -> Iterator[Address]:
     """A server whose deadlines never come."""
-    with listening(request.param, WireLimits(unread=1 << 20)) as address:
+    with listening(request.param, ConnectionLimits(unread=1 << 20)) as address:
         yield address
 
 
 @pytest.fixture(params=PARSERS)
 def hasty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Address]:
     """A server whose deadlines come at once."""
-    monkeypatch.setattr(wire, "TICK_S", 0.02)
-    with listening(request.param, WireLimits(head_s=0.2, unread_s=0.2, write_s=0.2)) as address:
+    monkeypatch.setattr(connections, "TICK_S", 0.02)
+    with listening(request.param, ConnectionLimits(head_s=0.2, unread_s=0.2, write_s=0.2)) as address:
         yield address
 
 
@@ -99,8 +99,10 @@ def read_all(connection: socket.socket) -> bytes:
     return answer
 
 
-def one_answer(connection: socket.socket) -> bytes:
-    """The next answer of a connection that stays open, its body of one or two digits included."""
+def next_answer(connection: socket.socket, *pieces: bytes) -> bytes:
+    """Sends the pieces: the next answer of a connection that stays open, its body of one or two digits included."""
+    for piece in pieces:
+        connection.sendall(piece)
     answer = b""
     while not answer.partition(b"\r\n\r\n")[2]:
         data = connection.recv(1000)
@@ -109,11 +111,9 @@ def one_answer(connection: socket.socket) -> bytes:
     return answer
 
 
-def one_of(address: Address, *pieces: bytes) -> bytes:
+def ask(address: Address, *pieces: bytes) -> bytes:
     with connected(address) as connection:
-        for piece in pieces:
-            connection.sendall(piece)
-        return one_answer(connection)
+        return next_answer(connection, *pieces)
 
 
 ENDLESS = {
@@ -145,7 +145,7 @@ def test_what_is_no_body_is_cut_while_it_comes_and_no_head_at_all_is_refused(pat
     lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(64))
     whole = GET[:-2] + lines + b"\r\n"
     assert HEAD - 1100 < len(whole) < HEAD
-    assert one_of(patient, *(whole[place : place + 900] for place in range(0, len(whole), 900))).endswith(b"\r\n\r\n0")
+    assert ask(patient, *(whole[place : place + 900] for place in range(0, len(whole), 900))).endswith(b"\r\n\r\n0")
     assert talk(patient, whole[:-2] + lines + b"\r\n")[0].startswith(b"HTTP/1.1 431")
 
 
@@ -153,8 +153,7 @@ def test_large_bodies_of_many_chunks_early_answers_and_keep_alive_pass(patient: 
     chunks = (b"400\r\n" + b"a" * 1024 + b"\r\n") * 4000 + b"0\r\nX: a\r\n\r\n"
     with connected(patient) as connection:
         for request, size in ((GET, b"0"), (CHUNKED + chunks, b"4096000"), (CHUNKED + b"1\r\na\r\n0\r\n\r\n", b"1"), (GET, b"0")):
-            connection.sendall(request)
-            assert one_answer(connection).endswith(b"\r\n\r\n" + size)
+            assert next_answer(connection, request).endswith(b"\r\n\r\n" + size)
     answer, _ = talk(patient, DEAF % 500_000, bytes(200_000), bytes(300_000))
     assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"\r\n\r\n0"), "who still sends reads an early answer"
     assert talk(patient, DEAF % (1 << 40), endless=bytes(100_000), most=64 << 20)[1] < 64 << 20
@@ -177,7 +176,7 @@ def test_what_does_not_end_is_given_up_and_others_are_served(hasty: Address) -> 
             for byte in b"GET / HTTP/1.1\r\nX: " + b"a" * 100_000:
                 slow.sendall(bytes([byte]))
                 time.sleep(0.005)
-        assert one_of(hasty, GET).endswith(b"0")
+        assert ask(hasty, GET).endswith(b"0")
         with suppress(OSError):
             while True:  # until the server gives up, which the kernel tells only to who sends
                 deaf.sendall(b"\r\n")
@@ -187,19 +186,18 @@ def test_what_does_not_end_is_given_up_and_others_are_served(hasty: Address) -> 
 
 @pytest.mark.parametrize("parser", PARSERS)
 def test_connections_that_wait_make_room_and_busy_ones_do_not(parser: type) -> None:
-    with listening(parser, WireLimits(connections=8)) as address:
+    with listening(parser, ConnectionLimits(connections=8)) as address:
         waiting = [connected(address) for _ in range(6)]
         for number in range(12):
-            assert one_of(address, GET).endswith(b"0"), number
+            assert ask(address, GET).endswith(b"0"), number
         assert waiting[0].recv(1) == b"", "the one that waited longest went"
         busy = [connected(address) for _ in range(4)]
-        for one in busy:
-            one.sendall(CHUNKED)
+        for connection in busy:
+            connection.sendall(CHUNKED)
         assert talk(address, GET)[0] == b"", "there is no room beside four that are busy"
-        busy[0].sendall(b"0\r\n\r\n")
-        assert one_answer(busy[0]).endswith(b"0") and one_of(address, GET).endswith(b"0")
-        for one in [*waiting, *busy]:
-            one.close()
+        assert next_answer(busy[0], b"0\r\n\r\n").endswith(b"0") and ask(address, GET).endswith(b"0")
+        for connection in [*waiting, *busy]:
+            connection.close()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -21,7 +21,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
-ByName = dict[str, list[str]]
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "[::1]")
 PAGE_POLICY: Final = (
@@ -42,13 +41,12 @@ ALWAYS: Final[Headers] = (
 )
 SAFE_METHODS: Final = frozenset({"GET", "HEAD"})
 METHODS: Final = SAFE_METHODS | {"POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
-ALLOW: Final = (b"allow", b"GET, HEAD, POST, DELETE")
-"""The methods of our routes."""
-PREFLIGHT: Final[Headers] = (
-    ALLOW,
-    (b"access-control-allow-methods", ALLOW[1]),
-    (b"access-control-allow-headers", b"authorization, content-type"),
-    (b"access-control-max-age", b"600"),
+ALLOW: Final = (("allow", "GET, HEAD, POST, DELETE"),)  # the methods of our routes
+PREFLIGHT: Final = (
+    *ALLOW,
+    ("access-control-allow-methods", ALLOW[0][1]),
+    ("access-control-allow-headers", "authorization, content-type"),
+    ("access-control-max-age", "600"),
 )
 EXPOSED: Final = (b"access-control-expose-headers", b"x-request-id, retry-after")
 PROBED: Final = frozenset({"/health", "/health/", "/ready", "/ready/"})
@@ -64,7 +62,7 @@ class Refusal:
     status: int
     message: str
     code: str
-    headers: Headers = ()
+    headers: Sequence[tuple[str, str]] = ()
 
     @property
     def body(self) -> bytes:
@@ -72,18 +70,16 @@ class Refusal:
         error = {"message": self.message, "type": kind_of(self.status), "param": None, "code": self.code}
         return json.dumps({"error": error}).encode()
 
-
-WRONG_HOST: Final = Refusal(
-    421, "this server does not answer to that Host; start it with --allow-host NAME, or keep its port in a tunnel", "wrong_host"
-)
-WRONG_ORIGIN: Final = Refusal(
-    403, "pages of this origin may not use the server; start it with --cors ORIGIN to change that", "wrong_origin"
-)
+    async def answer(self, send: Send) -> None:
+        length = str(len(self.body))
+        await answer(
+            send, self.status, [("content-type", "application/json"), ("content-length", length), *self.headers], self.body
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class AccessRules:
-    """What `Guard` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
+    """What `SecurityMiddleware` lets in. `hosts`: names without port, None: any. `origins`: pages of other origins, such as
     `https://app.example.org`, that may use the server from a browser. `port`: how a Host must end, as `:8890`; None: any."""
 
     hosts: frozenset[str] | None = frozenset(LOOPBACK)
@@ -112,8 +108,8 @@ class AccessRules:
 class SecurityMiddleware:
     """The middleware. Puts `request_id` into `scope["state"]`."""
 
-    def __init__(self, app: App, wall: AccessRules) -> None:
-        self.app, self.wall = app, wall
+    def __init__(self, app: App, rules: AccessRules) -> None:
+        self.app, self.rules = app, rules
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -123,47 +119,49 @@ class SecurityMiddleware:
             await receive()
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers: ByName = defaultdict(list)
+        headers: dict[str, list[str]] = defaultdict(list)
         for name, value in scope["headers"]:
             headers[name.decode("latin-1").lower()].append(value.decode("latin-1").strip())
         request_id = scope.setdefault("state", {})["request_id"] = secrets.token_hex(12)
         origin = headers.get("origin", [""])[0]
-        shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.wall.origins else []
+        shared = [(b"access-control-allow-origin", origin.encode()), EXPOSED] if origin in self.rules.origins else []
         dressed = _dressing(send, [(b"x-request-id", request_id.encode()), *ALWAYS, *shared])
         refusal = next(self._refusals(scope, headers), None)
         if refusal is not None:
-            await refuse(dressed, refusal)
+            await refusal.answer(dressed)
         elif scope["method"] == "OPTIONS":
             await answer(dressed, 204, PREFLIGHT)
         else:
             await self.app(scope, receive, dressed)
 
-    def _refusals(self, scope: Message, headers: ByName) -> Iterator[Refusal]:
+    def _refusals(self, scope: Message, headers: Mapping[str, Sequence[str]]) -> Iterator[Refusal]:
         """What is wrong with a request, the first fault first. What no parser of uvicorn lets through is not looked for."""
-        wall, method, matched = self.wall, scope["method"], _HOST.fullmatch(headers.get("host", [""])[0].lower())
+        rules, method, matched = self.rules, scope["method"], _HOST.fullmatch(headers.get("host", [""])[0].lower())
         origin, (host, name, port) = headers.get("origin", [""])[0], matched.group(0, 1, 2) if matched else ("", None, None)
         sizes = [len(name) + len(value) for name, value in scope["headers"]]
-        if len(sizes) > wall.headers or sum(sizes) > wall.header_bytes:
-            yield Refusal(431, f"more than {wall.headers} headers, or {wall.header_bytes} bytes of them", "headers_too_large")
-        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > wall.path_bytes:
-            yield Refusal(414, f"the path and query have more than {wall.path_bytes} bytes", "path_too_long")
+        if len(sizes) > rules.headers or sum(sizes) > rules.header_bytes:
+            yield Refusal(431, f"more than {rules.headers} headers, or {rules.header_bytes} bytes of them", "headers_too_large")
+        if len(scope.get("raw_path") or b"") + len(scope.get("query_string") or b"") > rules.path_bytes:
+            yield Refusal(414, f"the path and query have more than {rules.path_bytes} bytes", "path_too_long")
         for doubled in filter(lambda name: len(headers.get(name, ())) > 1, _ONCE):
             yield Refusal(400, f"the header {doubled} occurs more than once", "bad_header")
         if "transfer-encoding" in headers and "content-length" in headers:
             yield Refusal(400, "Content-Length and Transfer-Encoding exclude each other", "bad_header")
         if method not in METHODS:
-            yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", (ALLOW,))
+            yield Refusal(405, f"the method {method[:20]} is not known here", "bad_method", ALLOW)
         if not host and ("host" in headers or scope.get("http_version") != "1.0"):
             yield Refusal(400, "the Host header is missing or unusable", "bad_host")
-        here = (wall.hosts is None or name in wall.hosts) and wall.port in (None, port)
+        here = (rules.hosts is None or name in rules.hosts) and rules.port in (None, port)
         probe = _is_probe(method, scope["path"], origin)
         if not here and not probe:
-            yield WRONG_HOST
+            message = "this server does not answer to that Host; start it with --allow-host NAME, or keep its port in a tunnel"
+            yield Refusal(421, message, "wrong_host")
         ours = host and origin.lower() in (f"http://{host}", f"https://{host}")
-        if origin and method not in SAFE_METHODS and origin not in wall.origins and not ours:
-            yield WRONG_ORIGIN
-        if method == "OPTIONS" and not probe and not (origin in wall.origins and "access-control-request-method" in headers):
-            yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", (ALLOW,))
+        if origin and method not in SAFE_METHODS and origin not in rules.origins and not ours:
+            message = "pages of this origin may not use the server; start it with --cors ORIGIN to change that"
+            yield Refusal(403, message, "wrong_origin")
+        if method == "OPTIONS" and not probe and not (origin in rules.origins and "access-control-request-method" in headers):
+            yield Refusal(405, "OPTIONS is answered only to browsers, for origins that were allowed", "bad_method", ALLOW)
         if "content-encoding" in headers:
             yield Refusal(415, "packed bodies are not read; send the JSON as it is", "packed_body")
         kind = headers.get("content-type", [""])[0].partition(";")[0].strip().lower()
@@ -198,11 +196,7 @@ def kind_of(status: int) -> str:
     return kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
-async def refuse(send: Send, refusal: Refusal) -> None:
-    await answer(send, refusal.status, [(b"content-type", b"application/json"), *refusal.headers], refusal.body)
-
-
-async def answer(send: Send, status: int, headers: Headers, body: bytes = b"") -> None:
-    length = [(b"content-length", str(len(body)).encode())] if body else []
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, *length]})
+async def answer(send: Send, status: int, headers: Iterable[tuple[str, str]], body: bytes = b"") -> None:
+    raw = [(name.encode(), value.encode()) for name, value in headers]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
     await send({"type": "http.response.body", "body": body})
