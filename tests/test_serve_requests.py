@@ -33,9 +33,9 @@ from traceir.items import Item, Query
 from traceir.search import Searcher
 from traceir.serve import bodies, schemas, uploads
 from traceir.serve.app import Server
-from traceir.serve.image_store import ImageFolder
 from traceir.serve.keys import make_key, revoke_key
 from traceir.serve.run import ServeConfig, make_application, make_server
+from traceir.serve.uploads import ImageFolder
 from traceir.sources import FILE_FIELD
 
 LONG = "a red ring and a blue ball. " * 1500
@@ -225,8 +225,8 @@ def test_what_a_killed_server_left_is_swept_once_it_is_old(tmp_path: Path) -> No
     half, own = kept.with_name(f".{kept.name}.{'0' * 32}"), left.with_name("holiday.png")
     half.write_bytes(b"half")
     own.write_bytes(b"not ours")
-    assert store.sweep([str(kept), None, "elsewhere.png"]) == 0 and half.exists()
-    assert store.sweep([str(kept), None, "elsewhere.png"], older_s=0.0) == 2
+    assert store.collect_garbage([str(kept), None, "elsewhere.png"]) == 0 and half.exists()
+    assert store.collect_garbage([str(kept), None, "elsewhere.png"], older_s=0.0) == 2
     assert kept.exists() and not left.exists() and not half.exists() and own.exists()
 
 

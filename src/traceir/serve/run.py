@@ -28,7 +28,6 @@ from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
 from traceir.serve.gate import TOGETHER, KeyMiddleware, Limits
 from traceir.serve.guard import AccessRules, SecurityMiddleware
-from traceir.serve.image_store import ImageFolder
 from traceir.serve.keys import KeyRing
 from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
@@ -36,7 +35,7 @@ from traceir.serve.page import read_instructions
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import TenantIndex, TenantPresence
-from traceir.serve.uploads import Sources, UploadValidator
+from traceir.serve.uploads import ImageFolder, Sources, UploadValidator
 from traceir.serve.wire import possible_connections, settings
 
 log = logging.getLogger(__name__)
@@ -121,7 +120,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
     store = ImageFolder(config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures")
     if config.uploads is None and store.folder.is_dir():
-        collecting = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
+        collecting = asyncio.ensure_future(asyncio.to_thread(store.collect_garbage, (stored.image for stored in index.scan())))
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
     intake = UploadValidator()

@@ -15,9 +15,8 @@ from traceir.engines.sglang import SGLangEncoder
 from traceir.errors import InputError
 from traceir.items import Item, Query, Route
 from traceir.search import EncoderLike
-from traceir.serve.batch_worker import BatchWorker, EngineWorker
 from traceir.serve.fair import FairExecutor, Places, caller, patient
-from traceir.serve.jobs import BusyError, Job, LateError, Listener, Served, Worker
+from traceir.serve.jobs import BatchWorker, BusyError, EngineWorker, Job, LateError, Listener, Served, Worker
 from traceir.serve.model_thread import ModelThread
 
 Key = tuple[str, str, str, str, str]

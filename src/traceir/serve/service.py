@@ -23,13 +23,12 @@ from traceir.items import Hit, Item, Modality, Part, Query, Route
 from traceir.serve import schemas
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
-from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import TenantIndex, TenantPresence
-from traceir.serve.uploads import Sources, UploadValidator, image_of_item, without_paths
+from traceir.serve.uploads import ImageFolder, Sources, UploadValidator, as_jpeg, image_of_item, without_paths
 from traceir.world import notice
 
 Result = TypeVar("Result")
@@ -269,9 +268,9 @@ class Service:
         there = self.index.get(list(ids))
         for id in ids:
             try:
-                self.images.tidy(id, there[id].image if id in there else None)
+                self.images.remove_unused(id, there[id].image if id in there else None)
             except OSError as error:
-                log.error("a picture of item %r is not thrown away: %s", id, error)
+                log.error("an image of item %r is not removed: %s", id, error)
 
     async def item(self, id: str) -> str | None:
         """An item, an ItemOut in JSON; None where there is none."""
@@ -304,7 +303,7 @@ class Service:
     async def jpeg(self, id: str, side: int) -> bytes:
         """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
         image = await self.read(lambda: image_of_item(id, "picture", self.sources))
-        async with self.intake.decoding():
+        async with self.intake.decoders.turn():
             with without_paths([image]):
                 return await self.read(lambda: as_jpeg(image, side))
 
