@@ -478,7 +478,7 @@ FAULTS: list[tuple[str, Any, str]] = [
         {"messages": [[{"role": "user", "content": "a"}], [{"role": "user", "content": ["a", {"type": "audio"}]}]]},
         "messages[1][0].content[1].type: it is 'audio'; 'text', 'input_text', 'image_url'",
     ),
-    ("/search", {"parts": ["a", 5]}, "parts[1]: a number, where a text or a picture object is wanted"),
+    ("/search", {"parts": ["a", 5]}, "parts[1]: a number, where a text or an image object is wanted"),
     ("/search", {"parts": ["a", {"data": 5}]}, "parts[1].data: a number, where a text is wanted"),
     ("/search", {"parts": ["a", {"data": "aGVsbG8="}]}, "parts[1]: "),
     ("/search", {"parts": ["a"] * 33}, "parts: 33 entries, at most 32"),

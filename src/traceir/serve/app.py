@@ -362,27 +362,30 @@ def _add_items(app: FastAPI, server: Server) -> None:
         limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
-        return _json(await server.view(principal).items(after, offset, limit))
+        view = server.view(principal)
+        return _json(await view.read(lambda: view.items(after, offset, limit)))
 
     @app.delete("/items", tags=["items"])
     async def remove(asked: schemas.IdsIn, request: Request, principal: Caller) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
         if (audit := getattr(request.state, "audit", None)) is not None:
             audit.add_ids(asked.ids)
-        return schemas.Deleted(deleted=await server.view(principal).delete(asked.ids))
+        view = server.view(principal)
+        return schemas.Deleted(deleted=await view.write(lambda: view.delete(asked.ids)))
 
     @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
     async def one(id: schemas.Id, principal: Caller) -> Response:
         """What is kept of an item."""
-        if (item := await server.view(principal).item(id)) is None:
+        view = server.view(principal)
+        if (item := await view.read(lambda: view.item(id))) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return _json(item)
 
     @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
     async def remove_one(id: schemas.Id, principal: Caller) -> schemas.Deleted:
         """Removes an item."""
-        count = await server.view(principal).delete([id])
-        if not count:
+        view = server.view(principal)
+        if not (count := await view.write(lambda: view.delete([id]))):
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return schemas.Deleted(deleted=count)
 
