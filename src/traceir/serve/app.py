@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mappi
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
@@ -43,6 +44,8 @@ STATUS: Final[Mapping[type[TraceError], int]] = {
     BusyError: 429, LateError: 408, InputError: 400, DataError: 400, StoreError: 503, UnavailableError: 503, TraceError: 500,
 }  # fmt: skip
 """The first that fits counts."""
+OPENAPI: Final = json.loads((Path(__file__).parent / "openapi.json").read_text(encoding="utf-8"))
+"""What FastAPI cannot derive: answers that are not JSON, and the keys."""
 
 
 @dataclass(slots=True)
@@ -83,10 +86,6 @@ class Server:
             raise HTTPException(503, "the model is being loaded; ask again in a moment")
         return self.service
 
-    def view(self, principal: Principal) -> Service:
-        """The service as this caller sees it: over its tenant's items alone."""
-        return self.ready().of_tenant(principal.tenant)
-
     def model(self, name: str | None = None) -> schemas.ModelOut:
         """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
         encoder = self.ready().scheduler.encoder
@@ -113,7 +112,7 @@ class Refused(HTTPException):
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application of one server. Safe-guards on the raw request (guard.py) go around it."""
+    """The application of one server. The middleware on the raw request goes around it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -139,28 +138,29 @@ def create_app(server: Server) -> FastAPI:
 
 
 def _complete(document: dict[str, Any], *, keyed: bool) -> None:
-    """Writes into the OpenAPI document what the gates around the routes ask and answer."""
+    """Writes into the OpenAPI document what the middleware around the routes asks and answers."""
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            told, scope = operation["responses"], scope_needed(method.upper(), path)
-            told.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
-            told |= schemas.refusals(408) if "requestBody" in operation else {}
-            told |= schemas.refusals(403) if method != "get" or (scope and keyed) else {}
-            told |= schemas.refusals(429, 503) if scope else {}
+            responses, scope = operation["responses"], scope_needed(method.upper(), path)
+            responses.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
+            statuses = [408] if "requestBody" in operation else []
+            statuses += [403] if method != "get" or (scope and keyed) else []
+            statuses += [429, 503] if scope else []
             if scope and keyed:
-                told |= schemas.refusals(401)
+                statuses.append(401)
                 operation["security"] = [{"key": []}]
+            responses |= schemas.refusals(*statuses)
     parts = document["components"]
     del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
     if keyed:
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "A key of `traceir keys add`."}}
+        parts["securitySchemes"] = OPENAPI["security"]
 
 
 def _add_errors(app: FastAPI, _: Server) -> None:
     @app.exception_handler(RequestValidationError)
     async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
-        place, reason = fault_of(error.errors(), skipped=1)
-        return error_response(400, f"{place or 'body'}: {reason}", param=place or None)
+        name, reason = fault_of(error.errors(), skipped=1)
+        return error_response(400, f"{name or 'body'}: {reason}", param=name or None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -191,14 +191,20 @@ def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
-    told = {"message": message, "type": kind_of(status), "param": param, "code": code}
-    return JSONResponse({"error": told}, status_code=status, headers=headers)
+    error = {"message": message, "type": kind_of(status), "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
 async def principal_of(request: Request) -> Principal:
-    """Who asks, as KeyGate found it, which has checked that they may."""
+    """Who asks, as KeyMiddleware found it, which has checked that they may."""
     known: Principal = request.state.principal
     return known
+
+
+async def view_of(request: Request, principal: Annotated[Principal, Depends(principal_of)]) -> Service:
+    """The service over what belongs to the caller's tenant."""
+    server: Server = request.app.state.server
+    return server.ready().of_tenant(principal.tenant)
 
 
 async def noting(request: Request) -> Noted | None:
@@ -208,6 +214,7 @@ async def noting(request: Request) -> Noted | None:
 
 
 Caller = Annotated[Principal, Depends(principal_of)]
+View = Annotated[Service, Depends(view_of)]
 Audit = Annotated[Noted | None, Depends(noting)]
 
 
@@ -243,9 +250,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
             raise HTTPException(503, "the model fails at every input; the server's log says why")
         return schemas.Status(status="ready")
 
-    text: schemas.Responses = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-
-    @app.get("/metrics", tags=["status"], response_class=Response, responses=text)
+    @app.get("/metrics", tags=["status"], response_class=Response, responses=OPENAPI["counters"])
     async def metrics(principal: Caller) -> Response:
         """Counters in Prometheus' text format."""
         if principal.tenant is not None:
@@ -267,72 +272,54 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         return server.model(id)
 
     @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
-    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, noted: Audit) -> Response:
+    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View, noted: Audit) -> Response:
         """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
-        service, model = server.view(principal), server.model(asked.model)
+        model = server.model(asked.model)
         if asked.dimensions not in (None, model.width):
-            raise InputError(
-                f"dimensions is {asked.dimensions}, but the width of this server's vectors is {model.width} (`serve --dim`)"
-            )
-        given = asked.messages if asked.messages is not None else asked.input
-        server.charge(principal, len(given) if isinstance(given, list) else 1)
-        served = await _while_connected(request, service.embed(asked, noted=noted))
-        return _json(await service.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
+            raise InputError(f"dimensions is {asked.dimensions}, but this server's vectors have {model.width} (`serve --dim`)")
+        inputs = asked.messages if asked.messages is not None else asked.input
+        server.charge(principal, len(inputs) if isinstance(inputs, list) else 1)
+        served = await _while_connected(request, view.embed(asked, noted=noted))
+        return _json(await view.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
 
 
 def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
     """An EmbeddingsOut in JSON."""
     data: list[schemas.EmbeddingOut] = []
-    for place, one in enumerate(served):
-        vector = one.encoding.vector
+    for index, result in enumerate(served):
+        vector = result.encoding.vector
         shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
-        data.append(schemas.EmbeddingOut(index=place, embedding=shown, trace=schemas.Trace.of(one)))
-    tokens = sum(one.prompt_tokens for one in served)
-    usage = schemas.TokenUsage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+        data.append(schemas.EmbeddingOut(index=index, embedding=shown, trace=schemas.Trace.of(result)))
+    tokens = sum(result.prompt_tokens for result in served)
+    usage = schemas.TokenUsage(prompt_tokens=tokens, total_tokens=tokens + sum(result.encoding.tokens for result in served))
     return schemas.EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
 
 
 def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
-    async def search(asked: schemas.SearchIn, request: Request, principal: Caller, noted: Audit) -> Response:
+    async def search(asked: schemas.SearchIn, request: Request, view: View, noted: Audit) -> Response:
         """The items nearest to a query of text, image, both, or parts in reading order."""
-        _, answer = await _while_connected(request, server.view(principal).search(asked, noted=noted))
+        _, answer = await _while_connected(request, view.search(asked, noted=noted))
         return _json(answer)
 
-    data = {"type": "string", "contentMediaType": "application/json"}
-    properties = {"event": {"enum": ["route", "reasoning", "hits", "error"]}, "data": data}
-    item = {"type": "object", "required": ["event", "data"], "properties": properties}
-    about = (
-        "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
-        "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
-    )
-    events: schemas.Responses = {200: {"description": about, "content": {"text/event-stream": {"itemSchema": item}}}}
-
-    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=events)
-    async def stream(asked: schemas.SearchIn, principal: Caller, noted: Audit) -> StreamingResponse:
+    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=OPENAPI["events"])
+    async def stream(asked: schemas.SearchIn, view: View, noted: Audit) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
-        told = _events(server.view(principal), asked, noted)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        events = _events(view, asked, noted)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
 async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
     task = asyncio.ensure_future(service.search(asked, listener=heard.put_nowait, noted=noted))
     task.add_done_callback(lambda _: heard.put_nowait(None))
-    told_route = False
+    first = True
     try:
         while (progress := await heard.get()) is not None:
-            if not told_route:
-                told_route = True
-                yield _event("route", {"route": progress.route, "emb_probability": progress.emb_probability})
-            if progress.reasoning:
-                yield _event("reasoning", {"text": progress.reasoning})
+            yield _progress(progress, first)
+            first = False
         trace, answer = task.result()
-        if not told_route:
-            yield _event("route", {"route": trace.route, "emb_probability": trace.emb_probability})
-        if trace.reasoning:
-            yield _event("reasoning", {"text": trace.reasoning})
-        yield _event("hits", answer)
+        yield _progress(trace, first) + _event("hits", answer)
     except TraceError as error:
         yield _event("error", bytes(of_error(error).body).decode())
     except Exception:  # the status has been sent, so the error is told as an event
@@ -342,62 +329,60 @@ async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None
         task.cancel()
 
 
-def _event(name: str, data: str | Mapping[str, Any]) -> str:
-    """`data`: an object, or its JSON."""
-    return f"event: {name}\ndata: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+def _progress(progress: Progress | schemas.Trace, first: bool) -> str:
+    route = {"route": progress.route, "emb_probability": progress.emb_probability}
+    shown = _event("route", json.dumps(route)) if first else ""
+    reasoning = json.dumps({"text": progress.reasoning}, ensure_ascii=False)
+    return shown + (_event("reasoning", reasoning) if progress.reasoning else "")
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"
 
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, noted: Audit) -> schemas.ItemsOut:
+    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, view: View, noted: Audit) -> schemas.ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
         server.charge(principal, len(asked.items))
-        return schemas.ItemsOut(results=await _while_connected(request, server.view(principal).add(asked.items, noted=noted)))
+        return schemas.ItemsOut(results=await _while_connected(request, view.add(asked.items, noted=noted)))
 
     @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
-        principal: Caller,
+        view: View,
         after: Annotated[str, Query(max_length=1024, pattern=schemas.NO_ZERO)] = "",
         offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
-        view = server.view(principal)
         return _json(await view.read(lambda: view.items(after, offset, limit)))
 
     @app.delete("/items", tags=["items"])
-    async def remove(asked: schemas.IdsIn, request: Request, principal: Caller) -> schemas.Deleted:
+    async def remove(asked: schemas.IdsIn, request: Request, view: View) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
         if (audit := getattr(request.state, "audit", None)) is not None:
             audit.add_ids(asked.ids)
-        view = server.view(principal)
         return schemas.Deleted(deleted=await view.write(lambda: view.delete(asked.ids)))
 
     @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
-    async def one(id: schemas.Id, principal: Caller) -> Response:
+    async def one(id: schemas.Id, view: View) -> Response:
         """What is kept of an item."""
-        view = server.view(principal)
-        if (item := await view.read(lambda: view.item(id))) is None:
+        if (shown := await view.read(lambda: view.item(id))) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        return _json(item)
+        return _json(shown)
 
     @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
-    async def remove_one(id: schemas.Id, principal: Caller) -> schemas.Deleted:
+    async def remove_one(id: schemas.Id, view: View) -> schemas.Deleted:
         """Removes an item."""
-        view = server.view(principal)
         if not (count := await view.write(lambda: view.delete([id]))):
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return schemas.Deleted(deleted=count)
 
-    jpeg: schemas.Responses = {
-        200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
-    }
-
-    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | jpeg)
-    async def image(name: str, principal: Caller, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | OPENAPI["image"])
+    async def image(name: str, view: View, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
         """The image of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
-            content = await server.view(principal).jpeg(id_in(name), side)
+            content = await view.jpeg(id_in(name), side)
         except InputError as error:
             raise Refused(404, str(error), "not_found") from error
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
@@ -405,9 +390,8 @@ def _add_items(app: FastAPI, server: Server) -> None:
 
 def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
-    async def config(principal: Caller) -> schemas.PageConfig:
+    async def config(view: View) -> schemas.PageConfig:
         """What the page shows before the first search."""
-        view = server.view(principal)
         info = await view.read(view.index.info)
         kept = await view.read(lambda: list(islice(view.index.scan(), LOOKED_AT)))
         cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
