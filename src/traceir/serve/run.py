@@ -1,4 +1,4 @@
-"""Starts the server: model and index into one application, behind its wall, on one address."""
+"""Starts the server: model and index into one application, behind its middleware, on one address."""
 
 from __future__ import annotations
 
@@ -48,29 +48,28 @@ LOOKED_AT: Final = 20_000
 
 def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
-
-    async def make() -> Service:
-        return await _make_service(config, load, server.metrics)
-
-    keys = KeyRing(config.keys) if config.keys else None
-    server = Server(make, keys, model_name=config.model_name, title=config.title)
-    if config.instructions:
-        server.instructions = read_instructions(config.instructions)
-    server.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
-    if config.audit:
-        server.audit = audit = AuditLog(config.audit, contents=config.audit_contents)
-        server.metrics.count_dropped(lambda: audit.dropped)
-    return server
+    metrics = Metrics()
+    audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
+    if audit is not None:
+        metrics.count_dropped(lambda: audit.dropped)
+    return Server(
+        partial(_make_service, config, load, metrics),
+        KeyRing(config.keys) if config.keys else None,
+        metrics,
+        model_name=config.model_name,
+        title=config.title,
+        instructions=read_instructions(config.instructions) if config.instructions else None,
+        limits=Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000)),
+        audit=audit,
+    )
 
 
 def make_application(config: ServeConfig, server: Server) -> Any:
-    """The ASGI application behind its wall."""
-    inside = BodyMiddleware(create_app(server))
+    """The ASGI application behind its middleware."""
     together = min(TOGETHER, possible_connections() // 2)
-    gate = KeyMiddleware(inside, server.keys, server.limits or Limits(), server.audit, together)
-    return Counted(
-        SecurityMiddleware(gate, AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics
-    )
+    keyed = KeyMiddleware(BodyMiddleware(create_app(server)), server.keys, server.limits or Limits(), server.audit, together)
+    rules = AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)
+    return Counted(SecurityMiddleware(keyed, rules), server.metrics)
 
 
 def serve(
@@ -85,8 +84,8 @@ def serve(
         family = socket.AF_INET6 if v6 else socket.AF_INET
         listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
-        told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
-        raise InputError(told) from error
+        address = f"{config.host}:{config.port}"
+        raise InputError(f"{address} cannot be listened on: {error.strerror or error}; choose another") from error
     url = f"http://{f'[{config.host}]' if v6 else config.host}:{listener.getsockname()[1]}/"
     announce(f"serving at {url}")
     if open_browser:
@@ -111,26 +110,26 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
-    census, calibrations = TenantPresence(index), Calibrations()
+    presence, calibrations = TenantPresence(index), Calibrations()
     # The first to search does not wait until all vectors are in memory, nor until the tenants are counted.
     await asyncio.to_thread(index.search, np.eye(1, encoder.width, dtype=np.float32), 1)
-    await asyncio.to_thread(census.any)
+    await asyncio.to_thread(presence.any)
     if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
-        everybody = calibrations.of(None, TenantIndex(index, None, census))
+        everybody = calibrations.of(None, TenantIndex(index, None, presence))
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
     store = ImageFolder(config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures")
     if config.uploads is None and store.folder.is_dir():
         collecting = asyncio.ensure_future(asyncio.to_thread(store.collect_garbage, (stored.image for stored in index.scan())))
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
-    intake = UploadValidator()
-    fetcher = Fetcher(config.fetch_hosts, intake=intake) if config.fetch_hosts else None
+    uploads = UploadValidator()
+    fetcher = Fetcher(config.fetch_hosts, intake=uploads) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
     log.info("%s is ready, images from %d folders", config.index, len(folders))
     return Service(
-        scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
-        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff, calibrations,
+        scheduler, index, uploads, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
+        FairExecutor(1, "writer"), presence, metrics, config.deadline_s, config.cutoff, calibrations,
     )  # fmt: skip
 
 
