@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -26,14 +25,15 @@ from traceir import __version__
 from traceir.errors import DataError, InputError, StoreError, TraceError
 from traceir.serve import schemas
 from traceir.serve.audit import AuditLog
+from traceir.serve.config import ServeConfig
 from traceir.serve.faults import fault_of
 from traceir.serve.gate import Asked, Limits, scope_needed
 from traceir.serve.guard import kind_of
 from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
 from traceir.serve.keys import KeyRing, Principal
-from traceir.serve.limits import retry_after
+from traceir.serve.limits import Rate, retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import LOOKED_AT, STATIC, page_config
+from traceir.serve.page import LOOKED_AT, STATIC, page_config, read_instructions
 from traceir.serve.service import Noted, Service, id_in
 from traceir.serve.strict import StrictRoute, UnreadableError
 
@@ -45,30 +45,28 @@ STATUS: Final[Mapping[type[TraceError], int]] = {
 }  # fmt: skip
 """The first that fits counts."""
 OPENAPI: Final = json.loads((Path(__file__).parent / "openapi.json").read_text(encoding="utf-8"))
-"""What FastAPI cannot derive: answers that are not JSON, and the keys."""
+"""What FastAPI cannot derive: errors, which have OpenAI's shape, answers that are not JSON, and the keys."""
 
 
-@dataclass(slots=True)
 class Server:
     """All that one server holds. `make` builds the service while /health already answers; where that fails, `failed` says why and
     `on_failure` is called."""
 
-    make: Callable[[], Awaitable[Service]]
-    keys: KeyRing | None = None
-    metrics: Metrics = field(default_factory=Metrics)
-    model_name: str = "traceir"
-    title: str = "TraceIR"
-    instructions: tuple[str, ...] | None = None
-    service: Service | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-    failed: Exception | None = None
-    limits: Limits | None = None
-    audit: AuditLog | None = None
-    on_failure: Callable[[], None] = lambda: None
+    def __init__(self, config: ServeConfig, make: Callable[[Metrics], Awaitable[Service]]) -> None:
+        self.config, self.make, self.metrics, self.created = config, make, Metrics(), int(time.time())
+        self.keys = KeyRing(config.keys) if config.keys else None
+        self.instructions = read_instructions(config.instructions) if config.instructions else None
+        self.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
+        self.audit = audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
+        if audit is not None:
+            self.metrics.count_dropped(lambda: audit.dropped)
+        self.service: Service | None = None
+        self.failed: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
         try:
-            self.service = await self.make()
+            self.service = await self.make(self.metrics)
         except Exception as error:  # told by whoever started the server, once it has ended
             self.failed = error
             self.on_failure()
@@ -89,17 +87,16 @@ class Server:
     def model(self, name: str | None = None) -> schemas.ModelOut:
         """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
         encoder = self.ready().scheduler.encoder
-        if name not in (None, self.model_name, encoder.fingerprint):
-            raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.model_name!r}", "model_not_found")
+        if name not in (None, self.config.model_name, encoder.fingerprint):
+            raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.config.model_name!r}", "model_not_found")
         return schemas.ModelOut(
-            id=self.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
+            id=self.config.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
             prompt_version=encoder.prompt_version, width=encoder.width,
         )  # fmt: skip
 
     def charge(self, principal: Principal, count: int) -> None:
         """Raises Refused where this key has embedded too much for now."""
-        wait = self.limits.take_inputs(principal, count) if self.limits else 0.0
-        if wait > 0:
+        if (wait := self.limits.take_inputs(principal, count)) > 0:
             raise Refused(429, f"too many inputs; wait {retry_after(wait)} s", "too_many_inputs", wait)
 
 
@@ -121,10 +118,10 @@ def create_app(server: Server) -> FastAPI:
         await asyncio.wait([loading])
         await server.close()
 
-    always: schemas.Responses = schemas.refusals(400, 413, 414, 415, 421, 431) | {500: {"model": schemas.ErrorOut}}
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
-        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=always,
+        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None,
+        responses=refusals(400, 413, 414, 415, 421, 431, 500),
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
@@ -135,6 +132,11 @@ def create_app(server: Server) -> FastAPI:
         if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
     return app
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers with an error, for the OpenAPI document."""
+    return {str(status): OPENAPI["refusals"][str(status)] for status in statuses}
 
 
 def _complete(document: dict[str, Any], *, keyed: bool) -> None:
@@ -149,8 +151,9 @@ def _complete(document: dict[str, Any], *, keyed: bool) -> None:
             if scope and keyed:
                 statuses.append(401)
                 operation["security"] = [{"key": []}]
-            responses |= schemas.refusals(*statuses)
+            responses |= refusals(*statuses)
     parts = document["components"]
+    parts["schemas"] |= OPENAPI["schemas"]
     del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
     if keyed:
         parts["securitySchemes"] = OPENAPI["security"]
@@ -243,7 +246,7 @@ def _add_status(app: FastAPI, server: Server) -> None:
         return schemas.Status(status="ok")
 
     @app.get("/ready/", include_in_schema=False)
-    @app.get("/ready", tags=["status"], responses=schemas.refusals(503))
+    @app.get("/ready", tags=["status"], responses=refusals(503))
     async def ready() -> schemas.Status:
         """The model is loaded and the index open; 503 until then."""
         if not server.ready().scheduler.alive:
@@ -266,12 +269,12 @@ def _add_embeddings(app: FastAPI, server: Server) -> None:
         """The one model that this server runs."""
         return schemas.ModelsOut(data=[server.model()])
 
-    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=schemas.refusals(404))
+    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=refusals(404))
     async def named(id: str, principal: Caller) -> schemas.ModelOut:
         """The same by its name, as OpenAI's clients ask for it."""
         return server.model(id)
 
-    @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=refusals(404), response_model=schemas.EmbeddingsOut)
     async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View, noted: Audit) -> Response:
         """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
         model = server.model(asked.model)
@@ -364,21 +367,21 @@ def _add_items(app: FastAPI, server: Server) -> None:
             audit.add_ids(asked.ids)
         return schemas.Deleted(deleted=await view.write(lambda: view.delete(asked.ids)))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
+    @app.get("/items/{id:path}", tags=["items"], responses=refusals(404), response_model=schemas.ItemOut)
     async def one(id: schemas.Id, view: View) -> Response:
         """What is kept of an item."""
         if (shown := await view.read(lambda: view.item(id))) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return _json(shown)
 
-    @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
+    @app.delete("/items/{id:path}", tags=["items"], responses=refusals(404))
     async def remove_one(id: schemas.Id, view: View) -> schemas.Deleted:
         """Removes an item."""
         if not (count := await view.write(lambda: view.delete([id]))):
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return schemas.Deleted(deleted=count)
 
-    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | OPENAPI["image"])
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=refusals(404) | OPENAPI["image"])
     async def image(name: str, view: View, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
         """The image of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
@@ -397,7 +400,7 @@ def _add_page(app: FastAPI, server: Server) -> None:
         cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
         world, reasons = getattr(view.scheduler.encoder, "world", None), view.scheduler.reasons
         about: dict[str, Any] = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
-        return await view.read(lambda: page_config(server.title, server.model(), info.counts, kept, **about))
+        return await view.read(lambda: page_config(server.config.title, server.model(), info.counts, kept, **about))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -1,5 +1,5 @@
 """An input on its way, what its waiters hear of it, and the workers around encoders that cannot be looked into: batches for a
-library's model, single requests for an engine's. The worker on a model in this process is in model_thread.py."""
+library's model, single requests for an engine's. The worker on a model in this process is in scheduler.py."""
 
 from __future__ import annotations
 

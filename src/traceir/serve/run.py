@@ -21,17 +21,13 @@ from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.search import EncoderLike
 from traceir.serve.app import Server, create_app
-from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyMiddleware
 from traceir.serve.config import ServeConfig
 from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
-from traceir.serve.gate import TOGETHER, KeyMiddleware, Limits
+from traceir.serve.gate import TOGETHER, KeyMiddleware
 from traceir.serve.guard import AccessRules, SecurityMiddleware
-from traceir.serve.keys import KeyRing
-from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
-from traceir.serve.page import read_instructions
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.service import Service
 from traceir.serve.tenants import TenantIndex, TenantPresence
@@ -48,26 +44,13 @@ LOOKED_AT: Final = 20_000
 
 def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
-    metrics = Metrics()
-    audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
-    if audit is not None:
-        metrics.count_dropped(lambda: audit.dropped)
-    return Server(
-        partial(_make_service, config, load, metrics),
-        KeyRing(config.keys) if config.keys else None,
-        metrics,
-        model_name=config.model_name,
-        title=config.title,
-        instructions=read_instructions(config.instructions) if config.instructions else None,
-        limits=Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000)),
-        audit=audit,
-    )
+    return Server(config, partial(_make_service, config, load))
 
 
 def make_application(config: ServeConfig, server: Server) -> Any:
     """The ASGI application behind its middleware."""
     together = min(TOGETHER, possible_connections() // 2)
-    keyed = KeyMiddleware(BodyMiddleware(create_app(server)), server.keys, server.limits or Limits(), server.audit, together)
+    keyed = KeyMiddleware(BodyMiddleware(create_app(server)), server.keys, server.limits, server.audit, together)
     rules = AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)
     return Counted(SecurityMiddleware(keyed, rules), server.metrics)
 

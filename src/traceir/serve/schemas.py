@@ -1,4 +1,4 @@
-"""What the HTTP interface takes and gives, as pydantic models, and its refusals: the OpenAPI document is made of these.
+"""What the HTTP interface takes and gives, as pydantic models: the OpenAPI document is made of these and of openapi.json.
 
 A field that may be left out may also be null, which is the same; so its type has `None`, and who reads it says the default.
 """
@@ -6,7 +6,6 @@ A field that may be left out may also be null, which is the same; so its type ha
 from __future__ import annotations
 
 import math
-from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
@@ -383,19 +382,6 @@ class ModelsOut(BaseModel):
     data: list[ModelOut]
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorOut(BaseModel):
-    """Every error has OpenAI's shape."""
-
-    error: ErrorDetail
-
-
 class PageExample(SearchIn):
     """A query that the page offers; `title` says what it shows."""
 
@@ -427,19 +413,3 @@ class PageConfig(BaseModel):
 
 class Status(BaseModel):
     status: str
-
-
-_HEADERS: Final = {401: {"WWW-Authenticate": "string"}, 429: {"Retry-After": "integer"}}
-Responses = dict[int | str, dict[str, Any]]
-
-
-def refusals(*statuses: int) -> Responses:
-    """Answers with an ErrorOut, for the OpenAPI document."""
-    return {
-        str(status): {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}},
-            "headers": {name: {"schema": {"type": kind}, "required": True} for name, kind in _HEADERS.get(status, {}).items()},
-        }
-        for status in statuses
-    }
