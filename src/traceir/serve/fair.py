@@ -17,14 +17,12 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
-caller: ContextVar[str] = ContextVar("caller", default="")
-"""On whose behalf the current task works; "" is nobody in particular."""
+caller: ContextVar[str] = ContextVar("caller", default="")  # on whose behalf the current task works; "": nobody in particular
 patient: ContextVar[bool] = ContextVar("patient", default=False)
 """Whether the current task is part of a long work that waits where there is no room, rather than to be refused."""
 MANY: Final = 1000
 FEW: Final = 32
-ALONE_S: Final = 10.0
-"""Seconds without any other caller after which one counts as alone."""
+ALONE_S: Final = 10.0  # seconds without any other caller after which one counts as alone
 
 
 class Usage:

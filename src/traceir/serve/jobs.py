@@ -24,10 +24,10 @@ from traceir.serve.fair import Rounds, Usage
 log = logging.getLogger(__name__)
 ROWS: Final = 32  # inputs of a batch, where the encoder does not say how many (`batch_rows`)
 FAILURES: Final = 8  # failures of a worker, one after the other, from which on the server no longer calls itself ready
-AGAIN_S: Final = 15.0
-"""Seconds after the last failure from which it calls itself ready again: only requests can tell that an engine is back."""
-PATIENT: Final = 4.0
-"""How many times the time of long work counts, so that it has the smaller part of a model that others want too."""
+AGAIN_S: Final = (
+    15.0  # seconds after the last failure from which it is ready again: only requests can tell that an engine is back
+)
+PATIENT: Final = 4.0  # how many times the time of long work counts, so that it has the smaller part of a model that others want
 
 
 class BusyError(TraceError):
@@ -96,6 +96,11 @@ class Job:
     def wanted(self) -> bool:
         return not self.done.done()
 
+    @property
+    def weight(self) -> float:
+        """How much a second of the model for it counts."""
+        return PATIENT if self.patient else 1.0
+
     def finish(self, encoding: Encoding, now: float) -> None:
         if self.wanted:
             queue, encode = self.prefilled - self.arrived, now - self.prefilled
@@ -112,7 +117,7 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes. Each job it takes ends by `finish_all` or `fail_all`; one that is no longer `wanted` may be dropped."""
+    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is not `wanted` any more."""
 
     def __init__(self) -> None:
         self._failures, self._failed = 0, 0.0
@@ -132,20 +137,20 @@ class Worker(ABC):
 
     @abstractmethod
     def take(self, job: Job) -> None:
-        """Begins a job, in the event loop."""
+        """Begins a job."""
 
     @abstractmethod
     async def close(self) -> None:
         """Frees what it holds, once nothing is wanted any more."""
 
     def finish_all(self, finished: Sequence[tuple[Job, Encoding]], now: float) -> None:
-        """Hands in results, in the event loop; `now` is a moment of `time.monotonic`."""
+        """Hands in results; `now` is a moment of `time.monotonic`."""
         self._failures = 0
         for job, encoding in finished:
             job.finish(encoding, now)
 
     def fail_all(self, jobs: Sequence[Job], error: BaseException, *, own: bool = True) -> None:
-        """What cannot be done, in the event loop. `own`: by a fault of the worker's, not of the input's."""
+        """What cannot be done. `own`: by a fault of the worker's, not of the input's."""
         if own:
             self._failures, self._failed = self._failures + 1, time.monotonic()
         for job in jobs:
@@ -222,9 +227,7 @@ class BatchWorker(_TaskWorker):
         self.rows: int = getattr(encoder, "batch_rows", ROWS)
         self._free: int = getattr(encoder, "in_flight", 1)
         self._threads = ThreadPoolExecutor(self._free, "encoder")
-        self._waiting: dict[
-            tuple[type, bool], Rounds[Job]
-        ] = {}  # by what is encoded together: queries or items, of long work or not
+        self._waiting: dict[str, Rounds[Job]] = {}  # by kind
         self._usage = Usage()
 
     def route(self, role: Role, route: Route) -> Route:
@@ -233,7 +236,7 @@ class BatchWorker(_TaskWorker):
         return "direct"
 
     def take(self, job: Job) -> None:
-        self._waiting.setdefault((type(job.content), job.patient), Rounds()).put(job.who, job)
+        self._waiting.setdefault(_kind(job), Rounds()).put(job.who, job)
         self._run()
 
     async def close(self) -> None:
@@ -248,7 +251,7 @@ class BatchWorker(_TaskWorker):
 
     def _next(self) -> list[Job]:
         """The next batch: of the kind of work that has had least of the encoder, one input of each caller in turn."""
-        for kind in sorted(self._waiting, key=lambda kind: self._usage.of(str(kind))):
+        for kind in sorted(self._waiting, key=self._usage.of):
             if batch := list(islice((job for job in self._waiting[kind] if job.wanted), self.rows)):
                 return batch
         return []
@@ -258,8 +261,7 @@ class BatchWorker(_TaskWorker):
         for job in batch:
             job.prefilled = started
         await self._encode(batch)
-        kind = type(batch[0].content), batch[0].patient
-        self._usage.add(str(kind), (time.monotonic() - started) * (PATIENT if kind[1] else 1.0))
+        self._usage.add(_kind(batch[0]), (time.monotonic() - started) * batch[0].weight)
         self._free += 1
         self._run()
 
@@ -287,3 +289,8 @@ class BatchWorker(_TaskWorker):
         if len(encodings) != len(batch):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(batch)} inputs; report it")
         return encodings
+
+
+def _kind(job: Job) -> str:
+    """What is encoded together: queries or items, of long work or not."""
+    return f"{type(job.content).__name__} {job.patient}"

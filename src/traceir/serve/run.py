@@ -38,8 +38,7 @@ log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
 small model takes."""
-LOOKED_AT: Final = 20_000
-"""Items looked at for the folders of their images."""
+LOOKED_AT: Final = 20_000  # items looked at for the folders of their images
 
 
 def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:

@@ -24,27 +24,14 @@ from traceir.items import Item, Query, Route
 from traceir.prompts import Role
 from traceir.search import EncoderLike
 from traceir.serve.fair import FairExecutor, Places, Rounds, Usage, caller, patient
-from traceir.serve.jobs import (
-    FAILURES,
-    PATIENT,
-    BatchWorker,
-    BusyError,
-    EngineWorker,
-    Job,
-    LateError,
-    Listener,
-    Progress,
-    Served,
-    Worker,
-)
+from traceir.serve.jobs import FAILURES, BatchWorker, BusyError, EngineWorker, Job, LateError, Listener, Progress, Served, Worker
 
 log = logging.getLogger(__name__)
 PACE: Final = 0.5  # seconds of writing for each second of prefill while both are wanted
 SHARED_S: Final = 0.03  # seconds of a prefill while there are several callers, of FEW_ROWS rows at least
 FEW_ROWS: Final = 4
 PROGRESS_S: Final = 0.02  # seconds between two reports on a row that writes
-Key = tuple[str, str, str, str, str]
-"""Caller, tenant, role, route and hash of an input: what is the same work for the same people."""
+Key = tuple[str, str, str, str, str]  # caller, tenant, role, route and hash of an input: the same work for the same people
 
 
 class Scheduler:
@@ -424,7 +411,7 @@ class ModelThread(Worker):
 
     def _charge(self, jobs: Sequence[Job], seconds: float) -> None:
         for job in jobs:
-            self._usage.add(job.who, seconds / len(jobs) * (PATIENT if job.patient else 1.0))
+            self._usage.add(job.who, seconds / len(jobs) * job.weight)
 
     def _hand_out(self, finished: Finished) -> None:
         if ended := [(self._rows.pop(number).job, encoding) for number, encoding in finished if number in self._rows]:

@@ -18,10 +18,8 @@ from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD
 
 FIELD: Final = "_tenant"
-OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})
-"""Fields that no caller may set or ask for, and none is shown."""
-PREFIX: Final = "_tenant:"
-"""What ids of tenants begin with; no other id may."""
+OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})  # that no caller may set, ask for, or see
+PREFIX: Final = "_tenant:"  # what ids of tenants begin with; no other id may
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 T = TypeVar("T")
 K = TypeVar("K", Stored, Hit)
