@@ -117,7 +117,7 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is not `wanted` any more."""
+    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer `wanted`."""
 
     def __init__(self) -> None:
         self._failures, self._failed = 0, 0.0
