@@ -27,14 +27,14 @@ from traceir.serve import schemas
 from traceir.serve.audit import AuditLog
 from traceir.serve.config import ServeConfig
 from traceir.serve.faults import fault_of
-from traceir.serve.gate import Asked, Limits, scope_needed
+from traceir.serve.gate import Limits, scope_needed
 from traceir.serve.guard import kind_of
 from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
 from traceir.serve.keys import KeyRing, Principal
 from traceir.serve.limits import Rate, retry_after
 from traceir.serve.metrics import Metrics
 from traceir.serve.page import LOOKED_AT, STATIC, page_config, read_instructions
-from traceir.serve.service import Noted, Service, id_in
+from traceir.serve.service import Service, id_in
 from traceir.serve.strict import StrictRoute, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -204,21 +204,16 @@ async def principal_of(request: Request) -> Principal:
     return known
 
 
-async def view_of(request: Request, principal: Annotated[Principal, Depends(principal_of)]) -> Service:
-    """The service over what belongs to the caller's tenant."""
-    server: Server = request.app.state.server
-    return server.ready().of_tenant(principal.tenant)
-
-
-async def noting(request: Request) -> Noted | None:
-    """What notes contents for the audit log, where it is on."""
-    asked: Asked | None = getattr(request.state, "audit", None)
-    return asked.add if asked is not None and request.app.state.server.audit is not None else None
-
-
 Caller = Annotated[Principal, Depends(principal_of)]
+
+
+async def view_of(request: Request, principal: Caller) -> Service:
+    """The service as this request sees it: over what belongs to the caller's tenant, noting contents where they are logged."""
+    server: Server = request.app.state.server
+    return server.ready().of_tenant(principal.tenant, request.state.audit.add if server.audit is not None else None)
+
+
 View = Annotated[Service, Depends(view_of)]
-Audit = Annotated[Noted | None, Depends(noting)]
 
 
 def _json(content: str | bytes) -> Response:
@@ -265,24 +260,24 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
 def _add_embeddings(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models", tags=["embeddings"])
-    async def models(principal: Caller) -> schemas.ModelsOut:
+    async def models() -> schemas.ModelsOut:
         """The one model that this server runs."""
         return schemas.ModelsOut(data=[server.model()])
 
     @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=refusals(404))
-    async def named(id: str, principal: Caller) -> schemas.ModelOut:
+    async def named(id: str) -> schemas.ModelOut:
         """The same by its name, as OpenAI's clients ask for it."""
         return server.model(id)
 
     @app.post("/v1/embeddings", tags=["embeddings"], responses=refusals(404), response_model=schemas.EmbeddingsOut)
-    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View, noted: Audit) -> Response:
+    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View) -> Response:
         """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
         model = server.model(asked.model)
         if asked.dimensions not in (None, model.width):
             raise InputError(f"dimensions is {asked.dimensions}, but this server's vectors have {model.width} (`serve --dim`)")
         inputs = asked.messages if asked.messages is not None else asked.input
         server.charge(principal, len(inputs) if isinstance(inputs, list) else 1)
-        served = await _while_connected(request, view.embed(asked, noted=noted))
+        served = await _while_connected(request, view.embed(asked))
         return _json(await view.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
 
 
@@ -300,21 +295,20 @@ def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
 
 def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
-    async def search(asked: schemas.SearchIn, request: Request, view: View, noted: Audit) -> Response:
+    async def search(asked: schemas.SearchIn, request: Request, view: View) -> Response:
         """The items nearest to a query of text, image, both, or parts in reading order."""
-        _, answer = await _while_connected(request, view.search(asked, noted=noted))
+        _, answer = await _while_connected(request, view.search(asked))
         return _json(answer)
 
     @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=OPENAPI["events"])
-    async def stream(asked: schemas.SearchIn, view: View, noted: Audit) -> StreamingResponse:
+    async def stream(asked: schemas.SearchIn, view: View) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
-        events = _events(view, asked, noted)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(_events(view, asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None) -> AsyncIterator[str]:
+async def _events(service: Service, asked: schemas.SearchIn) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(service.search(asked, listener=heard.put_nowait, noted=noted))
+    task = asyncio.ensure_future(service.search(asked, heard.put_nowait))
     task.add_done_callback(lambda _: heard.put_nowait(None))
     first = True
     try:
@@ -345,10 +339,10 @@ def _event(name: str, data: str) -> str:
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, view: View, noted: Audit) -> schemas.ItemsOut:
+    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, view: View) -> schemas.ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
         server.charge(principal, len(asked.items))
-        return schemas.ItemsOut(results=await _while_connected(request, view.add(asked.items, noted=noted)))
+        return schemas.ItemsOut(results=await _while_connected(request, view.add(asked.items)))
 
     @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
@@ -363,8 +357,7 @@ def _add_items(app: FastAPI, server: Server) -> None:
     @app.delete("/items", tags=["items"])
     async def remove(asked: schemas.IdsIn, request: Request, view: View) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
-        if (audit := getattr(request.state, "audit", None)) is not None:
-            audit.add_ids(asked.ids)
+        request.state.audit.add_ids(asked.ids)
         return schemas.Deleted(deleted=await view.write(lambda: view.delete(asked.ids)))
 
     @app.get("/items/{id:path}", tags=["items"], responses=refusals(404), response_model=schemas.ItemOut)

@@ -57,12 +57,13 @@ class Service:
     deadline_s: float = 60.0
     cutoff: float | None = None
     calibrations: Calibrations = field(default_factory=Calibrations)
+    noted: Noted | None = None
 
-    def of_tenant(self, tenant: str | None) -> Service:
-        """The same service over a tenant's part of the index; None is what belongs to no tenant."""
+    def of_tenant(self, tenant: str | None, noted: Noted | None = None) -> Service:
+        """The same service over a tenant's part of the index, for one request; None is what belongs to no tenant."""
         index = TenantIndex(self.index, tenant, self.presence)
         sources, images = replace(self.sources, index=index), replace(self.images, tenant=tenant)
-        return replace(self, index=index, sources=sources, images=images)
+        return replace(self, index=index, sources=sources, images=images, noted=noted)
 
     async def read(self, work: Callable[[], Result]) -> Result:
         """The result of work with the index, or of other work that takes long, in a thread."""
@@ -74,15 +75,13 @@ class Service:
 
     # Searching and encoding
 
-    async def search(
-        self, asked: schemas.SearchIn, *, listener: Listener | None = None, noted: Noted | None = None
-    ) -> tuple[schemas.Trace, str]:
+    async def search(self, asked: schemas.SearchIn, listener: Listener | None = None) -> tuple[schemas.Trace, str]:
         """A query's trace, and the whole answer, a SearchOut in JSON. Raises InputError, BusyError, LateError, StoreError."""
         async with self._within_deadline():
             where = await self.read(lambda: filter_of(asked.where)) if asked.where else None
             query = await self._query(asked)
             with without_paths(query.images, "parts: " if asked.parts else "image: "):
-                await self._note([query], noted)
+                await self._note([query])
                 served = await self._encode(query, asked.route or "auto", listener)
             return await self.read(lambda: self._answer(asked, query, where, served))
 
@@ -103,7 +102,10 @@ class Service:
         seconds = time.perf_counter() - started
         self.metrics.seconds.labels("search").observe(seconds)
         trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
-        check_answer(shown)
+        size = sum(map(size_of, shown))
+        if size > MAX_ANSWER and len(shown) > 1:
+            shown_bytes = f"the {len(shown)} hits hold {size} bytes, more than {MAX_ANSWER}"
+            raise InputError(f"{shown_bytes}; ask for fewer (k), the others by offset")
         out = schemas.SearchOut(
             hits=[schemas.HitOut(score=hit.score, rank=hit.rank, **_shown(hit)) for hit in shown], trace=trace, offset=offset,
             k=k, more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
@@ -122,11 +124,11 @@ class Service:
                 raise
             return None, {}
 
-    async def embed(self, asked: schemas.EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
+    async def embed(self, asked: schemas.EmbeddingsIn) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
         async with self._within_deadline():
             contents = await self._contents(asked)
-            await self._note([content for _, content in contents], noted)
+            await self._note([content for _, content in contents])
 
             async def encode(place: str, content: Query | Item) -> Served:
                 with placed(place), without_paths(content.images):
@@ -143,9 +145,9 @@ class Service:
         self.metrics.encoded("query" if isinstance(content, Query) else "item", served)
         return served
 
-    async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
+    async def _note(self, contents: Sequence[Query | Item]) -> None:
         """In a thread, since it reads images."""
-        if noted is not None:
+        if (noted := self.noted) is not None:
             with without_paths([image for content in contents for image in content.images]):
                 await self.read(lambda: [noted(content) for content in contents])
 
@@ -207,13 +209,13 @@ class Service:
 
     # Items
 
-    async def add(self, items: Sequence[object], *, noted: Noted | None = None) -> list[schemas.ItemResult]:
+    async def add(self, items: Sequence[object]) -> list[schemas.ItemResult]:
         """Indexes items, as they came in JSON; each has a result of its own, and what is told as added is durable."""
         read = await self.read(lambda: read_items(items))
         good = [(entry.id, entry) for entry in read if isinstance(entry, schemas.ItemIn)]
         made = dict(zip((id for id, _ in good), await self._each(good, self._made), strict=True))
         whole = [outcome for outcome in made.values() if not isinstance(outcome, str)]
-        await self._note([item for item, _, _ in whole], noted)
+        await self._note([item for item, _, _ in whole])
         new = await self.write(lambda: self._keep(whole)) if whole else set()
         results: list[schemas.ItemResult] = []
         for entry in read:
@@ -364,15 +366,6 @@ def size_of(item: Hit | Stored) -> int:
     for value in item.fields.values():
         texts += map(str, value if isinstance(value, list | tuple) else [value])
     return sum(len(text.encode()) for text in texts)
-
-
-def check_answer(hits: Sequence[Hit]) -> None:
-    """Raises InputError where hits, if they are several, are too many bytes for one answer."""
-    size = sum(map(size_of, hits))
-    if size > MAX_ANSWER and len(hits) > 1:
-        raise InputError(
-            f"the {len(hits)} hits hold {size} bytes, more than {MAX_ANSWER}; ask for fewer (k), the others by offset"
-        )
 
 
 def _shown(item: Hit | Stored) -> dict[str, Any]:
