@@ -33,6 +33,7 @@ from traceir.serve import bodies, schemas, service, strict, uploads
 from traceir.serve.app import Server
 from traceir.serve.keys import make_key, revoke_key
 from traceir.serve.run import ServeConfig, make_application, make_server
+from traceir.serve.scheduler import Scheduler
 from traceir.serve.uploads import ImageFolder
 from traceir.sources import FILE_FIELD
 
@@ -217,14 +218,11 @@ def test_an_answer_of_too_much_is_refused_or_ends_early(caller: Caller, monkeypa
 
 
 def test_an_image_sent_goes_with_its_item_alone(caller: Caller) -> None:
-    before = caller.files()
-    caller.add(
-        *({"id": f"sent-{n}", "image": data(png("navy", 40))} for n in range(2)),
-        {"id": "borrowed", "image": {"item": "ring.png"}},
-    )
+    before, navy = caller.files(), data(png("navy", 40))
+    borrowed = {"id": "borrowed", "image": {"item": "ring.png"}}
+    caller.add({"id": "sent-0", "image": navy}, {"id": "sent-1", "image": navy}, borrowed)
     assert caller.files() == before + 2, "what is a file of the operator's is not copied"
     caller.add({"id": "lent", "image": {"item": "sent-0"}})
-    assert caller.files() == before + 3
     caller.add({"id": "sent-0", "image": data(png("olive", 40))})
     assert caller.files() == before + 3
     assert caller.good("DELETE", "/items/sent-0") == {"deleted": 1} and caller.files() == before + 2
@@ -260,21 +258,20 @@ def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
 
 
 def test_keys_scopes_and_tenants(caller: Caller) -> None:
-    for key, body, status in (("", {"text": "a"}, 401), ("tir_" + "x" * 43, {"text": "a"}, 401)):
-        caller.key = key
-        assert caller.post("/search", body)[0] == status
-    caller.key = caller.keys["reader"]
-    assert caller.post("/items", {"items": [{"id": "a", "text": "b"}]})[0] == 403
+    def status(key: str, path: str, body: Any) -> int:
+        caller.key = caller.keys.get(key, key)
+        return caller.post(path, body)[0]
+
+    asked = {"text": "a cup"}
+    assert status("", "/search", asked) == status("tir_" + "x" * 43, "/search", asked) == 401
+    assert status("reader", "/items", {"items": [{"id": "a", "text": "b"}]}) == 403
     for name in ("acme", "brief"):
-        caller.key = caller.keys[name]
-        assert caller.add({"id": "cup", "text": f"a cup of {name}"})[0]["status"] == "added"
-        assert [hit["text"] for hit in caller.good("POST", "/search", {"text": "a cup"})["hits"]] == [f"a cup of {name}"]
+        assert status(name, "/items", {"items": [{"id": "cup", "text": f"a cup of {name}"}]}) == 200
+        assert [hit["text"] for hit in caller.good("POST", "/search", asked)["hits"]] == [f"a cup of {name}"]
         assert caller.ask("GET", "/metrics")[0] == 403
-    caller.key = caller.keys["reader"]
-    assert caller.ask("GET", "/items/cup")[0] == 404
     revoke_key(caller.folder / "keys.json", "brief")
-    caller.key = caller.keys["brief"]
-    assert caller.post("/search", {"text": "a cup"})[0] == 401
+    assert status("brief", "/search", asked) == 401 and status("reader", "/search", asked) == 200
+    assert caller.ask("GET", "/items/cup")[0] == 404
 
 
 # Items, one by one
@@ -344,27 +341,29 @@ def test_a_long_text_is_cut_as_in_this_process_and_that_is_told(caller: Caller, 
 
 
 def test_an_item_at_which_the_server_breaks_fails_alone(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = caller.server.service
-    assert service is not None
-    encode = type(service.scheduler).encode_item
+    encode = Scheduler.encode_item
 
     async def broken(self: Any, item: Item, **options: Any) -> Any:
         if item.id == "breaks":
             raise RuntimeError("a fault in /secret-place")
         return await encode(self, item, **options)
 
-    monkeypatch.setattr(type(service.scheduler), "encode_item", broken)
-    first, second, third = caller.add(*({"id": id, "text": "a ring"} for id in ("first", "breaks", "third")))
-    assert (first["status"], third["status"]) == ("added", "added")
-    assert second["status"] == "failed" and second["error"] == "the server cannot keep it now; its log says why"
+    monkeypatch.setattr(Scheduler, "encode_item", broken)
+    results = caller.add(*({"id": id, "text": "a ring"} for id in ("first", "breaks", "third")))
+    assert [result["status"] for result in results] == ["added", "failed", "added"]
+    assert results[1]["error"] == "the server cannot keep it now; its log says why"
 
 
-def test_a_field_called_file_is_the_callers_own(caller: Caller) -> None:
+def test_fields_are_the_callers_own_and_shown_however_they_came(caller: Caller, encoder: Encoder) -> None:
     caller.add({"id": "paper", "text": "a paper", "fields": {"file": "paper.pdf", "path": "/a/b"}})
     assert caller.good("GET", "/items/paper")["fields"] == {"file": "paper.pdf", "path": "/a/b"}
     [hit] = caller.good("POST", "/search", {"text": "a paper", "where": {"file": "paper.pdf"}})["hits"]
-    assert hit["id"] == "paper" and hit["fields"]["file"] == "paper.pdf"
-    assert caller.good("GET", "/items/line")["fields"] == {"file": "own.pdf"}
+    assert hit["id"] == "paper" and caller.good("GET", "/items/line")["fields"] == {"file": "own.pdf"}
+    item = Item.of(text="from a line", id="wide", fields={"notes": "x" * 40_000})
+    with open_index(caller.folder / "index", encoder) as index:
+        index.upsert([item], encoder.encode_items([item])[0].vector[None])
+    assert len(caller.good("GET", "/items/wide")["fields"]["notes"]) == 40_000
+    assert caller.good("POST", "/search", {"text": "from a line", "where": {"notes": {"gte": "x"}}})["hits"][0]["id"] == "wide"
 
 
 def test_of_adds_at_once_one_is_told_that_it_added(caller: Caller) -> None:
@@ -497,46 +496,36 @@ def test_what_is_not_here_is_404(caller: Caller) -> None:
     assert caller.post("/nothing", {})[1]["error"]["message"] == "Not Found"
 
 
-def test_a_long_field_from_elsewhere_is_shown(caller: Caller, encoder: Encoder) -> None:
-    assert caller.server.service is not None
-    item = Item.of(text="from a line", id="wide", fields={"notes": "x" * 40_000})
-    caller.server.service.index.upsert([item], encoder.encode_items([item])[0].vector[None])
-    assert len(caller.good("GET", "/items/wide")["fields"]["notes"]) == 40_000
-    assert caller.good("POST", "/search", {"text": "from a line", "where": {"notes": {"gte": "x"}}})["hits"][0]["id"] == "wide"
-
-
 # What clients and watchdogs send
 
 
-def test_null_is_as_if_left_out(caller: Caller) -> None:
-    document = caller.client.get("/openapi.json").json()["components"]["schemas"]
-    for body, path, name in (
-        ({"text": "a ring", "k": 3}, "/search", "SearchIn"),
-        ({"input": ["a ring"]}, "/v1/embeddings", "EmbeddingsIn"),
-    ):
-        fields = document[name]["properties"]
-        nulls = {name: None for name in fields if name not in body}
-        assert all({"type": "null"} in fields[name]["anyOf"] for name in nulls) and len(nulls) > 6
-        plain, nulled = caller.good("POST", path, body), caller.good("POST", path, nulls | body)
-        assert plain.get("hits") == nulled.get("hits") and str(plain.get("data"))[:200] == str(nulled.get("data"))[:200]
-    assert caller.post("/search", {"text": "a", "typo": None})[0] == 400
+@pytest.mark.parametrize(
+    ("path", "name", "body"),
+    [("/search", "SearchIn", {"text": "a ring", "k": 3}), ("/v1/embeddings", "EmbeddingsIn", {"input": ["a ring"]})],
+)
+def test_null_is_as_if_left_out(caller: Caller, path: str, name: str, body: dict[str, Any]) -> None:
+    fields = caller.client.get("/openapi.json").json()["components"]["schemas"][name]["properties"]
+    nulls = {name: None for name in fields if name not in body}
+    assert all({"type": "null"} in fields[name]["anyOf"] for name in nulls) and len(nulls) > 6
+    plain, nulled = caller.good("POST", path, body), caller.good("POST", path, nulls | body)
+    assert plain.get("hits") == nulled.get("hits") and str(plain.get("data"))[:200] == str(nulled.get("data"))[:200]
 
 
 def test_every_page_that_can_be_read_can_be_asked_for_by_head(caller: Caller) -> None:
     caller.add({"id": "shown", "image": IMAGE})
-    paths = ["/", "/health", "/ready", "/health/", "/ready/", "/openapi.json", "/static/api.js", "/metrics", "/v1/models",
-             "/v1/models/traceir", "/items", "/items/shown", "/pictures/c2hvd24", "/page/config"]  # fmt: skip
-    for path in paths:
-        headers = {"authorization": f"Bearer {caller.key}"}
-        got, head = caller.client.get(path, headers=headers), caller.client.head(path, headers=headers)
+    key, machine = {"authorization": f"Bearer {caller.key}"}, {"host": "10.0.0.7:8080"}
+    pages = "/ /health /ready /health/ /ready/ /openapi.json /static/api.js /metrics /v1/models /v1/models/traceir /items"
+    for path in (*pages.split(), "/items/shown", "/pictures/c2hvd24", "/page/config"):
+        got, head = caller.client.get(path, headers=key), caller.client.head(path, headers=key)
         assert (got.status_code, head.status_code) == (200, 200), path
         assert head.headers["content-type"] == got.headers["content-type"]
     for path in ("/health", "/ready"):  # by the address of the machine, without a key
-        asked = {"headers": {"host": "10.0.0.7:8080"}}
-        assert caller.client.head(path, **asked).status_code == caller.client.get(path, **asked).status_code == 200
-        assert caller.client.options(path, **asked).headers["allow"] == "GET, HEAD, POST, DELETE"
-    assert caller.client.head("/items", headers={"host": "10.0.0.7:8080"}).status_code == 421
-    assert caller.client.head("/items").status_code == 401 and caller.client.head("/search").status_code == 401
+        assert (
+            caller.client.head(path, headers=machine).status_code == caller.client.get(path, headers=machine).status_code == 200
+        )
+        assert caller.client.options(path, headers=machine).headers["allow"] == "GET, HEAD, POST, DELETE"
+    assert caller.client.head("/items", headers=machine).status_code == 421
+    assert caller.client.head("/items").status_code == caller.client.head("/search").status_code == 401
 
 
 # What callers may not learn
@@ -544,44 +533,39 @@ def test_every_page_that_can_be_read_can_be_asked_for_by_head(caller: Caller) ->
 
 def test_paths_of_the_server_can_be_neither_seen_nor_guessed(caller: Caller) -> None:
     path = str(caller.folder / "secret-place" / "note.txt")
-    guesses: list[Any] = [path, [path], {"gte": "", "lte": "~"}, None]
-    for key in (caller.keys["nobody"], caller.keys["acme"]):
-        caller.key = key
-        for guess in guesses:
+    for key in ("nobody", "acme"):
+        caller.key = caller.keys[key]
+        for guess in (path, [path], {"gte": "", "lte": "~"}, None):
             for name in ("file", "image", "source"):
                 hits = caller.good("POST", "/search", {"text": "a note", "where": {name: guess}, "k": 100})["hits"]
                 assert guess is None or not {"note.txt", "ring.png"} & {hit["id"] for hit in hits}, (name, guess)
             for name in (FILE_FIELD, "_tenant"):
-                status, told = caller.post("/search", {"text": "a note", "where": {"n": 1, name: guess}})
-                assert status == 400 and name in told["error"]["message"]
+                status, answer = caller.post("/search", {"text": "a note", "where": {"n": 1, name: guess}})
+                assert status == 400 and name in answer["error"]["message"]
     caller.key = caller.keys["nobody"]
-    shown = [
-        caller.good("GET", path) for path in ("/items", "/items/note.txt", "/items/ring.png", "/page/config", "/openapi.json")
-    ]
+    shown = [caller.good("GET", path) for path in "/items /items/note.txt /items/ring.png /page/config /openapi.json".split()]
     shown += [caller.good("POST", "/search", body) for body in ({"text": "a note", "k": 100}, {"image": {"item": "ring.png"}})]
     assert "secret-place" not in json.dumps(shown) and str(caller.folder) not in json.dumps(shown)
 
 
-def test_a_file_that_breaks_is_told_without_its_path(caller: Caller, monkeypatch: pytest.MonkeyPatch) -> None:
-    service = caller.server.service
-    assert service is not None
+def test_a_file_that_breaks_is_told_without_its_path(caller: Caller, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     file = caller.folder / "secret-place" / "gone.png"
     file.write_bytes(png("olive"))
-    with open_index(caller.folder / "index", service.scheduler.encoder) as index:
-        add([file], index, service.scheduler.encoder, progress=False)
+    with open_index(caller.folder / "index", encoder) as index:
+        add([file], index, encoder, progress=False)
     check = ImageInput.check
 
-    def lose(self: ImageInput, *given: Any) -> None:
-        """The picture is whole when it is checked, and gone when it is encoded."""
-        check(self, *given)
+    def lose(self: ImageInput, *limits: Any) -> None:
+        """The image is whole when it is checked, and gone when it is encoded."""
+        check(self, *limits)
         file.unlink(missing_ok=True)
 
     monkeypatch.setattr(ImageInput, "check", lose)
     asked = {"image": {"item": "gone.png"}}
     for path, body in (("/search", asked), ("/v1/embeddings", {"input": [asked]}), ("/items", {"items": [{"id": "g", **asked}]})):
         file.write_bytes(png("olive"))
-        told = json.dumps(caller.post(path, body)[1])
-        assert "secret-place" not in told and "of the item" in told, told
+        answer = json.dumps(caller.post(path, body)[1])
+        assert "secret-place" not in answer and "of the item" in answer, answer
 
 
 def test_nobody_learns_what_another_tenant_asked_or_holds(caller: Caller) -> None:
