@@ -21,7 +21,7 @@ from traceir.items import Item, Query
 from traceir.model import TraceModel
 from traceir.serve import bodies, fair
 from traceir.serve.bodies import SMALL, BodyMiddleware
-from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
+from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Slots, Usage, caller, patient
 from traceir.serve.gate import KeyMiddleware, Limits
 from traceir.serve.guard import App, Message, Receive, Send
 from traceir.serve.jobs import BusyError
@@ -76,7 +76,7 @@ async def test_places_and_slots_are_given_in_turn_and_never_lost() -> None:
     places.give("greedy", 5)
     await asyncio.gather(*waiting[6:])
     assert places.of("greedy") == 3
-    slots = Turns(2)
+    slots = Slots(2)
     tasks = [task_of("a", lambda: slots.wait("a")) for _ in range(3)]
     await passes_of_the_loop()
     assert slots.of("a") == 2, "who is alone has both"

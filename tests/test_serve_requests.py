@@ -302,6 +302,7 @@ BAD_ITEMS: dict[str, tuple[str, str]] = {
     "many fields": (json.dumps({"id": "f11", "text": "a", "fields": dict.fromkeys(map(str, range(300)))}), "fields: 300 entries"),
     "fields no object": ('{"id": "f12", "text": "a", "fields": 5}', "fields: a number"),
     "reserved field": ('{"id": "f13", "text": "a", "fields": {"_file": "/etc/passwd"}}', "'_file'"),
+    "tenant's field": ('{"id": "f14", "text": "a", "fields": {"_tenant": "acme"}}', "'_tenant'"),
     "index's field": ('{"id": "f15", "text": "a", "fields": {"modality": "text"}}', "'modality'"),
     "no base64": ('{"id": "p1", "image": {"data": "%%%"}}', "image is not base64"),
     "broken picture": ('{"id": "p2", "image": {"data": "aGVsbG8="}}', "image: "),

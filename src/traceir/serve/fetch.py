@@ -20,7 +20,7 @@ import httpx2
 
 from traceir.errors import InputError
 from traceir.images import ImageInput
-from traceir.serve.fair import Turns
+from traceir.serve.fair import Slots
 from traceir.serve.uploads import UploadValidator
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Fetcher:
         self._limits, self._intake = limits or FetchLimits(), intake or UploadValidator()
         self._allowed = frozenset(_read_host(host) for host in hosts)
         self._resolve, self._transport = resolve or _resolve, transport or _transport()
-        self._gate = Turns(self._limits.at_once)
+        self._gate = Slots(self._limits.at_once)
 
     async def fetch(self, url: str) -> ImageInput:
         """The image at an address. InputError where it is not allowed or cannot be had, ImageError where it is no image.
@@ -85,7 +85,7 @@ class Fetcher:
         """
         target = self.check(url)
         try:
-            async with asyncio.timeout(self._limits.seconds), self._gate.turn():
+            async with asyncio.timeout(self._limits.seconds), self._gate.slot():
                 data = await self._follow(target)
         except TimeoutError as error:
             raise InputError(f"{target.host} did not send the image within {self._limits.seconds:g} seconds") from error

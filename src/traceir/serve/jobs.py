@@ -117,19 +117,19 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer `wanted`."""
+    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer `wanted`.
 
-    def __init__(self) -> None:
+    `pool` is for short work beside it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        self.loop, self.pool = loop, pool
         self._failures, self._failed = 0, 0.0
 
     @property
     def alive(self) -> bool:
         """Whether what was done last did not all fail, or that was a while ago."""
         return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
-
-    def start(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        """Begins to work for jobs of this event loop; `pool` is for short work beside it."""
-        self.loop, self.pool = loop, pool
 
     @abstractmethod
     def route(self, role: Role, route: Route) -> Route:
@@ -167,8 +167,8 @@ class _TaskWorker(Worker):
 
     encoder: EncoderLike
 
-    def __init__(self, encoder: EncoderLike) -> None:
-        super().__init__()
+    def __init__(self, encoder: EncoderLike, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        super().__init__(loop, pool)
         self.encoder = encoder
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -222,8 +222,8 @@ class BatchWorker(_TaskWorker):
     (ModelError) is that of the whole batch. Tokens of prompts are not counted.
     """
 
-    def __init__(self, encoder: EncoderLike) -> None:
-        super().__init__(encoder)
+    def __init__(self, encoder: EncoderLike, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        super().__init__(encoder, loop, pool)
         self.rows: int = getattr(encoder, "batch_rows", ROWS)
         self._free: int = getattr(encoder, "in_flight", 1)
         self._threads = ThreadPoolExecutor(self._free, "encoder")

@@ -44,18 +44,14 @@ class Scheduler:
     """
 
     loop: asyncio.AbstractEventLoop
+    _worker: Worker
 
     def __init__(self, encoder: EncoderLike, *, capacity: int = 512, writing: int = 64, remembered: int = 8192) -> None:
         for name, value, least in (("capacity", capacity, 1), ("writing", writing, 1), ("remembered", remembered, 0)):
             if value < least:
                 raise InputError(f"{name} is {value}; give at least {least}")
-        self.encoder, self.capacity, self.remembered = encoder, capacity, remembered
-        self.pool: ThreadPoolExecutor = FairExecutor(2, "layout")
-        self._worker: Worker
-        if isinstance(encoder, Encoder):
-            self._worker = ModelThread(encoder, writing)
-        else:
-            self._worker = EngineWorker(encoder) if isinstance(encoder, SGLangEncoder) else BatchWorker(encoder)
+        self.encoder, self.capacity, self.writing, self.remembered = encoder, capacity, writing, remembered
+        self.pool = FairExecutor(2, "layout")
         self._places = Places(capacity)
         self._caches: dict[str, OrderedDict[Key, Served]] = {}  # by caller
         self._jobs: dict[Key, Job] = {}
@@ -80,7 +76,12 @@ class Scheduler:
 
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._worker.start(self.loop, self.pool)
+        if isinstance(self.encoder, Encoder):
+            self._worker = ModelThread(self.encoder, self.writing, self.loop, self.pool)
+        elif isinstance(self.encoder, SGLangEncoder):
+            self._worker = EngineWorker(self.encoder, self.loop, self.pool)
+        else:
+            self._worker = BatchWorker(self.encoder, self.loop, self.pool)
 
     async def close(self, seconds: float | None = None) -> None:
         """Takes nothing new, lets what is under way end, closes the worker; what is not done in so many seconds is dropped."""
@@ -200,8 +201,8 @@ class ModelThread(Worker):
     beyond give their cache back, wait, and are prefilled again.
     """
 
-    def __init__(self, encoder: Encoder, writing: int) -> None:
-        super().__init__()
+    def __init__(self, encoder: Encoder, writing: int, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
+        super().__init__(loop, pool)
         self.encoder, self.writing, self.decoder = encoder, writing, encoder.decoder()
         self._own_rows = max(1, writing - writing // 4)  # that one caller may have written, so that others find some free
         self._arrived: Rounds[_Input] = Rounds()
@@ -211,6 +212,7 @@ class ModelThread(Worker):
         self._wake, self._closing = threading.Condition(), False
         self._rows: dict[int, _Input] = {}  # by number: what is being prefilled or written, for the thread alone
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
+        self._thread.start()
 
     @property
     def alive(self) -> bool:
@@ -219,10 +221,6 @@ class ModelThread(Worker):
 
     def route(self, role: Role, route: Route) -> Route:
         return route if self.encoder.model.writes(role) else "direct"
-
-    def start(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        super().start(loop, pool)
-        self._thread.start()
 
     def take(self, job: Job) -> None:
         self._company.note(job.who)

@@ -294,7 +294,7 @@ class Service:
     async def jpeg(self, id: str, side: int) -> bytes:
         """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
         image = await self.read(lambda: image_of_item(id, "image", self.sources))
-        async with self.uploads.decoders.turn():
+        async with self.uploads.decoders.slot():
             with without_paths([image]):
                 return await self.read(lambda: as_jpeg(image, side))
 

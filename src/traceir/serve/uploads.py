@@ -22,7 +22,7 @@ from traceir.errors import ImageError, InputError, StoreError
 from traceir.files import sync_folder, write_whole
 from traceir.images import ImageInput, ImageLimits, file_bytes
 from traceir.index.store import Index
-from traceir.serve.fair import Turns
+from traceir.serve.fair import Slots
 
 LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
 DECODERS: Final = 2  # images decoded at a time to be shown, which bounds memory whatever is asked for
@@ -52,11 +52,11 @@ class Sources:
 class UploadValidator:
     """Validates the images of requests; one for a server, so that its bound on decoding holds for all requests together.
 
-    Whoever decodes an image to show it does so within `decoders.turn()`.
+    Whoever decodes an image to show it does so within `decoders.slot()`.
     """
 
     def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
-        self.limits, self.decoders = limits, Turns(decoders)
+        self.limits, self.decoders = limits, Slots(decoders)
 
     async def take(self, sent: object, place: str, sources: Sources) -> ImageInput:
         """The image that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
