@@ -117,13 +117,11 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes, called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer `wanted`.
+    """What encodes, made and called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer
+    `wanted`; `pool` is for short work beside it."""
 
-    `pool` is for short work beside it.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        self.loop, self.pool = loop, pool
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.loop, self.pool = asyncio.get_running_loop(), pool
         self._failures, self._failed = 0, 0.0
 
     @property
@@ -167,8 +165,8 @@ class _TaskWorker(Worker):
 
     encoder: EncoderLike
 
-    def __init__(self, encoder: EncoderLike, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        super().__init__(loop, pool)
+    def __init__(self, encoder: EncoderLike, pool: ThreadPoolExecutor) -> None:
+        super().__init__(pool)
         self.encoder = encoder
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -222,8 +220,8 @@ class BatchWorker(_TaskWorker):
     (ModelError) is that of the whole batch. Tokens of prompts are not counted.
     """
 
-    def __init__(self, encoder: EncoderLike, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        super().__init__(encoder, loop, pool)
+    def __init__(self, encoder: EncoderLike, pool: ThreadPoolExecutor) -> None:
+        super().__init__(encoder, pool)
         self.rows: int = getattr(encoder, "batch_rows", ROWS)
         self._free: int = getattr(encoder, "in_flight", 1)
         self._threads = ThreadPoolExecutor(self._free, "encoder")

@@ -77,11 +77,11 @@ class Scheduler:
     def start(self) -> None:
         self.loop = asyncio.get_running_loop()
         if isinstance(self.encoder, Encoder):
-            self._worker = ModelThread(self.encoder, self.writing, self.loop, self.pool)
+            self._worker = ModelThread(self.encoder, self.writing, self.pool)
         elif isinstance(self.encoder, SGLangEncoder):
-            self._worker = EngineWorker(self.encoder, self.loop, self.pool)
+            self._worker = EngineWorker(self.encoder, self.pool)
         else:
-            self._worker = BatchWorker(self.encoder, self.loop, self.pool)
+            self._worker = BatchWorker(self.encoder, self.pool)
 
     async def close(self, seconds: float | None = None) -> None:
         """Takes nothing new, lets what is under way end, closes the worker; what is not done in so many seconds is dropped."""
@@ -201,8 +201,8 @@ class ModelThread(Worker):
     beyond give their cache back, wait, and are prefilled again.
     """
 
-    def __init__(self, encoder: Encoder, writing: int, loop: asyncio.AbstractEventLoop, pool: ThreadPoolExecutor) -> None:
-        super().__init__(loop, pool)
+    def __init__(self, encoder: Encoder, writing: int, pool: ThreadPoolExecutor) -> None:
+        super().__init__(pool)
         self.encoder, self.writing, self.decoder = encoder, writing, encoder.decoder()
         self._own_rows = max(1, writing - writing // 4)  # that one caller may have written, so that others find some free
         self._arrived: Rounds[_Input] = Rounds()
@@ -366,7 +366,7 @@ class ModelThread(Worker):
         """
         batches = self._joined(batches)
         while batches:
-            batch = min(batches, key=lambda batch: min(map(self._usage.of, self._callers(batch))))
+            batch = min(batches, key=lambda batch: self._least_used([batch]))
             started, jobs = time.monotonic(), [self._rows[row.number].job for row in batch.rows]
             self._hand_out(self.decoder.step(batch))
             now = time.monotonic()
@@ -381,15 +381,15 @@ class ModelThread(Worker):
                 break
         return batches
 
-    def _callers(self, batch: DecodeBatch) -> set[str]:
-        return {self._rows[row.number].job.who for row in batch.rows}
+    def _least_used(self, batches: Sequence[DecodeBatch]) -> float:
+        """How much of the model that caller has had who has had least."""
+        return min(map(self._usage.of, {self._rows[row.number].job.who for batch in batches for row in batch.rows}))
 
     def _goes_on(self, batches: Sequence[DecodeBatch]) -> bool:
         """Whether some who write have had less of the model than all who wait for a prefill."""
         with self._wake:
             waiting = self._arrived.callers() if self._company.crowded else []
-        having = {who for batch in batches for who in self._callers(batch)}
-        return bool(waiting and having) and min(map(self._usage.of, having)) < min(map(self._usage.of, waiting))
+        return bool(waiting and batches) and self._least_used(batches) < min(map(self._usage.of, waiting))
 
     def _joined(self, batches: list[DecodeBatch]) -> list[DecodeBatch]:
         """The rows that write next, long work as one batch and the others as one; those whose waiters have gone leave."""
