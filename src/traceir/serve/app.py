@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
@@ -53,7 +54,8 @@ class Server:
     `on_failure` is called."""
 
     def __init__(self, config: ServeConfig, make: Callable[[Metrics], Awaitable[Service]]) -> None:
-        self.config, self.make, self.metrics, self.created = config, make, Metrics(), int(time.time())
+        self.config, self.metrics, self.created = config, Metrics(), int(time.time())
+        self.make = partial(make, self.metrics)
         self.keys = KeyRing(config.keys) if config.keys else None
         self.instructions = read_instructions(config.instructions) if config.instructions else None
         self.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
@@ -66,7 +68,7 @@ class Server:
 
     async def load(self) -> None:
         try:
-            self.service = await self.make(self.metrics)
+            self.service = await self.make()
         except Exception as error:  # told by whoever started the server, once it has ended
             self.failed = error
             self.on_failure()
