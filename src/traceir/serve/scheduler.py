@@ -224,7 +224,7 @@ class ModelThread(Worker):
 
     def take(self, job: Job) -> None:
         self._company.note(job.who)
-        self.loop.run_in_executor(self.pool, self._lay_out, job)
+        self.loop.run_in_executor(self.pool, self._lay_out, job).add_done_callback(partial(self._laid_out, job))
 
     async def close(self) -> None:
         with self._wake:
@@ -232,18 +232,20 @@ class ModelThread(Worker):
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
 
-    def _lay_out(self, job: Job) -> None:
-        """In a thread of the pool."""
+    def _lay_out(self, job: Job) -> _Input:
         model, direct = self.encoder.model, job.route == "direct"
-        try:
-            prompt = model.prompt(job.content, direct=direct)
-            layout = model.processor.forced(prompt) if direct else model.processor.lay_out(prompt)
-        except Exception as error:  # of what this input holds
-            self.call(partial(self.fail_all, [job], error, own=False))
-            return
+        prompt = model.prompt(job.content, direct=direct)
+        layout = model.processor.forced(prompt) if direct else model.processor.lay_out(prompt)
         job.prompt_tokens, job.cut = len(layout), layout.cut
+        return _Input(job, job.route, layout, isinstance(job.content, Query) and not prompt.closed)
+
+    def _laid_out(self, job: Job, done: asyncio.Future[_Input]) -> None:
+        """In the event loop, so that the thread wakes to several inputs at a time."""
+        if (error := done.exception()) is not None:
+            self.fail_all([job], error, own=False)
+            return
         with self._wake:
-            self._arrived.put(job.who, _Input(job, job.route, layout, isinstance(job.content, Query) and not prompt.closed))
+            self._arrived.put(job.who, done.result())
             self._wake.notify()
 
     # In the thread
