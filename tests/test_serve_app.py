@@ -1,4 +1,5 @@
-"""The server as a process: OpenAI's, mteb's, LangChain's and LlamaIndex's clients, clients that go away, probes."""
+"""The server over its socket: clients of OpenAI, mteb, LangChain and LlamaIndex, those that go away, probes, and schemathesis,
+which makes requests from the OpenAPI document and holds the answers against it."""
 
 from __future__ import annotations
 
@@ -7,57 +8,35 @@ import base64
 import json
 import socket
 import struct
+import sys
 import time
-import urllib.error
-import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import openai
 import pytest
+import schemathesis
+import torch
 from conftest import Running
-from PIL import Image
+from fake_sglang import served
+from test_serve_requests import CAPTION, IMAGE, INDIRECT, close
 
 from traceir.client import Client
 from traceir.encoder import Encoder
-from traceir.images import ImageInput
 from traceir.items import Item, Query
+from traceir.serve.access import Limits
+from traceir.serve.keys import make_key
+from traceir.serve.limits import Rate
+from traceir.serve.run import ServeConfig, make_application, make_server
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
+
+from benchmarks.hostile import schema_config, try_operation
 
 pytestmark = pytest.mark.slow
-CAPTION = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
-INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
-
-
-def call(url: str, body: Any = None, *, method: str | None = None, key: str | None = None) -> tuple[int, Any]:
-    """Status and JSON of a request."""
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers=headers, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, json.loads(response.read() or b"null")
-    except urllib.error.HTTPError as error:
-        return error.code, json.loads(error.read() or b"null")
-
-
-def close(found: Any, wanted: np.ndarray) -> bool:
-    return float(np.dot(np.asarray(found, dtype=np.float64), wanted)) > 0.99999
-
-
-def test_what_pillow_calls_mpo_is_sent_kept_shown_and_searched_with(running: Running, tmp_path: Path) -> None:
-    path = tmp_path / "two.jpg"
-    Image.new("RGB", (40, 30), "teal").save(path, "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))])
-    with Client(running.url) as client:
-        added = client.add([Item.of(image=ImageInput.open(path), id="stereo")])
-        assert [(one.status, one.error) for one in added] == [("added", None)]
-        shown = client.image(client.get("stereo")).load()
-        assert shown.size == (40, 30) and shown.getpixel((9, 9))[2] > 100
-        found = client.search(
-            Query((ImageInput.open(path), "the same", ImageInput.open(path)), target="image"), k=1, route="direct"
-        )
-        assert found.hits[0].modality == "image"
-        assert client.delete(["stereo"]) == 1
 
 
 def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: Encoder) -> None:
@@ -71,11 +50,11 @@ def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: En
     texts = ["a white ring", INDIRECT]
     found = model.encode(DataLoader(Dataset.from_dict({"text": texts}), batch_size=2), show_progress_bar=False, **about)
     wanted = encoder.encode_queries([Query.of(text=text) for text in texts])
-    assert all(close(one, encoding.vector) for one, encoding in zip(found, wanted, strict=True))
-    picture = running.items[3].images[0]
-    pictures = [{"text": ["swap the left two"], "image": [picture.load()]}]
-    (shown,) = model.encode(DataLoader(pictures, batch_size=None), show_progress_bar=False, **about)
-    encoding = encoder.encode_queries([Query.of(image=picture, text="swap the left two")])[0]
+    assert all(close(vector, encoding.vector) for vector, encoding in zip(found, wanted, strict=True))
+    image = running.items[3].images[0]
+    both = [{"text": ["swap the left two"], "image": [image.load()]}]
+    (shown,) = model.encode(DataLoader(both, batch_size=None), show_progress_bar=False, **about)
+    encoding = encoder.encode_queries([Query.of(image=image, text="swap the left two")])[0]
     assert float(np.dot(shown, encoding.vector)) > 0.99
 
 
@@ -87,49 +66,53 @@ def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -
     assert close(TraceEmbeddings.of_server(running.url).embed_query(CAPTION), wanted)
     assert close(TraceEmbedding.of_server(running.url).get_query_embedding(CAPTION), wanted)
     found = TraceRetriever(source=Client(running.url), k=3).invoke(CAPTION)
-    assert [one.id for one in found] == [hit["id"] for hit in call(f"{running.url}/search", {"text": CAPTION, "k": 3})[1]["hits"]]
+    hits = httpx.post(f"{running.url}/search", json={"text": CAPTION, "k": 3}, timeout=60).json()["hits"]
+    assert [document.id for document in found] == [hit["id"] for hit in hits]
 
 
-def metric(url: str, name: str) -> float:
-    """The sum of a counter's lines that begin so."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=60) as response:
-        lines = response.read().decode().splitlines()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+def send(url: str, request: str) -> socket.socket:
+    """A connection on which a request was sent as it is."""
+    host, port = url.removeprefix("http://").split("/")[0].split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(request.encode())
+    return connection
 
 
 def test_a_client_that_goes_away_takes_its_inputs_along(running: Running) -> None:
-    reasoned = 'traceir_encoded_total{role="query",route="reason"}'
-    before = metric(running.url, reasoned)
-    texts = [f"{INDIRECT} Number {number}." for number in range(256)]
-    body = json.dumps({"input": texts, "input_type": "query", "route": "reason"}).encode()
-    host, port = running.url.removeprefix("http://").split(":")
-    head = (
-        f"POST /v1/embeddings HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(head.encode() + body)
-        while metric(running.url, "traceir_inputs_under_way") == 0:
+    def metric(name: str) -> float:
+        """The sum of a counter's lines that begin so."""
+        lines = httpx.get(f"{running.url}/metrics", timeout=60).text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+    def wait(reached: Callable[[], bool]) -> None:
+        until = time.monotonic() + 60
+        while not reached():
+            assert time.monotonic() < until
             time.sleep(0.05)
-    while metric(running.url, "traceir_inputs_under_way") > 0:
-        time.sleep(0.05)
-    until = time.monotonic() + 20
-    while not (gone := metric(running.url, 'traceir_requests_total{path="/v1/embeddings",status="499"}')):
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    assert gone == 1 and metric(running.url, reasoned) - before < len(texts)
+
+    reasoned = 'traceir_encoded_total{role="query",route="reason"}'
+    before = metric(reasoned)
+    texts = [f"{INDIRECT} Number {number}." for number in range(256)]
+    body = json.dumps({"input": texts, "input_type": "query", "route": "reason"})
+    head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    with send(running.url, f"POST /v1/embeddings HTTP/1.1\r\n{head}\r\n\r\n{body}"):
+        wait(lambda: metric("traceir_inputs_under_way") > 0)
+    wait(lambda: metric("traceir_inputs_under_way") == 0)
+    wait(lambda: metric('traceir_requests_total{path="/v1/embeddings",status="499"}') == 1)
+    assert metric(reasoned) - before < len(texts)
 
 
 @pytest.mark.parametrize("options", [{}, {"encoding_format": "float"}, {"encoding_format": "base64"}, {"encoding_format": None}])
 def test_openais_clients_drive_it_whatever_they_send(running: Running, encoder: Encoder, options: dict[str, Any]) -> None:
     wanted = encoder.encode_items([Item.of(text="a white ring")])[0].vector
-    given: dict[str, Any] = {
+    sent: dict[str, Any] = {
         "model": "traceir", "input": "a white ring", "user": "somebody", "extra_headers": {"x-more": "1"}, "dimensions": None,
         "extra_body": {"input_type": None, "priority": 3}, "extra_query": {"version": "1"}, **options,
     }  # fmt: skip
     about: dict[str, Any] = {"base_url": f"{running.url}/v1/", "api_key": "k", "organization": "o", "project": "p"}
     client = openai.OpenAI(**about)
-    found = client.embeddings.create(**given)
-    vector = found.data[0].embedding
+    answer = client.embeddings.create(**sent)
+    vector = answer.data[0].embedding
     raw = struct.unpack(f"<{len(wanted)}f", base64.b64decode(vector)) if isinstance(vector, str) else vector
     assert close(raw, wanted) and client.models.retrieve("traceir").id == "traceir"
     with pytest.raises(openai.NotFoundError, match="else"):
@@ -139,9 +122,9 @@ def test_openais_clients_drive_it_whatever_they_send(running: Running, encoder: 
 
     async def ask() -> Any:
         async with openai.AsyncOpenAI(**about) as other:
-            return await other.embeddings.create(**given)
+            return await other.embeddings.create(**sent)
 
-    assert asyncio.run(ask()).usage == found.usage
+    assert asyncio.run(ask()).usage == answer.usage
 
 
 @pytest.mark.parametrize(
@@ -156,9 +139,66 @@ def test_openais_clients_drive_it_whatever_they_send(running: Running, encoder: 
     ],
 )  # fmt: skip
 def test_probes_are_answered(running: Running, asked: str, status: int) -> None:
-    host, port = running.url.removeprefix("http://").split("/")[0].split(":")
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
-        connection.sendall(f"{asked}\r\nConnection: close\r\n\r\n".encode())
+    with send(running.url, f"{asked}\r\nConnection: close\r\n\r\n") as connection:
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     assert int(head.split()[1]) == status and not (body and asked.startswith("HEAD")), answer
+
+
+# The OpenAPI document
+
+CUP = {"id": "cup", "text": "a red cup", "image": IMAGE, "fields": {"shelf": 2.5}}
+GOOD: dict[str, dict[str, Any]] = {
+    **{f"GET /{path}": {} for path in ("health", "ready", "metrics", "v1/models", "page/config")},
+    "GET /v1/models/{id}": {"path_parameters": {"id": "traceir"}},
+    "POST /items": {"body": {"items": [CUP, {"id": "a/b", "text": "a red cup"}, {"id": "nothing"}]}},
+    "POST /v1/embeddings": {"body": {"input": ["a red cup", {"image": IMAGE["data"]}], "encoding_format": "base64"}},
+    "POST /search": {"body": {"image": IMAGE, "text": "the same in blue", "k": 3.0, "where": {"shelf": [1, 2.5]}}},
+    "POST /search/stream": {"body": {"parts": ["a red cup", {"item": "cup"}], "modality": "text"}},
+    "GET /items": {"query": {"limit": 1}},
+    "GET /items/{id}": {"path_parameters": {"id": "a/b"}},
+    "GET /pictures/{name}": {"path_parameters": {"name": "Y3Vw"}, "query": {"side": 16}},
+    "DELETE /items/{id}": {"path_parameters": {"id": "a/b"}},
+    "DELETE /items": {"body": {"ids": ["cup", "nowhere"]}},
+}
+"""A request of each operation that is granted, in an order that makes it so."""
+Tried = tuple[schemathesis.BaseSchema, dict[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def subnormal_numbers() -> None:
+    """Hypothesis wants them; what trains or measures in this process before may have switched them off."""
+    torch.set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def tried(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tried]:
+    """The document of an application in this process, with keys but no limit on wrong ones, and the headers of a caller."""
+    folder = tmp_path_factory.mktemp("schema")
+    config = ServeConfig(str(folder / "index"), keys=folder / "keys.json")
+    key = make_key(folder / "keys.json", "all", scopes=("read", "write"))
+    server = make_server(config, lambda: encoder)
+    server.limits = Limits(None, None, Rate(1e6, 1e6))
+    with served(make_application(config, server), lifespan="on") as url:
+        while server.service is None:
+            assert server.failed is None
+            time.sleep(0.05)
+        schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=schema_config(seed=0, strangers=True))
+        yield schema, {"Authorization": f"Bearer {key}"}
+
+
+def test_the_document_names_every_operation(tried: Tried) -> None:
+    paths = tried[0].raw_schema["paths"]
+    assert {f"{method.upper()} {path}" for path, methods in paths.items() for method in methods} == set(GOOD)
+
+
+@pytest.mark.parametrize("label", GOOD)
+def test_the_answer_is_as_documented_to_what_is_right_and_to_whatever_else(tried: Tried, label: str) -> None:
+    (document, headers), (method, path) = tried, label.split()
+    operation = document[path][method]
+
+    def validate(case: schemathesis.Case) -> None:
+        case.call_and_validate(headers=headers)
+
+    assert operation.Case(**GOOD[label]).call_and_validate(headers=headers).status_code == 200
+    try_operation(operation, 25, validate)

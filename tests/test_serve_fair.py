@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -13,30 +12,21 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from conftest import Running
+from conftest import in_loop
 from fakes import FakeEncoder
-from test_serve_app import call
 from test_serve_safety import HOST, KIND, ask, bearer
 
 from traceir.encoder import Encoder
-from traceir.errors import InputError
-from traceir.items import Hit, Item, Query
+from traceir.items import Item, Query
 from traceir.model import TraceModel
-from traceir.serve import bodies, fair, service
+from traceir.serve import bodies, fair
 from traceir.serve.access import KeyMiddleware, Limits
 from traceir.serve.bodies import SMALL, BodyMiddleware
-from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Turns, Usage, caller, patient
+from traceir.serve.fair import FairExecutor, Places, Rounds, Shares, Slots, Usage, caller, patient
 from traceir.serve.jobs import BusyError
 from traceir.serve.keys import KeyRing, make_key
 from traceir.serve.scheduler import Scheduler
-from traceir.serve.schemas import SearchIn
 from traceir.serve.security import App, Message, Receive, Send
-from traceir.serve.service import check_answer
-from traceir.serve.strict import UnreadableError, read_body
-
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 60))
 
 
 def acting(who: str, work: Callable[..., Any], *given: Any) -> Any:
@@ -55,7 +45,7 @@ def task_of(who: str, work: Callable[[], Coroutine[Any, Any, Any]], *, long: boo
     return asyncio.create_task(act())
 
 
-async def turns_of_the_loop() -> None:
+async def passes_of_the_loop() -> None:
     for _ in range(9):
         await asyncio.sleep(0)
 
@@ -72,35 +62,33 @@ def test_a_share_leaves_as_much_as_it_takes() -> None:
     assert small.take("one") and not small.take("two")
 
 
-def test_places_and_turns_are_given_in_turn_and_never_lost() -> None:
-    async def work() -> None:
-        places = Places(12)
-        waiting = [task_of("greedy", lambda: places.wait("greedy"), long=True) for _ in range(9)]
-        await asyncio.sleep(0)
-        assert places.of("greedy") == 4 and places.take("greedy") and places.take("other")
-        await task_of("late", lambda: places.wait("late"))
-        for one in waiting[:6]:
-            one.cancel()  # some have their place, some still wait
-        await asyncio.gather(*waiting[:6], return_exceptions=True)
-        assert places.of("greedy") == 5, "who was cancelled after it got a place keeps it, since it has run on"
-        places.give("greedy", 5)
-        await asyncio.gather(*waiting[6:])
-        assert places.of("greedy") == 3
-        turns = Turns(2)
-        alone = [task_of("a", lambda: turns.wait("a")) for _ in range(3)]
-        await turns_of_the_loop()
-        assert turns.of("a") == 2, "who is alone has both"
-        other = [task_of("b", lambda: turns.wait("b")) for _ in range(2)]
-        await asyncio.sleep(0)
-        turns.give("a")
-        await other[0]
-        turns.give("a")
-        await asyncio.sleep(0)
-        assert turns.of("a") == turns.of("b") == 1
-        for one in [*alone, *other]:
-            one.cancel()
-
-    run(work())
+@in_loop
+async def test_places_and_slots_are_given_in_turn_and_never_lost() -> None:
+    places = Places(12)
+    waiting = [task_of("greedy", lambda: places.wait("greedy"), long=True) for _ in range(9)]
+    await asyncio.sleep(0)
+    assert places.of("greedy") == 4 and places.take("greedy") and places.take("other")
+    await task_of("late", lambda: places.wait("late"))
+    for task in waiting[:6]:
+        task.cancel()  # some have their place, some still wait
+    await asyncio.gather(*waiting[:6], return_exceptions=True)
+    assert places.of("greedy") == 5, "who was cancelled after it got a place keeps it, since it has run on"
+    places.give("greedy", 5)
+    await asyncio.gather(*waiting[6:])
+    assert places.of("greedy") == 3
+    slots = Slots(2)
+    tasks = [task_of("a", lambda: slots.wait("a")) for _ in range(3)]
+    await passes_of_the_loop()
+    assert slots.of("a") == 2, "who is alone has both"
+    tasks += [task_of("b", lambda: slots.wait("b")) for _ in range(2)]
+    await asyncio.sleep(0)
+    slots.give("a")
+    await tasks[3]
+    slots.give("a")
+    await asyncio.sleep(0)
+    assert slots.of("a") == slots.of("b") == 1
+    for task in tasks:
+        task.cancel()
 
 
 def test_threads_work_for_one_caller_after_the_other_and_one_is_left_for_others() -> None:
@@ -124,7 +112,8 @@ def test_threads_work_for_one_caller_after_the_other_and_one_is_left_for_others(
     assert next(iter(rounds)) == "b1"
 
 
-def test_usage_is_forgotten_by_half_and_bodies_have_pauses_while_another_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_loop
+async def test_usage_is_forgotten_by_half_and_bodies_have_pauses_while_another_asks() -> None:
     now = 0.0
     usage = Usage(lambda: now)
     usage.add("a", 4.0)
@@ -140,60 +129,53 @@ def test_usage_is_forgotten_by_half_and_bodies_have_pauses_while_another_asks(mo
         slept.append(round(seconds, 1))
         await sleep(0)
 
-    async def work() -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bodies, "CROWDED_RATE", SMALL * 32)
         crowd = Crowd(BodyMiddleware(answering(0)))
+        patched.setattr(bodies.asyncio, "sleep", noted)
         for who, size in (("greedy", 16), ("greedy", 16), ("other", 0), *[("greedy", 160)] * 3, ("other", 0)):
             await crowd.ask(who, SMALL * size)
-
-    monkeypatch.setattr(bodies, "CROWDED_RATE", SMALL * 32)
-    monkeypatch.setattr(bodies.asyncio, "sleep", noted)
-    run(work())
     assert slept == [0.0, 0.0, 5.0, 10.0, 0.0], "who is alone has none"
 
 
 # The scheduler's places
 
 
-def test_one_caller_does_not_take_the_whole_capacity_nor_what_is_remembered_for_another() -> None:
-    async def work() -> None:
-        scheduler = Scheduler(FakeEncoder(delay=0.01), capacity=32, remembered=4)
-        scheduler.start()
+@in_loop
+async def test_one_caller_does_not_take_the_whole_capacity_nor_what_is_remembered_for_another() -> None:
+    scheduler = Scheduler(FakeEncoder(delay=0.01), capacity=32, remembered=4)
+    scheduler.start()
 
-        async def asked(who: str, text: str, *, long: bool = False) -> bool:
-            return bool((await task_of(who, lambda: scheduler.encode_item(Item.of(text=text)), long=long)).cached)
+    async def cached(who: str, text: str, *, long: bool = False) -> bool:
+        return bool((await task_of(who, lambda: scheduler.encode_item(Item.of(text=text)), long=long)).cached)
 
-        assert not await asked("quiet", "a red ring")
-        attack = [asyncio.ensure_future(asked("greedy", f"ring {number}", long=True)) for number in range(120)]
-        await turns_of_the_loop()
-        assert not await asked("other", "a blue ring")
-        assert not any(await asyncio.gather(*attack)), "long work waits and is done"
-        crowd = [asyncio.ensure_future(asked("rude", f"cup {number}")) for number in range(40)]
-        await asyncio.sleep(0)
-        assert not await asked("other", "a last ring")
-        busy = [one for one in await asyncio.gather(*crowd, return_exceptions=True) if isinstance(one, BusyError)]
-        assert len(busy) == 40 - 16 and "of them yours" in str(busy[0])
-        assert await asked("quiet", "a red ring") and scheduler.under_way == scheduler._places.held == 0
-        await scheduler.close()
-
-    run(work())
+    assert not await cached("quiet", "a red ring")
+    attack = [asyncio.ensure_future(cached("greedy", f"ring {number}", long=True)) for number in range(120)]
+    await passes_of_the_loop()
+    assert not await cached("other", "a blue ring")
+    assert not any(await asyncio.gather(*attack)), "long work waits and is done"
+    crowd = [asyncio.ensure_future(cached("rude", f"cup {number}")) for number in range(40)]
+    await asyncio.sleep(0)
+    assert not await cached("other", "a last ring")
+    busy = [error for error in await asyncio.gather(*crowd, return_exceptions=True) if isinstance(error, BusyError)]
+    assert len(busy) == 40 - 16 and "of them yours" in str(busy[0])
+    assert await cached("quiet", "a red ring") and scheduler.under_way == scheduler._places.held == 0
+    await scheduler.close()
 
 
 @pytest.mark.slow
-def test_rows_of_one_caller_leave_room_to_write_for_another(model: TraceModel, queries: list[Query]) -> None:
+@in_loop
+async def test_rows_of_one_caller_leave_room_to_write_for_another(model: TraceModel, queries: list[Query]) -> None:
     wanted = Encoder(model).encode_queries(queries, route="reason")
-
-    async def work() -> None:
-        scheduler = Scheduler(Encoder(model), writing=4, remembered=0)
-        scheduler.start()
-        asked = [
-            task_of(who, lambda q=query: scheduler.encode_query(q, "reason"), long=who == "greedy")
-            for query, who in zip(queries, ["greedy", "greedy", "other"] * len(queries), strict=False)
-        ]
-        for one, alone in zip(await asyncio.gather(*asked), wanted, strict=True):
-            assert float(np.dot(one.encoding.vector, alone.vector)) > 0.99999 and one.encoding.reasoning == alone.reasoning
-        await scheduler.close()
-
-    run(work())
+    scheduler = Scheduler(Encoder(model), writing=4, remembered=0)
+    scheduler.start()
+    tasks = [
+        task_of(who, lambda q=query: scheduler.encode_query(q, "reason"), long=who == "greedy")
+        for query, who in zip(queries, ["greedy", "greedy", "other"] * len(queries), strict=False)
+    ]
+    for served, alone in zip(await asyncio.gather(*tasks), wanted, strict=True):
+        assert float(np.dot(served.encoding.vector, alone.vector)) > 0.99999 and served.encoding.reasoning == alone.reasoning
+    await scheduler.close()
 
 
 # Requests and bytes
@@ -242,48 +224,46 @@ def answering(size: int, wait: Callable[[], Any] | None = None) -> App:
     return app
 
 
-def test_bodies_and_untaken_answers_of_one_caller_leave_room_for_another() -> None:
-    async def work() -> None:
-        guard = BodyMiddleware(answering(0), most=SMALL * 4, together=SMALL * 16)
-        crowd = Crowd(guard)
-        endless = [crowd.ask("greedy", SMALL * 4, ends=False) for _ in range(6)]
-        await turns_of_the_loop()
-        assert crowd.statuses == {("greedy", 429): 4} and guard.shares.held == SMALL * 8
-        await crowd.ask("other", SMALL * 3)
-        for task in endless:
-            task.cancel()
-        await asyncio.gather(*endless, return_exceptions=True)
-        assert guard.shares.held == 0
-        await crowd.ask("greedy", SMALL * 3)
-        assert crowd.statuses == {("greedy", 429): 4, ("other", 200): 1, ("greedy", 200): 1}
-        guard = BodyMiddleware(answering(SMALL * 4), together=SMALL * 16)
-        crowd = Crowd(guard)
-        deaf = [crowd.ask("deaf") for _ in range(9)]
-        await turns_of_the_loop()
-        assert crowd.statuses == {("deaf", 200): 2, ("deaf", 429): 7} and guard.shares.held == SMALL * 8
-        await crowd.ask("other")
-        assert crowd.statuses["other", 200] == 1 and crowd.taken["other"] == SMALL * 4
-        crowd.reads.set()
-        await asyncio.gather(*deaf)
-        assert guard.shares.held == 0
-
-    run(work())
+@in_loop
+async def test_bodies_and_untaken_answers_of_one_caller_leave_room_for_another() -> None:
+    middleware = BodyMiddleware(answering(0), most=SMALL * 4, together=SMALL * 16)
+    crowd = Crowd(middleware)
+    endless = [crowd.ask("greedy", SMALL * 4, ends=False) for _ in range(6)]
+    await passes_of_the_loop()
+    assert crowd.statuses == {("greedy", 429): 4} and middleware.shares.held == SMALL * 8
+    await crowd.ask("other", SMALL * 3)
+    for task in endless:
+        task.cancel()
+    await asyncio.gather(*endless, return_exceptions=True)
+    assert middleware.shares.held == 0
+    await crowd.ask("greedy", SMALL * 3)
+    assert crowd.statuses == {("greedy", 429): 4, ("other", 200): 1, ("greedy", 200): 1}
+    middleware = BodyMiddleware(answering(SMALL * 4), together=SMALL * 16)
+    crowd = Crowd(middleware)
+    deaf = [crowd.ask("deaf") for _ in range(9)]
+    await passes_of_the_loop()
+    assert crowd.statuses == {("deaf", 200): 2, ("deaf", 429): 7} and middleware.shares.held == SMALL * 8
+    await crowd.ask("other")
+    assert crowd.statuses["other", 200] == 1 and crowd.taken["other"] == SMALL * 4
+    crowd.reads.set()
+    await asyncio.gather(*deaf)
+    assert middleware.shares.held == 0
 
 
-def test_requests_of_one_key_leave_room_for_another_and_without_keys_an_address_is_the_caller(tmp_path: Path) -> None:
+@in_loop
+async def test_requests_of_one_key_leave_room_for_another(tmp_path: Path) -> None:
     keys = {name: make_key(tmp_path / "keys.json", name) for name in ("greedy", "other")}
+    answered = asyncio.Event()
+    crowd = Crowd(KeyMiddleware(answering(2, answered.wait), KeyRing(tmp_path / "keys.json"), Limits(), together=8))
+    tasks = [crowd.ask(name, key=keys[name]) for name in ["greedy"] * 9 + ["other"]]
+    await passes_of_the_loop()
+    assert crowd.statuses == {("greedy", 429): 5}
+    answered.set()
+    await asyncio.gather(*tasks)
+    assert crowd.statuses == {("greedy", 429): 5, ("greedy", 200): 4, ("other", 200): 1}
 
-    async def work() -> None:
-        answered = asyncio.Event()
-        crowd = Crowd(KeyMiddleware(answering(2, answered.wait), KeyRing(tmp_path / "keys.json"), Limits(), together=8))
-        asked = [crowd.ask(name, key=keys[name]) for name in ["greedy"] * 9 + ["other"]]
-        await turns_of_the_loop()
-        assert crowd.statuses == {("greedy", 429): 5}
-        answered.set()
-        await asyncio.gather(*asked)
-        assert crowd.statuses == {("greedy", 429): 5, ("greedy", 200): 4, ("other", 200): 1}
 
-    run(work())
+def test_without_keys_an_address_is_the_caller() -> None:
     seen: list[str] = []
 
     async def noting(scope: Message, receive: Receive, send: Send) -> None:
@@ -293,32 +273,3 @@ def test_requests_of_one_key_leave_room_for_another_and_without_keys_an_address_
     for address in ("127.0.0.1", "127.0.0.2", "2001:db8:1:2:3::4"):
         ask(KeyMiddleware(noting, None, Limits()), "POST", "/search", [HOST, KIND], client=address)
     assert seen == ["127.0.0.1", "127.0.0.2", "2001:db8:1:2::/64"]
-
-
-def test_an_answer_or_a_filter_of_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    hit = Hit("a", 1.0, 1, "text", "ä" * 1000, None, {"n": 1, "t": "b" * 100})
-    monkeypatch.setattr(service, "MAX_ANSWER", 4000)
-    check_answer([hit])
-    with pytest.raises(InputError, match=r"the 2 hits hold 4208 bytes.*offset"):
-        check_answer([hit, hit])
-    body = {"text": "a ring", "where": {f"f{number}": ["a"] * 9_000 for number in range(10)}}
-    with pytest.raises(UnreadableError, match="the body holds more than 60000 texts; send it in parts"):
-        read_body(json.dumps(body).encode(), SearchIn)
-
-
-@pytest.mark.slow
-def test_an_answer_of_many_long_items_is_refused_or_ends_early(running: Running) -> None:
-    text = "wörter " * 4600
-    items = [{"id": f"long-{number:03}", "text": "ring", "fields": {f"f{n}": text for n in range(24)}} for number in range(8)]
-    for start in range(0, 8, 4):
-        assert call(f"{running.url}/items", {"items": items[start : start + 4]})[0] == 200
-    status, told = call(f"{running.url}/search", {"text": "ring", "k": 1000})
-    assert status == 400 and "ask for fewer" in told["error"]["message"]
-    found: list[str] = []
-    more = True
-    while more:
-        status, page = call(f"{running.url}/items?after={found[-1] if found else 'long'}&limit=1000")
-        assert status == 200 and len(json.dumps(page)) < 8 * 1024 * 1024
-        found, more = found + [one["id"] for one in page["items"]], page["more"]
-    assert [id for id in found if id.startswith("long-")] == [one["id"] for one in items]
-    assert call(f"{running.url}/items", {"ids": [one["id"] for one in items]}, method="DELETE")[1] == {"deleted": 8}

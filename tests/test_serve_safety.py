@@ -32,12 +32,11 @@ from traceir.serve import fetch
 from traceir.serve.access import KeyMiddleware, Limits, scope_needed
 from traceir.serve.bodies import MAX_DEPTH, BodyMiddleware, parse_json
 from traceir.serve.fetch import Fetcher, FetchLimits, is_public
-from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.keys import KeyRing, Principal, list_keys, make_key, revoke_key
 from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.security import AccessRules, Message, Receive, Refusal, SecurityMiddleware, Send
 from traceir.serve.tenants import FIELD, PREFIX, TenantIndex
-from traceir.serve.uploads import LIMITS, Sources, UploadValidator, bytes_of_base64, image_in_folders
+from traceir.serve.uploads import LIMITS, ImageFolder, Sources, UploadValidator, as_jpeg, bytes_of_base64, image_in_folders
 
 PUBLIC = "93.184.215.14"
 

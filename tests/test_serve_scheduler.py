@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import in_loop
 
 from traceir.decoding import Decoder
 from traceir.encoder import Encoder
@@ -19,9 +20,7 @@ from traceir.model import TraceModel
 from traceir.serve.jobs import FAILURES, BusyError, LateError, Progress
 from traceir.serve.scheduler import Scheduler
 
-
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(asyncio.wait_for(work, 60))
+ROUTE_OF: list[Route] = ["auto", "reason", "direct"]
 
 
 @asynccontextmanager
@@ -30,6 +29,7 @@ async def scheduling(model: TraceModel, **options: Any) -> AsyncIterator[Schedul
     scheduler.start()
     try:
         yield scheduler
+        assert scheduler.under_way == 0
     finally:
         await scheduler.close()
 
@@ -39,121 +39,88 @@ def same(found: Encoding, wanted: Encoding) -> bool:
     return cosine > 0.99999 and (found.route, found.reasoning, found.tokens) == (wanted.route, wanted.reasoning, wanted.tokens)
 
 
-ROUTE_OF: list[Route] = ["auto", "reason", "direct"]
-
-
-def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceModel, queries: list[Query]) -> None:
-    queries = queries[::2] + queries[1::6]
-    encoder = Encoder(model)
-    wanted = {
-        (query.content_hash(), route): encoder.encode_queries([query], route=route)[0] for query in queries for route in ROUTE_OF
-    }
+@in_loop
+async def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceModel, queries: list[Query]) -> None:
+    queries, encoder = queries[::2] + queries[1::6], Encoder(model)
+    wanted = {(query, route): encoder.encode_queries([query], route=route)[0] for query in queries for route in ROUTE_OF}
     items = [Item(query.parts) for query in queries]
     wanted_items = encoder.encode_items(items)
 
-    async def work() -> None:
-        async with scheduling(model, writing=4, remembered=0) as scheduler:
+    async def ask(query: Query, route: Route, wait: float) -> None:
+        await asyncio.sleep(wait)
+        served = await scheduler.encode_query(query, route)
+        assert same(served.encoding, wanted[query, route]), (route, query)
+        assert served.encoding.vector.base is None, "what is remembered holds no other memory"
 
-            async def ask(query: Query, route: Route, wait: float) -> None:
-                await asyncio.sleep(wait)
-                served = await scheduler.encode_query(query, route)
-                assert same(served.encoding, wanted[query.content_hash(), route]), (route, query)
+    async def add(number: int) -> None:
+        served = await scheduler.encode_item(items[number])
+        assert same(served.encoding, wanted_items[number]) and served.encoding.emb_probability == 1.0
+        assert served.encoding.vector.base is None
 
-            async def add(number: int) -> None:
-                served = await scheduler.encode_item(items[number])
-                assert same(served.encoding, wanted_items[number])
-
-            asked = [ask(query, route, 0.003 * place) for place, query in enumerate(queries) for route in ROUTE_OF]
-            await asyncio.gather(*asked, *(add(number) for number in range(len(items))))
-            assert scheduler.under_way == 0
-
-    run(work())
+    async with scheduling(model, writing=4, remembered=0) as scheduler:
+        asked = [ask(query, route, 0.003 * place) for place, query in enumerate(queries) for route in ROUTE_OF]
+        await asyncio.gather(*asked, *(add(number) for number in range(len(items))))
 
 
-def test_equal_queries_at_a_time_are_one_and_later_ones_are_remembered(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            together = await asyncio.gather(*(scheduler.encode_query(queries[1], "reason") for _ in range(5)))
-            assert len({id(served.encoding) for served in together}) == 1 and not any(served.cached for served in together)
-            again = await scheduler.encode_query(queries[1], "reason")
-            assert again.cached and again.encoding is together[0].encoding
-            assert not (await scheduler.encode_query(queries[1], "direct")).cached, "another route is another encoding"
-
-    run(work())
+@in_loop
+async def test_equal_queries_at_a_time_are_one_and_later_ones_are_remembered(model: TraceModel, queries: list[Query]) -> None:
+    async with scheduling(model) as scheduler:
+        together = await asyncio.gather(*(scheduler.encode_query(queries[1], "reason") for _ in range(5)))
+        assert len({id(served.encoding) for served in together}) == 1 and not any(served.cached for served in together)
+        again = await scheduler.encode_query(queries[1], "reason")
+        assert again.cached and again.encoding is together[0].encoding
+        assert not (await scheduler.encode_query(queries[1], "direct")).cached, "another route is another encoding"
 
 
-def test_beyond_the_capacity_is_refused_at_once_and_the_rest_is_answered(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        async with scheduling(model, capacity=4) as scheduler:
-            found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
-            busy = [one for one in found if isinstance(one, BusyError)]
-            assert len(busy) == len(queries) - 4 and all(one.retry_after_s > 0 for one in busy)
-            assert not (await scheduler.encode_query(queries[-1], "reason")).cached
-
-    run(work())
+@in_loop
+async def test_beyond_the_capacity_is_refused_at_once_and_the_rest_is_answered(model: TraceModel, queries: list[Query]) -> None:
+    async with scheduling(model, capacity=4) as scheduler:
+        found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
+        busy = [error for error in found if isinstance(error, BusyError)]
+        assert len(busy) == len(queries) - 4 and all(error.retry_after_s > 0 for error in busy)
+        assert not (await scheduler.encode_query(queries[-1], "reason")).cached
 
 
-def test_who_leaves_takes_the_row_along_and_disturbs_nobody(model: TraceModel, queries: list[Query]) -> None:
+@in_loop
+async def test_who_leaves_takes_the_row_along_and_disturbs_nobody(model: TraceModel, queries: list[Query]) -> None:
     wanted = Encoder(model).encode_queries(queries, route="reason")
-
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            tasks = [asyncio.create_task(scheduler.encode_query(query, "reason")) for query in queries]
-            twin = asyncio.create_task(scheduler.encode_query(queries[0], "reason"))
-            while scheduler.under_way < len(queries):
-                await asyncio.sleep(0.001)
-            for task in tasks[::2]:
-                task.cancel()
-            found = await asyncio.gather(*tasks, return_exceptions=True)
-            for place, one in enumerate(found):
-                if place % 2 == 0:
-                    assert isinstance(one, asyncio.CancelledError)
-                else:
-                    assert not isinstance(one, BaseException) and same(one.encoding, wanted[place])
-            assert same((await twin).encoding, wanted[0]), "another waits for the same query"
-            assert scheduler.under_way == 0
-
-    run(work())
+    async with scheduling(model) as scheduler:
+        tasks = [asyncio.create_task(scheduler.encode_query(query, "reason")) for query in queries]
+        twin = asyncio.create_task(scheduler.encode_query(queries[0], "reason"))
+        while scheduler.under_way < len(queries):
+            await asyncio.sleep(0.001)
+        for task in tasks[::2]:
+            task.cancel()
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in found[::2])
+        for result, alone in zip(found[1::2], wanted[1::2], strict=True):
+            assert not isinstance(result, BaseException) and same(result.encoding, alone)
+        assert same((await twin).encoding, wanted[0]), "another waits for the same query"
 
 
-def test_a_deadline_ends_one_request_alone(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            with pytest.raises(LateError):
-                await scheduler.encode_query(queries[0], "reason", seconds=1e-9)
-            assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
-
-    run(work())
-
-
-def test_a_broken_image_fails_its_own_request(model: TraceModel, queries: list[Query]) -> None:
+@in_loop
+async def test_a_deadline_or_a_broken_image_ends_one_request_alone(model: TraceModel, queries: list[Query]) -> None:
     broken = Query.of(image=ImageInput.from_bytes(b"not a picture", name="broken"))
-
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            found = await asyncio.gather(
-                scheduler.encode_query(broken), scheduler.encode_query(queries[0]), return_exceptions=True
-            )
-            assert isinstance(found[0], ImageError) and not isinstance(found[1], BaseException)
-
-    run(work())
+    async with scheduling(model) as scheduler:
+        late = scheduler.encode_query(queries[0], "reason", seconds=1e-9)
+        others = scheduler.encode_query(broken), scheduler.encode_query(queries[1])
+        found = await asyncio.gather(late, *others, return_exceptions=True)
+        assert [type(result).__name__ for result in found] == [LateError.__name__, ImageError.__name__, "Served"]
+        assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
 
 
-def test_progress_is_told_in_order_and_ends_in_the_reasoning(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            heard: list[Progress] = []
-            served = await scheduler.encode_query(queries[2], "reason", listener=heard.append)
-            assert heard and heard[0].reasoning == "" and heard[0].emb_probability == served.encoding.emb_probability
-            assert all(served.encoding.reasoning.startswith(one.reasoning.rstrip("�")) for one in heard)
-
-    run(work())
+@in_loop
+async def test_progress_is_told_in_order_and_ends_in_the_reasoning(model: TraceModel, queries: list[Query]) -> None:
+    async with scheduling(model) as scheduler:
+        heard: list[Progress] = []
+        served = await scheduler.encode_query(queries[2], "reason", listener=heard.append)
+        assert heard and heard[0].reasoning == "" and heard[0].emb_probability == served.encoding.emb_probability
+        assert all(served.encoding.reasoning.startswith(progress.reasoning.rstrip("�")) for progress in heard)
 
 
-def test_closing_lets_what_is_under_way_end(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        scheduler = Scheduler(Encoder(model))
-        scheduler.start()
+@in_loop
+async def test_closing_lets_what_is_under_way_end(model: TraceModel, queries: list[Query]) -> None:
+    async with scheduling(model) as scheduler:
         tasks = [asyncio.create_task(scheduler.encode_query(query, "reason")) for query in queries]
         while scheduler.under_way < len(queries):
             await asyncio.sleep(0.001)
@@ -162,31 +129,28 @@ def test_closing_lets_what_is_under_way_end(model: TraceModel, queries: list[Que
         with pytest.raises(BusyError):
             await scheduler.encode_query(queries[0], "direct")
 
-    run(work())
 
-
-def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
+@in_loop
+async def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_served(
     model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def work() -> None:
-        async with scheduling(model, remembered=0) as scheduler:
-            with monkeypatch.context() as patched:
-                patched.setattr(Decoder, "step", lambda self, wave: 1 / 0)
+    async with scheduling(model, remembered=0) as scheduler:
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoder, "step", lambda *given: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await scheduler.encode_query(queries[0], "reason")
+        assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
+        with monkeypatch.context() as patched:
+            patched.setattr(Decoder, "prefill", lambda *given: 1 / 0)
+            for number in range(FAILURES):
+                assert scheduler.alive
                 with pytest.raises(ZeroDivisionError):
-                    await scheduler.encode_query(queries[0], "reason")
-            assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
-            with monkeypatch.context() as patched:
-                patched.setattr(Decoder, "prefill", lambda *given: 1 / 0)
-                for number in range(FAILURES):
-                    assert scheduler.alive
-                    with pytest.raises(ZeroDivisionError):
-                        await scheduler.encode_query(queries[number], "reason")
-                assert not scheduler.alive
-
-    run(work())
+                    await scheduler.encode_query(queries[number], "reason")
+            assert not scheduler.alive
 
 
-def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
+@in_loop
+async def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monkeypatch: pytest.MonkeyPatch) -> None:
     bad = queries[-1]
     ids = model.processor.lay_out(model.prompt(bad, direct=False)).ids.tolist()
     wanted = Encoder(model).encode_queries([query for query in queries if query != bad], route="reason")
@@ -197,27 +161,10 @@ def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query], monk
             raise RuntimeError("no memory")
         return prefill(self, numbers, layouts, route)
 
-    async def work() -> None:
-        async with scheduling(model, remembered=0) as scheduler:
-            monkeypatch.setattr(Decoder, "prefill", fragile)
-            found = await asyncio.gather(*(scheduler.encode_query(one, "reason") for one in queries), return_exceptions=True)
-            assert isinstance(found.pop(), RuntimeError)
-            for one, alone in zip(found, wanted, strict=True):
-                assert not isinstance(one, BaseException) and same(one.encoding, alone)
-            assert scheduler.alive and scheduler.under_way == 0
-
-    run(work())
-
-
-def test_what_is_remembered_holds_its_own_memory_and_probability(model: TraceModel, queries: list[Query]) -> None:
-    async def work() -> None:
-        async with scheduling(model) as scheduler:
-            items = [Item(query.parts) for query in queries]
-            served = await asyncio.gather(
-                *(scheduler.encode_query(query, route) for query in queries for route in ROUTE_OF),
-                *(scheduler.encode_item(item) for item in items),
-            )
-            assert all(one.encoding.vector.base is None for one in served)
-            assert {one.encoding.emb_probability for one in served[-len(items) :]} == {1.0}
-
-    run(work())
+    async with scheduling(model, remembered=0) as scheduler:
+        monkeypatch.setattr(Decoder, "prefill", fragile)
+        found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
+        assert isinstance(found.pop(), RuntimeError)
+        for result, alone in zip(found, wanted, strict=True):
+            assert not isinstance(result, BaseException) and same(result.encoding, alone)
+        assert scheduler.alive

@@ -9,8 +9,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Annotated, Any, Final, TypeVar
 
 import numpy as np
@@ -24,16 +25,17 @@ from starlette.exceptions import HTTPException
 from traceir import __version__
 from traceir.errors import DataError, InputError, StoreError, TraceError
 from traceir.serve import schemas
-from traceir.serve.access import Asked, Limits, scope_needed
+from traceir.serve.access import Limits, scope_needed
 from traceir.serve.audit import AuditLog
+from traceir.serve.config import ServeConfig
 from traceir.serve.faults import fault_of
 from traceir.serve.jobs import BusyError, LateError, Progress, Served, UnavailableError
 from traceir.serve.keys import KeyRing, Principal
-from traceir.serve.limits import retry_after
+from traceir.serve.limits import Rate, retry_after
 from traceir.serve.metrics import Metrics
-from traceir.serve.page import LOOKED_AT, STATIC, page_config
+from traceir.serve.page import LOOKED_AT, STATIC, page_config, read_instructions
 from traceir.serve.security import kind_of
-from traceir.serve.service import Noted, Service, id_in
+from traceir.serve.service import Service, id_in
 from traceir.serve.strict import StrictRoute, UnreadableError
 
 log = logging.getLogger(__name__)
@@ -43,25 +45,26 @@ STATUS: Final[Mapping[type[TraceError], int]] = {
     BusyError: 429, LateError: 408, InputError: 400, DataError: 400, StoreError: 503, UnavailableError: 503, TraceError: 500,
 }  # fmt: skip
 """The first that fits counts."""
+OPENAPI: Final = json.loads((Path(__file__).parent / "openapi.json").read_text(encoding="utf-8"))
+"""What FastAPI cannot derive: errors, which have OpenAI's shape, answers that are not JSON, and the keys."""
 
 
-@dataclass(slots=True)
 class Server:
     """All that one server holds. `make` builds the service while /health already answers; where that fails, `failed` says why and
     `on_failure` is called."""
 
-    make: Callable[[], Awaitable[Service]]
-    keys: KeyRing | None = None
-    metrics: Metrics = field(default_factory=Metrics)
-    model_name: str = "traceir"
-    title: str = "TraceIR"
-    instructions: tuple[str, ...] | None = None
-    service: Service | None = None
-    created: int = field(default_factory=lambda: int(time.time()))
-    failed: Exception | None = None
-    limits: Limits | None = None
-    audit: AuditLog | None = None
-    on_failure: Callable[[], None] = lambda: None
+    def __init__(self, config: ServeConfig, make: Callable[[Metrics], Awaitable[Service]]) -> None:
+        self.config, self.metrics, self.created = config, Metrics(), int(time.time())
+        self.make = partial(make, self.metrics)
+        self.keys = KeyRing(config.keys) if config.keys else None
+        self.instructions = read_instructions(config.instructions) if config.instructions else None
+        self.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
+        self.audit = audit = AuditLog(config.audit, contents=config.audit_contents) if config.audit else None
+        if audit is not None:
+            self.metrics.count_dropped(lambda: audit.dropped)
+        self.service: Service | None = None
+        self.failed: Exception | None = None
+        self.on_failure: Callable[[], None] = lambda: None
 
     async def load(self) -> None:
         try:
@@ -83,24 +86,19 @@ class Server:
             raise HTTPException(503, "the model is being loaded; ask again in a moment")
         return self.service
 
-    def view(self, principal: Principal) -> Service:
-        """The service as this caller sees it: over its tenant's items alone."""
-        return self.ready().of_tenant(principal.tenant)
-
     def model(self, name: str | None = None) -> schemas.ModelOut:
         """The server's model, which may be asked for by its name, its fingerprint, or not at all."""
         encoder = self.ready().scheduler.encoder
-        if name not in (None, self.model_name, encoder.fingerprint):
-            raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.model_name!r}", "model_not_found")
+        if name not in (None, self.config.model_name, encoder.fingerprint):
+            raise Refused(404, f"the model {str(name)[:80]!r} is not here; ask for {self.config.model_name!r}", "model_not_found")
         return schemas.ModelOut(
-            id=self.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
+            id=self.config.model_name, created=self.created, owned_by="traceir", fingerprint=encoder.fingerprint,
             prompt_version=encoder.prompt_version, width=encoder.width,
         )  # fmt: skip
 
     def charge(self, principal: Principal, count: int) -> None:
         """Raises Refused where this key has embedded too much for now."""
-        wait = self.limits.take_inputs(principal, count) if self.limits else 0.0
-        if wait > 0:
+        if (wait := self.limits.take_inputs(principal, count)) > 0:
             raise Refused(429, f"too many inputs; wait {retry_after(wait)} s", "too_many_inputs", wait)
 
 
@@ -113,7 +111,7 @@ class Refused(HTTPException):
 
 
 def create_app(server: Server) -> FastAPI:
-    """The application of one server. Safe-guards on the raw request (security.py) go around it."""
+    """The application of one server. The middleware on the raw request goes around it."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -122,10 +120,10 @@ def create_app(server: Server) -> FastAPI:
         await asyncio.wait([loading])
         await server.close()
 
-    always: schemas.Responses = schemas.refusals(400, 413, 414, 415, 421, 431) | {500: {"model": schemas.ErrorOut}}
     app = FastAPI(
         title="TraceIR", version=__version__, summary="Universal multimodal retrieval that thinks when a query needs it.",
-        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None, responses=always,
+        lifespan=lifespan, redirect_slashes=False, docs_url=None, redoc_url=None,
+        responses=refusals(400, 413, 414, 415, 421, 431, 500),
     )  # fmt: skip
     app.router.route_class = StrictRoute
     app.state.server = server
@@ -138,29 +136,36 @@ def create_app(server: Server) -> FastAPI:
     return app
 
 
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Answers with an error, for the OpenAPI document."""
+    return {str(status): OPENAPI["refusals"][str(status)] for status in statuses}
+
+
 def _complete(document: dict[str, Any], *, keyed: bool) -> None:
-    """Writes into the OpenAPI document what the gates around the routes ask and answer."""
+    """Writes into the OpenAPI document what the middleware around the routes asks and answers."""
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            told, scope = operation["responses"], scope_needed(method.upper(), path)
-            told.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
-            told |= schemas.refusals(408) if "requestBody" in operation else {}
-            told |= schemas.refusals(403) if method != "get" or (scope and keyed) else {}
-            told |= schemas.refusals(429, 503) if scope else {}
+            responses, scope = operation["responses"], scope_needed(method.upper(), path)
+            responses.pop("422", None)  # FastAPI's own answer to what breaks the schema; ours is 400
+            statuses = [408] if "requestBody" in operation else []
+            statuses += [403] if method != "get" or (scope and keyed) else []
+            statuses += [429, 503] if scope else []
             if scope and keyed:
-                told |= schemas.refusals(401)
+                statuses.append(401)
                 operation["security"] = [{"key": []}]
+            responses |= refusals(*statuses)
     parts = document["components"]
+    parts["schemas"] |= OPENAPI["schemas"]
     del parts["schemas"]["HTTPValidationError"], parts["schemas"]["ValidationError"]
     if keyed:
-        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": "A key of `traceir keys add`."}}
+        parts["securitySchemes"] = OPENAPI["security"]
 
 
 def _add_errors(app: FastAPI, _: Server) -> None:
     @app.exception_handler(RequestValidationError)
     async def unreadable(_: Request, error: RequestValidationError) -> JSONResponse:
-        place, reason = fault_of(error.errors(), skipped=1)
-        return error_response(400, f"{place or 'body'}: {reason}", param=place or None)
+        name, reason = fault_of(error.errors(), skipped=1)
+        return error_response(400, f"{name or 'body'}: {reason}", param=name or None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
@@ -191,8 +196,8 @@ def error_response(
     status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     """An error in OpenAI's shape."""
-    told = {"message": message, "type": kind_of(status), "param": param, "code": code}
-    return JSONResponse({"error": told}, status_code=status, headers=headers)
+    error = {"message": message, "type": kind_of(status), "param": param, "code": code}
+    return JSONResponse({"error": error}, status_code=status, headers=headers)
 
 
 async def principal_of(request: Request) -> Principal:
@@ -201,14 +206,16 @@ async def principal_of(request: Request) -> Principal:
     return known
 
 
-async def noting(request: Request) -> Noted | None:
-    """What notes contents for the audit log, where it is on."""
-    asked: Asked | None = getattr(request.state, "audit", None)
-    return asked.add if asked is not None and request.app.state.server.audit is not None else None
-
-
 Caller = Annotated[Principal, Depends(principal_of)]
-Audit = Annotated[Noted | None, Depends(noting)]
+
+
+async def view_of(request: Request, principal: Caller) -> Service:
+    """The service as this request sees it: over what belongs to the caller's tenant, noting contents where they are logged."""
+    server: Server = request.app.state.server
+    return server.ready().of_tenant(principal.tenant, request.state.audit.add if server.audit is not None else None)
+
+
+View = Annotated[Service, Depends(view_of)]
 
 
 def _json(content: str | bytes) -> Response:
@@ -236,16 +243,14 @@ def _add_status(app: FastAPI, server: Server) -> None:
         return schemas.Status(status="ok")
 
     @app.get("/ready/", include_in_schema=False)
-    @app.get("/ready", tags=["status"], responses=schemas.refusals(503))
+    @app.get("/ready", tags=["status"], responses=refusals(503))
     async def ready() -> schemas.Status:
         """The model is loaded and the index open; 503 until then."""
         if not server.ready().scheduler.alive:
             raise HTTPException(503, "the model fails at every input; the server's log says why")
         return schemas.Status(status="ready")
 
-    text: schemas.Responses = {200: {"description": "The counters.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-
-    @app.get("/metrics", tags=["status"], response_class=Response, responses=text)
+    @app.get("/metrics", tags=["status"], response_class=Response, responses=OPENAPI["counters"])
     async def metrics(principal: Caller) -> Response:
         """Counters in Prometheus' text format."""
         if principal.tenant is not None:
@@ -257,82 +262,63 @@ def _add_status(app: FastAPI, server: Server) -> None:
 
 def _add_embeddings(app: FastAPI, server: Server) -> None:
     @app.get("/v1/models", tags=["embeddings"])
-    async def models(principal: Caller) -> schemas.ModelsOut:
+    async def models() -> schemas.ModelsOut:
         """The one model that this server runs."""
         return schemas.ModelsOut(data=[server.model()])
 
-    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=schemas.refusals(404))
-    async def named(id: str, principal: Caller) -> schemas.ModelOut:
+    @app.get("/v1/models/{id:path}", tags=["embeddings"], responses=refusals(404))
+    async def named(id: str) -> schemas.ModelOut:
         """The same by its name, as OpenAI's clients ask for it."""
         return server.model(id)
 
-    @app.post("/v1/embeddings", tags=["embeddings"], responses=schemas.refusals(404), response_model=schemas.EmbeddingsOut)
-    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, noted: Audit) -> Response:
+    @app.post("/v1/embeddings", tags=["embeddings"], responses=refusals(404), response_model=schemas.EmbeddingsOut)
+    async def embeddings(asked: schemas.EmbeddingsIn, request: Request, principal: Caller, view: View) -> Response:
         """Vectors of texts, images and pairs, as OpenAI gives them, with a `trace` beside each."""
-        service, model = server.view(principal), server.model(asked.model)
+        model = server.model(asked.model)
         if asked.dimensions not in (None, model.width):
-            raise InputError(
-                f"dimensions is {asked.dimensions}, but the width of this server's vectors is {model.width} (`serve --dim`)"
-            )
-        given = asked.messages if asked.messages is not None else asked.input
-        server.charge(principal, len(given) if isinstance(given, list) else 1)
-        served = await _while_connected(request, service.embed(asked, noted=noted))
-        return _json(await service.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
+            raise InputError(f"dimensions is {asked.dimensions}, but this server's vectors have {model.width} (`serve --dim`)")
+        inputs = asked.messages if asked.messages is not None else asked.input
+        server.charge(principal, len(inputs) if isinstance(inputs, list) else 1)
+        served = await _while_connected(request, view.embed(asked))
+        return _json(await view.read(lambda: _embeddings(served, model.id, packed=asked.encoding_format == "base64")))
 
 
 def _embeddings(served: list[Served], model: str, *, packed: bool) -> str:
     """An EmbeddingsOut in JSON."""
     data: list[schemas.EmbeddingOut] = []
-    for place, one in enumerate(served):
-        vector = one.encoding.vector
+    for index, result in enumerate(served):
+        vector = result.encoding.vector
         shown = base64.b64encode(np.asarray(vector, dtype="<f4").tobytes()).decode() if packed else vector.tolist()
-        data.append(schemas.EmbeddingOut(index=place, embedding=shown, trace=schemas.Trace.of(one)))
-    tokens = sum(one.prompt_tokens for one in served)
-    usage = schemas.TokenUsage(prompt_tokens=tokens, total_tokens=tokens + sum(one.encoding.tokens for one in served))
+        data.append(schemas.EmbeddingOut(index=index, embedding=shown, trace=schemas.Trace.of(result)))
+    tokens = sum(result.prompt_tokens for result in served)
+    usage = schemas.TokenUsage(prompt_tokens=tokens, total_tokens=tokens + sum(result.encoding.tokens for result in served))
     return schemas.EmbeddingsOut(data=data, model=model, usage=usage).model_dump_json()
 
 
 def _add_search(app: FastAPI, server: Server) -> None:
     @app.post("/search", tags=["search"], response_model=schemas.SearchOut)
-    async def search(asked: schemas.SearchIn, request: Request, principal: Caller, noted: Audit) -> Response:
+    async def search(asked: schemas.SearchIn, request: Request, view: View) -> Response:
         """The items nearest to a query of text, image, both, or parts in reading order."""
-        _, answer = await _while_connected(request, server.view(principal).search(asked, noted=noted))
+        _, answer = await _while_connected(request, view.search(asked))
         return _json(answer)
 
-    data = {"type": "string", "contentMediaType": "application/json"}
-    properties = {"event": {"enum": ["route", "reasoning", "hits", "error"]}, "data": data}
-    item = {"type": "object", "required": ["event", "data"], "properties": properties}
-    about = (
-        "Server-sent events, the data of each in JSON: `route` ({route, emb_probability}), `reasoning` ({text}: all that is "
-        "written so far), any number of times, then `hits` (a SearchOut) or `error` (an ErrorOut)."
-    )
-    events: schemas.Responses = {200: {"description": about, "content": {"text/event-stream": {"itemSchema": item}}}}
-
-    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=events)
-    async def stream(asked: schemas.SearchIn, principal: Caller, noted: Audit) -> StreamingResponse:
+    @app.post("/search/stream", tags=["search"], response_class=StreamingResponse, responses=OPENAPI["events"])
+    async def stream(asked: schemas.SearchIn, view: View) -> StreamingResponse:
         """As `/search`, with the reasoning as it is written: events `route`, `reasoning` (all so far), then `hits` or `error`."""
-        told = _events(server.view(principal), asked, noted)
-        return StreamingResponse(told, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(_events(view, asked), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None) -> AsyncIterator[str]:
+async def _events(service: Service, asked: schemas.SearchIn) -> AsyncIterator[str]:
     heard: asyncio.Queue[Progress | None] = asyncio.Queue()
-    task = asyncio.ensure_future(service.search(asked, listener=heard.put_nowait, noted=noted))
+    task = asyncio.ensure_future(service.search(asked, heard.put_nowait))
     task.add_done_callback(lambda _: heard.put_nowait(None))
-    told_route = False
+    first = True
     try:
         while (progress := await heard.get()) is not None:
-            if not told_route:
-                told_route = True
-                yield _event("route", {"route": progress.route, "emb_probability": progress.emb_probability})
-            if progress.reasoning:
-                yield _event("reasoning", {"text": progress.reasoning})
+            yield _progress(progress, first)
+            first = False
         trace, answer = task.result()
-        if not told_route:
-            yield _event("route", {"route": trace.route, "emb_probability": trace.emb_probability})
-        if trace.reasoning:
-            yield _event("reasoning", {"text": trace.reasoning})
-        yield _event("hits", answer)
+        yield _progress(trace, first) + _event("hits", answer)
     except TraceError as error:
         yield _event("error", bytes(of_error(error).body).decode())
     except Exception:  # the status has been sent, so the error is told as an event
@@ -342,59 +328,59 @@ async def _events(service: Service, asked: schemas.SearchIn, noted: Noted | None
         task.cancel()
 
 
-def _event(name: str, data: str | Mapping[str, Any]) -> str:
-    """`data`: an object, or its JSON."""
-    return f"event: {name}\ndata: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
+def _progress(progress: Progress | schemas.Trace, first: bool) -> str:
+    route = {"route": progress.route, "emb_probability": progress.emb_probability}
+    shown = _event("route", json.dumps(route)) if first else ""
+    reasoning = json.dumps({"text": progress.reasoning}, ensure_ascii=False)
+    return shown + (_event("reasoning", reasoning) if progress.reasoning else "")
+
+
+def _event(name: str, data: str) -> str:
+    return f"event: {name}\ndata: {data}\n\n"
 
 
 def _add_items(app: FastAPI, server: Server) -> None:
     @app.post("/items", tags=["items"])
-    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, noted: Audit) -> schemas.ItemsOut:
+    async def add(asked: schemas.ItemsIn, request: Request, principal: Caller, view: View) -> schemas.ItemsOut:
         """Adds or replaces items; each has a result of its own, and what is added is on the disk."""
         server.charge(principal, len(asked.items))
-        return schemas.ItemsOut(results=await _while_connected(request, server.view(principal).add(asked.items, noted=noted)))
+        return schemas.ItemsOut(results=await _while_connected(request, view.add(asked.items)))
 
     @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
-        principal: Caller,
+        view: View,
         after: Annotated[str, Query(max_length=1024, pattern=schemas.NO_ZERO)] = "",
         offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
         """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
-        return _json(await server.view(principal).items(after, offset, limit))
+        return _json(await view.read(lambda: view.items(after, offset, limit)))
 
     @app.delete("/items", tags=["items"])
-    async def remove(asked: schemas.IdsIn, request: Request, principal: Caller) -> schemas.Deleted:
+    async def remove(asked: schemas.IdsIn, request: Request, view: View) -> schemas.Deleted:
         """Removes items; ids that are not there do not count."""
-        if (audit := getattr(request.state, "audit", None)) is not None:
-            audit.add_ids(asked.ids)
-        return schemas.Deleted(deleted=await server.view(principal).delete(asked.ids))
+        request.state.audit.add_ids(asked.ids)
+        return schemas.Deleted(deleted=await view.write(lambda: view.delete(asked.ids)))
 
-    @app.get("/items/{id:path}", tags=["items"], responses=schemas.refusals(404), response_model=schemas.ItemOut)
-    async def one(id: schemas.Id, principal: Caller) -> Response:
+    @app.get("/items/{id:path}", tags=["items"], responses=refusals(404), response_model=schemas.ItemOut)
+    async def one(id: schemas.Id, view: View) -> Response:
         """What is kept of an item."""
-        if (item := await server.view(principal).item(id)) is None:
+        if (shown := await view.read(lambda: view.item(id))) is None:
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
-        return _json(item)
+        return _json(shown)
 
-    @app.delete("/items/{id:path}", tags=["items"], responses=schemas.refusals(404))
-    async def remove_one(id: schemas.Id, principal: Caller) -> schemas.Deleted:
+    @app.delete("/items/{id:path}", tags=["items"], responses=refusals(404))
+    async def remove_one(id: schemas.Id, view: View) -> schemas.Deleted:
         """Removes an item."""
-        count = await server.view(principal).delete([id])
-        if not count:
+        if not (count := await view.write(lambda: view.delete([id]))):
             raise Refused(404, f"there is no item {id[:80]!r}", "not_found")
         return schemas.Deleted(deleted=count)
 
-    jpeg: schemas.Responses = {
-        200: {"description": "The picture.", "content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
-    }
-
-    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=schemas.refusals(404) | jpeg)
-    async def image(name: str, principal: Caller, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
+    @app.get("/pictures/{name}", tags=["items"], response_class=Response, responses=refusals(404) | OPENAPI["image"])
+    async def image(name: str, view: View, side: Annotated[int, Query(ge=16, le=2048)] = 2048) -> Response:
         """The image of an item, by the path that a hit gives, as JPEG; its longer side at most `side` pixels."""
         try:
-            content = await server.view(principal).jpeg(id_in(name), side)
+            content = await view.jpeg(id_in(name), side)
         except InputError as error:
             raise Refused(404, str(error), "not_found") from error
         return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=300"})
@@ -402,15 +388,14 @@ def _add_items(app: FastAPI, server: Server) -> None:
 
 def _add_page(app: FastAPI, server: Server) -> None:
     @app.get("/page/config", tags=["page"])
-    async def config(principal: Caller) -> schemas.PageConfig:
+    async def config(view: View) -> schemas.PageConfig:
         """What the page shows before the first search."""
-        view = server.view(principal)
         info = await view.read(view.index.info)
         kept = await view.read(lambda: list(islice(view.index.scan(), LOOKED_AT)))
         cutoff = schemas.CutoffConfig(default=view.cutoff, background=dict(info.background))
         world, reasons = getattr(view.scheduler.encoder, "world", None), view.scheduler.reasons
         about: dict[str, Any] = {"world": world, "instructions": server.instructions, "reasons": reasons, "cutoff": cutoff}
-        return await view.read(lambda: page_config(server.title, server.model(), info.counts, kept, **about))
+        return await view.read(lambda: page_config(server.config.title, server.model(), info.counts, kept, **about))
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:

@@ -1,4 +1,4 @@
-"""Fair sharing among callers: of places and bytes, of turns and threads, of queues and of the model's time.
+"""Fair sharing among callers: of places and bytes, of slots and threads, of queues and of the model's time.
 
 A caller is a key, or an address where there are no keys. All but `FairExecutor` belong to one event loop, or to who holds a lock.
 """
@@ -17,14 +17,12 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
-caller: ContextVar[str] = ContextVar("caller", default="")
-"""On whose behalf the current task works; "" is nobody in particular."""
+caller: ContextVar[str] = ContextVar("caller", default="")  # on whose behalf the current task works; "": nobody in particular
 patient: ContextVar[bool] = ContextVar("patient", default=False)
 """Whether the current task is part of a long work that waits where there is no room, rather than to be refused."""
 MANY: Final = 1000
 FEW: Final = 32
-ALONE_S: Final = 10.0
-"""Seconds without any other caller after which one counts as alone."""
+ALONE_S: Final = 10.0  # seconds without any other caller after which one counts as alone
 
 
 class Usage:
@@ -133,14 +131,14 @@ class Places(Shares):
                 mine.set_result(None)
 
 
-class Turns(Places):
-    """So many at a time, one caller after the other. Where there are several callers, none takes the last turn beside its own."""
+class Slots(Places):
+    """So many at a time, one caller after the other. Where there are several callers, none takes the last slot beside its own."""
 
     def is_open(self, who: str) -> bool:
         return self.held < self.total - (self.of(who) > 0 and self.usage.crowded)
 
     @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
+    async def slot(self) -> AsyncIterator[None]:
         """Of the current caller."""
         who = caller.get()
         await self.wait(who)
@@ -151,17 +149,17 @@ class Turns(Places):
 
 
 class FairExecutor(ThreadPoolExecutor):
-    """Threads that work by `Turns`, for whoever is `caller` where the work is submitted."""
+    """Threads that work by `Slots`, for whoever is `caller` where the work is submitted."""
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, name)
-        self._turns, self._lock = Turns(count), threading.Lock()
+        self._slots, self._lock = Slots(count), threading.Lock()
         self._submitted: Rounds[tuple[str, Future[Any], Callable[[], Any]]] = Rounds()
 
     def submit(self, work: Callable[..., T], /, *args: Any, **named: Any) -> Future[T]:
         who, done = caller.get(), Future[T]()
         with self._lock:
-            self._turns.usage.note(who)
+            self._slots.usage.note(who)
             self._submitted.put(who, (who, done, partial(work, *args, **named)))
         super().submit(self._work)
         return done
@@ -177,15 +175,15 @@ class FairExecutor(ThreadPoolExecutor):
                 done.set_exception(error)
             finally:
                 with self._lock:
-                    self._turns.give(who)
+                    self._slots.give(who)
             del taken, done, work  # nothing keeps a result alive
 
     def _take(self) -> tuple[str, Future[Any], Callable[[], Any]] | None:
         with self._lock:
-            who = next(filter(self._turns.is_open, self._submitted.callers()), None)
+            who = next(filter(self._slots.is_open, self._submitted.callers()), None)
             if who is None:
                 return None
-            self._turns.hold(who)
+            self._slots.hold(who)
             return self._submitted.take(who)
 
 
@@ -209,11 +207,11 @@ class Rounds(Generic[T]):
         self._queues[who].appendleft(entry)
 
     def first(self, who: str) -> None:
-        """Gives the next turn to a caller that has something here."""
+        """Makes a caller that has something here the next."""
         self._queues.move_to_end(who, last=False)
 
     def callers(self) -> list[str]:
-        """Whose turn it is, and who comes next."""
+        """In the order in which they come next."""
         return list(self._queues)
 
     def take(self, who: str) -> T:

@@ -20,7 +20,7 @@ import httpx2
 
 from traceir.errors import InputError
 from traceir.images import ImageInput
-from traceir.serve.fair import Turns
+from traceir.serve.fair import Slots
 from traceir.serve.uploads import UploadValidator
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Fetcher:
         self._transport = transport or httpx2.AsyncHTTPTransport(
             verify=ssl.create_default_context(), trust_env=False, limits=httpx2.Limits(max_keepalive_connections=0)
         )
-        self._slots = Turns(self._limits.at_once)
+        self._slots = Slots(self._limits.at_once)
 
     async def fetch(self, url: str) -> ImageInput:
         """The image at an address. InputError where it is not allowed or cannot be had, ImageError where it is no image.
@@ -86,7 +86,7 @@ class Fetcher:
         """
         target = self.check(url)
         try:
-            async with asyncio.timeout(self._limits.seconds), self._slots.turn():
+            async with asyncio.timeout(self._limits.seconds), self._slots.slot():
                 data = await self._follow(target)
         except TimeoutError as error:
             raise InputError(f"{target.host} did not send the image within {self._limits.seconds:g} seconds") from error

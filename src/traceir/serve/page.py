@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from traceir.errors import InputError
 from traceir.index.store import Stored
@@ -15,25 +16,12 @@ from traceir.serve.schemas import CutoffConfig, ImageIn, ModelOut, PageConfig, P
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
-INSTRUCTIONS: Final = (
-    "Find the scene of this caption.",
-    "Find this scene with the change.",
-    "Find the picture most like this.",
-    "Find the passage that answers about this.",
-    "Find the photo and headline of this news.",
-)
-"""Those of the bundled model's training; a larger model takes any words."""
-NO_CUTOFF: Final = CutoffConfig(default=None, background={})
+BUNDLED: Final[dict[str, Any]] = json.loads(STATIC.with_name("page.json").read_text(encoding="utf-8"))
+"""Instructions of the bundled model's training, and examples over its own data; a larger model takes any words."""
 LONGEST: Final = 2000  # characters of an instruction, as in the page's own field
 MOST: Final = 200  # instructions that a page suggests
 LOOKED_AT: Final = 64  # items from which a collection is judged and its examples are chosen
 WORDS: Final = 12  # of a text that is an example
-_SIMPLE: Final = "On the left a white ring, in the middle a blue ring, on the right a purple ring."
-_INDIRECT: Final = "Left: a blue ball; middle: a mug in the colour of the left one; right: a ring in the colour of the left one."
-EXAMPLES: Final = [
-    PageExample(title="simple: found at once", text=_SIMPLE, instruction=INSTRUCTIONS[0], modality="image"),
-    PageExample(title="not simple: reasoned about first", text=_INDIRECT, instruction=INSTRUCTIONS[0], modality="image"),
-]
 
 
 def read_instructions(path: Path) -> tuple[str, ...]:
@@ -43,7 +31,7 @@ def read_instructions(path: Path) -> tuple[str, ...]:
     """
     lines = [line.strip() for line in lines_of(path, "instruction")]
     for number, line in enumerate(lines, start=1):
-        if any(unicodedata.category(one) == "Cc" and one != "\t" for one in line):
+        if any(unicodedata.category(char) == "Cc" and char != "\t" for char in line):
             raise InputError(f"{path}:{number}: there is a control character; give plain text, one instruction a line")
         if len(line) > LONGEST:
             raise InputError(f"{path}:{number}: the instruction has {len(line)} characters; give at most {LONGEST}")
@@ -57,30 +45,29 @@ def read_instructions(path: Path) -> tuple[str, ...]:
 
 def page_config(
     title: str, model: ModelOut, counts: Mapping[Modality, int], kept: Sequence[Stored], *, world: World | None = None,
-    instructions: Sequence[str] | None = None, reasons: bool = True, cutoff: CutoffConfig = NO_CUTOFF,
+    instructions: Sequence[str] | None = None, reasons: bool = True, cutoff: CutoffConfig | None = None,
 ) -> PageConfig:  # fmt: skip
     """What the page begins with. `kept` are some items of the collection, `instructions` those of whoever runs the server.
 
     Our own instructions and examples belong to the bundled model over its own data; any other collection suggests itself.
     """
-    at_home = world is not None and all(world.knows_kept(one.text, one.image) for one in kept)
+    at_home = world is not None and all(world.knows_kept(item.text, item.image) for item in kept)
     ours = at_home and instructions is None
+    examples = [PageExample(**example) for example in BUNDLED["examples"]] if ours and kept else examples_of(kept)
     return PageConfig(
-        title=title, instructions=list(instructions or (INSTRUCTIONS if ours else ())), modalities=list(MODALITIES), model=model,
-        count={str(name): count for name, count in counts.items()}, examples=EXAMPLES if ours and kept else examples_of(kept),
-        world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [], cutoff=cutoff,
+        title=title, instructions=list(instructions or (BUNDLED["instructions"] if ours else ())), modalities=list(MODALITIES),
+        model=model, count={str(name): count for name, count in counts.items()}, examples=examples,
+        world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [],
+        cutoff=cutoff or CutoffConfig(default=None, background={}),
     )  # fmt: skip
 
 
 def examples_of(kept: Sequence[Stored], each: int = 2) -> list[PageExample]:
     """Queries that a collection suggests: some of its images, and the first words of some of its texts."""
-    images = _spread([one for one in kept if one.image is not None], each)
-    texts = _spread([one for one in kept if one.text], each)
-    return [
-        *(PageExample(title="more like this", image=ImageIn(item=one.id)) for one in images),
-        *(PageExample(title="in these words", text=" ".join(str(one.text).split()[:WORDS])) for one in texts),
+    images, texts = [item for item in kept if item.image is not None], [item for item in kept if item.text]
+    examples = [
+        PageExample(title="more like this", image=ImageIn(item=item.id)) for item in images[:: -(-len(images) // each) or 1]
     ]
-
-
-def _spread(kept: Sequence[Stored], count: int) -> Sequence[Stored]:
-    return kept[:: max(1, -(-len(kept) // count))]
+    for item in texts[:: -(-len(texts) // each) or 1]:
+        examples.append(PageExample(title="in these words", text=" ".join(str(item.text).split()[:WORDS])))
+    return examples

@@ -1,4 +1,4 @@
-"""Starts the server: model and index into one application, behind its wall, on one address."""
+"""Starts the server: model and index into one application, behind its middleware, on one address."""
 
 from __future__ import annotations
 
@@ -20,58 +20,38 @@ from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.search import EncoderLike
-from traceir.serve.access import TOGETHER, KeyMiddleware, Limits
+from traceir.serve.access import TOGETHER, KeyMiddleware
 from traceir.serve.app import Server, create_app
-from traceir.serve.audit import AuditLog
 from traceir.serve.bodies import BodyMiddleware
 from traceir.serve.config import ServeConfig
 from traceir.serve.connections import possible_connections, settings
 from traceir.serve.fair import FairExecutor
 from traceir.serve.fetch import Fetcher
-from traceir.serve.image_store import ImageFolder
-from traceir.serve.keys import KeyRing
-from traceir.serve.limits import Rate
 from traceir.serve.metrics import Counted, Metrics
-from traceir.serve.page import read_instructions
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.security import AccessRules, SecurityMiddleware
 from traceir.serve.service import Service
 from traceir.serve.tenants import TenantIndex, TenantPresence
-from traceir.serve.uploads import Sources, UploadValidator
+from traceir.serve.uploads import ImageFolder, Sources, UploadValidator
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
 """Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
 small model takes."""
-LOOKED_AT: Final = 20_000
-"""Items looked at for the folders of their images."""
+LOOKED_AT: Final = 20_000  # items looked at for the folders of their images
 
 
 def make_server(config: ServeConfig, load: Callable[[], EncoderLike]) -> Server:
     """The server of a configuration; the model is loaded when it starts, while /health already answers."""
-
-    async def make() -> Service:
-        return await _make_service(config, load, server.metrics)
-
-    keys = KeyRing(config.keys) if config.keys else None
-    server = Server(make, keys, model_name=config.model_name, title=config.title)
-    if config.instructions:
-        server.instructions = read_instructions(config.instructions)
-    server.limits = Limits(Rate(config.requests_per_minute), Rate(config.inputs_per_minute, burst=2000))
-    if config.audit:
-        server.audit = audit = AuditLog(config.audit, contents=config.audit_contents)
-        server.metrics.count_dropped(lambda: audit.dropped)
-    return server
+    return Server(config, partial(_make_service, config, load))
 
 
 def make_application(config: ServeConfig, server: Server) -> Any:
-    """The ASGI application behind its wall."""
-    inside = BodyMiddleware(create_app(server))
+    """The ASGI application behind its middleware."""
     together = min(TOGETHER, possible_connections() // 2)
-    gate = KeyMiddleware(inside, server.keys, server.limits or Limits(), server.audit, together)
-    return Counted(
-        SecurityMiddleware(gate, AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)), server.metrics
-    )
+    keyed = KeyMiddleware(BodyMiddleware(create_app(server)), server.keys, server.limits, server.audit, together)
+    rules = AccessRules.of(config.host, hosts=config.allow_hosts, origins=config.cors)
+    return Counted(SecurityMiddleware(keyed, rules), server.metrics)
 
 
 def serve(
@@ -86,8 +66,8 @@ def serve(
         family = socket.AF_INET6 if v6 else socket.AF_INET
         listener = socket.create_server((config.host, config.port), family=family, backlog=2048)
     except OSError as error:
-        told = f"{config.host}:{config.port} cannot be listened on: {error.strerror or error}; choose another"
-        raise InputError(told) from error
+        address = f"{config.host}:{config.port}"
+        raise InputError(f"{address} cannot be listened on: {error.strerror or error}; choose another") from error
     url = f"http://{f'[{config.host}]' if v6 else config.host}:{listener.getsockname()[1]}/"
     announce(f"serving at {url}")
     if open_browser:
@@ -112,26 +92,26 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     asyncio.get_running_loop().set_default_executor(FairExecutor(2, "aside"))
     encoder = await asyncio.to_thread(load)
     index = await asyncio.to_thread(open_index, config.index, encoder, create=True)  # refuses that of another model
-    census, calibrations = TenantPresence(index), Calibrations()
+    presence, calibrations = TenantPresence(index), Calibrations()
     # The first to search does not wait until all vectors are in memory, nor until the tenants are counted.
     await asyncio.to_thread(index.search, np.eye(1, encoder.width, dtype=np.float32), 1)
-    await asyncio.to_thread(census.any)
+    await asyncio.to_thread(presence.any)
     if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
-        everybody = calibrations.of(None, TenantIndex(index, None, census))
+        everybody = calibrations.of(None, TenantIndex(index, None, presence))
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
     store = ImageFolder(config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures")
     if config.uploads is None and store.folder.is_dir():
-        collecting = asyncio.ensure_future(asyncio.to_thread(store.sweep, (stored.image for stored in index.scan())))
+        collecting = asyncio.ensure_future(asyncio.to_thread(store.collect_garbage, (stored.image for stored in index.scan())))
         collecting.add_done_callback(_log_removed)
     folders = (store.folder, *(config.images or await asyncio.to_thread(image_folders, index)))
-    intake = UploadValidator()
-    fetcher = Fetcher(config.fetch_hosts, validator=intake) if config.fetch_hosts else None
+    uploads = UploadValidator()
+    fetcher = Fetcher(config.fetch_hosts, validator=uploads) if config.fetch_hosts else None
     scheduler = Scheduler(encoder, capacity=config.capacity, writing=config.writing, remembered=config.remembered)
     scheduler.start()
     log.info("%s is ready, images from %d folders", config.index, len(folders))
     return Service(
-        scheduler, index, intake, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
-        FairExecutor(1, "writer"), census, metrics, config.deadline_s, config.cutoff, calibrations,
+        scheduler, index, uploads, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
+        FairExecutor(1, "writer"), presence, metrics, config.deadline_s, config.cutoff, calibrations,
     )  # fmt: skip
 
 

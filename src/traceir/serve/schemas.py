@@ -1,4 +1,4 @@
-"""What the HTTP interface takes and gives, as pydantic models, and its refusals: the OpenAPI document is made of these.
+"""What the HTTP interface takes and gives, as pydantic models: the OpenAPI document is made of these and of openapi.json.
 
 A field that may be left out may also be null, which is the same; so its type has `None`, and who reads it says the default.
 """
@@ -6,8 +6,6 @@ A field that may be left out may also be null, which is the same; so its type ha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from http import HTTPStatus
 from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import (
@@ -20,7 +18,6 @@ from pydantic import (
     Field,
     PlainValidator,
     SkipValidation,
-    StringConstraints,
     Tag,
     WithJsonSchema,
     model_validator,
@@ -61,7 +58,7 @@ def _scalar(value: object) -> object:
 
 def _end(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError(f"{kind_in_json(value)}, where a text, a number or null is wanted")
+        raise ValueError("a boolean, where a text, a number or null is wanted")
     return _scalar(value)
 
 
@@ -72,12 +69,10 @@ def _few(where: object) -> object:
     return where
 
 
-_TAGS: Final[Mapping[type, str]] = {str: "<text>", dict: "<object>", list: "<list>"}
-
-
 def _tag(value: object) -> str | None:
     """The branch of a union that a value of JSON means; `place_of` leaves it out."""
-    return "<object>" if isinstance(value, BaseModel) else _TAGS.get(type(value))
+    tags: dict[type, str] = {str: "<text>", dict: "<object>", list: "<list>"}
+    return tags.get(type(value))
 
 
 def _one_of(wanted: str) -> Discriminator:
@@ -85,20 +80,19 @@ def _one_of(wanted: str) -> Discriminator:
     return Discriminator(_tag, custom_error_type="kind", custom_error_message=f"{wanted} is wanted")
 
 
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
-Id = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_BYTES, pattern=NO_ZERO), AfterValidator(check_id)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
+TextBranch = Annotated[Text, Tag("<text>")]
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_BYTES, pattern=NO_ZERO), AfterValidator(check_id)]
 """At most MAX_ID_BYTES of UTF-8, which a schema cannot say."""
 _WHOLE: Final = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """In JSON 3.0 is a whole number too; "3" and true are none."""
 _JSON_END: Final[list[dict[str, Any]]] = [{"type": "number"}, {"type": "string", "maxLength": MAX_VALUE}, {"type": "null"}]
 Scalar = Annotated[
-    bool | int | float | str | None,
-    PlainValidator(_scalar),
-    WithJsonSchema({"anyOf": [{"type": "boolean"}, *_JSON_END]}),
+    bool | int | float | str | None, PlainValidator(_scalar), WithJsonSchema({"anyOf": [{"type": "boolean"}, *_JSON_END]})
 ]
 End = Annotated[int | float | str | None, PlainValidator(_end), WithJsonSchema({"anyOf": _JSON_END})]
 Value = bool | int | float | str | None | list[bool | int | float | str | None]
-"""A field as it is kept, which may have come by another road than this interface."""
+"""A field as it is kept, which may have come by another way than this interface."""
 
 
 class Lenient(BaseModel):
@@ -118,7 +112,7 @@ class ImageIn(Strict):
 
     data: str | None = None
     item: Id | None = None
-    url: Annotated[str, StringConstraints(max_length=2048)] | None = None
+    url: Annotated[str, Field(max_length=2048)] | None = None
 
 
 class RangeIn(Strict):
@@ -136,7 +130,7 @@ Condition = Annotated[
 ]
 Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeValidator(_few)]
 """Field -> a value, several of which one must match, or a range; all fields must match."""
-Part = Annotated[Annotated[Text, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")], _one_of("a text or a picture object")]
+Part = Annotated[TextBranch | Annotated[ImageIn, Tag("<object>")], _one_of("a text or an image object")]
 
 
 class SearchIn(Strict):
@@ -162,7 +156,7 @@ class SearchIn(Strict):
 
 
 class Trace(BaseModel):
-    """How an input was encoded: its road, what was written, how many tokens of a long text were cut, wall time by stage (null:
+    """How an input was encoded: its route, what was written, how many tokens of a long text were cut, wall time by stage (null:
     there was no search)."""
 
     route: Literal["reason", "direct"]
@@ -272,21 +266,27 @@ class ItemPage(BaseModel):
     more: bool
 
 
+def _image_of_text(value: object) -> object:
+    return {"data": value} if isinstance(value, str) else value
+
+
+def _image_of_address(value: object) -> object:
+    """The image of a chat's `image_url`, a data URL or an address, which may stand in an object."""
+    address = value.get("url") if isinstance(value, dict) else value
+    if not isinstance(address, str):
+        raise ValueError(f"{kind_in_json(address)}, where a data URL or an address is wanted")
+    return {"data": address} if address.startswith("data:") else {"url": address}
+
+
 class ContentIn(Strict):
     """A text, an image, or both, as SGLang and Jina write it; `image` is base64 or a data URL."""
 
     text: Text | None = None
-    image: (
-        Annotated[
-            Annotated[str, Tag("<text>")] | Annotated[ImageIn, Tag("<object>")],
-            _one_of("base64, a data URL or a picture object"),
-        ]
-        | None
-    ) = None
+    image: Annotated[ImageIn, BeforeValidator(_image_of_text, json_schema_input_type=str | ImageIn)] | None = None
 
 
 Input = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[ContentIn, Tag("<object>")],
+    TextBranch | Annotated[ContentIn, Tag("<object>")],
     _one_of("a text or an object of text and image (token ids belong to one model's tokenizer: send the text itself)"),
 ]
 
@@ -297,8 +297,7 @@ class ChatPart(Lenient):
     type: Literal["text", "input_text", "image_url", "image", "input_image", "image_base64"]
     text: Text | None = None
     image_url: Annotated[
-        str | None,
-        BeforeValidator(lambda value: value.get("url") if isinstance(value, dict) else value),
+        Annotated[ImageIn, BeforeValidator(_image_of_address)] | None,
         Field(validation_alias=AliasChoices("image_url", "image", "input_image", "image_base64")),
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}]}),
     ] = None
@@ -311,17 +310,21 @@ class ChatPart(Lenient):
         return self
 
 
-ChatParts = Annotated[
-    Annotated[Text, Tag("<text>")] | Annotated[ChatPart, Tag("<object>")],
-    _one_of("a text or an object of type text or image_url"),
-]
+ChatParts = Annotated[TextBranch | Annotated[ChatPart, Tag("<object>")], _one_of("a text or an object of type text or image_url")]
 
 
 class Message(Lenient):
     role: Literal["system", "user", "assistant", "developer"]
-    content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[ChatParts], Tag("<list>")], _one_of("a text or a list of contents")
-    ]
+    content: Annotated[TextBranch | Annotated[list[ChatParts], Tag("<list>")], _one_of("a text or a list of contents")]
+
+
+Inputs = Annotated[
+    TextBranch | Annotated[list[Input], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("<list>")],
+    _one_of("a text, or a list of texts and objects of text and image,"),
+]
+Chat = Annotated[
+    Annotated[Message, Tag("<object>")] | Annotated[list[Message], Tag("<list>")], _one_of("a message or a list of messages")
+]
 
 
 class EmbeddingsIn(Lenient):
@@ -330,25 +333,8 @@ class EmbeddingsIn(Lenient):
     model_config = ConfigDict(json_schema_extra={"examples": [{"input": ["a red cup", {"text": "a blue cup"}]}]})
 
     model: str | None = None
-    input: (
-        Annotated[
-            Annotated[Text, Tag("<text>")] | Annotated[list[Input], Field(max_length=MAX_INPUTS, fail_fast=True), Tag("<list>")],
-            _one_of("a text, or a list of texts and objects of text and image,"),
-        ]
-        | None
-    ) = None
-    messages: (
-        Annotated[
-            list[
-                Annotated[
-                    Annotated[Message, Tag("<object>")] | Annotated[list[Message], Tag("<list>")],
-                    _one_of("a message or a list of messages"),
-                ]
-            ],
-            Field(max_length=MAX_INPUTS, fail_fast=True),
-        ]
-        | None
-    ) = None
+    input: Inputs | None = None
+    messages: Annotated[list[Chat], Field(max_length=MAX_INPUTS, fail_fast=True)] | None = None
     input_type: Literal["query", "document"] | None = None
     instruction: Text | None = None
     modality: Modality | None = None
@@ -396,19 +382,6 @@ class ModelsOut(BaseModel):
     data: list[ModelOut]
 
 
-class ErrorDetail(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
-class ErrorOut(BaseModel):
-    """Every error has OpenAI's shape."""
-
-    error: ErrorDetail
-
-
 class PageExample(SearchIn):
     """A query that the page offers; `title` says what it shows."""
 
@@ -440,19 +413,3 @@ class PageConfig(BaseModel):
 
 class Status(BaseModel):
     status: str
-
-
-_HEADERS: Final = {401: {"WWW-Authenticate": "string"}, 429: {"Retry-After": "integer"}}
-Responses = dict[int | str, dict[str, Any]]
-
-
-def refusals(*statuses: int) -> Responses:
-    """Answers with an ErrorOut, for the OpenAPI document."""
-    return {
-        str(status): {
-            "description": HTTPStatus(status).phrase,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorOut"}}},
-            "headers": {name: {"schema": {"type": kind}, "required": True} for name, kind in _HEADERS.get(status, {}).items()},
-        }
-        for status in statuses
-    }

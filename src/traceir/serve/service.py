@@ -6,12 +6,12 @@ import asyncio
 import base64
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -23,17 +23,16 @@ from traceir.items import Hit, Item, Modality, Part, Query, Route
 from traceir.serve import schemas
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
-from traceir.serve.image_store import ImageFolder, as_jpeg
 from traceir.serve.jobs import BusyError, LateError, Listener, Served
 from traceir.serve.metrics import Metrics
 from traceir.serve.scheduler import Scheduler
 from traceir.serve.strict import read_items
 from traceir.serve.tenants import TenantIndex, TenantPresence
-from traceir.serve.uploads import Sources, UploadValidator, image_of_item, without_paths
+from traceir.serve.uploads import ImageFolder, Sources, UploadValidator, as_jpeg, image_of_item, without_paths
 from traceir.world import notice
 
 Result = TypeVar("Result")
-Given = TypeVar("Given")
+Input = TypeVar("Input")
 Noted = Callable[[Query | Item], None]  # hears what a request asks, for the audit log; it may read images
 log = logging.getLogger(__name__)
 
@@ -48,41 +47,41 @@ class Service:
 
     scheduler: Scheduler
     index: Index
-    intake: UploadValidator
+    uploads: UploadValidator
     sources: Sources
     images: ImageFolder
     readers: ThreadPoolExecutor
     writer: ThreadPoolExecutor
-    census: TenantPresence
+    presence: TenantPresence
     metrics: Metrics
     deadline_s: float = 60.0
     cutoff: float | None = None
     calibrations: Calibrations = field(default_factory=Calibrations)
+    noted: Noted | None = None
 
-    def of_tenant(self, tenant: str | None) -> Service:
-        """The same service over a tenant's part of the index; None is what belongs to no tenant."""
-        index = TenantIndex(self.index, tenant, self.census)
-        images = replace(self.images, tenant=tenant)
-        return replace(self, index=index, sources=replace(self.sources, index=index), images=images)
+    def of_tenant(self, tenant: str | None, noted: Noted | None = None) -> Service:
+        """The same service over a tenant's part of the index, for one request; None is what belongs to no tenant."""
+        index = TenantIndex(self.index, tenant, self.presence)
+        sources, images = replace(self.sources, index=index), replace(self.images, tenant=tenant)
+        return replace(self, index=index, sources=sources, images=images, noted=noted)
 
     async def read(self, work: Callable[[], Result]) -> Result:
         """The result of work with the index, or of other work that takes long, in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self.readers, work)
 
-    async def _write(self, work: Callable[[], Result]) -> Result:
+    async def write(self, work: Callable[[], Result]) -> Result:
+        """The same in the one thread that writes the index."""
         return await asyncio.get_running_loop().run_in_executor(self.writer, work)
 
     # Searching and encoding
 
-    async def search(
-        self, asked: schemas.SearchIn, *, listener: Listener | None = None, noted: Noted | None = None
-    ) -> tuple[schemas.Trace, str]:
+    async def search(self, asked: schemas.SearchIn, listener: Listener | None = None) -> tuple[schemas.Trace, str]:
         """A query's trace, and the whole answer, a SearchOut in JSON. Raises InputError, BusyError, LateError, StoreError."""
         async with self._within_deadline():
             where = await self.read(lambda: filter_of(asked.where)) if asked.where else None
             query = await self._query(asked)
             with without_paths(query.images, "parts: " if asked.parts else "image: "):
-                await self._note([query], noted)
+                await self._note([query])
                 served = await self._encode(query, asked.route or "auto", listener)
             return await self.read(lambda: self._answer(asked, query, where, served))
 
@@ -103,7 +102,10 @@ class Service:
         seconds = time.perf_counter() - started
         self.metrics.seconds.labels("search").observe(seconds)
         trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
-        check_answer(shown)
+        size = sum(map(size_of, shown))
+        if size > MAX_ANSWER and len(shown) > 1:
+            shown_bytes = f"the {len(shown)} hits hold {size} bytes, more than {MAX_ANSWER}"
+            raise InputError(f"{shown_bytes}; ask for fewer (k), the others by offset")
         out = schemas.SearchOut(
             hits=[schemas.HitOut(score=hit.score, rank=hit.rank, **_shown(hit)) for hit in shown], trace=trace, offset=offset,
             k=k, more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
@@ -122,17 +124,17 @@ class Service:
                 raise
             return None, {}
 
-    async def embed(self, asked: schemas.EmbeddingsIn, *, noted: Noted | None = None) -> list[Served]:
+    async def embed(self, asked: schemas.EmbeddingsIn) -> list[Served]:
         """The encodings of all inputs, in order; the first that fails fails the request and ends the others."""
         async with self._within_deadline():
             contents = await self._contents(asked)
-            await self._note(list(contents.values()), noted)
+            await self._note([content for _, content in contents])
 
-            async def encode(one: tuple[str, Query | Item]) -> Served:
-                with placed(one[0]), without_paths(one[1].images):
-                    return await self._encode(one[1], asked.route or "auto")
+            async def encode(place: str, content: Query | Item) -> Served:
+                with placed(place), without_paths(content.images):
+                    return await self._encode(content, asked.route or "auto")
 
-            return await together(self._each(list(contents.items()), encode))
+            return await self._each(contents, encode)
 
     async def _encode(self, content: Query | Item, route: Route = "direct", listener: Listener | None = None) -> Served:
         tenant, seconds = self.images.tenant, self.deadline_s
@@ -143,11 +145,11 @@ class Service:
         self.metrics.encoded("query" if isinstance(content, Query) else "item", served)
         return served
 
-    async def _note(self, contents: Sequence[Query | Item], noted: Noted | None) -> None:
+    async def _note(self, contents: Sequence[Query | Item]) -> None:
         """In a thread, since it reads images."""
-        if noted is not None:
-            with without_paths([image for one in contents for image in one.images]):
-                await self.read(lambda: [noted(one) for one in contents])
+        if (noted := self.noted) is not None:
+            with without_paths([image for content in contents for image in content.images]):
+                await self.read(lambda: [noted(content) for content in contents])
 
     # What is asked
 
@@ -155,82 +157,82 @@ class Service:
         """The Query of a request, its images found but not decoded."""
         if asked.parts is not None and (asked.text is not None or asked.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
-        given: list[tuple[str, str | schemas.ImageIn | None]] = [
-            (f"parts[{n}]", part) for n, part in enumerate(asked.parts or ())
-        ]
-        parts = await self._parts([*given, ("image", asked.image), ("text", asked.text)])
-        return Query(parts, instruction=asked.instruction, target=asked.modality)
+        parts = [(f"parts[{number}]", part) for number, part in enumerate(asked.parts or ())]
+        read = await self._parts([*parts, ("image", asked.image), ("text", asked.text)])
+        return Query(read, instruction=asked.instruction, target=asked.modality)
 
-    async def _parts(self, given: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
+    async def _parts(self, sent: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
         """Texts that are not blank, and images, each with its place in the request."""
         parts: list[Part] = []
-        for place, one in given:
-            if isinstance(one, schemas.ImageIn):
-                parts.append(await self.intake.take(one.model_dump(exclude_none=True), place, self.sources))
-            elif one is not None and one.strip():
-                parts.append(one)
+        for place, part in sent:
+            if isinstance(part, schemas.ImageIn):
+                parts.append(await self.uploads.take(part.model_dump(exclude_none=True), place, self.sources))
+            elif part is not None and part.strip():
+                parts.append(part)
         return tuple(parts)
 
-    async def _contents(self, asked: schemas.EmbeddingsIn) -> dict[str, Query | Item]:
-        """What is to be encoded, by how messages name each of it."""
+    async def _contents(self, asked: schemas.EmbeddingsIn) -> list[tuple[str, Query | Item]]:
+        """What is to be encoded, each with how messages name it."""
         if (asked.input is None) == (asked.messages is None):
             raise InputError("give exactly one of input and messages")
-        name, given = ("input", asked.input) if asked.messages is None else ("messages", asked.messages)
-        if given == []:
+        name, sent = ("input", asked.input) if asked.messages is None else ("messages", asked.messages)
+        if sent == []:
             raise InputError(f"{name} is empty; give at least one text, object or chat")
-        several = isinstance(given, list) and (name == "input" or any(isinstance(one, list) for one in given))
-        each: dict[str, Any] = {f"{name}[{n}]": one for n, one in enumerate(given or ())} if several else {name: given}
-        return dict(zip(each, await together([self._content(*one, asked) for one in each.items()]), strict=True))
+        several = isinstance(sent, list) and (name == "input" or any(isinstance(entry, list) for entry in sent))
+        each: list[tuple[str, Any]] = (
+            [(f"{name}[{n}]", entry) for n, entry in enumerate(sent or ())] if several else [(name, sent)]
+        )
+        return await self._each(each, lambda place, entry: self._content(place, entry, asked))
 
     async def _content(
-        self, place: str, given: str | schemas.ContentIn | list[Any] | schemas.Message, asked: schemas.EmbeddingsIn
-    ) -> Query | Item:
-        told = [asked.instruction] if asked.instruction else []
+        self, place: str, sent: str | schemas.ContentIn | list[Any] | schemas.Message, asked: schemas.EmbeddingsIn
+    ) -> tuple[str, Query | Item]:
+        instructions = [asked.instruction] if asked.instruction else []
         parts: list[tuple[str, str | schemas.ImageIn | None]] = []
-        if isinstance(given, str):
-            parts = [(place, given)]
-        elif isinstance(given, schemas.ContentIn):
-            image = schemas.ImageIn(data=given.image) if isinstance(given.image, str) else given.image
-            parts = [(f"{place}.image", image), (place, given.text)]
+        if isinstance(sent, str):
+            parts = [(place, sent)]
+        elif isinstance(sent, schemas.ContentIn):
+            parts = [(f"{place}.image", sent.image), (place, sent.text)]
         else:
-            for spot, role, part in _chat_parts(given, place):
+            for name, role, part in _chat_parts(sent, place):
                 if role in ("system", "developer") and isinstance(part, str):
-                    told.append(part)
+                    instructions.append(part)
                 else:
-                    parts.append((spot, part))
-        if len(parts) + len(told) > schemas.MAX_PARTS + 1:
+                    parts.append((name, part))
+        if len(parts) + len(instructions) > schemas.MAX_PARTS + 1:
             raise InputError(f"{place} has more than {schemas.MAX_PARTS} parts; send fewer, or several chats")
         read = await self._parts(parts)
         with placed(place):
             if (asked.input_type or ("query" if asked.messages is not None else "document")) == "document":
-                return Item(read)
-            return Query(read, instruction=" ".join(told) or None, target=asked.modality)
+                return place, Item(read)
+            return place, Query(read, instruction=" ".join(instructions) or None, target=asked.modality)
 
     # Items
 
-    async def add(self, items: Sequence[object], *, noted: Noted | None = None) -> list[schemas.ItemResult]:
+    async def add(self, items: Sequence[object]) -> list[schemas.ItemResult]:
         """Indexes items, as they came in JSON; each has a result of its own, and what is told as added is durable."""
         read = await self.read(lambda: read_items(items))
-        good = [one for one in read if isinstance(one, schemas.ItemIn)]
-        made = dict(zip((one.id for one in good), await together(self._each(good, self._made)), strict=True))
-        whole = [one for one in made.values() if not isinstance(one, str)]
-        await self._note([item for item, _, _ in whole], noted)
-        new = await self._write(lambda: self._keep(whole)) if whole else set()
+        good = [(entry.id, entry) for entry in read if isinstance(entry, schemas.ItemIn)]
+        made = dict(zip((id for id, _ in good), await self._each(good, self._made), strict=True))
+        whole = [outcome for outcome in made.values() if not isinstance(outcome, str)]
+        await self._note([item for item, _, _ in whole])
+        new = await self.write(lambda: self._keep(whole)) if whole else set()
         results: list[schemas.ItemResult] = []
-        for one in read:
-            if isinstance(one, schemas.ItemResult):
-                results.append(one)
-            elif isinstance(done := made[one.id], str):
-                results.append(schemas.ItemResult(id=one.id, status="failed", error=done))
+        for entry in read:
+            if isinstance(entry, schemas.ItemResult):
+                results.append(entry)
+            elif isinstance(outcome := made[entry.id], str):
+                results.append(schemas.ItemResult(id=entry.id, status="failed", error=outcome))
             else:
-                results.append(schemas.ItemResult(id=one.id, status="added" if one.id in new else "updated", cut=done[2].cut))
+                status: Literal["added", "updated"] = "added" if entry.id in new else "updated"
+                results.append(schemas.ItemResult(id=entry.id, status=status, cut=outcome[2].cut))
         return results
 
-    async def _made(self, given: schemas.ItemIn) -> tuple[Item, Item, Served] | str:
+    async def _made(self, id: str, sent: schemas.ItemIn) -> tuple[Item, Item, Served] | str:
         """The item as it was sent, and with its image in a file that stays, and its encoding; or why it cannot be had."""
         try:
-            parts = await self._parts([("image", given.image), ("text", given.text)])
-            item = Item(parts, id=given.id, fields=given.fields or {})
+            parts = await self._parts([("image", sent.image), ("text", sent.text)])
+            item = Item(parts, id=id, fields=sent.fields or {})
             with without_paths(item.images, "image: "):
                 await self.read(lambda: self.index.check([item]))
                 served = await self._encode(item)
@@ -238,91 +240,85 @@ class Service:
         except (InputError, BusyError, LateError) as error:
             return str(error)
         except Exception as error:  # whatever becomes of one item, the others have their results
-            log.error("item %r is not kept: %s", given.id, error, exc_info=not isinstance(error, TraceError))
+            log.error("item %r is not kept: %s", id, error, exc_info=not isinstance(error, TraceError))
             return "the server cannot keep it now; its log says why"
 
     def _with_file(self, item: Item) -> Item:
-        parts = [self.images.keep(one, str(item.id)) if isinstance(one, ImageInput) else one for one in item.parts]
+        parts = [self.images.keep(part, str(item.id)) if isinstance(part, ImageInput) else part for part in item.parts]
         return replace(item, parts=tuple(parts))
 
     def _keep(self, whole: Sequence[tuple[Item, Item, Served]]) -> set[str]:
-        """Writes items into the index, in the one thread that does; the ids of those that are new. Files that nothing names any
-        more, those of before and those of items that cannot be written, go; what went meanwhile is written again."""
+        """Writes items into the index, by `write`; the ids of those that are new. Files that nothing names any more, those of
+        before and those of items that cannot be written, go; what went meanwhile is written again."""
         try:
-            items = [kept if all(one.path and one.path.exists() for one in kept.images) else self._with_file(item)
+            items = [kept if all(image.path and image.path.exists() for image in kept.images) else self._with_file(item)
                      for item, kept, _ in whole]  # fmt: skip
             return self.index.upsert(items, np.stack([served.encoding.vector for _, _, served in whole]))
         finally:
-            self._tidy([str(item.id) for item, _, _ in whole])
+            self._remove_unused([str(item.id) for item, _, _ in whole])
 
-    async def delete(self, ids: Sequence[str]) -> int:
-        """Removes items and the images that were sent with them; how many there were."""
+    def delete(self, ids: Sequence[str]) -> int:
+        """Removes items and the images that were sent with them, by `write`; how many there were."""
+        count = self.index.delete(list(ids))
+        self._remove_unused(ids)
+        return count
 
-        def remove() -> int:
-            count = self.index.delete(list(ids))
-            self._tidy(ids)
-            return count
-
-        return await self._write(remove)
-
-    def _tidy(self, ids: Sequence[str]) -> None:
-        there = self.index.get(list(ids))
+    def _remove_unused(self, ids: Sequence[str]) -> None:
+        stored = self.index.get(list(ids))
         for id in ids:
             try:
-                self.images.tidy(id, there[id].image if id in there else None)
+                self.images.remove_unused(id, stored[id].image if id in stored else None)
             except OSError as error:
-                log.error("a picture of item %r is not thrown away: %s", id, error)
+                log.error("an image of item %r is not removed: %s", id, error)
 
-    async def item(self, id: str) -> str | None:
-        """An item, an ItemOut in JSON; None where there is none."""
+    def item(self, id: str) -> str | None:
+        """An item, an ItemOut in JSON; None where there is none. By `read`."""
+        stored = self.index.get([id]).get(id)
+        return None if stored is None else schemas.ItemOut(**_shown(stored)).model_dump_json()
 
-        def shown() -> str | None:
-            stored = self.index.get([id]).get(id)
-            return None if stored is None else schemas.ItemOut(**_shown(stored)).model_dump_json()
-
-        return await self.read(shown)
-
-    async def items(self, after: str, offset: int, limit: int) -> str:
-        """An ItemPage in JSON: items in order of id, those up to `after` and the next `offset` left out.
+    def items(self, after: str, offset: int, limit: int) -> str:
+        """An ItemPage in JSON, by `read`: items in order of id, those up to `after` and the next `offset` left out.
 
         A page ends early where its items are more than MAX_ANSWER bytes, unless it is one.
         """
-
-        def page() -> str:
-            shown: list[schemas.ItemOut] = []
-            size = 0
-            where = Range("id", low=after) if after else None
-            for stored in islice((one for one in self.index.scan(where) if one.id != after), offset, None):
-                shown.append(schemas.ItemOut(**_shown(stored)))
-                size += size_of(stored)
-                if len(shown) > limit or (size > MAX_ANSWER and len(shown) > 1):
-                    return schemas.ItemPage(items=shown[:-1], offset=offset, more=True).model_dump_json()
-            return schemas.ItemPage(items=shown, offset=offset, more=False).model_dump_json()
-
-        return await self.read(page)
+        shown: list[schemas.ItemOut] = []
+        size, more = 0, False
+        scanned = self.index.scan(Range("id", low=after) if after else None)
+        for stored in islice((stored for stored in scanned if stored.id != after), offset, None):
+            size += size_of(stored)
+            if more := len(shown) == limit or bool(size > MAX_ANSWER and shown):
+                break
+            shown.append(schemas.ItemOut(**_shown(stored)))
+        return schemas.ItemPage(items=shown, offset=offset, more=more).model_dump_json()
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
-        image = await self.read(lambda: image_of_item(id, "picture", self.sources))
-        async with self.intake.decoding():
+        image = await self.read(lambda: image_of_item(id, "image", self.sources))
+        async with self.uploads.decoders.slot():
             with without_paths([image]):
                 return await self.read(lambda: as_jpeg(image, side))
 
     # Many at a time
 
-    def _each(self, given: Sequence[Given], work: Callable[[Given], Awaitable[Result]]) -> list[Coroutine[Any, Any, Result]]:
-        """Work over many inputs of one request, which takes at most a quarter of the server's capacity at a time.
+    async def _each(self, inputs: Sequence[tuple[str, Input]], work: Callable[[str, Input], Awaitable[Result]]) -> list[Result]:
+        """The results of work over the inputs of one request, in order; a quarter of the server's capacity at a time at most.
 
-        schemas.Where there is no room the first input says so; the others wait for it, so that what is begun is not lost.
+        Where there is no room the first input says so; the others wait for it, so that what is begun is not lost. Where one
+        fails, or the caller is cancelled, the others are cancelled too.
         """
         share = asyncio.Semaphore(max(1, self.scheduler.capacity // 4))
 
-        async def one(place: int, content: Given) -> Result:
+        async def limited(number: int, name: str, content: Input) -> Result:
             async with share:
-                patient.set(place > 0)
-                return await work(content)
+                patient.set(number > 0)
+                return await work(name, content)
 
-        return [one(place, content) for place, content in enumerate(given)]
+        tasks = [asyncio.ensure_future(limited(number, *named)) for number, named in enumerate(inputs)]
+        try:
+            return list(await asyncio.gather(*tasks))
+        finally:
+            for task in tasks:
+                task.cancel()
 
     @asynccontextmanager
     async def _within_deadline(self) -> AsyncIterator[None]:
@@ -333,19 +329,9 @@ class Service:
             raise LateError(f"not done within {self.deadline_s:g} s; ask for less at a time, or for the direct route") from error
 
 
-async def together(works: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results of all, in order; where one fails, or the caller is cancelled, the others are cancelled too."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        return list(await asyncio.gather(*tasks))
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
 @contextmanager
 def placed(place: str) -> Iterator[None]:
-    """What is wrong with an input within is told with its place in the request."""
+    """An InputError within says where in the request it is."""
     try:
         yield
     except InputError as error:
@@ -355,25 +341,12 @@ def placed(place: str) -> Iterator[None]:
 def _chat_parts(chat: list[schemas.Message] | schemas.Message, place: str) -> Iterator[tuple[str, str, str | schemas.ImageIn]]:
     """The parts of a chat: place, role, and a text or an image."""
     for number, message in enumerate(chat if isinstance(chat, list) else [chat]):
-        spot = f"{place}[{number}].content"
+        name = f"{place}[{number}].content"
         if isinstance(message.content, str):
-            yield spot, message.role, message.content
+            yield name, message.role, message.content
             continue
         for at, part in enumerate(message.content):
-            here = f"{spot}[{at}]"
-            if isinstance(part, str):
-                yield here, message.role, part
-            else:
-                yield here, message.role, _image_at(part.image_url, here) if part.image_url else part.text or ""
-
-
-def _image_at(address: str, place: str) -> schemas.ImageIn:
-    """The image of a chat's `image_url`: a data URL, or an address."""
-    if address.startswith("data:"):
-        return schemas.ImageIn(data=address)
-    if len(address) > 2048:
-        raise InputError(f"{place}: image_url is neither a data: URL nor an address of at most 2048 characters")
-    return schemas.ImageIn(url=address)
+            yield f"{name}[{at}]", message.role, part if isinstance(part, str) else part.image_url or part.text or ""
 
 
 def filter_of(where: schemas.Where | None) -> Filter | None:
@@ -387,27 +360,18 @@ def filter_of(where: schemas.Where | None) -> Filter | None:
     return None if not parts else parts[0] if len(parts) == 1 else And(tuple(parts))
 
 
-def size_of(one: Hit | Stored) -> int:
+def size_of(item: Hit | Stored) -> int:
     """Bytes of the texts of an item, which is what can be much in an answer."""
-    texts = [one.id, one.text or "", *one.fields]
-    for value in one.fields.values():
-        texts += [str(part) for part in (value if isinstance(value, list | tuple) else [value])]
+    texts = [item.id, item.text or "", *item.fields]
+    for value in item.fields.values():
+        texts += map(str, value if isinstance(value, list | tuple) else [value])
     return sum(len(text.encode()) for text in texts)
 
 
-def check_answer(hits: Sequence[Hit]) -> None:
-    """Raises InputError where hits, if they are several, are too many bytes for one answer."""
-    size = sum(map(size_of, hits))
-    if size > MAX_ANSWER and len(hits) > 1:
-        raise InputError(
-            f"the {len(hits)} hits hold {size} bytes, more than {MAX_ANSWER}; ask for fewer (k), the others by offset"
-        )
-
-
-def _shown(one: Hit | Stored) -> dict[str, Any]:
+def _shown(item: Hit | Stored) -> dict[str, Any]:
     """The fields of an ItemOut."""
-    image = image_path(one.id, one.image)
-    return {"id": one.id, "modality": one.modality, "text": one.text, "image": image, "fields": dict(one.fields)}
+    image = image_path(item.id, item.image)
+    return {"id": item.id, "modality": item.modality, "text": item.text, "image": image, "fields": dict(item.fields)}
 
 
 def image_path(id: str, image: str | None) -> str | None:
@@ -416,7 +380,7 @@ def image_path(id: str, image: str | None) -> str | None:
 
 
 def id_in(name: str) -> str:
-    """The id that `picture_path` wrote. Raises InputError for what it cannot have written."""
+    """The id that `image_path` wrote. Raises InputError for what it cannot have written."""
     try:
         return base64.b64decode(name + "=" * (-len(name) % 4), altchars=b"-_", validate=True).decode()
     except ValueError as error:

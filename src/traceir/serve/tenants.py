@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
 
 from traceir.errors import InputError
 from traceir.index.filters import And, Eq, Filter, In, Range
@@ -19,10 +18,8 @@ from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD
 
 FIELD: Final = "_tenant"
-OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})
-"""Fields that no caller may set or ask for, and none is shown."""
-PREFIX: Final = "_tenant:"
-"""What ids of tenants begin with; no other id may."""
+OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})  # that no caller may set, ask for, or see
+PREFIX: Final = "_tenant:"  # what ids of tenants begin with; no other id may
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
 T = TypeVar("T")
 K = TypeVar("K", Stored, Hit)
@@ -35,20 +32,17 @@ def check_tenant(name: str) -> str:
     return name
 
 
+@dataclass(slots=True)
 class TenantPresence:
     """Whether an index holds items of any tenant, as far as this server knows; where not, those without one need no filter."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._known: bool | None = None
+    index: Index
+    known: bool | None = None
 
     def any(self) -> bool:
-        if self._known is None:
-            self._known = self._index.count(Range(FIELD, low="")) > 0
-        return self._known
-
-    def note(self) -> None:
-        self._known = True
+        if self.known is None:
+            self.known = self.index.count(Range(FIELD, low="")) > 0
+        return self.known
 
 
 class TenantIndex:
@@ -57,8 +51,8 @@ class TenantIndex:
     Closing it does not close the index; background and approximate search are those of the whole index.
     """
 
-    def __init__(self, index: Index, tenant: str | None, census: TenantPresence | None = None) -> None:
-        self._index, self._census = index, census or TenantPresence(index)
+    def __init__(self, index: Index, tenant: str | None, presence: TenantPresence | None = None) -> None:
+        self._index, self._presence = index, presence or TenantPresence(index)
         self.tenant = None if tenant is None else check_tenant(tenant)
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
         self.keep_background, self.background = index.keep_background, index.background
@@ -70,7 +64,7 @@ class TenantIndex:
     def upsert(self, items: Sequence[Item], vectors: Vectors) -> set[str]:
         marked = self._marked(items)
         if self.tenant is not None:
-            self._census.note()
+            self._presence.known = True
         return {id.removeprefix(self._prefix) for id in self._index.upsert(marked, vectors)}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
@@ -101,7 +95,7 @@ class TenantIndex:
     def info(self) -> IndexInfo:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
         info = replace(self._index.info(), bytes=0)
-        if self.tenant is None and not self._census.any():
+        if self.tenant is None and not self._presence.any():
             return info
         counts = {modality: self.count(Eq("modality", modality)) for modality in MODALITIES}
         return replace(info, counts={name: count for name, count in counts.items() if count})
@@ -109,11 +103,7 @@ class TenantIndex:
     def close(self) -> None:
         """Nothing: the index is shared."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    __enter__, __exit__ = Index.__enter__, Index.__exit__
 
     # On the way in
 
@@ -142,7 +132,7 @@ class TenantIndex:
 
     def _narrow(self, where: Filter | None) -> Filter | None:
         """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
-        if self.tenant is None and not self._census.any():
+        if self.tenant is None and not self._presence.any():
             return None if where is None else self._translate(where)
         return self._only_ours(where)
 

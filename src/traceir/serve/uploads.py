@@ -1,4 +1,4 @@
-"""Images that arrive in a request: as base64, by the id of an indexed item, or by address where a host is allowed.
+"""Images of requests: as base64, by the id of an indexed item, or by address where a host is allowed; and files of those kept.
 
 No text of a client ever becomes a path. The only files read are those that an index names and that lie in the folders the
 operator gave; an image from a request carries no name, so nothing a client says is stored where a path would be looked for.
@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import binascii
+import contextlib
+import hashlib
 import re
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from traceir.errors import ImageError, InputError
-from traceir.images import ImageInput, ImageLimits
+from traceir.errors import ImageError, InputError, StoreError
+from traceir.files import sync_folder, write_whole
+from traceir.images import ImageInput, ImageLimits, file_bytes
 from traceir.index.store import Index
-from traceir.serve.fair import Turns
+from traceir.serve.fair import Slots
 
 LIMITS: Final = ImageLimits(pixels=32_000_000, file_bytes=16 * 1024 * 1024)  # smaller than at the command line
 DECODERS: Final = 2  # images decoded at a time to be shown, which bounds memory whatever is asked for
 _STANDARD: Final = str.maketrans("-_", "+/", " \t\r\n")
 _PIECE: Final = 256 * 1024
+LEFT_S: Final = 3600.0  # seconds after which a file that no item names is not on its way into the index any more
+MAX_SIDE: Final = 2048  # pixels of the longer side of an image that is handed out, at most
 _DATA_URL = re.compile(r"data:([A-Za-z0-9!#$&^_.+/-]*)((?:;[A-Za-z0-9!#$&^_.+=-]*)*),", re.ASCII | re.IGNORECASE)
+_OURS = re.compile(r"[0-9a-f]{2}/[0-9a-f]{40}/\.?[0-9a-f]{64}\.[a-z]+(\.[0-9a-f]{32}|\.[0-9a-f]{8}\.new)?")
 
 
 class Fetches(Protocol):
@@ -44,35 +50,29 @@ class Sources:
 
 
 class UploadValidator:
-    """Validates the images of requests; one for a server, so that its bound on decoding holds for all requests together."""
+    """Validates the images of requests; one for a server, so that its bound on decoding holds for all requests together.
+
+    Whoever decodes an image to show it does so within `decoders.slot()`.
+    """
 
     def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
-        self.limits = limits
-        self._gate = Turns(decoders)
+        self.limits, self.decoders = limits, Slots(decoders)
 
-    async def take(self, told: object, place: str, sources: Sources) -> ImageInput:
+    async def take(self, sent: object, place: str, sources: Sources) -> ImageInput:
         """The image that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
 
         `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no image.
         """
-        if not isinstance(told, Mapping) or len(told) != 1 or not told.keys() <= {"data", "item", "url"}:
-            raise InputError(f'{place} names no single image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
-        [(kind, value)] = told.items()
-        if not isinstance(value, str):
-            raise InputError(f"{place}.{kind} is {type(value).__name__}, not a text")
-        if kind == "item":
-            return await asyncio.to_thread(lambda: self._checked(image_of_item(value, place, sources), place))
-        if kind == "data":
-            return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(value, place, self.limits), place))
-        if sources.fetcher is None:
-            raise InputError(f'{place}.url: this server fetches no images by address; send {{"data": base64}}')
-        return await sources.fetcher.fetch(value)
-
-    @asynccontextmanager
-    async def decoding(self) -> AsyncIterator[None]:
-        """Held by whoever decodes an image to show it, a bounded number at a time."""
-        async with self._gate.turn():
-            yield
+        match sent:
+            case {"data": str(data), **rest} if not rest:
+                return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(data, place, self.limits), place))
+            case {"item": str(id), **rest} if not rest:
+                return await asyncio.to_thread(lambda: self._checked(image_of_item(id, place, sources), place))
+            case {"url": str(url), **rest} if not rest:
+                if sources.fetcher is None:
+                    raise InputError(f'{place}.url: this server fetches no images by address; send {{"data": base64}}')
+                return await sources.fetcher.fetch(url)
+        raise InputError(f'{place} names no single image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
 
     async def check_bytes(self, data: bytes, place: str) -> ImageInput:
         """An image from the bytes of a file; ImageError where it is none."""
@@ -101,23 +101,17 @@ def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> byte
         text = _body_of(text, place)
     if not text.isascii():
         raise InputError(f"{place} is not base64: it holds characters beyond ASCII")
-    plain = (text.translate(_STANDARD) if any(one in text for one in "-_ \t\r\n") else text).rstrip("=")
+    digits = (text.translate(_STANDARD) if any(char in text for char in "-_ \t\r\n") else text).rstrip("=")
+    pieces = (digits[start : start + _PIECE] for start in range(0, len(digits), _PIECE))  # other threads run between them
     try:
-        if "=" in plain:
+        if "=" in digits:
             raise binascii.Error("'=' within it")
-        data = b"".join(_decoded(plain))
+        data = b"".join(binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True) for piece in pieces)
     except binascii.Error as error:
         raise InputError(f"{place} is not base64 ({error}); send an image file in base64, or a data: URL") from error
     if not data:
         raise InputError(f"{place} is empty; send an image file in base64, or a data: URL")
     return data
-
-
-def _decoded(plain: str) -> Iterator[bytes]:
-    """Piece by piece, so that other threads run between them."""
-    for place in range(0, len(plain), _PIECE):
-        piece = plain[place : place + _PIECE]
-        yield binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True)
 
 
 def _body_of(text: str, place: str) -> str:
@@ -158,7 +152,7 @@ def image_in_folders(image: str, folders: Sequence[Path], id: str) -> ImageInput
     raise InputError(f"the image of item {id[:80]!r} is not among the server's images any more")
 
 
-@contextmanager
+@contextlib.contextmanager
 def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[None]:
     """What goes wrong with these images within is told to a client without their paths, and without remedies that only the
     server has; also where a file fails after it was checked. `before`: what the message begins with."""
@@ -169,3 +163,65 @@ def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[No
         for image in images:
             message = message if image.path is None else message.replace(str(image.path), "of the item")
         raise ImageError(before + re.sub(r"or raise ImageLimits\.\w+", "to less", message)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFolder:
+    """Uploaded images below `folder`: each item has a folder of its own, named by a hash of tenant and id, with one file in
+    it: what was sent, named by its SHA-256. So the image of an item goes with the item, and no other's with it. `remove_unused`
+    belongs to the one thread that writes the index, which calls `keep` again right before, for what was removed meanwhile.
+    """
+
+    folder: Path
+    tenant: str | None = None
+
+    def keep(self, image: ImageInput, id: str) -> ImageInput:
+        """The image as the item's own file that survives a crash; a file that is no upload stays where it is."""
+        if image.path is not None and not image.path.is_relative_to(self.folder):
+            return image
+        data, format = image.encoded(LIMITS)
+        file = self._folder_of(id) / f"{image.sha256}{format.suffixes[0]}"
+        if not file.exists():
+            try:
+                write_whole(file, data, durable=True)
+                for folder in (file.parent.parent, self.folder):
+                    sync_folder(folder)
+            except OSError as error:
+                raise StoreError(f"the image cannot be kept: {error.strerror or error}; free the disk, send it again") from error
+        return image.moved_to(file)
+
+    def remove_unused(self, id: str, kept: str | None) -> None:
+        """Removes the uploads of an item except the one that the index names."""
+        folder = self._folder_of(id)
+        for file in folder.iterdir() if folder.is_dir() else ():
+            if str(file) != kept:
+                file.unlink(missing_ok=True)
+        if kept is None and folder.is_dir():
+            folder.rmdir()
+
+    def collect_garbage(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
+        """Removes what a server that was killed left behind: our files that no item names, of at least this age; how many.
+
+        `named` are the images of all items that may have files here; so not for a folder that several indexes share.
+        """
+        kept, now, removed = set(named), time.time(), 0
+        for file in self.folder.glob("*/*/*"):
+            with contextlib.suppress(OSError):
+                ours = _OURS.fullmatch(file.relative_to(self.folder).as_posix()) is not None
+                if ours and str(file) not in kept and now - file.stat().st_mtime >= older_s:
+                    file.unlink()
+                    removed += 1
+                    file.parent.rmdir()  # refused while another file is in it
+        return removed
+
+    def _folder_of(self, id: str) -> Path:
+        owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]
+        return self.folder / owner[:2] / owner
+
+
+def as_jpeg(image: ImageInput, side: int = MAX_SIDE) -> bytes:
+    """The image as JPEG, its longer side at most `side` pixels. Raises ImageError."""
+    try:
+        return file_bytes(image.load(shrink_to=side, limits=LIMITS), side=side)
+    except OSError as error:
+        raise ImageError(f"the image cannot be shown: {error}; add it anew") from error
