@@ -16,9 +16,9 @@ from fakes import FakeEncoder
 from PIL import Image
 
 from traceir.errors import DataError, InputError, ModelError
-from traceir.evaluation.unseen import catalogue, readers
-from traceir.evaluation.unseen.catalogue import CIRCO_TEST, read_columns, read_set
-from traceir.evaluation.unseen.run import dry_run_unseen, write_submission
+from traceir.evaluation.unseen import readers
+from traceir.evaluation.unseen import run as catalogue
+from traceir.evaluation.unseen.run import CIRCO_TEST, dry_run_unseen, read_columns, read_set, write_submission
 from traceir.evaluation.unseen.score import NAMED, UnseenOutcome, rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, Source, UnseenQuery, UnseenTask
 from traceir.items import Content, Encoding, Item, Query, Route

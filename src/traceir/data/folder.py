@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from traceir.data import mbeir
+from traceir.data.report import markdown_table
 from traceir.errors import DataError
 from traceir.items import Item
 
@@ -41,11 +42,6 @@ class Problems:
             raise DataError(f"{error} (or leave such lines out with --on-error skip)") from error
         self.lines.append(str(error))
         log.warning("left out: %s", error)
-
-    def take_image(self, place: str) -> None:
-        self.images.append(place)
-        if self.policy == "skip":
-            log.warning("left out, its image is missing: %s", place)
 
     def settle(self) -> None:
         """Raises DataError where images are missing and that is not to be skipped."""
@@ -88,23 +84,24 @@ class Row:
                 yield mbeir.to_item(candidate, self.task.root)
 
 
-class Listing:
-    """Which image files are there; each folder is listed once, which is much faster than a look at every file."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self._names = root, lru_cache(maxsize=None)(_file_names)
-
-    def has(self, image_path: str) -> bool:
-        path = self.root / image_path
-        return path.name in self._names(path.parent)
-
-
-def _file_names(folder: Path) -> frozenset[str]:
+def file_names(folder: Path) -> frozenset[str]:
+    """The files of a folder; none where there is no folder."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+
+
+class Listing:
+    """Which image files are there; each folder is listed once, which is much faster than a look at every file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._names = root, lru_cache(maxsize=None)(file_names)
+
+    def has(self, image_path: str | Path) -> bool:
+        path = self.root / image_path
+        return path.name in self._names(path.parent)
 
 
 def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int | None = None) -> Row:
@@ -130,19 +127,17 @@ def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int 
 
 def survey(rows: Sequence[Row], problems: Problems) -> str:
     """A dry run's table: what would be scored, and what is wrong."""
-    lines = [
-        "| row | queries | pool | right ones outside the pool | queries without a right one in it |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    cells: list[tuple[object, ...]] = []
     for row in rows:
         pool = set(row.dids)
         outside = {did for record in row.records for did in row.relevant[record.qid]} - pool
         without = sum(not row.relevant[record.qid] & pool for record in row.records)
-        lines.append(f"| {row.task.name} | {len(row.records)} | {len(pool)} | {len(outside)} | {without} |")
-    queries, pools = sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows)
-    lines += [f"| **all** | {queries} | {pools} | | |", ""]
-    lines += [f"{len(problems.lines)} broken lines, {len(problems.images)} missing images."]
-    return "\n".join([*lines, *(f"- {what}" for what in (*problems.lines, *problems.images))]) + "\n"
+        cells.append((row.task.name, len(row.records), len(pool), len(outside), without))
+    cells.append(("**all**", sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows), "", ""))
+    header = ("row", "queries", "pool", "right ones outside the pool", "queries without a right one in it")
+    counts = f"{len(problems.lines)} broken lines, {len(problems.images)} missing images."
+    details = [f"- {what}\n" for what in (*problems.lines, *problems.images)]
+    return f"{markdown_table(header, 'lrrrr', cells)}\n\n{counts}\n{''.join(details)}"
 
 
 def _with_image(contents: Iterable[Content], file: Path, problems: Problems, listing: Listing) -> Iterator[tuple[Content, bool]]:
@@ -151,7 +146,10 @@ def _with_image(contents: Iterable[Content], file: Path, problems: Problems, lis
         there = content.image_path is None or listing.has(content.image_path)
         if not there:
             name = content.qid if isinstance(content, mbeir.Record) else content.did
-            problems.take_image(f"{file}: {name}: {content.image_path}")
+            place = f"{file}: {name}: {content.image_path}"
+            problems.images.append(place)
+            if problems.policy == "skip":
+                log.warning("left out, its image is missing: %s", place)
         yield content, there
 
 

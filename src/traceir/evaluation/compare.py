@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from traceir.data.report import markdown_table, points
 from traceir.errors import InputError
 from traceir.evaluation.metrics import bootstrap_difference, mcnemar_test
 from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_run, same_queries
-from traceir.evaluation.tables import markdown_table, percent
 from traceir.files import write_whole
 
 SHOWN = 5
@@ -62,7 +62,7 @@ def _rows_table(one: ScoredRun, other: ScoredRun, keys: Sequence[Key], k: int | 
         difference = f"{100 * apart.mean:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
         counts = [np.count_nonzero((after == now) & (before == then)) for now, then in ((1, 0), (0, 1), (1, 1), (0, 0))]
         chance = "< 0.001" if p < 0.001 else f"{p:.3f}"
-        rows.append((name, len(own), percent(before.mean()), percent(after.mean()), difference, *counts, chance))
+        rows.append((name, len(own), points(before.mean()), points(after.mean()), difference, *counts, chance))
     names = ("row", "n", one.label, other.label, "difference", "won", "lost", "both", "neither", "p")
     return markdown_table(names, "lrrrlrrrrr", rows)
 

@@ -16,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
-from traceir.evaluation.tables import markdown_table, percent
 from traceir.search import EvaluatedEncoder
 
 DEPTHS: Final = (1, 5, 10)
@@ -121,15 +121,15 @@ def table(results: dict[str, Any]) -> str:
         for route, rows in results.get(kind, {}).items():
             lines += [[name, route, f"{word} {row['pool']}", *_cells(row)] for name, row in rows.items()]
             if mean := results.get(means, {}).get(route):
-                bold = f"**{percent(mean['mean'])}**"
+                bold = f"**{points(mean['mean'])}**"
                 lines.append(["**average** (hit@5, fashion hit@10)", route, word, "", "", bold, "", "", "", ""])
     names = ("row", "route", "pool", "queries", *(f"hit@{k}" for k in DEPTHS), "reasoned", "tokens/query", "queries/s")
     return markdown_table(names, "l" * len(names), lines)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    hits = [f"**{percent(row[f'hit@{k}'])}**" if k == row["metric_k"] else percent(row[f"hit@{k}"]) for k in DEPTHS]
+    hits = [f"**{points(row[f'hit@{k}'])}**" if k == row["metric_k"] else points(row[f"hit@{k}"]) for k in DEPTHS]
     if "prompt_spread" in row:
-        hits[-1] += f" (prompts spread {percent(row['prompt_spread'])})"
-    return [str(row["queries"]), *hits, f"{percent(row['reasoned'], 0)} %", f"{row['tokens_per_query']:.1f}",
+        hits[-1] += f" (prompts spread {points(row['prompt_spread'])})"
+    return [str(row["queries"]), *hits, f"{points(row['reasoned'], 0)} %", f"{row['tokens_per_query']:.1f}",
             f"{row['queries_per_second']:.0f}"]  # fmt: skip
