@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,9 +56,14 @@ def fill(store: EmbeddingStore, inputs: Iterable[Any], **options: Any) -> FakeEn
 
 def scaled(factor: float) -> Callable[[Sequence[Item]], list[Encoding]]:
     def encode(chunk: Sequence[Item]) -> list[Encoding]:
-        return [replace(one, vector=one.vector * np.float32(factor)) for one in FakeEncoder().encode_items(chunk)]
+        encodings = FakeEncoder().encode_items(chunk)
+        return [replace(encoding, vector=encoding.vector * np.float32(factor)) for encoding in encodings]
 
     return encode
+
+
+def vectors_of(items: Sequence[Item]) -> Any:
+    return np.stack([vector_of(item.content_hash(), 16) for item in items])
 
 
 def contents(store: EmbeddingStore) -> dict[str, bytes]:
@@ -70,13 +76,20 @@ def test_what_was_encoded_is_read_back_and_not_encoded_again(tmp_path: Path) -> 
     items = passages(20)
     store = EmbeddingStore(tmp_path, PLAIN, block_rows=6)
     assert fill(store, items).calls == 4
-    found = store.open(store.plan(iter(items)))
-    assert [len(block) for block in found] == [6, 6, 6, 2] and len(found) == 20
-    np.testing.assert_array_equal(found.matrix(), np.stack([one.vector for one in FakeEncoder().encode_items(items)]))
-    assert isinstance(next(iter(found)), np.memmap) and found.seconds >= 0.0
+    whole = store.open(store.plan(iter(items)))
+    assert [len(block) for block in whole] == [6, 6, 6, 2] and len(whole) == 20
+    np.testing.assert_array_equal(whole.matrix(), vectors_of(items))
+    assert isinstance(next(iter(whole)), np.memmap) and whole.seconds >= 0.0
+    with pytest.raises(InputError, match="holds candidates"):
+        next(whole.encodings())
     again = EmbeddingStore(tmp_path, PLAIN, block_rows=6)
     assert fill(again, [replace(item, id=f"other {item.id}") for item in items]).calls == 0
     assert fill(again, items[:8] + passages(30)[20:] + items[8:]).calls == 4  # the first block is the same, the others moved
+    half = EmbeddingStore(tmp_path, replace(PLAIN, dtype="float16"))
+    fill(half, items)
+    (rounded,) = half.open(half.plan(items))
+    assert rounded.dtype == np.float16
+    np.testing.assert_array_equal(rounded, vectors_of(items).astype(np.float16))
 
 
 def test_encodings_of_queries_come_back_whole(tmp_path: Path) -> None:
@@ -86,14 +99,10 @@ def test_encodings_of_queries_come_back_whole(tmp_path: Path) -> None:
     wanted[4] = replace(wanted[4], reasoning=text, emb_probability=1 / 3, truncated=True)
     store = EmbeddingStore(tmp_path, ASKED, block_rows=4)
     store.fill(queries, lambda chunk: [wanted[queries.index(query)] for query in chunk], progress=False)
-    found = list(store.open(store.plan(queries)).encodings())
-    assert {one.route for one in found} == {"reason", "direct"}
-    for ours, theirs in zip(found, wanted, strict=True):
+    for ours, theirs in zip(store.open(store.plan(queries)).encodings(), wanted, strict=True):
         np.testing.assert_array_equal(ours.vector, theirs.vector)
         assert replace(ours, vector=theirs.vector) == theirs
-    candidates = EmbeddingStore(tmp_path, PLAIN)
-    with pytest.raises(InputError, match="holds candidates"):
-        next(candidates.open(candidates.plan(())).encodings())
+    assert {encoding.route for encoding in wanted} == {"reason", "direct"}
 
 
 def test_shards_write_the_same_blocks_as_one_process(tmp_path: Path) -> None:
@@ -155,8 +164,7 @@ def test_two_processes_with_the_same_block_keep_the_first(tmp_path: Path) -> Non
         return scaled(-1.0)(chunk)
 
     store.fill(items, slow, progress=False)
-    found = store.open(store.plan(items)).matrix()
-    np.testing.assert_array_equal(found, np.stack([one.vector for one in FakeEncoder().encode_items(items)]))
+    np.testing.assert_array_equal(store.open(store.plan(items)).matrix(), vectors_of(items))
     assert not list((store.folder / "writing").iterdir())
 
 
@@ -167,10 +175,9 @@ HARMS: dict[str, Callable[[bytes], bytes]] = {
 }  # fmt: skip
 
 
-HARMED = [(harm, name) for name in ("vectors.npy", "encodings.jsonl") for harm in HARMS if name[0] == "v" or "other" not in harm]
-
-
-@pytest.mark.parametrize(("harm", "name"), HARMED)
+@pytest.mark.parametrize(
+    ("harm", "name"), [*((harm, "vectors.npy") for harm in HARMS), *((harm, "encodings.jsonl") for harm in [*HARMS][:4])]
+)
 def test_damaged_blocks_are_named_and_can_be_encoded_again(tmp_path: Path, harm: str, name: str) -> None:
     store, queries = EmbeddingStore(tmp_path, ASKED, block_rows=4), asked(12)
     fill(store, queries)
@@ -181,9 +188,8 @@ def test_damaged_blocks_are_named_and_can_be_encoded_again(tmp_path: Path, harm:
     if after := HARMS[harm](before):
         file.write_bytes(after)
     for use in (lambda: fill(store, queries), lambda: list(store.open(plan).encodings())):
-        with pytest.raises(StoreError, match=r"repair=True") as refused:
+        with pytest.raises(StoreError, match=rf"{re.escape(str(file))} .*repair=True"):
             use()
-        assert str(file) in str(refused.value)
     fill(store, queries, repair=True)
     assert contents(store) == whole
 
@@ -194,12 +200,12 @@ def test_values_that_are_not_finite_are_refused_when_written_read_or_repaired(tm
     refused: list[tuple[EmbeddingStore, Any, str]] = [
         (store, scaled(float("nan")), r"2:0.*not finite"),
         (small, scaled(1e7), "not finite as float16"),
-        (store, lambda chunk: [], "0 encodings for 4 inputs"),
+        (store, lambda chunk: [], r"shape \[0\], the store needs \[4, 16\]"),
     ]
-    for one, encode, message in refused:
+    for target, encode, message in refused:
         with pytest.raises(ModelError, match=message):
-            one.fill(items, encode, progress=False)
-        assert one.missing(one.plan(items)) == [0, 1]
+            target.fill(items, encode, progress=False)
+        assert target.missing(target.plan(items)) == [0, 1]
     fill(store, items)
     plan = store.plan(items)
     file = store.folder / "blocks" / str(plan[1][0]) / "vectors.npy"
@@ -209,15 +215,6 @@ def test_values_that_are_not_finite_are_refused_when_written_read_or_repaired(tm
     with pytest.raises(StoreError, match=r"vectors.npy is damaged .*not finite"):
         store.open(plan).matrix()
     assert fill(store, items, repair=True).calls == 1 and np.isfinite(store.open(plan).matrix()).all()
-
-
-def test_half_precision_rounds_and_says_so(tmp_path: Path) -> None:
-    store, items = EmbeddingStore(tmp_path, replace(PLAIN, dtype="float16")), passages(3)
-    fill(store, items)
-    found = store.open(store.plan(items))
-    wanted = np.stack([vector_of(item.content_hash(), 16) for item in items]).astype(np.float16)
-    assert next(iter(found)).dtype == np.float16
-    np.testing.assert_array_equal(found.matrix(), wanted.astype(np.float32))
 
 
 def write_image(file: Path, seed: int) -> Path:
@@ -275,8 +272,6 @@ def test_every_setting_has_a_folder_of_its_own_and_others_are_refused(tmp_path: 
     (store.folder / "manifest.json").write_text("[1]")
     with pytest.raises(StoreError, match=r"manifest\.json"):
         EmbeddingStore(tmp_path, PLAIN, block_rows=4)
-    with pytest.raises(InputError, match="never reason"):
-        EncoderIdentity("m", "p", 4, max_reasoning_tokens=3)
 
 
 def test_shards_from_the_environment() -> None:
