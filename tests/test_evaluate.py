@@ -17,7 +17,7 @@ from traceir.data import mbeir
 from traceir.errors import DataError, InputError, StoreError
 from traceir.evaluation.embeddings import EmbeddingStore
 from traceir.evaluation.evaluate import evaluate as evaluate_share
-from traceir.evaluation.judged import average, read_outcomes, table
+from traceir.evaluation.results import average, read_outcomes, table
 from traceir.items import Encoding, Item, Query, Vector
 
 TEXT_ROW, FASHION_ROW = "webqa_task1", "fashioniq_task7"

@@ -20,8 +20,8 @@ from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import read_outcomes
 from traceir.evaluation.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
+from traceir.evaluation.results import read_outcomes
 from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.model import TraceModel, save

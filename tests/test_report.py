@@ -12,8 +12,7 @@ import pytest
 
 from traceir.errors import DataError, InputError
 from traceir.evaluation.compare import compare
-from traceir.evaluation.judged import QueryOutcome
-from traceir.evaluation.runs import read_run
+from traceir.evaluation.results import QueryOutcome, read_run
 from traceir.lab.examples import choose
 from traceir.lab.report import run_report, steps_report
 from traceir.lab.scoreboard import write_scoreboard

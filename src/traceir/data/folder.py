@@ -157,7 +157,7 @@ def _read_relevant(task: mbeir.Task, qids: set[str], problems: Problems) -> dict
     """The qrels of the row's queries; {} where there is no such file. A line for a query that is not there is broken."""
     if not task.qrels_path.is_file():
         return {}
-    judged = mbeir.read_judgements(task.qrels_path, problems.take_line)
+    judged = mbeir.read_qrels(task.qrels_path, problems.take_line)
     for qid in [qid for qid in judged if qid not in qids]:
         place = f"{task.qrels_path}:{min(judged.pop(qid).values())}"
         problems.take_line(

@@ -253,11 +253,6 @@ def to_label(line: Line) -> Label:
     return Label(qid, steps, z, reasoning, answer)
 
 
-def record_in(raw: bytes, where: str) -> Record:
-    """One query from the bytes of its line; `where` names its place in the DataError of a broken one."""
-    return to_record(Line.read(raw, where))
-
-
 OnBroken = Callable[[DataError], None]
 """Told of each broken line, which is then left out; without one, the first broken line is raised."""
 
@@ -277,16 +272,12 @@ def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Labe
     return {label.qid: label for label in _objects(path, "qid", to_label, on_broken)} if path.exists() else {}
 
 
-def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, set[str]]:
-    """qid -> dids with a relevance above 0, from lines `qid 0 did relevance task_id` (the last column may be absent).
+def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
+    """qid -> dids with a relevance above 0, each with the number of its first line, from `qid 0 did relevance task_id`.
 
-    Dids may be absent from the local pool: the positives of OVEN and InfoSeek name each other's candidates.
+    The last column may be absent, and so may dids from the local pool: the positives of OVEN and InfoSeek name each other's
+    candidates.
     """
-    return {qid: set(dids) for qid, dids in read_judgements(path, on_broken).items()}
-
-
-def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
-    """As `read_qrels`, with the number of the line that names each did."""
     relevant: dict[str, dict[str, int]] = {}
     for number, (qid, did, relevance) in _parsed(path, _judgement, on_broken):
         if relevance > 0:
@@ -297,7 +288,7 @@ def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, 
 def read_relevant(task: Task) -> dict[str, set[str]]:
     """qid -> positives of a task: its qrels where that file exists, else the `pos_cand_list` of its queries."""
     if task.qrels_path.is_file():
-        return read_qrels(task.qrels_path)
+        return {qid: set(dids) for qid, dids in read_qrels(task.qrels_path).items()}
     return {record.qid: set(record.positives) for record in read_queries(task.query_path)}
 
 
@@ -319,8 +310,12 @@ def find_tasks(root: Path | str, split: Split) -> list[Task]:
         raise DataError(
             f"{folder}: no file mbeir_{{dataset}}_task{{N}}_{split}.jsonl; give the root of a folder in M-BEIR's layout"
         )
-    order = {name: place for place, name in enumerate(EVAL_ROWS)}
-    return sorted(tasks, key=lambda task: (order.get(task.name, len(order)), task.name))
+    return sorted(tasks, key=lambda task: row_order(task.name))
+
+
+def row_order(name: str) -> tuple[int, str]:
+    """Sort key of rows: the paper's 16 in its order, then others by name."""
+    return EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name
 
 
 def train_datasets(root: Path | str) -> list[str]:
@@ -368,11 +363,6 @@ def dataset_id_in(qid: str, where: str) -> int:
     return int(prefix)
 
 
-def candidate_text(candidate: Candidate) -> str:
-    """The candidate's text; "" for an image alone. Candidates get no instruction."""
-    return normalise(candidate.text)
-
-
 def to_query(record: Record, instruction: str | None, root: Path | str) -> Query:
     """The record as a Query: the instruction in its own field, `target` from the task id. Reads no image yet."""
     return Query.of(
@@ -385,8 +375,8 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
 
 
 def to_item(candidate: Candidate, root: Path | str) -> Item:
-    """The candidate as an Item. Reads no image yet."""
-    return Item.of(text=candidate_text(candidate) or None, image=open_image(candidate.image_path, root), id=candidate.did)
+    """The candidate as an Item; it gets no instruction. Reads no image yet."""
+    return Item.of(text=normalise(candidate.text) or None, image=open_image(candidate.image_path, root), id=candidate.did)
 
 
 def open_image(image_path: str | None, root: Path | str) -> ImageInput | None:

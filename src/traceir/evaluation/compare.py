@@ -15,7 +15,7 @@ import numpy as np
 from traceir.data.report import markdown_table, points
 from traceir.errors import InputError
 from traceir.evaluation.metrics import bootstrap_difference, mcnemar_test
-from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_run, same_queries
+from traceir.evaluation.results import Key, ScoredRun, named_runs, read_run, same_queries
 from traceir.files import write_whole
 
 SHOWN = 5

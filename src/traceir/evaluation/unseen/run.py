@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import continue_results, describe_machine, header_of
+from traceir.evaluation.results import continue_results, describe_machine, header_of
 from traceir.evaluation.unseen import readers
 from traceir.evaluation.unseen.score import UnseenOutcome, rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, UnseenTask, settle
