@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 from traceir.data import mbeir
 from traceir.data.cot_table import FORMATS, GROUP_ROWS, Files, count_rows, load_table, write_file
+from traceir.data.folder import data_fingerprint
 from traceir.data.samples import Pairs, Sample, Supervision, descriptions_of, join, task_prompts
 from traceir.errors import DataError
 
 NAME: Final = "M-BEIR-CoT"
 FORMAT: Final = 1
-_TASK = re.compile(r"(?P<dataset>.+)_task(?P<task>\d+)")
 _FILE = re.compile(r"train-\d{5}-of-\d{5}\.(parquet|jsonl)")
 
 
@@ -160,12 +160,11 @@ def write_rows(
     for stale in [file for file in out.iterdir() if _FILE.fullmatch(file.name)]:
         stale.unlink()  # of a call that ended before its manifest
     files = [_put(path, count, out / f"train-{n:05d}-of-{len(written):05d}.{format}") for n, (path, count) in enumerate(written)]
-    about = root / "meta.json"
     manifest = {
         "name": NAME,
         "format": FORMAT,
         "root": Path(os.path.relpath(root.resolve(), out.resolve())).as_posix(),
-        "source_fingerprint": json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None,
+        "source_fingerprint": data_fingerprint(root / "meta.json"),
         "samples": sum(count for _, count in written),
         "tasks": {name: tasks[name] for name in sorted(tasks, key=_task_order)},
         "files": files,
@@ -300,7 +299,7 @@ def _to_sample(fields: dict[str, Any], where: str, supervision: Supervision) -> 
 def _task_name(fields: dict[str, Any], where: str) -> str:
     """The row's task, checked against its ids."""
     name, task_id, prefix = fields["task"], fields["task_id"], fields["qid"].partition(":")[0]
-    match = _TASK.fullmatch(name or "")
+    match = mbeir.TASK_NAME.fullmatch(name or "")
     if match is None or int(match["task"]) != task_id or prefix != str(fields["dataset_id"]):
         shown = f"task {name!r}, task_id {task_id}, dataset_id {fields['dataset_id']}, qid {fields['qid']!r}"
         raise DataError(f"{where}: {shown} do not agree; write for instance cirr_task7, 7, 8 and 8:24103")

@@ -8,6 +8,7 @@ whose image is missing. A query that loses all its right candidates stays: it wa
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -82,6 +83,11 @@ class Row:
             if candidate.did in kept:
                 kept.discard(candidate.did)
                 yield mbeir.to_item(candidate, self.task.root)
+
+
+def data_fingerprint(about: Path) -> Any:
+    """What a data folder's description says of its content; None where it has no description."""
+    return json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
 
 
 def file_names(folder: Path) -> frozenset[str]:

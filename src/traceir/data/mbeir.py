@@ -34,23 +34,9 @@ TASK_MODALITIES: Final[Mapping[int, tuple[Modality, Modality]]] = {
 }
 """Task id -> modality of the query and of the candidate. Id 5 is declared by M-BEIR and used by none of its rows."""
 
-EVAL_ROWS: Final[tuple[str, ...]] = (
-    "visualnews_task0",
-    "mscoco_task0",
-    "fashion200k_task0",
-    "webqa_task1",
-    "edis_task2",
-    "webqa_task2",
-    "visualnews_task3",
-    "mscoco_task3",
-    "fashion200k_task3",
-    "nights_task4",
-    "oven_task6",
-    "infoseek_task6",
-    "fashioniq_task7",
-    "cirr_task7",
-    "oven_task8",
-    "infoseek_task8",
+EVAL_ROWS: Final[tuple[str, ...]] = tuple(
+    "visualnews_task0 mscoco_task0 fashion200k_task0 webqa_task1 edis_task2 webqa_task2 visualnews_task3 mscoco_task3 "
+    "fashion200k_task3 nights_task4 oven_task6 infoseek_task6 fashioniq_task7 cirr_task7 oven_task8 infoseek_task8".split()
 )
 """The 16 rows in the order of the paper's Table 1, which is UniIR's order."""
 
@@ -64,7 +50,7 @@ _MODALITY_NAMES: Final[Mapping[str, Modality]] = {
     "text,image": "image,text",  # printed so by M-BEIR's README in places
 }
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
+TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
 
 
 @dataclass(frozen=True)
@@ -385,7 +371,7 @@ def open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
 
 def _task(root: Path, path: Path, split: Split) -> Task:
     name = path.name.removeprefix("mbeir_").removesuffix(f"_{split}.jsonl")
-    match = _TASK_NAME.fullmatch(name)
+    match = TASK_NAME.fullmatch(name)
     if match is None:
         raise DataError(f"{path}: the name has no task id from 0 to 8; rename it mbeir_{{dataset}}_task{{N}}_{split}.jsonl")
     first = next(read_queries(path), None)

@@ -291,25 +291,23 @@ def read_pretraining(root: Path) -> list[PretrainingData]:
     Each is shuffled once by a fixed seed, then sorted by length within windows, so that neighbours are of like length and a
     group as large as the batch gives batches with little padding.
     """
-    tasks = [_read_pretraining_task(file, root) for file in sorted((root / "lessons").glob("*.jsonl"))]
+    tasks = []
+    for file in sorted((root / "lessons").glob("*.jsonl")):
+        rows: list[tuple[str | None, str, str]] = []
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    fields = json.loads(line)
+                    rows.append((fields["img_path"], fields["prompt"], fields["target"]))
+                except (json.JSONDecodeError, KeyError) as error:
+                    raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
+        mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+        windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
+        by_length = [row for window in windows for row in sorted(window, key=_length)]
+        tasks.append(PretrainingData(f"lessons_{file.stem}", by_length, root))
     if not tasks:
         raise TrainError(f"{root} has no pretraining tasks (lessons/*.jsonl); only folders built by `traceir minibeir build` do")
     return tasks
-
-
-def _read_pretraining_task(file: Path, root: Path) -> PretrainingData:
-    rows: list[tuple[str | None, str, str]] = []
-    with file.open() as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                fields = json.loads(line)
-                rows.append((fields["img_path"], fields["prompt"], fields["target"]))
-            except (json.JSONDecodeError, KeyError) as error:
-                raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
-    mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
-    windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
-    by_length = [row for window in windows for row in sorted(window, key=_length)]
-    return PretrainingData(f"lessons_{file.stem}", by_length, root)
 
 
 def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:

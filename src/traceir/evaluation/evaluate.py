@@ -203,7 +203,7 @@ def _score(
         name = f"{route}{'-global' if kind == 'global' else ''}{suffix}"
         for row, pool, ranking in _rank(encoded, kind, route, suffix, progress):
             qids, file = [record.qid for record in row.records], out / "runs" / f"{row.task.name}-{name}.txt"
-            write_run(file, qids, ranking, pool, run_id=run_id, task_ids=row.task.task_id)
+            write_run(file, qids, ranking, pool, run_id=run_id, task_id=row.task.task_id)
             encodings = encoded.queries[route, suffix, row.task.name].encodings()
             ranked = zip(qids, ranking.best.tolist(), encodings, strict=True)
             outcomes[row.task.name].append([_outcome(encoder, row, *query) for query in ranked])

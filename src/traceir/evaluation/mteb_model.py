@@ -31,10 +31,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from traceir.data import mbeir
+from traceir.data.folder import data_fingerprint
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.metrics import TIE
-from traceir.evaluation.results import data_fingerprint
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
 from traceir.model import load

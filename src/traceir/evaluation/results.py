@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from traceir.data.folder import data_fingerprint
 from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
 from traceir.items import ROUTES, Route
@@ -102,11 +103,6 @@ def continue_results(out: Path, header: dict[str, Any]) -> dict[str, Any]:
     if different := sorted(key for key in header if key != "machine" and results.get(key) != header[key]):
         raise InputError(f"{file} holds results of another {', '.join(different)}; choose another --out or remove it")
     return results
-
-
-def data_fingerprint(about: Path) -> Any:
-    """What a data folder's description says of its content; None where it has no description."""
-    return json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
 
 
 def header_of(encoder: EvaluatedEncoder, format: int, about: Path) -> dict[str, Any]:
