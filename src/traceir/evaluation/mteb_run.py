@@ -238,7 +238,7 @@ def _is_here(task: AbsTask) -> bool:
     return cached.is_dir() or (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).is_dir()
 
 
-def _means(outcomes: Sequence[MtebOutcome]) -> dict[str, float]:
+def means(outcomes: Sequence[MtebOutcome]) -> dict[str, float]:
     """The mean over the tasks that have a score, and over the means of their types, as mteb's leaderboards rank."""
     by_type: dict[str, list[float]] = {}
     for outcome in outcomes:
@@ -258,7 +258,7 @@ def table(outcomes: Sequence[MtebOutcome]) -> str:
             before = ", before" if outcome.state == "kept" else ""
             rows.append((outcome.task, outcome.type, outcome.metric, f"{100 * outcome.score:.2f}", f"{seconds}{before}"))
     share = f"({len(rows)} of {len(outcomes)} scored)"
-    rows += [(f"**mean over {over}** {share}", "", "", f"**{100 * mean:.2f}**", "") for over, mean in _means(outcomes).items()]
+    rows += [(f"**mean over {over}** {share}", "", "", f"**{100 * mean:.2f}**", "") for over, mean in means(outcomes).items()]
     scored = [md.markdown_table(("task", "type", "metric", "score", "seconds"), "lllrr", rows)] if rows else []
     unscored = [f"- {md.escape(why)}: {', '.join(names)}" for why, names in _reasons(outcomes).items()]
     return "\n".join([*scored, *([""] if scored and unscored else []), *unscored])
@@ -317,7 +317,7 @@ def _write(run: MtebRun, outcomes: Sequence[MtebOutcome], benchmarks: Sequence[s
     results = {
         "format": FORMAT, "model": meta.name, "fingerprint": encoder.fingerprint, "prompt_version": encoder.prompt_version,
         "revision": meta.revision, "route": run.model.route, "benchmarks": list(benchmarks), "mteb": version("mteb"),
-        "means": _means(outcomes), "tasks": [asdict(outcome) for outcome in outcomes],
+        "means": means(outcomes), "tasks": [asdict(outcome) for outcome in outcomes],
     }  # fmt: skip
     title = f"# {md.line(meta.name)} under mteb {version('mteb')}, route {run.model.route}\n\n"
     write_whole(run.out / "results.md", f"{title}{table(outcomes)}\n")
