@@ -13,13 +13,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import mteb
 import mteb_tasks as drawn
 import numpy as np
 import pytest
+from evaluations import Planned
 from mteb.cache import ResultCache
 from mteb.get_tasks import _TASKS_REGISTRY
 from scipy.stats import spearmanr
@@ -168,34 +168,19 @@ def test_one_input_may_hold_several_images_and_text(encoder: Encoder) -> None:
         TraceEncoder.of(encoder).encode([{"text": ["a"], "video": ["b"]}], **options)
 
 
-class Words:
-    """An encoder of texts alone, such as sentence-transformers has, that notes what it is asked."""
-
-    fingerprint, prompt_version, width, modalities = "words", "none", 2, ("text",)
-
-    def __init__(self) -> None:
-        self.asked: list[Query] = []
-
-    def encode_queries(self, queries: list[Query], *, route: str = "auto") -> list[Any]:
-        self.asked += queries
-        return self.encode_items(queries)
-
-    def encode_items(self, items: list[Any]) -> list[Any]:
-        assert "image" in self.modalities or not any(item.images for item in items)
-        lengths = [float(len(item.text)) for item in items]
-        return [SimpleNamespace(vector=np.array([np.cos(x), np.sin(x)], dtype=np.float32)) for x in lengths]
+def reader(*modalities: str, **attributes: Any) -> Planned:
+    """An encoder of some modalities, such as sentence-transformers has, that notes what it is asked."""
+    encoder = Planned()
+    vars(encoder).update({"modalities": modalities or ("text",)} | attributes)
+    return encoder
 
 
-class Both(Words):
-    modalities = ("text", "image", "image,text")  # type: ignore[assignment]  # a longer tuple than that of the texts
-
-
-def run_words(words: Words, out: Path, *names: str) -> list[mteb_run.MtebOutcome]:
+def run_words(words: Planned, out: Path, *names: str) -> list[mteb_run.MtebOutcome]:
     return mteb_run.score(mteb_run.MtebRun(TraceEncoder.of(words), out), mteb_run.choose_tasks([], names, TASKS))
 
 
 def test_what_a_model_does_not_read_is_skipped_by_name(tmp_path: Path) -> None:
-    words = Words()
+    words = reader()
     outcomes = run_words(words, tmp_path, "DrawnPages", "DrawnI2I", "DrawnTextSTS", "DrawnT2T", "DrawnRerank")
     assert [one.state for one in outcomes] == ["skipped", "skipped", "scored", "scored", "scored"]
     assert outcomes[0].reason == "it has inputs of image, and the model reads text"
@@ -206,7 +191,7 @@ def test_what_a_model_does_not_read_is_skipped_by_name(tmp_path: Path) -> None:
 
 
 def test_queries_alone_have_the_tasks_prompt_and_route(tmp_path: Path) -> None:
-    both = Both()
+    both = reader("text", "image", "image,text")
     run_words(both, tmp_path, "DrawnZeroShot", "DrawnTextSTS")
     assert not both.asked
     run_words(both, tmp_path, "DrawnI2I")
@@ -247,11 +232,11 @@ def test_a_killed_run_goes_on_behind_what_is_scored(
 
 
 def test_files_are_whole_or_count_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    (whole,) = run_words(Words(), tmp_path, "DrawnTextSTS")
+    (whole,) = run_words(reader(), tmp_path, "DrawnTextSTS")
     file = next(tmp_path.rglob("DrawnTextSTS.json"))
     content = file.read_text()
     file.write_text(content[:200])
-    (again,) = run_words(Words(), tmp_path, "DrawnTextSTS")
+    (again,) = run_words(reader(), tmp_path, "DrawnTextSTS")
     assert again.state == "scored" and again.score == whole.score and "DrawnTextSTS" in caplog.text
     before = {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
     result = ResultCache(tmp_path).load_results(require_model_meta=False)[0].task_results[0]
@@ -262,18 +247,13 @@ def test_files_are_whole_or_count_as_none(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(type(result), "to_disk", fails)
     with pytest.raises(OSError, match="full"):
-        mteb_run.MtebResults(tmp_path).save_to_cache(result, TraceEncoder.of(Words()).mteb_model_meta)
+        mteb_run.MtebResults(tmp_path).save_to_cache(result, TraceEncoder.of(reader()).mteb_model_meta)
     assert before == {path: path.read_bytes() for path in (tmp_path / "results").rglob("*") if path.is_file()}
 
 
 def test_scores_of_other_templates_or_budgets_are_not_taken_for_these(tmp_path: Path) -> None:
-    class Other(Words):
-        prompt_version = "other"
-
-    class Shorter(Words):
-        vector_settings = MappingProxyType({"max_text_tokens": 8})
-
-    states = [run_words(kind(), tmp_path, "DrawnTextSTS")[0].state for kind in (Words, Other, Shorter, Words)]
+    others: list[dict[str, Any]] = [{}, {"prompt_version": "other"}, {"vector_settings": {"max_text_tokens": 8}}, {}]
+    states = [run_words(reader(**other), tmp_path, "DrawnTextSTS")[0].state for other in others]
     assert states == ["scored", "scored", "scored", "kept"]
 
 

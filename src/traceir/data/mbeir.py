@@ -82,7 +82,10 @@ class Task:
 
     @property
     def pool_path(self) -> Path:
-        return pool_path(self.root, self.dataset, self.task_id, self.split)
+        """The local pool: the file of that split where there is one (MSCOCO), else the one val and test share."""
+        folder = self.root / "cand_pool" / "local"
+        own, shared = (folder / f"mbeir_{name}_cand_pool.jsonl" for name in (f"{self.name}_{self.split}", self.name))
+        return own if own.exists() or (self.dataset == "mscoco" and not shared.exists()) else shared
 
     @property
     def qrels_path(self) -> Path:
@@ -331,14 +334,6 @@ def train_pool_path(root: Path | str) -> Path:
 def read_train(root: Path | str, dataset: str) -> Iterator[Record]:
     """The training queries of one data set, its tasks mixed, in file order, streamed."""
     return read_queries(train_path(root, dataset))
-
-
-def pool_path(root: Path | str, dataset: str, task_id: int, split: Split) -> Path:
-    """The local pool of a row: the file of that split where there is one (MSCOCO), else the one val and test share."""
-    folder = Path(root) / "cand_pool" / "local"
-    own = folder / f"mbeir_{dataset}_task{task_id}_{split}_cand_pool.jsonl"
-    shared = folder / f"mbeir_{dataset}_task{task_id}_cand_pool.jsonl"
-    return own if own.exists() or (dataset == "mscoco" and not shared.exists()) else shared
 
 
 def dataset_id_in(qid: str, where: str) -> int:
