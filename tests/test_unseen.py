@@ -12,16 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import picture
+from evaluations import Planned, write
 from fakes import FakeEncoder
-from PIL import Image
 
 from traceir.errors import DataError, InputError, ModelError
 from traceir.evaluation.unseen import readers
-from traceir.evaluation.unseen import run as catalogue
-from traceir.evaluation.unseen.run import CIRCO_TEST, dry_run_unseen, read_columns, read_set, write_submission
+from traceir.evaluation.unseen.run import (
+    CIRCO_TEST,
+    COLUMNS,
+    dry_run_unseen,
+    find_columns,
+    read_columns,
+    read_set,
+    write_submission,
+)
 from traceir.evaluation.unseen.score import NAMED, UnseenOutcome, rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, Source, UnseenQuery, UnseenTask
-from traceir.items import Content, Encoding, Item, Query, Route
 
 ROUNDS = [{"question": 1, "answer": 0}, {"question": 0, "answer": 1}]
 DIALOGS = {"questions": ["is it big", "is it red"], "answers": ["yes", "no"],
@@ -73,11 +80,6 @@ IMAGES += [f"mbeir_images/fashioniq_images/B{n}.jpg" for n in range(1, 5)] + [f"
 IMAGES += [f"genecis/val2017/{n:012}.jpg" for n in range(11, 15)]
 IMAGES += [f"genecis/visual_genome/{kind}_attribute/{11 + place}_{n}_{place}.jpg" for kind in ("change", "focus")
            for n in (0, 1) for place in range(4)]  # fmt: skip
-
-
-def write(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 def write_ccneg(root: Path, paths: Sequence[object]) -> None:
@@ -142,10 +144,10 @@ def test_what_each_set_asks_and_what_is_right(root: Path, monkeypatch: pytest.Mo
     assert read_set(root, "circo_test", CIRCO_TEST).cases[0].relevant == ()
 
 
-def test_the_catalogue_reads_the_13_columns_in_the_order_of_the_table(root: Path) -> None:
-    assert catalogue.find_columns(root)[:13] == list(catalogue.COLUMNS) and catalogue.find_columns(root / "vist") == []
-    tasks = list(read_columns(root, catalogue.COLUMNS))
-    assert [task.name for task in tasks] == list(catalogue.COLUMNS) and len(tasks) == 13
+def test_the_13_columns_come_in_the_order_of_the_table(root: Path) -> None:
+    assert find_columns(root)[:13] == list(COLUMNS) and find_columns(root / "vist") == []
+    tasks = list(read_columns(root, COLUMNS))
+    assert [task.name for task in tasks] == list(COLUMNS) and len(tasks) == 13
     assert [task.main for task in tasks[6:]] == ["map@5", "hit@1", "hit@1", "hit@1", "hit@5", "accuracy", "accuracy"]
     with pytest.raises(InputError, match="did you mean 'flickr30k_t2i'"):
         next(read_columns(root, ["flickr30k_t2"]))
@@ -153,7 +155,7 @@ def test_the_catalogue_reads_the_13_columns_in_the_order_of_the_table(root: Path
 
 TURN = DIALOGS | {"dialogs": [{"image_id": 1, "dialog": [{"question": 2, "answer": 0}]}]}
 BROKEN: list[tuple[str, str, object, str]] = [
-    ("visdial", "visdial/visdial_1.0_val.json", '{"data":\n {', r"val\.json:2: .*line 2"),
+    ("visdial", "visdial/visdial_1.0_val.json", '{"data":\n }', r"val\.json:2: .*line 2"),
     ("visdial", "visdial/visdial_1.0_val.json", {"data": {"questions": []}}, "data, answers: is .*required"),
     ("visdial", "visdial/visdial_1.0_val.json", {"data": TURN}, "dialogs 0, dialog 0: is .*'question': 2.*fewer than 2"),
     ("circo", "circo/annotations/val.json", [], "circo has no queries"),
@@ -235,29 +237,9 @@ def test_what_is_missing_stops_or_is_left_out_and_counted(root: Path, caplog: py
 
 
 CLOCK = [(1.0, 0.0), (0.9, 0.4358899), (0.6, 0.8), (0.0, 1.0), (-0.6, 0.8), (-1.0, 0.0)]
-"""Unit vectors ever further away from the first."""
-
-
-class Compass:
-    """An encoder that looks its vectors up by text; queries point along the first direction unless they are named too."""
-
-    fingerprint, prompt_version, width = "compass", "p1", 2
-
-    def __init__(self, vectors: Mapping[str, Sequence[float]]) -> None:
-        self.vectors = vectors
-
-    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
-        return [self._encode(item) for item in items]
-
-    def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
-        return [self._encode(query) for query in queries]
-
-    def _encode(self, content: Content) -> Encoding:
-        return Encoding(np.array(self.vectors.get(content.text, CLOCK[0]), dtype=np.float32), "direct", "", 0, 1.0, False)
-
-
-LETTERS = Compass(dict(zip("abcdef", CLOCK, strict=True)))
-"""Each letter points further away from the query than the one before."""
+"""Unit vectors ever further away from the first, where the query `q` points."""
+LETTERS = Planned({"q": CLOCK[0]} | dict(zip("abcdef", CLOCK, strict=True)))
+TWINS = Planned({"q": CLOCK[0], "true": CLOCK[1], "wrong": CLOCK[1], "worse": CLOCK[2]})
 
 
 def task_of(cases: Sequence[UnseenQuery], pool: Sequence[str] | Mapping[str, Source], *metrics: str) -> UnseenTask:
@@ -286,9 +268,8 @@ def test_metrics_masks_galleries_and_ties_by_hand() -> None:
     cases = [asks((gallery or "c")[0], gallery=gallery) for gallery in galleries]
     outcomes, _ = score(LETTERS, task_of(cases, "abcdef"))
     assert [outcome.rank for outcome in outcomes] == [1, 3, 1, 2, 3], "what stands twice counts twice, but not against itself"
-    twins = Compass({"true": CLOCK[1], "wrong": CLOCK[1], "worse": CLOCK[2]})
     cases = [asks("true", gallery=("true", other)) for other in ("wrong", "worse")]
-    assert score(twins, task_of(cases, ["true", "wrong", "worse"], "accuracy"))[1]["value"] == 0.5
+    assert score(TWINS, task_of(cases, ["true", "wrong", "worse"], "accuracy"))[1]["value"] == 0.5
 
 
 def test_groups_their_mean_and_what_was_left_out(tmp_path: Path) -> None:
@@ -296,20 +277,20 @@ def test_groups_their_mean_and_what_was_left_out(tmp_path: Path) -> None:
     outcomes, summary = score(LETTERS, whole, cache=tmp_path)
     assert summary["groups"] == {"g": {"queries": 2, "hit@1": 1.0}, "h": {"queries": 1, "hit@1": 0.0}}
     assert summary["mean_over_groups"] == {"hit@1": 0.5} and summary["value"] == summary["metrics"]["hit@1"] == 0.6667
-    assert score(Compass({}), whole, cache=tmp_path) == (outcomes, summary), "embeddings come from the cache"
+    assert score(TWINS, whole, cache=tmp_path) == (outcomes, summary), "embeddings come from the cache"
     lost = LeftOut(images=(Path("gone.jpg"),), cases=tuple(str(n) for n in range(150)))
     _, summary = score(LETTERS, replace(whole, by_group=True, left_out=lost))
     assert summary["value"] == 0.5 and summary["left_out"]["pictures"] == {"count": 1, "names": ["gone.jpg"]}
     assert summary["left_out"]["queries"]["count"] == 150 and len(summary["left_out"]["queries"]["names"]) == NAMED
     with pytest.raises(ModelError, match="not finite"):
-        score(Compass({"a": (float("nan"), 0.0)}), whole)
+        score(Planned({"q": CLOCK[0], "a": (float("nan"), 0.0)}), whole)
     with pytest.raises(InputError, match=r"metrics \['ndcg@5'\] are unknown"):
         score(LETTERS, task_of([asks("a")], "ab", "ndcg@5"))
 
 
 def test_a_submission_holds_fifty_image_ids_best_first(tmp_path: Path) -> None:
     angles = np.linspace(0, np.pi / 2, 60)
-    encoder = Compass({f"p{n}": (float(np.cos(a)), float(np.sin(a))) for n, a in enumerate(angles)})
+    encoder = Planned({"q": CLOCK[0]} | {f"p{n}": (np.cos(angle), np.sin(angle)) for n, angle in enumerate(angles)})
     images: dict[str, Source] = {str(1000 + n): f"p{n}" for n in range(60)}
     unanswered = task_of([asks(id="0"), asks(id="1", masked=("1001",))], images, "map@5")
     with pytest.raises(InputError, match="query 0 has no right candidate"):
@@ -326,10 +307,10 @@ def test_a_submission_holds_fifty_image_ids_best_first(tmp_path: Path) -> None:
         rank_pool(encoder, task_of([asks(gallery=("1000",))], images), 1)
 
 
-def test_images_are_read_and_equal_content_is_found(tmp_path: Path) -> None:
+def test_images_are_read_and_equal_content_is_best(tmp_path: Path) -> None:
     files: dict[str, Source] = {str(number): tmp_path / f"{number}.png" for number in range(4)}
-    for number, file in files.items():
-        Image.new("RGB", (8, 8), (60 * int(number), 20, 90)).save(file)
+    for number, file in enumerate(files.values()):
+        picture(number).load().save(file)
     cases = [UnseenQuery(name, (file,), (name,), instruction="find it") for name, file in files.items()]
     outcomes, summary = score(FakeEncoder(), task_of(cases, files))
     assert [outcome.rank for outcome in outcomes] == [1, 1, 1, 1] and summary["reasoned"] == 0.0
