@@ -46,24 +46,21 @@ class QueryOutcome:
     reasoning: str
 
 
-def summarise(judged: Sequence[QueryOutcome], metric_k: int, pool: int) -> dict[str, Any]:
+def summarise(outcomes: Sequence[QueryOutcome], metric_k: int, pool: int) -> dict[str, Any]:
     """Shares over one row: hits, routing, reasoning length; with labels also hits by steps and the share of exact reasoning."""
-    summary: dict[str, Any] = {"queries": len(judged), "metric_k": metric_k} | _shares(judged, pool)
-    summary["tokens_per_query"] = round(float(np.mean([one.tokens for one in judged])), 2)
-    summary["truncated"] = _mean(one.truncated for one in judged)
-    if steps := sorted({one.steps for one in judged if one.steps is not None}):
-        groups = {count: [one for one in judged if one.steps == count] for count in steps}
-        summary["by_steps"] = {
-            str(count): _shares(group, pool)
-            | {"exact": _mean(one.exact for one in group), "answer_exact": _mean(one.answer_exact for one in group)}
-            for count, group in groups.items()
-        }
+    summary: dict[str, Any] = {"queries": len(outcomes), "metric_k": metric_k} | _shares(outcomes, pool)
+    summary["tokens_per_query"] = round(float(np.mean([outcome.tokens for outcome in outcomes])), 2)
+    summary["truncated"] = _mean(outcome.truncated for outcome in outcomes)
+    for steps in sorted({outcome.steps for outcome in outcomes if outcome.steps is not None}):
+        group = [outcome for outcome in outcomes if outcome.steps == steps]
+        exact = {name: _mean(getattr(outcome, name) for outcome in group) for name in ("exact", "answer_exact")}
+        summary.setdefault("by_steps", {})[str(steps)] = _shares(group, pool) | exact
     return summary
 
 
-def _shares(judged: Sequence[QueryOutcome], pool: int) -> dict[str, Any]:
-    hits = {f"hit@{k}": _mean(one.rank <= min(k, pool) for one in judged) for k in DEPTHS}
-    return {"queries": len(judged), **hits, "reasoned": _mean(one.route == "reason" for one in judged)}
+def _shares(outcomes: Sequence[QueryOutcome], pool: int) -> dict[str, Any]:
+    hits = {f"hit@{k}": _mean(outcome.rank <= min(k, pool) for outcome in outcomes) for k in DEPTHS}
+    return {"queries": len(outcomes), **hits, "reasoned": _mean(outcome.route == "reason" for outcome in outcomes)}
 
 
 def _mean(values: Iterable[bool | None]) -> float | None:
@@ -82,13 +79,13 @@ def read_outcomes(file: Path) -> list[QueryOutcome]:
     """The lines of a queries-ROUTE.jsonl file. DataError where it is missing, or for a line that is none."""
     if not file.is_file():
         raise DataError(f"{file} is missing beside its results.json; evaluate again")
-    judged: list[QueryOutcome] = []
+    outcomes: list[QueryOutcome] = []
     for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            judged.append(QueryOutcome(**json.loads(line)))
+            outcomes.append(QueryOutcome(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise DataError(f"{file}:{number}: not a judged query ({error}); evaluate again") from error
-    return judged
+    return outcomes
 
 
 def continue_results(out: Path, header: dict[str, Any]) -> dict[str, Any]:
@@ -117,23 +114,22 @@ def describe_machine() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """The results as a Markdown table, one line a row, route and kind of pool; the row's own metric in bold."""
-    lines: list[list[str]] = []
+    lines: list[list[object]] = []
     for kind, means, word in (("routes", "average", "local"), ("global", "average_global", "global")):
         for route, rows in results.get(kind, {}).items():
-            lines += [[name, route, f"{word} {row['pool']}", *_cells(row)] for name, row in rows.items()]
+            for name, row in rows.items():
+                hits = [points(row[f"hit@{k}"]) for k in DEPTHS]
+                own = DEPTHS.index(row["metric_k"])
+                hits[own] = f"**{hits[own]}**"
+                if "prompt_spread" in row:
+                    hits[-1] += f" (prompts spread {points(row['prompt_spread'])})"
+                costs = f"{points(row['reasoned'], 0)} %", f"{row['tokens_per_query']:.1f}", f"{row['queries_per_second']:.0f}"
+                lines.append([name, route, f"{word} {row['pool']}", row["queries"], *hits, *costs])
             if mean := results.get(means, {}).get(route):
                 bold = f"**{points(mean['mean'])}**"
                 lines.append(["**average** (hit@5, fashion hit@10)", route, word, "", "", bold, "", "", "", ""])
     names = ("row", "route", "pool", "queries", *(f"hit@{k}" for k in DEPTHS), "reasoned", "tokens/query", "queries/s")
     return markdown_table(names, "l" * len(names), lines)
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    hits = [f"**{points(row[f'hit@{k}'])}**" if k == row["metric_k"] else points(row[f"hit@{k}"]) for k in DEPTHS]
-    if "prompt_spread" in row:
-        hits[-1] += f" (prompts spread {points(row['prompt_spread'])})"
-    return [str(row["queries"]), *hits, f"{points(row['reasoned'], 0)} %", f"{row['tokens_per_query']:.1f}",
-            f"{row['queries_per_second']:.0f}"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ def read_run(folder: Path, route: str, label: str = "") -> ScoredRun:
     if results.get("prompt") == "all":
         raise InputError(f"{folder} tried every instruction; reports read an evaluation with --prompt first or seeded")
     file = folder / f"queries-{route}.jsonl"
-    judged = {(one.row, one.qid): one for one in read_outcomes(file) if one.row in rows}
+    judged = {(outcome.row, outcome.qid): outcome for outcome in read_outcomes(file) if outcome.row in rows}
     for name, row in rows.items():
         count = sum(key[0] == name for key in judged)
         if count != row["queries"]:
@@ -200,14 +196,14 @@ def named_runs(folders: Sequence[str | Path]) -> dict[str, tuple[Path, Route]]:
     """`[LABEL=]FOLDER[:ROUTE]` as label -> folder and route; InputError where two have one label."""
     runs: dict[str, tuple[Path, Route]] = {}
     for text in map(str, folders):
-        given, _, rest = text.rpartition("=") if "=" not in text else text.partition("=")
+        named, _, rest = text.rpartition("=") if "=" not in text else text.partition("=")
         folder, colon, ending = rest.rpartition(":")
         route = next((known for known in ROUTES if colon and known == ending), None)
-        place = Path(folder if route else rest)
-        label = given or (f"{place.name} ({route})" if route else place.name)
+        path = Path(folder if route else rest)
+        label = named or (f"{path.name} ({route})" if route else path.name)
         if label in runs:
             raise InputError(f"two runs are called {label!r}; name them: LABEL=FOLDER:ROUTE")
-        runs[label] = (place, route or "auto")
+        runs[label] = (path, route or "auto")
     return runs
 
 

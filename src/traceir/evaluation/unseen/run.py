@@ -13,7 +13,7 @@ from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
 from traceir.evaluation.results import continue_results, describe_machine, header_of
 from traceir.evaluation.unseen import readers
-from traceir.evaluation.unseen.score import UnseenOutcome, rank_pool, score
+from traceir.evaluation.unseen.score import rank_pool, score
 from traceir.evaluation.unseen.task import LeftOut, Missing, UnseenTask, settle
 from traceir.files import write_whole
 from traceir.items import Route
@@ -121,7 +121,14 @@ def evaluate_unseen(
         for route in routes:
             outcomes, summary = score(encoder, task, route=route, cache=cache or out / "embeddings", progress=progress)
             log.info("%s %s: %s %.1f", task.name, route, task.main, 100 * summary["value"])
-            _write_outcomes(out / f"outcomes-{route}.jsonl", task.name, outcomes)
+            file = out / f"outcomes-{route}.jsonl"
+            lines = (
+                [line for line in file.read_text().splitlines() if json.loads(line)["task"] != task.name]
+                if file.is_file()
+                else []
+            )
+            lines += (json.dumps(asdict(outcome)) for outcome in outcomes)
+            write_whole(file, "".join(f"{line}\n" for line in lines))
             scored = results["routes"].get(route, {}) | {task.name: summary}
             results["routes"][route] = {name: scored[name] for name in TASKS if name in scored}
             write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -185,8 +192,3 @@ def _chosen(root: Path, columns: Iterable[str] | None) -> list[str]:
     if not chosen:
         raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
     return chosen
-
-
-def _write_outcomes(file: Path, task: str, outcomes: Sequence[UnseenOutcome]) -> None:
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["task"] != task] if file.is_file() else []
-    write_whole(file, "".join(f"{line}\n" for line in [*kept, *(json.dumps(asdict(outcome)) for outcome in outcomes)]))
