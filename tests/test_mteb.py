@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -37,45 +37,44 @@ NAME = ("--name", "local/mini")
 Verb = Callable[..., int]
 
 
-@pytest.fixture
-def verb(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> Verb:
+@pytest.fixture(scope="module")
+def verb(encoder: Encoder) -> Iterator[Verb]:
     """The command line over the session's encoder, offline."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("traceir.cli.learn_verbs.open_encoder", lambda args: encoder)
-    return lambda *words: cli.main(["mteb", "--tasks-from", TASKS, *map(str, words)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("traceir.cli.learn_verbs.open_encoder", lambda args: encoder)
+        yield lambda *words: cli.main(["mteb", "--tasks-from", TASKS, *map(str, words)])
 
 
 @dataclass(frozen=True)
 class Scored:
-    """All tasks of the module, scored once by the command line: its exit code, what it said, what it wrote."""
+    """All tasks of the module, scored once by the command line: its exit code, its output and errors, what it wrote."""
 
     out: Path
     code: int
-    said: str
-    told: str
+    output: str
+    errors: str
     results: dict[str, Any]
 
     def __getitem__(self, name: str) -> float:
-        return float(next(one["score"] for one in self.results["tasks"] if one["task"] == name))
+        return float(next(task["score"] for task in self.results["tasks"] if task["task"] == name))
 
     def by_state(self, state: str) -> set[str]:
-        return {one["task"] for one in self.results["tasks"] if one["state"] == state}
+        return {task["task"] for task in self.results["tasks"] if task["state"] == state}
 
 
 @pytest.fixture(scope="module")
-def scored(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Scored:
+def scored(verb: Verb, tmp_path_factory: pytest.TempPathFactory) -> Scored:
     out = tmp_path_factory.mktemp("mteb") / "out"
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as told:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setattr("traceir.cli.learn_verbs.open_encoder", lambda args: encoder)
-        code = cli.main(["mteb", "--tasks-from", TASKS, "--out", str(out), *NAME])
-    return Scored(out, code, said.getvalue(), told.getvalue(), json.loads((out / "results.json").read_text()))
+    with redirect_stdout(StringIO()) as output, redirect_stderr(StringIO()) as errors:
+        code = verb("--out", out, *NAME)
+    return Scored(out, code, output.getvalue(), errors.getvalue(), json.loads((out / "results.json").read_text()))
 
 
 @pytest.mark.slow
 def test_the_drawn_tasks_are_of_every_class_type_and_side_that_mieb_has() -> None:
     def kinds(tasks: list[Any]) -> tuple[set[Any], set[str], set[str]]:
-        classes = {next(one for one in type(task).__mro__ if one.__name__.startswith("AbsTask")) for task in tasks}
+        classes = {next(base for base in type(task).__mro__ if base.__name__.startswith("AbsTask")) for task in tasks}
         return classes, {task.metadata.type for task in tasks}, {side for task in tasks for side in mteb_run.needs(task)}
 
     boards = [mteb.get_benchmark(name) for name in ("MIEB(lite)", "MIEB(eng)", "MIEB(Multilingual)", "MIEB(Img)")]
@@ -93,13 +92,13 @@ def test_every_kind_is_scored_the_rest_is_named_and_nothing_is_scored_twice(
 ) -> None:
     assert scored.code == 1, "two of them have no score"
     assert scored.by_state("skipped") == {"DrawnAudio"} and scored.by_state("failed") == {"DrawnAbsent"}
-    assert "- 1 skipped: it has inputs of audio, and the model reads text and image and image,text: DrawnAudio" in scored.said
-    assert "the hub does not answer: DrawnAbsent" in scored.said and "Traceback" not in scored.told
-    assert len(scored.by_state("scored")) == 21 and "23/23  DrawnSlow  cosine_spearman" in scored.told
+    assert "- 1 skipped: it has inputs of audio, and the model reads text and image and image,text: DrawnAudio" in scored.output
+    assert "the hub does not answer: DrawnAbsent" in scored.output and "Traceback" not in scored.errors
+    assert len(scored.by_state("scored")) == 21 and "  DrawnSlow  cosine_spearman" in scored.errors
     assert scored.by_state("scored") == {path.stem for path in scored.out.rglob("Drawn*.json")}
-    values = [one["score"] for one in scored.results["tasks"] if one["score"] is not None]
+    values = [task["score"] for task in scored.results["tasks"] if task["score"] is not None]
     assert scored.results["means"]["tasks"] == pytest.approx(np.mean(values))
-    assert scored.said.strip() in (scored.out / "results.md").read_text()
+    assert scored.output.strip() in (scored.out / "results.md").read_text()
     assert verb("--out", scored.out, *NAME, "--dry-run") == 0
     assert capsys.readouterr().out.splitlines()[-1] == "23 tasks: 21 scored, 1 skipped, 1 here"
     files = {path: path.stat().st_mtime_ns for path in scored.out.rglob("Drawn*.json")}
@@ -117,7 +116,7 @@ def test_a_dry_run_writes_nothing(verb: Verb, tmp_path: Path, capsys: pytest.Cap
 
 def vectors(encoder: Encoder, contents: list[Any]) -> np.ndarray:
     """Of images and texts as items, each encoded alone."""
-    made = [Item.of(text=one) if isinstance(one, str) else Item.of(image=ImageInput.from_pil(one)) for one in contents]
+    made = [Item.of(text=part) if isinstance(part, str) else Item.of(image=ImageInput.from_pil(part)) for part in contents]
     return np.stack([encoder.encode_items([item])[0].vector for item in made])
 
 
@@ -154,16 +153,16 @@ def test_the_size_of_batches_changes_no_score(encoder: Encoder, scored: Scored, 
     names = ["DrawnZeroShot", "DrawnSTS", "DrawnPairs", "DrawnIT2IT", "DrawnChoice"]
     for size in (1, 5):
         run = mteb_run.MtebRun(TraceEncoder.of(encoder, "local/mini"), tmp_path / str(size), batch_size=size)
-        for one in mteb_run.score(run, mteb_run.choose_tasks([], names, TASKS)):
-            assert one.score == pytest.approx(scored[one.task], abs=1e-6), (size, one.task)
+        for outcome in mteb_run.score(run, mteb_run.choose_tasks([], names, TASKS)):
+            assert outcome.score == pytest.approx(scored[outcome.task], abs=1e-6), (size, outcome.task)
 
 
 def test_one_input_may_hold_several_images_and_text(encoder: Encoder) -> None:
     images = [drawn.draw(1), drawn.draw(2)]
     options: dict[str, Any] = {"task_metadata": drawn.DrawnIT2IT.metadata, "hf_split": "test", "hf_subset": "default"}
-    found = TraceEncoder.of(encoder).encode([{"image": [images, images[:1]], "text": ["both", ""]}], **options)
+    vectors = TraceEncoder.of(encoder).encode([{"image": [images, images[:1]], "text": ["both", ""]}], **options)
     known = [Item((*map(ImageInput.from_pil, images), "both")), Item((ImageInput.from_pil(images[0]),))]
-    assert np.abs(found - [one.vector for one in encoder.encode_items(known)]).max() < 1e-6
+    assert np.abs(vectors - [encoding.vector for encoding in encoder.encode_items(known)]).max() < 1e-6
     with pytest.raises(InputError, match="video"):
         TraceEncoder.of(encoder).encode([{"text": ["a"], "video": ["b"]}], **options)
 
@@ -182,7 +181,7 @@ def run_words(words: Planned, out: Path, *names: str) -> list[mteb_run.MtebOutco
 def test_what_a_model_does_not_read_is_skipped_by_name(tmp_path: Path) -> None:
     words = reader()
     outcomes = run_words(words, tmp_path, "DrawnPages", "DrawnI2I", "DrawnTextSTS", "DrawnT2T", "DrawnRerank")
-    assert [one.state for one in outcomes] == ["skipped", "skipped", "scored", "scored", "scored"]
+    assert [outcome.state for outcome in outcomes] == ["skipped", "skipped", "scored", "scored", "scored"]
     assert outcomes[0].reason == "it has inputs of image, and the model reads text"
     assert json.loads(next(tmp_path.rglob("model_meta.json")).read_text())["modalities"] == ["text"]
     assert {query.instruction for query in words.asked} == {None}, "a task without a prompt has none"
@@ -207,16 +206,16 @@ def test_a_killed_run_goes_on_behind_what_is_scored(
     surroundings = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "DRAWN_WAIT": "1"}
     command = [sys.executable, "-m", "traceir", "mteb", "--tasks-from", TASKS, "-t", f"CIRRIT2IRetrieval,{own}", *words]
-    with (tmp_path / "told").open("w") as told:
-        started = subprocess.Popen(command, stderr=told, env={**surroundings, **away})
+    with (tmp_path / "errors").open("w") as errors:
+        started = subprocess.Popen(command, stderr=errors, env={**surroundings, **away})
         try:
             while not (first := list(tmp_path.rglob("DrawnZeroShot.json"))):
-                assert started.poll() is None, (tmp_path / "told").read_text()
+                assert started.poll() is None, (tmp_path / "errors").read_text()
                 time.sleep(0.05)
         finally:
             started.send_signal(signal.SIGKILL)
             started.wait()
-    lines = (tmp_path / "told").read_text().splitlines()
+    lines = (tmp_path / "errors").read_text().splitlines()
     assert lines[0] == "note: the Hugging Face hub does not answer; tasks can run whose data are on this machine"
     assert not any("Traceback" in line or "CIRR" in line for line in lines)
     (missing, *_) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
@@ -224,11 +223,11 @@ def test_a_killed_run_goes_on_behind_what_is_scored(
     assert "the hub does not answer" in missing["reason"] and not list(tmp_path.rglob("DrawnSlow.json"))
     before = first[0].stat().st_mtime_ns
     assert verb(*words, "-t", own) == 0
-    said = capsys.readouterr().err
-    assert "1/3  DrawnZeroShot  accuracy 62.50  scored before" in said and said.count("scored before") == 1
+    errors_again = capsys.readouterr().err
+    assert "1/3  DrawnZeroShot  accuracy 62.50  scored before" in errors_again and errors_again.count("scored before") == 1
     assert first[0].stat().st_mtime_ns == before
-    for one in json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]:
-        assert one["score"] == pytest.approx(scored[one["task"]], abs=1e-6)
+    for task in json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]:
+        assert task["score"] == pytest.approx(scored[task["task"]], abs=1e-6)
 
 
 def test_files_are_whole_or_count_as_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
@@ -262,13 +261,13 @@ def test_mteb_reads_the_results_and_means_the_same(encoder: Encoder, scored: Sco
     (model,) = ResultCache(scored.out).load_results(models=["local/mini"]).model_results
     assert model.model_name == "local/mini" and model.model_revision.startswith(f"{encoder.fingerprint}-")
     known = {name: scored[name] for name in scored.by_state("scored")}
-    assert {one.task_name: one.get_score() for one in model.task_results} == pytest.approx(known, abs=1e-6)
+    assert {result.task_name: result.get_score() for result in model.task_results} == pytest.approx(known, abs=1e-6)
     names = ["DrawnSTS", "DrawnSTSMore", "DrawnZeroShot", "DrawnI2I", "DrawnI2T"]
     board = mteb.Benchmark(name="Drawn", tasks=mteb_run.choose_tasks([], names, TASKS))
     for task in board.tasks:  # where mteb's leaderboard looks types up
         monkeypatch.setitem(_TASKS_REGISTRY, task.metadata.name, type(task))
     (row,) = ResultCache(scored.out).load_results(models=["local/mini"], tasks=board).get_benchmark_result().to_dict("records")
-    ours = mteb_run.means([mteb_run.MtebOutcome(**one) for one in scored.results["tasks"] if one["task"] in names])
+    ours = mteb_run.means([mteb_run.MtebOutcome(**task) for task in scored.results["tasks"] if task["task"] in names])
     assert (row["Mean (Task)"], row["Mean (TaskType)"]) == pytest.approx((ours["tasks"], ours["types"]), abs=1e-6)
 
 
