@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from traceir.errors import InputError
 from traceir.evaluation import mteb_run
 from traceir.evaluation.mteb_model import TraceEncoder
 from traceir.images import ImageInput
-from traceir.items import Item, Query
+from traceir.items import Item
 
 TASKS = str(Path(drawn.__file__))
 NAME = ("--name", "local/mini")
@@ -130,21 +129,6 @@ def test_scores_by_hand(encoder: Encoder, scored: Scored) -> None:
     rho = spearmanr([columns["score"](n) for n in range(12)], (first * second).sum(1)).statistic
     assert scored["DrawnSTS"] == pytest.approx(rho, abs=1e-6) and abs(rho) > 0.1
     assert scored["DrawnBoth"] == pytest.approx((rho + scored["DrawnSTSMore"]) / 2, abs=1e-6)
-    right = []
-    for n in range(12):
-        scores = vectors(encoder, [drawn.draw(n), drawn.draw(n + 1)]) @ vectors(encoder, [drawn.say(n), drawn.say(n + 1)]).T
-        right.append((scores.argmax(0) == [0, 1]).all() and (scores.argmax(1) == [0, 1]).all())
-    assert scored["DrawnPairs"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
-    task = drawn.DrawnChoice()  # the best of a query's three choices is the right one; these queries may reason
-    task.load_data()
-    split, right = task.dataset["default"]["test"], []
-    documents = dict(zip(split["corpus"]["id"], vectors(encoder, list(split["corpus"]["text"])), strict=True))
-    for row in split["queries"]:
-        query = Query.of(text=row["text"], image=ImageInput.from_pil(row["image"]), target="text")
-        (asked,) = encoder.encode_queries([query])
-        best_id = max(split["top_ranked"][row["id"]], key=lambda id, asked=asked: float(asked.vector @ documents[id]))
-        right.append(split["relevant_docs"][row["id"]][best_id])
-    assert scored["DrawnChoice"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
 
 
 @pytest.mark.slow
@@ -203,29 +187,23 @@ def test_a_killed_run_goes_on_behind_what_is_scored(
 ) -> None:
     """A process of its own, because it is killed, in the middle of the third of four tasks; no hub answers it."""
     own, words = "DrawnZeroShot,DrawnSlow,DrawnI2T", ["--out", str(tmp_path / "out"), *NAME]
-    surroundings = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
-    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "DRAWN_WAIT": "1"}
+    environment = {name: value for name, value in os.environ.items() if "PROXY" not in name.upper()}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub"), "DRAWN_WAIT": "1"}
     command = [sys.executable, "-m", "traceir", "mteb", "--tasks-from", TASKS, "-t", f"CIRRIT2IRetrieval,{own}", *words]
-    with (tmp_path / "errors").open("w") as errors:
-        started = subprocess.Popen(command, stderr=errors, env={**surroundings, **away})
-        try:
-            while not (first := list(tmp_path.rglob("DrawnZeroShot.json"))):
-                assert started.poll() is None, (tmp_path / "errors").read_text()
-                time.sleep(0.05)
-        finally:
-            started.send_signal(signal.SIGKILL)
-            started.wait()
+    with (tmp_path / "errors").open("w") as errors, subprocess.Popen(command, stderr=errors, env=environment) as process:
+        while not (first := list(tmp_path.rglob("DrawnZeroShot.json"))) and process.poll() is None:
+            time.sleep(0.05)
+        process.kill()
     lines = (tmp_path / "errors").read_text().splitlines()
     assert lines[0] == "note: the Hugging Face hub does not answer; tasks can run whose data are on this machine"
-    assert not any("Traceback" in line or "CIRR" in line for line in lines)
+    assert first and not any("Traceback" in line or "CIRR" in line for line in lines), lines
     (missing, *_) = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
     assert (missing["task"], missing["state"]) == ("CIRRIT2IRetrieval", "failed")
     assert "the hub does not answer" in missing["reason"] and not list(tmp_path.rglob("DrawnSlow.json"))
     before = first[0].stat().st_mtime_ns
     assert verb(*words, "-t", own) == 0
-    errors_again = capsys.readouterr().err
-    assert "1/3  DrawnZeroShot  accuracy 62.50  scored before" in errors_again and errors_again.count("scored before") == 1
-    assert first[0].stat().st_mtime_ns == before
+    lines = [line for line in capsys.readouterr().err.splitlines() if "scored before" in line]
+    assert lines == ["1/3  DrawnZeroShot  accuracy 62.50  scored before"] and first[0].stat().st_mtime_ns == before
     for task in json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]:
         assert task["score"] == pytest.approx(scored[task["task"]], abs=1e-6)
 
