@@ -1,9 +1,8 @@
 """What of a folder in M-BEIR's layout can be scored: rows, pools, what is right, and everything that is wrong with the files.
 
-Nothing is encoded before the whole folder has been looked at, so that a broken line or a missing image costs seconds and not a
-night. With the policy `stop` the first broken line, or all missing images together, end it with an error. With `skip` each is
-logged, counted, kept in the results, and what it touches is left out: a broken line; a candidate whose image is missing; a query
-whose image is missing. A query that loses all its right candidates stays: it was asked, and it misses.
+Nothing is encoded before the whole folder has been looked at. With the policy `stop` the first broken line, or all missing images
+together, end it with an error. With `skip` each is logged, counted, kept in the results, and what it touches is left out: the
+line; the candidate or the query of the image. A query that loses all its right candidates stays: it was asked, and it misses.
 """
 
 from __future__ import annotations

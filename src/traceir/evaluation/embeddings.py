@@ -3,14 +3,7 @@
 Inputs (Items, or Queries by one route) are cut in the order given into blocks of fixed size. A block is what is written at once
 and what a lost process loses at most. It is named by the hash of the contents it holds, so that equal pools of two folders share
 it, and an input that changes makes its block another one. Which process encodes a block has no influence on what is in it.
-
-    ROOT/candidates-MODEL-DIGEST/        or queries-ROUTE-MODEL-DIGEST
-      manifest.json                      the EncoderIdentity (`maker`): all that decides a vector beside the content
-      blocks/KEY/vectors.npy             [n, D], float32 or float16
-      blocks/KEY/encodings.jsonl         queries only: route, reasoning, tokens, emb_probability, truncated, one line a vector
-      blocks/KEY/block.json              rows, and the seconds that encoding took
-      known/SIGNATURE                    a KEY, so that images need not be read to know it
-      writing/                           staging: each block is written here and renamed; what lies here an hour is removed
+Files: docs/formats.md, section 12; blocks are staged in `writing/` and renamed, and what lies there an hour is removed.
 
 The key of an image is the SHA-256 of its file, which costs one reading. Beside the key of each block a signature is kept, made of
 texts and of path, size, modification and change time of each image file, which costs one `stat` an image. A file is thus taken
