@@ -222,15 +222,10 @@ def mbeir_task(root: str | Path, row: str, *, split: mbeir.Split = "test", limit
     tasks = {task.name: task for task in mbeir.find_tasks(root, split)}
     if row not in tasks:
         raise DataError(f"{root} has no row {row!r} in its {split} split; it has {', '.join(tasks)}")
-    described = {"metadata": _describe(tasks[row]), "row": tasks[row], "limit": limit, "__doc__": MbeirTask.__doc__}
-    made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), described)()
-    return made
-
-
-def _describe(task: mbeir.Task) -> TaskMetadata:
+    task = tasks[row]
     prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
     modalities = sorted({*task.query_modality.split(","), *task.cand_modality.split(",")})
-    return TaskMetadata(
+    metadata = TaskMetadata(
         name=f"{task.root.resolve().name}-{task.name}",
         description=f"Row {task.name} of a local folder in M-BEIR's layout.",
         dataset={"path": str(task.root), "revision": str(data_fingerprint(task.root / "meta.json") or "local")},
@@ -243,6 +238,9 @@ def _describe(task: mbeir.Task) -> TaskMetadata:
         prompt={"query": prompts[0]},
         is_public=False,
     )
+    own = {"metadata": metadata, "row": task, "limit": limit, "__doc__": MbeirTask.__doc__}
+    made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), own)()
+    return made
 
 
 def _dataset(contents: Sequence[Query | Item], modality: Modality) -> Dataset:
