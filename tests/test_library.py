@@ -158,7 +158,7 @@ def row_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, image in enumerate(images):
         pixels(number).save(root / image)
     texts = [" ".join(published.WORDS[n : n + 4]).capitalize() + "." for n in range(3)]
-    edits = [asks(f"7:{n}", 7, images[n], text, [f"7:{n}"], []) for n, text in enumerate(texts)]
+    edits = [query(f"7:{n}", 7, images[n], text, [f"7:{n}"], []) for n, text in enumerate(texts)]
     pool = [{"did": f"7:{n}", "txt": None, "img_path": image, "modality": "image"} for n, image in enumerate(images)]
     write_lines(root / f"query/test/mbeir_{ROW}_test.jsonl", edits)
     write_lines(root / f"cand_pool/local/mbeir_{ROW}_cand_pool.jsonl", pool)
@@ -190,7 +190,7 @@ def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path,
         caption = tmp_path / f"sets/Urban1k/caption/{number}.txt"
         for folder in (file.parent, caption.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        caption.write_text(f"Street {number}.\nA second line.")
+        caption.write_text(f"Street {number}.\nA second line.\n")
         pixels(number).save(file)
     assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
     own = SentenceTransformer(str(places / "clip"))
