@@ -21,7 +21,7 @@ from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.evaluation.compare import compare
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import table
+from traceir.evaluation.results import table
 from traceir.evaluation.unseen.run import evaluate_unseen
 from traceir.evaluation.unseen.run import table as unseen_table
 from traceir.items import Route

@@ -31,7 +31,7 @@ from traceir.data.folder import Listing, Problems, Row, read_row
 from traceir.encoder import Encoder
 from traceir.errors import InputError
 from traceir.evaluation.embeddings import Embedder
-from traceir.evaluation.judged import describe_machine
+from traceir.evaluation.results import describe_machine
 from traceir.images import ImageInput
 from traceir.items import Modality, Query, Route
 

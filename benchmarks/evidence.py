@@ -22,7 +22,7 @@ from benchmarks import encoder as encoder_benchmark
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import QueryOutcome, read_outcomes
+from traceir.evaluation.results import QueryOutcome, read_outcomes
 from traceir.minibeir.build import build
 
 WHOLE, TEST = Path("data/minibeir"), Path("data/minibeir-test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,17 +55,12 @@ def rows(**columns: Any) -> Dataset:
     return Dataset.from_dict(columns, features=Features({**whole.features, **kinds}))
 
 
-def each(**values: Any) -> dict[str, Any]:
-    """Of a split its numbers, or of a column what makes its values."""
-    return values
-
-
 class Drawn:
-    """load_data of a task whose splits are columns of functions of a number."""
+    """load_data of a task whose splits are numbers, and whose columns are functions of a number."""
 
     data_loaded = False
-    numbers = each(test=range(12))
-    columns = each()
+    numbers: Mapping[str, Sequence[int]]
+    columns: Mapping[str, Callable[[int], Any]]
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
         splits = {
@@ -74,76 +70,89 @@ class Drawn:
         self.dataset, self.data_loaded = DatasetDict(splits), True
 
 
-class DrawnClassification(Drawn, AbsTaskClassification):
-    metadata = described("DrawnClassification", "ImageClassification", "i2c", "accuracy")
-    input_column_name, samples_per_label, n_experiments = "webp", 2, 2
-    numbers = each(train=range(12), test=range(20, 28))
-    columns = each(webp=draw, label=lambda n: n % 4)
+def made(
+    base: Any, name: str, about: tuple[str, str, str], columns: Mapping[str, Any], more: Mapping[str, Any] = ABOUT, **options: Any
+) -> Any:
+    """A class of one of mteb's classes; `about` is its type, category and main score."""
+    numbers = {"test": range(12)}
+    own = {"metadata": described(name, *about, **more), "columns": columns, "numbers": numbers, "__module__": __name__}
+    return type(name, (Drawn, base), own | options)
 
 
-class DrawnMultilabel(Drawn, AbsTaskMultilabelClassification):
-    metadata = described("DrawnMultilabel", "ImageClassification", "i2c", "accuracy")
-    input_column_name, samples_per_label, n_experiments = "image", 3, 2
-    numbers = each(train=range(12), test=range(20, 28))
-    columns = each(image=draw, label=lambda n: [n % 4, 4 + n % 2])
+def colour(number: int) -> int:
+    return number % 4
 
 
-class DrawnClusteringLegacy(Drawn, AbsTaskClusteringLegacy):
-    metadata = described("DrawnClusteringLegacy", "ImageClustering", "i2c", "nmi")
-    input_column_name, label_column_name = "img", "label"
-    columns = each(img=draw, label=lambda n: n % 4)
+TRAINED = {"train": range(12), "test": range(20, 28)}
+CLASSES, CLUSTERS = ("ImageClassification", "i2c", "accuracy"), {"input_column_name": "img", "label_column_name": "label"}
+DrawnClassification = made(
+    AbsTaskClassification, "DrawnClassification", CLASSES, {"webp": draw, "label": colour}, numbers=TRAINED,
+    input_column_name="webp", samples_per_label=2, n_experiments=2,
+)  # fmt: skip
+DrawnMultilabel = made(
+    AbsTaskMultilabelClassification, "DrawnMultilabel", CLASSES, {"image": draw, "label": lambda n: [n % 4, 4 + n % 2]},
+    numbers=TRAINED, input_column_name="image", samples_per_label=3, n_experiments=2,
+)  # fmt: skip
+DrawnClusteringLegacy = made(
+    AbsTaskClusteringLegacy,
+    "DrawnClusteringLegacy",
+    ("ImageClustering", "i2c", "nmi"),
+    {"img": draw, "label": colour},
+    **CLUSTERS,
+)
+DrawnClustering = made(
+    AbsTaskClustering, "DrawnClustering", ("ImageClustering", "i2c", "v_measure"), {"img": draw, "label": colour}, **CLUSTERS,
+    max_fraction_of_documents_to_embed=None, n_clusters=2, max_documents_per_cluster=12,
+)  # fmt: skip
+LABELS = [f"a drawing of a {colour} square" for colour in COLOURS]
+DrawnZeroShot = made(
+    AbsTaskZeroShotClassification, "DrawnZeroShot", ("ZeroShotClassification", "i2t", "accuracy"),
+    {"image": draw, "label": colour}, numbers={"test": range(16)}, get_candidate_labels=lambda task: LABELS,
+)  # fmt: skip
+DrawnPairs = made(  # Winoground's form: two images and two captions a sample
+    AbsTaskImageTextPairClassification, "DrawnPairs", ("Compositionality", "i2t", "accuracy"),
+    {"image_0": draw, "image_1": lambda n: draw(n + 1), "caption_0": say, "caption_1": lambda n: say(n + 1)},
+    images_column_names=("image_0", "image_1"), texts_column_names=("caption_0", "caption_1"),
+)  # fmt: skip
+DrawnOrder = made(  # ARO's form: an image, the true caption, false ones
+    AbsTaskImageTextPairClassification, "DrawnOrder", ("Compositionality", "i2t", "text_acc"),
+    {"images": draw, "true": say, "false": lambda n: say(n + 2)}, numbers={"test": range(8)},
+    images_column_names=("images",), texts_column_names=("true", "false"),
+)  # fmt: skip
 
 
-class DrawnClustering(Drawn, AbsTaskClustering):
-    metadata = described("DrawnClustering", "ImageClustering", "i2c", "v_measure")
-    input_column_name, label_column_name = "image", "label"
-    max_fraction_of_documents_to_embed, n_clusters, max_documents_per_cluster = None, 2, 12
-    columns = each(image=draw, label=lambda n: n % 4)
+def pairs(
+    name: str, type: str, make: Callable[[int], Any], other: Callable[[int], int], more: Any = ABOUT, **options: Any
+) -> Any:
+    """Pairs of numbers, never the same twice: ties would be broken by rounding."""
+    columns = {
+        "sentence1": make,
+        "sentence2": lambda n: make(other(n)),
+        "score": lambda n: 5.0 * (n % 4 == other(n) % 4) + n / 20,
+    }
+    category = "i2i" if make is draw else "t2t"
+    return made(AbsTaskSTS, name, (type, category, "cosine_spearman"), columns, more, **options)
 
 
-class DrawnZeroShot(Drawn, AbsTaskZeroShotClassification):
-    metadata = described("DrawnZeroShot", "ZeroShotClassification", "i2t", "accuracy")
-    numbers, columns = each(test=range(16)), each(image=draw, label=lambda n: n % 4)
-
-    def get_candidate_labels(self) -> list[str]:
-        return [f"a drawing of a {colour} square" for colour in COLOURS]
+DrawnSTS = pairs("DrawnSTS", "VisualSTS(eng)", draw, lambda n: n * (n + 1) // 2 + 1)
+DrawnSTSMore = pairs("DrawnSTSMore", "VisualSTS(multi)", draw, lambda n: n * n + 1)
+DrawnTextSTS = pairs("DrawnTextSTS", "STS", say, lambda n: n * n)
+DrawnAudio = pairs("DrawnAudio", "STS", say, lambda n: n * n, {"modalities": ["audio", "text"]})
 
 
-class DrawnPairs(Drawn, AbsTaskImageTextPairClassification):
-    """Winoground's form: two images and two captions a sample."""
-
-    metadata = described("DrawnPairs", "Compositionality", "i2t", "accuracy")
-    images_column_names, texts_column_names = ("image_0", "image_1"), ("caption_0", "caption_1")
-    columns = each(image_0=draw, image_1=lambda n: draw(n + 1), caption_0=say, caption_1=lambda n: say(n + 1))
+def unreachable(task: Any, num_proc: int | None = None, **_: Any) -> None:
+    raise ConnectionError("Couldn't reach 'drawn' on the Hub")
 
 
-class DrawnOrder(Drawn, AbsTaskImageTextPairClassification):
-    """ARO's form: an image, the true caption, false ones."""
-
-    metadata = described("DrawnOrder", "Compositionality", "i2t", "text_acc")
-    images_column_names, texts_column_names = ("images",), ("true", "false")
-    numbers, columns = each(test=range(8)), each(images=draw, true=say, false=lambda n: say(n + 2))
-
-
-class DrawnSTS(Drawn, AbsTaskSTS):
-    """Pairs of other numbers, never the same twice: ties would be broken by rounding."""
-
-    metadata = described("DrawnSTS", "VisualSTS(eng)", "i2i", "cosine_spearman")
-    columns = each(
-        sentence1=draw,
-        sentence2=lambda n: draw(n * (n + 1) // 2 + 1),
-        score=lambda n: 5.0 * (n % 4 == (n * (n + 1) // 2 + 1) % 4) + n / 20,
-    )
+def waiting(task: Any, num_proc: int | None = None, **_: Any) -> None:
+    """Waits while $DRAWN_WAIT is set."""
+    while os.environ.get("DRAWN_WAIT"):
+        time.sleep(0.05)
+    Drawn.load_data(task)
 
 
-class DrawnSTSMore(DrawnSTS):
-    metadata = described("DrawnSTSMore", "VisualSTS(multi)", "i2i", "cosine_spearman")
-    columns = each(sentence1=draw, sentence2=lambda n: draw(n * n + 1), score=lambda n: 5.0 * (n % 4 == 1) + n / 20)
-
-
-class DrawnTextSTS(Drawn, AbsTaskSTS):
-    metadata = described("DrawnTextSTS", "STS", "t2t", "cosine_spearman")
-    columns = each(sentence1=say, sentence2=lambda n: say(n * n), score=lambda n: 5.0 * (n % 4 == n * n % 4))
+DrawnAbsent = pairs("DrawnAbsent", "STS", say, lambda n: n * n, load_data=unreachable)
+DrawnSlow = pairs("DrawnSlow", "STS", say, lambda n: n * n, load_data=waiting)
 
 
 class DrawnBoth(AbsTaskAggregate):
@@ -157,8 +166,8 @@ class DrawnSearch(AbsTaskRetrieval):
     """Eight queries over eight documents, of which documents of the same colour are right; sides by the category."""
 
     k_values = (1, 3, 5, 10)
-    subsets: tuple[str, ...] = ("default",)
-    choices = 0
+    subsets: tuple[str, ...]
+    choices: int
     data_loaded = False
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
@@ -184,10 +193,9 @@ class DrawnSearch(AbsTaskRetrieval):
         return rows(id=[*numbers], **made)
 
 
-def search(name: str, type_: str, category: str, metric: str, choices: int = 0, **more: Any) -> type[DrawnSearch]:
-    subsets = tuple(more.get("eval_langs", ("default",)))
-    about = {"metadata": described(name, type_, category, metric, **more), "choices": choices, "subsets": subsets}
-    return type(name, (DrawnSearch,), about | {"__module__": __name__})
+def search(name: str, type_: str, category: str, metric: str, choices: int = 0, **more: Any) -> Any:
+    about = {"metadata": described(name, type_, category, metric, **more), "choices": choices, "__module__": __name__}
+    return type(name, (DrawnSearch,), about | {"subsets": tuple(more.get("eval_langs", ("default",)))})
 
 
 TONGUES = {"en": ["eng-Latn"], "de": ["deu-Latn"]}
@@ -201,25 +209,3 @@ DrawnPages = search("DrawnPages", "DocumentUnderstanding", "t2i", "ndcg_at_5")
 DrawnTongues = search("DrawnTongues", "Any2AnyMultilingualRetrieval", "t2i", "ndcg_at_10", eval_langs=TONGUES)
 DrawnChoice = search("DrawnChoice", "VisionCentricQA", "it2t", "accuracy", 3)
 DrawnRerank = search("DrawnRerank", "Reranking", "t2t", "map_at_5", 4)
-
-
-class DrawnAudio(DrawnTextSTS):
-    metadata = described("DrawnAudio", "STS", "t2t", "cosine_spearman", modalities=["audio", "text"])
-
-
-class DrawnAbsent(DrawnTextSTS):
-    metadata = described("DrawnAbsent", "STS", "t2t", "cosine_spearman")
-
-    def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-        raise ConnectionError("Couldn't reach 'drawn' on the Hub")
-
-
-class DrawnSlow(DrawnTextSTS):
-    """Waits while $DRAWN_WAIT is set."""
-
-    metadata = described("DrawnSlow", "STS", "t2t", "cosine_spearman")
-
-    def load_data(self, num_proc: int | None = None, **options: Any) -> None:
-        while os.environ.get("DRAWN_WAIT"):
-            time.sleep(0.05)
-        super().load_data(num_proc, **options)

@@ -14,9 +14,8 @@ from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import dry_run, evaluate
-from traceir.evaluation.judged import QueryOutcome, read_outcomes
-from traceir.evaluation.unseen.catalogue import COLUMNS
-from traceir.evaluation.unseen.run import dry_run_unseen, evaluate_unseen, submit_circo, table
+from traceir.evaluation.results import QueryOutcome, read_outcomes
+from traceir.evaluation.unseen.run import COLUMNS, dry_run_unseen, evaluate_unseen, submit_circo, table
 from traceir.items import Item, Query
 from traceir.lab.examples import choose, write_examples
 from traceir.lab.faithful import probe

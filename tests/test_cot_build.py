@@ -144,7 +144,7 @@ def test_outcomes_say_what_became_of_every_query_and_assembly_mixes_direct_and_k
     }  # fmt: skip
     pairs = {data.name: data for data in read_cot(tmp_path / "dataset")}
     assert len(pairs["cirr_task7"]) == 8 and len(pairs["cirr_task0"]) == 5
-    label = pairs["cirr_task7"].sample(0).label
+    label = pairs["cirr_task7"].rows[0].label
     assert label is not None and label.answer == "boat red" and label.z == 1
     assert assemble(tmp_path, dropped="direct", format="jsonl").as_json()["all"] == funnel
     assert len({data.name: data for data in read_cot(tmp_path / "dataset")}["cirr_task7"]) == 12
@@ -405,7 +405,7 @@ def test_a_build_goes_on_from_the_journal_of_an_older_release(boats: Path, tmp_p
     assert main(["reasoning", "report", str(tmp_path)]) == 0
     for format in ("parquet", "jsonl"):
         assemble(tmp_path, format=format)
-        texts = [sample.label.reasoning or "" for data in read_cot(tmp_path / "dataset") for sample in data.samples()]
+        texts = [sample.label.reasoning or "" for data in read_cot(tmp_path / "dataset") for sample in data.rows]
         assert any(text.endswith("two steps \ufffd and a \ufffd") for text in texts)
 
 
@@ -422,7 +422,7 @@ def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_p
     shown = read_captions(gather_captions(tmp_path / "out", read_config(tmp_path / "out")))
     assert shown["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
     assert sum(assemble(tmp_path / "out").as_json()["all"][name] for name in ("direct", "kept")) > 6
-    assert any("\ufffd" in (one.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for one in pairs.samples())
+    assert any("\ufffd" in (one.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for one in pairs.rows)
     captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl:1"):
         read_captions(captions, {"x"})

@@ -4,58 +4,31 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import WORDS, picture
-from fakes import FakeEncoder, vector_of
+from evaluations import (
+    FASHION_ROW,
+    TEXT_ROW,
+    Planned,
+    asks,
+    candidate,
+    planned_folder,
+    write,
+    write_instructions,
+    write_row,
+)
 
 from traceir.data import mbeir
 from traceir.errors import DataError, InputError, StoreError
 from traceir.evaluation.embeddings import EmbeddingStore
 from traceir.evaluation.evaluate import evaluate as evaluate_share
-from traceir.evaluation.judged import average, read_outcomes, table
-from traceir.items import Encoding, Item, Query, Vector
+from traceir.evaluation.results import average, read_outcomes, table
 
-TEXT_ROW, FASHION_ROW = "webqa_task1", "fashioniq_task7"
 BOTH: dict[str, Any] = {"routes": ["auto", "direct"]}
-
-
-def write(file: Path, content: str | Sequence[Mapping[str, Any]]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    lines = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in content)
-    file.write_text(lines, encoding="utf-8")
-    return file
-
-
-def query(qid: str, text: str, positives: list[str], task: int, image: str | None = None) -> dict[str, Any]:
-    modality = "image,text" if image else "text"
-    return {"qid": qid, "query_txt": text, "query_img_path": image, "query_modality": modality,
-            "pos_cand_list": positives, "neg_cand_list": [], "task_id": task}  # fmt: skip
-
-
-def candidate(did: str, text: str | None = None, image: str | None = None) -> dict[str, Any]:
-    return {"did": did, "txt": text, "img_path": image, "modality": "image" if image else "text"}
-
-
-def write_row(root: Path, row: str, queries: list[dict[str, Any]], pool: list[dict[str, Any]]) -> None:
-    write(root / f"query/test/mbeir_{row}_test.jsonl", queries)
-    write(root / f"cand_pool/local/mbeir_{row}_cand_pool.jsonl", pool)
-
-
-def write_instructions(root: Path, *prompts: str) -> None:
-    head = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1"
-    keys = ("text\ttext\tWebQA\t2", "image,text\timage\tFashionIQ\t7")
-    write(root / "instructions/query_instructions.tsv", "\n".join([head, *("\t".join([key, *prompts]) for key in keys)]) + "\n")
-
-
-def planned_folder(root: Path, queries: list[dict[str, Any]], pool: list[dict[str, Any]]) -> Path:
-    write_row(root, TEXT_ROW, queries, pool)
-    write_instructions(root, "Find the text")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -69,45 +42,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def words(number: int) -> str:
         return " ".join(["show", *(["then"] * (number % 2)), *draw.choice(WORDS[:-1], int(draw.integers(3, 9)))])
 
-    asked = [query(f"2:{n}", words(n), [f"2:{n * 2}", f"2:{n * 2 + 1}"], 1) for n in range(10)]
+    asked = [asks(f"2:{n}", words(n), [f"2:{n * 2}", f"2:{n * 2 + 1}"]) for n in range(10)]
     write_row(root, TEXT_ROW, asked, [candidate(f"2:{number}", text=words(0)) for number in range(30)])
-    edits = [query(f"7:{n}", words(n), [f"7:{n + 6}"], 7, f"mbeir_images/{n}.png") for n in range(6)]
+    edits = [asks(f"7:{n}", words(n), [f"7:{n + 6}"], 7, f"mbeir_images/{n}.png") for n in range(6)]
     write_row(root, FASHION_ROW, edits, [candidate(f"7:{n}", image=f"mbeir_images/{n}.png") for n in range(24)])
     labels = [{"qid": f"7:{n}", "steps": n % 4, "z": int(n % 4 > 1), "reasoning": "one red" if n % 4 > 1 else None,
                "answer": "red cube" if n % 4 > 1 else None} for n in range(6)]  # fmt: skip
-    write(root / f"cot/test/mbeir_{FASHION_ROW}_test_cot.jsonl", labels)
+    write(root / f"cot/test/mbeir_{FASHION_ROW}_test_cot.jsonl", *labels)
     write_instructions(root, "Find it")
     write(root / "meta.json", '{"fingerprint": "two-rows"}')
     return root
-
-
-class Planned(FakeEncoder):
-    """Vectors by content, or those planned for the last word of a text; reasoning by the word "then", or as planned by qid."""
-
-    def __init__(self, plan: Mapping[str, Sequence[float]] | None = None, threshold: float | None = None, **said: str) -> None:
-        super().__init__(width=2 if plan else 16)
-        self.plan, self.said, self.threshold = plan or {}, said, threshold
-
-    @property
-    def run_settings(self) -> dict[str, Any]:
-        return {"threshold": self.threshold, "max_reasoning_tokens": 12}
-
-    def as_written(self, text: str) -> str:
-        return text.lower()
-
-    def encode_items(self, items: Sequence[Item]) -> list[Encoding]:
-        return [Encoding(self._vector(item), "direct", "", 0, 1.0, False) for item in items]
-
-    def encode_queries(self, queries: Sequence[Query], *, route: Any = "auto") -> list[Encoding]:
-        found = []
-        for one in queries:
-            text = self.said.get(str(one.id), "first this" if "then" in one.text.split() and route != "direct" else "")
-            found.append(Encoding(self._vector(one), "reason" if text else "direct", text, len(text.split()), 0.5, False))
-        return found
-
-    def _vector(self, content: Item | Query) -> Vector:
-        planned = self.plan.get(content.text.rstrip(".").split()[-1].lower()) if self.plan else None
-        return vector_of(content.content_hash(), self.width) if planned is None else np.array(planned, dtype=np.float32)
 
 
 def evaluate(data: Path, out: Path, encoder: Planned | None = None, **options: Any) -> dict[str, Any]:
@@ -118,7 +62,7 @@ def evaluate(data: Path, out: Path, encoder: Planned | None = None, **options: A
 
 
 def ranks_in(file: Path) -> dict[str, int]:
-    return {one.qid: one.rank for one in read_outcomes(file)}
+    return {outcome.qid: outcome.rank for outcome in read_outcomes(file)}
 
 
 @pytest.fixture(scope="module")
@@ -131,20 +75,21 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_ranks_equal_a_naive_oracle_and_labelled_rows_are_grouped_by_steps(data: Path, whole: Path) -> None:
     results, encoder = json.loads((whole / "results.json").read_text()), Planned()
-    judged = {(one.row, one.qid): one for one in read_outcomes(whole / "queries-auto.jsonl")}
+    outcomes = {(outcome.row, outcome.qid): outcome for outcome in read_outcomes(whole / "queries-auto.jsonl")}
     for task in mbeir.find_tasks(data, "test"):
         records, pool = list(mbeir.read_queries(task.query_path)), list(mbeir.read_pool(task.pool_path))
-        items = encoder.encode_items([mbeir.to_item(one, data) for one in pool])
+        items = [mbeir.to_item(candidate, data) for candidate in pool]
+        encodings = encoder.encode_items(items)
         hits = {1: 0, 5: 0, 10: 0}
         for record in records:
             (alone,) = encoder.encode_queries([mbeir.to_query(record, "Find it", data)])
-            scores = {one.did: float(alone.vector @ item.vector) for one, item in zip(pool, items, strict=True)}
+            scores = {item.id: float(alone.vector @ encoded.vector) for item, encoded in zip(items, encodings, strict=True)}
             order = sorted(scores, key=lambda did: -scores[did])
             rank = 1 + min(order.index(did) for did in record.positives)
             # M-BEIR's positives beyond the best do not push it down: only wrong ones above it count.
             rank -= sum(did in record.positives for did in order[: rank - 1])
-            one = judged.pop((task.name, record.qid))
-            assert (one.rank, one.route, one.reasoning) == (rank, alone.route, alone.reasoning)
+            outcome = outcomes.pop((task.name, record.qid))
+            assert (outcome.rank, outcome.route, outcome.reasoning) == (rank, alone.route, alone.reasoning)
             hits = {depth: count + (rank <= depth) for depth, count in hits.items()}
         row = results["routes"]["auto"][task.name]
         assert {depth: row[f"hit@{depth}"] for depth in hits} == {d: round(n / len(records), 4) for d, n in hits.items()}
@@ -152,45 +97,44 @@ def test_ranks_equal_a_naive_oracle_and_labelled_rows_are_grouped_by_steps(data:
         assert (row["metric_k"], row["pool"], row["queries"]) == (depth, len(pool), len(records)) and row["reasoned"] == 0.5
     own = [results["routes"]["auto"][TEXT_ROW]["hit@5"], results["routes"]["auto"][FASHION_ROW]["hit@10"]]
     assert results["average"]["auto"] == {"mean": round(sum(own) / 2, 4), "lowest": min(own)}
-    assert results["data"] == "two-rows" and not judged and "by_steps" not in results["routes"]["auto"][TEXT_ROW]
+    assert results["data"] == "two-rows" and not outcomes and "by_steps" not in results["routes"]["auto"][TEXT_ROW]
     groups = results["routes"]["auto"][FASHION_ROW]["by_steps"]
     assert {steps: group["queries"] for steps, group in groups.items()} == {"0": 2, "1": 2, "2": 1, "3": 1}
     assert groups["0"]["exact"] is None and groups["2"]["exact"] == 0.0
-    assert {one["reasoned"] for one in results["routes"]["direct"].values()} == {0.0}
+    assert {row["reasoned"] for row in results["routes"]["direct"].values()} == {0.0}
 
 
 def test_ties_count_against_the_query_and_foreign_positives_never_count(tmp_path: Path) -> None:
     plan = {"east": [1.0, 0.0], "north": [0.0, 1.0], "between": [0.6, 0.8]}
     texts = ("a east", "b east", "c between", "d north")
     asked = [
-        query("2:10", "east", ["2:1"], 1),  # the twin 2:2 scores the same
-        query("2:11", "east", ["2:1", "2:2"], 1),  # both twins are right
-        query("2:12", "north", ["9:77", "2:3"], 1),  # 9:77 is no candidate of this pool
-        query("2:13", "north", ["9:77"], 1),
+        asks("2:10", "east", ["2:1"]),  # the twin 2:2 scores the same
+        asks("2:11", "east", ["2:1", "2:2"]),  # both twins are right
+        asks("2:12", "north", ["9:77", "2:3"]),  # 9:77 is no candidate of this pool
+        asks("2:13", "north", ["9:77"]),
     ]
     data = planned_folder(tmp_path / "data", asked, [candidate(f"2:{n}", text) for n, text in enumerate(texts, start=1)])
-    judgements = "2:10 0 2:1 1 1\n2:11 0 2:1 1 1\n2:12 0 9:77 1 1\n2:13 0 2:4 0 1\n"
+    judgements = "2:10 0 2:1 1 1\n2:11 0 2:1 1 1\n2:12 0 9:77 1 1\n2:13 0 2:4 0 1"
     write(data / f"qrels/test/mbeir_{TEXT_ROW}_test_qrels.txt", judgements)
     evaluate(data, tmp_path / "out", Planned(plan))
     assert ranks_in(tmp_path / "out" / "queries-auto.jsonl") == {"2:10": 2, "2:11": 1, "2:12": 2, "2:13": 5}
 
 
 def test_written_reasoning_is_compared_with_its_label(tmp_path: Path) -> None:
-    asked = [query(f"2:{n}", "east", ["2:1"], 1) for n in range(4)]
+    asked = [asks(f"2:{n}", "east", ["2:1"]) for n in range(4)]
     data = planned_folder(tmp_path / "data", asked, [candidate("2:1", "east")])
     label = {"steps": 2, "z": 1, "reasoning": "Make one red;", "answer": "Red cube"}
     simple = {"qid": "2:3", "steps": 0, "z": 0, "reasoning": None, "answer": None}
-    write(data / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", [{"qid": f"2:{n}", **label} for n in range(3)] + [simple])
+    write(data / f"cot/test/mbeir_{TEXT_ROW}_test_cot.jsonl", *({"qid": f"2:{n}", **label} for n in range(3)), simple)
     right, other = (f"make one {colour}; red cube" for colour in ("red", "blue"))
     evaluate(data, tmp_path / "out", Planned(**{"2:0": right, "2:1": other, "2:3": right}))
-    found = {one.qid: (one.exact, one.answer_exact) for one in read_outcomes(tmp_path / "out" / "queries-auto.jsonl")}
-    assert found == {"2:0": (True, True), "2:1": (False, True), "2:2": (False, False), "2:3": (None, None)}
-
-
-def test_limit_takes_the_first_queries_and_rows_name_rows_or_data_sets(data: Path, tmp_path: Path) -> None:
-    results = evaluate(data, tmp_path, rows=["fashioniq"], limit=2)
-    assert list(results["routes"]["auto"]) == [FASHION_ROW] and [*ranks_in(tmp_path / "queries-auto.jsonl")] == ["7:0", "7:1"]
-    assert results["routes"]["auto"][FASHION_ROW]["pool"] == 24, "the pool stays whole"
+    outcomes = read_outcomes(tmp_path / "out" / "queries-auto.jsonl")
+    assert {outcome.qid: (outcome.exact, outcome.answer_exact) for outcome in outcomes} == {
+        "2:0": (True, True),
+        "2:1": (False, True),
+        "2:2": (False, False),
+        "2:3": (None, None),
+    }
 
 
 def assert_same_files(out: Path, whole: Path) -> None:
@@ -220,32 +164,25 @@ def interrupt(patch: pytest.MonkeyPatch, call: int) -> list[str]:
     return encoded
 
 
-def test_rows_scored_before_are_kept_and_nothing_is_encoded_twice(
+def test_what_was_scored_or_encoded_before_an_interruption_is_kept(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate(data, tmp_path, rows=[TEXT_ROW], **BOTH)
-    encoded = interrupt(monkeypatch, -1)
-    evaluate(data, tmp_path, **BOTH)
-    assert encoded == ["candidates 24", "queries-auto 6", "queries-direct 6"], "only the other row is encoded"
-    assert_same_files(tmp_path, whole)
-    evaluate(data, tmp_path / "again", cache=tmp_path / "embeddings", **BOTH)
-    assert len(encoded) == 3, "a cache serves any number of evaluations"
-
-
-def test_an_interrupted_evaluation_goes_on_where_it_stopped(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for call in (0, 1, 3):
+    for call in (0, 1):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt(patch, call)
             evaluate(data, tmp_path, **BOTH)
+    encoded = interrupt(monkeypatch, -1)
     evaluate(data, tmp_path, **BOTH)
+    assert encoded == ["queries-auto 6", "queries-direct 6"], "only what is left of the other row is encoded"
     assert_same_files(tmp_path, whole)
+    evaluate(data, tmp_path / "again", cache=tmp_path / "embeddings", **BOTH)
+    assert len(encoded) == 2, "a cache serves any number of evaluations"
 
 
 def test_shards_share_the_encoding_and_the_last_one_scores(data: Path, whole: Path, tmp_path: Path) -> None:
-    found = [evaluate_share(Planned(), data, tmp_path, shard=(n, 3), progress=False, **BOTH) is None for n in range(3)]
-    assert found == [True, True, False]
+    waiting = [evaluate_share(Planned(), data, tmp_path, shard=(n, 3), progress=False, **BOTH) is None for n in range(3)]
+    assert waiting == [True, True, False]
     assert_same_files(tmp_path, whole)
 
 
@@ -253,8 +190,8 @@ def test_the_global_pool_is_all_local_pools_and_counts_positives_anywhere(tmp_pa
     """A text row and a second one share a candidate; a positive of the other pool counts in the global pool only."""
     encoder = Planned({"east": [1.0, 0.0], "north": [0.0, 1.0], "between": [0.6, 0.8], "west": [-1.0, 0.0]})
     pool = [candidate("2:1", "a east"), candidate("2:3", "c between")]
-    data = planned_folder(tmp_path / "data", [query("2:10", "north", ["9:7"], 1)], pool)
-    write_row(data, "edis_task1", [query("2:20", "west", ["2:1"], 1)], [candidate("9:7", "d north"), candidate("2:1", "a east")])
+    data = planned_folder(tmp_path / "data", [asks("2:10", "north", ["9:7"])], pool)
+    write_row(data, "edis_task1", [asks("2:20", "west", ["2:1"])], [candidate("9:7", "d north"), candidate("2:1", "a east")])
     out = tmp_path / "out"
     results = evaluate(data, out, encoder, pools=["local", "global"])
     ranks = [ranks_in(out / f"queries-auto{ending}.jsonl") for ending in ("", "-global")]
@@ -294,7 +231,7 @@ def test_a_broken_folder_is_told_by_file_and_line_or_scored_without_the_broken_p
         evaluate(folder, out)
     for number in (23, 5):
         (folder / f"mbeir_images/{number}.png").unlink()
-    qrels = write(folder / f"qrels/test/mbeir_{FASHION_ROW}_test_qrels.txt", "7:0 0 7:6 1 7\n7:77 0 7:6 1 7\n")
+    qrels = write(folder / f"qrels/test/mbeir_{FASHION_ROW}_test_qrels.txt", "7:0 0 7:6 1 7\n7:77 0 7:6 1 7")
     results = evaluate(folder, out, on_error="skip")
     row, problems = results["routes"]["auto"][FASHION_ROW], results["problems"]
     assert row["pool"] == 24 - 3 and row["queries"] == 5, "7:22, 7:23 and 7:5 left the pool, query 7:5 left the row"
@@ -328,17 +265,27 @@ def test_results_of_another_model_or_setting_are_not_mixed_in(data: Path, tmp_pa
     assert (tmp_path / "results.json").read_bytes() == before
 
 
-def test_unknown_rows_and_empty_files_are_refused_by_name(data: Path, tmp_path: Path) -> None:
+def test_rows_and_limits_are_those_asked_for(data: Path, tmp_path: Path) -> None:
+    results = evaluate(data, tmp_path, rows=["fashioniq"], limit=2)
+    assert list(results["routes"]["auto"]) == [FASHION_ROW] and [*ranks_in(tmp_path / "queries-auto.jsonl")] == ["7:0", "7:1"]
+    assert results["routes"]["auto"][FASHION_ROW]["pool"] == 24, "the pool stays whole"
     with pytest.raises(InputError, match=r"rows \['mars_task9'\] are not in .*'webqa_task1'"):
         evaluate(data, tmp_path / "out", rows=[TEXT_ROW, "mars_task9"])
-    with pytest.raises(DataError, match="query/test"):
+
+
+@pytest.mark.parametrize(
+    ("queries", "pool", "message"),
+    [
+        (["2:1"], [], r"webqa_task1_cand_pool\.jsonl holds no candidate"),
+        ([], ["2:1"], r"webqa_task1_test\.jsonl: the file has no query"),
+        (None, [], "query/test"),
+    ],
+)
+def test_empty_files_are_refused_by_name(tmp_path: Path, queries: list[str] | None, pool: list[str], message: str) -> None:
+    if queries is not None:
+        planned_folder(tmp_path, [asks(qid, "east", ["2:1"]) for qid in queries], [candidate(did, "east") for did in pool])
+    with pytest.raises(DataError, match=message):
         evaluate(tmp_path, tmp_path / "out")
-    folder = planned_folder(tmp_path / "data", [query("2:1", "east", ["2:1"], 1)], [])
-    with pytest.raises(DataError, match=r"webqa_task1_cand_pool\.jsonl holds no candidate"):
-        evaluate(folder, tmp_path / "out")
-    write_row(folder, TEXT_ROW, [], [candidate("2:1", "east")])
-    with pytest.raises(DataError, match=r"webqa_task1_test\.jsonl: the file has no query"):
-        evaluate(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from evaluations import write
 
 from traceir.errors import DataError, InputError
 from traceir.evaluation.compare import compare
-from traceir.evaluation.judged import QueryOutcome
-from traceir.evaluation.runs import read_run
+from traceir.evaluation.results import QueryOutcome, read_run
 from traceir.lab.examples import choose
 from traceir.lab.report import run_report, steps_report
 from traceir.lab.scoreboard import write_scoreboard
 
 
-def judged(row: str, qid: str, rank: int, steps: int | None, *, said: str = "", exact: bool | None = None) -> QueryOutcome:
-    return QueryOutcome(row, qid, rank, "reason" if said else "direct", len(said.split()), False, 0.5, steps, exact, exact, said)
+def judged(row: str, qid: str, rank: int, steps: int | None, text: str = "", exact: bool | None = None) -> QueryOutcome:
+    return QueryOutcome(row, qid, rank, "reason" if text else "direct", len(text.split()), False, 0.5, steps, exact, exact, text)
 
 
 def write_run(folder: Path, routes: dict[str, list[QueryOutcome]], speed: dict[Any, float] | None = None, **about: Any) -> Path:
@@ -28,38 +28,39 @@ def write_run(folder: Path, routes: dict[str, list[QueryOutcome]], speed: dict[A
     folder.mkdir(parents=True, exist_ok=True)
     header = {"format": 2, "model": f"model-{folder.name}", "data": "data-1", "split": "test", "limit": None, "threshold": None}
     results: dict[str, Any] = {**header, **about, "routes": {route: {} for route in routes}}
-    for route, ones in routes.items():
-        (folder / f"queries-{route}.jsonl").write_text("".join(json.dumps(asdict(one)) + "\n" for one in ones))
-        for name in dict.fromkeys(one.row for one in ones):
+    for route, outcomes in routes.items():
+        write(folder / f"queries-{route}.jsonl", *map(asdict, outcomes))
+        for name, count in Counter(outcome.row for outcome in outcomes).items():
             results["routes"][route][name] = {
-                "queries": sum(one.row == name for one in ones),
+                "queries": count,
                 "metric_k": 10 if name.startswith("fashion") else 5,
                 "queries_per_second": (speed or {}).get((route, name), 10.0),
             }
-    (folder / "results.json").write_text(json.dumps(results))
+    write(folder / "results.json", results)
     return folder
 
 
 def cells(text: str, *start: str) -> list[str]:
-    """The cells of the only table line that begins with the given ones, without intervals."""
+    """The cells of the only table line that begins with the given outcomes, without intervals."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     (line,) = [line for line in lines if tuple(line[: len(start)]) == start]
     return [cell.split(" [")[0] for cell in line[len(start) :]]
 
 
+def cirr_run(folder: Path, *outcomes: tuple[Any, ...], **about: Any) -> Path:
+    """One row; of each query its rank, its steps, what it wrote, and whether that is right."""
+    return write_run(folder, {"auto": [judged("cirr_task7", f"8:{n}", *outcome) for n, outcome in enumerate(outcomes)]}, **about)
+
+
 def direct_run(folder: Path) -> Path:
     """Eight queries: R@1 3/4 at 0 and 1 steps, 1/2 at 2, 0/2 at 3 and 4."""
-    ranks = [(1, 0), (1, 0), (1, 1), (3, 1), (1, 2), (9, 2), (4, 3), (2, 4)]
-    return write_run(folder, {"auto": [judged("cirr_task7", f"8:{n}", rank, steps) for n, (rank, steps) in enumerate(ranks)]})
+    return cirr_run(folder, (1, 0), (1, 0), (1, 1), (3, 1), (1, 2), (9, 2), (4, 3), (2, 4))
 
 
 def reasoning_run(folder: Path, **about: Any) -> Path:
     """The same eight: R@1 2/4, then 2/2 (one reasoning right), then 1/2 (one right)."""
-    simple = [(1, 0, "", None), (2, 0, "", None), (1, 1, "", None), (6, 1, "a b", None)]
     hard = [(1, 2, "a b c", True), (1, 2, "a", False), (1, 3, "a b", True), (7, 4, "a b", False)]
-    told = enumerate([*simple, *hard])
-    ones = [judged("cirr_task7", f"8:{n}", rank, steps, said=said, exact=exact) for n, (rank, steps, said, exact) in told]
-    return write_run(folder, {"auto": ones}, **about)
+    return cirr_run(folder, (1, 0), (2, 0), (1, 1), (6, 1, "a b"), *hard, **about)
 
 
 def test_recall_by_steps_is_compared_query_by_query(tmp_path: Path) -> None:
@@ -85,14 +86,11 @@ def test_recall_by_steps_is_compared_query_by_query(tmp_path: Path) -> None:
 
 def test_runs_on_other_data_or_other_queries_are_refused(tmp_path: Path) -> None:
     plain = direct_run(tmp_path / "plain")
-    ones = [judged("cirr_task7", f"8:{n}", 1, 2) for n in range(8)]
+    other_steps = [(1, 2)] * 8
     for other, message in (
-        (
-            reasoning_run(tmp_path / "other", data="data-2"),
-            r"'other' .* on data data-2, 'plain' .* on data-1; evaluate both on one",
-        ),
-        (write_run(tmp_path / "fewer", {"auto": ones[:7]}), "1 are in one only, such as 8:7 of cirr_task7"),
-        (write_run(tmp_path / "new", {"auto": ones}), r"query 8:0 of cirr_task7 has 0 steps in .* and 2 in"),
+        (reasoning_run(tmp_path / "other", data="data-2"), "'other' .* on data data-2, 'plain' .* on data-1"),
+        (cirr_run(tmp_path / "fewer", *other_steps[:7]), "1 are in one only, such as 8:7 of cirr_task7"),
+        (cirr_run(tmp_path / "new", *other_steps), r"query 8:0 of cirr_task7 has 0 steps in .* and 2 in"),
         (reasoning_run(tmp_path / "all", prompt="all"), "tried every instruction"),
         (plain, "two runs are called 'plain'"),
     ):
@@ -104,10 +102,10 @@ def test_runs_on_other_data_or_other_queries_are_refused(tmp_path: Path) -> None
 def test_routing_counts_who_reasons_against_the_label(tmp_path: Path) -> None:
     """One row of 20 simple queries, one mixed of 20 simple (1 reasons) and 10 complex (9 reason, then 8)."""
     for reasoned, ending in ((9, "everywhere."), (8, "not in cirr_task7, all mixed rows, all rows.")):
-        ones = [judged("mscoco_task3", f"9:{n}", 1, 0) for n in range(20)]
-        ones += [judged("cirr_task7", f"8:{n}", 1, 1, said="a" if n == 0 else "") for n in range(20)]
-        ones += [judged("cirr_task7", f"8:{n + 20}", 1, 2 + n % 3, said="a" if n < reasoned else "") for n in range(10)]
-        text = run_report("routing", [write_run(tmp_path / "run", {"auto": ones})])
+        outcomes = [judged("mscoco_task3", f"9:{n}", 1, 0) for n in range(20)]
+        outcomes += [judged("cirr_task7", f"8:{n}", 1, 1, text="a" if n == 0 else "") for n in range(20)]
+        outcomes += [judged("cirr_task7", f"8:{n + 20}", 1, 2 + n % 3, text="a" if n < reasoned else "") for n in range(10)]
+        text = run_report("routing", [write_run(tmp_path / "run", {"auto": outcomes})])
         assert cells(text, "mscoco_task3") == ["", "20", "0.0 %", "0", "–"]
         assert cells(text, "cirr_task7") == ["mixed", "20", "5.0 %", "10", f"{reasoned}0.0 %"]
         assert cells(text, "**all mixed rows**") == ["mixed", "20", "5.0 %", "10", f"{reasoned}0.0 %"]
@@ -117,10 +115,12 @@ def test_routing_counts_who_reasons_against_the_label(tmp_path: Path) -> None:
 
 def test_routes_are_compared_on_simple_and_on_complex_queries(tmp_path: Path) -> None:
     def run(route: str) -> list[QueryOutcome]:
-        said = {"direct": ("", ""), "auto": ("", "a b c d"), "reason": ("a b", "a b c d")}[route]
-        ones = [judged("mscoco_task3", f"9:{n}", 1 if n < 3 or route != "reason" else 6, 0, said=said[0]) for n in range(4)]
-        ones += [judged("fashioniq_task7", "7:0", 8, 1, said=said[0])]
-        return ones + [judged("fashioniq_task7", f"7:{n}", 11 if route == "direct" else n, 2, said=said[1]) for n in (1, 2, 3)]
+        texts = {"direct": ("", ""), "auto": ("", "a b c d"), "reason": ("a b", "a b c d")}[route]
+        outcomes = [judged("mscoco_task3", f"9:{n}", 1 if n < 3 or route != "reason" else 6, 0, text=texts[0]) for n in range(4)]
+        outcomes += [judged("fashioniq_task7", "7:0", 8, 1, text=texts[0])]
+        return outcomes + [
+            judged("fashioniq_task7", f"7:{n}", 11 if route == "direct" else n, 2, text=texts[1]) for n in (1, 2, 3)
+        ]
 
     speed = {("auto", "mscoco_task3"): 100.0, ("reason", "mscoco_task3"): 20.0, ("auto", "fashioniq_task7"): 8.0}
     routes = {route: run(route) for route in ("direct", "auto", "reason")}
@@ -156,8 +156,7 @@ def test_what_is_broken_or_asked_wrongly_is_named(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message):
             run_report(kind, folders, out)
     lines = (folder / "queries-auto.jsonl").read_text().splitlines(keepends=True)
-    unfinished = json.dumps(asdict(judged("nights_task4", "4:1", 1, 0)))
-    (folder / "queries-auto.jsonl").write_text("".join([*lines, unfinished]))
+    write(folder / "queries-auto.jsonl", "".join(lines).rstrip(), asdict(judged("nights_task4", "4:1", 1, 0)))
     assert {row for row, _ in read_run(folder, "auto").judged} == {"cirr_task7"}, "up to the last whole row"
     for name, content, message in (
         ("queries-auto.jsonl", "".join(lines[1:]), r"queries-auto\.jsonl: 7 queries of cirr_task7, results\.json has 8"),
@@ -205,5 +204,5 @@ def test_a_scoreboard_is_one_table_one_page_and_one_file_of_figures(tmp_path: Pa
 
 
 def test_examples_are_the_first_hit_and_the_first_miss_of_each_route() -> None:
-    ones = [judged("r", qid, rank, 0) for qid, rank in (("a", 3), ("b", 9), ("c", 1), ("e", 8))]
-    assert [one.qid for one in choose([*ones, judged("r", "d", 7, 2, said="x")], 5)] == ["c", "b", "d"]
+    outcomes = [judged("r", qid, rank, 0) for qid, rank in (("a", 3), ("b", 9), ("c", 1), ("e", 8))]
+    assert [outcome.qid for outcome in choose([*outcomes, judged("r", "d", 7, 2, text="x")], 5)] == ["c", "b", "d"]

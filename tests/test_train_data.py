@@ -115,7 +115,7 @@ def test_settings_that_mean_nothing_are_refused(folder: Path) -> None:
 def test_negatives_are_never_right_and_each_once(folder: Path) -> None:
     met: Counter[str] = Counter()
     for task in read_pairs(folder, negatives=3):
-        for number, sample in enumerate(task.samples()):
+        for number, sample in enumerate(task.rows):
             listed = {candidate.did for candidate in sample.negatives}
             assert not listed & set(sample.record.positives) and listed <= set(sample.record.negatives)
             for seed in range(8):
@@ -131,7 +131,7 @@ def test_what_the_pool_lacks_is_named(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "m")
     file = root / "query/train/mbeir_nights_train.jsonl"
     write_lines(file, [query("4:0", 4, "mbeir_images/0.png", None, ["8:101"], ["8:777"])])
-    assert named(read_pairs(root), "nights_task4").sample(0).negatives == ()
+    assert named(read_pairs(root), "nights_task4").rows[0].negatives == ()
     for reading in (lambda: read_pairs(root, negatives=1), lambda: write_cot(root, tmp_path / "cot")):
         with pytest.raises(DataError, match=r"query 4:0: negative 8:777"):
             reading()

@@ -32,7 +32,7 @@ from traceir.minibeir.unseen.build import build_unseen
 
 
 def report(args: argparse.Namespace) -> int:
-    from traceir.evaluation.runs import named_runs
+    from traceir.evaluation.results import named_runs
     from traceir.lab.report import run_report
 
     if args.kind == "scoreboard":
@@ -68,7 +68,7 @@ def evaluate(args: argparse.Namespace) -> int:
     routes = _routes(args)
     from traceir.evaluation.embeddings import shard_from_environment
     from traceir.evaluation.evaluate import dry_run, evaluate
-    from traceir.evaluation.judged import table
+    from traceir.evaluation.results import table
 
     options: dict[str, Any] = {"split": args.split, "routes": routes, "rows": _names(args.rows), "limit": args.limit}
     if args.dry_run:

@@ -74,7 +74,7 @@ class CaseSource:
             with path.open("rb") as stream:
                 stream.seek(part.start)
                 for number, raw in enumerate(islice(stream, part.lines), part.first):
-                    record = mbeir.record_in(raw, f"{path}:{number}") if raw.strip() else None
+                    record = mbeir.to_record(mbeir.Line.read(raw, f"{path}:{number}")) if raw.strip() else None
                     if record and (not self.tasks or f"{part.dataset}_task{record.task_id}" in self.tasks):
                         sample = join(record, None, self.pool, str(self.pool.path), negatives=False)
                         instruction = normalise(task_prompts(self.instructions, record.qid, record.task_id)[0])

@@ -2,7 +2,7 @@
 
 A folder (format 1, docs/formats.md) holds `train-00000-of-00007.parquet` or `.jsonl`, one row a sample, and `manifest.json`,
 written last. Images and instructions stay where they are: in the data folder that the manifest names. `datasets` turns the
-files into a memory-mapped Arrow cache once (cot_table.py); a row is read when its example is.
+files into a memory-mapped Arrow cache once; a row is read when its example is.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import os
 import re
 import shutil
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Final
@@ -24,13 +25,15 @@ import numpy as np
 from tqdm import tqdm
 
 from traceir.data import mbeir
-from traceir.data.cot_table import FORMATS, GROUP_ROWS, Files, count_rows, load_table, write_file
+from traceir.data.folder import data_fingerprint
 from traceir.data.samples import Pairs, Sample, Supervision, descriptions_of, join, task_prompts
-from traceir.errors import DataError
+from traceir.errors import DataError, TrainError
 
 NAME: Final = "M-BEIR-CoT"
 FORMAT: Final = 1
-_TASK = re.compile(r"(?P<dataset>.+)_task(?P<task>\d+)")
+FORMATS: Final = ("parquet", "jsonl")
+GROUP_ROWS: Final = 2_000
+"""Rows of a Parquet row group, and rows read at once where all are read."""
 _FILE = re.compile(r"train-\d{5}-of-\d{5}\.(parquet|jsonl)")
 
 
@@ -154,18 +157,17 @@ def write_rows(
     written: list[tuple[Path, int]] = []
     for first in stream:
         path = staging / f"{len(written):05d}.{format}"
-        written.append((path, write_file(path, chain((first,), islice(stream, rows_per_file - 1)))))
+        written.append((path, _write_file(path, chain((first,), islice(stream, rows_per_file - 1)))))
     if not written:
         raise DataError(f"{root} has no training queries; build or download the train split first")
     for stale in [file for file in out.iterdir() if _FILE.fullmatch(file.name)]:
         stale.unlink()  # of a call that ended before its manifest
     files = [_put(path, count, out / f"train-{n:05d}-of-{len(written):05d}.{format}") for n, (path, count) in enumerate(written)]
-    about = root / "meta.json"
     manifest = {
         "name": NAME,
         "format": FORMAT,
         "root": Path(os.path.relpath(root.resolve(), out.resolve())).as_posix(),
-        "source_fingerprint": json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None,
+        "source_fingerprint": data_fingerprint(root / "meta.json"),
         "samples": sum(count for _, count in written),
         "tasks": {name: tasks[name] for name in sorted(tasks, key=_task_order)},
         "files": files,
@@ -193,6 +195,38 @@ def _counted(rows: Iterable[dict[str, Any]], tasks: dict[str, dict[str, int]]) -
         task["negatives"] += len(row["negatives"])
         task["positives_outside_pool"] += len(row["pos_cand_list"]) - len(row["positives"])
         yield row
+
+
+def _write_file(path: Path, rows: Iterator[dict[str, Any]]) -> int:
+    """Writes the rows as the path's suffix says and returns their number."""
+    count = 0
+    if path.suffix == ".jsonl":
+        with path.open("w", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+                count += 1
+        return count
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema()
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while group := list(islice(rows, GROUP_ROWS)):
+            writer.write_table(pa.Table.from_pylist(group, schema=schema))
+            count += len(group)
+    return count
+
+
+def _schema() -> Any:
+    """The columns of a row, as Arrow has them."""
+    import pyarrow as pa
+
+    text, number = pa.string(), pa.int32()
+    candidates = pa.list_(pa.struct([(name, text) for name in ("did", "txt", "img_path", "modality")]))
+    columns = dict.fromkeys(("qid", "task"), text) | dict.fromkeys(("task_id", "dataset_id"), number)
+    columns |= dict.fromkeys(("query_txt", "query_img_path", "query_modality", "cand_modality"), text) | {"z": number}
+    columns |= dict.fromkeys(("reasoning", "answer"), text) | {"steps": number, "pos_cand_list": pa.list_(text)}
+    return pa.schema([*columns.items(), ("positives", candidates), ("negatives", candidates), ("provenance", text)])
 
 
 # Reading
@@ -233,15 +267,16 @@ def read_cot(path: Path | str, *, root: Path | None = None, cache: Path | None =
         raise DataError(f"{path}: there is no such file or folder; give a folder of M-BEIR-CoT or one of its files")
     root = root or source_folder(path)
     paths, counts = _data_files(path)
-    table, files = load_table(paths, cache or paths[0].parent / "arrow"), Files(paths, tuple(accumulate(counts)))
-    if not len(table) or files.ends[-1] != len(table):
-        raise DataError(f"{path}: {len(table)} rows where {files.ends[-1]} were written; copy or write the files again")
+    table = _load_table(paths, cache or paths[0].parent / "arrow")
+    if not len(table) or sum(counts) != len(table):
+        raise DataError(f"{path}: {len(table)} rows where {sum(counts)} were written; copy or write the files again")
     by_task: dict[str, array[int]] = {}
-    descriptions = descriptions_of(TableRows(range(len(table)), table, files, supervision).checked(by_task), supervision)
+    every = TableRows(range(len(table)), table, paths, tuple(accumulate(counts)), supervision)
+    descriptions = descriptions_of(every.checked(by_task), supervision)
     instructions = mbeir.read_instructions(root)
     tasks: list[Pairs] = []
     for name in sorted(by_task, key=_task_order):
-        samples = TableRows(by_task[name], table, files, supervision)
+        samples = replace(every, rows=by_task[name])
         record = samples[0].record
         prompts = task_prompts(instructions, record.qid, record.task_id)
         tasks.append(Pairs(name, samples, root, prompts, supervision, descriptions))
@@ -250,11 +285,12 @@ def read_cot(path: Path | str, *, root: Path | None = None, cache: Path | None =
 
 @dataclass(frozen=True, slots=True)
 class TableRows(Sequence[Sample]):
-    """The Samples in some rows of a memory-mapped table."""
+    """The Samples in some rows of a memory-mapped table; `ends` counts the rows up to the end of each file."""
 
     rows: Sequence[int] = field(repr=False)
     table: Any = field(repr=False)
-    files: Files
+    paths: tuple[Path, ...]
+    ends: tuple[int, ...] = field(repr=False)
     supervision: Supervision
 
     def __len__(self) -> int:
@@ -262,17 +298,22 @@ class TableRows(Sequence[Sample]):
 
     def __getitem__(self, number: Any) -> Any:
         row = self.rows[number]
-        return _to_sample(self.table[row].to_pylist()[0], self.files.where(row), self.supervision)
+        return _to_sample(self.table[row].to_pylist()[0], self._where(row), self.supervision)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (_to_sample(fields, self.files.where(row), self.supervision) for row, fields in self._fields())
+        return (_to_sample(fields, self._where(row), self.supervision) for row, fields in self._fields())
 
     def checked(self, by_task: dict[str, array[int]]) -> Iterator[Sample]:
         """One pass that checks every row and notes it with its task."""
         for row, fields in tqdm(self._fields(), total=len(self), desc="checking samples", mininterval=2.0):
-            where = self.files.where(row)
+            where = self._where(row)
             yield _to_sample(fields, where, self.supervision)
             by_task.setdefault(_task_name(fields, where), array("q")).append(row)
+
+    def _where(self, row: int) -> str:
+        """`FILE:NUMBER` of a row, numbers from 1 within each file."""
+        place = min(bisect_right(self.ends, row), len(self.paths) - 1)
+        return f"{self.paths[place]}:{row + 1 - (self.ends[place - 1] if place else 0)}"
 
     def _fields(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows with their numbers, a group of them in memory at a time."""
@@ -280,6 +321,75 @@ class TableRows(Sequence[Sample]):
             places = self.rows[first : first + GROUP_ROWS]
             group = self.table[places if isinstance(places, range) else list(places)]
             yield from zip(places, group.to_pylist(), strict=True)
+
+
+def _load_table(paths: tuple[Path, ...], cache: Path) -> Any:
+    """The files as a memory-mapped table whose rows come as Arrow; made in `cache` at the first call."""
+    try:
+        import datasets
+        import pyarrow
+    except ImportError as error:
+        raise TrainError("reading M-BEIR-CoT needs the package datasets; pip install 'traceir[learn]'") from error
+    parquet = paths[0].suffix == ".parquet"
+    for path in paths if parquet else ():
+        _check_columns(path)
+    read = datasets.Dataset.from_parquet if parquet else datasets.Dataset.from_json
+    features = datasets.Features.from_arrow_schema(_schema())
+    try:
+        table = read([str(path.resolve()) for path in paths], features=features, cache_dir=str(cache.resolve()))
+    except (OSError, ValueError, TypeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        for path in paths if not parquet else ():
+            _find_broken_line(path)
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        shown = f"{type(cause).__name__}: {str(cause)[:200]}"
+        raise DataError(f"{paths[0].parent}: cannot be read as M-BEIR-CoT ({shown}); write its files again") from error
+    return table.with_format("arrow")
+
+
+def _check_columns(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    wanted = _schema()
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({error}); copy or write it again") from error
+    missing = [f"{column.name} ({column.type})" for column in wanted if column.name not in names]
+    unknown = sorted(set(names) - set(wanted.names))
+    if missing or unknown:
+        raise DataError(f"{path}: columns are missing: {missing}, or not known: {unknown}; write it as docs/formats.md says")
+
+
+def _find_broken_line(path: Path) -> None:
+    """Raises DataError for the first line that is no row; returns where none is found."""
+    import pyarrow
+
+    schema = _schema()
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            if not raw.strip():
+                continue
+            try:
+                fields = json.loads(raw)
+                pyarrow.RecordBatch.from_pylist([fields], schema=schema)
+            except (ValueError, TypeError, AttributeError, pyarrow.ArrowException) as error:
+                raise DataError(f"{path}:{number}: not a row of M-BEIR-CoT ({error}); write it again") from error
+            if more := sorted(set(fields) - set(schema.names)):
+                raise DataError(f"{path}:{number}: fields are not known: {more}; remove them")
+
+
+def _count_rows(path: Path) -> int:
+    """The rows of one file; blank lines are none."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        _check_columns(path)
+        return int(pq.read_metadata(path).num_rows)
+    with path.open("rb") as stream:
+        return sum(1 for raw in stream if raw.strip())
 
 
 def _to_sample(fields: dict[str, Any], where: str, supervision: Supervision) -> Sample:
@@ -300,7 +410,7 @@ def _to_sample(fields: dict[str, Any], where: str, supervision: Supervision) -> 
 def _task_name(fields: dict[str, Any], where: str) -> str:
     """The row's task, checked against its ids."""
     name, task_id, prefix = fields["task"], fields["task_id"], fields["qid"].partition(":")[0]
-    match = _TASK.fullmatch(name or "")
+    match = mbeir.TASK_NAME.fullmatch(name or "")
     if match is None or int(match["task"]) != task_id or prefix != str(fields["dataset_id"]):
         shown = f"task {name!r}, task_id {task_id}, dataset_id {fields['dataset_id']}, qid {fields['qid']!r}"
         raise DataError(f"{where}: {shown} do not agree; write for instance cirr_task7, 7, 8 and 8:24103")
@@ -330,7 +440,7 @@ def _data_files(path: Path) -> tuple[tuple[Path, ...], list[int]]:
     if path.is_file():
         if path.suffix.removeprefix(".") not in FORMATS:
             raise DataError(f"{path}: neither .parquet nor .jsonl; give a file or a folder of M-BEIR-CoT")
-        return (path,), [count_rows(path)]
+        return (path,), [_count_rows(path)]
     manifest = _read_manifest(path)
     if manifest is None:
         raise DataError(f"{path} has no manifest.json; it is not M-BEIR-CoT, or was not written to its end: write it again")

@@ -1,13 +1,13 @@
 """What of a folder in M-BEIR's layout can be scored: rows, pools, what is right, and everything that is wrong with the files.
 
-Nothing is encoded before the whole folder has been looked at, so that a broken line or a missing image costs seconds and not a
-night. With the policy `stop` the first broken line, or all missing images together, end it with an error. With `skip` each is
-logged, counted, kept in the results, and what it touches is left out: a broken line; a candidate whose image is missing; a query
-whose image is missing. A query that loses all its right candidates stays: it was asked, and it misses.
+Nothing is encoded before the whole folder has been looked at. With the policy `stop` the first broken line, or all missing images
+together, end it with an error. With `skip` each is logged, counted, kept in the results, and what it touches is left out: the
+line; the candidate or the query of the image. A query that loses all its right candidates stays: it was asked, and it misses.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from traceir.data import mbeir
+from traceir.data.report import markdown_table
 from traceir.errors import DataError
 from traceir.items import Item
 
@@ -41,11 +42,6 @@ class Problems:
             raise DataError(f"{error} (or leave such lines out with --on-error skip)") from error
         self.lines.append(str(error))
         log.warning("left out: %s", error)
-
-    def take_image(self, place: str) -> None:
-        self.images.append(place)
-        if self.policy == "skip":
-            log.warning("left out, its image is missing: %s", place)
 
     def settle(self) -> None:
         """Raises DataError where images are missing and that is not to be skipped."""
@@ -88,23 +84,29 @@ class Row:
                 yield mbeir.to_item(candidate, self.task.root)
 
 
-class Listing:
-    """Which image files are there; each folder is listed once, which is much faster than a look at every file."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self._names = root, lru_cache(maxsize=None)(_file_names)
-
-    def has(self, image_path: str) -> bool:
-        path = self.root / image_path
-        return path.name in self._names(path.parent)
+def data_fingerprint(about: Path) -> Any:
+    """What a data folder's description says of its content; None where it has no description."""
+    return json.loads(about.read_text(encoding="utf-8")).get("fingerprint") if about.is_file() else None
 
 
-def _file_names(folder: Path) -> frozenset[str]:
+def file_names(folder: Path) -> frozenset[str]:
+    """The files of a folder; none where there is no folder."""
     try:
         with os.scandir(folder) as entries:
             return frozenset(entry.name for entry in entries if entry.is_file())
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
+
+
+class Listing:
+    """Which image files are there; each folder is listed once, which is much faster than a look at every file."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._names = root, lru_cache(maxsize=None)(file_names)
+
+    def has(self, image_path: str | Path) -> bool:
+        path = self.root / image_path
+        return path.name in self._names(path.parent)
 
 
 def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int | None = None) -> Row:
@@ -130,19 +132,17 @@ def read_row(task: mbeir.Task, problems: Problems, listing: Listing, limit: int 
 
 def survey(rows: Sequence[Row], problems: Problems) -> str:
     """A dry run's table: what would be scored, and what is wrong."""
-    lines = [
-        "| row | queries | pool | right ones outside the pool | queries without a right one in it |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    cells: list[tuple[object, ...]] = []
     for row in rows:
         pool = set(row.dids)
         outside = {did for record in row.records for did in row.relevant[record.qid]} - pool
         without = sum(not row.relevant[record.qid] & pool for record in row.records)
-        lines.append(f"| {row.task.name} | {len(row.records)} | {len(pool)} | {len(outside)} | {without} |")
-    queries, pools = sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows)
-    lines += [f"| **all** | {queries} | {pools} | | |", ""]
-    lines += [f"{len(problems.lines)} broken lines, {len(problems.images)} missing images."]
-    return "\n".join([*lines, *(f"- {what}" for what in (*problems.lines, *problems.images))]) + "\n"
+        cells.append((row.task.name, len(row.records), len(pool), len(outside), without))
+    cells.append(("**all**", sum(len(row.records) for row in rows), sum(len(row.dids) for row in rows), "", ""))
+    header = ("row", "queries", "pool", "right ones outside the pool", "queries without a right one in it")
+    counts = f"{len(problems.lines)} broken lines, {len(problems.images)} missing images."
+    details = [f"- {what}\n" for what in (*problems.lines, *problems.images)]
+    return f"{markdown_table(header, 'lrrrr', cells)}\n\n{counts}\n{''.join(details)}"
 
 
 def _with_image(contents: Iterable[Content], file: Path, problems: Problems, listing: Listing) -> Iterator[tuple[Content, bool]]:
@@ -151,7 +151,10 @@ def _with_image(contents: Iterable[Content], file: Path, problems: Problems, lis
         there = content.image_path is None or listing.has(content.image_path)
         if not there:
             name = content.qid if isinstance(content, mbeir.Record) else content.did
-            problems.take_image(f"{file}: {name}: {content.image_path}")
+            place = f"{file}: {name}: {content.image_path}"
+            problems.images.append(place)
+            if problems.policy == "skip":
+                log.warning("left out, its image is missing: %s", place)
         yield content, there
 
 
@@ -159,7 +162,7 @@ def _read_relevant(task: mbeir.Task, qids: set[str], problems: Problems) -> dict
     """The qrels of the row's queries; {} where there is no such file. A line for a query that is not there is broken."""
     if not task.qrels_path.is_file():
         return {}
-    judged = mbeir.read_judgements(task.qrels_path, problems.take_line)
+    judged = mbeir.read_qrels(task.qrels_path, problems.take_line)
     for qid in [qid for qid in judged if qid not in qids]:
         place = f"{task.qrels_path}:{min(judged.pop(qid).values())}"
         problems.take_line(

@@ -58,17 +58,14 @@ def upload(
             commit_message="Upload by traceir",
         )  # fmt: skip
     except HfHubHTTPError as error:
-        raise TraceError(_refusal(repo, error)) from error
+        status = error.response.status_code if error.response is not None else 0
+        advice = f" ({error.server_message or type(error).__name__}); try again later"
+        if status in (401, 403, 404):
+            advice = "; log in by `hf auth login` with a token that may write there, then push again"
+        raise TraceError(f"{repo}: the hub answers {status or 'nothing'}{advice}") from error
     except _NETWORK as error:
         raise TraceError(
             f"{repo}: the hub cannot be used from here ({type(error).__name__}: {error}); log in by `hf auth login`, check the "
             "network and HF_HUB_OFFLINE, then push again, or look at what would go with --dry-run"
         ) from error
     return str(commit.commit_url)
-
-
-def _refusal(repo: str, error: HfHubHTTPError) -> str:
-    status = error.response.status_code if error.response is not None else 0
-    if status in (401, 403, 404):
-        return f"{repo}: the hub answers {status}; log in by `hf auth login` with a token that may write there, then push again"
-    return f"{repo}: the hub answers {status or 'nothing'} ({error.server_message or type(error).__name__}); try again later"

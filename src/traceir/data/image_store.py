@@ -53,8 +53,11 @@ def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[s
     offset, wanted = 0, sorted({*names, *(str(Path(name).relative_to(root)) for name in known)})
     with pixels_fresh.open("wb") as stream:
         for name in tqdm(wanted, desc="decoding images", unit="image", mininterval=2.0):
-            place = str(root / name)
-            pixels = known[place] if place in known else _decode(root / name, processor)
+            file = root / name
+            try:
+                pixels = known[str(file)] if str(file) in known else processor.pixels(ImageInput.open(file))
+            except ImageError as error:
+                raise DataError(f"{file}: {error}") from error
             stream.write(pixels.tobytes())
             listed.append((name, offset, pixels.shape[0], pixels.shape[1]))
             offset += pixels.size
@@ -63,10 +66,3 @@ def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[s
     os.replace(pixels_fresh, folder / "pixels.bin")
     os.replace(names_fresh, folder / "names.json")
     return PixelStore(folder, root)
-
-
-def _decode(file: Path, processor: Processor) -> Pixels:
-    try:
-        return processor.pixels(ImageInput.open(file))
-    except ImageError as error:
-        raise DataError(f"{file}: {error}") from error

@@ -34,23 +34,9 @@ TASK_MODALITIES: Final[Mapping[int, tuple[Modality, Modality]]] = {
 }
 """Task id -> modality of the query and of the candidate. Id 5 is declared by M-BEIR and used by none of its rows."""
 
-EVAL_ROWS: Final[tuple[str, ...]] = (
-    "visualnews_task0",
-    "mscoco_task0",
-    "fashion200k_task0",
-    "webqa_task1",
-    "edis_task2",
-    "webqa_task2",
-    "visualnews_task3",
-    "mscoco_task3",
-    "fashion200k_task3",
-    "nights_task4",
-    "oven_task6",
-    "infoseek_task6",
-    "fashioniq_task7",
-    "cirr_task7",
-    "oven_task8",
-    "infoseek_task8",
+EVAL_ROWS: Final[tuple[str, ...]] = tuple(
+    "visualnews_task0 mscoco_task0 fashion200k_task0 webqa_task1 edis_task2 webqa_task2 visualnews_task3 mscoco_task3 "
+    "fashion200k_task3 nights_task4 oven_task6 infoseek_task6 fashioniq_task7 cirr_task7 oven_task8 infoseek_task8".split()
 )
 """The 16 rows in the order of the paper's Table 1, which is UniIR's order."""
 
@@ -64,7 +50,7 @@ _MODALITY_NAMES: Final[Mapping[str, Modality]] = {
     "text,image": "image,text",  # printed so by M-BEIR's README in places
 }
 _NUMBER = re.compile(r"[0-9]{1,9}")
-_TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
+TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
 
 
 @dataclass(frozen=True)
@@ -96,7 +82,10 @@ class Task:
 
     @property
     def pool_path(self) -> Path:
-        return pool_path(self.root, self.dataset, self.task_id, self.split)
+        """The local pool: the file of that split where there is one (MSCOCO), else the one val and test share."""
+        folder = self.root / "cand_pool" / "local"
+        own, shared = (folder / f"mbeir_{name}_cand_pool.jsonl" for name in (f"{self.name}_{self.split}", self.name))
+        return own if own.exists() or (self.dataset == "mscoco" and not shared.exists()) else shared
 
     @property
     def qrels_path(self) -> Path:
@@ -253,11 +242,6 @@ def to_label(line: Line) -> Label:
     return Label(qid, steps, z, reasoning, answer)
 
 
-def record_in(raw: bytes, where: str) -> Record:
-    """One query from the bytes of its line; `where` names its place in the DataError of a broken one."""
-    return to_record(Line.read(raw, where))
-
-
 OnBroken = Callable[[DataError], None]
 """Told of each broken line, which is then left out; without one, the first broken line is raised."""
 
@@ -277,16 +261,12 @@ def read_labels(path: Path, on_broken: OnBroken | None = None) -> dict[str, Labe
     return {label.qid: label for label in _objects(path, "qid", to_label, on_broken)} if path.exists() else {}
 
 
-def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, set[str]]:
-    """qid -> dids with a relevance above 0, from lines `qid 0 did relevance task_id` (the last column may be absent).
+def read_qrels(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
+    """qid -> dids with a relevance above 0, each with the number of its first line, from `qid 0 did relevance task_id`.
 
-    Dids may be absent from the local pool: the positives of OVEN and InfoSeek name each other's candidates.
+    The last column may be absent, and so may dids from the local pool: the positives of OVEN and InfoSeek name each other's
+    candidates.
     """
-    return {qid: set(dids) for qid, dids in read_judgements(path, on_broken).items()}
-
-
-def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, dict[str, int]]:
-    """As `read_qrels`, with the number of the line that names each did."""
     relevant: dict[str, dict[str, int]] = {}
     for number, (qid, did, relevance) in _parsed(path, _judgement, on_broken):
         if relevance > 0:
@@ -297,7 +277,7 @@ def read_judgements(path: Path, on_broken: OnBroken | None = None) -> dict[str, 
 def read_relevant(task: Task) -> dict[str, set[str]]:
     """qid -> positives of a task: its qrels where that file exists, else the `pos_cand_list` of its queries."""
     if task.qrels_path.is_file():
-        return read_qrels(task.qrels_path)
+        return {qid: set(dids) for qid, dids in read_qrels(task.qrels_path).items()}
     return {record.qid: set(record.positives) for record in read_queries(task.query_path)}
 
 
@@ -319,8 +299,12 @@ def find_tasks(root: Path | str, split: Split) -> list[Task]:
         raise DataError(
             f"{folder}: no file mbeir_{{dataset}}_task{{N}}_{split}.jsonl; give the root of a folder in M-BEIR's layout"
         )
-    order = {name: place for place, name in enumerate(EVAL_ROWS)}
-    return sorted(tasks, key=lambda task: (order.get(task.name, len(order)), task.name))
+    return sorted(tasks, key=lambda task: row_order(task.name))
+
+
+def row_order(name: str) -> tuple[int, str]:
+    """Sort key of rows: the paper's 16 in its order, then others by name."""
+    return EVAL_ROWS.index(name) if name in EVAL_ROWS else len(EVAL_ROWS), name
 
 
 def train_datasets(root: Path | str) -> list[str]:
@@ -352,25 +336,12 @@ def read_train(root: Path | str, dataset: str) -> Iterator[Record]:
     return read_queries(train_path(root, dataset))
 
 
-def pool_path(root: Path | str, dataset: str, task_id: int, split: Split) -> Path:
-    """The local pool of a row: the file of that split where there is one (MSCOCO), else the one val and test share."""
-    folder = Path(root) / "cand_pool" / "local"
-    own = folder / f"mbeir_{dataset}_task{task_id}_{split}_cand_pool.jsonl"
-    shared = folder / f"mbeir_{dataset}_task{task_id}_cand_pool.jsonl"
-    return own if own.exists() or (dataset == "mscoco" and not shared.exists()) else shared
-
-
 def dataset_id_in(qid: str, where: str) -> int:
     """The number of the data set that a qid begins with, of at most nine digits."""
     prefix = qid.partition(":")[0]
     if not _NUMBER.fullmatch(prefix):
         raise DataError(f'{where}: qid is {qid[:80]!r}; it must be "{{dataset_id}}:{{index}}" such as "9:6"')
     return int(prefix)
-
-
-def candidate_text(candidate: Candidate) -> str:
-    """The candidate's text; "" for an image alone. Candidates get no instruction."""
-    return normalise(candidate.text)
 
 
 def to_query(record: Record, instruction: str | None, root: Path | str) -> Query:
@@ -385,8 +356,8 @@ def to_query(record: Record, instruction: str | None, root: Path | str) -> Query
 
 
 def to_item(candidate: Candidate, root: Path | str) -> Item:
-    """The candidate as an Item. Reads no image yet."""
-    return Item.of(text=candidate_text(candidate) or None, image=open_image(candidate.image_path, root), id=candidate.did)
+    """The candidate as an Item; it gets no instruction. Reads no image yet."""
+    return Item.of(text=normalise(candidate.text) or None, image=open_image(candidate.image_path, root), id=candidate.did)
 
 
 def open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
@@ -395,7 +366,7 @@ def open_image(image_path: str | None, root: Path | str) -> ImageInput | None:
 
 def _task(root: Path, path: Path, split: Split) -> Task:
     name = path.name.removeprefix("mbeir_").removesuffix(f"_{split}.jsonl")
-    match = _TASK_NAME.fullmatch(name)
+    match = TASK_NAME.fullmatch(name)
     if match is None:
         raise DataError(f"{path}: the name has no task id from 0 to 8; rename it mbeir_{{dataset}}_task{{N}}_{split}.jsonl")
     first = next(read_queries(path), None)

@@ -43,11 +43,18 @@ def code(text: object) -> Markup:
     return Markup(re.sub(r"[`|]", "", line(text)))
 
 
-def table(rows: Iterable[Sequence[object]], header: Sequence[object], align: str) -> Markup:
-    """A Markdown table without a line end behind it; `align` has `l` or `r` for each column."""
+def markdown_table(columns: Sequence[str], align: str, rows: Iterable[Sequence[object]]) -> str:
+    """The rows below their header; `align` has a letter for each column, `l` or `r`. Cells are Markdown as it is; None is `–`."""
     rule = "|".join({"l": "---", "r": "---:"}[letter] for letter in align)
-    lines = (f"| {' | '.join(escape(cell) for cell in row)} |" for row in rows)
-    return Markup("\n".join([f"| {' | '.join(escape(cell) for cell in header)} |", f"|{rule}|", *lines]))
+    lines = [columns, *(["–" if cell is None else str(cell) for cell in row] for row in rows)]
+    assert all(len(line) == len(align) for line in lines), "each row has a cell for each column"
+    header, *body = (f"|{''.join(f' {cell} |' if cell else ' |' for cell in line)}" for line in lines)
+    return "\n".join([header, f"|{rule}|", *body])
+
+
+def table(rows: Iterable[Sequence[object]], header: Sequence[object], align: str) -> Markup:
+    """A Markdown table whose cells are escaped."""
+    return Markup(markdown_table([*map(escape, header)], align, ([*map(escape, row)] for row in rows)))
 
 
 def number(count: float) -> str:
@@ -59,14 +66,18 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def points(share: float | None, digits: int = 1) -> str:
+    """A share in per cent without the sign, `–` where there is none."""
+    return "–" if share is None else f"{100 * share:.{digits}f}"
+
+
 def size(count: int) -> str:
     """Bytes in words, such as 1.5 MB."""
-    amount = float(count)
-    for unit in ("B", "kB", "MB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} GB"
+    amount, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if amount >= 1000:
+            amount, unit = amount / 1000, larger
+    return f"{amount:.{0 if unit == 'B' else 1}f} {unit}"
 
 
 @cache

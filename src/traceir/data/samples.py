@@ -144,24 +144,17 @@ class TaskData:
 class Pairs(TaskData):
     """Query-candidate pairs of one M-BEIR task, wherever its samples lie: equal samples and draws make equal Examples.
 
-    `prompts` are the task's instructions; `descriptions` says what a candidate writes, by did, where a label tells.
+    `rows` are Samples, `prompts` instructions; `descriptions` says what a candidate writes, by did, where a label tells.
     """
 
     prompts: Sequence[str] = ()
     supervision: Supervision = Supervision()
     descriptions: Mapping[str, str] = field(default_factory=dict, repr=False)
 
-    def sample(self, number: int) -> Sample:
-        made: Sample = self.rows[number]
-        return made
-
-    def samples(self) -> Iterator[Sample]:
-        return iter(self.rows)
-
     def example(self, number: int, draw: np.random.Generator) -> Example:
         """The Example of one sample: `draw` picks instruction, positive, whether the target is named, then the negatives."""
-        sample, supervision = self.sample(number), self.supervision
-        record = sample.record
+        sample: Sample = self.rows[number]
+        record, supervision = sample.record, self.supervision
         prompt = self.prompts[int(draw.integers(len(self.prompts)))] if self.prompts else None
         chosen = sample.positives[int(draw.integers(len(sample.positives)))]
         unnamed = bool(supervision.any_target) and draw.random() < supervision.any_target
@@ -190,13 +183,13 @@ class Pairs(TaskData):
     def texts(self) -> Iterator[str]:
         """Of each label the whole, whatever part of it is taught."""
         yield from self.prompts
-        for sample in self.samples():
+        for sample in self.rows:
             yield from (content.text for content in sample.contents if content.text)
             if sample.label and sample.label.z:
                 yield completion(sample.label, "both")
 
     def image_paths(self) -> Iterator[str]:
-        return (content.image_path for sample in self.samples() for content in sample.contents if content.image_path)
+        return (content.image_path for sample in self.rows for content in sample.contents if content.image_path)
 
 
 def _worded(text: str | None) -> str | None:
@@ -250,18 +243,16 @@ def read_pairs(root: Path, **settings: Any) -> list[Pairs]:
     tasks, place = list[Pairs](), f"the train pool of {root}"
     for dataset in mbeir.train_datasets(root):
         labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset)) if supervision.labelled else {}
-        by_task: dict[int, list[mbeir.Record]] = {}
+        by_task: dict[int, list[Sample]] = {}
         for record in mbeir.read_train(root, dataset):
-            by_task.setdefault(record.task_id, []).append(record)
-        for task_id, records in sorted(by_task.items()):
-            samples = [
-                join(record, labels.get(record.qid), pool, place, negatives=supervision.negatives > 0) for record in records
-            ]
-            prompts = task_prompts(instructions, records[0].qid, task_id)
+            sample = join(record, labels.get(record.qid), pool, place, negatives=supervision.negatives > 0)
+            by_task.setdefault(record.task_id, []).append(sample)
+        for task_id, samples in sorted(by_task.items()):
+            prompts = task_prompts(instructions, samples[0].record.qid, task_id)
             tasks.append(Pairs(f"{dataset}_task{task_id}", samples, root, prompts, supervision, descriptions))
     if not tasks:
         raise TrainError(f"{root} has no query/train/*.jsonl; build or download the train split first")
-    descriptions.update(descriptions_of((sample for task in tasks for sample in task.samples()), supervision))
+    descriptions.update(descriptions_of((sample for task in tasks for sample in task.rows), supervision))
     return tasks
 
 
@@ -291,25 +282,23 @@ def read_pretraining(root: Path) -> list[PretrainingData]:
     Each is shuffled once by a fixed seed, then sorted by length within windows, so that neighbours are of like length and a
     group as large as the batch gives batches with little padding.
     """
-    tasks = [_read_pretraining_task(file, root) for file in sorted((root / "lessons").glob("*.jsonl"))]
+    tasks = []
+    for file in sorted((root / "lessons").glob("*.jsonl")):
+        rows: list[tuple[str | None, str, str]] = []
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    fields = json.loads(line)
+                    rows.append((fields["img_path"], fields["prompt"], fields["target"]))
+                except (json.JSONDecodeError, KeyError) as error:
+                    raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
+        mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+        windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
+        by_length = [row for window in windows for row in sorted(window, key=_length)]
+        tasks.append(PretrainingData(f"lessons_{file.stem}", by_length, root))
     if not tasks:
         raise TrainError(f"{root} has no pretraining tasks (lessons/*.jsonl); only folders built by `traceir minibeir build` do")
     return tasks
-
-
-def _read_pretraining_task(file: Path, root: Path) -> PretrainingData:
-    rows: list[tuple[str | None, str, str]] = []
-    with file.open() as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                fields = json.loads(line)
-                rows.append((fields["img_path"], fields["prompt"], fields["target"]))
-            except (json.JSONDecodeError, KeyError) as error:
-                raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
-    mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
-    windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
-    by_length = [row for window in windows for row in sorted(window, key=_length)]
-    return PretrainingData(f"lessons_{file.stem}", by_length, root)
 
 
 def _length(row: tuple[str | None, str, str]) -> tuple[bool, int]:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from traceir.data.report import markdown_table, points
 from traceir.errors import InputError
 from traceir.evaluation.metrics import bootstrap_difference, mcnemar_test
-from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_run, same_queries
-from traceir.evaluation.tables import markdown_table, percent
+from traceir.evaluation.results import Key, ScoredRun, named_runs, read_run, same_queries
 from traceir.files import write_whole
 
 SHOWN = 5
@@ -32,19 +32,19 @@ def compare(first: str, second: str, *, k: int | None = None, out: Path | None =
     """
     if k is not None and k < 1:
         raise InputError(f"k is {k}; give a depth of at least 1")
-    one, other = (read_run(folder, route, label) for label, (folder, route) in named_runs([first, second]).items())
-    keys = same_queries([one, other])
+    old, new = (read_run(folder, route, label) for label, (folder, route) in named_runs([first, second]).items())
+    keys = same_queries([old, new])
     depth = "the row's own depth" if k is None else f"depth {k}"
     parts = [
-        f"# {other.label} against {one.label}\n",
-        f"Data {one.results.get('data') or '(no fingerprint)'}, split {one.results.get('split')}, {len(keys)} queries, "
+        f"# {new.label} against {old.label}\n",
+        f"Data {old.results.get('data') or '(no fingerprint)'}, split {old.results.get('split')}, {len(keys)} queries, "
         f"hits at {depth}.\n",
-        *(f"- {run.label}: model {run.results.get('model')}, route {run.route}" for run in (one, other)),
+        *(f"- {run.label}: model {run.results.get('model')}, route {run.route}" for run in (old, new)),
         "",
-        _rows_table(one, other, keys, k),
+        _rows_table(old, new, keys, k),
         "",
         _NOTE,
-        *_moved(one, other, keys, k, shown),
+        *_moved(old, new, keys, k, shown),
     ]
     text = "\n".join(parts)
     if out is not None:
@@ -52,39 +52,35 @@ def compare(first: str, second: str, *, k: int | None = None, out: Path | None =
     return text
 
 
-def _rows_table(one: ScoredRun, other: ScoredRun, keys: Sequence[Key], k: int | None) -> str:
-    groups = {"**all**": list(keys)} | _kinds(one, keys)
+def _rows_table(old: ScoredRun, new: ScoredRun, keys: Sequence[Key], k: int | None) -> str:
+    groups = {"**all**": list(keys)}
+    simple = [key for key in keys if 0 <= old.steps(key) < 2]
+    if complex_ := [key for key in keys if simple and old.steps(key) >= 2]:  # by the steps that their labels say they need
+        groups |= {"**simple** (0 and 1 steps)": simple, "**complex** (2 and more)": complex_}
     groups |= {row: [key for key in keys if key[0] == row] for row in dict.fromkeys(key[0] for key in keys)}
     rows = []
     for name, own in groups.items():
-        before, after = one.hits(own, k), other.hits(own, k)
+        before, after = old.hits(own, k), new.hits(own, k)
         apart, p = bootstrap_difference(after, before), mcnemar_test(after, before)
         difference = f"{100 * apart.mean:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
         counts = [np.count_nonzero((after == now) & (before == then)) for now, then in ((1, 0), (0, 1), (1, 1), (0, 0))]
         chance = "< 0.001" if p < 0.001 else f"{p:.3f}"
-        rows.append((name, len(own), percent(before.mean()), percent(after.mean()), difference, *counts, chance))
-    names = ("row", "n", one.label, other.label, "difference", "won", "lost", "both", "neither", "p")
+        rows.append((name, len(own), points(before.mean()), points(after.mean()), difference, *counts, chance))
+    names = ("row", "n", old.label, new.label, "difference", "won", "lost", "both", "neither", "p")
     return markdown_table(names, "lrrrlrrrrr", rows)
 
 
-def _kinds(run: ScoredRun, keys: Sequence[Key]) -> dict[str, list[Key]]:
-    """The queries by the steps that their labels say they need; {} where none has a label."""
-    simple = [key for key in keys if 0 <= run.steps(key) < 2]
-    complex_ = [key for key in keys if run.steps(key) >= 2]
-    return {"**simple** (0 and 1 steps)": simple, "**complex** (2 and more)": complex_} if simple and complex_ else {}
-
-
-def _moved(one: ScoredRun, other: ScoredRun, keys: Sequence[Key], k: int | None, shown: int) -> list[str]:
+def _moved(old: ScoredRun, new: ScoredRun, keys: Sequence[Key], k: int | None, shown: int) -> list[str]:
     """The queries that moved furthest, won and lost, with what each run wrote."""
-    before, after = one.hits(keys, k), other.hits(keys, k)
+    before, after = old.hits(keys, k), new.hits(keys, k)
     parts: list[str] = []
     for word, wanted in (("Won", 1.0), ("Lost", -1.0)):
         moved = [key for key, change in zip(keys, after - before, strict=True) if change == wanted]
-        moved.sort(key=lambda key: (-abs(one.judged[key].rank - other.judged[key].rank), key))
+        moved.sort(key=lambda key: (-abs(old.judged[key].rank - new.judged[key].rank), key))
         parts.append(f"## {word}: {len(moved)}, the {min(shown, len(moved))} furthest\n")
         for key in moved[:shown]:
-            written = [f"\n  - {run.label} wrote: {text}" for run in (one, other) if (text := run.judged[key].reasoning)]
-            ranks = f"rank {one.judged[key].rank} to {other.judged[key].rank}"
+            written = [f"\n  - {run.label} wrote: {text}" for run in (old, new) if (text := run.judged[key].reasoning)]
+            ranks = f"rank {old.judged[key].rank} to {new.judged[key].rank}"
             parts.append(f"- {key[0]} {key[1]}: {ranks}{''.join(written)}")
         parts.append("")
     return parts

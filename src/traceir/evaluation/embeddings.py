@@ -3,14 +3,7 @@
 Inputs (Items, or Queries by one route) are cut in the order given into blocks of fixed size. A block is what is written at once
 and what a lost process loses at most. It is named by the hash of the contents it holds, so that equal pools of two folders share
 it, and an input that changes makes its block another one. Which process encodes a block has no influence on what is in it.
-
-    ROOT/candidates-MODEL-DIGEST/        or queries-ROUTE-MODEL-DIGEST
-      manifest.json                      the EncoderIdentity (`maker`): all that decides a vector beside the content
-      blocks/KEY/vectors.npy             [n, D], float32 or float16
-      blocks/KEY/encodings.jsonl         queries only: route, reasoning, tokens, emb_probability, truncated, one line a vector
-      blocks/KEY/block.json              rows, and the seconds that encoding took
-      known/SIGNATURE                    a KEY, so that images need not be read to know it
-      writing/                           staging: each block is written here and renamed; what lies here an hour is removed
+Files: docs/formats.md, section 12; blocks are staged in `writing/` and renamed, and what lies there an hour is removed.
 
 The key of an image is the SHA-256 of its file, which costs one reading. Beside the key of each block a signature is kept, made of
 texts and of path, size, modification and change time of each image file, which costs one `stat` an image. A file is thus taken
@@ -41,8 +34,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from traceir.errors import InputError, ModelError, StoreError
-from traceir.files import write_whole
-from traceir.items import Encoding, Item, Query, Route, Vector, check_route
+from traceir.files import replacing, write_whole
+from traceir.items import Encoding, Item, Query, Route, Vector
 from traceir.search import EncoderLike
 
 log = logging.getLogger(__name__)
@@ -82,16 +75,6 @@ class EncoderIdentity:
     dtype: Literal["float32", "float16"] = "float32"
     more: Mapping[str, str | int | float | None] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.route is not None:
-            check_route(self.route)
-        elif self.threshold is not None or self.max_reasoning_tokens is not None:
-            raise InputError("candidates never reason; give a threshold or a budget of reasoning tokens with a route only")
-        if self.dtype not in ("float32", "float16") or self.width < 1:
-            raise InputError(
-                f"dtype is {self.dtype!r}, width {self.width}; vectors are float32 or float16, of at least 1 component"
-            )
-
     @classmethod
     def of(cls, encoder: EncoderLike, route: Route | None = None) -> EncoderIdentity:
         """Of an encoder's vectors, with all settings that it tells."""
@@ -121,13 +104,23 @@ class EmbeddingStore:
     def __init__(self, root: Path | str, identity: EncoderIdentity, *, block_rows: int | None = None) -> None:
         self.identity = identity
         self.block_rows = block_rows or (CANDIDATE_ROWS if identity.route is None else QUERY_ROWS)
-        if self.block_rows < 1:
-            raise InputError(f"block_rows is {block_rows}; a block has at least 1 row")
         self.folder = Path(root) / identity.folder
         self._staging = self.folder / "writing"
         for name in ("blocks", "known", "writing"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        self._check_manifest()
+        file = self.folder / "manifest.json"
+        wanted = {"format": FORMAT, "block_rows": self.block_rows, "maker": identity.described}
+        if not file.is_file():
+            write_whole(file, json.dumps(wanted, indent=1) + "\n")
+        try:
+            manifest = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(f"{file} cannot be read ({error}); remove {self.folder}, or restore the file") from error
+        if names := sorted(name for name in {**wanted, **manifest} if manifest.get(name) != wanted.get(name)):
+            raise StoreError(
+                f"{file}: {', '.join(names)} are {[manifest.get(name) for name in names]}, this run has "
+                f"{[wanted.get(name) for name in names]}; use the same settings, or another root"
+            )
 
     def fill(
         self,
@@ -146,7 +139,10 @@ class EmbeddingStore:
         when it is read. `total` is the number of inputs, for the display alone. The keys returned are those of this shard.
         """
         mine, shards = check_shard(shard)
-        self._remove_abandoned()
+        for path in self._staging.iterdir():
+            with suppress(FileNotFoundError):  # another process was faster
+                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
         plan: list[tuple[str | None, int]] = []
         share = None if total is None else total // shards
         with tqdm(total=share, desc=self.identity.kind, unit=" inputs", disable=not progress, mininterval=2.0) as bar:
@@ -249,16 +245,12 @@ class EmbeddingStore:
         seconds = time.perf_counter() - started
         vectors = self._checked(chunk, encodings)
         scratch = self._scratch(key)
-        scratch.mkdir()
-        with (scratch / "vectors.npy").open("wb") as file:
-            np.save(file, vectors, allow_pickle=False)
-            _sync(file)
+        with replacing(scratch / "vectors.npy", binary=True, durable=True) as stream:
+            np.save(stream, vectors, allow_pickle=False)
         if self.identity.route is not None:
-            lines = [{name: getattr(encoding, name) for name in _ENCODING_FIELDS} for encoding in encodings]
-            with (scratch / "encodings.jsonl").open("w", encoding="utf-8", newline="\n") as side:
-                side.writelines(json.dumps(line) + "\n" for line in lines)
-                _sync(side)
-        (scratch / "block.json").write_text(json.dumps({"rows": len(chunk), "seconds": round(seconds, 3)}) + "\n")
+            lines = (json.dumps({name: getattr(encoding, name) for name in _ENCODING_FIELDS}) for encoding in encodings)
+            write_whole(scratch / "encodings.jsonl", "".join(f"{line}\n" for line in lines), durable=True)
+        write_whole(scratch / "block.json", json.dumps({"rows": len(chunk), "seconds": round(seconds, 3)}) + "\n")
         try:
             os.replace(scratch, self._block(key))
         except OSError:
@@ -267,42 +259,17 @@ class EmbeddingStore:
                 raise
 
     def _checked(self, chunk: Sequence[Input], encodings: Sequence[Encoding]) -> Matrix:
-        if len(encodings) != len(chunk):
-            raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(chunk)} inputs; report it")
-        vectors = np.stack([encoding.vector for encoding in encodings])
-        if vectors.shape[1:] != (self.identity.width,):
-            raise ModelError(
-                f"the encoder's vectors have shape {list(vectors.shape[1:])}, the store needs [{self.identity.width}]"
-            )
+        vectors = np.array([encoding.vector for encoding in encodings])
+        if vectors.shape != (len(chunk), self.identity.width):
+            wanted = [len(chunk), self.identity.width]
+            raise ModelError(f"the encoder returned vectors of shape {list(vectors.shape)}, the store needs {wanted}; report it")
         with np.errstate(over="ignore"):
             stored: Matrix = vectors.astype(self.identity.dtype, copy=False)  # float16 ends at 65,504
         finite = np.isfinite(stored).all(axis=1)
         if not finite.all():
-            what = f"the vector of {chunk[int(finite.argmin())].id!r} is not finite as {self.identity.dtype}"
-            raise ModelError(f"{what}; the checkpoint has diverged")
+            name = chunk[int(finite.argmin())].id
+            raise ModelError(f"the vector of {name!r} is not finite as {self.identity.dtype}; the checkpoint has diverged")
         return stored
-
-    def _check_manifest(self) -> None:
-        file = self.folder / "manifest.json"
-        wanted = {"format": FORMAT, "block_rows": self.block_rows, "maker": self.identity.described}
-        if not file.is_file():
-            write_whole(file, json.dumps(wanted, indent=1) + "\n")
-        try:
-            manifest = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise StoreError(f"{file} cannot be read ({error}); remove {self.folder}, or restore the file") from error
-        if names := sorted(name for name in {**wanted, **manifest} if manifest.get(name) != wanted.get(name)):
-            raise StoreError(
-                f"{file}: {', '.join(names)} are {[manifest.get(name) for name in names]}, this run has "
-                f"{[wanted.get(name) for name in names]}; use the same settings, or another root"
-            )
-
-    def _remove_abandoned(self) -> None:
-        """What processes killed while they wrote have left."""
-        for path in self._staging.iterdir():
-            with suppress(FileNotFoundError):  # another process was faster
-                if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _scratch(self, name: str) -> Path:
         return self._staging / f"{name[:16]}-{os.getpid()}-{secrets.token_hex(4)}"
@@ -373,7 +340,7 @@ class Embedder:
 
         store = EmbeddingStore(self.cache, EncoderIdentity.of(self.encoder, route))
         number, shards = self.shard
-        # Turned by one at every call: first blocks, of which many inputs have no more, go to all shards alike.
+        # The share moves on by one at every call: first blocks, of which many inputs have no more, go to all shards alike.
         share = (number + self._calls) % shards, shards
         self._calls += 1
         plan = store.fill(make(), encode_all, shard=share, repair=self.repair, total=count, progress=self.progress)
@@ -431,9 +398,3 @@ def _signature(chunk: Sequence[Input]) -> str | None:
                 newest = max(newest, about.st_mtime_ns, about.st_ctime_ns)
         digest.update(json.dumps(described).encode() + b"\n")
     return digest.hexdigest() if newest and time.time_ns() - newest > YOUNG_NS else None
-
-
-def _sync(file: Any) -> None:
-    """Bytes on disk before the rename that declares them there."""
-    file.flush()
-    os.fsync(file.fileno())

@@ -25,7 +25,8 @@ from traceir.data import mbeir
 from traceir.data.folder import Listing, Policy, Problems, Row, read_row, survey
 from traceir.errors import InputError
 from traceir.evaluation.embeddings import Embedder, Embeddings, Shard
-from traceir.evaluation.judged import (
+from traceir.evaluation.ranking import Pool, Ranking, rank_queries, write_run
+from traceir.evaluation.results import (
     QueryOutcome,
     average,
     continue_results,
@@ -34,7 +35,6 @@ from traceir.evaluation.judged import (
     read_outcomes,
     summarise,
 )
-from traceir.evaluation.ranking import Pool, Ranking, rank_queries, write_run
 from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
 from traceir.prompts import completion_text
@@ -178,42 +178,44 @@ def _encode(
     embedder: Embedder, rows: Sequence[Row], scored: Sequence[Row], routes: Sequence[Route], choices: Mapping[str, Choice]
 ) -> _Encoded | None:
     """This shard's share of the pools of `rows` and the queries of `scored`; None while other shares are missing."""
-    pools, asked = {}, {}
+    pools: dict[str, Embeddings] = {}
+    queries: dict[tuple[Route, str, str], Embeddings] = {}
     for row in rows:
         log.info("%s: %d candidates", row.task.name, len(row.dids))
-        pools[row.task.name] = embedder.items(row.items, len(row.dids))
+        if (embedded := embedder.items(row.items, len(row.dids))) is not None:
+            pools[row.task.name] = embedded
     for route, (suffix, choice), row in product(routes, choices.items(), scored):
         log.info("%s: %d queries, route %s", row.task.name, len(row.records), route)
-        asked[route, suffix, row.task.name] = embedder.queries(partial(_queries, row, *choice), len(row.records), route)
-    whole = {name: embedded for name, embedded in pools.items() if embedded is not None}
-    queries = {key: embedded for key, embedded in asked.items() if embedded is not None}
-    complete = len(whole) == len(pools) and len(queries) == len(asked)
-    return _Encoded(rows, scored, tuple(choices), whole, queries) if complete else None
+        if (embedded := embedder.queries(partial(_queries, row, *choice), len(row.records), route)) is not None:
+            queries[route, suffix, row.task.name] = embedded
+    complete = len(pools) == len(rows) and len(queries) == len(routes) * len(choices) * len(scored)
+    return _Encoded(rows, scored, tuple(choices), pools, queries) if complete else None
 
 
 def _score(
     encoder: EvaluatedEncoder, encoded: _Encoded, kind: PoolKind, route: Route, out: Path, progress: bool
 ) -> dict[str, dict[str, Any]]:
     """Ranks one route in one kind of pool, writes its files, and returns its entries of results.json by row."""
-    judged: dict[str, list[list[QueryOutcome]]] = {row.task.name: [] for row in encoded.scored}
+    outcomes: dict[str, list[list[QueryOutcome]]] = {row.task.name: [] for row in encoded.scored}
     sizes: dict[str, int] = {}
     run_id = encoder.fingerprint.replace(" ", "_")
     for suffix in encoded.suffixes:
         name = f"{route}{'-global' if kind == 'global' else ''}{suffix}"
         for row, pool, ranking in _rank(encoded, kind, route, suffix, progress):
             qids, file = [record.qid for record in row.records], out / "runs" / f"{row.task.name}-{name}.txt"
-            write_run(file, qids, ranking, pool, run_id=run_id, task_ids=row.task.task_id)
-            outcomes = zip(qids, ranking.best.tolist(), encoded.queries[route, suffix, row.task.name].encodings(), strict=True)
-            judged[row.task.name].append([_judge(encoder, row, *outcome) for outcome in outcomes])
+            write_run(file, qids, ranking, pool, run_id=run_id, task_id=row.task.task_id)
+            encodings = encoded.queries[route, suffix, row.task.name].encodings()
+            ranked = zip(qids, ranking.best.tolist(), encodings, strict=True)
+            outcomes[row.task.name].append([_outcome(encoder, row, *query) for query in ranked])
             sizes[row.task.name] = len(pool)
-        _append(out / f"queries-{name}.jsonl", [outcome for own in judged.values() for outcome in own[-1]])
+        _append(out / f"queries-{name}.jsonl", [outcome for own in outcomes.values() for outcome in own[-1]])
     sums = {}
     for row in encoded.scored:
         name = row.task.name
         spent = sum(encoded.queries[route, suffix, name].seconds for suffix in encoded.suffixes)
-        sums[name] = _sum(judged[name], row.task.metric_k, sizes[name]) | {
+        sums[name] = _sum(outcomes[name], row.task.metric_k, sizes[name]) | {
             "pool": sizes[name],
-            "queries_per_second": round(sum(map(len, judged[name])) / max(spent, 1e-9), 2),
+            "queries_per_second": round(sum(map(len, outcomes[name])) / max(spent, 1e-9), 2),
             "candidates_per_second": round(len(row.dids) / max(encoded.candidates[name].seconds, 1e-9), 2),
         }
     return sums
@@ -224,7 +226,7 @@ def _rank(encoded: _Encoded, kind: PoolKind, route: Route, suffix: str, progress
     union = Pool([(row.dids, encoded.candidates[row.task.name]) for row in encoded.rows]) if kind == "global" else None
     groups: list[list[Row]] = []
     for row in encoded.scored:
-        if union is not None and groups and sum(len(one.records) for one in (*groups[-1], row)) <= TOGETHER:
+        if union is not None and groups and sum(len(other.records) for other in (*groups[-1], row)) <= TOGETHER:
             groups[-1].append(row)
         else:
             groups.append([row])
@@ -239,7 +241,7 @@ def _rank(encoded: _Encoded, kind: PoolKind, route: Route, suffix: str, progress
             yield row, pool, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
 
 
-def _judge(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> QueryOutcome:
+def _outcome(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> QueryOutcome:
     label, exact, answer_exact = row.labels.get(qid), None, None
     if label is not None and label.z:
         wanted = encoder.as_written(completion_text(label.reasoning, label.answer))
@@ -251,13 +253,14 @@ def _judge(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: E
     )  # fmt: skip
 
 
-def _sum(judged: Sequence[list[QueryOutcome]], k: int, pool: int) -> dict[str, Any]:
+def _sum(outcomes: Sequence[list[QueryOutcome]], k: int, pool: int) -> dict[str, Any]:
     """Sums of a row: of one choice of instructions, or the mean of the hits over several, with each and their spread."""
-    every = [summarise(own, k, pool) for own in judged]
+    every = [summarise(own, k, pool) for own in outcomes]
     summary = every[0]
     if len(every) > 1:
-        each = [one[f"hit@{k}"] for one in every]
-        summary |= {name: round(float(np.mean([one[name] for one in every])), 4) for name in summary if name.startswith("hit@")}
+        each = [other[f"hit@{k}"] for other in every]
+        hits = [name for name in summary if name.startswith("hit@")]
+        summary |= {name: round(float(np.mean([other[name] for other in every])), 4) for name in hits}
         summary |= {"prompts": each, "prompt_spread": round(max(each) - min(each), 4)}
     return summary
 
@@ -265,20 +268,15 @@ def _sum(judged: Sequence[list[QueryOutcome]], k: int, pool: int) -> dict[str, A
 def _finish(out: Path, results: dict[str, Any]) -> None:
     results.setdefault("global", {})
     for pool, name in (("routes", "average"), ("global", "average_global")):
-        results[pool] = {
-            route: dict(sorted(scored.items(), key=lambda row: _place(row[0]))) for route, scored in results[pool].items()
-        }
+        for route, scored in results[pool].items():
+            results[pool][route] = {row: scored[row] for row in sorted(scored, key=mbeir.row_order)}
         results[name] = {route: average(scored) for route, scored in results[pool].items()}
     write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
 
 
-def _append(file: Path, judged: Sequence[QueryOutcome]) -> None:
-    """Replaces the lines of the rows judged, so that a row scored again is not there twice."""
-    rows = {one.row for one in judged}
-    kept = [one for one in read_outcomes(file) if one.row not in rows] if file.is_file() else []
-    ordered = sorted([*kept, *judged], key=lambda one: _place(one.row))
-    write_whole(file, "".join(json.dumps(asdict(one)) + "\n" for one in ordered))
-
-
-def _place(row: str) -> tuple[int, str]:
-    return mbeir.EVAL_ROWS.index(row) if row in mbeir.EVAL_ROWS else len(mbeir.EVAL_ROWS), row
+def _append(file: Path, outcomes: Sequence[QueryOutcome]) -> None:
+    """Replaces the lines of the rows scored, so that a row scored again is not there twice."""
+    rows = {outcome.row for outcome in outcomes}
+    kept = [outcome for outcome in read_outcomes(file) if outcome.row not in rows] if file.is_file() else []
+    ordered = sorted([*kept, *outcomes], key=lambda outcome: mbeir.row_order(outcome.row))
+    write_whole(file, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in ordered))

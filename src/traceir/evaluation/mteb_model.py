@@ -14,6 +14,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,9 +31,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from traceir.data import mbeir
+from traceir.data.folder import data_fingerprint
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import data_fingerprint
 from traceir.evaluation.metrics import TIE
 from traceir.images import ImageInput
 from traceir.items import MODALITIES, Item, Modality, Part, Query, Route, Vector, check_route
@@ -74,9 +75,11 @@ class TraceEncoder(AbsEncoder):
             source = Encoder(load(source or model_name, device=device or "cpu", **options))
         self.encoder: EncoderLike = source
         self.route: Route = route
-        self.mteb_model_meta = model_meta(
-            model_name, revision_of(source), route=route, width=source.width, modalities=modalities_of(source)
-        )
+        # By the revision mteb tells results apart: the weights, and a digest of all else that decides a vector.
+        settings = {"prompt_version": source.prompt_version, **getattr(source, "vector_settings", {})}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        revision = f"{re.sub(r'[^A-Za-z0-9.]+', '_', source.fingerprint)[:64]}-{digest[:8]}"
+        self.mteb_model_meta = model_meta(model_name, revision, route=route, width=source.width, modalities=modalities_of(source))
 
     @classmethod
     def of(cls, encoder: EncoderLike, name: str = "traceir/local", *, route: Route = "auto") -> TraceEncoder:
@@ -98,10 +101,11 @@ class TraceEncoder(AbsEncoder):
         """Unit vectors [N, D] of a data loader's batches, in order; only `prompt_type` query takes the way that may reason."""
         target = _target(task_metadata) if prompt_type == PromptType.query else None
         title = f"{task_metadata.name} {hf_split}"
-        vectors = [np.zeros((0, self.encoder.width), dtype=np.float32)]
+        vectors = [np.zeros((0, self.encoder.width), dtype=np.float32)]  # of no inputs
         total = len(getattr(inputs, "dataset", ())) or None
         with tqdm(total=total, desc=title, disable=not show_progress_bar, mininterval=2.0, leave=False) as bar:
-            for rows in _chunks(inputs, batch_size):
+            every = _rows(inputs)
+            while rows := list(islice(every, batch_size)):  # whatever mteb's batches are: its image pairs come one by one
                 if prompt_type == PromptType.query:
                     queries = [_query(row, task_metadata, target) for row in rows]
                     encodings = self.encoder.encode_queries(queries, route=self.route)
@@ -109,19 +113,12 @@ class TraceEncoder(AbsEncoder):
                     encodings = self.encoder.encode_items([Item(_parts(row, task_metadata.name)) for row in rows])
                 vectors.append(np.stack([encoding.vector for encoding in encodings]))
                 bar.update(len(rows))
-        return np.concatenate(vectors[1:] or vectors)
+        return np.concatenate(vectors)
 
 
 def modalities_of(encoder: EncoderLike) -> tuple[Modality, ...]:
     """What an encoder takes as one input; all three where it does not say."""
     return tuple(getattr(encoder, "modalities", MODALITIES))
-
-
-def revision_of(encoder: EncoderLike) -> str:
-    """By which mteb tells results apart: the weights, and a digest of all else that decides a vector."""
-    settings = {"prompt_version": encoder.prompt_version, **getattr(encoder, "vector_settings", {})}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '_', encoder.fingerprint)[:64]}-{digest[:8]}"
 
 
 class TraceMeta(ModelMeta):
@@ -190,13 +187,13 @@ class MbeirTask(AbsTaskRetrieval):
         if self.data_loaded:
             return
         task, relevant = self.row, mbeir.read_relevant(self.row)
-        records = list(mbeir.read_queries(task.query_path))[: self.limit]
-        right = {one.qid: sorted(relevant.get(one.qid, set()) | set(one.positives)) or [ABSENT] for one in records}
+        records = list(islice(mbeir.read_queries(task.query_path), self.limit))
+        right = {record.qid: relevant.get(record.qid, set()) | set(record.positives) for record in records}
         items = [mbeir.to_item(candidate, task.root) for candidate in mbeir.read_pool(task.pool_path)]
         data = {
             "corpus": _dataset(items, task.cand_modality),
             "queries": _dataset([mbeir.to_query(record, None, task.root) for record in records], task.query_modality),
-            "relevant_docs": {qid: dict.fromkeys(dids, 1) for qid, dids in right.items()},
+            "relevant_docs": {qid: dict.fromkeys(sorted(dids) or [ABSENT], 1) for qid, dids in right.items()},
             "top_ranked": None,
         }
         self.dataset = {"default": {task.split: data}}
@@ -211,8 +208,12 @@ class MbeirTask(AbsTaskRetrieval):
         hf_subset: str,
     ) -> dict[str, float]:
         """Shares over all queries, from mteb's own scores and rankings: `success_at_K` and `hit_at_K`."""
-        ranks = np.array([_rank(results[qid], right) for qid, right in qrels.items()])
         successes = {f"success_at_{k}": float(np.mean([scores[qid][f"success_{k}"] for qid in qrels])) for k in KS}
+        ranks = np.full(len(qrels), np.inf)  # of the best positive among the results, ties against it
+        for place, (qid, right) in enumerate(qrels.items()):
+            if positives := [score for did, score in results[qid].items() if did in right]:
+                wrong = [score for did, score in results[qid].items() if did not in right]
+                ranks[place] = 1 + np.count_nonzero(np.array(wrong) >= max(positives) - TIE)
         return successes | {f"hit_at_{k}": float((ranks <= k).mean()) for k in KS}
 
 
@@ -221,15 +222,10 @@ def mbeir_task(root: str | Path, row: str, *, split: mbeir.Split = "test", limit
     tasks = {task.name: task for task in mbeir.find_tasks(root, split)}
     if row not in tasks:
         raise DataError(f"{root} has no row {row!r} in its {split} split; it has {', '.join(tasks)}")
-    described = {"metadata": _describe(tasks[row]), "row": tasks[row], "limit": limit, "__doc__": MbeirTask.__doc__}
-    made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), described)()
-    return made
-
-
-def _describe(task: mbeir.Task) -> TaskMetadata:
+    task = tasks[row]
     prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
     modalities = sorted({*task.query_modality.split(","), *task.cand_modality.split(",")})
-    return TaskMetadata(
+    metadata = TaskMetadata(
         name=f"{task.root.resolve().name}-{task.name}",
         description=f"Row {task.name} of a local folder in M-BEIR's layout.",
         dataset={"path": str(task.root), "revision": str(data_fingerprint(task.root / "meta.json") or "local")},
@@ -242,40 +238,30 @@ def _describe(task: mbeir.Task) -> TaskMetadata:
         prompt={"query": prompts[0]},
         is_public=False,
     )
+    own = {"metadata": metadata, "row": task, "limit": limit, "__doc__": MbeirTask.__doc__}
+    made: MbeirTask = type(f"MbeirTask_{row}", (MbeirTask,), own)()
+    return made
 
 
 def _dataset(contents: Sequence[Query | Item], modality: Modality) -> Dataset:
     """Ids, and a column for each modality; images by path."""
-    columns: dict[str, Any] = {"id": [one.id for one in contents]}
+    columns: dict[str, Any] = {"id": [content.id for content in contents]}
     features: dict[str, Any] = {"id": Value("string")}
     if "text" in modality:
-        columns["text"], features["text"] = [one.text for one in contents], Value("string")
+        columns["text"], features["text"] = [content.text for content in contents], Value("string")
     if "image" in modality:
-        columns["image"], features["image"] = [str(one.images[0].path) for one in contents], ImageFeature()
+        columns["image"], features["image"] = [str(content.images[0].path) for content in contents], ImageFeature()
     return Dataset.from_dict(columns, features=Features(features))
 
 
-def _rank(scores: Mapping[str, float], right: Mapping[str, int]) -> float:
-    """Rank of the best positive among the results, ties against it; infinite where no positive is among them."""
-    best = max((score for did, score in scores.items() if did in right), default=None)
-    if best is None:
-        return float("inf")
-    return 1.0 + sum(score >= best - TIE for did, score in scores.items() if did not in right)
-
-
-def _chunks(inputs: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    """The rows of a data loader's batches, `size` at a time whatever the batches are (mteb's image pairs come one by one)."""
-    rows: list[dict[str, Any]] = []
+def _rows(inputs: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data loader's batches, one by one."""
     for batch in inputs:
         names = [name for name in ("text", "image", "query", "instruction") if name in batch]
         if not {"text", "image"} & set(names) or {"audio", "video"} & set(batch):
             raise InputError(f"a batch of mteb has {sorted(batch)}; TraceIR reads text and image")
-        rows += [dict(zip(names, values, strict=True)) for values in zip(*(batch[name] for name in names), strict=True)]
-        while len(rows) >= size:
-            yield rows[:size]
-            rows = rows[size:]
-    if rows:
-        yield rows
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
 
 
 def _query(row: Mapping[str, Any], task: TaskMetadata, target: Modality | None) -> Query:

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import chain
@@ -38,7 +38,6 @@ from traceir.checkpoint import is_hub_id, plain_name
 from traceir.data import report as md
 from traceir.errors import DataError, InputError
 from traceir.evaluation.mteb_model import TraceEncoder, modalities_of, register
-from traceir.evaluation.tables import markdown_table
 from traceir.files import write_whole
 from traceir.items import Modality
 from traceir.suggest import did_you_mean
@@ -63,14 +62,6 @@ class MtebOutcome:
     score: float | None = None
     seconds: float | None = None
     reason: str = ""
-
-    @property
-    def line(self) -> str:
-        """What is said of it at once; what many tasks share is left to the table."""
-        if self.score is None:
-            return "" if self.state == "skipped" or self.reason == _NO_HUB else f"failed: {self.reason}"
-        took = "scored before" if self.state == "kept" else f"{self.seconds or 0.0:.1f} s"
-        return f"{self.metric} {100 * self.score:.2f}  {took}"
 
 
 class MtebResults(ResultCache):
@@ -104,15 +95,12 @@ def choose_tasks(benchmarks: Sequence[str], names: Sequence[str], module: str | 
 
     With names, a module only adds to what a name may mean. InputError for what neither mteb nor the module has.
     """
-    own = {task.metadata.name: task for task in (_tasks_of(_module(module)) if module else [])}
-    boards = [
-        _known("benchmark", name, mteb.get_benchmark, lambda: [board.name for board in mteb.get_benchmarks()])
-        for name in benchmarks
-    ]
-    tasks = [task for board in boards for task in board.tasks]
-    tasks += [own.get(name) or _known("task", name, mteb.get_task, lambda: [*own, *_TASKS_REGISTRY]) for name in names]
-    if own and not names:
-        tasks += own.values()
+    own = {task.metadata.name: task for task in (_tasks_of(_import(module)) if module else [])}
+    tasks: list[AbsTask] = []
+    for name in benchmarks:
+        tasks += _get("benchmark", name, mteb.get_benchmark, lambda: [board.name for board in mteb.get_benchmarks()]).tasks
+    tasks += [own.get(name) or _get("task", name, mteb.get_task, lambda: [*own, *_TASKS_REGISTRY]) for name in names]
+    tasks += [] if names else own.values()
     return list({task.metadata.name: task for task in tasks}.values())
 
 
@@ -129,7 +117,7 @@ def _tasks_of(module: ModuleType) -> list[AbsTask]:
     return tasks
 
 
-def _module(name: str) -> ModuleType:
+def _import(name: str) -> ModuleType:
     if not name.endswith(".py"):
         try:
             return importlib.import_module(name)
@@ -144,7 +132,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-def _known(kind: str, name: str, get: Callable[[str], Any], known: Callable[[], Iterable[str]]) -> Any:
+def _get(kind: str, name: str, get: Callable[[str], Any], known: Callable[[], Iterable[str]]) -> Any:
     try:
         return get(name)
     except KeyError as error:
@@ -187,12 +175,7 @@ class MtebRun:
     online: bool = True
     progress: bool = False
 
-    def outcomes(self, tasks: Sequence[AbsTask]) -> Iterator[MtebOutcome]:
-        """What becomes of each task, as it becomes of it; no failure of one stops the others."""
-        register(self.model.mteb_model_meta)
-        return map(self._outcome, tasks)
-
-    def place(self, task: AbsTask) -> str:
+    def expected(self, task: AbsTask) -> str:
         """What is to be expected of a task: `scored` already, `here`, `to fetch`, `out of reach`, or skipped and why."""
         if reason := lacks(task, modalities_of(self.model.encoder)):
             return f"skipped: {reason}"
@@ -202,14 +185,15 @@ class MtebRun:
             return "here"
         return "to fetch" if self.online else "out of reach"
 
-    def _outcome(self, task: AbsTask) -> MtebOutcome:
+    def outcome(self, task: AbsTask) -> MtebOutcome:
+        """What becomes of a task when it is run now; whatever goes wrong is its reason."""
         about = task.metadata
         failed = MtebOutcome(about.name, about.type, about.main_score, "failed")
         if reason := lacks(task, modalities_of(self.model.encoder)):
             return replace(failed, state="skipped", reason=reason)
         if kept := self._kept(task):
             return _with_score(replace(failed, state="kept"), kept)
-        parts = [self._outcome(part) for part in about.tasks] if task.is_aggregate else []
+        parts = [self.outcome(part) for part in about.tasks] if task.is_aggregate else []
         if lost := [part for part in parts if part.score is None]:
             first = f"{len(lost)} of its {len(parts)} parts have no score, the first {lost[0].task}: {lost[0].reason}"
             return replace(failed, reason=lost[0].reason if len(parts) == len(lost) else first)
@@ -222,19 +206,16 @@ class MtebRun:
             return _with_score(replace(failed, state="scored"), scored.task_results[0])
         except Exception as error:  # the loaders and scorers of hundreds of tasks may raise anything; the other tasks go on
             log.info("%s failed", about.name, exc_info=True)
-            return replace(failed, reason=self._why(error))
+            package = type(error).__module__.partition(".")[0]
+            from_hub = isinstance(error, ConnectionError) or package in ("datasets", "huggingface_hub")
+            reason = _NO_HUB if from_hub and not self.online else f"{type(error).__name__}: {_words(error)}"
+            return replace(failed, reason=reason)
 
     def _kept(self, task: AbsTask) -> TaskResult | None:
         if not self.out.is_dir():
             return None
         kept = MtebResults(self.out).load_task_result(task.metadata.name, self.model.mteb_model_meta)
         return kept if kept is not None and not kept.get_missing_evaluations(task) else None
-
-    def _why(self, error: Exception) -> str:
-        package = type(error).__module__.partition(".")[0]
-        if not self.online and (isinstance(error, ConnectionError) or package in ("datasets", "huggingface_hub")):
-            return _NO_HUB
-        return f"{type(error).__name__}: {_words(error)}"
 
 
 def _with_score(outcome: MtebOutcome, result: TaskResult) -> MtebOutcome:
@@ -271,19 +252,19 @@ def means(outcomes: Sequence[MtebOutcome]) -> dict[str, float]:
 def table(outcomes: Sequence[MtebOutcome]) -> str:
     """The outcomes as Markdown: a row for each score, the means, and what has none, by reason."""
     rows: list[tuple[object, ...]] = []
-    for one in outcomes:
-        if one.score is not None:
-            seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-            before = ", before" if one.state == "kept" else ""
-            rows.append((one.task, one.type, one.metric, f"{100 * one.score:.2f}", f"{seconds}{before}"))
+    for outcome in outcomes:
+        if outcome.score is not None:
+            seconds = "" if outcome.seconds is None else f"{outcome.seconds:.1f}"
+            before = ", before" if outcome.state == "kept" else ""
+            rows.append((outcome.task, outcome.type, outcome.metric, f"{100 * outcome.score:.2f}", f"{seconds}{before}"))
     share = f"({len(rows)} of {len(outcomes)} scored)"
     rows += [(f"**mean over {over}** {share}", "", "", f"**{100 * mean:.2f}**", "") for over, mean in means(outcomes).items()]
-    scored = [markdown_table(("task", "type", "metric", "score", "seconds"), "lllrr", rows)] if rows else []
-    unscored = [f"- {md.escape(why)}: {', '.join(names)}" for why, names in reasons(outcomes).items()]
+    scored = [md.markdown_table(("task", "type", "metric", "score", "seconds"), "lllrr", rows)] if rows else []
+    unscored = [f"- {md.escape(why)}: {', '.join(names)}" for why, names in _reasons(outcomes).items()]
     return "\n".join([*scored, *([""] if scored and unscored else []), *unscored])
 
 
-def reasons(outcomes: Sequence[MtebOutcome]) -> dict[str, list[str]]:
+def _reasons(outcomes: Sequence[MtebOutcome]) -> dict[str, list[str]]:
     """The tasks without a score, by how many there are of them and why."""
     groups: dict[tuple[State, str], list[str]] = {}
     for outcome in outcomes:
@@ -294,31 +275,39 @@ def reasons(outcomes: Sequence[MtebOutcome]) -> dict[str, list[str]]:
 
 def plan(run: MtebRun, tasks: Sequence[AbsTask]) -> list[str]:
     """A line for each task: its name, type, what its inputs are, and what to expect of it; then the counts."""
-    places = [run.place(task) for task in tasks]
+    states = [run.expected(task) for task in tasks]
     lines = [
-        f"{task.metadata.name:32}  {task.metadata.type:28}  {' + '.join(sorted(needs(task))):18}  {place}"
-        for task, place in zip(tasks, places, strict=True)
+        f"{task.metadata.name:32}  {task.metadata.type:28}  {' + '.join(sorted(needs(task))):18}  {state}"
+        for task, state in zip(tasks, states, strict=True)
     ]
-    counts = Counter(place.partition(":")[0] for place in places)
-    return [*lines, f"{len(tasks)} tasks: {', '.join(f'{count} {place}' for place, count in counts.items())}"]
+    counts = Counter(state.partition(":")[0] for state in states)
+    return [*lines, f"{len(tasks)} tasks: {', '.join(f'{count} {state}' for state, count in counts.items())}"]
 
 
 def score(
     run: MtebRun, tasks: Sequence[AbsTask], *, benchmarks: Sequence[str] = (), tell: Callable[[str], None] = lambda line: None
 ) -> list[MtebOutcome]:
-    """Runs the tasks, says a line for each, writes the results after each. DataError where none of them has a score."""
+    """Runs the tasks, says a line for each, writes the results after each. DataError where none of them has a score.
+
+    What many tasks share, such as a modality that the model does not read, is left to the table.
+    """
     try:
         run.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {run.out} cannot be made a folder ({error}); choose another") from error
+    register(run.model.mteb_model_meta)
     outcomes: list[MtebOutcome] = []
-    for number, outcome in enumerate(run.outcomes(tasks), start=1):
+    for number, task in enumerate(tasks, start=1):
+        outcome = run.outcome(task)
         outcomes.append(outcome)
         _write(run, outcomes, benchmarks)
-        if outcome.line:
-            tell(f"{number}/{len(tasks)}  {outcome.task}  {outcome.line}")
+        if outcome.score is not None:
+            took = "scored before" if outcome.state == "kept" else f"{outcome.seconds or 0.0:.1f} s"
+            tell(f"{number}/{len(tasks)}  {outcome.task}  {outcome.metric} {100 * outcome.score:.2f}  {took}")
+        elif outcome.state == "failed" and outcome.reason != _NO_HUB:
+            tell(f"{number}/{len(tasks)}  {outcome.task}  failed: {outcome.reason}")
     if all(outcome.score is None for outcome in outcomes):
-        raise DataError(f"none of {len(tasks)} tasks has a score, see {run.out / 'results.md'}; {'; '.join(reasons(outcomes))}")
+        raise DataError(f"none of {len(tasks)} tasks has a score, see {run.out / 'results.md'}; {'; '.join(_reasons(outcomes))}")
     return outcomes
 
 

@@ -11,7 +11,7 @@ search, Q and N are those of one chunk and one slice, and `scores` are [N, Q].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from traceir.errors import InputError, StoreError
+from traceir.errors import StoreError
 from traceir.evaluation.metrics import TIE, Ranks
 from traceir.files import replacing
 from traceir.items import Vector
@@ -73,7 +73,6 @@ def rank_queries(
     slice of candidates and its scores, Q x K results, a few numbers for each positive.
     """
     count = len(queries_QD)
-    _check(queries_QD, blocks, {"relevant": relevant, "excluded": excluded or [()] * count}, top_k, chunk)
     hidden, right = _pairs(excluded or ()), _pairs(relevant)
     right = right[:, ~np.isin(right[1] * count + right[0], hidden[1] * count + hidden[0])]
     # Queries with most positives first: neighbours are counted in as many passes, whatever others need.
@@ -95,7 +94,6 @@ def rank_queries(
             bar.update(len(block_ND))
     if seen not in (None, size):
         raise StoreError(f"the blocks held {seen} vectors when first read and {size} then; is something writing them?")
-    _check_places("excluded", hidden, size)
     best_scores, best_places = np.empty((count, top_k), dtype=np.float32), np.empty((count, top_k), dtype=np.int64)
     ranks: list[Ranks] = [np.empty(0, dtype=np.int64)] * count
     for part in chunks:
@@ -119,7 +117,6 @@ def _score_pairs(queries_QD: Vector, blocks: Iterable[Matrix], pairs: Places) ->
             rows = block_ND[places - seen].astype(np.float32, copy=False)
             scores[first + start : first + start + len(rows)] = np.einsum("pd,pd->p", rows, queries_QD[queries])
         seen += len(block_ND)
-    _check_places("relevant", pairs, seen)
     return scores, seen
 
 
@@ -216,7 +213,8 @@ class Pool:
         columns: list[npt.NDArray[np.bytes_]] = [np.empty(0, dtype="S1")]
         self._blocks: list[tuple[Iterable[Matrix], int]] = []
         for dids, blocks in parts:
-            columns.append(_column(dids))
+            encoded = [did.encode() for did in dids]
+            columns.append(np.array(encoded, dtype=None if encoded else "S1"))
             self._blocks.append((blocks, len(columns[-1])))
         every = np.concatenate(columns)
         self._sorted, first = np.unique(every, return_index=True)
@@ -257,33 +255,23 @@ class Pool:
         return bytes(self._dids[place]).decode()
 
 
-def write_run(
-    file: Path, qids: Sequence[str], ranking: Ranking, pool: Pool, *, run_id: str, task_ids: int | Sequence[int]
-) -> Path:
+def write_run(file: Path, qids: Sequence[str], ranking: Ranking, pool: Pool, *, run_id: str, task_id: int) -> None:
     """The best k of each query as M-BEIR's run file: `qid Q0 did rank score run_id task_id`, separated by blanks.
 
-    `task_ids` is that of all queries, or one for each. Scores have nine digits, which name a float32 exactly. The file is there
-    whole or not at all.
+    Scores have nine digits, which name a float32 exactly. The file is there whole or not at all.
     """
-    tasks = [task_ids] * len(qids) if isinstance(task_ids, int) else list(task_ids)
-    if not len(qids) == len(tasks) == len(ranking.places):
-        raise InputError(f"{len(qids)} qids and {len(tasks)} task ids for {len(ranking.places)} queries; give one for each")
-    for name in (run_id, *qids):
-        if name.split() != [name]:
-            raise InputError(f"{name!r} is not one word; run files are separated by blanks")
     with replacing(file) as stream:
-        for qid, task, scores, places in zip(qids, tasks, ranking.scores, ranking.places, strict=True):
+        for qid, scores, places in zip(qids, ranking.scores, ranking.places, strict=True):
             own = zip(places[places != NO_PLACE].tolist(), scores.tolist(), strict=False)
             for rank, (place, score) in enumerate(own, start=1):
-                stream.write(f"{qid} Q0 {pool.did(place)} {rank} {score:.9g} {run_id} {task}\n")
-    return file
+                stream.write(f"{qid} Q0 {pool.did(place)} {rank} {score:.9g} {run_id} {task_id}\n")
 
 
 def _pairs(places: Sequence[Iterable[int]]) -> Places:
     """Queries and places [2, P], by place, each pair once."""
-    own = [np.unique(np.asarray(given if isinstance(given, np.ndarray) else list(given), dtype=np.int64)) for given in places]
+    own = [np.unique(np.asarray(those if isinstance(those, np.ndarray) else list(those), dtype=np.int64)) for those in places]
     every = np.concatenate([np.empty(0, dtype=np.int64), *own])
-    queries = np.repeat(np.arange(len(own), dtype=np.int64), np.array([len(one) for one in own], dtype=np.int64))
+    queries = np.repeat(np.arange(len(own), dtype=np.int64), np.array(list(map(len, own)), dtype=np.int64))
     return np.stack([queries, every])[:, np.argsort(every, kind="stable")]
 
 
@@ -297,31 +285,3 @@ def _number_in_group(groups: Places, count: int) -> Places:
     """For ascending group numbers, each entry's number within its group, from 0."""
     numbers: Places = np.arange(len(groups)) - np.searchsorted(groups, np.arange(count))[groups]
     return numbers
-
-
-def _column(dids: Iterable[str]) -> npt.NDArray[np.bytes_]:
-    """Dids as bytes of fixed width."""
-    encoded = [did.encode() for did in dids]
-    if any(not did or b"\0" in did for did in encoded):
-        raise InputError("a did is empty or holds a null character; give each candidate a name")
-    return np.array(encoded, dtype=None if encoded else "S1")
-
-
-def _check_places(name: str, pairs: Places, size: int) -> None:
-    for place in pairs[1][:1].tolist() + pairs[1][-1:].tolist():
-        if not 0 <= place < size:
-            raise InputError(f"{name} place {place} does not exist; the pool has places 0 to {size - 1}")
-
-
-def _check(
-    queries_QD: Vector, blocks: Iterable[Matrix], places: Mapping[str, Sequence[Iterable[int]]], top_k: int, chunk: int
-) -> None:
-    if queries_QD.ndim != 2 or queries_QD.dtype != np.float32:
-        raise InputError(f"queries are {queries_QD.dtype} {list(queries_QD.shape)}; give float32 [Q, D]")
-    for name, own in places.items():
-        if len(own) != len(queries_QD):
-            raise InputError(f"{name} has {len(own)} entries for {len(queries_QD)} queries; give one for each")
-    if top_k < 1 or chunk < 1:
-        raise InputError(f"top_k is {top_k} and chunk is {chunk}; both must be at least 1")
-    if iter(blocks) is blocks:
-        raise InputError("blocks can be read once only; give a list or another object that can be iterated again")

@@ -30,7 +30,7 @@ from traceir.data import mbeir
 from traceir.encoder import Encoder
 from traceir.errors import InputError, TraceError
 from traceir.evaluation.evaluate import choose_tasks, evaluate
-from traceir.evaluation.judged import QueryOutcome, describe_machine, read_outcomes
+from traceir.evaluation.results import QueryOutcome, describe_machine, read_outcomes
 from traceir.files import write_whole
 from traceir.items import Encoding, Query, Route
 from traceir.lab.ablations import FORMAT, ROWS, TIMED, AblationRun, Table, check_result, identity, plan_runs, write_plan

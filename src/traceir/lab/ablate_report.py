@@ -20,8 +20,8 @@ from scipy import stats
 
 from traceir.data.report import render
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import describe_machine
 from traceir.evaluation.metrics import Interval, bootstrap_difference
+from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.lab.ablations import FORMAT, TABLES, AblationLine, Comparison, Kind, Metric, Table, obstacle, read_result
 from traceir.lab.plots import Series, plot_lines

@@ -19,6 +19,7 @@ from traceir.ingest import AddReport, add
 from traceir.items import Query
 from traceir.lab.fixture import unpack
 from traceir.lab.gallery import Entry, cost, reasoning_steps, verdict, write_gallery
+from traceir.prompts import normalise
 from traceir.search import EncoderLike, Searcher
 
 PER_ROW: Final = 60
@@ -146,6 +147,6 @@ def _lend(task: mbeir.Task, records: Sequence[mbeir.Record]) -> list[mbeir.Candi
 
 def _line(candidate: mbeir.Candidate) -> str:
     """The candidate with its text in the form the models are trained on."""
-    text, image = mbeir.candidate_text(candidate) or None, candidate.image_path
+    text, image = normalise(candidate.text) or None, candidate.image_path
     line = {"did": candidate.did, "txt": text, "img_path": image, "modality": candidate.modality}
     return json.dumps(line, ensure_ascii=False) + "\n"

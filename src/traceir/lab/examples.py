@@ -14,8 +14,7 @@ import numpy as np
 
 from traceir.data import mbeir
 from traceir.errors import DataError
-from traceir.evaluation.judged import QueryOutcome
-from traceir.evaluation.runs import read_run
+from traceir.evaluation.results import QueryOutcome, read_run
 from traceir.items import Encoding, Hit, Route
 from traceir.lab.gallery import Entry, write_gallery
 from traceir.prompts import normalise

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from traceir.data.report import percent, render
 from traceir.errors import InputError
 from traceir.evaluation.metrics import RESAMPLES, SEED, bootstrap_mean
-from traceir.evaluation.runs import Key, ScoredRun, named_runs, read_results, read_run, same_queries
+from traceir.evaluation.results import Key, ScoredRun, named_runs, read_results, read_run, same_queries
 from traceir.files import write_whole
 from traceir.items import ROUTES
 from traceir.lab.plots import plot_steps

@@ -14,10 +14,9 @@ from typing import Final
 import pandas as pd
 from markupsafe import Markup
 
-from traceir.data.report import escape, percent, render
+from traceir.data.report import escape, markdown_table, percent, render
 from traceir.errors import InputError
-from traceir.evaluation.runs import ScoredRun, named_runs, read_run, same_queries
-from traceir.evaluation.tables import markdown_table
+from traceir.evaluation.results import ScoredRun, named_runs, read_run, same_queries
 from traceir.files import write_whole
 from traceir.lab.plots import plot_cost, plot_rows
 from traceir.lab.report import measure, outcomes

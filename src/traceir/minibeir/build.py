@@ -392,7 +392,10 @@ def _verify_task(
         leaked = [did for did in positives & pool.keys() if (pool[did].text, pool[did].image_path) in trained]
         demand_modality(where, record, row.query_modality)
         demand(bool(positives), f"{where} has no positive; give at least one")
-        demand(relevant.get(record.qid) == positives, f"{where}: its qrels differ from its positives; write both from one list")
+        demand(
+            relevant.get(record.qid, {}).keys() == positives,
+            f"{where}: its qrels differ from its positives; write both from one list",
+        )
         demand(not missing, f"{where}: candidates {sorted(missing)} are not in {task.pool_path.name}; add them to the pool")
         demand(not both, f"{where}: {sorted(both)} is both positive and distractor; make them differ")
         twins = task.split != "test" or len(negatives) >= rows.TWINS

@@ -1,25 +1,26 @@
 # ruff: noqa: UP013 - the published formats as a table: one a line, and some of their keys are no names in Python
 """The readers of the zero-shot sets: the authors' files as they are published, and nothing beside them (docs/unseen.md).
 
-Each takes the folder of all sets and which part of its own is wanted ("" where there is one), and returns what `catalogue.py`
-makes a task of. The types say what the files hold; `annotations.py` checks them.
+Each takes the folder of all sets and which part of its own is wanted ("" where there is one), and returns what `run.py` makes a
+task of. Files are checked against declared types: errors name the file, the place in it, the value and what it must be.
 """
 
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, NotRequired
+from typing import Annotated, Any, Final, NotRequired, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from traceir.data.folder import file_names
 from traceir.errors import DataError
-from traceir.evaluation.unseen.annotations import Count, FileName, Id, Text, check, read_annotations, read_bytes
-from traceir.evaluation.unseen.task import Source, UnseenQuery, files_in
+from traceir.evaluation.unseen.task import Source, UnseenQuery
 
 CAPTION_WANTED: Final = "Find an image caption describing the following everyday image."
 CHANGE_WANTED: Final = "I'm looking for a similar everyday image with the described changes."
@@ -29,7 +30,7 @@ STORY_WANTED: Final = (
     "I will provide you with a series of images and captions from a story, "
     "and I need you to retrieve the image corresponding to the last caption."
 )
-TURNS_WANTED: Final = "Find me a similar fashion image based on the following multi-round modifications."
+ROUNDS_WANTED: Final = "Find me a similar fashion image based on the following multi-round modifications."
 GARMENT_WANTED: Final = "Find a garment like the one in the image, with the described changes."
 
 FLICKR_CAPTIONS: Final = 5
@@ -42,15 +43,75 @@ CCNEG_PREFIX: Final = "datasets/cc3m/"
 SUGARCREPE_FILES: Final = ("add_obj", "add_att", "replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att")
 """In the order of the authors' table."""
 
+Checked = TypeVar("Checked")
+
+
+def _form(pattern: str, wanted: str) -> AfterValidator:
+    """A validator of strings that match a pattern as a whole."""
+
+    def check_form(value: str) -> str:
+        if not re.fullmatch(pattern, value, re.DOTALL):
+            raise ValueError(wanted)
+        return value
+
+    return AfterValidator(check_form)
+
+
+def _integer_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
+Text = Annotated[str, _form(r".*\S.*", "it must be a text that is not blank")]
+"""A text that is not blank, as published."""
+Id = Annotated[str, BeforeValidator(_integer_as_text), _form(r"(?!\.+\Z)[^\s/\\\0]+", "it must be an id: a word or an integer")]
+"""Published as a string or as an integer, without blanks and slashes, so that it can name a file."""
+FileName = Annotated[str, _form(r"(?!/)(?!(.*/)?\.\.(/|\Z))[^\\\0]+", "it is not a file below the folder of the set")]
+"""The relative path of a file that cannot leave its folder."""
+Count = Annotated[int, Field(strict=True, ge=0)]
+
 
 @dataclass(frozen=True, slots=True)
 class UnseenData:
-    """What a reader found: the file of the queries, the queries, the pool, and files of annotations that are not there."""
+    """What a reader makes: the file of the queries, the queries, the pool, and files of annotations that are not there."""
 
     source: Path
     cases: Sequence[UnseenQuery]
     pool: Mapping[str, Source]
     absent: tuple[Path, ...] = ()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; docs/unseen.md lists the files of each set") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}; check the path and rights") from error
+
+
+def _check(path: Path, content: Any, kind: type[Checked]) -> Checked:
+    """The content of a file, JSON as bytes or what was read from it, of the type `kind`."""
+    adapter = TypeAdapter(kind)
+    try:
+        return adapter.validate_json(content) if isinstance(content, bytes) else adapter.validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    what = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        line = re.search(r"line (\d+)", what)
+        raise DataError(f"{path}:{line[1] if line else 1}: {what}; download the file again")
+    place = ""
+    for step in first["loc"]:
+        place += f" {step}" if isinstance(step, int) and place else f", {f'entry {step}' if isinstance(step, int) else step}"
+    raise DataError(f"{path}{place}: is {repr(first['input'])[:120]}: {what}; download the file again")
+
+
+def _read_json(path: Path, kind: type[Checked]) -> Checked:
+    return _check(path, _read(path), kind)
+
+
+def _wrong(source: Path, number: int, name: str, value: object, wanted: str) -> DataError:
+    return DataError(f"{source}, entry {number}: {name} is {repr(value)[:120]}; it must be {wanted}; download the file again")
 
 
 CaptionedImage = TypedDict("CaptionedImage", {"image_name": FileName, "caption": Text})
@@ -59,7 +120,7 @@ CaptionedImage = TypedDict("CaptionedImage", {"image_name": FileName, "caption":
 def read_sharegpt4v(root: Path, way: str) -> UnseenData:
     """Long-CLIP's 1,000 pairs (arXiv 2403.15378)."""
     source = root / "sharegpt4v" / "datas_for_validation.json"
-    entries = read_annotations(source, list[CaptionedImage])
+    entries = _read_json(source, list[CaptionedImage])
     images = {str(n): root / "sharegpt4v" / "val_data" / entry["image_name"] for n, entry in enumerate(entries)}
     captions = {str(n): entry["caption"].replace("\n", " ") for n, entry in enumerate(entries)}
     return _one_way(source, images, captions, {name: (name,) for name in images}, way)
@@ -68,10 +129,16 @@ def read_sharegpt4v(root: Path, way: str) -> UnseenData:
 def read_urban1k(root: Path, way: str) -> UnseenData:
     """Urban-1K (arXiv 2403.15378). The caption is the first line of its file, the image has the file's name."""
     folder = root / "Urban1k" / "caption"
-    files = sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem))
-    if not files:
+    captions: dict[str, str] = {}
+    for path in sorted(folder.glob("*.txt"), key=lambda path: (len(path.stem), path.stem)):
+        try:
+            captions[path.stem] = next(iter(_read(path).decode().splitlines()), "")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: byte {error.start} is not UTF-8; download the file again") from error
+        if not captions[path.stem].strip():
+            raise DataError(f"{path}:1: is blank; it must hold the caption; download the file again")
+    if not captions:
         raise DataError(f"{folder}: holds no caption file N.txt; docs/unseen.md lists the files of each set")
-    captions = {path.stem: _first_line(path) for path in files}
     images = {name: root / "Urban1k" / "image" / f"{name}.jpg" for name in captions}
     return _one_way(folder, images, captions, {name: (name,) for name in images}, way)
 
@@ -79,7 +146,7 @@ def read_urban1k(root: Path, way: str) -> UnseenData:
 def read_flickr30k(root: Path, way: str) -> UnseenData:
     """Karpathy's test split: 5,000 captions, 1,000 images; any of an image's five captions is right."""
     source = root / "flickr" / "flickr_text.json"
-    captions = {str(n): text for n, text in enumerate(read_annotations(source, list[Text]))}
+    captions = {str(n): text for n, text in enumerate(_read_json(source, list[Text]))}
     if len(captions) % FLICKR_CAPTIONS:
         raise DataError(f"{source}: {len(captions)} captions are not five for each image; download the file again")
     images = {str(n): root / "flickr" / "images" / f"{n}.png" for n in range(len(captions) // FLICKR_CAPTIONS)}
@@ -88,28 +155,15 @@ def read_flickr30k(root: Path, way: str) -> UnseenData:
 
 
 def _one_way(
-    source: Path,
-    images: Mapping[str, Path],
-    captions: Mapping[str, str],
-    captions_of: Mapping[str, tuple[str, ...]],
-    way: str,
+    source: Path, images: Mapping[str, Path], captions: Mapping[str, str], own: Mapping[str, tuple[str, ...]], way: str
 ) -> UnseenData:
-    """Text to image, or image to text. An image that looks for its caption carries an instruction; captions carry none."""
+    """Text to image, or image to text; `own` names the captions of each image. Only an image that looks for its caption carries
+    an instruction."""
     if way == "i2t":
-        cases = [UnseenQuery(id, (path,), captions_of[id], CAPTION_WANTED, "text") for id, path in images.items()]
+        cases = [UnseenQuery(id, (path,), own[id], CAPTION_WANTED, "text") for id, path in images.items()]
         return UnseenData(source, cases, captions)
-    image_of = {caption: image for image, own in captions_of.items() for caption in own}
+    image_of = {caption: image for image, ids in own.items() for caption in ids}
     return UnseenData(source, [UnseenQuery(id, (text,), (image_of[id],)) for id, text in captions.items()], images)
-
-
-def _first_line(path: Path) -> str:
-    try:
-        lines = read_bytes(path).decode().splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; download the file again") from error
-    if not lines or not lines[0].strip():
-        raise DataError(f"{path}:1: is blank; it must hold the caption; download the file again")
-    return lines[0]
 
 
 CocoImage = TypedDict("CocoImage", {"id": Count, "file_name": FileName})
@@ -125,11 +179,11 @@ def read_circo(root: Path, split: str) -> UnseenData:
     The truth of the test split is held by the authors' server. Nothing is masked: the authors rank the reference image too.
     """
     folder = root / "circo" / "annotations"
-    listed = read_annotations(folder / "image_info_unlabeled2017.json", CocoImages)
-    pool = {str(image["id"]): root / "circo" / "unlabeled2017" / image["file_name"] for image in listed["images"]}
+    listed = _read_json(folder / "image_info_unlabeled2017.json", CocoImages)["images"]
+    pool = {str(image["id"]): root / "circo" / "unlabeled2017" / image["file_name"] for image in listed}
     source = folder / f"{split}.json"
     cases = []
-    for number, entry in enumerate(read_annotations(source, list[CircoQuery])):
+    for number, entry in enumerate(_read_json(source, list[CircoQuery])):
         reference, relevant = entry["reference_img_id"], tuple(entry.get("gt_img_ids", ())) if split == "val" else ()
         if reference not in pool:
             raise _wrong(source, number, "reference_img_id", reference, "one of the ids of image_info_unlabeled2017.json")
@@ -148,33 +202,33 @@ CropSample = TypedDict("CropSample", {"reference": CropPlace, "target": CropPlac
 def read_genecis(root: Path, _: str) -> UnseenData:
     """GeneCIS (arXiv 2306.07969): four files as four groups. Each query ranks its own target and gallery.
 
-    A gallery image that is the target itself counts as right wherever it stands; one that stands twice counts twice against it.
+    Images are whole ones of COCO, or crops named by image, sample and place (0 the reference, 1 the target). A gallery image that
+    is the target itself counts as right wherever it stands; one that stands twice counts twice against it.
     """
     folder = root / "genecis"
-    files = {kind: folder / "annotations" / f"{kind}.json" for kind in GENECIS_FILES}
-    absent = tuple(path for path in files.values() if not path.is_file())
+    files, absent = _parts(folder / "annotations", GENECIS_FILES)
     cases: list[UnseenQuery] = []
     pool: dict[str, Source] = {}
-    for kind in (kind for kind, path in files.items() if path not in absent):
-        sample_type: Any = CocoSample if kind.endswith("_object") else CropSample
-        for number, sample in enumerate(read_annotations(files[kind], list[sample_type])):
+    for kind, path in files.items():
+        whole = kind.endswith("_object")
+        images, prefix = (folder / "val2017", "coco") if whole else (folder / "visual_genome" / kind, kind)
+        sample_type: Any = CocoSample if whole else CropSample
+        wanted = SAME_WANTED if kind == "focus_attribute" else CHANGE_WANTED
+        for number, sample in enumerate(_read_json(path, list[sample_type])):
             ids = [id for place in (sample["reference"], sample["target"], *sample["gallery"]) for id in place.values()]
-            (_, reference), *gallery = _genecis_images(folder, kind, number, ids)
-            pool |= dict(gallery)
-            names = tuple(id for id, _ in gallery)
-            wanted = SAME_WANTED if kind == "focus_attribute" else CHANGE_WANTED
-            parts = (reference, sample["condition"])
-            cases.append(UnseenQuery(f"{kind}/{number}", parts, names[:1], wanted, gallery=names, group=kind))
+            names = [f"{id:0>12}.jpg" if whole else f"{id}_{number}_{place}.jpg" for place, id in enumerate(ids)]
+            gallery = tuple(f"{prefix}/{name}" for name in names[1:])
+            pool |= {id: images / name for id, name in zip(gallery, names[1:], strict=True)}
+            parts = (images / names[0], sample["condition"])
+            cases.append(UnseenQuery(f"{kind}/{number}", parts, gallery[:1], wanted, gallery=gallery, group=kind))
     return UnseenData(folder / "annotations", cases, pool, absent)
 
 
-def _genecis_images(folder: Path, kind: str, number: int, ids: Iterable[str]) -> list[tuple[str, Path]]:
-    """Id and file of the reference, the target, and the gallery in order: whole COCO images, or crops named by image, sample and
-    place (0 the reference, 1 the target)."""
-    if kind.endswith("_object"):
-        return [(f"coco/{id:0>12}.jpg", folder / "val2017" / f"{id:0>12}.jpg") for id in ids]
-    names = [f"{id}_{number}_{place}.jpg" for place, id in enumerate(ids)]
-    return [(f"{kind}/{name}", folder / "visual_genome" / kind / name) for name in names]
+def _parts(folder: Path, kinds: Sequence[str]) -> tuple[dict[str, Path], tuple[Path, ...]]:
+    """Of a set in several files those that are there, by kind, and those that are not."""
+    files = {kind: folder / f"{kind}.json" for kind in kinds}
+    absent = tuple(path for path in files.values() if not path.is_file())
+    return {kind: path for kind, path in files.items() if path not in absent}, absent
 
 
 DialogRound = TypedDict("DialogRound", {"question": Count, "answer": Count})
@@ -188,17 +242,17 @@ def read_visdial(root: Path, _: str) -> UnseenData:
     of their image, over the images of the validation split. The caption that comes with each dialog is not shown."""
     folder = root / "visdial"
     source = folder / "visdial_1.0_val.json"
-    data = read_annotations(source, VisDialFile)["data"]
+    data = _read_json(source, VisDialFile)["data"]
     cases, pool = [], {}
     for number, dialog in enumerate(data["dialogs"]):
         rounds = []
-        for place, turn in enumerate(dialog["dialog"]):
-            if turn["question"] >= len(data["questions"]) or turn["answer"] >= len(data["answers"]):
+        for place, round_ in enumerate(dialog["dialog"]):
+            if round_["question"] >= len(data["questions"]) or round_["answer"] >= len(data["answers"]):
                 counts = f"fewer than {len(data['questions'])} and {len(data['answers'])}"
                 raise DataError(
-                    f"{source}, data, dialogs {number}, dialog {place}: is {turn}; it must hold numbers of {counts} texts"
+                    f"{source}, data, dialogs {number}, dialog {place}: is {round_}; it must hold numbers of {counts} texts"
                 )
-            rounds.append(f"Q: {data['questions'][turn['question']]}? A: {data['answers'][turn['answer']]}.")
+            rounds.append(f"Q: {data['questions'][round_['question']]}? A: {data['answers'][round_['answer']]}.")
         image = str(dialog["image_id"])
         pool[image] = folder / "VisualDialog_val2018" / f"VisualDialog_val2018_{image:0>12}.jpg"
         cases.append(UnseenQuery(str(number), (" ".join(rounds),), (image,), DIALOG_WANTED))
@@ -221,41 +275,36 @@ def read_vist(root: Path, _: str) -> UnseenData:
     """
     source = root / "vist" / "sis" / "val.story-in-sequence.json"
     stories: dict[str, list[StoryStep]] = {}
-    for (step,) in read_annotations(source, VistFile)["annotations"]:
+    for (step,) in _read_json(source, VistFile)["annotations"]:
         stories.setdefault(step["story_id"], []).append(step)
-    paths: dict[str, Source] = {}
+    pool: dict[str, Source] = {}
     folder = root / "vist" / "images"
-    there = files_in(folder)
+    there = file_names(folder)
     for photo in sorted({step["photo_flickr_id"] for story in stories.values() for step in story}):
         names = [f"{photo}{suffix}" for suffix in VIST_SUFFIXES]
-        paths[photo] = folder / next((name for name in names if name in there), names[0])
-    return UnseenData(source, [_story(id, story, paths) for id, story in stories.items()], paths)
-
-
-def _story(id: str, steps: Iterable[StoryStep], paths: Mapping[str, Source]) -> UnseenQuery:
-    *shown, last = sorted(steps, key=lambda step: step["worker_arranged_photo_order"])
-    parts = [part for step in shown for part in (step["text"], paths[step["photo_flickr_id"]])]
-    masked = tuple(dict.fromkeys(step["photo_flickr_id"] for step in shown))
-    return UnseenQuery(id, (*parts, last["text"]), (last["photo_flickr_id"],), STORY_WANTED, masked=masked)
+        pool[photo] = folder / next((name for name in names if name in there), names[0])
+    cases = []
+    for id, story in stories.items():
+        *shown, last = sorted(story, key=lambda step: step["worker_arranged_photo_order"])
+        parts = [part for step in shown for part in (step["text"], pool[step["photo_flickr_id"]])]
+        masked = tuple(dict.fromkeys(step["photo_flickr_id"] for step in shown))
+        cases.append(UnseenQuery(id, (*parts, last["text"]), (last["photo_flickr_id"],), STORY_WANTED, masked=masked))
+    return UnseenData(source, cases, pool)
 
 
 GarmentSearch = TypedDict(
     "GarmentSearch",
     {"target": tuple[Any, Id], "reference": Annotated[list[tuple[Any, list[str], Id]], Field(min_length=1)]},
 )
-"""`target` is [address, name]; a turn of `reference` is [address, texts, name]."""
+"""`target` is [address, name]; a round of `reference` is [address, texts, name]."""
 
 
 def read_mtfiq(root: Path, _: str) -> UnseenData:
     """Multi-turn FashionIQ (arXiv 2106.04128): all categories together, over the names of the validation split."""
-    source = root / "multiturnfashion" / "data" / "all.val.json"
-    folder = root / "mbeir_images" / "fashioniq_images"
-    pool = _garments(root / "multiturnfashion" / "image_splits" / "split.all.val.json", folder)
-    cases = []
-    for number, entry in enumerate(read_annotations(source, list[GarmentSearch])):
-        parts = [part for _, texts, name in entry["reference"] for part in _feedback(folder / f"{name}.jpg", texts)]
-        cases.append(UnseenQuery(str(number), tuple(parts), (entry["target"][1],), TURNS_WANTED))
-    return UnseenData(source, cases, pool)
+    folder, images = root / "multiturnfashion", root / "mbeir_images" / "fashioniq_images"
+    source = folder / "data" / "all.val.json"
+    searches = [(entry["target"][1], entry["reference"]) for entry in _read_json(source, list[GarmentSearch])]
+    return _garments(source, folder / "image_splits" / "split.all.val.json", images, searches, ROUNDS_WANTED)
 
 
 GarmentChange = TypedDict("GarmentChange", {"candidate": Id, "target": Id, "captions": list[str]})
@@ -264,25 +313,27 @@ GarmentChange = TypedDict("GarmentChange", {"candidate": Id, "target": Id, "capt
 def read_fashioniq(root: Path, category: str) -> UnseenData:
     """FashionIQ (arXiv 1905.12794) from its authors' files, one category over the images of its own split; the authors report the
     mean of the three. The two captions are joined by "and". Nothing is masked: the authors rank the reference image too."""
-    folder, images = root / "fashion-iq", root / "fashion-iq" / "images"
+    folder = root / "fashion-iq"
     source = folder / f"cap.{category}.val.json"
-    pool = _garments(folder / f"split.{category}.val.json", images)
+    searches = [
+        (entry["target"], [(None, entry["captions"], entry["candidate"])]) for entry in _read_json(source, list[GarmentChange])
+    ]
+    return _garments(source, folder / f"split.{category}.val.json", folder / "images", searches, GARMENT_WANTED)
+
+
+def _garments(
+    source: Path, split: Path, images: Path, searches: Iterable[tuple[str, Iterable[tuple[Any, list[str], str]]]], wanted: str
+) -> UnseenData:
+    """Searches by target and rounds (address, texts, name), over the pool that a split file lists; a name listed twice is one
+    garment. Each round is its image, and what is said of it as one text, where anything is."""
     cases = []
-    for number, entry in enumerate(read_annotations(source, list[GarmentChange])):
-        parts = _feedback(images / f"{entry['candidate']}.jpg", entry["captions"])
-        cases.append(UnseenQuery(str(number), parts, (entry["target"],), GARMENT_WANTED))
-    return UnseenData(source, cases, pool)
-
-
-def _garments(split: Path, folder: Path) -> dict[str, Source]:
-    """The pool that a split file lists. A name that is listed twice is one garment."""
-    return {name: folder / f"{name}.jpg" for name in read_annotations(split, list[Id])}
-
-
-def _feedback(image: Path, texts: Iterable[str]) -> tuple[Source, ...]:
-    """An image, and what is said of it as one text, where anything is."""
-    feedback = " and ".join(text.strip() for text in texts if text.strip())
-    return (image, feedback) if feedback else (image,)
+    for number, (target, rounds) in enumerate(searches):
+        parts: list[Source] = []
+        for _, texts, name in rounds:
+            feedback = " and ".join(text.strip() for text in texts if text.strip())
+            parts += [images / f"{name}.jpg", feedback] if feedback else [images / f"{name}.jpg"]
+        cases.append(UnseenQuery(str(number), tuple(parts), (target,), wanted))
+    return UnseenData(source, cases, {name: images / f"{name}.jpg" for name in _read_json(split, list[Id])})
 
 
 ImageSet = TypedDict("ImageSet", {"members": list[Id]})
@@ -293,11 +344,10 @@ def read_cirr(root: Path, part: str) -> UnseenData:
     """CIRR (arXiv 2108.04024) from its authors' files: R@K over the whole split, where the reference image is no candidate of its
     own query, or R_subset@K over the other members of the query's image set (`part` "subset"). Right is the hard target."""
     folder = root / "cirr"
-    source = folder / "cap.rc2.val.json"
-    split = folder / "split.rc2.val.json"
-    pool = {name: folder / "images" / file for name, file in read_annotations(split, dict[str, FileName]).items()}
+    source, split = folder / "cap.rc2.val.json", folder / "split.rc2.val.json"
+    pool = {name: folder / "images" / file for name, file in _read_json(split, dict[str, FileName]).items()}
     cases = []
-    for number, entry in enumerate(read_annotations(source, list[CirrQuery])):
+    for number, entry in enumerate(_read_json(source, list[CirrQuery])):
         reference, target, members = entry["reference"], entry["target_hard"], entry["img_set"]["members"]
         if reference not in pool:
             raise _wrong(source, number, "reference", reference, f"an image of {split}")
@@ -312,24 +362,19 @@ def read_cirr(root: Path, part: str) -> UnseenData:
 
 CaptionChoice = tuple[str, str, Path, str, str]
 """Id, group, image, true caption, wrong caption: right only where the true caption scores strictly higher."""
-
-
 CaptionPair = TypedDict("CaptionPair", {"filename": FileName, "caption": Text, "negative_caption": Text})
 
 
 def read_sugarcrepe(root: Path, _: str) -> UnseenData:
     """SugarCrepe (arXiv 2306.14610), its files as groups. The authors give one accuracy a file; ours is over all."""
-    folder = root / "sugar-crepe" / "data"
+    folder, images = root / "sugar-crepe" / "data", root / "sugar-crepe" / "val2017"
     if not folder.is_dir():
         folder = folder.parent  # the authors' folder `data` by itself
-    files = {kind: folder / f"{kind}.json" for kind in SUGARCREPE_FILES}
-    absent = tuple(path for path in files.values() if not path.is_file())
-    images = root / "sugar-crepe" / "val2017"
+    files, absent = _parts(folder, SUGARCREPE_FILES)
     pairs = [
         (f"{kind}/{key}", kind, images / pair["filename"], pair["caption"], pair["negative_caption"])
         for kind, path in files.items()
-        if path not in absent
-        for key, pair in read_annotations(path, dict[str, CaptionPair]).items()
+        for key, pair in _read_json(path, dict[str, CaptionPair]).items()
     ]
     return _choose(folder, pairs, absent)
 
@@ -343,12 +388,12 @@ CcNegFile = TypedDict("CcNegFile", {"image_paths": list[Any], "annotations": lis
 def read_ccneg(root: Path, _: str) -> UnseenData:
     """CC-Neg (arXiv 2403.20312): a caption against its negation, which loses its commas, and it alone, as by the authors."""
     source = root / "ccneg" / "ccneg_preprocessed.pt"
-    data = check(source, _load_tensors(source), CcNegFile)
+    data = _check(source, _load_tensors(source), CcNegFile)
     paths, annotations = data["image_paths"], data["annotations"]
     if len(paths) != len(annotations):
         raise DataError(f"{source}: {len(paths)} image_paths, {len(annotations)} annotations; download the file again")
     used = range(max(0, len(paths) - CCNEG_ITEMS), len(paths))
-    texts = check(source, {number: annotations[number] for number in used}, dict[int, NegatedCaption])
+    texts = _check(source, {number: annotations[number] for number in used}, dict[int, NegatedCaption])
     pairs = []
     for number in used:
         name = paths[number].rpartition(CCNEG_PREFIX)[2] if CCNEG_PREFIX in str(paths[number]) else ""
@@ -357,6 +402,22 @@ def read_ccneg(root: Path, _: str) -> UnseenData:
         true, wrong = texts[number]["json"]["caption"], texts[number]["sop_data"]["negative-prompt"].replace(",", "")
         pairs.append((str(number), "", root / "ccneg" / "cc3m" / name, true, wrong))
     return _choose(source, pairs)
+
+
+def _load_tensors(path: Path) -> object:
+    """The content of a file written by torch.save, where it is plain data: nothing that the file names is ever run."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist; docs/unseen.md lists the files of each set") from error
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path}: is refused ({str(error.__context__ or error)[:200]}): reading anything but plain lists, dicts and texts "
+            "could run code. Download it from its authors, or load it where that is safe and save its lists again"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        reason = str(error)[:200] or "it ends too early"
+        raise DataError(f"{path}: is not a whole file of torch.save: {reason}; download it again") from error
 
 
 def _choose(source: Path, pairs: Iterable[CaptionChoice], absent: tuple[Path, ...] = ()) -> UnseenData:
@@ -368,24 +429,3 @@ def _choose(source: Path, pairs: Iterable[CaptionChoice], absent: tuple[Path, ..
         pool |= dict(zip(gallery, (true, wrong), strict=True))
         cases.append(UnseenQuery(id, (image,), gallery[:1], target="text", gallery=gallery, group=group))
     return UnseenData(source, cases, pool, absent)
-
-
-def _load_tensors(path: Path) -> object:
-    """The content of a file written by torch.save, where it is plain data: nothing that the file names is ever run."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; docs/unseen.md lists the files of each set")
-    try:
-        content: object = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: is refused ({str(error.__context__ or error)[:200]}): reading anything but plain lists, dicts and texts "
-            "could run code. Download it from its authors, or load it where that is safe and save its lists again"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        reason = str(error)[:200] or "it ends too early"
-        raise DataError(f"{path}: is not a whole file of torch.save: {reason}; download it again") from error
-    return content
-
-
-def _wrong(source: Path, number: int, name: str, value: object, wanted: str) -> DataError:
-    return DataError(f"{source}, entry {number}: {name} is {repr(value)[:120]}; it must be {wanted}; download the file again")

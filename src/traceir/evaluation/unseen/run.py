@@ -1,29 +1,96 @@
-"""Scores a checkpoint on the zero-shot columns of a folder, route by route, and tables them beside the published figures."""
+"""The zero-shot sets by name, and a checkpoint scored on them, route by route, beside the published figures."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from traceir.data.report import markdown_table, points
 from traceir.errors import DataError, InputError
-from traceir.evaluation.judged import continue_results, describe_machine, header_of
-from traceir.evaluation.tables import markdown_table, percent
-from traceir.evaluation.unseen.catalogue import CIRCO_TEST, SETS, TASKS, find_columns, read_columns, read_set
-from traceir.evaluation.unseen.score import UnseenOutcome, rank_pool, score
-from traceir.evaluation.unseen.task import Missing
+from traceir.evaluation.results import continue_results, describe_machine, header_of
+from traceir.evaluation.unseen import readers
+from traceir.evaluation.unseen.score import rank_pool, score
+from traceir.evaluation.unseen.task import LeftOut, Missing, UnseenTask, settle
 from traceir.files import write_whole
 from traceir.items import Route
 from traceir.search import EvaluatedEncoder
+from traceir.suggest import did_you_mean
 
 log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 SUBMITTED: Final = 50
 """Images that CIRCO's server takes for each query."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnseenSet:
+    """One task: its title, its folder below the root, its reader and which part that reads, and its metrics (the first: `main`).
+
+    `published` is TRACE's score on the real set, by the same metric, in per cent (arXiv 2603.02929v2, table 3).
+    """
+
+    title: str
+    folder: str
+    read: Callable[[Path, str], readers.UnseenData]
+    part: str
+    metrics: tuple[str, ...]
+    main: str
+    published: float | None = None
+    by_group: bool = False
+
+
+_HITS: Final = ("hit@1", "hit@5", "hit@10")
+_FIQ: Final = ("hit@10", "hit@50")
+SETS: Final[Mapping[str, UnseenSet]] = {
+    "sharegpt4v_t2i": UnseenSet("ShareGPT4V t-i", "sharegpt4v", readers.read_sharegpt4v, "t2i", _HITS, "hit@1", 94.9),
+    "urban1k_t2i": UnseenSet("Urban-1K t-i", "Urban1k", readers.read_urban1k, "t2i", _HITS, "hit@1", 94.8),
+    "flickr30k_t2i": UnseenSet("Flickr30K t-i", "flickr", readers.read_flickr30k, "t2i", _HITS, "hit@1", 84.5),
+    "sharegpt4v_i2t": UnseenSet("ShareGPT4V i-t", "sharegpt4v", readers.read_sharegpt4v, "i2t", _HITS, "hit@1", 89.1),
+    "urban1k_i2t": UnseenSet("Urban-1K i-t", "Urban1k", readers.read_urban1k, "i2t", _HITS, "hit@1", 94.1),
+    "flickr30k_i2t": UnseenSet("Flickr30K i-t", "flickr", readers.read_flickr30k, "i2t", _HITS, "hit@1", 94.5),
+    "circo": UnseenSet("CIRCO", "circo", readers.read_circo, "val", ("map@5", "map@10", "map@25", "map@50"), "map@5", 34.8),
+    "genecis": UnseenSet("GeneCIS", "genecis", readers.read_genecis, "", ("hit@1", "hit@2", "hit@3"), "hit@1", 20.5, True),
+    "visdial": UnseenSet("VisDial", "visdial", readers.read_visdial, "", _HITS, "hit@1", 65.4),
+    "vist": UnseenSet("VIST", "vist", readers.read_vist, "", _HITS, "hit@1", 25.8),
+    "mtfiq": UnseenSet("MT-FIQ", "multiturnfashion", readers.read_mtfiq, "", ("hit@5", "hit@8", "hit@10"), "hit@5", 63.2),
+    "ccneg": UnseenSet("CC-Neg", "ccneg", readers.read_ccneg, "", ("accuracy",), "accuracy", 84.1),
+    "sugarcrepe": UnseenSet("SugarCrepe", "sugar-crepe", readers.read_sugarcrepe, "", ("accuracy",), "accuracy", 87.5),
+    "cirr": UnseenSet("CIRR R@K", "cirr", readers.read_cirr, "", ("hit@1", "hit@2", "hit@5", "hit@10", "hit@50"), "hit@5"),
+    "cirr_subset": UnseenSet("CIRR R_subset@K", "cirr", readers.read_cirr, "subset", ("hit@1", "hit@2", "hit@3"), "hit@1"),
+    "fashioniq_dress": UnseenSet("FashionIQ dress", "fashion-iq", readers.read_fashioniq, "dress", _FIQ, "hit@10"),
+    "fashioniq_shirt": UnseenSet("FashionIQ shirt", "fashion-iq", readers.read_fashioniq, "shirt", _FIQ, "hit@10"),
+    "fashioniq_toptee": UnseenSet("FashionIQ toptee", "fashion-iq", readers.read_fashioniq, "toptee", _FIQ, "hit@10"),
+}
+TASKS: Final = tuple(SETS)
+COLUMNS: Final = TASKS[:13]
+CIRCO_TEST: Final = UnseenSet("CIRCO", "circo", readers.read_circo, "test", SETS["circo"].metrics, "map@5")
+"""Without truth: for a submission to the authors' server."""
+
+
+def find_columns(root: Path) -> list[str]:
+    """The tasks whose folder is below `root`, in the order of the table. Nothing is read."""
+    return [name for name, about in SETS.items() if (root / about.folder).is_dir()]
+
+
+def read_columns(root: Path, names: Iterable[str], missing: Missing = "stop") -> Iterator[UnseenTask]:
+    """The tasks of the named columns, each read when its turn comes, so that only one set is in memory."""
+    chosen = list(names)
+    if unknown := [name for name in chosen if name not in SETS]:
+        raise InputError(f"columns {unknown} are unknown{did_you_mean(unknown[0], TASKS)}; choose from {', '.join(TASKS)}")
+    for name in chosen:
+        yield read_set(root, name, SETS[name], missing)
+
+
+def read_set(root: Path, name: str, about: UnseenSet, missing: Missing = "stop") -> UnseenTask:
+    """One set as a task. Raises DataError for broken files, and by `missing` for what is not there."""
+    data = about.read(root, about.part)
+    shape = data.source, tuple(data.cases), data.pool, about.metrics, about.main, about.by_group, LeftOut(files=data.absent)
+    return settle(UnseenTask(name, about.title, *shape), missing)
 
 
 def evaluate_unseen(
@@ -54,7 +121,14 @@ def evaluate_unseen(
         for route in routes:
             outcomes, summary = score(encoder, task, route=route, cache=cache or out / "embeddings", progress=progress)
             log.info("%s %s: %s %.1f", task.name, route, task.main, 100 * summary["value"])
-            _write_outcomes(out / f"outcomes-{route}.jsonl", task.name, outcomes)
+            file = out / f"outcomes-{route}.jsonl"
+            lines = (
+                [line for line in file.read_text().splitlines() if json.loads(line)["task"] != task.name]
+                if file.is_file()
+                else []
+            )
+            lines += (json.dumps(asdict(outcome)) for outcome in outcomes)
+            write_whole(file, "".join(f"{line}\n" for line in lines))
             scored = results["routes"].get(route, {}) | {task.name: summary}
             results["routes"][route] = {name: scored[name] for name in TASKS if name in scored}
             write_whole(out / "results.json", json.dumps(results, indent=1) + "\n")
@@ -99,9 +173,9 @@ def table(results: dict[str, Any]) -> str:
     for name, about in SETS.items():
         known = [scored[name] for scored in routes.values() if name in scored]
         if known:
-            cells = [percent(scored[name]["value"]) if name in scored else None for scored in routes.values()]
+            cells = [points(scored[name]["value"]) if name in scored else None for scored in routes.values()]
             auto = routes.get("auto", {}).get(name)
-            reasoned = f"{percent(auto['reasoned'], 0)} %" if auto else None
+            reasoned = f"{points(auto['reasoned'], 0)} %" if auto else None
             sizes = known[0]["queries"], known[0]["pool"], known[0]["main"]
             rows.append((name, *sizes, *cells, reasoned, about.published))
     names = ("column", "queries", "pool", "metric", *routes, "reasoned (auto)", "TRACE, published, real set")
@@ -118,8 +192,3 @@ def _chosen(root: Path, columns: Iterable[str] | None) -> list[str]:
     if not chosen:
         raise InputError(f"{root} has the folder of no zero-shot set; docs/unseen.md names the folders of {', '.join(TASKS)}")
     return chosen
-
-
-def _write_outcomes(file: Path, task: str, outcomes: Sequence[UnseenOutcome]) -> None:
-    kept = [line for line in file.read_text().splitlines() if json.loads(line)["task"] != task] if file.is_file() else []
-    write_whole(file, "".join(f"{line}\n" for line in [*kept, *(json.dumps(asdict(outcome)) for outcome in outcomes)]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -58,13 +58,13 @@ def score(
     if wrong := [metric for metric in task.metrics if not _METRIC.fullmatch(metric)]:
         raise InputError(f"{task.name}: metrics {wrong} are unknown; give hit@k, map@k or accuracy")
     outcomes: list[UnseenOutcome] = []
-    with _embedded(encoder, task, route, cache, progress) as (pool, queries):
-        for case, encoding, (ranks, size) in zip(task.cases, queries, _rank_all(task, pool, queries), strict=True):
+    with _embedded(encoder, task, route, cache, progress) as (pool, queries, queries_QD):
+        for case, encoding, (ranks, size) in zip(task.cases, queries, _rank_all(task, pool, queries_QD), strict=True):
             best = int(ranks[0]) if len(ranks) else size + 1
             values = {metric: _value(metric, ranks, best, size) for metric in task.metrics}
             how = encoding.route, encoding.tokens, encoding.truncated
             outcomes.append(UnseenOutcome(task.name, case.id, case.group, best, values, *how))
-    return outcomes, summarise(task, outcomes)
+    return outcomes, _summarise(task, outcomes)
 
 
 def rank_pool(
@@ -77,16 +77,13 @@ def rank_pool(
     if any(case.gallery is not None for case in task.cases):
         raise InputError(f"{task.name}: its queries rank galleries of their own; only tasks over one pool are ranked here")
     ids = list(task.pool)
-    with _embedded(encoder, task, route, cache, progress) as (pool, queries):
+    with _embedded(encoder, task, route, cache, progress) as (pool, _, queries_QD):
         masked = _places(task, [case.masked for case in task.cases])
-        ranking = rank_queries(_matrix(queries), pool, [()] * len(queries), top_k=k, excluded=masked)
-    return {
-        case.id: [ids[place] for place in places if place >= 0]
-        for case, places in zip(task.cases, ranking.places.tolist(), strict=True)
-    }
+        ranked = rank_queries(queries_QD, pool, [()] * len(queries_QD), top_k=k, excluded=masked).places.tolist()
+    return {case.id: [ids[place] for place in own if place >= 0] for case, own in zip(task.cases, ranked, strict=True)}
 
 
-def summarise(task: UnseenTask, outcomes: Sequence[UnseenOutcome]) -> dict[str, Any]:
+def _summarise(task: UnseenTask, outcomes: Sequence[UnseenOutcome]) -> dict[str, Any]:
     """The task's result: metrics over all queries, for each group and as the mean over groups, and what was left out.
 
     `value` is the number to report: `main`, over all queries or as the mean over groups.
@@ -94,58 +91,53 @@ def summarise(task: UnseenTask, outcomes: Sequence[UnseenOutcome]) -> dict[str, 
     groups: dict[str, list[UnseenOutcome]] = {}
     for outcome in outcomes:
         groups.setdefault(outcome.group, []).append(outcome)
-    overall = _means(task.metrics, outcomes)
+    metrics = _rounded(_means(task.metrics, outcomes))
     summary: dict[str, Any] = {
         "task": task.name,
         "column": task.column,
         "queries": len(outcomes),
         "pool": len(task.pool),
-        "metrics": _rounded(overall),
+        "metrics": metrics,
         "main": task.main,
-        "value": round(overall[task.main], 4),
+        "value": metrics[task.main],
         "reasoned": round(float(np.mean([outcome.route == "reason" for outcome in outcomes])), 4),
         "tokens_per_query": round(float(np.mean([outcome.tokens for outcome in outcomes])), 2),
         "truncated": round(float(np.mean([outcome.truncated for outcome in outcomes])), 4),
     }
     if len(groups) > 1 or task.by_group:
         each = {name: _means(task.metrics, group) for name, group in groups.items()}
-        mean = {metric: float(np.mean([values[metric] for values in each.values()])) for metric in task.metrics}
+        mean = _rounded({metric: float(np.mean([values[metric] for values in each.values()])) for metric in task.metrics})
         summary["groups"] = {name: {"queries": len(groups[name])} | _rounded(values) for name, values in each.items()}
-        summary["mean_over_groups"] = _rounded(mean)
+        summary["mean_over_groups"] = mean
         if task.by_group:
-            summary["value"] = round(mean[task.main], 4)
-    if task.left_out:
-        summary["left_out"] = _describe(task.left_out)
-    return summary
+            summary["value"] = mean[task.main]
+    return summary | ({"left_out": _describe(task.left_out)} if task.left_out else {})
 
 
-def _describe(left_out: LeftOut) -> dict[str, Any]:
+def _describe(lost: LeftOut) -> dict[str, Any]:
     """What was not scored, by number and by name (the first 100 of each kind)."""
-    names = asdict(left_out)
-    kinds = {"queries": "cases", "candidates": "candidates", "pictures": "images", "unknown_ids": "unknown", "files": "files"}
-    return {
-        kind: {"count": len(names[field]), "names": [str(name) for name in names[field][:NAMED]]}
-        for kind, field in kinds.items()
-        if names[field]
-    }
+    kinds: dict[str, Sequence[object]] = {
+        "queries": lost.cases, "candidates": lost.candidates, "pictures": lost.images, "unknown_ids": lost.unknown,
+        "files": lost.files,
+    }  # fmt: skip
+    return {kind: {"count": len(names), "names": [*map(str, names[:NAMED])]} for kind, names in kinds.items() if names}
 
 
 @contextmanager
 def _embedded(
     encoder: EncoderLike, task: UnseenTask, route: Route, cache: Path | None, progress: bool
-) -> Iterator[tuple[Embeddings, list[Encoding]]]:
-    """The pool's vectors, in its order, and the queries' encodings."""
+) -> Iterator[tuple[Embeddings, list[Encoding], Vector]]:
+    """The pool's vectors, in its order, the queries' encodings, and the vectors of these [Q, D]."""
     with TemporaryDirectory() if cache is None else nullcontext(cache) as folder:
         embedder = Embedder(encoder, Path(folder), progress=progress)
         pool = embedder.items(lambda: map(task.item, task.pool), len(task.pool))
         queries = embedder.queries(lambda: map(UnseenQuery.query, task.cases), len(task.cases), route)
         assert pool is not None and queries is not None, "one share is the whole"
-        yield pool, list(queries.encodings())
+        yield pool, list(queries.encodings()), queries.matrix()
 
 
-def _rank_all(task: UnseenTask, pool: Embeddings, queries: Sequence[Encoding]) -> list[tuple[Ranks, int]]:
+def _rank_all(task: UnseenTask, pool: Embeddings, queries_QD: Vector) -> list[tuple[Ranks, int]]:
     """Of each query the ranks of its right candidates, and how many candidates it ranks: the pool, or its own gallery."""
-    queries_QD = _matrix(queries)
     whole = [number for number, case in enumerate(task.cases) if case.gallery is None]
     ranked: dict[int, tuple[Ranks, int]] = {}
     if whole:
@@ -168,10 +160,6 @@ def _places(task: UnseenTask, names: Sequence[Sequence[str]]) -> list[list[int]]
     """Where ids are in the pool; those that are not there are left out."""
     place = {id: number for number, id in enumerate(task.pool)}
     return [[place[id] for id in ids if id in place] for ids in names]
-
-
-def _matrix(queries: Sequence[Encoding]) -> Vector:
-    return np.stack([encoding.vector for encoding in queries])
 
 
 def _value(metric: str, ranks: Ranks, best: int, size: int) -> float:

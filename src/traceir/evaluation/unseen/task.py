@@ -7,12 +7,13 @@ is found before anything is encoded: `settle` stops with all of it, or leaves ou
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
+from traceir.data.folder import Listing
 from traceir.errors import DataError
 from traceir.images import ImageInput
 from traceir.items import Item, Modality, Query
@@ -101,23 +102,31 @@ def settle(task: UnseenTask, missing: Missing) -> UnseenTask:
     `missing="stop"`, where anything is gone. With `keep` everything stays, and what is gone is only noted.
     """
     if missing == "stop":
-        _refuse(task, task.left_out)
-    _check_whole(task)
-    gone = _gone([*(part for case in task.cases for part in case.parts), *task.pool.values()])
-    absent = replace(
-        task.left_out,
-        images=tuple(gone),
-        unknown=tuple(f"{case.id}: {id}" for case in task.cases for id in case.named if id not in task.pool),
-    )
+        _refuse(task.source, task.left_out)
+    if not task.cases:
+        raise DataError(f"{task.source}: {task.name} has no queries; download the file again")
+    if not task.pool:
+        raise DataError(f"{task.source}: the pool of {task.name} is empty; download the set again")
+    id, count = Counter(case.id for case in task.cases).most_common(1)[0]
+    if count > 1:
+        raise DataError(f"{task.source}: query id {id!r} occurs a second time; remove one of the entries")
+    listing = Listing(Path())
+    sources = (*(part for case in task.cases for part in case.parts), *task.pool.values())
+    gone = dict.fromkeys(path for path in sources if isinstance(path, Path) and not listing.has(path))
+    unknown = tuple(f"{case.id}: {id}" for case in task.cases for id in case.named if id not in task.pool)
+    absent = replace(task.left_out, images=tuple(gone), unknown=unknown)
     if missing == "stop":
-        _refuse(task, absent)
-    if not absent or missing == "keep":
-        return replace(task, left_out=absent)
+        _refuse(task.source, absent)
+    return replace(task, left_out=absent) if missing == "keep" or not absent else _without(task, gone, absent)
+
+
+def _without(task: UnseenTask, gone: Mapping[Path, None], absent: LeftOut) -> UnseenTask:
+    """The task without what needs an image that is gone; says so."""
     pool = {id: source for id, source in task.pool.items() if source not in gone}
     cases = tuple(case for case in task.cases if gone.keys().isdisjoint(case.parts) and pool.keys() >= set(case.named))
     if not cases:
         raise DataError(
-            f"{task.source}: no query of {task.name} is left: {len(gone)} images are missing, first {_show(tuple(gone))}; "
+            f"{task.source}: no query of {task.name} is left: {len(gone)} images are missing, first {_show(absent.images)}; "
             "put the images in place"
         )
     kept = {case.id for case in cases}
@@ -131,45 +140,12 @@ def settle(task: UnseenTask, missing: Missing) -> UnseenTask:
     return replace(task, cases=cases, pool=pool, left_out=absent)
 
 
-def files_in(folder: Path) -> set[str]:
-    """One listing is much faster than a look at each of 123,000 images."""
-    try:
-        with os.scandir(folder) as entries:
-            return {entry.name for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
-        return set()
-
-
 def _open(source: Source) -> str | ImageInput:
     return ImageInput.open(source) if isinstance(source, Path) else source
 
 
-def _gone(sources: Iterable[Source]) -> dict[Path, None]:
-    """The files of images that are not there, in order."""
-    folders: dict[Path, set[str]] = {}
-    gone: dict[Path, None] = {}
-    for path in sources:
-        if isinstance(path, Path):
-            if path.parent not in folders:
-                folders[path.parent] = files_in(path.parent)
-            if path.name not in folders[path.parent]:
-                gone[path] = None
-    return gone
-
-
-def _check_whole(task: UnseenTask) -> None:
-    if not task.cases:
-        raise DataError(f"{task.source}: {task.name} has no queries; download the file again")
-    if not task.pool:
-        raise DataError(f"{task.source}: the pool of {task.name} is empty; download the set again")
-    seen: set[str] = set()
-    for case in task.cases:
-        if case.id in seen:
-            raise DataError(f"{task.source}: query id {case.id!r} occurs a second time; remove one of the entries")
-        seen.add(case.id)
-
-
-def _refuse(task: UnseenTask, absent: LeftOut) -> None:
+def _refuse(source: Path, absent: LeftOut) -> None:
+    """DataError where anything is not there."""
     kinds: tuple[tuple[Sequence[object], str, str], ...] = (
         (absent.files, "annotation files are missing", ""),
         (absent.images, "images are missing", ""),
@@ -177,7 +153,7 @@ def _refuse(task: UnseenTask, absent: LeftOut) -> None:
     )
     if problems := [f"{len(names)} {what}, first {_show(names)}{form}" for names, what, form in kinds if names]:
         raise DataError(
-            f"{task.source}: {'; '.join(problems)}; complete the folder, or choose missing='skip' to leave out the queries"
+            f"{source}: {'; '.join(problems)}; complete the folder, or choose missing='skip' to leave out the queries"
         )
 
 

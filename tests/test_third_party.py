@@ -8,20 +8,20 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
+from conftest import picture
 from datasets import Dataset
+from evaluations import Planned, asks, candidate, planned_folder
 from mteb.models import EncoderProtocol
 from mteb.types import PromptType
-from PIL import Image
 from sentence_transformers import SentenceTransformer
-from test_evaluate import candidate, planned_folder, query
 from torch.utils.data import DataLoader
 
 from traceir.checkpoint import bundled_model
 from traceir.encoder import Encoder
 from traceir.errors import DataError, InputError
 from traceir.evaluation.evaluate import evaluate
-from traceir.evaluation.judged import read_outcomes
 from traceir.evaluation.mteb_model import KS, TraceEncoder, mbeir_task, model_meta, register
+from traceir.evaluation.results import read_outcomes
 from traceir.images import ImageInput
 from traceir.items import Item, Query
 from traceir.model import TraceModel, save
@@ -41,7 +41,7 @@ def scores_of(model: TraceEncoder, task: Any) -> dict[str, float]:
 @pytest.mark.parametrize("row", ["cirr_task7", "webqa_task2"])
 def test_mteb_counts_the_same_hits(encoder: Encoder, folder: Path, tmp_path: Path, row: str) -> None:
     evaluate(encoder, folder, tmp_path, rows=[row], limit=LIMIT, progress=False)
-    ranks = np.array([one.rank for one in read_outcomes(tmp_path / "queries-auto.jsonl")])
+    ranks = np.array([outcome.rank for outcome in read_outcomes(tmp_path / "queries-auto.jsonl")])
     assert len(ranks) == LIMIT
     theirs = scores_of(TraceEncoder.of(encoder), mbeir_task(folder, row, limit=LIMIT))
     rates = {k: float((ranks <= k).mean()) for k in KS}
@@ -57,23 +57,22 @@ def test_mteb_lets_only_queries_reason_with_their_instructions(encoder: Encoder,
     task = mbeir_task(folder, "cirr_task7", limit=6)
     task.load_data()
     rows = task.dataset["default"]["test"]["queries"]
-    loader = DataLoader(rows, batch_size=4, collate_fn=lambda batch: {key: [one[key] for one in batch] for key in batch[0]})
-    parts = [{"text": one["text"], "image": ImageInput.from_pil(one["image"])} for one in rows]
-    queries = [Query.of(**one, instruction=task.metadata.prompt["query"], target="image") for one in parts]
+    loader = DataLoader(rows, batch_size=4, collate_fn=lambda batch: {key: [row[key] for row in batch] for key in batch[0]})
+    parts = [{"text": row["text"], "image": ImageInput.from_pil(row["image"])} for row in rows]
+    queries = [Query.of(**content, instruction=task.metadata.prompt["query"], target="image") for content in parts]
     reasoned = encoder.encode_queries(queries, route="reason")
-    assert all(one.route == "reason" for one in reasoned)
-    judge, options = TraceEncoder.of(encoder, route="reason"), {"hf_split": "test", "hf_subset": "default"}
-    plain = [one.vector for one in encoder.encode_items([Item.of(**one) for one in parts])]
-    wanted = {PromptType.query: [one.vector for one in reasoned], PromptType.document: plain, None: plain}
-    for side, vectors in wanted.items():
-        ours = judge.encode(loader, task_metadata=task.metadata, prompt_type=side, **options)
-        assert np.abs(ours - vectors).max() < 1e-6
+    assert all(encoding.route == "reason" for encoding in reasoned)
+    plain = encoder.encode_items([Item.of(**content) for content in parts])
+    thinking, options = TraceEncoder.of(encoder, route="reason"), {"hf_split": "test", "hf_subset": "default"}
+    for side, wanted in ((PromptType.query, reasoned), (PromptType.document, plain), (None, plain)):
+        ours = thinking.encode(loader, task_metadata=task.metadata, prompt_type=side, **options)
+        assert np.abs(ours - [encoding.vector for encoding in wanted]).max() < 1e-6
     options |= {"task_metadata": mbeir_task(folder, "webqa_task1").metadata}
     own = Dataset.from_dict({"text": ["red cube find it"], "query": ["red cube"], "instruction": ["find it"]})
-    judge = TraceEncoder.of(encoder)
+    model = TraceEncoder.of(encoder)
     (asked,) = encoder.encode_queries([Query.of(text="red cube", instruction="find it", target="text")])
-    assert np.abs(judge.encode(DataLoader(own), prompt_type=PromptType.query, **options)[0] - asked.vector).max() < 1e-6
-    empty = judge.encode(DataLoader(Dataset.from_dict({"text": [" "]})), prompt_type=PromptType.document, **options)
+    assert np.abs(model.encode(DataLoader(own), prompt_type=PromptType.query, **options)[0] - asked.vector).max() < 1e-6
+    empty = model.encode(DataLoader(Dataset.from_dict({"text": [" "]})), prompt_type=PromptType.document, **options)
     assert np.isclose(np.linalg.norm(empty[0]), 1.0)
 
 
@@ -86,28 +85,14 @@ def test_mteb_gets_the_model_by_name(encoder: Encoder) -> None:
     assert model.mteb_model_meta.experiment_kwargs == {"route": "direct"}, "its results are kept apart from those of auto"
 
 
-class Parrot:
-    """Vectors by the words alone: equal texts are equal, different ones at right angles; queries and items alike."""
-
-    fingerprint, prompt_version, width = "parrot", "none", 3
-    order = ("A red cube.", "A blue ball.", "A green cone.")
-
-    def encode_queries(self, queries: list[Query], **_: Any) -> list[Any]:
-        assert all(query.instruction == "Find the text" and query.target == "text" for query in queries)
-        return self.encode_items(queries)
-
-    def encode_items(self, items: list[Any], **_: Any) -> list[Any]:
-        rows = np.eye(3, dtype=np.float32)
-        return [type("Encoded", (), {"vector": rows[self.order.index(item.text)]}) for item in items]
-
-
 def test_ties_and_missing_positives_count_against_us(tmp_path: Path) -> None:
     """Three questions: one right, one whose right answer ties with a copy of it, one without any positive."""
-    asked = [query("2:0", "A red cube.", ["2:0"], 1), query("2:1", "A blue ball.", ["2:2"], 1),
-             query("2:2", "A green cone.", [], 1)]  # fmt: skip
+    encoder = Planned(dict(zip(("cube", "ball", "cone"), np.eye(3), strict=True)))
+    asked = [asks("2:0", "A red cube.", ["2:0"]), asks("2:1", "A blue ball.", ["2:2"]), asks("2:2", "A green cone.", [])]
     texts = ("A red cube.", "A blue ball.", "A blue ball.", "A green cone.")
     planned_folder(tmp_path, asked, [candidate(f"2:{number}", text) for number, text in enumerate(texts)])
-    scores = scores_of(TraceEncoder.of(Parrot()), mbeir_task(tmp_path, "webqa_task1"))
+    scores = scores_of(TraceEncoder.of(encoder), mbeir_task(tmp_path, "webqa_task1"))
+    assert {(query.instruction, query.target) for query in encoder.asked} == {("Find the text", "text")}
     assert scores["success_at_1"] == pytest.approx(2 / 3), "mteb: the tie goes to the greater id, the positive's"
     assert scores["hit_at_1"] == pytest.approx(1 / 3), "ours: a tie is no hit"
     assert scores["hit_at_5"] == scores["success_at_5"] == pytest.approx(2 / 3), "the query without positives is not left out"
@@ -118,30 +103,30 @@ def test_ties_and_missing_positives_count_against_us(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sentence_transformers_gives_our_vectors(model: TraceModel, tmp_path: Path) -> None:
     """One image and one text in all forms that sentence-transformers knows."""
-    pixels = np.random.default_rng(3).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    shown = ImageInput.from_pil(Image.fromarray(pixels))
-    image, file, text = shown.load(), str(tmp_path / "noise.png"), "make one red"
+    shown, file, text = picture(3, 90, 60), str(tmp_path / "noise.png"), "make one red"
+    image = shown.load()
     image.save(file)
     inputs: list[Any] = [text, image, file, {"text": text, "image": image}, {"image": file, "text": text}, {"image": image}]
     alone, both = {"image": shown}, {"text": text, "image": shown}
     known: list[dict[str, Any]] = [{"text": text}, alone, alone, both, both, alone]
     encoder = Encoder(model)
     library = as_sentence_transformer(encoder)
-    items = np.stack([one.vector for one in encoder.encode_items([Item.of(**parts) for parts in known])])
+    items = np.stack([encoding.vector for encoding in encoder.encode_items([Item.of(**parts) for parts in known])])
     assert np.abs(library.encode_document(inputs) - items).max() < 1e-6 > np.abs(library.encode(inputs) - items).max()
-    assert all(np.abs(library.encode_document(one) - row).max() < 1e-6 for one, row in zip(inputs, items, strict=True))
+    assert all(np.abs(library.encode_document(content) - row).max() < 1e-6 for content, row in zip(inputs, items, strict=True))
     queries = [Query.of(**parts, instruction="find the image", target="image") for parts in known]
     for route in ("auto", "reason", "direct"):
         wanted = encoder.encode_queries(queries, route=route)
         options: dict[str, Any] = {"prompt": "find the image", "route": route, "target": "image"}
-        found = library.encode_query(inputs, batch_size=4, **options)
-        assert np.abs(found - [one.vector for one in wanted]).max() < 1e-6
-        assert [one.reasoning for one in encode_with_reasoning(library, inputs, **options)] == [one.reasoning for one in wanted]
-        parts = library.encode_query(inputs, output_value=None, **options)
-        assert [(int(one["tokens"]), bool(one["reasoned"])) for one in parts] == [
-            (one.tokens, one.route == "reason") for one in wanted
+        ours = library.encode_query(inputs, batch_size=4, **options)
+        assert np.abs(ours - [encoding.vector for encoding in wanted]).max() < 1e-6
+        reasoning = [encoding.reasoning for encoding in encode_with_reasoning(library, inputs, **options)]
+        assert reasoning == [encoding.reasoning for encoding in wanted]
+        costs = [
+            (int(row["tokens"]), bool(row["reasoned"])) for row in library.encode_query(inputs, output_value=None, **options)
         ]
-        assert np.abs(library.similarity(found, items).numpy() - found @ items.T).max() < 1e-5
+        assert costs == [(encoding.tokens, encoding.route == "reason") for encoding in wanted]
+        assert np.abs(library.similarity(ours, items).numpy() - ours @ items.T).max() < 1e-5
     assert library.get_embedding_dimension() == encoder.width
 
 
@@ -169,15 +154,15 @@ def test_a_checkpoint_loads_with_the_same_vectors_or_not_at_all(model: TraceMode
     saved = str(tmp_path / "saved")
     library.save(saved)
     wanted = library.encode_query("make one red")
-    (told,) = encode_with_reasoning(library, "make one red")
+    (encoding,) = encode_with_reasoning(library, "make one red")
     query = Query.of(text="make one red", instruction="find the image", target="image")
     vectors = [
-        told.vector,
+        encoding.vector,
         as_sentence_transformer(saved).encode_query("make one red"),
         SentenceTransformer(saved, trust_remote_code=True).encode_query("make one red"),
         Encoder.from_pretrained(saved).encode_queries([query], route="reason")[0].vector,  # an ordinary checkpoint too
     ]
-    assert told.route == "reason" and all(np.abs(vector - wanted).max() < 1e-6 for vector in vectors)
+    assert encoding.route == "reason" and all(np.abs(vector - wanted).max() < 1e-6 for vector in vectors)
     for folder in (saved, str(bundled_model()), str(save(model, tmp_path / "plain"))):
         with pytest.raises(ValueError, match=r"traceir\.sentence\.TraceModule.*\s.*trust_remote_code"):
             SentenceTransformer(folder)
