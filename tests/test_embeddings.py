@@ -6,6 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +28,15 @@ from traceir.items import Encoding, Item, Query
 
 PLAIN = EncoderIdentity.of(FakeEncoder())
 ASKED = replace(PLAIN, route="auto", threshold=0.5, max_reasoning_tokens=12)
+
+FILL = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_embeddings import PLAIN, passages
+from fakes import FakeEncoder
+from traceir.evaluation.embeddings import EmbeddingStore
+EmbeddingStore(sys.argv[1], PLAIN, block_rows=3).fill(passages(60), FakeEncoder(delay=0.01).encode_items, progress=False)
+"""
 
 
 def passages(count: int) -> list[Item]:
@@ -106,6 +119,23 @@ def test_shards_write_the_same_blocks_as_one_process(tmp_path: Path) -> None:
             assert encoder.encoded == [item.id for place, item in enumerate(items) if place // 4 % count == number]
         assert store.missing(store.plan(items)) == []
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2]) and len(contents(stores[0])) == 13
+
+
+@pytest.mark.slow
+def test_a_process_killed_at_any_time_loses_one_block_at_most(tmp_path: Path) -> None:
+    store, clean = (EmbeddingStore(tmp_path / name, PLAIN, block_rows=3) for name in ("killed", "clean"))
+    fill(clean, passages(60))
+    for wait in (0.0, 0.01, 0.03, 0.05):
+        before = contents(store)
+        with subprocess.Popen([sys.executable, "-c", FILL, tmp_path / "killed", Path(__file__).parent]) as process:
+            while contents(store) == before and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(wait)
+            process.send_signal(signal.SIGKILL)
+        after = contents(store)
+        assert before.items() <= after.items() <= contents(clean).items()
+    assert len(after) >= 3  # each process wrote something
+    assert fill(store, passages(60)).calls == 20 - len(after) and contents(store) == contents(clean)
 
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])

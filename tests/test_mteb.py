@@ -29,7 +29,7 @@ from traceir.errors import InputError
 from traceir.evaluation import mteb_run
 from traceir.evaluation.mteb_model import TraceEncoder
 from traceir.images import ImageInput
-from traceir.items import Item
+from traceir.items import Item, Query
 
 TASKS = str(Path(drawn.__file__))
 NAME = ("--name", "local/mini")
@@ -129,6 +129,21 @@ def test_scores_by_hand(encoder: Encoder, scored: Scored) -> None:
     rho = spearmanr([columns["score"](n) for n in range(12)], (first * second).sum(1)).statistic
     assert scored["DrawnSTS"] == pytest.approx(rho, abs=1e-6) and abs(rho) > 0.1
     assert scored["DrawnBoth"] == pytest.approx((rho + scored["DrawnSTSMore"]) / 2, abs=1e-6)
+    right = []
+    for n in range(12):
+        scores = vectors(encoder, [drawn.draw(n), drawn.draw(n + 1)]) @ vectors(encoder, [drawn.say(n), drawn.say(n + 1)]).T
+        right.append((scores.argmax(0) == [0, 1]).all() and (scores.argmax(1) == [0, 1]).all())
+    assert scored["DrawnPairs"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    task = drawn.DrawnChoice()  # the best of a query's three choices is the right one; these queries may reason
+    task.load_data()
+    split, right = task.dataset["default"]["test"], []
+    documents = dict(zip(split["corpus"]["id"], vectors(encoder, list(split["corpus"]["text"])), strict=True))
+    for row in split["queries"]:
+        query = Query.of(text=row["text"], image=ImageInput.from_pil(row["image"]), target="text")
+        (encoding,) = encoder.encode_queries([query])
+        best_id = max(split["top_ranked"][row["id"]], key=lambda id, vector=encoding.vector: float(vector @ documents[id]))
+        right.append(split["relevant_docs"][row["id"]][best_id])
+    assert scored["DrawnChoice"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
 
 
 @pytest.mark.slow
