@@ -3,7 +3,7 @@
 What they take and how they refuse it was written from vLLM 0.33.0 (entrypoints/pooling/embed/protocol.py),
 Infinity 0.0.77 (fastapi_schemas/pymodels.py; also run, docs/engines.md), text-embeddings-inference 1.9 (router/src/http), SGLang
 (entrypoints/openai/protocol.py, serving_embedding.py), and Jina's interface as its clients use it. Vectors follow from content:
-pixels, not bytes, make a image's.
+pixels, not bytes, make an image's.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _demand(fits: bool, status: int, body: Any) -> None:
 
 def _decoded(uri: str, status: int) -> Image.Image:
     head, _, data = uri.partition(";base64,")
-    _demand(head.startswith("data:image/"), status, _openai("no data URI of a image"))
+    _demand(head.startswith("data:image/"), status, _openai("no data URI of an image"))
     try:
         image = Image.open(BytesIO(base64.b64decode(data, validate=True)))
         image.load()
