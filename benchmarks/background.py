@@ -34,8 +34,8 @@ def texts(seed: int = 0) -> Iterator[str]:
     draw = random.Random(seed)
     seen: set[str] = set()
     while True:
-        things = [_thing(world, draw) for world in draw.sample(range(4), 3)]
-        text = draw.choice(FORMS).format(*things, draw.choice(EVENTS))
+        objects = [_thing(world, draw) for world in draw.sample(range(4), 3)]
+        text = draw.choice(FORMS).format(*objects, draw.choice(EVENTS))
         if text not in seen:
             seen.add(text)
             yield text

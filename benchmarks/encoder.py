@@ -119,36 +119,36 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def read_labelled(data: Path, split: mbeir.Split) -> dict[str, list[Labelled]]:
     """The queries of every row that have a label, under each row's first instruction."""
     instructions = mbeir.read_instructions(data)
-    found: dict[str, list[Labelled]] = {}
+    labelled: dict[str, list[Labelled]] = {}
     for task in mbeir.find_tasks(data, split):
         labels = mbeir.read_labels(task.labels_path)
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
         records = [record for record in mbeir.read_queries(task.query_path) if record.qid in labels]
         if records:
-            found[task.name] = [
+            labelled[task.name] = [
                 Labelled(task.name, labels[record.qid].steps, mbeir.to_query(record, prompt, data)) for record in records
             ]
-    if not found:
+    if not labelled:
         raise DataError(f"{data} has no labels in cot/{split}; this benchmark needs a MiniBEIR folder")
-    return found
+    return labelled
 
 
 def sample(
     by_row: Mapping[str, Sequence[Labelled]], count: int, draw: np.random.Generator, low: int, high: int
 ) -> list[Labelled]:
     """At most `count` queries of `low` to `high` steps, spread evenly over the rows that have such, in random order."""
-    kinds = [[one for one in own if low <= one.steps <= high] for own in by_row.values()]
-    shuffled = [[own[place] for place in draw.permutation(len(own))] for own in kinds if own]
+    kinds = [[example for example in own if low <= example.steps <= high] for own in by_row.values()]
+    shuffled = [[own[index] for index in draw.permutation(len(own))] for own in kinds if own]
     turns = [own[turn] for turn in range(max(map(len, shuffled), default=0)) for own in shuffled if turn < len(own)]
     if not turns:
         raise DataError(f"the data folder has no query of {low} to {high} steps; choose other --parts")
     chosen = turns[:count]
-    return [chosen[place] for place in draw.permutation(len(chosen))]
+    return [chosen[index] for index in draw.permutation(len(chosen))]
 
 
 def auto_against_direct(encoder: Encoder, chosen: Sequence[Labelled], repetitions: int) -> Speed:
-    queries = [one.query for one in chosen]
-    reasoned = [one.route == "reason" for one in encoder.encode_queries(queries)]
+    queries = [example.query for example in chosen]
+    reasoned = [encoding.route == "reason" for encoding in encoder.encode_queries(queries)]
     encoder.encode_queries(queries, route="direct")  # warm-up, like the line before
     return _time_pairs(
         lambda: encoder.encode_queries(queries, route="auto"),
@@ -161,10 +161,10 @@ def auto_against_direct(encoder: Encoder, chosen: Sequence[Labelled], repetition
 
 def batch_against_generate(encoder: Encoder, chosen: Sequence[Labelled], repetitions: int) -> tuple[Speed, Sameness]:
     _check_comparable(encoder)
-    queries = [one.query for one in chosen]
+    queries = [example.query for example in chosen]
     batched = encoder.encode_queries(queries)  # warm-up of one side, and its results
     single = [generate_one(encoder, query) for query in queries]  # and of the other
-    reasoned = float(np.mean([one.route == "reason" for one in batched]))
+    reasoned = float(np.mean([encoding.route == "reason" for encoding in batched]))
     speed = _time_pairs(
         lambda: encoder.encode_queries(queries),
         lambda: [generate_one(encoder, query) for query in queries],
@@ -172,20 +172,20 @@ def batch_against_generate(encoder: Encoder, chosen: Sequence[Labelled], repetit
         reasoned,
         repetitions,
     )
-    written = [(one.vector, one.reasoning) for one in batched]
-    return speed, _compare(chosen, written, single, reasoned, sum(one.truncated for one in batched))
+    written = [(encoding.vector, encoding.reasoning) for encoding in batched]
+    return speed, _compare(chosen, written, single, reasoned, sum(encoding.truncated for encoding in batched))
 
 
 def batch_against_singles(encoder: Encoder, chosen: Sequence[Labelled]) -> Sameness:
-    queries = [one.query for one in chosen]
+    queries = [example.query for example in chosen]
     together = encoder.encode_queries(queries)
     alone = [encoder.encode_queries([query])[0] for query in queries]
     return _compare(
         chosen,
-        [(one.vector, one.reasoning) for one in together],
-        [(one.vector, one.reasoning) for one in alone],
-        float(np.mean([one.route == "reason" for one in together])),
-        sum(one.truncated for one in together),
+        [(encoding.vector, encoding.reasoning) for encoding in together],
+        [(encoding.vector, encoding.reasoning) for encoding in alone],
+        float(np.mean([encoding.route == "reason" for encoding in together])),
+        sum(encoding.truncated for encoding in together),
     )
 
 
@@ -245,20 +245,20 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     names = {"auto_to_direct": "simple: auto, direct", "batch_to_generate": "complex: batched auto, generate one by one"}
     for part, name in names.items():
-        if (found := parts.get(part)) is not None:
+        if (figures := parts.get(part)) is not None:
             lines.append(
-                f"| {name} | {found['queries']} | {found['rows']} | {100 * found['reasoned']:.1f} % "
-                f"| {found['first_per_second']:.1f} | {found['second_per_second']:.1f} | **{found['ratio']:.3f}** "
-                f"| {found['least_ratio']:.3f} | {found['greatest_ratio']:.3f} | {found['cpu_ratio']:.3f} |"
+                f"| {name} | {figures['queries']} | {figures['rows']} | {100 * figures['reasoned']:.1f} % "
+                f"| {figures['first_per_second']:.1f} | {figures['second_per_second']:.1f} | **{figures['ratio']:.3f}** "
+                f"| {figures['least_ratio']:.3f} | {figures['greatest_ratio']:.3f} | {figures['cpu_ratio']:.3f} |"
             )
     lines += ["", "| same results | queries | rows | reasoned | truncated | least cosine | same reasoning |"]
     lines.append("|---|---:|---:|---:|---:|---:|---:|")
     names = {"same_as_generate": "batched auto, generate one by one", "batch_as_singles": "batch of n, n singles"}
     for part, name in names.items():
-        if (found := parts.get(part)) is not None:
+        if (cost := parts.get(part)) is not None:
             lines.append(
-                f"| {name} | {found['queries']} | {found['rows']} | {100 * found['reasoned']:.1f} % | {found['truncated']} "
-                f"| **{found['least_cosine']:.7f}** | **{100 * found['same_text']:.2f} %** |"
+                f"| {name} | {cost['queries']} | {cost['rows']} | {100 * cost['reasoned']:.1f} % | {cost['truncated']} "
+                f"| **{cost['least_cosine']:.7f}** | **{100 * cost['same_text']:.2f} %** |"
             )
     return "\n".join(lines)
 
@@ -279,7 +279,7 @@ def _time_pairs(
     count = len(chosen)
     return Speed(
         queries=count,
-        rows=len({one.row for one in chosen}),
+        rows=len({example.row for example in chosen}),
         reasoned=reasoned,
         first_per_second=count / statistics.median(ours for ours, _ in wall),
         second_per_second=count / statistics.median(theirs for _, theirs in wall),
@@ -303,8 +303,8 @@ def _compare(
 ) -> Sameness:
     cosines = [float(a.astype(np.float64) @ b.astype(np.float64)) for (a, _), (b, _) in zip(ours, theirs, strict=True)]
     same = [a == b for (_, a), (_, b) in zip(ours, theirs, strict=True)]
-    unlike = [f"{one.row} {one.query.id}" for one, alike in zip(chosen, same, strict=True) if not alike]
-    rows = len({one.row for one in chosen})
+    unlike = [f"{example.row} {example.query.id}" for example, alike in zip(chosen, same, strict=True) if not alike]
+    rows = len({example.row for example in chosen})
     # A NaN must not hide behind min(): it is no cosine at all.
     least = min(cosines) if np.isfinite(cosines).all() else float("-inf")
     return Sameness(len(chosen), rows, reasoned, truncated, least, float(np.mean(same)), unlike)

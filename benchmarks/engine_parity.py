@@ -86,7 +86,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "seed": options.seed,
             "in_flight": options.in_flight,
             "machine": {"device": _device(options.device), "dtype": options.dtype, "torch": torch.__version__},
-            "parity": {name: asdict(found) for name, found in _parities(engine, encoder, chosen).items()},
+            "parity": {name: asdict(parity) for name, parity in _parities(engine, encoder, chosen).items()},
         }
         if options.repetitions:
             results["speed"] = asdict(_speed(engine, encoder, chosen, options.repetitions))
@@ -94,24 +94,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _parities(engine: SGLangEncoder, encoder: Encoder, chosen: Sequence[Labelled]) -> dict[str, Parity]:
-    queries = [one.query for one in chosen]
-    names = [f"{one.row} {one.query.id}" for one in chosen]
+    queries = [example.query for example in chosen]
+    names = [f"{example.row} {example.query.id}" for example in chosen]
     items = [Item(query.parts) for query in queries if query.parts]
     return {
         "direct": compare(engine.encode_queries(queries, route="direct"), encoder.encode_queries(queries, route="direct"), names),
         "auto": compare(engine.encode_queries(queries), encoder.encode_queries(queries), names),
-        "items": compare(engine.encode_items(items), encoder.encode_items(items), [str(place) for place in range(len(items))]),
+        "items": compare(engine.encode_items(items), encoder.encode_items(items), [str(index) for index in range(len(items))]),
     }
 
 
 def compare(ours: Sequence[Encoding], theirs: Sequence[Encoding], names: Sequence[str]) -> Parity:
     """The engine's encodings against the in-process ones."""
     pairs = list(zip(ours, theirs, strict=True))
-    cosines = [float(one.vector.astype(np.float64) @ other.vector.astype(np.float64)) for one, other in pairs]
+    cosines = [float(own.vector.astype(np.float64) @ other.vector.astype(np.float64)) for own, other in pairs]
     if not np.isfinite(cosines).all():
         raise InputError("a vector is not finite; look at the engine's log")
-    route = [one.route == other.route for one, other in pairs]
-    text = [one.reasoning == other.reasoning and alike for (one, other), alike in zip(pairs, route, strict=True)]
+    route = [own.route == other.route for own, other in pairs]
+    text = [own.reasoning == other.reasoning and alike for (own, other), alike in zip(pairs, route, strict=True)]
     return Parity(
         len(pairs),
         min(cosines),
@@ -119,15 +119,15 @@ def compare(ours: Sequence[Encoding], theirs: Sequence[Encoding], names: Sequenc
         min((cosine for cosine, alike in zip(cosines, text, strict=True) if alike), default=float("-inf")),
         float(np.mean(route)),
         float(np.mean(text)),
-        max(abs(one.emb_probability - other.emb_probability) for one, other in pairs),
-        (sum(one.truncated for one in ours), sum(one.truncated for one in theirs)),
+        max(abs(own.emb_probability - other.emb_probability) for own, other in pairs),
+        (sum(encoding.truncated for encoding in ours), sum(encoding.truncated for encoding in theirs)),
         [name for name, alike in zip(names, text, strict=True) if not alike],
     )
 
 
 def _speed(engine: SGLangEncoder, encoder: Encoder, chosen: Sequence[Labelled], repetitions: int) -> Speed:
     """Both sides by `auto`, in turn; each was run once before."""
-    queries = [one.query for one in chosen]
+    queries = [example.query for example in chosen]
     seconds: list[tuple[float, float]] = []
     for repetition in range(repetitions):
         spent: dict[int, float] = {}
@@ -172,11 +172,11 @@ def table(results: Mapping[str, Any]) -> str:
         "| engine, in-process | inputs | least cosine | median | least, same text | same route | same text | P gap | truncated |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, found in results["parity"].items():
+    for name, figures in results["parity"].items():
         lines.append(
-            f"| {name} | {found['inputs']} | {found['least_cosine']:.6f} | {found['median_cosine']:.6f} "
-            f"| {found['least_cosine_same_text']:.6f} | {100 * found['same_route']:.2f} % | {100 * found['same_text']:.2f} % "
-            f"| {found['probability_gap']:.2g} | {found['truncated'][0]}, {found['truncated'][1]} |"
+            f"| {name} | {figures['inputs']} | {figures['least_cosine']:.6f} | {figures['median_cosine']:.6f} "
+            f"| {figures['least_cosine_same_text']:.6f} | {100 * figures['same_route']:.2f} % | {100 * figures['same_text']:.2f} % "
+            f"| {figures['probability_gap']:.2g} | {figures['truncated'][0]}, {figures['truncated'][1]} |"
         )
     if speed := results.get("speed"):
         lines.append(

@@ -57,10 +57,10 @@ def _cut_row(root: Path, name: str, pool_name: str) -> Iterator[tuple[str, bytes
     pool = _read(root / pool_path)
     most = POOLS.get(name, 40)
     kept = {did: None for query in queries for did in query["pos_cand_list"]}
-    for place in range(16):  # near twins of all queries by turns, then fill
+    for index in range(16):  # near twins of all queries by turns, then fill
         for query in queries:
-            if place < len(query["neg_cand_list"]) and len(kept) < most:
-                kept[query["neg_cand_list"][place]] = None
+            if index < len(query["neg_cand_list"]) and len(kept) < most:
+                kept[query["neg_cand_list"][index]] = None
     kept |= dict.fromkeys([each["did"] for each in pool if each["did"] not in kept][: max(0, most - len(kept))])
     for query in queries:
         query["neg_cand_list"] = [did for did in query["neg_cand_list"] if did in kept]

@@ -66,15 +66,15 @@ class Found:
 
     def add(self, case: Case, status: str, body: bytes, secret: bytes) -> None:
         self.statuses[case.family][status] += 1
-        place = f"{case.family}: {case.name}"
+        request = f"{case.family}: {case.name}"
         if status.startswith("5"):
-            self.faults.append(f"{status} to {place}: {body[:300]!r}")
+            self.faults.append(f"{status} to {request}: {body[:300]!r}")
         if status == "hung":
-            self.faults.append(f"no answer within {WAIT_S:g} s to {place}")
+            self.faults.append(f"no answer within {WAIT_S:g} s to {request}")
         if secret in body or b"root:x:0:" in body:
-            self.faults.append(f"a file's content in the answer to {place}")
+            self.faults.append(f"a file's content in the answer to {request}")
         if case.anonymous and status.startswith("2"):
-            self.faults.append(f"{status} without a key to {place}")
+            self.faults.append(f"{status} without a key to {request}")
         self.limited += status == "429"
 
     def judge(self, ratio: float, memory_mb: float) -> None:
@@ -136,16 +136,16 @@ def own_server() -> Iterator[tuple[str, list[str], int, Path]]:
     and may ask without limit; those of a tenant and its rival are as they are made where nothing is said."""
     from benchmarks.serve import server  # imports torch
 
-    with tempfile.TemporaryDirectory() as place:
-        keys = Path(place) / "keys.json"
+    with tempfile.TemporaryDirectory() as scratch:
+        keys = Path(scratch) / "keys.json"
         made = [
             make_key(keys, name, scopes=("read", "write"), tenant=tenant, requests_per_minute=most)
             for name, tenant, most in (("hostile", None, UNLIMITED), ("tenant", "acme", None), ("rival", "rival", None))
         ]
-        more = ("--keys", str(keys), "--audit", str(Path(place) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
-        with server(Path(place) / "index", *more) as (url, process):
+        more = ("--keys", str(keys), "--audit", str(Path(scratch) / "audit.jsonl"), "--inputs-per-minute", str(UNLIMITED))
+        with server(Path(scratch) / "index", *more) as (url, process):
             asyncio.run(fill(url, made[0]))
-            yield url, made, process.pid, Path(place) / "index"
+            yield url, made, process.pid, Path(scratch) / "index"
 
 
 async def fill(url: str, key: str) -> None:
@@ -154,9 +154,11 @@ async def fill(url: str, key: str) -> None:
     scene = Scene(f"{host}:{port}", key, 0, "")
     while (await exchange(scene.request("GET", "/ready"), host, port, 60))[0] != "200":
         await asyncio.sleep(0.2)
-    pictures = [base64.b64encode(one).decode() for name, one in whole_images().items() if name in ("PNG", "JPEG")]
-    items: list[dict[str, Any]] = [{"id": f"picture-{place}", "image": {"data": one}} for place, one in enumerate(pictures)]
-    items += [{"id": f"text-{place}", "text": f"a red cup, number {place}", "fields": {"n": place}} for place in range(50)]
+    pictures = [base64.b64encode(encoded).decode() for name, encoded in whole_images().items() if name in ("PNG", "JPEG")]
+    items: list[dict[str, Any]] = [
+        {"id": f"picture-{number}", "image": {"data": encoded}} for number, encoded in enumerate(pictures)
+    ]
+    items += [{"id": f"text-{number}", "text": f"a red cup, number {number}", "fields": {"n": number}} for number in range(50)]
     status, _, body = await exchange(scene.post("/items", {"items": items}), host, port, 60)
     if status != "200" or body.count(b'"added"') != len(items):
         raise GoneError(f"the server does not take its first items: {status} {body[:200]!r}")
@@ -170,41 +172,41 @@ def attack(
     tenants: Sequence[str] = (),
     index: Path | None = None,
 ) -> int:
-    found, marker = Found(), secrets.token_hex(24).encode()
+    results, marker = Found(), secrets.token_hex(24).encode()
     before, started = memory_mb(pid), time.monotonic()
     forget_peak(pid)
     try:
-        asyncio.run(attack_by_hand(options, url, key, found, marker))
+        asyncio.run(attack_by_hand(options, url, key, results, marker))
         if not options.family or "schema" in options.family:
-            attack_by_schema(url, key, options.examples, options.seed, found, marker)
+            attack_by_schema(url, key, options.examples, options.seed, results, marker)
             asyncio.run(check_alive(*address_of(url)))
-        found.peak_mb = peak_mb(pid)
+        results.peak_mb = peak_mb(pid)
         if tenants and (not options.family or "crowd" in options.family):
-            asyncio.run(crowd(url, tenants[0], tenants[1], pid, found.phases, found.faults, options.attack))
+            asyncio.run(crowd(url, tenants[0], tenants[1], pid, results.phases, results.faults, options.attack))
             asyncio.run(check_alive(*address_of(url)))
         if index is not None and (not options.family or "index" in options.family):
-            found.faults += faults_of_cut_index(index)
+            results.faults += faults_of_cut_index(index)
     except GoneError as dead:
-        found.faults.append(str(dead))
+        results.faults.append(str(dead))
     except NotReadyError as early:
         print(early, file=sys.stderr)
         return 2
-    found.judge(options.ratio_at_most, options.memory_at_most)
+    results.judge(options.ratio_at_most, options.memory_at_most)
     seconds = time.monotonic() - started
-    total = sum(sum(one.values()) for one in found.statuses.values())
+    total = sum(sum(counts.values()) for counts in results.statuses.values())
     memory = [before, memory_mb(pid)]
-    report(found, total, seconds, memory)
+    report(results, total, seconds, memory)
     if options.out:
-        options.out.write_text(json.dumps(summary(found, total, seconds, memory, options), indent=1) + "\n")
-    if found.faults:
+        options.out.write_text(json.dumps(summary(results, total, seconds, memory, options), indent=1) + "\n")
+    if results.faults:
         return 1
-    if found.limited > total // 10:
-        print(f"{found.limited} requests were turned away for coming too fast; give the key a higher limit", file=sys.stderr)
+    if results.limited > total // 10:
+        print(f"{results.limited} requests were turned away for coming too fast; give the key a higher limit", file=sys.stderr)
         return 2
     return 0
 
 
-async def attack_by_hand(options: argparse.Namespace, url: str, key: str | None, found: Found, marker: bytes) -> None:
+async def attack_by_hand(options: argparse.Namespace, url: str, key: str | None, results: Found, marker: bytes) -> None:
     """The cases of hostile_cases.py, and slow clients, beside a canary and a secret file."""
     host, port = address_of(url)
     if (await exchange(Scene(f"{host}:{port}", None, 0, "").request("GET", "/ready"), host, port, 60))[0] != "200":
@@ -222,13 +224,13 @@ async def attack_by_hand(options: argparse.Namespace, url: str, key: str | None,
         ]
         try:
             await check_alive(host, port)
-            await send_all(cases, host, port, options.together, found, marker)
+            await send_all(cases, host, port, options.together, results, marker)
             if not options.family or "slow" in options.family:
-                await send_slowly(scene, host, port, found, marker)
+                await send_slowly(scene, host, port, results, marker)
             await asyncio.sleep(2.0)  # time for a late visit to the canary
             await check_alive(host, port)
         finally:
-            found.faults += [f"the canary was visited by {visit}" for visit in canary.visits]
+            results.faults += [f"the canary was visited by {visit}" for visit in canary.visits]
 
 
 def schema_config(*, seed: int, strangers: bool) -> schemathesis.Config:
@@ -237,16 +239,16 @@ def schema_config(*, seed: int, strangers: bool) -> schemathesis.Config:
     off = {"enabled": False}
     # The wall answers OPTIONS, and methods it does not know, before there is a route; its Allow names what the server takes.
     checks: dict[str, Any] = {"allow_header_conformance": off, "negative_data_rejection": {"expected-statuses": ["4xx"]}}
-    told = {
+    settings = {
         "seed": seed,
         "checks": checks | ({} if strangers else {"ignored_auth": off, "missing_required_header": off}),
         "operations": [{"include-name": BY_MEANING, "checks": {"positive_data_acceptance": off}}],
         "generation": {"with-security-parameters": False},  # the key is given with each call
     }
-    return schemathesis.Config.from_dict(told)
+    return schemathesis.Config.from_dict(settings)
 
 
-def attack_by_schema(url: str, key: str | None, examples: int, seed: int, found: Found, secret: bytes) -> None:
+def attack_by_schema(url: str, key: str | None, examples: int, seed: int, results: Found, secret: bytes) -> None:
     """Every operation of the OpenAPI document; whatever is asked, the answer must be as documented."""
     config = schema_config(seed=seed, strangers=False)
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
@@ -258,15 +260,15 @@ def attack_by_schema(url: str, key: str | None, examples: int, seed: int, found:
         except OSError as error:
             raise GoneError(f"no answer to {case.as_curl_command()[:400]}: {error}") from error
         shown = Case("schema", case.as_curl_command()[:400], b"")
-        found.add(shown, str(response.status_code), response.content or b"", secret)
+        results.add(shown, str(response.status_code), response.content or b"", secret)
         try:
             case.validate_response(response, headers=headers)
         except FailureGroup as wrong:
-            found.faults += [f"{failure.title}: {failure.message[:300]}: {shown.name}" for failure in wrong.exceptions]
+            results.faults += [f"{failure.title}: {failure.message[:300]}: {shown.name}" for failure in wrong.exceptions]
 
     for result in schema.get_all_operations():
         try_operation(result.ok(), examples, send_one)
-        print(f"{result.ok().label}, {len(found.faults)} faults", file=sys.stderr)
+        print(f"{result.ok().label}, {len(results.faults)} faults", file=sys.stderr)
 
 
 def try_operation(operation: Any, examples: int, send_one: Callable[[schemathesis.Case], None]) -> None:
@@ -282,7 +284,7 @@ def try_operation(operation: Any, examples: int, send_one: Callable[[schemathesi
             steady(given(operation.as_strategy(generation_mode=mode))(send_one))()
 
 
-async def send_all(cases: Sequence[Case], host: str, port: int, together: int, found: Found, secret: bytes) -> None:
+async def send_all(cases: Sequence[Case], host: str, port: int, together: int, results: Found, secret: bytes) -> None:
     """Every case, so many at a time; after each 250 the server must still say that it is well."""
     gate, done = asyncio.Semaphore(together), 0
 
@@ -290,10 +292,10 @@ async def send_all(cases: Sequence[Case], host: str, port: int, together: int, f
         nonlocal done
         async with gate:
             status, body = await send(case, host, port)
-        found.add(case, status, body, secret)
+        results.add(case, status, body, secret)
         done += 1
         if done % 250 == 0:
-            print(f"{done} of {len(cases)}, {len(found.faults)} faults", file=sys.stderr)
+            print(f"{done} of {len(cases)}, {len(results.faults)} faults", file=sys.stderr)
             await check_alive(host, port)
 
     async with asyncio.TaskGroup() as group:
@@ -325,7 +327,7 @@ async def send(case: Case, host: str, port: int) -> tuple[str, bytes]:
     return status, body
 
 
-async def send_slowly(scene: Scene, host: str, port: int, found: Found, secret: bytes) -> None:
+async def send_slowly(scene: Scene, host: str, port: int, results: Found, secret: bytes) -> None:
     """Bodies and heads that come a byte at a time, many together; meanwhile the server must answer others."""
     body = b'{"text":"a"}'
     whole = scene.request("POST", "/search", body, headers=["X-Slow: 1"])
@@ -339,12 +341,12 @@ async def send_slowly(scene: Scene, host: str, port: int, found: Found, secret: 
         with suppress(OSError):
             begin = start if number % 2 else 0
             writer.write(whole[:begin])
-            for place in range(begin, min(begin + 8, len(whole) - 1)):
-                writer.write(whole[place : place + 1])
+            for index in range(begin, min(begin + 8, len(whole) - 1)):
+                writer.write(whole[index : index + 1])
                 await writer.drain()
                 await asyncio.sleep(0.5)
         writer.close()
-        found.add(Case("slow", f"drip {number}", b""), "left", b"", secret)
+        results.add(Case("slow", f"drip {number}", b""), "left", b"", secret)
 
     drips = [asyncio.create_task(_quietly(drip(number))) for number in range(SLOW_CLIENTS)]
     await asyncio.sleep(1.0)
@@ -366,44 +368,44 @@ def memory_mb(pid: int | None) -> float | None:
     return None
 
 
-def report(found: Found, total: int, seconds: float, memory: Sequence[float | None]) -> None:
+def report(results: Found, total: int, seconds: float, memory: Sequence[float | None]) -> None:
     print("| family | requests | answers |")
     print("|---|---|---|")
-    for family, counts in sorted(found.statuses.items()):
-        told = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
-        print(f"| {family} | {sum(counts.values())} | {told} |")
-    print(f"\n{total} requests in {seconds:.0f} s, {len(found.faults)} faults")
+    for family, counts in sorted(results.statuses.items()):
+        answers = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
+        print(f"| {family} | {sum(counts.values())} | {answers} |")
+    print(f"\n{total} requests in {seconds:.0f} s, {len(results.faults)} faults")
     if memory[0] is not None and memory[1] is not None:
         print(f"memory of the server: {memory[0]:.0f} MB before, {memory[1]:.0f} MB after")
-    peaks = [peak for peak in (found.peak_mb, *(phase.peak_mb for phase in found.phases)) if peak is not None]
+    peaks = [peak for peak in (results.peak_mb, *(phase.peak_mb for phase in results.phases)) if peak is not None]
     if peaks:
         print(f"peak memory of the server: {max(peaks):.0f} MB")
-    if found.phases:
+    if results.phases:
         print(
             "\n| attack by one key | quiet p95, ms | p95 under attack, ms | ratio | peak, MB | what the attacker was answered |"
         )
         print("|---|---|---|---|---|---|")
-        for phase in found.phases:
+        for phase in results.phases:
             print(phase.row())
         print(
-            f"\nanother tenant's p95 under attack: at most {max(phase.ratio for phase in found.phases):.2f} times its quiet value"
+            f"\nanother tenant's p95 under attack: at most {max(phase.ratio for phase in results.phases):.2f} times its quiet value"
         )
-    for fault in found.faults[:50]:
+    for fault in results.faults[:50]:
         print(f"FAULT {fault}", file=sys.stderr)
 
 
 def summary(
-    found: Found, total: int, seconds: float, memory: Sequence[float | None], options: argparse.Namespace
+    results: Found, total: int, seconds: float, memory: Sequence[float | None], options: argparse.Namespace
 ) -> dict[str, Any]:
     return {
         "requests": total,
         "seconds": round(seconds, 1),
         "seed": options.seed,
         "memory_mb": memory,
-        "peak_mb": found.peak_mb,
-        "crowd": [phase.told() for phase in found.phases],
-        "answers": {family: dict(counts) for family, counts in sorted(found.statuses.items())},
-        "faults": found.faults,
+        "peak_mb": results.peak_mb,
+        "crowd": [phase.told() for phase in results.phases],
+        "answers": {family: dict(counts) for family, counts in sorted(results.statuses.items())},
+        "faults": results.faults,
     }
 
 

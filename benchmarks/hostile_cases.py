@@ -41,15 +41,15 @@ class Scene:
         self, method: str, path: str, body: bytes | None = None, *, headers: Sequence[str] = (), key: str | None = None
     ) -> bytes:
         """A request as it is sent; `path` as it stands, `key` another header value for Authorization."""
-        told = [f"{method} {path} HTTP/1.1", f"Host: {self.host}", "Connection: close"]
+        head = [f"{method} {path} HTTP/1.1", f"Host: {self.host}", "Connection: close"]
         if key is not None or self.key is not None:
-            told.append(f"Authorization: {key if key is not None else f'Bearer {self.key}'}")
+            head.append(f"Authorization: {key if key is not None else f'Bearer {self.key}'}")
         if body is not None:
-            told += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
-        return "\r\n".join([*told, *headers, "", ""]).encode("utf-8", "surrogateescape") + (body or b"")
+            head += ["Content-Type: application/json", f"Content-Length: {len(body)}"]
+        return "\r\n".join([*head, *headers, "", ""]).encode("utf-8", "surrogateescape") + (body or b"")
 
-    def post(self, path: str, told: Any) -> bytes:
-        return self.request("POST", path, json.dumps(told).encode())
+    def post(self, path: str, body: Any) -> bytes:
+        return self.request("POST", path, json.dumps(body).encode())
 
 
 def all_cases(scene: Scene, seed: int, least: int) -> list[Case]:
@@ -83,7 +83,7 @@ MAGIC: Final = {
 def whole_images() -> dict[str, bytes]:
     """One small whole file of every format that Pillow reads and writes."""
     Image.init()
-    found: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
     for name in sorted(set(Image.SAVE) & (set(Image.OPEN) | {"MPO"})):
         for mode in ("RGB", "L", "1"):
             out = BytesIO()
@@ -91,9 +91,9 @@ def whole_images() -> dict[str, bytes]:
                 Image.linear_gradient("L").resize((24, 18)).convert(mode).save(out, name)
             except (OSError, ValueError, KeyError, SystemError):
                 continue
-            found[name] = out.getvalue()
+            images[name] = out.getvalue()
             break
-    return found
+    return images
 
 
 def broken_images(scene: Scene, draw: random.Random) -> Iterator[Case]:
@@ -113,11 +113,11 @@ def _break(data: bytes, number: int, draw: random.Random) -> bytes:
         for _ in range(draw.choice((1, 3, 20))):
             raw[draw.randrange(len(raw))] = draw.randrange(256)
     elif kind == 4:  # sizes live near the start
-        place = draw.randrange(min(len(raw), 40))
-        raw[place : place + 4] = draw.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\0\0"))
+        position = draw.randrange(min(len(raw), 40))
+        raw[position : position + 4] = draw.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\0\0\0\0", b"\xff\xff\0\0"))
     elif kind == 5:
-        place = draw.randrange(len(raw))
-        raw[place:] = bytes(len(raw) - place)
+        position = draw.randrange(len(raw))
+        raw[position:] = bytes(len(raw) - position)
     elif kind == 6:
         raw = raw + raw
     else:
@@ -156,7 +156,7 @@ def bombs(scene: Scene, draw: random.Random) -> Iterator[Case]:
         b"\xff\xda\0\x0c\3\1\0\2\0\3\0\0?\0\xff\xd9",
         "jpeg of 4000 scans": many_scans(4000),
         "tiff 2^31": b"II*\0\x08\0\0\0\4\0" + b"".join(
-            struct.pack("<HHII", *one) for one in ((256, 4, 1, 2**31 - 1), (257, 4, 1, 2**31 - 1), (273, 4, 1, 8), (279, 4, 1, 8))
+            struct.pack("<HHII", *entry) for entry in ((256, 4, 1, 2**31 - 1), (257, 4, 1, 2**31 - 1), (273, 4, 1, 8), (279, 4, 1, 8))
         ) + bytes(4),
         "tiff of a ring of directories": b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 256, 4, 1, 9) + struct.pack("<I", 8),
         "svg of a billion laughs": b"<!DOCTYPE x [<!ENTITY a 'ha'>" + b"<!ENTITY b '&a;&a;&a;'>" * 9 + b"]><svg>&b;</svg>",
@@ -170,8 +170,8 @@ def bombs(scene: Scene, draw: random.Random) -> Iterator[Case]:
 
 def png(width: int, height: int, packed: bytes, *more: tuple[bytes, bytes], depth: int = 8, kind: int = 2) -> bytes:
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)), *more, (b"IDAT", packed), (b"IEND", b"")]
-    told = (struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+    written = (struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
 
 
 def many_scans(count: int) -> bytes:
@@ -243,8 +243,8 @@ def wrong_types(scene: Scene, draw: random.Random) -> Iterator[Case]:
     for method, path, whole in BODIES:
         for name in whole:
             for number, value in enumerate(VALUES):
-                told = {"text": "a"} if path.startswith("/search") else {}
-                body = json.dumps({**told, name: value}).encode()
+                required = {"text": "a"} if path.startswith("/search") else {}
+                body = json.dumps({**required, name: value}).encode()
                 yield Case("types", f"{method} {path} {name} {number}", scene.request(method, path, body))
     for number, value in enumerate(VALUES):
         nested = (
@@ -263,8 +263,8 @@ def wrong_types(scene: Scene, draw: random.Random) -> Iterator[Case]:
             ("/v1/embeddings", {"messages": [{"role": "user", "content": value}]}),
             ("/v1/embeddings", {"messages": [{"role": "user", "content": [{"type": value, "text": value}]}]}),
         )  # fmt: skip
-        for path, told in nested:
-            yield Case("types", f"{path} {next(iter(told))} value {number}", scene.post(path, told))
+        for path, required in nested:
+            yield Case("types", f"{path} {next(iter(required))} value {number}", scene.post(path, required))
     for name in ("offset", "limit", "side", "x" * 3000):
         for number in ("", "-1", "1e9", "99999999999999999999", "NaN", "0x10", "%00", "a", "1&limit=2", "[]", "%ff", "٣"):
             for path in ("/items", "/pictures/aG9zdGlsZQ"):
@@ -287,7 +287,7 @@ def paths(scene: Scene, draw: random.Random) -> Iterator[Case]:
         "%c0%ae%c0%ae/" * 12,
         "..;/" * 12,
     )
-    tricks = [f"{one}{file.lstrip('/')}" for one in up for file in (secret, "/etc/passwd")]
+    tricks = [f"{prefix}{file.lstrip('/')}" for prefix in up for file in (secret, "/etc/passwd")]
     tricks += [
         secret, f"//{secret}", f"file://{secret}", f"%2f{secret.lstrip('/')}", f"{secret}%00.png", f"{secret}\0.png", "", ".",
         "..", "%00",
@@ -491,10 +491,10 @@ def damaged_bodies(scene: Scene, draw: random.Random) -> Iterator[Case]:
         names = draw.sample(sorted(whole), draw.randrange(1, min(4, len(whole)) + 1))
         raw = bytearray(json.dumps({"text": "a", **{name: whole[name] for name in names}}).encode())
         for _ in range(draw.randrange(1, 6)):
-            place = draw.randrange(len(raw))
+            position = draw.randrange(len(raw))
             if draw.random() < 0.5:
-                raw[place] = draw.choice(b'{}[]",:\\0eE-+.nul \xff\0')
+                raw[position] = draw.choice(b'{}[]",:\\0eE-+.nul \xff\0')
             else:
-                raw[place:place] = draw.choice((b"null", b"{}", b"[]", b"1e99", b'"', b"\\u", draw.randbytes(3)))
+                raw[position:position] = draw.choice((b"null", b"{}", b"[]", b"1e99", b'"', b"\\u", draw.randbytes(3)))
         number += 1
         yield Case("damage", f"{path} {number}", scene.request(method, path, bytes(raw)))

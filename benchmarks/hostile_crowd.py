@@ -62,9 +62,9 @@ class Phase:
         return {"name": self.name, **seconds, "peak_mb": self.peak_mb, "attacker": dict(self.attacker)}
 
     def row(self) -> str:
-        told = ", ".join(f"{status}: {count}" for status, count in sorted(self.attacker.items()))
-        quiet, attacked = (f"{p95(one) * 1000:.0f}" for one in (self.quiet, self.attacked))
-        return f"| {self.name} | {quiet} | {attacked} | {self.ratio:.2f} | {self.peak_mb or 0:.0f} | {told} |"
+        statuses = ", ".join(f"{status}: {count}" for status, count in sorted(self.attacker.items()))
+        quiet, attacked = (f"{p95(seconds) * 1000:.0f}" for seconds in (self.quiet, self.attacked))
+        return f"| {self.name} | {quiet} | {attacked} | {self.ratio:.2f} | {self.peak_mb or 0:.0f} | {statuses} |"
 
 
 def p95(seconds: Sequence[float]) -> float:
@@ -121,8 +121,8 @@ async def reasoning(by: Attacker) -> None:
 
 
 async def items(by: Attacker) -> None:
-    told = [{"id": f"bulk-{n}", "text": f"a ring {next(_numbers)}", "fields": {"t": "a" * 4000}} for n in range(256)]
-    await by.post("/items", json.dumps({"items": told}).encode())
+    items = [{"id": f"bulk-{n}", "text": f"a ring {next(_numbers)}", "fields": {"t": "a" * 4000}} for n in range(256)]
+    await by.post("/items", json.dumps({"items": items}).encode())
 
 
 async def bodies(by: Attacker) -> None:
@@ -175,7 +175,7 @@ ATTACKS: Final[dict[str, tuple[Attack, int]]] = {
 
 @cache
 def large_filter() -> bytes:
-    where = {f"f{n}": [f"{'@' * 9}-{place:06}-{'x' * 940}" for place in range(10_000)] for n in range(3)}
+    where = {f"f{n}": [f"{'@' * 9}-{number:06}-{'x' * 940}" for number in range(10_000)] for n in range(3)}
     return json.dumps({"text": "a ring", "route": "direct", "where": where}).encode()
 
 
@@ -183,10 +183,10 @@ def large_filter() -> bytes:
 def float_tiff() -> str:
     """SIDE x SIDE numbers of 32 bits in about 120 kB, in base64."""
     packed = zlib.compress(np.full((SIDE, SIDE), 0.5, np.float32).tobytes(), 9)
-    told = {256: SIDE, 257: SIDE, 258: 32, 259: 8, 262: 1, 273: 8, 277: 1, 278: SIDE, 279: len(packed), 339: 3}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in told.items())
+    tags = {256: SIDE, 257: SIDE, 258: 32, 259: 8, 262: 1, 273: 8, 277: 1, 278: SIDE, 279: len(packed), 339: 3}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     packed += b"\0" * (len(packed) % 2)
-    whole = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + struct.pack("<H", len(told)) + entries + bytes(4)
+    whole = struct.pack("<2sHI", b"II", 42, 8 + len(packed)) + packed + struct.pack("<H", len(tags)) + entries + bytes(4)
     return base64.b64encode(whole).decode()
 
 
@@ -199,7 +199,7 @@ async def crowd(
     await fill(theirs, host, port)
     await secrets_between(ours, theirs, host, port, faults)
     for name in ATTACKS:
-        if only and not any(one in name for one in only):
+        if only and not any(part in name for part in only):
             continue
         phase = Phase(name)
         phases.append(phase)
@@ -208,8 +208,8 @@ async def crowd(
         attacker = await begin(name, url, rival)
         await asyncio.sleep(SETTLE_S)
         await searches(ours, host, port, phase.attacked, faults, f"under {name}")
-        told, _ = await attacker.communicate(b"\n")
-        phase.attacker.update(json.loads(told))
+        counts, _ = await attacker.communicate(b"\n")
+        phase.attacker.update(json.loads(counts))
         phase.peak_mb = peak_mb(pid)
         print(phase.row(), file=sys.stderr, flush=True)
         await asyncio.sleep(SETTLE_S)
@@ -250,19 +250,19 @@ async def searches(scene: Scene, host: str, port: int, seconds: list[float], fau
     for _ in range(ASKED):
         body = json.dumps({"text": f"a blue ring and {next(_numbers)} others"}).encode()
         started = time.perf_counter()
-        status, _, told = await exchange(scene.request("POST", "/search", body), host, port, 90)
+        status, _, answer = await exchange(scene.request("POST", "/search", body), host, port, 90)
         seconds.append(time.perf_counter() - started)
         if status != "200":
-            faults.append(f"a search of the tenant {when} was answered {status}: {told[:200]!r}")
+            faults.append(f"a search of the tenant {when} was answered {status}: {answer[:200]!r}")
         await asyncio.sleep(0.02)
 
 
 async def fill(scene: Scene, host: str, port: int) -> None:
     """A thousand items of 32 kB."""
     for start in range(0, 1000, 250):
-        told = [{"id": f"long-{n}", "text": f"ring {n}", "fields": {"t": "a" * LONG}} for n in range(start, start + 250)]
-        status, _, body = await exchange(scene.post("/items", {"items": told}), host, port, 90)
-        if status != "200" or body.count(b'"added"') != len(told):
+        items = [{"id": f"long-{n}", "text": f"ring {n}", "fields": {"t": "a" * LONG}} for n in range(start, start + 250)]
+        status, _, body = await exchange(scene.post("/items", {"items": items}), host, port, 90)
+        if status != "200" or body.count(b'"added"') != len(items):
             raise GoneError(f"the server does not take the rival's items: {status} {body[:200]!r}")
 
 
@@ -274,15 +274,17 @@ async def secrets_between(ours: Scene, theirs: Scene, host: str, port: int, faul
             faults.append(f"a first search tells that another tenant asked the same: {status} {body[-300:]!r}")
     for guess in ({"gte": "/"}, {"lte": "~"}, {"gte": "", "lte": "~"}, [str(Path.cwd())], ""):
         for name in ("file", "image", "path"):
-            found = await exchange(ours.post("/search", {"text": "a", "route": "direct", "where": {name: guess}}), host, port, 90)
-            if found[0] == "200" and json.loads(found[2])["hits"]:
+            answer = await exchange(
+                ours.post("/search", {"text": "a", "route": "direct", "where": {name: guess}}), host, port, 90
+            )
+            if answer[0] == "200" and json.loads(answer[2])["hits"]:
                 faults.append(f"a filter of {guess!r} on {name!r} finds items")
 
 
 def faults_of_cut_index(index: Path) -> list[str]:
     """What is not said in words of an index whose files end early."""
-    with tempfile.TemporaryDirectory() as place:
-        cut = Path(shutil.copytree(index, Path(place) / "cut"))
+    with tempfile.TemporaryDirectory() as scratch:
+        cut = Path(shutil.copytree(index, Path(scratch) / "cut"))
         for file in cut.glob("*.sqlite*"):
             os.truncate(file, file.stat().st_size // 2)
         command = [sys.executable, "-m", "traceir", "index", "info", "--index", str(cut)]

@@ -142,9 +142,9 @@ def in_child(part: str, folder: Path, setup: Setup) -> dict[str, Any]:
         raise InputError(f"part {part!r} is unknown; choose of {', '.join(PARTS)}")
     path = folder / f"{part}.json"
     if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        if found["setup"] == asdict(setup):
-            return found
+        results: dict[str, Any] = json.loads(path.read_text())
+        if results["setup"] == asdict(setup):
+            return results
     command = [sys.executable, "-m", "benchmarks.index_scale", "--child", part, "--folder", str(folder)]
     for name, value in asdict(setup).items():
         command += ["-k" if name == "k" else f"--{name.replace('_', '-')}", str(value)]
@@ -242,7 +242,7 @@ def with_faiss(flat: Any, rows: int, shelves: range, k: int) -> Search:
     passing = np.isin(np.arange(rows) % SHELVES, shelves)
     chosen = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(np.packbits(passing, bitorder="little")))
     options = {} if passing.all() else {"params": chosen}
-    return lambda queries: [[int(one) for one in found if one >= 0] for found in flat.search(queries, k, **options)[1]]
+    return lambda queries: [[int(row) for row in rows if row >= 0] for rows in flat.search(queries, k, **options)[1]]
 
 
 def with_index(index: Index, k: int, where: Filter | None, exact: bool) -> Search:
@@ -251,15 +251,15 @@ def with_index(index: Index, k: int, where: Filter | None, exact: bool) -> Searc
 
 def recalls(sides: dict[str, Search], queries: Vector) -> dict[str, float]:
     """The share of FAISS's best that each side finds."""
-    found: dict[str, list[list[int]]] = {}
+    hits_of: dict[str, list[list[int]]] = {}
     for name, search in sides.items():
         report(f"recall of {name}")
         size = FEW if name == "approximate" else BATCH
-        found[name] = [hits for start in range(0, len(queries), size) for hits in search(queries[start : start + size])]
-    true = found["faiss, exact"]
+        hits_of[name] = [hits for start in range(0, len(queries), size) for hits in search(queries[start : start + size])]
+    true = hits_of["faiss, exact"]
     return {
         name: float(np.mean([len(set(ours) & set(best)) / len(best) for ours, best in zip(hits, true, strict=True)]))
-        for name, hits in found.items()
+        for name, hits in hits_of.items()
     }
 
 
@@ -323,16 +323,16 @@ def table(results: dict[str, dict[str, Any]], setup: Setup) -> str:
         "int8": "embedded, int8",
         "engine": "Milvus Lite's server",
     }
-    for part, found in results.items():
-        for name, of_filter in found["filters"].items():
+    for part, figures in results.items():
+        for name, of_filter in figures["filters"].items():
             for side, recall in of_filter["recall"].items():
                 rates, ratios = of_filter["queries_per_second"], of_filter["ratio_to_faiss"]
                 speed = [f"{statistics.median(rates[kind][side]):.1f} ({ratios[kind][side]:.2f})" for kind in ("single", "batch")]
                 cells = (
                     names[part],
-                    f"{found['rows']:,}",
-                    str(found["megabytes"]),
-                    str(found["resident_megabytes"]),
+                    f"{figures['rows']:,}",
+                    str(figures["megabytes"]),
+                    str(figures["resident_megabytes"]),
                     name,
                     side,
                     f"{recall:.3f}",

@@ -84,9 +84,9 @@ def differences(whole: Path, other: Path) -> list[str]:
         - {""}
     )
     names = [name for name in names if not name.startswith("embeddings")]
-    found = [name for name in names if not (whole / name).is_file() or not (other / name).is_file()]
-    found += [name for name in names if name not in found and (whole / name).read_bytes() != (other / name).read_bytes()]
-    return found + (["results.json"] if untimed(whole) != untimed(other) else [])
+    different = [name for name in names if not (whole / name).is_file() or not (other / name).is_file()]
+    different += [name for name in names if name not in different and (whole / name).read_bytes() != (other / name).read_bytes()]
+    return different + (["results.json"] if untimed(whole) != untimed(other) else [])
 
 
 def untimed(folder: Path) -> dict[str, Any]:
@@ -99,9 +99,9 @@ def untimed(folder: Path) -> dict[str, Any]:
     return results
 
 
-def report(what: str, found: list[str]) -> bool:
-    print(f"{what}: {'the same to the last hit' if not found else 'DIFFERENT: ' + ', '.join(found)}", flush=True)
-    return not found
+def report(what: str, different: list[str]) -> bool:
+    print(f"{what}: {'the same to the last hit' if not different else 'DIFFERENT: ' + ', '.join(different)}", flush=True)
+    return not different
 
 
 if __name__ == "__main__":

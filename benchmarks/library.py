@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=300, metavar="N", help="pictures taken (default: 300)")
     parser.add_argument("--model", metavar="M", help="folder or hub id (default: a small random CLIP)")
     args = parser.parse_args(arguments)
-    found = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    pictures = [file.absolute() for file in found[: args.count]]
+    files = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    pictures = [file.absolute() for file in files[: args.count]]
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or str(make_clip(Path(scratch) / "clip"))
         return compare(pictures, model, Path(scratch) / "index")
@@ -61,11 +61,11 @@ def compare(pictures: Sequence[Path], model: str, index: Path) -> int:
         hits = json.loads(traceir("search", words, "--index", str(index), "--model", model, "--json", "-k", "5"))["hits"]
         off[f"search {words!r}"] = far([hit["score"] for hit in hits], np.sort(scores[row])[: -len(hits) - 1 : -1])
     with serving(index, model) as url, Client(url) as client:
-        vectors = [one.vector for one in ServedEncoder(client).encode_items([Item.of(image=file) for file in pictures])]
+        vectors = [encoding.vector for encoding in ServedEncoder(client).encode_items([Item.of(image=file) for file in pictures])]
         off["server, pictures"] = far(vectors, wanted)
         for row, words in enumerate(WORDS):
-            found = client.search(Query.of(text=words), k=5).hits
-            off[f"server, {words!r}"] = far([hit.score for hit in found], np.sort(scores[row])[: -len(found) - 1 : -1])
+            answered = client.search(Query.of(text=words), k=5).hits
+            off[f"server, {words!r}"] = far([hit.score for hit in answered], np.sort(scores[row])[: -len(answered) - 1 : -1])
     for name, difference in off.items():
         print(f"{name:32} greatest difference {difference:.1e}")
     return 1 if max(off.values()) >= MOST else 0
@@ -104,8 +104,8 @@ def unit(vectors: Any) -> Vector:
     return made / np.linalg.norm(made, axis=1, keepdims=True)
 
 
-def far(found: Any, wanted: Any) -> float:
-    return float(np.abs(np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)).max())
+def far(actual: Any, wanted: Any) -> float:
+    return float(np.abs(np.asarray(actual, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)).max())
 
 
 def make_clip(folder: Path) -> Path:

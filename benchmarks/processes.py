@@ -177,29 +177,29 @@ def command(way: str, processes: int, sharded: bool, run_folder: Path, out: Path
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *asked]
 
 
-def run(command: Sequence[str], told: Path) -> None:
+def run(command: Sequence[str], log: Path) -> None:
     """Runs to the end; what it says goes into a file."""
-    told.parent.mkdir(parents=True, exist_ok=True)
-    with told.open("wb") as stream:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as stream:
         code = subprocess.run(command, stdout=stream, stderr=stream, env=environment()).returncode
     if code:
-        raise SystemExit(f"{' '.join(command)} ended with {code}; see {told}")
+        raise SystemExit(f"{' '.join(command)} ended with {code}; see {log}")
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def kill(command: Sequence[str], run_folder: Path, victims: str, told: Path) -> None:
+def kill(command: Sequence[str], run_folder: Path, victims: str, log: Path) -> None:
     """Starts, and after some steps kills one process of the training, or all of them and what launched them, by SIGKILL."""
-    with told.open("wb") as stream:
+    with log.open("wb") as stream:
         launcher = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment())
         deadline = time.monotonic() + 600
         while newest_step(run_folder) < KILLED_AT and launcher.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
         workers = children(launcher.pid)
         if launcher.poll() is not None or not workers:
-            raise SystemExit(f"{run_folder} ended before it could be killed; see {told}")
+            raise SystemExit(f"{run_folder} ended before it could be killed; see {log}")
         for victim in workers[-1:] if victims == "one" else [launcher.pid, *workers]:
             os.kill(victim, signal.SIGKILL)
         launcher.wait()
@@ -219,28 +219,28 @@ def newest_step(run_folder: Path) -> int:
 
 def children(process: int) -> list[int]:
     """Ids of the processes that a process has started (Linux)."""
-    found: list[int] = []
+    pids: list[int] = []
     for thread in Path(f"/proc/{process}/task").glob("*/children"):
-        found += map(int, thread.read_text().split())
-    return sorted(found)
+        pids += map(int, thread.read_text().split())
+    return sorted(pids)
 
 
 def difference(first: Path, second: Path) -> float:
     """The greatest difference of any weight, relative to the largest of its tensor."""
     (name,) = (file.name for file in first.glob("*model.safetensors"))
-    one, other = load_file(first / name), load_file(second / name)
-    if one.keys() != other.keys():
-        raise SystemExit(f"{first} and {second} hold other tensors: {sorted(one.keys() ^ other.keys())[:4]}")
-    return max(float((one[n] - other[n]).abs().max() / one[n].abs().max().clamp_min(1e-30)) for n in one)
+    weights, other = load_file(first / name), load_file(second / name)
+    if weights.keys() != other.keys():
+        raise SystemExit(f"{first} and {second} hold other tensors: {sorted(weights.keys() ^ other.keys())[:4]}")
+    return max(float((weights[n] - other[n]).abs().max() / weights[n].abs().max().clamp_min(1e-30)) for n in weights)
 
 
 def difference_of_logs(first: Path, second: Path) -> tuple[float, float]:
     """The greatest relative difference of any term of the loss: in the first line of the log, and in any."""
-    found: list[float] = []
-    for one, other in zip(curve(first), curve(second), strict=True):
-        terms = [name for name in one if "/" in name]
-        found.append(max(abs(one[name] - other[name]) / max(abs(one[name]), 1e-9) for name in terms))
-    return found[0], max(found)
+    differences: list[float] = []
+    for line, other in zip(curve(first), curve(second), strict=True):
+        terms = [name for name in line if "/" in name]
+        differences.append(max(abs(line[name] - other[name]) / max(abs(line[name]), 1e-9) for name in terms))
+    return differences[0], max(differences)
 
 
 def curve(run_folder: Path) -> list[dict[str, float]]:

@@ -120,22 +120,22 @@ def run(work: Path, shape: str, stages: Sequence[str], threads: int, *, again: b
             failed += 1
             print(f"{shape} {stage}: ended with {done.returncode}", file=sys.stderr)
             continue
-        found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{shape} {stage}: {found}", file=sys.stderr)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        print(f"{shape} {stage}: {figures}", file=sys.stderr)
         about = {"machine": {**machine("cpu"), "threads": threads}, "date": datetime.now(UTC).date().isoformat()}
-        keep(work, shape, read(work, shape) | {stage: found | about})
+        keep(work, shape, read(work, shape) | {stage: figures | about})
     return min(failed, 1)
 
 
 def read(work: Path, shape: str) -> dict[str, Any]:
     file = work / f"{shape}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    stages: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return stages
 
 
-def keep(work: Path, shape: str, found: dict[str, Any]) -> None:
+def keep(work: Path, shape: str, stages: dict[str, Any]) -> None:
     fresh = work / f".{shape}.json"
-    fresh.write_text(json.dumps(found, indent=2))
+    fresh.write_text(json.dumps(stages, indent=2))
     fresh.replace(work / f"{shape}.json")
 
 
@@ -164,14 +164,14 @@ def make_weights(network: Any, folder: Path, layers: int) -> None:
     noise = Noise()
     total = sum(2 * shape.numel() for shape in names.values())
     shards: list[dict[str, torch.Tensor]] = []
-    places: dict[str, int] = {}
+    shard_of: dict[str, int] = {}
     filled = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights") as bar:
         shard: dict[str, torch.Tensor] = {}
         for name, shape in names.items():
             published = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
             shard[published] = noise.weights(name, shape, layers)
-            places[published] = len(shards)
+            shard_of[published] = len(shards)
             filled += 2 * shape.numel()
             bar.update(2 * shape.numel())
             if filled >= SHARD_BYTES:
@@ -182,7 +182,7 @@ def make_weights(network: Any, folder: Path, layers: int) -> None:
     count = len(shards) + 1
     for number in range(count):
         (folder / f"shard-{number:05d}.safetensors").rename(folder / _shard(number, count))
-    index = {"metadata": {"total_size": total}, "weight_map": {name: _shard(place, count) for name, place in places.items()}}
+    index = {"metadata": {"total_size": total}, "weight_map": {name: _shard(number, count) for name, number in shard_of.items()}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
@@ -244,11 +244,11 @@ def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, byt
     """The two sequences that are left of a token where only merges of lower rank are made."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        pairs = [(ranks.get(first + second, rank), place) for place, (first, second) in enumerate(pairwise(parts))]
-        least, place = min(pairs)
+        pairs = [(ranks.get(first + second, rank), position) for position, (first, second) in enumerate(pairwise(parts))]
+        least, position = min(pairs)
         if least >= rank:
             raise SystemExit(f"no merges lead to token {rank}: this is not a vocabulary of byte pairs")
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        parts[position : position + 2] = [parts[position] + parts[position + 1]]
     return parts[0], parts[1]
 
 
@@ -316,9 +316,9 @@ def encoder(work: Path, shape: str, **options: Any) -> Encoder:
 
 
 def load_only(work: Path, shape: str) -> Measured:
-    def count(found: Encoder) -> str:
-        weights = sum(parameter.numel() for parameter in found.model.network.parameters())
-        return f"{weights / 1e9:.3f} billion weights in {next(found.model.network.parameters()).dtype}".replace("torch.", "")
+    def count(encoder: Encoder) -> str:
+        weights = sum(parameter.numel() for parameter in encoder.model.network.parameters())
+        return f"{weights / 1e9:.3f} billion weights in {next(encoder.model.network.parameters()).dtype}".replace("torch.", "")
 
     return measured("load", lambda: encoder(work, shape), count, timed="preparing")
 
@@ -328,9 +328,9 @@ def embed_images(work: Path, shape: str) -> Measured:
     limit = PRESETS[SHAPES[shape].preset]().max_pixels
 
     def limited() -> Encoder:
-        found = encoder(work, shape)
-        found.model.processor.image = replace(found.model.processor.image, max_pixels=limit)
-        return found
+        limited = encoder(work, shape)
+        limited.model.processor.image = replace(limited.model.processor.image, max_pixels=limit)
+        return limited
 
     return measured(f"{len(SIZES)} pictures of up to {limit // 784} tokens, one by one", limited, one_by_one)
 
@@ -340,28 +340,28 @@ def embed_whole_images(work: Path, shape: str) -> Measured:
     return measured("the same at the checkpoint's own budget", lambda: encoder(work, shape), one_by_one)
 
 
-def one_by_one(found: Encoder) -> str:
-    told = []
+def one_by_one(encoder: Encoder) -> str:
+    lines = []
     for (width, height), image in pictures():
         began, item = time.process_time(), Item.of(image=image)
-        check(found.encode_items([item])[0].vector)
-        told.append(f"{width}x{height}: {tokens(found, item)} tokens, {time.process_time() - began:.0f} s of CPU")
-        print(told[-1], file=sys.stderr)
-    return "; ".join(told)
+        check(encoder.encode_items([item])[0].vector)
+        lines.append(f"{width}x{height}: {tokens(encoder, item)} tokens, {time.process_time() - began:.0f} s of CPU")
+        print(lines[-1], file=sys.stderr)
+    return "; ".join(lines)
 
 
 def embed_texts(work: Path, shape: str) -> Measured:
-    def embed(found: Encoder) -> str:
+    def embed(encoder: Encoder) -> str:
         items = [Item.of(text=text) for text in texts()]
-        for one in found.encode_items(items):
-            check(one.vector)
-        return f"{', '.join(str(tokens(found, item)) for item in items)} tokens with the prompt"
+        for encoding in encoder.encode_items(items):
+            check(encoding.vector)
+        return f"{', '.join(str(tokens(encoder, item)) for item in items)} tokens with the prompt"
 
     return measured(f"{len(WORDS)} texts, one call", lambda: encoder(work, shape), embed)
 
 
 def reason(work: Path, shape: str) -> Measured:
-    def write(found: Encoder) -> str:
+    def write(encoder: Encoder) -> str:
         shown = [image for _, image in pictures()]
         queries = [
             Query.of(text="the same, but red", image=shown[0]),
@@ -369,18 +369,18 @@ def reason(work: Path, shape: str) -> Measured:
             Query.of(image=shown[2]),
             Query.of(text="the same at night", image=shown[4]),
         ]
-        written = found.encode_queries(queries, route="reason")
-        for one in written:
-            check(one.vector)
-        return f"{', '.join(str(one.tokens) for one in written)} tokens written behind prompts of " + ", ".join(
-            str(tokens(found, query)) for query in queries
+        written = encoder.encode_queries(queries, route="reason")
+        for encoding in written:
+            check(encoding.vector)
+        return f"{', '.join(str(encoding.tokens) for encoding in written)} tokens written behind prompts of " + ", ".join(
+            str(tokens(encoder, query)) for query in queries
         )
 
     return measured(f"4 queries write {WRITTEN} tokens", lambda: encoder(work, shape, max_reasoning_tokens=WRITTEN), write)
 
 
-def tokens(found: Encoder, content: Query | Item) -> int:
-    return len(found.model.processor.lay_out(found.model.prompt(content)))
+def tokens(encoder: Encoder, content: Query | Item) -> int:
+    return len(encoder.model.processor.lay_out(encoder.model.prompt(content)))
 
 
 def check(vector: Any) -> None:
@@ -398,8 +398,8 @@ def lora_step(work: Path, shape: str) -> Measured:
     def step(_: object) -> str:
         adapter = train(plan) / "adapter_model.safetensors"
         (line,) = (out / "log.jsonl").read_text().splitlines()
-        told = {name: value for name, value in json.loads(line).items() if name not in ("step", "rate")}
-        pairs = ", ".join(f"{name} {value}" for name, value in told.items())
+        terms = {name: value for name, value in json.loads(line).items() if name not in ("step", "rate")}
+        pairs = ", ".join(f"{name} {value}" for name, value in terms.items())
         spent = json.loads((out / "meta.json").read_text())["seconds_since_last_start"]
         kind = "bfloat16" if json.loads((out / "config.json").read_text())["mixed_precision"] else "float32"
         return f"of which the step {spent:.0f} s; autocast {kind}, {pairs}; adapter of {adapter.stat().st_size / 1e6:.0f} MB"
@@ -458,11 +458,11 @@ def report(work: Path) -> str:
         "not.", "",
     ]  # fmt: skip
     for shape in ("3b", "7b"):
-        found = read(work, shape)
-        if not found:
+        stages = read(work, shape)
+        if not stages:
             continue
-        about = next(iter(found.values()))["machine"]
-        dates = sorted({one["date"] for one in found.values()})
+        about = next(iter(stages.values()))["machine"]
+        dates = sorted({figures["date"] for figures in stages.values()})
         lines += [
             f"## Qwen2.5-VL-{shape.upper()}", "",
             f"`python -m benchmarks.real_size --shape {shape}`, {' to '.join(dict.fromkeys((dates[0], dates[-1])))}: "
@@ -473,11 +473,14 @@ def report(work: Path) -> str:
             "|---|---:|---:|---:|---:|---:|---|",
         ]  # fmt: skip
         for stage in STAGES:
-            if one := found.get(stage):
-                before = "" if stage in ("load", "train") else f"{one['loading']:.0f}"
-                times, peaks = f"{one['seconds']:.0f} | {one['cpu']:.0f}", f"{one['peak_gib']:.1f} | {one['private_gib']:.1f}"
-                lines.append(f"| {one['what']} | {times} | {before} | {peaks} | {one['note']} |")
-        if missing := [stage for stage in STAGES if stage not in found]:
+            if figures := stages.get(stage):
+                before = "" if stage in ("load", "train") else f"{figures['loading']:.0f}"
+                times, peaks = (
+                    f"{figures['seconds']:.0f} | {figures['cpu']:.0f}",
+                    f"{figures['peak_gib']:.1f} | {figures['private_gib']:.1f}",
+                )
+                lines.append(f"| {figures['what']} | {times} | {before} | {peaks} | {figures['note']} |")
+        if missing := [stage for stage in STAGES if stage not in stages]:
             lines += ["", f"Not run: {', '.join(missing)}."]
         lines.append("")
     return "\n".join(lines)

@@ -107,31 +107,31 @@ def faults(options: argparse.Namespace) -> int:
 def write_captions(data: Path, out: Path) -> Path:
     """What the pictures of MiniBEIR's composed queries show, by its own labels: `see SOURCE; ...` and the answer."""
     out.mkdir(parents=True, exist_ok=True)
-    found: dict[str, str] = {}
-    images = {one.did: one.image_path for one in mbeir.read_pool(mbeir.train_pool_path(data))}
+    captions: dict[str, str] = {}
+    images = {candidate.did: candidate.image_path for candidate in mbeir.read_pool(mbeir.train_pool_path(data))}
     for dataset in mbeir.train_datasets(data):
         labels = mbeir.read_labels(mbeir.train_labels_path(data, dataset))
         for record in mbeir.read_train(data, dataset):
             label = labels.get(record.qid)
             if record.task_id == 7 and label and label.reasoning and label.answer:
-                found.setdefault(str(record.image_path), label.reasoning.partition(";")[0].removeprefix("see "))
+                captions.setdefault(str(record.image_path), label.reasoning.partition(";")[0].removeprefix("see "))
                 for did in record.positives:
                     if path := images.get(did):
-                        found.setdefault(path, label.answer)
-    place = out / "world-captions.jsonl"
-    lines = (json.dumps({"img_path": path, "caption": text}) for path, text in sorted(found.items()))
-    place.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return place
+                        captions.setdefault(path, label.answer)
+    file = out / "world-captions.jsonl"
+    lines = (json.dumps({"img_path": path, "caption": text}) for path, text in sorted(captions.items()))
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return file
 
 
 def command(data: Path, out: Path, url: str, captions: Path | None, concurrency: int) -> list[str]:
     """The build as a user would type it."""
-    found = [sys.executable, "-m", "traceir", "reasoning", "build", "--data", str(data), "--out", str(out), "--teacher", url]
-    found += ["--model", MODEL, "--concurrency", str(concurrency), "--timeout", "20"]
-    found += ["--captions", str(captions)] if captions else []
+    arguments = [sys.executable, "-m", "traceir", "reasoning", "build", "--data", str(data), "--out", str(out), "--teacher", url]
+    arguments += ["--model", MODEL, "--concurrency", str(concurrency), "--timeout", "20"]
+    arguments += ["--captions", str(captions)] if captions else []
     for setting in SETTINGS:
-        found += ["--set", setting]
-    return found
+        arguments += ["--set", setting]
+    return arguments
 
 
 def build(data: Path, out: Path, url: str, captions: Path | None, concurrency: int) -> None:
@@ -140,13 +140,13 @@ def build(data: Path, out: Path, url: str, captions: Path | None, concurrency: i
 
 def injected_faults(log: Path) -> dict[tuple[str, str], str]:
     """(qid, stage) -> the fault of content that the teacher's log says its question met."""
-    found: dict[tuple[str, str], str] = {}
+    faults: dict[tuple[str, str], str] = {}
     for line in ledger(log):
         if line["event"] == "end" and line["fault"]:
             for qid in line["qids"]:
-                if line["fault"] not in TRANSPORT or (qid, line["stage"]) not in found:
-                    found[qid, line["stage"]] = line["fault"]
-    return found
+                if line["fault"] not in TRANSPORT or (qid, line["stage"]) not in faults:
+                    faults[qid, line["stage"]] = line["fault"]
+    return faults
 
 
 def ledger(log: Path) -> Iterator[dict[str, Any]]:
@@ -166,7 +166,7 @@ def fault_table(outcomes: Iterator[CotOutcome], injected: dict[tuple[str, str], 
         kinds = [injected.get((outcome.case.record.qid, stage)) for stage in ("assess", "reason", "verify")]
         for kind in filter(None, kinds):
             met[kind] += 1
-        kind = next((one for one in kinds if one and one not in TRANSPORT), None)
+        kind = next((kind for kind in kinds if kind and kind not in TRANSPORT), None)
         if kind is None:
             clean += 1
             if outcome.rule == "duplicate":
@@ -187,8 +187,8 @@ def fault_table(outcomes: Iterator[CotOutcome], injected: dict[tuple[str, str], 
         share = missed[kind] / max(1, met[kind])
         worst = max(worst, share)
         lines.append(f"| {kind} | {MEANT[kind]} | {met[kind]} | {meant[kind]} | {other[kind]} | {missed[kind]} ({share:.1%}) |")
-    told = ", ".join(f"{rule} {count}" for rule, count in wrong.most_common()) or "none"
-    lines += ["", f"samples without a fault of content: {clean}; wrongly dropped: {sum(wrong.values())} ({told}), "
+    counts = ", ".join(f"{rule} {count}" for rule, count in wrong.most_common()) or "none"
+    lines += ["", f"samples without a fault of content: {clean}; wrongly dropped: {sum(wrong.values())} ({counts}), "
               f"{sum(wrong.values()) / max(1, clean):.3%}; repetitions of an earlier sample, rightly dropped: {repeated}; "
               f"all misses: {sum(missed.values())} of {sum(met[kind] for kind in (*CONTENT, 'bad_json'))}"]  # fmt: skip
     return "\n".join(lines), worst
@@ -211,11 +211,11 @@ def kills(options: argparse.Namespace) -> int:
     shutil.rmtree(out, ignore_errors=True)
     log, killed = out / "teacher.jsonl", []
     with running(options.data, **chosen, log=str(log), latency=options.latency) as url:
-        told = command(options.data, out, url, captions, options.concurrency)
+        arguments = command(options.data, out, url, captions, options.concurrency)
         for moment in moments:
-            if (when := kill_at(told, out / "journal", moment, draw.uniform(0.0, 0.5))) is not None:
+            if (when := kill_at(arguments, out / "journal", moment, draw.uniform(0.0, 0.5))) is not None:
                 killed.append(when)
-        subprocess.run(told, check=True)
+        subprocess.run(arguments, check=True)
     different = differences(whole, out)
     twice, unexplained, lag = paid_twice(log, out / "journal", killed)
     print(f"killed {len(killed)} times by SIGKILL; files that differ from the uninterrupted build: {different or 'none'}")
@@ -225,9 +225,9 @@ def kills(options: argparse.Namespace) -> int:
     return 0 if not different and not unexplained and len(killed) == options.kills else 1
 
 
-def kill_at(told: list[str], journal: Path, moment: float, delay: float) -> float | None:
+def kill_at(arguments: list[str], journal: Path, moment: float, delay: float) -> float | None:
     """Starts the build and kills it once its answers have `moment` bytes; the time, or None where it ended before."""
-    process = subprocess.Popen(told, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while process.poll() is None:
         if (journal / FILE).exists() and (journal / FILE).stat().st_size >= moment:
             time.sleep(delay)
@@ -243,12 +243,12 @@ def kill_at(told: list[str], journal: Path, moment: float, delay: float) -> floa
 
 def differences(first: Path, second: Path) -> list[str]:
     """Files of the data set and of the stages whose bytes differ; cards, and the folder that a manifest names, do not count."""
-    found = []
+    different = []
     for name in (DATASET, *STAGES):
         for file in sorted((first / name).iterdir()):
             if file.is_file() and file.name != "README.md" and digest(file) != digest(second / name / file.name):
-                found.append(f"{name}/{file.name}")
-    return found
+                different.append(f"{name}/{file.name}")
+    return different
 
 
 def digest(file: Path) -> str:
@@ -295,15 +295,15 @@ class Scripted:
         await asyncio.sleep(0)
         text = blocks("".join(part for part in question.parts if isinstance(part, str)))
         if question.stage == "assess":
-            told = '{"complex": true, "reason": "a change is asked for", "confidence": 0.9}'
+            reply = '{"complex": true, "reason": "a change is asked for", "confidence": 0.9}'
         elif question.stage == "verify":
-            told = '{"verdict": "yes", "confidence": 0.9, "reason": "it fits"}'
+            reply = '{"verdict": "yes", "confidence": 0.9, "reason": "it fits"}'
         else:
-            told = (
+            reply = (
                 f"<reasoning>The picture shows a plain object on a table. The change asks for this: {text['query']}. All else "
                 f"stays the same as before.</reasoning><answer>the object after this: {text['query']}</answer>"
             )
-        return Reply(told, "stop", "scripted", 400, 60)
+        return Reply(reply, "stop", "scripted", 400, 60)
 
     def stop(self, error: TeacherError, worthless: Iterable[str] = ()) -> None:
         return
@@ -346,8 +346,8 @@ def scale(options: argparse.Namespace) -> int:
 
 def write_synthetic(data: Path, samples: int, draw: random.Random) -> None:
     """A folder in M-BEIR's layout with one task of composed queries, all different, over one picture."""
-    for place in ("query/train", "cand_pool/global", "instructions", "mbeir_images"):
-        (data / place).mkdir(parents=True, exist_ok=True)
+    for name in ("query/train", "cand_pool/global", "instructions", "mbeir_images"):
+        (data / name).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), "navy").save(data / "mbeir_images" / "one.png")
     words = ["red", "green", "small", "large", "round", "wooden", "bright", "striped", "glass", "old", "new", "folded"]
     with (
@@ -355,17 +355,17 @@ def write_synthetic(data: Path, samples: int, draw: random.Random) -> None:
         (data / "cand_pool/global/mbeir_union_train_cand_pool.jsonl").open("w") as pool,
     ):
         for number in range(1, samples + 1):
-            told = f"make it {' and '.join(draw.sample(words, 3))} like number {number}"
+            text = f"make it {' and '.join(draw.sample(words, 3))} like number {number}"
             line = {
-                "qid": f"8:{number}", "query_txt": told, "query_img_path": "mbeir_images/one.png", "query_modality": "image,text",
+                "qid": f"8:{number}", "query_txt": text, "query_img_path": "mbeir_images/one.png", "query_modality": "image,text",
                 "pos_cand_list": [f"8:{number}"], "neg_cand_list": [], "task_id": 7,
             }  # fmt: skip
             queries.write(json.dumps(line) + "\n")
             picture = {"did": f"8:{number}", "txt": None, "img_path": "mbeir_images/one.png", "modality": "image"}
             pool.write(json.dumps(picture) + "\n")
     header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
-    told = "image,text\timage\tCIRR\t8\tFind the picture after the change.\n"
-    (data / "instructions/query_instructions.tsv").write_text(header + told)
+    text = "image,text\timage\tCIRR\t8\tFind the picture after the change.\n"
+    (data / "instructions/query_instructions.tsv").write_text(header + text)
 
 
 # folder

@@ -197,7 +197,7 @@ def search(options: argparse.Namespace, sides: Sides) -> Ratios:
     path = options.scratch / "search-index"
     filling = sides[0].script(FILL, path, options.rows, options.width)
     subprocess.run(filling, env=sides[0].environment(), stdout=subprocess.DEVNULL, check=True)
-    found: Ratios = {}
+    ratios: Ratios = {}
     with searcher(sides[0], path, options.width) as first, searcher(sides[1], path, options.width) as second:
         children = {sides[0].name: first, sides[1].name: second}
         for ask in ("one query", "batch of 64", "one query, 1 % pass"):
@@ -210,10 +210,10 @@ def search(options: argparse.Namespace, sides: Sides) -> Ratios:
                 seconds, answers[side.name] = json.loads(child.stdout.readline())
                 return float(seconds)
 
-            found[ask] = alternating(options.rounds, sides, measure, ask)
+            ratios[ask] = alternating(options.rounds, sides, measure, ask)
             if answers[sides[0].name] != answers[sides[1].name]:
                 raise InputError(f"search, {ask}: the two revisions return different ids")
-    return found
+    return ratios
 
 
 @contextmanager
@@ -289,14 +289,14 @@ def serve(options: argparse.Namespace, sides: Sides) -> Ratios:
         server(path, *alone, environment=sides[1].environment()) as second,
     ):
         servers = {sides[0].name: first, sides[1].name: second}
-        found: Ratios = {}
+        ratios: Ratios = {}
         for kind in ("embeddings", "search"):
 
             def measure(side: Side, kind: str = kind) -> float:
                 return asyncio.run(phase(*servers[side.name], kind, asked, options))
 
-            found[kind] = alternating(options.rounds, sides, measure, kind)
-        return found
+            ratios[kind] = alternating(options.rounds, sides, measure, kind)
+        return ratios
 
 
 async def phase(url: str, process: subprocess.Popen[str], kind: str, asked: list[Asked], options: argparse.Namespace) -> float:

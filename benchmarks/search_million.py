@@ -103,7 +103,7 @@ def report(setup: Setup, folder: Path) -> int:
     print(f"stream:  {streamed['seconds']:.2f} s with ranks of one positive a query; peak resident memory "
           f"{streamed['peak'] / GIB:.3f} GiB, over {setup.rows * setup.width * 4 / GIB:.3f} GiB of vectors")  # fmt: skip
     for name, seconds in compared["seconds"].items():
-        print(f"search:  {statistics.median(seconds):7.2f} s  {name}  ({', '.join(f'{one:.2f}' for one in seconds)})")
+        print(f"search:  {statistics.median(seconds):7.2f} s  {name}  ({', '.join(f'{duration:.2f}' for duration in seconds)})")
     for name in list(compared["seconds"])[3:]:
         for ours in list(compared["seconds"])[:3]:
             paired = zip(compared["seconds"][ours], compared["seconds"][name], strict=True)
@@ -118,8 +118,8 @@ def in_child(stage: str, folder: Path, setup: Setup) -> dict[str, Any]:
     for name, value in asdict(setup).items():
         command += ["-k" if name == "k" else f"--{name}", str(value)]
     done = subprocess.run(command, env={**os.environ, **ONE_THREAD}, stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    results: dict[str, Any] = json.loads(done.stdout)
+    return results
 
 
 def run_stage(stage: str, folder: Path, setup: Setup) -> dict[str, Any]:
@@ -128,20 +128,20 @@ def run_stage(stage: str, folder: Path, setup: Setup) -> dict[str, Any]:
     if stage == "write":
         plan = store.fill(candidates, lambda chunk: draw_block(chunk, setup))
         return {"blocks": len(plan), "seconds": time.perf_counter() - started}
-    found, queries_QD = store.open(store.plan(candidates)), draw_queries(setup)
+    embeddings, queries_QD = store.open(store.plan(candidates)), draw_queries(setup)
     if stage == "stream":
         started = time.perf_counter()
-        rank_queries(queries_QD, found, [[query] for query in range(setup.queries)], top_k=setup.k, progress=True)
+        rank_queries(queries_QD, embeddings, [[query] for query in range(setup.queries)], top_k=setup.k, progress=True)
         return {"seconds": time.perf_counter() - started, "peak": peak_memory()}
-    return compare(found, queries_QD, setup)
+    return compare(embeddings, queries_QD, setup)
 
 
-def compare(found: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, Any]:
+def compare(embeddings: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, Any]:
     """Seconds of each side by repetition, and whether both found the same."""
     faiss: Any = importlib.import_module("faiss")
     faiss.omp_set_num_threads(1)
     index = faiss.IndexFlatIP(setup.width)
-    for block_ND in found:
+    for block_ND in embeddings:
         index.add(np.ascontiguousarray(block_ND))
     as_installed = faiss.cvar.distance_compute_blas_threshold
 
@@ -158,9 +158,9 @@ def compare(found: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, An
     nothing: list[list[int]] = [[] for _ in range(setup.queries)]
     one_each = [[query] for query in range(setup.queries)]
     sides: dict[str, Callable[[], Any]] = {
-        "ours, from memory": with_ours([found.matrix()], nothing),
-        "ours, from disk": with_ours(found, nothing),
-        "ours, from disk, with ranks of one positive a query": with_ours(found, one_each),
+        "ours, from memory": with_ours([embeddings.matrix()], nothing),
+        "ours, from disk": with_ours(embeddings, nothing),
+        "ours, from disk, with ranks of one positive a query": with_ours(embeddings, one_each),
         f"faiss with BLAS (threshold {FORMER_THRESHOLD})": with_faiss(FORMER_THRESHOLD),
         f"faiss as installed (threshold {as_installed})": with_faiss(as_installed),
     }
@@ -171,8 +171,8 @@ def compare(found: Embeddings, queries_QD: Vector, setup: Setup) -> dict[str, An
             started = time.perf_counter()
             answers[name] = sides[name]()
             seconds[name].append(time.perf_counter() - started)
-    ours, (scores, places) = answers["ours, from disk"], list(answers.values())[-1]
-    same = ours.places == places
+    ours, (scores, positions) = answers["ours, from disk"], list(answers.values())[-1]
+    same = ours.places == positions
     tied = ~same & (np.abs(ours.scores - scores) <= TIE)
     counts = {"same": same, "tied": tied, "different": ~same & ~tied}
     return {"seconds": seconds, "places": same.size, **{name: int(mask.sum()) for name, mask in counts.items()}}

@@ -64,7 +64,7 @@ class Seen:
     ended: float = 0.0
 
     def rate(self) -> float:
-        return sum(len(one) for one in self.seconds.values()) / (self.ended - self.begun)
+        return sum(len(durations) for durations in self.seconds.values()) / (self.ended - self.begun)
 
     def p95(self, reasons: bool) -> float:
         return float(np.percentile(self.seconds[reasons], 95)) if self.seconds[reasons] else float("nan")
@@ -132,18 +132,18 @@ def prepare(data: Path, count: int, seed: int) -> list[Asked]:
     """Half simple, half complex test queries, each encoded alone by the model itself."""
     encoder = Encoder.from_pretrained(bundled_model())
     draw = random.Random(seed)
-    found: dict[bool, list[Asked]] = {False: [], True: []}
+    asked: dict[bool, list[Asked]] = {False: [], True: []}
     tasks = [task for task in mbeir.find_tasks(data, "test") if task.name in ROWS]
     pools = [draw.sample(list(mbeir.read_queries(task.query_path)), 100) for task in tasks]
     for record in itertools.chain.from_iterable(itertools.zip_longest(*pools)):
-        if record is None or all(len(one) >= count // 2 for one in found.values()):
+        if record is None or all(len(queries) >= count // 2 for queries in asked.values()):
             continue
         query = mbeir.to_query(record, None, data)
         encoding = encoder.encode_queries([query])[0]
         reasons = encoding.route == "reason"
-        if len(found[reasons]) < count // 2:
-            found[reasons].append(Asked(body_of(record, data), encoding.vector, encoding.reasoning, reasons))
-    return found[False] + found[True]
+        if len(asked[reasons]) < count // 2:
+            asked[reasons].append(Asked(body_of(record, data), encoding.vector, encoding.reasoning, reasons))
+    return asked[False] + asked[True]
 
 
 def body_of(record: mbeir.Record, data: Path) -> bytes:
@@ -159,8 +159,8 @@ def body_of(record: mbeir.Record, data: Path) -> bytes:
 
 
 async def _load(options: argparse.Namespace, asked: list[Asked], url: str, pid: int) -> int:
-    simple = [one for one in asked if not one.reasons]
-    complex_ = [one for one in asked if one.reasons]
+    simple = [query for query in asked if not query.reasons]
+    complex_ = [query for query in asked if query.reasons]
     half = options.clients // 2
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         await until_ready(session, url)
@@ -183,10 +183,10 @@ async def phase(
     end = seen.begun + seconds
 
     async def client(queries: list[Asked], start: int) -> None:
-        for one in itertools.islice(itertools.cycle(queries), start, None):
+        for query in itertools.islice(itertools.cycle(queries), start, None):
             if time.perf_counter() >= end:
                 return
-            await ask(session, url, one, seen)
+            await ask(session, url, query, seen)
 
     clients = [client(queries, draw.randrange(len(queries))) for queries, count in groups for _ in range(count)]
     await asyncio.gather(*clients)
@@ -194,29 +194,29 @@ async def phase(
     return seen
 
 
-async def ask(session: aiohttp.ClientSession, url: str, one: Asked, seen: Seen) -> None:
+async def ask(session: aiohttp.ClientSession, url: str, query: Asked, seen: Seen) -> None:
     started = time.perf_counter()
-    async with session.post(f"{url}/v1/embeddings", data=one.body, headers={"content-type": "application/json"}) as response:
+    async with session.post(f"{url}/v1/embeddings", data=query.body, headers={"content-type": "application/json"}) as response:
         seen.status[response.status] += 1
-        found = await response.json()
+        answer = await response.json()
     if response.status == 429:
         await asyncio.sleep(float(response.headers.get("retry-after", "1")))
         return
     if response.status != 200:
-        seen.wrong.append(str(found)[:200])
+        seen.wrong.append(str(answer)[:200])
         return
-    seen.seconds[one.reasons].append(time.perf_counter() - started)
-    data = found["data"][0]
-    cosine = float(np.dot(np.asarray(data["embedding"]), one.vector))
-    if cosine < 0.9999 or data["trace"]["reasoning"] != one.reasoning:
-        seen.wrong.append(f"cosine {cosine:.5f}, {data['trace']['reasoning']!r} for {one.reasoning!r}")
+    seen.seconds[query.reasons].append(time.perf_counter() - started)
+    data = answer["data"][0]
+    cosine = float(np.dot(np.asarray(data["embedding"]), query.vector))
+    if cosine < 0.9999 or data["trace"]["reasoning"] != query.reasoning:
+        seen.wrong.append(f"cosine {cosine:.5f}, {data['trace']['reasoning']!r} for {query.reasoning!r}")
 
 
-async def watch_memory(pid: int, found: list[float]) -> None:
+async def watch_memory(pid: int, samples: list[float]) -> None:
     """Appends the MiB of the process every five seconds, until cancelled."""
     while True:
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        found.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
+        samples.append(pages * os.sysconf("SC_PAGE_SIZE") / 2**20)
         await asyncio.sleep(5)
 
 
@@ -234,8 +234,8 @@ def told(options: argparse.Namespace, alone: Seen, quiet: Seen, mixed: Seen, mem
     waits = float(np.mean(mixed.seconds[True])) / float(np.mean(alone.seconds[True]))
     print(f"| mean wait for a complex answer, to one client's | {waits:.1f} |")
     print(f"| memory of the last fifth to the second | {np.mean(late) / np.mean(early):.3f} ({np.mean(late):.0f} MiB) |")
-    for one in mixed.wrong[:3]:
-        print(one, file=sys.stderr)
+    for line in mixed.wrong[:3]:
+        print(line, file=sys.stderr)
     fine = not (mixed.wrong or alone.wrong or quiet.wrong) and ratio >= options.at_least and slower <= options.at_most
     return 0 if fine and np.mean(late) < 1.1 * np.mean(early) else 1
 
@@ -260,13 +260,13 @@ def kills(options: argparse.Namespace) -> int:
         texts = {stored.id: stored.text for stored in opened.scan()}
         pictures = {stored.id: stored.image for stored in opened.scan()}
         anything = np.eye(1, encoder.width, dtype=np.float32)
-        found = Counter(hit.id for hit in opened.search(anything, len(texts) + 8)[0])
+        counts = Counter(hit.id for hit in opened.search(anything, len(texts) + 8)[0])
     lost = [
         id
         for id, text in acknowledged.items()
-        if texts.get(id) != text or not found[id] or not shows(pictures[id], number_of(id))
+        if texts.get(id) != text or not counts[id] or not shows(pictures[id], number_of(id))
     ]
-    twice = [id for id in found | there if found[id] > 1 or there[id] > 1]
+    twice = [id for id in counts | there if counts[id] > 1 or there[id] > 1]
     stray = files - sum(image is not None for image in pictures.values())
     print(f"\nkilled {options.kills} times: {len(acknowledged)} items acknowledged, {len(lost)} lost, {len(twice)} twice")
     print(f"{len(texts)} items in the index, {files} pictures kept, {stray} of items that were never added")
@@ -278,8 +278,8 @@ def number_of(id: str) -> int:
 
 
 def item_of(number: int) -> dict[str, Any]:
-    told: dict[str, Any] = {"id": f"item-{number}", "text": f"a red ball number {number}"}
-    return told | ({"image": {"data": base64.b64encode(image_of(number)).decode()}} if number % 2 else {})
+    item: dict[str, Any] = {"id": f"item-{number}", "text": f"a red ball number {number}"}
+    return item | ({"image": {"data": base64.b64encode(image_of(number)).decode()}} if number % 2 else {})
 
 
 def image_of(number: int) -> bytes:
@@ -306,13 +306,13 @@ async def _add_and_kill(
             while True:
                 batch = [next(numbers) for _ in range(draw.randrange(1, 24))]
                 batch += [draw.randrange(batch[0])] if batch[0] else []
-                items = [item_of(one) for one in batch]
+                items = [item_of(number) for number in batch]
                 try:
                     async with session.post(f"{url}/items", json={"items": items}) as response:
-                        found = await response.json()
+                        answer = await response.json()
                 except (aiohttp.ClientError, OSError):
                     return
-                for result in found["results"]:
+                for result in answer["results"]:
                     if result["status"] in ("added", "updated"):
                         acknowledged[result["id"]] = f"a red ball number {result['id'].removeprefix('item-')}"
 

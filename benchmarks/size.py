@@ -77,13 +77,13 @@ def functions(text: str) -> Iterator[tuple[str, int]]:
 
 
 def twice(revision: str) -> int:
-    found = defaultdict[str, set[str]](set)
+    paths_of = defaultdict[str, set[str]](set)
     for path, text in files(revision):
         if path.parts[:2] == ("src", "traceir") and path.suffix == ".py":
             for node in ast.walk(ast.parse(text)):
                 if isinstance(node, ast.ClassDef):
-                    found[node.name].add(str(path))
-    return sum(len(paths) > 1 for paths in found.values())
+                    paths_of[node.name].add(str(path))
+    return sum(len(paths) > 1 for paths in paths_of.values())
 
 
 def git(*arguments: str) -> str:

@@ -62,8 +62,8 @@ class Server:
         message = {"role": "assistant", "content": TEXT}
         usage = {"prompt_tokens": 300, "completion_tokens": 60, "total_tokens": 360}
         choice = {"index": 0, "finish_reason": "stop", "message": message}
-        told = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
-        self._completion = json.dumps(told).encode()
+        completion = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+        self._completion = json.dumps(completion).encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -105,11 +105,11 @@ def make_questions(folder: Path) -> Callable[[int], TeacherQuestion]:
     for number in range(IMAGES):
         pixels = draw.integers(0, 256, (SIDE // 8, SIDE // 8, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((SIDE, SIDE)).save(folder / f"{number}.jpg", quality=90)
-    told = "You write the reasoning with which a retrieval system finds the target of a complex query. " * 8
+    system = "You write the reasoning with which a retrieval system finds the target of a complex query. " * 8
 
     def question(number: int) -> TeacherQuestion:
         parts = (f"<task>invented</task>\n<query>question {number}</query>", folder / f"{number % IMAGES}.jpg")
-        return TeacherQuestion("reason", f"9:{number}", "cirr_task7", 0, told, parts, 512, 0.0, 0)
+        return TeacherQuestion("reason", f"9:{number}", "cirr_task7", 0, system, parts, 512, 0.0, 0)
 
     return question
 
@@ -185,8 +185,8 @@ def main() -> int:
     if args.out:
         machine = {"cores": os.cpu_count(), "load": os.getloadavg()[0], "python": platform.python_version()}
         settings = {"concurrency": args.concurrency, "latency_s": args.latency, "seconds": args.seconds}
-        told = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
-        args.out.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        results = {"machine": machine, "settings": settings, "rows": [asdict(row) for row in rows]}
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if rows[-1].share < args.at_least_share or rows[-1].cpu_ms > args.at_most_cpu:
         print(f"the Asker breaks a bound: at least {args.at_least_share}, at most {args.at_most_cpu} ms", file=sys.stderr)
         return 1
@@ -195,9 +195,9 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> list[Row]:
     """Starts the server, measures, ends it."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     command = [sys.executable, __file__, "--serve", str(port), "--latency", str(args.latency)]
     server = subprocess.Popen(command)
     base = f"http://127.0.0.1:{port}"
@@ -223,8 +223,8 @@ def _wait(base: str, server: subprocess.Popen[bytes]) -> None:
 
 def _stats(base: str) -> dict[str, float]:
     with urlopen(f"{base}/stats") as reply:
-        found: dict[str, float] = json.load(reply)
-    return found
+        stats: dict[str, float] = json.load(reply)
+    return stats
 
 
 if __name__ == "__main__":

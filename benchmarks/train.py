@@ -76,8 +76,8 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         ours.reader = prepared(ours.reader, options.device, options.precision)
         plain.autocast = options.precision == "bf16"
         rounds = _rounds(ours, plain, options)
-    walls = [(sum(one["ours"][0] for one in turn), sum(one["plain"][0] for one in turn)) for turn in rounds]
-    cpus = [(sum(one["ours"][1] for one in turn), sum(one["plain"][1] for one in turn)) for turn in rounds]
+    walls = [(sum(task["ours"][0] for task in turn), sum(task["plain"][0] for task in turn)) for turn in rounds]
+    cpus = [(sum(task["ours"][1] for task in turn), sum(task["plain"][1] for task in turn)) for turn in rounds]
     ratios, pairs = [theirs / own for own, theirs in walls], config.batch * len(options.tasks)
     return {
         "agreement": agreement,
@@ -89,7 +89,9 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         "ours_pairs_per_second": pairs / statistics.median(own for own, _ in walls),
         "plain_pairs_per_second": pairs / statistics.median(theirs for _, theirs in walls),
         "by_task": {
-            task: statistics.median(one["plain"][0] / one["ours"][0] for turn in rounds for one in turn if one["task"] == task)
+            task: statistics.median(
+                step["plain"][0] / step["ours"][0] for turn in rounds for step in turn if step["task"] == task
+            )
             for task in options.tasks
         },
         "padding": {name: 1 - side.tokens / side.padded for name, side in (("ours", ours), ("plain", plain))},
@@ -105,37 +107,39 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
 def agree(ours: Ours, plain: Plain, precision: str) -> dict[str, float]:
     """Relative differences of both losses and of the whole gradient on the first turn; TraceError above the tolerance."""
     plain.autocast, terms = precision == "bf16", (ours.losses(0), plain.losses(0))
-    found = {name: abs(terms[0][name] - terms[1][name]) / abs(terms[1][name]) for name in ("gen", "ret")}
+    differences = {name: abs(terms[0][name] - terms[1][name]) / abs(terms[1][name]) for name in ("gen", "ret")}
     gradients = [torch.cat([p.grad.flatten().float() for p in side.trained if p.grad is not None]) for side in (ours, plain)]
     if len(gradients[0]) != len(gradients[1]):
         raise TraceError("the two sides train different parameters, so their speeds say nothing; look at build()")
-    found["gradient"] = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    differences["gradient"] = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     for side in (ours, plain):
         side.optimiser.zero_grad()
-    if not max(found.values()) <= AGREE[precision]:
-        raise TraceError(f"the two sides do not compute the same: {found}, at most {AGREE[precision]} is allowed in {precision}")
-    return {**found, "tolerance": AGREE[precision]}
+    if not max(differences.values()) <= AGREE[precision]:
+        raise TraceError(
+            f"the two sides do not compute the same: {differences}, at most {AGREE[precision]} is allowed in {precision}"
+        )
+    return {**differences, "tolerance": AGREE[precision]}
 
 
 def _rounds(ours: Ours, plain: Plain, options: argparse.Namespace) -> list[list[dict[str, Any]]]:
     """Seconds of every turn, a list for each round; the first round warms up and is not among them."""
-    found: list[list[dict[str, Any]]] = []
+    rounds: list[list[dict[str, Any]]] = []
     for number in tqdm(range(len(options.tasks) * (options.rounds + 1)), desc="turns"):
         if number == len(options.tasks):
-            found.clear()
+            rounds.clear()
             ours.forget()
             plain.forget()
         if number % len(options.tasks) == 0:
-            found.append([])
+            rounds.append([])
         sides = (("ours", ours), ("plain", plain)) if number % 2 == 0 else (("plain", plain), ("ours", ours))
         spent = {name: side.train(number) for name, side in sides}
-        found[-1].append({"task": ours.batches.schedule.task(number).name, **spent})
-    return found
+        rounds[-1].append({"task": ours.batches.schedule.task(number).name, **spent})
+    return rounds
 
 
 def memory(options: argparse.Namespace) -> dict[str, Any]:
     """Peaks of both batch sizes with the cache and without, each in a child process, one after the other."""
-    found: list[dict[str, Any]] = []
+    processes: list[dict[str, Any]] = []
     tried = [(batch, cache) for cache in (True, False) for batch in options.batch]
     for batch, cache in tqdm(tried, desc="child processes"):
         asked = ["memory", "--child", "--cache" if cache else "--no-cache", "--batch", str(batch), "--shape", options.shape]
@@ -145,8 +149,8 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "benchmarks.train", *asked]
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
         ended = {"batch": batch, "grad_cache": cache, "ended": f"status {done.returncode}"}
-        found.append(ended if done.returncode else json.loads(done.stdout))
-    return {"processes": found, "ratios": _memory_ratios(found)}
+        processes.append(ended if done.returncode else json.loads(done.stdout))
+    return {"processes": processes, "ratios": _memory_ratios(processes)}
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
@@ -188,13 +192,13 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _memory_ratios(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
+def _memory_ratios(processes: Sequence[dict[str, Any]]) -> dict[str, dict[str, float] | None]:
     """Largest batch to smallest: of the peak, of its growth, of the peak of one step; None where one did not end well."""
     ratios: dict[str, dict[str, float] | None] = {}
     for cache, name in ((True, "grad_cache"), (False, "no_cache")):
-        own = [one for one in found if one["grad_cache"] == cache]
+        own = [process for process in processes if process["grad_cache"] == cache]
         keys = ("peak_mib", "growth_mib", "first_step_peak_mib")
-        ratios[name] = None if any("ended" in one for one in own) else {key: own[-1][key] / own[0][key] for key in keys}
+        ratios[name] = None if any("ended" in process for process in own) else {key: own[-1][key] / own[0][key] for key in keys}
     return ratios
 
 
@@ -222,8 +226,8 @@ def _store(processor: Processor, data: Path, schedule: Schedule, turns: int, cac
     """Gives the processor a store of the pictures of these turns, as `traceir train` makes one of all before its first step."""
     names: set[str] = set()
     for number in range(turns):
-        for one in schedule.examples(number):
-            shown = [*one.query.images, *(one.candidate.images if one.candidate is not None else ())]
+        for example in schedule.examples(number):
+            shown = [*example.query.images, *(example.candidate.images if example.candidate is not None else ())]
             names.update(str(picture.path.relative_to(data)) for picture in shown if picture.path is not None)
     started = time.perf_counter()
     if names:
@@ -233,7 +237,7 @@ def _store(processor: Processor, data: Path, schedule: Schedule, turns: int, cac
 
 def table(results: dict[str, Any]) -> str:
     """The results as Markdown."""
-    found, about, config = results["found"], results["machine"], results["config"]
+    measured, about, config = results["found"], results["machine"], results["config"]
     lines = [
         f"`python -m benchmarks.train {results['measurement']}`: shape {results['shape']} ({results['source']}), "
         f"{results['precision']}, batch {_listed(config['batch'])}, {_listed(config['chunk_tokens'])} tokens a chunk, seed "
@@ -242,38 +246,38 @@ def table(results: dict[str, Any]) -> str:
         "",
     ]
     made = {"throughput": _throughput_table, "memory": _memory_table, "capacity": capacity_table}
-    return "\n".join([*lines, *made[results["measurement"]](found)])
+    return "\n".join([*lines, *made[results["measurement"]](measured)])
 
 
 def _listed(numbers: int | Sequence[int]) -> str:
     return str(numbers) if isinstance(numbers, int) else ", ".join(map(str, numbers))
 
 
-def _throughput_table(found: dict[str, Any]) -> list[str]:
-    agreement, padding = found["agreement"], found["padding"]
-    parts = sorted({part for side in found["milliseconds_per_turn"].values() for part in side})
+def _throughput_table(results: dict[str, Any]) -> list[str]:
+    agreement, padding = results["agreement"], results["padding"]
+    parts = sorted({part for side in results["milliseconds_per_turn"].values() for part in side})
     lines = [
         f"Same work: losses differ by {agreement['gen']:.1e} and {agreement['ret']:.1e}, gradients by "
-        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(found['rounds'])} rounds of one turn "
-        f"a task. Our pictures were decoded before: {found['pixel_store']['pictures']:.0f} in "
-        f"{found['pixel_store']['seconds']:.1f} s, once for all epochs.",
+        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(results['rounds'])} rounds of one turn "
+        f"a task. Our pictures were decoded before: {results['pixel_store']['pictures']:.0f} in "
+        f"{results['pixel_store']['seconds']:.1f} s, once for all epochs.",
         "",
         "| | ours | plain loop | ratio (median) | least | greatest | ratio of CPU time |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        f"| pairs/s | {found['ours_pairs_per_second']:.1f} | {found['plain_pairs_per_second']:.1f} | **{found['ratio']:.2f}** "
-        f"| {found['least_ratio']:.2f} | {found['greatest_ratio']:.2f} | {found['cpu_ratio']:.2f} |",
-        *(f"| {task} | | | {ratio:.2f} | | | |" for task, ratio in found["by_task"].items()),
+        f"| pairs/s | {results['ours_pairs_per_second']:.1f} | {results['plain_pairs_per_second']:.1f} | **{results['ratio']:.2f}** "
+        f"| {results['least_ratio']:.2f} | {results['greatest_ratio']:.2f} | {results['cpu_ratio']:.2f} |",
+        *(f"| {task} | | | {ratio:.2f} | | | |" for task, ratio in results["by_task"].items()),
         f"| padding | {100 * padding['ours']:.1f} % | {100 * padding['plain']:.1f} % | | | | |",
         "",
         f"| milliseconds a turn | {' | '.join(parts)} |",
         f"|---|{'---:|' * len(parts)}",
     ]
-    for name, spent in found["milliseconds_per_turn"].items():
+    for name, spent in results["milliseconds_per_turn"].items():
         lines.append(f"| {name} | {' | '.join(f'{spent.get(part, 0.0):.1f}' for part in parts)} |")
     return lines
 
 
-def _memory_table(found: dict[str, Any]) -> list[str]:
+def _memory_table(results: dict[str, Any]) -> list[str]:
     lines = [
         "Peak of one process while it makes turns and trains on them, over the same number of pairs at every batch size; "
         "`before` is resident when model, data and optimiser are there.",
@@ -281,14 +285,14 @@ def _memory_table(found: dict[str, Any]) -> list[str]:
         "| GradCache | batch | steps | before MiB | peak MiB | growth MiB | peak of the first step MiB | seconds a step |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for one in found["processes"]:
-        head = f"| {'yes' if one['grad_cache'] else 'no'} | {one['batch']} |"
-        if "ended" in one:
-            lines.append(f"{head} {one['ended']} | | | | | |")
+    for process in results["processes"]:
+        head = f"| {'yes' if process['grad_cache'] else 'no'} | {process['batch']} |"
+        if "ended" in process:
+            lines.append(f"{head} {process['ended']} | | | | | |")
             continue
-        sizes = " | ".join(f"{one[key]:.0f}" for key in ("resident_mib", "peak_mib", "growth_mib", "first_step_peak_mib"))
-        lines.append(f"{head} {one['steps']} | {sizes} | {one['seconds']:.1f} |")
-    for name, ratios in found["ratios"].items():
+        sizes = " | ".join(f"{process[key]:.0f}" for key in ("resident_mib", "peak_mib", "growth_mib", "first_step_peak_mib"))
+        lines.append(f"{head} {process['steps']} | {sizes} | {process['seconds']:.1f} |")
+    for name, ratios in results["ratios"].items():
         if ratios is not None:
             lines += [
                 "",
@@ -307,7 +311,7 @@ def cards() -> list[str]:
         need = need_of(replace(PRESETS[preset](), lora_rank=rank), network)
         fits = [largest(need, card) for card in (24, 80)]
         sizes = " | ".join(f"{size / 1e9:.1f}" for size in (need.frozen, need.trained, 1000 * need.token))
-        lines.append(f"| `{preset}` | {rank} | {sizes} | " + " | ".join(f"{one:,}" if one else "no" for one in fits) + " |")
+        lines.append(f"| `{preset}` | {rank} | {sizes} | " + " | ".join(f"{batch:,}" if batch else "no" for batch in fits) + " |")
     return lines
 
 
@@ -325,14 +329,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.measurement == "memory" and options.child:
             print(json.dumps(child(options)))
             return 0
-        found = {"throughput": throughput, "memory": memory, "capacity": capacity}[options.measurement](options)
+        measured = {"throughput": throughput, "memory": memory, "capacity": capacity}[options.measurement](options)
     except TraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    results = {**_header(options), "found": found}
+    results = {**_header(options), "found": measured}
     print(table(results))
     _write(options, results)
-    return _bound(options, found)
+    return _bound(options, measured)
 
 
 def _precision(options: argparse.Namespace) -> int:
@@ -353,12 +357,12 @@ def _precision(options: argparse.Namespace) -> int:
     return int(bool(slower))
 
 
-def _bound(options: argparse.Namespace, found: dict[str, Any]) -> int:
+def _bound(options: argparse.Namespace, measured: dict[str, Any]) -> int:
     """1 and a word on stderr where a bound that was asked for does not hold."""
-    if options.measurement == "throughput" and options.at_least and not found["ratio"] >= options.at_least:
-        print(f"bound does not hold: ratio is {found['ratio']:.3f}, at least {options.at_least} is asked", file=sys.stderr)
+    if options.measurement == "throughput" and options.at_least and not measured["ratio"] >= options.at_least:
+        print(f"bound does not hold: ratio is {measured['ratio']:.3f}, at least {options.at_least} is asked", file=sys.stderr)
         return 1
-    ratios = found["ratios"]["grad_cache"] if options.measurement == "memory" and options.at_most else None
+    ratios = measured["ratios"]["grad_cache"] if options.measurement == "memory" and options.at_most else None
     if options.measurement == "memory" and options.at_most and not (ratios and ratios["peak_mib"] <= options.at_most):
         print(f"bound does not hold: peaks with GradCache are {ratios}, at most {options.at_most} is asked", file=sys.stderr)
         return 1

@@ -38,17 +38,17 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.train", "precision", "--child", "--preset", options.preset]
     command += ["--data", str(options.data), "--batch", str(options.batch), "--rounds", str(options.rounds)]
     command += ["--threads", str(options.threads), "--seed", str(options.seed), "--width", str(options.width)]
-    found: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
     for name, limits in tqdm(PROCESSORS.items(), desc="processors"):
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=os.environ | limits)
         if done.returncode:
             raise TraceError(f"the process on the processor {name} ended with status {done.returncode}")
-        found[name] = json.loads(done.stdout)
+        measured[name] = json.loads(done.stdout)
     width = options.width or PRESETS[options.preset]().size.hidden
     config = {"preset": options.preset, "width": width, "batch": options.batch, "rounds": options.rounds}
     data = json.loads((options.data / "meta.json").read_text()).get("fingerprint")
     return {"format": 1, "measurement": "precision", "machine": machine("cpu"), "config": config, "seed": options.seed,
-            "data": data, "found": found}  # fmt: skip
+            "data": data, "found": measured}  # fmt: skip
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
@@ -88,8 +88,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
 def wrong(results: dict[str, Any]) -> list[str]:
     """The processors on which the default loses to the other type; float32 may lose what bfloat16 must gain."""
-    return [name for name, one in results["found"].items() if (one["ratio"] * GAIN > 1 and one["chosen"] == "bfloat16")
-            or (one["ratio"] < GAIN and one["chosen"] == "float32")]  # fmt: skip
+    return [name for name, figures in results["found"].items() if (figures["ratio"] * GAIN > 1 and figures["chosen"] == "bfloat16")
+            or (figures["ratio"] < GAIN and figures["chosen"] == "float32")]  # fmt: skip
 
 
 def table(results: dict[str, Any]) -> str:
@@ -103,9 +103,9 @@ def table(results: dict[str, Any]) -> str:
         "| processor | bfloat16 s | float32 s | bfloat16 : float32 | least | greatest | default | because |",
         "|---|---:|---:|---:|---:|---:|---|---|",
     ]
-    for name, one in results["found"].items():
+    for name, figures in results["found"].items():
         lines.append(
-            f"| {name} | {one['bfloat16']:.2f} | {one['float32']:.2f} | **{one['ratio']:.2f}** | {one['least_ratio']:.2f} "
-            f"| {one['greatest_ratio']:.2f} | {one['chosen']} | {one['why']} |"
+            f"| {name} | {figures['bfloat16']:.2f} | {figures['float32']:.2f} | **{figures['ratio']:.2f}** | {figures['least_ratio']:.2f} "
+            f"| {figures['greatest_ratio']:.2f} | {figures['chosen']} | {figures['why']} |"
         )
     return "\n".join(lines)

@@ -222,10 +222,10 @@ def flops(model: TraceModel, pairs: int, lengths: Lengths) -> tuple[float, float
     for name, parameter in model.network.named_parameters():
         if "embed_tokens" in name or "lm_head" in name or ".original_module." in name:
             continue
-        place = next(part for part in ("merger", "visual", "language_model") if part in name)
-        work = 2.0 * parameter.numel() * seen[place]
+        component = next(part for part in ("merger", "visual", "language_model") if part in name)
+        work = 2.0 * parameter.numel() * seen[component]
         forward += work
-        credited += work * (1 + (place != "visual") + parameter.requires_grad)
+        credited += work * (1 + (component != "visual") + parameter.requires_grad)
     return credited, forward
 
 
@@ -312,11 +312,11 @@ def capacity(options: argparse.Namespace) -> dict[str, Any]:
     bench, sizes = Capacity(options), options.batch
     bench.measure(min(8, sizes[0]), options.chunk_tokens[-1], True)
     tried = [(tokens, again) for again in (True, False) for tokens in options.chunk_tokens]
-    first = [bench.measure(sizes[0], *one) for one in tqdm(tried, desc="chunks")]
-    fits = [one for one in first if one.seconds is not None]
+    first = [bench.measure(sizes[0], *chunk) for chunk in tqdm(tried, desc="chunks")]
+    fits = [measured for measured in first if measured.seconds is not None]
     if not fits:
         raise InputError(f"not even batch {sizes[0]} at {options.chunk_tokens[-1]} tokens a chunk fits; give smaller ones")
-    best = max(fits, key=lambda one: one.tokens_per_second or 0.0)
+    best = max(fits, key=lambda measured: measured.tokens_per_second or 0.0)
     grown = [best]
     for batch in tqdm(sizes[1:], desc="batches"):
         slow = (grown[-1].seconds or 0.0) >= options.seconds
@@ -331,18 +331,18 @@ def capacity(options: argparse.Namespace) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in bench.reader.parameters()),
         "trained": trained,
         "peak_flops": bench.peak,
-        "chunks": [asdict(one) for one in first],
-        "batches": [asdict(one) for one in grown],
-        "largest_batch": max(one.batch for one in grown if one.seconds is not None),
+        "chunks": [asdict(measured) for measured in first],
+        "batches": [asdict(measured) for measured in grown],
+        "largest_batch": max(measured.batch for measured in grown if measured.seconds is not None),
     }
 
 
-def capacity_table(found: dict[str, Any]) -> list[str]:
+def capacity_table(results: dict[str, Any]) -> list[str]:
     """The steps as Markdown."""
-    lengths = found["lengths"]
+    lengths = results["lengths"]
     lines = [
         f"Made-up turns: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
-        f"reasoning, candidates of {lengths['candidate']}. {found['trained'] / 1e6:.1f} M of {found['parameters'] / 1e6:.0f} M "
+        f"reasoning, candidates of {lengths['candidate']}. {results['trained'] / 1e6:.1f} M of {results['parameters'] / 1e6:.0f} M "
         "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, without making the turn. "
         "Share of the peak: 4 FLOPs a frozen parameter and token, 6 a trained one, 2 in the vision tower; nothing computed again "
         "is credited, and what is computed again counts in the last column only.",
@@ -350,15 +350,17 @@ def capacity_table(found: dict[str, Any]) -> list[str]:
         "| batch | tokens a chunk | checkpointing | seconds | pairs/s | tokens/s | peak GiB | share of peak | with repeats |",
         "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for one in (*found["chunks"], *found["batches"][1:]):
-        head = f"| {one['batch']} | {one['chunk_tokens']} | {'yes' if one['checkpointing'] else 'no'} |"
-        if one["seconds"] is None:
-            lines.append(f"{head} {one['ended']} | | | | | |")
+    for measured in (*results["chunks"], *results["batches"][1:]):
+        head = f"| {measured['batch']} | {measured['chunk_tokens']} | {'yes' if measured['checkpointing'] else 'no'} |"
+        if measured["seconds"] is None:
+            lines.append(f"{head} {measured['ended']} | | | | | |")
             continue
-        shares = [f"{100 * one[key]:.1f} %" if one[key] else "-" for key in ("share_of_peak", "share_with_recomputation")]
+        shares = [
+            f"{100 * measured[key]:.1f} %" if measured[key] else "-" for key in ("share_of_peak", "share_with_recomputation")
+        ]
         lines.append(
-            f"{head} {one['seconds']:.2f} | {one['pairs_per_second']:.1f} | {one['tokens_per_second']:.0f} "
-            f"| {one['peak_gib']:.2f} | {shares[0]} | {shares[1]} |"
+            f"{head} {measured['seconds']:.2f} | {measured['pairs_per_second']:.1f} | {measured['tokens_per_second']:.0f} "
+            f"| {measured['peak_gib']:.2f} | {shares[0]} | {shares[1]} |"
         )
     return lines
 

@@ -129,13 +129,13 @@ class Plain(Side):
         with self.clock.part("layout"):
             examples = self.schedule.examples(number)
             queries = self.processor.collate(
-                [self.processor.lay_out(render_query(one.query, self.version), one.completion) for one in examples]
+                [self.processor.lay_out(render_query(example.query, self.version), example.completion) for example in examples]
             ).to(torch.device(self.device))
-            items = [one.candidate for one in examples if one.candidate is not None]
+            items = [example.candidate for example in examples if example.candidate is not None]
             candidates = self.processor.collate(
                 [self.processor.forced(render_candidate(item, self.version)) for item in items]
             ).to(torch.device(self.device))
-            right_BB = torch.tensor([[item.id in one.right for item in items] for one in examples], device=self.device)
+            right_BB = torch.tensor([[item.id in example.right for item in items] for example in examples], device=self.device)
         for batch in (queries, candidates):
             self.count(batch)
         with self.clock.part("forward"):

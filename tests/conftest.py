@@ -114,19 +114,19 @@ def queries() -> list[Query]:
 
 def make_queries() -> list[Query]:
     draw = np.random.default_rng(7)
-    found: list[Query] = []
+    queries: list[Query] = []
     for number in range(24):
         words = " ".join(draw.choice(WORDS, 2 + number % 9))
         kind = number % 4
         if kind == 0:
-            found.append(Query.of(text=words, target="image", instruction="find the image"))
+            queries.append(Query.of(text=words, target="image", instruction="find the image"))
         elif kind == 1:
-            found.append(Query.of(image=picture(number), target="text"))
+            queries.append(Query.of(image=picture(number), target="text"))
         elif kind == 2:
-            found.append(Query.of(text=words, image=picture(number, 96, 48), target="image"))
+            queries.append(Query.of(text=words, image=picture(number, 96, 48), target="image"))
         else:
-            found.append(Query((picture(number), words, picture(number + 100, 48, 96), "then make one red")))
-    return found
+            queries.append(Query((picture(number), words, picture(number + 100, 48, 96), "then make one red")))
+    return queries
 
 
 @pytest.fixture(scope="session")
@@ -190,7 +190,7 @@ def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFac
     with open_index(
         place, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
     ) as index:
-        index.upsert(items, np.stack([one.vector for one in encoder.encode_items(items)]))
+        index.upsert(items, np.stack([encoding.vector for encoding in encoder.encode_items(items)]))
     with serving(place) as url:
         yield Running(url, place, tuple(items))
 

@@ -111,8 +111,8 @@ def read_tei(body: dict[str, Any], _: str) -> Inputs:
     _demand(bool(inputs) and all(inputs), 400, {"message": "`inputs` cannot be empty", "code": 400, "type": "empty"})
     _demand(len(inputs) <= 32, 422, {"message": f"batch size {len(inputs)} > maximum allowed batch size 32", "code": 422})
     for text in inputs:
-        told = {"message": f"`inputs` must have less than 512 tokens. Given: {len(text.split())}", "code": 413}
-        _demand(len(text.split()) <= 512, 413, told)
+        refusal = {"message": f"`inputs` must have less than 512 tokens. Given: {len(text.split())}", "code": 413}
+        _demand(len(text.split()) <= 512, 413, refusal)
     return [(text, None) for text in inputs]
 
 

@@ -111,18 +111,18 @@ class FakeSGLang:
 
     def _expanded(self, body: dict[str, Any]) -> tuple[list[int], dict[str, torch.Tensor]]:
         """Token ids with as many image tokens as each image takes, and the images as the network reads them."""
-        given = [int(token) for token in body["input_ids"]]
+        tokens = [int(token) for token in body["input_ids"]]
         if self.retokenizes:
-            given = self.tokenizer.encode(self.tokenizer.decode(given), add_special_tokens=False)
+            tokens = self.tokenizer.encode(self.tokenizer.decode(tokens), add_special_tokens=False)
         files = [base64.b64decode(url.split(",", 1)[1], validate=True) for url in body.get("image_data") or ()]
         images = [Image.open(BytesIO(file)) for file in files]
-        if given.count(IMAGE_PAD) != len(images):
-            raise ValueError(f"prompt has {given.count(IMAGE_PAD)} image placeholder token(s) but {len(images)} image(s)")
+        if tokens.count(IMAGE_PAD) != len(images):
+            raise ValueError(f"prompt has {tokens.count(IMAGE_PAD)} image placeholder token(s) but {len(images)} image(s)")
         if not images:
-            return given, {}
+            return tokens, {}
         seen = self.images(images=images, return_tensors="pt")
         counts = iter((seen["image_grid_thw"].prod(-1) // self.images.merge_size**2).tolist())
-        ids = [copy for token in given for copy in ([token] * next(counts) if token == IMAGE_PAD else [token])]
+        ids = [copy for token in tokens for copy in ([token] * next(counts) if token == IMAGE_PAD else [token])]
         return ids, {"pixel_values": seen["pixel_values"], "image_grid_thw": seen["image_grid_thw"]}
 
     def _step(self, ids: Sequence[int], seen: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

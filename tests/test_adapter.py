@@ -73,8 +73,8 @@ def vectors(model: TraceModel) -> np.ndarray[Any, np.dtype[np.float32]]:
     return np.stack([encoding.vector for encoding in encodings])
 
 
-def close(one: TraceModel, other: TraceModel) -> bool:
-    return bool(((vectors(one) * vectors(other)).sum(axis=1) >= 0.999999).all())
+def close(first: TraceModel, other: TraceModel) -> bool:
+    return bool(((vectors(first) * vectors(other)).sum(axis=1) >= 0.999999).all())
 
 
 @functools.cache
@@ -141,11 +141,11 @@ def test_save_load_and_merge_give_the_same_embeddings(trained: Trained, tmp_path
         assert close(other, model) and not hasattr(other.network, "peft_config")
     assert loaded.fingerprint == load(shutil.copytree(folder, tmp_path / "elsewhere")).fingerprint != load(base).fingerprint
     assert merged.fingerprint == weights_fingerprint(tmp_path / "merged")
-    texts = [[one.reasoning for one in Encoder(side).encode_queries(make_queries())] for side in (loaded, merged)]
+    texts = [[encoding.reasoning for encoding in Encoder(side).encode_queries(make_queries())] for side in (loaded, merged)]
     assert texts[0] == texts[1]
     whole = {name: value.clone() for name, value in model.network.state_dict().items()}
     again = save_adapter(model, adapter, tmp_path / "again", str(base), state=whole)
-    first, second = (load_file(place / WEIGHTS) for place in (folder, again))
+    first, second = (load_file(saved / WEIGHTS) for saved in (folder, again))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 

@@ -37,7 +37,7 @@ INDIRECT = "Left: a blue ball; middle: a mug in the colour of the left one."
 @pytest.fixture(scope="module")
 def door(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """A server's address, and a key to it."""
-    items = [Item.of(text=text, id=f"k{place}", fields={"shelf": place % 2, "rank": "oak"}) for place, text in enumerate(TEXTS)]
+    items = [Item.of(text=text, id=f"k{index}", fields={"shelf": index % 2, "rank": "oak"}) for index, text in enumerate(TEXTS)]
     folder = tmp_path_factory.mktemp("adapters")
     key = make_key(folder / "keys", "adapters", scopes=("read", "write"))
     with serving_here(folder / "index", encoder, keys=folder / "keys") as url, Client(url, key) as client:
@@ -64,7 +64,7 @@ def either(request: pytest.FixtureRequest, client: Client, encoder: Encoder) -> 
 
 
 def rows(encodings: list[Encoding]) -> Any:
-    return pytest.approx(np.stack([one.vector for one in encodings]), abs=1e-5)
+    return pytest.approx(np.stack([encoding.vector for encoding in encodings]), abs=1e-5)
 
 
 def test_langchain_embeddings(either: Encoder | ServedEncoder, encoder: Encoder, photo: str) -> None:
@@ -122,26 +122,26 @@ def test_llamaindex_embedding(either: Encoder | ServedEncoder, encoder: Encoder,
         images = [await embedding.aget_image_embedding(photo), *await embedding.aget_image_embedding_batch([photo])]
         return [await embedding.aget_query_embedding(TEXTS[2]), await embedding.aget_text_embedding_batch(TEXTS), images]
 
-    told = asyncio.run(all_of_it())
-    assert np.array([told[0]]) == query and np.array(told[1]) == texts and np.array(told[2]) == shown
+    embedded = asyncio.run(all_of_it())
+    assert np.array([embedded[0]]) == query and np.array(embedded[1]) == texts and np.array(embedded[2]) == shown
     index = VectorStoreIndex(nodes=[TextNode(text=text, id_=text) for text in TEXTS], embed_model=embedding)
     assert index.as_retriever(similarity_top_k=1).retrieve(TEXTS[1])[0].node.node_id == TEXTS[1]
 
 
 def test_an_adapter_over_a_server_by_its_address(door: tuple[str, str]) -> None:
-    found = TraceEmbeddings.of_server(*door).embed_documents(TEXTS[:1])
-    assert found == [TraceEmbedding.of_server(*door).get_text_embedding(TEXTS[0])]
+    vectors = TraceEmbeddings.of_server(*door).embed_documents(TEXTS[:1])
+    assert vectors == [TraceEmbedding.of_server(*door).get_text_embedding(TEXTS[0])]
 
 
 def test_the_client_keeps_order_over_many_requests_and_kinds(client: Client, encoder: Encoder, photo: str) -> None:
     shown = ImageInput.open(photo)
-    queries = [Query.of(text=f"kettle {place}", instruction="find it" if place % 3 else None) for place in range(70)]
+    queries = [Query.of(text=f"kettle {index}", instruction="find it" if index % 3 else None) for index in range(70)]
     queries[30] = Query((shown, "left", shown, "right"), target="image")
     queries[31] = Query.of(text="then red", image=shown, target="image")
-    found = client.embed_queries(queries, route="direct")
-    assert np.stack([one.vector for one in found]) == rows(encoder.encode_queries(queries, route="direct"))
-    [told], [own] = client.embed_queries([Query.of(text=INDIRECT)]), encoder.encode_queries([Query.of(text=INDIRECT)])
-    assert told.reasoning == own.reasoning and told.tokens == own.tokens > 0
+    embedded = client.embed_queries(queries, route="direct")
+    assert np.stack([encoding.vector for encoding in embedded]) == rows(encoder.encode_queries(queries, route="direct"))
+    [served], [own] = client.embed_queries([Query.of(text=INDIRECT)]), encoder.encode_queries([Query.of(text=INDIRECT)])
+    assert served.reasoning == own.reasoning and served.tokens == own.tokens > 0
     assert client.embed_items([]) == [] and client.model.width == encoder.width
 
 
@@ -149,8 +149,8 @@ def test_the_client_adds_searches_pages_and_deletes(client: Client, photo: str) 
     image = ImageInput.open(photo)
     items = [Item.of(image=image, id="p1"), Item.of(text="a spoon", id="s1", fields={"shelf": 7})]
     assert client.add(items) == [Added("p1", "added", None), Added("s1", "added", None)]
-    found = client.search(Query.of(image=image, target="image"), route="direct")
-    assert [(hit.id, hit.rank) for hit in found.hits] == [("p1", 1)] and (found.route, found.more) == ("direct", False)
+    result = client.search(Query.of(image=image, target="image"), route="direct")
+    assert [(hit.id, hit.rank) for hit in result.hits] == [("p1", 1)] and (result.route, result.more) == ("direct", False)
     pages = [client.search(Query.of(text="a spoon"), k=2, offset=offset).hits for offset in (0, 2)]
     assert [hit.rank for page in pages for hit in page] == [1, 2, 3, 4] and len({hit.id for hit in (*pages[0], *pages[1])}) == 4
     assert [hit.id for hit in client.search(Query.of(text="a spoon"), where={"shelf": 7}).hits] == ["s1"]
@@ -182,7 +182,7 @@ def test_the_client_says_what_went_wrong(door: tuple[str, str], client: Client) 
 
 @pytest.mark.parametrize(("name", "package"), [("langchain", "langchain_core"), ("llamaindex", "llama_index")])
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
-    for loaded in [one for one in sys.modules if one.split(".")[0] == package]:
+    for loaded in [module for module in sys.modules if module.split(".")[0] == package]:
         monkeypatch.setitem(sys.modules, loaded, None)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, f"traceir.integrations.{name}")

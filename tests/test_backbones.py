@@ -116,8 +116,8 @@ def test_what_is_written_is_what_generate_writes_and_one_forward_reads(model: Tr
         assert encoding.reasoning == processor.decode(kept) and encoding.truncated == (processor.emb_id not in written)
         layout = processor.lay_out(render_query(query, "brief-1"))
         start = int(layout.positions.max()) + 1
-        places = np.broadcast_to(np.arange(start, start + len(kept)), (3, len(kept)))
-        ids, positions = np.concatenate([layout.ids, kept]), np.concatenate([layout.positions, places], axis=1)
+        columns = np.broadcast_to(np.arange(start, start + len(kept)), (3, len(kept)))
+        ids, positions = np.concatenate([layout.ids, kept]), np.concatenate([layout.positions, columns], axis=1)
         whole = replace(layout, ids=ids, positions=positions, targets=np.full(len(ids), -100))
         with torch.no_grad():
             state = model.hidden(processor.collate([whole]))[0, -1]
@@ -148,7 +148,7 @@ def test_rows_join_and_leave_a_batch_that_writes_and_columns_nobody_reads_are_cu
         batch = merge_batches([part for part in (batch, _writing(decoder, asked[number], number)) if part.rows])
         trim(batch)
         assert batch.mask_BT.any(dim=0)[0], "a column that no row reads is cut off"
-    keep_rows(batch, [place for place, row in enumerate(batch.rows) if row.number != 2])
+    keep_rows(batch, [index for index, row in enumerate(batch.rows) if row.number != 2])
     while batch.rows:
         done += decoder.step(batch)
         trim(batch)
@@ -176,11 +176,11 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
     turn = batch_of(double, rows, 120)
     chunk = turn.queries[0].batch
     assert len(turn.queries) > 2 and chunk.patches is not None and chunk.patches.dtype == torch.uint8
-    found, plain = gradients(double, turn, Objective(), cache=True), plain_gradients(double, Objective(), rows)
-    assert any("visual.merger" in name for name in found)
-    assert any("deepstack" in name for name in found) == (len(projectors(double.network)) > 1)
+    cached, plain = gradients(double, turn, Objective(), cache=True), plain_gradients(double, Objective(), rows)
+    assert any("visual.merger" in name for name in cached)
+    assert any("deepstack" in name for name in cached) == (len(projectors(double.network)) > 1)
     # A Gated DeltaNet computes in float32, whatever it is given.
-    assert furthest(found, plain) < (1e-9 if double.network.config.model_type == "qwen3_vl" else 1e-3)
+    assert furthest(cached, plain) < (1e-9 if double.network.config.model_type == "qwen3_vl" else 1e-3)
 
 
 @others
@@ -226,7 +226,7 @@ def test_it_is_saved_and_read_again(model: TraceModel, asked: list[Query], tmp_p
     again = load(save(model, tmp_path / "saved"))
     assert again.processor.image == model.processor.image and again.processor.image.cell == CELL
     first, second = (Encoder(side).encode_queries(asked, route="reason") for side in (model, again))
-    assert all(same(one, other) for one, other in zip(first, second, strict=True))
+    assert all(same(before, other) for before, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -57,5 +57,5 @@ def test_a_made_up_batch_has_the_stated_lengths() -> None:
     assert lengths.sides == (4, 3)
     for chunks, width in ((batch.queries, 35), (batch.candidates, 33)):
         assert {chunk.batch.ids.shape[1] for chunk in chunks} == {width}
-        assert torch.cat([chunk.places for chunk in chunks]).tolist() == list(range(7))
+        assert torch.cat([chunk.rows for chunk in chunks]).tolist() == list(range(7))
     assert batch.tokens == 7 * 6 == sum(int((chunk.batch.targets >= 0).sum()) for chunk in batch.chunks)

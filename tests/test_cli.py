@@ -49,7 +49,7 @@ def loaded(checkpoint: Path) -> TraceModel:
 
 
 @pytest.fixture
-def things(tmp_path: Path) -> Path:
+def gallery(tmp_path: Path) -> Path:
     """Two pictures, a text, lines with fields; one file that is no picture."""
     folder = tmp_path / "things"
     folder.mkdir()
@@ -153,12 +153,12 @@ def test_errors_are_one_line_and_an_exit_code(
     assert "Traceback" in call("index", "info", "--index", "x", "-v", code=code).err
 
 
-def test_an_index_is_filled_described_copied_and_pruned(things: Path, tmp_path: Path, checkpoint: Path, call: Call) -> None:
+def test_an_index_is_filled_described_copied_and_pruned(gallery: Path, tmp_path: Path, checkpoint: Path, call: Call) -> None:
     index, copy = tmp_path / "index", tmp_path / "copy"
-    fill = ("index", "add", things, things / "more.jsonl", "--index", index, "--model", checkpoint, "--batch", 3)
+    fill = ("index", "add", gallery, gallery / "more.jsonl", "--index", index, "--model", checkpoint, "--batch", 3)
     seen = call(*fill, code=1)
     assert seen.out.startswith("added 6, updated 0, skipped 0 already there, failed 1; 6 items") and "broken.png" in seen.err
-    (things / "broken.png").unlink()
+    (gallery / "broken.png").unlink()
     assert call(*fill).out.startswith("added 0, updated 0, skipped 6")
     assert call("index", "copy", index, copy).out.startswith("copied 6, skipped 0 already there; 6")
     info = json.loads(call("index", "info", "--index", copy, "--json").out)
@@ -171,11 +171,11 @@ def test_an_index_is_filled_described_copied_and_pruned(things: Path, tmp_path: 
 
 
 def test_a_search_prints_what_the_encoder_and_the_index_say(
-    things: Path, tmp_path: Path, checkpoint: Path, loaded: TraceModel, call: Call
+    gallery: Path, tmp_path: Path, checkpoint: Path, loaded: TraceModel, call: Call
 ) -> None:
     index, model = ("--index", tmp_path / "index"), ("--model", checkpoint)
-    call("index", "add", things, things / "more.jsonl", *index, *model, code=1)
-    words = ("search", *index, *model, "--image", things / "0.png", "--text", "then a ball", "-k", 2)
+    call("index", "add", gallery, gallery / "more.jsonl", *index, *model, code=1)
+    words = ("search", *index, *model, "--image", gallery / "0.png", "--text", "then a ball", "-k", 2)
     answer = json.loads(call(*words, "--modality", "text", "--route", "reason", "--json").out)
     query = Query.of(text="then a ball", image=picture(0), target="text")
     (encoding,) = Encoder(loaded).encode_queries([query], route="reason")
@@ -196,7 +196,7 @@ def test_a_search_prints_what_the_encoder_and_the_index_say(
 
 
 def test_wrong_input_is_refused_before_a_model_is_loaded(
-    things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
+    gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Call
 ) -> None:
     monkeypatch.setitem(sys.modules, "traceir.library", None)
     index, phone = tmp_path / "index", tmp_path / "phone"
@@ -208,9 +208,9 @@ def test_wrong_input_is_refused_before_a_model_is_loaded(
         (("search", "", "--index", index), "nothing to search with"),
         (("search", "--index", index, "--text", "a", "--where", "year"), "FIELD=VALUE"),
         (("index", "add", phone, phone / "film.mov", "--index", index), "convert images"),
-        (("evaluate", "--data", things, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
+        (("evaluate", "--data", gallery, "--out", tmp_path / "out", "--route", "auto,fast"), "'fast'"),
         (("explain", "--candidate", "--text", "a", "--modality", "text"), "--candidate"),
-        (("train", "--preset", "emoji", "--data", things, "--init", "randon"), "there is no folder 'randon'"),
+        (("train", "--preset", "emoji", "--data", gallery, "--init", "randon"), "there is no folder 'randon'"),
     ):
         assert why in call(*words, code=2).err, words
     assert not index.exists()
@@ -312,15 +312,21 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
 def test_an_explanation_shows_what_is_supervised_and_read(loaded: TraceModel, checkpoint: Path, call: Call) -> None:
     query = Query.of(text="then make one red", image=picture(3), instruction="find it", target="image")
     prompt = render_query(query, "brief-1")
-    found = explain(loaded, prompt, "red cube")
+    explanation = explain(loaded, prompt, "red cube")
     layout = loaded.processor.lay_out(prompt, "red cube")
-    assert [token.target is not None for token in found.tokens] == (layout.targets != IGNORE).tolist()
-    taught = [token.target for token in found.tokens if token.target is not None]
+    assert [token.target is not None for token in explanation.tokens] == (layout.targets != IGNORE).tolist()
+    taught = [token.target for token in explanation.tokens if token.target is not None]
     assert taught[-1] == EMB and "".join(taught[:-1]).split() == ["red", "cube"]
-    assert [token.place for token in found.tokens if token.pooled] == [found.pooling_index] == [len(found.tokens) - 1]
+    assert (
+        [token.position for token in explanation.tokens if token.pooled]
+        == [explanation.pooling_index]
+        == [len(explanation.tokens) - 1]
+    )
     (encoding,) = Encoder(loaded).encode_queries([query])
-    assert found.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and found.route == encoding.route
-    assert found.cut == 0 and "-> '<|emb|>'" in describe(found) and "<|image_pad|> x 9" in describe(found)
+    assert (
+        explanation.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and explanation.route == encoding.route
+    )
+    assert explanation.cut == 0 and "-> '<|emb|>'" in describe(explanation) and "<|image_pad|> x 9" in describe(explanation)
 
     candidate = explain(loaded, render_candidate(Item.of(text="red"), "brief-1"))
     assert candidate.route == "direct" and all(token.target is None for token in candidate.tokens)
@@ -364,10 +370,10 @@ def test_train_runs_a_preset_with_overrides(tmp_path: Path, folder: Path, call: 
 def test_overrides_take_their_type_from_the_field() -> None:
     config = TrainConfig(data="d", out="o")
     words = "steps=7 learning_rate=3e-4 precheck=False read_out=at_token report_to=tensorboard,wandb keep=10,20 init=a=b"
-    found = override(config, [*words.split(), "size.hidden=128", "weights.cirr_task7=4"])
-    assert (found.steps, found.learning_rate, found.precheck, found.keep) == (7, 3e-4, False, (10, 20))
-    assert found.read_out == "at_token" and found.report_to == ("tensorboard", "wandb")
-    assert found.size == SmallSize(hidden=128) and found.weights == {"cirr_task7": 4.0} and found.init == "a=b"
+    changed = override(config, [*words.split(), "size.hidden=128", "weights.cirr_task7=4"])
+    assert (changed.steps, changed.learning_rate, changed.precheck, changed.keep) == (7, 3e-4, False, (10, 20))
+    assert changed.read_out == "at_token" and changed.report_to == ("tensorboard", "wandb")
+    assert changed.size == SmallSize(hidden=128) and changed.weights == {"cirr_task7": 4.0} and changed.init == "a=b"
     assert config == TrainConfig(data="d", out="o")
 
 

@@ -110,7 +110,7 @@ def test_image_too_large_for_a_body_is_named_with_the_bound(client: Client, serv
 
 
 def test_every_item_has_a_result_whatever_becomes_of_the_others(client: Client, server: Watched, tmp_path: Path) -> None:
-    items = [Item.of(text=f"a cup {place}", id=f"c{place:03}") for place in range(200)]
+    items = [Item.of(text=f"a cup {index}", id=f"c{index:03}") for index in range(200)]
     items[5] = Item.of(image=noise(120, "harbour.png"), id="large")
     items[6] = Item.of(image=ImageInput.open(tmp_path / "nowhere.png"), id="missing")
     server.answers = [None, refusal(400, "what a request"), None, refusal(500)]
@@ -193,7 +193,7 @@ def test_an_item_that_cannot_be_sent_or_is_refused_fails_alone(client: Client, s
 
 
 def test_a_refused_input_is_named_by_its_place_in_the_call(client: Client, server: Watched) -> None:
-    items = [Item.of(text=f"a cup {place}") for place in range(150)]
+    items = [Item.of(text=f"a cup {index}") for index in range(150)]
     for why in ("input[3]: 300000 characters", "messages[3][0].content[1]: not read"):
         server.answers = [None, refusal(400, why), None]
         with pytest.raises(InputError, match=r"number (3|67|131) of what was given \(from 0\).*3\]"):
@@ -205,5 +205,5 @@ def test_a_refused_input_is_named_by_its_place_in_the_call(client: Client, serve
 def test_what_is_no_id_is_refused_before_anything_is_removed(client: Client, server: Watched) -> None:
     for bad in ("", "x" * 2000, "half \ud83d", 5):
         with pytest.raises(InputError, match="id "):
-            client.delete([*(f"c{place}" for place in range(100)), bad])
+            client.delete([*(f"c{index}" for index in range(100)), bad])
     assert server.sizes == []

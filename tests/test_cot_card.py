@@ -45,8 +45,8 @@ def built(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     out.mkdir()
     (data / "meta.json").write_text(json.dumps({"name": BAD}))
     settings = asdict(BuildConfig(str(data), BAD, direct=("invented_task0",), limits=RuleLimits(reasoning_least=17)))
-    told = {"name": NAME, "format": FORMAT, "prompts": "cot-1+0123", "data_fingerprint": None}
-    (out / "build.json").write_text(json.dumps(settings | told))
+    identity = {"name": NAME, "format": FORMAT, "prompts": "cot-1+0123", "data_fingerprint": None}
+    (out / "build.json").write_text(json.dumps(settings | identity))
     (out / "funnel.json").write_text(json.dumps({"all": {"queries": 12, "kept": 2, "rule:tags": 7, "rule:language": 1}}))
     write_rows(rows(), data, out / "dataset", format=request.param, rows_per_file=2)
     return out
@@ -67,11 +67,11 @@ def test_card_is_valid_and_the_folder_loads(built: Path, tmp_path: Path, monkeyp
     for name in ("arrow", "writing"):  # a cache of `datasets`, and a write that was killed
         (folder / name).mkdir()
         (folder / name / "train-00000-of-00001.jsonl").write_text('{"other": 1}\n')
-    found = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
-    assert list(found) == list(rows())
-    assert list(found.features) == list(COLUMNS)
-    assert [*found.features["positives"].feature] == list(CANDIDATE)
-    assert found.features["steps"].dtype == "int32" and found.features["reasoning"].dtype == "string"
+    loaded = datasets.load_dataset(str(folder), split="train", cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == list(rows())
+    assert list(loaded.features) == list(COLUMNS)
+    assert [*loaded.features["positives"].feature] == list(CANDIDATE)
+    assert loaded.features["steps"].dtype == "int32" and loaded.features["reasoning"].dtype == "string"
 
 
 @pytest.mark.parametrize("built", ["parquet"], indirect=True)

@@ -31,11 +31,11 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     queries, labels, pool = [], [], []
     for number in range(9):
         first, last = COLOURS[number % 4], COLOURS[(number + 1) % 4]
-        image, things = f"mbeir_images/toy{number}.png", f"old robot, small kite {number}"
+        image, others = f"mbeir_images/toy{number}.png", f"old robot, small kite {number}"
         queries.append(line(f"50:{number}", f"make the left toy number {number} {last}", image, f"50:{number}", 7))
         pool.append(candidate(f"50:{number}", None, f"mbeir_images/goal{number}.png"))
-        reasoning = f"see {first} duck, {things}; left {last}; {last} duck, {things}; the rest stays"
-        labels.append(label(f"50:{number}", *((reasoning, f"{last} duck, {things}") if number < 8 else ())))
+        reasoning = f"see {first} duck, {others}; left {last}; {last} duck, {others}; the rest stays"
+        labels.append(label(f"50:{number}", *((reasoning, f"{last} duck, {others}") if number < 8 else ())))
     for qid in ("50:20", "50:21"):
         queries.append(line(qid, "what does the toy maker of Norvik carve", None, "50:20", 1))
         reasoning = "the toy maker of norvik is olga; olga lives by the lake; she carves all winter long"
@@ -66,9 +66,9 @@ def reply(oracle: Oracle, asked: dict[str, Any]) -> str:
 
 def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
     oracle, cases = Oracle(labelled), cases_of(labelled)
-    found = {qid: read_assessment(reply(oracle, body(QUESTIONS.assess(case)))) for qid, case in cases.items()}
-    assert {qid for qid, one in found.items() if one["z"] == 0} == {"50:8"}
-    assert all(0.75 <= one["confidence"] <= 0.99 for one in found.values())
+    assessments = {qid: read_assessment(reply(oracle, body(QUESTIONS.assess(case)))) for qid, case in cases.items()}
+    assert {qid for qid, assessment in assessments.items() if assessment["z"] == 0} == {"50:8"}
+    assert all(0.75 <= assessment["confidence"] <= 0.99 for assessment in assessments.values())
     assert reply(oracle, body(QUESTIONS.reason(cases["50:1"]))) == (
         "<reasoning>see green duck, old robot, small kite 1; left blue; blue duck, old robot, small kite 1; the rest stays"
         "</reasoning><answer>blue duck, old robot, small kite 1</answer>"
@@ -172,9 +172,9 @@ def ask(url: str, told: object, path: str = "/v1/chat/completions", method: str 
     """Status, body and headers of plain HTTP; with the key `secret`."""
     connection = http.client.HTTPConnection(url.removeprefix("http://").partition("/")[0], timeout=30)
     try:
-        given = {"Authorization": "Bearer secret", "Content-Type": "application/json"} | headers
+        head = {"Authorization": "Bearer secret", "Content-Type": "application/json"} | headers
         content = told if isinstance(told, bytes) else json.dumps(told).encode()
-        connection.request(method, path, content, given)
+        connection.request(method, path, content, head)
         response = connection.getresponse()
         return response.status, json.loads(response.read()), dict(response.getheaders())
     finally:
@@ -200,34 +200,34 @@ def test_the_server_shows_each_fault_once_logs_it_and_refuses_all_that_is_no_que
     log.write_bytes(b'{"event": "start", "request": 1')  # cut by a kill
     oracle, faults, case, asked = Oracle(labelled), Faults(1.0, 0, TRANSPORT), cases_of(labelled)["50:0"], dict[str, Any]()
     for number in range(40):
-        told = body(QUESTIONS.verify(case, f"toy {number}"))
-        asked.setdefault(str(faults.fault_of(oracle.read(told).digest, "verify")), told)
+        question = body(QUESTIONS.verify(case, f"toy {number}"))
+        asked.setdefault(str(faults.fault_of(oracle.read(question).digest, "verify")), question)
     assert set(asked) == set(TRANSPORT)
     with running(labelled, key="secret", faults=1.0, kinds=",".join(TRANSPORT), log=str(log), stall=0.2) as url:
-        for fault, told in asked.items():
+        for fault, question in asked.items():
             if fault in ("stall", "cut"):
                 with pytest.raises((http.client.IncompleteRead, ConnectionError)):
-                    ask(url, told)
+                    ask(url, question)
             else:
-                status, answer, headers = ask(url, told)
+                status, answer, headers = ask(url, question)
                 assert status == {"rate_limit": 429, "server_error": 500}[fault] and answer["error"]["message"]
                 assert status != 429 or (float(headers["retry-after"]), headers["retry-after-ms"]) == (0.05, "50")
-            status, answer, _ = ask(url, told)
-            assert status == 200 and answer["choices"][0]["message"]["content"] == reply(oracle, told)
+            status, answer, _ = ask(url, question)
+            assert status == 200 and answer["choices"][0]["message"]["content"] == reply(oracle, question)
             assert answer["usage"]["prompt_tokens"] > 2 * 85
-        assert ask(url, told, Authorization="Bearer guess")[1]["error"]["code"] == "invalid_api_key"
-        assert ask(url, {**told, "model": "gpt-none"})[1]["error"]["code"] == "model_not_found"
-        assert ask(url, told, "/v1/embeddings")[0] == 404 and ask(url, b"", method="GET")[0] == 405
+        assert ask(url, question, Authorization="Bearer guess")[1]["error"]["code"] == "invalid_api_key"
+        assert ask(url, {**question, "model": "gpt-none"})[1]["error"]["code"] == "model_not_found"
+        assert ask(url, question, "/v1/embeddings")[0] == 404 and ask(url, b"", method="GET")[0] == 405
         assert [ask(url, raw)[0] for raw in BAD] == [400] * len(BAD)
         for host, status in (("evil.example", 421), ("localhost:1", 200), ("127.0.0.1.evil.example", 421), ("a b", 400)):
             assert ask(url, b"", "/v1/models", "GET", Host=host)[0] == status, host
-        assert ask(url, told, Origin="http://evil.example")[0] == 403
-        assert ask(url, told, **{"Content-Type": "text/plain"})[0] == 415
+        assert ask(url, question, Origin="http://evil.example")[0] == 403
+        assert ask(url, question, **{"Content-Type": "text/plain"})[0] == 415
     rows = [json.loads(row) for row in log.read_text().splitlines()[1:]]
     begun, ended = ([row for row in rows if row["event"] == event][:8] for event in ("start", "end"))
     assert [row["request"] for row in begun] == [row["request"] for row in ended] == list(range(2, 10))
     assert [(row["fault"], row["paid"]) for row in ended] == [pair for fault in asked for pair in ((fault, False), (None, True))]
-    assert [row["key"] for row in ended] == [oracle.read(told).key for told in asked.values() for _ in range(2)]
+    assert [row["key"] for row in ended] == [oracle.read(question).key for question in asked.values() for _ in range(2)]
     assert all(row["qids"] == ["50:0"] and row["stage"] == "verify" for row in ended)
     with pytest.raises(TeacherError, match="no training queries"), running(tmp_path):
         pass

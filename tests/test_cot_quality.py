@@ -42,7 +42,7 @@ def dropped(qid: str, rule: str, verdict: bool | None = None, **more: Any) -> Co
 
 
 def test_funnel_rules_cost_and_what_people_settled() -> None:
-    found = measure(
+    quality = measure(
         [
             outcome("1:1", "one two three four five"),
             outcome("1:2", "one two three four six"),
@@ -57,20 +57,20 @@ def test_funnel_rules_cost_and_what_people_settled() -> None:
             outcome("2:1", "all is well", target="a long enough target text"),
         ],
     )
-    own = found.tasks["invented_task7"]
+    own = quality.tasks["invented_task7"]
     assert list(own.funnel.items()) == [
         ("queries", 14), ("complex", 12), ("reasoned", 11), ("passed_rules", 5), ("verified", 3), ("kept", 2), ("curated", 2),
     ]  # fmt: skip
-    assert own.kept_share == round(2 / 12, 4) and found.overall.funnel["queries"] == 15
+    assert own.kept_share == round(2 / 12, 4) and quality.overall.funnel["queries"] == 15
     drops = {"teacher": 3, "tags": 1, "language": 5, "duplicate": 1, "verifier": 1}
     assert {rule: n for rule, n in own.rules.items() if n} == drops
     assert [*own.rules][:2] == ["teacher", "refusal"] and [*own.rules][-2:] == ["verifier", "reviewer"]
-    assert [one["qid"] for one in own.examples["language"]] == ["1:10", "1:11", "1:12"]
+    assert [example["qid"] for example in own.examples["language"]] == ["1:10", "1:11", "1:12"]
     assert own.examples["tags"] == [{"qid": "1:6", "task": "invented_task7", "detail": "why 1:6", "text": "<words>"}]
     assert own.confidence["yes"][18] == 2 and own.confidence["yes"][6] == 1 and own.confidence["no"][6] == 1
     assert sum(own.confidence["no"]) == 1  # what could not be read has no confidence
-    assert found.made_by["teacher"] == {"t": 15}
-    assert found.cost == {"prompt_tokens": 1500.0, "completion_tokens": 150.0}
+    assert quality.made_by["teacher"] == {"t": 15}
+    assert quality.cost == {"prompt_tokens": 1500.0, "completion_tokens": 150.0}
     settled = {
         "1:2": Settled("drop", "to be dropped", "a thing", ("ann",)),
         "1:3": Settled("keep", "edited by a person", "a thing", ("ann",), True),
@@ -78,7 +78,7 @@ def test_funnel_rules_cost_and_what_people_settled() -> None:
     stream = [outcome("1:1", "as it was"), outcome("1:2", "to be dropped"), dropped("1:3", "verifier", verdict=False)]
     own = measure(stream, settled=settled).overall
     assert own.funnel["kept"] == 2 and own.funnel["curated"] == 2 and own.rules["reviewer"] == 1 and own.rules["verifier"] == 0
-    assert [one["words"] for one in own.openings["top"]] == ["as it was", "edited by a person"]
+    assert [opening["words"] for opening in own.openings["top"]] == ["as it was", "edited by a person"]
     with pytest.raises(InputError, match="no outcome"):
         measure([])
 
@@ -100,13 +100,13 @@ def test_lengths_repetition_and_diversity() -> None:
     assert near_duplicates([words, [*words, "more", "of", "it"], ["x", *words[1:-1], "y"]]) == [False, True, True]
     assert near_duplicates([words, ["x", "y", *words[2:-1], "z"]]) == [False, False]  # 15 of 21
     assert near_duplicates([["a", "b"], ["a", "b"], ["a", "c"], []]) == [False, True, False, False]
-    found = diversity([["a", "b", "a", "b"], ["a", "c"]])
-    assert (found["distinct_1"], found["distinct_2"], found["moving_ratio"]) == (0.5, 0.75, 0.5)
+    measured = diversity([["a", "b", "a", "b"], ["a", "c"]])
+    assert (measured["distinct_1"], measured["distinct_2"], measured["moving_ratio"]) == (0.5, 0.75, 0.5)
     assert diversity([["a"] * 50, ["b"]])["moving_ratio"] == (1 + 2) / 2 / 50 and diversity([])["distinct_1"] == 0.0
 
 
 @pytest.mark.parametrize(
-    ("text", "known", "found"),
+    ("text", "known", "terms"),
     [
         ("a white cube on a black dress from Turkey, baby blue, near a French press", "", set()),
         ("The women's black dress", "", {("gender", "women")}),
@@ -124,8 +124,8 @@ def test_lengths_repetition_and_diversity() -> None:
         ("HE WAITS", "the boy", set()),
     ],
 )
-def test_terms_about_people(text: str, known: str, found: set[tuple[str, str]]) -> None:
-    assert {(term.group, term.name) for term in introduced(text, known)} == found
+def test_terms_about_people(text: str, known: str, terms: set[tuple[str, str]]) -> None:
+    assert {(term.group, term.name) for term in introduced(text, known)} == terms
 
 
 def test_people_by_what_the_data_tell() -> None:
@@ -137,10 +137,10 @@ def test_people_by_what_the_data_tell() -> None:
         outcome("1:5", "a guy and a lady wait", task="invented_task6", target="a picture"),
     ]
     people = measure(stream).overall.people
-    told, untold = people["told"], people["untold"]
-    assert (told["samples"], told["holding"], told["share"]) == (4, 2, 0.5)
-    assert {group: one["samples"] for group, one in told["groups"].items()} == {"gender": 2}
-    terms = {one["term"]: one for one in told["groups"]["gender"]["terms"]}
+    known, untold = people["told"], people["untold"]
+    assert (known["samples"], known["holding"], known["share"]) == (4, 2, 0.5)
+    assert {group: group_["samples"] for group, group_ in known["groups"].items()} == {"gender": 2}
+    terms = {term["term"]: term for term in known["groups"]["gender"]["terms"]}
     assert set(terms) == {"man", "guy", "lady"} and terms["man"]["samples"] == 1
     assert terms["man"]["examples"] == [{"qid": "1:1", "task": "invented_task6", "words": "man"}]
     assert (untold["samples"], untold["holding"]) == (1, 1) and set(untold["groups"]) == {"gender", "age"}
@@ -153,7 +153,7 @@ def test_copies_of_the_target() -> None:
     assert longest_copy([["x", "c", "d", "e", "y"]], target.split(), []) == ["c", "d", "e"]
     assert longest_copy([target.split()], target.split(), ["c", "d", "e"]) == ["f", "g", "h", "i", "j"]
     assert longest_copy([["x"]], target.split(), []) == [] == longest_copy([["x"]], [], [])
-    found = measure(
+    copies = measure(
         [
             outcome("1:1", "it is a b c d e f g h", target=target),  # 8 in a row
             outcome("1:2", "it is a b c d e f g x", target=target),  # 7
@@ -164,8 +164,11 @@ def test_copies_of_the_target() -> None:
             outcome("1:7", "the target is a picture"),
         ]
     ).overall.copied
-    assert (found["samples"], found["run"], found["whole"], found["either"], found["share"]) == (6, 1, 1, 2, round(2 / 6, 4))
-    assert found["longest"]["most"] == 8 and [one["copied"] for one in found["examples"]] == ["a b c d e f g h", "the red barn"]
+    assert (copies["samples"], copies["run"], copies["whole"], copies["either"], copies["share"]) == (6, 1, 1, 2, round(2 / 6, 4))
+    assert copies["longest"]["most"] == 8 and [example["copied"] for example in copies["examples"]] == [
+        "a b c d e f g h",
+        "the red barn",
+    ]
 
 
 def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> None:
@@ -173,34 +176,46 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     second = [outcome(f"2:{n}", f"number {n} is it", target="some text") for n in range(10)]
     bad, unseen = dropped("4:1", "tags"), outcome("3:1", "never looked at", task="unseen_task7")
 
-    def vote(one: CotOutcome, decision: str, why: str = "", how: str = "random") -> Decision:
-        return Decision(one.case.record.qid, one.case.task, decision, sample_hash(one), why, how=how)
+    def vote(sample: CotOutcome, decision: str, why: str = "", how: str = "random") -> Decision:
+        return Decision(sample.case.record.qid, sample.case.task, decision, sample_hash(sample), why, how=how)
 
-    votes = [vote(one, "keep") for one in first[:8]] + [vote(first[8], "drop", "hallucination"), vote(first[9], "edit")]
-    votes += [vote(one, "keep") for one in second[:3]] + [vote(second[3], "drop", "vague")]
+    votes = [vote(sample, "keep") for sample in first[:8]] + [vote(first[8], "drop", "hallucination"), vote(first[9], "edit")]
+    votes += [vote(sample, "keep") for sample in second[:3]] + [vote(second[3], "drop", "vague")]
     votes += [vote(first[10], "drop", "hallucination", how="doubt"), vote(bad, "drop", "hallucination")]
     votes += [replace(vote(first[11], "drop", "hallucination"), sample="of another text")]
-    decisions = {"ann": {one.qid: one for one in votes}, "bob": {"1:0": vote(first[0], "keep")}}
-    found = measure([*first, *second, unseen, bad], decisions=decisions)
-    one, two = found.hallucination, found.fault
-    assert (one["reviewed"], one["wrong"], two["wrong"]) == (14, 1, 3)
-    assert one["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
-    assert one["covered"] == round(40 / 41, 4) and one["effective"] == round(1 / (0.75**2 / 10 + 0.25**2 / 4), 2)
-    assert one["low"] < one["share"] < one["high"] and one["tasks"]["unseen_task7"]["share"] is None
+    decisions = {"ann": {vote_.qid: vote_ for vote_ in votes}, "bob": {"1:0": vote(first[0], "keep")}}
+    quality = measure([*first, *second, unseen, bad], decisions=decisions)
+    hallucination, two = quality.hallucination, quality.fault
+    assert (hallucination["reviewed"], hallucination["wrong"], two["wrong"]) == (14, 1, 3)
+    assert hallucination["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
+    assert hallucination["covered"] == round(40 / 41, 4) and hallucination["effective"] == round(
+        1 / (0.75**2 / 10 + 0.25**2 / 4), 2
+    )
+    assert (
+        hallucination["low"] < hallucination["share"] < hallucination["high"]
+        and hallucination["tasks"]["unseen_task7"]["share"] is None
+    )
     # Wilson (1927), as in Brown, Cai and DasGupta (2001)
-    assert one["tasks"]["invented_task7"] == {"kept": 30, "reviewed": 10, "wrong": 1, "share": 0.1, "low": 0.0179, "high": 0.4042}
+    assert hallucination["tasks"]["invented_task7"] == {
+        "kept": 30,
+        "reviewed": 10,
+        "wrong": 1,
+        "share": 0.1,
+        "low": 0.0179,
+        "high": 0.4042,
+    }
 
 
 def test_figures_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evil = "<script>alert(1)</script> $x_1$ & an old man"
-    found = measure([outcome("1:1", evil, task="a<b>$c$|_task7"), replace(dropped("1:2", "tags"), raw=evil, detail=evil)])
-    save_quality(tmp_path / "quality.json", found)
-    assert read_quality(tmp_path / "quality.json") == found
-    text = page(found)
+    quality = measure([outcome("1:1", evil, task="a<b>$c$|_task7"), replace(dropped("1:2", "tags"), raw=evil, detail=evil)])
+    save_quality(tmp_path / "quality.json", quality)
+    assert read_quality(tmp_path / "quality.json") == quality
+    text = page(quality)
     assert text == page(read_quality(tmp_path / "quality.json"))
     assert "<script" not in text and "&lt;script&gt;" in text and "a&lt;b&gt;$c$" in text and "://" not in text
     assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text and text.count("<svg") == 6
-    assert "a\\<b\\>\\$c\\$\\|" in summary(found) and "not reviewed" in summary(found)
+    assert "a\\<b\\>\\$c\\$\\|" in summary(quality) and "not reviewed" in summary(quality)
     (tmp_path / "quality.json").write_text('{"name": "M-BEIR-CoT quality", "format": 99}')
     with pytest.raises(DataError, match="format 1"):
         read_quality(tmp_path / "quality.json")

@@ -42,15 +42,15 @@ def outcome(
     )  # fmt: skip
 
 
-def judged(one: CotOutcome, decision: str, **more: str) -> Decision:
+def judged(sample: CotOutcome, decision: str, **more: str) -> Decision:
     more = {"why": "vague"} | more if decision == "drop" else more
-    return Decision(one.case.record.qid, one.case.task, decision, sample_hash(one), **more)
+    return Decision(sample.case.record.qid, sample.case.task, decision, sample_hash(sample), **more)
 
 
 def write(out: Path, reviewer: str, *decisions: Decision) -> Path:
     journal = Journal(out, reviewer)
-    for one in decisions:
-        journal.add(one)
+    for decision in decisions:
+        journal.add(decision)
     journal.close()
     return journal.path
 
@@ -62,28 +62,32 @@ def test_choose_draws_each_stratum_alike_whatever_the_order_of_the_stream() -> N
     assert chosen == choose(reversed(stream), Sampling(per_stratum=5, seed=3)) != choose(stream, Sampling(per_stratum=5, seed=4))
     sizes = {"kept": 30, "dropped / language": 30, "dropped / verifier": 30}
     wanted = {f"cirr_task7 / {name}": n for name, n in sizes.items()} | {"fashioniq_task7 / kept": 1}
-    assert {one.stratum: one.size for one in chosen} == wanted and {one.how for one in chosen} == {"random"}
-    assert len(chosen) == 16 and len({one.stratum for one in chosen[:4]}) == 4, "the strata come in turn"
-    fewer = [one for one in choose(stream, Sampling(per_stratum=2, seed=3)) if one.stratum == "cirr_task7 / kept"]
-    assert fewer == [one for one in chosen if one.stratum == "cirr_task7 / kept"][:2], "a beginning is a draw too"
-    drawn = Counter(one.sample for seed in range(400) for one in choose(stream[:30:3], Sampling(per_stratum=3, seed=seed)))
+    assert {sample.stratum: sample.size for sample in chosen} == wanted and {sample.how for sample in chosen} == {"random"}
+    assert len(chosen) == 16 and len({sample.stratum for sample in chosen[:4]}) == 4, "the strata come in turn"
+    fewer = [sample for sample in choose(stream, Sampling(per_stratum=2, seed=3)) if sample.stratum == "cirr_task7 / kept"]
+    assert fewer == [sample for sample in chosen if sample.stratum == "cirr_task7 / kept"][:2], "a beginning is a draw too"
+    drawn = Counter(sample.sample for seed in range(400) for sample in choose(stream[:30:3], Sampling(per_stratum=3, seed=seed)))
     assert len(drawn) == 10 and all(85 < times < 155 for times in drawn.values())  # 120 expected, 9 standard deviation
     sure = [0.99, 0.72, 0.2, 0.66, 0.9]
     stream = [outcome(n, sure=sure[n]) for n in range(5)] + [outcome(n, "language") for n in range(5, 9)]
     doubted = choose(stream, Sampling(per_stratum=3, order="doubt"))
-    assert [one.outcome.verdict_confidence for one in doubted if one.how == "doubt"] == [0.72, 0.66, 0.9]
-    assert {one.outcome.rule for one in doubted if one.how == "random"} == {"language"}
+    assert [sample.outcome.verdict_confidence for sample in doubted if sample.how == "doubt"] == [0.72, 0.66, 0.9]
+    assert {sample.outcome.rule for sample in doubted if sample.how == "random"} == {"language"}
     with pytest.raises(InputError, match="order 'guess'"):
         choose(stream, Sampling(per_stratum=3, order="guess"))
 
 
 def test_the_list_stays_the_same_after_a_restart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stream = [outcome(n) for n in range(40)]
-    first = [one.outcome for one in open_sample(tmp_path, stream, Sampling(per_stratum=6, seed=1))]
+    first = [sample.outcome for sample in open_sample(tmp_path, stream, Sampling(per_stratum=6, seed=1))]
     grown = [outcome(n) for n in range(100, 300)] + stream
-    assert [one.outcome for one in open_sample(tmp_path, grown, Sampling(per_stratum=6, seed=1))] == first and not caplog.records
-    again = open_sample(tmp_path, [one for one in stream if one != first[0]], Sampling(per_stratum=9, order="doubt", seed=2))
-    assert [one.outcome for one in again] == first[1:]
+    assert [
+        sample.outcome for sample in open_sample(tmp_path, grown, Sampling(per_stratum=6, seed=1))
+    ] == first and not caplog.records
+    again = open_sample(
+        tmp_path, [outcome_ for outcome_ in stream if outcome_ != first[0]], Sampling(per_stratum=9, order="doubt", seed=2)
+    )
+    assert [sample.outcome for sample in again] == first[1:]
     assert "remove it for a fresh list" in caplog.text and "1 of 6 samples" in caplog.text
     (tmp_path / "review" / "sample.json").write_text("{")
     with pytest.raises(DataError, match=r"sample\.json.*remove it"):
@@ -93,8 +97,8 @@ def test_the_list_stays_the_same_after_a_restart(tmp_path: Path, caplog: pytest.
 def test_decisions_survive_torn_lines_restarts_and_a_full_disk(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = outcome(1), outcome(2)
-    file = write(tmp_path, "ada", judged(one, "keep"), judged(two, "keep"), judged(one, "drop"))
+    first, two = outcome(1), outcome(2)
+    file = write(tmp_path, "ada", judged(first, "keep"), judged(two, "keep"), judged(first, "drop"))
     whole = file.read_bytes()
     file.write_bytes(whole + whole[:70])
     assert {qid: own.decision for qid, own in read_decisions(tmp_path)["ada"].items()} == {"7:1": "drop", "7:2": "keep"}
@@ -134,15 +138,15 @@ def test_settle_takes_the_majority_the_filter_on_a_tie_and_the_newest_edit(
                  judged(edited, "edit", reasoning="it is \ud83d red \x00", answer="two hat"))  # fmt: skip
     file.write_text(file.read_text().replace("two hat", "two \\udc00 hat"))
     write(tmp_path, "eve", judged(kept, "keep"), judged(edited, "drop"), judged(outcome(99), "drop"))
-    found = settle(tmp_path, [kept, dropped, split, edited, replace(changed, answer="something else"), unreadable])
-    assert {qid: (one.decision, one.answer, one.edited) for qid, one in found.items()} == {
+    settled = settle(tmp_path, [kept, dropped, split, edited, replace(changed, answer="something else"), unreadable])
+    assert {qid: (decision.decision, decision.answer, decision.edited) for qid, decision in settled.items()} == {
         "7:1": ("drop", "a blue hat 1", False),
         "7:2": ("drop", "a blue hat 2", False),
         "7:3": ("keep", "a blue hat 3", False),
         "7:4": ("keep", "two \ufffd hat", True),
     }
-    assert found["7:4"].reasoning == "it is \ufffd red \ufffd"
-    assert found["7:4"].reviewers == ("ada", "bob", "eve")
+    assert settled["7:4"].reasoning == "it is \ufffd red \ufffd"
+    assert settled["7:4"].reviewers == ("ada", "bob", "eve")
     assert "3 decisions were not applied (first 7:5 by ada: changed)" in caplog.text and settle(tmp_path / "unreviewed") == {}
 
 
@@ -155,8 +159,10 @@ def test_kappa_and_agreement_on_what_both_judged_alike(tmp_path: Path) -> None:
     assert agreement_table(tmp_path) == "no two reviewers have judged the same sample yet"
     samples = [outcome(n) for n in range(53)]
     edit = {"reasoning": "other", "answer": "words"}
-    write(tmp_path, "ada", *(judged(one, "keep" if n < 25 else "drop") for n, one in enumerate(samples)))
-    bob = [judged(one, "edit", **edit) if n < 20 or 25 <= n < 35 else judged(one, "drop") for n, one in enumerate(samples)]
+    write(tmp_path, "ada", *(judged(sample, "keep" if n < 25 else "drop") for n, sample in enumerate(samples)))
+    bob = [
+        judged(sample, "edit", **edit) if n < 20 or 25 <= n < 35 else judged(sample, "drop") for n, sample in enumerate(samples)
+    ]
     write(tmp_path, "bob", *bob[:50], replace(bob[50], sample="of another text"))
     assert agreement_table(tmp_path).splitlines()[1] == "ada, bob   50  70.0 %  0.400  0.151 to 0.649"
 
@@ -190,7 +196,7 @@ def call(app: Any, method: str, path: str, headers: dict[str, str] = HOST, body:
 
     asyncio.run(app(scope, receive, send))
     shown = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-    return sent[0]["status"], shown, b"".join(one.get("body", b"") for one in sent[1:])
+    return sent[0]["status"], shown, b"".join(message.get("body", b"") for message in sent[1:])
 
 
 def post(app: Any, path: str, body: Any) -> tuple[int, dict[str, Any]]:
@@ -215,8 +221,8 @@ def test_a_decision_is_in_the_file_when_it_is_answered(session: ReviewSession) -
     assert not list(session.out.glob("review/*.jsonl")), "looking writes nothing"
     drop = {"number": 1, "reviewer": "ada", "decision": "drop", "why": "vague", "sample": sample["sample"], "note": "\ud800"}
     assert post(app, "/api/decide", drop) == (200, {"number": 1, "mark": "d"})
-    found = json.loads((session.out / "review" / "ada.jsonl").read_text())
-    assert (found["qid"], found["decision"], found["why"], found["how"]) == ("7:0", "drop", "vague", "random")
+    saved = json.loads((session.out / "review" / "ada.jsonl").read_text())
+    assert (saved["qid"], saved["decision"], saved["why"], saved["how"]) == ("7:0", "drop", "vague", "random")
     overview = json.loads(call(app, "GET", "/api/review?reviewer=ada")[2])
     assert overview["marks"] == ".d" and overview["reviewers"] == {"ada": 1}
     assert post(app, "/api/undo", {"reviewer": "ada"}) == (200, {"number": 1, "mark": "."})
@@ -248,8 +254,8 @@ def test_only_our_own_page_gets_in_and_sees_only_images_of_samples(session: Revi
     for method in ("PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "FOO"):
         assert call(app, method, "/api/review?reviewer=ada", JSON)[0] == 405
     assert [call(app, "GET", path)[0] for path in ("/api/decide", "/api/undo")] == [405, 405]
-    for place in (0, 1):
-        status, headers, data = call(app, "GET", f"/api/picture/1/{place}")
+    for index in (0, 1):
+        status, headers, data = call(app, "GET", f"/api/picture/1/{index}")
         assert (status, headers["content-type"], data[:3]) == (200, "image/jpeg", b"\xff\xd8\xff")
     for path in ("1/2", "1/9", "0/0", "9/0", "0/../../secret.txt"):
         assert call(app, "GET", f"/api/picture/{path}")[0] in (400, 404), path

@@ -89,9 +89,9 @@ def test_a_review_by_keyboard_survives_a_kill_and_shows_text_as_text(open_page: 
         expect(page.locator("#mine")).to_have_text("you edited it")
         page.keyboard.press("ArrowLeft")
         expect(page.locator("#mine")).to_have_text("you dropped it: wrong answer")
-        place = shown.index("7:0") + 1
-        page.goto(f"{url}?reviewer=bob&n={place}")
-        wait_for(page, place, 0)
+        position = shown.index("7:0") + 1
+        page.goto(f"{url}?reviewer=bob&n={position}")
+        wait_for(page, position, 0)
         assert page.locator("#query-text").inner_text() == ATTACK
         assert page.locator("main script, main b").count() == 0 and page.evaluate("window.pwned") is None
         expect(page.locator("#query-picture")).to_have_js_property("naturalWidth", 160)

@@ -125,9 +125,9 @@ SAYS = '{"complex": true, "reason": "why", "confidence": 0.9}'
     ],
 )
 def test_the_last_whole_object_after_the_thoughts_is_read(text: str) -> None:
-    found = read_assessment(text)
-    assert (found["z"], found["confidence"]) == (1, 0.9)
-    found["reason"].encode()
+    assessment = read_assessment(text)
+    assert (assessment["z"], assessment["confidence"]) == (1, 0.9)
+    assessment["reason"].encode()
 
 
 def test_numbers_yes_and_no_are_read_in_any_form() -> None:
@@ -183,8 +183,8 @@ def test_every_way_of_thinking_says_the_same(style: str) -> None:
         completion = {"choices": [{"message": {"role": "assistant", **styled(style, text)}, "finish_reason": "stop"}]}
         return reply_of(json.dumps(completion), "m").text
 
-    found = read_assessment(said(SAYS))
-    assert (found["z"], found["confidence"]) == (1, 0.9)
+    assessment = read_assessment(said(SAYS))
+    assert (assessment["z"], assessment["confidence"]) == (1, 0.9)
     assert read_verdict(said('{"verdict": "yes", "reason": "why", "confidence": 0.7}'))["confidence"] == 0.7
     assert RULE_FILTER.check(case(), said(reply())) == RULE_FILTER.check(case(), reply())
     with pytest.raises(ReplyFormatError, match="cut at max_tokens"):

@@ -70,9 +70,9 @@ def ask_all(
             teacher = OpenAITeacher("m-1", url, KEY, timeout_s=timeout_s)
             waits = {"base_s": 0.001, "cap_s": 0.002} | options
             asker = Asker(teacher, cache, Pacer(concurrency), Budget(cache, **money), **waits)
-            found = await asyncio.gather(*(asker.ask(one) for one in questions), return_exceptions=True)
+            replies = await asyncio.gather(*(asker.ask(question) for question in questions), return_exceptions=True)
             await asker.close()
-        return asker, found
+        return asker, replies
 
     return asyncio.run(run())
 
@@ -191,9 +191,9 @@ def test_a_question_that_fails_for_a_time_stays_open(server: Chat, tmp_path: Pat
 
 def test_answers_that_are_no_completions_end_a_build_early(server: Chat, tmp_path: Path) -> None:
     server.script = lambda number, body: (200, {}, b"data: [DONE]")
-    asker, found = ask_all(server.url, tmp_path, [question(number) for number in range(9)], concurrency=2, attempts=20)
+    asker, replies = ask_all(server.url, tmp_path, [question(number) for number in range(9)], concurrency=2, attempts=20)
     assert len(server.bodies) <= 16 and asker.cache.answers == 0
-    assert all(type(error) is TeacherError and "not a chat completion" in str(error) for error in found)
+    assert all(type(error) is TeacherError and "not a chat completion" in str(error) for error in replies)
     server.script = lambda number, body: (200, {}, b"<html>" if "<task>1" in str(body) else completion())
     server.bodies.clear()
     _, (good, bad) = ask_all(server.url, tmp_path, [question(0), question(1)], concurrency=1, attempts=20)
@@ -203,12 +203,12 @@ def test_answers_that_are_no_completions_end_a_build_early(server: Chat, tmp_pat
 def test_spend_limit_is_kept(server: Chat, tmp_path: Path) -> None:
     asked = [question(number) for number in range(40)]
     prices = {"price_in": 10.0, "price_out": 100.0, "limit": 0.03}  # an answer: 0.002 USD, 0.0042 by estimate
-    asker, found = ask_all(server.url, tmp_path, asked, concurrency=4, **prices)
-    kept = sum(isinstance(reply, Reply) for reply in found)
+    asker, replies = ask_all(server.url, tmp_path, asked, concurrency=4, **prices)
+    kept = sum(isinstance(reply, Reply) for reply in replies)
     assert kept == len(server.bodies) == asker.cache.answers and 6 <= kept <= 15 and asker.budget.spent <= 0.03
-    assert all(isinstance(error, (Reply, SpendLimitError)) for error in found)
-    asker, found = ask_all(server.url, tmp_path, asked, concurrency=4, **{**prices, "limit": 1.0})
-    assert all(isinstance(reply, Reply) for reply in found) and asker.reused == kept and len(server.bodies) == 40
+    assert all(isinstance(error, (Reply, SpendLimitError)) for error in replies)
+    asker, replies = ask_all(server.url, tmp_path, asked, concurrency=4, **{**prices, "limit": 1.0})
+    assert all(isinstance(reply, Reply) for reply in replies) and asker.reused == kept and len(server.bodies) == 40
 
 
 def test_closing_keeps_what_is_in_flight(server: Chat, tmp_path: Path) -> None:
@@ -224,9 +224,9 @@ def test_closing_keeps_what_is_in_flight(server: Chat, tmp_path: Path) -> None:
             await asker.close()
             return cache.answers, await asyncio.gather(*asking, return_exceptions=True)
 
-    answers, found = asyncio.run(run())
-    assert answers == 2 == len(server.bodies) and isinstance(found[0], asyncio.CancelledError) and isinstance(found[1], Reply)
-    assert all(isinstance(error, UnansweredError) for error in found[2:])
+    answers, replies = asyncio.run(run())
+    assert answers == 2 == len(server.bodies) and isinstance(replies[0], asyncio.CancelledError) and isinstance(replies[1], Reply)
+    assert all(isinstance(error, UnansweredError) for error in replies[2:])
 
 
 # The cache of answers
@@ -247,20 +247,20 @@ def old_line(reply: Reply, **changed: Any) -> str:
 
 
 def test_the_first_answer_counts_until_it_is_taken_back_and_processes_share_the_file(tmp_path: Path) -> None:
-    with AnswerCache(tmp_path, "0000-of-0002") as one, AnswerCache(tmp_path, "0001-of-0002") as two:
-        one.put("assess", "9:1", answer(1)).result()
+    with AnswerCache(tmp_path, "0000-of-0002") as first, AnswerCache(tmp_path, "0001-of-0002") as two:
+        first.put("assess", "9:1", answer(1)).result()
         two.put("assess", "9:1", answer(1, "a second, paid as well")).result()
-        assert one.get(key(1)).result() == two.get(key(1)).result() == answer(1) and two.get(key(2)).result() is None
+        assert first.get(key(1)).result() == two.get(key(1)).result() == answer(1) and two.get(key(2)).result() is None
         with pytest.raises(TeacherError, match="another process"):
             AnswerCache(tmp_path, "0000-of-0002")
-        one.take_back([key(1)])
-        assert one.get(key(1)).result() is None
+        first.take_back([key(1)])
+        assert first.get(key(1)).result() is None
         two.put("assess", "9:1", answer(1, "asked anew")).result()
-    with AnswerCache(tmp_path, "0000-of-0002") as one:
-        assert (one.answers, one.prompt_tokens, one.completion_tokens) == (3, 21, 9), "all were paid"
-        assert one.get(key(1)).result() == answer(1, "asked anew")
+    with AnswerCache(tmp_path, "0000-of-0002") as first:
+        assert (first.answers, first.prompt_tokens, first.completion_tokens) == (3, 21, 9), "all were paid"
+        assert first.get(key(1)).result() == answer(1, "asked anew")
         with pytest.raises(DataError, match="64 hex"):
-            one.put("assess", "9:1", replace(answer(1), key="x"))
+            first.put("assess", "9:1", replace(answer(1), key="x"))
     (tmp_path / FILE).write_bytes(b"not a database" * 100)
     with pytest.raises(TeacherError, match=FILE):
         AnswerCache(tmp_path)
@@ -295,14 +295,14 @@ def test_a_full_disk_ends_the_build_and_loses_nothing(server: Chat, tmp_path: Pa
             pages = cache._database.execute("PRAGMA page_count").fetchone()[0]
             cache._database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite's own way to be full
             asker = Asker(OpenAITeacher("m-1", server.url), cache, Pacer(1))
-            found = await asyncio.gather(*(asker.ask(question(number)) for number in range(9)), return_exceptions=True)
+            replies = await asyncio.gather(*(asker.ask(question(number)) for number in range(9)), return_exceptions=True)
             await asker.close()
-            return asker, found
+            return asker, replies
 
     server.script = lambda number, body: (200, {}, completion("x" * 20_000))
-    asker, found = asyncio.run(run())
-    assert isinstance(found[0], Reply) and asker.reused == 1 and len(server.bodies) <= 3
-    assert all(type(error) is TeacherError and "full" in str(error) and "start again" in str(error) for error in found[1:])
+    asker, replies = asyncio.run(run())
+    assert isinstance(replies[0], Reply) and asker.reused == 1 and len(server.bodies) <= 3
+    assert all(type(error) is TeacherError and "full" in str(error) and "start again" in str(error) for error in replies[1:])
     assert all(isinstance(reply, Reply) for reply in ask_all(server.url, tmp_path, [question(number) for number in range(9)])[1])
 
 
@@ -413,14 +413,14 @@ def test_recorded_teacher(tmp_path: Path) -> None:
     async def run() -> list[Reply]:
         with AnswerCache(tmp_path / "journal") as cache:
             asker = Asker(RecordedTeacher(file), cache, Pacer(2))
-            found = [await asker.ask(one) for one in asked]
+            replies = [await asker.ask(question) for question in asked]
             await asker.close()
-        return found
+        return replies
 
-    zero, one, none = asyncio.run(run())
-    assert (zero.text, one.text) == ("zero", "one") and zero.model.startswith("recorded:")
+    zero, first, none = asyncio.run(run())
+    assert (zero.text, first.text) == ("zero", "one") and zero.model.startswith("recorded:")
     assert none.finish == "error" and str(file) in none.error and "'9:1'" in none.error
-    assert asyncio.run(run()) == [zero, one, none]
+    assert asyncio.run(run()) == [zero, first, none]
     file.write_text('{"stage": "assess", "qid": 3, "text": ""}\n')
     with pytest.raises(DataError, match=r"replies.jsonl:1"):
         RecordedTeacher(file)
@@ -435,8 +435,8 @@ def test_batch_files_and_back(server: Chat, tmp_path: Path) -> None:
             with pytest.raises(TeacherError, match="another process"):
                 BatchTeacher(folder, "m-1")
             asker = Asker(teacher, cache, Pacer(4))
-            found = await asyncio.gather(*(asker.ask(one) for one in asked + asked), return_exceptions=True)
-            assert all(isinstance(error, UnansweredError) for error in found)
+            replies = await asyncio.gather(*(asker.ask(question) for question in asked + asked), return_exceptions=True)
+            assert all(isinstance(error, UnansweredError) for error in replies)
             await asker.close()
         return teacher.written
 
@@ -461,8 +461,8 @@ def test_batch_files_and_back(server: Chat, tmp_path: Path) -> None:
                 read_batch_results([output], cache)
     with closing(sqlite3.connect(tmp_path / "journal" / FILE)) as database:
         assert ("assess", "9:0", "b \ufffd") in list(database.execute("SELECT stage, qid, text FROM answers"))
-    asker, found = ask_all(server.url, tmp_path / "journal", asked)
-    assert asker.reused == 4 and len(server.bodies) == 1 and all(isinstance(reply, Reply) for reply in found)
+    asker, replies = ask_all(server.url, tmp_path / "journal", asked)
+    assert asker.reused == 4 and len(server.bodies) == 1 and all(isinstance(reply, Reply) for reply in replies)
 
 
 # What others sent that is no text, no number, no completion

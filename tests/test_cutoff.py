@@ -53,13 +53,13 @@ def alarms(draw_scores: Draw, count: int, rate: float, modalities: tuple[Modalit
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("rate", [0.01, 0.1])
 def test_the_rate_of_false_alarms_holds(kind: str, rate: float) -> None:
-    one = alarms(SCORES[kind], 299, rate, ("image",))
+    single = alarms(SCORES[kind], 299, rate, ("image",))
     several = alarms(SCORES[kind], 599, rate, ("image", "text", "image,text"))
     # Standard deviations of the mean over 100 backgrounds, each a Beta(k, n + 1 - k) of which 500 queries are drawn.
     slack = 4 * math.sqrt((rate / 300 + rate / 500) / 100)
-    assert one <= rate + slack and several <= rate + slack
+    assert single <= rate + slack and several <= rate + slack
     if kind != "tied":
-        assert one >= rate - slack, "no more careful than it must be"
+        assert single >= rate - slack, "no more careful than it must be"
         assert several >= 0.75 * rate
 
 
@@ -260,11 +260,11 @@ def test_calibrate_and_search_from_the_command_line(shelf: Path, capsys: pytest.
     assert "cut-off      calibrated with 200 text queries (" in run("index", "info")
     assert json.loads(run("index", "info", "--json"))["background"] == {"text": 200}
     assert "nothing found above the cut-off of 0.01 (the best scored " in run(*asked, "--cutoff", "0.01")
-    told = json.loads(run(*asked, "--cutoff", "0.01", "--json"))
-    assert told["hits"] == [] and told["cutoff"]["below"] > 0
-    assert told["cutoff"]["best"] < max(told["cutoff"]["thresholds"].values())
-    told = json.loads(run(*asked, "--json"))
-    assert told["cutoff"] is None and len(told["hits"]) == 3
+    answer = json.loads(run(*asked, "--cutoff", "0.01", "--json"))
+    assert answer["hits"] == [] and answer["cutoff"]["below"] > 0
+    assert answer["cutoff"]["best"] < max(answer["cutoff"]["thresholds"].values())
+    answer = json.loads(run(*asked, "--json"))
+    assert answer["cutoff"] is None and len(answer["hits"]) == 3
 
 
 def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -> None:
@@ -275,21 +275,21 @@ def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -
         wanted = [here.search(query, k=4, cutoff=0.05) for query in (absent, there)]
     with serving_here(shelf, encoder, cutoff=0.01) as url, Client(url) as client:
         for query, own in zip((absent, there), wanted, strict=True):
-            found = client.search(query, k=4, cutoff=0.05)
-            assert [(hit.id, hit.rank) for hit in found.hits] == [(hit.id, hit.rank) for hit in own.hits]
-            assert found.cutoff is not None and own.cut is not None and found.cutoff.rate == 0.05
-            assert found.cutoff.thresholds == pytest.approx(own.cut.thresholds, abs=1e-5)
-            assert found.cutoff.best == pytest.approx(own.cut.best, abs=1e-4)
+            answer = client.search(query, k=4, cutoff=0.05)
+            assert [(hit.id, hit.rank) for hit in answer.hits] == [(hit.id, hit.rank) for hit in own.hits]
+            assert answer.cutoff is not None and own.cut is not None and answer.cutoff.rate == 0.05
+            assert answer.cutoff.thresholds == pytest.approx(own.cut.thresholds, abs=1e-5)
+            assert answer.cutoff.best == pytest.approx(own.cut.best, abs=1e-4)
         assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
         assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
         uncut = client.search(Query.of(image=picture(1)))
         assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
-        for query, rate, told in (
+        for query, rate, message in (
             (Query.of(image=picture(1)), 0.01, "queries that are texts, not images"),
             (absent, 0.0001, "less than 200 background queries can tell"),
             (absent, 1, "cutoff"),
         ):
-            with pytest.raises(InputError, match=told):
+            with pytest.raises(InputError, match=message):
                 client.search(query, cutoff=rate)
         config = httpx.get(f"{url}/page/config").json()
         assert config["cutoff"] == {"default": 0.01, "background": {"text": 200}}

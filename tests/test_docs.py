@@ -27,11 +27,11 @@ page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 
 def choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     """The verbs of a parser; {} where it has none."""
-    found: dict[str, argparse.ArgumentParser] = {}
+    parsers: dict[str, argparse.ArgumentParser] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found.update(action.choices)
-    return found
+            parsers.update(action.choices)
+    return parsers
 
 
 def named_verbs(text: str) -> Iterator[list[str]]:

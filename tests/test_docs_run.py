@@ -200,7 +200,7 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
 
 
 @pytest.fixture
-def place(tmp_path: Path, folder: Path, unseen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, folder: Path, unseen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the pages name, and nothing else; the working directory."""
     pictures = sorted((folder / "mbeir_images" / "mscoco_images").rglob("*.jpg"))
     for number, name in enumerate(
@@ -249,8 +249,8 @@ def _found(name: str) -> list[Example]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PAGES if any(one.reason is None for one in _found(name))])
-def test_the_examples_of_a_page_run(name: str, place: Path, shell: Shell) -> None:
+@pytest.mark.parametrize("name", [name for name in PAGES if any(example.reason is None for example in _found(name))])
+def test_the_examples_of_a_page_run(name: str, folder: Path, shell: Shell) -> None:
     for example in _found(name):
         if example.reason is not None:
             continue
@@ -261,14 +261,14 @@ def test_the_examples_of_a_page_run(name: str, place: Path, shell: Shell) -> Non
 
 
 def test_every_reason_belongs_to_an_example() -> None:
-    found = [example.text for name in PAGES for example in _found(name)]
+    texts = [example.text for name in PAGES for example in _found(name)]
     for pattern in (*NOT_RUN, *SHORTER):
-        assert any(re.search(pattern, text) for text in found), f"no page has an example of {pattern}; remove it"
+        assert any(re.search(pattern, text) for text in texts), f"no page has an example of {pattern}; remove it"
 
 
 def test_the_reader_of_examples_finds_them() -> None:
     shell = "```sh\na \\\n  b  # why\n# no\n```\n\n    traceir x   # told\n    XY=1 python -m y\n"
     page = f'{shell}    {{"no": 1}}\n\n```python\nz = 1\n```\n'
-    assert [(one.line, one.language, one.text) for one in examples(page)] == [
+    assert [(example.line, example.language, example.text) for example in examples(page)] == [
         (2, "sh", "a b"), (7, "sh", "traceir x"), (8, "sh", "XY=1 python -m y"), (12, "python", "z = 1\n"),
     ]  # fmt: skip

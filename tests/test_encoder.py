@@ -32,9 +32,9 @@ def generate_one(model: TraceModel, query: Query, budget: int) -> tuple[np.ndarr
     return torch.nn.functional.normalize(state, dim=-1).numpy(), written
 
 
-def alike(one: Encoding, other: Encoding) -> bool:
-    same = (one.route, one.reasoning, one.truncated) == (other.route, other.reasoning, other.truncated)
-    return same and float(one.vector @ other.vector) > 0.99999 and abs(one.emb_probability - other.emb_probability) < 1e-4
+def alike(first: Encoding, other: Encoding) -> bool:
+    same = (first.route, first.reasoning, first.truncated) == (other.route, other.reasoning, other.truncated)
+    return same and float(first.vector @ other.vector) > 0.99999 and abs(first.emb_probability - other.emb_probability) < 1e-4
 
 
 def test_auto_equals_generate_for_bypassed_and_reasoned_queries(model: TraceModel, queries: list[Query]) -> None:
@@ -62,15 +62,15 @@ def test_a_batch_equals_its_singles(model: TraceModel, queries: list[Query], rou
 def test_a_bypass_is_the_direct_route(queries: list[Query], position: str) -> None:
     encoder = Encoder(both_roads(random_model(pooling_position=position), queries))
     auto, direct = (encoder.encode_queries(queries, route=route) for route in ("auto", "direct"))
-    bypassed = [alike(one, other) for one, other in zip(auto, direct, strict=True) if one.route == "direct"]
+    bypassed = [alike(own, other) for own, other in zip(auto, direct, strict=True) if own.route == "direct"]
     assert len(bypassed) >= 6 and all(bypassed)
 
 
 def test_at_token_reads_one_state_later_and_last_never_writes(queries: list[Query]) -> None:
     before, at = (both_roads(random_model(pooling_position=position), queries) for position in ("before_token", "at_token"))
-    for one, other in zip(Encoder(before).encode_queries(queries), Encoder(at).encode_queries(queries), strict=True):
-        if not one.truncated and not other.truncated:
-            assert one.reasoning == other.reasoning and float(one.vector @ other.vector) < 0.9999
+    for own, other in zip(Encoder(before).encode_queries(queries), Encoder(at).encode_queries(queries), strict=True):
+        if not own.truncated and not other.truncated:
+            assert own.reasoning == other.reasoning and float(own.vector @ other.vector) < 0.9999
     last = Encoder(random_model(pooling_position="last"))
     assert {encoding.route for encoding in last.encode_queries(queries)} == {"direct"}
     assert last.prompt_version == "brief-1, read last", "an index notices"
@@ -92,7 +92,9 @@ def test_threshold_is_a_latency_knob_and_wrong_options_are_refused(model: TraceM
 def test_why_a_row_stopped_short_is_told_and_the_closing_text_is_read(queries: list[Query]) -> None:
     mute = random_model(emb_scale=0.0)
     spent = Encoder(mute, max_reasoning_tokens=4).encode_queries(queries[:6])
-    assert {(one.truncated, one.ended, one.tokens, one.route) for one in spent} == {(True, "budget", 4, "reason")}
+    assert {(encoding.truncated, encoding.ended, encoding.tokens, encoding.route) for encoding in spent} == {
+        (True, "budget", 4, "reason")
+    }
     mute.settings = replace(mute.settings, closing="red cube")
     for before, after in zip(spent, Encoder(mute, max_reasoning_tokens=4).encode_queries(queries[:6]), strict=True):
         assert after.truncated and after.reasoning == before.reasoning and float(before.vector @ after.vector) < 0.9999
@@ -109,14 +111,14 @@ def test_why_a_row_stopped_short_is_told_and_the_closing_text_is_read(queries: l
 
 def test_candidates_never_reason_unless_their_model_was_trained_so(model: TraceModel) -> None:
     items = [Item.of(text="red cube"), Item.of(image=picture(5)), Item.of(text="a", image=picture(6))]
-    assert {(one.route, one.reasoning) for one in Encoder(model).encode_items(items)} == {("direct", "")}
+    assert {(encoding.route, encoding.reasoning) for encoding in Encoder(model).encode_items(items)} == {("direct", "")}
     writing = TraceModel(model.network, model.processor, replace(model.settings, candidates_write=True))
-    assert "reason" in {one.route for one in Encoder(writing).encode_items(items)}
+    assert "reason" in {encoding.route for encoding in Encoder(writing).encode_items(items)}
 
 
 def test_eight_threads_share_one_model(model: TraceModel, queries: list[Query]) -> None:
     encoder = Encoder(model)
     alone = encoder.encode_queries(queries)
     with ThreadPoolExecutor(8) as pool:
-        for found in pool.map(lambda _: encoder.encode_queries(queries), range(8)):
-            assert all(alike(one, other) for one, other in zip(alone, found, strict=True))
+        for encodings in pool.map(lambda _: encoder.encode_queries(queries), range(8)):
+            assert all(alike(own, other) for own, other in zip(alone, encodings, strict=True))

@@ -82,8 +82,8 @@ def vectors(encodings: list[Encoding]) -> Any:
 def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form: str) -> None:
     server, images = KINDS[form], [] if form == "openai" else [picture(seed) for seed in range(10)]
     items = [Item.of(text=f"{WORDS} {number}") for number in range(36)]
-    for place, image in enumerate(images):
-        items.insert(3 * place, Item.of(image=image))
+    for index, image in enumerate(images):
+        items.insert(3 * index, Item.of(image=image))
     with make(addresses, form) as encoder:
         started = len(server.bodies)
         encodings = encoder.encode_items(items)
@@ -92,10 +92,14 @@ def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form:
     assert encoder.width == WIDTH and encoder.prompt_version == f"{form}-1"
     prefix = "Represent the user's input. " if form == "qwen3-vl" else ""
     alone = prefix + ("padding" if form == "objects" else "")
-    wanted = [server.vector(prefix + one.text, None) if one.text else server.vector(alone, one.images[0].load()) for one in items]
+    wanted = [
+        server.vector(prefix + item.text, None) if item.text else server.vector(alone, item.images[0].load()) for item in items
+    ]
     assert vectors(encodings) == pytest.approx(np.stack([unit(vector) for vector in wanted]), abs=1e-6)
     assert asked[0].vector == pytest.approx(unit(server.vector(prefix + WORDS, None)), abs=1e-6)
-    assert {(one.route, one.reasoning, one.tokens, one.truncated) for one in encodings} == {("direct", "", 0, False)}
+    assert {(encoding.route, encoding.reasoning, encoding.tokens, encoding.truncated) for encoding in encodings} == {
+        ("direct", "", 0, False)
+    }
     assert server.keys == {"Bearer secret"}
     sizes = [len(body["input"]) if "input" in body else 1 for body in server.bodies[started:]]
     assert max(sizes) == (1 if form in ("vllm", "qwen3-vl") else 32) and sum(sizes) == len(items) + 1
@@ -263,7 +267,7 @@ PACKED_NAN = base64.b64encode(np.full(WIDTH, np.nan, dtype="<f4").tobytes()).dec
 
 
 @pytest.mark.parametrize(
-    ("after", "told"),
+    ("after", "message"),
     [
         (lambda reply: {**reply, "data": reply["data"][1:]}, "returned 0 vectors for 1 inputs"),
         (lambda reply: {**reply, "data": reply["data"] * 2}, "returned 2 vectors for 1 inputs"),
@@ -280,9 +284,9 @@ PACKED_NAN = base64.b64encode(np.full(WIDTH, np.nan, dtype="<f4").tobytes()).dec
         (lambda reply: [1, 2], "no list of embeddings"),
     ],
 )
-def test_answers_that_are_no_vectors_are_told_in_words(texts: EmbeddingsEncoder, after: Any, told: str) -> None:
+def test_answers_that_are_no_vectors_are_told_in_words(texts: EmbeddingsEncoder, after: Any, message: str) -> None:
     KINDS["openai"].after = after
-    with pytest.raises(ModelError, match=told) as failed:
+    with pytest.raises(ModelError, match=message) as failed:
         texts.encode_items(TEXT)
     assert texts.address in str(failed.value)
 
@@ -365,7 +369,7 @@ def test_wrong_commands_and_servers_end_in_one_line(
 ) -> None:
     index, there = str(tmp_path / "index"), f"vllm:{addresses['vllm']}"
     (tmp_path / "a.txt").write_text("a")
-    for engine, options, told in (
+    for engine, options, message in (
         (there, [], "name the model that is to answer there, by --model NAME"),
         ("vlm:http://127.0.0.1:9", ["--model", "m"], "did you mean 'vllm'"),
         (there, ["--model", "elsewhere"], r"404: The model `elsewhere` does not exist. (its models: two-towers)"),
@@ -377,5 +381,5 @@ def test_wrong_commands_and_servers_end_in_one_line(
     ):
         assert main(["index", "add", str(tmp_path / "a.txt"), "--index", index, "--engine", engine, *options]) == 2
         shown = capsys.readouterr().err
-        assert told in shown and len(shown.strip().splitlines()) == 1
+        assert message in shown and len(shown.strip().splitlines()) == 1
     assert not Path(index).exists()

@@ -241,9 +241,9 @@ def test_the_parity_benchmark_passes_here_and_notices_a_difference(
     fake: FakeSGLang, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.reset()
-    told = ["--engine", fake.address, "--model", str(bundled_model()), "--data", str(folder), "--queries", "4"]
-    told += ["--device", "cpu", "--dtype", "float32", "--repetitions", "1", "--out", str(tmp_path / "engine.json")]
-    assert engine_parity.main([*told, "--cosine", "0.9999", "--same-route", "1", "--same-text", "1"]) == 0
+    arguments = ["--engine", fake.address, "--model", str(bundled_model()), "--data", str(folder), "--queries", "4"]
+    arguments += ["--device", "cpu", "--dtype", "float32", "--repetitions", "1", "--out", str(tmp_path / "engine.json")]
+    assert engine_parity.main([*arguments, "--cosine", "0.9999", "--same-route", "1", "--same-text", "1"]) == 0
     assert "ratio" in capsys.readouterr().out
     assert json.loads((tmp_path / "engine.json").read_text())["parity"]["auto"]["inputs"] == 4
 
@@ -252,7 +252,7 @@ def test_the_parity_benchmark_passes_here_and_notices_a_difference(
         return reply
 
     fake.after = turned
-    assert engine_parity.main([*told, "--cosine", "0.9999"]) == 1
+    assert engine_parity.main([*arguments, "--cosine", "0.9999"]) == 1
     assert "direct: least_cosine" in capsys.readouterr().err
 
 

@@ -46,7 +46,7 @@ def segment(marker: int, body: bytes) -> bytes:
 def scans_of(jpeg: bytes) -> list[int]:
     """Where the scans of the image itself start, not those of its thumbnail."""
     behind = jpeg.index(b"\xff\xd9") if b"Exif" in jpeg else 0
-    return [place for place in range(behind, len(jpeg)) if jpeg[place : place + 2] == b"\xff\xda"]
+    return [offset for offset in range(behind, len(jpeg)) if jpeg[offset : offset + 2] == b"\xff\xda"]
 
 
 JPEGS = {

@@ -147,12 +147,12 @@ def test_a_large_jpeg_may_be_decoded_smaller_but_not_too_small() -> None:
 def test_hashes_and_equality_go_by_content(tmp_path: Path) -> None:
     data, path = encode(noise(), "PNG"), tmp_path / "a.png"
     path.write_bytes(data)
-    opened, given = ImageInput.open(path), ImageInput.from_bytes(data, name="b")
-    assert opened.sha256 == given.sha256 == given.moved_to(path).sha256 == hashlib.sha256(data).hexdigest()
-    assert (opened.name, opened.path, given.name, given.path) == ("a.png", path, "b", None)
-    assert opened == given and hash(opened) == hash(given)
+    opened, received = ImageInput.open(path), ImageInput.from_bytes(data, name="b")
+    assert opened.sha256 == received.sha256 == received.moved_to(path).sha256 == hashlib.sha256(data).hexdigest()
+    assert (opened.name, opened.path, received.name, received.path) == ("a.png", path, "b", None)
+    assert opened == received and hash(opened) == hash(received)
     drawn = ImageInput.from_pil(noise())
-    assert drawn == ImageInput.from_pil(noise()) and drawn != ImageInput.from_pil(noise(seed=1)) and drawn != given
+    assert drawn == ImageInput.from_pil(noise()) and drawn != ImageInput.from_pil(noise(seed=1)) and drawn != received
     assert ImageInput.from_pil(Image.new("RGB", (2, 8))) != ImageInput.from_pil(Image.new("RGB", (8, 2)))
     with ThreadPoolExecutor(4) as pool:
         assert len(set(pool.map(lambda _: opened.load().tobytes(), range(8)))) == 1
@@ -208,5 +208,5 @@ def test_floats_are_converted_in_little_memory_also_eight_at_once() -> None:
     paths = [str(Path(images.__file__).parents[1]), str(Path(__file__).parent)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MALLOC_ARENA_MAX": "2"}
     done = subprocess.run([sys.executable, "-c", MEASURE], env=environment, capture_output=True, text=True, check=True)
-    one, eight = map(int, done.stdout.split())
-    assert one < 30 and eight < 120
+    single, eight = map(int, done.stdout.split())
+    assert single < 30 and eight < 120

@@ -82,8 +82,8 @@ def test_search_means_what_plain_numpy_says_whatever_two_handles_did(
             rows = np.stack([vector for _, vector in there.values()]) if there else np.empty((0, 4), dtype=np.float32)
             exacts = [True, False] if index.info().probes else [True]
             for handle, where, exact in itertools.product((index, other), [None, *filters], exacts):
-                found = handle.search(asked[None], k, where=where, modality=modality, exact=exact)[0]
-                assert pairs(found) == naive(items, rows, asked, k, where, modality), (where, exact)
+                hits = handle.search(asked[None], k, where=where, modality=modality, exact=exact)[0]
+                assert pairs(hits) == naive(items, rows, asked, k, where, modality), (where, exact)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])

@@ -139,8 +139,8 @@ def pairs(hits: Sequence[Hit]) -> Scored:
     return [(hit.id, hit.score) for hit in hits]
 
 
-def share(found: Sequence[Sequence[Hit]], true: Sequence[Sequence[Hit]]) -> float:
-    return float(np.mean([len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(found, true, strict=True)]))
+def share(hits: Sequence[Sequence[Hit]], true: Sequence[Sequence[Hit]]) -> float:
+    return float(np.mean([len({h.id for h in a} & {h.id for h in b}) / len(b) for a, b in zip(hits, true, strict=True)]))
 
 
 KEPT = [None, True, False, 0, 1, 2, -1, 0.0, 1.0, 1.5, "", "0", "1", "a", "b", "ä"]
@@ -186,11 +186,11 @@ def filled(fresh: Fresh) -> Iterator[tuple[Index, list[Item], Any]]:
 def test_search_count_and_scan_mean_what_plain_python_says(filled: Any, query: Any, k: int, where: Any, modality: Any) -> None:
     index, items, vectors = filled
     (asked,) = unit(query)
-    found = pairs(index.search(asked[None], k, where=where, modality=modality)[0])
+    hits = pairs(index.search(asked[None], k, where=where, modality=modality)[0])
     everything = naive(items, vectors, asked, 99, where, modality)
     true, scores = everything[:k], dict(everything)
-    assert [score for _, score in found] == pytest.approx([score for _, score in true], abs=1e-6)
-    assert all(score == pytest.approx(scores[id], abs=1e-6) for id, score in found) and len(dict(found)) == len(true)
+    assert [score for _, score in hits] == pytest.approx([score for _, score in true], abs=1e-6)
+    assert all(score == pytest.approx(scores[id], abs=1e-6) for id, score in hits) and len(dict(hits)) == len(true)
     kept = sorted(id for id, _ in naive(items, vectors, asked, 99, where, None))
     assert index.count(where) == len(kept) and [stored.id for stored in index.scan(where)] == kept
 
@@ -203,9 +203,9 @@ def test_everything_kept_comes_back_after_reopening(fresh: Fresh) -> None:
         new = index.upsert([item, Item.of(image=DOT, id="plain")], np.concatenate([vector, drawn(1, 4, seed=3)]))
         assert new == {"x/ü.png", "plain"}
     with opened(address, create=False) as index:
-        found = index.get(["missing", "x/ü.png", "plain"], with_vectors=True)
-        stored = found["x/ü.png"]
-        assert list(found) == ["x/ü.png", "plain"] and found["plain"].text is None
+        kept = index.get(["missing", "x/ü.png", "plain"], with_vectors=True)
+        stored = kept["x/ü.png"]
+        assert list(kept) == ["x/ü.png", "plain"] and kept["plain"].text is None
         assert (stored.text, stored.image, stored.modality) == ("two\nlines \\ \" '", "dot.png", "image,text")
         assert dict(stored.fields) == fields and stored.content_hash == item.content_hash()
         assert [type(value) for value in stored.fields.values()] == [str, int, float, bool, type(None), float, list]
@@ -484,10 +484,10 @@ def test_what_a_killed_writer_acknowledged_is_there(fresh: Fresh, tmp_path: Path
     with opened(address, create=False) as index:
         for batch in added:
             ids = [f"{batch:03d}-{n}" for n in range(5)]
-            found = index.get(ids, with_vectors=True)
+            kept = index.get(ids, with_vectors=True)
             in_flight = batch == added[-1] and batch % 3 == 2  # its deletion may or may not have come through
-            assert set(ids) - set(found) == (set(ids[:1]) if batch in removed or (in_flight and ids[0] not in found) else set())
-            for id, stored in found.items():
+            assert set(ids) - set(kept) == (set(ids[:1]) if batch in removed or (in_flight and ids[0] not in kept) else set())
+            for id, stored in kept.items():
                 np.testing.assert_array_equal(stored.vector, vector_of(id, 4))
         assert index.count(Eq("batch", added[-1] + 1)) in (0, 4, 5)  # all of the batch in flight, or none
         assert index.count() == len(list(index.scan())) == len(index.search(drawn(1, 4), 10_000)[0])

@@ -179,7 +179,7 @@ def test_what_clients_filter_by_is_not_kept(tmp_path: Path) -> None:
         index.upsert(texts(["a", "b"], x="1"), drawn(2, 4))
         before = 0
         for number in range(25):
-            values = tuple(f"{number}-{place}-{'x' * 2000}" for place in range(1000 + number))
+            values = tuple(f"{number}-{index}-{'x' * 2000}" for index in range(1000 + number))
             assert len(index.search(drawn(1, 4), 2, where=In("x", (*values, "1")))[0]) == 2
             before = before or resident_bytes()
         assert resident_bytes() - before < 48 * 2**20  # of 48 MiB of values, which took three times as much

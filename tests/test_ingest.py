@@ -49,7 +49,7 @@ def ids(*paths: Path) -> list[str]:
 
 
 def failures(*paths: Path) -> dict[str, str]:
-    return {source.place: source.reason for source in find_sources(paths) if isinstance(source, Failure)}
+    return {source.location: source.reason for source in find_sources(paths) if isinstance(source, Failure)}
 
 
 def counts(report: AddReport) -> tuple[int, int, int, int]:
@@ -120,7 +120,7 @@ def test_bad_files_are_reported_and_the_rest_goes_on(gallery: Path, into: Adding
     for name, data in bad.items():
         (gallery / name).write_bytes(data)
     report = into(gallery)
-    reasons = {Path(failure.place).name: failure.reason for failure in report.failed}
+    reasons = {Path(failure.location).name: failure.reason for failure in report.failed}
     assert counts(report) == (9, 0, 0, 6) and set(reasons) == set(bad)
     assert "not an image" in reasons["words.gif"] and "UTF-8" in reasons["latin.txt"] and "is UTF-16" in reasons["wide.txt"]
     assert into.count(gallery) == (0, 0, 9, 6)
@@ -148,9 +148,9 @@ def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
         lines(path, {"id": "one", "text": "words", **fields})
         assert into.count(path) == (0, 1, 0, 0) and into.encoder.encoded == []  # a changed field alone costs no encoding
         assert into.fields("one") == fields
-    place = gallery / "a.JPG"  # as an index of an older release keeps it
-    into.index.upsert([Item.of(image=place, id="a.JPG", fields={"file": str(place)})], np.eye(1, 16, dtype=np.float32))
-    assert into.count(place) == (0, 1, 0, 0) and into.fields("a.JPG") == {FILE_FIELD: str(place.resolve())}
+    file = gallery / "a.JPG"  # as an index of an older release keeps it
+    into.index.upsert([Item.of(image=file, id="a.JPG", fields={"file": str(file)})], np.eye(1, 16, dtype=np.float32))
+    assert into.count(file) == (0, 1, 0, 0) and into.fields("a.JPG") == {FILE_FIELD: str(file.resolve())}
 
 
 BAD_LINES: list[tuple[Any, str]] = [
@@ -177,13 +177,13 @@ def test_bad_lines_are_named_and_a_file_of_none_is_said_once(tmp_path: Path, int
     path = lines(tmp_path / "items.jsonl", *(line for line, _ in BAD_LINES), {"id": "good", "text": "x"})
     report = into(path)
     assert counts(report) == (1, 0, 0, len(BAD_LINES))
-    reasons = {failure.place: failure.reason for failure in report.failed}
+    reasons = {failure.location: failure.reason for failure in report.failed}
     for number, (_, reason) in enumerate(BAD_LINES, start=1):
         assert reason in reasons[f"{path}:{number}"]
     whole = [b'\xef\xbb\xbf{"id": "a", "text": "x"}\r\n', b"\r\n", b"# no comment\n"]
     long = b'{"id": "long", "text": "' + b"y" * (2 * MAX_TEXT_BYTES + 9) + b'"}\n'
     path.write_bytes(b"".join([*whole, long, b'{"id": "b", "text": "z"}']))
-    assert ids(path) == ["a", "b"] and [place.rpartition(":")[2] for place in failures(path)] == ["3", "4"]
+    assert ids(path) == ["a", "b"] and [location.rpartition(":")[2] for location in failures(path)] == ["3", "4"]
     assert "longer than" in failures(path)[f"{path}:4"]
     for data, why in (
         (json.dumps([{"id": "a", "text": "x"}], indent=2).encode(), "one JSON text over many lines"),
@@ -227,7 +227,7 @@ def test_of_one_id_the_first_source_counts(tmp_path: Path, into: Adding) -> None
     twice = lines(tmp_path / "t.jsonl", *records)
     for batch, expected in ((1, (3, 0, 0, 2)), (64, (0, 0, 3, 2))):
         report = into(twice, batch=batch)
-        assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":3", ":5"]
+        assert counts(report) == expected and [failure.location[-2:] for failure in report.failed] == [":3", ":5"]
         assert re.search(r"t\.jsonl:1 and .*t\.jsonl:3", report.failed[0].reason)
     assert into.index.get(["x"])["x"].text == "1"
     assert into.count(first, first.parent, tmp_path / "one" / "." / "a.png") == (0, 0, 3, 0)
@@ -263,7 +263,7 @@ def test_what_a_folder_leaves_out_is_counted_by_suffix_and_a_named_file_is_judge
     for path in (*good, *bad):
         path.write_bytes(data if path in good else b"no image")
     report = into(*good, *bad)
-    assert counts(report) == (4, 0, 0, 6) and {failure.place for failure in report.failed} == set(map(str, bad))
+    assert counts(report) == (4, 0, 0, 6) and {failure.location for failure in report.failed} == set(map(str, bad))
     assert "write tables as .jsonl" in failures(tmp_path / "table.csv")[str(tmp_path / "table.csv")]
 
 
@@ -278,8 +278,8 @@ def test_a_folder_without_rights_fails_by_its_name(tmp_path: Path, monkeypatch: 
         return scan(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # whoever runs the tests may have every right
-    for place in (tmp_path, tmp_path / "shut"):
-        assert "check its rights" in failures(place)[str(tmp_path / "shut")]
+    for folder in (tmp_path, tmp_path / "shut"):
+        assert "check its rights" in failures(folder)[str(tmp_path / "shut")]
 
 
 def test_a_line_without_text_is_known_by_its_title(tmp_path: Path, into: Adding) -> None:
@@ -296,7 +296,7 @@ def test_a_line_without_text_is_known_by_its_title(tmp_path: Path, into: Adding)
     assert [row.text for row in into.index.get(["a", "b", "c"]).values()] == ["a red door", "a cup", None]
     assert into.fields("a") == {"title": "a red door", "shelf": 3}
     said = "it has no `text`: its `{}` was taken"
-    assert [(note.place[-2:], note.what) for note in report.notes] == [
+    assert [(note.location[-2:], note.what) for note in report.notes] == [
         (":1", said.format("title")),
         (":2", said.format("caption")),
     ]
@@ -314,8 +314,8 @@ def test_a_text_stays_where_its_image_cannot_be_used(tmp_path: Path, into: Addin
     )
     for expected in ((3, 0, 0, 2), (0, 0, 3, 2)):
         report = into(path)
-        assert counts(report) == expected and [failure.place[-2:] for failure in report.failed] == [":4", ":5"]
-        assert sorted(note.place[-2:] for note in report.notes) == [":1", ":2", ":3"]
+        assert counts(report) == expected and [failure.location[-2:] for failure in report.failed] == [":4", ":5"]
+        assert sorted(note.location[-2:] for note in report.notes) == [":1", ":2", ":3"]
         assert all("its text alone" in note.what for note in report.notes)
     kept = into.index.get(["0", "1", "2"]).values()
     assert [(row.text, row.modality, dict(row.fields)) for row in kept] == [(f"words {n}", "text", {"n": n}) for n in range(3)]

@@ -135,11 +135,11 @@ class TestOnWorkers:
 
     def test_two_workers_fill_an_index_as_one_process_does(self, shelf: Path, tmp_path: Path) -> None:
         paths = [shelf, shelf / "lines.jsonl"]
-        with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        with opened(tmp_path / "one") as alone, opened(tmp_path / "two") as two:
             for expected in ((27, 0, 0, 9), (0, 3, 24, 8)):
-                report = add(paths, one, FakeEncoder(), batch=4, progress=False)
+                report = add(paths, alone, FakeEncoder(), batch=4, progress=False)
                 assert counts(report) == expected and len(report.notes) == 3
-                assert on_two_workers(paths, two) == report and rows(two) == rows(one)
+                assert on_two_workers(paths, two) == report and rows(two) == rows(alone)
                 (shelf / "p3.png").write_bytes((shelf / "p4.png").read_bytes())  # new content, also of the line `both 3`
                 (shelf / "cut.png").unlink(missing_ok=True)
                 changed = (shelf / "lines.jsonl").read_text("utf-8").replace("1990", "2020")  # a field alone, of `both 0`
@@ -149,7 +149,7 @@ class TestOnWorkers:
         source, lives = many(tmp_path / "t.jsonl", 40), tmp_path / "lives"
         lives.mkdir()
         deadly = partial(Deadly, "n021", lives)
-        with opened(tmp_path / "one") as one, opened(tmp_path / "two") as two:
+        with opened(tmp_path / "one") as alone, opened(tmp_path / "two") as two:
             for number in range(MOST_STARTS):
                 (lives / f"{number}").touch()
             blamed = rf"{MOST_STARTS} workers died of the batch from .*{source.name}:21 to .*{source.name}:24"
@@ -158,8 +158,8 @@ class TestOnWorkers:
             kept = two.count()
             (lives / "one more").touch()
             assert counts(on_two_workers([source], two, deadly)) == (40 - kept, 0, kept, 0) and not list(lives.iterdir())
-            add([source], one, FakeEncoder(), progress=False)
-            assert rows(two) == rows(one)
+            add([source], alone, FakeEncoder(), progress=False)
+            assert rows(two) == rows(alone)
 
     def test_what_stops_a_worker_stops_the_run_in_its_own_words(self, tmp_path: Path) -> None:
         source = many(tmp_path / "t.jsonl", 3)
@@ -184,7 +184,7 @@ class TestOnWorkers:
         assert spread.err == plain.err and "cut.png" in plain.err
         make_encoder = partial(load_encoder, published.save_bert(tmp_path / "bert"), dim=16)
         encoder = make_encoder()
-        with open_index(tmp_path / "3", encoder, create=True) as one, open_index(tmp_path / "4", encoder, create=True) as two:
-            report = add([shelf / "deep"], one, encoder, batch=4, progress=False)
+        with open_index(tmp_path / "3", encoder, create=True) as alone, open_index(tmp_path / "4", encoder, create=True) as two:
+            report = add([shelf / "deep"], alone, encoder, batch=4, progress=False)
             assert add_on_ray([shelf / "deep"], two, make_encoder, workers=1, batch=4, progress=False) == report
-            assert counts(report) == (10, 0, 0, 1) and rows(two) == rows(one)
+            assert counts(report) == (10, 0, 0, 1) and rows(two) == rows(alone)

@@ -34,7 +34,7 @@ def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query]
 
 
 @pytest.mark.parametrize(
-    ("error", "reason", "kind", "given"),
+    ("error", "reason", "kind", "content"),
     [
         *(
             (TypeError, type(wrong).__name__, Query, {"image": wrong})
@@ -51,9 +51,9 @@ def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query]
         (InputError, "did you mean 'image'", Query, {"text": "x", "target": "picture"}),
     ],
 )
-def test_what_is_no_content_or_route_is_refused(error: type[Exception], reason: str, kind: type[Content], given: Any) -> None:
+def test_what_is_no_content_or_route_is_refused(error: type[Exception], reason: str, kind: type[Content], content: Any) -> None:
     with pytest.raises(error, match=reason):
-        _ = kind.of(**given) if isinstance(given, dict) else kind(given)
+        _ = kind.of(**content) if isinstance(content, dict) else kind(content)
     assert [check_route(route) for route in ROUTES] == list(ROUTES)
     with pytest.raises(InputError, match=r"route 'dierct' is unknown.*direct.*choose one of auto, reason, direct"):
         check_route("dierct")

@@ -53,13 +53,13 @@ def pixels(seed: int) -> Image.Image:
     return Image.fromarray(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def far(found: Any, wanted: Any) -> float:
+def far(actual: Any, wanted: Any) -> float:
     """The greatest difference between two lists of vectors."""
-    return float(np.abs(np.asarray(found, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)).max())
+    return float(np.abs(np.asarray(actual, dtype=np.float64) - np.asarray(wanted, dtype=np.float64)).max())
 
 
 def vectors(encodings: Sequence[Encoding]) -> Vector:
-    return np.stack([one.vector for one in encodings])
+    return np.stack([encoding.vector for encoding in encodings])
 
 
 def queries_of(model: SentenceTransformer, inputs: Sequence[Any], **options: Any) -> Vector:
@@ -70,15 +70,15 @@ def documents_of(model: SentenceTransformer, inputs: Sequence[Any]) -> Vector:
     return np.asarray(model.encode_document(list(inputs), normalize_embeddings=True))
 
 
-def both_of(place: Path, **options: Any) -> tuple[LibraryEncoder, SentenceTransformer]:
+def both_of(folder: Path, **options: Any) -> tuple[LibraryEncoder, SentenceTransformer]:
     """Our encoder and the library's own model of a folder."""
-    encoder = load_encoder(place, **options)
+    encoder = load_encoder(folder, **options)
     assert isinstance(encoder, LibraryEncoder)
-    return encoder, SentenceTransformer(str(place))
+    return encoder, SentenceTransformer(str(folder))
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for each kind."""
     root = tmp_path_factory.mktemp("published")
     published.save_clip(root / "clip")
@@ -95,7 +95,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def things(tmp_path: Path) -> Path:
+def gallery(tmp_path: Path) -> Path:
     """A folder of pictures and texts."""
     root = tmp_path / "things"
     root.mkdir()
@@ -111,14 +111,14 @@ EVERY = (*IMAGES, "bert", "gemma")
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_the_command_line_gives_the_library_s_vectors(
-    kind: str, places: Path, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, models: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own, index = SentenceTransformer(str(places / kind)), tmp_path / "index"
-    code = run("index", "add", things, "--index", index, "--model", places / kind)
+    own, index = SentenceTransformer(str(models / kind)), tmp_path / "index"
+    code = run("index", "add", gallery, "--index", index, "--model", models / kind)
     out, err = capsys.readouterr()
-    inputs: dict[str, Any] = {f"{number}.txt": (things / f"{number}.txt").read_text() for number in range(4)}
+    inputs: dict[str, Any] = {f"{number}.txt": (gallery / f"{number}.txt").read_text() for number in range(4)}
     if kind in IMAGES:
-        inputs |= {f"{number}.png": Image.open(things / f"{number}.png").convert("RGB") for number in range(4)}
+        inputs |= {f"{number}.png": Image.open(gallery / f"{number}.png").convert("RGB") for number in range(4)}
         assert code == 0 and "added 8" in out
     else:
         assert code == 1 and "added 4" in out and err.count("is an image, which") == 4
@@ -127,20 +127,20 @@ def test_the_command_line_gives_the_library_s_vectors(
     with open_index(index) as opened:
         stored = opened.get(list(inputs), with_vectors=True)
     assert far([stored[name].vector for name in inputs], wanted) < 1e-6
-    assert run("search", TEXT, "--index", index, "--model", places / kind, "--json", "-k", 8) == 0
+    assert run("search", TEXT, "--index", index, "--model", models / kind, "--json", "-k", 8) == 0
     scores = {hit["id"]: hit["score"] for hit in json.loads(capsys.readouterr().out)["hits"]}
     assert far([scores[name] for name in inputs], wanted @ queries_of(own, [TEXT])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ("clip", "gemma"))
-def test_the_server_gives_the_library_s_vectors(kind: str, places: Path, things: Path, tmp_path: Path) -> None:
-    encoder, own = both_of(places / kind)
-    run("index", "add", things, "--index", tmp_path / "index", "--model", places / kind)
+def test_the_server_gives_the_library_s_vectors(kind: str, models: Path, gallery: Path, tmp_path: Path) -> None:
+    encoder, own = both_of(models / kind)
+    run("index", "add", gallery, "--index", tmp_path / "index", "--model", models / kind)
     with serving_here(tmp_path / "index", encoder) as url, httpx.Client(base_url=url) as client:
         answer = client.post("/v1/embeddings", json={"input": [TEXT, LONG], "model": "traceir"}).json()
-        assert far([one["embedding"] for one in answer["data"]], documents_of(own, [TEXT, LONG])) < 1e-6
+        assert far([entry["embedding"] for entry in answer["data"]], documents_of(own, [TEXT, LONG])) < 1e-6
         hits = client.post("/search", json={"text": TEXT, "k": 4, "modality": "text"}).json()["hits"]
-        texts = [(things / hit["id"]).read_text() for hit in hits]
+        texts = [(gallery / hit["id"]).read_text() for hit in hits]
         assert far([hit["score"] for hit in hits], documents_of(own, texts) @ queries_of(own, [TEXT])[0]) < 1e-5
         refused = client.post("/search", json={"text": TEXT, "route": "reason"})
         assert refused.status_code == 400 and "cannot reason" in refused.text
@@ -169,22 +169,22 @@ def row_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_evaluation_ranks_by_the_library_s_vectors(row_folder: Path, places: Path, tmp_path: Path) -> None:
-    assert run("evaluate", "--data", row_folder, "--out", tmp_path, "--rows", ROW, "--model", places / "qwen") == 0
-    own = SentenceTransformer(str(places / "qwen"))
+def test_evaluation_ranks_by_the_library_s_vectors(row_folder: Path, models: Path, tmp_path: Path) -> None:
+    assert run("evaluate", "--data", row_folder, "--out", tmp_path, "--rows", ROW, "--model", models / "qwen") == 0
+    own = SentenceTransformer(str(models / "qwen"))
     asked = [json.loads(line) for line in (row_folder / f"query/test/mbeir_{ROW}_test.jsonl").read_text().splitlines()]
     wanted = documents_of(own, [Image.open(row_folder / f"mbeir_images/{number}.png") for number in range(6)])
-    inputs = [{"image": Image.open(row_folder / one["query_img_path"]), "text": one["query_txt"]} for one in asked]
+    inputs = [{"image": Image.open(row_folder / query["query_img_path"]), "text": query["query_txt"]} for query in asked]
     lines = [line.split() for line in (tmp_path / "runs" / f"{ROW}-auto.txt").read_text().splitlines()]
     ranked = {(qid, did): float(score) for qid, _, did, _, score, *_ in lines}
     scores = [[ranked[f"7:{row}", f"7:{number}"] for number in range(6)] for row in range(3)]
     assert far(scores, queries_of(own, inputs, prompt="Change it.") @ wanted.T) < 2e-6
     about = json.loads((tmp_path / "results.json").read_text())
-    assert about["model"] == load_encoder(places / "qwen").fingerprint and about["prompt_version"] == "library-1"
+    assert about["model"] == load_encoder(models / "qwen").fingerprint and about["prompt_version"] == "library-1"
     assert about["max_reasoning_tokens"] is None and ROW in about["routes"]["auto"]
 
 
-def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path, tmp_path: Path) -> None:
+def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(models: Path, tmp_path: Path) -> None:
     files = {number: tmp_path / "sets" / "Urban1k" / "image" / f"{number}.jpg" for number in (1, 2, 10)}
     for number, file in files.items():
         caption = tmp_path / f"sets/Urban1k/caption/{number}.txt"
@@ -192,20 +192,20 @@ def test_the_zero_shot_columns_are_ranked_by_the_library_s_vectors(places: Path,
             folder.mkdir(parents=True, exist_ok=True)
         caption.write_text(f"Street {number}.\nA second line.\n")
         pixels(number).save(file)
-    assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", places / "clip") == 0
-    own = SentenceTransformer(str(places / "clip"))
+    assert run("unseen", "--data", tmp_path / "sets", "--out", tmp_path / "out", "--model", models / "clip") == 0
+    own = SentenceTransformer(str(models / "clip"))
     captions = queries_of(own, [f"Street {number}." for number in files])
     scores = captions @ documents_of(own, [Image.open(file) for file in files.values()]).T
-    ranks = [int((row >= row[place]).sum()) for place, row in enumerate(scores)]
+    ranks = [int((row >= row[index]).sum()) for index, row in enumerate(scores)]
     outcomes = [json.loads(line) for line in (tmp_path / "out" / "outcomes-auto.jsonl").read_text().splitlines()]
-    assert [one["rank"] for one in outcomes if one["task"] == "urban1k_t2i"] == ranks
+    assert [outcome["rank"] for outcome in outcomes if outcome["task"] == "urban1k_t2i"] == ranks
 
 
 def test_a_route_and_verbs_that_look_into_a_model_are_refused_in_one_line(
-    row_folder: Path, places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    row_folder: Path, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip = places / "clip"
-    for line, told in (
+    clip = models / "clip"
+    for line, message in (
         (("evaluate", "--data", row_folder, "--out", tmp_path, "--route", "auto,reason", "--model", clip), "cannot reason"),
         (("explain", "--text", "a", "--model", clip), "nothing but vectors"),
         (("faithfulness", "--data", row_folder, "--out", tmp_path, "--model", clip), "nothing but vectors"),
@@ -215,7 +215,7 @@ def test_a_route_and_verbs_that_look_into_a_model_are_refused_in_one_line(
         (("index", "add", row_folder, "--index", tmp_path / "i", "--model", f"st:{tmp_path / 'none'}"), "there is no folder"),
     ):
         assert run(*line) == 2
-        assert told in _error(capsys)
+        assert message in _error(capsys)
     assert not (tmp_path / "results.json").exists() and not (tmp_path / "i").exists()
 
 
@@ -226,26 +226,26 @@ def _error(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[-1].removeprefix("traceir: error: ")
 
 
-def test_a_bare_checkpoint_is_asked_for_by_its_prefix(places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bare_checkpoint_is_asked_for_by_its_prefix(models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bare = published.save_bare_clip(tmp_path / "bare")
     assert not is_library(str(bare)) and is_library(f"st:{bare}")
     with pytest.raises(ModelError, match="'clip' checkpoint"):
         load_encoder(bare)
     encoder = load_encoder(f"st:{bare}")
     assert not caplog.records
-    plain = load_encoder(f"st:{places / 'bert-bare'}")
+    plain = load_encoder(f"st:{models / 'bert-bare'}")
     assert far(vectors(plain.encode_items([Item.of(text=TEXT)])), documents_of(plain.model, [TEXT])) < 1e-6
     assert [record.getMessage() for record in caplog.records if record.name == "traceir.library"] == [
-        f"{places / 'bert-bare'} has no modules.json: it is pooled by the library's default, not as its publisher may have meant"
+        f"{models / 'bert-bare'} has no modules.json: it is pooled by the library's default, not as its publisher may have meant"
     ]
     assert far(vectors(encoder.encode_queries([Query.of(text=TEXT)])), queries_of(SentenceTransformer(str(bare)), [TEXT])) < 1e-6
 
 
-def test_texts_of_a_bare_siglip_are_padded_as_it_was_trained(places: Path) -> None:
+def test_texts_of_a_bare_siglip_are_padded_as_it_was_trained(models: Path) -> None:
     """By the library's default the last position read is the last of the longest text in the batch."""
-    place = places / "siglip-bare"
-    encoder, own = load_encoder(f"st:{place}"), SentenceTransformer(str(place))
-    processor, network = AutoProcessor.from_pretrained(place), Siglip2Model.from_pretrained(place).eval()
+    folder = models / "siglip-bare"
+    encoder, own = load_encoder(f"st:{folder}"), SentenceTransformer(str(folder))
+    processor, network = AutoProcessor.from_pretrained(folder), Siglip2Model.from_pretrained(folder).eval()
     read = processor(text=[TEXT, LONG], padding="max_length", max_length=64, truncation=True, return_tensors="pt")
     with torch.inference_mode():
         wanted = torch.nn.functional.normalize(network.get_text_features(input_ids=read["input_ids"]).pooler_output, dim=-1)
@@ -256,38 +256,38 @@ def test_texts_of_a_bare_siglip_are_padded_as_it_was_trained(places: Path) -> No
 
 
 def test_a_relative_path_behind_the_prefix_means_the_same_on_a_worker(
-    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(places)
-    for given, meant in (("st:bert", f"st:{places / 'bert'}"), ("bert", str(places / "bert")), ("st:a/b", "st:a/b")):
-        args = build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", given, "--dim", "8"])
+    monkeypatch.chdir(models)
+    for name, meant in (("st:bert", f"st:{models / 'bert'}"), ("bert", str(models / "bert")), ("st:a/b", "st:a/b")):
+        args = build_parser().parse_args(["index", "add", "x", "--index", "i", "--model", name, "--dim", "8"])
         args.threads, args.verbose = None, False
-        found = index_verbs.encoder_anywhere(args)
-        assert (found.model, found.dim, found.engine) == (meant, 8, None)
+        described = index_verbs.encoder_anywhere(args)
+        assert (described.model, described.dim, described.engine) == (meant, 8, None)
 
 
 def test_instructions_go_where_the_model_has_a_place_for_them(
-    places: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    models: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     asked = [Query.of(text=TEXT, instruction=ASKED), Query.of(text=LONG, instruction=ASKED), Query.of(text=TEXT)]
-    qwen, own = both_of(places / "qwen")
-    found = vectors(qwen.encode_queries(asked))
-    assert far(found[:2], queries_of(own, [TEXT, LONG], prompt=ASKED)) < 1e-6
-    assert far(found[2:], queries_of(own, [TEXT])) < 1e-6 and far(found[0], found[2]) > 1e-3
+    qwen, own = both_of(models / "qwen")
+    actual = vectors(qwen.encode_queries(asked))
+    assert far(actual[:2], queries_of(own, [TEXT, LONG], prompt=ASKED)) < 1e-6
+    assert far(actual[2:], queries_of(own, [TEXT])) < 1e-6 and far(actual[0], actual[2]) > 1e-3
 
     prompts = {"web_search": "Instruct: Given a question, find passages.\nQuery:"}
-    place = published.save_bert(tmp_path / "e5", prompts=prompts)
-    e5, own = both_of(place)
-    found = vectors(e5.encode_queries(asked))
-    assert far(found[:2], queries_of(own, [TEXT, LONG], prompt=f"Instruct: {ASKED}\nQuery:")) < 1e-6
-    assert far(found[2:], queries_of(own, [TEXT])) < 1e-6
+    folder = published.save_bert(tmp_path / "e5", prompts=prompts)
+    e5, own = both_of(folder)
+    actual = vectors(e5.encode_queries(asked))
+    assert far(actual[:2], queries_of(own, [TEXT, LONG], prompt=f"Instruct: {ASKED}\nQuery:")) < 1e-6
+    assert far(actual[2:], queries_of(own, [TEXT])) < 1e-6
     assert not caplog.records
 
-    gemma, own = both_of(places / "gemma")
+    gemma, own = both_of(models / "gemma")
     with caplog.at_level(logging.WARNING):
-        found = vectors(gemma.encode_queries(asked))
+        actual = vectors(gemma.encode_queries(asked))
         gemma.encode_queries(asked)
-    assert far(found, queries_of(own, [TEXT, LONG, TEXT])) < 1e-6
+    assert far(actual, queries_of(own, [TEXT, LONG, TEXT])) < 1e-6
     assert [record.getMessage() for record in caplog.records if "left out" in record.getMessage()] == [
         "gemma has no place for an instruction: the instructions of queries are left out"
     ]
@@ -295,21 +295,21 @@ def test_instructions_go_where_the_model_has_a_place_for_them(
     assert far(vectors(alone), queries_of(own, ["a red cube"])) < 1e-6
 
 
-def test_parts_are_read_in_their_order(places: Path) -> None:
-    qwen, own = both_of(places / "qwen")
+def test_parts_are_read_in_their_order(models: Path) -> None:
+    qwen, own = both_of(models / "qwen")
     first, second = pixels(1), pixels(2)
-    one, other = ImageInput.from_pil(first), ImageInput.from_pil(second)
-    told = [
-        (Item((one, "a red cube")), {"image": first, "text": "a red cube"}),
-        (Item(("a red cube", one)), {"text": "a red cube", "image": first}),
+    left, other = ImageInput.from_pil(first), ImageInput.from_pil(second)
+    pairs = [
+        (Item((left, "a red cube")), {"image": first, "text": "a red cube"}),
+        (Item(("a red cube", left)), {"text": "a red cube", "image": first}),
         (Item(("a", "red cube")), "a red cube"),
-        (Item((one, "and", other)), _message("image", first, "text", "and", "image", second)),
-        (Item((other, one)), _message("image", second, "image", first)),
+        (Item((left, "and", other)), _message("image", first, "text", "and", "image", second)),
+        (Item((other, left)), _message("image", second, "image", first)),
     ]
-    found = vectors(qwen.encode_items([item for item, _ in told]))
-    wanted = np.stack([documents_of(own, [one])[0] for _, one in told])
-    assert far(found, wanted) < 1e-6
-    assert far(found[0], found[1]) > 1e-3
+    actual = vectors(qwen.encode_items([item for item, _ in pairs]))
+    wanted = np.stack([documents_of(own, [inputs])[0] for _, inputs in pairs])
+    assert far(actual, wanted) < 1e-6
+    assert far(actual[0], actual[1]) > 1e-3
 
 
 def _message(*parts: Any) -> list[dict[str, Any]]:
@@ -317,18 +317,18 @@ def _message(*parts: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [{"type": kind, kind: value} for kind, value in pairs]}]
 
 
-def test_weights_may_be_in_bfloat16_and_threads_share_one_encoder(places: Path) -> None:
-    encoder = load_encoder(places / "bert", dtype=torch.bfloat16)
-    own = SentenceTransformer(str(places / "bert"), model_kwargs={"dtype": torch.bfloat16})
+def test_weights_may_be_in_bfloat16_and_threads_share_one_encoder(models: Path) -> None:
+    encoder = load_encoder(models / "bert", dtype=torch.bfloat16)
+    own = SentenceTransformer(str(models / "bert"), model_kwargs={"dtype": torch.bfloat16})
     texts = [" ".join(published.WORDS[: 2 + n % 9]) + f" {n}" for n in range(24)]
     with ThreadPoolExecutor(4) as pool:
-        found = vectors(list(pool.map(lambda text: encoder.encode_queries([Query.of(text=text)])[0], texts)))
-    assert encoder.vector_settings["dtype"] == "torch.bfloat16" and found.dtype == np.float32
-    assert far(found, [queries_of(own, [text])[0] for text in texts]) < 1e-6
+        actual = vectors(list(pool.map(lambda text: encoder.encode_queries([Query.of(text=text)])[0], texts)))
+    assert encoder.vector_settings["dtype"] == "torch.bfloat16" and actual.dtype == np.float32
+    assert far(actual, [queries_of(own, [text])[0] for text in texts]) < 1e-6
 
 
-def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> None:
-    clip, bert = load_encoder(places / "clip"), load_encoder(places / "bert")
+def test_modalities_that_a_model_lacks_are_refused_in_words(models: Path) -> None:
+    clip, bert = load_encoder(models / "clip"), load_encoder(models / "bert")
     picture = ImageInput.from_pil(pixels(0))
     with pytest.raises(InputError, match=r"item both is an image and a text together, which .* give it a text, an image, or"):
         clip.encode_items([Item.of(text="a"), Item.of(text="a", image=picture, id="both")])
@@ -342,67 +342,69 @@ def test_modalities_that_a_model_lacks_are_refused_in_words(places: Path) -> Non
         clip.encode_queries([Query.of(text="a")], route="fast")
 
 
-def test_a_text_is_never_opened_as_a_file_or_an_address(places: Path, tmp_path: Path) -> None:
+def test_a_text_is_never_opened_as_a_file_or_an_address(models: Path, tmp_path: Path) -> None:
     """The library takes a str that ends like a picture for one, and would read or fetch it."""
     pixels(0).save(tmp_path / "secret.png")
     texts = [str(tmp_path / "secret.png"), "http://127.0.0.1:9/a.png", "data:image/png;base64,AAAA", "https://youtu.be/x"]
     for kind in ("clip", "qwen"):
-        encoder, own = both_of(places / kind)
-        found = vectors(encoder.encode_items([Item.of(text=text) for text in texts]))
-        assert far(found, documents_of(own, [{"text": text} for text in texts])) < 1e-6
+        encoder, own = both_of(models / kind)
+        actual = vectors(encoder.encode_items([Item.of(text=text) for text in texts]))
+        assert far(actual, documents_of(own, [{"text": text} for text in texts])) < 1e-6
         assert far(vectors(encoder.encode_queries([Query.of(text=texts[0])])), queries_of(own, [{"text": texts[0]}])) < 1e-6
 
 
-def test_a_text_that_is_cut_is_told(places: Path) -> None:
+def test_a_text_that_is_cut_is_told(models: Path) -> None:
     long = " ".join(published.WORDS * 6)
-    own = SentenceTransformer(str(places / "clip"))
-    (short, cut) = load_encoder(places / "clip").encode_items([Item.of(text="a red cube"), Item.of(text=long)])
+    own = SentenceTransformer(str(models / "clip"))
+    (short, cut) = load_encoder(models / "clip").encode_items([Item.of(text="a red cube"), Item.of(text=long)])
     assert (short.cut, cut.text_limit) == (0, 20)
     assert cut.cut == len(own.tokenizer(long, truncation=False)["input_ids"]) - 20
 
 
 def test_truncated_vectors_are_the_library_s_and_another_index(
-    places: Path, things: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    models: Path, gallery: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    gemma, index = places / "gemma", tmp_path / "index"
+    gemma, index = models / "gemma", tmp_path / "index"
     whole, short = load_encoder(gemma), load_encoder(gemma, dim=8)
     own = SentenceTransformer(str(gemma), truncate_dim=8)
-    found = vectors(short.encode_queries([Query.of(text=TEXT)]))
-    assert short.width == 8 and found.shape == (1, 8)
-    assert far(found, queries_of(own, [TEXT])) < 1e-6 and abs(np.linalg.norm(found) - 1) < 1e-6
+    actual = vectors(short.encode_queries([Query.of(text=TEXT)]))
+    assert short.width == 8 and actual.shape == (1, 8)
+    assert far(actual, queries_of(own, [TEXT])) < 1e-6 and abs(np.linalg.norm(actual) - 1) < 1e-6
     assert (whole.fingerprint, load_encoder(gemma, dim=32).prompt_version) == (short.fingerprint, whole.prompt_version)
-    texts = sorted(things.glob("*.txt"))
+    texts = sorted(gallery.glob("*.txt"))
     assert run("index", "add", *texts, "--index", index, "--model", gemma, "--dim", 8) == 0
     assert run("search", TEXT, "--index", index, "--model", gemma, "--dim", 8) == 0
     capsys.readouterr()
-    for arguments, told in (
+    for arguments, message in (
         ((), "first 8"),
         (("--dim", 16), "first 16"),
         (("--dim", 64), "have 32 components and cannot be truncated to 64"),
     ):
         assert run("search", TEXT, "--index", index, "--model", gemma, *arguments) == 2
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     with pytest.raises(InputError, match="cannot be truncated to 8; only models of sentence-transformers"):
         load_encoder(dim=8)
 
 
-def test_the_fingerprint_is_of_all_that_decides_a_vector(places: Path, tmp_path: Path) -> None:
-    first = load_encoder(places / "bert").fingerprint
-    moved = shutil.copytree(places / "bert", tmp_path / "moved")
+def test_the_fingerprint_is_of_all_that_decides_a_vector(models: Path, tmp_path: Path) -> None:
+    first = load_encoder(models / "bert").fingerprint
+    moved = shutil.copytree(models / "bert", tmp_path / "moved")
     (moved / "README.md").write_text("another card")
     (moved / "optimizer.pt").write_bytes(b"left by a training")
     (moved / "2_Normalize" / "notes.json").write_text("{}")
     assert load_encoder(moved).fingerprint == first
     pooled = published.save_bert(tmp_path / "pooled", pooling="cls")
-    assert (pooled / "model.safetensors").read_bytes() == (places / "bert" / "model.safetensors").read_bytes()
+    assert (pooled / "model.safetensors").read_bytes() == (models / "bert" / "model.safetensors").read_bytes()
     prompted = published.save_bert(tmp_path / "prompted", prompts={"query": "query: "})
     other = published.save_clip(tmp_path / "other", seed=1)
-    found = [load_encoder(place).fingerprint for place in (pooled, prompted, other, places / "clip", places / "old-clip")]
-    assert len({first, *found}) == 6
-    dense = shutil.copytree(places / "gemma", tmp_path / "dense")
+    fingerprints = [
+        load_encoder(folder).fingerprint for folder in (pooled, prompted, other, models / "clip", models / "old-clip")
+    ]
+    assert len({first, *fingerprints}) == 6
+    dense = shutil.copytree(models / "gemma", tmp_path / "dense")
     weights = dense / "2_Dense" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
-    assert load_encoder(dense).fingerprint != load_encoder(places / "gemma").fingerprint
+    assert load_encoder(dense).fingerprint != load_encoder(models / "gemma").fingerprint
 
 
 def _bin(folder: Path) -> None:
@@ -414,7 +416,7 @@ ABOUT = "config_sentence_transformers.json"
 
 
 @pytest.mark.parametrize(
-    ("kind", "spoil", "told"),
+    ("kind", "spoil", "message"),
     [
         ("gemma", lambda at: _bin(at / "2_Dense"), r"2_Dense holds no model.safetensors, only pytorch_model.bin. TraceIR reads"),
         ("old-clip", lambda at: _bin(at / "0_CLIPModel"), "holds no safetensors weights, model.safetensors, only pytorch_model"),
@@ -430,45 +432,45 @@ ABOUT = "config_sentence_transformers.json"
     ],
 )
 def test_pickles_and_code_that_comes_with_a_model_are_refused(
-    kind: str, spoil: Callable[[Path], object], told: str, places: Path, tmp_path: Path
+    kind: str, spoil: Callable[[Path], object], message: str, models: Path, tmp_path: Path
 ) -> None:
-    spoil(place := shutil.copytree(places / kind, tmp_path / "spoilt"))
-    with pytest.raises(ModelError, match=told):
-        load_encoder(place)
+    spoil(spoilt := shutil.copytree(models / kind, tmp_path / "spoilt"))
+    with pytest.raises(ModelError, match=message):
+        load_encoder(spoilt)
 
 
 def _edit(file: Path, row: int | None, **changed: Any) -> None:
-    told = json.loads(file.read_text())
-    (told if row is None else told[row]).update(changed)
-    file.write_text(json.dumps(told))
+    content = json.loads(file.read_text())
+    (content if row is None else content[row]).update(changed)
+    file.write_text(json.dumps(content))
 
 
-def test_checkpoints_of_traceir_keep_to_their_own_road(tmp_path: Path, places: Path) -> None:
+def test_checkpoints_of_traceir_keep_to_their_own_road(tmp_path: Path, models: Path) -> None:
     assert not is_library(str(bundled_model()))
-    assert isinstance(load_encoder(), Encoder) and isinstance(traceir.load_encoder(places / "bert"), LibraryEncoder)
+    assert isinstance(load_encoder(), Encoder) and isinstance(traceir.load_encoder(models / "bert"), LibraryEncoder)
     with pytest.raises(ModelError, match=r"load it with traceir.load_encoder\('"):
-        Encoder.from_pretrained(places / "bert")
+        Encoder.from_pretrained(models / "bert")
     with pytest.raises(ModelError, match="is a checkpoint of TraceIR itself; leave out st:"):
         load_encoder(f"st:{bundled_model()}")
 
 
 def test_a_hub_id_is_decided_by_its_modules_file_and_offline_by_the_cache(
-    places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = tmp_path / "cache"
     revision = "0123456789012345678901234567890123456789"
     repository = cache / "models--someone--clip"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(revision)
-    shutil.copytree(places / "old-clip", repository / "snapshots" / revision)
+    shutil.copytree(models / "old-clip", repository / "snapshots" / revision)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("huggingface_hub.file_download", "huggingface_hub._snapshot_download", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{name}.HF_HUB_CACHE", str(cache), raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert is_library("someone/clip") and not is_library("someone/else")
-    assert load_encoder("someone/clip").fingerprint == load_encoder(places / "old-clip").fingerprint
+    assert load_encoder("someone/clip").fingerprint == load_encoder(models / "old-clip").fingerprint
     for name in ("someone/else", "st:someone/else"):
-        assert run("index", "add", places / "bert", "--index", tmp_path / "index", "--model", name) == 2
+        assert run("index", "add", models / "bert", "--index", tmp_path / "index", "--model", name) == 2
         assert _error(capsys).startswith("someone/else is no folder here and not in the local cache")
 
 
@@ -574,7 +576,7 @@ def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
             encoder.going.set()
             served, fake = await waiting, FakeEncoder(8)
             wanted = [*fake.encode_items(items), *fake.encode_queries(asked)]
-            assert far(vectors([one.encoding for one in served]), vectors(wanted)) == 0
+            assert far(vectors([served_.encoding for served_ in served]), vectors(wanted)) == 0
             assert sum(map(len, encoder.batches)) == 23 and max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 10
             assert all(len(set(map(type, batch))) == 1 for batch in encoder.batches)
             with pytest.raises(InputError, match="cannot reason"):
@@ -599,7 +601,7 @@ def test_only_the_input_at_fault_fails_and_one_nobody_waits_for_is_left_out() ->
             nobody.cancel()
             await asyncio.sleep(0)
             encoder.going.set()
-            assert [type(one).__name__ for one in await others] == ["Served", "ImageError", "Served"] and (await first)
+            assert [type(answer).__name__ for answer in await others] == ["Served", "ImageError", "Served"] and (await first)
             assert not any(left in batch for batch in encoder.batches) and scheduler.alive
 
     asyncio.run(work())

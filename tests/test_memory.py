@@ -50,12 +50,12 @@ def test_the_largest_chunks_that_fit_are_taken_and_what_does_not_fit_names_the_r
     large = plans["7b"]
     assert on_card(replace(large, lora_rank=64), 24).chunk_tokens >= STEPS[-1]
     lacking = r"lora_rank=128 needs 23\.2 GiB .* 21\.6 of 24 GiB .* set lora_rank=64"
-    for config, card, said in (
+    for config, card, message in (
         (large, 24, lacking),
         (large, 12, "choose a smaller backbone"),
         (mini_presets.preset("emoji"), 24, "LoRA"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             on_card(config, card)
 
 

@@ -89,7 +89,7 @@ def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> Non
 def find(scene: Scene, ref: str) -> int:
     """The only slot that words refer to."""
     words = set(ref.split())
-    fits = [slot for slot, place in enumerate(SLOTS) if place in words] or [
+    fits = [slot for slot, word in enumerate(SLOTS) if word in words] or [
         slot
         for slot, (colour, shape) in enumerate(scene.objects)
         if words & set(COLOURS) <= {colour} and words & set(SHAPES) <= {shape} and words & {*COLOURS, *SHAPES}

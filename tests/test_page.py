@@ -171,8 +171,8 @@ def test_a_dropped_image_is_edited_reasoned_over_and_refined(
     expect(page.locator(".trace [role=meter]")).to_have_attribute("aria-valuenow", f"{encoding.emb_probability:.3f}")
     expect(page.locator(".trace .total")).to_have_text(re.compile(rf"^{encoding.tokens} tokens · [\d.]+ m?s$"))
     expect(page.locator("#live")).to_contain_text("12 hits")
-    said = page.evaluate("window.said.join(' ')")
-    assert all(words in said for words in ("Searching.", "reasons first", *steps, "12 hits")), said
+    announced = page.evaluate("window.said.join(' ')")
+    assert all(words in announced for words in ("Searching.", "reasons first", *steps, "12 hits")), announced
     expect(page.locator(".frame img").first).not_to_have_js_property("naturalWidth", 0)
     assert page.url == f"{service.url}/", "a picture of one's own cannot be in an address"
     sizes = [len(text) for text in page.evaluate("window.written")]
@@ -214,7 +214,7 @@ def test_both_routes_side_by_side_mark_what_moved(service: Service, open_page: C
     page.get_by_role("button", name="Compare without reasoning").click()
     reasoned, direct = service.ids(query, route="reason"), service.ids(query, route="direct")
     assert (shown_ids(page, 1), shown_ids(page, 0)) == (direct, reasoned) and reasoned != direct
-    moved = [reasoned.index(id) - place if id in reasoned else None for place, id in enumerate(direct)]
+    moved = [reasoned.index(id) - position if id in reasoned else None for position, id in enumerate(direct)]
     expected = ["only here" if by is None else f"▲ {by}" if by > 0 else f"▼ {-by}" if by < 0 else "=" for by in moved]
     assert page.locator(".grid").nth(1).locator(".move").all_inner_texts() == expected
     shared, kept = sum(by is not None for by in moved), sum(by == 0 for by in moved)
@@ -236,8 +236,8 @@ def test_the_keyboard_reaches_everything(service: Service, open_page: Callable[.
         for key in keys:
             page.keyboard.press(key)
 
-    def opener(place: int) -> Any:
-        return page.locator(".card").nth(place).locator(".opener")
+    def opener(index: int) -> Any:
+        return page.locator(".card").nth(index).locator(".opener")
 
     press("Tab", "?")
     expect(page.locator("#help")).to_be_visible()
@@ -524,7 +524,7 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     page.locator("#cutoff").wait_for()
     choices = page.locator("#cutoff label")
     expect(choices).to_have_text(["Off", "1 in 10", "1 in 100", "1 in 1000"])
-    assert [choices.nth(place).locator("input").is_enabled() for place in range(4)] == [True, True, True, False]
+    assert [choices.nth(index).locator("input").is_enabled() for index in range(4)] == [True, True, True, False]
     assert page.evaluate(LOW_CONTRAST) == []
     choices.nth(2).click()
     ask(page, Query.of(text="a cat in a hat", target="image"))

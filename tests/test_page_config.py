@@ -44,7 +44,7 @@ def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "cannot be read .*No such file"), (b" \n\n", "holds no instruction"),
         (b"Find it.\n\xff\xfe", r"not UTF-8 text \(byte 9\)"), (b"Find it.\nbell \x07 rings", ":2: there is a control character"),
@@ -52,11 +52,11 @@ def test_own_instructions_take_the_place_of_ours(tmp_path: Path) -> None:
         (b"\n".join(b"Find %d." % number for number in range(201)), "holds 201 instructions; give at most 200"),
     ],
 )  # fmt: skip
-def test_bad_instruction_files_say_what_to_mend(tmp_path: Path, content: bytes | None, told: str) -> None:
+def test_bad_instruction_files_say_what_to_mend(tmp_path: Path, content: bytes | None, message: str) -> None:
     file = tmp_path / "instructions.txt"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         read_instructions(file)
 
 

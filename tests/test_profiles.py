@@ -104,11 +104,11 @@ def unit(state: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(state, dim=-1).numpy()
 
 
-def check(found: list[Encoding], expected: list[np.ndarray]) -> None:
+def check(encodings: list[Encoding], expected: list[np.ndarray]) -> None:
     """Same vectors, on the direct route, which differ from each other where there are several."""
-    for one, vector in zip(found, expected, strict=True):
-        assert np.abs(one.vector - vector).max() < 2e-6
-        assert one.route == "direct" and not one.reasoning
+    for encoding, vector in zip(encodings, expected, strict=True):
+        assert np.abs(encoding.vector - vector).max() < 2e-6
+        assert encoding.route == "direct" and not encoding.reasoning
     assert all(np.abs(expected[0] - other).max() > 1e-2 for other in expected[1:]), "the test needs vectors that differ"
 
 
@@ -128,12 +128,12 @@ def test_vectors_are_the_stock_states_where_a_profile_reads(tmp_path: Path, name
 
 
 def test_a_profile_needs_no_token_or_matrix_that_it_does_not_read(tmp_path: Path) -> None:
-    plain, told = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
+    plain, extended = (checkpoint(tmp_path / name, "qwen2_vl", extra) for name, extra in (("plain", []), ("told", ["<emb>"])))
     for file in ("model.safetensors", "config.json"):
-        (told / file).write_bytes((plain / file).read_bytes())
-    pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, told)]
-    check(pair[0], [one.vector for one in pair[1]])
-    before = [one.vector for one in Encoder(load(plain, profile="gme")).encode_items(ITEMS)]
+        (extended / file).write_bytes((plain / file).read_bytes())
+    pair = [Encoder(load(folder, profile="lamra")).encode_queries(QUERIES) for folder in (plain, extended)]
+    check(pair[0], [encoding.vector for encoding in pair[1]])
+    before = [encoding.vector for encoding in Encoder(load(plain, profile="gme")).encode_items(ITEMS)]
     tensors = load_file(plain / "model.safetensors")
     del tensors["lm_head.weight"]  # as GME's 7B is published
     save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})

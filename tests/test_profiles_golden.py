@@ -89,6 +89,6 @@ def test_a_profile_reads_what_its_project_reads(tmp_path: Path, name: str) -> No
             assert batch.patches is not None
             patches = batch.patches.numpy()
             rows, columns = patches.shape
-            places = [(int(rows * a), int(columns * b)) for a, b in ((0, 0), (0.2, 0.4), (0.4, 0.1), (0.6, 0.9), (0.8, 0.3))]
-            found = [patches.mean(dtype=np.float64), *(patches[place] for place in (*places, (-1, -1)))]
-            assert np.allclose(found, case["pixels"], atol=1e-5)
+            points = [(int(rows * a), int(columns * b)) for a, b in ((0, 0), (0.2, 0.4), (0.4, 0.1), (0.6, 0.9), (0.8, 0.3))]
+            values = [patches.mean(dtype=np.float64), *(patches[point] for point in (*points, (-1, -1)))]
+            assert np.allclose(values, case["pixels"], atol=1e-5)

@@ -48,9 +48,9 @@ def test_mtebs_wrapper_of_apis_drives_it_unchanged(running: Running, encoder: En
     model = OpenAIAPIEncodeWrapper(running.url, "traceir", modalities=["text", "image"])
     about = {"task_metadata": get_task("CIRRIT2IRetrieval").metadata, "hf_split": "test", "hf_subset": "default"}
     texts = ["a white ring", INDIRECT]
-    found = model.encode(DataLoader(Dataset.from_dict({"text": texts}), batch_size=2), show_progress_bar=False, **about)
+    vectors = model.encode(DataLoader(Dataset.from_dict({"text": texts}), batch_size=2), show_progress_bar=False, **about)
     wanted = encoder.encode_queries([Query.of(text=text) for text in texts])
-    assert all(close(vector, encoding.vector) for vector, encoding in zip(found, wanted, strict=True))
+    assert all(close(vector, encoding.vector) for vector, encoding in zip(vectors, wanted, strict=True))
     image = running.items[3].images[0]
     both = [{"text": ["swap the left two"], "image": [image.load()]}]
     (shown,) = model.encode(DataLoader(both, batch_size=None), show_progress_bar=False, **about)
@@ -65,9 +65,9 @@ def test_adapters_drive_the_running_server(running: Running, encoder: Encoder) -
     wanted = encoder.encode_queries([Query.of(text=CAPTION)])[0].vector
     assert close(TraceEmbeddings.of_server(running.url).embed_query(CAPTION), wanted)
     assert close(TraceEmbedding.of_server(running.url).get_query_embedding(CAPTION), wanted)
-    found = TraceRetriever(source=Client(running.url), k=3).invoke(CAPTION)
+    documents = TraceRetriever(source=Client(running.url), k=3).invoke(CAPTION)
     hits = httpx.post(f"{running.url}/search", json={"text": CAPTION, "k": 3}, timeout=60).json()["hits"]
-    assert [document.id for document in found] == [hit["id"] for hit in hits]
+    assert [document.id for document in documents] == [hit["id"] for hit in hits]
 
 
 def send(url: str, request: str) -> socket.socket:

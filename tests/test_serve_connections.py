@@ -145,7 +145,7 @@ def test_what_is_no_body_is_cut_while_it_comes_and_no_head_at_all_is_refused(pat
     lines = b"".join(b"X-%d: %s\r\n" % (number, b"a" * 1000) for number in range(64))
     whole = GET[:-2] + lines + b"\r\n"
     assert HEAD - 1100 < len(whole) < HEAD
-    assert ask(patient, *(whole[place : place + 900] for place in range(0, len(whole), 900))).endswith(b"\r\n\r\n0")
+    assert ask(patient, *(whole[start : start + 900] for start in range(0, len(whole), 900))).endswith(b"\r\n\r\n0")
     assert talk(patient, whole[:-2] + lines + b"\r\n")[0].startswith(b"HTTP/1.1 431")
 
 
@@ -166,10 +166,10 @@ def test_large_bodies_of_many_chunks_early_answers_and_keep_alive_pass(patient: 
 
 
 def test_what_does_not_end_is_given_up_and_others_are_served(hasty: Address) -> None:
-    for start, told in ((b"", b""), (b"GET / HTTP/1.1\r\nX: a\r\n", b" 408 "), (GET, b" 200 "), (GET + b"GET / HT", b" 200 "),
+    for start, status in ((b"", b""), (b"GET / HTTP/1.1\r\nX: a\r\n", b" 408 "), (GET, b" 200 "), (GET + b"GET / HT", b" 200 "),
                         (DEAF % 9_999_999 + b"a", b" 200 ")):  # fmt: skip
         answer, _ = talk(hasty, start)  # returns, since the server closes
-        assert answer.partition(b"\r\n")[0][8:13] == told and answer.count(b"HTTP/1.1") == bool(told)
+        assert answer.partition(b"\r\n")[0][8:13] == status and answer.count(b"HTTP/1.1") == bool(status)
     with connected(hasty) as slow, connected(hasty) as deaf:
         deaf.sendall(GET.replace(b"/ ", b"/large "))
         with suppress(OSError):

@@ -29,11 +29,11 @@ from traceir.serve.scheduler import Scheduler
 from traceir.serve.security import App, Message, Receive, Send
 
 
-def acting(who: str, work: Callable[..., Any], *given: Any) -> Any:
+def acting(who: str, work: Callable[..., Any], *arguments: Any) -> Any:
     """Calls something on behalf of a caller."""
     context = contextvars.copy_context()
     context.run(caller.set, who)
-    return context.run(work, *given)
+    return context.run(work, *arguments)
 
 
 def task_of(who: str, work: Callable[[], Coroutine[Any, Any, Any]], *, long: bool = False) -> asyncio.Task[Any]:
@@ -64,18 +64,18 @@ def test_a_share_leaves_as_much_as_it_takes() -> None:
 
 @in_loop
 async def test_places_and_slots_are_given_in_turn_and_never_lost() -> None:
-    places = Places(12)
-    waiting = [task_of("greedy", lambda: places.wait("greedy"), long=True) for _ in range(9)]
+    shares = Places(12)
+    waiting = [task_of("greedy", lambda: shares.wait("greedy"), long=True) for _ in range(9)]
     await asyncio.sleep(0)
-    assert places.of("greedy") == 4 and places.take("greedy") and places.take("other")
-    await task_of("late", lambda: places.wait("late"))
+    assert shares.of("greedy") == 4 and shares.take("greedy") and shares.take("other")
+    await task_of("late", lambda: shares.wait("late"))
     for task in waiting[:6]:
         task.cancel()  # some have their place, some still wait
     await asyncio.gather(*waiting[:6], return_exceptions=True)
-    assert places.of("greedy") == 5, "who was cancelled after it got a place keeps it, since it has run on"
-    places.give("greedy", 5)
+    assert shares.of("greedy") == 5, "who was cancelled after it got a place keeps it, since it has run on"
+    shares.give("greedy", 5)
     await asyncio.gather(*waiting[6:])
-    assert places.of("greedy") == 3
+    assert shares.of("greedy") == 3
     slots = Slots(2)
     tasks = [task_of("a", lambda: slots.wait("a")) for _ in range(3)]
     await passes_of_the_loop()
@@ -100,8 +100,8 @@ def test_threads_work_for_one_caller_after_the_other_and_one_is_left_for_others(
     failing, cancelled = acting("greedy", pool.submit, int, "x"), acting("greedy", pool.submit, done.append, "never")
     assert cancelled.cancel() and acting("other", pool.submit, done.append, "other").result(20) is None and done == ["other"]
     gate.set()
-    for one in [*blocked, *futures]:
-        one.result(20)
+    for future in [*blocked, *futures]:
+        future.result(20)
     assert isinstance(failing.exception(20), ValueError) and done == ["other"] + ["greedy"] * 6
     pool.shutdown()
     rounds: Rounds[str] = Rounds()

@@ -117,8 +117,8 @@ def as_nobody(request: pytest.FixtureRequest) -> None:
         caller.key = caller.keys["nobody"]
 
 
-def close(found: Any, wanted: np.ndarray) -> bool:
-    return float(np.dot(np.asarray(found, dtype=np.float64), wanted)) > 0.99999
+def close(actual: Any, wanted: np.ndarray) -> bool:
+    return float(np.dot(np.asarray(actual, dtype=np.float64), wanted)) > 0.99999
 
 
 # Answers
@@ -126,7 +126,9 @@ def close(found: Any, wanted: np.ndarray) -> bool:
 
 def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) -> None:
     shown, other = picture(1), picture(2, 64, 48)
-    caller.add(*({"id": f"noise-{n}", "text": "noise", "image": data(one.encoded()[0])} for n, one in enumerate((shown, other))))
+    caller.add(
+        *({"id": f"noise-{n}", "text": "noise", "image": data(image.encoded()[0])} for n, image in enumerate((shown, other)))
+    )
     asked = [
         ({"text": CAPTION}, Query.of(text=CAPTION)),
         ({"text": INDIRECT, "modality": "text"}, Query.of(text=INDIRECT, target="text")),
@@ -139,10 +141,10 @@ def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) 
     with open_index(caller.folder / "index", encoder) as index:
         searcher = Searcher(encoder, index)
         for body, query in asked:
-            wanted, found = searcher.search(query, k=5), caller.good("POST", "/search", body | {"k": 5})
-            assert [hit["id"] for hit in found["hits"]] == [hit.id for hit in wanted.hits]
-            assert found["hits"][0]["score"] == pytest.approx(wanted.hits[0].score, abs=1e-5)
-            trace = found["trace"]
+            wanted, answer = searcher.search(query, k=5), caller.good("POST", "/search", body | {"k": 5})
+            assert [hit["id"] for hit in answer["hits"]] == [hit.id for hit in wanted.hits]
+            assert answer["hits"][0]["score"] == pytest.approx(wanted.hits[0].score, abs=1e-5)
+            trace = answer["trace"]
             assert (trace["route"], trace["reasoning"]) == (wanted.encoding.route, wanted.encoding.reasoning)
             assert set(trace["seconds"]) == {"queue", "encode", "search"}
     whole = caller.good("POST", "/search", {"text": CAPTION, "k": 5})["hits"]
@@ -155,10 +157,10 @@ def test_the_stream_tells_route_reasoning_and_the_same_hits(caller: Caller) -> N
     _, streamed = caller.post("/search/stream", body)
     events = [part.split("\n", 1) for part in streamed.decode().strip().split("\n\n")]
     names = [name.removeprefix("event: ") for name, _ in events]
-    told = [json.loads(content.removeprefix("data: ")) for _, content in events]
+    parts = [json.loads(content.removeprefix("data: ")) for _, content in events]
     assert names[0] == "route" and names[-1] == "hits" and set(names[1:-1]) == {"reasoning"}
-    assert told[0]["route"] == "reason" and told[-2]["text"] == told[-1]["trace"]["reasoning"] != ""
-    assert told[-1]["hits"] == caller.good("POST", "/search", body)["hits"]
+    assert parts[0]["route"] == "reason" and parts[-2]["text"] == parts[-1]["trace"]["reasoning"] != ""
+    assert parts[-1]["hits"] == caller.good("POST", "/search", body)["hits"]
     _, refused = caller.post("/search/stream", {"image": {"item": "nowhere"}})
     assert refused.startswith(b"event: error\ndata: {") and b"nowhere" in refused
 
@@ -168,16 +170,16 @@ def test_embeddings_of_texts_objects_and_chats(caller: Caller, encoder: Encoder)
     image = f"data:image/png;base64,{data(shown.encoded()[0])['data']}"
     plain = caller.good("POST", "/v1/embeddings", {"input": ["a white ring", {"text": "a ring", "image": image}]})
     items = encoder.encode_items([Item.of(text="a white ring"), Item.of(text="a ring", image=shown)])
-    assert all(close(one["embedding"], item.vector) for one, item in zip(plain["data"], items, strict=True))
+    assert all(close(entry["embedding"], item.vector) for entry, item in zip(plain["data"], items, strict=True))
     assert plain["data"][1]["trace"]["route"] == "direct" and plain["usage"]["prompt_tokens"] > 5
     user = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": "swap"}]}
     chat = [{"role": "system", "content": "Find the picture after this change."}, user]
-    found = caller.good("POST", "/v1/embeddings", {"messages": chat, "encoding_format": "base64"})
-    raw = base64.b64decode(found["data"][0]["embedding"])
+    answer = caller.good("POST", "/v1/embeddings", {"messages": chat, "encoding_format": "base64"})
+    raw = base64.b64decode(answer["data"][0]["embedding"])
     query = Query((shown, "swap"), instruction="Find the picture after this change.")
     assert close(struct.unpack(f"<{len(raw) // 4}f", raw), encoder.encode_queries([query])[0].vector)
     both = caller.good("POST", "/v1/embeddings", {"messages": [chat, chat[1:]], "route": "direct"})
-    assert len(both["data"]) == 2 and {one["trace"]["route"] for one in both["data"]} == {"direct"}
+    assert len(both["data"]) == 2 and {entry["trace"]["route"] for entry in both["data"]} == {"direct"}
 
 
 def test_items_are_added_found_shown_and_removed(caller: Caller, encoder: Encoder) -> None:
@@ -209,11 +211,11 @@ def test_an_answer_of_too_much_is_refused_or_ends_early(caller: Caller, monkeypa
     status, answer = caller.post("/search", asked)
     assert status == 400 and re.search(r"the 3 hits hold 6\d+ bytes.*ask for fewer.*offset", answer["error"]["message"])
     assert len(caller.good("POST", "/search", asked | {"k": 1})["hits"]) == 1
-    found: list[str] = []
-    while (page := caller.good("GET", f"/items?after={found[-1] if found else 'much'}"))["more"]:
+    listed: list[str] = []
+    while (page := caller.good("GET", f"/items?after={listed[-1] if listed else 'much'}"))["more"]:
         assert len(page["items"]) == 1, "two are too much"
-        found.append(page["items"][0]["id"])
-    assert found == ids[: len(found)] and len(found) >= 2
+        listed.append(page["items"][0]["id"])
+    assert listed == ids[: len(listed)] and len(listed) >= 2
     assert caller.good("DELETE", "/items", {"ids": ids}) == {"deleted": 3}
 
 
@@ -321,14 +323,14 @@ def test_each_item_has_a_result_of_its_own_whatever_the_others_are(caller: Calle
     for number, (item, _) in enumerate(BAD_ITEMS.values(), start=1):
         texts += [item, f'{{"id": "good-{number}", "text": "a ring", "image": null, "fields": null}}']
     body = f'{{"items": [{", ".join(texts)}]}}'.replace("PICTURE", json.dumps(IMAGE))
-    status, told = caller.post("/items", body.encode())
-    assert status == 200, told
-    results = told["results"]
-    assert [one["id"] for one in results[::2]] == [f"good-{number}" for number in range(len(BAD_ITEMS) + 1)]
-    assert {one["status"] for one in results[::2]} == {"added"}
-    for (name, (_, shown)), one in zip(BAD_ITEMS.items(), results[1::2], strict=True):
-        assert one["status"] == "failed" and shown in one["error"], (name, one)
-        assert str(caller.folder) not in one["error"]
+    status, answer = caller.post("/items", body.encode())
+    assert status == 200, answer
+    results = answer["results"]
+    assert [result["id"] for result in results[::2]] == [f"good-{number}" for number in range(len(BAD_ITEMS) + 1)]
+    assert {result["status"] for result in results[::2]} == {"added"}
+    for (name, (_, shown)), result in zip(BAD_ITEMS.items(), results[1::2], strict=True):
+        assert result["status"] == "failed" and shown in result["error"], (name, result)
+        assert str(caller.folder) not in result["error"]
     assert caller.files() == before + 1, "nothing stays of what failed"
 
 
@@ -336,8 +338,8 @@ def test_a_long_text_is_cut_as_in_this_process_and_that_is_told(caller: Caller, 
     whole = encoder.model.processor.forced(encoder.model.prompt(Item.of(text=LONG), direct=True)).cut
     long, short = caller.add({"id": "long", "text": LONG}, {"id": "short", "text": "a ring"})
     assert (long["status"], long["cut"], short["cut"]) == ("added", whole, 0) and whole > 1000
-    told = caller.good("POST", "/v1/embeddings", {"input": ["a ring", LONG]})
-    assert [one["trace"]["cut"] for one in told["data"]] == [0, whole]
+    answer = caller.good("POST", "/v1/embeddings", {"input": ["a ring", LONG]})
+    assert [entry["trace"]["cut"] for entry in answer["data"]] == [0, whole]
     assert caller.good("POST", "/search", {"text": LONG, "instruction": LONG})["trace"]["cut"] > whole
 
 
@@ -371,8 +373,8 @@ def test_of_adds_at_once_one_is_told_that_it_added(caller: Caller) -> None:
     with ThreadPoolExecutor(4) as pool:
         for number in range(2):
             sent = [{"id": f"same-{number}", "text": f"a ring {writer}"} for writer in range(4)]
-            told = list(pool.map(lambda item: caller.add(item)[0]["status"], sent))
-            assert sorted(told) == ["added", "updated", "updated", "updated"]
+            statuses = list(pool.map(lambda item: caller.add(item)[0]["status"], sent))
+            assert sorted(statuses) == ["added", "updated", "updated", "updated"]
         gone = list(pool.map(lambda _: caller.good("DELETE", "/items", {"ids": ["same-0", "same-1"]})["deleted"], range(4)))
         assert sorted(gone) == [0, 0, 0, 2]
 
@@ -571,11 +573,11 @@ def test_a_file_that_breaks_is_told_without_its_path(caller: Caller, encoder: En
 
 def test_nobody_learns_what_another_tenant_asked_or_holds(caller: Caller) -> None:
     body = {"text": "a question that only one has asked", "route": "direct"}
-    told = []
+    cached = []
     for name in ("acme", "rival", "nobody", "acme", "rival", "nobody"):
         caller.key = caller.keys[name]
-        told.append(caller.good("POST", "/search", body)["trace"]["cached"])
-    assert told == [False, False, False, True, True, True]
+        cached.append(caller.good("POST", "/search", body)["trace"]["cached"])
+    assert cached == [False, False, False, True, True, True]
     caller.key = caller.keys["acme"]
     assert caller.add({"id": "plan", "image": IMAGE})[0]["status"] == "added"
     caller.key = caller.keys["rival"]
@@ -591,9 +593,9 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     _, _, table = page.partition("| limit | |\n|---|---|\n")
     rows = dict(row.strip("| ").split(" | ", 1) for row in table.partition("\n\n")[0].splitlines())
-    told = {name: [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)] for name, text in rows.items()}
+    documented = {name: [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", text)] for name, text in rows.items()}
     fields = [schemas.MAX_ITEM_FIELDS, MAX_NAME_BYTES, schemas.MAX_VALUE, 64]
-    assert told == {
+    assert documented == {
         "body": [bodies.MAX_BODY >> 20, 8, 30, bodies.MAX_VALUES, bodies.MAX_TEXTS, bodies.MAX_DEPTH, bodies.MAX_DIGITS],
         "text, instruction": [schemas.MAX_TEXT],
         "inputs of `/v1/embeddings`, chats": [schemas.MAX_INPUTS],

@@ -64,7 +64,7 @@ def test_key_is_shown_once_stored_as_a_hash_and_seen_by_a_running_server(tmp_pat
     assert (who.name, who.tenant, who.requests_per_minute) == ("page", "acme", 90)
     with ThreadPoolExecutor(8) as pool:
         others = list(pool.map(lambda number: make_key(path, f"key-{number}"), range(8)))
-    assert len(list_keys(path)) == 9 and all(isinstance(ring.check(f"bearer {one}"), Principal) for one in others)
+    assert len(list_keys(path)) == 9 and all(isinstance(ring.check(f"bearer {key}"), Principal) for key in others)
     compared: list[str] = []
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: bool(compared.append(a)) or a == b)
     ring.check(f"Bearer {secret}")
@@ -250,7 +250,7 @@ def test_answer_that_is_no_image_of_bounded_size_is_refused(monkeypatch: pytest.
     async def loopback(host: str, port: int) -> Sequence[str]:
         return ["127.0.0.1"]
 
-    async def work(sent: bytes, told: str) -> None:
+    async def work(sent: bytes, message: str) -> None:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await reader.readuntil(b"\r\n\r\n")
             if sent != b"never":
@@ -260,14 +260,14 @@ def test_answer_that_is_no_image_of_bounded_size_is_refused(monkeypatch: pytest.
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         host = f"img.example:{server.sockets[0].getsockname()[1]}"
         limits = FetchLimits(file_bytes=100_000, seconds=0.3 if sent == b"never" else 15)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             await Fetcher([f"http://{host}"], limits=limits, resolve=loopback).fetch(f"http://{host}/a.png")
         server.close()
 
     monkeypatch.setattr(ssl, "create_default_context", lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     monkeypatch.setattr(fetch, "is_public", lambda address: True)
-    for sent, told in ANSWERS:
-        asyncio.run(work(sent, told))
+    for sent, message in ANSWERS:
+        asyncio.run(work(sent, message))
 
 
 # Images from requests
@@ -280,8 +280,8 @@ NO_IMAGE: list[object] = [
 ]  # fmt: skip
 
 
-def take(told: object, limits: ImageLimits = LIMITS) -> ImageInput:
-    return asyncio.run(UploadValidator(limits).take(told, "image", Sources()))
+def take(content: object, limits: ImageLimits = LIMITS) -> ImageInput:
+    return asyncio.run(UploadValidator(limits).take(content, "image", Sources()))
 
 
 def test_image_comes_as_base64_or_data_url_within_limits() -> None:
@@ -290,9 +290,9 @@ def test_image_comes_as_base64_or_data_url_within_limits() -> None:
         assert image == ImageInput.from_bytes(PNG) and image.path is None and image.name == ""
     for text in (base64.b64encode(BIG), base64.urlsafe_b64encode(BIG).rstrip(b"="), base64.encodebytes(BIG)):
         assert bytes_of_base64(text.decode(), "image") == BIG
-    for told in NO_IMAGE:
+    for content in NO_IMAGE:
         with pytest.raises(InputError):
-            take(told)
+            take(content)
     small = ImageLimits(pixels=1000, file_bytes=10_000)
     floats = tiff(2829, 2829, bytes(9), packed=True, tags={258: (SHORT, (32,)), 339: (SHORT, (3,))})
     for raw, shown, limits in (
@@ -479,8 +479,8 @@ REQUESTS = [
 def test_requests_are_let_in_as_they_should_and_every_answer_is_headed(
     app: Asgi, method: str, path: str, headers: list[tuple[bytes, bytes]], status: int, code: str
 ) -> None:
-    got, answered, told = ask(app, method, path, headers, [b"{}"])
-    assert got == status and (not code or (told["error"]["code"] == code and len(told["error"]) == 4))
+    got, answered, answer = ask(app, method, path, headers, [b"{}"])
+    assert got == status and (not code or (answer["error"]["code"] == code and len(answer["error"]) == 4))
     assert "server" not in answered and (answered["cache-control"], answered["x-frame-options"]) == ("no-store", "DENY")
     assert len(answered["x-request-id"]) == 24 and "sandbox" in answered["content-security-policy"]
     shared = "https://app.example" if app is OPENED and APP in headers else None
@@ -500,8 +500,8 @@ def test_body_is_bounded_however_it_comes_and_faults_are_not_hidden() -> None:
     app = SecurityMiddleware(BodyMiddleware(echo, most=100, seconds=0.05), AccessRules())
     chunked = [HOST, KIND, CHUNKS]
     assert post(app, chunks=[b"x" * 100])[2] == {"size": 100}
-    for status, headers, told in (post(app, chunks=[b"x" * 101]), ask(app, "POST", "/search", chunked, [b"x" * 30] * 10)):
-        assert status == 413 and headers["connection"] == "close" and told["error"]["code"] == "body_too_large"
+    for status, headers, answer in (post(app, chunks=[b"x" * 101]), ask(app, "POST", "/search", chunked, [b"x" * 30] * 10)):
+        assert status == 413 and headers["connection"] == "close" and answer["error"]["code"] == "body_too_large"
     assert ask(app, "POST", "/search", chunked, [b"x", None])[0] == 408
 
     async def broken(scope: Message, receive: Receive, send: Send) -> None:
@@ -522,8 +522,10 @@ def ring(tmp_path: Path) -> tuple[KeyRing, str, str]:
 def test_a_key_is_asked_for_before_the_body_is_touched(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
     app = SecurityMiddleware(KeyMiddleware(echo, keys, Limits()), AccessRules())
-    status, headers, told = post(app, chunks=[None])  # the body never comes, and nobody waits for it
-    assert status == 401 and headers["www-authenticate"].startswith("Bearer") and told["error"]["type"] == "authentication_error"
+    status, headers, answer = post(app, chunks=[None])  # the body never comes, and nobody waits for it
+    assert (
+        status == 401 and headers["www-authenticate"].startswith("Bearer") and answer["error"]["type"] == "authentication_error"
+    )
     assert post(app, bearer(reads))[0] == post(app, bearer(writes))[0] == 200
     for method, path in (("POST", "/items"), ("DELETE", "/items/a"), ("POST", "/nowhere"), ("PUT", "/search")):
         assert ask(app, method, path, [HOST, bearer(reads)])[0] in (403, 429)
@@ -577,7 +579,9 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
     folder = tmp_path_factory.mktemp("tenants")
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(opened(folder / "shared"))
-        pairs = {one: (TenantIndex(shared, one), stack.enter_context(opened(folder / f"of-{one}"))) for one in TENANTS}
+        pairs = {
+            tenant: (TenantIndex(shared, tenant), stack.enter_context(opened(folder / f"of-{tenant}"))) for tenant in TENANTS
+        }
         for tenant, action, id, n, where in steps:
             view, alone = pairs[tenant]
             if action == "upsert":
@@ -599,22 +603,22 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
 
 
 def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:
-    one = vector_of("x", 4)[None]
+    vector = vector_of("x", 4)[None]
     with opened(tmp_path) as index:
         acme, rival, nobody = TenantIndex(index, "acme"), TenantIndex(index, "rival"), TenantIndex(index, None)
-        acme.upsert([Item.of(text="a plan", id="plan", fields={"n": 1})], one)
+        acme.upsert([Item.of(text="a plan", id="plan", fields={"n": 1})], vector)
         for view in (acme, rival, nobody):
             with pytest.raises(InputError, match=FIELD):
-                view.upsert([Item.of(text="x", id="x", fields={FIELD: "acme"})], one)
+                view.upsert([Item.of(text="x", id="x", fields={FIELD: "acme"})], vector)
             for where in (Eq(FIELD, "acme"), And((And((In(FIELD, ("acme", None)),)),)), Range(FIELD, low="")):
-                for work in (lambda: view.search(one, 5, where=where), lambda: view.delete(where)):  # noqa: B023  # called at once
+                for work in (lambda: view.search(vector, 5, where=where), lambda: view.delete(where)):  # noqa: B023  # called at once
                     with pytest.raises(InputError, match=FIELD):
                         work()
         assert dict(acme.get(["plan"])["plan"].fields) == {"n": 1}
         assert rival.get(["plan", "_tenant:acme:plan"]) == nobody.get(["plan", "_tenant:acme:plan"]) == {}
         with pytest.raises(InputError, match="more than"):
-            acme.upsert([Item.of(text="x", id="x" * 1024)], one)
-        rival.upsert([Item.of(text="rival", id="plan")], one)
+            acme.upsert([Item.of(text="x", id="x" * 1024)], vector)
+        rival.upsert([Item.of(text="rival", id="plan")], vector)
 
         class Leaky:
             """The same index, which ignores filters."""
@@ -629,9 +633,9 @@ def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:
                 return index.scan()
 
         leaky = TenantIndex(cast(Any, Leaky()), "acme")
-        assert [(hit.text, hit.rank) for hit in leaky.search(one, 5)[0]] == [("a plan", 1)]
+        assert [(hit.text, hit.rank) for hit in leaky.search(vector, 5)[0]] == [("a plan", 1)]
         assert [stored.text for stored in leaky.scan()] == ["a plan"] and TenantIndex(cast(Any, Leaky()), None).search(
-            one, 5
+            vector, 5
         ) == [[]]
     for name in ("", "A", "a:b", "a/b", "a" * 64, "-a", "a\n"):
         with pytest.raises(InputError):

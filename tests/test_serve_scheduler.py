@@ -34,9 +34,9 @@ async def scheduling(model: TraceModel, **options: Any) -> AsyncIterator[Schedul
         await scheduler.close()
 
 
-def same(found: Encoding, wanted: Encoding) -> bool:
-    cosine = float(np.dot(found.vector, wanted.vector))
-    return cosine > 0.99999 and (found.route, found.reasoning, found.tokens) == (wanted.route, wanted.reasoning, wanted.tokens)
+def same(actual: Encoding, wanted: Encoding) -> bool:
+    cosine = float(np.dot(actual.vector, wanted.vector))
+    return cosine > 0.99999 and (actual.route, actual.reasoning, actual.tokens) == (wanted.route, wanted.reasoning, wanted.tokens)
 
 
 @in_loop
@@ -58,7 +58,7 @@ async def test_what_comes_together_is_what_the_encoder_gives_alone(model: TraceM
         assert served.encoding.vector.base is None
 
     async with scheduling(model, writing=4, remembered=0) as scheduler:
-        asked = [ask(query, route, 0.003 * place) for place, query in enumerate(queries) for route in ROUTE_OF]
+        asked = [ask(query, route, 0.003 * number) for number, query in enumerate(queries) for route in ROUTE_OF]
         await asyncio.gather(*asked, *(add(number) for number in range(len(items))))
 
 
@@ -75,8 +75,8 @@ async def test_equal_queries_at_a_time_are_one_and_later_ones_are_remembered(mod
 @in_loop
 async def test_beyond_the_capacity_is_refused_at_once_and_the_rest_is_answered(model: TraceModel, queries: list[Query]) -> None:
     async with scheduling(model, capacity=4) as scheduler:
-        found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
-        busy = [error for error in found if isinstance(error, BusyError)]
+        results = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
+        busy = [error for error in results if isinstance(error, BusyError)]
         assert len(busy) == len(queries) - 4 and all(error.retry_after_s > 0 for error in busy)
         assert not (await scheduler.encode_query(queries[-1], "reason")).cached
 
@@ -91,9 +91,9 @@ async def test_who_leaves_takes_the_row_along_and_disturbs_nobody(model: TraceMo
             await asyncio.sleep(0.001)
         for task in tasks[::2]:
             task.cancel()
-        found = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(result, asyncio.CancelledError) for result in found[::2])
-        for result, alone in zip(found[1::2], wanted[1::2], strict=True):
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+        for result, alone in zip(results[1::2], wanted[1::2], strict=True):
             assert not isinstance(result, BaseException) and same(result.encoding, alone)
         assert same((await twin).encoding, wanted[0]), "another waits for the same query"
 
@@ -104,8 +104,8 @@ async def test_a_deadline_or_a_broken_image_ends_one_request_alone(model: TraceM
     async with scheduling(model) as scheduler:
         late = scheduler.encode_query(queries[0], "reason", seconds=1e-9)
         others = scheduler.encode_query(broken), scheduler.encode_query(queries[1])
-        found = await asyncio.gather(late, *others, return_exceptions=True)
-        assert [type(result).__name__ for result in found] == [LateError.__name__, ImageError.__name__, "Served"]
+        results = await asyncio.gather(late, *others, return_exceptions=True)
+        assert [type(result).__name__ for result in results] == [LateError.__name__, ImageError.__name__, "Served"]
         assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
 
 
@@ -136,12 +136,12 @@ async def test_a_failing_model_is_told_to_those_who_wait_and_the_next_one_is_ser
 ) -> None:
     async with scheduling(model, remembered=0) as scheduler:
         with monkeypatch.context() as patched:
-            patched.setattr(Decoder, "step", lambda *given: 1 / 0)
+            patched.setattr(Decoder, "step", lambda *arguments: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await scheduler.encode_query(queries[0], "reason")
         assert (await scheduler.encode_query(queries[0], "reason")).encoding.tokens > 0
         with monkeypatch.context() as patched:
-            patched.setattr(Decoder, "prefill", lambda *given: 1 / 0)
+            patched.setattr(Decoder, "prefill", lambda *arguments: 1 / 0)
             for number in range(FAILURES):
                 assert scheduler.alive
                 with pytest.raises(ZeroDivisionError):
@@ -163,8 +163,8 @@ async def test_one_bad_input_fails_alone(model: TraceModel, queries: list[Query]
 
     async with scheduling(model, remembered=0) as scheduler:
         monkeypatch.setattr(Decoder, "prefill", fragile)
-        found = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
-        assert isinstance(found.pop(), RuntimeError)
-        for result, alone in zip(found, wanted, strict=True):
+        results = await asyncio.gather(*(scheduler.encode_query(query, "reason") for query in queries), return_exceptions=True)
+        assert isinstance(results.pop(), RuntimeError)
+        for result, alone in zip(results, wanted, strict=True):
             assert not isinstance(result, BaseException) and same(result.encoding, alone)
         assert scheduler.alive

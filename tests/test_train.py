@@ -61,8 +61,8 @@ def same(first: Path, second: Path) -> bool:
     """Whether two checkpoints, or adapters, hold the same weights to the last bit."""
     names = {file.name for file in (*first.glob("*.safetensors"), *second.glob("*.safetensors"))} - {"optimiser.safetensors"}
     for name in names:
-        one, other = load_file(first / name), load_file(second / name)
-        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+        first_, other = load_file(first / name), load_file(second / name)
+        if first_.keys() != other.keys() or not all(torch.equal(first_[key], other[key]) for key in first_):
             return False
     return bool(names)
 
@@ -122,10 +122,10 @@ def test_chunks_hold_every_row_once_longest_first_within_the_budget() -> None:
     rows = [Example(Query.of(text=text), "", Item.of(text="a thing", id=f"1:{n}"), frozenset()) for n, text in enumerate(words)]
     batch = batches_of(16).batch(0, "made up", rows)
     for side in (batch.queries, batch.candidates):
-        assert sorted(place for chunk in side for place in chunk.places.tolist()) == list(range(16))
+        assert sorted(row for chunk in side for row in chunk.rows.tolist()) == list(range(16))
         widths = [chunk.batch.ids.shape[1] for chunk in side]
         assert widths == sorted(widths, reverse=True)
-        assert all(chunk.batch.ids.numel() <= 200 or len(chunk.places) == 1 for chunk in side)
+        assert all(chunk.batch.ids.numel() <= 200 or len(chunk.rows) == 1 for chunk in side)
     assert batch.tokens == 16, "<|emb|> is a target of every simple query, and of no candidate"
 
 
@@ -150,8 +150,8 @@ def test_rate_warms_up_holds_and_falls(folder: Path) -> None:
 def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    found = resolve("emoji", data=str(tmp_path), settings=["family=8", "teach=lessons", "steps=3"])
-    assert (found.group, found.teach, found.steps) == (8, "pretraining", 3)
+    config = resolve("emoji", data=str(tmp_path), settings=["family=8", "teach=lessons", "steps=3"])
+    assert (config.group, config.teach, config.steps) == (8, "pretraining", 3)
     assert "--set family=8 is now --set group=8" in caplog.text and TrainConfig("d", "o", teach="lessons").teach == "pretraining"
     for setting in ("deepspeed=zero3.json", "fsdp=fsdp.json"):
         with pytest.raises(InputError, match=r"not supported; start it with torchrun, and set shard=true"):
@@ -159,7 +159,7 @@ def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"curve": "round"}, "hold or cosine"),
         ({"dtype": "bfloat16"}, "lora_rank"),
@@ -174,9 +174,9 @@ def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_made(
-    folder: Path, tmp_path: Path, changes: dict[str, object], said: str
+    folder: Path, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
-    with pytest.raises((InputError, TrainError), match=said):
+    with pytest.raises((InputError, TrainError), match=message):
         train(config(folder, tmp_path / "run", **changes))
 
 
@@ -245,8 +245,8 @@ def test_asking_draws_no_random_number_and_emulation_is_not_fast(
     assert torch.equal(torch.get_rng_state(), before) and not bfloat16_on("mps").fast
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A GPU")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    found = bfloat16_on("cuda:1")
-    assert found.fast == native and found.why.startswith("A GPU has " if native else "A GPU has no bfloat16 units")
+    precision = bfloat16_on("cuda:1")
+    assert precision.fast == native and precision.why.startswith("A GPU has " if native else "A GPU has no bfloat16 units")
 
 
 @slow
@@ -254,8 +254,8 @@ def test_asking_draws_no_random_number_and_emulation_is_not_fast(
 def test_a_processor_without_the_instructions_is_seen() -> None:
     asked = "from traceir.precision import bfloat16_on; print(bfloat16_on('cpu').fast)"
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
-    told = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
-    assert told.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", asked], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 @slow
@@ -301,7 +301,7 @@ def test_a_run_is_whole_goes_on_bit_for_bit_and_is_left_alone_at_its_end(folder:
 
 def steps_of(run: Path) -> int:
     with contextlib.suppress(FileNotFoundError):  # another process makes and removes it
-        return max((int(place.name) for place in (run / "steps").glob("[0-9]*")), default=0)
+        return max((int(folder.name) for folder in (run / "steps").glob("[0-9]*")), default=0)
     return 0
 
 
@@ -331,9 +331,9 @@ def test_killed_ten_times_and_resumed_equals_undisturbed(folder: Path, tmp_path:
 @pytest.fixture(scope="module")
 def adapted(folder: Path, trained: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
     """A finished run of six steps with LoRA over `trained`, whose third step is kept."""
-    place = tmp_path_factory.mktemp("adapted") / "run"
+    run = tmp_path_factory.mktemp("adapted") / "run"
     made = config(
-        folder, place, init=str(trained), lora_rank=4, lora_alpha=8, lora_dropout=0.2, steps=6, save_every=3, keep=(3,)
+        folder, run, init=str(trained), lora_rank=4, lora_alpha=8, lora_dropout=0.2, steps=6, save_every=3, keep=(3,)
     )  # fmt: skip
     train(made)
     return made
@@ -360,11 +360,11 @@ def test_a_resume_point_of_all_weights_is_a_base(folder: Path, trained: Path, tm
     made = train(config(folder, tmp_path / "run", init=str(step), steps=1, lora_rank=2, lora_alpha=4))
     assert load(made).fingerprint
     every = fingerprint(step, list(step.glob("*.safetensors")))
-    told = json.loads((made / "traceir.json").read_text())
-    told["base"]["fingerprint"] = every
-    told["fingerprint"] = adapter_fingerprint(made, every)
-    (made / "traceir.json").write_text(json.dumps(told))
-    assert load(made).fingerprint == told["fingerprint"]
+    record = json.loads((made / "traceir.json").read_text())
+    record["base"]["fingerprint"] = every
+    record["fingerprint"] = adapter_fingerprint(made, every)
+    (made / "traceir.json").write_text(json.dumps(record))
+    assert load(made).fingerprint == record["fingerprint"]
     save_file({"x": torch.zeros(1)}, step / "optimiser.safetensors")
     with pytest.raises(ModelError, match="is an adapter over weights"):
         load(made)
@@ -423,10 +423,10 @@ def test_the_tracker_gets_every_line_of_the_log_and_epochs_decide_the_steps(fold
 
     train(config(folder, tmp_path / "run", epochs=2.0, steps=1000, report_to=("tensorboard",)))
     events = min(tmp_path.rglob("events.out.tfevents*"), key=lambda file: len(file.parts))
-    found = EventAccumulator(str(events.parent))
-    found.Reload()
-    told = {event.step: event.value for event in found.Scalars("train/norm")}
-    assert told == {line["step"]: pytest.approx(line["norm"], abs=2e-6) for line in log_of(tmp_path / "run")}
+    events_ = EventAccumulator(str(events.parent))
+    events_.Reload()
+    norms = {event.step: event.value for event in events_.Scalars("train/norm")}
+    assert norms == {line["step"]: pytest.approx(line["norm"], abs=2e-6) for line in log_of(tmp_path / "run")}
     assert json.loads((tmp_path / "run/meta.json").read_text())["config"]["steps"] == 6, "21 pairs, twice, 8 a step"
 
 
@@ -441,17 +441,17 @@ def test_pretraining_then_pairs_share_one_tokenizer(folder: Path, tmp_path: Path
 # Several processes
 
 
-def command(arguments: list[str], environment: dict[str, str], told: Path) -> None:
+def command(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     """The command itself in a process of its own; what it says on stderr goes into `told`."""
     from traceir.cli.main import main
 
     os.environ.update(environment)
-    with told.open("wb") as stream:
+    with log.open("wb") as stream:
         os.dup2(stream.fileno(), 2)
     sys.exit(main(arguments))
 
 
-def started(arguments: list[str], processes: int, told: Path) -> list[multiprocessing.process.BaseProcess]:
+def started(arguments: list[str], processes: int, log: Path) -> list[multiprocessing.process.BaseProcess]:
     """The command under the environment that torchrun sets, over gloo."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -460,16 +460,16 @@ def started(arguments: list[str], processes: int, told: Path) -> list[multiproce
     running = []
     for rank in range(processes):
         environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-        running.append(FORKS.Process(target=command, args=(arguments, environment, told.with_name(f"{told.name}-{rank}"))))
+        running.append(FORKS.Process(target=command, args=(arguments, environment, log.with_name(f"{log.name}-{rank}"))))
         running[-1].start()
     return running
 
 
-def ended(running: list[multiprocessing.process.BaseProcess], told: Path) -> None:
+def ended(running: list[multiprocessing.process.BaseProcess], log: Path) -> None:
     for process in running:
         process.join(timeout=240)
-    said = "\n".join(file.read_text()[-2000:] for file in told.parent.glob(f"{told.name}-*"))
-    assert [process.exitcode for process in running] == [0] * len(running), said
+    shown = "\n".join(file.read_text()[-2000:] for file in log.parent.glob(f"{log.name}-*"))
+    assert [process.exitcode for process in running] == [0] * len(running), shown
 
 
 def small_run(folder: Path, start: Path, out: Path, *settings: str) -> list[str]:
@@ -486,11 +486,11 @@ def small_run(folder: Path, start: Path, out: Path, *settings: str) -> list[str]
 )
 def test_two_processes_train_what_one_does(folder: Path, trained: Path, tmp_path: Path, settings: tuple[str, ...]) -> None:
     """The command, DDP or shards over gloo."""
-    one = started(small_run(folder, trained, tmp_path / "one", *settings[1:]), 1, tmp_path / "told-one")
+    single = started(small_run(folder, trained, tmp_path / "one", *settings[1:]), 1, tmp_path / "told-one")
     two = started(small_run(folder, trained, tmp_path / "two", *settings), 2, tmp_path / "told-two")
-    ended(one, tmp_path / "told-one")
+    ended(single, tmp_path / "told-one")
     ended(two, tmp_path / "told-two")
-    before, first, second = (weights(place) for place in (trained, tmp_path / "one/checkpoint", tmp_path / "two/checkpoint"))
+    before, first, second = (weights(folder) for folder in (trained, tmp_path / "one/checkpoint", tmp_path / "two/checkpoint"))
     assert first.keys() == second.keys()
     moved = math.sqrt(sum(float((first[n] - before[n]).square().sum()) for n in first))
     apart = math.sqrt(sum(float((first[n] - second[n]).square().sum()) for n in first))

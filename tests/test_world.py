@@ -49,9 +49,9 @@ def test_index_search_and_server_say_it_once_with_the_commands_that_help(
     for number in range(2):
         picture(number, 60, 40).load().save(photos / f"{number}.png")
     assert cli.main(["index", "add", str(photos), "--index", str(index)]) == 0
-    told = capsys.readouterr().err
-    assert told.count("note: The bundled model is a miniature") == 1
-    assert all(command in told for command in INSTEAD)
+    shown = capsys.readouterr().err
+    assert shown.count("note: The bundled model is a miniature") == 1
+    assert all(command in shown for command in INSTEAD)
     assert cli.main(["search", CAPTION, "--index", str(index), "--json"]) == 0
     out, err = capsys.readouterr()
     assert err.count("note:") == 1 and json.loads(out)["note"] in err

@@ -49,8 +49,8 @@ def make_folder(root: Path) -> Path:
         pool.append({"did": f"8:{number + 101}", "txt": f"thing {number}", "img_path": name, "modality": "image,text"})
         if composed:
             z = number // 2 % 2
-            told = {"reasoning": f"see {number}", "answer": f"thing {number}"} if z else {"reasoning": None, "answer": None}
-            labels.append({"qid": f"8:{number + 1}", "steps": 1 + z, "z": z, **told})
+            label = {"reasoning": f"see {number}", "answer": f"thing {number}"} if z else {"reasoning": None, "answer": None}
+            labels.append({"qid": f"8:{number + 1}", "steps": 1 + z, "z": z, **label})
     queries.insert(0, queries.pop())  # the file is not in the order of qids
     write_lines(root / "query/train/mbeir_cirr_train.jsonl", queries)
     write_lines(root / "cot/train/mbeir_cirr_train_cot.jsonl", labels)

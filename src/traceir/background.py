@@ -78,7 +78,7 @@ def read_queries(path: Path) -> list[Query]:
         queries = []
         for outcome in find_sources([path]):
             if isinstance(outcome, Failure):
-                raise InputError(f"{outcome.place}: {outcome.reason}")
+                raise InputError(f"{outcome.location}: {outcome.reason}")
             if isinstance(outcome, Source):
                 queries.append(_query_of(outcome))
     if not queries:
@@ -90,7 +90,7 @@ def _query_of(source: Source) -> Query:
     try:
         return Query(source.make_item()[0].parts, id=source.id)
     except InputError as error:
-        raise InputError(f"{source.place}: {error}") from error
+        raise InputError(f"{source.location}: {error}") from error
 
 
 def encode_background(encoder: EncoderLike, queries: Sequence[Query], source: str, *, progress: bool = False) -> Background:

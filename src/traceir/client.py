@@ -172,16 +172,16 @@ class Client(Connected):
             more = bool(page.get("more")) and bool(kept)
             after = kept[-1].id if kept else after
 
-    def image(self, found: Hit | Kept, *, side: int = 2048) -> ImageInput:
+    def image(self, hit: Hit | Kept, *, side: int = 2048) -> ImageInput:
         """The image of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
 
         Raises InputError where it has none, or the server does not show it.
         """
-        if found.image is None or not found.image.startswith("/pictures/"):
-            raise InputError(f"{found.id!r} has no image of a server ({found.image!r}); give a hit with one, of this client")
-        path = f"{found.image}?side={side}"
+        if hit.image is None or not hit.image.startswith("/pictures/"):
+            raise InputError(f"{hit.id!r} has no image of a server ({hit.image!r}); give a hit with one, of this client")
+        path = f"{hit.image}?side={side}"
         answer = self._checked(path, self._connection.call("GET", path, refused=_REFUSED, raw=True))
-        return ImageInput.from_bytes(answer.body, name=found.id)
+        return ImageInput.from_bytes(answer.body, name=hit.id)
 
     picture = image  # its name in earlier releases
 

@@ -19,7 +19,7 @@ from traceir.prompts import EMB, IMAGE_PAD, Prompt, Role
 class Token:
     """One position: the token read there, the token taught to be written next (None: not supervised), whether it is pooled."""
 
-    place: int
+    position: int
     id: int
     text: str
     target: str | None
@@ -107,9 +107,9 @@ def _token_lines(tokens: tuple[Token, ...]) -> Iterator[str]:
     for plain, group in groupby(tokens, lambda token: token.text == IMAGE_PAD and not token.pooled and token.target is None):
         run = list(group)
         if plain and len(run) > 1:
-            yield f"  {run[0].place:4d}   {IMAGE_PAD} x {len(run)}"
+            yield f"  {run[0].position:4d}   {IMAGE_PAD} x {len(run)}"
             continue
         for token in run:
             shown = token.text if token.text.startswith("<|") else repr(token.text)
             taught = "" if token.target is None else f"  -> {token.target!r}"
-            yield f"  {token.place:4d} {'*' if token.pooled else ' '} {shown}{taught}"
+            yield f"  {token.position:4d} {'*' if token.pooled else ' '} {shown}{taught}"

@@ -128,7 +128,7 @@ def process(sources: Sequence[Source], known: Mapping[str, Stored], make_encoder
             if before is not None and is_new:
                 _check_same_origin(item, before)
         except InputError as error:
-            done.rest.failed.append(Failure(source.place, str(error)))
+            done.rest.failed.append(Failure(source.location, str(error)))
             continue
         done.rest.notes += notes
         if is_new:
@@ -186,7 +186,7 @@ def _encode(encoder: EncoderLike, fresh: Sequence[tuple[Source, Item]], known: M
     for (source, item), encoding in zip(fresh, encodings, strict=True):
         done.encoded.append((item, encoding.vector))
         if encoding.cut:
-            done.rest.notes.append(Note(source.place, text_cut(encoding)))
+            done.rest.notes.append(Note(source.location, text_cut(encoding)))
 
 
 def _encode_without_image(
@@ -198,7 +198,7 @@ def _encode_without_image(
             raise error
         alone, notes = source.without_image(error)
     except InputError:
-        done.rest.failed.append(Failure(source.place, str(error)))
+        done.rest.failed.append(Failure(source.location, str(error)))
         return
     done.rest.notes += notes
     before = known.get(source.id)

@@ -209,9 +209,9 @@ class Vision(nn.Module):
         dtype: torch.dtype = self.patch_embed.proj.weight.dtype
         return dtype
 
-    def rotary_pos_emb(self, states: torch.Tensor, places: torch.Tensor) -> Rotation:
+    def rotary_pos_emb(self, states: torch.Tensor, positions: torch.Tensor) -> Rotation:
         """[P, E] of patches at these places, rows and columns [P, 2]."""
-        angles = _angles(places, self.theta, self.width // 2).flatten(1)
+        angles = _angles(positions, self.theta, self.width // 2).flatten(1)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
 
@@ -242,11 +242,11 @@ def vision_states(visual: Any, patches_NPC: torch.Tensor, high: int, wide: int) 
     config, merge = visual.config, visual.config.spatial_merge_size
     rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
     rows, columns = (side.view(high // merge, merge, wide // merge, merge).transpose(1, 2).flatten() for side in (rows, columns))
-    places = torch.stack((rows, columns), dim=-1).to(patches_NPC.device)
+    positions = torch.stack((rows, columns), dim=-1).to(patches_NPC.device)
     side = config.window_size // config.patch_size // merge * merge
     windows = [index.to(patches_NPC.device) for index in _windows(rows, columns, side)]
     states = visual.patch_embed(patches_NPC.flatten(0, 1)).view(count, per_image, -1)
-    cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, places))
+    cosine, sine = (part[None, :, None, :] for part in visual.rotary_pos_emb(states, positions))
     for number, block in enumerate(visual.blocks):
         whole = number in config.fullatt_block_indexes or (len(windows) == 1 and len(windows[0]) == 1)
         states = states + _vision_attention(block.attn, block.norm1(states), (cosine, sine), None if whole else windows)

@@ -49,7 +49,7 @@ Kind = Literal["image", "text", "line"]
 class Failure:
     """What could not be added: where (path or file:line) and why."""
 
-    place: str
+    location: str
     reason: str
 
 
@@ -57,7 +57,7 @@ class Failure:
 class Note:
     """What was not taken as it stands: where, and what was done instead."""
 
-    place: str
+    location: str
     what: str
 
 
@@ -66,7 +66,7 @@ class Source:
     """One item to be: what it is made from is read only when `make_item` is called."""
 
     id: str
-    place: str
+    location: str
     kind: Kind
     path: Path
     record: Mapping[str, Any] | None = None
@@ -87,7 +87,7 @@ class Source:
         if self.record is None or not isinstance(text, str) or not text.strip() or self.record.get("modality") is not None:
             raise error
         item, notes = _item_of_record(self, self.record, None)
-        return item, (*notes, Note(self.place, f"kept with its text alone: {error}"))
+        return item, (*notes, Note(self.location, f"kept with its text alone: {error}"))
 
 
 @dataclass(slots=True)
@@ -118,23 +118,23 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
 
 def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
     """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
-    places: dict[str, str] = {}
+    locations: dict[str, str] = {}
     batch = SourceBatch()
     for outcome in find_sources(paths):
         if isinstance(outcome, Failure):
             batch.failed.append(outcome)
         elif isinstance(outcome, Note):
             batch.notes.append(outcome)
-        elif outcome.id not in places:
-            places[outcome.id] = outcome.place
+        elif outcome.id not in locations:
+            locations[outcome.id] = outcome.location
             batch.sources.append(outcome)
-        elif os.path.realpath(outcome.place) == os.path.realpath(places[outcome.id]):
+        elif os.path.realpath(outcome.location) == os.path.realpath(locations[outcome.id]):
             batch.again += 1
         else:
             remedy = "give it another id" if outcome.kind == "line" else "rename it, or add the parent folder of both"
-            both = f"{places[outcome.id]} and {outcome.place}"
+            both = f"{locations[outcome.id]} and {outcome.location}"
             why = f"id {outcome.id!r} is given twice, by {both}; the first one counts: {remedy}"
-            batch.failed.append(Failure(outcome.place, why))
+            batch.failed.append(Failure(outcome.location, why))
         if len(batch.sources) == size:
             yield batch
             batch = SourceBatch()
@@ -266,7 +266,7 @@ def _not_lines(first: bytes) -> str | None:
 
 
 def _source_of_line(path: Path, number: int, line: bytes, folders: list[Path]) -> Source | Failure:
-    place = f"{path}:{number}"
+    location = f"{path}:{number}"
     try:
         if len(line) > MAX_TEXT_BYTES:
             raise InputError(f"the line is longer than {MAX_TEXT_BYTES} bytes; split its text")
@@ -277,17 +277,17 @@ def _source_of_line(path: Path, number: int, line: bytes, folders: list[Path]) -
             record = _plain_record(record, folders)
         id = record.get("id")
         id = str(id) if isinstance(id, int) and not isinstance(id, bool) else id
-        return Source(check_id(id), place, "line", path, record)
+        return Source(check_id(id), location, "line", path, record)
     except UnicodeDecodeError as error:
-        return Failure(place, f"the line is not UTF-8 (byte {error.start}); convert the file")
+        return Failure(location, f"the line is not UTF-8 (byte {error.start}); convert the file")
     except json.JSONDecodeError as error:
-        return Failure(place, f"the line is not JSON: {error.msg} at column {error.colno}; repair it")
+        return Failure(location, f"the line is not JSON: {error.msg} at column {error.colno}; repair it")
     except RecursionError:
-        return Failure(place, "the line is nested too deeply; write a flat JSON object")
+        return Failure(location, "the line is nested too deeply; write a flat JSON object")
     except InputError as error:
-        return Failure(place, str(error))
+        return Failure(location, str(error))
     except ValueError as error:  # an integer of thousands of digits
-        return Failure(place, f"the line holds a value that cannot be read: {error}; correct it")
+        return Failure(location, f"the line holds a value that cannot be read: {error}; correct it")
 
 
 def _plain_record(record: Mapping[str, Any], folders: list[Path]) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput
     notes: tuple[Note, ...] = ()
     named = (name for name in TEXT_NAMES if isinstance(record.get(name), str) and record[name].strip())
     if not record.get("image") and not (text or "").strip() and (name := next(named, "")):
-        text, notes = record[name], (Note(source.place, f"it has no `text`: its `{name}` was taken"),)
+        text, notes = record[name], (Note(source.location, f"it has no `text`: its `{name}` was taken"),)
     if text is not None:
         check_text(source.id, text)
     fields = {name: value for name, value in record.items() if name not in ("text", "image", *OWN_NAMES)}

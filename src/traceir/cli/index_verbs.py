@@ -46,10 +46,10 @@ def add(args: argparse.Namespace) -> int:
         f"added {report.added}, updated {report.updated}, skipped {report.skipped} already there, "
         f"failed {len(report.failed)}; {info.count} items in {info.uri}"
     )
-    places: dict[str, list[str]] = {}
+    locations: dict[str, list[str]] = {}
     for note in report.notes:
-        places.setdefault(note.what, []).append(note.place)
-    for what, own in places.items():
+        locations.setdefault(note.what, []).append(note.location)
+    for what, own in locations.items():
         say(f"{own[0] if len(own) == 1 else f'{own[0]} and {len(own) - 1} more'}: {what}")
     _print_failures(report.failed)
     return PARTLY if report.failed else 0
@@ -87,7 +87,7 @@ def _say_if_unknown(encoder: ModelIdentity, paths: Sequence[str]) -> None:
 
 def _print_failures(failures: Sequence[Failure]) -> None:
     for failure in failures:
-        print(one_line(f"failed: {failure.place}: {failure.reason}"), file=sys.stderr)
+        print(one_line(f"failed: {failure.location}: {failure.reason}"), file=sys.stderr)
 
 
 def encoder_anywhere(args: argparse.Namespace) -> argparse.Namespace:

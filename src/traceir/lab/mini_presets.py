@@ -29,9 +29,9 @@ def _fields(name: str) -> dict[str, Any]:
 PRESETS: Final[presets.Presets] = {**{name: partial(preset, name) for name in _SOURCE["presets"]}, **presets.PRESETS}
 
 
-def resolve(name: str, **places: Any) -> TrainConfig:
+def resolve(name: str, **paths: Any) -> TrainConfig:
     """As `presets.resolve`, for all presets."""
-    return presets.resolve(name, presets=PRESETS, **places)
+    return presets.resolve(name, presets=PRESETS, **paths)
 
 
 def stages_before(name: str) -> list[str]:

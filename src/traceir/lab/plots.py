@@ -49,8 +49,8 @@ def plot_steps(measured: pd.DataFrame) -> str:
     runs, counts = measured.groupby("run", sort=False), measured.drop_duplicates("steps")
     with _drawing(6.4, 4.0) as (axes, svg):
         for number, (label, own) in enumerate(runs):
-            places = own["steps"] + 0.06 * (number - (len(runs) - 1) / 2)
-            axes.errorbar(places, 100 * own["mean"], yerr=_errors(own), marker="o", capsize=3, label=label)
+            positions = own["steps"] + 0.06 * (number - (len(runs) - 1) / 2)
+            axes.errorbar(positions, 100 * own["mean"], yerr=_errors(own), marker="o", capsize=3, label=label)
         axes.set_xticks(counts["steps"], [f"{own.steps}\nn = {own.queries}" for own in counts.itertuples()])
         axes.set(xlabel="dependent steps a query needs", ylabel="recall@1, %", ylim=(0, 103))
         axes.grid(axis="y", alpha=0.3)
@@ -64,8 +64,8 @@ def plot_rows(measured: pd.DataFrame) -> str:
     height = 0.8 / len(runs)
     with _drawing(8.6, 0.6 + 0.16 * len(rows) * (len(runs) + 0.8)) as (axes, svg):
         for number, (label, own) in enumerate(runs):
-            places, style = np.arange(len(rows)) + height * number, {"height": height, "error_kw": {"linewidth": 0.8}}
-            axes.barh(places, 100 * own["mean"], xerr=_errors(own), label=label, **style)
+            positions, style = np.arange(len(rows)) + height * number, {"height": height, "error_kw": {"linewidth": 0.8}}
+            axes.barh(positions, 100 * own["mean"], xerr=_errors(own), label=label, **style)
         axes.set_yticks(np.arange(len(rows)) + height * (len(runs) - 1) / 2, rows)
         axes.set_ylim(len(rows) - 0.2 - height / 2, -0.2 - height / 2)
         axes.set(xlim=(0, 100), xlabel="the row's metric, %")

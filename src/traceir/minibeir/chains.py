@@ -145,12 +145,12 @@ def _grow_group(kind: type[C], lengths: Sequence[int], rng: random.Random) -> li
         source, mode = kind.draw(rng, "train"), rng.randrange(3)
         group: list[Chain[C]] = []
         longest = source.grow(max(lengths), rng)
-        for place, length in enumerate(lengths):
+        for index, length in enumerate(lengths):
             taken = {chain.target.code for chain in group}
-            if mode == 2 and place == 0:
+            if mode == 2 and index == 0:
                 options = [kind.draw(rng, "train").grow(length, rng)]
                 source = options[0].target
-            elif mode == 0 and length not in lengths[:place]:
+            elif mode == 0 and length not in lengths[:index]:
                 options = [Chain(longest.states[: length + 1], longest.ops[:length], longest.words[:length])]
             else:
                 options = [source.grow(length, rng) for _ in range(8)]
@@ -231,8 +231,8 @@ def pose_captions(kind: type[C], split: Split, count: int, rng: random.Random) -
         targets = iter(chosen := list(targets))
         taken = {target.code for target in chosen}
     style = 0
-    for place, target in enumerate(targets):
-        if split != "train" or place % FAMILY == 0:
+    for index, target in enumerate(targets):
+        if split != "train" or index % FAMILY == 0:
             style = rng.randrange(kind.styles)
         others = [] if split == "train" else [other for other in target.near(rng) if other.code not in taken][:BESIDE]
         positive, *texts = (CandidateDraft(each.caption(style)) for each in (target, *others))

@@ -181,9 +181,9 @@ def draw_scene(objects: tuple[tuple[str, str], ...], variant: int) -> Image.Imag
     wall, table, layout = _WALLS[rng.randrange(6)], _TABLES[rng.randrange(6)], rng.randrange(4)
     edge, centre = (54, 58, 62, 66)[layout], ((30, 20), (160, 20), (96, 60), (60, 120))[layout]
     image = _paint_ground(((wall, -14, 10, edge), (table, 4, -26, SIZE - edge)), centre, 0.22).copy()
-    for place, (colour, shape) in enumerate(objects):
+    for position, (colour, shape) in enumerate(objects):
         sprite = object_sprite(colour, shape, rng.choice(_SCALES))
-        x = 32 + 64 * place + rng.randint(-4, 4) - sprite.width // 2
+        x = 32 + 64 * position + rng.randint(-4, 4) - sprite.width // 2
         y = 98 + rng.randint(-4, 4) - sprite.height // 2
         image.paste(sprite, (x, y), sprite)
     return image.point(_light_table(rng.randrange(9)))

@@ -74,12 +74,12 @@ class Path:
         phrasing %= PHRASINGS
         if self.facet == INTRO and not self.hops:
             return str(WORDS["naming"][phrasing])
-        place = (f"its {self.hops[0]}" if self.hops else f"this {self.start.kind}") if seen else self.start.name.lower()
+        phrase = (f"its {self.hops[0]}" if self.hops else f"this {self.start.kind}") if seen else self.start.name.lower()
         for hop in self.hops[seen:]:
-            place = WORDS["flowing"][hop] if seen and phrasing == 0 else f"the {hop} of {place}"
+            phrase = WORDS["flowing"][hop] if seen and phrasing == 0 else f"the {hop} of {phrase}"
         general = ("what is the {f} of {x}", "name the {f} of {x}")
         patterns = WORDS["about"] if self.facet == INTRO else (WORDS["questions"][self.facet], *general)
-        return str(patterns[phrasing]).format(f=self.facet, x=place)
+        return str(patterns[phrasing]).format(f=self.facet, x=phrase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,8 @@ def _offer(passage: Passage, illustrated: bool) -> CandidateDraft:
 def _spread(shares: dict[Group, float], count: int) -> Iterator[Group]:
     """Groups in their shares, evenly mixed: always the one that lags behind most."""
     dealt: Counter[Group] = Counter()
-    for place in range(1, count + 1):
-        group = max(shares, key=lambda group: shares[group] * place - dealt[group])
+    for number in range(1, count + 1):
+        group = max(shares, key=lambda group: shares[group] * number - dealt[group])
         dealt[group] += 1
         yield group
 
@@ -168,7 +168,7 @@ def _list_alike(entity: Entity) -> tuple[Entity, ...]:
 def _gather(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]:
     """Four paths with different answers, hard against the given one, which is the first: another facet of the same thing, or the
     same facet of something like it."""
-    alike = {entity: place for place, entity in enumerate(_list_alike(path.start))}
+    alike = {entity: position for position, entity in enumerate(_list_alike(path.start))}
     rest = dice.sample(list(pool), min(24, len(pool)))
     same = [other for other in pool if other.start == path.start and other != path]
     near = [other for other in pool if other.start in alike and (other.hops, other.facet) == (path.hops, path.facet)]

@@ -218,7 +218,7 @@ def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDra
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to three relative captions to image."""
-    lengths = [_STEPS[place % len(_STEPS)] for place in range(count)]
+    lengths = [_STEPS[number % len(_STEPS)] for number in range(count)]
     return chains.pose_chains(Garment, split, lengths, rng, shuffled=False)
 
 

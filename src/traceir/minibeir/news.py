@@ -100,16 +100,16 @@ class Story:
 
 def _make_row(row: str, split: Split, count: int, seed: int) -> Iterator[QueryDraft]:
     dice = random.Random(hash_stably(f"{row} {split} {seed}"))
-    for place, photo in enumerate(_list_photos(split, count, dice)):
-        if place == count:
+    for index, photo in enumerate(_list_photos(split, count, dice)):
+        if index == count:
             return
         story = Story(photo)
         if row == "edis_task2":
             story = Story(photo, dice.choice(WEEKDAYS), dice.choice(TOPICS))
-            if place % FAMILY == 0:
+            if index % FAMILY == 0:
                 first = story
             if split == "train":
-                story = (first, replace(first, photo=photo), *first.alter_headline(dice))[place % FAMILY]
+                story = (first, replace(first, photo=photo), *first.alter_headline(dice))[index % FAMILY]
         variant = dice.randrange(100_000) if split == "train" or row == "visualnews_task3" else None
         twins = [] if split == "train" else [replace(story, photo=twin) for twin in _list_twins(photo, dice)]
         if row == "edis_task2" and twins:

@@ -156,5 +156,5 @@ def hash_stably(text: str) -> int:
 
 def share_split(number: int) -> Split:
     """The split that owns a composition of this stable hash: 80 % train, 5 % val, 15 % test."""
-    place = number % 100
-    return "train" if place < 80 else "val" if place < 85 else "test"
+    remainder = number % 100
+    return "train" if remainder < 80 else "val" if remainder < 85 else "test"

@@ -123,7 +123,7 @@ class _Growth:
         return any(slot in pair for pair in self.swapped)
 
     def _other(self, slot: int) -> int:
-        return self.rng.choice([place for place in range(3) if place != slot])
+        return self.rng.choice([other for other in range(3) if other != slot])
 
     def _refer(self, slot: int) -> str:
         """Words for the object now in a slot, which fit no other; where they can, they need the edits before."""
@@ -159,9 +159,9 @@ class _Growth:
         pair = (min(slot, other), max(slot, other))
         if self.objects[slot] == self.objects[other] or pair in self.swapped or len(self.swapped) == 2:
             return
-        both = next(f"the {name}" for name, places in PAIRS.items() if places == pair)
+        both = next(f"the {name}" for name, slots in PAIRS.items() if slots == pair)
         if self.rng.random() < 0.4:
-            both = " and ".join([self._refer(place) for place in self.rng.sample(pair, 2)])
+            both = " and ".join([self._refer(slot) for slot in self.rng.sample(pair, 2)])
         words = self.rng.choice((f"swap {both}", f"exchange {both}", f"let {both} trade places"))
         self.swapped.add(pair)
         self.order[slot], self.order[other] = self.order[other], self.order[slot]
@@ -267,8 +267,8 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Text to image: captions, and 12 % descriptions by reference."""
     scenes, riddles = chains.draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
-    for place in range(count):
-        unit = place // 4 if split == "train" else place
+    for index in range(count):
+        unit = index // 4 if split == "train" else index
         if (unit + 1) * 12 // 100 > unit * 12 // 100:
             riddle, style = next(riddles), rng.randrange(3)
             yield riddle.pose(style, chains.stand_beside(split, riddle.solve(), rng))
@@ -288,7 +288,7 @@ def _find_again(split: Split, count: int, rng: random.Random) -> Iterator[QueryD
 
 def _edit(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Image and a chain of one to four edits to image; each length is a quarter of the row."""
-    return chains.pose_chains(Scene, split, [place % 4 + 1 for place in range(count)], rng, shuffled=True)
+    return chains.pose_chains(Scene, split, [number % 4 + 1 for number in range(count)], rng, shuffled=True)
 
 
 WORLD = chains.make_world(

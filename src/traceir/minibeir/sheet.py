@@ -37,8 +37,8 @@ def write_sheet(root: Path, out: Path, per_row: int = 6) -> Path:
         )
         for down, text, colour, size in lines:
             draw.text((_MARGIN, top + down), text, fill=colour, font=ImageFont.load_default(size))
-        for place, (record, answer, steps) in enumerate(_choose(task, per_row)):
-            left = _MARGIN + _LABEL + place * (_CELL + _GAP)
+        for column, (record, answer, steps) in enumerate(_choose(task, per_row)):
+            left = _MARGIN + _LABEL + column * (_CELL + _GAP)
             draw.rounded_rectangle((left, top, left + _CELL, top + height), 8, fill=_CARD, outline=_EDGE)
             _draw_panel(sheet, left + _GAP, top + _GAP, task.root, record)
             _draw_panel(sheet, left + _GAP + _PANEL + _ARROW, top + _GAP, task.root, answer)
@@ -60,8 +60,8 @@ def _choose(task: Task, count: int) -> Iterator[tuple[Record, Candidate, str]]:
     if not records:
         raise DataError(f"{task.query_path}: no query has a positive in {task.pool_path}; check that both belong together")
     ordered = sorted(records, key=lambda record: steps.get(record.qid, 0))
-    for place in sorted({(2 * place + 1) * len(ordered) // (2 * count) for place in range(count)}):
-        record = ordered[place]
+    for index in sorted({(2 * index + 1) * len(ordered) // (2 * count) for index in range(count)}):
+        record = ordered[index]
         yield record, pool[next(did for did in record.positives if did in pool)], str(steps.get(record.qid, ""))
 
 

@@ -170,7 +170,7 @@ def _add_errors(app: FastAPI, _: Server) -> None:
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         code = error.code if isinstance(error, Refused) else None
-        param = error.place or None if isinstance(error, UnreadableError) else None
+        param = error.location or None if isinstance(error, UnreadableError) else None
         return error_response(error.status_code, str(error.detail), param=param, code=code, headers=error.headers)
 
     @app.exception_handler(TraceError)

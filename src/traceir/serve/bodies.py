@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from traceir.errors import InputError
 from traceir.serve.fair import Shares, Usage, caller
-from traceir.serve.faults import Doubled, place_of_half
+from traceir.serve.faults import Doubled, location_of_half
 from traceir.serve.limits import Buckets, Rate
 from traceir.serve.security import App, Message, Receive, Refusal, Send
 
@@ -155,8 +155,8 @@ def parse_json(raw: bytes, *, lenient: bool = False, texts: int = MAX_TEXTS) -> 
         raise InputError(f"the body is not UTF-8 at byte {error.start}; send JSON in UTF-8") from error
     except json.JSONDecodeError as error:
         raise InputError(f"the body is not JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
-    if not lenient and _SURROGATE.search(raw) and (place := place_of_half(value)) is not None:
-        raise InputError(f"{place}: the body holds half of a surrogate pair there; send whole characters")
+    if not lenient and _SURROGATE.search(raw) and (location := location_of_half(value)) is not None:
+        raise InputError(f"{location}: the body holds half of a surrogate pair there; send whole characters")
     return value
 
 

@@ -31,14 +31,14 @@ SAID: Final = {
 
 
 def fault_of(errors: Sequence[Mapping[str, Any]], skipped: int = 0) -> tuple[str, str]:
-    """Place and reason of the first of pydantic's errors; `skipped` parts of its place are not the caller's."""
+    """Location and reason of the first of pydantic's errors; `skipped` parts of its location are not the caller's."""
     if not errors:
         return "", "it cannot be read"
-    return place_of(errors[0]["loc"][skipped:]), plain(_reason(errors[0]))[:MOST]
+    return location_of(errors[0]["loc"][skipped:]), plain(_reason(errors[0]))[:MOST]
 
 
-def place_of(parts: Sequence[str | int]) -> str:
-    """A place in JSON: `input[3].text`. Branches of a union (`<text>`) are left out."""
+def location_of(parts: Sequence[str | int]) -> str:
+    """A location in JSON: `input[3].text`. Branches of a union (`<text>`) are left out."""
     named = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts if not str(part).startswith("<")]
     return plain("".join(named).removeprefix("."))[:200]
 
@@ -48,14 +48,14 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def place_of_half(value: object, place: tuple[str | int, ...] = ()) -> str | None:
+def location_of_half(value: object, path: tuple[str | int, ...] = ()) -> str | None:
     """Where a value of JSON holds half of a surrogate pair; None where it does not."""
     if isinstance(value, str):
-        return None if plain(value) == value else place_of(place) or "the text"
+        return None if plain(value) == value else location_of(path) or "the text"
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, part in pairs:
-        inner = (*place, name)
-        half = (place_of_half(name, inner) if isinstance(name, str) else None) or place_of_half(part, inner)
+        inner = (*path, name)
+        half = (location_of_half(name, inner) if isinstance(name, str) else None) or location_of_half(part, inner)
         if half is not None:
             return half
     return None
@@ -67,20 +67,20 @@ def kind_in_json(value: object) -> str:
 
 
 def _reason(error: Mapping[str, Any]) -> str:
-    kind, given, about = error["type"], error.get("input"), error.get("ctx", {})
+    kind, value, about = error["type"], error.get("input"), error.get("ctx", {})
     if kind in SAID:
         return SAID[kind]
     if kind in _WANTED:
-        return f"{kind_in_json(given)}, where {_WANTED[kind]} is wanted"
+        return f"{kind_in_json(value)}, where {_WANTED[kind]} is wanted"
     if kind == "kind":
-        named = f" of type {str(given['type'])[:40]!r}" if isinstance(given, dict) and "type" in given else ""
-        return f"{kind_in_json(given)}{named}, where {error['msg']}"
-    if kind in ("too_long", "too_short", "string_too_long") and isinstance(given, str | list | dict):
-        counted = "characters" if isinstance(given, str) else "entries"
+        named = f" of type {str(value['type'])[:40]!r}" if isinstance(value, dict) and "type" in value else ""
+        return f"{kind_in_json(value)}{named}, where {error['msg']}"
+    if kind in ("too_long", "too_short", "string_too_long") and isinstance(value, str | list | dict):
+        counted = "characters" if isinstance(value, str) else "entries"
         bound = f"at least {about['min_length']}" if kind == "too_short" else f"at most {about['max_length']}"
-        return f"{len(given)} {counted}, {bound}"
+        return f"{len(value)} {counted}, {bound}"
     if kind in ("greater_than_equal", "less_than_equal"):
-        return f"it is {given}, at {'least' if kind[0] == 'g' else 'most'} {about.get('ge', about.get('le'))} is wanted"
+        return f"it is {value}, at {'least' if kind[0] == 'g' else 'most'} {about.get('ge', about.get('le'))} is wanted"
     if kind in ("int_parsing", "literal_error"):
-        return f"it is {repr(given)[:80]}; {about.get('expected', 'a whole number')} is wanted"
+        return f"it is {repr(value)[:80]}; {about.get('expected', 'a whole number')} is wanted"
     return str(about["error"] if kind == "value_error" else error["msg"])

@@ -154,10 +154,10 @@ class Worker(ABC):
         for job in jobs:
             job.fail(error)
 
-    def call(self, work: Callable[..., None], *given: object) -> None:
+    def call(self, work: Callable[..., None], *arguments: object) -> None:
         """Runs something in the event loop, from a thread; where that has ended there is nobody left to tell."""
         with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(work, *given)
+            self.loop.call_soon_threadsafe(work, *arguments)
 
 
 class _TaskWorker(Worker):

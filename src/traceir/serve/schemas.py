@@ -70,7 +70,7 @@ def _few(where: object) -> object:
 
 
 def _tag(value: object) -> str | None:
-    """The branch of a union that a value of JSON means; `place_of` leaves it out."""
+    """The branch of a union that a value of JSON means; `location_of` leaves it out."""
     tags: dict[type, str] = {str: "<text>", dict: "<object>", list: "<list>"}
     return tags.get(type(value))
 

@@ -130,8 +130,8 @@ class Service:
             contents = await self._contents(asked)
             await self._note([content for _, content in contents])
 
-            async def encode(place: str, content: Query | Item) -> Served:
-                with placed(place), without_paths(content.images):
+            async def encode(location: str, content: Query | Item) -> Served:
+                with located(location), without_paths(content.images):
                     return await self._encode(content, asked.route or "auto")
 
             return await self._each(contents, encode)
@@ -162,11 +162,11 @@ class Service:
         return Query(read, instruction=asked.instruction, target=asked.modality)
 
     async def _parts(self, sent: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
-        """Texts that are not blank, and images, each with its place in the request."""
+        """Texts that are not blank, and images, each with its location in the request."""
         parts: list[Part] = []
-        for place, part in sent:
+        for location, part in sent:
             if isinstance(part, schemas.ImageIn):
-                parts.append(await self.uploads.take(part.model_dump(exclude_none=True), place, self.sources))
+                parts.append(await self.uploads.take(part.model_dump(exclude_none=True), location, self.sources))
             elif part is not None and part.strip():
                 parts.append(part)
         return tuple(parts)
@@ -182,30 +182,30 @@ class Service:
         each: list[tuple[str, Any]] = (
             [(f"{name}[{n}]", entry) for n, entry in enumerate(sent or ())] if several else [(name, sent)]
         )
-        return await self._each(each, lambda place, entry: self._content(place, entry, asked))
+        return await self._each(each, lambda location, entry: self._content(location, entry, asked))
 
     async def _content(
-        self, place: str, sent: str | schemas.ContentIn | list[Any] | schemas.Message, asked: schemas.EmbeddingsIn
+        self, location: str, sent: str | schemas.ContentIn | list[Any] | schemas.Message, asked: schemas.EmbeddingsIn
     ) -> tuple[str, Query | Item]:
         instructions = [asked.instruction] if asked.instruction else []
         parts: list[tuple[str, str | schemas.ImageIn | None]] = []
         if isinstance(sent, str):
-            parts = [(place, sent)]
+            parts = [(location, sent)]
         elif isinstance(sent, schemas.ContentIn):
-            parts = [(f"{place}.image", sent.image), (place, sent.text)]
+            parts = [(f"{location}.image", sent.image), (location, sent.text)]
         else:
-            for name, role, part in _chat_parts(sent, place):
+            for name, role, part in _chat_parts(sent, location):
                 if role in ("system", "developer") and isinstance(part, str):
                     instructions.append(part)
                 else:
                     parts.append((name, part))
         if len(parts) + len(instructions) > schemas.MAX_PARTS + 1:
-            raise InputError(f"{place} has more than {schemas.MAX_PARTS} parts; send fewer, or several chats")
+            raise InputError(f"{location} has more than {schemas.MAX_PARTS} parts; send fewer, or several chats")
         read = await self._parts(parts)
-        with placed(place):
+        with located(location):
             if (asked.input_type or ("query" if asked.messages is not None else "document")) == "document":
-                return place, Item(read)
-            return place, Query(read, instruction=" ".join(instructions) or None, target=asked.modality)
+                return location, Item(read)
+            return location, Query(read, instruction=" ".join(instructions) or None, target=asked.modality)
 
     # Items
 
@@ -330,18 +330,18 @@ class Service:
 
 
 @contextmanager
-def placed(place: str) -> Iterator[None]:
+def located(location: str) -> Iterator[None]:
     """An InputError within says where in the request it is."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error
+        raise InputError(f"{location}: {error}") from error
 
 
-def _chat_parts(chat: list[schemas.Message] | schemas.Message, place: str) -> Iterator[tuple[str, str, str | schemas.ImageIn]]:
-    """The parts of a chat: place, role, and a text or an image."""
+def _chat_parts(chat: list[schemas.Message] | schemas.Message, location: str) -> Iterator[tuple[str, str, str | schemas.ImageIn]]:
+    """The parts of a chat: location, role, and a text or an image."""
     for number, message in enumerate(chat if isinstance(chat, list) else [chat]):
-        name = f"{place}[{number}].content"
+        name = f"{location}[{number}].content"
         if isinstance(message.content, str):
             yield name, message.role, message.content
             continue

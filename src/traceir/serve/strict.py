@@ -22,11 +22,11 @@ LARGE: Final = 256 * 1024  # bytes of a body from which on it is read in a threa
 
 
 class UnreadableError(HTTPException):
-    """A body, or a parameter, that breaks its schema; `place` is that of the first fault."""
+    """A body, or a parameter, that breaks its schema; `location` is that of the first fault."""
 
-    def __init__(self, reason: str, place: str = "") -> None:
-        super().__init__(400, f"{place}: {reason}" if place else reason)
-        self.place = place
+    def __init__(self, reason: str, location: str = "") -> None:
+        super().__init__(400, f"{location}: {reason}" if location else reason)
+        self.location = location
 
 
 class StrictRoute(APIRoute):
@@ -55,8 +55,8 @@ def read_body(raw: bytes, model: type[BaseModel] | None) -> Any:
         value = parse_json(raw, lenient=getattr(model, "each_alone", False), texts=getattr(model, "most_texts", MAX_TEXTS))
         return value if model is None else model.model_validate(value)
     except ValidationError as error:
-        place, reason = fault_of(error.errors(include_url=False))
-        raise UnreadableError(reason, place or "body") from error
+        location, reason = fault_of(error.errors(include_url=False))
+        raise UnreadableError(reason, location or "body") from error
     except InputError as error:
         raise UnreadableError(str(error)) from error
 
@@ -70,10 +70,10 @@ def read_items(entries: Sequence[object]) -> list[ItemIn | ItemResult]:
         try:
             item = ItemIn.model_validate(entry)
         except ValidationError as error:
-            place, reason = fault_of(error.errors(include_url=False))
+            location, reason = fault_of(error.errors(include_url=False))
             id = entry.get("id") if isinstance(entry, dict) else None
             shown = plain(id)[:MAX_ID_BYTES] if isinstance(id, str) else None
-            item = ItemResult(id=shown, status="failed", error=f"{place}: {reason}" if place else reason)
+            item = ItemResult(id=shown, status="failed", error=f"{location}: {reason}" if location else reason)
         if item.id in seen:
             item = ItemResult(id=item.id, status="failed", error=f"id {item.id!r} occurs twice in one request; send it once")
         elif isinstance(item, ItemIn):

@@ -58,49 +58,49 @@ class UploadValidator:
     def __init__(self, limits: ImageLimits = LIMITS, decoders: int = DECODERS) -> None:
         self.limits, self.decoders = limits, Slots(decoders)
 
-    async def take(self, sent: object, place: str, sources: Sources) -> ImageInput:
+    async def take(self, sent: object, location: str, sources: Sources) -> ImageInput:
         """The image that `{"data": ...}`, `{"item": ...}` or `{"url": ...}` stands for.
 
-        `place` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no image.
+        `location` names it in messages ("image", "parts[2]"). Raises InputError, and ImageError for what is no image.
         """
         match sent:
             case {"data": str(data), **rest} if not rest:
-                return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(data, place, self.limits), place))
+                return await asyncio.to_thread(lambda: self._of_bytes(bytes_of_base64(data, location, self.limits), location))
             case {"item": str(id), **rest} if not rest:
-                return await asyncio.to_thread(lambda: self._checked(image_of_item(id, place, sources), place))
+                return await asyncio.to_thread(lambda: self._checked(image_of_item(id, location, sources), location))
             case {"url": str(url), **rest} if not rest:
                 if sources.fetcher is None:
-                    raise InputError(f'{place}.url: this server fetches no images by address; send {{"data": base64}}')
+                    raise InputError(f'{location}.url: this server fetches no images by address; send {{"data": base64}}')
                 return await sources.fetcher.fetch(url)
-        raise InputError(f'{place} names no single image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
+        raise InputError(f'{location} names no single image; give {{"data": base64}}, {{"item": id}} or {{"url": address}}')
 
-    async def check_bytes(self, data: bytes, place: str) -> ImageInput:
+    async def check_bytes(self, data: bytes, location: str) -> ImageInput:
         """An image from the bytes of a file; ImageError where it is none."""
-        return await asyncio.to_thread(self._of_bytes, data, place)
+        return await asyncio.to_thread(self._of_bytes, data, location)
 
-    def _of_bytes(self, data: bytes, place: str) -> ImageInput:
+    def _of_bytes(self, data: bytes, location: str) -> ImageInput:
         if len(data) > self.limits.file_bytes:
-            raise ImageError(f"{place} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller image")
-        return self._checked(ImageInput.from_bytes(data), place)
+            raise ImageError(f"{location} has {len(data)} bytes, more than {self.limits.file_bytes}; send a smaller image")
+        return self._checked(ImageInput.from_bytes(data), location)
 
-    def _checked(self, image: ImageInput, place: str) -> ImageInput:
-        with without_paths([image], f"{place}: "):
+    def _checked(self, image: ImageInput, location: str) -> ImageInput:
+        with without_paths([image], f"{location}: "):
             image.check(self.limits)
         return image
 
 
-def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> bytes:
+def bytes_of_base64(text: str, location: str, limits: ImageLimits = LIMITS) -> bytes:
     """What stands in base64 (either alphabet, padded or not, white space ignored) or in a `data:` URL; not decoded yet.
 
     Its size is checked before anything is decoded. Raises InputError for what is not base64, ImageError for too many bytes.
     """
     most = limits.file_bytes * 4 // 3 + limits.file_bytes // 32 + 1024  # line ends and the head of a data URL included
     if len(text) > most:
-        raise ImageError(f"{place} has {len(text)} characters of base64, more than {most}; send a smaller image")
+        raise ImageError(f"{location} has {len(text)} characters of base64, more than {most}; send a smaller image")
     if text[:5].lower() == "data:":
-        text = _body_of(text, place)
+        text = _body_of(text, location)
     if not text.isascii():
-        raise InputError(f"{place} is not base64: it holds characters beyond ASCII")
+        raise InputError(f"{location} is not base64: it holds characters beyond ASCII")
     digits = (text.translate(_STANDARD) if any(char in text for char in "-_ \t\r\n") else text).rstrip("=")
     pieces = (digits[start : start + _PIECE] for start in range(0, len(digits), _PIECE))  # other threads run between them
     try:
@@ -108,29 +108,29 @@ def bytes_of_base64(text: str, place: str, limits: ImageLimits = LIMITS) -> byte
             raise binascii.Error("'=' within it")
         data = b"".join(binascii.a2b_base64(piece + "=" * (-len(piece) % 4), strict_mode=True) for piece in pieces)
     except binascii.Error as error:
-        raise InputError(f"{place} is not base64 ({error}); send an image file in base64, or a data: URL") from error
+        raise InputError(f"{location} is not base64 ({error}); send an image file in base64, or a data: URL") from error
     if not data:
-        raise InputError(f"{place} is empty; send an image file in base64, or a data: URL")
+        raise InputError(f"{location} is empty; send an image file in base64, or a data: URL")
     return data
 
 
-def _body_of(text: str, place: str) -> str:
+def _body_of(text: str, location: str) -> str:
     head = _DATA_URL.match(text[:256])
     if head is None or ";base64" not in head[2].lower():
-        raise InputError(f"{place} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
+        raise InputError(f"{location} is a data: URL without base64; send data:image/png;base64,... or base64 alone")
     kind = head[1].lower()
     if kind and not kind.startswith("image/") and kind != "application/octet-stream":
-        raise InputError(f"{place} is a data: URL of type {kind[:40]!r}, which is no image")
+        raise InputError(f"{location} is a data: URL of type {kind[:40]!r}, which is no image")
     return text[head.end() :]
 
 
-def image_of_item(id: str, place: str, sources: Sources) -> ImageInput:
+def image_of_item(id: str, location: str, sources: Sources) -> ImageInput:
     """The image of an item the caller can see. InputError where there is no such item, or none with an image."""
     if sources.index is None:
-        raise InputError(f"{place}.item: this server has no index; send the image itself")
+        raise InputError(f"{location}.item: this server has no index; send the image itself")
     stored = sources.index.get([id]).get(id)
     if stored is None or stored.image is None:
-        raise InputError(f"{place}.item: there is no item {id[:80]!r} with an image")
+        raise InputError(f"{location}.item: there is no item {id[:80]!r} with an image")
     return image_in_folders(stored.image, sources.folders, id)
 
 

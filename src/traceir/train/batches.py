@@ -30,13 +30,13 @@ WIDTHS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Rows that share one forward; `places` says where each stands among this process's rows of its side."""
+    """Rows that share one forward; `rows` are their positions among this process's rows of its side."""
 
     batch: Batch
-    places: torch.Tensor
+    rows: torch.Tensor
 
     def to(self, device: torch.device) -> Chunk:
-        return Chunk(self.batch.to(device), self.places.to(device))
+        return Chunk(self.batch.to(device), self.rows.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +122,9 @@ class TrainBatches(Dataset[TrainBatch]):
         while order:
             width = -(-len(layouts[order[0]]) // WIDTHS) * WIDTHS
             rows = max(1, self.chunk_tokens // width)
-            places, order = order[:rows], order[rows:]
-            batch = self.processor.collate([layouts[row] for row in places], raw=True, multiple=WIDTHS)
-            chunks.append(Chunk(batch, torch.tensor(places)))
+            chosen, order = order[:rows], order[rows:]
+            batch = self.processor.collate([layouts[row] for row in chosen], raw=True, multiple=WIDTHS)
+            chunks.append(Chunk(batch, torch.tensor(chosen)))
         return tuple(chunks)
 
     def _query(self, example: Example) -> Layout:

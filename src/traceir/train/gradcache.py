@@ -62,7 +62,7 @@ class Reader(torch.nn.Module):
     def forward(self, chunk: Chunk, gen: bool, touch: bool) -> Output:
         """`gen` false leaves the cross-entropy at 0. `touch` makes every trainable part take part in the graph, as wrappers for
         several processes demand, whether or not the chunk holds an image."""
-        batch, rows = chunk.batch, torch.arange(len(chunk.places), device=chunk.batch.ids.device)
+        batch, rows = chunk.batch, torch.arange(len(chunk.rows), device=chunk.batch.ids.device)
         # Before the language model, as images are: shards must be gathered in one order by all processes.
         blank = 0.0 * self._blank(batch.ids.device) if touch and batch.patches is None else 0.0
         with _quick_attention():
@@ -243,5 +243,5 @@ def _at_embeddings(
 
 
 def _in_order(chunks: Sequence[Chunk], states: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Rows of several chunks in the order of their places."""
-    return torch.cat(list(states))[torch.cat([chunk.places for chunk in chunks]).argsort()]
+    """Rows of several chunks in the order of their positions."""
+    return torch.cat(list(states))[torch.cat([chunk.rows for chunk in chunks]).argsort()]

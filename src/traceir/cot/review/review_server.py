@@ -148,12 +148,12 @@ class ReviewSession:
         number = self._numbers[last.qid] if last else -1
         return {"number": number, "mark": _MARKS[stands.decision] if stands else "."}
 
-    def image(self, number: int, place: int) -> bytes:
+    def image(self, number: int, position: int) -> bytes:
         """The query's image (place 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
         chosen = self._at(number)
-        path = chosen.images[place] if place < len(chosen.images) else None
+        path = chosen.images[position] if position < len(chosen.images) else None
         if path is None:
-            raise InputError(f"sample {number} has no image {place}")
+            raise InputError(f"sample {number} has no image {position}")
         image = ImageInput.open(chosen.outcome.case.root / path).load(shrink_to=SIDE)
         return file_bytes(image, side=SIDE, quality=92, subsampling=0)
 

@@ -71,13 +71,13 @@ def build_unseen(out: Path, *, scale: Scale, seed: int, progress: bool = True) -
         count = each.full if scale == "full" else each.small
         parts[name] = each.make(count, random.Random(derive_seed("unseen", name, seed)))
         each.check(parts[name])
-    place = out.resolve()
-    work = place.with_name(f".{place.name}.building")
+    folder = out.resolve()
+    work = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(work, ignore_errors=True)  # what a killed build left
     write_parts(work, parts, plan, progress)
-    if place.exists():
-        place.rmdir()
-    os.replace(work, place)
+    if folder.exists():
+        folder.rmdir()
+    os.replace(work, folder)
     logger.info("the unseen sets (%s) are complete in %s", scale, out)
     return out
 

@@ -60,10 +60,10 @@ def _list_sentences(state: Any) -> tuple[list[Sentences], Sentences]:
             [f"this is not {town}" for town in PLACES if town != state.place],
         ]
     ways = []
-    for place, (colour, shape) in zip(SLOTS, state.objects, strict=True):
-        beside = f"in the middle is a {colour} {shape}" if place == "middle" else f"a {colour} {shape} is on the {place}"
-        apart = [f"the colour of the {place} object is {colour}", f"the shape of the {place} object is a {shape}"]
-        ways.append([[f"the {place} one is a {colour} {shape}"], [beside], apart])
+    for slot, (colour, shape) in zip(SLOTS, state.objects, strict=True):
+        beside = f"in the middle is a {colour} {shape}" if slot == "middle" else f"a {colour} {shape} is on the {slot}"
+        apart = [f"the colour of the {slot} object is {colour}", f"the shape of the {slot} object is a {shape}"]
+        ways.append([[f"the {slot} one is a {colour} {shape}"], [beside], apart])
     left, middle, right = map(name_item, state.objects)
     counts = Counter(colour for colour, _ in state.objects)
     same = [(a, trait, b) for a, b in _COMPARED for trait in _TRAITS if _is_same(state, a, trait, b)]
@@ -102,9 +102,9 @@ def make_sharegpt4v(count: int, rng: random.Random) -> StatePart:
     """Long captions and scenes, one to one."""
     part = StatePart(count, count)
     pairs = part.files["sharegpt4v/datas_for_validation.json"] = []
-    for place, scene in enumerate(draw_clusters(Scene, count, rng)):
-        part.shown[f"sharegpt4v/val_data/scene_{place:06}.jpg"] = scene
-        pairs.append({"image_name": f"scene_{place:06}.jpg", "caption": describe(scene, rng)})
+    for number, scene in enumerate(draw_clusters(Scene, count, rng)):
+        part.shown[f"sharegpt4v/val_data/scene_{number:06}.jpg"] = scene
+        pairs.append({"image_name": f"scene_{number:06}.jpg", "caption": describe(scene, rng)})
     return part
 
 
@@ -138,7 +138,7 @@ def make_flickr(count: int, rng: random.Random) -> StatePart:
     """Five captions to an image; scenes, garments and photos by turns."""
     states = draw_by_turns((Scene, Garment, Photo), count, rng)
     captions = list(itertools.chain.from_iterable(rng.sample(list_five(state), FIVE) for state in states))
-    shown = {f"flickr/images/{place}.png": state for place, state in enumerate(states)}
+    shown = {f"flickr/images/{number}.png": state for number, state in enumerate(states)}
     return StatePart(FIVE * count, count, {"flickr/flickr_text.json": captions}, shown)
 
 
@@ -155,8 +155,8 @@ def check_flickr(part: StatePart) -> None:
 # --- dialogs ----------------------------------------------------------------------------------------------------------
 
 
-def _is_same(scene: Scene, place: str, trait: str, other: str) -> bool:
-    return at(scene, place)[trait == "shape"] == at(scene, other)[trait == "shape"]
+def _is_same(scene: Scene, slot: str, trait: str, other: str) -> bool:
+    return at(scene, slot)[trait == "shape"] == at(scene, other)[trait == "shape"]
 
 
 @cache
@@ -175,9 +175,9 @@ def _list_answers(state: Any) -> Mapping[str, str | bool]:
         answers |= {f"is this {town}": town == state.place for town in PLACES}
         answers |= {f"is it {hour}": hour == state.time for hour in TIMES}
         return answers | {f"do they go to a {event}": event == state.event for event in EVENTS}
-    for place, (colour, shape) in zip(SLOTS, state.objects, strict=True):
-        answers[f"what is the {place} one"] = f"a {colour} {shape}"
-        answers |= {f"what colour is the {place} one": colour, f"what shape is the {place} one": shape}
+    for slot, (colour, shape) in zip(SLOTS, state.objects, strict=True):
+        answers[f"what is the {slot} one"] = f"a {colour} {shape}"
+        answers |= {f"what colour is the {slot} one": colour, f"what shape is the {slot} one": shape}
     for (a, b), trait in itertools.product(itertools.permutations(SLOTS, 2), _TRAITS):
         answers[f"is the {trait} of the {a} one that of the {b} one"] = _is_same(state, a, trait, b)
     counts = Counter(colour for colour, _ in state.objects)
@@ -204,11 +204,11 @@ def hold_dialog(questions: Sequence[str], state: State) -> list[str]:
 def _ask_scene(scene: Scene, rng: random.Random) -> tuple[list[list[str]], list[str]]:
     """Questions that fix all three objects, some by comparison, among others that anything may be answered to."""
     blocks: list[list[str]] = []
-    places = rng.sample(SLOTS, 3)
-    for number, place in enumerate(places):
-        same = [other for other in places[:number] if _is_same(scene, other, "colour", place)]
-        colour = f"is the colour of the {place} one that of the {same[0]} one" if same else f"what colour is the {place} one"
-        blocks.append([f"what is the {place} one"] if rng.random() < 0.3 else [colour, "what shape is it"])
+    slots = rng.sample(SLOTS, 3)
+    for number, slot in enumerate(slots):
+        same = [other for other in slots[:number] if _is_same(scene, other, "colour", slot)]
+        colour = f"is the colour of the {slot} one that of the {same[0]} one" if same else f"what colour is the {slot} one"
+        blocks.append([f"what is the {slot} one"] if rng.random() < 0.3 else [colour, "what shape is it"])
     others = [f"is any object {name}" for name in (*COLOUR_NAMES, *(f"a {shape}" for shape in SHAPES))]
     others += [f"how many objects have the colour {colour}" for colour in COLOUR_NAMES]
     others += [f"is the {trait} of the {a} one that of the {b} one" for a, b in _COMPARED for trait in _TRAITS]

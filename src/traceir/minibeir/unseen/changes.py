@@ -34,33 +34,33 @@ def list_conditions(reference: Scene, scene: Scene) -> set[str]:
     """All conditions on a reference that another scene fulfils; no scene fulfils one on itself."""
     fulfilled: set[str] = set()
     was, now = reference.objects, scene.objects
-    for slot, place in enumerate(SLOTS):
+    for slot, where in enumerate(SLOTS):
         a, b = _others(slot)
         new, both = set(now[slot]) - set(was[slot]), set(now[a]) & set(now[b])
         pair = next(name for name, slots in PAIRS.items() if slots == (a, b))
         if (was[a], was[b]) == (now[a], now[b]) and now[slot] != was[slot]:
-            fulfilled |= {f"any {value if value in SHAPES else f'{value} object'} instead of the {place} one" for value in new}
+            fulfilled |= {f"any {value if value in SHAPES else f'{value} object'} instead of the {where} one" for value in new}
             fulfilled.add(f"keep the {pair} and change the other one into any other object")
         if was[slot] == now[slot] and was != now:
-            fulfilled |= {f"the same {place} one, but with any two {value} objects" for value in both}
-            fulfilled |= {f"keep the {place} one and turn the other two into a {value} of any colour" for value in both}
+            fulfilled |= {f"the same {where} one, but with any two {value} objects" for value in both}
+            fulfilled |= {f"keep the {where} one and turn the other two into a {value} of any colour" for value in both}
         if (was[a], was[b]) == (now[b], now[a]):
             fulfilled |= {f"swap the {pair}, and the other one becomes any {value}" for value in new}
     return fulfilled
 
 
-def _vary(scene: Scene, *places: int) -> Iterator[Scene]:
+def _vary(scene: Scene, *slots: int) -> Iterator[Scene]:
     """The test scenes that have any objects at these places and are like `scene` elsewhere."""
-    for items in itertools.product(ITEMS, repeat=len(places)):
+    for items in itertools.product(ITEMS, repeat=len(slots)):
         varied = scene
-        for place, item in zip(places, items, strict=True):
-            varied = varied.put(place, item)
+        for slot, item in zip(slots, items, strict=True):
+            varied = varied.put(slot, item)
         if varied in tests(Scene):
             yield varied
 
 
-def _others(*places: int) -> list[int]:
-    return [place for place in range(3) if place not in places]
+def _others(*slots: int) -> list[int]:
+    return [slot for slot in range(3) if slot not in slots]
 
 
 def make_circo(count: int, rng: random.Random) -> StatePart:
@@ -76,8 +76,8 @@ def make_circo(count: int, rng: random.Random) -> StatePart:
         reference, template = next(starts), CONDITIONS[len(queries) % len(CONDITIONS)]
         slots = {"place": rng.choice(SLOTS), "pair": rng.choice(tuple(PAIRS))}
         text = template.format(**slots, colour=rng.choice(COLOUR_NAMES), shape=rng.choice(SHAPES))
-        pair, place = PAIRS[slots["pair"]], SLOTS.index(slots["place"])
-        varied = _others(*pair) if "{pair}" in template else [place] if "instead" in template else _others(place)
+        pair, slot = PAIRS[slots["pair"]], SLOTS.index(slots["place"])
+        varied = _others(*pair) if "{pair}" in template else [slot] if "instead" in template else _others(slot)
         scenes = list(_vary(reference.swap(*pair) if template.startswith("swap") else reference, *varied))
         right = [scene for scene in scenes if text in list_conditions(reference, scene)]
         if len(right) >= 2:
@@ -85,7 +85,7 @@ def make_circo(count: int, rng: random.Random) -> StatePart:
             right = rng.sample(right, min(len(right), rng.randint(2, 4)))
             pool |= dict.fromkeys([reference, *right, *rng.sample(wrong, min(1, len(wrong))), *list_near(right[0], rng)[:1]])
             queries.append((reference, text))
-    ids = {scene: 1000 + place for place, scene in enumerate(rng.sample(list(pool), len(pool)))}
+    ids = {scene: 1000 + number for number, scene in enumerate(rng.sample(list(pool), len(pool)))}
     part = StatePart(count, len(pool), shown={f"circo/unlabeled2017/{number:012}.jpg": scene for scene, number in ids.items()})
     for split, some in (("val", queries[:count]), ("test", queries[count:])):
         entries = part.files[f"circo/annotations/{split}.json"] = []
@@ -138,24 +138,24 @@ def list_traits(name: str, reference: Any, other: Any) -> set[str]:
 def _choose_scenes(name: str, rng: random.Random) -> Choice | None:
     """The same object among unlike ones, against the same company round another object; or one object made way for the named
     one, against the named one in other company and the same company without it."""
-    reference, place = rng.choice(list(tests(Scene))), rng.randrange(3)
+    reference, chosen = rng.choice(list(tests(Scene))), rng.randrange(3)
     if name == "focus_object":
-        held, item = rng.randrange(3), reference.objects[place]
-        company = {other for slot, other in enumerate(reference.objects) if slot != place}
+        held, item = rng.randrange(3), reference.objects[chosen]
+        company = {other for slot, other in enumerate(reference.objects) if slot != chosen}
         right = [scene for scene in _vary(reference.put(held, item), *_others(held)) if not company & set(scene.objects)]
         right = [scene for scene in right if item[1] in list_traits(name, reference, scene)]
         if not right:
             return None
-        loose = shuffle(_vary(reference, place, rng.choice(_others(place))), rng)
+        loose = shuffle(_vary(reference, chosen, rng.choice(_others(chosen))), rng)
         tempting = [scene for scene in loose if item[1] in scene.attributes]
-        return item[1], reference, right, (list(_vary(reference, place)), tempting, loose)
+        return item[1], reference, right, (list(_vary(reference, chosen)), tempting, loose)
     item = rng.choice(ITEMS)
-    target = reference.put(place, item)
+    target = reference.put(chosen, item)
     if item in reference.objects or target not in tests(Scene):
         return None
-    moved = shuffle(_vary(target, rng.choice(_others(place))), rng)
+    moved = shuffle(_vary(target, rng.choice(_others(chosen))), rng)
     near = shuffle(itertools.chain.from_iterable(_vary(reference, slot) for slot in range(3)), rng)
-    return f"with {name_item(item)}", reference, [target], (moved, near, shuffle(_vary(target, *_others(place)), rng))
+    return f"with {name_item(item)}", reference, [target], (moved, near, shuffle(_vary(target, *_others(chosen)), rng))
 
 
 def _choose_garments(name: str, rng: random.Random) -> Choice | None:
@@ -255,8 +255,8 @@ def list_changes(story: Sequence[Any]) -> Changes:
         return
     moved = any(sum(a != b for a, b in zip(x.objects, y.objects, strict=True)) > 1 for x, y in itertools.pairwise(story))
     yield from (("swap", f"then the {pair} trade places", now.swap(*PAIRS[pair])) for pair in PAIRS)
-    for slot, place in enumerate(SLOTS):
-        head = f"then the {place} one"
+    for slot, name in enumerate(SLOTS):
+        head = f"then the {name} one"
         yield from (("colour", f"{head} becomes {value}", now.alter(slot, value)) for value in COLOUR_NAMES)
         yield from (("shape", f"{head} becomes a {value}", now.alter(slot, value)) for value in SHAPES)
         for number, trait in enumerate(("colour", "shape")):
@@ -344,8 +344,8 @@ def check_vist(part: StatePart) -> None:
         story = [(line["worker_arranged_photo_order"], line["text"], shown[line["photo_flickr_id"]]) for line in group]
         orders, texts, states = zip(*story, strict=True)
         demand(orders == tuple(range(IMAGES)) and texts[-1].startswith("then "), f"vist: story {number}", "it is out of order")
-        for place, (text, state) in enumerate(zip(texts, states, strict=True)):
-            led = text.startswith("then ") and (text, state) in (change[1:] for change in list_changes(states[:place]))
+        for index, (text, state) in enumerate(zip(texts, states, strict=True)):
+            led = text.startswith("then ") and (text, state) in (change[1:] for change in list_changes(states[:index]))
             demand(led or is_seen(text, state), f"vist: story {number}", f"{text!r} is not true of its image")
 
 
@@ -420,7 +420,7 @@ def check_multiturn(part: StatePart) -> None:
     for number, entry in enumerate(part.files["multiturnfashion/data/all.val.json"]):
         names = [name for _, _, name in entry["reference"]] + [entry["target"][1]]
         garments: list[Any] = [part.shown[f"{_WORN}/{name}.jpg"] for name in names]
-        for place, texts, _ in entry["reference"]:
-            after = apply_round(texts, garments[: place + 1])
-            good = after == garments[place + 1] and after not in garments[: place + 1]
-            demand(good, f"multiturnfashion: query {number}", f"round {place} leads to {after}")
+        for index, texts, _ in entry["reference"]:
+            after = apply_round(texts, garments[: index + 1])
+            good = after == garments[index + 1] and after not in garments[: index + 1]
+            demand(good, f"multiturnfashion: query {number}", f"round {index} leads to {after}")

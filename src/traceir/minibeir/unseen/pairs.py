@@ -89,11 +89,11 @@ def _negate(kind: str, rng: random.Random) -> Draft:
     if kind == "scene":
         state, items = _draw_scene(rng)
         parts, frame = [name_item(item) for item in items[:2]], rng.choice(_FRAMES)
-        place = rng.randrange(2)
+        index = rng.randrange(2)
     elif kind == "garment":
         state, trims = _draw_garment(rng)
         parts = trims[:2]
-        place = rng.randrange(len(parts))
+        index = rng.randrange(len(parts))
         head = f"a {state.kind}" if rng.random() < 0.5 else f"a {state.colour} {state.kind}"
         frame = f"{head} with {' and '.join('{}' for _ in parts)}"
     else:
@@ -102,9 +102,9 @@ def _negate(kind: str, rng: random.Random) -> Draft:
         frames = {f"{person} and {{}} in {town}": other, f"a photo of {town} with {{}}": person}
         frames[f"{person} at {{}} in {town}"] = f"the {state.event}"
         frame, part = rng.choice(list(frames.items()))
-        parts, place = [part], 0
+        parts, index = [part], 0
     denied = list(parts)  # "a red cube" becomes "no red cube", "white dots" "no white dots"
-    denied[place] = f"no {parts[place].removeprefix('a ').removeprefix('the ')}"
+    denied[index] = f"no {parts[index].removeprefix('a ').removeprefix('the ')}"
     return state, frame.format(*parts), frame.format(*denied)
 
 
@@ -112,10 +112,10 @@ def make_ccneg(count: int, rng: random.Random) -> StatePart:
     """Captions and their negations; scenes, garments and photos by turns. No caption has a comma: readers remove them."""
     part = StatePart(count, 2 * count)
     paths, annotations = [], []
-    for place in range(count):
-        state, caption, negative = _draw_true(_negate, ("scene", "garment", "photo")[place % 3], rng)
-        part.shown[f"ccneg/cc3m/{place:09}.jpg"] = state
-        paths.append(f"{PREFIX}{place:09}.jpg")
+    for number in range(count):
+        state, caption, negative = _draw_true(_negate, ("scene", "garment", "photo")[number % 3], rng)
+        part.shown[f"ccneg/cc3m/{number:09}.jpg"] = state
+        paths.append(f"{PREFIX}{number:09}.jpg")
         annotations.append({"json": {"caption": caption}, "sop_data": {"negative-prompt": negative}})
     part.files["ccneg/ccneg_preprocessed.pt"] = {"image_paths": paths, "annotations": annotations}
     return part
@@ -211,12 +211,12 @@ def make_sugarcrepe(count: int, rng: random.Random) -> StatePart:
     ids: dict[State, int] = {}
     for kind in KINDS:
         entries = part.files[f"sugar-crepe/data/{kind}.json"] = {}
-        for place in range(count):
-            draw = _edit_scene if place % 2 == 0 else _edit_garment if kind.endswith("att") else _edit_photo
+        for number in range(count):
+            draw = _edit_scene if number % 2 == 0 else _edit_garment if kind.endswith("att") else _edit_photo
             state, caption, negative = _draw_true(draw, kind, rng)
             name = f"{ids.setdefault(state, 139 + 13 * len(ids)):012}.jpg"
             part.shown[f"sugar-crepe/val2017/{name}"] = state
-            entries[str(place)] = {"filename": name, "caption": caption, "negative_caption": negative}
+            entries[str(number)] = {"filename": name, "caption": caption, "negative_caption": negative}
     return part
 
 

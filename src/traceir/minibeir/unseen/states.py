@@ -108,16 +108,16 @@ def draw_clusters(kind: type[S], count: int, rng: random.Random) -> list[S]:
 
 def draw_by_turns(kinds: Sequence[type[State]], count: int, rng: random.Random) -> list[Any]:
     """As `draw_clusters`, of these kinds by turns."""
-    drawn = [draw_clusters(kind, len(range(place, count, len(kinds))), rng) for place, kind in enumerate(kinds)]
-    return [drawn[place % len(kinds)][place // len(kinds)] for place in range(count)]
+    drawn = [draw_clusters(kind, len(range(start, count, len(kinds))), rng) for start, kind in enumerate(kinds)]
+    return [drawn[number % len(kinds)][number // len(kinds)] for number in range(count)]
 
 
 # --- what can be seen -------------------------------------------------------------------------------------------------
 
 
-def at(scene: Scene, place: str) -> Item:
+def at(scene: Scene, slot: str) -> Item:
     """The object on the left, in the middle, on the right."""
-    return scene.objects[SLOTS.index(place)]
+    return scene.objects[SLOTS.index(slot)]
 
 
 def name_item(item: Iterable[str]) -> str:
