@@ -78,10 +78,10 @@ class Measured:
     def modality(self) -> Modality:
         return self.row.task.query_modality
 
-    def without(self, places: Sequence[Sequence[int]]) -> Scores:
+    def without(self, positions: Sequence[Sequence[int]]) -> Scores:
         """The scores of the queries where the pool has lost these places."""
         scores = self.queries @ self.pool.T
-        for own, lost in zip(scores, places, strict=True):
+        for own, lost in zip(scores, positions, strict=True):
             own[list(lost)] = -1.0
         return scores
 
@@ -122,23 +122,23 @@ def over(best: Scores, threshold: float) -> Share:
 
 def read_rows(data: Path, embedder: Embedder, route: Route) -> list[Measured]:
     problems, listing, instructions = Problems("stop"), Listing(data), mbeir.read_instructions(data)
-    found: list[Measured] = []
+    measured: list[Measured] = []
     for task in mbeir.find_tasks(data, "test"):
         row = read_row(task, problems, listing, None)
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
-        places = {did: place for place, did in enumerate(row.dids)}
-        right = [[places[did] for did in row.relevant[record.qid] if did in places] for record in row.records]
-        wrong = [[places[did] for did in record.negatives if did in places] for record in row.records]
-        found.append(
+        positions = {did: position for position, did in enumerate(row.dids)}
+        right = [[positions[did] for did in row.relevant[record.qid] if did in positions] for record in row.records]
+        wrong = [[positions[did] for did in record.negatives if did in positions] for record in row.records]
+        measured.append(
             Measured(
                 row, WORLDS.get(task.dataset, task.dataset),
                 matrix(embedder.items(row.items, len(row.dids))),
                 embed(embedder, [mbeir.to_query(record, prompt, data) for record in row.records], route),
-                right, [one + other for one, other in zip(right, wrong, strict=True)],
+                right, [rights + other for rights, other in zip(right, wrong, strict=True)],
             )
         )  # fmt: skip
     problems.settle()
-    return found
+    return measured
 
 
 def embed(embedder: Embedder, queries: Sequence[Query], route: Route) -> Scores:
@@ -147,16 +147,16 @@ def embed(embedder: Embedder, queries: Sequence[Query], route: Route) -> Scores:
 
 def matrix(embeddings: Any) -> Scores:
     assert embeddings is not None, "one process has all shares"
-    found: Scores = embeddings.matrix()
-    return found
+    matrix: Scores = embeddings.matrix()
+    return matrix
 
 
 def foreign_queries(data: Path, embedder: Embedder, route: Route) -> dict[tuple[str, Modality], Scores]:
     """Test queries of MiniBEIR by world and modality, with the instructions of their own rows."""
-    found: dict[tuple[str, Modality], list[Scores]] = {}
+    scores: dict[tuple[str, Modality], list[Scores]] = {}
     for row in read_rows_without_pools(data, embedder, route):
-        found.setdefault(row[0], []).append(row[1])
-    return {key: np.concatenate(own) for key, own in found.items()}
+        scores.setdefault(row[0], []).append(row[1])
+    return {key: np.concatenate(own) for key, own in scores.items()}
 
 
 def read_rows_without_pools(data: Path, embedder: Embedder, route: Route) -> Iterator[tuple[tuple[str, Modality], Scores]]:
@@ -194,7 +194,7 @@ def read_backgrounds(data: Path, embedder: Embedder, model: Path, route: Route) 
     pictures: dict[str, dict[Modality, Scores]] = {}
     for world in sorted(set(WORLDS.values())):
         if own := images_of(data, world):
-            pairs = [Query((*one.parts, *texts[place % len(texts)].parts)) for place, one in enumerate(own)]
+            pairs = [Query((*query.parts, *texts[number % len(texts)].parts)) for number, query in enumerate(own)]
             pictures[world] = {"image": embed(embedder, own, route), "image,text": embed(embedder, pairs, route)}
     return Backgrounds(embed(embedder, texts, route), pictures)
 
@@ -214,9 +214,9 @@ def compare_statistics(rows: Sequence[Measured], foreign: Mapping[tuple[str, Mod
         }  # fmt: skip
         for kind, scores in absent.items():
             order = draw.permutation(len(scores))
-            one, other = (features(scores[half]) for half in np.array_split(order, 2))
+            first, other = (features(scores[half]) for half in np.array_split(order, 2))
             for name, statistic in STATISTICS.items():
-                [threshold] = thresholds({"text": statistic(*one)}, RATE).values()
+                [threshold] = thresholds({"text": statistic(*first)}, RATE).values()
                 alarms, kept = (over(statistic(*asked), threshold) for asked in (other, present))
                 sums.setdefault((name, kind), []).append((alarms.count / alarms.of, kept.count / kept.of))
     kinds = ("foreign", "family gone", "answer gone")
@@ -249,7 +249,7 @@ def measure_rows(
         except InputError:
             lines.append(f"| {row.name} | the background is too small |" + " |" * 5)
             continue
-        total = [one + other for one, other in zip(total, shares, strict=True)] if total else shares
+        total = [own + other for own, other in zip(total, shares, strict=True)] if total else shares
         lines.append(f"| {row.name} | " + " | ".join(map(str, shares)) + " |")
     if total:
         lines.append("| **all** | " + " | ".join(map(str, total)) + " |")
@@ -263,7 +263,7 @@ def measure_row(
     present, hard = row.queries @ row.pool.T, row.without(row.right).max(axis=1)
     best, easy = present.max(axis=1), row.without(row.near).max(axis=1)
     rights = np.array(
-        [max((own[place] for place in places), default=-1.0) for own, places in zip(present, row.right, strict=True)]
+        [max((own[position] for position in positions), default=-1.0) for own, positions in zip(present, row.right, strict=True)]
     )
     tenth = np.partition(present, -10, axis=1)[:, -10]
     sums: list[Share] = []
@@ -271,18 +271,18 @@ def measure_row(
     for shown, vectors in chosen.items():
         [threshold] = thresholds({"text": (vectors @ row.pool.T).max(axis=1)}, rate).values()
         strangers = [own for (world, kind), own in foreign.items() if world not in (row.world, shown) and kind == row.modality]
-        found = rights[rights >= tenth]
+        above = rights[rights >= tenth]
         shares = [
-            over(best, threshold), over(found, threshold),
+            over(best, threshold), over(above, threshold),
             sum((over((own @ row.pool.T).max(axis=1), threshold) for own in strangers), Share(0, 0)),
             over(easy, threshold), over(hard, threshold),
         ]  # fmt: skip
-        sums = [one + other for one, other in zip(sums, shares, strict=True)] if sums else shares
+        sums = [own + other for own, other in zip(sums, shares, strict=True)] if sums else shares
     # A foreign query is asked under every background but that of its own world.
     times = [len(chosen) - (column == FOREIGN and len(chosen) > 1) for column in range(len(sums))]
     every = np.concatenate([own for (world, kind), own in foreign.items() if world != row.world and kind == row.modality])
     [exact] = thresholds({"text": (every @ row.pool.T).max(axis=1)}, rate).values()
-    return [*(one / by for one, by in zip(sums, times, strict=True)), over(best, exact)]
+    return [*(own / by for own, by in zip(sums, times, strict=True)), over(best, exact)]
 
 
 def report(title: str, data: Path, model: Path, mini: Path, cache: Path, route: Route, note: str) -> str:

@@ -172,11 +172,11 @@ def table(results: Mapping[str, Any]) -> str:
         "| engine, in-process | inputs | least cosine | median | least, same text | same route | same text | P gap | truncated |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, figures in results["parity"].items():
+    for name, parity in results["parity"].items():
         lines.append(
-            f"| {name} | {figures['inputs']} | {figures['least_cosine']:.6f} | {figures['median_cosine']:.6f} "
-            f"| {figures['least_cosine_same_text']:.6f} | {100 * figures['same_route']:.2f} % | {100 * figures['same_text']:.2f} % "
-            f"| {figures['probability_gap']:.2g} | {figures['truncated'][0]}, {figures['truncated'][1]} |"
+            f"| {name} | {parity['inputs']} | {parity['least_cosine']:.6f} | {parity['median_cosine']:.6f} "
+            f"| {parity['least_cosine_same_text']:.6f} | {100 * parity['same_route']:.2f} % | {100 * parity['same_text']:.2f} % "
+            f"| {parity['probability_gap']:.2g} | {parity['truncated'][0]}, {parity['truncated'][1]} |"
         )
     if speed := results.get("speed"):
         lines.append(

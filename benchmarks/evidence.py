@@ -72,21 +72,24 @@ def quality(results: dict[str, Any]) -> list[Figure]:
 def routing(judged: list[QueryOutcome]) -> list[Figure]:
     """Routing query by query against the label, everywhere and within rows that hold both kinds."""
     kinds: dict[str, set[bool]] = {}
-    for one in judged:
-        kinds.setdefault(one.row, set()).add((one.steps or 0) >= 2)
-    mixed = {row for row, found in kinds.items() if len(found) == 2}
+    for outcome in judged:
+        kinds.setdefault(outcome.row, set()).add((outcome.steps or 0) >= 2)
+    mixed = {row for row, complexities in kinds.items() if len(complexities) == 2}
     figures = []
-    for place, chosen in (("all rows", judged), ("mixed rows", [one for one in judged if one.row in mixed])):
-        simple = _share([one.route == "reason" for one in chosen if (one.steps or 0) < 2])
-        complex_ = _share([one.route == "reason" for one in chosen if (one.steps or 0) >= 2])
-        figures.append(Figure(f"simple queries that reason, {place}", "<= 5 %", f"{100 * simple:.1f} %", simple <= 0.05))
-        figures.append(Figure(f"complex queries that reason, {place}", ">= 90 %", f"{100 * complex_:.1f} %", complex_ >= 0.90))
+    for which, chosen in (("all rows", judged), ("mixed rows", [outcome for outcome in judged if outcome.row in mixed])):
+        simple = _share([outcome.route == "reason" for outcome in chosen if (outcome.steps or 0) < 2])
+        complex_ = _share([outcome.route == "reason" for outcome in chosen if (outcome.steps or 0) >= 2])
+        figures.append(Figure(f"simple queries that reason, {which}", "<= 5 %", f"{100 * simple:.1f} %", simple <= 0.05))
+        figures.append(Figure(f"complex queries that reason, {which}", ">= 90 %", f"{100 * complex_:.1f} %", complex_ >= 0.90))
     return figures
 
 
 def forced(judged: dict[str, list[QueryOutcome]]) -> list[Figure]:
     """What thinking is worth: complex queries by their own route against the forced bypass."""
-    hits = {route: _share([one.rank == 1 for one in judged[route] if (one.steps or 0) >= 2]) for route in ("auto", "direct")}
+    hits = {
+        route: _share([outcome.rank == 1 for outcome in judged[route] if (outcome.steps or 0) >= 2])
+        for route in ("auto", "direct")
+    }
     gain = 100 * (hits["auto"] - hits["direct"])
     value = f"{100 * hits['auto']:.1f} against {100 * hits['direct']:.1f}"
     return [Figure("complex queries, R@1: auto against forced bypass", "auto higher", value, gain > 0)]

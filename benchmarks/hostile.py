@@ -387,9 +387,7 @@ def report(results: Found, total: int, seconds: float, memory: Sequence[float | 
         print("|---|---|---|---|---|---|")
         for phase in results.phases:
             print(phase.row())
-        print(
-            f"\nanother tenant's p95 under attack: at most {max(phase.ratio for phase in results.phases):.2f} times its quiet value"
-        )
+        print(f"\nanother tenant's p95 under attack: at most {max(p.ratio for p in results.phases):.2f} times its quiet value")
     for fault in results.faults[:50]:
         print(f"FAULT {fault}", file=sys.stderr)
 

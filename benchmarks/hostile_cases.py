@@ -156,7 +156,7 @@ def bombs(scene: Scene, draw: random.Random) -> Iterator[Case]:
         b"\xff\xda\0\x0c\3\1\0\2\0\3\0\0?\0\xff\xd9",
         "jpeg of 4000 scans": many_scans(4000),
         "tiff 2^31": b"II*\0\x08\0\0\0\4\0" + b"".join(
-            struct.pack("<HHII", *entry) for entry in ((256, 4, 1, 2**31 - 1), (257, 4, 1, 2**31 - 1), (273, 4, 1, 8), (279, 4, 1, 8))
+            struct.pack("<HHII", *row) for row in ((256, 4, 1, 2**31 - 1), (257, 4, 1, 2**31 - 1), (273, 4, 1, 8), (279, 4, 1, 8))
         ) + bytes(4),
         "tiff of a ring of directories": b"II*\0\x08\0\0\0\1\0" + struct.pack("<HHII", 256, 4, 1, 9) + struct.pack("<I", 8),
         "svg of a billion laughs": b"<!DOCTYPE x [<!ENTITY a 'ha'>" + b"<!ENTITY b '&a;&a;&a;'>" * 9 + b"]><svg>&b;</svg>",

@@ -172,7 +172,7 @@ def compare(embeddings: Embeddings, queries_QD: Vector, setup: Setup) -> dict[st
             answers[name] = sides[name]()
             seconds[name].append(time.perf_counter() - started)
     ours, (scores, positions) = answers["ours, from disk"], list(answers.values())[-1]
-    same = ours.places == positions
+    same = ours.positions == positions
     tied = ~same & (np.abs(ours.scores - scores) <= TIE)
     counts = {"same": same, "tied": tied, "different": ~same & ~tied}
     return {"seconds": seconds, "places": same.size, **{name: int(mask.sum()) for name, mask in counts.items()}}

@@ -253,26 +253,26 @@ def _listed(numbers: int | Sequence[int]) -> str:
     return str(numbers) if isinstance(numbers, int) else ", ".join(map(str, numbers))
 
 
-def _throughput_table(results: dict[str, Any]) -> list[str]:
-    agreement, padding = results["agreement"], results["padding"]
-    parts = sorted({part for side in results["milliseconds_per_turn"].values() for part in side})
+def _throughput_table(run: dict[str, Any]) -> list[str]:
+    agreement, padding = run["agreement"], run["padding"]
+    parts = sorted({part for side in run["milliseconds_per_turn"].values() for part in side})
     lines = [
         f"Same work: losses differ by {agreement['gen']:.1e} and {agreement['ret']:.1e}, gradients by "
-        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(results['rounds'])} rounds of one turn "
-        f"a task. Our pictures were decoded before: {results['pixel_store']['pictures']:.0f} in "
-        f"{results['pixel_store']['seconds']:.1f} s, once for all epochs.",
+        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(run['rounds'])} rounds of one turn "
+        f"a task. Our pictures were decoded before: {run['pixel_store']['pictures']:.0f} in "
+        f"{run['pixel_store']['seconds']:.1f} s, once for all epochs.",
         "",
         "| | ours | plain loop | ratio (median) | least | greatest | ratio of CPU time |",
         "|---|---:|---:|---:|---:|---:|---:|",
-        f"| pairs/s | {results['ours_pairs_per_second']:.1f} | {results['plain_pairs_per_second']:.1f} | **{results['ratio']:.2f}** "
-        f"| {results['least_ratio']:.2f} | {results['greatest_ratio']:.2f} | {results['cpu_ratio']:.2f} |",
-        *(f"| {task} | | | {ratio:.2f} | | | |" for task, ratio in results["by_task"].items()),
+        f"| pairs/s | {run['ours_pairs_per_second']:.1f} | {run['plain_pairs_per_second']:.1f} | **{run['ratio']:.2f}** "
+        f"| {run['least_ratio']:.2f} | {run['greatest_ratio']:.2f} | {run['cpu_ratio']:.2f} |",
+        *(f"| {task} | | | {ratio:.2f} | | | |" for task, ratio in run["by_task"].items()),
         f"| padding | {100 * padding['ours']:.1f} % | {100 * padding['plain']:.1f} % | | | | |",
         "",
         f"| milliseconds a turn | {' | '.join(parts)} |",
         f"|---|{'---:|' * len(parts)}",
     ]
-    for name, spent in results["milliseconds_per_turn"].items():
+    for name, spent in run["milliseconds_per_turn"].items():
         lines.append(f"| {name} | {' | '.join(f'{spent.get(part, 0.0):.1f}' for part in parts)} |")
     return lines
 

@@ -88,8 +88,8 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
 
 def wrong(results: dict[str, Any]) -> list[str]:
     """The processors on which the default loses to the other type; float32 may lose what bfloat16 must gain."""
-    return [name for name, figures in results["found"].items() if (figures["ratio"] * GAIN > 1 and figures["chosen"] == "bfloat16")
-            or (figures["ratio"] < GAIN and figures["chosen"] == "float32")]  # fmt: skip
+    return [name for name, row in results["found"].items() if (row["ratio"] * GAIN > 1 and row["chosen"] == "bfloat16")
+            or (row["ratio"] < GAIN and row["chosen"] == "float32")]  # fmt: skip
 
 
 def table(results: dict[str, Any]) -> str:
@@ -103,9 +103,9 @@ def table(results: dict[str, Any]) -> str:
         "| processor | bfloat16 s | float32 s | bfloat16 : float32 | least | greatest | default | because |",
         "|---|---:|---:|---:|---:|---:|---|---|",
     ]
-    for name, figures in results["found"].items():
+    for name, row in results["found"].items():
         lines.append(
-            f"| {name} | {figures['bfloat16']:.2f} | {figures['float32']:.2f} | **{figures['ratio']:.2f}** | {figures['least_ratio']:.2f} "
-            f"| {figures['greatest_ratio']:.2f} | {figures['chosen']} | {figures['why']} |"
+            f"| {name} | {row['bfloat16']:.2f} | {row['float32']:.2f} | **{row['ratio']:.2f}** | {row['least_ratio']:.2f} "
+            f"| {row['greatest_ratio']:.2f} | {row['chosen']} | {row['why']} |"
         )
     return "\n".join(lines)

@@ -337,12 +337,12 @@ def capacity(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def capacity_table(results: dict[str, Any]) -> list[str]:
+def capacity_table(run: dict[str, Any]) -> list[str]:
     """The steps as Markdown."""
-    lengths = results["lengths"]
+    lengths = run["lengths"]
     lines = [
         f"Made-up turns: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
-        f"reasoning, candidates of {lengths['candidate']}. {results['trained'] / 1e6:.1f} M of {results['parameters'] / 1e6:.0f} M "
+        f"reasoning, candidates of {lengths['candidate']}. {run['trained'] / 1e6:.1f} M of {run['parameters'] / 1e6:.0f} M "
         "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, without making the turn. "
         "Share of the peak: 4 FLOPs a frozen parameter and token, 6 a trained one, 2 in the vision tower; nothing computed again "
         "is credited, and what is computed again counts in the last column only.",
@@ -350,7 +350,7 @@ def capacity_table(results: dict[str, Any]) -> list[str]:
         "| batch | tokens a chunk | checkpointing | seconds | pairs/s | tokens/s | peak GiB | share of peak | with repeats |",
         "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for measured in (*results["chunks"], *results["batches"][1:]):
+    for measured in (*run["chunks"], *run["batches"][1:]):
         head = f"| {measured['batch']} | {measured['chunk_tokens']} | {'yes' if measured['checkpointing'] else 'no'} |"
         if measured["seconds"] is None:
             lines.append(f"{head} {measured['ended']} | | | | | |")

@@ -182,17 +182,17 @@ def serving(index: Path, *options: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A server over 40 pictures, 20 texts and 10 pairs."""
-    place = tmp_path_factory.mktemp("served") / "index"
+    home = tmp_path_factory.mktemp("served") / "index"
     items: list[Item] = []
     for row, count in (("mscoco_task0_test", 40), ("mscoco_task3_test", 20), ("edis_task2", 10)):
         pool = mbeir.read_pool(folder / "cand_pool" / "local" / f"mbeir_{row}_cand_pool.jsonl")
         items += [mbeir.to_item(candidate, folder) for candidate in itertools.islice(pool, count)]
     with open_index(
-        place, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
+        home, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version, dim=encoder.width, create=True
     ) as index:
         index.upsert(items, np.stack([encoding.vector for encoding in encoder.encode_items(items)]))
-    with serving(place) as url:
-        yield Running(url, place, tuple(items))
+    with serving(home) as url:
+        yield Running(url, home, tuple(items))
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

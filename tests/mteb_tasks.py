@@ -171,7 +171,7 @@ class DrawnSearch(AbsTaskRetrieval):
     data_loaded = False
 
     def load_data(self, num_proc: int | None = None, **_: Any) -> None:
-        self.dataset = {subset: {"test": self.split(100 * place)} for place, subset in enumerate(self.subsets)}
+        self.dataset = {subset: {"test": self.split(100 * index)} for index, subset in enumerate(self.subsets)}
         self.data_loaded = True
 
     def split(self, start: int) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def test_parts_cover_every_line_once_and_captions_come_from_the_pairs_of_the_fol
     whole = [case.record.qid for part in find_parts(boats, 1000) for case in CaseSource(boats).cases(part)]
     small = [case.record.qid for part in find_parts(boats, 5) for case in CaseSource(boats).cases(part)]
     assert len(whole) == 18 and small == whole
-    found = find_captions(boats, None)
-    assert found["mbeir_images/to3.png"] == "a boat in white" and "mbeir_images/to9.png" not in found
+    captions = find_captions(boats, None)
+    assert captions["mbeir_images/to3.png"] == "a boat in white" and "mbeir_images/to9.png" not in captions
     own = tmp_path / "captions.jsonl"
     own.write_text('{"img_path": "mbeir_images/to9.png", "caption": "mine"}\n{"img_path": "else.png", "caption": "no"}\n')
     assert find_captions(boats, own)["mbeir_images/to9.png"] == "mine" and "else.png" not in find_captions(boats, own)
@@ -129,14 +129,14 @@ def test_outcomes_say_what_became_of_every_query_and_assembly_mixes_direct_and_k
     script = Script(odd=odd)
     summary = run(boats, tmp_path, script, attempts=2)
     assert summary.parts == 5 and not summary.unfinished
-    found = {outcome.case.record.qid: outcome for outcome in read_outcomes(tmp_path)}
-    assert [found[f"8:{number}"].rule for number in (1, 2, 3, 4, 5)] == ["", "duplicate", "refusal", "verifier", "teacher"]
-    assert found["8:50"].rule == "teacher" and found["8:51"].status == "direct" and found["8:6"].status == "kept"
-    assert found["8:6"].reasoning.startswith("the boat is plain") and "<" not in found["8:6"].reasoning
+    outcomes = {outcome.case.record.qid: outcome for outcome in read_outcomes(tmp_path)}
+    assert [outcomes[f"8:{number}"].rule for number in (1, 2, 3, 4, 5)] == ["", "duplicate", "refusal", "verifier", "teacher"]
+    assert outcomes["8:50"].rule == "teacher" and outcomes["8:51"].status == "direct" and outcomes["8:6"].status == "kept"
+    assert outcomes["8:6"].reasoning.startswith("the boat is plain") and "<" not in outcomes["8:6"].reasoning
     assert script.asked.count(("reason", "8:3", 1)) == 1, "a broken reply is asked for again"
-    assert not [one for one in script.asked if one[:2] == ("verify", "8:3")]
-    told = json.loads(found["8:6"].provenance)
-    assert told["teacher"] == "script" and told["prompts"] == "cot-1" and told["prompt_tokens"] == 30
+    assert not [question for question in script.asked if question[:2] == ("verify", "8:3")]
+    provenance = json.loads(outcomes["8:6"].provenance)
+    assert provenance["teacher"] == "script" and provenance["prompts"] == "cot-1" and provenance["prompt_tokens"] == 30
     funnel = assemble(tmp_path).as_json()["all"]
     assert funnel == {
         "complex": 12, "direct": 5, "dropped": 5, "kept": 8, "queries": 18,
@@ -160,7 +160,7 @@ def test_what_lacks_answers_is_left_unfinished_and_only_that_is_done_again(boats
     again = Script()
     assert run(boats, tmp_path / "a", again).parts == 1
     assert {qid for stage, qid, _ in again.asked} == {"8:5", "8:6", "8:7", "8:8"}
-    assert not [one for one in again.asked if one[0] == "assess"], "the stage that was done is not asked for again"
+    assert not [question for question in again.asked if question[0] == "assess"], "the stage that was done is not asked for again"
     for number in (2, 0, 1):  # shares, in any order
         run(boats, tmp_path / "b", Script(), (number, 3))
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -171,7 +171,7 @@ def test_what_lacks_answers_is_left_unfinished_and_only_that_is_done_again(boats
 def test_tasks_can_be_chosen_and_taken_as_complex_unasked_and_other_settings_are_refused(boats: Path, tmp_path: Path) -> None:
     script = Script()
     run(boats, tmp_path, script, tasks=("cirr_task7",), complex=("cirr_task7",))
-    assert not [one for one in script.asked if one[0] == "assess"]
+    assert not [question for question in script.asked if question[0] == "assess"]
     assert {outcome.case.task for outcome in read_outcomes(tmp_path)} == {"cirr_task7"}
     config = read_config(tmp_path)
     begin(tmp_path, config)
@@ -187,10 +187,10 @@ def test_a_dry_run_counts_requests_and_tokens_and_asks_nothing(
 ) -> None:
     config = BuildConfig(str(boats), "script", complex=("cirr_task7",))
     with closing(CaseSource(boats)) as source:
-        found = {one.stage: one for one in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
-    assert found["assess"].requests == 6, "complex tasks are not asked about"
-    assert found["reason"].requests == found["verify"].requests == round(12 + 0.5 * 6)
-    assert found["verify"].prompt_tokens > found["reason"].prompt_tokens > 15 * 40
+        stages = {stage.stage: stage for stage in estimate(config, source, find_parts(boats, 4), complex_share=0.5)}
+    assert stages["assess"].requests == 6, "complex tasks are not asked about"
+    assert stages["reason"].requests == stages["verify"].requests == round(12 + 0.5 * 6)
+    assert stages["verify"].prompt_tokens > stages["reason"].prompt_tokens > 15 * 40
     assert main([*command_of(boats, tmp_path / "new", "http://127.0.0.1:9/v1"), "--dry-run", "--price-in", "1"]) == 0
     assert "requests" in capsys.readouterr().out and not (tmp_path / "new").exists()
 
@@ -214,7 +214,7 @@ def test_bad_input_is_one_line_that_names_it(boats: Path, tmp_path: Path, capsys
 
 def command_of(boats: Path, out: Path, url: str) -> list[str]:
     command = ["reasoning", "build", "--data", str(boats), "--out", str(out), "--teacher", url, "--model", MODEL]
-    settings = (f"--set={one}" for one in ("attempts=1", "limits.reasoning_least=4", "part_size=4"))
+    settings = (f"--set={setting}" for setting in ("attempts=1", "limits.reasoning_least=4", "part_size=4"))
     return [*command, "--concurrency", "8", *settings]
 
 
@@ -335,7 +335,9 @@ def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
     assert funnel == {"dropped": 18, "queries": 18, "rule:teacher": 18}
     speaking.teacher.options = ScriptedOptions(thinking="think")
     assert main(command) == 0
-    assert len(list(read_outcomes(tmp_path))) == 18 and not [one for one in read_outcomes(tmp_path) if one.rule == "teacher"]
+    assert len(list(read_outcomes(tmp_path))) == 18 and not [
+        outcome for outcome in read_outcomes(tmp_path) if outcome.rule == "teacher"
+    ]
 
 
 def test_a_teacher_that_refuses_every_question_is_quoted(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -422,7 +424,9 @@ def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_p
     shown = read_captions(gather_captions(tmp_path / "out", read_config(tmp_path / "out")))
     assert shown["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
     assert sum(assemble(tmp_path / "out").as_json()["all"][name] for name in ("direct", "kept")) > 6
-    assert any("\ufffd" in (one.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for one in pairs.rows)
+    assert any(
+        "\ufffd" in (sample.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for sample in pairs.rows
+    )
     captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl:1"):
         read_captions(captions, {"x"})

@@ -84,10 +84,10 @@ def test_funnel_rules_cost_and_what_people_settled() -> None:
 
 
 def test_lengths_repetition_and_diversity() -> None:
-    said = "the chair is red now and it stands on four thin legs"  # 12 words: 10 shingles
-    near = f"{said} of oak"  # 12 shingles, 10 of them shared
+    sentence = "the chair is red now and it stands on four thin legs"  # 12 words: 10 shingles
+    near = f"{sentence} of oak"  # 12 shingles, 10 of them shared
     far = "the chair is red now but nothing else of what you see there stays the same"
-    own = measure(outcome(f"1:{n}", text) for n, text in enumerate([said, said.upper() + "!", near, far])).overall
+    own = measure(outcome(f"1:{n}", text) for n, text in enumerate([sentence, sentence.upper() + "!", near, far])).overall
     lengths = own.lengths["reasoning_words"]
     assert (lengths["quantiles"]["0.50"], lengths["most"]) == (12, 16)
     assert lengths["histogram"] == [[12, 12, 2], [13, 13, 0], [14, 14, 1], [15, 15, 0], [16, 16, 1]]
@@ -139,7 +139,7 @@ def test_people_by_what_the_data_tell() -> None:
     people = measure(stream).overall.people
     known, untold = people["told"], people["untold"]
     assert (known["samples"], known["holding"], known["share"]) == (4, 2, 0.5)
-    assert {group: group_["samples"] for group, group_ in known["groups"].items()} == {"gender": 2}
+    assert {name: own["samples"] for name, own in known["groups"].items()} == {"gender": 2}
     terms = {term["term"]: term for term in known["groups"]["gender"]["terms"]}
     assert set(terms) == {"man", "guy", "lady"} and terms["man"]["samples"] == 1
     assert terms["man"]["examples"] == [{"qid": "1:1", "task": "invented_task6", "words": "man"}]
@@ -183,7 +183,7 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     votes += [vote(sample, "keep") for sample in second[:3]] + [vote(second[3], "drop", "vague")]
     votes += [vote(first[10], "drop", "hallucination", how="doubt"), vote(bad, "drop", "hallucination")]
     votes += [replace(vote(first[11], "drop", "hallucination"), sample="of another text")]
-    decisions = {"ann": {vote_.qid: vote_ for vote_ in votes}, "bob": {"1:0": vote(first[0], "keep")}}
+    decisions = {"ann": {own.qid: own for own in votes}, "bob": {"1:0": vote(first[0], "keep")}}
     quality = measure([*first, *second, unseen, bad], decisions=decisions)
     hallucination, two = quality.hallucination, quality.fault
     assert (hallucination["reviewed"], hallucination["wrong"], two["wrong"]) == (14, 1, 3)

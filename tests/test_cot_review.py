@@ -85,7 +85,7 @@ def test_the_list_stays_the_same_after_a_restart(tmp_path: Path, caplog: pytest.
         sample.outcome for sample in open_sample(tmp_path, grown, Sampling(per_stratum=6, seed=1))
     ] == first and not caplog.records
     again = open_sample(
-        tmp_path, [outcome_ for outcome_ in stream if outcome_ != first[0]], Sampling(per_stratum=9, order="doubt", seed=2)
+        tmp_path, [kept for kept in stream if kept != first[0]], Sampling(per_stratum=9, order="doubt", seed=2)
     )
     assert [sample.outcome for sample in again] == first[1:]
     assert "remove it for a fresh list" in caplog.text and "1 of 6 samples" in caplog.text

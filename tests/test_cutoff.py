@@ -129,10 +129,10 @@ def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> No
     with pytest.raises(InputError, match=r"not calibrated.*traceir index calibrate"):
         searcher.search("thing 7", cutoff=0.01)
     searcher.calibrate(built_in(400), "built in")
-    found = searcher.search("thing 7", cutoff=0.01, k=5)
-    assert [hit.id for hit in found.hits] == ["t7"] and found.hits[0].rank == 1
-    assert found.cut is not None and set(found.cut.thresholds) == {"text", "image"}
-    assert found.cut.rate == 0.01 and found.cut.below == 9 and found.cut.best == pytest.approx(1.0, abs=1e-6)
+    best = searcher.search("thing 7", cutoff=0.01, k=5)
+    assert [hit.id for hit in best.hits] == ["t7"] and best.hits[0].rank == 1
+    assert best.cut is not None and set(best.cut.thresholds) == {"text", "image"}
+    assert best.cut.rate == 0.01 and best.cut.below == 9 and best.cut.best == pytest.approx(1.0, abs=1e-6)
     absent = [Query.of(text=f"no such thing {n}", target=(None, "text", "image")[n % 3]) for n in range(300)]
     answers = searcher.search_many(absent, cutoff=0.01)
     assert sum(bool(answer.hits) for answer in answers) <= 10

@@ -116,7 +116,7 @@ def test_shards_write_the_same_blocks_as_one_process(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match=f"{len(before)} of 13 blocks are not encoded"):
                 store.open(plan)
             encoder = fill(store, (item for item in items), shard=(number, count))
-            assert encoder.encoded == [item.id for place, item in enumerate(items) if place // 4 % count == number]
+            assert encoder.encoded == [item.id for index, item in enumerate(items) if index // 4 % count == number]
         assert store.missing(store.plan(items)) == []
     assert contents(stores[0]) == contents(stores[1]) == contents(stores[2]) and len(contents(stores[0])) == 13
 

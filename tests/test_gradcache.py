@@ -20,7 +20,7 @@ from traceir.train.gradcache import Distribution, Objective, Reader, step
 
 def examples(count: int = 8, negatives: int = 0) -> list[Example]:
     """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
-    examples_ = []
+    made = []
     for number in range(count):
         shown = picture(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
         text = " ".join(["red", "cube", "then", "blue"][: 1 + number % 4])
@@ -28,8 +28,8 @@ def examples(count: int = 8, negatives: int = 0) -> list[Example]:
         wrong = tuple(Item.of(text=f"wrong {number} {n}", id=f"2:{number}{n}") for n in range(negatives * (number % 2)))
         item = Item.of(text=f"ball {number}", image=picture(number + 50) if number % 3 == 0 else None, id=did)
         completion = "left red cube, middle blue ball" if number % 3 == 2 else ""
-        examples_.append(Example(Query.of(text=text, image=shown), completion, item, frozenset({did, "1:0"}), wrong))
-    return examples_
+        made.append(Example(Query.of(text=text, image=shown), completion, item, frozenset({did, "1:0"}), wrong))
+    return made
 
 
 def pretraining() -> list[Example]:
@@ -158,9 +158,8 @@ def test_two_processes_have_the_gradient_of_one(double: TraceModel, tmp_path: Pa
     alone = gradients(double, batch, Objective(symmetric=True), cache=True, learn=True)
     alone["gen"] = torch.tensor(step(Reader(double, 0.1), batch, Objective(), cache=True)["gen"])
     for file in sorted(tmp_path.glob("*.safetensors")):
-        gradients_ = load_file(file)
+        joint = load_file(file)
         assert (
-            gradients_["gen"].item() == pytest.approx(alone["gen"].item())
-            and furthest({**gradients_, "gen": alone["gen"]}, alone) < 1e-9
+            joint["gen"].item() == pytest.approx(alone["gen"].item()) and furthest({**joint, "gen": alone["gen"]}, alone) < 1e-9
         ), file
     assert len(list(tmp_path.glob("*.safetensors"))) == 4

@@ -295,10 +295,10 @@ def test_a_line_without_text_is_known_by_its_title(tmp_path: Path, into: Adding)
     assert counts(report) == (3, 0, 0, 1) and "is empty" in report.failed[0].reason
     assert [row.text for row in into.index.get(["a", "b", "c"]).values()] == ["a red door", "a cup", None]
     assert into.fields("a") == {"title": "a red door", "shelf": 3}
-    said = "it has no `text`: its `{}` was taken"
+    title_taken = "it has no `text`: its `{}` was taken"
     assert [(note.location[-2:], note.what) for note in report.notes] == [
-        (":1", said.format("title")),
-        (":2", said.format("caption")),
+        (":1", title_taken.format("title")),
+        (":2", title_taken.format("caption")),
     ]
 
 

@@ -576,7 +576,7 @@ def test_what_waits_is_encoded_together_queries_apart_from_items() -> None:
             encoder.going.set()
             served, fake = await waiting, FakeEncoder(8)
             wanted = [*fake.encode_items(items), *fake.encode_queries(asked)]
-            assert far(vectors([served_.encoding for served_ in served]), vectors(wanted)) == 0
+            assert far(vectors([own.encoding for own in served]), vectors(wanted)) == 0
             assert sum(map(len, encoder.batches)) == 23 and max(map(len, encoder.batches)) == 4 and len(encoder.batches) < 10
             assert all(len(set(map(type, batch))) == 1 for batch in encoder.batches)
             with pytest.raises(InputError, match="cannot reason"):

@@ -38,7 +38,7 @@ def test_ranks_and_average_precision_equal_trec_eval_on_random_queries() -> None
         size, query = int(draw.integers(1, 60)), f"q{number}"
         scores = draw.integers(0, 8, size) / 8.0 if number % 2 else draw.permutation(size) / 64.0
         relevant, allowed = draw.random(size) < draw.choice([0.0, 0.1, 0.5]), draw.random(size) < draw.choice([0.6, 1.0])
-        names = [f"{'a' if right else 'z'}{place:03d}" for place, right in enumerate(relevant)]
+        names = [f"{'a' if right else 'z'}{number:03d}" for number, right in enumerate(relevant)]
         right = {name: 1 for name, yes, there in zip(names, relevant, allowed, strict=True) if yes and there}
         qrels[query] = {**right, "judged-wrong": 0}
         pool = {name: float(score) for name, score, there in zip(names, scores, allowed, strict=True) if there}

@@ -80,7 +80,7 @@ def test_the_drawn_tasks_are_of_every_class_type_and_side_that_mieb_has() -> Non
     theirs = [task for board in boards for task in board.tasks]
     assert len(theirs) > 150
     ours = kinds(mteb_run.choose_tasks([], [], TASKS))
-    assert all(wanted <= ours[place] for place, wanted in enumerate(kinds(theirs)))
+    assert all(wanted <= ours[index] for index, wanted in enumerate(kinds(theirs)))
     with pytest.raises(InputError, match=r"no benchmark 'MIEB\(light\)' \(did you mean 'MIEB\(lite\)'"):
         mteb_run.choose_tasks(["MIEB(light)"], [])
 

@@ -60,7 +60,7 @@ def test_an_index_is_searched_filled_and_emptied(old: Path, capsys: pytest.Captu
         hits = json.loads(run(capsys, "search", *model, "--json", "-k", "5", *words))["hits"]
         assert [hit["id"] for hit in hits] == [hit["id"] for hit in expected[name]["hits"]]
         assert [hit["fields"] for hit in hits] == [hit["fields"] for hit in expected[name]["hits"]]
-        scores = [[hit["score"] for hit in hits_] for hits_ in (hits, expected[name]["hits"])]
+        scores = [[hit["score"] for hit in own] for own in (hits, expected[name]["hits"])]
         np.testing.assert_allclose(*scores, atol=2e-6)
     assert "32 items in index" in run(capsys, "index", "add", "items.jsonl", *model)
     run(capsys, "index", "rm", "thing-7", "--index", "index")

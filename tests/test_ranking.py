@@ -12,7 +12,7 @@ import pytest
 from traceir.errors import StoreError
 from traceir.evaluation import ranking
 from traceir.evaluation.metrics import TIE, positive_ranks, rank_positives
-from traceir.evaluation.ranking import NO_PLACE, Pool, rank_queries, write_run
+from traceir.evaluation.ranking import NO_POSITION, Pool, rank_queries, write_run
 
 Array = npt.NDArray[Any]
 
@@ -46,7 +46,7 @@ def holed(draw: np.random.Generator, rows: int) -> Array:
     return vectors
 
 
-def places_of(mask: Array) -> list[Array]:
+def positions_of(mask: Array) -> list[Array]:
     return [np.flatnonzero(row) for row in mask]
 
 
@@ -62,8 +62,8 @@ def test_streaming_equals_brute_force(kind: Any, seed: int) -> None:
     excluded = draw.random((count, size)) < draw.choice([0.0, 0.3])
     scores = queries @ pool.astype(np.float32).T
     blocks = np.split(pool, sorted(draw.integers(0, size + 1, 5)))
-    options = {"top_k": k, "chunk": int(draw.integers(1, 20)), "excluded": places_of(excluded)}
-    ranked = rank_queries(queries, blocks, places_of(relevant), **options)
+    options = {"top_k": k, "chunk": int(draw.integers(1, 20)), "excluded": positions_of(excluded)}
+    ranked = rank_queries(queries, blocks, positions_of(relevant), **options)
     assert ranked.size == size and ranked.best.tolist() == rank_positives(scores, relevant, ~excluded).tolist()
     expected = positive_ranks(scores, relevant, ~excluded)
     assert [own.tolist() for own in ranked.ranks] == [own.tolist() for own in expected]
@@ -71,9 +71,9 @@ def test_streaming_equals_brute_force(kind: Any, seed: int) -> None:
     best = np.argsort(-allowed, axis=1, kind="stable")[:, :k]  # by score, then by place
     best_scores = np.take_along_axis(allowed, best, axis=1)
     np.testing.assert_allclose(ranked.scores[:, : best.shape[1]], best_scores, atol=2e-7)
-    assert (ranked.places[:, best.shape[1] :] == NO_PLACE).all()
+    assert (ranked.positions[:, best.shape[1] :] == NO_POSITION).all()
     if kind in (grid, holed):  # no rounding, hence the very order
-        assert ranked.places[:, : best.shape[1]].tolist() == np.where(np.isinf(best_scores), NO_PLACE, best).tolist()
+        assert ranked.positions[:, : best.shape[1]].tolist() == np.where(np.isinf(best_scores), NO_POSITION, best).tolist()
 
 
 def test_candidates_just_within_and_beyond_the_tolerance() -> None:
@@ -94,9 +94,9 @@ def test_ascending_scores_and_many_ties_keep_the_first_places(rows: int, monkeyp
     pool = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     query = np.array([[1.0, 0.0]], dtype=np.float32)
     ranked = rank_queries(query, [pool], [[699, 0]], top_k=5)
-    assert ranked.places.tolist() == [[699, 698, 697, 696, 695]] and ranked.ranks[0].tolist() == [1, 700]
+    assert ranked.positions.tolist() == [[699, 698, 697, 696, 695]] and ranked.ranks[0].tolist() == [1, 700]
     ranked = rank_queries(query, np.split(np.tile(query, (700, 1)), [3, 400]), [[650]], top_k=5)
-    assert ranked.places.tolist() == [[0, 1, 2, 3, 4]] and ranked.best.tolist() == [700]
+    assert ranked.positions.tolist() == [[0, 1, 2, 3, 4]] and ranked.best.tolist() == [700]
 
 
 def named(first: int, last: int) -> list[str]:
@@ -110,12 +110,12 @@ def test_a_union_of_pools_is_one_pool_where_a_candidate_stands_once() -> None:
     parts = [(named(0, 40), np.split(vectors[:40], [13])), (second, np.split(vectors[30:][::-1], [29, 33])), (third, [last])]
     pool = Pool(parts)
     expected = named(0, 40) + second[:30] + third[:1]
-    assert [pool.did(place) for place in range(len(pool))] == expected
+    assert [pool.did(position) for position in range(len(pool))] == expected
     whole = np.concatenate([vectors[:40], vectors[40:][::-1], vectors[:1]])
     np.testing.assert_array_equal(np.concatenate(list(pool)), whole)
-    wanted = pool.places(["9:69", "9:3", "8:3", "9:35", "9:350", "a much longer name than any"])
+    wanted = pool.positions(["9:69", "9:3", "8:3", "9:35", "9:350", "a much longer name than any"])
     assert sorted(wanted.tolist()) == sorted([expected.index("9:69"), 3, 35])
-    assert Pool([]).places(["9:1"]).tolist() == [] and len(Pool([])) == 0
+    assert Pool([]).positions(["9:1"]).tolist() == [] and len(Pool([])) == 0
     for rows in (8, 12):
         with pytest.raises(StoreError, match="a pool of 10 candidates has"):
             list(Pool([(named(0, 10), [np.zeros((rows, 2), np.float32)]), (named(10, 12), [np.zeros((2, 2), np.float32)])]))
@@ -134,5 +134,5 @@ def test_run_files_name_what_was_ranked(tmp_path: Path) -> None:
 
 def test_no_queries_and_no_candidates() -> None:
     vectors = np.eye(4, dtype=np.float32)
-    assert rank_queries(vectors[:0], [vectors], []).places.shape == (0, 50)
+    assert rank_queries(vectors[:0], [vectors], []).positions.shape == (0, 50)
     assert rank_queries(vectors, [vectors[:0]], [[]] * 4, top_k=2).best.tolist() == [1] * 4

@@ -61,8 +61,8 @@ def same(first: Path, second: Path) -> bool:
     """Whether two checkpoints, or adapters, hold the same weights to the last bit."""
     names = {file.name for file in (*first.glob("*.safetensors"), *second.glob("*.safetensors"))} - {"optimiser.safetensors"}
     for name in names:
-        first_, other = load_file(first / name), load_file(second / name)
-        if first_.keys() != other.keys() or not all(torch.equal(first_[key], other[key]) for key in first_):
+        weights, other = load_file(first / name), load_file(second / name)
+        if weights.keys() != other.keys() or not all(torch.equal(weights[key], other[key]) for key in weights):
             return False
     return bool(names)
 
@@ -423,9 +423,9 @@ def test_the_tracker_gets_every_line_of_the_log_and_epochs_decide_the_steps(fold
 
     train(config(folder, tmp_path / "run", epochs=2.0, steps=1000, report_to=("tensorboard",)))
     events = min(tmp_path.rglob("events.out.tfevents*"), key=lambda file: len(file.parts))
-    events_ = EventAccumulator(str(events.parent))
-    events_.Reload()
-    norms = {event.step: event.value for event in events_.Scalars("train/norm")}
+    logged = EventAccumulator(str(events.parent))
+    logged.Reload()
+    norms = {event.step: event.value for event in logged.Scalars("train/norm")}
     assert norms == {line["step"]: pytest.approx(line["norm"], abs=2e-6) for line in log_of(tmp_path / "run")}
     assert json.loads((tmp_path / "run/meta.json").read_text())["config"]["steps"] == 6, "21 pairs, twice, 8 a step"
 

@@ -43,9 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def named(tasks: list[Any], name: str) -> Pairs:
-    (found,) = [task for task in tasks if task.name == name]
-    assert isinstance(found, Pairs)
-    return found
+    (task,) = [known for known in tasks if known.name == name]
+    assert isinstance(task, Pairs)
+    return task
 
 
 def examples(task: TaskData) -> list[Example]:
@@ -257,7 +257,7 @@ def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize(
-    ("line", "found"),
+    ("line", "message"),
     [
         ({"query_modality": "sound"}, "query_modality is 'sound'"),
         ({"reasoning": None, "z": 1}, "reasoning is None; it must be a text where z is 1"),
@@ -269,7 +269,9 @@ def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("{broken", "not a row"),
     ],
 )
-def test_a_broken_line_is_named(folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, found: str) -> None:
+def test_a_broken_line_is_named(
+    folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, message: str
+) -> None:
     file = lines_of_cot / "train-00001-of-00003.jsonl"
     whole = file.read_text()
     lines = whole.splitlines()
@@ -277,7 +279,7 @@ def test_a_broken_line_is_named(folder: Path, lines_of_cot: Path, tmp_path: Path
     assert row["qid"] == "8:6" and row["task"] == "cirr_task7"
     lines[3] = line if isinstance(line, str) else json.dumps(row | line)
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{found}"):
+    with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{message}"):
         read_cot(lines_of_cot, cache=tmp_path)
     file.write_text(whole)
 
@@ -289,13 +291,13 @@ def test_a_broken_parquet_row_is_named_also_where_the_file_was_read_before(folde
     table = pq.read_table(file)
     rows = table.to_pylist()
     rows[4]["query_img_path"] = "../outside.png"
-    for broken, said in (
+    for broken, message in (
         (pa.Table.from_pylist(rows, schema=table.schema), r":5: query_img_path"),
         (table.drop_columns(["steps"]), ": columns are missing.*steps"),
         (table.slice(0, 7), None),
     ):
         pq.write_table(broken, file)
-        with pytest.raises(DataError, match=rf"{file.name}{said}" if said else "20 rows where 21 were written"):
+        with pytest.raises(DataError, match=rf"{file.name}{message}" if message else "20 rows where 21 were written"):
             read_cot(tmp_path / "cot")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(DataError, match=r"train-00001-of-00003\.parquet: not a Parquet file"):
@@ -324,12 +326,12 @@ def test_a_pool_file_is_the_pool(folder: Path, tmp_path: Path) -> None:
     assert "8:999" not in pool and len(pool) == 17
     pool.close()
     twice = tmp_path / "pool.jsonl"
-    for line, said in (
+    for line, message in (
         ('{"did": "8:101", "txt": "again", "modality": "text"}\n', "'8:101' occurs a second time"),
         ('{"did": "8:1000"}\n', r"pool\.jsonl:18: modality"),
     ):
         twice.write_text(path.read_text() + line)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             PoolFile(twice)
 
 

@@ -163,8 +163,8 @@ def _explained(sources: Sequence[Source] = ()) -> Iterator[None]:
             raise error.cause from None
         if isinstance(error, RayActorError) and sources:
             raise ModelError(
-                f"{MOST_STARTS} workers died of the batch from {sources[0].location} to {sources[-1].location}; give them more memory, "
-                "or run it again with --batch 1 to find the item and remove it"
+                f"{MOST_STARTS} workers died of the batch from {sources[0].location} to {sources[-1].location}; give them more "
+                "memory, or run it again with --batch 1 to find the item and remove it"
             ) from error
         named = re.search(r"^[\w.]+(Error|Exception)\b.*$", str(error), re.MULTILINE)  # behind it come the frames of Ray itself
         what = named[0] if named else f"{type(error).__name__}: {error}"

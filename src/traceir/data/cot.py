@@ -55,22 +55,22 @@ class PoolFile(Mapping[str, mbeir.Candidate]):
         order = np.argsort(np.frombuffer(hashes, dtype=np.uint64), kind="stable")
         self.hashes = np.frombuffer(hashes, dtype=np.uint64)[order]
         self.starts = np.frombuffer(starts, dtype=np.int64)[order]
-        for place in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]).tolist():
-            if (did := self._at(place).did) == self._at(place + 1).did:
+        for row in np.flatnonzero(self.hashes[1:] == self.hashes[:-1]).tolist():
+            if (did := self._at(row).did) == self._at(row + 1).did:
                 raise DataError(f"{path}: did {did!r} occurs a second time; remove one of the lines or rename it")
 
     def __getitem__(self, did: str) -> mbeir.Candidate:
         wanted = np.uint64(_hash(did))
-        place = int(np.searchsorted(self.hashes, wanted))
-        while place < len(self) and self.hashes[place] == wanted:
-            candidate = self._at(place)
+        row = int(np.searchsorted(self.hashes, wanted))
+        while row < len(self) and self.hashes[row] == wanted:
+            candidate = self._at(row)
             if candidate.did == did:
                 return candidate
-            place += 1
+            row += 1
         raise KeyError(did)
 
     def __iter__(self) -> Iterator[str]:
-        return (self._at(place).did for place in range(len(self)))
+        return (self._at(row).did for row in range(len(self)))
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -78,8 +78,8 @@ class PoolFile(Mapping[str, mbeir.Candidate]):
     def close(self) -> None:
         self._stream.close()
 
-    def _at(self, place: int) -> mbeir.Candidate:
-        start = int(self.starts[place])
+    def _at(self, row: int) -> mbeir.Candidate:
+        start = int(self.starts[row])
         self._stream.seek(start)
         return mbeir.to_candidate(mbeir.Line.read(self._stream.readline(), f"{self.path}, at byte {start}"))
 
@@ -312,15 +312,15 @@ class TableRows(Sequence[Sample]):
 
     def _where(self, row: int) -> str:
         """`FILE:NUMBER` of a row, numbers from 1 within each file."""
-        place = min(bisect_right(self.ends, row), len(self.paths) - 1)
-        return f"{self.paths[place]}:{row + 1 - (self.ends[place - 1] if place else 0)}"
+        shard = min(bisect_right(self.ends, row), len(self.paths) - 1)
+        return f"{self.paths[shard]}:{row + 1 - (self.ends[shard - 1] if shard else 0)}"
 
     def _fields(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Rows with their numbers, a group of them in memory at a time."""
         for first in range(0, len(self.rows), GROUP_ROWS):
-            places = self.rows[first : first + GROUP_ROWS]
-            group = self.table[places if isinstance(places, range) else list(places)]
-            yield from zip(places, group.to_pylist(), strict=True)
+            numbers = self.rows[first : first + GROUP_ROWS]
+            group = self.table[numbers if isinstance(numbers, range) else list(numbers)]
+            yield from zip(numbers, group.to_pylist(), strict=True)
 
 
 def _load_table(paths: tuple[Path, ...], cache: Path) -> Any:

@@ -151,10 +151,10 @@ def _with_image(contents: Iterable[Content], file: Path, problems: Problems, lis
         there = content.image_path is None or listing.has(content.image_path)
         if not there:
             name = content.qid if isinstance(content, mbeir.Record) else content.did
-            place = f"{file}: {name}: {content.image_path}"
-            problems.images.append(place)
+            location = f"{file}: {name}: {content.image_path}"
+            problems.images.append(location)
             if problems.policy == "skip":
-                log.warning("left out, its image is missing: %s", place)
+                log.warning("left out, its image is missing: %s", location)
         yield content, there
 
 
@@ -164,8 +164,8 @@ def _read_relevant(task: mbeir.Task, qids: set[str], problems: Problems) -> dict
         return {}
     judged = mbeir.read_qrels(task.qrels_path, problems.take_line)
     for qid in [qid for qid in judged if qid not in qids]:
-        place = f"{task.qrels_path}:{min(judged.pop(qid).values())}"
+        location = f"{task.qrels_path}:{min(judged.pop(qid).values())}"
         problems.take_line(
-            DataError(f"{place}: query {qid!r} is not in {task.query_path}; remove the line, or complete that file")
+            DataError(f"{location}: query {qid!r} is not in {task.query_path}; remove the line, or complete that file")
         )
     return {qid: frozenset(dids) for qid, dids in judged.items()}

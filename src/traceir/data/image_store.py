@@ -24,17 +24,17 @@ class PixelStore(Mapping[str, Pixels]):
     def __init__(self, folder: Path, root: Path) -> None:
         self.flat = np.memmap(folder / "pixels.bin", dtype=np.uint8, mode="r")
         listed = json.loads((folder / "names.json").read_text())
-        self.places = {str(root / name): (offset, height, width) for name, offset, height, width in listed}
+        self.entries = {str(root / name): (offset, height, width) for name, offset, height, width in listed}
 
     def __getitem__(self, name: str) -> Pixels:
-        offset, height, width = self.places[name]
+        offset, height, width = self.entries[name]
         return self.flat[offset : offset + height * width * 3].reshape(height, width, 3)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.entries)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.entries)
 
 
 def pixel_store(root: Path, cache: Path, processor: Processor, names: Sequence[str]) -> PixelStore:

@@ -172,7 +172,7 @@ class Pairs(TaskData):
             supervision.completion(sample.label),
             self._item(chosen),
             frozenset(record.positives),
-            tuple(self._item(sample.negatives[place]) for place in wrong),
+            tuple(self._item(sample.negatives[index]) for index in wrong),
             self.descriptions.get(chosen.did, ""),
         )
 
@@ -198,7 +198,7 @@ def _worded(text: str | None) -> str | None:
 
 
 def join(
-    record: mbeir.Record, label: mbeir.Label | None, pool: Mapping[str, mbeir.Candidate], place: str, *, negatives: bool
+    record: mbeir.Record, label: mbeir.Label | None, pool: Mapping[str, mbeir.Candidate], where: str, *, negatives: bool
 ) -> Sample:
     """The Sample of a record: its positives in the pool, and on demand its negatives, each once, without its positives.
 
@@ -208,10 +208,10 @@ def join(
     positives = tuple(pool[did] for did in record.positives if did in pool)
     if not positives:
         shown = ", ".join(record.positives[:3]) or "none given"
-        raise DataError(f"query {record.qid}: no positive ({shown}) is in {place}; complete the pool or remove the query")
+        raise DataError(f"query {record.qid}: no positive ({shown}) is in {where}; complete the pool or remove the query")
     wrong = [did for did in dict.fromkeys(record.negatives) if did not in record.positives] if negatives else []
     if missing := next((did for did in wrong if did not in pool), None):
-        raise DataError(f"query {record.qid}: negative {missing} is not in {place}; complete the pool, or leave out negatives")
+        raise DataError(f"query {record.qid}: negative {missing} is not in {where}; complete the pool, or leave out negatives")
     return Sample(record, label, positives, tuple(pool[did] for did in wrong))
 
 
@@ -240,12 +240,12 @@ def read_pairs(root: Path, **settings: Any) -> list[Pairs]:
     supervision, descriptions = Supervision(**settings), dict[str, str]()
     pool = {candidate.did: candidate for candidate in mbeir.read_pool(mbeir.train_pool_path(root))}
     instructions = mbeir.read_instructions(root)
-    tasks, place = list[Pairs](), f"the train pool of {root}"
+    tasks, where = list[Pairs](), f"the train pool of {root}"
     for dataset in mbeir.train_datasets(root):
         labels = mbeir.read_labels(mbeir.train_labels_path(root, dataset)) if supervision.labelled else {}
         by_task: dict[int, list[Sample]] = {}
         for record in mbeir.read_train(root, dataset):
-            sample = join(record, labels.get(record.qid), pool, place, negatives=supervision.negatives > 0)
+            sample = join(record, labels.get(record.qid), pool, where, negatives=supervision.negatives > 0)
             by_task.setdefault(record.task_id, []).append(sample)
         for task_id, samples in sorted(by_task.items()):
             prompts = task_prompts(instructions, samples[0].record.qid, task_id)
@@ -292,7 +292,7 @@ def read_pretraining(root: Path) -> list[PretrainingData]:
                     rows.append((fields["img_path"], fields["prompt"], fields["target"]))
                 except (json.JSONDecodeError, KeyError) as error:
                     raise DataError(f"{file}:{number}: not a pretraining example ({error}); rebuild the folder") from error
-        mixed = [rows[place] for place in np.random.default_rng(0).permutation(len(rows))]
+        mixed = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))]
         windows = (mixed[first : first + WINDOW] for first in range(0, len(mixed), WINDOW))
         by_length = [row for window in windows for row in sorted(window, key=_length)]
         tasks.append(PretrainingData(f"lessons_{file.stem}", by_length, root))
@@ -367,8 +367,8 @@ class Schedule:
         others = (groups - 1) * group or size  # where the last group is filled up from
         first, count = int(self.nth[number]) * (self.batch // group), self.batch // group
         rows: list[int] = []
-        for place in range(first, first + count):
-            epoch, within = divmod(place, groups)
+        for position in range(first, first + count):
+            epoch, within = divmod(position, groups)
             start = int(self._order(int(self.chosen[number]), epoch, groups)[within]) * group
             rows += [row if row < size else (row - size + epoch * short) % others for row in range(start, start + group)]
         return rows
@@ -376,7 +376,7 @@ class Schedule:
     def examples(self, number: int) -> list[Example]:
         """The examples of a batch. Each has a generator of its own, so what one draws has no influence on the others."""
         task, draws = self.task(number), np.random.default_rng
-        return [task.example(row, draws((self.seed, 1, number, place))) for place, row in enumerate(self.rows(number))]
+        return [task.example(row, draws((self.seed, 1, number, position))) for position, row in enumerate(self.rows(number))]
 
     def _order(self, task: int, epoch: int, groups: int) -> npt.NDArray[np.int64]:
         """The order of a task's groups in one epoch; the newest two epochs of each task are remembered."""

@@ -233,12 +233,12 @@ def _rank(encoded: _Encoded, kind: PoolKind, route: Route, suffix: str, progress
     for group in groups:
         pool = union or Pool([(row.dids, encoded.candidates[row.task.name]) for row in group])
         queries_QD = np.concatenate([encoded.queries[route, suffix, row.task.name].matrix() for row in group])
-        right = [pool.places(row.relevant[record.qid]) for row in group for record in row.records]
+        right = [pool.positions(row.relevant[record.qid]) for row in group for record in row.records]
         ranking = rank_queries(queries_QD, pool, right, top_k=min(TOP_K, len(pool)), progress=progress)
         first = 0
         for row in group:
             own = slice(first, first := first + len(row.records))
-            yield row, pool, Ranking(ranking.ranks[own], ranking.scores[own], ranking.places[own], ranking.size)
+            yield row, pool, Ranking(ranking.ranks[own], ranking.scores[own], ranking.positions[own], ranking.size)
 
 
 def _outcome(encoder: EvaluatedEncoder, row: Row, qid: str, rank: int, encoding: Encoding) -> QueryOutcome:

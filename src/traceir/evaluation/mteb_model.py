@@ -210,10 +210,10 @@ class MbeirTask(AbsTaskRetrieval):
         """Shares over all queries, from mteb's own scores and rankings: `success_at_K` and `hit_at_K`."""
         successes = {f"success_at_{k}": float(np.mean([scores[qid][f"success_{k}"] for qid in qrels])) for k in KS}
         ranks = np.full(len(qrels), np.inf)  # of the best positive among the results, ties against it
-        for place, (qid, right) in enumerate(qrels.items()):
+        for row, (qid, right) in enumerate(qrels.items()):
             if positives := [score for did, score in results[qid].items() if did in right]:
                 wrong = [score for did, score in results[qid].items() if did not in right]
-                ranks[place] = 1 + np.count_nonzero(np.array(wrong) >= max(positives) - TIE)
+                ranks[row] = 1 + np.count_nonzero(np.array(wrong) >= max(positives) - TIE)
         return successes | {f"hit_at_{k}": float((ranks <= k).mean()) for k in KS}
 
 

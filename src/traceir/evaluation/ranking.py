@@ -1,11 +1,11 @@
 """Exact search over candidates that need not fit into memory: ranks of all positives, the best k, union pools, run files.
 
-Candidates come as blocks of vectors, in order; the place of a candidate is its number in that order, from 0. Each slice of a
+Candidates come as blocks of vectors, in order; the position of a candidate is its number in that order, from 0. Each slice of a
 block is multiplied with one chunk of queries after the other, so that all candidates are read from disk once, whatever the number
 of queries. Ranks follow metrics.py: pessimistic ties within TIE, which is several times the rounding of a float32 product, so
 that equal candidates tie in whichever blocks they lie.
 
-Shapes: Q queries, N candidates, D width, K best, L levels (a query's L-th best positive), P pairs of query and place. Within a
+Shapes: Q queries, N candidates, D width, K best, L levels (a query's L-th best positive), P pairs of query and position. Within a
 search, Q and N are those of one chunk and one slice, and `scores` are [N, Q].
 """
 
@@ -27,13 +27,13 @@ from traceir.items import Vector
 
 Matrix = npt.NDArray[np.floating[Any]]
 Scores = npt.NDArray[np.float32]
-Places = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 CHUNK: Final = 256
 SLICE: Final = 512
 """Candidates multiplied at once: the scores of a slice and a chunk stay in the processor's cache while they are read again."""
-NO_PLACE: Final = -1
+NO_POSITION: Final = -1
 """Where a pool holds fewer than k candidates."""
 
 
@@ -42,12 +42,12 @@ class Ranking:
     """What a search found for each query, in order.
 
     `ranks` holds the pessimistic ranks of the positives in the pool, ascending; empty where there are none. `scores` and
-    `places`, [Q, K], are the best k, best first, equal scores by place; -inf and NO_PLACE where there are fewer. `size` is N.
+    `positions`, [Q, K], hold the best k, best first, ties by position; -inf and NO_POSITION where there are fewer. `size` is N.
     """
 
     ranks: tuple[Ranks, ...]
     scores: Scores
-    places: Places
+    positions: Positions
     size: int
 
     @property
@@ -68,7 +68,7 @@ def rank_queries(
 ) -> Ranking:
     """Ranks the positives of each query among all candidates, and finds the best k.
 
-    `relevant` are places of positives, `excluded` of candidates that are as if they were not there for a query. `blocks` is
+    `relevant` are positions of positives, `excluded` of candidates that are as if they were not there for a query. `blocks` is
     iterated twice, once for the rows of positives, once for all, so it must not be a generator. Memory: the queries twice, one
     slice of candidates and its scores, Q x K results, a few numbers for each positive.
     """
@@ -94,17 +94,17 @@ def rank_queries(
             bar.update(len(block_ND))
     if seen not in (None, size):
         raise StoreError(f"the blocks held {seen} vectors when first read and {size} then; is something writing them?")
-    best_scores, best_places = np.empty((count, top_k), dtype=np.float32), np.empty((count, top_k), dtype=np.int64)
+    best_scores, best_positions = np.empty((count, top_k), dtype=np.float32), np.empty((count, top_k), dtype=np.int64)
     ranks: list[Ranks] = [np.empty(0, dtype=np.int64)] * count
     for part in chunks:
         rows = order[part.first : part.first + part.count]
-        best_scores[rows], best_places[rows] = part.best()
+        best_scores[rows], best_positions[rows] = part.best()
         for row, own in zip(rows, part.ranks(), strict=True):
             ranks[row] = own
-    return Ranking(tuple(ranks), best_scores, best_places, size)
+    return Ranking(tuple(ranks), best_scores, best_positions, size)
 
 
-def _score_pairs(queries_QD: Vector, blocks: Iterable[Matrix], pairs: Places) -> tuple[Scores, int | None]:
+def _score_pairs(queries_QD: Vector, blocks: Iterable[Matrix], pairs: Positions) -> tuple[Scores, int | None]:
     """The scores of pairs [P], and how many candidates there are; None where nothing had to be read."""
     scores, seen = np.full(pairs.shape[1], np.nan, dtype=np.float32), 0
     if not len(scores):
@@ -113,8 +113,8 @@ def _score_pairs(queries_QD: Vector, blocks: Iterable[Matrix], pairs: Places) ->
         own = _between(pairs, seen, len(block_ND))
         first = int(np.searchsorted(pairs[1], seen))
         for start in range(0, own.shape[1], SLICE):
-            queries, places = own[:, start : start + SLICE]
-            rows = block_ND[places - seen].astype(np.float32, copy=False)
+            queries, chosen = own[:, start : start + SLICE]
+            rows = block_ND[chosen - seen].astype(np.float32, copy=False)
             scores[first + start : first + start + len(rows)] = np.einsum("pd,pd->p", rows, queries_QD[queries])
         seen += len(block_ND)
     return scores, seen
@@ -123,10 +123,10 @@ def _score_pairs(queries_QD: Vector, blocks: Iterable[Matrix], pairs: Places) ->
 class _Chunk:
     """Some queries, side by side: counts of what is above their positives, and their best k.
 
-    What may be among the best waits until it is worth a merge. It is one number, its place x Q + the number of its query.
+    What may be among the best waits until it is worth a merge. It is one number, its position x Q + the number of its query.
     """
 
-    def __init__(self, queries_QD: Vector, first: int, right: Places, scores: Scores, top_k: int) -> None:
+    def __init__(self, queries_QD: Vector, first: int, right: Positions, scores: Scores, top_k: int) -> None:
         self.first, self.count, self.k, self.waiting = first, len(queries_QD), top_k, 0
         self.columns_DQ = np.ascontiguousarray(queries_QD.T)
         self.best_floor = np.full(self.count, -np.inf, dtype=np.float32)
@@ -143,22 +143,22 @@ class _Chunk:
         self.floors_LQ[level, query] = np.where(unknown, np.finfo(np.float32).min, score - TIE)
         self.above_LQ = np.zeros(self.floors_LQ.shape, dtype=np.int64)
 
-    def add(self, values_ND: Vector, place: int, right: Places, hidden: Places, buffers: tuple[Scores, Mask]) -> None:
-        """Takes one slice of candidates, the first of which is at `place`. Slices come in order."""
+    def add(self, values_ND: Vector, begin: int, right: Positions, hidden: Positions, buffers: tuple[Scores, Mask]) -> None:
+        """Takes one slice of candidates, the first of which is at `begin`. Slices come in order."""
         shape = len(values_ND), self.count
         scores = buffers[0][: shape[0] * shape[1]].reshape(shape)
         mask = buffers[1][: shape[0] * shape[1]].reshape(shape)
         np.matmul(values_ND, self.columns_DQ, out=scores)
-        self._hide(scores, place, hidden)
-        # Strictly above: of equal scores the earlier place is kept, and it is already there.
+        self._hide(scores, begin, hidden)
+        # Strictly above: of equal scores the earlier position is kept, and it is already there.
         cells = np.flatnonzero(np.greater(scores, self.best_floor, out=mask))
         if len(cells):
-            self.cells.append(cells + place * self.count)
+            self.cells.append(cells + begin * self.count)
             self.scores.append(scores.reshape(-1)[cells])
             self.waiting += len(cells)
             if self.waiting >= self.count * self.k:
                 self._merge()
-        self._hide(scores, place, right)  # positives never push each other down
+        self._hide(scores, begin, right)  # positives never push each other down
         for floors, above, width in zip(self.floors_LQ, self.above_LQ, self.widths.tolist(), strict=True):
             below = buffers[1][: shape[0] * width].reshape(shape[0], width)
             np.less(scores[:, :width], floors[:width], out=below)  # what is not a number is not below
@@ -172,18 +172,18 @@ class _Chunk:
             own = self.above_LQ[: np.count_nonzero(self.widths > column), column]
             yield own + np.arange(1, len(own) + 1)
 
-    def best(self) -> tuple[Scores, Places]:
-        """Scores and places [Q, K], best first, equal scores by place."""
+    def best(self) -> tuple[Scores, Positions]:
+        """Scores and positions [Q, K], best first, equal scores by position."""
         self._merge()
         query = self.cells[0] % self.count
         order = np.lexsort((-self.scores[0], query))
         number = _number_in_group(query[order], self.count)
         order, number = order[number < self.k], number[number < self.k]
         scores = np.full((self.count, self.k), -np.inf, dtype=np.float32)
-        places = np.full((self.count, self.k), NO_PLACE, dtype=np.int64)
+        positions = np.full((self.count, self.k), NO_POSITION, dtype=np.int64)
         scores[query[order], number] = self.scores[0][order]
-        places[query[order], number] = self.cells[0][order] // self.count
-        return scores, places
+        positions[query[order], number] = self.cells[0][order] // self.count
+        return scores, positions
 
     def _merge(self) -> None:
         """Drops what is below each query's k-th best score; what equals it is kept until the end."""
@@ -197,10 +197,10 @@ class _Chunk:
         keep = scores >= self.best_floor[query]
         self.cells, self.scores, self.waiting = [cells[keep]], [scores[keep]], 0
 
-    def _hide(self, scores: Scores, place: int, pairs: Places) -> None:
+    def _hide(self, scores: Scores, start: int, pairs: Positions) -> None:
         if pairs.shape[1]:
-            queries, places = pairs[:, (pairs[0] >= self.first) & (pairs[0] < self.first + self.count)]
-            scores[places - place, queries - self.first] = -np.inf
+            queries, positions = pairs[:, (pairs[0] >= self.first) & (pairs[0] < self.first + self.count)]
+            scores[positions - start, queries - self.first] = -np.inf
 
 
 class Pool:
@@ -221,7 +221,7 @@ class Pool:
         self._keep = np.zeros(len(every), dtype=np.bool_)
         self._keep[first] = True
         self._dids = every[self._keep]
-        self._places = (np.cumsum(self._keep) - 1)[first]
+        self._positions = (np.cumsum(self._keep) - 1)[first]
 
     def __len__(self) -> int:
         return len(self._dids)
@@ -240,19 +240,19 @@ class Pool:
             if first != end:
                 raise StoreError(f"a pool of {size} candidates has {size - end + first} vectors; encode it again")
 
-    def places(self, dids: Iterable[str]) -> Places:
-        """Places of those dids that the pool holds; M-BEIR's qrels name candidates of other pools too, which are dropped."""
+    def positions(self, dids: Iterable[str]) -> Positions:
+        """Positions of those dids that the pool holds; M-BEIR's qrels name candidates of other pools too, which are dropped."""
         width = self._sorted.dtype.itemsize
         known = [did for did in (did.encode() for did in dids) if len(did) <= width]
         if not known or not len(self):
             return np.empty(0, dtype=np.int64)
         wanted = np.array(known, dtype=self._sorted.dtype)
         at = np.minimum(np.searchsorted(self._sorted, wanted), len(self) - 1)
-        places: Places = self._places[at[self._sorted[at] == wanted]]
-        return places
+        positions: Positions = self._positions[at[self._sorted[at] == wanted]]
+        return positions
 
-    def did(self, place: int) -> str:
-        return bytes(self._dids[place]).decode()
+    def did(self, position: int) -> str:
+        return bytes(self._dids[position]).decode()
 
 
 def write_run(file: Path, qids: Sequence[str], ranking: Ranking, pool: Pool, *, run_id: str, task_id: int) -> None:
@@ -261,27 +261,27 @@ def write_run(file: Path, qids: Sequence[str], ranking: Ranking, pool: Pool, *, 
     Scores have nine digits, which name a float32 exactly. The file is there whole or not at all.
     """
     with replacing(file) as stream:
-        for qid, scores, places in zip(qids, ranking.scores, ranking.places, strict=True):
-            own = zip(places[places != NO_PLACE].tolist(), scores.tolist(), strict=False)
-            for rank, (place, score) in enumerate(own, start=1):
-                stream.write(f"{qid} Q0 {pool.did(place)} {rank} {score:.9g} {run_id} {task_id}\n")
+        for qid, scores, positions in zip(qids, ranking.scores, ranking.positions, strict=True):
+            own = zip(positions[positions != NO_POSITION].tolist(), scores.tolist(), strict=False)
+            for rank, (position, score) in enumerate(own, start=1):
+                stream.write(f"{qid} Q0 {pool.did(position)} {rank} {score:.9g} {run_id} {task_id}\n")
 
 
-def _pairs(places: Sequence[Iterable[int]]) -> Places:
-    """Queries and places [2, P], by place, each pair once."""
-    own = [np.unique(np.asarray(those if isinstance(those, np.ndarray) else list(those), dtype=np.int64)) for those in places]
+def _pairs(positions: Sequence[Iterable[int]]) -> Positions:
+    """Queries and positions [2, P], by position, each pair once."""
+    own = [np.unique(np.asarray(those if isinstance(those, np.ndarray) else list(those), dtype=np.int64)) for those in positions]
     every = np.concatenate([np.empty(0, dtype=np.int64), *own])
     queries = np.repeat(np.arange(len(own), dtype=np.int64), np.array(list(map(len, own)), dtype=np.int64))
     return np.stack([queries, every])[:, np.argsort(every, kind="stable")]
 
 
-def _between(pairs: Places, first: int, count: int) -> Places:
-    """Those with one of `count` places from `first`."""
+def _between(pairs: Positions, first: int, count: int) -> Positions:
+    """Those with one of `count` positions from `first`."""
     start, stop = np.searchsorted(pairs[1], (first, first + count))
     return pairs[:, start:stop]
 
 
-def _number_in_group(groups: Places, count: int) -> Places:
+def _number_in_group(groups: Positions, count: int) -> Positions:
     """For ascending group numbers, each entry's number within its group, from 0."""
-    numbers: Places = np.arange(len(groups)) - np.searchsorted(groups, np.arange(count))[groups]
+    numbers: Positions = np.arange(len(groups)) - np.searchsorted(groups, np.arange(count))[groups]
     return numbers

@@ -127,8 +127,8 @@ def describe(number: int, answer: Entry, *, top: int = 3) -> str:
     asked = " + ".join(part for part in (f"[{images}]" if images else "", answer.query.text) if part)
     lines = [f"{number}. {answer.title} ({answer.note})", f"   query      {asked}"]
     lines.append(f"   route      {answer.encoding.route} ({cost(answer.encoding)})")
-    for place, step in enumerate(reasoning_steps(answer.encoding.reasoning)):
-        lines.append(f"   {'reasoning' if place == 0 else '':9}  {step}")
+    for position, step in enumerate(reasoning_steps(answer.encoding.reasoning)):
+        lines.append(f"   {'reasoning' if position == 0 else '':9}  {step}")
     for hit in answer.hits[:top]:
         shown = " | ".join(part for part in (Path(hit.image).name if hit.image else "", hit.text or "") if part)
         lines.append(f"   {'*' if hit.id in answer.right else ' '} {hit.rank}  {hit.score:.3f}  {shown}  ({hit.id})")

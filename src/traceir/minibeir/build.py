@@ -302,8 +302,8 @@ def spare_distractors(drafts: Sequence[QueryDraft], pool_most: int) -> list[tupl
             first = max(draft.steps, 1)
             spared = range(first + spare, max(len(draft.distractors) - rows.TWINS, first))
             source = CandidateDraft(sketch=draft.sketch)
-            places = enumerate(draft.distractors)
-            kept.append(tuple(each for place, each in places if place not in spared or (each.sketch and each == source)))
+            numbered = enumerate(draft.distractors)
+            kept.append(tuple(each for index, each in numbered if index not in spared or (each.sketch and each == source)))
         if len({each for draft in drafts for each in draft.positives}.union(*kept)) <= pool_most:
             break
     return kept
@@ -313,7 +313,7 @@ def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) 
     """Mixes the rows of a data set in proportion to their counts, whole hard-negative groups at a time."""
     done = [0] * len(streams)
     while done != list(counts):
-        which = min(range(len(streams)), key=lambda place: (done[place] / max(counts[place], 1), place))
+        which = min(range(len(streams)), key=lambda stream: (done[stream] / max(counts[stream], 1), stream))
         for _ in range(min(rows.FAMILY, counts[which] - done[which])):
             yield which, next(streams[which])
             done[which] += 1

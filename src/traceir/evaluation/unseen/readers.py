@@ -100,10 +100,12 @@ def _check(path: Path, content: Any, kind: type[Checked]) -> Checked:
     if first["type"] == "json_invalid":
         line = re.search(r"line (\d+)", what)
         raise DataError(f"{path}:{line[1] if line else 1}: {what}; download the file again")
-    place = ""
+    location = ""
     for step in first["loc"]:
-        place += f" {step}" if isinstance(step, int) and place else f", {f'entry {step}' if isinstance(step, int) else step}"
-    raise DataError(f"{path}{place}: is {repr(first['input'])[:120]}: {what}; download the file again")
+        location += (
+            f" {step}" if isinstance(step, int) and location else f", {f'entry {step}' if isinstance(step, int) else step}"
+        )
+    raise DataError(f"{path}{location}: is {repr(first['input'])[:120]}: {what}; download the file again")
 
 
 def _read_json(path: Path, kind: type[Checked]) -> Checked:
@@ -215,8 +217,8 @@ def read_genecis(root: Path, _: str) -> UnseenData:
         sample_type: Any = CocoSample if whole else CropSample
         wanted = SAME_WANTED if kind == "focus_attribute" else CHANGE_WANTED
         for number, sample in enumerate(_read_json(path, list[sample_type])):
-            ids = [id for place in (sample["reference"], sample["target"], *sample["gallery"]) for id in place.values()]
-            names = [f"{id:0>12}.jpg" if whole else f"{id}_{number}_{place}.jpg" for place, id in enumerate(ids)]
+            ids = [id for region in (sample["reference"], sample["target"], *sample["gallery"]) for id in region.values()]
+            names = [f"{id:0>12}.jpg" if whole else f"{id}_{number}_{index}.jpg" for index, id in enumerate(ids)]
             gallery = tuple(f"{prefix}/{name}" for name in names[1:])
             pool |= {id: images / name for id, name in zip(gallery, names[1:], strict=True)}
             parts = (images / names[0], sample["condition"])
@@ -246,11 +248,11 @@ def read_visdial(root: Path, _: str) -> UnseenData:
     cases, pool = [], {}
     for number, dialog in enumerate(data["dialogs"]):
         rounds = []
-        for place, round_ in enumerate(dialog["dialog"]):
+        for position, round_ in enumerate(dialog["dialog"]):
             if round_["question"] >= len(data["questions"]) or round_["answer"] >= len(data["answers"]):
                 counts = f"fewer than {len(data['questions'])} and {len(data['answers'])}"
                 raise DataError(
-                    f"{source}, data, dialogs {number}, dialog {place}: is {round_}; it must hold numbers of {counts} texts"
+                    f"{source}, data, dialogs {number}, dialog {position}: is {round_}; it must hold numbers of {counts} texts"
                 )
             rounds.append(f"Q: {data['questions'][round_['question']]}? A: {data['answers'][round_['answer']]}.")
         image = str(dialog["image_id"])

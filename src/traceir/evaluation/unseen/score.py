@@ -78,9 +78,9 @@ def rank_pool(
         raise InputError(f"{task.name}: its queries rank galleries of their own; only tasks over one pool are ranked here")
     ids = list(task.pool)
     with _embedded(encoder, task, route, cache, progress) as (pool, _, queries_QD):
-        masked = _places(task, [case.masked for case in task.cases])
-        ranked = rank_queries(queries_QD, pool, [()] * len(queries_QD), top_k=k, excluded=masked).places.tolist()
-    return {case.id: [ids[place] for place in own if place >= 0] for case, own in zip(task.cases, ranked, strict=True)}
+        masked = _positions(task, [case.masked for case in task.cases])
+        ranked = rank_queries(queries_QD, pool, [()] * len(queries_QD), top_k=k, excluded=masked).positions.tolist()
+    return {case.id: [ids[position] for position in own if position >= 0] for case, own in zip(task.cases, ranked, strict=True)}
 
 
 def _summarise(task: UnseenTask, outcomes: Sequence[UnseenOutcome]) -> dict[str, Any]:
@@ -141,25 +141,25 @@ def _rank_all(task: UnseenTask, pool: Embeddings, queries_QD: Vector) -> list[tu
     whole = [number for number, case in enumerate(task.cases) if case.gallery is None]
     ranked: dict[int, tuple[Ranks, int]] = {}
     if whole:
-        relevant = _places(task, [task.cases[number].relevant for number in whole])
-        masked = _places(task, [task.cases[number].masked for number in whole])
+        relevant = _positions(task, [task.cases[number].relevant for number in whole])
+        masked = _positions(task, [task.cases[number].masked for number in whole])
         ranking = rank_queries(queries_QD[whole], pool, relevant, top_k=1, excluded=masked)
         ranked = {number: (ranks, len(pool)) for number, ranks in zip(whole, ranking.ranks, strict=True)}
     if len(whole) < len(task.cases):
         pool_ND = pool.matrix()
-        galleries = _places(task, [case.gallery or () for case in task.cases])
-        for number, (case, places) in enumerate(zip(task.cases, galleries, strict=True)):
+        galleries = _positions(task, [case.gallery or () for case in task.cases])
+        for number, (case, gallery) in enumerate(zip(task.cases, galleries, strict=True)):
             if case.gallery is not None:
                 right, allowed = ([[id in ids for id in case.gallery]] for ids in (case.relevant, case.masked))
-                scores_QN = queries_QD[number : number + 1] @ pool_ND[places].T
-                ranked[number] = positive_ranks(scores_QN, np.array(right), ~np.array(allowed))[0], len(places)
+                scores_QN = queries_QD[number : number + 1] @ pool_ND[gallery].T
+                ranked[number] = positive_ranks(scores_QN, np.array(right), ~np.array(allowed))[0], len(gallery)
     return [ranked[number] for number in range(len(task.cases))]
 
 
-def _places(task: UnseenTask, names: Sequence[Sequence[str]]) -> list[list[int]]:
+def _positions(task: UnseenTask, names: Sequence[Sequence[str]]) -> list[list[int]]:
     """Where ids are in the pool; those that are not there are left out."""
-    place = {id: number for number, id in enumerate(task.pool)}
-    return [[place[id] for id in ids if id in place] for ids in names]
+    position = {id: number for number, id in enumerate(task.pool)}
+    return [[position[id] for id in ids if id in position] for ids in names]
 
 
 def _value(metric: str, ranks: Ranks, best: int, size: int) -> float:
