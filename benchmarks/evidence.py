@@ -86,10 +86,7 @@ def routing(judged: list[QueryOutcome]) -> list[Figure]:
 
 def forced(judged: dict[str, list[QueryOutcome]]) -> list[Figure]:
     """What thinking is worth: complex queries by their own route against the forced bypass."""
-    hits = {
-        route: _share([outcome.rank == 1 for outcome in judged[route] if (outcome.steps or 0) >= 2])
-        for route in ("auto", "direct")
-    }
+    hits = {route: _share([own.rank == 1 for own in judged[route] if (own.steps or 0) >= 2]) for route in ("auto", "direct")}
     gain = 100 * (hits["auto"] - hits["direct"])
     value = f"{100 * hits['auto']:.1f} against {100 * hits['direct']:.1f}"
     return [Figure("complex queries, R@1: auto against forced bypass", "auto higher", value, gain > 0)]

@@ -250,10 +250,10 @@ async def searches(scene: Scene, host: str, port: int, seconds: list[float], fau
     for _ in range(ASKED):
         body = json.dumps({"text": f"a blue ring and {next(_numbers)} others"}).encode()
         started = time.perf_counter()
-        status, _, answer = await exchange(scene.request("POST", "/search", body), host, port, 90)
+        status, _, reply = await exchange(scene.request("POST", "/search", body), host, port, 90)
         seconds.append(time.perf_counter() - started)
         if status != "200":
-            faults.append(f"a search of the tenant {when} was answered {status}: {answer[:200]!r}")
+            faults.append(f"a search of the tenant {when} was answered {status}: {reply[:200]!r}")
         await asyncio.sleep(0.02)
 
 
@@ -274,10 +274,8 @@ async def secrets_between(ours: Scene, theirs: Scene, host: str, port: int, faul
             faults.append(f"a first search tells that another tenant asked the same: {status} {body[-300:]!r}")
     for guess in ({"gte": "/"}, {"lte": "~"}, {"gte": "", "lte": "~"}, [str(Path.cwd())], ""):
         for name in ("file", "image", "path"):
-            answer = await exchange(
-                ours.post("/search", {"text": "a", "route": "direct", "where": {name: guess}}), host, port, 90
-            )
-            if answer[0] == "200" and json.loads(answer[2])["hits"]:
+            got = await exchange(ours.post("/search", {"text": "a", "route": "direct", "where": {name: guess}}), host, port, 90)
+            if got[0] == "200" and json.loads(got[2])["hits"]:
                 faults.append(f"a filter of {guess!r} on {name!r} finds items")
 
 

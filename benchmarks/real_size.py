@@ -473,13 +473,10 @@ def report(work: Path) -> str:
             "|---|---:|---:|---:|---:|---:|---|",
         ]  # fmt: skip
         for stage in STAGES:
-            if figures := stages.get(stage):
-                before = "" if stage in ("load", "train") else f"{figures['loading']:.0f}"
-                times, peaks = (
-                    f"{figures['seconds']:.0f} | {figures['cpu']:.0f}",
-                    f"{figures['peak_gib']:.1f} | {figures['private_gib']:.1f}",
-                )
-                lines.append(f"| {figures['what']} | {times} | {before} | {peaks} | {figures['note']} |")
+            if run := stages.get(stage):
+                before = "" if stage in ("load", "train") else f"{run['loading']:.0f}"
+                times, peaks = f"{run['seconds']:.0f} | {run['cpu']:.0f}", f"{run['peak_gib']:.1f} | {run['private_gib']:.1f}"
+                lines.append(f"| {run['what']} | {times} | {before} | {peaks} | {run['note']} |")
         if missing := [stage for stage in STAGES if stage not in stages]:
             lines += ["", f"Not run: {', '.join(missing)}."]
         lines.append("")

@@ -89,9 +89,7 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         "ours_pairs_per_second": pairs / statistics.median(own for own, _ in walls),
         "plain_pairs_per_second": pairs / statistics.median(theirs for _, theirs in walls),
         "by_task": {
-            task: statistics.median(
-                step["plain"][0] / step["ours"][0] for turn in rounds for step in turn if step["task"] == task
-            )
+            task: statistics.median(own["plain"][0] / own["ours"][0] for turn in rounds for own in turn if own["task"] == task)
             for task in options.tasks
         },
         "padding": {name: 1 - side.tokens / side.padded for name, side in (("ours", ours), ("plain", plain))},
@@ -105,20 +103,18 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agree(ours: Ours, plain: Plain, precision: str) -> dict[str, float]:
-    """Relative differences of both losses and of the whole gradient on the first turn; TraceError above the tolerance."""
+    """Relative apart of both losses and of the whole gradient on the first turn; TraceError above the tolerance."""
     plain.autocast, terms = precision == "bf16", (ours.losses(0), plain.losses(0))
-    differences = {name: abs(terms[0][name] - terms[1][name]) / abs(terms[1][name]) for name in ("gen", "ret")}
+    apart = {name: abs(terms[0][name] - terms[1][name]) / abs(terms[1][name]) for name in ("gen", "ret")}
     gradients = [torch.cat([p.grad.flatten().float() for p in side.trained if p.grad is not None]) for side in (ours, plain)]
     if len(gradients[0]) != len(gradients[1]):
         raise TraceError("the two sides train different parameters, so their speeds say nothing; look at build()")
-    differences["gradient"] = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    apart["gradient"] = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
     for side in (ours, plain):
         side.optimiser.zero_grad()
-    if not max(differences.values()) <= AGREE[precision]:
-        raise TraceError(
-            f"the two sides do not compute the same: {differences}, at most {AGREE[precision]} is allowed in {precision}"
-        )
-    return {**differences, "tolerance": AGREE[precision]}
+    if not max(apart.values()) <= AGREE[precision]:
+        raise TraceError(f"the two sides do not compute the same: {apart}, at most {AGREE[precision]} is allowed in {precision}")
+    return {**apart, "tolerance": AGREE[precision]}
 
 
 def _rounds(ours: Ours, plain: Plain, options: argparse.Namespace) -> list[list[dict[str, Any]]]:

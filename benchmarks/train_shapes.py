@@ -350,17 +350,15 @@ def capacity_table(run: dict[str, Any]) -> list[str]:
         "| batch | tokens a chunk | checkpointing | seconds | pairs/s | tokens/s | peak GiB | share of peak | with repeats |",
         "|---:|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for measured in (*run["chunks"], *run["batches"][1:]):
-        head = f"| {measured['batch']} | {measured['chunk_tokens']} | {'yes' if measured['checkpointing'] else 'no'} |"
-        if measured["seconds"] is None:
-            lines.append(f"{head} {measured['ended']} | | | | | |")
+    for own in (*run["chunks"], *run["batches"][1:]):
+        head = f"| {own['batch']} | {own['chunk_tokens']} | {'yes' if own['checkpointing'] else 'no'} |"
+        if own["seconds"] is None:
+            lines.append(f"{head} {own['ended']} | | | | | |")
             continue
-        shares = [
-            f"{100 * measured[key]:.1f} %" if measured[key] else "-" for key in ("share_of_peak", "share_with_recomputation")
-        ]
+        shares = [f"{100 * own[key]:.1f} %" if own[key] else "-" for key in ("share_of_peak", "share_with_recomputation")]
         lines.append(
-            f"{head} {measured['seconds']:.2f} | {measured['pairs_per_second']:.1f} | {measured['tokens_per_second']:.0f} "
-            f"| {measured['peak_gib']:.2f} | {shares[0]} | {shares[1]} |"
+            f"{head} {own['seconds']:.2f} | {own['pairs_per_second']:.1f} | {own['tokens_per_second']:.0f} "
+            f"| {own['peak_gib']:.2f} | {shares[0]} | {shares[1]} |"
         )
     return lines
 

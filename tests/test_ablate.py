@@ -84,9 +84,7 @@ def test_every_table_is_whole_and_sets_only_fields_that_exist() -> None:
         named = {label for claim in table.claims for asked in claim.comparisons for label in (asked.better, asked.worse)}
         assert table.claims and len(set(labels)) == len(labels) and named | {table.against} <= set(labels), table.id
         for variant in table.variants:
-            assert set(variant.settings) <= known and set(variant.uses) <= {variant.name for variant in table.variants}, (
-                variant.name
-            )
+            assert set(variant.settings) <= known and set(variant.uses) <= {own.name for own in table.variants}, variant.name
         assert all(line.route in line.variant.routes for line in table.lines)
     assert {table.paper for table in ablations.TABLES} >= {f"Table {n}" for n in (2, 4, 5, 6, 7, 8)}
     assert ablations.TABLES[0].line("adaptive").paper["simple", "speed"] == 8.25 / 15.68

@@ -49,18 +49,13 @@ def test_it_finds_in_every_row_and_thinks_when_a_query_needs_it(encoder: Encoder
     simple = [outcome.route == "reason" for outcome in judged if outcome.steps is not None and outcome.steps < 2]
     complex_ = [outcome.route == "reason" for outcome in judged if outcome.steps is not None and outcome.steps >= 2]
     assert len(simple) > 80 and len(complex_) > 30 and np.mean(simple) <= 0.05 and np.mean(complex_) >= 0.9
-    reasoned = [outcome for outcome in judged if outcome.route == "reason"]
-    assert (
-        np.mean([bool(outcome.exact) for outcome in reasoned]) > 0.3
-        and np.mean([outcome.truncated for outcome in reasoned]) < 0.05
-    )
+    reasoned = [own for own in judged if own.route == "reason"]
+    assert np.mean([bool(own.exact) for own in reasoned]) > 0.3 and np.mean([own.truncated for own in reasoned]) < 0.05
 
 
 @pytest.mark.slow
 def test_vectors_follow_the_reasoning_put_in_its_mouth(encoder: Encoder, folder: Path, tmp_path: Path) -> None:
-    probes = {
-        own.kind: own for own in probe(encoder, folder, tmp_path, rows=["infoseek_task6"], limit=10, progress=False)
-    }
+    probes = {p.kind: p for p in probe(encoder, folder, tmp_path, rows=["infoseek_task6"], limit=10, progress=False)}
     assert probes["own"].cosine > 0.9999, "its own reasoning, read again, gives its own vector"
     assert probes["label"].hit_k >= probes["own"].hit_k > probes["swapped"].hit_k
     assert probes["swapped"].hit_1_of_other is not None and probes["swapped"].hit_1_of_other > probes["swapped"].hit_1

@@ -26,10 +26,7 @@ def test_every_row_can_be_asked_for() -> None:
     assert profile_for("alibaba-nlp/GME-qwen2-vl-2b-instruct") == "gme", "as the hub, which knows no capitals"
     assert profile_for("someone/else") is None
     model = load(bundled_model())
-    assert (KNOWN[0].parameters, KNOWN[0].width) == (
-        sum(parameter.numel() for parameter in model.network.parameters()),
-        model.width,
-    )
+    assert (KNOWN[0].parameters, KNOWN[0].width) == (sum(each.numel() for each in model.network.parameters()), model.width)
 
 
 def test_models_lists_them_without_torch(capsys: pytest.CaptureFixture[str]) -> None:

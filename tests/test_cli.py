@@ -312,21 +312,15 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
 def test_an_explanation_shows_what_is_supervised_and_read(loaded: TraceModel, checkpoint: Path, call: Call) -> None:
     query = Query.of(text="then make one red", image=picture(3), instruction="find it", target="image")
     prompt = render_query(query, "brief-1")
-    explanation = explain(loaded, prompt, "red cube")
+    shown = explain(loaded, prompt, "red cube")
     layout = loaded.processor.lay_out(prompt, "red cube")
-    assert [token.target is not None for token in explanation.tokens] == (layout.targets != IGNORE).tolist()
-    taught = [token.target for token in explanation.tokens if token.target is not None]
+    assert [token.target is not None for token in shown.tokens] == (layout.targets != IGNORE).tolist()
+    taught = [token.target for token in shown.tokens if token.target is not None]
     assert taught[-1] == EMB and "".join(taught[:-1]).split() == ["red", "cube"]
-    assert (
-        [token.position for token in explanation.tokens if token.pooled]
-        == [explanation.pooling_index]
-        == [len(explanation.tokens) - 1]
-    )
+    assert [token.position for token in shown.tokens if token.pooled] == [shown.pooling_index] == [len(shown.tokens) - 1]
     (encoding,) = Encoder(loaded).encode_queries([query])
-    assert (
-        explanation.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and explanation.route == encoding.route
-    )
-    assert explanation.cut == 0 and "-> '<|emb|>'" in describe(explanation) and "<|image_pad|> x 9" in describe(explanation)
+    assert shown.emb_probability == pytest.approx(encoding.emb_probability, abs=1e-5) and shown.route == encoding.route
+    assert shown.cut == 0 and "-> '<|emb|>'" in describe(shown) and "<|image_pad|> x 9" in describe(shown)
 
     candidate = explain(loaded, render_candidate(Item.of(text="red"), "brief-1"))
     assert candidate.route == "direct" and all(token.target is None for token in candidate.tokens)

@@ -335,9 +335,7 @@ def test_first_replies_of_no_use_end_a_build_and_a_mended_teacher_goes_on(
     assert funnel == {"dropped": 18, "queries": 18, "rule:teacher": 18}
     speaking.teacher.options = ScriptedOptions(thinking="think")
     assert main(command) == 0
-    assert len(list(read_outcomes(tmp_path))) == 18 and not [
-        outcome for outcome in read_outcomes(tmp_path) if outcome.rule == "teacher"
-    ]
+    assert len(list(read_outcomes(tmp_path))) == 18 and not [own for own in read_outcomes(tmp_path) if own.rule == "teacher"]
 
 
 def test_a_teacher_that_refuses_every_question_is_quoted(boats: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,9 +422,7 @@ def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_p
     shown = read_captions(gather_captions(tmp_path / "out", read_config(tmp_path / "out")))
     assert shown["mbeir_images/to9.png"].startswith("a \ufffd boat \ufffd")
     assert sum(assemble(tmp_path / "out").as_json()["all"][name] for name in ("direct", "kept")) > 6
-    assert any(
-        "\ufffd" in (sample.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for sample in pairs.rows
-    )
+    assert any("\ufffd" in (own.record.text or "") for pairs in read_cot(tmp_path / "out" / "dataset") for own in pairs.rows)
     captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl:1"):
         read_captions(captions, {"x"})

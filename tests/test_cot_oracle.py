@@ -168,14 +168,12 @@ def test_faults_are_drawn_by_content_at_their_rate_in_equal_shares() -> None:
             Faults(rate, 0, kinds)
 
 
-def ask(
-    url: str, request: object, path: str = "/v1/chat/completions", method: str = "POST", **headers: str
-) -> tuple[int, Any, Any]:
+def ask(url: str, sent: object, path: str = "/v1/chat/completions", method: str = "POST", **headers: str) -> tuple[int, Any, Any]:
     """Status, body and headers of plain HTTP; with the key `secret`."""
     connection = http.client.HTTPConnection(url.removeprefix("http://").partition("/")[0], timeout=30)
     try:
         head = {"Authorization": "Bearer secret", "Content-Type": "application/json"} | headers
-        content = request if isinstance(request, bytes) else json.dumps(request).encode()
+        content = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
         connection.request(method, path, content, head)
         response = connection.getresponse()
         return response.status, json.loads(response.read()), dict(response.getheaders())

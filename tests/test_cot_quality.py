@@ -165,10 +165,7 @@ def test_copies_of_the_target() -> None:
         ]
     ).overall.copied
     assert (copies["samples"], copies["run"], copies["whole"], copies["either"], copies["share"]) == (6, 1, 1, 2, round(2 / 6, 4))
-    assert copies["longest"]["most"] == 8 and [example["copied"] for example in copies["examples"]] == [
-        "a b c d e f g h",
-        "the red barn",
-    ]
+    assert copies["longest"]["most"] == 8 and [own["copied"] for own in copies["examples"]] == ["a b c d e f g h", "the red barn"]
 
 
 def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> None:
@@ -185,18 +182,13 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     votes += [replace(vote(first[11], "drop", "hallucination"), sample="of another text")]
     decisions = {"ann": {own.qid: own for own in votes}, "bob": {"1:0": vote(first[0], "keep")}}
     quality = measure([*first, *second, unseen, bad], decisions=decisions)
-    hallucination, two = quality.hallucination, quality.fault
-    assert (hallucination["reviewed"], hallucination["wrong"], two["wrong"]) == (14, 1, 3)
-    assert hallucination["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
-    assert hallucination["covered"] == round(40 / 41, 4) and hallucination["effective"] == round(
-        1 / (0.75**2 / 10 + 0.25**2 / 4), 2
-    )
-    assert (
-        hallucination["low"] < hallucination["share"] < hallucination["high"]
-        and hallucination["tasks"]["unseen_task7"]["share"] is None
-    )
+    seen, two = quality.hallucination, quality.fault
+    assert (seen["reviewed"], seen["wrong"], two["wrong"]) == (14, 1, 3)
+    assert seen["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
+    assert seen["covered"] == round(40 / 41, 4) and seen["effective"] == round(1 / (0.75**2 / 10 + 0.25**2 / 4), 2)
+    assert seen["low"] < seen["share"] < seen["high"] and seen["tasks"]["unseen_task7"]["share"] is None
     # Wilson (1927), as in Brown, Cai and DasGupta (2001)
-    assert hallucination["tasks"]["invented_task7"] == {
+    assert seen["tasks"]["invented_task7"] == {
         "kept": 30,
         "reviewed": 10,
         "wrong": 1,

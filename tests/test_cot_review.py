@@ -81,13 +81,9 @@ def test_the_list_stays_the_same_after_a_restart(tmp_path: Path, caplog: pytest.
     stream = [outcome(n) for n in range(40)]
     first = [sample.outcome for sample in open_sample(tmp_path, stream, Sampling(per_stratum=6, seed=1))]
     grown = [outcome(n) for n in range(100, 300)] + stream
-    assert [
-        sample.outcome for sample in open_sample(tmp_path, grown, Sampling(per_stratum=6, seed=1))
-    ] == first and not caplog.records
-    again = open_sample(
-        tmp_path, [kept for kept in stream if kept != first[0]], Sampling(per_stratum=9, order="doubt", seed=2)
-    )
-    assert [sample.outcome for sample in again] == first[1:]
+    assert [own.outcome for own in open_sample(tmp_path, grown, Sampling(per_stratum=6, seed=1))] == first and not caplog.records
+    again = open_sample(tmp_path, [own for own in stream if own != first[0]], Sampling(per_stratum=9, order="doubt", seed=2))
+    assert [own.outcome for own in again] == first[1:]
     assert "remove it for a fresh list" in caplog.text and "1 of 6 samples" in caplog.text
     (tmp_path / "review" / "sample.json").write_text("{")
     with pytest.raises(DataError, match=r"sample\.json.*remove it"):
@@ -160,9 +156,7 @@ def test_kappa_and_agreement_on_what_both_judged_alike(tmp_path: Path) -> None:
     samples = [outcome(n) for n in range(53)]
     edit = {"reasoning": "other", "answer": "words"}
     write(tmp_path, "ada", *(judged(sample, "keep" if n < 25 else "drop") for n, sample in enumerate(samples)))
-    bob = [
-        judged(sample, "edit", **edit) if n < 20 or 25 <= n < 35 else judged(sample, "drop") for n, sample in enumerate(samples)
-    ]
+    bob = [judged(own, "edit", **edit) if n < 20 or 25 <= n < 35 else judged(own, "drop") for n, own in enumerate(samples)]
     write(tmp_path, "bob", *bob[:50], replace(bob[50], sample="of another text"))
     assert agreement_table(tmp_path).splitlines()[1] == "ada, bob   50  70.0 %  0.400  0.151 to 0.649"
 

@@ -92,9 +92,7 @@ def test_threshold_is_a_latency_knob_and_wrong_options_are_refused(model: TraceM
 def test_why_a_row_stopped_short_is_told_and_the_closing_text_is_read(queries: list[Query]) -> None:
     mute = random_model(emb_scale=0.0)
     spent = Encoder(mute, max_reasoning_tokens=4).encode_queries(queries[:6])
-    assert {(encoding.truncated, encoding.ended, encoding.tokens, encoding.route) for encoding in spent} == {
-        (True, "budget", 4, "reason")
-    }
+    assert {(own.truncated, own.ended, own.tokens, own.route) for own in spent} == {(True, "budget", 4, "reason")}
     mute.settings = replace(mute.settings, closing="red cube")
     for before, after in zip(spent, Encoder(mute, max_reasoning_tokens=4).encode_queries(queries[:6]), strict=True):
         assert after.truncated and after.reasoning == before.reasoning and float(before.vector @ after.vector) < 0.9999

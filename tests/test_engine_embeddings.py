@@ -92,14 +92,10 @@ def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form:
     assert encoder.width == WIDTH and encoder.prompt_version == f"{form}-1"
     prefix = "Represent the user's input. " if form == "qwen3-vl" else ""
     alone = prefix + ("padding" if form == "objects" else "")
-    wanted = [
-        server.vector(prefix + item.text, None) if item.text else server.vector(alone, item.images[0].load()) for item in items
-    ]
+    wanted = [server.vector(prefix + own.text, None) if own.text else server.vector(alone, own.images[0].load()) for own in items]
     assert vectors(encodings) == pytest.approx(np.stack([unit(vector) for vector in wanted]), abs=1e-6)
     assert asked[0].vector == pytest.approx(unit(server.vector(prefix + WORDS, None)), abs=1e-6)
-    assert {(encoding.route, encoding.reasoning, encoding.tokens, encoding.truncated) for encoding in encodings} == {
-        ("direct", "", 0, False)
-    }
+    assert {(own.route, own.reasoning, own.tokens, own.truncated) for own in encodings} == {("direct", "", 0, False)}
     assert server.keys == {"Bearer secret"}
     sizes = [len(body["input"]) if "input" in body else 1 for body in server.bodies[started:]]
     assert max(sizes) == (1 if form in ("vllm", "qwen3-vl") else 32) and sum(sizes) == len(items) + 1

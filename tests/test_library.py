@@ -397,9 +397,7 @@ def test_the_fingerprint_is_of_all_that_decides_a_vector(models: Path, tmp_path:
     assert (pooled / "model.safetensors").read_bytes() == (models / "bert" / "model.safetensors").read_bytes()
     prompted = published.save_bert(tmp_path / "prompted", prompts={"query": "query: "})
     other = published.save_clip(tmp_path / "other", seed=1)
-    fingerprints = [
-        load_encoder(folder).fingerprint for folder in (pooled, prompted, other, models / "clip", models / "old-clip")
-    ]
+    fingerprints = [load_encoder(path).fingerprint for path in (pooled, prompted, other, models / "clip", models / "old-clip")]
     assert len({first, *fingerprints}) == 6
     dense = shutil.copytree(models / "gemma", tmp_path / "dense")
     weights = dense / "2_Dense" / "model.safetensors"

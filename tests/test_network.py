@@ -73,8 +73,7 @@ def test_bfloat16_and_two_matrices_are_read_as_they_are(checkpoint: Path) -> Non
     stock, ours = (load(checkpoint, dtype=torch.bfloat16, inference=inference) for inference in (False, True))
     assert not torch.equal(ours.network.lm_head.weight, ours.network.model.language_model.embed_tokens.weight)
     vectors = [
-        np.stack([encoding.vector for encoding in Encoder(model).encode_queries(make_queries(), route="direct")])
-        for model in (stock, ours)
+        np.stack([own.vector for own in Encoder(model).encode_queries(make_queries(), route="direct")]) for model in (stock, ours)
     ]
     assert (vectors[0] * vectors[1]).sum(axis=1).min() > 0.999
     assert ours.network.lm_head.weight.dtype == torch.bfloat16

@@ -120,9 +120,7 @@ def test_line_that_a_full_disk_cut_stays_and_the_next_begins_anew(tmp_path: Path
 
 def test_log_never_waits_and_tells_what_it_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stuck, whole = threading.Event(), json.dumps
-    monkeypatch.setattr(
-        "traceir.serve.audit.json.dumps", lambda *arguments, **options: (stuck.wait(10), whole(*arguments, **options))[1]
-    )
+    monkeypatch.setattr("traceir.serve.audit.json.dumps", lambda *args, **options: (stuck.wait(10), whole(*args, **options))[1])
     audit = logging(tmp_path / "audit.jsonl", range(10), waiting=2)  # returns although the disk hangs
     lost = audit.dropped
     audit.close(0.01)  # gives up

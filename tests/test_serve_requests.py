@@ -126,9 +126,7 @@ def close(actual: Any, wanted: np.ndarray) -> bool:
 
 def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) -> None:
     shown, other = picture(1), picture(2, 64, 48)
-    caller.add(
-        *({"id": f"noise-{n}", "text": "noise", "image": data(image.encoded()[0])} for n, image in enumerate((shown, other)))
-    )
+    caller.add(*({"id": f"noise-{n}", "text": "noise", "image": data(own.encoded()[0])} for n, own in enumerate((shown, other))))
     asked = [
         ({"text": CAPTION}, Query.of(text=CAPTION)),
         ({"text": INDIRECT, "modality": "text"}, Query.of(text=INDIRECT, target="text")),

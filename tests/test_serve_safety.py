@@ -522,10 +522,8 @@ def ring(tmp_path: Path) -> tuple[KeyRing, str, str]:
 def test_a_key_is_asked_for_before_the_body_is_touched(ring: tuple[KeyRing, str, str]) -> None:
     keys, reads, writes = ring
     app = SecurityMiddleware(KeyMiddleware(echo, keys, Limits()), AccessRules())
-    status, headers, answer = post(app, chunks=[None])  # the body never comes, and nobody waits for it
-    assert (
-        status == 401 and headers["www-authenticate"].startswith("Bearer") and answer["error"]["type"] == "authentication_error"
-    )
+    status, headers, error = post(app, chunks=[None])  # the body never comes, and nobody waits for it
+    assert status == 401 and headers["www-authenticate"].startswith("Bearer") and error["error"]["type"] == "authentication_error"
     assert post(app, bearer(reads))[0] == post(app, bearer(writes))[0] == 200
     for method, path in (("POST", "/items"), ("DELETE", "/items/a"), ("POST", "/nowhere"), ("PUT", "/search")):
         assert ask(app, method, path, [HOST, bearer(reads)])[0] in (403, 429)
@@ -579,9 +577,7 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
     folder = tmp_path_factory.mktemp("tenants")
     with contextlib.ExitStack() as stack:
         shared = stack.enter_context(opened(folder / "shared"))
-        pairs = {
-            tenant: (TenantIndex(shared, tenant), stack.enter_context(opened(folder / f"of-{tenant}"))) for tenant in TENANTS
-        }
+        pairs = {who: (TenantIndex(shared, who), stack.enter_context(opened(folder / f"of-{who}"))) for who in TENANTS}
         for tenant, action, id, n, where in steps:
             view, alone = pairs[tenant]
             if action == "upsert":

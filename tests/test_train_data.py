@@ -257,7 +257,7 @@ def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "why"),
     [
         ({"query_modality": "sound"}, "query_modality is 'sound'"),
         ({"reasoning": None, "z": 1}, "reasoning is None; it must be a text where z is 1"),
@@ -269,9 +269,7 @@ def lines_of_cot(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ("{broken", "not a row"),
     ],
 )
-def test_a_broken_line_is_named(
-    folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, message: str
-) -> None:
+def test_a_broken_line_is_named(folder: Path, lines_of_cot: Path, tmp_path: Path, line: dict[str, Any] | str, why: str) -> None:
     file = lines_of_cot / "train-00001-of-00003.jsonl"
     whole = file.read_text()
     lines = whole.splitlines()
@@ -279,7 +277,7 @@ def test_a_broken_line_is_named(
     assert row["qid"] == "8:6" and row["task"] == "cirr_task7"
     lines[3] = line if isinstance(line, str) else json.dumps(row | line)
     file.write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{message}"):
+    with pytest.raises(DataError, match=rf"train-00001-of-00003\.jsonl:4: .*{why}"):
         read_cot(lines_of_cot, cache=tmp_path)
     file.write_text(whole)
 

@@ -100,12 +100,10 @@ def _check(path: Path, content: Any, kind: type[Checked]) -> Checked:
     if first["type"] == "json_invalid":
         line = re.search(r"line (\d+)", what)
         raise DataError(f"{path}:{line[1] if line else 1}: {what}; download the file again")
-    location = ""
+    where = ""
     for step in first["loc"]:
-        location += (
-            f" {step}" if isinstance(step, int) and location else f", {f'entry {step}' if isinstance(step, int) else step}"
-        )
-    raise DataError(f"{path}{location}: is {repr(first['input'])[:120]}: {what}; download the file again")
+        where += f" {step}" if isinstance(step, int) and where else f", {f'entry {step}' if isinstance(step, int) else step}"
+    raise DataError(f"{path}{where}: is {repr(first['input'])[:120]}: {what}; download the file again")
 
 
 def _read_json(path: Path, kind: type[Checked]) -> Checked:
