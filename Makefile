@@ -34,7 +34,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,reasoning]"
 	touch $@
 
-# The tests also need the outside judges (mteb) and Ray: several hundred megabytes that a user need not have.
+# The tests also need mteb and Ray: several hundred megabytes that a user need not have.
 $(VENV)/dev: $(VENV)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[learn,serve,reasoning,dev]"
 	touch $@

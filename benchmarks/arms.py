@@ -1,6 +1,6 @@
-"""What a step of `mini` costs against a step of its baseline without reasoning: CPU time, turn by turn in one process.
+"""What a step of `mini` costs against a step of its baseline without reasoning: CPU time, batch by batch in one process.
 
-`python -m benchmarks.arms` makes the same turns for both presets and takes each forward and backward, one after the other. The
+`python -m benchmarks.arms` makes the same batches for both presets and takes each forward and backward, one after the other. The
 ratio says how many more updates the baseline `mini-direct-long` needs to have cost as much.
 """
 
@@ -20,7 +20,7 @@ from traceir.precision import bfloat16_on
 from traceir.train.gradcache import Objective, step
 from traceir.train.train import Run, accelerated, joined
 
-WARM, TURNS = 30, 60
+WARM, BATCHES = 30, 60
 
 
 def main() -> int:
@@ -29,12 +29,12 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         sides = []
         for name, arm in (("ours", "mini"), ("direct", "mini-direct")):
-            config = replace(preset(arm), out=str(Path(scratch) / name), steps=WARM + TURNS)
+            config = replace(preset(arm), out=str(Path(scratch) / name), steps=WARM + BATCHES)
             joined(config)
             run = Run(config, accelerated(config))
             sides.append((run.reader.train(), run.batches(), Objective(direct_ret=config.direct_ret)))
         spent = [0.0, 0.0]
-        for number in tqdm(range(WARM + TURNS), desc="turns", file=sys.stderr):
+        for number in tqdm(range(WARM + BATCHES), desc="batches", file=sys.stderr):
             for side, (reader, batches, objective) in enumerate(sides):
                 begun = time.process_time()
                 batch = batches[number]
@@ -43,9 +43,7 @@ def main() -> int:
                 reader.zero_grad(set_to_none=True)
                 if number >= WARM:
                     spent[side] += time.process_time() - begun
-    print(
-        f"CPU time of {TURNS} turns: ours {spent[0]:.1f} s, without reasoning {spent[1]:.1f} s, ratio {spent[0] / spent[1]:.2f}"
-    )
+    print(f"CPU time of {BATCHES} batches: ours {spent[0]:.1f} s, no reasoning {spent[1]:.1f} s, ratio {spent[0] / spent[1]:.2f}")
     return 0
 
 

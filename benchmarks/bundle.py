@@ -92,7 +92,7 @@ def bundle(checkpoint: Path) -> None:
 
 
 def world() -> World:
-    """What the bundled model knows: the words of all queries, candidates and instructions, and the size of all pictures."""
+    """What the bundled model knows: the words of all queries, candidates and instructions, and the size of all images."""
     files = [*DATA.glob("query/*/*.jsonl"), *DATA.glob("cand_pool/*/*.jsonl")]
     texts = [json.loads(line).get(key) or "" for file in files for line in file.open() for key in ("query_txt", "txt")]
     instructions = (DATA / "instructions" / "query_instructions.tsv").read_text()

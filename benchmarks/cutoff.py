@@ -39,7 +39,7 @@ Scores = npt.NDArray[np.float32]
 RATE: Final = 0.01
 RATES: Final = (0.1, 0.01)
 IMAGES: Final = 500
-"""Of one world, in a background of pictures."""
+"""Of one world, in a background of images."""
 SEED: Final = 0
 FOREIGN: Final = 2
 """The column of foreign queries."""
@@ -168,7 +168,7 @@ def read_rows_without_pools(data: Path, embedder: Embedder, route: Route) -> Ite
 
 
 def images_of(data: Path, world: str) -> list[Query]:
-    """Pictures of validation queries of a world of MiniBEIR, as somebody's folder of pictures that are not in a collection."""
+    """Images of validation queries of a world of MiniBEIR, as somebody's folder of images that are not in a collection."""
     tasks = [task for task in mbeir.find_tasks(data, "val") if WORLDS[task.dataset] == world]
     records = chain.from_iterable(mbeir.read_queries(task.query_path) for task in tasks)
     paths = dict.fromkeys(record.image_path for record in records if record.image_path)
@@ -177,13 +177,13 @@ def images_of(data: Path, world: str) -> list[Query]:
 
 @dataclass(frozen=True, slots=True)
 class Backgrounds:
-    """Background queries as `traceir index calibrate` makes them: texts, and by world what it makes of a folder of pictures."""
+    """Background queries as `traceir index calibrate` makes them: texts, and by world what it makes of a folder of images."""
 
     texts: Scores
-    pictures: Mapping[str, Mapping[Modality, Scores]]
+    images: Mapping[str, Mapping[Modality, Scores]]
 
     def of(self, modality: Modality, strange_to: str) -> dict[str, Scores]:
-        """By the world that the pictures show; a row's own world gives none."""
+        """By the world that the images show; a row's own world gives none."""
         if modality == "text":
             return {"": self.texts}
         return {world: own[modality] for world, own in self.images.items() if world != strange_to}
@@ -191,12 +191,12 @@ class Backgrounds:
 
 def read_backgrounds(data: Path, embedder: Embedder, model: Path, route: Route) -> Backgrounds:
     texts, _ = choose_queries([], model)
-    pictures: dict[str, dict[Modality, Scores]] = {}
+    images: dict[str, dict[Modality, Scores]] = {}
     for world in sorted(set(WORLDS.values())):
         if own := images_of(data, world):
             pairs = [Query((*query.parts, *texts[number % len(texts)].parts)) for number, query in enumerate(own)]
-            pictures[world] = {"image": embed(embedder, own, route), "image,text": embed(embedder, pairs, route)}
-    return Backgrounds(embed(embedder, texts, route), pictures)
+            images[world] = {"image": embed(embedder, own, route), "image,text": embed(embedder, pairs, route)}
+    return Backgrounds(embed(embedder, texts, route), images)
 
 
 # The tables
@@ -259,7 +259,7 @@ def measure_rows(
 def measure_row(
     row: Measured, backgrounds: Backgrounds, foreign: Mapping[tuple[str, Modality], Scores], rate: float
 ) -> list[Share]:
-    """The shares of `measure_rows`; for pictures means over the worlds that the background may show, which are never tested."""
+    """The shares of `measure_rows`; for images means over the worlds that the background may show, which are never tested."""
     present, hard = row.queries @ row.pool.T, row.without(row.right).max(axis=1)
     best, easy = present.max(axis=1), row.without(row.near).max(axis=1)
     rights = np.array(
@@ -306,18 +306,18 @@ Seed {seed}, {machine}. Shares in %, with Wilson's 95 % interval. Each row is se
 Of the present queries, the row's own, `kept` are those that get any hit; `right one kept` is of those that have a right candidate
 among the first ten, how many keep it. Absent queries and their false alarms: `foreign` are queries of MiniBEIR's other worlds;
 `family gone` are the row's own in a pool without their right candidates and the near ones that M-BEIR lists beside them;
-`answer gone` are the same where only the right ones are taken out, so that every near miss stays: nothing that judges by likeness
+`answer gone` are the same where only the right ones are taken out, so that every near miss stays: no measure of similarity
 can tell these from present ones, and a user often would not want it to.
 
 `kept at that rate` are the present queries that get a hit above the threshold which just this share of the row's foreign queries
 passes: what the score itself can do, whatever the background.
 
 Thresholds are those of `traceir index calibrate`: texts are its defaults (the bundled model's own, else the built-in ones).
-Pictures, and pairs of them with these texts, are validation pictures of one world of MiniBEIR, and the foreign queries then those
+Images, and pairs of them with these texts, are validation images of one world of MiniBEIR, and the foreign queries then those
 of the worlds that are neither the row's nor the background's, mean over all such choices.
 
-A cut-off is worth what the model's scores are. The emoji model is small, made from random weights and a few thousand pictures,
-and has seen no other kind: where foreign pictures lie as near to its emoji as emoji do, `kept at that rate` shows that no
+A cut-off is worth what the model's scores are. The emoji model is small, made from random weights and a few thousand images,
+and has seen no other kind: where foreign images lie as near to its emoji as emoji do, `kept at that rate` shows that no
 threshold tells them apart. Texts it tells better.
 
 "Which statistic" sets the threshold of each on one half of the absent queries and measures on the other half, mean over the rows.

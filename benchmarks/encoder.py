@@ -139,10 +139,10 @@ def sample(
     """At most `count` queries of `low` to `high` steps, spread evenly over the rows that have such, in random order."""
     kinds = [[example for example in own if low <= example.steps <= high] for own in by_row.values()]
     shuffled = [[own[index] for index in draw.permutation(len(own))] for own in kinds if own]
-    turns = [own[turn] for turn in range(max(map(len, shuffled), default=0)) for own in shuffled if turn < len(own)]
-    if not turns:
+    spread = [own[rank] for rank in range(max(map(len, shuffled), default=0)) for own in shuffled if rank < len(own)]
+    if not spread:
         raise DataError(f"the data folder has no query of {low} to {high} steps; choose other --parts")
-    chosen = turns[:count]
+    chosen = spread[:count]
     return [chosen[index] for index in draw.permutation(len(chosen))]
 
 
@@ -194,15 +194,15 @@ def generate_one(encoder: Encoder, query: Query) -> Written:
     model = encoder.model
     batch = model.processor.collate([model.processor.lay_out(render_query(query, model.settings.prompt_version))])
     batch = batch.to(model.device)
-    pictures: dict[str, Any] = {}
+    images: dict[str, Any] = {}
     if batch.patches is not None:
         types = (batch.ids == model.network.config.image_token_id).int()
-        pictures = {"pixel_values": batch.patches, "image_grid_thw": batch.grids, "mm_token_type_ids": types}
+        images = {"pixel_values": batch.patches, "image_grid_thw": batch.grids, "mm_token_type_ids": types}
     special = model.processor.special
     out = model.network.generate(
         input_ids=batch.ids,
         attention_mask=batch.mask,
-        **pictures,
+        **images,
         do_sample=False,
         max_new_tokens=encoder.budget + 1,
         eos_token_id=[model.processor.emb_id, special[TURN_END]],
@@ -267,35 +267,35 @@ def _time_pairs(
     first: Callable[[], object], second: Callable[[], object], chosen: Sequence[Labelled], reasoned: float, repetitions: int
 ) -> Speed:
     """Times both sides in turn, changing which goes first; every ratio is of two neighbours in time."""
-    wall: list[tuple[float, float]] = []
+    elapsed: list[tuple[float, float]] = []
     cpu: list[tuple[float, float]] = []
     for repetition in range(repetitions):
         sides = (first, second) if repetition % 2 == 0 else (second, first)
         spent = [_seconds(side) for side in sides]
         ours, theirs = spent if repetition % 2 == 0 else reversed(spent)
-        wall.append((ours[0], theirs[0]))
+        elapsed.append((ours[0], theirs[0]))
         cpu.append((ours[1], theirs[1]))
-    ratios = [theirs / ours for ours, theirs in wall]
+    ratios = [theirs / ours for ours, theirs in elapsed]
     count = len(chosen)
     return Speed(
         queries=count,
         rows=len({example.row for example in chosen}),
         reasoned=reasoned,
-        first_per_second=count / statistics.median(ours for ours, _ in wall),
-        second_per_second=count / statistics.median(theirs for _, theirs in wall),
+        first_per_second=count / statistics.median(ours for ours, _ in elapsed),
+        second_per_second=count / statistics.median(theirs for _, theirs in elapsed),
         ratio=statistics.median(ratios),
         least_ratio=min(ratios),
         greatest_ratio=max(ratios),
         cpu_ratio=statistics.median(theirs / ours for ours, theirs in cpu),
-        seconds=wall,
+        seconds=elapsed,
     )
 
 
 def _seconds(side: Callable[[], object]) -> tuple[float, float]:
     """Wall and CPU seconds of one pass. Both sides end in numpy vectors, so a GPU has finished too."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    started, cpu = time.perf_counter(), time.process_time()
     side()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - started, time.process_time() - cpu
 
 
 def _compare(

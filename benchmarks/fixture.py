@@ -25,7 +25,7 @@ from traceir.minibeir.rows import ROWS, derive_seed
 from traceir.minibeir.unseen.build import SETS, write_parts
 
 UNSEEN = Path("tests/fixtures/unseen.zip")
-QUERIES, TRAIN, LESSONS = 8, 4, 4
+QUERIES, TRAIN, PRETRAINING = 8, 4, 4
 POOLS = {"webqa_task2": 24, "oven_task8": 24, "infoseek_task8": 24, "fashion200k_task0": 24, "visualnews_task0": 24}
 """Candidates of a row, where they are not forty."""
 CASES = {"genecis": 1, "sugarcrepe": 1, "circo": 12, "vist": 2, "multiturnfashion": 3}
@@ -105,7 +105,7 @@ def cut(root: Path) -> dict[str, bytes]:
     files["cand_pool/global/mbeir_union_test_cand_pool.jsonl"] = b"".join(union)
     files.update(_cut_train(root))
     for path in (root / "lessons").glob("*.jsonl"):
-        files[f"lessons/{path.name}"] = _dump(_read(path)[:LESSONS])
+        files[f"lessons/{path.name}"] = _dump(_read(path)[:PRETRAINING])
     table = "instructions/query_instructions.tsv"
     lines = [json.loads(line) for name, content in files.items() if name.endswith(".jsonl") for line in content.splitlines()]
     images = {line[key] for line in lines for key in ("img_path", "query_img_path") if line.get(key)}

@@ -1,7 +1,7 @@
 """Does the server stay whole under hostile requests?
 
 `python -m benchmarks.hostile` starts a server with an index and keys of its own and sends it two kinds of requests. At least
-5,000 made here: broken pictures of every format Pillow reads, decompression bombs, huge, deep and wrong JSON, path tricks,
+5,000 made here: broken images of every format Pillow reads, decompression bombs, huge, deep and wrong JSON, path tricks,
 private addresses in all notations, header tricks, bad text, wrong keys, slow bodies. And, by schemathesis, requests made from the
 server's OpenAPI document, right and wrong ones for every operation, each answer held against the document. `--url` and
 `--key-file` do the same to a server that runs already. Ends with status 1 on any answer of 500 or more, any answer that holds a
@@ -34,7 +34,7 @@ from schemathesis.core.failures import FailureGroup
 
 from benchmarks.hostile_cases import Case, Scene, all_cases, whole_images
 from benchmarks.hostile_crowd import Phase, crowd, faults_of_cut_index, forget_peak, peak_mb
-from benchmarks.hostile_wire import GoneError, address_of, check_alive, exchange
+from benchmarks.hostile_http import GoneError, address_of, check_alive, exchange
 from traceir.serve.keys import make_key
 
 OPEN_ENDED: Final = frozenset({"header", "slow"})
@@ -46,7 +46,7 @@ TRIES: Final = 4
 UNLIMITED: Final = 1_000_000
 """Requests a minute of the server that is started here."""
 BY_MEANING: Final = ["POST /search", "POST /search/stream", "POST /v1/embeddings"]
-"""Operations that refuse what no schema can tell: a query of nothing, a text that is no picture, a filter without sense."""
+"""Operations that refuse what no schema can tell: a query of nothing, a text that is no image, a filter without sense."""
 
 
 class NotReadyError(Exception):
@@ -149,14 +149,14 @@ def own_server() -> Iterator[tuple[str, list[str], int, Path]]:
 
 
 async def fill(url: str, key: str) -> None:
-    """Waits until the server is ready, and gives it some items, two of them with pictures."""
+    """Waits until the server is ready, and gives it some items, two of them with images."""
     host, port = address_of(url)
     scene = Scene(f"{host}:{port}", key, 0, "")
     while (await exchange(scene.request("GET", "/ready"), host, port, 60))[0] != "200":
         await asyncio.sleep(0.2)
-    pictures = [base64.b64encode(encoded).decode() for name, encoded in whole_images().items() if name in ("PNG", "JPEG")]
+    images = [base64.b64encode(encoded).decode() for name, encoded in whole_images().items() if name in ("PNG", "JPEG")]
     items: list[dict[str, Any]] = [
-        {"id": f"picture-{number}", "image": {"data": encoded}} for number, encoded in enumerate(pictures)
+        {"id": f"picture-{number}", "image": {"data": encoded}} for number, encoded in enumerate(images)
     ]
     items += [{"id": f"text-{number}", "text": f"a red cup, number {number}", "fields": {"n": number}} for number in range(50)]
     status, _, body = await exchange(scene.post("/items", {"items": items}), host, port, 60)
@@ -186,8 +186,8 @@ def attack(
             asyncio.run(check_alive(*address_of(url)))
         if index is not None and (not options.family or "index" in options.family):
             results.faults += faults_of_cut_index(index)
-    except GoneError as dead:
-        results.faults.append(str(dead))
+    except GoneError as gone:
+        results.faults.append(str(gone))
     except NotReadyError as early:
         print(early, file=sys.stderr)
         return 2
@@ -237,7 +237,7 @@ def schema_config(*, seed: int, strangers: bool) -> schemathesis.Config:
     """How schemathesis makes requests and judges answers. `strangers`: it also asks without the key, which a server answers with
     401 until it has had enough of this address and says 429, so only where that limit is out of the way."""
     off = {"enabled": False}
-    # The wall answers OPTIONS, and methods it does not know, before there is a route; its Allow names what the server takes.
+    # The middleware answers OPTIONS and unknown methods before there is a route; its Allow names what the server takes.
     checks: dict[str, Any] = {"allow_header_conformance": off, "negative_data_rejection": {"expected-statuses": ["4xx"]}}
     settings = {
         "seed": seed,
@@ -286,11 +286,11 @@ def try_operation(operation: Any, examples: int, send_one: Callable[[schemathesi
 
 async def send_all(cases: Sequence[Case], host: str, port: int, together: int, results: Found, secret: bytes) -> None:
     """Every case, so many at a time; after each 250 the server must still say that it is well."""
-    gate, done = asyncio.Semaphore(together), 0
+    slots, done = asyncio.Semaphore(together), 0
 
     async def one(case: Case) -> None:
         nonlocal done
-        async with gate:
+        async with slots:
             status, body = await send(case, host, port)
         results.add(case, status, body, secret)
         done += 1
@@ -300,16 +300,16 @@ async def send_all(cases: Sequence[Case], host: str, port: int, together: int, r
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_quietly(one(case))) for case in cases]
-    dead = next((task.result() for task in tasks if task.result() is not None), None)
-    if dead is not None:
-        raise dead
+    gone = next((task.result() for task in tasks if task.result() is not None), None)
+    if gone is not None:
+        raise gone
 
 
 async def _quietly(work: Any) -> GoneError | None:
     try:
         await work
-    except GoneError as dead:
-        return dead
+    except GoneError as gone:
+        return gone
     return None
 
 
@@ -352,9 +352,9 @@ async def send_slowly(scene: Scene, host: str, port: int, results: Found, secret
     await asyncio.sleep(1.0)
     for _ in range(5):
         await check_alive(host, port)
-    for dead in await asyncio.gather(*drips):
-        if dead is not None:
-            raise dead
+    for gone in await asyncio.gather(*drips):
+        if gone is not None:
+            raise gone
 
 
 def memory_mb(pid: int | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The hostile requests of `hostile.py`, as bytes on the wire: a name of their family, and what is sent. Deterministic by seed."""
+"""The hostile requests of `hostile.py`: the name of their kind and the bytes that are sent. Deterministic by seed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def all_cases(scene: Scene, seed: int, least: int) -> list[Case]:
     return cases
 
 
-# Pictures
+# Images
 
 MAGIC: Final = {
     "BUFR": b"BUFR", "CUR": b"\0\0\2\0\1\0", "DCX": b"\xb1\x68\xde\x3a",
@@ -348,7 +348,7 @@ def private_urls(scene: Scene, draw: random.Random) -> Iterator[Case]:
         yield Case("url", url[:80], scene.post("/search", {"image": {"data": url}}))
 
 
-# The wire
+# HTTP itself
 
 
 def header_tricks(scene: Scene, draw: random.Random) -> Iterator[Case]:
@@ -402,7 +402,7 @@ def header_tricks(scene: Scene, draw: random.Random) -> Iterator[Case]:
         (b"/search", b"/search/"), (b"/search", b"/search;x"), (b"\r\n", b"\n"), (b"\r\n", b"\r"), (b"\r\n\r\n", b"\r\n\0\r\n"),
         (b"Host: ", b"Host: evil.test:"), (b"Host: ", b"X: "), (b"Content-Length: 29", b"Content-Length: 2"),
     )):  # fmt: skip
-        yield Case("header", f"wire {number} {new[:30]!r}", plain.replace(old, new, 1))
+        yield Case("header", f"bytes {number} {new[:30]!r}", plain.replace(old, new, 1))
     head = scene.request("POST", "/search", headers=["Content-Type: application/json", "Transfer-Encoding: chunked"])
     for number, chunks in enumerate((
         b"5\r\n{\"te", b"zz\r\nx\r\n", b"-1\r\n", b"ffffffffffffffff\r\nx", b"7fffffff\r\nx",

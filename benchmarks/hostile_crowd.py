@@ -30,7 +30,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.hostile_cases import Scene
-from benchmarks.hostile_wire import GoneError, address_of, exchange, write_all
+from benchmarks.hostile_http import GoneError, address_of, exchange, write_all
 
 ASKED: Final = 60
 """Searches of the tenant in each quiet time and under each attack."""

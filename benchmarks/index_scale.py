@@ -102,9 +102,9 @@ class World:
 
 
 def item(number: int, modality: Modality) -> Item:
-    picture = None if modality == "text" else ImageInput.from_bytes(number.to_bytes(8, "little"), name=f"picture-{number}.png")
+    image = None if modality == "text" else ImageInput.from_bytes(number.to_bytes(8, "little"), name=f"picture-{number}.png")
     text = None if modality == "image" else f"item number {number}"
-    return Item.of(text=text, image=picture, id=f"{number:08d}", fields={"shelf": number % SHELVES})
+    return Item.of(text=text, image=image, id=f"{number:08d}", fields={"shelf": number % SHELVES})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
-"""Real pictures under a model of sentence-transformers: indexed, searched and served, each against the library's own vectors.
+"""Real images under a model of sentence-transformers: indexed, searched and served, each against the library's own vectors.
 
-`python -m benchmarks.library FOLDER` takes the first 300 pictures below a folder, and a small random CLIP, made here and saved
+`python -m benchmarks.library FOLDER` takes the first 300 images below a folder, and a small random CLIP, made here and saved
 by the library; `--model` takes any other. Prints what was added and the greatest differences; ends with 1 where one reaches 1e-6.
 """
 
@@ -32,27 +32,27 @@ WORDS: Final = ("a smiling face", "a red flag", "an animal with a tail")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="pictures, also in folders below")
-    parser.add_argument("--count", type=int, default=300, metavar="N", help="pictures taken (default: 300)")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, also in folders below")
+    parser.add_argument("--count", type=int, default=300, metavar="N", help="images taken (default: 300)")
     parser.add_argument("--model", metavar="M", help="folder or hub id (default: a small random CLIP)")
     args = parser.parse_args(arguments)
     files = sorted(file for file in args.folder.rglob("*") if file.suffix.lower() in SUFFIXES)
-    pictures = [file.absolute() for file in files[: args.count]]
+    images = [file.absolute() for file in files[: args.count]]
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or str(make_clip(Path(scratch) / "clip"))
-        return compare(pictures, model, Path(scratch) / "index")
+        return compare(images, model, Path(scratch) / "index")
 
 
-def compare(pictures: Sequence[Path], model: str, index: Path) -> int:
+def compare(images: Sequence[Path], model: str, index: Path) -> int:
     from sentence_transformers import SentenceTransformer
 
     own = SentenceTransformer(model.removeprefix("st:"))
-    loaded = [ImageInput.open(file).load() for file in pictures]
+    loaded = [ImageInput.open(file).load() for file in images]
     wanted = unit(own.encode_document(loaded, batch_size=16))
     asked = unit(own.encode_query(list(WORDS)))
-    print(f"{len(pictures)} pictures, {len({image.size for image in loaded})} sizes; model {model}, width {wanted.shape[1]}")
-    print("index add:", traceir("index", "add", *map(str, pictures), "--index", str(index), "--model", model).strip())
-    names = [file.name for file in pictures]
+    print(f"{len(images)} images, {len({image.size for image in loaded})} sizes; model {model}, width {wanted.shape[1]}")
+    print("index add:", traceir("index", "add", *map(str, images), "--index", str(index), "--model", model).strip())
+    names = [file.name for file in images]
     with open_index(index) as opened:
         stored = opened.get(names, with_vectors=True)
     off = {"index": far([stored[name].vector for name in names], wanted)}
@@ -61,8 +61,8 @@ def compare(pictures: Sequence[Path], model: str, index: Path) -> int:
         hits = json.loads(traceir("search", words, "--index", str(index), "--model", model, "--json", "-k", "5"))["hits"]
         off[f"search {words!r}"] = far([hit["score"] for hit in hits], np.sort(scores[row])[: -len(hits) - 1 : -1])
     with serving(index, model) as url, Client(url) as client:
-        vectors = [encoding.vector for encoding in ServedEncoder(client).encode_items([Item.of(image=file) for file in pictures])]
-        off["server, pictures"] = far(vectors, wanted)
+        vectors = [encoding.vector for encoding in ServedEncoder(client).encode_items([Item.of(image=file) for file in images])]
+        off["server, images"] = far(vectors, wanted)
         for row, words in enumerate(WORDS):
             answered = client.search(Query.of(text=words), k=5).hits
             off[f"server, {words!r}"] = far([hit.score for hit in answered], np.sort(scores[row])[: -len(answered) - 1 : -1])
@@ -137,8 +137,8 @@ def make_clip(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=77
     )
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
-    CLIPProcessor(image_processor=pictures, tokenizer=tokenizer).save_pretrained(bare)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(bare)
     SentenceTransformer(modules=[Transformer(str(bare))]).save_pretrained(str(folder))
     return folder
 

@@ -1,8 +1,8 @@
-"""One run at the true size of Qwen2.5-VL: random weights in the published shape and form, through the roads that users take.
+"""One run at the true size of Qwen2.5-VL: random weights in the published shape and form, used as users do.
 
 `python -m benchmarks.real_size --work DIR` makes the checkpoint there (configuration, names, shards and preprocessor_config as
 published; Qwen's real vocabulary from the file `qwen.tiktoken` of PyPI's dashscope, which pip downloads), then loads it, embeds
-pictures and texts, lets queries write and takes a LoRA step, each in a process of its own, so that peaks are apart. Random
+images and texts, lets queries write and takes a LoRA step, each in a process of its own, so that peaks are apart. Random
 weights say nothing about vectors, and all about memory, time and what breaks. What is done is kept in `DIR/SHAPE.json`: the same
 command goes on, `--stage` runs some parts again, and `--report FILE` writes all as Markdown. Delete the folder afterwards.
 """
@@ -62,8 +62,8 @@ WORDS: Final = (20, 40, 80, 120, 160, 240, 320, 400)
 """Tokens of the texts, about; the words of SENTENCE are one token each."""
 SENTENCE: Final = "the red house stands on a green hill near the old river and two small dogs run along the road"
 CHUNK_TOKENS: Final = 2048
-CELLS: Final = 16
-"""Most tokens of a picture in the LoRA step, so that a few CPU cores are done with it in minutes."""
+TOKENS: Final = 16
+"""Most tokens of an image in the LoRA step, so that a few CPU cores are done with it in minutes."""
 BATCH: Final = 8
 WRITTEN: Final = 16
 
@@ -262,7 +262,7 @@ def _letters() -> dict[int, str]:
 # What is measured
 
 
-def pictures() -> Iterator[tuple[tuple[int, int], Image.Image]]:
+def sample_images() -> Iterator[tuple[tuple[int, int], Image.Image]]:
     """Smooth noise of real sizes, so that resizing and decoding have work to do."""
     draw = np.random.default_rng(0)
     for width, height in SIZES:
@@ -324,7 +324,7 @@ def load_only(work: Path, shape: str) -> Measured:
 
 
 def embed_images(work: Path, shape: str) -> Measured:
-    """At the picture budget of the training presets, which a trained checkpoint keeps."""
+    """At the image budget of the training presets, which a trained checkpoint keeps."""
     limit = PRESETS[SHAPES[shape].preset]().max_pixels
 
     def limited() -> Encoder:
@@ -332,17 +332,17 @@ def embed_images(work: Path, shape: str) -> Measured:
         limited.model.processor.image = replace(limited.model.processor.image, max_pixels=limit)
         return limited
 
-    return measured(f"{len(SIZES)} pictures of up to {limit // 784} tokens, one by one", limited, one_by_one)
+    return measured(f"{len(SIZES)} images of up to {limit // 784} tokens, one by one", limited, one_by_one)
 
 
 def embed_whole_images(work: Path, shape: str) -> Measured:
-    """At the published budget, of up to 16,384 tokens a picture."""
+    """At the published budget, of up to 16,384 tokens an image."""
     return measured("the same at the checkpoint's own budget", lambda: encoder(work, shape), one_by_one)
 
 
 def one_by_one(encoder: Encoder) -> str:
     lines = []
-    for (width, height), image in pictures():
+    for (width, height), image in sample_images():
         began, item = time.process_time(), Item.of(image=image)
         check(encoder.encode_items([item])[0].vector)
         lines.append(f"{width}x{height}: {tokens(encoder, item)} tokens, {time.process_time() - began:.0f} s of CPU")
@@ -362,7 +362,7 @@ def embed_texts(work: Path, shape: str) -> Measured:
 
 def reason(work: Path, shape: str) -> Measured:
     def write(encoder: Encoder) -> str:
-        shown = [image for _, image in pictures()]
+        shown = [image for _, image in sample_images()]
         queries = [
             Query.of(text="the same, but red", image=shown[0]),
             Query.of(text=SENTENCE),
@@ -392,7 +392,7 @@ def lora_step(work: Path, shape: str) -> Measured:
     """`traceir train` with the preset of this shape, but for batch, chunks and device: one step, and its checkpoint."""
     data, out = made_pairs(work), work / f"run-{shape}-{os.getpid()}"
     settings = ["epochs=0", "steps=1", f"batch={BATCH}", f"chunk_tokens={CHUNK_TOKENS}", "device=cpu", "workers=0",
-                f"threads={torch.get_num_threads()}", "precheck=false", "warmup=0", f"max_pixels={CELLS * 28 * 28}"]  # fmt: skip
+                f"threads={torch.get_num_threads()}", "precheck=false", "warmup=0", f"max_pixels={TOKENS * 28 * 28}"]  # fmt: skip
     plan = replace(override(PRESETS[SHAPES[shape].preset](), settings), data=str(data), out=str(out), init=str(make(work, shape)))
 
     def step(_: object) -> str:
@@ -405,17 +405,17 @@ def lora_step(work: Path, shape: str) -> Measured:
         return f"of which the step {spent:.0f} s; autocast {kind}, {pairs}; adapter of {adapter.stat().st_size / 1e6:.0f} MB"
 
     return measured(
-        f"one LoRA step, batch {BATCH}, pictures of up to {CELLS} tokens, chunks of {CHUNK_TOKENS}", lambda: None, step
+        f"one LoRA step, batch {BATCH}, images of up to {TOKENS} tokens, chunks of {CHUNK_TOKENS}", lambda: None, step
     )
 
 
 def made_pairs(work: Path) -> Path:
-    """Composed queries with reasoning, and pictures as candidates, in M-BEIR's layout."""
+    """Composed queries with reasoning, and images as candidates, in M-BEIR's layout."""
     root = work / "data"
     if (root / "instructions").is_dir():
         return root
     (root / "mbeir_images").mkdir(parents=True, exist_ok=True)
-    for number, (_, image) in enumerate(pictures()):
+    for number, (_, image) in enumerate(sample_images()):
         image.save(root / f"mbeir_images/{number}.jpg", quality=90)
     queries, pool, labels = [], [], []
     for number in range(BATCH):

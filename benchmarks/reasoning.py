@@ -105,7 +105,7 @@ def faults(options: argparse.Namespace) -> int:
 
 
 def write_captions(data: Path, out: Path) -> Path:
-    """What the pictures of MiniBEIR's composed queries show, by its own labels: `see SOURCE; ...` and the answer."""
+    """What the images of MiniBEIR's composed queries show, by its own labels: `see SOURCE; ...` and the answer."""
     out.mkdir(parents=True, exist_ok=True)
     captions: dict[str, str] = {}
     images = {candidate.did: candidate.image_path for candidate in mbeir.read_pool(mbeir.train_pool_path(data))}
@@ -345,7 +345,7 @@ def scale(options: argparse.Namespace) -> int:
 
 
 def write_synthetic(data: Path, samples: int, draw: random.Random) -> None:
-    """A folder in M-BEIR's layout with one task of composed queries, all different, over one picture."""
+    """A folder in M-BEIR's layout with one task of composed queries, all different, over one image."""
     for name in ("query/train", "cand_pool/global", "instructions", "mbeir_images"):
         (data / name).mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (32, 32), "navy").save(data / "mbeir_images" / "one.png")
@@ -361,8 +361,8 @@ def write_synthetic(data: Path, samples: int, draw: random.Random) -> None:
                 "pos_cand_list": [f"8:{number}"], "neg_cand_list": [], "task_id": 7,
             }  # fmt: skip
             queries.write(json.dumps(line) + "\n")
-            picture = {"did": f"8:{number}", "txt": None, "img_path": "mbeir_images/one.png", "modality": "image"}
-            pool.write(json.dumps(picture) + "\n")
+            image = {"did": f"8:{number}", "txt": None, "img_path": "mbeir_images/one.png", "modality": "image"}
+            pool.write(json.dumps(image) + "\n")
     header = "query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\n"
     text = "image,text\timage\tCIRR\t8\tFind the picture after the change.\n"
     (data / "instructions/query_instructions.tsv").write_text(header + text)

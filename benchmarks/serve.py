@@ -5,7 +5,7 @@ load   64 clients at a time, half of them with complex queries, for five minutes
        and the simple clients without the complex ones. Ends with status 1 where an answer is lost, crossed or an error other
        than 429, where the throughput is below `--at-least` times that of one client, where the 95th percentile of simple
        queries is above `--at-most` times what it is without complex ones, or where memory grows by a tenth.
-kills  the server is ended by SIGKILL at random moments while items, every other with a picture, are added in bulk, some of them
+kills  the server is ended by SIGKILL at random moments while items, every other with an image, are added in bulk, some of them
        again; whatever was acknowledged must be there, once, as it was sent.
 """
 
@@ -258,18 +258,16 @@ def kills(options: argparse.Namespace) -> int:
     with open_index(index, fingerprint=encoder.fingerprint, prompt_version=encoder.prompt_version) as opened:
         there = Counter(stored.id for stored in opened.scan())
         texts = {stored.id: stored.text for stored in opened.scan()}
-        pictures = {stored.id: stored.image for stored in opened.scan()}
+        images = {stored.id: stored.image for stored in opened.scan()}
         anything = np.eye(1, encoder.width, dtype=np.float32)
         counts = Counter(hit.id for hit in opened.search(anything, len(texts) + 8)[0])
     lost = [
-        id
-        for id, text in acknowledged.items()
-        if texts.get(id) != text or not counts[id] or not shows(pictures[id], number_of(id))
+        id for id, text in acknowledged.items() if texts.get(id) != text or not counts[id] or not shows(images[id], number_of(id))
     ]
     twice = [id for id in counts | there if counts[id] > 1 or there[id] > 1]
-    stray = files - sum(image is not None for image in pictures.values())
+    stray = files - sum(image is not None for image in images.values())
     print(f"\nkilled {options.kills} times: {len(acknowledged)} items acknowledged, {len(lost)} lost, {len(twice)} twice")
-    print(f"{len(texts)} items in the index, {files} pictures kept, {stray} of items that were never added")
+    print(f"{len(texts)} items in the index, {files} images kept, {stray} of items that were never added")
     return 0 if not lost and not twice and acknowledged else 1
 
 
@@ -290,7 +288,7 @@ def image_of(number: int) -> bytes:
 
 
 def shows(image: str | None, number: int) -> bool:
-    """Whether an item of this number has its picture, or rightly none."""
+    """Whether an item of this number has its image, or rightly none."""
     return Path(image).read_bytes() == image_of(number) if image is not None else number % 2 == 0
 
 

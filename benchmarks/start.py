@@ -1,4 +1,4 @@
-"""What a command costs before it does its work: CPU time of one search and one picture added, against importing torch alone.
+"""What a command costs before it does its work: CPU time of one search and one image added, against importing torch alone.
 
 `python -m benchmarks.start --at-most 1.6` starts each in turn, several times, and compares medians of user and system time; with
 one thread, on the bundled model.
@@ -28,12 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--at-most", type=float, metavar="R", help="end with 1 where a ratio is above this")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        picture, index = Path(scratch) / "red.png", Path(scratch) / "index"
-        Image.new("RGB", (640, 480), (200, 30, 30)).save(picture)
+        image, index = Path(scratch) / "red.png", Path(scratch) / "index"
+        Image.new("RGB", (640, 480), (200, 30, 30)).save(image)
         sides = {
             "import torch": [sys.executable, "-c", TORCH],
-            "index add": [sys.executable, "-m", "traceir", "index", "add", str(picture), "--index"],
-            "search": [sys.executable, "-m", "traceir", "search", "--index", str(index), "--image", str(picture)],
+            "index add": [sys.executable, "-m", "traceir", "index", "add", str(image), "--index"],
+            "search": [sys.executable, "-m", "traceir", "search", "--index", str(index), "--image", str(image)],
         }
         spent: dict[str, list[float]] = {name: [] for name in sides}
         cpu_seconds([*sides["index add"], str(index)])

@@ -1,7 +1,7 @@
 """How many requests the teacher client keeps in flight, and what a request costs it, against a server of fixed latency.
 
 A child process answers every chat completion after `--latency` seconds and integrates how many it holds. Three clients in turn
-send it questions with a picture, from one process and one event loop: the `openai` package's own `chat.completions.create`,
+send it questions with an image, from one process and one event loop: the `openai` package's own `chat.completions.create`,
 `OpenAITeacher` alone, and an `Asker` with cache and pace, as a build uses it. The ideal rate is requests in flight / latency.
 Where other work shares the machine the rate says little; CPU ms a request, of this process, says whether one core would do.
 
@@ -100,7 +100,7 @@ def serve(port: int, latency_s: float) -> None:
 
 
 def make_questions(folder: Path) -> Callable[[int], TeacherQuestion]:
-    """Questions that differ, each with one of PICTURES pictures."""
+    """Questions that differ, each with one of PICTURES images."""
     draw = np.random.default_rng(0)
     for number in range(IMAGES):
         pixels = draw.integers(0, 256, (SIDE // 8, SIDE // 8, 3), dtype=np.uint8)

@@ -1,12 +1,12 @@
 """What a training step costs: against the plainest correct loop, in memory whatever the batch, and on one accelerator.
 
-`throughput`: pairs/s of our step (chunks of rows of like length, pictures decoded once, logits only where a token is supervised)
+`throughput`: pairs/s of our step (chunks of rows of like length, images decoded once, logits only where a token is supervised)
 and of the loop anyone would write first: transformers' own network once over the queries and once over the candidates, each
-padded to its longest row, all logits, pictures decoded from their files every time. Both sides take the same examples in the same
-turns with the same optimiser and precision, turn by turn in one process, and neither has workers. That losses and gradients agree
-is checked first.
+padded to its longest row, all logits, images decoded from their files every time. Both sides take the same batches with the same
+optimiser and precision, one after the other in one process, and neither has workers. That losses and gradients agree is checked
+first.
 `memory`: the peak of training at two batch sizes with GradCache and without, each in a process of its own.
-`capacity`: the largest batch of made-up turns with GradCache and LoRA on one device, tokens/s, share of its peak.
+`capacity`: the largest batch of made-up batches with GradCache and LoRA on one device, tokens/s, share of its peak.
 `precision`: a step in bfloat16 against one in float32, with this processor's instructions and with AVX2 only, and whether the
 default takes the faster (train_precision.py).
 `cards`: what `--card` makes of the published shapes, by its arithmetic; nothing is measured.
@@ -63,22 +63,22 @@ AGREE: Final = {"float32": 1e-4, "bf16": 5e-2}
 
 
 def throughput(options: argparse.Namespace) -> dict[str, Any]:
-    """Both sides over the same turns; every round is one turn of each task, and its ratio is of neighbours in time."""
+    """Both sides over the same batches; every round is one batch of each task, and its ratio is of neighbours in time."""
     lora, config = SHAPES[options.shape].fields is not None, _config(options)
     config = replace(config, grad_cache=False)
-    turns_needed = len(options.tasks) * (options.rounds + 1)
+    batches_needed = len(options.tasks) * (options.rounds + 1)
     ours_model, plain_model = (build(options.shape, options.device, lora=lora, precision=options.precision) for _ in range(2))
-    turns = _batches(options, config, ours_model, turns_needed)
-    ours, plain = Ours(ours_model, turns, config, options.device), Plain(plain_model, turns.schedule, config, options.device)
+    batches = _batches(options, config, ours_model, batches_needed)
+    ours, plain = Ours(ours_model, batches, config, options.device), Plain(plain_model, batches.schedule, config, options.device)
     with tempfile.TemporaryDirectory() as cache:
-        stored = _store(ours_model.processor, options.data, turns.schedule, turns_needed, Path(cache))
+        stored = _store(ours_model.processor, options.data, batches.schedule, batches_needed, Path(cache))
         agreement = agree(ours, plain, "bf16" if lora and options.precision == "bf16" else "float32")
         ours.reader = prepared(ours.reader, options.device, options.precision)
         plain.autocast = options.precision == "bf16"
         rounds = _rounds(ours, plain, options)
-    walls = [(sum(task["ours"][0] for task in turn), sum(task["plain"][0] for task in turn)) for turn in rounds]
-    cpus = [(sum(task["ours"][1] for task in turn), sum(task["plain"][1] for task in turn)) for turn in rounds]
-    ratios, pairs = [theirs / own for own, theirs in walls], config.batch * len(options.tasks)
+    elapsed = [(sum(task["ours"][0] for task in steps), sum(task["plain"][0] for task in steps)) for steps in rounds]
+    cpus = [(sum(task["ours"][1] for task in steps), sum(task["plain"][1] for task in steps)) for steps in rounds]
+    ratios, pairs = [theirs / own for own, theirs in elapsed], config.batch * len(options.tasks)
     return {
         "agreement": agreement,
         "pixel_store": stored,
@@ -86,10 +86,10 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
         "least_ratio": min(ratios),
         "greatest_ratio": max(ratios),
         "cpu_ratio": statistics.median(theirs / own for own, theirs in cpus),
-        "ours_pairs_per_second": pairs / statistics.median(own for own, _ in walls),
-        "plain_pairs_per_second": pairs / statistics.median(theirs for _, theirs in walls),
+        "ours_pairs_per_second": pairs / statistics.median(own for own, _ in elapsed),
+        "plain_pairs_per_second": pairs / statistics.median(theirs for _, theirs in elapsed),
         "by_task": {
-            task: statistics.median(own["plain"][0] / own["ours"][0] for turn in rounds for own in turn if own["task"] == task)
+            task: statistics.median(own["plain"][0] / own["ours"][0] for steps in rounds for own in steps if own["task"] == task)
             for task in options.tasks
         },
         "padding": {name: 1 - side.tokens / side.padded for name, side in (("ours", ours), ("plain", plain))},
@@ -103,7 +103,7 @@ def throughput(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def agree(ours: Ours, plain: Plain, precision: str) -> dict[str, float]:
-    """Relative apart of both losses and of the whole gradient on the first turn; TraceError above the tolerance."""
+    """Relative differences of both losses and of the whole gradient on the first batch; TraceError above the tolerance."""
     plain.autocast, terms = precision == "bf16", (ours.losses(0), plain.losses(0))
     apart = {name: abs(terms[0][name] - terms[1][name]) / abs(terms[1][name]) for name in ("gen", "ret")}
     gradients = [torch.cat([p.grad.flatten().float() for p in side.trained if p.grad is not None]) for side in (ours, plain)]
@@ -118,9 +118,9 @@ def agree(ours: Ours, plain: Plain, precision: str) -> dict[str, float]:
 
 
 def _rounds(ours: Ours, plain: Plain, options: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Seconds of every turn, a list for each round; the first round warms up and is not among them."""
+    """Seconds of every batch, a list for each round; the first round warms up and is not among them."""
     rounds: list[list[dict[str, Any]]] = []
-    for number in tqdm(range(len(options.tasks) * (options.rounds + 1)), desc="turns"):
+    for number in tqdm(range(len(options.tasks) * (options.rounds + 1)), desc="batches"):
         if number == len(options.tasks):
             rounds.clear()
             ours.forget()
@@ -150,24 +150,24 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
-    """In a process of its own: one small step to set everything up, then the peak while turns are made and trained on.
+    """In a process of its own: one small step to set everything up, then the peak while batches are made and trained on.
 
     Both batch sizes train on the same number of pairs, since some of what a step leaves behind grows with the shapes seen so far
-    (kernels kept for them, gaps between blocks of memory), not with the batch. The peak of the first turn alone is noted too.
+    (kernels kept for them, gaps between blocks of memory), not with the batch. The peak of the first batch alone is noted too.
     """
     config = replace(_config(options), grad_cache=options.cache)
     steps = max(1, options.pairs // config.batch)
     lora = SHAPES[options.shape].fields is not None
     model = build(options.shape, options.device, lora=lora, precision=options.precision)
-    turns = _batches(options, config, model, steps)
-    side = Ours(model, turns, config, options.device)
+    batches = _batches(options, config, model, steps)
+    side = Ours(model, batches, config, options.device)
     side.reader = prepared(side.reader, options.device, options.precision)
     with tempfile.TemporaryDirectory() as cache:
-        _store(model.processor, options.data, turns.schedule, steps, Path(cache))
+        _store(model.processor, options.data, batches.schedule, steps, Path(cache))
         side.batches = _batches(options, replace(config, batch=config.group), model, 1)
         side.train(0)
         side.forget()
-        side.batches, resident = turns, resident_mib(options.device)
+        side.batches, resident = batches, resident_mib(options.device)
         reset, started, peaks = reset_peak(options.device), time.perf_counter(), []
         for number in tqdm(range(steps), desc=f"batch {config.batch}", disable=steps < 2):
             side.train(number)
@@ -218,13 +218,13 @@ def _batches(options: argparse.Namespace, config: TrainConfig, model: TraceModel
     return TrainBatches(schedule, model.processor, version, config.chunk_tokens)
 
 
-def _store(processor: Processor, data: Path, schedule: Schedule, turns: int, cache: Path) -> dict[str, float]:
-    """Gives the processor a store of the pictures of these turns, as `traceir train` makes one of all before its first step."""
+def _store(processor: Processor, data: Path, schedule: Schedule, batches: int, cache: Path) -> dict[str, float]:
+    """Gives the processor a store of the images of these batches, as `traceir train` makes one of all before its first step."""
     names: set[str] = set()
-    for number in range(turns):
+    for number in range(batches):
         for example in schedule.examples(number):
             shown = [*example.query.images, *(example.candidate.images if example.candidate is not None else ())]
-            names.update(str(picture.path.relative_to(data)) for picture in shown if picture.path is not None)
+            names.update(str(image.path.relative_to(data)) for image in shown if image.path is not None)
     started = time.perf_counter()
     if names:
         processor.pixel_store = pixel_store(data, cache, processor, sorted(names))
@@ -254,8 +254,8 @@ def _throughput_table(run: dict[str, Any]) -> list[str]:
     parts = sorted({part for side in run["milliseconds_per_turn"].values() for part in side})
     lines = [
         f"Same work: losses differ by {agreement['gen']:.1e} and {agreement['ret']:.1e}, gradients by "
-        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(run['rounds'])} rounds of one turn "
-        f"a task. Our pictures were decoded before: {run['pixel_store']['pictures']:.0f} in "
+        f"{agreement['gradient']:.1e} (relative; at most {agreement['tolerance']:g}). {len(run['rounds'])} rounds of one batch "
+        f"a task. Our images were decoded before: {run['pixel_store']['pictures']:.0f} in "
         f"{run['pixel_store']['seconds']:.1f} s, once for all epochs.",
         "",
         "| | ours | plain loop | ratio (median) | least | greatest | ratio of CPU time |",
@@ -265,7 +265,7 @@ def _throughput_table(run: dict[str, Any]) -> list[str]:
         *(f"| {task} | | | {ratio:.2f} | | | |" for task, ratio in run["by_task"].items()),
         f"| padding | {100 * padding['ours']:.1f} % | {100 * padding['plain']:.1f} % | | | | |",
         "",
-        f"| milliseconds a turn | {' | '.join(parts)} |",
+        f"| milliseconds a batch | {' | '.join(parts)} |",
         f"|---|{'---:|' * len(parts)}",
     ]
     for name, spent in run["milliseconds_per_turn"].items():
@@ -275,7 +275,7 @@ def _throughput_table(run: dict[str, Any]) -> list[str]:
 
 def _memory_table(results: dict[str, Any]) -> list[str]:
     lines = [
-        "Peak of one process while it makes turns and trains on them, over the same number of pairs at every batch size; "
+        "Peak of one process while it makes batches and trains on them, over the same number of pairs at every batch size; "
         "`before` is resident when model, data and optimiser are there.",
         "",
         "| GradCache | batch | steps | before MiB | peak MiB | growth MiB | peak of the first step MiB | seconds a step |",
@@ -412,8 +412,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         if name != "capacity":
             verb.add_argument("--tasks", type=_words, default=_words(TASKS), help=f"train rows, such as {TASKS}")
             verb.add_argument("--chunk-tokens", type=int, default=0, help="padded tokens of a chunk; 0: the preset's")
-    made["throughput"].add_argument("--batch", type=_numbers, default=(32,), help="pairs of a turn")
-    made["throughput"].add_argument("--rounds", type=int, default=9, help="each is one turn of every task on both sides")
+    made["throughput"].add_argument("--batch", type=_numbers, default=(32,), help="pairs of a batch")
+    made["throughput"].add_argument("--rounds", type=int, default=9, help="each is one batch of every task on both sides")
     made["throughput"].add_argument("--at-least", type=float, metavar="RATIO", help="bound on the ratio, such as 1.5")
     made["memory"].add_argument("--batch", type=_numbers, default=(64, 1024), help="batch sizes, smallest first")
     made["memory"].add_argument("--pairs", type=int, default=1024, help="pairs that each process trains on, at least a batch")
@@ -431,7 +431,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds", type=float, default=20.0, help="after a step that takes this long only the last batch is tried"
     )
     grown.add_argument(
-        "--lengths", type=_lengths, default=Lengths(), metavar="Q,P,R,C", help="tokens: query, its picture, reasoning, candidate"
+        "--lengths", type=_lengths, default=Lengths(), metavar="Q,P,R,C", help="tokens: query, its image, reasoning, candidate"
     )
     verbs.add_parser("cards")
     types = verbs.add_parser("precision")
@@ -439,7 +439,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     types.add_argument("--data", type=Path, default=Path("data/minibeir"), help="M-BEIR folder with a train split")
     types.add_argument("--width", type=int, default=0, help="of the language model, a multiple of 32; 0: the preset's")
     types.add_argument("--batch", type=int, default=64)
-    types.add_argument("--rounds", type=int, default=5, help="turns that both types take")
+    types.add_argument("--rounds", type=int, default=5, help="batches that both types take")
     types.add_argument("--threads", type=int, default=1)
     types.add_argument("--seed", type=int, default=0)
     types.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON and the Markdown")

@@ -1,7 +1,7 @@
 """`benchmarks.train precision`: a training step in bfloat16 against one in float32, on this processor and on one without it.
 
 The other processor is this one, limited by the environment: oneDNN (`ONEDNN_MAX_CPU_ISA`), torch's own kernels
-(`ATEN_CPU_CAPABILITY`) and MKL may use AVX2 only. Each is a process of its own, in which both types take the same turns, one
+(`ATEN_CPU_CAPABILITY`) and MKL may use AVX2 only. Each is a process of its own, in which both types take the same batches, one
 after the other. What `traceir train` would choose there is asked in the same process, and must be the faster.
 """
 
@@ -52,7 +52,7 @@ def precision(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def child(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU seconds of each turn forward and backward in both types, without the first, which warms up."""
+    """CPU seconds of each batch forward and backward in both types, without the first, which warms up."""
     preset = PRESETS[options.preset]()
     if options.width:
         size = replace(preset.size, hidden=options.width, inner=3 * options.width, heads=options.width // 32)
@@ -96,7 +96,7 @@ def table(results: dict[str, Any]) -> str:
     about, config = results["machine"], results["config"]
     lines = [
         f"`python -m benchmarks.train precision`: preset {config['preset']}, width {config['width']}, batch {config['batch']}, "
-        f"{config['rounds']} turns forward and backward (CPU seconds), seed {results['seed']}, data {str(results['data'])[:16]}. "
+        f"{config['rounds']} batches, forward and backward (CPU s), seed {results['seed']}, data {str(results['data'])[:16]}. "
         f"{about['processor']}, {about['cores']} cores, {about['threads']} thread(s), torch {about['torch']}, transformers "
         f"{about['transformers']}.",
         "",

@@ -1,4 +1,4 @@
-"""Model shapes for benchmarks/train.py, made-up turns of stated lengths, and how large a batch of them one device trains.
+"""Model shapes for benchmarks/train.py, made-up batches of stated lengths, and how large a batch of them one device trains.
 
 The 2b, 3b and 7b shapes have the sizes of published configurations and random weights, made on the device itself in bfloat16;
 their tokenizer is the miniature's, whose ids are all within their vocabularies. `mini` is the bundled checkpoint.
@@ -131,7 +131,7 @@ def prepared(reader: Reader, device: str, precision: str) -> Any:
     return Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", cpu=device == "cpu").prepare_model(reader)
 
 
-# Made-up turns
+# Made-up batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,22 +150,22 @@ class Lengths:
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Cells on each side of a query's picture and of a candidate's, which is the largest that leaves it 24 tokens of text."""
+        """Visual tokens on a side of a query's image and of a candidate's, the largest that leaves 24 tokens of text."""
         return _root(self.image), _root(max(1, self.candidate - 24))
 
 
 def made_up_batch(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens: int, seed: int = 0) -> TrainBatch:
-    """A turn of `batch` pairs of random tokens and pictures, every row of a side of one length; no example of any data."""
+    """A batch of `batch` pairs of random tokens and images, every row of a side of one length; no example of any data."""
     draw, (shown, offered) = np.random.default_rng(seed), lengths.sides
     unit = model.processor.image.patch * model.processor.image.merge
     if shown**2 != lengths.image or lengths.query < lengths.image + 4:
-        raise InputError(f"{lengths.image} picture tokens are no square within {lengths.query - 4} tokens of a query")
-    pictures = {
+        raise InputError(f"{lengths.image} image tokens are no square within {lengths.query - 4} tokens of a query")
+    images = {
         side: [draw.integers(0, 256, (side * unit, side * unit, 3), dtype=np.uint8) for _ in range(4)]
         for side in (shown, offered)
     }
-    queries = [_row(model, draw, lengths.query, shown, pictures[shown][n % 4], lengths.reasoning) for n in range(batch)]
-    candidates = [_row(model, draw, lengths.candidate, offered, pictures[offered][n % 4], None) for n in range(batch)]
+    queries = [_row(model, draw, lengths.query, shown, images[shown][n % 4], lengths.reasoning) for n in range(batch)]
+    candidates = [_row(model, draw, lengths.candidate, offered, images[offered][n % 4], None) for n in range(batch)]
     names = tuple(f"made up {number}" for number in range(batch))
     return TrainBatch(
         0, "made up", _chunks(model, queries, chunk_tokens), _chunks(model, candidates, chunk_tokens),
@@ -174,20 +174,20 @@ def made_up_batch(model: TraceModel, batch: int, lengths: Lengths, chunk_tokens:
 
 
 def _row(
-    model: TraceModel, draw: np.random.Generator, prompt: int, side: int, picture: npt.NDArray[np.uint8], writes: int | None
+    model: TraceModel, draw: np.random.Generator, prompt: int, side: int, image: npt.NDArray[np.uint8], writes: int | None
 ) -> Layout:
-    """Two tokens, a picture, then text up to `prompt` tokens, and what is written behind it (None: a candidate)."""
-    cells, written = side * side, writes or 0
+    """Two tokens, an image, then text up to `prompt` tokens, and what is written behind it (None: a candidate)."""
+    tokens, written = side * side, writes or 0
     ids = draw.integers(300, 1500, prompt + written)
-    ids[2 : 2 + cells] = model.processor.special[IMAGE_PAD]
-    high, wide = np.divmod(np.arange(cells), side)
-    grid = np.stack([np.zeros(cells, dtype=np.int64), high, wide]) + 2
-    rest = np.arange(prompt + written - 2 - cells) + 2 + side
+    ids[2 : 2 + tokens] = model.processor.special[IMAGE_PAD]
+    high, wide = np.divmod(np.arange(tokens), side)
+    grid = np.stack([np.zeros(tokens, dtype=np.int64), high, wide]) + 2
+    rest = np.arange(prompt + written - 2 - tokens) + 2 + side
     positions = np.concatenate([np.tile(np.arange(2), (3, 1)), grid, np.tile(rest, (3, 1))], axis=1)
     targets = np.full(len(ids), IGNORE)
     if writes is not None:
         targets[prompt - 1 :] = [*ids[prompt:], model.processor.emb_id]
-    return Layout(ids, targets, positions, (picture,), len(ids) - 1, 0)
+    return Layout(ids, targets, positions, (image,), len(ids) - 1, 0)
 
 
 def _chunks(model: TraceModel, layouts: Sequence[Layout], chunk_tokens: int) -> tuple[Chunk, ...]:
@@ -199,23 +199,23 @@ def _chunks(model: TraceModel, layouts: Sequence[Layout], chunk_tokens: int) -> 
     )
 
 
-def _root(cells: int) -> int:
-    return int(cells**0.5)
+def _root(tokens: int) -> int:
+    return int(tokens**0.5)
 
 
 # FLOPs
 
 
 def flops(model: TraceModel, pairs: int, lengths: Lengths) -> tuple[float, float]:
-    """FLOPs that one made-up turn under LoRA is credited with, and those of one forward of all its rows.
+    """FLOPs that one made-up batch under LoRA is credited with, and those of one forward of all its rows.
 
     A parameter costs 2 FLOPs a token forward, 2 backward for the gradient of its input and, where it trains, 2 for its own. A
     frozen linear under LoRA is thus credited 4, what trains 6; the frozen vision tower, below everything that trains, 2.
     Attention scores and products and the embedding table are not counted, the head only where a token is supervised, and
     nothing that is computed again (GradCache's second forward, checkpointing's) is credited.
     """
-    cells = pairs * sum(side**2 for side in lengths.sides)
-    seen = {"language_model": pairs * lengths.whole, "merger": cells, "visual": cells * model.processor.image.merge**2}
+    tokens = pairs * sum(side**2 for side in lengths.sides)
+    seen = {"language_model": pairs * lengths.whole, "merger": tokens, "visual": tokens * model.processor.image.merge**2}
     text = model.network.config.text_config
     forward = 2.0 * text.vocab_size * text.hidden_size * pairs * (lengths.reasoning + 1)
     credited = 2 * forward
@@ -234,7 +234,7 @@ def flops(model: TraceModel, pairs: int, lengths: Lengths) -> tuple[float, float
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step of a made-up turn: seconds None and `ended` set where memory ran out."""
+    """One training step of a made-up batch: seconds None and `ended` set where memory ran out."""
 
     batch: int
     chunk_tokens: int
@@ -249,7 +249,7 @@ class Step:
 
 
 class Capacity:
-    """Training steps of growing made-up turns on one device, with GradCache and LoRA as in the paper."""
+    """Training steps of growing made-up batches on one device, with GradCache and LoRA as in the paper."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.device, self.lengths, self.seed = options.device, options.lengths, options.seed
@@ -341,9 +341,9 @@ def capacity_table(run: dict[str, Any]) -> list[str]:
     """The steps as Markdown."""
     lengths = run["lengths"]
     lines = [
-        f"Made-up turns: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
+        f"Made-up batches: queries of {lengths['query']} tokens ({lengths['image']} of an image) and {lengths['reasoning']} of "
         f"reasoning, candidates of {lengths['candidate']}. {run['trained'] / 1e6:.1f} M of {run['parameters'] / 1e6:.0f} M "
-        "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, without making the turn. "
+        "parameters train (LoRA 128/256, projector, `<|emb|>`). GradCache; the step with its optimiser, not making the batch. "
         "Share of the peak: 4 FLOPs a frozen parameter and token, 6 a trained one, 2 in the vision tower; nothing computed again "
         "is credited, and what is computed again counts in the last column only.",
         "",

@@ -73,13 +73,13 @@ class Side:
 
     def train(self, number: int) -> tuple[float, float]:
         """Wall and CPU seconds of one batch from its files to the changed weights."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        started, cpu = time.perf_counter(), time.process_time()
         self.losses(number)
         with self.clock.part("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
             self.optimiser.step()
             self.optimiser.zero_grad()
-        return time.perf_counter() - wall, time.process_time() - cpu
+        return time.perf_counter() - started, time.process_time() - cpu
 
     def forget(self) -> None:
         """Starts to count anew, after the warm-up."""
@@ -152,14 +152,14 @@ class Plain(Side):
         return {"gen": float(generation.detach()), "ret": float(retrieval.detach())}
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """All logits [B, T, V] and the read-out states [B, D]; position ids are transformers' own."""
-        pictures = {} if batch.patches is None else {"pixel_values": batch.patches, "image_grid_thw": batch.grids}
+        """All logits [B, T, V] and the pooled states [B, D]; position ids are transformers' own."""
+        images = {} if batch.patches is None else {"pixel_values": batch.patches, "image_grid_thw": batch.grids}
         out = self.network(
             input_ids=batch.ids,
             attention_mask=batch.mask,
             mm_token_type_ids=(batch.ids == self.network.config.image_token_id).int(),
             use_cache=False,
             output_hidden_states=True,
-            **pictures,
+            **images,
         )
         return out.logits, out.hidden_states[-1][torch.arange(len(batch.ids)), batch.pooling_index]

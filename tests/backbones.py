@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from traceir.prompts import IMAGE_PAD, PAD, SPECIAL_TOKENS, TURN_END, VIDEO_PAD, VISION_END, VISION_START
 
-CELL: Final = 32
+FACTOR: Final = 32
 VISION: Final = {
     "depth": 3, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48, "patch_size": 16,
     "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 16,
@@ -64,7 +64,7 @@ ALL: Final = {**KINDS, "qwen2_5_vl": FLAT}
 
 
 def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False) -> Path:
-    """The checkpoint, made in `folder`: a tokenizer without `<|emb|>`, spare rows for it, pictures of 2 to 12 cells.
+    """The checkpoint, made in `folder`: a tokenizer without `<|emb|>`, spare rows for it, images of 2 to 12 tokens.
 
     `bare` leaves out the output matrix and the prefix `model.` of every name, as a model without a head is saved.
     """
@@ -84,7 +84,7 @@ def published(folder: Path, kind: str, *, tied: bool = True, bare: bool = False)
     tokenizer.save_pretrained(folder)
     Qwen2VLImageProcessorPil(
         patch_size=16,
-        size={"shortest_edge": 2 * CELL**2, "longest_edge": 12 * CELL**2},
+        size={"shortest_edge": 2 * FACTOR**2, "longest_edge": 12 * FACTOR**2},
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     ).save_pretrained(folder)

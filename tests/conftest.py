@@ -1,4 +1,4 @@
-"""Shared fixtures: a small random model whose `<|emb|>` comes at different steps, and pictures of several shapes."""
+"""Shared fixtures: a small random model whose `<|emb|>` comes at different steps, and images of several shapes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return run
 
 
-def picture(seed: int, width: int = 48, height: int = 48) -> ImageInput:
+def image_of(seed: int, width: int = 48, height: int = 48) -> ImageInput:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return ImageInput.from_pil(Image.fromarray(pixels), name=f"noise-{seed}-{width}x{height}")
 
@@ -90,7 +90,7 @@ def random_model(seed: int = 0, *, emb_scale: float = 3.0, pooling_position: Poo
     return model
 
 
-def both_roads(model: TraceModel, queries: list[Query]) -> TraceModel:
+def both_routes(model: TraceModel, queries: list[Query]) -> TraceModel:
     """Turns the `<|emb|>` row so that every other query bypasses; what the rest write stays as random as before."""
     batch = model.processor.collate([model.processor.lay_out(render_query(q, "brief-1")) for q in queries])
     with torch.no_grad():
@@ -103,7 +103,7 @@ def both_roads(model: TraceModel, queries: list[Query]) -> TraceModel:
 
 @pytest.fixture(scope="session")
 def model(queries: list[Query]) -> TraceModel:
-    return both_roads(random_model(), queries)
+    return both_routes(random_model(), queries)
 
 
 @pytest.fixture(scope="session")
@@ -121,11 +121,11 @@ def make_queries() -> list[Query]:
         if kind == 0:
             queries.append(Query.of(text=words, target="image", instruction="find the image"))
         elif kind == 1:
-            queries.append(Query.of(image=picture(number), target="text"))
+            queries.append(Query.of(image=image_of(number), target="text"))
         elif kind == 2:
-            queries.append(Query.of(text=words, image=picture(number, 96, 48), target="image"))
+            queries.append(Query.of(text=words, image=image_of(number, 96, 48), target="image"))
         else:
-            queries.append(Query((picture(number), words, picture(number + 100, 48, 96), "then make one red")))
+            queries.append(Query((image_of(number), words, image_of(number + 100, 48, 96), "then make one red")))
     return queries
 
 
@@ -181,7 +181,7 @@ def serving(index: Path, *options: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def running(folder: Path, encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server over 40 pictures, 20 texts and 10 pairs."""
+    """A server over 40 images, 20 texts and 10 pairs."""
     home = tmp_path_factory.mktemp("served") / "index"
     items: list[Item] = []
     for row, count in (("mscoco_task0_test", 40), ("mscoco_task3_test", 20), ("edis_task2", 10)):

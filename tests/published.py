@@ -92,8 +92,8 @@ def save_bare_clip(folder: Path, seed: int = 0) -> Path:
     text = {**SMALL, "vocab_size": 300, "max_position_embeddings": 20, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 2}
     vision = {**SMALL, "image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(folder)
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    CLIPProcessor(image_processor=pictures, tokenizer=words).save_pretrained(folder)
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(image_processor=images, tokenizer=words).save_pretrained(folder)
     return folder
 
 
@@ -115,8 +115,8 @@ def save_siglip(folder: Path) -> Path:
     text |= {"bos_token_id": 1, "pad_token_id": 0}
     vision = {**SMALL, "patch_size": 16, "num_patches": 16}
     Siglip2Model(Siglip2Config(text_config=text, vision_config=vision)).save_pretrained(folder)
-    pictures = Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)
-    Siglip2Processor(image_processor=pictures, tokenizer=words).save_pretrained(folder)
+    images = Siglip2ImageProcessorPil(patch_size=16, max_num_patches=16)
+    Siglip2Processor(image_processor=images, tokenizer=words).save_pretrained(folder)
     return folder
 
 
@@ -137,11 +137,11 @@ def save_qwen(folder: Path) -> Path:
     )  # fmt: skip
     bare = folder.with_name(f"{folder.name}-bare")
     Qwen3VLModel(config).save_pretrained(bare)
-    pictures = Qwen2VLImageProcessorPil(
+    images = Qwen2VLImageProcessorPil(
         patch_size=16, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 64 * 64},
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
-    ImagesOnlyProcessor(pictures, words, chat_template=QWEN_TEMPLATE).save_pretrained(bare)
+    ImagesOnlyProcessor(images, words, chat_template=QWEN_TEMPLATE).save_pretrained(bare)
     first = Transformer(str(bare), processing_kwargs={"chat_template": {"add_generation_prompt": True}})
     prompts = {"query": "Represent the user's input.", "document": "Represent the user's input."}
     SentenceTransformer(modules=[first, Pooling(32, "lasttoken"), Normalize()], prompts=prompts).save_pretrained(str(folder))

@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import make_queries, picture, random_model
+from conftest import image_of, make_queries, random_model
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
@@ -48,7 +48,7 @@ def base_model(*, tied: bool) -> TraceModel:
 
 
 def learn(model: TraceModel, adapter: Any, steps: int = 4) -> None:
-    """A few steps on a made-up loss that reaches every part: words, pictures and next-token scores."""
+    """A few steps on a made-up loss that reaches every part: words, images and next-token scores."""
     trainable = [parameter for parameter in adapter.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trainable, lr=0.02, weight_decay=0.1)
     prompts = [model.prompt(query) for query in make_queries()[:4]]
@@ -66,7 +66,7 @@ def learn(model: TraceModel, adapter: Any, steps: int = 4) -> None:
 
 def vectors(model: TraceModel) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Text, image and image+text, as queries by the direct route and as candidates: one unit vector a row."""
-    encoder, shown = Encoder(model), picture(5)
+    encoder, shown = Encoder(model), image_of(5)
     contents: list[dict[str, Any]] = [{"text": "red cube"}, {"image": shown}, {"text": "make one red", "image": shown}]
     encodings = encoder.encode_queries([Query.of(**content) for content in contents], route="direct")
     encodings += encoder.encode_items([Item.of(**content) for content in contents])

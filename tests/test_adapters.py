@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_sglang import serving_here
 from fakes import FakeEncoder
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -54,7 +54,7 @@ def client(door: tuple[str, str]) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("photo") / "kettle.png"
-    picture(1).load().save(path)
+    image_of(1).load().save(path)
     return str(path)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbones import ALL, CELL, KINDS, published
-from conftest import picture
+from backbones import ALL, FACTOR, KINDS, published
+from conftest import image_of
 from safetensors.torch import load_file, save_file
 from test_adapter import learn, vectors
 from test_encoder import generate_one
@@ -62,7 +62,7 @@ def model(folder: Path) -> TraceModel:
 @pytest.fixture(scope="module")
 def asked() -> list[Query]:
     """Texts of several lengths, images of several shapes, both, and two images."""
-    shown = [picture(number, *SHAPES[number % 4]) for number in range(4)]
+    shown = [image_of(number, *SHAPES[number % 4]) for number in range(4)]
     return [
         Query.of(text="red cube"), Query.of(image=shown[0]), Query.of(text="make one red " * 5, image=shown[1]),
         Query((shown[2], "red ball left", shown[3], "then a green cone")), Query.of(text="a blue ball " * 9),
@@ -173,10 +173,10 @@ def test_gradients_of_the_cached_step_are_those_of_the_loss_written_out(folder: 
     double = load(folder, prompt_version="brief-1")
     double.network.double()
     rows = examples(8, negatives=1)
-    turn = batch_of(double, rows, 120)
-    chunk = turn.queries[0].batch
-    assert len(turn.queries) > 2 and chunk.patches is not None and chunk.patches.dtype == torch.uint8
-    cached, plain = gradients(double, turn, Objective(), cache=True), plain_gradients(double, Objective(), rows)
+    batch = batch_of(double, rows, 120)
+    chunk = batch.queries[0].batch
+    assert len(batch.queries) > 2 and chunk.patches is not None and chunk.patches.dtype == torch.uint8
+    cached, plain = gradients(double, batch, Objective(), cache=True), plain_gradients(double, Objective(), rows)
     assert any("visual.merger" in name for name in cached)
     assert any("deepstack" in name for name in cached) == (len(projectors(double.network)) > 1)
     # A Gated DeltaNet computes in float32, whatever it is given.
@@ -224,7 +224,7 @@ def test_a_base_in_bfloat16_trains_adapters_in_float32_without_autocast_too(fold
 
 def test_it_is_saved_and_read_again(model: TraceModel, asked: list[Query], tmp_path: Path) -> None:
     again = load(save(model, tmp_path / "saved"))
-    assert again.processor.image == model.processor.image and again.processor.image.cell == CELL
+    assert again.processor.image == model.processor.image and again.processor.image.factor == FACTOR
     first, second = (Encoder(side).encode_queries(asked, route="reason") for side in (model, again))
     assert all(same(before, other) for before, other in zip(first, second, strict=True))
 

@@ -18,11 +18,11 @@ from traceir.profiles import PROFILES
 def test_every_row_can_be_asked_for() -> None:
     assert len({known.id for known in KNOWN}) == len(KNOWN)
     for known in KNOWN:
-        kind, _, name = known.road.partition(" ")
+        kind, _, name = known.read_by.partition(" ")
         assert kind in ("profile", "sentence-transformers", "trace") and (kind != "profile" or name in PROFILES)
         assert known.id == "bundled" or is_hub_id(known.id)
         assert profile_for(known.id) == (name or None)
-    assert {known.road.partition(" ")[2] for known in KNOWN} - {""} == set(PROFILES), "every profile has a model"
+    assert {known.read_by.partition(" ")[2] for known in KNOWN} - {""} == set(PROFILES), "every profile has a model"
     assert profile_for("alibaba-nlp/GME-qwen2-vl-2b-instruct") == "gme", "as the hub, which knows no capitals"
     assert profile_for("someone/else") is None
     model = load(bundled_model())

@@ -13,7 +13,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from conftest import both_roads, make_queries, picture, random_model
+from conftest import both_routes, image_of, make_queries, random_model
 
 from traceir import items
 from traceir.batch import IGNORE
@@ -40,7 +40,7 @@ SMALL = "hidden=48 layers=1 heads=4 inner=64 vision_hidden=32 vision_layers=1 vi
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(both_roads(random_model(), make_queries()), tmp_path_factory.mktemp("models") / "random")
+    return save(both_routes(random_model(), make_queries()), tmp_path_factory.mktemp("models") / "random")
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def loaded(checkpoint: Path) -> TraceModel:
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """Two pictures, a text, lines with fields; one file that is no picture."""
+    """Two images, a text, lines with fields; one file that is no image."""
     folder = tmp_path / "things"
     folder.mkdir()
     for number in range(2):
-        picture(number).load().save(folder / f"{number}.png")
+        image_of(number).load().save(folder / f"{number}.png")
     (folder / "note.txt").write_text("a green cone")
     (folder / "broken.png").write_bytes(b"no picture")
     lines = [{"id": f"line{n}", "text": f"cube {n}", "year": 1990 + n, "code": str(1990 + n)} for n in range(3)]
@@ -177,7 +177,7 @@ def test_a_search_prints_what_the_encoder_and_the_index_say(
     call("index", "add", gallery, gallery / "more.jsonl", *index, *model, code=1)
     words = ("search", *index, *model, "--image", gallery / "0.png", "--text", "then a ball", "-k", 2)
     answer = json.loads(call(*words, "--modality", "text", "--route", "reason", "--json").out)
-    query = Query.of(text="then a ball", image=picture(0), target="text")
+    query = Query.of(text="then a ball", image=image_of(0), target="text")
     (encoding,) = Encoder(loaded).encode_queries([query], route="reason")
     assert answer["route"] == "reason" and answer["reasoning"] == encoding.reasoning and answer["tokens"] == encoding.tokens > 0
     assert [hit["rank"] for hit in answer["hits"]] == [1, 2] and {hit["modality"] for hit in answer["hits"]} == {"text"}
@@ -310,7 +310,7 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
 
 
 def test_an_explanation_shows_what_is_supervised_and_read(loaded: TraceModel, checkpoint: Path, call: Call) -> None:
-    query = Query.of(text="then make one red", image=picture(3), instruction="find it", target="image")
+    query = Query.of(text="then make one red", image=image_of(3), instruction="find it", target="image")
     prompt = render_query(query, "brief-1")
     shown = explain(loaded, prompt, "red cube")
     layout = loaded.processor.lay_out(prompt, "red cube")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_sglang import serving_here
 from fakes import FakeEncoder
 from starlette.requests import Request
@@ -79,7 +79,7 @@ def client(whole: tuple[str, Watched], server: Watched, monkeypatch: pytest.Monk
 
 def noise(side: int, name: str = "") -> ImageInput:
     """An image that does not pack: about 4 * side * side bytes in base64."""
-    return ImageInput.from_bytes(picture(side, side, side).encoded()[0], name=name)
+    return ImageInput.from_bytes(image_of(side, side, side).encoded()[0], name=name)
 
 
 def test_the_bounds_of_the_client_fit_those_of_the_server() -> None:

@@ -45,7 +45,7 @@ LIMITS = RuleLimits(reasoning_least=4)
 
 @pytest.fixture(scope="module")
 def boats(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """12 changes of pictures of boats, the first two of one picture and text, and then 6 captions."""
+    """12 changes of images of boats, the first two of one image and text, and then 6 captions."""
     queries, pool, labels = [], [], []
     for number in range(len(COLOURS)):
         shown = 0 if number == 1 else number

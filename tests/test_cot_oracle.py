@@ -27,7 +27,7 @@ COLOURS = ("red", "green", "blue", "white")
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Toys: 8 complex changes of a picture, one direct, two questions in words of one content, and one to a picture."""
+    """Toys: 8 complex changes of an image, one direct, two questions in words of one content, and one to an image."""
     queries, labels, pool = [], [], []
     for number in range(9):
         first, last = COLOURS[number % 4], COLOURS[(number + 1) % 4]
@@ -77,7 +77,7 @@ def test_labels_answer_all_three_kinds_of_questions(labelled: Path) -> None:
         ("50:1", "Blue duck; OLD robot, small kite 1.", True),
         ("50:1", "red duck, old robot, small kite 0", False),
         ("50:20", "olga carves ducks", True),
-        ("50:30", "a small kite toy", True),  # the only picture is the target's
+        ("50:30", "a small kite toy", True),  # the only image is the target's
         ("50:30", "", False),
     ):
         assert read_verdict(reply(oracle, body(QUESTIONS.verify(cases[qid], answer))))["yes"] == right

@@ -21,7 +21,7 @@ from traceir.errors import DataError, InputError
 
 
 def outcome(qid: str, reasoning: str = "", answer: str = "a thing", *, target: str | None = None, **more: Any) -> CotOutcome:
-    """A kept sample of a task from picture and text to a picture, or to a text where `target` is given."""
+    """A kept sample of a task from image and text to an image, or to a text where `target` is given."""
     task_id = 7 if target is None else 6
     query, candidate = TASK_MODALITIES[task_id]
     positive = Candidate(qid, target, "b.png" if target is None else None, candidate)
@@ -133,7 +133,7 @@ def test_people_by_what_the_data_tell() -> None:
         outcome("1:1", "an old man waits", target="a bench with an elderly guest"),  # tells the age
         outcome("1:2", "the woman waits", text="her hat in red", target="a hat on a shelf"),  # the query tells
         outcome("1:3", "nobody waits", target="a bench"),
-        outcome("1:4", "a young woman waits"),  # the target is a picture
+        outcome("1:4", "a young woman waits"),  # the target is an image
         outcome("1:5", "a guy and a lady wait", task="invented_task6", target="a picture"),
     ]
     people = measure(stream).overall.people

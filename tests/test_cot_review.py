@@ -1,4 +1,4 @@
-"""The review of M-BEIR-CoT by people: the list, the decisions on disk, what follows from them, and the guards of its server."""
+"""The review of M-BEIR-CoT by people: the list, the decisions on disk, what follows from them, and the security of its server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from traceir.errors import DataError, InputError
 def outcome(
     number: int, rule: str = "", *, root: Path = Path("nowhere"), task: str = "cirr_task7", sure: float = 0.9, text: str = ""
 ) -> CotOutcome:
-    """An invented outcome: kept where `rule` is "", else dropped by it. Its picture would be `pictures/{number}.png`."""
+    """An invented outcome: kept where `rule` is "", else dropped by it. Its image would be `pictures/{number}.png`."""
     qid, image = f"7:{number}", f"pictures/{number}.png"
     record = Record(qid, text or f"make hat {number} blue", image, "image,text", (f"{qid}0",), (), 7)
     targets = (Candidate(f"{qid}0", None, image, "image"), Candidate(f"{qid}1", "a second hat", None, "text"))
@@ -200,7 +200,7 @@ def post(app: Any, path: str, body: Any) -> tuple[int, dict[str, Any]]:
 
 @pytest.fixture
 def session(tmp_path: Path) -> ReviewSession:
-    """Sample 0 is dropped and has no picture, sample 1 is kept."""
+    """Sample 0 is dropped and has no image, sample 1 is kept."""
     (tmp_path / "pictures").mkdir()
     Image.new("RGBA", (40, 30), (200, 30, 30, 255)).save(tmp_path / "pictures" / "0.png")
     (tmp_path / "secret.txt").write_text("secret")

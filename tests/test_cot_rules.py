@@ -20,9 +20,9 @@ GOOD = (
 ANSWER = "a small wooden boat with a red sail on a lake"
 
 
-def case(text: str | None = "add a red sail", task_id: int = 7, target: str | None = None, picture: str = "a.jpg") -> CotCase:
+def case(text: str | None = "add a red sail", task_id: int = 7, target: str | None = None, image: str = "a.jpg") -> CotCase:
     query, candidate = mbeir.TASK_MODALITIES[task_id]
-    record = mbeir.Record("8:1", text, picture if "image" in query else None, query, ("8:9",), (), task_id)
+    record = mbeir.Record("8:1", text, image if "image" in query else None, query, ("8:9",), (), task_id)
     positive = mbeir.Candidate("8:9", target, "b.jpg" if "image" in candidate else None, candidate)
     return CotCase(record, f"cirr_task{task_id}", "Find the picture after the change.", (positive,), Path())
 
@@ -84,7 +84,7 @@ def test_every_rule_is_tested_and_a_cut_or_filtered_reply_is_dropped_as_such() -
 def test_duplicates_are_of_one_task_text_image_and_answer_and_stop_words_say_nothing() -> None:
     key = duplicate_key(case("Add a red sail."), "A red sail!")
     assert key == duplicate_key(case("add a RED sail"), "a red sail")
-    assert key != duplicate_key(case("add a red sail", picture="c.jpg"), "a red sail")
+    assert key != duplicate_key(case("add a red sail", image="c.jpg"), "a red sail")
     assert key != duplicate_key(case("add a red sail", task_id=8), "a red sail")
     assert key != duplicate_key(case("add a red sail"), "a blue sail")
     assert salient("Show me the picture of the boats") == {"boat"}

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_sglang import serving_here
 from fakes import FakeEncoder
 from test_index_conformance import drawn_background
@@ -114,7 +114,7 @@ def put(encoder: EncoderLike, index: Index, *items: Item) -> None:
 
 def some(encoder: FakeEncoder, index: Index, count: int = 20) -> None:
     items = [Item.of(text=f"thing {n}", id=f"t{n}") for n in range(count)]
-    put(encoder, index, *items, *(Item.of(image=picture(n, 8, 8), id=f"p{n}") for n in range(count)))
+    put(encoder, index, *items, *(Item.of(image=image_of(n, 8, 8), id=f"p{n}") for n in range(count)))
 
 
 @pytest.fixture
@@ -142,17 +142,17 @@ def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> No
     plain = searcher.search("thing 7", k=5)
     assert plain.cut is None and len(plain.hits) == 5
     with pytest.raises(InputError, match="queries that are texts, not images"):
-        searcher.search(Query.of(image=picture(3)), cutoff=0.01)
+        searcher.search(Query.of(image=image_of(3)), cutoff=0.01)
 
 
 def test_hits_of_one_modality_do_not_hide_those_of_another(searcher: Searcher) -> None:
-    """A text that scores high is below the threshold of texts; a picture that scores less is above that of pictures."""
+    """A text that scores high is below the threshold of texts; an image that scores less is above that of images."""
     vector = searcher.encoder.encode_queries([Query.of(text="thing 7")])[0].vector[None]
     plain = searcher.index.search(vector, 40)[0]
-    texts, pictures = ([hit for hit in plain if hit.modality == kind] for kind in ("text", "image"))
-    above: dict[Modality, float] = {"text": 2.0, "image": pictures[2].score}
+    texts, images = ([hit for hit in plain if hit.modality == kind] for kind in ("text", "image"))
+    above: dict[Modality, float] = {"text": 2.0, "image": images[2].score}
     [(hits, cut)] = search_above(searcher.index, vector, 3, 0.01, [above])
-    assert [hit.id for hit in hits] == [hit.id for hit in pictures[:2]] and [hit.rank for hit in hits] == [1, 2]
+    assert [hit.id for hit in hits] == [hit.id for hit in images[:2]] and [hit.rank for hit in hits] == [1, 2]
     assert cut is not None and cut.below == 4 and cut.best == texts[0].score
 
 
@@ -162,12 +162,12 @@ def test_thresholds_follow_the_contents_but_only_so_often(searcher: Searcher) ->
     searcher.index.keep_background(encode_background(searcher.encoder, built_in(200), "built in"))
     before = calibration.thresholds("text", "text", 0.01)
     assert calibration.thresholds("text", "text", 0.5)["text"] < before["text"]
-    # An item that answers a background query well: the threshold of texts rises, that of pictures stays.
-    pictures = calibration.thresholds("text", "image", 0.01)
+    # An item that answers a background query well: the threshold of texts rises, that of images stays.
+    images = calibration.thresholds("text", "image", 0.01)
     items = [Item.of(text=query.text, id=f"b{n}") for n, query in enumerate(built_in(3))]
     searcher.add(items)
     after = calibration.thresholds("text", "text", 0.01)
-    assert after["text"] > before["text"] + 0.1 and calibration.thresholds("text", "image", 0.01) == pictures
+    assert after["text"] > before["text"] + 0.1 and calibration.thresholds("text", "image", 0.01) == images
     searcher.index.delete([str(item.id) for item in items])
     assert calibration.thresholds("text", "text", 0.01) == before
     searcher.index.keep_background(encode_background(searcher.encoder, built_in(200, seed=1), "another"))
@@ -211,7 +211,7 @@ def test_backgrounds_built_in_and_of_users(tmp_path: Path) -> None:
     assert [query.text for query in read_queries(lines)] == ["a yak", "a tuba"]
     (tmp_path / "pictures").mkdir()
     for number in range(3):
-        picture(number, 8, 8).load().save(tmp_path / "pictures" / f"{number}.png")
+        image_of(number, 8, 8).load().save(tmp_path / "pictures" / f"{number}.png")
     queries, source = choose_queries([tmp_path / "pictures"], tmp_path, count=10)
     counts = {kind: sum(query.modality == kind for query in queries) for kind in ("text", "image", "image,text")}
     assert counts == {"text": 10, "image": 3, "image,text": 3} and source == "pictures, built in"
@@ -237,9 +237,9 @@ def test_backgrounds_built_in_and_of_users(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shelf(encoder: Encoder, tmp_path: Path) -> Path:
-    """An index by the bundled model, of texts and pictures."""
+    """An index by the bundled model, of texts and images."""
     items = [Item.of(text=CAPTION, id="there"), *(Item.of(text=f"a {word} ring", id=word) for word in ("red", "blue", "green"))]
-    items += [Item.of(image=picture(number, 8, 8), id=f"p{number}") for number in range(4)]
+    items += [Item.of(image=image_of(number, 8, 8), id=f"p{number}") for number in range(4)]
     with open_index(tmp_path / "shelf", encoder, create=True) as index:
         put(encoder, index, *items)
     return tmp_path / "shelf"
@@ -282,10 +282,10 @@ def test_the_server_says_that_nothing_was_found(shelf: Path, encoder: Encoder) -
             assert answer.cutoff.best == pytest.approx(own.cut.best, abs=1e-4)
         assert client.search(absent).hits == () and client.search(there).hits, "the server's own rate"
         assert client.search(absent, cutoff=0).hits and client.search(absent, cutoff=0).cutoff is None
-        uncut = client.search(Query.of(image=picture(1)))
+        uncut = client.search(Query.of(image=image_of(1)))
         assert uncut.hits and uncut.cutoff is None, "what the server cannot judge it does not cut, and says so"
         for query, rate, message in (
-            (Query.of(image=picture(1)), 0.01, "queries that are texts, not images"),
+            (Query.of(image=image_of(1)), 0.01, "queries that are texts, not images"),
             (absent, 0.0001, "less than 200 background queries can tell"),
             (absent, 1, "cutoff"),
         ):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import both_roads, make_queries, picture, random_model
+from conftest import both_routes, image_of, make_queries, random_model
 
 from traceir.cli import main as cli
 from traceir.data import mbeir
@@ -42,7 +42,7 @@ def test_the_command_answers_all_questions_and_says_where_it_is_wrong(tmp_path: 
         first = next(record for record in mbeir.read_queries(task.query_path) if labels[record.qid].steps == question.steps)
         assert question.query.id == first.qid and question.right == set(first.positives) and question.query.instruction
         assert {*first.positives, *first.negatives} <= candidates.keys(), "every answer and its twins"
-    checkpoint = save(both_roads(random_model(), make_queries()), tmp_path / "model")
+    checkpoint = save(both_routes(random_model(), make_queries()), tmp_path / "model")
     assert cli.main(["demo", "--out", str(tmp_path), "--model", str(checkpoint)]) == 0
     printed = capsys.readouterr().out
     lines = printed.splitlines()
@@ -72,7 +72,7 @@ def test_a_verdict_never_flatters() -> None:
 
 def test_the_page_escapes_everything_and_marks_the_right_hit(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script> & \x1b'
-    query = Query.of(text=evil, image=picture(1), instruction=evil, target="text")
+    query = Query.of(text=evil, image=image_of(1), instruction=evil, target="text")
     hits = [hit(1, evil, evil), hit(2, "good", "fine"), hit(3, "gone", None, str(tmp_path / 'no"<b>.png'))]
     entry = Entry(evil, query, encoding(f"{evil}; second"), hits, frozenset({"good"}), evil)
     page = write_gallery([entry], tmp_path / "page", title=evil, intro=evil).read_text()

@@ -202,12 +202,12 @@ def shell(monkeypatch: pytest.MonkeyPatch) -> Iterator[Shell]:
 @pytest.fixture
 def folder(tmp_path: Path, folder: Path, unseen_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the files that the pages name, and nothing else; the working directory."""
-    pictures = sorted((folder / "mbeir_images" / "mscoco_images").rglob("*.jpg"))
+    images = sorted((folder / "mbeir_images" / "mscoco_images").rglob("*.jpg"))
     for number, name in enumerate(
         ("photos/first.jpg", "photos/cup.jpg", "photos/sub/third.jpg", "query.jpg", "shoe.png", "shoe-1.png", "shoe-2.png")
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(pictures[number], tmp_path / name)
+        shutil.copy(images[number], tmp_path / name)
     (tmp_path / "photos" / "sub" / "note.txt").write_text("A red ring left of a blue star.\n")
     (tmp_path / "notes.txt").write_text("A purple cube in the middle.\n")
     lines = [

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from fakes import FakeEncoder, vector_of
 
 from traceir.errors import InputError, ModelError, StoreError
@@ -145,13 +145,13 @@ def test_dying_between_writing_and_renaming_loses_one_block(tmp_path: Path, mome
     fill(store, asked(4))
     before, real, calls = contents(store), getattr(os, moment), iter(range(99))
 
-    def die(*arguments: Any) -> Any:
+    def crash(*arguments: Any) -> Any:
         if next(calls) == 1:
             raise KeyboardInterrupt
         return real(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(os, moment, die)
+        patch.setattr(os, moment, crash)
         fill(store, asked(8))
     assert store.missing(store.plan(asked(8))) == [1] and contents(store) == before
     (left,) = (store.folder / "writing").iterdir()
@@ -229,7 +229,7 @@ def test_values_that_are_not_finite_are_met_when_read_and_repaired(tmp_path: Pat
 
 
 def write_image(file: Path, seed: int) -> Path:
-    picture(seed, 8, 8).load().save(file)
+    image_of(seed, 8, 8).load().save(file)
     return file
 
 

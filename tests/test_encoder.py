@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import both_roads, picture, random_model
+from conftest import both_routes, image_of, random_model
 
 from traceir.encoder import Encoder
 from traceir.errors import InputError
@@ -60,14 +60,14 @@ def test_a_batch_equals_its_singles(model: TraceModel, queries: list[Query], rou
 
 @pytest.mark.parametrize("position", ["before_token", "at_token"])
 def test_a_bypass_is_the_direct_route(queries: list[Query], position: str) -> None:
-    encoder = Encoder(both_roads(random_model(pooling_position=position), queries))
+    encoder = Encoder(both_routes(random_model(pooling_position=position), queries))
     auto, direct = (encoder.encode_queries(queries, route=route) for route in ("auto", "direct"))
     bypassed = [alike(own, other) for own, other in zip(auto, direct, strict=True) if own.route == "direct"]
     assert len(bypassed) >= 6 and all(bypassed)
 
 
 def test_at_token_reads_one_state_later_and_last_never_writes(queries: list[Query]) -> None:
-    before, at = (both_roads(random_model(pooling_position=position), queries) for position in ("before_token", "at_token"))
+    before, at = (both_routes(random_model(pooling_position=position), queries) for position in ("before_token", "at_token"))
     for own, other in zip(Encoder(before).encode_queries(queries), Encoder(at).encode_queries(queries), strict=True):
         if not own.truncated and not other.truncated:
             assert own.reasoning == other.reasoning and float(own.vector @ other.vector) < 0.9999
@@ -108,7 +108,7 @@ def test_why_a_row_stopped_short_is_told_and_the_closing_text_is_read(queries: l
 
 
 def test_candidates_never_reason_unless_their_model_was_trained_so(model: TraceModel) -> None:
-    items = [Item.of(text="red cube"), Item.of(image=picture(5)), Item.of(text="a", image=picture(6))]
+    items = [Item.of(text="red cube"), Item.of(image=image_of(5)), Item.of(text="a", image=image_of(6))]
     assert {(encoding.route, encoding.reasoning) for encoding in Encoder(model).encode_items(items)} == {("direct", "")}
     writing = TraceModel(model.network, model.processor, replace(model.settings, candidates_write=True))
     assert "reason" in {encoding.route for encoding in Encoder(writing).encode_items(items)}

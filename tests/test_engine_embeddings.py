@@ -13,7 +13,7 @@ from typing import Any
 import fake_embeddings as fakes
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_embeddings import MODEL, WIDTH, FakeEndpoint
 from fake_sglang import served, serving_here
 from PIL import Image
@@ -40,7 +40,7 @@ KINDS = {
     "jina": FakeEndpoint(fakes.read_jina),
 }
 WORDS = "a red cup beside a green cup"
-TEXT, PAIR = [Item.of(text=WORDS)], Item.of(text="a cup", image=picture(1))
+TEXT, PAIR = [Item.of(text=WORDS)], Item.of(text="a cup", image=image_of(1))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def vectors(encodings: list[Encoding]) -> Any:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form: str) -> None:
-    server, images = KINDS[form], [] if form == "openai" else [picture(seed) for seed in range(10)]
+    server, images = KINDS[form], [] if form == "openai" else [image_of(seed) for seed in range(10)]
     items = [Item.of(text=f"{WORDS} {number}") for number in range(36)]
     for index, image in enumerate(images):
         items.insert(3 * index, Item.of(image=image))
@@ -102,7 +102,7 @@ def test_texts_and_images_of_each_kind_in_order(addresses: dict[str, str], form:
 
 
 def test_pairs_and_instructions_go_where_each_kind_has_place_for_them(addresses: dict[str, str]) -> None:
-    asked = Query.of(text="a cup", image=picture(1), instruction="find it in green")
+    asked = Query.of(text="a cup", image=image_of(1), instruction="find it in green")
     bodies: dict[str, tuple[Any, Any]] = {}
     for form in ("vllm", "qwen3-vl", "objects"):
         with make(addresses, form) as encoder:
@@ -123,12 +123,12 @@ def test_pairs_and_instructions_go_where_each_kind_has_place_for_them(addresses:
     assert messages[0]["content"][0]["text"] == "Represent the user's input."
     assert messages[2] == {"role": "assistant", "content": [{"type": "text", "text": ""}]}
     with make(addresses, "siglip") as encoder:
-        encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])
+        encoder.encode_items([Item.of(text="a cup"), Item.of(image=image_of(1))])
     sent = KINDS["siglip"].bodies[-2:]
     assert sorted(("messages" in body, body.get("padding")) for body in sent) == [(False, "max_length"), (True, None)]
     for form in ("infinity", "jina", "clip"):
         with make(addresses, form) as encoder:
-            for query in (Query.of(text="a cup", image=picture(1)), Query.of(image=picture(1), instruction="find this")):
+            for query in (Query.of(text="a cup", image=image_of(1)), Query.of(image=image_of(1), instruction="find this")):
                 with pytest.raises(InputError, match="has place for a text or one image"):
                     encoder.encode_queries([query])
 
@@ -144,7 +144,7 @@ def test_vllm_gets_the_form_of_its_model() -> None:
 
 
 def test_our_own_server_gives_the_models_own_vectors(encoder: Encoder, tmp_path: Path) -> None:
-    queries = [Query.of(text="a red cup"), Query.of(image=picture(3)), Query.of(text="then green", image=picture(4))]
+    queries = [Query.of(text="a red cup"), Query.of(image=image_of(3)), Query.of(text="then green", image=image_of(4))]
     items = [Item(query.parts) for query in queries]
     with serving_here(tmp_path / "index", encoder) as url, EmbeddingsEncoder(url, "traceir", "objects") as far:
         assert vectors(far.encode_items(items)) == pytest.approx(vectors(encoder.encode_items(items)), abs=1e-6)
@@ -155,9 +155,9 @@ def test_an_image_goes_upright_and_without_transparency(tmp_path: Path) -> None:
     photo, clear, plain = tmp_path / "turned.jpg", tmp_path / "clear.png", tmp_path / "plain.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(1, 40, 24).load().save(photo, exif=exif)
+    image_of(1, 40, 24).load().save(photo, exif=exif)
     Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(clear)
-    picture(2).load().save(plain)
+    image_of(2).load().save(plain)
     assert upright_url(ImageInput.open(plain)) == "data:image/jpeg;base64," + base64.b64encode(plain.read_bytes()).decode()
     for path, size in ((photo, (24, 40)), (clear, (8, 8))):
         sent = ImageInput.from_bytes(base64.b64decode(upright_url(ImageInput.open(path)).partition(",")[2]))
@@ -167,7 +167,7 @@ def test_an_image_goes_upright_and_without_transparency(tmp_path: Path) -> None:
         upright_url(ImageInput.open(photo))
 
 
-# Pictures are proved to be seen
+# Images are proved to be seen
 
 
 def spelled(text: str, _: Any) -> Any:
@@ -194,13 +194,13 @@ def test_what_a_server_does_not_read_is_refused_one_by_one(addresses: dict[str, 
     with reads_texts as address, EmbeddingsEncoder(address, MODEL, "vllm", pause_s=0.01) as encoder:
         assert encoder.encode_items(TEXT)[0].vector.shape == (WIDTH,) and encoder.modalities == ("text",)
         with pytest.raises(InputError, match=r"item 'p': this server takes no images: .*400.*not a multimodal model"):
-            encoder.encode_items([Item.of(image=picture(1), id="p")])
+            encoder.encode_items([Item.of(image=image_of(1), id="p")])
     with make(addresses, "openai") as encoder, pytest.raises(InputError, match=r"texts alone; .*write one of vllm:URL"):
-        encoder.encode_items([Item.of(image=picture(1))])
+        encoder.encode_items([Item.of(image=image_of(1))])
     own = KINDS["objects"].vector
     monkeypatch.setattr(KINDS["objects"], "vector", lambda text, image: own(text, image if text == "padding" else None))
     with make(addresses, "objects") as encoder:
-        assert len(encoder.encode_items([Item.of(text="a cup"), Item.of(image=picture(1))])) == 2
+        assert len(encoder.encode_items([Item.of(text="a cup"), Item.of(image=image_of(1))])) == 2
         assert encoder.modalities == ("text", "image")
         with pytest.raises(InputError, match="ignores the image or the text where both are in one input"):
             encoder.encode_items([PAIR])
@@ -219,9 +219,9 @@ def test_the_model_is_known_and_searched_through_noise_and_another_of_the_same_n
     assert len(first) < 120
     with make(addresses, "vllm") as encoder, open_index(tmp_path / "index", encoder, create=True) as index:
         searcher = Searcher(encoder, index)
-        searcher.add([Item.of(image=picture(seed), id=f"p{seed}") for seed in range(5)])
+        searcher.add([Item.of(image=image_of(seed), id=f"p{seed}") for seed in range(5)])
         for route in ("auto", "direct", "reason"):
-            assert [hit.id for hit in searcher.search(Query.of(image=picture(2)), k=1, route=route).hits] == ["p2"]
+            assert [hit.id for hit in searcher.search(Query.of(image=image_of(2)), k=1, route=route).hits] == ["p2"]
         with pytest.raises(InputError, match="did you mean 'direct'"):
             encoder.encode_queries([Query.of(text=WORDS)], route="dierct")
     KINDS["vllm"].noise, KINDS["vllm"].salt = 0.0, "other weights"
@@ -345,7 +345,7 @@ def test_index_and_search_by_command(
     folder = tmp_path / "pictures"
     folder.mkdir()
     for seed in range(8):
-        picture(seed).load().save(folder / f"{seed}.png")
+        image_of(seed).load().save(folder / f"{seed}.png")
     (folder / "words.txt").write_text(WORDS)
     options = ["--index", str(tmp_path / "index"), "--engine", f"{form}:{addresses[form]}/", "--model", MODEL]
     assert main(["index", "add", str(folder), *options]) == 0

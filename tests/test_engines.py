@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_sglang import FakeSGLang, served, serving_here
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -70,8 +70,8 @@ def asked(folder: Path) -> list[Query]:
     for task in mbeir.find_tasks(folder, "test")[::6]:
         prompt = instructions.prompts(task.dataset_id, task.query_modality, task.cand_modality)[0]
         queries.append(mbeir.to_query(next(iter(mbeir.read_queries(task.query_path))), prompt, folder))
-    queries.append(Query.of(text=INVENTED, image=picture(1), target="image"))
-    return [*queries, Query((picture(2, 96, 48), "red", picture(3, 31, 120), "then green"), instruction="find it")]
+    queries.append(Query.of(text=INVENTED, image=image_of(1), target="image"))
+    return [*queries, Query((image_of(2, 96, 48), "red", image_of(3, 31, 120), "then green"), instruction="find it")]
 
 
 def make(fake: FakeSGLang, model: Path, **options: Any) -> SGLangEncoder:
@@ -112,8 +112,8 @@ def test_items_of_every_modality_equal_the_in_process_encoder_in_every_layout_of
 ) -> None:
     items = [
         Item.of(text="a green vase"),
-        Item.of(image=picture(4, 192, 192)),
-        Item.of(text="a jacket", image=picture(5, 40, 100)),
+        Item.of(image=image_of(4, 192, 192)),
+        Item.of(text="a jacket", image=image_of(5, 40, 100)),
     ]
     oracle, other = encoder.encode_items(items), [1.0] * encoder.width
     for rows in (lambda state: state, lambda state: [other, state], lambda state: [[other, other, state]]):
@@ -188,7 +188,7 @@ def test_a_spoiled_reply_is_refused_with_a_remedy(
 ) -> None:
     fake.after, fake.retokenizes = after or fake.after, after is None
     with pytest.raises(ModelError, match=message) as error:
-        engine.encode_queries(TEXT if after else [Query.of(text="a zubbly <|emb|>", image=picture(1))])
+        engine.encode_queries(TEXT if after else [Query.of(text="a zubbly <|emb|>", image=image_of(1))])
     assert fake.address in str(error.value)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import WORDS, picture
+from conftest import WORDS, image_of
 from evaluations import (
     FASHION_ROW,
     TEXT_ROW,
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, draw = tmp_path_factory.mktemp("mbeir"), np.random.default_rng(11)
     (root / "mbeir_images").mkdir()
     for number in range(24):
-        picture(number).load().save(root / f"mbeir_images/{number}.png")
+        image_of(number).load().save(root / f"mbeir_images/{number}.png")
 
     def words(number: int) -> str:
         return " ".join(["show", *(["then"] * (number % 2)), *draw.choice(WORDS[:-1], int(draw.integers(3, 9)))])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FORKS, picture, random_model
+from conftest import FORKS, image_of, random_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
@@ -22,11 +22,11 @@ def examples(count: int = 8, negatives: int = 0) -> list[Example]:
     """Pairs of all modalities; every third query is complex, and two neighbours share a positive."""
     made = []
     for number in range(count):
-        shown = picture(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
+        shown = image_of(number, 48 + 48 * (number % 4 == 3), 48) if number % 2 else None
         text = " ".join(["red", "cube", "then", "blue"][: 1 + number % 4])
         did = f"1:{number - number % 2 if number < 4 else number}"
         wrong = tuple(Item.of(text=f"wrong {number} {n}", id=f"2:{number}{n}") for n in range(negatives * (number % 2)))
-        item = Item.of(text=f"ball {number}", image=picture(number + 50) if number % 3 == 0 else None, id=did)
+        item = Item.of(text=f"ball {number}", image=image_of(number + 50) if number % 3 == 0 else None, id=did)
         completion = "left red cube, middle blue ball" if number % 3 == 2 else ""
         made.append(Example(Query.of(text=text, image=shown), completion, item, frozenset({did, "1:0"}), wrong))
     return made
@@ -71,7 +71,7 @@ def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]
     hidden, targets, own = model.hidden(queries.batch), queries.batch.targets, torch.arange(len(rows))
     loss = objective.lambda_gen * functional.cross_entropy(model.logits(hidden[targets >= 0]), targets[targets >= 0])
     if batch.candidates:
-        query = hidden[own, queries.batch.pooling_index][queries.places.argsort()]
+        query = hidden[own, queries.batch.pooling_index][queries.rows.argsort()]
         candidate = model.hidden(batch.candidates[0].batch)[:, -1][batch.candidates[0].places.argsort()]
         scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
         left_out = batch.collision_BN.clone()

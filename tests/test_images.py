@@ -1,4 +1,4 @@
-"""ImageInput: every guard refuses what it should; orientation, hashes, limits and the memory that decoding takes."""
+"""ImageInput: every check refuses what it should; orientation, hashes, limits and the memory that decoding takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from PIL import Image, ImageFile
 from tiffs import LONG, SHORT, encode, png, tiff
 
@@ -26,7 +26,7 @@ RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
 def noise(width: int = 64, height: int = 48, seed: int = 0) -> Image.Image:
-    return picture(seed, width, height).load()
+    return image_of(seed, width, height).load()
 
 
 def read(data: bytes) -> Image.Image:

@@ -29,14 +29,14 @@ from traceir.search import EncoderLike
 from traceir.sources import find_batches
 
 TESTS = Path(__file__).parent
-ROADS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
+PATHS = os.pathsep.join([str(TESTS), str(TESTS.parent / "src")])
 
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[None]:
     """One Ray for the tests of this file; its workers find the encoders below."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([ROADS, os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([PATHS, os.environ.get("PYTHONPATH", "")]))
         patch.delenv("RAY_ADDRESS", raising=False)
         with on_ray(2, Share()):
             yield

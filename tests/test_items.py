@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 
 import traceir
 from traceir.errors import ImageError, InputError
@@ -20,7 +20,7 @@ from traceir.items import ROUTES, Content, Item, Query, check_route
 @pytest.mark.parametrize("kind", [Item, Query])
 def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query], tmp_path: Path) -> None:
     file = tmp_path / "cat.png"
-    picture(1).load().save(file)
+    image_of(1).load().save(file)
     shown = ImageInput.open(file)
     for image in (str(file), file, file.read_bytes(), bytearray(file.read_bytes()), shown):
         made = kind.of(image=image, text="a cat")
@@ -29,7 +29,7 @@ def test_a_path_is_opened_and_never_read_as_words(kind: type[Item] | type[Query]
     assert kind(["a", shown]).parts == ("a", shown)
     with pytest.raises(ImageError, match="does not exist"):
         kind.of(image=str(tmp_path / "missing.png")).content_hash()
-    pixels = kind.of(image=picture(1).load())
+    pixels = kind.of(image=image_of(1).load())
     np.testing.assert_array_equal(np.asarray(pixels.images[0].load()), np.asarray(shown.load()))
 
 

@@ -1,4 +1,4 @@
-"""Published models of every kind: the vectors of sentence-transformers itself, by whichever road they are asked for."""
+"""Published models of every kind: the vectors of sentence-transformers itself, by whichever interface they are asked for."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def gallery(tmp_path: Path) -> Path:
-    """A folder of pictures and texts."""
+    """A folder of images and texts."""
     root = tmp_path / "things"
     root.mkdir()
     for number in range(4):
@@ -329,13 +329,13 @@ def test_weights_may_be_in_bfloat16_and_threads_share_one_encoder(models: Path) 
 
 def test_modalities_that_a_model_lacks_are_refused_in_words(models: Path) -> None:
     clip, bert = load_encoder(models / "clip"), load_encoder(models / "bert")
-    picture = ImageInput.from_pil(pixels(0))
+    shot = ImageInput.from_pil(pixels(0))
     with pytest.raises(InputError, match=r"item both is an image and a text together, which .* give it a text, an image, or"):
-        clip.encode_items([Item.of(text="a"), Item.of(text="a", image=picture, id="both")])
+        clip.encode_items([Item.of(text="a"), Item.of(text="a", image=shot, id="both")])
     with pytest.raises(InputError, match=r"query \(no id\) is several parts"):
-        clip.encode_queries([Query((picture, picture))])
+        clip.encode_queries([Query((shot, shot))])
     with pytest.raises(InputError, match=r"item shot is an image, which .* cannot encode; give it a text, or use another model"):
-        bert.encode_items([Item.of(image=picture, id="shot")])
+        bert.encode_items([Item.of(image=shot, id="shot")])
     with pytest.raises(InputError, match="cannot reason; use route direct or auto"):
         clip.encode_queries([Query.of(text="a")], route="reason")
     with pytest.raises(InputError, match="route 'fast' is unknown"):
@@ -343,7 +343,7 @@ def test_modalities_that_a_model_lacks_are_refused_in_words(models: Path) -> Non
 
 
 def test_a_text_is_never_opened_as_a_file_or_an_address(models: Path, tmp_path: Path) -> None:
-    """The library takes a str that ends like a picture for one, and would read or fetch it."""
+    """The library takes a str that ends like an image for one, and would read or fetch it."""
     pixels(0).save(tmp_path / "secret.png")
     texts = [str(tmp_path / "secret.png"), "http://127.0.0.1:9/a.png", "data:image/png;base64,AAAA", "https://youtu.be/x"]
     for kind in ("clip", "qwen"):
@@ -443,7 +443,7 @@ def _edit(file: Path, row: int | None, **changed: Any) -> None:
     file.write_text(json.dumps(content))
 
 
-def test_checkpoints_of_traceir_keep_to_their_own_road(tmp_path: Path, models: Path) -> None:
+def test_checkpoints_of_traceir_keep_to_their_own_encoder(tmp_path: Path, models: Path) -> None:
     assert not is_library(str(bundled_model()))
     assert isinstance(load_encoder(), Encoder) and isinstance(traceir.load_encoder(models / "bert"), LibraryEncoder)
     with pytest.raises(ModelError, match=r"load it with traceir.load_encoder\('"):

@@ -21,7 +21,7 @@ from traceir.data import mbeir
 from traceir.errors import DataError, InputError
 from traceir.minibeir import rows
 from traceir.minibeir.build import Album, build, fingerprint, spare_distractors
-from traceir.minibeir.rows import FAMILY, ROWS, SPLITS, WORLDS, CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Sketch
+from traceir.minibeir.rows import GROUP, ROWS, SPLITS, WORLDS, CandidateDraft, DrawnRow, DrawnWorld, QueryDraft, Sketch
 from traceir.minibeir.sheet import write_sheet
 
 DRAWN: Counter[str] = Counter()
@@ -47,12 +47,12 @@ def fake_worlds(change: Change = lambda row, split, draft: draft, extra: int = 0
     def make(row: DrawnRow, split: str, count: int, seed: int) -> Iterator[QueryDraft]:
         for number in range(count + extra):
             steps = number % 5 if row.task_id in (6, 7, 8) else number % 2
-            source = f"{split}-{row.task_id}-{seed}-{number // FAMILY}"
+            source = f"{split}-{row.task_id}-{seed}-{number // GROUP}"
             names = ("source", "middle", *(f"twin-{twin}" for twin in range(9)))
             draft = QueryDraft(
                 text=f"edit {number}" if "text" in row.query_modality else None,
                 sketch=sketch(source) if "image" in row.query_modality else None,
-                positives=(candidate(row, f"{source}-goal-{0 if split == 'train' else number % FAMILY}"),),
+                positives=(candidate(row, f"{source}-goal-{0 if split == 'train' else number % GROUP}"),),
                 distractors=tuple(candidate(row, f"{source}-{name}") for name in names),
                 steps=steps,
                 reasoning=f"think {number}" if steps >= 2 else None,
@@ -63,10 +63,10 @@ def fake_worlds(change: Change = lambda row, split, draft: draft, extra: int = 0
     def fill(name: str, count: int, seed: int) -> Iterator[CandidateDraft]:
         return (candidate(NAMED[name], f"fill-{seed}-{number // 2}") for number in range(count if fills else 0))
 
-    def teach(count: int, seed: int) -> Iterator[rows.LessonDraft]:
+    def teach(count: int, seed: int) -> Iterator[rows.PretrainingDraft]:
         for number in range(count):
             shown = sketch(f"train-7-{seed}-{number // 8}") if number % 2 else None
-            yield rows.LessonDraft(shown, "see", f"a thing {number}", "naming" if number % 2 else "facts")
+            yield rows.PretrainingDraft(shown, "see", f"a thing {number}", "naming" if number % 2 else "facts")
 
     def world(name: str) -> DrawnWorld:
         return DrawnWorld({row.name: partial(make, row) for row in ROWS if row.world == name}, fill, teach)
@@ -116,12 +116,12 @@ def test_the_layout_is_that_of_mbeir_and_its_reader_reads_it(root: Path) -> None
 
 def test_training_mixes_tasks_by_whole_groups_and_images_are_drawn_once(root: Path) -> None:
     tasks = [record.task_id for record in mbeir.read_train(root, "mscoco")]
-    assert tasks[: 2 * FAMILY] == [0] * FAMILY + [3] * FAMILY and Counter(tasks) == {0: 64, 3: 64}
+    assert tasks[: 2 * GROUP] == [0] * GROUP + [3] * GROUP and Counter(tasks) == {0: 64, 3: 64}
     files = sorted((root / "lessons").iterdir())
     assert [file.name for file in files] == [f"{world}_{kind}.jsonl" for world in sorted(WORLDS) for kind in ("facts", "naming")]
-    lessons = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    assert len(lessons) == 4 * 64 and lessons[0] == {"img_path": None, "prompt": "see", "target": "a thing 0"}
-    assert {lesson["img_path"] for lesson in lessons} & {record.image_path for record in mbeir.read_train(root, "cirr")}
+    pretraining = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(pretraining) == 4 * 64 and pretraining[0] == {"img_path": None, "prompt": "see", "target": "a thing 0"}
+    assert {example["img_path"] for example in pretraining} & {record.image_path for record in mbeir.read_train(root, "cirr")}
     assert max(DRAWN.values()) <= len(WORLDS)  # each world draws its own
     meta = json.loads((root / "meta.json").read_text())
     assert (meta["scale"], meta["seed"], meta["lessons"], meta["fingerprint"]) == ("small", 0, 256, fingerprint(root))

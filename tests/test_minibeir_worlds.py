@@ -17,7 +17,7 @@ from traceir.data.mbeir import Split
 from traceir.minibeir import chains, encyclopedia, entities, news, sprites
 from traceir.minibeir.drawing import COLOURS, GARMENT_TYPES, SHAPES, SIZE, draw_garment, draw_scene, object_sprite
 from traceir.minibeir.garments import PATTERNS, Garment
-from traceir.minibeir.rows import FAMILY, HELD_OUT_WORLDS, ROWS, CandidateDraft, LessonDraft, QueryDraft, Sketch, load_worlds
+from traceir.minibeir.rows import GROUP, HELD_OUT_WORLDS, ROWS, CandidateDraft, PretrainingDraft, QueryDraft, Sketch, load_worlds
 from traceir.minibeir.scenes import PAIRS, SLOTS, Scene
 from traceir.minibeir.unseen.states import State
 
@@ -54,8 +54,8 @@ def test_the_benchmark_stays_as_published() -> None:
         world = WORLDS[row.world]
         made = [draft for split in ("train", "val", "test") for draft in world.rows[row.name](split, 4, 1)]
         digest.update(str([made, list(itertools.islice(world.pool_fill(row.name, 4, 1), 4))]).encode())
-    digest.update(str([list(world.lessons(12, 1)) for world in WORLDS.values()]).encode())
-    assert digest.hexdigest()[:16] == "4fe215670096b60e"
+    digest.update(str([list(world.pretraining(12, 1)) for world in WORLDS.values()]).encode())
+    assert digest.hexdigest()[:16] == "e3e3ddc52efc1894"
     again, other = (list(WORLDS["scenes"].rows["cirr_task7"]("test", 8, seed)) for seed in (1, 2))
     assert again != other
 
@@ -79,8 +79,8 @@ def test_answers_keep_to_their_split_and_stand_among_near_twins(row: str) -> Non
                     assert pools.setdefault(state, each) == each  # a composition has one rendering in all pools
                 if WORLD_OF[row] != "news" and split == "test" and beside:
                     assert sum(chains.count_differences(answer, state) == 1 for state, _ in beside) >= 8
-    groups = [drafts(row, "train")[start : start + FAMILY] for start in range(0, 24, FAMILY)]
-    assert all(len({draft.positives for draft in group}) == FAMILY for group in groups)
+    groups = [drafts(row, "train")[start : start + GROUP] for start in range(0, 24, GROUP)]
+    assert all(len({draft.positives for draft in group}) == GROUP for group in groups)
 
 
 # --- edits ------------------------------------------------------------------------------------------------------------
@@ -194,18 +194,18 @@ def test_questions_lead_to_their_passage_and_training_never_asks_what_is_held_ou
 # --- pretraining and images -------------------------------------------------------------------------------------------
 
 
-def check_lesson(lesson: LessonDraft) -> None:
-    if path := list_questions().get((lesson.prompt, None)):
-        assert path.split == "train" and lesson.target.endswith(path.answer)
-    elif lesson.kind in ("edits", "views"):
-        state, _, text = lesson.prompt.rpartition(": ")
-        start = state_of(lesson.sketch) if lesson.sketch else read_state(state)
-        written, _, answer = lesson.target.rpartition("; ")
+def check_example(example: PretrainingDraft) -> None:
+    if path := list_questions().get((example.prompt, None)):
+        assert path.split == "train" and example.target.endswith(path.answer)
+    elif example.kind in ("edits", "views"):
+        state, _, text = example.prompt.rpartition(": ")
+        start = state_of(example.sketch) if example.sketch else read_state(state)
+        written, _, answer = example.target.rpartition("; ")
         final = check_chain(start, text, written.split("; "))
         assert final == read_state(answer) and {start.split, final.split} == {"train"}
-    elif lesson.sketch and not lesson.sketch.key.startswith("emblem"):
-        assert state_of(lesson.sketch).split == "train"
-        assert not lesson.prompt.startswith("name the ") or read_state(lesson.target) == state_of(lesson.sketch)
+    elif example.sketch and not example.sketch.key.startswith("emblem"):
+        assert state_of(example.sketch).split == "train"
+        assert not example.prompt.startswith("name the ") or read_state(example.target) == state_of(example.sketch)
 
 
 KINDS = {
@@ -218,10 +218,10 @@ KINDS = {
 
 @pytest.mark.parametrize(("world", "kinds"), KINDS.items())
 def test_pretraining_examples_are_true_and_of_training_compositions(world: str, kinds: set[str]) -> None:
-    lessons = list(WORLDS[world].lessons(60, 2))
-    assert {lesson.kind for lesson in lessons} == kinds
-    for lesson in lessons:
-        check_lesson(lesson)
+    pretraining = list(WORLDS[world].pretraining(60, 2))
+    assert {example.kind for example in pretraining} == kinds
+    for example in pretraining:
+        check_example(example)
 
 
 def test_a_key_stands_for_its_pixels() -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import published
-from conftest import picture, random_model
+from conftest import image_of, random_model
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -46,7 +46,7 @@ def test_the_budget_of_images_is_the_stock_processors(tmp_path: Path, config: di
     vision = SimpleNamespace(patch_size=patch, spatial_merge_size=2, temporal_patch_size=2)
     budget = image_budget(file, SimpleNamespace(vision_config=vision))
     for width, height in ((400, 300), (1500, 1000), (10, 10)):
-        (grid,) = stock(images=[picture(0, width, height).load()], return_tensors="pt")["image_grid_thw"].tolist()
+        (grid,) = stock(images=[image_of(0, width, height).load()], return_tensors="pt")["image_grid_thw"].tolist()
         assert grid == [1, *(side // patch for side in smart_resize(height, width, budget))]
     with pytest.raises(ImageError, match="aspect ratio"):
         smart_resize(1, 201, budget)
@@ -78,21 +78,21 @@ def test_the_text_budget_cuts_user_text_and_says_so(model: TraceModel) -> None:
 def test_pixel_store_is_used_instead_of_the_file(model: TraceModel) -> None:
     blank = np.zeros((48, 48, 3), dtype=np.uint8)
     stored = Processor(model.processor.tokenizer, ImageBudget(), pixel_store={"noise-1-48x48": blank})
-    assert not stored.pixels(picture(1)).any()
+    assert not stored.pixels(image_of(1)).any()
 
 
 def test_transformers_warns_of_nothing_where_a_model_loads_and_reasons(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    (encoding,) = Encoder(load(bundled_model())).encode_queries([Query.of(text="a red cube", image=picture(1))], route="reason")
+    (encoding,) = Encoder(load(bundled_model())).encode_queries([Query.of(text="a red cube", image=image_of(1))], route="reason")
     assert encoding.route == "reason" and not caplog.records
 
 
 def test_save_and_load_give_the_same_vectors_and_an_ordinary_checkpoint(model: TraceModel, tmp_path: Path) -> None:
     folder = save(model, tmp_path / "checkpoint")
     again = load(folder)
-    batch = model.processor.collate([model.processor.lay_out(render_candidate(Item.of(image=picture(1)), "brief-1"))])
+    batch = model.processor.collate([model.processor.lay_out(render_candidate(Item.of(image=image_of(1)), "brief-1"))])
     with torch.no_grad():
         assert torch.equal(model.hidden(batch), again.hidden(batch))
     assert again.settings.prompt_version == "brief-1"

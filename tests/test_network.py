@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import both_roads, make_queries, picture, random_model
+from conftest import both_routes, image_of, make_queries, random_model
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from traceir.checkpoint import bundled_model
@@ -24,11 +24,11 @@ from traceir.network import InferenceTokenizer, Network, fits
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(both_roads(random_model(), make_queries()), tmp_path_factory.mktemp("network") / "checkpoint")
+    return save(both_routes(random_model(), make_queries()), tmp_path_factory.mktemp("network") / "checkpoint")
 
 
 def windowed_model() -> TraceModel:
-    """Real proportions in small: shared keys, windows of 2 x 2 merged cells, one of three layers over the whole image."""
+    """Real proportions in small: shared keys, windows of 2 x 2 visual tokens, one of three layers over the whole image."""
     made = random_model()
     whole = made.network.config.to_dict()
     whole["vision_config"] |= {"depth": 3, "window_size": 32, "fullatt_block_indexes": [1]}
@@ -59,8 +59,8 @@ def test_windows_of_an_image_are_those_of_transformers(tmp_path: Path, size: tup
     """Whole windows, windows cut at the right and at the bottom, images of one window, and several images at once."""
     model = windowed_model()
     ours = load(save(model, tmp_path / "checkpoint"), inference=True)
-    items = [Item.of(image=picture(number, *size), text="a red cube") for number in range(2)]
-    batch = ours.processor.collate([ours.processor.lay_out(ours.prompt(item)) for item in [*items, Item.of(image=picture(9))]])
+    items = [Item.of(image=image_of(number, *size), text="a red cube") for number in range(2)]
+    batch = ours.processor.collate([ours.processor.lay_out(ours.prompt(item)) for item in [*items, Item.of(image=image_of(9))]])
     assert batch.patches is not None and batch.grids is not None
     with torch.no_grad():
         stock = torch.cat(model.network.model.get_image_features(batch.patches, batch.grids, return_dict=True).pooler_output)
@@ -90,7 +90,7 @@ def test_words_are_those_of_transformers(checkpoint: Path) -> None:
             assert ours.decode(ids, skip_special_tokens=skip) == stock.decode(ids, skip_special_tokens=skip)
 
 
-def test_what_it_lacks_takes_the_other_road(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_it_lacks_is_run_by_transformers(checkpoint: Path, tmp_path: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     assert fits(config)
     for part, change in (

@@ -73,11 +73,11 @@ def test_a_checkpoint_and_an_adapter_encode_as_before(old: Path, name: str) -> N
     expected = json.loads((old / "encodings.json").read_text())[name]
     encoder = Encoder.from_pretrained(name)
     assert encoder.fingerprint == expected["fingerprint"]
-    picture = "data/mbeir_images/{}.png".format
+    image = "data/mbeir_images/{}.png".format
     queries = [
         Query.of(text="make it red", target="image"),
-        Query.of(image=picture(3), text="make it blue", target="image"),
-        Query.of(image=picture(4)),
+        Query.of(image=image(3), text="make it blue", target="image"),
+        Query.of(image=image(4)),
     ]
     encodings = encoder.encode_queries(queries)
     assert [encoding.route for encoding in encodings] == expected["routes"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IN_BROWSER, picture, serving
+from conftest import IN_BROWSER, image_of, serving
 from playwright.sync_api import expect
 from published import save_clip
 
@@ -136,7 +136,7 @@ def drop(page: Any, *files: ImageInput | str) -> None:
 
 
 def ask(page: Any, query: Query) -> None:
-    """Types a query into the search box and sends it; its picture is dropped."""
+    """Types a query into the search box and sends it; its image is dropped."""
     for image in query.images:
         drop(page, image)
         expect(page.locator("#preview")).to_have_js_property("complete", True)
@@ -540,7 +540,7 @@ def test_a_search_for_what_is_not_there_finds_nothing(service: Service, open_pag
     assert shown_ids(page) == expected != []
     if len(expected) < PAGE:
         expect(page.locator(".count")).to_contain_text("above the cut-off")
-    # The index is calibrated for texts alone, so a search with a picture is shown what is nearest.
+    # The index is calibrated for texts alone, so a search with an image is shown what is nearest.
     ask(page, service.asked("cirr_task7", 2).query)
     assert len(shown_ids(page)) == PAGE
 
@@ -549,7 +549,7 @@ def test_the_page_of_a_published_model_shows_no_route(open_page: Callable[..., A
     model, photos, index = str(save_clip(tmp_path / "clip")), tmp_path / "photos", tmp_path / "index"
     photos.mkdir()
     for number in range(5):
-        picture(number, 60, 40).load().save(photos / f"{number}.png")
+        image_of(number, 60, 40).load().save(photos / f"{number}.png")
     assert cli.main(["index", "add", str(photos), "--index", str(index), "--model", model]) == 0
     with serving(index, "--model", model) as url:
         page = open_page(url)

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from backbones import qwen_tokenizer
-from conftest import picture
+from conftest import image_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -27,7 +27,7 @@ from traceir.items import Encoding, Item, Query
 from traceir.model import TraceModel, load, save
 from traceir.profiles import PROFILES, resolve_profile
 
-ASK, RED, SHOWN = "Find it.", "a red cube", picture(5, 140, 112)
+ASK, RED, SHOWN = "Find it.", "a red cube", image_of(5, 140, 112)
 QUERIES = [Query.of(text=RED, instruction=ASK), Query.of(image=SHOWN, instruction=ASK),
            Query.of(text=RED, image=SHOWN, instruction=ASK)]  # fmt: skip
 ITEMS = [Item.of(text=RED), Item.of(image=SHOWN), Item.of(text=RED, image=SHOWN)]

@@ -4,8 +4,8 @@
 PyPI's dashscope 2.0.2 has it; `source` names file, commit and version. The tokenizer in it is cut down to the tokens and merges
 that these inputs need, at their real ids.
 
-Ids: a list [N, id, ...] stands for N times those ids. Positions, the same in all three rows but for pictures: [start, N] counts
-on from start, [start, rows, columns] is a picture. Pixels: the mean of the patches, and six of their values. None of a picture
+Ids: a list [N, id, ...] stands for N times those ids. Positions, the same in all three rows but for images: [start, N] counts
+on from start, [start, rows, columns] is an image. Pixels: the mean of the patches, and six of their values. None of an image
 with transparency where the project drops alpha, which we set on white (docs/third-party.md). A prompt ends at its pooling
 position.
 """
@@ -65,8 +65,8 @@ def positions_of(blocks: list[list[int]]) -> np.ndarray:
 
 
 def inputs() -> Iterator[Query | Item]:
-    for side, instruction, text, times, picture in GOLDEN["inputs"]:
-        content: dict[str, Any] = {"text": text and text * times, "image": picture and shown(*picture)}
+    for side, instruction, text, times, image in GOLDEN["inputs"]:
+        content: dict[str, Any] = {"text": text and text * times, "image": image and shown(*image)}
         yield Query.of(**content, instruction=instruction) if side == "query" else Item.of(**content)
 
 

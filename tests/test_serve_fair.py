@@ -92,14 +92,14 @@ async def test_places_and_slots_are_given_in_turn_and_never_lost() -> None:
 
 
 def test_threads_work_for_one_caller_after_the_other_and_one_is_left_for_others() -> None:
-    pool, gate, done = FairExecutor(2, "test"), threading.Event(), list[str]()
+    pool, release, done = FairExecutor(2, "test"), threading.Event(), list[str]()
     assert acting("other", pool.submit, int, "1").result(20) == 1
-    blocked = [acting("greedy", pool.submit, gate.wait, 20) for _ in range(4)]
+    blocked = [acting("greedy", pool.submit, release.wait, 20) for _ in range(4)]
     assert acting("other", pool.submit, int, "2").result(20) == 2
     futures = [acting(who, pool.submit, done.append, who) for who in ["greedy"] * 6]
     failing, cancelled = acting("greedy", pool.submit, int, "x"), acting("greedy", pool.submit, done.append, "never")
     assert cancelled.cancel() and acting("other", pool.submit, done.append, "other").result(20) is None and done == ["other"]
-    gate.set()
+    release.set()
     for future in [*blocked, *futures]:
         future.result(20)
     assert isinstance(failing.exception(20), ValueError) and done == ["other"] + ["greedy"] * 6

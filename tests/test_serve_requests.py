@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -125,7 +125,7 @@ def close(actual: Any, wanted: np.ndarray) -> bool:
 
 
 def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) -> None:
-    shown, other = picture(1), picture(2, 64, 48)
+    shown, other = image_of(1), image_of(2, 64, 48)
     caller.add(*({"id": f"noise-{n}", "text": "noise", "image": data(own.encoded()[0])} for n, own in enumerate((shown, other))))
     asked = [
         ({"text": CAPTION}, Query.of(text=CAPTION)),
@@ -164,7 +164,7 @@ def test_the_stream_tells_route_reasoning_and_the_same_hits(caller: Caller) -> N
 
 
 def test_embeddings_of_texts_objects_and_chats(caller: Caller, encoder: Encoder) -> None:
-    shown = picture(3)
+    shown = image_of(3)
     image = f"data:image/png;base64,{data(shown.encoded()[0])['data']}"
     plain = caller.good("POST", "/v1/embeddings", {"input": ["a white ring", {"text": "a ring", "image": image}]})
     items = encoder.encode_items([Item.of(text="a white ring"), Item.of(text="a ring", image=shown)])

@@ -1,4 +1,4 @@
-"""The safe-guards of the server: keys, limits, fetching, images from requests, bodies, the middleware, tenants."""
+"""The security of the server: keys, limits, fetching, images from requests, bodies, the middleware, tenants."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 import mteb
 import numpy as np
 import pytest
-from conftest import picture
+from conftest import image_of
 from datasets import Dataset
 from evaluations import Planned, asks, candidate, planned_folder
 from mteb.models import EncoderProtocol
@@ -103,7 +103,7 @@ def test_ties_and_missing_positives_count_against_us(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sentence_transformers_gives_our_vectors(model: TraceModel, tmp_path: Path) -> None:
     """One image and one text in all forms that sentence-transformers knows."""
-    shown, file, text = picture(3, 90, 60), str(tmp_path / "noise.png"), "make one red"
+    shown, file, text = image_of(3, 90, 60), str(tmp_path / "noise.png"), "make one red"
     image = shown.load()
     image.save(file)
     inputs: list[Any] = [text, image, file, {"text": text, "image": image}, {"image": file, "text": text}, {"image": image}]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture
+from conftest import image_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_folder import make_folder, query, tiny_model, write_lines
@@ -336,7 +336,7 @@ def test_a_pool_file_is_the_pool(folder: Path, tmp_path: Path) -> None:
 def test_a_pixel_store_is_completed_without_what_it_holds_already(tmp_path: Path) -> None:
     model = tiny_model()
     for number in (1, 2):
-        picture(number).load().save(tmp_path / f"{number}.png")
+        image_of(number).load().save(tmp_path / f"{number}.png")
     first = pixel_store(tmp_path, tmp_path / "cache", model.processor, ["1.png"])[str(tmp_path / "1.png")].copy()
     (tmp_path / "1.png").unlink()
     store = pixel_store(tmp_path, tmp_path / "cache", model.processor, ["2.png"])

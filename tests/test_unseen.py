@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import image_of
 from evaluations import Planned, write
 from fakes import FakeEncoder
 
@@ -261,7 +261,7 @@ def test_a_submission_holds_fifty_image_ids_best_first(tmp_path: Path) -> None:
 def test_images_are_read_and_equal_content_is_best(tmp_path: Path) -> None:
     files: dict[str, Source] = {str(number): tmp_path / f"{number}.png" for number in range(4)}
     for number, file in enumerate(files.values()):
-        picture(number).load().save(file)
+        image_of(number).load().save(file)
     cases = [UnseenQuery(name, (file,), (name,), instruction="find it") for name, file in files.items()]
     outcomes, summary = score(FakeEncoder(), task_of(cases, files))
     assert [outcome.rank for outcome in outcomes] == [1, 1, 1, 1] and summary["reasoned"] == 0.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import picture
+from conftest import image_of
 from fake_sglang import serving_here
 
 from traceir.checkpoint import bundled_model
@@ -27,7 +27,7 @@ def test_words_and_the_size_of_images_are_the_bounds(encoder: Encoder, folder: P
     drawing = next((folder / "mbeir_images").rglob("*.jpg"))
     for known in (Query.of(text=CAPTION), Query.of(image=drawing), Item.of(image=drawing, text="Make it yellow, then 3.")):
         assert world.knows(known)
-    for strange in (Query.of(text="a giraffe"), Query.of(image=picture(0)), Item.of(image=drawing, text="a giraffe on the left")):
+    for strange in (Query.of(text="a giraffe"), Query.of(image=image_of(0)), Item.of(image=drawing, text="a giraffe, left")):
         assert not world.knows(strange)
     assert world.knows_kept(CAPTION, str(drawing)) and not world.knows_kept("a giraffe", None)
     assert world.knows_kept(None, "/nowhere/at-all.jpg"), "a picture that is gone is told of by whoever needs it"
@@ -47,7 +47,7 @@ def test_index_search_and_server_say_it_once_with_the_commands_that_help(
     photos, index = tmp_path / "photos", tmp_path / "index"
     photos.mkdir()
     for number in range(2):
-        picture(number, 60, 40).load().save(photos / f"{number}.png")
+        image_of(number, 60, 40).load().save(photos / f"{number}.png")
     assert cli.main(["index", "add", str(photos), "--index", str(index)]) == 0
     shown = capsys.readouterr().err
     assert shown.count("note: The bundled model is a miniature") == 1

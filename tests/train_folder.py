@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from conftest import picture
+from conftest import image_of
 
 from traceir.model import TraceModel, TraceSettings
 from traceir.train.small import SmallSize, small_model, train_tokenizer
@@ -41,7 +41,7 @@ def make_folder(root: Path) -> Path:
     pool: list[dict[str, Any]] = [{"did": "8:500", "txt": "a wrong thing", "img_path": None, "modality": "text"}]
     for number in range(16):
         name, composed = f"mbeir_images/{number}.png", number % 2 == 1
-        picture(number).load().save(root / name)
+        image_of(number).load().save(root / name)
         text = f"make it {COLOURS[number % 6]}" if composed else None
         right = [f"8:{number + 101}", *(["8:101", "8:999"] if composed else [])]
         wrong = [f"8:{other + 101}" for other in (number, (number + 1) % 16, (number + 2) % 16)] + ["8:500", "8:500"]

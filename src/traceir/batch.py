@@ -81,7 +81,7 @@ class ImageBudget:
     """How images become patches: Qwen's smart resize between `min_pixels` and `max_pixels`, patches of `patch` px.
 
     `resize` says whose: that of transformers' image processor, that of the package qwen_vl_utils, which differs for sides below
-    half a cell, or `both`, first qwen_vl_utils with its own bounds of 4 and 16,384 cells.
+    half a token, or `both`, first qwen_vl_utils with its own bounds of 4 and 16,384 tokens.
     """
 
     patch: int = 14
@@ -94,7 +94,7 @@ class ImageBudget:
     resize: Resize = "processor"
 
     @property
-    def cell(self) -> int:
+    def factor(self) -> int:
         """Side in pixels of what becomes one token."""
         return self.patch * self.merge
 
@@ -179,7 +179,7 @@ class Processor:
             else:
                 image = self.pixels(piece)
                 pixels.append(image)
-                block = _grid_positions(image.shape[0] // self.image.cell, image.shape[1] // self.image.cell) + start
+                block = _grid_positions(image.shape[0] // self.image.factor, image.shape[1] // self.image.factor) + start
                 ids += [self.special[IMAGE_PAD]] * block.shape[1]
                 shown_to = len(ids)
             blocks.append(block)
@@ -279,9 +279,10 @@ class Processor:
         def cut(numbers: list[int]) -> torch.Tensor:
             stacked = torch.from_numpy(np.stack([pixels[number] for number in numbers])).permute(0, 3, 1, 2)
             count, channels, height, width = stacked.shape
-            rows, columns, patch, merge = height // self.image.cell, width // self.image.cell, self.image.patch, self.image.merge
-            cells = stacked.reshape(count, channels, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
-            return cells.reshape(count, rows * columns * merge**2, -1)
+            patch, merge, side = self.image.patch, self.image.merge, self.image.factor
+            rows, columns = height // side, width // side
+            patches = stacked.reshape(count, channels, rows, merge, patch, columns, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+            return patches.reshape(count, rows * columns * merge**2, -1)
 
         patches = by_shape([image.shape for image in pixels], cut)
         grids = torch.tensor([[1, image.shape[0] // self.image.patch, image.shape[1] // self.image.patch] for image in pixels])
@@ -308,9 +309,9 @@ def by_shape(shapes: Sequence[Hashable], run: Callable[[list[int]], Iterable[tor
 def _sizes(height: int, width: int, budget: ImageBudget, name: str) -> Iterator[tuple[int, int]]:
     """Heights and widths that an image is brought to, one after the other."""
     if budget.resize != "processor":
-        area = budget.cell**2
+        area = budget.factor**2
         bounds = replace(budget, min_pixels=4 * area, max_pixels=16_384 * area) if budget.resize == "both" else budget
-        height, width = smart_resize(height, width, bounds, name, least=budget.cell)
+        height, width = smart_resize(height, width, bounds, name, least=budget.factor)
         yield height, width
     if budget.resize != "utils":
         yield smart_resize(height, width, budget, name)
@@ -324,7 +325,7 @@ def smart_resize(height: int, width: int, budget: ImageBudget, name: str = "imag
     """
     if max(height, width) > 200 * min(height, width):
         raise ImageError(f"{name}: aspect ratio {width}x{height} is beyond 200; crop the image")
-    unit = budget.cell
+    unit = budget.factor
     high, wide = max(least, round(height / unit) * unit), max(least, round(width / unit) * unit)
     if high * wide > budget.max_pixels:
         shrink = math.sqrt(height * width / budget.max_pixels)

@@ -19,13 +19,13 @@ BYTES: Final = 2
 class Known:
     """One published model.
 
-    `road`: `profile NAME`, `sentence-transformers` (by its own files), or `trace` (TRACE's prompts). `modalities` of one input;
+    `read_by`: `profile NAME`, `sentence-transformers` (its own files), or `trace` (TRACE's prompts). `modalities` of one input;
     a model without `image,text` takes no input of both. `verified` says what was compared with what; nowhere the published
     weights, which were not at hand.
     """
 
     id: str
-    road: str
+    read_by: str
     parameters: int
     width: int
     licence: str | None
@@ -40,13 +40,14 @@ class Known:
         return self.parameters * BYTES
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "memory": self.memory}
+        row = asdict(self)
+        return {"road": row.pop("read_by"), **row, "memory": self.memory}
 
     def __str__(self) -> str:
         """A paragraph for a terminal."""
         sizes = f"{_short(self.parameters)} parameters, {_short(self.memory)}B in bfloat16, width {self.width}"
         takes = " | ".join(self.modalities) + ("; may reason" if self.reasons else "")
-        lines = (f"{self.road}; {sizes}; licence {self.licence or 'not known'}", f"takes {takes}", self.note)
+        lines = (f"{self.read_by}; {sizes}; licence {self.licence or 'not known'}", f"takes {takes}", self.note)
         return "\n    ".join([self.id, *filter(None, lines), f"verified: {self.verified}"])
 
 
@@ -61,8 +62,8 @@ KNOWN: Final = tuple(Known(**{**row, "modalities": tuple(row["modalities"])}) fo
 
 def profile_for(hub_id: str) -> str | None:
     """The name of the profile that a published checkpoint is read by; None for one that needs none, or is not known."""
-    roads = (model.road for model in KNOWN if model.id.lower() == hub_id.lower())
-    return next(roads, "").partition("profile ")[2] or None
+    readers = (model.read_by for model in KNOWN if model.id.lower() == hub_id.lower())
+    return next(readers, "").partition("profile ")[2] or None
 
 
 def described() -> str:

@@ -44,7 +44,7 @@ class World:
     @property
     def notice(self) -> str:
         """One line about anything else."""
-        return f"{self.says} For your own pictures: {INSTEAD[0]}; then {INSTEAD[1]}"
+        return f"{self.says} For your own images: {INSTEAD[0]}; then {INSTEAD[1]}"
 
     def as_json(self) -> dict[str, Any]:
         return {"says": self.says, "words": " ".join(sorted(self.words)), "picture": self.image}

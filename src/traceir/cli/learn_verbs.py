@@ -122,7 +122,7 @@ def mteb(args: argparse.Namespace) -> int:
         from traceir.evaluation import mteb_run
         from traceir.evaluation.mteb_model import TraceEncoder
     except ImportError as error:
-        raise InputError(f"mteb is not there ({error}); pip install 'traceir[judges]'") from error
+        raise InputError(f"mteb is not there ({error}); pip install 'traceir[mteb]'") from error
 
     tasks = mteb_run.choose_tasks(benchmarks, names, args.tasks_from)
     encoder = open_encoder(args)

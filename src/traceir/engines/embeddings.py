@@ -160,7 +160,9 @@ class EmbeddingsEncoder(HttpEngine):
             raise self._wrong(f"answers with {str(body)[:120]!r}, which is no list of embeddings; is it an endpoint of them?")
         rows = {str(row.get("index", number)): row.get("embedding") for number, row in enumerate(data)}
         if len(data) != count or rows.keys() != {str(number) for number in range(count)}:
-            raise self._wrong(f"returned {len(data)} vectors for {count} inputs, or not one for each; report it to its makers")
+            raise self._wrong(
+                f"returned {len(data)} vectors for {count} inputs, or not one for each; report it to its developers"
+            )
         usage = body.get("usage")
         tokens = usage.get("prompt_tokens", usage.get("total_tokens")) if isinstance(usage, dict) else None
         with self._lock:

@@ -1,4 +1,4 @@
-"""TraceIR under mteb, the public benchmark package: an encoder as one of its models, rows of a folder as tasks (extra `judges`).
+"""TraceIR under mteb, the public benchmark package: an encoder as one of its models, rows of a folder as tasks (extra `mteb`).
 
     model = TraceEncoder.of(Encoder.from_pretrained())
     mteb.evaluate(model, mbeir_task("data/minibeir", "cirr_task7"), cache=None)

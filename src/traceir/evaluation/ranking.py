@@ -81,8 +81,8 @@ def rank_queries(
     sorted_QD = queries_QD[order]
     scores, seen = _score_pairs(sorted_QD, blocks, right)
     chunks = [_Chunk(sorted_QD[first : first + chunk], first, right, scores, top_k) for first in range(0, count, chunk)]
-    size, cells = 0, SLICE * min(chunk, count)
-    buffers = np.empty(cells, dtype=np.float32), np.empty(cells, dtype=np.bool_)  # fresh memory for each slice costs time
+    size, entries = 0, SLICE * min(chunk, count)
+    buffers = np.empty(entries, dtype=np.float32), np.empty(entries, dtype=np.bool_)  # fresh memory for each slice costs time
     with tqdm(total=seen, desc="searching", unit=" candidates", unit_scale=True, disable=not progress, mininterval=2.0) as bar:
         for block_ND in blocks:
             for start in range(0, len(block_ND), SLICE):
@@ -130,7 +130,7 @@ class _Chunk:
         self.first, self.count, self.k, self.waiting = first, len(queries_QD), top_k, 0
         self.columns_DQ = np.ascontiguousarray(queries_QD.T)
         self.best_floor = np.full(self.count, -np.inf, dtype=np.float32)
-        self.cells, self.scores = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
+        self.entries, self.scores = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.float32)]
         own = (right[0] >= first) & (right[0] < first + self.count)
         query, score = right[0][own] - first, scores[own]
         by_score = np.lexsort((-score, query))  # a score that is not a number comes last
@@ -151,11 +151,11 @@ class _Chunk:
         np.matmul(values_ND, self.columns_DQ, out=scores)
         self._hide(scores, begin, hidden)
         # Strictly above: of equal scores the earlier position is kept, and it is already there.
-        cells = np.flatnonzero(np.greater(scores, self.best_floor, out=mask))
-        if len(cells):
-            self.cells.append(cells + begin * self.count)
-            self.scores.append(scores.reshape(-1)[cells])
-            self.waiting += len(cells)
+        entries = np.flatnonzero(np.greater(scores, self.best_floor, out=mask))
+        if len(entries):
+            self.entries.append(entries + begin * self.count)
+            self.scores.append(scores.reshape(-1)[entries])
+            self.waiting += len(entries)
             if self.waiting >= self.count * self.k:
                 self._merge()
         self._hide(scores, begin, right)  # positives never push each other down
@@ -175,27 +175,27 @@ class _Chunk:
     def best(self) -> tuple[Scores, Positions]:
         """Scores and positions [Q, K], best first, equal scores by position."""
         self._merge()
-        query = self.cells[0] % self.count
+        query = self.entries[0] % self.count
         order = np.lexsort((-self.scores[0], query))
         number = _number_in_group(query[order], self.count)
         order, number = order[number < self.k], number[number < self.k]
         scores = np.full((self.count, self.k), -np.inf, dtype=np.float32)
         positions = np.full((self.count, self.k), NO_POSITION, dtype=np.int64)
         scores[query[order], number] = self.scores[0][order]
-        positions[query[order], number] = self.cells[0][order] // self.count
+        positions[query[order], number] = self.entries[0][order] // self.count
         return scores, positions
 
     def _merge(self) -> None:
         """Drops what is below each query's k-th best score; what equals it is kept until the end."""
-        cells, scores = np.concatenate(self.cells), np.concatenate(self.scores)
-        query = (cells % self.count).astype(np.min_scalar_type(self.count))  # small numbers are sorted faster
+        entries, scores = np.concatenate(self.entries), np.concatenate(self.scores)
+        query = (entries % self.count).astype(np.min_scalar_type(self.count))  # small numbers are sorted faster
         order = np.argsort(query, kind="stable")
         number = _number_in_group(query[order], self.count)
         table_QN = np.full((self.count, max(self.k, int(number.max(initial=0)) + 1)), -np.inf, dtype=np.float32)
         table_QN[query[order], number] = scores[order]
         self.best_floor = np.partition(table_QN, -self.k, axis=1)[:, -self.k]
         keep = scores >= self.best_floor[query]
-        self.cells, self.scores, self.waiting = [cells[keep]], [scores[keep]], 0
+        self.entries, self.scores, self.waiting = [entries[keep]], [scores[keep]], 0
 
     def _hide(self, scores: Scores, start: int, pairs: Positions) -> None:
         if pairs.shape[1]:

@@ -87,7 +87,7 @@ def prepare(out: Path) -> tuple[Path, list[Question]]:
 
 
 def fill(pool: Path, out: Path, encoder: EncoderLike, *, progress: bool = True) -> tuple[SqliteIndex, AddReport]:
-    """The index of the gallery, one a model, filled by the same road as `traceir index add`; close it after use."""
+    """The index of the gallery, one a model, filled by the same code as `traceir index add`; close it after use."""
     folder = out / f"index-{encoder.fingerprint.replace('/', '-').replace(':', '-')}"
     version, dim = encoder.prompt_version, encoder.width
     index = open_index(folder, fingerprint=encoder.fingerprint, prompt_version=version, dim=dim, create=True)
@@ -95,7 +95,7 @@ def fill(pool: Path, out: Path, encoder: EncoderLike, *, progress: bool = True) 
         report = add([pool], index, encoder, progress=progress)
         if report.failed:
             failure = report.failed[0]
-            raise DataError(f"{failure.place}: {failure.reason}; remove {out} and run the demo again")
+            raise DataError(f"{failure.location}: {failure.reason}; remove {out} and run the demo again")
     except BaseException:
         index.close()
         raise

@@ -70,7 +70,7 @@ def build(
         if time.time() - path.stat().st_mtime > 60:
             path.unlink(missing_ok=True)
     work = sum(row.count(scale, split) for row in rows.ROWS for split in ordered)
-    work += sum(rows.LESSONS[scale].values()) if "train" in ordered else 0
+    work += sum(rows.PRETRAINING[scale].values()) if "train" in ordered else 0
     with tqdm(total=work, unit="draft", desc="minibeir", disable=None, smoothing=0.0) as bar:
         _Builder(Album(out, workers), scale, seed, ordered, rows.load_worlds() if worlds is None else worlds, bar).write()
     meta = plan | verify(out, scale, ordered)
@@ -208,10 +208,10 @@ class _Builder:
         for _, group in itertools.groupby(sorted(rows.ROWS, key=lambda row: row.dataset_id), key=lambda row: row.dataset_id):
             self._add_dataset(sorted(group, key=rows.ROWS.index))
         for world in rows.WORLDS if "train" in self.splits else ():
-            for lesson in self.worlds[world].lessons(rows.LESSONS[self.scale][world], self.seed):
-                image = self.album.place(lesson.sketch, world, f"lessons_images/{world}")
-                line = {"img_path": image, "prompt": lesson.prompt, "target": lesson.target}
-                self.files[f"{rows.LESSON_FOLDER}/{world}_{lesson.kind}.jsonl"].append(dump(line))
+            for example in self.worlds[world].pretraining(rows.PRETRAINING[self.scale][world], self.seed):
+                image = self.album.place(example.sketch, world, f"lessons_images/{world}")
+                line = {"img_path": image, "prompt": example.prompt, "target": example.target}
+                self.files[f"{rows.PRETRAINING_FOLDER}/{world}_{example.kind}.jsonl"].append(dump(line))
                 self.bar.update()
         self.album.draw()
         for name, lines in self.files.items():
@@ -314,7 +314,7 @@ def _interleave(streams: Sequence[Iterator[QueryDraft]], counts: Sequence[int]) 
     done = [0] * len(streams)
     while done != list(counts):
         which = min(range(len(streams)), key=lambda stream: (done[stream] / max(counts[stream], 1), stream))
-        for _ in range(min(rows.FAMILY, counts[which] - done[which])):
+        for _ in range(min(rows.GROUP, counts[which] - done[which])):
             yield which, next(streams[which])
             done[which] += 1
 
@@ -332,9 +332,9 @@ def verify(root: Path, scale: Scale, splits: Sequence[Split]) -> dict[str, Any]:
     trained: dict[str, set[_Content]] = {row.world: set() for row in rows.ROWS}
     if "train" in splits:
         train_counts = _verify_train(root, trained, images)
-        lessons = [json.loads(line) for file in (root / rows.LESSON_FOLDER).glob("*.jsonl") for line in file.open("rb")]
-        images.update(lesson["img_path"] for lesson in lessons)
-        counts["lessons"] = len(lessons)
+        pretraining = [json.loads(line) for file in (root / rows.PRETRAINING_FOLDER).glob("*.jsonl") for line in file.open("rb")]
+        images.update(example["img_path"] for example in pretraining)
+        counts["lessons"] = len(pretraining)
     for split in [split for split in splits if split != "train"]:
         for task, row in zip(mbeir.find_tasks(root, split), rows.ROWS, strict=True):
             seen = trained[row.world] if split == "test" and row.world in rows.HELD_OUT_WORLDS else set()

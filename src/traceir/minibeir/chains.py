@@ -14,12 +14,12 @@ from typing import ClassVar, Generic, Protocol, Self, TypeVar
 
 from traceir.data.mbeir import Split
 from traceir.minibeir.rows import (
-    FAMILY,
+    GROUP,
     VARIANTS,
     WORDS,
     CandidateDraft,
     DrawnWorld,
-    LessonDraft,
+    PretrainingDraft,
     QueryDraft,
     Sketch,
     derive_seed,
@@ -184,8 +184,8 @@ def pose_chains(
 ) -> Iterator[QueryDraft]:
     """Image and a chain of edits to image; in train in groups of four, whose lengths are `shuffled` or stay in order."""
     if split == "train":
-        for start in range(0, len(lengths), FAMILY):
-            steps = lengths[start : start + FAMILY]
+        for start in range(0, len(lengths), GROUP):
+            steps = lengths[start : start + GROUP]
             for chain in _grow_group(kind, rng.sample(steps, len(steps)) if shuffled else steps, rng):
                 yield _pose_chain(chain, chain.states[0].sketch(rng.randrange(VARIANTS)))
         return
@@ -203,7 +203,7 @@ def _draw_group(kind: type[C], rng: random.Random) -> list[C]:
     """Four training compositions of which three differ from the first in one or two attributes."""
     base = kind.draw(rng, "train")
     group = {base.code: base}
-    while len(group) < FAMILY:
+    while len(group) < GROUP:
         twin = rng.choice(list(group.values())).twins(rng)[0]
         if twin.split == "train" and count_differences(base, twin) <= 2:
             group[twin.code] = twin
@@ -232,7 +232,7 @@ def pose_captions(kind: type[C], split: Split, count: int, rng: random.Random) -
         taken = {target.code for target in chosen}
     style = 0
     for index, target in enumerate(targets):
-        if split != "train" or index % FAMILY == 0:
+        if split != "train" or index % GROUP == 0:
             style = rng.randrange(kind.styles)
         others = [] if split == "train" else [other for other in target.near(rng) if other.code not in taken][:BESIDE]
         positive, *texts = (CandidateDraft(each.caption(style)) for each in (target, *others))
@@ -268,7 +268,7 @@ def _fill_pool(kind: type[C], row: str, count: int, seed: int) -> Iterator[Candi
             yield CandidateDraft(text) if row.endswith("_task3") else composition.candidate
 
 
-def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:
+def _teach(kind: type[C], count: int, seed: int) -> Iterator[PretrainingDraft]:
     """Naming and describing images, and editing from the image or in words alone; all of training."""
     rng = random.Random(derive_seed(f"{kind.__name__.lower()} lessons", seed))
     named, described, worded = kind.shares
@@ -278,9 +278,9 @@ def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:
             composition = kind.draw(rng, "train")
             sketch = composition.sketch(rng.randrange(VARIANTS))
             if draw < named:
-                yield LessonDraft(sketch, f"name the {kind.noun}", composition.state(), "naming")
+                yield PretrainingDraft(sketch, f"name the {kind.noun}", composition.state(), "naming")
             else:
-                yield LessonDraft(sketch, "describe the picture", composition.caption(rng.randrange(kind.styles)), "naming")
+                yield PretrainingDraft(sketch, "describe the picture", composition.caption(rng.randrange(kind.styles)), "naming")
             continue
         while True:
             chain = kind.draw(rng, "train").grow(rng.randint(1, kind.longest), rng)
@@ -288,6 +288,6 @@ def _teach(kind: type[C], count: int, seed: int) -> Iterator[LessonDraft]:
                 break
         text, goal = ", then ".join(chain.words), f"{chain.reasoning}; {chain.target.state()}"
         if draw < worded:
-            yield LessonDraft(None, f"{chain.states[0].state()}: {text}", goal, "edits")
+            yield PretrainingDraft(None, f"{chain.states[0].state()}: {text}", goal, "edits")
         else:
-            yield LessonDraft(chain.states[0].sketch(rng.randrange(VARIANTS)), text, goal, "views")
+            yield PretrainingDraft(chain.states[0].sketch(rng.randrange(VARIANTS)), text, goal, "views")

@@ -18,7 +18,7 @@ from typing import Final
 
 from traceir.data.mbeir import Split
 from traceir.minibeir.encyclopedia import FACETS, INTRO, RELATIONS, Entity, Passage, list_entities, list_passages
-from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
+from traceir.minibeir.rows import GROUP, WORDS, CandidateDraft, DrawnWorld, PretrainingDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import find_emblem, sketch_emblem
 
 HELD_OUT_PERCENT: Final = 18
@@ -178,7 +178,7 @@ def _gather(path: Path, pool: Sequence[Path], dice: random.Random) -> list[Path]
     same.sort(key=lambda other: other.hops != path.hops)
     group: dict[Passage, Path] = {}
     for other in (path, *same[:1], *near[:2], *same[1:], *near[2:], *rest):
-        if len(group) < FAMILY:
+        if len(group) < GROUP:
             group.setdefault(other.target, other)
     return list(group.values())
 
@@ -228,9 +228,9 @@ def _make_row(name: str, split: Split, count: int, seed: int) -> Iterator[QueryD
         return QueryDraft(path.ask(words, seen=recipe.seen), sketch, positives, beside, steps, *written)
 
     if split == "train":
-        for made, group in enumerate(_spread(recipe.shares, -(-count // FAMILY))):
+        for made, group in enumerate(_spread(recipe.shares, -(-count // GROUP))):
             pool = list_allowed(group, "train", False)
-            for path in _gather(dice.choice(pool), pool, dice)[: count - made * FAMILY]:
+            for path in _gather(dice.choice(pool), pool, dice)[: count - made * GROUP]:
                 yield draft(path, dice.randrange(1_000_000), dice.randrange(PHRASINGS))
         return
     for path, number in _list_held(recipe, split, count, dice):
@@ -247,7 +247,7 @@ def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
 # --- pretraining ------------------------------------------------------------------------------------------------------
 
 
-def _list_facts(dice: random.Random) -> Iterator[LessonDraft]:
+def _list_facts(dice: random.Random) -> Iterator[PretrainingDraft]:
     """Facts under a heading, or as the answer to a question that training may ask; all, then all again."""
     passages = list(list_passages())
     dice.shuffle(passages)
@@ -256,26 +256,26 @@ def _list_facts(dice: random.Random) -> Iterator[LessonDraft]:
         heading = f"tell me about {name}" if passage.facet == INTRO else f"tell me about {name}: {passage.facet}"
         if passage.facet != INTRO and path.split == "train" and dice.random() < 0.5:
             heading = path.ask(dice.randrange(PHRASINGS), seen=False)
-        yield LessonDraft(None, heading, path.answer, "facts")
+        yield PretrainingDraft(None, heading, path.answer, "facts")
 
 
-def _list_emblems(dice: random.Random) -> Iterator[LessonDraft]:
+def _list_emblems(dice: random.Random) -> Iterator[PretrainingDraft]:
     entities = list(list_entities())
     dice.shuffle(entities)
     for entity in itertools.cycle(entities):
         sketch = sketch_emblem(entity, RENDERINGS["lessons"] + dice.randrange(1_000_000))
-        yield LessonDraft(sketch, "what is this", f"this is {entity.name.lower()}", "naming")
+        yield PretrainingDraft(sketch, "what is this", f"this is {entity.name.lower()}", "naming")
 
 
-def _list_chains(dice: random.Random) -> Iterator[LessonDraft]:
+def _list_chains(dice: random.Random) -> Iterator[PretrainingDraft]:
     decks = [_deal(list_allowed(Group(hops), "train", False), dice) for hops in (1, 2)]
     while True:
         path, _ = next(decks[dice.random() >= 0.5])
         target = f"{path.explain(seen=False)}; {path.answer}"
-        yield LessonDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
+        yield PretrainingDraft(None, path.ask(dice.randrange(PHRASINGS), seen=False), target, "chains")
 
 
-def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
+def _teach(count: int, seed: int) -> Iterator[PretrainingDraft]:
     """45 % facts of the whole encyclopedia, 35 % emblems to be named, 20 % chains over paths that training may ask."""
     dice = random.Random(hash_stably(f"entity lessons {seed}"))
     sources = (_list_facts(dice), _list_emblems(dice), _list_chains(dice))

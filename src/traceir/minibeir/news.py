@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final
 
 from traceir.data.mbeir import Split
-from traceir.minibeir.rows import FAMILY, WORDS, CandidateDraft, DrawnWorld, LessonDraft, QueryDraft, hash_stably
+from traceir.minibeir.rows import GROUP, WORDS, CandidateDraft, DrawnWorld, PretrainingDraft, QueryDraft, hash_stably
 from traceir.minibeir.sprites import EVENTS, PERSONS, PLACES, TIMES, Photo
 
 WEEKDAYS: Final = tuple("monday tuesday wednesday thursday friday saturday sunday".split())
@@ -106,10 +106,10 @@ def _make_row(row: str, split: Split, count: int, seed: int) -> Iterator[QueryDr
         story = Story(photo)
         if row == "edis_task2":
             story = Story(photo, dice.choice(WEEKDAYS), dice.choice(TOPICS))
-            if index % FAMILY == 0:
+            if index % GROUP == 0:
                 first = story
             if split == "train":
-                story = (first, replace(first, photo=photo), *first.alter_headline(dice))[index % FAMILY]
+                story = (first, replace(first, photo=photo), *first.alter_headline(dice))[index % GROUP]
         variant = dice.randrange(100_000) if split == "train" or row == "visualnews_task3" else None
         twins = [] if split == "train" else [replace(story, photo=twin) for twin in _list_twins(photo, dice)]
         if row == "edis_task2" and twins:
@@ -134,7 +134,7 @@ def _fill_pool(row: str, count: int, seed: int) -> Iterator[CandidateDraft]:
         yield Story(photo, *headline).offer(row)
 
 
-def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
+def _teach(count: int, seed: int) -> Iterator[PretrainingDraft]:
     """Photos of training compositions: 70 % to be described, 30 % with one question about one thing in them."""
     dice = random.Random(hash_stably(f"news lessons {seed}"))
     questions = {"who is on the left": "left", "who is on the right": "right", "where is this": "place"}
@@ -143,10 +143,10 @@ def _teach(count: int, seed: int) -> Iterator[LessonDraft]:
         photo = _invent(dice, "train")
         sketch = photo.sketch(dice.randrange(100_000))
         if dice.random() < 0.7:
-            yield LessonDraft(sketch, "describe the photo", write_caption(photo, 0), "naming")
+            yield PretrainingDraft(sketch, "describe the photo", write_caption(photo, 0), "naming")
         else:
             prompt, part = dice.choice(list(questions.items()))
-            yield LessonDraft(sketch, prompt, getattr(photo, part), "naming")
+            yield PretrainingDraft(sketch, prompt, getattr(photo, part), "naming")
 
 
 _ROWS: Final = ("visualnews_task0", "visualnews_task3", "edis_task2")

@@ -19,11 +19,11 @@ Scale = Literal["small", "full"]
 SCALES: Final[tuple[Scale, ...]] = ("small", "full")
 SPLITS: Final[tuple[Split, ...]] = ("train", "val", "test")
 WORLDS: Final = ("scenes", "garments", "news", "entities")
-FAMILY: Final = 4
+GROUP: Final = 4
 """A world yields training queries in hard-negative groups of this many; a group is never torn apart."""
 TWINS: Final = 8
 """Distractors that every test query has at least."""
-LESSON_FOLDER: Final = "lessons"
+PRETRAINING_FOLDER: Final = "lessons"
 HELD_OUT_WORLDS: Final = frozenset({"scenes", "garments", "news"})
 """Worlds whose test answers never occur among training answers; the encyclopedia of `entities` must be known before."""
 VARIANTS: Final = 1000
@@ -63,7 +63,7 @@ class QueryDraft:
 
 
 @dataclass(frozen=True, slots=True)
-class LessonDraft:
+class PretrainingDraft:
     """One pretraining example of a training composition: given an optional image and a prompt, write `target`.
 
     Those of one `kind` of a world are one task. They give the small model what a pretrained one has: names of what it sees.
@@ -75,7 +75,7 @@ class LessonDraft:
     kind: str
 
 
-RowMaker = Callable[[Split, int, int], Iterator[QueryDraft]]
+RowFunction = Callable[[Split, int, int], Iterator[QueryDraft]]
 """(split, count, seed) -> that many drafts."""
 
 
@@ -84,9 +84,9 @@ class DrawnWorld:
     """What makes drafts: one function for each row by name, one for further candidates of a row's pool that are right for
     no query (row, count, seed), one for pretraining examples (count, seed)."""
 
-    rows: Mapping[str, RowMaker]
+    rows: Mapping[str, RowFunction]
     pool_fill: Callable[[str, int, int], Iterator[CandidateDraft]]
-    lessons: Callable[[int, int], Iterator[LessonDraft]]
+    pretraining: Callable[[int, int], Iterator[PretrainingDraft]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ COUNTS: Final[Mapping[Scale, Mapping[Split, int]]] = _SIZES["counts"]
 """Queries of a row; of train at full scale each row has its own number."""
 POOLS: Final[Mapping[Scale, tuple[int, int]]] = _SIZES["pools"]
 """The least and the aimed-at greatest size of a pool; twins may push it beyond."""
-LESSONS: Final[Mapping[Scale, Mapping[str, int]]] = _SIZES["lessons"]
+PRETRAINING: Final[Mapping[Scale, Mapping[str, int]]] = _SIZES["lessons"]
 """Pretraining examples of each world."""
 ROWS: Final = tuple(DrawnRow(*fields) for fields in _SIZES["rows"])
 """In the order of M-BEIR's 16 evaluation rows."""

@@ -201,7 +201,7 @@ Parts = list[list[str | int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Riddle:
+class Puzzle:
     """A scene described by reference. `order` lists the slots so that every reference points to an earlier one."""
 
     order: list[int]
@@ -232,7 +232,7 @@ class Riddle:
         return f"the same shape as the {SLOTS[shape]} one in {colour}" if isinstance(shape, int) else f"a {colour} {shape}"
 
 
-def _draw_riddle(rng: random.Random) -> Riddle:
+def _draw_puzzle(rng: random.Random) -> Puzzle:
     """Two or three references; an object never takes both colour and shape from the same other."""
     order = rng.sample(range(3), 3)
     parts: Parts = [[rng.choice(COLOUR_NAMES) for _ in SLOTS], [rng.choice(SHAPES) for _ in SLOTS]]
@@ -241,13 +241,13 @@ def _draw_riddle(rng: random.Random) -> Riddle:
     for values, origin, wanted in zip(parts, origins, rng.choice(((True, False), (False, True), (True, True))), strict=True):
         if wanted:
             values[order[2]] = origin
-    return Riddle(order, parts)
+    return Puzzle(order, parts)
 
 
-def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
+def _draw_puzzles(split: Split, rng: random.Random) -> Iterator[Puzzle]:
     """Riddles of the split without end; in train four at a time that differ in a word."""
     while True:
-        base = _draw_riddle(rng)
+        base = _draw_puzzle(rng)
         if base.solve().split != split:
             continue
         group = {base.solve().code: base}
@@ -255,7 +255,7 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
             parts = [list(values) for values in base.parts]
             which, slot = rng.choice([(p, s) for p in range(2) for s in range(3) if isinstance(parts[p][s], str)])
             parts[which][slot] = rng.choice(SHAPES if which else COLOUR_NAMES)
-            twin = Riddle(base.order, parts)
+            twin = Puzzle(base.order, parts)
             if twin.solve().split == "train":
                 group[twin.solve().code] = twin
         yield from group.values()
@@ -266,12 +266,12 @@ def _draw_riddles(split: Split, rng: random.Random) -> Iterator[Riddle]:
 
 def _describe(split: Split, count: int, rng: random.Random) -> Iterator[QueryDraft]:
     """Text to image: captions, and 12 % descriptions by reference."""
-    scenes, riddles = chains.draw_targets(Scene, split, count, rng), _draw_riddles(split, rng)
+    scenes, puzzles = chains.draw_targets(Scene, split, count, rng), _draw_puzzles(split, rng)
     for index in range(count):
         unit = index // 4 if split == "train" else index
         if (unit + 1) * 12 // 100 > unit * 12 // 100:
-            riddle, style = next(riddles), rng.randrange(3)
-            yield riddle.pose(style, chains.stand_beside(split, riddle.solve(), rng))
+            puzzle, style = next(puzzles), rng.randrange(3)
+            yield puzzle.pose(style, chains.stand_beside(split, puzzle.solve(), rng))
         else:
             scene = next(scenes)
             text, beside = scene.caption(rng.randrange(Scene.styles)), chains.stand_beside(split, scene, rng)

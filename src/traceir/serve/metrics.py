@@ -23,7 +23,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("traceir_requests", "Requests by path and status.", ["path", "status"], registry=registry)
         self.seconds = Histogram("traceir_stage_seconds", "Wall time of a stage.", ["stage"], buckets=SECONDS, registry=registry)
-        self.routes = Counter("traceir_encoded", "Inputs encoded, by road.", ["role", "route"], registry=registry)
+        self.routes = Counter("traceir_encoded", "Inputs encoded, by route.", ["role", "route"], registry=registry)
         self.truncated = Counter("traceir_truncated", "Queries that ended without <|emb|>.", registry=registry)
         about = "Tokens written for a query that reasons."
         self.tokens = Histogram("traceir_reasoning_tokens", about, buckets=TOKENS, registry=registry)

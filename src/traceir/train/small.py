@@ -35,7 +35,7 @@ CHAT_TEMPLATE: Final = Path(__file__).with_name("chat_template.j2").read_text(en
 
 @dataclass(frozen=True, slots=True)
 class SmallSize:
-    """Sizes of a small Qwen2.5-VL. `pixels` is the side of the square the model sees; a merged cell is 2 x `patch` px."""
+    """Sizes of a small Qwen2.5-VL. `pixels` is the side of the square the model sees; a visual token is 2 x `patch` px."""
 
     hidden: int = 192
     layers: int = 4
@@ -85,8 +85,8 @@ def small_model(tokenizer: Any, size: SmallSize, settings: TraceSettings, seed: 
     """A random TraceModel of the given size. The vocabulary is padded to a multiple of 64, as Qwen pads its own."""
     rotary = size.hidden // size.heads // 2
     # M-RoPE gives time the fastest frequencies, then height, then width. At Qwen's base of 1e6 and with few dimensions, width
-    # would turn by a thousandth of a radian a cell and left could not be told from right; base 100 and unequal sections
-    # give a cell of width about a quarter of a radian.
+    # would turn by a thousandth of a radian a token and left could not be told from right; base 100 and unequal sections
+    # give a token of width about a quarter of a radian.
     time, high = max(1, rotary // 12), max(1, rotary // 5)
     sections = [time, high, rotary - time - high]
     id_of = tokenizer.convert_tokens_to_ids

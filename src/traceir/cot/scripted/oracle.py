@@ -114,7 +114,7 @@ class Oracle:
             system, texts, images, bare = _read_messages(body["messages"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             shown = str(body.get("messages"))[:80]
-            remedy = "send a system and a user message of text parts and pictures as data URLs in base64"
+            remedy = "send a system and a user message of text parts and images as data URLs in base64"
             raise InputError(f"messages is {shown!r} ({error!r}); {remedy}") from error
         shown_blocks = {name: text for part in texts for name, text in blocks(part).items()}
         stage: Stage = "verify" if "proposal" in shown_blocks else "reason" if "<reasoning>" in system else "assess"

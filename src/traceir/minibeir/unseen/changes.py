@@ -141,8 +141,8 @@ def _choose_scenes(name: str, rng: random.Random) -> Choice | None:
     reference, chosen = rng.choice(list(tests(Scene))), rng.randrange(3)
     if name == "focus_object":
         held, item = rng.randrange(3), reference.objects[chosen]
-        company = {other for slot, other in enumerate(reference.objects) if slot != chosen}
-        right = [scene for scene in _vary(reference.put(held, item), *_others(held)) if not company & set(scene.objects)]
+        others = {other for slot, other in enumerate(reference.objects) if slot != chosen}
+        right = [scene for scene in _vary(reference.put(held, item), *_others(held)) if not others & set(scene.objects)]
         right = [scene for scene in right if item[1] in list_traits(name, reference, scene)]
         if not right:
             return None

@@ -1,4 +1,4 @@
-"""One request of `hostile.py` on the wire: what is sent, byte for byte, and what comes back."""
+"""One request of `hostile.py` over HTTP: what is sent, byte for byte, and what comes back."""
 
 from __future__ import annotations
 
