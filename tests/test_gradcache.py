@@ -72,7 +72,7 @@ def plain_gradients(model: TraceModel, objective: Objective, rows: list[Example]
     loss = objective.lambda_gen * functional.cross_entropy(model.logits(hidden[targets >= 0]), targets[targets >= 0])
     if batch.candidates:
         query = hidden[own, queries.batch.pooling_index][queries.rows.argsort()]
-        candidate = model.hidden(batch.candidates[0].batch)[:, -1][batch.candidates[0].places.argsort()]
+        candidate = model.hidden(batch.candidates[0].batch)[:, -1][batch.candidates[0].rows.argsort()]
         scores = functional.normalize(query, dim=-1) @ functional.normalize(candidate, dim=-1).T / 0.1
         left_out = batch.collision_BN.clone()
         left_out[own, own] = False

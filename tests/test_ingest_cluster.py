@@ -152,7 +152,7 @@ class TestOnWorkers:
         with opened(tmp_path / "one") as alone, opened(tmp_path / "two") as two:
             for number in range(MOST_STARTS):
                 (lives / f"{number}").touch()
-            blamed = rf"{MOST_STARTS} workers died of the batch from .*{source.name}:21 to .*{source.name}:24"
+            blamed = rf"{MOST_STARTS} workers crashed on the batch from .*{source.name}:21 to .*{source.name}:24"
             with pytest.raises(ModelError, match=blamed):
                 on_two_workers([source], two, deadly)
             kept = two.count()

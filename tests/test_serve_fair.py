@@ -57,7 +57,7 @@ def test_a_share_leaves_as_much_as_it_takes() -> None:
     for who, count in taken.items():
         shares.give(who, count)
     assert shares.held == 1 and sum(shares.take("", 1) for _ in range(200)) == 119, "nobody in particular has no share"
-    assert not shares.room("new")
+    assert not shares.fits("new")
     small = Shares(1)
     assert small.take("one") and not small.take("two")
 

@@ -1,4 +1,4 @@
-"""TraceIR: universal multimodal retrieval that thinks when a query needs it (an implementation of TRACE, arXiv 2603.02929).
+"""TraceIR: universal multimodal retrieval that reasons when a query needs it (an implementation of TRACE, arXiv 2603.02929).
 
     from traceir import Encoder, Item, Query, Searcher, open_index
 
@@ -8,7 +8,7 @@
         searcher.add([Item.of(image="ring.jpg", id="ring"), Item.of(text="A red ring.", id="note")])
         print(searcher.search(Query.of(image="ring.jpg", text="Make it blue.")).hits)
 
-What is named here is imported when it is first asked for, so that `import traceir` costs nothing.
+Each name is imported at its first use, so that `import traceir` is cheap.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 An adapter trains LoRA on the linear layers of the language model, the row of `<|emb|>` in the input and output matrices, and
 the projector (the mergers of the vision tower) as a whole; all else is frozen. On disk it is PEFT's own folder with TraceIR's
-files beside it (docs/formats.md): it belongs to one base, which it names by place and by fingerprint, and no other is taken.
+files beside it (docs/formats.md). It names its base by path and fingerprint and loads over no other.
 PEFT is imported where it is used, so that plain checkpoints load without it.
 """
 
@@ -33,7 +33,7 @@ LINEARS: Final = (
 """Of a Gated DeltaNet (Qwen3.5) the two gates stay as they are: they have a row for each head, fewer than a usual rank."""
 PROJECTOR: Final = "visual.merger"
 SCALING: Final = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules")
-"""Fields of adapter_config.json that decide what the same tensors make of a base."""
+"""Fields of adapter_config.json that change the merged weights even where the adapter's tensors are equal."""
 _RENAMED: Final = ((r"model\.(layers|norm|embed_tokens)\b", r"model.language_model.\2"), (r"visual\.", "model.visual."))
 """Where transformers before 4.52 had the parts of Qwen2-VL and Qwen2.5-VL, and where they are now."""
 HUB: Final = "hub:"
@@ -146,7 +146,7 @@ def checked_base(folder: Path) -> Path:
         raise ModelError(f"{folder} is an adapter over {base.source}, which is not at {tried}; put the checkpoint there")
     path = path or fetch(base.source)
     recorded, actual = base.fingerprint.removeprefix(HUB), weights_fingerprint(path)
-    # Earlier releases took in every .safetensors file beside the weights.
+    # The fingerprint of earlier releases covered every .safetensors file of the folder.
     if recorded != actual and recorded != fingerprint(path, list(path.glob("*.safetensors"))):
         raise ModelError(
             f"{folder} is an adapter over weights {base.fingerprint}, but {path} holds {actual}; give it the checkpoint it was "
@@ -186,7 +186,7 @@ def adapter_fingerprint(folder: Path, base: str) -> str:
 
 
 def merged(network: Any, folder: Path) -> Any:
-    """The network with the folder's adapter added to its weights; PEFT leaves nothing of itself behind."""
+    """The network with the folder's adapter added to its weights, as plain modules without PEFT's wrappers."""
     peft = _peft()
     try:
         config = peft.LoraConfig.from_pretrained(str(folder))

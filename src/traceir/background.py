@@ -1,8 +1,8 @@
 """Queries that a collection almost surely does not answer: the background against which scores are judged (`cutoff.py`).
 
 Built in (background.json) are short texts of several unrelated things each ("a walrus tuning a harp in a car park"), drawn by a
-seed: parts of them may be in a collection, which makes the background a careful one, the whole is not. A checkpoint that knows a
-world of its own may bring `background.txt`, in that world's words. Better are queries that users of the collection asked in vain.
+seed: a collection may hold parts of such a text, which only makes thresholds stricter, but not the whole. A checkpoint that knows
+a world of its own may bring `background.txt` in that world's words. Queries that users asked without success are better still.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def choose_queries(
 def read_queries(path: Path) -> list[Query]:
     """Queries of a file or folder: a .txt file holds one text a line; all else is read as `traceir index add` reads items.
 
-    InputError naming what of it cannot be read: a background with holes would promise another rate than it keeps.
+    InputError naming what of it cannot be read: with some of them left out the rate would be another than the one promised.
     """
     if path.suffix.lower() == ".txt" and path.is_file():
         lines = dict.fromkeys(line.strip() for line in lines_of(path, "query") if line.strip())

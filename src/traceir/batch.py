@@ -80,8 +80,8 @@ class Batch:
 class ImageBudget:
     """How images become patches: Qwen's smart resize between `min_pixels` and `max_pixels`, patches of `patch` px.
 
-    `resize` says whose: that of transformers' image processor, that of the package qwen_vl_utils, which differs for sides below
-    half a token, or `both`, first qwen_vl_utils with its own bounds of 4 and 16,384 tokens.
+    `resize` names the implementation: transformers' image `processor`; qwen_vl_`utils`, which differs for sides below half a
+    token; or `both`, qwen_vl_utils first with its own bounds of 4 and 16,384 tokens.
     """
 
     patch: int = 14
@@ -160,7 +160,7 @@ class Processor:
         return Layout(np.array(ids), np.array(targets), positions, tuple(pixels), len(ids) - 1, cut)
 
     def forced(self, prompt: Prompt) -> Layout:
-        """The layout of the direct route: nothing is written before the embedding, whatever the model would like."""
+        """The layout of the direct route: nothing is written before the embedding, whatever the model predicts."""
         return self.lay_out(prompt, "" if self.pooling_position == "at_token" and not prompt.closed else None)
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[list[int], _Ids, list[Pixels], int]:
@@ -221,14 +221,14 @@ class Processor:
         if wanted <= left:
             return self.plain_ids("".join(texts)), wanted, dropped
         ids: list[int] = []
-        room = left
+        free = left
         for part, text in zip(run, texts, strict=True):
             part_ids = self.plain_ids(text)
             if isinstance(part, UserText):
-                part_ids = part_ids[:room]
-                room -= len(part_ids)
+                part_ids = part_ids[:free]
+                free -= len(part_ids)
             ids += part_ids
-        return ids, left - room, wanted - (left - room) + dropped
+        return ids, left - free, wanted - (left - free) + dropped
 
     def plain_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a text without special tokens. Those of short texts alone are remembered, which bounds what is kept."""

@@ -1,4 +1,4 @@
-"""Published models that are known (catalogue.json): how each is read here, what it takes, and what of that was verified how.
+"""Published models that are known (catalogue.json): how each is read here, what it takes, and how that was verified.
 
 Sizes, widths and licences are those of mteb 2.26.24's model cards and of the models' own pages on the hub; sizes of networks over
 Qwen were counted on transformers' classes with their published configurations. What no source said is None. Imports no torch.
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 BYTES: Final = 2
-"""Of a parameter in bfloat16."""
+"""Bytes of a parameter in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)

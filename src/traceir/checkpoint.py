@@ -1,5 +1,5 @@
 """Where a checkpoint is (bundled, a folder, an id on the Hugging Face hub), whether sentence-transformers is to load it, which of
-its files are weights, and the fingerprint that names them. Answered without torch, so that a wrong name costs nothing.
+its files are weights, and the fingerprint that names them. Imports no torch, so that a wrong name fails at once.
 
 Only what a checkpoint itself names counts as its weights, in the order in which transformers and PEFT look for it. What lies
 beside it (an optimiser's state, averaged or consolidated weights, another precision) is neither read nor fingerprinted.
@@ -25,11 +25,11 @@ CONFIG: Final = "config.json"
 ADAPTER: Final = "adapter_config.json"
 """PEFT's file; a folder that holds it is an adapter over another checkpoint (adapter.py)."""
 PREFIX: Final = "st:"
-"""Before a name: sentence-transformers loads it, whatever its folder says."""
+"""The prefix of a name that sentence-transformers is to load, whatever its folder holds."""
 MODULES: Final = "modules.json"
-"""The file by which sentence-transformers knows its models: which modules, in which folders, make up one."""
+"""sentence-transformers' list of a model's modules and their folders."""
 OWN_MODULE: Final = "traceir.sentence.TraceModule"
-"""The module type that TraceIR writes there: such a folder is a checkpoint of its own."""
+"""The module type that TraceIR writes there, by which its own checkpoints are known."""
 ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -59,7 +59,7 @@ def bundled_model() -> Path:
 
 
 def check_model(name: str) -> None:
-    """Raises ModelError where a name can be no checkpoint: no such folder, a folder without one, a word that is no hub id."""
+    """Raises ModelError for a name that cannot be a checkpoint: a missing folder, one without config.json, no hub id."""
     path = Path(name := plain_name(name))
     if path.is_dir():
         if not any((path / file).is_file() for file in (CONFIG, ADAPTER, MODULES)):
@@ -83,8 +83,8 @@ def is_hub_id(name: str) -> bool:
 def is_library(name: str) -> bool:
     """Whether sentence-transformers is to load a checkpoint: asked for by `st:`, or told by the modules.json that lies there.
 
-    Of a hub id that one file is asked for, and the hub only where its cache does not know. A hub id that has a profile here is
-    read by that, whatever code of its own its modules.json names.
+    For a hub id that file is looked up in the local cache, then on the hub. A hub id that has a profile here is read by the
+    profile, whatever its modules.json names.
     """
     if name.startswith(PREFIX) or profile_for(name) is not None:
         return name.startswith(PREFIX)
@@ -121,7 +121,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
     """The folder of a checkpoint: its own, or the one in the hub's local cache, filled now where it is not there yet.
 
     `weights` False leaves out what a tokenizer and settings do not need. Where the hub does not answer, what is in the cache is
-    used at once. Raises ModelError where that is nothing, and for a name with `st:`, of which only library.py makes use.
+    used at once. Raises ModelError where it is not there, and for a name with `st:`, which only library.py takes.
     """
     if name.startswith(PREFIX):
         raise ModelError(f"{name} is a model of sentence-transformers; here a checkpoint that TraceIR itself runs is needed")
@@ -145,7 +145,7 @@ def fetch(name: str, *, weights: bool = True) -> Path:
 def hub_answers() -> bool:
     """Whether the hub can be reached: one try to connect, of three seconds at most, in place of minutes of retries.
 
-    Taken for granted behind a proxy, which alone can tell.
+    Behind a proxy it is assumed to be.
     """
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False

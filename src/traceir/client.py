@@ -31,11 +31,11 @@ from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Val
 MAX_INPUTS: Final = 64
 """Inputs, or ids, of one request; longer calls send several."""
 MAX_INPUT_BYTES: Final = 31 * 1024 * 1024
-"""Bytes of one input in JSON: what the server takes of a body (`serve/bodies.py`, 32 MiB) less room for what stands beside it."""
+"""Bytes of one input in JSON: the server's limit of a body (`serve/bodies.py`, 32 MiB) less the rest of the request."""
 _PAGE: Final = 500
 _NAMED: Final = re.compile(r"\b(?:input|messages)\[(\d+)\]")
 _REFUSED: Final = (400, 404, 409, 413, 415, 422)
-"""By these the server says that a request is wrong as it stands."""
+"""Statuses of a request that is wrong itself and would fail again."""
 Read = TypeVar("Read")
 
 
@@ -159,7 +159,7 @@ class Client(Connected):
 
     def get(self, id: str) -> Kept:
         """What is kept of an item. Raises InputError where there is none of this id."""
-        # Dots too, since `..` as a name would lead elsewhere.
+        # Dots are escaped too: `..` would be taken for the parent path.
         return _read(Kept, self._call("GET", f"/items/{quote(id, safe='').replace('.', '%2E')}"))
 
     def items(self, *, after: str = "") -> Iterator[Kept]:
@@ -282,7 +282,7 @@ def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[Paylo
         try:
             if item.id is None or not _plain(item.parts):
                 raise InputError(f"item {item.id or '(no id)'} cannot be sent: give it an id, and one image, one text, or both")
-            check_items([Item(("its words are the server's to judge",), id=item.id, fields=item.fields)])
+            check_items([Item(("the server checks the text itself",), id=item.id, fields=item.fields)])
             pair: dict[str, Any] = _pair(item.parts)
             if "image" in pair:
                 pair["image"] = {"data": pair["image"]}

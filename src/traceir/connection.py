@@ -1,6 +1,6 @@
 """JSON over HTTP to one address: many requests in flight, each tried again where that may help, errors in words.
 
-The HTTP library is `httpx2`: huggingface-hub and openai both stand on it, so it is installed wherever TraceIR runs. Requests run
+The HTTP library is `httpx2`: huggingface-hub and openai both depend on it, so it is installed wherever TraceIR runs. Requests run
 in one event loop on a thread of their own, so that callers on any thread, and in any loop, simply wait, and one that is cancelled
 is given up at the server too.
 """
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _PASSING: Final = frozenset({429, 502, 503, 504})
-"""By these a server says that the same request may succeed later. 408 is none: that request has spent the server's time once."""
+"""Statuses after which the same request may succeed later. Not 408: that request has used up the server's time limit."""
 _LONGEST_PAUSE_S: Final = 30.0
 _CLOSING_S: Final = 10.0
-"""What `close` waits at most for requests to end."""
+"""The most that `close` waits for requests to end."""
 
 
 class TransientError(ModelError):
@@ -164,7 +164,7 @@ class Connection:
             return future
 
     async def _run(self, ready: threading.Event) -> None:
-        """The thread's whole life; asyncio then cancels what still runs."""
+        """Runs in the thread until `close`; asyncio then cancels what is left."""
         import httpx2
 
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -218,7 +218,7 @@ class Connection:
 
 
 class Connected:
-    """What works over a connection; `close` when done, or use it in a `with`."""
+    """Base of classes that hold a Connection; `close` when done, or use it in a `with`."""
 
     _connection: Connection
 

@@ -1,10 +1,10 @@
-"""The cut-off: which hits are more than the nearest nonsense, judged against queries that nothing in the index answers.
+"""The cut-off: which hits score above chance, judged by background queries that nothing in the index answers.
 
-The best score that such a background query reaches among the items of one modality is what chance reaches. With n of them, a hit
-counts if it scores more than the k-th highest of these scores, k = floor(rate (n + 1)): of queries like those of the background,
-to which there is no answer, at most this rate finds something all the same (split conformal prediction; Vovk, Gammerman and
-Shafer 2005, section 4.1). Each pair of query and item modality has its own threshold, since their scores are not comparable; a
-search over several modalities shares its alarms among them. Why the raw best score: docs/results/cutoff.md.
+For each of n background queries the best score among the items of one modality is taken. A hit counts if it scores more than the
+k-th highest of these, k = floor(rate (n + 1)): then of queries without an answer that are like those of the background, at most
+this rate still finds something (split conformal prediction; Vovk, Gammerman and Shafer 2005, section 4.1). Each pair of query
+and item modality has a threshold of its own, since their scores are not comparable; a search over several modalities divides the
+rate among them. Why the raw best score: docs/results/cutoff.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceir.index.store import Background, Index, Vectors
 from traceir.items import MODALITIES, Hit, Modality
 
 PATIENCE: Final = 20.0
-"""Old thresholds serve this many times as long as computing them took, however often the contents change meanwhile."""
+"""Thresholds are kept for at least this many times as long as computing them took, however often the contents change."""
 _TENANTS: Final = 256
 _KINDS: Final[dict[Modality, str]] = {"text": "texts", "image": "images", "image,text": "images with words"}
 Scores = Mapping[Modality, npt.NDArray[np.float32]]
@@ -60,7 +60,7 @@ def thresholds(scores: Scores, rate: float) -> dict[Modality, float]:
         return {}
     ordered = {modality: np.sort(own) for modality, own in scores.items()}
     count = len(next(iter(ordered.values())))
-    # The rank of a query is how many score as it does or more, where fewest do: 1 for the best.
+    # The rank of a query: how many score as high or higher, in the modality where these are fewest; 1 is the best.
     ranks = np.sort(np.min([count - np.searchsorted(ordered[name], own) for name, own in scores.items()], axis=0))
     alarms = math.floor(rate * (count + 1) + 1e-9)
     rank = int(ranks[alarms]) - 1 if alarms < count else count

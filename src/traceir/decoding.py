@@ -22,7 +22,7 @@ from traceir.network import Cache
 from traceir.prompts import TURN_END
 
 RECURRENT: Final = ("conv_states", "recurrent_states")
-"""What a linear-attention layer of transformers' cache keeps of what was read: by number, [B, ...] without an axis of time."""
+"""The recurrent states of a linear-attention layer in transformers' cache: dictionaries of [B, ...] without a time axis."""
 TRIM: Final = 64
 """Columns that no row of a batch reads any more are cut off once there are so many."""
 
@@ -54,10 +54,10 @@ Finished = list[tuple[int, Encoding]]
 
 
 class Decoder:
-    """The steps of encoding over one TraceModel; what a row is called is the caller's business.
+    """The steps of encoding over one TraceModel; rows bear numbers of the caller.
 
     `budget` is the most tokens a row may write. `threshold`, if given, bypasses reasoning wherever P(`<|emb|>`) at the first
-    step reaches it, instead of asking for the arg-max. Not to be called from two threads about one DecodeBatch.
+    step reaches it, instead of asking for the arg-max. A DecodeBatch belongs to one thread at a time.
     """
 
     def __init__(self, model: TraceModel, budget: int, threshold: float | None) -> None:
@@ -117,7 +117,7 @@ class Decoder:
         """One token for every row; those that are done leave the batch.
 
         A row is pooled at the state that predicts `<|emb|>`, under `at_token` at that of `<|emb|>` itself. It ends there, unless
-        a profile has it write on, or short of it with its turn or its budget.
+        a profile has it write on, or earlier with the chat turn or its token budget.
         """
         emb, device = self.model.processor.emb_id, batch.mask_BT.device
         position_B = torch.tensor([row.start + len(row.written) for row in batch.rows], device=device)
@@ -242,6 +242,6 @@ def _direct(vector: Vector, probability: float) -> Encoding:
 
 
 def _unit(state_BD: torch.Tensor) -> Vector:
-    """Rows of unit length [B, D]; who keeps one copies it, or it keeps them all."""
+    """Rows of unit length [B, D]; copy a row to keep it, since a view keeps all rows in memory."""
     vectors: Vector = functional.normalize(state_BD.float(), dim=-1).cpu().numpy()
     return vectors

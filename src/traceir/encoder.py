@@ -49,7 +49,7 @@ class Encoder:
         self.model, self.threshold = model, threshold
         self.width = model.width
         self.world: World | None = model.settings.world
-        """What alone the model knows; None where it has no such bounds."""
+        """The only things that the model knows; None for a model without such bounds."""
         self.token_budget, self.batch_rows, self.decode_rows = token_budget, batch_rows, decode_rows
         self.budget = max_reasoning_tokens or model.settings.max_reasoning_tokens
         half = next(model.network.parameters()).dtype == torch.bfloat16
@@ -98,7 +98,7 @@ class Encoder:
         return {"token_budget": self.token_budget, "threshold": self.threshold, "max_reasoning_tokens": self.budget}
 
     def as_written(self, text: str) -> str:
-        """A text after its way through the tokenizer, as the model's own text has gone."""
+        """A text as the tokenizer gives it back, which is comparable with text the model wrote."""
         return self.model.processor.decode(self.model.processor.plain_ids(text))
 
     def encode_items(self, items: Sequence[Item], *, progress: bool = False) -> list[Encoding]:

@@ -1,4 +1,4 @@
-"""Files and folders that nobody sees half-written: made beside their place, then renamed."""
+"""Files and folders that never appear half-written: made beside the target, then renamed."""
 
 from __future__ import annotations
 

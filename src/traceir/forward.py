@@ -56,7 +56,7 @@ class TraceModel:
         return render_candidate(content, self.settings.prompt_version)
 
     def writes(self, role: Role) -> bool:
-        """Whether this side may write before its embedding: queries under TRACE, whoever the profile names otherwise."""
+        """Whether this side may write before its embedding: queries under TRACE, else those that the profile names."""
         if self.settings.profile is not None:
             return role in self.settings.profile.writes
         return (role == "query" or self.settings.candidates_write) and self.settings.pooling_position != "last"

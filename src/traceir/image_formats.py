@@ -20,7 +20,7 @@ MAX_SCANS: Final = 64
 MAX_PARTS: Final = 50_000
 """Segments of a JPEG, chunks of a PNG; a few thousand are many. Pillow takes microseconds for each."""
 JPEG_START: Final = b"\xff\xd8\xff"
-# What the end of the file's last scan is followed by while it is decoded: 64 bits of ones, which no Huffman code consists of.
+# Appended to the file's last scan while it is decoded: 64 one bits, which are no Huffman code.
 _NO_MORE: Final = b"\xff\x00" * 8
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
@@ -33,7 +33,7 @@ _BEHIND_SCAN: Final = frozenset({0xC4, 0xCC, *range(0xD9, 0xDE), *range(0xE0, 0x
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How files of one format are named, the first suffix by us, and their media type."""
+    """The suffixes of one format, the first of them the one we write, and its media type."""
 
     suffixes: tuple[str, ...]
     media_type: str
@@ -74,7 +74,7 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
 
 
 def _scale_transparent_sample(image: ImageFile.ImageFile, depth: int) -> None:
-    """A PNG's transparent grey or colour as the samples come: Pillow makes 8 bits of all but 16-bit grey, but not of this one."""
+    """Scales a PNG's transparent grey or colour to 8 bits, as Pillow does with the samples (but 16-bit grey) and not with it."""
     clear, most = image.info["transparency"], 2**depth - 1
     if image.mode == "L":
         image.info["transparency"] = (clear & most) * 255 // most
@@ -103,7 +103,7 @@ def largest_block(image: ImageFile.ImageFile) -> tuple[int, int]:
 
 
 def is_cut(image: ImageFile.ImageFile, size: int) -> bool:
-    """Whether a compressed strip or tile of a TIFF of `size` bytes ends behind the file: some decoders fill it up in silence."""
+    """Whether a compressed strip or tile of a TIFF of `size` bytes ends behind the file, which some decoders accept silently."""
     tags = tiff_tags(image)
     starts = tags.get(TiffImagePlugin.STRIPOFFSETS) or tags.get(TiffImagePlugin.TILEOFFSETS) or ()
     lengths = tags.get(TiffImagePlugin.STRIPBYTECOUNTS) or tags.get(TiffImagePlugin.TILEBYTECOUNTS) or ()

@@ -32,7 +32,7 @@ MAX_ASPECT_RATIO: Final = 200.0
 """Qwen's smart resize refuses images whose longer side is more than 200 times the shorter one."""
 
 MAX_DECODING_BYTES: Final = 512 * 1024 * 1024
-"""What a process decodes at a time takes together, by estimate from the headers; more wait."""
+"""Memory that all decoding in a process may take at a time, estimated from the headers; further images wait."""
 
 _ADDRESS = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+:/|data:)")
 _ORIENTATION_TAG = 0x0112
@@ -67,7 +67,7 @@ DEFAULT_LIMITS: Final = ImageLimits()
 
 
 class _Memory:
-    """Bytes that decoding may hold at a time in this process; who asks for more than are left waits. Thread-safe."""
+    """Bytes that decoding may hold at a time in this process; a caller that needs more than are left waits. Thread-safe."""
 
     def __init__(self, whole: int) -> None:
         self._whole = self._left = whole
@@ -75,7 +75,7 @@ class _Memory:
 
     @contextlib.contextmanager
     def taking(self, wanted: int) -> Iterator[None]:
-        """While it lasts, `wanted` bytes are taken; all of them where it is more than there are."""
+        """Holds `wanted` bytes within the block, or all where it is more than there are."""
         taken = min(wanted, self._whole)
         with self._freed:
             self._freed.wait_for(lambda: self._left >= taken)

@@ -89,7 +89,7 @@ def first_items(paths: Sequence[str | os.PathLike[str]], count: int = 16) -> lis
 
 
 def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
-    """Why nothing below the paths can be added; [] where something may be, which is known as soon as it is met.
+    """Why nothing below the paths can be added; [] where something may be, which ends the search.
 
     Raises InputError for a path that does not exist.
     """
@@ -108,7 +108,7 @@ def nothing_below(paths: Sequence[str | os.PathLike[str]]) -> list[Failure]:
 
 @dataclass(slots=True)
 class Processed:
-    """What became of a batch: items with new vectors, items of known content but other fields or place (`moved`), the rest."""
+    """What became of a batch: items with new vectors, items of known content but other fields or path (`moved`), the rest."""
 
     encoded: list[tuple[Item, Vector]] = field(default_factory=list)
     moved: list[Item] = field(default_factory=list)
@@ -162,7 +162,7 @@ def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
 
 
 def _compare(item: Item, before: Stored | None, done: Processed) -> None:
-    """Of known content: skipped, or moved where fields or the image's place differ."""
+    """Of known content: skipped, or moved where fields or the image's path differ."""
     if before is not None and same_fields(before.fields, item.fields) and before.image == image_of(item):
         done.rest.skipped += 1
     else:

@@ -26,7 +26,7 @@ from traceir.world import World
 MakeEncoder = Callable[[], EncoderLike]
 """Makes the encoder where it is called; Ray sends it to the workers, so it holds settings and no weights."""
 MOST_STARTS: Final = 3
-"""Workers that may die with a batch in their hands before it counts as the batch's fault."""
+"""Workers that may crash on one batch before the batch is taken to be the cause."""
 _Answer = tuple[list[tuple[Stored, Vector]], list[Stored], Processed]
 """Encoded items with their vectors, moved ones, and the rest of what became of a batch."""
 
@@ -54,7 +54,7 @@ def add_on_ray(
     """As `ingest.add`, by so many workers on the cluster of $RAY_ADDRESS, or on this machine where that is not set.
 
     Paths, and the images that lines name, must lie on a file system that all workers see under the same names. A worker makes
-    its encoder when it first has something to encode; what stops a worker is a ModelError here. A worker that dies is
+    its encoder when it first has something to encode; what stops a worker is a ModelError here. A worker that crashes is
     replaced, and its batch is done again. `failed` is in the order of the sources, as in `add`.
     """
     if workers < 1:
@@ -72,7 +72,7 @@ def add_on_ray(
 
 
 def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
-    """Whose vectors the workers will make: one of them makes the encoder and tells. Call it within `on_ray`."""
+    """The identity of the workers' encoder, which one of them makes to find out. Call it within `on_ray`."""
     import ray
 
     def describe() -> Described:
@@ -87,7 +87,7 @@ def describe_encoder(make_encoder: MakeEncoder, share: Share) -> Described:
 def _answers(
     batches: Iterator[SourceBatch], index: Index, make_encoder: MakeEncoder, workers: int, share: Share
 ) -> Iterator[tuple[int, SourceBatch, Processed]]:
-    """Every batch with its number and what became of it, in order of arrival; a worker has one batch in its hands at a time."""
+    """Every batch with its number and what became of it, in order of arrival; a worker has one batch at a time."""
     import ray
 
     info = index.info()
@@ -163,8 +163,8 @@ def _explained(sources: Sequence[Source] = ()) -> Iterator[None]:
             raise error.cause from None
         if isinstance(error, RayActorError) and sources:
             raise ModelError(
-                f"{MOST_STARTS} workers died of the batch from {sources[0].location} to {sources[-1].location}; give them more "
-                "memory, or run it again with --batch 1 to find the item and remove it"
+                f"{MOST_STARTS} workers crashed on the batch from {sources[0].location} to {sources[-1].location}; give them "
+                "more memory, or run it again with --batch 1 to find the item and remove it"
             ) from error
         named = re.search(r"^[\w.]+(Error|Exception)\b.*$", str(error), re.MULTILINE)  # behind it come the frames of Ray itself
         what = named[0] if named else f"{type(error).__name__}: {error}"

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERSION: Final = "library-1"
-"""How inputs are handed to the library; a change of what is said here in `_prompt` or `_input` needs another."""
+"""How inputs are handed to the library; to be changed with what `_prompt` or `_input` do."""
 _ASKED: Final = re.compile(r"(.*\bInstruct: ?)(.+?)(\n *\w+: ?)", re.DOTALL)
 """A query prompt with a place for an instruction, "Instruct: ...\\nQuery:", as E5, GTE and Qwen3-Embedding have it."""
 _FIXED_LENGTH: Final = ("siglip", "siglip2")
@@ -63,7 +63,7 @@ _REMEDIES: Final = {
     "torchvision": "its image or video processor needs torchvision; pip install torchvision",
     "trust_remote_code": "it needs code that comes with it, and TraceIR runs none",
 }
-"""What to say where a message of the library, of many lines, holds a word."""
+"""Remedies, by a word in the long error message of the library."""
 _KINDS: Final[dict[Modality, str]] = {"text": "a text", "image": "an image", "image,text": "an image and a text together"}
 
 
@@ -133,7 +133,7 @@ class LibraryEncoder:
         _check_modules(name, module_types(name))
         folder = fetch(name)
         kind = _object(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-        if kind not in (None, "SentenceTransformer"):  # the library would turn it into one of this kind and say little
+        if kind not in (None, "SentenceTransformer"):  # the library would convert it with hardly a warning
             raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
         fingerprint = _fingerprint(folder)
         shown = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
@@ -251,7 +251,7 @@ def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> An
         model = SentenceTransformer(
             str(folder), device=device, local_files_only=True, trust_remote_code=False, model_kwargs=options
         )
-    except Exception as error:  # of whatever kind its modules and transformers raise
+    except Exception as error:  # its modules and transformers raise many kinds
         remedies = (remedy for word, remedy in _REMEDIES.items() if word in str(error).lower())
         raise ModelError(f"sentence-transformers cannot load {name}: {next(remedies, _one_line(error))}") from error
     if not (folder / MODULES).is_file():  # nothing says how it is read

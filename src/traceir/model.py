@@ -62,7 +62,7 @@ def load(
 ) -> TraceModel:
     """A checkpoint directory or hub id as a TraceModel, in evaluation mode.
 
-    `inference` takes the network of network.py where it can: the same numbers, at once, and neither to be trained nor saved.
+    `inference` uses network.py where it can: equal numbers and a faster start, but no training and no saving.
 
     Any checkpoint of NETWORKS will do: one without traceir.json gets `<|emb|>` added (untrained) and default TraceSettings; one
     without an output matrix, as embedding models are saved, writes with its input rows, untrained too, and says so.

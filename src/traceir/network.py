@@ -1,7 +1,7 @@
 """Qwen2.5-VL in plain torch, for inference alone: what a checkpoint of ours runs on where nothing is trained.
 
-transformers' class needs as long to import as torch itself, twice, before a command does its work. This one reads the same files,
-names its parts as transformers does, so that the code around it knows no difference, and gives the same numbers
+transformers' class takes twice as long to import as torch itself. This one reads the same files, names its parts as transformers
+does, so that callers need not know which of the two they have, and gives the same numbers
 (tests/test_network.py). It has what a saved checkpoint of TraceIR may ask for and no more; `fits` says whether that is enough.
 Shapes: B rows, T tokens, K cached and new tokens, N images of one grid, P patches, D width, H heads, E width of a head.
 """
@@ -59,13 +59,13 @@ class Cache:
 
 
 class Part(nn.Module):
-    """A module that gives a tensor."""
+    """A module whose call returns a tensor."""
 
     __call__: Callable[..., torch.Tensor]
 
 
 class Linear(Part):
-    """torch's own draws weights when it is made, which imports half of torch's compiler where they are on no device yet."""
+    """Without the initial weights of torch's own, which on the meta device import much of torch's compiler."""
 
     def __init__(self, inner: int, outer: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Language(nn.Module):
     ) -> SimpleNamespace:
         """`attention_mask` [B, K] is 1 where a token counts; None where all do."""
         states = inputs_embeds
-        # Each frequency turns by the time, the row or the column (Qwen2-VL's M-RoPE): [B, 1, T, E].
+        # Each frequency rotates by the time, the row or the column (Qwen2-VL's M-RoPE): [B, 1, T, E].
         parts = torch.split(_angles(position_ids, self.theta, self.width), self.sections, dim=-1)
         angles = torch.cat([part[axis % 3] for axis, part in enumerate(parts)], dim=-1)
         angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
@@ -191,7 +191,7 @@ class Merger(Part):
 
 
 class Vision(nn.Module):
-    """The parts of the vision tower; `see` runs them."""
+    """The parts of the vision tower; `vision_states` runs them."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -210,7 +210,7 @@ class Vision(nn.Module):
         return dtype
 
     def rotary_pos_emb(self, states: torch.Tensor, positions: torch.Tensor) -> Rotation:
-        """[P, E] of patches at these places, rows and columns [P, 2]."""
+        """[P, E] of patches at these positions, rows and columns [P, 2]."""
         angles = _angles(positions, self.theta, self.width // 2).flatten(1)
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()
@@ -290,7 +290,7 @@ def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: 
 
 
 def _angles(positions: torch.Tensor, theta: float, width: int) -> torch.Tensor:
-    """What a rotary embedding of `width` turns by: positions [...] to [..., width / 2]."""
+    """The angles of a rotary embedding of `width`: positions [...] to [..., width / 2]."""
     steps = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device)
     return positions[..., None].float() * (1.0 / theta ** (steps / width))
 
@@ -301,7 +301,7 @@ def _rotated(part: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 
 def _causal(mask: torch.Tensor, new: int) -> torch.Tensor:
-    """Whether each of the last `new` tokens of a mask [B, K] may look at each: [B, 1, new, K]. Padding looks at itself."""
+    """Whether each of the last `new` tokens of a mask [B, K] may attend to each: [B, 1, new, K]. Padding attends to itself."""
     length = mask.shape[1]
     if new == 1:
         return mask.bool()[:, None, None, :]
@@ -369,5 +369,5 @@ def _namespace(config: Mapping[str, Any]) -> Any:
 
 
 def _parameter(*shape: int) -> nn.Parameter:
-    """A place for a weight that takes no memory; what is loaded replaces it."""
+    """A parameter without memory, which the loaded one replaces."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)

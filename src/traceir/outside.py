@@ -1,7 +1,7 @@
 """Text and JSON that others wrote, made valid where they come in, so that whatever holds them can be written again.
 
 JSON can spell what is no text (half of a surrogate pair, as `"\\ud83d"`) or what no file name and few readers take (NUL).
-Such a character becomes U+FFFD here, and nothing behind this door has to expect it. The server's own door refuses it.
+Such a character becomes U+FFFD here, so that later code need not expect it. The server refuses it (serve/bodies.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether a model is faster in bfloat16 than in float32: asked of the device and, on a CPU, tried as well.
+"""Whether a model is faster in bfloat16 than in float32: asked of the device and, on a CPU, measured.
 
 A processor without bfloat16 instructions computes in it all the same, several to fifty times as slowly. With them it depends on
-torch's kernels, on what the system lets through, and on the width: in narrow layers the casts cost more than the products gain.
+torch's kernels, on what the system enables, and on the width: in narrow layers the casts cost more than the products gain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRIES: Final = 3
 GAIN: Final = 0.9
 """float32 is the more exact type: bfloat16 must take at most so much of its time."""
 WIDEST: Final = 512
-"""Wider layers only part the two types further, and take longer to try."""
+"""Wider layers only widen the difference and take longer to measure."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A session of Ray, for whatever is spread over workers."""
+"""A session of Ray for work that is spread over workers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ONE_CPU: Final = Share()
 def on_ray(workers: int, share: Share) -> Iterator[None]:
     """Connects to $RAY_ADDRESS, or starts Ray on this machine; a session that is there already is used and left alone.
 
-    Raises InputError where Ray is missing, does not answer, or has no room for a single worker.
+    Raises InputError where Ray is missing, does not answer, or lacks the resources for a single worker.
     """
     try:
         import ray
@@ -67,7 +67,7 @@ def on_ray(workers: int, share: Share) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Ray Data's own account of each run off the terminal, unless asked; Ray's log files have it."""
+    """Keeps Ray's report of each run off the terminal, unless asked for; Ray's log files have it."""
     level = logging.INFO if log.isEnabledFor(logging.INFO) else logging.CRITICAL
     handlers = logging.getLogger("ray.data").handlers
     consoles = {handler: handler.level for handler in handlers if isinstance(handler, logging.StreamHandler)}

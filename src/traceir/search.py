@@ -1,4 +1,4 @@
-"""Searcher: an encoder and an index made one, from Query to hits."""
+"""Searcher: an encoder and an index together, from Query to hits."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SearchResult:
 class Searcher:
     """Searches one index with the encoder that filled it; raises StoreError where another model filled it.
 
-    As thread-safe as its encoder; the index takes care of itself.
+    As thread-safe as its encoder; every index is thread-safe.
     """
 
     def __init__(self, encoder: EncoderLike, index: Index) -> None:
@@ -92,7 +92,7 @@ class Searcher:
     ) -> SearchResult:
         """The k best items for a query, or for words, only of its target modality where it names one.
 
-        `cutoff`: only hits that score more than all but this share of queries do whose answer is not there (`cutoff.py`); raises
+        `cutoff`: leaves out hits that this share of queries without an answer would get as well (`cutoff.py`); raises
         InputError where `calibrate` has not been called for queries of this modality.
         """
         asked = Query.of(text=query) if isinstance(query, str) else query
@@ -136,11 +136,11 @@ class Searcher:
 
 
 def text_cut(encoding: Encoding) -> str:
-    """What is told of an input whose text was too long."""
+    """The note on an input whose text was cut."""
     limit = "" if encoding.text_limit is None else f"the {encoding.text_limit} tokens that "
     return f"its text is longer than {limit}the model reads; what is beyond was cut off"
 
 
 def _pair(query: Query) -> tuple[Modality, Modality | None]:
-    """What decides the thresholds of a query."""
+    """The modalities that choose the thresholds of a query."""
     return query.modality, query.target

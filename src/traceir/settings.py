@@ -45,7 +45,7 @@ class TraceSettings:
     closing: str = ""
     fingerprint: str = ""
     world: World | None = None
-    """What alone it knows; None for a model without such bounds."""
+    """The only things that it knows; None for a model without such bounds."""
     profile: Profile | None = None
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 

@@ -56,7 +56,7 @@ def batches(payloads: Iterable[Payload], most: int) -> Iterator[list[Payload]]:
 
 
 class HttpEngine(Connected):
-    """A server at `address`, asked at once (`_meet`) whether it will do. Thread-safe; all threads share the connection."""
+    """A server at `address`, checked at once (`_meet`). Thread-safe; all threads share the connection."""
 
     kind = "engine"
 

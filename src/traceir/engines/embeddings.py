@@ -1,8 +1,8 @@
 """An encoder over an OpenAI-compatible endpoint of embeddings: vLLM's pooling, Infinity, text-embeddings-inference, hosted ones.
 
 The model, its templates and its limits are the server's; here are the requests, in the form (forms.py) that the server takes. At
-the start the server is asked for probes: they tell the width, and prove that it reads images and pairs, since a server may take
-an image and ignore it; what of its answers tells the model goes into the fingerprint. Nothing reasons there: every route is
+the start the server embeds probes: they give the width and prove that it reads images and pairs, since a server may take an image
+and ignore it; a part of its answers, which identifies the model, goes into the fingerprint. Nothing reasons there: every route is
 `direct`. Shapes: D width.
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 _START_S: Final = 60.0
 _START_TRIES: Final = 3
 _WRONG: Final = (400, 413, 415, 422)
-"""By these a server says that it is the input, or the size of the request, that it does not take."""
+"""Statuses by which a server refuses the input or the size of the request."""
 _AGAIN: Final = (424, 500)
 _REFUSED: Final = (*_WRONG, *_AGAIN, 404, 405, 501)
 _ORIENTATION: Final = 0x0112
@@ -160,9 +160,7 @@ class EmbeddingsEncoder(HttpEngine):
             raise self._wrong(f"answers with {str(body)[:120]!r}, which is no list of embeddings; is it an endpoint of them?")
         rows = {str(row.get("index", number)): row.get("embedding") for number, row in enumerate(data)}
         if len(data) != count or rows.keys() != {str(number) for number in range(count)}:
-            raise self._wrong(
-                f"returned {len(data)} vectors for {count} inputs, or not one for each; report it to its developers"
-            )
+            raise self._wrong(f"returned {len(data)} vectors for {count} inputs, or not one for each; report it to its authors")
         usage = body.get("usage")
         tokens = usage.get("prompt_tokens", usage.get("total_tokens")) if isinstance(usage, dict) else None
         with self._lock:

@@ -2,13 +2,13 @@
 
 One collection holds the items and is searched exactly (a FLAT index). `build_ann` adds one collection a modality with an
 HNSW graph: queries and candidates of different modalities lie apart, and a shared graph loses neighbours across that gap. A graph
-proposes keys and scores; what is returned comes from the first collection, so a graph that lags behind costs recall, never truth.
+proposes keys and scores; what is returned comes from the first collection, so a graph that lags behind costs recall alone.
 Scores are Milvus's own. Of equal scores the lower id comes first; which ones are among the best k, where more than a few rows
 beyond k score alike, is Milvus's choice.
 
 Durability: Milvus Lite is flushed to disk before a call returns; a server answers once the call is in its log.
 Processes: a file belongs to one process until it ends; a server takes any number of readers, Milvus Lite's one writer.
-Threads: safe; writes of one handle take turns.
+Threads: safe; writes of one handle are serialised.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 T = TypeVar("T")
 MAX_REQUEST_BYTES: Final = 60 * 2**20  # Milvus takes 64 MB
 MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
-EFFORT: Final = 128  # how many rows a search keeps in sight in a graph, at least
+EFFORT: Final = 128  # candidates that a search in a graph keeps, at least
 GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
 BACKGROUND: Final = "_background"
 _NAME: Final = "traceir"
@@ -161,7 +161,7 @@ class MilvusIndex(CheckedIndex):
         """Make a graph of each modality, so that `search(exact=False)` works; returns when they are built.
 
         Earlier graphs are dropped first. Later items are placed as they come.
-        What other processes write meanwhile may be missing from the graphs: let none.
+        No other process should write meanwhile: its items may be missing from the graphs.
         """
         with self._writing, self._explained("build its graphs"):
             for modality, ending in GRAPHS.items():

@@ -66,7 +66,7 @@ CHUNK: Final = 2000
 """Rows at a time."""
 _TABLES: Final = "SELECT count(*) FROM sqlite_master"
 _STATEMENTS: Final = 8
-"""Prepared ones that are kept, each with the values it was last run with, a whole filter for instance."""
+"""Prepared statements that are kept; each holds the values of its last run, which may be a whole filter."""
 _ERRORS: Final = (
     (
         (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL),
@@ -93,7 +93,7 @@ _ERRORS: Final = (
     ),
     ((), re.compile(""), "index {path} failed: {text}; repeat the call, and report it if it fails again"),
 )
-"""SQLite's codes, or words in its message, and what they mean to the user; the first that fits is told."""
+"""SQLite's codes, or words in its message, and what they mean to the user; the first that fits is used."""
 
 
 def connect(path: Path, opening: Opening) -> sqlite3.Connection:

@@ -2,8 +2,8 @@
 
 Durability: write-ahead log with `synchronous=FULL`, so what a call wrote is on disk when it returns.
 Processes: any number read while one writes; a second writer waits `timeout` seconds, then gets StoreError.
-Threads: safe; database calls take turns, the products of a search run beside others.
-Moments: an answer is what the index held at one moment, however often its items are replaced meanwhile.
+Threads: safe; database calls are serialised, the matrix products of searches run in parallel.
+Consistency: an answer is what the index held at one moment, however often its items are replaced meanwhile.
 Precision: `float32` storage is exact; `float16` halves file and memory and moves scores by up to about 0.001; `int8` stores
 float32, keeps a quarter of it in memory, and scores what its codes propose exactly.
 """
@@ -118,7 +118,7 @@ class SqliteIndex(CheckedIndex):
         for _ in range(_TRIES):
             if (hits := look()) is not None:
                 return hits
-        with self._transaction():  # writers were quicker every time: let them wait, and find and read at one moment
+        with self._transaction():  # writers came between every time: make them wait, and search and read in one transaction
             hits = look()
         if hits is None:
             raise StoreError(f"items of index {self._shown} were removed by another program than TraceIR; open the index again")

@@ -413,7 +413,7 @@ def rows_not_unit(vectors_ND: Vectors) -> list[int]:
 
 
 def unusable(ids: Sequence[object]) -> DamageError:
-    """That these items cannot take part in a search; passed over, the answers would lack them for ever."""
+    """The error for items that cannot be searched; if they were skipped, every answer would lack them."""
     named = ", ".join(shown(id) for id in ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
     some, listed = (f"item {named} has", "") if len(ids) == 1 else (f"{len(ids)} items have", f": {named}")
     what = f"{some} no whole vector of finite numbers and length 1{listed}"

@@ -165,7 +165,7 @@ class VectorTable:
         return len(self._ids)
 
     def reserve(self, rows: int) -> None:
-        """Make room for this many rows in all, so that a load does not copy its rows over and over."""
+        """Allocate for this many rows in all, so that a load does not copy its rows again and again."""
         for name, column in self._columns.items():
             if rows > len(column):
                 self._columns[name] = np.empty((rows, *column.shape[1:]), dtype=column.dtype)
@@ -192,7 +192,7 @@ class VectorTable:
             self._take(rows)
 
     def lay_out(self) -> None:
-        """Put the rows of a list side by side, for which all are copied."""
+        """Sort the rows by list into new arrays, so that those of a list are contiguous."""
         lists_N = self._columns["lists_N"][: len(self)]
         if len(self) and lists_N.max() > NO_LIST:
             self._take(np.argsort(lists_N, kind="stable"))
@@ -239,7 +239,7 @@ def candidates(view: VectorView, queries_QD: Vectors, k: int, rows: Rows | None)
     lowest, kth = best.min(axis=1), np.partition(best, -k)[:, -k]
     bounds = (kth if codec.exact else lowest) - codec.slack
     best_rows = [own[scores >= bound] for own, scores, bound in zip(rows_of, best, bounds, strict=True)]
-    # More rows may score alike than were looked for. Of int8 those are equal rows, which the cut must not part at random.
+    # More rows than were asked for may score alike. In int8 those are equal rows, of which none may be cut at random.
     cut = kth - codec.slack if codec.exact else np.partition(best, 1)[:, 1] - _TINY
     for query in np.flatnonzero(lowest >= cut) if count < total else ():
         blocks = _blocks(view, rows)
@@ -381,7 +381,7 @@ class ResidentVectors:
         return self._centroids[1]
 
     def note_removal(self, numbers: Rows) -> None:
-        """Rows that were removed here, with one count of `deletions`; spares the next look a comparison with what is left."""
+        """Rows that this handle removed in one count of `deletions`; then the next refresh need not compare all numbers."""
         if self._tables:
             self.removed.append(numbers)
 
@@ -458,7 +458,7 @@ class ResidentVectors:
             raise unusable(broken)
         for table in self._tables.values() if first else ():
             table.lay_out()
-        # Rows of a page that was overwritten may seem never to have been; the index of modalities, on other pages, has them.
+        # Rows of an overwritten page may be missing without an error; the index of modalities, on other pages, counts them.
         there = sum(map(len, self._tables.values()))
         if first and there != (kept := read_number(self._connection, "SELECT count(*) FROM items INDEXED BY items_modality")):
             raise DamageError(f"{there} of {kept} items can be read; restore it from a copy, or remove it and fill it again")
@@ -483,8 +483,8 @@ class ResidentVectors:
     def _numbers_passing(self, where: Filter, top: int) -> Rows:
         """Ascending numbers [M] of the rows that pass a filter; the database is asked for all once, then for new ones.
 
-        Sound because a row is never changed once written: it passes for ever or never does. Numbers of rows that are gone may be
-        among them, at most about as many as of rows that are there. What a client sent is not kept, but its digest.
+        Valid because a row never changes: it passes always or never. Numbers of deleted rows may be among them, at most about as
+        many as of rows that are there. Of the filter a client sent only a digest is kept.
         """
         key = hashlib.sha256(repr(where).encode()).digest()
         numbers, seen, whole = self._passing.pop(key, (np.empty(0, dtype=np.int64), 0, 0))

@@ -1,6 +1,6 @@
 """Access to the server, as ASGI middleware: who asks, whether they may, how fast, and the line in the audit log.
 
-It stands before the application, so that a stranger's body is never read. What needs no key is listed here; all else does.
+It runs before the application, so that no body is read without a valid key. Only OPEN_PATHS need none.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from traceir.serve.limits import Buckets, Rate, network_of, retry_after
 from traceir.serve.security import SAFE_METHODS, App, Message, Receive, Refusal, Send
 
 OPEN_PATHS: Final = frozenset({"/", "/favicon.ico", "/health", "/health/", "/ready", "/ready/", "/openapi.json"})
-"""What needs no key: the page, which asks for one, and what a watchdog calls."""
+"""What needs no key: the page, which asks for one, and health checks."""
 OPEN_FOLDER: Final = "/static/"
 FAILURES: Final = Rate(per_minute=30, burst=30)
-"""Requests with a bad key from one address; a good key passes all the same, so nobody is locked out by a neighbour."""
+"""Requests with a bad key from one address; a valid key still passes, so nobody is locked out by others at that address."""
 REQUESTS: Final = Rate(per_minute=600, burst=120)
 INPUTS: Final = Rate(per_minute=6000, burst=2000)
 TOGETHER: Final = 1024  # requests that are being answered
 
 
 class Limits:
-    """How fast each principal may ask and embed, and each address fail; one for a server. None: as fast as it likes."""
+    """Rates of each principal's requests and inputs, and of each address's bad keys; one for a server. None: no limit."""
 
     def __init__(self, requests: Rate | None = REQUESTS, inputs: Rate | None = INPUTS, failures: Rate = FAILURES) -> None:
         self.requests, self.inputs, self.failures = Buckets(requests), Buckets(inputs), Buckets(failures)
@@ -74,7 +74,7 @@ class KeyMiddleware:
                 self.audit.write(_line(scope, status, time.monotonic() - started, asked))
 
     def _refusal(self, scope: Message, needed: Scope | None) -> Refusal | None:
-        """Why a request may not go on. Where it may, its caller holds one more of what is under way."""
+        """Why a request may not go on. Where it may, it counts as one of its caller's that are under way."""
         address, who = _address(scope), ANYONE
         if needed and self.ring is not None:
             header = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"), None)

@@ -1,4 +1,4 @@
-"""The HTTP interface: routes, server-sent events, errors in OpenAI's shape. What is done is in service.py."""
+"""The HTTP interface: routes, server-sent events, errors in OpenAI's shape. The work is done in service.py."""
 
 from __future__ import annotations
 

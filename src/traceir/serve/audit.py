@@ -1,4 +1,4 @@
-"""The audit log, where it is switched on: who asked what, one JSON line a request, never in the way of a request.
+"""The audit log, where it is switched on: who asked what, one JSON line a request, which never delays it.
 
 A line holds hashes of what was asked, keyed (HMAC-SHA-256) by the file FILE.secret, since a plain hash of a short text can be
 guessed; with `contents` instructions and texts too, which are personal data. Addresses, ids of items and paths are as they are.

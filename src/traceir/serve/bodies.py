@@ -37,7 +37,7 @@ TOO_MANY_BYTES: Final = Refusal(
     (CLOSE, ("retry-after", "1")),
 )
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
-"""A text, or the rest of the body where it does not end: possessive, and never tried twice at one place, so linear."""
+"""A JSON string, or the rest of the body where it does not end; possessive, so that matching takes linear time."""
 _BRACKET = re.compile(rb"[\[\]{}]")
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -75,7 +75,7 @@ class BodyMiddleware:
 
 
 class _Body:
-    """One request's way in and out."""
+    """One request: receiving its body, sending its answer."""
 
     def __init__(self, bounds: BodyMiddleware, receive: Receive, send: Send) -> None:
         self._bounds, self._receive, self._send = bounds, receive, send
@@ -104,7 +104,7 @@ class _Body:
         elif not self._hold(count):
             self.refusal = TOO_MANY_BYTES
         elif self._deadline is not None and not message.get("more_body", False):
-            self._deadline = None  # what comes next is that the client goes away, however long the answer takes
+            self._deadline = None  # from now on only a disconnect is waited for, however long the answer takes
             self._bounds.usage.note(self.who)
             if self._bounds.usage.crowded:  # then those of one caller are not read without a pause
                 await asyncio.sleep(self._bounds.paces.take(self.who, self._read, on_debt=True))
@@ -120,7 +120,7 @@ class _Body:
         if self.refusal is not None and not self.started:
             return
         if message["type"] == "http.response.start":
-            self._start = message  # once it is known that there is room for what follows
+            self._start = message  # sent once the rest of the answer is known to fit
             return
         body = message.get("body", b"")
         held = len(body) if len(body) > SMALL else 0
@@ -175,7 +175,7 @@ def _check_shape(raw: bytes, texts: int) -> None:
 
 
 def _outside_texts(raw: bytes) -> Iterator[bytes]:
-    """Step by step, so that other threads run between them; most texts, also those of images, have no escape to look at."""
+    """In pieces, so that other threads run between them; most texts, also images in base64, hold no escape."""
     at = 0
     while (start := raw.find(b'"', at)) >= 0:
         yield raw[at:start]

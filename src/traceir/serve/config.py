@@ -1,4 +1,4 @@
-"""How a server runs; wrong settings are told before anything heavy is imported."""
+"""How a server runs; wrong settings are reported before anything heavy is imported."""
 
 from __future__ import annotations
 

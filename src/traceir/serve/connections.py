@@ -20,7 +20,7 @@ from traceir.serve.limits import network_of
 from traceir.serve.security import Refusal
 
 PIECE: Final = 16 * 1024  # bytes that a parser is given at a time, so that it never works through much that is refused
-TICK_S: Final = 1.0  # seconds between two looks at a connection, by which deadlines are late at most
+TICK_S: Final = 1.0  # seconds between two checks of a connection; deadlines are late by no more
 SPARE_FILES: Final = 256  # file handles that connections leave to the index, images and logs
 CONNECTIONS: Final = 2048
 
@@ -44,7 +44,7 @@ class ConnectionLimits:
 
 
 def settings(limits: ConnectionLimits | None = None, protocol: type[asyncio.Protocol] = AutoHTTPProtocol) -> dict[str, Any]:
-    """What of `uvicorn.Config` makes its own protocol a watched one."""
+    """The options of `uvicorn.Config` that put `_Watched` before its own protocol."""
     limits = limits or ConnectionLimits()
     limits = replace(limits, connections=min(limits.connections, possible_connections()))
     bound = {"limits": limits, "shares": Shares(limits.connections), "watched": dict[_Watched, None]()}
@@ -64,7 +64,7 @@ def possible_connections() -> int:
 
 
 class _Watched(asyncio.Protocol):
-    """Goes before one of uvicorn's protocols. A connection is `busy` with a request, or waits for the next head, or is
+    """Mixed in before one of uvicorn's protocols. A connection is `busy` with a request, or waits for the next head, or is
     `lingering`: it was answered, and what it still sends is thrown away unparsed."""
 
     limits: ConnectionLimits
@@ -93,14 +93,14 @@ class _Watched(asyncio.Protocol):
         self._timer = self.loop.call_later(TICK_S, self._look)
         peer = transport.get_extra_info("peername")
         self.address = network_of(str(peer[0])) if isinstance(peer, tuple) else "local"
-        if not self.shares.room(self.address):
-            self._make_room()
+        if not self.shares.fits(self.address):
+            self._evict_one()
         if self.shares.take(self.address):
             self.watched[self] = None
         else:
             self.transport.abort()
 
-    def _make_room(self) -> None:
+    def _evict_one(self) -> None:
         """Ends a connection that waits for a request: the one that has waited longest, of the same address where that has any."""
         same = self.shares.of(self.address) > 0
         idle = [other for other in self.watched if not other.busy and (other.address == self.address or not same)]
@@ -154,7 +154,7 @@ class _Watched(asyncio.Protocol):
     def on_response_complete(self) -> None:
         """uvicorn's hook at the end of an answer. A small body's rest is read, and the connection kept for the next request."""
         cycle = self.cycle
-        behind: Any = super()  # uvicorn's class, which goes behind this one
+        behind: Any = super()  # uvicorn's class, the next one
         behind.on_response_complete()
         self.since = self.loop.time()
         announced = dict(cycle.scope["headers"]).get(b"content-length", b"")
@@ -171,7 +171,7 @@ class _Watched(asyncio.Protocol):
         super().resume_writing()
 
     def _look(self) -> None:
-        """Ends what has lasted too long."""
+        """Ends the connection where a deadline has passed."""
         self._timer = self.loop.call_later(TICK_S, self._look)
         limits, now, closing = self.limits, self.loop.time(), self.transport.is_closing()
         waited = now - self.since
@@ -199,7 +199,7 @@ class _Watched(asyncio.Protocol):
         self._linger(16 * self.limits.head)
 
     def _linger(self, left: int) -> None:
-        """Ends the answers' direction alone: a connection closed on bytes that nobody read would take the answer along."""
+        """Closes the sending side alone: closing a connection with unread bytes would reset it and lose the answer."""
         self.lingering, self._left = True, left
         if self.transport.is_closing():
             return

@@ -1,6 +1,6 @@
 """Fair sharing among callers: of places and bytes, of slots and threads, of queues and of the model's time.
 
-A caller is a key, or an address where there are no keys. All but `FairExecutor` belong to one event loop, or to who holds a lock.
+A caller is a key, or an address where there are no keys. All but `FairExecutor` are used in one event loop, or under a lock.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from typing import Any, Final, Generic, TypeVar
 T = TypeVar("T")
 caller: ContextVar[str] = ContextVar("caller", default="")  # on whose behalf the current task works; "": nobody in particular
 patient: ContextVar[bool] = ContextVar("patient", default=False)
-"""Whether the current task is part of a long work that waits where there is no room, rather than to be refused."""
+"""Whether the current task is part of long work, which waits for a free place instead of being refused."""
 MANY: Final = 1000
 FEW: Final = 32
 ALONE_S: Final = 10.0  # seconds without any other caller after which one counts as alone
 
 
 class Usage:
-    """What each caller has had lately, forgotten by half every ALONE_S, and whether there are several callers."""
+    """What each caller has used lately, halved every ALONE_S, and whether there are several callers."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -55,28 +55,28 @@ class Usage:
 
 
 class Shares:
-    """Places or bytes of which a caller may hold as much as then stays free, so that something is left for one that comes anew.
+    """Places or bytes; a caller may hold at most as many as then remain free, so that some are left for a new caller.
 
-    `least` is never refused for the share's sake. The caller "" is only bound by the total.
+    Up to `least` a caller is bound by the total only. The caller "" is only bound by the total.
     """
 
     def __init__(self, total: int, least: int = 1) -> None:
         self.total, self.least, self.held = total, least, 0
         self._by: Counter[str] = Counter()
 
-    def room(self, who: str, count: int = 1, weight: int = 1) -> bool:
+    def fits(self, who: str, count: int = 1, weight: int = 1) -> bool:
         """Whether `count` more may be taken now; with `weight` 2 a caller may hold half of what then stays free."""
         mine, free = self._by[who] + count, self.total - self.held - count
         return free >= 0 and (not who or mine <= self.least or mine * weight <= free)
 
     def take(self, who: str, count: int = 1) -> bool:
-        if not self.room(who, count):
+        if not self.fits(who, count):
             return False
         self.hold(who, count)
         return True
 
     def hold(self, who: str, count: int = 1) -> None:
-        """Takes without asking."""
+        """Takes without a check."""
         self.held += count
         self._by[who] += count
         if not self._by[who]:
@@ -90,8 +90,8 @@ class Shares:
 
 
 class Places(Shares):
-    """Shares that can be waited for, one caller after the other: by a third of all, so that who does not wait finds some beside
-    its own long work, and where there are several callers by FEW, so that long work comes in evenly."""
+    """Shares with a queue, served one caller after the other. Work that waits gets at most a third of all, so that short work of
+    its caller finds places too, and with several callers at most FEW a caller, so that long work is spread evenly."""
 
     def __init__(self, total: int) -> None:
         super().__init__(total)
@@ -99,8 +99,8 @@ class Places(Shares):
         self._waiting: Rounds[asyncio.Future[None]] = Rounds()
 
     def is_open(self, who: str) -> bool:
-        """Whether the next of a caller that waits may go on."""
-        return self.room(who, weight=2) and (self.of(who) < FEW or not self.usage.crowded)
+        """Whether the next waiting task of a caller may go on."""
+        return self.fits(who, weight=2) and (self.of(who) < FEW or not self.usage.crowded)
 
     async def wait(self, who: str) -> None:
         """Takes a place once there is one."""
@@ -132,14 +132,14 @@ class Places(Shares):
 
 
 class Slots(Places):
-    """So many at a time, one caller after the other. Where there are several callers, none takes the last slot beside its own."""
+    """So many tasks at a time, one caller after the other. With several callers, one that holds a slot never gets the last."""
 
     def is_open(self, who: str) -> bool:
         return self.held < self.total - (self.of(who) > 0 and self.usage.crowded)
 
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
-        """Of the current caller."""
+        """Holds a slot for the current caller."""
         who = caller.get()
         await self.wait(who)
         try:
@@ -149,7 +149,7 @@ class Slots(Places):
 
 
 class FairExecutor(ThreadPoolExecutor):
-    """Threads that work by `Slots`, for whoever is `caller` where the work is submitted."""
+    """Threads shared as `Slots` are, by the `caller` in whose context the work is submitted."""
 
     def __init__(self, count: int, name: str) -> None:
         super().__init__(count, name)
@@ -165,7 +165,7 @@ class FairExecutor(ThreadPoolExecutor):
         return done
 
     def _work(self) -> None:
-        """Works as long as there is something that may be done."""
+        """Runs work while there is any that may start."""
         while (taken := self._take()) is not None:
             who, done, work = taken
             try:
@@ -200,7 +200,7 @@ class Rounds(Generic[T]):
         self._queues.setdefault(who, deque()).append(entry)
 
     def put_back(self, who: str, entry: T) -> None:
-        """What was taken too early is the first of its caller again; a caller that had nothing else here is next."""
+        """Puts an entry back as the first of its caller; a caller without other entries is next."""
         if who not in self._queues:
             self._queues[who] = deque()
             self.first(who)
@@ -223,6 +223,6 @@ class Rounds(Generic[T]):
         return entry
 
     def __iter__(self) -> Iterator[T]:
-        """Takes what it gives, until nothing is left."""
+        """Removes and yields entries until none is left."""
         while self._queues:
             yield self.take(next(iter(self._queues)))

@@ -1,4 +1,4 @@
-"""An input on its way, what its waiters hear of it, and the workers around encoders that cannot be looked into: batches for a
+"""An input that is being encoded, its progress, and the workers around encoders that run as a whole: batches for a
 library's model, single requests for an engine's. The worker on a model in this process is in scheduler.py."""
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from traceir.serve.fair import Rounds, Usage
 
 log = logging.getLogger(__name__)
 ROWS: Final = 32  # inputs of a batch, where the encoder does not say how many (`batch_rows`)
-FAILURES: Final = 8  # failures of a worker, one after the other, from which on the server no longer calls itself ready
+FAILURES: Final = 8  # consecutive failures of a worker after which the server reports that it is not ready
 AGAIN_S: Final = (
-    15.0  # seconds after the last failure from which it is ready again: only requests can tell that an engine is back
+    15.0  # seconds after the last failure until it reports ready again: only requests can show that an engine is back
 )
-PATIENT: Final = 4.0  # how many times the time of long work counts, so that it has the smaller part of a model that others want
+PATIENT: Final = 4.0  # weight of the time of long work, so that it gets the smaller share of a busy model
 
 
 class BusyError(TraceError):
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def weight(self) -> float:
-        """How much a second of the model for it counts."""
+        """The weight of a second of the model's time."""
         return PATIENT if self.patient else 1.0
 
     def finish(self, encoding: Encoding, now: float) -> None:
@@ -117,7 +117,7 @@ class Job:
 
 
 class Worker(ABC):
-    """What encodes, made and called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer
+    """Encodes jobs; made and called in the event loop. Each job it takes ends by `finish_all` or `fail_all`, or is no longer
     `wanted`; `pool` is for short work beside it."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
@@ -126,7 +126,7 @@ class Worker(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether what was done last did not all fail, or that was a while ago."""
+        """False after too many consecutive failures, until some time has passed."""
         return self._failures < FAILURES or time.monotonic() - self._failed > AGAIN_S
 
     @abstractmethod
@@ -155,7 +155,7 @@ class Worker(ABC):
             job.fail(error)
 
     def call(self, work: Callable[..., None], *arguments: object) -> None:
-        """Runs something in the event loop, from a thread; where that has ended there is nobody left to tell."""
+        """Runs something in the event loop, from a thread; where that has ended, nothing."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(work, *arguments)
 

@@ -40,7 +40,7 @@ class Bucket:
         return max(0.0, (min(amount, self.rate.size) - self.tokens) * 60.0 / self.rate.per_minute)
 
     def take(self, amount: float, now: float) -> None:
-        """Takes `amount`, also on debt; a negative one gives back."""
+        """Takes `amount`, also below zero; a negative one gives back."""
         refilled = min(self.rate.size, self.tokens + max(0.0, now - self._at) * self.rate.per_minute / 60.0)
         self.tokens, self._at = min(self.rate.size, refilled - amount), now
 

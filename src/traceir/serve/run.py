@@ -36,8 +36,8 @@ from traceir.serve.uploads import ImageFolder, Sources, UploadValidator
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
-"""Seconds that another thread may keep the model's waiting for the interpreter; Python's own 5 ms would be more than a step of a
-small model takes."""
+"""How long another thread may keep the model's thread from the interpreter; Python's default of 5 ms is longer than a step of a
+small model."""
 LOOKED_AT: Final = 20_000  # items looked at for the folders of their images
 
 

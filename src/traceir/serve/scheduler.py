@@ -1,4 +1,4 @@
-"""Between requests and the model: what is asked is admitted, encoded once however many ask for it, remembered, or given up."""
+"""Between requests and the model: admission, one encoding for equal inputs, a cache, deadlines and cancellation."""
 
 from __future__ import annotations
 
@@ -197,8 +197,8 @@ class ModelThread(Worker):
 
     Each round prefills what has come in, at most one batch, and then writes for all rows that reason: as long as `PACE` allows
     beside that prefill, and one token at least. So a query that bypasses waits for a prefill and a bounded time of writing, never
-    for a stranger's whole reasoning, and those who reason get a fixed share of a busy model. `writing` rows write together; those
-    beyond give their cache back, wait, and are prefilled again.
+    for the whole reasoning of others, and queries that reason get a fixed share of a busy model. `writing` rows write together;
+    those beyond give their cache back, wait, and are prefilled again.
     """
 
     def __init__(self, encoder: Encoder, writing: int, pool: ThreadPoolExecutor) -> None:
@@ -266,13 +266,13 @@ class ModelThread(Worker):
                 self.call(self.fail_all, [row.job for row in self._rows.values()], error)
                 batches, self._rows = [], {}
 
-    def _take(self, room: int, *, wait: bool) -> list[_Input] | None:
+    def _take(self, free: int, *, wait: bool) -> list[_Input] | None:
         """What has come in and is still wanted, at most one batch of one route; None once all is done and closed.
 
-        What was postponed comes first, and alone, where there is room to write a good part of it.
+        Postponed inputs come first, and alone, once most of a batch of them may write.
         """
         most = min(self.encoder.batch_rows, self._own_rows)
-        if room >= min(most, len(self._postponed)) and self._postponed:
+        if free >= min(most, len(self._postponed)) and self._postponed:
             return self._fitting(self._postponed, most)
         with self._wake:
             while wait and not self._arrived and not self._closing:
@@ -345,7 +345,7 @@ class ModelThread(Worker):
         return [batch] if batch.rows else []
 
     def _postpone(self, batch: DecodeBatch) -> None:
-        """Rows beyond those that may write give their cache back and wait for their turn; memory is bounded so."""
+        """Rows beyond those that may write give their cache back and wait, which bounds memory."""
         fresh = {row.number for row in batch.rows}
         by = Counter(entry.job.who for number, entry in self._rows.items() if number not in fresh)
         kept: list[int] = []
@@ -384,11 +384,11 @@ class ModelThread(Worker):
         return batches
 
     def _least_used(self, batches: Sequence[DecodeBatch]) -> float:
-        """How much of the model that caller has had who has had least."""
+        """The model's time that the caller who has used least has had."""
         return min(map(self._usage.of, {self._rows[row.number].job.who for batch in batches for row in batch.rows}))
 
     def _goes_on(self, batches: Sequence[DecodeBatch]) -> bool:
-        """Whether some who write have had less of the model than all who wait for a prefill."""
+        """Whether a caller who writes has had less of the model's time than all who wait for a prefill."""
         with self._wake:
             waiting = self._arrived.callers() if self._company.crowded else []
         return bool(waiting and batches) and self._least_used(batches) < min(map(self._usage.of, waiting))

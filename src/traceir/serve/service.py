@@ -303,7 +303,7 @@ class Service:
     async def _each(self, inputs: Sequence[tuple[str, Input]], work: Callable[[str, Input], Awaitable[Result]]) -> list[Result]:
         """The results of work over the inputs of one request, in order; a quarter of the server's capacity at a time at most.
 
-        Where there is no room the first input says so; the others wait for it, so that what is begun is not lost. Where one
+        Where the server is full the first input is refused; later ones wait, so that work that has begun is kept. Where one
         fails, or the caller is cancelled, the others are cancelled too.
         """
         share = asyncio.Semaphore(max(1, self.scheduler.capacity // 4))

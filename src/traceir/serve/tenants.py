@@ -1,7 +1,7 @@
 """What the server's callers see of an index: its own fields are hidden, and tenants kept apart.
 
-An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`: the prefix keeps get and
-delete by id apart, the field whatever filters. What comes back is checked again, so that a wrong filter shows too little.
+An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`: the prefix separates
+get and delete by id, the field all that filters. Results are checked again, so that a wrong filter can only show too little.
 """
 
 from __future__ import annotations
