@@ -26,7 +26,7 @@ from traceir.items import Item
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 LINES_SUFFIXES: Final = frozenset({".jsonl", ".ndjson"})
 MAX_TEXT_BYTES: Final = 4 * 1024 * 1024
-"""Of a text file, and of a line."""
+"""Bytes of a text file, and of a line."""
 TEXT_NAMES: Final = ("caption", "title", "description", "name", "content")
 """Where the text of a line is sought, in this order, that has neither `text` nor `image`."""
 FILE_FIELD: Final = "_file"
@@ -63,7 +63,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One item to be: what it is made from is read only when `make_item` is called."""
+    """What an item is made from, which is read only when `make_item` is called."""
 
     id: str
     location: str
@@ -72,7 +72,7 @@ class Source:
     record: Mapping[str, Any] | None = None
 
     def make_item(self) -> tuple[Item, tuple[Note, ...]]:
-        """The item and what is to be told of it. Raises InputError (ImageError, for an image's path) naming what is wrong."""
+        """The item and notes on it. Raises InputError (ImageError, for an image's path) naming what is wrong."""
         if self.record is not None:
             name = _text_or_none(self.id, "image", self.record.get("image"))
             image = ImageInput.open(name if "://" in name else self.path.parent.resolve() / name) if name else None

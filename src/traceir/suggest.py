@@ -13,7 +13,7 @@ _MEANT: Final = {
     "both": "image,text", "text,image": "image,text", "image+text": "image,text", "find": "search", "query": "search",
     "delete": "rm", "remove": "rm", "eval": "evaluate", "server": "serve", "fast": "direct", "think": "reason",
 }  # fmt: skip
-"""What else people call what we have one word for."""
+"""Other words that people use, and ours."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

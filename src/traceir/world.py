@@ -1,4 +1,4 @@
-"""What alone a miniature knows: its words, the size of its images; and the notice where it is used on anything else."""
+"""The limits of a miniature: the words and the image size that it knows, and the notice where it is used on anything else."""
 
 from __future__ import annotations
 

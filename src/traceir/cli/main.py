@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(args, "interrupted", 130)
     except BrokenPipeError:
-        # The reader has seen enough; what is still buffered goes nowhere.
+        # The reader of stdout is gone; what is still buffered is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 141
     except Exception as error:

@@ -268,7 +268,7 @@ def _after_thoughts(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Whole objects that are in no other, with their places, in order; also those written as Python writes them."""
+    """Whole objects that are in no other, with their positions, in order; also those written as Python writes them."""
     end = 0
     for brace in [match.start() for match in re.finditer(r"\{", text)][-MOST_TRIED:]:
         if brace < end:

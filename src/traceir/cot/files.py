@@ -1,4 +1,4 @@
-"""The files of a build: JSON lines read with the place of what is wrong in them, text written whole, locks."""
+"""The files of a build: JSON lines read with the location of what is wrong in them, text written whole, locks."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written beside its place and renamed, so that a reader never sees half of it; missing folders are made."""
+    """Written beside the target and renamed, so that a reader never sees half of it; missing folders are made."""
     try:
         write_whole(path, text)
     except OSError as error:

@@ -157,7 +157,7 @@ def _rows(
 
 
 def _decided(outcome: CotOutcome, decision: Settled | None) -> tuple[str, mbeir.Label]:
-    """Status and label once people have had their word."""
+    """Status and label after the decisions of reviewers."""
     status: str = outcome.status
     reasoning, answer = outcome.reasoning, outcome.answer
     if decision is not None and status != "direct":
@@ -369,6 +369,6 @@ def _funnel_rows(funnel: Mapping[str, int]) -> Iterator[tuple[object, str]]:
 
 
 def _model(name: object) -> str:
-    """The name a teacher is served by; of a path its last part: where somebody's files lie is nobody's business."""
+    """The name a teacher is served by; of a path its last part: a card does not show where files lie."""
     text = line(name or "")
     return Path(text).name if text.startswith(("/", "~", ".")) else text

@@ -57,7 +57,7 @@ def find_parts(root: Path, size: int) -> list[DataPart]:
 
 
 class CaseSource:
-    """The cases of a folder, part by part. Of the pool only the places of its lines are in memory.
+    """The cases of a folder, part by part. Of the pool only the offsets of its lines are in memory.
 
     `tasks`: names such as `cirr_task7` to take, all where it is empty.
     """

@@ -38,7 +38,7 @@ _FILE = re.compile(r"train-\d{5}-of-\d{5}\.(parquet|jsonl)")
 
 
 class PoolFile(Mapping[str, mbeir.Candidate]):
-    """A candidate pool of which only the place of each line is in memory: 16 bytes a candidate, a read for each look-up."""
+    """A candidate pool of which only the offset of each line is in memory: 16 bytes a candidate, a read for each look-up."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -96,7 +96,7 @@ def write_cot(
 ) -> dict[str, Any]:
     """Writes the train split of an M-BEIR folder, labels joined, as M-BEIR-CoT; returns its manifest.
 
-    `negatives` false leaves out the hard negatives. Streams: in memory are the qids and labels of one data set and the places
+    `negatives` false leaves out the hard negatives. Streams: in memory are the qids and labels of one data set and the offsets
     of the pool's lines. Raises DataError for a broken source, a row that cannot be whole, and a folder that holds a finished
     M-BEIR-CoT.
     """

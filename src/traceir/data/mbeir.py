@@ -420,7 +420,7 @@ def _objects(path: Path, key: str, parse: Callable[[Line], Parsed], on_broken: O
 def _parsed(
     path: Path, parse: Callable[[str, str], Parsed], on_broken: OnBroken | None, *, header: bool = False
 ) -> Iterator[tuple[int, Parsed]]:
-    """What `parse` makes of each line (given its text and its place), with the line's number; blank lines are left out."""
+    """What `parse` makes of each line (given its text and its location), with the line's number; blank lines are left out."""
     try:
         with path.open("rb") as stream:
             for number, raw in enumerate(stream, start=1):

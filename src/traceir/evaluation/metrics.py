@@ -29,7 +29,7 @@ TIE: Final = 1e-6
 RESAMPLES: Final = 10_000
 SEED: Final = 20_240
 _FEW: Final = 100
-_CELLS: Final = 1 << 22
+_ENTRIES: Final = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def bootstrap_mean(values: npt.ArrayLike) -> Interval:
         means = draw.multinomial(len(values), counts / len(values), RESAMPLES) @ distinct / len(values)
         low, high = np.percentile(means, (2.5, 97.5))
     else:
-        batch = max(1, _CELLS // len(values))  # resamples that are in memory together
+        batch = max(1, _ENTRIES // len(values))  # resamples that are in memory together
         resampled = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=draw)
         low, high = resampled.confidence_interval
     return Interval(float(values.mean()), float(low), float(high))

@@ -12,7 +12,7 @@ Vectors = list[list[float]]
 
 
 def embed_texts(encoder: EncoderLike, texts: Sequence[str]) -> Vectors:
-    """Vectors of candidates of one text each. InputError names the place of a text that holds nothing."""
+    """Vectors of candidates of one text each. InputError names the index of an empty text."""
     for number, text in enumerate(texts):
         if not text.strip():
             raise InputError(f"text {number} (from 0) of {len(texts)} is empty; leave it out, or write it")

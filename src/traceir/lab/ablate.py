@@ -1,8 +1,8 @@
 """Runs the ablations: each variant is trained and evaluated once for each seed, by any number of processes, after any kill.
 
 OUT/ablation.json holds the base configuration, OUT/runs/VARIANT/seedK/ a training run and, once it is evaluated, `result.json`.
-Whoever works on a run holds a lock on its file `lock`; the system releases it when the process dies, however it dies, so the
-next process goes on where that one stopped. (Child processes of the dead one may hold the lock for a few seconds more.)
+Whoever works on a run holds a lock on its file `lock`; the system releases it when the process ends, however it ends, so the
+next process goes on where that one stopped. (Child processes of that one may hold the lock for a few seconds more.)
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _do_run(run: AblationRun, trains: Callable[[TrainConfig], Path], scores: Sco
 def claim(folder: Path) -> Iterator[bool]:
     """Whether this process now holds the folder's lock; its file names the holder's process id.
 
-    The lock is the system's (flock) and dies with its holder, so a file left by a dead process stops nobody.
+    The lock is the system's (flock) and ends with its holder, so a file left by a killed process stops nobody.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a+") as stream:

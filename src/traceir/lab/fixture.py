@@ -18,7 +18,7 @@ ARCHIVE: Final = Path(__file__).with_name("minibeir.zip")
 def unpack(out: Path, archive: Path = ARCHIVE) -> Path:
     """Makes `out` the folder of the archive, whole or not at all, and returns it; a data folder that is there stays as it is.
 
-    Several processes may unpack to one place at once. Raises InputError where `out` holds something else.
+    Several processes may unpack to one folder at once. Raises InputError where `out` holds something else.
     """
     marks = (out / "query" / "test", out / "unseen.json")
     if any(mark.exists() for mark in marks) and not (out / "building.json").exists():

@@ -277,7 +277,7 @@ def _recorded(meta: dict[str, Any]) -> Markup:
 
 
 def _without_paths(value: Any) -> Any:
-    """The same with absolute paths cut to their last part: where somebody's files lie is nobody's business."""
+    """The same with absolute paths cut to their last part: a card does not show where files lie."""
     if isinstance(value, dict):
         return {key: _without_paths(part) for key, part in value.items()}
     if isinstance(value, list):

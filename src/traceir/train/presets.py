@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 GIB: Final = 2**30
 USABLE: Final = 0.9
-"""Of a card; the rest is left to the context, workspaces and fragments."""
+"""Share of a card's memory; the rest is left to the context, workspaces and fragments."""
 STEPS: Final = (65536, 32768, 16384, 8192, 4096, 2048)
-"""Chunks that are tried. A row of two images and some text has up to 1,000 tokens: fewer would leave no room for two rows."""
+"""Chunks that are tried. A row of two images and some text has up to 1,000 tokens: fewer would not hold two rows."""
 WRITTEN: Final = 0.5
 """Share of a chunk's tokens that are supervised, at most: rows that write as much as they read."""
 Presets = Mapping[str, Callable[[], TrainConfig]]
 REMEDIES: Final = {"data/minibeir": "`traceir minibeir build --out data/minibeir --scale full`"}
-"""Of data that a preset trains on, what makes it."""
+"""By the data folder of a preset: the command that makes it."""
 
 
 def _preset(name: str, init: str, chunk_tokens: int, side: int) -> Callable[[], TrainConfig]:
@@ -62,7 +62,7 @@ def resolve(
     settings: Sequence[str] = (),
     card: int | None = None,
 ) -> TrainConfig:
-    """The preset with its places and settings replaced; InputError where its data is not there.
+    """The preset with its paths and settings replaced; InputError where its data is not there.
 
     `card` fits it to one accelerator of so many GiB; what `settings` say counts more. Other data than the preset's get a pixel
     cache of their own run, unless `settings` name one.
@@ -133,7 +133,7 @@ def on_card(config: TrainConfig, gib: int) -> TrainConfig:
 
 
 def largest(need: Need, gib: int) -> int:
-    """The most tokens of a chunk that a card has room for, of STEPS; 0 where there are none."""
+    """The most tokens of a chunk that fit on a card, of STEPS; 0 where there are none."""
     return next((tokens for tokens in STEPS if need.total(tokens) <= gib * GIB * USABLE), 0)
 
 

@@ -4,7 +4,7 @@ torch's `fully_shard` gathers a unit where it runs and lets it go again. Units a
 output matrix where it is not the input matrix; embeddings and final norm belong to the root, which is gathered for the whole
 chunk. Weights that train and frozen ones may differ in type.
 
-Processes must gather the same units in the same order, or they wait for each other for ever. Therefore all of them run equally
+Processes must gather the same units in the same order, or they deadlock. Therefore all of them run equally
 many chunks, each chunk shows the vision tower an image, its own or a blank one (gradcache.py), and the tower is one unit
 whatever the number of grids. Accelerate's plugin wraps each block instead, needs an accelerator, and refuses a scalar.
 """

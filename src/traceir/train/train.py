@@ -68,7 +68,7 @@ def train(config: TrainConfig, *, resume_from: Path | None = None) -> Path:
         return _train(config, resume_from)
     finally:
         if config.device == "cpu":
-            torch.set_flush_denormal(False)  # what the caller computes afterwards is its own business
+            torch.set_flush_denormal(False)  # restored for what the caller computes afterwards
 
 
 def _train(config: TrainConfig, resume_from: Path | None) -> Path:

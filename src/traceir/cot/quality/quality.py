@@ -180,7 +180,7 @@ def _figures(table: SampleTable, task: str | None, sample: list[tuple[str, Words
     rules, openings, lengths = table.rows("rules"), table.rows("openings"), _lengths(table.rows("lengths"))
     dropped, examples = {rule: n for rule, n, _ in rules}, {rule: shown for rule, _, shown in rules}
     own = [(words, again) for name, words, again in sample if task in (None, name)]
-    verdicts = {(verdict, stratum): count for verdict, stratum, count in table.rows("confidence")}
+    verdicts = {(verdict, bin_): count for verdict, bin_, count in table.rows("confidence")}
     kept, repeated = funnel["curated"], sum(again for _, again in own)
     return Figures(
         funnel=funnel,

@@ -149,7 +149,7 @@ class ReviewSession:
         return {"number": number, "mark": _MARKS[stands.decision] if stands else "."}
 
     def image(self, number: int, position: int) -> bytes:
-        """The query's image (place 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
+        """The query's image (position 0) or that of a positive (1, 2, ...), as JPEG. Raises ImageError and InputError."""
         chosen = self._at(number)
         path = chosen.images[position] if position < len(chosen.images) else None
         if path is None:

@@ -2,7 +2,7 @@
 """The readers of the zero-shot sets: the authors' files as they are published, and nothing beside them (docs/unseen.md).
 
 Each takes the folder of all sets and which part of its own is wanted ("" where there is one), and returns what `run.py` makes a
-task of. Files are checked against declared types: errors name the file, the place in it, the value and what it must be.
+task of. Files are checked against declared types: errors name the file, the location in it, the value and what it must be.
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ CropSample = TypedDict("CropSample", {"reference": CropPlace, "target": CropPlac
 def read_genecis(root: Path, _: str) -> UnseenData:
     """GeneCIS (arXiv 2306.07969): four files as four groups. Each query ranks its own target and gallery.
 
-    Images are whole ones of COCO, or crops named by image, sample and place (0 the reference, 1 the target). A gallery image that
+    Images are whole ones of COCO, or crops named by image, sample and position (0 the reference, 1 the target). A gallery image that
     is the target itself counts as right wherever it stands; one that stands twice counts twice against it.
     """
     folder = root / "genecis"
