@@ -1,4 +1,4 @@
-"""The ablations as data (ablations.toml says what each field means), and the plan of their runs: which, in which order and folder.
+"""The ablations as data (ablations.toml says what each field means), and the plan of their runs: which, in what order and folder.
 
 `ablation.json` in OUT keeps the base configuration, seeds and rows; what is there is never mixed with another configuration.
 """

@@ -14,7 +14,7 @@ from traceir.errors import InputError
 
 
 class Series(NamedTuple):
-    """One row of an ablation: by position of the line, its value of each seed, mean with half the interval, the paper's figure."""
+    """One row of an ablation: by number of the line, its value of each seed, mean with half the interval, the paper's figure."""
 
     label: str
     dots: Mapping[int, Sequence[float]]

@@ -202,7 +202,7 @@ CropSample = TypedDict("CropSample", {"reference": CropPlace, "target": CropPlac
 def read_genecis(root: Path, _: str) -> UnseenData:
     """GeneCIS (arXiv 2306.07969): four files as four groups. Each query ranks its own target and gallery.
 
-    Images are whole ones of COCO, or crops named by image, sample and position (0 the reference, 1 the target). A gallery image that
+    Images are whole, of COCO, or crops named by image, sample and number (0 the reference, 1 the target). A gallery image that
     is the target itself counts as right wherever it stands; one that stands twice counts twice against it.
     """
     folder = root / "genecis"
