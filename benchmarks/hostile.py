@@ -38,7 +38,7 @@ from benchmarks.hostile_http import GoneError, address_of, check_alive, exchange
 from traceir.serve.keys import make_key
 
 OPEN_ENDED: Final = frozenset({"header", "slow"})
-"""Families with requests that never end, which a server may keep waiting for; they are cut off after WAIT_OPEN_S."""
+"""Groups with requests that never end, which a server may keep waiting for; they are cut off after WAIT_OPEN_S."""
 WAIT_S: Final = 90.0
 WAIT_OPEN_S: Final = 5.0
 SLOW_CLIENTS: Final = 24
@@ -65,8 +65,8 @@ class Found:
     """Of the server's memory, before the crowd; each of its phases has its own."""
 
     def add(self, case: Case, status: str, body: bytes, secret: bytes) -> None:
-        self.statuses[case.family][status] += 1
-        request = f"{case.family}: {case.name}"
+        self.statuses[case.group][status] += 1
+        request = f"{case.group}: {case.name}"
         if status.startswith("5"):
             self.faults.append(f"{status} to {request}: {body[:300]!r}")
         if status == "hung":
@@ -220,7 +220,7 @@ async def attack_by_hand(options: argparse.Namespace, url: str, key: str | None,
         cases = [
             case
             for case in all_cases(scene, options.seed, options.requests)
-            if not options.family or case.family in options.family
+            if not options.family or case.group in options.family
         ]
         try:
             await check_alive(host, port)
@@ -317,8 +317,8 @@ async def send(case: Case, host: str, port: int) -> tuple[str, bytes]:
     """The status ("closed" without one) and body; a 429 is asked again after its Retry-After, a few times."""
     status, body = "closed", b""
     for _ in range(TRIES):
-        status, head, body = await exchange(case.raw, host, port, WAIT_OPEN_S if case.family in OPEN_ENDED else WAIT_S)
-        if status == "hung" and case.family in OPEN_ENDED:
+        status, head, body = await exchange(case.raw, host, port, WAIT_OPEN_S if case.group in OPEN_ENDED else WAIT_S)
+        if status == "hung" and case.group in OPEN_ENDED:
             return "waiting", body
         if status != "429" or case.anonymous:
             break
@@ -369,11 +369,11 @@ def memory_mb(pid: int | None) -> float | None:
 
 
 def report(results: Found, total: int, seconds: float, memory: Sequence[float | None]) -> None:
-    print("| family | requests | answers |")
+    print("| group | requests | answers |")
     print("|---|---|---|")
-    for family, counts in sorted(results.statuses.items()):
+    for group, counts in sorted(results.statuses.items()):
         answers = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
-        print(f"| {family} | {sum(counts.values())} | {answers} |")
+        print(f"| {group} | {sum(counts.values())} | {answers} |")
     print(f"\n{total} requests in {seconds:.0f} s, {len(results.faults)} faults")
     if memory[0] is not None and memory[1] is not None:
         print(f"memory of the server: {memory[0]:.0f} MB before, {memory[1]:.0f} MB after")
@@ -402,7 +402,7 @@ def summary(
         "memory_mb": memory,
         "peak_mb": results.peak_mb,
         "crowd": [phase.told() for phase in results.phases],
-        "answers": {family: dict(counts) for family, counts in sorted(results.statuses.items())},
+        "answers": {group: dict(counts) for group, counts in sorted(results.statuses.items())},
         "faults": results.faults,
     }
 

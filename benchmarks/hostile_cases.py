@@ -20,9 +20,9 @@ LOCAL: Final = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One request: its family, a name for messages, its bytes. `anonymous`: sent without a valid key, so never to be granted."""
+    """One request: its group, a name for messages, its bytes. `anonymous`: sent without a valid key, so never to be granted."""
 
-    family: str
+    group: str
     name: str
     raw: bytes
     anonymous: bool = False
@@ -53,10 +53,10 @@ class Scene:
 
 
 def all_cases(scene: Scene, seed: int, least: int) -> list[Case]:
-    """Every family, shuffled; filled up with damaged bodies to at least `least`."""
+    """Every group, shuffled; filled up with damaged bodies to at least `least`."""
     draw = random.Random(seed)
-    families = (broken_images, bombs, odd_json, wrong_types, paths, private_urls, header_tricks, bad_text, strangers)
-    cases = [case for family in families for case in family(scene, draw)]
+    groups = (broken_images, bombs, odd_json, wrong_types, paths, private_urls, header_tricks, bad_text, strangers)
+    cases = [case for group in groups for case in group(scene, draw)]
     damaged = damaged_bodies(scene, draw)
     while len(cases) < least:
         cases.append(next(damaged))
