@@ -288,7 +288,7 @@ async def send_all(cases: Sequence[Case], host: str, port: int, together: int, r
     """Every case, so many at a time; after each 250 the server must still say that it is well."""
     slots, done = asyncio.Semaphore(together), 0
 
-    async def one(case: Case) -> None:
+    async def send_case(case: Case) -> None:
         nonlocal done
         async with slots:
             status, body = await send(case, host, port)
@@ -299,7 +299,7 @@ async def send_all(cases: Sequence[Case], host: str, port: int, together: int, r
             await check_alive(host, port)
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_quietly(one(case))) for case in cases]
+        tasks = [group.create_task(_quietly(send_case(case))) for case in cases]
     gone = next((task.result() for task in tasks if task.result() is not None), None)
     if gone is not None:
         raise gone
@@ -401,7 +401,7 @@ def summary(
         "seed": options.seed,
         "memory_mb": memory,
         "peak_mb": results.peak_mb,
-        "crowd": [phase.told() for phase in results.phases],
+        "crowd": [phase.as_json() for phase in results.phases],
         "answers": {group: dict(counts) for group, counts in sorted(results.statuses.items())},
         "faults": results.faults,
     }

@@ -57,7 +57,7 @@ class Phase:
     def ratio(self) -> float:
         return p95(self.attacked) / p95(self.quiet)
 
-    def told(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         seconds = {"quiet_p95_s": p95(self.quiet), "attacked_p95_s": p95(self.attacked), "ratio": self.ratio}
         return {"name": self.name, **seconds, "peak_mb": self.peak_mb, "attacker": dict(self.attacker)}
 

@@ -172,7 +172,7 @@ async def _load(options: argparse.Namespace, asked: list[Asked], url: str, pid: 
         watch = asyncio.create_task(watch_memory(pid, memory))
         mixed = await phase(session, url, [(simple, half), (complex_, options.clients - half)], options.seconds, options.seed)
         watch.cancel()
-    return told(options, alone, quiet, mixed, memory)
+    return reported(options, alone, quiet, mixed, memory)
 
 
 async def phase(
@@ -220,7 +220,7 @@ async def watch_memory(pid: int, samples: list[float]) -> None:
         await asyncio.sleep(5)
 
 
-def told(options: argparse.Namespace, alone: Seen, quiet: Seen, mixed: Seen, memory: list[float]) -> int:
+def reported(options: argparse.Namespace, alone: Seen, quiet: Seen, mixed: Seen, memory: list[float]) -> int:
     # What one client would have needed for the very answers given: quick queries come oftener than the complex ones.
     one_by_one = sum(len(mixed.seconds[kind]) * float(np.mean(alone.seconds[kind])) for kind in (False, True))
     ratio, slower = one_by_one / (mixed.ended - mixed.begun), mixed.p95(False) / quiet.p95(False)

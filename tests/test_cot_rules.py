@@ -179,13 +179,13 @@ def test_rules_look_at_what_is_said_after_the_thoughts() -> None:
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "cut"])
 def test_every_way_of_thinking_says_the_same(style: str) -> None:
-    def said(text: str) -> str:
+    def wrapped(text: str) -> str:
         completion = {"choices": [{"message": {"role": "assistant", **styled(style, text)}, "finish_reason": "stop"}]}
         return reply_of(json.dumps(completion), "m").text
 
-    assessment = read_assessment(said(SAYS))
+    assessment = read_assessment(wrapped(SAYS))
     assert (assessment["z"], assessment["confidence"]) == (1, 0.9)
-    assert read_verdict(said('{"verdict": "yes", "reason": "why", "confidence": 0.7}'))["confidence"] == 0.7
-    assert RULE_FILTER.check(case(), said(reply())) == RULE_FILTER.check(case(), reply())
+    assert read_verdict(wrapped('{"verdict": "yes", "reason": "why", "confidence": 0.7}'))["confidence"] == 0.7
+    assert RULE_FILTER.check(case(), wrapped(reply())) == RULE_FILTER.check(case(), reply())
     with pytest.raises(ReplyFormatError, match="cut at max_tokens"):
         read_verdict(reply_of(json.dumps({"choices": [{"message": styled("cut", "")}]}), "m").text, "length")

@@ -244,14 +244,14 @@ def _make_trainable(folder: Path, target: Path) -> None:
     union.write_text("".join(f"{line}\n" for line in pool.values()), encoding="utf-8")
 
 
-def _found(name: str) -> list[Example]:
+def _examples_of(name: str) -> list[Example]:
     return list(examples(PAGES[name].read_text(encoding="utf-8")))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in PAGES if any(example.reason is None for example in _found(name))])
+@pytest.mark.parametrize("name", [name for name in PAGES if any(example.reason is None for example in _examples_of(name))])
 def test_the_examples_of_a_page_run(name: str, folder: Path, shell: Shell) -> None:
-    for example in _found(name):
+    for example in _examples_of(name):
         if example.reason is not None:
             continue
         try:
@@ -261,7 +261,7 @@ def test_the_examples_of_a_page_run(name: str, folder: Path, shell: Shell) -> No
 
 
 def test_every_reason_belongs_to_an_example() -> None:
-    texts = [example.text for name in PAGES for example in _found(name)]
+    texts = [example.text for name in PAGES for example in _examples_of(name)]
     for pattern in (*NOT_RUN, *SHORTER):
         assert any(re.search(pattern, text) for text in texts), f"no page has an example of {pattern}; remove it"
 
