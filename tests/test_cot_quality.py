@@ -182,20 +182,13 @@ def test_hallucination_is_estimated_from_random_reviews_of_kept_samples() -> Non
     votes += [replace(vote(first[11], "drop", "hallucination"), sample="of another text")]
     decisions = {"ann": {own.qid: own for own in votes}, "bob": {"1:0": vote(first[0], "keep")}}
     quality = measure([*first, *second, unseen, bad], decisions=decisions)
-    seen, two = quality.hallucination, quality.fault
-    assert (seen["reviewed"], seen["wrong"], two["wrong"]) == (14, 1, 3)
-    assert seen["share"] == round(0.75 * 1 / 10, 4) and two["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
-    assert seen["covered"] == round(40 / 41, 4) and seen["effective"] == round(1 / (0.75**2 / 10 + 0.25**2 / 4), 2)
-    assert seen["low"] < seen["share"] < seen["high"] and seen["tasks"]["unseen_task7"]["share"] is None
+    own, fault = quality.hallucination, quality.fault
+    assert (own["reviewed"], own["wrong"], fault["wrong"]) == (14, 1, 3)
+    assert own["share"] == round(0.75 * 1 / 10, 4) and fault["share"] == round(0.75 * 2 / 10 + 0.25 * 1 / 4, 4)
+    assert own["covered"] == round(40 / 41, 4) and own["effective"] == round(1 / (0.75**2 / 10 + 0.25**2 / 4), 2)
+    assert own["low"] < own["share"] < own["high"] and own["tasks"]["unseen_task7"]["share"] is None
     # Wilson (1927), as in Brown, Cai and DasGupta (2001)
-    assert seen["tasks"]["invented_task7"] == {
-        "kept": 30,
-        "reviewed": 10,
-        "wrong": 1,
-        "share": 0.1,
-        "low": 0.0179,
-        "high": 0.4042,
-    }
+    assert own["tasks"]["invented_task7"] == {"kept": 30, "reviewed": 10, "wrong": 1, "share": 0.1, "low": 0.0179, "high": 0.4042}
 
 
 def test_figures_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
