@@ -178,6 +178,13 @@ def test_embeddings_of_texts_objects_and_chats(caller: Caller, encoder: Encoder)
     assert close(struct.unpack(f"<{len(raw) // 4}f", raw), encoder.encode_queries([query])[0].vector)
     both = caller.good("POST", "/v1/embeddings", {"messages": [chat, chat[1:]], "route": "direct"})
     assert len(both["data"]) == 2 and {one["trace"]["route"] for one in both["data"]} == {"direct"}
+    mixed = [{"type": "text", "text": "swap", "image_url": 5}, {"type": "text", "text": "swap", "image_url": image}]
+    mixed.append({"type": "input_image", "image_url": image, "text": 5})
+    said = caller.good(
+        "POST", "/v1/embeddings", {"messages": [[{"role": "user", "content": [part]}] for part in mixed], "route": "direct"}
+    )["data"]
+    for one, part in zip(said, ("swap", "swap", shown), strict=True):  # the type says which field counts
+        assert close(one["embedding"], encoder.encode_queries([Query((part,))], route="direct")[0].vector)
 
 
 def test_items_are_added_found_shown_and_removed(caller: Caller, encoder: Encoder) -> None:
@@ -254,6 +261,7 @@ def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
     assert {"post /v1/embeddings", "post /search/stream", "delete /items/{id}", "get /pictures/{name}"} <= set(operations)
     open_to_all = {label for label, about in operations.items() if about.get("security") != [{"key": []}]}
     assert open_to_all == {"get /health", "get /ready"}
+    assert operations["post /search"]["responses"]["415"]["description"] == "A body is JSON, and not packed."
     assert not any("422" in about["responses"] or "400" not in about["responses"] for about in operations.values())
 
 
@@ -439,6 +447,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
         ({"input": "a", "dimensions": "64"}, "dimensions: a text, where a whole number is wanted"),
         ({"input": "a", "dimensions": 7}, "dimensions is 7, but this server's vectors have "),
         ({"messages": [[]] * 257}, "messages: 257 entries, at most 256"),
+        ({"messages": [chat("a"), []], "instruction": "Find it."}, "messages[1] holds no message"),
         ({"messages": [*chat("a"), {"role": "tool"}]}, "messages[1].role: it is 'tool'; 'system', 'user'"),
         ({"messages": chat(5)}, "messages[0].content: a number, where a text or a list of contents"),
         ({"messages": [chat("a"), chat(["a", {"type": "audio"}])]}, "messages[1][0].content[1].type: it is 'audio'; 'text'"),

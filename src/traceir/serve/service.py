@@ -193,6 +193,8 @@ class Service:
             parts = [(place, sent)]
         elif isinstance(sent, schemas.ContentIn):
             parts = [(f"{place}.image", sent.image), (place, sent.text)]
+        elif not sent:
+            raise InputError(f"{place} holds no message; give at least one")
         else:
             for name, role, part in _chat_parts(sent, place):
                 if role in ("system", "developer") and isinstance(part, str):
