@@ -251,6 +251,23 @@ def test_what_a_killed_server_left_is_removed_once_it_is_old(tmp_path: Path) -> 
     assert kept.exists() and own.exists() and not any(file.exists() for file in (left, *halves))
 
 
+def test_an_image_is_kept_while_others_of_its_item_are_removed(tmp_path: Path) -> None:
+    store, images = ImageFolder(tmp_path), [ImageInput.from_bytes(png(colour)) for colour in ("teal", "olive")]
+    done = threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            store.remove_unused("x", None)
+
+    with ThreadPoolExecutor(3) as threads:
+        removing = threads.submit(remove)
+        try:
+            assert all(threads.map(lambda number: store.keep(images[number % 2], "x"), range(100)))
+        finally:
+            done.set()
+        removing.result()
+
+
 def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
     caller.good("POST", "/search", {"text": CAPTION})
     text = caller.good("GET", "/metrics").decode()
