@@ -118,6 +118,10 @@ def test_former_names_are_accepted_with_a_notice(tmp_path: Path, capsys: pytest.
     assert run("index", "optimise", "--index", tmp_path / "none") == 2
     notice, error = capsys.readouterr().err.splitlines()
     assert notice == "note: `index optimise` is now called `index build-ann`" and "none" in error
+    with pytest.raises(SystemExit):
+        run("serve", "--help")
+    shown = capsys.readouterr().out
+    assert "--images DIR" in shown and "--pictures" not in shown and "SUPPRESS" not in shown
     args = cli.build_parser().parse_args(["serve", "--index", "i", "--pictures", "a", "--images", "b", "--pictures", "c"])
     assert args.images == [Path("a"), Path("b"), Path("c")]
     assert capsys.readouterr().err.splitlines() == ["note: --pictures is now called --images"] * 2

@@ -207,3 +207,18 @@ def test_what_is_no_id_is_refused_before_anything_is_removed(client: Client, ser
         with pytest.raises(InputError, match="id "):
             client.delete([*(f"c{index}" for index in range(100)), bad])
     assert server.sizes == []
+
+
+def test_an_environment_without_a_usable_proxy_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "nonsense://localhost:1")
+    raised: list[BaseException] = []
+
+    def ask() -> None:
+        with Client("http://localhost:9", tries=1) as client, pytest.raises(ValueError, match="nonsense") as error:
+            client.get("x")
+        raised.append(error.value)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(10)
+    assert raised

@@ -178,6 +178,12 @@ def test_embeddings_of_texts_objects_and_chats(caller: Caller, encoder: Encoder)
     assert close(struct.unpack(f"<{len(raw) // 4}f", raw), encoder.encode_queries([query])[0].vector)
     both = caller.good("POST", "/v1/embeddings", {"messages": [chat, chat[1:]], "route": "direct"})
     assert len(both["data"]) == 2 and {entry["trace"]["route"] for entry in both["data"]} == {"direct"}
+    mixed = [{"type": "text", "text": "swap", "image_url": 5}, {"type": "text", "text": "swap", "image_url": image}]
+    mixed.append({"type": "input_image", "image_url": image, "text": 5})
+    messages = [[{"role": "user", "content": [part]}] for part in mixed]
+    answered = caller.good("POST", "/v1/embeddings", {"messages": messages, "route": "direct"})["data"]
+    for entry, part in zip(answered, ("swap", "swap", shown), strict=True):  # the type says which field counts
+        assert close(entry["embedding"], encoder.encode_queries([Query((part,))], route="direct")[0].vector)
 
 
 def test_items_are_added_found_shown_and_removed(caller: Caller, encoder: Encoder) -> None:
@@ -244,6 +250,23 @@ def test_what_a_killed_server_left_is_removed_once_it_is_old(tmp_path: Path) -> 
     assert kept.exists() and own.exists() and not any(file.exists() for file in (left, *halves))
 
 
+def test_an_image_is_kept_while_others_of_its_item_are_removed(tmp_path: Path) -> None:
+    store, images = ImageFolder(tmp_path), [ImageInput.from_bytes(png(colour)) for colour in ("teal", "olive")]
+    done = threading.Event()
+
+    def remove() -> None:
+        while not done.is_set():
+            store.remove_unused("x", None)
+
+    with ThreadPoolExecutor(3) as threads:
+        removing = threads.submit(remove)
+        try:
+            assert all(threads.map(lambda number: store.keep(images[number % 2], "x"), range(100)))
+        finally:
+            done.set()
+        removing.result()
+
+
 def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
     caller.good("POST", "/search", {"text": CAPTION})
     text = caller.good("GET", "/metrics").decode()
@@ -254,6 +277,7 @@ def test_metrics_and_the_document_of_the_interface(caller: Caller) -> None:
     assert {"post /v1/embeddings", "post /search/stream", "delete /items/{id}", "get /pictures/{name}"} <= set(operations)
     open_to_all = {label for label, about in operations.items() if about.get("security") != [{"key": []}]}
     assert open_to_all == {"get /health", "get /ready"}
+    assert operations["post /search"]["responses"]["415"]["description"] == "A body is JSON, and not packed."
     assert not any("422" in about["responses"] or "400" not in about["responses"] for about in operations.values())
 
 
@@ -439,6 +463,7 @@ FAULTS: dict[str, list[tuple[Any, str]]] = {
         ({"input": "a", "dimensions": "64"}, "dimensions: a text, where a whole number is wanted"),
         ({"input": "a", "dimensions": 7}, "dimensions is 7, but this server's vectors have "),
         ({"messages": [[]] * 257}, "messages: 257 entries, at most 256"),
+        ({"messages": [chat("a"), []], "instruction": "Find it."}, "messages[1] holds no message"),
         ({"messages": [*chat("a"), {"role": "tool"}]}, "messages[1].role: it is 'tool'; 'system', 'user'"),
         ({"messages": chat(5)}, "messages[0].content: a number, where a text or a list of contents"),
         ({"messages": [chat("a"), chat(["a", {"type": "audio"}])]}, "messages[1][0].content[1].type: it is 'audio'; 'text'"),

@@ -154,6 +154,11 @@ class Connection:
                 work.close()
                 raise ModelError(f"the connection to {self.address} is closed; make a new one")
             if self._thread is None:
+                try:
+                    self._client = self._new_client()
+                except BaseException:  # the environment names certificates or a proxy that cannot be had
+                    work.close()
+                    raise
                 ready, name = threading.Event(), f"traceir {self.address}"
                 self._thread = threading.Thread(target=lambda: asyncio.run(self._run(ready)), name=name, daemon=True)
                 self._thread.start()
@@ -165,13 +170,16 @@ class Connection:
 
     async def _run(self, ready: threading.Event) -> None:
         """Runs in the thread until `close`; asyncio then cancels what is left."""
-        import httpx2
-
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
-        async with httpx2.AsyncClient(headers=self._headers, limits=limits, timeout=None) as self._client:
+        async with self._client:
             ready.set()
             await self._stop.wait()
+
+    def _new_client(self) -> httpx2.AsyncClient:
+        import httpx2
+
+        limits = httpx2.Limits(max_connections=self.in_flight, max_keepalive_connections=self.in_flight)
+        return httpx2.AsyncClient(headers=self._headers, limits=limits, timeout=None)
 
     async def _bounded(self, job: Callable[[], Awaitable[T]]) -> T:
         async with self._places:

@@ -94,6 +94,8 @@ def _add_options(parser: argparse.ArgumentParser, options: Sequence[Any], shared
         settings = {key: _WORDS.get(value, value) if key in ("type", "action") else value for key, value in option.items()}
         if option.get("action") in ("append", "former_name"):
             settings["default"] = []
+        if option.get("action") == "former_name":
+            settings["help"] = argparse.SUPPRESS  # which argparse knows by identity
         parser.add_argument(*settings.pop("names").split(), **settings)
 
 

@@ -91,6 +91,9 @@ class And:
     def __init__(self, parts: Iterable[Filter]) -> None:
         if not isinstance(parts, Iterable):
             raise InputError(f"filter And has the part {shown(parts)}; give a tuple of Eq, In, Range and And")
+        parts = tuple(parts)
+        if None in parts:  # which as a whole filter lets everything pass
+            raise InputError("filter And has the part None; leave it out, or give Eq, In, Range or And")
         flat = [leaf for part in parts for leaf in leaves(part)]
         _check_size(flat)
         object.__setattr__(self, "parts", tuple(flat))

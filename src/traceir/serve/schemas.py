@@ -302,6 +302,16 @@ class ChatPart(Lenient):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "properties": {"url": {"type": "string"}}}]}),
     ] = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, part: Any) -> Any:
+        """What belongs to the type alone: other fields are ignored, as those we do not know."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if not isinstance(kind, str):
+            return part
+        own = "text" if "text" in kind else kind if part.get(kind) else "image_url"
+        return {name: part[name] for name in ("type", own) if name in part}
+
     @model_validator(mode="after")
     def _is_whole(self) -> ChatPart:
         wanted = "text" if "text" in self.type else "image_url"

@@ -193,6 +193,8 @@ class Service:
             parts = [(location, sent)]
         elif isinstance(sent, schemas.ContentIn):
             parts = [(f"{location}.image", sent.image), (location, sent.text)]
+        elif not sent:
+            raise InputError(f"{location} holds no message; give at least one")
         else:
             for name, role, part in _chat_parts(sent, location):
                 if role in ("system", "developer") and isinstance(part, str):

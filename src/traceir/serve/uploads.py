@@ -14,8 +14,9 @@ import hashlib
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Final, Protocol
 
 from traceir.errors import ImageError, InputError, StoreError
@@ -174,6 +175,8 @@ class ImageFolder:
 
     folder: Path
     tenant: str | None = None
+    locks: Sequence[Lock] = field(default_factory=lambda: [Lock() for _ in range(256)])
+    """By the first two digits of an item's folder: in it either files are written, or what is unused is removed."""
 
     def keep(self, image: ImageInput, id: str) -> ImageInput:
         """The image as the item's own file that survives a crash; a file that is no upload stays where it is."""
@@ -181,23 +184,26 @@ class ImageFolder:
             return image
         data, format = image.encoded(LIMITS)
         file = self._folder_of(id) / f"{image.sha256}{format.suffixes[0]}"
-        if not file.exists():
-            try:
-                write_whole(file, data, durable=True)
-                for folder in (file.parent.parent, self.folder):
-                    sync_folder(folder)
-            except OSError as error:
-                raise StoreError(f"the image cannot be kept: {error.strerror or error}; free the disk, send it again") from error
+        with self._lock_of(file.parent):
+            if not file.exists():
+                try:
+                    write_whole(file, data, durable=True)
+                    for folder in (file.parent.parent, self.folder):
+                        sync_folder(folder)
+                except OSError as error:
+                    why = error.strerror or error
+                    raise StoreError(f"the image cannot be kept: {why}; free the disk, send it again") from error
         return image.moved_to(file)
 
     def remove_unused(self, id: str, kept: str | None) -> None:
         """Removes the uploads of an item except the one that the index names."""
         folder = self._folder_of(id)
-        for file in folder.iterdir() if folder.is_dir() else ():
-            if str(file) != kept:
-                file.unlink(missing_ok=True)
-        if kept is None and folder.is_dir():
-            folder.rmdir()
+        with self._lock_of(folder):
+            for file in folder.iterdir() if folder.is_dir() else ():
+                if str(file) != kept:
+                    file.unlink(missing_ok=True)
+            if kept is None and folder.is_dir():
+                folder.rmdir()
 
     def collect_garbage(self, named: Iterable[str | None], older_s: float = LEFT_S) -> int:
         """Removes what a server that was killed left behind: our files that no item names, of at least this age; how many.
@@ -213,6 +219,9 @@ class ImageFolder:
                     removed += 1
                     file.parent.rmdir()  # refused while another file is in it
         return removed
+
+    def _lock_of(self, folder: Path) -> Lock:
+        return self.locks[int(folder.parent.name, 16)]
 
     def _folder_of(self, id: str) -> Path:
         owner = hashlib.sha256(f"{self.tenant or ''}\0{id}".encode()).hexdigest()[:40]
