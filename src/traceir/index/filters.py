@@ -168,12 +168,17 @@ def _check_values(name: str, values: Iterable[Scalar], allowed: str) -> None:
 
 
 def is_value(value: object) -> bool:
-    if value is None or isinstance(value, bool):
-        return True
-    if isinstance(value, int | float):
-        return -_INT64 <= value < _INT64 if isinstance(value, int) else math.isfinite(value)
+    """Whether this is a text, a number of 64 bits, a boolean or None. It runs for every row that is read."""
+    if isinstance(value, str):
+        return "\0" not in value and (value.isascii() or _encodable(value))
+    if isinstance(value, int):  # booleans too
+        return -_INT64 <= value < _INT64
+    return value is None or (isinstance(value, float) and math.isfinite(value))
+
+
+def _encodable(text: str) -> bool:
     try:
-        return isinstance(value, str) and b"\0" not in value.encode()
+        return bool(text.encode())
     except UnicodeEncodeError:
         return False
 

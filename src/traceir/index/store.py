@@ -289,7 +289,7 @@ def check_id(id: str | None) -> str:
         raise InputError(f"id {shown(id)} is missing or not a text; give every item an id of 1 to {MAX_ID_BYTES} bytes")
     if not is_value(id):
         raise InputError(f"id {id[:80]!r} is not valid Unicode text or contains a zero character; rename it")
-    if (size := len(id.encode())) > MAX_ID_BYTES:
+    if (size := len(id) if id.isascii() else len(id.encode())) > MAX_ID_BYTES:
         raise InputError(f"id {id[:80]!r}... has {size} bytes, more than {MAX_ID_BYTES}; give a shorter one")
     return id
 
