@@ -65,6 +65,18 @@ for line in sys.stdin.read().splitlines():
     assert not (tmp_path / "index").exists(), "nothing was made"
 
 
+def test_lists_and_refusals_import_only_what_they_need() -> None:
+    for line, unneeded in {
+        "models": ("numpy", "PIL", "traceir.serve.keys"),
+        "keys list --file /nothere": ("jinja2", "traceir.lab"),
+        "search --text x --index /nothere": ("jinja2", "traceir.lab", "torch"),
+    }.items():
+        script = f"import sys\nfrom traceir.cli.main import main\nmain({line.split()!r})\nprint([*sys.modules], file=sys.stderr)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        loaded = done.stderr.splitlines()[-1]
+        assert [name for name in unneeded if f"'{name}'" in loaded] == [], line
+
+
 def test_a_name_that_can_be_no_checkpoint_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()

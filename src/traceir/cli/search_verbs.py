@@ -1,4 +1,4 @@
-"""What `traceir search`, `explain`, `models`, `demo`, `serve` and `keys ...` do."""
+"""What `traceir search`, `explain`, `demo` and `serve` do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from traceir import catalogue
 from traceir.cli.terminal import (
     check_model_options,
     load_encoder,
@@ -20,18 +19,14 @@ from traceir.cli.terminal import (
     open_encoder,
     say,
     shows_progress,
-    split,
 )
 from traceir.cutoff import check_rate
 from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.filters import And, Filter, In, is_value
 from traceir.items import Item, Query, as_image
-from traceir.lab import demo as demonstration
-from traceir.lab.gallery import cost, reasoning_steps
 from traceir.search import Searcher, SearchResult
 from traceir.serve.config import ServeConfig
-from traceir.serve.keys import list_keys, make_key, revoke_key
 from traceir.world import notice
 
 _HIT_FIELDS: Final = ("rank", "score", "id", "modality", "text", "image")
@@ -66,12 +61,9 @@ def explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def models(args: argparse.Namespace) -> int:
-    print(json.dumps([known.as_json() for known in catalogue.KNOWN], indent=2) if args.json else catalogue.described())
-    return 0
-
-
 def demo(args: argparse.Namespace) -> int:
+    from traceir.lab import demo as demonstration
+
     check_model_options(args)
     print(f"preparing the gallery in {args.out}", file=sys.stderr)
     pool, questions = demonstration.prepare(args.out)
@@ -147,6 +139,8 @@ def _result_as_json(result: SearchResult, note: str | None) -> dict[str, Any]:
 
 
 def _result_as_text(result: SearchResult) -> str:
+    from traceir.lab.gallery import cost, reasoning_steps
+
     spent = 1000 * (result.seconds.encode + result.seconds.search)
     lines = [f"route      {result.encoding.route} ({cost(result.encoding)}, {spent:.0f} ms)"]
     for number, step in enumerate(reasoning_steps(result.encoding.reasoning)):
@@ -176,23 +170,4 @@ def serve(args: argparse.Namespace) -> int:
         raise InputError(f"serving needs more packages ({error}); pip install 'traceir[serve]'") from error
     load = partial(open_encoder, args, in_flight=args.capacity)
     serve(config, load, partial(print, flush=True), open_browser=args.open)
-    return 0
-
-
-def keys_add(args: argparse.Namespace) -> int:
-    limits = {"tenant": args.tenant, "days": args.days, "requests_per_minute": args.requests_per_minute}
-    print(make_key(args.file, args.name, scopes=split(args.scopes), **limits))
-    return 0
-
-
-def keys_list(args: argparse.Namespace) -> int:
-    for key in list_keys(args.file):
-        rest = f"tenant {key.tenant or '-'}  created {key.created}  expires {key.expires or 'never'}"
-        print(f"{key.name:<24} {','.join(key.scopes):<11} {rest}")
-    return 0
-
-
-def keys_revoke(args: argparse.Namespace) -> int:
-    revoke_key(args.file, args.name)
-    print(f"revoked {args.name}")
     return 0
