@@ -125,6 +125,10 @@ def test_former_names_are_accepted_with_a_notice(tmp_path: Path, capsys: pytest.
     args = cli.build_parser().parse_args(["serve", "--index", "i", "--pictures", "a", "--images", "b", "--pictures", "c"])
     assert args.images == [Path("a"), Path("b"), Path("c")]
     assert capsys.readouterr().err.splitlines() == ["note: --pictures is now called --images"] * 2
+    with pytest.raises(SystemExit):
+        run("serve", "--help")
+    shown = capsys.readouterr().out
+    assert "--images" in shown and "--pictures" not in shown and "SUPPRESS" not in shown
 
 
 def test_the_bundled_model_is_named_by_the_environment_or_lies_in_the_package(

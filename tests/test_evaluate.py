@@ -289,6 +289,18 @@ def test_empty_files_are_refused_by_name(tmp_path: Path, queries: list[str] | No
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_instructions_are_told_before_anything_is_encoded(tmp_path: Path) -> None:
+    folder = planned_folder(tmp_path / "data", [asks("2:1", "east", ["2:1"])], [candidate("2:1", "east")])
+    instructions = folder / "instructions" / "query_instructions.tsv"
+    write(instructions, instructions.read_text().splitlines()[0] + "\n")
+    with pytest.raises(DataError, match=r"instructions\.tsv: no instructions for dataset 2"):
+        evaluate(folder, tmp_path / "out")
+    instructions.unlink()
+    with pytest.raises(DataError, match=r"instructions\.tsv: No such file"):
+        evaluate(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_table_and_average_by_hand() -> None:
     row = {"pool": 40, "queries": 8, "hit@1": 0.25, "hit@5": 0.5, "hit@10": 0.75, "reasoned": 0.125, "tokens_per_query": 1.5,
            "queries_per_second": 10.0}  # fmt: skip

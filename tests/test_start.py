@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from traceir.checkpoint import bundled_model, check_model, fetch, hub_answers
 from traceir.errors import ModelError
+from traceir.evaluation.results import QueryOutcome
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,8 +68,14 @@ for line in sys.stdin.read().splitlines():
     assert not (tmp_path / "index").exists(), "nothing was made"
 
 
-def test_lists_and_refusals_import_only_what_they_need() -> None:
+def test_lists_and_reports_and_refusals_import_only_what_they_need(tmp_path: Path) -> None:
+    outcome = QueryOutcome("cirr_task7", "8:1", 1, "direct", 0, False, 0.5, 1, None, None, "")
+    (tmp_path / "queries-auto.jsonl").write_text(json.dumps(asdict(outcome)) + "\n")
+    row = {"queries": 1, "metric_k": 5, "queries_per_second": 1.0}
+    results = {"format": 2, "model": "m", "data": "d", "split": "test", "limit": None, "routes": {"auto": {"cirr_task7": row}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
     for line, unneeded in {
+        f"report routes {tmp_path}": ("torch", "scipy"),
         "models": ("numpy", "PIL", "traceir.serve.keys"),
         "keys list --file /nothere": ("jinja2", "traceir.lab"),
         "search --text x --index /nothere": ("jinja2", "traceir.lab", "torch"),

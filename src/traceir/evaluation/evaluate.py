@@ -91,6 +91,9 @@ def evaluate(
     read = [read_row(task, problems, listing, limit) for task in tasks if "global" in pools or task.name in chosen]
     problems.settle()
     results["problems"] = problems.summary()
+    for row in read:
+        if row.task.name in chosen:
+            _prompts(row.task)  # a row without instructions is told now too
     embedder = Embedder(encoder, cache or out / "embeddings", shard=shard, repair=on_error == "skip", progress=progress)
     encoded = _encode(embedder, read, [row for row in read if row.task.name in chosen], routes, _choices(prompt, seed))
     if encoded is None:
@@ -154,10 +157,14 @@ def _choices(prompt: PromptChoice, seed: int) -> dict[str, Choice]:
     return {"": (0 if prompt == "first" else None, seed)}
 
 
+def _prompts(task: mbeir.Task) -> tuple[str, ...]:
+    """The instructions of a row; DataError where the folder has none."""
+    return mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
+
+
 def _queries(row: Row, number: int | None, seed: int) -> Iterator[Query]:
     """The row's queries with one of its instructions, in the order of its records."""
-    task = row.task
-    prompts = mbeir.read_instructions(task.root).prompts(task.dataset_id, task.query_modality, task.cand_modality)
+    task, prompts = row.task, _prompts(row.task)
     for record in row.records:
         drawn = int.from_bytes(hashlib.sha256(f"{seed} {record.qid}".encode()).digest()[:8], "big") if number is None else number
         yield mbeir.to_query(record, prompts[drawn % len(prompts)], task.root)

@@ -82,8 +82,6 @@ def bootstrap_mean(values: npt.ArrayLike) -> Interval:
     Resampling with replacement is a multinomial draw over the distinct values, which is a thousand times as fast where these are
     few (hits). Memory is bounded whatever Q is.
     """
-    from scipy import stats  # half a second that ranking does not need
-
     values = _values(values)
     draw = np.random.default_rng(SEED)
     distinct, counts = np.unique(values, return_counts=True)
@@ -91,6 +89,8 @@ def bootstrap_mean(values: npt.ArrayLike) -> Interval:
         means = draw.multinomial(len(values), counts / len(values), RESAMPLES) @ distinct / len(values)
         low, high = np.percentile(means, (2.5, 97.5))
     else:
+        from scipy import stats  # half a second that hits do not need
+
         batch = max(1, _ENTRIES // len(values))  # resamples that are in memory together
         resampled = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, batch=batch, method="percentile", rng=draw)
         low, high = resampled.confidence_interval

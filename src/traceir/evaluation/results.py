@@ -15,7 +15,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from traceir.data.folder import data_fingerprint
 from traceir.data.report import markdown_table, points
@@ -109,6 +108,8 @@ def header_of(encoder: EvaluatedEncoder, format: int, about: Path) -> dict[str, 
 
 
 def describe_machine() -> str:
+    import torch  # a second that reports do not need
+
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
 
 
