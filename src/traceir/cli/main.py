@@ -127,7 +127,7 @@ _WORDS: Final[Mapping[str, Any]] = {
     "former_name": _FormerName,
     argparse.SUPPRESS: argparse.SUPPRESS,
 }
-"""What `type`, `action` and `help` name in verbs.json; other actions are argparse's own. argparse knows SUPPRESS by identity only."""
+"""What `type`, `action` and `help` name in verbs.json (argparse knows SUPPRESS by identity); other actions are argparse's own."""
 
 if __name__ == "__main__":
     sys.exit(main())
