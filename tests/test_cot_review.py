@@ -7,6 +7,8 @@ import errno
 import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -297,3 +299,19 @@ def test_undo_begins_no_file_and_few_files_are_open(session: ReviewSession) -> N
         assert post(app, "/api/undo", {"reviewer": f"name{number}"}) == (200, {"number": 0, "mark": "."})
     session.close()
     assert len(list(files.iterdir())) <= before
+
+
+def test_ctrl_c_ends_the_review_page_without_a_traceback(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, threading
+from pathlib import Path
+from test_cot_review import outcome
+from traceir.cot.review.review_server import serve_review
+root = Path(sys.argv[1])
+stop = lambda line: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+serve_review(root / "build", port=0, outcomes=[outcome(0, "", root=root, text="")], announce=stop)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

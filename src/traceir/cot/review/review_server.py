@@ -272,7 +272,7 @@ def serve_review(
         address = f"http://127.0.0.1:{taken}/"
         with closing(ReviewSession(out, chosen, reviewer)) as session, suppress(KeyboardInterrupt):
             app = app_of(session, taken)
-            config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **settings())
+            config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", server_header=False, **settings())
             announce(f"{len(chosen)} samples to review at {address}; Ctrl-C ends it, and every decision is already saved")
             if open_browser:
                 webbrowser.open(address)  # the socket listens already
