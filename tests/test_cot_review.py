@@ -308,7 +308,9 @@ from pathlib import Path
 from test_cot_review import outcome
 from traceir.cot.review.review_server import serve_review
 root = Path(sys.argv[1])
-stop = lambda line: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+def stop(line):
+    for after in (1.0, 1.03):  # who is in a hurry presses it twice
+        threading.Timer(after, os.kill, (os.getpid(), signal.SIGINT)).start()
 serve_review(root / "build", port=0, outcomes=[outcome(0, "", root=root, text="")], announce=stop)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
