@@ -91,8 +91,7 @@ def _add_options(parser: argparse.ArgumentParser, options: Sequence[Any], shared
         if isinstance(option, str):
             _add_options(parser, shared[option], shared)
             continue
-        named = {key: _WORDS.get(option[key], option[key]) for key in ("type", "action", "help") if key in option}
-        settings = {**option, **named}
+        settings = {key: _WORDS.get(value, value) if key in ("type", "action") else value for key, value in option.items()}
         if option.get("action") in ("append", "former_name"):
             settings["default"] = []
         if option.get("action") == "former_name":
@@ -119,15 +118,8 @@ class _FormerName(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
-_WORDS: Final[Mapping[str, Any]] = {
-    "int": int,
-    "float": float,
-    "path": Path,
-    "count": count,
-    "former_name": _FormerName,
-    argparse.SUPPRESS: argparse.SUPPRESS,
-}
-"""What `type`, `action` and `help` name in verbs.json (argparse knows SUPPRESS by identity); other actions are argparse's own."""
+_WORDS: Final[Mapping[str, Any]] = {"int": int, "float": float, "path": Path, "count": count, "former_name": _FormerName}
+"""What `type` and `action` name in verbs.json; other actions are argparse's own."""
 
 if __name__ == "__main__":
     sys.exit(main())
