@@ -371,10 +371,10 @@ def test_train_runs_a_preset_with_overrides(tmp_path: Path, folder: Path, call: 
 
 def test_overrides_take_their_type_from_the_field() -> None:
     config = TrainConfig(data="d", out="o")
-    words = "steps=7 learning_rate=3e-4 precheck=False read_out=at_token report_to=tensorboard,wandb keep=10,20 init=a=b"
+    words = "steps=7 learning_rate=3e-4 precheck=False pooling_position=at_token report_to=tensorboard,wandb keep=10,20 init=a=b"
     changed = override(config, [*words.split(), "size.hidden=128", "weights.cirr_task7=4"])
     assert (changed.steps, changed.learning_rate, changed.precheck, changed.keep) == (7, 3e-4, False, (10, 20))
-    assert changed.read_out == "at_token" and changed.report_to == ("tensorboard", "wandb")
+    assert changed.pooling_position == "at_token" and changed.report_to == ("tensorboard", "wandb")
     assert changed.size == SmallSize(hidden=128) and changed.weights == {"cirr_task7": 4.0} and changed.init == "a=b"
     assert config == TrainConfig(data="d", out="o")
 

@@ -150,8 +150,8 @@ def test_rate_warms_up_holds_and_falls(folder: Path) -> None:
 def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = resolve("emoji", data=str(tmp_path), settings=["family=8", "teach=lessons", "steps=3"])
-    assert (config.group, config.teach, config.steps) == (8, "pretraining", 3)
+    config = resolve("emoji", data=str(tmp_path), settings=["family=8", "teach=lessons", "read_out=at_token", "steps=3"])
+    assert (config.group, config.teach, config.steps, config.pooling_position) == (8, "pretraining", 3, "at_token")
     assert "--set family=8 is now --set group=8" in caplog.text and TrainConfig("d", "o", teach="lessons").teach == "pretraining"
     for setting in ("deepspeed=zero3.json", "fsdp=fsdp.json"):
         with pytest.raises(InputError, match=r"not supported; start it with torchrun, and set shard=true"):
@@ -163,7 +163,7 @@ def test_names_of_earlier_releases_are_read_and_settings_that_never_ran_refused(
     [
         ({"curve": "round"}, "hold or cosine"),
         ({"dtype": "bfloat16"}, "lora_rank"),
-        ({"read_out": "at_token", "distil": 0.5}, "before_token"),
+        ({"pooling_position": "at_token", "distil": 0.5}, "before_token"),
         ({"lora_rank": 4}, "--init"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"mixed_precision": "yes"}, "choose auto, True or False"),

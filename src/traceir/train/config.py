@@ -26,7 +26,7 @@ FREE: Final = frozenset(
     diverged""".split()
 )
 """Fields that may change when a run goes on: they decide where and how it runs, not what it learns."""
-FORMER_KEYS: Final = {"family": "group"}
+FORMER_KEYS: Final = {"family": "group", "read_out": "pooling_position"}
 FORMER_VALUES: Final = {("teach", "lessons"): "pretraining"}
 REMEDY: Final = "start it with torchrun, and set shard=true to divide weights, gradients and AdamW's state among the processes"
 REFUSED: Final = {"fsdp": "FSDP's settings file", "deepspeed": "DeepSpeed"}
@@ -47,7 +47,7 @@ class TrainConfig:
     `tagged` is both and the closing tag in plain text (Table 4); `none` trains the baseline that never reasons."""
     candidates: Literal["direct", "answer", "reason"] = "direct"  # What candidates write (Table 6); `direct`: nothing.
     reasoned: float = 1.0  # Share of the complex queries that keep their reasoning; the others are taught as simple ones.
-    read_out: PoolingPosition = "before_token"
+    pooling_position: PoolingPosition = "before_token"
     """Which state is the embedding (Table 4): the one that predicts `<|emb|>`, or `at_token`, that of `<|emb|>` itself."""
     steps: int = 1000
     epochs: float = 0.0  # If above 0, as many steps as draw that many times the number of pairs; `steps` says nothing then.
@@ -144,8 +144,8 @@ def check(config: TrainConfig) -> TrainConfig:
     check_choices(config)
     if config.dtype == "bfloat16" and not config.lora_rank:
         raise InputError("dtype bfloat16 is for a frozen base: set lora_rank, or dtype=float32 with mixed_precision=true")
-    if config.read_out == "at_token" and (config.distil or config.direct_ret):
-        raise InputError("distil and direct_ret compare with the state that predicts <|emb|>; set read_out=before_token")
+    if config.pooling_position == "at_token" and (config.distil or config.direct_ret):
+        raise InputError("distil and direct_ret compare with the state that predicts <|emb|>; set pooling_position=before_token")
     if config.min_pixels and config.max_pixels and config.min_pixels > config.max_pixels:
         raise InputError(f"min_pixels {config.min_pixels} is above max_pixels {config.max_pixels}; swap them")
     if config.lora_rank and config.init == "random":

@@ -226,7 +226,7 @@ def _tasks(config: TrainConfig) -> list[TaskData]:
 def _initial(config: TrainConfig, tasks: list[TaskData]) -> TraceModel:
     """The model that training starts from: a checkpoint, or a small one with random weights and a tokenizer of the data."""
     written: Mapping[str, Any] = {
-        "pooling_position": config.read_out,
+        "pooling_position": config.pooling_position,
         "max_reasoning_tokens": config.max_reasoning_tokens,
         "max_text_tokens": config.max_text_tokens,
         "candidates_write": config.candidates != "direct",
