@@ -132,7 +132,7 @@ def _reach(args: argparse.Namespace) -> Reach:
     try:
         extra = read_json(args.extra or "{}")
         if not isinstance(extra, dict):
-            raise ValueError("another value")
+            raise ValueError(f"it is a {type(extra).__name__}")
     except ValueError as error:
         raise InputError(f"--extra {args.extra!r} is not a JSON object ({error})") from error
     named = ("teacher", "key_variable", "concurrency", "requests_per_minute", "tokens_per_minute", "price_in", "price_out",

@@ -34,7 +34,8 @@ def json_lines(path: Path, read: Callable[[Any], Row], remedy: str, *, ended: bo
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; {remedy}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}:{number}: {error!r}; {remedy}") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise DataError(f"{path}:{number}: {what}; {remedy}") from error
 
 
 def read_object(path: Path) -> dict[str, Any]:
