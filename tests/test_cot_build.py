@@ -426,3 +426,6 @@ def test_queries_pools_captions_and_templates_with_half_pairs(boats: Path, tmp_p
     captions.write_text('{"img_path": ["a"], "caption": "b"}\n')
     with pytest.raises(DataError, match=r"captions.jsonl:1"):
         read_captions(captions, {"x"})
+    captions.write_text('{"image": "a", "caption": "b"}\n')
+    with pytest.raises(DataError, match=r"captions.jsonl:1: it has no 'img_path'; give a file of JSON lines"):
+        read_captions(captions, {"x"})
