@@ -558,3 +558,4 @@ def test_the_page_of_a_published_model_shows_no_route(open_page: Callable[..., A
         page.locator("#examples button").first.click()
         assert shown_ids(page)[0] == "0.png", "a picture finds itself"
         assert not page.locator("button.compare:visible, .station[data-node=reason]:visible, .found > .note:visible").count()
+        page.close()  # before the server ends, which its images may still be coming from
