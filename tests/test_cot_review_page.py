@@ -124,3 +124,4 @@ def test_a_narrow_dark_page_of_2000_by_buttons_loads_few_samples(open_page: Call
         page.get_by_text("Progress by stratum").click()
         expect(page.locator("#strata")).to_contain_text("1 of 2000")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.close()  # before the server ends, which may still be answering
