@@ -17,7 +17,7 @@ from fake_sglang import serving_here
 from fakes import FakeEncoder
 from test_index_conformance import drawn_background
 
-from traceir.background import COUNT, built_in, choose_queries, encode_background, read_queries
+from traceir.background import COUNT, built_in, choose_queries, read_queries
 from traceir.checkpoint import bundled_model
 from traceir.cli.main import build_parser, main
 from traceir.client import Client
@@ -27,7 +27,7 @@ from traceir.errors import InputError, StoreError
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
-from traceir.search import EncoderLike, Searcher
+from traceir.search import EncoderLike, Searcher, encode_background
 from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex
 

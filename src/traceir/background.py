@@ -7,29 +7,21 @@ a world of its own may bring `background.txt` in that world's words. Queries tha
 
 from __future__ import annotations
 
-import datetime
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
-
-import numpy as np
+from typing import Final
 
 from traceir.errors import InputError
-from traceir.index.store import Background
-from traceir.items import MODALITIES, Query, Vector
+from traceir.items import Query
 from traceir.outside import lines_of
 from traceir.sources import Failure, Source, find_sources
-
-if TYPE_CHECKING:
-    from traceir.search import EncoderLike
 
 COUNT: Final = 2000
 """Queries: enough for a rate of 1 in 1000 over two modalities."""
 FILE_NAME: Final = "background.txt"
-AT_ONCE: Final = 64
 
 
 def built_in(count: int = COUNT, seed: int = 0) -> list[Query]:
@@ -91,18 +83,3 @@ def _query_of(source: Source) -> Query:
         return Query(source.make_item()[0].parts, id=source.id)
     except InputError as error:
         raise InputError(f"{source.location}: {error}") from error
-
-
-def encode_background(encoder: EncoderLike, queries: Sequence[Query], source: str, *, progress: bool = False) -> Background:
-    """The background that these queries make, each encoded by the route that the model chooses."""
-    from tqdm import tqdm
-
-    vectors: dict[str, list[Vector]] = {}
-    with tqdm(total=len(queries), unit="query", desc="calibrating", disable=not progress) as bar:
-        for start in range(0, len(queries), AT_ONCE):
-            part = queries[start : start + AT_ONCE]
-            for query, encoding in zip(part, encoder.encode_queries(part), strict=True):
-                vectors.setdefault(query.modality, []).append(encoding.vector)
-            bar.update(len(part))
-    by_modality = {modality: np.stack(vectors[modality]) for modality in MODALITIES if modality in vectors}
-    return Background(by_modality, source, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))

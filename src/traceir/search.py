@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
-from traceir.background import encode_background
 from traceir.cutoff import Calibration, Cut, search_above
 from traceir.errors import ModelError
 from traceir.index.filters import Filter
 from traceir.index.store import Background, Index, ModelIdentity, Opening
-from traceir.items import Encoding, Hit, Item, Modality, Query, Route
+from traceir.items import MODALITIES, Encoding, Hit, Item, Modality, Query, Route, Vector
 
 log = logging.getLogger(__name__)
+AT_ONCE: Final = 64
 
 
 class EncoderLike(ModelIdentity, Protocol):
@@ -144,3 +145,18 @@ def text_cut(encoding: Encoding) -> str:
 def _pair(query: Query) -> tuple[Modality, Modality | None]:
     """The modalities that choose the thresholds of a query."""
     return query.modality, query.target
+
+
+def encode_background(encoder: EncoderLike, queries: Sequence[Query], source: str, *, progress: bool = False) -> Background:
+    """The background that these queries make, each encoded by the route that the model chooses."""
+    from tqdm import tqdm
+
+    vectors: dict[str, list[Vector]] = {}
+    with tqdm(total=len(queries), unit="query", desc="calibrating", disable=not progress) as bar:
+        for start in range(0, len(queries), AT_ONCE):
+            part = queries[start : start + AT_ONCE]
+            for query, encoding in zip(part, encoder.encode_queries(part), strict=True):
+                vectors.setdefault(query.modality, []).append(encoding.vector)
+            bar.update(len(part))
+    by_modality = {modality: np.stack(vectors[modality]) for modality in MODALITIES if modality in vectors}
+    return Background(by_modality, source, datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
