@@ -290,6 +290,7 @@ def plain_rows(boats: Path, shared: Speaking, tmp_path_factory: pytest.TempPathF
     return {name: digest for name, digest in files(out).items() if name.endswith(".parquet")}
 
 
+@pytest.mark.slow
 def test_a_wrong_key_an_unreachable_teacher_and_a_spent_limit_end_in_one_line_and_the_folder_goes_on(
     boats: Path, tmp_path: Path, speaking: Speaking, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,7 @@ def test_undo_begins_no_file_and_few_files_are_open(session: ReviewSession) -> N
     assert len(list(files.iterdir())) <= before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_review_page_without_a_traceback(tmp_path: Path) -> None:
     script = """
 import os, signal, sys, threading

@@ -360,6 +360,7 @@ def test_index_and_search_by_command(
     assert "another model as 'two-towers'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrong_commands_and_servers_end_in_one_line(
     addresses: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -94,7 +94,7 @@ def assert_same(ours: list[Encoding], theirs: list[Encoding]) -> None:
         assert own.emb_probability == pytest.approx(other.emb_probability, abs=1e-4)
 
 
-@pytest.mark.parametrize("route", ["auto", "reason", "direct"])
+@pytest.mark.parametrize("route", ["auto", pytest.param("reason", marks=pytest.mark.slow), "direct"])
 def test_queries_equal_the_in_process_encoder(
     engine: SGLangEncoder, fake: FakeSGLang, encoder: Encoder, asked: list[Query], route: Route
 ) -> None:
@@ -256,6 +256,7 @@ def test_the_parity_benchmark_passes_here_and_notices_a_difference(
     assert "direct: least_cosine" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_traceir_serve_over_an_engine(
     fake: FakeSGLang,
     encoder: Encoder,

@@ -129,6 +129,7 @@ def test_training_mixes_tasks_by_whole_groups_and_images_are_drawn_once(root: Pa
     assert meta["pictures"] == len(list((root / "mbeir_images").rglob("*.jpg")))
 
 
+@pytest.mark.slow
 def test_a_rebuild_is_byte_identical_and_a_finished_one_is_left_alone(root: Path, tmp_path: Path) -> None:
     again = build_fake(tmp_path / "again", workers=2)
     assert text_files(again) == text_files(root)

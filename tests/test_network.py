@@ -108,6 +108,7 @@ def test_what_it_lacks_is_run_by_transformers(checkpoint: Path, tmp_path: Path) 
         save(model, tmp_path / "no")
 
 
+@pytest.mark.slow
 def test_a_search_imports_neither_transformers_nor_torch_before_it_must(checkpoint: Path, tmp_path: Path) -> None:
     """All that costs time at the start; benchmarks/start.py has the times."""
     index, text = tmp_path / "index", tmp_path / "a.txt"

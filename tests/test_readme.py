@@ -52,6 +52,7 @@ def first_hour(screen: dict[str, list[str]], tmp_path_factory: pytest.TempPathFa
         yield ran
 
 
+@pytest.mark.slow
 def test_the_sample_is_what_the_demo_prints(first_hour: dict[str, str]) -> None:
     shown = SAMPLE.search(README.read_text(encoding="utf-8"))
     assert shown is not None, "`python -m benchmarks.readme` writes it"
@@ -78,6 +79,7 @@ def test_the_commands_for_real_images_end_offline_in_one_line(screen: dict[str, 
     assert not (tmp_path / "photos.index").exists()
 
 
+@pytest.mark.slow
 def test_searches_of_the_first_screen_find_what_they_ask_for(screen: dict[str, list[str]], first_hour: dict[str, str]) -> None:
     """By the command, by Python, by the body of the curl line: a white, a blue, a purple ring (letters name colour and shape)."""
     first = next(line for line in first_hour["search"].splitlines() if line.startswith("  1  "))
