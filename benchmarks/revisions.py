@@ -27,7 +27,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -103,10 +102,10 @@ class Side:
     root: Path
 
     def environment(self) -> dict[str, str]:
-        return {**os.environ, **ONE_THREAD, "PYTHONPATH": str(self.root / "src"), "PYTHONDONTWRITEBYTECODE": "0"}
+        return {**os.environ, **ONE_THREAD, "PYTHONPATH": str(self.root / "src")}
 
     def script(self, text: str, *arguments: object) -> list[str]:
-        return [sys.executable, "-c", textwrap.dedent(text), *map(str, arguments)]
+        return [sys.executable, "-c", text, *map(str, arguments)]
 
     def traceir(self, *arguments: object) -> float:
         """CPU seconds of one command; InputError with the end of what it printed where it fails."""

@@ -53,16 +53,10 @@ _NUMBER = re.compile(r"[0-9]{1,9}")
 TASK_NAME = re.compile(r"(?P<dataset>.+)_task(?P<task>[0-8])")
 
 
-@dataclass(frozen=True)
-class Task:
-    """One evaluation row of a folder and where its files are; a path may name a file that does not exist."""
+class OfTask:
+    """What belongs to one of M-BEIR's tasks, which says the modalities of its queries and candidates."""
 
-    name: str
-    dataset: str
-    dataset_id: int
     task_id: int
-    split: Split
-    root: Path
 
     @property
     def query_modality(self) -> Modality:
@@ -71,6 +65,18 @@ class Task:
     @property
     def cand_modality(self) -> Modality:
         return TASK_MODALITIES[self.task_id][1]
+
+
+@dataclass(frozen=True)
+class Task(OfTask):
+    """One evaluation row of a folder and where its files are; a path may name a file that does not exist."""
+
+    name: str
+    dataset: str
+    dataset_id: int
+    task_id: int
+    split: Split
+    root: Path
 
     @property
     def metric_k(self) -> int:

@@ -12,8 +12,7 @@ from typing import Any, Final, Literal
 
 from PIL import Image
 
-from traceir.data.mbeir import TASK_MODALITIES, Split
-from traceir.items import Modality
+from traceir.data.mbeir import OfTask, Split
 
 Scale = Literal["small", "full"]
 SCALES: Final[tuple[Scale, ...]] = ("small", "full")
@@ -90,7 +89,7 @@ class DrawnWorld:
 
 
 @dataclass(frozen=True)
-class DrawnRow:
+class DrawnRow(OfTask):
     """One row: a data set in miniature and a task id."""
 
     dataset: str
@@ -102,14 +101,6 @@ class DrawnRow:
     @property
     def name(self) -> str:
         return f"{self.dataset}_task{self.task_id}"
-
-    @property
-    def query_modality(self) -> Modality:
-        return TASK_MODALITIES[self.task_id][0]
-
-    @property
-    def cand_modality(self) -> Modality:
-        return TASK_MODALITIES[self.task_id][1]
 
     @property
     def split_pools(self) -> bool:
