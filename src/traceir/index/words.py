@@ -33,7 +33,7 @@ _PART: Final = re.compile(r'(?<!\S)(-?)"([^"]*)(?:"|$)|(?<!\S)(-?)([^\s"]+)|"([^
 _QUOTES: Final = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "−": "-"})
 _DIGITS: Final = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _HUMPS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")  # noqa: RUF001
+_APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +61,12 @@ class KeywordQuery:
     without: tuple[Term, ...]
 
     def allows(self, columns: Sequence[Sequence[str]]) -> bool:
-        """Whether the words of an item's columns hold all that is required and nothing that is not to be there."""
-        there = [any(term.is_in(words) for words in columns) for term in self.required]
-        return all(there) and not any(term.is_in(words) for term in self.without for words in columns)
+        """Whether an item with these columns of words is found."""
+
+        def has(term: Term) -> bool:
+            return any(term.is_in(words) for words in columns)
+
+        return any(map(has, self.required + self.wanted)) and all(map(has, self.required)) and not any(map(has, self.without))
 
 
 def parse_words(text: str) -> KeywordQuery:
