@@ -421,6 +421,9 @@ def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh
     numbers = tuple(In("n", tuple(range(start, start + 9_000))) for start in (0, 5_000, 5_001))
     many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253))))
     long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64))))
+    deep: Filter = Eq("t", "wanted")
+    for n in range(15):
+        deep = (And if n % 2 else Or)((deep, *(Not(Eq(f"g{n}", ("x", 0)[m % 2])) for m in range(15)))) if n % 3 else Not(deep)
     with opened(fresh()) as index:
         if hasattr(index, "_connection"):  # what SQLite is built for everywhere
             index._connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
@@ -430,6 +433,7 @@ def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh
                 index.upsert(texts([id], **kept[id]), drawn(1, 4))
             for where in filters:
                 assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
+        assert index.count(Or((deep, Not(deep)))) == 3 == index.count(deep) + index.count(Not(deep))
         ids = tuple(f"{n:06}" for n in range(9_000))
         assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
         assert index.count(many) == 1 == index.delete(many) and index.count() == 1
