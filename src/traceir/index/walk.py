@@ -4,7 +4,7 @@ The primary key of the table `fields` is (name, kind, value, n), so items lie th
 walk takes them from there group by group of equal values, orders a group by id and drops what the filter does not pass, until
 the page is full. A large group is walked by id instead, and so are items without a value. A filter that lets few items pass is
 not walked through: all that pass are gathered by it and sorted. Few is the square root of page times items, where a walk and a
-gathering look at equally many rows; a walk that has looked at twice as many gives up and gathers.
+gathering look at equally many rows; a walk that has looked at more gives up and gathers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from traceir.items import MODALITIES
 
 _MOST_ROWS: Final = 8_192
 """At a time."""
-_PATIENCE: Final = 2
+_PATIENCE: Final = 1
 _OF_ROW: Final = "SELECT 1 FROM fields f INDEXED BY fields_n WHERE f.n = i.n AND f.name = ?"
 Condition = tuple[str, Sequence[Scalar]]
 Bounds = Sequence[tuple[Scalar, str]]
@@ -88,6 +88,7 @@ class _Walk:
         self._filter = compile_filter(where, row_by_row=True)
         self._bounds = _bounds_on(where, page.name)
         self._no_list = _no_list(connection, page.name)
+        self._most_rows = max(page.limit + 2, min(few, _MOST_ROWS))
         self.numbers: list[int] = []
         self.looked_at = 0
 
@@ -134,7 +135,7 @@ class _Walk:
                 first = [(value, "<=" if page.descending else ">=")]
                 if len(groups) > 1:
                     del groups[value]
-                    rows = min(4 * rows, max(_MOST_ROWS, page.limit + 2))
+                    rows = min(4 * rows, self._most_rows)
                 else:
                     continue
             for value, members in groups.items():
@@ -163,7 +164,7 @@ class _Walk:
         return read_number(self._connection, statement, [self._page.name, kind, value, self._few + 1])
 
     def _without_value(self) -> Iterator[list[int]]:
-        page, has_lists = self._page, _has_lists(self._connection, page.name)
+        page, has_lists = self._page, _has_lists(self._connection, self._page.name)
         if not has_lists:
             count = read_number(self._connection, "SELECT count(*) FROM fields WHERE name = ?", [page.name])
             if count == read_number(self._connection, "SELECT count(*) FROM items"):
@@ -187,7 +188,7 @@ class _Walk:
             yield [n for n, _, passes in part if passes]
             if len(part) < rows:
                 return
-            after, rows = part[-1][1], min(4 * rows, max(_MOST_ROWS, self._page.limit + 2))
+            after, rows = part[-1][1], min(4 * rows, self._most_rows)
 
 
 def _no_list(connection: sqlite3.Connection, name: str) -> Condition:
