@@ -16,14 +16,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import logging
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from threading import RLock
 from typing import Any, Final, TypeVar, Unpack, cast
 
@@ -31,18 +27,37 @@ import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
-from traceir.index.filters import Filter, matches
-from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import Filter, Where, matches, values_of
+from traceir.index.milvus_address import BACKGROUND, GRAPHS, connect, first_line, parse_address
+from traceir.index.milvus_rows import (
+    BM25,
+    KEPT,
+    KEY,
+    VECTOR,
+    WORDS,
+    as_milvus_words,
+    column_of,
+    compile_filter,
+    filter_columns,
+    key_of,
+    keys_in,
+    list_column_of,
+    resolve_globs,
+    stored_of,
+    vector_of,
+)
+from traceir.index.pages import Page, order_page, position_of
 from traceir.index.store import Background, CheckedIndex, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
+from traceir.index.words import KeywordQuery, columns_of
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
 T = TypeVar("T")
 MAX_REQUEST_BYTES: Final = 60 * 2**20  # Milvus takes 64 MB
 MOST_HITS: Final = 16_384  # the most that Milvus returns for a query
 EFFORT: Final = 128  # candidates that a search in a graph keeps, at least
-GRAPHS: Final[dict[Modality, str]] = {"text": "_near_text", "image": "_near_image", "image,text": "_near_both"}
-BACKGROUND: Final = "_background"
-_NAME: Final = "traceir"
+MOST_SORTED: Final = 100_000
+_NOTE: Final = "traceir_note_"
 _PAGE: Final = 1000
 _GRAPH: Final = {"M": 16, "efConstruction": 200}
 _PROPERTY: Final = "traceir"
@@ -51,38 +66,6 @@ _ANSWER_BYTES: Final = 16 * 2**20
 _CALL_SECONDS: Final = 60.0
 _BUILD_SECONDS: Final = 24 * 3600.0
 _NOT_LOADED: Final = 101  # Milvus's code
-
-
-@dataclass(frozen=True, slots=True)
-class MilvusAddress:
-    """Where an index is: what a client connects to, the collection, and how messages name it (without the token)."""
-
-    uri: str
-    name: str
-    shown: str
-    token: str = ""
-    file: Path | None = None
-
-
-def parse_address(uri: str) -> MilvusAddress:
-    """`milvus-lite:PATH.db[/NAME]` or `http[s]://[USER:PASSWORD@]HOST[:PORT][/NAME]`; StoreError for what is neither.
-
-    The environment variable TRACEIR_MILVUS_TOKEN keeps a token off the command line.
-    """
-    if match := re.fullmatch(r"milvus-lite:(.+?\.db)(?:/([^/]+))?", uri):
-        address = MilvusAddress(match[1], match[2] or _NAME, uri, file=Path(match[1]))
-    elif match := re.fullmatch(r"(https?://)(?:([^/@]+)@)?([^/@]+)(?:/([^/]*))?", uri):
-        token, name = match[2] or os.environ.get("TRACEIR_MILVUS_TOKEN", ""), match[4] or _NAME
-        address = MilvusAddress(match[1] + match[3], name, f"{match[1]}{match[3]}/{name}", token)
-    else:  # which may hold a password
-        raise StoreError(
-            "the index's address is none of Milvus: give milvus-lite:FILE, which ends in .db, or http://HOST:19530/NAME"
-        )
-    own = (*GRAPHS.values(), BACKGROUND)
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", address.name, re.ASCII) or address.name.endswith(own):
-        what = f"index {address.shown} has the name {address.name!r}"
-        raise StoreError(f"{what}; use up to 200 letters, digits and _, and no ending of our own")
-    return address
 
 
 class MilvusIndex(CheckedIndex):
@@ -94,7 +77,7 @@ class MilvusIndex(CheckedIndex):
         self._writing = RLock()
         self._writes = 0
         self._closed = False
-        self._client = _connect(self._address, self._opening)
+        self._client = connect(self._address, self._opening)
         try:
             with self._explained("open it"):
                 version = str(self._call("get_server_version"))
@@ -102,6 +85,7 @@ class MilvusIndex(CheckedIndex):
                 if not self._has(self._name):
                     self._create_items()
                 self._meta = self._read_meta()
+                self._has_words = WORDS in {own["name"] for own in self._call("describe_collection", self._name)["fields"]}
                 self._meta.check(self._shown, self._opening)
                 self._numpy_type = np.float16 if self._meta.dtype == "float16" else np.float32
                 # Rows with vectors in a request or an answer.
@@ -140,15 +124,18 @@ class MilvusIndex(CheckedIndex):
                 # A graph holds what rows are found and filtered by, not what is shown of them.
                 own = [row for row in rows if row["modality"] == modality]
                 if own:
-                    self._upsert(name, [{key: value for key, value in row.items() if key not in KEPT} for row in own])
+                    self._upsert(name, [{key: value for key, value in row.items() if key not in (*KEPT, WORDS)} for row in own])
+            if not self._has_words:
+                rows = [{key: value for key, value in row.items() if key != WORDS} for row in rows]
             self._upsert(self._name, rows)
             self._wrote()
         return {milvus_rows.id_of(key) for key in keys if key not in known}
 
     def delete(self, which: Sequence[str] | Filter) -> int:
         """As `Index.delete`; more than 1000 items go in several requests."""
-        passing = _keys_by_page(map(key_of, store.check_ids(which))) if isinstance(which, Sequence) else [compile_filter(which)]
+        which = store.check_ids(which) if isinstance(which, Sequence) else which
         with self._writing, self._explained("delete from it"):
+            passing = _keys_by_page(map(key_of, which)) if isinstance(which, list) else [self._compile(as_filter(which))]
             keys = self._keys(passing)
             for part in _pages(keys, _PAGE):
                 for name in (self._name, *self._graphs().values()):
@@ -182,14 +169,14 @@ class MilvusIndex(CheckedIndex):
 
     def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
         """Where the graphs find few rows, as under a filter that few pass, a query is searched exactly."""
-        passing = compile_filter(where)
-        expression = " and ".join(part for part in (passing, _of_modality(modality) if modality else "") if part)
 
         def passes(row: Stored) -> bool:
             """Also now: a row may have been replaced since it was found."""
             return modality in (None, row.modality) and (where is None or matches(where, row.id, row.modality, row.fields))
 
         with self._explained("search it"):
+            passing = self._compile(where)
+            expression = _joined(passing, _of_modality(modality) if modality else "")
             if exact:
                 return self._search([self._name], queries, k, expression, passes)[0]
             if not (graphs := self._graphs()):
@@ -207,13 +194,13 @@ class MilvusIndex(CheckedIndex):
             rows = self._fetch(keys, with_vectors)
             return {rows[key].id: rows[key] for key in keys if key in rows}
 
-    def count(self, where: Filter | None = None) -> int:
+    def count(self, where: Where = None) -> int:
         with self._explained("count in it"):
-            return self._count(compile_filter(where))
+            return self._count(self._compile(as_filter(where)))
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         with self._explained("read it"):
-            yield from map(stored_of, self._rows(compile_filter(where), _columns(with_vectors)))
+            yield from map(stored_of, self._rows(self._compile(as_filter(where)), _columns(with_vectors)))
 
     def info(self) -> IndexInfo:
         """As `Index.info`; `cells` is the number of graphs, `probes` their effort; `bytes` is 0 on a server."""
@@ -255,6 +242,58 @@ class MilvusIndex(CheckedIndex):
         vectors = {name: np.array([own for kind, _, own in kept if kind == name], dtype=np.float32) for name in counts}
         whole = all(len(vectors[name]) == count for name, count in counts.items())
         return Background(vectors, source, created) if whole else None
+
+    def _find_words(self, words: KeywordQuery, k: int, where: Filter | None, modality: Modality | None) -> list[Hit]:
+        """BM25 is Milvus's, over text, name and fields alike; phrases and -words are looked up in what it finds."""
+        if not self._has_words:
+            what = f"index {self._shown} was made before there was keyword search on Milvus"
+            raise StoreError(f"{what}; copy it into a new one with `traceir index copy`, and use that")
+        if any(term.is_prefix for term in (*words.wanted, *words.required, *words.without)):
+            raise InputError(
+                "Milvus finds whole words, not the beginnings of words; leave out the *, or use an index in a folder"
+            )
+        terms = (*words.required, *words.wanted)
+        query = as_milvus_words(dict.fromkeys(word for term in terms for word in term.words))
+        options: dict[str, Any] = {"anns_field": BM25, "search_params": {"metric_type": "BM25"}, "output_fields": [KEY]}
+        with self._explained("search words in it"):
+            options["filter"] = _joined(self._compile(where), _of_modality(modality) if modality else "")
+            limit = min(MOST_HITS, k + 16)
+            while True:
+                (answer,) = self._call("search", self._name, data=[query], limit=limit, **options)
+                scores = {hit[KEY]: abs(float(hit["distance"])) for hit in answer}  # Milvus Lite says how far away
+                rows = self._fetch(scores)
+                kept = [key for key, row in rows.items() if words.allows(columns_of(row.id, row.text, row.fields))]
+                if len(kept) >= k or len(answer) < limit or limit == MOST_HITS:
+                    break
+                limit = min(MOST_HITS, 4 * limit)
+        best = sorted(kept, key=lambda key: (-scores[key], key))[:k]
+        return [rows[key].hit(scores[key], rank) for rank, key in enumerate(best, start=1)]
+
+    def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
+        """In order of id Milvus goes on behind the last item; for any other order the places of up to MOST_SORTED are read."""
+        with self._explained("browse it"):
+            expression = self._compile(where)
+            if page.name == "id" and not page.descending:
+                behind = "" if page.after is None else f'({KEY} > "{key_of(page.after[1])}")'
+                rows = self._rows(_joined(expression, behind), _columns(False), size=min(_PAGE, page.limit))
+                return [stored_of(row) for row in itertools.islice(rows, page.limit)]
+            if (count := self._count(expression)) > MOST_SORTED:
+                what = f"{count} items are to be sorted by {page.name!r}, more than the {MOST_SORTED} that are sorted on Milvus"
+                raise InputError(f"{what}; narrow the filter, sort by id, or use an index in a folder")
+            places = (position_of(stored_of(row), page.name) for row in self._rows(expression, _columns(False)))
+            keys = [key_of(id) for _, id in order_page(places, page)]
+            found = self._fetch(keys)
+            return [found[key] for key in keys if key in found]
+
+    def _keep_note(self, name: str, value: str) -> None:
+        with self._writing, self._explained("keep a note in it"):
+            self._call("alter_collection_properties", self._name, properties={f"{_NOTE}{name}": value})
+
+    def note(self, name: str) -> str | None:
+        with self._explained("read a note in it"):
+            kept = self._call("describe_collection", self._name).get("properties") or {}
+        value = kept.get(_NOTE + store.check_note(name))
+        return None if value is None else str(value)
 
     def version(self) -> str:
         """As `Index.version`; what other processes replace is noticed once the number of items changes."""
@@ -314,6 +353,21 @@ class MilvusIndex(CheckedIndex):
         named = {modality: self._name + ending for modality, ending in GRAPHS.items()}
         return {modality: name for modality, name in named.items() if name in there and self._client.list_indexes(name)}
 
+    def _compile(self, where: Filter | None) -> str:
+        """A filter as an expression; for a Glob the values that are there are read."""
+
+        def texts_of(name: str, in_lists: bool) -> Iterator[str]:
+            if name == "id":
+                yield from map(milvus_rows.id_of, self._keys([""]))
+            elif name == "modality":
+                yield from MODALITIES
+            else:
+                columns = (list_column_of(name, ""), *(() if in_lists else (column_of(name, ""),)))
+                for row in self._rows(" or ".join(f"(exists {column})" for column in columns), _columns(False)):
+                    yield from (part for part in values_of(stored_of(row).fields.get(name)) if isinstance(part, str))
+
+        return compile_filter(resolve_globs(where, texts_of))
+
     def _count(self, expression: str) -> int:
         return int(self._query(expression, ["count(*)"])[0]["count(*)"])
 
@@ -329,9 +383,9 @@ class MilvusIndex(CheckedIndex):
         """The keys of the rows that pass any of these; also of damaged ones."""
         return [row[KEY] for expression in expressions for row in self._rows(expression, [KEY])]
 
-    def _rows(self, expression: str, columns: Sequence[str], name: str = "") -> Iterator[Any]:
+    def _rows(self, expression: str, columns: Sequence[str], name: str = "", size: int = _PAGE) -> Iterator[Any]:
         """Rows in order of their keys, which is that of their ids."""
-        size = self._page if VECTOR in columns else _PAGE
+        size = self._page if VECTOR in columns else size
         options: dict[str, Any] = {"batch_size": size, "filter": expression, "output_fields": list(columns)}
         pages = self._call("query_iterator", name or self._name, **options)
         try:
@@ -388,19 +442,26 @@ class MilvusIndex(CheckedIndex):
         except MilvusException as error:
             if not self._has(self._name):  # otherwise another process was quicker
                 what = f"the server of {self._shown} makes no index of {self._meta.dtype} and width {self._meta.dim}"
-                raise StoreError(f"{what} ({_first_line(error)}); choose float32, or another server") from error
+                raise StoreError(f"{what} ({first_line(error)}); choose float32, or another server") from error
 
     def _create(self, name: str, columns: Sequence[str], described: str | None) -> None:
         """A collection with a FLAT index that describes itself, or without both, to become a graph."""
-        from pymilvus import DataType
+        from pymilvus import DataType, Function, FunctionType
 
         schema = self._client.create_schema(auto_id=False, enable_dynamic_field=True)
         schema.add_field(KEY, DataType.VARCHAR, is_primary=True, max_length=milvus_rows.MAX_KEY_CHARS)
         for column in columns:
             schema.add_field(column, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES)
+        index = self._index("FLAT", {})
+        if columns:  # a version without keyword search adds no words, which is why there is a default
+            words = {"enable_analyzer": True, "analyzer_params": {"tokenizer": "standard"}, "default_value": ""}
+            schema.add_field(WORDS, DataType.VARCHAR, max_length=milvus_rows.MAX_VARCHAR_BYTES, **words)
+            schema.add_field(BM25, DataType.SPARSE_FLOAT_VECTOR)
+            schema.add_function(Function(BM25, FunctionType.BM25, input_field_names=[WORDS], output_field_names=[BM25]))
+            index.add_index(BM25, index_type="SPARSE_INVERTED_INDEX", metric_type="BM25", params={})
         kind = DataType.FLOAT16_VECTOR if self._meta.dtype == "float16" else DataType.FLOAT_VECTOR
         schema.add_field(VECTOR, kind, dim=self._meta.dim)
-        flat = {"index_params": self._index("FLAT", {}), "properties": {_PROPERTY: described}} if described else {}
+        flat = {"index_params": index, "properties": {_PROPERTY: described}} if described else {}
         # One shard, so that one call is one entry of the log, all or none.
         options: dict[str, Any] = {"consistency_level": "Strong", "num_shards": 1, "timeout": _CALL_SECONDS, **flat}
         self._call("create_collection", name, schema=schema, **options)
@@ -427,7 +488,7 @@ class MilvusIndex(CheckedIndex):
             remedy = "check that the server runs and read its log, then repeat the call"
             if self._address.file is not None:
                 remedy = "repeat the call; if it fails again, restore the file from a copy, or remove it and fill it again"
-            raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({_first_line(error)}); {remedy}") from error
+            raise StoreError(f"index {self._shown} failed: Milvus could not {action} ({first_line(error)}); {remedy}") from error
 
     def _call(self, action: str, *arguments: Any, timeout: float = _CALL_SECONDS, **options: Any) -> Any:
         """What the client returns; a server that was started again must first be told to load its collections."""
@@ -448,29 +509,8 @@ class MilvusIndex(CheckedIndex):
             self._call("load_collection", name, timeout=_BUILD_SECONDS)
 
 
-def _connect(address: MilvusAddress, opening: Opening) -> Any:
-    try:
-        from pymilvus import MilvusClient
-        from pymilvus.exceptions import MilvusException
-    except ImportError as error:
-        raise StoreError(f"index {address.shown} needs pymilvus; install it with `pip install 'traceir[milvus]'`") from error
-    # They log each refusal with a traceback before they raise it; Milvus Lite in this process also logs what it does not do.
-    for name in ("pymilvus", "milvus_lite", *(["grpc._server"] if address.file else [])):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    if address.file is not None:
-        store.prepare_file(address.file, address.shown, opening.create, Path.exists)
-    try:
-        return MilvusClient(address.uri, token=address.token, timeout=opening.timeout, dedicated=True)
-    except MilvusException as error:
-        remedy = "check that the server runs and that address and token are right"
-        if address.file is not None:
-            remedy = "another process may hold it (one can), it is no file of Milvus Lite, or milvus-lite is not installed"
-        raise StoreError(f"index {address.shown} cannot be opened ({_first_line(error)}); {remedy}") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(getattr(error, "message", "") or error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__
+def _joined(*parts: str) -> str:
+    return " and ".join(f"({part})" for part in parts if part)
 
 
 def _columns(with_vectors: bool) -> list[str]:
