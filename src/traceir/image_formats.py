@@ -50,7 +50,7 @@ FORMATS: Final = {
     "GIF": Format((".gif",), "image/gif"),
     "BMP": Format((".bmp",), "image/bmp"),
     "TIFF": Format((".tif", ".tiff"), "image/tiff"),
-    "HEIF": Format((".heic", ".heif", ".hif"), "image/heic"),
+    "HEIF": Format((".heic", ".heif", ".hif"), "image/heif"),
     "AVIF": Format((".avif",), "image/avif"),
 }
 _OF_PILLOW: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")

@@ -24,9 +24,9 @@ from traceir.media.pdf import page_text, read_document
 from traceir.media.video import SUFFIXES as FILM_SUFFIXES
 from traceir.media.video import read_film
 from traceir.passages import passages
-from traceir.records import LINES_SUFFIXES as LINES_SUFFIXES
-from traceir.records import MAX_TEXT_BYTES as MAX_TEXT_BYTES
-from traceir.records import TABLE_SUFFIXES, TEXT_NAMES, Failure, FileRecord, Note, other_encoding, read_records, text_or_none
+from traceir.records import LINES_SUFFIXES, TABLE_SUFFIXES, TEXT_NAMES, FileRecord, other_encoding, read_records, text_or_none
+from traceir.records import Failure as Failure
+from traceir.records import Note as Note
 
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
 RECORD_SUFFIXES: Final = LINES_SUFFIXES | TABLE_SUFFIXES
@@ -232,7 +232,8 @@ def _check_image(path: Path) -> None:
 
 def _pages(path: Path, id: str) -> Iterator[Source]:
     document = read_document(path)
-    stated = {name: value for name, value in (("title", document.title), ("date", document.date)) if value}
+    stated: dict[str, Value] = {"title": document.title} if document.title else {}
+    stated |= {"date": document.date} if document.date else {}
     for page in range(1, document.pages + 1):
         part = FilePart(path, page=page)
         fields = {**stated, "page": page, "pages": document.pages}

@@ -77,7 +77,8 @@ def draw_page(path: Path, page: int, shrink_to: int | None = None) -> Image.Imag
             scale = min(scale, (shrink_to + 1) / min(shown.get_size()))
         bitmap = shown.render(scale=scale)
         try:
-            return bitmap.to_pil().convert("RGB")
+            image: Image.Image = bitmap.to_pil().convert("RGB")
+            return image
         finally:
             bitmap.close()
 
