@@ -1,6 +1,6 @@
 """Every kind of file that a phone and an office make: what `traceir index add` reads of each, or the reason it gives.
 
-`python -m benchmarks.files --markdown docs/results/files.md` makes such a folder, adds it by the command line, and writes a table.
+`python -m benchmarks.files --markdown docs/results/files.md` makes such a folder, adds it from the command line, and tells.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from traceir.errors import TraceError
 from traceir.sources import Failure, Note, Source, find_sources
 
 EPILOGUE: Final = "The table is written by `python -m benchmarks.files --markdown docs/results/files.md`."
-_ASCII, _SHORT, _LONG, _SIGNED, _BYTE, _ANY = 2, 3, 4, 10, 1, 7
-_SIZES: Final = {_ASCII: "s", _SHORT: "H", _LONG: "I", _BYTE: "B", _ANY: "s"}
+_BYTE, _ASCII, _SHORT, _LONG, _RATIO, _SIGNED = 1, 2, 3, 4, 5, 10
+_FORMS: Final = {_SHORT: "H", _LONG: "I", _BYTE: "B"}
 Tags = Mapping[int, tuple[int, Any]]
 
 
@@ -64,25 +64,47 @@ def exif(orientation: int = 1) -> bytes:
 def dng(width: int = 64, height: int = 48, *, preview: Image.Image | None = None, orientation: int = 1) -> bytes:
     """A raw photograph of 16 bits (Adobe's DNG 1.4), with a JPEG preview before it where there is one."""
     mosaic = (np.arange(width * height, dtype=np.uint32) * 65_521 // 7 % 60_000).astype("<u2").tobytes()
-    whole = (1, 0) * 3 + (1, 1)
     matrix = struct.pack("<18i", *(part for number in range(9) for part in (int(number % 4 == 0), 1)))
     raw: Tags = {
-        254: (_LONG, 0), 256: (_LONG, width), 257: (_LONG, height), 258: (_SHORT, 16), 259: (_SHORT, 1), 262: (_SHORT, 32_803),
-        277: (_SHORT, 1), 278: (_LONG, height), 273: (_LONG, mosaic), 279: (_LONG, len(mosaic)), 33_421: (_SHORT, (2, 2)),
+        254: (_LONG, 0),
+        256: (_LONG, width),
+        257: (_LONG, height),
+        258: (_SHORT, 16),
+        259: (_SHORT, 1),
+        262: (_SHORT, 32_803),
+        277: (_SHORT, 1),
+        278: (_LONG, height),
+        273: (_LONG, mosaic),
+        279: (_LONG, len(mosaic)),
+        33_421: (_SHORT, (2, 2)),
         33_422: (_BYTE, (0, 1, 1, 2)),
-    }  # fmt: skip
+    }
     camera: Tags = {
-        271: (_ASCII, b"Fotowerk\0"), 272: (_ASCII, b"Fotowerk R1\0"), 274: (_SHORT, orientation), 306: (_ASCII, b"2023:12:24 17:00:00\0"),
-        50_706: (_BYTE, (1, 4, 0, 0)), 50_708: (_ASCII, b"Fotowerk R1\0"), 50_721: (_SIGNED, matrix),
-        50_728: (5, struct.pack("<6I", *whole[:2], *whole[:2], *whole[:2]).replace(struct.pack("<2I", 1, 0), struct.pack("<2I", 1, 1))),
-    }  # fmt: skip
+        271: (_ASCII, b"Fotowerk\0"),
+        272: (_ASCII, b"Fotowerk R1\0"),
+        274: (_SHORT, orientation),
+        306: (_ASCII, b"2023:12:24 17:00:00\0"),
+        50_706: (_BYTE, (1, 4, 0, 0)),
+        50_708: (_ASCII, b"Fotowerk R1\0"),
+        50_721: (_SIGNED, matrix),
+        50_728: (_RATIO, struct.pack("<6I", *(1, 1) * 3)),
+    }
     if preview is None:
         return _tiff([{**raw, **camera}])
     jpeg = file_of(preview, "JPEG")
     shown: Tags = {
-        254: (_LONG, 1), 256: (_LONG, preview.width), 257: (_LONG, preview.height), 258: (_SHORT, (8, 8, 8)), 259: (_SHORT, 7),
-        262: (_SHORT, 6), 277: (_SHORT, 3), 278: (_LONG, preview.height), 273: (_LONG, jpeg), 279: (_LONG, len(jpeg)), 330: (_LONG, None),
-    }  # fmt: skip
+        254: (_LONG, 1),
+        256: (_LONG, preview.width),
+        257: (_LONG, preview.height),
+        258: (_SHORT, (8, 8, 8)),
+        259: (_SHORT, 7),
+        262: (_SHORT, 6),
+        277: (_SHORT, 3),
+        278: (_LONG, preview.height),
+        273: (_LONG, jpeg),
+        279: (_LONG, len(jpeg)),
+        330: (_LONG, None),
+    }
     return _tiff([{**shown, **camera}, raw])
 
 
@@ -101,10 +123,10 @@ def _tiff(headers: Sequence[Tags]) -> bytes:
             if kind == _LONG and isinstance(value, bytes):
                 count, data, body = 1, struct.pack("<I", at + len(body)), body + value
             elif isinstance(value, bytes):
-                count, data = len(value) // {_SIGNED: 8, 5: 8}.get(kind, 1), value
+                count, data = len(value) // (8 if kind in (_RATIO, _SIGNED) else 1), value
             else:
                 values = value if isinstance(value, tuple) else (value,)
-                count, data = len(values), struct.pack(f"<{len(values)}{_SIZES[kind]}", *values)
+                count, data = len(values), struct.pack(f"<{len(values)}{_FORMS[kind]}", *values)
             if len(data) > 4:
                 data, body = struct.pack("<I", at + len(body)), body + data + b"\0" * (len(data) % 2)
             entries += struct.pack("<HHI", tag, kind, count) + data.ljust(4, b"\0")
@@ -113,9 +135,15 @@ def _tiff(headers: Sequence[Tags]) -> bytes:
 
 
 def film(
-    scenes: Sequence[Image.Image], format: str = "mp4", *, seconds: int = 6, rate: int = 4, codec: str = "h264", rotation: int = 0,
+    scenes: Sequence[Image.Image],
+    format: str = "mp4",
+    *,
+    seconds: int = 6,
+    rate: int = 4,
+    codec: str = "h264",
+    rotation: int = 0,
     **metadata: str,
-) -> bytes:  # fmt: skip
+) -> bytes:
     """Each scene for so many seconds, a keyframe every two."""
     import av
 
@@ -152,7 +180,9 @@ def pdf(*pages: str | Image.Image | None, title: str = "", size: tuple[float, fl
             content = f"BT /F 14 Tf 50 {size[1] - 60:g} Td {lines}ET".encode("latin-1")
         elif page is not None:
             jpeg = file_of(page, "JPEG")
-            head = f"<</Type/XObject/Subtype/Image/Width {page.width}/Height {page.height}/ColorSpace/DeviceRGB/BitsPerComponent 8"
+            head = (
+                f"<</Type/XObject/Subtype/Image/Width {page.width}/Height {page.height}/ColorSpace/DeviceRGB/BitsPerComponent 8"
+            )
             objects.append(f"{head}/Filter/DCTDecode/Length {len(jpeg)}>>stream\n".encode() + jpeg + b"\nendstream")
             resources = f"/XObject<</I {len(objects)} 0 R>>".encode()
             content = f"q {size[0]:g} 0 0 {size[1]:g} 0 0 cm /I Do Q".encode()
@@ -168,9 +198,11 @@ def pdf(*pages: str | Image.Image | None, title: str = "", size: tuple[float, fl
 def encrypted_pdf() -> bytes:
     """By a user's password (40-bit RC4), which PDFium asks for."""
     objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 1/Kids[3 0 R]>>", b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 99 99]>>",
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Count 1/Kids[3 0 R]>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 99 99]>>",
         b"<</Filter/Standard/V 1/R 2/P -4/O<" + b"41" * 32 + b">/U<" + b"42" * 32 + b">>>",
-    ]  # fmt: skip
+    ]
     return _pdf_file(objects, b"/Root 1 0 R/Encrypt 4 0 R/ID[<00><00>]")
 
 
@@ -185,10 +217,10 @@ def _pdf_file(objects: Sequence[bytes], trailer: bytes) -> bytes:
 
 
 LONG_TEXT: Final = "\n\n".join(
-    f"Chapter {number}. " + " ".join(f"In the {word} room stood a {word} chair of {number} legs." for word in ("red", "blue", "old") * 5)
+    f"Chapter {number}. "
+    + " ".join(f"In the {word} room stood a {word} chair of {number} legs." for word in ("red", "blue", "old") * 5)
     for number in range(1, 9)
 )
-EOF_MARK: Final = b"PK\x03\x04"
 
 
 def make(folder: Path) -> None:
@@ -212,59 +244,99 @@ def _pictures() -> dict[str, bytes]:
     heic = file_of(shot, "HEIF", exif=exif(6))
     jpeg = file_of(shot, "JPEG", exif=exif(6))
     return {
-        "phone/IMG_0001.HEIC": heic, "phone/IMG_0001.MOV": film([shot], "mov", seconds=3),
-        "phone/IMG_0002.JPG": jpeg, "phone/IMG_0003.jpg": heic, "phone/IMG_0004.avif": file_of(shot, "AVIF", exif=exif(6)),
-        "phone/IMG_0005.jpg": file_of(shot, "PNG"), "phone/IMG_0006.PNG": file_of(shot, "PNG"), "phone/motion.jpg": jpeg + film([shot]),
-        "camera/DSC_0001.DNG": dng(preview=picture(2, 800, 600), orientation=6), "camera/DSC_0002.dng": dng(),
-        "camera/DSC_0003.NEF": dng(preview=picture(2, 800, 600))[:700], "camera/DSC_0004.CR3": jpeg,
-        "web/a.webp": file_of(shot, "WEBP"), "web/b.gif": file_of(shot, "GIF"), "web/c.bmp": file_of(shot, "BMP"),
+        "phone/IMG_0001.HEIC": heic,
+        "phone/IMG_0001.MOV": film([shot], "mov", seconds=3),
+        "phone/IMG_0002.JPG": jpeg,
+        "phone/IMG_0003.jpg": heic,
+        "phone/IMG_0004.avif": file_of(shot, "AVIF", exif=exif(6)),
+        "phone/IMG_0005.jpg": file_of(shot, "PNG"),
+        "phone/IMG_0006.PNG": file_of(shot, "PNG"),
+        "phone/motion.jpg": jpeg + film([shot]),
+        "camera/DSC_0001.DNG": dng(preview=picture(2, 800, 600), orientation=6),
+        "camera/DSC_0002.dng": dng(),
+        "camera/DSC_0003.NEF": dng(preview=picture(2, 800, 600))[:700],
+        "camera/DSC_0004.CR3": jpeg,
+        "web/a.webp": file_of(shot, "WEBP"),
+        "web/b.gif": file_of(shot, "GIF"),
+        "web/c.bmp": file_of(shot, "BMP"),
         "web/moving.gif": file_of(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "web/moving.webp": file_of(frames[0], "WEBP", save_all=True, append_images=frames[1:]),
         "web/moving.avif": file_of(frames[0], "AVIF", save_all=True, append_images=frames[1:]),
         "office/scan.tiff": file_of(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
-        "web/drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>", "web/layers.psd": b"8BPS", "web/favicon.ico": b"\0\0\1\0",
-        "damaged/cut.jpg": jpeg[: len(jpeg) // 2], "damaged/cut.heic": heic[: len(heic) // 2], "damaged/cut.png": file_of(shot, "PNG")[:-90],
-        "damaged/empty.jpg": b"", "damaged/empty.heic": b"", "damaged/film.jpg": film([shot]),
-    }  # fmt: skip
+        "web/drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "web/layers.psd": b"8BPS",
+        "web/favicon.ico": b"\0\0\1\0",
+        "damaged/cut.jpg": jpeg[: len(jpeg) // 2],
+        "damaged/cut.heic": heic[: len(heic) // 2],
+        "damaged/cut.png": file_of(shot, "PNG")[:-90],
+        "damaged/empty.jpg": b"",
+        "damaged/empty.heic": b"",
+        "damaged/film.jpg": film([shot]),
+    }
 
 
 def _films() -> dict[str, bytes]:
     scenes = [picture(seed) for seed in (5, 60, 150)]
     whole = film(scenes, creation_time="2024-05-17T16:03:21Z", location="+59.9140+010.7520/")
     return {
-        "phone/VID_0001.mp4": whole, "phone/VID_0002.mov": film(scenes[:2], "mov", rotation=90),
-        "web/clip.webm": film(scenes, "webm", codec="libvpx-vp9"), "web/clip.mkv": film(scenes[:2], "matroska"),
-        "damaged/cut.mp4": whole[: len(whole) // 2], "damaged/words.mp4": b"no film at all", "damaged/empty.mov": b"",
-    }  # fmt: skip
+        "phone/VID_0001.mp4": whole,
+        "phone/VID_0002.mov": film(scenes[:2], "mov", rotation=90),
+        "web/clip.webm": film(scenes, "webm", codec="libvpx-vp9"),
+        "web/clip.mkv": film(scenes[:2], "matroska"),
+        "damaged/cut.mp4": whole[: len(whole) // 2],
+        "damaged/words.mp4": b"no film at all",
+        "damaged/empty.mov": b"",
+    }
 
 
 def _documents() -> dict[str, bytes]:
     paper = pdf("Invoice 2024-117\nfor a red bicycle", picture(7), None, title="Invoice")
-    documents = {f"office/{name}": _zip(part) for name, part in
-                 (("letter.docx", "word/document.xml"), ("sums.xlsx", "xl/workbook.xml"), ("talk.pptx", "ppt/presentation.xml"),
-                  ("note.odt", "content.xml"), ("all.zip", "a.txt"))}  # fmt: skip
+    documents = {
+        f"office/{name}": _zip(part)
+        for name, part in (
+            ("letter.docx", "word/document.xml"),
+            ("sums.xlsx", "xl/workbook.xml"),
+            ("talk.pptx", "ppt/presentation.xml"),
+            ("note.odt", "content.xml"),
+            ("all.zip", "a.txt"),
+        )
+    }
     return {
-        **documents, "office/invoice.pdf": paper, "office/secret.pdf": encrypted_pdf(), "damaged/cut.pdf": paper[:400],
-        "damaged/empty.pdf": b"", "office/poster.pdf": pdf("A poster", size=(14_400, 14_400)),
+        **documents,
+        "office/invoice.pdf": paper,
+        "office/secret.pdf": encrypted_pdf(),
+        "damaged/cut.pdf": paper[:400],
+        "damaged/empty.pdf": b"",
+        "office/poster.pdf": pdf("A poster", size=(14_400, 14_400)),
         "office/ribbon.pdf": pdf("A ribbon", size=(14_400, 20)),
-    }  # fmt: skip
+    }
 
 
 def _texts() -> dict[str, bytes]:
     return {
-        "notes/short.txt": b"Milk, bread, a lamp for the hall.", "notes/book.txt": LONG_TEXT.encode(), "notes/readme.md": b"# Garden\n\nRoses.",
-        "notes/bom.txt": "\ufeffÅrsmøte i mai".encode(), "notes/wide.txt": "Årsmøte".encode("utf-16"), "notes/latin.txt": b"caf\xe9",
-        "notes/blank.txt": b"\n", "office/stock.csv": "id;title;price\nc1;Käse;3.5\n".encode("cp1252"),
+        "notes/short.txt": b"Milk, bread, a lamp for the hall.",
+        "notes/book.txt": LONG_TEXT.encode(),
+        "notes/readme.md": b"# Garden\n\nRoses.",
+        "notes/bom.txt": "\ufeffÅrsmøte i mai".encode(),
+        "notes/wide.txt": "Årsmøte".encode("utf-16"),
+        "notes/latin.txt": b"caf\xe9",
+        "notes/blank.txt": b"\n",
+        "office/stock.csv": "id;title;price\nc1;Käse;3.5\n".encode("cp1252"),
         "office/stock.jsonl": b'{"id": "j1", "text": "a lamp"}\n',
-    }  # fmt: skip
+    }
 
 
 def _oddities() -> dict[str, bytes]:
     jpeg = file_of(picture(9), "JPEG")
     return {
-        "phone/memo.m4a": b"\0\0\0\x1cftypM4A ", "phone/.DS_Store": b"\0\0\0\1Bud1", "office/Thumbs.db": b"\xd0\xcf\x11\xe0",
-        "odd/smile \U0001f600.jpg": jpeg, "odd/two\nlines.jpg": jpeg, "odd/a#page=3.jpg": jpeg, "odd/100% & more.jpg": jpeg,
-    }  # fmt: skip
+        "phone/memo.m4a": b"\0\0\0\x1cftypM4A ",
+        "phone/.DS_Store": b"\0\0\0\1Bud1",
+        "office/Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "odd/smile \U0001f600.jpg": jpeg,
+        "odd/two\nlines.jpg": jpeg,
+        "odd/a#page=3.jpg": jpeg,
+        "odd/100% & more.jpg": jpeg,
+    }
 
 
 def _zip(part: str) -> bytes:
@@ -291,7 +363,9 @@ def table(folder: Path) -> list[tuple[str, str, str]]:
             for image in item.images:
                 image.load()
             shown = {name: value for name, value in item.fields.items() if not name.startswith("_")}
-            read[_name(folder, str(outcome.path))].append(f"{_part(outcome)}: {item.modality} {json.dumps(shown, ensure_ascii=False)}")
+            read[_name(folder, str(outcome.path))].append(
+                f"{_part(outcome)}: {item.modality} {json.dumps(shown, ensure_ascii=False)}"
+            )
         except TraceError as error:
             refused[_name(folder, outcome.location)] = str(error).replace(str(folder) + "/", "")
     rows = []
@@ -301,7 +375,9 @@ def table(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def _name(folder: Path, location: str) -> str:
-    return location.replace(str(folder) + "/", "").replace(str(folder), "(the folder)").encode("utf-8", "backslashreplace").decode()
+    return (
+        location.replace(str(folder) + "/", "").replace(str(folder), "(the folder)").encode("utf-8", "backslashreplace").decode()
+    )
 
 
 def _part(source: Source) -> str:
@@ -321,7 +397,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = args.folder or Path(scratch) / "folder"
         folder.mkdir(parents=True, exist_ok=True)
         make(folder)
-        command = ["index", "add", folder, folder / "office/stock.csv", folder / "office/stock.jsonl", "--index", Path(scratch) / "index"]
+        command = [
+            "index",
+            "add",
+            folder,
+            folder / "office/stock.csv",
+            folder / "office/stock.jsonl",
+            "--index",
+            Path(scratch) / "index",
+        ]
         done = subprocess.run([sys.executable, "-m", "traceir", *map(str, command)], capture_output=True, text=True, check=False)
         summary = next((line for line in (done.stdout + done.stderr).splitlines()[::-1] if "added" in line), "")
         page = _page(table(folder), f"`traceir index add` of the folder ends with status {done.returncode}: {summary.strip()}")

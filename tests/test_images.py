@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from conftest import image_of
 from PIL import Image, ImageFile
@@ -22,6 +23,7 @@ from traceir.errors import ImageError, InputError
 from traceir.image_formats import FORMATS
 from traceir.images import MAX_FILE_BYTES, ImageInput, ImageLimits, data_url, file_bytes
 
+pillow_heif.register_heif_opener()  # what writes them
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
 
