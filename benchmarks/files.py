@@ -231,6 +231,7 @@ def make(folder: Path) -> None:
         path.write_bytes(data)
     (folder / "loop").symlink_to(folder, target_is_directory=True)
     (folder / "broken-link.jpg").symlink_to("nowhere.jpg")
+    (folder / "own-link.jpg").symlink_to("own-link.jpg")
     os.mkfifo(folder / "pipe.jpg")
     os.mkfifo(folder / "pipe.mp4")
     (folder / "no-rights.jpg").write_bytes(file_of(picture(), "JPEG"))

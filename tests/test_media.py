@@ -234,7 +234,7 @@ def test_a_long_film_has_frames_further_apart(tmp_path: Path, monkeypatch: pytes
 def test_what_is_no_film_is_refused(tmp_path: Path) -> None:
     import av
 
-    secret = write(tmp_path / "secret.ts", film([picture(0, *SMALL)], "mpegts", seconds=1))
+    secret = write(tmp_path / "secret.mts", film([picture(0, *SMALL)], "mpegts", seconds=1))
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n"
     sound = BytesIO()
     with av.open(sound, "w", format="mp4") as container:
@@ -246,7 +246,7 @@ def test_what_is_no_film_is_refused(tmp_path: Path) -> None:
         assert why in reason(write(tmp_path / "bad.mp4", data))
     os.mkfifo(tmp_path / "pipe.mov")
     assert "not a regular file" in reason(tmp_path / "pipe.mov")
-    assert [source.id for source in sources(secret)] == ["secret.ts#t=0"]  # its own clock starts at 1.4 s
+    assert [source.id for source in sources(secret)] == ["secret.mts#t=0"]  # its own clock starts at 1.4 s
 
 
 def test_a_server_shows_pages_and_frames_only_of_its_folders_and_names_no_path(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_folder_of_every_kind_of_file_is_read_or_named(tmp_path: Path) -> None
     make(folder)
     report, _, stored = added(tmp_path, folder)
     failed = {Path(failure.location.strip("'")).name for failure in report.failed}
-    bad = {path.name for path in (folder / "damaged").iterdir()} | {"DSC_0003.NEF", "secret.pdf", "broken-link.jpg", "pipe.jpg"}
+    bad = {path.name for path in (folder / "damaged").iterdir()} | {"DSC_0003.NEF", "secret.pdf", "broken-link.jpg", "own-link.jpg", "pipe.jpg"}
     rights = {"no-rights.jpg"} if os.geteuid() else set()
     bad |= {"pipe.mp4", "latin.txt", "wide.txt", "blank.txt", *rights}
     assert {name for name in failed if "caf" not in name} == bad

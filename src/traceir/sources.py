@@ -77,7 +77,7 @@ class Source:
             return _item_of_record(self, self.record, image)
         if self.kind == "text":
             return self._item_of(self.text, None), ()
-        path = self.path.resolve()
+        path = os.path.realpath(self.path)
         return self._item_of(self._page_text(), ImageInput.open(f"{path}#{self.part}" if self.part else path)), ()
 
     def without_image(self, error: ImageError) -> tuple[Item, tuple[Note, ...]]:
@@ -90,7 +90,7 @@ class Source:
         return item, (*notes, Note(self.location, f"kept with its text alone: {error}"))
 
     def _item_of(self, text: str | None, image: ImageInput | None) -> Item:
-        fields = {FILE_FIELD: str(self.path.resolve()), **(image.metadata() if image else {}), **self.fields}
+        fields = {FILE_FIELD: os.path.realpath(self.path), **(image.metadata() if image else {}), **self.fields}
         return Item.of(text=text, image=image, id=self.id, fields=fields)
 
     def _page_text(self) -> str | None:

@@ -118,7 +118,8 @@ def _opened(path: Path) -> Iterator[Any]:
         try:
             if (path, version) not in _OPEN:
                 _close()
-                _OPEN[path, version] = pdfium.PdfDocument(path)
+                _OPEN[path, version] = document = pdfium.PdfDocument(path.absolute())
+                document.init_forms()  # what is filled in is drawn, too
                 atexit.unregister(_close)
                 atexit.register(_close)
             yield _OPEN[path, version]

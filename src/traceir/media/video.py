@@ -18,7 +18,7 @@ from traceir.errors import ImageError
 from traceir.media.file import Version, package, readable, version_of
 from traceir.media.metadata import film_fields
 
-SUFFIXES: Final = frozenset(".3g2 .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+SUFFIXES: Final = frozenset(".3g2 .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 LEAST_STEP: Final = 5.0
 """Seconds between two keyframes that are taken, at least."""
 MOST_FRAMES: Final = 200
