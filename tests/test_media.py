@@ -328,7 +328,13 @@ def test_a_folder_of_every_kind_of_file_is_read_or_named(tmp_path: Path) -> None
     make(folder)
     report, _, stored = added(tmp_path, folder)
     failed = {Path(failure.location.strip("'")).name for failure in report.failed}
-    bad = {path.name for path in (folder / "damaged").iterdir()} | {"DSC_0003.NEF", "secret.pdf", "broken-link.jpg", "own-link.jpg", "pipe.jpg"}
+    bad = {path.name for path in (folder / "damaged").iterdir()} | {
+        "DSC_0003.NEF",
+        "secret.pdf",
+        "broken-link.jpg",
+        "own-link.jpg",
+        "pipe.jpg",
+    }
     rights = {"no-rights.jpg"} if os.geteuid() else set()
     bad |= {"pipe.mp4", "latin.txt", "wide.txt", "blank.txt", *rights}
     assert {name for name in failed if "caf" not in name} == bad

@@ -54,11 +54,11 @@ def preview(data: bytes, label: str, pixels: int) -> bytes:
 
 
 def _thumbnail(rawpy: Any, raw: Any) -> bytes:
-    """b"" where there is none, or a small one."""
+    """b"" where there is none, a small one, or one that is no JPEG."""
     try:
         found = raw.extract_thumb()
         if found.format != rawpy.ThumbFormat.JPEG:
-            return _bmp(found.data) if max(found.data.shape[:2]) >= LEAST_SIDE else b""
+            return b""
         with JpegImagePlugin.JpegImageFile(BytesIO(found.data)) as image:
             if max(image.size) < LEAST_SIDE:
                 return b""
