@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiffs import encode
 
-from benchmarks.files import dng, encrypted_pdf, exif, file_of, film, make, pdf, picture
+from benchmarks.files import dng, encrypted_pdf, exif, film, make, pdf, picture, saved
 from traceir.errors import ImageError
 from traceir.images import ImageInput, ImageLimits
 from traceir.index import open_index
@@ -27,6 +27,7 @@ from traceir.items import Item
 from traceir.media import pdf as pdf_module
 from traceir.media import raw, video
 from traceir.media.metadata import film_fields, image_fields
+from traceir.media.part import file_of
 from traceir.serve.uploads import LIMITS, UploadValidator, as_jpeg, image_in_folders, without_paths
 from traceir.sources import FILE_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
 
@@ -67,7 +68,7 @@ def added(folder: Path, *paths: Path) -> tuple[AddReport, FakeEncoder, dict[str,
 def turned(name: str) -> bytes:
     if name.endswith(".dng"):
         return dng(preview=picture(1, 960, 720), orientation=6)
-    return file_of(picture(1), {".heic": "HEIF", ".avif": "AVIF", ".jpg": "HEIF"}[Path(name).suffix], exif=exif(6))
+    return saved(picture(1), {".heic": "HEIF", ".avif": "AVIF", ".jpg": "HEIF"}[Path(name).suffix], exif=exif(6))
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.avif", "a.dng", "heic-called.jpg"])
@@ -97,7 +98,7 @@ def test_ten_bits_sequences_and_what_phones_append() -> None:
     assert distance(ImageInput.from_bytes(buffer.getvalue()).load(), picture(1, *SMALL)) < 3
     for format in ("HEIF", "AVIF"):
         options: dict[str, Any] = {"save_all": True, "append_images": [picture(200, *SMALL)]}
-        data = file_of(picture(1, *SMALL), format, **(options if format == "AVIF" else {}))
+        data = saved(picture(1, *SMALL), format, **(options if format == "AVIF" else {}))
         for trailer in (b"", b"\0\0\0\x10sefdSEFT\0\0\0\0", b"SEFT of a phone"):
             assert distance(ImageInput.from_bytes(data + trailer).load(), picture(1, *SMALL)) < 4
         for cut in (data[:-9], data[:300], data[:20]):
@@ -110,9 +111,9 @@ def test_uploads_may_be_heic_and_not_raw() -> None:
         return asyncio.run(UploadValidator(limits).check_bytes(data, "image"))
 
     for format in ("HEIF", "AVIF"):
-        assert check(file_of(picture(), format)).size() == (320, 240)
+        assert check(saved(picture(), format)).size() == (320, 240)
         with pytest.raises(ImageError, match="more than the limit of 76799"):
-            check(file_of(picture(), format), ImageLimits(pixels=76_799))
+            check(saved(picture(), format), ImageLimits(pixels=76_799))
     with pytest.raises(ImageError, match=r"no TIFF of samples|damaged"):
         check(dng())
     with pytest.raises(ImageError, match="not an image"):
@@ -135,7 +136,7 @@ def test_raw_photographs_without_a_preview_are_developed(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("module", "name", "data"),
     [
-        ("pillow_heif", "a.heic", file_of(picture(0, *SMALL), "HEIF")),
+        ("pillow_heif", "a.heic", saved(picture(0, *SMALL), "HEIF")),
         ("rawpy", "a.dng", dng()),
         ("pypdfium2", "a.pdf", pdf("words")),
         ("av", "a.mp4", b"any"),
@@ -263,6 +264,28 @@ def test_a_server_shows_pages_and_frames_only_of_its_folders_and_names_no_path(t
     assert str(tmp_path) not in str(caught.value) and "has 1 pages" in str(caught.value)
 
 
+def test_a_name_is_that_of_a_part_only_where_its_file_is_of_that_kind(tmp_path: Path) -> None:
+    for name in ("a.pdf#page=12", "b/C.PDF#page=1", "a.mp4#t=0", "two\nlines.mov#t=12.125"):
+        assert file_of(name) == name.rpartition("#")[0]
+    for name in ("a.pdf", "a.jpg#page=1", "a.pdf#t=1", "a.mp4#page=1", "a.pdf#page=0", "a.pdf#page=-1", "a.mp4#t=1e3", "#page=1"):
+        assert file_of(name) == name
+    for name in ("a.pdf", "a.mp4"):
+        with pytest.raises(ImageError, match="name a page or second of it"):
+            ImageInput.open(write(tmp_path / name, b"any")).load()
+    (tmp_path / "own.jpg").symlink_to("own.jpg")
+    (source,) = sources(tmp_path / "own.jpg")
+    with pytest.raises(ImageError, match="cannot be read"):
+        source.make_item()
+
+
+def iptc(**texts: str) -> bytes:
+    """A JPEG's segment of city and country as agencies write them."""
+    numbers = {"city": 90, "country": 101}
+    records = b"".join(bytes((0x1C, 2, numbers[name], 0, len(text))) + text.encode() for name, text in texts.items())
+    block = b"Photoshop 3.0\08BIM\x04\x04\0\0" + len(records).to_bytes(4, "big") + records + b"\0" * (len(records) % 2)
+    return b"\xff\xed" + (len(block) + 2).to_bytes(2, "big") + block
+
+
 def fields_of(**changes: Any) -> dict[str, Any]:
     """Of a JPEG with these tags: `t0x0110`, of EXIF `e0x9003`, of GPS `g1`."""
     made = Image.Exif()
@@ -289,6 +312,9 @@ def test_dates_cameras_and_places_are_read_with_sense() -> None:
     xmp = b'<rdf:Description photoshop:City="Troms\xc3\xb8 &amp; Oslo"><photoshop:Country>Norway</photoshop:Country>'
     data = encode(Image.new("RGB", (4, 2)), "JPEG", xmp=xmp)
     assert image_fields(Image.open(BytesIO(data)))["place"] == "Tromsø & Oslo, Norway"
+    plain = encode(Image.new("RGB", (4, 2)), "JPEG")
+    old = Image.open(BytesIO(plain[:2] + iptc(city="Bergen", country="Norway") + plain[2:]))
+    assert image_fields(old)["place"] == "Bergen, Norway"
     assert image_fields(Image.open(BytesIO(encode(Image.new("RGB", (4, 2)), "PNG")))) == {"width": 4, "height": 2}
 
 
@@ -307,7 +333,7 @@ def test_films_say_when_and_where_as_phones_write_it() -> None:
         assert film_fields(junk) == {}
 
 
-SHOT = file_of(picture(1, *SMALL), "JPEG", exif=exif(6), xmp=b'photoshop:City="Oslo"')
+SHOT = saved(picture(1, *SMALL), "JPEG", exif=exif(6), xmp=b'photoshop:City="Oslo"')
 
 
 @pytest.mark.filterwarnings("ignore")
