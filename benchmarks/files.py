@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -369,6 +370,8 @@ def table(folder: Path) -> list[tuple[str, str, str]]:
             )
         except TraceError as error:
             refused[_name(folder, outcome.location)] = str(error).replace(str(folder) + "/", "")
+    if os.geteuid() == 0:
+        refused["no-rights.jpg"] = "was read by root, who may; others are told to check its rights"
     rows = []
     for path in sorted(set(read) | set(refused)):
         rows.append((path, _short(read.get(path, [])), refused.get(path, "")))
@@ -408,8 +411,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(scratch) / "index",
         ]
         done = subprocess.run([sys.executable, "-m", "traceir", *map(str, command)], capture_output=True, text=True, check=False)
-        summary = next((line for line in (done.stdout + done.stderr).splitlines()[::-1] if "added" in line), "")
-        page = _page(table(folder), f"`traceir index add` of the folder ends with status {done.returncode}: {summary.strip()}")
+        counts = re.search(r"added .*failed \d+", done.stdout + done.stderr)
+        summary = f"`traceir index add` of it ends with status {done.returncode}: {counts[0] if counts else done.stderr}."
+        page = _page(table(folder), summary)
     print(page)
     if args.markdown:
         args.markdown.write_text(page, encoding="utf-8")

@@ -153,7 +153,8 @@ def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
                 _check_image(path)
             yield Source(id, str(path), "image", path)
     except InputError as error:
-        yield Failure(str(path), str(error))
+        own = f"{path} "
+        yield Failure(str(path), f"it {str(error).removeprefix(own)}" if str(error).startswith(own) else str(error))
 
 
 def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
