@@ -26,7 +26,7 @@ from traceir.errors import ImageError
 from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_image
 from traceir.image_formats import SUFFIXES as PLAIN_SUFFIXES
 from traceir.image_modes import as_rgb, is_deep
-from traceir.media.metadata import Fields, exif_of_tiff, image_fields
+from traceir.media.metadata import Fields, image_fields, raw_fields
 from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
 from traceir.media.raw import MAX_FILE_BYTES as MAX_RAW_BYTES
 from traceir.media.raw import SUFFIXES as RAW_SUFFIXES
@@ -237,9 +237,8 @@ class ImageInput:
         if self._image is not None or self._part is not None:
             return {}
         data = self._read(DEFAULT_LIMITS, hashed=True)
-        header = exif_of_tiff(data) if self._is_raw else None
         with contextlib.suppress(*_DECODER_ERRORS), open_image(self._of_raw(data, DEFAULT_LIMITS)) as image:
-            return {**image_fields(image, header), **image_fields(image)} if header else image_fields(image)
+            return {**image_fields(image), **(raw_fields(data) if self._is_raw else {})}
         return {}
 
     def _drawn(self, part: FilePart, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
