@@ -28,7 +28,7 @@ PROCESSORS: Final = {
     "qwen3_5": "Qwen3VLProcessor",
 }
 """Model type -> the processor that transformers makes for it."""
-_OPTIONAL: Final = ("candidates_write", "world", "profile")
+_OPTIONAL: Final = ("candidates_write", "matryoshka_dims", "world", "profile")
 """Fields that are left out where they are not used, so that earlier releases read the file too."""
 
 
@@ -40,6 +40,8 @@ class TraceSettings:
     pooling_position: PoolingPosition = "before_token"
     candidates_write: bool = False
     """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
+    matryoshka_dims: tuple[int, ...] = ()
+    """Widths that its vectors may be cut to, the full one among them, as it was trained by nested losses; () if it was not."""
     max_reasoning_tokens: int = 256
     max_text_tokens: int = 1024
     closing: str = ""
@@ -53,6 +55,10 @@ class TraceSettings:
         for value, known in ((self.prompt_version, get_args(PromptVersion)), (self.pooling_position, get_args(PoolingPosition))):
             if value not in known:
                 raise InputError(f"{value!r} in {SETTINGS} is unknown; this release has {', '.join(known)}")
+        dims = self.matryoshka_dims
+        if not isinstance(dims, list | tuple) or not all(type(dim) is int and dim > 0 for dim in dims):
+            raise InputError(f"matryoshka_dims {dims!r} in {SETTINGS} is no list of widths; copy the checkpoint again")
+        object.__setattr__(self, "matryoshka_dims", tuple(dims))
 
     def under(self, profile: Profile) -> TraceSettings:
         """Those of another project's checkpoint, as its profile says."""
