@@ -60,6 +60,30 @@ class TraceSettings:
             raise InputError(f"matryoshka_dims {dims!r} in {SETTINGS} is no list of widths; copy the checkpoint again")
         object.__setattr__(self, "matryoshka_dims", tuple(dims))
 
+    def vector_version(self, dim: int | None = None) -> str:
+        """The prompt version and all that changes every vector beside it: pooling position, profile, components left out."""
+        version: str = self.prompt_version
+        if self.profile is not None:
+            version = self.profile.version
+        elif self.pooling_position != "before_token":
+            version = f"{version}, read {self.pooling_position}"
+        return version if dim is None else f"{version}, first {dim}"
+
+    def checked_dim(self, dim: int | None, width: int) -> int | None:
+        """`dim`, or None for the whole `width`; InputError for a width that the checkpoint was not trained for."""
+        if dim in (None, width):
+            return None
+        if dim in self.widths(width):
+            return dim
+        known = f"it was trained for {', '.join(map(str, self.matryoshka_dims))}; choose one of these"
+        none = f"its {SETTINGS} names no shorter width (`traceir train --set matryoshka_dims=...`); leave dim out"
+        which = f"vectors of {self.fingerprint or 'this model'} have {width} components and cannot be cut to {dim}"
+        raise InputError(f"{which}: {known if self.matryoshka_dims else none}")
+
+    def widths(self, width: int) -> tuple[int, ...]:
+        """Those that vectors of `width` may be cut to, it among them, the widest first."""
+        return tuple(sorted({width, *(dim for dim in self.matryoshka_dims if dim < width)}, reverse=True))
+
     def under(self, profile: Profile) -> TraceSettings:
         """Those of another project's checkpoint, as its profile says."""
         return replace(

@@ -159,7 +159,9 @@ def check(config: TrainConfig) -> TrainConfig:
             raise InputError(f"{name} is {getattr(config, name)}; give a value above 0")
     dims, weights = config.matryoshka_dims, config.matryoshka_weights
     if min(dims, default=1) < 1 or len({*dims}) < len(dims) or (weights and len(weights) != len(dims)):
-        raise InputError(f"matryoshka_dims {dims} with weights {weights}: give each width once, from 1, and a weight for each or none")
+        raise InputError(
+            f"matryoshka_dims {dims} with weights {weights}: give each width once, from 1, and a weight for each or none"
+        )
     if min(weights, default=1.0) <= 0:
         raise InputError(f"matryoshka_weights are {weights}; give values above 0, or leave the width out")
     if dims and (config.teach == "pretraining" or config.lambda_ret <= 0):

@@ -143,7 +143,9 @@ class Run:
             config = replace(config, steps=max(1, math.ceil(config.epochs * pairs / (config.batch * config.accumulate))))
         self.config, self.accelerator, self.out = config, accelerator, Path(config.out)
         self.model = _initial(config, self.tasks)
-        widths = tuple(nested_widths(config, self.model.width))  # those of the start hold no longer, unless this run trains them too
+        widths = tuple(
+            nested_widths(config, self.model.width)
+        )  # those of the start hold no longer, unless this run trains them too
         self.model.settings = replace(self.model.settings, matryoshka_dims=widths)
         self.adapter = _trainable(self.model, config)
         names = sorted({name for task in self.tasks for name in task.image_paths()}) if config.store_pixels else []
