@@ -4,7 +4,7 @@ Each model's queries (route auto) and candidates are encoded once at full width 
 first components, scaled to length 1, which are the encoder's own with `dim` (tests/test_encoder.py). Every pool is put into an
 index of each width and storage and searched exactly. A query counts as complex where its label has two steps or more. Speed:
 single queries over --speed-rows synthetic vectors (index_scale.py), the indexes in turn; the median over the rounds of the ratio
-to float32 at full width.
+to float32 at full width. It is kept in FOLDER too, and measured alone where no model is given.
 
     python -m benchmarks.narrow nested=CHECKPOINT control=CHECKPOINT --data data/minibeir --folder out/narrow
 """
@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -30,6 +30,7 @@ from benchmarks.index_scale import Setup, World
 from traceir.data import mbeir
 from traceir.data.folder import Listing, Problems, Row, read_row
 from traceir.evaluation.embeddings import Embedder, Embeddings
+from traceir.evaluation.evaluate import choose_tasks
 from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
 from traceir.index import Index, open_index
@@ -57,10 +58,12 @@ class Pool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="NAME=CHECKPOINT")
+    parser.add_argument("models", nargs="*", metavar="NAME=CHECKPOINT")
     parser.add_argument("--data", type=Path, default=Path("data/minibeir"))
     parser.add_argument("--folder", type=Path, required=True, help="where vectors are kept; what is there is not encoded again")
+    parser.add_argument("--rows", help="of MiniBEIR, with commas between (default: all)")
     parser.add_argument("--limit", type=int, help="the first so many queries of each row; pools stay whole")
+    parser.add_argument("--width", type=int, default=128, help="of the models")
     parser.add_argument("--speed-rows", type=int, default=200_000)
     parser.add_argument("--speed-queries", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
@@ -69,15 +72,15 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the table here too")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    speeds = known_speed(
+        options.folder, Setup(options.speed_rows, 0, options.width, options.speed_queries, 10, options.rounds, 0.0, options.seed)
+    )
     recalls: dict[str, dict[str, dict[str, float]]] = {}
-    width = 0
     for name, _, checkpoint in (model.partition("=") for model in options.models):
-        pools = list(encoded(checkpoint, options.data, options.folder, options.limit))
-        width = pools[0].queries.shape[1]
-        recalls[name] = {f"{dim} {store}": recall(pools, dim, store) for dim in dims(width) for store in STORES}
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        speeds = speed(width, options.speed_rows, options.speed_queries, options.rounds, options.seed, Path(scratch))
-    about = {name: str(getattr(options, name)) for name in ("limit", "speed_rows", "speed_queries", "rounds", "seed")}
+        pools = list(encoded(checkpoint, options.data, options.folder, options.rows, options.limit))
+        recalls[name] = {f"{dim} {store}": recall(pools, dim, store) for dim in dims(options.width) for store in STORES}
+    about = {name: str(getattr(options, name)) for name in ("rows", "limit", "speed_rows", "speed_queries", "rounds", "seed")}
     shown = table(recalls, speeds)
     print(shown)
     if options.out:
@@ -92,10 +95,10 @@ def dims(width: int) -> list[int]:
     return [width // part for part in (1, 2, 4, 8)]
 
 
-def encoded(checkpoint: str, data: Path, folder: Path, limit: int | None) -> Iterator[Pool]:
+def encoded(checkpoint: str, data: Path, folder: Path, rows: str | None, limit: int | None) -> Iterator[Pool]:
     """The rows of the test split, encoded at full width."""
     embedder = Embedder(load_encoder(checkpoint), folder / "embeddings", progress=sys.stderr.isatty())
-    for task in mbeir.find_tasks(data, "test"):
+    for task in choose_tasks(mbeir.find_tasks(data, "test"), rows.split(",") if rows else None, data):
         row = read_row(task, Problems("stop"), Listing(data), limit)
         candidates = embedder.items(row.items, len(row.dids))
         queries = embedder.queries(lambda row=row: queries_of(row), len(row.records), "auto")  # type: ignore[misc]
@@ -142,9 +145,21 @@ def filled(folder: Path, vectors_ND: Vector, ids: Sequence[str], store: StoredTy
     return index
 
 
-def speed(width: int, rows: int, count: int, rounds: int, seed: int, folder: Path) -> dict[str, dict[str, Any]]:
+def known_speed(folder: Path, setup: Setup) -> dict[str, dict[str, Any]]:
+    """What `speed` measured in this folder, or measures now."""
+    file, key = folder / "speed.json", asdict(setup)
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if known.get("setup") != key:
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            known = {"setup": key, "speed": speed(setup, Path(scratch))}
+        write_whole(file, json.dumps(known, indent=1) + "\n")
+    figures: dict[str, dict[str, Any]] = known["speed"]
+    return figures
+
+
+def speed(setup: Setup, folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes of a vector in memory and in the file, and the ratio of single queries per second to float32 at full width."""
-    world = World(Setup(rows, 0, width, count, 10, rounds, 0.0, seed))
+    world, rows, width = World(setup), setup.rows, setup.width
     vectors = np.concatenate([world.block(start, min(5000, rows - start))[1] for start in range(0, rows, 5000)])
     ids = [f"{number:08d}" for number in range(rows)]
     sides: dict[str, tuple[Index, Vector]] = {}
@@ -157,7 +172,7 @@ def speed(width: int, rows: int, count: int, rounds: int, seed: int, folder: Pat
             figures[f"{dim} {store}"] = {"bytes": per_vector, "file bytes": index.info().bytes / rows}
             sides[f"{dim} {store}"] = index, cut(world.queries(), dim)
     spent: Mapping[str, list[float]] = defaultdict(list)
-    for _ in range(rounds):
+    for _ in range(setup.repetitions):
         for name, (index, queries) in sides.items():
             started = time.process_time()
             for query in queries:
@@ -191,10 +206,10 @@ def page(shown: str, options: argparse.Namespace, about: Mapping[str, str]) -> s
 {shown}
 
 R@k: share of queries, in per cent, with a right candidate among the first k of MiniBEIR's local test pools, route auto; complex:
-two steps or more by the label. Exact search. `nested`: the bundled model trained on by `--preset mini-nested`; `control`: the same
-with `--set matryoshka_dims=`; `bundled`: as it ships. Narrower vectors are the first components, scaled to length 1. Bytes in
-memory are of one vector; the file keeps int8 as float32, by which the best are scored again. Search: single queries, CPU time, the
-median of the rounds' ratios in one run.
+two steps or more by the label. Exact search. `nested`: the bundled model trained on by `--preset mini-nested`; `control`: by the
+same without nested losses, `--set matryoshka_dims=`; `bundled`: as it ships. Narrower vectors are the first components, scaled to
+length 1. Bytes in memory are of one vector; the file keeps int8 as float32, by which the best are scored again. Search: single
+queries, CPU time, the median of the rounds' ratios in one run.
 
 `python -m benchmarks.narrow {" ".join(model.partition("=")[0] + "=CHECKPOINT" for model in options.models)} --folder out/narrow`;
 {settings}. {json.dumps(describe_machine())}

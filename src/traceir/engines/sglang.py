@@ -74,7 +74,7 @@ class SGLangEncoder(HttpEngine):
 
     `model` is the same directory or hub id that an in-process Encoder would load; only its tokenizer and settings are read.
     Another model, an old release or missing flags raise ModelError at once. `dim` is Encoder's. Results are in the order of the
-    input. The engine computes in its own precision: the text may differ from an Encoder's where two tokens are almost equally likely.
+    input. The engine computes in its own precision: the text may differ from an Encoder's where two tokens are almost as likely.
     """
 
     def __init__(
