@@ -188,13 +188,11 @@ def speed(setup: Setup, folder: Path) -> dict[str, dict[str, Any]]:
 def table(recalls: Mapping[str, Mapping[str, Mapping[str, float]]], speeds: Mapping[str, Mapping[str, Any]]) -> str:
     columns = [f"{kind} {k}" for kind in KINDS for k in KS]
     titles = [f"{model}, {kind} R@{k}" for model in recalls for kind in KINDS for k in KS]
-    lines = [
-        "| components | store | bytes in memory | " + " | ".join(titles) + " | search, times float32 at full width |",
-        "|" + "---|" * (len(titles) + 4),
-    ]
+    head = ["components", "store", "bytes in memory", *titles, "search, times float32 at full width"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for name, side in speeds.items():
         shares = [f"{100 * recalls[model][name][column]:.1f}" for model in recalls for column in columns]
-        lines.append(f"| {name.replace(' ', ' | ')} | {side['bytes']} | {' | '.join(shares)} | {side['speed']:.2f} |")
+        lines.append(f"| {' | '.join([*name.split(), str(side['bytes']), *shares, format(side['speed'], '.2f')])} |")
     return "\n".join(lines)
 
 
