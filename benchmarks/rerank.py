@@ -2,9 +2,9 @@
 
     python -m benchmarks.rerank --data data/minibeir --markdown docs/results/rerank.md
 
-The first stage is the adaptive encoder, route auto, over each row's local pool. Hits at 1 before and after, over complex queries (2
-steps and more by the label) and simple ones; differences are paired, with a 95 % bootstrap interval. The cost of reranking is given
-as multiples of encoding the query, both timed in turn over the same drawn complex queries in this one process, and in tokens.
+The first stage is the adaptive encoder, route auto, over each row's local pool. R@1 before and after, over complex queries (2
+steps and more by the label) and simple ones; differences are paired, with a 95 % bootstrap interval. The cost is given as
+multiples of encoding the query, both timed in turn over the same drawn complex queries in this process, and in tokens.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from traceir.data import mbeir
 from traceir.data.folder import Listing, Problems, data_fingerprint, read_row
+from traceir.data.report import markdown_table
 from traceir.encoder import Encoder
 from traceir.errors import TraceError
 from traceir.evaluation.embeddings import Embedder
@@ -190,41 +191,38 @@ def cost(encoder: Encoder, reranker: TraceReranker, timed: Sequence[Asked], dept
 def table(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     depths = [key for key in results["cost"] if key.isdigit()]
-    lines = [
-        f"`python -m benchmarks.rerank`; model {results['model']}, reranker {results['reranker']}, data {results['data']}, split "
-        f"{results['split']}, seed {results['seed']}, {results['machine']}, torch {results['torch']}. The query's written reasoning is "
-        f"{'part' if results['reasoning'] else 'no part'} of the prompt. R@1 in points; the interval is a paired bootstrap over queries.\n"
+    named = {"model": "model", "reranker": "reranker", "data": "data", "split": "split", "seed": "seed"}
+    about = ", ".join(f"{word} {results[name]}" for name, word in named.items())
+    part = "part" if results["reasoning"] else "no part"
+    header = ["queries", "n", "first stage"]
+    header += [f"{word} {depth}" for word in ("top", "gain, top", "right in top") for depth in depths]
+    rows = [
+        (name, figures)
+        for kind, gained in results["gains"].items()
+        for name, figures in ((f"**{kind}**", gained), *results["rows"][kind].items())
+        if figures
     ]
-    header = [
-        "queries",
-        "n",
-        "first stage",
-        *(f"top {depth}" for depth in depths),
-        *(f"gain, top {depth}" for depth in depths),
-        *(f"right in top {depth}" for depth in depths),
-    ]
-    rows = []
-    for name, kind in results["gains"].items():
-        rows += [(f"**{name}**", kind)] if kind else []
-        rows += list(results["rows"][name].items())
-    lines.append(markdown_table(header, "l" + "r" * (len(header) - 1), [_gain_row(name, kind, depths) for name, kind in rows]))
     spent = results["cost"]
-    lines += [
-        "",
-        f"Cost over {spent['queries']} complex queries; encoding one, route auto, takes {spent['query_ms']:.1f} ms of CPU alone (median) and {spent['query_tokens']:.0f} tokens.\n",
-    ]
-    header = [
-        "reranked",
-        "ms of CPU (median)",
-        "times the query alone",
-        "times the query in a batch",
-        "tokens, times the query's",
-    ]
-    lines.append(markdown_table(header, "lrrrr", [
-        (f"top {depth}", f"{spent[depth]['ms']:.1f}", f"**{spent[depth]['to_query']:.2f}**", f"{spent[depth]['to_batched_query']:.2f}", f"{spent[depth]['tokens_to_query']:.1f}")
+    costs = [
+        (
+            f"top {depth}",
+            f"{spent[depth]['ms']:.1f}",
+            f"**{spent[depth]['to_query']:.2f}**",
+            f"{spent[depth]['to_batched_query']:.2f}",
+            f"{spent[depth]['tokens_to_query']:.1f}",
+        )
         for depth in depths
-    ]))  # fmt: skip
-    return "\n".join(lines)
+    ]
+    return "\n".join([
+        f"`python -m benchmarks.rerank`; {about}; {results['machine']}, torch {results['torch']}. What the encoder wrote is "
+        f"{part} of the prompt. R@1 in points; intervals are paired bootstraps over queries.\n",
+        markdown_table(header, "l" + "r" * (len(header) - 1), [_gain_row(*row, depths) for row in rows]),
+        f"\nCost over {spent['queries']} complex queries. Encoding one by route auto takes {spent['query_ms']:.1f} ms of CPU "
+        f"alone (median) and {spent['query_tokens']:.0f} tokens.\n",
+        markdown_table(
+            ("reranked", "ms of CPU", "times the query alone", "times the query in a batch", "times its tokens"), "lrrrr", costs
+        ),
+    ])  # fmt: skip
 
 
 def _gain_row(name: str, kind: Mapping[str, Any], depths: Sequence[str]) -> list[str]:
