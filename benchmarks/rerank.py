@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from traceir.batch import Pixels, Processor
 from traceir.data import mbeir
 from traceir.data.folder import Listing, Problems, data_fingerprint, read_row
 from traceir.data.report import markdown_table
@@ -33,6 +34,7 @@ from traceir.evaluation.metrics import bootstrap_difference
 from traceir.evaluation.ranking import NO_POSITION, Pool, rank_queries
 from traceir.evaluation.results import describe_machine
 from traceir.files import write_whole
+from traceir.images import ImageInput
 from traceir.items import Encoding, Item, Query
 from traceir.prompts import render_asked, render_offered
 from traceir.rerank import TraceReranker, load_reranker, rerank
@@ -57,6 +59,19 @@ class Asked:
         """Whether the first is right once the best `top` have been reranked."""
         order = sorted(range(min(top, len(self.scores))), key=lambda number: (-self.scores[number], number))
         return self.right[order[0]] if order else self.right[0]
+
+
+class Remembered(dict[str, Pixels]):
+    """The images of candidates, which come up for many queries, read once; for what is not timed."""
+
+    def __init__(self, processor: Processor) -> None:
+        super().__init__()
+        self.processor = processor
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name not in self:
+            self[name] = self.processor.pixels(ImageInput.open(name))
+        return self[name]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -85,8 +100,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     reranker = load_reranker(options.reranker, encoder if options.reranker == "trace" else None)
     assert isinstance(reranker, TraceReranker)
     asked = first_stage(encoder, options)
+    reranker.model.processor.pixel_store = Remembered(encoder.model.processor)
     for one in tqdm(asked, desc="reranking", file=sys.stderr, mininterval=5.0):
         one.scores = reranker.score(one.query, one.found, reasoning="" if options.without_reasoning else one.encoding.reasoning)
+    reranker.model.processor.pixel_store = None
     results: dict[str, Any] = {
         "format": 1,
         "model": encoder.fingerprint,
@@ -129,10 +146,14 @@ def first_stage(encoder: Encoder, options: argparse.Namespace) -> list[Asked]:
         )
         assert vectors is not None and pool is not None
         ranking = rank_queries(vectors.matrix(), Pool([(row.dids, pool)]), [()] * len(queries), top_k=max(options.depths))
+        simple = 0
         for query, encoding, positions in zip(queries, vectors.encodings(), ranking.positions, strict=True):
+            simple += (steps := row.labels[str(query.id)].steps) < COMPLEX
+            if steps < COMPLEX and options.simple is not None and simple > options.simple:
+                continue
             found = [items[at] for at in positions.tolist() if at != NO_POSITION]
             right = [item.id in row.relevant[str(query.id)] for item in found]
-            asked.append(Asked(task.name, row.labels[str(query.id)].steps, query, encoding, found, right))
+            asked.append(Asked(task.name, steps, query, encoding, found, right))
     return asked
 
 
@@ -247,6 +268,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=("val", "test"))
     parser.add_argument("--rows", nargs="*", help="these alone")
     parser.add_argument("--limit", type=int, help="the first so many queries of a row")
+    parser.add_argument("--simple", type=int, help="at most so many simple queries of a row (default: all)")
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 20, 50])
     parser.add_argument("--timed", type=int, default=200, help="complex queries whose cost is measured")
     parser.add_argument("--without-reasoning", action="store_true", help="leave what the query wrote out of the prompt")
