@@ -120,7 +120,9 @@ class ByLength:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def score(self, query: Query, items: Sequence[Item], *, reasoning: str = "") -> list[float]:
+    def score(
+        self, query: Query, items: Sequence[Item], *, reasoning: str = "", similarities: Sequence[float] | None = None
+    ) -> list[float]:
         self.asked.append(len(items))
         return [float(len(item.text)) if item.text else UNREADABLE for item in items]
 
@@ -259,14 +261,16 @@ def test_a_reranker_trains_resumes_and_loads(tmp_path: Path) -> None:
     data = make_folder(tmp_path / "m")
     config = TrainConfig(
         data=str(data), out=str(tmp_path / "whole"), init=str(bundled_model()), teach="rerank", negatives=3, steps=6, batch=4,
-        group=1, save_every=3, lora_rank=2, train_projector=False, mixed_precision=False, learning_rate=1e-3, warmup=1,
+        group=1, save_every=3, lora_rank=2, train_projector=False, mixed_precision=False, warmup=1, decay=0.0,
     )  # fmt: skip
     with pytest.raises(InputError, match="needs wrong candidates"):
         check(replace(config, negatives=0))
     whole = train(config)
-    train(replace(config, out=str(tmp_path / "parts"), steps=3, decay=0.0))
-    parts = train(replace(config, out=str(tmp_path / "again")), resume_from=None)
-    assert load_file(whole / "adapter_model.safetensors").keys() == load_file(parts / "adapter_model.safetensors").keys()
+    train(replace(config, out=str(tmp_path / "first"), steps=3))
+    resumed = train(replace(config, out=str(tmp_path / "then")), resume_from=tmp_path / "first" / "steps" / "000003")
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (whole, resumed))
+    assert weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
+    assert any(bool(value.any()) for name, value in weights.items() if "lora_B" in name)
     reranker = load_reranker(str(whole))
     assert isinstance(reranker, TraceReranker) and isinstance(reranker.model.network, Network)
     assert reranker.model.settings.rerank == "rerank-1" and reranker.base == Encoder.from_pretrained().fingerprint
