@@ -110,10 +110,24 @@ def find_sources(paths: Sequence[str | os.PathLike[str]]) -> Iterator[Source | F
         check_path(path)
         if path.is_dir():
             yield from _walk_folder(path)
-        elif path.suffix.lower() in LINES_SUFFIXES:
-            yield from _read_lines(path)
         else:
-            yield _named_file(path)
+            yield from sources_of_file(path, path.name)
+
+
+def readable_suffixes() -> frozenset[str]:
+    """Suffixes, in lower case, of the files that are read in a folder."""
+    return IMAGE_SUFFIXES | TEXT_SUFFIXES
+
+
+def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
+    """Everything in one file, in its order: under `id`, or `id#...` for what is a part of it; lines have ids of their own.
+
+    A file of no known suffix may be an image. What cannot be read is a Failure.
+    """
+    if path.suffix.lower() in LINES_SUFFIXES:
+        yield from _read_lines(path)
+    else:
+        yield _whole_file(path, id)
 
 
 def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
@@ -158,9 +172,9 @@ def _walk_folder(root: Path) -> Iterator[Source | Failure | Note]:
         links += sum((Path(folder) / name).is_symlink() for name in folders)
         for name in sorted(name for name in names if not name.startswith(".")):
             path = Path(folder) / name
-            if kind := _kind_of(path):
+            if path.suffix.lower() in readable_suffixes():
                 read += 1
-                yield _source_of_file(path, path.relative_to(root).as_posix(), kind)
+                yield from sources_of_file(path, path.relative_to(root).as_posix())
             else:
                 other[path.suffix.lower()] += 1
     for error in unreadable:
@@ -182,15 +196,15 @@ def _remedy(suffixes: Iterable[str]) -> str:
     return "; ".join([f"read are {read}", *(remedy for remedy, own in _REMEDIES if not set(own.split()).isdisjoint(suffixes))])
 
 
-def _named_file(path: Path) -> Source | Failure:
-    """A file given by its name, which may be an image whatever its suffix says."""
+def _whole_file(path: Path, id: str) -> Source | Failure:
+    """The file as one item; it may be an image whatever its suffix says."""
     kind = _kind_of(path)
     try:
         if kind is None:
             ImageInput.open(path).encoded()
     except ImageError:
         return Failure(str(path), f"it is neither an image nor a text; {_remedy([path.suffix.lower()])}")
-    return _source_of_file(path, path.name, kind or "image")
+    return _source_of_file(path, id, kind or "image")
 
 
 def _source_of_file(path: Path, id: str, kind: Kind) -> Source | Failure:
