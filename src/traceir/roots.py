@@ -1,3 +1,4 @@
+# ruff: noqa: PTH118, PTH120, PTH206 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """The folders that an index is kept in step with, which the index itself remembers, and what stands for a file's state there.
 
 A file's id is its path below the innermost root that holds it, with that root's prefix before it, so that whoever adds it, by
@@ -11,6 +12,7 @@ import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
 from traceir.errors import InputError, StoreError
@@ -36,7 +38,7 @@ class Root:
 
     def id_of(self, path: str) -> str:
         """The id of a file below it."""
-        return self.prefix + os.path.relpath(path, self.folder).replace(os.sep, "/")
+        return self.prefix + path.removeprefix(os.path.join(self.folder, "")).replace(os.sep, "/")
 
 
 class Roots:
@@ -44,7 +46,7 @@ class Roots:
 
     def __init__(self, roots: Iterable[Root] = ()) -> None:
         self.all = sorted(roots, key=lambda root: (-len(root.folder), root.folder))
-        self._of_folder: dict[str, Root | None] = {}
+        self._of_folder: dict[str, Root | None] = {root.folder: root for root in self.all}
 
     @classmethod
     def read(cls, index: Index) -> Roots:
@@ -58,10 +60,17 @@ class Roots:
 
     def of(self, path: str) -> Root | None:
         """The innermost root that holds a path."""
+        if path in self._of_folder:
+            return self._of_folder[path]
         folder = os.path.dirname(path)
         if folder not in self._of_folder:
             self._of_folder[folder] = next((root for root in self.all if is_below(folder, root.folder)), None)
         return self._of_folder[folder]
+
+    def is_hidden(self, path: str) -> bool:
+        """Whether a path below a root has a hidden part there."""
+        root = self.of(path)
+        return root is not None and any(part.startswith(".") for part in path[len(root.folder) :].split(os.sep))
 
     def with_folder(self, folder: str, prefix: str | None) -> Roots:
         """These and a folder, where it is not in one of them already; roots below it that have no prefix become part of it.
@@ -72,17 +81,24 @@ class Roots:
         if prefix is None and (own or any(root.holds(folder) for root in self.all)):
             return self
         root = Root(folder, check_prefix(prefix or ""))
-        return Roots([root, *(other for other in self.all if other != own and not (root.holds(other.folder) and not other.prefix))])
+        return Roots(
+            [root, *(other for other in self.all if other != own and not (root.holds(other.folder) and not other.prefix))]
+        )
 
     def without(self, folder: str) -> Roots:
         """These without the folder and what is below it."""
         return Roots(root for root in self.all if not is_below(root.folder, folder))
 
     def identify(self, source: Source, id: str) -> Source:
-        """A source of a file, whose own id begins with `id`, under the id that its root gives it."""
-        path = os.path.realpath(source.path)
-        root = None if source.record is not None else self.of(path)
+        """A source of a file, whose own id begins with `id`, under the id that its root gives it; any other as it is."""
+        path = "" if source.record is not None else file_path(source.path)
+        root = self.of(path)
         return source if root is None else replace(source, id=root.id_of(path) + source.id.removeprefix(id))
+
+
+def file_path(path: Path) -> str:
+    """The absolute path of a file, with the links of its folder resolved; where it is a link itself, the link's own."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -30,7 +30,9 @@ MAX_TEXT_BYTES: Final = 4 * 1024 * 1024
 TEXT_NAMES: Final = ("caption", "title", "description", "name", "content")
 """Where the text of a line is sought, in this order, that has neither `text` nor `image`."""
 FILE_FIELD: Final = "_file"
-"""The field that holds the path of an item's file, for `add` alone: no line may set it, no server shows or filters by it."""
+"""The field that holds the path of an item's file: no line may set it, no server shows or filters by it."""
+STAT_FIELD: Final = "_stat"
+"""As FILE_FIELD: size and times of that file when it was read (`roots.py`)."""
 _REMEDIES: Final = (
     ("convert images to JPEG or PNG", ".heic .heif .avif .jxl .jp2 .svg .psd .eps .ico .dng .cr2 .cr3 .nef .arw .raw"),
     ("save single frames of videos as images", ".mp4 .mov .avi .mkv .webm .m4v .wmv .3gp"),
@@ -130,11 +132,11 @@ def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
         yield _whole_file(path, id)
 
 
-def find_batches(paths: Sequence[str | os.PathLike[str]], size: int) -> Iterator[SourceBatch]:
+def find_batches(outcomes: Iterable[Source | Failure | Note], size: int) -> Iterator[SourceBatch]:
     """What `find_sources` finds, `size` sources at a time. Of one id the first source counts, others are Failures."""
     locations: dict[str, str] = {}
     batch = SourceBatch()
-    for outcome in find_sources(paths):
+    for outcome in outcomes:
         if isinstance(outcome, Failure):
             batch.failed.append(outcome)
         elif isinstance(outcome, Note):
@@ -328,8 +330,9 @@ def _item_of_record(source: Source, record: Mapping[str, Any], image: ImageInput
     if text is not None:
         check_text(source.id, text)
     fields = {name: value for name, value in record.items() if name not in ("text", "image", *OWN_NAMES)}
-    if FILE_FIELD in fields:
-        raise InputError(f"{source.id!r} has a field called {FILE_FIELD!r}, which holds the paths of files; rename it")
+    for name in (FILE_FIELD, STAT_FIELD):
+        if name in fields:
+            raise InputError(f"{source.id!r} has a field called {name!r}, which is kept for files; rename it")
     for name, value in fields.items():
         check_field(name, value)
     item = Item.of(text=text, image=image, id=source.id, fields=fields)
