@@ -19,7 +19,7 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
-from traceir.roots import Roots, file_path, settled_stat
+from traceir.roots import Roots
 from traceir.search import EncoderLike, text_cut
 from traceir.sources import (
     FILE_FIELD,
@@ -85,15 +85,22 @@ def check_paths(paths: Sequence[str | os.PathLike[str]], batch: int = 1) -> None
 
 
 def find_in_roots(paths: Sequence[str | os.PathLike[str]], index: Index) -> Iterator[Source | Failure | Note]:
-    """What `find_sources` finds, under the ids that the roots of the index give."""
+    """What `find_sources` finds, under the ids that the roots of the index give.
+
+    The parts of a file carry no stat: where not all of them are added, `sync` has to look at the file again.
+    """
     roots = Roots.read(index)
     for path in map(Path, paths):
         folder = path if path.is_dir() else path.parent
         for outcome in find_sources([path]):
-            if isinstance(outcome, Source) and outcome.record is None:
-                yield roots.identify(outcome, outcome.path.relative_to(folder).as_posix())
-            else:
+            if not isinstance(outcome, Source) or outcome.record is not None:
                 yield outcome
+                continue
+            fields = {**outcome.fields, STAT_FIELD: ""} if outcome.part else outcome.fields
+            file, id = str(outcome.fields[FILE_FIELD]), outcome.id
+            if root := roots.of(file):
+                id = root.id_of(file) + id.removeprefix(outcome.path.relative_to(folder).as_posix())
+            yield replace(outcome, id=id, fields=fields)
 
 
 def progress_bar(paths: Sequence[str | os.PathLike[str]], shown: bool) -> tqdm[object]:
@@ -191,26 +198,13 @@ def keep(index: Index, batch: SourceBatch, done: Processed) -> AddReport:
 
 
 def _make_item(source: Source) -> tuple[Item, tuple[Note, ...]]:
-    """The item of a source, its image read and hashed; by its text alone where that image cannot be used.
-
-    Of a file, it carries the file's path, and its stat from before it was read.
-    """
+    """The item of a source, its image read and hashed; by its text alone where that image cannot be used."""
     try:
-        state = {} if source.record is not None else _state_of(source.path)
         item, notes = source.make_item()
-        item = replace(item, fields={**item.fields, **state})
         item.content_hash()
     except ImageError as error:
         return source.without_image(error)
     return item, notes
-
-
-def _state_of(path: Path) -> dict[str, str]:
-    """The fields FILE_FIELD and STAT_FIELD of a file; what cannot be read is found out when it is."""
-    try:
-        return {FILE_FIELD: file_path(path), STAT_FIELD: settled_stat(path.stat())}
-    except OSError:
-        return {}
 
 
 def _compare(item: Item, before: Stored | None, done: Processed) -> None:

@@ -11,13 +11,12 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from traceir.errors import InputError, StoreError
 from traceir.index.store import Index
-from traceir.sources import Source
 
 NOTE: Final = "roots"
 """The note of an index that holds its roots: a JSON list of {folder, prefix}."""
@@ -89,12 +88,6 @@ class Roots:
         """These without the folder and what is below it."""
         return Roots(root for root in self.all if not is_below(root.folder, folder))
 
-    def identify(self, source: Source, id: str) -> Source:
-        """A source of a file, whose own id begins with `id`, under the id that its root gives it; any other as it is."""
-        path = "" if source.record is not None else file_path(source.path)
-        root = self.of(path)
-        return source if root is None else replace(source, id=root.id_of(path) + source.id.removeprefix(id))
-
 
 def file_path(path: Path) -> str:
     """The absolute path of a file, with the links of its folder resolved; where it is a link itself, the link's own."""
@@ -118,8 +111,12 @@ def stat_text(stat: os.stat_result) -> str:
     return f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
-def settled_stat(stat: os.stat_result) -> str:
-    """`stat_text`, or "" of a file so new that a change to come might leave its times as they are."""
+def settled_stat(path: str | Path) -> str:
+    """`stat_text` of a file; "" where it is so new that a change to come might leave its times as they are, or is not there."""
+    try:
+        stat = os.stat(path)
+    except (OSError, ValueError):
+        return ""
     step = COARSE_NS if stat.st_mtime_ns % 1_000_000_000 == 0 else FINE_NS
     now = time.time_ns()
     return "" if any(0 <= now - then < step for then in (stat.st_mtime_ns, stat.st_ctime_ns)) else stat_text(stat)

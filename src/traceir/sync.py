@@ -428,7 +428,7 @@ def _is_settled(file: FileState) -> bool:
     try:
         with open(file.path, "rb") as stream:
             stream.read(1)
-            return settled_stat(os.fstat(stream.fileno())) == file.stat
+        return settled_stat(file.path) == file.stat
     except OSError:
         return False
 
