@@ -150,7 +150,7 @@ def test_lines_with_text_image_and_fields(gallery: Path, into: Adding) -> None:
         assert into.fields("one") == fields
     file = gallery / "a.JPG"  # as an index of an older release keeps it
     into.index.upsert([Item.of(image=file, id="a.JPG", fields={"file": str(file)})], np.eye(1, 16, dtype=np.float32))
-    assert into.count(file) == (0, 1, 0, 0) and into.fields("a.JPG").keys() == {FILE_FIELD, STAT_FIELD}
+    assert into.count(file) == (0, 1, 0, 0) and {FILE_FIELD, STAT_FIELD} <= into.fields("a.JPG").keys()
 
 
 BAD_LINES: list[tuple[Any, str]] = [

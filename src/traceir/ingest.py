@@ -19,13 +19,12 @@ from traceir.errors import ImageError, InputError, ModelError
 from traceir.index.filters import same_fields
 from traceir.index.store import Index, Stored, check_items, image_of
 from traceir.items import Item, Vector
+from traceir.records import Failure, Note
 from traceir.roots import Roots
 from traceir.search import EncoderLike, text_cut
 from traceir.sources import (
     FILE_FIELD,
     STAT_FIELD,
-    Failure,
-    Note,
     Source,
     SourceBatch,
     check_path,

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from traceir.index.sqlite import FILE_NAME
+from traceir.records import Failure, Note
 from traceir.roots import stat_text
-from traceir.sources import Failure, Note, readable_suffixes
+from traceir.sources import readable_suffixes
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH118, PTH120, PTH206 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH116, PTH118, PTH120, PTH206 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """The folders that an index is kept in step with, which the index itself remembers, and what stands for a file's state there.
 
 A file's id is its path below the innermost root that holds it, with that root's prefix before it, so that whoever adds it, by

@@ -137,8 +137,9 @@ def sources_of_file(path: Path, id: str) -> Iterator[Source | Failure | Note]:
     """
     state = {FILE_FIELD: file_path(path), STAT_FIELD: settled_stat(path)}
     for outcome in _sources_in(path, id):
-        is_line = not isinstance(outcome, Source) or outcome.record is not None
-        yield outcome if is_line else replace(outcome, fields={**outcome.fields, **state})
+        if isinstance(outcome, Source) and outcome.record is None:
+            outcome = replace(outcome, fields={**outcome.fields, **state})
+        yield outcome
 
 
 def _sources_in(path: Path, id: str) -> Iterator[Source | Failure | Note]:

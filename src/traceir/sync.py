@@ -31,9 +31,10 @@ from traceir.index.store import Index, Stored
 from traceir.ingest import AddReport, Processed, keep, process
 from traceir.items import Item, Vector
 from traceir.listing import list_files
+from traceir.records import Failure, Note
 from traceir.roots import Root, Roots, is_below, settled_stat
 from traceir.search import EncoderLike
-from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Note, Source, SourceBatch, readable_suffixes, sources_of_file
+from traceir.sources import FILE_FIELD, STAT_FIELD, Source, SourceBatch, readable_suffixes, sources_of_file
 
 FAILURES: Final = "failures"
 """The note of an index that holds why files could not be read: JSON {readers, files: {path: [stat, [[location, reason]]]}}."""

@@ -31,8 +31,8 @@ from traceir.index.store import ModelIdentity
 from traceir.ingest_cluster import add_on_ray, describe_encoder
 from traceir.items import MODALITIES
 from traceir.ray_session import Share, on_ray
+from traceir.records import Failure
 from traceir.search import Searcher
-from traceir.sources import Failure
 from traceir.world import World
 
 
