@@ -12,7 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
 from traceir.errors import InputError
-from traceir.index.filters import And, Eq, Filter, In, Range
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
+from traceir.index.pages import Position
 from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD, STAT_FIELD
@@ -57,6 +59,7 @@ class TenantIndex:
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
         self.keep_background, self.background = index.keep_background, index.background
         self.version, self.build_ann = index.version, index.build_ann
+        self.keep_note, self.note = index.keep_note, index.note
 
     def check(self, items: Sequence[Item]) -> None:
         self._index.check(self._marked(items))
@@ -75,21 +78,35 @@ class TenantIndex:
         vectors: Vectors,
         k: int,
         *,
-        where: Filter | None = None,
+        where: Where = None,
         modality: Modality | None = None,
         exact: bool = True,
     ) -> list[list[Hit]]:
         rows = self._index.search(vectors, k, where=self._narrow(where), modality=modality, exact=exact)
         return [[replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)] for hits in rows]
 
+    def search_keywords(self, text: str, k: int, *, where: Where = None, modality: Modality | None = None) -> list[Hit]:
+        hits = self._index.search_keywords(text, k, where=self._narrow(where), modality=modality)
+        return [replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)]
+
+    def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
+        if sort.removeprefix("-") in OWN_FIELDS:
+            raise InputError(f"{sort!r} is no field of an item; the server keeps it for itself")
+        behind = (
+            None
+            if after is None
+            else (self._prefixed(after[0]) if sort.removeprefix("-") == "id" else after[0], self._prefix + after[1])
+        )
+        return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=behind, limit=limit)))
+
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         stored = self._index.get(self._inner_ids(ids), with_vectors=with_vectors).values()
         return {item.id: item for item in self._shown(stored)}
 
-    def count(self, where: Filter | None = None) -> int:
+    def count(self, where: Where = None) -> int:
         return self._index.count(self._narrow(where))
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         return self._shown(self._index.scan(self._narrow(where), with_vectors=with_vectors))
 
     def info(self) -> IndexInfo:
@@ -130,29 +147,30 @@ class TenantIndex:
         """False for ids that would reach into a tenant from outside all tenants."""
         return self.tenant is not None or not id.startswith(PREFIX)
 
-    def _narrow(self, where: Filter | None) -> Filter | None:
+    def _narrow(self, where: Where) -> Filter | None:
         """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
         if self.tenant is None and not self._presence.any():
-            return None if where is None else self._translate(where)
+            read = as_filter(where)
+            return None if read is None else map_leaves(read, self._translate)
         return self._only_ours(where)
 
-    def _only_ours(self, where: Filter | None) -> Filter:
-        ours = Eq(FIELD, self.tenant)
-        return ours if where is None else And((ours, self._translate(where)))
+    def _only_ours(self, where: Where) -> Filter:
+        ours, read = Eq(FIELD, self.tenant), as_filter(where)
+        return ours if read is None else And((ours, map_leaves(read, self._translate)))
 
-    def _translate(self, where: Filter) -> Filter:
-        """The client's filter in terms of what is stored: ids prefixed, the server's own fields refused."""
-        if isinstance(where, And):
-            return And(tuple(self._translate(part) for part in where.parts))
-        if where.name in OWN_FIELDS:
-            raise InputError(f"{where.name!r} is no field of an item; the server keeps it for itself")
-        if where.name != "id":
-            return where
-        if isinstance(where, Eq):
-            return Eq("id", self._prefixed(where.value))
-        if isinstance(where, In):
-            return In("id", tuple(self._prefixed(value) for value in where.values))
-        return Range("id", self._prefixed(where.low), self._prefixed(where.high))
+    def _translate(self, leaf: Leaf) -> Leaf:
+        """The client's condition in terms of what is stored: ids prefixed, the server's own fields refused."""
+        if leaf.name in OWN_FIELDS:
+            raise InputError(f"{leaf.name!r} is no field of an item; the server keeps it for itself")
+        if leaf.name != "id":
+            return leaf
+        if isinstance(leaf, Eq):
+            return Eq("id", self._prefixed(leaf.value))
+        if isinstance(leaf, In):
+            return In("id", tuple(self._prefixed(value) for value in leaf.values))
+        if isinstance(leaf, Glob):
+            return Glob("id", self._prefix + leaf.pattern)
+        return Range("id", *map(self._prefixed, (leaf.low, leaf.high, leaf.above, leaf.below)))
 
     def _prefixed(self, value: T) -> T | str:
         return self._prefix + value if isinstance(value, str) else value
