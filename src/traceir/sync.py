@@ -6,13 +6,11 @@ cut off at any moment is simply repeated and goes on. A file whose stat is the o
 here or under another name, is not encoded. New items are durable before old ones go.
 
 Of a file that makes several items one is the mark: its stat is "" until all are there, and ends in `!` where some could not be
-made, which the note `failures` then tells.
+made, which `failures.py` remembers.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +21,8 @@ from typing import Final, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from traceir import __version__
 from traceir.errors import InputError
+from traceir.failures import keep_failures, read_failures
 from traceir.index.copy import Copied
 from traceir.index.filters import Eq, Range
 from traceir.index.store import Index, Stored
@@ -36,10 +34,6 @@ from traceir.roots import Root, Roots, is_below, settled_stat
 from traceir.search import EncoderLike
 from traceir.sources import FILE_FIELD, STAT_FIELD, Source, SourceBatch, readable_suffixes, sources_of_file
 
-FAILURES: Final = "failures"
-"""The note of an index that holds why files could not be read: JSON {readers, files: {path: [stat, [[location, reason]]]}}."""
-OPTIONAL: Final = ("pillow_heif", "rawpy", "pypdfium2", "av")
-"""What reads further kinds of files: once one is installed, files that failed are tried again."""
 MOST_LOST: Final = 100
 """So many files of a root may go without a question, and of a larger one half."""
 _SPARE_BYTES: Final = 256 * 2**20
@@ -139,7 +133,7 @@ class SyncRun:
         """Vectors of contents that this run has overwritten."""
         self.found: Counter[str] = Counter()
         """Contents that got a new id without being encoded, by their hashes."""
-        self.failures = _read_failures(index)
+        self.failures = read_failures(index)
 
     # Looking: the index is scanned once, the folders are walked once, and nothing is opened or written
 
@@ -266,7 +260,7 @@ class SyncRun:
             for start in range(0, len(gone), _AT_ONCE):
                 self._remove(gone[start : start + _AT_ONCE])
         finally:
-            _keep_failures(self.index, self.failures)
+            keep_failures(self.index, self.failures)
         return self.report
 
     def _batches(self) -> Iterator[tuple[list[tuple[FileState, Source]], list[FileState]]]:
@@ -432,29 +426,3 @@ def _is_settled(file: FileState) -> bool:
         return settled_stat(file.path) == file.stat
     except OSError:
         return False
-
-
-_Failures = dict[str, tuple[str, list[Failure]]]
-
-
-def _readers() -> str:
-    """What reads files here, which decides whether one that failed may be read now."""
-    return " ".join([__version__, *filter(importlib.util.find_spec, OPTIONAL)])
-
-
-def _read_failures(index: Index) -> _Failures:
-    """By path: stat and failures; none where other readers have made them, or they cannot be read."""
-    try:
-        kept = json.loads(index.note(FAILURES) or "{}")
-        if kept.get("readers") != _readers():
-            return {}
-        return {path: (str(stat), [Failure(*failure) for failure in failed]) for path, (stat, failed) in kept["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {}
-
-
-def _keep_failures(index: Index, failures: _Failures) -> None:
-    kept = {path: (stat, [(failure.location, failure.reason) for failure in failed]) for path, (stat, failed) in failures.items()}
-    text = json.dumps({"readers": _readers(), "files": kept}, sort_keys=True) if kept else ""
-    if text != (index.note(FAILURES) or ""):
-        index.keep_note(FAILURES, text)

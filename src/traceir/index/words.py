@@ -33,7 +33,7 @@ _PART: Final = re.compile(r'(?<!\S)(-?)"([^"]*)(?:"|$)|(?<!\S)(-?)([^\s"]+)|"([^
 _QUOTES: Final = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "−": "-"})
 _DIGITS: Final = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _HUMPS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
-_APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")  # noqa: RUF001
+_APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")
 
 
 @dataclass(frozen=True, slots=True)
