@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, takewhile
 from typing import Final
 
 from traceir import __version__
@@ -26,13 +26,13 @@ def read_failures(index: Index) -> Failures:
     """What was kept; without what other readers could not read, or what is damaged."""
     failures: Failures = {}
     readers = _readers()
-    for number in count():
-        if not (text := index.note(f"{NOTE}{number}")):
-            return failures
+    texts = (index.note(f"{NOTE}{number}") for number in count())
+    for text in takewhile(bool, texts):
         with suppress(ValueError, KeyError, TypeError, AttributeError):
-            kept = json.loads(text)
+            kept = json.loads(str(text))
             for path, (stat, failed) in kept["files"].items() if kept["readers"] == readers else ():
                 failures[path] = str(stat), [Failure(*failure) for failure in failed]
+    return failures
 
 
 def keep_failures(index: Index, failures: Mapping[str, tuple[str, Sequence[Failure]]]) -> None:
