@@ -108,13 +108,18 @@ def sync(
 
 
 def sync_paths(
-    paths: Iterable[str], index: Index, encoder: EncoderLike, *, batch: int = 64, progress: bool = False
+    paths: Iterable[str], index: Index, encoder: EncoderLike, *, batch: int = 64, whole: bool = False, progress: bool = False
 ) -> SyncReport:
-    """As `sync`, of single files and folders (absolute, links resolved) below the roots of the index, there or gone."""
+    """As `sync`, of files and folders (absolute, links resolved) below the roots of the index, whether they are there or gone.
+
+    Unless `whole`, only items of these paths are looked at: a copy of another file is encoded.
+    """
     roots = Roots.read(index)
     run = SyncRun(index, encoder, roots, batch, False)
-    run.look([path for path in paths if roots.of(path)], whole=False)
-    return run.carry_out(progress)
+    if scopes := [path for path in paths if roots.of(path) and not roots.is_hidden(path)]:
+        run.look(scopes, whole)
+        run.carry_out(progress)
+    return run.report
 
 
 class SyncRun:
