@@ -112,11 +112,12 @@ def stat_text(stat: os.stat_result) -> str:
 
 
 def settled_stat(path: str | Path) -> str:
-    """`stat_text` of a file; "" where it is so new that a change to come might leave its times as they are, or is not there."""
+    """`stat_text` of a file; its size alone where it is so new that a change to come might leave its times as they are; "" of none."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
         return ""
     step = COARSE_NS if stat.st_mtime_ns % 1_000_000_000 == 0 else FINE_NS
     now = time.time_ns()
-    return "" if any(0 <= now - then < step for then in (stat.st_mtime_ns, stat.st_ctime_ns)) else stat_text(stat)
+    is_new = any(0 <= now - then < step for then in (stat.st_mtime_ns, stat.st_ctime_ns))
+    return f"{stat.st_size}:" if is_new else stat_text(stat)

@@ -93,9 +93,8 @@ def sync(
     scopes = [os.path.realpath(folder) for folder in folders] or [root.folder for root in roots.all]
     if not scopes:
         raise InputError(f"index {index.info().uri} has no folder to be kept in step with; name one")
-    for folder, scope in zip(folders, scopes, strict=False):
-        if not os.path.isdir(scope) and not (allow_empty and roots.of(scope)):
-            raise InputError(f"{folder} is not a folder that is there; check its name, or mount its disk")
+    check_folders(folder for folder, scope in zip(folders, scopes, strict=False) if not (allow_empty and roots.of(scope)))
+    for scope in scopes if folders else ():
         roots = roots.with_folder(scope, prefix)
     run = SyncRun(index, encoder, roots, batch, allow_empty)
     run.look(scopes, whole=True)
@@ -105,6 +104,13 @@ def sync(
     run.carry_out(progress)
     run.forget_roots()
     return run.report
+
+
+def check_folders(folders: Iterable[str | os.PathLike[str]]) -> None:
+    """Raise InputError for what is no folder, or is not there."""
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise InputError(f"{folder} is not a folder that is there; check its name, or mount its disk")
 
 
 def sync_paths(

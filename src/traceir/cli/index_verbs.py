@@ -43,7 +43,7 @@ from traceir.records import Failure
 from traceir.roots import Roots
 from traceir.search import EncoderLike, Searcher
 from traceir.sources import FILE_FIELD, STAT_FIELD
-from traceir.sync import SyncReport, below
+from traceir.sync import SyncReport, below, check_folders
 from traceir.sync import sync as sync_index
 from traceir.watch import watch
 from traceir.world import World
@@ -131,7 +131,7 @@ class LateEncoder:
 
 def sync(args: argparse.Namespace) -> int:
     check_model_options(args)
-    ingest.check_paths([] if args.allow_empty else args.folders)
+    check_folders(() if args.allow_empty else args.folders)
     encoder = _encoder_of_index(args)
     options = {"batch": args.batch, "progress": shows_progress()}
     with open_index(args.index, encoder, create=True, dtype=args.store) as index:
@@ -300,7 +300,7 @@ def _is_missing(stored: Stored) -> bool:
 def _file_of(stored: Stored) -> str | None:
     """The path of the file that an item was made from, or of its image."""
     file = stored.fields.get(FILE_FIELD) or stored.image
-    return file if isinstance(file, str) and os.path.isabs(file) else None
+    return file if isinstance(file, str) and Path(file).is_absolute() else None
 
 
 def _described(stored: Stored) -> dict[str, Any]:
