@@ -112,7 +112,7 @@ def stat_text(stat: os.stat_result) -> str:
 
 
 def settled_stat(path: str | Path) -> str:
-    """`stat_text` of a file; its size alone where it is so new that a change to come might leave its times as they are; "" of none."""
+    """`stat_text` of a file; its size alone where it is so new that a change might leave its times as they are; "" of none."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from traceir.errors import InputError
 from traceir.failures import keep_failures, read_failures
 from traceir.index.copy import Copied
-from traceir.index.filters import Eq, Range
+from traceir.index.filters import Eq, Range, is_value
 from traceir.index.store import Index, Stored
 from traceir.ingest import AddReport, Processed, keep, process
 from traceir.items import Item, Vector
@@ -189,7 +189,7 @@ class SyncRun:
         return known
 
     def _scan_below(self, scopes: Sequence[str]) -> Iterator[Stored]:
-        for scope in scopes:
+        for scope in filter(is_value, scopes):  # where a name is not Unicode, no item has it
             yield from self.index.scan(Eq(FILE_FIELD, scope))
             yield from self.index.scan(below(scope))
 

@@ -199,16 +199,18 @@ def _absolute(path: str | None) -> str | None:
 
 def info(args: argparse.Namespace) -> int:
     with open_index(args.index) as index:
-        info = index.info()
+        info, roots = index.info(), Roots.read(index)
     if args.json:
-        print(json.dumps({**asdict(info), "count": info.count}))
+        print(json.dumps({**asdict(info), "count": info.count, "folders": [asdict(root) for root in roots.all]}))
         return 0
     counts = ", ".join(f"{info.counts[name]} {name}" for name in sorted(info.counts)) or "none"
     queries = ", ".join(f"{count} {name}" for name, count in info.background.items())
+    folders = ", ".join(root.folder + f" (ids from {root.prefix})" * bool(root.prefix) for root in roots.all)
     calibrated = f"calibrated with {queries} queries ({info.background_source})"
     for name, value in (
         ("index", info.uri),
         ("items", f"{info.count} ({counts})"),
+        ("in step with", folders or "no folder (`traceir index sync`)"),
         ("vectors", f"{info.dim} x {info.dtype}"),
         ("model", f"{info.fingerprint}, prompt version {info.prompt_version}"),
         (
