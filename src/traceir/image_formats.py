@@ -50,8 +50,8 @@ FORMATS: Final = {
     "GIF": Format((".gif",), "image/gif"),
     "BMP": Format((".bmp",), "image/bmp"),
     "TIFF": Format((".tif", ".tiff"), "image/tiff"),
-    "HEIF": Format((".heic", ".heif", ".hif"), "image/heic"),
-    "AVIF": Format((".avif",), "image/avif"),
+    "HEIF": Format((".heic", ".heif", ".hif", ".heics", ".heifs"), "image/heic"),
+    "AVIF": Format((".avif", ".avifs"), "image/avif"),
 }
 _OF_PILLOW: Final = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _HEIF_BRANDS: Final = frozenset(

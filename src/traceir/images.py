@@ -55,7 +55,7 @@ _UPRIGHT: Final = {
 _TOO_LARGE: Final = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DECODER_ERRORS: Final = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, NotImplementedError),
-    *(AttributeError, struct.error, zlib.error, *_TOO_LARGE),
+    *(AttributeError, RuntimeError, struct.error, zlib.error, *_TOO_LARGE),
 )
 """What Pillow's decoders raise on damaged input; OSError includes UnidentifiedImageError."""
 
@@ -216,7 +216,8 @@ class ImageInput:
             _check_size(self._image.size, self._label, limits)
             return self._image.copy()
         if self._part is not None:
-            self._remember(self._part.key)
+            if self._sha256 is not None:
+                self._remember(self._part.key)
             return self._drawn(self._part, shrink_to, limits)
         data = self._picture(limits, hashed=True)
         with _opened(data, self._label, limits) as (image, block):

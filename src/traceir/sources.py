@@ -24,9 +24,9 @@ from traceir.media.pdf import page_text, read_document
 from traceir.media.video import SUFFIXES as FILM_SUFFIXES
 from traceir.media.video import read_film
 from traceir.passages import passages
-from traceir.records import LINES_SUFFIXES as LINES_SUFFIXES
-from traceir.records import MAX_TEXT_BYTES as MAX_TEXT_BYTES
-from traceir.records import TABLE_SUFFIXES, TEXT_NAMES, Failure, FileRecord, Note, other_encoding, read_records, text_or_none
+from traceir.records import LINES_SUFFIXES, TABLE_SUFFIXES, TEXT_NAMES, FileRecord, other_encoding, read_records, text_or_none
+from traceir.records import Failure as Failure
+from traceir.records import Note as Note
 from traceir.roots import file_path, settled_stat
 
 TEXT_SUFFIXES: Final = frozenset({".txt", ".md"})
@@ -80,7 +80,7 @@ class Source:
             return _item_of_record(self, self.record, image)
         if self.kind == "text":
             return self._item_of(self.text, None), ()
-        path = self.path.resolve()
+        path = os.path.realpath(self.path)
         return self._item_of(self._page_text(), ImageInput.open(f"{path}#{self.part}" if self.part else path)), ()
 
     def without_image(self, error: ImageError) -> tuple[Item, tuple[Note, ...]]:
@@ -243,7 +243,8 @@ def _check_image(path: Path) -> None:
 
 def _pages(path: Path, id: str) -> Iterator[Source]:
     document = read_document(path)
-    stated = {name: value for name, value in (("title", document.title), ("date", document.date)) if value}
+    stated: dict[str, Value] = {"title": document.title} if document.title else {}
+    stated |= {"date": document.date} if document.date else {}
     for page in range(1, document.pages + 1):
         part = FilePart(path, page=page)
         fields = {**stated, "page": page, "pages": document.pages}

@@ -10,6 +10,7 @@ import html
 import math
 import re
 import struct
+import warnings
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Final
@@ -27,6 +28,8 @@ _XMP_PLACE: Final = tuple(re.compile(_XMP_FORM.format(name)) for name in ("City"
 _MAX_XMP: Final = 256 * 1024
 _WRONG: Final = (*(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError), struct.error)
 """What Pillow raises on damaged metadata."""
+
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # of damaged metadata, which are left out
 
 
 def image_fields(image: Image.Image, exif: Image.Exif | None = None) -> Fields:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import re
@@ -14,7 +15,7 @@ from typing import Any, Final
 from PIL import Image
 
 from traceir.errors import ImageError
-from traceir.media.file import package, version_of
+from traceir.media.file import Version, package, version_of
 from traceir.media.metadata import date_of
 
 PAGE_PIXELS: Final = 1_500_000
@@ -25,6 +26,8 @@ MAX_TEXT: Final = 20_000
 _NO_PASSWORD: Final = 4  # FPDF_ERR_PASSWORD
 _LOCK: Final = Lock()
 """PDFium is not thread-safe."""
+_OPEN: Final[dict[tuple[Path, Version], Any]] = {}
+"""The document that was read last."""
 _BROKEN_WORD = re.compile("[\ufffe\x02-]\r?\n(?=[a-z\u00df-\u00ff])")
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ufffe\uffff]+")
 
@@ -77,7 +80,8 @@ def draw_page(path: Path, page: int, shrink_to: int | None = None) -> Image.Imag
             scale = min(scale, (shrink_to + 1) / min(shown.get_size()))
         bitmap = shown.render(scale=scale)
         try:
-            return bitmap.to_pil().convert("RGB")
+            image: Image.Image = bitmap.to_pil().convert("RGB")
+            return image
         finally:
             bitmap.close()
 
@@ -107,18 +111,26 @@ def _page(path: Path, number: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    version_of(path)
+    """The document, which stays open until another one is asked for: finding page 5,000 of many is slow the first time."""
+    version = version_of(path)
     pdfium = package("pypdfium2", f"{path}")
     with _LOCK:
         try:
-            document = pdfium.PdfDocument(path)
-            try:
-                yield document
-            finally:
-                document.close()
+            if (path, version) not in _OPEN:
+                _close()
+                _OPEN[path, version] = document = pdfium.PdfDocument(path.absolute())
+                document.init_forms()  # what is filled in is drawn, too
+                atexit.unregister(_close)
+                atexit.register(_close)
+            yield _OPEN[path, version]
         except pdfium.PdfiumError as error:
             if getattr(error, "err_code", None) == _NO_PASSWORD:
                 raise ImageError(f"{path} is encrypted; save it without its password") from error
             raise ImageError(f"{path} is damaged or has no pages: {error}; save it anew") from error
         except OSError as error:
             raise ImageError(f"{path} cannot be read: {error}; check its rights") from error
+
+
+def _close() -> None:
+    while _OPEN:
+        _OPEN.popitem()[1].close()

@@ -48,7 +48,7 @@ def preview(data: bytes, label: str, pixels: int) -> bytes:
                 return _bmp(raw.postprocess(half_size=True, use_camera_wb=True))
     except rawpy.LibRawFileUnsupportedError:
         return data
-    except (rawpy.LibRawError, rawpy.NotSupportedError, ValueError, MemoryError) as error:
+    except (rawpy.LibRawError, rawpy.NotSupportedError, ValueError, TypeError, MemoryError) as error:
         why = error.args[0].decode(errors="replace") if error.args and isinstance(error.args[0], bytes) else error
         raise ImageError(f"{label} is damaged, or no raw photograph that LibRaw reads: {why}; convert it to JPEG") from error
 
@@ -67,7 +67,7 @@ def _thumbnail(rawpy: Any, raw: Any) -> bytes:
             if orientation == 1 or is_turned or ("exif" in image.info and image.getexif().get(_ORIENTATION)):
                 return bytes(found.data)
             return _with_orientation(bytes(found.data), orientation)
-    except (rawpy.LibRawError, OSError, SyntaxError, ValueError, LookupError, struct.error):
+    except (rawpy.LibRawError, OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
         return b""
 
 
@@ -79,5 +79,5 @@ def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
 
 def _bmp(pixels: Any) -> bytes:
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "BMP")
+    Image.fromarray(pixels.squeeze()).save(buffer, "BMP")
     return buffer.getvalue()

@@ -18,7 +18,7 @@ from traceir.errors import ImageError
 from traceir.media.file import Version, package, readable, version_of
 from traceir.media.metadata import film_fields
 
-SUFFIXES: Final = frozenset(".3g2 .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .ts .webm .wmv".split())
+SUFFIXES: Final = frozenset(".3g2 .3gp .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .ogv .webm .wmv".split())
 LEAST_STEP: Final = 5.0
 """Seconds between two keyframes that are taken, at least."""
 MOST_FRAMES: Final = 200
@@ -53,8 +53,8 @@ def _read_film(path: Path, version: Version) -> Film:
         seconds: list[float] = []
         shown: npt.NDArray[np.int16] | None = None
         fields: dict[str, str | int | float] = {}
-        for frame in _frames(container, stream):
-            if frame.time is None or (seconds and frame.time < seconds[-1] + step):
+        for frame, second in _frames(container, stream):
+            if seconds and second < seconds[-1] + step:
                 continue
             if not fields:
                 width, height = _upright_size(frame)
@@ -62,7 +62,7 @@ def _read_film(path: Path, version: Version) -> Film:
             small = np.asarray(frame.reformat(16, 16, "gray").to_ndarray(), dtype=np.int16)
             if shown is not None and np.abs(small - shown).mean() < SAME:
                 continue
-            seconds, shown = [*seconds, max(0.0, float(frame.time))], small
+            seconds, shown = [*seconds, max(0.0, second)], small
             if len(seconds) > MOST_FRAMES:
                 step *= 2
                 seconds = _thinned(seconds, step)
@@ -76,7 +76,7 @@ def draw_frame(path: Path, second: float, pixels: int) -> Image.Image:
     for earlier in (0.0, 10.0, math.inf):  # seconds, since some containers are not sought exactly
         with _opened(path, pixels) as (container, stream):
             if second > earlier:
-                container.seek(int((second - earlier + _SLACK) / stream.time_base), stream=stream)
+                container.seek(int((second + _start_of(stream) - earlier + _SLACK) / stream.time_base), stream=stream)
             frame = _frame_at(container, stream, second)
             if frame is not None:
                 image: Image.Image = frame.to_image()
@@ -85,19 +85,19 @@ def draw_frame(path: Path, second: float, pixels: int) -> Image.Image:
 
 
 def frame_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright frames."""
-    fields = read_film(path).fields
-    return int(fields["width"]), int(fields["height"])
+    """Width and height of the frames as the header says, whatever their rotation."""
+    with _opened(path) as (_, stream):
+        return stream.width, stream.height
 
 
 def _frame_at(container: Any, stream: Any, second: float) -> Any:
     """The last frame that starts by then; None where the first one that is read starts later."""
     last = None
-    for frame in _frames(container, stream):
-        if frame.time is not None and frame.time > second + _SLACK:
+    for frame, shown_at in _frames(container, stream):
+        if shown_at > second + _SLACK:
             break
         last = frame
-        if frame.time is not None and frame.time >= second - _SLACK:
+        if shown_at >= second - _SLACK:
             break
     return last
 
@@ -114,11 +114,17 @@ def _upright_size(frame: Any) -> tuple[int, int]:
     return (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
 
 
-def _frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames that can be decoded; damaged packets are passed over, and a file that breaks off ends there."""
+def _start_of(stream: Any) -> float:
+    """Seconds that the stream's own clock shows at its first frame."""
+    return float((stream.start_time or 0) * stream.time_base)
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, float]]:
+    """Frames that can be decoded, and when they are shown, in seconds from the start; damaged packets are passed over, and a
+    file that breaks off ends there."""
     av = package("av", "a film")
     only_keys = stream.codec_context.skip_frame == "NONKEY"
-    packets = container.demux(stream)
+    packets, start = container.demux(stream), _start_of(stream)
     while True:
         try:
             packet = next(packets, None)
@@ -129,7 +135,7 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
         if only_keys and packet.size and not packet.is_keyframe:
             continue
         with contextlib.suppress(av.FFmpegError):
-            yield from packet.decode()
+            yield from ((frame, float(frame.time) - start) for frame in packet.decode() if frame.time is not None)
 
 
 @contextlib.contextmanager
@@ -140,17 +146,17 @@ def _opened(path: Path, pixels: int = MAX_PIXELS) -> Iterator[tuple[Any, Any]]:
     with readable(path), path.open("rb") as file:
         try:
             with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
-                if not container.streams.video:
-                    raise ImageError(f"{path} holds no pictures; only these are read of films")
-                stream = container.streams.video[0]
+                stream = next((stream for stream in container.streams.video if stream.codec_context is not None), None)
+                if stream is None:
+                    raise ImageError(f"{path} holds no pictures that can be decoded; only these are read of films")
                 if stream.width * stream.height > pixels:
                     raise ImageError(
                         f"{path} has {stream.width} x {stream.height} pixels, more than the limit of {pixels}; shrink it"
                     )
                 yield container, stream
-        except (av.FFmpegError, ValueError, LookupError, NotImplementedError) as error:
-            if isinstance(error, ImageError):
-                raise
+        except ImageError:
+            raise
+        except (av.FFmpegError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise ImageError(
                 f"{path} is no film that can be read: {getattr(error, 'strerror', None) or error}; save it anew"
             ) from error
