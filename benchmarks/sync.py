@@ -6,10 +6,10 @@
 Pictures of 16x16 random pixels (PNG, seed 0), 1,000 a folder. First sync, second sync, then one after 1,000 renames, 1,000
 deletions and 1,000 changes (a hundredth of the files each, where there are fewer), each in seconds of wall and CPU of this
 process, and as a ratio to an `os.scandir` walk with the stat of every file, timed right after it. Then a process that syncs over
-and over is killed `--kills` times at random moments while files are added, changed, renamed, exchanged and deleted. After every
-tenth kill one sync runs to its end, and the index must equal the folder: the same ids, paths and content hashes, and the vectors
-that a fresh index would hold. The encoder is by default a stand-in that makes a vector of the content's hash, so that what is
-measured is `sync`: the bundled model would take hours for 100,000 pictures.
+and over is killed `--kills` times, every other one soon after its first write, while files are added, changed, renamed, exchanged
+and deleted. After every tenth kill one sync runs to its end, and the index must equal the folder: the same ids, paths and content
+hashes, and the vectors that a fresh index would hold. The encoder is by default a stand-in that makes a vector of the content's
+hash, so that what is measured is `sync`: the bundled model would take hours for 100,000 pictures.
 """
 
 from __future__ import annotations
@@ -185,28 +185,42 @@ def measure(pictures: Pictures, index: Path, encoder: EncoderLike) -> list[dict[
     return rows
 
 
-def kill(pictures: Pictures, index: Path, encoder: EncoderLike, kills: int) -> tuple[int, list[str]]:
-    """How many files were touched between and during the runs, and how the index differed, if it ever did."""
-    touched, wrong = 0, list[str]()
+def kill(pictures: Pictures, index: Path, encoder: EncoderLike, kills: int) -> tuple[int, int, list[str]]:
+    """Changes to files before and during the runs, runs killed after they had begun to write, and how the index differed."""
+    touched = at_work = 0
+    wrong: list[str] = []
+    log = index / "index.sqlite-wal"
     command = [sys.executable, "-m", "benchmarks.sync", "--again", str(pictures.folder), str(index)]
+
+    def written() -> float:
+        return log.stat().st_mtime if log.exists() else 0.0
+
     for number in range(1, kills + 1):
         for _ in range(200):
             pictures.disturb()
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             child.stdout.readline()
-            end = time.monotonic() + pictures.draw.uniform(0.0, 6.0)
+            before, end = written(), time.monotonic() + pictures.draw.uniform(0.0, 12.0)
+            if number % 2:  # at work, after its first write
+                while written() == before and time.monotonic() < end + 60:
+                    time.sleep(0.002)
+                end = time.monotonic() + pictures.draw.uniform(0.0, 0.5)
             while time.monotonic() < end:
                 pictures.disturb()
                 touched += 1
                 time.sleep(0.002)
             child.kill()
+        at_work += written() != before
         touched += 200
         if number % 10 == 0 or number == kills:
             run_sync(pictures.folder, index, encoder)
             wrong += differences(pictures.folder, index, encoder)
-            print(f"killed {number} times, {touched} changes, {len(wrong)} differences {wrong[:3]}", flush=True)
-    return touched, wrong
+            print(
+                f"killed {number} times, {at_work} after writes, {touched} changes, {len(wrong)} differences {wrong[:3]}",
+                flush=True,
+            )
+    return touched, at_work, wrong
 
 
 def again(folder: Path, index: Path) -> None:
@@ -256,11 +270,11 @@ def main() -> int:
         wrong = differences(pictures.folder, index, encoder)
         outcome = f"After these runs the index equals the folder: {'no' if wrong else 'yes'}."
         if options.kills:
-            touched, more = kill(pictures, index, encoder, options.kills)
+            touched, at_work, more = kill(pictures, index, encoder, options.kills)
             wrong += more
             outcome += (
-                f" Killed {options.kills} times by SIGKILL, at random moments of runs, with {touched:,} changes to files before "
-                f"and during them: {len(more)} items lost, doubled or stale of {len(pictures.files):,}."
+                f" Killed {options.kills} times by SIGKILL, {at_work} of them between the writes of a run, with "
+                f"{touched:,} changes to files before and during the runs: {len(more)} items lost, doubled or stale of {len(pictures.files):,}."
             )
     finally:
         shutil.rmtree(work, ignore_errors=True)

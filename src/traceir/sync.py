@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -278,7 +279,9 @@ class SyncRun:
         """Sources with their files, `batch` at a time, and the files that are complete with them."""
         sources: list[tuple[FileState, Source]] = []
         finished: list[FileState] = []
-        for file in self.todo:
+        for number, file in enumerate(self.todo):
+            if number % self.batch == 0:
+                _read_ahead(self.todo[number + self.batch : number + 2 * self.batch])
             for outcome in sources_of_file(Path(file.path), file.id):
                 if len(sources) == self.batch:
                     yield sources, finished
@@ -427,6 +430,17 @@ def _is_there(path: str) -> bool:
         return False
     except OSError:
         return True
+
+
+def _read_ahead(files: Sequence[FileState]) -> None:
+    """Tell the system, where it can be told, that these files are read next, which it may do while the encoder works."""
+    for file in files:
+        with suppress(OSError, AttributeError):
+            descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
 
 def _is_settled(file: FileState) -> bool:
