@@ -273,8 +273,8 @@ def main() -> int:
             touched, at_work, more = kill(pictures, index, encoder, options.kills)
             wrong += more
             outcome += (
-                f" Killed {options.kills} times by SIGKILL, {at_work} of them between the writes of a run, with "
-                f"{touched:,} changes to files before and during the runs: {len(more)} items lost, doubled or stale of {len(pictures.files):,}."
+                f" Killed {options.kills} times by SIGKILL, {at_work} of them between the writes of a run, with {touched:,} "
+                f"changes to files before and during them: {len(more)} of {len(pictures.files):,} items lost, doubled or stale."
             )
     finally:
         shutil.rmtree(work, ignore_errors=True)

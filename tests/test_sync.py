@@ -140,6 +140,15 @@ def test_every_change_to_a_folder_is_followed_and_nothing_known_is_encoded_again
     into.check()
 
 
+def test_a_vector_that_is_not_there_any_more_is_made_again(into: Syncing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync_module, "_SPARE_BYTES", 0)  # vectors that are overwritten are not kept for those to come
+    one, other, aside = paint(into.folder / "a.png", 1), paint(into.folder / "b.png", 2), into.folder / "aside"
+    into()
+    one.rename(aside), other.rename(one), aside.rename(other)
+    assert into.counts(batch=1) == {"updated": 2, "encoded": 1}
+    into.check()
+
+
 def test_a_run_that_finds_nothing_to_do_opens_no_file_and_writes_nothing(
     into: Syncing, old: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,16 +1,17 @@
-# ruff: noqa: PTH113, PTH116, PTH122 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH113, PTH116, PTH122, PTH208 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """What lies in a folder: the files that are read there and their stats, found without opening any."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from traceir.index.sqlite import FILE_NAME
 from traceir.records import Failure, Note
-from traceir.roots import stat_text
+from traceir.roots import is_below, stat_text
 from traceir.sources import readable_suffixes
 
 
@@ -80,3 +81,34 @@ def _take(entries: list[os.DirEntry[str]], listing: FolderListing, suffixes: fro
                 listing.stats[entry.path] = ""
         except OSError as error:
             listing.unknown[entry.path] = Failure(entry.path, f"it cannot be looked at: {error.strerror}; check its rights")
+
+
+def outermost(paths: Iterable[str]) -> list[str]:
+    """The paths without those below another."""
+    kept: list[str] = []
+    for path in sorted(set(paths), key=lambda path: (len(path), path)):
+        if not any(is_below(path, other) for other in kept):
+            kept.append(path)
+    return kept
+
+
+def is_there(path: str) -> bool:
+    """Whether a file of exactly this name is there, also where case does not count."""
+    folder, name = os.path.split(path)
+    try:
+        return name in os.listdir(folder)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
+def read_ahead(paths: Iterable[str]) -> None:
+    """Tell the system, where it can be told, that these files are read next, which it may do while the encoder works."""
+    for path in paths:
+        with suppress(OSError, AttributeError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)

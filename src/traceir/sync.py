@@ -1,4 +1,4 @@
-# ruff: noqa: PTH112, PTH118, PTH122, PTH123, PTH208 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
+# ruff: noqa: PTH112, PTH118, PTH122, PTH123 - paths are texts here: to make a Path of each would take most of a run that finds nothing to do
 """An index kept in step with folders: new, changed, renamed and deleted files.
 
 What is known of a file stands in its items alone: its path (`_file`) and its stat when it was read (`_stat`), so a run that was
@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -29,7 +28,7 @@ from traceir.index.filters import Eq, Range, is_value
 from traceir.index.store import Index, Stored
 from traceir.ingest import AddReport, Processed, keep, process
 from traceir.items import Item, Vector
-from traceir.listing import list_files
+from traceir.listing import is_there, list_files, outermost, read_ahead
 from traceir.records import Failure, Note
 from traceir.roots import Root, Roots, is_below, settled_stat
 from traceir.search import EncoderLike
@@ -151,7 +150,7 @@ class SyncRun:
 
     def look(self, scopes: Sequence[str], whole: bool) -> None:
         """`whole`: all items are scanned, so that a copy of any file is known; otherwise those below the scopes."""
-        scopes = list(self._present(_outermost(scopes)))
+        scopes = list(self._present(outermost(scopes)))
         listings = [list_files(scope) for scope in scopes if not self.roots.is_hidden(scope)]
         stats = {path: stat for listing in listings for path, stat in listing.stats.items()}
         unknown = {path: failure for listing in listings for path, failure in listing.unknown.items()}
@@ -268,7 +267,7 @@ class SyncRun:
                     for file in finished:
                         self._finish(file)
                     bar.update(len(finished))
-            gone = [(path, item) for path, items in self.gone.items() if not _is_there(path) for item in items]
+            gone = [(path, item) for path, items in self.gone.items() if not is_there(path) for item in items]
             for start in range(0, len(gone), _AT_ONCE):
                 self._remove(gone[start : start + _AT_ONCE])
         finally:
@@ -281,7 +280,7 @@ class SyncRun:
         finished: list[FileState] = []
         for number, file in enumerate(self.todo):
             if number % self.batch == 0:
-                _read_ahead(self.todo[number + self.batch : number + 2 * self.batch])
+                read_ahead(file.path for file in self.todo[number + self.batch : number + 2 * self.batch])
             for outcome in sources_of_file(Path(file.path), file.id):
                 if len(sources) == self.batch:
                     yield sources, finished
@@ -407,40 +406,9 @@ def _state_of(stored: Stored) -> tuple[str, str]:
     return path if isinstance(path, str) else "", stat if isinstance(stat, str) else ""
 
 
-def _outermost(paths: Iterable[str]) -> list[str]:
-    """The paths without those below another."""
-    kept: list[str] = []
-    for path in sorted(set(paths), key=lambda path: (len(path), path)):
-        if not any(is_below(path, other) for other in kept):
-            kept.append(path)
-    return kept
-
-
 def _clash(file: FileState, holder: str) -> str:
     remedy = "give one folder a prefix of its own, by `traceir index sync FOLDER --prefix NAME`"
     return f"{file.path} has the id {file.id!r}, which already belongs to {holder}; {remedy}"
-
-
-def _is_there(path: str) -> bool:
-    """Whether a file of exactly this name is there, also where case does not count."""
-    folder, name = os.path.split(path)
-    try:
-        return name in os.listdir(folder)
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-
-
-def _read_ahead(files: Sequence[FileState]) -> None:
-    """Tell the system, where it can be told, that these files are read next, which it may do while the encoder works."""
-    for file in files:
-        with suppress(OSError, AttributeError):
-            descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
 
 
 def _is_settled(file: FileState) -> bool:
