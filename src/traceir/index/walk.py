@@ -4,7 +4,7 @@ The primary key of the table `fields` is (name, kind, value, n), so items lie th
 walk takes them from there group by group of equal values, orders a group by id and drops what the filter does not pass, until
 the page is full. A large group is walked by id instead, and so are items without a value. A filter that lets few items pass is
 not walked through: all that pass are gathered by it and sorted. Few is the square root of page times items, where a walk and a
-gathering look at equally many rows; a walk that has looked at twice as many gives up and gathers.
+gathering look at equally many rows; a walk that has looked at more gives up and gathers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from traceir.items import MODALITIES
 
 _MOST_ROWS: Final = 8_192
 """At a time."""
-_PATIENCE: Final = 2
+_PATIENCE: Final = 1
 _OF_ROW: Final = "SELECT 1 FROM fields f INDEXED BY fields_n WHERE f.n = i.n AND f.name = ?"
 Condition = tuple[str, Sequence[Scalar]]
 Bounds = Sequence[tuple[Scalar, str]]
@@ -87,6 +87,8 @@ class _Walk:
         self._connection, self._page, self._few = connection, page, few
         self._filter = compile_filter(where, row_by_row=True)
         self._bounds = _bounds_on(where, page.name)
+        self._no_list = _no_list(connection, page.name)
+        self._most_rows = max(page.limit + 2, min(few, _MOST_ROWS))
         self.numbers: list[int] = []
         self.looked_at = 0
 
@@ -124,7 +126,7 @@ class _Walk:
             if not is_end:  # the last group may go on
                 value = part[-1][0]
                 if len(groups) == 1 and (rows := self._count(kind, value) + 1) > self._few:
-                    no_list, names = self._no_list()
+                    no_list, names = self._no_list
                     own = "EXISTS (SELECT 1 FROM fields f WHERE f.name = ? AND f.kind = ? AND f.value = ? AND f.n = i.n)"
                     condition = f"{own} AND {no_list}", [page.name, kind, value, *names]
                     yield from self._by_id(condition, last_id if value == last else None)
@@ -133,7 +135,7 @@ class _Walk:
                 first = [(value, "<=" if page.descending else ">=")]
                 if len(groups) > 1:
                     del groups[value]
-                    rows = min(4 * rows, max(_MOST_ROWS, page.limit + 2))
+                    rows = min(4 * rows, self._most_rows)
                 else:
                     continue
             for value, members in groups.items():
@@ -146,7 +148,7 @@ class _Walk:
         order = "DESC" if self._page.descending else ""
         bounds = [*((self._bounds or {}).get(kind, ())), *first]
         test = "".join(f" AND value {own} ?" for _, own in bounds)
-        (no_list, names), (condition, values) = self._no_list(), self._filter
+        (no_list, names), (condition, values) = self._no_list, self._filter
         statement = (
             f"SELECT v.value, i.id, v.n, ({no_list}) AND ({condition}) FROM (SELECT value, n FROM fields "
             f"WHERE name = ? AND kind = ?{test} ORDER BY value {order} LIMIT ?) v "
@@ -162,7 +164,7 @@ class _Walk:
         return read_number(self._connection, statement, [self._page.name, kind, value, self._few + 1])
 
     def _without_value(self) -> Iterator[list[int]]:
-        page, has_lists = self._page, self._has_lists()
+        page, has_lists = self._page, _has_lists(self._connection, self._page.name)
         if not has_lists:
             count = read_number(self._connection, "SELECT count(*) FROM fields WHERE name = ?", [page.name])
             if count == read_number(self._connection, "SELECT count(*) FROM items"):
@@ -186,14 +188,17 @@ class _Walk:
             yield [n for n, _, passes in part if passes]
             if len(part) < rows:
                 return
-            after, rows = part[-1][1], min(4 * rows, max(_MOST_ROWS, self._page.limit + 2))
+            after, rows = part[-1][1], min(4 * rows, self._most_rows)
 
-    def _no_list(self) -> Condition:
-        return (f"NOT EXISTS ({_OF_ROW} AND f.kind = 'list')", [self._page.name]) if self._has_lists() else ("1", ())
 
-    def _has_lists(self) -> bool:
-        statement = "SELECT EXISTS (SELECT 1 FROM fields WHERE name = ? AND kind = 'list')"
-        return bool(read_number(self._connection, statement, [self._page.name]))
+def _no_list(connection: sqlite3.Connection, name: str) -> Condition:
+    """That the field is no list, which has no place in an order."""
+    return (f"NOT EXISTS ({_OF_ROW} AND f.kind = 'list')", [name]) if _has_lists(connection, name) else ("1", ())
+
+
+def _has_lists(connection: sqlite3.Connection, name: str) -> bool:
+    statement = "SELECT EXISTS (SELECT 1 FROM fields WHERE name = ? AND kind = 'list')"
+    return bool(read_number(connection, statement, [name]))
 
 
 def _bounds_on(where: Filter | None, name: str) -> dict[Kind, Bounds] | None:
@@ -210,11 +215,9 @@ def _gather(connection: sqlite3.Connection, where: Filter | None, page: Page) ->
     condition, values = compile_filter(where)
     join, kind, value, names = "", "'text'", f"i.{page.name}", list[Scalar]()
     if page.name not in OWN_NAMES:
-        join = (
-            "LEFT JOIN fields f INDEXED BY fields_n ON f.n = i.n AND f.name = ? AND f.kind <> 'list' AND NOT EXISTS "
-            "(SELECT 1 FROM fields l INDEXED BY fields_n WHERE l.n = i.n AND l.name = ? AND l.kind = 'list')"
-        )
-        kind, value, names = "f.kind", "f.value", [page.name, page.name]
+        no_list, own = _no_list(connection, page.name)
+        join = f"LEFT JOIN fields v INDEXED BY fields_n ON v.n = i.n AND v.name = ? AND v.kind <> 'list' AND {no_list}"
+        kind, value, names = "v.kind", "v.value", [page.name, *own]
     behind, position = "1", list[Scalar]()
     if page.after is not None and page.after[0] is None:
         behind, position = f"{kind} IS NULL AND i.id > ?", [page.after[1]]

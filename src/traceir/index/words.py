@@ -20,7 +20,8 @@ from traceir.index.filters import shown, values_of
 from traceir.items import Value
 
 MAX_TERMS: Final = 64
-"""Words and phrases of a query that are looked for; further ones are ignored."""
+MAX_QUERY: Final = 4_096
+"""So many words and phrases, and characters, of a query are looked for; what is further on is ignored."""
 _MAX_LENGTH: Final = 64
 _ASCII_WORD: Final = re.compile("[a-z0-9]+")
 _KANA_AND_HAN: Final = "\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -33,6 +34,7 @@ _PART: Final = re.compile(r'(?<![^\s(])(-?)(?:"([^"]*)"|([^\s"]+))|([^\s"]+)')
 _QUOTES: Final = str.maketrans({"“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "−": "-"})
 _DIGITS: Final = re.compile(r"(?<=[^\W\d_])(?=\d)|(?<=\d)(?=[^\W\d_])")
 _HUMPS: Final = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_IN_PARTS: Final = re.compile(f"{_DIGITS.pattern}|{_HUMPS.pattern}")
 _APART: Final = re.compile(r"[,;:/\\|()\[\]{}!?，、。；：（）！？・]+")
 
 
@@ -77,12 +79,12 @@ def parse_words(text: str) -> KeywordQuery:
     if not isinstance(text, str):
         raise InputError(f"the words to look for are {shown(text)}; give a text")
     wanted, required, without = list[Term](), list[Term](), list[Term]()
-    for match in _PART.finditer(text.translate(_QUOTES)):
+    for match in _PART.finditer(text[:MAX_QUERY].translate(_QUOTES)):
         is_without, is_phrase = bool(match[1]), match[2] is not None
         part = match[2] or match[3] or match[4] or ""
         for own in [part] if is_phrase or is_without else _APART.split(part):
             if words := tuple(cut_words(own)):
-                whole = Term(words, own.endswith("*") and not is_phrase)
+                whole = Term(words, own.endswith("*") and not is_phrase and len(words[-1]) > 1)
                 if is_phrase or is_without:
                     (without if is_without else required).append(whole)
                 else:
@@ -121,7 +123,7 @@ def name_words(text: str) -> list[str]:
     `beachParty2024` is beachparty2024, and also beachparty, 2024, beach and party.
     """
     parts: list[str] = []
-    for word in re.findall(r"[^\W_]+", text):
+    for word in filter(_IN_PARTS.search, re.findall(r"[^\W_]+", text)):
         for cut in (own := _DIGITS.split(word), [part for piece in own for part in _HUMPS.split(piece)]):
             parts += cut if len(cut) > 1 and cut != parts[-len(cut) :] else []
     return cut_words(text) + cut_words(" ".join(parts))

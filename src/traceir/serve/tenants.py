@@ -92,11 +92,7 @@ class TenantIndex:
     def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
         if sort.removeprefix("-") in OWN_FIELDS:
             raise InputError(f"{sort!r} is no field of an item; the server keeps it for itself")
-        behind = (
-            None
-            if after is None
-            else (self._prefixed(after[0]) if sort.removeprefix("-") == "id" else after[0], self._prefix + after[1])
-        )
+        behind = None if after is None else (after[0], self._prefix + after[1])
         return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=behind, limit=limit)))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
