@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiffs import encode
 
-from benchmarks.files import dng, encrypted_pdf, exif, file_of, film, make, pdf, picture
+from benchmarks.files import dng, encrypted_pdf, exif, film, make, pdf, picture, saved
 from traceir.errors import ImageError
 from traceir.images import ImageInput, ImageLimits
 from traceir.index import open_index
@@ -27,6 +27,7 @@ from traceir.items import Item
 from traceir.media import pdf as pdf_module
 from traceir.media import raw, video
 from traceir.media.metadata import film_fields, image_fields
+from traceir.media.part import file_of
 from traceir.roots import settled_stat
 from traceir.serve.uploads import LIMITS, UploadValidator, as_jpeg, image_in_folders, without_paths
 from traceir.sources import FILE_FIELD, STAT_FIELD, Failure, Source, find_sources, readable_suffixes, sources_of_file
@@ -68,7 +69,7 @@ def added(folder: Path, *paths: Path) -> tuple[AddReport, FakeEncoder, dict[str,
 def turned(name: str) -> bytes:
     if name.endswith(".dng"):
         return dng(preview=picture(1, 960, 720), orientation=6)
-    return file_of(picture(1), {".heic": "HEIF", ".avif": "AVIF", ".jpg": "HEIF"}[Path(name).suffix], exif=exif(6))
+    return saved(picture(1), {".heic": "HEIF", ".avif": "AVIF", ".jpg": "HEIF"}[Path(name).suffix], exif=exif(6))
 
 
 @pytest.mark.parametrize("name", ["a.heic", "a.avif", "a.dng", "heic-called.jpg"])
@@ -99,7 +100,7 @@ def test_ten_bits_sequences_and_what_phones_append() -> None:
     assert distance(ImageInput.from_bytes(buffer.getvalue()).load(), picture(1, *SMALL)) < 3
     for format in ("HEIF", "AVIF"):
         options: dict[str, Any] = {"save_all": True, "append_images": [picture(200, *SMALL)]}
-        data = file_of(picture(1, *SMALL), format, **(options if format == "AVIF" else {}))
+        data = saved(picture(1, *SMALL), format, **(options if format == "AVIF" else {}))
         for trailer in (b"", b"\0\0\0\x10sefdSEFT\0\0\0\0", b"SEFT of a phone"):
             assert distance(ImageInput.from_bytes(data + trailer).load(), picture(1, *SMALL)) < 4
         for cut in (data[:-9], data[:300], data[:20]):
@@ -112,9 +113,9 @@ def test_uploads_may_be_heic_and_not_raw() -> None:
         return asyncio.run(UploadValidator(limits).check_bytes(data, "image"))
 
     for format in ("HEIF", "AVIF"):
-        assert check(file_of(picture(), format)).size() == (320, 240)
+        assert check(saved(picture(), format)).size() == (320, 240)
         with pytest.raises(ImageError, match="more than the limit of 76799"):
-            check(file_of(picture(), format), ImageLimits(pixels=76_799))
+            check(saved(picture(), format), ImageLimits(pixels=76_799))
     with pytest.raises(ImageError, match=r"no TIFF of samples|damaged"):
         check(dng())
     with pytest.raises(ImageError, match="not an image"):
@@ -128,7 +129,7 @@ def test_raw_photographs_without_a_preview_are_developed(tmp_path: Path, monkeyp
     for bad, why in ((dng()[:300], "damaged"), (b"words", "LibRaw"), (b"", "empty")):
         with pytest.raises(ImageError, match=why):
             ImageInput.open(write(tmp_path / "bad.nef", bad)).load()
-    with pytest.raises(ImageError, match="64 x 48 pixels, too many"):
+    with pytest.raises(ImageError, match=r"a\.dng is 64 x 48 pixels, too many"):
         ImageInput.open(write(tmp_path / "a.dng", dng())).load(limits=ImageLimits(pixels=1000))
     monkeypatch.setattr(raw, "LEAST_SIDE", 100)
     assert ImageInput.open(write(tmp_path / "c.dng", dng(preview=picture(1, 160, 120)))).load().size == (160, 120)
@@ -137,7 +138,7 @@ def test_raw_photographs_without_a_preview_are_developed(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("module", "name", "data"),
     [
-        ("pillow_heif", "a.heic", file_of(picture(0, *SMALL), "HEIF")),
+        ("pillow_heif", "a.heic", saved(picture(0, *SMALL), "HEIF")),
         ("rawpy", "a.dng", dng()),
         ("pypdfium2", "a.pdf", pdf("words")),
         ("av", "a.mp4", b"any"),
@@ -149,6 +150,9 @@ def test_a_file_whose_package_is_missing_says_how_to_install_it(
     for known in [known for known in sys.modules if known.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, module, None)
+    if module == "pillow_heif":
+        with pytest.raises(ImageError, match="HEIC needs the package pillow-heif; send it as JPEG or PNG"):
+            asyncio.run(UploadValidator().check_bytes(data, "image"))
     report, _, stored = added(tmp_path, write(tmp_path / name, data), write(tmp_path / "b.jpg", encode(picture(), "JPEG")))
     assert list(stored) == ["b.jpg"] and "pip install 'traceir[files]'" in report.failed[0].reason
 
@@ -248,7 +252,7 @@ def test_what_is_no_film_is_refused(tmp_path: Path) -> None:
     for data, why in ((b"words", "no film"), (b"", "empty"), (playlist.encode(), "no film"), (sound.getvalue(), "no pictures")):
         assert why in reason(write(tmp_path / "bad.mp4", data))
     os.mkfifo(tmp_path / "pipe.mov")
-    assert "not a regular file" in reason(tmp_path / "pipe.mov")
+    assert reason(tmp_path / "pipe.mov").startswith("it is not a regular file")
     assert [source.id for source in sources(secret)] == ["secret.mts#t=0"]  # its own clock starts at 1.4 s
 
 
@@ -264,6 +268,28 @@ def test_a_server_shows_pages_and_frames_only_of_its_folders_and_names_no_path(t
     with pytest.raises(ImageError) as caught, without_paths([missing]):
         as_jpeg(missing)
     assert str(tmp_path) not in str(caught.value) and "has 1 pages" in str(caught.value)
+
+
+def test_a_name_is_that_of_a_part_only_where_its_file_is_of_that_kind(tmp_path: Path) -> None:
+    for name in ("a.pdf#page=12", "b/C.PDF#page=1", "a.mp4#t=0", "two\nlines.mov#t=12.125"):
+        assert file_of(name) == name.rpartition("#")[0]
+    for name in ("a.pdf", "a.jpg#page=1", "a.pdf#t=1", "a.mp4#page=1", "a.pdf#page=0", "a.pdf#page=-1", "a.mp4#t=1e3", "#page=1"):
+        assert file_of(name) == name
+    for name in ("a.pdf", "a.mp4"):
+        with pytest.raises(ImageError, match="name a page or second of it"):
+            ImageInput.open(write(tmp_path / name, b"any")).load()
+    (tmp_path / "own.jpg").symlink_to("own.jpg")
+    (source,) = sources(tmp_path / "own.jpg")
+    with pytest.raises(ImageError, match="cannot be read"):
+        source.make_item()
+
+
+def iptc(**texts: str) -> bytes:
+    """A JPEG's segment of city and country as agencies write them."""
+    numbers = {"city": 90, "country": 101}
+    records = b"".join(bytes((0x1C, 2, numbers[name], 0, len(text))) + text.encode() for name, text in texts.items())
+    block = b"Photoshop 3.0\08BIM\x04\x04\0\0" + len(records).to_bytes(4, "big") + records + b"\0" * (len(records) % 2)
+    return b"\xff\xed" + (len(block) + 2).to_bytes(2, "big") + block
 
 
 def fields_of(**changes: Any) -> dict[str, Any]:
@@ -292,6 +318,9 @@ def test_dates_cameras_and_places_are_read_with_sense() -> None:
     xmp = b'<rdf:Description photoshop:City="Troms\xc3\xb8 &amp; Oslo"><photoshop:Country>Norway</photoshop:Country>'
     data = encode(Image.new("RGB", (4, 2)), "JPEG", xmp=xmp)
     assert image_fields(Image.open(BytesIO(data)))["place"] == "Tromsø & Oslo, Norway"
+    plain = encode(Image.new("RGB", (4, 2)), "JPEG")
+    old = Image.open(BytesIO(plain[:2] + iptc(city="Bergen", country="Norway") + plain[2:]))
+    assert image_fields(old)["place"] == "Bergen, Norway"
     assert image_fields(Image.open(BytesIO(encode(Image.new("RGB", (4, 2)), "PNG")))) == {"width": 4, "height": 2}
 
 
@@ -310,7 +339,7 @@ def test_films_say_when_and_where_as_phones_write_it() -> None:
         assert film_fields(junk) == {}
 
 
-SHOT = file_of(picture(1, *SMALL), "JPEG", exif=exif(6), xmp=b'photoshop:City="Oslo"')
+SHOT = saved(picture(1, *SMALL), "JPEG", exif=exif(6), xmp=b'photoshop:City="Oslo"')
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -26,11 +26,12 @@ from traceir.errors import ImageError
 from traceir.image_formats import FORMATS, MAX_SCANS, Format, decodable, extent_of, is_cut, largest_block, open_image
 from traceir.image_formats import SUFFIXES as PLAIN_SUFFIXES
 from traceir.image_modes import as_rgb, is_deep
-from traceir.media.metadata import Fields, exif_of_tiff, image_fields
-from traceir.media.part import FilePart, part_of
+from traceir.media.metadata import Fields, image_fields, raw_fields
+from traceir.media.part import PDF_SUFFIXES, FilePart, part_of
 from traceir.media.raw import MAX_FILE_BYTES as MAX_RAW_BYTES
 from traceir.media.raw import SUFFIXES as RAW_SUFFIXES
 from traceir.media.raw import preview
+from traceir.media.video import SUFFIXES as FILM_SUFFIXES
 
 SUFFIXES: Final = PLAIN_SUFFIXES | RAW_SUFFIXES
 MAX_PIXELS: Final = 64_000_000
@@ -236,9 +237,8 @@ class ImageInput:
         if self._image is not None or self._part is not None:
             return {}
         data = self._read(DEFAULT_LIMITS, hashed=True)
-        header = exif_of_tiff(data) if self._is_raw else None
         with contextlib.suppress(*_DECODER_ERRORS), open_image(self._of_raw(data, DEFAULT_LIMITS)) as image:
-            return {**image_fields(image, header), **image_fields(image)} if header else image_fields(image)
+            return {**image_fields(image), **(raw_fields(data) if self._is_raw else {})}
         return {}
 
     def _drawn(self, part: FilePart, shrink_to: int | None, limits: ImageLimits) -> Image.Image:
@@ -344,6 +344,10 @@ def _opened(data: bytes, label: str, limits: ImageLimits) -> Iterator[tuple[Imag
         if data.startswith((b"II*\0", b"MM\0*")):
             raise ImageError(f"{label} is no TIFF of samples TraceIR reads; save it with 8 or 16 bits a sample") from error
         known = ", ".join(FORMATS)
+        if label.lower().endswith((*PDF_SUFFIXES, *FILM_SUFFIXES)):
+            raise ImageError(
+                f"{label} is no image itself; name a page or second of it: FILE.pdf#page=1, FILE.mp4#t=12.5"
+            ) from error
         raise ImageError(f"{label} is not an image TraceIR reads ({known}); convert or remove it") from error
     except _TOO_LARGE as error:
         raise ImageError(f"{label} is too large to decode safely: {error}; shrink it") from error

@@ -169,7 +169,8 @@ def _read_table(path: Path) -> Iterator[FileRecord | Failure | Note]:
             return
         if note:
             yield Note(str(path), note)
-        rows, before = csv.reader(file, delimiter=delimiter, strict=True), 1
+        lines = iter(lambda: file.readline(MAX_TEXT_BYTES), "")  # so that a file of one endless line is not read whole
+        rows, before = csv.reader(lines, delimiter=delimiter, strict=True), 1
         while True:
             location = f"{path}:{before + 1}"
             try:

@@ -164,7 +164,8 @@ def _sources_in(path: Path, id: str) -> Iterator[Source | Failure | Note]:
                 _check_image(path)
             yield Source(id, str(path), "image", path)
     except InputError as error:
-        yield Failure(str(path), str(error))
+        own = f"{path} "
+        yield Failure(str(path), f"it {str(error).removeprefix(own)}" if str(error).startswith(own) else str(error))
 
 
 def find_batches(outcomes: Iterable[Source | Failure | Note], size: int) -> Iterator[SourceBatch]:

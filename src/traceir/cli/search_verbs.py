@@ -25,6 +25,7 @@ from traceir.errors import InputError
 from traceir.index import open_index
 from traceir.index.filters import And, Filter, In, is_value
 from traceir.items import Item, Query, as_image
+from traceir.media.part import file_of
 from traceir.search import Searcher, SearchResult
 from traceir.serve.config import ServeConfig
 from traceir.world import notice
@@ -122,7 +123,7 @@ def _query(args: argparse.Namespace, text: str | None) -> Query:
     if not (text or args.image or args.instruction):
         raise InputError("there is nothing to search with; give a text, --image, or both")
     image = as_image(args.image) if args.image else None
-    if image is not None and not Path(args.image).is_file():
+    if image is not None and not Path(file_of(args.image)).is_file():
         raise InputError(f"image {args.image} does not exist; give the path of an image file")
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 

@@ -60,5 +60,5 @@ def package(name: str, what: str) -> ModuleType:
     """The optional package of that module; ImageError where it is not installed."""
     try:
         return __import__(name)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         raise ImageError(f"{what} needs the package {_PACKAGES[name]}; pip install 'traceir[files]'") from error

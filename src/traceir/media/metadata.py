@@ -32,32 +32,46 @@ _WRONG: Final = (*(OSError, SyntaxError, ValueError, TypeError, LookupError, Ari
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")  # of damaged metadata, which are left out
 
 
-def image_fields(image: Image.Image, exif: Image.Exif | None = None) -> Fields:
+def image_fields(image: Image.Image) -> Fields:
     """`date`, `camera`, `latitude`, `longitude`, `place`, and `width` and `height` as shown, of an image whose header is read.
 
-    `exif`: instead of the image's own, which is not sought behind a PNG's pixels.
+    Nothing is sought behind a PNG's pixels.
     """
     fields: Fields = {}
-    turned = False
+    exif, turned = Image.Exif(), False
     with contextlib.suppress(*_WRONG):
-        if exif is None:
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else Image.Exif()
+        exif = image.getexif() if image.format != "PNG" or "exif" in image.info else exif
         turned = exif.get(_ORIENTATION) in (5, 6, 7, 8)
-        fields |= _exif_fields(exif)
     with contextlib.suppress(*_WRONG):
-        fields |= _place(image, exif or Image.Exif())
+        fields |= _place(image, exif)
     width, height = reversed(image.size) if turned else image.size
-    return {**fields, "width": width, "height": height}
+    return {**exif_fields(exif), **fields, "width": width, "height": height}
 
 
-def exif_of_tiff(data: bytes) -> Image.Exif | None:
-    """The header of a raw photograph that is laid out as a TIFF file; None of another."""
-    if data[:2] not in (b"II", b"MM"):
-        return None
-    exif = Image.Exif()
+def exif_fields(exif: Image.Exif) -> Fields:
+    """`date`, `camera`, `latitude` and `longitude`."""
+    fields: Fields = {}
     with contextlib.suppress(*_WRONG):
-        exif.load((b"II*\0" if data[:1] == b"I" else b"MM\0*") + data[4:])
-    return exif
+        details = exif.get_ifd(_EXIF)
+        dates = ((details.get(_TAKEN), _OFFSET_TAKEN), (details.get(_DIGITIZED), _OFFSET_DIGITIZED), (exif.get(_DATE), _OFFSET))
+        if date := next(filter(None, (date_of(written, details.get(offset)) for written, offset in dates)), ""):
+            fields["date"] = date
+    with contextlib.suppress(*_WRONG):
+        if camera := _camera(exif.get(_MAKE), exif.get(_MODEL)):
+            fields["camera"] = camera
+    with contextlib.suppress(*_WRONG):
+        position = exif.get_ifd(_GPS)
+        fields |= _position(_degrees(position[2], position.get(1)), _degrees(position[4], position.get(3)))
+    return fields
+
+
+def raw_fields(data: bytes) -> Fields:
+    """Those of a raw photograph that is laid out as a TIFF file, as most are."""
+    exif = Image.Exif()
+    if data[:2] in (b"II", b"MM"):
+        with contextlib.suppress(*_WRONG):
+            exif.load((b"II*\0" if data[:1] == b"I" else b"MM\0*") + data[4:])
+    return exif_fields(exif)
 
 
 def film_fields(stated: Mapping[str, str]) -> Fields:
@@ -92,19 +106,6 @@ def date_of(written: object, offset: object = "") -> str:
         return ""
     offset = offset.strip(" \0") if isinstance(offset, str) else ""
     return date + (offset if _OFFSET_FORM.fullmatch(offset) else "")
-
-
-def _exif_fields(exif: Image.Exif) -> Fields:
-    fields: Fields = {}
-    details, position = exif.get_ifd(_EXIF), exif.get_ifd(_GPS)
-    dates = ((details.get(_TAKEN), _OFFSET_TAKEN), (details.get(_DIGITIZED), _OFFSET_DIGITIZED), (exif.get(_DATE), _OFFSET))
-    if date := next(filter(None, (date_of(written, details.get(offset)) for written, offset in dates)), ""):
-        fields["date"] = date
-    if camera := _camera(exif.get(_MAKE), exif.get(_MODEL)):
-        fields["camera"] = camera
-    with contextlib.suppress(*_WRONG):
-        fields |= _position(_degrees(position[2], position.get(1)), _degrees(position[4], position.get(3)))
-    return fields
 
 
 def _camera(make: object, model: object) -> str:

@@ -94,7 +94,7 @@ def _scale_of(page: Any, path: Path, number: int) -> float:
 
 
 def _clean(text: str) -> str:
-    return _CONTROL.sub(" ", _BROKEN_WORD.sub("", text)).strip()
+    return _CONTROL.sub(" ", _BROKEN_WORD.sub("", text)).encode(errors="ignore").decode().strip()
 
 
 @contextlib.contextmanager

@@ -19,13 +19,9 @@ SUFFIXES: Final = frozenset(
 MAX_FILE_BYTES: Final = 256 * 1024 * 1024
 LEAST_SIDE: Final = 640
 """Pixels of the longer side of a preview that is taken as the photograph."""
-_ORIENTATION: Final = 0x0112
-_OF_FLIP: Final = {3: 3, 5: 8, 6: 6}
-"""EXIF's orientation of LibRaw's."""
-_START: Final = b"\xff\xd8"
 _DEVELOPING: Final = Lock()
 """One at a time, which bounds memory."""
-_OTHERS: Final = (_START, b"\x89PNG", b"GIF8", b"RIFF", b"BM")
+_OTHERS: Final = (b"\xff\xd8", b"\x89PNG", b"GIF8", b"RIFF", b"BM")
 
 
 def preview(data: bytes, label: str, pixels: int) -> bytes:
@@ -46,6 +42,8 @@ def preview(data: bytes, label: str, pixels: int) -> bytes:
                 )
             with _DEVELOPING:
                 return _bmp(raw.postprocess(half_size=True, use_camera_wb=True))
+    except ImageError:
+        raise
     except rawpy.LibRawFileUnsupportedError:
         return data
     except (rawpy.LibRawError, rawpy.NotSupportedError, ValueError, TypeError, MemoryError) as error:
@@ -54,27 +52,15 @@ def preview(data: bytes, label: str, pixels: int) -> bytes:
 
 
 def _thumbnail(rawpy: Any, raw: Any) -> bytes:
-    """b"" where there is none, or a small one."""
+    """b"" where there is none, a small one, or one that is no JPEG. LibRaw gives one without EXIF that of the camera."""
     try:
         found = raw.extract_thumb()
         if found.format != rawpy.ThumbFormat.JPEG:
-            return _bmp(found.data) if max(found.data.shape[:2]) >= LEAST_SIDE else b""
+            return b""
         with JpegImagePlugin.JpegImageFile(BytesIO(found.data)) as image:
-            if max(image.size) < LEAST_SIDE:
-                return b""
-            orientation = _OF_FLIP.get(raw.sizes.flip, 1)
-            is_turned = orientation > 4 and image.height > image.width
-            if orientation == 1 or is_turned or ("exif" in image.info and image.getexif().get(_ORIENTATION)):
-                return bytes(found.data)
-            return _with_orientation(bytes(found.data), orientation)
+            return bytes(found.data) if max(image.size) >= LEAST_SIDE else b""
     except (rawpy.LibRawError, OSError, SyntaxError, ValueError, TypeError, LookupError, struct.error):
         return b""
-
-
-def _with_orientation(jpeg: bytes, orientation: int) -> bytes:
-    """With an EXIF segment of that alone, before any other."""
-    exif = b"Exif\0\0" + struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)
-    return _START + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[len(_START) :]
 
 
 def _bmp(pixels: Any) -> bytes:

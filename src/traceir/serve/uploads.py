@@ -168,7 +168,8 @@ def without_paths(images: Iterable[ImageInput], before: str = "") -> Iterator[No
         message = str(error)
         for path in (str(image.path) for image in images if image.path is not None):
             message = message.replace(path, "of the item").replace(file_of(path), "the file of the item")
-        raise ImageError(before + re.sub(r"or raise ImageLimits\.\w+", "to less", message)) from error
+        message = re.sub(r"or raise ImageLimits\.\w+", "to less", message)
+        raise ImageError(before + re.sub(r"pip install .*", "send it as JPEG or PNG", message)) from error
 
 
 @dataclass(frozen=True, slots=True)

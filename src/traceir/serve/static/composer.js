@@ -8,8 +8,7 @@ import { DRAGGED } from "./results.js";
 const LARGEST = 20 * 1024 * 1024;
 const CHIPS = 8;
 const RATES = [0, 0.1, 0.01, 0.001]; // of the cut-off; 0 is none
-const READ = { "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WebP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF",
-  "image/heic": "HEIC", "image/avif": "AVIF" };
+const READ = { "image/jpeg": "JPEG", "image/png": "PNG", "image/webp": "WebP", "image/gif": "GIF", "image/bmp": "BMP", "image/tiff": "TIFF" };
 const PLAIN = "Describe what you look for, or add a picture and say what to change";
 const CHANGE = "now make it …";
 
