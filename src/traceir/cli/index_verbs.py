@@ -38,6 +38,7 @@ from traceir.index.pages import position_of
 from traceir.index.store import ModelIdentity, Opening
 from traceir.ingest_cluster import add_on_ray, describe_encoder
 from traceir.items import MODALITIES, Encoding, Item, Query, Route
+from traceir.media.part import file_of
 from traceir.ray_session import Share, on_ray
 from traceir.records import Failure
 from traceir.roots import Roots
@@ -301,7 +302,7 @@ def _is_missing(stored: Stored) -> bool:
 
 def _file_of(stored: Stored) -> str | None:
     """The path of the file that an item was made from, or of its image."""
-    file = stored.fields.get(FILE_FIELD) or stored.image
+    file = stored.fields.get(FILE_FIELD) or (stored.image and file_of(stored.image))
     return file if isinstance(file, str) and Path(file).is_absolute() else None
 
 
