@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import traceback
@@ -110,6 +111,17 @@ def count(text: str) -> int:
     return number
 
 
+def seconds(text: str) -> float:
+    """A number of seconds above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds above 0")
+    return number
+
+
 class _FormerName(argparse.Action):
     """The former name of a repeated option, accepted with a notice."""
 
@@ -118,7 +130,14 @@ class _FormerName(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
-_WORDS: Final[Mapping[str, Any]] = {"int": int, "float": float, "path": Path, "count": count, "former_name": _FormerName}
+_WORDS: Final[Mapping[str, Any]] = {
+    "int": int,
+    "float": float,
+    "path": Path,
+    "count": count,
+    "seconds": seconds,
+    "former_name": _FormerName,
+}
 """What `type` and `action` name in verbs.json; other actions are argparse's own."""
 
 if __name__ == "__main__":
