@@ -1,5 +1,5 @@
-"""Cursors: what a page says for the next one. A cursor carries a hash of every hit shown so far, so that the next page is the best
-of those not shown yet, and nothing is shown twice or left out, whatever is added or removed in between."""
+"""Cursors: what a page says for the next one. A cursor carries a hash of every hit shown so far, so that the next page is the
+best of those not shown yet, and nothing is shown twice or left out, whatever is added or removed in between."""
 
 from __future__ import annotations
 

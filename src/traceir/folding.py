@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from traceir.index.store import Stored
+from traceir.index.store import Stored, Vectors
 from traceir.items import Hit, Value
 
 SAME: Final = 0.98
@@ -45,11 +45,11 @@ def fold(hits: Sequence[Hit], kept: Mapping[str, Stored], same: float = SAME) ->
 
     `kept` is what the index has of them, with vectors; hits that are no longer there are left out.
     """
-    hits = [hit for hit in hits if hit.id in kept]
+    there = [(hit, vector) for hit in hits if hit.id in kept and (vector := kept[hit.id].vector) is not None]
     groups: list[_Group] = []
     by_content: dict[str, _Group] = {}
-    vectors_ND = np.stack([kept[hit.id].vector for hit in hits]) if hits else np.empty((0, 0))
-    for row, hit in enumerate(hits):
+    vectors_ND: Vectors = np.stack([vector for _, vector in there]) if there else np.empty((0, 0), dtype=np.float32)
+    for row, (hit, _) in enumerate(there):
         moment, content = _moment(hit.fields), kept[hit.id].content_hash
         group = by_content.get(content)
         if group is None:

@@ -28,8 +28,8 @@ from traceir.items import Item, Modality, Part, Query
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
-    from traceir.encoder import Encoder
     from traceir.forward import TraceModel
+    from traceir.index.store import ModelIdentity
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def rerank(
     return Reranked(tuple(order), tuple(map(scored.get, range(len(items)))), time.perf_counter() - started)
 
 
-def load_reranker(name: str = OWN, encoder: Encoder | None = None, *, device: str = "cpu") -> Reranker:
+def load_reranker(name: str = OWN, encoder: ModelIdentity | None = None, *, device: str = "cpu") -> Reranker:
     """The reranker of that name.
 
     `trace`: the adapter that comes with the bundled model, which must be the one of `encoder`, where that is given. A TRACE

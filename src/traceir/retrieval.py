@@ -1,10 +1,9 @@
 """From a query's vector and words to a page of hits, the one way for Searcher and server.
 
-Candidates come from the vectors, the words, or both; those below the cut-off go, those that were shown go, near-duplicates go under
-the best of them, the first few may be reranked, and what is relevant may be sorted by a field. Both together are fused by
+Candidates come from the vectors, the words, or both; those below the cut-off go, those that were shown go, near-duplicates go
+under the best of them, the first few may be reranked, and what is relevant may be sorted by a field. Both together are fused by
 reciprocal rank (Cormack, Clarke and Buettcher 2009): a hit scores (1 - w) 61 / (60 + its rank by vectors) + w 61 / (60 + its rank
-by words), so that 1 is the first of both. With a cut-off, hits by words stay whatever their cosine.
-"""
+by words), so that 1 is the first of both. With a cut-off, hits by words stay whatever their cosine."""
 
 from __future__ import annotations
 
@@ -63,13 +62,12 @@ class SearchKeywords(TypedDict, total=False):
 class SearchOptions:
     """How hits are found and shown, checked when it is made (InputError).
 
-    `k` hits at most, behind the first `offset` or behind a cursor (`after`: the `next` of the page before). `where`: a filter, or a
-    text in its language (`index/filter_text.py`). `cutoff`: leave out hits that this share of queries without an answer would get.
-    `mode`: what ranks: vectors, words, or both, the words with a share of `keyword_weight`. `sort`: a field, `-` in front for the
-    other direction, that orders what is relevant: all above the cut-off, else the RELEVANT best. `fold`: put
-    near-duplicates under their best hit; a number is the cosine from which on two are alike. `rerank`: reads the best `rerank_top`
-    hits together with the query, for `rerank_s` seconds at most, and orders them anew, before all others.
-    """
+    `k` hits at most, behind the first `offset` or behind a cursor (`after`: the `next` of the page before). `where`: a filter, or
+    a text in its language (`index/filter_text.py`). `cutoff`: leave out hits that this share of queries without an answer would
+    get. `mode`: what ranks: vectors, words, or both, the words with a share of `keyword_weight`. `sort`: a field, `-` in front
+    for the other direction, that orders what is relevant: all above the cut-off, else the RELEVANT best. `fold`: put
+    near-duplicates under their best hit; a number is the cosine from which on two are alike. `rerank`: reads the best
+    `rerank_top` hits together with the query, for `rerank_s` seconds at most, and orders them anew, before all others."""
 
     k: int = 10
     where: Where = None
@@ -90,13 +88,17 @@ class SearchOptions:
     def __post_init__(self) -> None:
         check_search(self.k, None)
         if self.mode not in MODES:
-            raise InputError(f"mode {shown(self.mode)} is unknown{did_you_mean(str(self.mode), MODES)}; choose one of {', '.join(MODES)}")
+            raise InputError(
+                f"mode {shown(self.mode)} is unknown{did_you_mean(str(self.mode), MODES)}; choose one of {', '.join(MODES)}"
+            )
         if self.cutoff is not None:
             check_rate(self.cutoff)
             if self.mode == "keyword":
                 raise InputError("a cut-off judges vectors, and mode keyword looks at words alone; leave out one of them")
         if not _within(self.keyword_weight, 0, 1):
-            raise InputError(f"keyword_weight is {shown(self.keyword_weight)}; give a share from 0 (vectors alone) to 1 (words alone)")
+            raise InputError(
+                f"keyword_weight is {shown(self.keyword_weight)}; give a share from 0 (vectors alone) to 1 (words alone)"
+            )
         if not isinstance(self.fold, bool) and not (_within(self.fold, 0, 1) and self.fold):
             raise InputError(f"fold is {shown(self.fold)}; give true, or the cosine above 0 from which on two hits are alike")
         if self.after is not None and self.offset:
@@ -170,7 +172,8 @@ def combine(vector: Vector, terms: Sequence[tuple[float, Vector]]) -> Vector:
     total = vector.astype(np.float64) + np.sum([weight * term.astype(np.float64) for weight, term in terms], axis=0)
     if (length := float(np.linalg.norm(total))) < _LEAST:
         raise InputError("the terms cancel the query out, so that nothing is left to search with; change a weight or a term")
-    return (total / length).astype(np.float32)
+    unit: Vector = (total / length).astype(np.float32)
+    return unit
 
 
 def _within(value: object, low: float, high: float) -> bool:
@@ -295,9 +298,7 @@ def _reranked(each: EncodedQuery, hits: list[Hit], reranker: Reranker, options: 
     from traceir.rerank import item_of, rerank
 
     top = max(0, options.rerank_top - options.cursor.rank)
-    read = rerank(
-        reranker, each.query, [item_of(hit) for hit in hits[:top]], seconds=options.rerank_s, reasoning=each.reasoning
-    )
+    read = rerank(reranker, each.query, [item_of(hit) for hit in hits[:top]], seconds=options.rerank_s, reasoning=each.reasoning)
     scored = [
         hit if score is None else replace(hit, scores={**hit.scores, "rerank": score})
         for hit, score in zip(hits, read.scores, strict=False)

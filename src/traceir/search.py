@@ -51,8 +51,8 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Hits, best first, with the query's encoding (route, reasoning; None where words alone were looked for), the time spent, what a
-    cut-off did, where it was on, and the cursor of the page behind them (None: there is none)."""
+    """Hits, best first, with the query's encoding (route, reasoning; None where words alone were looked for), the time spent,
+    what a cut-off did, where it was on, and the cursor of the page behind them (None: there is none)."""
 
     hits: tuple[Hit, ...]
     encoding: Encoding | None
@@ -102,9 +102,8 @@ class Searcher:
         """The k best items for a query, or for words, only of its target modality where it names one.
 
         `terms` move the query towards others, or, by a negative weight, away from them; one of words takes instruction and target
-        of the query. `options` are those of `SearchOptions`. Raises InputError where `cutoff` is given and `calibrate` has not been
-        called for queries of this modality.
-        """
+        of the query. `options` are those of `SearchOptions`. Raises InputError where `cutoff` is given and `calibrate` has not
+        been called for queries of this modality."""
         asked = Query.of(text=query) if isinstance(query, str) else query
         return self._search([asked], [[(check_weight(weight), _term(term, asked)) for weight, term in terms]], route, options)[0]
 
@@ -133,11 +132,9 @@ class Searcher:
             above = {} if rate is None else {pair: self.calibration.thresholds(*pair, rate) for pair in set(map(_pair, queries))}
             flat = self._encode([*queries, *(query for own in terms for _, query in own)], route)
             encodings[:], others = flat[: len(queries)], iter(flat[len(queries) :])
-            asked = [
-                EncodedQuery(query, combine(own.vector, [(weight, next(others).vector) for weight, _ in added]), above.get(_pair(query), {}),
-                      own.reasoning)
-                for query, own, added in zip(queries, flat, terms, strict=False)
-            ]  # fmt: skip
+            for row, (own, added) in enumerate(zip(flat, terms, strict=False)):
+                vector = combine(own.vector, [(weight, next(others).vector) for weight, _ in added])
+                asked[row] = EncodedQuery(queries[row], vector, above.get(_pair(queries[row]), {}), own.reasoning)
         encoded = time.perf_counter()
         pages = retrieve(self.index, asked, options)
         reranked = sum(page.rerank_s for page in pages)

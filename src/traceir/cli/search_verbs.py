@@ -160,7 +160,10 @@ def _result_as_json(result: SearchResult, note: str | None) -> dict[str, Any]:
         "seconds": asdict(result.seconds),
         "cutoff": None if result.cut is None else asdict(result.cut),
         "hits": [
-            {**{name: getattr(hit, name) for name in _HIT_FIELDS}, **{name: dict(getattr(hit, name)) for name in ("fields", "scores")}}
+            {
+                **{name: getattr(hit, name) for name in _HIT_FIELDS},
+                **{name: dict(getattr(hit, name)) for name in ("fields", "scores")},
+            }
             for hit in result.hits
         ],
         "next": result.next,

@@ -355,8 +355,8 @@ def _add_items(app: FastAPI, server: Server) -> None:
         offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
-        """Items that pass `where`, in order of id or of another field (`sort`, `-sort`), those up to `after`, which is the `next` of
-        the page before, left out. In order of id it may be any id."""
+        """Items that pass `where`, in order of id or of another field (`sort`, `-sort`), those up to `after`, which is the `next`
+        of the page before, left out. In order of id it may be any id."""
         return _json(await view.read(lambda: view.items(where, sort, after, offset, limit)))
 
     @app.delete("/items", tags=["items"])

@@ -213,12 +213,13 @@ class Trace(BaseModel):
     @classmethod
     def of(cls, served: Served | None, search: float | None = None, rerank: float | None = None) -> Trace:
         seconds: dict[Literal["queue", "encode", "search", "rerank"], float | None]
-        seconds = {"queue": served and served.queue, "encode": served and served.encode, "search": search, "rerank": rerank}
+        seconds = {"queue": None, "encode": None, "search": search} | ({} if rerank is None else {"rerank": rerank})
         if served is None:
             return cls(
                 route=None, reasoning="", tokens=0, truncated=False, emb_probability=None, cut=0, cached=False, seconds=seconds
             )
         encoding = served.encoding
+        seconds |= {"queue": served.queue, "encode": served.encode}
         return cls(
             route=encoding.route, reasoning=encoding.reasoning, tokens=encoding.tokens, truncated=encoding.truncated,
             emb_probability=encoding.emb_probability, cut=served.cut, cached=served.cached, seconds=seconds,

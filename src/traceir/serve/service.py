@@ -334,13 +334,15 @@ class Service:
         return None if stored is None else schemas.ItemOut(**_shown(stored)).model_dump_json()
 
     def items(self, where: str, sort: str, after: str, offset: int, limit: int) -> str:
-        """An ItemPage in JSON, by `read`: items that pass a filter, in order of a field, those up to `after` and the next `offset`
-        left out. `after` is an id in order of id, and else what a page gave as `next`.
+        """An ItemPage in JSON, by `read`: items that pass a filter, in order of a field, those up to `after` and the next
+        `offset` left out. `after` is an id in order of id, and else what a page gave as `next`.
 
         A page ends early where its items are more than MAX_ANSWER bytes, unless it is one.
         """
         last = _position(sort, after) if after else None
-        found = self.index.browse(parse_filter(where) if where else None, sort=sort, after=last, limit=offset + limit + 1)[offset:]
+        found = self.index.browse(parse_filter(where) if where else None, sort=sort, after=last, limit=offset + limit + 1)[
+            offset:
+        ]
         shown: list[Stored] = []
         size = 0
         for stored in found[:limit]:
@@ -350,9 +352,9 @@ class Service:
             shown.append(stored)
         more = len(found) > len(shown)
         end = position_of(shown[-1], sort) if shown and more else None
-        after = end and (end[1] if sort in _BY_ID else json.dumps(end))
+        behind = end and (end[1] if sort in _BY_ID else json.dumps(end))
         items = [schemas.ItemOut(**_shown(stored)) for stored in shown]
-        return schemas.ItemPage(items=items, offset=offset, more=more, next=after).model_dump_json()
+        return schemas.ItemPage(items=items, offset=offset, more=more, next=behind).model_dump_json()
 
     async def jpeg(self, id: str, side: int) -> bytes:
         """The image of an item as JPEG, its longer side at most `side` pixels. Raises InputError where there is none."""
@@ -451,7 +453,9 @@ def _position(sort: str, after: str) -> Position:
         value, id = json.loads(after)
         return value, id
     except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"after {after[:80]!r} is no end of a page sorted by {sort[:80]!r}; give what the page said is `next`") from error
+        raise InputError(
+            f"after {after[:80]!r} is no end of a page sorted by {sort[:80]!r}; give what the page said is `next`"
+        ) from error
 
 
 def image_path(id: str, image: str | None) -> str | None:
