@@ -213,7 +213,9 @@ class Trace(BaseModel):
     @classmethod
     def of(cls, served: Served | None, search: float | None = None, rerank: float | None = None) -> Trace:
         seconds: dict[Literal["queue", "encode", "search", "rerank"], float | None]
-        seconds = {"queue": None, "encode": None, "search": search} | ({} if rerank is None else {"rerank": rerank})
+        seconds = {"queue": None, "encode": None, "search": search}
+        if rerank is not None:
+            seconds["rerank"] = rerank
         if served is None:
             return cls(
                 route=None, reasoning="", tokens=0, truncated=False, emb_probability=None, cut=0, cached=False, seconds=seconds

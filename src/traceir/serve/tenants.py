@@ -165,29 +165,26 @@ class TenantIndex:
     def _narrow(self, where: Where) -> Filter | None:
         """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
         if self.tenant is None and not self._presence.any():
-            return None if where is None else self._translate(where)
+            read = as_filter(where)
+            return None if read is None else map_leaves(read, self._translate)
         return self._only_ours(where)
 
     def _only_ours(self, where: Where) -> Filter:
-        ours = Eq(FIELD, self.tenant)
-        return ours if where is None else And((ours, self._translate(where)))
+        ours, read = Eq(FIELD, self.tenant), as_filter(where)
+        return ours if read is None else And((ours, map_leaves(read, self._translate)))
 
-    def _translate(self, where: Where) -> Filter:
-        """The client's filter in terms of what is stored: ids prefixed, the server's own fields refused."""
-        read = as_filter(where)
-        return And(()) if read is None else map_leaves(read, self._translate_leaf)
-
-    def _translate_leaf(self, leaf: Leaf) -> Leaf:
+    def _translate(self, leaf: Leaf) -> Leaf:
+        """The client's condition in terms of what is stored: ids prefixed, the server's own fields refused."""
         if leaf.name in OWN_FIELDS:
             raise InputError(f"{leaf.name!r} is no field of an item; the server keeps it for itself")
         if leaf.name != "id":
             return leaf
         if isinstance(leaf, Eq):
             return Eq("id", self._prefixed(leaf.value))
-        if isinstance(leaf, Glob):
-            return Glob("id", self._prefix + leaf.pattern)
         if isinstance(leaf, In):
             return In("id", tuple(self._prefixed(value) for value in leaf.values))
+        if isinstance(leaf, Glob):
+            return Glob("id", self._prefix + leaf.pattern)
         return Range("id", *map(self._prefixed, (leaf.low, leaf.high, leaf.above, leaf.below)))
 
     def _prefixed(self, value: T) -> T | str:
