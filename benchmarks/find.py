@@ -35,7 +35,7 @@ from traceir.items import Encoding, Item, Query, Route
 from traceir.retrieval import MODES
 from traceir.search import Searcher
 
-ROWS: Final = ("webqa_task1", "webqa_task2", "edis_task2", "oven_task6", "infoseek_task6")
+ROWS: Final = ("webqa_task1", "webqa_task2", "edis_task2")
 FOLDED: Final = ("mscoco_task0_test", "nights_task4", "visualnews_task0", "fashion200k_task0")
 COSINES: Final = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99)
 AT_ONCE: Final = 64

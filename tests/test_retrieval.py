@@ -250,12 +250,14 @@ def test_what_is_no_cursor_is_refused(searcher: Searcher, cursor: str) -> None:
         searcher.search("cup", after=cursor)
 
 
-Changes = st.lists(st.tuples(st.integers(0, 39), st.booleans()), max_size=6)
+CHANGES = st.lists(st.tuples(st.integers(0, 39), st.booleans()), max_size=6)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-@pytest.mark.parametrize("options", [{}, {"mode": "hybrid"}, {"fold": True}, {"sort": "-date"}, {"mode": "keyword", "fold": 0.9}])
+PAGED: list[dict[str, Any]] = [{}, {"mode": "hybrid"}, {"fold": True}, {"sort": "-date"}, {"mode": "keyword", "fold": 0.9}]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(PAGED), st.data())
 def test_whatever_changes_between_pages_nothing_is_doubled_or_left_out(options: dict[str, Any], data: st.DataObject) -> None:
     def made(number: int) -> tuple[Item, Vector]:
         words = ["cup", "red cup", "red", "hat"][number % 4]
@@ -274,7 +276,7 @@ def test_whatever_changes_between_pages_nothing_is_doubled_or_left_out(options: 
                 seen += itertools.chain.from_iterable((hit.id, *hit.similar) for hit in page.hits)
                 if not (after := page.next):
                     break
-                for number, comes in data.draw(Changes):
+                for number, comes in data.draw(CHANGES):
                     if comes and number not in there:
                         keep(index, made(number))
                         there.add(number)
