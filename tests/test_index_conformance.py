@@ -224,15 +224,19 @@ def in_order(items: Sequence[Item], sort: str) -> list[Item]:
     sort=st.sampled_from(["id", "x", "y", "modality", "none", "-id", "-x", "-y", "-modality"]),
     where=st.one_of(st.none(), LEAVES, FILTERS),
     limit=st.integers(1, 15),
-    budget=st.sampled_from([0, 20_000]),
+    few=st.sampled_from([0, 1, 1_000_001]),
+    patience=st.sampled_from([2, 1_000]),
 )
-def test_pages_in_any_order_are_what_plain_python_says(filled: Any, sort: str, where: Any, limit: int, budget: int) -> None:
+def test_pages_in_any_order_are_what_plain_python_says(
+    filled: Any, sort: str, where: Any, limit: int, few: int, patience: int
+) -> None:
     index, items, _ = filled
     passing = [item for item in items if where is None or matches(where, str(item.id), item.modality, item.fields)]
     shown, after = list[str](), None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("traceir.index.walk._MOST_LOOKED_AT", budget)
-        patch.setattr("traceir.index.walk._FIRST_ROWS", 1 + limit % 4)
+        patch.setattr("traceir.index.walk.math.isqrt", lambda _: few)
+        patch.setattr("traceir.index.walk._PATIENCE", patience)
+        patch.setattr("traceir.index.walk._count_up_to", lambda *_: few + limit + few % 2)
         while page := index.browse(where, sort=sort, after=after, limit=limit):
             shown += [stored.id for stored in page]
             after = position_of(page[-1], sort)
@@ -421,6 +425,9 @@ def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh
     numbers = tuple(In("n", tuple(range(start, start + 9_000))) for start in (0, 5_000, 5_001))
     many = And((*numbers, *(In(f"f{n}", ("a", n, True, None)) for n in range(253))))
     long = In("t", ("wanted", *(f"{n}".ljust(16_384, "ü") for n in range(64))))
+    deep: Filter = Eq("t", "wanted")
+    for n in range(13):
+        deep = (And if n % 2 else Or)((deep, *(Not(Eq(f"g{n}", ("x", 0)[m % 2])) for m in range(9)))) if n % 3 else Not(deep)
     with opened(fresh()) as index:
         if hasattr(index, "_connection"):  # what SQLite is built for everywhere
             index._connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 32_766)
@@ -430,6 +437,7 @@ def test_every_kind_of_index_takes_the_largest_filters_and_many_ids(fresh: Fresh
                 index.upsert(texts([id], **kept[id]), drawn(1, 4))
             for where in filters:
                 assert [hit.id for hit in index.search(drawn(1, 4), 9, where=where)[0]] == ["a"]
+        assert index.count(Or((deep, Not(deep)))) == 3 == index.count(deep) + index.count(Not(deep))
         ids = tuple(f"{n:06}" for n in range(9_000))
         assert index.get([*ids, "b"]).keys() == {"b"} and index.delete([*ids, "b"]) == 1
         assert index.count(many) == 1 == index.delete(many) and index.count() == 1
