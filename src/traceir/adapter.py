@@ -220,7 +220,7 @@ def merged_plainly(network: Network, folder: Path) -> Network:
             continue
         if part.endswith(".lora_A.weight"):
             part = part.replace(".lora_A.", ".")
-            change = tensors[name.replace(".lora_A.", ".lora_B.")] @ value * (alpha / rank)
+            change = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ value.float() * (alpha / rank)
             new = weights[part] + change if part in weights else None
         elif part.endswith(".token_adapter.trainable_tokens_delta"):
             part = part.replace("token_adapter.trainable_tokens_delta", "weight")
