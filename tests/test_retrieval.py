@@ -17,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traceir.cursor import MAX_SHOWN, Cursor
-from traceir.errors import InputError
+from traceir.errors import InputError, ModelError
 from traceir.index import open_index
 from traceir.index.store import Index
 from traceir.items import Item, Query, Vector
+from traceir.rerank import load_reranker
 from traceir.search import Searcher
 
 CAMERA = {"camera": "Pixel 8"}
@@ -324,6 +325,11 @@ def test_a_reranker_orders_the_best_hits_over_all_pages(searcher: Searcher) -> N
     cosines = {hit.id: hit.score for hit in searcher.search("cup xx").hits}
     assert reranker.similarities == pytest.approx([cosines[str(id)] for id in reranker.read[-1]]) and len(both.hits) == 8
     assert searcher.search("xx", mode="keyword", rerank=reranker).hits and reranker.similarities is None
+
+
+def test_an_encoder_without_a_model_here_has_no_reranker_of_its_own() -> None:
+    with pytest.raises(ModelError, match="FakeEncoder has none here"):
+        load_reranker("trace", FakeEncoder())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,16 @@ def close(actual: Any, wanted: np.ndarray) -> bool:
 
 
 # Answers
+
+
+def test_embeddings_have_the_dimensions_asked_for(caller: Caller, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoder.model, "settings", replace(encoder.model.settings, matryoshka_dims=(128, 32)))
+    [whole] = caller.good("POST", "/v1/embeddings", {"input": "a"})["data"]
+    [narrow] = caller.good("POST", "/v1/embeddings", {"input": "a", "dimensions": 32})["data"]
+    first = np.asarray(whole["embedding"])[:32]
+    assert len(whole["embedding"]) == 128 and narrow["embedding"] == pytest.approx(first / np.linalg.norm(first), abs=1e-6)
+    status, answer = caller.post("/v1/embeddings", {"input": "a", "dimensions": 64})
+    assert status == 400 and "vectors have 128, 32 components" in str(answer)
 
 
 def test_search_finds_what_the_searcher_finds(caller: Caller, encoder: Encoder) -> None:
