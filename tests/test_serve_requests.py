@@ -22,6 +22,7 @@ from conftest import image_of
 from PIL import Image
 from starlette.testclient import TestClient
 
+from traceir.cursor import MAX_SHOWN
 from traceir.encoder import Encoder
 from traceir.images import ImageInput
 from traceir.index import filters, open_index
@@ -29,6 +30,7 @@ from traceir.index.filters import MAX_NAME_BYTES
 from traceir.index.store import MAX_ID_BYTES
 from traceir.ingest import add
 from traceir.items import Item, Query
+from traceir.retrieval import MAX_WEIGHT
 from traceir.search import Searcher
 from traceir.serve import bodies, schemas, service, strict, uploads
 from traceir.serve.app import Server
@@ -639,6 +641,8 @@ def test_the_limits_in_the_docs_are_those_of_the_code() -> None:
         "fields of an item": fields,
         "`where`": [schemas.MAX_FIELDS, schemas.MAX_VALUES, filters.MAX_VALUES, filters.MAX_TEXT_BYTES >> 20],
         "`k`, `offset`, `limit`": [schemas.MAX_K, schemas.MAX_OFFSET, schemas.MAX_K],
+        "`terms`, `after`": [schemas.MAX_TERMS, int(MAX_WEIGHT), int(MAX_WEIGHT), MAX_SHOWN],
+        "`where`, `sort`, `after` of `GET /items`": [schemas.MAX_QUERY],
         "hits or items of an answer": [bodies.MAX_ANSWER >> 20],
         "`ids` of `DELETE /items`": [schemas.MAX_K],
         "image": [uploads.LIMITS.file_bytes >> 20, uploads.LIMITS.pixels // 10**6, uploads.LIMITS.pixels // 10**6 // 4, 2048],

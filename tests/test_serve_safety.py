@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx2
+import numpy as np
 import pytest
 from fakes import vector_of
 from hypothesis import HealthCheck, given, settings
@@ -615,6 +616,31 @@ def test_each_tenant_sees_what_it_would_see_in_an_index_of_its_own(tmp_path_fact
                 words = "1 2 3 acme rival none tenant"
                 hits = [hit.id for hit in view.search_keywords(words, 20, where=where)]
                 assert sorted(hits) == sorted(hit.id for hit in alone.search_keywords(words, 20, where=where))
+
+
+def test_words_of_one_tenant_tell_nothing_of_those_of_another(tmp_path: Path) -> None:
+    """BM25 goes by how rare a word is: here by the tenant's own items."""
+    vectors = np.stack([vector_of(str(n), 4) for n in range(100)])
+    with opened(tmp_path / "shared") as shared, opened(tmp_path / "alone") as alone:
+        views = {name: TenantIndex(shared, name) for name in ("acme", "rival", None)}
+        own = [
+            Item.of(text=f"{'plan' if n % 3 else 'plot'} of {n} cups", id=f"i{n}", fields={"name": f"cup {n}"}) for n in range(12)
+        ]
+        for index in (views["acme"], alone):
+            index.upsert(own, vectors[:12])
+        found = [views["acme"].search_keywords(asked, 20) for asked in ("plan plot", '"plan of"', "plot -9")]
+        for hits, asked in zip(found, ("plan plot", '"plan of"', "plot -9"), strict=True):
+            wanted = alone.search_keywords(asked, 20)
+            assert [(hit.id, hit.rank) for hit in hits] == [(hit.id, hit.rank) for hit in wanted] != []
+            if "-" not in asked:  # which FTS5 counts before it leaves items out
+                assert [hit.score for hit in hits] == pytest.approx([hit.score for hit in wanted], rel=0.02)
+        views["rival"].upsert([Item.of(text="plot " * 5, id=f"r{n}") for n in range(100)], vectors)
+        assert [views["acme"].search_keywords(asked, 20) for asked in ("plan plot", '"plan of"', "plot -9")] == found
+        assert views[None].search_keywords("plot", 20) == [] and len(views["rival"].search_keywords("plot", 3)) == 3
+        shared.keep_note("roots", "/home/of/rival")
+        assert views["acme"].note("roots") is None
+        with pytest.raises(InputError, match="of the whole index"):
+            views["acme"].keep_note("roots", "x")
 
 
 def test_client_can_neither_set_nor_ask_for_the_tenant(tmp_path: Path) -> None:

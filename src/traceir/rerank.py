@@ -29,8 +29,8 @@ from traceir.prompts import ANSWERS, TURN_END, render_asked, render_offered, ren
 
 if TYPE_CHECKING:
     from traceir.batch import Layout
-    from traceir.encoder import Encoder
     from traceir.forward import TraceModel
+    from traceir.index.store import ModelIdentity
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,7 @@ def rerank(
     return Reranked(tuple(order), tuple(map(scored.get, range(len(items)))), time.perf_counter() - started)
 
 
-def load_reranker(name: str = OWN, encoder: Encoder | None = None, *, device: str = "cpu") -> Reranker:
+def load_reranker(name: str = OWN, encoder: ModelIdentity | None = None, *, device: str = "cpu") -> Reranker:
     """The reranker of that name.
 
     `trace`: the model of `encoder` itself, of which nothing is loaded twice; the bundled one where none is given. A TRACE
@@ -133,6 +133,11 @@ def load_reranker(name: str = OWN, encoder: Encoder | None = None, *, device: st
     """
     if name == OWN:
         if encoder is not None:
+            from traceir.encoder import Encoder
+
+            if not isinstance(encoder, Encoder):
+                what = f"the reranker {OWN} is the encoder's own TRACE model, and a {type(encoder).__name__} has none here"
+                raise ModelError(f"{what}; name a checkpoint or a CrossEncoder")
             return TraceReranker(encoder.model, OWN, base=encoder.fingerprint)
         name = str(bundled_model())
     if not name.startswith(PREFIX) and _is_trace(fetch(name)):

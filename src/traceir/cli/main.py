@@ -122,6 +122,14 @@ def seconds(text: str) -> float:
     return number
 
 
+def cosine(text: str) -> float:
+    """A number; what it may be is checked where it is used."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number; put the words before it, or write --fold=0.97") from error
+
+
 class _FormerName(argparse.Action):
     """The former name of a repeated option, accepted with a notice."""
 
@@ -136,6 +144,7 @@ _WORDS: Final[Mapping[str, Any]] = {
     "path": Path,
     "count": count,
     "seconds": seconds,
+    "cosine": cosine,
     "former_name": _FormerName,
 }
 """What `type` and `action` name in verbs.json; other actions are argparse's own."""

@@ -2,10 +2,13 @@
 
 An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`: the prefix separates
 get and delete by id, the field all that filters. Results are checked again, so that a wrong filter can only show too little.
+BM25 goes by how rare a word is, which in the whole index would tell of the words of others: a tenant's matches are scored anew by
+its own items alone (of more than MATCHES, those that are best in the whole index).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +18,8 @@ from traceir.errors import InputError
 from traceir.index.filter_text import as_filter
 from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
 from traceir.index.pages import Position
-from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
+from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
+from traceir.index.words import Term, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD, STAT_FIELD
 
@@ -23,6 +27,10 @@ FIELD: Final = "_tenant"
 OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD, STAT_FIELD})  # that no caller may set, ask for, or see
 PREFIX: Final = "_tenant:"  # what ids of tenants begin with; no other id may
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MATCHES: Final = 2_000
+_K1: Final = 1.2
+_B: Final = 0.75
+_WEIGHTS: Final = (1.0, 0.5, 0.5)  # of text, name and fields
 T = TypeVar("T")
 K = TypeVar("K", Stored, Hit)
 
@@ -32,6 +40,12 @@ def check_tenant(name: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(f"tenant {str(name)[:80]!r} is unusable; give 1 to 63 small letters, digits, dashes or underscores")
     return name
+
+
+def check_name(name: str) -> None:
+    """Raises InputError for a field that the server keeps for itself."""
+    if name in OWN_FIELDS:
+        raise InputError(f"{name!r} is no field of an item; the server keeps it for itself")
 
 
 @dataclass(slots=True)
@@ -59,7 +73,6 @@ class TenantIndex:
         self._prefix = "" if tenant is None else f"{PREFIX}{tenant}:"
         self.keep_background, self.background = index.keep_background, index.background
         self.version, self.build_ann = index.version, index.build_ann
-        self.keep_note, self.note = index.keep_note, index.note
 
     def check(self, items: Sequence[Item]) -> None:
         self._index.check(self._marked(items))
@@ -86,14 +99,19 @@ class TenantIndex:
         return [[replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)] for hits in rows]
 
     def search_keywords(self, text: str, k: int, *, where: Where = None, modality: Modality | None = None) -> list[Hit]:
-        hits = self._index.search_keywords(text, k, where=self._narrow(where), modality=modality)
-        return [replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)]
+        check_search(k, modality)
+        alone = self.tenant is None and not self._presence.any()
+        depth = k if alone else max(k, MATCHES)
+        hits = list(self._shown(self._index.search_keywords(text, depth, where=self._narrow(where), modality=modality)))
+        if not alone and hits:
+            words = parse_words(text)
+            hits = score_alone(hits, (*words.required, *words.wanted), self.count())[:k]
+        return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
 
     def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
-        if sort.removeprefix("-") in OWN_FIELDS:
-            raise InputError(f"{sort!r} is no field of an item; the server keeps it for itself")
-        behind = None if after is None else (after[0], self._prefix + after[1])
-        return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=behind, limit=limit)))
+        check_name(sort.removeprefix("-"))
+        last = None if after is None else (after[0], self._prefix + after[1])
+        return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=last, limit=limit)))
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         stored = self._index.get(self._inner_ids(ids), with_vectors=with_vectors).values()
@@ -104,6 +122,12 @@ class TenantIndex:
 
     def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         return self._shown(self._index.scan(self._narrow(where), with_vectors=with_vectors))
+
+    def keep_note(self, name: str, value: str) -> None:
+        raise InputError(f"note {name!r} cannot be kept here; notes are of the whole index")
+
+    def note(self, name: str) -> str | None:
+        """None: notes are of the whole index."""
 
     def info(self) -> IndexInfo:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
@@ -156,8 +180,7 @@ class TenantIndex:
 
     def _translate(self, leaf: Leaf) -> Leaf:
         """The client's condition in terms of what is stored: ids prefixed, the server's own fields refused."""
-        if leaf.name in OWN_FIELDS:
-            raise InputError(f"{leaf.name!r} is no field of an item; the server keeps it for itself")
+        check_name(leaf.name)
         if leaf.name != "id":
             return leaf
         if isinstance(leaf, Eq):
@@ -180,3 +203,28 @@ class TenantIndex:
             if outside if self.tenant is None else item.fields.get(FIELD) == self.tenant and item.id.startswith(self._prefix):
                 fields = {name: value for name, value in item.fields.items() if name not in OWN_FIELDS}
                 yield replace(item, id=item.id[len(self._prefix) :], fields=fields)
+
+
+def score_alone(hits: Sequence[Hit], terms: Sequence[Term], count: int) -> list[Hit]:
+    """The hits by BM25, best first, as if an index held nothing but `count` items, of which these are all that match."""
+    columns = [columns_of(hit.id, hit.text, hit.fields) for hit in hits]
+    counts = [
+        [sum(weight * occurrences(term, words) for weight, words in zip(_WEIGHTS, own, strict=True)) for term in terms]
+        for own in columns
+    ]
+    lengths = [sum(map(len, own)) for own in columns]
+    mean = sum(lengths) / len(lengths)
+    rare = [
+        max(1e-6, math.log((count - having + 0.5) / (having + 0.5))) if count >= having else 1e-6
+        for having in (sum(1 for own in counts if own[at]) for at in range(len(terms)))
+    ]
+    scored = []
+    for hit, own, length in zip(hits, counts, lengths, strict=True):
+        norm = _K1 * (1 - _B + _B * length / (mean or 1.0))
+        scored.append(replace(hit, score=sum(idf * tf * (_K1 + 1) / (tf + norm) for idf, tf in zip(rare, own, strict=True))))
+    return sorted(scored, key=lambda hit: (-hit.score, hit.id))
+
+
+def occurrences(term: Term, words: Sequence[str]) -> int:
+    size = len(term.words)
+    return sum(term.is_in(words[start : start + size]) for start in range(len(words) - size + 1))
