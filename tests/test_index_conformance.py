@@ -400,6 +400,8 @@ MEANINGS: list[tuple[Filter, str]] = [
     (Eq("w v", "x"), "l8"), (Eq("w v", "red"), "l0 l1 l2"), (Eq("w v", "it's"), "l0"),
     (Eq("w v", 1), "l5"), (Eq("w v", True), "l5"), (Eq("w v", 2**53), ""),
     (In("w v", ("b", 2**53 + 1)), "l6 l7"), (Range("w v", "a", "z"), "l2"), (Range("w v", 0, None), ""),
+    (And((Range("v", -2, 1), Range("v", 0, 0.5))), "05 13 19"),
+    (And((Range("v", above=-1.5, below=1), Range("v", above=0, below=2))), "13"), (And((Range("v", 0), Range("v", ""))), ""),
     (Range("v", above=0, below=1.5), "00 01 13"), (Glob("w v", "?e*"), "l0 l1 l2"), (Glob("w v", "*'s"), "l0"),
     (Not(Range("v", -(2.0**63), 2.0**63)), "02 03 04 06 07 12 16 17 18 l0 l1 l2 l3 l4 l5 l6 l7 l8 none"),
     (Not(Not(Glob("v", "a*"))), "16"), (And((Not(Eq("w v", None)), Not(Glob("w v", "*")))), "l6"), (Or(()), ""),
