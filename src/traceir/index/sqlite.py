@@ -22,6 +22,7 @@ import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import sql, store
+from traceir.index.facets import SAMPLE, Facet, facets_of, ordered
 from traceir.index.filters import Filter, Scalar
 from traceir.index.sql import AMONG, FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
 from traceir.index.store import Background, CheckedIndex, IndexInfo, Opening, OpenOptions, Stored, Vectors
@@ -29,6 +30,8 @@ from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
+COUNTED: Final = 200_000
+"""Items whose facets are counted one by one."""
 _TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
 _IDS: Final = f"i.id {AMONG}"
@@ -140,6 +143,22 @@ class SqliteIndex(CheckedIndex):
         while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {sql.CHUNK}", [after, *values], with_vectors):
             yield from (stored for _, stored in page)
             after = page[-1][1].id
+
+    def facets(self, where: Filter | None = None, *, limit: int) -> list[Facet]:
+        """Exact up to COUNTED items, which takes two seconds for 100,000 with ten fields each; of more, items spread evenly."""
+        if (total := self.count(where)) > COUNTED:
+            clause, values = compile_filter(where)
+            with self._transaction():
+                last = read_number(self._connection, "SELECT max(n) FROM items")
+            spread = json.dumps(list(range(last, 0, -max(1, last // SAMPLE))))
+            rows = self._select(f"i.n {AMONG} AND ({clause})", [spread, *values], False)
+            return facets_of(((item.id, item.fields) for _, item in rows), limit, total)
+        counted, facets = sql.count_facets(self._connection, where, limit), list[Facet]()
+        while True:  # others may search between two fields
+            with self._transaction():
+                if (facet := next(counted, None)) is None:
+                    return ordered(facets)
+            facets.append(facet)
 
     def info(self) -> IndexInfo:
         with self._transaction():
