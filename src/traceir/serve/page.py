@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import InputError
-from traceir.index.store import Stored
+from traceir.index.store import Index, Stored
 from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, ImageIn, ModelOut, PageConfig, PageExample
+from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ImageIn, ModelOut, PageConfig, PageExample
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -22,6 +23,8 @@ LONGEST: Final = 2000  # characters of an instruction, as in the page's own fiel
 MOST: Final = 200  # instructions that a page suggests
 LOOKED_AT: Final = 64  # items from which a collection is judged and its examples are chosen
 WORDS: Final = 12  # of a text that is an example
+FACETS: Final = 12  # values of each field to choose from
+TENANTS: Final = 256  # whose facets are kept at a time
 
 
 def read_instructions(path: Path) -> tuple[str, ...]:
@@ -60,6 +63,22 @@ def page_config(
         world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [],
         cutoff=cutoff or CutoffConfig(default=None, background={}),
     )  # fmt: skip
+
+
+@dataclass(slots=True)
+class FacetCache:
+    """The facets of each tenant's part of an index, as JSON of a FacetsOut, for as long as the index stays as it is."""
+
+    kept: dict[str | None, tuple[str, str]] = field(default_factory=dict)
+
+    def of(self, tenant: str | None, index: Index) -> str:
+        version = index.version()
+        if (known := self.kept.get(tenant)) is None or known[0] != version:
+            if len(self.kept) > TENANTS:
+                self.kept.clear()
+            facets = [FacetOut(**asdict(facet)) for facet in index.facets(limit=FACETS)]
+            self.kept[tenant] = known = version, FacetsOut(facets=facets).model_dump_json()
+        return known[1]
 
 
 def examples_of(kept: Sequence[Stored], each: int = 2) -> list[PageExample]:

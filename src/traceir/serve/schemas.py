@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from traceir.cutoff import Cut
+from traceir.index.facets import FacetKind
 from traceir.index.filters import MAX_LIST_VALUES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.index.store import MAX_ID_BYTES, check_id
@@ -390,6 +391,35 @@ class ModelOut(BaseModel):
 class ModelsOut(BaseModel):
     object: Literal["list"] = "list"
     data: list[ModelOut]
+
+
+class FacetOut(BaseModel):
+    """A field that `count` items have. `values`: the commonest with how many have them; of dates the years, of `id` (kind
+    `folder`) the first folders. `low` and `high` are the ends of all values. In large collections counts are estimates."""
+
+    name: str
+    kind: FacetKind
+    count: int
+    low: Value
+    high: Value
+    values: list[tuple[Value, int]]
+
+
+class FacetsOut(BaseModel):
+    """Fields to choose filters from, those that most items have first."""
+
+    facets: list[FacetOut]
+
+
+class PictureIn(Strict):
+    image: ImageIn
+
+
+class PictureOut(BaseModel):
+    """An image that can be searched with; pixels."""
+
+    width: int
+    height: int
 
 
 class PageExample(SearchIn):
