@@ -25,10 +25,11 @@ from pydantic import (
 
 from traceir.cutoff import Cut
 from traceir.index.facets import FacetKind
-from traceir.index.filters import MAX_LIST_VALUES
+from traceir.index.filters import MAX_LIST_VALUES, MAX_NAME_BYTES
 from traceir.index.filters import MAX_VALUES as MAX_FILTER_VALUES
 from traceir.index.store import MAX_ID_BYTES, check_id
 from traceir.items import Modality, Route
+from traceir.retrieval import MAX_WEIGHT, Mode
 from traceir.serve.faults import SAID, kind_in_json, plain
 from traceir.serve.jobs import Served
 
@@ -41,6 +42,7 @@ MAX_ITEM_FIELDS: Final = 256
 MAX_VALUES: Final = 10_000
 MAX_K: Final = 1_000
 MAX_OFFSET: Final = 10_000
+MAX_TERMS: Final = 16
 NO_ZERO: Final = r"^[^\x00]*$"
 
 
@@ -61,6 +63,12 @@ def _end(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("a boolean, where a text, a number or null is wanted")
     return _scalar(value)
+
+
+def _fold(value: object) -> object:
+    if isinstance(value, bool) or (isinstance(value, int | float) and 0 < value <= 1):
+        return value
+    raise ValueError("true, false, or a cosine above 0 and at most 1 is wanted")
 
 
 def _few(where: object) -> object:
@@ -131,7 +139,27 @@ Condition = Annotated[
 ]
 Where = Annotated[dict[str, Condition], Field(max_length=MAX_FIELDS), BeforeValidator(_few)]
 """Field -> a value, several of which one must match, or a range; all fields must match."""
+Conditions = Annotated[
+    TextBranch | Annotated[Where, Tag("<object>")],
+    _one_of("an object of fields, or a text such as `date>=2024-05 and place=Oslo`,"),
+]
+Sort = Annotated[str, Field(min_length=1, max_length=MAX_NAME_BYTES + 1, pattern=NO_ZERO)]
+"""A field, with a minus in front for the other direction."""
+Fold = Annotated[
+    bool | float,
+    PlainValidator(_fold),
+    WithJsonSchema({"anyOf": [{"type": "boolean"}, {"type": "number", "exclusiveMinimum": 0, "maximum": 1}]}),
+]
 Part = Annotated[TextBranch | Annotated[ImageIn, Tag("<object>")], _one_of("a text or an image object")]
+
+
+class TermIn(Strict):
+    """What a query is moved towards, or away from by a negative weight: a text, an image, both, or interleaved `parts`."""
+
+    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
+    text: Text | None = None
+    image: ImageIn | None = None
+    parts: Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)] | None = None
 
 
 class SearchIn(Strict):
@@ -150,24 +178,37 @@ class SearchIn(Strict):
     route: Route | None = "auto"
     k: Annotated[int, Field(ge=1, le=MAX_K), _WHOLE] | None = 10
     offset: Annotated[int, Field(ge=0, le=MAX_OFFSET), _WHOLE] | None = 0
-    where: Where | None = None
+    where: Conditions | None = None
     exact: bool | None = True
+    mode: Mode | None = "vector"
+    """What ranks: the model's vectors, the words (BM25), or both (reciprocal rank fusion)."""
+    keyword_weight: Annotated[float, Field(ge=0, le=1)] | None = 0.5
+    """The words' share in `hybrid`."""
+    terms: Annotated[list[TermIn], Field(max_length=MAX_TERMS, fail_fast=True)] | None = None
+    sort: Sort | None = None
+    """Order the relevant hits (those above the cut-off, else the best 100) by a field; `-date` is the newest first."""
+    fold: Fold | None = False
+    """Put near-duplicates and bursts under their best hit (`similar`); a number is the cosine from which on two are alike."""
+    after: Text | None = None
+    """The `next` of the page before: hits that were shown are left out."""
+    rerank: bool | None = False
+    """Order the best hits anew by the server's reranker (`serve --rerank`)."""
     cutoff: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Leave out hits that this share of queries would get whose answer is not there; 0: none, absent: the server's own."""
 
 
 class Trace(BaseModel):
     """How an input was encoded: its route, what was written, how many tokens of a long text were cut, wall time by stage (null:
-    there was no search)."""
+    there was no such stage). A search by keywords alone encodes nothing: its `route` and `emb_probability` are null."""
 
-    route: Literal["reason", "direct"]
+    route: Literal["reason", "direct"] | None
     reasoning: str
     tokens: int
     truncated: bool
-    emb_probability: float
+    emb_probability: float | None
     cut: int
     cached: bool
-    seconds: dict[Literal["queue", "encode", "search"], float | None]
+    seconds: dict[Literal["queue", "encode", "search", "rerank"], float | None]
 
     @classmethod
     def of(cls, served: Served, search: float | None = None) -> Trace:
@@ -190,21 +231,25 @@ class ItemOut(BaseModel):
 
 
 class HitOut(ItemOut):
-    """One found item."""
+    """One found item. `scores`: what each of "vector" (cosine), "keyword" (BM25) and "rerank" gave it; `similar`: the ids of hits
+    folded under it."""
 
     score: float
     rank: int
+    scores: dict[str, float] = Field(default_factory=dict)
+    similar: list[str] = Field(default_factory=list)
 
 
 class SearchOut(BaseModel):
-    """Hits from rank `offset` + 1, best first; `more`: there are others behind them; `cutoff` only where one was on. `note` is
-    what is to be told of them: that the model knows no such things."""
+    """Hits from rank `offset` + 1, best first; `more`: there are others behind them, which `next` as `after` of the same request
+    brings; `cutoff` only where one was on. `note` is what is to be told of them: that the model knows no such things."""
 
     hits: list[HitOut]
     trace: Trace
     offset: int
     k: int
     more: bool
+    next: str | None = None
     cutoff: Cut | None = None
     note: str | None = None
 
@@ -260,11 +305,12 @@ class Deleted(BaseModel):
 
 
 class ItemPage(BaseModel):
-    """Items in order of id; `more`: there are others behind them."""
+    """Items in order; `more`: there are others behind them, which `next` as `after` of the same request brings."""
 
     items: list[ItemOut]
     offset: int
     more: bool
+    next: str | None = None
 
 
 def _image_of_text(value: object) -> object:

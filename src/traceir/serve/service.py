@@ -359,8 +359,10 @@ def _chat_parts(chat: list[schemas.Message] | schemas.Message, location: str) ->
             yield f"{name}[{at}]", message.role, part if isinstance(part, str) else part.image_url or part.text or ""
 
 
-def filter_of(where: schemas.Where | None) -> Filter | None:
+def filter_of(where: schemas.Conditions | None) -> Filter | None:
     """The filter tree of a request's `where`."""
+    if isinstance(where, str):
+        raise InputError("where is a text; send an object of fields")
     parts: list[Filter] = []
     for name, wanted in (where or {}).items():
         if isinstance(wanted, schemas.RangeIn):
