@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceir.errors import InputError
+from traceir.image_formats import FORMATS, SUFFIXES
 from traceir.index.store import Index, Stored
 from traceir.items import MODALITIES, Modality
 from traceir.outside import lines_of
-from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ImageIn, ModelOut, PageConfig, PageExample
+from traceir.serve.schemas import CutoffConfig, FacetOut, FacetsOut, ImageIn, ModelOut, PageConfig, PageExample, PicturesConfig
+from traceir.serve.uploads import LIMITS
 from traceir.world import INSTEAD, World
 
 STATIC: Final = Path(__file__).parent / "static"
@@ -25,6 +27,9 @@ LOOKED_AT: Final = 64  # items from which a collection is judged and its example
 WORDS: Final = 12  # of a text that is an example
 FACETS: Final = 12  # values of each field to choose from
 TENANTS: Final = 256  # whose facets are kept at a time
+PICTURES: Final = PicturesConfig(
+    types={known.media_type: name for name, known in FORMATS.items()}, suffixes=sorted(SUFFIXES), most_bytes=LIMITS.file_bytes
+)
 
 
 def read_instructions(path: Path) -> tuple[str, ...]:
@@ -61,7 +66,7 @@ def page_config(
         title=title, instructions=list(instructions or (BUNDLED["instructions"] if ours else ())), modalities=list(MODALITIES),
         model=model, count={str(name): count for name, count in counts.items()}, examples=examples,
         world=world.says if world else "", reasons=reasons, instead=list(INSTEAD) if world and not at_home else [],
-        cutoff=cutoff or CutoffConfig(default=None, background={}),
+        cutoff=cutoff or CutoffConfig(default=None, background={}), fold=world is None, pictures=PICTURES,
     )  # fmt: skip
 
 

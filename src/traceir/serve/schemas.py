@@ -481,9 +481,18 @@ class CutoffConfig(BaseModel):
     background: dict[Modality, int]
 
 
+class PicturesConfig(BaseModel):
+    """Images that can be searched with: names of formats by media type, suffixes of files, and bytes of one at most."""
+
+    types: dict[str, str]
+    suffixes: list[str]
+    most_bytes: int
+
+
 class PageConfig(BaseModel):
     """What the page shows before the first search. `world`: what alone the model knows, "" where it has no bounds; `reasons`:
-    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows."""
+    whether queries may be reasoned about; `instead`: commands that help where the collection is not what the model knows;
+    `fold`: whether near-duplicates are folded if nobody says otherwise, which a model that knows little makes many of."""
 
     title: str
     instructions: list[str]
@@ -495,6 +504,8 @@ class PageConfig(BaseModel):
     reasons: bool
     instead: list[str]
     cutoff: CutoffConfig
+    fold: bool
+    pictures: PicturesConfig
 
 
 class Status(BaseModel):
