@@ -49,7 +49,7 @@ NARROW: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "color_sche
 class NameEncoder:
     """Vectors of the words in a file's name, or of a text, and of the colours of a picture."""
 
-    fingerprint, prompt_version, width = "names-and-colours", "none", 320
+    fingerprint, prompt_version, width = "names-and-colours", "none", 1024 + 64
 
     def encode_queries(self, queries: Sequence[Query], *, route: Route = "auto") -> list[Encoding]:
         return [self._encode(query) for query in queries]
@@ -62,13 +62,13 @@ class NameEncoder:
         names = [re.sub(r"_\d+$", "", Path(image.path or image.name or "").stem) for image in content.images]
         for word in re.findall(r"[^\W\d_]+", f"{content.text} {' '.join(names)}".lower()):
             for piece in (word, *(word[at : at + 4] for at in range(len(word) - 3))):
-                place = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:4], "little") % 256
+                place = int.from_bytes(hashlib.sha256(piece.encode()).digest()[:4], "little") % 1024
                 vector[place] += 3.0 if piece == word else 1.0
         vector /= np.linalg.norm(vector) or 1.0
         for image in content.images:
             colours = np.asarray(image.load(shrink_to=64).convert("RGB").resize((32, 32))) // 64
             counts = np.bincount((colours.reshape(-1, 3) @ [16, 4, 1]).ravel(), minlength=64)
-            vector[256:] += 0.9 * counts / np.linalg.norm(counts)
+            vector[1024:] += 0.9 * counts / np.linalg.norm(counts)
         unit: Vector = (vector / (np.linalg.norm(vector) or 1.0)).astype(np.float32)
         return Encoding(unit, "direct", "", 0, 1.0, False)
 
@@ -150,7 +150,9 @@ class Views:
 
     def keep(self, page: Any, name: str, docs: str | None = None, *, whole: bool = False) -> None:
         page.mouse.move(0, 0)
-        page.evaluate("Promise.all([...document.images].filter((img) => img.src && !img.complete && img.loading != 'lazy').map((img) => img.decode()))")
+        page.evaluate(
+            "Promise.all([...document.images].filter((img) => img.src && !img.complete && img.loading != 'lazy').map((img) => img.decode()))"
+        )
         page.wait_for_timeout(500)
         for path in ([self.folder / f"{name}.png"] if self.folder else []) + ([DOCS / docs] if docs else []):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +174,7 @@ def look_around(browser: Any, url: str, name: str, how: dict[str, Any], views: V
     views.keep(page, f"{name}-hits")
     page.locator("#open-panel").click()
     views.keep(page, f"{name}-panel")
-    page.locator("#where").fill("camera~\"P*")
+    page.locator("#where").fill('camera~"P*')
     page.locator("#where").press("Enter")
     expect(page.locator("#where-error")).to_be_visible()
     views.keep(page, f"{name}-error")

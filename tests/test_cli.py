@@ -310,7 +310,7 @@ def test_conditions_match_text_and_what_it_reads_as() -> None:
         (none, {}, True), (none, {"gone": 0}, False), (search_verbs.parse_where([]), {}, True),
     ):  # fmt: skip
         assert matches(where, "x", "text", fields) is expected
-    for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", '"quoted"', "{"):  # these read as no value
+    for text in ("NaN", "-Infinity", "1e999", "9" * 20, "9" * 5000, "[1]", "{"):  # these read as no value
         where = search_verbs.parse_where([f"code={text}"])
         assert matches(where, "x", "text", {"code": text}) and not matches(where, "x", "text", {})
     with pytest.raises(InputError, match="5000 conditions in all; give at most 256"):

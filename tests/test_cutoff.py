@@ -21,12 +21,13 @@ from traceir.background import COUNT, built_in, choose_queries, read_queries
 from traceir.checkpoint import bundled_model
 from traceir.cli.main import build_parser, main
 from traceir.client import Client
-from traceir.cutoff import Calibration, Calibrations, check_rate, search_above, thresholds
+from traceir.cutoff import Calibration, Calibrations, check_rate, thresholds
 from traceir.encoder import Encoder
 from traceir.errors import InputError, StoreError
 from traceir.index import Index, SqliteIndex, open_index
 from traceir.index.sql import write_background
 from traceir.items import Item, Modality, Query
+from traceir.retrieval import EncodedQuery, SearchOptions, retrieve
 from traceir.search import EncoderLike, Searcher, encode_background
 from traceir.serve.run import ServeConfig, make_server
 from traceir.serve.tenants import TenantIndex
@@ -147,13 +148,14 @@ def test_what_is_there_is_found_and_what_is_not_is_not(searcher: Searcher) -> No
 
 def test_hits_of_one_modality_do_not_hide_those_of_another(searcher: Searcher) -> None:
     """A text that scores high is below the threshold of texts; an image that scores less is above that of images."""
-    vector = searcher.encoder.encode_queries([Query.of(text="thing 7")])[0].vector[None]
-    plain = searcher.index.search(vector, 40)[0]
+    query = Query.of(text="thing 7")
+    vector = searcher.encoder.encode_queries([query])[0].vector
+    plain = searcher.index.search(vector[None], 40)[0]
     texts, images = ([hit for hit in plain if hit.modality == kind] for kind in ("text", "image"))
     above: dict[Modality, float] = {"text": 2.0, "image": images[2].score}
-    [(hits, cut)] = search_above(searcher.index, vector, 3, 0.01, [above])
-    assert [hit.id for hit in hits] == [hit.id for hit in images[:2]] and [hit.rank for hit in hits] == [1, 2]
-    assert cut is not None and cut.below == 4 and cut.best == texts[0].score
+    [page] = retrieve(searcher.index, [EncodedQuery(query, vector, above)], SearchOptions(k=3, cutoff=0.01))
+    assert [hit.id for hit in page.hits] == [hit.id for hit in images[:2]] and [hit.rank for hit in page.hits] == [1, 2]
+    assert page.cut is not None and page.cut.below == 4 and page.cut.best == texts[0].score
 
 
 def test_thresholds_follow_the_contents_but_only_so_often(searcher: Searcher) -> None:

@@ -54,6 +54,13 @@ class Layout:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def joined(self, behind: Layout) -> Layout:
+        """This layout and another behind it, as one; the latter's pooling position."""
+        positions = np.concatenate([self.positions, behind.positions + int(self.positions.max()) + 1], axis=1)
+        ids, targets = np.concatenate([self.ids, behind.ids]), np.concatenate([self.targets, behind.targets])
+        pooling_index, cut = len(self) + behind.pooling_index, self.cut + behind.cut
+        return Layout(ids, targets, positions, (*self.pixels, *behind.pixels), pooling_index, cut)
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -27,6 +27,7 @@ from traceir.errors import InputError, ModelError
 from traceir.images import ImageInput, data_url
 from traceir.index.store import check_ids, check_items
 from traceir.items import Encoding, Hit, Item, Modality, Part, Query, Route, Value
+from traceir.retrieval import Mode
 
 MAX_INPUTS: Final = 64
 """Inputs, or ids, of one request; longer calls send several."""
@@ -51,19 +52,21 @@ class ServedModel:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One search: hits of ranks from `offset` + 1, whether there are `more`, the query's route, seconds by stage; `cut`: how many
-    tokens of a long text the model did not read; `cutoff`: what a cut-off did, None where none was on."""
+    """One search: hits of ranks from `offset` + 1, whether there are `more`, which `next` as `after` brings, the query's route
+    (None where words alone were looked for), seconds by stage; `cut`: how many tokens of a long text the model did not read;
+    `cutoff`: what a cut-off did, None where none was on."""
 
     hits: tuple[Hit, ...]
     more: bool
-    route: Literal["reason", "direct"]
+    route: Literal["reason", "direct"] | None
     reasoning: str
     tokens: int
-    emb_probability: float
+    emb_probability: float | None
     truncated: bool
     seconds: Mapping[str, float]
     cut: int = 0
     cutoff: Cut | None = None
+    next: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,20 +119,27 @@ class Client(Connected):
         return self._embed(items, "document", "direct")
 
     def search(
-        self, query: Query, *, k: int = 10, offset: int = 0, route: Route = "auto", where: Mapping[str, Any] | None = None,
-        exact: bool = True, cutoff: float | None = None,
+        self, query: Query, *, k: int = 10, offset: int = 0, route: Route = "auto", where: Mapping[str, Any] | str | None = None,
+        exact: bool = True, cutoff: float | None = None, mode: Mode = "vector", keyword_weight: float = 0.5,
+        terms: Sequence[tuple[float, Query | str]] = (), sort: str | None = None, fold: bool | float = False,
+        after: str | None = None, rerank: bool = False,
     ) -> Found:  # fmt: skip
-        """The k best items from rank `offset` + 1. `where`: field -> a value, a list of values, or {"gte", "lte"}. `cutoff` as in
-        `Searcher.search`; 0 is none, None what the server does by itself."""
-        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact, "cutoff": cutoff}
-        body["where"] = dict(where) if where else None
+        """The k best items from rank `offset` + 1, or behind the page whose `next` is `after`; options as in `SearchOptions`,
+        terms as in `Searcher.search`, of parts alone. `where`: a text in the language of filters, or field -> a value, a list of
+        values, or {"gte", "lte"}. `cutoff`: 0 is none, None what the server does by itself. `rerank`: by the server's own
+        reranker."""
+        body: dict[str, Any] = {"k": k, "offset": offset, "route": route, "exact": exact, "cutoff": cutoff, "mode": mode}
+        body |= {"keyword_weight": keyword_weight, "sort": sort, "fold": fold, "after": after, "rerank": rerank}
+        body |= {"where": (where if isinstance(where, str) else dict(where)) if where else None}
         if query.parts:
-            parts = [part if isinstance(part, str) else {"data": _url(part)} for part in query.parts]
-            body["parts"] = _payload(0, query, parts).body
+            body["parts"] = _parts(query)
+        if terms:
+            contents = [(weight, Query.of(text=term) if isinstance(term, str) else term) for weight, term in terms]
+            body["terms"] = [{"weight": weight, "parts": _parts(content)} for weight, content in contents]
         answer = self._call("POST", "/search", body | {"instruction": query.instruction, "modality": query.target})
         cut = answer.get("cutoff") and _read(Cut, answer["cutoff"])
-        hits = tuple(_read(Hit, entry) for entry in _list_of(answer, "hits"))
-        known = {"hits": hits, "more": bool(answer.get("more")), "cutoff": cut}
+        hits = tuple(_hit(entry) for entry in _list_of(answer, "hits"))
+        known = {"hits": hits, "more": bool(answer.get("more")), "cutoff": cut, "next": answer.get("next")}
         return _read(Found, {"seconds": {}, **(answer.get("trace") or {}), **known})
 
     def add(self, items: Sequence[Item]) -> list[Added]:
@@ -162,15 +172,15 @@ class Client(Connected):
         # Dots are escaped too: `..` would be taken for the parent path.
         return _read(Kept, self._call("GET", f"/items/{quote(id, safe='').replace('.', '%2E')}"))
 
-    def items(self, *, after: str = "") -> Iterator[Kept]:
-        """All items in order of id, those up to `after` left out, read page by page as they are asked for."""
-        more = True
-        while more:
-            page = self._call("GET", f"/items?after={quote(after, safe='')}&limit={_PAGE}")
-            kept = [_read(Kept, entry) for entry in _list_of(page, "items")]
-            yield from kept
-            more = bool(page.get("more")) and bool(kept)
-            after = kept[-1].id if kept else after
+    def items(self, *, after: str = "", where: str = "", sort: str = "id") -> Iterator[Kept]:
+        """All items that pass a filter, in order of id or of a field (`date`, `-date`), those up to `after` left out, read page
+        by page as they are asked for."""
+        asked = f"/items?limit={_PAGE}&where={quote(where, safe='')}&sort={quote(sort, safe='')}"
+        while True:
+            page = self._call("GET", f"{asked}&after={quote(after, safe='')}")
+            yield from (_read(Kept, entry) for entry in _list_of(page, "items"))
+            if not (after := str(page.get("next") or "")):
+                return
 
     def image(self, hit: Hit | Kept, *, side: int = 2048) -> ImageInput:
         """The image of a hit or an item of this server, as JPEG, its longer side at most `side` (16 to 2048) pixels.
@@ -274,6 +284,18 @@ def _payload(number: int, content: Item | Query, body: Any, fields: Mapping[str,
             f"JSON, more than the {MAX_INPUT_BYTES} that a request takes; make it smaller"
         )
     return payload
+
+
+def _parts(query: Query) -> list[str | dict[str, str]]:
+    """As `/search` takes them; raises InputError where they are more than a request may hold."""
+    parts: list[str | dict[str, str]] = [part if isinstance(part, str) else {"data": _url(part)} for part in query.parts]
+    _payload(0, query, parts)
+    return parts
+
+
+def _hit(entry: Any) -> Hit:
+    hit = _read(Hit, entry)
+    return replace(hit, similar=tuple(hit.similar))
 
 
 def _sendable(items: Sequence[Item], failed: dict[int, Added]) -> Iterator[Payload]:

@@ -13,17 +13,16 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from traceir.errors import InputError
-from traceir.index.filters import Filter
 from traceir.index.store import Background, Index, Vectors
-from traceir.items import MODALITIES, Hit, Modality
+from traceir.items import MODALITIES, Modality
 
 PATIENCE: Final = 20.0
 """Thresholds are kept for at least this many times as long as computing them took, however often the contents change."""
@@ -139,32 +138,3 @@ def _best_scores(index: Index, vectors: Vectors) -> Scores:
         for modality, of_queries in hits.items()
         if any(of_queries)
     }
-
-
-def search_above(
-    index: Index,
-    vectors: Vectors,
-    k: int,
-    rate: float | None,
-    above: Sequence[Mapping[Modality, float]],
-    *,
-    where: Filter | None = None,
-    modality: Modality | None = None,
-    exact: bool = True,
-) -> list[tuple[list[Hit], Cut | None]]:
-    """As `Index.search`, for each query the k best of those hits that score more than its own thresholds in `above`, which are
-    those of `rate`; without a rate, the k best.
-
-    A modality without a threshold has no hits. Each is searched by itself, so that what is cut hides nothing of another.
-    """
-    if rate is None:
-        return [(hits, None) for hits in index.search(vectors, k, where=where, modality=modality, exact=exact)]
-    looked = [name for name in MODALITIES if modality in (None, name)]
-    parts = [index.search(vectors, k, where=where, modality=name, exact=exact) for name in looked]
-    answers: list[tuple[list[Hit], Cut | None]] = []
-    for row, own in enumerate(above):
-        hits = sorted((hit for part in parts for hit in part[row]), key=lambda hit: (-hit.score, hit.id))
-        kept = [hit for hit in hits if hit.modality in own and hit.score > own[hit.modality]]
-        cut = Cut(rate, own, len(hits) - len(kept), hits[0].score if hits else None)
-        answers.append(([replace(hit, rank=rank) for rank, hit in enumerate(kept[:k], start=1)], cut))
-    return answers

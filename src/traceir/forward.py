@@ -75,7 +75,10 @@ class TraceModel:
         return made
 
     def hidden(self, batch: Batch, cache: Cache | None = None) -> torch.Tensor:
-        """Last-layer states after the final norm, [B, T, D]; fills `cache` if given."""
+        """Last-layer states after the final norm, [B, T, D]; fills `cache` if given.
+
+        Over a cache that holds tokens already, the batch's mask covers them too, [B, K].
+        """
         embedded_BTD = self.network.model.language_model.embed_tokens(batch.ids)
         deeper: dict[str, Any] = {}
         if batch.patches is not None and batch.grids is not None:
@@ -85,7 +88,7 @@ class TraceModel:
             if layers:
                 deeper = {"visual_pos_masks": image_BT, "deepstack_visual_embeds": layers}
             embedded_BTD = embedded_BTD.masked_scatter(image_BT.unsqueeze(-1), features.to(embedded_BTD.dtype))
-        mask = None if bool(batch.mask.all()) else batch.mask
+        mask = None if batch.mask.shape == batch.ids.shape and bool(batch.mask.all()) else batch.mask
         return self._states(embedded_BTD, mask, batch.positions, cache, **deeper)
 
     def step(self, token_B: torch.Tensor, position_B: torch.Tensor, mask_BT: torch.Tensor, cache: Cache) -> torch.Tensor:

@@ -158,7 +158,11 @@ class Encoding:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One found item: its cosine similarity to the query in [-1, 1], its rank from 1, and what the index keeps of it."""
+    """One found item: what it was ranked by, its rank from 1, and what the index keeps of it.
+
+    `score` is the cosine similarity to the query in [-1, 1], or BM25 where words alone were looked for, or what fused both;
+    `scores` says what each (`vector`, `keyword`, `rerank`) gave. `similar`: ids of near-duplicates that are hidden behind it.
+    """
 
     id: str
     score: float
@@ -167,6 +171,8 @@ class Hit:
     text: str | None
     image: str | None
     fields: Mapping[str, Value]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    similar: tuple[str, ...] = ()
 
 
 def _parts(text: str | None, image: ImageLike | None) -> tuple[Part, ...]:

@@ -14,7 +14,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -130,12 +130,7 @@ class LibraryEncoder:
         Raises ModelError where it cannot be had, has other weights than safetensors, or needs code of its own.
         """
         name = plain_name(str(source))
-        _check_modules(name, module_types(name))
-        folder = fetch(name)
-        kind = _object(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
-        if kind not in (None, "SentenceTransformer"):  # the library would convert it with hardly a warning
-            raise ModelError(f"{name} is a {kind}, which makes no vectors that could be indexed; use a SentenceTransformer")
-        fingerprint = _fingerprint(folder)
+        folder, fingerprint = checked_folder(name, "SentenceTransformer")
         shown = folder.resolve().name if Path(name).is_dir() else name  # clients of a server are told no paths
         return cls(_load(folder, name, device, dtype), shown, fingerprint, dim=dim)
 
@@ -176,7 +171,7 @@ class LibraryEncoder:
                 vectors = np.asarray(encode(inputs, prompt=prompt, normalize_embeddings=True, **options), dtype=np.float32)
         except (ValueError, TypeError, KeyError, IndexError) as error:
             who = _who(contents[0]) if len(contents) == 1 else f"one of {len(contents)} inputs"
-            raise InputError(f"{who}: sentence-transformers cannot encode it by {self.name}: {_one_line(error)}") from error
+            raise InputError(f"{who}: sentence-transformers cannot encode it by {self.name}: {one_line(error)}") from error
         if vectors.shape != (len(inputs), self.width):
             raise ModelError(f"{self.name} returned vectors of shape {list(vectors.shape)}, not [{len(inputs)}, {self.width}]")
         if not np.isfinite(vectors).all():
@@ -242,6 +237,18 @@ class LibraryEncoder:
         return "a" if "text" in self.modalities else Image.new("RGB", (32, 32))
 
 
+def checked_folder(name: str, kind: Literal["SentenceTransformer", "CrossEncoder"]) -> tuple[Path, str]:
+    """Folder and fingerprint of a model of the library; ModelError where it is of another kind, has other weights than
+    safetensors, or needs code of its own."""
+    _check_modules(name, module_types(name))
+    folder = fetch(name)
+    stated = _object(folder / "config_sentence_transformers.json").get("model_type")
+    if stated not in (None, kind):  # the library would convert it with hardly a warning
+        lacks = "makes no vectors that could be indexed" if kind == "SentenceTransformer" else "scores no pairs"
+        raise ModelError(f"{name} is a {stated}, which {lacks}; use a {kind}")
+    return folder, _fingerprint(folder)
+
+
 def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> Any:
     import torch
     from sentence_transformers import SentenceTransformer
@@ -253,7 +260,7 @@ def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> An
         )
     except Exception as error:  # its modules and transformers raise many kinds
         remedies = (remedy for word, remedy in _REMEDIES.items() if word in str(error).lower())
-        raise ModelError(f"sentence-transformers cannot load {name}: {next(remedies, _one_line(error))}") from error
+        raise ModelError(f"sentence-transformers cannot load {name}: {next(remedies, one_line(error))}") from error
     if not (folder / MODULES).is_file():  # nothing says how it is read
         config: Any = getattr(model[0], "config", None)
         if getattr(config, "model_type", "") in _FIXED_LENGTH:
@@ -266,7 +273,7 @@ def _load(folder: Path, name: str, device: str, dtype: torch.dtype | None) -> An
     return model
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

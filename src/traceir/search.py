@@ -7,15 +7,15 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, Unpack
 
 import numpy as np
 
-from traceir.cutoff import Calibration, Cut, search_above
-from traceir.errors import ModelError
-from traceir.index.filters import Filter
+from traceir.cutoff import Calibration, Cut
+from traceir.errors import InputError, ModelError
 from traceir.index.store import Background, Index, ModelIdentity, Opening
 from traceir.items import MODALITIES, Encoding, Hit, Item, Modality, Query, Route, Vector
+from traceir.retrieval import EncodedQuery, SearchKeywords, SearchOptions, check_weight, combine, retrieve
 
 log = logging.getLogger(__name__)
 AT_ONCE: Final = 64
@@ -46,28 +46,38 @@ class Seconds:
 
     encode: float
     search: float
+    rerank: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """Hits, best first, with the query's encoding (route, reasoning), the time spent, and what a cut-off did, where it was on."""
+    """Hits, best first, with the query's encoding (route, reasoning; None where words alone were looked for), the time spent,
+    what a cut-off did, where it was on, and the cursor of the page behind them (None: there is none)."""
 
     hits: tuple[Hit, ...]
-    encoding: Encoding
+    encoding: Encoding | None
     seconds: Seconds
     cut: Cut | None = None
+    next: str | None = None
 
 
 class Searcher:
     """Searches one index with the encoder that filled it; raises StoreError where another model filled it.
 
-    As thread-safe as its encoder; every index is thread-safe.
+    Without an encoder (None) it looks for words alone. As thread-safe as its encoder; every index is thread-safe.
     """
 
-    def __init__(self, encoder: EncoderLike, index: Index) -> None:
-        info = index.info()
-        info.check(info.uri, Opening(encoder.fingerprint, encoder.prompt_version, encoder.width))
-        self.encoder, self.index, self.calibration = encoder, index, Calibration(index)
+    def __init__(self, encoder: EncoderLike | None, index: Index) -> None:
+        if encoder is not None:
+            info = index.info()
+            info.check(info.uri, Opening(encoder.fingerprint, encoder.prompt_version, encoder.width))
+        self._encoder, self.index, self.calibration = encoder, index, Calibration(index)
+
+    @property
+    def encoder(self) -> EncoderLike:
+        if self._encoder is None:
+            raise InputError("there is no encoder, so words alone can be looked for (mode keyword)")
+        return self._encoder
 
     def add(self, items: Sequence[Item]) -> None:
         """Encodes items and keeps them, durably; those whose ids are there already are replaced. Files: `traceir.ingest.add`."""
@@ -85,55 +95,67 @@ class Searcher:
         self,
         query: Query | str,
         *,
-        k: int = 10,
         route: Route = "auto",
-        where: Filter | None = None,
-        exact: bool = True,
-        cutoff: float | None = None,
+        terms: Sequence[tuple[float, Query | str]] = (),
+        **options: Unpack[SearchKeywords],
     ) -> SearchResult:
         """The k best items for a query, or for words, only of its target modality where it names one.
 
-        `cutoff`: leaves out hits that this share of queries without an answer would get as well (`cutoff.py`); raises
-        InputError where `calibrate` has not been called for queries of this modality.
-        """
+        `terms` move the query towards others, or, by a negative weight, away from them; one of words takes instruction and target
+        of the query. `options` are those of `SearchOptions`. Raises InputError where `cutoff` is given and `calibrate` has not
+        been called for queries of this modality."""
         asked = Query.of(text=query) if isinstance(query, str) else query
-        return self.search_many([asked], k=k, route=route, where=where, exact=exact, cutoff=cutoff)[0]
+        return self._search([asked], [[(check_weight(weight), _term(term, asked)) for weight, term in terms]], route, options)[0]
 
     def search_many(
-        self,
-        queries: Sequence[Query],
-        *,
-        k: int = 10,
-        route: Route = "auto",
-        where: Filter | None = None,
-        exact: bool = True,
-        cutoff: float | None = None,
+        self, queries: Sequence[Query], *, route: Route = "auto", **options: Unpack[SearchKeywords]
     ) -> list[SearchResult]:
         """As `search` for each query, in order; encoded in one call and searched in one call a target modality.
 
-        The encoder checks the route, the index checks k.
+        The encoder checks the route.
         """
+        return self._search(queries, [[]] * len(queries), route, options)
+
+    def _search(
+        self, queries: Sequence[Query], terms: Sequence[Sequence[tuple[float, Query]]], route: Route, keywords: SearchKeywords
+    ) -> list[SearchResult]:
+        options = SearchOptions(**keywords)
         if not queries:
             return []
-        above = {} if cutoff is None else {pair: self.calibration.thresholds(*pair, cutoff) for pair in set(map(_pair, queries))}
+        if options.mode == "keyword" and any(terms):
+            raise InputError("terms move a vector, and mode keyword looks for words alone; write -WORD among the words instead")
         start = time.perf_counter()
+        encodings: list[Encoding | None] = [None] * len(queries)
+        asked = [EncodedQuery(query) for query in queries]
+        if options.mode != "keyword":
+            rate = options.cutoff
+            above = {} if rate is None else {pair: self.calibration.thresholds(*pair, rate) for pair in set(map(_pair, queries))}
+            flat = self._encode([*queries, *(query for own in terms for _, query in own)], route)
+            encodings[:], others = flat[: len(queries)], iter(flat[len(queries) :])
+            for row, (own, added) in enumerate(zip(flat, terms, strict=False)):
+                vector = combine(own.vector, [(weight, next(others).vector) for weight, _ in added])
+                asked[row] = EncodedQuery(queries[row], vector, above.get(_pair(queries[row]), {}), own.reasoning)
+        encoded = time.perf_counter()
+        pages = retrieve(self.index, asked, options)
+        reranked = sum(page.rerank_s for page in pages)
+        share = (time.perf_counter() - encoded - reranked) / len(queries)
+        return [
+            SearchResult(page.hits, of, Seconds((encoded - start) / len(queries), share, page.rerank_s), page.cut, page.next)
+            for of, page in zip(encodings, pages, strict=True)
+        ]
+
+    def _encode(self, queries: Sequence[Query], route: Route) -> list[Encoding]:
         encodings = self.encoder.encode_queries(queries, route=route)
         if len(encodings) != len(queries):
             raise ModelError(f"the encoder returned {len(encodings)} encodings for {len(queries)} queries; report it")
         if cut_texts := [number for number, encoding in enumerate(encodings) if encoding.cut]:
             query, why = queries[cut_texts[0]], text_cut(encodings[cut_texts[0]])
             log.warning("query %r: %s (%d of %d)", query.id or query.text[:40], why, len(cut_texts), len(queries))
-        encoded = time.perf_counter()
-        answers: dict[int, tuple[list[Hit], Cut | None]] = {}
-        for target in dict.fromkeys(query.target for query in queries):
-            rows = [row for row, query in enumerate(queries) if query.target == target]
-            vectors = np.stack([encodings[row].vector for row in rows])
-            own = [above.get(_pair(queries[row]), {}) for row in rows]
-            ranked = search_above(self.index, vectors, k, cutoff, own, where=where, modality=target, exact=exact)
-            answers.update(zip(rows, ranked, strict=True))
-        seconds = Seconds((encoded - start) / len(queries), (time.perf_counter() - encoded) / len(queries))
-        ordered = (answers[row] for row in range(len(queries)))
-        return [SearchResult(tuple(hits), of, seconds, cut) for of, (hits, cut) in zip(encodings, ordered, strict=True)]
+        return encodings
+
+
+def _term(term: Query | str, query: Query) -> Query:
+    return Query.of(text=term, instruction=query.instruction, target=query.target) if isinstance(term, str) else term
 
 
 def text_cut(encoding: Encoding) -> str:

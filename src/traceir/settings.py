@@ -7,13 +7,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final, Literal, get_args
 
 from traceir.batch import ImageBudget, PoolingPosition, Processor
 from traceir.checkpoint import MODULES, OWN_MODULE, read_object
 from traceir.errors import InputError, ModelError
 from traceir.profiles import JSON_KEYS, Profile, profile_of
-from traceir.prompts import PromptVersion
+from traceir.prompts import RERANK, PromptVersion
 from traceir.world import World, world_of
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ PROCESSORS: Final = {
     "qwen3_5": "Qwen3VLProcessor",
 }
 """Model type -> the processor that transformers makes for it."""
-_OPTIONAL: Final = ("candidates_write", "world", "profile")
+_OPTIONAL: Final = ("candidates_write", "rerank", "world", "profile")
 """Fields that are left out where they are not used, so that earlier releases read the file too."""
 
 
@@ -40,6 +40,8 @@ class TraceSettings:
     pooling_position: PoolingPosition = "before_token"
     candidates_write: bool = False
     """Whether candidates may write too, as no checkpoint of TRACE does; the paper's Table 6 tries it."""
+    rerank: Literal["", "rerank-1"] = ""
+    """The prompts that it was trained to answer yes or no to, as a reranker; "" for an encoder."""
     max_reasoning_tokens: int = 256
     max_text_tokens: int = 1024
     closing: str = ""
@@ -50,7 +52,8 @@ class TraceSettings:
     """How a checkpoint of another project is prompted and read; where it is given, `prompt_version` says nothing."""
 
     def __post_init__(self) -> None:
-        for value, known in ((self.prompt_version, get_args(PromptVersion)), (self.pooling_position, get_args(PoolingPosition))):
+        versions = (self.prompt_version, get_args(PromptVersion)), (self.rerank, ("", RERANK))
+        for value, known in (*versions, (self.pooling_position, get_args(PoolingPosition))):
             if value not in known:
                 raise InputError(f"{value!r} in {SETTINGS} is unknown; this release has {', '.join(known)}")
 

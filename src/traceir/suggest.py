@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -32,8 +33,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does it, but what a verb does not know is told by the parser of that verb."""
-        self.words = list(sys.argv[1:] if args is None else args)
-        known, unknown = super().parse_known_args(args, namespace)
+        self.words = _joined(sys.argv[1:] if args is None else args)
+        known, unknown = super().parse_known_args(self.words, namespace)
         if unknown:
             self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return known, unknown
@@ -50,6 +51,17 @@ class Parser(argparse.ArgumentParser):
             names = [str(name) for name in action.choices]
             hint = _below(str(value), action) or did_you_mean(str(value), names)
             raise argparse.ArgumentError(action, f"{value!r} is unknown{hint}; choose one of {', '.join(names)}")
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """The words with `--sort -date` as `--sort=-date`, since argparse takes -date for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined[-1:] == ["--sort"] and re.match("-[^-].", word):
+            joined[-1] = f"--sort={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _below(verb: str, action: argparse.Action) -> str:

@@ -110,6 +110,14 @@ def count(text: str) -> int:
     return number
 
 
+def cosine(text: str) -> float:
+    """A number; what it may be is checked where it is used."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number; put the words before it, or write --fold=0.97") from error
+
+
 class _FormerName(argparse.Action):
     """The former name of a repeated option, accepted with a notice."""
 
@@ -118,7 +126,9 @@ class _FormerName(argparse.Action):
         setattr(namespace, self.dest, [*getattr(namespace, self.dest), values])
 
 
-_WORDS: Final[Mapping[str, Any]] = {"int": int, "float": float, "path": Path, "count": count, "former_name": _FormerName}
+_WORDS: Final[Mapping[str, Any]] = {
+    "int": int, "float": float, "path": Path, "count": count, "cosine": cosine, "former_name": _FormerName,
+}  # fmt: skip
 """What `type` and `action` name in verbs.json; other actions are argparse's own."""
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -20,29 +21,39 @@ from traceir.cli.terminal import (
     say,
     shows_progress,
 )
-from traceir.cutoff import check_rate
 from traceir.errors import InputError
+from traceir.images import ImageInput
 from traceir.index import open_index
-from traceir.index.filters import And, Filter, In, is_value
-from traceir.items import Item, Query, as_image
+from traceir.index.filter_text import parse_filter
+from traceir.index.filters import And, Filter
+from traceir.items import Hit, Item, Query, as_image
+from traceir.retrieval import MAX_WEIGHT, SearchKeywords, SearchOptions
 from traceir.search import Searcher, SearchResult
 from traceir.serve.config import ServeConfig
 from traceir.world import notice
 
-_HIT_FIELDS: Final = ("rank", "score", "id", "modality", "text", "image")
+_HIT_FIELDS: Final = ("rank", "score", "id", "modality", "text", "image", "similar")
 
 
 def search(args: argparse.Namespace) -> int:
-    query, where = _query(args, _text(args)), parse_where(args.where)
-    if args.cutoff is not None:
-        check_rate(args.cutoff)
-    check_model_options(args)
-    open_index(args.index).close()  # a wrong path shows before the model is loaded
-    encoder = open_encoder(args)
+    query, terms = _query(args, _text(args)), _terms(args)
+    keywords: SearchKeywords = {
+        "k": args.k, "where": parse_where(args.where), "exact": not args.approximate, "cutoff": args.cutoff, "mode": args.mode,
+        "keyword_weight": args.keyword_weight, "sort": args.sort, "fold": args.fold, "after": args.after,
+        "rerank_top": args.rerank_top,
+    }  # fmt: skip
+    SearchOptions(**keywords)  # what is wrong shows before the model is loaded, as does a wrong path
+    reads_words_alone = args.mode == "keyword"
+    if not reads_words_alone or args.rerank:
+        check_model_options(args)
+    open_index(args.index).close()
+    encoder = None if reads_words_alone else open_encoder(args)
+    if args.rerank:
+        from traceir.rerank import load_reranker
+
+        keywords["rerank"] = load_reranker(args.rerank, encoder, device=args.device)
     with open_index(args.index, encoder) as index:
-        result = Searcher(encoder, index).search(
-            query, k=args.k, route=args.route, where=where, exact=not args.approximate, cutoff=args.cutoff
-        )
+        result = Searcher(encoder, index).search(query, route=args.route, terms=terms, **keywords)
     say(note := notice(encoder, query, result.hits))
     print(json.dumps(_result_as_json(result, note)) if args.json else _result_as_text(result))
     return 0
@@ -92,22 +103,32 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def parse_where(conditions: Sequence[str]) -> Filter | None:
-    """FIELD=VALUE conditions, all of which must hold.
+    """Conditions in the language of filters, all of which must hold."""
+    parts = [parse_filter(condition) for condition in conditions]
+    return And(parts) if parts else None
 
-    A value matches the text and also, where it reads as one, the number, true, false or null (a missing field).
-    """
-    parts: list[Filter] = []
-    for condition in conditions:
-        name, equals, value = condition.partition("=")
-        if not equals or not name:
-            raise InputError(f"--where {condition!r} is not of the form FIELD=VALUE; write for instance year=1999")
-        try:
-            read = json.loads(value)
-        except (ValueError, RecursionError):
-            read = value
-        plain = not isinstance(read, str) and is_value(read)  # NaN, or a number of many digits, is a text all the same
-        parts.append(In(name, (value, read) if plain else (value,)))
-    return And(tuple(parts)) if parts else None
+
+def parse_term(text: str) -> tuple[float, str]:
+    """Weight and content of [W:]TEXT."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+):(.+)", text, re.DOTALL | re.ASCII)
+    if match is None:
+        return 1.0, text
+    if (weight := float(match[1])) > MAX_WEIGHT:
+        raise InputError(
+            f"{text[:80]!r} would have the weight {match[1]}, more than {MAX_WEIGHT:g}; if that is no weight, write 1:{text[:80]}"
+        )
+    return weight, match[2]
+
+
+def _terms(args: argparse.Namespace) -> list[tuple[float, Query]]:
+    """What the query is moved towards and away from."""
+    terms: list[tuple[float, Query]] = []
+    for option, sign in (("plus", 1), ("minus", -1), ("plus_image", 1), ("minus_image", -1)):
+        for weight, content in map(parse_term, getattr(args, option)):
+            is_image = option.endswith("image")
+            term = {"image": _image(content)} if is_image else {"text": content}
+            terms.append((sign * weight, Query.of(**term, instruction=args.instruction, target=args.modality)))
+    return terms
 
 
 def _text(args: argparse.Namespace) -> str | None:
@@ -121,39 +142,58 @@ def _text(args: argparse.Namespace) -> str | None:
 def _query(args: argparse.Namespace, text: str | None) -> Query:
     if not (text or args.image or args.instruction):
         raise InputError("there is nothing to search with; give a text, --image, or both")
-    image = as_image(args.image) if args.image else None
-    if image is not None and not Path(args.image).is_file():
-        raise InputError(f"image {args.image} does not exist; give the path of an image file")
+    image = _image(args.image) if args.image else None
     return Query.of(text=text, image=image, instruction=args.instruction, target=args.modality)
 
 
+def _image(file: str) -> ImageInput:
+    if not Path(file).is_file():
+        raise InputError(f"image {file} does not exist; give the path of an image file")
+    return as_image(file)
+
+
 def _result_as_json(result: SearchResult, note: str | None) -> dict[str, Any]:
-    encoding = result.encoding
+    about = ("route", "reasoning", "tokens", "emb_probability", "truncated", "cut")
     return {
         "note": note,
-        **{name: getattr(encoding, name) for name in ("route", "reasoning", "tokens", "emb_probability", "truncated", "cut")},
+        **{name: getattr(result.encoding, name, None) for name in about},
         "seconds": asdict(result.seconds),
         "cutoff": None if result.cut is None else asdict(result.cut),
-        "hits": [{**{name: getattr(hit, name) for name in _HIT_FIELDS}, "fields": dict(hit.fields)} for hit in result.hits],
+        "hits": [
+            {
+                **{name: getattr(hit, name) for name in _HIT_FIELDS},
+                **{name: dict(getattr(hit, name)) for name in ("fields", "scores")},
+            }
+            for hit in result.hits
+        ],
+        "next": result.next,
     }
 
 
 def _result_as_text(result: SearchResult) -> str:
     from traceir.lab.gallery import cost, reasoning_steps
 
-    spent = 1000 * (result.seconds.encode + result.seconds.search)
-    lines = [f"route      {result.encoding.route} ({cost(result.encoding)}, {spent:.0f} ms)"]
-    for number, step in enumerate(reasoning_steps(result.encoding.reasoning)):
-        lines.append(f"{'' if number else 'reasoning':9}  {step}")
-    for hit in result.hits:
-        words = hit.text or ""
-        shown = words if len(words) <= 160 else words[:159] + "…"
-        lines.append(f"{hit.rank:3d}  {hit.score:.4f}  " + "  ".join(filter(None, (hit.id, hit.image, shown))))
+    spent = 1000 * (result.seconds.encode + result.seconds.search + result.seconds.rerank)
+    if result.encoding is None:
+        lines = [f"mode       keyword ({spent:.0f} ms)"]
+    else:
+        lines = [f"route      {result.encoding.route} ({cost(result.encoding)}, {spent:.0f} ms)"]
+        for number, step in enumerate(reasoning_steps(result.encoding.reasoning)):
+            lines.append(f"{'' if number else 'reasoning':9}  {step}")
+    lines += map(_hit_as_text, result.hits)
     if not result.hits and (cut := result.cut) is not None and cut.best is not None:
         lines.append(f"nothing found above the cut-off of {cut.rate:g} (the best scored {cut.best:.4f})")
     elif not result.hits:
         lines.append("no hits")
     return "\n".join(map(one_line, lines))
+
+
+def _hit_as_text(hit: Hit) -> str:
+    words = hit.text or ""
+    shown = words if len(words) <= 160 else words[:159] + "…"
+    scores = ", ".join(f"{name} {score:.4g}" for name, score in hit.scores.items()) if len(hit.scores) > 1 else ""
+    more = (f"({scores})" if scores else "", f"(+{len(hit.similar)} like it)" if hit.similar else "")
+    return f"{hit.rank:3d}  {hit.score:.4f}  " + "  ".join(filter(None, (hit.id, hit.image, shown, *more)))
 
 
 def serve(args: argparse.Namespace) -> int:

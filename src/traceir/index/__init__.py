@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Unpack, overload
 
 from traceir.errors import StoreError
-from traceir.index.filters import And, Eq, Filter, In, Range
+from traceir.index.filter_text import as_filter, parse_filter
+from traceir.index.filters import And, Eq, Filter, Glob, In, Not, Or, Range, Where
+from traceir.index.pages import Position, position_of
 from traceir.index.sqlite import SqliteIndex
 from traceir.index.store import Index, IndexInfo, ModelIdentity, OpenOptions, Stored
 
 __all__ = [
-    "And", "Eq", "Filter", "In", "Index", "IndexInfo", "Range", "SqliteIndex", "Stored", "open_index",
+    "And", "Eq", "Filter", "Glob", "In", "Index", "IndexInfo", "Not", "Or", "Position", "Range", "SqliteIndex", "Stored", "Where",
+    "as_filter", "open_index", "parse_filter", "position_of",
 ]  # fmt: skip
 
 

@@ -1,18 +1,22 @@
 """Filters over what an index keeps beside a vector: a small tree that each adapter compiles to its own language.
 
 A name is a field of the item, or `id` or `modality`. Strings, numbers and booleans are different kinds and never equal:
-`Eq("n", 1)` matches 1 and 1.0, but neither "1" nor True. A missing field is None. Of a field that is a list, Eq and In match
-where one of its values does, Range never does; a list without values is None.
+`Eq("n", 1)` matches 1 and 1.0, but neither "1" nor True. A missing field is None. Of a field that is a list, Eq, In and Glob
+match where one of its values does, Range never does; a list without values is None. `Not` is plain logic: what lacks the field
+passes `Not(Range("date", low="2024"))`.
 
 How large a filter may be is the same for every adapter and checked when it is built: MAX_IN_VALUES in one `In`; in all
-MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text. SQLite and Milvus both take what is within.
+MAX_CONDITIONS, MAX_VALUES in their `In`s and MAX_TEXT_BYTES of text; And, Or and Not nested MAX_DEPTH deep. SQLite and Milvus
+both take what is within.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -24,12 +28,18 @@ Kind = Literal["text", "number", "boolean", "none"]
 OWN_NAMES: Final = ("id", "modality")
 MAX_IN_VALUES: Final = 10_000
 MAX_CONDITIONS: Final = 256
+MAX_PATTERN: Final = 4_096
+MAX_DEPTH: Final = 16  # SQLite's parser has a stack of 100
 MAX_VALUES: Final = 30_000  # SQLite is built for 32,766 variables, and a condition needs up to 7 beside its values
 MAX_TEXT_BYTES: Final = 4 * 2**20
 MAX_LIST_VALUES: Final = 1_000
 MAX_NAME_BYTES: Final = 128
 _INT64: Final = 2**63
 _SINGLE: Final = "text, a finite number, a 64-bit integer, true, false or null"
+_KINDS: Final = "Eq, In, Range, Glob, And, Or and Not"
+_SIGNS: Final[Mapping[str, Callable[[Any, Any], bool]]] = {
+    ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,52 +73,116 @@ class In:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """`low <= field <= high`, ends included, one may be left out; numbers, or texts in order of code points."""
+    """`low <= field <= high`, and `above < field < below`; at least one is given, all that are must hold.
+
+    Numbers, or texts in order of code points.
+    """
 
     name: str
     low: str | float | None = None
     high: str | float | None = None
+    above: str | float | None = None
+    below: str | float | None = None
 
     def __post_init__(self) -> None:
         if {kind_of(bound) for bound, _ in self.bounds()} not in ({"text"}, {"number"}):
+            bounds = " and ".join(shown(bound) for bound, _ in self.bounds()) or "None"
             raise InputError(
-                f"filter Range on {shown(self.name)} has the bounds {shown(self.low)} and {shown(self.high)}; "
-                "give one or two numbers, or one or two texts"
+                f"filter Range on {shown(self.name)} has the bounds {bounds}; give one or two numbers, or one or two texts"
             )
         _check(self)
 
     def bounds(self) -> list[tuple[str | float, str]]:
         """Each bound with the sign that a value has towards it."""
-        return [(bound, sign) for bound, sign in ((self.low, ">="), (self.high, "<=")) if bound is not None]
+        signed = ((self.low, ">="), (self.high, "<="), (self.above, ">"), (self.below, "<"))
+        return [(bound, sign) for bound, sign in signed if bound is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Glob:
+    """The whole text matches the pattern: `*` is any characters, `?` is one, all others are themselves; case counts."""
+
+    name: str
+    pattern: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pattern, str):
+            raise InputError(f"filter Glob on {shown(self.name)} has the pattern {shown(self.pattern)}; give a text")
+        object.__setattr__(self, "pattern", re.sub(r"\*+", "*", self.pattern))
+        if len(self.pattern) > MAX_PATTERN:
+            raise InputError(
+                f"filter Glob on {shown(self.name)} has a pattern of {len(self.pattern)} characters; give {MAX_PATTERN}"
+            )
+        _check(self)
+
+    @property
+    def prefix(self) -> str:
+        """What every match begins with."""
+        return re.split("[*?]", self.pattern, maxsplit=1)[0]
 
 
 @dataclass(frozen=True, slots=True)
 class And:
     """Every part matches; no parts match everything. The parts of an `And` among them are taken in their place."""
 
-    parts: tuple[Eq | In | Range, ...]
+    parts: tuple[Filter, ...]
 
     def __init__(self, parts: Iterable[Filter]) -> None:
-        if not isinstance(parts, Iterable):
-            raise InputError(f"filter And has the part {shown(parts)}; give a tuple of Eq, In, Range and And")
-        parts = tuple(parts)
-        if None in parts:  # which as a whole filter lets everything pass
-            raise InputError("filter And has the part None; leave it out, or give Eq, In, Range or And")
-        flat = [leaf for part in parts for leaf in leaves(part)]
-        _check_size(flat)
-        object.__setattr__(self, "parts", tuple(flat))
+        object.__setattr__(self, "parts", _flat(type(self), parts))
+        _check_tree(self)
 
 
-Filter = Eq | In | Range | And
+@dataclass(frozen=True, slots=True)
+class Or:
+    """At least one part matches; no parts match nothing. The parts of an `Or` among them are taken in their place."""
+
+    parts: tuple[Filter, ...]
+
+    def __init__(self, parts: Iterable[Filter]) -> None:
+        object.__setattr__(self, "parts", _flat(type(self), parts))
+        _check_tree(self)
 
 
-def leaves(where: Filter | None) -> tuple[Eq | In | Range, ...]:
-    """The conditions of a filter, all of which must hold; InputError for what is none."""
-    if where is None or isinstance(where, And):
-        return () if where is None else where.parts
-    if not isinstance(where, Filter):
-        raise InputError(f"{shown(where)} is not a filter; build one from Eq, In, Range and And")
-    return (where,)
+@dataclass(frozen=True, slots=True)
+class Not:
+    """The part does not match; so what lacks its field passes."""
+
+    part: Filter
+
+    def __post_init__(self) -> None:
+        _check_tree(self)
+
+
+Leaf = Eq | In | Range | Glob
+Filter = Leaf | And | Or | Not
+Where = Filter | str | None
+"""A filter, or one in the language of `filter_text`, or none."""
+
+
+def leaves(where: Filter | None) -> Sequence[Leaf]:
+    """The conditions of a filter at any depth; InputError for what is none."""
+    if isinstance(where, Leaf):
+        return (where,)
+    return [leaf for part in parts_of(where) for leaf in leaves(part)]
+
+
+def parts_of(where: Filter | None) -> Sequence[Filter]:
+    """What a filter joins: the parts of an And, Or or Not; InputError for what is no filter."""
+    if where is None or isinstance(where, Leaf):
+        return ()
+    if isinstance(where, Not):
+        return (where.part,)
+    if not isinstance(where, And | Or):
+        raise InputError(f"{shown(where)} is not a filter; build one from {_KINDS}")
+    return where.parts
+
+
+def map_leaves(where: Filter, change: Callable[[Leaf], Filter]) -> Filter:
+    """The same filter with every condition replaced by what `change` makes of it."""
+    if isinstance(where, Leaf):
+        return change(where)
+    parts = [map_leaves(part, change) for part in parts_of(where)]
+    return Not(parts[0]) if isinstance(where, Not) else And(parts) if isinstance(where, And) else Or(parts)
 
 
 def wanted_by_kind(leaf: Eq | In) -> dict[Kind, list[Scalar]]:
@@ -139,8 +213,15 @@ def is_list(value: Value) -> bool:
 
 def matches(where: Filter, id: str, modality: str, fields: Mapping[str, Value]) -> bool:
     """What a filter means, in plain Python; adapters must agree with it."""
-    kept = {**fields, "id": id, "modality": modality}
-    return all(_matches(leaf, kept.get(leaf.name)) for leaf in leaves(where))
+    return _holds(where, {**fields, "id": id, "modality": modality})
+
+
+def after_all(prefix: str) -> str | None:
+    """The least text above all that begin with `prefix`; None where there is none."""
+    for end in range(len(prefix), 0, -1):
+        if (code := ord(prefix[end - 1])) < 0x10FFFF:
+            return prefix[: end - 1] + chr(0xE000 if code == 0xD7FF else code + 1)  # between them are no characters
+    return None
 
 
 def shown(value: object) -> str:
@@ -188,12 +269,34 @@ def same_fields(first: Mapping[str, Value], second: Mapping[str, Value]) -> bool
     return json.dumps(dict(first), sort_keys=True) == json.dumps(dict(second), sort_keys=True)
 
 
-def _check(leaf: Eq | In | Range) -> None:
+def _flat(kind: type[And | Or], parts: Iterable[Filter]) -> tuple[Filter, ...]:
+    """The parts, with those of a part of the same kind in its place."""
+    if isinstance(parts, str | bytes) or not isinstance(parts, Iterable):
+        raise InputError(f"filter {kind.__name__} has the part {shown(parts)}; give a tuple of {_KINDS}")
+    parts = tuple(parts)
+    if None in parts:  # which as a whole filter lets everything pass
+        raise InputError(f"filter {kind.__name__} has the part None; leave it out, or give {_KINDS}")
+    return tuple(own for part in parts for own in (parts_of(part) if isinstance(part, kind) else (part,)))
+
+
+def _check_tree(where: And | Or | Not) -> None:
+    if isinstance(where, Not) and where.part is None:
+        raise InputError(f"filter Not has the part None; give {_KINDS}")
+    _check_size(leaves(where))
+    if _depth(where) > MAX_DEPTH:
+        raise InputError(f"the filter is nested more than {MAX_DEPTH} deep; write it flatter, or ask several times")
+
+
+def _depth(where: Filter) -> int:
+    return 0 if isinstance(where, Leaf) else 1 + max((_depth(part) for part in parts_of(where)), default=0)
+
+
+def _check(leaf: Leaf) -> None:
     _check_values(leaf.name, _values(leaf), _SINGLE)
     _check_size([leaf])
 
 
-def _check_size(leaves: Sequence[Eq | In | Range]) -> None:
+def _check_size(leaves: Sequence[Leaf]) -> None:
     values = sum(len(leaf.values) for leaf in leaves if isinstance(leaf, In))
     text = sum(len(value.encode()) for leaf in leaves for value in _values(leaf) if isinstance(value, str))
     for size, most, what in (
@@ -205,19 +308,45 @@ def _check_size(leaves: Sequence[Eq | In | Range]) -> None:
             raise InputError(f"the filter has {size} {what} in all; give at most {most}, or ask several times")
 
 
-def _values(leaf: Eq | In | Range) -> Sequence[Scalar]:
+def _values(leaf: Leaf) -> Sequence[Scalar]:
     if isinstance(leaf, In):
         return leaf.values
-    return (leaf.value,) if isinstance(leaf, Eq) else (leaf.low, leaf.high)
+    if isinstance(leaf, Range):
+        return (leaf.low, leaf.high, leaf.above, leaf.below)
+    return (leaf.value,) if isinstance(leaf, Eq) else (leaf.pattern,)
 
 
-def _matches(leaf: Eq | In | Range, value: Value) -> bool:
+def _holds(where: Filter, kept: Mapping[str, Value]) -> bool:
+    if isinstance(where, Leaf):
+        return _matches(where, kept.get(where.name))
+    held = (_holds(part, kept) for part in parts_of(where))
+    return not any(held) if isinstance(where, Not) else any(held) if isinstance(where, Or) else all(held)
+
+
+def _matches(leaf: Leaf, value: Value) -> bool:
     values = values_of(value) or [None]
     if isinstance(leaf, Range):
         bounds = leaf.bounds()
         if is_list(value) or kind_of(values[0]) != kind_of(bounds[0][0]):
             return False
-        # kind_of has shown that both sides are of one ordered kind, which mypy cannot follow.
-        return all(values[0] >= bound if sign == ">=" else values[0] <= bound for bound, sign in bounds)  # type: ignore[operator]
+        return all(_SIGNS[sign](values[0], bound) for bound, sign in bounds)
+    if isinstance(leaf, Glob):
+        return any(isinstance(part, str) and globs(leaf.pattern, part) for part in values)
     wanted = wanted_by_kind(leaf)
     return any(part in wanted.get(kind_of(part), ()) for part in values)
+
+
+def globs(pattern: str, text: str) -> bool:
+    """Whether all of a text matches a pattern of `Glob`, in time of at most their product."""
+    at, here, star, resumed = 0, 0, -1, 0
+    while here < len(text):
+        if pattern[at : at + 1] == "*":
+            star, resumed, at = at, here, at + 1
+        elif at < len(pattern) and pattern[at] in ("?", text[here]):
+            at, here = at + 1, here + 1
+        elif star >= 0:  # let the last star take one character more
+            resumed += 1
+            at, here = star + 1, resumed
+        else:
+            return False
+    return not pattern[at:].strip("*")

@@ -31,9 +31,12 @@ import numpy as np
 
 from traceir.errors import InputError, StoreError
 from traceir.index import milvus_rows, store
-from traceir.index.filters import Filter, matches
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import Filter, Where, matches
 from traceir.index.milvus_rows import KEPT, KEY, VECTOR, compile_filter, filter_columns, key_of, keys_in, stored_of, vector_of
+from traceir.index.pages import Page
 from traceir.index.store import Background, CheckedIndex, IndexInfo, IndexMeta, Opening, OpenOptions, Stored, Vectors
+from traceir.index.words import KeywordQuery
 from traceir.items import MODALITIES, Hit, Item, Modality, Vector
 
 T = TypeVar("T")
@@ -207,13 +210,13 @@ class MilvusIndex(CheckedIndex):
             rows = self._fetch(keys, with_vectors)
             return {rows[key].id: rows[key] for key in keys if key in rows}
 
-    def count(self, where: Filter | None = None) -> int:
+    def count(self, where: Where = None) -> int:
         with self._explained("count in it"):
-            return self._count(compile_filter(where))
+            return self._count(compile_filter(as_filter(where)))
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         with self._explained("read it"):
-            yield from map(stored_of, self._rows(compile_filter(where), _columns(with_vectors)))
+            yield from map(stored_of, self._rows(compile_filter(as_filter(where)), _columns(with_vectors)))
 
     def info(self) -> IndexInfo:
         """As `Index.info`; `cells` is the number of graphs, `probes` their effort; `bytes` is 0 on a server."""
@@ -255,6 +258,18 @@ class MilvusIndex(CheckedIndex):
         vectors = {name: np.array([own for kind, _, own in kept if kind == name], dtype=np.float32) for name in counts}
         whole = all(len(vectors[name]) == count for name, count in counts.items())
         return Background(vectors, source, created) if whole else None
+
+    def _find_words(self, words: KeywordQuery, k: int, where: Filter | None, modality: Modality | None) -> list[Hit]:
+        raise NotImplementedError
+
+    def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
+        raise NotImplementedError
+
+    def _keep_note(self, name: str, value: str) -> None:
+        raise NotImplementedError
+
+    def note(self, name: str) -> str | None:
+        raise NotImplementedError
 
     def version(self) -> str:
         """As `Index.version`; what other processes replace is noticed once the number of items changes."""

@@ -18,7 +18,24 @@ import numpy as np
 
 from traceir.errors import InputError
 from traceir.index import store
-from traceir.index.filters import Filter, Kind, Range, Scalar, Value, is_list, kind_of, leaves, shown, values_of, wanted_by_kind
+from traceir.index.filters import (
+    OWN_NAMES,
+    And,
+    Filter,
+    Glob,
+    Kind,
+    Not,
+    Or,
+    Range,
+    Scalar,
+    Value,
+    is_list,
+    kind_of,
+    matches,
+    shown,
+    values_of,
+    wanted_by_kind,
+)
 from traceir.items import MODALITIES, Item, Vector
 
 KEY: Final = "key"
@@ -28,6 +45,7 @@ MAX_KEY_CHARS: Final = 2 * store.MAX_ID_BYTES
 MAX_VARCHAR_BYTES: Final = 65_535
 MAX_DYNAMIC_BYTES: Final = 65_536
 NOTHING: Final = f'{KEY} == ""'  # no item has an empty id
+ANYTHING: Final = f'{KEY} != ""'
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_]{1,128}", re.ASCII)
 _SIGN: Final = 1 << 63
 _ALL_BITS: Final = (1 << 64) - 1
@@ -96,11 +114,21 @@ def vector_of(value: Any) -> Vector:
 
 
 def compile_filter(where: Filter | None) -> str:
-    """A filter as a Milvus expression; the empty one matches everything."""
-    return " and ".join(
-        f"({_compile_range(leaf) if isinstance(leaf, Range) else _compile_in(leaf.name, wanted_by_kind(leaf))})"
-        for leaf in leaves(where)
-    )
+    """A filter as a Milvus expression; the empty one matches everything. Its Globs must have been resolved (`resolve_globs`)."""
+    return "" if where is None else _compile(where, negated=False)
+
+
+def _compile(where: Filter, negated: bool) -> str:
+    """`not` goes down to the single columns, of which a row may lack any: what Milvus makes of a missing one it does not say."""
+    if isinstance(where, Not):
+        return _compile(where.part, not negated)
+    if isinstance(where, And | Or):
+        parts = [f"({_compile(part, negated)})" for part in where.parts]
+        joined_by_and = isinstance(where, And) != negated
+        return (" and " if joined_by_and else " or ").join(parts) or (ANYTHING if joined_by_and else NOTHING)
+    if isinstance(where, Glob):
+        raise TypeError(f"{where} was not resolved")
+    return _compile_range(where, negated) if isinstance(where, Range) else _compile_in(where.name, wanted_by_kind(where), negated)
 
 
 def keys_in(keys: Sequence[str]) -> str:
@@ -134,32 +162,40 @@ def sortable(value: Scalar) -> str:
     return f"{ordered:016x}{rest + 2048:03x}"
 
 
-def _compile_in(name: str, wanted: Mapping[Kind, Sequence[Scalar]]) -> str:
-    if name == "id":
-        return keys_in([key_of(str(value)) for value in wanted.get("text", ())])
-    if name == "modality":
-        return _one_of("modality", [value for value in MODALITIES if value in wanted.get("text", ())])
+def _compile_in(name: str, wanted: Mapping[Kind, Sequence[Scalar]], negated: bool) -> str:
+    if name in OWN_NAMES:
+        names = [str(value) for value in wanted.get("text", ())]
+        known = [key_of(own) for own in names] if name == "id" else [own for own in MODALITIES if own in names]
+        return _negated(_one_of(KEY if name == "id" else name, known), negated)
     conditions = []
     for kind, values in wanted.items():
         if kind == "none":
             columns = [column(name, example) for example in ("", 0, False) for column in (column_of, list_column_of)]
-            conditions.append(" and ".join(f"(not exists {column})" for column in columns))
+            conditions.append(_negated(" and ".join(f"(not exists {column})" for column in columns), negated))
         else:
-            texts = [sortable(value) for value in values]
-            conditions.append(_one_of(column_of(name, values[0]), texts))
-            conditions.append(f"json_contains_any({list_column_of(name, values[0])}, [{_quoted(texts)}])")
-    return " or ".join(f"({condition})" for condition in conditions) or NOTHING
+            texts, column = [sortable(value) for value in values], list_column_of(name, values[0])
+            conditions.append(_negated(_one_of(column_of(name, values[0]), texts), negated, column_of(name, values[0])))
+            conditions.append(_negated(f"json_contains_any({column}, [{_quoted(texts)}])", negated, column))
+    joined = (" and " if negated else " or ").join(f"({condition})" for condition in conditions)
+    return joined or (ANYTHING if negated else NOTHING)
 
 
-def _compile_range(leaf: Range) -> str:
+def _compile_range(leaf: Range, negated: bool) -> str:
     bounds = leaf.bounds()
-    if leaf.name in ("id", "modality") and kind_of(bounds[0][0]) != "text":
-        return NOTHING
+    if leaf.name in OWN_NAMES and kind_of(bounds[0][0]) != "text":
+        return ANYTHING if negated else NOTHING
     if leaf.name == "modality":
-        low, high = str(leaf.low or ""), leaf.high
-        return _one_of("modality", [name for name in MODALITIES if low <= name and (high is None or name <= str(high))])
+        return _negated(_one_of("modality", [name for name in MODALITIES if matches(leaf, "", name, {})]), negated)
     column = KEY if leaf.name == "id" else column_of(leaf.name, bounds[0][0])
-    return " and ".join(f'{column} {sign} "{sortable(bound)}"' for bound, sign in bounds)
+    compared = " and ".join(f'{column} {sign} "{sortable(bound)}"' for bound, sign in bounds)
+    return _negated(compared, negated, "" if leaf.name == "id" else column)
+
+
+def _negated(condition: str, negated: bool, column: str = "") -> str:
+    """The condition, or its opposite, which holds also where the row lacks the column."""
+    if not negated:
+        return condition
+    return f"(not exists {column}) or (not ({condition}))" if column else f"not ({condition})"
 
 
 def _one_of(column: str, values: Sequence[str]) -> str:

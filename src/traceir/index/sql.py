@@ -20,15 +20,18 @@ from traceir.index import store
 from traceir.index.facets import LONGEST, MOST_FIELDS, Facet, commonest, is_date
 from traceir.index.filters import (
     OWN_NAMES,
-    Eq,
+    And,
     Filter,
-    In,
+    Glob,
     Kind,
+    Leaf,
+    Not,
     Range,
     Scalar,
+    after_all,
     is_list,
     kind_of,
-    leaves,
+    parts_of,
     shown,
     values_of,
     wanted_by_kind,
@@ -69,6 +72,11 @@ _TABLES: Final = "SELECT count(*) FROM sqlite_master"
 _STATEMENTS: Final = 8
 """Prepared statements that are kept; each holds the values of its last run, which may be a whole filter."""
 _ERRORS: Final = (
+    (
+        (),
+        re.compile("no such module"),
+        "keyword search needs FTS5, which this Python's SQLite lacks ({text}); use another Python",
+    ),
     (
         (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL),
         None,
@@ -192,30 +200,36 @@ def compile_filter(where: Filter | None, *, row_by_row: bool = False) -> tuple[s
 
     By default all that pass are gathered by the index of fields; `row_by_row` looks at the fields of each row, for a few rows.
     """
-    conditions: list[str] = []
-    bound: list[Scalar] = []
-    for leaf in leaves(where):
-        if isinstance(leaf, Range):
-            values: list[Scalar] = [value for value, _ in leaf.bounds()]
-            tests = [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
-        else:
-            tests = [
-                (kind, f"value IN ({', '.join('?' * len(wanted))})", wanted) for kind, wanted in wanted_by_kind(leaf).items()
-            ]
-        alternatives = []
-        for kind, test, values in tests:
-            condition, used = _compile_test(leaf, kind, test, values, row_by_row)
-            alternatives.append(f"({condition})")
-            bound += used
-        conditions.append(" OR ".join(alternatives) or "0")
-    return " AND ".join(f"({condition})" for condition in conditions) or "1", bound
+    if where is None:
+        return "1", []
+    if isinstance(where, Leaf):
+        return _compile_leaf(where, row_by_row)
+    compiled = [compile_filter(part, row_by_row=row_by_row) for part in parts_of(where)]
+    conditions, bound = [f"({condition})" for condition, _ in compiled], [value for _, values in compiled for value in values]
+    if isinstance(where, Not):
+        return f"NOT {conditions[0]}", bound
+    return (" AND ".join(conditions) or "1", bound) if isinstance(where, And) else (" OR ".join(conditions) or "0", bound)
 
 
-def _compile_test(
-    leaf: Eq | In | Range, kind: Kind, test: str, values: list[Scalar], row_by_row: bool
-) -> tuple[str, list[Scalar]]:
+def _compile_leaf(leaf: Leaf, row_by_row: bool) -> tuple[str, list[Scalar]]:
+    tests: list[tuple[Kind, str, list[Scalar]]]
+    if isinstance(leaf, Range):
+        values: list[Scalar] = [value for value, _ in leaf.bounds()]
+        tests = [(kind_of(values[0]), " AND ".join(f"value {sign} ?" for _, sign in leaf.bounds()), values)]
+    elif isinstance(leaf, Glob):
+        # SQLite's own pattern also knows [sets]. The bounds, which say no more than it does, let the index of values be used.
+        first, last = leaf.prefix, after_all(leaf.prefix)
+        bounds = "value >= ?" + (" AND value < ?" if last else "")
+        tests = [("text", f"{bounds} AND value GLOB ?", [first, *([last] if last else []), leaf.pattern.replace("[", "[[]")])]
+    else:
+        tests = [(kind, f"value IN ({', '.join('?' * len(wanted))})", wanted) for kind, wanted in wanted_by_kind(leaf).items()]
+    compiled = [_compile_test(leaf, kind, test, values, row_by_row) for kind, test, values in tests]
+    return " OR ".join(f"({test})" for test, _ in compiled) or "0", [value for _, values in compiled for value in values]
+
+
+def _compile_test(leaf: Leaf, kind: Kind, test: str, values: list[Scalar], row_by_row: bool) -> tuple[str, list[Scalar]]:
     if leaf.name in OWN_NAMES:
-        return (test.replace("value", f"i.{leaf.name}"), values) if kind == "text" else ("0", [])
+        return (re.sub(r"\bvalue\b", f"i.{leaf.name}", test), values) if kind == "text" else ("0", [])
     if kind == "none":
         return f"NOT {_has_field('name = ?', row_by_row)}", [leaf.name]
     condition, bound = _has_field(f"name = ? AND kind = ? AND {test}", row_by_row), [leaf.name, kind, *values]

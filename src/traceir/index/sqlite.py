@@ -11,6 +11,8 @@ float32, keeps a quarter of it in memory, and scores what its codes propose exac
 from __future__ import annotations
 
 import json
+import logging
+import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -23,10 +25,15 @@ import numpy as np
 from traceir.errors import InputError, StoreError
 from traceir.index import sql, store
 from traceir.index.facets import SAMPLE, Facet, facets_of, ordered
-from traceir.index.filters import Filter, Scalar
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import Filter, Scalar, Where
+from traceir.index.keywords import KeywordTable
+from traceir.index.pages import Page
 from traceir.index.sql import AMONG, FAULTS, Rows, compile_filter, read_counter, read_number, read_numbers, write_background
 from traceir.index.store import Background, CheckedIndex, IndexInfo, Opening, OpenOptions, Stored, Vectors
 from traceir.index.vectors import Lists, ResidentVectors, Snapshot, assign_lists, fit_lists, rescore, search_view
+from traceir.index.walk import page_numbers
+from traceir.index.words import KeywordQuery
 from traceir.items import Hit, Item, Modality
 
 FILE_NAME: Final = "index.sqlite"
@@ -35,6 +42,8 @@ COUNTED: Final = 200_000
 _TRIES: Final = 3
 _Found = tuple[float, str, int]  # score, id, number
 _IDS: Final = f"i.id {AMONG}"
+_NOTE: Final = "note:"
+_LOG: Final = logging.getLogger(__name__)
 
 
 class SqliteIndex(CheckedIndex):
@@ -56,6 +65,7 @@ class SqliteIndex(CheckedIndex):
             self._connection.close()
             raise
         self._resident = ResidentVectors(self._connection, self._meta.dim, self._meta.dtype)
+        self._keywords = KeywordTable(self._connection)
 
     def _write(self, items: Sequence[Item], unit: Vectors) -> set[str]:
         rows = [sql.row_of(item) for item in items]  # reads images, so before the lock
@@ -82,7 +92,7 @@ class SqliteIndex(CheckedIndex):
         if isinstance(which, Sequence):
             clause, values = _IDS, list[Scalar]([json.dumps(store.check_ids(which))])
         else:
-            clause, values = compile_filter(which)
+            clause, values = compile_filter(as_filter(which))
         with self._transaction(write=True):
             numbers = read_numbers(self._connection, f"SELECT i.n FROM items i WHERE {clause}", values)
             return self._remove(numbers.tolist())
@@ -132,28 +142,57 @@ class SqliteIndex(CheckedIndex):
         kept = {stored.id: stored for _, stored in rows}
         return {id: kept[id] for id in ids if id in kept}
 
-    def count(self, where: Filter | None = None) -> int:
-        clause, values = compile_filter(where)
+    def _find_words(self, words: KeywordQuery, k: int, where: Filter | None, modality: Modality | None) -> list[Hit]:
+        self._catch_up()
+        with self._transaction():
+            best = self._keywords.search(words, k, where, modality)
+            rows = dict(self._select(f"i.n {AMONG}", [json.dumps([n for _, n in best])], False))
+            return [rows[n].hit(score, rank) for rank, (score, n) in enumerate(best, start=1)]
+
+    def _catch_up(self) -> None:
+        """Bring the keyword table up to the items. Where another process is writing, what was there before is searched."""
+        while True:
+            with self._transaction():
+                if not self._keywords.is_behind():
+                    return
+                usable = self._keywords.state().whole
+            try:
+                with self._transaction(write=True):
+                    self._keywords.catch_up()
+            except StoreError as error:
+                if not usable or not isinstance(error.__cause__, sqlite3.OperationalError):
+                    raise
+                _LOG.warning("keyword search leaves out what was added to index %s last: %s", self._shown, error)
+                return
+
+    def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
+        with self._transaction():
+            numbers = page_numbers(self._connection, where, page)
+            rows = dict(self._select(f"i.n {AMONG}", [json.dumps(numbers)], False))
+            return [rows[n] for n in numbers]
+
+    def count(self, where: Where = None) -> int:
+        clause, values = compile_filter(as_filter(where))
         with self._transaction():
             return read_number(self._connection, f"SELECT count(*) FROM items i WHERE {clause}", values)
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
-        clause, values = compile_filter(where)
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+        clause, values = compile_filter(as_filter(where))
         after = ""
         while page := self._select(f"i.id > ? AND ({clause}) ORDER BY i.id LIMIT {sql.CHUNK}", [after, *values], with_vectors):
             yield from (stored for _, stored in page)
             after = page[-1][1].id
 
-    def facets(self, where: Filter | None = None, *, limit: int) -> list[Facet]:
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
         """Exact up to COUNTED items, which takes two seconds for 100,000 with ten fields each; of more, items spread evenly."""
-        if (total := self.count(where)) > COUNTED:
-            clause, values = compile_filter(where)
+        if (total := self.count(read := as_filter(where))) > COUNTED:
+            clause, values = compile_filter(read)
             with self._transaction():
                 last = read_number(self._connection, "SELECT max(n) FROM items")
             spread = json.dumps(list(range(last, 0, -max(1, last // SAMPLE))))
             rows = self._select(f"i.n {AMONG} AND ({clause})", [spread, *values], False)
             return facets_of(((item.id, item.fields) for _, item in rows), limit, total)
-        counted, facets = sql.count_facets(self._connection, where, limit), list[Facet]()
+        counted, facets = sql.count_facets(self._connection, read, limit), list[Facet]()
         while True:  # others may search between two fields
             with self._transaction():
                 if (facet := next(counted, None)) is None:
@@ -184,6 +223,15 @@ class SqliteIndex(CheckedIndex):
     def background(self) -> Background | None:
         with self._transaction():
             return sql.read_background(self._connection, self._meta.dim)
+
+    def _keep_note(self, name: str, value: str) -> None:
+        with self._transaction(write=True):
+            self._connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (f"{_NOTE}{name}", value))
+
+    def note(self, name: str) -> str | None:
+        with self._transaction():
+            row = self._connection.execute("SELECT value FROM meta WHERE name = ?", (_NOTE + store.check_note(name),)).fetchone()
+            return None if row is None else str(row[0])
 
     def version(self) -> str:
         with self._transaction():

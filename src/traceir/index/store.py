@@ -18,13 +18,17 @@ import numpy.typing as npt
 
 from traceir.errors import InputError, StoreError
 from traceir.index.facets import Facet, facets_of
-from traceir.index.filters import OWN_NAMES, Filter, check_field, is_value, shown
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import OWN_NAMES, Filter, Where, check_field, is_value, shown
+from traceir.index.pages import Page, Position, check_page
+from traceir.index.words import KeywordQuery, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality, Value, Vector
 
 FORMAT: Final = 1
 """Of the SQLite file and of the Milvus collection."""
 MAX_ID_BYTES: Final = 1024
 MAX_DIM: Final = 65_536
+MAX_NOTE_BYTES: Final = 60_000
 StoredType = Literal["float32", "float16", "int8"]
 Vectors = npt.NDArray[np.float32]
 UNIT: Final = 0.01
@@ -191,25 +195,39 @@ class Index(Protocol):
         """
 
     def delete(self, which: Sequence[str] | Filter) -> int:
-        """Remove items by id or by filter, durably; returns how many were there."""
+        """Remove items by id or by filter (not by a text, which may be meant as an id), durably; returns how many were there."""
 
     def build_ann(self) -> None:
         """Makes what `search(exact=False)` needs; replaces what was made before."""
 
     def search(
-        self, vectors: Vectors, k: int, *, where: Filter | None = None, modality: Modality | None = None, exact: bool = True
+        self, vectors: Vectors, k: int, *, where: Where = None, modality: Modality | None = None, exact: bool = True
     ) -> list[list[Hit]]:
         """The k items of highest cosine for each row of `vectors` [Q, D], best first; equal scores in order of id."""
 
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         """What is kept under these ids; ids that are not there are left out."""
 
-    def count(self, where: Filter | None = None) -> int: ...
+    def search_keywords(self, text: str, k: int, *, where: Where = None, modality: Modality | None = None) -> list[Hit]:
+        """The k items of highest BM25 for the words of `text`, in their text, name and text fields; best first, equal ones by id.
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+        What `words.parse_words` says of "phrases", -without and prefix* holds; InputError where there is nothing to look for.
+        """
+
+    def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
+        """The first `limit` items behind `after`, in order of a field or of `id`; `-NAME` is the reverse order.
+
+        Booleans come before numbers before texts; equal values in order of id; what has no value, or a list, last, either way.
+        `position_of` the last item is the next page's `after`, from which nothing is left out or doubled, whatever was added or
+        removed meanwhile.
+        """
+
+    def count(self, where: Where = None) -> int: ...
+
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         """Every item in order of id (code points); writes made meanwhile may or may not be seen."""
 
-    def facets(self, where: Filter | None = None, *, limit: int) -> list[Facet]:
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
         """The fields of the items that pass, those that most have first, each with its `limit` commonest values. Counts may be
         estimates from some thousand items."""
         return facets_of(((item.id, item.fields) for item in self.scan(where)), limit, self.count(where))
@@ -221,6 +239,12 @@ class Index(Protocol):
 
     def background(self) -> Background | None:
         """What was kept last; None where nothing was."""
+
+    def keep_note(self, name: str, value: str) -> None:
+        """Keeps a text under a name of the index's own, durably, in place of the one before; `version` stays."""
+
+    def note(self, name: str) -> str | None:
+        """What was kept under this name; None where nothing was."""
 
     def version(self) -> str:
         """A text that is another one once items or background have changed."""
@@ -249,11 +273,23 @@ class CheckedIndex(Index, Protocol):
         return self._write(items, unit) if items else set()
 
     def search(
-        self, vectors: Vectors, k: int, *, where: Filter | None = None, modality: Modality | None = None, exact: bool = True
+        self, vectors: Vectors, k: int, *, where: Where = None, modality: Modality | None = None, exact: bool = True
     ) -> list[list[Hit]]:
         self._need_model("search")
         check_search(k, modality)
-        return self._find(check_vectors(vectors, None, self._meta.dim), k, where, modality, exact)
+        return self._find(check_vectors(vectors, None, self._meta.dim), k, as_filter(where), modality, exact)
+
+    def search_keywords(self, text: str, k: int, *, where: Where = None, modality: Modality | None = None) -> list[Hit]:
+        check_search(k, modality)
+        return self._find_words(parse_words(text), k, as_filter(where), modality)
+
+    def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
+        return self._page_of(as_filter(where), check_page(sort, after, limit))
+
+    def keep_note(self, name: str, value: str) -> None:
+        if not isinstance(value, str) or len(value.encode()) > MAX_NOTE_BYTES or not is_value(value):
+            raise InputError(f"note {shown(name)} is {shown(value)}; give a text of at most {MAX_NOTE_BYTES} bytes")
+        self._keep_note(check_note(name), value)
 
     def _need_model(self, action: str) -> None:
         if self._opening.fingerprint is None:
@@ -265,6 +301,15 @@ class CheckedIndex(Index, Protocol):
 
     def _find(self, queries: Vectors, k: int, where: Filter | None, modality: Modality | None, exact: bool) -> list[list[Hit]]:
         """`search` by vectors of unit length."""
+
+    def _find_words(self, words: KeywordQuery, k: int, where: Filter | None, modality: Modality | None) -> list[Hit]:
+        """`search_keywords` by a query that was read."""
+
+    def _page_of(self, where: Filter | None, page: Page) -> list[Stored]:
+        """`browse` of a page that was checked."""
+
+    def _keep_note(self, name: str, value: str) -> None:
+        """`keep_note` of one that was checked."""
 
 
 def prepare_file(file: Path, shown: str, create: bool, is_there: Callable[[Path], bool]) -> None:
@@ -319,6 +364,12 @@ def check_items(items: Sequence[Item]) -> None:
             if name in OWN_NAMES:
                 raise InputError(f"item {id!r} has a field called {name!r}, which an index keeps itself; rename it")
             check_field(name, value)
+
+
+def check_note(name: str) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", name):
+        raise InputError(f"note {shown(name)} has an unusable name; give 1 to 63 small letters, digits, dashes or underscores")
+    return name
 
 
 def check_text(id: str, text: str) -> None:

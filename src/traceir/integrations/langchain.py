@@ -15,6 +15,7 @@ from traceir.client import Client, ServedEncoder
 from traceir.errors import InputError
 from traceir.integrations import Vectors, embed_texts, lists
 from traceir.items import Item, Modality, Query, Route
+from traceir.retrieval import Mode
 from traceir.search import EncoderLike
 
 try:
@@ -64,7 +65,8 @@ class TraceEmbeddings(Embeddings):
 class TraceRetriever(BaseRetriever):
     """LangChain's retriever over a Searcher (in this process) or a Client (of a server).
 
-    `where` is a Filter for a Searcher, and the mapping of `Client.search` for a Client. A Document holds the item's id, its text,
+    `where` is a text in the language of filters, a Filter for a Searcher, or the mapping of `Client.search` for a Client; `mode`
+    says what ranks: vectors, words, or both. A Document holds the item's id, its text,
     and as metadata the item's fields under their own names; `id`, `score`, `rank`, `modality` and `image` of the hit stand
     together in the dict under the one name `traceir`, in place of a field of that name.
     """
@@ -78,6 +80,7 @@ class TraceRetriever(BaseRetriever):
     target: Modality | None = None
     where: Any = None
     exact: bool = True
+    mode: Mode = "vector"
 
     @field_validator("source")
     @classmethod
@@ -88,7 +91,7 @@ class TraceRetriever(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         asked = Query.of(text=query, instruction=self.instruction, target=self.target)
-        hits = self.source.search(asked, k=self.k, route=self.route, where=self.where, exact=self.exact).hits
+        hits = self.source.search(asked, k=self.k, route=self.route, where=self.where, exact=self.exact, mode=self.mode).hits
         names = ("id", "score", "rank", "modality", "image")
         return [
             Document(

@@ -107,6 +107,7 @@ def ask(questions: Sequence[Question], encoder: EncoderLike, index: SqliteIndex)
     searcher, entries = Searcher(encoder, index), []
     for question in questions:
         result = searcher.search(question.query, k=DEPTH)
+        assert result.encoding is not None
         source = f"{question.row}, {question.steps} step{'' if question.steps == 1 else 's'}"
         entries.append(Entry(question.title, question.query, result.encoding, result.hits, question.right, source))
     return entries

@@ -77,7 +77,7 @@ class Server:
         service, self.service = self.service, None
         if service is not None:
             await service.scheduler.close(CLOSE_S)
-            for threads in (service.readers, service.writer):
+            for threads in filter(None, (service.readers, service.writer, service.reranking)):
                 await asyncio.to_thread(threads.shutdown)
             service.index.close()
 
@@ -349,12 +349,15 @@ def _add_items(app: FastAPI, server: Server) -> None:
     @app.get("/items", tags=["items"], response_model=schemas.ItemPage)
     async def page(
         view: View,
-        after: Annotated[str, Query(max_length=1024, pattern=schemas.NO_ZERO)] = "",
+        where: Annotated[str, Query(max_length=schemas.MAX_QUERY, pattern=schemas.NO_ZERO)] = "",
+        sort: Annotated[str, Query(min_length=1, max_length=schemas.MAX_QUERY, pattern=schemas.NO_ZERO)] = "id",
+        after: Annotated[str, Query(max_length=schemas.MAX_QUERY, pattern=schemas.NO_ZERO)] = "",
         offset: Annotated[int, Query(ge=0, le=schemas.MAX_OFFSET)] = 0,
         limit: Annotated[int, Query(ge=1, le=schemas.MAX_K)] = 100,
     ) -> Response:
-        """Items in order of id, those up to `after` left out: give the last id of a page to get the next one."""
-        return _json(await view.read(lambda: view.items(after, offset, limit)))
+        """Items that pass `where`, in order of id or of another field (`sort`, `-sort`), those up to `after`, which is the `next`
+        of the page before, left out. In order of id it may be any id."""
+        return _json(await view.read(lambda: view.items(where, sort, after, offset, limit)))
 
     @app.get("/v1/facets", tags=["items"], response_model=schemas.FacetsOut)
     async def facets(principal: Caller, view: View) -> Response:

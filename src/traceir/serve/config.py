@@ -19,7 +19,7 @@ class ServeConfig:
     `images`: folders whose images may be shown; () is those of the items that are in the index at the start. `uploads`: where
     images that clients send are kept, by default the index's own folder. `remembered`: encodings kept by content.
     `fetch_hosts`: hosts that images may be fetched from. Rates are requests a minute of one key or address; `cutoff` is that of
-    false alarms, of searches that state none.
+    false alarms, of searches that state none; `rerank` names the reranker of searches that ask for it.
     """
 
     index: str
@@ -43,6 +43,7 @@ class ServeConfig:
     audit: Path | None = None
     audit_contents: bool = False
     cutoff: float | None = None
+    rerank: str | None = None
 
     def __post_init__(self) -> None:
         if self.keys is None and self.host not in LOOPBACK:

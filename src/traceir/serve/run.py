@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from traceir.serve.security import AccessRules, SecurityMiddleware
 from traceir.serve.service import Service
 from traceir.serve.tenants import TenantIndex, TenantPresence
 from traceir.serve.uploads import ImageFolder, Sources, UploadValidator
+
+if TYPE_CHECKING:
+    from traceir.rerank import Reranker
 
 log = logging.getLogger(__name__)
 SWITCH_S: Final = 0.00005
@@ -99,6 +102,7 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     if config.cutoff is not None:  # raises where it cannot be had, and spares the first to search the wait
         everybody = calibrations.of(None, TenantIndex(index, None, presence))
         await asyncio.to_thread(everybody.thresholds, "text", None, config.cutoff)
+    reranker = await asyncio.to_thread(_load_reranker, config.rerank, encoder) if config.rerank else None
     store = ImageFolder(config.uploads.resolve() if config.uploads else Path(config.index).resolve() / "pictures")
     if config.uploads is None and store.folder.is_dir():
         collecting = asyncio.ensure_future(asyncio.to_thread(store.collect_garbage, (stored.image for stored in index.scan())))
@@ -112,7 +116,15 @@ async def _make_service(config: ServeConfig, load: Callable[[], EncoderLike], me
     return Service(
         scheduler, index, uploads, Sources(index, folders, fetcher), store, FairExecutor(4, "reader"),
         FairExecutor(1, "writer"), presence, metrics, config.deadline_s, config.cutoff, calibrations,
+        reranker=reranker, reranking=FairExecutor(1, "reranker") if reranker else None,
     )  # fmt: skip
+
+
+def _load_reranker(name: str, encoder: EncoderLike) -> Reranker:
+    """On the device of the encoder's model, where it is in this process."""
+    from traceir.rerank import load_reranker
+
+    return load_reranker(name, encoder, device=str(getattr(getattr(encoder, "model", None), "device", "cpu")))
 
 
 def _log_removed(done: asyncio.Future[int]) -> None:

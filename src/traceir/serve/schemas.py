@@ -43,6 +43,7 @@ MAX_VALUES: Final = 10_000
 MAX_K: Final = 1_000
 MAX_OFFSET: Final = 10_000
 MAX_TERMS: Final = 16
+MAX_QUERY: Final = 4_096  # characters of a parameter in an address
 NO_ZERO: Final = r"^[^\x00]*$"
 
 
@@ -211,12 +212,20 @@ class Trace(BaseModel):
     seconds: dict[Literal["queue", "encode", "search", "rerank"], float | None]
 
     @classmethod
-    def of(cls, served: Served, search: float | None = None) -> Trace:
+    def of(cls, served: Served | None, search: float | None = None, rerank: float | None = None) -> Trace:
+        seconds: dict[Literal["queue", "encode", "search", "rerank"], float | None]
+        seconds = {"queue": None, "encode": None, "search": search}
+        if rerank is not None:
+            seconds["rerank"] = rerank
+        if served is None:
+            return cls(
+                route=None, reasoning="", tokens=0, truncated=False, emb_probability=None, cut=0, cached=False, seconds=seconds
+            )
         encoding = served.encoding
+        seconds |= {"queue": served.queue, "encode": served.encode}
         return cls(
             route=encoding.route, reasoning=encoding.reasoning, tokens=encoding.tokens, truncated=encoding.truncated,
-            emb_probability=encoding.emb_probability, cut=served.cut, cached=served.cached,
-            seconds={"queue": served.queue, "encode": served.encode, "search": search},
+            emb_probability=encoding.emb_probability, cut=served.cut, cached=served.cached, seconds=seconds,
         )  # fmt: skip
 
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from typing import Any, Literal, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import numpy as np
 
-from traceir.cutoff import Calibrations, search_above
+from traceir.cutoff import Calibrations
 from traceir.errors import InputError, StoreError, TraceError
 from traceir.images import ImageInput
 from traceir.index import And, Eq, Filter, In, Index, Range, Stored
+from traceir.index.filter_text import parse_filter
+from traceir.index.pages import Position, position_of
 from traceir.items import Hit, Item, Modality, Part, Query, Route
+from traceir.retrieval import EncodedQuery, SearchOptions, combine, retrieve
 from traceir.serve import schemas
 from traceir.serve.bodies import MAX_ANSWER
 from traceir.serve.fair import patient
@@ -32,10 +36,14 @@ from traceir.serve.tenants import TenantIndex, TenantPresence
 from traceir.serve.uploads import ImageFolder, Sources, UploadValidator, as_jpeg, image_of_item, without_paths
 from traceir.world import notice
 
+if TYPE_CHECKING:
+    from traceir.rerank import Reranker
+
 Result = TypeVar("Result")
 Input = TypeVar("Input")
 Noted = Callable[[Query | Item], None]  # hears what a request asks, for the audit log; it may read images
 log = logging.getLogger(__name__)
+_BY_ID: Final = ("id", "-id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,8 @@ class Service:
     calibrations: Calibrations = field(default_factory=Calibrations)
     facets: FacetCache = field(default_factory=FacetCache)
     noted: Noted | None = None
+    reranker: Reranker | None = None
+    reranking: ThreadPoolExecutor | None = None
 
     def of_tenant(self, tenant: str | None, noted: Noted | None = None) -> Service:
         """The same service over a tenant's part of the index, for one request; None is what belongs to no tenant."""
@@ -75,42 +85,73 @@ class Service:
         """The same in the one thread that writes the index."""
         return await asyncio.get_running_loop().run_in_executor(self.writer, work)
 
+    async def _rerank(self, work: Callable[[], Result]) -> Result:
+        """The same in the one thread that reranks, so that such searches wait for each other and not all others for them."""
+        return await asyncio.get_running_loop().run_in_executor(self.reranking, work)
+
     # Searching and encoding
 
     async def search(self, asked: schemas.SearchIn, listener: Listener | None = None) -> tuple[schemas.Trace, str]:
         """A query's trace, and the whole answer, a SearchOut in JSON. Raises InputError, BusyError, LateError, StoreError."""
         async with self._within_deadline():
-            where = await self.read(lambda: filter_of(asked.where)) if asked.where else None
-            query = await self._query(asked)
-            with without_paths(query.images, "parts: " if asked.parts else "image: "):
-                await self._note([query])
-                served = await self._encode(query, asked.route or "auto", listener)
-            return await self.read(lambda: self._answer(asked, query, where, served))
+            options = await self.read(lambda: self._options(asked))
+            query, terms = await self._query(asked), await self._terms(asked)
+            named = [("parts: " if asked.parts else "image: ", query), *terms]
+            with without_paths(query.images, named[0][0]):
+                await self._note([query for _, query in named])
+            served: list[Served] = []
+            if options.mode != "keyword":
 
-    def _answer(self, asked: schemas.SearchIn, query: Query, where: Filter | None, served: Served) -> tuple[schemas.Trace, str]:
-        """The search itself, in a thread."""
-        started, exact = time.perf_counter(), asked.exact is not False
-        offset, k = asked.offset or 0, asked.k or 10
-        rate, above = self._thresholds(asked, query)
-        vector = served.encoding.vector[None]
+                async def encode(before: str, content: Query) -> Served:
+                    with without_paths(content.images, before):
+                        return await self._encode(content, asked.route or "auto", listener if content is query else None)
+
+                served = await self._each(named, encode)
+            work = partial(self._answer, asked, query, options, served)
+            return await (self.read(work) if options.rerank is None else self._rerank(work))
+
+    def _options(self, asked: schemas.SearchIn) -> SearchOptions:
+        """In a thread, since filters may be large."""
+        if asked.rerank and self.reranker is None:
+            raise InputError("rerank is true, but this server has no reranker; start it with `traceir serve --rerank NAME`")
+        return SearchOptions(
+            k=asked.k or 10, where=filter_of(asked.where), exact=asked.exact is not False, cutoff=asked.cutoff or None,
+            mode=asked.mode or "vector", keyword_weight=0.5 if asked.keyword_weight is None else asked.keyword_weight,
+            sort=asked.sort, fold=asked.fold or False, after=asked.after, rerank=self.reranker if asked.rerank else None,
+            rerank_s=self.deadline_s / 2, offset=asked.offset or 0,
+        )  # fmt: skip
+
+    def _answer(
+        self, asked: schemas.SearchIn, query: Query, options: SearchOptions, served: Sequence[Served]
+    ) -> tuple[schemas.Trace, str]:
+        """The search itself, in a thread. `served`: the query's encoding and those of its terms, none in mode keyword."""
+        started = time.perf_counter()
+        encoded = EncodedQuery(query)
+        if served:
+            rate, above = self._thresholds(asked, query)
+            options = replace(options, cutoff=rate)
+            weights = [term.weight for term in asked.terms or ()]
+            vectors = [each.encoding.vector for each in served]
+            vector = combine(vectors[0], list(zip(weights, vectors[1:], strict=True)))
+            encoded = EncodedQuery(query, vector, above, served[0].encoding.reasoning)
         try:
-            [(hits, cut)] = search_above(
-                self.index, vector, offset + k + 1, rate, [above], where=where, modality=asked.modality, exact=exact
-            )
+            [page] = retrieve(self.index, [encoded], options)
         except StoreError as error:
-            if exact or self.index.info().cells:
+            if options.exact or self.index.info().cells:
                 raise
             raise InputError("exact is false, but the index has no IVF lists; run `traceir index build-ann` first") from error
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - page.rerank_s
         self.metrics.seconds.labels("search").observe(seconds)
-        trace, shown = schemas.Trace.of(served, seconds), hits[offset : offset + k]
-        size = sum(map(size_of, shown))
-        if size > MAX_ANSWER and len(shown) > 1:
-            shown_bytes = f"the {len(shown)} hits hold {size} bytes, more than {MAX_ANSWER}"
+        if options.rerank is not None:
+            self.metrics.seconds.labels("rerank").observe(page.rerank_s)
+        size = sum(map(size_of, page.hits))
+        if size > MAX_ANSWER and len(page.hits) > 1:
+            shown_bytes = f"the {len(page.hits)} hits hold {size} bytes, more than {MAX_ANSWER}"
             raise InputError(f"{shown_bytes}; ask for fewer (k), the others by offset")
+        trace = schemas.Trace.of(served[0] if served else None, seconds, page.rerank_s if options.rerank else None)
         out = schemas.SearchOut(
-            hits=[schemas.HitOut(score=hit.score, rank=hit.rank, **_shown(hit)) for hit in shown], trace=trace, offset=offset,
-            k=k, more=len(hits) > offset + k, note=notice(self.scheduler.encoder, query, shown), cutoff=cut,
+            hits=[_hit(hit) for hit in page.hits], trace=trace, offset=options.offset, k=options.k, more=page.next is not None,
+            next=page.next, note=notice(self.scheduler.encoder, query, page.hits) if served else None, cutoff=page.cut,
         )  # fmt: skip
         return trace, out.model_dump_json()
 
@@ -157,11 +198,25 @@ class Service:
 
     async def _query(self, asked: schemas.SearchIn) -> Query:
         """The Query of a request, its images found but not decoded."""
-        if asked.parts is not None and (asked.text is not None or asked.image is not None):
+        return Query(await self._content_of(asked), instruction=asked.instruction, target=asked.modality)
+
+    async def _terms(self, asked: schemas.SearchIn) -> list[tuple[str, Query]]:
+        """The terms, each with how messages name it, with instruction and target of the query."""
+        if asked.terms and asked.mode == "keyword":
+            raise InputError("terms move a vector, and mode keyword looks for words alone; write -WORD in the text instead")
+        terms: list[tuple[str, Query]] = []
+        for number, sent in enumerate(asked.terms or ()):
+            with located(f"terms[{number}]"):
+                if not (parts := await self._content_of(sent)):
+                    raise InputError("it is empty; give a text, an image, or both")
+                terms.append((f"terms[{number}]: ", Query(parts, instruction=asked.instruction, target=asked.modality)))
+        return terms
+
+    async def _content_of(self, sent: schemas.SearchIn | schemas.TermIn) -> tuple[Part, ...]:
+        if sent.parts is not None and (sent.text is not None or sent.image is not None):
             raise InputError("parts stand beside text or image; send parts alone, or text and image")
-        parts = [(f"parts[{number}]", part) for number, part in enumerate(asked.parts or ())]
-        read = await self._parts([*parts, ("image", asked.image), ("text", asked.text)])
-        return Query(read, instruction=asked.instruction, target=asked.modality)
+        parts = [(f"parts[{number}]", part) for number, part in enumerate(sent.parts or ())]
+        return await self._parts([*parts, ("image", sent.image), ("text", sent.text)])
 
     async def _parts(self, sent: Sequence[tuple[str, str | schemas.ImageIn | None]]) -> tuple[Part, ...]:
         """Texts that are not blank, and images, each with its location in the request."""
@@ -280,20 +335,28 @@ class Service:
         stored = self.index.get([id]).get(id)
         return None if stored is None else schemas.ItemOut(**_shown(stored)).model_dump_json()
 
-    def items(self, after: str, offset: int, limit: int) -> str:
-        """An ItemPage in JSON, by `read`: items in order of id, those up to `after` and the next `offset` left out.
+    def items(self, where: str, sort: str, after: str, offset: int, limit: int) -> str:
+        """An ItemPage in JSON, by `read`: items that pass a filter, in order of a field, those up to `after` and the next
+        `offset` left out. `after` is an id in order of id, and else what a page gave as `next`.
 
         A page ends early where its items are more than MAX_ANSWER bytes, unless it is one.
         """
-        shown: list[schemas.ItemOut] = []
-        size, more = 0, False
-        scanned = self.index.scan(Range("id", low=after) if after else None)
-        for stored in islice((stored for stored in scanned if stored.id != after), offset, None):
+        last = _position(sort, after) if after else None
+        found = self.index.browse(parse_filter(where) if where else None, sort=sort, after=last, limit=offset + limit + 1)[
+            offset:
+        ]
+        shown: list[Stored] = []
+        size = 0
+        for stored in found[:limit]:
             size += size_of(stored)
-            if more := len(shown) == limit or bool(size > MAX_ANSWER and shown):
+            if size > MAX_ANSWER and shown:
                 break
-            shown.append(schemas.ItemOut(**_shown(stored)))
-        return schemas.ItemPage(items=shown, offset=offset, more=more).model_dump_json()
+            shown.append(stored)
+        more = len(found) > len(shown)
+        end = position_of(shown[-1], sort) if shown and more else None
+        behind = end and (end[1] if sort in _BY_ID else json.dumps(end))
+        items = [schemas.ItemOut(**_shown(stored)) for stored in shown]
+        return schemas.ItemPage(items=items, offset=offset, more=more, next=behind).model_dump_json()
 
     async def size_of_image(self, sent: schemas.ImageIn) -> tuple[int, int]:
         """Width and height of an image that can be searched with, by its header. Raises InputError, ImageError."""
@@ -362,7 +425,7 @@ def _chat_parts(chat: list[schemas.Message] | schemas.Message, location: str) ->
 def filter_of(where: schemas.Conditions | None) -> Filter | None:
     """The filter tree of a request's `where`."""
     if isinstance(where, str):
-        raise InputError("where is a text; send an object of fields")
+        return parse_filter(where) if where.strip() else None
     parts: list[Filter] = []
     for name, wanted in (where or {}).items():
         if isinstance(wanted, schemas.RangeIn):
@@ -384,6 +447,23 @@ def _shown(item: Hit | Stored) -> dict[str, Any]:
     """The fields of an ItemOut."""
     image = image_path(item.id, item.image)
     return {"id": item.id, "modality": item.modality, "text": item.text, "image": image, "fields": dict(item.fields)}
+
+
+def _hit(hit: Hit) -> schemas.HitOut:
+    return schemas.HitOut(score=hit.score, rank=hit.rank, scores=dict(hit.scores), similar=list(hit.similar), **_shown(hit))
+
+
+def _position(sort: str, after: str) -> Position:
+    """Where a page ended: an id, or a value and an id as `items` wrote them."""
+    if sort in _BY_ID:
+        return None, after
+    try:
+        value, id = json.loads(after)
+        return value, id
+    except (ValueError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"after {after[:80]!r} is no end of a page sorted by {sort[:80]!r}; give what the page said is `next`"
+        ) from error
 
 
 def image_path(id: str, image: str | None) -> str | None:

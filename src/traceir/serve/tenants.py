@@ -2,10 +2,13 @@
 
 An item of tenant `acme` called `cup` is stored as `_tenant:acme:cup` with the field `_tenant` = `acme`: the prefix separates
 get and delete by id, the field all that filters. Results are checked again, so that a wrong filter can only show too little.
+BM25 goes by how rare a word is, which in the whole index would tell of the words of others: a tenant's matches are scored anew by
+its own items alone (of more than MATCHES, those that are best in the whole index).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +16,22 @@ from typing import Final, TypeVar
 
 from traceir.errors import InputError
 from traceir.index.facets import Facet
-from traceir.index.filters import And, Eq, Filter, In, Range
-from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items
+from traceir.index.filter_text import as_filter
+from traceir.index.filters import And, Eq, Filter, Glob, In, Leaf, Range, Where, map_leaves
+from traceir.index.pages import Position
+from traceir.index.store import MAX_ID_BYTES, Index, IndexInfo, Stored, Vectors, check_id, check_ids, check_items, check_search
+from traceir.index.words import Term, columns_of, parse_words
 from traceir.items import MODALITIES, Hit, Item, Modality
 from traceir.sources import FILE_FIELD
 
 FIELD: Final = "_tenant"
-OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD})  # that no caller may set, ask for, or see
+OWN_FIELDS: Final = frozenset({FIELD, FILE_FIELD, "_stat"})  # that no caller may set, ask for, or see
 PREFIX: Final = "_tenant:"  # what ids of tenants begin with; no other id may
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}")
+MATCHES: Final = 2_000
+_K1: Final = 1.2
+_B: Final = 0.75
+_WEIGHTS: Final = (1.0, 0.5, 0.5)  # of text, name and fields
 T = TypeVar("T")
 K = TypeVar("K", Stored, Hit)
 
@@ -76,24 +86,40 @@ class TenantIndex:
         vectors: Vectors,
         k: int,
         *,
-        where: Filter | None = None,
+        where: Where = None,
         modality: Modality | None = None,
         exact: bool = True,
     ) -> list[list[Hit]]:
         rows = self._index.search(vectors, k, where=self._narrow(where), modality=modality, exact=exact)
         return [[replace(hit, rank=rank) for rank, hit in enumerate(self._shown(hits), start=1)] for hits in rows]
 
+    def search_keywords(self, text: str, k: int, *, where: Where = None, modality: Modality | None = None) -> list[Hit]:
+        check_search(k, modality)
+        alone = self.tenant is None and not self._presence.any()
+        depth = k if alone else max(k, MATCHES)
+        hits = list(self._shown(self._index.search_keywords(text, depth, where=self._narrow(where), modality=modality)))
+        if not alone and hits:
+            words = parse_words(text)
+            hits = score_alone(hits, (*words.required, *words.wanted), self.count())[:k]
+        return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
+
+    def browse(self, where: Where = None, *, sort: str = "id", after: Position | None = None, limit: int) -> list[Stored]:
+        if sort.removeprefix("-") in OWN_FIELDS:
+            raise InputError(f"{sort!r} is no field of an item; the server keeps it for itself")
+        last = None if after is None else (after[0], self._prefix + after[1])
+        return list(self._shown(self._index.browse(self._narrow(where), sort=sort, after=last, limit=limit)))
+
     def get(self, ids: Sequence[str], *, with_vectors: bool = False) -> dict[str, Stored]:
         stored = self._index.get(self._inner_ids(ids), with_vectors=with_vectors).values()
         return {item.id: item for item in self._shown(stored)}
 
-    def count(self, where: Filter | None = None) -> int:
+    def count(self, where: Where = None) -> int:
         return self._index.count(self._narrow(where))
 
-    def scan(self, where: Filter | None = None, *, with_vectors: bool = False) -> Iterator[Stored]:
+    def scan(self, where: Where = None, *, with_vectors: bool = False) -> Iterator[Stored]:
         return self._shown(self._index.scan(self._narrow(where), with_vectors=with_vectors))
 
-    def facets(self, where: Filter | None = None, *, limit: int) -> list[Facet]:
+    def facets(self, where: Where = None, *, limit: int) -> list[Facet]:
         """As the index's, without the server's own fields and as the tenant knows its folders."""
         facets = [facet for facet in self._index.facets(self._narrow(where), limit=limit) if facet.name not in OWN_FIELDS]
         return [facet if facet.kind != "folder" else self._own_folders(facet) for facet in facets]
@@ -101,6 +127,12 @@ class TenantIndex:
     def _own_folders(self, facet: Facet) -> Facet:
         low, high, *names = (str(name).removeprefix(self._prefix) for name in (facet.low, facet.high, *dict(facet.values)))
         return replace(facet, low=low, high=high, values=tuple(zip(names, dict(facet.values).values(), strict=True)))
+
+    def keep_note(self, name: str, value: str) -> None:
+        raise InputError(f"note {name!r} cannot be kept here; notes are of the whole index")
+
+    def note(self, name: str) -> str | None:
+        """None: notes are of the whole index."""
 
     def info(self) -> IndexInfo:
         """As the index's, with the tenant's own counts; the size in bytes, which is everybody's, is 0."""
@@ -140,29 +172,30 @@ class TenantIndex:
         """False for ids that would reach into a tenant from outside all tenants."""
         return self.tenant is not None or not id.startswith(PREFIX)
 
-    def _narrow(self, where: Filter | None) -> Filter | None:
+    def _narrow(self, where: Where) -> Filter | None:
         """As `_only_ours`; no filter of our own, which is fastest, outside all tenants where the index knows of none."""
         if self.tenant is None and not self._presence.any():
-            return None if where is None else self._translate(where)
+            read = as_filter(where)
+            return None if read is None else map_leaves(read, self._translate)
         return self._only_ours(where)
 
-    def _only_ours(self, where: Filter | None) -> Filter:
-        ours = Eq(FIELD, self.tenant)
-        return ours if where is None else And((ours, self._translate(where)))
+    def _only_ours(self, where: Where) -> Filter:
+        ours, read = Eq(FIELD, self.tenant), as_filter(where)
+        return ours if read is None else And((ours, map_leaves(read, self._translate)))
 
-    def _translate(self, where: Filter) -> Filter:
-        """The client's filter in terms of what is stored: ids prefixed, the server's own fields refused."""
-        if isinstance(where, And):
-            return And(tuple(self._translate(part) for part in where.parts))
-        if where.name in OWN_FIELDS:
-            raise InputError(f"{where.name!r} is no field of an item; the server keeps it for itself")
-        if where.name != "id":
-            return where
-        if isinstance(where, Eq):
-            return Eq("id", self._prefixed(where.value))
-        if isinstance(where, In):
-            return In("id", tuple(self._prefixed(value) for value in where.values))
-        return Range("id", self._prefixed(where.low), self._prefixed(where.high))
+    def _translate(self, leaf: Leaf) -> Leaf:
+        """The client's condition in terms of what is stored: ids prefixed, the server's own fields refused."""
+        if leaf.name in OWN_FIELDS:
+            raise InputError(f"{leaf.name!r} is no field of an item; the server keeps it for itself")
+        if leaf.name != "id":
+            return leaf
+        if isinstance(leaf, Eq):
+            return Eq("id", self._prefixed(leaf.value))
+        if isinstance(leaf, In):
+            return In("id", tuple(self._prefixed(value) for value in leaf.values))
+        if isinstance(leaf, Glob):
+            return Glob("id", self._prefix + leaf.pattern)
+        return Range("id", *map(self._prefixed, (leaf.low, leaf.high, leaf.above, leaf.below)))
 
     def _prefixed(self, value: T) -> T | str:
         return self._prefix + value if isinstance(value, str) else value
@@ -176,3 +209,28 @@ class TenantIndex:
             if outside if self.tenant is None else item.fields.get(FIELD) == self.tenant and item.id.startswith(self._prefix):
                 fields = {name: value for name, value in item.fields.items() if name not in OWN_FIELDS}
                 yield replace(item, id=item.id[len(self._prefix) :], fields=fields)
+
+
+def score_alone(hits: Sequence[Hit], terms: Sequence[Term], count: int) -> list[Hit]:
+    """The hits by BM25, best first, as if an index held nothing but `count` items, of which these are all that match."""
+    columns = [columns_of(hit.id, hit.text, hit.fields) for hit in hits]
+    counts = [
+        [sum(weight * occurrences(term, words) for weight, words in zip(_WEIGHTS, own, strict=True)) for term in terms]
+        for own in columns
+    ]
+    lengths = [sum(map(len, own)) for own in columns]
+    mean = sum(lengths) / len(lengths)
+    rare = [
+        max(1e-6, math.log((count - having + 0.5) / (having + 0.5))) if count >= having else 1e-6
+        for having in (sum(1 for own in counts if own[at]) for at in range(len(terms)))
+    ]
+    scored = []
+    for hit, own, length in zip(hits, counts, lengths, strict=True):
+        norm = _K1 * (1 - _B + _B * length / (mean or 1.0))
+        scored.append(replace(hit, score=sum(idf * tf * (_K1 + 1) / (tf + norm) for idf, tf in zip(rare, own, strict=True))))
+    return sorted(scored, key=lambda hit: (-hit.score, hit.id))
+
+
+def occurrences(term: Term, words: Sequence[str]) -> int:
+    size = len(term.words)
+    return sum(term.is_in(words[start : start + size]) for start in range(len(words) - size + 1))

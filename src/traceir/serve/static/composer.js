@@ -334,6 +334,7 @@ export class Composer {
     this.rates = [...new Set([...RATES.filter((rate) => !rate || rate * (most + 1) >= 1), this.ownRate])].sort((first, second) => (second || 1) - (first || 1));
     Object.assign(find("cutoff"), { max: this.rates.length - 1, disabled: most === 0 });
     find("cutoff-why").hidden = most > 0;
+    find("cutoff-says").hidden = most === 0;
     this.setQuery(query);
   }
 

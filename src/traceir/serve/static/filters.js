@@ -59,8 +59,12 @@ export function suggestionsFor(text, facets) {
   return [...new Set(all)].map((one) => base + one);
 }
 
-// The facets that are worth a row of buttons: dates, folders, and texts that several items share.
-export const rowsOf = (facets) => facets.map((facet) => ({ ...facet, values: facet.values.filter(([, count]) => count > 1 || facet.kind === "date") }))
-  .filter(({ kind, values, name }) => values.length && ["date", "folder", "text"].includes(kind) && (values.length > 1 || kind !== "text") && name !== "name")
-  .sort((first, second) => ORDER.indexOf(first.kind) - ORDER.indexOf(second.kind) || second.count - first.count).slice(0, 4);
+// The facets that are worth a row of buttons: years, folders that are not years, and texts that several items share.
+export function rowsOf(facets) {
+  const worth = ({ kind, name }, [value, count]) => (kind === "date" ? count : count > 1 && name !== "name" && !/^\d{4}\/$/.test(value));
+  return facets.filter(({ kind }) => ORDER.includes(kind)).map((facet) => ({ ...facet, values: facet.values.filter((value) => worth(facet, value)) }))
+    .filter(({ values }) => values.length > 1).sort((first, second) => ORDER.indexOf(first.kind) - ORDER.indexOf(second.kind)).slice(0, 4)
+    .map((facet) => (facet.kind === "date" ? { ...facet, values: facet.values.sort(([first], [second]) => (first < second ? 1 : -1)) } : facet));
+}
+
 const ORDER = ["date", "folder", "text"];

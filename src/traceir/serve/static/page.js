@@ -12,7 +12,7 @@ import { follow, newRun, nextPage } from "./run.js";
 
 const WAIT_FOR_MODEL = 2000;
 const EMPTY_HELP = "traceir index add FOLDER --index DIR";
-const SHELF = 14; // pictures to start from
+const SHELF = 18; // pictures to start from
 let config = {};
 const turns = new Map(); // a turn is {id, query, parent, run, other}: each refinement has the turn before it as its parent
 let trail = []; // the way to the current turn, and onwards
